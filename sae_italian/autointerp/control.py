@@ -1,0 +1,31 @@
+"""The untrained control: the same explanations and scores for an SAE of random directions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sae_italian.autointerp.run import AutointerpConfig, run_autointerp
+from sae_italian.cache import FeatureCache, build_cache
+from sae_italian.saes import random_twin
+
+TWIN_FOLDER = "random-twin"
+
+
+def random_sae_control(cache: FeatureCache, sae: Any, model: Any, config: AutointerpConfig) -> Path:
+    """Build the cache of the random twin on the same text, inside the cache's folder, and score it; return its store."""
+    manifest = cache.manifest
+    folder = build_cache(
+        random_twin(sae, seed=config.seed),
+        model,
+        manifest.corpus,
+        cache.folder / TWIN_FOLDER,
+        n_tokens=manifest.n_tokens_asked,
+        split=manifest.split,  # pyright: ignore[reportArgumentType]
+        context_size=manifest.context_size,
+        windows_per_shard=manifest.windows_per_shard,
+        text_column=manifest.text_column,
+        sae_name=f"random twin of {manifest.sae}",
+        resume=(cache.folder / TWIN_FOLDER).is_dir(),
+    )
+    return run_autointerp(FeatureCache.open(folder), model.tokenizer, config)

@@ -1,0 +1,80 @@
+"""MicroItaliano: a seeded grammar of Italian that generates documents with gold labels on character spans.
+
+`document(index, seed)` depends on its two arguments only, on any machine. See grammar.py for the rules' language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import count
+from typing import Any
+
+from sae_italian.corpora.micro_italiano.grammar import grammar
+from sae_italian.corpora.micro_italiano.items import Context, cumulate, weighted
+from sae_italian.corpora.micro_italiano.prompts import agreement_pairs, ioi_prompts
+from sae_italian.corpora.micro_italiano.realise import realise
+from sae_italian.corpora.micro_italiano.records import AgreementPair, Document, IoiPrompt, Span
+
+__all__ = [
+    "AgreementPair",
+    "Document",
+    "IoiPrompt",
+    "Span",
+    "agreement_pairs",
+    "document",
+    "documents",
+    "ioi_prompts",
+    "vocabulary",
+]
+
+REGISTER_WEIGHTS = {"narrative": 0.36, "news": 0.2, "recipe": 0.12, "law": 0.12, "dialogue": 0.2}
+_REGISTERS = tuple(REGISTER_WEIGHTS)
+_CUMULATIVE = cumulate(tuple(REGISTER_WEIGHTS.values()))
+
+
+def document(index: int, seed: int = 0) -> Document:
+    """Return document `index` of the corpus of `seed`."""
+    ctx = Context(f"{seed}/{index}")
+    register = _REGISTERS[weighted(ctx, _CUMULATIVE)]
+    grammar().rules["doc_" + register].run(ctx, [])
+    text, words, constructions = realise(ctx.out, ctx.spans)
+    return Document(text, f"micro-italiano/{seed}/{index}", register, words, constructions)
+
+
+def documents(n: int | None = None, seed: int = 0, start: int = 0) -> Iterator[Document]:
+    """Yield `n` documents from index `start` on, or without end when `n` is None."""
+    for index in count(start) if n is None else range(start, start + n):
+        yield document(index, seed)
+
+
+@lru_cache(maxsize=4)
+def vocabulary(n: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Return what `n` documents hold: counts of forms (lower case), labels, constructions and registers.
+
+    Keys: documents, sentences, words, forms, labels ("gender=Fem" style), constructions, registers.
+    """
+    report: dict[str, Any] = {"documents": n, "sentences": 0, "words": 0}
+    forms: dict[str, int] = {}
+    labels: dict[str, int] = {}
+    constructions: dict[str, int] = {}
+    registers: dict[str, int] = {}
+    for doc in documents(n, seed):
+        registers[doc.register] = registers.get(doc.register, 0) + 1
+        for span in doc.constructions:
+            name = span.labels["construction"]
+            constructions[name] = constructions.get(name, 0) + 1
+        for span in doc.words:
+            form = doc.text[span.start : span.end].lower()
+            report["sentences"] += form in (".", "?", "!")
+            if span.labels["upos"] != "PUNCT":
+                report["words"] += 1
+                forms[form] = forms.get(form, 0) + 1
+            for key, value in span.labels.items():
+                if key != "lemma":
+                    name = f"{key}={value}"
+                    labels[name] = labels.get(name, 0) + 1
+    for key, counts in (("forms", forms), ("labels", labels), ("constructions", constructions)):
+        report[key] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    report["registers"] = registers
+    return report

@@ -1,0 +1,141 @@
+"""The whole way in one call: train an SAE, cache its latents, explain and score them with controls, write the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sae_italian.storage import claim_folder, read_json, write_json, write_text
+
+CONFIG = "mini/topk.yaml"
+CACHE_TOKENS = 300_000
+CARD_TOKENS = 50_000
+
+
+def quickstart(
+    out: str | Path = "quickstart",
+    config: str = CONFIG,
+    *overrides: str,
+    cache_tokens: int = CACHE_TOKENS,
+    card_tokens: int = CARD_TOKENS,
+    latents: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Run every step into `out` (sae/, cache/, report/) and return the results, also written to `out/results.json`.
+
+    The cache is built on held-out text, so nothing that is explained or scored was trained on. A run that was stopped
+    continues with `resume=True`. Raises: UsageError as the steps do.
+    """
+    from sae_italian.cache import FeatureCache, build_cache
+    from sae_italian.models import load_model
+    from sae_italian.saes import load_sae
+    from sae_italian.training import load_spec, train
+
+    out = Path(out)
+    spec = load_spec(config, *overrides)
+    settings = {"cache_tokens": cache_tokens, "card_tokens": card_tokens, "latents": latents}
+    claim_folder(out, "quickstart", {**spec.model_dump(), **settings}, resume=resume, overwrite=overwrite)
+    sae_folder = train(spec, out / "sae", resume=(out / "sae").is_dir())
+    model, sae = load_model(spec.model, device=spec.device), load_sae(sae_folder)
+    build_cache(
+        sae,
+        model,
+        spec.corpus,
+        out / "cache",
+        n_tokens=cache_tokens,
+        split="heldout",
+        text_column=spec.text_column,
+        sae_name=str(sae_folder.resolve()),
+        resume=(out / "cache").is_dir(),
+    )
+    cache = FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
+    results = analyse(cache, sae, model, card_tokens=card_tokens, latents=latents)
+    report = report_of(cache, model.tokenizer, out / "report")
+    results["report"] = str(report)
+    write_json(out / "results.json", results)
+    write_text(out / "results.md", table_of(results) + "\n")
+    return results
+
+
+def analyse(
+    cache: Any,
+    sae: Any,
+    model: Any,
+    *,
+    card_tokens: int | None = CARD_TOKENS,
+    latents: int | None = None,
+    seed: int = 0,
+    random_control: bool = True,
+) -> dict[str, Any]:
+    """Measure, explain and score what a cache holds; return the results, also kept in the cache's folder.
+
+    Parts: `card` (unless `card_tokens` is None), `autointerp`, `random` (unless turned off), `gold`.
+    """
+    from sae_italian.analysis import gold_table
+    from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
+    from sae_italian.browser.report import RESULTS
+    from sae_italian.cache import FeatureCache
+    from sae_italian.training import evaluate
+
+    manifest = cache.manifest
+    file = cache.folder / RESULTS
+    results: dict[str, Any] = read_json(file) if file.is_file() else {}
+    if card_tokens is not None and (results.get("card") or {}).get("n_tokens_asked") != card_tokens:
+        card = evaluate(
+            sae,
+            model,
+            manifest.corpus,
+            n_tokens=card_tokens,
+            context_size=manifest.context_size,
+            text_column=manifest.text_column,
+            name=manifest.sae,
+        )
+        if Path(manifest.sae).is_dir():
+            card.save(Path(manifest.sae))
+        results["card"] = {**card.as_dict(), "n_tokens_asked": card_tokens}
+    config = AutointerpConfig(latents=latents, seed=seed)
+    results["autointerp"] = summarise(run_autointerp(cache, model.tokenizer, config)).as_dict()
+    results["gold"] = [asdict(result) for result in gold_table(cache)]
+    if random_control:
+        twin = random_sae_control(cache, sae, model, config)
+        results["random"] = summarise(twin).as_dict()
+        results["random_gold"] = [asdict(result) for result in gold_table(FeatureCache.open(twin.parent))]
+    write_json(file, results)
+    return results
+
+
+def forget_scores(cache: Any) -> None:
+    """Remove the explanations and scores of a cache, those of its random twin too; the activations stay."""
+    from sae_italian.autointerp.control import TWIN_FOLDER
+    from sae_italian.autointerp.run import STORE_FILE
+
+    for folder in (cache.folder, cache.folder / TWIN_FOLDER):
+        for ending in ("", "-wal", "-shm"):
+            (folder / (STORE_FILE + ending)).unlink(missing_ok=True)
+
+
+def report_of(cache: Any, tokenizer: Any, out: Path) -> Path:
+    """Write the report of a cache, with the catalogue's note on its model; return the path of index.html."""
+    from sae_italian.browser.report import write_report
+    from sae_italian.models import resolve
+
+    entry = resolve(cache.manifest.model).entry
+    return write_report(cache, tokenizer, out, model_note=f"{entry.note} {entry.licence}." if entry else "")
+
+
+def table_of(results: dict[str, Any]) -> str:
+    """Return the short table of a run as Markdown."""
+    from sae_italian.analysis.gold import DETECTED
+    from sae_italian.browser.table import records, text_table
+
+    extra = []
+    for part, label in (
+        ("gold", "Gold labels with a latent of F1"),
+        ("random_gold", "Random SAE: gold labels with a latent of F1"),
+    ):
+        if rows := results.get(part):
+            detected = sum(row["f1"] >= DETECTED for row in rows)
+            extra.append((f"{label} ≥ {DETECTED}", f"{detected} of {len(rows)}"))
+    return text_table(records(results, "metrics") + records(results, "controls"), extra)

@@ -1,0 +1,223 @@
+"""The cache against a dense reference, killed and resumed builds, and what is refused."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from sae_italian.cache import FeatureCache, Manifest, build_cache
+from sae_italian.corpora import iter_documents, pack
+from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.errors import DataError, UsageError
+from sae_italian.models.activations import read_activations
+from sae_italian.saes import load_sae
+
+
+@pytest.fixture(scope="module")
+def cache(small_cache) -> FeatureCache:
+    return FeatureCache.open(small_cache)
+
+
+@pytest.fixture(scope="module")
+def dense(mini, trained_sae):
+    """Tokens and latents of the same windows, computed densely in one go."""
+    sae = load_sae(trained_sae)
+    block = next(pack(iter_documents("micro-italiano"), mini.tokenizer, 128, windows_per_block=313))
+    tokens = torch.from_numpy(block.tokens)
+    with torch.no_grad():
+        acts = torch.cat(
+            [sae.encode(read_activations(mini, part, "blocks.2.hook_resid_post")) for part in tokens.split(64)]
+        )
+    acts[tokens == mini.tokenizer.bos_token_id] = 0
+    return block, acts.flatten(0, 1).numpy()
+
+
+def test_every_latent_equals_the_dense_reference(cache, dense):
+    block, acts = dense
+    assert np.array_equal(cache.tokens, block.tokens.ravel())
+    assert cache.manifest.nnz == np.count_nonzero(acts) == cache.statistics["count"].sum()
+    assert len(cache.manifest.shards) > 2
+    for latent in range(cache.manifest.d_sae):
+        position, value = cache.latent(latent)
+        assert np.array_equal(position, np.flatnonzero(acts[:, latent]))
+        np.testing.assert_allclose(value, acts[position, latent], rtol=1e-3)
+
+
+def test_statistics_equal_the_dense_reference(cache, dense):
+    block, acts = dense
+    stats = cache.statistics
+    n_counted = (block.doc != NO_DOCUMENT).sum()
+    np.testing.assert_allclose(stats["density"], (acts > 0).sum(0) / n_counted)
+    np.testing.assert_allclose(stats["max"], acts.max(0), rtol=1e-3)
+    latent = int(stats["count"].argmax())
+    alive = acts[acts[:, latent] > 0, latent]
+    np.testing.assert_allclose(stats["mean"][latent], alive.mean(), rtol=1e-3)
+    assert stats["histogram"][latent].sum() == len(alive)
+    np.testing.assert_allclose(stats["quantiles"][latent][2], np.median(alive), rtol=1e-2)
+    ids = block.tokens.ravel()
+    mass = np.bincount(ids, weights=acts[:, latent])
+    assert stats["token_ids"][latent][0] == mass.argmax()
+    np.testing.assert_allclose(stats["token_shares"][latent][0], mass.max() / mass.sum(), rtol=1e-3)
+
+
+def test_promoted_tokens_are_the_logit_lens(cache, mini, trained_sae):
+    sae = load_sae(trained_sae)
+    with torch.no_grad():
+        logits = (sae.W_dec * mini.model.norm.weight) @ mini.lm_head.weight.T
+    assert np.array_equal(np.stack(cache.statistics["promoted_ids"])[:, 0], logits.argmax(1).numpy())
+    assert np.array_equal(np.stack(cache.statistics["suppressed_ids"])[:, 0], logits.argmin(1).numpy())
+
+
+def test_text_is_rebuilt_from_offsets(cache):
+    texts = [d.text for d, _ in zip(iter_documents("micro-italiano"), range(cache.n_documents), strict=False)]
+    segments = cache.segments(32)
+    assert (segments.length <= 32).all() and segments.length.sum() == (cache.doc != NO_DOCUMENT).sum()
+    for start, length, doc in list(zip(*segments, strict=True))[::17]:
+        text, spans = cache.spans(start, start + length)
+        assert text in texts[doc] and cache.document(doc).text == texts[doc]
+        assert spans[0][0] == 0 and spans[:, 1].max() == len(text)
+        assert (cache.doc[start : start + length] == doc).all()
+
+
+def test_six_bytes_per_non_zero(cache):
+    latents = sum(file.stat().st_size for file in (cache.folder / "latents").iterdir())
+    assert latents == pytest.approx(6 * cache.manifest.nnz, rel=0.02)
+
+
+def test_a_latent_that_does_not_exist(cache):
+    for latent in (-1, cache.manifest.d_sae):
+        with pytest.raises(UsageError, match="latents 0 to 255"):
+            cache.latent(latent)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [file for kind in ("tokens", "acts", "latents") for file in (folder / kind).iterdir()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+BUILD = """import sys, torch; torch.set_num_threads(2)
+from sae_italian.cache import build_cache; from sae_italian.models import load_model; from sae_italian.saes import load_sae
+build_cache(load_sae(sys.argv[1]), load_model('mini'), 'micro-italiano', sys.argv[2], n_tokens=40_000, windows_per_shard=10,
+            resume=len(sys.argv) > 3)"""
+
+
+def test_a_killed_build_resumes_to_identical_bytes(trained_sae, tmp_path):
+    arguments = [sys.executable, "-c", BUILD, str(trained_sae)]
+    subprocess.run([*arguments, str(tmp_path / "whole")], check=True, capture_output=True)
+    out = tmp_path / "killed"
+    for n_shards in (2, 11, 25):
+        process = subprocess.Popen(
+            [*arguments, str(out), *(["resume"] if out.exists() else [])], stderr=subprocess.PIPE, text=True
+        )
+        started = time.time()
+        while process.poll() is None and time.time() - started < 60:
+            manifest = out / "manifest.json"
+            if manifest.is_file() and len(json.loads(manifest.read_text())["shards"]) >= n_shards:
+                break
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        with pytest.raises(UsageError, match="unfinished"):
+            FeatureCache.open(out)
+    subprocess.run([*arguments, str(out), "resume"], check=True, capture_output=True)
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_another_cache_in_the_folder_is_refused(small_cache, mini, trained_sae, topk_sae):
+    before = digests(small_cache)
+    sae = load_sae(trained_sae)
+    with pytest.raises(UsageError, match="--resume.*--overwrite"):
+        build_cache(sae, mini, "micro-italiano", small_cache, n_tokens=40_000)
+    with pytest.raises(UsageError, match="n_tokens_asked was 40000, is now 50000"):
+        build_cache(sae, mini, "micro-italiano", small_cache, n_tokens=50_000, windows_per_shard=100, resume=True)
+    with pytest.raises(UsageError, match="d_sae was|sae_hash was"):
+        build_cache(topk_sae, mini, "micro-italiano", small_cache, n_tokens=40_000, windows_per_shard=100, resume=True)
+    assert digests(small_cache) == before
+
+
+def test_opening_with_another_sae_or_tokenizer_is_refused(small_cache, topk_sae, mini, trained_sae):
+    FeatureCache.open(small_cache, sae=load_sae(trained_sae), tokenizer=mini.tokenizer, check=True)
+    with pytest.raises(UsageError, match="another SAE"):
+        FeatureCache.open(small_cache, sae=topk_sae)
+    from tests.corpora.test_packing import TOKENIZERS
+
+    with pytest.raises(UsageError, match="another tokenizer"):
+        FeatureCache.open(small_cache, tokenizer=TOKENIZERS["byte-level"])
+
+
+def copied(small_cache: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(small_cache, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    "file", ["tokens/00001.safetensors", "latents/00000_00255.safetensors", "acts/00000.safetensors"]
+)
+def test_a_damaged_or_missing_file_is_named(small_cache, tmp_path, file):
+    folder = copied(small_cache, tmp_path)
+    content = bytearray((folder / file).read_bytes())
+    content[-1] ^= 255
+    (folder / file).write_bytes(content)
+    with pytest.raises(DataError, match=file.split("/")[1]):
+        FeatureCache.open(folder, check=True)
+    (folder / file).unlink()
+    with pytest.raises(DataError, match="missing"):
+        FeatureCache.open(folder, check=True)
+
+
+def test_a_truncated_file_is_named_when_it_is_read(small_cache, tmp_path):
+    folder = copied(small_cache, tmp_path)
+    file = folder / "latents/00000_00255.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DataError, match="00000_00255"):
+        FeatureCache.open(folder).latent(0)
+
+
+@pytest.mark.parametrize("content", ["{", '{"schema_version": 99}', "[]"])
+def test_a_manifest_that_cannot_be_read(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match="manifest.json"):
+        Manifest.load(tmp_path)
+    with pytest.raises(UsageError, match="not a feature cache"):
+        FeatureCache.open(tmp_path / "nowhere")
+
+
+def test_values_beyond_fp16_are_clipped_and_counted(mini, topk_sae, tmp_path):
+    import copy
+
+    loud = copy.deepcopy(topk_sae)
+    with torch.no_grad():
+        loud.W_enc.mul_(1e6)
+    folder = build_cache(loud, mini, "micro-italiano", tmp_path / "loud", n_tokens=1000)
+    manifest = Manifest.load(folder)
+    assert sum(shard.n_clipped for shard in manifest.shards) > 0
+    assert np.isfinite(load_file(folder / "acts/00000.safetensors")["value"]).all()
+
+
+def test_an_sae_that_never_fires(mini, topk_sae, tmp_path):
+    import copy
+
+    dead = copy.deepcopy(topk_sae)
+    with torch.no_grad():
+        dead.W_enc.zero_()
+    cache = FeatureCache.open(build_cache(dead, mini, "micro-italiano", tmp_path / "dead", n_tokens=1000))
+    assert cache.manifest.nnz == 0 and len(cache.latent(5).position) == 0
+    assert (cache.statistics["density"] == 0).all()
+
+
+def test_a_context_longer_than_the_models(mini, topk_sae, tmp_path):
+    with pytest.raises(UsageError, match="512 positions"):
+        build_cache(topk_sae, mini, "micro-italiano", tmp_path / "x", n_tokens=1000, context_size=1024)
+    assert not (tmp_path / "x").exists()

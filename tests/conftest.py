@@ -1,0 +1,133 @@
+"""Small models, SAEs and corpora that every test can use. Nothing here needs a network, a GPU or ../shared."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+SHARED = Path(__file__).parents[2] / "shared"
+
+SENTENCES = (
+    "La città è più bella perché c'è il sole e l'aria è tiepida.",
+    "Gli amici dell'università hanno già visto «Il Gattopardo» ieri sera.",
+    "Quando Marta e Luca sono andati al mercato, Marta ha dato un libro a Luca.",
+    "Un'altra volta verrò lunedì, anche se può darsi che piova.",
+    "Il consiglio comunale ha approvato il bilancio con 21 voti favorevoli.",
+)
+
+
+@pytest.fixture(scope="session")
+def mini():
+    """The embedded mini model with its tokenizer."""
+    from sae_italian.models import load_model
+
+    return load_model("sae-italian-mini")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"needs real Italian data in {SHARED}, which is not there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def jsonl(tmp_path_factory) -> Path:
+    """A corpus of 400 different documents."""
+    path = tmp_path_factory.mktemp("corpus") / "notizie.jsonl"
+    with path.open("w", encoding="utf-8") as handle:
+        for number in range(400):
+            text = f"Documento numero {number}. " + " ".join(SENTENCES[(number + i) % len(SENTENCES)] for i in range(4))
+            handle.write(json.dumps({"text": text, "source": "prova"}, ensure_ascii=False) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def identity_sae(mini):
+    """An SAE that reconstructs exactly: x = ReLU(x) - ReLU(-x)."""
+    from sae_lens import StandardSAE, StandardSAEConfig
+
+    d_in = mini.config.hidden_size
+    config = StandardSAEConfig(d_in=d_in, d_sae=2 * d_in, apply_b_dec_to_input=False)
+    sae = StandardSAE(config)
+    eye = torch.eye(d_in)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([eye, -eye], dim=1))
+        sae.W_dec.copy_(torch.cat([eye, -eye], dim=0))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    return described(sae)
+
+
+@pytest.fixture(scope="session")
+def topk_sae(mini):
+    """A TopK SAE with random weights, k 8."""
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKSAEConfig(d_in=mini.config.hidden_size, d_sae=300, k=8))
+    with torch.no_grad():
+        sae.W_enc.normal_()
+        sae.W_dec.copy_(sae.W_enc.T)
+    return described(sae)
+
+
+def described(sae, hook_name: str = "blocks.2.hook_resid_post"):
+    """Give an SAE the metadata that our tools read."""
+    metadata = sae.cfg.metadata
+    metadata.model_name, metadata.hook_name, metadata.context_size = "sae-italian-mini", hook_name, 128
+    metadata.dataset_path = "micro-italiano"
+    return sae.eval()
+
+
+@pytest.fixture(scope="session")
+def small_spec():
+    """A training run of seconds on the mini model."""
+    from sae_italian.training import load_spec
+
+    return load_spec(
+        "mini/topk.yaml",
+        "training_tokens=20480",
+        "sae.d_sae=256",
+        "train_batch_size_tokens=512",
+        "buffer_tokens=4096",
+        "store_batch_size_prompts=8",
+        "lr_warm_up_steps=5",
+        "lr_decay_steps=10",
+        "dead_feature_window=10",
+        "checkpoint_every_tokens=5120",
+    )
+
+
+@pytest.fixture(scope="session")
+def trained_sae(small_spec, tmp_path_factory) -> Path:
+    from sae_italian.training import train
+
+    return train(small_spec, tmp_path_factory.mktemp("trained") / "sae")
+
+
+@pytest.fixture(scope="session")
+def small_cache(mini, trained_sae, tmp_path_factory) -> Path:
+    """A cache of 40 k tokens of MicroItaliano, three shards and more."""
+    from sae_italian.cache import build_cache
+    from sae_italian.saes import load_sae
+
+    out = tmp_path_factory.mktemp("caches") / "cache"
+    return build_cache(
+        load_sae(trained_sae),
+        mini,
+        "micro-italiano",
+        out,
+        n_tokens=40_000,
+        windows_per_shard=100,
+        sae_name=str(trained_sae),
+    )

@@ -1,0 +1,115 @@
+"""Packing keeps every character: text rebuilt from offsets is the document's own, for two kinds of tokenizer."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from sae_italian.corpora import TextDocument, pack
+from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, take_tokens
+from sae_italian.errors import UsageError
+from sae_italian.models.train_mini import train_tokenizer
+
+HARD = [
+    "Perché la città è più bella? L'università dell'Aquila, un'altra «cosa» c'è già.",
+    "e\u0301 cosi\u0300: accenti combinati",
+    "emoji 🙂👩‍👩‍👧 e\r\nCRLF\te tabulazione",
+    "日本語 e русский nel mezzo",
+    "x",
+]
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(HARD[:1] * 50, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+
+
+TOKENIZERS = {"metaspace": train_tokenizer(iter(HARD[:1] * 50), 400), "byte-level": byte_level()}
+
+
+def documents(texts):
+    return [TextDocument(text, str(i), "t") for i, text in enumerate(texts)]
+
+
+def rebuilt(blocks) -> dict[int, list[tuple[int, int]]]:
+    """Return the spans of each document's tokens, over all windows."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for block in blocks:
+        for doc, start, end in zip(block.doc.ravel(), block.start.ravel(), block.end.ravel(), strict=True):
+            if doc != NO_DOCUMENT:
+                spans.setdefault(int(doc), []).append((int(start), int(end)))
+    return spans
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_offsets_cover_every_document_without_gaps(kind):
+    texts = HARD * 20
+    blocks = list(pack(documents(texts), TOKENIZERS[kind], 16, windows_per_block=7))
+    spans = rebuilt(blocks)
+    complete = sorted(spans)[:-1]  # the last may be cut by the dropped last window
+    assert len(complete) > 90
+    for doc in complete:
+        covered = sorted(spans[doc])
+        assert covered[0][0] == 0 and covered[-1][1] == len(texts[doc])
+        assert all(after[0] <= before[1] for before, after in zip(covered, covered[1:], strict=False))
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(texts=st.lists(st.text(min_size=1, max_size=60), min_size=1, max_size=12), context=st.integers(4, 20))
+@settings(max_examples=40, deadline=None)
+def test_packing_is_the_documents_in_order_with_a_bos_before_each(kind, texts, context):
+    tokenizer = TOKENIZERS[kind]
+    blocks = list(pack(documents(texts), tokenizer, context, windows_per_block=3, documents_per_batch=2))
+    tokens = np.concatenate([block.tokens for block in blocks]).ravel() if blocks else np.empty(0, int)
+    doc = np.concatenate([block.doc for block in blocks]).ravel() if blocks else np.empty(0, int)
+    bos = tokenizer.bos_token_id
+    assert len(tokens) % context == 0
+    assert (tokens[::context] == bos).all()  # every window opens with a BOS
+    expected = [t for text in texts for t in tokenizer(text, add_special_tokens=False).input_ids]
+    assert tokens[doc != NO_DOCUMENT].tolist() == expected[: int((doc != NO_DOCUMENT).sum())]
+    changes = np.flatnonzero(np.diff(doc[doc != NO_DOCUMENT].astype(np.int64)))
+    assert (np.diff(doc[doc != NO_DOCUMENT].astype(np.int64))[changes] >= 1).all()
+    first = sum(block.documents != [] for block in blocks) and blocks[0].first_doc
+    assert not blocks or first == 0
+    names = [document.text for block in blocks for document in block.documents]
+    assert names == texts[: len(names)]
+
+
+def test_the_result_does_not_depend_on_how_it_is_batched():
+    texts = HARD * 30
+    one, other = (
+        np.concatenate(
+            [
+                b.tokens
+                for b in pack(documents(texts), TOKENIZERS["metaspace"], 16, windows_per_block=w, documents_per_batch=n)
+            ]
+        )
+        for w, n in ((5, 3), (64, 100))
+    )
+    assert np.array_equal(one, other)
+
+
+def test_special_mask_is_the_bos():
+    block = next(pack(documents(HARD * 5), TOKENIZERS["metaspace"], 16))
+    assert np.array_equal(special_mask(block.tokens, TOKENIZERS["metaspace"]), block.doc == NO_DOCUMENT)
+
+
+def test_take_tokens_cuts_to_windows_and_refuses_a_short_corpus():
+    def packed():
+        return pack(documents(HARD * 5), TOKENIZERS["metaspace"], 16, windows_per_block=4)
+
+    assert sum(block.tokens.size for block in take_tokens(packed(), 100, "x")) == 112
+    with pytest.raises(UsageError, match="fewer than the 1,000,000"):
+        list(take_tokens(packed(), 1_000_000, "x"))
+
+
+def test_a_context_without_room_for_text():
+    with pytest.raises(UsageError, match="at least 2"):
+        next(pack(documents(HARD), TOKENIZERS["metaspace"], 1))

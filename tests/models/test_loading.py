@@ -1,0 +1,102 @@
+import shutil
+
+import pytest
+import torch
+
+from sae_italian.errors import UsageError
+from sae_italian.models import catalogue, load_model, resolve
+from sae_italian.models.activations import logits_with_replacement, read_activations
+from sae_italian.models.check import compare_backends
+
+
+@pytest.fixture(scope="module")
+def backends():
+    return {backend: load_model("sae-italian-mini", backend) for backend in ("hf", "bridge", "hooked")}
+
+
+@pytest.mark.parametrize("n_tokens", [20, 200])  # shorter and longer than the sliding window of 64
+def test_the_three_backends_give_the_same_logits(backends, n_tokens):
+    torch.manual_seed(0)
+    tokens = torch.randint(3, backends["hf"].config.vocab_size, (2, n_tokens))
+    with torch.no_grad():
+        expected = backends["hf"](tokens).logits
+        assert expected.std() > 0.5
+        for name in ("bridge", "hooked"):
+            assert (backends[name](tokens) - expected).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("site", ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "mlp.hook_in"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_activations_agree_with_hooked_transformer(backends, site, layer):
+    tokens = torch.randint(3, 500, (2, 40))
+    name = f"blocks.{layer}.{site}"
+    expected = backends["hooked"].run_with_cache(tokens, names_filter=[name])[1][name]
+    assert (read_activations(backends["hf"], tokens, name) - expected).abs().max() < 1e-4
+
+
+def test_replacing_by_itself_changes_nothing_and_by_zero_everything(mini):
+    tokens = torch.randint(3, 500, (1, 30))
+    with torch.no_grad():
+        clean = mini(tokens).logits
+    same = logits_with_replacement(mini, tokens, "blocks.1.hook_resid_post", lambda x: x)
+    zero = logits_with_replacement(mini, tokens, "blocks.1.hook_resid_post", torch.zeros_like)
+    assert torch.equal(same, clean)
+    assert (zero - clean).abs().max() > 0.1
+    assert torch.equal(mini(tokens).logits, clean)  # hooks are gone afterwards
+
+
+def test_tokenizer_adds_one_bos_and_round_trips_italian(mini):
+    text = "Perché l'università è così? Un'altra «città», già 12 più: è né sarà. 🙂"
+    ids = mini.tokenizer(text).input_ids
+    assert ids.count(mini.tokenizer.bos_token_id) == 1 and ids[0] == mini.tokenizer.bos_token_id
+    assert mini.tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_mini_is_minerva_in_small_and_small_enough(mini):
+    from pathlib import Path
+
+    folder = Path(catalogue()["sae-italian-mini"].official)
+    config = mini.config
+    assert config.model_type == "mistral" and not config.tie_word_embeddings
+    assert config.num_key_value_heads < config.num_attention_heads and config.sliding_window
+    assert 1e6 <= sum(p.numel() for p in mini.parameters()) <= 4e6
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 2**20
+    assert "torch.float16" in str(load_model("mini", dtype="float16").dtype)
+
+
+@pytest.mark.parametrize("folder", ["roberto", "llama-prove", "gemma", "alberto/t5"])
+def test_a_local_folder_loads_whatever_its_path_is_called(tmp_path, folder):
+    path = tmp_path / folder / "model"
+    shutil.copytree(catalogue()["sae-italian-mini"].official, path)
+    assert compare_backends(str(path), "La casa è bella.")["ok"]
+
+
+def test_names_resolve_in_any_case_and_save_the_official_id():
+    assert resolve("MINERVA-1B").saved_name == resolve("minerva-1b").saved_name == "sapienzanlp/Minerva-1B-base-v1.0"
+    assert resolve("mini").saved_name == "sae-italian-mini"
+    assert resolve("someone/something").load_from == "someone/something"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("minreva-1b", "Did you mean 'minerva-1b'"),
+        ("./nowhere", "neither a known name"),
+        ("minerva-1b", "hf download"),  # offline, nothing cached
+    ],
+)
+def test_a_model_that_is_not_there_says_what_to_do(name, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match=message) as error:
+        load_model(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(UsageError, match="config.json"):
+        load_model(str(tmp_path))
+
+
+def test_unknown_backend():
+    with pytest.raises(UsageError, match="hooked"):
+        load_model("mini", "hoked")  # pyright: ignore

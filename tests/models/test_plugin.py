@@ -1,0 +1,90 @@
+"""Registration happens in processes of their own, so that import order is really what it says."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def run(code: str, **environment: str) -> str:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_import_is_light_and_loads_no_torch():
+    started = time.perf_counter()
+    out = run("import sys, sae_italian; print('torch' in sys.modules or 'transformer_lens' in sys.modules)")
+    assert out == "False"
+    assert time.perf_counter() - started < 2  # 0.1 s on a quiet machine; the process itself included
+
+
+@pytest.mark.parametrize(
+    "first", ["sae_italian, transformer_lens", "transformer_lens, sae_italian", "sae_italian, sae_lens"]
+)
+def test_names_resolve_whatever_is_imported_first(first):
+    code = f"""import {first}
+from transformer_lens.loading_from_pretrained import get_official_model_name as name
+print(name('minerva-350m'), name('MINERVA-1B'), name('sapienzanlp/Minerva-7B-base-v1.0'))"""
+    assert run(code).split() == [
+        "sapienzanlp/Minerva-350M-base-v1.0",
+        "sapienzanlp/Minerva-1B-base-v1.0",
+        "sapienzanlp/Minerva-7B-base-v1.0",
+    ]
+
+
+def test_registration_is_idempotent_and_replaces_nothing():
+    code = """import transformer_lens.supported_models as t
+names, aliases = t.OFFICIAL_MODEL_NAMES, t.MODEL_ALIASES
+before = (list(names), {k: list(v) for k, v in aliases.items()})
+import sae_italian, sae_italian.plugin as p
+p.register_all(); once = (list(names), {k: list(v) for k, v in aliases.items()})
+p.install(); p.register_all()
+assert (t.OFFICIAL_MODEL_NAMES is names) and (t.MODEL_ALIASES is aliases)
+assert once == (list(names), aliases), 'registering twice changed something'
+assert names[:len(before[0])] == before[0] and all(aliases[k] == v for k, v in before[1].items())
+print(len(names) - len(before[0]))"""
+    assert int(run(code)) == 6
+
+
+def test_an_alias_of_another_model_is_not_taken_over():
+    code = """import sae_italian.plugin as p
+try: p.register_model('me/mine', ['gpt2'])
+except ValueError as e: print('refused' if 'gpt2' in str(e) else e)"""
+    assert run(code) == "refused"
+
+
+def test_hooked_transformer_loads_minerva_by_alias_from_a_hub_cache(tmp_path):
+    """A shrunken Minerva in the hub's own cache layout: what `from_pretrained("minerva-350m")` does on a user's disk."""
+    from sae_italian.models import catalogue, load_model
+
+    mini = load_model("sae-italian-mini")
+    revision = "0" * 40
+    repo = tmp_path / "models--sapienzanlp--Minerva-350M-base-v1.0"
+    snapshot = repo / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(revision)
+    for file in (
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
+        shutil.copy(f"{catalogue()['sae-italian-mini'].official}/{file}", snapshot)
+    config = json.loads((snapshot / "config.json").read_text())
+    code = """import sae_italian
+from transformer_lens import HookedTransformer
+model = HookedTransformer.from_pretrained('minerva-350m')
+print(model.cfg.model_name, model.cfg.d_model)"""
+    out = run(code, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert out.split()[-1] == str(config["hidden_size"]) == str(mini.config.hidden_size)
+    assert "Minerva-350M" in out

@@ -1,0 +1,154 @@
+"""The commands as a person types them: what they print, what they refuse, and with which exit code."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sae_italian.cli import main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_help_is_instant():
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "sae_italian.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "quickstart" in done.stdout and time.perf_counter() - started < 2  # 0.1 s on a quiet machine
+
+
+def test_models_list_and_show(capsys):
+    code, out, _ = run(capsys, "models", "list")
+    assert code == 0 and "sapienzanlp/Minerva-1B-base-v1.0" in out and "sae-italian-mini" in out
+    code, out, _ = run(capsys, "models", "show", "mini", "--json")
+    assert code == 0 and json.loads(out)["n_layers"] == 4
+    code, out, _ = run(capsys, "models", "show", "minerva-350m")
+    assert code == 0 and "1152" in out
+
+
+def test_models_check(capsys):
+    code, out, _ = run(capsys, "models", "check", "mini", "--json")
+    assert code == 0 and json.loads(out)["ok"] and max(json.loads(out)["differences"].values()) < 1e-4
+
+
+def test_corpora_preview(capsys, jsonl):
+    code, out, _ = run(capsys, "corpora", "preview", "micro-italiano", "-n", "2", "--json")
+    assert code == 0 and len(json.loads(out)) == 2
+    code, out, _ = run(capsys, "corpora", "preview", jsonl, "-n", "1")
+    assert code == 0 and "Documento numero 0. La città è più bella" in out
+
+
+def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
+    """The commands one after the other, each fed with what the one before wrote."""
+    code, out, _ = run(capsys, "evaluate", trained_sae, "--tokens", 3000, "--json")
+    assert code == 0 and json.loads(out)["l0"]["value"] == 16
+    cache = tmp_path / "cache"
+    code, out, _ = run(capsys, "cache", "build", trained_sae, "--tokens", 30_000, "--out", cache)
+    assert code == 0
+    code, out, _ = run(capsys, "cache", "info", cache, "--json")
+    info = json.loads(out)
+    assert info["complete"] and info["windows"] * 128 >= 30_000 and info["hook_name"] == "blocks.2.hook_resid_post"
+    assert run(capsys, "cache", "verify", cache)[0] == 0
+    code, out, _ = run(capsys, "autointerp", cache, "--latents", 40, "--json")
+    results = json.loads(out)
+    assert code == 0 and results["autointerp"]["n_latents"] == 40
+    assert results["autointerp"]["shuffled_detection"]["value"] == pytest.approx(0.5, abs=0.1)
+    assert results["random"]["n_latents"] == 40 and results["gold"]
+    code, out, err = run(capsys, "autointerp", cache, "--latents", 41)
+    assert code == 2 and "another latents" in err
+    assert run(capsys, "autointerp", cache, "--latents", 41, "--overwrite", "--no-random-control")[0] == 0
+    code, out, _ = run(capsys, "browse", cache, "--out", tmp_path / "report")
+    assert code == 0 and (tmp_path / "report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "Did you mean 'train'"),
+        (["models", "shwo", "x"], "Did you mean 'show'"),
+        (["models", "show", "minervaa-1b"], "Did you mean 'minerva-1b'"),
+        (["corpora", "preview", "nowhere.jsonl"], "neither 'micro-italiano' nor a local file"),
+        (["train", "mini/topkk.yaml"], "Did you mean 'configs/mini/topk.yaml'"),
+        (["train", "mini/topk.yaml", "sae.kk=3", "--out", "x"], "unknown key 'sae.kk'"),
+        (["train", "mini/topk.yaml", "corpus=nope.jsonl", "--out", "x"], "corpus 'nope.jsonl'"),
+        (["train", "mini/topk.yaml", "hook_name=blocks.2.hook_resid", "--out", "x"], "hook_name 'blocks.2.hook_resid'"),
+        (["train", "mini/topk.yaml", "training_tokens=5", "--out", "x"], "less than one batch"),
+        (["evaluate", "nowhere"], "neither a folder nor"),
+        (["cache", "info", "nowhere"], "not a feature cache"),
+        (["autointerp", "nowhere"], "not a feature cache"),
+        (["autointerp", "nowhere", "--latents", "0"], "must be 1 or more"),
+        (["browse", "nowhere"], "not a feature cache"),
+    ],
+)
+def test_what_the_user_can_fix_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and message in err, err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert not Path("x").exists()
+
+
+def test_an_sae_of_another_width(capsys, trained_sae, tmp_path):
+    from sae_italian.models.train_mini import Recipe, build_model
+    from tests.corpora.test_packing import TOKENIZERS
+
+    build_model(Recipe(d_model=64, n_heads=2, d_mlp=64, vocab_size=400)).save_pretrained(tmp_path / "small")
+    TOKENIZERS["metaspace"].save_pretrained(tmp_path / "small")
+    for command in (["evaluate", trained_sae], ["cache", "build", trained_sae, "--out", tmp_path / "c"]):
+        code, _, err = run(capsys, *command, "--model", tmp_path / "small")
+        assert code == 2 and "d_in" in err and "64" in err and err.count("\n") == 1
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_corpus_without_a_text_column_and_one_too_short(capsys, trained_sae, tmp_path):
+    file = tmp_path / "titoli.csv"
+    file.write_text("testo,id\nciao,1\n")
+    code, _, err = run(capsys, "cache", "build", trained_sae, "--corpus", file, "--out", tmp_path / "c")
+    assert code == 2 and "no column 'text'" in err and "Did you mean 'testo'" in err
+    code, _, err = run(
+        capsys,
+        "cache",
+        "build",
+        trained_sae,
+        "--corpus",
+        file,
+        "--text-column",
+        "testo",
+        "--split",
+        "all",
+        "--out",
+        tmp_path / "c",
+    )
+    assert code == 2 and "fewer than the 300,000" in err
+
+
+def test_a_read_only_or_full_disk_is_no_traceback(capsys, trained_sae, tmp_path, monkeypatch):
+    from sae_italian.cache import build
+
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device", "acts/00000.safetensors")
+
+    monkeypatch.setattr(build, "save_file", full)
+    code, _, err = run(capsys, "cache", "build", trained_sae, "--tokens", 1000, "--out", tmp_path / "c")
+    assert code == 2 and "No space left on device" in err and err.count("\n") == 1
+    monkeypatch.undo()
+    assert run(capsys, "cache", "build", trained_sae, "--tokens", 1000, "--out", tmp_path / "c", "--resume")[0] == 0
+
+
+def test_a_defect_of_ours_is_not_dressed_up(monkeypatch):
+    import sae_italian.cli as cli
+
+    monkeypatch.setattr(cli, "_models_list", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["models", "list"])

@@ -1,0 +1,86 @@
+"""The whole way in small, stopped and resumed; and on real Italian where it is at hand."""
+
+import json
+
+import pytest
+
+from sae_italian.errors import UsageError
+from sae_italian.quickstart import quickstart, table_of
+
+SMALL = (
+    "training_tokens=40960",
+    "sae.d_sae=256",
+    "train_batch_size_tokens=1024",
+    "buffer_tokens=8192",
+    "lr_warm_up_steps=5",
+    "lr_decay_steps=10",
+    "dead_feature_window=20",
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quick") / "out"
+    return out, quickstart(out, "mini/topk.yaml", *SMALL, cache_tokens=40_000, card_tokens=10_000)
+
+
+def test_it_ends_with_a_report_and_a_table(done):
+    out, results = done
+    assert (out / "report" / "index.html").is_file() and results["report"] == str(out / "report" / "index.html")
+    table = table_of(results)
+    for row in (
+        "L0",
+        "Explained variance, centred",
+        "Explained variance, uncentred",
+        "CE loss recovered",
+        "Dead latents",
+        "Explained latents with detection ≥ 0.8",
+        "Shuffled explanations",
+        "Token lookup",
+        "Random SAE: latents",
+        "Gold labels with a latent",
+        "Random SAE: gold labels",
+    ):
+        assert row in table, row
+    assert (out / "results.md").read_text() == table + "\n"
+    assert results["card"]["l0"]["value"] == 16
+    assert results["autointerp"]["shuffled_detection"]["value"] == pytest.approx(0.5, abs=0.06)
+    assert results["autointerp"]["share_detected"]["value"] > 0.3
+
+
+def test_nothing_in_the_report_asks_for_the_network(done):
+    out, _ = done
+    for file in (out / "report").rglob("*"):
+        if file.suffix in (".html", ".js", ".css"):
+            text = file.read_text(encoding="utf-8")
+            assert "https://" not in text.replace("https://www.w3.org", "") and "fetch(" not in text, file
+
+
+def test_a_second_run_is_refused_and_resuming_gives_the_same(done):
+    out, results = done
+    with pytest.raises(UsageError, match="--resume"):
+        quickstart(out, "mini/topk.yaml", *SMALL, cache_tokens=40_000, card_tokens=10_000)
+    again = quickstart(out, "mini/topk.yaml", *SMALL, cache_tokens=40_000, card_tokens=10_000, resume=True)
+    assert json.dumps(again["autointerp"]) == json.dumps(results["autointerp"])
+    assert again["card"]["explained_variance"] == results["card"]["explained_variance"]
+
+
+@pytest.mark.shared
+def test_real_italian(shared, tmp_path):
+    """The same call on a model of real text with news and law as corpus."""
+    corpus = ",".join(
+        str(shared / "data/italian" / name) for name in ("kind_wikinews.jsonl.gz", "italian_law_codes.jsonl.gz")
+    )
+    results = quickstart(
+        tmp_path / "real",
+        "mini/topk.yaml",
+        *SMALL,
+        f"model={shared / 'models/ita-5m'}",
+        f"corpus={corpus}",
+        cache_tokens=40_000,
+        card_tokens=8_000,
+        latents=60,
+    )
+    assert results["gold"] == [] and results["autointerp"]["n_explained"] > 20
+    assert results["autointerp"]["detection"]["value"] > 0.6
+    assert 0 < results["card"]["explained_variance"]["value"] < 1

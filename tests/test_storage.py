@@ -1,0 +1,40 @@
+import pytest
+
+from sae_italian.errors import UsageError, nearest
+from sae_italian.storage import atomic_path, claim_folder, fingerprint, write_text
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    file = tmp_path / "a.txt"
+    write_text(file, "old")
+    with pytest.raises(RuntimeError), atomic_path(file) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_claiming(tmp_path):
+    out = tmp_path / "out"
+    assert claim_folder(out, "train", {"lr": 1, "sae": {"k": 4}}) is False
+    assert claim_folder(out, "train", {"lr": 1, "sae": {"k": 4}}, resume=True) is True
+    with pytest.raises(UsageError, match="sae.k was 4, is now 5"):
+        claim_folder(out, "train", {"lr": 1, "sae": {"k": 5}}, resume=True)
+    with pytest.raises(UsageError, match="not a cache run"):
+        claim_folder(out, "cache", {}, resume=True)
+    (out / "old.bin").write_text("x")
+    assert claim_folder(out, "train", {"lr": 2}, overwrite=True) is False
+    assert not (out / "old.bin").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        claim_folder(tmp_path / "file", "train", {})
+
+
+def test_fingerprint_ignores_order_only():
+    assert (
+        fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1}) != fingerprint({"a": 1, "b": [2, 1]})
+    )
+
+
+def test_nearest():
+    assert nearest("lern_rate", ["lr", "learn_rate"]) == "Did you mean 'learn_rate'?"
+    assert nearest("zzz", ["a", "b"]) == "Valid: a, b."

@@ -1,0 +1,94 @@
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sae_italian.errors import UsageError
+from sae_italian.training import load_config, load_spec
+from sae_italian.training.config import configs_folder, find_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_load_config_is_saelens_own_object():
+    from sae_lens import LanguageModelSAERunnerConfig, TopKTrainingSAEConfig
+
+    config = load_config("mini/topk.yaml", "sae.k=64", "lr=2e-4")
+    assert type(config) is LanguageModelSAERunnerConfig and type(config.sae) is TopKTrainingSAEConfig
+    assert config.sae.k == 64 and config.lr == 2e-4
+    assert config.sae.d_in == 128 and config.model_name == "sae-italian-mini"
+    assert config.hook_name == "blocks.2.hook_resid_post" and config.exclude_special_tokens is True
+
+
+@pytest.mark.parametrize("path", ["configs/mini/topk.yaml", "mini/topk.yaml", "mini/topk"])
+def test_shipped_configs_are_found_by_name(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(path) == configs_folder() / "mini" / "topk.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sea.k=3"], "unknown key 'sea'.*'sae'"),
+        (["learning_rate=1"], "unknown key 'learning_rate'"),
+        (["sae.kk=3"], "unknown key 'sae.kk'.*'k'"),
+        (["sae.architecture=topkk"], "Did you mean 'topk'"),
+        (["lr=viel"], "config key 'lr'"),
+        (["lr=-1"], "config key 'lr'"),
+        (["sae.k=4096"], "below sae.d_sae"),
+        (["sae.d_in=7"], "has 128"),
+        (["hook_name=blocks.9.hook_resid_post"], "layers 0 to 3"),
+        (["hook_name=blocks.2.hook_resid_pst"], "Did you mean 'blocks.2.hook_resid_post'"),
+        (["model=minervva-1b"], "Did you mean 'minerva-1b'"),
+        (["lr"], "key=value"),
+        (["model.name=x"], "is a value, not a group"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(overrides, message):
+    with pytest.raises(UsageError, match=message) as error:
+        load_config("mini/topk.yaml", *overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_config_offers_the_nearest():
+    with pytest.raises(UsageError, match="Did you mean 'configs/mini/topk.yaml'"):
+        load_spec("configs/mini/tokp.yaml")
+
+
+@pytest.mark.parametrize("text", ["model: [", "- a\n- b\n"])
+def test_a_file_that_is_no_config(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UsageError, match="a.yaml"):
+        load_spec(tmp_path / "a.yaml")
+
+
+def test_the_wheel_ships_configs_and_the_mini_model(tmp_path):
+    """Built without isolation: the build backend is a development dependency."""
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for wanted in (
+        "sae_italian/configs/mini/topk.yaml",
+        "sae_italian/models/catalogue.yaml",
+        "sae_italian/models/mini/model.safetensors",
+        "sae_italian/models/mini/tokenizer.json",
+        "sae_italian/browser/static/app.js",
+    ):
+        assert wanted in names
+    assert not [name for name in names if name.startswith("tests")]
