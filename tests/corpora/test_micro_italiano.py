@@ -18,17 +18,17 @@ from sae_italian.corpora.micro_italiano import (
     ioi_prompts,
     vocabulary,
 )
-from sae_italian.corpora.micro_italiano.items import in_words
-from sae_italian.corpora.micro_italiano.lexicon import lexicon
+from sae_italian.corpora.micro_italiano.grammar import load_grammar
+from sae_italian.corpora.micro_italiano.lexicon import in_words, load_lexicon
 from sae_italian.corpora.micro_italiano.morphology import adjective, enclitic, plural
 from sae_italian.corpora.micro_italiano.realise import onset, sandhi
 
-REGISTERS = {"news", "recipe", "law", "dialogue", "narrative"}
+REGISTERS = {"news", "recipe", "law", "dialogue", "narrative", "exercise"}
 CONSTRUCTIONS = (
     "ioi negation question passive relative date comparative clitic_left enclitic conditional subjunctive existential "
     "impersonal_si imperative infinitive_command quote"
-).split()
-PINNED = "@@PINNED@@"
+)
+PINNED = "eac284e0072d133cb0e02ab6d95351a394d6c541a4ae0f61a7924752d9739a0d"
 
 
 @lru_cache(maxsize=1)
@@ -74,9 +74,9 @@ def test_documents_is_random_access() -> None:
     assert list(documents(3, seed=4, start=7)) == [document(i, 4) for i in (7, 8, 9)]
 
 
-def test_documents_have_four_to_twelve_sentences() -> None:
+def test_documents_have_four_to_thirteen_sentences_mostly_up_to_nine() -> None:
     sizes = [sum(d.text[s.start : s.end] in (".", "?", "!") for s in d.words) for d in corpus()]
-    assert min(sizes) >= 4 and max(sizes) <= 12
+    assert min(sizes) >= 4 and max(sizes) <= 13
     assert sum(size <= 9 for size in sizes) / len(sizes) > 0.95
 
 
@@ -84,12 +84,12 @@ LINT = {
     "uncontracted preposition": r"\b([Dd]i|[Aa]|[Dd]a|[Ii]n|[Ss]u) (il|lo|la|i|gli|le|l')\b(?! (ho|ha|hanno|aveva))",
     "double space": r"  ",
     "space before punctuation": r" [.,;:?!»]",
-    "space after opening": r"[«'] ",
+    "space after opening": r"« |(?<!\b[VvFfDdSs]a)(?<!\b[Ss]ta)(?<!\bpo)(?<!\b[Dd]i)' ",
     "no space after punctuation": r"[.,;:?!»](?=[A-Za-zàèéìòù«])",
     "article before vowel": r"\b(il|lo|la|un[oa]|quell[oa]|del|dell[oa]|all[oa]|nell[oa]|sull[oa]|dall[oa]) (?=[aeiouàèéìòùh])"
     r"(?!ha|ho|a(?:veva|vrà|vrebbe|ssaggi|ma\b|bbracci)|e\b|ed\b|o\b|a\b|in\b|ancora|al|anche|è|era|un)",
     "il before impure": r"\b([Ii]l|[Uu]n|[Dd]el|[Aa]l|[Nn]el|[Ss]ul|[Dd]al|[Qq]uel|[Bb]el) (s[bcdfglmnpqrtvz]|z|gn|ps)",
-    "lo before pure": r"\b(uno|dello|allo|nello|sullo|dallo|quello) (?!s[bcdfglmnpqrtvz]|z|gn|ps|stesso)[a-z]",
+    "lo before pure": r"\b(uno|dello|allo|nello|sullo|dallo) (?!s[bcdfglmnpqrtvz]|z|gn|ps|stesso)[a-z]",
     "i before vowel": r"\b(i|dei|ai|nei|sui|dai|quei|bei) (?=[aeiou]|s[bcdfglmnpqrtvz]|z|gn|ps)",
     "doubled word": r"\b(\w+) \1\b",
     "lower case after full stop": r"[.?!] [a-zàèéìòù]",
@@ -101,13 +101,10 @@ LINT = {
 @pytest.mark.parametrize("name", LINT)
 def test_lint(name: str) -> None:
     pattern = re.compile(LINT[name])
-    ignored = 0
     for doc in corpus():
         for match in pattern.finditer(doc.text):
-            if name == "lower case after full stop" or name == "no space after punctuation":
-                if re.search(r"\d[.]$", doc.text[: match.start() + 1]):
-                    ignored += 1
-                    continue
+            if re.search(r"\d[.]$", doc.text[: match.start() + 1]) and "after" in name:  # alle 18.30
+                continue
             pytest.fail(f"{name}: {doc.text[max(0, match.start() - 40) : match.end() + 30]!r} in {doc.doc_id}")
 
 
@@ -115,7 +112,7 @@ def test_every_register_construction_and_label_value_occurs() -> None:
     report = vocabulary(2000, 11)
     assert set(report["registers"]) == REGISTERS
     assert min(report["registers"].values()) > 100
-    assert set(report["constructions"]) == set(CONSTRUCTIONS)
+    assert set(report["constructions"]) == set(CONSTRUCTIONS.split())
     assert min(report["constructions"].values()) >= 50
     expected = {
         "gender": "Masc Fem",
@@ -141,7 +138,14 @@ def test_finite_cells_occur() -> None:
             if span.labels.get("verbform") == "Fin":
                 cell = tuple(span.labels[key] for key in ("mood", "tense", "person", "number"))
                 cells[cell] = cells.get(cell, 0) + 1
-    for mood, tense in (("Ind", "Pres"), ("Ind", "Imp"), ("Ind", "Fut"), ("Cnd", "Pres"), ("Sub", "Pres"), ("Sub", "Imp")):
+    for mood, tense in (
+        ("Ind", "Pres"),
+        ("Ind", "Imp"),
+        ("Ind", "Fut"),
+        ("Cnd", "Pres"),
+        ("Sub", "Pres"),
+        ("Sub", "Imp"),
+    ):
         for person in "123":
             for number in ("Sing", "Plur"):
                 assert cells.get((mood, tense, person, number), 0) > 0, (mood, tense, person, number)
@@ -149,7 +153,7 @@ def test_finite_cells_occur() -> None:
 
 def test_ioi_sentences_are_eight_to_twelve_in_a_hundred_and_always_name_the_other() -> None:
     sentences = found = 0
-    names = {token.form for noun in lexicon().classes["nome"] if (token := noun.tokens[0])}
+    names = {token.form for noun in load_lexicon().classes["nome"] if (token := noun.tokens[0])}
     registers = set()
     for doc in corpus():
         sentences += sum(doc.text[s.start : s.end] in (".", "?", "!") for s in doc.words)
@@ -170,7 +174,9 @@ def test_ioi_prompts() -> None:
     prompts = ioi_prompts(300, seed=3)
     assert prompts == ioi_prompts(300, seed=3) and prompts != ioi_prompts(300, seed=4)
     assert [p.order for p in prompts[:4]] == ["ABBA", "BABA", "ABBA", "BABA"]
-    assert len({p.template for p in prompts}) == 18
+    rules = ("ioi_testa", "ioi_testa_abituale", "ioi_testa_oggi")
+    templates = {f"{name}/{k}" for name in rules for k in range(len(load_grammar().rules[name].alternatives))}
+    assert {p.template for p in prompts} == templates and len(templates) >= 12
     for p in prompts:
         assert p.text.endswith(" a") and p.io != p.subject
         order = re.findall(rf"\b({p.io}|{p.subject})\b", p.text)
@@ -182,20 +188,17 @@ def test_agreement_pairs_are_balanced_and_not_elided() -> None:
     pairs = agreement_pairs(400, seed=1)
     assert pairs == agreement_pairs(400, seed=1)
     assert sum(p.kind == "gender" for p in pairs) == 200
-    directions: dict[tuple[str, str], int] = {}
-    for p in pairs:
+    for index, p in enumerate(pairs):
         assert p.right != p.wrong and not p.prefix.endswith(("'", " "))
         assert onset(p.right) == onset(p.wrong)
-        kinds = {(t.labels["gender"], t.labels["number"]) for t in _analyses(p.right)}
-        key = next(iter(kinds))[0 if p.kind == "gender" else 1]
-        directions[(p.kind, key)] = directions.get((p.kind, key), 0) + 1
-    assert set(directions.values()) == {100}, directions
+        key, values = {"gender": ("gender", ("Masc", "Fem")), "number": ("number", ("Sing", "Plur"))}[p.kind]
+        side = index // 2 % 2  # the two directions alternate
+        assert values[side] in _values(p.right, key) and values[1 - side] in _values(p.wrong, key)
 
 
-def _analyses(form: str) -> list:
-    tokens = [token for noun in lexicon().nouns.values() for token in noun.tokens if token and token.form == form]
-    assert tokens, form
-    return tokens
+def _values(form: str, key: str) -> set[str]:
+    tokens = [token for noun in load_lexicon().nouns.values() for token in noun.tokens if token and token.form == form]
+    return {token.labels[key] for token in tokens}
 
 
 # hand-written: present, then one or two forms of each other tense
@@ -246,15 +249,15 @@ PARTICIPLES = (
     "proporre proposto ridurre ridotto leggere letto scrivere scritto prendere preso mettere messo promettere promesso "
     "vedere visto rivedere rivisto aprire aperto coprire coperto offrire offerto chiudere chiuso chiedere chiesto "
     "rispondere risposto perdere perso vincere vinto conoscere conosciuto nascere nato vivere vissuto cuocere cotto "
-    "rompere rotto aggiungere aggiunto accendere acceso spegnere spento decidere deciso togliere tolto tenere tenuto "
-    "ottenere ottenuto finire finito garantire garantito parlare parlato ricevere ricevuto sorridere sorriso "
-    "succedere successo intervenire intervenuto crescere cresciuto sapere saputo volere voluto dare dato"
-).split()
+    "rompere rotto aggiungere aggiunto accendere acceso spegnere spento decidere deciso tenere tenuto "
+    "ritenere ritenuto finire finito garantire garantito parlare parlato ricevere ricevuto sorridere sorriso "
+    "succedere successo intervenire intervenuto sapere saputo volere voluto dare dato"
+)
 
 
 @pytest.mark.parametrize("lemma", CONJUGATION)
 def test_conjugation(lemma: str) -> None:
-    verb = lexicon().verbs[lemma]
+    verb = load_lexicon().verbs[lemma]
     groups = [group.split() for group in CONJUGATION[lemma].split("|")]
     assert [token.form for token in verb.finite["pres"]] == groups[0]
     for tense, forms in zip(("imp", "fut", "cond", "sub", "subimp"), groups[1:], strict=True):
@@ -262,7 +265,7 @@ def test_conjugation(lemma: str) -> None:
 
 
 def test_whole_paradigms() -> None:
-    verb = lexicon().verbs["prendere"]
+    verb = load_lexicon().verbs["prendere"]
     forms = {tense: " ".join(token.form for token in tokens) for tense, tokens in verb.finite.items()}
     assert forms == {
         "pres": "prendo prendi prende prendiamo prendete prendono",
@@ -275,8 +278,9 @@ def test_whole_paradigms() -> None:
 
 
 def test_participles_gerunds_and_imperatives() -> None:
-    verbs = lexicon().verbs
-    for lemma, participle in zip(PARTICIPLES[::2], PARTICIPLES[1::2], strict=True):
+    verbs = load_lexicon().verbs
+    forms = PARTICIPLES.split()
+    for lemma, participle in zip(forms[::2], forms[1::2], strict=True):
         assert verbs[lemma].participle[0][0].form == participle
     gerunds = {"fare": "facendo", "dire": "dicendo", "bere": "bevendo", "proporre": "proponendo", "finire": "finendo"}
     gerunds |= {"dare": "dando", "essere": "essendo", "uscire": "uscendo", "cercare": "cercando"}
@@ -284,8 +288,8 @@ def test_participles_gerunds_and_imperatives() -> None:
         assert verbs[lemma].single["ger"].form == form
     orders = {"fare": "fa' fate", "essere": "sii siate", "avere": "abbi abbiate", "prendere": "prendi prendete"}
     orders |= {"mescolare": "mescola mescolate", "unire": "unisci unite", "dare": "da' date", "venire": "vieni venite"}
-    for lemma, forms in orders.items():
-        assert [verbs[lemma].single[key].form for key in ("imp2", "imp5")] == forms.split()
+    for lemma, pair in orders.items():
+        assert [verbs[lemma].single[key].form for key in ("imp2", "imp5")] == pair.split()
 
 
 @pytest.mark.parametrize(
@@ -360,9 +364,8 @@ def test_sandhi(kind: str, form: str, following: str, expected: str) -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [in_words(n) for n in (2, 17, 21, 23, 28, 40, 108, 200)] == (
-        "due diciassette ventuno ventitré ventotto quaranta centootto duecento".split()
-    )
+    words = " ".join(in_words(n) for n in (2, 17, 21, 23, 28, 40, 108, 200))
+    assert words == "due diciassette ventuno ventitré ventotto quaranta centootto duecento"
 
 
 def test_contracted_preposition_and_enclitic_labels() -> None:
@@ -384,8 +387,8 @@ def test_participle_agrees_with_subject_or_clitic() -> None:
     joined = 0
     for doc in corpus():
         for first, second in zip(doc.words, doc.words[1:], strict=False):
-            if first.labels["lemma"] == "essere" and second.labels.get("verbform") == "Part":
-                if "number" in first.labels and first.labels.get("verbform") == "Fin":
-                    joined += 1
-                    assert first.labels["number"] == second.labels["number"], doc.text
+            auxiliary = first.labels["lemma"] == "essere" and first.labels.get("verbform") == "Fin"
+            if auxiliary and second.labels.get("verbform") == "Part":
+                joined += 1
+                assert first.labels["number"] == second.labels["number"], doc.text
     assert joined > 500

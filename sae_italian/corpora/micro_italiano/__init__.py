@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from sae_italian.corpora.micro_italiano.grammar import grammar
+from sae_italian.corpora.micro_italiano.grammar import load_grammar
 from sae_italian.corpora.micro_italiano.items import Context, cumulate, weighted
 from sae_italian.corpora.micro_italiano.prompts import agreement_pairs, ioi_prompts
 from sae_italian.corpora.micro_italiano.realise import realise
@@ -28,7 +28,7 @@ __all__ = [
     "vocabulary",
 ]
 
-REGISTER_WEIGHTS = {"narrative": 0.36, "news": 0.2, "recipe": 0.12, "law": 0.12, "dialogue": 0.2}
+REGISTER_WEIGHTS = {"narrative": 0.32, "news": 0.17, "recipe": 0.11, "law": 0.11, "dialogue": 0.17, "exercise": 0.12}
 _REGISTERS = tuple(REGISTER_WEIGHTS)
 _CUMULATIVE = cumulate(tuple(REGISTER_WEIGHTS.values()))
 
@@ -37,7 +37,7 @@ def document(index: int, seed: int = 0) -> Document:
     """Return document `index` of the corpus of `seed`."""
     ctx = Context(f"{seed}/{index}")
     register = _REGISTERS[weighted(ctx, _CUMULATIVE)]
-    grammar().rules["doc_" + register].run(ctx, [])
+    load_grammar().rules["doc_" + register].run(ctx, [])
     text, words, constructions = realise(ctx.out, ctx.spans)
     return Document(text, f"micro-italiano/{seed}/{index}", register, words, constructions)
 

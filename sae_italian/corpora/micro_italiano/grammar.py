@@ -14,8 +14,10 @@ A file holds rules; `name(A,B):` opens one (`name!` : its alternatives are not r
     verb.key^S^O    finite tense (pres imp fut cond sub subimp), compound (pp trap condp subp subtrap), its first or
                     second word (pp1 pp2), inf ger imp2 imp4 imp5, part^X, cmd^T ncmd^T (an order to T, a ban);
                     +lo^O adds an enclitic; S is the subject
-    #2-28 #30-90/10 #w2-9 #w2-9k #year #time   numbers                            $rule(A,B)*2-4   another rule, repeated
-    <name ... >     a construction span ("<cmd^T" an order)                         _ _f _p _fp _io _tu _noi _voi  someone unnamed
+    #2-28 #30-90/10 #w2-9 #w2-9k #year #time    numbers: in digits, in steps, in words, in thousands
+    $rule(A,B)*2-4  another rule, repeated
+    <name ... >     a construction span; "<cmd^T" is an order to T
+    _ _f _p _fp _io _tu _noi _voi               someone unnamed, to agree with
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from functools import lru_cache
 
 from sae_italian.corpora.micro_italiano import items
 from sae_italian.corpora.micro_italiano.items import Context, Env, Step
-from sae_italian.corpora.micro_italiano.lexicon import Lexicon, data_text, lexicon
+from sae_italian.corpora.micro_italiano.lexicon import Lexicon, data_text, load_lexicon
 
-GRAMMAR_FILES = ("common", "ioi", "narrative", "news", "recipe", "law", "dialogue", "pairs")
+GRAMMAR_FILES = ("common", "ioi", "narrative", "news", "recipe", "law", "dialogue", "pairs", "exercise")
 _HEADER = re.compile(r"^(\w+)(!?)(?:\(([\w,]*)\))?:$")
 _CALL = re.compile(r"^\$(\w+)(?:\(([\w,]*)\))?(?:\*(\d)-(\d))?$")
 _VERB = re.compile(r"^([\w/]+)\.([a-z]+[1245]?)(?:\+(\w+))?((?:\^\w+)*)$")
@@ -240,19 +242,19 @@ class _Parser:
         slot = self._slot(name)
         if head in self.names:
             return items.agree_with(self.names.index(head), slot)
-        if head in items.PRONOUNS:
+        if head in self.lex.pronouns or head == "glielo":
             return items.pronoun(head, slot, self.lex)
         return items.agree(self.lex.agreeing[head], slot)
 
     def _verb(self, match: re.Match[str]) -> Step:
         head, key, clitic = match[1], match[2], match[3]
         slots = [self._slot(name) for name in match[4].split("^") if name]
-        where = self.names.index(head) if head in self.names else None
-        verb = None if where is not None else self.lex.verbs[head]
+        where = self.names.index(head) if head in self.names else -1
+        verb = self.lex.verbs[head] if where < 0 else None
         return items.verb(verb, where, key, clitic, slots, self.lex)
 
 
 @lru_cache(maxsize=1)
-def grammar() -> Grammar:
+def load_grammar() -> Grammar:
     """Return the compiled grammar, built on first use."""
-    return Grammar(lexicon())
+    return Grammar(load_lexicon())

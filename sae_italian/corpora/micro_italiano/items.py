@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from sae_italian.corpora.micro_italiano.lexicon import CLITICS, Grid, Lexicon, Noun, Verb
-from sae_italian.corpora.micro_italiano.records import NUMBERS, Ref, Token, labels_of
+from sae_italian.corpora.micro_italiano.lexicon import CLITICS, Grid, Lexicon, Noun, Verb, in_words
+from sae_italian.corpora.micro_italiano.records import Ref, Token, labels_of
 
 Env = list[Any]
 Step = Callable[["Context", Env], None]
@@ -222,7 +222,7 @@ def place(slot: int) -> Step:
 
 def subject(slot: int, lex: Lexicon) -> Step:
     """Emit X as subject, or nothing, or a pronoun, when X was the subject of the sentence before."""
-    pronouns = _pronoun_tokens("lui", lex)
+    pronouns = lex.pronouns["lui"]
 
     def step(ctx: Context, env: Env) -> None:
         ref: Ref = env[slot]
@@ -231,7 +231,7 @@ def subject(slot: int, lex: Lexicon) -> Step:
             draw = ctx.chance()
             if draw < DROP_SHARE:
                 return
-            if draw < DROP_SHARE + PRONOUN_SHARE and ref.core[0].labels["upos"] == "PROPN":
+            if draw < DROP_SHARE + PRONOUN_SHARE and ref.number == 0 and ref.core[0].labels["upos"] == "PROPN":
                 ctx.out.append(pronouns[_person(ref)][ref.gender])
                 return
         if ref.core[-1].labels["upos"] != "PROPN":
@@ -265,37 +265,11 @@ def _person(ref: Ref) -> int:
     return ref.person - 1 + 3 * ref.number
 
 
-PRONOUNS = ("mi", "lo", "gli", "lui", "glielo")
-
-
-def _pronoun_tokens(kind: str, lex: Lexicon) -> list[tuple[Token, Token]]:
-    """Return [person + 3 * plural] -> (masculine, feminine) tokens."""
-    feminine = {("lo", 2): "la", ("lo", 5): "le", ("gli", 2): "le", ("lui", 2): "lei"}
-    rows = []
-    for index, form in enumerate(CLITICS[kind]):
-        pair = []
-        for gender, shown in ((0, form), (1, feminine.get((kind, index), form))):
-            shows = (kind, index) in feminine
-            lemma = {"la": "lo", "li": "lo"}.get(shown, "lo" if kind == "lo" and index == 5 else shown)
-            reflexive = kind == "mi" and index in (2, 5)
-            labels = labels_of(
-                lemma,
-                "PRON",
-                gender=("Masc", "Fem")[gender] if shows else None,
-                number=None if reflexive else NUMBERS[index // 3],
-                person=index % 3 + 1,
-            )
-            pair.append(Token(shown, labels, "lo" if kind == "lo" and index == 2 else ""))
-        rows.append((pair[0], pair[1]))
-    return rows
-
-
 def pronoun(kind: str, slot: int, lex: Lexicon) -> Step:
     """Emit the pronoun for X: reflexive mi, accusative lo, dative gli, stressed lui, or glielo agreeing with X."""
     if kind == "glielo":
-        grid = tuple(tuple(_glielo(form, g, n) for n, form in enumerate(row)) for g, row in enumerate(_GLIELO))
-        return agree(grid, slot)  # type: ignore[arg-type]
-    tokens = _pronoun_tokens(kind, lex)
+        return agree(lex.agreeing["glielo"], slot)
+    tokens = lex.pronouns[kind]
 
     def step(ctx: Context, env: Env) -> None:
         ref = env[slot]
@@ -304,23 +278,16 @@ def pronoun(kind: str, slot: int, lex: Lexicon) -> Step:
     return step
 
 
-_GLIELO = (("glielo", "glieli"), ("gliela", "gliele"))
+def verb(fixed: Verb | None, where: int, key: str, clitic: str | None, slots: list[int], lex: Lexicon) -> Step:
+    """Emit a form of the verb `fixed`, or else of the one bound in slot `where`.
 
-
-def _glielo(form: str, gender: int, number: int) -> Token:
-    labels = labels_of("glielo", "PRON", gender=("Masc", "Fem")[gender], number=NUMBERS[number], person=3)
-    return Token(form, labels, "lo" if number == 0 else "")
-
-
-def verb(
-    fixed: Verb | None, where: int | None, key: str, clitic: str | None, slots: list[int], lex: Lexicon
-) -> Step:
-    """Emit a verb form. `slots` are the subject and, for a participle after a clitic, the object."""
+    `slots` are the subject and, for a participle after a clitic, the object.
+    """
     if clitic is not None:
         return _with_clitic(fixed, where, key, clitic, slots, lex)
     part = key[-1] if key[-1] in "12" and key[:-1] in _COMPOUND else ""
     tense = key[:-1] if part else key
-    reflexive = _pronoun_tokens("mi", lex)
+    reflexive = lex.pronouns["mi"]
     if key in ("inf", "ger", "imp2", "imp4", "imp5", "cmd", "ncmd"):
         return _single(fixed, where, key, slots)
     if key == "part":
@@ -363,7 +330,7 @@ def _mode(key: str, ref: Ref | None) -> str:
     return "inf" if key == "ncmd" and mode == "imp2" else mode
 
 
-def _single(fixed: Verb | None, where: int | None, key: str, slots: list[int]) -> Step:
+def _single(fixed: Verb | None, where: int, key: str, slots: list[int]) -> Step:
     def step(ctx: Context, env: Env) -> None:
         entry = fixed or env[where]
         ref = env[slots[0]] if slots else None
@@ -378,12 +345,10 @@ def _single(fixed: Verb | None, where: int | None, key: str, slots: list[int]) -
     return step
 
 
-def _with_clitic(
-    fixed: Verb | None, where: int | None, key: str, clitic: str, slots: list[int], lex: Lexicon
-) -> Step:
+def _with_clitic(fixed: Verb | None, where: int, key: str, clitic: str, slots: list[int], lex: Lexicon) -> Step:
     """Attach lo, gli, glielo, melo, telo, celo (agreeing with a slot) or a fixed pronoun (ne, ci, mi, si...)."""
     stem = {"glielo": "glie", "melo": "me", "telo": "te", "celo": "ce", "velo": "ve"}.get(clitic)
-    tokens = _pronoun_tokens("lo" if stem else clitic, lex) if stem or clitic in CLITICS and slots else None
+    tokens = lex.pronouns["lo" if stem else clitic] if stem or clitic in CLITICS and slots else None
 
     def step(ctx: Context, env: Env) -> None:
         form = clitic
@@ -404,9 +369,9 @@ def number(spec: str) -> Step:
         return _one_of([Token(text, labels_of(text, "NUM")) for text in times])
     if spec == "year":
         return _one_of([Token(str(year), labels_of(str(year), "NUM")) for year in range(1990, 2025)])
-    bounds, _, step = spec.lstrip("w").partition("/")
-    low, _, high = bounds.rstrip("k").partition("-")
-    words, thousands = spec[0] == "w", "mila" if bounds.endswith("k") else ""
+    words, thousands = spec[0] == "w", "mila" if spec[-1] == "k" else ""
+    bounds, _, step = spec.strip("wk").partition("/")
+    low, _, high = bounds.partition("-")
     span = range(int(low), int(high) + 1, int(step or 1))
     numbers = [in_words(value) + thousands if words else str(value) for value in span]
     return _one_of([Token(text, labels_of(text, "NUM")) for text in numbers])
@@ -414,22 +379,3 @@ def number(spec: str) -> Step:
 
 def _one_of(tokens: list[Token]) -> Step:
     return lambda ctx, env: ctx.out.append(tokens[int(ctx.chance() * len(tokens))])
-
-
-_UNITS = ["zero", "uno", "due", "tre", "quattro", "cinque", "sei", "sette", "otto", "nove", "dieci", "undici", "dodici", "tredici", "quattordici", "quindici", "sedici", "diciassette", "diciotto", "diciannove"]
-_TENS = ["x", "dieci", "venti", "trenta", "quaranta", "cinquanta", "sessanta", "settanta", "ottanta", "novanta"]
-
-
-def in_words(value: int) -> str:
-    """Return a number from 0 to 999 in words: 21 ventuno, 28 ventotto, 23 ventitré, 200 duecento."""
-    if value >= 100:
-        head = "cento" if value < 200 else _UNITS[value // 100] + "cento"
-        return head + (in_words(value % 100) if value % 100 else "")
-    if value < 20:
-        return _UNITS[value]
-    tens, unit = _TENS[value // 10], value % 10
-    if unit == 0:
-        return tens
-    if unit in (1, 8):
-        tens = tens[:-1]
-    return tens + ("tré" if unit == 3 else _UNITS[unit])

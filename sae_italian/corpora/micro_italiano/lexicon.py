@@ -94,17 +94,11 @@ class Verb:
             self._enclitics[(key, clitic)] = token
         return token
 
-    def as_auxiliary(self) -> Verb:
-        """Return the same verb with part of speech AUX."""
-        return self._relabelled("AUX")
-
-    def as_full_verb(self) -> Verb:
-        """Return the same verb with part of speech VERB."""
-        return self._relabelled("VERB")
-
-    def _relabelled(self, upos: str) -> Verb:
+    def variant(self, upos: str, takes_essere: bool) -> Verb:
+        """Return the same verb as another part of speech or with another auxiliary («è finito», «ha finito»)."""
         other = object.__new__(Verb)
         other.__dict__.update(self.__dict__)
+        other.takes_essere = takes_essere
 
         def change(token: Token) -> Token:
             return Token(token.form, {**token.labels, "upos": upos}, token.kind)
@@ -145,6 +139,7 @@ class Lexicon:
 
     def __init__(self) -> None:
         self.words: dict[str, Token] = {}
+        self.pronouns = {kind: _pronoun_forms(kind) for kind in CLITICS}  # [person + 3 * plural][gender]
         self.agreeing: dict[str, Grid] = {}
         self.verbs: dict[str, Verb] = {}
         self.classes: dict[str, tuple[Noun, ...]] = {}
@@ -155,21 +150,19 @@ class Lexicon:
         self._load_words(yaml.safe_load(data_text("words.yaml")))
         self._load_nouns(yaml.safe_load(data_text("nouns.yaml")))
         self._load_verbs(yaml.safe_load(data_text("verbs.yaml")))
-        self.agreeing.update({"il": self.articles, "un": self.indefinite})
+        self.agreeing.update({"il": self.articles, "un": self.indefinite, "glielo": _glielo_grid()})
         self._add_literals()
 
     def _add_literals(self) -> None:
-        """Let the grammar name any tagged word without its tag, any noun, any adjective, in this order."""
-        for name, token in list(self.words.items()):
+        """Let the grammar name any form as it stands: untagged words first, nouns, adjectives, tagged words, the rest."""
+        tagged = list(self.words.values())
+        nouns = [token for noun in self.nouns.values() for token in noun.tokens if token is not None]
+        forms: dict[str, list[Token]] = {"ADJ": [], "DET": []}
+        for name, ((ms, mp), (fs, fp)) in self.agreeing.items():
+            if "/" not in name and "<" not in name and ms.labels["upos"] in forms:
+                forms[ms.labels["upos"]] += [ms, mp, fs, fp]
+        for token in (*nouns, *forms["ADJ"], *tagged, *forms["DET"]):
             self.words.setdefault(token.form, token)
-        for noun in self.nouns.values():
-            for token in noun.tokens:
-                if token is not None:
-                    self.words.setdefault(token.form, token)
-        for name, forms in self.agreeing.items():
-            if "/" not in name and "<" not in name and forms[0][0].labels["upos"] in ("ADJ", "DET"):
-                for token in (*forms[0], *forms[1]):
-                    self.words.setdefault(token.form, token)
 
     @staticmethod
     def _article_grid(lemma: str, forms: tuple[str, str, str, str]) -> Grid:
@@ -242,7 +235,7 @@ class Lexicon:
             return Token(text, labels_of(lemma, upos, gender=gender, number=NUMBERS[number]))
 
         singular_token = None if "+" in options else token(lemma, 0)
-        plural_token = None if "-" in options else token(lemma if "+" in options else form, 1)
+        plural_token = None if "-" in options else token(form, 1)
         noun = Noun(lemma, genders, (singular_token, plural_token))
         if place is not None and singular_token is not None:
             preposition = self.words[place.rstrip("0")]
@@ -265,12 +258,11 @@ class Lexicon:
         for name, base in data["reflexive"].items():
             entry = irregular.get(base, {})
             self.verbs[name] = Verb(base, conjugate(base, irregular=entry), takes_essere=True, reflexive=True)
-        self.auxiliary = {True: self.verbs["essere"], False: self.verbs["avere"].as_auxiliary()}
-        self.verbs["avere/x"] = self.auxiliary[False]
-        self.verbs["esserci"] = self.verbs["essere"].as_full_verb()
-        self.verbs["passare_t"] = Verb("passare", conjugate("passare"), takes_essere=False, reflexive=False)
-        self.verbs["finire_e"] = Verb("finire", conjugate("finire", isc=True), takes_essere=True, reflexive=False)
-        self.verbs["volere/v"] = self.verbs["volere"].as_full_verb()
+        for name, entry in data["variants"].items():
+            verb = self.verbs[entry["of"]]
+            takes_essere = entry["aux"] == "essere" if "aux" in entry else verb.takes_essere
+            self.verbs[name] = verb.variant(entry.get("upos", verb.upos), takes_essere)
+        self.auxiliary = {True: self.verbs["essere"], False: self.verbs["avere/x"]}
 
     def _add_verb(self, lemma: str, isc: bool, entry: dict[str, str], takes_essere: bool) -> None:
         self.verbs[lemma] = Verb(lemma, conjugate(lemma, isc, entry), takes_essere, reflexive=False)
@@ -292,7 +284,53 @@ def _word_kind(name: str, form: str, upos: str) -> str:
     return ""
 
 
+def _pronoun_forms(kind: str) -> list[tuple[Token, Token]]:
+    """Return (masculine, feminine) tokens of a personal pronoun, by person + 3 * plural."""
+    feminine = {("lo", 2): "la", ("lo", 5): "le", ("gli", 2): "le", ("lui", 2): "lei"}
+    rows = []
+    for index, form in enumerate(CLITICS[kind]):
+        shown = (kind, index) in feminine
+        number = None if kind == "mi" and index % 3 == 2 else NUMBERS[index // 3]  # the reflexive si shows none
+        pair = []
+        for gender, text in enumerate((form, feminine.get((kind, index), form))):
+            labels = labels_of(
+                text, "PRON", gender=GENDERS[gender] if shown else None, number=number, person=index % 3 + 1
+            )
+            pair.append(Token(text, labels, "lo" if kind == "lo" and index == 2 else ""))
+        rows.append((pair[0], pair[1]))
+    return rows
+
+
+def _glielo_grid() -> Grid:
+    def token(form: str, gender: int, number: int) -> Token:
+        labels = labels_of("glielo", "PRON", gender=GENDERS[gender], number=NUMBERS[number], person=3)
+        return Token(form, labels, "" if number else "lo")
+
+    return (token("glielo", 0, 0), token("glieli", 0, 1)), (token("gliela", 1, 0), token("gliele", 1, 1))
+
+
 @lru_cache(maxsize=1)
-def lexicon() -> Lexicon:
+def _number_words() -> dict[str, list[str]]:
+    return {key: value.split() for key, value in yaml.safe_load(data_text("words.yaml"))["numbers"].items()}
+
+
+def in_words(value: int) -> str:
+    """Return a number from 0 to 999 in words: 21 ventuno, 28 ventotto, 23 ventitré, 200 duecento."""
+    units, all_tens = _number_words()["units"], _number_words()["tens"]
+    if value >= 100:
+        head = "cento" if value < 200 else units[value // 100] + "cento"
+        return head + (in_words(value % 100) if value % 100 else "")
+    if value < 20:
+        return units[value]
+    tens, unit = all_tens[value // 10 - 1], value % 10
+    if unit == 0:
+        return tens
+    if unit in (1, 8):
+        tens = tens[:-1]
+    return tens + ("tré" if unit == 3 else units[unit])
+
+
+@lru_cache(maxsize=1)
+def load_lexicon() -> Lexicon:
     """Return the lexicon, loaded on first use."""
     return Lexicon()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from sae_italian.corpora.micro_italiano.grammar import Grammar, grammar
+from sae_italian.corpora.micro_italiano.grammar import Grammar, load_grammar
 from sae_italian.corpora.micro_italiano.items import Context
 from sae_italian.corpora.micro_italiano.lexicon import Noun
 from sae_italian.corpora.micro_italiano.realise import onset, realise
 from sae_italian.corpora.micro_italiano.records import AgreementPair, IoiPrompt, Ref, Token
 
-_IOI_RULES = ("ioi_testa", "ioi_testa_oggi")
+_IOI_RULES = ("ioi_testa", "ioi_testa_abituale", "ioi_testa_oggi")
 _DETERMINERS = ("il", "il", "un", "questo", "quello")
 
 
@@ -25,7 +25,7 @@ def ioi_prompts(n: int, seed: int = 0) -> list[IoiPrompt]:
 
     A is the indirect object (the answer `io`), B the giver (`subject`), as in Wang et al. 2022, arXiv:2211.00593.
     """
-    rules = grammar()
+    rules = load_grammar()
     return [_ioi_prompt(rules, Context(f"ioi/{seed}/{index}"), index) for index in range(n)]
 
 
@@ -53,7 +53,7 @@ def _named(noun: Noun) -> Ref:
 
 def agreement_pairs(n: int, seed: int = 0) -> list[AgreementPair]:
     """Return `n` pairs, gender and number in turn, each direction (masculine, feminine; singular, plural) as often."""
-    rules = grammar()
+    rules = load_grammar()
     return [_agreement_pair(rules, Context(f"agreement/{seed}/{index}"), index) for index in range(n)]
 
 
