@@ -47,17 +47,13 @@ def _one_line(error: BaseException) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' notices and bars off a terminal that shows ours; what the environment asks for wins."""
+    """Keep other libraries' notices off a terminal that shows ours; what the environment asks for wins."""
     import logging
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    if "transformers" not in sys.modules:
-        os.environ.setdefault("TQDM_MININTERVAL", "0.5")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -153,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(commands, "browse", _browse, "write the latent browser of a cache: a folder that opens from disk")
     sub.add_argument("cache", type=Path)
     sub.add_argument("--out", type=Path, help="default: <cache>-report beside the cache")
+    sub.add_argument("--latent", type=int, help="print this latent's card here instead of writing the folder")
     sub.add_argument("--model", help="default: the model the cache was built with")
     return parser
 
@@ -362,8 +359,16 @@ def _browse(options: argparse.Namespace) -> None:
     from sae_italian.quickstart import report_of
 
     cache = FeatureCache.open(options.cache)
+    tokenizer = load_tokenizer(options.model or cache.manifest.model)
+    if options.latent is not None:
+        from sae_italian.browser.report import latent_card
+        from sae_italian.browser.text import card_text
+
+        row, card = latent_card(cache, tokenizer, options.latent)
+        _show(options, {**row, **card}, card_text(row, card))
+        return
     out = options.out or options.cache.resolve().with_name(f"{options.cache.resolve().name}-report")
-    index = report_of(cache, load_tokenizer(options.model or cache.manifest.model), out)
+    index = report_of(cache, tokenizer, out)
     _show(options, {"report": str(index)}, f"Report: {index}")
 
 

@@ -70,6 +70,12 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
     assert run(capsys, "autointerp", cache, "--latents", 41, "--overwrite", "--no-random-control")[0] == 0
     code, out, _ = run(capsys, "browse", cache, "--out", tmp_path / "report")
     assert code == 0 and (tmp_path / "report" / "index.html").is_file()
+    code, out, _ = run(capsys, "browse", cache, "--latent", 3, "--json")
+    strongest = json.loads(out)["groups"][0]["contexts"][0]
+    code, out, _ = run(capsys, "browse", cache, "--latent", 3)
+    assert code == 0 and out.startswith("latent 3: ") and f"{strongest['max']:.2f}" in out and "**" in out
+    code, _, err = run(capsys, "browse", cache, "--latent", 999)
+    assert code == 2 and "latents 0 to 255" in err
 
 
 @pytest.mark.parametrize(
@@ -105,6 +111,7 @@ def test_an_sae_of_another_width(capsys, trained_sae, tmp_path):
 
     build_model(Recipe(d_model=64, n_heads=2, d_mlp=64, vocab_size=400)).save_pretrained(tmp_path / "small")
     TOKENIZERS["metaspace"].save_pretrained(tmp_path / "small")
+    capsys.readouterr()
     for command in (["evaluate", trained_sae], ["cache", "build", trained_sae, "--out", tmp_path / "c"]):
         code, _, err = run(capsys, *command, "--model", tmp_path / "small")
         assert code == 2 and "d_in" in err and "64" in err and err.count("\n") == 1

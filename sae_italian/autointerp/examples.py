@@ -2,7 +2,8 @@
 
 An example is a segment: at most `width` consecutive tokens of one document. Documents are divided once, by a seeded
 hash, into train (explain), val (choose) and test (score), so no document serves two purposes. Negatives are segments in
-which the cache shows no activation of the latent at all. Segments of equal tokens count once.
+which the cache shows no activation of the latent at all, of the same lengths as the positives. Segments of equal tokens
+count once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from jaxtyping import Float, Int
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.splits import PARTS, Part, document_parts
 from sae_italian.corpora.packing import NO_DOCUMENT
+
+LENGTH_STEP = 4  # tokens
 
 
 class Examples(NamedTuple):
@@ -79,7 +82,7 @@ class ExampleSource:
         return np.random.default_rng([self.seed, latent, *purpose.encode()])
 
     def draw(self, latent: int, activity: Activity, part: Part, n: int) -> Examples:
-        """Return up to n positive segments, the same number from each tenth of their maxima, and as many silent ones."""
+        """Return up to n positive segments, equally from each tenth of their maxima, and as many silent ones as long."""
         number = PARTS.index(part)
         rng = self.rng(latent, part)
         active = np.unique(activity.segment)
@@ -87,11 +90,26 @@ class ExampleSource:
         here = here[np.sort(np.unique(self.content[here], return_index=True)[1])]
         positive = _stratified(here, self.maxima(activity)[here], n, rng)
         pool = self._pools[part]
-        candidates = pool[rng.permutation(len(pool))[: 4 * n + len(active)]]
         # silent here, and not a copy of a segment that is active elsewhere
-        silent = candidates[~np.isin(self.content[candidates], self.content[active])]
-        n_each = min(len(positive), len(silent))
-        return Examples(positive[:n_each] if len(positive) > n_each else positive, silent[:n_each])
+        silent = rng.permutation(pool[~np.isin(self.content[pool], self.content[active])])
+        return Examples(*self._matched(positive, silent))
+
+    def _matched(
+        self, positive: Int[np.ndarray, " n"], silent: Int[np.ndarray, " s"]
+    ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+        """Return as many silent segments as positive ones, of the same lengths (to 4 tokens); surplus is left out.
+
+        Longer segments are likelier to hold any token at all, so without this a judge could go by length.
+        """
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        ours, theirs = self.length[positive] // LENGTH_STEP, self.length[silent] // LENGTH_STEP
+        for length in np.unique(ours):
+            here, there = positive[ours == length], silent[theirs == length]
+            n = min(len(here), len(there))
+            pairs.append((here[:n], there[:n]))
+        if not pairs:
+            return positive[:0], silent[:0]
+        return np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
 
     def maxima(self, activity: Activity) -> Float[np.ndarray, " segments"]:
         """Return the latent's largest activation in every segment, 0 where it is silent."""

@@ -19,34 +19,49 @@ from sae_italian.cache.splits import PARTS
 
 Family = Literal["token", "previous", "bigram"]
 FAMILIES: tuple[Family, ...] = ("token", "previous", "bigram")  # simplest first
-MAX_KEYS = 512
+# A rule that lists hundreds of keys remembers, it does not explain; pairs are many and each says little.
+MAX_KEYS: dict[Family, int] = {"token": 128, "previous": 64, "bigram": 32}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Expected activation by key; a token fires when it is at least `threshold`. Keys are sorted."""
+    """Expected activation by key, keys sorted; a token fires when its key's weight is at least `threshold`."""
 
     family: Family
     keys: Int[np.ndarray, " keys"]
-    weights: Float[np.ndarray, " keys"]
-    mass: Float[np.ndarray, " keys"]  # share of the latent's activation on the key
-    threshold: float
-    precision: float  # on the training documents, token by token
-    recall: float
+    weights: Float[np.ndarray, " keys"]  # mean activation on the key in the training documents, zeros included
+    mass: Float[np.ndarray, " keys"]  # share of the latent's activation that lies on the key
+    active: Int[np.ndarray, " keys"]  # occurrences of the key on which the latent fires, in the training documents
+    total: Int[np.ndarray, " keys"]  # occurrences of the key there
+    n_active: int  # all tokens on which the latent fires there
+    threshold: float = 0.0
+
+    @property
+    def firing(self) -> Bool[np.ndarray, " keys"]:
+        return (self.weights > 0) & (self.weights >= self.threshold)
+
+    @property
+    def precision(self) -> float:
+        """Share of the tokens on which the rule fires that the latent fires on too, in the training documents."""
+        claimed = int(self.total[self.firing].sum())
+        return float(self.active[self.firing].sum() / claimed) if claimed else 0.0
+
+    @property
+    def recall(self) -> float:
+        return float(self.active[self.firing].sum() / self.n_active) if self.n_active else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        arrays = {"keys": self.keys.tolist(), "weights": self.weights.tolist(), "mass": self.mass.tolist()}
-        numbers = {name: getattr(self, name) for name in ("family", "threshold", "precision", "recall")}
-        return {**numbers, **arrays}
+        """Return the rule as plain JSON values, with the precision and recall that follow from it."""
+        fields = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()
+        }
+        return {**fields, "precision": self.precision, "recall": self.recall}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Rule:
-        arrays = {"keys": np.array(values["keys"], dtype=np.int64)}
-        arrays |= {name: np.array(values[name], dtype=np.float64) for name in ("weights", "mass")}
-        return cls(**{**values, **arrays})
-
-    def with_threshold(self, threshold: float) -> Rule:
-        return Rule(**{**self.__dict__, "threshold": threshold})
+        kinds = {"keys": np.int64, "active": np.int64, "total": np.int64, "weights": np.float64, "mass": np.float64}
+        arrays = {name: np.array(values[name], dtype=kind) for name, kind in kinds.items()}
+        return cls(family=values["family"], n_active=values["n_active"], threshold=values["threshold"], **arrays)
 
 
 class KeyTable:
@@ -82,20 +97,17 @@ def fit(source: ExampleSource, table: KeyTable, activity: Activity, family: Fami
     active = np.bincount(index, minlength=len(keys))
     mass = np.bincount(index, weights=activity.value[train], minlength=len(keys))
     total = table.count(family, keys)
-    order = np.lexsort((-active, -(active / total)))[:MAX_KEYS]
-    true = np.cumsum(active[order])
-    claimed = np.cumsum(total[order])
-    f1 = 2 * true / (claimed + active.sum())
-    n = int(np.argmax(f1)) + 1
-    chosen = np.sort(order[:n])
+    order = np.lexsort((-active, -(active / total)))[: MAX_KEYS[family]]
+    f1 = 2 * np.cumsum(active[order]) / (np.cumsum(total[order]) + active.sum())
+    chosen = np.sort(order[: int(np.argmax(f1)) + 1])
     return Rule(
         family=family,
         keys=keys[chosen],
         weights=(mass / total)[chosen],
         mass=(mass / mass.sum())[chosen],
-        threshold=0.0,
-        precision=float(true[n - 1] / claimed[n - 1]),
-        recall=float(true[n - 1] / active.sum()),
+        active=active[chosen],
+        total=total[chosen],
+        n_active=int(active.sum()),
     )
 
 
@@ -106,44 +118,48 @@ def fires(rule: Rule, predicted: Float[np.ndarray, "n width"]) -> Bool[np.ndarra
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
+_WORDS = {
+    "it": {
+        "token": "su",
+        "previous": "subito dopo",
+        "bigram": "nella sequenza",
+        "more": "e altri",
+        "one more": "e un altro",
+        "ending": "spesso in",
+        "tail": "({mass} dell'attivazione, precisione {precision})",
+    },
+    "en": {
+        "token": "on",
+        "previous": "right after",
+        "bigram": "in the sequence",
+        "more": "and others:",
+        "one more": "and one more",
+        "ending": "often ending in",
+        "tail": "({mass} of the activation, precision {precision})",
+    },
+}
+
+
 def describe(rule: Rule, vocab: int, strings: list[str], language: Literal["it", "en"], shown: int = 6) -> str:
     """Return the rule in one sentence of Italian or English. `strings` are the tokens as text, by id."""
-    order = np.argsort(-rule.mass, kind="stable")
-    kept = [int(key) for key in rule.keys[order]]
-    share = f"{100 * rule.mass.sum():.0f} %"
+    say = _WORDS[language]
+    keys, mass = rule.keys[rule.firing], rule.mass[rule.firing]
+    order = np.argsort(-mass, kind="stable")
+    heaviest = [int(key) for key in keys[order]]
+    ends = [strings[key % vocab] for key in heaviest]
     if rule.family == "bigram":
-        firsts, seconds = [strings[key // vocab] for key in kept], [strings[key % vocab] for key in kept]
-        pairs = [f"«{first.strip()}{second}»" for first, second in zip(firsts, seconds, strict=True)]
-        listed = _listed(list(dict.fromkeys(pairs)), shown, language)
-        ending = _common_ending(seconds, rule.mass[order])
-        text = {"it": f"nella sequenza {listed}", "en": f"in the sequence {listed}"}[language]
+        quoted = [f"«{strings[key // vocab].strip()}{end}»" for key, end in zip(heaviest, ends, strict=True)]
     else:
-        words = [strings[key] for key in kept]
-        listed = _listed(list(dict.fromkeys(f"«{word.strip() or word}»" for word in words)), shown, language)
-        ending = _common_ending(words, rule.mass[order])
-        before = rule.family == "previous"
-        text = {
-            "it": f"{'subito dopo' if before else 'su'} {listed}",
-            "en": f"{'right after' if before else 'on'} {listed}",
-        }[language]
-    if ending:
-        text += {"it": f", spesso in -{ending}", "en": f", often ending in -{ending}"}[language]
-    tail = {
-        "it": f" ({share} dell'attivazione, precisione {rule.precision:.2f})",
-        "en": f" ({share} of the activation, precision {rule.precision:.2f})",
-    }[language]
-    return text + tail
-
-
-def _listed(items: list[str], shown: int, language: Literal["it", "en"]) -> str:
-    more = len(items) - shown
-    text = ", ".join(items[:shown])
-    if more > 0:
-        text += {
-            "it": f" e {'altri' if more > 1 else 'un altro'}{f' {more}' if more > 1 else ''}",
-            "en": f" and {more} more",
-        }[language]
-    return text
+        quoted = [f"«{end.strip() or end}»" for end in ends]
+    distinct = list(dict.fromkeys(quoted))
+    text = f"{say[rule.family]} {', '.join(distinct[:shown])}"
+    if len(distinct) > shown:
+        rest = len(distinct) - shown
+        text += f" {say['one more']}" if rest == 1 else f" {say['more']} {rest}"
+    if ending := _common_ending(ends, mass[order]):
+        text += f", {say['ending']} -{ending}"
+    precision = f"{rule.precision:.2f}".replace(".", "," if language == "it" else ".")
+    return f"{text} {say['tail'].format(mass=f'{100 * mass.sum():.0f} %', precision=precision)}"
 
 
 def _common_ending(words: list[str], mass: Float[np.ndarray, " keys"], least: float = 0.8) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sae_italian.errors import UsageError
 from sae_italian.storage import fingerprint
 
 EXPLAINER, LOOKUP = "token-statistics", "token-lookup"
+WORTH = 0.02  # balanced accuracy on the validation examples that each step from token to previous to bigram must bring
 LEAST_POSITIVES = {"train": 10, "val": 5, "test": 10}
 STORE_FILE = "autointerp.sqlite"
 
@@ -94,7 +95,8 @@ class _Run:
             status = "too few activations" if len(activity.position) else "dead"
             return [Explanation(latent, explainer, status, "", "", None) for explainer in (EXPLAINER, LOOKUP)]
         fitted = {family: self.tuned(activity, parts["val"], family) for family in FAMILIES}
-        best = max(FAMILIES, key=lambda family: round(fitted[family][1], 2))  # the first, simplest, among equals
+        # a family further down the list must be worth its complexity
+        best = max(FAMILIES, key=lambda family: fitted[family][1] - WORTH * FAMILIES.index(family))
         return [
             self.explanation(latent, EXPLAINER, fitted[best][0]),
             self.explanation(latent, LOOKUP, fitted["token"][0]),
@@ -108,7 +110,7 @@ class _Run:
             for segments in (val.positive, val.negative)
         ]
         threshold, accuracy = best_threshold(*strengths)
-        return rule.with_threshold(threshold), accuracy
+        return replace(rule, threshold=threshold), accuracy
 
     def explanation(self, latent: int, explainer: str, rule: Rule) -> Explanation:
         texts = self.describe(rule, language="it"), self.describe(rule, language="en")

@@ -24,7 +24,8 @@ from sae_italian.browser.schema import (
     RunRecord,
     ScoreRecord,
 )
-from sae_italian.cache import FeatureCache
+from sae_italian.cache import FeatureCache, Manifest
+from sae_italian.models import parse_hook_name
 from sae_italian.storage import utc_now
 
 GOLD_SHOWN = 0.5  # F1 from which a label is shown on a latent's card
@@ -78,7 +79,7 @@ class CardMaker:
             version=__version__,
             model=manifest.model,
             model_note=self.report.model_note,
-            sae=manifest.sae,
+            sae=short_name(manifest),
             hook_name=manifest.hook_name,
             d_in=manifest.d_in,
             d_sae=manifest.d_sae,
@@ -98,9 +99,9 @@ class CardMaker:
         )
 
     def rows(self) -> list[RowRecord]:
-        return [self._row(latent) for latent in range(self.cache.manifest.d_sae)]
+        return [self.row(latent) for latent in range(self.cache.manifest.d_sae)]
 
-    def _row(self, latent: int) -> RowRecord:
+    def row(self, latent: int) -> RowRecord:
         explanation = self.explanations.get(latent)
         own = self.values.get((EXPLAINER, "detection"), {}).get(latent)
         lookup = self.values.get((LOOKUP, "detection"), {}).get(latent)
@@ -228,6 +229,13 @@ class CardMaker:
             max=float(values.max()),
             segments=split_text(text, spans, values),
         )
+
+
+def short_name(manifest: Manifest) -> str:
+    """Return the SAE's name as in Llama Scope: layer, site and expansion, e.g. `L14R-32x`."""
+    hook = parse_hook_name(manifest.hook_name)
+    expansion = manifest.d_sae / manifest.d_in
+    return f"L{hook.layer}{hook.site or ''}-{expansion:g}x" if expansion >= 1 else f"L{hook.layer}{hook.site or ''}"
 
 
 def _score(row: dict[str, Any]) -> ScoreRecord:

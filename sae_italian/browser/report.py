@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.browser.cards import CardMaker, Report
+from sae_italian.browser.schema import CardRecord, RowRecord
 from sae_italian.browser.table import records
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
@@ -19,9 +20,22 @@ def write_report(cache: FeatureCache, tokenizer: Any, out: Path, *, title: str =
 
     Scores are read from `autointerp.sqlite` and numbers from `results.json` in the cache's folder, where they exist.
     """
+    maker = CardMaker(read_report(cache, tokenizer, title=title, model_note=model_note))
+    return write_browser(out, maker.run_record(), maker.rows(), maker.cards())
+
+
+def latent_card(cache: FeatureCache, tokenizer: Any, latent: int) -> tuple[RowRecord, CardRecord]:
+    """Return the records of one latent. Raises: UsageError when there is no such latent."""
+    cache.latent(latent)
+    maker = CardMaker(read_report(cache, tokenizer))
+    return maker.row(latent), maker.card(latent)
+
+
+def read_report(cache: FeatureCache, tokenizer: Any, *, title: str = "", model_note: str = "") -> Report:
+    """Gather what lies beside a cache."""
     file, store = cache.folder / RESULTS, cache.folder / "autointerp.sqlite"
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    report = Report(
+    return Report(
         cache=cache,
         tokenizer=tokenizer,
         store=store if store.is_file() else None,
@@ -31,5 +45,3 @@ def write_report(cache: FeatureCache, tokenizer: Any, out: Path, *, title: str =
         gold=results.get("gold") or [],
         model_note=model_note,
     )
-    maker = CardMaker(report)
-    return write_browser(out, maker.run_record(), maker.rows(), maker.cards())

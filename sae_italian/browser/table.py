@@ -111,17 +111,18 @@ def records(results: dict[str, Any], which: str) -> list[MetricRecord]:
 
 
 def _note(name: str, results: dict[str, Any]) -> tuple[str, str]:
+    """Return the Italian and the English note of a metric; thousands are separated as each language does."""
     card, auto = results.get("card") or {}, results.get("autointerp") or {}
     if name == "dead":
-        return f"su {card['n_tokens']:,} token", f"in {card['n_tokens']:,} tokens"
-    if name == "share_detected":
-        return (
-            f"{auto['n_explained']:,} spiegati di {auto['n_latents']:,}",
-            f"{auto['n_explained']:,} explained of {auto['n_latents']:,}",
-        )
-    if name == "shuffled_detection":
+        note = f"su {card['n_tokens']:,} token", f"in {card['n_tokens']:,} tokens"
+    elif name == "share_detected":
+        numbers = f"{auto['n_explained']:,}", f"{auto['n_latents']:,}"
+        note = "{} spiegati di {}".format(*numbers), "{} explained of {}".format(*numbers)
+    elif name == "shuffled_detection":
         return "il caso dà 0,5", "chance is 0.5"
-    return "", ""
+    else:
+        return "", ""
+    return note[0].replace(",", "."), note[1]
 
 
 def text_table(metrics: Sequence[MetricRecord], extra: Sequence[tuple[str, str]] = ()) -> str:

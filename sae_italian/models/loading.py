@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,7 +84,8 @@ def _fetch(loader: Any, resolved: ResolvedModel, **arguments: Any) -> Any:
 
     name = resolved.saved_name
     try:
-        return loader(resolved.load_from, **arguments)
+        with _no_bars_in_a_pipe():
+            return loader(resolved.load_from, **arguments)
     except (OSError, ValueError) as error:
         chain = []
         cause: BaseException | None = error
@@ -100,6 +103,21 @@ def _fetch(loader: Any, resolved: ResolvedModel, **arguments: Any) -> Any:
                 f"`hf download {name}` and give the folder, or copy it into the Hugging Face cache."
             ) from error
         raise UsageError(f"{name} could not be loaded: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def _no_bars_in_a_pipe() -> Iterator[None]:
+    """Keep transformers' progress bars for terminals: in a log file they are noise."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _load_hooked(resolved: ResolvedModel, model: Any, tokenizer: Any, device: str):

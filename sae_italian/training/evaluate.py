@@ -45,7 +45,7 @@ class EvaluationCard:
     explained_variance_uncentred: Estimate  # as Llama Scope: 1 - sum|x - x^|^2 / sum|x|^2
     ce_loss: Estimate
     ce_loss_with_sae: Estimate
-    ce_loss_with_ablation: Estimate  # the hook's activation set to zero
+    ce_loss_with_ablation: Estimate  # the activation set to zero where the SAE is applied (SAELens: at BOS too)
     ce_loss_recovered: Estimate  # (ablated - with SAE) / (ablated - clean)
     kl_div_with_sae: Estimate
     dead: Estimate  # share of latents that never fired in n_tokens
@@ -142,7 +142,7 @@ def evaluate(
                 (s[:, column["ce_zero"]] - s[:, column["ce_sae"]]) / (s[:, column["ce_zero"]] - s[:, column["ce"]])
             ),
         ),
-        kl_div_with_sae=bootstrap(per_doc, ratio("kl", "n_loss")),
+        kl_div_with_sae=bootstrap(per_doc, ratio("kl", "n")),
         dead=wilson(dead, len(fired)),
         d_sae=len(fired),
         created=utc_now(),
@@ -163,13 +163,15 @@ def _measure(
         new[keep] = x_hat.to(activation.dtype)
         return new
 
+    def zero(activation: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+        return torch.where(keep[..., None], 0.0, activation)
+
     clean = model(tokens, use_cache=False).logits
     replaced = logits_with_replacement(model, tokens, hook_name, with_sae)
-    zeroed = logits_with_replacement(model, tokens, hook_name, torch.zeros_like)
+    zeroed = logits_with_replacement(model, tokens, hook_name, zero)
     has_loss = keep.clone()
     has_loss[:, -1] = False
     kept, flat = x[keep].double(), has_loss[keep]
-    kl = _kl(clean, replaced)
 
     def at_kept(per_position: Float[Tensor, "batch pos"]) -> np.ndarray:
         return torch.where(flat, per_position[keep].double(), 0.0).cpu().numpy()
@@ -183,7 +185,7 @@ def _measure(
         "ce": at_kept(_loss(clean, tokens)),
         "ce_sae": at_kept(_loss(replaced, tokens)),
         "ce_zero": at_kept(_loss(zeroed, tokens)),
-        "kl": at_kept(kl),
+        "kl": _kl(clean, replaced)[keep].double().cpu().numpy(),
         "fired": (latents != 0).any(0),
     }
     return rows, kept.cpu().numpy(), keep

@@ -113,6 +113,7 @@ def test_parts_are_disjoint_by_document_and_negatives_are_silent(planted):
             assert set(parts[source.doc[np.concatenate([positive, negative])]].tolist()) == {number}
             assert len(set(source.content[positive].tolist())) == len(positive)
             assert not set(source.content[positive].tolist()) & set(source.content[negative].tolist())
+            assert sorted(source.length[positive] // 4) == sorted(source.length[negative] // 4)
             for segments, expected in ((positive, True), (negative, False)):
                 for positions in source.grid(segments):
                     assert bool(active_positions & set(positions.tolist())) is expected
@@ -134,10 +135,15 @@ def test_the_parts_do_not_depend_on_the_order_of_documents(planted):
 # --- judges whose score is known -------------------------------------------------------------------------------------
 
 
-def rule_over(table: KeyTable, keys) -> Rule:
-    keys = np.sort(np.asarray(keys))
-    ones = np.ones(len(keys))
-    return Rule("token", keys, ones, ones / max(len(keys), 1), 0.5, 1.0, 1.0)
+def a_rule(family, keys, mass, active=10, total=10) -> Rule:
+    """A rule whose keys all weigh 1."""
+    counts = (np.full(len(keys), n) for n in (active, total))
+    return Rule(family, np.asarray(keys, dtype=np.int64), np.ones(len(keys)), np.asarray(mass), *counts, n_active=100)
+
+
+def rule_over(keys) -> Rule:
+    keys = np.sort(np.asarray(keys, dtype=np.int64))
+    return a_rule("token", keys, np.ones(len(keys)) / max(len(keys), 1))
 
 
 def test_always_yes_always_no_and_oracle(planted):
@@ -148,7 +154,7 @@ def test_always_yes_always_no_and_oracle(planted):
     token = planted.tokens[planted.latent(3).position[0]]
     expected = {"yes": (range(table.vocab), 0.5), "no": ([], 0.5), "oracle": ([int(token)], 1.0)}
     for name, (keys, value) in expected.items():
-        rule = rule_over(table, list(keys))
+        rule = rule_over(list(keys))
         for score in (
             detection(source, table, rule, examples),
             fuzzing(source, table, rule, activity, examples.positive, 3),
@@ -173,7 +179,7 @@ def test_fuzzing_marks_equal_numbers_and_only_silent_decoys(planted, small_cache
 
     activity = source.activity(0)
     segments = np.flatnonzero(source.length == 32)[:20]
-    score = fuzzing(source, Spy(source), rule_over(KeyTable(source), [1]), activity, segments, 0)
+    score = fuzzing(source, Spy(source), rule_over([1]), activity, segments, 0)
     assert score.metrics["tpr"].value == 0.0
     values_seen = source.values(activity, seen[0])
     marked = (values_seen >= MARK_SHARE * values_seen.max(axis=1, keepdims=True)) & (values_seen > 0)
@@ -219,15 +225,33 @@ def test_metrics_by_hand():
 
 def test_descriptions_in_two_languages():
     strings = [" parlare", " mangiare", " dormire", " cantare", " andare", " la"]
-    rule = Rule("token", np.array([0, 1, 3, 4]), np.ones(4), np.array([0.4, 0.3, 0.1, 0.1]), 0.5, 0.95, 0.9)
+    rule = a_rule("token", [0, 1, 3, 4], [0.4, 0.3, 0.1, 0.1], active=19, total=20)
     assert describe(rule, 6, strings, "it") == (
-        "su «parlare», «mangiare», «cantare», «andare», spesso in -are (90 % dell'attivazione, precisione 0.95)"
+        "su «parlare», «mangiare», «cantare», «andare», spesso in -are (90 % dell'attivazione, precisione 0,95)"
     )
-    after = Rule("previous", np.array([5]), np.ones(1), np.array([0.8]), 0.5, 0.5, 0.5)
+    after = a_rule("previous", [5], [0.8])
     assert describe(after, 6, strings, "it").startswith("subito dopo «la»")
     assert describe(after, 6, strings, "en").startswith("right after «la»")
-    pair = Rule("bigram", np.array([5 * 6 + 2]), np.ones(1), np.array([0.8]), 0.5, 0.5, 0.5)
-    assert "«la dormire»" in describe(pair, 6, strings, "it")
+    assert "«la dormire»" in describe(a_rule("bigram", [5 * 6 + 2], [0.8]), 6, strings, "it")
+    assert "«parlare» e altri 3, spesso in -are" in describe(rule, 6, strings, "it", shown=1)
+
+
+def test_a_rule_says_only_what_it_fires_on():
+    """Keys below the threshold count neither in the text nor in precision and recall."""
+    rule = Rule(
+        "token",
+        np.array([0, 1]),
+        np.array([1.0, 0.2]),
+        np.array([0.7, 0.3]),
+        np.array([9, 6]),
+        np.array([10, 60]),
+        30,
+        0.5,
+    )
+    assert rule.precision == 0.9 and rule.recall == 0.3
+    assert describe(rule, 2, [" casa", " cosa"], "it") == "su «casa» (70 % dell'attivazione, precisione 0,90)"
+    again = Rule.from_dict(rule.as_dict())
+    assert again.precision == 0.9 and again.threshold == 0.5 and again.keys.tolist() == [0, 1]
 
 
 # --- the store -------------------------------------------------------------------------------------------------------

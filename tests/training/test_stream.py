@@ -25,10 +25,12 @@ def test_batches_are_the_models_activations_each_once(mini, jsonl):
         acts = read_activations(mini, torch.from_numpy(block.tokens), "blocks.1.hook_resid_post")
         known.append(acts[torch.from_numpy(block.tokens) != mini.tokenizer.bos_token_id])
     known = torch.cat(known)
-    keys = {tuple(row[:6].tolist()): i for i, row in enumerate(known)}
-    indices = [keys[tuple(row[:6].tolist())] for row in served]
-    assert len(set(indices)) == len(indices)
-    assert indices != sorted(indices)
+    from collections import Counter
+
+    given, got = (Counter(tuple(row[:6].tolist()) for row in rows) for rows in (known, served))
+    assert all(got[row] <= given[row] for row in got)  # equal windows give equal rows, so rows are counted
+    first = [tuple(row[:6].tolist()) for row in known[:200]]
+    assert [tuple(row[:6].tolist()) for row in served[:200]] != first
 
 
 def test_the_same_seed_serves_the_same_and_another_does_not(mini, jsonl):
