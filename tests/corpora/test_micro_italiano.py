@@ -28,7 +28,7 @@ CONSTRUCTIONS = (
     "ioi negation question passive relative date comparative clitic_left enclitic conditional subjunctive existential "
     "impersonal_si imperative infinitive_command quote"
 )
-PINNED = "eac284e0072d133cb0e02ab6d95351a394d6c541a4ae0f61a7924752d9739a0d"
+PINNED = "0a0787de82e9b54de852eb837f6983e02a647805c4d05ad0ce715d4c37b8019b"
 
 
 @lru_cache(maxsize=1)

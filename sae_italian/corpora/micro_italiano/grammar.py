@@ -16,8 +16,11 @@ A file holds rules; `name(A,B):` opens one (`name!` : its alternatives are not r
                     +lo^O adds an enclitic; S is the subject
     #2-28 #30-90/10 #w2-9 #w2-9k #year #time    numbers: in digits, in steps, in words, in thousands
     $rule(A,B)*2-4  another rule, repeated
-    <name ... >     a construction span; "<cmd^T" is an order to T
+    <name ... >     a construction span; "<cmd^T" is an order to T; ">>" ends all that are open
     _ _f _p _fp _io _tu _noi _voi               someone unnamed, to agree with
+
+"clitic_left" spans hold a direct or indirect object pronoun and the finite verb after it: «lo vede», «gli ha detto»,
+not the reflexive, ne, or ci of place.
 """
 
 from __future__ import annotations
@@ -172,6 +175,8 @@ class _Parser:
             return self._binding(*word.split(":="))
         if word == ">":
             return items.close_span
+        if word == ">>":
+            return items.close_spans
         handlers: dict[str, Callable[[str], Step]] = {
             "<": self._open,
             "$": lambda rest: self._call("$" + rest),

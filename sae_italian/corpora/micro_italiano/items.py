@@ -91,6 +91,12 @@ def close_span(ctx: Context, env: Env) -> None:
     ctx.spans.append((first, len(ctx.out), name))
 
 
+def close_spans(ctx: Context, env: Env) -> None:
+    """End every construction span still open, if any."""
+    while ctx.open:
+        close_span(ctx, env)
+
+
 def call(run: Callable[[Context, list[object]], None], slots: list[int], low: int, high: int) -> Step:
     """Run another rule between `low` and `high` times with the values in `slots`."""
     if low == high == 1:

@@ -191,6 +191,9 @@ class Lexicon:
                 possessive = lemma in ("mio", "tuo", "suo", "nostro", "vostro")
                 kind = lemma if upos == "DET" and lemma in SOUND_CHANGES else ""
                 self.agreeing[name] = possessive_grid(lemma, upos) if possessive else grid(lemma, upos, lemma, kind)
+                if upos == "NOUN":  # like the nouns' own entries: «bambine» is bambina
+                    for token in self.agreeing[name][1]:
+                        token.labels["lemma"] = self.agreeing[name][1][0].form
 
     def _load_nouns(self, data: dict[str, Any]) -> None:
         for cls, text in data["nouns"].items():
