@@ -29,10 +29,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_temporary(path: Path) -> bool:
+    """Return whether a path is what a killed `atomic_path` leaves."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,7 +101,7 @@ def claim_folder(out: Path, kind: str, spec: dict[str, Any], *, resume: bool = F
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; an output folder was expected. Give another path.")
     existing = out / RUN_FILE
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(not _is_temporary(child) for child in out.iterdir()):
         if not existing.is_file():
             raise UsageError(f"{out} is not empty and holds no run of ours. Give an empty or new folder.")
         earlier = read_json(existing)
@@ -101,6 +111,8 @@ def claim_folder(out: Path, kind: str, spec: dict[str, Any], *, resume: bool = F
             if earlier["spec"] != spec:
                 difference = _first_difference(earlier["spec"], spec)
                 raise UsageError(f"{out} holds another {kind} run ({difference}). Undo that, or use --overwrite.")
+            for left in [path for path in out.rglob(".*.tmp") if _is_temporary(path)]:
+                remove(left)
             return True
         if not overwrite:
             raise UsageError(
@@ -108,6 +120,6 @@ def claim_folder(out: Path, kind: str, spec: dict[str, Any], *, resume: bool = F
                 "Add --resume to finish it, --overwrite to replace it, or give another folder."
             )
         for child in out.iterdir():
-            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+            remove(child)
     write_json(existing, {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()})
     return False

@@ -1,9 +1,14 @@
 """The whole way in small, stopped and resumed; and on real Italian where it is at hand."""
 
 import json
+import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 
+from sae_italian.cache import FeatureCache
 from sae_italian.errors import UsageError
 from sae_italian.quickstart import quickstart, table_of
 
@@ -63,6 +68,64 @@ def test_a_second_run_is_refused_and_resuming_gives_the_same(done):
     again = quickstart(out, "mini/topk.yaml", *SMALL, cache_tokens=40_000, card_tokens=10_000, resume=True)
     assert json.dumps(again["autointerp"]) == json.dumps(results["autointerp"])
     assert again["card"]["explained_variance"] == results["card"]["explained_variance"]
+
+
+def test_a_killed_quickstart_resumes_to_the_same_results(done, tmp_path):
+    """Kill it while it trains, while it caches and while it explains; each time it goes on from there."""
+    out, expected = tmp_path / "killed", done[1]
+    sizes = ["--cache-tokens", "40000", "--card-tokens", "10000"]
+    command = [
+        sys.executable,
+        "-m",
+        "sae_italian.cli",
+        "quickstart",
+        "mini/topk.yaml",
+        *SMALL,
+        *sizes,
+        "--out",
+        str(out),
+        "--resume",
+    ]
+    marks = (out / "sae" / "metrics.jsonl", out / "cache" / "manifest.json", out / "cache" / "autointerp.sqlite")
+    for mark in marks:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        started = time.time()
+        while not mark.exists() and process.poll() is None and time.time() - started < 120:
+            time.sleep(0.05)
+        process.kill()
+        assert process.communicate()[1] == "" and mark.exists()
+    subprocess.run(command, check=True, capture_output=True)
+    results = json.loads((out / "results.json").read_text())
+    for part in ("card", "autointerp", "random", "gold", "random_gold"):
+        for key in ("created", "sae"):
+            if part == "card":
+                results[part].pop(key), expected[part].pop(key, None)
+        assert results[part] == json.loads(json.dumps(expected[part])), part
+
+
+def test_the_report_opens_from_disk_and_shows_true_text(done):
+    out, results = done
+    browser = pytest.importorskip("playwright.sync_api", reason="needs the dev extra")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs Debian's chromium")
+    asked, said = [], []
+    with browser.sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]).new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(f"file://{out}/report/index.html")
+        page.wait_for_selector("text=/Varianza spiegata|Explained variance/")
+        cache = FeatureCache.open(out / "cache")
+        latent = int(cache.statistics["max"].argmax())
+        page.goto(f"file://{out}/report/index.html#latent={latent}")
+        page.wait_for_selector("mark")
+        shown = page.inner_text("body")
+    position, value = cache.latent(latent)
+    strongest = cache.document(int(cache.doc[position[value.argmax()]]))
+    assert strongest.doc_id in shown
+    assert not said and all(url.startswith("file://") for url in asked)
 
 
 @pytest.mark.shared

@@ -38,3 +38,14 @@ def test_fingerprint_ignores_order_only():
 def test_nearest():
     assert nearest("lern_rate", ["lr", "learn_rate"]) == "Did you mean 'learn_rate'?"
     assert nearest("zzz", ["a", "b"]) == "Valid: a, b."
+
+
+def test_what_a_killed_write_left_is_cleared_and_stops_nothing(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".run.json.123.tmp").write_text("{")
+    assert claim_folder(out, "train", {}) is False
+    (out / "acts").mkdir()
+    (out / "acts" / ".00000.safetensors.9.tmp").write_text("half")
+    assert claim_folder(out, "train", {}, resume=True) is True
+    assert not list(out.rglob("*.tmp"))
