@@ -52,13 +52,13 @@ def test_corpora_preview(capsys, jsonl):
 def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
     """The commands one after the other, each fed with what the one before wrote."""
     code, out, _ = run(capsys, "evaluate", trained_sae, "--tokens", 3000, "--json")
-    assert code == 0 and json.loads(out)["l0"]["value"] == 16
+    assert code == 0 and json.loads(out)["l0"]["value"] == 8
     cache = tmp_path / "cache"
     code, out, _ = run(capsys, "cache", "build", trained_sae, "--tokens", 30_000, "--out", cache)
     assert code == 0
     code, out, _ = run(capsys, "cache", "info", cache, "--json")
     info = json.loads(out)
-    assert info["complete"] and info["windows"] * 128 >= 30_000 and info["hook_name"] == "blocks.2.hook_resid_post"
+    assert info["complete"] and info["windows"] * 128 >= 30_000 and info["hook_name"] == "blocks.1.hook_resid_post"
     assert run(capsys, "cache", "verify", cache)[0] == 0
     code, out, _ = run(capsys, "autointerp", cache, "--latents", 40, "--json")
     results = json.loads(out)

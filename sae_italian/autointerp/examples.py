@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.splits import PARTS, Part, document_parts
-from sae_italian.corpora.packing import NO_DOCUMENT
 
 LENGTH_STEP = 4  # tokens
 
@@ -51,7 +50,10 @@ class ExampleSource:
         part_of_doc = document_parts(cache, seed)
         self.segment_part = part_of_doc[self.doc]
         self.position_part = np.full(len(self.tokens), -1, dtype=np.int8)
-        counted = cache.doc != NO_DOCUMENT
+        edges = np.zeros(len(self.tokens) + 1, dtype=np.int64)
+        edges[self.start] += 1
+        edges[self.start + self.length] -= 1
+        counted = np.cumsum(edges[:-1]) > 0  # the rest lies in segments too short to be an example, or is a BOS
         self.position_part[counted] = part_of_doc[cache.doc[counted]]
 
     @cached_property

@@ -35,7 +35,7 @@ def dense(mini, trained_sae):
     tokens = torch.from_numpy(block.tokens)
     with torch.no_grad():
         acts = torch.cat(
-            [sae.encode(read_activations(mini, part, "blocks.2.hook_resid_post")) for part in tokens.split(64)]
+            [sae.encode(read_activations(mini, part, "blocks.1.hook_resid_post")) for part in tokens.split(64)]
         )
     acts[tokens == mini.tokenizer.bos_token_id] = 0
     return block, acts.flatten(0, 1).numpy()

@@ -19,7 +19,7 @@ def test_load_config_is_saelens_own_object():
     assert type(config) is LanguageModelSAERunnerConfig and type(config.sae) is TopKTrainingSAEConfig
     assert config.sae.k == 64 and config.lr == 2e-4
     assert config.sae.d_in == 128 and config.model_name == "sae-italian-mini"
-    assert config.hook_name == "blocks.2.hook_resid_post" and config.exclude_special_tokens is True
+    assert config.hook_name == "blocks.1.hook_resid_post" and config.exclude_special_tokens is True
 
 
 @pytest.mark.parametrize("path", ["configs/mini/topk.yaml", "mini/topk.yaml", "mini/topk"])

@@ -108,7 +108,7 @@ def test_intervals_hold_the_value_and_shrink_with_more_text(trained_sae, mini):
 def test_the_card_is_saved_as_json_and_markdown(trained_sae, mini, tmp_path):
     card = evaluate(load_sae(trained_sae), mini, "micro-italiano", n_tokens=2000)
     card.save(tmp_path)
-    assert json.loads((tmp_path / "card.json").read_text())["l0"]["value"] == 16
+    assert json.loads((tmp_path / "card.json").read_text())["l0"]["value"] == 8
     assert "| explained_variance |" in (tmp_path / "card.md").read_text()
 
 

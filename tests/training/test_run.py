@@ -25,7 +25,7 @@ def test_the_saved_sae_is_saelens_own(trained_sae, mini):
     from sae_italian.models import load_model
 
     sae = SAE.load_from_disk(trained_sae)
-    assert sae.cfg.architecture() == "topk" and sae.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
+    assert sae.cfg.architecture() == "topk" and sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     assert sae.cfg.metadata.model_name == "sae-italian-mini" and sae.cfg.metadata.hf_hook_name == "model.layers.2"
     hooked = load_model("sae-italian-mini", "hooked")
     tokens = torch.randint(3, 500, (1, 20))
@@ -33,8 +33,8 @@ def test_the_saved_sae_is_saelens_own(trained_sae, mini):
     spliced = hooked.run_with_saes(tokens, saes=[sae])
     assert spliced.shape == clean.shape and not torch.equal(spliced, clean)
     _, cache = hooked.run_with_cache_with_saes(tokens, saes=[sae])
-    acts = cache["blocks.2.hook_resid_post.hook_sae_acts_post"]
-    assert ((acts != 0).sum(-1) == 16).all()
+    acts = cache["blocks.1.hook_resid_post.hook_sae_acts_post"]
+    assert ((acts != 0).sum(-1) == 8).all()
 
 
 def test_training_learns(trained_sae):
@@ -42,7 +42,7 @@ def test_training_learns(trained_sae):
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
     assert rows[-1]["losses/mse_loss"] < 0.8 * rows[0]["losses/mse_loss"]
     assert rows[-1]["metrics/explained_variance"] > rows[0]["metrics/explained_variance"] + 0.2
-    assert rows[0]["metrics/l0"] == 16
+    assert rows[0]["metrics/l0"] == 8
 
 
 def test_the_seed_is_honoured(small_spec, trained_sae, tmp_path):
@@ -67,8 +67,8 @@ def test_the_stock_runner_trains_from_load_config(tmp_path, monkeypatch):
         "lr_decay_steps=0",
     )
     sae = LanguageModelSAETrainingRunner(config).run()
-    assert sae.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
-    assert sae.cfg.metadata.l0 == 16.0
+    assert sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
+    assert sae.cfg.metadata.l0 == 8.0
 
 
 # --- runs that are killed --------------------------------------------------------------------------------------------
