@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -161,6 +161,26 @@ class Packer:
         first = self.documents_taken
         self.documents_taken += len(documents)
         return PackedBlock(block[:, 0], block[:, 1], block[:, 2], block[:, 3], documents, first)
+
+    def state(self) -> dict[str, Any]:
+        """Return what is left between two shards: the window being filled, and documents whose window is not full."""
+        return {
+            "current": self.current[:, : self.filled].tolist(),
+            "windows": [window.tolist() for window in self.windows],
+            "documents": [[window, *document] for window, document in self.documents],
+            "n_documents": self.n_documents,
+            "n_taken": self.n_taken,
+            "documents_taken": self.documents_taken,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._open_window()
+        self.filled = len(state["current"][0])
+        self.current[:, : self.filled] = state["current"]
+        self.windows = [np.array(window, np.int64) for window in state["windows"]]
+        self.documents = [(window, TextDocument(*document)) for window, *document in state["documents"]]
+        self.n_documents, self.n_taken = state["n_documents"], state["n_taken"]
+        self.documents_taken = state["documents_taken"]
 
 
 def special_mask(tokens: Int[np.ndarray, "*shape"], tokenizer: PreTrainedTokenizerBase) -> Bool[np.ndarray, "*shape"]:

@@ -20,6 +20,7 @@ from sae_italian.errors import DataError, UsageError, nearest
 
 MAX_DOCUMENT_CHARS = 20_000_000  # a long novel has 1.5 million; more is a broken file
 ROWS_PER_BATCH = 256
+PRETOKENIZED = "progress.json"  # the file that tells a pretokenised folder
 
 
 class BadShard(DataError):
@@ -381,6 +382,8 @@ def _local(file: Path, root: Path) -> Shard:
 
 def _saved_to_disk(path: Path) -> list[Shard]:
     """Return the arrow files of a `datasets.save_to_disk` folder; of a DatasetDict the training split, else its first."""
+    if (path / PRETOKENIZED).is_file():  # ours: the documents beside the tokens
+        return [Shard(file.name, file, ".parquet", path.resolve().name) for file in sorted(path.glob("documents-*.parquet"))]
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         if not splits:

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 MAX_WORDS = 1_000_000  # about 200 MB; when there are more, the memory is emptied
 MAX_TOKENS = 8_000_000
-_BOUNDARY = re.compile(r"(?<=[^\s\u200b-\u200f\u2028-\u202f\ufeff]) (?=[^\s\u200b-\u200f\u2028-\u202f\ufeff])")
-_ODD_SPACE = re.compile(r"[\s\u200b-\u200f\u2028-\u202f\ufeff] | [\s\u200b-\u200f\u2028-\u202f\ufeff]|^ | $")
+WORDS_PER_TEXT = 128
+_SPACE = r"\s\u200b-\u200f\u2028-\u202f\ufeff"
+_BOUNDARY = re.compile(f"(?<=[^{_SPACE}]) (?=[^{_SPACE}])")
+_ODD_SPACE = re.compile(rf"[{_SPACE}] | [{_SPACE}]|\A | \Z")
+_JOINS = re.compile(f" [^{_SPACE}](?:.*[^{_SPACE}])?", re.DOTALL)
 
 
 class Tokens(NamedTuple):
@@ -41,12 +44,19 @@ def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UsageError(f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; a fast one is needed.")
+    if backend.truncation or backend.padding:  # left from an earlier call; documents are never cut
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
     return backend
 
 
 def _whole(backend: Any, texts: list[str]) -> list[Tokens]:
     """Tokenise texts as they are, in parallel threads."""
-    flat, counts = _encoded(backend, texts)
+    return _cut(*_encoded(backend, texts))
+
+
+def _cut(flat: Int[np.ndarray, "3 tokens"], counts: Int[np.ndarray, " texts"]) -> list[Tokens]:
     bounds = np.concatenate([[0], np.cumsum(counts)])
     return [Tokens(*flat[:, a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
@@ -60,6 +70,30 @@ def _encoded(backend: Any, texts: list[str]) -> tuple[Int[np.ndarray, "3 tokens"
     offsets = chain.from_iterable(chain.from_iterable(e.offsets for e in encodings))
     flat[1:] = np.fromiter(offsets, np.int64, 2 * flat.shape[1]).reshape(-1, 2).T
     return flat, counts
+
+
+def _learnt(backend: Any, words: list[str]) -> tuple[Int[np.ndarray, "3 tokens"], Int[np.ndarray, " words"]]:
+    """Return what `_encoded` does, for words sorted by `_joins`: many in one text, which is several times faster."""
+    alone = sum(not _joins(word) for word in words)
+    groups = [words[i : i + WORDS_PER_TEXT] for i in range(alone, len(words), WORDS_PER_TEXT)]
+    flat, counts = _encoded(backend, ["".join(group) for group in groups])
+    sizes = np.fromiter(map(len, words[alone:]), np.int64, len(words) - alone)
+    bounds = np.concatenate([[0], np.cumsum(sizes)])  # of the words, in all groups' texts
+    group_sizes = np.add.reduceat(sizes, np.arange(0, len(sizes), WORDS_PER_TEXT)) if len(sizes) else sizes
+    shift = np.repeat(np.cumsum(group_sizes) - group_sizes, counts)
+    flat[1:] += shift
+    word = np.searchsorted(bounds, flat[1], side="right") - 1
+    if (np.diff(word) < 0).any() or (word >= len(sizes)).any() or (flat[2] > bounds[word + 1]).any():
+        return _encoded(backend, words)
+    flat[1:] -= bounds[word]
+    first, first_counts = _encoded(backend, words[:alone])
+    all_counts = np.concatenate([first_counts, np.bincount(word, minlength=len(sizes))])
+    return np.concatenate([first, flat], axis=1), all_counts
+
+
+def _joins(word: str) -> bool:
+    """Return whether a word begins with its space and has no other white space at its edges."""
+    return _JOINS.fullmatch(word) is not None
 
 
 class WordTokenizer:
@@ -112,7 +146,8 @@ class WordTokenizer:
             return np.fromiter(map(self.rows.__getitem__, words), np.int64, len(words))
 
     def _learn(self, words: list[str]) -> None:
-        new, counts = _encoded(self.backend, words)
+        words.sort(key=_joins)  # the few that must be tokenised alone come first
+        new, counts = _learnt(self.backend, words)
         known = len(self.rows)
         self.rows.update(zip(words, range(known, known + len(words)), strict=True))
         while self.n_tokens + new.shape[1] > self.flat.shape[1]:
@@ -160,7 +195,7 @@ def _no_greedy_added_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _probe(backend: Any) -> bool:
     """Return whether words one by one give what the whole gives, for every pair of kinds of characters."""
-    if backend.pre_tokenizer is None or backend.truncation or backend.padding:
+    if backend.pre_tokenizer is None:
         return False
     special = [token["content"] for token in json.loads(backend.to_str()).get("added_tokens") or []][:4]
     kinds = [kind for kind in (*_KINDS, *special) if _BOUNDARY.split(f"x {kind} x") == ["x", kind, "x"]]
@@ -168,8 +203,8 @@ def _probe(backend: Any) -> bool:
     texts += [f"che {a} {b} è {a}{b} {b} già" for a, b in product(kinds, kinds)]
     texts.append(" ".join(f"{a}{b}" for a, b in product(kinds, kinds)))
     words, lengths = _words_of(texts)
-    unique = list(dict.fromkeys(words))
-    learnt = dict(zip(unique, _whole(backend, unique), strict=True))
+    unique = sorted(dict.fromkeys(words), key=_joins)
+    learnt = dict(zip(unique, _cut(*_learnt(backend, unique)), strict=True))
     position = 0
     for text, whole, n in zip(texts, _whole(backend, texts), lengths, strict=True):
         pieces = words[position : position + n]
