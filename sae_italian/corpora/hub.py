@@ -57,7 +57,7 @@ class RemoteFile(NamedTuple):
     gate: str  # what to say when the hub refuses
 
     def open(self) -> io.BufferedReader:
-        return io.BufferedReader(RangeReader(self), buffer_size=2**20)  # pyright: ignore[reportArgumentType]
+        return io.BufferedReader(RangeReader(self), buffer_size=2**16)  # pyright: ignore[reportArgumentType]
 
 
 def list_files(route: Route, name: str, gate: str, split_files: tuple[str, ...] | None = None) -> list[RemoteFile]:
@@ -226,7 +226,7 @@ class RangeReader(io.RawIOBase):
         if self.position >= self.file.size or not len(buffer):
             return 0
         if not self.block_start <= self.position < self.block_start + len(self.block):
-            end = min(self.position + max(BLOCK_BYTES, len(buffer)), self.file.size)
+            end = min(self.position + BLOCK_BYTES, self.file.size)
             self.block_start, self.block = self.position, self._fetch(self.position, end)
         at = self.position - self.block_start
         part = self.block[at : at + len(buffer)]
