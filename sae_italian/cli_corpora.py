@@ -24,7 +24,9 @@ def add_commands(group: Any, add: Callable[..., argparse.ArgumentParser], show: 
     sub = add(group, "preview", shown(preview), "print the first documents")
     _reading_options(sub)
     sub.add_argument("-n", type=int, default=3)
-    sub = add(group, "stats", shown(stats), "tokens per word, document lengths, share of Italian, what is dropped and why")
+    sub = add(
+        group, "stats", shown(stats), "tokens per word, document lengths, share of Italian, what is dropped and why"
+    )
     _reading_options(sub)
     sub.add_argument("-n", type=int, default=1000, help="documents to read, 0 for all (default: 1000)")
     sub.add_argument("--model", help="the model whose tokenizer counts tokens (default: none are counted)")
@@ -44,7 +46,9 @@ def add_commands(group: Any, add: Callable[..., argparse.ArgumentParser], show: 
 
 
 def add_bench(add: Callable[..., argparse.ArgumentParser], group: Any, show: Callable[..., None]) -> None:
-    sub = add(group, "corpora", lambda options: show(options, *bench(options)), "tokenising and packing against SAELens")
+    sub = add(
+        group, "corpora", lambda options: show(options, *bench(options)), "tokenising and packing against SAELens"
+    )
     sub.add_argument("corpus", help="a local corpus, or micro-italiano")
     sub.add_argument("--model", required=True, help="the model whose tokenizer is used")
     sub.add_argument("--context-size", type=int, default=128)
@@ -55,7 +59,9 @@ def add_bench(add: Callable[..., argparse.ArgumentParser], group: Any, show: Cal
 
 
 def _reading_options(sub: argparse.ArgumentParser, split: str = "all") -> None:
-    sub.add_argument("name", help="micro-italiano, a name of `corpora list`, hf://datasets/..., or a local file or folder")
+    sub.add_argument(
+        "name", help="micro-italiano, a name of `corpora list`, hf://datasets/..., or a local file or folder"
+    )
     sub.add_argument("--split", default=split, choices=("train", "heldout", "all"))
     sub.add_argument("--text-column", default="text")
     sub.add_argument("--seed", type=int, default=0)

@@ -65,7 +65,9 @@ def measure(
     if len(totals) != 1:
         raise AssertionError(f"the ways give different numbers of tokens: {totals}")
     result["tokens"] = totals.pop()
-    result["tokens_per_second"] = {name: {"median": statistics.median(runs), "runs": runs} for name, runs in speeds.items()}
+    result["tokens_per_second"] = {
+        name: {"median": statistics.median(runs), "runs": runs} for name, runs in speeds.items()
+    }
     result["ratio"] = {
         name: statistics.median(ours / theirs for ours, theirs in zip(runs, speeds["saelens"], strict=True))
         for name, runs in speeds.items()

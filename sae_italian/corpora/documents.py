@@ -29,7 +29,16 @@ from sae_italian.storage import fingerprint
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-__all__ = ["MICRO_ITALIANO", "SPLITS", "Split", "TextDocument", "check_corpus", "is_held_out", "iter_documents", "load_corpus"]
+__all__ = [
+    "MICRO_ITALIANO",
+    "SPLITS",
+    "Split",
+    "TextDocument",
+    "check_corpus",
+    "is_held_out",
+    "iter_documents",
+    "load_corpus",
+]
 
 
 def iter_documents(

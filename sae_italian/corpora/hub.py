@@ -129,7 +129,9 @@ def _asked(call: Callable[[], T], name: str, route: Route, gate: str) -> T:
         except errors.GatedRepoError as error:
             raise UsageError(gate) from error
         except errors.RevisionNotFoundError as error:
-            raise UsageError(f"{route.hub} has no revision {route.revision!r}. Take another route of {name!r}.") from error
+            raise UsageError(
+                f"{route.hub} has no revision {route.revision!r}. Take another route of {name!r}."
+            ) from error
         except errors.RepositoryNotFoundError as error:
             raise UsageError(
                 f"the hub has no dataset {route.hub!r}, or it is private and you are not logged in. "
@@ -277,5 +279,7 @@ class RangeReader(io.RawIOBase):
             raise _again(status, response)
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         if status == 206 and total.isdigit() and int(total) != self.file.size:
-            raise DataError(f"{what} has {int(total):,} bytes, {self.file.size:,} were listed. List it again: start anew.")
+            raise DataError(
+                f"{what} has {int(total):,} bytes, {self.file.size:,} were listed. List it again: start anew."
+            )
         return first if status == 200 else 0

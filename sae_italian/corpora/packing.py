@@ -61,7 +61,9 @@ def layout_of(
     if separator is None or isinstance(separator, int):
         return Layout(bos, separator)
     if separator not in ("bos", "eos", "sep"):
-        raise UsageError(f"separator {separator!r} is unknown. {nearest(separator, ('bos', 'eos', 'sep'))} Or give an id.")
+        raise UsageError(
+            f"separator {separator!r} is unknown. {nearest(separator, ('bos', 'eos', 'sep'))} Or give an id."
+        )
     found = bos_id(tokenizer) if separator == "bos" else getattr(tokenizer, f"{separator}_token_id")
     if found is None:
         raise UsageError(f"the tokenizer has no {separator} token; give the separator's id, or none.")

@@ -22,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sae_italian.corpora.counts import Counts
+from sae_italian.corpora.locate import PRETOKENIZED
 from sae_italian.corpora.packing import Layout, PackedBlock, Packer, batched, check_context, layout_of
 from sae_italian.corpora.parallel import BATCHES_AHEAD, tokenise_batches
-from sae_italian.corpora.shards import PRETOKENIZED
 from sae_italian.corpora.stream import CorpusStream, Reader, TextDocument
 from sae_italian.errors import DataError, UsageError
 from sae_italian.storage import atomic_path, claim_folder, fingerprint, read_json, utc_now, write_json
@@ -133,7 +133,9 @@ class _Writer:
                     bar.update(self._write_shard(position, finished=self._enough()))
                 if self.finished:
                     return
-            self._write_shard({"source": self.stream.source.state(), "counts": self.stream.counts.as_dict()}, finished=True)
+            self._write_shard(
+                {"source": self.stream.source.state(), "counts": self.stream.counts.as_dict()}, finished=True
+            )
 
     def _positioned(self, batches: Iterator[list[TextDocument]]) -> Iterator[list[TextDocument]]:
         """Note the position after each batch; some are read ahead of the one that is packed."""
@@ -200,9 +202,12 @@ def _write_arrow(path: Path, tokens: np.ndarray) -> None:
     table = pa.table({"input_ids": pa.ListArray.from_arrays(offsets, values)})
     info = {"info": {"features": _features()}, "fingerprint": fingerprint(path.name)}
     table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table, max_chunksize=1024)
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=1024)
 
 
 def _features() -> dict[str, Any]:
@@ -215,7 +220,9 @@ def _write_documents(path: Path, block: PackedBlock) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {name: pa.array([getattr(d, name) for d in block.documents], pa.string()) for name in TextDocument._fields}
+    columns = {
+        name: pa.array([getattr(d, name) for d in block.documents], pa.string()) for name in TextDocument._fields
+    }
     with atomic_path(path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd", row_group_size=1024)
 
@@ -249,7 +256,10 @@ def _finish(run: _Writer, tokenizer: Any, corpus: str, prepend_bos: bool, separa
     with _full_disk(run.out, len(run.shards)):
         write_json(run.out / "sae_lens.json", metadata.__dict__)
         write_json(run.out / "counts.json", read_json(run.out / PRETOKENIZED)["position"]["counts"])
-        write_json(run.out / "dataset_info.json", {"citation": "", "description": "", "features": _features(), "homepage": "", "license": ""})
+        write_json(
+            run.out / "dataset_info.json",
+            {"citation": "", "description": "", "features": _features(), "homepage": "", "license": ""},
+        )
         names = [{"filename": f"data-{i:05d}.arrow"} for i in range(len(run.shards))]
         state = {"_data_files": names, "_fingerprint": fingerprint(run.shards), "_format_columns": ["input_ids"]}
         state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
@@ -300,7 +310,9 @@ class PretokenizedCorpus:
             with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
                 batches = [batch.column(0).flatten().to_numpy(zero_copy_only=True) for batch in stream]
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}). Make the folder again.") from error
+            raise DataError(
+                f"{path} cannot be read ({' '.join(str(error).split())}). Make the folder again."
+            ) from error
         views = [values.reshape(-1, self.context_size) for values in batches]
         found = sum(len(view) for view in views)
         if found != n_windows:

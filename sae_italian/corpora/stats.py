@@ -105,7 +105,9 @@ def svg_histogram(stats: dict[str, Any], path: Path) -> None:
         bar = (height - bottom - 36) * row["documents"] / most
         x, y = left + i * step, height - bottom - bar
         label = f"{row['from']:,} to {row['to']:,} characters: {row['documents']:,} documents"
-        parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{bar:.1f}"><title>{label}</title></rect>')
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{bar:.1f}"><title>{label}</title></rect>'
+        )
         if i % max(1, len(rows) // 8) == 0:
             parts.append(f'<text x="{x:.1f}" y="{height - bottom + 16}">{row["from"]:,}</text>')
     title = f"{_escaped(stats['corpus'])}: {stats['documents']:,} documents"

@@ -16,7 +16,8 @@ from sae_italian.corpora import catalogue
 from sae_italian.corpora.counts import Counts
 from sae_italian.corpora.filters import Filters, Sieve
 from sae_italian.corpora.hub import gate_of, list_files, route_of_entry, route_of_url
-from sae_italian.corpora.shards import MAX_DOCUMENT_CHARS, BadShard, Reading, Row, Shard, local_shards, remote_shards, rows
+from sae_italian.corpora.locate import local_shards, remote_shards
+from sae_italian.corpora.shards import MAX_DOCUMENT_CHARS, BadShard, Reading, Row, Shard, rows
 from sae_italian.errors import DataError, UsageError, nearest
 from sae_italian.storage import fingerprint, read_json, write_json
 
@@ -167,7 +168,9 @@ class ShardSource:
     def load(self, state: dict[str, Any]) -> None:
         names = [shard.name for shard in self.shards] + [None]
         if state["shard"] not in names:
-            raise DataError(f"corpus {self.name!r} has no shard {state['shard']!r} any more, where the reading stopped.")
+            raise DataError(
+                f"corpus {self.name!r} has no shard {state['shard']!r} any more, where the reading stopped."
+            )
         self.shard, self.row, self._rows = names.index(state["shard"]), state["row"], None
 
     def spec(self) -> Any:
@@ -261,7 +264,9 @@ def _weighted(corpus: str) -> tuple[list[str], list[float] | None]:
         return names, None
     for name, weight in zip(names, weights, strict=True):
         if weight is None or not 0 < weight < float("inf"):
-            raise UsageError(f"mixture {corpus!r}: {name!r} needs a weight above 0, as in 0.7*wikipedia-it,0.3*notizie.jsonl.")
+            raise UsageError(
+                f"mixture {corpus!r}: {name!r} needs a weight above 0, as in 0.7*wikipedia-it,0.3*notizie.jsonl."
+            )
     return names, weights
 
 
@@ -295,7 +300,9 @@ def _columns(located: catalogue.Located, text_column: str) -> tuple[str, ...]:
         return (text_column,)
     if located.route_name == "english":
         swap = {"translation.it": "translation.en", "it": "en", "sentence_it": "sentence_en"}
-        return tuple(swap.get(c, c.replace("_it", "_en").replace("italian", "english")) for c in located.entry.text_columns)
+        return tuple(
+            swap.get(c, c.replace("_it", "_en").replace("italian", "english")) for c in located.entry.text_columns
+        )
     return located.entry.text_columns
 
 

@@ -43,7 +43,9 @@ def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the Rust tokenizer inside. Raises: UsageError when there is none, so no offsets either."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UsageError(f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; a fast one is needed.")
+        raise UsageError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; a fast one is needed."
+        )
     if backend.truncation or backend.padding:  # left from an earlier call; documents are never cut
         backend = type(backend).from_str(backend.to_str())
         backend.no_truncation()
@@ -175,7 +177,23 @@ def _words_of(texts: list[str]) -> tuple[list[str], list[int]]:
 
 _KINDS = (
     *("a", "casa", "È", "perché", "e\u0301", "7", "2024", ".", ",", "...", "'", "l'", "dell’", "«", "»", "-", "(", ")"),
-    *("🙂", "👩\u200d👩\u200d👧", "日本", "русский", "_", "@x", "a\nb", "x\r\n", "x\ty", "▁", "Ġ", "x▁", "\u0301", "'s", "\u00ad"),
+    *(
+        "🙂",
+        "👩\u200d👩\u200d👧",
+        "日本",
+        "русский",
+        "_",
+        "@x",
+        "a\nb",
+        "x\r\n",
+        "x\ty",
+        "▁",
+        "Ġ",
+        "x▁",
+        "\u0301",
+        "'s",
+        "\u00ad",
+    ),
 )
 _TRUSTED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 

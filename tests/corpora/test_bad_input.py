@@ -124,7 +124,9 @@ def test_folders_of_save_to_disk_and_conllu(tmp_path):
     for folder in ("saved", "splits"):
         found = list(iter_documents(tmp_path / folder))
         assert [d.text for d in found] == [f"riga {i}" for i in range(7)] and found[0].source == "s"
-    (tmp_path / "ud.conllu").write_text("# sent_id = 1\n# text = Vado al mare.\n1\tVado\t_\n\n# text = È tardi.\n1\tÈ\t_\n\n")
+    (tmp_path / "ud.conllu").write_text(
+        "# sent_id = 1\n# text = Vado al mare.\n1\tVado\t_\n\n# text = È tardi.\n1\tÈ\t_\n\n"
+    )
     assert [d.text for d in iter_documents(tmp_path / "ud.conllu")] == ["Vado al mare.", "È tardi."]
 
 
@@ -136,7 +138,9 @@ def test_mixtures_are_drawn_by_weight_with_the_seed(tmp_path):
     assert len(found) == len(set(found)) == 6000
     share = sum(text.startswith("a") for text in found[:3000]) / 3000
     assert 0.77 < share < 0.83  # 0.8 with a standard error of 0.007
-    assert found == [d.text for d in iter_documents(mixture, seed=1)] != [d.text for d in iter_documents(mixture, seed=2)]
+    assert (
+        found == [d.text for d in iter_documents(mixture, seed=1)] != [d.text for d in iter_documents(mixture, seed=2)]
+    )
     for bad in (f"0*{tmp_path / 'a.jsonl'},1*micro-italiano", f"0.5*{tmp_path / 'a.jsonl'},micro-italiano"):
         with pytest.raises(UsageError, match="needs a weight above 0"):
             next(iter_documents(bad))

@@ -49,7 +49,17 @@ def test_stats_and_the_picture(capsys, mini, jsonl, tmp_path):
 
 
 def test_pretokenize_and_resume(capsys, mini, jsonl, tmp_path):
-    arguments = ("corpora", "pretokenize", jsonl, "--model", "sae-italian-mini", "--out", tmp_path / "out", "--context-size", 32)
+    arguments = (
+        "corpora",
+        "pretokenize",
+        jsonl,
+        "--model",
+        "sae-italian-mini",
+        "--out",
+        tmp_path / "out",
+        "--context-size",
+        32,
+    )
     code, out, _ = run(capsys, *arguments, "--json")
     result = json.loads(out)
     assert code == 0 and result["tokens"] == 32 * result["windows"] and result["counts"]["dropped"]["other_split"] > 0

@@ -73,7 +73,15 @@ def test_the_stated_memory():
 
 def test_every_drop_has_its_reason(tmp_path):
     long = " ".join(words(100, 1))
-    texts = [ITALIAN[0], ITALIAN[0] + " ", OTHERS["es"], "Breve.", f"È {long}.", f"È {long}. Fine della pagina.", ITALIAN[3]]
+    texts = [
+        ITALIAN[0],
+        ITALIAN[0] + " ",
+        OTHERS["es"],
+        "Breve.",
+        f"È {long}.",
+        f"È {long}. Fine della pagina.",
+        ITALIAN[3],
+    ]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     filters = Filters(min_chars=10, italian=False, duplicates=True, near_duplicates=True)

@@ -16,7 +16,9 @@ MC4, WIKI = "gsarti/clean_mc4_it", "wikimedia/wikipedia"
 
 
 def rows(name: str, n: int = 30) -> list[dict]:
-    return [{"text": f"{name}, riga {i}: la città è bella. " + "parola " * 40, "url": f"http://x/{i}"} for i in range(n)]
+    return [
+        {"text": f"{name}, riga {i}: la città è bella. " + "parola " * 40, "url": f"http://x/{i}"} for i in range(n)
+    ]
 
 
 def layouts() -> dict[str, dict[str, bytes]]:
@@ -56,10 +58,14 @@ def server(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stand_in.url)
     monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        stand_in.url + "/{repo_id}/resolve/{revision}/{filename}",
     )
     monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", stand_in.url, raising=False)
-    monkeypatch.setattr(hub, "RETRY", hub.RetryPolicy(tries=4, base_seconds=0.01, longest_seconds=0.05, timeout_seconds=5))
+    monkeypatch.setattr(
+        hub, "RETRY", hub.RetryPolicy(tries=4, base_seconds=0.01, longest_seconds=0.05, timeout_seconds=5)
+    )
     monkeypatch.setattr(hub, "BLOCK_BYTES", 4000)
     huggingface_hub.close_session()
     yield stand_in
@@ -97,9 +103,14 @@ def test_every_corpus_of_the_catalogue_is_read_by_its_route(server, name, n, beg
 
 def test_sizes_of_clean_mc4_are_prefixes_of_the_raw_shards(server):
     route = catalogue.find("clean-mc4-it-tiny").route
-    names = [file.path for file in hub.list_files(route._replace(first=2) if hasattr(route, "_replace") else route, "x", "")]
+    names = [
+        file.path for file in hub.list_files(route._replace(first=2) if hasattr(route, "_replace") else route, "x", "")
+    ]
     assert names == sorted(names) and not any("validation" in name for name in names)
-    firsts = [catalogue.catalogue()[f"clean-mc4-it-{size}"].routes["raw"].first for size in ("tiny", "small", "medium", "large", "full")]
+    firsts = [
+        catalogue.catalogue()[f"clean-mc4-it-{size}"].routes["raw"].first
+        for size in ("tiny", "small", "medium", "large", "full")
+    ]
     assert firsts == [100, 200, 500, 750, None]
 
 
@@ -158,7 +169,9 @@ def test_no_server_at_all(server, monkeypatch):
 
 def test_a_gated_corpus_says_what_to_do(server):
     server.gated.add("uonlp/CulturaX")
-    with pytest.raises(UsageError, match=r"gated: agree to its terms at https://huggingface.co/datasets/uonlp/CulturaX.*hf auth"):
+    with pytest.raises(
+        UsageError, match=r"gated: agree to its terms at https://huggingface.co/datasets/uonlp/CulturaX.*hf auth"
+    ):
         texts("culturax-it")
     server.fault("api", "403")
     with pytest.raises(UsageError, match="Corpora without a gate: fineweb-2-it"):
@@ -232,7 +245,9 @@ def test_a_shard_that_changed_and_one_of_another_schema(server):
     assert len(list(stream)) == 60 and stream.counts.dropped == {"other_schema": 1}
 
 
-@pytest.mark.parametrize("name", ["clean-mc4-it-tiny", "wikipedia-it", "0.6*wikipedia-it,0.4*clean-mc4-it-tiny@parquet"])
+@pytest.mark.parametrize(
+    "name", ["clean-mc4-it-tiny", "wikipedia-it", "0.6*wikipedia-it,0.4*clean-mc4-it-tiny@parquet"]
+)
 @pytest.mark.parametrize("taken", [1, 29, 47])
 def test_a_resumed_stream_repeats_and_loses_nothing(server, name, taken, tmp_path):
     whole = texts(name, split="train", seed=5)

@@ -83,7 +83,18 @@ def test_packing_is_saelens_packing(bos, separator):
 
 
 def test_words_one_by_one_are_the_whole():
-    spaces = ["  due  spazi ", " inizio", "fine ", "a\u00a0b c", "\n\n", " ", "", "x \n y", "\u200b z", "</s> e <s> letterali"]
+    spaces = [
+        "  due  spazi ",
+        " inizio",
+        "fine ",
+        "a\u00a0b c",
+        "\n\n",
+        " ",
+        "",
+        "x \n y",
+        "\u200b z",
+        "</s> e <s> letterali",
+    ]
     for tokenizer in TOKENIZERS.values():
         words = WordTokenizer.of(tokenizer)
         assert words.splits
