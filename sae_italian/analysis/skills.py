@@ -13,9 +13,7 @@ from sae_italian.corpora.micro_italiano import AgreementPair, IoiPrompt
 
 
 @torch.no_grad()
-def continuation_log_probs(
-    model: Any, prefixes: Sequence[str], continuations: Sequence[str]
-) -> Float[np.ndarray, " n"]:
+def continuation_log_probs(model: Any, prefixes: Sequence[str], continuations: Sequence[str]) -> Float[np.ndarray, " n"]:
     """Return log p(" " + continuation | prefix), in nats, summed over the continuation's tokens.
 
     `model` is a Hugging Face model with its tokenizer, which puts the BOS in front.
@@ -37,9 +35,7 @@ def agreement_accuracy(model: Any, pairs: Sequence[AgreementPair]) -> dict[str, 
     wrong = continuation_log_probs(model, prefixes, [pair.wrong for pair in pairs])
     correct = right > wrong
     kinds = np.array([pair.kind for pair in pairs])
-    return {"all": float(correct.mean())} | {
-        kind: float(correct[kinds == kind].mean()) for kind in np.unique(kinds).tolist()
-    }
+    return {"all": float(correct.mean())} | {kind: float(correct[kinds == kind].mean()) for kind in np.unique(kinds).tolist()}
 
 
 def ioi_logit_differences(model: Any, prompts: Sequence[IoiPrompt]) -> Float[np.ndarray, " n"]:

@@ -256,7 +256,7 @@ class RangeReader(io.RawIOBase):
         try:
             with get_session().stream("GET", url, **options) as response:
                 skip = self._check(response, first)
-                for chunk in response.iter_bytes(2**16):
+                for chunk in response.iter_bytes():  # as it arrives, so that nothing is lost when it breaks off
                     part = chunk[skip:]
                     skip = max(skip - len(chunk), 0)
                     received += part[: end - start - len(received)]

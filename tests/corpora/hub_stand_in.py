@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        hub, path = self.stand_in, unquote(urlsplit(self.path).path)
+        path = unquote(urlsplit(self.path).path)
         if path.startswith("/api/datasets/"):
             owner, name, verb, rest = (path.removeprefix("/api/datasets/").split("/", 3) + ["", "", ""])[:4]
             return self._api(f"{owner}/{name}", verb, rest)
