@@ -213,7 +213,7 @@ def _write_arrow(path: Path, tokens: np.ndarray) -> None:
 def _features() -> dict[str, Any]:
     from datasets import Features, List, Value
 
-    return Features({"input_ids": List(Value("int32"))}).to_dict()
+    return dict(Features({"input_ids": List(Value("int32"))}).to_dict())  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def _write_documents(path: Path, block: PackedBlock) -> None:

@@ -61,6 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/datasets/"):
             owner, name, verb, rest = (path.removeprefix("/api/datasets/").split("/", 3) + ["", "", ""])[:4]
             return self._api(f"{owner}/{name}", verb, rest)
+        if path.count("/") < 5:
+            return self._json({"error": "Not found"}, 404)
         owner, name, _, rest = path.removeprefix("/datasets/").split("/", 3)
         file = rest.removeprefix(COMMIT + "/")
         return self._file(f"{owner}/{name}", file)

@@ -1,5 +1,6 @@
 """Corpora of the hub through a local stand-in with the real layouts, and everything a network can do to them."""
 
+import hashlib
 import threading
 
 import huggingface_hub.constants
@@ -131,7 +132,7 @@ def test_faults_of_the_network_lose_and_repeat_nothing(server, name, fault):
             server.fault(path, fault)
             server.fault(path, "")
     assert texts(name) == whole
-    assert not any("drop" in waiting[:1] for waiting in server.faults.values())
+    assert sum(waiting.count(fault) for waiting in server.faults.values()) < 3 * len(repository)  # faults were met
 
 
 def test_a_drop_continues_at_its_byte(server):
@@ -260,20 +261,16 @@ def test_a_resumed_stream_repeats_and_loses_nothing(server, name, taken, tmp_pat
     assert second.counts.kept == len(whole)
 
 
-def test_row_groups_before_the_cursor_are_not_fetched(server):
-    import hashlib
-
-    noise = [{"text": " ".join(hashlib.sha256(f"{i}/{j}".encode()).hexdigest() for j in range(40))} for i in range(50)]
-    server.repositories["a/b"] = {"x.parquet": parquet(noise)}  # five row groups of about 17 kB
+def test_row_groups_before_the_cursor_are_not_fetched(server, monkeypatch):
+    monkeypatch.setattr(hub, "BLOCK_BYTES", 2**16)
+    noise = [{"text": " ".join(hashlib.sha256(f"{i}/{j}".encode()).hexdigest() for j in range(40))} for i in range(500)]
+    server.repositories["a/b"] = {"x.parquet": parquet(noise)}  # 50 row groups
     stream = CorpusStream("hf://datasets/a/b/*.parquet", Reader())
-    for _ in range(45):
-        next(stream)
-    server.ranges.clear()
-    again = CorpusStream("hf://datasets/a/b/*.parquet", Reader())
-    again.load_state(stream.state())
-    assert next(again).text == noise[45]["text"]
+    stream.load_state({"source": {"shard": "x.parquet", "row": 455}, "counts": stream.counts.as_dict()})
+    assert [document.text for document in stream] == [row["text"] for row in noise[455:]]
     size = len(server.repositories["a/b"]["x.parquet"])
-    assert not any(size * 0.05 < first < size * 0.7 for _, first, _ in server.ranges)
+    early = [first for _, first, _ in server.ranges if first < size * 0.7]  # the footer and its surroundings apart
+    assert server.ranges and not early
 
 
 def test_load_corpus_over_the_hub_gives_uniform_rows(server):
