@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import sae_italian
+from sae_italian.cli_corpora import add_bench, add_commands
 from sae_italian.errors import SaeItalianError, UsageError, nearest
 
 Command = Callable[[argparse.Namespace], None]
@@ -106,11 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", default="La città è più bella perché c'è il sole.")
 
     corpora = group("corpora", "Italian text")
-    sub = add(corpora, "preview", _corpora_preview, "print the first documents")
-    sub.add_argument("name", help="micro-italiano, or a local file or folder")
-    sub.add_argument("-n", type=int, default=3)
-    sub.add_argument("--split", default="all", choices=("train", "heldout", "all"))
-    sub.add_argument("--text-column", default="text")
+    add_commands(corpora, add, _show)
+    add_bench(add, group("bench", "the speed tables of the README, measured on this machine"), _show)
 
     sub = add(commands, "train", _train, "train one SAE")
     sub.add_argument("config")
@@ -238,16 +236,6 @@ def _models_check(options: argparse.Namespace) -> None:
     _show(options, result, "\n".join(lines))
     if not result["ok"]:
         raise SaeItalianError("the backends differ by more than 1e-4; please report this model.")
-
-
-def _corpora_preview(options: argparse.Namespace) -> None:
-    from itertools import islice
-
-    from sae_italian.corpora import iter_documents
-
-    documents = list(islice(iter_documents(options.name, options.split, text_column=options.text_column), options.n))
-    text = "\n\n".join(f"[{document.doc_id} · {document.source}]\n{document.text}" for document in documents)
-    _show(options, [document._asdict() for document in documents], text)
 
 
 def _train(options: argparse.Namespace) -> None:

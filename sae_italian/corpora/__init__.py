@@ -1,6 +1,19 @@
-"""Italian corpora: the catalogue, local files, MicroItaliano, held-out splits, packing into contexts."""
+"""Italian corpora: the catalogue, hub and local files, MicroItaliano, held-out splits, filters, packing into contexts."""
 
 from sae_italian.corpora.documents import Split, TextDocument, is_held_out, iter_documents, load_corpus
+from sae_italian.corpora.filters import Filters
 from sae_italian.corpora.packing import PackedBlock, pack
+from sae_italian.corpora.stream import CorpusStream, Reader
 
-__all__ = ["PackedBlock", "Split", "TextDocument", "is_held_out", "iter_documents", "load_corpus", "pack"]
+__all__ = [
+    "CorpusStream",
+    "Filters",
+    "PackedBlock",
+    "Reader",
+    "Split",
+    "TextDocument",
+    "is_held_out",
+    "iter_documents",
+    "load_corpus",
+    "pack",
+]

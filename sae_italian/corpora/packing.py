@@ -1,25 +1,27 @@
 """Pack documents into windows of a fixed number of tokens, keeping for every token its document and character span.
 
-A BOS opens every window and separates documents, as SAELens packs by default. A document is tokenised once, whole, so
-character offsets are exact and text can be rebuilt from them, whatever the tokenizer does with spaces and accents.
+By default a BOS opens every window and separates documents, as in SAELens. A document's tokens and character offsets are
+those of the tokenizer on the whole document, so text can be rebuilt from them, whatever it does with spaces and accents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from sae_italian.corpora.documents import TextDocument
-from sae_italian.errors import UsageError
+from sae_italian.corpora.parallel import tokenise_batches
+from sae_italian.corpora.words import Tokens
+from sae_italian.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_DOCUMENT = np.iinfo(np.uint32).max  # the document index of BOS tokens
+NO_DOCUMENT = np.iinfo(np.uint32).max  # the document index of BOS and separator tokens
 
 
 class PackedBlock(NamedTuple):
@@ -41,12 +43,31 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise UsageError("the tokenizer has neither a BOS nor an EOS token; windows need one to open with.")
 
 
-class _Piece(NamedTuple):
-    """The tokens of one document, its BOS first."""
+class Layout(NamedTuple):
+    """What stands between documents, by id: `bos` opens every window, `separator` comes between two documents."""
 
-    tokens: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
+    bos: int | None
+    separator: int | None
+
+
+def layout_of(
+    tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool = True, separator: str | int | None = "bos"
+) -> Layout:
+    """Return the layout in SAELens' words: `prepend_bos`, and a separator "bos", "eos", "sep", an id or None.
+
+    Raises: UsageError when the tokenizer has no such token.
+    """
+    bos = bos_id(tokenizer) if prepend_bos else None
+    if separator is None or isinstance(separator, int):
+        return Layout(bos, separator)
+    if separator not in ("bos", "eos", "sep"):
+        raise UsageError(
+            f"separator {separator!r} is unknown. {nearest(separator, ('bos', 'eos', 'sep'))} Or give an id."
+        )
+    found = bos_id(tokenizer) if separator == "bos" else getattr(tokenizer, f"{separator}_token_id")
+    if found is None:
+        raise UsageError(f"the tokenizer has no {separator} token; give the separator's id, or none.")
+    return Layout(bos, int(found))
 
 
 def pack(
@@ -56,18 +77,19 @@ def pack(
     *,
     windows_per_block: int = 256,
     documents_per_batch: int = 64,
+    layout: Layout | None = None,
+    workers: int = 1,
 ) -> Iterator[PackedBlock]:
     """Yield blocks of `windows_per_block` full windows, the last block shorter; a window that is not full is dropped.
 
-    The result depends on the documents, the tokenizer and the two sizes that shape it, never on `documents_per_batch`.
+    The result depends on the documents, the tokenizer, the layout and the two sizes that shape it, never on
+    `documents_per_batch` or `workers` (processes that tokenise; 1: this one).
     Raises: UsageError when context_size leaves no room for text.
     """
-    if context_size < 2:
-        raise UsageError(f"context_size is {context_size}; at least 2 is needed, one token of it is the BOS.")
-    packer = _Packer(context_size, bos_id(tokenizer))
-    iterator = iter(documents)
-    while batch := list(islice(iterator, documents_per_batch)):
-        for document, piece in zip(batch, _tokenise(batch, tokenizer), strict=True):
+    check_context(context_size)
+    packer = Packer(context_size, layout or layout_of(tokenizer))
+    for batch, tokens in tokenise_batches(batched(documents, documents_per_batch), tokenizer, workers):
+        for document, piece in zip(batch, tokens, strict=True):
             packer.add(document, piece)
             while len(packer.windows) >= windows_per_block:
                 yield packer.take(windows_per_block)
@@ -75,30 +97,22 @@ def pack(
         yield packer.take(len(packer.windows))
 
 
-def _tokenise(batch: list[TextDocument], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Piece]:
-    """Tokenise whole documents without special tokens; prepend one BOS of empty span to each."""
-    encoded = tokenizer(
-        [document.text for document in batch],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    bos = bos_id(tokenizer)
-    for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):  # pyright: ignore
-        tokens = np.empty(len(ids) + 1, dtype=np.int64)
-        tokens[0], tokens[1:] = bos, ids
-        spans = np.zeros((len(ids) + 1, 2), dtype=np.uint32)
-        if ids:
-            spans[1:] = offsets
-        yield _Piece(tokens, spans[:, 0], spans[:, 1])
+def check_context(context_size: int) -> None:
+    if context_size < 2:
+        raise UsageError(f"context_size is {context_size}; at least 2 is needed, one token of it is the BOS.")
 
 
-class _Packer:
+def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextDocument]]:
+    iterator = iter(documents)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+class Packer:
     """Fills windows one after the other; `windows` are the full ones not yet taken."""
 
-    def __init__(self, context_size: int, bos: int):
-        self.context_size, self.bos = context_size, bos
+    def __init__(self, context_size: int, layout: Layout):
+        self.context_size, self.layout = context_size, layout
         self.windows: list[np.ndarray] = []  # each [4, context]: tokens, doc, start, end
         self.documents: list[tuple[int, TextDocument]] = []  # (number of the window of its first token, document)
         self.n_documents = 0
@@ -107,29 +121,33 @@ class _Packer:
 
     def _open_window(self) -> None:
         self.current = np.zeros((4, self.context_size), dtype=np.int64)
-        self.current[0, 0], self.current[1, 0] = self.bos, NO_DOCUMENT
-        self.filled = 1
+        self.filled = 0
+        if self.layout.bos is not None:
+            self._special(self.layout.bos)
+        self.opening = self.filled
+
+    def _special(self, token: int) -> None:
+        self.current[0, self.filled], self.current[1, self.filled] = token, NO_DOCUMENT
+        self.filled += 1
 
     def _close_window(self) -> None:
         self.windows.append(self.current)
         self._open_window()
 
-    def add(self, document: TextDocument, piece: _Piece) -> None:
-        """Append one document; at the very start of a window its BOS is the window's own."""
-        position = 1 if self.filled == 1 else 0
-        if self.filled == self.context_size - 1 and position == 0:  # no room for a BOS and a token: pad with the BOS
-            self.current[0, -1], self.current[1, -1] = self.bos, NO_DOCUMENT
-            self._close_window()
-            position = 1
+    def add(self, document: TextDocument, tokens: Tokens) -> None:
+        """Append one document, after a separator unless a window opens with it."""
+        if self.filled > self.opening and self.layout.separator is not None:
+            self._special(self.layout.separator)
+            if self.filled == self.context_size:
+                self._close_window()
         self.documents.append((self.n_taken + len(self.windows), document))
         index, self.n_documents = self.n_documents, self.n_documents + 1
-        while position < len(piece.tokens):
-            room = min(self.context_size - self.filled, len(piece.tokens) - position)
+        position, n_tokens = 0, len(tokens.ids)
+        while position < n_tokens:
+            room = min(self.context_size - self.filled, n_tokens - position)
             here, there = slice(self.filled, self.filled + room), slice(position, position + room)
-            self.current[0, here], self.current[1, here] = piece.tokens[there], index
-            self.current[2, here], self.current[3, here] = piece.start[there], piece.end[there]
-            if position == 0:
-                self.current[1, self.filled] = NO_DOCUMENT
+            self.current[0, here], self.current[1, here] = tokens.ids[there], index
+            self.current[2, here], self.current[3, here] = tokens.start[there], tokens.end[there]
             self.filled += room
             position += room
             if self.filled == self.context_size:
@@ -145,6 +163,26 @@ class _Packer:
         first = self.documents_taken
         self.documents_taken += len(documents)
         return PackedBlock(block[:, 0], block[:, 1], block[:, 2], block[:, 3], documents, first)
+
+    def state(self) -> dict[str, Any]:
+        """Return what is left between two shards: the window being filled, and documents whose window is not full."""
+        return {
+            "current": self.current[:, : self.filled].tolist(),
+            "windows": [window.tolist() for window in self.windows],
+            "documents": [[window, *document] for window, document in self.documents],
+            "n_documents": self.n_documents,
+            "n_taken": self.n_taken,
+            "documents_taken": self.documents_taken,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._open_window()
+        self.filled = len(state["current"][0])
+        self.current[:, : self.filled] = state["current"]
+        self.windows = [np.array(window, np.int64) for window in state["windows"]]
+        self.documents = [(window, TextDocument(*document)) for window, *document in state["documents"]]
+        self.n_documents, self.n_taken = state["n_documents"], state["n_taken"]
+        self.documents_taken = state["documents_taken"]
 
 
 def special_mask(tokens: Int[np.ndarray, "*shape"], tokenizer: PreTrainedTokenizerBase) -> Bool[np.ndarray, "*shape"]:

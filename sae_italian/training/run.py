@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sae_italian.corpora import iter_documents
 from sae_italian.corpora.documents import check_corpus
+from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
 from sae_italian.errors import DataError, UsageError
 from sae_italian.models import load_model, parse_hook_name
 from sae_italian.storage import atomic_path, claim_folder, read_json, write_json
@@ -59,9 +60,12 @@ def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bo
 
 def open_stream(spec: RunSpec, model: Any, *, seed: int | None = None) -> ActivationStream:
     """Return the stream of training activations that a spec describes."""
+    corpus = spec.corpus
     return ActivationStream(
         model,
-        lambda: iter_documents(spec.corpus, "train", text_column=spec.text_column),
+        PretokenizedCorpus(corpus)
+        if is_pretokenized(corpus)
+        else lambda: iter_documents(corpus, "train", text_column=spec.text_column),
         spec.hook_name,
         context_size=spec.context_size,
         batch_size=spec.train_batch_size_tokens,

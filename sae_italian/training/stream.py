@@ -11,13 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sae_italian.corpora import PackedBlock, TextDocument, pack
+from sae_italian.corpora import TextDocument, pack
 from sae_italian.corpora.packing import special_mask
+from sae_italian.corpora.pretokenize import PretokenizedCorpus, tokenizer_fingerprint
 from sae_italian.errors import UsageError
 from sae_italian.models.activations import read_activations
 from sae_italian.storage import read_json, write_json
@@ -26,14 +28,15 @@ from sae_italian.storage import read_json, write_json
 class ActivationStream:
     """Yields shuffled batches [train_batch, d_in] of the activations at one hook, special tokens left out.
 
-    `documents` is called to start the corpus; it is started again when it ends before the training does, unless
+    `documents` is called to start the corpus, or is a pretokenised one, which is memory-mapped and so neither tokenised
+    again nor read again when a run resumes; it is started again when it ends before the training does, unless
     `repeat` is False, in which case UsageError says how many tokens there were.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        documents: Callable[[], Iterator[TextDocument]],
+        documents: Callable[[], Iterator[TextDocument]] | PretokenizedCorpus,
         hook_name: str,
         *,
         context_size: int,
@@ -55,16 +58,28 @@ class ActivationStream:
         self.buffer = torch.empty(capacity, d_in, dtype=model.dtype)  # pyright: ignore
         self.filled = 0  # rows of the buffer that hold activations not served yet
         self.left = torch.empty(0, d_in, dtype=model.dtype)  # pyright: ignore  # read, but not in the buffer yet
+        if isinstance(documents, PretokenizedCorpus):
+            check_pretokenized(documents, self.tokenizer, context_size)
         self.blocks = self._blocks()
 
-    def _blocks(self) -> Iterator[PackedBlock]:
+    def _epoch(self, first_block: int = 0) -> Iterator[np.ndarray]:
+        """Yield the windows [forward_windows, context] of the corpus once, from a block on."""
+        if isinstance(self.documents, PretokenizedCorpus):
+            yield from self.documents.blocks(self.forward_windows, first_block)
+            return
+        blocks = pack(self.documents(), self.tokenizer, self.context_size, windows_per_block=self.forward_windows)
+        for block in islice(blocks, first_block, None):
+            yield block.tokens
+
+    def _blocks(self, first_block: int = 0) -> Iterator[np.ndarray]:
+        if isinstance(self.documents, PretokenizedCorpus):
+            first_block %= -(-len(self.documents) // self.forward_windows)
         while True:
-            n = 0
-            for block in pack(
-                self.documents(), self.tokenizer, self.context_size, windows_per_block=self.forward_windows
-            ):
+            n = first_block
+            for tokens in self._epoch(first_block):
                 n += 1
-                yield block
+                yield tokens
+            first_block = 0
             if n == 0:
                 raise UsageError(
                     f"the corpus is too short: not one window of {self.context_size} tokens. Use a longer one."
@@ -76,11 +91,11 @@ class ActivationStream:
 
     def _read(self) -> Float[Tensor, "tokens d_in"]:
         """Return the activations of the next forward pass, without BOS positions."""
-        block = next(self.blocks)
+        windows = next(self.blocks)
         self.n_blocks += 1
-        tokens = torch.from_numpy(block.tokens)
+        tokens = torch.from_numpy(windows)
         activations = read_activations(self.model, tokens.to(self.model.device), self.hook_name).cpu()  # pyright: ignore
-        return activations[torch.from_numpy(~special_mask(block.tokens, self.tokenizer))]
+        return activations[torch.from_numpy(~special_mask(windows, self.tokenizer))]
 
     def _refill(self) -> None:
         """Fill the buffer, then put all of it in a new random order."""
@@ -109,11 +124,31 @@ class ActivationStream:
         write_json(folder / "stream.json", {"n_blocks": self.n_blocks})
 
     def load(self, folder: Path) -> None:
-        """Continue from a saved state: the corpus is read again up to there, without running the model."""
+        """Continue from a saved state: the corpus is read again up to there, without running the model; a
+        pretokenised one is opened there."""
         tensors = load_file(folder / "stream.safetensors")
         self.filled = len(tensors["buffer"])
         self.buffer[: self.filled] = tensors["buffer"]
         self.left = tensors["left"]
         self.generator.set_state(tensors["generator"])
         self.n_blocks = read_json(folder / "stream.json")["n_blocks"]
-        self.blocks = islice(self._blocks(), self.n_blocks, None)
+        if isinstance(self.documents, PretokenizedCorpus):
+            self.blocks = self._blocks(self.n_blocks)
+        else:
+            self.blocks = islice(self._blocks(), self.n_blocks, None)
+
+
+def check_pretokenized(corpus: PretokenizedCorpus, tokenizer: Any, context_size: int) -> None:
+    """Raise UsageError when a pretokenised corpus was made for another tokenizer, context or split."""
+    if corpus.tokenizer != tokenizer_fingerprint(tokenizer):
+        raise UsageError(
+            f"{corpus.folder} was made with another tokenizer than the model's. Pretokenise it for this model."
+        )
+    if corpus.context_size != context_size:
+        raise UsageError(
+            f"{corpus.folder} has windows of {corpus.context_size} tokens, context_size is {context_size}. Set it to that."
+        )
+    if corpus.split != "train":
+        raise UsageError(
+            f"{corpus.folder} holds the split {corpus.split!r}; training needs 'train', which leaves 5 % out."
+        )

@@ -1,0 +1,164 @@
+"""Files as they are found: every fault is one clear line, or is counted under its name and passed over."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+
+from sae_italian.corpora import iter_documents, load_corpus
+from sae_italian.corpora.documents import check_corpus
+from sae_italian.corpora.stream import CorpusStream, Reader
+from sae_italian.errors import DataError, UsageError
+from tests.corpora.hub_stand_in import parquet
+
+GOOD = '{"text": "La città è bella."}\n'
+
+
+def read(path, **settings):
+    stream = CorpusStream(path, Reader(**settings))
+    return [document.text for document in stream], stream.counts
+
+
+@pytest.mark.parametrize("name", ["vuoto.txt", "vuoto.jsonl", "vuoto.csv", "vuoto.conllu"])
+def test_empty_files(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UsageError, match="no document with text in it"):
+        check_corpus(tmp_path / name)
+
+
+def test_empty_texts_are_counted_in_the_message(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": " \\n "}\n{"text": 3}\n{"text": null}\n')
+    with pytest.raises(UsageError, match=r"3 empty, 1 not_text|1 not_text, 3 empty"):
+        check_corpus(tmp_path / "a.jsonl")
+
+
+def test_broken_utf8_and_nul_bytes_are_mended_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"perch\xe9 no\n\nun\x00 byte\n\nsano e salvo\n")
+    found, counts = read(tmp_path / "a.txt")
+    assert found == ["perch\ufffd no", "un byte", "sano e salvo"]
+    assert counts.mended == {"broken_utf8": 1, "nul_bytes": 1} and counts.kept == 3
+    assert "NUL characters, removed" in counts.lines()
+
+
+def test_lone_surrogates_do_not_reach_the_tokenizer(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "emoji rotta \\ud83d qui"}\n')
+    assert read(tmp_path / "a.jsonl")[0] == ["emoji rotta ? qui"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz"])
+def test_one_line_of_50_mb(tmp_path, name):
+    """It is never held in memory as a whole: refused by name of file and line, or counted and passed over."""
+    long = "a" * 50_000_000
+    if "jsonl" in name:
+        content = GOOD + json.dumps({"text": long}) + "\n" + GOOD
+    elif "csv" in name:
+        content = f"text\nuno\n{long}\ndue\n"
+    else:
+        content = f"uno\n\n{long}\n\ndue\n"
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
+    with pytest.raises(DataError, match="longer than .*--on-broken skip"):
+        read(tmp_path / name)
+    found, counts = read(tmp_path / name, on_broken="skip")
+    assert len(found) == 2 and counts.dropped == {"too_long": 1}
+    if name == "a.jsonl":
+        assert len(read(tmp_path / name, max_chars=60_000_000)[0]) == 3
+
+
+def test_a_broken_line_in_the_middle_is_refused_or_skipped_by_choice(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(GOOD * 2 + '{"text": "tronca\n' + "[1]\n" + GOOD)
+    with pytest.raises(DataError, match="line 3: not JSON .*--on-broken skip"):
+        read(file)
+    found, counts = read(file, on_broken="skip")
+    assert len(found) == 3 and counts.dropped == {"broken_json": 2} and counts.read == 5
+    ids = [document.doc_id for document in CorpusStream(file, Reader(on_broken="skip"))]
+    assert ids == ["a.jsonl:0", "a.jsonl:1", "a.jsonl:4"]
+
+
+def test_a_truncated_local_gz(tmp_path):
+    content = gzip.compress("".join(json.dumps({"text": f"riga {i} {i**5}"}) + "\n" for i in range(5000)).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(content[: len(content) // 2])
+    (tmp_path / "b.jsonl").write_text(GOOD)
+    with pytest.raises(DataError, match="a.jsonl.gz ends early"):
+        read(tmp_path)
+    found, counts = read(tmp_path, on_broken="skip")
+    assert counts.dropped == {"truncated_shard": 1} and 1000 < len(found) < 5000 and found[-1] == "La città è bella."
+
+
+def test_parquet_of_another_schema_and_no_parquet_at_all(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet([{"text": "Buongiorno."}]))
+    (tmp_path / "b.parquet").write_bytes(parquet([{"text": ["una", "lista"]}]))
+    (tmp_path / "c.parquet").write_bytes(parquet([{"testo": "Ciao."}]))
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="b.parquet: column 'text' holds list.*strings were expected"):
+        read(tmp_path)
+    with pytest.raises(UsageError, match="Did you mean 'testo'"):
+        read(tmp_path / "c.parquet")
+    with pytest.raises(DataError, match="no whole parquet file"):
+        read(tmp_path / "d.parquet")
+    found, counts = read(tmp_path, on_broken="skip")
+    assert found == ["Buongiorno."] and counts.dropped == {"other_schema": 2, "broken_shard": 1}
+
+
+def test_a_local_shard_that_disappears(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        (tmp_path / name).write_text(GOOD)
+    stream = CorpusStream(tmp_path, Reader())
+    next(stream)
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(DataError, match="b.jsonl disappeared while it was read"):
+        list(stream)
+    (tmp_path / "b.jsonl").write_text(GOOD)
+    stream = CorpusStream(tmp_path, Reader(on_broken="skip"))
+    next(stream)
+    (tmp_path / "b.jsonl").unlink()
+    assert len(list(stream)) == 1 and stream.counts.dropped == {"shard_gone": 1}
+
+
+def test_folders_of_save_to_disk_and_conllu(tmp_path):
+    table = datasets.Dataset.from_dict({"text": [f"riga {i}" for i in range(7)], "source": ["s"] * 7})
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"test": table.select([0]), "train": table}).save_to_disk(tmp_path / "splits")
+    for folder in ("saved", "splits"):
+        found = list(iter_documents(tmp_path / folder))
+        assert [d.text for d in found] == [f"riga {i}" for i in range(7)] and found[0].source == "s"
+    (tmp_path / "ud.conllu").write_text(
+        "# sent_id = 1\n# text = Vado al mare.\n1\tVado\t_\n\n# text = È tardi.\n1\tÈ\t_\n\n"
+    )
+    assert [d.text for d in iter_documents(tmp_path / "ud.conllu")] == ["Vado al mare.", "È tardi."]
+
+
+def test_mixtures_are_drawn_by_weight_with_the_seed(tmp_path):
+    for name, n in (("a", 3000), ("b", 3000)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(n)))
+    mixture = f"0.8*{tmp_path / 'a.jsonl'},0.2*{tmp_path / 'b.jsonl'}"
+    found = [document.text for document in iter_documents(mixture, seed=1)]
+    assert len(found) == len(set(found)) == 6000
+    share = sum(text.startswith("a") for text in found[:3000]) / 3000
+    assert 0.77 < share < 0.83  # 0.8 with a standard error of 0.007
+    assert (
+        found == [d.text for d in iter_documents(mixture, seed=1)] != [d.text for d in iter_documents(mixture, seed=2)]
+    )
+    for bad in (f"0*{tmp_path / 'a.jsonl'},1*micro-italiano", f"0.5*{tmp_path / 'a.jsonl'},micro-italiano"):
+        with pytest.raises(UsageError, match="needs a weight above 0"):
+            next(iter_documents(bad))
+
+
+def test_settings_that_do_not_exist(tmp_path):
+    with pytest.raises(UsageError, match="Did you mean 'heldout'"):
+        Reader(split="held-out")  # pyright: ignore
+    with pytest.raises(UsageError, match="'refuse' or 'skip'"):
+        Reader(on_broken="ignore")  # pyright: ignore
+    with pytest.raises(UsageError, match="has no end"):
+        load_corpus("micro-italiano", streaming=False)
+
+
+def test_a_dataset_that_is_not_streamed_follows_its_files(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(GOOD)
+    assert len(load_corpus(file, "all", streaming=False)) == 1
+    file.write_text(GOOD + '{"text": "Un altro."}\n')
+    table = load_corpus(file, "all", streaming=False)
+    assert table["text"][:] == ["La città è bella.", "Un altro."]
