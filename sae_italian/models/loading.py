@@ -183,8 +183,29 @@ def _load_hooked(resolved: ResolvedModel, model: Any, tokenizer: Any, device: st
                 )
         finally:
             unregister_model(str(folder))
+    _copy_rotary(model, hooked, context)
     hooked.cfg.model_name = resolved.saved_name
     return hooked.eval()
+
+
+def _copy_rotary(model: Any, hooked: Any, context: int) -> None:
+    """Give HookedTransformer the rotary angles of the Hugging Face model.
+
+    Its own are rounded otherwise, which costs 1e-4 in the logits past 2,000 tokens, and ignore any scaling of RoPE.
+    """
+    import torch
+
+    rotary = next((m for m in model.modules() if hasattr(m, "inv_freq") and hasattr(m, "attention_scaling")), None)
+    if rotary is None:
+        return
+    angles = torch.arange(context, dtype=torch.float32)[:, None] * rotary.inv_freq.float().cpu()[None, :]
+    angles = torch.cat([angles, angles], dim=-1)
+    for block in hooked.blocks:
+        for name, values in (("rotary_sin", angles.sin()), ("rotary_cos", angles.cos())):
+            old = getattr(block.attn, name)  # [positions, rotary_dim]; TransformerLens keeps 2048 and grows them itself
+            if old.shape[1] != values.shape[1]:
+                raise UsageError(f"RoPE turns {old.shape[1]} dimensions here, {values.shape[1]} there; use 'bridge'.")
+            setattr(block.attn, name, (values * rotary.attention_scaling).to(old))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from sae_italian.saes.sparsify import check_shapes, load_tensors, with_overrides
 from sae_italian.storage import read_json
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
+_TENSORS = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 
 def is_llama_scope(folder: Path) -> bool:
@@ -78,7 +79,7 @@ def llama_scope_disk_loader(
     """
     theirs = read_json(Path(path) / CONFIG)
     config = config_from_disk(path, device, cfg_overrides)
-    tensors = load_tensors(Path(path) / WEIGHTS, device, config["dtype"])
+    tensors = load_tensors(Path(path) / WEIGHTS, device, config["dtype"], _TENSORS)
     d_in, d_sae = config["d_in"], config["d_sae"]
     norms = theirs["dataset_average_activation_norm"]
     scale_in, scale_out = d_in**0.5 / norms["in"], d_in**0.5 / norms.get("out", norms["in"])

@@ -21,6 +21,7 @@ from sae_italian.models.hooks import parse_hook_name
 from sae_italian.storage import read_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 
 
 def is_sparsify(folder: Path) -> bool:
@@ -115,11 +116,11 @@ def sparsify_disk_loader(
     Raises: DataError when a tensor is missing or has another shape than cfg.json says.
     """
     config = config_from_disk(path, device, cfg_overrides)
-    tensors = load_tensors(Path(path) / WEIGHTS, device, config["dtype"])
+    tensors = load_tensors(Path(path) / WEIGHTS, device, config["dtype"], _TENSORS)
     state = {
         "W_enc": tensors["encoder.weight"].T.contiguous(),
         "b_enc": tensors["encoder.bias"],
-        "W_dec": tensors["W_dec"] if "W_dec" in tensors else tensors["encoder.weight"].clone(),  # tied: Delphi's oldest
+        "W_dec": tensors["W_dec"],
         "b_dec": tensors["b_dec"],
     }
     d_in, d_sae = config["d_in"], config["d_sae"]
@@ -133,14 +134,15 @@ def sparsify_disk_loader(
     return config, state
 
 
-def load_tensors(path: Path, device: str, dtype: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file in one dtype."""
+def load_tensors(path: Path, device: str, dtype: str, needed: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file in one dtype. Raises DataError when a needed one is missing."""
     from safetensors.torch import load_file
 
-    return {
-        name: tensor.to(getattr(torch, dtype.removeprefix("torch.")))
-        for name, tensor in load_file(path, device).items()
-    }
+    tensors = load_file(path, device)
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise DataError(f"{path} has no {', '.join(missing)}; it holds {', '.join(sorted(tensors))}.")
+    return {name: tensor.to(getattr(torch, dtype.removeprefix("torch."))) for name, tensor in tensors.items()}
 
 
 def check_shapes(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], file: Path) -> None:
