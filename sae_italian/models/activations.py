@@ -111,12 +111,13 @@ def logits_with_replacement(
     model: nn.Module,
     tokens: Int[Tensor, "batch pos"],
     hook_name: str,
-    replace: Callable[[Acts], Acts],
+    replace: Callable[..., Acts],
     hook_name_in: str | None = None,
 ) -> Float[Tensor, "batch pos vocab"]:
     """Return the logits of a forward pass in which the activation x at the hook is replaced by `replace(x)`.
 
-    With `hook_name_in`, a hook that fires earlier, x is read there instead: this is how a transcoder is put in place.
+    With `hook_name_in`, a hook that fires earlier, it is replaced by `replace(x, u)` with u the activation read there:
+    this is how a transcoder is put in place.
     """
     hook, module = resolve_hook(model, hook_name)
     earlier: list[Tensor] = []
@@ -124,9 +125,11 @@ def logits_with_replacement(
 
     def swap(activation: Tensor) -> Tensor:
         fired.append(True)
-        if hook_name_in is not None and not earlier:
+        if hook_name_in is None:
+            return replace(activation).to(activation.dtype)
+        if not earlier:
             raise _never_fired(model, [hook_name_in])
-        return replace(earlier[-1] if hook_name_in is not None else activation).to(activation.dtype)
+        return replace(activation, earlier[-1]).to(activation.dtype)
 
     with ExitStack() as stack:
         if hook_name_in is not None:

@@ -13,7 +13,13 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 # Same head dimension, KV ratio, window, context and vocabulary quirks as the hub's configs say; fewer layers and heads.
-MISTRAL = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 2}
+MISTRAL = {
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_hidden_layers": 2,
+}
 GPT2 = {"n_layer": 2, "bos_token_id": 0, "eos_token_id": 0}
 SHRUNKEN: dict[str, dict[str, Any]] = {
     "sapienzanlp/Minerva-350M-base-v1.0": {
@@ -85,7 +91,9 @@ def random_model(config: dict[str, Any], seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     fields = {key: value for key, value in config.items() if key != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], initializer_range=0.05, **fields))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(config["model_type"], initializer_range=0.05, **fields)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and ("norm" in name or "ln_" in name) and name.endswith("weight"):

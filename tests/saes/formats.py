@@ -60,7 +60,9 @@ def llama_scope_weights(d_in: int, d_sae: int, seed: int = 0) -> dict[str, torch
     }
 
 
-def write_llama_scope(folder: Path, weights: dict[str, torch.Tensor], hook_in: str, hook_out: str, **config: Any) -> Path:
+def write_llama_scope(
+    folder: Path, weights: dict[str, torch.Tensor], hook_in: str, hook_out: str, **config: Any
+) -> Path:
     """One SAE as OpenMOSS published it: hyperparams.json and checkpoints/final.safetensors."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     d_sae, d_in = weights["encoder.weight"].shape

@@ -35,7 +35,9 @@ def test_the_clic_it_release_is_exact_through_saelens_own_call(tmp_path, monkeyp
     """SAELens' call, our loader, sparsify's maths; real cfg.json keys, decoder of unit norm and a large bias."""
     weights, k = sparsify_weights(64, 64 * 32), 32
     write_sparsify(tmp_path / "run" / "layers.14", weights, k)
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "sapienzanlp/Minerva-1B-base-v1.0", "ctx_len": 512}))
+    (tmp_path / "run" / "config.json").write_text(
+        json.dumps({"model": "sapienzanlp/Minerva-1B-base-v1.0", "ctx_len": 512})
+    )
     put_in_cache(tmp_path / "hub", CLIC_IT, tmp_path / "run")
     use_cache(monkeypatch, tmp_path / "hub")
     sae = SAE.from_pretrained(CLIC_IT, "layers.14")
