@@ -116,5 +116,5 @@ def _corpus_of(sae: Any, text_column: str) -> str:
         except UsageError:
             if Path(str(named)).exists():
                 raise
-            print(f"{named} is not here; the sample is {MICRO_ITALIANO}. Give --corpus for another.", file=sys.stderr)
+            sys.stderr.write(f"{named} is not here; the sample is {MICRO_ITALIANO}. Give --corpus for another.\n")
     return MICRO_ITALIANO

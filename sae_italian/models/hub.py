@@ -81,7 +81,9 @@ def _refused(chain: list[BaseException], name: str, repo_id: str) -> Failure | N
         return UsageError(
             f"{name} is gated: accept its terms at {page}, then set HF_TOKEN to a token that may read it."
         )
-    status = next((e.response.status_code for e in chain if isinstance(e, HfHubHTTPError) and e.response), None)
+    status = next(
+        (e.response.status_code for e in chain if isinstance(e, HfHubHTTPError) and e.response is not None), None
+    )
     if status == 401:
         return UsageError(
             f"{name}: the hub does not know who is asking (401), or {page} does not exist. Check the name; if the page "

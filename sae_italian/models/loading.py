@@ -147,7 +147,7 @@ def _fetch(loader: Any, resolved: ResolvedModel, **arguments: Any) -> Any:
     try:
         with _no_bars_in_a_pipe():
             return loader(resolved.load_from, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise explain(error, resolved.saved_name, resolved.revision) from error
 
 

@@ -112,7 +112,8 @@ def put_in_cache(cache: Path, repo_id: str, folder: Path, revision: str = REVISI
         if not file.is_file():
             continue
         blob = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
-        shutil.copy(file, blob)
+        if not blob.exists():
+            shutil.copy(file, blob)
         link = snapshot / file.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)

@@ -89,3 +89,31 @@ def test_minerva_350m_whole(tmp_path, monkeypatch):
             for what, difference in largest_differences(hf, other, tokens).items():
                 assert difference < TOLERANCE, (backend, what, length, difference)
         del other
+
+
+@pytest.mark.slow
+def test_memory_of_hf_and_bridge_is_that_of_the_weights(tmp_path):
+    """Peak resident memory while loading 1.3 GiB of weights, over what importing the libraries takes."""
+    import subprocess
+    import sys
+
+    from tests.models.hub import random_model, save_model
+
+    config = {
+        "model_type": "mistral", "hidden_size": 1152, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "intermediate_size": 4032, "vocab_size": 32768, "sliding_window": 2048,
+        "max_position_embeddings": 16384, "tie_word_embeddings": False,
+    }  # fmt: skip
+    save_model(random_model(config), tmp_path / "m")
+    code = """import resource, sys, sae_italian.models.loud, transformers
+from sae_italian.models import load_model
+load_model('mini', sys.argv[2])
+rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = rss(); model = load_model(sys.argv[1], sys.argv[2])
+print((rss() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))"""
+    for backend in ("hf", "bridge"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "m"), backend], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout.splitlines()[-1]) < 1.15, backend

@@ -152,8 +152,9 @@ def test_llama_scope_saes_by_saelens_loader_and_by_ours_are_one(llama_scope_hub,
     x = torch.randn(40, 64)
     z, y = llama_scope_forward(weights, x, norm, 3.0, 0.1)
     assert_is(load_sae(tmp_path / "R" / "Llama3_1-8B-Base-L8R-8x"), z, y, x)
-    from sae_italian.saes.llama_scope import llama_scope_disk_loader
     from sae_lens.loading.pretrained_sae_loaders import llama_scope_sae_huggingface_loader
+
+    from sae_italian.saes.llama_scope import llama_scope_disk_loader
 
     config, theirs, _ = llama_scope_sae_huggingface_loader(
         "fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L8R-8x", cfg_overrides={"dtype": "float32"}
