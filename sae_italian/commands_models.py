@@ -20,7 +20,7 @@ def model_facts(name: str) -> dict[str, Any]:
     from sae_italian.models.loading import bos_count
 
     resolved = resolve(name)
-    facts = asdict(resolved.entry) if resolved.entry else {"name": resolved.saved_name}
+    facts: dict[str, Any] = asdict(resolved.entry) if resolved.entry else {"name": resolved.saved_name}
     try:
         config = load_model_config(name)
         facts |= config_facts(config)

@@ -142,6 +142,18 @@ def best_scale(sae: Any, sample: Sample) -> tuple[float, Fit]:
 
 
 @torch.no_grad()
+def best_output_scale(sae: Any, sample: Sample) -> tuple[float, float]:
+    """Return the factor on what the decoder adds to its bias that explains y best, and the gain in explained variance."""
+    z = sae.encode(sample.x)
+    base = _decoded(sae, torch.zeros_like(z), sample.x).double()
+    added, wanted = _decoded(sae, z, sample.x).double() - base, sample.y.double() - base
+    factor = ((added * wanted).sum() / added.pow(2).sum().clamp_min(1e-12)).item()
+    centred = (sample.y.double() - sample.y.double().mean(0)).pow(2).sum()
+    gain = ((wanted - added).pow(2).sum() - (wanted - factor * added).pow(2).sum()) / centred
+    return factor, gain.item()
+
+
+@torch.no_grad()
 def fit_by_layer(sae: Any, model: Any, sample: Sample, n_tokens: int) -> dict[int, float]:
     """Return the centred explained variance of the SAE on the activations of each layer at its site."""
     hook_in, hook_out = (parse_hook_name(name) for name in hooks_of(sae))

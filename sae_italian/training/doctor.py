@@ -51,7 +51,8 @@ class Report:
 
     @property
     def status(self) -> Status:
-        return next((s for s in ("fail", "warn") if any(c.status == s for c in self.checks)), "pass")
+        found = {check.status for check in self.checks}
+        return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
 
     def check(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)
@@ -260,14 +261,34 @@ def _repair_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[
 
 
 def _scale_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Check:
+    """Look for a constant factor on the SAE's input, on its output, or left out: normalisation that was not folded in."""
     scale, best = measure.best_scale(sae, few)
+    out_scale, out_gain = measure.best_output_scale(sae, few)
     norm = few.x.norm(dim=-1).mean().item()
-    measures["norm_scale"] = {"best_factor": scale, "explained_variance": best.explained_variance, "mean_norm": norm}
-    if best.explained_variance - now > CLEARLY and not 0.8 < scale < 1.25:
-        found = f"activations of norm {norm:.1f}; multiplied by {scale:.3g} the SAE explains {best.explained_variance:.3f}, not {now:.3f}"
+    measures["norm_scale"] = {
+        "best_factor": scale,
+        "explained_variance": best.explained_variance,
+        "best_output_factor": out_scale,
+        "output_gain": out_gain,
+        "mean_norm": norm,
+    }
+    head = f"activations of norm {norm:.1f}; explains {now:.3f}, "
+    if best.explained_variance - now > max(CLEARLY, out_gain) and not 0.8 < scale < 1.25:
+        found = f"{head}and {best.explained_variance:.3f} when they are multiplied by {scale:.3g} first"
         remedy = f"fold the scale in: sae.fold_activation_norm_scaling_factor({scale:.4g}), once"
         return Check("norm scale", "fail", found, remedy)
-    return Check("norm scale", "pass", f"activations of norm {norm:.1f} fit as they are")
+    if out_gain > CLEARLY and not 0.8 < out_scale < 1.25:
+        found = f"{head}and {now + out_gain:.3f} when the latents' part of the output is multiplied by {out_scale:.3g}"
+        remedy = (
+            f"a scale was folded into one side only: multiply W_dec by {out_scale:.4g} (or fold from the originals)"
+        )
+        return Check("norm scale", "fail", found, remedy)
+    mode = getattr(sae.cfg, "normalize_activations", "none")
+    if mode in ("expected_average_only_in", "covariance_whitening"):
+        factor = sae.cfg.d_in**0.5 / norm
+        remedy = f"fold it in: sae.fold_activation_norm_scaling_factor({factor:.4g}) on this sample's norm"
+        return Check("norm scale", "fail", f"{head}trained on normalised activations ({mode}), not folded in", remedy)
+    return Check("norm scale", "pass", f"{head}and no constant factor would do better")
 
 
 def _layer_check(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Check:

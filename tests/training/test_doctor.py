@@ -66,12 +66,33 @@ def test_a_healthy_sae_passes_and_its_figures_are_those_of_the_card(sae, mini):
 
 
 @pytest.mark.parametrize("factor", [0.2, 6.0])
-def test_activations_scaled_by_a_constant(sae, mini, factor):
-    sae.fold_activation_norm_scaling_factor(1 / factor)  # as if trained on activations `factor` times as large
+def test_activations_scaled_by_a_constant_on_one_side(sae, mini, factor):
+    with torch.no_grad():  # the input's scale folded in, the output's not
+        sae.W_enc.mul_(factor)
     found = report(sae, mini)
     check = found.check("norm scale")
+    assert check.status == "fail" and "W_dec" in check.remedy
+    assert found.measures["norm_scale"]["best_output_factor"] == pytest.approx(1 / factor, rel=0.2)
+
+
+@pytest.mark.parametrize("factor", [0.2, 6.0])
+def test_activations_scaled_by_a_constant_on_both_sides(sae, mini, factor):
+    """As if trained on activations `factor` times as large; with a threshold the scale then decides what fires."""
+    jump = to_jumprelu(sae, 0.0)
+    threshold = float(report(jump, mini).check("l0").remedy.split(" to ")[1].split()[0])
+    jump = to_jumprelu(sae, threshold)
+    assert report(jump, mini).check("norm scale").status == "pass"
+    jump.fold_activation_norm_scaling_factor(1 / factor)
+    found = report(jump, mini)
+    check = found.check("norm scale")
     assert check.status == "fail" and "fold_activation_norm_scaling_factor" in check.remedy
-    assert found.measures["norm_scale"]["best_factor"] == pytest.approx(factor, rel=0.3)
+    assert found.measures["norm_scale"]["best_factor"] == pytest.approx(factor, rel=0.5)
+
+
+def test_normalisation_that_was_never_folded_in(sae, mini):
+    sae.cfg.normalize_activations = "expected_average_only_in"
+    check = report(sae, mini).check("norm scale")
+    assert check.status == "fail" and "not folded in" in check.found
 
 
 def test_another_layer(sae, mini):
