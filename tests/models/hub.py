@@ -92,7 +92,7 @@ def random_model(config: dict[str, Any], seed: int = 0) -> Any:
     torch.manual_seed(seed)
     fields = {key: value for key, value in config.items() if key != "model_type"}
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(config["model_type"], initializer_range=0.05, **fields)
+        AutoConfig.for_model(config["model_type"], **{"initializer_range": 0.05, **fields})
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

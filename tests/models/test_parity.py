@@ -77,10 +77,10 @@ def test_minerva_350m_whole(tmp_path, monkeypatch):
         "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
     }  # fmt: skip
     repo_id = "sapienzanlp/Minerva-350M-base-v1.0"
-    put_in_cache(tmp_path, repo_id, save_model(random_model(config), tmp_path / "saved"))
+    put_in_cache(tmp_path, repo_id, save_model(random_model(config | {"initializer_range": 0.02}), tmp_path / "saved"))
     use_cache(monkeypatch, tmp_path)
     hf = load_model("minerva-350m")
-    assert sum(parameter.numel() for parameter in hf.parameters()) == 351_572_352
+    assert sum(parameter.numel() for parameter in hf.parameters()) == 351_573_120
     assert not hf.loaded_from["differences"]
     for backend in ("bridge", "hooked"):
         other = load_model("minerva-350m", backend)
@@ -105,10 +105,10 @@ def test_memory_of_hf_and_bridge_is_that_of_the_weights(tmp_path):
         "max_position_embeddings": 16384, "tie_word_embeddings": False,
     }  # fmt: skip
     save_model(random_model(config), tmp_path / "m")
-    code = """import resource, sys, sae_italian.models.loud, transformers
+    code = """import re, sys, sae_italian.models.loud, transformers
 from sae_italian.models import load_model
 load_model('mini', sys.argv[2])
-rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+rss = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
 before = rss(); model = load_model(sys.argv[1], sys.argv[2])
 print((rss() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))"""
     for backend in ("hf", "bridge"):
@@ -116,4 +116,4 @@ print((rss() - before) / sum(p.numel() * p.element_size() for p in model.paramet
             [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "m"), backend], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        assert float(done.stdout.splitlines()[-1]) < 1.15, backend
+        assert 0.5 < float(done.stdout.splitlines()[-1]) < 1.15, backend
