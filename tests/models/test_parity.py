@@ -109,7 +109,8 @@ def test_memory_of_hf_and_bridge_is_that_of_the_weights(tmp_path):
 from sae_italian.models import load_model
 load_model('mini', sys.argv[2])
 rss = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
-before = rss(); model = load_model(sys.argv[1], sys.argv[2])
+before = rss(); model = load_model(sys.argv[1], sys.argv[2]); model(transformers.AutoTokenizer.from_pretrained(
+    sys.argv[1])('ciao', return_tensors='pt').input_ids)  # weights are mapped, and resident once used
 print((rss() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))"""
     for backend in ("hf", "bridge"):
         done = subprocess.run(
