@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import sae_italian
+from sae_italian import cli_models
 from sae_italian.cli_corpora import add_bench, add_commands
 from sae_italian.errors import SaeItalianError, UsageError, nearest
 
@@ -102,9 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     models = group("models", "the catalogue of Italian models")
     add(models, "list", _models_list, "names, aliases, licence, gate")
     add(models, "show", _models_show, "dimensions, licence, hooks of one model").add_argument("name")
-    sub = add(models, "check", _models_check, "compare the logits of the three backends on a prompt")
+    sub = add(
+        models, "check", _models_check, "compare the three backends on a prompt: logits, and every layer and site"
+    )
     sub.add_argument("name")
     sub.add_argument("--prompt", default="La città è più bella perché c'è il sole.")
+
+    saes = group("saes", "published and local SAEs")
+    cli_models.add_saes(saes, add, _show)
 
     corpora = group("corpora", "Italian text")
     add_commands(corpora, add, _show)
@@ -200,30 +206,12 @@ def _models_list(options: argparse.Namespace) -> None:
     from sae_italian.models.catalogue import catalogue
 
     entries = catalogue().values()
-    lines = [f"{e.name:42} {', '.join(e.aliases):36} {e.licence:11} gated: {e.gated}" for e in entries]
+    lines = [f"{e.name:42} {', '.join(e.aliases):60} {e.licence:19} gated: {e.gated}" for e in entries]
     _show(options, [asdict(entry) for entry in entries], "\n".join(lines))
 
 
 def _models_show(options: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
-    from sae_italian.models import load_model_config, resolve
-
-    resolved = resolve(options.name)
-    facts = asdict(resolved.entry) if resolved.entry else {"name": resolved.saved_name}
-    try:
-        config = load_model_config(options.name)
-        facts |= {
-            "architecture": (config.architectures or ["?"])[0],
-            "d_model": config.hidden_size,
-            "n_layers": config.num_hidden_layers,
-            "vocab": config.vocab_size,
-            "context": config.max_position_embeddings,
-            "window": getattr(config, "sliding_window", None),
-            "hook_names": f"blocks.0 to blocks.{config.num_hidden_layers - 1}: hook_resid_post, hook_attn_out, hook_mlp_out",
-        }
-    except UsageError as error:
-        facts["weights"] = str(error)
+    facts = cli_models.model_facts(options.name)
     _show(options, facts, "\n".join(f"{key:14} {value}" for key, value in facts.items()))
 
 
@@ -231,9 +219,7 @@ def _models_check(options: argparse.Namespace) -> None:
     from sae_italian.models.check import compare_backends
 
     result = compare_backends(options.name, options.prompt)
-    lines = [f"{key:32} {value:.2e}" for key, value in result["differences"].items()]
-    lines.append("ok" if result["ok"] else "the backends differ by more than 1e-4")
-    _show(options, result, "\n".join(lines))
+    _show(options, result, cli_models.check_text(result))
     if not result["ok"]:
         raise SaeItalianError("the backends differ by more than 1e-4; please report this model.")
 

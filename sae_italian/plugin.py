@@ -1,9 +1,9 @@
 """Everything that touches another library's tables, in one place.
 
-TransformerLens resolves model names through two module-level objects (`OFFICIAL_MODEL_NAMES`, `MODEL_ALIASES`) and has
-no public call to extend them, so names are added to these objects in place; nothing is rebound or replaced, and a name
-that TransformerLens already knows is never taken over. Importing TransformerLens costs seconds, so registration waits
-until somebody imports it.
+TransformerLens resolves model names through two module-level objects (`OFFICIAL_MODEL_NAMES`, `MODEL_ALIASES`), SAELens
+its releases through a cached dict and its loaders through another; none has a public call to extend it. So entries are
+added to these objects in place; nothing is rebound or replaced, and a name they already know is never taken over.
+Importing these libraries costs seconds, so each registration waits until somebody imports the library.
 """
 
 from __future__ import annotations
@@ -11,11 +11,19 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-_TABLES = "transformer_lens.supported_models"
+_MODEL_TABLES = "transformer_lens.supported_models"
+
+
+class _Aliases(list):
+    """A list of aliases that is asked `in` without regard to case: TransformerBridge compares them as typed."""
+
+    def __contains__(self, name: object) -> bool:
+        return any(str(name).lower() == alias.lower() for alias in self)
 
 
 def register_model(official: str, aliases: Sequence[str]) -> None:
@@ -23,7 +31,7 @@ def register_model(official: str, aliases: Sequence[str]) -> None:
 
     Raises: ValueError when an alias already means another model there.
     """
-    tables = importlib.import_module(_TABLES)
+    tables = importlib.import_module(_MODEL_TABLES)
     names: list[str] = tables.OFFICIAL_MODEL_NAMES
     known: dict[str, list[str]] = tables.MODEL_ALIASES
     owners = {name.lower(): name for name in names}
@@ -34,52 +42,107 @@ def register_model(official: str, aliases: Sequence[str]) -> None:
             raise ValueError(f"alias {alias!r} already means {owner!r} in TransformerLens; it was not taken over")
     if official not in names:
         names.append(official)
-    current = known.setdefault(official, [])
+    current = known.setdefault(official, _Aliases())
     current += [alias for alias in aliases if alias not in current]
 
 
+def unregister_model(official: str) -> None:
+    """Take back a name that `register_model` added; aliases of a name TransformerLens ships are left alone."""
+    tables = importlib.import_module(_MODEL_TABLES)
+    if isinstance(tables.MODEL_ALIASES.get(official), _Aliases):
+        del tables.MODEL_ALIASES[official]
+        tables.OFFICIAL_MODEL_NAMES.remove(official)
+
+
 def register_all() -> None:
-    """Register every model of the catalogue."""
+    """Register every model of the catalogue with TransformerLens."""
     from sae_italian.models.catalogue import catalogue
 
     for entry in catalogue().values():
         register_model(entry.official, entry.aliases)
 
 
-class _AfterExec(importlib.abc.Loader):
-    """The loader of the awaited module, with one call added after the module has run."""
+def register_releases() -> None:
+    """Add our loaders and releases to SAELens' tables, so that `SAE.from_pretrained` knows them; idempotent.
 
-    def __init__(self, loader: importlib.abc.Loader):
-        self.loader = loader
+    Raises: ValueError when SAELens already has a release or loader of that name that is not ours.
+    """
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup, get_pretrained_saes_directory
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    from sae_italian.saes.releases import CONFIG_GETTERS, LOADERS, releases
+    from sae_italian.saes.transcoders import TOPK_TRANSCODER, TopKTranscoder, TopKTranscoderConfig
+
+    _add("SAE architecture", SAE_CLASS_REGISTRY, {TOPK_TRANSCODER: (TopKTranscoder, TopKTranscoderConfig)})
+    _add("loader", loaders.NAMED_PRETRAINED_SAE_LOADERS, LOADERS)
+    _add("config getter", loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS, CONFIG_GETTERS)
+    lookups = {
+        release.name: PretrainedSAELookup(
+            release=release.name,
+            repo_id=release.repo_id,
+            model=release.model,
+            conversion_func=release.loader,
+            saes_map=dict(release.saes),
+            expected_var_explained={},
+            expected_l0={sae_id: float(release.k) for sae_id in release.saes if release.k},
+            neuronpedia_id={},
+            norm_scaling_factor={},
+            config_overrides=None,
+        )
+        for release in releases().values()
+    }
+    _add("release", get_pretrained_saes_directory(), lookups)
+
+
+def _add(what: str, table: dict[str, Any], ours: dict[str, Any]) -> None:
+    for name, value in ours.items():
+        if table.setdefault(name, value) != value:
+            raise ValueError(f"SAELens already has a {what} named {name!r}; it was not replaced")
+
+
+# What to do once a library's module has been imported.
+_WHEN_IMPORTED: dict[str, Callable[[], None]] = {_MODEL_TABLES: register_all, "sae_lens": register_releases}
+
+
+class _AfterExec(importlib.abc.Loader):
+    """The loader of an awaited module, with one call added after the module has run."""
+
+    def __init__(self, loader: importlib.abc.Loader, then: Callable[[], None]):
+        self.loader, self.then = loader, then
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        sys.modules[_TABLES] = module
-        register_all()
+        sys.modules[module.__name__] = module
+        self.then()
 
     def __getattr__(self, name: str):
         return getattr(self.loader, name)
 
 
 class _Waiter(importlib.abc.MetaPathFinder):
-    """Waits on `sys.meta_path` for TransformerLens' tables, then steps aside."""
+    """Waits on `sys.meta_path` for one module, then steps aside."""
+
+    def __init__(self, awaited: str, then: Callable[[], None]):
+        self.awaited, self.then = awaited, then
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if fullname != _TABLES:
+        if fullname != self.awaited:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _AfterExec(spec.loader)
+            spec.loader = _AfterExec(spec.loader, self.then)
         return spec
 
 
 def install() -> None:
-    """Register now if TransformerLens is imported, else at the moment it will be. Idempotent."""
-    if _TABLES in sys.modules:
-        register_all()
-    elif not any(isinstance(finder, _Waiter) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiter())
+    """Register now with each library that is imported, with the others at the moment they will be. Idempotent."""
+    for awaited, then in _WHEN_IMPORTED.items():
+        if awaited in sys.modules:
+            then()
+        elif not any(isinstance(finder, _Waiter) and finder.awaited == awaited for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Waiter(awaited, then))

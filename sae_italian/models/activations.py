@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from sae_italian.errors import UsageError
 from sae_italian.models.hooks import Hook, parse_hook_name
+
+Acts = Float[Tensor, "batch pos d_in"]
 
 
 class _StopForward(Exception):
@@ -29,16 +31,27 @@ def _first(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
+def _normalised(x: Acts, norm: Any) -> Acts:
+    """Return x as the norm hands it to its gain: centred for LayerNorm, divided by its root mean square for both."""
+    x32 = x.float()
+    if isinstance(norm, nn.LayerNorm):
+        x32 = x32 - x32.mean(-1, keepdim=True)
+    eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 @contextmanager
 def _hooked(module: nn.Module, hook: Hook, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call `function` on the hook's activation in every forward pass; what it returns replaces the activation."""
 
     def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        if args:
-            new = function(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
-        new = function(kwargs["hidden_states"])
-        return None if new is None else (args, {**kwargs, "hidden_states": new})
+        x = args[0] if args else kwargs["hidden_states"]
+        new = function(_normalised(x, module) if hook.normalised else x)
+        if new is None:
+            return None
+        if hook.normalised:
+            raise UsageError(f"{hook.name} can be read but not replaced; replace the MLP's input or output instead.")
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
     def on_output(_module: nn.Module, _args: Any, output: Any):
         new = function(_first(output))
@@ -56,29 +69,41 @@ def _hooked(module: nn.Module, hook: Hook, function: Callable[[Tensor], Tensor |
         handle.remove()
 
 
+def _never_fired(model: nn.Module, names: Sequence[str]) -> UsageError:
+    which = ", ".join(repr(name) for name in names)
+    return UsageError(f"hook {which} never fired in {type(model).__name__}; its module is not used in the forward.")
+
+
 @torch.no_grad()
-def read_activations(
-    model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_name: str
-) -> Float[Tensor, "batch pos d_in"]:
-    """Return the activations at one hook; the forward pass stops right after it.
+def read_many(model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_names: Sequence[str]) -> dict[str, Acts]:
+    """Return the activations at several hooks of one forward pass, which stops after the last of them.
 
-    Raises: UsageError for an unknown hook, and when the hook did not fire.
+    Raises: UsageError for an unknown hook, and when a hook did not fire.
     """
-    hook, module = resolve_hook(model, hook_name)
-    caught: list[Tensor] = []
+    caught: dict[str, Tensor] = {}
 
-    def catch(activation: Tensor) -> None:
-        caught.append(activation)
-        raise _StopForward
+    def catch(name: str) -> Callable[[Tensor], None]:
+        def function(activation: Tensor) -> None:
+            caught[name] = activation
+            if len(caught) == len(set(hook_names)):
+                raise _StopForward
 
-    with _hooked(module, hook, catch):
+        return function
+
+    with ExitStack() as stack:
+        for name in dict.fromkeys(hook_names):
+            hook, module = resolve_hook(model, name)
+            stack.enter_context(_hooked(module, hook, catch(name)))
         try:
             model(tokens, use_cache=False)
         except _StopForward:
-            return caught[0]
-    raise UsageError(
-        f"hook {hook_name!r} never fired in {type(model).__name__}; its module is not used in the forward."
-    )
+            return caught
+    raise _never_fired(model, [name for name in hook_names if name not in caught])
+
+
+def read_activations(model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Acts:
+    """Return the activations at one hook; the forward pass stops right after it. Raises UsageError as `read_many`."""
+    return read_many(model, tokens, [hook_name])[hook_name]
 
 
 @torch.no_grad()
@@ -86,18 +111,32 @@ def logits_with_replacement(
     model: nn.Module,
     tokens: Int[Tensor, "batch pos"],
     hook_name: str,
-    replace: Callable[[Float[Tensor, "batch pos d_in"]], Float[Tensor, "batch pos d_in"]],
+    replace: Callable[..., Acts],
+    hook_name_in: str | None = None,
 ) -> Float[Tensor, "batch pos vocab"]:
-    """Return the logits of a forward pass in which the activation x at the hook is replaced by `replace(x)`."""
+    """Return the logits of a forward pass in which the activation x at the hook is replaced by `replace(x)`.
+
+    With `hook_name_in`, a hook that fires earlier, it is replaced by `replace(x, u)` with u the activation read there:
+    this is how a transcoder is put in place.
+    """
     hook, module = resolve_hook(model, hook_name)
+    earlier: list[Tensor] = []
     fired: list[bool] = []
 
     def swap(activation: Tensor) -> Tensor:
         fired.append(True)
-        return replace(activation).to(activation.dtype)
+        if hook_name_in is None:
+            return replace(activation).to(activation.dtype)
+        if not earlier:
+            raise _never_fired(model, [hook_name_in])
+        return replace(activation, earlier[-1]).to(activation.dtype)
 
-    with _hooked(module, hook, swap):
+    with ExitStack() as stack:
+        if hook_name_in is not None:
+            hook_in, module_in = resolve_hook(model, hook_name_in)
+            stack.enter_context(_hooked(module_in, hook_in, earlier.append))  # pyright: ignore[reportArgumentType]
+        stack.enter_context(_hooked(module, hook, swap))
         logits = model(tokens, use_cache=False).logits
     if not fired:
-        raise UsageError(f"hook {hook_name!r} never fired in {type(model).__name__}.")
+        raise _never_fired(model, [hook_name])
     return logits

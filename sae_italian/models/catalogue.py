@@ -6,8 +6,22 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from sae_italian.errors import UsageError, nearest
+
+# The catalogue's name of a dimension, and where transformers' configs keep it (the first that is there).
+CONFIG_KEYS = {
+    "d_model": ("hidden_size", "n_embd"),
+    "n_layers": ("num_hidden_layers", "n_layer"),
+    "n_heads": ("num_attention_heads", "n_head"),
+    "n_kv_heads": ("num_key_value_heads", "num_attention_heads", "n_head"),
+    "d_head": ("head_dim",),
+    "d_mlp": ("intermediate_size", "n_inner"),
+    "vocab": ("vocab_size",),
+    "context": ("max_position_embeddings", "n_positions"),
+    "window": ("sliding_window",),
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +34,7 @@ class ModelEntry:
     licence: str
     gated: bool | str
     note: str
+    tokenizer: str  # family: models of one family have the same token ids
     package: str | None = None  # folder beside this file
     bos: bool | None = None  # None: read at load
     d_model: int | None = None
@@ -40,11 +55,12 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A name made definite: `saved_name` goes into metadata, `load_from` to the loaders."""
+    """A name made definite: `saved_name` goes into metadata, `load_from` and `revision` to the loaders."""
 
     saved_name: str
     load_from: str
     entry: ModelEntry | None
+    revision: str | None = None  # branch, tag or commit of the hub's repository; None: its main branch
 
 
 @cache
@@ -62,20 +78,52 @@ def catalogue() -> dict[str, ModelEntry]:
 def resolve(name: str) -> ResolvedModel:
     """Resolve an alias (any case), a hub id `owner/name`, or a local folder that holds a config.json.
 
+    `name@revision` pins a branch, tag or commit of a hub repository.
     Raises: UsageError for anything else, with the nearest known name.
     """
     wanted = name.strip()
-    for entry in catalogue().values():
-        if wanted.lower() in {entry.name.lower(), *entry.aliases} or wanted == entry.official:
-            return ResolvedModel(entry.name, entry.official, entry)
     folder = Path(wanted).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(
                 f"model folder {wanted!r} holds no config.json; a folder saved by transformers is expected."
             )
+        for entry in catalogue().values():
+            if folder.resolve() == Path(entry.official).resolve():
+                return ResolvedModel(entry.name, entry.official, entry)
         return ResolvedModel(str(folder.resolve()), str(folder.resolve()), None)
+    wanted, _, revision = wanted.partition("@")
+    for entry in catalogue().values():
+        if wanted.lower() in {entry.name.lower(), *entry.aliases}:
+            if revision and entry.package:
+                raise UsageError(f"{entry.name} is part of this package and has no revisions; remove '@{revision}'.")
+            return ResolvedModel(entry.name, entry.official, entry, revision or None)
     if wanted.count("/") == 1 and not wanted.startswith((".", "/", "~")):
-        return ResolvedModel(wanted, wanted, None)
+        return ResolvedModel(wanted, wanted, None, revision or None)
     known = [alias for entry in catalogue().values() for alias in (entry.name, *entry.aliases)]
     raise UsageError(f"model {name!r} is neither a known name, a hub id nor a folder. {nearest(wanted, known)}")
+
+
+def config_facts(config: Any) -> dict[str, Any]:
+    """Return the catalogue's dimensions as a loaded transformers config states them; None where it does not."""
+    facts: dict[str, Any] = {}
+    for ours, theirs in CONFIG_KEYS.items():
+        facts[ours] = next((value for key in theirs if (value := getattr(config, key, None)) is not None), None)
+    facts["d_head"] = facts["d_head"] or facts["d_model"] // facts["n_heads"]
+    if facts["d_mlp"] is None and config.model_type == "gpt2":
+        facts["d_mlp"] = 4 * facts["d_model"]  # transformers' own default when n_inner is null
+    facts["architecture"] = (config.architectures or [None])[0]
+    return facts
+
+
+def config_differences(entry: ModelEntry | None, config: Any) -> list[str]:
+    """Return one sentence per dimension in which the loaded config differs from the catalogue; the config wins."""
+    if entry is None:
+        return []
+    facts = config_facts(config)
+    known = {key: getattr(entry, key) for key in (*CONFIG_KEYS, "architecture")}
+    return [
+        f"{key} is {facts[key]} in the loaded config, {expected} in the catalogue"
+        for key, expected in known.items()
+        if facts[key] != expected and (expected is not None or (key == "window" and entry.d_model is not None))
+    ]

@@ -1,41 +1,118 @@
-"""Load an SAE in SAELens' format and check that it fits the model it is used on."""
+"""Load an SAE from any known format and check that it fits the model it is used on."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sae_italian.errors import DataError, UsageError
+from sae_italian.errors import DataError, UsageError, nearest
+from sae_italian.models.hub import explain
+from sae_italian.saes import llama_scope, sparsify
 
 
 def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
-    """Return a SAELens SAE from a folder (`cfg.json` + `sae_weights.safetensors`) or from `release:sae_id`.
+    """Return a SAELens SAE from a folder or from `release:sae_id`, whatever of the known formats its files have.
 
+    A folder may hold SAELens' format, sparsify's (also a whole run with one hookpoint, as Delphi is given), or Llama
+    Scope's. `release` is one of `sae-italian saes list`, any release of SAELens, or a hub repository `owner/name`;
+    `release:sae_id@revision` pins a revision. What was loaded is recorded as `metadata.revision` where the hub knows.
     Raises: UsageError when there is no such folder or release, DataError when its files cannot be read.
     """
-    from sae_lens import SAE
-
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "sae_weights.safetensors").is_file():
-            unfinished = (folder / "run.json").is_file()
-            hint = "its training has not finished: run it again with --resume" if unfinished else "give an SAE's folder"
-            raise UsageError(f"{folder} holds no sae_weights.safetensors; {hint}.")
-        try:
-            return SAE.load_from_disk(folder, device=device).eval()
-        except Exception as error:
-            raise DataError(f"the SAE in {folder} cannot be read: {error}") from error
+        return _from_folder(folder, device)
     release, colon, sae_id = str(name).partition(":")
     if not colon:
         raise UsageError(f"SAE {str(name)!r} is neither a folder nor of the form release:sae_id.")
+    return _from_release(release, sae_id, device)
+
+
+def _from_folder(folder: Path, device: str) -> Any:
+    from sae_lens import SAE
+
+    loaders: dict[str, Any] = {}
+    if sparsify.is_sparsify(folder):
+        loaders = {"converter": sparsify.sparsify_disk_loader}
+    elif llama_scope.is_llama_scope(folder):
+        loaders = {"converter": llama_scope.llama_scope_disk_loader}
+    elif not (folder / "sae_weights.safetensors").is_file():
+        return _from_folder(_only_hookpoint(folder), device)
     try:
-        return SAE.from_pretrained(release, sae_id, device=device).eval()
-    except (ValueError, OSError) as error:
-        raise UsageError(f"SAE {str(name)!r} could not be loaded: {str(error).splitlines()[0]:.300}") from error
+        return SAE.load_from_disk(folder, device=device, **loaders).eval()
+    except UsageError:
+        raise
+    except Exception as error:
+        raise DataError(f"the SAE in {folder} cannot be read: {_one_line(error)}{_transposed(error)}") from error
+
+
+def _only_hookpoint(folder: Path) -> Path:
+    """Return the one hookpoint of a sparsify run. Raises UsageError when there is none, or a choice to make."""
+    names = sparsify.hookpoints(folder)
+    if len(names) == 1:
+        return folder / names[0]
+    if names:
+        raise UsageError(f"{folder} holds {len(names)} SAEs; give one of its folders: {', '.join(names[:8])}.")
+    unfinished = (folder / "run.json").is_file()
+    hint = "its training has not finished: run it again with --resume" if unfinished else "give an SAE's folder"
+    raise UsageError(f"{folder} holds no sae_weights.safetensors; {hint}.")
+
+
+def _from_release(release: str, sae_id: str, device: str) -> Any:
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory()
+    sae_id, _, revision = sae_id.partition("@")
+    if release not in known and "/" not in release:
+        raise UsageError(f"SAE release {release!r} is unknown. {nearest(release, known)}")
+    if release in known:
+        lookup = known[release]
+        if sae_id not in lookup.saes_map:
+            raise UsageError(f"release {release!r} has no SAE {sae_id!r}. {nearest(sae_id, lookup.saes_map)}")
+        repo_id, path = lookup.repo_id, lookup.saes_map[sae_id]
+    else:
+        repo_id, path = release, sae_id
+    try:
+        if release in known and not revision:
+            return SAE.from_pretrained(release, sae_id, device=device).eval()
+        sae = _from_folder(_snapshot(repo_id, path, revision or None), device)
+    except (UsageError, KeyError):
+        raise
+    except Exception as error:
+        raise explain(error, f"{release}:{sae_id}", revision or None, repo_id=repo_id) from error
+    return sae
+
+
+def _snapshot(repo_id: str, path: str, revision: str | None) -> Path:
+    """Return the local folder `path` of a hub repository, downloading it where needed."""
+    from huggingface_hub import snapshot_download
+
+    root = snapshot_download(repo_id, revision=revision, allow_patterns=[f"{path}/*", "config.json"])
+    folder = Path(root) / path
+    if not folder.is_dir():
+        raise UsageError(f"{repo_id} has no folder {path!r}; see https://huggingface.co/{repo_id}/tree/main.")
+    return folder
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _transposed(error: BaseException) -> str:
+    """Return a hint when a load failed because W_enc or W_dec has its two axes the other way round."""
+    match = re.search(
+        r"(W_(?:enc|dec)): copying a param with shape torch\.Size\(\[(\d+), (\d+)\]\) from checkpoint, "
+        r"the shape in current model is torch\.Size\(\[(\d+), (\d+)\]\)",
+        _one_line(error),
+    )
+    if match and (match[2], match[3]) == (match[5], match[4]):
+        return f"; {match[1]} is transposed, store it as [{match[4]}, {match[5]}]"
+    return ""
 
 
 def check_fits(sae: Any, model: Any) -> str:

@@ -109,6 +109,7 @@ class _Run:
         metadata.model_from_pretrained_kwargs = {}
         metadata.dataset_path = self.spec.corpus
         metadata.harvested_from = "hf"
+        metadata.model_revision = getattr(self.stream.model, "loaded_from", {}).get("revision")
         metadata.hf_hook_name = parse_hook_name(config.hook_name).module_path(self.stream.model.config.model_type)
 
     def fit(self, log: Any) -> None:

@@ -51,7 +51,9 @@ assert (t.OFFICIAL_MODEL_NAMES is names) and (t.MODEL_ALIASES is aliases)
 assert once == (list(names), aliases), 'registering twice changed something'
 assert names[:len(before[0])] == before[0] and all(aliases[k] == v for k, v in before[1].items())
 print(len(names) - len(before[0]))"""
-    assert int(run(code)) == 6
+    from sae_italian.models import catalogue
+
+    assert int(run(code)) == len(catalogue())
 
 
 def test_an_alias_of_another_model_is_not_taken_over():
@@ -88,3 +90,18 @@ print(model.cfg.model_name, model.cfg.d_model)"""
     out = run(code, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
     assert out.split()[-1] == str(config["hidden_size"]) == str(mini.config.hidden_size)
     assert "Minerva-350M" in out
+
+
+def test_every_way_in_resolves_aliases_and_hub_ids(hub_cache):
+    """TransformerBridge in any case, SAELens' load_model, and the alias for AutoModelForCausalLM, which is ours to resolve."""
+    code = """import sae_italian
+from sae_italian.models import resolve
+from transformer_lens.model_bridge import TransformerBridge
+from sae_lens.load_model import load_model
+official = 'sapienzanlp/Minerva-350M-base-v1.0'
+widths = [TransformerBridge.boot_transformers(name).cfg.d_model for name in ('minerva-350m', 'MINERVA-350M', official)]
+widths += [load_model('HookedTransformer', name, device='cpu').cfg.d_model for name in ('Minerva-350m', official)]
+widths += [load_model('AutoModelForCausalLM', resolve(name).saved_name, device='cpu').model.config.hidden_size
+           for name in ('MINERVA-350M', official)]
+print(*widths)"""
+    assert run(code, HF_HUB_CACHE=str(hub_cache), HF_HUB_OFFLINE="1").split() == ["288"] * 7

@@ -1,0 +1,100 @@
+"""TransformerLens models with SAELens' SAEs, in which every hook name works or is refused, and no hook is skipped.
+
+SAELens' `SAETransformerBridge` overrides `hook_dict` without the legacy names, so that hooks named `blocks.N.hook_...`
+are dropped without a word (reference/transformerlens.md section 4); here they are merged back. In both classes, a name
+the model does not have, and a hook that was asked for and never fired, raise UsageError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from sae_lens import HookedSAETransformer
+from sae_lens.analysis.hooked_sae_transformer import _SAEWrapper
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from transformer_lens.hook_points import HookPoint
+
+from sae_italian.errors import UsageError, nearest
+
+
+class _LoudHooks:
+    """Mixin: the three ways of hooking, with names checked before and firing checked after the forward pass."""
+
+    hook_dict: Any
+    cfg: Any
+
+    def run_with_cache(self, *args: Any, names_filter: Any = None, **kwargs: Any) -> Any:
+        names = [names_filter] if isinstance(names_filter, str) else names_filter
+        if isinstance(names, list | tuple | set):
+            self._check_names(names)
+            names_filter = list(names)
+        output, cache = super().run_with_cache(*args, names_filter=names_filter, **kwargs)  # pyright: ignore
+        if isinstance(names_filter, list):
+            self._check_fired([name for name in names_filter if name not in cache])
+        return output, cache
+
+    def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any) -> Any:
+        self._check_names([name for name, _ in (*fwd_hooks, *bwd_hooks) if isinstance(name, str)])
+        fired: set[int] = set()
+
+        def counted(index: int, function: Callable[..., Any]) -> Callable[..., Any]:
+            def hook(*values: Any, **named: Any) -> Any:
+                fired.add(index)
+                return function(*values, **named)
+
+            return hook
+
+        wrapped = [(name, counted(index, function)) for index, (name, function) in enumerate(fwd_hooks)]
+        output = super().run_with_hooks(*args, fwd_hooks=wrapped, bwd_hooks=list(bwd_hooks), **kwargs)  # pyright: ignore
+        self._check_fired([str(name) for index, (name, _) in enumerate(fwd_hooks) if index not in fired])
+        return output
+
+    def add_sae(self, sae: Any, *args: Any, **kwargs: Any) -> None:
+        metadata = sae.cfg.metadata
+        attached = set(self._acts_to_saes)  # pyright: ignore
+        named = [name for name in (metadata.hook_name, metadata.hook_name_out) if name]
+        if not named:
+            raise UsageError("the SAE's metadata holds no hook_name; write it into its cfg.json.")
+        self._check_names([name for name in named if name not in attached])
+        super().add_sae(sae, *args, **kwargs)  # pyright: ignore
+        if metadata.hook_name not in self._acts_to_saes:  # pyright: ignore
+            raise UsageError(f"the SAE could not be attached at {metadata.hook_name!r}.")
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        known = self.hook_dict
+        for name in names:
+            if name not in known:
+                raise UsageError(f"hook {name!r} is not in this model. {nearest(name, known)}")
+            gated = getattr(self, "_gated_hook_reason", lambda _: None)(name)
+            if gated is not None:
+                raise UsageError(f"hook {name!r} is switched off and would never fire: {gated}.")
+
+    def _check_fired(self, names: list[str]) -> None:
+        if names:
+            raise UsageError(
+                f"hook {', '.join(map(repr, names))} never fired; is it after stop_at_layer, or in an unused module?"
+            )
+
+
+class LoudBridge(_LoudHooks, SAETransformerBridge):
+    """SAELens' SAETransformerBridge, with TransformerLens' legacy hook names beside the Bridge's own."""
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Return every hook under its Bridge name and its legacy name, those inside attached SAEs included."""
+        hooks = super().hook_dict
+        aliases: dict[str, Any] = {}
+        self._add_aliases_to_hooks(aliases)
+        for name, hook in aliases.items():
+            if isinstance(hook, HookPoint):
+                hooks.setdefault(name, hook)
+            elif isinstance(hook, _SAEWrapper):
+                for inner, point in hook.named_modules():
+                    if inner and isinstance(point, HookPoint):
+                        hooks.setdefault(f"{name}.{inner}", point)
+        return hooks
+
+
+class LoudHooked(_LoudHooks, HookedSAETransformer):
+    """SAELens' HookedSAETransformer with the same checks."""

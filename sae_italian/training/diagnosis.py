@@ -1,0 +1,250 @@
+"""Measurements for the doctor: how well an SAE does on a sample, and how well it would after each possible repair.
+
+A fault is named by the repair that undoes it: if the SAE reconstructs far better when its input is scaled, when another
+layer is read, when its decoder is laid out otherwise or when each latent gets another gain, that is what is wrong.
+Shapes: x [tokens, d_in] the SAE's input, y [tokens, d_out] its target (x itself for an SAE), z [tokens, d_sae] latents.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_italian.models.activations import logits_with_replacement, read_many
+from sae_italian.models.hooks import parse_hook_name
+
+SCALES = tuple(2.0**power for power in range(-7, 8))
+CHUNK = 256  # tokens encoded at once: 65,536 latents of them are 67 MB
+
+
+class Sample(NamedTuple):
+    """Activations of some windows at the SAE's hooks, special tokens left out."""
+
+    tokens: Int[Tensor, "windows context"]
+    keep: Bool[Tensor, "windows context"]
+    x: Float[Tensor, "tokens d_in"]
+    y: Float[Tensor, "tokens d_out"]
+
+
+class Fit(NamedTuple):
+    """How well y is explained; means over the tokens of the sample."""
+
+    explained_variance: float  # centred: 1 - sum|y - y^|^2 / sum|y - mean|^2
+    explained_variance_uncentred: float  # 1 - sum|y - y^|^2 / sum|y|^2
+    l0: float
+    dead: float  # share of latents that never fired
+
+
+class Losses(NamedTuple):
+    """Next-token losses in nats, means over the tokens whose SAE is applied."""
+
+    clean: float
+    with_sae: float
+    ablated: float
+    unigram: float  # entropy of the sample's own token frequencies: what a model without context could reach
+
+    @property
+    def recovered(self) -> float:
+        """(ablated - with SAE) / (ablated - clean)."""
+        return (self.ablated - self.with_sae) / (self.ablated - self.clean)
+
+
+def hooks_of(sae: Any) -> tuple[str, str]:
+    """Return the hook the SAE reads and the one it writes; the same for all but transcoders."""
+    metadata = sae.cfg.metadata
+    return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
+
+
+@torch.no_grad()
+def take_sample(sae: Any, model: Any, tokens: Int[Tensor, "windows context"], keep: Tensor) -> Sample:
+    hook_in, hook_out = hooks_of(sae)
+    acts = read_many(model, tokens.to(model.device), [hook_in, hook_out])
+    return Sample(tokens, keep, acts[hook_in][keep].to(sae.dtype), acts[hook_out][keep].to(sae.dtype))
+
+
+def subset(sample: Sample, n_tokens: int) -> Sample:
+    """Return the sample with n_tokens of its activations, spread evenly; repairs are tried on these."""
+    step = max(1, len(sample.x) // n_tokens)
+    return sample._replace(x=sample.x[::step][:n_tokens], y=sample.y[::step][:n_tokens])
+
+
+@torch.no_grad()
+def fit(sae: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> Fit:
+    """Return how well sae(scale * x) / scale explains y; a transcoder's output is not scaled back."""
+    out_scale = scale if x.shape == y.shape and hooks_of(sae)[0] == hooks_of(sae)[1] else 1.0
+    error = l0 = 0.0
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
+    for part_x, part_y in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        z = sae.encode(part_x * scale)
+        y_hat = _decoded(sae, z, part_x * scale) / out_scale
+        error += (part_y - y_hat).double().pow(2).sum().item()
+        l0 += (z != 0).sum().item()
+        fired |= (z != 0).any(0)
+    wide = y.double()
+    centred = (wide - wide.mean(0)).pow(2).sum().item()
+    return Fit(1 - error / centred, 1 - error / wide.pow(2).sum().item(), l0 / len(x), 1 - fired.double().mean().item())
+
+
+def _decoded(sae: Any, z: Tensor, x: Tensor) -> Tensor:
+    skip = getattr(sae, "W_skip", None)
+    return sae.decode(z) if skip is None else sae.decode(z) + x @ skip.T
+
+
+@torch.no_grad()
+def losses(sae: Any, model: Any, sample: Sample, n_windows: int = 32) -> Losses:
+    """Return losses of the model itself, with the SAE in place, and with its output set to zero."""
+    tokens, keep = sample.tokens[:n_windows].to(model.device), sample.keep[:n_windows]
+    hook_in, hook_out = hooks_of(sae)
+    earlier = None if hook_in == hook_out else hook_in
+
+    def with_sae(x: Tensor, read: Tensor | None = None) -> Tensor:
+        source = (x if read is None else read).to(sae.dtype)
+        return torch.where(keep[..., None], _decoded(sae, sae.encode(source), source).to(x.dtype), x)
+
+    def zero(x: Tensor) -> Tensor:
+        return torch.where(keep[..., None], 0.0, x)
+
+    clean = model(tokens, use_cache=False).logits
+    replaced = logits_with_replacement(model, tokens, hook_out, with_sae, earlier)
+    ablated = logits_with_replacement(model, tokens, hook_out, zero)
+    counts = torch.unique(sample.tokens[sample.keep], return_counts=True)[1].double()
+    shares = counts / counts.sum()
+    return Losses(
+        _loss(clean, tokens, keep),
+        _loss(replaced, tokens, keep),
+        _loss(ablated, tokens, keep),
+        float(-(shares * shares.log()).sum()),
+    )
+
+
+def _loss(logits: Float[Tensor, "windows context vocab"], tokens: Tensor, keep: Tensor) -> float:
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+    ).view(len(tokens), -1)
+    return loss[keep[:, :-1]].mean().item()
+
+
+@torch.no_grad()
+def best_scale(sae: Any, sample: Sample) -> tuple[float, Fit]:
+    """Return the factor on the activations with which the SAE explains them best, to about a tenth, and that fit."""
+    fits = {scale: fit(sae, sample.x, sample.y, scale) for scale in SCALES}
+    best = max(fits, key=lambda scale: fits[scale].explained_variance_uncentred)
+    for factor in (2**-0.5, 2**-0.25, 2**0.25, 2**0.5):
+        fits[best * factor] = fit(sae, sample.x, sample.y, best * factor)
+    best = max(fits, key=lambda scale: fits[scale].explained_variance_uncentred)
+    return best, fits[best]
+
+
+@torch.no_grad()
+def best_output_scale(sae: Any, sample: Sample) -> tuple[float, float]:
+    """Return the factor on what the decoder adds to its bias that explains y best, and the gain in explained variance."""
+    z = sae.encode(sample.x)
+    base = _decoded(sae, torch.zeros_like(z), sample.x).double()
+    added, wanted = _decoded(sae, z, sample.x).double() - base, sample.y.double() - base
+    factor = ((added * wanted).sum() / added.pow(2).sum().clamp_min(1e-12)).item()
+    centred = (sample.y.double() - sample.y.double().mean(0)).pow(2).sum()
+    gain = ((wanted - added).pow(2).sum() - (wanted - factor * added).pow(2).sum()) / centred
+    return factor, gain.item()
+
+
+@torch.no_grad()
+def fit_by_layer(sae: Any, model: Any, sample: Sample, n_tokens: int) -> dict[int, float]:
+    """Return the centred explained variance of the SAE on the activations of each layer at its site."""
+    hook_in, hook_out = (parse_hook_name(name) for name in hooks_of(sae))
+    layers = range(model.config.num_hidden_layers)
+    names = {layer: (f"blocks.{layer}.{hook_in.legacy}", f"blocks.{layer}.{hook_out.legacy}") for layer in layers}
+    n_windows = max(1, n_tokens // sample.tokens.shape[1])
+    keep = sample.keep[:n_windows]
+    wanted = [name for pair in names.values() for name in pair]
+    acts = read_many(model, sample.tokens[:n_windows].to(model.device), wanted)
+    found = {}
+    for layer, (name_in, name_out) in names.items():
+        x, y = acts[name_in][keep].to(sae.dtype), acts[name_out][keep].to(sae.dtype)
+        found[layer] = fit(sae, x, y).explained_variance
+    return found
+
+
+@contextmanager
+def repaired(sae: Any) -> Iterator[Any]:
+    """Yield a shallow copy whose parameters can be replaced without touching the SAE."""
+    twin = copy.copy(sae)
+    twin._parameters = dict(sae._parameters)
+    twin.cfg = copy.copy(sae.cfg)
+    yield twin
+
+
+@torch.no_grad()
+def fit_relaid(sae: Any, sample: Sample) -> Fit:
+    """Return the fit with the decoder's numbers read in the other order: what undoes a transposed W_dec."""
+    with repaired(sae) as twin:
+        d_sae, d_out = sae.W_dec.shape
+        twin.W_dec = torch.nn.Parameter(sae.W_dec.detach().reshape(d_out, d_sae).T.contiguous(), requires_grad=False)
+        return fit(twin, sample.x, sample.y)
+
+
+@torch.no_grad()
+def fit_reselected(sae: Any, sample: Sample) -> Fit | None:
+    """Return the fit when a TopK's selection (not) counts the decoder's norm, the opposite of now; None otherwise."""
+    if not hasattr(sae.cfg, "rescale_acts_by_decoder_norm"):
+        return None
+    with repaired(sae) as twin:
+        twin.cfg.rescale_acts_by_decoder_norm = not sae.cfg.rescale_acts_by_decoder_norm
+        return fit(twin, sample.x, sample.y)
+
+
+@torch.no_grad()
+def best_gains(sae: Any, sample: Sample, steps: int = 30) -> tuple[Float[Tensor, " latents"], Fit]:
+    """Return the factor each active latent would need (least squares, conjugate gradients), and the fit with them.
+
+    Gains start from 1, and latents that never fire in the sample are left out. The fit's L0 is the SAE's own.
+    """
+    x, y = sample.x, sample.y
+    z = sae.encode(x)
+    base = _decoded(sae, torch.zeros_like(z), x)
+    active = (z != 0).sum(0) >= 2
+    z_active = z[:, active].contiguous()
+    unit = torch.zeros(1, z.shape[1], dtype=z.dtype, device=z.device)
+    directions = sae.W_dec[active] * (_decoder_factor(sae, unit)[active, None])
+    gains = torch.ones(int(active.sum()), dtype=z.dtype, device=z.device)
+
+    def forward(g: Tensor) -> Tensor:
+        return (z_active * g) @ directions
+
+    def adjoint(r: Tensor) -> Tensor:
+        return (z_active * (r @ directions.T)).sum(0)
+
+    residual = y - base - forward(gains)
+    gradient = adjoint(residual)
+    direction, power = gradient.clone(), gradient.pow(2).sum()
+    for _ in range(steps):
+        image = forward(direction)
+        step = power / image.pow(2).sum().clamp_min(1e-12)
+        gains, residual = gains + step * direction, residual - step * image
+        gradient = adjoint(residual)
+        new_power = gradient.pow(2).sum()
+        direction, power = gradient + new_power / power.clamp_min(1e-12) * direction, new_power
+    error, wide = residual.double().pow(2).sum().item(), y.double()
+    centred = (wide - wide.mean(0)).pow(2).sum().item()
+    found = Fit(1 - error / centred, 1 - error / wide.pow(2).sum().item(), float("nan"), float("nan"))
+    return gains, found
+
+
+def _decoder_factor(sae: Any, like: Tensor) -> Float[Tensor, " d_sae"]:
+    """Return what decode multiplies each latent with before W_dec."""
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return 1 / sae.W_dec.norm(dim=-1)
+    return torch.ones_like(like[0])
+
+
+@torch.no_grad()
+def threshold_for(sae: Any, sample: Sample, k: float) -> float:
+    """Return the one threshold at which the sample has k active latents per token on average."""
+    pre = sae.process_sae_in(sample.x) @ sae.W_enc + sae.b_enc
+    n = max(1, min(pre.numel() - 1, round(k * len(pre))))
+    return pre.flatten().topk(n).values[-1].item()

@@ -1,0 +1,348 @@
+"""The doctor: does this SAE belong to this model, at this hook, on this scale, with this tokenizer?
+
+Every check is pass, warn or fail, and says what was found, what was expected and what to do. Bounds are rules of thumb
+(an SAE worth its name explains most of the variance and keeps most of the loss), except where a repair is found that
+would do clearly better: then the fault is named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sae_italian.corpora import Split, iter_documents, pack
+from sae_italian.corpora.packing import bos_id, special_mask, take_tokens
+from sae_italian.errors import UsageError
+from sae_italian.models import resolve
+from sae_italian.models.loading import bos_count
+from sae_italian.saes import check_fits
+from sae_italian.training import diagnosis as measure
+
+Status = Literal["pass", "warn", "fail"]
+CLEARLY = 0.03  # of explained variance: a repair that gains more names a fault
+N_REPAIR_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding."""
+
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+@dataclass
+class Report:
+    """All findings on one SAE and model; `measures` holds the figures behind them, unrounded."""
+
+    sae: str
+    model: str
+    corpus: str
+    n_tokens: int = 0
+    checks: list[Check] = field(default_factory=list)
+    measures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def status(self) -> Status:
+        found = {check.status for check in self.checks}
+        return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
+
+    def check(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "status": self.status}
+
+    def text(self) -> str:
+        head = f"{self.sae} on {self.model}, {self.n_tokens:,} tokens of {self.corpus}: {self.status}"
+        lines = [
+            f"{c.status:5} {c.name:22} {c.found}" + (f"\n{'':29}-> {c.remedy}" if c.remedy else "") for c in self.checks
+        ]
+        return "\n".join([head, "", *lines])
+
+
+@torch.no_grad()
+def examine(
+    sae: Any,
+    model: Any,
+    corpus: str,
+    *,
+    split: Split = "all",
+    n_tokens: int = 8192,
+    context_size: int | None = None,
+    text_column: str = "text",
+    name: str = "",
+    tokens: Tensor | None = None,
+) -> Report:
+    """Return the report on `sae` and `model` (backend `hf`) over a sample of a corpus.
+
+    `tokens` [windows, context], when given, is looked at instead of the corpus: windows of your own pipeline.
+    Raises: UsageError when the corpus is too short for the sample.
+    """
+    metadata = sae.cfg.metadata
+    facts = getattr(model, "loaded_from", {})
+    report = Report(name or str(metadata.model_name), str(facts.get("name", metadata.model_name)), str(corpus))
+    report.checks += _model_checks(sae, facts)
+    try:
+        check_fits(sae, model)
+    except UsageError as error:
+        report.checks.append(
+            Check("hook and layer", "fail", str(error), "use the model and the hook it was trained on")
+        )
+        return report
+    if tokens is None:
+        tokens = _windows(
+            model, corpus, split, n_tokens, int(context_size or metadata.context_size or 128), text_column
+        )
+    report.checks += _bos_checks(sae, model, tokens)
+    highest, rows = int(tokens.max()), model.config.vocab_size
+    if highest >= rows:
+        found = f"token id {highest} in a model of {rows} rows"
+        report.checks.append(
+            Check("tokenizer", "fail", found, "the tokenizer is that of another model: load this model's")
+        )
+        return report
+    keep = torch.from_numpy(~special_mask(tokens.numpy(), model.tokenizer))
+    sample = measure.take_sample(sae, model, tokens, keep)
+    report.n_tokens = len(sample.x)
+    for checks in (_loss_checks, _fit_checks, _repair_checks):
+        report.checks += checks(sae, model, sample, report.measures)
+    return report
+
+
+def unreadable(name: str, error: UsageError) -> Report:
+    """Return the report on an SAE whose files do not make an SAE."""
+    remedy = "store W_dec as [d_sae, d_in]: transpose it" if "transposed" in str(error) else "write its files anew"
+    return Report(name, "-", "-", checks=[Check("weights", "fail", str(error), remedy)])
+
+
+def _windows(model: Any, corpus: str, split: Split, n_tokens: int, context: int, text_column: str) -> Tensor:
+    longest = getattr(model.config, "max_position_embeddings", context)
+    documents = iter_documents(corpus, split, text_column=text_column)
+    blocks = take_tokens(pack(documents, model.tokenizer, min(context, longest)), n_tokens, f"corpus {corpus}")
+    return torch.cat([torch.from_numpy(block.tokens) for block in blocks])
+
+
+def _model_checks(sae: Any, facts: dict[str, Any]) -> Iterator[Check]:
+    trained_on, used = sae.cfg.metadata.model_name, facts.get("name")
+    if trained_on and used:
+        try:
+            trained_on = resolve(str(trained_on)).saved_name
+        except UsageError:
+            trained_on = str(trained_on)
+        same = trained_on == used
+        yield Check("model", "pass" if same else "warn", f"trained on {trained_on}, looked at on {used}",
+                    "" if same else "a fine-tune is fair game; else load the model it was trained on")  # fmt: skip
+    theirs, ours = sae.cfg.metadata.model_revision, facts.get("revision")
+    if theirs and ours and theirs != ours:
+        yield Check("revision", "warn", f"trained on revision {theirs}, this is {ours}", f"load {used}@{theirs}")
+    for difference in facts.get("differences", ()):
+        yield Check("catalogue", "warn", difference, "the loaded config is used; is this the model you mean?")
+
+
+def _bos_checks(sae: Any, model: Any, tokens: Tensor) -> Iterator[Check]:
+    """Compare what the tokenizer adds by itself, and what opens the windows, with what model and SAE were trained on."""
+    tokenizer, metadata = model.tokenizer, sae.cfg.metadata
+    bos, n = bos_id(tokenizer), len(tokens)
+    opened = int((tokens[:, 0] == bos).sum())
+    doubled = int(((tokens[:, :-1] == bos) & (tokens[:, 1:] == bos)).any(1).sum())
+    added, expected = bos_count(tokenizer), _tokenizer_adds_bos(model)
+    trained_with = metadata.prepend_bos is not False
+    found = f"tokenizer adds {added}, {opened} of {n} windows open with BOS, {doubled} hold two in a row"
+    if added > 1 or doubled:
+        remedy = "BOS is doubled: tokenise with add_special_tokens=False, or remove it from the text or post-processor"
+        yield Check("bos", "fail", found, remedy)
+    elif expected and added == 0:
+        remedy = "BOS is missing: this model was trained with one; load its own tokenizer, or set add_bos_token=True"
+        yield Check("bos", "fail", found, remedy)
+    elif trained_with and opened < n:
+        yield Check(
+            "bos", "fail", found, "BOS is missing: the SAE was trained on windows that open with one; prepend it"
+        )
+    elif not trained_with and opened == n:
+        yield Check("bos", "warn", found, "the SAE was trained on windows without BOS (prepend_bos is false)")
+    else:
+        yield Check("bos", "pass", found)
+
+
+def _tokenizer_adds_bos(model: Any) -> bool:
+    facts = getattr(model, "loaded_from", {})
+    entry = resolve(facts["name"]).entry if facts.get("name") else None
+    if entry is not None and entry.bos is not None:
+        return entry.bos
+    return model.config.model_type in ("mistral", "llama") and model.tokenizer.bos_token_id is not None
+
+
+def _graded(name: str, value: float, good: float, poor: float, remedy: str, shown: str | None = None) -> Check:
+    status: Status = "pass" if value >= good else "warn" if value >= poor else "fail"
+    return Check(name, status, shown or f"{value:.4f}", "" if status == "pass" else remedy)
+
+
+def _loss_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Check]:
+    loss = measure.losses(sae, model, sample)
+    measures["losses"] = {**loss._asdict(), "recovered": loss.recovered}
+    found = f"loss {loss.clean:.2f} nats per token; guessing by frequency gives {loss.unigram:.2f}"
+    bad = not loss.clean < loss.unigram
+    remedy = "the model does not read this text: the tokenizer is that of another model, or the weights are untrained"
+    yield Check("tokenizer", "fail" if bad else "pass", found, remedy if bad else "")
+    shown = (
+        f"{loss.recovered:.4f} (loss {loss.clean:.3f}, with the SAE {loss.with_sae:.3f}, without {loss.ablated:.3f})"
+    )
+    if loss.ablated - loss.clean < 0.01:
+        yield Check(
+            "ce recovered", "warn", shown, "setting this hook to zero costs the model nothing: no test of the SAE"
+        )
+    else:
+        yield _graded(
+            "ce recovered", loss.recovered, 0.7, 0.3, "see the failed checks, else train longer or wider", shown
+        )
+
+
+def _fit_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Check]:
+    fit = measure.fit(sae, sample.x, sample.y)
+    measures["fit"] = fit._asdict()
+    remedy = "see the failed checks, else train longer, or with more latents or a higher k"
+    yield _graded(
+        "explained variance", fit.explained_variance, 0.5, 0.2, remedy, f"{fit.explained_variance:.4f} (centred)"
+    )
+    shown = f"{fit.explained_variance_uncentred:.4f} (uncentred, as Llama Scope)"
+    yield _graded("explained variance u", fit.explained_variance_uncentred, 0.5, 0.2, remedy, shown)
+    yield _l0_check(sae, sample, fit.l0)
+    yield _dead_check(sae, sample, fit)
+
+
+def _l0_check(sae: Any, sample: measure.Sample, l0: float) -> Check:
+    metadata, d_sae = sae.cfg.metadata, sae.cfg.d_sae
+    given = (getattr(sae.cfg, "k", None), metadata.k, metadata.top_k, metadata.expected_l0)
+    k = next((float(value) for value in given if value), None)
+    threshold = getattr(sae, "threshold", None)
+    fix = "retrain, or look at the failed checks"
+    if threshold is not None:
+        wanted = k or d_sae / 100
+        fix = (
+            f"set every threshold to {measure.threshold_for(sae, sample, wanted):.4g} (L0 {wanted:.0f} on this sample)"
+        )
+        if not bool((threshold > 0).any()):
+            return Check("l0", "fail", f"{l0:.1f} latents per token; the JumpReLU has no threshold (all 0)", fix)
+    found = f"{l0:.1f} latents per token of {d_sae:,}" + (f", k is {k:g}" if k else ", k is not recorded")
+    if k is None:
+        return Check(
+            "l0", "pass" if l0 < 0.1 * d_sae else "fail", found, "" if l0 < 0.1 * d_sae else f"not sparse; {fix}"
+        )
+    off = max(l0, 1e-9) / k
+    if 0.8 <= off <= 1.25:
+        return Check("l0", "pass", found)
+    return Check("l0", "warn" if 0.5 <= off <= 2 else "fail", found, fix)
+
+
+def _dead_check(sae: Any, sample: measure.Sample, fit: measure.Fit) -> Check:
+    share, n = fit.dead, len(sample.x)
+    found = f"{share:.1%} of {sae.cfg.d_sae:,} latents never fired in {n:,} tokens"
+    if n * fit.l0 / sae.cfg.d_sae < 20:
+        return Check("dead latents", "pass", found + " (too few to judge; a larger --tokens would)")
+    status: Status = "pass" if share < 0.5 else "warn" if share < 0.9 else "fail"
+    return Check("dead latents", status, found, "" if status == "pass" else "train with an auxiliary loss, or narrower")
+
+
+def _repair_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Check]:
+    few = measure.subset(sample, N_REPAIR_TOKENS)
+    now = measure.fit(sae, few.x, few.y).explained_variance
+    yield _scale_check(sae, few, now, measures)
+    yield _layer_check(sae, model, sample, measures)
+    yield _decoder_check(sae, few, now, measures)
+    yield _gain_check(sae, few, now, measures)
+
+
+def _scale_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Check:
+    """Look for a constant factor on the SAE's input, on its output, or left out: normalisation that was not folded in."""
+    scale, best = measure.best_scale(sae, few)
+    out_scale, out_gain = measure.best_output_scale(sae, few)
+    norm = few.x.norm(dim=-1).mean().item()
+    measures["norm_scale"] = {
+        "best_factor": scale,
+        "explained_variance": best.explained_variance,
+        "best_output_factor": out_scale,
+        "output_gain": out_gain,
+        "mean_norm": norm,
+    }
+    head = f"activations of norm {norm:.1f}; explains {now:.3f}, "
+    if best.explained_variance - now > max(CLEARLY, out_gain) and not 0.8 < scale < 1.25:
+        found = f"{head}and {best.explained_variance:.3f} when they are multiplied by {scale:.3g} first"
+        remedy = f"fold the scale in: sae.fold_activation_norm_scaling_factor({scale:.4g}), once"
+        return Check("norm scale", "fail", found, remedy)
+    if out_gain > CLEARLY and not 0.8 < out_scale < 1.25:
+        found = f"{head}and {now + out_gain:.3f} when the latents' part of the output is multiplied by {out_scale:.3g}"
+        remedy = (
+            f"a scale was folded into one side only: multiply W_dec by {out_scale:.4g} (or fold from the originals)"
+        )
+        return Check("norm scale", "fail", found, remedy)
+    mode = getattr(sae.cfg, "normalize_activations", "none")
+    if mode in ("expected_average_only_in", "covariance_whitening"):
+        factor = sae.cfg.d_in**0.5 / norm
+        remedy = f"fold it in: sae.fold_activation_norm_scaling_factor({factor:.4g}) on this sample's norm"
+        return Check("norm scale", "fail", f"{head}trained on normalised activations ({mode}), not folded in", remedy)
+    return Check("norm scale", "pass", f"{head}and no constant factor would do better")
+
+
+def _layer_check(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Check:
+    hook_in = measure.parse_hook_name(sae.cfg.metadata.hook_name)
+    by_layer = measure.fit_by_layer(sae, model, sample, 4 * N_REPAIR_TOKENS)
+    measures["explained_variance_by_layer"] = by_layer
+    best, here = max(by_layer, key=lambda layer: by_layer[layer]), hook_in.layer
+    if best != here and by_layer[best] - by_layer[here] > CLEARLY and by_layer[best] > 0:
+        found = f"{hook_in.name} explains {by_layer[here]:.3f}, layer {best} would explain {by_layer[best]:.3f}"
+        return Check("hook and layer", "fail", found, f"wrong layer: set hook_name to blocks.{best}.{hook_in.legacy}")
+    return Check("hook and layer", "pass", f"{hook_in.name} is the layer that fits best ({by_layer[here]:.3f})")
+
+
+def _decoder_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Check:
+    relaid = measure.fit_relaid(sae, few).explained_variance
+    measures["explained_variance_decoder_relaid"] = relaid
+    if relaid - now > CLEARLY and relaid > 0:
+        found = f"W_dec explains {now:.3f} as it is and {relaid:.3f} when its numbers are laid out the other way"
+        return Check("decoder layout", "fail", found, "W_dec is transposed: store it as [d_sae, d_in], row i latent i")
+    return Check("decoder layout", "pass", f"W_dec is [{', '.join(map(str, sae.W_dec.shape))}], latents in rows")
+
+
+def _gain_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Check:
+    other = measure.fit_reselected(sae, few)
+    gains, best = measure.best_gains(sae, few)
+    gains = gains.clamp(1e-3, 1e3).log()
+    middle, spread = gains.median().item(), gains.std().item() if len(gains) > 1 else 0.0
+    norms = sae.W_dec.detach().norm(dim=-1)
+    measures["gains"] = {
+        "median": math.exp(middle),
+        "spread": math.exp(spread),
+        "explained_variance": best.explained_variance,
+    }
+    measures["decoder_norm"] = {"mean": norms.mean().item(), "std": norms.std().item()}
+    if other is not None and other.explained_variance - now > CLEARLY:
+        found = (
+            f"explains {now:.3f}; {other.explained_variance:.3f} when the decoder's norm enters the top k the other way"
+        )
+        remedy = "the decoder's norm is folded twice or not at all: load the original weights and fold once"
+        return Check("decoder norm", "fail", found, remedy)
+    if best.explained_variance - now > 0.1 and math.exp(spread) > 1.25:
+        found = (
+            f"explains {now:.3f}; {best.explained_variance:.3f} were every latent scaled by a factor of its own "
+            f"(typically {math.exp(middle):.2g}, varying {math.exp(spread):.2g}-fold)"
+        )
+        remedy = "the decoder's norm is folded twice or not at all: load the original weights and fold once"
+        return Check("decoder norm", "fail", found, remedy)
+    if best.explained_variance - now > 0.1 and abs(middle) > math.log(1.25):
+        found = (
+            f"explains {now:.3f}; {best.explained_variance:.3f} with the decoder multiplied by {math.exp(middle):.3g}"
+        )
+        return Check(
+            "decoder norm", "fail", found, f"the output is on another scale: multiply W_dec by {math.exp(middle):.3g}"
+        )
+    return Check(
+        "decoder norm", "pass", f"latents are on the decoder's scale (norms {norms.mean():.3g} +- {norms.std():.2g})"
+    )

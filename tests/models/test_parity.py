@@ -1,0 +1,120 @@
+"""The three backends on shrunken copies of every family, from a hub cache, by alias; sequences short and long."""
+
+import pytest
+import torch
+
+from sae_italian.models import catalogue, load_model
+from sae_italian.models.check import TOLERANCE, largest_differences
+from tests.models.hub import REVISION, SHRUNKEN
+
+
+def lengths(config) -> tuple[int, int]:
+    """A short sequence, and one longer than the window where there is one."""
+    window = getattr(config, "sliding_window", None)
+    return 33, (window + 80 if window else 400)
+
+
+@pytest.mark.parametrize("repo_id", SHRUNKEN)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_backends_agree_at_every_layer_and_site(repo_id, cached_hub):
+    name = catalogue()[repo_id].aliases[0].upper()
+    hf = load_model(name)
+    assert hf.loaded_from["name"] == repo_id and hf.loaded_from["revision"] == REVISION
+    torch.manual_seed(1)
+    long = lengths(hf.config)[1]
+    others = {backend: load_model(name, backend) for backend in ("bridge", "hooked")}
+    for length in lengths(hf.config):
+        tokens = torch.randint(0, hf.config.vocab_size, (1, length))
+        with torch.no_grad():
+            assert hf(tokens).logits.std() > 0.3  # else agreement would mean nothing
+        for backend, model in others.items():
+            for what, difference in largest_differences(hf, model, tokens).items():
+                assert difference < TOLERANCE, (backend, what, length, difference)
+    assert long > (hf.config.sliding_window if getattr(hf.config, "sliding_window", None) else 0)
+
+
+def test_the_window_matters_in_the_test_above(cached_hub):
+    """Power: without its window the same model gives other logits past 2048 tokens."""
+    hf = load_model("minerva-1b")
+    tokens = torch.randint(0, 1000, (1, 2128))
+    with torch.no_grad():
+        with_window = hf(tokens).logits
+        hf.config.sliding_window = None
+        without = hf(tokens).logits
+    assert (with_window - without)[:, :2000].abs().max() < 1e-4
+    assert (with_window - without)[:, 2100:].abs().max() > 1e-2
+
+
+def test_the_special_rows_and_lists_of_minerva_instruct_survive(cached_hub):
+    config = load_model("minerva-7b-instruct").config
+    assert config.vocab_size == 51264 and config.eos_token_id == [2, 51202]
+
+
+@pytest.mark.parametrize("repo_id", ["sapienzanlp/Minerva-350M-base-v1.0", "mii-llm/zagreus-0.4B-ita"])
+def test_normalised_mlp_input_is_the_same_everywhere(repo_id, cached_hub):
+    """`ln2.hook_normalized`, which Llama Scope's transcoders read: before the gain, in all three backends."""
+    from sae_italian.models.activations import read_activations
+
+    tokens = torch.randint(0, 1000, (1, 50))
+    hf, name = load_model(repo_id), "blocks.1.ln2.hook_normalized"
+    expected = read_activations(hf, tokens, name)
+    assert expected.pow(2).mean(-1).sqrt().sub(1).abs().max() < 1e-2
+    assert (expected - read_activations(hf, tokens, "blocks.1.mlp.hook_in")).abs().max() > 0.1  # the gain
+    for backend in ("bridge", "hooked"):
+        _, cache = load_model(repo_id, backend).run_with_cache(tokens, names_filter=[name])
+        assert (cache[name] - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.slow
+def test_minerva_350m_whole(tmp_path, monkeypatch):
+    """Random weights in the real geometry, 351.57 M parameters, shorter and longer than the window of 2048."""
+    from tests.models.conftest import use_cache
+    from tests.models.hub import put_in_cache, random_model, save_model
+
+    config = {
+        "model_type": "mistral", "hidden_size": 1152, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "intermediate_size": 4032, "vocab_size": 32768, "sliding_window": 2048,
+        "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    }  # fmt: skip
+    repo_id = "sapienzanlp/Minerva-350M-base-v1.0"
+    put_in_cache(tmp_path, repo_id, save_model(random_model(config | {"initializer_range": 0.02}), tmp_path / "saved"))
+    use_cache(monkeypatch, tmp_path)
+    hf = load_model("minerva-350m")
+    assert sum(parameter.numel() for parameter in hf.parameters()) == 351_573_120
+    assert not hf.loaded_from["differences"]
+    for backend in ("bridge", "hooked"):
+        other = load_model("minerva-350m", backend)
+        for length in (64, 2200):
+            tokens = torch.randint(0, 32768, (1, length))
+            for what, difference in largest_differences(hf, other, tokens).items():
+                assert difference < TOLERANCE, (backend, what, length, difference)
+        del other
+
+
+@pytest.mark.slow
+def test_memory_of_hf_and_bridge_is_that_of_the_weights(tmp_path):
+    """Peak resident memory while loading 1.3 GiB of weights, over what importing the libraries takes."""
+    import subprocess
+    import sys
+
+    from tests.models.hub import random_model, save_model
+
+    config = {
+        "model_type": "mistral", "hidden_size": 1152, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "intermediate_size": 4032, "vocab_size": 32768, "sliding_window": 2048,
+        "max_position_embeddings": 16384, "tie_word_embeddings": False,
+    }  # fmt: skip
+    save_model(random_model(config), tmp_path / "m")
+    code = """import re, sys, sae_italian.models.loud, transformers
+from sae_italian.models import load_model
+load_model('mini', sys.argv[2])
+rss = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
+before = rss(); model = load_model(sys.argv[1], sys.argv[2]); model(transformers.AutoTokenizer.from_pretrained(
+    sys.argv[1])('ciao', return_tensors='pt').input_ids)  # weights are mapped, and resident once used
+print((rss() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))"""
+    for backend in ("hf", "bridge"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "m"), backend], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert 0.5 < float(done.stdout.splitlines()[-1]) < 1.15, backend

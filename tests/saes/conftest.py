@@ -1,0 +1,1 @@
+from tests.models.conftest import empty_hub as empty_hub
