@@ -84,7 +84,7 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["trian"], "Did you mean 'train'"),
         (["models", "shwo", "x"], "Did you mean 'show'"),
         (["models", "show", "minervaa-1b"], "Did you mean 'minerva-1b'"),
-        (["corpora", "preview", "nowhere.jsonl"], "neither 'micro-italiano' nor a local file"),
+        (["corpora", "preview", "nowhere.jsonl"], "neither 'micro-italiano'"),
         (["train", "mini/topkk.yaml"], "Did you mean 'configs/mini/topk.yaml'"),
         (["train", "mini/topk.yaml", "sae.kk=3", "--out", "x"], "unknown key 'sae.kk'"),
         (["train", "mini/topk.yaml", "corpus=nope.jsonl", "--out", "x"], "corpus 'nope.jsonl'"),

@@ -168,7 +168,7 @@ def test_permalink_next_and_unknown_latent(tab: Any, folder: Path) -> None:
     tab.goto(folder.as_uri() + "#latent=9999")
     assert "9999 non è in questa cartella" in tab.inner_text("#card .notice")
     tab.click(".back")
-    assert tab.locator(".latents").is_visible()
+    tab.wait_for_selector(".latents")
 
 
 def test_keyboard(tab: Any, folder: Path) -> None:

@@ -19,8 +19,12 @@ from sae_italian.training.doctor import examine
 def healthy_folder(tmp_path_factory):
     spec = load_spec(
         "mini/topk.yaml",
+        "hook_name=blocks.2.hook_resid_post",
         "training_tokens=61440",
         "sae.d_sae=384",
+        "sae.k=16",
+        "sae.normalize_activations=none",
+        "dead_feature_window=100",
         "train_batch_size_tokens=512",
         "buffer_tokens=4096",
         "store_batch_size_prompts=16",

@@ -26,7 +26,7 @@ def test_the_saved_sae_is_saelens_own(trained_sae, mini):
 
     sae = SAE.load_from_disk(trained_sae)
     assert sae.cfg.architecture() == "topk" and sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
-    assert sae.cfg.metadata.model_name == "sae-italian-mini" and sae.cfg.metadata.hf_hook_name == "model.layers.2"
+    assert sae.cfg.metadata.model_name == "sae-italian-mini" and sae.cfg.metadata.hf_hook_name == "model.layers.1"
     hooked = load_model("sae-italian-mini", "hooked")
     tokens = torch.randint(3, 500, (1, 20))
     clean = hooked(tokens)
@@ -124,7 +124,7 @@ def test_a_folder_with_another_run_is_refused_and_untouched(trained_sae, small_s
     before = weights(trained_sae)
     with pytest.raises(UsageError, match="--resume.*--overwrite"):
         train(small_spec, trained_sae)
-    with pytest.raises(UsageError, match="lr was 0.001, is now 0.1"):
+    with pytest.raises(UsageError, match="lr was 0.006, is now 0.1"):
         train(small_spec.model_copy(update={"lr": 0.1}), trained_sae, resume=True)
     (tmp_path / "mine.txt").write_text("keep me")
     for options in ({}, {"resume": True}, {"overwrite": True}):
