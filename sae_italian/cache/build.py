@@ -31,8 +31,8 @@ from sae_italian.cache.layout import (
 from sae_italian.corpora import PackedBlock, Split, TextDocument, iter_documents, pack
 from sae_italian.corpora.documents import check_corpus
 from sae_italian.corpora.packing import special_mask, take_tokens
-from sae_italian.errors import DataError, UsageError
-from sae_italian.models.activations import read_activations
+from sae_italian.errors import DataError
+from sae_italian.models.activations import check_context, read_activations
 from sae_italian.saes import check_fits, weights_hash
 from sae_italian.storage import atomic_path, claim_folder, package_versions, sha256_file
 
@@ -78,7 +78,7 @@ def build_cache(
         text_column=text_column,
         split=split,
         n_tokens_asked=n_tokens,
-        context_size=_context(sae, model, context_size),
+        context_size=check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config),
         windows_per_shard=windows_per_shard,
         versions=package_versions(),
     )
@@ -93,14 +93,6 @@ def build_cache(
         manifest.complete = True
         manifest.save(out)
     return out
-
-
-def _context(sae: Any, model: Any, asked: int | None) -> int:
-    context = asked or sae.cfg.metadata.context_size or 128
-    limit = model.config.max_position_embeddings
-    if context > limit:
-        raise UsageError(f"context_size is {context}, but the model has {limit} positions. Use at most {limit}.")
-    return context
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -20,6 +20,14 @@ class _StopForward(Exception):
     """Raised inside a forward pass once the last wanted activation has been read."""
 
 
+def check_context(context_size: int, config: Any) -> int:
+    """Return the context if the model has that many positions. Raises: UsageError when it has fewer."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and context_size > limit:
+        raise UsageError(f"context_size is {context_size}, but the model has {limit} positions. Use at most {limit}.")
+    return context_size
+
+
 def resolve_hook(model: nn.Module, hook_name: str) -> tuple[Hook, nn.Module]:
     """Return the Hook and its Hugging Face module. Raises UsageError for a name or layer the model does not have."""
     config: Any = model.config

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from sae_italian.corpora.documents import MICRO_ITALIANO
 from sae_italian.errors import UsageError, nearest
@@ -66,6 +66,7 @@ class RunSpec(BaseModel):
         from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
         from sae_italian.models import load_model_config, parse_hook_name
+        from sae_italian.models.activations import check_context
 
         architecture = self.sae["architecture"]
         if architecture not in SAE_TRAINING_CLASS_REGISTRY:
@@ -74,13 +75,16 @@ class RunSpec(BaseModel):
             )
         config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
         fields = {field.name for field in dataclasses.fields(config_class)} - {"metadata"}
+        kinds = get_type_hints(config_class)
         given = {key: value for key, value in self.sae.items() if key != "architecture"}
         for key in given:
             if key not in fields:
                 raise UsageError(
                     f"unknown key 'sae.{key}' for architecture {architecture!r}. {nearest(key, sorted(fields))}"
                 )
+        given = {key: _typed(f"sae.{key}", value, kinds[key]) for key, value in given.items()}
         model_config = load_model_config(self.model)
+        check_context(self.context_size, model_config)
         parse_hook_name(self.hook_name, model_config.num_hidden_layers)
         d_in = model_config.hidden_size
         if given.get("d_in", d_in) != d_in:
@@ -131,6 +135,14 @@ class RunSpec(BaseModel):
             verbose=False,
             logger=LoggingConfig(log_to_wandb=self.wandb != "off", wandb_project=self.wandb_project),
         )
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """Return a value as the type its SAELens field declares. Raises: UsageError, naming key and value."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UsageError(f"config key {key!r}: {error.errors()[0]['msg']}; got {value!r:.80}.") from error
 
 
 def load_spec(path: str | Path, *overrides: str) -> RunSpec:

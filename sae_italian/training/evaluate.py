@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, take_tokens
-from sae_italian.models.activations import logits_with_replacement, read_activations
+from sae_italian.models.activations import check_context, logits_with_replacement, read_activations
 from sae_italian.saes import check_fits
 from sae_italian.statistics import Estimate, bootstrap, wilson
 from sae_italian.storage import utc_now, write_json, write_text
@@ -98,7 +98,7 @@ def evaluate(
     or the corpus is too short for `n_tokens` (the message says how many there are).
     """
     hook_name = check_fits(sae, model)
-    context = int(context_size or sae.cfg.metadata.context_size or 128)
+    context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
     blocks = take_tokens(
         pack(
             iter_documents(corpus, split, text_column=text_column),

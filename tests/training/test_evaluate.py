@@ -126,6 +126,11 @@ def test_a_corpus_too_short_for_the_tokens_asked(topk_sae, mini, jsonl):
         evaluate(topk_sae, mini, str(jsonl), split="all", n_tokens=9_000_000)
 
 
+def test_a_context_longer_than_the_models(topk_sae, mini):
+    with pytest.raises(UsageError, match="512 positions"):
+        evaluate(topk_sae, mini, "micro-italiano", n_tokens=100, context_size=1000)
+
+
 def test_a_random_twin_is_another_sae_of_the_same_kind(topk_sae):
     before = weights_hash(topk_sae)
     twin = random_twin(topk_sae, seed=1)
