@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("name")
     sub.add_argument("--prompt", default="La città è più bella perché c'è il sole.")
+    sub.add_argument("--italian", action="store_true", help="also: does it know agreement and the indirect object?")
 
     saes = group("saes", "published and local SAEs")
     cli_models.add_saes(saes, add, _show)
@@ -216,10 +217,18 @@ def _models_show(options: argparse.Namespace) -> None:
 
 
 def _models_check(options: argparse.Namespace) -> None:
+    from sae_italian.models import load_model
     from sae_italian.models.check import compare_backends
 
     result = compare_backends(options.name, options.prompt)
-    _show(options, result, cli_models.check_text(result))
+    text = cli_models.check_text(result)
+    if options.italian:
+        from sae_italian.analysis import italian_skills
+
+        skills = italian_skills(load_model(options.name))
+        result["italian"] = skills
+        text += "\n" + "\n".join(f"{name:38} {value:.3f}" for name, value in skills.items())
+    _show(options, result, text)
     if not result["ok"]:
         raise SaeItalianError("the backends differ by more than 1e-4; please report this model.")
 

@@ -40,6 +40,8 @@ def test_models_list_and_show(capsys):
 def test_models_check(capsys):
     code, out, _ = run(capsys, "models", "check", "mini", "--json")
     assert code == 0 and json.loads(out)["ok"] and max(json.loads(out)["differences"].values()) < 1e-4
+    code, out, _ = run(capsys, "models", "check", "mini", "--italian", "--json")
+    assert code == 0 and json.loads(out)["italian"]["agreement, all"] > 0.9
 
 
 def test_corpora_preview(capsys, jsonl):

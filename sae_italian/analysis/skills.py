@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from sae_italian.corpora import micro_italiano
 from sae_italian.corpora.micro_italiano import AgreementPair, IoiPrompt
 
 
@@ -47,3 +48,14 @@ def ioi_logit_differences(model: Any, prompts: Sequence[IoiPrompt]) -> Float[np.
     texts = [prompt.text for prompt in prompts]
     right = continuation_log_probs(model, texts, [prompt.io for prompt in prompts])
     return right - continuation_log_probs(model, texts, [prompt.subject for prompt in prompts])
+
+
+def italian_skills(model: Any, *, n: int = 300, seed: int = 1001) -> dict[str, float]:
+    """Return what a model knows of MicroItaliano, on n items each: shares right, and a mean difference in nats."""
+    agreement = agreement_accuracy(model, micro_italiano.agreement_pairs(n, seed=seed))
+    differences = ioi_logit_differences(model, micro_italiano.ioi_prompts(n, seed=seed))
+    return {
+        **{f"agreement, {kind}": share for kind, share in agreement.items()},
+        "indirect object, right": float((differences > 0).mean()),
+        "indirect object, mean difference": float(differences.mean()),
+    }
