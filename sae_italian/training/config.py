@@ -32,6 +32,8 @@ class RunSpec(BaseModel):
     corpus: str = MICRO_ITALIANO
     """`micro-italiano`, or a local file or folder (txt, jsonl, parquet, csv)."""
     text_column: str = "text"
+    repeat_corpus: bool = False
+    """Read a corpus again when it has fewer tokens than the training asks for, instead of refusing it."""
     sae: dict[str, Any]
     """`architecture` and the fields of SAELens' training config for it; `d_in` is read from the model."""
     training_tokens: int = Field(gt=0)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sae_italian.corpora import iter_documents
+from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.documents import check_corpus
+from sae_italian.corpora.packing import special_mask
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
 from sae_italian.errors import DataError, UsageError
 from sae_italian.models import load_model, parse_hook_name
@@ -26,6 +27,7 @@ from sae_italian.training.stream import ActivationStream
 KIND = "train"
 LOG_EVERY_STEPS = 10
 NORM_ESTIMATE_BATCHES = 16
+CHARACTERS_PER_TOKEN = 8  # more than any tokenizer packs into one on average
 
 
 def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -46,6 +48,7 @@ def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bo
             f"training_tokens is {spec.training_tokens}, less than one batch of {spec.train_batch_size_tokens}."
         )
     model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
+    check_length(spec, model.tokenizer)
     continuing = claim_folder(out, KIND, spec.model_dump(), resume=resume, overwrite=overwrite)
     if continuing and (out / "sae_weights.safetensors").is_file():
         return out
@@ -73,6 +76,30 @@ def open_stream(spec: RunSpec, model: Any, *, seed: int | None = None) -> Activa
         buffer_tokens=spec.buffer_tokens,
         seed=spec.seed if seed is None else seed,
     )
+
+
+def check_length(spec: RunSpec, tokenizer: Any) -> None:
+    """Refuse a local corpus with fewer training tokens than `training_tokens`, unless `repeat_corpus` is set.
+
+    Only as much is read as decides it, and at most 200 M characters; hub corpora and mixtures are taken as long enough.
+    Raises: UsageError, with the number of tokens there are.
+    """
+    parts = [Path(part.strip()).expanduser() for part in spec.corpus.split(",")]
+    if spec.repeat_corpus or is_pretokenized(spec.corpus) or not all(part.exists() for part in parts):
+        return
+    n_characters, enough = 0, min(CHARACTERS_PER_TOKEN * spec.training_tokens, 200_000_000)
+    for document in iter_documents(spec.corpus, "train", text_column=spec.text_column):
+        n_characters += len(document.text)
+        if n_characters >= enough:
+            return
+    documents = iter_documents(spec.corpus, "train", text_column=spec.text_column)
+    blocks = pack(documents, tokenizer, spec.context_size)
+    n_tokens = sum(int((~special_mask(block.tokens, tokenizer)).sum()) for block in blocks)
+    if n_tokens < spec.training_tokens:
+        raise UsageError(
+            f"corpus {spec.corpus!r} has {n_tokens:,} training tokens, fewer than the {spec.training_tokens:,} of training_tokens. "
+            "Lower it, use more text, or set repeat_corpus=true to read the corpus more than once."
+        )
 
 
 class _Run:

@@ -175,3 +175,14 @@ def test_wandb_offline_gets_saelens_metric_names(small_spec, tmp_path, monkeypat
     train(small_spec.model_copy(update={"wandb": "offline"}), tmp_path / "out")
     assert {"losses/mse_loss", "metrics/l0", "metrics/explained_variance", "sparsity/dead_features"} <= set(logged[0])
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_corpus_too_short_for_the_training_is_refused_or_repeated_on_request(small_spec, tmp_path, jsonl):
+    short = small_spec.model_copy(update={"corpus": str(jsonl), "training_tokens": 300_000})
+    with pytest.raises(UsageError, match="training tokens, fewer than the 300,000 of training_tokens.*repeat_corpus"):
+        train(short, tmp_path / "short")
+    assert not (tmp_path / "short").exists()
+    fits = short.model_copy(update={"training_tokens": 5120})
+    assert (train(fits, tmp_path / "fits") / "sae_weights.safetensors").is_file()
+    again = short.model_copy(update={"training_tokens": 51_200, "repeat_corpus": True})
+    assert (train(again, tmp_path / "again") / "sae_weights.safetensors").is_file()

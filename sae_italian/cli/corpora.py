@@ -1,37 +1,29 @@
-"""The `corpora` and `bench corpora` commands: each returns what to print, as a value and as text."""
+"""The commands of corpora."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sae_italian.cli.base import Commands, Result, folder_options
 from sae_italian.errors import UsageError
 
-Result = tuple[Any, str]
 
-
-def add_commands(group: Any, add: Callable[..., argparse.ArgumentParser], show: Callable[..., None]) -> None:
-    """Add the commands to the `corpora` group of the parser."""
-
-    def shown(function: Callable[[argparse.Namespace], Result]) -> Callable[[argparse.Namespace], None]:
-        return lambda options: show(options, *function(options))
-
-    add(group, "list", shown(list_corpora), "names, licence, gate, size, routes")
-    add(group, "show", shown(show_corpus), "route, licence, columns and known traps of one corpus").add_argument("name")
-    sub = add(group, "preview", shown(preview), "print the first documents")
+def add_commands(root: Commands) -> None:
+    group = root.group("corpora", "Italian text")
+    group.add("list", list_corpora, "names, licence, gate, size, routes")
+    group.add("show", show_corpus, "route, licence, columns and known traps of one corpus").add_argument("name")
+    sub = group.add("preview", preview, "print the first documents")
     _reading_options(sub)
     sub.add_argument("-n", type=int, default=3)
-    sub = add(
-        group, "stats", shown(stats), "tokens per word, document lengths, share of Italian, what is dropped and why"
-    )
+    sub = group.add("stats", stats, "tokens per word, document lengths, share of Italian, what is dropped and why")
     _reading_options(sub)
     sub.add_argument("-n", type=int, default=1000, help="documents to read, 0 for all (default: 1000)")
     sub.add_argument("--model", help="the model whose tokenizer counts tokens (default: none are counted)")
     sub.add_argument("--picture", type=Path, help="write the histogram of lengths here, as SVG")
-    sub = add(group, "pretokenize", shown(pretokenize), "write packed tokens that SAELens and our trainer read")
+    sub = group.add("pretokenize", pretokenize, "write packed tokens that SAELens and our trainer read")
     _reading_options(sub, split="train")
     sub.add_argument("--model", required=True, help="the model whose tokenizer is used")
     sub.add_argument("--out", type=Path, required=True)
@@ -41,21 +33,7 @@ def add_commands(group: Any, add: Callable[..., argparse.ArgumentParser], show: 
     sub.add_argument("--no-bos", action="store_true", help="open windows without a BOS")
     sub.add_argument("--workers", type=int, default=1, help="processes that tokenise")
     sub.add_argument("--windows-per-shard", type=int, default=16_384)
-    sub.add_argument("--resume", action="store_true", help="finish the run that the folder holds")
-    sub.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
-
-
-def add_bench(add: Callable[..., argparse.ArgumentParser], group: Any, show: Callable[..., None]) -> None:
-    sub = add(
-        group, "corpora", lambda options: show(options, *bench(options)), "tokenising and packing against SAELens"
-    )
-    sub.add_argument("corpus", help="a local corpus, or micro-italiano")
-    sub.add_argument("--model", required=True, help="the model whose tokenizer is used")
-    sub.add_argument("--context-size", type=int, default=128)
-    sub.add_argument("--characters", type=int, default=20_000_000, help="of text to read")
-    sub.add_argument("--repeats", type=int, default=3)
-    sub.add_argument("--workers", type=int, default=2)
-    sub.add_argument("--memory-bytes", type=int, default=0, help="also measure the memory over a stream this long")
+    folder_options(sub)
 
 
 def _reading_options(sub: argparse.ArgumentParser, split: str = "all") -> None:
@@ -204,18 +182,3 @@ def pretokenize(options: argparse.Namespace) -> Result:
     n_tokens = len(corpus) * corpus.context_size
     value = {"folder": str(folder), "windows": len(corpus), "tokens": n_tokens, "counts": counts.as_dict()}
     return value, f"{folder}: {len(corpus):,} windows, {n_tokens:,} tokens\n{counts.lines()}"
-
-
-def bench(options: argparse.Namespace) -> Result:
-    from sae_italian.bench.corpora import measure, table_of
-
-    result = measure(
-        options.corpus,
-        options.model,
-        context_size=options.context_size,
-        n_characters=options.characters,
-        repeats=options.repeats,
-        workers=options.workers,
-        memory_bytes=options.memory_bytes,
-    )
-    return result, table_of(result)

@@ -1,52 +1,22 @@
-"""What the commands `models` and `saes` print; the command line itself is in cli.py."""
+"""The commands of published and local SAEs."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sae_italian.cli.base import Commands, Result
 from sae_italian.errors import DataError, UsageError
 
 
-def model_facts(name: str) -> dict[str, Any]:
-    """Return what catalogue and, where they can be had, config and tokenizer say of a model; the config wins."""
-    from sae_italian.models import load_model_config, load_tokenizer, resolve
-    from sae_italian.models.catalogue import config_differences, config_facts
-    from sae_italian.models.hooks import SITES
-    from sae_italian.models.loading import bos_count
-
-    resolved = resolve(name)
-    facts: dict[str, Any] = asdict(resolved.entry) if resolved.entry else {"name": resolved.saved_name}
-    try:
-        config = load_model_config(name)
-        facts |= config_facts(config)
-        facts["differences"] = config_differences(resolved.entry, config)
-        layers = f"blocks.0 to blocks.{config.num_hidden_layers - 1}"
-        facts["hook_names"] = f"{layers}: {', '.join(f'{hook} ({site})' for site, hook in SITES.items())}"
-        facts["bos"] = f"the tokenizer adds {bos_count(load_tokenizer(name))}"
-    except UsageError as error:
-        facts["weights"] = str(error)
-    return facts
-
-
-def check_text(result: dict[str, Any]) -> str:
-    """Return the table of `models check`."""
-    lines = [f"{key:38} {value:.2e}" for key, value in result["differences"].items()]
-    lines += [f"catalogue: {difference}" for difference in result["catalogue_differences"]]
-    lines.append("ok" if result["ok"] else "the backends differ by more than 1e-4")
-    return "\n".join(lines)
-
-
-def add_saes(saes: Any, add: Callable[..., argparse.ArgumentParser], show: Callable[..., None]) -> None:
-    """Add `saes list` and `saes doctor` to the group of commands `saes`."""
-    sub = add(saes, "list", lambda options: _saes_list(options, show), "published SAEs: width, k, site, licence")
+def add_commands(root: Commands) -> None:
+    saes = root.group("saes", "published and local SAEs")
+    sub = saes.add("list", _saes_list, "published SAEs: width, k, site, licence")
     sub.add_argument("--ids", action="store_true", help="name every SAE, not only the releases")
     text = "does an SAE fit its model? scale, layer, BOS, tokenizer, L0, explained variance, loss; names what is wrong"
-    sub = add(saes, "doctor", lambda options: _saes_doctor(options, show), text)
+    sub = saes.add("doctor", _saes_doctor, text)
     sub.add_argument("sae", help="an SAE's folder (SAELens, sparsify or Llama Scope format), or release:sae_id")
     sub.add_argument("--model", help="default: the model in the SAE's metadata")
     sub.add_argument("--corpus", help="default: the corpus the SAE was trained on, if it is here, else micro-italiano")
@@ -55,7 +25,7 @@ def add_saes(saes: Any, add: Callable[..., argparse.ArgumentParser], show: Calla
     sub.add_argument("--tokens", type=int, default=8192, help="size of the sample")
 
 
-def _saes_list(options: argparse.Namespace, show: Callable[..., None]) -> None:
+def _saes_list(options: argparse.Namespace) -> Result:
     import sae_lens  # noqa: F401  # our releases are registered when it is imported
 
     from sae_italian.saes.releases import known_releases
@@ -71,10 +41,10 @@ def _saes_list(options: argparse.Namespace, show: Callable[..., None]) -> None:
         )
         if options.ids:
             lines.append("    " + ", ".join(row["ids"]))
-    show(options, rows, "\n".join(lines))
+    return rows, "\n".join(lines)
 
 
-def _saes_doctor(options: argparse.Namespace, show: Callable[..., None]) -> None:
+def _saes_doctor(options: argparse.Namespace) -> Result:
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
     from sae_italian.training.doctor import examine, unreadable
@@ -98,10 +68,9 @@ def _saes_doctor(options: argparse.Namespace, show: Callable[..., None]) -> None
             text_column=options.text_column,
             name=options.sae,
         )
-    show(options, report.as_dict(), report.text())
     failed = [check.name for check in report.checks if check.status == "fail"]
-    if failed:
-        raise UsageError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
+    failure = UsageError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
+    return report.as_dict(), report.text(), failure if failed else None
 
 
 def _corpus_of(sae: Any, text_column: str) -> str:

@@ -1,0 +1,5 @@
+import sys
+
+from sae_italian.cli import main
+
+sys.exit(main())
