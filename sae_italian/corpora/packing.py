@@ -15,8 +15,9 @@ from jaxtyping import Bool, Int
 
 from sae_italian.corpora.documents import TextDocument
 from sae_italian.corpora.parallel import tokenise_batches
-from sae_italian.corpora.words import Tokens
-from sae_italian.errors import UsageError, nearest
+from sae_italian.corpora.word_memory import ranges
+from sae_italian.corpora.words import TokenBatch
+from sae_italian.errors import DataError, UsageError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ def pack(
     context_size: int,
     *,
     windows_per_block: int = 256,
-    documents_per_batch: int = 64,
+    documents_per_batch: int = 256,
     layout: Layout | None = None,
     workers: int = 1,
 ) -> Iterator[PackedBlock]:
@@ -89,12 +90,11 @@ def pack(
     check_context(context_size)
     packer = Packer(context_size, layout or layout_of(tokenizer))
     for batch, tokens in tokenise_batches(batched(documents, documents_per_batch), tokenizer, workers):
-        for document, piece in zip(batch, tokens, strict=True):
-            packer.add(document, piece)
-            while len(packer.windows) >= windows_per_block:
-                yield packer.take(windows_per_block)
-    if packer.windows:
-        yield packer.take(len(packer.windows))
+        packer.add(batch, tokens)
+        while packer.n_windows >= windows_per_block:
+            yield packer.take(windows_per_block)
+    if packer.n_windows:
+        yield packer.take(packer.n_windows)
 
 
 def check_context(context_size: int) -> None:
@@ -109,66 +109,74 @@ def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextD
 
 
 class Packer:
-    """Fills windows one after the other; `windows` are the full ones not yet taken."""
+    """Fills windows one after the other, a batch of documents at a time.
+
+    `body` holds what windows hold besides the BOS that opens them, so window i is body[:, i * room : (i + 1) * room].
+    """
 
     def __init__(self, context_size: int, layout: Layout):
         self.context_size, self.layout = context_size, layout
-        self.windows: list[np.ndarray] = []  # each [4, context]: tokens, doc, start, end
+        self.opening = 0 if layout.bos is None else 1
+        self.room = context_size - self.opening
+        self.body = np.zeros((4, 2**16), np.uint32)  # tokens, doc, start, end
+        self.filled = 0
         self.documents: list[tuple[int, TextDocument]] = []  # (number of the window of its first token, document)
         self.n_documents = 0
         self.n_taken = self.documents_taken = 0
-        self._open_window()
 
-    def _open_window(self) -> None:
-        self.current = np.zeros((4, self.context_size), dtype=np.int64)
-        self.filled = 0
-        if self.layout.bos is not None:
-            self._special(self.layout.bos)
-        self.opening = self.filled
+    @property
+    def n_windows(self) -> int:
+        """How many full windows can be taken."""
+        return self.filled // self.room
 
-    def _special(self, token: int) -> None:
-        self.current[0, self.filled], self.current[1, self.filled] = token, NO_DOCUMENT
-        self.filled += 1
+    def add(self, documents: list[TextDocument], tokens: TokenBatch) -> None:
+        """Append documents, each after a separator unless a window opens with it."""
+        sizes = np.diff(tokens.bounds)
+        begins, separators, position = [], [], self.filled
+        for document, size in zip(documents, sizes.tolist(), strict=True):
+            if self.layout.separator is not None and position % self.room:
+                separators.append(position)
+                position += 1
+            self.documents.append((self.n_taken + position // self.room, document))
+            begins.append(position)
+            position += size
+        self._reserve(position)
+        place = ranges(np.array(begins, np.int64), sizes)
+        self.body[0, place] = tokens.flat[:, 0]
+        self.body[1, place] = np.repeat(np.arange(self.n_documents, self.n_documents + len(sizes)), sizes)
+        self.body[2, place], self.body[3, place] = tokens.flat[:, 1], tokens.flat[:, 2]
+        if separators:
+            self.body[:, separators] = np.array([[self.layout.separator], [NO_DOCUMENT], [0], [0]], np.uint32)
+        self.filled = position
+        self.n_documents += len(sizes)
 
-    def _close_window(self) -> None:
-        self.windows.append(self.current)
-        self._open_window()
-
-    def add(self, document: TextDocument, tokens: Tokens) -> None:
-        """Append one document, after a separator unless a window opens with it."""
-        if self.filled > self.opening and self.layout.separator is not None:
-            self._special(self.layout.separator)
-            if self.filled == self.context_size:
-                self._close_window()
-        self.documents.append((self.n_taken + len(self.windows), document))
-        index, self.n_documents = self.n_documents, self.n_documents + 1
-        position, n_tokens = 0, len(tokens.ids)
-        while position < n_tokens:
-            room = min(self.context_size - self.filled, n_tokens - position)
-            here, there = slice(self.filled, self.filled + room), slice(position, position + room)
-            self.current[0, here], self.current[1, here] = tokens.ids[there], index
-            self.current[2, here], self.current[3, here] = tokens.start[there], tokens.end[there]
-            self.filled += room
-            position += room
-            if self.filled == self.context_size:
-                self._close_window()
+    def _reserve(self, size: int) -> None:
+        if size > self.body.shape[1]:
+            larger = np.zeros((4, max(size, 2 * self.body.shape[1])), np.uint32)
+            larger[:, : self.filled] = self.body[:, : self.filled]
+            self.body = larger
 
     def take(self, n_windows: int) -> PackedBlock:
-        block = np.stack(self.windows[:n_windows])
-        del self.windows[:n_windows]
+        """Return the first full windows, and forget them."""
+        used = n_windows * self.room
+        block = np.zeros((4, n_windows, self.context_size), np.int64)
+        if self.layout.bos is not None:
+            block[0, :, 0], block[1, :, 0] = self.layout.bos, NO_DOCUMENT
+        block[:, :, self.opening :] = self.body[:, :used].reshape(4, n_windows, self.room)
+        self.body[:, : self.filled - used] = self.body[:, used : self.filled].copy()
+        self.filled -= used
         self.n_taken += n_windows
         split = next((i for i, (window, _) in enumerate(self.documents) if window >= self.n_taken), len(self.documents))
         documents = [document for _, document in self.documents[:split]]
         del self.documents[:split]
         first = self.documents_taken
         self.documents_taken += len(documents)
-        return PackedBlock(block[:, 0], block[:, 1], block[:, 2], block[:, 3], documents, first)
+        return PackedBlock(block[0], block[1], block[2], block[3], documents, first)
 
     def state(self) -> dict[str, Any]:
-        """Return what is left between two shards: the window being filled, and documents whose window is not full."""
+        """Return what is left between two shards: tokens not taken, and documents whose window is not full."""
         return {
-            "current": self.current[:, : self.filled].tolist(),
-            "windows": [window.tolist() for window in self.windows],
+            "body": self.body[:, : self.filled].tolist(),
             "documents": [[window, *document] for window, document in self.documents],
             "n_documents": self.n_documents,
             "n_taken": self.n_taken,
@@ -176,10 +184,13 @@ class Packer:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self._open_window()
-        self.filled = len(state["current"][0])
-        self.current[:, : self.filled] = state["current"]
-        self.windows = [np.array(window, np.int64) for window in state["windows"]]
+        """Continue from a state. Raises: DataError for one of another version."""
+        if "body" not in state:
+            raise DataError("the unfinished folder was made by another version of sae_italian. Use --overwrite.")
+        self.filled = 0
+        self._reserve(len(state["body"][0]))
+        self.filled = len(state["body"][0])
+        self.body[:, : self.filled] = state["body"]
         self.documents = [(window, TextDocument(*document)) for window, *document in state["documents"]]
         self.n_documents, self.n_taken = state["n_documents"], state["n_taken"]
         self.documents_taken = state["documents_taken"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sae_italian.corpora.stream import TextDocument
-from sae_italian.corpora.words import Tokens, WordTokenizer, fast_backend, splits_at_spaces
+from sae_italian.corpora.words import TokenBatch, WordTokenizer, fast_backend, splits_at_spaces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ _worker: WordTokenizer | None = None
 
 def tokenise_batches(
     batches: Iterable[list[TextDocument]], tokenizer: PreTrainedTokenizerBase, workers: int = 1
-) -> Iterator[tuple[list[TextDocument], list[Tokens]]]:
+) -> Iterator[tuple[list[TextDocument], TokenBatch]]:
     """Yield each batch with its tokens, in order; with one worker, in this process.
 
     More workers are new processes, so a script that uses them needs `if __name__ == "__main__":`. At most
@@ -35,7 +35,7 @@ def tokenise_batches(
 
 def _in_processes(
     batches: Iterator[list[TextDocument]], tokenizer: PreTrainedTokenizerBase, workers: int
-) -> Iterator[tuple[list[TextDocument], list[Tokens]]]:
+) -> Iterator[tuple[list[TextDocument], TokenBatch]]:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -63,6 +63,6 @@ def _start(tokenizer: str, splits: bool) -> None:
     _worker = WordTokenizer(Tokenizer.from_str(tokenizer), splits)
 
 
-def _tokenise(texts: list[str]) -> list[Tokens]:
+def _tokenise(texts: list[str]) -> TokenBatch:
     assert _worker is not None
     return _worker.tokenise(texts)

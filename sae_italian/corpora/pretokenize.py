@@ -126,10 +126,9 @@ class _Writer:
         batches = self._positioned(batched(self.stream, per_batch))
         with bar:
             for number, (batch, tokens) in enumerate(tokenise_batches(batches, tokenizer, workers)):
-                for document, piece in zip(batch, tokens, strict=True):
-                    self.packer.add(document, piece)
+                self.packer.add(batch, tokens)
                 position = self.pending.pop(number)
-                if self._enough() or len(self.packer.windows) >= self.windows_per_shard:
+                if self._enough() or self.packer.n_windows >= self.windows_per_shard:
                     bar.update(self._write_shard(position, finished=self._enough()))
                 if self.finished:
                     return
@@ -150,12 +149,12 @@ class _Writer:
     def _enough(self) -> bool:
         if self.n_windows is None:
             return False
-        return sum(shard["windows"] for shard in self.shards) + len(self.packer.windows) >= self.n_windows
+        return sum(shard["windows"] for shard in self.shards) + self.packer.n_windows >= self.n_windows
 
     def _write_shard(self, position: dict[str, Any], *, finished: bool) -> int:
         """Write the full windows as the next shard, then the progress; return the tokens written."""
         number, before = len(self.shards), sum(shard["windows"] for shard in self.shards)
-        n_windows = len(self.packer.windows)
+        n_windows = self.packer.n_windows
         if self.n_windows is not None:
             n_windows = min(n_windows, self.n_windows - before)
         with _full_disk(self.out, number):

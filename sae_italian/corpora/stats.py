@@ -50,7 +50,7 @@ def corpus_stats(
             sources[document.source] += 1
             n_words += sum(1 for _ in _WORD.finditer(document.text))
         if words_of is not None:
-            n_tokens += sum(len(tokens.ids) for tokens in words_of.tokenise([d.text for d in batch]))
+            n_tokens += len(words_of.tokenise([d.text for d in batch]).flat)
     if not lengths:
         raise UsageError(f"corpus {str(corpus)!r} has no document to measure.\n{stream.counts.lines()}")
     return {

@@ -10,33 +10,46 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import chain, product
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import chain, pairwise, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Int32, UInt64
 
+from sae_italian.corpora.word_memory import Hasher, WordMemory, Words
 from sae_italian.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_WORDS = 1_000_000  # about 200 MB; when there are more, the memory is emptied
-MAX_TOKENS = 8_000_000
+MAX_PIECE = 2**20  # characters that are looked up at once; a longer document is tokenised whole
 WORDS_PER_TEXT = 128
 _SPACE = r"\s\u200b-\u200f\u2028-\u202f\ufeff"
 _BOUNDARY = re.compile(f"(?<=[^{_SPACE}]) (?=[^{_SPACE}])")
-_ODD_SPACE = re.compile(rf"[{_SPACE}] | [{_SPACE}]|\A | \Z")
-_JOINS = re.compile(f" [^{_SPACE}](?:.*[^{_SPACE}])?", re.DOTALL)
 
 
 class Tokens(NamedTuple):
     """The tokens of one document; offsets are characters of its text, [start, end)."""
 
-    ids: Int[np.ndarray, " tokens"]
-    start: Int[np.ndarray, " tokens"]
-    end: Int[np.ndarray, " tokens"]
+    ids: Int32[np.ndarray, " tokens"]
+    start: Int32[np.ndarray, " tokens"]
+    end: Int32[np.ndarray, " tokens"]
+
+
+class TokenBatch(NamedTuple):
+    """The tokens of several documents, one after the other."""
+
+    flat: Int32[np.ndarray, "tokens 3"]  # id, start, end
+    bounds: Int[np.ndarray, " documents+1"]
+
+    def documents(self) -> Iterator[Tokens]:
+        """Yield the tokens of each document."""
+        for begin, end in pairwise(self.bounds.tolist()):
+            yield Tokens(*self.flat[begin:end].T)
 
 
 def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -53,14 +66,10 @@ def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     return backend
 
 
-def _whole(backend: Any, texts: list[str]) -> list[Tokens]:
+def _whole(backend: Any, texts: list[str]) -> TokenBatch:
     """Tokenise texts as they are, in parallel threads."""
-    return _cut(*_encoded(backend, texts))
-
-
-def _cut(flat: Int[np.ndarray, "3 tokens"], counts: Int[np.ndarray, " texts"]) -> list[Tokens]:
-    bounds = np.concatenate([[0], np.cumsum(counts)])
-    return [Tokens(*flat[:, a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    flat, counts = _encoded(backend, texts)
+    return TokenBatch(np.ascontiguousarray(flat.T, np.int32), np.concatenate([[0], np.cumsum(counts)]))
 
 
 def _encoded(backend: Any, texts: list[str]) -> tuple[Int[np.ndarray, "3 tokens"], Int[np.ndarray, " texts"]]:
@@ -74,9 +83,10 @@ def _encoded(backend: Any, texts: list[str]) -> tuple[Int[np.ndarray, "3 tokens"
     return flat, counts
 
 
-def _learnt(backend: Any, words: list[str]) -> tuple[Int[np.ndarray, "3 tokens"], Int[np.ndarray, " words"]]:
-    """Return what `_encoded` does, for words sorted by `_joins`: many in one text, which is several times faster."""
-    alone = sum(not _joins(word) for word in words)
+def _learnt(
+    backend: Any, words: list[str], alone: int
+) -> tuple[Int[np.ndarray, "3 tokens"], Int[np.ndarray, " words"]]:
+    """Return what `_encoded` does, many words in one text, which is several times faster; not so the first `alone`."""
     groups = [words[i : i + WORDS_PER_TEXT] for i in range(alone, len(words), WORDS_PER_TEXT)]
     flat, counts = _encoded(backend, ["".join(group) for group in groups])
     sizes = np.fromiter(map(len, words[alone:]), np.int64, len(words) - alone)
@@ -93,84 +103,114 @@ def _learnt(backend: Any, words: list[str]) -> tuple[Int[np.ndarray, "3 tokens"]
     return np.concatenate([first, flat], axis=1), all_counts
 
 
-def _joins(word: str) -> bool:
-    """Return whether a word begins with its space and has no other white space at its edges."""
-    return _JOINS.fullmatch(word) is not None
-
-
 class WordTokenizer:
     """Tokenises batches of documents through a memory of words."""
 
     def __init__(self, backend: Any, splits: bool):
         self.backend, self.splits = backend, splits
-        self._forget()
+        if splits:
+            self.memory, self.hasher = WordMemory(), Hasher(MAX_PIECE)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> WordTokenizer:
         return cls(fast_backend(tokenizer), splits_at_spaces(tokenizer))
 
-    def _forget(self) -> None:
-        self.rows: dict[str, int] = {}  # " word", or "word" at the beginning of a text
-        self.n_tokens = 0
-        self.begin = np.zeros(2**14, np.int64)  # [words + 1 and room]: where a word's tokens begin
-        self.flat = np.empty((3, 2**16), np.int64)  # ids, starts, ends within the word
-
-    def tokenise(self, texts: list[str]) -> list[Tokens]:
+    def tokenise(self, texts: list[str]) -> TokenBatch:
         """Return the tokens of each text, without special tokens."""
         if not self.splits:
             return _whole(self.backend, texts)
-        words, lengths = _words_of(texts)
+        parts = [self._piece(piece) for piece in _pieces(texts)]
+        if len(parts) == 1:
+            return parts[0]
+        bounds = np.cumsum([0, *(size for part in parts for size in np.diff(part.bounds))])
+        return TokenBatch(np.concatenate([part.flat for part in parts]), bounds)
+
+    def _piece(self, texts: list[str]) -> TokenBatch:
+        if len(texts) == 1 and len(texts[0]) > MAX_PIECE:
+            return _whole(self.backend, texts)
+        words, document = words_of(texts)
         rows = self._rows_of(words)
-        counts = self.begin[rows + 1] - self.begin[rows]  # [words]
-        total = np.cumsum(counts)
-        index = np.arange(total[-1] if len(total) else 0) + np.repeat(self.begin[rows] - (total - counts), counts)
-        ids, start, end = self.flat[:, index]
-        sizes = np.fromiter(map(len, words), np.int64, len(words))
-        n_words = np.asarray(lengths, np.int64)
-        first_word = np.cumsum(n_words) - n_words
-        places = np.cumsum(sizes) - sizes  # in all texts, one after the other
-        places -= np.repeat(places[np.minimum(first_word, max(len(places) - 1, 0))] if len(places) else [], n_words)
-        shift = np.repeat(places, counts)
-        start, end = start + shift, end + shift
-        bounds = np.concatenate([[0], total])[np.concatenate([[0], np.cumsum(n_words)])]
-        pairs = zip(bounds[:-1], bounds[1:], strict=True)
-        documents = [Tokens(ids[a:b], start[a:b], end[a:b]) for a, b in pairs]
-        if len(self.rows) > MAX_WORDS or self.n_tokens > MAX_TOKENS:
-            self._forget()
-        return documents
+        if not self.memory.holds(words, rows):  # two words with one hash
+            return _whole(self.backend, texts)
+        flat, counts = self.memory.expand(rows)
+        begin = np.cumsum([0, *map(len, texts)])  # of the documents, in all their characters
+        flat[:, 1:] += np.repeat(words.begin - begin[document], counts).astype(np.int32)[:, None]
+        n_tokens = np.bincount(document, weights=counts, minlength=len(texts)).astype(np.int64)
+        return TokenBatch(flat, np.concatenate([[0], np.cumsum(n_tokens)]))
 
-    def _rows_of(self, words: list[str]) -> Int[np.ndarray, " words"]:
-        """Return each word's place in the memory; words that are new are tokenised first."""
-        try:
-            return np.fromiter(map(self.rows.__getitem__, words), np.int64, len(words))
-        except KeyError:
-            self._learn([word for word in dict.fromkeys(words) if word not in self.rows])
-            return np.fromiter(map(self.rows.__getitem__, words), np.int64, len(words))
+    def _rows_of(self, words: Words) -> Int[np.ndarray, " words"]:
+        """Return each word's row in the memory; words that are new are tokenised first."""
+        hashes = self.hasher(words)
+        rows = self.memory.find(hashes)
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            if not self._learn(words, hashes, missing):
+                self.memory.forget()
+                self._learn(words, hashes, np.arange(len(hashes)))
+            rows = self.memory.find(hashes)
+        return rows
 
-    def _learn(self, words: list[str]) -> None:
-        words.sort(key=_joins)  # the few that must be tokenised alone come first
-        new, counts = _learnt(self.backend, words)
-        known = len(self.rows)
-        self.rows.update(zip(words, range(known, known + len(words)), strict=True))
-        while self.n_tokens + new.shape[1] > self.flat.shape[1]:
-            self.flat = np.concatenate([self.flat, np.empty_like(self.flat)], axis=1)
-        self.flat[:, self.n_tokens : self.n_tokens + new.shape[1]] = new
-        while known + len(words) + 1 > len(self.begin):
-            self.begin = np.concatenate([self.begin, np.empty_like(self.begin)])
-        self.begin[known + 1 : known + len(words) + 1] = self.n_tokens + np.cumsum(counts)
-        self.n_tokens += new.shape[1]
+    def _learn(self, words: Words, hashes: UInt64[np.ndarray, " words"], missing: Int[np.ndarray, " missing"]) -> bool:
+        """Tokenise the words that are missing, each once; return False when the memory has no room for them."""
+        _, once = np.unique(hashes[missing], return_index=True)
+        missing = missing[once]
+        text = words.characters.tobytes().decode("utf-32-le", "surrogatepass")
+        begin, end = words.begin[missing].tolist(), words.end[missing].tolist()
+        strings = [text[a:b] for a, b in zip(begin, end, strict=True)]
+        # white space at the end of a word would run into the next one's space
+        alone = words.first[missing] | _spaces()[words.characters[words.end[missing] - 1]]
+        order = np.argsort(~alone, kind="stable")  # the few that must be tokenised alone come first
+        missing = missing[order]
+        new, counts = _learnt(self.backend, [strings[i] for i in order], int(alone.sum()))
+        sizes = words.end[missing] - words.begin[missing]
+        if not self.memory.has_room(len(counts), int(sizes.sum()), new.shape[1]):
+            return False
+        found = Words(words.characters, words.begin[missing], words.end[missing], words.first[missing])
+        self.memory.add(found, hashes[missing], new, counts)
+        return True
 
 
-def _words_of(texts: list[str]) -> tuple[list[str], list[int]]:
-    """Return the words of all texts, each but a text's first with its space in front, and their number in each text."""
-    words: list[str] = []
-    lengths: list[int] = []
+def _pieces(texts: list[str]) -> Iterator[list[str]]:
+    """Yield the texts in runs of at most MAX_PIECE characters."""
+    run: list[str] = []
+    size = 0
     for text in texts:
-        parts = text.split(" ") if _ODD_SPACE.search(text) is None else _BOUNDARY.split(text)
-        words.append(parts[0])
-        words += [" " + part for part in parts[1:]]
-        lengths.append(len(parts))
-    return words, lengths
+        if run and size + len(text) > MAX_PIECE:
+            yield run
+            run, size = [], 0
+        run.append(text)
+        size += len(text)
+    yield run
+
+
+@cache
+def _spaces() -> Bool[np.ndarray, " characters"]:
+    """Return for every character whether it is white space here."""
+    table = np.zeros(sys.maxunicode + 1, bool)
+    table[[match.start() for match in re.finditer(f"[{_SPACE}]", "".join(map(chr, range(sys.maxunicode + 1))))]] = True
+    return table
+
+
+def words_of(texts: list[str]) -> tuple[Words, Int[np.ndarray, " words"]]:
+    """Return the words of all texts, each but a text's first with its space in front, and the text each is from.
+
+    A word begins at a single space between two characters that are not white space, and at the beginning of a text.
+    """
+    characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+    sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+    begin = (np.cumsum(sizes) - sizes)[sizes > 0]
+    ink = ~_spaces()[characters]
+    starts = characters == ord(" ")
+    starts[1:] &= ink[:-1]
+    starts[:-1] &= ink[1:]
+    if len(begin):
+        starts[begin[1:] - 1] = starts[-1] = False  # the space that ends a text
+    first = np.zeros(len(starts), bool)
+    starts[begin] = first[begin] = True
+    places = np.flatnonzero(starts)
+    ends = np.append(places[1:], len(characters)).astype(np.int64)[: len(places)]
+    document = np.flatnonzero(sizes > 0)[np.cumsum(first[places]) - 1]
+    return Words(characters, places, ends, first[places]), document
 
 
 # --- does it hold? ---------------------------------------------------------------------------------------------------
@@ -213,29 +253,12 @@ def _no_greedy_added_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _probe(backend: Any) -> bool:
     """Return whether words one by one give what the whole gives, for every pair of kinds of characters."""
-    if backend.pre_tokenizer is None:
+    if backend.pre_tokenizer is None or _whole(backend, [""]).bounds[-1]:
         return False
     special = [token["content"] for token in json.loads(backend.to_str()).get("added_tokens") or []][:4]
     kinds = [kind for kind in (*_KINDS, *special) if _BOUNDARY.split(f"x {kind} x") == ["x", kind, "x"]]
     texts = [f"{a} {b}" for a, b in product(kinds, kinds)]
     texts += [f"che {a} {b} è {a}{b} {b} già" for a, b in product(kinds, kinds)]
     texts.append(" ".join(f"{a}{b}" for a, b in product(kinds, kinds)))
-    words, lengths = _words_of(texts)
-    unique = sorted(dict.fromkeys(words), key=_joins)
-    learnt = dict(zip(unique, _cut(*_learnt(backend, unique)), strict=True))
-    position = 0
-    for text, whole, n in zip(texts, _whole(backend, texts), lengths, strict=True):
-        pieces = words[position : position + n]
-        position += n
-        if not _same(whole, pieces, learnt, text):
-            return False
-    return True
-
-
-def _same(whole: Tokens, pieces: list[str], learnt: dict[str, Tokens], text: str) -> bool:
-    shift, parts = 0, []
-    for piece in pieces:
-        tokens = learnt[piece]
-        parts.append(np.stack([tokens.ids, tokens.start + shift, tokens.end + shift]))
-        shift += len(piece)
-    return shift == len(text) and np.array_equal(np.concatenate(parts, axis=1), np.stack(whole))
+    whole, by_words = _whole(backend, texts), WordTokenizer(backend, splits=True).tokenise(texts)
+    return np.array_equal(whole.bounds, by_words.bounds) and np.array_equal(whole.flat, by_words.flat)
