@@ -52,7 +52,7 @@ def _cache_info(options: argparse.Namespace) -> Result:
         "windows": manifest.n_windows,
         "documents": manifest.n_documents,
         "non_zeros": manifest.nnz,
-        "clipped_values": sum(shard.n_clipped for shard in manifest.shards),
+        "values_beyond_fp16": sum(shard.n_wide for shard in manifest.shards),
         "bytes": size,
     }
     return facts, "\n".join(f"{key:18} {value}" for key, value in facts.items())
