@@ -33,7 +33,8 @@ KIND = "cache"
 WINDOWS_PER_SHARD, TOKENS_PER_SHARD = 512, 2**17
 SAVE_EVERY = 2.0  # seconds between two writings of the manifest
 
-Unit, Record = TypeVar("Unit"), TypeVar("Record")
+Unit = TypeVar("Unit")
+Record = TypeVar("Record")
 
 
 class UnitMap(Protocol):
