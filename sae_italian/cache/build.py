@@ -121,6 +121,11 @@ def build_caches(
     return folders
 
 
+def folder_names(saes: Sequence[Any]) -> list[str]:
+    """Return a folder name for each of several SAEs: where it reads, its width and its weights' hash."""
+    return [f"{sae.cfg.metadata.hook_name}-{sae.cfg.d_sae}-{weights_hash(sae)[:8]}" for sae in saes]
+
+
 def _manifest(sae: Any, name: str, shared: dict[str, Any]) -> Manifest:
     return Manifest(
         model=str(sae.cfg.metadata.model_name),
