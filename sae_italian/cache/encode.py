@@ -46,6 +46,19 @@ class EncodeJob:
     saes: tuple[Any, ...]
     model: Any
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = [(type(sae), sae.cfg, sae.state_dict()) for sae in self.saes]  # the object itself holds a lambda
+        return _unpickled, (self.folders, parts, self.model)
+
+
+def _unpickled(folders: tuple[Path, ...], parts: list[tuple[Any, Any, Any]], model: Any) -> EncodeJob:
+    saes = []
+    for kind, config, weights in parts:
+        sae = kind(config)
+        sae.load_state_dict(weights)
+        saes.append(sae.eval())
+    return EncodeJob(folders, tuple(saes), model)
+
 
 class Sparse(NamedTuple):
     """The non-zero latents of some tokens, row by row, latents ascending in a row."""
