@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from tqdm import tqdm
 
 from sae_italian.cache.encode import EncodeJob, encode_shard
-from sae_italian.cache.layout import MANIFEST, STATS, Manifest, acts_file
+from sae_italian.cache.layout import MANIFEST, Manifest, acts_file
 from sae_italian.cache.lock import locked
 from sae_italian.cache.tokens import share_tokens, write_token_shards
 from sae_italian.cache.transpose import plan_ranges, transpose_range, write_missing_runs
@@ -29,7 +29,7 @@ from sae_italian.corpora.stream import CorpusStream, Reader
 from sae_italian.errors import UsageError
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, weights_hash
-from sae_italian.storage import claim_folder, fingerprint, package_versions, remove, sha256_file
+from sae_italian.storage import claim_folder, fingerprint, package_versions, remove
 
 KIND = "cache"
 WINDOWS_PER_SHARD, TOKENS_PER_SHARD = 512, 2**17
@@ -212,7 +212,6 @@ def _finish(sae: Any, model: Any, out: Path, manifest: Manifest, run_units: Unit
 
     _transpose(out, manifest, run_units)
     write_statistics(out, manifest, sae, model)
-    manifest.stats_sha256 = sha256_file(out / STATS)
     manifest.complete = True
     manifest.save(out)
 

@@ -16,7 +16,7 @@ from sae_italian.cache.latent_stats import range_statistics
 from sae_italian.cache.layout import STATS, Manifest
 from sae_italian.cache.lens import decoder_neighbours, logit_lens
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.storage import atomic_path, remove
+from sae_italian.storage import atomic_path, remove, sha256_file
 
 
 class Corpus(NamedTuple):
@@ -32,7 +32,7 @@ class Corpus(NamedTuple):
 
 
 def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> None:
-    """Write one row per latent.
+    """Write one row per latent, and the file's checksum into the manifest.
 
     count, density (share of non-special tokens with a non-zero activation), max, mean (over non-zero activations),
     quantiles (0.1, .25, .5, .75, .9 of non-zero activations), histogram (20 equal bins from 0 to max), n_documents,
@@ -62,6 +62,7 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     table = pa.table({"latent": np.arange(manifest.d_sae), **merged})
     with atomic_path(folder / STATS) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
+    manifest.stats_sha256 = sha256_file(folder / STATS)
 
 
 @contextmanager

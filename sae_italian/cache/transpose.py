@@ -28,7 +28,7 @@ from sae_italian.cache.layout import (
 from sae_italian.errors import DataError
 
 LATENTS_PER_RANGE = 512
-NON_ZEROS_PER_RANGE = 2**24  # unless one latent alone has more
+NON_ZEROS_PER_RANGE = 2**22  # unless one latent alone has more; the statistics need about 70 bytes of memory for each
 
 
 def write_run(folder: Path, index: int, arrays: dict[str, np.ndarray], d_sae: int) -> None:
