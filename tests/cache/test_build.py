@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from sae_italian.errors import DataError, UsageError
 from tests.cache.test_cache import digests
 from tests.conftest import described
 
-OPTIONS = {"n_tokens": 6000, "windows_per_shard": 8}
+OPTIONS: dict[str, Any] = {"n_tokens": 6000, "windows_per_shard": 8}
 
 
 def topk(seed: int, hook_name: str = "blocks.2.hook_resid_post", d_sae: int = 256):
