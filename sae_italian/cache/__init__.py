@@ -1,7 +1,7 @@
 """The feature cache: build, on-disk layout, reading one latent, statistics."""
 
-from sae_italian.cache.build import build_cache
+from sae_italian.cache.build import build_cache, build_caches
 from sae_italian.cache.layout import Manifest, verify
 from sae_italian.cache.read import FeatureCache, LatentActivations, Segments
 
-__all__ = ["FeatureCache", "LatentActivations", "Manifest", "Segments", "build_cache", "verify"]
+__all__ = ["FeatureCache", "LatentActivations", "Manifest", "Segments", "build_cache", "build_caches", "verify"]

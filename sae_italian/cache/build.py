@@ -1,98 +1,157 @@
-"""Build a feature cache: sparse latents of a corpus, shard by shard, then turned latent-major.
+"""Build feature caches in four passes: token shards, their activations, the transposition, the statistics.
 
-A shard is written whole or not at all and then named in the manifest, so a killed build continues after the last
-finished shard and ends with the same bytes.
+The second and third consist of independent units of work (`encode_shard`, `transpose_range`), each a function of the
+folder and a number that writes one file whole. A unit is done when the manifest names its file, so a killed build
+continues after the last finished unit, and ends with the same bytes wherever and in whatever order units were run.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
-import torch
-from jaxtyping import Int
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from sae_italian.cache.layout import (
-    FP16_MAX,
-    MANIFEST,
-    LatentRange,
-    Manifest,
-    Shard,
-    acts_file,
-    smallest_uint,
-    tokens_file,
-)
-from sae_italian.corpora import PackedBlock, Split, TextDocument, iter_documents, pack
+from sae_italian.cache.encode import EncodeJob, encode_shard
+from sae_italian.cache.layout import MANIFEST, Manifest, acts_file
+from sae_italian.cache.lock import locked
+from sae_italian.cache.tokens import share_tokens, write_token_shards
+from sae_italian.cache.transpose import plan_ranges, transpose_range, write_missing_runs
+from sae_italian.corpora import Split
 from sae_italian.corpora.documents import check_corpus
-from sae_italian.corpora.packing import special_mask, take_tokens
-from sae_italian.errors import DataError
-from sae_italian.models.activations import check_context, read_activations
+from sae_italian.corpora.pretokenize import FULL_DISK
+from sae_italian.corpora.stream import CorpusStream, Reader
+from sae_italian.errors import UsageError
+from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, weights_hash
-from sae_italian.storage import atomic_path, claim_folder, package_versions, sha256_file
+from sae_italian.storage import claim_folder, fingerprint, package_versions, remove
 
 KIND = "cache"
-LATENTS_PER_RANGE = 512
-FORWARD_WINDOWS = 32
+WINDOWS_PER_SHARD, TOKENS_PER_SHARD = 512, 2**17
+SAVE_EVERY = 2.0  # seconds between two writings of the manifest
+
+Unit = TypeVar("Unit")
+Record = TypeVar("Record")
 
 
-@torch.no_grad()
+class UnitMap(Protocol):
+    """Does `function` on every unit, anywhere and in any order; yields the records as they come."""
+
+    def __call__(self, function: Callable[[Unit], Record], units: Sequence[Unit]) -> Iterable[Record]: ...
+
+
+def in_this_process(function: Callable[[Unit], Record], units: Sequence[Unit]) -> Iterable[Record]:
+    return map(function, units)
+
+
 def build_cache(
-    sae: Any,
+    sae: Any, model: Any, corpus: str, out: str | Path, *, n_tokens: int | None, sae_name: str = "", **options: Any
+) -> Path:
+    """Cache the latents of `sae` on `n_tokens` tokens of a corpus (None: all) in the folder `out`; return it.
+
+    `model` is a Hugging Face model with its tokenizer (`load_model(name)`). Options and errors as `build_caches`.
+    """
+    names = [sae_name] if sae_name else None
+    return build_caches([sae], model, corpus, [out], n_tokens=n_tokens, sae_names=names, **options)[0]
+
+
+def build_caches(
+    saes: Sequence[Any],
     model: Any,
     corpus: str,
-    out: str | Path,
+    outs: Sequence[str | Path],
     *,
-    n_tokens: int,
+    n_tokens: int | None,
     split: Split = "all",
     context_size: int | None = None,
-    windows_per_shard: int = 512,
+    windows_per_shard: int | None = None,
     text_column: str = "text",
-    sae_name: str = "",
+    sae_names: Sequence[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-) -> Path:
-    """Cache the latents of `sae` on `n_tokens` tokens of a corpus in the folder `out`; return it.
+    run_units: UnitMap = in_this_process,
+    workers: int = 1,
+) -> list[Path]:
+    """Cache the latents of several SAEs of one model on the same text, with one forward pass for all; return the folders.
 
-    `model` is a Hugging Face model with its tokenizer (`load_model(name)`). BOS and other special tokens have no
-    latents. Raises: UsageError when SAE and model do not fit, the corpus is too short, or `out` holds another run.
+    BOS and other special tokens have no latents. `workers` processes tokenise; `run_units` does the rest of the work.
+    Raises: UsageError when SAE and model do not fit, the corpus is too short, or a folder of `outs` holds another run
+    or is being written by another process; DataError for a row without text.
     """
-    out = Path(out)
-    hook_name = check_fits(sae, model)
+    folders = [Path(out) for out in outs]
+    sae_names = sae_names or ["in memory"] * len(saes)
+    if not saes or not len(saes) == len(folders) == len(sae_names) == len({path.resolve() for path in folders}):
+        raise UsageError(f"{len(saes)} SAEs need as many different folders; {len(set(folders))} were given.")
+    if n_tokens is None and "micro-italiano" in str(corpus):
+        raise UsageError("micro-italiano has no end: say how many tokens (--tokens).")
+    contexts = {int(context_size or sae.cfg.metadata.context_size or 128) for sae in saes}
+    if len(contexts) > 1:
+        raise UsageError(f"the SAEs were trained on contexts of {sorted(contexts)} tokens; choose with --context-size.")
+    context = check_context(contexts.pop(), model.config)
+    for sae in saes:
+        check_fits(sae, model)
     check_corpus(corpus, text_column=text_column)
-    manifest = Manifest(
+    shared = {
+        "corpus": str(corpus),
+        "corpus_hash": fingerprint(CorpusStream(corpus, Reader(split=split, text_column=text_column)).spec()),
+        "model_revision": getattr(model, "loaded_from", {}).get("revision"),
+        "tokenizer_hash": tokenizer_hash(model.tokenizer),
+        "text_column": text_column,
+        "split": split,
+        "n_tokens_asked": n_tokens,
+        "context_size": context,
+        "windows_per_shard": windows_per_shard or max(1, min(WINDOWS_PER_SHARD, TOKENS_PER_SHARD // context)),
+        "versions": package_versions(),
+    }
+    manifests = [_manifest(sae, name, shared) for sae, name in zip(saes, sae_names, strict=True)]
+    with locked(folders), _full_disk(folders[0]):
+        for i, folder in enumerate(folders):
+            earlier = claim_folder(folder, KIND, manifests[i].identity(), resume=resume, overwrite=overwrite)
+            if earlier and (folder / MANIFEST).is_file():
+                manifests[i] = Manifest.load(folder)
+        _tokens(folders, manifests, model.tokenizer, workers)
+        _encode(folders, manifests, saes, model, run_units)
+        for sae, folder, manifest in zip(saes, folders, manifests, strict=True):
+            if not manifest.complete:
+                _finish(sae, model, folder, manifest, run_units)
+            remove(folder / "runs")
+    return folders
+
+
+@contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK and "os error 28" not in str(error):
+            raise
+        raise UsageError(
+            f"the disk of {folder} is full. What is finished is kept: make room, then run the same command with --resume."
+        ) from error
+
+
+def folder_names(saes: Sequence[Any]) -> list[str]:
+    """Return a folder name for each of several SAEs: where it reads, its width and its weights' hash."""
+    return [f"{sae.cfg.metadata.hook_name}-{sae.cfg.d_sae}-{weights_hash(sae)[:8]}" for sae in saes]
+
+
+def _manifest(sae: Any, name: str, shared: dict[str, Any]) -> Manifest:
+    return Manifest(
         model=str(sae.cfg.metadata.model_name),
-        sae=sae_name or "in memory",
+        sae=name,
         sae_hash=weights_hash(sae),
-        tokenizer_hash=tokenizer_hash(model.tokenizer),
-        hook_name=hook_name,
+        sae_config_hash=config_hash(sae),
+        hook_name=sae.cfg.metadata.hook_name,
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
         k=getattr(sae.cfg, "k", None),
-        corpus=str(corpus),
-        text_column=text_column,
-        split=split,
-        n_tokens_asked=n_tokens,
-        context_size=check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config),
-        windows_per_shard=windows_per_shard,
-        versions=package_versions(),
+        **shared,
     )
-    if claim_folder(out, KIND, manifest.identity(), resume=resume, overwrite=overwrite) and (out / MANIFEST).is_file():
-        manifest = Manifest.load(out)
-    if not manifest.complete:
-        _encode_shards(sae, model, out, manifest)
-        _transpose(out, manifest)
-        from sae_italian.cache.stats import write_statistics
-
-        write_statistics(out, manifest, sae, model)
-        manifest.complete = True
-        manifest.save(out)
-    return out
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -100,118 +159,83 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def _encode_shards(sae: Any, model: Any, out: Path, manifest: Manifest) -> None:
-    documents = iter_documents(manifest.corpus, manifest.split, text_column=manifest.text_column)  # pyright: ignore
-    packed = pack(documents, model.tokenizer, manifest.context_size, windows_per_block=manifest.windows_per_shard)
-    what = f"the {manifest.split} split of {manifest.corpus}"
-    done = len(manifest.shards)
-    bar = tqdm(total=manifest.n_tokens_asked, unit="tok", unit_scale=True, desc="cache", disable=None)
-    with bar:
-        for index, block in enumerate(take_tokens(packed, manifest.n_tokens_asked, what)):
-            if index >= done:
-                manifest.shards.append(_encode_shard(sae, model, out, manifest, index, block))
-                manifest.save(out)
-            bar.update(block.tokens.size)
+def config_hash(sae: Any) -> str:
+    """Return a hash of an SAE's configuration: what decides its latents beside the weights, such as k."""
+    values = {key: value for key, value in sae.cfg.to_dict().items() if key not in ("metadata", "device")}
+    return fingerprint(values)
 
 
-def _encode_shard(sae: Any, model: Any, out: Path, manifest: Manifest, index: int, block: PackedBlock) -> Shard:
-    counts, latents, values = [], [], []
-    for tokens in torch.from_numpy(block.tokens).split(FORWARD_WINDOWS):
-        x = read_activations(model, tokens.to(model.device), manifest.hook_name)
-        acts = sae.encode(x.to(sae.dtype)).clamp_(min=0)
-        acts[torch.from_numpy(special_mask(tokens.numpy(), model.tokenizer)).to(acts.device)] = 0
-        flat = acts.flatten(0, 1)
-        rows, columns = flat.nonzero(as_tuple=True)
-        counts.append(torch.bincount(rows, minlength=len(flat)).cpu().numpy())
-        latents.append(columns.cpu().numpy())
-        values.append(flat[rows, columns].float().cpu().numpy())
-    value = np.concatenate(values)
-    n_clipped = int((value > FP16_MAX).sum())
-    acts_arrays = {
-        "indptr": np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.uint32),
-        "latent": np.concatenate(latents).astype(smallest_uint(manifest.d_sae - 1)),
-        "value": np.minimum(value, FP16_MAX).astype(np.float16),
-    }
-    largest_id = int(block.tokens.max())
-    token_arrays = {
-        "tokens": block.tokens.astype(smallest_uint(largest_id)),
-        "doc": block.doc.astype(np.uint32),
-        "start": block.start.astype(np.uint32),
-        "end": block.end.astype(np.uint32),
-        **_document_arrays(block.documents),
-    }
-    checksums = {}
-    for file, arrays in ((tokens_file(index), token_arrays), (acts_file(index), acts_arrays)):
-        with atomic_path(out / file) as temporary:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
-        checksums[file] = sha256_file(out / file)
-    return Shard(
-        index=index,
-        n_windows=len(block.tokens),
-        n_documents=len(block.documents),
-        nnz=len(value),
-        n_clipped=n_clipped,
-        sha256=checksums,
-    )
+def _tokens(folders: list[Path], manifests: list[Manifest], tokenizer: Any, workers: int) -> None:
+    """Write the token shards once, and give them to every cache."""
+    source = next((i for i, manifest in enumerate(manifests) if manifest.tokens_complete), 0)
+    if not manifests[source].tokens_complete:
+        write_token_shards(folders[source], manifests[source], tokenizer, workers=workers)
+    for folder, manifest in zip(folders, manifests, strict=True):
+        share_tokens(folders[source], manifests[source].shards, folder, manifest)
 
 
-def _document_arrays(documents: list[TextDocument]) -> dict[str, np.ndarray]:
-    """Return texts, ids and sources as UTF-8 bytes with pointers: `text`, `text_ptr`, `doc_id`, ..."""
-    arrays = {}
-    for name, strings in (
-        ("text", [d.text for d in documents]),
-        ("doc_id", [d.doc_id for d in documents]),
-        ("source", [d.source for d in documents]),
-    ):
-        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
-        arrays[name] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        arrays[f"{name}_ptr"] = np.cumsum([0, *(len(part) for part in encoded)], dtype=np.uint64)
-    return arrays
+def _encode(
+    folders: list[Path], manifests: list[Manifest], saes: Sequence[Any], model: Any, run_units: UnitMap
+) -> None:
+    """Encode the shards that some cache lacks, for all the caches that lack any."""
+    todo = [i for i, manifest in enumerate(manifests) if not all(shard.encoded for shard in manifest.shards)]
+    if not todo:
+        return
+    job = EncodeJob(tuple(folders[i] for i in todo), tuple(saes[i] for i in todo), model)
+    shards = manifests[todo[0]].shards
+    missing = [n for n in range(len(shards)) if not all(manifests[i].shards[n].encoded for i in todo)]
+    of_folder = {folders[i]: manifests[i] for i in todo}
+    n_tokens = manifests[todo[0]].n_positions
+    with _Progress("encode", n_tokens, "tok", {folders[i]: manifests[i] for i in todo}) as progress:
+        progress.bar.update(n_tokens - sum(shards[n].n_windows for n in missing) * manifests[todo[0]].context_size)
+        for records in run_units(partial(encode_shard, job), missing):
+            for record in records:
+                shard = of_folder[record.folder].shards[record.index]
+                shard.nnz, shard.n_wide = record.nnz, record.n_wide
+                shard.sha256[acts_file(record.index)] = record.sha256
+            progress.done(shards[records[0].index].n_windows * manifests[todo[0]].context_size)
 
 
-# --- token-major to latent-major -------------------------------------------------------------------------------------
+def _transpose(out: Path, manifest: Manifest, run_units: UnitMap = in_this_process) -> None:
+    """Write the latent-major files that the manifest does not name yet."""
+    write_missing_runs(out, manifest)
+    there = {item.first for item in manifest.ranges}
+    missing = [bounds for bounds in plan_ranges(out, manifest) if bounds[0] not in there]
+    with _Progress("transpose", len(missing), "range", {out: manifest}) as progress:
+        for item in run_units(partial(transpose_range, out, manifest.model_copy(deep=True)), missing):
+            manifest.ranges = sorted([*manifest.ranges, item], key=lambda item: item.first)
+            progress.done(1)
 
 
-def _transpose(out: Path, manifest: Manifest) -> None:
-    """Write the latent-major files, one range of latents in memory at a time, skipping those already written."""
-    bounds = range(0, manifest.d_sae, LATENTS_PER_RANGE)
-    for first in tqdm(bounds, desc="transpose", unit="range", disable=None):
-        if any(item.first == first for item in manifest.ranges):
-            continue
-        last = min(first + LATENTS_PER_RANGE, manifest.d_sae) - 1
-        parts = list(_entries_in_range(out, manifest, first, last))
-        latent = np.concatenate([part[0] for part in parts])
-        order = np.argsort(latent, kind="stable")  # positions stay in corpus order within a latent
-        position = np.concatenate([part[1] for part in parts])[order]
-        arrays = {
-            "indptr": np.concatenate([[0], np.cumsum(np.bincount(latent, minlength=last - first + 1))]).astype(
-                np.uint64
-            ),
-            "position": position.astype(smallest_uint(max(2**32 - 1, manifest.n_windows * manifest.context_size))),
-            "value": np.concatenate([part[2] for part in parts])[order],
-        }
-        item = LatentRange(first=first, last=last, nnz=len(latent), sha256="")
-        with atomic_path(out / item.file) as temporary:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
-        item.sha256 = sha256_file(out / item.file)
-        manifest.ranges.append(item)
-        manifest.save(out)
+def _finish(sae: Any, model: Any, out: Path, manifest: Manifest, run_units: UnitMap) -> None:
+    from sae_italian.cache.stats import write_statistics
+
+    _transpose(out, manifest, run_units)
+    write_statistics(out, manifest, sae, model)
+    manifest.complete = True
+    manifest.save(out)
 
 
-def _entries_in_range(
-    out: Path, manifest: Manifest, first: int, last: int
-) -> Iterator[tuple[Int[np.ndarray, " nnz"], Int[np.ndarray, " nnz"], np.ndarray]]:
-    """Yield per shard the entries of latents first to last: latent - first, position, value, in corpus order."""
-    base = 0
-    for shard in manifest.shards:
-        try:
-            with safe_open(out / acts_file(shard.index), framework="numpy") as handle:
-                latent, indptr, value = (handle.get_tensor(name) for name in ("latent", "indptr", "value"))
-        except OSError as error:
-            raise DataError(
-                f"{out / acts_file(shard.index)} cannot be read ({error}). Build the cache again."
-            ) from error
-        wanted = np.flatnonzero((latent >= first) & (latent <= last))
-        row = np.searchsorted(indptr, wanted, side="right") - 1
-        yield latent[wanted].astype(np.int64) - first, row + base, value[wanted]
-        base += shard.n_windows * manifest.context_size
+class _Progress:
+    """A bar, and the manifests saved every SAVE_EVERY seconds and at the end: what is lost with a kill is done again."""
+
+    def __init__(self, what: str, total: int, unit: str, manifests: dict[Path, Manifest]):
+        self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "tok", disable=None)
+        self.manifests, self.saved = manifests, time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def done(self, amount: int) -> None:
+        self.bar.update(amount)
+        if time.monotonic() - self.saved > SAVE_EVERY:
+            self._save()
+
+    def _save(self) -> None:
+        for folder, manifest in self.manifests.items():
+            manifest.save(folder)
+        self.saved = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        self._save()

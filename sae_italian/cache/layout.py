@@ -1,14 +1,18 @@
 """What a feature cache is on disk.
 
     manifest.json                        schema, what it was built from (with hashes), shards with counts and checksums
-    tokens/00000.safetensors             the windows of one shard: tokens, document index and character span of each
-                                         token, and the text, id and source of the documents that begin in the shard
+    tokens/00000.safetensors             the windows of one shard: tokens, document index, character span and `run` of
+                                         each token, and the text, id and source of the documents that begin in the shard
     acts/00000.safetensors               token-major CSR of the shard: indptr, latent, value
     latents/00000_00511.safetensors      latent-major CSC of a range of latents: indptr, position, value
     stats.parquet                        one row per latent
+    runs/00000.safetensors               while building only: a shard's activations sorted by latent
 
-A position is `window * context_size + place in the window`, over the whole cache. Values are fp16; larger ones are
-clipped to its maximum and counted in the manifest. A shard is complete when the manifest names it.
+A position is `window * context_size + place in the window`, over the whole cache; `run` is the place where the stretch
+of one document that holds the token begins. Values are fp16; one that fp16 cannot hold stands there as its maximum and
+in full in `wide_at` (index into `value`) and `wide_value` (fp32), so no order is lost; the manifest counts them. One too
+small for fp16 stands as its smallest number, so that active never reads as silent. All shards have `windows_per_shard`
+windows but the last. Token files of caches built together are hard links: each folder is whole, the bytes are there once.
 """
 
 from __future__ import annotations
@@ -18,14 +22,17 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from sae_italian.errors import DataError, UsageError
-from sae_italian.storage import read_json, sha256_file, write_json
+from sae_italian.storage import atomic_path, read_json, sha256_file, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 STATS = "stats.parquet"
 FP16_MAX = float(np.finfo(np.float16).max)
+FP16_TINY = np.finfo(np.float16).smallest_subnormal
 
 
 class _Record(BaseModel):
@@ -33,14 +40,18 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
-    """One finished shard."""
+    """One shard: its tokens are written when the manifest names it, its activations when `sha256` names their file."""
 
     index: int
     n_windows: int
     n_documents: int
-    nnz: int
-    n_clipped: int
+    nnz: int = 0
+    n_wide: int = 0  # values beyond fp16
     sha256: dict[str, str]  # file, relative to the cache -> checksum
+
+    @property
+    def encoded(self) -> bool:
+        return acts_file(self.index) in self.sha256
 
 
 class LatentRange(_Record):
@@ -53,7 +64,7 @@ class LatentRange(_Record):
 
     @property
     def file(self) -> str:
-        return f"latents/{self.first:05d}_{self.last:05d}.safetensors"
+        return latents_file(self.first, self.last)
 
 
 class Manifest(_Record):
@@ -61,27 +72,36 @@ class Manifest(_Record):
 
     schema_version: int = SCHEMA_VERSION
     model: str
+    model_revision: str | None = None  # the commit on the hub; None for a model in a local folder
     sae: str
     sae_hash: str
+    sae_config_hash: str = ""
     tokenizer_hash: str
     hook_name: str
     d_in: int
     d_sae: int
     k: int | None
     corpus: str
+    corpus_hash: str = ""
     text_column: str
     split: str
-    n_tokens_asked: int
+    n_tokens_asked: int | None  # None: all of the split
     context_size: int
     windows_per_shard: int
     versions: dict[str, str]
     shards: list[Shard] = []
     ranges: list[LatentRange] = []
+    tokens_complete: bool = False
+    stats_sha256: str = ""
     complete: bool = False
 
     @property
     def n_windows(self) -> int:
         return sum(shard.n_windows for shard in self.shards)
+
+    @property
+    def n_positions(self) -> int:
+        return self.n_windows * self.context_size
 
     @property
     def n_documents(self) -> int:
@@ -91,9 +111,20 @@ class Manifest(_Record):
     def nnz(self) -> int:
         return sum(shard.nnz for shard in self.shards)
 
+    @property
+    def n_wide(self) -> int:
+        return sum(shard.n_wide for shard in self.shards)
+
     def identity(self) -> dict[str, Any]:
         """Return what decides the bytes of the cache: two builds with the same identity are the same cache."""
-        return self.model_dump(exclude={"shards", "ranges", "complete", "versions", "sae"})
+        progress = {"shards", "ranges", "tokens_complete", "stats_sha256", "complete"}
+        return self.model_dump(exclude={*progress, "versions", "sae"})
+
+    def files(self) -> dict[str, str]:
+        """Return every file of the cache with its checksum."""
+        expected = {file: digest for shard in self.shards for file, digest in shard.sha256.items()}
+        expected |= {item.file: item.sha256 for item in self.ranges}
+        return expected | ({STATS: self.stats_sha256} if self.stats_sha256 else {})
 
     def save(self, folder: Path) -> None:
         write_json(folder / MANIFEST, self.model_dump())
@@ -128,16 +159,60 @@ def acts_file(shard: int) -> str:
     return f"acts/{shard:05d}.safetensors"
 
 
+def run_file(shard: int) -> str:
+    return f"runs/{shard:05d}.safetensors"
+
+
+def latents_file(first: int, last: int) -> str:
+    return f"latents/{first:05d}_{last:05d}.safetensors"
+
+
 def smallest_uint(largest: int) -> type[np.unsignedinteger]:
     """Return the smallest unsigned type that holds `largest`."""
     return next(kind for kind in (np.uint16, np.uint32, np.uint64) if largest <= np.iinfo(kind).max)
 
 
+def position_dtype(n_positions: int) -> type[np.unsignedinteger]:
+    """Return uint32 for positions, uint64 when there are more than 2^32 of them."""
+    return smallest_uint(max(2**32, n_positions) - 1)
+
+
+def halves(value: np.ndarray) -> dict[str, np.ndarray]:
+    """Return positive float32 values as `value` (fp16) with `wide_at` and `wide_value` for those beyond fp16."""
+    half = np.minimum(value, FP16_MAX).astype(np.float16)
+    half[(half == 0) & (value > 0)] = FP16_TINY
+    wide = np.flatnonzero(value > FP16_MAX)
+    return {"value": half, "wide_at": wide.astype(np.uint64), "wide_value": value[wide].astype(np.float32)}
+
+
+def write_arrays(folder: Path, file: str, arrays: dict[str, np.ndarray]) -> str:
+    """Write a safetensors file whole or not at all; return its checksum. Empty `wide_*` arrays are left out."""
+    kept = {
+        name: np.ascontiguousarray(array)
+        for name, array in arrays.items()
+        if len(array) or not name.startswith("wide_")
+    }
+    with atomic_path(folder / file) as temporary:
+        try:
+            save_file(kept, temporary)
+        except SafetensorError as error:  # of an operating system's error only the text is left
+            raise OSError(f"{folder / file} cannot be written: {error}") from error
+        return sha256_file(temporary)
+
+
+def read_arrays(folder: Path, file: str, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """Return the named arrays of a file, or all. Raises DataError naming a file that cannot be read."""
+    try:
+        with safe_open(folder / file, framework="numpy") as handle:
+            there = list(handle.keys())
+            return {name: handle.get_tensor(name) for name in there if name in (names or there)}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder / file} cannot be read ({error}). Build the cache again.") from error
+
+
 def verify(folder: Path, manifest: Manifest) -> None:
     """Compare every file with its checksum. Raises DataError naming the first file that is missing or differs."""
-    expected = {file: digest for shard in manifest.shards for file, digest in shard.sha256.items()}
-    expected |= {item.file: item.sha256 for item in manifest.ranges}
-    for file, digest in expected.items():
+    for file, digest in manifest.files().items():
         if not (folder / file).is_file():
             raise DataError(f"{folder / file} is missing. Build the cache again, or restore the file.")
         if sha256_file(folder / file) != digest:

@@ -1,0 +1,109 @@
+"""The first pass of a build: documents packed into token shards, in order, with their text.
+
+The other passes read these files, so any shard can be encoded without redoing those before it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from tqdm import tqdm
+
+from sae_italian.cache.layout import Manifest, Shard, smallest_uint, tokens_file, write_arrays
+from sae_italian.corpora import PackedBlock, TextDocument, iter_documents, pack
+from sae_italian.corpora.packing import take_tokens
+from sae_italian.errors import UsageError
+from sae_italian.storage import remove
+
+
+def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any, *, workers: int = 1) -> None:
+    """Write the token shards that the manifest does not name yet, and name them.
+
+    Packing starts from the first document again: it is a small part of the work, and the same each time.
+    Raises: UsageError when the corpus is shorter than asked for, or holds no full window.
+    """
+    documents = iter_documents(manifest.corpus, manifest.split, text_column=manifest.text_column)  # pyright: ignore[reportArgumentType]
+    blocks = pack(
+        documents, tokenizer, manifest.context_size, windows_per_block=manifest.windows_per_shard, workers=workers
+    )
+    if manifest.n_tokens_asked is not None:
+        blocks = take_tokens(blocks, manifest.n_tokens_asked, f"the {manifest.split} split of {manifest.corpus}")
+    done = len(manifest.shards)
+    with tqdm(total=manifest.n_tokens_asked, unit="tok", unit_scale=True, desc="tokens", disable=None) as bar:
+        for index, block in enumerate(blocks):
+            if index >= done:
+                manifest.shards.append(write_token_shard(out, index, block))
+                manifest.save(out)
+            bar.update(block.tokens.size)
+    if not manifest.shards:
+        raise UsageError(
+            f"the {manifest.split} split of {manifest.corpus} fills no window of {manifest.context_size} tokens. "
+            "Use more text, or a smaller --context-size."
+        )
+    manifest.tokens_complete = True
+    manifest.save(out)
+
+
+def write_token_shard(out: Path, index: int, block: PackedBlock) -> Shard:
+    """Write one shard's tokens and documents; return its record, without activations as yet."""
+    context = block.tokens.shape[1]
+    arrays = {
+        "tokens": block.tokens.astype(smallest_uint(int(block.tokens.max()))),
+        "doc": block.doc.astype(np.uint32),
+        "start": block.start.astype(np.uint32),
+        "end": block.end.astype(np.uint32),
+        "run": run_starts(block.doc).astype(smallest_uint(context - 1)),
+        **_document_arrays(block.documents),
+    }
+    digest = write_arrays(out, tokens_file(index), arrays)
+    n_windows, n_documents = len(block.tokens), len(block.documents)
+    return Shard(index=index, n_windows=n_windows, n_documents=n_documents, sha256={tokens_file(index): digest})
+
+
+def run_starts(doc: Int[np.ndarray, "windows context"]) -> Int[np.ndarray, "windows context"]:
+    """Return for every token the place in its window where the stretch of one document that holds it begins."""
+    places = np.broadcast_to(np.arange(doc.shape[1]), doc.shape)
+    begins = np.ones(doc.shape, dtype=bool)
+    begins[:, 1:] = doc[:, 1:] != doc[:, :-1]
+    return np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+
+
+def _document_arrays(documents: list[TextDocument]) -> dict[str, np.ndarray]:
+    """Return texts, ids and sources as UTF-8 bytes with pointers: `text`, `text_ptr`, `doc_id`, ..."""
+    arrays = {}
+    for name, strings in (
+        ("text", [d.text for d in documents]),
+        ("doc_id", [d.doc_id for d in documents]),
+        ("source", [d.source for d in documents]),
+    ):
+        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
+        arrays[name] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        arrays[f"{name}_ptr"] = np.cumsum([0, *(len(part) for part in encoded)], dtype=np.uint64)
+    return arrays
+
+
+def share_tokens(source: Path, shards: list[Shard], out: Path, manifest: Manifest) -> None:
+    """Give another cache of the same text the token shards of `source`: hard links where the disk has them, else copies."""
+    if manifest.tokens_complete:
+        return
+    (out / "tokens").mkdir(exist_ok=True)
+    for shard in shards:
+        file = tokens_file(shard.index)
+        remove(out / file)
+        try:
+            os.link(source / file, out / file)
+        except OSError:
+            shutil.copyfile(source / file, out / file)
+    manifest.shards = [
+        shard.model_copy(
+            update={"nnz": 0, "n_wide": 0, "sha256": {tokens_file(shard.index): shard.sha256[tokens_file(shard.index)]}}
+        )
+        for shard in shards
+    ]
+    manifest.tokens_complete = True
+    manifest.save(out)
