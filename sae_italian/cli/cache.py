@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sae_italian.cli.base import Commands, Result, folder_options, load_sources, source_options
+from sae_italian.cli.base import (
+    Commands,
+    Result,
+    engine_options,
+    folder_options,
+    load_sources,
+    positive,
+    source_options,
+    unit_map,
+)
 
 
 def add_commands(root: Commands) -> None:
@@ -17,6 +26,7 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--tokens", type=int, default=300_000)
     sub.add_argument("--out", type=Path, required=True)
     folder_options(sub)
+    engine_options(sub)
     cache.add("info", _cache_info, "what a cache holds").add_argument("cache", type=Path)
     cache.add("verify", _cache_verify, "compare every file with its checksum").add_argument("cache", type=Path)
 
@@ -24,13 +34,16 @@ def add_commands(root: Commands) -> None:
 def _cache_build(options: argparse.Namespace) -> Result:
     from sae_italian.cache import build_cache
 
+    positive("--workers", options.workers)
     sae, model, corpus = load_sources(options)
     folder = Path(options.sae)
+    out = options.out.resolve()  # workers may have another working directory
+    ray = unit_map(options, out, gpus=float(model.device.type == "cuda"))
     build_cache(
         sae,
         model,
         corpus,
-        options.out,
+        out,
         n_tokens=options.tokens,
         split=options.split,
         context_size=options.context_size,
@@ -38,6 +51,8 @@ def _cache_build(options: argparse.Namespace) -> Result:
         sae_name=str(folder.resolve()) if folder.is_dir() else options.sae,
         resume=options.resume,
         overwrite=options.overwrite,
+        workers=options.workers or 1,
+        **({"run_units": ray} if options.engine == "ray" else {}),
     )
     return {"cache": str(options.out)}, f"cache: {options.out}"
 
