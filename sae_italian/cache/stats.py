@@ -26,7 +26,8 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     count, density (share of non-special tokens with a non-zero activation), max, mean (over non-zero activations),
     quantiles (0.1, .25, .5, .75, .9 of non-zero activations), histogram (20 equal bins from 0 to max), n_documents,
     token_ids and token_shares (the tokens it fires on, by share of activation mass), token_entropy (nats, of that
-    share), promoted_ids, promoted_values, suppressed_ids, suppressed_values (logit lens, in logits).
+    share), promoted_ids, promoted_values, suppressed_ids, suppressed_values (logit lens, in logits; empty lists
+    without `sae` and `model`, as in a cache that was imported).
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -39,7 +40,7 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     for latent in tqdm(range(manifest.d_sae), desc="statistics", unit="latent", disable=None):
         for name, value in _row(cache, latent, n_counted).items():
             columns.setdefault(name, []).append(value)
-    columns |= _logit_lens(sae, model)
+    columns |= _logit_lens(sae, model) if sae is not None and model is not None else _no_lens(manifest.d_sae)
     table = pa.table({"latent": np.arange(manifest.d_sae), **columns})
     with atomic_path(folder / STATS) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
@@ -63,6 +64,17 @@ def _row(cache: Any, latent: int, n_counted: int) -> dict[str, Any]:
         "token_ids": tokens[top].astype(np.int64),
         "token_shares": share[top],
         "token_entropy": float(-(share * np.log(share)).sum()) if len(share) else 0.0,
+    }
+
+
+def _no_lens(d_sae: int) -> dict[str, Any]:
+    import pyarrow as pa
+
+    kinds = {"ids": pa.int64(), "values": pa.float32()}
+    return {
+        f"{name}_{what}": pa.array([[]] * d_sae, pa.list_(kind))
+        for name in ("promoted", "suppressed")
+        for what, kind in kinds.items()
     }
 
 
