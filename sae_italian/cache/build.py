@@ -33,7 +33,8 @@ KIND = "cache"
 WINDOWS_PER_SHARD, TOKENS_PER_SHARD = 512, 2**17
 SAVE_EVERY = 2.0  # seconds between two writings of the manifest
 
-Unit, Record = TypeVar("Unit"), TypeVar("Record")
+Unit = TypeVar("Unit")
+Record = TypeVar("Record")
 
 
 class UnitMap(Protocol):
@@ -118,6 +119,11 @@ def build_caches(
                 _finish(sae, model, folder, manifest, run_units)
             remove(folder / "runs")
     return folders
+
+
+def folder_names(saes: Sequence[Any]) -> list[str]:
+    """Return a folder name for each of several SAEs: where it reads, its width and its weights' hash."""
+    return [f"{sae.cfg.metadata.hook_name}-{sae.cfg.d_sae}-{weights_hash(sae)[:8]}" for sae in saes]
 
 
 def _manifest(sae: Any, name: str, shared: dict[str, Any]) -> Manifest:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_italian.cache.layout import acts_file, halves, read_arrays, smallest_uint, tokens_file, write_arrays
+from sae_italian.cache.topk import top_positive
 from sae_italian.cache.transpose import write_run
 from sae_italian.corpora.packing import special_mask
 from sae_italian.errors import DataError
@@ -24,7 +25,7 @@ from sae_italian.models.activations import read_many
 
 FORWARD_WINDOWS = 32
 FORWARD_TOKENS = 8192
-CHUNK_BYTES = 2**25  # of pre-activations at a time
+CHUNK_BYTES = 2**23  # of pre-activations at a time: they stay in the processor's cache
 
 
 class ActsRecord(NamedTuple):
@@ -112,7 +113,7 @@ def encode_sparse(sae: Any, x: Float[Tensor, "tokens d_in"], silent: np.ndarray)
             x.to(sae.device, sae.dtype).split(rows), np.array_split(silent, _cuts(len(x), rows)), strict=True
         ):
             dense = sae.encode(chunk)
-            parts.append(_largest(dense, k, mute) if k else _positive(dense, mute))
+            parts.append(Sparse(*top_positive(dense, k, mute)) if k else _positive(dense, mute))
     return joined(parts)
 
 
@@ -142,15 +143,6 @@ def _without_activation(sae: Any) -> Iterator[None]:
 @contextmanager
 def _as_it_is() -> Iterator[None]:
     yield
-
-
-def _largest(pre: Float[Tensor, "tokens d_sae"], k: int, mute: np.ndarray) -> Sparse:
-    values, latents = pre.topk(k, dim=-1, sorted=False)
-    latents, order = latents.sort(dim=-1)
-    value, latent = values.gather(-1, order).float().cpu().numpy(), latents.cpu().numpy()
-    keep = ~(value <= 0)  # NaN stays, to be refused
-    keep[mute] = False
-    return Sparse(keep.sum(axis=1), latent[keep], value[keep])
 
 
 def _positive(acts: Float[Tensor, "tokens d_sae"], mute: np.ndarray) -> Sparse:

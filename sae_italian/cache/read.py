@@ -1,26 +1,27 @@
-"""Read a feature cache: one latent's activations, true text by character offsets, documents and statistics."""
+"""Read a feature cache: any latent's activations, windows and statistics, and the text of any stretch of tokens.
+
+Files are mapped, not loaded, so the first latent of a cache of any size is there at once. The properties `tokens`, `doc`,
+`char_start` and `char_end` alone load one number per token of the whole cache, for work that needs all of them.
+"""
 
 from __future__ import annotations
 
-from functools import cached_property
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 
-from sae_italian.cache.layout import STATS, Manifest, tokens_file, verify
+from sae_italian.cache.layout import STATS, LatentRange, Manifest, acts_file, tokens_file, verify
+from sae_italian.cache.mapped import map_arrays
 from sae_italian.corpora.documents import TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.errors import DataError, UsageError
 
-
-class LatentActivations(NamedTuple):
-    """The non-zero activations of one latent, in corpus order."""
-
-    position: Int[np.ndarray, " nnz"]
-    value: Float[np.ndarray, " nnz"]
+MAPPED_FILES = 256  # held open at a time, of each kind
 
 
 class Segments(NamedTuple):
@@ -32,26 +33,29 @@ class Segments(NamedTuple):
 
 
 class FeatureCache:
-    """A finished cache, opened for reading. Token arrays are loaded once; activations are read latent by latent."""
+    """A finished cache, opened for reading."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
+        self._firsts = [item.first for item in manifest.ranges]
+        counts = [0, *(shard.n_documents for shard in manifest.shards)]
+        self._document_base = np.cumsum(counts).tolist()
+        self._shard_positions = manifest.windows_per_shard * manifest.context_size
+        self.map_file = lru_cache(3 * MAPPED_FILES)(lambda file: map_arrays(folder / file))
 
     @classmethod
     def open(cls, folder: str | Path, *, sae: Any = None, tokenizer: Any = None, check: bool = False) -> FeatureCache:
         """Open a cache; with `sae` or `tokenizer`, refuse one that was built with another; with `check`, verify all files.
 
-        Raises: UsageError when `folder` is no finished cache or does not match, DataError naming a damaged file.
+        Raises: UsageError when `folder` is no finished cache or does not match, DataError naming a damaged file (one
+        that is missing or cut short always, one that was changed with `check`).
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
         if not manifest.complete:
             raise UsageError(f"{folder} is an unfinished cache; run `sae-italian cache build` again with --resume.")
         if sae is not None:
-            from sae_italian.saes import weights_hash
-
-            if weights_hash(sae) != manifest.sae_hash:
-                raise UsageError(f"{folder} was built with another SAE ({manifest.sae}); its weights hash differs.")
+            _check_sae(folder, manifest, sae)
         if tokenizer is not None:
             from sae_italian.cache.build import tokenizer_hash
 
@@ -59,61 +63,73 @@ class FeatureCache:
                 raise UsageError(f"{folder} was built with another tokenizer than that of the model given.")
         if check:
             verify(folder, manifest)
+        for file in manifest.files():
+            if not (folder / file).is_file():
+                raise DataError(f"{folder / file} is missing. Build the cache again, or restore the file.")
         return cls(folder, manifest)
 
     # --- tokens and text ---------------------------------------------------------------------------------------------
 
+    def shard_tokens(self, shard: int) -> dict[str, np.ndarray]:
+        """Return a shard's arrays, flat: tokens, doc, start, end, run, and the bytes of its documents."""
+        return self.map_file(tokens_file(shard))
+
+    def shard_acts(self, shard: int) -> dict[str, np.ndarray]:
+        """Return a shard's activations by token: indptr, latent, value."""
+        return self.map_file(acts_file(shard))
+
+    def _whole(self, name: str) -> np.ndarray:
+        return np.concatenate([self.shard_tokens(shard.index)[name] for shard in self.manifest.shards])
+
     @cached_property
-    def _tokens(self) -> dict[str, np.ndarray]:
-        """Flat arrays over all positions, and the documents' bytes with global pointers."""
-        parts: dict[str, list[np.ndarray]] = {}
-        for shard in self.manifest.shards:
-            arrays = self._load(tokens_file(shard.index))
-            for name, array in arrays.items():
-                if name.endswith("_ptr"):
-                    base = parts[name][-1][-1] if name in parts else np.uint64(0)
-                    array = array[0 if name not in parts else 1 :] + base
-                parts.setdefault(name, []).append(array.ravel())
-        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
-
-    def _load(self, file: str) -> dict[str, np.ndarray]:
-        try:
-            with safe_open(self.folder / file, framework="numpy") as handle:
-                return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{self.folder / file} cannot be read ({error}). Build the cache again.") from error
-
-    @property
     def tokens(self) -> Int[np.ndarray, " positions"]:
-        return self._tokens["tokens"]
+        return self._whole("tokens")
 
-    @property
+    @cached_property
     def doc(self) -> Int[np.ndarray, " positions"]:
         """The running document index of each position, NO_DOCUMENT at special tokens."""
-        return self._tokens["doc"]
+        return self._whole("doc")
 
-    @property
+    @cached_property
     def char_start(self) -> Int[np.ndarray, " positions"]:
-        return self._tokens["start"]
+        return self._whole("start")
 
-    @property
+    @cached_property
     def char_end(self) -> Int[np.ndarray, " positions"]:
-        return self._tokens["end"]
+        return self._whole("end")
 
     @property
     def n_positions(self) -> int:
-        return self.manifest.n_windows * self.manifest.context_size
+        return self.manifest.n_positions
 
     @property
     def n_documents(self) -> int:
-        return self.manifest.n_documents
+        return self._document_base[-1]
+
+    def by_shard(self, position: Int[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield (shard, indices into `position`, places in the shard) for the shards that hold some of the positions."""
+        shard = position // self._shard_positions
+        order = np.argsort(shard, kind="stable")
+        numbers, begins = np.unique(shard[order], return_index=True)
+        for number, here in zip(numbers.tolist(), np.split(order, begins[1:]), strict=True):
+            yield number, here, position[here] - number * self._shard_positions
+
+    def gather(self, name: str, position: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Return `tokens`, `doc`, `start`, `end` or `run` at some positions, reading only the shards that hold them."""
+        found = np.empty(len(position), dtype=np.int64)
+        for shard, here, place in self.by_shard(position):
+            found[here] = self.shard_tokens(shard)[name][place]
+        return found
 
     def _string(self, name: str, index: int) -> str:
-        pointers = self._tokens[f"{name}_ptr"]
-        data = self._tokens[name][int(pointers[index]) : int(pointers[index + 1])]
-        return data.tobytes().decode("utf-8", "surrogatepass")
+        shard = bisect_right(self._document_base, index) - 1
+        arrays, own = self.shard_tokens(shard), index - self._document_base[shard]
+        begin, end = arrays[f"{name}_ptr"][own : own + 2].tolist()
+        return arrays[name][begin:end].tobytes().decode("utf-8", "surrogatepass")
 
     def document(self, index: int) -> TextDocument:
+        if not 0 <= index < self.n_documents:
+            raise UsageError(f"document {index} does not exist: this cache has documents 0 to {self.n_documents - 1}.")
         return TextDocument(*(self._string(name, index) for name in ("text", "doc_id", "source")))
 
     def segments(self, width: int = 32) -> Segments:
@@ -131,34 +147,87 @@ class FeatureCache:
 
     def spans(self, first: int, last: int) -> tuple[str, Int[np.ndarray, "tokens 2"]]:
         """Return the text that positions first to last (exclusive, one document) cover, and each token's span in it."""
-        doc = int(self.doc[first])
-        start = self.char_start[first:last].astype(np.int64)
-        end = self.char_end[first:last].astype(np.int64)
-        text = self._string("text", doc)[start[0] : end.max(initial=0)]
-        return text, np.stack([start, end], axis=1) - start[0]
+        shard, place = divmod(int(first), self._shard_positions)
+        arrays, here = self.shard_tokens(shard), slice(place, place + int(last) - int(first))
+        spans = np.stack([arrays["start"][here], arrays["end"][here]], axis=1).astype(np.int64)
+        begin = int(spans[0, 0])
+        text = self._string("text", int(arrays["doc"][place]))[begin : int(spans[:, 1].max(initial=0))]
+        return text, spans - begin
 
     # --- latents -----------------------------------------------------------------------------------------------------
 
-    def latent(self, latent: int) -> LatentActivations:
-        """Return one latent's activations. Raises: UsageError when there is no such latent."""
+    def range_of(self, latent: int) -> LatentRange:
+        """Return the range of latents that holds one. Raises: UsageError when there is no such latent."""
         if not 0 <= latent < self.manifest.d_sae:
             raise UsageError(f"latent {latent} does not exist: this SAE has latents 0 to {self.manifest.d_sae - 1}.")
-        item = next(item for item in self.manifest.ranges if item.first <= latent <= item.last)
+        return self.manifest.ranges[bisect_right(self._firsts, latent) - 1]
+
+    def latent(self, latent: int) -> LatentActivations:
+        """Return one latent's activations. Raises: UsageError when there is no such latent."""
+        item = self.range_of(latent)
+        arrays = self.map_file(item.file)
+        begin, end = arrays["indptr"][latent - item.first : latent - item.first + 2].tolist()
+        value = arrays["value"][begin:end].astype(np.float32)
+        if "wide_at" in arrays:
+            low, high = np.searchsorted(arrays["wide_at"], [begin, end])
+            value[arrays["wide_at"][low:high].astype(np.int64) - begin] = arrays["wide_value"][low:high]
+        return LatentActivations(self, latent, arrays["position"][begin:end].astype(np.int64), value)
+
+    @cached_property
+    def table(self) -> Any:
+        """The statistics as a pyarrow table, row i for latent i (see cache/stats.py for the columns)."""
+        import pyarrow as pa
+        import pyarrow.parquet
+
         try:
-            with safe_open(self.folder / item.file, framework="numpy") as handle:
-                indptr = handle.get_slice("indptr")[latent - item.first : latent - item.first + 2]
-                here = slice(int(indptr[0]), int(indptr[1]))
-                if here.start == here.stop:
-                    return LatentActivations(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
-                position = handle.get_slice("position")[here].astype(np.int64)
-                return LatentActivations(position, handle.get_slice("value")[here].astype(np.float32))
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{self.folder / item.file} cannot be read ({error}). Build the cache again.") from error
+            return pyarrow.parquet.read_table(self.folder / STATS).combine_chunks()
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.folder / STATS} cannot be read ({error}). Build the cache again.") from error
 
     @cached_property
     def statistics(self) -> dict[str, np.ndarray]:
-        """The table of statistics, column by column; row i is latent i (see cache/stats.py for the columns)."""
-        import pyarrow.parquet
+        """The table of statistics, column by column; row i is latent i."""
+        return {name: self.table[name].to_numpy() for name in self.table.column_names}
 
-        table = pyarrow.parquet.read_table(self.folder / STATS)
-        return {name: table[name].to_numpy() for name in table.column_names}
+
+class LatentActivations:
+    """The non-zero activations of one latent, in corpus order. It unpacks as `position, value = cache.latent(i)`."""
+
+    def __init__(
+        self, cache: FeatureCache, latent: int, position: Int[np.ndarray, " nnz"], value: Float[np.ndarray, " nnz"]
+    ):
+        self.cache, self.latent, self.position, self.value = cache, latent, position, value
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter((self.position, self.value))
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Return this latent's row of the statistics."""
+        return self.cache.table.slice(self.latent, 1).to_pylist()[0]
+
+    def documents(self) -> dict[str, np.ndarray]:
+        """Return the documents it is active in, strongest first: running index `doc`, `count`, `max`."""
+        doc, first, count = np.unique(self.cache.gather("doc", self.position), return_index=True, return_counts=True)
+        largest = np.maximum.reduceat(self.value, first) if len(doc) else self.value
+        order = np.argsort(-largest, kind="stable")
+        return {"doc": doc[order], "count": count[order], "max": largest[order]}
+
+    def windows(self, kind: str = "top", n: int = 40, *, width: int = 32, seed: int = 0, bins: int = 10) -> Any:
+        """Return windows of this latent; see `cache/windows.py`."""
+        from sae_italian.cache.windows import find_windows
+
+        return find_windows(self, kind, n, width=width, seed=seed, bins=bins)
+
+
+def _check_sae(folder: Path, manifest: Manifest, sae: Any) -> None:
+    from sae_italian.cache.build import config_hash
+    from sae_italian.saes import weights_hash
+
+    if weights_hash(sae) != manifest.sae_hash:
+        raise UsageError(f"{folder} was built with another SAE ({manifest.sae}); its weights hash differs.")
+    if manifest.sae_config_hash and config_hash(sae) != manifest.sae_config_hash:
+        raise UsageError(f"{folder} was built with another SAE ({manifest.sae}); its configuration differs.")

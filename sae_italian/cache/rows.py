@@ -126,9 +126,7 @@ def _documents(cache: Path, manifest: Manifest) -> Iterator[Any]:
 
 def _strings(arrays: dict[str, np.ndarray], name: str) -> list[str]:
     data, pointers = arrays[name].tobytes(), arrays[f"{name}_ptr"].tolist()
-    return [
-        data[begin:end].decode("utf-8", "replace") for begin, end in zip(pointers[:-1], pointers[1:], strict=True)
-    ]
+    return [data[begin:end].decode("utf-8", "replace") for begin, end in zip(pointers[:-1], pointers[1:], strict=True)]
 
 
 # --- and back --------------------------------------------------------------------------------------------------------
@@ -174,7 +172,9 @@ def _load(folder: Path) -> Any:
     try:
         dataset = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} cannot be read as a dataset ({str(error).splitlines()[0]}). Export again.") from error
+        raise DataError(
+            f"{folder} cannot be read as a dataset ({str(error).splitlines()[0]}). Export again."
+        ) from error
     missing = [name for name in expected[folder.name] if name not in dataset.column_names]
     if missing:
         raise DataError(f"{folder} has no column {missing[0]!r}. Columns: {', '.join(dataset.column_names)}.")

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Int
 from tqdm import tqdm
 
+from sae_italian.cache.cofiring import cofiring_neighbours
+from sae_italian.cache.latent_stats import range_statistics
 from sae_italian.cache.layout import STATS, Manifest
+from sae_italian.cache.lens import decoder_neighbours, logit_lens, unknown_decoder
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.storage import atomic_path
+from sae_italian.storage import atomic_path, remove
 
-TOP_TOKENS = 10
-N_BINS = 20
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+class Corpus(NamedTuple):
+    """What the statistics need of the whole text; the two long arrays are files, so they need no memory."""
+
+    tokens: Int[np.ndarray, " positions"]
+    doc: Int[np.ndarray, " positions"]
+    token_counts: Int[np.ndarray, " vocab"]  # of counted tokens: those of documents
+
+    @property
+    def n_counted(self) -> int:
+        return int(self.token_counts.sum())
 
 
 def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> None:
@@ -25,9 +36,13 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
 
     count, density (share of non-special tokens with a non-zero activation), max, mean (over non-zero activations),
     quantiles (0.1, .25, .5, .75, .9 of non-zero activations), histogram (20 equal bins from 0 to max), n_documents,
-    token_ids and token_shares (the tokens it fires on, by share of activation mass), token_entropy (nats, of that
-    share), promoted_ids, promoted_values, suppressed_ids, suppressed_values (logit lens, in logits; empty lists
-    without `sae` and `model`, as in a cache that was imported).
+    n_windows, token_ids and token_shares (the 10 tokens it fires on most, by share of activation mass), token_lifts
+    (that share over the token's share of the text), token_entropy (nats, of all shares), position_profile (share of its
+    activations in each tenth of the window), first_token_share (of its activations: on the first token of a window's
+    or a document's text), cofiring_ids and cofiring_jaccard (the 10 latents that fire on the most of the same tokens;
+    of a latent with more than 2,048 activations, that many are looked at, evenly spaced), decoder_ids and
+    decoder_cosines (the 10 nearest decoder directions), promoted_ids, promoted_values, suppressed_ids,
+    suppressed_values (logit lens, in logits). Without `sae` and `model`, what is read off the decoder is empty lists.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -35,72 +50,41 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     from sae_italian.cache.read import FeatureCache
 
     cache = FeatureCache(folder, manifest)
-    n_counted = int((cache.doc != NO_DOCUMENT).sum())
-    columns: dict[str, list[Any]] = {}
-    for latent in tqdm(range(manifest.d_sae), desc="statistics", unit="latent", disable=None):
-        for name, value in _row(cache, latent, n_counted).items():
-            columns.setdefault(name, []).append(value)
-    columns |= _logit_lens(sae, model) if sae is not None and model is not None else _no_lens(manifest.d_sae)
-    table = pa.table({"latent": np.arange(manifest.d_sae), **columns})
+    parts: dict[str, list[Any]] = {}
+    counts = np.concatenate([np.diff(cache.map_file(item.file)["indptr"]) for item in manifest.ranges]).astype(np.int64)
+    with _corpus(cache) as corpus:
+        for item in tqdm(manifest.ranges, desc="statistics", unit="range", disable=None):
+            columns = range_statistics(cache, item, corpus) | cofiring_neighbours(cache, item, counts)
+            for name, column in columns.items():
+                parts.setdefault(name, []).append(column)
+    merged = {name: pa.concat_arrays(columns) for name, columns in parts.items()}
+    if sae is not None and model is not None:
+        merged |= decoder_neighbours(sae) | logit_lens(sae, model)
+    else:
+        merged |= unknown_decoder(manifest.d_sae)
+    table = pa.table({"latent": np.arange(manifest.d_sae), **merged})
     with atomic_path(folder / STATS) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
 
 
-def _row(cache: Any, latent: int, n_counted: int) -> dict[str, Any]:
-    position, value = cache.latent(latent)
-    tokens, index = np.unique(cache.tokens[position], return_inverse=True)
-    mass = np.bincount(index, weights=value, minlength=len(tokens))
-    share = mass / mass.sum() if len(mass) else mass
-    top = np.argsort(-share, kind="stable")[:TOP_TOKENS]
-    largest = float(value.max(initial=0.0))
-    return {
-        "count": len(value),
-        "density": len(value) / n_counted,
-        "max": largest,
-        "mean": float(value.mean()) if len(value) else 0.0,
-        "quantiles": np.quantile(value, QUANTILES) if len(value) else np.zeros(len(QUANTILES)),
-        "histogram": np.histogram(value, bins=N_BINS, range=(0.0, largest or 1.0))[0],
-        "n_documents": len(np.unique(cache.doc[position])),
-        "token_ids": tokens[top].astype(np.int64),
-        "token_shares": share[top],
-        "token_entropy": float(-(share * np.log(share)).sum()) if len(share) else 0.0,
-    }
-
-
-def _no_lens(d_sae: int) -> dict[str, Any]:
-    import pyarrow as pa
-
-    kinds = {"ids": pa.int64(), "values": pa.float32()}
-    return {
-        f"{name}_{what}": pa.array([[]] * d_sae, pa.list_(kind))
-        for name in ("promoted", "suppressed")
-        for what, kind in kinds.items()
-    }
-
-
-@torch.no_grad()
-def _logit_lens(sae: Any, model: Any, block: int = 1024) -> dict[str, list[np.ndarray]]:
-    """Return the tokens whose logits each decoder direction raises and lowers most, the final norm's gain folded in.
-
-    The norm's division by the residual's scale is left out, so values compare within a latent, not with real logits.
-    """
-    unembed: Float[Tensor, "vocab d_in"] = model.get_output_embeddings().weight.float()
-    gain = _final_gain(model)
-    lists: dict[str, list[np.ndarray]] = {}
-    for directions in sae.W_dec.float().split(block):
-        logits = (directions * gain) @ unembed.T
-        for name, largest in (("promoted", True), ("suppressed", False)):
-            values, ids = logits.topk(TOP_TOKENS, largest=largest)
-            lists.setdefault(f"{name}_ids", []).extend(ids.cpu().numpy())
-            lists.setdefault(f"{name}_values", []).extend(values.cpu().numpy())
-    return lists
-
-
-def _final_gain(model: Any) -> Tensor | float:
-    """Return the gain of the norm before the unembedding, 1 where the family keeps it elsewhere."""
-    for path in ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm"):
-        try:
-            return model.get_submodule(path).weight.float()
-        except AttributeError:
-            continue
-    return 1.0
+@contextmanager
+def _corpus(cache: Any) -> Iterator[Corpus]:
+    """Lay the tokens and documents of all shards end to end in two temporary files."""
+    files = {name: cache.folder / "runs" / f"{name}.bin" for name in ("tokens", "doc")}
+    counts = np.zeros(0, dtype=np.int64)
+    (cache.folder / "runs").mkdir(exist_ok=True)
+    try:
+        with files["tokens"].open("wb") as tokens_out, files["doc"].open("wb") as doc_out:
+            for shard in cache.manifest.shards:
+                arrays = cache.shard_tokens(shard.index)
+                tokens, doc = arrays["tokens"].astype(np.uint32), arrays["doc"]
+                tokens.tofile(tokens_out)
+                doc.tofile(doc_out)
+                here = np.bincount(tokens[doc != NO_DOCUMENT], minlength=len(counts))
+                here[: len(counts)] += counts
+                counts = here
+        tokens, doc = (np.memmap(file, dtype=np.uint32, mode="r") for file in files.values())
+        yield Corpus(tokens, doc, counts)
+    finally:
+        for file in files.values():
+            remove(file)

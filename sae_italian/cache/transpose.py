@@ -7,6 +7,7 @@ every run: one pass over the runs in all, one range in memory at a time. `transp
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -35,8 +36,8 @@ def write_run(folder: Path, index: int, arrays: dict[str, np.ndarray], d_sae: in
     nnz, n_rows = len(arrays["value"]), len(arrays["indptr"]) - 1
     entry = np.arange(nnz, dtype=np.int64 if nnz > 2**31 - 1 else np.int32)
     by_row = csr_matrix((entry, arrays["latent"], arrays["indptr"]), shape=(n_rows, d_sae))
-    by_latent = by_row.tocsc()  # a counting sort
-    order = by_latent.data
+    by_latent: Any = by_row.tocsc()  # a counting sort
+    order: np.ndarray = by_latent.data
     run = {
         "indptr": by_latent.indptr.astype(np.uint64),
         "row": by_latent.indices.astype(smallest_uint(max(n_rows - 1, 0))),
@@ -90,7 +91,7 @@ def transpose_range(folder: Path, manifest: Manifest, bounds: tuple[int, int]) -
     before = np.cumsum(counts, axis=0) - counts  # of the same latent, in earlier shards
     base = 0
     for shard, own, number, earlier in zip(manifest.shards, pointers, counts, before, strict=True):
-        to = _places(indptr[:-1] + earlier, number)
+        to = places(indptr[:-1] + earlier, number)
         rows, values, wide_at, wide_value = _slice(folder, shard.index, int(own[0]), int(own[-1]))
         position[to] = rows.astype(position.dtype) + position.dtype.type(base)
         value[to] = values
@@ -108,7 +109,7 @@ def transpose_range(folder: Path, manifest: Manifest, bounds: tuple[int, int]) -
     return LatentRange(first=first, last=last, nnz=nnz, sha256=write_arrays(folder, latents_file(first, last), arrays))
 
 
-def _places(starts: Int[np.ndarray, " latents"], counts: Int[np.ndarray, " latents"]) -> Int[np.ndarray, " entries"]:
+def places(starts: Int[np.ndarray, " latents"], counts: Int[np.ndarray, " latents"]) -> Int[np.ndarray, " entries"]:
     """Return starts[i], starts[i] + 1, ... (counts[i] of them) for every i, one after the other."""
     ends = np.cumsum(counts)
     return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)

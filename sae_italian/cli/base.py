@@ -78,10 +78,10 @@ def source_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--context-size", type=int, help="default: the context the SAE was trained with")
 
 
-def engine_options(sub: argparse.ArgumentParser) -> None:
+def engine_options(sub: argparse.ArgumentParser, workers: str = "processes; with ray, CPUs of a new cluster") -> None:
     sub.add_argument("--engine", default="local", choices=("local", "ray"), help="where units of work are done")
     sub.add_argument("--address", help="the Ray cluster's host:port; default: start one on this machine")
-    sub.add_argument("--workers", type=int, help="processes of this machine; with --engine ray, CPUs of a new cluster")
+    sub.add_argument("--workers", type=int, help=workers)
 
 
 def unit_map(options: argparse.Namespace, folder: Path, *, gpus: float = 0) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from sae_italian.cli.base import (
     folder_options,
     load_sources,
     positive,
+    sae_name,
     source_options,
     unit_map,
 )
@@ -19,55 +20,72 @@ from sae_italian.cli.base import (
 
 def add_commands(root: Commands) -> None:
     cache = root.group("cache", "the feature cache: latents of a corpus on disk")
-    sub = cache.add("build", _cache_build, "build a cache")
-    sub.add_argument("sae", help="an SAE's folder, or release:sae_id")
+    sub = cache.add("build", _cache_build, "build a cache, or one for each of several SAEs from one forward pass")
+    sub.add_argument("sae", nargs="+", help="an SAE's folder, or release:sae_id; several of the same model")
     source_options(sub)
     sub.add_argument("--split", default="heldout", choices=("train", "heldout", "all"))
-    sub.add_argument("--tokens", type=int, default=300_000)
-    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--tokens", type=tokens_or_all, default=300_000, help="how many, or `all` of the split")
+    sub.add_argument("--out", type=Path, required=True, help="the cache's folder; of several, the folder they go into")
+    sub.add_argument("--windows-per-shard", type=int, help="a shard is the unit of work and of memory")
     folder_options(sub)
-    engine_options(sub)
+    engine_options(sub, "processes that tokenise; with --engine ray also the CPUs of a cluster started here")
     cache.add("info", _cache_info, "what a cache holds").add_argument("cache", type=Path)
     cache.add("verify", _cache_verify, "compare every file with its checksum").add_argument("cache", type=Path)
 
 
-def _cache_build(options: argparse.Namespace) -> Result:
-    from sae_italian.cache import build_cache
+def tokens_or_all(text: str) -> int | None:
+    return None if text == "all" else int(text)
 
+
+def _cache_build(options: argparse.Namespace) -> Result:
+    from sae_italian.cache import build_caches
+    from sae_italian.cache.build import folder_names
+    from sae_italian.saes import load_sae
+
+    positive("--windows-per-shard", options.windows_per_shard)
     positive("--workers", options.workers)
+    given = list(options.sae)
+    options.sae = given[0]
     sae, model, corpus = load_sources(options)
-    folder = Path(options.sae)
-    out = options.out.resolve()  # workers may have another working directory
-    ray = unit_map(options, out, gpus=float(model.device.type == "cuda"))
-    build_cache(
-        sae,
+    saes = [sae, *(load_sae(name) for name in given[1:])]
+    out = options.out.resolve()  # a worker may have another working directory
+    outs = [out] if len(given) == 1 else [out / name for name in folder_names(saes)]
+    on_ray = {"run_units": unit_map(options, out, gpus=float(model.device.type == "cuda"))}
+    build_caches(
+        saes,
         model,
         corpus,
-        out,
+        outs,
         n_tokens=options.tokens,
         split=options.split,
         context_size=options.context_size,
+        windows_per_shard=options.windows_per_shard,
         text_column=options.text_column,
-        sae_name=str(folder.resolve()) if folder.is_dir() else options.sae,
+        sae_names=[sae_name(name) for name in given],
         resume=options.resume,
         overwrite=options.overwrite,
         workers=options.workers or 1,
-        **({"run_units": ray} if options.engine == "ray" else {}),
+        **(on_ray if options.engine == "ray" else {}),
     )
-    return {"cache": str(options.out)}, f"cache: {options.out}"
+    paths = [str(path) for path in outs]
+    return {"cache": paths[0], "caches": paths}, "\n".join(f"cache: {path}" for path in paths)
 
 
 def _cache_info(options: argparse.Namespace) -> Result:
     from sae_italian.cache import Manifest
 
     manifest = Manifest.load(options.cache)
-    size = sum(file.stat().st_size for file in options.cache.rglob("*") if file.is_file())
+    size = sum((options.cache / file).stat().st_size for file in manifest.files() if (options.cache / file).is_file())
+    latents = sum((options.cache / item.file).stat().st_size for item in manifest.ranges)
     facts = {
         **manifest.model_dump(exclude={"shards", "ranges", "versions"}),
+        "shards": len(manifest.shards),
         "windows": manifest.n_windows,
+        "tokens": manifest.n_positions,
         "documents": manifest.n_documents,
         "non_zeros": manifest.nnz,
-        "values_beyond_fp16": sum(shard.n_wide for shard in manifest.shards),
+        "values_beyond_fp16": manifest.n_wide,
+        "latent_bytes_per_non_zero": round(latents / max(1, manifest.nnz), 3),
         "bytes": size,
     }
     return facts, "\n".join(f"{key:18} {value}" for key, value in facts.items())

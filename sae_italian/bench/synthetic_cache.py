@@ -1,0 +1,88 @@
+"""A feature cache of any size with the real layout and made-up activations, to measure reading and statistics on."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae_italian.cache.build import _transpose
+from sae_italian.cache.encode import Sparse, write_activations
+from sae_italian.cache.layout import Manifest, acts_file
+from sae_italian.cache.tokens import write_token_shard
+from sae_italian.corpora import PackedBlock, TextDocument
+from sae_italian.corpora.packing import NO_DOCUMENT
+
+VOCABULARY = 4096
+LETTERS = 5  # of every word, with its space
+CONTEXT = 128
+WINDOWS_PER_SHARD = 512
+
+
+def write_synthetic(
+    folder: Path, *, n_non_zeros: int, d_sae: int, per_token: int = 16, d_in: int = 256, seed: int = 0
+) -> tuple[Manifest, Any, Any]:
+    """Write the token shards, activations and latent-major files; return the manifest and stand-ins for SAE and model.
+
+    Words and latents are drawn with frequencies like 1 / rank^0.8, one document a window, so the densities of latents
+    span about four powers of ten. Statistics are not written.
+    """
+    n_windows = max(1, round(n_non_zeros / (per_token * (CONTEXT - 1))))
+    manifest = Manifest(
+        model="synthetic", sae="synthetic", sae_hash="", tokenizer_hash="", hook_name="blocks.0.hook_resid_post",
+        d_in=d_in, d_sae=d_sae, k=per_token, corpus="synthetic", text_column="text", split="all",
+        n_tokens_asked=n_windows * CONTEXT, context_size=CONTEXT, windows_per_shard=WINDOWS_PER_SHARD, versions={},
+        tokens_complete=True,
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    for index, first in enumerate(range(0, n_windows, WINDOWS_PER_SHARD)):
+        block = _block(rng, first, min(WINDOWS_PER_SHARD, n_windows - first))
+        shard = write_token_shard(folder, index, block)
+        record = write_activations(folder, index, _activations(rng, block.doc.ravel(), d_sae, per_token), d_sae)
+        shard.nnz, shard.sha256[acts_file(index)] = record.nnz, record.sha256
+        manifest.shards.append(shard)
+    _transpose(folder, manifest)
+    generator = torch.Generator().manual_seed(seed)
+    sae = types.SimpleNamespace(W_dec=torch.randn(d_sae, d_in, generator=generator))
+    unembed = types.SimpleNamespace(weight=torch.randn(VOCABULARY, d_in, generator=generator))
+    return manifest, sae, _Model(unembed)
+
+
+class _Model:
+    def __init__(self, unembed: Any):
+        self._unembed = unembed
+
+    def get_output_embeddings(self) -> Any:
+        return self._unembed
+
+    def get_submodule(self, path: str) -> Any:
+        raise AttributeError(path)
+
+
+def _ranks(rng: np.random.Generator, n: int, size: tuple[int, ...]) -> np.ndarray:
+    """Return draws from 0 to n - 1 with probability falling like 1 / rank^0.8."""
+    return np.minimum((rng.random(size, dtype=np.float32) ** 5 * n).astype(np.int32), n - 1)
+
+
+def _block(rng: np.random.Generator, first: int, n: int) -> PackedBlock:
+    tokens = _ranks(rng, VOCABULARY - 1, (n, CONTEXT)).astype(np.int64) + 1
+    tokens[:, 0] = 0
+    doc = np.repeat(np.arange(first, first + n)[:, None], CONTEXT, axis=1)
+    doc[:, 0] = NO_DOCUMENT
+    start = np.broadcast_to((np.arange(CONTEXT) - 1).clip(min=0) * LETTERS, (n, CONTEXT)).copy()
+    texts = ["".join(f"{token:04d} " for token in row) for row in tokens[:, 1:].tolist()]
+    documents = [TextDocument(text, str(first + i), "synthetic") for i, text in enumerate(texts)]
+    end = start + LETTERS
+    end[:, 0] = 0
+    return PackedBlock(tokens, doc, start, end, documents, first)
+
+
+def _activations(rng: np.random.Generator, doc: np.ndarray, d_sae: int, per_token: int) -> Sparse:
+    latents = np.sort(_ranks(rng, d_sae, (len(doc), per_token)), axis=1)
+    keep = np.diff(latents, prepend=-1, axis=1) != 0
+    keep[doc == NO_DOCUMENT] = False
+    value = rng.gamma(2.0, 1.0, int(keep.sum())).astype(np.float32)
+    return Sparse(keep.sum(axis=1), latents[keep], value + np.float32(0.01))
