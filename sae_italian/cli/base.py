@@ -90,6 +90,8 @@ def unit_map(options: argparse.Namespace, folder: Path, *, gpus: float = 0) -> C
 
     from sae_italian.engine import map_units
 
+    if options.address and options.engine != "ray":
+        raise UsageError(f"--address {options.address} is that of a Ray cluster; add --engine ray, or leave it out.")
     engine, address = options.engine, options.address
     return partial(map_units, engine=engine, address=address, workers=options.workers, gpus=gpus, folder=folder)
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from sae_italian.cache import FeatureCache, build_cache, build_caches
+from sae_italian.cli import main
 from sae_italian.engine import map_units
 from sae_italian.saes import load_sae
 from sae_italian.storage import read_json
@@ -17,18 +18,6 @@ from sae_italian.storage import read_json
 def digests(folder: Path) -> dict[str, str]:
     files = [file for kind in ("tokens", "acts", "latents") for file in (folder / kind).iterdir()]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def test_ray_writes_the_bytes_of_the_local_engine(ray_cluster, mini, trained_sae, topk_sae, small_cache, tmp_path):
-    saes = [load_sae(trained_sae), topk_sae]
-    options = {"n_tokens": 40_000, "windows_per_shard": 100, "context_size": 128}
-    outs = [tmp_path / "first", tmp_path / "second"]
-    run_units = partial(map_units, engine="ray", folder=tmp_path)
-    build_caches(saes, mini, "micro-italiano", outs, run_units=run_units, **options)
-    here = build_cache(topk_sae, mini, "micro-italiano", tmp_path / "here", **options)
-    assert digests(outs[0]) == digests(small_cache)
-    assert digests(outs[1]) == digests(here)
-    FeatureCache.open(outs[0], check=True)
 
 
 class KillTheFirst:
@@ -69,17 +58,28 @@ def _noted(folder: Path, function, unit):
     return function(unit)
 
 
-def test_a_worker_killed_on_the_way_costs_its_shard_only(ray_cluster, mini, trained_sae, small_cache, tmp_path):
-    notes = tmp_path / "notes"
+def test_ray_writes_the_bytes_of_the_local_engine_and_a_killed_worker_costs_its_shard_only(
+    ray_cluster, mini, trained_sae, topk_sae, small_cache, tmp_path
+):
+    notes, outs = tmp_path / "notes", [tmp_path / "first", tmp_path / "second"]
     notes.mkdir()
+    options = {"n_tokens": 40_000, "windows_per_shard": 100, "context_size": 128}
     run_units = KillTheFirst(ray_cluster, notes)
-    out = tmp_path / "cache"
-    options = {"n_tokens": 40_000, "windows_per_shard": 100, "run_units": run_units}
-    build_cache(load_sae(trained_sae), mini, "micro-italiano", out, **options)
+    build_caches([load_sae(trained_sae), topk_sae], mini, "micro-italiano", outs, run_units=run_units, **options)
     assert len(run_units.killed) == 1
-    assert digests(out) == digests(small_cache)
-    assert not list(out.rglob("*.tmp"))
+    here = build_cache(topk_sae, mini, "micro-italiano", tmp_path / "here", **options)
+    assert digests(outs[0]) == digests(small_cache)
+    assert digests(outs[1]) == digests(here)
+    FeatureCache.open(outs[0], check=True)
+    assert not list(tmp_path.rglob("*.tmp"))
     done = (notes / "units").read_text().splitlines()
-    n_shards = len(read_json(out / "manifest.json")["shards"])
+    n_shards = len(read_json(outs[0] / "manifest.json")["shards"])
     shards = [line for line in done if line.startswith("encode_shard")]
     assert len(set(shards)) == n_shards and len(shards) <= n_shards + 1
+
+
+def test_an_address_without_the_engine_is_refused(trained_sae, tmp_path, capsys):
+    command = ["cache", "build", str(trained_sae), "--out", str(tmp_path / "x"), "--address", "head:6379"]
+    assert main(command) == 2
+    assert "--address head:6379 is that of a Ray cluster; add --engine ray" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -112,3 +112,25 @@ def test_what_does_not_fit_its_manifest_is_refused(exported, tmp_path):
     (folder / "manifest.json").unlink()
     with pytest.raises(UsageError, match="manifest.json is missing"):
         import_rows(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("step", ["write_activations", "transpose"])
+def test_an_import_that_was_killed_is_resumed_to_the_same_bytes(small_cache, exported, tmp_path, monkeypatch, step):
+    from sae_italian.cache import imports
+
+    whole, calls = getattr(imports, step), []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) > 1 or step == "transpose":
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imports, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_rows(exported, tmp_path / "back")
+    with pytest.raises(UsageError, match="--resume"):
+        import_rows(exported, tmp_path / "back")
+    import_rows(exported, tmp_path / "back", resume=True)
+    assert Manifest.load(tmp_path / "back").ranges == Manifest.load(small_cache).ranges

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,13 +72,18 @@ def test_another_version_on_a_worker_is_refused():
 def test_ctrl_c_stops_units_and_the_cluster_that_was_started(tmp_path):
     pytest.importorskip("ray", reason="needs Ray: pip install 'sae-italian[ray]'")
     process = start(tmp_path, 400, "ray")
-    wait_for(lambda: len(work.read_log(tmp_path)) > 4)
+    wait_for(lambda: len(work.read_log(tmp_path)) > 4, 180)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=90)
     assert process.returncode == 130 and "Traceback" not in errors
     workers = {pid for _, pid in work.read_log(tmp_path)}
     wait_for(lambda: not any(alive(pid) for pid in workers), 15)
     assert len(work.read_log(tmp_path)) < 60 and not list(tmp_path.glob(".*.tmp"))
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.slow
@@ -97,12 +103,13 @@ def test_a_cluster_by_its_address_and_no_cluster_there(tmp_path):
 
     def at(address: str) -> subprocess.CompletedProcess:
         arguments = [sys.executable, "-c", code, address]
-        return subprocess.run(arguments, env=opened, capture_output=True, text=True, timeout=60)
+        return subprocess.run(arguments, env=opened, capture_output=True, text=True, timeout=180)
 
     try:
-        time.sleep(15)
+        wait_for(lambda: answers(6399), 60)
+        time.sleep(5)
         assert at("127.0.0.1:6399").stdout.strip() == "[0, 1, 4, 9, 16]"
         assert "UsageError: no Ray cluster answers at 127.0.0.1:6398" in at("127.0.0.1:6398").stderr
     finally:
         os.killpg(cluster.pid, signal.SIGTERM)
-        cluster.wait(30)
+        wait_for(lambda: cluster.poll() is not None, 60)
