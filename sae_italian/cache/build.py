@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -23,6 +24,7 @@ from sae_italian.cache.tokens import share_tokens, write_token_shards
 from sae_italian.cache.transpose import plan_ranges, transpose_range, write_missing_runs
 from sae_italian.corpora import Split
 from sae_italian.corpora.documents import check_corpus
+from sae_italian.corpora.pretokenize import FULL_DISK
 from sae_italian.corpora.stream import CorpusStream, Reader
 from sae_italian.errors import UsageError
 from sae_italian.models.activations import check_context
@@ -107,7 +109,7 @@ def build_caches(
         "versions": package_versions(),
     }
     manifests = [_manifest(sae, name, shared) for sae, name in zip(saes, sae_names, strict=True)]
-    with locked(folders):
+    with locked(folders), _full_disk(folders[0]):
         for i, folder in enumerate(folders):
             earlier = claim_folder(folder, KIND, manifests[i].identity(), resume=resume, overwrite=overwrite)
             if earlier and (folder / MANIFEST).is_file():
@@ -119,6 +121,18 @@ def build_caches(
                 _finish(sae, model, folder, manifest, run_units)
             remove(folder / "runs")
     return folders
+
+
+@contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK and "os error 28" not in str(error):
+            raise
+        raise UsageError(
+            f"the disk of {folder} is full. What is finished is kept: make room, then run the same command with --resume."
+        ) from error
 
 
 def folder_names(saes: Sequence[Any]) -> list[str]:

@@ -108,6 +108,8 @@ class FeatureCache:
 
     def by_shard(self, position: Int[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield (shard, indices into `position`, places in the shard) for the shards that hold some of the positions."""
+        if len(position) == 0:
+            return
         shard = position // self._shard_positions
         order = np.argsort(shard, kind="stable")
         numbers, begins = np.unique(shard[order], return_index=True)

@@ -1,0 +1,204 @@
+"""Building: several SAEs at once, units in any order, kills, locks, and what cannot be built."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_italian.cache import FeatureCache, Manifest, build_cache, build_caches, encode, layout
+from sae_italian.cache import build as build_module
+from sae_italian.cli import main
+from sae_italian.errors import DataError, UsageError
+from tests.cache.test_cache import digests
+from tests.conftest import described
+
+OPTIONS = {"n_tokens": 6000, "windows_per_shard": 8}
+
+
+def topk(seed: int, hook_name: str = "blocks.2.hook_resid_post", d_sae: int = 256):
+    from sae_lens import TopKSAE, TopKSAEConfig
+
+    sae = TopKSAE(TopKSAEConfig(d_in=128, d_sae=d_sae, k=4))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.randn(sae.W_enc.shape, generator=generator))
+        sae.W_dec.copy_(sae.W_enc.T)
+    return described(sae, hook_name)
+
+
+@pytest.fixture(scope="module")
+def alone(mini, tmp_path_factory) -> Path:
+    return build_cache(topk(1), mini, "micro-italiano", tmp_path_factory.mktemp("alone") / "c", **OPTIONS)
+
+
+def test_several_saes_share_a_forward_pass_and_their_tokens(mini, alone, tmp_path, monkeypatch):
+    forwards = []
+    read = encode.read_many
+    monkeypatch.setattr(encode, "read_many", lambda *args: forwards.append(args[2]) or read(*args))
+    saes = [topk(1), topk(2, "blocks.1.hook_resid_post", 512)]
+    outs = build_caches(saes, mini, "micro-italiano", [tmp_path / "a", tmp_path / "b"], **OPTIONS)
+    assert len(forwards) == len(Manifest.load(outs[0]).shards)
+    assert digests(outs[0]) == digests(alone)
+    second = FeatureCache.open(outs[1], sae=saes[1], tokenizer=mini.tokenizer, check=True)
+    own = build_cache(saes[1], mini, "micro-italiano", tmp_path / "own", **OPTIONS)
+    assert digests(own) == digests(outs[1]) and second.manifest.d_sae == 512
+    inodes = [(out / "tokens/00000.safetensors").stat().st_ino for out in outs]
+    assert inodes[0] == inodes[1]  # hard links
+
+
+def test_units_of_work_give_the_same_bytes_in_any_order_and_place(mini, alone, tmp_path):
+    import pickle
+
+    def scattered(function, units):
+        function = pickle.loads(pickle.dumps(function))  # as for another process
+        for unit in random.Random(0).sample(list(units), len(units)):
+            yield pickle.loads(pickle.dumps(function(unit)))
+
+    out = build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", run_units=scattered, **OPTIONS)
+    assert digests(out) == digests(alone)
+    one, other = (Manifest.load(folder) for folder in (out, alone))
+    assert one.shards == other.shards and one.ranges == other.ranges and one.stats_sha256 == other.stats_sha256
+
+
+@pytest.mark.parametrize("stop_at", ["tokens/00002", "acts/00003", "runs/00001", "latents/", "stats.parquet"])
+def test_a_full_disk_keeps_what_is_finished(mini, alone, tmp_path, monkeypatch, stop_at):
+    replace = os.replace
+
+    def full(source, target):
+        if stop_at in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_italian.storage.os.replace", full)
+        with pytest.raises(UsageError, match="full.*--resume"):
+            build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", **OPTIONS)
+    assert not list((tmp_path / "c").rglob("*.tmp"))
+    out = build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", resume=True, **OPTIONS)
+    assert digests(out) == digests(alone)
+
+
+def test_a_folder_that_cannot_be_written(mini, tmp_path):
+    with pytest.raises(UsageError, match="cannot be written"):
+        build_cache(topk(1), mini, "micro-italiano", "/proc/cache", **OPTIONS)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        build_cache(topk(1), mini, "micro-italiano", tmp_path / "file", **OPTIONS)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
+def test_a_read_only_folder(mini, tmp_path):
+    (tmp_path / "c").mkdir(mode=0o500)
+    with pytest.raises(UsageError, match="read-only"):
+        build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", **OPTIONS)
+
+
+HOLD = """import sys, time; from pathlib import Path
+from sae_italian.cache.lock import locked
+with locked([Path(sys.argv[1])]):
+    print("held", flush=True); time.sleep(60)"""
+
+
+def test_a_second_builder_is_refused_and_a_dead_one_holds_nothing(mini, alone, tmp_path):
+    out = tmp_path / "c"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="another build"):
+            build_cache(topk(1), mini, "micro-italiano", out, **OPTIONS)
+        holder.kill()
+    assert digests(build_cache(topk(1), mini, "micro-italiano", out, **OPTIONS)) == digests(alone)
+
+
+def test_a_row_without_text_a_short_corpus_and_folders_that_do_not_fit(mini, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "Il sole. " * 60}) + "\n" + json.dumps({"title": "senza testo"}) + "\n")
+    with pytest.raises((DataError, UsageError), match="rows.jsonl|text"):
+        build_cache(topk(1), mini, str(rows), tmp_path / "a", n_tokens=None)
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps({"text": "Il sole."}) + "\n")
+    with pytest.raises(UsageError, match="fills no window"):
+        build_cache(topk(1), mini, str(short), tmp_path / "b", n_tokens=None)
+    with pytest.raises(UsageError, match="has no end"):
+        build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", n_tokens=None)
+    with pytest.raises(UsageError, match="different folders"):
+        build_caches([topk(1), topk(2)], mini, "micro-italiano", [tmp_path / "d"] * 2, n_tokens=100)
+
+
+def test_all_of_a_corpus(mini, jsonl, tmp_path):
+    cache = FeatureCache.open(build_cache(topk(1), mini, str(jsonl), tmp_path / "c", n_tokens=None))
+    assert cache.manifest.n_tokens_asked is None and cache.n_documents >= 399
+    texts = [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
+    assert cache.document(17).text == texts[17] and cache.document(17).source == "prova"
+
+
+def test_an_sae_that_gives_nan_is_refused(mini, tmp_path):
+    sick = topk(1)
+    with torch.no_grad():
+        sick.b_enc[3] = torch.nan
+    with pytest.raises(DataError, match="NaN"):
+        build_cache(sick, mini, "micro-italiano", tmp_path / "c", **OPTIONS)
+
+
+def test_another_k_is_another_sae(mini, alone):
+    other = topk(1)
+    other.cfg.k = 5
+    with pytest.raises(UsageError, match="configuration differs"):
+        FeatureCache.open(alone, sae=other)
+
+
+def test_values_beyond_and_below_fp16(tmp_path):
+    import numpy as np
+
+    value = np.array([1e-12, 1.0, 65504.0, 7e4, 9e9], dtype=np.float32)
+    arrays = layout.halves(value)
+    assert arrays["wide_at"].tolist() == [3, 4] and arrays["wide_value"].tolist() == value[3:].tolist()
+    assert (arrays["value"] > 0).all() and np.isfinite(arrays["value"]).all()
+    assert layout.position_dtype(2**32) is np.uint32 and layout.position_dtype(2**32 + 1) is np.uint64
+
+
+def test_the_commands(mini, alone, tmp_path, capsys):
+    for seed in (1, 2):
+        topk(seed).save_model(tmp_path / f"sae{seed}")
+    arguments = ["cache", "build", str(tmp_path / "sae1"), str(tmp_path / "sae2"), "--out", str(tmp_path / "caches")]
+    arguments += ["--split", "all", "--tokens", "6000", "--windows-per-shard", "8", "--json"]
+    assert main(arguments) == 0
+    folders = json.loads(capsys.readouterr().out)["caches"]
+    assert len(folders) == 2 and digests(Path(folders[0])) == digests(alone)
+    assert main(["cache", "verify", folders[1]]) == 0 and main(["cache", "info", folders[1], "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out.partition("\n")[2])
+    assert facts["tokens"] >= 6000 and facts["latent_bytes_per_non_zero"] == pytest.approx(6, rel=0.05)
+    (Path(folders[1]) / "stats.parquet").write_bytes(b"x")
+    assert main(["cache", "verify", folders[1]]) == 2 and "stats.parquet" in capsys.readouterr().err
+
+
+BUILD = """import sys, torch; torch.set_num_threads(1)
+from sae_italian.cache import build_cache; from sae_italian.models import load_model
+from tests.cache.test_build import OPTIONS, topk
+build_cache(topk(1), load_model('sae-italian-mini'), 'micro-italiano', sys.argv[1], resume=True, **OPTIONS)"""
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_kill_at_random_moments(alone, tmp_path, kills):
+    out, chance = tmp_path / "c", random.Random(kills)
+    marks = ["run.json", "tokens/00001.safetensors", "acts/00000.safetensors", "acts/00003.safetensors", "latents"]
+    for number in range(kills):
+        process = subprocess.Popen([sys.executable, "-c", BUILD, str(out)], stderr=subprocess.DEVNULL)
+        mark = out / marks[number % len(marks)]
+        while process.poll() is None and not mark.exists():
+            time.sleep(0.005)
+        time.sleep(chance.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, "-c", BUILD, str(out)], check=True, capture_output=True)
+    assert digests(out) == digests(alone)
+    assert not list(out.rglob("*.tmp")) and not (out / "runs").exists()
+    assert FeatureCache.open(out, check=True).manifest.complete
+    assert build_module.SAVE_EVERY < 10
