@@ -90,7 +90,7 @@ def import_delphi(
 
 
 def _lost(left_out: dict[str, int], sae: Any, tokenizer: Any) -> list[str]:
-    lost = list(LOST)
+    lost: list[str] = list(LOST)
     if tokenizer is None:
         lost.append("text and offsets: give --model, whose tokenizer decodes the windows")
     if sae is None:
@@ -211,7 +211,7 @@ def _manifest(
         d_sae=d_sae,
         k=getattr(sae.cfg, "k", None) if sae is not None else None,
         corpus=str(config.get("dataset_repo", "")),
-        corpus_hash=fingerprint({"tokens": hashlib.sha256(tokens).hexdigest(), "config": config}),
+        corpus_hash=fingerprint({"tokens": hashlib.sha256(tokens.data).hexdigest(), "config": config}),
         text_column=str(config.get("dataset_column", "text")),
         split=str(config.get("dataset_split", "all")),
         n_tokens_asked=tokens.size,

@@ -186,15 +186,15 @@ def _blocks(manifest: Manifest, windows: Any, documents: Any) -> Iterator[Packed
     for shard in manifest.shards:
         table = windows[first_window : first_window + shard.n_windows]
         shape = (shard.n_windows, manifest.context_size)
-        arrays = []
+        arrays: dict[str, np.ndarray] = {}
         for name in PER_TOKEN:
             flat = table[name].combine_chunks().flatten().to_numpy()
             if flat.size != shape[0] * shape[1]:
                 raise DataError(f"column {name!r} of the windows of shard {shard.index} is not {list(shape)}.")
-            arrays.append(flat.reshape(shape).astype(np.int64))
+            arrays[name] = flat.reshape(shape).astype(np.int64)
         rows = documents[first_doc : first_doc + shard.n_documents]
         texts = [TextDocument(*values) for values in zip(*(rows[name].to_pylist() for name in TEXTS), strict=True)]
-        yield PackedBlock(*arrays, texts, first_doc)
+        yield PackedBlock(**arrays, documents=texts, first_doc=first_doc)
         first_window, first_doc = first_window + shard.n_windows, first_doc + shard.n_documents
 
 

@@ -121,7 +121,8 @@ def _do(key: str, shared: list[Any], unit: Any) -> Outcome:
             import ray
 
             _opened.clear()
-            _opened[key] = ray.get(shared[0]).open()
+            job: Any = ray.get(shared[0])
+            _opened[key] = job.open()
         return _opened[key](unit)
 
     return attempt(work)

@@ -19,7 +19,7 @@ Engine = Literal["local", "ray"]
 ENGINES: tuple[Engine, ...] = ("local", "ray")
 RETRIES = 3  # how often a unit whose worker died is done again
 AHEAD = 2  # units handed out for each worker before the first result is taken
-PATIENCE = 10.0  # seconds until a network file system must have shown a new file
+PATIENCE = 5.0  # seconds until a network file system must have shown a new file
 
 
 def map_units(
@@ -59,8 +59,10 @@ def map_units(
     else:
         from sae_italian.engine.local import in_processes, in_this_process
 
-        alone = workers is None or workers == 1
-        results = in_this_process(function, setup, units) if alone else in_processes(function, setup, units, workers)
+        if workers is None or workers == 1:
+            results = in_this_process(function, setup, units)
+        else:
+            results = in_processes(function, setup, units, workers)
     return _with_bar(results, units, description) if description else results
 
 
