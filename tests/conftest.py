@@ -131,3 +131,14 @@ def small_cache(mini, trained_sae, tmp_path_factory) -> Path:
         windows_per_shard=100,
         sae_name=str(trained_sae),
     )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A Ray cluster of two workers on this machine, one for all tests that need it: starting it takes seconds."""
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'sae-italian[ray]'")
+    from sae_italian.engine.on_ray import connect
+
+    connect(None, 2)
+    yield ray
+    ray.shutdown()

@@ -53,6 +53,15 @@ def logit_lens(sae: Any, model: Any) -> dict[str, Any]:
     return {name: arrow(torch.cat(parts).numpy()) for name, parts in lists.items()}
 
 
+def unknown_decoder(d_sae: int) -> dict[str, Any]:
+    """Return the columns of `decoder_neighbours` and `logit_lens` with nothing in them, for an SAE that is not there."""
+    import pyarrow as pa
+
+    kinds = {"ids": pa.int64(), "values": pa.float32(), "cosines": pa.float32()}
+    names = ("decoder_ids", "decoder_cosines", "promoted_ids", "promoted_values", "suppressed_ids", "suppressed_values")
+    return {name: pa.array([[]] * d_sae, pa.list_(kinds[name.split("_")[1]])) for name in names}
+
+
 def _final_gain(model: Any) -> Tensor | float:
     """Return the gain of the norm before the unembedding, 1 where the family keeps it elsewhere."""
     for path in ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm"):

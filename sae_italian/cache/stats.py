@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sae_italian.cache.cofiring import cofiring_neighbours
 from sae_italian.cache.latent_stats import range_statistics
 from sae_italian.cache.layout import STATS, Manifest
-from sae_italian.cache.lens import decoder_neighbours, logit_lens
+from sae_italian.cache.lens import decoder_neighbours, logit_lens, unknown_decoder
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.storage import atomic_path, remove, sha256_file
 
@@ -42,7 +42,7 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     or a document's text), cofiring_ids and cofiring_jaccard (the 10 latents that fire on the most of the same tokens;
     of a latent with more than 2,048 activations, that many are looked at, evenly spaced), decoder_ids and
     decoder_cosines (the 10 nearest decoder directions), promoted_ids, promoted_values, suppressed_ids,
-    suppressed_values (logit lens, in logits).
+    suppressed_values (logit lens, in logits). Without `sae` and `model`, what is read off the decoder is empty lists.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -58,7 +58,10 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
             for name, column in columns.items():
                 parts.setdefault(name, []).append(column)
     merged = {name: pa.concat_arrays(columns) for name, columns in parts.items()}
-    merged |= decoder_neighbours(sae) | logit_lens(sae, model)
+    if sae is not None and model is not None:
+        merged |= decoder_neighbours(sae) | logit_lens(sae, model)
+    else:
+        merged |= unknown_decoder(manifest.d_sae)
     table = pa.table({"latent": np.arange(manifest.d_sae), **merged})
     with atomic_path(folder / STATS) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")

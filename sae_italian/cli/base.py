@@ -78,6 +78,24 @@ def source_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--context-size", type=int, help="default: the context the SAE was trained with")
 
 
+def engine_options(sub: argparse.ArgumentParser, workers: str = "processes; with ray, CPUs of a new cluster") -> None:
+    sub.add_argument("--engine", default="local", choices=("local", "ray"), help="where units of work are done")
+    sub.add_argument("--address", help="the Ray cluster's host:port; default: start one on this machine")
+    sub.add_argument("--workers", type=int, help=workers)
+
+
+def unit_map(options: argparse.Namespace, folder: Path, *, gpus: float = 0) -> Callable[..., Any]:
+    """Return `map_units` with the engine of a command's options; its units write into `folder`."""
+    from functools import partial
+
+    from sae_italian.engine import map_units
+
+    if options.address and options.engine != "ray":
+        raise UsageError(f"--address {options.address} is that of a Ray cluster; add --engine ray, or leave it out.")
+    engine, address = options.engine, options.address
+    return partial(map_units, engine=engine, address=address, workers=options.workers, gpus=gpus, folder=folder)
+
+
 def load_sources(options: argparse.Namespace) -> tuple[Any, Any, str]:
     """Return SAE, model and corpus of a command's options, the SAE's own metadata being the default."""
     from sae_italian.models import load_model

@@ -8,11 +8,13 @@ from pathlib import Path
 from sae_italian.cli.base import (
     Commands,
     Result,
+    engine_options,
     folder_options,
     load_sources,
     positive,
     sae_name,
     source_options,
+    unit_map,
 )
 
 
@@ -25,8 +27,8 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--tokens", type=tokens_or_all, default=300_000, help="how many, or `all` of the split")
     sub.add_argument("--out", type=Path, required=True, help="the cache's folder; of several, the folder they go into")
     sub.add_argument("--windows-per-shard", type=int, help="a shard is the unit of work and of memory")
-    sub.add_argument("--workers", type=int, default=1, help="processes that tokenise")
     folder_options(sub)
+    engine_options(sub, "processes that tokenise; with --engine ray also the CPUs of a cluster started here")
     cache.add("info", _cache_info, "what a cache holds").add_argument("cache", type=Path)
     cache.add("verify", _cache_verify, "compare every file with its checksum").add_argument("cache", type=Path)
 
@@ -46,7 +48,9 @@ def _cache_build(options: argparse.Namespace) -> Result:
     options.sae = given[0]
     sae, model, corpus = load_sources(options)
     saes = [sae, *(load_sae(name) for name in given[1:])]
-    outs = [options.out] if len(given) == 1 else [options.out / name for name in folder_names(saes)]
+    out = options.out.resolve()  # a worker may have another working directory
+    outs = [out] if len(given) == 1 else [out / name for name in folder_names(saes)]
+    on_ray = {"run_units": unit_map(options, out, gpus=float(model.device.type == "cuda"))}
     build_caches(
         saes,
         model,
@@ -60,7 +64,8 @@ def _cache_build(options: argparse.Namespace) -> Result:
         sae_names=[sae_name(name) for name in given],
         resume=options.resume,
         overwrite=options.overwrite,
-        workers=options.workers,
+        workers=options.workers or 1,
+        **(on_ray if options.engine == "ray" else {}),
     )
     paths = [str(path) for path in outs]
     return {"cache": paths[0], "caches": paths}, "\n".join(f"cache: {path}" for path in paths)

@@ -1,0 +1,279 @@
+"""Delphi's format, read by a plain reader written from its documentation, against Delphi's own algorithm."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save, save_file
+
+from sae_italian.cache import FeatureCache, Manifest
+from sae_italian.cache.decode import spans_by_prefixes
+from sae_italian.cache.delphi import export_delphi, split_bounds
+from sae_italian.cache.delphi_import import find_splits, import_delphi
+from sae_italian.cli import main
+from sae_italian.errors import DataError, UsageError
+from sae_italian.models.activations import read_activations
+from sae_italian.saes import load_sae
+
+
+@pytest.fixture(scope="module")
+def cache(small_cache) -> FeatureCache:
+    return FeatureCache.open(small_cache)
+
+
+@pytest.fixture(scope="module")
+def exported(small_cache, tmp_path_factory) -> Path:
+    return export_delphi(small_cache, tmp_path_factory.mktemp("delphi"), n_splits=3)
+
+
+def delphis_splits(acts: np.ndarray, tokens: np.ndarray, bounds: list[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+    """What LatentCache.save_splits writes for dense activations [windows, context, d_sae]."""
+    locations = np.argwhere(np.abs(acts) > 1e-5)
+    values = acts[tuple(locations.T)]
+    splits = []
+    for first, last in bounds:
+        mask = (locations[:, 2] >= first) & (locations[:, 2] <= last)
+        here = locations[mask] - [0, 0, first]
+        small = (here[:, [0, 2]].max(initial=0) < 2**16).all()
+        splits.append(
+            {
+                "locations": here.astype(np.uint16 if small else np.uint32),
+                "activations": values[mask].astype(np.float16),
+                "tokens": tokens.astype(np.int64),
+            }
+        )
+    return splits
+
+
+def test_the_files_are_those_of_delphis_own_cache(cache, exported, mini, trained_sae):
+    sae, context = load_sae(trained_sae), cache.manifest.context_size
+    tokens = np.asarray(cache.tokens).astype(np.int64).reshape(-1, context)
+    with torch.no_grad():
+        acts = torch.cat(
+            [
+                sae.encode(read_activations(mini, part, "blocks.1.hook_resid_post"))
+                for part in torch.from_numpy(tokens).split(32)
+            ]
+        ).numpy()
+    acts[np.isin(tokens, mini.tokenizer.all_special_ids)] = 0
+    bounds = [(0, 84), (85, 169), (170, 255)]  # torch.linspace(0, 256, 4).long()
+    assert exported.name == "layers.1"
+    names = {f"{first}_{last}.safetensors" for first, last in bounds}
+    assert {file.name for file in exported.iterdir()} == names | {"config.json", "run.json"}
+    for (first, last), expected in zip(bounds, delphis_splits(acts, tokens, bounds), strict=True):
+        found = load_file(exported / f"{first}_{last}.safetensors")
+        for name, array in expected.items():
+            assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
+        assert np.array_equal(found["locations"], expected["locations"])
+        assert np.array_equal(found["tokens"], expected["tokens"])
+        np.testing.assert_allclose(found["activations"], expected["activations"], rtol=1e-3)
+        assert (exported / f"{first}_{last}.safetensors").read_bytes() == save(found)  # the container too
+    config = json.loads((exported / "config.json").read_text())
+    assert config["model_name"] == "sae-italian-mini" and config["cache_ctx_len"] == context and config["n_splits"] == 3
+
+
+def read_latents(folder: Path) -> dict[int, list[tuple[int, int, float]]]:
+    """What Delphi's loader makes of the splits: per latent, (sequence, place, activation) in the order of the file."""
+    latents = {}
+    for file in sorted(folder.glob("*.safetensors"), key=lambda file: int(file.stem.split("_")[0])):
+        split = load_file(file)
+        locations = split["locations"].astype(np.int64)
+        locations[:, 2] += int(file.stem.split("_")[0])
+        order = np.argsort(locations[:, 2], kind="stable")
+        for (sequence, place, latent), value in zip(locations[order], split["activations"][order], strict=True):
+            latents.setdefault(int(latent), []).append((int(sequence), int(place), float(value)))
+    return latents
+
+
+def test_every_latent_reads_as_in_the_cache(cache, exported):
+    latents = read_latents(exported)
+    context = cache.manifest.context_size
+    for latent in range(cache.manifest.d_sae):
+        position, value = cache.latent(latent)
+        keep = value > 1e-5
+        assert [(s * context + p, v) for s, p, v in latents.get(latent, [])] == list(
+            zip(position[keep].tolist(), value[keep].tolist(), strict=True)
+        )
+
+
+def test_ranges_of_latents_with_nothing_in_them(cache, small_cache, tmp_path):
+    count = cache.statistics["count"]
+    silent = int(count.argmin())
+    assert count[silent] == 0, "the SAE of this test should have a dead latent"
+    file = export_delphi(small_cache, tmp_path, latents=(silent, silent)) / f"{silent}_{silent}.safetensors"
+    split = load_file(file)
+    assert split["locations"].shape == (0, 3) and split["locations"].dtype == np.uint16
+    assert split["activations"].shape == (0,) and split["activations"].dtype == np.float16
+
+
+def test_the_division_is_delphis():
+    for width, n in ((256, 5), (300, 7), (65_536, 5), (10, 10)):
+        edges = torch.linspace(0, width, steps=n + 1).long()
+        assert split_bounds(0, width - 1, n) == list(zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True))
+    assert split_bounds(7, 9, 2) == [(7, 7), (8, 9)]
+    with pytest.raises(UsageError, match="--splits is 4; 3 latents"):
+        split_bounds(7, 9, 4)
+
+
+def test_export_resumes_and_refuses_what_is_there(small_cache, tmp_path):
+    folder = export_delphi(small_cache, tmp_path, n_splits=4)
+    before = {file.name: file.read_bytes() for file in folder.glob("*_*.safetensors")}
+    (folder / "64_127.safetensors").unlink()
+    with pytest.raises(UsageError, match="already holds a Delphi export"):
+        export_delphi(small_cache, tmp_path, n_splits=4)
+    with pytest.raises(UsageError, match="another Delphi export run .*splits"):
+        export_delphi(small_cache, tmp_path, n_splits=2, resume=True)
+    export_delphi(small_cache, tmp_path, n_splits=4, resume=True)
+    assert {file.name: file.read_bytes() for file in folder.glob("*_*.safetensors")} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    with pytest.raises(UsageError, match="holds no run of ours"):
+        export_delphi(small_cache, tmp_path, hookpoint="mine", overwrite=True)
+    with pytest.raises(UsageError, match="latents 250 to 256 do not exist"):
+        export_delphi(small_cache, tmp_path, latents=(250, 256))
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_trip_keeps_activations_tokens_and_text(cache, exported, mini, trained_sae, tmp_path):
+    sae = load_sae(trained_sae)
+    folder, lost = import_delphi(exported, tmp_path / "back", model=mini, sae=sae)
+    back = FeatureCache.open(folder, sae=sae, tokenizer=mini.tokenizer, check=True)
+    assert back.manifest.hook_name == "blocks.1.hook_resid_post" and not any("give --" in line for line in lost)
+    assert np.array_equal(back.tokens, cache.tokens)
+    for latent in range(cache.manifest.d_sae):
+        position, value = cache.latent(latent)
+        keep = value > 1e-5
+        assert np.array_equal(back.latent(latent).position, position[keep])
+        assert np.array_equal(back.latent(latent).value, value[keep])
+    segments = cache.segments(24)
+    for start, length in zip(segments.start[::5].tolist(), segments.length[::5].tolist(), strict=True):
+        # A decoder drops the space in front of the first token: the text is the same but for that.
+        assert back.spans(start, start + length)[0].strip() == cache.spans(start, start + length)[0].strip()
+    assert np.array_equal(np.stack(back.statistics["promoted_ids"]), np.stack(cache.statistics["promoted_ids"]))
+    with pytest.raises(UsageError, match="256 latents, the SAE 300"):
+        import_delphi(exported, tmp_path / "other", sae=type(sae)(sae.cfg.__class__(**{**vars(sae.cfg), "d_sae": 300})))
+
+
+def test_without_a_tokenizer_there_is_no_text_and_it_says_so(cache, exported, tmp_path):
+    folder, lost = import_delphi(exported, tmp_path / "bare")
+    bare = FeatureCache.open(folder, check=True)
+    assert any("text and offsets" in line and "--model" in line for line in lost)
+    assert any("promoted tokens" in line for line in lost)
+    assert bare.manifest.nnz == sum(len(pairs) for pairs in read_latents(exported).values())
+    assert bare.spans(0, 5)[0] == "" and len(bare.statistics["promoted_ids"][0]) == 0
+    assert bare.statistics["count"].sum() == bare.manifest.nnz
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "byte-level"])
+def test_spans_of_a_window_that_begins_within_a_word(kind):
+    from tests.corpora.test_packing import TOKENIZERS
+
+    tokenizer = TOKENIZERS[kind]
+    text = "La città è più bella perché c'è il sole."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][2:]
+    decoded = tokenizer.decode(ids)
+    spans = spans_by_prefixes(ids, decoded, tokenizer)
+    covered = {i for start, end in spans.tolist() for i in range(start, end)}
+    assert covered == set(range(len(decoded)))
+    assert (np.diff(spans[:, 0]) >= 0).all() and spans[0, 0] == 0 and spans[-1, 1] == len(decoded)
+
+
+def damaged(exported: Path, tmp_path: Path, change, file: str = "85_169.safetensors") -> Path:
+    folder = Path(shutil.copytree(exported, tmp_path / "layers.1"))
+    arrays = load_file(folder / file)
+    change(arrays)
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / file)
+    return folder
+
+
+def put(name: str, change):
+    def apply(arrays: dict[str, np.ndarray]) -> None:
+        arrays[name] = change(arrays[name])
+
+    return apply
+
+
+def first_is(value: float):
+    return lambda array: np.concatenate([np.full_like(array[:1], value), array[1:]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("locations", lambda a: a.astype(np.float32)), "locations is float32, uint16 or uint32"),
+        (put("activations", lambda a: a.astype(np.int32)), "activations is int32, float16 or float32"),
+        (put("locations", lambda a: a[:-1]), "do not fit"),
+        (put("locations", lambda a: a[:, :2]), "do not fit"),
+        (put("locations", lambda a: a + np.uint16(300)), "beyond 313 windows of 128 tokens and 85 latents"),
+        (put("tokens", lambda a: a + 1), "tokens differ from those of 0_84.safetensors"),
+        (put("activations", first_is(np.nan)), "1 activations are NaN"),
+        (lambda arrays: arrays.pop("tokens"), "holds no tokens. Save it again with save_tokens=True"),
+    ],
+)
+def test_a_damaged_split_is_refused_and_named(exported, tmp_path, change, message):
+    folder = damaged(exported, tmp_path, change)
+    with pytest.raises(DataError, match=f"85_169.safetensors.*{message}"):
+        import_delphi(folder, tmp_path / "out")
+
+
+def test_a_split_that_is_cut_short_or_missing(exported, tmp_path):
+    folder = Path(shutil.copytree(exported, tmp_path / "cut"))
+    file = folder / "85_169.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="85_169.safetensors cannot be read"):
+        import_delphi(folder, tmp_path / "out")
+    file.unlink()
+    with pytest.raises(DataError, match="latent 85 should begin a split, 170_255"):
+        find_splits(folder)
+    with pytest.raises(UsageError, match="no split of a Delphi cache"):
+        find_splits(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config.json is missing"),
+        ("{", "config.json is damaged"),
+        ('{"cache_ctx_len": 128}', "config.json is damaged: an object with model_name"),
+        ('{"model_name": "x", "cache_ctx_len": 256}', "says a context of 256, the splits have 128"),
+    ],
+)
+def test_a_config_that_does_not_fit(exported, tmp_path, content, message):
+    folder = Path(shutil.copytree(exported, tmp_path / "layers.1"))
+    (folder / "config.json").unlink()
+    if content:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        import_delphi(folder, tmp_path / "out")
+
+
+def test_infinite_and_negative_activations_are_counted(exported, tmp_path):
+    def change(arrays):
+        arrays["activations"][:3] = [np.inf, -1, 0]
+
+    folder, lost = import_delphi(damaged(exported, tmp_path, change), tmp_path / "out")
+    assert "2 activations that are not positive" in lost
+    assert any(line.startswith("the size of 1 infinite") for line in lost)
+    assert Manifest.load(folder).complete
+
+
+def test_the_commands(small_cache, trained_sae, tmp_path, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    assert main(["cache", "export", str(small_cache), "--to", "delphi", "--out", str(raw), "--latents", "0-9"]) == 0
+    assert sorted(file.name for file in (raw / "layers.1").glob("*.safetensors"))[0] == "0_1.safetensors"
+    arguments = ["cache", "import", str(raw / "layers.1"), "--from", "delphi", "--out", str(out), "--model", "mini"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "modules=['layers.1']" in printed and "not in it:" in printed and Manifest.load(out).d_sae == 10
+    assert main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["cache", "export", str(small_cache), "--to", "delphi", "--out", str(raw), "--latents", "a-b"]) == 2
+    assert "--latents 0-99" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--model", "", "--sae", str(trained_sae)]) == 2
+    assert "decoder statistics need both" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""Units of work on this machine: results, errors, workers that die, Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+from sae_italian.engine import map_units
+from sae_italian.errors import UsageError
+from tests.engine import work
+
+MAIN = """import sys
+from pathlib import Path
+from sae_italian.engine import map_units
+from tests.engine import work
+if __name__ == '__main__':
+    folder = Path(sys.argv[1])
+    arguments = dict(engine=sys.argv[3], workers=2, folder=folder, setup=work.Opened(folder))
+    try:
+        for _ in map_units(work.write_slowly, range(int(sys.argv[2])), **arguments):
+            pass
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def start(folder: Path, n_units: int, engine: str = "local") -> subprocess.Popen:
+    script = folder / "main.py"
+    script.write_text(MAIN)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script), str(folder), str(n_units), engine]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_order_and_the_setup_is_made_once_a_worker(tmp_path, workers):
+    results = map_units(work.write, range(12), setup=work.Opened(tmp_path), workers=workers)
+    assert list(results) == [number**2 for number in range(12)]
+    assert sorted(number for number, _ in work.read_log(tmp_path)) == list(range(12))
+    setups = (tmp_path / "setups").read_text().split()
+    assert len(setups) == len(set(setups)) <= workers
+    assert (str(os.getpid()) in setups) == (workers == 1)
+
+
+def test_units_are_read_as_they_are_needed():
+    read = []
+    results = map_units(work.square, (read.append(number) or number for number in range(100)))
+    assert [next(results), next(results)] == [0, 1]
+    assert read == [0, 1]
+    assert list(map_units(work.square, [])) == []
+
+
+def test_a_workers_death_costs_its_own_units_only(tmp_path):
+    assert list(map_units(work.die_once, range(8), setup=work.Opened(tmp_path), workers=2)) == [n**2 for n in range(8)]
+    done = [number for number, _ in work.read_log(tmp_path)]
+    assert done.count(3) == 2 and sorted(set(done)) == list(range(8)) and len(done) <= 12
+    assert all((tmp_path / f"{number}.txt").read_text() == str(number**2) for number in range(8))
+
+
+def test_workers_that_keep_dying_are_given_up():
+    with pytest.raises(UsageError, match="died 4 times at or near unit 0.*--resume"):
+        list(map_units(work.die, range(2), workers=2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_the_user_can_fix_arrives_as_it_was_raised(workers):
+    results = map_units(work.fail, range(5), workers=workers)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(UsageError) as caught:
+        list(results)
+    assert str(caught.value) == "unit 2: expected a corpus, found none. Give --corpus."
+    assert caught.value.__cause__ is None
+
+
+def test_a_defect_keeps_the_workers_traceback():
+    with pytest.raises(IndexError, match="list index out of range") as caught:
+        list(map_units(work.break_down, range(2), workers=2))
+    assert "in break_down" in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(RuntimeError, match="Unpicklable: a reason"):
+        list(map_units(work.raise_unpicklable, range(1), workers=2))
+
+
+def test_what_cannot_be_asked_is_refused_before_any_work():
+    with pytest.raises(UsageError, match="engine 'rai' is unknown. Did you mean 'ray'"):
+        map_units(work.square, [1], engine="rai")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="--workers is 0"):
+        map_units(work.square, [1], workers=0)
+    with pytest.raises(UsageError, match="--address x:1 .* --engine ray"):
+        map_units(work.square, [1], address="x:1")
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'sae-italian\[ray\]'"):
+        map_units(work.square, [1], engine="ray")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_stopping_leaves_whole_files_and_no_process(tmp_path, stop):
+    process = start(tmp_path, 200)
+    wait_for(lambda: len(work.read_log(tmp_path)) > 4)
+    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)  # Ctrl-C reaches the workers too
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+    workers = {pid for _, pid in work.read_log(tmp_path)}
+    wait_for(lambda: not any(alive(pid) for pid in workers), 10)
+    assert len(work.read_log(tmp_path)) < 30
+    if stop == signal.SIGINT:
+        assert errors == "" and not list(tmp_path.glob(".*.tmp"))
+    for file in tmp_path.glob("[0-9]*.txt"):
+        assert int(file.read_text()) == int(file.stem) ** 2
