@@ -1,5 +1,7 @@
 """The kernels by themselves: selection against torch.topk, products against dense ones, gradients by finite differences."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,7 +43,7 @@ def test_products_are_the_dense_ones(dtype, n):
     rows = torch.randn(n, 7, generator=generator)
     dense = torch.zeros(300, n).scatter_add_(1, indices, weights)
     weights, other, rows = weights.to(dtype), other.to(dtype), rows.to(dtype)
-    near = {"atol": 0.3, "rtol": 0.03} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-5}
+    near: dict[str, Any] = {"atol": 0.3, "rtol": 0.03} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-5}
     pairs = [
         (weighted_rows(weights, indices, rows), dense.to(dtype) @ rows),
         (row_dots(indices, rows, other), (other @ rows.T).gather(1, indices)),
@@ -57,7 +59,7 @@ def test_products_are_the_dense_ones(dtype, n):
 def test_gradients_by_finite_differences(monkeypatch, chunk, d_sae, k):
     monkeypatch.setattr(sparse_products, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(0)
-    double = {"dtype": torch.float64, "requires_grad": True}
+    double: dict[str, Any] = {"dtype": torch.float64, "requires_grad": True}
     x, W_enc, b_enc = torch.randn(66, 4, **double), torch.randn(4, d_sae, **double), torch.randn(d_sae, **double)
     W_dec = torch.randn(d_sae, 5, **double)
 
