@@ -25,7 +25,7 @@ def exact(tensor: Tensor) -> Any:
 
 def chunks(n_rows: int, width: int) -> list[slice]:
     """Return slices over `n_rows` rows so that a matrix of that many rows and `width` columns stays small."""
-    size = max(64, CHUNK_ELEMENTS // max(width, 1))
+    size = min(512, max(64, CHUNK_ELEMENTS // max(width, 1)))  # 512 rows are enough for the product
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
