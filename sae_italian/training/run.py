@@ -47,6 +47,7 @@ def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bo
     run, and as `Loop.fit`; KeyboardInterrupt after a signal, once the state is saved.
     """
     out = Path(out)
+    kept_positions(spec.seqpos_slice, spec.context_size)
     config = spec.to_saelens()
     check_run(spec)
     model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
@@ -92,7 +93,6 @@ def check_run(spec: RunSpec) -> None:
         raise UsageError(
             f"buffer_tokens is {spec.buffer_tokens}, less than one batch of {spec.train_batch_size_tokens}. Raise it."
         )
-    kept_positions(spec.seqpos_slice, spec.context_size)
     if spec.evaluate_every_tokens and is_pretokenized(spec.evaluate_corpus or spec.corpus):
         raise UsageError(
             "evaluate_every_tokens needs held-out text, and a pretokenised corpus holds none: set evaluate_corpus."
