@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
-from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.transcoder import TranscoderConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor, nn
 
+from sae_italian.saes.topk import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, latents_first
 from sae_italian.saes.transcoders import TOPK_TRANSCODER, TopKTranscoderConfig
 
 TRANSCODER = "transcoder"
@@ -54,11 +54,15 @@ class _Transcodes:
     def process_sae_in(self, sae_in: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
         return self.hook_sae_input(sae_in.to(self.dtype))  # pyright: ignore[reportAttributeAccessIssue]
 
+    def halves(self, step_input: TrainStepInput) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"]]:
+        """Return input and target of a step."""
+        x, y = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
+        return x, y.to(self.dtype)
+
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Return losses and activations of one step; `step_input.sae_in` is [tokens, d_in + d_out]."""
         this: Any = self
-        x, y = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
-        y = y.to(self.dtype)
+        x, y = self.halves(step_input)
         feature_acts, hidden_pre = this.encode_with_hidden_pre(x)
         y_hat = this.decode(feature_acts)
         mse_loss = this.mse_loss_fn(y_hat, y).sum(dim=-1).mean()
@@ -86,8 +90,8 @@ class _Transcodes:
 
 
 @dataclass(kw_only=True)
-class TopKTranscoderTrainingConfig(TopKTrainingSAEConfig):
-    """SAELens' TopK training config with the width of the target; saved as `topk_transcoder`."""
+class TopKTranscoderTrainingConfig(SparseTopKTrainingSAEConfig):
+    """The fields of SAELens' TopK with the width of the target; saved as `topk_transcoder`."""
 
     d_out: int
     apply_b_dec_to_input: bool = False
@@ -100,13 +104,22 @@ class TopKTranscoderTrainingConfig(TopKTrainingSAEConfig):
         return TopKTranscoderConfig
 
 
-class TopKTranscoderTraining(_Transcodes, TopKTrainingSAE):
-    """A transcoder with TopK latents: y^ = TopK(x W_enc + b_enc) W_dec + b_dec."""
+class TopKTranscoderTraining(_Transcodes, SparseTopKTrainingSAE):
+    """A transcoder with TopK latents and sparse gradients: y^ = TopK(x W_enc + b_enc) W_dec + b_dec."""
 
     cfg: TopKTranscoderTrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.W_enc.data = latents_first(self.W_enc.data)
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Return losses and sparse activations of one step; `step_input.sae_in` is [tokens, d_in + d_out]."""
+        x, y = self.halves(step_input)
+        return self.sparse_step(x, y, step_input.dead_neuron_mask)
+
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        """Fold the decoder's norms as SAELens does, and add the skip connection of the saved class: zero."""
+        """Fold the decoder's norms as SAELens' TopK does, and add the skip connection of the saved class: zero."""
         super().process_state_dict_for_saving_inference(state_dict)
         state_dict["W_skip"] = torch.zeros(self.cfg.d_out, self.cfg.d_in, dtype=self.dtype)
 
