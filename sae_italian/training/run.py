@@ -17,8 +17,8 @@ from sae_italian.training.checkpoint import Checkpoints
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import open_logger
 from sae_italian.training.loop import Loop
-from sae_italian.training.transcoder_run import open_run
 from sae_italian.training.stream import ActivationStream
+from sae_italian.training.transcoder_run import open_run
 
 KIND = "train"
 SAE_FOLDER = "sae"  # of a checkpoint that holds one SAE
