@@ -32,7 +32,7 @@ def _train(options: argparse.Namespace) -> Result:
     spec = suite_from_dict(values) if SUITE_KEY in values else spec_from_dict(values)
     if options.dry_run:
         return _dry_run(spec)
-    out = options.out or Path("runs") / Path(options.config).with_suffix("").name
+    out = options.out or Path("runs") / Path(options.config).name.removesuffix(".yaml")
     if SUITE_KEY not in values:
         train(spec, out, resume=options.resume, overwrite=options.overwrite)
         return {"sae": str(out)}, f"SAE: {out}"

@@ -260,7 +260,7 @@ def find_config(path: str | Path) -> Path:
         return given
     shipped = configs_folder()
     relative = Path(*given.parts[1:]) if given.parts[:1] == (SITE_PACKAGE_CONFIGS,) else given
-    for candidate in (shipped / relative, (shipped / relative).with_suffix(".yaml")):
+    for candidate in (shipped / relative, shipped / f"{relative}.yaml"):
         if candidate.is_file():
             return candidate
     known = sorted(f"configs/{file.relative_to(shipped).as_posix()}" for file in shipped.rglob("*.yaml"))

@@ -52,14 +52,14 @@ class Plan:
         lines = []
         for number, group in enumerate(self.groups):
             lines.append(
-                f"group {number}: {len(group.names)} SAE{'s' * (len(group.names) > 1)}, {group.tokens:,} tokens, "
+                f"group {number}: {_count(len(group.names), 'SAE')}, {group.tokens:,} tokens, "
                 f"memory {group.memory.text()}, time {_span(group.seconds)}"
             )
             lines.append(f"  {' '.join(group.names)}")
         n_saes = sum(len(group.names) for group in self.groups)
         limit = f" of {self.memory_gb:g} GB given" if self.memory_gb is not None else ""
         largest = max(group.memory.total_gb for group in self.groups)
-        total = f"{n_saes} SAEs in {len(self.groups)} groups; largest group {largest:.2f} GB{limit}; time {_span(self.seconds)}"
+        total = f"{_count(n_saes, 'SAE')} in {_count(len(self.groups), 'group')}; largest group {largest:.2f} GB{limit}; time {_span(self.seconds)}"
         return "\n".join([*lines, total, self.note])
 
 
@@ -161,6 +161,10 @@ def _free_gb(device: str) -> float:
     if device.startswith("cuda") and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] / GB
     return psutil.virtual_memory().available / GB
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _span(seconds: float | None) -> str:

@@ -74,7 +74,7 @@ def test_a_shipped_config_builds_saelens_own_config(name, offline):
         steps = spec.training_tokens // spec.train_batch_size_tokens
         assert spec.lr_warm_up_steps + spec.lr_decay_steps < steps
         if spec.lr_decay_steps and name != "mini/topk.yaml":
-            assert spec.lr_decay_steps == pytest.approx(0.2 * steps, abs=1), "the last fifth, as the file says"
+            assert spec.lr_decay_steps == pytest.approx(0.2 * steps, abs=2), "the last fifth, as the file says"
         assert spec.buffer_tokens >= 2 * spec.train_batch_size_tokens
     if "hub" not in name and not spec.corpus.startswith("hf://"):
         assert isinstance(spec.to_saelens(), LanguageModelSAERunnerConfig)

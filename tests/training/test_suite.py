@@ -124,9 +124,9 @@ def test_the_dry_run_prints_groups_tokens_memory_and_time_and_writes_nothing(tmp
     (group,) = plan["groups"]
     assert group["names"] == list(small().members()) and group["tokens"] == 5120
     assert 0 < group["memory_gb"] < plan["memory_gb"] == 1 and plan["seconds"] > 0 and "tokens/s" in plan["note"]
-    assert main(["train", "mini/topk", "--dry-run"]) == 0
+    assert main(["train", "mini/gated", "sae.d_sae=128", "train_batch_size_tokens=512", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert "1,500,000 tokens" in text and "1 SAEs in 1 groups" in text
+    assert "400,000 tokens" in text and "1 SAE in 1 group;" in text
     assert not list(tmp_path.iterdir())
 
 
