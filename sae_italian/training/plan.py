@@ -56,10 +56,13 @@ class Plan:
                 f"memory {group.memory.text()}, time {_span(group.seconds)}"
             )
             lines.append(f"  {' '.join(group.names)}")
-        n_saes = sum(len(group.names) for group in self.groups)
+        n_saes, n_groups = sum(len(group.names) for group in self.groups), len(self.groups)
         limit = f" of {self.memory_gb:g} GB given" if self.memory_gb is not None else ""
         largest = max(group.memory.total_gb for group in self.groups)
-        total = f"{_count(n_saes, 'SAE')} in {_count(len(self.groups), 'group')}; largest group {largest:.2f} GB{limit}; time {_span(self.seconds)}"
+        total = (
+            f"{_count(n_saes, 'SAE')} in {_count(n_groups, 'group')}; largest group {largest:.2f} GB{limit}; "
+            f"time {_span(self.seconds)}"
+        )
         return "\n".join([*lines, total, self.note])
 
 
