@@ -54,6 +54,8 @@ class SAERun:
         self._describe(self.sae.cfg.metadata, model)
         self.sae.to(spec.device)
         self.trainer = SAETrainer(cfg=self.config.to_sae_trainer_config(), sae=self.sae, data_provider=iter(()))
+        for group in self.trainer.optimizer.param_groups:
+            group["fused"] = True  # SAELens' Adam in one pass over the parameters, not ten; the same numbers to 1e-7
         self.metrics = Metrics(out / "metrics.jsonl")
         self.log: Callable[[dict[str, Any], int], None] = lambda row, step: None  # W&B, when asked for
         self.output: Any = None  # of the last step
