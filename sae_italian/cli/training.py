@@ -29,14 +29,14 @@ def _train(options: argparse.Namespace) -> Result:
     from sae_italian.training.suite import suite_from_dict, train_suite
 
     values = read_values(options.config, *options.overrides)
-    spec = suite_from_dict(values) if SUITE_KEY in values else spec_from_dict(values)
+    suite = suite_from_dict(values) if SUITE_KEY in values else None
     if options.dry_run:
-        return _dry_run(spec)
+        return _dry_run(suite or spec_from_dict(values))
     out = options.out or Path("runs") / Path(options.config).name.removesuffix(".yaml")
-    if SUITE_KEY not in values:
-        train(spec, out, resume=options.resume, overwrite=options.overwrite)
+    if suite is None:
+        train(spec_from_dict(values), out, resume=options.resume, overwrite=options.overwrite)
         return {"sae": str(out)}, f"SAE: {out}"
-    folders = train_suite(spec, out, resume=options.resume, overwrite=options.overwrite)
+    folders = train_suite(suite, out, resume=options.resume, overwrite=options.overwrite)
     return {"saes": [str(folder) for folder in folders]}, "\n".join(f"SAE: {folder}" for folder in folders)
 
 

@@ -117,3 +117,12 @@ def test_the_command_writes_what_stock_saelens_loads(trained_sae, mini, tmp_path
     assert metadata.hook_name == "blocks.1.hook_resid_post" and metadata.exported_from == "topk" and metadata.k == 8
     assert metadata.jumprelu_export["threshold"] == report["threshold"]
     assert main(arguments) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_show_prints_the_configuration(trained_sae, capsys):
+    """What the CLiC-it recipe says to look k up with; of a release only the configuration is fetched."""
+    assert main(["saes", "show", str(trained_sae), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert list(facts)[:4] == ["architecture", "d_in", "d_sae", "k"] and facts["k"] == 8
+    assert facts["hook_name"] == "blocks.1.hook_resid_post"
+    assert main(["saes", "show", "no/such:layers.1"]) == 2 and capsys.readouterr().err.count("\n") == 1

@@ -51,7 +51,10 @@ def offline(monkeypatch):
     """Let shapes come from the catalogue, as no hub is reachable."""
     for module in ("sae_italian.models", "sae_italian.training.suite", "sae_italian.training.memory"):
         monkeypatch.setattr(f"{module}.load_model_config", shape_of)
-    monkeypatch.setattr("sae_italian.training.memory.n_parameters", lambda name: 1_000_000_000)
+    monkeypatch.setattr(
+        "sae_italian.training.memory.n_parameters",
+        lambda name: 12 * shape_of(name).num_hidden_layers * shape_of(name).hidden_size ** 2,
+    )
 
 
 def specs_of(name: str) -> dict:
@@ -141,9 +144,9 @@ def test_commands_named_in_the_configs_exist():
 
 
 FEW_STEPS = (
-    "training_tokens=2048",
-    "train_batch_size_tokens=512",
-    "buffer_tokens=2048",
+    "training_tokens=768",
+    "train_batch_size_tokens=256",
+    "buffer_tokens=1024",
     "store_batch_size_prompts=8",
     "lr_warm_up_steps=0",
     "lr_decay_steps=0",
