@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sae_italian.errors import UsageError
 from sae_italian.models import resolve
 from sae_italian.saes import load_sae
 from sae_italian.training import load_spec, train
@@ -141,6 +142,22 @@ def test_commands_named_in_the_configs_exist():
         words[2:2] = ["sae"] if words[:2] == ["saes", "export"] and (len(words) < 3 or words[2].startswith("-")) else []
         words += ["--to", "jumprelu"] if words[:2] == ["saes", "export"] and "--to" not in words else []
         assert hasattr(_parser().parse_args(words), "command"), command
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "message"),
+    [
+        ("mini/topk", "hook_name_out=blocks.1.hook_mlp_out", "'topk' is no transcoder"),
+        ("mini/transcoder", "hook_name_out=null", "needs hook_name_out, e.g. blocks.1.hook_mlp_out"),
+        ("mini/transcoder", "hook_name_out=blocks.0.hook_mlp_out", "comes before hook_name"),
+        ("mini/transcoder", "hook_name_out=blocks.9.hook_mlp_out", "layers 0 to 3"),
+        ("mini/topk", "k_anneal_share=1.5", "config key 'k_anneal_share'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(config, override, message):
+    with pytest.raises(UsageError, match=message) as error:
+        load_spec(config, override).to_saelens()
+    assert "\n" not in str(error.value)
 
 
 FEW_STEPS = (
