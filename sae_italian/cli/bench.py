@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
-from sae_italian.cli.base import Commands, Result
+from sae_italian.cli.base import Commands, Result, positive
+from sae_italian.errors import UsageError, nearest
+
+# What `bench training` prints, in this order; each takes the command's options and returns (value, text).
+TRAINING_TABLES: dict[str, Callable[[argparse.Namespace], tuple[Any, str]]] = {
+    "step": lambda options: _step_table(options),
+    "trainer": lambda options: _trainer_table(options),
+    "memory": lambda options: _memory_table(options),
+}
 
 
 def add_commands(root: Commands) -> None:
@@ -17,6 +27,12 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--repeats", type=int, default=3)
     sub.add_argument("--workers", type=int, default=2)
     sub.add_argument("--memory-bytes", type=int, default=0, help="also measure the memory over a stream this long")
+    sub = group.add("training", _bench_training, "the SAE's training step against SAELens' topk")
+    sub.add_argument("--tables", default=",".join(TRAINING_TABLES), help="which, with commas between (default: all)")
+    sub.add_argument("--device", default="cpu", help="cpu, or cuda for the shapes of Minerva-1B")
+    sub.add_argument("--repeats", type=int, default=5)
+    sub.add_argument("--threads", type=int, help="of PyTorch (default: all cores)")
+    sub.add_argument("--d-sae", type=int, help="measure the shape of this many latents only")
 
 
 def _bench_corpora(options: argparse.Namespace) -> Result:
@@ -32,3 +48,57 @@ def _bench_corpora(options: argparse.Namespace) -> Result:
         memory_bytes=options.memory_bytes,
     )
     return result, table_of(result)
+
+
+def _bench_training(options: argparse.Namespace) -> Result:
+    import torch
+
+    from sae_italian.bench.training import check_device
+
+    positive("--repeats", options.repeats)
+    positive("--threads", options.threads)
+    names = [name.strip() for name in options.tables.split(",")]
+    for name in names:
+        if name not in TRAINING_TABLES:
+            raise UsageError(f"--tables: {name!r} is unknown. {nearest(name, TRAINING_TABLES)}")
+    check_device(options.device)
+    _shapes(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    values, texts = {}, []
+    for name in names:
+        values[name], text = TRAINING_TABLES[name](options)
+        texts.append(text)
+    return values, "\n\n".join(texts)
+
+
+def _shapes(options: argparse.Namespace) -> list[Any]:
+    from sae_italian.bench.training import SHAPES
+
+    known = SHAPES[options.device]
+    chosen = [shape for shape in known if options.d_sae in (None, shape.d_sae)]
+    if not chosen:
+        widths = ", ".join(str(width) for width in sorted({shape.d_sae for shape in known}))
+        raise UsageError(f"--d-sae is {options.d_sae}; on {options.device} the shapes have {widths}.")
+    return chosen
+
+
+def _step_table(options: argparse.Namespace) -> tuple[Any, str]:
+    from sae_italian.bench.training import measure_steps, times_table
+
+    results = [measure_steps(shape, device=options.device, repeats=options.repeats) for shape in _shapes(options)]
+    return results, times_table("forward and backward", results)
+
+
+def _trainer_table(options: argparse.Namespace) -> tuple[Any, str]:
+    from sae_italian.bench.training import measure_trainer, times_table
+
+    results = [measure_trainer(shape, device=options.device, repeats=options.repeats) for shape in _shapes(options)]
+    return results, times_table("SAELens' SAETrainer.step", results)
+
+
+def _memory_table(options: argparse.Namespace) -> tuple[Any, str]:
+    from sae_italian.bench.training import measure_memory, memory_table
+
+    results = [measure_memory(shape, device=options.device) for shape in _shapes(options)]
+    return results, memory_table(results)

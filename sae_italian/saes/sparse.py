@@ -98,7 +98,7 @@ class _Encode(torch.autograd.Function):
     def forward(ctx, x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace):  # pyright: ignore
         some = rows if latents is None else rows[latents]
         bias = b_enc if latents is None else b_enc[latents]
-        values, indices = select_topk(x, some, bias, k, norm, matmul_dtype)
+        values, indices = select_topk(x, some, bias, k, norm, matmul_dtype, workspace)
         if relu:
             values = values.relu_()
         # the rows themselves are needed for the gradients of the input and of its bias only

@@ -7,13 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from sae_italian.saes.sparse_products import chunks
+from sae_italian.saes.sparse_products import Workspace, chunks
 
 BLOCKS_FROM = 16  # d_sae / k from which two small top-k are faster than one
 
 
 def select_topk(
-    x: Tensor, rows: Tensor, bias: Tensor, k: int, norm: Tensor | None, matmul_dtype: torch.dtype
+    x: Tensor,
+    rows: Tensor,
+    bias: Tensor,
+    k: int,
+    norm: Tensor | None,
+    matmul_dtype: torch.dtype,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return values and indices [batch, k] of the k largest (x rows.T + bias) * norm; the values are without the norm.
 
@@ -27,7 +33,8 @@ def select_topk(
     for part in chunks(len(x), len(rows)):
         n_rows = part.stop - part.start
         if scratch is None:
-            scratch = torch.empty(n_rows, len(rows), dtype=matmul_dtype, device=x.device)
+            shape = (n_rows, len(rows))
+            scratch = x.new_empty(shape) if workspace is None else workspace.empty("scratch", shape, x)
         raw = torch.mm(x[part], columns, out=scratch[:n_rows])
         scores = raw if raw.dtype == values.dtype else raw.to(values.dtype)
         scores = scores.add_(bias) if norm is None else torch.addcmul(scaled_bias, scores, norm, out=scores)
