@@ -27,6 +27,13 @@ from sae_italian.training.config import RunSpec
 N_DOCUMENTS = 5_000
 
 
+def sizes_for(model: str) -> dict[str, Any]:
+    """Return hook and sizes to measure with: those of the mini recipe, or 16,384 latents for a larger model."""
+    if model == "sae-italian-mini":
+        return {"hook_name": "blocks.1.hook_resid_post", "d_sae": 2048, "k": 8, "context_size": 128}
+    return {"hook_name": "blocks.2.hook_resid_post", "d_sae": 16_384, "k": 32, "context_size": 256}
+
+
 def compare_runs(
     model: str = "sae-italian-mini",
     hook_name: str = "blocks.1.hook_resid_post",

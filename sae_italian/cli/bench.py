@@ -14,6 +14,8 @@ TRAINING_TABLES: dict[str, Callable[[argparse.Namespace], tuple[Any, str]]] = {
     "step": lambda options: _step_table(options),
     "trainer": lambda options: _trainer_table(options),
     "memory": lambda options: _memory_table(options),
+    "run": lambda options: _run_table(options),
+    "group": lambda options: _group_table(options),
 }
 
 
@@ -33,6 +35,8 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--repeats", type=int, default=5)
     sub.add_argument("--threads", type=int, help="of PyTorch (default: all cores)")
     sub.add_argument("--d-sae", type=int, help="measure the shape of this many latents only")
+    sub.add_argument("--model", default="sae-italian-mini", help="of the tables run and group: model and SAE together")
+    sub.add_argument("--corpus", default="micro-italiano", help="of the tables run and group")
 
 
 def _bench_corpora(options: argparse.Namespace) -> Result:
@@ -102,3 +106,19 @@ def _memory_table(options: argparse.Namespace) -> tuple[Any, str]:
 
     results = [measure_memory(shape, device=options.device) for shape in _shapes(options)]
     return results, memory_table(results)
+
+
+def _run_table(options: argparse.Namespace) -> tuple[Any, str]:
+    from sae_italian.bench.stream import compare_runs, sizes_for, table_of
+
+    result = compare_runs(options.model, corpus=options.corpus, repeats=options.repeats, **sizes_for(options.model))
+    return result, table_of(result)
+
+
+def _group_table(options: argparse.Namespace) -> tuple[Any, str]:
+    from sae_italian.bench.stream import group_table, measure_group, sizes_for
+
+    sizes = sizes_for(options.model)
+    del sizes["hook_name"]
+    result = measure_group(options.model, corpus=options.corpus, repeats=options.repeats, **sizes)
+    return result, group_table(result)

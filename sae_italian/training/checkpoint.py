@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sae_italian.storage import atomic_path, fingerprint, read_json, remove, wri
 
 STATE_FILE = "state.json"
 RANDOM_FILE = "random.safetensors"
+TORCH_CANNOT_WRITE = ("iostream", "inline_container", "PytorchStreamWriter")  # in what torch.save raises on a full disk
 
 
 class Checkpoints:
@@ -70,7 +72,7 @@ class Checkpoints:
                 )
             read(last)
             _restore_random(load_file(last / RANDOM_FILE))
-        except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError) as error:
+        except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(
@@ -96,8 +98,8 @@ def disk_errors(out: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "file" not in str(error):
-            raise  # torch says that a file could not be written; everything else is no matter of the disk
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in TORCH_CANNOT_WRITE):
+            raise
         free = shutil.disk_usage(out).free / 2**20
         raise UsageError(
             f"{out} could not be written ({_line(error)}); {free:,.0f} MiB are free there. {kept} Make room, then --resume."

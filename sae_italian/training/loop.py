@@ -153,8 +153,10 @@ class Loop:
             return
 
         def ask_to_stop(_number: int, _frame: Any) -> None:
-            if self.interrupted or self.first.n_steps == 0:
-                raise KeyboardInterrupt("stopped; --resume continues from the last checkpoint")
+            if self.first.n_steps == 0:
+                raise KeyboardInterrupt("no step was done yet; --resume starts the training")
+            if self.interrupted:
+                raise KeyboardInterrupt("at once; --resume continues from the last checkpoint")
             self.interrupted = True
 
         before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -17,7 +17,7 @@ from sae_italian.training.checkpoint import Checkpoints
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import open_logger
 from sae_italian.training.loop import Loop
-from sae_italian.training.stream import ActivationStream
+from sae_italian.training.stream import ActivationStream, kept_positions
 from sae_italian.training.transcoder_run import open_run
 
 KIND = "train"
@@ -82,12 +82,17 @@ def claim_run(out: Path, spec: RunSpec, *, resume: bool, overwrite: bool) -> boo
 
 
 def check_run(spec: RunSpec) -> None:
-    """Raise UsageError for sizes and corpora that cannot work, before a model is loaded."""
+    """Raise UsageError for sizes and corpora that cannot work, before a model is loaded and anything is written."""
     check_corpus(spec.corpus, text_column=spec.text_column)
     if spec.training_tokens < spec.train_batch_size_tokens:
         raise UsageError(
             f"training_tokens is {spec.training_tokens}, less than one batch of {spec.train_batch_size_tokens}."
         )
+    if spec.buffer_tokens < spec.train_batch_size_tokens:
+        raise UsageError(
+            f"buffer_tokens is {spec.buffer_tokens}, less than one batch of {spec.train_batch_size_tokens}. Raise it."
+        )
+    kept_positions(spec.seqpos_slice, spec.context_size)
     if spec.evaluate_every_tokens and is_pretokenized(spec.evaluate_corpus or spec.corpus):
         raise UsageError(
             "evaluate_every_tokens needs held-out text, and a pretokenised corpus holds none: set evaluate_corpus."
@@ -120,6 +125,10 @@ def check_length(spec: RunSpec, tokenizer: Any) -> None:
     Only as much is read as decides it, and at most 200 M characters; hub corpora and mixtures are taken as long enough.
     Raises: UsageError, with the number of tokens there are.
     """
+    if is_pretokenized(spec.corpus) and not spec.repeat_corpus:
+        corpus = PretokenizedCorpus(spec.corpus)
+        if len(corpus) * corpus.context_size < spec.training_tokens:
+            raise _too_short(spec, len(corpus) * corpus.context_size)
     parts = [Path(part.strip()).expanduser() for part in spec.corpus.split(",")]
     if spec.repeat_corpus or is_pretokenized(spec.corpus) or not all(part.exists() for part in parts):
         return
@@ -132,10 +141,14 @@ def check_length(spec: RunSpec, tokenizer: Any) -> None:
     blocks = pack(documents, tokenizer, spec.context_size)
     n_tokens = sum(int((~special_mask(block.tokens, tokenizer)).sum()) for block in blocks)
     if n_tokens < spec.training_tokens:
-        raise UsageError(
-            f"corpus {spec.corpus!r} has {n_tokens:,} training tokens, fewer than the {spec.training_tokens:,} of training_tokens. "
-            "Lower it, use more text, or set repeat_corpus=true to read the corpus more than once."
-        )
+        raise _too_short(spec, n_tokens)
+
+
+def _too_short(spec: RunSpec, n_tokens: int) -> UsageError:
+    return UsageError(
+        f"corpus {spec.corpus!r} has {n_tokens:,} training tokens, fewer than the {spec.training_tokens:,} of training_tokens. "
+        "Lower it, use more text, or set repeat_corpus=true to read the corpus more than once."
+    )
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae_italian.errors import UsageError
 from sae_italian.models import parse_hook_name
+from sae_italian.saes.sparse_trainer import tune
 from sae_italian.statistics import Estimate
 from sae_italian.storage import atomic_path, read_json, write_json
 from sae_italian.training.annealing import annealed_k, set_k
@@ -53,9 +54,8 @@ class SAERun:
         self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict())
         self._describe(self.sae.cfg.metadata, model)
         self.sae.to(spec.device)
-        self.trainer = SAETrainer(cfg=self.config.to_sae_trainer_config(), sae=self.sae, data_provider=iter(()))
-        for group in self.trainer.optimizer.param_groups:
-            group["fused"] = True  # SAELens' Adam in one pass over the parameters, not ten; the same numbers to 1e-7
+        trainer = SAETrainer(cfg=self.config.to_sae_trainer_config(), sae=self.sae, data_provider=iter(()))
+        self.trainer: Any = tune(trainer)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.log: Callable[[dict[str, Any], int], None] = lambda row, step: None  # W&B, when asked for
         self.output: Any = None  # of the last step

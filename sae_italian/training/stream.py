@@ -68,7 +68,7 @@ class ActivationStream:
         self.context_size, self.batch_size = context_size, batch_size
         if buffer_tokens < batch_size:
             raise UsageError(f"buffer_tokens is {buffer_tokens}, less than one batch of {batch_size}. Raise it.")
-        self.positions = _positions(seqpos_slice, context_size)
+        self.positions = kept_positions(seqpos_slice, context_size)
         self.exclude_special_tokens = exclude_special_tokens
         self.windows = Windows(documents, self.tokenizer, context_size, forward_windows, repeat=repeat, ahead=ahead)
         self.device = torch.device(device or self.model.device)
@@ -203,7 +203,7 @@ class ActivationStream:
             self.holes, self.order, self.ended = empty.nonzero().squeeze(1), self.order[:0], False
 
 
-def _positions(seqpos_slice: Sequence[int | None], context_size: int) -> Bool[np.ndarray, " context"]:
+def kept_positions(seqpos_slice: Sequence[int | None], context_size: int) -> Bool[np.ndarray, " context"]:
     """Return which positions of a window are kept. Raises: UsageError when none is."""
     kept = np.zeros(context_size, dtype=bool)
     try:

@@ -215,6 +215,24 @@ def test_a_bad_state_never_replaces_the_good_checkpoint(small_spec, tmp_path, mo
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"buffer_tokens": 256}, "buffer_tokens is 256, less than one batch of 512"),
+        ({"seqpos_slice": [500, 600]}, "keeps no position of a window of 128 tokens"),
+        ({"training_tokens": 100}, "training_tokens is 100, less than one batch of 512"),
+        (
+            {"sae": {"architecture": "topk", "d_sae": 32, "k": 32}},
+            "sae.k is 32; it must be above 0 and below sae.d_sae",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(small_spec, tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        train(small_spec.model_copy(update=changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_checkpoints_by_time(small_spec, tmp_path, monkeypatch):
     def stop(sae):
         raise MemoryError
