@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sae_italian.cli.base import Commands, Result
+from sae_italian.cli.base import Commands, Result, load_sources, source_options
 from sae_italian.errors import DataError, UsageError
 
 
@@ -15,6 +15,8 @@ def add_commands(root: Commands) -> None:
     saes = root.group("saes", "published and local SAEs")
     sub = saes.add("list", _saes_list, "published SAEs: width, k, site, licence")
     sub.add_argument("--ids", action="store_true", help="name every SAE, not only the releases")
+    sub = saes.add("show", _saes_show, "an SAE's configuration: architecture, k, width, hook, what it was trained on")
+    sub.add_argument("sae", help="an SAE's folder, or release:sae_id, of which only the configuration is fetched")
     text = "does an SAE fit its model? scale, layer, BOS, tokenizer, L0, explained variance, loss; names what is wrong"
     sub = saes.add("doctor", _saes_doctor, text)
     sub.add_argument("sae", help="an SAE's folder (SAELens, sparsify or Llama Scope format), or release:sae_id")
@@ -23,6 +25,12 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--text-column", default="text")
     sub.add_argument("--context-size", type=int, help="default: the context the SAE was trained with")
     sub.add_argument("--tokens", type=int, default=8192, help="size of the sample")
+    sub = saes.add("export", _saes_export, "an SAE in another form: TopK as JumpReLU, one threshold for all tokens")
+    sub.add_argument("sae", help="an SAE's folder, or release:sae_id")
+    sub.add_argument("--to", required=True, choices=("jumprelu",))
+    sub.add_argument("--out", type=Path, required=True, help="a new folder")
+    source_options(sub)
+    sub.add_argument("--tokens", type=int, default=40_960, help="held-out tokens; four fifths set the threshold")
 
 
 def _saes_list(options: argparse.Namespace) -> Result:
@@ -42,6 +50,13 @@ def _saes_list(options: argparse.Namespace) -> Result:
         if options.ids:
             lines.append("    " + ", ".join(row["ids"]))
     return rows, "\n".join(lines)
+
+
+def _saes_show(options: argparse.Namespace) -> Result:
+    from sae_italian.saes.facts import sae_facts
+
+    facts = sae_facts(options.sae)
+    return facts, "\n".join(f"{key:28} {value}" for key, value in facts.items())
 
 
 def _saes_doctor(options: argparse.Namespace) -> Result:
@@ -71,6 +86,22 @@ def _saes_doctor(options: argparse.Namespace) -> Result:
     failed = [check.name for check in report.checks if check.status == "fail"]
     failure = UsageError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
     return report.as_dict(), report.text(), failure if failed else None
+
+
+def _saes_export(options: argparse.Namespace) -> Result:
+    from sae_italian.training.export import export_jumprelu
+
+    sae, model, corpus = load_sources(options)
+    report = export_jumprelu(
+        sae,
+        model,
+        corpus,
+        options.out,
+        n_tokens=options.tokens,
+        context_size=options.context_size,
+        text_column=options.text_column,
+    )
+    return {"sae": str(options.out), **report.as_dict()}, f"{report.text()}\nSAE: {options.out}"
 
 
 def _corpus_of(sae: Any, text_column: str) -> str:
