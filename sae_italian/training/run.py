@@ -22,6 +22,7 @@ from sae_italian.errors import DataError, UsageError
 from sae_italian.models import load_model, parse_hook_name
 from sae_italian.storage import atomic_path, claim_folder, read_json, write_json
 from sae_italian.training.config import RunSpec
+from sae_italian.training.logging import open_logger
 from sae_italian.training.stream import ActivationStream
 
 KIND = "train"
@@ -55,7 +56,7 @@ def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bo
     run = _Run(spec, config, model, out)
     if continuing:
         run.load_checkpoint()
-    with _logger(spec, config) as log:
+    with open_logger(spec, config) as log:
         run.fit(log)
     run.finish()
     return out
@@ -268,21 +269,6 @@ def _signals(run: _Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _logger(spec: RunSpec, config: Any) -> Iterator[Any]:
-    """Yield `log(row, step)`: W&B with SAELens' metric names when asked for, else nothing."""
-    if spec.wandb == "off":
-        yield lambda row, step: None
-        return
-    import wandb
-
-    run = wandb.init(project=spec.wandb_project, config=config.to_dict(), name=config.logger.run_name, mode=spec.wandb)
-    try:
-        yield lambda row, step: run.log(row, step=step)
-    finally:
-        run.finish()
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
