@@ -18,6 +18,7 @@ from sae_italian.corpora.documents import MICRO_ITALIANO
 from sae_italian.errors import UsageError, nearest
 
 SITE_PACKAGE_CONFIGS = "configs"
+NORM_ESTIMATE_BATCHES = 16  # of the stock runner; ours estimates from its buffer
 
 
 class RunSpec(BaseModel):
@@ -55,6 +56,16 @@ class RunSpec(BaseModel):
     checkpoint_every_tokens: int = Field(1_000_000, gt=0)
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "sae_italian"
+    seqpos_slice: list[int | None] = [None]
+    """Positions of a window that are trained on, as a slice: `[stop]` or `[start, stop, step]`."""
+    exclude_special_tokens: bool | list[int] = True
+    checkpoint_every_minutes: float = Field(30.0, ge=0)
+    """Also after this time since the last one; 0: by tokens alone."""
+    evaluate_every_tokens: int = Field(0, ge=0)
+    """Judge the SAE on held-out text while training, into `eval/...` of the metrics; 0: never."""
+    evaluate_tokens: int = Field(10_000, gt=0)
+    evaluate_corpus: str | None = None
+    """Where held-out text is read; the corpus itself if not set."""
 
     @field_validator("sae")
     @classmethod
@@ -123,7 +134,9 @@ class RunSpec(BaseModel):
             store_batch_size_prompts=self.store_batch_size_prompts,
             # SAELens' buffer really holds n_batches_in_buffer * context_size tokens (reference/saelens.md section 5)
             n_batches_in_buffer=max(self.buffer_tokens, 2 * self.train_batch_size_tokens) // self.context_size,
-            exclude_special_tokens=True,
+            seqpos_slice=tuple(self.seqpos_slice),
+            exclude_special_tokens=self.exclude_special_tokens,
+            n_batches_for_norm_estimate=NORM_ESTIMATE_BATCHES,  # SAELens would read 1,000 and throw them away
             lr=self.lr,
             lr_scheduler_name=self.lr_scheduler_name,
             lr_warm_up_steps=self.lr_warm_up_steps,

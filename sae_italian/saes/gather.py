@@ -1,0 +1,126 @@
+"""The three products over k latents per token, by index where that is faster, dense a few rows at a time elsewhere.
+
+Each has the same result both ways; indices may repeat within a row. Shapes: weights and indices [batch, k],
+rows [n, d], other [batch, d].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DENSE_ABOVE = 1 / 32  # k / n from which dense products win, measured on CPU at d 1152
+CHUNK_ELEMENTS = 2**22  # of a scratch matrix [some rows, n]: 16 MiB in float32, half of a usual last-level cache
+
+
+def exact(tensor: Tensor) -> Any:
+    """Return a context without autocast: what follows runs in its tensors' own precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def chunks(n_rows: int, width: int) -> list[slice]:
+    """Return slices over `n_rows` rows so that a matrix of that many rows and `width` columns stays small."""
+    size = max(64, CHUNK_ELEMENTS // max(width, 1))
+    return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+
+
+class Workspace:
+    """The memory of the two weight gradients, kept between steps on the CPU, where fresh memory costs more than the sums.
+
+    A tensor is handed out over the kept memory only when nothing else refers to that memory: a gradient that somebody
+    still holds, or that is being added to, is never overwritten. On CUDA PyTorch's own allocator does this.
+    """
+
+    def __init__(self):
+        self._kept: dict[str, torch.UntypedStorage] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return an uninitialised tensor of that shape, in `like`'s dtype and on its device."""
+        use_count = getattr(torch._C, "_storage_Use_Count", None)
+        if like.device.type != "cpu" or use_count is None:
+            return like.new_empty(shape)
+        kept = self._kept.get(name)
+        n_bytes = like.element_size() * torch.Size(shape).numel()
+        if kept is None or kept.nbytes() != n_bytes or use_count(kept._cdata) != 1:
+            kept = self._kept[name] = like.new_empty(shape).untyped_storage()
+        return like.new_empty(0).set_(kept, 0, shape)  # pyright: ignore[reportCallIssue]
+
+    def __reduce__(self):
+        return Workspace, ()  # a copy or a pickle of an SAE starts with memory of its own
+
+
+def weighted_rows(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """Return [batch, d]: the sum over k of weight times row."""
+    if not _is_dense(indices, rows):
+        return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
+    out = rows.new_empty(len(indices), rows.shape[1])
+    for part in chunks(len(indices), len(rows)):
+        torch.mm(_scattered(weights[part], indices[part], rows), rows, out=out[part])
+    return out
+
+
+def row_dots(indices: Tensor, rows: Tensor, other: Tensor) -> Tensor:
+    """Return [batch, k]: the dot products of each row of `other` with the k rows of its indices."""
+    batch, k = indices.shape
+    other = other.to(rows.dtype)
+    if _is_dense(indices, rows):
+        parts = chunks(batch, len(rows))
+        return torch.cat([(other[part] @ rows.T).gather(1, indices[part]) for part in parts])
+    if _has_csr(rows):
+        starts = torch.arange(0, batch * k + 1, k)
+        pattern = _csr(starts, indices.flatten(), rows.new_zeros(batch * k), (batch, len(rows)))
+        return torch.sparse.sampled_addmm(pattern, other, rows.T, beta=0.0).values().view(batch, k)
+    if rows.device.type == "cuda":
+        offsets = torch.arange(0, batch * k, k, device=rows.device)
+        bag_of = torch.arange(batch, device=rows.device).repeat_interleave(k)
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            other, rows, indices.flatten(), offsets, bag_of, 0, -1
+        ).view(batch, k)
+    parts = chunks(batch, k * rows.shape[1])
+    return torch.cat([torch.einsum("bkd,bd->bk", rows[indices[part]], other[part]) for part in parts])
+
+
+def latent_sums(
+    weights: Tensor, indices: Tensor, other: Tensor, n: int, workspace: Workspace | None = None, name: str = ""
+) -> Tensor:
+    """Return [n, d]: for each latent the sum, over the tokens that kept it, of weight times row of `other`."""
+    k = indices.shape[1]
+    shape = (n, other.shape[1])
+    out = workspace.empty(name, shape, other) if workspace is not None else other.new_empty(shape)
+    if k > DENSE_ABOVE * n:
+        out.zero_()
+        for part in chunks(len(indices), n):
+            out.addmm_(_scattered(weights[part], indices[part], out).T, other[part])
+        return out
+    latents, order = indices.flatten().sort(stable=True)
+    tokens = order.div(k, rounding_mode="floor")
+    weights = weights.to(other.dtype).flatten()[order]
+    starts = torch.searchsorted(latents, torch.arange(n + 1, device=latents.device))
+    if _has_csr(other):
+        return torch.addmm(out, _csr(starts, tokens, weights, (n, len(other))), other, beta=0.0, out=out)
+    return F.embedding_bag(tokens, other, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def _is_dense(indices: Tensor, rows: Tensor) -> bool:
+    return indices.shape[1] > DENSE_ABOVE * len(rows)
+
+
+def _scattered(weights: Tensor, indices: Tensor, like: Tensor) -> Tensor:
+    dense = like.new_zeros(len(indices), len(like))
+    return dense.scatter_add_(1, indices, weights.to(like.dtype))
+
+
+def _has_csr(tensor: Tensor) -> bool:
+    """Whether PyTorch has sparse matrix products for this tensor that are faster than its embedding bags."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.float64)
+        and torch.backends.mkl.is_available()
+    )
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
