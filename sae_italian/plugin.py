@@ -72,11 +72,14 @@ def register_releases() -> None:
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
     from sae_italian.saes.releases import CONFIG_GETTERS, LOADERS, releases
+    from sae_italian.saes.tied import TIED, TiedTrainingSAE, TiedTrainingSAEConfig
     from sae_italian.saes.topk import SPARSE_TOPK, SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+    from sae_italian.saes.transcoder_training import TRAINED_TRANSCODERS
     from sae_italian.saes.transcoders import TOPK_TRANSCODER, TopKTranscoder, TopKTranscoderConfig
 
     _add("SAE architecture", SAE_CLASS_REGISTRY, {TOPK_TRANSCODER: (TopKTranscoder, TopKTranscoderConfig)})
     trained = {SPARSE_TOPK: (SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig)}
+    trained |= {TIED: (TiedTrainingSAE, TiedTrainingSAEConfig), **TRAINED_TRANSCODERS}
     _add("training architecture", SAE_TRAINING_CLASS_REGISTRY, trained)
     _add("loader", loaders.NAMED_PRETRAINED_SAE_LOADERS, LOADERS)
     _add("config getter", loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS, CONFIG_GETTERS)

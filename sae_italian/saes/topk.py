@@ -64,7 +64,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        self.W_enc.data = _latents_first(self.W_enc.data)
+        self.W_enc.data = latents_first(self.W_enc.data)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Return losses and reconstruction as SAELens' own does, with sparse `feature_acts`."""
@@ -136,10 +136,10 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        state_dict["W_enc"] = _latents_first(state_dict["W_enc"])
+        state_dict["W_enc"] = latents_first(state_dict["W_enc"])
 
 
-def _latents_first(W_enc: Tensor) -> Tensor:
+def latents_first(W_enc: Tensor) -> Tensor:
     """Return W_enc [d_in, d_sae] laid out so that each latent's column is one run of memory."""
     return W_enc.T.contiguous().T
 

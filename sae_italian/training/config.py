@@ -18,6 +18,7 @@ from sae_italian.corpora.documents import MICRO_ITALIANO
 from sae_italian.errors import UsageError, nearest
 
 SITE_PACKAGE_CONFIGS = "configs"
+SUITE_KEY = "layers"  # what only a suite's config has
 NORM_ESTIMATE_BATCHES = 16  # of the stock runner; ours estimates from its buffer
 
 
@@ -30,6 +31,8 @@ class RunSpec(BaseModel):
     """A name of `sae-italian models list`, a hub id, or a local folder."""
     hook_name: str
     """Where activations are read, TransformerLens' name, e.g. `blocks.14.hook_resid_post`."""
+    hook_name_out: str | None = None
+    """Where a transcoder's target is read, e.g. `blocks.14.hook_mlp_out`; None for an SAE."""
     corpus: str = MICRO_ITALIANO
     """`micro-italiano`, or a local file or folder (txt, jsonl, parquet, csv)."""
     text_column: str = "text"
@@ -37,6 +40,8 @@ class RunSpec(BaseModel):
     """Read a corpus again when it has fewer tokens than the training asks for, instead of refusing it."""
     sae: dict[str, Any]
     """`architecture` and the fields of SAELens' training config for it; `d_in` is read from the model."""
+    k_anneal_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps in which k falls linearly from d_in to `sae.k`; 0: k from the start."""
     training_tokens: int = Field(gt=0)
     context_size: int = Field(128, gt=1)
     train_batch_size_tokens: int = Field(2048, gt=0)
@@ -98,7 +103,8 @@ class RunSpec(BaseModel):
         given = {key: _typed(f"sae.{key}", value, kinds[key]) for key, value in given.items()}
         model_config = load_model_config(self.model)
         check_context(self.context_size, model_config)
-        parse_hook_name(self.hook_name, model_config.num_hidden_layers)
+        hook = parse_hook_name(self.hook_name, model_config.num_hidden_layers)
+        hook.module_path(model_config.model_type)
         d_in = model_config.hidden_size
         if given.get("d_in", d_in) != d_in:
             raise UsageError(
@@ -106,11 +112,34 @@ class RunSpec(BaseModel):
             )
         if "d_sae" not in given:
             raise UsageError(f"sae.d_sae is missing: the number of latents, e.g. {16 * d_in}.")
-        k = given.get("k")
+        if "d_out" in fields or self.hook_name_out is not None:
+            given |= {"d_out": self._check_target(hook, "d_out" in fields, model_config)}
+        k = given.get("k", getattr(config_class, "k", None))
+        if self.k_anneal_share and k is None:
+            raise UsageError(f"k_anneal_share needs an SAE with a k, such as topk; sae.architecture is {architecture!r}.")
         if k is not None and not 0 < k < given["d_sae"]:
             raise UsageError(f"sae.k is {k}; it must be above 0 and below sae.d_sae, which is {given['d_sae']}.")
         given |= {"d_in": d_in, "device": self.device, "dtype": given.get("dtype", "float32")}
         return config_class(**given)
+
+    def _check_target(self, hook: Any, transcodes: bool, model_config: Any) -> int:
+        """Return the width of a transcoder's target. Raises: UsageError when architecture and hooks do not go together."""
+        from sae_italian.models import parse_hook_name
+
+        architecture = self.sae["architecture"]
+        if not transcodes:
+            raise UsageError(
+                f"hook_name_out is set, but sae.architecture {architecture!r} is no transcoder. "
+                "Use topk_transcoder or transcoder, or remove hook_name_out."
+            )
+        if self.hook_name_out is None:
+            raise UsageError(
+                f"sae.architecture {architecture!r} needs hook_name_out, e.g. blocks.{hook.layer}.hook_mlp_out."
+            )
+        target = parse_hook_name(self.hook_name_out, model_config.num_hidden_layers)
+        if target.layer < hook.layer:
+            raise UsageError(f"hook_name_out {target.name!r} comes before hook_name {hook.name!r}. Exchange them.")
+        return model_config.hidden_size
 
     def to_saelens(self) -> Any:
         """Return SAELens' `LanguageModelSAERunnerConfig`, as the stock training runner takes it.
@@ -166,6 +195,11 @@ def load_spec(path: str | Path, *overrides: str) -> RunSpec:
     A path that does not exist here is looked up in the configs shipped with the package.
     Raises: UsageError for a missing file (nearest one named), bad YAML, an unknown key or a value of the wrong kind.
     """
+    return spec_from_dict(read_values(path, *overrides))
+
+
+def read_values(path: str | Path, *overrides: str) -> dict[str, Any]:
+    """Return what a config says, overrides applied, not yet checked. Raises: UsageError as `load_spec`."""
     file = find_config(path)
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -184,11 +218,13 @@ def load_spec(path: str | Path, *overrides: str) -> RunSpec:
             if not isinstance(target, dict):
                 raise UsageError(f"override {override!r}: {parent!r} is a value, not a group of keys.")
         target[last] = yaml.safe_load(text)
-    return spec_from_dict(values)
+    return values
 
 
 def spec_from_dict(values: dict[str, Any]) -> RunSpec:
     """Return the RunSpec of a plain dict. Raises UsageError as `load_spec`."""
+    if SUITE_KEY in values:
+        raise UsageError("this config is a suite of several SAEs (it has `layers`): train it with `sae-italian train`.")
     for key in values:
         if key not in RunSpec.model_fields:
             raise UsageError(f"unknown key {key!r} in the config. {nearest(str(key), RunSpec.model_fields)}")

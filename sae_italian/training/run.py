@@ -17,7 +17,7 @@ from sae_italian.training.checkpoint import Checkpoints
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import open_logger
 from sae_italian.training.loop import Loop
-from sae_italian.training.sae_run import SAERun
+from sae_italian.training.transcoder_run import open_run
 from sae_italian.training.stream import ActivationStream
 
 KIND = "train"
@@ -56,7 +56,7 @@ def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bo
     if continuing and (out / "sae_weights.safetensors").is_file():
         checkpoints.clear()
         return out
-    run = SAERun(spec, model, out)
+    run = open_run(spec, model, out)
     loop = Loop({SAE_FOLDER: run}, open_stream(spec, model, run.hook_names), checkpoints)
     if continuing:
         loop.resume()

@@ -17,6 +17,7 @@ from sae_italian.errors import UsageError
 from sae_italian.models import parse_hook_name
 from sae_italian.statistics import Estimate
 from sae_italian.storage import atomic_path, read_json, write_json
+from sae_italian.training.annealing import annealed_k, set_k
 from sae_italian.training.checkpoint import Metrics
 from sae_italian.training.config import RunSpec
 from sae_italian.training.stream import ActivationStream
@@ -101,8 +102,17 @@ class SAERun:
     def step(self, batch: Mapping[str, Tensor]) -> None:
         """Take one training step. It counts as done at once: log it as step `n_steps` - 1."""
         self.trainer.maybe_reset_sparsity()
+        self.anneal()
         self.output = self.trainer.step(self.training_batch(batch))
         self.trainer.n_training_steps += 1
+
+    def anneal(self) -> None:
+        """Set how many latents may fire in the step to come."""
+        spec, cfg = self.spec, self.sae.cfg
+        if spec.k_anneal_share:
+            n_steps = spec.training_tokens // spec.train_batch_size_tokens
+            start = min(cfg.d_in, cfg.d_sae)
+            set_k(self.sae, annealed_k(self.n_steps, n_steps, spec.k_anneal_share, start, cfg.k))
 
     def record(self) -> dict[str, Any]:
         """Write the last step's metrics and return them. Raises: UsageError when the training has diverged."""

@@ -1,0 +1,119 @@
+"""TopK to JumpReLU: the same outputs before and after folding, k latents on average, and SAELens' own class."""
+
+import json
+
+import pytest
+import torch
+from sae_lens import SAE, TopKSAE, TopKSAEConfig
+
+from sae_italian.cli import main
+from sae_italian.errors import UsageError
+from sae_italian.saes import load_sae
+from sae_italian.saes.jumprelu_export import CHUNK, save_sae, to_jumprelu
+from sae_italian.saes.transcoders import TopKTranscoder, TopKTranscoderConfig
+
+K = 12
+
+
+def topk(rescale: bool, **fields) -> TopKSAE:
+    """A TopK SAE whose decoder rows have norms from 0.2 to 3."""
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=200, k=K, rescale_acts_by_decoder_norm=rescale, **fields))
+    with torch.no_grad():
+        sae.W_enc.normal_()
+        sae.b_enc.normal_(std=0.3)
+        sae.b_dec.normal_()
+        sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_enc.T, dim=-1) * torch.linspace(0.2, 3, 200)[:, None])
+    return sae
+
+
+def by_hand(sae: TopKSAE, theta: float, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the reconstruction and how many latents fire when those whose TopK score is above theta do."""
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    scores = pre * sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else pre
+    z = pre.relu() * (scores > theta)
+    return z @ sae.W_dec + sae.b_dec, (z != 0).sum(-1)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_the_export_fires_k_on_average_and_says_what_the_weights_said(rescale):
+    sae, x = topk(rescale), 2 * torch.randn(20 * CHUNK + 17, 32)
+    exported, report = to_jumprelu(sae, x)
+    assert type(exported).__name__ == "JumpReLUSAE" and exported.cfg.architecture() == "jumprelu"
+    checks = torch.arange(len(x)) % 5 == 4
+    assert report.n_tokens == (~checks).sum() and report.n_tokens_checked == checks.sum()
+    output, fired = by_hand(sae, report.threshold, x)
+    assert fired[~checks].sum() == K * report.n_tokens, "exactly k per token on the tokens that set it"
+    assert abs(report.l0 - K) < 0.02 * K and report.l0 == pytest.approx(fired[checks].double().mean().item())
+    largest = output.abs().max()
+    assert (exported(x) - output).abs().max() < 1e-5 * largest and report.folding_error < 1e-5
+    assert torch.allclose(exported.W_dec.norm(dim=-1), torch.ones(200), atol=1e-6)
+    assert (sae.W_dec.norm(dim=-1) - 1).abs().max() > 0.5, "the SAE given is left as it was"
+    variance = (x[checks] - x[checks].mean(0)).pow(2).sum()
+    ev = 1 - (x - output)[checks].pow(2).sum() / variance
+    assert report.explained_variance == pytest.approx(ev.item(), abs=1e-4)
+
+
+def test_with_unit_norms_inside_the_topk_one_threshold_serves_all_latents():
+    """Folding leaves the score as the pre-activation: Llama Scope's single scalar."""
+    exported, report = to_jumprelu(topk(True), torch.randn(2000, 32))
+    assert torch.allclose(exported.threshold, torch.full((200,), report.threshold), rtol=1e-5)
+
+
+def test_an_input_scale_is_folded():
+    x = 7 * torch.randn(4000, 32) + 1
+    scale = 32**0.5 / x.norm(dim=-1).mean()
+    scaled, plain = topk(True, normalize_activations="expected_average_only_in"), topk(True)
+    exported, _ = to_jumprelu(scaled, x)
+    other, _ = to_jumprelu(plain, x * scale)
+    assert exported.cfg.normalize_activations == "none"
+    assert torch.allclose(exported(x), other(x * scale) / scale, atol=1e-3)
+
+
+def test_few_positive_latents_give_threshold_zero():
+    sae = topk(True)
+    with torch.no_grad():
+        sae.b_enc.fill_(-30.0)
+    exported, report = to_jumprelu(sae, torch.randn(500, 32))
+    assert report.threshold == 0 and report.l0 == pytest.approx(report.l0_before) and report.l0 < K
+    assert (exported.encode(torch.randn(9, 32)) >= 0).all()
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_transcoder_becomes_saelens_own_class(tmp_path, skip):
+    torch.manual_seed(1)
+    config = TopKTranscoderConfig(d_in=32, d_sae=200, d_out=24, k=K, apply_b_dec_to_input=False)
+    transcoder = TopKTranscoder(config)
+    with torch.no_grad():
+        transcoder.W_skip.normal_(std=0.1 if skip else 0.0)
+    x, y = torch.randn(4000, 32), torch.randn(4000, 24)
+    exported, report = to_jumprelu(transcoder, x, y)
+    loaded = SAE.load_from_disk(save_sae(exported, tmp_path / "tc"))
+    assert loaded.cfg.architecture() == ("jumprelu_skip_transcoder" if skip else "jumprelu_transcoder")
+    assert abs(report.l0 - K) < 0.05 * K and report.folding_error < 1e-5
+    pre = x @ transcoder.W_enc + transcoder.b_enc
+    by_hand = (pre * (pre > report.threshold)) @ transcoder.W_dec + transcoder.b_dec + x @ transcoder.W_skip.T
+    assert (loaded(x) - by_hand).abs().max() < 1e-5 * by_hand.abs().max()
+
+
+def test_others_are_refused_in_one_line(identity_sae, mini):
+    with pytest.raises(UsageError, match="architecture is 'standard'; only topk") as error:
+        to_jumprelu(identity_sae, torch.randn(100, 128))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="3 tokens are too few"):
+        to_jumprelu(topk(True), torch.randn(3, 32))
+
+
+def test_the_command_writes_what_stock_saelens_loads(trained_sae, mini, tmp_path, capsys):
+    out = tmp_path / "jumprelu"
+    arguments = ["saes", "export", str(trained_sae), "--to", "jumprelu", "--out", str(out)]
+    assert main([*arguments, "--tokens", "20000", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert abs(report["l0"] - 8) < 0.02 * 8 and report["folding_error"] < 1e-5
+    assert 0 < report["explained_variance"] < 1
+    sae = SAE.load_from_disk(out)
+    assert type(sae).__name__ == "JumpReLUSAE" and type(load_sae(out)).__name__ == "JumpReLUSAE"
+    metadata = sae.cfg.metadata
+    assert metadata.hook_name == "blocks.1.hook_resid_post" and metadata.exported_from == "topk" and metadata.k == 8
+    assert metadata.jumprelu_export["threshold"] == report["threshold"]
+    assert main(arguments) == 2 and "not empty" in capsys.readouterr().err
