@@ -26,7 +26,10 @@ LABELS = {
     "l2_ratio": ("Norm of the reconstruction / norm of the activation", "Norma ricostruita / norma dell'attivazione"),
     "ce_loss": ("CE loss of the model (nats)", "Perdita CE del modello (nat)"),
     "ce_loss_with_sae": ("CE loss with the SAE in place (nats)", "Perdita CE con la SAE inserita (nat)"),
-    "ce_loss_with_ablation": ("CE loss with the activation set to zero (nats)", "Perdita CE con attivazione nulla (nat)"),
+    "ce_loss_with_ablation": (
+        "CE loss with the activation set to zero (nats)",
+        "Perdita CE con attivazione nulla (nat)",
+    ),
     "delta_lm_loss": ("Delta LM loss (nats)", "Delta della perdita CE (nat)"),
     "ce_loss_recovered": ("CE loss recovered", "Perdita CE recuperata"),
     "kl_div_with_sae": ("KL divergence with the SAE in place (nats)", "Divergenza KL con la SAE inserita (nat)"),
@@ -144,7 +147,9 @@ class EvaluationCard:
         for key, estimate in self.estimates().items():
             label = LABELS[key][0 if language == "en" else 1]
             if key.startswith("dead_in") and estimate.value != estimate.value:
-                reason = f"only {self.n_tokens:,} tokens seen" if language == "en" else f"visti solo {self.n_tokens:,} token"
+                reason = (
+                    f"only {self.n_tokens:,} tokens seen" if language == "en" else f"visti solo {self.n_tokens:,} token"
+                )
                 lines.append(f"| {label} | - | {reason} | `{key}` |")
                 continue
             value, lo, hi = (_shown(number, key) for number in estimate)

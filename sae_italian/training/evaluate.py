@@ -112,7 +112,9 @@ def _check_output(sae: Any, model: Any, hook_out: str) -> None:
             f"it was trained on {sae.cfg.metadata.model_name!r}. Use that model."
         )
     if hook.normalised:
-        raise UsageError(f"the SAE writes at {hook_out}, which can be read but not replaced; losses cannot be measured.")
+        raise UsageError(
+            f"the SAE writes at {hook_out}, which can be read but not replaced; losses cannot be measured."
+        )
 
 
 def _until(blocks: Iterator[PackedBlock], tokenizer: Any, n_tokens: int, what: str) -> Iterator[_Windows]:
@@ -199,7 +201,9 @@ class _TokenSums:
         self.n_documents = 0
         self.last_document = -1
 
-    def add(self, doc: Int[np.ndarray, " kept"], rows: dict[str, np.ndarray], y: Float[np.ndarray, "kept d_out"]) -> None:
+    def add(
+        self, doc: Int[np.ndarray, " kept"], rows: dict[str, np.ndarray], y: Float[np.ndarray, "kept d_out"]
+    ) -> None:
         documents, index = _groups(doc)
         values = np.zeros((len(doc), len(_SUMS)))
         for column, name in enumerate(_SUMS):

@@ -29,7 +29,9 @@ def density_svg(card: EvaluationCard) -> str:
         axis.errorbar(middle, share, yerr=(below, above), fmt="none", ecolor="#222222", elinewidth=0.8)
         axis.axvline(-1, color="#b3261e", linewidth=1, linestyle="--")
         axis.set_xlim(bins[0].lo, bins[-1].hi)
-        axis.set_xlabel("log10 of the share of tokens on which a latent fires · quota di token in cui un latente è attivo")
+        axis.set_xlabel(
+            "log10 of the share of tokens on which a latent fires · quota di token in cui un latente è attivo"
+        )
         axis.set_ylabel("% of latents · % dei latenti")
         axis.set_title(
             f"dead · morti {100 * card.dead.value:.1f} %   ultra-active · ultra-attivi {100 * card.ultra_active.value:.1f} %"

@@ -17,8 +17,8 @@ from sae_italian.training.checkpoint import Checkpoints
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import open_logger
 from sae_italian.training.loop import Loop
-from sae_italian.training.transcoder_run import open_run
 from sae_italian.training.stream import ActivationStream
+from sae_italian.training.transcoder_run import open_run
 
 KIND = "train"
 SAE_FOLDER = "sae"  # of a checkpoint that holds one SAE
@@ -60,9 +60,11 @@ def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bo
     loop = Loop({SAE_FOLDER: run}, open_stream(spec, model, run.hook_names), checkpoints)
     if continuing:
         loop.resume()
-    with open_logger(spec, config) as run.log:
+    with open_logger(spec, config, out) as log:
+        run.log = log
         loop.fit()
-    loop.finish()
+        loop.finish()
+        log.finish(out, model, loop.stream.windows.state())
     return out
 
 

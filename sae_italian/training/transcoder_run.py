@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_italian.saes.transcoder_training import PairScaler
 from sae_italian.training.config import RunSpec
 from sae_italian.training.sae_run import SAERun
 
@@ -18,6 +17,8 @@ class TranscoderRun(SAERun):
     """The trainer takes input and target side by side, [tokens, d_in + d_out], each scaled by its own factor."""
 
     def __init__(self, spec: RunSpec, model: Any, out: Path):
+        from sae_italian.saes.transcoder_training import PairScaler
+
         super().__init__(spec, model, out)
         self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
 

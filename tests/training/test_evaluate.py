@@ -31,7 +31,14 @@ def emptied(sae):
 
 def test_identity(identity_sae, mini):
     card = evaluate(identity_sae, mini, "micro-italiano", n_tokens=1500)
-    ones = ("explained_variance", "explained_variance_uncentred", "cossim", "l2_ratio", "ce_loss_recovered", "kl_recovered")
+    ones = (
+        "explained_variance",
+        "explained_variance_uncentred",
+        "cossim",
+        "l2_ratio",
+        "ce_loss_recovered",
+        "kl_recovered",
+    )
     for key in ones:
         assert getattr(card, key).value == pytest.approx(1, abs=1e-6), key
     for key in ("fvu", "delta_lm_loss", "kl_div_with_sae"):
@@ -87,15 +94,15 @@ def test_a_transcoder_is_measured_and_put_in_place_at_its_output(mini):
     """Reading and writing one site apart: a copy of the input is right only where output and input are the same."""
     d_model = mini.config.hidden_size
     copied = evaluate(transcoder(mini, d_model, "blocks.1.hook_mlp_in", True), mini, "micro-italiano", n_tokens=1000)
-    assert copied.explained_variance.value == pytest.approx(1) and copied.delta_lm_loss.value == pytest.approx(0, abs=1e-5)
+    assert copied.explained_variance.value == pytest.approx(1) and copied.delta_lm_loss.value == pytest.approx(
+        0, abs=1e-5
+    )
     nothing = evaluate(transcoder(mini, d_model, "blocks.1.hook_mlp_out", False), mini, "micro-italiano", n_tokens=1000)
     assert nothing.hook_name == "blocks.1.hook_mlp_in" and nothing.hook_name_out == "blocks.1.hook_mlp_out"
     assert nothing.explained_variance_uncentred.value == 0 == nothing.ce_loss_recovered.value
     tokens = first_windows(mini, 8)
     keep = tokens != mini.tokenizer.bos_token_id
-    cut = logits_with_replacement(
-        mini, tokens, "blocks.1.hook_mlp_out", lambda x: torch.where(keep[..., None], 0.0, x)
-    )
+    cut = logits_with_replacement(mini, tokens, "blocks.1.hook_mlp_out", lambda x: torch.where(keep[..., None], 0.0, x))
     loss = torch.nn.functional.cross_entropy(cut[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     by_hand = loss.view(8, -1)[keep[:, :-1]].mean().item()
     card = evaluate(
@@ -157,7 +164,7 @@ def test_numbers_equal_saelens_evals_on_the_same_tokens(trained_sae, mini):
     assert card.dead.value == pytest.approx((density == 0).mean())
     assert card.ultra_active.value == pytest.approx((density > 0.1).mean())
     counts, edges = np.histogram(np.log10(density[density > 0]), bins=[-6, -2, -1, 0])
-    ours = [sum(b.share.value for b in card.density if low <= b.lo < high) for low, high in zip(edges, edges[1:])]
+    ours = [sum(b.share.value for b in card.density if low <= b.lo < high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
     assert ours == pytest.approx(counts / len(density), abs=0.004)
 
 
