@@ -22,6 +22,7 @@ from sae_italian.storage import package_versions, read_json, write_json
 from sae_italian.training.config import SUITE_KEY, RunSpec, configs_folder, find_config, load_spec, read_values
 from sae_italian.training.pictures import curves_svg
 from sae_italian.training.run import read_run, train
+from sae_italian.training.sae_run import LOSS_KEYS
 
 METRICS = ("loss", "l0", "explained_variance", "dead")
 TITLES = {
@@ -146,8 +147,10 @@ def read_curve(folder: Path) -> Curve:
     if not rows:
         raise UsageError(f"{file} holds no step yet; wait for the first steps.")
     share = np.array([row["details/n_training_samples"] for row in rows]) / spec["training_tokens"]
-    keys = ("losses/overall_loss", "metrics/l0", "metrics/explained_variance", "sparsity/dead_features")
-    columns = {name: np.array([row[key] for row in rows], float) for name, key in zip(METRICS, keys, strict=True)}
+    keys = ("metrics/l0", "metrics/explained_variance", "sparsity/dead_features")
+    columns = {name: np.array([row[key] for row in rows], float) for name, key in zip(METRICS[1:], keys, strict=True)}
+    # The reconstruction's own loss where it is told apart: the sparsity term grows by plan while its coefficient warms up.
+    columns["loss"] = np.array([next(row[key] for key in LOSS_KEYS if key in row) for row in rows], float)
     columns["dead"] = columns["dead"] / spec["sae"]["d_sae"]
     return Curve(share.clip(max=1.0), columns)
 
@@ -313,6 +316,12 @@ def _diverging(loss: Sequence[float] | np.ndarray, last: float, lr: float) -> li
     if last > 2 * smallest:
         return [f"the loss is diverging: {last:.4g} now, {smallest:.4g} before; lower lr (now {lr})."]
     return []
+
+
+def plain_svg(curve: Curve, name: str) -> str:
+    """Return the curves of a run that no recipe can be held against."""
+    panels = [(TITLES[metric], curve.share, curve.values[metric], [], [], []) for metric in METRICS]
+    return curves_svg(panels, (name, ""), name)
 
 
 def _rounded(x: float) -> float:

@@ -3,7 +3,9 @@
 import copy
 import gc
 import json
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from sae_italian.statistics import bootstrap
 from sae_italian.training import EvaluationCard, evaluate, read_card
 from sae_italian.training.evaluate import LatentCounts
 from tests.conftest import described
+
+module = sys.modules["sae_italian.training.evaluate"]  # the room has a function of that name
 
 
 def emptied(sae):
@@ -48,7 +52,7 @@ def test_identity(identity_sae, mini):
 
 
 def test_zero(identity_sae, mini):
-    card = evaluate(emptied(identity_sae), mini, "micro-italiano", n_tokens=1500)
+    card = evaluate(emptied(identity_sae), mini, "micro-italiano", n_tokens=1000)
     assert card.explained_variance_uncentred.value == pytest.approx(0, abs=1e-6)
     assert card.explained_variance.value < 0.05  # below 0: it does not even get the mean right
     assert card.fvu.value == pytest.approx(1 - card.explained_variance.value)
@@ -87,18 +91,18 @@ def transcoder(mini, d_out: int, hook_out: str, skip: bool):
         if skip:
             sae.W_skip.copy_(torch.eye(d_in))
     sae.cfg.metadata.hook_name_out = hook_out
-    return described(sae, "blocks.1.hook_mlp_in")
+    return described(sae, "blocks.1.mlp.hook_in")
 
 
 def test_a_transcoder_is_measured_and_put_in_place_at_its_output(mini):
     """Reading and writing one site apart: a copy of the input is right only where output and input are the same."""
     d_model = mini.config.hidden_size
-    copied = evaluate(transcoder(mini, d_model, "blocks.1.hook_mlp_in", True), mini, "micro-italiano", n_tokens=1000)
+    copied = evaluate(transcoder(mini, d_model, "blocks.1.mlp.hook_in", True), mini, "micro-italiano", n_tokens=1000)
     assert copied.explained_variance.value == pytest.approx(1) and copied.delta_lm_loss.value == pytest.approx(
         0, abs=1e-5
     )
     nothing = evaluate(transcoder(mini, d_model, "blocks.1.hook_mlp_out", False), mini, "micro-italiano", n_tokens=1000)
-    assert nothing.hook_name == "blocks.1.hook_mlp_in" and nothing.hook_name_out == "blocks.1.hook_mlp_out"
+    assert nothing.hook_name == "blocks.1.mlp.hook_in" and nothing.hook_name_out == "blocks.1.hook_mlp_out"
     assert nothing.explained_variance_uncentred.value == 0 == nothing.ce_loss_recovered.value
     tokens = first_windows(mini, 8)
     keep = tokens != mini.tokenizer.bos_token_id
@@ -164,13 +168,16 @@ def test_numbers_equal_saelens_evals_on_the_same_tokens(trained_sae, mini):
     assert card.dead.value == pytest.approx((density == 0).mean())
     assert card.ultra_active.value == pytest.approx((density > 0.1).mean())
     counts, edges = np.histogram(np.log10(density[density > 0]), bins=[-6, -2, -1, 0])
-    ours = [sum(b.share.value for b in card.density if low <= b.lo < high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    ours = [
+        sum(b.share.value for b in card.density if low <= b.lo < high)
+        for low, high in zip(edges[:-1], edges[1:], strict=True)
+    ]
     assert ours == pytest.approx(counts / len(density), abs=0.004)
 
 
 def test_intervals_hold_the_value_and_shrink_with_more_text(trained_sae, mini):
     sae = load_sae(trained_sae)
-    few, many = (evaluate(sae, mini, "micro-italiano", n_tokens=n) for n in (1500, 9_000))
+    few, many = (evaluate(sae, mini, "micro-italiano", n_tokens=n) for n in (800, 5_000))
     for card in (few, many):
         for name in ("explained_variance", "ce_loss_recovered", "ce_loss"):
             estimate = getattr(card, name)
@@ -197,8 +204,8 @@ def test_the_card_is_saved_and_read_back(trained_sae, mini, tmp_path):
 
 def test_losses_on_the_first_tokens_only(trained_sae, mini):
     sae = load_sae(trained_sae)
-    short = evaluate(sae, mini, "micro-italiano", n_tokens=2000)
-    long = evaluate(sae, mini, "micro-italiano", n_tokens=9000, loss_tokens=short.n_loss_tokens)
+    short = evaluate(sae, mini, "micro-italiano", n_tokens=1000)
+    long = evaluate(sae, mini, "micro-italiano", n_tokens=4000, loss_tokens=short.n_loss_tokens)
     assert long.n_loss_tokens == short.n_tokens < long.n_tokens
     assert long.ce_loss == short.ce_loss and long.kl_recovered == short.kl_recovered
     assert long.explained_variance != short.explained_variance
@@ -252,8 +259,6 @@ def test_the_streaming_intervals_are_those_of_the_bootstrap(trained_sae, mini):
 
 def growth(sae, mini, n_batches: int) -> tuple[int, int]:
     """Return the Python heap's size half way and at the end of an evaluation of so many batches."""
-    import sae_italian.training.evaluate as module
-
     sizes, measure = [], module._measure
 
     def traced(*arguments, **options):
@@ -272,7 +277,7 @@ def growth(sae, mini, n_batches: int) -> tuple[int, int]:
 
 
 def test_memory_is_flat(topk_sae, mini, monkeypatch):
-    monkeypatch.setattr("sae_italian.training.evaluate.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr(module, "TOKENS_PER_BATCH", 64)
     half, end = growth(topk_sae, mini, 60)
     assert end - half < 200_000
 
@@ -280,10 +285,6 @@ def test_memory_is_flat(topk_sae, mini, monkeypatch):
 @pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_batches(topk_sae, mini, monkeypatch):
     """Of 2,000 tokens in all their parts, losses too; the process' memory as the system counts it."""
-    from pathlib import Path
-
-    import sae_italian.training.evaluate as module
-
     sizes, measure = [], module._measure
 
     def sampled(*arguments, **options):
@@ -306,9 +307,11 @@ def test_an_sae_of_another_width_is_refused(topk_sae):
         evaluate(topk_sae, other, "micro-italiano", n_tokens=100)
 
 
-def test_a_corpus_too_short_for_the_tokens_asked(topk_sae, mini, jsonl):
+def test_a_corpus_too_short_for_the_tokens_asked(topk_sae, mini, jsonl, tmp_path):
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(jsonl.read_text(encoding="utf-8").splitlines(keepends=True)[:20]), encoding="utf-8")
     with pytest.raises(UsageError, match="has about .* fewer than the 9,000,000"):
-        evaluate(topk_sae, mini, str(jsonl), split="all", n_tokens=9_000_000)
+        evaluate(topk_sae, mini, str(short), split="all", n_tokens=9_000_000)
 
 
 def test_a_context_longer_than_the_models(topk_sae, mini):
