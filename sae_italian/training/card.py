@@ -172,7 +172,8 @@ def read_card(folder: Path) -> EvaluationCard | None:
 
 
 def _estimate(values: dict[str, float | None]) -> Estimate:
-    return Estimate(*(NOTHING.value if values[key] is None else float(values[key]) for key in ("value", "lo", "hi")))
+    value, lo, hi = (NOTHING.value if x is None else x for x in (values["value"], values["lo"], values["hi"]))
+    return Estimate(value, lo, hi)
 
 
 def _shown(number: float, key: str) -> str:

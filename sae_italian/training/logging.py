@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,9 @@ def open_logger(spec: RunSpec, config: Any, out: Path | None = None) -> Iterator
 
 def _init(spec: RunSpec, config: Any, out: Path | None) -> Any:
     import wandb
+    from wandb.errors import CommError
 
-    mode = spec.wandb
+    mode: Any = spec.wandb
     if mode == "online" and not wandb.login(prompt=False, verify=False):
         _say("wandb: online, but nobody is logged in (`wandb login`); the run is kept offline, `wandb sync` sends it.")
         mode = "offline"
@@ -108,15 +110,15 @@ def _init(spec: RunSpec, config: Any, out: Path | None) -> Any:
         "project": spec.wandb_project,
         "name": config.logger.run_name,
         "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
-        "settings": wandb.Settings(console="off", quiet=True),
+        "settings": wandb.Settings(console="off", silent=True),
     }
     if out is not None:
-        given["dir"] = str(out)
+        given["dir"] = str(out.resolve())  # wandb works in a process and a folder of its own
         if SWEEP_ID not in os.environ:
             given |= {"id": _run_id(out), **({"resume": "allow"} if mode == "online" else {})}
     try:
         return wandb.init(mode=mode, **given)
-    except wandb.errors.CommError as error:
+    except CommError as error:
         _say(
             f"wandb: online, but the server cannot be reached ({error}); the run is kept offline, `wandb sync` sends it."
         )
@@ -126,11 +128,9 @@ def _init(spec: RunSpec, config: Any, out: Path | None) -> Any:
 
 def _run_id(out: Path) -> str:
     """Return the id of the folder's W&B run, made at the first call; claiming the folder anew forgets it."""
-    from wandb.util import generate_id
-
     file = out / WANDB_FILE
     if not file.is_file():
-        write_json(file, {"id": generate_id()})
+        write_json(file, {"id": uuid.uuid4().hex[:8]})
     return read_json(file)["id"]
 
 

@@ -20,12 +20,8 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
     """Return the README.md of the SAE in `folder`, as Markdown with YAML front matter."""
     cfg = read_json(folder / "cfg.json")
     spec: dict[str, Any] = read_run(folder).get("spec") or {}
-    front = yaml.safe_dump(
-        _front_matter(card, cfg, sae_id, licence or _licence(card.model)),
-        sort_keys=False,
-        allow_unicode=True,
-        width=1000,
-    )
+    values = _front_matter(card, cfg, sae_id, licence or _licence(card.model))
+    front = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
     picture = f"\n![density]({DENSITY_PICTURE})\n" if (folder / DENSITY_PICTURE).is_file() else ""
     return "\n".join(
         [

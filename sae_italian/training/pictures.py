@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sae_italian.training.card import EvaluationCard
 
-STYLE = {"svg.hashsalt": "sae_italian", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False} | {
-    "axes.spines.right": False
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "sae_italian",
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
 }
 OURS, REFERENCE = "#0b6e4f", "#8a8f98"
 
@@ -42,12 +46,8 @@ def density_svg(card: EvaluationCard) -> str:
     return _svg(draw, 1, (7.5, 3.6))
 
 
-def curves_svg(
-    panels: Sequence[tuple[str, Sequence[float], Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
-    labels: tuple[str, str],
-    title: str,
-) -> str:
-    """Return panels of (title, x and y of the run, x, low and high of the reference) as one SVG."""
+def curves_svg(panels: Sequence[tuple[str, Any, Any, Any, Any, Any]], labels: tuple[str, str], title: str) -> str:
+    """Return panels of (title, x and y of the run, x, low and high of the reference) as one SVG; arrays or lists."""
 
     def draw(axes: Any) -> None:
         for axis, (name, x, y, x_reference, low, high) in zip(axes, panels, strict=True):
