@@ -15,6 +15,8 @@ def add_commands(root: Commands) -> None:
     saes = root.group("saes", "published and local SAEs")
     sub = saes.add("list", _saes_list, "published SAEs: width, k, site, licence")
     sub.add_argument("--ids", action="store_true", help="name every SAE, not only the releases")
+    sub = saes.add("show", _saes_show, "an SAE's configuration: architecture, k, width, hook, what it was trained on")
+    sub.add_argument("sae", help="an SAE's folder, or release:sae_id, of which only the configuration is fetched")
     text = "does an SAE fit its model? scale, layer, BOS, tokenizer, L0, explained variance, loss; names what is wrong"
     sub = saes.add("doctor", _saes_doctor, text)
     sub.add_argument("sae", help="an SAE's folder (SAELens, sparsify or Llama Scope format), or release:sae_id")
@@ -70,6 +72,13 @@ def _saes_list(options: argparse.Namespace) -> Result:
         if options.ids:
             lines.append("    " + ", ".join(row["ids"]))
     return rows, "\n".join(lines)
+
+
+def _saes_show(options: argparse.Namespace) -> Result:
+    from sae_italian.saes.facts import sae_facts
+
+    facts = sae_facts(options.sae)
+    return facts, "\n".join(f"{key:28} {value}" for key, value in facts.items())
 
 
 def _saes_doctor(options: argparse.Namespace) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from sae_italian.cli.base import Commands, Result, folder_options, load_sources, positive, source_options
 from sae_italian.errors import UsageError
@@ -11,10 +12,11 @@ from sae_italian.storage import write_text
 
 
 def add_commands(root: Commands) -> None:
-    sub = root.add("train", _train, "train one SAE")
-    sub.add_argument("config")
+    sub = root.add("train", _train, "train one SAE, or a suite of them")
+    sub.add_argument("config", help="a YAML file, or a shipped one such as mini/topk; a suite has `layers`")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     sub.add_argument("--out", type=Path, help="output folder (default: runs/<config's name>)")
+    sub.add_argument("--dry-run", action="store_true", help="print groups, tokens, memory and time; train nothing")
     folder_options(sub)
 
     sub = root.add("evaluate", _evaluate, "the evaluation card of an SAE, on held-out text")
@@ -33,13 +35,29 @@ def add_commands(root: Commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> Result:
-    from sae_italian.training import load_spec, train
+    from sae_italian.training import spec_from_dict, train
+    from sae_italian.training.config import SUITE_KEY, read_values
     from sae_italian.training.logging import sweep_folder
+    from sae_italian.training.suite import suite_from_dict, train_suite
 
-    spec = load_spec(options.config, *options.overrides)
-    out = options.out or sweep_folder(Path("runs") / Path(options.config).with_suffix("").name)
-    train(spec, out, resume=options.resume, overwrite=options.overwrite)
-    return {"sae": str(out)}, f"SAE: {out}"
+    values = read_values(options.config, *options.overrides)
+    spec = suite_from_dict(values) if SUITE_KEY in values else spec_from_dict(values)
+    if options.dry_run:
+        return _dry_run(spec)
+    out = options.out or sweep_folder(Path("runs") / Path(options.config).name.removesuffix(".yaml"))
+    if SUITE_KEY not in values:
+        train(spec, out, resume=options.resume, overwrite=options.overwrite)
+        return {"sae": str(out)}, f"SAE: {out}"
+    folders = train_suite(spec, out, resume=options.resume, overwrite=options.overwrite)
+    return {"saes": [str(folder) for folder in folders]}, "\n".join(f"SAE: {folder}" for folder in folders)
+
+
+def _dry_run(spec: Any) -> Result:
+    from sae_italian.training.plan import plan_run, plan_suite
+    from sae_italian.training.suite import SuiteSpec
+
+    plan = plan_suite(spec) if isinstance(spec, SuiteSpec) else plan_run(spec)
+    return plan.as_dict(), plan.text()
 
 
 def _evaluate(options: argparse.Namespace) -> Result:

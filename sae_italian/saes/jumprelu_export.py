@@ -17,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_italian.errors import UsageError
-from sae_italian.saes.transcoders import TOPK_TRANSCODER
 from sae_italian.storage import atomic_path
 
 CHUNK = 256  # tokens encoded at once: 65,536 latents of them are 67 MB
 CHECK_EVERY = 5
+TOPK_TRANSCODER = "topk_transcoder"  # its module imports SAELens, which takes seconds
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Shapes: x [batch, d_in]; the encoder as rows W_enc.T [d_sae, d_in], so that a latent is one run of memory;
 W_dec [d_sae, d_out]; values and indices [batch, k]. A step goes
 
-1. pre-activations of a few rows of x at a time, the k largest of each kept (`select.py`); the [batch, d_sae] matrix
+1. pre-activations of a few rows of x at a time, the k largest of each kept (`sparse_select.py`); the [batch, d_sae] matrix
    never exists whole;
 2. decoding: a weighted embedding bag over the k rows of W_dec;
 3. gradients of the values: k dot products per token; of the weights: each latent's row is a weighted sum of the few
@@ -23,14 +23,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_italian.saes.gather import (
+from sae_italian.saes.sparse_products import (
     Workspace,
     exact,
     latent_sums,
     row_dots,
     weighted_rows,
 )
-from sae_italian.saes.select import select_topk
+from sae_italian.saes.sparse_select import select_topk
 
 
 def encode_topk(

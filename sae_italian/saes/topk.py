@@ -15,8 +15,8 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
-from sae_italian.saes.gather import Workspace
 from sae_italian.saes.sparse import decode, encode_rows
+from sae_italian.saes.sparse_products import Workspace
 
 SPARSE_TOPK = "sparse_topk"
 

@@ -116,7 +116,9 @@ class RunSpec(BaseModel):
             given |= {"d_out": self._check_target(hook, "d_out" in fields, model_config)}
         k = given.get("k", getattr(config_class, "k", None))
         if self.k_anneal_share and k is None:
-            raise UsageError(f"k_anneal_share needs an SAE with a k, such as topk; sae.architecture is {architecture!r}.")
+            raise UsageError(
+                f"k_anneal_share needs an SAE with a k, such as topk; sae.architecture is {architecture!r}."
+            )
         if k is not None and not 0 < k < given["d_sae"]:
             raise UsageError(f"sae.k is {k}; it must be above 0 and below sae.d_sae, which is {given['d_sae']}.")
         given |= {"d_in": d_in, "device": self.device, "dtype": given.get("dtype", "float32")}
@@ -258,7 +260,7 @@ def find_config(path: str | Path) -> Path:
         return given
     shipped = configs_folder()
     relative = Path(*given.parts[1:]) if given.parts[:1] == (SITE_PACKAGE_CONFIGS,) else given
-    for candidate in (shipped / relative, (shipped / relative).with_suffix(".yaml")):
+    for candidate in (shipped / relative, shipped / f"{relative}.yaml"):
         if candidate.is_file():
             return candidate
     known = sorted(f"configs/{file.relative_to(shipped).as_posix()}" for file in shipped.rglob("*.yaml"))

@@ -110,7 +110,7 @@ def _init(spec: RunSpec, config: Any, out: Path | None) -> Any:
         "project": spec.wandb_project,
         "name": config.logger.run_name,
         "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
-        "settings": wandb.Settings(console="off", silent=True),
+        "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
     }
     if out is not None:
         given["dir"] = str(out.resolve())  # wandb works in a process and a folder of its own

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sae_italian.storage import atomic_path, read_json, write_json
 from sae_italian.training.annealing import annealed_k, set_k
 from sae_italian.training.checkpoint import Metrics
 from sae_italian.training.config import RunSpec
+from sae_italian.training.logging import RunLog
 from sae_italian.training.stream import ActivationStream
 
 DIVERGED = 10.0  # times the loss at the start, and times the variance of the activations
@@ -54,8 +55,10 @@ class SAERun:
         self._describe(self.sae.cfg.metadata, model)
         self.sae.to(spec.device)
         self.trainer = SAETrainer(cfg=self.config.to_sae_trainer_config(), sae=self.sae, data_provider=iter(()))
+        for group in self.trainer.optimizer.param_groups:
+            group["fused"] = True  # SAELens' Adam in one pass over the parameters, not ten; the same numbers to 1e-7
         self.metrics = Metrics(out / "metrics.jsonl")
-        self.log: Callable[[dict[str, Any], int], None] = lambda row, step: None  # W&B, when asked for
+        self.log = RunLog()  # W&B, when asked for
         self.output: Any = None  # of the last step
         self.start_loss = math.nan
 

@@ -200,7 +200,7 @@ class ActivationStream:
         if self.ended and self.windows.repeat:  # resumed with the corpus to be read again
             empty = torch.ones(self.capacity, dtype=torch.bool)
             empty[self.order] = False
-            self.holes, self.ended = empty.nonzero().squeeze(1), False
+            self.holes, self.order, self.ended = empty.nonzero().squeeze(1), self.order[:0], False
 
 
 def _positions(seqpos_slice: Sequence[int | None], context_size: int) -> Bool[np.ndarray, " context"]:

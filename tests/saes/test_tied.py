@@ -95,8 +95,8 @@ def test_it_finds_planted_directions():
     true = torch.linalg.qr(torch.randn(16, 16))[0]
     sae = TrainingSAE.from_dict(TiedTrainingSAEConfig(d_in=16, d_sae=32, l1_coefficient=0.1).to_dict())
     optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(800):
-        codes = torch.rand(256, 16) * (torch.rand(256, 16) < 0.12)
+    for _ in range(400):
+        codes = torch.rand(128, 16) * (torch.rand(128, 16) < 0.12)
         inputs = TrainStepInput(codes @ true, {"l1": 0.1}, None, 0, False)
         optimizer.zero_grad()
         sae.training_forward_pass(inputs).loss.backward()

@@ -18,6 +18,7 @@ D_IN, D_SAE, BATCH = 24, 333, 70
 def pair(**settings) -> tuple[Any, Any]:
     """The same weights as SAELens' TopK SAE and as ours; every parameter away from its start values."""
     config = {"d_in": D_IN, "d_sae": D_SAE, "k": 4, "dtype": "float64", **settings}
+    torch.manual_seed(0)
     stock: Any = TrainingSAE.from_dict({"architecture": "topk", **config})
     ours = TrainingSAE.from_dict({"architecture": "sparse_topk", **config})
     generator = torch.Generator().manual_seed(0)

@@ -25,8 +25,8 @@ class Planted:
         return self
 
     def __next__(self) -> torch.Tensor:
-        on = torch.rand(512, 40, generator=self.generator) < 0.06
-        x = (on * (0.5 + torch.rand(512, 40, generator=self.generator))) @ self.directions
+        on = torch.rand(256, 40, generator=self.generator) < 0.06
+        x = (on * (0.5 + torch.rand(256, 40, generator=self.generator))) @ self.directions
         return torch.cat([9 * x, 0.2 * x @ self.map + 0.1], dim=-1)
 
 
@@ -37,13 +37,13 @@ def trained(architecture: str, **fields) -> tuple[SAETrainer, Planted]:
         values | {"apply_b_dec_to_input": False, "normalize_activations": "expected_average_only_in"}
     )
     config = SAETrainerConfig(
-        total_training_samples=400 * 512,
-        train_batch_size_samples=512,
-        lr=3e-3,
-        lr_end=3e-4,
+        total_training_samples=150 * 256,
+        train_batch_size_samples=256,
+        lr=1e-2,
+        lr_end=1e-3,
         lr_scheduler_name="constant",
         lr_warm_up_steps=0,
-        lr_decay_steps=100,
+        lr_decay_steps=50,
         n_restart_cycles=1,
         adam_beta1=0.9,
         adam_beta2=0.999,

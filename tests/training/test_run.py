@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -12,7 +13,12 @@ from safetensors.torch import load_file
 
 from sae_italian.errors import UsageError
 from sae_italian.saes import load_sae
-from sae_italian.training import load_config, load_spec, train
+from sae_italian.training import load_config, load_spec, read_run, train
+from sae_italian.training import run as run_module
+from sae_italian.training.checkpoint import Checkpoints
+from sae_italian.training.loop import Loop
+from sae_italian.training.run import open_stream
+from sae_italian.training.sae_run import SAERun
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -74,7 +80,7 @@ def test_the_stock_runner_trains_from_load_config(tmp_path, monkeypatch):
 # --- runs that are killed --------------------------------------------------------------------------------------------
 
 SETTINGS = [
-    "training_tokens=204800",
+    "training_tokens=81920",
     "sae.d_sae=256",
     "train_batch_size_tokens=512",
     "buffer_tokens=4096",
@@ -86,38 +92,71 @@ SETTINGS = [
 ]
 
 
-def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "sae_italian.cli", "train", "mini/topk.yaml", *SETTINGS, "--out", str(out), *more]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return train(load_spec("mini/topk.yaml", *SETTINGS), tmp_path_factory.mktemp("whole") / "sae")
 
 
-def wait_for(condition, process, seconds: float = 90) -> None:
+def start(out: Path, *more: str) -> subprocess.Popen:
+    """Start the run as a user does, with as many threads as this process has."""
+    command = [sys.executable, "-m", "sae_italian.cli", "train", "mini/topk.yaml", *SETTINGS, "--out", str(out), *more]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MKL_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
+
+
+def last_checkpoint(out: Path) -> int:
+    folder = out / "checkpoints"
+    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.is_dir() else 0
+
+
+def logged_steps(out: Path) -> list[int]:
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def wait_for(condition, process, seconds: float = 120) -> None:
     started = time.time()
     while not condition():
         assert process.poll() is None, process.stderr.read()
         assert time.time() - started < seconds
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path, number):
-    whole = train(load_spec("mini/topk.yaml", *SETTINGS), tmp_path / "whole")
+def test_a_killed_run_resumes_to_the_same_weights(whole, tmp_path, number):
     out = tmp_path / "killed"
-    process = subprocess.Popen(command(out), stderr=subprocess.PIPE, text=True)
-    wait_for(
-        lambda: (out / "checkpoints").is_dir() and any(p.name.isdigit() for p in (out / "checkpoints").iterdir()),
-        process,
-    )
+    process = start(out)
+    wait_for(lambda: last_checkpoint(out), process)
     os.kill(process.pid, number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     if number == signal.SIGTERM:
         assert "--resume continues" in error and "Traceback" not in error
     assert not (out / "sae_weights.safetensors").exists()
-    subprocess.run(command(out, "--resume"), check=True, capture_output=True)
+    train(load_spec("mini/topk.yaml", *SETTINGS), out, resume=True)
     assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(0, 400, 10))
+    assert logged_steps(out) == list(range(0, 160, 10))
     assert not (out / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_lose_no_more_than_one_interval(whole, tmp_path):
+    out, random = tmp_path / "killed", Random(0)
+    for _ in range(10):
+        before = logged_steps(out)
+        process = start(out, "--resume")
+        wait_for(lambda before=before: (out / "run.json").exists() and logged_steps(out) != before, process)
+        time.sleep(random.uniform(0, 0.6))
+        if process.poll() is not None:
+            break  # it was faster than the kills
+        process.kill()
+        process.communicate()
+        reached = max(logged_steps(out), default=0) * 512
+        assert last_checkpoint(out) > reached - 5120 or (out / "sae_weights.safetensors").exists()
+    train(load_spec("mini/topk.yaml", *SETTINGS), out, resume=True)
+    assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
+    assert logged_steps(out) == list(range(0, 160, 10))
 
 
 def test_a_folder_with_another_run_is_refused_and_untouched(trained_sae, small_spec, tmp_path):
@@ -142,8 +181,95 @@ def test_resuming_a_finished_run_changes_nothing(trained_sae, small_spec):
 
 def test_a_diverging_run_stops_and_says_so(small_spec, tmp_path):
     spec = small_spec.model_copy(update={"lr": 1e30, "lr_warm_up_steps": 0})
-    with pytest.raises(UsageError, match="lower lr"):
+    with pytest.raises(UsageError, match="diverged. Lower lr .*There was no checkpoint yet"):
         train(spec, tmp_path / "out")
+
+
+def poison(monkeypatch, at_step: int, spoil) -> None:
+    """Let `spoil` change the SAE after a step, as a learning rate that is too high would."""
+    step = SAERun.step
+
+    def poisoned(self, batch):
+        step(self, batch)
+        if self.n_steps == at_step:
+            with torch.no_grad():
+                spoil(self.sae)
+
+    monkeypatch.setattr(SAERun, "step", poisoned)
+
+
+@pytest.mark.parametrize(
+    ("at_step", "spoil", "message"),
+    [
+        (14, lambda sae: sae.W_dec.mul_(1e4), "the loss grew from .* to"),  # seen before the checkpoint of step 20
+        (20, lambda sae: sae.W_enc[0].fill_(float("nan")), "W_enc is no longer finite"),  # by the checkpoint itself
+    ],
+)
+def test_a_bad_state_never_replaces_the_good_checkpoint(small_spec, tmp_path, monkeypatch, at_step, spoil, message):
+    poison(monkeypatch, at_step, spoil)
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=f"{message}.*diverged.*last good checkpoint is .*/5120"):
+        train(small_spec, out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["5120"]
+    saved = load_file(out / "checkpoints" / "5120" / "sae" / "sae_weights.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+def test_checkpoints_by_time(small_spec, tmp_path, monkeypatch):
+    def stop(sae):
+        raise MemoryError
+
+    poison(monkeypatch, 4, stop)
+    spec = small_spec.model_copy(update={"checkpoint_every_tokens": 10**9, "checkpoint_every_minutes": 1e-9})
+    with pytest.raises(MemoryError):
+        train(spec, tmp_path / "out")
+    assert last_checkpoint(tmp_path / "out") == 3 * 512
+
+
+def test_evaluation_while_training_costs_no_training_token(small_spec, trained_sae, tmp_path):
+    spec = small_spec.model_copy(update={"evaluate_every_tokens": 10_240, "evaluate_tokens": 1000})
+    out = train(spec, tmp_path / "out")
+    assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(trained_sae).items())
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    cards = [row for row in rows if "eval/explained_variance" in row]
+    assert [row["step"] for row in cards] == [19, 39] and cards[0]["eval/l0"] == 8
+    assert cards[1]["eval/explained_variance"] > cards[0]["eval/explained_variance"]
+
+
+def test_a_corpus_that_ends_early_saves_the_state_and_can_be_repeated(small_spec, tmp_path, jsonl, monkeypatch):
+    monkeypatch.setattr(run_module, "check_length", lambda *_: None)  # as for a corpus of the hub
+    spec = small_spec.model_copy(update={"corpus": str(jsonl), "training_tokens": 40_960})
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="the corpus ended after .* of the 40,960 training_tokens; the state is saved"):
+        train(spec, out)
+    assert last_checkpoint(out) > 10_000
+    again = spec.model_copy(update={"repeat_corpus": True})
+    assert (train(again, out, resume=True) / "sae_weights.safetensors").is_file()
+    assert read_run(out)["spec"]["repeat_corpus"] is True
+
+
+def test_several_saes_on_one_stream_are_what_each_is_alone(small_spec, mini, trained_sae, tmp_path):
+    """Also when the group is stopped half-way and resumed."""
+    spec = small_spec.model_copy(update={"checkpoint_every_tokens": 10**9})
+    hooks = ["blocks.0.hook_resid_post", spec.hook_name]
+
+    def group():
+        runs = {name: SAERun(spec.model_copy(update={"hook_name": name}), mini, tmp_path / name) for name in hooks}
+        for run in runs.values():
+            run.out.mkdir(exist_ok=True)
+        return Loop(runs, open_stream(spec, mini, hooks), Checkpoints(tmp_path, spec.model_dump()))
+
+    first = group()
+    first.runs[hooks[0]].log = lambda row, step: setattr(first, "interrupted", step >= 20)
+    with pytest.raises(KeyboardInterrupt, match="saved at 10,752 tokens"):
+        first.fit()
+    second = group()
+    assert second.resume()
+    second.fit()
+    second.finish()
+    assert all(torch.equal(w, weights(tmp_path / hooks[1])[name]) for name, w in weights(trained_sae).items())
+    alone = train(spec.model_copy(update={"hook_name": hooks[0]}), tmp_path / "alone")
+    assert all(torch.equal(w, weights(tmp_path / hooks[0])[name]) for name, w in weights(alone).items())
 
 
 def test_norm_scaling_is_folded_into_the_saved_weights(small_spec, tmp_path, mini):

@@ -1,7 +1,10 @@
+import copy
+from itertools import islice
+
 import pytest
 import torch
 
-from sae_italian.corpora import iter_documents
+from sae_italian.corpora import CorpusStream, Reader, iter_documents, pack
 from sae_italian.errors import UsageError
 from sae_italian.models.activations import read_activations
 from sae_italian.training import ActivationStream
@@ -14,8 +17,6 @@ def stream(mini, corpus, **changes):
 
 def test_batches_are_the_models_activations_each_once(mini, jsonl):
     """Over a whole buffer's worth, the rows served are rows the model gave, and none comes twice."""
-    from sae_italian.corpora import pack
-
     source = stream(mini, jsonl)
     served = torch.cat([next(source) for _ in range(16)])
     blocks = pack(iter_documents(jsonl), mini.tokenizer, 32, windows_per_block=4)
@@ -57,12 +58,190 @@ def test_a_corpus_is_read_again_when_it_ends_unless_told_otherwise(mini, tmp_pat
     for _ in range(40):
         next(again)
     once = stream(mini, tmp_path / "a.txt", repeat=False)
-    with pytest.raises(UsageError, match="ended after 689 tokens"):
+    served = []
+    with pytest.raises(UsageError, match="the corpus ended after 689 tokens"):
         for _ in range(40):
-            next(once)
+            served.append(len(next(once)))
+    blocks = pack(iter_documents(tmp_path / "a.txt"), mini.tokenizer, 32)
+    assert sum(served) == sum(int((block.tokens != mini.tokenizer.bos_token_id).sum()) for block in blocks) == 689
+    assert set(served[:-1]) == {64}
+
+
+def test_a_stream_saved_at_the_end_of_its_corpus_goes_on_when_asked_to_repeat(mini, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"La casa numero {i} è bella e grande." for i in range(60)))
+    once = stream(mini, tmp_path / "a.txt", repeat=False)
+    for _ in range(9):
+        next(once)
+    assert once.ended
+    once.save(tmp_path)
+    expected = [next(once) for _ in range(2)]
+    goes_on, ends = (stream(mini, tmp_path / "a.txt", repeat=repeat) for repeat in (True, False))
+    goes_on.load(tmp_path)
+    ends.load(tmp_path)
+    assert all(torch.equal(next(ends), batch) for batch in expected)
+    with pytest.raises(UsageError, match="ended after 689"):
+        next(ends)
+    assert all(len(next(goes_on)) == 64 for batch in range(20))
 
 
 def test_a_corpus_shorter_than_one_window(mini, tmp_path):
     (tmp_path / "a.txt").write_text("ciao")
     with pytest.raises(UsageError, match="too short"):
         next(stream(mini, tmp_path / "a.txt"))
+
+
+HOOKS = ["blocks.0.hook_resid_post", "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out"]
+
+
+def several(mini, corpus, **changes):
+    settings = {"context_size": 32, "batch_size": 64, "forward_windows": 4, "buffer_tokens": 512, "seed": 3} | changes
+    return ActivationStream(mini, lambda: iter_documents(corpus), HOOKS, **settings)
+
+
+def test_several_hooks_give_the_same_tokens_as_one_by_one(mini, jsonl):
+    together, alone = several(mini, jsonl), [several_at(mini, jsonl, name) for name in HOOKS]
+    for _ in range(12):
+        batch = next(together)
+        assert list(batch) == HOOKS
+        for name, one in zip(HOOKS, alone, strict=True):
+            assert torch.equal(batch[name], next(one))
+
+
+def several_at(mini, corpus, name):
+    return ActivationStream(
+        mini, lambda: iter_documents(corpus), name, context_size=32, batch_size=64, forward_windows=4,
+        buffer_tokens=512, seed=3,
+    )  # fmt: skip
+
+
+def test_one_forward_pass_serves_all_hooks_and_stops_after_the_last(mini, jsonl):
+    calls = {"embed": 0, "mlp": 0, "last": 0}
+
+    def count(name):
+        return lambda *_: calls.__setitem__(name, calls[name] + 1)
+
+    modules = {"embed": mini.model.embed_tokens, "mlp": mini.model.layers[2].mlp, "last": mini.model.layers[3]}
+    handles = [module.register_forward_pre_hook(count(name)) for name, module in modules.items()]
+    source = several(mini, jsonl)
+    for _ in range(12):
+        next(source)
+    for handle in handles:
+        handle.remove()
+    assert calls == {"embed": source.windows.n_blocks, "mlp": source.windows.n_blocks, "last": 0}
+
+
+def test_the_buffer_is_of_the_size_asked_for_and_allocated_once(mini, jsonl):
+    source = stream(mini, jsonl, buffer_tokens=500, batch_size=300)
+    (rows,) = source.buffer.values()
+    before = rows.data_ptr()
+    for _ in range(10):
+        assert next(source).shape == (300, mini.config.hidden_size)
+    (rows,) = source.buffer.values()
+    assert rows.data_ptr() == before and rows.shape == (500, mini.config.hidden_size)
+    with pytest.raises(UsageError, match="buffer_tokens is 100, less than one batch of 300"):
+        stream(mini, jsonl, buffer_tokens=100, batch_size=300)
+
+
+def known_rows(mini, corpus, keep, n_blocks=50):
+    rows = set()
+    for block in islice(pack(iter_documents(corpus), mini.tokenizer, 32, windows_per_block=4), n_blocks):
+        acts = read_activations(mini, torch.from_numpy(block.tokens), "blocks.1.hook_resid_post")
+        rows |= {tuple(row[:6].tolist()) for row in acts[torch.from_numpy(keep(block.tokens))]}
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "keep"),
+    [
+        ({"seqpos_slice": (8, 20, 3)}, lambda tokens: at(tokens, slice(8, 20, 3)) & (tokens != 1)),
+        ({"exclude_special_tokens": False}, lambda tokens: tokens >= 0),
+        ({"exclude_special_tokens": [1, 50]}, lambda tokens: (tokens != 1) & (tokens != 50)),
+    ],
+)
+def test_positions_and_tokens_are_left_out_as_asked(mini, jsonl, changes, keep):
+    assert mini.tokenizer.bos_token_id == 1
+    source = stream(mini, jsonl, **changes)
+    served = {tuple(row[:6].tolist()) for _ in range(4) for row in next(source)}
+    allowed = known_rows(mini, jsonl, keep)
+    assert served <= allowed
+    if "seqpos_slice" not in changes:
+        everything = known_rows(mini, jsonl, lambda tokens: tokens >= 0)
+        bos = known_rows(mini, jsonl, lambda tokens: tokens == 1) - known_rows(mini, jsonl, lambda tokens: tokens != 1)
+        assert bool(served & bos) == (allowed == everything)
+
+
+def at(tokens, positions):
+    mask = tokens < 0
+    mask[:, positions] = True
+    return mask
+
+
+def test_a_slice_that_keeps_nothing_is_refused(mini, jsonl):
+    with pytest.raises(UsageError, match="keeps no position of a window of 32 tokens"):
+        stream(mini, jsonl, seqpos_slice=(40, 50))
+
+
+def test_bfloat16_stays_bfloat16(jsonl):
+    from sae_italian.models import load_model
+
+    source = stream(load_model("sae-italian-mini", dtype="bfloat16"), jsonl)
+    assert next(source).dtype == torch.bfloat16
+    assert {rows.dtype for rows in source.buffer.values()} == {torch.bfloat16}
+
+
+class Counted(CorpusStream):
+    n_drawn = 0
+
+    def __next__(self):
+        self.n_drawn += 1
+        return super().__next__()
+
+
+def test_reading_ahead_changes_nothing_and_a_corpus_is_resumed_at_its_place(mini, jsonl, tmp_path):
+    opened = []
+
+    def documents():
+        opened.append(Counted(jsonl, Reader(split="train")))
+        return opened[-1]
+
+    def source(ahead):
+        return ActivationStream(
+            mini, documents, HOOKS[0], context_size=32, batch_size=64, forward_windows=4, buffer_tokens=512, ahead=ahead
+        )
+
+    first, other = source(2), source(0)
+    for _ in range(90):
+        assert torch.equal(next(first), next(other))
+    first.save(tmp_path)
+    expected = [next(first) for _ in range(60)]
+    for ahead in (0, 2):
+        again = source(ahead)
+        again.load(tmp_path)
+        assert torch.equal(next(again), expected[0])
+        for batch in expected[1:]:
+            assert torch.equal(next(again), batch)
+    fresh = source(0)
+    fresh.load(tmp_path)
+    next(fresh.windows)
+    assert opened[1].n_drawn >= 128 and opened[-1].n_drawn <= 64  # not from the first document again
+
+
+def test_activations_that_are_not_finite_are_named(mini, jsonl):
+    broken = copy.deepcopy(mini)
+    broken.tokenizer = mini.tokenizer
+    first = next(pack(iter_documents(jsonl), mini.tokenizer, 32, windows_per_block=4)).tokens
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[first[2, 7]] = float("nan")
+    window = int((first == first[2, 7]).any(axis=1).nonzero()[0][0])
+    with pytest.raises(UsageError, match=f"'blocks.1.hook_resid_post' are not finite: window {window} .*float32"):
+        next(stream(broken, jsonl))
+
+
+def test_saelens_own_trainer_takes_the_stream(mini, jsonl, small_spec):
+    from sae_lens import SAETrainer, TrainingSAE
+
+    config = small_spec.model_copy(update={"training_tokens": 2048}).to_saelens()
+    sae = TrainingSAE.from_dict(config.get_training_sae_cfg_dict())
+    trainer = SAETrainer(config.to_sae_trainer_config(), sae, stream(mini, jsonl, batch_size=512))
+    trainer.fit()
+    assert trainer.n_training_samples == 2048

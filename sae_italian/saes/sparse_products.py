@@ -6,6 +6,8 @@ rows [n, d], other [batch, d].
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -123,4 +125,13 @@ def _has_csr(tensor: Tensor) -> bool:
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    _say_beta_once()
     return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+@cache
+def _say_beta_once() -> None:
+    """Let PyTorch give its one warning per process about compressed sparse tensors where nobody sees it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1), check_invariants=False)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sae_italian.saes.gather import chunks
+from sae_italian.saes.sparse_products import chunks
 
 BLOCKS_FROM = 16  # d_sae / k from which two small top-k are faster than one
 

@@ -1,0 +1,175 @@
+"""Suites: names, groups that fit the memory, one pass for several SAEs, and groups that are resumed."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae_italian.cli import main
+from sae_italian.errors import UsageError
+from sae_italian.saes import load_sae
+from sae_italian.training import train
+from sae_italian.training.loop import Loop
+from sae_italian.training.memory import memory_of, n_parameters
+from sae_italian.training.suite import load_suite, train_group, train_suite
+
+SMALL = (
+    "expansions=[1, 2]",
+    "training_tokens=5120",
+    "train_batch_size_tokens=512",
+    "buffer_tokens=2048",
+    "store_batch_size_prompts=8",
+    "lr_decay_steps=2",
+    "lr_warm_up_steps=2",
+)
+
+
+def small(*more: str):
+    return load_suite("mini/suite", *SMALL, *more)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "sae_weights.safetensors")
+
+
+def test_members_are_named_as_in_llama_scope():
+    members = load_suite("mini/suite", "layers=[1, 3]", "sites=[R, A, M, TC]", "expansions=[0.5, 32]").members()
+    assert list(members)[:4] == ["L1R-0.5x", "L1R-32x", "L1A-0.5x", "L1A-32x"] and len(members) == 16
+    assert members["L3A-32x"].hook_name == "blocks.3.hook_attn_out" and members["L3A-32x"].sae["d_sae"] == 4096
+    assert members["L1M-0.5x"].hook_name == "blocks.1.hook_mlp_out" and members["L1M-0.5x"].sae["d_sae"] == 64
+    transcoder = members["L3TC-32x"]
+    assert (transcoder.hook_name, transcoder.hook_name_out) == ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")
+    assert transcoder.sae["architecture"] == "topk_transcoder"
+    assert members["L1R-32x"].sae["decoder_init_norm"] == 0.25, "sqrt(2 / 32)"
+    assert set(load_suite("mini/suite", "layers=all").members()) >= {"L0R-4x", "L3TC-8x"}
+
+
+def test_groups_are_as_large_as_fits_and_together_whole():
+    suite = small()
+    names = list(suite.members())
+    assert suite.groups() == [names], "all of it fits one GB"
+    one = max(memory_of([spec]).total_gb for spec in suite.members().values())
+    tight = small(f"memory_gb={1.5 * one}")
+    groups = tight.groups()
+    assert len(groups) > 1 and [name for group in groups for name in group] == names
+    for group, after in zip(groups, [*groups[1:], None], strict=True):
+        specs = [tight.members()[name] for name in group]
+        assert memory_of(specs).total_gb <= tight.memory_gb
+        if after:
+            assert memory_of([*specs, tight.members()[after[0]]]).total_gb > tight.memory_gb, "one more would not fit"
+
+
+def test_memory_is_reckoned_from_shapes(mini):
+    memory = memory_of([small().members()["L1TC-2x"]])
+    assert memory.saes_gb == pytest.approx(16 * 256 * (128 + 128 + 1) / 1e9)
+    assert memory.buffer_gb == pytest.approx(2 * 2048 * 128 * 4 / 1e9), "two hooks"
+    n = sum(parameter.numel() for parameter in mini.parameters())
+    assert n_parameters("sae-italian-mini") == n and memory.model_gb == pytest.approx(4 * n / 1e9)
+
+
+def test_a_suite_trains_on_one_pass_and_each_sae_loads(tmp_path, capsys):
+    out = tmp_path / "suite"
+    assert main(["train", "mini/suite", *SMALL, "layers=[1]", "--out", str(out), "--json"]) == 0
+    names = ["L1R-1x", "L1R-2x", "L1TC-1x", "L1TC-2x"]
+    assert json.loads(capsys.readouterr().out)["saes"] == [str(out / name) for name in names]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "run.json"], "nothing else is left"
+    transcoder = load_sae(out / "L1TC-2x")
+    assert transcoder.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out" and transcoder.cfg.d_sae == 256
+    assert load_sae(out / "L1R-1x").cfg.architecture() == "topk"
+    assert json.loads((out / "L1R-2x" / "run.json").read_text())["kind"] == "train"
+
+
+def test_together_or_alone_the_weights_are_the_same(tmp_path):
+    """SAEs of a group see the batches that a run of their own would see, from the same start."""
+    suite = small("layers=[1]", "sites=[R]")
+    together = train_suite(suite, tmp_path / "suite")
+    alone = train(suite.members()["L1R-2x"], tmp_path / "alone")
+    assert all(torch.equal(value, weights(alone)[name]) for name, value in weights(together[1]).items())
+
+
+def test_a_group_is_a_unit_of_work_and_resumes_where_it_was_stopped(tmp_path, monkeypatch):
+    suite = small("layers=[1]", "sites=[R]", "checkpoint_every_tokens=1024")
+    whole = train_suite(suite, tmp_path / "whole")
+    function, spec, index, out = pickle.loads(pickle.dumps((train_group, suite, 0, tmp_path / "stopped")))
+    original, calls = Loop._step, []
+
+    def stop_at_seven(self):
+        calls.append(self.first.n_steps)
+        if self.first.n_steps == 7:
+            raise OSError("the machine went away")
+        original(self)
+
+    monkeypatch.setattr(Loop, "_step", stop_at_seven)
+    with pytest.raises(OSError, match="went away"):
+        function(spec, index, out)
+    assert list((out / "group-000" / "checkpoints").iterdir()), "a state was saved"
+    with pytest.raises(UsageError, match="--resume"):
+        load_sae(out / "L1R-1x")
+    monkeypatch.setattr(Loop, "_step", original)
+    folders = function(spec, index, out)
+    for left, right in zip(folders, whole, strict=True):
+        assert all(torch.equal(value, weights(right)[name]) for name, value in weights(left).items())
+    stamp = (folders[0] / "sae_weights.safetensors").stat().st_mtime_ns
+    assert function(spec, index, out) == folders
+    assert (folders[0] / "sae_weights.safetensors").stat().st_mtime_ns == stamp, "a finished group is left alone"
+    assert not (out / "group-000").exists()
+
+
+def test_the_dry_run_prints_groups_tokens_memory_and_time_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "mini/suite", *SMALL, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    (group,) = plan["groups"]
+    assert group["names"] == list(small().members()) and group["tokens"] == 5120
+    assert 0 < group["memory_gb"] < plan["memory_gb"] == 1 and plan["seconds"] > 0 and "tokens/s" in plan["note"]
+    assert main(["train", "mini/gated", "sae.d_sae=128", "train_batch_size_tokens=512", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "400,000 tokens" in text and "1 SAE in 1 group;" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_without_the_model_says_why_there_is_no_time(monkeypatch):
+    from sae_italian.training import plan
+
+    def unreachable(*_args, **_kwargs):
+        raise UsageError("the weights can be neither found nor fetched")
+
+    monkeypatch.setattr(plan, "load_model", unreachable)
+    result = plan.plan_suite(small())
+    assert result.seconds is None and "neither found nor fetched" in result.text() and "time unknown" in result.text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["memory_gb=0.001"],
+            r"L1R-1x alone needs 0\.0\d GB \(saes 0\.00.*more than memory_gb 0\.001.*Raise memory_gb",
+        ),
+        (["layers=[1, 2, 1]"], "L1R-1x comes twice.*layers holds 1 2 times"),
+        (["expansions=[2, 2.0]"], "L1R-2x comes twice.*expansions holds 2.0 2 times"),
+        (["layers=[1, 4]"], "L4R-1x: .*layers 0 to 3"),
+        (["sites=[R, Q]"], "site 'Q' is unknown"),
+        (["sae.architecture=gated", "sae={architecture: gated}"], "site TC: no transcoder.*'gated'"),
+        (["hook_name=blocks.1.hook_resid_post"], "'hook_name' is not set in a suite"),
+        (["expansion=[2]"], "unknown key 'expansion' in the suite. Did you mean 'expansions'"),
+        (["lr=-1"], "config key 'lr'"),
+        (["memory_gb=0"], "config key 'memory_gb'"),
+        (["sae.k=200"], "below sae.d_sae"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(overrides, message):
+    with pytest.raises(UsageError, match=message) as error:
+        small(*overrides).groups()
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_is_no_suite_and_a_suite_no_run(tmp_path):
+    from sae_italian.training import load_spec
+
+    with pytest.raises(UsageError, match="this config is a suite"):
+        load_spec("mini/suite")
+    with pytest.raises(UsageError, match="'hook_name' is not set in a suite"):
+        load_suite("mini/topk")
