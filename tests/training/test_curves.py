@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 
 from sae_italian.cli import main
 from sae_italian.errors import UsageError
@@ -21,6 +22,7 @@ from sae_italian.training.curves import (
     read_curve,
     recipes,
     record,
+    recorded,
     same_recipe,
     shortened,
 )
@@ -32,7 +34,6 @@ def test_every_recipe_has_its_curve():
     for recipe in recipes():
         reference = load_reference(recipe)
         assert same_recipe(reference.spec, load_spec(recipe).model_dump(mode="json")), f"{recipe} has changed"
-        assert reference.full is not None, f"{recipe} has a short curve only"
     stray = {f"mini/{file.stem}" for file in (configs_folder() / "mini" / "curves").glob("*.json")} - set(recipes())
     assert not stray
 
@@ -46,7 +47,7 @@ def test_a_shortened_recipe_trains_along_its_curve(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("recipe", recorded())
 def test_a_recipe_trains_along_its_curve(recipe, tmp_path):
     folder = train(load_spec(recipe), tmp_path / "sae")
     report = compare(folder, recipe)
@@ -55,13 +56,14 @@ def test_a_recipe_trains_along_its_curve(recipe, tmp_path):
     assert reference is not None and outside(read_curve(folder), reference) == []
 
 
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("recipe", recorded())
 def test_the_reference_itself_is_healthy(recipe, tmp_path):
     reference = load_reference(recipe)
     assert reference.full is not None
     report = compare(written(tmp_path, reference.full, reference.spec), recipe)
     assert report.findings == () and "healthy" in report.text()
     assert reference.full.values["explained_variance"][-1] > 0.5 and reference.full.share[-1] > 0.95
+    assert same_recipe(load_reference(nearest_reference(reference.spec)).spec, reference.spec)
 
 
 def written(folder, curve: Curve, spec: dict, **changes):
@@ -85,9 +87,18 @@ def written(folder, curve: Curve, spec: dict, **changes):
 
 
 @pytest.fixture(scope="module")
-def topk():
-    reference = load_reference("mini/topk")
-    return Curve(reference.short.share, reference.short.values) if reference.full is None else reference.full
+def healthy(tmp_path_factory, small_spec):
+    """A recipe with a curve as one would draw it: loss falls, explained variance rises to 0.9, a few latents die."""
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "own.yaml").write_text(yaml.safe_dump(small_spec.model_dump(mode="json", exclude_none=True)))
+    share = np.linspace(0.02, 1, 50)
+    values = {"loss": 100 * np.exp(-3 * share), "l0": 8 + 0 * share, "dead": 0.05 * share}
+    curve = Curve(share, {**values, "explained_variance": 0.9 * (1 - np.exp(-5 * share))})
+    spec = small_spec.model_dump(mode="json")
+    plain = {"recipe": "r/own", "spec": spec, "short": curve.as_dict(), "full": curve.as_dict()}
+    (folder / "curves").mkdir()
+    (folder / "curves" / "own.json").write_text(json.dumps(plain))
+    return str(folder / "own.yaml"), curve, spec
 
 
 def ramp(x):
@@ -98,53 +109,67 @@ SICK = {
     "dead": (lambda x: x + 0.5 * ramp(x), "dead latents are .* and rising"),
     "l0": (lambda x: x * 0.7, "L0 is 5.6, off k = 8"),
     "explained_variance": (lambda x: x - 0.2, "explained variance is .*, below"),
-    "loss": (lambda x: x * (1 + 9 * ramp(x) ** 4), "diverging"),
+    "loss": (lambda x: x * (1 + 40 * ramp(x) ** 4), "diverging"),
 }
 
 
 @pytest.mark.parametrize("name", SICK)
-def test_what_is_off_is_said(name, topk, tmp_path):
+def test_what_is_off_is_said(name, healthy, tmp_path):
     change, words = SICK[name]
-    report = compare(written(tmp_path / "run", topk, load_reference("mini/topk").spec, **{name: change}), "mini/topk")
+    recipe, curve, spec = healthy
+    report = compare(written(tmp_path / "run", curve, spec, **{name: change}), recipe)
     assert len(report.findings) == 1 and re.search(words, report.findings[0])
     assert f"! {report.findings[0]}" in report.text()
+    assert outside(report.curve, report.reference)
 
 
-def test_a_loss_that_is_not_finite(topk, tmp_path):
-    def broken(x):
-        return np.append(x[:-1], np.nan)
-
-    report = compare(written(tmp_path / "run", topk, load_reference("mini/topk").spec, loss=broken), "mini/topk")
+def test_a_loss_that_is_not_finite(healthy, tmp_path):
+    recipe, curve, spec = healthy
+    report = compare(written(tmp_path / "run", curve, spec, loss=lambda x: np.append(x[:-1], np.nan)), recipe)
     assert "not finite" in report.findings[0]
 
 
-def test_the_command_draws_and_says(topk, tmp_path, capsys):
-    run = written(tmp_path / "run", topk, load_reference("mini/topk").spec)
-    assert main(["curves", str(run), "--reference", "mini/topk"]) == 0
+def test_an_l1_saes_l0_is_held_against_the_curve(healthy, tmp_path):
+    recipe, curve, spec = healthy
+    sae = {"architecture": "standard", "d_sae": 256, "l1_coefficient": 1.0}
+    run = written(tmp_path / "run", curve, {**spec, "sae": sae}, l0=lambda x: 5 * x)
+    assert compare(run, recipe).findings == ("L0 is 40 where 8 is healthy: raise sae.l1_coefficient.",)
+
+
+def test_a_run_half_done_is_held_against_half_the_curve(healthy, tmp_path):
+    recipe, curve, spec = healthy
+    half = Curve(curve.share[:25], {name: values[:25] for name, values in curve.values.items()})
+    report = compare(written(tmp_path / "run", half, spec), recipe)
+    assert report.findings == () and "50 % of the training" in report.text()
+
+
+def test_the_command_draws_and_says(healthy, tmp_path, capsys):
+    recipe, curve, spec = healthy
+    run = written(tmp_path / "run", curve, spec)
+    assert main(["curves", str(run), "--reference", recipe]) == 0
     out = capsys.readouterr().out
     assert "healthy: nothing is off" in out and "explained_variance" in out
     svg = (run / "curves.svg").read_text()
-    assert "<svg" in svg and "varianza spiegata" in svg and "healthy · sano (mini/topk)" in svg
-    assert main(["curves", str(run), "--out", str(tmp_path / "x.svg"), "--json"]) == 0
+    assert "<svg" in svg and "varianza spiegata" in svg and "healthy · sano" in svg
+    picture = tmp_path / "x.svg"
+    assert main(["curves", str(run), "--reference", recipe, "--out", str(picture), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
-    assert value["findings"] == [] and value["recipe"] == "mini/topk" and value["same_recipe"]
-    assert (tmp_path / "x.svg").read_text() == svg  # the same numbers, the same bytes
+    assert value["findings"] == [] and value["same_recipe"] and value["last"]["l0"] == 8
+    assert picture.read_text() == svg  # the same numbers, the same bytes
 
 
-def test_another_model_is_held_against_the_same_architecture(topk, tmp_path):
-    spec = {**load_reference("mini/topk").spec, "model": "minerva-350m"}
-    spec["sae"] = {**spec["sae"], "architecture": "sparse_topk", "k": 9}
-    assert load_reference(nearest_reference(spec)).spec["sae"]["architecture"] in ("topk", "sparse_topk")
-    report = compare(written(tmp_path / "run", topk, spec), "mini/topk")
-    assert not report.same_recipe and "three times as wide" in report.text()
-    spec["sae"]["architecture"] = "unheard_of"
+def test_another_model_has_wider_bands(healthy, tmp_path):
+    recipe, curve, spec = healthy
+    run = written(tmp_path / "run", curve, {**spec, "model": "minerva-350m"}, dead=lambda x: x + 0.08)
+    report = compare(run, recipe)
+    assert not report.same_recipe and report.findings == () and "three times as wide" in report.text()
+    assert compare(written(tmp_path / "same", curve, spec, dead=lambda x: x + 0.08), recipe).findings
+    other = {**spec, "sae": {**spec["sae"], "architecture": "unheard_of"}}
     with pytest.raises(UsageError, match="--reference, one of mini/"):
-        compare(written(tmp_path / "other", topk, spec))
+        compare(written(tmp_path / "other", curve, other))
 
 
 def test_recording_writes_what_is_read(tmp_path, small_spec):
-    import yaml
-
     (tmp_path / "r").mkdir()
     recipe = tmp_path / "r" / "own.yaml"
     recipe.write_text(yaml.safe_dump(small_spec.model_dump(mode="json", exclude_none=True)))
