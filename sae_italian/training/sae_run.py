@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class SAERun:
         self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict())
         self._describe(self.sae.cfg.metadata, model)
         self.sae.to(spec.device)
-        self.trainer = SAETrainer(cfg=self.config.to_sae_trainer_config(), sae=self.sae, data_provider=iter(()))
+        self.trainer = SAETrainer(cfg=_without_wandb(self.config), sae=self.sae, data_provider=iter(()))
         for group in self.trainer.optimizer.param_groups:
             group["fused"] = True  # SAELens' Adam in one pass over the parameters, not ten; the same numbers to 1e-7
         self.metrics = Metrics(out / "metrics.jsonl")
@@ -204,6 +205,13 @@ class SAERun:
         os.replace(staging / "cfg.json", self.out / "cfg.json")
         os.replace(staging / "sae_weights.safetensors", self.out / "sae_weights.safetensors")
         shutil.rmtree(staging)
+
+
+def _without_wandb(config: Any) -> Any:
+    """Return the trainer's config; W&B is told by our log, else SAELens uploads every checkpoint to whatever run is open."""
+    trainer_config = config.to_sae_trainer_config()
+    trainer_config.logger = replace(trainer_config.logger, log_to_wandb=False)
+    return trainer_config
 
 
 def _fold(sae: Any, scaler: Any) -> None:

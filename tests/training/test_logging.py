@@ -139,12 +139,8 @@ def test_what_a_sweep_starts_trains_and_logs_its_metric(file, logged_out, tmp_pa
     swept = [part for part in command if part.split("=")[0] in config["parameters"]]
     extra = FEW_STEPS if "sae.d_sae" in config["parameters"] else (*FEW_STEPS, "sae.d_sae=256")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
-    monkeypatch.setenv("WANDB_RUN_ID", "first")
     assert main([*command[1:], *extra]) == 0, capsys.readouterr().err
-    (folder,) = (
-        tmp_path.glob("runs/*/first") if list(tmp_path.glob("runs/*/first")) else tmp_path.glob("runs/*/*/first")
-    )
+    (folder,) = {file.parent for file in tmp_path.glob("runs/**/run.json")}
     logged = OfflineRun(folder)
     assert any(config["metric"]["name"] in row for row in logged.rows)
     spec = json.loads((folder / "run.json").read_text())["spec"]
