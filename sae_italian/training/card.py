@@ -130,7 +130,8 @@ class EvaluationCard:
             f"# Evaluation card: {self.sae}",
             "",
             f"{self.model}, {where}, {self.d_sae:,} latents; {self.n_tokens:,} tokens of {self.n_documents:,} "
-            f"{self.split} documents of {self.corpus}, context {self.context_size}; 95 % intervals over documents.",
+            f"{self.split} documents of {self.corpus}, context {self.context_size}; 95 % intervals over documents."
+            + (f" Losses and KL on the first {self.n_loss_tokens:,}." if self.n_loss_tokens < self.n_tokens else ""),
             "",
             *self.table(),
             "",

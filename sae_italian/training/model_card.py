@@ -114,7 +114,8 @@ def _italian(card: EvaluationCard, cfg: dict[str, Any], spec: dict[str, Any]) ->
         + f" di {card.model}"
         + (f", addestrato su {trained}." if trained else "."),
         f"Misurato su {_thousands(card.n_tokens)} token di testo mai visto ({_thousands(card.n_documents)} documenti), "
-        f"finestre di {card.context_size}, senza token speciali; intervalli al 95 % per ricampionamento dei documenti.",
+        f"finestre di {card.context_size}, senza token speciali; intervalli al 95 % per ricampionamento dei documenti."
+        + (f" Perdite e KL sui primi {_thousands(card.n_loss_tokens)}." if card.n_loss_tokens < card.n_tokens else ""),
         "I latenti descrivono questo modello su questo testo: non sono stati verificati altrove.",
     ]
 
@@ -127,7 +128,8 @@ def _english(card: EvaluationCard, cfg: dict[str, Any], spec: dict[str, Any]) ->
         "",
         f"A sparse autoencoder ({cfg.get('architecture')}) of {card.d_sae:,} latents at {where} of {card.model}{trained}.",
         f"Measured on {card.n_tokens:,} tokens of held-out text ({card.n_documents:,} documents), windows of "
-        f"{card.context_size}, without special tokens; 95 % intervals, bootstrapped over documents.",
+        f"{card.context_size}, without special tokens; 95 % intervals, bootstrapped over documents."
+        + (f" Losses and KL on the first {card.n_loss_tokens:,}." if card.n_loss_tokens < card.n_tokens else ""),
         "The latents describe this model on this text; they have not been checked elsewhere.",
     ]
 

@@ -87,8 +87,8 @@ def test_a_resumed_run_keeps_its_id_and_a_failed_one_says_so(small_spec, logged_
     first = OfflineRun(tmp_path)
     assert first.exit_code == 1
     first.file.unlink()
-    with open_logger(spec, spec.to_saelens(), tmp_path):
-        pass
+    with open_logger(spec, spec.to_saelens(), tmp_path) as log:
+        log({"metrics/l0": 8.0}, 10)
     assert OfflineRun(tmp_path).id == first.id
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,15 @@ class OfflineRun:
         self.config: dict[str, Any] = {}
         self.artifacts: list[tuple[str, list[str]]] = []
         self.id = self.exit_code = None
-        for payload in payloads(self.file.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(payload)
-            self._take(record, record.WhichOneof("record_type"))
+        deadline = time.monotonic() + 20  # wandb's own process may still be writing when `finish` returns
+        while self.exit_code is None and time.monotonic() < deadline:
+            self.rows.clear()
+            self.artifacts.clear()
+            for payload in payloads(self.file.read_bytes()):
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(payload)
+                self._take(record, record.WhichOneof("record_type"))
+            time.sleep(0.05)
 
     def _take(self, record: Any, kind: str | None) -> None:
         if kind == "history":
