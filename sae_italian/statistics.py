@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 
 class Estimate(NamedTuple):
@@ -43,11 +43,7 @@ def bootstrap(
         rng = np.random.default_rng(seed)
         weights = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_samples)
         resampled = statistic(weights @ sums)
-    resampled = resampled[np.isfinite(resampled)]
-    if len(resampled) == 0:
-        return Estimate(value, float("nan"), float("nan"))
-    lo, hi = np.quantile(resampled, (0.025, 0.975))
-    return Estimate(value, float(lo), float(hi))
+    return interval(value, resampled)
 
 
 def mean_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Estimate:
@@ -69,3 +65,46 @@ def wilson(successes: int, n: int) -> Estimate:
     lo = 0.0 if successes == 0 else float(centre - half)  # exact at the ends, where rounding would leave 1e-17
     hi = 1.0 if successes == n else float(centre + half)
     return Estimate(share, lo, hi)
+
+
+class StreamingBootstrap:
+    """Sums of quantities over clusters (documents) that arrive bit by bit, and their resamples; memory does not grow.
+
+    Each cluster enters each resample Poisson(1) times, always the same number of times for the same cluster, so that it
+    may arrive in parts. For many clusters this is the multinomial bootstrap of `bootstrap` (Oza and Russell 2001).
+    """
+
+    def __init__(self, width: int, *, n_samples: int = 1000, seed: int = 0, dtype: Any = np.float64):
+        self.seed, self.n_samples, self.dtype = seed, n_samples, dtype
+        self.total = np.zeros((1, width), dtype)
+        self.resampled = np.zeros((n_samples, width), dtype)
+
+    def weights(self, clusters: Int[np.ndarray, " clusters"]) -> Float[np.ndarray, "samples clusters"]:
+        """Return how often each resample holds each of the clusters, which are named by their numbers."""
+        rows = [np.random.default_rng((self.seed, int(cluster))).poisson(1.0, self.n_samples) for cluster in clusters]
+        return np.array(rows, dtype=self.dtype).T.reshape(self.n_samples, len(rows))
+
+    def add(self, clusters: Int[np.ndarray, " clusters"], sums: Float[np.ndarray, "clusters width"]) -> None:
+        """Add sums of some clusters, each named once per call."""
+        self.total += sums.sum(axis=0)
+        self.resampled += self.weights(clusters) @ sums
+
+    def estimate(
+        self, statistic: Callable[[Float[np.ndarray, "samples width"]], Float[np.ndarray, " samples"]]
+    ) -> Estimate:
+        """Return `statistic` of the sums with its percentile interval; NaN where it is 0/0."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return interval(float(statistic(self.total)[0]), statistic(self.resampled))
+
+
+def interval(value: float, resampled: Float[np.ndarray, " samples"], *, centre: bool = False) -> Estimate:
+    """Return a value with the 2.5 and 97.5 % quantiles of its finite resamples; NaN bounds when there are none.
+
+    `centre` moves the quantiles so that the resamples' mean is the value: for shares that resampling itself shifts, as
+    that of latents which never fired (a resample leaves a third of the documents out, so more of them never fire there).
+    """
+    resampled = resampled[np.isfinite(resampled)]
+    if len(resampled) == 0:
+        return Estimate(value, float("nan"), float("nan"))
+    lo, hi = np.quantile(resampled, (0.025, 0.975)) + (value - resampled.mean() if centre else 0.0)
+    return Estimate(value, float(lo), float(hi))

@@ -31,6 +31,28 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--out", type=Path, required=True, help="a new folder")
     source_options(sub)
     sub.add_argument("--tokens", type=int, default=40_960, help="held-out tokens; four fifths set the threshold")
+    text = "upload an SAE with its evaluation card, curves and model card to the Hugging Face hub"
+    sub = saes.add("publish", _saes_publish, text)
+    sub.add_argument("sae", type=Path, help="a training's folder with a card (`sae-italian evaluate SAE` makes it)")
+    sub.add_argument("repository", help="owner/name; made if it is not there")
+    sub.add_argument("--id", help="folder in the repository (default: the SAE's folder name)")
+    sub.add_argument("--licence", help="of the weights, in the hub's word, e.g. apache-2.0 (default: the model's)")
+    sub.add_argument("--private", action="store_true", help="make a new repository private")
+    sub.add_argument("--dry-run", action="store_true", help="show files and sizes, send nothing")
+
+
+def _saes_publish(options: argparse.Namespace) -> Result:
+    from sae_italian.training.publish import publish
+
+    upload = publish(
+        options.sae,
+        options.repository,
+        sae_id=options.id,
+        licence=options.licence,
+        private=options.private,
+        dry_run=options.dry_run,
+    )
+    return upload.as_dict(), upload.text()
 
 
 def _saes_list(options: argparse.Namespace) -> Result:

@@ -82,7 +82,7 @@ def fit(sae: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> Fit:
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
     for part_x, part_y in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         z = sae.encode(part_x * scale)
-        y_hat = _decoded(sae, z, part_x * scale) / out_scale
+        y_hat = decoded(sae, z, part_x * scale) / out_scale
         error += (part_y - y_hat).double().pow(2).sum().item()
         l0 += (z != 0).sum().item()
         fired |= (z != 0).any(0)
@@ -91,7 +91,8 @@ def fit(sae: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> Fit:
     return Fit(1 - error / centred, 1 - error / wide.pow(2).sum().item(), l0 / len(x), 1 - fired.double().mean().item())
 
 
-def _decoded(sae: Any, z: Tensor, x: Tensor) -> Tensor:
+def decoded(sae: Any, z: Tensor, x: Tensor) -> Tensor:
+    """Return what the SAE writes for latents z read from x: decode, and a transcoder's skip connection where it has one."""
     skip = getattr(sae, "W_skip", None)
     return sae.decode(z) if skip is None else sae.decode(z) + x @ skip.T
 
@@ -105,7 +106,7 @@ def losses(sae: Any, model: Any, sample: Sample, n_windows: int = 32) -> Losses:
 
     def with_sae(x: Tensor, read: Tensor | None = None) -> Tensor:
         source = (x if read is None else read).to(sae.dtype)
-        return torch.where(keep[..., None], _decoded(sae, sae.encode(source), source).to(x.dtype), x)
+        return torch.where(keep[..., None], decoded(sae, sae.encode(source), source).to(x.dtype), x)
 
     def zero(x: Tensor) -> Tensor:
         return torch.where(keep[..., None], 0.0, x)
@@ -145,8 +146,8 @@ def best_scale(sae: Any, sample: Sample) -> tuple[float, Fit]:
 def best_output_scale(sae: Any, sample: Sample) -> tuple[float, float]:
     """Return the factor on what the decoder adds to its bias that explains y best, and the gain in explained variance."""
     z = sae.encode(sample.x)
-    base = _decoded(sae, torch.zeros_like(z), sample.x).double()
-    added, wanted = _decoded(sae, z, sample.x).double() - base, sample.y.double() - base
+    base = decoded(sae, torch.zeros_like(z), sample.x).double()
+    added, wanted = decoded(sae, z, sample.x).double() - base, sample.y.double() - base
     factor = ((added * wanted).sum() / added.pow(2).sum().clamp_min(1e-12)).item()
     centred = (sample.y.double() - sample.y.double().mean(0)).pow(2).sum()
     gain = ((wanted - added).pow(2).sum() - (wanted - factor * added).pow(2).sum()) / centred
@@ -206,7 +207,7 @@ def best_gains(sae: Any, sample: Sample, steps: int = 30) -> tuple[Float[Tensor,
     """
     x, y = sample.x, sample.y
     z = sae.encode(x)
-    base = _decoded(sae, torch.zeros_like(z), x)
+    base = decoded(sae, torch.zeros_like(z), x)
     active = (z != 0).sum(0) >= 2
     z_active = z[:, active].contiguous()
     unit = torch.zeros(1, z.shape[1], dtype=z.dtype, device=z.device)

@@ -1,15 +1,20 @@
-"""The evaluation card: what an SAE keeps of the activations and of the model's predictions, on held-out text.
+"""Measure the evaluation card: what an SAE keeps of the activations and of the model's predictions, on held-out text.
 
-Definitions follow SAELens' evals (and are tested against them), with intervals by bootstrap over documents added.
+The definitions are those of SAELens' `sae_lens.evals`, and tests hold ours to its numbers. Its code is not called,
+because it
+
+- runs HookedTransformer models only, and knows no transcoder (`get_recons_loss` replaces at the hook that is read);
+- returns means over tokens, from which no interval over documents follows, and keeps every token's value until the end
+  (its memory grows with the batches; ours does not);
+- sets the activation to zero at BOS too when it ablates, although the SAE is not applied there, so that an SAE that
+  writes zeros does not recover 0 of the loss; gives NaN as the cosine of a reconstruction that is zero;
+- counts tokens as batches times context, special ones included; has no share of dead latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,65 +23,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_italian.corpora import Split, iter_documents, pack
-from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, take_tokens
-from sae_italian.models.activations import check_context, logits_with_replacement, read_activations
+from sae_italian.corpora.packing import NO_DOCUMENT, PackedBlock, special_mask
+from sae_italian.errors import UsageError
+from sae_italian.models.activations import check_context, logits_with_replacement, read_many, resolve_hook
 from sae_italian.saes import check_fits
-from sae_italian.statistics import Estimate, bootstrap, wilson
-from sae_italian.storage import utc_now, write_json, write_text
+from sae_italian.statistics import NOTHING, Estimate, StreamingBootstrap, interval
+from sae_italian.storage import utc_now
+from sae_italian.training.card import ULTRA_ACTIVE, DensityBin, EvaluationCard
+from sae_italian.training.diagnosis import decoded, hooks_of
 
-# Columns of the per-document sums.
-_SUMS = ("n", "l0", "sse", "sq", "n_loss", "ce", "ce_sae", "ce_zero", "kl")
+TOKENS_PER_BATCH = 2048
+LATENT_RESAMPLES = 200  # each holds a count per latent: 200 of 65,536 latents are 52 MB
+DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of tokens
+# What is summed over the tokens of a document, before the components of the activation itself.
+_SUMS = ("n", "l0", "sse", "sq", "cos", "norm", "n_loss", "ce", "ce_sae", "ce_zero", "n_kl", "kl_sae", "kl_zero")
 
 
-@dataclass(frozen=True)
-class EvaluationCard:
-    """Means are per token, special tokens left out; losses in nats; intervals are 95 %, over documents."""
-
-    model: str
-    sae: str
-    hook_name: str
-    corpus: str
-    split: str
-    context_size: int
-    n_tokens: int
-    n_documents: int
-    l0: Estimate
-    explained_variance: Estimate  # centred, as SAELens: 1 - sum|x - x^|^2 / sum|x - mean|^2 over all tokens
-    explained_variance_uncentred: Estimate  # as Llama Scope: 1 - sum|x - x^|^2 / sum|x|^2
-    ce_loss: Estimate
-    ce_loss_with_sae: Estimate
-    ce_loss_with_ablation: Estimate  # the activation set to zero where the SAE is applied (SAELens: at BOS too)
-    ce_loss_recovered: Estimate  # (ablated - with SAE) / (ablated - clean)
-    kl_div_with_sae: Estimate
-    dead: Estimate  # share of latents that never fired in n_tokens
-    d_sae: int
-    created: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            name: getattr(self, name).as_dict() if isinstance(getattr(self, name), Estimate) else value
-            for name, value in asdict(self).items()
-        }
-
-    def save(self, folder: Path) -> None:
-        """Write card.json and card.md."""
-        write_json(folder / "card.json", self.as_dict())
-        write_text(folder / "card.md", self.markdown())
-
-    def markdown(self) -> str:
-        lines = [
-            f"# Evaluation card: {self.sae}",
-            "",
-            f"{self.model}, `{self.hook_name}`, {self.d_sae:,} latents; {self.n_tokens:,} tokens of {self.n_documents:,} "
-            f"{self.split} documents of {self.corpus}, context {self.context_size}; 95 % intervals over documents.",
-            "",
-            "| metric | value | interval |",
-            "|---|---|---|",
-        ]
-        for name, value in vars(self).items():
-            if isinstance(value, Estimate):
-                lines.append(f"| {name} | {value.value:.4g} | {value.lo:.4g} to {value.hi:.4g} |")
-        return "\n".join(lines) + "\n"
+class _Windows(NamedTuple):
+    tokens: Int[Tensor, "batch pos"]
+    keep: Bool[Tensor, "batch pos"]  # neither special nor between documents
+    doc: Int[np.ndarray, " kept"]
 
 
 @torch.no_grad()
@@ -87,154 +53,263 @@ def evaluate(
     *,
     split: Split = "heldout",
     n_tokens: int = 50_000,
+    loss_tokens: int | None = None,
     context_size: int | None = None,
-    batch_windows: int = 16,
     text_column: str = "text",
     name: str = "",
 ) -> EvaluationCard:
     """Return the evaluation card of `sae` on `model` (backend `hf`) over `n_tokens` tokens of a corpus.
 
-    At special tokens the SAE is not applied, and they count nowhere. Raises: UsageError when SAE and model do not fit,
-    or the corpus is too short for `n_tokens` (the message says how many there are).
+    Special tokens count nowhere, and the SAE is not applied to them. Losses and KL take three more forward passes; with
+    `loss_tokens` they are measured on the first so many tokens only. A transcoder reads one hook and is measured, and
+    put in place, at the other.
+    Raises: UsageError when SAE and model do not fit, or the corpus is too short for `n_tokens` (the message says how
+    many there are).
     """
-    hook_name = check_fits(sae, model)
+    hook_in, hook_out = check_fits(sae, model), hooks_of(sae)[1]
+    _check_output(sae, model, hook_out)
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
-    blocks = take_tokens(
-        pack(
-            iter_documents(corpus, split, text_column=text_column),
-            model.tokenizer,
-            context,
-            windows_per_block=batch_windows,
-        ),
-        n_tokens,
-        f"the {split} split of {corpus}",
-    )
-    sums, vectors = _Totals(len(_SUMS)), _Totals(sae.cfg.d_in)
-    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    for block in tqdm(blocks, desc="evaluate", unit="batch", disable=None):
-        rows, acts, keep = _measure(sae, model, hook_name, torch.from_numpy(block.tokens).to(model.device))
-        fired |= rows.pop("fired").cpu()
-        docs = block.doc[keep.cpu().numpy()]
-        sums.add(docs, np.stack([rows[column] for column in _SUMS], axis=1))
-        vectors.add(docs, acts)
-    per_doc, mean_parts = sums.table(), vectors.table()
-    column = {quantity: i for i, quantity in enumerate(_SUMS)}
-    ratio = partial(_ratio, column=column)
-    dead = int((~fired).sum())
+    documents = iter_documents(corpus, split, text_column=text_column)
+    blocks = pack(documents, model.tokenizer, context, windows_per_block=max(1, TOKENS_PER_BATCH // context))
+    sums = _TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in))
+    latents = LatentCounts(sae.cfg.d_sae)
+    n_loss = 0
+    bar = tqdm(total=n_tokens, desc="evaluate", unit="tok", unit_scale=True, disable=None)
+    with bar:
+        for windows in _until(blocks, model.tokenizer, n_tokens, f"the {split} split of {corpus}"):
+            with_loss = loss_tokens is None or n_loss < loss_tokens
+            rows, active, y = _measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
+            sums.add(windows.doc, rows, y)
+            latents.add(windows.doc, active)
+            n_loss += len(windows.doc) * with_loss
+            bar.update(len(windows.doc))
     return EvaluationCard(
         model=str(sae.cfg.metadata.model_name),
         sae=name or str(sae.cfg.metadata.model_name),
-        hook_name=hook_name,
+        hook_name=hook_in,
+        hook_name_out=hook_out,
         corpus=str(corpus),
         split=split,
         context_size=context,
-        n_tokens=int(per_doc[:, 0].sum()),
-        n_documents=len(per_doc),
-        l0=bootstrap(per_doc, ratio("l0", "n")),
-        explained_variance=_explained_variance(per_doc, mean_parts),
-        explained_variance_uncentred=bootstrap(per_doc, lambda s: 1 - s[:, column["sse"]] / s[:, column["sq"]]),
-        ce_loss=bootstrap(per_doc, ratio("ce", "n_loss")),
-        ce_loss_with_sae=bootstrap(per_doc, ratio("ce_sae", "n_loss")),
-        ce_loss_with_ablation=bootstrap(per_doc, ratio("ce_zero", "n_loss")),
-        ce_loss_recovered=bootstrap(
-            per_doc,
-            lambda s: (
-                (s[:, column["ce_zero"]] - s[:, column["ce_sae"]]) / (s[:, column["ce_zero"]] - s[:, column["ce"]])
-            ),
-        ),
-        kl_div_with_sae=bootstrap(per_doc, ratio("kl", "n")),
-        dead=wilson(dead, len(fired)),
-        d_sae=len(fired),
+        n_tokens=latents.n_tokens,
+        n_loss_tokens=n_loss,
+        n_documents=sums.n_documents,
+        **sums.estimates(),
+        **latents.estimates(),
+        density=latents.density(),
+        d_sae=sae.cfg.d_sae,
         created=utc_now(),
     )
 
 
-def _measure(
-    sae: Any, model: Any, hook_name: str, tokens: Int[Tensor, "batch pos"]
-) -> tuple[dict[str, Any], np.ndarray, Bool[Tensor, "batch pos"]]:
-    """Return per-token quantities at the kept positions, their activations, and the mask of kept positions."""
-    keep = torch.from_numpy(~special_mask(tokens.cpu().numpy(), model.tokenizer)).to(tokens.device)
-    x = read_activations(model, tokens, hook_name)
-    latents = sae.encode(x[keep].to(sae.dtype))
-    x_hat = sae.decode(latents)
+def _check_output(sae: Any, model: Any, hook_out: str) -> None:
+    """Refuse a transcoder whose output does not fit the hook it is put in at. Raises: UsageError."""
+    hook, _ = resolve_hook(model, hook_out)
+    d_out, d_model = getattr(sae.cfg, "d_out", sae.cfg.d_in), model.config.hidden_size
+    if d_out != d_model:
+        raise UsageError(
+            f"the transcoder writes {d_out} dimensions (d_out), but the model has {d_model} at {hook_out}; "
+            f"it was trained on {sae.cfg.metadata.model_name!r}. Use that model."
+        )
+    if hook.normalised:
+        raise UsageError(
+            f"the SAE writes at {hook_out}, which can be read but not replaced; losses cannot be measured."
+        )
 
-    def with_sae(activation: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+
+def _until(blocks: Iterator[PackedBlock], tokenizer: Any, n_tokens: int, what: str) -> Iterator[_Windows]:
+    """Yield whole windows until they hold `n_tokens` tokens that count. Raises: UsageError when the blocks end before."""
+    seen = 0
+    for block in blocks:
+        keep = ~special_mask(block.tokens, tokenizer) & (block.doc != NO_DOCUMENT)
+        enough = np.searchsorted(keep.sum(axis=1).cumsum(), n_tokens - seen) + 1
+        keep, tokens, doc = keep[:enough], block.tokens[:enough], block.doc[:enough]
+        seen += int(keep.sum())
+        yield _Windows(torch.from_numpy(tokens), torch.from_numpy(keep), doc[keep])
+        if seen >= n_tokens:
+            return
+    raise UsageError(
+        f"{what} has about {seen:,} tokens, fewer than the {n_tokens:,} asked for. Ask for fewer, or use more text."
+    )
+
+
+def _measure(
+    sae: Any, model: Any, hook_in: str, hook_out: str, windows: _Windows, *, with_loss: bool
+) -> tuple[dict[str, np.ndarray], Bool[Tensor, "kept d_sae"], Float[np.ndarray, "kept d_out"]]:
+    """Return the summands per kept token, the latents that fired there, and the activation to be reconstructed."""
+    tokens, keep = windows.tokens.to(model.device), windows.keep.to(model.device)
+    acts = read_many(model, tokens, [hook_in, hook_out])
+    x = acts[hook_in][keep].to(sae.device, sae.dtype)
+    latents = sae.encode(x)
+    latents = latents.to_dense() if latents.is_sparse else latents
+    y_hat = decoded(sae, latents, x)
+    y, wide_hat = acts[hook_out][keep].double().cpu(), y_hat.double().cpu()
+    norm, norm_hat = y.norm(dim=-1), wide_hat.norm(dim=-1)
+    columns = {
+        "n": torch.ones(len(y)),
+        "l0": (latents != 0).sum(-1),
+        "sse": (y - wide_hat).pow(2).sum(-1),
+        "sq": y.pow(2).sum(-1),
+        "cos": (y * wide_hat).sum(-1) / (norm * norm_hat).clamp_min(1e-12),
+        "norm": norm_hat / norm.clamp_min(1e-4),
+    }
+    if with_loss:
+        columns |= _losses(model, tokens, keep, hook_out, y_hat.to(model.device))
+    return {name: column.cpu().numpy() for name, column in columns.items()}, latents != 0, y.numpy()
+
+
+def _losses(
+    model: Any, tokens: Int[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"], hook_out: str, y_hat: Tensor
+) -> dict[str, Tensor]:
+    """Return loss and KL per kept token, of the model as it is, with y_hat in place, and with zeros in place."""
+
+    def with_sae(activation: Tensor) -> Tensor:
         new = activation.clone()
-        new[keep] = x_hat.to(activation.dtype)
+        new[keep] = y_hat.to(activation.dtype)
         return new
 
-    def zero(activation: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+    def zero(activation: Tensor) -> Tensor:
         return torch.where(keep[..., None], 0.0, activation)
 
-    clean = model(tokens, use_cache=False).logits
-    replaced = logits_with_replacement(model, tokens, hook_name, with_sae)
-    zeroed = logits_with_replacement(model, tokens, hook_name, zero)
-    has_loss = keep.clone()
-    has_loss[:, -1] = False
-    kept, flat = x[keep].double(), has_loss[keep]
+    has_next = torch.ones_like(keep)
+    has_next[:, -1] = False
+    target = tokens.roll(-1, dims=1)[keep]
+    has_loss = has_next[keep]
 
-    def at_kept(per_position: Float[Tensor, "batch pos"]) -> np.ndarray:
-        return torch.where(flat, per_position[keep].double(), 0.0).cpu().numpy()
+    def loss(log_probabilities: Float[Tensor, "kept vocab"]) -> Float[Tensor, " kept"]:
+        return torch.where(has_loss, -log_probabilities.gather(-1, target[:, None])[:, 0], 0.0)
 
-    rows: dict[str, Any] = {
-        "n": np.ones(int(keep.sum())),
-        "l0": (latents != 0).sum(-1).double().cpu().numpy(),
-        "sse": (kept - x_hat.double()).pow(2).sum(-1).cpu().numpy(),
-        "sq": kept.pow(2).sum(-1).cpu().numpy(),
-        "n_loss": flat.double().cpu().numpy(),
-        "ce": at_kept(_loss(clean, tokens)),
-        "ce_sae": at_kept(_loss(replaced, tokens)),
-        "ce_zero": at_kept(_loss(zeroed, tokens)),
-        "kl": _kl(clean, replaced)[keep].double().cpu().numpy(),
-        "fired": (latents != 0).any(0),
-    }
-    return rows, kept.cpu().numpy(), keep
+    log_p = model(tokens, use_cache=False).logits[keep].float().log_softmax(-1)
+    found = {"n_loss": has_loss, "ce": loss(log_p), "n_kl": torch.ones(len(target))}
+    for name, replace in (("sae", with_sae), ("zero", zero)):
+        log_q = logits_with_replacement(model, tokens, hook_out, replace)[keep].float().log_softmax(-1)
+        found[f"ce_{name}"] = loss(log_q)
+        found[f"kl_{name}"] = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return found
 
 
-def _loss(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
-    """Return the loss of predicting the next token at each position; 0 at the last."""
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-    )
-    return torch.nn.functional.pad(loss.view(len(tokens), -1), (0, 1))
+def _groups(doc: Int[np.ndarray, " kept"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the documents that occur and, for every token, which of them it belongs to."""
+    return np.unique(doc, return_inverse=True)
 
 
-def _kl(clean: Float[Tensor, "batch pos vocab"], other: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
-    log_p, log_q = clean.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+class _TokenSums:
+    """Sums over the tokens of documents, with their resamples: scalars per token, and the activation itself."""
+
+    def __init__(self, d_out: int):
+        self.bootstrap = StreamingBootstrap(len(_SUMS) + d_out)
+        self.n_documents = 0
+        self.last_document = -1
+
+    def add(
+        self, doc: Int[np.ndarray, " kept"], rows: dict[str, np.ndarray], y: Float[np.ndarray, "kept d_out"]
+    ) -> None:
+        documents, index = _groups(doc)
+        values = np.zeros((len(doc), len(_SUMS)))
+        for column, name in enumerate(_SUMS):
+            if name in rows:
+                values[:, column] = rows[name]
+        sums = np.zeros((len(documents), len(_SUMS) + y.shape[1]))
+        np.add.at(sums, index, np.concatenate([values, y], axis=1))
+        self.bootstrap.add(documents, sums)
+        self.n_documents += int((documents > self.last_document).sum())  # documents come in order, in parts
+        self.last_document = max(self.last_document, int(documents.max(initial=-1)))
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Return every number of the card that is a ratio of sums over tokens."""
+
+        def ratio(above: str, below: str) -> Callable[[np.ndarray], np.ndarray]:
+            return lambda s: _column(s, above) / _column(s, below)
+
+        def recovered(s: np.ndarray) -> np.ndarray:
+            clean, with_sae, ablated = (_column(s, name) for name in ("ce", "ce_sae", "ce_zero"))
+            return (ablated - with_sae) / (ablated - clean)
+
+        statistics: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            "l0": ratio("l0", "n"),
+            "explained_variance": lambda s: 1 - _fvu(s),
+            "explained_variance_uncentred": lambda s: 1 - _column(s, "sse") / _column(s, "sq"),
+            "fvu": _fvu,
+            "cossim": ratio("cos", "n"),
+            "l2_ratio": ratio("norm", "n"),
+            "ce_loss": ratio("ce", "n_loss"),
+            "ce_loss_with_sae": ratio("ce_sae", "n_loss"),
+            "ce_loss_with_ablation": ratio("ce_zero", "n_loss"),
+            "delta_lm_loss": lambda s: (_column(s, "ce_sae") - _column(s, "ce")) / _column(s, "n_loss"),
+            "ce_loss_recovered": recovered,
+            "kl_div_with_sae": ratio("kl_sae", "n_kl"),
+            "kl_div_with_ablation": ratio("kl_zero", "n_kl"),
+            "kl_recovered": lambda s: 1 - _column(s, "kl_sae") / _column(s, "kl_zero"),
+        }
+        return {key: self.bootstrap.estimate(statistic) for key, statistic in statistics.items()}
 
 
-class _Totals:
-    """Sums of per-token rows within each document, kept as one row per document."""
-
-    def __init__(self, width: int):
-        self.width = width
-        self.rows: dict[int, np.ndarray] = {}
-
-    def add(self, docs: Int[np.ndarray, " tokens"], values: Float[np.ndarray, "tokens width"]) -> None:
-        ids, index = np.unique(docs, return_inverse=True)
-        totals = np.zeros((len(ids), self.width))
-        np.add.at(totals, index, values)
-        for doc, total in zip(ids.tolist(), totals, strict=True):
-            if doc != NO_DOCUMENT:
-                self.rows[doc] = self.rows.get(doc, 0.0) + total
-
-    def table(self) -> Float[np.ndarray, "documents width"]:
-        return np.stack([self.rows[doc] for doc in sorted(self.rows)])
+def _column(sums: Float[np.ndarray, "samples width"], name: str) -> Float[np.ndarray, " samples"]:
+    return sums[:, _SUMS.index(name)]
 
 
-def _ratio(above: str, below: str, column: dict[str, int]) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda sums: sums[:, column[above]] / sums[:, column[below]]
+def _fvu(sums: Float[np.ndarray, "samples width"]) -> Float[np.ndarray, " samples"]:
+    """Return the centred unexplained fraction; the mean activation is that of the (resampled) documents themselves."""
+    mean_part = (sums[:, len(_SUMS) :] ** 2).sum(axis=1) / _column(sums, "n")
+    return _column(sums, "sse") / (_column(sums, "sq") - mean_part)
 
 
-def _explained_variance(per_doc: np.ndarray, sums_of_x: Float[np.ndarray, "documents d_in"]) -> Estimate:
-    """Return the centred explained variance; the mean of x is taken over the (resampled) documents themselves."""
-    column = {quantity: i for i, quantity in enumerate(_SUMS)}
-    together = np.concatenate([per_doc, sums_of_x], axis=1)
+class LatentCounts:
+    """How often each latent fired, with resamples; what was dead after 100,000 and 1,000,000 tokens exactly."""
 
-    def statistic(sums: np.ndarray) -> np.ndarray:
-        n, sse, sq = (sums[:, column[quantity]] for quantity in ("n", "sse", "sq"))
-        variance = sq - (sums[:, len(_SUMS) :] ** 2).sum(axis=1) / n
-        return 1 - sse / variance
+    def __init__(self, d_sae: int):
+        # one count per latent, and the number of tokens itself
+        self.bootstrap = StreamingBootstrap(d_sae + 1, n_samples=LATENT_RESAMPLES, dtype=np.float32)
+        self.n_tokens = 0
+        self.dead_after: dict[int, Estimate] = {100_000: NOTHING, 1_000_000: NOTHING}
 
-    return bootstrap(together, statistic)
+    def add(self, doc: Int[np.ndarray, " kept"], active: Bool[Tensor, "kept d_sae"]) -> None:
+        for mark in self.dead_after:
+            here = mark - self.n_tokens
+            if 0 < here <= len(doc):
+                self._add(doc[:here], active[:here])
+                self.dead_after[mark] = self.dead()
+                doc, active = doc[here:], active[here:]
+        self._add(doc, active)
+
+    def _add(self, doc: Int[np.ndarray, " kept"], active: Bool[Tensor, "kept d_sae"]) -> None:
+        if len(doc) == 0:
+            return
+        documents, index = _groups(doc)
+        counts = torch.zeros(len(documents), active.shape[1] + 1, device=active.device)
+        on = torch.from_numpy(index).to(active.device)
+        counts[:, :-1].index_add_(0, on, active.float())
+        counts[:, -1].index_add_(0, on, torch.ones(len(doc), device=active.device))
+        self.bootstrap.add(documents, counts.cpu().numpy())
+        self.n_tokens += len(doc)
+
+    def _share(self, which: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+        """Return the share of latents for which a statement about their density holds; intervals stay in 0 to 1."""
+
+        def shares(counts: np.ndarray) -> np.ndarray:
+            return which(counts[:, :-1] / np.maximum(counts[:, -1:], 1)).mean(axis=1)
+
+        value = float(shares(self.bootstrap.total)[0])
+        found = interval(value, shares(self.bootstrap.resampled), centre=True)
+        return Estimate(value, max(0.0, found.lo), min(1.0, found.hi))
+
+    def dead(self) -> Estimate:
+        return self._share(lambda density: density == 0)
+
+    def estimates(self) -> dict[str, Estimate]:
+        return {
+            "dead": self.dead(),
+            "dead_in_100k": self.dead_after[100_000],
+            "dead_in_1m": self.dead_after[1_000_000],
+            "ultra_active": self._share(lambda density: density > ULTRA_ACTIVE),
+        }
+
+    def density(self) -> tuple[DensityBin, ...]:
+        """Return the histogram of log10 density of the latents that fired; what is rarer falls into the first bin."""
+
+        def bin_share(low: float, high: float) -> Estimate:
+            floor = -np.inf if low == DENSITY_EDGES[0] else low
+            return self._share(lambda density: (density > 10**floor) & (density <= 10**high))
+
+        pairs = zip(DENSITY_EDGES[:-1].tolist(), DENSITY_EDGES[1:].tolist(), strict=True)
+        return tuple(DensityBin(low, high, bin_share(low, high)) for low, high in pairs)

@@ -1,24 +1,144 @@
-"""Where the rows of a run go besides its own metrics.jsonl."""
+"""Where the rows of a run go besides its own metrics.jsonl: to W&B when asked for, offline without a login."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from sae_italian.errors import UsageError
+from sae_italian.storage import read_json, write_json
 from sae_italian.training.config import RunSpec
+
+WANDB_FILE = "wandb.json"  # in a run's folder: the id of its W&B run, which a resumed training continues
+SWEEP_ID, SWEEP_RUN_ID = "WANDB_SWEEP_ID", "WANDB_RUN_ID"  # what `wandb agent` tells the commands it starts
+ARTIFACT_FILES = (
+    "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "runner_cfg.json", "run.json", "metrics.jsonl",
+    "card.json", "card.md", "density.svg",
+)  # fmt: skip
+
+
+class RunLog:
+    """What is told of a run while it goes on; this one tells nobody."""
+
+    def __call__(self, row: Mapping[str, Any], step: int) -> None:
+        """Tell the metrics of one step, in SAELens' names."""
+
+    def finish(self, folder: Path, model: Any, cursor: Mapping[str, Any]) -> None:
+        """Tell of a finished SAE in `folder`, and where the training ended in its corpus."""
+
+
+class WandbLog(RunLog):
+    """A W&B run: rows as SAELens logs them; in the end the evaluation card as summary, the cursor, and the SAE itself."""
+
+    def __init__(self, run: Any, spec: RunSpec):
+        self.run, self.spec = run, spec
+
+    def __call__(self, row: Mapping[str, Any], step: int) -> None:
+        self.run.log(dict(row), step=step)
+
+    def finish(self, folder: Path, model: Any, cursor: Mapping[str, Any]) -> None:
+        import wandb
+
+        place = {key: value for key, value in cursor.items() if key != "packer"}  # the packer's is text and tokens
+        self.run.summary.update({"corpus": {"name": self.spec.corpus, **place}})
+        self._card(folder, model)
+        artifact = wandb.Artifact(f"sae-{self.run.id}", type="sae", metadata=self.spec.model_dump(mode="json"))
+        for name in ARTIFACT_FILES:
+            if (folder / name).is_file():
+                artifact.add_file(str(folder / name), name)
+        self.run.log_artifact(artifact)
+
+    def _card(self, folder: Path, model: Any) -> None:
+        """Judge the finished SAE, keep the card in its folder, and tell its means as `eval/...` and their bounds."""
+        from sae_italian.saes import load_sae
+        from sae_italian.training.evaluate import evaluate
+
+        spec = self.spec
+        try:
+            card = evaluate(
+                load_sae(folder, device=spec.device),
+                model,
+                spec.evaluate_corpus or spec.corpus,
+                n_tokens=spec.evaluate_tokens,
+                context_size=spec.context_size,
+                text_column=spec.text_column,
+                name=folder.name,
+            )
+        except UsageError as error:
+            _say(f"no evaluation card for W&B: {error}")
+            return
+        card.save(folder)
+        measured = {key: estimate for key, estimate in card.estimates().items() if estimate.value == estimate.value}
+        self.run.log({f"eval/{key}": estimate.value for key, estimate in measured.items()})
+        bounds = {f"eval/{key}_{end}": getattr(x, end) for key, x in measured.items() for end in ("lo", "hi")}
+        self.run.summary.update(bounds | {"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents})
 
 
 @contextlib.contextmanager
-def open_logger(spec: RunSpec, config: Any) -> Iterator[Any]:
-    """Yield `log(row, step)`: W&B with SAELens' metric names when asked for, else nothing."""
-    if spec.wandb == "off":
-        yield lambda row, step: None
-        return
-    import wandb
+def open_logger(spec: RunSpec, config: Any, out: Path | None = None) -> Iterator[RunLog]:
+    """Yield the log of a run whose folder is `out`: W&B when the spec asks for it, else one that tells nobody.
 
-    run = wandb.init(project=spec.wandb_project, config=config.to_dict(), name=config.logger.run_name, mode=spec.wandb)
+    `wandb: online` without a login, or without the server in reach, becomes offline, which one line on stderr says;
+    `wandb sync` sends it later. A run that is resumed, and one of a sweep, goes on in its own W&B run.
+    """
+    if spec.wandb == "off":
+        yield RunLog()
+        return
+    run = _init(spec, config, out)
     try:
-        yield lambda row, step: run.log(row, step=step)
-    finally:
-        run.finish()
+        yield WandbLog(run, spec)
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()
+
+
+def _init(spec: RunSpec, config: Any, out: Path | None) -> Any:
+    import wandb
+    from wandb.errors import CommError
+
+    mode: Any = spec.wandb
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        _say("wandb: online, but nobody is logged in (`wandb login`); the run is kept offline, `wandb sync` sends it.")
+        mode = "offline"
+    given: dict[str, Any] = {
+        "project": spec.wandb_project,
+        "name": config.logger.run_name,
+        "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
+        "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
+    }
+    if out is not None:
+        given["dir"] = str(out.resolve())  # wandb works in a process and a folder of its own
+        if SWEEP_ID not in os.environ:
+            given |= {"id": _run_id(out), **({"resume": "allow"} if mode == "online" else {})}
+    try:
+        return wandb.init(mode=mode, **given)
+    except CommError as error:
+        _say(
+            f"wandb: online, but the server cannot be reached ({error}); the run is kept offline, `wandb sync` sends it."
+        )
+        given.pop("resume", None)
+        return wandb.init(mode="offline", **given)
+
+
+def _run_id(out: Path) -> str:
+    """Return the id of the folder's W&B run, made at the first call; claiming the folder anew forgets it."""
+    file = out / WANDB_FILE
+    if not file.is_file():
+        write_json(file, {"id": uuid.uuid4().hex[:8]})
+    return read_json(file)["id"]
+
+
+def sweep_folder(default: Path) -> Path:
+    """Return the folder for a training without --out: under `wandb agent` each run of a sweep has its own below it."""
+    run_id = os.environ.get(SWEEP_RUN_ID)
+    return default / run_id if os.environ.get(SWEEP_ID) and run_id else default
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(" ".join(line.split()) + "\n")

@@ -61,9 +61,11 @@ def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bo
     loop = Loop({SAE_FOLDER: run}, open_stream(spec, model, run.hook_names), checkpoints)
     if continuing:
         loop.resume()
-    with open_logger(spec, config) as run.log:
+    with open_logger(spec, config, out) as log:
+        run.log = log
         loop.fit()
-    loop.finish()
+        loop.finish()
+        log.finish(out, model, loop.stream.windows.state())
     return out
 
 

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sae_italian.storage import atomic_path, read_json, write_json
 from sae_italian.training.annealing import annealed_k, set_k
 from sae_italian.training.checkpoint import Metrics
 from sae_italian.training.config import RunSpec
+from sae_italian.training.logging import RunLog
 from sae_italian.training.stream import ActivationStream
 
 DIVERGED = 10.0  # times the loss at the start, and times the variance of the activations
@@ -54,10 +56,10 @@ class SAERun:
         self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict())
         self._describe(self.sae.cfg.metadata, model)
         self.sae.to(spec.device)
-        trainer = SAETrainer(cfg=self.config.to_sae_trainer_config(), sae=self.sae, data_provider=iter(()))
+        trainer = SAETrainer(cfg=_without_wandb(self.config), sae=self.sae, data_provider=iter(()))
         self.trainer: Any = tune(trainer)
         self.metrics = Metrics(out / "metrics.jsonl")
-        self.log: Callable[[dict[str, Any], int], None] = lambda row, step: None  # W&B, when asked for
+        self.log = RunLog()  # W&B, when asked for
         self.output: Any = None  # of the last step
         self.start_loss = math.nan
 
@@ -203,6 +205,13 @@ class SAERun:
         os.replace(staging / "cfg.json", self.out / "cfg.json")
         os.replace(staging / "sae_weights.safetensors", self.out / "sae_weights.safetensors")
         shutil.rmtree(staging)
+
+
+def _without_wandb(config: Any) -> Any:
+    """Return the trainer's config; W&B is told by our log, else SAELens uploads every checkpoint to whatever run is open."""
+    trainer_config = config.to_sae_trainer_config()
+    trainer_config.logger = replace(trainer_config.logger, log_to_wandb=False)
+    return trainer_config
 
 
 def _fold(sae: Any, scaler: Any) -> None:

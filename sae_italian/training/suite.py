@@ -178,7 +178,9 @@ def train_group(suite: SuiteSpec, group_index: int, out: str | Path) -> list[Pat
     loop.resume()
     with _loggers(runs):
         loop.fit()
-    loop.finish()
+        loop.finish()
+        for run in runs.values():
+            run.log.finish(run.out, model, loop.stream.windows.state())
     _remove_empty(state)
     return folders
 
@@ -188,7 +190,7 @@ def _loggers(runs: dict[str, Any]) -> Iterator[None]:
     """Give each run the rows' other place, if its spec asks for one."""
     with contextlib.ExitStack() as stack:
         for run in runs.values():
-            run.log = stack.enter_context(open_logger(run.spec, run.config))
+            run.log = stack.enter_context(open_logger(run.spec, run.config, run.out))
         yield
 
 

@@ -1,0 +1,183 @@
+"""The evaluation card as a record: its numbers with intervals, and how they are written as JSON, Markdown and picture."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_italian.errors import DataError
+from sae_italian.statistics import NOTHING, Estimate
+from sae_italian.storage import read_json, write_json, write_text
+
+CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE = "card.json", "card.md", "density.svg"
+ULTRA_ACTIVE = 0.1  # of the tokens (Llama Scope, fig. 4)
+
+# key: (English label, Italian label); the order is that of the card
+LABELS = {
+    "l0": ("L0 (active latents per token)", "L0 (latenti attivi per token)"),
+    "explained_variance": ("Explained variance, centred (SAELens)", "Varianza spiegata, centrata (SAELens)"),
+    "explained_variance_uncentred": (
+        "Explained variance, uncentred (Llama Scope)",
+        "Varianza spiegata, non centrata (Llama Scope)",
+    ),
+    "fvu": ("Fraction of variance unexplained (FVU, centred)", "Frazione di varianza non spiegata (FVU, centrata)"),
+    "cossim": ("Cosine of activation and reconstruction", "Coseno tra attivazione e ricostruzione"),
+    "l2_ratio": ("Norm of the reconstruction / norm of the activation", "Norma ricostruita / norma dell'attivazione"),
+    "ce_loss": ("CE loss of the model (nats)", "Perdita CE del modello (nat)"),
+    "ce_loss_with_sae": ("CE loss with the SAE in place (nats)", "Perdita CE con la SAE inserita (nat)"),
+    "ce_loss_with_ablation": (
+        "CE loss with the activation set to zero (nats)",
+        "Perdita CE con attivazione nulla (nat)",
+    ),
+    "delta_lm_loss": ("Delta LM loss (nats)", "Delta della perdita CE (nat)"),
+    "ce_loss_recovered": ("CE loss recovered", "Perdita CE recuperata"),
+    "kl_div_with_sae": ("KL divergence with the SAE in place (nats)", "Divergenza KL con la SAE inserita (nat)"),
+    "kl_div_with_ablation": (
+        "KL divergence with the activation set to zero (nats)",
+        "Divergenza KL con attivazione nulla (nat)",
+    ),
+    "kl_recovered": ("KL divergence recovered", "Divergenza KL recuperata"),
+    "dead": ("Dead latents (in all tokens seen)", "Latenti morti (in tutti i token visti)"),
+    "dead_in_100k": ("Dead latents in 100,000 tokens", "Latenti morti in 100.000 token"),
+    "dead_in_1m": ("Dead latents in 1,000,000 tokens", "Latenti morti in 1.000.000 di token"),
+    "ultra_active": ("Ultra-active latents (on over 10 % of tokens)", "Latenti ultra-attivi (oltre il 10 % dei token)"),
+}
+_SHARES = {"dead", "dead_in_100k", "dead_in_1m", "ultra_active", "ce_loss_recovered", "kl_recovered"}
+_LEGEND = (
+    "Means are per token of held-out text, special tokens left out; losses in nats. Dead: never fired in that many tokens. "
+    "Healthy, as a rule of thumb: at most about 10 % dead in 100,000 tokens, under 2 % ultra-active (Llama Scope, fig. 4).",
+    "Le medie sono per token di testo tenuto da parte, senza token speciali; perdite in nat. Morto: mai attivo in tanti token. "
+    "Regola pratica di una SAE sana: al più circa il 10 % di latenti morti in 100.000 token, meno del 2 % ultra-attivi.",
+)
+
+
+class DensityBin(NamedTuple):
+    """The share of all latents whose density, the share of tokens on which they fire, is 10**lo to 10**hi."""
+
+    lo: float
+    hi: float
+    share: Estimate
+
+
+@dataclass(frozen=True)
+class EvaluationCard:
+    """Means are per token, special tokens left out; losses in nats; intervals are 95 %, bootstrapped over documents."""
+
+    model: str
+    sae: str
+    hook_name: str
+    hook_name_out: str  # where the reconstruction goes; hook_name except for transcoders
+    corpus: str
+    split: str
+    context_size: int
+    n_tokens: int
+    n_loss_tokens: int  # of these, tokens on which losses and KL were measured
+    n_documents: int
+    l0: Estimate
+    explained_variance: Estimate  # centred, as SAELens: 1 - sum|x - x^|^2 / sum|x - mean|^2 over all tokens
+    explained_variance_uncentred: Estimate  # as Llama Scope: 1 - sum|x - x^|^2 / sum|x|^2
+    fvu: Estimate  # 1 - explained_variance
+    cossim: Estimate
+    l2_ratio: Estimate
+    ce_loss: Estimate
+    ce_loss_with_sae: Estimate
+    ce_loss_with_ablation: Estimate  # the activation set to zero where the SAE is applied (SAELens: at BOS too)
+    delta_lm_loss: Estimate  # with SAE - clean
+    ce_loss_recovered: Estimate  # (ablated - with SAE) / (ablated - clean); SAELens' ce_loss_score
+    kl_div_with_sae: Estimate
+    kl_div_with_ablation: Estimate
+    kl_recovered: Estimate  # (ablated - with SAE) / ablated; SAELens' kl_div_score
+    dead: Estimate  # share of latents that never fired in n_tokens
+    dead_in_100k: Estimate  # in the first 100,000 tokens; NaN where fewer were seen
+    dead_in_1m: Estimate
+    ultra_active: Estimate  # share of latents that fire on more than ULTRA_ACTIVE of the tokens
+    density: tuple[DensityBin, ...]
+    d_sae: int
+    created: str
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Return the numbers with intervals by key, in the card's order."""
+        return {key: getattr(self, key) for key in LABELS}
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {key: value for key, value in asdict(self).items() if key not in LABELS and key != "density"}
+        numbers = {key: estimate.as_dict() for key, estimate in self.estimates().items()}
+        density = [{"lo": b.lo, "hi": b.hi, "share": b.share.as_dict()} for b in self.density]
+        return {**plain, **numbers, "density": density}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EvaluationCard:
+        """Return the card that `as_dict` gave. Raises: KeyError for a card of an earlier version."""
+        given = {field.name: values[field.name] for field in fields(cls)}
+        given |= {key: _estimate(values[key]) for key in LABELS}
+        given["density"] = tuple(DensityBin(b["lo"], b["hi"], _estimate(b["share"])) for b in values["density"])
+        return cls(**given)
+
+    def save(self, folder: Path) -> None:
+        """Write card.json, card.md and density.svg."""
+        from sae_italian.training.pictures import density_svg
+
+        write_json(folder / CARD_JSON, self.as_dict())
+        write_text(folder / CARD_MARKDOWN, self.markdown())
+        write_text(folder / DENSITY_PICTURE, density_svg(self))
+
+    def markdown(self) -> str:
+        where = f"`{self.hook_name}`"
+        if self.hook_name_out != self.hook_name:
+            where += f" to `{self.hook_name_out}`"
+        lines = [
+            f"# Evaluation card: {self.sae}",
+            "",
+            f"{self.model}, {where}, {self.d_sae:,} latents; {self.n_tokens:,} tokens of {self.n_documents:,} "
+            f"{self.split} documents of {self.corpus}, context {self.context_size}; 95 % intervals over documents."
+            + (f" Losses and KL on the first {self.n_loss_tokens:,}." if self.n_loss_tokens < self.n_tokens else ""),
+            "",
+            *self.table(),
+            "",
+            f"![density of the latents]({DENSITY_PICTURE})",
+            "",
+            *(paragraph + "\n" for paragraph in _LEGEND),
+        ]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def table(self, language: str = "en") -> list[str]:
+        """Return the lines of a Markdown table; a number that was not measured says why."""
+        head = {"en": ("metric", "value", "95 % interval"), "it": ("metrica", "valore", "intervallo al 95 %")}[language]
+        lines = ["| " + " | ".join((*head, "")) + "|", "|---|---|---|---|"]
+        for key, estimate in self.estimates().items():
+            label = LABELS[key][0 if language == "en" else 1]
+            if key.startswith("dead_in") and estimate.value != estimate.value:
+                reason = (
+                    f"only {self.n_tokens:,} tokens seen" if language == "en" else f"visti solo {self.n_tokens:,} token"
+                )
+                lines.append(f"| {label} | - | {reason} | `{key}` |")
+                continue
+            value, lo, hi = (_shown(number, key) for number in estimate)
+            lines.append(f"| {label} | {value} | {lo} {'to' if language == 'en' else 'a'} {hi} | `{key}` |")
+        return lines
+
+
+def read_card(folder: Path) -> EvaluationCard | None:
+    """Return the card that lies in an SAE's folder, None where there is none. Raises: DataError for one cut short."""
+    file = folder / CARD_JSON
+    if not file.is_file():
+        return None
+    try:
+        return EvaluationCard.from_dict(read_json(file))
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{file} is not a card of this version ({type(error).__name__}: {error}). "
+            f"Make it again: sae-italian evaluate {folder}"
+        ) from error
+
+
+def _estimate(values: dict[str, float | None]) -> Estimate:
+    value, lo, hi = (NOTHING.value if x is None else x for x in (values["value"], values["lo"], values["hi"]))
+    return Estimate(value, lo, hi)
+
+
+def _shown(number: float, key: str) -> str:
+    if number != number:
+        return "-"
+    return f"{100 * number:.2f} %" if key in _SHARES else f"{number:.4g}"

@@ -1,0 +1,154 @@
+"""Runs of W&B, kept offline and read back from disk; sweeps as wandb itself checks and expands them."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sae_italian.cli import main
+from sae_italian.errors import UsageError
+from sae_italian.training import load_spec, read_card, train
+from sae_italian.training.config import configs_folder
+from sae_italian.training.logging import RunLog, open_logger, sweep_folder
+from tests.training.wandb_file import OfflineRun
+
+SWEEPS = sorted((configs_folder() / "sweeps").glob("*.yaml"))
+FEW_STEPS = (
+    "model=sae-italian-mini", "corpus=micro-italiano", "hook_name=blocks.1.hook_resid_post", "context_size=64",
+    "training_tokens=5120", "train_batch_size_tokens=256", "buffer_tokens=2048", "store_batch_size_prompts=8",
+    "lr_warm_up_steps=0", "lr_decay_steps=0", "evaluate_tokens=500",
+)  # fmt: skip
+
+
+@pytest.fixture
+def logged_out(monkeypatch, tmp_path):
+    """No login of any kind, and no server in reach."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def offline(small_spec, tmp_path_factory):
+    """A training that keeps its W&B run offline."""
+    spec = small_spec.model_copy(update={"wandb": "offline", "evaluate_tokens": 1000})
+    return train(spec, tmp_path_factory.mktemp("wandb") / "sae")
+
+
+def test_an_offline_run_holds_the_metrics_of_the_run(offline):
+    run = OfflineRun(offline)
+    rows = [json.loads(line) for line in (offline / "metrics.jsonl").read_text().splitlines()]
+    logged = [row for row in run.rows if "metrics/l0" in row]
+    assert [row["_step"] for row in logged] == [row["step"] for row in rows]
+    for name in ("losses/overall_loss", "metrics/explained_variance", "metrics/l0", "sparsity/dead_features"):
+        assert [row[name] for row in logged] == [row[name] for row in rows]
+    assert run.exit_code == 0
+
+
+def test_the_summary_holds_the_card_and_the_cursor(offline):
+    run, card = OfflineRun(offline), read_card(offline)
+    assert card is not None and card.n_tokens >= 1000
+    logged = next(row for row in run.rows if "eval/l0" in row)
+    for key, estimate in card.estimates().items():
+        if estimate.value == estimate.value:
+            assert logged[f"eval/{key}"] == estimate.value
+            assert run.summary[f"eval/{key}_lo"] == pytest.approx(estimate.lo, nan_ok=True)
+    assert "eval/dead_in_1m" not in logged  # not measured, so not told
+    corpus = run.summary["corpus"] if "corpus" in run.summary else {"n_blocks": run.summary["corpus/n_blocks"]}
+    assert corpus["n_blocks"] > 0
+
+
+def test_config_and_artifact(offline, small_spec):
+    run = OfflineRun(offline)
+    assert run.config["sae_italian"]["sae"]["k"] == 8 and run.config["training_tokens"] == small_spec.training_tokens
+    assert run.id == json.loads((offline / "wandb.json").read_text())["id"]
+    kinds = dict(run.artifacts)
+    assert {"cfg.json", "sae_weights.safetensors", "card.json", "run.json"} <= set(kinds["sae"])
+
+
+def test_online_without_a_login_is_offline_and_says_so(small_spec, logged_out, tmp_path, capsys):
+    spec = small_spec.model_copy(update={"wandb": "online"})
+    with open_logger(spec, spec.to_saelens(), tmp_path) as log:
+        log({"metrics/l0": 8.0}, 0)
+    told = [line for line in capsys.readouterr().err.splitlines() if "nobody is logged in" in line]
+    assert len(told) == 1 and "wandb sync" in told[0]
+    assert OfflineRun(tmp_path).rows[0]["metrics/l0"] == 8
+
+
+def test_a_resumed_run_keeps_its_id_and_a_failed_one_says_so(small_spec, logged_out, tmp_path):
+    spec = small_spec.model_copy(update={"wandb": "offline"})
+    with pytest.raises(UsageError), open_logger(spec, spec.to_saelens(), tmp_path):
+        raise UsageError("diverged")
+    first = OfflineRun(tmp_path)
+    assert first.exit_code == 1
+    first.file.unlink()
+    with open_logger(spec, spec.to_saelens(), tmp_path) as log:
+        log({"metrics/l0": 8.0}, 10)
+    assert OfflineRun(tmp_path).id == first.id
+
+
+def test_off_is_silent(small_spec, tmp_path):
+    with open_logger(small_spec, None, tmp_path) as log:
+        assert type(log) is RunLog
+        log({}, 0)
+        log.finish(tmp_path, None, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_a_sweep_do_not_share_a_folder(monkeypatch):
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    assert sweep_folder(Path("runs/topk")) == Path("runs/topk")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    assert sweep_folder(Path("runs/topk")) == Path("runs/topk/r1")
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_a_sweep_is_what_wandb_accepts(file):
+    sweeps = pytest.importorskip("sweeps", reason="needs wandb[sweeps]")
+    from sweeps.config.schema import validator
+    from wandb.sdk.launch.sweeps.utils import load_sweep_config
+
+    config = load_sweep_config(str(file))  # how `wandb sweep FILE` reads it
+    assert config == yaml.safe_load(file.read_text()) and not list(validator.iter_errors(config))
+    sweeps.next_run(config, [])
+    broken = {**config, "method": "guess"}
+    assert list(validator.iter_errors(broken))
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_what_a_sweep_starts_trains_and_logs_its_metric(file, logged_out, tmp_path, monkeypatch, capsys):
+    """The command as `wandb agent` expands it for the first run, on the mini model and for a few steps."""
+    sweeps = pytest.importorskip("sweeps", reason="needs wandb[sweeps]")
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    config = yaml.safe_load(file.read_text())
+    run = sweeps.next_run(config, [])
+    macros = create_sweep_command_args({"args": run.config})
+    macros["program"] = [config["program"]]
+    command = []
+    for part in create_sweep_command(config["command"]):
+        macro = part.removeprefix("${").removesuffix("}") if part.startswith("${") else None
+        command += macros[macro] if macro else [part]
+    assert command[0] == "sae-italian" and f"{next(iter(config['parameters']))}=" in command[-1]
+    swept = [part for part in command if part.split("=")[0] in config["parameters"]]
+    extra = FEW_STEPS if "sae.d_sae" in config["parameters"] else (*FEW_STEPS, "sae.d_sae=256")
+    monkeypatch.chdir(tmp_path)
+    assert main([*command[1:], *extra]) == 0, capsys.readouterr().err
+    (folder,) = {file.parent for file in tmp_path.glob("runs/**/run.json")}
+    logged = OfflineRun(folder)
+    assert any(config["metric"]["name"] in row for row in logged.rows)
+    spec = json.loads((folder / "run.json").read_text())["spec"]
+    for part in swept:
+        key, _, value = part.partition("=")
+        found = spec["sae"][key.removeprefix("sae.")] if key.startswith("sae.") else spec[key]
+        assert float(found) == float(value)
+
+
+def test_nobody_is_asked_for_a_login_by_default():
+    assert load_spec("mini/topk.yaml").wandb == "off"

@@ -1,0 +1,139 @@
+"""Publishing, against a stand-in of the hub that keeps what SAELens' upload call and ours send."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import yaml
+
+from sae_italian.cli import main
+from sae_italian.errors import UsageError
+from sae_italian.saes import load_sae
+from sae_italian.training import evaluate
+from sae_italian.training.publish import publish
+from tests.training.upload_hub import UploadHub
+
+
+@pytest.fixture(scope="module")
+def judged(trained_sae, mini, tmp_path_factory):
+    """A trained SAE with its card."""
+    folder = tmp_path_factory.mktemp("judged") / "L1R-2x"
+    shutil.copytree(trained_sae, folder)
+    evaluate(load_sae(folder), mini, "micro-italiano", n_tokens=1000, name="L1R-2x").save(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = UploadHub()
+    from huggingface_hub import constants, hf_api
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    yield hub
+    hub.close()
+
+
+def test_what_is_published(judged, hub):
+    upload = publish(judged, "me/saes", private=True)
+    assert hub.private == {"me/saes": True} and hub.tokens <= {"Bearer hf_test", ""}
+    sent = hub.files["me/saes"]
+    assert set(sent) == set(upload.files)
+    names = "cfg.json sae_weights.safetensors sparsity.safetensors runner_cfg.json card.json card.md density.svg "
+    names += "metrics.jsonl run.json curves.svg README.md"
+    assert set(sent) == {"README.md", *(f"L1R-2x/{name}" for name in names.split())}
+    for name in ("cfg.json", "sae_weights.safetensors", "card.json"):
+        assert sent[f"L1R-2x/{name}"] == (judged / name).read_bytes()
+    assert {path: len(content) for path, content in sent.items() if "README" not in path} == {
+        path: size for path, size in upload.files.items() if "README" not in path
+    }
+    assert "Upload SAE L1R-2x" in [summary for _, summary in hub.commits]  # SAELens' own call
+    assert (
+        "](L1R-2x/density.svg)" in sent["README.md"].decode() and "](density.svg)" in sent["L1R-2x/README.md"].decode()
+    )
+
+
+def test_the_model_card_says_what_the_hub_reads(judged, hub):
+    publish(judged, "me/saes")
+    text = hub.files["me/saes"]["README.md"].decode()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "saelens" and front["language"] == ["it"] and front["license"] == "mit"
+    assert {"sparse-autoencoder", "topk"} <= set(front["tags"]) and "explained_variance" in front["metrics"]
+    results = {row["type"]: row["value"] for row in front["model-index"][0]["results"][0]["metrics"]}
+    assert results["l0"] == 8 and "dead" in results
+    assert huggingface_hub.ModelCard(text).data.library_name == "saelens"  # parsed as the hub does
+    assert "Varianza spiegata, centrata" in text and 'SAE.from_pretrained("me/saes", "L1R-2x")' in text
+
+
+def test_base_model_and_datasets_are_named_when_the_hub_has_them(judged, tmp_path):
+    from dataclasses import replace
+
+    from sae_italian.training import read_card
+    from sae_italian.training.model_card import model_card
+
+    card = read_card(judged)
+    assert card is not None
+    real = replace(card, model="sapienzanlp/Minerva-1B-base-v1.0", corpus="gsarti/clean_mc4_it")
+    front = yaml.safe_load(model_card(judged, real, "me/saes", "x").split("---")[1])
+    assert front["base_model"] == "sapienzanlp/Minerva-1B-base-v1.0" and front["datasets"] == ["gsarti/clean_mc4_it"]
+    assert front["license"] == "apache-2.0"
+    local = yaml.safe_load(model_card(judged, card, "me/saes", "x", "cc-by-4.0").split("---")[1])
+    assert "base_model" not in local and "datasets" not in local and local["license"] == "cc-by-4.0"
+
+
+def test_a_second_sae_leaves_the_readme_alone(judged, hub):
+    publish(judged, "me/saes")
+    before = hub.files["me/saes"]["README.md"]
+    upload = publish(judged, "me/saes", sae_id="again")
+    assert hub.files["me/saes"]["README.md"] == before and "README.md" not in upload.files
+    assert "again/sae_weights.safetensors" in hub.files["me/saes"]
+
+
+def test_a_dry_run_sends_nothing(judged, hub, capsys):
+    assert main(["saes", "publish", str(judged), "me/saes", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing sent" in out and f"{(judged / 'sae_weights.safetensors').stat().st_size:,}" in out
+    assert not hub.files and not hub.tokens
+
+
+def test_no_card_no_publication(trained_sae, hub, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(trained_sae, bare, ignore=shutil.ignore_patterns("card*"))
+    assert main(["saes", "publish", str(bare), "me/saes", "--dry-run"]) == 2
+    assert f"sae-italian evaluate {bare}" in capsys.readouterr().err
+
+
+def test_no_token_is_one_line(judged, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UsageError, match="hf auth login"):
+        publish(judged, "me/saes")
+    assert not hub.files
+
+
+def test_a_token_that_may_not_write(judged, hub):
+    hub.refuse = 403
+    with pytest.raises(UsageError, match=r"does not let this token write to me/saes \(403\)"):
+        publish(judged, "me/saes")
+
+
+def test_bad_input(judged, tmp_path):
+    with pytest.raises(UsageError, match="owner/name"):
+        publish(judged, "saes", dry_run=True)
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(UsageError, match="no cfg.json and no sae_weights.safetensors"):
+        publish(tmp_path, "me/saes", dry_run=True)
+
+
+def test_local_paths_in_the_metadata_are_told(judged, tmp_path):
+    local = tmp_path / "local"
+    shutil.copytree(judged, local)
+    cfg = json.loads((local / "cfg.json").read_text())
+    cfg["metadata"]["model_name"] = "/home/anna/minerva"
+    (local / "cfg.json").write_text(json.dumps(cfg))
+    assert any("/home/anna/minerva" in warning for warning in publish(local, "me/saes", dry_run=True).warnings)
