@@ -91,7 +91,8 @@ def connect(path: Path) -> sqlite3.Connection:
     Raises: DataError when it is no store, UsageError when a newer sae_italian wrote it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+    # the call ledger is opened in one thread and used in another, never in two at once
+    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")  # a killed process loses nothing; the file stays whole

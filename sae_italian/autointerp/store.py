@@ -129,7 +129,7 @@ class Store:
         found = {}
         for row_id, *fields, rule, kind, prompt, notes in self.connection.execute(query, (explainer,)):
             parsed = [None if text is None else json.loads(text) for text in (rule, notes)]
-            explanation = Explanation(*fields, parsed[0], kind, prompt, parsed[1])
+            explanation = Explanation._make([*fields, parsed[0], kind, prompt, parsed[1]])
             found[explanation.latent] = (row_id, explanation)
         return found
 
