@@ -68,6 +68,7 @@ def analyse(
     latents: int | None = None,
     seed: int = 0,
     random_control: bool = True,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Measure, explain and score what a cache holds; return the results, also kept in the cache's folder.
 
@@ -96,10 +97,11 @@ def analyse(
             card.save(Path(manifest.sae))
         results["card"] = {**card.as_dict(), "n_tokens_asked": card_tokens}
     config = AutointerpConfig(latents=latents, seed=seed)
-    results["autointerp"] = summarise(run_autointerp(cache, model.tokenizer, config)).as_dict()
+    store = run_autointerp(cache, model.tokenizer, config, sae=sae, workers=workers)
+    results["autointerp"] = summarise(store).as_dict()
     results["gold"] = [asdict(result) for result in gold_table(cache)]
     if random_control:
-        twin = random_sae_control(cache, sae, model, config)
+        twin = random_sae_control(cache, sae, model, config, workers=workers)
         results["random"] = summarise(twin).as_dict()
         results["random_gold"] = [asdict(result) for result in gold_table(FeatureCache.open(twin.parent))]
     write_json(file, results)

@@ -43,6 +43,7 @@ class Example:
     marks: Bool[np.ndarray, " tokens"] | None = None  # the tokens shown marked; None: the question is about the whole
     first: int = -1  # position of the first token in the cache
     decile: int = -1  # of a positive among the latent's segments, 0 the weakest tenth, 9 the strongest
+    pair: int = -1  # running number of a positive, and of the negatives that are matched with it
 
     def strengths(self, maximum: float, top: int = 10) -> Int[np.ndarray, " tokens"]:
         """Return the activations as whole numbers 0 to `top`: above 0 wherever the latent fires, `top` at its maximum."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from sae_italian.cli.base import Commands, Result
+from sae_italian.cli.base import Commands, Result, positive
 
 
 def add_commands(root: Commands) -> None:
@@ -17,6 +18,12 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--repeats", type=int, default=3)
     sub.add_argument("--workers", type=int, default=2)
     sub.add_argument("--memory-bytes", type=int, default=0, help="also measure the memory over a stream this long")
+    sub = group.add("autointerp", _bench_autointerp, "explanations and scores by rule, in latents a second")
+    sub.add_argument("cache", type=Path)
+    sub.add_argument("--model", help="default: the model the cache was built with")
+    sub.add_argument("--latents", type=int, default=300, help="live latents, drawn at random")
+    sub.add_argument("--repeats", type=int, default=3)
+    sub.add_argument("--workers", type=int, default=2)
 
 
 def _bench_corpora(options: argparse.Namespace) -> Result:
@@ -30,5 +37,20 @@ def _bench_corpora(options: argparse.Namespace) -> Result:
         repeats=options.repeats,
         workers=options.workers,
         memory_bytes=options.memory_bytes,
+    )
+    return result, table_of(result)
+
+
+def _bench_autointerp(options: argparse.Namespace) -> Result:
+    from sae_italian.bench.autointerp import measure, table_of
+
+    for name in ("latents", "repeats", "workers"):
+        positive(f"--{name}", getattr(options, name))
+    result = measure(
+        options.cache,
+        latents=options.latents,
+        repeats=options.repeats,
+        workers=options.workers,
+        model=options.model,
     )
     return result, table_of(result)
