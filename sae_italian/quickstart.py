@@ -109,13 +109,13 @@ def analyse(
 
 
 def forget_scores(cache: Any) -> None:
-    """Remove the explanations and scores of a cache, those of its random twin too; the activations stay."""
+    """Drop the explanations and scores of a cache, those of its random twin too; activations and paid calls stay."""
     from sae_italian.autointerp.control import TWIN_FOLDER
     from sae_italian.autointerp.run import STORE_FILE
+    from sae_italian.autointerp.store import forget
 
     for folder in (cache.folder, cache.folder / TWIN_FOLDER):
-        for ending in ("", "-wal", "-shm"):
-            (folder / (STORE_FILE + ending)).unlink(missing_ok=True)
+        forget(folder / STORE_FILE)
 
 
 def report_of(cache: Any, tokenizer: Any, out: Path) -> Path:

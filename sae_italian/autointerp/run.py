@@ -181,6 +181,7 @@ class Run:
 
     def explain_with(self, explainer: Explainer) -> None:
         """Explain with another explainer the latents that have a rule; the others keep their status under its name."""
+        self._claim(explainer)
         rules, done = self.store.explanations(EXPLAINER), self.store.explained(explainer.name)
         left = {latent: explanation for latent, (_, explanation) in rules.items() if latent not in done}
         unexplained = [e._replace(explainer=explainer.name) for e in left.values() if e.status != "ok"]
@@ -191,8 +192,15 @@ class Run:
         for explanations in tqdm(found, total=len(todo), desc=explainer.name, unit="latent", disable=None):
             self.store.add_explanations(explanations)
 
+    def _claim(self, who: Explainer | Judge) -> None:
+        """Hold an explainer or judge to the settings (prompts, examples) that its earlier work here had."""
+        settings = getattr(who, "settings", None)
+        if settings is not None:
+            self.store.claim(f"{type(who).__name__} {who.name}", settings)
+
     def score_with(self, judge: Judge, name: str) -> None:
         """Let a judge score one explainer's explanations, and as control each on another latent's examples."""
+        self._claim(judge)
         own, lookup = self.store.explanations(name), self.store.explanations(LOOKUP)
         live = [latent for latent, (_, explanation) in own.items() if explanation.status == "ok"]
         stranger = strangers(live, self.config.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_italian.autointerp.database import SCHEMA_VERSION, connect
-from sae_italian.errors import UsageError
+from sae_italian.errors import DataError, UsageError
 
 NO_ANSWER = "no answer"  # status of what the endpoint kept failing on: a rerun asks again
 
@@ -206,6 +206,18 @@ class Store:
                    FROM call GROUP BY model ORDER BY model"""
         names = ("calls", "failed", "tokens_in", "tokens_cached", "tokens_out", "usd", "usd_uncertain")
         return {model: dict(zip(names, rest, strict=True)) for model, *rest in self.connection.execute(query)}
+
+
+def forget(path: Path) -> None:
+    """Drop all of a store but its calls, if there is one; a file that is no store is removed."""
+    if not path.is_file():
+        return
+    try:
+        with Store(path, {}) as store:
+            store.forget()
+    except DataError:
+        for ending in ("", "-wal", "-shm"):
+            path.with_name(path.name + ending).unlink(missing_ok=True)
 
 
 def _json(value: Any) -> str | None:
