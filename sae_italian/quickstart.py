@@ -132,7 +132,7 @@ def table_of(results: dict[str, Any]) -> str:
     from sae_italian.analysis.gold import DETECTED
     from sae_italian.browser.table import records, text_table
 
-    extra = []
+    extra = _score_rows(results.get("autointerp") or {}, results.get("random") or {})
     for part, label in (
         ("gold", "Gold labels with a latent of F1"),
         ("random_gold", "Random SAE: gold labels with a latent of F1"),
@@ -141,3 +141,44 @@ def table_of(results: dict[str, Any]) -> str:
             detected = sum(row["f1"] >= DETECTED for row in rows)
             extra.append((f"{label} ≥ {DETECTED}", f"{detected} of {len(rows)}"))
     return text_table(records(results, "metrics") + records(results, "controls"), extra)
+
+
+_NEGATIVES = {
+    "random": "random segments",
+    "same-token": "the same token, silent",
+    "cofiring": "of latents active together",
+    "decoder": "of latents of a near direction",
+    "silent-token": "silent tokens of the same segment",
+}
+
+
+def _score_rows(auto: dict[str, Any], random: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what the short list of metrics leaves out: each negative source, simulation, and the other controls."""
+    rows: list[tuple[str, Any]] = []
+    for scorer, by_source in (auto.get("by_negatives") or {}).items():
+        rows += [(f"{scorer.capitalize()}, negatives: {_NEGATIVES[name]}", e) for name, e in by_source.items()]
+    rows += [
+        ("Simulation, correlation on strongest and random segments", auto.get("simulation")),
+        ("Simulation, correlation on random segments", auto.get("simulation_random")),
+        ("Shuffled explanations: mean fuzzing", auto.get("shuffled_fuzzing")),
+        ("Shuffled explanations: simulation", auto.get("shuffled_simulation")),
+        ("Token lookup: mean detection", auto.get("lookup_detection")),
+        ("Token lookup: mean fuzzing", auto.get("lookup_fuzzing")),
+        ("Latents that are only a token", auto.get("only_token")),
+        ("Random SAE: mean fuzzing", random.get("fuzzing")),
+        ("Random SAE: token lookup, mean detection", random.get("lookup_detection")),
+        ("A judge that always says yes: detection", auto.get("always_yes")),
+        ("A judge that always says no: detection", auto.get("always_no")),
+    ]
+    found = [(label, _number(estimate)) for label, estimate in rows if estimate and estimate["value"] is not None]
+    if deciles := [e["value"] for e in auto.get("by_decile") or [] if e["value"] is not None]:
+        found.append(("Positives found, by tenth of their strength", " ".join(f"{value:.2f}" for value in deciles)))
+    if auto and not auto.get("enough", True):
+        found.append(("Latents drawn", f"{auto['n_latents']}: fewer than 300 do not stand for the SAE"))
+    return found
+
+
+def _number(estimate: dict[str, float | None]) -> str:
+    if estimate["lo"] is None:
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} ({estimate['lo']:.3f} to {estimate['hi']:.3f})"

@@ -17,6 +17,10 @@ from sae_italian.cache.layout import acts_file
 from sae_italian.errors import DataError
 
 N_NEIGHBOURS = 5
+_COLUMNS = {  # of the cache's table of statistics
+    "cofiring": ("cofiring_neighbours", "cofiring_ids"),
+    "decoder": ("decoder_neighbours", "decoder_ids"),
+}
 SAMPLE = 100_000  # tokens on which firing together is counted
 
 
@@ -34,8 +38,9 @@ def find_neighbours(cache: FeatureCache, latents: Sequence[int], sae: Any = None
     Without the table the decoder's come from `sae`; when that is None too, there are none.
     """
     found = Neighbours()
-    for name, column in (("cofiring", "cofiring_neighbours"), ("decoder", "decoder_neighbours")):
-        if column in cache.statistics:
+    for name, columns in _COLUMNS.items():
+        column = next((column for column in columns if column in cache.statistics), None)
+        if column is not None:
             rows = cache.statistics[column]
             setattr(found, name, _nonempty({latent: np.asarray(rows[latent])[:n] for latent in latents}))
     if not found.cofiring:

@@ -44,8 +44,9 @@ def test_words_are_those_of_the_text(places, source, planted):
     checked = 0
     for position in rng.choice(np.flatnonzero(source.segment_of >= 0), 400, replace=False).tolist():
         form = places.form[position]
-        if not places.form_ends[form]:
-            continue
+        begins = int(places.start_of_word[position])
+        if not places.form_ends[form] or (planted.doc[begins] == planted.doc[begins - 2] and not source.linked[begins]):
+            continue  # inside a word, or in one that a window's edge cuts
         word = places.words[places.form_word[form]]
         text = planted.document(int(planted.doc[position])).text
         end = int(planted.char_end[position])
@@ -160,8 +161,6 @@ def test_the_trie_tells_a_token_in_one_context_from_the_token(places, source):
     """Fires on a token only after one other token: the pair is a node, the token's rest is left without."""
     train = np.flatnonzero((source.position_part == 0) & source.linked)
     pairs, counts = np.unique(places.bigram[train], return_counts=True)
-    tokens_of_pair = source.tokens[train[np.searchsorted(np.sort(places.bigram[train]), pairs)]]
-    del tokens_of_pair
     common = pairs[np.argsort(-counts)[3]]
     position = np.flatnonzero((places.bigram == common) & (source.segment_of >= 0))
     counts_ = Counts(places, planted_activity(source, position))
@@ -182,9 +181,11 @@ def test_the_tree_joins_two_conditions(places, source):
     positions = np.flatnonzero(source.segment_of >= 0)
     view = View(places, positions[:, None])
     previous = view.keys("previous")[:, 0]
-    frequent = np.bincount(previous[previous >= 0]).argmax()
-    shape = places.tables["shape"].names.index("lower case")
-    fires = (previous == frequent) & (view.keys("shape")[:, 0] == shape)
+    lower = view.keys("shape")[:, 0] == places.tables["shape"].names.index("lower case")
+    known = previous >= 0
+    followed = [np.bincount(previous[known & side], minlength=places.vocab) for side in (lower, ~lower)]
+    token = np.minimum(*followed).argmax()  # often before words in small letters and often before others
+    fires = (previous == token) & lower
     counts = Counts(places, planted_activity(source, positions[fires]))
     rules = [fit_keys(counts, family) for family in ("previous", "shape")]
     train = source.grid(np.flatnonzero(source.segment_part == 0)[:400])
@@ -197,11 +198,11 @@ def test_the_tree_joins_two_conditions(places, source):
 
 
 def test_rare_coincidences_make_no_key(places, source):
-    """A key seen once is not evidence: log-odds under the prior leave it out."""
+    """A pair seen once, the latent being active, is no evidence: log-odds under the prior leave it out."""
     rng = np.random.default_rng(1)
     position = np.sort(rng.choice(np.flatnonzero(source.position_part == 0), 60, replace=False))
     rule = fit_keys(Counts(places, planted_activity(source, position)), "bigram")
-    assert len(rule.keys) < 25
+    assert (rule.total > 1).all()
 
 
 def test_the_explainer_answers_the_protocol(places, negatives):

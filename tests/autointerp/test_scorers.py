@@ -196,31 +196,39 @@ def test_a_local_encoder_is_read_and_a_missing_one_is_named(tmp_path):
 # --- the subject model ------------------------------------------------------------------------------------------------
 
 
+class Copier:
+    """A model that expects again what it has read: its state is the mean of what it saw, and can be replaced."""
+
+    def __init__(self, vocab, scale=8.0):
+        generator = torch.Generator().manual_seed(0)
+        self.vectors = torch.nn.functional.normalize(torch.randn(vocab, 64, generator=generator), dim=-1)
+        self.scale = scale
+
+    def __call__(self, tokens, replace=None):
+        seen = self.vectors[tokens].cumsum(dim=1) / torch.arange(1, tokens.shape[1] + 1)[None, :, None]
+        return self.scale * (replace(seen) if replace else seen) @ self.vectors.T
+
+
 @pytest.fixture(scope="module")
-def forward(mini):
-    from sae_italian.models.activations import logits_with_replacement
-
-    def run(tokens, replace=None):
-        with torch.no_grad():
-            if replace is None:
-                return mini(tokens, use_cache=False).logits
-            return logits_with_replacement(mini, tokens, "blocks.2.hook_resid_post", replace)
-
-    return run
+def copier(mini):
+    return Copier(len(mini.tokenizer))
 
 
-def test_surprisal_is_the_gain_in_log_likelihood(forward, mini, negatives):
-    """An explanation that quotes the positives makes them likelier; one by one it is the model's own likelihood."""
+def test_surprisal_favours_an_explanation_that_quotes_the_positives(copier, mini, negatives, planted):
     examples = latent_examples(negatives, 0, n_test=15).test
-    told = " ".join(example.text for example in examples if example.positive)[:200]
-    score = next(s for s in surprisal(forward, mini.tokenizer, told, examples) if s.negatives == "random")
-    assert score.metrics["auroc"].value > 0.55
+    token = mini.tokenizer.decode([int(planted.tokens[planted.latent(0).position[0]])])
+    score = next(s for s in surprisal(copier, mini.tokenizer, token * 3, examples) if s.negatives == "random")
+    assert score.metrics["auroc"].value > 0.8 and set(score.metrics) == {"auroc"}
     with pytest.raises(UsageError, match="context"):
-        surprisal(forward, mini.tokenizer, told, examples, context=40)
+        surprisal(copier, mini.tokenizer, token * 30, examples, context=40)
 
 
-def test_surprisal_adds_up_the_models_log_probabilities(forward, mini):
+def test_surprisal_adds_up_the_models_log_probabilities(mini):
     from sae_italian.autointerp.scorers.subject import _log_likelihoods
+
+    def forward(tokens, replace=None):
+        with torch.no_grad():
+            return mini(tokens, use_cache=False).logits
 
     prefix, one, two = [1, 5, 6], np.array([7, 8, 9]), np.array([10])
     found = _log_likelihoods(forward, prefix, [one, two], 128)
@@ -230,18 +238,16 @@ def test_surprisal_adds_up_the_models_log_probabilities(forward, mini):
     assert found[1] == pytest.approx(float(log_p[2, 10]), abs=1e-4)
 
 
-def test_intervention_is_at_the_wanted_divergence_and_favours_what_the_direction_writes(forward, mini):
+def test_intervention_is_at_the_wanted_divergence_and_favours_what_the_direction_writes(copier, mini):
     """A direction that makes the model write a token favours that token as the explanation over another one."""
     token, other = (mini.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("gatto", "treno"))
-    direction = mini.get_output_embeddings().weight[token].detach()
-    prompts = [
-        np.array(mini.tokenizer(text, add_special_tokens=False)["input_ids"][:4])
-        for text in ("Il libro di Anna", "La casa di Marco è")
+    prompts = [np.array([5 + i, 9 + i, 14 + i, 30 + i]) for i in range(12)]
+    texts = [mini.tokenizer.decode([t, t]) for t in (token, other)]
+    scores = [
+        intervention(copier, mini.tokenizer, copier.vectors[token], text, prompts, divergence=2.0) for text in texts
     ]
-    texts = [mini.tokenizer.decode([t, t, t]) for t in (token, other)]
-    scores = [intervention(forward, mini.tokenizer, direction, text, prompts * 8, divergence=2.0) for text in texts]
     assert scores[0].metrics["divergence"].value == pytest.approx(2.0, rel=0.1)
-    assert scores[0].metrics["strength"].value > 0
-    assert scores[0].metrics["log_probability_gain"].value > scores[1].metrics["log_probability_gain"].value
-    nothing = intervention(forward, mini.tokenizer, torch.zeros_like(direction), texts[0], prompts)
+    gains = [score.metrics["log_probability_gain"] for score in scores]
+    assert gains[0].value > 0.1 and gains[0].value > gains[1].value + 0.1 and gains[0].lo < gains[0].value
+    nothing = intervention(copier, mini.tokenizer, torch.zeros(64), texts[0], prompts)
     assert math.isnan(nothing.metrics["log_probability_gain"].value)
