@@ -18,7 +18,11 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--repeats", type=int, default=3)
     sub.add_argument("--workers", type=int, default=2)
     sub.add_argument("--memory-bytes", type=int, default=0, help="also measure the memory over a stream this long")
-    sub = group.add("autointerp", _bench_autointerp, "explanations and scores by rule, in latents a second")
+    sub = group.add(
+        "autointerp",
+        _bench_autointerp,
+        "rules in latents a second, and how much of its concurrency the LLM client uses",
+    )
     sub.add_argument("cache", type=Path)
     sub.add_argument("--model", help="default: the model the cache was built with")
     sub.add_argument("--latents", type=int, default=300, help="live latents, drawn at random")
@@ -43,6 +47,7 @@ def _bench_corpora(options: argparse.Namespace) -> Result:
 
 def _bench_autointerp(options: argparse.Namespace) -> Result:
     from sae_italian.bench.autointerp import measure, table_of
+    from sae_italian.bench.llm import llm_table, measure_llm
 
     for name in ("latents", "repeats", "workers"):
         positive(f"--{name}", getattr(options, name))
@@ -53,4 +58,5 @@ def _bench_autointerp(options: argparse.Namespace) -> Result:
         workers=options.workers,
         model=options.model,
     )
-    return result, table_of(result)
+    result["llm"] = measure_llm()
+    return result, f"{table_of(result)}\n\n{llm_table(result['llm'])}"

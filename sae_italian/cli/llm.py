@@ -11,8 +11,6 @@ from sae_italian.errors import UsageError
 
 
 def llm_options(sub: argparse.ArgumentParser) -> None:
-    from sae_italian.autointerp.llm.client import KEY_VARIABLE
-
     sub.add_argument("--explainer", choices=("rule", "llm"), default="rule", help="who explains (default: rule)")
     sub.add_argument("--judge", choices=("rule", "llm"), help="who judges (default: as --explainer)")
     sub.add_argument("--endpoint", help="an OpenAI-compatible server, such as http://localhost:8000/v1")
@@ -21,7 +19,7 @@ def llm_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--estimate", action="store_true", help="print calls, tokens and cost of the LLM; send nothing")
     sub.add_argument("--max-usd", type=float, help="stop before this run's calls can cost more")
     sub.add_argument("--concurrency", type=int, default=8, help="calls in flight at once (default 8)")
-    sub.add_argument("--key-env", help=f"environment variable that holds the key (default {KEY_VARIABLE}, if set)")
+    sub.add_argument("--key-env", help="environment variable that holds the key (default LLM_API_KEY, if set)")
     sub.add_argument("--prices", type=Path, help="a price file in the place of the one that comes along")
     sub.add_argument("--context-tokens", type=int, help="the LLM's context: examples are dropped until prompts fit")
     sub.add_argument("--shown", choices=("deciles", "top"), default="deciles", help="which examples are explained")

@@ -155,7 +155,22 @@ def tiny_bert(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "verbi", "al", "futuro", "nomi", "femminili", "plurali", "la", "parola", "dopo", "uno"]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "verbi",
+        "al",
+        "futuro",
+        "nomi",
+        "femminili",
+        "plurali",
+        "la",
+        "parola",
+        "dopo",
+        "uno",
+    ]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
