@@ -33,18 +33,18 @@ def judge_latent(
                 continue
             verdicts = judge.detect(explanation, examples)
             scores = function(verdicts, examples)
-            rows += _rows(row_id, shown.latent, control, judge.name, scores)
+            rows += score_rows(row_id, shown.latent, control, judge.name, scores)
             judgements += _judgements(row_id, shown.latent, control, scorer, judge.name, verdicts, examples)
             if not control:
                 plain = rule_judge.detect(lookup[1], examples)
                 rows += _gains(row_id, shown.latent, scorer, judge.name, verdicts, plain, examples)
         if shown.simulation:
             scores = simulation(judge.simulate(explanation, shown.simulation), shown.simulation)
-            rows += _rows(row_id, shown.latent, control, judge.name, scores)
+            rows += score_rows(row_id, shown.latent, control, judge.name, scores)
     return rows, judgements
 
 
-def _rows(row_id: int, latent: int, control: str, judge: str, scores: Sequence[Score]) -> Iterator[Row]:
+def score_rows(row_id: int, latent: int, control: str, judge: str, scores: Sequence[Score]) -> Iterator[Row]:
     for score in scores:
         for metric, estimate in score.metrics.items():
             numbers = estimate.as_dict()
@@ -59,7 +59,7 @@ def _gains(
     plain = answers_by_source(theirs, examples)
     for source, answers in answers_by_source(ours, examples).items():
         gain = compare(answers, plain[source])
-        yield from _rows(
+        yield from score_rows(
             row_id,
             latent,
             "",

@@ -36,6 +36,8 @@ Family = Literal[
     "trigram",
 ]
 Slot = Literal["here", "previous", "word-before", "next"]
+SUFFIXES: dict[Family, int] = {"suffix2": 2, "suffix3": 3, "suffix4": 4, "suffix5": 5}
+PREFIXES: dict[Family, int] = {"prefix3": 3, "prefix4": 4}
 LONGEST_WORD = 16  # pieces; a longer run is cut
 SHAPES = (
     "number",
@@ -133,12 +135,12 @@ class Places:
             "token": _FamilyTable("here", token, []),
             "word": _FamilyTable("here", *by_word),
         }
-        for n in (2, 3, 4, 5):
+        for family, n in SUFFIXES.items():
             endings = [word[-n:] if len(word) > n and word[-n:].isalpha() else None for word in lower]
-            tables[f"suffix{n}"] = _FamilyTable("here", *_numbered(endings))  # pyright: ignore[reportArgumentType]
-        for n in (3, 4):
+            tables[family] = _FamilyTable("here", *_numbered(endings))
+        for family, n in PREFIXES.items():
             starts = [word[:n].lower() if len(word) > n and word[:n].isalpha() else None for word in words]
-            tables[f"prefix{n}"] = _FamilyTable("here", *_numbered(starts))  # pyright: ignore[reportArgumentType]
+            tables[family] = _FamilyTable("here", *_numbered(starts))
         tables["shape"] = _FamilyTable("here", *_numbered([shape_of(word) for word in whole]))
         tables["clitic"] = _FamilyTable("here", *_numbered([enclitic(word) for word in lower]))
         tables["previous"] = _FamilyTable("previous", token, [])

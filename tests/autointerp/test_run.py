@@ -204,3 +204,28 @@ def test_threads_finish_what_is_under_way_before_a_failure_is_raised():
         for result in in_threads(work, range(100), 3):
             seen.append(result)
     assert {0, 1, 2, 3, 4} <= set(seen) and len(seen) < 15
+
+
+def test_an_encoder_and_the_subject_model_score_some_of_the_explanations(planted, mini, store, tmp_path):
+    import shutil
+
+    import torch
+
+    from sae_italian.autointerp.model_scores import score_with_models
+    from tests.autointerp.test_scorers import Copier
+
+    path = shutil.copy(store, tmp_path / "store")
+    copier = Copier(len(mini.tokenizer))
+    sae = type("SAE", (), {"W_dec": torch.rand(planted.manifest.d_sae, copier.vocab)})
+
+    def encode(texts):
+        return np.array([[text.count("a"), text.count("o") + 1] for text in texts])
+
+    for _ in range(2):  # the second time there is nothing left to do
+        score_with_models(
+            planted, mini.tokenizer, path, AutointerpConfig(), latents=3, encode=encode, forward=copier, sae=sae
+        )
+    with Store(path, {}) as opened:
+        assert len(opened.scored("rules", "encoder")) == len(opened.scored("rules", "subject")) == 3
+        rows = opened.scores_of(min(opened.scored("rules", "subject")))
+        assert {"embedding", "surprisal", "intervention"} <= {row["scorer"] for row in rows}

@@ -197,16 +197,15 @@ def test_a_local_encoder_is_read_and_a_missing_one_is_named(tmp_path):
 
 
 class Copier:
-    """A model that expects again what it has read: its state is the mean of what it saw, and can be replaced."""
+    """A model that expects again what it has read: its state, which can be replaced, is the share of each token so far."""
 
-    def __init__(self, vocab, scale=8.0):
-        generator = torch.Generator().manual_seed(0)
-        self.vectors = torch.nn.functional.normalize(torch.randn(vocab, 64, generator=generator), dim=-1)
-        self.scale = scale
+    def __init__(self, vocab, scale=10.0):
+        self.vocab, self.scale = vocab, scale
 
     def __call__(self, tokens, replace=None):
-        seen = self.vectors[tokens].cumsum(dim=1) / torch.arange(1, tokens.shape[1] + 1)[None, :, None]
-        return self.scale * (replace(seen) if replace else seen) @ self.vectors.T
+        seen = torch.nn.functional.one_hot(tokens, self.vocab).float().cumsum(dim=1)
+        share = seen / torch.arange(1, tokens.shape[1] + 1)[None, :, None]
+        return self.scale * (replace(share) if replace else share)
 
 
 @pytest.fixture(scope="module")
@@ -242,12 +241,11 @@ def test_intervention_is_at_the_wanted_divergence_and_favours_what_the_direction
     """A direction that makes the model write a token favours that token as the explanation over another one."""
     token, other = (mini.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("gatto", "treno"))
     prompts = [np.array([5 + i, 9 + i, 14 + i, 30 + i]) for i in range(12)]
+    direction = torch.nn.functional.one_hot(torch.tensor(token), copier.vocab).float()
     texts = [mini.tokenizer.decode([t, t]) for t in (token, other)]
-    scores = [
-        intervention(copier, mini.tokenizer, copier.vectors[token], text, prompts, divergence=2.0) for text in texts
-    ]
+    scores = [intervention(copier, mini.tokenizer, direction, text, prompts, divergence=2.0) for text in texts]
     assert scores[0].metrics["divergence"].value == pytest.approx(2.0, rel=0.1)
     gains = [score.metrics["log_probability_gain"] for score in scores]
     assert gains[0].value > 0.1 and gains[0].value > gains[1].value + 0.1 and gains[0].lo < gains[0].value
-    nothing = intervention(copier, mini.tokenizer, torch.zeros(64), texts[0], prompts)
+    nothing = intervention(copier, mini.tokenizer, torch.zeros(copier.vocab), texts[0], prompts)
     assert math.isnan(nothing.metrics["log_probability_gain"].value)

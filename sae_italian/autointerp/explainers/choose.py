@@ -77,8 +77,7 @@ class _Tuning:
     """Chooses a rule's threshold on one validation draw."""
 
     def __init__(self, places: Places, val: Draw):
-        sources = [name for name in CHOSEN_ON if name in val.negative]
-        pairs = [val.pairs(name) for name in sources]
+        pairs = [val.pairs(name) for name in CHOSEN_ON if name in val.negative]
         self.view = View(places, places.source.grid(np.concatenate([val.positive, *(pair[1] for pair in pairs)])))
         self.n = len(val.positive)
 

@@ -55,11 +55,10 @@ class Counts:
         if slot not in self._forms:
             forms = self.places.forms(self.position, slot)
             inside = forms >= 0
-            n = len(self.places.form_token)
-            active = np.bincount(forms[inside], minlength=n)
-            mass = np.bincount(forms[inside], weights=self.value[inside], minlength=n)
-            seen = np.flatnonzero(active)
-            self._forms[slot] = seen, active[seen], mass[seen]
+            seen, index = np.unique(forms[inside], return_inverse=True)
+            active = np.bincount(index, minlength=len(seen))
+            mass = np.bincount(index, weights=self.value[inside], minlength=len(seen))
+            self._forms[slot] = seen, active, mass
         return self._forms[slot]
 
     def keys(self, family: Family) -> Tally:

@@ -18,7 +18,7 @@ Rule = KeyRule | TrieRule | TreeRule
 SHOWN = 6  # keys named in the text
 _PATHS = 3  # paths of a tree named in the text
 
-_FAMILY: dict[Language, dict[Family, str]] = {
+_FAMILY: dict[Language, dict[str, str]] = {
     "it": {
         "token": "su {}",
         "word": "sulla parola {}",
@@ -30,7 +30,7 @@ _FAMILY: dict[Language, dict[Family, str]] = {
         "bigram": "nella sequenza {}",
         "trigram": "nella sequenza {}",
     }
-    | {f"suffix{n}": "alla fine di parole in {}" for n in (2, 3, 4, 5)}  # pyright: ignore[reportOperatorIssue]
+    | {f"suffix{n}": "alla fine di parole in {}" for n in (2, 3, 4, 5)}
     | {f"prefix{n}": "in parole che cominciano per {}" for n in (3, 4)},
     "en": {
         "token": "on {}",
@@ -43,7 +43,7 @@ _FAMILY: dict[Language, dict[Family, str]] = {
         "bigram": "in the sequence {}",
         "trigram": "in the sequence {}",
     }
-    | {f"suffix{n}": "at the end of words in {}" for n in (2, 3, 4, 5)}  # pyright: ignore[reportOperatorIssue]
+    | {f"suffix{n}": "at the end of words in {}" for n in (2, 3, 4, 5)}
     | {f"prefix{n}": "in words that begin with {}" for n in (3, 4)},
 }
 _SHAPES_IT = {

@@ -103,10 +103,7 @@ def fit_trie(counts: Counts) -> TrieRule:
     )
     _keep_the_rest(token, pair, pair_parent)
     _keep_the_rest(pair, triple, triple_parent)
-    levels = tuple(
-        _level(counts, family, tally) for family, tally in (("token", token), ("bigram", pair), ("trigram", triple))
-    )
-    return TrieRule(levels)
+    return TrieRule((_level(counts, "token", token), _level(counts, "bigram", pair), _level(counts, "trigram", triple)))
 
 
 def _significant(
