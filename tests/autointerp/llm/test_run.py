@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sae_italian.autointerp.run import STORE_FILE
+from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Store
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
@@ -74,11 +74,11 @@ def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
         text = capsys.readouterr().out
         assert len(endpoint.requests) == asked
     rule, llm = result["summaries"]
-    assert (rule["explainer"], rule["judge"], llm["explainer"]) == ("token-statistics", "rule", "llm:prova:it1")
+    assert (rule["explainer"], rule["judge"], llm["explainer"]) == (EXPLAINER, "rule", "llm:prova:it1")
     assert llm["judge"] == "llm:prova:it1" and llm["n_explained"] == N
     assert llm["detection"]["value"] > 0.95 and llm["fuzzing"]["value"] > 0.95
     assert llm["simulation"]["value"] > 0.95 and llm["shuffled_detection"]["value"] < 0.7
-    assert "| token-statistics | rule | 4 |" in text and "| llm:prova:it1 | llm:prova:it1 | 4 |" in text
+    assert f"| {EXPLAINER} | rule | 4 |" in text and "| llm:prova:it1 | llm:prova:it1 | 4 |" in text
     assert "the endpoint does without logprobs: the answers carry none" in text
     with Store(planted.folder / STORE_FILE, {}) as store:
         explanations = store.explanations("llm:prova:it1")
