@@ -68,6 +68,7 @@ def analyse(
     latents: int | None = None,
     seed: int = 0,
     random_control: bool = True,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Measure, explain and score what a cache holds; return the results, also kept in the cache's folder.
 
@@ -96,10 +97,11 @@ def analyse(
             card.save(Path(manifest.sae))
         results["card"] = {**card.as_dict(), "n_tokens_asked": card_tokens}
     config = AutointerpConfig(latents=latents, seed=seed)
-    results["autointerp"] = summarise(run_autointerp(cache, model.tokenizer, config)).as_dict()
+    store = run_autointerp(cache, model.tokenizer, config, sae=sae, workers=workers)
+    results["autointerp"] = summarise(store).as_dict()
     results["gold"] = [asdict(result) for result in gold_table(cache)]
     if random_control:
-        twin = random_sae_control(cache, sae, model, config)
+        twin = random_sae_control(cache, sae, model, config, workers=workers)
         results["random"] = summarise(twin).as_dict()
         results["random_gold"] = [asdict(result) for result in gold_table(FeatureCache.open(twin.parent))]
     write_json(file, results)
@@ -107,13 +109,13 @@ def analyse(
 
 
 def forget_scores(cache: Any) -> None:
-    """Remove the explanations and scores of a cache, those of its random twin too; the activations stay."""
+    """Drop the explanations and scores of a cache, those of its random twin too; activations and paid calls stay."""
     from sae_italian.autointerp.control import TWIN_FOLDER
     from sae_italian.autointerp.run import STORE_FILE
+    from sae_italian.autointerp.store import forget
 
     for folder in (cache.folder, cache.folder / TWIN_FOLDER):
-        for ending in ("", "-wal", "-shm"):
-            (folder / (STORE_FILE + ending)).unlink(missing_ok=True)
+        forget(folder / STORE_FILE)
 
 
 def report_of(cache: Any, tokenizer: Any, out: Path) -> Path:
@@ -130,7 +132,7 @@ def table_of(results: dict[str, Any]) -> str:
     from sae_italian.analysis.gold import DETECTED
     from sae_italian.browser.table import records, text_table
 
-    extra = []
+    extra = _score_rows(results.get("autointerp") or {}, results.get("random") or {})
     for part, label in (
         ("gold", "Gold labels with a latent of F1"),
         ("random_gold", "Random SAE: gold labels with a latent of F1"),
@@ -139,3 +141,44 @@ def table_of(results: dict[str, Any]) -> str:
             detected = sum(row["f1"] >= DETECTED for row in rows)
             extra.append((f"{label} ≥ {DETECTED}", f"{detected} of {len(rows)}"))
     return text_table(records(results, "metrics") + records(results, "controls"), extra)
+
+
+_NEGATIVES = {
+    "random": "random segments",
+    "same-token": "the same token, silent",
+    "cofiring": "of latents active together",
+    "decoder": "of latents of a near direction",
+    "silent-token": "silent tokens of the same segment",
+}
+
+
+def _score_rows(auto: dict[str, Any], random: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what the short list of metrics leaves out: each negative source, simulation, and the other controls."""
+    rows: list[tuple[str, Any]] = []
+    for scorer, by_source in (auto.get("by_negatives") or {}).items():
+        rows += [(f"{scorer.capitalize()}, negatives: {_NEGATIVES[name]}", e) for name, e in by_source.items()]
+    rows += [
+        ("Simulation, correlation on strongest and random segments", auto.get("simulation")),
+        ("Simulation, correlation on random segments", auto.get("simulation_random")),
+        ("Shuffled explanations: mean fuzzing", auto.get("shuffled_fuzzing")),
+        ("Shuffled explanations: simulation", auto.get("shuffled_simulation")),
+        ("Token lookup: mean detection", auto.get("lookup_detection")),
+        ("Token lookup: mean fuzzing", auto.get("lookup_fuzzing")),
+        ("Latents that are only a token", auto.get("only_token")),
+        ("Random SAE: mean fuzzing", random.get("fuzzing")),
+        ("Random SAE: token lookup, mean detection", random.get("lookup_detection")),
+        ("A judge that always says yes: detection", auto.get("always_yes")),
+        ("A judge that always says no: detection", auto.get("always_no")),
+    ]
+    found = [(label, _number(estimate)) for label, estimate in rows if estimate and estimate["value"] is not None]
+    if deciles := [e["value"] for e in auto.get("by_decile") or [] if e["value"] is not None]:
+        found.append(("Positives found, by tenth of their strength", " ".join(f"{value:.2f}" for value in deciles)))
+    if auto and not auto.get("enough", True):
+        found.append(("Latents drawn", f"{auto['n_latents']}: fewer than 300 do not stand for the SAE"))
+    return found
+
+
+def _number(estimate: dict[str, float | None]) -> str:
+    if estimate["lo"] is None:
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} ({estimate['lo']:.3f} to {estimate['hi']:.3f})"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from sae_italian.analysis.gold import _Words
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.build import _transpose
 from sae_italian.cache.layout import acts_file
@@ -51,3 +52,27 @@ def planted_cache(
     write_statistics(folder, manifest, sae, model)
     manifest.save(folder)
     return FeatureCache.open(folder, check=True)
+
+
+def gold_positions(base: FeatureCache, categories: Sequence[str], least: int = 200) -> dict[str, np.ndarray]:
+    """Return by gold label of MicroItaliano the positions of the last token of every word that bears it."""
+    words = _Words(base)
+    labels = words.matrix().tocsc()
+    last = np.flatnonzero(np.append(words.word_of_position[1:] != words.word_of_position[:-1], True))
+    last = last[words.word_of_position[last] >= 0]
+    word = words.word_of_position[last]
+    found = {}
+    for (category, label), column in words.labels.items():
+        if category in categories:
+            bearing = labels.indices[labels.indptr[column] : labels.indptr[column + 1]]
+            positions = last[np.isin(word, bearing)]
+            if least <= len(positions) <= len(last) // 3:
+                found[label] = positions
+    return found
+
+
+def noisy(positions: np.ndarray, counted: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Return the positions with a share of them left out and as many others put in."""
+    kept = rng.permutation(positions)[round(share * len(positions)) :]
+    others = np.setdiff1d(counted, positions)
+    return np.sort(np.concatenate([kept, rng.choice(others, len(positions) - len(kept), replace=False)]))

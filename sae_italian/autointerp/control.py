@@ -12,11 +12,14 @@ from sae_italian.saes import random_twin
 TWIN_FOLDER = "random-twin"
 
 
-def random_sae_control(cache: FeatureCache, sae: Any, model: Any, config: AutointerpConfig) -> Path:
+def random_sae_control(
+    cache: FeatureCache, sae: Any, model: Any, config: AutointerpConfig, *, workers: int = 1
+) -> Path:
     """Build the cache of the random twin on the same text, inside the cache's folder, and score it; return its store."""
     manifest = cache.manifest
+    twin = random_twin(sae, seed=config.seed)
     folder = build_cache(
-        random_twin(sae, seed=config.seed),
+        twin,
         model,
         manifest.corpus,
         cache.folder / TWIN_FOLDER,
@@ -28,4 +31,4 @@ def random_sae_control(cache: FeatureCache, sae: Any, model: Any, config: Autoin
         sae_name=f"random twin of {manifest.sae}",
         resume=(cache.folder / TWIN_FOLDER).is_dir(),
     )
-    return run_autointerp(FeatureCache.open(folder), model.tokenizer, config)
+    return run_autointerp(FeatureCache.open(folder), model.tokenizer, config, sae=twin, workers=workers)

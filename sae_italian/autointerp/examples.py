@@ -1,31 +1,27 @@
 """Examples of a latent at work and at rest, for explaining it, for choosing the explanation, and for scoring it.
 
 An example is a segment: at most `width` consecutive tokens of one document. Documents are divided once, by a seeded
-hash, into train (explain), val (choose) and test (score), so no document serves two purposes. Negatives are segments in
-which the cache shows no activation of the latent at all, of the same lengths as the positives. Segments of equal tokens
-count once.
+hash, into train (explain), val (choose) and test (score), so no document serves two purposes. Of segments of equal
+tokens only the first counts, in whatever document the others are. Every positive is paired with one negative of each
+source (see negatives.py), of the same length to four tokens and verified silent in the cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from sae_italian.autointerp.protocols import Example, Negatives
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.splits import PARTS, Part, document_parts
+from sae_italian.corpora.packing import NO_DOCUMENT
 
 LENGTH_STEP = 4  # tokens
-
-
-class Examples(NamedTuple):
-    """Segments of one latent and one part: `positive` is active somewhere, `negative` verified silent."""
-
-    positive: Int[np.ndarray, " n"]  # segment indices
-    negative: Int[np.ndarray, " m"]
+Order = Literal["deciles", "top", "random"]
 
 
 class Activity(NamedTuple):
@@ -34,6 +30,28 @@ class Activity(NamedTuple):
     position: Int[np.ndarray, " nnz"]
     value: Float[np.ndarray, " nnz"]
     segment: Int[np.ndarray, " nnz"]
+    active: Int[np.ndarray, " active"]  # the segments with an activation, ascending
+    maximum: Float[np.ndarray, " active"]  # the largest activation in each
+
+    def maxima(self, segments: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Return the largest activation in each segment, 0 where the latent is silent."""
+        if len(self.active) == 0:
+            return np.zeros(len(segments))
+        index = np.searchsorted(self.active, segments).clip(max=len(self.active) - 1)
+        return np.where(self.active[index] == segments, self.maximum[index], 0.0)
+
+
+class Draw(NamedTuple):
+    """Positives of one latent and one part, and by source the negative paired with each (-1 where there is none)."""
+
+    positive: Int[np.ndarray, " n"]  # segment indices
+    decile: Int[np.ndarray, " n"]  # of their maximum among the latent's segments of the part, 0 the weakest
+    negative: dict[Negatives, Int[np.ndarray, " n"]]
+
+    def pairs(self, source: Negatives) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+        """Return the positives that have a negative of a source, and these negatives."""
+        there = self.negative[source] >= 0
+        return self.positive[there], self.negative[source][there]
 
 
 class ExampleSource:
@@ -45,16 +63,21 @@ class ExampleSource:
         long_enough = segments.length >= min_length
         self.start, self.length, self.doc = (array[long_enough] for array in segments)
         self.tokens = cache.tokens.astype(np.int64)
-        # The token before each token; the BOS at the start of a document or window stands in for nothing.
-        self.previous = np.concatenate([self.tokens[:1], self.tokens[:-1]])
+        n_positions, doc = len(self.tokens), cache.doc
+        # True where the position before is of the same document and window
+        self.linked: Bool[np.ndarray, " positions"] = np.zeros(n_positions, dtype=bool)
+        same = (doc[1:] == doc[:-1]) & (doc[1:] != NO_DOCUMENT)
+        self.linked[1:] = same & (np.arange(1, n_positions) % cache.manifest.context_size != 0)
         part_of_doc = document_parts(cache, seed)
         self.segment_part = part_of_doc[self.doc]
-        self.position_part = np.full(len(self.tokens), -1, dtype=np.int8)
-        edges = np.zeros(len(self.tokens) + 1, dtype=np.int64)
+        # the segment of each position; -1 in segments too short to be an example, and at special tokens
+        edges = np.zeros(n_positions + 1, dtype=np.int32)
         edges[self.start] += 1
         edges[self.start + self.length] -= 1
-        counted = np.cumsum(edges[:-1]) > 0  # the rest lies in segments too short to be an example, or is a BOS
-        self.position_part[counted] = part_of_doc[cache.doc[counted]]
+        inside = np.cumsum(edges[:-1]) > 0
+        running = np.searchsorted(self.start, np.arange(n_positions), side="right") - 1
+        self.segment_of: Int[np.ndarray, " positions"] = np.where(inside, running, -1).astype(np.int32)
+        self.position_part = np.where(inside, self.segment_part[running.clip(min=0)], -1).astype(np.int8)
 
     @cached_property
     def content(self) -> Int[np.ndarray, " segments"]:
@@ -66,64 +89,61 @@ class ExampleSource:
         return np.unique(hashes, return_inverse=True)[1]
 
     @cached_property
-    def _pools(self) -> dict[Part, Int[np.ndarray, " n"]]:
-        """Per part, the first segment of each content."""
-        pools = {}
-        for number, part in enumerate(PARTS):
-            here = np.flatnonzero(self.segment_part == number)
-            pools[part] = here[np.sort(np.unique(self.content[here], return_index=True)[1])]
-        return pools
+    def first_copy(self) -> Bool[np.ndarray, " segments"]:
+        """True for the first segment of each content in the whole cache: the only ones that become examples."""
+        first = np.zeros(len(self.start), dtype=bool)
+        first[np.unique(self.content, return_index=True)[1]] = True
+        return first
+
+    @cached_property
+    def usable_part(self) -> Int[np.ndarray, " segments"]:
+        """The part of each segment that may become an example, -1 for later copies."""
+        return np.where(self.first_copy, self.segment_part, -1).astype(np.int8)
 
     def activity(self, latent: int) -> Activity:
         position, value = self.cache.latent(latent)
-        segment = np.searchsorted(self.start, position, side="right") - 1
-        inside = (segment >= 0) & (position < self.start[segment] + self.length[segment])
-        return Activity(position[inside], value[inside], segment[inside])
+        segment = self.segment_of[position]
+        inside = segment >= 0
+        position, value, segment = position[inside], value[inside], segment[inside].astype(np.int64)
+        first = np.flatnonzero(np.append(True, segment[1:] != segment[:-1])) if len(segment) else np.empty(0, np.int64)
+        maximum = np.maximum.reduceat(value, first) if len(first) else value
+        return Activity(position, value, segment, segment[first], maximum)
 
     def rng(self, latent: int, purpose: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, latent, *purpose.encode()])
 
-    def draw(self, latent: int, activity: Activity, part: Part, n: int) -> Examples:
-        """Return up to n positive segments, equally from each tenth of their maxima, and as many silent ones as long."""
-        number = PARTS.index(part)
-        rng = self.rng(latent, part)
-        active = np.unique(activity.segment)
-        here = active[self.segment_part[active] == number]
-        here = here[np.sort(np.unique(self.content[here], return_index=True)[1])]
-        positive = _stratified(here, self.maxima(activity)[here], n, rng)
-        pool = self._pools[part]
-        # silent here, and not a copy of a segment that is active elsewhere
-        silent = rng.permutation(pool[~np.isin(self.content[pool], self.content[active])])
-        return Examples(*self._matched(positive, silent))
-
-    def _matched(
-        self, positive: Int[np.ndarray, " n"], silent: Int[np.ndarray, " s"]
+    def positives(
+        self, latent: int, activity: Activity, part: Part, n: int, order: Order = "deciles"
     ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-        """Return as many silent segments as positive ones, of the same lengths (to 4 tokens); surplus is left out.
+        """Return up to n segments the latent is active on, and the tenth of its maxima each lies in.
 
-        Longer segments are likelier to hold any token at all, so without this a judge could go by length.
+        `deciles` draws equally from the ten tenths, `top` takes the strongest, `random` draws from all.
         """
-        pairs: list[tuple[np.ndarray, np.ndarray]] = []
-        ours, theirs = self.length[positive] // LENGTH_STEP, self.length[silent] // LENGTH_STEP
-        for length in np.unique(ours):
-            here, there = positive[ours == length], silent[theirs == length]
-            n = min(len(here), len(there))
-            pairs.append((here[:n], there[:n]))
-        if not pairs:
-            return positive[:0], silent[:0]
-        return np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
-
-    def maxima(self, activity: Activity) -> Float[np.ndarray, " segments"]:
-        """Return the latent's largest activation in every segment, 0 where it is silent."""
-        largest = np.zeros(len(self.start))
-        np.maximum.at(largest, activity.segment, activity.value)
-        return largest
+        mine = self.usable_part[activity.active] == PARTS.index(part)
+        segments, strength = activity.active[mine], activity.maximum[mine]
+        rank = np.empty(len(segments), dtype=np.int64)
+        rank[np.argsort(strength, kind="stable")] = np.arange(len(segments))
+        decile = rank * 10 // max(len(segments), 1)
+        rng = self.rng(latent, part + order)
+        if order == "top":
+            chosen = np.argsort(-rank, kind="stable")[:n]
+        else:
+            chosen = rng.permutation(len(segments))
+            if order == "deciles" and len(segments) > n:
+                drawn = decile[chosen]
+                by_decile = np.argsort(drawn, kind="stable")
+                turn = np.empty(len(chosen), dtype=np.int64)  # the first of each tenth, then the second of each ...
+                turn[by_decile] = np.arange(len(chosen)) - np.searchsorted(drawn[by_decile], drawn[by_decile])
+                chosen = chosen[np.argsort(turn, kind="stable")]
+            chosen = chosen[:n]
+        return segments[chosen], decile[chosen]
 
     def grid(self, segments: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n width"]:
-        """Return the positions of the segments' tokens, -1 after their end."""
+        """Return the positions of the segments' tokens, -1 after their end (and everywhere for segment -1)."""
         offsets = np.arange(self.width)
         positions = self.start[segments, None] + offsets
-        return np.where(offsets < self.length[segments, None], positions, -1)
+        inside = (offsets < self.length[segments, None]) & (segments[:, None] >= 0)
+        return np.where(inside, positions, -1)
 
     def values(self, activity: Activity, grid: Int[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
         """Return the latent's activations on a grid of positions."""
@@ -132,14 +152,29 @@ class ExampleSource:
         index = np.searchsorted(activity.position, grid).clip(max=len(activity.position) - 1)
         return np.where(activity.position[index] == grid, activity.value[index], 0.0)
 
-
-def _stratified(
-    items: Int[np.ndarray, " n"], strength: Float[np.ndarray, " n"], n: int, rng: np.random.Generator
-) -> Int[np.ndarray, " m"]:
-    """Return n items (all if fewer), as equally as possible from the ten tenths of their strength, in random order."""
-    if len(items) <= n:
-        return rng.permutation(items)
-    order = items[np.argsort(strength, kind="stable")]
-    bins = [rng.permutation(part) for part in np.array_split(order, 10)]
-    rounds = [part[i] for i in range(max(map(len, bins))) for part in bins if i < len(part)]
-    return rng.permutation(np.array(rounds[:n]))
+    def example(
+        self,
+        activity: Activity,
+        segment: int,
+        *,
+        negatives: Negatives | None = None,
+        marks: Bool[np.ndarray, " width"] | None = None,
+        decile: int = -1,
+        pair: int = -1,
+    ) -> Example:
+        """Return one segment with its text; `marks` may be as wide as the grid."""
+        start, length = int(self.start[segment]), int(self.length[segment])
+        text, spans = self.cache.spans(start, start + length)
+        return Example(
+            text=text,
+            spans=spans,
+            tokens=self.tokens[start : start + length],
+            activations=self.values(activity, np.arange(start, start + length)[None])[0],
+            document=self.cache.document(int(self.doc[segment])).doc_id,
+            positive=negatives is None,
+            negatives=negatives,
+            marks=None if marks is None else marks[:length],
+            first=start,
+            decile=decile,
+            pair=pair,
+        )

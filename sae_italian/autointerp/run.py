@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from sae_italian.autointerp.examples import Activity, Examples, ExampleSource
-from sae_italian.autointerp.rules import FAMILIES, Family, KeyTable, Rule, describe, fit
-from sae_italian.autointerp.scorers import Score, best_threshold, detection, fuzzing
+from sae_italian.autointerp.examples import ExampleSource
+from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, RuleExplainer, rule_of
+from sae_italian.autointerp.judged import judge_latent
+from sae_italian.autointerp.negatives import NegativeSource
+from sae_italian.autointerp.neighbours import find_neighbours
+from sae_italian.autointerp.places import Places
+from sae_italian.autointerp.processes import in_processes, in_threads
+from sae_italian.autointerp.protocols import Explainer, Judge, LatentExamples
+from sae_italian.autointerp.scorers.by_rule import Judged, RuleScorer
+from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.tokens import token_strings
 from sae_italian.cache import FeatureCache
+from sae_italian.cache.splits import Part
 from sae_italian.errors import UsageError
 from sae_italian.storage import fingerprint
 
-EXPLAINER, LOOKUP = "token-statistics", "token-lookup"
-WORTH = 0.02  # balanced accuracy on the validation examples that each step from token to previous to bigram must bring
-LEAST_POSITIVES = {"train": 10, "val": 5, "test": 10}
+__all__ = ["EXPLAINER", "LOOKUP", "STORE_FILE", "AutointerpConfig", "Run", "run_autointerp", "token_strings"]
+
+LEAST_POSITIVES: dict[Part, int] = {"train": 10, "val": 5, "test": 10}
 STORE_FILE = "autointerp.sqlite"
+SHUFFLED = "shuffled"
+_BATCH = 16  # latents that are stored together
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -33,19 +43,29 @@ class AutointerpConfig:
     width: int = 32
     """Longest example, in tokens."""
     n_examples: int = 50
-    """Positives per latent and part; as many negatives."""
+    """Positives per latent and part; as many negatives of each source."""
     latents: int | None = None
     """How many live latents, drawn at random; None for all."""
     seed: int = 0
 
 
 def run_autointerp(
-    cache: FeatureCache, tokenizer: Any, config: AutointerpConfig | None = None, *, store: Path | None = None
+    cache: FeatureCache,
+    tokenizer: Any,
+    config: AutointerpConfig | None = None,
+    *,
+    store: Path | None = None,
+    sae: Any = None,
+    explainers: Sequence[Explainer] = (),
+    judges: Sequence[Judge] = (),
+    workers: int = 1,
 ) -> Path:
-    """Explain and score the latents of a cache with the rule explainer and the rule judge; return the store's path.
+    """Explain and score the latents of a cache with rules and the rule judge; return the store's path.
 
-    The store defaults to `autointerp.sqlite` in the cache. A run that was stopped continues where it was. Latents with
-    too few examples in any part are stored as such, never scored.
+    `explainers` and `judges` come on top of these: every judge answers for every one of the explainers (for the rules'
+    texts when there are none), on the same examples. `sae` gives the decoder neighbours where the cache does not know
+    them. The store defaults to `autointerp.sqlite` in the cache. A run that was stopped continues where it was. Latents
+    with too few examples in any part are stored as such, never scored.
 
     Raises: UsageError when the tokenizer is not the cache's, or the store belongs to another cache or configuration.
     """
@@ -57,19 +77,38 @@ def run_autointerp(
     store = store or cache.folder / STORE_FILE
     identity = {"cache": fingerprint(cache.manifest.model_dump(exclude={"versions", "sae"})), **asdict(config)}
     with Store(store, identity) as opened:
-        _Run(cache, tokenizer, config, opened).everything()
+        run = Run(cache, tokenizer, config, opened, sae=sae, workers=workers)
+        run.rules()
+        for explainer in explainers:
+            run.explain_with(explainer)
+        for judge in judges:
+            for name in [explainer.name for explainer in explainers] or [EXPLAINER]:
+                run.score_with(judge, name)
     return store
 
 
-class _Run:
-    def __init__(self, cache: FeatureCache, tokenizer: Any, config: AutointerpConfig, store: Store):
-        self.cache, self.config, self.store = cache, config, store
-        self.source = ExampleSource(cache, width=config.width, seed=config.seed)
-        self.table = KeyTable(self.source)
-        self.strings = token_strings(tokenizer, self.table.vocab)
-        self.describe = partial(describe, vocab=self.table.vocab, strings=self.strings)
+class Run:
+    """One cache, one configuration, one open store."""
 
-    def latents(self) -> list[int]:
+    def __init__(
+        self,
+        cache: FeatureCache,
+        tokenizer: Any,
+        config: AutointerpConfig,
+        store: Store,
+        *,
+        sae: Any = None,
+        workers: int = 1,
+    ):
+        self.cache, self.config, self.store, self.workers = cache, config, store, workers
+        self.source = ExampleSource(cache, width=config.width, seed=config.seed)
+        self.places = Places(self.source, tokenizer)
+        self.latents = self._latents()
+        self.negatives = NegativeSource(self.source, find_neighbours(cache, self.latents, sae))
+        self.explainer = RuleExplainer(self.places, self.negatives, config.n_examples)
+        self.scorer = RuleScorer(self.places, self.negatives, config.n_examples)
+
+    def _latents(self) -> list[int]:
         """Return the latents to explain: all, or a random draw of live ones."""
         if self.config.latents is None:
             return list(range(self.cache.manifest.d_sae))
@@ -77,87 +116,121 @@ class _Run:
         rng = np.random.default_rng(self.config.seed)
         return sorted(rng.permutation(live)[: self.config.latents].tolist())
 
-    def everything(self) -> None:
-        done = self.store.explained()
-        todo = [latent for latent in self.latents() if latent not in done]
-        for latent in tqdm(todo, desc="explain", unit="latent", disable=None):
-            self.store.add_explanations(self.explain(latent))
-        self.score_all()
+    def prepare(self) -> None:
+        """Compute now what every latent needs, so that processes forked afterwards share it."""
+        self.places.prepare()
+        self.negatives.prepare()
 
-    # --- explaining --------------------------------------------------------------------------------------------------
+    # --- rules -------------------------------------------------------------------------------------------------------
+
+    def rules(self) -> None:
+        """Explain every latent by a rule and by token lookup, then score these with the rule judge."""
+        done = self.store.explained(EXPLAINER)
+        todo = [latent for latent in self.latents if latent not in done]
+        self.prepare()
+        for batch in _batches(self._map(self.explain, todo, "explain")):
+            self.store.add_explanations(explanation for explanations in batch for explanation in explanations)
+        self._score_rules()
 
     def explain(self, latent: int) -> list[Explanation]:
         """Return the best rule and the token lookup of one latent, or why there is none."""
         activity = self.source.activity(latent)
-        n = self.config.n_examples
-        parts = {part: self.source.draw(latent, activity, part, n) for part in ("train", "val", "test")}
-        if any(len(parts[part].positive) < least for part, least in LEAST_POSITIVES.items()):
+        n = {
+            part: len(self.source.positives(latent, activity, part, least)[0])
+            for part, least in LEAST_POSITIVES.items()
+        }
+        if any(n[part] < least for part, least in LEAST_POSITIVES.items()):
             status = "too few activations" if len(activity.position) else "dead"
             return [Explanation(latent, explainer, status, "", "", None) for explainer in (EXPLAINER, LOOKUP)]
-        fitted = {family: self.tuned(activity, parts["val"], family) for family in FAMILIES}
-        # a family further down the list must be worth its complexity
-        best = max(FAMILIES, key=lambda family: fitted[family][1] - WORTH * FAMILIES.index(family))
-        return [
-            self.explanation(latent, EXPLAINER, fitted[best][0]),
-            self.explanation(latent, LOOKUP, fitted["token"][0]),
-        ]
+        n_examples = self.config.n_examples
+        train = self.negatives.draw(latent, activity, "train", n_examples)
+        val = self.negatives.draw(latent, activity, "val", n_examples)
+        return self.explainer.explain_latent(latent, activity, train, val)
 
-    def tuned(self, activity: Activity, val: Examples, family: Family) -> tuple[Rule, float]:
-        """Return the family's rule with its threshold chosen on the validation examples, and its accuracy there."""
-        rule = fit(self.source, self.table, activity, family)
-        strengths = [
-            self.table.predict(rule, self.source.grid(segments)).max(axis=1, initial=0.0)
-            for segments in (val.positive, val.negative)
-        ]
-        threshold, accuracy = best_threshold(*strengths)
-        return replace(rule, threshold=threshold), accuracy
-
-    def explanation(self, latent: int, explainer: str, rule: Rule) -> Explanation:
-        texts = self.describe(rule, language="it"), self.describe(rule, language="en")
-        return Explanation(latent, explainer, "ok", *texts, rule.as_dict())
-
-    # --- scoring -----------------------------------------------------------------------------------------------------
-
-    def score_all(self) -> None:
-        """Score every explanation on its own latent, and a shuffled one as control: each latent's, given to another."""
+    def _score_rules(self) -> None:
+        """Score each latent's rule, its token lookup, and as control the rule of another latent."""
         own, lookup = self.store.explanations(EXPLAINER), self.store.explanations(LOOKUP)
         live = [latent for latent, (_, explanation) in own.items() if explanation.status == "ok"]
-        shuffled = np.random.default_rng(self.config.seed).permutation(live).tolist()
-        stranger = dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))  # a cycle: nobody keeps its own
-        done = self.store.scored()
-        for latent in tqdm(
-            [latent for latent in live if latent not in done], desc="score", unit="latent", disable=None
-        ):
-            activity = self.source.activity(latent)
-            examples = self.source.draw(latent, activity, "test", self.config.n_examples)
-            rows: list[tuple[Any, ...]] = []
-            pairs = [(own[latent], ""), (lookup[latent], "")]
-            if len(live) > 1:
-                pairs.append((own[stranger[latent]], "shuffled"))
-            for (row_id, explanation), control in pairs:
-                assert explanation.rule is not None
-                rule = Rule.from_dict(explanation.rule)
-                scores = [detection(self.source, self.table, rule, examples)]
-                scores.append(fuzzing(self.source, self.table, rule, activity, examples.positive, latent))
-                rows += _rows(row_id, latent, control, scores)
-            self.store.add_scores(rows)
+        stranger = strangers(live, self.config.seed)
+        done = self.store.scored(EXPLAINER, "rule")
+
+        def judged(found: tuple[int, Explanation], control: str = "") -> Judged:
+            assert found[1].rule is not None
+            return Judged(found[0], rule_of(found[1].rule), control)
+
+        def score(latent: int) -> list[tuple[Any, ...]]:
+            others = [judged(own[stranger[latent]], SHUFFLED)] if latent in stranger else []
+            return self.scorer.score(latent, judged(own[latent]), judged(lookup[latent]), others)
+
+        todo = [latent for latent in live if latent not in done]
+        for batch in _batches(self._map(score, todo, "score")):
+            self.store.add_scores(row for rows in batch for row in rows)
+
+    def _map(self, function: Callable[[int], Item], latents: list[int], desc: str) -> Iterator[Item]:
+        results = in_processes(function, latents, self.workers)
+        return iter(tqdm(results, total=len(latents), desc=desc, unit="latent", disable=None))
+
+    # --- explainers and judges that are handed in ----------------------------------------------------------------------
+
+    def shown(self, latent: int) -> LatentExamples:
+        """Return what others than the rules are shown of a latent."""
+        ids = np.asarray(self.cache.statistics["promoted_ids"][latent])
+        strings = self.places.strings
+        promoted = tuple(strings[token].strip() for token in ids.tolist() if token < len(strings))
+        return latent_examples(self.negatives, latent, n_test=self.config.n_examples, promoted=promoted)
+
+    def explain_with(self, explainer: Explainer) -> None:
+        """Explain with another explainer the latents that have a rule; the others keep their status under its name."""
+        self._claim(explainer)
+        rules, done = self.store.explanations(EXPLAINER), self.store.explained(explainer.name)
+        left = {latent: explanation for latent, (_, explanation) in rules.items() if latent not in done}
+        unexplained = [e._replace(explainer=explainer.name) for e in left.values() if e.status != "ok"]
+        self.store.add_explanations(unexplained)
+        todo = [latent for latent, explanation in left.items() if explanation.status == "ok"]
+        shown = (self.shown(latent) for latent in todo)
+        found = in_threads(explainer.explain, shown, explainer.concurrency)
+        for explanations in tqdm(found, total=len(todo), desc=explainer.name, unit="latent", disable=None):
+            self.store.add_explanations(explanations)
+
+    def _claim(self, who: Explainer | Judge) -> None:
+        """Hold an explainer or judge to the settings (prompts, examples) that its earlier work here had."""
+        settings = getattr(who, "settings", None)
+        if settings is not None:
+            self.store.claim(f"{type(who).__name__} {who.name}", settings)
+
+    def score_with(self, judge: Judge, name: str) -> None:
+        """Let a judge score one explainer's explanations, and as control each on another latent's examples."""
+        self._claim(judge)
+        own, lookup = self.store.explanations(name), self.store.explanations(LOOKUP)
+        live = [latent for latent, (_, explanation) in own.items() if explanation.status == "ok"]
+        stranger = strangers(live, self.config.seed)
+        done = self.store.scored(name, judge.name)
+        todo = [latent for latent in live if latent not in done]
+
+        def score(shown: LatentExamples):
+            other = own.get(stranger.get(shown.latent, -1))
+            return judge_latent(judge, self.places, shown, own[shown.latent], lookup[shown.latent], other)
+
+        shown = (self.shown(latent) for latent in todo)
+        found = in_threads(score, shown, judge.concurrency)
+        for rows, judgements in tqdm(found, total=len(todo), desc=judge.name, unit="latent", disable=None):
+            self.store.add_scores(rows, judgements)
 
 
-def _rows(row_id: int, latent: int, control: str, scores: list[Score]) -> Iterator[tuple[Any, ...]]:
-    for score in scores:
-        for metric, estimate in score.metrics.items():
-            numbers = estimate.as_dict()
-            where = (row_id, latent, control, score.scorer, "rule", score.negatives, metric)
-            yield (*where, numbers["value"], numbers["lo"], numbers["hi"], score.n_positive, score.n_negative)
+def strangers(latents: Sequence[int], seed: int) -> dict[int, int]:
+    """Return for each latent another one, at random and each once; nobody keeps its own. {} for fewer than two."""
+    if len(latents) < 2:
+        return {}
+    shuffled = np.random.default_rng(seed).permutation(np.asarray(latents)).tolist()
+    return dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))
 
 
-def token_strings(tokenizer: Any, n: int) -> list[str]:
-    """Return the text of each of the first n token ids, a leading space kept; bytes that are no text show as <0x..>."""
-    backend = tokenizer.backend_tokenizer
-    state = json.loads(backend.to_str())
-    metaspace = state["model"].get("byte_fallback", False) or "▁" in str(state.get("pre_tokenizer")) + str(
-        state.get("normalizer")
-    )
-    if metaspace:
-        return [(backend.id_to_token(i) or f"<{i}>").replace("▁", " ") for i in range(n)]
-    return [tokenizer.decode([i]).replace("\ufffd", "·") for i in range(n)]  # byte-level: half a letter shows as a dot
+def _batches(items: Iterable[Item], n: int = _BATCH) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == n:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -3,49 +3,45 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_italian.autointerp.database import SCHEMA_VERSION, connect
 from sae_italian.errors import DataError, UsageError
 
-SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS explanation (
-    id INTEGER PRIMARY KEY,
-    latent INTEGER NOT NULL,
-    explainer TEXT NOT NULL,              -- token-statistics, token-lookup
-    status TEXT NOT NULL,                 -- ok, dead, too few activations
-    text_it TEXT NOT NULL,
-    text_en TEXT NOT NULL,
-    rule TEXT,                            -- JSON, NULL unless ok
-    UNIQUE (latent, explainer)
-);
-CREATE TABLE IF NOT EXISTS score (
-    explanation_id INTEGER NOT NULL REFERENCES explanation(id),
-    latent INTEGER NOT NULL,              -- whose examples were judged
-    control TEXT NOT NULL,                -- '' or shuffled: the explanation of another latent
-    scorer TEXT NOT NULL,
-    judge TEXT NOT NULL,
-    negatives TEXT NOT NULL,
-    metric TEXT NOT NULL,
-    value REAL, lo REAL, hi REAL,
-    n_positive INTEGER NOT NULL,
-    n_negative INTEGER NOT NULL,
-    PRIMARY KEY (latent, explanation_id, control, scorer, judge, negatives, metric)
-);
-"""
+NO_ANSWER = "no answer"  # status of what the endpoint kept failing on: a rerun asks again
 
 
 class Explanation(NamedTuple):
     latent: int
     explainer: str
-    status: str
+    status: str  # ok, dead, too few activations, failed (the LLM's answer is unusable), no answer
     text_it: str
     text_en: str
     rule: dict[str, Any] | None
+    kind: str = "rule"  # or llm
+    prompt: str = ""
+    notes: dict[str, Any] | None = None
+
+    def text(self, language: str) -> str:
+        """Return the text in that language, else in the other one."""
+        return (self.text_it or self.text_en) if language == "it" else (self.text_en or self.text_it)
+
+
+class Judgement(NamedTuple):
+    """One judge's answer about one example. Field by field the table `judgement`."""
+
+    explanation_id: int
+    latent: int
+    control: str
+    scorer: str
+    judge: str
+    example: int
+    first: int
+    negatives: str
+    said: int
+    probability: float | None
 
 
 class Store:
@@ -53,25 +49,18 @@ class Store:
 
     def __init__(self, path: Path, identity: dict[str, Any]):
         """Open or create. Raises: UsageError when the file belongs to another cache or configuration."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.connection = sqlite3.connect(path)
-        try:
-            self.connection.execute("PRAGMA journal_mode=WAL")
-            self.connection.executescript(_SCHEMA)
-            known = dict(self.connection.execute("SELECT key, value FROM run"))
-        except sqlite3.DatabaseError as error:
-            raise DataError(
-                f"{path} is not a store of explanations ({error}). Remove it or name another file."
-            ) from error
+        self.connection = connect(path)
+        known = dict(self.connection.execute("SELECT key, value FROM run"))
         wanted = {"schema_version": str(SCHEMA_VERSION)} | {key: json.dumps(value) for key, value in identity.items()}
         for key, value in wanted.items():
-            if known and known.get(key) != value:
+            if "schema_version" in known and known.get(key) != value:
+                self.connection.close()
                 raise UsageError(
                     f"{path} was made with another {key} ({known.get(key)} then, {value} now): its scores do not hold "
                     "for this run. Use --overwrite, or name another file."
                 )
-        if not known:
+        if "schema_version" not in known:
             with self.connection:
                 self.connection.executemany("INSERT INTO run VALUES (?, ?)", wanted.items())
 
@@ -81,46 +70,155 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.connection.close()
 
+    # --- who did what --------------------------------------------------------------------------------------------------
+
+    def claim(self, name: str, settings: dict[str, Any]) -> None:
+        """Remember the settings of an explainer or a judge. Raises: UsageError when it worked here with others."""
+        key, value = f"settings of {name}", json.dumps(settings, sort_keys=True, ensure_ascii=False)
+        known = self.connection.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
+        if known is None:
+            self.note(key, value)
+        elif known[0] != value:
+            then, now = json.loads(known[0]), json.loads(value)
+            changed = ", ".join(sorted(k for k in then | now if then.get(k) != now.get(k)))
+            raise UsageError(
+                f"{self.path} holds work of {name} with other settings ({changed}). Use --overwrite, or name another file."
+            )
+
+    def note(self, key: str, value: str) -> None:
+        """Keep a fact about the run, such as what an endpoint cannot do."""
+        with self.connection:
+            self.connection.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
+
+    def notes(self) -> dict[str, str]:
+        return dict(self.connection.execute("SELECT key, value FROM run"))
+
+    # --- explanations --------------------------------------------------------------------------------------------------
+
     def add_explanations(self, explanations: Iterable[Explanation]) -> None:
-        rows = [(*e[:5], None if e.rule is None else json.dumps(e.rule)) for e in explanations]
+        """Add explanations at once; one that there was no answer for gives way to a later one."""
+        rows = [(*e[:5], _json(e.rule), e.kind, e.prompt, _json(e.notes)) for e in explanations]
         with self.connection:
             self.connection.executemany(
-                "INSERT INTO explanation (latent, explainer, status, text_it, text_en, rule) VALUES (?, ?, ?, ?, ?, ?)",
+                "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?",
+                [(row[0], row[1], NO_ANSWER) for row in rows],
+            )
+            self.connection.executemany(
+                "INSERT INTO explanation (latent, explainer, status, text_it, text_en, rule, kind, prompt, notes) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 rows,
             )
 
-    def explained(self) -> set[int]:
-        return {latent for (latent,) in self.connection.execute("SELECT DISTINCT latent FROM explanation")}
+    def explained(self, explainer: str | None = None) -> set[int]:
+        """Return the latents that are done, by that explainer or by any."""
+        query = "SELECT DISTINCT latent FROM explanation WHERE explainer = coalesce(?, explainer) AND status != ?"
+        return {latent for (latent,) in self.connection.execute(query, (explainer, NO_ANSWER))}
+
+    def explainers(self) -> list[str]:
+        """Return the names that explanations are kept under, in the order of their first one."""
+        return [
+            name for (name,) in self.connection.execute("SELECT explainer FROM explanation GROUP BY 1 ORDER BY min(id)")
+        ]
 
     def explanations(self, explainer: str) -> dict[int, tuple[int, Explanation]]:
         """Return id and explanation by latent."""
-        query = "SELECT id, latent, explainer, status, text_it, text_en, rule FROM explanation WHERE explainer = ? ORDER BY latent"
+        query = (
+            "SELECT id, latent, explainer, status, text_it, text_en, rule, kind, prompt, notes "
+            "FROM explanation WHERE explainer = ? ORDER BY latent"
+        )
         found = {}
-        for row_id, *fields, rule in self.connection.execute(query, (explainer,)):
-            explanation = Explanation._make([*fields, None if rule is None else json.loads(rule)])
+        for row_id, *fields, rule, kind, prompt, notes in self.connection.execute(query, (explainer,)):
+            parsed = [None if text is None else json.loads(text) for text in (rule, notes)]
+            explanation = Explanation._make([*fields, parsed[0], kind, prompt, parsed[1]])
             found[explanation.latent] = (row_id, explanation)
         return found
 
-    def scored(self) -> set[int]:
-        return {latent for (latent,) in self.connection.execute("SELECT DISTINCT latent FROM score")}
-
-    def add_scores(self, rows: Iterable[tuple[Any, ...]]) -> None:
-        """Add all score rows of one latent at once: a latent is scored whole or not at all."""
+    def add_feature(self, latent: int, n_active: int, maximum: float, n_positives: Sequence[int]) -> None:
+        """Keep how often a latent fires and how many train, val and test positives were drawn of it."""
         with self.connection:
-            self.connection.executemany("INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self.connection.execute(
+                "INSERT OR REPLACE INTO feature VALUES (?, ?, ?, ?, ?, ?)", (latent, n_active, maximum, *n_positives)
+            )
 
-    def values(self, *, explainer: str, control: str, scorer: str, metric: str) -> dict[int, float]:
-        """Return one metric by latent."""
+    # --- scores --------------------------------------------------------------------------------------------------------
+
+    def scored(self, explainer: str | None = None, judge: str | None = None) -> set[int]:
+        """Return the latents with scores, of that explainer's explanations or of any, by that judge or by any."""
+        query = """SELECT DISTINCT score.latent FROM score JOIN explanation ON explanation.id = score.explanation_id
+                   WHERE explainer = coalesce(?, explainer) AND judge = coalesce(?, judge)"""
+        return {latent for (latent,) in self.connection.execute(query, (explainer, judge))}
+
+    def add_scores(self, rows: Iterable[Sequence[Any]], judgements: Iterable[Judgement] = ()) -> None:
+        """Add all score rows of one latent at once, and what they rest on: a latent is scored whole or not at all.
+
+        A row is the table's first twelve columns, and then, if given, `n_failed` and `split`.
+        """
+        with self.connection:
+            self.connection.executemany(
+                "INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [(*row, *(0, "test")[len(row) - 12 :]) for row in rows],
+            )
+            self.connection.executemany("INSERT INTO judgement VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", judgements)
+
+    def values(
+        self,
+        *,
+        explainer: str,
+        control: str,
+        scorer: str,
+        metric: str,
+        judge: str = "rule",
+        negatives: str | None = None,
+    ) -> dict[int, float]:
+        """Return one metric by latent. A rule's score and an LLM's are different quantities: never both at once."""
         query = """SELECT score.latent, score.value FROM score JOIN explanation ON explanation.id = score.explanation_id
-                   WHERE explainer = ? AND control = ? AND scorer = ? AND metric = ? ORDER BY score.latent"""
-        rows = self.connection.execute(query, (explainer, control, scorer, metric))
+                   WHERE explainer = ? AND control = ? AND scorer = ? AND metric = ? AND judge = ?
+                     AND negatives = coalesce(?, negatives) ORDER BY score.latent"""
+        rows = self.connection.execute(query, (explainer, control, scorer, metric, judge, negatives))
         return {latent: value for latent, value in rows if value is not None}
+
+    def judges(self) -> list[str]:
+        """Return the judges that scored here, the first one first."""
+        return [name for (name,) in self.connection.execute("SELECT judge FROM score GROUP BY 1 ORDER BY min(rowid)")]
 
     def scores_of(self, latent: int) -> list[dict[str, Any]]:
         """Return all score rows of one latent, the control included, as dicts."""
-        query = """SELECT explainer, control, scorer, judge, negatives, metric, value, lo, hi, n_positive, n_negative
+        query = """SELECT explainer, control, scorer, judge, negatives, metric, value, lo, hi, n_positive, n_negative,
+                          n_failed
                    FROM score JOIN explanation ON explanation.id = score.explanation_id
-                   WHERE score.latent = ? ORDER BY explainer, control, scorer, metric"""
+                   WHERE score.latent = ? ORDER BY explainer, control, scorer, judge, negatives, metric"""
         cursor = self.connection.execute(query, (latent,))
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    # --- the calls -----------------------------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Drop explanations, scores and settings; the calls stay, they were paid for and answer a rerun."""
+        with self.connection:
+            for table in ("judgement", "score", "explanation", "feature", "run"):
+                self.connection.execute(f"DELETE FROM {table}")
+
+    def spending(self) -> dict[str, Any]:
+        """Return calls, tokens and cost by model; `usd` is None where a call's price is not known."""
+        query = """SELECT model, count(*), sum(status != 'ok'), sum(tokens_in), sum(tokens_cached), sum(tokens_out),
+                          CASE WHEN count(usd) = sum(status = 'ok') THEN total(usd) END, total(usd_uncertain)
+                   FROM call GROUP BY model ORDER BY model"""
+        names = ("calls", "failed", "tokens_in", "tokens_cached", "tokens_out", "usd", "usd_uncertain")
+        return {model: dict(zip(names, rest, strict=True)) for model, *rest in self.connection.execute(query)}
+
+
+def forget(path: Path) -> None:
+    """Drop all of a store but its calls, if there is one; a file that is no store is removed."""
+    if not path.is_file():
+        return
+    try:
+        with Store(path, {}) as store:
+            store.forget()
+    except DataError:
+        for ending in ("", "-wal", "-shm"):
+            path.with_name(path.name + ending).unlink(missing_ok=True)
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)

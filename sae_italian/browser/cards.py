@@ -14,6 +14,7 @@ from sae_italian import __version__
 from sae_italian.autointerp.examples import Activity, ExampleSource
 from sae_italian.autointerp.run import EXPLAINER, LOOKUP, token_strings
 from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.summary import HEADLINE
 from sae_italian.browser.schema import (
     CardRecord,
     ContextRecord,
@@ -28,6 +29,7 @@ from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.models import parse_hook_name
 from sae_italian.storage import utc_now
 
+SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
 GOLD_SHOWN = 0.5  # F1 from which a label is shown on a latent's card
 N_TOP, N_PER_BAND, N_BANDS = 12, 4, 5
 
@@ -67,7 +69,11 @@ class CardMaker:
                 for explainer in (EXPLAINER, LOOKUP):
                     for scorer in ("detection", "fuzzing"):
                         self.values[explainer, scorer] = store.values(
-                            explainer=explainer, control="", scorer=scorer, metric="balanced_accuracy"
+                            explainer=explainer,
+                            control="",
+                            scorer=scorer,
+                            metric="balanced_accuracy",
+                            negatives=HEADLINE[scorer],
                         )
                 self.scores = {latent: store.scores_of(latent) for latent in self.explanations}
 
@@ -106,7 +112,13 @@ class CardMaker:
         own = self.values.get((EXPLAINER, "detection"), {}).get(latent)
         lookup = self.values.get((LOOKUP, "detection"), {}).get(latent)
         interval = next(
-            (s for s in self._scores(latent) if s["scorer"] == "detection" and s["metric"] == "balanced_accuracy"), {}
+            (
+                score
+                for score in self._scores(latent)
+                if (score["scorer"], score["metric"]) == ("detection", "balanced_accuracy")
+                and score["negatives"] == HEADLINE["detection"]
+            ),
+            {},
         )
         count = int(self.stats["count"][latent])
         status = explanation.status if explanation else "not explained"
@@ -130,9 +142,17 @@ class CardMaker:
         )
 
     def _scores(self, latent: int, explainer: str = EXPLAINER) -> list[dict[str, Any]]:
-        """Return the latent's own score rows, without the shuffled control."""
+        """Return the latent's own detection and fuzzing rows, without the controls."""
         rows = self.scores.get(latent, []) if self.explanations else []
-        return [row for row in rows if row["control"] == "" and row["explainer"] == explainer]
+        return [
+            row
+            for row in rows
+            if row["control"] == ""
+            and row["explainer"] == explainer
+            and row["scorer"] in HEADLINE
+            and row["metric"] in SHOWN_METRICS
+            and not row["judge"].startswith("always-")
+        ]
 
     def cards(self) -> Iterator[CardRecord]:
         for latent in range(self.cache.manifest.d_sae):
@@ -164,22 +184,9 @@ class CardMaker:
         """Return the rule for a reader: tokens instead of ids, the heaviest only."""
         if explanation is None or explanation.rule is None:
             return None
-        rule, vocab = explanation.rule, int(self.source.tokens.max()) + 1
-        heaviest = np.argsort(-np.array(rule["mass"]), kind="stable")[:shown]
-
-        def text(key: int) -> list[str]:
-            return (
-                [self.strings[key // vocab], self.strings[key % vocab]]
-                if rule["family"] == "bigram"
-                else [self.strings[key]]
-            )
-
-        keys = [
-            {"tokens": text(rule["keys"][i]), "weight": round(rule["weights"][i], 4), "mass": round(rule["mass"][i], 4)}
-            for i in heaviest
-        ]
+        rule = explanation.rule
         numbers = {name: round(rule[name], 4) for name in ("threshold", "precision", "recall")}
-        return {"family": rule["family"], **numbers, "n_keys": len(rule["keys"]), "keys": keys}
+        return {"family": rule["family"], **numbers, "keys": rule["shown"][:shown]}
 
     def _tokens(self, latent: int, which: str) -> list[Any]:
         ids, values = self.stats[f"{which}_ids"][latent], self.stats[f"{which}_values"][latent]
@@ -191,8 +198,9 @@ class CardMaker:
         """Return the strongest passages, then some from each fifth of the passages by strength, no passage twice."""
         if len(activity.position) == 0:
             return []
-        maxima = self.source.maxima(activity)
-        segments = np.unique(activity.segment)
+        maxima = np.zeros(len(self.source.start))
+        maxima[activity.active] = activity.maximum
+        segments = activity.active
         segments = segments[np.sort(np.unique(self.source.content[segments], return_index=True)[1])]
         segments = segments[np.argsort(-maxima[segments], kind="stable")]
         top, rest = segments[:N_TOP], segments[N_TOP:]

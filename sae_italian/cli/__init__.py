@@ -8,11 +8,37 @@ import sys
 from collections.abc import Sequence
 
 import sae_italian
-from sae_italian.cli import autointerp, bench, browser, cache, corpora, interchange, models, quickstart, saes, training
+from sae_italian.cli import (
+    autointerp,
+    bench,
+    browser,
+    cache,
+    corpora,
+    explainita,
+    interchange,
+    models,
+    quickstart,
+    saes,
+    scores,
+    training,
+)
 from sae_italian.cli.base import Commands, Parser
 from sae_italian.errors import SaeItalianError
 
-GROUPS = (quickstart, models, saes, corpora, training, cache, interchange, autointerp, browser, bench)
+GROUPS = (
+    quickstart,
+    models,
+    saes,
+    corpora,
+    training,
+    cache,
+    interchange,
+    autointerp,
+    scores,
+    explainita,
+    browser,
+    bench,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

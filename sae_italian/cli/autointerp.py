@@ -4,31 +4,84 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from sae_italian.cli.base import Commands, Result, positive
+from sae_italian.cli.llm import llm_options, llm_text, run_llm, wants_llm
+from sae_italian.errors import UsageError
 
 
 def add_commands(root: Commands) -> None:
     text = "explain and score the latents of a cache, with controls; resumes by itself"
     sub = root.add("autointerp", _autointerp, text)
-    sub.add_argument("cache", type=Path)
+    sub.add_argument("cache", nargs="+", help="the cache; or `export CACHE`: write the tables for others")
+    sub.add_argument("--to", help="of an export: parquet, jsonl or wandb")
+    sub.add_argument("--out", type=Path, help="of an export: the folder (default: <cache>-autointerp beside the cache)")
     sub.add_argument("--latents", type=int, help="this many live latents, drawn at random (default: all)")
     sub.add_argument("--model", help="default: the model the cache was built with")
+    sub.add_argument("--workers", type=int, default=1, help="processes for the rules (default 1)")
     sub.add_argument("--no-random-control", action="store_true", help="leave out the randomly initialised SAE")
     sub.add_argument("--overwrite", action="store_true", help="forget earlier explanations and scores")
+    llm_options(sub)
 
 
 def _autointerp(options: argparse.Namespace) -> Result:
+    from sae_italian.autointerp import AutointerpConfig
+    from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.cache import FeatureCache
     from sae_italian.models import load_model
     from sae_italian.quickstart import analyse, forget_scores, table_of
-    from sae_italian.saes import load_sae
 
+    if options.cache[0] == "export" and len(options.cache) == 2:
+        return _export(options)
+    if len(options.cache) != 1:
+        raise UsageError("one cache was expected, or `export` and a cache.")
     positive("--latents", options.latents)
-    cache = FeatureCache.open(options.cache)
+    llm = wants_llm(options)
+    cache = FeatureCache.open(options.cache[0])
     model = load_model(options.model or cache.manifest.model)
-    sae = None if options.no_random_control else load_sae(cache.manifest.sae)
+    positive("--workers", options.workers)
+    sae = _sae_of(cache, needed=not options.no_random_control)
     if options.overwrite:
         forget_scores(cache)
-    results = analyse(cache, sae, model, card_tokens=None, latents=options.latents, random_control=sae is not None)
-    return results, table_of(results)
+    if llm and options.estimate:
+        found = run_llm(options, cache, model.tokenizer, AutointerpConfig(latents=options.latents), sae)
+        return found["estimate"], found["text"]
+    results = analyse(
+        cache,
+        sae,
+        model,
+        card_tokens=None,
+        latents=options.latents,
+        random_control=not options.no_random_control,
+        workers=options.workers,
+    )
+    if not llm:
+        return results, table_of(results)
+    results["llm"] = run_llm(options, cache, model.tokenizer, AutointerpConfig(latents=options.latents), sae)
+    return results, f"{table_of(results)}\n\n{llm_text(results['llm'], cache.folder / STORE_FILE)}"
+
+
+def _export(options: argparse.Namespace) -> Result:
+    from sae_italian.autointerp.export import FORMATS, export
+    from sae_italian.autointerp.run import STORE_FILE
+
+    if not options.to:
+        raise UsageError(f"an export needs --to: {', '.join(FORMATS)}.")
+    cache = Path(options.cache[1]).resolve()
+    out = options.out or cache.with_name(f"{cache.name}-autointerp")
+    files = export(cache / STORE_FILE, out, options.to)
+    return {"files": [str(file) for file in files]}, "\n".join(map(str, files))
+
+
+def _sae_of(cache: Any, needed: bool) -> Any:
+    """Return the cache's SAE: for the random control, and for the decoder neighbours where it is still at hand."""
+    from sae_italian.errors import SaeItalianError
+    from sae_italian.saes import load_sae
+
+    try:
+        return load_sae(cache.manifest.sae)
+    except SaeItalianError:
+        if needed:
+            raise
+        return None

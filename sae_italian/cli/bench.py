@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from sae_italian.cli.base import Commands, Result, positive
+from sae_italian.cli.base import Commands, Result, load_sources, positive
 from sae_italian.errors import UsageError, nearest
 
 # What `bench training` prints, in this order; each takes the command's options and returns (value, text).
@@ -48,15 +49,23 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--d-sae", type=int, help="measure the shape of this many latents only")
     sub.add_argument("--model", default="sae-italian-mini", help="of the tables run and group: model and SAE together")
     sub.add_argument("--corpus", default="micro-italiano", help="of the tables run and group")
+    sub = group.add(
+        "autointerp",
+        _bench_autointerp,
+        "rules in latents a second, and how much of its concurrency the LLM client uses",
+    )
+    sub.add_argument("cache", type=Path)
+    sub.add_argument("--model", help="default: the model the cache was built with")
+    sub.add_argument("--latents", type=int, default=300, help="live latents, drawn at random")
+    sub.add_argument("--repeats", type=int, default=3)
+    sub.add_argument("--workers", type=int, default=2)
 
 
 def _bench_cache(options: argparse.Namespace) -> Result:
     import os
     import tempfile
-    from pathlib import Path
 
     from sae_italian.bench.cache import measure_build, measure_memory, measure_reading, table_of
-    from sae_italian.cli.base import load_sources, positive
 
     positive("--repeats", options.repeats)
     result: dict[str, Any] = {"load": os.getloadavg()[0]}
@@ -155,3 +164,20 @@ def _group_table(options: argparse.Namespace) -> tuple[Any, str]:
     del sizes["hook_name"]
     result = measure_group(options.model, corpus=options.corpus, repeats=options.repeats, **sizes)
     return result, group_table(result)
+
+
+def _bench_autointerp(options: argparse.Namespace) -> Result:
+    from sae_italian.bench.autointerp import measure, table_of
+    from sae_italian.bench.llm import llm_table, measure_llm
+
+    for name in ("latents", "repeats", "workers"):
+        positive(f"--{name}", getattr(options, name))
+    result = measure(
+        options.cache,
+        latents=options.latents,
+        repeats=options.repeats,
+        workers=options.workers,
+        model=options.model,
+    )
+    result["llm"] = measure_llm()
+    return result, f"{table_of(result)}\n\n{llm_table(result['llm'])}"

@@ -130,8 +130,12 @@
     "metric.auroc": ["AUROC", "AUROC"],
     "negatives.random": ["casuali", "random"],
     "negatives.similar": ["simili", "similar"],
+    "negatives.same-token": ["stesso token, latente silente", "same token, latent silent"],
+    "negatives.cofiring": ["di latenti attivi insieme", "of latents active together"],
+    "negatives.decoder": ["di latenti dalla direzione vicina", "of latents of a near direction"],
     "negatives.silent-token": ["token silenti", "silent tokens"],
     "judge.rule": ["regola", "rule"],
+    "explainer.rules": ["Spiegazione", "Explanation"],
     "explainer.token-statistics": ["Spiegazione", "Explanation"],
     "explainer.token-lookup": ["Solo il token", "Token lookup"],
   };

@@ -1,0 +1,41 @@
+"""Every explainer under every judge of a store, side by side, the executed token lookup beside each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.summary import AutointerpSummary, summarise
+from sae_italian.statistics import Estimate
+
+COLUMNS = ("detection", "fuzzing", "simulation", "shuffled_detection", "lookup_detection", "gain_over_lookup")
+
+
+def side_by_side(path: Path) -> list[AutointerpSummary]:
+    """Return one summary per explainer and judge that has scores, in the order they came; controls are within each."""
+    with Store(path, {}) as store:
+        pairs = store.connection.execute(
+            """SELECT explainer, judge FROM score JOIN explanation ON explanation.id = score.explanation_id
+               WHERE control = '' AND judge NOT LIKE 'always-%' AND explainer != 'token-lookup'
+               GROUP BY explainer, judge ORDER BY min(score.rowid)"""
+        ).fetchall()
+    return [summarise(path, explainer=explainer, judge=judge) for explainer, judge in pairs]
+
+
+def comparison_table(summaries: list[AutointerpSummary]) -> str:
+    """Return the summaries as a Markdown table. A rule's score and an LLM's are different quantities: read down, not up."""
+    lines = ["| explainer | judge | latents | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |"]
+    lines.append("|---|---|---:|" + "---:|" * len(COLUMNS))
+    for summary in summaries:
+        cells = " | ".join(_cell(getattr(summary, name)) for name in COLUMNS)
+        lines.append(f"| {summary.explainer} | {summary.judge} | {summary.n_explained} | {cells} |")
+    return "\n".join(lines)
+
+
+def _cell(estimate: Estimate) -> str:
+    values: dict[str, Any] = estimate.as_dict()
+    if values["value"] is None:
+        return "-"
+    interval = "" if values["lo"] is None else f" [{values['lo']:.2f}, {values['hi']:.2f}]"
+    return f"{values['value']:.2f}{interval}"

@@ -1,0 +1,1 @@
+"""Explainers: those that need no LLM, their rules, and the text of a rule."""

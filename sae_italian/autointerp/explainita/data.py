@@ -1,0 +1,245 @@
+"""Read ExplainITA's two data sets and write submission files.
+
+Task 1 (`colinglab/EXPLAINITA-task1`): rows of `Latent ID`, `examples` and, except in `test`, `explanation`; an example is
+`text` with `<<marked tokens>>`, `tokens`, and `activations`, a list of {token, strength 0 to 10}. The card does not say
+whether that list has every token or only the active ones: both are read (equal length means every token).
+Task 2 (`colinglab/EXPLAINITA-task2`): rows of `Latent ID`, `explanation` and `examples`; an example is `str_tokens`,
+`activations` (floats, 0 for off, -1 throughout in `test`) and `activating`, which `test` hides.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from sae_italian.autointerp.protocols import Example, LatentExamples
+from sae_italian.errors import DataError, UsageError, nearest
+from sae_italian.storage import atomic_path, write_text
+
+Task = Literal[1, 2]
+TASKS: dict[int, str] = {1: "colinglab/EXPLAINITA-task1", 2: "colinglab/EXPLAINITA-task2"}
+SPLITS = ("train_gold", "train_silver", "test")
+ID, HIDDEN = "Latent ID", -1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """One example. `strengths` has one value per token (whole numbers 0 to 10 in task 1), None where it is hidden."""
+
+    tokens: tuple[str, ...]
+    strengths: Float[np.ndarray, " tokens"] | None
+    text: str | None = None  # without marks; task 1 only
+    activating: bool | None = None  # task 2 only; None where it is hidden
+
+
+@dataclass(frozen=True, eq=False)
+class Latent:
+    """One row."""
+
+    id: str
+    explanation: str | None
+    sequences: tuple[Passage, ...]
+
+    @property
+    def index(self) -> int:
+        """Return the latent's number in the SAE. Raises: DataError when the id does not end in one."""
+        found = re.fullmatch(r".*?latent(\d+)", self.id)
+        if found is None:
+            raise DataError(f"latent id {self.id!r} is not of the form layers.14_latent8.")
+        return int(found[1])
+
+
+def read_split(source: str | Path, task: Task, split: str = "test") -> list[Latent]:
+    """Return the rows of one split, from a .parquet or .jsonl file, a folder as on the hub, or the hub's data set itself.
+
+    Raises: UsageError when it is not there, DataError naming the row and field that are not as described.
+    """
+    return [_latent(row, number, task) for number, row in enumerate(read_rows(source, split))]
+
+
+def read_rows(source: str | Path, split: str) -> list[dict[str, Any]]:
+    """Return the rows of one split as they are."""
+    if not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        source = _downloaded(str(source))
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob(f"data/{split}-*.parquet")) or sorted(path.glob(f"{split}.*"))
+        if not files:
+            held = sorted(
+                {re.sub(r"-\d+-of-\d+$", "", file.stem) for file in [*path.glob("data/*"), *path.glob("*.*")]}
+            )
+            raise UsageError(f"{path} has no split {split!r}. {nearest(split, held or SPLITS)}")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise UsageError(f"{path} does not exist; a .parquet or .jsonl file, a folder, or {TASKS[1]} was expected.")
+    return [row for file in files for row in _read_file(file)]
+
+
+def _read_file(file: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if file.suffix == ".parquet":
+            return pyarrow.parquet.read_table(file).to_pylist()
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(f"{file} cannot be read as Parquet or JSON Lines ({error}).") from error
+
+
+def _downloaded(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["data/*.parquet"]))
+    except Exception as error:  # offline, gated, gone: many classes, one remedy
+        raise UsageError(
+            f"{name} cannot be fetched from the hub here ({type(error).__name__}). Download it where you can, and give "
+            "the folder."
+        ) from error
+
+
+def _latent(row: dict[str, Any], number: int, task: Task) -> Latent:
+    try:
+        read = _marked_passage if task == 1 else _raw_passage
+        sequences = tuple(read(example) for example in row["examples"])
+        return Latent(str(row[ID]), row.get("explanation") or None, sequences)
+    except (KeyError, TypeError, ValueError) as error:
+        field = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"row {number} is not as task {task} of ExplainITA describes it: {field}.") from error
+
+
+def _marked_passage(example: dict[str, Any]) -> Passage:
+    tokens = tuple(example["tokens"])
+    listed = [(str(item["token"]), float(item["strength"])) for item in example["activations"]]
+    strengths = np.zeros(len(tokens))
+    if len(listed) == len(tokens):
+        strengths[:] = [strength for _, strength in listed]
+    else:  # only the active ones: in order, each at its next occurrence
+        place = 0
+        for token, strength in listed:
+            while place < len(tokens) and tokens[place].strip() != token.strip():
+                place += 1
+            if place == len(tokens):
+                raise ValueError(f"active token {token!r} is not among the tokens")
+            strengths[place] = strength
+            place += 1
+    return Passage(tokens, strengths, re.sub(r"<<|>>", "", example["text"]))
+
+
+def _raw_passage(example: dict[str, Any]) -> Passage:
+    tokens, values = tuple(example["str_tokens"]), np.asarray(example["activations"], dtype=np.float64)
+    if len(values) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens and {len(values)} activations")
+    hidden = len(values) > 0 and bool((values == HIDDEN).all())
+    activating = example.get("activating")
+    return Passage(tokens, None if hidden else values, None, None if hidden or activating is None else bool(activating))
+
+
+# --- as examples for an explainer or a judge -------------------------------------------------------------------------
+
+
+def as_examples(latent: Latent) -> LatentExamples:
+    """Return a row as our explainers take it: its sequences as training examples, marked from 0.3 of their maximum."""
+    shown = tuple(as_example(sequence, mark=True) for sequence in latent.sequences)
+    maximum = max((float(example.activations.max(initial=0.0)) for example in shown), default=0.0)
+    return LatentExamples(latent.index, maximum, shown, (), ())
+
+
+def as_example(sequence: Passage, *, mark: bool = False) -> Example:
+    """Return one sequence; tokens that cannot be found in its text (or that have none) are joined as they are."""
+    text = sequence.text if sequence.text is not None else _joined(sequence.tokens)
+    spans = _spans(text, sequence.tokens)
+    if spans is None:
+        text = _joined(sequence.tokens)
+        spans = _spans(text, sequence.tokens)
+        assert spans is not None
+    values = np.zeros(len(sequence.tokens)) if sequence.strengths is None else sequence.strengths
+    marks = (values > 0) & (values >= 0.3 * values.max(initial=0.0)) if mark else None
+    positive = bool(values.any()) if sequence.activating is None else sequence.activating
+    return Example(text, spans, np.arange(len(values)), values, "", positive, None, marks)
+
+
+def _joined(tokens: Sequence[str]) -> str:
+    """Return tokens as text: with the spaces they carry, else with one between words."""
+    pieces = [token.replace("▁", " ") for token in tokens]
+    if any(piece.startswith(" ") for piece in pieces):
+        return "".join(pieces)
+    text = ""
+    for piece in pieces:
+        tight = not text or text[-1:] in "'’(«" or not piece[:1].isalnum() and piece[:1] not in "«("
+        text += piece if tight else f" {piece}"
+    return text
+
+
+def _spans(text: str, tokens: Sequence[str]) -> np.ndarray | None:
+    spans, place = [], 0
+    for token in tokens:
+        bare = token.replace("▁", " ").strip()
+        start = text.find(bare, place)
+        if start < 0:
+            return None
+        place = start + len(bare)
+        spans.append((start, place))
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+# --- submissions -----------------------------------------------------------------------------------------------------
+
+
+def write_submission(source: str | Path, out: Path, task: Task, answers: dict[str, Any], split: str = "test") -> None:
+    """Write the rows of a split with `answers` by latent id filled in, to .jsonl or .parquet.
+
+    An answer is a text (task 1), or one yes or no per example (task 2). Raises: UsageError when latents or examples are
+    missing or too many, naming the first.
+    """
+    rows = read_rows(source, split)
+    missing = [row[ID] for row in rows if row[ID] not in answers]
+    unknown = sorted(set(answers) - {row[ID] for row in rows})
+    if missing or unknown:
+        what = f"no answer for {missing[0]}" if missing else f"an answer for {unknown[0]}, which is not there"
+        raise UsageError(f"a submission has one answer per latent of {split}: {what} ({len(missing)}, {len(unknown)}).")
+    filled = []
+    for row in rows:
+        answer = answers[row[ID]]
+        if task == 1:
+            filled.append({**row, "explanation": str(answer)})
+            continue
+        if len(answer) != len(row["examples"]):
+            raise UsageError(f"{row[ID]} has {len(row['examples'])} examples and {len(answer)} answers.")
+        examples = [
+            {**example, "activating": bool(said)} for example, said in zip(row["examples"], answer, strict=True)
+        ]
+        filled.append({**row, "examples": examples})
+    if out.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        with atomic_path(out) as temporary:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(filled), temporary)
+    elif out.suffix == ".jsonl":
+        write_text(out, "".join(_line(row) for row in filled))
+    else:
+        raise UsageError(f"{out}: a submission is a .jsonl or a .parquet file.")
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def by_id(latents: Iterable[Latent]) -> dict[str, Latent]:
+    """Return latents by id. Raises: DataError for one that is there twice."""
+    found: dict[str, Latent] = {}
+    for latent in latents:
+        if latent.id in found:
+            raise DataError(f"latent {latent.id} is there twice.")
+        found[latent.id] = latent
+    return found

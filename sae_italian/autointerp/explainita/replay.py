@@ -1,0 +1,115 @@
+"""Play the data's tokens through a model and an SAE again: are the activations those that the data says?
+
+The data holds windows cut from longer contexts, and not the beginning of these, so a token's activation can differ from
+the one stored where it depended on what was cut away; nor is it said whether a BOS came first. Both readings, with and
+without BOS, are played, and agreement is reported rather than equality: on a window that began its context it is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_italian.autointerp.explainita.data import Latent, Passage, as_example
+from sae_italian.errors import UsageError
+
+Activations = Callable[[Int[Tensor, "1 pos"]], Float[Tensor, "1 pos d_in"]]
+AGREES = 0.9  # correlation from which a latent counts as replayed
+
+
+def token_ids(tokenizer: Any, sequence: Passage) -> list[int] | None:
+    """Return the ids that stand behind a sequence's strings: of its text, tokenised again, when that gives its tokens.
+
+    None when it does not (a window that begins within a word, strings that lost their spaces): it is left out, not
+    guessed at.
+    """
+    wanted = [_bare(token) for token in sequence.tokens]
+    text = sequence.text if sequence.text is not None else as_example(sequence).text
+    for candidate in (text, f" {text}", text.lstrip()):
+        ids = tokenizer(candidate, add_special_tokens=False)["input_ids"]
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        if [_bare(piece) for piece in pieces] == wanted or [_bare(tokenizer.decode([one])) for one in ids] == wanted:
+            return list(ids)
+    return None
+
+
+def _bare(token: str) -> str:
+    return token.replace("▁", " ").replace("Ġ", " ").strip()
+
+
+@torch.no_grad()
+def replay(
+    latents: Sequence[Latent], sae: Any, tokenizer: Any, activations: Activations, *, limit: int | None = None
+) -> dict[str, Any]:
+    """Return how far the data's activations are those of `sae` on `activations` (a model's hook), per BOS reading.
+
+    Per latent the correlation over all its tokens, and whether on and off agree; then their medians, and the share of
+    latents that are replayed. Task 1's strengths are whole numbers, so its correlation cannot be exactly 1.
+
+    Raises: UsageError when no sequence has activations or could be tokenised again, or a latent is not the SAE's.
+    """
+    width = int(sae.cfg.d_sae)
+    readings: dict[str, list[list[int]]] = {"without BOS": [[]]}
+    if tokenizer.bos_token_id is not None:
+        readings["with BOS"] = [[tokenizer.bos_token_id]]
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in readings}
+    n_sequences = n_aligned = 0
+    for latent in latents[:limit]:
+        if latent.index >= width:
+            raise UsageError(f"{latent.id} is not a latent of this SAE, which has {width}. Give the released one.")
+        stored: list[Float[np.ndarray, " tokens"]] = []
+        ours: dict[str, list[np.ndarray]] = {name: [] for name in readings}
+        for sequence in latent.sequences:
+            if sequence.strengths is None:
+                continue
+            n_sequences += 1
+            ids = token_ids(tokenizer, sequence)
+            if ids is None:
+                continue
+            n_aligned += 1
+            stored.append(sequence.strengths)
+            for name, (prefix,) in readings.items():
+                x = activations(torch.tensor([[*prefix, *ids]]))
+                ours[name].append(_column(sae, x, latent.index)[len(prefix) :])
+        if stored and np.concatenate(stored).any():
+            for name in readings:
+                found[name].append(_agreement(np.concatenate(stored), np.concatenate(ours[name])))
+    if not any(found.values()):
+        raise UsageError(
+            f"none of {n_sequences} sequences with activations could be tokenised again into its own tokens, so nothing "
+            "can be compared: is this the model's tokenizer, and the split not `test`?"
+        )
+    return {
+        "latents": len(next(iter(found.values()))),
+        "sequences": n_sequences,
+        "tokenised_again": n_aligned,
+        **{name: _summary(rows) for name, rows in found.items()},
+    }
+
+
+def _column(sae: Any, x: Float[Tensor, "1 pos d_in"], latent: int) -> np.ndarray:
+    return sae.encode(x.to(sae.W_dec.dtype))[0, :, latent].float().cpu().numpy()
+
+
+def _agreement(stored: Float[np.ndarray, " tokens"], ours: Float[np.ndarray, " tokens"]) -> tuple[float, float, float]:
+    """Return the correlation, the share of tokens on which both are on or both off, and the median relative error."""
+    correlation = float(np.corrcoef(stored, ours)[0, 1]) if stored.std() > 0 and ours.std() > 0 else 0.0
+    on = stored > 0
+    scale = float(stored.max() / ours.max()) if ours.max() > 0 and float(stored.max()).is_integer() else 1.0
+    error = float(np.median(np.abs(ours[on] * scale - stored[on]) / stored[on]))
+    return correlation, float((on == (ours > 0)).mean()), error
+
+
+def _summary(rows: Iterable[tuple[float, float, float]]) -> dict[str, float]:
+    table = np.array(list(rows))
+    return {
+        "replayed": float((table[:, 0] >= AGREES).mean()),
+        "correlation": float(np.median(table[:, 0])),
+        "on_and_off_agree": float(np.median(table[:, 1])),
+        "relative_error": float(np.median(table[:, 2])),
+    }

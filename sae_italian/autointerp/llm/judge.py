@@ -1,0 +1,132 @@
+"""The judge that asks a language model: yes or no on passages, and numbers on tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sae_italian.autointerp.llm.answers import Unusable, distributions, numbers_schema, read_numbers
+from sae_italian.autointerp.llm.explainer import Asks
+from sae_italian.autointerp.llm.ledger import Reply, Request
+from sae_italian.autointerp.llm.prompts import Question, load_prompts
+from sae_italian.autointerp.protocols import Example, Verdicts
+from sae_italian.autointerp.store import Explanation
+
+BATCH = 5  # passages per question
+STRONGEST = 10  # of a simulated token
+ANSWER_TOKENS = 24  # around the numbers of an answer
+
+
+class LLMJudge:
+    """Judges by an explanation's text. Safe to use from several threads."""
+
+    def __init__(self, client: Asks, language: str = "it", batch: int = BATCH):
+        self.client, self.batch, self.language = client, batch, language
+        self.prompts = load_prompts(language)
+        self.name = f"llm:{client.model}:{self.prompts.name}"
+        self.concurrency = client.concurrency
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what its verdicts depend on, for the store to hold it to."""
+        return {"prompt": f"{self.prompts.name}-{self.prompts.hash}", "batch": self.batch}
+
+    # --- yes or no -----------------------------------------------------------------------------------------------------
+
+    def detect(self, explanation: Explanation, examples: Sequence[Example]) -> Verdicts:
+        """Answer batch by batch, all at once; a batch that stays unusable after a repair is asked one by one.
+
+        What still has no usable answer then (a refusal, a question the server always fails on) is -1. Raises: the
+        client's errors, when the endpoint is down or the budget is reached.
+        """
+        text = explanation.text(self.language)
+        said = np.full(len(examples), -1, dtype=np.int64)
+        probability = np.full(len(examples), np.nan)
+        # in an order that mixes the classes, the same for every explanation of the same examples
+        order = np.random.default_rng(0).permutation(len(examples))
+        for size in dict.fromkeys((self.batch, 1)):
+            todo = order[said[order] < 0]
+            batches = [group for group in self._batches(todo, examples) for group in _cut(group, size)]
+            requests = [self._yes_or_no(text, [examples[i] for i in batch]) for batch in batches]
+            read = self._numbers(requests, [len(batch) for batch in batches], top=1)
+            for batch, (values, spread) in zip(batches, read, strict=True):
+                if values is not None:
+                    said[batch] = values
+                    probability[batch] = np.nan if spread is None else [weights[1] for weights in spread]
+        return Verdicts(said, probability if np.isfinite(probability).any() else None)
+
+    def _batches(self, todo: Int[np.ndarray, " n"], examples: Sequence[Example]) -> list[list[int]]:
+        """Return the examples with marks and those without apart: they are different questions."""
+        marked = [i for i in todo.tolist() if examples[i].marks is not None]
+        bare = [i for i in todo.tolist() if examples[i].marks is None]
+        return [group for group in (bare, marked) if group]
+
+    def _yes_or_no(self, text: str, examples: Sequence[Example]) -> Request:
+        question: Question = "detection" if examples[0].marks is None else "fuzzing"
+        schema = numbers_schema(self.prompts.list_key, len(examples), 1)
+        messages = self.prompts.judge(question, text, examples)
+        return Request(messages, question, ANSWER_TOKENS + 4 * len(examples), schema, logprobs=True)
+
+    # --- numbers on tokens ---------------------------------------------------------------------------------------------
+
+    def simulate(
+        self, explanation: Explanation, examples: Sequence[Example]
+    ) -> list[Float[np.ndarray, " tokens"] | None]:
+        """Return the expected number per token where the server gives log-probabilities, else the number it said."""
+        text = explanation.text(self.language)
+        sizes = [len(example.tokens) for example in examples]
+        requests = []
+        for example, n in zip(examples, sizes, strict=True):
+            schema = numbers_schema(self.prompts.values_key, n, STRONGEST)
+            messages = self.prompts.simulate(text, example)
+            requests.append(Request(messages, "simulation", ANSWER_TOKENS + 4 * n, schema, logprobs=True))
+        levels = np.arange(STRONGEST + 1)
+        simulated: list[Float[np.ndarray, " tokens"] | None] = []
+        for values, spread in self._numbers(requests, sizes, top=STRONGEST):
+            if values is None:
+                simulated.append(None)
+            elif spread is None:
+                simulated.append(values.astype(np.float64))
+            else:
+                simulated.append(np.array([weights @ levels for weights in spread]))
+        return simulated
+
+    # --- both ----------------------------------------------------------------------------------------------------------
+
+    def _numbers(
+        self, requests: Sequence[Request], sizes: Sequence[int], top: int
+    ) -> list[tuple[Int[np.ndarray, " n"] | None, list[Float[np.ndarray, " values"]] | None]]:
+        """Return the numbers of each answer and their distributions, None where there are none, after one repair."""
+        replies = self.client.ask(requests)
+        read = [_read(reply, n, top) for reply, n in zip(replies, sizes, strict=True)]
+        again = [i for i, outcome in enumerate(read) if isinstance(outcome, Unusable) and _may_repair(replies[i])]
+        repairs = [self._repair(requests[i], replies[i], read[i]) for i in again]
+        for i, reply in zip(again, self.client.ask(repairs), strict=True):
+            read[i] = _read(reply, sizes[i], top)
+        return [(None, None) if isinstance(outcome, Unusable) else outcome for outcome in read]
+
+    def _repair(self, request: Request, reply: Reply, problem: Any) -> Request:
+        key = next(iter((request.schema or {})["properties"]))
+        why = self.prompts.problem(problem.name, **problem.values)
+        messages = self.prompts.repair(request.messages, reply.text, why, f'{{"{key}": [...]}}')
+        return Request(messages, "repair", request.max_tokens, request.schema, request.logprobs)
+
+
+def _read(reply: Reply, n: int, top: int) -> tuple[np.ndarray, list[np.ndarray] | None] | Unusable:
+    try:
+        values = read_numbers(reply, n, top)
+    except Unusable as problem:
+        return problem
+    spread = None if reply.logprobs is None else distributions(reply.logprobs, values.tolist(), top)
+    return values, spread
+
+
+def _may_repair(reply: Reply) -> bool:
+    return reply.ok and not reply.refusal
+
+
+def _cut(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,273 @@
+"""What a rule can look at: for every position of a cache, its token, the word it ends or is inside, and its neighbours.
+
+Words are put together from the pieces' bytes, so a rule may speak of a word's ending whatever the tokenizer does to it.
+At a piece inside a word only the part of the word up to it counts, as for the model itself; that a piece is the last of
+its word is known from the next one. A form is one (token, word up to here, last piece?): everything about a position
+that does not depend on its neighbours is a table over forms, and so is everything about the position before it.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from sae_italian.autointerp.examples import ExampleSource
+from sae_italian.autointerp.tokens import token_bytes, token_strings
+
+Family = Literal[
+    "token",
+    "word",
+    "suffix2",
+    "suffix3",
+    "suffix4",
+    "suffix5",
+    "prefix3",
+    "prefix4",
+    "shape",
+    "clitic",
+    "previous",
+    "previous-word",
+    "next",
+    "bigram",
+    "trigram",
+]
+Slot = Literal["here", "previous", "word-before", "next"]
+SUFFIXES: dict[Family, int] = {"suffix2": 2, "suffix3": 3, "suffix4": 4, "suffix5": 5}
+PREFIXES: dict[Family, int] = {"prefix3": 3, "prefix4": 4}
+LONGEST_WORD = 16  # pieces; a longer run is cut
+SHAPES = (
+    "number",
+    "all capitals",
+    "capital",
+    "elided",
+    "accented ending",
+    "punctuation",
+    "inside a word",
+    "lower case",
+)
+_CLITIC = re.compile(
+    r"(?:ando|endo|[aei]r|at[oaei]|ut[oaei]|it[oaei])"
+    r"((?:me|te|se|ce|ve|glie)?(?:lo|la|li|le|ne)|mi|ti|si|ci|vi|gli)$"
+)
+_WORD_END = re.compile(r"(\w+['’]?|[^\w\s]+|\s*)$")
+
+
+class _FamilyTable(NamedTuple):
+    """A family that is a table over the forms of one slot: the key of each form, -1 where it has none."""
+
+    slot: Slot
+    keys: Int[np.ndarray, " forms_and_none"]  # the last entry is for no form at all
+    names: list[str]  # the text of each key
+
+
+class Places:
+    """The keys of every position of a cache, and how often each occurs in the training documents."""
+
+    def __init__(self, source: ExampleSource, tokenizer: Any):
+        self.source, self.vocab = source, int(source.tokens.max()) + 1
+        self.strings = token_strings(tokenizer, self.vocab)
+        self._pieces = token_bytes(tokenizer, self.vocab)
+        self.new_word = self._word_starts()
+        word, self.words = self._words_so_far()
+        ends = np.append(self.new_word[1:], True)
+        key = (word.astype(np.int64) * self.vocab + source.tokens) * 2 + ends
+        known, form = np.unique(key, return_inverse=True)
+        self.form: Int[np.ndarray, " positions"] = form.astype(np.int32)
+        self.form_token = known // 2 % self.vocab
+        self.form_word = known // 2 // self.vocab
+        self.form_ends = (known % 2).astype(bool)
+        self.start_of_word = np.maximum.accumulate(np.where(self.new_word, np.arange(len(form)), 0)).astype(np.int32)
+
+    def prepare(self) -> None:
+        """Compute the tables now."""
+        _ = self.tables, self.bigram, self.trigram, self.totals
+
+    # --- words ---------------------------------------------------------------------------------------------------
+
+    def _word_starts(self) -> Bool[np.ndarray, " positions"]:
+        """True where a piece begins a word: after a space, a sign or a break in the document, and at signs themselves."""
+        opens, closes, elides = (np.ones(self.vocab, dtype=bool) for _ in range(3))
+        for i, piece in enumerate(self._pieces):
+            text = piece.decode("utf-8", "replace")
+            opens[i] = not (text[:1].isalnum() or text[:1] == "\ufffd")
+            closes[i] = not (text[-1:].isalnum() or text[-1:] == "\ufffd")
+            elides[i] = text in ("'", "’")
+        tokens = self.source.tokens
+        after_letter = self.source.linked & ~np.append(True, closes[tokens[:-1]])
+        return ~(after_letter & (~opens[tokens] | elides[tokens]))
+
+    def _words_so_far(self) -> tuple[Int[np.ndarray, " positions"], list[str]]:
+        """Return the number of each position's word up to and with it, and the words, in small letters or not as written."""
+        tokens = self.source.tokens
+        depth = np.arange(len(tokens)) - np.maximum.accumulate(np.where(self.new_word, np.arange(len(tokens)), 0))
+        number_of: dict[bytes, int] = {}
+        word = np.zeros(len(tokens), dtype=np.int64)
+        behind: list[bytes] = [b""]
+        for level in range(min(int(depth.max(initial=0)) + 1, LONGEST_WORD)):
+            here = np.flatnonzero(depth == level)
+            before = word[here - 1] if level else np.zeros(len(here), dtype=np.int64)
+            pairs, index = np.unique(before * self.vocab + tokens[here], return_inverse=True)
+            numbers = np.empty(len(pairs), dtype=np.int64)
+            for i, pair in enumerate(pairs.tolist()):
+                text = (behind[pair // self.vocab] if level else b"") + self._pieces[pair % self.vocab]
+                numbers[i] = number_of.setdefault(text, len(behind))
+                if numbers[i] == len(behind):
+                    behind.append(text)
+            word[here] = numbers[index]
+        words = [_WORD_END.search(text.decode("utf-8", "replace").strip())[0] for text in behind]  # pyright: ignore[reportOptionalSubscript]
+        return word, words
+
+    # --- families ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tables(self) -> dict[Family, _FamilyTable]:
+        """The families that are tables over forms."""
+        words = [self.words[i] for i in self.form_word.tolist()]
+        whole = [word if ends else "" for word, ends in zip(words, self.form_ends, strict=True)]
+        lower = [word.lower() for word in whole]
+        token = np.append(self.form_token, -1)
+        by_word = _numbered([word or None for word in lower])
+        tables: dict[Family, _FamilyTable] = {
+            "token": _FamilyTable("here", token, []),
+            "word": _FamilyTable("here", *by_word),
+        }
+        for family, n in SUFFIXES.items():
+            endings = [word[-n:] if len(word) > n and word[-n:].isalpha() else None for word in lower]
+            tables[family] = _FamilyTable("here", *_numbered(endings))
+        for family, n in PREFIXES.items():
+            starts = [word[:n].lower() if len(word) > n and word[:n].isalpha() else None for word in words]
+            tables[family] = _FamilyTable("here", *_numbered(starts))
+        tables["shape"] = _FamilyTable("here", *_numbered([shape_of(word) for word in whole]))
+        tables["clitic"] = _FamilyTable("here", *_numbered([enclitic(word) for word in lower]))
+        tables["previous"] = _FamilyTable("previous", token, [])
+        tables["previous-word"] = _FamilyTable("word-before", *by_word)
+        tables["next"] = _FamilyTable("next", token, [])
+        return tables
+
+    @cached_property
+    def bigram(self) -> Int[np.ndarray, " positions"]:
+        """The number of each position's pair (token before, token), -1 where there is none before."""
+        return self._chained(self.source.tokens)
+
+    @cached_property
+    def trigram(self) -> Int[np.ndarray, " positions"]:
+        """The number of each position's triple of tokens, -1 where two do not precede it."""
+        return self._chained(self.bigram)
+
+    def _chained(self, before: Int[np.ndarray, " positions"]) -> Int[np.ndarray, " positions"]:
+        key = np.full(len(before), -1, dtype=np.int64)
+        key[1:] = before[:-1].astype(np.int64) * self.vocab + self.source.tokens[1:]
+        key[~self.source.linked] = -1
+        key[1:][before[:-1] < 0] = -1
+        known, index = np.unique(key, return_inverse=True)
+        return (index - (known[0] == -1)).astype(np.int32)
+
+    def neighbour(self, positions: Int[np.ndarray, ...], slot: Slot) -> Int[np.ndarray, ...]:
+        """Return the position a slot means, -1 where it lies in another document or window."""
+        if slot == "here":
+            return positions
+        if slot == "next":
+            other = positions + 1
+            linked = np.append(self.source.linked, False)[other.clip(min=0)]
+        else:
+            first = positions if slot == "previous" else self.start_of_word[positions]
+            other, linked = first - 1, self.source.linked[first]
+        return np.where((positions >= 0) & linked, other, -1)
+
+    def forms(self, positions: Int[np.ndarray, ...], slot: Slot) -> Int[np.ndarray, ...]:
+        """Return the form at a slot of each position, -1 for none."""
+        there = self.neighbour(positions, slot)
+        return np.where(there >= 0, self.form[there], -1)
+
+    def chain(self, family: Family) -> Int[np.ndarray, " positions"]:
+        return self.bigram if family == "bigram" else self.trigram
+
+    def name(self, family: Family, key: int) -> str:
+        """Return the text of a key of a family that is a table over forms."""
+        names = self.tables[family].names
+        return names[key] if names else self.strings[key]
+
+    # --- counts in the training documents -----------------------------------------------------------------------------
+
+    @cached_property
+    def train_positions(self) -> Int[np.ndarray, " n"]:
+        return np.flatnonzero(self.source.position_part == 0)
+
+    @cached_property
+    def totals(self) -> dict[Family, Int[np.ndarray, " keys"]]:
+        """How often each key of each family occurs in the training documents."""
+        counts: dict[Family, np.ndarray] = {}
+        by_slot = {}
+        for family, table in self.tables.items():
+            if table.slot not in by_slot:
+                forms = self.forms(self.train_positions, table.slot)
+                by_slot[table.slot] = np.bincount(forms[forms >= 0], minlength=len(self.form_token))
+            keyed = table.keys[:-1] >= 0
+            size = int(table.keys.max(initial=-1)) + 1
+            counts[family] = np.bincount(
+                table.keys[:-1][keyed], weights=by_slot[table.slot][keyed], minlength=size
+            ).astype(np.int64)
+        for family, keys in (("bigram", self.bigram), ("trigram", self.trigram)):
+            here = keys[self.train_positions]
+            counts[family] = np.bincount(here[here >= 0], minlength=int(keys.max(initial=-1)) + 1)
+        return counts
+
+
+class View:
+    """The keys on a grid of positions, each family's computed once however many rules are tried on it."""
+
+    def __init__(self, places: Places, grid: Int[np.ndarray, "n width"]):
+        self.places, self.grid = places, grid
+        self._forms: dict[Slot, np.ndarray] = {}
+        self._keys: dict[Family, np.ndarray] = {}
+
+    def keys(self, family: Family) -> Int[np.ndarray, "n width"]:
+        """Return the family's key at each position, -1 for none and at position -1."""
+        if family not in self._keys:
+            self._keys[family] = self._look_up(family)
+        return self._keys[family]
+
+    def _look_up(self, family: Family) -> Int[np.ndarray, "n width"]:
+        if family in ("bigram", "trigram"):
+            return np.where(self.grid >= 0, self.places.chain(family)[self.grid], -1)
+        table = self.places.tables[family]
+        if table.slot not in self._forms:
+            self._forms[table.slot] = self.places.forms(self.grid, table.slot)
+        return table.keys[self._forms[table.slot]]
+
+
+def shape_of(word: str) -> str:
+    """Return which of SHAPES a whole word has; "" means that the word goes on."""
+    if not word:
+        return "inside a word"
+    if word[-1] in "'’" and len(word) > 1:
+        return "elided"
+    if not any(letter.isalnum() for letter in word):
+        return "punctuation"
+    if word[0].isdigit():
+        return "number"
+    if word.isupper() and len(word) > 1:
+        return "all capitals"
+    if word[0].isupper():
+        return "capital"
+    return "accented ending" if word[-1] in "àèéìíòóù" else "lower case"
+
+
+def enclitic(word: str) -> str | None:
+    """Return the pronouns that an infinitive, gerund or participle ends in, e.g. `lo` of `vederlo`, `glielo`, or None."""
+    match = _CLITIC.search(word)
+    return match[1] if match and len(word) > len(match[0]) else None
+
+
+def _numbered(texts: list[str | None]) -> tuple[Int[np.ndarray, " n_and_none"], list[str]]:
+    """Return the number of each text (-1 for None, and a last -1 for no form at all) and the texts by number."""
+    names: dict[str, int] = {}
+    keys = np.full(len(texts) + 1, -1, dtype=np.int64)
+    for i, text in enumerate(texts):
+        if text is not None:
+            keys[i] = names.setdefault(text, len(names))
+    return keys, list(names)

@@ -1,0 +1,67 @@
+"""Caches with planted latents over the tokens of a real one, and what the rules make of them."""
+
+import numpy as np
+import pytest
+
+from sae_italian.autointerp import run_autointerp
+from sae_italian.autointerp.examples import ExampleSource
+from sae_italian.autointerp.negatives import NegativeSource
+from sae_italian.autointerp.neighbours import Neighbours, find_neighbours
+from sae_italian.autointerp.places import Places
+from sae_italian.autointerp.store import Store
+from sae_italian.cache import FeatureCache
+from sae_italian.corpora.packing import NO_DOCUMENT
+from tests.planted import planted_cache
+
+N_TOKENS, N_PREVIOUS, N_NOISE = 12, 6, 10
+DEAD, RARE = N_TOKENS + N_PREVIOUS + N_NOISE, N_TOKENS + N_PREVIOUS + N_NOISE + 1
+
+
+@pytest.fixture(scope="session")
+def planted(small_cache, mini, tmp_path_factory):
+    """Latents on one token each, latents right after one token each, latents at random positions, one dead, one rare."""
+    base = FeatureCache.open(small_cache)
+    counted = np.flatnonzero(base.doc != NO_DOCUMENT)
+    tokens = base.tokens
+    ids, counts = np.unique(tokens[counted], return_counts=True)
+    order = ids[np.argsort(-counts)]
+    frequent = order[20 : 20 + 4 * N_TOKENS : 4]
+    latents = [np.flatnonzero(tokens == token) for token in frequent]
+    for token in order[5 : 5 + N_PREVIOUS]:
+        after = np.flatnonzero(tokens == token) + 1
+        after = after[after < len(tokens)]
+        latents.append(after[base.doc[after] == base.doc[after - 1]])
+    rng = np.random.default_rng(0)
+    latents += [np.sort(rng.choice(counted, 400, replace=False)) for _ in range(N_NOISE)]
+    latents += [np.empty(0, dtype=np.int64), counted[:3]]
+    return planted_cache(base, tmp_path_factory.mktemp("planted"), latents, mini)
+
+
+@pytest.fixture(scope="session")
+def store(planted, mini):
+    return run_autointerp(planted, mini.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def source(planted):
+    return ExampleSource(planted)
+
+
+@pytest.fixture(scope="session")
+def places(source, mini):
+    return Places(source, mini.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def negatives(source, planted):
+    neighbours = find_neighbours(planted, range(planted.manifest.d_sae))
+    # decoder rows are random here; what matters is that the source is drawn from
+    return NegativeSource(source, Neighbours(neighbours.cofiring, neighbours.decoder or {0: np.array([1, 2, 3])}))
+
+
+def accuracies(store, scorer="detection", explainer="rules", control="", negatives=None):
+    negatives = negatives or {"detection": "random", "fuzzing": "silent-token"}[scorer]
+    with Store(store, {}) as opened:
+        return opened.values(
+            explainer=explainer, control=control, scorer=scorer, metric="balanced_accuracy", negatives=negatives
+        )

@@ -1,0 +1,359 @@
+"""The client against an endpoint that fails in every way: no answer is lost, none is paid twice, no key is written."""
+
+import logging
+import sqlite3
+import threading
+import time
+from concurrent.futures import CancelledError
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+
+from sae_italian.autointerp.llm.budget import BudgetReached
+from sae_italian.autointerp.llm.client import Client, EndpointError
+from sae_italian.autointerp.llm.ledger import Request
+from sae_italian.autointerp.llm.prices import PRICE_FILE, TokenCounter, price_of
+from sae_italian.autointerp.llm.transport import _retry_after
+from sae_italian.autointerp.store import Store
+from sae_italian.errors import UsageError
+from tests.autointerp.llm.conftest import MODEL
+from tests.autointerp.llm.endpoint import FAULTS, FakeEndpoint
+
+
+def requests_of(n, **settings):
+    return [Request(({"role": "user", "content": f"domanda {i}"},), "prova", 20, **settings) for i in range(n)]
+
+
+def echo(body):
+    return f"risposta a {body['messages'][-1]['content']}"
+
+
+def rows(path, query):
+    with sqlite3.connect(path) as connection:
+        return connection.execute(query).fetchall()
+
+
+def test_answers_come_back_in_order_and_a_rerun_asks_nothing(client_of, tmp_path):
+    questions = requests_of(30)
+    with FakeEndpoint(echo) as endpoint:
+        with client_of(endpoint) as client:
+            replies = client.ask(questions)
+            assert [reply.text for reply in replies] == [f"risposta a domanda {i}" for i in range(30)]
+        with client_of(endpoint) as client:
+            again = client.ask(questions)
+            assert client.counts == {"asked": 0, "from ledger": 30, "retries": 0, "failed": 0}
+        assert [reply.text for reply in again] == [reply.text for reply in replies]
+        assert all(reply.from_ledger for reply in again) and len(endpoint.requests) == 30
+    with FakeEndpoint(echo) as elsewhere, client_of(elsewhere) as client:  # the endpoint is no part of the key
+        client.ask(questions)
+        assert elsewhere.requests == []
+    with FakeEndpoint(echo) as endpoint, client_of(endpoint, model="altro") as client:  # the model is
+        client.ask(questions[:2])
+        assert len(endpoint.requests) == 2
+
+
+def test_equal_questions_are_asked_once_even_at_once(client_of):
+    with FakeEndpoint(echo, latency=0.05) as endpoint, client_of(endpoint) as client:
+        question = requests_of(1)[0]
+        threads = [threading.Thread(target=client.ask, args=([question] * 5,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize("fault", [*FAULTS[:4], FAULTS[5], "503", "408"])
+def test_a_passing_fault_costs_a_retry_and_nothing_else(client_of, fault, tmp_path):
+    with FakeEndpoint(echo, lambda n, body: fault if n < 2 else None) as endpoint:
+        with client_of(endpoint, concurrency=1) as client:
+            assert [reply.text for reply in client.ask(requests_of(2))] == [
+                "risposta a domanda 0",
+                "risposta a domanda 1",
+            ]
+        assert len(endpoint.requests) == 4
+    counted = rows(
+        tmp_path / "store.sqlite", "SELECT attempts, status, tokens_in, tokens_out FROM call ORDER BY attempts"
+    )
+    assert sum(attempts for attempts, *_ in counted) == 4
+    assert [row[1:] for row in counted] == [("ok", 100, 10)] * 2
+
+
+def test_a_slow_answer_is_given_up_and_asked_again(client_of):
+    with (
+        FakeEndpoint(echo, lambda n, body: "slow 30" if n == 0 else None) as endpoint,
+        client_of(endpoint, timeout=0.3) as client,
+    ):
+        started = time.monotonic()
+        assert client.ask(requests_of(1))[0].ok
+        assert time.monotonic() - started < 5 and client.counts["retries"] == 1
+
+
+def test_retry_after_is_kept_by_everybody(client_of):
+    arrived = []
+
+    def fault(n, body):
+        arrived.append(time.monotonic())
+        return "429" if n == 0 else None
+
+    with FakeEndpoint(echo, fault, retry_after="1") as endpoint, client_of(endpoint, concurrency=1) as client:
+        assert all(reply.ok for reply in client.ask(requests_of(3)))
+        assert arrived[1] - arrived[0] >= 0.99  # the second question waits too
+    later = datetime.now(UTC) + timedelta(seconds=30)
+    assert _retry_after(format_datetime(later, usegmt=True)) == pytest.approx(30, abs=2)
+    assert _retry_after("3.5") == 3.5 and _retry_after("soon") is None
+
+
+def test_a_wait_of_an_hour_stops_the_run_instead(client_of):
+    with FakeEndpoint(echo, lambda n, body: "429", retry_after="3600") as endpoint, client_of(endpoint) as client:
+        error = pytest.raises(EndpointError, client.ask, requests_of(4))
+        assert error.match("asks to wait 3600 s")
+
+
+def test_one_question_that_always_fails_is_a_row_and_not_the_end(client_of, tmp_path):
+    def poison(n, body):
+        return "500" if "domanda 7" in str(body) else None
+
+    with FakeEndpoint(echo, poison) as endpoint:
+        with client_of(endpoint, attempts=3, concurrency=2) as client:
+            replies = client.ask(requests_of(20))
+            assert [reply.status for reply in replies].count("ok") == 19
+            assert replies[7].status.startswith("no answer: HTTP 500") and client.counts["failed"] == 1
+        assert rows(tmp_path / "store.sqlite", "SELECT count(*), sum(status = 'ok'), max(attempts) FROM call") == [
+            (20, 19, 3)
+        ]
+        endpoint.fault = lambda n, body: None
+        with client_of(endpoint) as client:
+            assert client.ask(requests_of(20))[7].ok and client.counts["asked"] == 1
+    assert rows(tmp_path / "store.sqlite", "SELECT count(*), sum(status = 'ok'), max(attempts) FROM call") == [
+        (20, 20, 4)
+    ]
+
+
+def test_an_endpoint_that_is_down_stops_the_run_in_one_line(client_of, tmp_path):
+    with FakeEndpoint(echo) as endpoint:
+        url = endpoint.url
+    with client_of(url) as client, pytest.raises(EndpointError, match="no server answers at http.*Start it"):
+        client.ask(requests_of(50))
+    with FakeEndpoint(echo, lambda n, body: "500" if n >= 10 else None) as endpoint:
+        with client_of(endpoint, "two.sqlite", attempts=2, concurrency=2) as client:
+            with pytest.raises(EndpointError, match="does not answer: 2 attempts each at 3 requests"):
+                client.ask(requests_of(200))
+            assert len(endpoint.requests) < 30  # nothing more was sent
+        endpoint.fault = lambda n, body: None
+        before = endpoint.served
+        with client_of(endpoint, "two.sqlite") as client:
+            assert all(reply.ok for reply in client.ask(requests_of(200)))
+        assert endpoint.served == 200 and before == 10
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [("401", "key"), ("403", "key"), ("404", "no such model"), ("402", "paid")]
+)
+def test_what_no_retry_mends_stops_at_once(client_of, status, words):
+    with FakeEndpoint(echo, lambda n, body: status) as endpoint, client_of(endpoint, concurrency=1) as client:
+        with pytest.raises(EndpointError, match=words):
+            client.ask(requests_of(5))
+        assert len(endpoint.requests) == 1
+
+
+# --- what a server does not take -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["response_format", "logprobs"])
+def test_a_server_that_refuses_schemas_or_logprobs_is_asked_without(client_of, name):
+    questions = requests_of(6, schema={"type": "object"}, logprobs=True)
+    with FakeEndpoint(echo, refuse=(name,)) as endpoint, client_of(endpoint, concurrency=1) as client:
+        assert all(reply.ok for reply in client.ask(questions))
+        assert len(endpoint.requests) == 7  # noticed once
+        feature = "schema" if name == "response_format" else name
+        assert feature not in client.features and name in client.missing[feature]
+
+
+def test_a_server_that_just_gives_no_logprobs_is_noticed_once(client_of):
+    questions = requests_of(4, logprobs=True)
+    with FakeEndpoint(echo) as endpoint, client_of(endpoint, concurrency=1) as client:
+        client.ask(questions)
+        assert ["logprobs" in body for body in endpoint.requests] == [True, False, False, False]
+        assert client.missing == {"logprobs": "the answers carry none"}
+        with client_of(endpoint) as rerun:  # and the answers without them are not asked again
+            rerun.ask(questions)
+            assert rerun.counts["asked"] == 0
+
+
+def test_a_request_that_is_refused_anyway_takes_no_feature_with_it(client_of):
+    def fault(n, body):
+        return "400" if "domanda 1" in str(body) else None
+
+    with FakeEndpoint(echo, fault) as endpoint, client_of(endpoint, concurrency=1) as client:
+        replies = client.ask(requests_of(3, schema={"type": "object"}))
+        assert [reply.status.split(":")[0] for reply in replies] == ["ok", "rejected", "ok"]
+        assert "response_format" in endpoint.requests[-1] and "schema" not in client.missing
+
+
+def test_the_schema_reaches_the_server_in_openai_s_form(client_of):
+    schema = {"type": "object", "properties": {"spiegazione": {"type": "string"}}}
+    with FakeEndpoint(echo) as endpoint, client_of(endpoint) as client:
+        client.ask(requests_of(1, schema=schema))
+        sent = endpoint.requests[0]
+    assert sent["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": schema, "strict": True},
+    }
+    assert (sent["model"], sent["temperature"], sent["seed"], sent["max_tokens"]) == (MODEL, 0.0, 0, 20)
+
+
+def test_a_prompt_too_long_is_told_apart(client_of):
+    def answer(body):
+        raise AssertionError("never answered")
+
+    class Short(FakeEndpoint):
+        async def _respond(self, body, writer):
+            text = b'{"error": {"message": "This model\'s maximum context length is 8 tokens"}}'
+            writer.write(b"HTTP/1.1 400 X\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
+            await writer.drain()
+            return True
+
+    with Short(answer) as endpoint, client_of(endpoint) as client:
+        assert client.ask(requests_of(1, schema={"type": "object"}))[0].status.startswith("prompt too long")
+        assert client.missing == {}
+
+
+# --- concurrency, budget, kill -------------------------------------------------------------------------------------------
+
+
+def test_concurrency_is_bounded_and_used(client_of):
+    with FakeEndpoint(echo, latency=0.02) as endpoint, client_of(endpoint, concurrency=7) as client:
+        client.ask(requests_of(70))
+        assert endpoint.most_at_once == 7
+
+
+def test_the_budget_is_never_passed_and_what_was_paid_is_kept(client_of, prices, tmp_path):
+    """A call is 100 in and 10 out: 0.12 dollars here. The limit falls amid a batch."""
+    counter = TokenCounter(lambda text: 92)  # with 8 for the message: what the server counts
+    settings = {"prices": prices, "counter": counter, "concurrency": 4}
+    with FakeEndpoint(echo, latency=0.01) as endpoint:
+        with client_of(endpoint, max_usd=1.0, **settings) as client:
+            with pytest.raises(BudgetReached, match="of the \\$1 of --max-usd are gone.*run again with a higher"):
+                client.ask(requests_of(40))
+            spent = client.budget.spent
+        assert 0.8 < spent <= 1.0 and len(endpoint.requests) == pytest.approx(spent / 0.12)
+        paid = len(endpoint.requests)
+        with client_of(endpoint, max_usd=100.0, **settings) as client:
+            assert all(reply.ok for reply in client.ask(requests_of(40)))
+            assert client.counts["from ledger"] == paid
+        assert len(endpoint.requests) == 40
+    with Store(tmp_path / "store.sqlite", {}) as store:
+        assert store.spending()[MODEL]["usd"] == pytest.approx(40 * 0.12)
+
+
+def test_lost_answers_count_against_the_budget(client_of, prices):
+    """A server that answers and drops the line sends its bill all the same: at most so much was lost."""
+    counter = TokenCounter(lambda text: 92)
+    with FakeEndpoint(echo, lambda n, body: "half" if n % 2 == 0 else None) as endpoint:
+        client = client_of(endpoint, max_usd=1.0, prices=prices, counter=counter, concurrency=1)
+        with client:
+            pytest.raises(BudgetReached, client.ask, requests_of(40))
+            assert client.budget.uncertain > 0.3 and client.budget.spent + client.budget.uncertain <= 1.0
+
+
+def test_a_budget_without_a_price_is_refused(tmp_path, prices):
+    with pytest.raises(UsageError, match="no price for 'ignoto'"):
+        Client("http://localhost:1/v1", "ignoto", tmp_path / "x", max_usd=1.0, prices=prices)
+    assert price_of("ignoto", prices) is None and price_of("gratis", prices).usd(5, 5) == 0.0
+    assert price_of("gpt-4o-mini", PRICE_FILE).usd(1_000_000, 0) == 0.15
+    assert price_of("gpt-4o-mini").usd(1_000_000, 1_000_000, 1_000_000) == pytest.approx(0.675)
+    (tmp_path / "bad.json").write_text('{"models": {"x": {}}}')
+    with pytest.raises(UsageError, match="is no price file"):
+        price_of("x", tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"url": "localhost:8000"}, "a URL such as"),
+        ({"concurrency": 0}, "--concurrency is 0"),
+        ({"concurrency": 101}, "--concurrency is 101"),
+        ({"key_variable": "NO_SUCH_VARIABLE"}, "the environment has no NO_SUCH_VARIABLE"),
+    ],
+)
+def test_settings_that_cannot_hold_are_refused(tmp_path, settings, words):
+    with pytest.raises(UsageError, match=words):
+        Client(settings.pop("url", "http://localhost/v1"), MODEL, tmp_path / "x", **settings)
+
+
+def test_a_client_stopped_amid_a_batch_keeps_what_came_and_goes_on(client_of, tmp_path):
+    with FakeEndpoint(echo, latency=0.05) as endpoint:
+        with client_of(endpoint, concurrency=5) as client:
+            thread = threading.Thread(target=lambda: pytest.raises(CancelledError, client.ask, requests_of(50)))
+            thread.start()
+            while endpoint.served < 12:
+                time.sleep(0.005)
+        thread.join(5)
+        assert not thread.is_alive()
+        kept = rows(tmp_path / "store.sqlite", "SELECT count(*) FROM call")[0][0]
+        assert 5 <= kept < 50
+        with client_of(endpoint, concurrency=5) as client:
+            assert all(reply.ok for reply in client.ask(requests_of(50)))
+            assert client.counts["from ledger"] == kept
+
+
+def test_ten_thousand_judgements_with_a_fifth_of_faults(client_of, tmp_path):
+    """2,000 questions of five passages, every fifth call fails somehow: each is answered, booked and counted once."""
+    faults = [*FAULTS[:4], FAULTS[5]]
+
+    def fault(n, body):
+        return faults[n // 5 % len(faults)] if n % 5 == 0 else None
+
+    questions = requests_of(2000)
+    with FakeEndpoint(echo, fault) as endpoint:
+        with client_of(endpoint, concurrency=16, backoff=0.0001) as client:
+            replies = client.ask(questions)
+        share = len(endpoint.faults) / len(endpoint.requests)
+        assert share == pytest.approx(0.2, abs=0.01) and endpoint.served == 2000
+    assert [reply.text for reply in replies] == [f"risposta a domanda {i}" for i in range(2000)]
+    booked = (
+        "SELECT count(*), count(DISTINCT request_hash), sum(attempts), sum(tokens_out) FROM call WHERE status = 'ok'"
+    )
+    assert rows(tmp_path / "store.sqlite", booked) == [(2000, 2000, len(endpoint.requests), 20_000)]
+
+
+# --- keys ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_comes_from_the_environment_and_is_written_nowhere(client_of, tmp_path, monkeypatch, caplog, capfd):
+    secret = "sk-una-chiave-segretissima-0123456789"
+    monkeypatch.setenv("LA_MIA_CHIAVE", secret)
+    monkeypatch.setenv("HF_TOKEN", "hf_un_altro_segreto")
+    caplog.set_level(logging.DEBUG)
+
+    class Indiscreet(FakeEndpoint):
+        """Quotes the key back in answers and errors, as some do."""
+
+        def _completion(self, body, answer):
+            return super()._completion(body, f"{answer} con la chiave {self.headers[-1]['authorization']}")
+
+    messages = []
+    with Indiscreet(echo, lambda n, body: None) as endpoint:
+        with client_of(endpoint, key_variable="LA_MIA_CHIAVE") as client:
+            client.ask(requests_of(3))
+            assert {headers["authorization"] for headers in endpoint.headers} == {f"Bearer {secret}"}
+            for status in ("400", "500", "401"):
+                endpoint.fault = lambda n, body, status=status: f"{status} key {secret} is wrong"
+                try:
+                    messages += [
+                        reply.status for reply in client.ask(requests_of(1, logprobs=status == "400", schema={}))
+                    ]
+                except EndpointError as error:
+                    messages.append(str(error))
+        endpoint.headers.clear()
+        with client_of(endpoint, "other.sqlite") as client:  # no key: not the Hub's token either
+            endpoint.fault = lambda n, body: None
+            client.ask(requests_of(1))
+            assert endpoint.headers[-1]["authorization"] == "Bearer none"
+    assert any("<key>" in message for message in messages)
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    captured = capfd.readouterr()
+    for text in (written.decode("utf-8", "replace"), caplog.text, captured.out, captured.err, *messages):
+        assert secret not in text and "hf_un_altro" not in text

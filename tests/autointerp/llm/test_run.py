@@ -1,0 +1,124 @@
+"""A whole run from the command line: a stand-in model explains and judges real latents beside the rules."""
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
+from sae_italian.autointerp.store import Store
+from sae_italian.cache import FeatureCache
+from sae_italian.cli import main
+from sae_italian.corpora.packing import NO_DOCUMENT
+from tests.autointerp.llm.endpoint import FakeEndpoint, passages
+from tests.planted import planted_cache
+
+N = 4
+
+
+@pytest.fixture(scope="module")
+def planted(small_cache, mini, tmp_path_factory):
+    """Latents on one frequent word each, and one that never fires."""
+    base = FeatureCache.open(small_cache)
+    strings = mini.tokenizer.convert_ids_to_tokens(range(len(mini.tokenizer)))
+    ids, counts = np.unique(base.tokens[base.doc != NO_DOCUMENT], return_counts=True)
+    words = [i for i in ids[np.argsort(-counts)] if re.fullmatch("▁[a-z]{3,}", strings[i])][3 : 3 + N]
+    latents = [np.flatnonzero(base.tokens == word) for word in words]
+    folder = tmp_path_factory.mktemp("llm") / "c"
+    cache = planted_cache(base, folder, [*latents, np.empty(0, dtype=np.int64)], mini)
+    cache.manifest.sae = "planted"  # there is no such SAE to load
+    cache.manifest.save(folder)
+    return cache
+
+
+def reader(body):
+    """A model that explains by the word that is marked most often, and judges by looking for the quoted word."""
+    question = body["messages"][-1]["content"]
+    lines = re.findall(r"^\d+\. (.*)$", question, flags=re.MULTILINE)
+    if "Spiegazione: " not in question:
+        marked = Counter(re.findall(r"<<(.*?)>>", question))
+        return json.dumps({"spiegazione": f"la parola «{marked.most_common(1)[0][0]}», in qualunque frase si trovi"})
+    word = re.search(r"Spiegazione: .*?«(.*?)»", question)[1]
+    if "Token (" in question:
+        return json.dumps({"valori": [10 * (line.strip("«» ") == word) for line in lines]})
+    shown = [re.findall(r"<<(.*?)>>", line) or re.findall(r"\w+", line) for line in lines]
+    return json.dumps({"risposte": [int(word in words) for words in shown]})
+
+
+def run(cache, endpoint, *more):
+    command = ["autointerp", str(cache.folder), "--no-random-control", "--explainer", "llm", "--llm-model", "prova"]
+    return main([*command, "--endpoint", endpoint.url, *more])
+
+
+def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
+    with FakeEndpoint(reader) as endpoint:
+        assert run(planted, endpoint, "--estimate", "--json", "--prices", str(prices)) == 0
+        estimate = json.loads(capsys.readouterr().out)
+        assert endpoint.requests == [] and not (planted.folder / STORE_FILE).exists()
+
+        # a budget that ends amid the run: one line, and what was paid stays
+        assert run(planted, endpoint, "--max-usd", "2", "--prices", str(prices)) == 2
+        error = capsys.readouterr().err
+        assert "of --max-usd are gone" in error and error.count("\n") == 1
+        paid = len(endpoint.requests)
+
+        assert run(planted, endpoint, "--json") == 0
+        result = json.loads(capsys.readouterr().out)["llm"]
+        assert result["calls"]["from ledger"] >= paid
+        asked = len(endpoint.requests)
+        assert estimate["calls"] == pytest.approx(asked, rel=0.1) and estimate["usd"] is not None
+
+        assert run(planted, endpoint) == 0  # a rerun asks nothing
+        text = capsys.readouterr().out
+        assert len(endpoint.requests) == asked
+    rule, llm = result["summaries"]
+    assert (rule["explainer"], rule["judge"], llm["explainer"]) == (EXPLAINER, "rule", "llm:prova:it1")
+    assert llm["judge"] == "llm:prova:it1" and llm["n_explained"] == N
+    assert llm["detection"]["value"] > 0.95 and llm["fuzzing"]["value"] > 0.95
+    assert llm["simulation"]["value"] > 0.95 and llm["shuffled_detection"]["value"] < 0.7
+    assert f"| {EXPLAINER} | rule | 4 |" in text and "| llm:prova:it1 | llm:prova:it1 | 4 |" in text
+    assert result["endpoint_without"] == {"logprobs": "the answers carry none"}
+    with Store(planted.folder / STORE_FILE, {}) as store:
+        explanations = store.explanations("llm:prova:it1")
+        assert [explanation.status for _, explanation in explanations.values()] == ["ok"] * N + ["dead"]
+        assert store.scores_of(N) == [] and "endpoint without logprobs" in store.notes()
+        counted = store.connection.execute(
+            "SELECT sum(n_positive + n_negative) FROM score WHERE judge LIKE 'llm%' AND scorer = 'detection' "
+            "AND metric = 'balanced_accuracy' AND negatives = 'random' AND control = ''"
+        ).fetchone()[0]
+        judged = store.connection.execute(
+            "SELECT count(*) FROM judgement WHERE scorer = 'detection' AND control = '' AND negatives IN ('', 'random')"
+        ).fetchone()[0]
+        assert 0 < counted <= judged  # the table's key lets none in twice
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--judge", "rule"], "cannot read a text"),
+        (["--max-usd", "0"], "--max-usd is 0"),
+        (["--max-usd", "1"], "no price for 'prova'"),
+        (["--concurrency", "0"], "--concurrency is 0"),
+        (["--key-env", "NON_CE_LA"], "no NON_CE_LA"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(planted, capsys, more, words):
+    with FakeEndpoint(reader) as endpoint:
+        assert run(planted, endpoint, *more) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert main(["autointerp", str(planted.folder), "--endpoint", "http://x"]) == 2
+    assert main(["autointerp", str(planted.folder), "--explainer", "llm", "--endpoint", "http://x"]) == 2
+
+
+def test_work_under_other_settings_is_refused_and_exports_come_from_the_command(planted, capsys, tmp_path):
+    with FakeEndpoint(reader) as endpoint:
+        assert run(planted, endpoint) == 0
+        assert run(planted, endpoint, "--shown", "top") == 2
+        assert "with other settings (draw)" in capsys.readouterr().err
+    assert main(["autointerp", "export", str(planted.folder), "--to", "jsonl", "--out", str(tmp_path / "e")]) == 0
+    assert "parola" in (tmp_path / "e" / "explanation.jsonl").read_text("utf-8")
+    assert main(["autointerp", "export", str(planted.folder)]) == 2
+    assert passages((tmp_path / "e" / "call.jsonl").read_text("utf-8")) == 0

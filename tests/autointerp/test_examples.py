@@ -1,0 +1,161 @@
+"""Draws: parts share nothing, negatives are silent and as long as their positives, marks are equally many."""
+
+import numpy as np
+import pytest
+import torch
+
+from sae_italian.autointerp.examples import ExampleSource
+from sae_italian.autointerp.negatives import MARK_SHARE, NegativeSource
+from sae_italian.autointerp.neighbours import cofiring, decoder, find_neighbours
+from sae_italian.autointerp.shown import latent_examples
+from sae_italian.cache.splits import PARTS, document_parts
+from tests.autointerp.conftest import DEAD, N_PREVIOUS, N_TOKENS
+
+LATENTS = (0, N_TOKENS, N_TOKENS + N_PREVIOUS)
+
+
+def test_parts_share_no_document_and_no_segment_text(source, planted, negatives):
+    parts = document_parts(planted)
+    seen: dict[int, int] = {}
+    for latent in LATENTS:
+        activity = source.activity(latent)
+        for number, part in enumerate(PARTS):
+            draw = negatives.draw(latent, activity, part, 50)
+            assert len(draw.positive) > 5
+            for segments in (draw.positive, *draw.negative.values()):
+                segments = segments[segments >= 0]
+                assert set(parts[source.doc[segments]].tolist()) <= {number}
+                for content in source.content[segments].tolist():
+                    assert seen.setdefault(content, number) == number
+
+
+def test_negatives_are_silent_paired_and_as_long(source, planted, negatives):
+    for latent in LATENTS:
+        active = set(planted.latent(latent).position.tolist())
+        activity = source.activity(latent)
+        draw = negatives.draw(latent, activity, "test", 50)
+        assert {"random", "same-token", "cofiring"} <= set(draw.negative)
+        for name in draw.negative:
+            positive, negative = draw.pairs(name)
+            assert len(positive) == len(negative) == len(set(negative.tolist()))
+            assert (source.length[positive] // 4 == source.length[negative] // 4).all()
+            assert all(active & set(positions.tolist()) for positions in source.grid(positive))
+            assert not any(active & set(positions.tolist()) for positions in source.grid(negative))
+            copies = np.isin(source.content, source.content[negative])
+            assert not any(active & set(positions.tolist()) for positions in source.grid(np.flatnonzero(copies)))
+        assert len(draw.pairs("random")[0]) == len(draw.positive)
+
+
+def test_same_token_negatives_hold_the_token(source, planted, negatives):
+    latent = N_TOKENS + N_PREVIOUS  # random positions: every token is silent elsewhere
+    activity = source.activity(latent)
+    draw = negatives.draw(latent, activity, "test", 50)
+    positive, negative = draw.pairs("same-token")
+    assert len(positive) >= 10
+    for ours, theirs in zip(source.grid(positive), source.grid(negative), strict=True):
+        strongest = ours[source.values(activity, ours[None])[0].argmax()]
+        assert source.tokens[strongest] in source.tokens[theirs[theirs >= 0]]
+    # a latent on every occurrence of a token has none
+    always = negatives.draw(0, source.activity(0), "test", 50)
+    assert len(always.pairs("same-token")[0]) == 0
+
+
+def test_neighbours_negatives_show_a_neighbour_at_work(source, planted, negatives):
+    latent = N_TOKENS
+    draw = negatives.draw(latent, source.activity(latent), "test", 50)
+    neighbours = negatives.neighbours.cofiring[latent]
+    active = set(np.concatenate([planted.latent(int(n)).position for n in neighbours]).tolist())
+    _, negative = draw.pairs("cofiring")
+    assert len(negative) and all(active & set(positions.tolist()) for positions in source.grid(negative))
+
+
+def test_cofiring_and_decoder_neighbours_by_hand(planted):
+    found = cofiring(planted, [N_TOKENS], n=3)[N_TOKENS]
+    ours = set(planted.latent(N_TOKENS).position.tolist())
+    overlap = [
+        len(ours & (theirs := set(planted.latent(latent).position.tolist()))) / len(ours | theirs)
+        for latent in range(planted.manifest.d_sae)
+    ]
+    overlap[N_TOKENS] = -1
+    expected = np.argsort(-np.array(overlap))[:3]
+    assert [overlap[i] for i in found] == pytest.approx([overlap[i] for i in expected if overlap[i] > 0])
+    directions = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [0.5, 0.5]])
+    assert decoder(directions, [0, 2], n=2)[0].tolist() == [1, 3]
+    assert DEAD not in find_neighbours(planted, [DEAD]).cofiring
+
+
+def test_top_decile_and_random_draws(small_cache):
+    from sae_italian.cache import FeatureCache
+
+    cache = FeatureCache.open(small_cache)
+    source = ExampleSource(cache)
+    latent = int(np.argmax(cache.statistics["count"]))
+    activity = source.activity(latent)
+    mine = activity.active[source.usable_part[activity.active] == 0]
+    strength = activity.maxima(mine)
+    top, decile = source.positives(latent, activity, "train", 10, "top")
+    assert activity.maxima(top).tolist() == sorted(strength.tolist(), reverse=True)[:10] and (decile == 9).all()
+    drawn, decile = source.positives(latent, activity, "train", 40, "deciles")
+    assert np.bincount(decile, minlength=10).tolist() == [4] * 10
+    edges = [activity.maxima(drawn[decile == tenth]).min() for tenth in range(10)]
+    assert edges == sorted(edges)
+    random, _ = source.positives(latent, activity, "train", 40, "random")
+    assert set(random.tolist()) <= set(mine.tolist()) and len(set(random.tolist())) == 40
+
+
+def test_draws_repeat_and_depend_on_the_seed(planted):
+    draws = []
+    for seed in (0, 0, 1):
+        source = ExampleSource(planted, seed=seed)
+        draws.append(NegativeSource(source).draw(0, source.activity(0), "test", 20))
+    assert np.array_equal(draws[0].positive, draws[1].positive)
+    assert np.array_equal(draws[0].negative["random"], draws[1].negative["random"])
+    assert not np.array_equal(draws[0].negative["random"], draws[2].negative["random"])
+
+
+def test_marks_are_equally_many_and_stand_where_they_should(source, planted, negatives):
+    for latent in LATENTS:
+        activity = source.activity(latent)
+        draw = negatives.draw(latent, activity, "test", 50)
+        grid = source.grid(draw.positive)
+        values = source.values(activity, grid)
+        for name, own in negatives.marked(latent, activity, draw).items():
+            rows = own.rows
+            assert (own.positive.sum(axis=1) == own.negative.sum(axis=1))[rows].all()
+            assert (values[own.positive] > 0).all()
+            least = np.where(own.positive, values, np.inf).min(axis=1)
+            assert (least >= MARK_SHARE * values.max(axis=1)).all()
+            other = grid if name == "silent-token" else source.grid(draw.negative[name])
+            assert (other[own.negative & rows[:, None]] >= 0).all()
+            assert (source.values(activity, other)[own.negative & rows[:, None]] == 0).all()
+    # decoys in a segment with the same token stand on that token first
+    latent = N_TOKENS + N_PREVIOUS
+    activity = source.activity(latent)
+    draw = negatives.draw(latent, activity, "test", 50)
+    own, other = negatives.marked(latent, activity, draw)["same-token"], source.grid(draw.negative["same-token"])
+    ours = source.grid(draw.positive)
+    for row in np.flatnonzero(own.rows):
+        assert set(source.tokens[ours[row][own.positive[row]]]) & set(source.tokens[other[row][own.negative[row]]])
+
+
+def test_examples_carry_true_text(source, planted, negatives):
+    examples = latent_examples(negatives, 0, n_train=10, n_test=20, promoted=("casa",))
+    assert len([e for e in examples.train if e.positive]) == 10 and examples.maximum == 1.0
+    for example in (*examples.train, *examples.test, *examples.marked, *examples.simulation):
+        document = next(
+            planted.document(i).text
+            for i in range(planted.n_documents)
+            if planted.document(i).doc_id == example.document
+        )
+        assert example.text in document and len(example.spans) == len(example.tokens) == len(example.activations)
+        assert example.positive or (example.activations == 0).all() or example.negatives == "silent-token"
+        assert (example.activations > 0).any() or not example.positive
+    shown = next(e for e in examples.train if e.positive)
+    assert (
+        shown.marked_text().count("<<") >= 1 and shown.marked_text().replace("<<", "").replace(">>", "") == shown.text
+    )
+    assert shown.strengths(examples.maximum).max() == 10
+    pairs = {e.pair for e in examples.test if e.positive}
+    assert {e.pair for e in examples.test if not e.positive} <= pairs
+    counts = {e.pair: int(e.marks.sum()) for e in examples.marked if e.positive}
+    assert all(int(e.marks.sum()) == counts[e.pair] for e in examples.marked)

@@ -1,0 +1,271 @@
+"""Rules by hand: words put together from pieces, families, the trie, the tree, and what their texts say."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sae_italian.autointerp.explainers.choose import RuleExplainer, best_threshold, rule_of
+from sae_italian.autointerp.explainers.keys import FAMILIES, Counts, KeyRule, fit_keys
+from sae_italian.autointerp.explainers.text import describe
+from sae_italian.autointerp.explainers.tree import Path, TreeRule, fit_tree
+from sae_italian.autointerp.explainers.trie import fit_trie
+from sae_italian.autointerp.places import View, enclitic, shape_of
+from sae_italian.autointerp.protocols import LatentExamples
+from sae_italian.autointerp.tokens import token_bytes, token_strings
+from tests.autointerp.conftest import N_PREVIOUS, N_TOKENS
+from tests.corpora.test_packing import TOKENIZERS
+
+
+def a_rule(family, names, mass, active=10, total=10, **others) -> KeyRule:
+    n = len(names)
+    return KeyRule(
+        family=family,
+        keys=np.arange(n),
+        names=names,
+        rates=np.full(n, active / total),
+        weights=np.ones(n),
+        mass=np.asarray(mass),
+        active=np.full(n, float(active)),
+        total=np.full(n, total),
+        n_active=100,
+        base=0.01,
+        **others,
+    )
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_those_of_the_text(places, source, planted):
+    """At the last piece of a word, the word so far is the word as it stands in the document."""
+    rng = np.random.default_rng(0)
+    checked = 0
+    for position in rng.choice(np.flatnonzero(source.segment_of >= 0), 400, replace=False).tolist():
+        form = places.form[position]
+        begins = int(places.start_of_word[position])
+        if not places.form_ends[form] or (planted.doc[begins] == planted.doc[begins - 2] and not source.linked[begins]):
+            continue  # inside a word, or in one that a window's edge cuts
+        word = places.words[places.form_word[form]]
+        text = planted.document(int(planted.doc[position])).text
+        end = int(planted.char_end[position])
+        assert text[:end].rstrip().endswith(word), (word, text[max(0, end - 20) : end])
+        before = text[: len(text[:end].rstrip()) - len(word)]
+        assert not word[0].isalnum() or not before[-1:].isalnum(), (word, before[-10:])
+        checked += 1
+    assert checked > 200
+
+
+def test_keys_follow_the_position_before_in_the_same_document_only(places, source, planted):
+    first = source.start[:50]
+    starts = first[planted.doc[first] != planted.doc[first - 1]]
+    assert (View(places, starts[:, None]).keys("previous") == -1).all()
+    inside = source.start[source.length > 3][:50] + 2
+    view = View(places, inside[:, None])
+    assert (view.keys("previous")[:, 0] == source.tokens[inside - 1]).all()
+    assert (view.keys("token")[:, 0] == source.tokens[inside]).all()
+    assert (View(places, np.array([[-1]])).keys("bigram") == -1).all()
+    same = view.keys("bigram")[:, 0]
+    for a in range(len(inside)):
+        for b in range(len(inside)):
+            equal = tuple(source.tokens[inside[a] - 1 : inside[a] + 1]) == tuple(
+                source.tokens[inside[b] - 1 : inside[b] + 1]
+            )
+            assert (same[a] == same[b]) == equal
+
+
+def test_totals_count_every_training_occurrence_once(places, source):
+    train = np.flatnonzero(source.position_part == 0)
+    for family in FAMILIES:
+        keys = View(places, train[:, None]).keys(family)[:, 0]
+        expected = np.bincount(keys[keys >= 0], minlength=len(places.totals[family]))
+        assert places.totals[family].tolist() == expected.tolist(), family
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_pieces_add_up_to_the_text(name):
+    tokenizer = TOKENIZERS[name]
+    text = "perché la città è bella, l'università no"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = token_bytes(tokenizer, len(tokenizer))
+    assert b"".join(pieces[i] for i in ids).decode("utf-8").strip() == text
+    assert len(token_strings(tokenizer, len(tokenizer))) == len(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("word", "shape"),
+    [
+        ("1984", "number"),
+        ("NATO", "all capitals"),
+        ("Roma", "capital"),
+        ("dell'", "elided"),
+        ("perché", "accented ending"),
+        ("...", "punctuation"),
+        ("casa", "lower case"),
+        ("", "inside a word"),
+        ("È", "capital"),
+    ],
+)
+def test_shapes(word, shape):
+    assert shape_of(word) == shape
+
+
+@pytest.mark.parametrize(
+    ("word", "pronoun"),
+    [
+        ("vederlo", "lo"),
+        ("dandoglielo", "glielo"),
+        ("alzarsi", "si"),
+        ("parlarne", "ne"),
+        ("guardatolo", "lo"),
+        ("vistolo", None),
+        ("casa", None),
+    ],
+)
+def test_enclitics(word, pronoun):
+    assert enclitic(word) == pronoun
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_ending_is_found_as_an_ending(places, source, planted, negatives):
+    """A latent on every word in -ato is explained by that ending, with every such word, seen in training or not."""
+    table = places.tables["suffix3"]
+    keys = View(places, np.arange(len(source.tokens))[:, None]).keys("suffix3")[:, 0]
+    key = table.names.index("ato")
+    position = np.flatnonzero((keys == key) & (source.segment_of >= 0))
+    activity = planted_activity(source, position)
+    draws = [negatives_draw(negatives, activity, part) for part in ("train", "val")]
+    rule, lookup = RuleExplainer(places, negatives).rules(0, activity, *draws)
+    assert rule.family.startswith("suffix") and "in -" in describe(rule, "it") and rule.precision > 0.9
+    assert "at the end of words in -" in describe(rule, "en")
+    assert lookup.family == "token" and rule_of(rule.as_dict()).as_dict() == rule.as_dict()
+
+
+def planted_activity(source, position, value=None):
+    from sae_italian.autointerp.examples import Activity
+
+    segment = source.segment_of[position].astype(np.int64)
+    active = np.unique(segment)
+    value = np.ones(len(position)) if value is None else value
+    return Activity(position, value, segment, active, np.ones(len(active)))
+
+
+def negatives_draw(negatives, activity, part):
+    return negatives.draw(0, activity, part, 40)
+
+
+def test_the_trie_tells_a_token_in_one_context_from_the_token(places, source):
+    """Fires on a token only after one other token: the pair is a node, the token's rest is left without."""
+    train = np.flatnonzero((source.position_part == 0) & source.linked)
+    pairs, counts = np.unique(places.bigram[train], return_counts=True)
+    common = pairs[np.argsort(-counts)[3]]
+    position = np.flatnonzero((places.bigram == common) & (source.segment_of >= 0))
+    counts_ = Counts(places, planted_activity(source, position))
+    trie = fit_trie(counts_)
+    assert trie.levels[1].keys.tolist() == [common] and trie.levels[1].rates[0] > 0.9
+    rates = trie.predict(View(places, position[:20, None]))
+    assert (rates > 0.9).all()
+    token = source.tokens[position[0]]
+    elsewhere = np.flatnonzero((source.tokens == token) & (places.bigram != common) & (source.segment_of >= 0))
+    assert (trie.predict(View(places, elsewhere[:20, None])) < 0.1).all()
+    assert trie.precision < 1 or trie.recall == 1
+    again = rule_of(trie.as_dict())
+    assert (again.predict(View(places, position[:20, None])) == rates).all()
+
+
+def test_the_tree_joins_two_conditions(places, source):
+    """Fires on a word shape only after a certain word: neither alone will do, the tree says both."""
+    positions = np.flatnonzero(source.segment_of >= 0)
+    view = View(places, positions[:, None])
+    previous = view.keys("previous")[:, 0]
+    lower = view.keys("shape")[:, 0] == places.tables["shape"].names.index("lower case")
+    known = previous >= 0
+    followed = [np.bincount(previous[known & side], minlength=places.vocab) for side in (lower, ~lower)]
+    token = np.minimum(*followed).argmax()  # often before words in small letters and often before others
+    fires = (previous == token) & lower
+    counts = Counts(places, planted_activity(source, positions[fires]))
+    rules = [fit_keys(counts, family) for family in ("previous", "shape")]
+    train = source.grid(np.flatnonzero(source.segment_part == 0)[:400])
+    values = source.values(planted_activity(source, positions[fires]), train)
+    tree = fit_tree(rules, View(places, train), values, counts.base, seed=0)
+    assert tree is not None
+    predicted = tree.predict(View(places, train))
+    assert ((predicted > 0.5) == (values > 0))[train >= 0].mean() > 0.999
+    assert rule_of(tree.as_dict()).as_dict() == tree.as_dict()
+
+
+def test_rare_coincidences_make_no_key(places, source):
+    """A pair seen once, the latent being active, is no evidence: log-odds under the prior leave it out."""
+    rng = np.random.default_rng(1)
+    position = np.sort(rng.choice(np.flatnonzero(source.position_part == 0), 60, replace=False))
+    rule = fit_keys(Counts(places, planted_activity(source, position)), "bigram")
+    assert (rule.total > 1).all()
+
+
+def test_the_explainer_answers_the_protocol(places, negatives):
+    found = RuleExplainer(places, negatives).explain(LatentExamples(N_TOKENS, 1.0, (), (), ()))
+    assert [e.explainer for e in found] == ["rules", "token-lookup"] and all(e.status == "ok" for e in found)
+    assert found[0].rule["family"].startswith("previous") and N_PREVIOUS
+    assert "subito dopo" in found[0].text_it or "dopo «" in found[0].text_it
+
+
+strengths = hnp.arrays(np.float64, st.integers(1, 12), elements=st.integers(0, 5).map(float))
+
+
+@given(positive=strengths, negative=strengths)
+def test_best_threshold_is_the_best_of_all(positive, negative):
+    threshold, accuracy = best_threshold(positive, negative)
+    said = ((positive > 0) & (positive >= threshold)).mean(), ((negative > 0) & (negative >= threshold)).mean()
+    options = np.unique(np.concatenate([positive, negative]))
+    if (np.concatenate([positive, negative]) > 0).any():
+        assert (said[0] + 1 - said[1]) / 2 == pytest.approx(accuracy)
+        assert accuracy == pytest.approx(
+            max(((positive >= o).mean() + 1 - (negative >= o).mean()) / 2 for o in options if o > 0)
+        )
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_descriptions_in_two_languages():
+    rule = a_rule("token", [" parlare", " mangiare", " cantare", " andare"], [0.4, 0.3, 0.1, 0.1], active=19, total=20)
+    assert describe(rule, "it") == (
+        "su «parlare», «mangiare», «cantare», «andare», spesso in -are (90 % dell'attivazione, precisione 0,95, lift 95)"
+    )
+    assert describe(a_rule("previous", [" la"], [0.8]), "it").startswith("subito dopo «la»")
+    assert describe(a_rule("previous", [" la"], [0.8]), "en").startswith("right after «la»")
+    assert describe(a_rule("suffix5", ["mente", "zione"], [0.5, 0.3]), "it").startswith(
+        "alla fine di parole in -mente, -zione"
+    )
+    assert describe(a_rule("prefix3", ["dis"], [0.5]), "en").startswith("in words that begin with dis-")
+    assert describe(a_rule("shape", ["elided"], [0.5]), "it").startswith("su parole elise")
+    assert describe(a_rule("clitic", ["lo"], [0.5]), "it").startswith("alla fine di verbi con il pronome -lo")
+    noted = a_rule("token", [" che"], [0.71], notes={"after": "fatto"})
+    assert describe(noted, "it").startswith("su «che», spesso dopo «fatto» (71 %")
+    assert "«parlare» e altri 3, spesso in -are" in describe(rule, "it", shown=1)
+
+
+def test_a_rule_says_only_what_it_fires_on():
+    """Keys below the threshold count neither in the text nor in precision and recall."""
+    rule = KeyRule(
+        "token", np.array([0, 1]), [" casa", " cosa"], np.array([0.9, 0.1]), np.ones(2), np.array([0.7, 0.3]),
+        np.array([9.0, 6.0]), np.array([10, 60]), 30, 0.01, 0.5,
+    )  # fmt: skip
+    assert rule.precision == 0.9 and rule.recall == 0.3 and rule.lift == 90
+    assert describe(rule, "it") == "su «casa» (70 % dell'attivazione, precisione 0,90, lift 90)"
+    again = rule_of(rule.as_dict())
+    assert again.precision == 0.9 and again.threshold == 0.5 and again.keys.tolist() == [0, 1]
+
+
+def test_a_tree_says_what_must_hold_and_what_must_not():
+    conditions = (a_rule("suffix3", ["are"], [1.0]), a_rule("previous-word", ["di"], [1.0]))
+    tree = TreeRule(
+        conditions, (Path((0,), (1,), 0.9, 1.0, 9, 10, 0.9), Path((0, 1), (), 0.1, 0.1, 1, 10, 0.1)), 10, 0.01, 0.5
+    )
+    assert describe(tree, "it") == (
+        "alla fine di parole in -are, ma non sulla parola dopo «di» (90 % dell'attivazione negli esempi, precisione 0,90)"
+    )
+    assert "but not on the word after «di»" in describe(tree, "en")

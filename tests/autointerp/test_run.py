@@ -1,0 +1,231 @@
+"""A run over planted latents: what is found, what is reported as not scored, what a stop or another cache does."""
+
+import sqlite3
+
+import numpy as np
+import pytest
+
+from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
+from sae_italian.autointerp import run as run_module
+from sae_italian.autointerp.judges import ConstantJudge, OracleJudge, RuleJudge
+from sae_italian.autointerp.processes import in_threads
+from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.cache import FeatureCache
+from sae_italian.errors import UsageError
+from tests.autointerp.conftest import DEAD, N_NOISE, N_PREVIOUS, N_TOKENS, RARE, accuracies
+
+
+def test_planted_token_latents_are_explained_perfectly(store, planted, mini):
+    for scorer in ("detection", "fuzzing"):
+        values = accuracies(store, scorer)
+        assert min(values[latent] for latent in range(N_TOKENS)) >= 0.97, scorer
+    with Store(store, {}) as opened:
+        explanations = opened.explanations("rules")
+    for latent in range(N_TOKENS):
+        explanation = explanations[latent][1]
+        token = mini.tokenizer.convert_ids_to_tokens(int(planted.tokens[planted.latent(latent).position[0]]))
+        assert explanation.rule["precision"] == 1 and explanation.rule["recall"] == 1
+        assert f"«{token.replace('▁', '')}»" in explanation.text_it and explanation.text_it.startswith("su")
+        assert explanation.text_en.startswith("on ") and "precision 1.00" in explanation.text_en
+
+
+def test_latents_of_the_token_before_are_found_and_beat_the_lookup(store):
+    own, lookup = accuracies(store), accuracies(store, explainer="token-lookup")
+    latents = range(N_TOKENS, N_TOKENS + N_PREVIOUS)
+    assert np.mean([own[latent] for latent in latents]) >= 0.95
+    assert np.mean([own[latent] - lookup[latent] for latent in latents]) > 0.05
+    with Store(store, {}) as opened:
+        families = [opened.explanations("rules")[latent][1].rule["family"] for latent in latents]
+    assert sum(family.startswith("previous") for family in families) >= N_PREVIOUS - 2
+
+
+def test_noise_is_not_explained(store):
+    noise = range(N_TOKENS + N_PREVIOUS, N_TOKENS + N_PREVIOUS + N_NOISE)
+    assert np.mean([accuracies(store)[latent] for latent in noise]) == pytest.approx(0.5, abs=0.07)
+
+
+def test_controls_are_chance(store):
+    for scorer in ("detection", "fuzzing"):
+        assert np.mean(list(accuracies(store, scorer, control="shuffled").values())) == pytest.approx(0.5, abs=0.06)
+    summary = summarise(store)
+    assert summary.always_yes.value == summary.always_no.value == 0.5
+
+
+def test_dead_and_rare_latents_are_reported_and_never_scored(store, planted):
+    with Store(store, {}) as opened:
+        explanations = opened.explanations("rules")
+        assert explanations[DEAD][1].status == "dead" and explanations[RARE][1].status == "too few activations"
+        assert opened.scores_of(DEAD) == opened.scores_of(RARE) == []
+        rows = [row for latent in range(DEAD) for row in opened.scores_of(latent) if row["scorer"] != "simulation"]
+        counted = [row for row in rows if not row["metric"].startswith("tpr_decile")]
+        assert all(row["n_positive"] == row["n_negative"] >= 10 for row in counted) and len(counted) > 100
+    summary = summarise(store)
+    assert (summary.n_dead, summary.n_too_few, summary.n_explained) == (1, 1, DEAD)
+
+
+def test_the_summary_tells_token_latents_from_others(store):
+    summary = summarise(store)
+    assert summary.only_token.value == pytest.approx(N_TOKENS / DEAD, abs=0.12)
+    assert summary.gain_over_lookup.value > 0 and summary.simulation.value > summary.shuffled_simulation.value + 0.3
+    assert {"random", "same-token", "cofiring"} <= set(summary.by_negatives["detection"])
+    assert set(summary.by_negatives["fuzzing"]) >= {"silent-token", "random"}
+    assert len(summary.by_decile) == 10 and summary.enough
+    as_dict = summary.as_dict()
+    assert set(as_dict["detection"]) == {"value", "lo", "hi"} and as_dict["by_decile"][9]["value"] is not None
+
+
+def tables(store):
+    connection = sqlite3.connect(store)
+    return connection.execute("SELECT * FROM explanation").fetchall(), sorted(
+        connection.execute("SELECT * FROM score").fetchall(), key=str
+    )
+
+
+def test_a_run_stopped_anywhere_ends_with_the_same_scores(planted, mini, store, tmp_path, monkeypatch):
+    """Stop at the explanations, stop at the scores, continue each time: nothing is lost, nothing counted twice."""
+    path = tmp_path / "stopped.sqlite"
+    for owner, name, after in ((run_module.Run, "explain", 17), (run_module.RuleScorer, "score", 17)):
+        real, calls = getattr(owner, name), []
+
+        def dies(*arguments, real=real, calls=calls, after=after):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_autointerp(planted, mini.tokenizer, store=path)
+        monkeypatch.setattr(owner, name, real)
+    run_autointerp(planted, mini.tokenizer, store=path)
+    assert tables(path) == tables(store)
+
+
+def test_two_processes_give_the_same(planted, mini, store, tmp_path):
+    assert tables(run_autointerp(planted, mini.tokenizer, store=tmp_path / "two", workers=2)) == tables(store)
+
+
+def test_scores_of_another_cache_or_configuration_are_refused(planted, small_cache, mini, store):
+    with pytest.raises(UsageError, match="another cache"):
+        run_autointerp(FeatureCache.open(small_cache), mini.tokenizer, store=store)
+    with pytest.raises(UsageError, match="another width"):
+        run_autointerp(planted, mini.tokenizer, AutointerpConfig(width=16), store=store)
+    from tests.corpora.test_packing import TOKENIZERS
+
+    with pytest.raises(UsageError, match="tokenizer"):
+        run_autointerp(planted, TOKENIZERS["metaspace"], store=store)
+
+
+def test_a_cache_rebuilt_since_the_scores_is_refused(planted, mini, tmp_path):
+    """The same folder, the same tokens, but other activations: the scores of the first do not hold."""
+    from tests.planted import planted_cache
+
+    positions = [planted.latent(latent).position for latent in range(3)]
+    first = planted_cache(planted, tmp_path / "cache", positions, mini)
+    store = run_autointerp(first, mini.tokenizer, store=tmp_path / "store")
+    again = planted_cache(planted, tmp_path / "again", [positions[0][::2], *positions[1:]], mini)
+    with pytest.raises(UsageError, match="another cache.*--overwrite"):
+        run_autointerp(again, mini.tokenizer, store=store)
+
+
+def test_a_draw_of_latents_is_live_and_repeats(planted, mini, tmp_path):
+    config = AutointerpConfig(latents=5, seed=4)
+    explained = []
+    for name in ("a", "b"):
+        with Store(run_autointerp(planted, mini.tokenizer, config, store=tmp_path / name), {}) as opened:
+            explained.append(sorted(opened.explained()))
+    assert explained[0] == explained[1] and len(explained[0]) == 5 and DEAD not in explained[0]
+    assert not summarise(tmp_path / "a").enough  # five drawn latents do not stand for an SAE
+
+
+# --- explainers and judges that are handed in ------------------------------------------------------------------------
+
+
+class Parrot:
+    """An explainer that says the same of every latent."""
+
+    name, concurrency = "parrot", 4
+
+    def explain(self, examples):
+        assert examples.train and not {e.document for e in examples.train} & {e.document for e in examples.test}
+        return [Explanation(examples.latent, "parrot", "ok", "parole", "words", None)]
+
+
+@pytest.fixture(scope="module")
+def judged(planted, mini, tmp_path_factory):
+    path = tmp_path_factory.mktemp("judged") / "store"
+    judges = (OracleJudge(), ConstantJudge(True))
+    return run_autointerp(
+        planted, mini.tokenizer, AutointerpConfig(latents=8), store=path, explainers=(Parrot(),), judges=judges
+    )
+
+
+def test_other_judges_feed_the_same_scorers(judged):
+    with Store(judged, {}) as opened:
+        for latent in opened.scored("parrot", "oracle"):
+            for row in opened.scores_of(latent):
+                if row["explainer"] == "parrot" and row["metric"] == "balanced_accuracy":
+                    assert row["value"] == (1.0 if row["judge"] == "oracle" else 0.5), row
+        assert len(opened.scored("parrot", "oracle")) == len(opened.scored("rules", "rule")) > 5
+    summary = summarise(judged, explainer="parrot", judge="oracle")
+    assert summary.detection.value == summary.simulation.value == 1.0 and summary.explainer == "parrot"
+    assert summary.gain_over_lookup.value == pytest.approx(1 - summary.lookup_detection.value, abs=0.02)
+
+
+def test_the_rule_judge_scores_examples_as_it_scores_arrays(planted, mini, store, tmp_path):
+    """The fast path over arrays and the way over examples that any judge takes give the same numbers."""
+    path = run_autointerp(planted, mini.tokenizer, AutointerpConfig(), store=tmp_path / "store")
+    with Store(path, {}) as opened:
+        run = run_module.Run(planted, mini.tokenizer, AutointerpConfig(), opened)
+        own, lookup = opened.explanations("rules"), opened.explanations("token-lookup")
+        for latent in (0, N_TOKENS, N_TOKENS + N_PREVIOUS):
+            rows, judgements = run_module.judge_latent(
+                RuleJudge(run.places), run.places, run.shown(latent), own[latent], lookup[latent], None
+            )
+            stored = {
+                (row["scorer"], row["negatives"], row["metric"]): row["value"]
+                for row in opened.scores_of(latent)
+                if row["explainer"] == "rules" and row["control"] == "" and row["judge"] == "rule"
+            }
+            assert len(judgements) > 100 and len(rows) > 20
+            for row in rows:
+                assert row[7] == pytest.approx(stored[row[3], row[5], row[6]], abs=1e-9), row[:7]
+
+
+def test_threads_finish_what_is_under_way_before_a_failure_is_raised():
+    seen = []
+
+    def work(item):
+        if item == 5:
+            raise UsageError("budget reached")
+        return item
+
+    with pytest.raises(UsageError, match="budget"):
+        for result in in_threads(work, range(100), 3):
+            seen.append(result)
+    assert {0, 1, 2, 3, 4} <= set(seen) and len(seen) < 15
+
+
+def test_an_encoder_and_the_subject_model_score_some_of_the_explanations(planted, mini, store, tmp_path):
+    import shutil
+
+    import torch
+
+    from sae_italian.autointerp.model_scores import score_with_models
+    from tests.autointerp.test_scorers import Copier
+
+    path = shutil.copy(store, tmp_path / "store")
+    copier = Copier(len(mini.tokenizer))
+    sae = type("SAE", (), {"W_dec": torch.rand(planted.manifest.d_sae, copier.vocab)})
+
+    def encode(texts):
+        return np.array([[text.count("a"), text.count("o") + 1] for text in texts])
+
+    for _ in range(2):  # the second time there is nothing left to do
+        score_with_models(
+            planted, mini.tokenizer, path, AutointerpConfig(), latents=3, encode=encode, forward=copier, sae=sae
+        )
+    with Store(path, {}) as opened:
+        assert len(opened.scored("rules", "encoder")) == len(opened.scored("rules", "subject")) == 3
+        rows = opened.scores_of(min(opened.scored("rules", "subject")))
+        assert {"embedding", "surprisal", "intervention"} <= {row["scorer"] for row in rows}

@@ -1,0 +1,251 @@
+"""Scorers by hand: metrics, known judges, simulation, embedding, and the subject model's own scores."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sae_italian.autointerp.judges import ConstantJudge, OracleJudge
+from sae_italian.autointerp.protocols import Example, Verdicts
+from sae_italian.autointerp.scorers import (
+    Encoder,
+    compare,
+    detection,
+    embedding,
+    fuzzing,
+    intervention,
+    simulation,
+    surprisal,
+)
+from sae_italian.autointerp.scorers.binary import Answers, answers_by_source, binary_metrics
+from sae_italian.autointerp.scorers.simulation import correlation
+from sae_italian.autointerp.shown import latent_examples
+from sae_italian.autointerp.store import Explanation
+from sae_italian.errors import UsageError
+from tests.autointerp.conftest import N_TOKENS
+
+NOTHING_SAID = Explanation(0, "nobody", "ok", "", "", None)
+
+
+def answers(positive, negative, p=None, q=None) -> Answers:
+    positive, negative = np.asarray(positive), np.asarray(negative)
+    docs = np.arange(len(positive)), np.arange(len(positive), len(positive) + len(negative))
+    return Answers(positive, negative, *docs, p, q)
+
+
+def test_metrics_by_hand():
+    # 3 of 4 positives said yes, 1 of 4 negatives: TPR .75, TNR .75, F1 at equal sizes 2*.75/(1+.75+.25) = .75
+    p, q = np.array([0.9, 0.8, 0.6, 0.2]), np.array([0.1, 0.2, 0.4, 0.7])
+    metrics = binary_metrics([answers([1, 1, 1, 0], [0, 0, 0, 1], p, q)])[0]
+    values = {name: estimate.value for name, estimate in metrics.items()}
+    assert {values[name] for name in ("balanced_accuracy", "tpr", "tnr", "f1")} == {0.75}
+    assert "accuracy" not in values
+    assert values["auroc"] == pytest.approx((4 + 4 + 3 + 1.5) / 16)
+    assert values["brier"] == pytest.approx((np.mean((1 - p) ** 2) + np.mean(q**2)) / 2)
+    assert metrics["balanced_accuracy"].lo < 0.75 < metrics["balanced_accuracy"].hi
+    assert metrics["auroc"].lo < values["auroc"] < metrics["auroc"].hi
+
+
+probabilities = hnp.arrays(np.float64, st.integers(1, 12), elements=st.integers(0, 5).map(lambda n: n / 5))
+
+
+@given(positive=probabilities, negative=probabilities)
+def test_auroc_is_the_share_of_pairs_in_order(positive, negative):
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    own = answers(np.ones(len(positive), int), np.zeros(len(negative), int), positive, negative)
+    assert binary_metrics([own])[0]["auroc"].value == pytest.approx(np.mean(pairs))
+
+
+def test_failed_answers_are_left_out_and_counted(negatives):
+    examples = latent_examples(negatives, N_TOKENS, n_test=20).test
+    said = np.array([example.positive for example in examples], dtype=np.int64)
+    said[::5] = -1
+    score = detection(Verdicts(said, None), examples)[0]
+    assert score.metrics["balanced_accuracy"].value == 1.0 and score.n_failed > 0
+    assert "auroc" not in score.metrics
+
+
+def test_the_interval_grows_when_windows_share_documents():
+    rng = np.random.default_rng(0)
+    said = rng.integers(0, 2, 100)
+    apart, together = np.arange(200), np.arange(200) // 20
+    widths = []
+    for docs in (apart, together):
+        clustered = np.repeat(said[::20], 20) if docs is together else said
+        own = Answers(clustered, 1 - clustered, docs[:100], docs[100:])
+        estimate = binary_metrics([own])[0]["tpr"]
+        widths.append(estimate.hi - estimate.lo)
+    assert widths[1] > 2 * widths[0]
+
+
+def test_a_paired_comparison_is_sharper_than_two_intervals():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200) < 0.3
+    first = answers((~hard[:100]).astype(int), hard[100:].astype(int))
+    second = answers((~hard[:100] & (rng.random(100) > 0.05)).astype(int), hard[100:].astype(int))
+    difference = compare(first, second)
+    assert difference.value == pytest.approx(
+        binary_metrics([first])[0]["balanced_accuracy"].value - binary_metrics([second])[0]["balanced_accuracy"].value
+    )
+    own = binary_metrics([first])[0]["balanced_accuracy"]
+    assert difference.hi - difference.lo < (own.hi - own.lo) / 2 and difference.lo >= 0
+    failed = first._replace(positive=np.where(np.arange(100) < 50, -1, first.positive))
+    assert math.isfinite(compare(failed, second).value)
+
+
+def test_always_yes_always_no_and_oracle(negatives):
+    examples = latent_examples(negatives, N_TOKENS, n_test=40)
+    for judge, expected in ((ConstantJudge(True), 0.5), (ConstantJudge(False), 0.5), (OracleJudge(), 1.0)):
+        for scorer, shown in ((detection, examples.test), (fuzzing, examples.marked)):
+            scores = scorer(judge.detect(NOTHING_SAID, shown), shown)
+            assert len({score.negatives for score in scores}) >= 3
+            for score in scores:
+                assert score.metrics["balanced_accuracy"].value == expected, (judge.name, score.negatives)
+                assert score.n_positive == score.n_negative >= 10
+        simulated = simulation(judge.simulate(NOTHING_SAID, examples.simulation), examples.simulation)
+        assert [score.negatives for score in simulated] == ["top-and-random", "random-only"]
+        for score in simulated:
+            assert score.metrics["correlation"].value == pytest.approx(float(judge.name == "oracle"))
+            assert score.metrics["constant"].value == float(judge.name != "oracle")
+
+
+def test_too_few_of_a_source_is_no_score(negatives):
+    examples = [e for e in latent_examples(negatives, N_TOKENS, n_test=20).test if e.pair < 9]
+    assert answers_by_source(Verdicts(np.ones(len(examples), int)), examples) == {}
+
+
+@given(
+    true=hnp.arrays(np.float64, 20, elements=st.floats(0, 5).map(lambda x: round(x, 2))),
+    seed=st.integers(0, 100),
+)
+def test_correlation_is_pearsons_over_all_tokens(true, seed):
+    simulated = np.random.default_rng(seed).random(20)
+    found = correlation(true, simulated, np.arange(20) // 5)
+    if true.std() > 1e-3:
+        assert found["correlation"].value == pytest.approx(np.corrcoef(true, simulated)[0, 1], abs=1e-6)
+    elif true.std() == 0:
+        assert found["correlation"].value == 0 and found["constant"].value == 1
+
+
+def test_simulations_that_failed_are_counted(negatives):
+    examples = latent_examples(negatives, N_TOKENS, n_test=20).simulation
+    simulated = [None, *(example.activations for example in examples[1:])]
+    score = simulation(simulated, examples)[0]
+    assert score.n_failed == 1 and score.n_positive == len(examples) - 1
+    assert simulation([None] * len(examples), examples)[0].n_positive == 0
+
+
+# --- embedding -------------------------------------------------------------------------------------------------------
+
+
+def examples_with(words, n=15):
+    made = []
+    for i in range(n):
+        for positive, word in ((True, words[0]), (False, words[1])):
+            text = f"frase {i} {word}"
+            tokens = np.arange(3)
+            made.append(
+                Example(
+                    text,
+                    np.zeros((3, 2), int),
+                    tokens,
+                    np.zeros(3),
+                    f"d{i}{positive}",
+                    positive,
+                    None if positive else "random",
+                    pair=i,
+                )
+            )
+    return made
+
+
+def test_embedding_ranks_by_cosine_with_the_explanation():
+    def encode(texts):  # a bag of two words
+        return np.array([[text.count("gatto") + 0.1, text.count("cane") + 0.1] for text in texts])
+
+    examples = examples_with(("gatto", "cane"))
+    assert embedding(encode, "parla del gatto", examples)[0].metrics["auroc"].value == 1.0
+    assert embedding(encode, "parla del cane", examples)[0].metrics["auroc"].value == 0.0
+    assert set(embedding(encode, "gatto", examples)[0].metrics) == {"auroc"}
+
+
+def test_a_local_encoder_is_read_and_a_missing_one_is_named(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    from tests.corpora.test_packing import TOKENIZERS
+
+    with pytest.raises(UsageError, match="no sentence encoder"):
+        Encoder(tmp_path / "nothing")
+    tokenizer = TOKENIZERS["metaspace"]
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    encode = Encoder(tmp_path / "encoder", batch_size=2)
+    vectors = encode(["la città", "il sole è tiepido e bello", "la città"])
+    assert vectors.shape == (3, 16) and np.allclose(vectors[0], vectors[2], atol=1e-5)
+    assert not np.allclose(vectors[0], vectors[1], atol=1e-3)
+
+
+# --- the subject model ------------------------------------------------------------------------------------------------
+
+
+class Copier:
+    """A model that expects again what it has read: its state, which can be replaced, is the share of each token so far."""
+
+    def __init__(self, vocab, scale=10.0):
+        self.vocab, self.scale = vocab, scale
+
+    def __call__(self, tokens, replace=None):
+        seen = torch.nn.functional.one_hot(tokens, self.vocab).float().cumsum(dim=1)
+        share = seen / torch.arange(1, tokens.shape[1] + 1)[None, :, None]
+        return self.scale * (replace(share) if replace else share)
+
+
+@pytest.fixture(scope="module")
+def copier(mini):
+    return Copier(len(mini.tokenizer))
+
+
+def test_surprisal_favours_an_explanation_that_quotes_the_positives(copier, mini, negatives, planted):
+    examples = latent_examples(negatives, 0, n_test=15).test
+    token = mini.tokenizer.decode([int(planted.tokens[planted.latent(0).position[0]])])
+    score = next(s for s in surprisal(copier, mini.tokenizer, token * 3, examples) if s.negatives == "random")
+    assert score.metrics["auroc"].value > 0.8 and set(score.metrics) == {"auroc"}
+    with pytest.raises(UsageError, match="context"):
+        surprisal(copier, mini.tokenizer, token * 30, examples, context=40)
+
+
+def test_surprisal_adds_up_the_models_log_probabilities(mini):
+    from sae_italian.autointerp.scorers.subject import _log_likelihoods
+
+    def forward(tokens, replace=None):
+        with torch.no_grad():
+            return mini(tokens, use_cache=False).logits
+
+    prefix, one, two = [1, 5, 6], np.array([7, 8, 9]), np.array([10])
+    found = _log_likelihoods(forward, prefix, [one, two], 128)
+    log_p = forward(torch.tensor([[1, 5, 6, 7, 8, 9]])).log_softmax(-1)[0]
+    expected = sum(float(log_p[2 + i, token]) for i, token in enumerate(one))
+    assert found[0] == pytest.approx(expected, abs=1e-4)
+    assert found[1] == pytest.approx(float(log_p[2, 10]), abs=1e-4)
+
+
+def test_intervention_is_at_the_wanted_divergence_and_favours_what_the_direction_writes(copier, mini):
+    """A direction that makes the model write a token favours that token as the explanation over another one."""
+    token, other = (mini.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("gatto", "treno"))
+    prompts = [np.array([5 + i, 9 + i, 14 + i, 30 + i]) for i in range(12)]
+    direction = torch.nn.functional.one_hot(torch.tensor(token), copier.vocab).float()
+    texts = [mini.tokenizer.decode([t, t]) for t in (token, other)]
+    scores = [intervention(copier, mini.tokenizer, direction, text, prompts, divergence=2.0) for text in texts]
+    assert scores[0].metrics["divergence"].value == pytest.approx(2.0, rel=0.1)
+    gains = [score.metrics["log_probability_gain"] for score in scores]
+    assert gains[0].value > 0.1 and gains[0].value > gains[1].value + 0.1 and gains[0].lo < gains[0].value
+    nothing = intervention(copier, mini.tokenizer, torch.zeros(copier.vocab), texts[0], prompts)
+    assert math.isnan(nothing.metrics["log_probability_gain"].value)
