@@ -211,7 +211,9 @@ class Places:
             counts[family] = np.bincount(
                 table.keys[:-1][keyed], weights=by_slot[table.slot][keyed], minlength=size
             ).astype(np.int64)
-        for family, keys in (("bigram", self.bigram), ("trigram", self.trigram)):
+        chains: tuple[Family, ...] = ("bigram", "trigram")
+        for family in chains:
+            keys = self.chain(family)
             here = keys[self.train_positions]
             counts[family] = np.bincount(here[here >= 0], minlength=int(keys.max(initial=-1)) + 1)
         return counts

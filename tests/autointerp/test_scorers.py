@@ -214,12 +214,15 @@ def copier(mini):
 
 
 def test_surprisal_favours_an_explanation_that_quotes_the_positives(copier, mini, negatives, planted):
-    examples = latent_examples(negatives, 0, n_test=15).test
-    token = mini.tokenizer.decode([int(planted.tokens[planted.latent(0).position[0]])])
-    score = next(s for s in surprisal(copier, mini.tokenizer, token * 3, examples) if s.negatives == "random")
+    tokens = {latent: int(planted.tokens[planted.latent(latent).position[0]]) for latent in range(N_TOKENS)}
+    quotes = {latent: " ".join([mini.tokenizer.decode([token])] * 3) for latent, token in tokens.items()}
+    # one whose token is a whole word, so that quoting it gives the token again
+    latent = next(n for n, text in quotes.items() if mini.tokenizer(text)["input_ids"].count(tokens[n]) == 3)
+    examples, quote = latent_examples(negatives, latent, n_test=15).test, quotes[latent]
+    score = next(s for s in surprisal(copier, mini.tokenizer, quote, examples) if s.negatives == "random")
     assert score.metrics["auroc"].value > 0.8 and set(score.metrics) == {"auroc"}
     with pytest.raises(UsageError, match="context"):
-        surprisal(copier, mini.tokenizer, token * 30, examples, context=40)
+        surprisal(copier, mini.tokenizer, quote * 10, examples, context=40)
 
 
 def test_surprisal_adds_up_the_models_log_probabilities(mini):
