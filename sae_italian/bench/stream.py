@@ -52,7 +52,7 @@ def compare_runs(
     The ratio is the median of the ratios of rounds that followed one another.
     """
     with _as_folder(corpus) as folder:
-        spec = RunSpec(
+        spec = RunSpec(  # pyright: ignore[reportCallIssue]
             model=model,
             hook_name=hook_name,
             corpus=folder,
@@ -103,7 +103,7 @@ def measure_group(
     from sae_italian.models.activations import read_many
 
     with _as_folder(corpus) as folder:
-        spec = RunSpec(
+        spec = RunSpec(  # pyright: ignore[reportCallIssue]
             model=model,
             hook_name=hook_names[0],
             corpus=folder,

@@ -7,6 +7,7 @@ those of the tokenizer on the whole document, so text can be rebuilt from them, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from copy import copy
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,6 +173,12 @@ class Packer:
         first = self.documents_taken
         self.documents_taken += len(documents)
         return PackedBlock(block[0], block[1], block[2], block[3], documents, first)
+
+    def copy(self) -> Packer:
+        """Return a packer that stays as this one is now."""
+        twin = copy(self)
+        twin.body, twin.documents = self.body[:, : self.filled].copy(), list(self.documents)
+        return twin
 
     def state(self) -> dict[str, Any]:
         """Return what is left between two shards: tokens not taken, and documents whose window is not full."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -116,19 +115,18 @@ class Windows:
         packer = Packer(self.context_size, layout_of(self.tokenizer))
         if stream is not None and start.corpus is not None and start.packer is not None:
             stream.load_state(start.corpus)
-            packer = _copy(start.packer)
+            packer = start.packer.copy()
         base = _Position(start.corpus, start.packer, 0)
         n_since = 0
         for batch, pieces in tokenise_batches(batched(documents, DOCUMENTS_PER_BATCH), self.tokenizer):
-            for document, piece in zip(batch, pieces, strict=True):
-                packer.add(document, piece)
-                while len(packer.windows) >= self.windows_per_block:
-                    n_since += 1
-                    yield packer.take(self.windows_per_block).tokens, base._replace(blocks_since=n_since)
+            packer.add(batch, pieces)
+            while packer.n_windows >= self.windows_per_block:
+                n_since += 1
+                yield packer.take(self.windows_per_block).tokens, base._replace(blocks_since=n_since)
             if stream is not None:
-                base, n_since = _Position(stream.state(), _copy(packer), 0), 0
-        if packer.windows:
-            yield packer.take(len(packer.windows)).tokens, base._replace(blocks_since=n_since + 1)
+                base, n_since = _Position(stream.state(), packer.copy(), 0), 0
+        if packer.n_windows:
+            yield packer.take(packer.n_windows).tokens, base._replace(blocks_since=n_since + 1)
 
     def state(self) -> dict[str, Any]:
         """Return where the next block starts, as JSON."""
@@ -146,13 +144,6 @@ class Windows:
         self.n_blocks = state["n_blocks"]
         self.position = _Position(state["corpus"], packer, state["blocks_since"])
         self.blocks = self._blocks(self.position)
-
-
-def _copy(packer: Packer) -> Packer:
-    """Return a packer that stays as this one is now; full windows are shared, they are never written again."""
-    twin = copy.copy(packer)
-    twin.current, twin.windows, twin.documents = packer.current.copy(), list(packer.windows), list(packer.documents)
-    return twin
 
 
 def check_pretokenized(corpus: PretokenizedCorpus, tokenizer: Any, context_size: int) -> None:
