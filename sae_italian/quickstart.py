@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def analyse(
     seed: int = 0,
     random_control: bool = True,
     workers: int = 1,
+    run_units: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """Measure, explain and score what a cache holds; return the results, also kept in the cache's folder.
 
@@ -97,7 +99,7 @@ def analyse(
             card.save(Path(manifest.sae))
         results["card"] = {**card.as_dict(), "n_tokens_asked": card_tokens}
     config = AutointerpConfig(latents=latents, seed=seed)
-    store = run_autointerp(cache, model.tokenizer, config, sae=sae, workers=workers)
+    store = run_autointerp(cache, model.tokenizer, config, sae=sae, workers=workers, run_units=run_units)
     results["autointerp"] = summarise(store).as_dict()
     results["gold"] = [asdict(result) for result in gold_table(cache)]
     if random_control:

@@ -20,7 +20,7 @@ def in_processes(function: Callable[[Item], Result], items: Sequence[Item], work
     Where processes cannot be forked (outside Linux) the work is done here.
     """
     global _function
-    if workers <= 1 or len(items) < 2 * workers or not sys.platform.startswith("linux"):
+    if workers <= 1 or len(items) < workers or not sys.platform.startswith("linux"):
         yield from map(function, items)
         return
     from multiprocessing import get_context
@@ -28,7 +28,7 @@ def in_processes(function: Callable[[Item], Result], items: Sequence[Item], work
     _function = function
     try:
         with get_context("fork").Pool(workers) as pool:
-            yield from pool.imap(_call, items, chunksize=max(1, min(16, len(items) // (4 * workers))))
+            yield from pool.imap(_call, items)
     finally:
         _function = None
 

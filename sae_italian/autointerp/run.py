@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from sae_italian.autointerp.examples import ExampleSource
-from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, RuleExplainer, rule_of
+from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, rule_of
 from sae_italian.autointerp.judged import judge_latent
-from sae_italian.autointerp.negatives import NegativeSource
-from sae_italian.autointerp.neighbours import find_neighbours
-from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.processes import in_processes, in_threads
 from sae_italian.autointerp.protocols import Explainer, Judge, LatentExamples
-from sae_italian.autointerp.scorers.by_rule import Judged, RuleScorer
+from sae_italian.autointerp.scorers.by_rule import Judged
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.tokens import token_strings
+from sae_italian.autointerp.work import Task, Work, explain_batch, score_batch
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.splits import Part
 from sae_italian.errors import UsageError
 from sae_italian.storage import fingerprint
 
 __all__ = ["EXPLAINER", "LOOKUP", "STORE_FILE", "AutointerpConfig", "Run", "run_autointerp", "token_strings"]
 
-LEAST_POSITIVES: dict[Part, int] = {"train": 10, "val": 5, "test": 10}
 STORE_FILE = "autointerp.sqlite"
 SHUFFLED = "shuffled"
 _BATCH = 16  # latents that are stored together
@@ -59,13 +55,15 @@ def run_autointerp(
     explainers: Sequence[Explainer] = (),
     judges: Sequence[Judge] = (),
     workers: int = 1,
+    run_units: Callable[..., Iterator[Any]] | None = None,
 ) -> Path:
     """Explain and score the latents of a cache with rules and the rule judge; return the store's path.
 
     `explainers` and `judges` come on top of these: every judge answers for every one of the explainers (for the rules'
     texts when there are none), on the same examples. `sae` gives the decoder neighbours where the cache does not know
     them. The store defaults to `autointerp.sqlite` in the cache. A run that was stopped continues where it was. Latents
-    with too few examples in any part are stored as such, never scored.
+    with too few examples in any part are stored as such, never scored. The rules are worked out in `workers` processes here, or
+    by `run_units` (`engine.map_units` with an engine), in batches of latents.
 
     Raises: UsageError when the tokenizer is not the cache's, or the store belongs to another cache or configuration.
     """
@@ -77,7 +75,7 @@ def run_autointerp(
     store = store or cache.folder / STORE_FILE
     identity = {"cache": fingerprint(cache.manifest.model_dump(exclude={"versions", "sae"})), **asdict(config)}
     with Store(store, identity) as opened:
-        run = Run(cache, tokenizer, config, opened, sae=sae, workers=workers)
+        run = Run(cache, tokenizer, config, opened, sae=sae, workers=workers, run_units=run_units)
         run.rules()
         for explainer in explainers:
             run.explain_with(explainer)
@@ -99,14 +97,21 @@ class Run:
         *,
         sae: Any = None,
         workers: int = 1,
+        run_units: Callable[..., Iterator[Any]] | None = None,
     ):
         self.cache, self.config, self.store, self.workers = cache, config, store, workers
-        self.source = ExampleSource(cache, width=config.width, seed=config.seed)
-        self.places = Places(self.source, tokenizer)
+        self.run_units = run_units
         self.latents = self._latents()
-        self.negatives = NegativeSource(self.source, find_neighbours(cache, self.latents, sae))
-        self.explainer = RuleExplainer(self.places, self.negatives, config.n_examples)
-        self.scorer = RuleScorer(self.places, self.negatives, config.n_examples)
+        self.work = Work(
+            cache,
+            tokenizer,
+            self.latents,
+            sae,
+            width=config.width,
+            n_examples=config.n_examples,
+            seed=config.seed,
+        )
+        self.places, self.negatives = self.work.places, self.work.negatives
 
     def _latents(self) -> list[int]:
         """Return the latents to explain: all, or a random draw of live ones."""
@@ -116,36 +121,17 @@ class Run:
         rng = np.random.default_rng(self.config.seed)
         return sorted(rng.permutation(live)[: self.config.latents].tolist())
 
-    def prepare(self) -> None:
-        """Compute now what every latent needs, so that processes forked afterwards share it."""
-        self.places.prepare()
-        self.negatives.prepare()
-
     # --- rules -------------------------------------------------------------------------------------------------------
 
     def rules(self) -> None:
         """Explain every latent by a rule and by token lookup, then score these with the rule judge."""
         done = self.store.explained(EXPLAINER)
         todo = [latent for latent in self.latents if latent not in done]
-        self.prepare()
-        for batch in _batches(self._map(self.explain, todo, "explain")):
+        if self.run_units is None:
+            self.work.prepare()
+        for batch in self._map(explain_batch, todo, "explain"):
             self.store.add_explanations(explanation for explanations in batch for explanation in explanations)
         self._score_rules()
-
-    def explain(self, latent: int) -> list[Explanation]:
-        """Return the best rule and the token lookup of one latent, or why there is none."""
-        activity = self.source.activity(latent)
-        n = {
-            part: len(self.source.positives(latent, activity, part, least)[0])
-            for part, least in LEAST_POSITIVES.items()
-        }
-        if any(n[part] < least for part, least in LEAST_POSITIVES.items()):
-            status = "too few activations" if len(activity.position) else "dead"
-            return [Explanation(latent, explainer, status, "", "", None) for explainer in (EXPLAINER, LOOKUP)]
-        n_examples = self.config.n_examples
-        train = self.negatives.draw(latent, activity, "train", n_examples)
-        val = self.negatives.draw(latent, activity, "val", n_examples)
-        return self.explainer.explain_latent(latent, activity, train, val)
 
     def _score_rules(self) -> None:
         """Score each latent's rule, its token lookup, and as control the rule of another latent."""
@@ -158,17 +144,25 @@ class Run:
             assert found[1].rule is not None
             return Judged(found[0], rule_of(found[1].rule), control)
 
-        def score(latent: int) -> list[tuple[Any, ...]]:
-            others = [judged(own[stranger[latent]], SHUFFLED)] if latent in stranger else []
-            return self.scorer.score(latent, judged(own[latent]), judged(lookup[latent]), others)
-
-        todo = [latent for latent in live if latent not in done]
-        for batch in _batches(self._map(score, todo, "score")):
+        todo = []
+        for latent in live:
+            if latent not in done:
+                others = [judged(own[stranger[latent]], SHUFFLED)] if latent in stranger else []
+                todo.append(Task(latent, judged(own[latent]), judged(lookup[latent]), others))
+        for batch in self._map(score_batch, todo, "score"):
             self.store.add_scores(row for rows in batch for row in rows)
 
-    def _map(self, function: Callable[[int], Item], latents: list[int], desc: str) -> Iterator[Item]:
-        results = in_processes(function, latents, self.workers)
-        return iter(tqdm(results, total=len(latents), desc=desc, unit="latent", disable=None))
+    def _map(self, function: Callable[[Work, list[Any]], Item], items: list[Any], desc: str) -> Iterator[Item]:
+        """Yield the function's result for each batch of items, in order, wherever the work is done."""
+        units = list(_batches(items))
+        if self.run_units is not None:
+            results = self.run_units(function, units, setup=self.work.opener)
+        else:
+            results = in_processes(partial(function, self.work), units, self.workers)
+        with tqdm(total=len(items), desc=desc, unit="latent", disable=None) as bar:
+            for unit, result in zip(units, results, strict=True):
+                bar.update(len(unit))
+                yield result
 
     # --- explainers and judges that are handed in ----------------------------------------------------------------------
 

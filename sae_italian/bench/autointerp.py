@@ -30,7 +30,7 @@ def measure(
             with Store(Path(temporary) / f"{repeat}.sqlite", {}) as store:
                 begun = time.perf_counter()
                 run = Run(cache, tokenizer, AutointerpConfig(latents=latents), store, workers=workers)
-                run.prepare()
+                run.work.prepare()
                 opened = time.perf_counter()
                 run.rules()
                 rates.append(len(run.latents) / (time.perf_counter() - opened))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sae_italian.cli.base import Commands, Result, positive
+from sae_italian.cli.base import Commands, Result, engine_options, positive, unit_map
 from sae_italian.cli.llm import llm_options, llm_text, run_llm, wants_llm
 from sae_italian.errors import UsageError
 
@@ -19,9 +19,9 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--out", type=Path, help="of an export: the folder (default: <cache>-autointerp beside the cache)")
     sub.add_argument("--latents", type=int, help="this many live latents, drawn at random (default: all)")
     sub.add_argument("--model", help="default: the model the cache was built with")
-    sub.add_argument("--workers", type=int, default=1, help="processes for the rules (default 1)")
     sub.add_argument("--no-random-control", action="store_true", help="leave out the randomly initialised SAE")
     sub.add_argument("--overwrite", action="store_true", help="forget earlier explanations and scores")
+    engine_options(sub, "processes for the rules (default 1); with --engine ray the CPUs of a cluster started here")
     llm_options(sub)
 
 
@@ -54,7 +54,8 @@ def _autointerp(options: argparse.Namespace) -> Result:
         card_tokens=None,
         latents=options.latents,
         random_control=not options.no_random_control,
-        workers=options.workers,
+        workers=options.workers or 1,
+        run_units=unit_map(options, cache.folder) if options.engine == "ray" else None,
     )
     if not llm:
         return results, table_of(results)

@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sae_italian.cli.base import Commands, Result, folder_options, load_sources, positive, source_options
+from sae_italian.cli.base import (
+    Commands,
+    Result,
+    engine_options,
+    folder_options,
+    load_sources,
+    positive,
+    source_options,
+    unit_map,
+)
 from sae_italian.errors import UsageError
 from sae_italian.storage import write_text
 
@@ -18,6 +27,7 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--out", type=Path, help="output folder (default: runs/<config's name>)")
     sub.add_argument("--dry-run", action="store_true", help="print groups, tokens, memory and time; train nothing")
     folder_options(sub)
+    engine_options(sub, "groups of a suite trained at the same time (default 1)")
 
     sub = root.add("evaluate", _evaluate, "the evaluation card of an SAE, on held-out text")
     sub.add_argument("sae", help="an SAE's folder, or release:sae_id")
@@ -46,9 +56,14 @@ def _train(options: argparse.Namespace) -> Result:
         return _dry_run(suite or spec_from_dict(values))
     out = options.out or sweep_folder(Path("runs") / Path(options.config).name.removesuffix(".yaml"))
     if suite is None:
+        if options.engine != "local" or options.workers:
+            raise UsageError("--engine and --workers are for suites, whose groups are independent; this is one SAE.")
         train(spec_from_dict(values), out, resume=options.resume, overwrite=options.overwrite)
         return {"sae": str(out)}, f"SAE: {out}"
-    folders = train_suite(suite, out, resume=options.resume, overwrite=options.overwrite)
+    out = out.resolve()  # a worker may have another working directory
+    elsewhere = options.engine != "local" or (options.workers or 1) > 1
+    run_units = {"run_units": unit_map(options, out, gpus=float(suite.on_gpu))} if elsewhere else {}
+    folders = train_suite(suite, out, resume=options.resume, overwrite=options.overwrite, **run_units)
     return {"saes": [str(folder) for folder in folders]}, "\n".join(f"SAE: {folder}" for folder in folders)
 
 

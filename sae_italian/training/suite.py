@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -45,6 +46,10 @@ class SuiteSpec(BaseModel):
     memory_gb: float = Field(gt=0)
     """What one group may take: its SAEs, their optimisers, the model and the shuffling buffer (10^9 bytes)."""
     settings: dict[str, Any]
+
+    @property
+    def on_gpu(self) -> bool:
+        return str(self.settings.get("device", "cpu")).startswith("cuda")
 
     def members(self) -> dict[str, RunSpec]:
         """Return the run of each SAE by name, those that share activations side by side.
@@ -140,16 +145,29 @@ def suite_from_dict(values: dict[str, Any]) -> SuiteSpec:
         raise UsageError(f"config key {where!r}: {first['msg']}; got {first.get('input')!r:.80}.") from error
 
 
-def train_suite(suite: SuiteSpec, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> list[Path]:
+def train_suite(
+    suite: SuiteSpec,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    run_units: Callable[..., Iterator[list[Path]]] = map,
+) -> list[Path]:
     """Train every group of a suite into `out/<name>` and return these folders.
 
-    With `resume`, finished groups are left alone and the one that was stopped goes on.
+    `run_units` maps the groups: one after the other here, or elsewhere (`engine.map_units` with an engine). With
+    `resume`, finished groups are left alone and the one that was stopped goes on.
     Raises: UsageError as `train`, and for a suite that does not fit its memory; KeyboardInterrupt after a signal.
     """
     out, groups = Path(out), suite.groups()
     check_run(next(iter(suite.members().values())))
     claim_folder(out, KIND, suite.model_dump(mode="json"), resume=resume, overwrite=overwrite)
-    return [folder for index in range(len(groups)) for folder in train_group(suite, index, out)]
+    trained = run_units(partial(_train_index, suite, out), range(len(groups)))
+    return [folder for folders in trained for folder in folders]
+
+
+def _train_index(suite: SuiteSpec, out: Path, index: int) -> list[Path]:
+    return train_group(suite, index, out)
 
 
 def train_group(suite: SuiteSpec, group_index: int, out: str | Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """A run over planted latents: what is found, what is reported as not scored, what a stop or another cache does."""
 
 import sqlite3
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from sae_italian.autointerp import run as run_module
 from sae_italian.autointerp.judges import ConstantJudge, OracleJudge, RuleJudge
 from sae_italian.autointerp.processes import in_threads
 from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.work import Work
 from sae_italian.cache import FeatureCache
+from sae_italian.engine import map_units
 from sae_italian.errors import UsageError
 from tests.autointerp.conftest import DEAD, N_NOISE, N_PREVIOUS, N_TOKENS, RARE, accuracies
 
@@ -84,7 +87,7 @@ def tables(store):
 def test_a_run_stopped_anywhere_ends_with_the_same_scores(planted, mini, store, tmp_path, monkeypatch):
     """Stop at the explanations, stop at the scores, continue each time: nothing is lost, nothing counted twice."""
     path = tmp_path / "stopped.sqlite"
-    for owner, name, after in ((run_module.Run, "explain", 17), (run_module.RuleScorer, "score", 17)):
+    for owner, name, after in ((Work, "explain", 17), (Work, "score", 17)):
         real, calls = getattr(owner, name), []
 
         def dies(*arguments, real=real, calls=calls, after=after):
@@ -103,6 +106,15 @@ def test_a_run_stopped_anywhere_ends_with_the_same_scores(planted, mini, store, 
 
 def test_two_processes_give_the_same(planted, mini, store, tmp_path):
     assert tables(run_autointerp(planted, mini.tokenizer, store=tmp_path / "two", workers=2)) == tables(store)
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_latents_mapped_by_the_engine_give_the_same(engine, planted, mini, store, tmp_path, request):
+    if engine == "ray":
+        request.getfixturevalue("ray_cluster")
+    run_units = partial(map_units, engine=engine, workers=2, folder=tmp_path)
+    path = run_autointerp(planted, mini.tokenizer, store=tmp_path / "mapped", run_units=run_units)
+    assert tables(path) == tables(store)
 
 
 def test_scores_of_another_cache_or_configuration_are_refused(planted, small_cache, mini, store):

@@ -2,12 +2,14 @@
 
 import json
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sae_italian.cli import main
+from sae_italian.engine import map_units
 from sae_italian.errors import UsageError
 from sae_italian.saes import load_sae
 from sae_italian.training import train
@@ -173,3 +175,24 @@ def test_a_run_is_no_suite_and_a_suite_no_run(tmp_path):
         load_spec("mini/suite")
     with pytest.raises(UsageError, match="'hook_name' is not set in a suite"):
         load_suite("mini/topk")
+
+
+def test_groups_trained_side_by_side_are_those_trained_one_by_one(tmp_path):
+    """Two processes, one group each: the same files, and a finished suite is left alone."""
+    one = max(memory_of([spec]).total_gb for spec in small().members().values())
+    suite = small("expansions=[1]", f"memory_gb={1.2 * one}")
+    groups = suite.groups()
+    assert len(groups) >= 2
+    by_one = train_suite(suite, tmp_path / "one")
+    together = train_suite(suite, tmp_path / "two", run_units=partial(map_units, workers=2, folder=tmp_path / "two"))
+    assert [folder.name for folder in together] == [folder.name for folder in by_one]
+    for alone, beside in zip(by_one, together, strict=True):
+        for name, tensor in weights(alone).items():
+            assert torch.allclose(tensor, weights(beside)[name], atol=1e-5), (
+                "threads may differ, so not to the last bit"
+            )
+
+
+def test_one_sae_takes_no_engine(tmp_path, capsys):
+    assert main(["train", "mini/topk", "--workers", "2", "--out", str(tmp_path / "x")]) == 2
+    assert "are for suites" in capsys.readouterr().err and not (tmp_path / "x").exists()
