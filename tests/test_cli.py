@@ -143,14 +143,14 @@ def test_a_corpus_without_a_text_column_and_one_too_short(capsys, trained_sae, t
 
 
 def test_a_read_only_or_full_disk_is_no_traceback(capsys, trained_sae, tmp_path, monkeypatch):
-    from sae_italian.cache import build
+    from sae_italian.cache import layout
 
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device", "acts/00000.safetensors")
 
-    monkeypatch.setattr(build, "save_file", full)
+    monkeypatch.setattr(layout, "save_file", full)
     code, _, err = run(capsys, "cache", "build", trained_sae, "--tokens", 1000, "--out", tmp_path / "c")
-    assert code == 2 and "No space left on device" in err and err.count("\n") == 1
+    assert code == 2 and "is full" in err and "--resume" in err and err.count("\n") == 1
     monkeypatch.undo()
     assert run(capsys, "cache", "build", trained_sae, "--tokens", 1000, "--out", tmp_path / "c", "--resume")[0] == 0
 

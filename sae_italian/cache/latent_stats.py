@@ -46,7 +46,7 @@ def range_statistics(cache: Any, item: LatentRange, corpus: Any) -> dict[str, An
     n, count = len(entries.count), entries.count
     largest = np.zeros(n, dtype=np.float32)
     np.maximum.at(largest, entries.row, entries.value)
-    total = np.bincount(entries.row, weights=entries.value, minlength=n)
+    total = _sums(entries.row, entries.value, n)
     columns: dict[str, Any] = {
         "count": count,
         "density": count / corpus.n_counted,
@@ -69,6 +69,11 @@ def arrow(array: np.ndarray, offsets: np.ndarray | None = None) -> Any:
     if offsets is None:
         return pa.array(array)
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(array.ravel()))
+
+
+def _sums(row: np.ndarray, weights: np.ndarray, n: int) -> Float[np.ndarray, " n"]:
+    """Return the sum of the weights of each row; numpy's own counts in integers where there is nothing to sum."""
+    return np.bincount(row, weights=weights, minlength=n).astype(np.float64)
 
 
 def _quantiles(entries: Entries) -> Float[np.ndarray, "latents quantiles"]:
@@ -126,7 +131,7 @@ def _tokens(entries: Entries, corpus: Any, total: Float[np.ndarray, " latents"])
     group = np.cumsum((np.diff(token, prepend=-1) != 0) | (np.diff(entries.row, prepend=-1) != 0)) - 1
     first = np.flatnonzero(np.diff(group, prepend=-1))
     owner, token = entries.row[first], token[first].astype(np.int64)
-    share = np.bincount(group, weights=value, minlength=len(first)) / total[owner]
+    share = _sums(group, value, len(first)) / total[owner]
     order = np.lexsort((token, -share, owner))
     owner, token, share = owner[order], token[order], share[order]
     n_tokens = np.bincount(owner, minlength=n)
@@ -138,5 +143,5 @@ def _tokens(entries: Entries, corpus: Any, total: Float[np.ndarray, " latents"])
         "token_ids": arrow(token[top], offsets),
         "token_shares": arrow(share[top], offsets),
         "token_lifts": arrow(share[top] / text_share, offsets),
-        "token_entropy": np.bincount(owner, weights=-share * np.log(share), minlength=n),
+        "token_entropy": _sums(owner, -share * np.log(share), n),
     }

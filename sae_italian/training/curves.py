@@ -31,8 +31,8 @@ TITLES = {
     "explained_variance": "explained variance · varianza spiegata",
     "dead": "dead latents · latenti morti",
 }
-# How far a run of the same recipe may be from its curve: a share of the curve's value, and an absolute distance. Three
-# seeds of mini/topk differ by less than a third of this; machines and thread counts by less than seeds.
+# How far a run of the same recipe may be from its curve: a share of the curve's value, and an absolute distance. Chosen,
+# not estimated: wide enough for another seed or machine.
 TOLERANCE = {"loss": (0.15, 0.0), "l0": (0.15, 0.5), "explained_variance": (0.0, 0.04), "dead": (0.0, 0.05)}
 OTHER_RECIPE = 3.0  # times as wide for a run of another model, corpus or size
 SHORT_STEPS, SHORT_BATCH = 40, 512

@@ -76,7 +76,8 @@ def evaluate(
     n_loss = 0
     bar = tqdm(total=n_tokens, desc="evaluate", unit="tok", unit_scale=True, disable=None)
     with bar:
-        for windows in _until(blocks, model.tokenizer, n_tokens, f"the {split} split of {corpus}"):
+        marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
+        for windows in _until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}"):
             with_loss = loss_tokens is None or n_loss < loss_tokens
             rows, active, y = _measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
             sums.add(windows.doc, rows, y)
@@ -117,19 +118,30 @@ def _check_output(sae: Any, model: Any, hook_out: str) -> None:
         )
 
 
-def _until(blocks: Iterator[PackedBlock], tokenizer: Any, n_tokens: int, what: str) -> Iterator[_Windows]:
-    """Yield whole windows until they hold `n_tokens` tokens that count. Raises: UsageError when the blocks end before."""
-    seen = 0
+def _until(blocks: Iterator[PackedBlock], tokenizer: Any, marks: list[int], what: str) -> Iterator[_Windows]:
+    """Yield whole windows until they hold the last of the marks in tokens that count; a batch ends at each mark.
+
+    Raises: UsageError when the blocks end before.
+    """
+    seen, marks = 0, list(marks)
     for block in blocks:
         keep = ~special_mask(block.tokens, tokenizer) & (block.doc != NO_DOCUMENT)
-        enough = np.searchsorted(keep.sum(axis=1).cumsum(), n_tokens - seen) + 1
-        keep, tokens, doc = keep[:enough], block.tokens[:enough], block.doc[:enough]
-        seen += int(keep.sum())
-        yield _Windows(torch.from_numpy(tokens), torch.from_numpy(keep), doc[keep])
-        if seen >= n_tokens:
-            return
+        first = 0
+        while first < len(keep):
+            counted = keep[first:].sum(axis=1).cumsum()
+            last = min(first + int(np.searchsorted(counted, marks[0] - seen)) + 1, len(keep))
+            here = slice(first, last)
+            seen += int(keep[here].sum())
+            yield _Windows(
+                torch.from_numpy(block.tokens[here]), torch.from_numpy(keep[here]), block.doc[here][keep[here]]
+            )
+            first = last
+            if seen >= marks[0]:
+                marks.pop(0)
+            if not marks:
+                return
     raise UsageError(
-        f"{what} has about {seen:,} tokens, fewer than the {n_tokens:,} asked for. Ask for fewer, or use more text."
+        f"{what} has about {seen:,} tokens, fewer than the {marks[-1]:,} asked for. Ask for fewer, or use more text."
     )
 
 

@@ -95,7 +95,7 @@ def test_it_finds_planted_directions():
     true = torch.linalg.qr(torch.randn(16, 16))[0]
     sae = TrainingSAE.from_dict(TiedTrainingSAEConfig(d_in=16, d_sae=32, l1_coefficient=0.1).to_dict())
     optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(400):
+    for _ in range(1000):
         codes = torch.rand(128, 16) * (torch.rand(128, 16) < 0.12)
         inputs = TrainStepInput(codes @ true, {"l1": 0.1}, None, 0, False)
         optimizer.zero_grad()

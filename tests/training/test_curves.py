@@ -34,6 +34,7 @@ def test_every_recipe_has_its_curve():
     for recipe in recipes():
         reference = load_reference(recipe)
         assert same_recipe(reference.spec, load_spec(recipe).model_dump(mode="json")), f"{recipe} has changed"
+        assert reference.full is not None, recipe
     stray = {f"mini/{file.stem}" for file in (configs_folder() / "mini" / "curves").glob("*.json")} - set(recipes())
     assert not stray
 

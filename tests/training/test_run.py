@@ -318,7 +318,7 @@ def test_wandb_offline_gets_saelens_metric_names(small_spec, tmp_path, monkeypat
     monkeypatch.setattr(wandb.Run, "log", lambda self, row, **kw: (logged.append(row), original(self, row, **kw)))
     train(small_spec.model_copy(update={"wandb": "offline"}), tmp_path / "out")
     assert {"losses/mse_loss", "metrics/l0", "metrics/explained_variance", "sparsity/dead_features"} <= set(logged[0])
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("out/wandb/offline-run-*/*.wandb"))
 
 
 def test_a_corpus_too_short_for_the_training_is_refused_or_repeated_on_request(small_spec, tmp_path, jsonl):
