@@ -9,11 +9,14 @@ READY := $(VENV)/.ready
 quickstart: install  ## train, cache, explain, score, report: the whole way on the embedded model
 	HF_HUB_OFFLINE=1 $(BIN)/sae-italian quickstart --out quickstart --resume
 
+# One process a core, one file at a time in each; torch then needs no threads of its own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: install  ## the default test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: install  ## everything
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: install  ## formatter, linter, types
 	$(BIN)/ruff format --check .

@@ -172,8 +172,10 @@ def _stock(spec: RunSpec) -> Callable[[], None]:
     """Return one step of what SAELens' runner trains, from its own objects."""
     from sae_lens import LanguageModelSAETrainingRunner, SAETrainer
 
+    from sae_italian.models import load_model
+
     config = spec.to_saelens()
-    runner = LanguageModelSAETrainingRunner(config)
+    runner = LanguageModelSAETrainingRunner(config, override_model=load_model(spec.model, backend="hooked"))
     provider = runner.activations_store
     trainer = SAETrainer(cfg=config.to_sae_trainer_config(), sae=runner.sae, data_provider=provider)
 
