@@ -110,6 +110,7 @@ build_cache(load_sae(sys.argv[1]), load_model('mini'), 'micro-italiano', sys.arg
             resume=len(sys.argv) > 3)"""
 
 
+@pytest.mark.slow
 def test_a_killed_build_resumes_to_identical_bytes(trained_sae, tmp_path):
     arguments = [sys.executable, "-c", BUILD, str(trained_sae)]
     subprocess.run([*arguments, str(tmp_path / "whole")], check=True, capture_output=True)
