@@ -113,3 +113,14 @@ def test_take_tokens_cuts_to_windows_and_refuses_a_short_corpus():
 def test_a_context_without_room_for_text():
     with pytest.raises(UsageError, match="at least 2"):
         next(pack(documents(HARD), TOKENIZERS["metaspace"], 1))
+
+
+@pytest.mark.parametrize("context", [2, 3, 5, 8])
+def test_a_block_brings_the_documents_that_begin_in_it(context):
+    """Also a document that begins exactly where a window does."""
+    tokenizer, seen = TOKENIZERS["metaspace"], set()
+    for block in pack(documents(["x", *HARD, "x", "x"] * 3), tokenizer, context, windows_per_block=1):
+        here = set(block.doc[block.doc != NO_DOCUMENT].tolist())
+        brought = set(range(block.first_doc, block.first_doc + len(block.documents)))
+        assert brought == here - seen
+        seen |= here
