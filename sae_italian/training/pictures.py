@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from sae_italian.pictures import OURS, REFERENCE, WARNING, svg
 
 if TYPE_CHECKING:
     from sae_italian.training.card import EvaluationCard
-
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "sae_italian",
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-OURS, REFERENCE = "#0b6e4f", "#8a8f98"
 
 
 def density_svg(card: EvaluationCard) -> str:
@@ -31,7 +23,7 @@ def density_svg(card: EvaluationCard) -> str:
         above = [max(0.0, 100 * (bin.share.hi - bin.share.value)) for bin in bins]
         axis.bar(middle, share, width=[bin.hi - bin.lo for bin in bins], color=OURS, alpha=0.8)
         axis.errorbar(middle, share, yerr=(below, above), fmt="none", ecolor="#222222", elinewidth=0.8)
-        axis.axvline(-1, color="#b3261e", linewidth=1, linestyle="--")
+        axis.axvline(-1, color=WARNING, linewidth=1, linestyle="--")
         axis.set_xlim(bins[0].lo, bins[-1].hi)
         axis.set_xlabel(
             "log10 of the share of tokens on which a latent fires · quota di token in cui un latente è attivo"
@@ -43,7 +35,7 @@ def density_svg(card: EvaluationCard) -> str:
             fontsize=10,
         )
 
-    return _svg(draw, 1, (7.5, 3.6))
+    return svg(draw, 1, (7.5, 3.6))
 
 
 def curves_svg(panels: Sequence[tuple[str, Any, Any, Any, Any, Any]], labels: tuple[str, str], title: str) -> str:
@@ -60,17 +52,4 @@ def curves_svg(panels: Sequence[tuple[str, Any, Any, Any, Any, Any]], labels: tu
         axes[0].legend(frameon=False, fontsize=8)
         axes[0].figure.suptitle(title, fontsize=10)
 
-    return _svg(draw, len(panels), (3.4 * len(panels), 3.2))
-
-
-def _svg(draw: Callable[[Any], None], n_panels: int, size: tuple[float, float]) -> str:
-    """Return what `draw` draws on its axes; the same numbers give the same bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure.subplots(1, n_panels, squeeze=False)[0])
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return svg(draw, len(panels), (3.4 * len(panels), 3.2))
