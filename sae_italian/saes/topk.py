@@ -23,7 +23,13 @@ SPARSE_TOPK = "sparse_topk"
 
 @dataclass
 class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
-    """The fields of SAELens' `topk`; `use_sparse_activations` says nothing here, they always are."""
+    """The fields of SAELens' `topk`; `use_sparse_activations` says nothing here, they always are.
+
+    bf16_screening: find the candidates of the top-k in bfloat16 and rank them in float32 (`sparse_screen.py`): the same
+    latents, faster where the machine has bfloat16 products.
+    """
+
+    bf16_screening: bool = False
 
     @classmethod
     def architecture(cls) -> str:
@@ -84,7 +90,15 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         # one view of the encoder for both encodings, so that autograd adds the second's sparse gradient in place
         rows = self.W_enc.T
         encoder: dict[str, Any] = {"input_bias": input_bias, "norm": norm}
-        values, indices = encode_rows(sae_in, rows, self.b_enc, self.active_k, workspace=self._workspace, **encoder)
+        values, indices = encode_rows(
+            sae_in,
+            rows,
+            self.b_enc,
+            self.active_k,
+            workspace=self._workspace,
+            screen=self.cfg.bf16_screening,
+            **encoder,
+        )
         out = self.hook_sae_recons(decode(values, indices, self.W_dec, workspace=self._workspace) + self.b_dec)
         out = self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
         losses = {"mse_loss": self.mse_loss_fn(out, target).sum(dim=-1).mean()}
