@@ -15,6 +15,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
+from sae_italian import plugin
 from sae_italian.saes.sparse import decode, encode_rows
 from sae_italian.saes.sparse_products import Workspace
 
@@ -164,3 +165,6 @@ def _sparse_acts(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
     tokens = torch.arange(batch, device=indices.device).repeat_interleave(k)
     where = torch.stack([tokens, indices.flatten()])
     return torch.sparse_coo_tensor(where, values.flatten(), (batch, d_sae), check_invariants=False)
+
+
+plugin.has_run(__name__)  # SAELens was told nothing while this module was being imported
