@@ -89,6 +89,11 @@ class ExampleSource:
         return np.unique(hashes, return_inverse=True)[1]
 
     @cached_property
+    def n_contents(self) -> int:
+        """How many different contents there are."""
+        return int(self.content.max(initial=-1)) + 1
+
+    @cached_property
     def first_copy(self) -> Bool[np.ndarray, " segments"]:
         """True for the first segment of each content in the whole cache: the only ones that become examples."""
         first = np.zeros(len(self.start), dtype=bool)
@@ -111,6 +116,11 @@ class ExampleSource:
 
     def rng(self, latent: int, purpose: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, latent, *purpose.encode()])
+
+    def n_positives(self, activity: Activity) -> dict[Part, int]:
+        """Return on how many usable segments of each part the latent is active."""
+        counts = np.bincount(self.usable_part[activity.active] + 1, minlength=len(PARTS) + 1)
+        return {part: int(count) for part, count in zip(PARTS, counts[1:], strict=True)}
 
     def positives(
         self, latent: int, activity: Activity, part: Part, n: int, order: Order = "deciles"

@@ -21,6 +21,7 @@ from sae_italian.cache.splits import PARTS, Part
 TRIES = 16  # draws per positive before the source counts as exhausted
 MARK_SHARE = 0.3  # a token of a positive is marked from this share of its segment's maximum on
 PER_NEIGHBOUR = 64  # segments of one neighbour that are kept per part
+LOOKED_AT = 8192  # activations of a neighbour, evenly over the corpus, from which these are drawn
 KEPT = 8192  # neighbours whose segments are kept in memory
 
 
@@ -134,10 +135,10 @@ class NegativeSource:
     def _segments_of(self, latent: int) -> list[Int[np.ndarray, " n"]]:
         """Return a few usable segments per part on which a latent is active."""
         if latent not in self._kept:
-            position, _ = self.source.cache.latent(latent)
-            segments = self.source.segment_of[position]
-            segments = segments[segments >= 0].astype(np.int64)
+            position = self.source.cache.positions(latent)
+            segments = self.source.segment_of[position[:: max(1, len(position) // LOOKED_AT)]]
             segments = segments[np.append(True, segments[1:] != segments[:-1])] if len(segments) else segments
+            segments = segments[segments >= 0].astype(np.int64)
             parts = self.source.usable_part[segments]
             rng = self.source.rng(latent, "neighbour")
             here = [segments[parts == number] for number in range(len(PARTS))]
@@ -185,14 +186,11 @@ class _Silent:
 
     def __init__(self, source: ExampleSource, activity: Activity):
         self.content = source.content
-        self.active = np.unique(self.content[activity.active])
+        self.active = np.zeros(source.n_contents, dtype=bool)
+        self.active[self.content[activity.active]] = True
 
     def __call__(self, segments: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-        if len(self.active) == 0:
-            return np.ones(len(segments), dtype=bool)
-        content = self.content[segments]
-        index = np.searchsorted(self.active, content).clip(max=len(self.active) - 1)
-        return self.active[index] != content
+        return ~self.active[self.content[segments]]
 
 
 def _distinct(items: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:

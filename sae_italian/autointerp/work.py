@@ -57,16 +57,15 @@ class Work:
 
     def prepare(self) -> None:
         """Compute now what every latent needs, so that processes forked afterwards share it."""
+        import sklearn.tree  # noqa: F401  # two seconds, once instead of in every process
+
         self.places.prepare()
         self.negatives.prepare()
 
     def explain(self, latent: int) -> list[Explanation]:
         """Return the best rule and the token lookup of one latent, or why there is none."""
         activity = self.source.activity(latent)
-        n = {
-            part: len(self.source.positives(latent, activity, part, least)[0])
-            for part, least in LEAST_POSITIVES.items()
-        }
+        n = self.source.n_positives(activity)
         if any(n[part] < least for part, least in LEAST_POSITIVES.items()):
             status = "too few activations" if len(activity.position) else "dead"
             return [Explanation(latent, explainer, status, "", "", None) for explainer in (EXPLAINER, LOOKUP)]

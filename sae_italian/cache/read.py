@@ -175,6 +175,13 @@ class FeatureCache:
             value[arrays["wide_at"][low:high].astype(np.int64) - begin] = arrays["wide_value"][low:high]
         return LatentActivations(self, latent, arrays["position"][begin:end].astype(np.int64), value)
 
+    def positions(self, latent: int) -> Int[np.ndarray, " nnz"]:
+        """Return where one latent is active, as stored (uint32), without its values. Raises: UsageError as `latent`."""
+        item = self.range_of(latent)
+        arrays = self.map_file(item.file)
+        begin, end = arrays["indptr"][latent - item.first : latent - item.first + 2].tolist()
+        return arrays["position"][begin:end]
+
     @cached_property
     def table(self) -> Any:
         """The statistics as a pyarrow table, row i for latent i (see cache/stats.py for the columns)."""

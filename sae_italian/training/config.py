@@ -61,6 +61,8 @@ class RunSpec(BaseModel):
     checkpoint_every_tokens: int = Field(1_000_000, gt=0)
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "sae_italian"
+    wandb_checkpoints: bool = False
+    """Also send each checkpoint's SAE, as versions of one artifact; the finished SAE always goes."""
     seqpos_slice: list[int | None] = [None]
     """Positions of a window that are trained on, as a slice: `[stop]` or `[start, stop, step]`."""
     exclude_special_tokens: bool | list[int] = True

@@ -37,7 +37,15 @@ TOLERANCE = {"loss": (0.15, 0.0), "l0": (0.15, 0.5), "explained_variance": (0.0,
 OTHER_RECIPE = 3.0  # times as wide for a run of another model, corpus or size
 SHORT_STEPS, SHORT_BATCH = 40, 512
 # Settings that leave the curve as it is.
-_NEUTRAL = {"seed", "device", "wandb", "wandb_project", "checkpoint_every_tokens", "checkpoint_every_minutes"}
+_NEUTRAL = {
+    "seed",
+    "device",
+    "wandb",
+    "wandb_project",
+    "wandb_checkpoints",
+    "checkpoint_every_tokens",
+    "checkpoint_every_minutes",
+}
 
 
 class Curve(NamedTuple):

@@ -20,6 +20,7 @@ ARTIFACT_FILES = (
     "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "runner_cfg.json", "run.json", "metrics.jsonl",
     "card.json", "card.md", "density.svg",
 )  # fmt: skip
+CHECKPOINT_FILES = ("cfg.json", "sae_weights.safetensors", "activation_scaler.json")
 
 
 class RunLog:
@@ -27,6 +28,9 @@ class RunLog:
 
     def __call__(self, row: Mapping[str, Any], step: int) -> None:
         """Tell the metrics of one step, in SAELens' names."""
+
+    def checkpoint(self, folder: Path, n_tokens: int) -> None:
+        """Tell of the state of an SAE saved after `n_tokens`; `folder` is gone after the next one."""
 
     def finish(self, folder: Path, model: Any, cursor: Mapping[str, Any]) -> None:
         """Tell of a finished SAE in `folder`, and where the training ended in its corpus."""
@@ -40,6 +44,18 @@ class WandbLog(RunLog):
 
     def __call__(self, row: Mapping[str, Any], step: int) -> None:
         self.run.log(dict(row), step=step)
+
+    def checkpoint(self, folder: Path, n_tokens: int) -> None:
+        if not self.spec.wandb_checkpoints:
+            return
+        import wandb
+
+        artifact = wandb.Artifact(
+            f"sae-{self.run.id}-checkpoint", type="sae-checkpoint", metadata={"n_tokens": n_tokens}
+        )
+        for name in CHECKPOINT_FILES:
+            artifact.add_file(str(folder / name), name)  # copied now, sent when W&B gets to it
+        self.run.log_artifact(artifact, aliases=["latest", f"{n_tokens}-tokens"])
 
     def finish(self, folder: Path, model: Any, cursor: Mapping[str, Any]) -> None:
         import wandb

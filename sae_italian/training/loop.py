@@ -115,6 +115,10 @@ class Loop:
             for run in self.runs.values():
                 run.check()
         self.checkpoints.save(self.first.n_tokens, self._save)
+        saved = self.checkpoints.last()
+        for name, run in self.runs.items():
+            if saved:
+                run.log.checkpoint(saved / name, run.n_tokens)
         self.saved_at = time.monotonic()
 
     @contextlib.contextmanager

@@ -28,6 +28,7 @@ CHANGEABLE = (
     "repeat_corpus",
     "wandb",
     "wandb_project",
+    "wandb_checkpoints",
     "checkpoint_every_tokens",
     "checkpoint_every_minutes",
     "evaluate_every_tokens",

@@ -163,7 +163,8 @@ class SAERun:
             context_size=spec.context_size,
             text_column=spec.text_column,
         )
-        row = {f"eval/{name}": value.value for name, value in vars(card).items() if isinstance(value, Estimate)}
+        values = {name: value.value for name, value in vars(card).items() if isinstance(value, Estimate)}
+        row = {f"eval/{name}": value for name, value in values.items() if math.isfinite(value)}  # the rest not measured
         self.metrics.append(self.n_steps - 1, row)
         self.log(row, self.n_steps - 1)
 

@@ -36,7 +36,7 @@ def logged_out(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def offline(small_spec, tmp_path_factory):
     """A training that keeps its W&B run offline."""
-    spec = small_spec.model_copy(update={"wandb": "offline", "evaluate_tokens": 1000})
+    spec = small_spec.model_copy(update={"wandb": "offline", "wandb_checkpoints": True, "evaluate_tokens": 1000})
     return train(spec, tmp_path_factory.mktemp("wandb") / "sae")
 
 
@@ -69,6 +69,8 @@ def test_config_and_artifact(offline, small_spec):
     assert run.id == json.loads((offline / "wandb.json").read_text())["id"]
     kinds = dict(run.artifacts)
     assert {"cfg.json", "sae_weights.safetensors", "card.json", "run.json"} <= set(kinds["sae"])
+    checkpoints = [files for kind, files in run.artifacts if kind == "sae-checkpoint"]
+    assert len(checkpoints) == 4 and all({"cfg.json", "sae_weights.safetensors"} <= set(files) for files in checkpoints)
 
 
 def test_online_without_a_login_is_offline_and_says_so(small_spec, logged_out, tmp_path, capsys):
