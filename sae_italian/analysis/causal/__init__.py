@@ -2,9 +2,11 @@
 
 from sae_italian.analysis.causal.ablation import Ablated, AblatedPosition, TokenMove, ablate
 from sae_italian.analysis.causal.compare import Effect, Patching, PatchingCurve, patch_saes
+from sae_italian.analysis.causal.draw_tree import tree_svg
 from sae_italian.analysis.causal.elimination import Elimination, Point, eliminate
 from sae_italian.analysis.causal.patching import Patcher, PatchInputs, patch_inputs
 from sae_italian.analysis.causal.steer import Continuation, Steered, steer
+from sae_italian.analysis.causal.tree import Node, causal_tree
 
 __all__ = [
     "Ablated",
@@ -12,6 +14,7 @@ __all__ = [
     "Continuation",
     "Effect",
     "Elimination",
+    "Node",
     "PatchInputs",
     "Patcher",
     "Patching",
@@ -20,8 +23,10 @@ __all__ = [
     "Steered",
     "TokenMove",
     "ablate",
+    "causal_tree",
     "eliminate",
     "patch_inputs",
     "patch_saes",
     "steer",
+    "tree_svg",
 ]

@@ -64,6 +64,21 @@ class Ablated:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def table(self) -> str:
+        """Return a Markdown table, a row per position where the latent is active."""
+        if not self.positions:
+            return f"latent {self.latent} is not active on this prompt; give one on which it is."
+        lines = [
+            "| token | activation | lowered by | KL | logits that fall | logits that rise |",
+            "|---|---|---|---|---|---|",
+        ]
+        for place in self.positions:
+            moves = [", ".join(f"«{m.token}» {m.logit:+.2f}" for m in some) for some in (place.lowered, place.raised)]
+            amount = f"{place.amount:.2f}" + ("" if place.silenced else " (not silenced)")
+            cells = (f"«{place.token}»", f"{place.activation:.2f}", amount, f"{place.divergence:.2f}", *moves)
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
 
 @torch.no_grad()
 def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: int = 10) -> Ablated:

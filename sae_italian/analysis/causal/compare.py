@@ -17,9 +17,17 @@ from sae_italian.analysis.causal.splice import hooks_of
 from sae_italian.errors import UsageError
 from sae_italian.statistics import Estimate, mean_interval
 
-THRESHOLDS = tuple(np.logspace(-5, 0, 50).tolist())  # nats, as in the paper's code
+N_THRESHOLDS = 50
 TOP = 20
 REACHED = (0.5, 0.1)  # of the KL without any patch
+
+
+def thresholds(n: int = N_THRESHOLDS) -> tuple[float, ...]:
+    """Return n thresholds in nats, from 1e-5 to 1 evenly in the logarithm: the paper's code has 50."""
+    return tuple(np.logspace(-5, 0, n).tolist())
+
+
+THRESHOLDS = thresholds()
 
 
 @dataclass(frozen=True)

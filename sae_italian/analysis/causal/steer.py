@@ -54,6 +54,16 @@ class Steered:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def table(self) -> str:
+        """Return a Markdown table, the unsteered text first."""
+        lines = ["| strength | nats per token | cost | repeats | KL of first | text |", "|---|---|---|---|---|---|"]
+        for c in (self.unsteered, *self.steered):
+            text = " ".join(c.text.split())
+            lines.append(
+                f"| {c.strength:g} | {c.log_prob:.2f} | {c.cost:+.2f} | {c.repeat_rate:.0%} | {c.divergence:.2f} | {text} |"
+            )
+        return "\n".join(lines)
+
 
 @torch.no_grad()
 def steer(

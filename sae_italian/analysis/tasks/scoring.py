@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_italian import pictures
 from sae_italian.errors import UsageError
 from sae_italian.models.activations import check_context
 from sae_italian.statistics import Estimate, mean_interval, wilson
@@ -36,7 +37,23 @@ class TaskScore:
             "by_kind": {kind: share.as_dict() for kind, share in self.by_kind.items()},
         }
 
+    def svg(self) -> str:
+        """Return the accuracies by kind as a picture, chance as a line."""
+        return pictures.svg(self._draw, 1, (6, 0.5 * len(self.by_kind) + 1))
+
+    def _draw(self, axes: Any) -> None:
+        axis, kinds = axes[0], list(self.by_kind)
+        for row, kind in enumerate(kinds):
+            share = self.by_kind[kind]
+            axis.barh(row, share.value, color=pictures.OURS, height=0.6)
+            axis.plot((share.lo, share.hi), (row, row), color="black", linewidth=1)
+        axis.axvline(CHANCE, color=pictures.REFERENCE, linestyle=":")
+        axis.set_yticks(range(len(kinds)), kinds)
+        axis.invert_yaxis()
+        axis.set(xlim=(0, 1), xlabel="right, 95 % interval")
+
     def text(self) -> str:
+        """Return accuracy, its interval and the mean difference in one line."""
         low, high = self.accuracy.lo, self.accuracy.hi
         return (
             f"{self.accuracy.value:.1%} of {self.n} right (95 % interval {low:.1%} to {high:.1%}), "
