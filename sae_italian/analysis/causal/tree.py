@@ -22,11 +22,13 @@ from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.errors import UsageError
 from sae_italian.models.activations import check_context, read_activations, read_many, replaced, resolve_hook
+from sae_italian.models.resume import begun_at, edit_hook, entry_hook
 from sae_italian.statistics import Estimate, mean_interval
 
 N_CONTEXTS = 20
 ROWS = 128  # prompts of a batch
 CHUNK = 1024  # tokens encoded at once
+LEAST_DROP = 1e-3  # of the target's activation; less is rounding
 
 
 @dataclass(frozen=True)
@@ -168,21 +170,24 @@ class _Growth:
             for other, fall in self._falls(level, latent, context):
                 falls.setdefault(other, np.zeros(len(contexts)))[index] = fall
         ranked = sorted(falls, key=lambda other: (-falls[other].mean(), other))[: self.branches]
-        return [(other, mean_interval(falls[other])) for other in ranked if falls[other].mean() > 0]
+        return [(other, mean_interval(falls[other])) for other in ranked if falls[other].mean() > LEAST_DROP]
 
     def _falls(self, level: int, latent: int, context: _Context) -> list[tuple[int, float]]:
         """Return for each latent of the level before that is active in the context the share by which the target falls."""
         earlier = self.saes[level - 1][1]
         hook_in, hook_out = hooks_of(earlier, self.model)
         tokens = context.tokens[None].to(self.model.device)
-        z = codes(earlier, read_activations(self.model, tokens, hook_in))[0]
+        entry, edit = entry_hook(self.model, hook_out), edit_hook(self.model, hook_out)
+        read = read_many(self.model, tokens, [hook_in, entry])
+        z = codes(earlier, read[hook_in])[0]
         z = z * ~special(tokens, self.model.tokenizer)[0].to(z.device)[:, None]
         active = (z != 0).any(0).nonzero()[:, 0]
         written = directions(earlier, active)
         after: list[float] = []
         for some, rows in zip(active.split(ROWS), written.split(ROWS), strict=True):
             removed = torch.einsum("pr,rd->rpd", z[:, some], rows)
-            with replaced(self.model, hook_out, lambda x, r=removed: x - r.to(x)):
+            begun = begun_at(self.model, entry, read[entry].expand(len(some), -1, -1))
+            with begun, replaced(self.model, edit, lambda x, r=removed: x - r.to(x)):
                 x = read_activations(self.model, tokens.expand(len(some), -1), self.hooks[level])
             after += codes(self.saes[level][1], x[:, -1])[:, latent].tolist()
             self.bar.update(len(some))

@@ -18,8 +18,10 @@ import yaml
 
 from sae_italian.analysis.tasks.scoring import TaskScore, log_probs_after, score
 from sae_italian.errors import UsageError, nearest
+from sae_italian.models.catalogue import resolve
 
 Language = Literal["it", "en"]
+EMBEDDED = "sae-italian-mini"
 LEAST_NAMES = 3  # giver, indirect object, and who replaces the latter
 _ENDING = {"Masc": "i", "Fem": "e"}
 _CONJUNCTION = {"it": "e", "en": "and"}
@@ -79,8 +81,12 @@ def micro_italiano_words() -> IoiWords:
 
 
 def words_for(model: str, language: Language = "it") -> IoiWords:
-    """Return the words that suit a model: MicroItaliano's for the embedded one, which knows no others."""
-    return micro_italiano_words() if language == "it" and "sae-italian-mini" in str(model) else default_words(language)
+    """Return the words that suit a model, by any of its names: MicroItaliano's for the embedded one, which knows no others.
+
+    Raises: UsageError for an unknown model, and as `default_words`.
+    """
+    embedded = resolve(model).saved_name == EMBEDDED
+    return micro_italiano_words() if embedded and language == "it" else default_words(language)
 
 
 def name_tokens(tokenizer: Any, name: str, language: str = "it") -> tuple[int, ...]:
