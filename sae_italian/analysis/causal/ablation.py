@@ -90,19 +90,17 @@ def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: 
     Raises: UsageError for an unknown latent, an empty or too long prompt, and as `hooks_of`.
     """
     hook_in, hook_out = hooks_of(sae, model)
-    direction = directions(sae, [check_latent(sae, latent)])[0]
+    direction = directions(sae, [check_latent(sae, latent)])[0].to(model.device, torch.float32)
     tokens = prompt_tokens(tokenizer, model, prompt)
     x, z = latents_at(model, tokens, sae, hook_in)
-    activation = torch.where(special(tokens, tokenizer)[0].to(z.device), 0.0, z[0, :, latent])
+    activation = torch.where(special(tokens, tokenizer)[0], 0.0, z[0, :, latent])
     active = activation.nonzero()[:, 0]
     texts = token_text(tokenizer, tokens[0].tolist())
     positions: list[AblatedPosition] = []
     if len(active):
         own = activation[active]
         same_hook = hook_in == hook_out
-        amount, silenced = (
-            silencing(sae, x[0, active.to(x.device)], latent, direction) if same_hook else (own, own != 0)
-        )
+        amount, silenced = silencing(sae, x[0, active], latent, direction) if same_hook else (own, own != 0)
         added = torch.zeros(len(active), tokens.shape[1], len(direction), device=direction.device)
         added[torch.arange(len(active)), active] = -amount[:, None] * direction
         clean = model(tokens, use_cache=False).logits[0].float()
@@ -130,7 +128,7 @@ def silencing(
     sae: Any, x: Float[Tensor, "n d_in"], latent: int, direction: Float[Tensor, " d_in"]
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
     """Return the least t for which the latent is silent at x - t f, and whether there is one; else its activation."""
-    x = x.to(sae.device, sae.dtype)
+    x = x.float()
     own = codes(sae, x)[:, latent]
 
     def silent(t: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:

@@ -63,8 +63,8 @@ class _State:
     def __init__(self, patcher: Patcher):
         self.patcher = patcher
         self.delta = patcher.delta()
-        self.kl = patcher.kl(torch.arange(patcher.n_pairs), self.delta)
-        self.rows = [patcher.in_play[:, column].nonzero()[:, 0].cpu() for column in range(len(patcher.candidates))]
+        self.kl = patcher.kl(torch.arange(patcher.n_pairs), self.delta).cpu()
+        self.rows = [patcher.in_play[:, column].nonzero()[:, 0] for column in range(len(patcher.candidates))]
         self.version = torch.zeros(patcher.n_pairs, dtype=torch.int32)
         self.known = torch.zeros(patcher.in_play.shape)  # KL with the candidate taken out
         self.known_at = torch.full(patcher.in_play.shape, -1, dtype=torch.int32)
@@ -118,11 +118,11 @@ class _State:
 
     def remove(self, step: _Step, kl: Float[Tensor, " rows"]) -> None:
         self.delta[step.rows] -= self.patcher.one(step.rows, torch.full_like(step.rows, step.column))
-        self.kl[step.rows] = kl.to(self.kl)
+        self.kl[step.rows] = kl
         self.version[step.rows] += 1
 
     def point(self, threshold: float, n_patched: int) -> Point:
-        values = self.kl.double().cpu().numpy()
+        values = self.kl.double().numpy()
         return Point(threshold, n_patched, mean_interval(values), self.patcher.magnitude(self.delta))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_italian.analysis.causal.splice import codes, directions, hooks_of
 from sae_italian.analysis.tasks.scoring import padded
 from sae_italian.errors import UsageError
-from sae_italian.models.activations import check_context, read_activations, read_many, replaced
+from sae_italian.models.activations import check_context, read_many, replaced
 from sae_italian.models.resume import begun_at, edit_hook, entry_hook
 
 BATCH_ROWS = 128
@@ -79,31 +79,33 @@ class Patcher:
     @torch.no_grad()
     def __post_init__(self) -> None:
         self.hook_in, self.hook_out = hooks_of(self.sae, self.model)
+        self.entry, self.edit = entry_hook(self.model, self.hook_out), edit_hook(self.model, self.hook_out)
         self.n_pairs = len(self.inputs.base)
         self.target_log_p: Float[Tensor, "pairs vocab"] = self._last_log_p(self.inputs.target)
+        names = [self.hook_in, self.hook_out, self.entry]
+        base, target = (read_many(self.model, tokens, names) for tokens in (self.inputs.base, self.inputs.target))
+        self.residual = base[self.entry]  # no edit changes what lies before
         self.candidates: Int[Tensor, " n"]  # the latents that differ anywhere between the two runs
         self.diff: Float[Tensor, "pairs pos n"]  # c' - c
-        self.candidates, self.diff = self._differences()
-        self.directions: Float[Tensor, "n d_out"] = directions(self.sae, self.candidates).float()
-        self.in_play: Bool[Tensor, "pairs n"] = (self.diff != 0).any(1)
+        self.candidates, self.diff = self._differences(base[self.hook_in], target[self.hook_in])
+        self.directions: Float[Tensor, "n d_out"] = directions(self.sae, self.candidates).to(self.diff)
+        self.in_play: Bool[Tensor, "pairs n"] = (self.diff != 0).any(1).cpu()
         # the activation's own difference: what patching every latent and the error amounts to
-        runs = [
-            read_many(self.model, t, [self.hook_out])[self.hook_out] for t in (self.inputs.base, self.inputs.target)
-        ]
-        self.full: Float[Tensor, "pairs pos d_out"] = (runs[1] - runs[0]).float() * self.inputs.differ[..., None]
-        self.entry, self.edit = entry_hook(self.model, self.hook_out), edit_hook(self.model, self.hook_out)
-        self.residual = read_activations(self.model, self.inputs.base, self.entry)  # no edit changes what lies before
+        differ = self.inputs.differ.to(self.model.device)
+        self.full: Float[Tensor, "pairs pos d_out"] = (target[self.hook_out] - base[self.hook_out]).float()
+        self.full = self.full * differ[..., None]
         self.cost.passes += 3
-        self.cost.prompt_forwards += 5 * self.n_pairs
+        self.cost.prompt_forwards += 3 * self.n_pairs
         self.unpatched: Float[Tensor, " pairs"] = self.kl(torch.arange(self.n_pairs), torch.zeros_like(self.full))
 
-    def _differences(self) -> tuple[Int[Tensor, " n"], Float[Tensor, "pairs pos n"]]:
+    def _differences(
+        self, base: Float[Tensor, "pairs pos d_in"], target: Float[Tensor, "pairs pos d_in"]
+    ) -> tuple[Int[Tensor, " n"], Float[Tensor, "pairs pos n"]]:
         """Return the latents that differ and by how much; tokens before the first that differs are the same."""
-        x = [read_many(self.model, t, [self.hook_in])[self.hook_in] for t in (self.inputs.base, self.inputs.target)]
         found = []
         for pair in range(self.n_pairs):  # one at a time: codes of all pairs would not fit for a wide SAE
             here = self.inputs.differ[pair]
-            difference = codes(self.sae, x[1][pair, here]) - codes(self.sae, x[0][pair, here])
+            difference = codes(self.sae, target[pair, here]) - codes(self.sae, base[pair, here])
             found.append(difference.float().to_sparse())
         columns = [part.coalesce().indices()[1] for part in found]
         candidates = torch.unique(torch.cat(columns))
@@ -112,13 +114,13 @@ class Patcher:
             row, column = part.coalesce().indices()
             at = self.inputs.differ[pair].nonzero()[:, 0]
             diff[pair, at[row.cpu()], torch.searchsorted(candidates, column).cpu()] = part.coalesce().values().cpu()
-        return candidates, diff.to(self.sae.device)
+        return candidates.cpu(), diff.to(self.model.device)
 
     def _last_log_p(self, tokens: Int[Tensor, "rows pos"], rows: Int[Tensor, " rows"] | None = None) -> Tensor:
         """Return the log-probabilities after each row's last token; the vocabulary is computed there alone."""
         hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state
         lengths = self.inputs.lengths if rows is None else self.inputs.lengths[rows]
-        last = hidden[torch.arange(len(tokens)), lengths.to(hidden.device) - 1]
+        last = hidden[torch.arange(len(tokens), device=hidden.device), lengths.to(hidden.device) - 1]
         return self.model.get_output_embeddings()(last).float().log_softmax(-1)
 
     def kl(self, rows: Int[Tensor, " rows"], delta: Float[Tensor, "rows pos d_out"]) -> Float[Tensor, " rows"]:

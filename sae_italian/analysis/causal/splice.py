@@ -44,9 +44,9 @@ def hooks_of(sae: Any, model: Any) -> tuple[str, str]:
 
 
 def codes(sae: Any, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-    """Return the SAE's latents of x, dense."""
+    """Return the SAE's latents of x, dense, where x is."""
     z = sae.encode(x.to(sae.device, sae.dtype))
-    return z.to_dense() if z.is_sparse else z
+    return (z.to_dense() if z.is_sparse else z).to(x.device)
 
 
 @torch.no_grad()

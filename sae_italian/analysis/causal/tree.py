@@ -180,9 +180,9 @@ class _Growth:
         entry, edit = entry_hook(self.model, hook_out), edit_hook(self.model, hook_out)
         read = read_many(self.model, tokens, [hook_in, entry])
         z = codes(earlier, read[hook_in])[0]
-        z = z * ~special(tokens, self.model.tokenizer)[0].to(z.device)[:, None]
+        z = z * ~special(tokens, self.model.tokenizer)[0][:, None]
         active = (z != 0).any(0).nonzero()[:, 0]
-        written = directions(earlier, active)
+        written = directions(earlier, active).to(z)
         after: list[float] = []
         for some, rows in zip(active.split(ROWS), written.split(ROWS), strict=True):
             removed = torch.einsum("pr,rd->rpd", z[:, some], rows)
