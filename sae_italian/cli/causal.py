@@ -33,8 +33,13 @@ def _task_commands(root: Commands) -> None:
     sub.add_argument("model")
     sub.add_argument("--pairs", type=Path, help="a file in MultiBLiMP's layout (ita.tsv); default: pairs made here")
     sub.add_argument("--n", type=int, default=500, help="pairs made (default 500)")
+    sub.add_argument(
+        "--sae", action="append", default=[], help="an SAE to patch on the subject's number; again for more"
+    )
+    sub.add_argument("--patched", type=int, default=50, help="pairs that are patched (default 50)")
+    sub.add_argument("--thresholds", type=int, default=50, help="of the elimination (default 50)")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", type=Path, help="a folder for agreement.json and agreement.svg")
+    sub.add_argument("--out", type=Path, help="a folder for agreement.json, agreement.svg, and number.svg with --sae")
 
 
 def _latent_commands(root: Commands) -> None:
@@ -79,11 +84,8 @@ def _write(folder: Path | None, name: str, value: Any, svg: str | None) -> str:
 
 
 def _ioi(options: argparse.Namespace) -> Result:
-    from sae_italian.analysis.causal import patch_saes
-    from sae_italian.analysis.causal.compare import thresholds
     from sae_italian.analysis.tasks import check_able, ioi_pairs, ioi_score, words_for
     from sae_italian.models import load_model
-    from sae_italian.saes import load_sae
 
     for flag, value in (("--pairs", options.pairs), ("--check", options.check), ("--thresholds", options.thresholds)):
         positive(flag, value)
@@ -102,20 +104,23 @@ def _ioi(options: argparse.Namespace) -> Result:
     if options.sae:
         if not options.anyway:
             check_able(skill, "indirect object", options.model)
-        saes = {Path(name).name if Path(name).is_dir() else name: load_sae(name) for name in options.sae}
-        if len(saes) < len(options.sae):
-            saes = {name: load_sae(name) for name in options.sae}
-        found = patch_saes(
-            model,
-            model.tokenizer,
-            saes,
-            made[: options.pairs],
-            thresholds=thresholds(options.thresholds),
-            seed=options.seed,
-        )
+        found = _patched(options, model, made[: options.pairs])
         value["patching"], svg = found.as_dict(), found.svg()
         text += "\n\n" + found.table()
     return value, text + _write(options.out, "ioi", value, svg)
+
+
+def _patched(options: argparse.Namespace, model: Any, pairs: Any) -> Any:
+    """Patch the SAEs of --sae on the pairs; each goes by its folder's name, or as given where two have the same."""
+    from sae_italian.analysis.causal import patch_saes
+    from sae_italian.analysis.causal.compare import thresholds
+    from sae_italian.saes import load_sae
+
+    names = {name: Path(name).name if Path(name).is_dir() else name for name in options.sae}
+    alike = len(set(names.values())) < len(names)
+    saes = {name if alike else short: load_sae(name) for name, short in names.items()}
+    levels = thresholds(options.thresholds)
+    return patch_saes(model, model.tokenizer, saes, pairs, thresholds=levels, seed=options.seed)
 
 
 def _by_kind(skill: Any) -> str:
@@ -123,15 +128,24 @@ def _by_kind(skill: Any) -> str:
 
 
 def _agreement(options: argparse.Namespace) -> Result:
-    from sae_italian.analysis.tasks import agreement_pairs, agreement_score, read_minimal_pairs
+    from sae_italian.analysis.tasks import agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
     from sae_italian.models import load_model
+    from sae_italian.storage import write_text
 
+    positive("--patched", options.patched)
+    positive("--thresholds", options.thresholds)
     pairs = read_minimal_pairs(options.pairs) if options.pairs else agreement_pairs(options.n, seed=options.seed)
     model = load_model(options.model)
     found = agreement_score(model, model.tokenizer, pairs)
-    value = {"model": options.model, "pairs": str(options.pairs or "generated"), **found.as_dict()}
+    value: dict[str, Any] = {"model": options.model, "pairs": str(options.pairs or "generated"), **found.as_dict()}
     lines = [found.text(), "", "| agreement | right | 95 % interval |", "|---|---|---|"]
     lines += [f"| {kind} | {s.value:.1%} | {s.lo:.1%} to {s.hi:.1%} |" for kind, s in found.by_kind.items()]
+    if options.sae:
+        patched = _patched(options, model, number_pairs(options.patched, model.tokenizer, seed=options.seed))
+        value["patching"] = patched.as_dict()
+        lines += ["", "the subject's number, patched:", "", patched.table()]
+        if options.out:
+            write_text(options.out / "number.svg", patched.svg())
     return value, "\n".join(lines) + _write(options.out, "agreement", value, found.svg())
 
 

@@ -1,6 +1,12 @@
 """Tasks with a known right answer: the indirect object, and agreement."""
 
-from sae_italian.analysis.tasks.agreement import MinimalPair, agreement_pairs, agreement_score, read_minimal_pairs
+from sae_italian.analysis.tasks.agreement import (
+    MinimalPair,
+    agreement_pairs,
+    agreement_score,
+    number_pairs,
+    read_minimal_pairs,
+)
 from sae_italian.analysis.tasks.ioi import (
     IoiPair,
     IoiWords,
@@ -24,6 +30,7 @@ __all__ = [
     "ioi_pairs",
     "ioi_score",
     "micro_italiano_words",
+    "number_pairs",
     "read_minimal_pairs",
     "words_for",
 ]

@@ -21,6 +21,7 @@ from sae_italian.errors import DataError, UsageError
 
 KINDS = ("gender", "gender, attractor", "number", "subject-verb", "subject-verb, attractor")
 GENDERS = ("Masc", "Fem")
+TRIES = 50  # subjects made for each that is wanted
 _THE = (("il", "i"), ("la", "le"))  # [gender][number]
 _TO_THE = (("al", "ai"), ("alla", "alle"))
 _THIS = (("questo", "questi"), ("questa", "queste"))
@@ -78,6 +79,37 @@ def _pair(random: Random, kind: str, side: int) -> MinimalPair:
         forms, prefix = (verb[number], verb[1 - number]), subject
     prefix = prefix[0].upper() + prefix[1:]
     return MinimalPair(f"{prefix} {forms[0]}", f"{prefix} {forms[1]}", kind)
+
+
+def number_pairs(n: int, tokenizer: Any, *, seed: int = 0) -> list[tuple[str, str]]:
+    """Return `n` pairs of subjects that differ in number alone and have equally many tokens, to patch one into the other.
+
+    «Il libro vicino alle penne» against «I libri vicino alle penne»: what follows is a verb in the number of the first
+    noun, over an attractor of either number. Singular and plural take turns as the base.
+    Raises: UsageError unless n is at least 1, and when too few nouns have as many tokens in both numbers.
+    """
+    if n < 1:
+        raise UsageError(f"the number of pairs is {n}; it must be 1 or more.")
+    found: list[tuple[str, str]] = []
+    for attempt in range(TRIES * n):
+        pair = _number_pair(Random(f"number/{seed}/{attempt}"), side=len(found) % 2)
+        if len(tokenizer(pair[0]).input_ids) == len(tokenizer(pair[1]).input_ids):
+            found.append(pair)
+        if len(found) == n:
+            return found
+    raise UsageError(
+        f"{len(found)} of {TRIES * n} subjects have as many tokens in both numbers, {n} wanted. Ask for fewer."
+    )
+
+
+def _number_pair(random: Random, side: int) -> tuple[str, str]:
+    nouns, _, _ = _words()
+    gender, other_gender, other_number = (random.randrange(2) for _ in range(3))
+    noun = random.choice(nouns[gender])
+    between = random.choice([other for other in nouns[other_gender] if other != noun])
+    ending = f"vicino {_TO_THE[other_gender][other_number]} {between[other_number]}"
+    texts = [f"{_THE[gender][number].capitalize()} {noun[number]} {ending}" for number in range(2)]
+    return texts[side], texts[1 - side]
 
 
 def read_minimal_pairs(path: Path) -> list[MinimalPair]:

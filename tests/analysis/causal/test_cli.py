@@ -73,9 +73,11 @@ def test_steer_and_ablate_print_a_table(capsys, folder):
     assert code == 0 and found["latent"] == 7 and len(found["tokens"]) == len(found["activations"])
 
 
-def test_agreement_prints_and_writes_every_kind(capsys, tmp_path):
-    code, out, _ = run(capsys, "agreement", "mini", "--n", 50, "--out", tmp_path)
-    assert code == 0 and "| subject-verb, attractor |" in out
+def test_agreement_prints_and_writes_every_kind(capsys, folder, tmp_path):
+    patching = ("--sae", folder, "--patched", 2, "--thresholds", 2)
+    code, out, _ = run(capsys, "agreement", "mini", "--n", 50, "--out", tmp_path, *patching)
+    assert code == 0 and "| subject-verb, attractor |" in out and "| one |" in out
+    assert (tmp_path / "number.svg").is_file()
     assert json.loads((tmp_path / "agreement.json").read_text())["n"] == 50 and (tmp_path / "agreement.svg").is_file()
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from sae_italian.analysis.tasks import MinimalPair, agreement_pairs, agreement_score, read_minimal_pairs
+from sae_italian.analysis.tasks import MinimalPair, agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
 from sae_italian.analysis.tasks.agreement import KINDS
 from sae_italian.corpora import micro_italiano
 from sae_italian.errors import DataError, UsageError
@@ -63,6 +63,30 @@ def test_the_score_is_of_whole_texts(mini):
 def test_the_embedded_model_knows_number_and_verbs(mini):
     found = agreement_score(mini, mini.tokenizer, agreement_pairs(150))
     assert found.by_kind["number"].value >= 0.9 and found.by_kind["subject-verb"].value >= 0.7
+
+
+def test_number_pairs_differ_in_the_subject_alone_and_align(mini):
+    pairs = number_pairs(12, mini.tokenizer)
+    for index, (base, other) in enumerate(pairs):
+        (article, noun, *rest), (other_article, other_noun, *other_rest) = base.split(), other.split()
+        assert rest == other_rest and rest[0] == "vicino" and noun != other_noun
+        assert {article, other_article} in ({"Il", "I"}, {"La", "Le"}) and (article in ("Il", "La")) == (index % 2 == 0)
+        assert len(mini.tokenizer(base).input_ids) == len(mini.tokenizer(other).input_ids)
+    assert number_pairs(12, mini.tokenizer) == pairs and len(set(pairs)) > 8
+
+
+def test_too_few_aligned_subjects_are_refused():
+    class Growing:
+        """A tokenizer in which no two texts have equally many tokens."""
+
+        calls = 0
+
+        def __call__(self, text):
+            self.calls += 1
+            return type("Encoded", (), {"input_ids": [0] * self.calls})
+
+    with pytest.raises(UsageError, match="0 of 50 subjects"):
+        number_pairs(1, Growing())
 
 
 def test_multiblimp_is_read_as_tsv_jsonl_and_parquet(tmp_path):
