@@ -118,11 +118,11 @@ def test_guessing_ahead_takes_the_decisions_of_one_step_at_a_time(mini, topk_sae
     if kind == "pca":
         dictionary = Pca(topk_sae, read_activations(mini, inputs.base, "blocks.2.hook_resid_post")[0])
         dictionary.components, dictionary.cfg.d_sae = dictionary.components[:20], 20
-    three = PatchInputs(*(part[:3] for part in inputs))
-    patcher, plain = Patcher(mini, dictionary, three), Patcher(mini, dictionary, three)
+    two, levels = PatchInputs(*(part[:2] for part in inputs)), (1e-3, 0.05, 1.0)
+    patcher, plain = Patcher(mini, dictionary, two), Patcher(mini, dictionary, two)
     before = plain.cost.prompt_forwards
-    found = eliminate(patcher, FEW, seed=3)
-    trace, removed = one_at_a_time(plain, FEW, seed=3)
+    found = eliminate(patcher, levels, seed=3)
+    trace, removed = one_at_a_time(plain, levels, seed=3)
     assert [point.n_patched for point in found.points[1:]] == [n for _, n, _ in trace]
     assert [point.kl.value for point in found.points[1:]] == pytest.approx([kl for _, _, kl in trace], abs=1e-4)
     assert list(found.order[found.survivors :]) == removed[::-1]
@@ -137,16 +137,16 @@ def test_an_effect_is_what_patching_that_latent_alone_does(mini, topk_sae, input
         alone = torch.arange(len(effects)) == column
         fall = float((patcher.unpatched - patcher.patched_kl(alone)).mean())
         assert float(effects[column]) == pytest.approx(fall, abs=1e-5)
-    small, large = 2e-4, attribution.abs() > 0.5  # for a small enough edit, the first order is all there is
+    small, large = 2e-4, attribution.abs().topk(4).indices  # for a small enough edit, the first order is all there is
     patcher.diff *= small
-    assert large.sum() > 3 and torch.allclose(patcher.effects()[large], small * attribution[large], rtol=0.05)
+    assert torch.allclose(patcher.effects()[large], small * attribution[large], rtol=0.1)
 
 
 def test_the_report_holds_every_curve_and_is_the_same_each_time(mini, topk_sae, pairs):
     saes = {"SAE": topk_sae, "twin": random_twin(topk_sae)}
-    one, two = (patch_saes(mini, mini.tokenizer, saes, pairs[:3], thresholds=FEW) for _ in range(2))
+    one, two = (patch_saes(mini, mini.tokenizer, saes, pairs[:2], thresholds=(0.01, 1.0, 100.0)) for _ in range(2))
     shown = json.loads(json.dumps(one.as_dict()))
-    assert [curve["name"] for curve in shown["curves"]] == ["SAE", "twin"] and shown["n_pairs"] == 3
+    assert [curve["name"] for curve in shown["curves"]] == ["SAE", "twin"] and shown["n_pairs"] == 2
     assert one.svg() == two.svg() and one.svg().startswith("<?xml")
     curve = one.curves[0]
     assert [point.n_patched for point in curve.points] == sorted((p.n_patched for p in curve.points), reverse=True)
