@@ -17,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 _MODEL_TABLES = "transformer_lens.supported_models"
+_REGISTERED_MODULES = [f"sae_italian.saes.{name}" for name in ("tied", "topk", "transcoder_training", "transcoders")]
+_HAVE_RUN: set[str] = set()  # those of them that were imported to the end
 
 
 class _Aliases(list):
@@ -65,8 +67,11 @@ def register_all() -> None:
 def register_releases() -> None:
     """Add our loaders and releases to SAELens' tables, so that `SAE.from_pretrained` knows them; idempotent.
 
-    Raises: ValueError when SAELens already has a release or loader of that name that is not ours.
+    While one of our own modules is being imported (it was what imported SAELens) nothing happens; its last line calls
+    `has_run`. Raises: ValueError when SAELens already has a release or loader of that name that is not ours.
     """
+    if any(map(_is_being_imported, _REGISTERED_MODULES)):
+        return
     from sae_lens.loading import pretrained_sae_loaders as loaders
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup, get_pretrained_saes_directory
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
@@ -99,6 +104,16 @@ def register_releases() -> None:
         for release in releases().values()
     }
     _add("release", get_pretrained_saes_directory(), lookups)
+
+
+def _is_being_imported(name: str) -> bool:
+    return name in sys.modules and name not in _HAVE_RUN
+
+
+def has_run(name: str) -> None:
+    """Say that one of our modules whose classes SAELens is told has run to its end."""
+    _HAVE_RUN.add(name)
+    install()
 
 
 def _add(what: str, table: dict[str, Any], ours: dict[str, Any]) -> None:

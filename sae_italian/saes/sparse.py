@@ -30,6 +30,7 @@ from sae_italian.saes.sparse_products import (
     row_dots,
     weighted_rows,
 )
+from sae_italian.saes.sparse_screen import can_screen, screened_topk
 from sae_italian.saes.sparse_select import select_topk
 
 
@@ -58,6 +59,7 @@ def encode_rows(
     input_bias: Float[Tensor, " d_in"] | None = None,
     latents: Int[Tensor, " n"] | None = None,
     relu: bool = True,
+    screen: bool = False,
     workspace: Workspace | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """Return what `encode_topk` does, of an encoder given as rows (W_enc.T).
@@ -65,7 +67,8 @@ def encode_rows(
     norm: the latents are ranked by pre-activation times this positive number; the values returned are not multiplied.
     input_bias: a bias that the caller has already subtracted from x; named here, its gradient costs one matrix-vector
     product. latents: only these compete, and the indices returned count within them. relu=False keeps negative values.
-    The gradient of `rows` is dense, or sparse in `latents` where they are given.
+    screen: find candidates in bfloat16 first (`sparse_screen.py`), where that can save anything. The gradient of `rows`
+    is dense, or sparse in `latents` where they are given.
     """
     n = len(rows) if latents is None else len(latents)
     if not 1 <= k <= n:
@@ -73,7 +76,12 @@ def encode_rows(
     device = x.device.type
     matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with exact(x):
-        values, indices = _Encode.apply(x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace)
+        select = select_topk
+        if screen and latents is None and can_screen(x, n, k, matmul_dtype):
+            select, workspace = screened_topk, workspace or Workspace()
+        values, indices = _Encode.apply(
+            x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace, select
+        )
     return values, indices
 
 
@@ -95,10 +103,10 @@ def decode(
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace):  # pyright: ignore
+    def forward(ctx, x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace, select):  # pyright: ignore
         some = rows if latents is None else rows[latents]
         bias = b_enc if latents is None else b_enc[latents]
-        values, indices = select_topk(x, some, bias, k, norm, matmul_dtype, workspace)
+        values, indices = select(x, some, bias, k, norm, matmul_dtype, workspace)
         if relu:
             values = values.relu_()
         # the rows themselves are needed for the gradients of the input and of its bias only
@@ -125,7 +133,7 @@ class _Encode(torch.autograd.Function):
                 grad_b = sums if latents is None else sums.new_zeros(ctx.n_latents).index_copy_(0, latents, sums)
             if need_bias:
                 grad_bias = -torch.mv(some.T, sums)
-        return grad_x, grad_rows, grad_b, grad_bias, *[None] * 6
+        return grad_x, grad_rows, grad_b, grad_bias, *[None] * 7
 
 
 class _Decode(torch.autograd.Function):

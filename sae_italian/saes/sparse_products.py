@@ -35,10 +35,12 @@ class Workspace:
 
     A tensor is handed out over the kept memory only when nothing else refers to that memory: a gradient that somebody
     still holds, or that is being added to, is never overwritten. On CUDA PyTorch's own allocator does this.
+    It also counts the tokens screened in bfloat16, and those of them that had to be done again (`sparse_screen.py`).
     """
 
     def __init__(self):
         self._kept: dict[str, torch.UntypedStorage] = {}
+        self.screened = self.unproved = 0
 
     def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return an uninitialised tensor of that shape, in `like`'s dtype and on its device."""

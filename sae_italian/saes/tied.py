@@ -16,6 +16,8 @@ from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainingSAE, Tr
 from sae_lens.saes.standard_sae import StandardSAEConfig
 from torch import Tensor, nn
 
+from sae_italian import plugin
+
 TIED = "tied"
 
 
@@ -87,3 +89,6 @@ class TiedTrainingSAE(TrainingSAE[TiedTrainingSAEConfig]):
         directions = self.directions().detach()
         state_dict["W_dec"] = directions.clone()
         state_dict["W_enc"] = directions.T.contiguous().clone()
+
+
+plugin.has_run(__name__)  # SAELens was told nothing while this module was being imported

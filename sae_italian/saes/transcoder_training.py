@@ -19,6 +19,7 @@ from sae_lens.saes.transcoder import TranscoderConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor, nn
 
+from sae_italian import plugin
 from sae_italian.saes.topk import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, latents_first
 from sae_italian.saes.transcoders import TOPK_TRANSCODER, TopKTranscoderConfig
 
@@ -176,3 +177,6 @@ class PairScaler(ActivationScaler):
             n, d_out = n + len(halves[0]), halves[1].shape[-1]
             sums = [total + half.norm(dim=-1).sum().item() for total, half in zip(sums, halves, strict=True)]
         self.scaling_factor = (d_in**0.5 * n / sums[0], d_out**0.5 * n / sums[1])
+
+
+plugin.has_run(__name__)  # SAELens was told nothing while this module was being imported

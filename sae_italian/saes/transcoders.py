@@ -12,6 +12,8 @@ from sae_lens.saes.topk_sae import TopK
 from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig
 from torch import Tensor
 
+from sae_italian import plugin
+
 TOPK_TRANSCODER = "topk_transcoder"
 
 
@@ -44,3 +46,6 @@ class TopKTranscoder(SkipTranscoder):
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:
         raise NotImplementedError("folding the decoder's norm would change which latents are the top k")
+
+
+plugin.has_run(__name__)  # SAELens was told nothing while this module was being imported

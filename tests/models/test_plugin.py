@@ -19,6 +19,14 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("module", ["tied", "topk", "transcoder_training", "transcoders"])
+def test_saelens_is_told_whichever_of_our_modules_imports_it(module):
+    code = f"""import sae_italian.saes.{module}
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+print(len({{"sparse_topk", "transcoder"}} & set(SAE_TRAINING_CLASS_REGISTRY)), "topk_transcoder" in SAE_CLASS_REGISTRY)"""
+    assert run(code) == "2 True"
+
+
 def test_import_is_light_and_loads_no_torch():
     started = time.perf_counter()
     out = run("import sys, sae_italian; print('torch' in sys.modules or 'transformer_lens' in sys.modules)")

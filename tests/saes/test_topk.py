@@ -143,10 +143,11 @@ def trainer_of(sae, **settings):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-5), ("float32", 1e-3)])
-@pytest.mark.parametrize("tuned", [False, True])
-def test_ten_steps_of_saelens_own_trainer_end_at_the_same_weights(dtype, tolerance, tuned):
+@pytest.mark.parametrize("tuned, screened", [(False, False), (True, False), (True, True)])
+def test_ten_steps_of_saelens_own_trainer_end_at_the_same_weights(dtype, tolerance, tuned, screened):
     """With latents that die after two steps; weights, firing counts and logged metrics agree."""
     saes = pair(dtype=dtype)
+    saes[1].cfg.bf16_screening = screened
     stock, ours = (trainer_of(sae) for sae in saes)
     if tuned:
         tune(ours)
@@ -156,6 +157,7 @@ def test_ten_steps_of_saelens_own_trainer_end_at_the_same_weights(dtype, toleran
         stock.n_training_steps += 1
         ours.n_training_steps += 1
     assert stock.dead_neurons.any() and not stock.dead_neurons.all()
+    assert saes[1]._workspace.screened == (10 * BATCH if screened and dtype == "float32" else 0)
     for name, parameter in saes[0].named_parameters():
         assert furthest(dict(saes[1].named_parameters())[name], parameter) < tolerance, name
     assert torch.equal(ours.act_freq_scores, stock.act_freq_scores)
