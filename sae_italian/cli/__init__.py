@@ -13,6 +13,7 @@ from sae_italian.cli import (
     bench,
     browser,
     cache,
+    causal,
     corpora,
     explainita,
     interchange,
@@ -37,6 +38,7 @@ GROUPS = (
     scores,
     explainita,
     browser,
+    causal,
     bench,
 )
 
