@@ -15,6 +15,7 @@ from sae_italian.cli import (
     cache,
     corpora,
     explainita,
+    geometry,
     interchange,
     models,
     quickstart,
@@ -36,6 +37,7 @@ GROUPS = (
     autointerp,
     scores,
     explainita,
+    geometry,
     browser,
     bench,
 )

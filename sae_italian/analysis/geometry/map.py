@@ -26,9 +26,13 @@ def latent_map(
     `pca` gives the first two principal components, the same for the same SAE; `umap` needs umap-learn and follows `seed`.
     Raises: UsageError for an unknown method, and for `umap` when it is not installed.
     """
+    return map_of(directions(sae, latents), method, seed)
+
+
+def map_of(units: Float[Tensor, "n d"], method: Method = "pca", seed: int = 0) -> Float[np.ndarray, "n 2"]:
+    """Return two coordinates for each direction. Raises: UsageError as `latent_map`."""
     if method not in METHODS:
         raise UsageError(f"map method {method!r} is unknown. {nearest(method, METHODS)}")
-    units = directions(sae, latents)
     return _pca(units) if method == "pca" else _umap(units, seed)
 
 
