@@ -21,6 +21,7 @@ from sae_italian.cli import (
     quickstart,
     saes,
     scores,
+    shift,
     training,
 )
 from sae_italian.cli.base import Commands, Parser
@@ -36,6 +37,7 @@ GROUPS = (
     interchange,
     autointerp,
     scores,
+    shift,
     explainita,
     geometry,
     browser,
