@@ -64,6 +64,10 @@ class _Sums:
         """Return the numbers, and how they differ from those of the reference."""
         numbers = {key: self.sums.bootstrap.estimate(STATISTICS[key]) for key in KEYS}
         change = {} if reference is self else {key: self._difference(reference, STATISTICS[key]) for key in KEYS}
+        if self.sums.n_documents < 2:  # one document says nothing of how documents differ
+            numbers = {key: Estimate(found.value, np.nan, np.nan) for key, found in numbers.items()}
+        if min(self.sums.n_documents, reference.sums.n_documents) < 2:
+            change = {key: Estimate(found.value, np.nan, np.nan) for key, found in change.items()}
         return Bucket(self.name, self.tokens, self.sums.n_documents, numbers, change)
 
     def _difference(self, reference: _Sums, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:

@@ -98,12 +98,7 @@ class Shift:
             if not found:
                 continue
             name = f"**{bucket.name}**" if bucket.name == self.reference else bucket.name
-            cells = [
-                "{} ({} to {})".format(*(form.format(x) for x in found[key]))
-                if found[key].value == found[key].value
-                else "-"
-                for key in KEYS
-            ]
+            cells = [_shown(found[key], form) for key in KEYS]
             lines.append("| " + " | ".join([name, f"{bucket.n_tokens:,}", f"{bucket.n_documents:,}", *cells]) + " |")
         return lines
 
@@ -155,3 +150,12 @@ class Shift:
         write_json(folder / RESULT, self.as_dict())
         write_text(folder / MARKDOWN, self.markdown())
         write_text(folder / PICTURE, self.svg())
+
+
+def _shown(value: Estimate, form: str) -> str:
+    """Return a value and its interval, as far as they are known."""
+    if value.value != value.value:
+        return "-"
+    if value.lo != value.lo:
+        return form.format(value.value)
+    return "{} ({} to {})".format(*(form.format(x) for x in value))

@@ -37,11 +37,11 @@ def test_genres_are_the_files_of_a_folder(folder, genres, tmp_path, capsys):
 
 
 def test_context_languages_and_models(folder, genres, tmp_path, capsys):
-    common = ["--tokens", "300", "--json", "--out", str(tmp_path / "out")]
+    common = ["--tokens", "300", "--split", "all", "--corpus", str(genres), "--json", "--out", str(tmp_path / "out")]
     assert main(["shift", folder, "--by", "context", "--packed", "--edges", "0,32,64", *common]) == 0
     assert [b["name"] for b in json.loads(capsys.readouterr().out)["buckets"]] == ["0-32", "32-64"]
     pairs = [f"it={genres / 'leggi.jsonl'}", f"en={genres / 'romanzi.jsonl'}"]
-    assert main(["shift", folder, "--by", "language", "--split", "all", "--corpora", *pairs, *common]) == 0
+    assert main(["shift", folder, "--by", "language", "--corpora", *pairs, *common]) == 0
     assert json.loads(capsys.readouterr().out)["reference"] == "it"
     assert main(["shift", folder, "--by", "model", "--models", "same=sae-italian-mini", *common]) == 0
     (_, same) = json.loads(capsys.readouterr().out)["buckets"]
