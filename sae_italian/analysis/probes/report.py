@@ -224,9 +224,11 @@ def probe(
 
 
 def _detectors(task: Task, acts: scipy.sparse.csr_array, name: str) -> Iterator[Detection]:
-    """Yield each label's best latent, and those that also detect it: a training F1 of LEAST_F1 at least."""
+    """Yield each label's best latent if it does better than saying yes to all, and others of a good training F1."""
     if task.usable():
-        yield from single_latents(task, acts, acts, name)
+        for item in single_latents(task, acts, acts, name):
+            if item.f1.lo > 2 * item.share / (1 + item.share):
+                yield item
         yield from single_latents(task, acts, acts, name, most=DETECTORS, least=LEAST_F1)
 
 
