@@ -224,12 +224,13 @@ def probe(
 
 
 def _detectors(task: Task, acts: scipy.sparse.csr_array, name: str) -> Iterator[Detection]:
-    """Yield each label's best latent if it does better than saying yes to all, and others of a good training F1."""
-    if task.usable():
-        for item in single_latents(task, acts, acts, name):
-            if item.f1.lo > 2 * item.share / (1 + item.share):
-                yield item
-        yield from single_latents(task, acts, acts, name, most=DETECTORS, least=LEAST_F1)
+    """Yield each label's best latent, and others of a good training F1, if they do better than saying yes to all."""
+    if not task.usable():
+        return
+    best = single_latents(task, acts, acts, name)
+    for item in [*best, *single_latents(task, acts, acts, name, most=DETECTORS, least=LEAST_F1)]:
+        if item.f1.lo > 2 * item.share / (1 + item.share):
+            yield item
 
 
 def _shown(value: Estimate) -> str:
