@@ -1,0 +1,56 @@
+"""Latents of one language: entropies known by hand, none between copies of one text, counts by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from sae_italian.analysis.probes import language_latents
+from sae_italian.analysis.probes.languages import Languages, entropies, owners
+from sae_italian.corpora import iter_documents, pack
+from sae_italian.errors import UsageError
+from sae_italian.models.activations import read_activations
+
+PROBABILITY = np.array([[0.2, 0.1, 0.0, 0.0, 0.0005], [0.0, 0.1, 0.3, 0.0, 0.0], [0.01, 0.1, 0.3, 0.0, 0.0]])
+
+
+def test_entropies_and_owners_by_hand():
+    found = entropies(PROBABILITY)
+    assert found[1] == pytest.approx(np.log(3)) and found[2] == pytest.approx(np.log(2)) and np.isnan(found[3])
+    assert found[4] == 0 and 0 < found[0] < 0.3
+    assert owners(PROBABILITY).tolist() == [0, -1, -1, -1, -1]  # the last fires too rarely
+
+
+def test_rows_for_the_store():
+    owner = owners(PROBABILITY)
+    found = Languages(
+        ["it", "en", "fr"], [1000, 900, 800], PROBABILITY, entropies(PROBABILITY), owner, dict.fromkeys("abc", 0.0)
+    )
+    (row,) = found.labels()
+    assert (row.latent, row.label, row.n) == (0, "Language=it", 1000)
+    assert row.precision == pytest.approx(0.2 / 0.21) and row.recall == pytest.approx(0.2)
+    assert found.shares()["it"].value == pytest.approx(1 / 3) and found.latents("en").tolist() == []
+
+
+def test_copies_of_one_text_share_all_latents(topk_sae, mini, jsonl):
+    corpora = {"uno": str(jsonl), "due": str(jsonl)}
+    found = language_latents(topk_sae, mini, corpora, n_tokens=600)
+    assert (found.owner == -1).all() and np.array_equal(found.probability[0], found.probability[1])
+
+
+def test_probabilities_are_shares_of_tokens_and_chance_is_below_what_is_there(topk_sae, mini, jsonl, tmp_path):
+    """By hand on the same windows; the other language is digits only."""
+    other = tmp_path / "cifre.jsonl"
+    rows = [" ".join(str(7 * i + j) for j in range(60)) for i in range(30)]
+    other.write_text("".join(f'{{"text": "{row}"}}\n' for row in rows), encoding="utf-8")
+    found = language_latents(topk_sae, mini, {"it": str(jsonl), "cifre": str(other)}, n_tokens=900)
+    block = next(pack(iter_documents(jsonl), mini.tokenizer, 128, windows_per_block=8))
+    tokens = torch.from_numpy(block.tokens)
+    keep = tokens != mini.tokenizer.bos_token_id
+    with torch.no_grad():
+        active = topk_sae.encode(read_activations(mini, tokens, "blocks.2.hook_resid_post")[keep]) != 0
+    assert found.n_tokens[0] == int(keep.sum())
+    assert np.allclose(found.probability[0], active.float().mean(0).numpy(), atol=1e-3)
+    assert (found.owner >= 0).sum() > 3 * sum(found.by_chance.values())
+    assert "| cifre |" in "\n".join(found.table())
+    with pytest.raises(UsageError, match="give two languages or more"):
+        language_latents(topk_sae, mini, {"it": str(jsonl)})
