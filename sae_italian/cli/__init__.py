@@ -17,6 +17,7 @@ from sae_italian.cli import (
     explainita,
     interchange,
     models,
+    papers,
     quickstart,
     saes,
     scores,
@@ -36,6 +37,7 @@ GROUPS = (
     autointerp,
     scores,
     explainita,
+    papers,
     browser,
     bench,
 )

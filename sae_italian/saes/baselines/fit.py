@@ -72,7 +72,7 @@ def fit_baselines(
         for name, kept in ((kind, None), (kind + TOPK, k)):
             baseline = as_sae(directions, sae, name, kept)
             baseline.cfg.metadata.converged = converged
-            found[name] = _scaled(baseline, sample) if kind == "random" else baseline
+            found[name] = rescaled(baseline, sample) if kind == "random" else baseline
     return found
 
 
@@ -189,8 +189,11 @@ def _random(sae: Any, seed: int) -> Directions:
 
 
 @torch.no_grad()
-def _scaled(sae: Any, sample: Rows) -> Any:
-    """Multiply the decoder by the factor that reconstructs the sample best; tied random directions overshoot by far."""
+def rescaled(sae: Any, sample: Rows) -> Any:
+    """Multiply the decoder by the factor that reconstructs the sample best, and return the SAE.
+
+    Tied random directions overshoot by far without.
+    """
     product = square = 0.0
     for part in sample.split(4096):
         x = part.to(sae.device, sae.dtype)

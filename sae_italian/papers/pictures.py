@@ -1,0 +1,92 @@
+"""The pictures of the papers' comparisons, as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sae_italian.papers.tables import dictionary_name
+from sae_italian.pictures import OURS, svg
+from sae_italian.saes.baselines import TOPK
+
+COLOURS = {
+    "sae": OURS,
+    "pca": "#3b6fb6",
+    "ica": "#c77800",
+    "nmf": "#7a5195",
+    "random": "#8a8f98",
+    "identity": "#b3261e",
+}
+
+
+def colour(name: str) -> str:
+    return COLOURS.get(name.partition("-")[0], "#444444")
+
+
+def baselines_svg(result: dict[str, Any]) -> str:
+    """Return scores by layer (top and random, random only), the curve of the middle layer, perplexity by layer."""
+    layers = sorted(result["layers"], key=lambda layer: layer["layer"])
+
+    def draw(axes: Any) -> None:
+        _by_layer(axes[0], layers, "simulation", "simulation, top and random · simulazione, forti e casuali")
+        _by_layer(axes[1], layers, "simulation_random", "simulation, random only · solo casuali")
+        middle = layers[len(layers) // 2]
+        _curves(axes[2], middle)
+        _by_layer(axes[3], layers, "perplexity", "perplexity · perplessità")
+        own = [layer["rows"][0]["perplexity_of_model"]["value"] for layer in layers]
+        axes[3].plot(range(len(layers)), own, color="#222222", linestyle=":", label="the model · il modello")
+        axes[3].set_yscale("log")
+        axes[3].legend(frameon=False, fontsize=7)
+        axes[0].figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8
+        )
+
+    return svg(draw, 4, (15.0, 4.4))
+
+
+def _by_layer(axis: Any, layers: Sequence[dict[str, Any]], key: str, title: str) -> None:
+    """Draw one dot with its interval for each dictionary and layer, side by side."""
+    names = [row["dictionary"] for row in layers[0]["rows"]]
+    for i, name in enumerate(names):
+        found = [next((row for row in layer["rows"] if row["dictionary"] == name), None) for layer in layers]
+        where, values, below, above = [], [], [], []
+        for j, row in enumerate(found):
+            if row is None or row[key]["value"] is None:
+                continue
+            estimate = row[key]
+            where.append(j + 0.7 * (i / max(len(names) - 1, 1) - 0.5))
+            values.append(estimate["value"])
+            below.append(estimate["value"] - (estimate["value"] if estimate["lo"] is None else estimate["lo"]))
+            above.append((estimate["value"] if estimate["hi"] is None else estimate["hi"]) - estimate["value"])
+        hollow = name.endswith(TOPK)
+        axis.errorbar(
+            where,
+            values,
+            yerr=(below, above),
+            fmt="s" if hollow else "o",
+            markersize=4.5,
+            color=colour(name),
+            markerfacecolor="white" if hollow else colour(name),
+            elinewidth=1,
+            label=dictionary_name(name),
+        )
+    axis.set_xticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
+    axis.set_xlabel("layer · strato")
+    axis.set_title(title, fontsize=9)
+
+
+def _curves(axis: Any, layer: dict[str, Any]) -> None:
+    for name, points in layer["curves"].items():
+        axis.plot(
+            [point["l0"] for point in points],
+            [point["explained_variance"] for point in points],
+            color=colour(name),
+            marker=".",
+            linewidth=1.2,
+        )
+    row = layer["rows"][0]
+    axis.plot(row["l0"]["value"], row["explained_variance"]["value"], "*", color=colour("sae"), markersize=11)
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(max(-0.1, axis.get_ylim()[0]), 1.02)
+    axis.set_xlabel("L0 (k strongest kept · i k più forti)")
+    axis.set_title(f"explained variance, layer {layer['layer']} · varianza spiegata", fontsize=9)
