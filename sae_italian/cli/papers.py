@@ -1,4 +1,4 @@
-"""The commands of the papers: `baselines`."""
+"""The commands of the papers: `reproduce` and `baselines`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ SIZES = {
 
 
 def add_commands(root: Commands) -> None:
+    text = "a paper's whole evaluation on any model, with the paper's own figures beside ours"
+    sub = root.add("reproduce", _reproduce, text)
+    sub.add_argument("paper", help="cunningham-2023, llama-scope or clic-it-2025")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the paper's budget, e.g. train_tokens=100000"
+    )
+    sub.add_argument("--model", help="default: that of --sae, else sae-italian-mini")
+    sub.add_argument("--sae", help="evaluate this SAE (a folder, or release:sae_id) instead of training by the recipe")
+    sub.add_argument("--corpus", help="default: that of --sae, else micro-italiano for the embedded model")
+    sub.add_argument("--text-column", default="text")
+    sub.add_argument("--context-size", type=int, help="default: that of --sae, else 128")
+    sub.add_argument("--out", type=Path, help="output folder (default: reports/PAPER-MODEL)")
+    folder_options(sub)
+
     text = "an SAE beside PCA, ICA, random directions and neurons: autointerp, explained variance, perplexity by layer"
     sub = root.add("baselines", _baselines, text)
     sub.add_argument(
@@ -35,6 +49,29 @@ def add_commands(root: Commands) -> None:
         sub.add_argument(f"--{field.replace('_', '-')}", type=int, default=default, help=f"{help_} ({default:,})")
     sub.add_argument("--seed", type=int, default=0)
     folder_options(sub)
+
+
+def _reproduce(options: argparse.Namespace) -> Result:
+    from sae_italian.papers import reproduce
+    from sae_italian.papers.document import Table, markdown_table
+    from sae_italian.papers.subject import MINI, folder_name
+
+    out = options.out or Path("reports") / f"{options.paper}-{folder_name(options.sae or options.model or MINI)}"
+    report = reproduce(
+        options.paper,
+        out,
+        *options.overrides,
+        model=options.model,
+        sae=options.sae,
+        corpus=options.corpus,
+        text_column=options.text_column,
+        context_size=options.context_size,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    rows = [(row["what"], row["where"], row["paper"], row["ours"]) for row in report["figures"]]
+    lines = markdown_table(Table("", ("figure", "in the paper", "the paper's", "ours"), rows))
+    return report, "\n".join([*lines, "", f"Report: {out / 'report.html'}, {out / 'report.md'}"])
 
 
 def _baselines(options: argparse.Namespace) -> Result:

@@ -198,7 +198,7 @@ def _scores(
     explainers: Sequence[Any],
     judges: Sequence[Any],
 ) -> dict[str, Any]:
-    """Return each dictionary's simulation scores; caches, which are dense with ReLU alone, go when they are scored."""
+    """Return each dictionary's simulation scores; caches but the SAE's own, dense with ReLU alone, go when they are scored."""
     folders = {name: out / "caches" / name for name in dictionaries}
     todo = [name for name in dictionaries if not (out / "scores" / f"{name}.json").is_file()]
     if todo:
@@ -227,5 +227,7 @@ def _scores(
             summary = summarise(store, explainer=explainer, judge=judges[0].name if judges else "rule").as_dict()
             kept = {key: summary[key] for key in ("explainer", "judge", "n_latents", "n_explained", *_SUMMARY)}
             write_json(out / "scores" / f"{name}.json", kept)
-    remove(out / "caches")
+    for name in dictionaries:
+        if name != SAE:
+            remove(folders[name])
     return {name: read_json(out / "scores" / f"{name}.json") for name in dictionaries}
