@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from sae_italian.errors import UsageError
 from sae_italian.papers import reproduce
 
 TINY = {
