@@ -13,6 +13,7 @@ from sae_italian.cli import (
     bench,
     browser,
     cache,
+    causal,
     corpora,
     explainita,
     interchange,
@@ -39,6 +40,7 @@ GROUPS = (
     explainita,
     papers,
     browser,
+    causal,
     bench,
 )
 

@@ -1,0 +1,175 @@
+"""Feature patching: what patching nothing, everything and the one right latent must give, and the original's decisions."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sae_italian.analysis.causal import Patcher, PatchInputs, eliminate, patch_inputs, patch_saes
+from sae_italian.analysis.causal.compare import THRESHOLDS
+from sae_italian.analysis.tasks import ioi_pairs, micro_italiano_words
+from sae_italian.errors import UsageError
+from sae_italian.models.activations import logits_with_replacement, read_activations
+from sae_italian.saes import random_twin
+from tests.analysis.causal.planted import Pca, name_carrier
+
+PLANTED = 17
+FEW = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+
+
+@pytest.fixture(scope="module")
+def pairs(mini):
+    return ioi_pairs(5, mini.tokenizer, micro_italiano_words(), seed=1)
+
+
+@pytest.fixture(scope="module")
+def inputs(mini, pairs):
+    return patch_inputs(mini.tokenizer, mini, pairs)
+
+
+def last_logits(model, tokens):
+    return model(tokens, use_cache=False).logits[0, -1].detach()
+
+
+def ids(mini, text):
+    return mini.tokenizer(text, return_tensors="pt").input_ids
+
+
+def test_patching_a_run_with_itself_changes_nothing(mini, identity_sae, pairs):
+    same = patch_inputs(mini.tokenizer, mini, [(pair.base, pair.base) for pair in pairs])
+    patcher = Patcher(mini, identity_sae, same)
+    assert len(patcher.candidates) == 0
+    assert patcher.unpatched.abs().max() < 1e-6 and patcher.patched_kl().abs().max() < 1e-6
+    assert patcher.magnitude(patcher.delta()) == 0
+
+
+def test_patching_everything_gives_the_counterfactual_logits(mini, identity_sae, topk_sae, pairs, inputs):
+    """An SAE without error needs its latents alone; any other needs its error patched too."""
+    patcher = Patcher(mini, identity_sae, inputs)
+    assert patcher.unpatched.min() > 0.5 and patcher.patched_kl().max() < 1e-5
+    for row, pair in enumerate(pairs):
+        added = patcher.delta()[row : row + 1, : int(inputs.lengths[row])]
+        patched = logits_with_replacement(mini, ids(mini, pair.base), patcher.hook_out, lambda x, a=added: x + a)
+        assert torch.allclose(patched[0, -1], last_logits(mini, ids(mini, pair.counterfactual)), atol=1e-4)
+    lossy = Patcher(mini, topk_sae, inputs)
+    assert lossy.patched_kl(error=True).max() < 1e-5 < 0.5 < lossy.patched_kl().max()
+
+
+@pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.3.hook_resid_post"])
+def test_a_run_begun_at_the_sae_is_the_whole_run(mini, identity_sae, pairs, inputs, hook_name):
+    """The blocks before the edit are left out; the answer is that of the whole model, at every site."""
+    sae = copy.deepcopy(identity_sae)
+    sae.cfg.metadata.hook_name = hook_name
+    patcher = Patcher(mini, sae, inputs)
+    chosen = torch.arange(len(patcher.candidates)) % 3 == 0
+    delta, rows = patcher.delta(chosen), torch.tensor([3, 1])
+    found = patcher.kl(rows, delta[rows])
+    for row, kl in zip(rows.tolist(), found, strict=True):
+        added = delta[row : row + 1, : int(inputs.lengths[row])]
+        edited = logits_with_replacement(mini, ids(mini, pairs[row].base), hook_name, lambda x, a=added: x + a)[0, -1]
+        log_p = edited.log_softmax(-1)
+        log_q = last_logits(mini, ids(mini, pairs[row].counterfactual)).log_softmax(-1)
+        assert float(kl) == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), abs=1e-4)
+    assert last_logits(mini, ids(mini, pairs[0].base)).isfinite().all()  # the model itself is whole again
+
+
+def test_the_latent_that_carries_the_name_is_found_first(mini, identity_sae):
+    texts = [
+        f"{when} {{}} e {giver} sono andati al {place}, {giver} ha dato un libro a"
+        for when, giver, place in (
+            ("Quando", "Marco", "mercato"),
+            ("Appena", "Paolo", "parco"),
+            ("Mentre", "Marco", "bar"),
+        )
+    ]
+    carried = [(text.format("Luca"), text.format("Bruno")) for text in texts]
+    sae = name_carrier(mini, identity_sae, carried[0], PLANTED)
+    found = patch_saes(mini, mini.tokenizer, {"planted": sae}, carried, thresholds=FEW).curves[0]
+    assert found.n_candidates > 10
+    assert found.order[0] == PLANTED == found.effects[0].latent
+    assert found.effects[0].exact == pytest.approx(found.unpatched.value, rel=1e-3)  # alone, it does everything
+    alone = next(point for point in found.points if point.n_patched == 1)
+    assert alone.kl.value < 1e-3 * found.unpatched.value
+
+
+def one_at_a_time(patcher, thresholds, seed):
+    """The paper's loop as it stands: every visit runs all prompts once."""
+    rng = np.random.default_rng(seed)
+    kept = torch.ones(len(patcher.candidates), dtype=torch.bool)
+    kl = float(patcher.patched_kl(kept).double().mean())
+    trace, removed = [], []
+    for threshold in thresholds:
+        for column in rng.permutation(kept.nonzero()[:, 0].tolist()):
+            without = kept.clone()
+            without[column] = False
+            new = float(patcher.patched_kl(without).double().mean())
+            if new - kl < threshold:
+                kept, kl = without, new
+                removed.append(int(patcher.candidates[column]))
+        trace.append((threshold, int(kept.sum()), kl))
+    return trace, removed
+
+
+@pytest.mark.parametrize("kind", ["topk", "pca"])
+def test_guessing_ahead_takes_the_decisions_of_one_step_at_a_time(mini, topk_sae, inputs, kind):
+    dictionary = topk_sae
+    if kind == "pca":
+        dictionary = Pca(topk_sae, read_activations(mini, inputs.base, "blocks.2.hook_resid_post")[0])
+        dictionary.components, dictionary.cfg.d_sae = dictionary.components[:20], 20
+    three = PatchInputs(*(part[:3] for part in inputs))
+    patcher, plain = Patcher(mini, dictionary, three), Patcher(mini, dictionary, three)
+    before = plain.cost.prompt_forwards
+    found = eliminate(patcher, FEW, seed=3)
+    trace, removed = one_at_a_time(plain, FEW, seed=3)
+    assert [point.n_patched for point in found.points[1:]] == [n for _, n, _ in trace]
+    assert [point.kl.value for point in found.points[1:]] == pytest.approx([kl for _, _, kl in trace], abs=1e-4)
+    assert list(found.order[found.survivors :]) == removed[::-1]
+    assert found.visits * patcher.n_pairs == plain.cost.prompt_forwards - before - patcher.n_pairs
+    assert patcher.cost.passes < plain.cost.passes / 2
+
+
+def test_an_effect_is_what_patching_that_latent_alone_does(mini, topk_sae, inputs):
+    patcher = Patcher(mini, topk_sae, inputs)
+    effects, attribution = patcher.effects(), patcher.attribution()
+    for column in (0, 5, int(effects.argmax())):
+        alone = torch.arange(len(effects)) == column
+        fall = float((patcher.unpatched - patcher.patched_kl(alone)).mean())
+        assert float(effects[column]) == pytest.approx(fall, abs=1e-5)
+    small = 1e-3  # for a small enough edit, the first order is all there is
+    patcher.diff *= small
+    assert torch.allclose(patcher.effects(), small * attribution, atol=3e-6)
+
+
+def test_the_report_holds_every_curve_and_is_the_same_each_time(mini, topk_sae, pairs):
+    saes = {"SAE": topk_sae, "twin": random_twin(topk_sae)}
+    one, two = (patch_saes(mini, mini.tokenizer, saes, pairs[:3], thresholds=FEW) for _ in range(2))
+    shown = json.loads(json.dumps(one.as_dict()))
+    assert [curve["name"] for curve in shown["curves"]] == ["SAE", "twin"] and shown["n_pairs"] == 3
+    assert one.svg() == two.svg() and one.svg().startswith("<?xml")
+    curve = one.curves[0]
+    assert [point.n_patched for point in curve.points] == sorted((p.n_patched for p in curve.points), reverse=True)
+    assert curve.points[-1].n_patched == 0 and curve.points[-1].kl.value == pytest.approx(
+        curve.unpatched.value, rel=1e-3
+    )
+    assert len(curve.order) == curve.n_candidates == len(set(curve.order)) and -1 <= curve.spearman <= 1
+    half = curve.reached(0.5)
+    assert half is None or half.kl.value <= 0.5 * curve.unpatched.value
+    assert one.table().count("\n") == 3 and "| SAE |" in one.table()
+    assert len(THRESHOLDS) == 50 and THRESHOLDS[0] == pytest.approx(1e-5) and THRESHOLDS[-1] == pytest.approx(1)
+
+
+def test_bad_input_is_refused_in_one_line(mini, topk_sae, pairs):
+    other = copy.deepcopy(topk_sae)
+    other.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    cases = [
+        ({"saes": {"a": topk_sae, "b": other}, "pairs": pairs}, "a writes at blocks.2.*b at blocks.1"),
+        ({"saes": {}, "pairs": pairs}, "no SAE"),
+        ({"saes": {"a": topk_sae}, "pairs": []}, "no pairs"),
+        ({"saes": {"a": topk_sae}, "pairs": [("Marta ha dato a", "La nonna ha dato a")]}, "both need as many"),
+    ]
+    for arguments, said in cases:
+        with pytest.raises(UsageError, match=said) as error:
+            patch_saes(mini, mini.tokenizer, **arguments)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,111 @@
+"""Agreement pairs: one wrong form each, balanced; MultiBLiMP's files as they are; broken ones refused."""
+
+from collections import Counter
+
+import pytest
+
+from sae_italian.analysis.tasks import MinimalPair, agreement_pairs, agreement_score, read_minimal_pairs
+from sae_italian.analysis.tasks.agreement import KINDS
+from sae_italian.corpora import micro_italiano
+from sae_italian.errors import DataError, UsageError
+
+# As in the authors' pipeline: an unnamed index, and columns that we do not need.
+TSV = (
+    "\tsen\tverb\tchild\tprefix\twrong_sen\tphenomenon\n"
+    "0\tLe chiavi sono qui.\tsono\tchiavi\tLe chiavi\tLe chiavi è qui.\tSV-#\n"
+    '1\t"Disse: ""vado"" e andò."\tandò\tDisse\t"Disse: ""vado"" e"\t"Disse: ""vado"" e andarono."\tSV-#\n'
+)
+
+
+def test_a_pair_differs_in_its_last_word_alone_and_the_kinds_take_turns():
+    pairs = agreement_pairs(300)
+    assert Counter(pair.kind for pair in pairs) == dict.fromkeys(KINDS, 60)
+    for pair in pairs:
+        right, wrong = pair.right.split(), pair.wrong.split()
+        assert right[:-1] == wrong[:-1] and right[-1] != wrong[-1] and pair.right[0].isupper()
+        assert ("vicino" in right) == pair.kind.endswith("attractor")
+
+
+def test_every_form_is_as_often_right_as_wrong():
+    """A model that always prefers one form gets half of them: no kind can be done without agreement."""
+    pairs = agreement_pairs(2000, seed=3)
+    for kind in ("subject-verb", "subject-verb, attractor"):
+        right = Counter(pair.right.split()[-1] in ("sono", "erano", "saranno") for pair in pairs if pair.kind == kind)
+        assert right[True] == right[False]
+    for kind in ("gender", "gender, attractor"):
+        feminine = Counter(pair.right.split()[-1][-1] in "ae" for pair in pairs if pair.kind == kind)
+        assert feminine[True] == feminine[False]
+
+
+@pytest.mark.parametrize("pair", [p for p in agreement_pairs(400) if p.kind.endswith("attractor")][:40])
+def test_the_attractor_bears_the_wrong_feature(pair):
+    word = pair.right.split()[3]
+    feminine, plural = word in ("alla", "alle"), word in ("ai", "alle")
+    if pair.kind.startswith("gender"):
+        assert (pair.right.split()[0] in ("La", "Le")) != feminine
+    else:
+        assert (pair.right.split()[-1] in ("sono", "erano", "saranno")) != plural
+
+
+def test_every_word_is_known_to_micro_italiano():
+    known = set(micro_italiano.vocabulary(2000)["forms"])
+    used = {word.lower() for pair in agreement_pairs(1000) for word in (pair.right + " " + pair.wrong).split()}
+    assert used <= known | {"ai"}
+
+
+def test_the_score_is_of_whole_texts(mini):
+    pairs = [MinimalPair("La penna", "La penne", "number"), MinimalPair("Un penna", "Una penna", "number")]
+    found = agreement_score(mini, mini.tokenizer, pairs)
+    assert found.n == 2 and found.accuracy.value == 0.5  # the second pair is the wrong way round
+    assert found.svg().startswith("<?xml")
+
+
+def test_the_embedded_model_knows_number_and_verbs(mini):
+    found = agreement_score(mini, mini.tokenizer, agreement_pairs(150))
+    assert found.by_kind["number"].value >= 0.9 and found.by_kind["subject-verb"].value >= 0.7
+
+
+def test_multiblimp_is_read_as_tsv_jsonl_and_parquet(tmp_path):
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    path = tmp_path / "ita.tsv"
+    path.write_text(TSV, encoding="utf-8")
+    pairs = read_minimal_pairs(path)
+    assert pairs[0] == MinimalPair("Le chiavi sono qui.", "Le chiavi è qui.", "SV-#")
+    assert pairs[1].right == 'Disse: "vado" e andò.'
+    table = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter="\t"))
+    pyarrow.parquet.write_table(table, tmp_path / "ita.parquet")
+    table.to_pandas().to_json(tmp_path / "ita.jsonl", orient="records", lines=True)
+    assert read_minimal_pairs(tmp_path / "ita.parquet") == pairs == read_minimal_pairs(tmp_path / "ita.jsonl")
+    plain = tmp_path / "plain.tsv"
+    plain.write_text("sen\twrong_sen\nun libro\tuna libro\n", encoding="utf-8")
+    assert read_minimal_pairs(plain) == [MinimalPair("un libro", "una libro", "agreement")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("ita.tsv", "sentence\twrong\na\tb\n", "no column sen, wrong_sen; it has sentence, wrong"),
+        ("ita.tsv", "sen\twrong_sen\nuno\tdue\ntre\n", "line 3: two different sentences"),
+        ("ita.tsv", "sen\twrong_sen\nuno\tuno\n", "line 2: two different sentences"),
+        ("ita.tsv", "sen\twrong_sen\n", "holds no pairs"),
+        ("ita.jsonl", '{"sen": "a", "wrong_sen": "b"}\nnonsense\n', "line 2: not a JSON object"),
+    ],
+)
+def test_a_broken_file_is_refused_naming_the_line(tmp_path, name, text, said):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=said) as error:
+        read_minimal_pairs(path)
+    assert "\n" not in str(error.value)
+
+
+def test_another_ending_and_a_missing_file_are_refused(tmp_path):
+    (tmp_path / "ita.csv").write_text("a", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"\.tsv, \.jsonl or \.parquet"):
+        read_minimal_pairs(tmp_path / "ita.csv")
+    with pytest.raises(UsageError, match="is not a file"):
+        read_minimal_pairs(tmp_path / "none.tsv")
+    with pytest.raises(UsageError, match="must be 1 or more"):
+        agreement_pairs(0)
