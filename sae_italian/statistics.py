@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ class Estimate(NamedTuple):
         return {name: float(x) if np.isfinite(x) else None for name, x in self._asdict().items()}
 
 
+KEPT_WEIGHTS = 2**21  # numbers: 16 MB
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
 
 
@@ -40,10 +42,17 @@ def bootstrap(
         return NOTHING
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(sums.sum(axis=0, keepdims=True))[0])
-        rng = np.random.default_rng(seed)
-        weights = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n_samples)
-        resampled = statistic(weights @ sums)
+        draw = _weights if n_samples * len(sums) <= KEPT_WEIGHTS else _weights.__wrapped__
+        resampled = statistic(draw(len(sums), n_samples, seed) @ sums)
     return interval(value, resampled)
+
+
+@lru_cache(maxsize=4)
+def _weights(n: int, n_samples: int, seed: int) -> Int[np.ndarray, "samples clusters"]:
+    """Return how often each resample holds each of n clusters; kept, for many statistics of the same clusters."""
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_samples)
+    weights.setflags(write=False)
+    return weights
 
 
 def mean_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Estimate:

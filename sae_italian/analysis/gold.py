@@ -106,11 +106,11 @@ def gold_table(cache: FeatureCache, *, seed: int = 0) -> list[GoldResult]:
     best: dict[int, tuple[float, int, float]] = {}  # column -> F1, latent, threshold
     firings = {threshold: _firing(cache, words, threshold) for threshold in THRESHOLDS}
     for threshold, firing in firings.items():
-        f1 = _counts(firing[choose], labels[choose])[0]
+        f1 = detection_counts(firing[choose], labels[choose])[0]
         for column in range(len(words.labels)):
             latent = int(np.argmax(f1[:, column]))
             best[column] = max(best.get(column, (-1.0, 0, 0.0)), (float(f1[latent, column]), latent, threshold))
-    outcome = {threshold: _counts(firing[report], labels[report]) for threshold, firing in firings.items()}
+    outcome = {threshold: detection_counts(firing[report], labels[report]) for threshold, firing in firings.items()}
     n_choose, n_report = np.asarray(labels[choose].sum(axis=0)), np.asarray(labels[report].sum(axis=0))
     results = []
     for (category, label), column in words.labels.items():
@@ -137,7 +137,7 @@ def _firing(cache: FeatureCache, words: _Words, threshold: float) -> scipy.spars
     return scipy.sparse.csr_array((np.ones(len(row), dtype=np.float32), (row, column)), shape=shape)
 
 
-def _counts(
+def detection_counts(
     firing: scipy.sparse.csr_array, labels: scipy.sparse.csr_array
 ) -> tuple[
     Float[np.ndarray, "latents labels"], Float[np.ndarray, "latents labels"], Float[np.ndarray, "latents labels"]

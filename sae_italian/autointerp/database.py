@@ -1,7 +1,8 @@
 """The SQLite file of a store: its tables, their version, and the way from an earlier version to this one.
 
 Version 1 knew rules only. Version 2 adds what an LLM brings (who explained, with which prompt, in which language), the
-judgements behind a score, the calls that were paid for, and how many examples went without a usable answer.
+judgements behind a score, the calls that were paid for, and how many examples went without a usable answer. Version 3
+adds the labels of annotated words that single latents detect.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from sae_italian.errors import DataError, UsageError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_S = 60  # a second connection (the call ledger) waits this long for the first one's commit
 
 _TABLES = """
@@ -77,12 +78,22 @@ CREATE TABLE IF NOT EXISTS call (
     attempts INTEGER NOT NULL,
     created TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS label (
+    latent INTEGER NOT NULL,
+    label TEXT NOT NULL,                  -- UPOS=NOUN, Gender=Fem,Number=Plur, Language=it, ...
+    source TEXT NOT NULL,                 -- whose words: UD ISDT, ...
+    f1 REAL NOT NULL, lo REAL, hi REAL,   -- with its 95 % interval over sentences or documents
+    precision REAL NOT NULL, recall REAL NOT NULL,
+    n INTEGER NOT NULL,                   -- words that bear the label among those that were judged
+    threshold REAL NOT NULL DEFAULT 0,    -- the latent says yes above this share of its maximum
+    PRIMARY KEY (latent, label, source)
+);
 """
 _NEW_COLUMNS = {  # version 1 -> 2
     "explanation": ("kind TEXT NOT NULL DEFAULT 'rule'", "prompt TEXT NOT NULL DEFAULT ''", "notes TEXT"),
     "score": ("n_failed INTEGER NOT NULL DEFAULT 0", "split TEXT NOT NULL DEFAULT 'test'"),
 }
-TABLES = ("run", "feature", "explanation", "score", "judgement", "call")
+TABLES = ("run", "feature", "explanation", "score", "judgement", "call", "label")
 
 
 def connect(path: Path) -> sqlite3.Connection:

@@ -73,8 +73,7 @@ def run_autointerp(
     if tokenizer_hash(tokenizer) != cache.manifest.tokenizer_hash:
         raise UsageError(f"{cache.folder} was built with another tokenizer than the one given.")
     store = store or cache.folder / STORE_FILE
-    identity = {"cache": fingerprint(cache.manifest.model_dump(exclude={"versions", "sae"})), **asdict(config)}
-    with Store(store, identity) as opened:
+    with Store(store, cache_identity(cache) | asdict(config)) as opened:
         run = Run(cache, tokenizer, config, opened, sae=sae, workers=workers, run_units=run_units)
         run.rules()
         for explainer in explainers:
@@ -83,6 +82,11 @@ def run_autointerp(
             for name in [explainer.name for explainer in explainers] or [EXPLAINER]:
                 run.score_with(judge, name)
     return store
+
+
+def cache_identity(cache: FeatureCache) -> dict[str, str]:
+    """Return what a store remembers of the cache it belongs to."""
+    return {"cache": fingerprint(cache.manifest.model_dump(exclude={"versions", "sae"}))}
 
 
 class Run:

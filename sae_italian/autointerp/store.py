@@ -44,6 +44,21 @@ class Judgement(NamedTuple):
     probability: float | None
 
 
+class Label(NamedTuple):
+    """One label that a latent detects, on words that did not choose the latent. Field by field the table `label`."""
+
+    latent: int
+    label: str  # UPOS=NOUN, Gender=Fem,Number=Plur
+    source: str  # UD ISDT
+    f1: float
+    lo: float | None
+    hi: float | None
+    precision: float
+    recall: float
+    n: int
+    threshold: float = 0.0  # share of the latent's maximum
+
+
 class Store:
     """The store of one cache and one configuration. Use as a context manager."""
 
@@ -53,16 +68,19 @@ class Store:
         self.connection = connect(path)
         known = dict(self.connection.execute("SELECT key, value FROM run"))
         wanted = {"schema_version": str(SCHEMA_VERSION)} | {key: json.dumps(value) for key, value in identity.items()}
+        unused = self.connection.execute("SELECT NOT EXISTS (SELECT 1 FROM explanation)").fetchone()[0]
         for key, value in wanted.items():
+            if unused and key not in known:  # labels came first: what explains later is claimed now
+                continue
             if "schema_version" in known and known.get(key) != value:
                 self.connection.close()
                 raise UsageError(
                     f"{path} was made with another {key} ({known.get(key)} then, {value} now): its scores do not hold "
                     "for this run. Use --overwrite, or name another file."
                 )
-        if "schema_version" not in known:
+        if "schema_version" not in known or unused:
             with self.connection:
-                self.connection.executemany("INSERT INTO run VALUES (?, ?)", wanted.items())
+                self.connection.executemany("INSERT OR IGNORE INTO run VALUES (?, ?)", wanted.items())
 
     def __enter__(self) -> Store:
         return self
@@ -191,12 +209,28 @@ class Store:
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]
 
+    # --- labels ---------------------------------------------------------------------------------------------------------
+
+    def add_labels(self, labels: Iterable[Label]) -> None:
+        """Add labels at once; earlier ones of the same sources give way."""
+        rows = list(labels)
+        with self.connection:
+            sources = [(source,) for source in dict.fromkeys(row.source for row in rows)]
+            self.connection.executemany("DELETE FROM label WHERE source = ?", sources)
+            self.connection.executemany("INSERT INTO label VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def labels(self, latent: int | None = None) -> list[Label]:
+        """Return the labels of one latent, or of all, the best F1 first."""
+        query = """SELECT latent, label, source, f1, lo, hi, precision, recall, n, threshold FROM label
+                   WHERE latent = coalesce(?, latent) ORDER BY f1 DESC, latent, label, source"""
+        return [Label(*row) for row in self.connection.execute(query, (latent,))]
+
     # --- the calls -----------------------------------------------------------------------------------------------------
 
     def forget(self) -> None:
-        """Drop explanations, scores and settings; the calls stay, they were paid for and answer a rerun."""
+        """Drop explanations, scores, labels and settings; the calls stay, they were paid for and answer a rerun."""
         with self.connection:
-            for table in ("judgement", "score", "explanation", "feature", "run"):
+            for table in ("judgement", "score", "explanation", "feature", "label", "run"):
                 self.connection.execute(f"DELETE FROM {table}")
 
     def spending(self) -> dict[str, Any]:

@@ -16,12 +16,14 @@ from sae_italian.cli import (
     causal,
     corpora,
     explainita,
+    geometry,
     interchange,
     models,
     papers,
     quickstart,
     saes,
     scores,
+    shift,
     training,
 )
 from sae_italian.cli.base import Commands, Parser
@@ -37,10 +39,12 @@ GROUPS = (
     interchange,
     autointerp,
     scores,
+    shift,
     explainita,
-    papers,
     browser,
     causal,
+    geometry,
+    papers,
     bench,
 )
 

@@ -39,7 +39,9 @@ DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of tokens
 _SUMS = ("n", "l0", "sse", "sq", "cos", "norm", "n_loss", "ce", "ce_sae", "ce_zero", "n_kl", "kl_sae", "kl_zero")
 
 
-class _Windows(NamedTuple):
+class Windows(NamedTuple):
+    """Whole windows: their tokens, which of these count, and the documents of those."""
+
     tokens: Int[Tensor, "batch pos"]
     keep: Bool[Tensor, "batch pos"]  # neither special nor between documents
     doc: Int[np.ndarray, " kept"]
@@ -67,19 +69,19 @@ def evaluate(
     many there are).
     """
     hook_in, hook_out = check_fits(sae, model), hooks_of(sae)[1]
-    _check_output(sae, model, hook_out)
+    check_output(sae, model, hook_out)
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
     documents = iter_documents(corpus, split, text_column=text_column)
     blocks = pack(documents, model.tokenizer, context, windows_per_block=max(1, TOKENS_PER_BATCH // context))
-    sums = _TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in))
+    sums = TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in))
     latents = LatentCounts(sae.cfg.d_sae)
     n_loss = 0
     bar = tqdm(total=n_tokens, desc="evaluate", unit="tok", unit_scale=True, disable=None)
     with bar:
         marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
-        for windows in _until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}"):
+        for windows in windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}"):
             with_loss = loss_tokens is None or n_loss < loss_tokens
-            rows, active, y = _measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
+            rows, active, y = measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
             sums.add(windows.doc, rows, y)
             latents.add(windows.doc, active)
             n_loss += len(windows.doc) * with_loss
@@ -103,7 +105,7 @@ def evaluate(
     )
 
 
-def _check_output(sae: Any, model: Any, hook_out: str) -> None:
+def check_output(sae: Any, model: Any, hook_out: str) -> None:
     """Refuse a transcoder whose output does not fit the hook it is put in at. Raises: UsageError."""
     hook, _ = resolve_hook(model, hook_out)
     d_out, d_model = getattr(sae.cfg, "d_out", sae.cfg.d_in), model.config.hidden_size
@@ -118,10 +120,12 @@ def _check_output(sae: Any, model: Any, hook_out: str) -> None:
         )
 
 
-def _until(blocks: Iterator[PackedBlock], tokenizer: Any, marks: list[int], what: str) -> Iterator[_Windows]:
+def windows_until(
+    blocks: Iterator[PackedBlock], tokenizer: Any, marks: list[int], what: str, *, at_most: bool = False
+) -> Iterator[Windows]:
     """Yield whole windows until they hold the last of the marks in tokens that count; a batch ends at each mark.
 
-    Raises: UsageError when the blocks end before.
+    Raises: UsageError when the blocks end before; with `at_most` only when there are none.
     """
     seen, marks = 0, list(marks)
     for block in blocks:
@@ -132,7 +136,7 @@ def _until(blocks: Iterator[PackedBlock], tokenizer: Any, marks: list[int], what
             last = min(first + int(np.searchsorted(counted, marks[0] - seen)) + 1, len(keep))
             here = slice(first, last)
             seen += int(keep[here].sum())
-            yield _Windows(
+            yield Windows(
                 torch.from_numpy(block.tokens[here]), torch.from_numpy(keep[here]), block.doc[here][keep[here]]
             )
             first = last
@@ -140,13 +144,16 @@ def _until(blocks: Iterator[PackedBlock], tokenizer: Any, marks: list[int], what
                 marks.pop(0)
             if not marks:
                 return
+    if at_most and seen:
+        return
     raise UsageError(
         f"{what} has about {seen:,} tokens, fewer than the {marks[-1]:,} asked for. Ask for fewer, or use more text."
     )
 
 
-def _measure(
-    sae: Any, model: Any, hook_in: str, hook_out: str, windows: _Windows, *, with_loss: bool
+@torch.no_grad()
+def measure(
+    sae: Any, model: Any, hook_in: str, hook_out: str, windows: Windows, *, with_loss: bool
 ) -> tuple[dict[str, np.ndarray], Bool[Tensor, "kept d_sae"], Float[np.ndarray, "kept d_out"]]:
     """Return the summands per kept token, the latents that fired there, and the activation to be reconstructed."""
     tokens, keep = windows.tokens.to(model.device), windows.keep.to(model.device)
@@ -205,11 +212,11 @@ def _groups(doc: Int[np.ndarray, " kept"]) -> tuple[np.ndarray, np.ndarray]:
     return np.unique(doc, return_inverse=True)
 
 
-class _TokenSums:
+class TokenSums:
     """Sums over the tokens of documents, with their resamples: scalars per token, and the activation itself."""
 
-    def __init__(self, d_out: int):
-        self.bootstrap = StreamingBootstrap(len(_SUMS) + d_out)
+    def __init__(self, d_out: int, seed: int = 0):
+        self.bootstrap = StreamingBootstrap(len(_SUMS) + d_out, seed=seed)
         self.n_documents = 0
         self.last_document = -1
 
@@ -229,31 +236,7 @@ class _TokenSums:
 
     def estimates(self) -> dict[str, Estimate]:
         """Return every number of the card that is a ratio of sums over tokens."""
-
-        def ratio(above: str, below: str) -> Callable[[np.ndarray], np.ndarray]:
-            return lambda s: _column(s, above) / _column(s, below)
-
-        def recovered(s: np.ndarray) -> np.ndarray:
-            clean, with_sae, ablated = (_column(s, name) for name in ("ce", "ce_sae", "ce_zero"))
-            return (ablated - with_sae) / (ablated - clean)
-
-        statistics: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-            "l0": ratio("l0", "n"),
-            "explained_variance": lambda s: 1 - _fvu(s),
-            "explained_variance_uncentred": lambda s: 1 - _column(s, "sse") / _column(s, "sq"),
-            "fvu": _fvu,
-            "cossim": ratio("cos", "n"),
-            "l2_ratio": ratio("norm", "n"),
-            "ce_loss": ratio("ce", "n_loss"),
-            "ce_loss_with_sae": ratio("ce_sae", "n_loss"),
-            "ce_loss_with_ablation": ratio("ce_zero", "n_loss"),
-            "delta_lm_loss": lambda s: (_column(s, "ce_sae") - _column(s, "ce")) / _column(s, "n_loss"),
-            "ce_loss_recovered": recovered,
-            "kl_div_with_sae": ratio("kl_sae", "n_kl"),
-            "kl_div_with_ablation": ratio("kl_zero", "n_kl"),
-            "kl_recovered": lambda s: 1 - _column(s, "kl_sae") / _column(s, "kl_zero"),
-        }
-        return {key: self.bootstrap.estimate(statistic) for key, statistic in statistics.items()}
+        return {key: self.bootstrap.estimate(statistic) for key, statistic in STATISTICS.items()}
 
 
 def _column(sums: Float[np.ndarray, "samples width"], name: str) -> Float[np.ndarray, " samples"]:
@@ -264,6 +247,34 @@ def _fvu(sums: Float[np.ndarray, "samples width"]) -> Float[np.ndarray, " sample
     """Return the centred unexplained fraction; the mean activation is that of the (resampled) documents themselves."""
     mean_part = (sums[:, len(_SUMS) :] ** 2).sum(axis=1) / _column(sums, "n")
     return _column(sums, "sse") / (_column(sums, "sq") - mean_part)
+
+
+def _ratio(above: str, below: str) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda sums: _column(sums, above) / _column(sums, below)
+
+
+def _recovered(sums: Float[np.ndarray, "samples width"]) -> Float[np.ndarray, " samples"]:
+    clean, with_sae, ablated = (_column(sums, name) for name in ("ce", "ce_sae", "ce_zero"))
+    return (ablated - with_sae) / (ablated - clean)
+
+
+# The numbers of the card that are ratios of sums over tokens, by key.
+STATISTICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "l0": _ratio("l0", "n"),
+    "explained_variance": lambda s: 1 - _fvu(s),
+    "explained_variance_uncentred": lambda s: 1 - _column(s, "sse") / _column(s, "sq"),
+    "fvu": _fvu,
+    "cossim": _ratio("cos", "n"),
+    "l2_ratio": _ratio("norm", "n"),
+    "ce_loss": _ratio("ce", "n_loss"),
+    "ce_loss_with_sae": _ratio("ce_sae", "n_loss"),
+    "ce_loss_with_ablation": _ratio("ce_zero", "n_loss"),
+    "delta_lm_loss": lambda s: (_column(s, "ce_sae") - _column(s, "ce")) / _column(s, "n_loss"),
+    "ce_loss_recovered": _recovered,
+    "kl_div_with_sae": _ratio("kl_sae", "n_kl"),
+    "kl_div_with_ablation": _ratio("kl_zero", "n_kl"),
+    "kl_recovered": lambda s: 1 - _column(s, "kl_sae") / _column(s, "kl_zero"),
+}
 
 
 class LatentCounts:

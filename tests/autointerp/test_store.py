@@ -11,7 +11,7 @@ import pytest
 
 from sae_italian.autointerp.database import SCHEMA_VERSION, TABLES, connect
 from sae_italian.autointerp.export import export
-from sae_italian.autointerp.store import Explanation, Judgement, Store, forget
+from sae_italian.autointerp.store import Explanation, Judgement, Label, Store, forget
 from sae_italian.errors import DataError, UsageError
 
 VERSION_1 = """
@@ -26,6 +26,7 @@ INSERT INTO run VALUES ('schema_version', '1'), ('cache', '"abc"');
 INSERT INTO explanation VALUES (1, 5, 'token-statistics', 'ok', 'su «che»', 'on «che»', '{"family": "token"}');
 INSERT INTO score VALUES (1, 5, '', 'detection', 'rule', 'random', 'balanced_accuracy', 0.9, 0.8, 1.0, 50, 50);
 """
+FEMININE = Label(5, "Gender=Fem,Number=Plur", "UD ISDT", 0.91, 0.88, 0.93, 0.95, 0.875, 120, 0.5)
 ROW = (1, 5, "", "detection", "rule", "random", "balanced_accuracy", 0.9, 0.8, 1.0, 50, 50)
 
 
@@ -78,6 +79,46 @@ def test_a_migration_that_breaks_off_leaves_version_1(old, monkeypatch):
         assert len(connection.execute("SELECT * FROM explanation").fetchone()) == 7
     with Store(old, {}) as store:
         assert store.explained() == {5}
+
+
+def test_a_store_of_version_2_gets_the_labels_table_and_keeps_the_rest(tmp_path):
+    path = filled(tmp_path / "two.sqlite")
+    with sqlite3.connect(path) as connection:
+        connection.execute("DROP TABLE label")
+        connection.execute("UPDATE run SET value = '2' WHERE key = 'schema_version'")
+    connection.close()
+    with Store(path, {"cache": "abc"}) as store:
+        assert store.labels() == [] and store.explained() == {5} and store.spending()["m"]["usd"] == 0.01
+        store.add_labels([FEMININE])
+    with Store(path, {"cache": "abc"}) as store:
+        assert store.labels(5) == [FEMININE] and store.notes()["schema_version"] == "3"
+
+
+def test_labels_of_a_source_replace_earlier_ones_of_it_and_come_best_first(tmp_path):
+    noun = Label(7, "UPOS=NOUN", "UD ISDT", 0.95, None, None, 1.0, 0.9, 300, 0.25)
+    other = FEMININE._replace(source="UD ParTUT", f1=0.5)
+    with Store(tmp_path / "s", {}) as store:
+        store.add_labels([FEMININE, noun, other])
+        assert store.labels() == [noun, FEMININE, other] and store.labels(7) == [noun] and store.labels(6) == []
+        store.add_labels([noun._replace(latent=8)])
+        assert store.labels() == [noun._replace(latent=8), other]
+        with pytest.raises(sqlite3.IntegrityError):
+            store.add_labels([noun, noun])
+        assert store.labels(8)  # all or nothing
+        store.forget()
+        assert store.labels() == []
+
+
+def test_labels_may_come_before_explanations_but_not_of_another_cache(tmp_path):
+    path = tmp_path / "s"
+    with Store(path, {"cache": "abc"}) as store:
+        store.add_labels([FEMININE])
+    with pytest.raises(UsageError, match="another cache"):
+        Store(path, {"cache": "def", "width": 32})
+    with Store(path, {"cache": "abc", "width": 32}) as store:
+        store.add_explanations([Explanation(1, "x", "ok", "verbi", "", None)])
+    with pytest.raises(UsageError, match="another width"):
+        Store(path, {"cache": "abc", "width": 16})
 
 
 def test_newer_and_foreign_files_are_refused_and_left_alone(tmp_path, old):

@@ -259,20 +259,20 @@ def test_the_streaming_intervals_are_those_of_the_bootstrap(trained_sae, mini):
 
 def growth(sae, mini, n_batches: int) -> tuple[int, int]:
     """Return the Python heap's size half way and at the end of an evaluation of so many batches."""
-    sizes, measure = [], module._measure
+    sizes, measure = [], module.measure
 
     def traced(*arguments, **options):
         gc.collect()
         sizes.append(tracemalloc.get_traced_memory()[0])
         return measure(*arguments, **options)
 
-    module._measure = traced
+    module.measure = traced
     tracemalloc.start()
     try:
         evaluate(sae, mini, "micro-italiano", n_tokens=n_batches * 60 - 60, context_size=64, loss_tokens=0)
     finally:
         tracemalloc.stop()
-        module._measure = measure
+        module.measure = measure
     return sizes[len(sizes) // 2], sizes[-1]
 
 
@@ -285,13 +285,13 @@ def test_memory_is_flat(topk_sae, mini, monkeypatch):
 @pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_batches(topk_sae, mini, monkeypatch):
     """Of 2,000 tokens in all their parts, losses too; the process' memory as the system counts it."""
-    sizes, measure = [], module._measure
+    sizes, measure = [], module.measure
 
     def sampled(*arguments, **options):
         sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
         return measure(*arguments, **options)
 
-    monkeypatch.setattr(module, "_measure", sampled)
+    monkeypatch.setattr(module, "measure", sampled)
     monkeypatch.setattr(module, "TOKENS_PER_BATCH", 256)
     card = evaluate(topk_sae, mini, "micro-italiano", n_tokens=260_000)
     assert len(sizes) >= 1000 and card.dead_in_100k.value == card.dead_in_100k.value

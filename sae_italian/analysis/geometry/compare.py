@@ -1,0 +1,257 @@
+"""How close decoder directions lie, within one SAE and between two, against directions drawn at random.
+
+Llama Scope shows the distribution of best matches (fig. 8) and one latent of the wide SAE that the narrow one has not
+(section 5.2). Here both are numbers: the share of latents without a neighbour, and the latents that split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_italian.analysis.geometry.directions import (
+    Nearest,
+    directions,
+    nearest_directions,
+    random_directions,
+    random_like,
+    threshold,
+)
+from sae_italian.errors import UsageError
+from sae_italian.statistics import Estimate, wilson
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+EDGES = np.linspace(-1, 1, 201)  # of the histograms of best matches
+ALIKE = 0.7  # cosine from which two latents are called the same (Paulo and Belrose 2025)
+SHOWN = 20  # latents listed by index
+SHARES = ("neighbours", "new", "above_random", "alike", "mutual", "several", "split")
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Cosines with the nearest direction: quantiles, the largest, and counts between EDGES."""
+
+    quantiles: dict[str, float]
+    largest: float
+    mean: float
+    histogram: list[int]
+
+    @classmethod
+    def of(cls, cosine: Float[np.ndarray, " n"]) -> Distribution:
+        found = np.quantile(cosine, QUANTILES)
+        named = {f"{100 * q:g} %": float(value) for q, value in zip(QUANTILES, found, strict=True)}
+        counts = np.histogram(cosine, EDGES)[0].tolist()
+        return cls(named, float(cosine.max()), float(cosine.mean()), counts)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A latent of the narrow SAE that is the nearest of several latents of the wide one, all of them neighbours."""
+
+    latent: int
+    into: list[int]
+    cosines: list[float]
+
+
+class Rows(NamedTuple):
+    """A comparison latent by latent."""
+
+    latent: Int[np.ndarray, " n"]  # of the source
+    nearest: Int[np.ndarray, " n"]  # of the target
+    cosine: Float[np.ndarray, " n"]
+    neighbours: Int[np.ndarray, " n"]  # how many of the target are
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The latents of `source` against the nearest of `target` (of itself, when both are the same SAE).
+
+    `random` is the largest cosine of as many random directions with the nearest of as many others as `target` has: the
+    empirical threshold. Shares carry Wilson's 95 % interval over latents.
+    """
+
+    source: str
+    target: str
+    d: int
+    n_source: int  # latents compared
+    n_target: int
+    threshold: float  # sqrt(12 ln F / D), F the larger width
+    used: float  # the threshold that decides what is a neighbour
+    matches: Distribution
+    random: Distribution  # the same numbers of uniformly random directions
+    random_like: Distribution  # of random directions with each SAE's own mean and covariance
+    neighbours: Estimate  # share of the source's latents whose nearest is at or above `used`
+    new: Estimate  # 1 - neighbours
+    above_random: Estimate  # share above the largest random cosine
+    alike: Estimate  # share with a cosine of 0.7 or more
+    mutual: Estimate  # share whose nearest has them as its nearest in turn
+    several: Estimate  # share with two neighbours or more
+    split: Estimate  # share of the target's latents that split into several of the source
+    splits: list[Split] = field(default_factory=list)  # the ones that split most, at most SHOWN
+    newest: list[int] = field(default_factory=list)  # the source's latents of smallest best cosine, at most SHOWN
+    rows: Rows | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def within(self) -> bool:
+        return self.source == self.target
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything but the rows, ready for JSON."""
+        plain = asdict(replace(self, rows=None))
+        plain |= {key: value.as_dict() for key in SHARES if isinstance(value := getattr(self, key), Estimate)}
+        return {key: value for key, value in plain.items() if key != "rows"}
+
+
+@dataclass(frozen=True)
+class Set:
+    """The decoder directions of one SAE that take part: those of live latents, where it is known which are alive."""
+
+    name: str
+    units: Float[Tensor, "n d"]
+    latent: Int[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, name: str, sae: Any, alive: Bool[np.ndarray, " d_sae"] | None = None) -> Set:
+        """Raises: UsageError when `alive` is not one value per latent, or fewer than two latents are alive."""
+        units = directions(sae)
+        if alive is not None and len(alive) != len(units):
+            raise UsageError(f"{name} has {len(units):,} latents; {len(alive):,} values say which are alive.")
+        latent = np.arange(len(units)) if alive is None else np.flatnonzero(alive)
+        if len(latent) < 2:
+            raise UsageError(f"{name} has {len(latent)} live latents; at least 2 are needed for a comparison.")
+        return cls(name, units[torch.from_numpy(latent).to(units.device)], latent)
+
+
+def check_comparable(named: dict[str, Any]) -> list[str]:
+    """Return what a reader should know of SAEs that are compared: other models, other hooks.
+
+    Raises: UsageError when their decoders write into spaces of different dimensions.
+    """
+    (first, reference), *others = named.items()
+    notes = []
+    for name, sae in others:
+        d, expected = sae.W_dec.shape[1], reference.W_dec.shape[1]
+        if d != expected:
+            raise UsageError(
+                f"{name} writes {d} dimensions (d_in), {first} {expected}: their directions cannot be compared. "
+                "Compare SAEs of one model and site."
+            )
+        for key in ("model_name", "hook_name"):
+            here, there = getattr(sae.cfg.metadata, key, None), getattr(reference.cfg.metadata, key, None)
+            if here != there:
+                notes.append(f"{name} has {key} {here!r}, {first} {there!r}")
+    return notes
+
+
+def compare(
+    source: Set, target: Set, *, sample: int | None = None, above: float | None = None, seed: int = 0
+) -> Comparison:
+    """Compare the latents of one set with the nearest of another, or of itself when it is given twice.
+
+    What is new in a wide SAE against a narrow one, and which of the narrow one's latents split: source the wide one.
+    `sample` looks at so many latents of the source, drawn from `seed`; `above` is the cosine that makes a neighbour
+    (default: sqrt(12 ln F / D), or where that is 1 or more the largest cosine of the random directions).
+    Raises: UsageError when the two have different dimensions.
+    """
+    within = source is target
+    rng = np.random.default_rng(seed)
+    rows = np.arange(len(source.latent))
+    if sample is not None and sample < len(rows):
+        rows = np.sort(rng.permutation(rows)[:sample])
+    n, m, d = len(rows), len(target.latent), target.units.shape[1]
+    theory = threshold(max(len(source.latent), m), d)
+    random = _random(n, m, d, within, seed)
+    used = above if above is not None else theory if theory < 1 else float(random.cosine.max())
+    chosen = torch.from_numpy(rows)
+    # a latent of a sample may have its neighbours among all
+    found = nearest_directions(
+        source.units[chosen.to(source.units.device)],
+        target.units,
+        above=used,
+        itself=chosen if within else None,
+        desc=f"{source.name} to {target.name}",
+    )
+    splits = [] if within else _splits(found, used, target.latent, source.latent[rows])
+    near = found.cosine >= used - 1e-6
+    order = np.argsort(found.cosine, kind="stable")
+    return Comparison(
+        source=source.name,
+        target=target.name,
+        d=d,
+        n_source=n,
+        n_target=m,
+        threshold=theory,
+        used=used,
+        matches=Distribution.of(found.cosine),
+        random=Distribution.of(random.cosine),
+        random_like=Distribution.of(_random_like(source, target, n, seed).cosine),
+        neighbours=wilson(int(near.sum()), n),
+        new=wilson(int((~near).sum()), n),
+        above_random=wilson(int((found.cosine > random.cosine.max()).sum()), n),
+        alike=wilson(int((found.cosine >= ALIKE).sum()), n),
+        mutual=wilson(int(_mutual(found, rows, source, target).sum()), n),
+        several=wilson(int((found.count >= 2).sum()), n),
+        split=wilson(len(splits), m),
+        splits=sorted(splits, key=lambda split: (-len(split.into), -split.cosines[0], split.latent))[:SHOWN],
+        newest=[int(source.latent[rows[place]]) for place in order[:SHOWN] if not near[place]],
+        rows=Rows(source.latent[rows], target.latent[found.index], found.cosine, found.count),
+    )
+
+
+def _random(n: int, m: int, d: int, within: bool, seed: int) -> Nearest:
+    """Return the best matches of n uniformly random directions among m others, or among themselves."""
+    others = random_directions(m, d, 2 * seed + 1)
+    if within:
+        return nearest_directions(others[:n], others, itself=torch.arange(n))
+    return nearest_directions(random_directions(n, d, 2 * seed), others)
+
+
+def _random_like(source: Set, target: Set, n: int, seed: int) -> Nearest:
+    others = random_like(target.units, len(target.latent), 2 * seed + 1)
+    if source is target:
+        return nearest_directions(others[:n], others, itself=torch.arange(n))
+    return nearest_directions(random_like(source.units, n, 2 * seed), others)
+
+
+def _mutual(found: Nearest, rows: Int[np.ndarray, " n"], source: Set, target: Set) -> Bool[np.ndarray, " n"]:
+    """Return for each row whether the nearest of its nearest is the row itself."""
+    asked, back = np.unique(found.index, return_inverse=True)
+    chosen = torch.from_numpy(asked)
+    itself = chosen if source is target else None
+    answer = nearest_directions(target.units[chosen.to(target.units.device)], source.units, itself=itself)
+    return answer.index[back] == rows
+
+
+def _splits(found: Nearest, used: float, target: Int[np.ndarray, " m"], source: Int[np.ndarray, " n"]) -> list[Split]:
+    """Return the target's latents that are the nearest, and a neighbour, of two or more of the source."""
+    near = np.flatnonzero(found.cosine >= used - 1e-6)
+    near = near[np.lexsort((-found.cosine[near], found.index[near]))]
+    parents, first = np.unique(found.index[near], return_index=True)
+    groups = zip(parents.tolist(), np.split(near, first[1:]) if len(near) else [], strict=True)
+    return [
+        Split(int(target[parent]), source[children].tolist(), [float(c) for c in found.cosine[children]])
+        for parent, children in groups
+        if len(children) >= 2
+    ]
+
+
+def seeds_compared(comparisons: Sequence[Comparison]) -> dict[str, float]:
+    """Return means over all ordered pairs of SAEs: the share of latents that another seed finds again, and how."""
+    pairs = [item for item in comparisons if not item.within]
+    if not pairs:
+        return {}
+    return {
+        "pairs": len(pairs),
+        **{
+            name: float(np.mean([getattr(item, name).value for item in pairs]))
+            for name in ("neighbours", "above_random", "alike", "mutual")
+        },
+        "mean_cosine": float(np.mean([item.matches.mean for item in pairs])),
+        "mean_cosine_random": float(np.mean([item.random.mean for item in pairs])),
+    }
