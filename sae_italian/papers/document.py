@@ -111,6 +111,12 @@ def markdown_table(table: Table) -> list[str]:
     return [*caption, line(table.head), "|" + "---|" * len(table.head), *(line(row) for row in table.rows)]
 
 
+def from_markdown(lines: Sequence[str], caption: str = "") -> Table:
+    """Return the table of such lines, bold cells as plain ones."""
+    cells = [[cell.strip().strip("*") for cell in line.strip().strip("|").split("|")] for line in lines]
+    return Table(caption, cells[0], cells[2:])
+
+
 def _html_table(table: Table) -> str:
     head = "".join(f"<th>{_safe(cell)}</th>" for cell in table.head)
     rows = "".join("<tr>" + "".join(f"<td>{_safe(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)

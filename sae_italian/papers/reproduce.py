@@ -68,9 +68,16 @@ def reproduce(
         "steps": results,
         "seconds": seconds,
     }
-    write_json(out / "report.json", report)
+    write_json(out / "report.json", without_pictures(report))
     document(chosen, report).write(out)
-    return report
+    return without_pictures(report)
+
+
+def without_pictures(value: Any) -> Any:
+    """Return a result without the SVG texts in it."""
+    if isinstance(value, dict):
+        return {key: without_pictures(item) for key, item in value.items() if key != "svg"}
+    return [without_pictures(item) for item in value] if isinstance(value, list) else value
 
 
 def document(chosen: Paper, report: dict[str, Any]) -> Document:

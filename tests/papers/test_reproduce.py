@@ -1,7 +1,5 @@
 """Each paper's whole evaluation on the embedded model with tiny budgets; resuming, skipping, bad input, the report."""
 
-import json
-
 import pytest
 
 from sae_italian.papers import reproduce
@@ -57,5 +55,5 @@ def done(tmp_path_factory):
 @pytest.mark.parametrize("name", list(TINY))
 def test_whole(done, name):
     out, report = done(name)
-    print(json.dumps(report["seconds"]))
+
     assert (out / "report.html").is_file()
