@@ -22,7 +22,7 @@ from sae_italian.saes import load_sae
 from sae_italian.saes.baselines import TOPK
 
 RATIO = 2  # d_sae / d_in of the paper's figure 2
-MOST_LAYERS = 4
+MOST_LAYERS = 3
 
 
 def _settings(job: Job) -> Settings:
