@@ -116,7 +116,7 @@ def derived(layers: list[dict[str, Any]]) -> dict[str, Any]:
             best.append(f"layer {layer['layer']}: {dictionary_name(name)} {relu[name]:.3f}, SAE {value[SAE]:.3f}")
         for kind, shares in closed.items():
             with_relu, with_topk = value.get(kind), value.get(kind + TOPK)
-            if None not in (with_relu, with_topk, value[SAE]) and value[SAE] > with_relu:
+            if with_relu is not None and with_topk is not None and (value[SAE] or -1.0) > with_relu:
                 shares.append((with_topk - with_relu) / (value[SAE] - with_relu))
         if None not in (value.get("identity"), value.get("random")):
             neurons.append(value["identity"] - value["random"])

@@ -32,10 +32,10 @@ def _saes(job: Job, _: Results) -> dict[str, Any]:
     )
     rows = []
     for name, folder in trained.items():
-        place, _, expansion = name.partition("-")
+        place, width = name.split("-")
         site = place.lstrip("L0123456789")
         layer = int(place[1 : len(place) - len(site)])
-        row = {"name": name, "folder": str(folder), "site": site, "layer": layer, "expansion": float(expansion[:-1])}
+        row = {"name": name, "folder": str(folder), "site": site, "layer": layer, "expansion": float(width[:-1])}
         rows.append(row)
     return {"saes": rows, "given": False}
 

@@ -161,7 +161,7 @@ def _ica(sample: Rows, seed: int) -> tuple[Directions, bool]:
         raise UsageError(
             f"the activations span fewer than {sample.shape[1]} dimensions, so ICA cannot whiten them. Leave out ica."
         )
-    ica = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
+    ica: Any = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
     converged = _converging(lambda: ica.fit(sample.double().numpy()))
     unmixing, mixing, mean = _tensors(ica.components_, ica.mixing_, ica.mean_)
     return signed(unmixing.T, mixing.T, mean), converged
@@ -175,7 +175,8 @@ def _nmf(sample: Rows, sae: Any, seed: int) -> tuple[Directions, bool]:
             f"NMF needs activations that are never negative; at {sae.cfg.metadata.hook_name} the smallest is {lowest:.3g}. "
             "Leave out nmf."
         )
-    nmf = MiniBatchNMF(n_components=sample.shape[1], random_state=seed, init="nndsvda", max_iter=200)
+    settings: dict[str, Any] = {"n_components": sample.shape[1], "init": "nndsvda", "max_iter": 200}
+    nmf: Any = MiniBatchNMF(random_state=seed, **settings)
     converged = _converging(lambda: nmf.fit(sample.double().numpy()))
     (components,) = _tensors(nmf.components_)
     return unit(torch.linalg.pinv(components), components, torch.zeros(sample.shape[1])), converged
