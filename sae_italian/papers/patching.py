@@ -31,10 +31,9 @@ def _ioi(job: Job, results: Results) -> dict[str, Any]:
             f"{skill.n} sentences, chance is {100 * CHANCE:.0f} %. Patching would say nothing."
         )
     folder = job.out / "baselines" / f"L{entry['layer']}" / "dictionaries"
-    kinds = [kind for kind in ("pca", "ica", "random") if kind in budget["kinds"]]
     dictionaries = {"SAE": load_sae(entry["folder"])}
-    dictionaries |= {kind.upper() if kind != "random" else "random": load_sae(folder / kind) for kind in kinds}
-    dictionaries |= {f"{kind.upper()}, top-k": load_sae(folder / (kind + TOPK)) for kind in kinds if kind == "pca"}
+    if "pca" in budget["kinds"]:
+        dictionaries |= {"PCA": load_sae(folder / "pca"), "PCA, top-k": load_sae(folder / ("pca" + TOPK))}
     steps = thresholds(budget["ioi_thresholds"])
     found = patch_saes(job.subject.model, tokenizer, dictionaries, pairs, thresholds=steps)
     return {

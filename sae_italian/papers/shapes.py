@@ -12,6 +12,8 @@ from sae_italian.errors import UsageError
 from sae_italian.papers.document import Section, from_markdown
 from sae_italian.papers.job import Job, Results, Step
 from sae_italian.saes import load_sae
+from sae_italian.saes.jumprelu_export import to_jumprelu
+from sae_italian.training.export import held_out_activations
 
 SAMPLE = 4096  # latents of each SAE that are compared
 MOST = 4  # SAEs
@@ -22,10 +24,26 @@ def _reference(results: Results) -> dict[str, Any]:
     return min(saes, key=lambda row: (row["site"] != "R", row["expansion"]))
 
 
+def as_in_the_paper(job: Job, sae: Any) -> Any:
+    """Return a TopK SAE as the JumpReLU that the paper evaluates, whose L0 may move; any other as it is."""
+    if sae.cfg.architecture() != "topk":
+        return sae
+    subject = job.subject
+    x, y = held_out_activations(
+        sae,
+        subject.model,
+        subject.corpus,
+        job.budget["card_tokens"],
+        context_size=subject.context_size,
+        text_column=subject.text_column,
+    )
+    return to_jumprelu(sae, x, y)[0]
+
+
 def _shift(job: Job, results: Results) -> dict[str, Any]:
     """Measure by position in contexts up to eight times the training's; packed where no document is that long."""
     subject, entry = job.subject, _reference(results)
-    sae = load_sae(entry["folder"])
+    sae = as_in_the_paper(job, load_sae(entry["folder"]))
     longest = getattr(subject.model.config, "max_position_embeddings", None)
     edges = default_edges(subject.context_size, longest)
     if len(edges) < 4:
@@ -56,10 +74,11 @@ def _shift(job: Job, results: Results) -> dict[str, Any]:
 
 def _shift_section(result: dict[str, Any], _: Results) -> Section:
     text = (
-        f"By position in the window, in tokens; the SAE was trained on {result['context_size']} at most in the bucket "
-        f"{result['reference']}. Windows are filled with short documents, one after the other. "
-        + " ".join(result["notes"]),
-        "Per posizione nella finestra, in token.",
+        f"By position in the window, in tokens; the training's context ends with the bucket {result['reference']}. A TopK "
+        "SAE is measured as JumpReLU, as in the paper, so that its L0 can move. Windows are filled with short documents, "
+        "one after the other. " + " ".join(result["notes"]),
+        f"Per posizione nella finestra, in token; il contesto dell'addestramento finisce con {result['reference']}. La SAE "
+        "TopK è misurata come JumpReLU, come nell'articolo.",
     )
     tables = [
         from_markdown(result["table"]),

@@ -22,23 +22,23 @@ from sae_italian.saes import load_sae
 
 TINY = {
     "clic-it-2025": (
-        "train_tokens=20480",
+        "train_tokens=12288",
         "expansion=2",
-        "card_tokens=2000",
-        "cache_tokens=15000",
-        "latents=12",
+        "card_tokens=1000",
+        "cache_tokens=10000",
+        "latents=8",
         "examples=6",
     ),
     "cunningham-2023": (
         "layers=[1]",
-        "train_tokens=20480",
-        "sweep_tokens=8192",
+        "train_tokens=12288",
+        "sweep_tokens=6144",
         "l1=[4.0]",
         "ratios=[0.5]",
         "kinds=[pca, random]",
         "fit_tokens=4000",
-        "card_tokens=2000",
-        "cache_tokens=12000",
+        "card_tokens=1000",
+        "cache_tokens=8000",
         "latents=8",
         "ioi_pairs=3",
         "ioi_thresholds=3",
@@ -47,10 +47,10 @@ TINY = {
         "sites=[R, TC]",
         "expansions=[2, 4]",
         "train_tokens=10240",
-        "compare_tokens=8192",
-        "card_tokens=2000",
-        "loss_tokens=1000",
-        "cache_tokens=12000",
+        "compare_tokens=6144",
+        "card_tokens=1000",
+        "loss_tokens=500",
+        "cache_tokens=8000",
         "latents=8",
         "shift_tokens=2000",
     ),
@@ -95,8 +95,8 @@ def test_clic_it(done):
     steps = report["steps"]
     assert steps["sae"]["layer"] == 2 and steps["sae"]["d_sae"] == 256 and steps["sae"]["architecture"] == "topk"
     assert steps["card"]["l0"]["value"] == pytest.approx(8, abs=0.2)
-    assert steps["scores"]["autointerp"]["n_latents"] == 12
-    assert steps["scores"]["random"]["n_latents"] == 12
+    assert steps["scores"]["autointerp"]["n_latents"] == 8
+    assert steps["scores"]["random"]["n_latents"] == 8
     assert ours(report)["Layer"] == "2" and ours(report)["Detection"] != "-"
     shown = steps["examples"]["examples"]
     assert shown and all("«" in row["example"] and row["explanation_it"] for row in shown)
@@ -120,7 +120,7 @@ def test_cunningham(done):
     assert points[0]["l1"] < points[1]["l1"] and points[0]["l0"]["value"] > points[1]["l0"]["value"]
     assert [row["d_sae"] for row in steps["ratios"]["rows"]] == [64, 256]
     assert -1 <= steps["moments"]["kurtosis"]["value"] <= 1
-    assert steps["ioi"].get("skipped") or len(steps["ioi"]["curves"]) == 4
+    assert steps["ioi"].get("skipped") or len(steps["ioi"]["curves"]) == 3
     saved = load_sae(out / "baselines" / "L1" / "dictionaries" / "pca")
     assert saved.cfg.architecture() == "standard" and saved.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
 
@@ -146,7 +146,7 @@ def test_a_second_run_is_refused_and_resuming_does_nothing_again(done, monkeypat
     sizes = TINY["clic-it-2025"]
     with pytest.raises(UsageError, match="--resume"):
         reproduce("clic-it-2025", out, *sizes)
-    with pytest.raises(UsageError, match="latents was 12, is now 13"):
+    with pytest.raises(UsageError, match="latents was 8, is now 13"):
         reproduce("clic-it-2025", out, *sizes[:-2], "latents=13", sizes[-1], resume=True)
     for module in ("training", "papers.job"):
         monkeypatch.setattr(f"sae_italian.{module}.train", None)
