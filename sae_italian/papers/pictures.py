@@ -34,9 +34,11 @@ def baselines_svg(result: dict[str, Any]) -> str:
         _curves(axes[2], middle)
         _by_layer(axes[3], layers, "perplexity", "perplexity · perplessità")
         own = [layer["rows"][0]["perplexity_of_model"]["value"] for layer in layers]
-        axes[3].plot(range(len(layers)), own, color="#222222", linestyle=":", label="the model · il modello")
+        places = range(len(layers))
+        low, high = [place - 0.45 for place in places], [place + 0.45 for place in places]
+        line = axes[3].hlines(own, low, high, color="#222222", linestyle=":", label="the model · il modello")
         axes[3].set_yscale("log")
-        axes[3].legend(frameon=False, fontsize=7)
+        axes[3].legend(handles=[line], frameon=False, fontsize=8)
         axes[0].figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8
         )
