@@ -96,7 +96,7 @@ def _geometry(job: Job, results: Results) -> dict[str, Any]:
     inside = "; ".join(f"{c.source}: {c.threshold:.3f} (random {c.random.largest:.3f})" for c in found.within)
     matches = "; ".join(
         f"{c.source} to {c.target}: median {c.matches.quantiles['50 %']:.2f}, random {c.random.quantiles['50 %']:.2f}, "
-        f"new {100 * c.new.value:.0f} %"
+        f"{100 * c.above_random.value:.0f} % above the largest random"
         for c in found.between
     )
     return {
@@ -111,7 +111,8 @@ def _geometry(job: Job, results: Results) -> dict[str, Any]:
 def _geometry_section(result: dict[str, Any], _: Results) -> Section:
     text = (
         "Best matches of decoder directions, within an SAE and between widths at one place; neighbours from the threshold "
-        "on. New: without a neighbour in the other SAE; splits: nearest of two latents or more of the first.",
+        "on, which is high where d_in is small. New: without a neighbour in the other SAE; splits: nearest of two latents or "
+        "more of the first.",
         "Migliori corrispondenze tra direzioni di decodifica, dentro una SAE e tra ampiezze diverse nello stesso punto.",
     )
     title = ("Geometry (figures 7 and 8)", "Geometria")
