@@ -20,6 +20,7 @@ from sae_italian.cli import (
     interchange,
     language,
     models,
+    papers,
     quickstart,
     saes,
     scores,
@@ -42,9 +43,10 @@ GROUPS = (
     scores,
     shift,
     explainita,
-    geometry,
     browser,
     causal,
+    geometry,
+    papers,
     bench,
 )
 

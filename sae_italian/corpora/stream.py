@@ -71,17 +71,33 @@ class Source(Protocol):
     def spec(self) -> Any: ...
 
 
-class MicroSource:
-    """MicroItaliano, from document `index` on, without end."""
+OTHER_SPLIT = TextDocument("", "", "")  # a document that is known not to be of the split that is read
+_HELD_OUT: dict[int, dict[int, TextDocument]] = {}  # MicroItaliano's held-out documents by seed and index
+_MOST_KNOWN = 500_000  # documents, about 60 MB: 20 are made for each that is held out
 
-    def __init__(self, seed: int):
+
+class MicroSource:
+    """MicroItaliano, from document `index` on, without end; held-out documents are made once in a process."""
+
+    def __init__(self, seed: int, split: Split = "all"):
         self.seed, self.index = seed, 0
+        self.known = _HELD_OUT.setdefault(seed, {}) if split == "heldout" else None
 
     def __next__(self) -> TextDocument:
+        index, self.index = self.index, self.index + 1
+        if self.known is None:
+            return self._made(index)
+        document = self.known.get(index)
+        if document is None:
+            document = self._made(index)
+            if len(self.known) < _MOST_KNOWN:
+                self.known[index] = document if is_held_out(document.text) else OTHER_SPLIT
+        return document
+
+    def _made(self, index: int) -> TextDocument:
         from sae_italian.corpora import micro_italiano
 
-        document = micro_italiano.document(self.index, self.seed)
-        self.index += 1
+        document = micro_italiano.document(index, self.seed)
         return TextDocument(document.text, document.doc_id, document.register)
 
     def state(self) -> dict[str, Any]:
@@ -272,7 +288,7 @@ def _weighted(corpus: str) -> tuple[list[str], list[float] | None]:
 
 def _open_one(name: str, reader: Reader, counts: Counts) -> Source:
     if name == MICRO_ITALIANO:
-        return MicroSource(reader.seed)
+        return MicroSource(reader.seed, reader.split)
 
     def reading(columns: tuple[str, ...], max_chars: int) -> Reading:
         return Reading(columns, reader.on_broken == "skip", counts, max_chars)
@@ -322,7 +338,7 @@ class CorpusStream:
         split = self.reader.split
         while True:
             document = next(self.source)
-            if split != "all" and is_held_out(document.text) != (split == "heldout"):
+            if document is OTHER_SPLIT or split != "all" and is_held_out(document.text) != (split == "heldout"):
                 self.counts.drop("other_split")
                 continue
             reason = self.sieve.reason_against(document.text)

@@ -94,3 +94,27 @@ def test_a_missing_corpus_offers_the_nearest(tmp_path):
 def test_broken_utf8_and_nul_bytes_do_not_stop_a_run(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"perch\xe9 no\n\nun\x00 byte\n")
     assert len(list(iter_documents(tmp_path / "a.txt"))) == 2
+
+
+def test_held_out_micro_italiano_is_the_same_when_it_is_read_again():
+    """It is made once in a process; positions and counts must not show it."""
+    from itertools import islice
+
+    from sae_italian.corpora import stream
+
+    stream._HELD_OUT.pop(3, None)
+    reader = stream.Reader(split="heldout", seed=3)
+    made = stream.CorpusStream("micro-italiano", reader)
+    first = list(islice(made, 4))
+    middle = made.state()
+    rest = list(islice(made, 3))
+    again = stream.CorpusStream("micro-italiano", reader)
+    assert list(islice(again, 7)) == first + rest
+    assert again.counts.as_dict() == made.counts.as_dict() and again.counts.as_dict()["dropped"]["other_split"] > 50
+    resumed = stream.CorpusStream("micro-italiano", reader)
+    resumed.load_state(middle)
+    assert list(islice(resumed, 3)) == rest
+    everything = stream.CorpusStream("micro-italiano", stream.Reader(seed=3))
+    assert [
+        d for d in islice(everything, made.state()["source"]["index"]) if stream.is_held_out(d.text)
+    ] == first + rest

@@ -1,0 +1,6 @@
+"""The papers' whole evaluations, one command each, and the comparison of an SAE with its baselines."""
+
+from sae_italian.papers.baselines import Settings, compare_baselines
+from sae_italian.papers.reproduce import reproduce
+
+__all__ = ["Settings", "compare_baselines", "reproduce"]

@@ -1,0 +1,233 @@
+"""Cunningham et al. 2023, figures 2, 6 and 9 and appendix G: an SAE beside its baselines, layer by layer.
+
+For every dictionary: L0 and explained variance, perplexity with it in place, and the correlation of simulated with true
+activations, on the strongest and random segments and on random ones alone. Simulated by the rule judge unless explainers
+and judges are handed in. The paper scores the first 150 latents; here they are drawn at random from the live ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
+from sae_italian.autointerp.run import EXPLAINER
+from sae_italian.cache import FeatureCache, build_caches
+from sae_italian.errors import UsageError
+from sae_italian.papers.curve import curves
+from sae_italian.papers.subject import Subject, layer_of, open_subject, training_stream
+from sae_italian.saes import check_fits, load_sae, weights_hash
+from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines
+from sae_italian.storage import claim_folder, read_json, remove, write_json, write_text
+from sae_italian.training import evaluate
+
+KIND = "baselines"
+SAE = "sae"
+_SUMMARY = ("simulation", "simulation_random", "shuffled_simulation", "detection", "fuzzing")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the comparison's numbers; sizes are in tokens."""
+
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    fit_tokens: int = 200_000
+    """Training text that baselines are fitted on."""
+    ica_tokens: int = 20_000
+    card_tokens: int = 20_000
+    """Held-out text for L0, explained variance and perplexity, each dictionary on the same."""
+    cache_tokens: int = 60_000
+    """Held-out text that explanations and simulations are made of."""
+    latents: int = 100
+    """Latents scored in each dictionary."""
+    seed: int = 0
+
+
+def compare_baselines(
+    saes: Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str | None = None,
+    corpus: str | None = None,
+    text_column: str = "text",
+    context_size: int | None = None,
+    settings: Settings | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Compare SAEs of one model, one a layer or several, with their baselines; write baselines.json, .md and .svg.
+
+    The baselines are kept in `out/<n>/dictionaries` as SAELens SAEs, with their evaluation cards.
+    Raises: UsageError for SAEs of different models, and as the steps do.
+    """
+    from sae_italian.papers.pictures import baselines_svg
+    from sae_italian.papers.tables import baselines_markdown
+
+    loaded = [load_sae(sae) for sae in saes]
+    subject = open_subject(
+        _model_of(loaded, model), sae=loaded[0], corpus=corpus, text_column=text_column, context_size=context_size
+    )
+    out, settings = Path(out), settings or Settings()
+    names = [str(Path(sae).resolve()) if Path(sae).is_dir() else str(sae) for sae in saes]
+    spec = {**subject._asdict(), **asdict(settings), "saes": [weights_hash(sae) for sae in loaded]}
+    del spec["model"]
+    claim_folder(out, KIND, spec, resume=resume, overwrite=overwrite)
+    layers = [
+        compare_layer(sae, subject, out / str(i), settings, sae_name=name)
+        for i, (sae, name) in enumerate(zip(loaded, names, strict=True))
+    ]
+    result = {"model": subject.name, "corpus": subject.corpus, "settings": asdict(settings), "layers": layers}
+    write_json(out / "baselines.json", result)
+    write_text(out / "baselines.md", baselines_markdown(result))
+    write_text(out / "baselines.svg", baselines_svg(result))
+    return result
+
+
+def _model_of(saes: Sequence[Any], given: str | None) -> str:
+    named = {str(sae.cfg.metadata.model_name) for sae in saes}
+    if given is None and len(named) > 1:
+        raise UsageError(f"the SAEs belong to different models: {', '.join(sorted(named))}. Compare those of one.")
+    name = given or named.pop()
+    if name in ("None", ""):
+        raise UsageError("the SAE's metadata does not name its model; give --model.")
+    return name
+
+
+def compare_layer(
+    sae: Any,
+    subject: Subject,
+    out: Path,
+    settings: Settings,
+    *,
+    sae_name: str = "",
+    explainers: Sequence[Any] = (),
+    judges: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Return the comparison at one SAE's place, kept in `out`; what a stopped run has finished is not done again.
+
+    Keys: `hook_name`, `layer`, `rows` (one a dictionary, the SAE first), `curves` (explained variance against L0).
+    """
+    check_fits(sae, subject.model)
+    if (out / "layer.json").is_file():
+        return read_json(out / "layer.json")
+    hook_name = sae.cfg.metadata.hook_name
+    baselines = _fitted(sae, subject, out / "dictionaries", settings)
+    dictionaries = {SAE: sae, **baselines}
+    cards = _cards(dictionaries, subject, out, settings)
+    scores = _scores(dictionaries, subject, out, settings, sae_name, explainers, judges)
+    rows = [{"dictionary": name, **cards[name], **scores[name]} for name in dictionaries]
+    families = {name: dictionary for name, dictionary in dictionaries.items() if not name.endswith(TOPK)}
+    result = {
+        "hook_name": hook_name,
+        "layer": layer_of(sae),
+        "sae": sae_name,
+        "architecture": sae.cfg.architecture(),
+        "d_in": sae.cfg.d_in,
+        "top_k": next((b.cfg.k for name, b in baselines.items() if name.endswith(TOPK)), None),
+        "rows": rows,
+        "curves": curves(families, subject, settings.card_tokens),
+    }
+    write_json(out / "layer.json", result)
+    return result
+
+
+def _fitted(sae: Any, subject: Subject, folder: Path, settings: Settings) -> dict[str, Any]:
+    """Return the baselines, from disk where they are all there."""
+    names = [kind + suffix for kind in settings.kinds for suffix in ("", TOPK)]
+    if all((folder / name / "cfg.json").is_file() for name in names):
+        return {name: load_sae(folder / name) for name in names}
+    stream = training_stream(subject, sae.cfg.metadata.hook_name, seed=settings.seed)
+    found = fit_baselines(
+        stream,
+        sae,
+        settings.kinds,
+        n_tokens=settings.fit_tokens,
+        ica_tokens=settings.ica_tokens,
+        seed=settings.seed,
+    )
+    for name, baseline in found.items():
+        baseline.save_model(folder / name)
+    return found
+
+
+def _cards(dictionaries: dict[str, Any], subject: Subject, out: Path, settings: Settings) -> dict[str, Any]:
+    """Return what each dictionary keeps of the activations and of the model's predictions."""
+    found = {}
+    for name, sae in tqdm(dictionaries.items(), desc="evaluate dictionaries", disable=None):
+        file = out / "cards" / f"{name}.json"
+        if not file.is_file():
+            card = evaluate(
+                sae,
+                subject.model,
+                subject.corpus,
+                n_tokens=settings.card_tokens,
+                context_size=subject.context_size,
+                text_column=subject.text_column,
+                name=name,
+            )
+            write_json(file, card.as_dict())
+        card = read_json(file)
+        keys = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "delta_lm_loss")
+        found[name] = {
+            "d_sae": card["d_sae"],
+            **{key: card[key] for key in keys},
+            "dead": card["dead"],
+            "perplexity": perplexity(card["ce_loss_with_sae"]),
+            "perplexity_of_model": perplexity(card["ce_loss"]),
+            "converged": getattr(sae.cfg.metadata, "converged", None),
+        }
+    return found
+
+
+def perplexity(loss: dict[str, float | None]) -> dict[str, float | None]:
+    """Return exp of a loss in nats and of its interval's ends."""
+    return {key: None if value is None else math.exp(value) for key, value in loss.items()}
+
+
+def _scores(
+    dictionaries: dict[str, Any],
+    subject: Subject,
+    out: Path,
+    settings: Settings,
+    sae_name: str,
+    explainers: Sequence[Any],
+    judges: Sequence[Any],
+) -> dict[str, Any]:
+    """Return each dictionary's simulation scores; caches but the SAE's own, dense with ReLU alone, go when they are scored."""
+    folders = {name: out / "caches" / name for name in dictionaries}
+    todo = [name for name in dictionaries if not (out / "scores" / f"{name}.json").is_file()]
+    if todo:
+        caches = build_caches(
+            [dictionaries[name] for name in todo],
+            subject.model,
+            subject.corpus,
+            [folders[name] for name in todo],
+            n_tokens=settings.cache_tokens,
+            split="heldout",
+            context_size=subject.context_size,
+            text_column=subject.text_column,
+            sae_names=[sae_name if name == SAE and sae_name else name for name in todo],
+            resume=True,
+        )
+        for name, folder in zip(todo, caches, strict=True):
+            store = run_autointerp(
+                FeatureCache.open(folder),
+                subject.model.tokenizer,
+                AutointerpConfig(latents=settings.latents, seed=settings.seed),
+                sae=dictionaries[name],
+                explainers=explainers,
+                judges=judges,
+            )
+            explainer = explainers[0].name if explainers else EXPLAINER
+            summary = summarise(store, explainer=explainer, judge=judges[0].name if judges else "rule").as_dict()
+            kept = {key: summary[key] for key in ("explainer", "judge", "n_latents", "n_explained", *_SUMMARY)}
+            write_json(out / "scores" / f"{name}.json", kept)
+    for name in dictionaries:
+        if name != SAE:
+            remove(folders[name])
+    return {name: read_json(out / "scores" / f"{name}.json") for name in dictionaries}

@@ -1,0 +1,169 @@
+"""The pictures of the papers' comparisons, as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sae_italian.papers.tables import dictionary_name
+from sae_italian.pictures import OURS, svg
+from sae_italian.saes.baselines import TOPK
+
+COLOURS = {
+    "sae": OURS,
+    "pca": "#3b6fb6",
+    "ica": "#c77800",
+    "nmf": "#7a5195",
+    "random": "#8a8f98",
+    "identity": "#b3261e",
+}
+
+
+def colour(name: str) -> str:
+    return COLOURS.get(name.partition("-")[0], "#444444")
+
+
+def baselines_svg(result: dict[str, Any]) -> str:
+    """Return scores by layer (top and random, random only), the curve of the middle layer, perplexity by layer."""
+    layers = sorted(result["layers"], key=lambda layer: layer["layer"])
+
+    def draw(axes: Any) -> None:
+        _by_layer(axes[0], layers, "simulation", "simulation, top and random · simulazione, forti e casuali")
+        _by_layer(axes[1], layers, "simulation_random", "simulation, random only · solo casuali")
+        middle = layers[len(layers) // 2]
+        _curves(axes[2], middle)
+        _by_layer(axes[3], layers, "perplexity", "perplexity · perplessità")
+        own = [layer["rows"][0]["perplexity_of_model"]["value"] for layer in layers]
+        places = range(len(layers))
+        low, high = [place - 0.45 for place in places], [place + 0.45 for place in places]
+        line = axes[3].hlines(own, low, high, color="#222222", linestyle=":", label="the model · il modello")
+        axes[3].set_yscale("log")
+        axes[3].legend(handles=[line], frameon=False, fontsize=8)
+        axes[0].figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8
+        )
+
+    return svg(draw, 4, (15.0, 4.4))
+
+
+def _by_layer(axis: Any, layers: Sequence[dict[str, Any]], key: str, title: str) -> None:
+    """Draw one dot with its interval for each dictionary and layer, side by side."""
+    names = [row["dictionary"] for row in layers[0]["rows"]]
+    for i, name in enumerate(names):
+        found = [next((row for row in layer["rows"] if row["dictionary"] == name), None) for layer in layers]
+        where, values, below, above = [], [], [], []
+        for j, row in enumerate(found):
+            if row is None or row[key]["value"] is None:
+                continue
+            estimate = row[key]
+            where.append(j + 0.7 * (i / max(len(names) - 1, 1) - 0.5))
+            values.append(estimate["value"])
+            below.append(estimate["value"] - (estimate["value"] if estimate["lo"] is None else estimate["lo"]))
+            above.append((estimate["value"] if estimate["hi"] is None else estimate["hi"]) - estimate["value"])
+        hollow = name.endswith(TOPK)
+        axis.errorbar(
+            where,
+            values,
+            yerr=(below, above),
+            fmt="s" if hollow else "o",
+            markersize=4.5,
+            color=colour(name),
+            markerfacecolor="white" if hollow else colour(name),
+            elinewidth=1,
+            label=dictionary_name(name),
+        )
+    axis.set_xticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
+    axis.set_xlabel("layer · strato")
+    axis.set_title(title, fontsize=9)
+
+
+def _curves(axis: Any, layer: dict[str, Any]) -> None:
+    for name, points in layer["curves"].items():
+        axis.plot(
+            [point["l0"] for point in points],
+            [point["explained_variance"] for point in points],
+            color=colour(name),
+            marker=".",
+            linewidth=1.2,
+        )
+    row = layer["rows"][0]
+    axis.plot(row["l0"]["value"], row["explained_variance"]["value"], "*", color=colour("sae"), markersize=11)
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(max(-0.1, axis.get_ylim()[0]), 1.02)
+    axis.set_xlabel("L0 (k strongest kept · i k più forti)")
+    axis.set_title(f"explained variance, layer {layer['layer']} · varianza spiegata", fontsize=9)
+
+
+def sweep_svg(points: Sequence[dict[str, Any]], layer: dict[str, Any]) -> str:
+    """Return FVU against L0 of SAEs trained at several sparsities, with the baselines' curves of that layer."""
+
+    def draw(axes: Any) -> None:
+        (axis,) = axes
+        for name, curve in layer["curves"].items():
+            x, y = [p["l0"] for p in curve], [1 - p["explained_variance"] for p in curve]
+            label = dictionary_name(name) + (", k strongest · i k più forti" if name == "sae" else "")
+            axis.plot(x, y, color=colour(name), marker=".", linewidth=1, alpha=0.8, label=label)
+        x = [point["l0"]["value"] for point in points]
+        y = [point["fvu"]["value"] for point in points]
+        axis.plot(x, y, color=colour("sae"), marker="*", markersize=10, linewidth=1.6, label="SAE, L1")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(-0.02, min(1.1, max(1.0, *y)))
+        axis.set_xlabel("L0")
+        axis.set_ylabel("FVU")
+        axis.legend(frameon=False, fontsize=8)
+
+    return svg(draw, 1, (6.5, 4.2))
+
+
+def scores_svg(auto: dict[str, Any], random: dict[str, Any]) -> str:
+    """Return detection, fuzzing and simulation of an SAE beside its shuffled explanations, token lookup and random SAE."""
+    parts = ("detection", "fuzzing", "simulation")
+    series = (
+        ("SAE", auto, "{}", OURS),
+        ("token lookup · solo il token", auto, "lookup_{}", "#c77800"),
+        ("shuffled · scambiate", auto, "shuffled_{}", "#8a8f98"),
+        ("random SAE · SAE casuale", random, "{}", "#3b6fb6"),
+    )
+
+    def draw(axes: Any) -> None:
+        (axis,) = axes
+        for i, (label, source, key, shade) in enumerate(series):
+            found = [source[key.format(part)] for part in parts]
+            value = [e["value"] or 0.0 for e in found]
+            low = [max(0.0, v - (v if e["lo"] is None else e["lo"])) for v, e in zip(value, found, strict=True)]
+            high = [max(0.0, (v if e["hi"] is None else e["hi"]) - v) for v, e in zip(value, found, strict=True)]
+            where = [j + 0.2 * (i - 1.5) for j in range(len(parts))]
+            axis.bar(where, value, 0.18, yerr=(low, high), color=shade, label=label, error_kw={"elinewidth": 1})
+        axis.axhline(0.5, color="#222222", linewidth=0.7, linestyle=":")
+        axis.set_xticks(range(len(parts)), parts)
+        axis.legend(frameon=False, fontsize=8)
+
+    return svg(draw, 1, (7.0, 3.8))
+
+
+def suite_svg(rows: Sequence[dict[str, Any]]) -> str:
+    """Return explained variance (uncentred), delta LM loss and dead latents by site, one colour a width."""
+    sites = list(dict.fromkeys(f"L{row['layer']}{row['site']}" for row in rows))
+    widths = sorted({row["expansion"] for row in rows})
+    shades = ("#0b6e4f", "#5fb48f", "#3b6fb6", "#c77800")
+
+    def draw(axes: Any) -> None:
+        panels = (
+            ("explained_variance_uncentred", "explained variance · varianza spiegata"),
+            ("delta_lm_loss", "delta LM loss (nats)"),
+            ("dead", "dead latents · latenti morti"),
+        )
+        for axis, (key, title) in zip(axes, panels, strict=True):
+            for i, width in enumerate(widths):
+                found = {f"L{r['layer']}{r['site']}": r[key] for r in rows if r["expansion"] == width}
+                where = [sites.index(site) + 0.8 * ((i + 0.5) / len(widths) - 0.5) for site in found]
+                value = [estimate["value"] for estimate in found.values()]
+                low = [max(0.0, e["value"] - e["lo"]) for e in found.values()]
+                high = [max(0.0, e["hi"] - e["value"]) for e in found.values()]
+                shade = shades[i % len(shades)]
+                axis.bar(where, value, 0.75 / len(widths), yerr=(low, high), color=shade, label=f"{width:g}x")
+            axis.set_xticks(range(len(sites)), sites)
+            axis.set_title(title, fontsize=9)
+        axes[0].legend(frameon=False, fontsize=8)
+
+    return svg(draw, 3, (11.0, 3.6))

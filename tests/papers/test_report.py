@@ -1,0 +1,178 @@
+"""The papers as data, the report's text, and what is derived from results: without any model."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from sae_italian.errors import UsageError
+from sae_italian.papers import cunningham, llama_scope
+from sae_italian.papers.document import Document, Section, Table, from_markdown, markdown_table, shown
+from sae_italian.papers.paper import beside, lookup, paper, papers
+from sae_italian.papers.reproduce import STEPS
+from sae_italian.papers.scoring import correlation
+
+
+def test_every_paper_has_its_steps_and_each_figure_names_one():
+    assert set(papers()) == set(STEPS) == {"cunningham-2023", "llama-scope", "clic-it-2025"}
+    for name, found in papers().items():
+        steps = {step.name for step in STEPS[name]}
+        for figure in found.figures:
+            assert figure.ours.split(".")[0] in steps, (name, figure.ours)
+            assert figure.where and figure.value and all(figure.what), (name, figure)
+
+
+def test_a_budget_takes_overrides_of_the_right_kind_only():
+    chosen = paper("cunningham-2023")
+    budget = chosen.with_budget("latents=7", "layers=[1]", "kinds=[pca]")
+    assert budget["latents"] == 7 and budget["layers"] == [1] and budget["kinds"] == ["pca"]
+    assert chosen.budget["latents"] != 7
+    for wrong, message in (
+        ("latent=7", "unknown key 'latent' .* Did you mean 'latents'"),
+        ("latents=0", "must be a whole number of 1 or more"),
+        ("latents=many", "must be a whole number"),
+        ("kinds=pca", "kinds is a list"),
+        ("latents=[3]", "latents is a number"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            chosen.with_budget(wrong)
+    with pytest.raises(UsageError, match="'llama-scop' is unknown. Did you mean 'llama-scope'"):
+        paper("llama-scop")
+
+
+def test_lookup_goes_through_dicts_lists_and_stars():
+    results = {"a": {"rows": [{"x": 1}, {"x": 2}, {}]}, "b": None}
+    assert lookup(results, "a.rows.1.x") == 2
+    assert lookup(results, "a.rows.*.x") == [1, 2, None]
+    assert lookup(results, "a.rows.7.x") is None and lookup(results, "b.c") is None and lookup(results, "z") is None
+
+
+def test_ours_stand_beside_the_papers_and_a_dash_where_there_is_none():
+    figures = papers()["clic-it-2025"].figures
+    results = {"card": {"l0": {"value": 8.0, "lo": 7.5, "hi": 8.5}}, "sae": {"layer": 2}}
+    rows = {row["what"]: row for row in beside(figures, results)}
+    assert rows["Latents per token (K)"]["ours"] == "8.000 (7.500 to 8.500)"
+    assert rows["Layer"]["ours"] == "2" and rows["Detection"]["ours"] == "-"
+    assert rows["Latents with an explanation"]["paper"] == "53,540 of 65,536 (81.7 %)"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (float("nan"), "-"),
+        (12345, "12,345"),
+        (0.12345, "0.123"),
+        (25_000.4, "25,000"),
+        ("8x", "8x"),
+        ({"value": 0.5, "lo": 0.4, "hi": 0.6}, "0.500 (0.400 to 0.600)"),
+        ({"value": 0.5, "lo": None, "hi": None}, "0.500"),
+        ({"value": None, "lo": None, "hi": None}, "-"),
+    ],
+)
+def test_cells(value, text):
+    assert shown(value) == text
+
+
+def test_percent():
+    assert shown({"value": 0.5, "lo": 0.4, "hi": 0.6}, percent=True) == "50.0 % (40.0 % to 60.0 %)"
+
+
+class _Balance(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag != "meta":
+            self.open.append(tag)
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def written(tmp_path):
+    table = Table("uno | due", ("a", "b"), [("x|y", "<script>alert(1)</script>"), ("è", "2")])
+    sections = [
+        Section(("One", "Uno"), ("Text & more.", "Testo."), [table], [("p", "<?xml?><svg><path/></svg>")]),
+        Section(("Two", "Due"), skipped="the model cannot"),
+    ]
+    Document(("Title", "Titolo"), ("Intro", "Inizio"), sections).write(tmp_path)
+    return tmp_path
+
+
+def test_the_page_is_whole_escaped_and_asks_for_nothing(written):
+    page = (written / "report.html").read_text()
+    parser = _Balance()
+    parser.feed(page)
+    assert not parser.open and parser.seen.count("table") == 1 and parser.seen.count("svg") == 1
+    assert "<script>" not in page and "&lt;script&gt;" in page and "Text &amp; more." in page
+    assert not re.search(r"(src|href)=", page) and "url(" not in page
+    assert "Not done · Non svolto: the model cannot" in page
+
+
+def test_the_markdown_is_a_table_whatever_a_cell_holds(written):
+    text = (written / "report.md").read_text()
+    assert "| x\\|y | <script>alert(1)</script> |" in text and "| è | 2 |" in text
+    assert "![p](pictures/p.svg)" in text and (written / "pictures" / "p.svg").is_file()
+    table = Table("", ("a", "b"), [("1", "2"), ("3", "4")])
+    assert from_markdown(markdown_table(table)).rows == [["1", "2"], ["3", "4"]]
+
+
+def estimate(value):
+    return {"value": value, "lo": value, "hi": value}
+
+
+def layer(number, **scores):
+    rows = [
+        {
+            "dictionary": name.replace("_", "-"),
+            "simulation": estimate(score),
+            "perplexity_of_model": estimate(2.0),
+            "perplexity": estimate(3.0),
+        }
+        for name, score in scores.items()
+    ]
+    return {"layer": number, "rows": rows}
+
+
+def test_what_the_baselines_say_is_read_off_their_scores():
+    first = layer(0, sae=0.6, pca=0.2, pca_topk=0.3, ica=0.1, ica_topk=0.2, random=0.3, identity=0.25)
+    second = layer(3, sae=0.5, pca=0.3, pca_topk=0.4, ica=0.4, ica_topk=0.45, random=0.1, identity=0.1)
+    said = cunningham.derived([first, second])
+    assert said["best_relu"] == "layer 0: random directions 0.300, SAE 0.600; layer 3: ICA 0.400, SAE 0.500"
+    assert said["gap_closed"] == f"PCA {100 * (0.25 + 0.5) / 2:.0f} %, ICA {100 * (0.2 + 0.5) / 2:.0f} %"
+    assert said["neurons_minus_random"] == pytest.approx(-0.025)
+    assert said["perplexity_factor"].startswith("layer 0: 2.00 to 3.00, a factor 1.50; layer 3")
+
+
+def test_what_sites_and_widths_say_is_read_off_their_cards():
+    def row(site, expansion, variance, dead):
+        return {
+            "name": f"L1{site}-{expansion}x",
+            "site": site,
+            "expansion": expansion,
+            "l0": estimate(8.0),
+            "explained_variance_uncentred": estimate(variance),
+            "delta_lm_loss": estimate(0.1),
+            "dead": estimate(dead),
+            "ultra_active": estimate(0.01),
+        }
+
+    rows = [row("A", 8, 0.7, 0.1), row("A", 32, 0.75, 0.3), row("R", 8, 0.9, 0.05), row("R", 32, 0.93, 0.2)]
+    said = llama_scope.derived(rows, 1000)
+    assert said["best_site"] == "R 0.900, A 0.700" and said["width_gain"] == "R +0.030; A +0.050"
+    assert said["reference"].startswith("L1R-8x: 0.900") and said["dead"] == "5.0 to 30.0 % in 1,000 tokens"
+    assert llama_scope.derived(rows[2:3], 1000)["width_gain"] is None
+
+
+def test_correlation_is_pearsons_and_leaves_out_what_is_not_there():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200)
+    y = x + rng.normal(size=200)
+    found = correlation(np.append(x, np.nan), np.append(y, 3.0))
+    assert found.value == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9) and found.lo < found.value < found.hi
+    assert np.isnan(correlation(x[:2], y[:2]).value)
