@@ -87,8 +87,8 @@ def _ioi(options: argparse.Namespace) -> Result:
     from sae_italian.analysis.tasks import check_able, ioi_pairs, ioi_score, words_for
     from sae_italian.models import load_model
 
-    for flag, value in (("--pairs", options.pairs), ("--check", options.check), ("--thresholds", options.thresholds)):
-        positive(flag, value)
+    for flag, number in (("--pairs", options.pairs), ("--check", options.check), ("--thresholds", options.thresholds)):
+        positive(flag, number)
     any_length = options.name_tokens == "any"
     if not any_length and not options.name_tokens.isdecimal():
         raise UsageError(f"--name-tokens is {options.name_tokens!r}; a number or any was expected.")

@@ -182,7 +182,7 @@ def _curve(name: str, patcher: Patcher, thresholds: Sequence[float], seed: int) 
         points=found.points,
         order=found.order,
         effects=tuple(Effect(int(patcher.candidates[i]), float(exact[i]), float(attribution[i])) for i in largest),
-        spearman=float(spearmanr(exact, attribution).statistic) if varies else None,
+        spearman=float(np.asarray(spearmanr(exact, attribution))[0]) if varies else None,
         visits=found.visits,
         prompt_forwards=patcher.cost.prompt_forwards - before[0],
         original_prompt_forwards=found.visits * patcher.n_pairs,

@@ -38,7 +38,7 @@ class MinimalPair(NamedTuple):
 @lru_cache(maxsize=1)
 def _words() -> tuple[list[list[list[str]]], list[list[str]], list[list[str]]]:
     """Return nouns [gender][noun][number], adjectives [adjective][2 * gender + number] and verbs [verb][number]."""
-    data = yaml.safe_load((files(__package__) / "data" / "agreement.yaml").read_text(encoding="utf-8"))
+    data = yaml.safe_load((files("sae_italian.analysis.tasks") / "data" / "agreement.yaml").read_text(encoding="utf-8"))
     nouns = [[entry.split() for entry in data["nouns"][gender].split(",")] for gender in GENDERS]
     return nouns, *([entry.split() for entry in data[key].split(",")] for key in ("adjectives", "verbs"))  # pyright: ignore[reportReturnType]
 

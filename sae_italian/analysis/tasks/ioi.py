@@ -53,7 +53,7 @@ class IoiPair(NamedTuple):
 @lru_cache(maxsize=2)
 def default_words(language: Language = "it") -> IoiWords:
     """Return the words for real models. Raises: UsageError for another language than Italian or English."""
-    data = yaml.safe_load((files(__package__) / "data" / "ioi.yaml").read_text(encoding="utf-8"))
+    data = yaml.safe_load((files("sae_italian.analysis.tasks") / "data" / "ioi.yaml").read_text(encoding="utf-8"))
     if language not in data:
         raise UsageError(f"language {language!r} has no indirect-object sentences. {nearest(language, data)}")
     entry = data[language]

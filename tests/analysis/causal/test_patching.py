@@ -71,7 +71,7 @@ def test_a_run_begun_at_the_sae_is_the_whole_run(mini, identity_sae, pairs, inpu
         edited = logits_with_replacement(mini, ids(mini, pairs[row].base), hook_name, lambda x, a=added: x + a)[0, -1]
         log_p = edited.log_softmax(-1)
         log_q = last_logits(mini, ids(mini, pairs[row].counterfactual)).log_softmax(-1)
-        assert float(kl) == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum().detach()), abs=1e-4)
+        assert float(kl.detach()) == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum().detach()), abs=1e-4)
     assert last_logits(mini, ids(mini, pairs[0].base)).isfinite().all()  # the model itself is whole again
 
 
