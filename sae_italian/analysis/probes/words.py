@@ -36,7 +36,7 @@ class Words:
     n_cut: int = 0  # words beyond the context, left out
 
     def column(self, name: str) -> Float[np.ndarray, " words"]:
-        """Return which words bear a label. Raises: KeyError-like ValueError for a label that is not among the names."""
+        """Return 1 for the words that bear a label, 0 for the others. Raises: ValueError for a label that is none of the names."""
         return self.labels[:, [self.names.index(name)]].toarray().ravel()
 
 
