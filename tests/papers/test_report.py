@@ -2,9 +2,11 @@
 
 import re
 from html.parser import HTMLParser
+from importlib import resources
 
 import numpy as np
 import pytest
+import yaml
 
 from sae_italian.errors import UsageError
 from sae_italian.papers import cunningham, llama_scope
@@ -21,6 +23,9 @@ def test_every_paper_has_its_steps_and_each_figure_names_one():
         for figure in found.figures:
             assert figure.ours.split(".")[0] in steps, (name, figure.ours)
             assert figure.where and figure.value and all(figure.what), (name, figure)
+        data = resources.files("sae_italian.papers").joinpath("data", f"{name}.yaml").read_text(encoding="utf-8")
+        for row in yaml.safe_load(data)["figures"]:  # an unquoted comma would end a text
+            assert set(row) == {"what", "where", "value", "ours"} and set(row["what"]) == {"en", "it"}, row
 
 
 def test_a_budget_takes_overrides_of_the_right_kind_only():
@@ -76,6 +81,7 @@ def test_cells(value, text):
 
 
 def test_percent():
+    assert shown(-1e-9, percent=True) == "0.0 %"
     assert shown({"value": 0.5, "lo": 0.4, "hi": 0.6}, percent=True) == "50.0 % (40.0 % to 60.0 %)"
 
 
