@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from sae_italian.papers.document import Section, Table, shown
@@ -14,6 +15,7 @@ from sae_italian.saes import load_sae
 from sae_italian.training.card import LABELS
 
 _CARD = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "delta_lm_loss")
+LONGEST = 240  # characters of an explanation in the table; report.json has the whole
 _SHARES = ("dead", "dead_in_100k", "ultra_active")
 
 
@@ -120,8 +122,8 @@ def _examples_section(result: dict[str, Any], _: Results) -> Section:
     rows = [
         (
             str(row["latent"]),
-            row["explanation_it"],
-            row["explanation_en"],
+            shorten(row["explanation_it"], LONGEST, placeholder=" ..."),
+            shorten(row["explanation_en"], LONGEST, placeholder=" ..."),
             shown(row["detection"]),
             shown(row["simulation"]),
             row["example"],

@@ -12,7 +12,7 @@ from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.cache import FeatureCache
 from sae_italian.papers.baselines import SAE, Settings, compare_layer, perplexity
 from sae_italian.papers.document import Section, Table, shown
-from sae_italian.papers.job import Job, Results, Step
+from sae_italian.papers.job import RATIO, Job, Results, Step, variant
 from sae_italian.papers.patching import PATCHING
 from sae_italian.papers.pictures import baselines_svg, sweep_svg
 from sae_italian.papers.scoring import card_of, correlation, moments, score_sae, simulation_scores
@@ -21,7 +21,6 @@ from sae_italian.papers.tables import dictionary_name, layer_table
 from sae_italian.saes import load_sae
 from sae_italian.saes.baselines import TOPK
 
-RATIO = 2  # d_sae / d_in of the paper's figure 2
 MOST_LAYERS = 3
 
 
@@ -166,7 +165,7 @@ def _variant(job: Job, entry: dict[str, Any], factor: float, ratio: float) -> Pa
     from sae_italian.training.config import read_values
 
     own = float(read_values(job.paper.recipe)["sae"]["l1_coefficient"])
-    name = f"L{entry['layer']}-{ratio:g}x-l1-{factor:g}"
+    name = variant(entry["layer"], ratio, factor)
     d_sae, n_tokens = round(ratio * entry["d_in"]), job.budget["sweep_tokens"]
     return job.train(name, entry["hook_name"], d_sae, n_tokens, f"sae.l1_coefficient={factor * own}")
 

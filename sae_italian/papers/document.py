@@ -137,7 +137,7 @@ def shown(value: Any, digits: int = 3, *, percent: bool = False) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if percent:
-        return f"{100 * value:.1f} %"
+        return f"{round(100 * value, 1) + 0.0:.1f} %"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}f}" if abs(value) < 100 else f"{value:,.1f}"

@@ -21,6 +21,7 @@ from sae_italian.training.suite import suite_from_dict, train_suite
 
 MINI_WIDTH = 128  # d_in of the model that the recipes in configs/mini are for
 SKIPPED = "skipped"
+RATIO = 2  # d_sae / d_in in figure 2 of Cunningham et al. 2023
 Results = dict[str, Any]
 
 
@@ -105,6 +106,11 @@ class Job:
         if n <= at_most:
             return list(range(n))
         return [round(i * (n - 1) / (at_most - 1)) for i in range(at_most)]
+
+
+def variant(layer: int, ratio: float, factor: float) -> str:
+    """Return the name of the SAE with so many latents per dimension and its L1 coefficient times a factor."""
+    return f"L{layer}-{ratio:g}x-l1-{factor:g}"
 
 
 class Step(NamedTuple):

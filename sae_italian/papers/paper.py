@@ -19,6 +19,7 @@ class Figure(NamedTuple):
     where: str  # table, figure or section
     value: str
     ours: str  # a path into the results by step, `*` for each of a list
+    percent: bool = False  # ours is a share
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ def papers() -> dict[str, Paper]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         setting = values.pop("setting")
         figures = tuple(
-            Figure((row["what"]["en"], row["what"]["it"]), row["where"], str(row["value"]), row["ours"])
+            Figure((what["en"], what["it"]), value=str(value), **rest)
             for row in values.pop("figures")
+            for what, value, rest in [(row.pop("what"), row.pop("value"), row)]
         )
         name = file.name.removesuffix(".yaml")
         found[name] = Paper(name=name, setting=(setting["en"], setting["it"]), figures=figures, **values)
@@ -96,9 +98,9 @@ def beside(figures: Sequence[Figure], results: dict[str, Any]) -> list[dict[str,
     for figure in figures:
         ours = lookup(results, figure.ours)
         if isinstance(ours, list):
-            text = "; ".join(shown(value) for value in ours) or "-"
+            text = "; ".join(shown(value, percent=figure.percent) for value in ours) or "-"
         else:
-            text = shown(ours)
+            text = shown(ours, percent=figure.percent)
         rows.append(
             {
                 "what": figure.what[0],

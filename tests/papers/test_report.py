@@ -2,9 +2,11 @@
 
 import re
 from html.parser import HTMLParser
+from importlib import resources
 
 import numpy as np
 import pytest
+import yaml
 
 from sae_italian.errors import UsageError
 from sae_italian.papers import cunningham, llama_scope
@@ -21,6 +23,11 @@ def test_every_paper_has_its_steps_and_each_figure_names_one():
         for figure in found.figures:
             assert figure.ours.split(".")[0] in steps, (name, figure.ours)
             assert figure.where and figure.value and all(figure.what), (name, figure)
+        data = resources.files("sae_italian.papers").joinpath("data", f"{name}.yaml").read_text(encoding="utf-8")
+        for row in yaml.safe_load(data)["figures"]:  # an unquoted comma would end a text
+            assert set(row) - {"percent"} == {"what", "where", "value", "ours"} and set(row["what"]) == {"en", "it"}, (
+                row
+            )
 
 
 def test_a_budget_takes_overrides_of_the_right_kind_only():
@@ -50,9 +57,11 @@ def test_lookup_goes_through_dicts_lists_and_stars():
 
 def test_ours_stand_beside_the_papers_and_a_dash_where_there_is_none():
     figures = papers()["clic-it-2025"].figures
-    results = {"card": {"l0": {"value": 8.0, "lo": 7.5, "hi": 8.5}}, "sae": {"layer": 2}}
+    card = {"l0": {"value": 8.0, "lo": 7.5, "hi": 8.5}, "dead": {"value": 0.25, "lo": None, "hi": None}}
+    results = {"card": card, "sae": {"layer": 2}}
     rows = {row["what"]: row for row in beside(figures, results)}
     assert rows["Latents per token (K)"]["ours"] == "8.000 (7.500 to 8.500)"
+    assert rows["Latents that are dead or almost never active"]["ours"] == "25.0 %"
     assert rows["Layer"]["ours"] == "2" and rows["Detection"]["ours"] == "-"
     assert rows["Latents with an explanation"]["paper"] == "53,540 of 65,536 (81.7 %)"
 
@@ -76,6 +85,7 @@ def test_cells(value, text):
 
 
 def test_percent():
+    assert shown(-1e-9, percent=True) == "0.0 %"
     assert shown({"value": 0.5, "lo": 0.4, "hi": 0.6}, percent=True) == "50.0 % (40.0 % to 60.0 %)"
 
 
