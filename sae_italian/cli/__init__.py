@@ -15,6 +15,7 @@ from sae_italian.cli import (
     cache,
     corpora,
     explainita,
+    exports,
     interchange,
     models,
     quickstart,
@@ -37,6 +38,7 @@ GROUPS = (
     scores,
     explainita,
     browser,
+    exports,
     bench,
 )
 
