@@ -12,6 +12,7 @@ from sae_italian.browser.schema import (
     RunRecord,
     ScoreRecord,
 )
+from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "RowRecord",
     "RunRecord",
     "ScoreRecord",
+    "LatentSource",
     "write_browser",
 ]

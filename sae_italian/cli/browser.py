@@ -19,7 +19,6 @@ def add_commands(root: Commands) -> None:
 def _browse(options: argparse.Namespace) -> Result:
     from sae_italian.cache import FeatureCache
     from sae_italian.models import load_tokenizer
-    from sae_italian.quickstart import report_of
 
     cache = FeatureCache.open(options.cache)
     tokenizer = load_tokenizer(options.model or cache.manifest.model)
@@ -29,7 +28,8 @@ def _browse(options: argparse.Namespace) -> Result:
 
         row, card = latent_card(cache, tokenizer, options.latent)
         return {**row, **card}, card_text(row, card)
-        return None
+    from sae_italian.browser.report import write_report
+
     out = options.out or options.cache.resolve().with_name(f"{options.cache.resolve().name}-report")
-    index = report_of(cache, tokenizer, out)
+    index = write_report(cache, tokenizer, out, decoder=True)
     return {"report": str(index)}, f"Report: {index}"

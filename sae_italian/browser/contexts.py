@@ -1,0 +1,167 @@
+"""The passages of a latent: its strongest, and some from each tenth of its activity, each passage once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from sae_italian.browser.schema import ContextRecord, GroupRecord
+from sae_italian.cache import FeatureCache
+from sae_italian.cache.read import LatentActivations
+from sae_italian.cache.windows import segment_starts
+from sae_italian.corpora import TextDocument
+
+BEFORE, AFTER = 23, 12  # tokens shown around the strongest one
+SEGMENT = 32  # of the peaks in one stretch of so many tokens, the strongest stands for all
+ALIKE_BEFORE, ALIKE_AFTER = 6, 2  # passages are the same when these tokens around their peaks are
+N_TOP, PER_TENTH, TENTHS = 10, 2, 10
+CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
+KEPT_DOCUMENTS, KEPT_LENGTH = 1024, 65_536  # documents held, and the longest that is (characters)
+
+
+class Peaks(NamedTuple):
+    """The strongest position of every active stretch, strongest first."""
+
+    position: Int[np.ndarray, " peaks"]
+    value: np.ndarray
+
+
+class ContextMaker:
+    """Makes the passages of any latent of one cache; holds a bounded number of documents."""
+
+    def __init__(self, cache: FeatureCache, *, n_top: int = N_TOP, per_tenth: int = PER_TENTH):
+        self.cache, self.n_top, self.per_tenth = cache, n_top, per_tenth
+        self._kept: dict[int, TextDocument] = {}
+
+    def groups(self, latent: LatentActivations) -> list[GroupRecord]:
+        """Return the strongest passages, then `per_tenth` from each tenth of the active stretches, strongest tenth first."""
+        peaks = self.peaks(latent)
+        if len(peaks.position) == 0:
+            return []
+        seen: set[bytes] = set()
+        shown: list[tuple[str, str, tuple[float, float] | None, np.ndarray]] = []
+        top = self._distinct(peaks.position[: CANDIDATES * self.n_top], self.n_top, seen)
+        shown.append(("Più forti", "Strongest", None, top))
+        for index, part in enumerate(np.array_split(np.arange(len(peaks.position)), TENTHS)):
+            if len(part) == 0:
+                continue
+            chosen = part[np.linspace(0, len(part) - 1, min(CANDIDATES * self.per_tenth, len(part))).astype(int)]
+            chosen = np.concatenate([chosen[:: CANDIDATES // 2], chosen])  # spread over the tenth first
+            kept = self._distinct(peaks.position[chosen], self.per_tenth, seen)
+            bounds = float(peaks.value[part[-1]]), float(peaks.value[part[0]])
+            shown.append((f"{_ordinal_it(index)} decimo", f"{_ordinal_en(index)} tenth", bounds, kept))
+        contexts = iter(self._contexts(latent, np.concatenate([kept for *_, kept in shown])))
+        groups = []
+        for name_it, name_en, bounds, kept in shown:
+            lo, hi = bounds or (None, None)
+            own = [next(contexts) for _ in kept]
+            if own:
+                groups.append(GroupRecord(name_it=name_it, name_en=name_en, lo=lo, hi=hi, contexts=own))
+        return groups
+
+    def peaks(self, latent: LatentActivations) -> Peaks:
+        position, value = latent
+        if len(position) == 0:
+            return Peaks(position, value)
+        starts = segment_starts(self.cache, position, SEGMENT)
+        first = np.flatnonzero(np.diff(starts, prepend=-1))
+        strongest = np.lexsort((position, -value, np.cumsum(np.diff(starts, prepend=-1) != 0)))[first]
+        order = np.argsort(-value[strongest], kind="stable")
+        return Peaks(position[strongest][order], value[strongest][order])
+
+    def _inside(
+        self, peak: Int[np.ndarray, " n"], before: int, after: int
+    ) -> tuple[np.ndarray, Bool[np.ndarray, "n w"]]:
+        """Return the positions around each peak and which of them are of its document and window."""
+        context = self.cache.manifest.context_size
+        grid = peak[:, None] + np.arange(-before, after + 1)
+        window = grid // context == peak[:, None] // context
+        grid = np.where(window, grid, peak[:, None])
+        doc = self.cache.gather("doc", grid.ravel()).reshape(grid.shape)
+        return grid, window & (doc == doc[:, before, None])
+
+    def _distinct(self, peak: Int[np.ndarray, " n"], wanted: int, seen: set[bytes]) -> Int[np.ndarray, " kept"]:
+        grid, inside = self._inside(peak, ALIKE_BEFORE, ALIKE_AFTER)
+        tokens = np.where(inside, self.cache.gather("tokens", grid.ravel()).reshape(grid.shape), -1)
+        kept = []
+        for row, content in enumerate(tokens):
+            if len(kept) == wanted:
+                break
+            key = content.tobytes()
+            if key not in seen:
+                seen.add(key)
+                kept.append(row)
+        return peak[kept]
+
+    def _contexts(self, latent: LatentActivations, peak: Int[np.ndarray, " n"]) -> list[ContextRecord]:
+        grid, inside = self._inside(peak, BEFORE, AFTER)
+        linked = _joined(inside, BEFORE)
+        begin = self.cache.gather("start", grid.ravel()).reshape(grid.shape)
+        end = self.cache.gather("end", grid.ravel()).reshape(grid.shape)
+        place = np.searchsorted(latent.position, grid).clip(max=len(latent.position) - 1)
+        value = np.where(linked & (latent.position[place] == grid), latent.value[place], 0.0)
+        return [
+            self._context(doc, begin[row][linked[row]], end[row][linked[row]], value[row][linked[row]])
+            for row, doc in enumerate(self.cache.gather("doc", peak).tolist())
+        ]
+
+    def _context(self, doc: int, begin: np.ndarray, end: np.ndarray, value: np.ndarray) -> ContextRecord:
+        document = self._document(doc)
+        first, active = int(begin[0]), value > 0
+        text = document.text[first : int(end.max())]
+        spans = np.stack([begin, end], axis=1)[active].astype(np.int64) - first
+        return ContextRecord(
+            doc_id=document.doc_id,
+            source=document.source,
+            max=float(value.max()),
+            segments=split_text(text, spans, value[active]),
+        )
+
+    def _document(self, index: int) -> TextDocument:
+        document = self._kept.get(index)
+        if document is None:
+            document = self.cache.document(index)
+            if len(self._kept) == KEPT_DOCUMENTS:
+                self._kept.clear()
+            if len(document.text) <= KEPT_LENGTH:
+                self._kept[index] = document
+        return document
+
+
+def _joined(inside: Bool[np.ndarray, "n w"], centre: int) -> Bool[np.ndarray, "n w"]:
+    """Return which positions are joined to the centre without a gap."""
+    right = np.logical_and.accumulate(inside[:, centre:], axis=1)
+    left = np.logical_and.accumulate(inside[:, centre::-1], axis=1)[:, ::-1]
+    return np.concatenate([left[:, :-1], right], axis=1)
+
+
+def _ordinal_it(index: int) -> str:
+    return ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo")[index]
+
+
+def _ordinal_en(index: int) -> str:
+    return ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Last")[index]
+
+
+def split_text(text: str, spans: Int[np.ndarray, "tokens 2"], values: np.ndarray) -> list[tuple[str, float]]:
+    """Return the text in pieces with the activation of each; the pieces joined are the text, character for character.
+
+    Where tokens share characters (a letter of several bytes), the piece has the largest of their activations. Tokens
+    that are not given are silent.
+    """
+    strength = np.zeros(len(text))
+    cut = np.zeros(len(text) + 1, dtype=bool)
+    for (start, end), value in zip(spans.tolist(), values.tolist(), strict=True):
+        strength[start:end] = np.maximum(strength[start:end], value)
+        cut[start] = cut[end] = True
+    edges = [0, *(np.flatnonzero(cut[1:-1]) + 1).tolist(), len(text)]
+    pieces: list[tuple[str, float]] = []
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
+        value = float(strength[start:end].max(initial=0.0))
+        if pieces and value == 0.0 and pieces[-1][1] == 0.0:
+            pieces[-1] = (pieces[-1][0] + text[start:end], 0.0)
+        elif end > start:
+            pieces.append((text[start:end], value))
+    return pieces
