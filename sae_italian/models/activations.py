@@ -77,6 +77,18 @@ def _hooked(module: nn.Module, hook: Hook, function: Callable[[Tensor], Tensor |
         handle.remove()
 
 
+@contextmanager
+def replaced(model: nn.Module, hook_name: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Replace the activation x at the hook by `function(x)` in every forward pass in the block; None leaves it as it is.
+
+    Gradients pass through. Activations read in the block, at this hook too, are those after the replacement.
+    Raises: UsageError as `resolve_hook`, and in the forward pass for a hook that can only be read.
+    """
+    hook, module = resolve_hook(model, hook_name)
+    with _hooked(module, hook, function):
+        yield
+
+
 def _never_fired(model: nn.Module, names: Sequence[str]) -> UsageError:
     which = ", ".join(repr(name) for name in names)
     return UsageError(f"hook {which} never fired in {type(model).__name__}; its module is not used in the forward.")

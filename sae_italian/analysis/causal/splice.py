@@ -1,0 +1,113 @@
+"""An SAE put into a model with its reconstruction error added back, so that only edits of latents have an effect.
+
+With error e = x - decode(encode(x)), x' = decode(z') + e = x + (z' - z) F, where F holds a row per latent: the direction
+that one unit of it writes. A transcoder's z is read at one hook and its edit written at another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_italian.corpora.packing import special_mask
+from sae_italian.errors import UsageError
+from sae_italian.models.activations import check_context, read_many, replaced, resolve_hook
+from sae_italian.saes import check_fits
+
+_AFFINE = ("none", "expected_average_only_in")
+
+
+def hooks_of(sae: Any, model: Any) -> tuple[str, str]:
+    """Return the hook the SAE reads and the one it writes, the same for all but transcoders.
+
+    Raises: UsageError when SAE and model do not fit, when the hook can only be read, and for an SAE that rescales each
+    activation by its own norm, whose latents write no fixed direction.
+    """
+    hook_in = check_fits(sae, model)
+    hook_out = sae.cfg.metadata.hook_name_out or hook_in
+    if resolve_hook(model, hook_out)[0].normalised:
+        raise UsageError(
+            f"the SAE writes at {hook_out}, which can be read but not replaced: nothing can be edited there."
+        )
+    normalise = getattr(sae.cfg, "normalize_activations", "none")
+    if normalise not in _AFFINE:
+        raise UsageError(
+            f"the SAE has normalize_activations {normalise!r}, so a latent writes another direction for each token. "
+            f"Use an SAE with one of: {', '.join(_AFFINE)}."
+        )
+    return hook_in, hook_out
+
+
+def codes(sae: Any, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+    """Return the SAE's latents of x, dense."""
+    z = sae.encode(x.to(sae.device, sae.dtype))
+    return z.to_dense() if z.is_sparse else z
+
+
+@torch.no_grad()
+def directions(sae: Any, latents: Sequence[int] | Int[Tensor, " n"]) -> Float[Tensor, "n d_out"]:
+    """Return what one unit of each latent adds to the reconstruction: decode is affine, so decode(unit) - decode(0)."""
+    wanted = torch.as_tensor(latents, dtype=torch.int64, device=sae.device)
+    units = torch.zeros(len(wanted) + 1, sae.cfg.d_sae, dtype=sae.dtype, device=sae.device)
+    units[torch.arange(len(wanted)), wanted] = 1
+    written = sae.decode(units)
+    return written[:-1] - written[-1]
+
+
+def check_latent(sae: Any, latent: int) -> int:
+    """Return the latent. Raises: UsageError when the SAE has no such latent."""
+    if not 0 <= latent < sae.cfg.d_sae:
+        raise UsageError(f"latent {latent} does not exist; the SAE has latents 0 to {sae.cfg.d_sae - 1}.")
+    return latent
+
+
+def prompt_tokens(tokenizer: Any, model: Any, prompt: str, n_new_tokens: int = 0) -> Int[Tensor, "1 pos"]:
+    """Return the prompt's tokens, BOS by the tokenizer's own rule.
+
+    Raises: UsageError for an empty prompt, and for one that with the new tokens exceeds the model's positions.
+    """
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids
+    if not prompt.strip() or tokens.numel() == 0:
+        raise UsageError("the prompt is empty. Give some text.")
+    check_context(tokens.shape[1] + n_new_tokens, model.config)
+    return tokens.to(model.device)
+
+
+def special(tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> Bool[Tensor, "batch pos"]:
+    """Return where the special tokens are, to which an SAE is not applied."""
+    return torch.from_numpy(special_mask(tokens.cpu().numpy(), tokenizer)).to(tokens.device)
+
+
+def logits_with_added(
+    model: Any, tokens: Int[Tensor, "batch pos"], hook_name: str, added: Float[Tensor, "batch pos d_out"]
+) -> Float[Tensor, "batch pos vocab"]:
+    """Return the logits of a forward pass in which `added` is added to the activation at the hook; gradients pass."""
+    with replaced(model, hook_name, lambda x: x + added.to(x)):
+        return model(tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def latents_at(
+    model: Any, tokens: Int[Tensor, "batch pos"], sae: Any, hook_in: str
+) -> tuple[Float[Tensor, "batch pos d_in"], Float[Tensor, "batch pos d_sae"]]:
+    """Return the activation that the SAE reads and its latents there."""
+    x = read_many(model, tokens, [hook_in])[hook_in]
+    return x, codes(sae, x)
+
+
+@lru_cache(maxsize=4)
+def _strings(tokenizer: Any, n: int) -> list[str]:
+    from sae_italian.autointerp.tokens import token_strings
+
+    return token_strings(tokenizer, n)
+
+
+def token_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text of each id by itself, a leading space kept."""
+    strings = _strings(tokenizer, len(tokenizer))
+    return [strings[int(i)] for i in ids]

@@ -1,0 +1,198 @@
+"""The indirect-object task in Italian and English: pairs of sentences that differ in the indirect object alone.
+
+«Quando Marta e Luca sono andati al mercato, Marta ha dato un libro a» must go on with « Luca». The counterfactual names
+another person instead of Luca, of the same gender (the participle agrees) and with as many tokens (positions align).
+Source: Wang et al. 2022, arXiv 2211.00593; Cunningham et al. 2023, section 4, for the counterfactual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from random import Random
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from sae_italian.analysis.tasks.scoring import TaskScore, log_probs_after, score
+from sae_italian.errors import UsageError, nearest
+
+Language = Literal["it", "en"]
+LEAST_NAMES = 3  # giver, indirect object, and who replaces the latter
+_ENDING = {"Masc": "i", "Fem": "e"}
+_CONJUNCTION = {"it": "e", "en": "and"}
+
+
+@dataclass(frozen=True)
+class IoiWords:
+    """The words of the task; names by gender, everything else as it stands in a template."""
+
+    names: dict[str, tuple[str, ...]]  # "Masc", "Fem"
+    places: tuple[str, ...]
+    objects: tuple[str, ...]
+    templates: tuple[str, ...]
+    language: str = "it"
+
+
+class IoiPair(NamedTuple):
+    """A prompt and its counterfactual, in which `io` is replaced by `new_io`; both end right before " " + the answer."""
+
+    base: str
+    counterfactual: str
+    io: str
+    subject: str
+    new_io: str
+    template: int
+    order: str  # "ABBA": the indirect object is named first; "BABA": the giver
+
+
+@lru_cache(maxsize=2)
+def default_words(language: Language = "it") -> IoiWords:
+    """Return the words for real models. Raises: UsageError for another language than Italian or English."""
+    data = yaml.safe_load((files(__package__) / "data" / "ioi.yaml").read_text(encoding="utf-8"))
+    if language not in data:
+        raise UsageError(f"language {language!r} has no indirect-object sentences. {nearest(language, data)}")
+    entry = data[language]
+    names = {gender: tuple(text.split()) for gender, text in entry["names"].items()}
+    return IoiWords(names, tuple(entry["places"]), tuple(entry["objects"]), tuple(entry["templates"]), language)
+
+
+@lru_cache(maxsize=1)
+def micro_italiano_words() -> IoiWords:
+    """Return the same templates with the names, places and objects that MicroItaliano's own sentences of giving hold."""
+    from sae_italian.corpora.micro_italiano.grammar import load_grammar
+    from sae_italian.corpora.micro_italiano.realise import realise
+
+    def text(*tokens: Any) -> str:
+        written = realise(list(tokens), [])[0]
+        return written[0].lower() + written[1:]
+
+    lexicon = load_grammar().lex
+    names = {g: tuple(noun.lemma for noun in lexicon.classes[c]) for g, c in (("Masc", "nome_m"), ("Fem", "nome_f"))}
+    places = tuple(text(*noun.place) for noun in lexicon.classes["incontro"])
+    articles = lexicon.agreeing["un"]
+    things = [noun for noun in lexicon.classes["dono"] if noun.tokens[0] is not None]
+    objects = tuple(text(articles[noun.genders[0]][0], noun.tokens[0]) for noun in things)
+    return IoiWords(names, places, objects, default_words("it").templates, "it")
+
+
+def words_for(model: str, language: Language = "it") -> IoiWords:
+    """Return the words that suit a model: MicroItaliano's for the embedded one, which knows no others."""
+    return micro_italiano_words() if language == "it" and "sae-italian-mini" in str(model) else default_words(language)
+
+
+def name_tokens(tokenizer: Any, name: str, language: str = "it") -> tuple[int, ...]:
+    """Return the tokens of " " + name in the middle of a sentence."""
+    before = _CONJUNCTION.get(language, "e")
+    alone = tokenizer(before, add_special_tokens=False).input_ids
+    return tuple(tokenizer(f"{before} {name}", add_special_tokens=False).input_ids[len(alone) :])
+
+
+def ioi_pairs(
+    n: int,
+    tokenizer: Any,
+    words: IoiWords | None = None,
+    *,
+    n_name_tokens: int | None = 1,
+    strict: bool = False,
+    seed: int = 0,
+) -> list[IoiPair]:
+    """Return `n` pairs, ABBA and BABA in turn, whose two texts have the same tokens but for the indirect object.
+
+    Every name has `n_name_tokens` tokens (None: any number, the same within a pair), and the three names of a pair differ
+    in their first token. `strict` refuses a name list with others in it; otherwise those are left out.
+    Raises: UsageError when a list is empty, or too few names have the wanted number of tokens; the message says how many
+    have how many.
+    """
+    words = words or default_words("it")
+    _check_words(n, words)
+    groups = _groups(tokenizer, words, n_name_tokens, strict)
+    return [_pair(tokenizer, words, groups, Random(f"ioi/{seed}/{index}"), index) for index in range(n)]
+
+
+def _check_words(n: int, words: IoiWords) -> None:
+    if n < 1:
+        raise UsageError(f"the number of sentences is {n}; it must be 1 or more.")
+    for what in ("places", "objects", "templates"):
+        if not getattr(words, what):
+            raise UsageError(f"the list of {what} is empty. Give at least one.")
+    if set(words.names) - set(_ENDING):
+        raise UsageError(f"names are listed by gender, {' and '.join(_ENDING)}; found {', '.join(words.names)}.")
+
+
+def _groups(tokenizer: Any, words: IoiWords, wanted: int | None, strict: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """Return (gender, names) with at least three names each, all of one length in tokens and told apart by the first."""
+    groups: dict[tuple[str, int], dict[int, str]] = {}
+    lengths: dict[int, list[str]] = {}
+    for gender, names in words.names.items():
+        for name in names:
+            tokens = name_tokens(tokenizer, name, words.language)
+            if strict and wanted is not None and len(tokens) != wanted:
+                pieces = " ".join(repr(tokenizer.decode([token])) for token in tokens)
+                raise UsageError(
+                    f"name {name!r} has {len(tokens)} tokens ({pieces}), {wanted} wanted. Leave it out, or ask for names "
+                    "of any length."
+                )
+            lengths.setdefault(len(tokens), []).append(name)
+            if wanted in (None, len(tokens)):
+                groups.setdefault((gender, len(tokens)), {}).setdefault(tokens[0], name)
+    enough = [(gender, tuple(named.values())) for (gender, _), named in groups.items() if len(named) >= LEAST_NAMES]
+    if not enough:
+        found = "; ".join(f"{len(names)} of {k}: {', '.join(names[:3])}" for k, names in sorted(lengths.items()))
+        raise UsageError(
+            f"the task needs {LEAST_NAMES} names of one gender with {wanted or 'equally many'} token(s) that differ in "
+            f"the first; names by number of tokens: {found or 'none'}. Give other names, or ask for names of any length."
+        )
+    return enough
+
+
+def _pair(
+    tokenizer: Any, words: IoiWords, groups: Sequence[tuple[str, tuple[str, ...]]], random: Random, index: int
+) -> IoiPair:
+    gender, names = groups[_weighted(random, groups)]
+    subject, io, new_io = random.sample(names, 3)
+    order = ("ABBA", "BABA")[index % 2]
+    template = random.randrange(len(words.templates))
+    filling = {"place": random.choice(words.places), "object": random.choice(words.objects), "i": _ENDING[gender]}
+
+    def text(other: str) -> str:
+        first, second = (other, subject) if order == "ABBA" else (subject, other)
+        return words.templates[template].format(a=first, b=second, s=subject, **filling)
+
+    pair = IoiPair(text(io), text(new_io), io, subject, new_io, template, order)
+    _check_aligned(tokenizer, words, pair)
+    return pair
+
+
+def _weighted(random: Random, groups: Sequence[tuple[str, tuple[str, ...]]]) -> int:
+    """Return a group, drawn by its number of names."""
+    return random.choices(range(len(groups)), weights=[len(names) for _, names in groups])[0]
+
+
+def _check_aligned(tokenizer: Any, words: IoiWords, pair: IoiPair) -> None:
+    """Refuse a template in which the two texts differ in more than the name's own tokens. Raises: UsageError."""
+    base, other = (tokenizer(text).input_ids for text in (pair.base, pair.counterfactual))
+    n = len(name_tokens(tokenizer, pair.io, words.language))
+    differ = [i for i, (one, two) in enumerate(zip(base, other, strict=False)) if one != two]
+    if len(base) != len(other) or not differ or differ[-1] - differ[0] >= n:
+        raise UsageError(
+            f"{pair.base!r} and {pair.counterfactual!r} differ in more than the tokens of a name. "
+            "A template must not begin with a name, and a space must stand before each."
+        )
+
+
+def ioi_score(model: Any, tokenizer: Any, pairs: Sequence[IoiPair]) -> TaskScore:
+    """Return how often the indirect object is likelier than the giver after the prompts, overall and by order.
+
+    The difference is log p(name) - log p(name), over all tokens of a name: for names of one token, that of the logits.
+    """
+    texts = [pair.base for pair in pairs]
+    right, wrong = (
+        log_probs_after(
+            model, tokenizer, texts, [f"{pair.base} {name}" for pair, name in zip(pairs, names, strict=True)]
+        )
+        for names in ([pair.io for pair in pairs], [pair.subject for pair in pairs])
+    )
+    return score(right - wrong, [pair.order for pair in pairs])
