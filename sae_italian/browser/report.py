@@ -11,7 +11,7 @@ from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.errors import SaeItalianError
 
-__all__ = ["RESULTS", "latent_card", "model_note", "open_source", "write_report"]
+__all__ = ["RESULTS", "latent_card", "loaded", "model_note", "open_source", "write_report"]
 
 
 def open_source(cache: FeatureCache, tokenizer: Any, *, decoder: bool = False, **options: Any) -> LatentSource:
@@ -22,7 +22,7 @@ def open_source(cache: FeatureCache, tokenizer: Any, *, decoder: bool = False, *
     """
     options.setdefault("model_note", model_note(cache.manifest.model))
     if decoder and options.get("sae") is None:
-        options |= _loaded(cache)
+        options |= loaded(cache)
     return LatentSource(cache, tokenizer, **options)
 
 
@@ -49,7 +49,7 @@ def model_note(model: str) -> str:
     return f"{entry.note} {entry.licence}." if entry else ""
 
 
-def _loaded(cache: FeatureCache) -> dict[str, Any]:
+def loaded(cache: FeatureCache) -> dict[str, Any]:
     """Return the SAE and the model of a cache, where both are at hand and are the ones it was built with.
 
     A cache that was moved together with its SAE (as a quickstart's folder is) still finds it: in `sae/` beside it.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.cli.base import Commands, Result, folder_options, latent_range
-from sae_italian.errors import SaeItalianError, UsageError
+from sae_italian.errors import UsageError
 
 FORMATS = ("neuronpedia", "neuronpedia-bulk", "circuit-tracer", "wandb", "model-card")
 
@@ -44,7 +44,7 @@ def _export(options: argparse.Namespace) -> Result:
     latents = latent_range(options.latents)
     cache = FeatureCache.open(options.cache)
     name = options.model or cache.manifest.model
-    sae, model = _weights(cache, options.sae, name) if options.to.startswith("neuronpedia") else (None, None)
+    sae, model = _weights(cache, options.sae, name) if options.to != "circuit-tracer" else (None, None)
     given = {
         "model": options.model_id,
         "source_set": options.set,
@@ -71,18 +71,17 @@ def _export(options: argparse.Namespace) -> Result:
 
 def _weights(cache: Any, given: str | None, name: str) -> tuple[Any, Any]:
     """Return SAE and model; neither where the cache's own SAE is not here and no other was given."""
+    from sae_italian.browser.report import loaded
     from sae_italian.cache import FeatureCache
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
 
-    try:
-        sae = load_sae(given or cache.manifest.sae)
-    except SaeItalianError:
-        if given:
-            raise
-        return None, None
-    FeatureCache.open(cache.folder, sae=sae)
-    return sae, load_model(name)
+    if given:
+        sae = load_sae(given)
+        FeatureCache.open(cache.folder, sae=sae)
+        return sae, load_model(name)
+    found = loaded(cache)
+    return found.get("sae"), found.get("model")
 
 
 def _model_card(options: argparse.Namespace) -> Result:

@@ -53,7 +53,7 @@ def write(out: Path, table: list[dict[str, Any]], browser: Path, *, project: str
         project=project, job_type="latents", name=name, dir=str(out.resolve()), mode=mode, settings=settings
     ) as run:
         names = columns("wandb_latent")
-        run.log({TABLE: wandb.Table(columns=names, data=[[row[key] for key in names] for row in table])})
+        run.log({TABLE: wandb.Table(columns=[*names], data=[[row[key] for key in names] for row in table])})
         artifact = wandb.Artifact(ARTIFACT, type="html", description="open index.html")
         artifact.add_dir(str(browser))
         run.log_artifact(artifact)

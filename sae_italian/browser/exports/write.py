@@ -114,12 +114,12 @@ def _store(cache: FeatureCache) -> Path | None:
 def _wandb(
     out: Path, cache: FeatureCache, tokenizer: Any, source: Latents, wanted: range, project: str, online: bool
 ) -> tuple[Path, dict[str, int]]:
-    from sae_italian.browser.cards import CardMaker
-    from sae_italian.browser.report import read_report, write_report
+    from sae_italian.browser.report import open_source
+    from sae_italian.browser.write import write_browser
 
-    maker = CardMaker(read_report(cache, tokenizer))
-    table = list(wandb_table.rows(source, maker.row, wanted))
-    write_report(cache, tokenizer, out / "browser")
+    records = open_source(cache, tokenizer, sae=source.directions.sae, model=source.directions.model)
+    table = list(wandb_table.rows(source, records.row, wanted))
+    write_browser(out / "browser", records)
     name = f"{cache.manifest.model} {cache.manifest.hook_name}"
     folder = wandb_table.write(out, table, out / "browser", project=project, online=online, name=name)
     return folder, wandb_table.check(table)

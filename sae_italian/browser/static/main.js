@@ -45,7 +45,7 @@ class App {
       this.byLatent = new Map(this.rows.map((row) => [row.latent, row]));
       this.compare = (await this.source.compare?.()) || null;
     } catch (error) {
-      this.root.replaceChildren(notice(ctx.t("load.failed", { file: error.message })));
+      this.root.replaceChildren(failure(ctx, error));
       return;
     }
     if (this.options.latent !== undefined && !this.router.current()) this.router.go("latent=" + this.options.latent);
@@ -180,7 +180,7 @@ class App {
     try {
       content = renderCard(ctx, row, await this.source.card(latent));
     } catch (error) {
-      content = notice(ctx.t("load.failed", { file: error.message }));
+      content = failure(ctx, error);
     }
     if (this.latentOf(this.router.current()) !== latent || ctx !== this.ctx) return undefined; // overtaken by the next key
     const live = h("section", { class: "panel live", hidden: true });
@@ -236,3 +236,5 @@ class App {
 }
 
 const notice = (message) => h("p", { class: "notice", role: "alert" }, message);
+// A source may say in both languages what is wrong and what to do; else it is a file that cannot be read.
+const failure = (ctx, error) => notice(error.said?.[ctx.lang] || ctx.t("load.failed", { file: error.message }));
