@@ -66,6 +66,7 @@ class Live:
         activation over the latent's largest one in the cache. Special tokens are read past, as in the cache.
         """
         limit = min(MAX_TOKENS, getattr(self.model.config, "max_position_embeddings", MAX_TOKENS))
+        sentence = storable(sentence)
         encoded = self.tokenizer(sentence, return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"][:limit], dtype=np.int64)
         silent = special_mask(ids[None], self.tokenizer)[0]

@@ -20,7 +20,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 MAX_BODY = 64 * 1024  # bytes
 BODY_SECONDS = 10.0
 METHODS = {"GET", "HEAD", "POST"}
-_HOST = re.compile(r"(\[[0-9a-f:]+\]|[^:\[\]/@]+)(?::\d{1,5})?", re.IGNORECASE)
+_HOST = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9._-]+)(?::\d{1,5})?", re.IGNORECASE)
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
