@@ -17,6 +17,7 @@ from sae_italian.cli import (
     explainita,
     interchange,
     models,
+    pages,
     quickstart,
     saes,
     scores,
@@ -37,6 +38,7 @@ GROUPS = (
     scores,
     explainita,
     browser,
+    pages,
     bench,
 )
 

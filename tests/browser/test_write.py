@@ -52,7 +52,7 @@ def test_records_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.Monk
     facts = read_data(data / "run" / "0000.js")
     assert facts["run"] == json.loads(json.dumps(source.run_record)) and facts["rows"] == 10
     card, packed = make_card(source.row_records[5]), shards[1]["cards"]["5"]
-    assert packed["scores"][0]["value"] == pytest.approx(card["scores"][0]["value"], rel=1e-3)
+    assert packed["scores"]["value"][0] == pytest.approx(card["scores"][0]["value"], rel=5e-3)
     assert packed["explanations"] == card["explanations"] and packed["rule"] == card["rule"]
     for group, stored in zip(card["groups"], packed["groups"], strict=True):
         for context, (document, largest, text, spans) in zip(group["contexts"], stored["contexts"], strict=True):
