@@ -5,6 +5,7 @@ from __future__ import annotations
 from sae_italian.browser.schema import (
     CardRecord,
     ContextRecord,
+    ExplanationRecord,
     GoldRecord,
     GroupRecord,
     MetricRecord,
@@ -18,6 +19,7 @@ from sae_italian.browser.write import write_browser
 __all__ = [
     "CardRecord",
     "ContextRecord",
+    "ExplanationRecord",
     "GoldRecord",
     "GroupRecord",
     "MetricRecord",

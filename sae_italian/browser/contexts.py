@@ -18,6 +18,8 @@ SEGMENT = 32  # of the peaks in one stretch of so many tokens, the strongest sta
 ALIKE_BEFORE, ALIKE_AFTER = 6, 2  # passages are the same when these tokens around their peaks are
 N_TOP, PER_TENTH, TENTHS = 10, 2, 10
 CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
+_ORDINALS_IT = ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo")
+_ORDINALS_EN = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Last")
 KEPT_DOCUMENTS, KEPT_LENGTH = 1024, 65_536  # documents held, and the longest that is (characters)
 
 
@@ -40,25 +42,20 @@ class ContextMaker:
         peaks = self.peaks(latent)
         if len(peaks.position) == 0:
             return []
-        seen: set[bytes] = set()
-        shown: list[tuple[str, str, tuple[float, float] | None, np.ndarray]] = []
-        top = self._distinct(peaks.position[: CANDIDATES * self.n_top], self.n_top, seen)
-        shown.append(("Più forti", "Strongest", None, top))
-        for index, part in enumerate(np.array_split(np.arange(len(peaks.position)), TENTHS)):
-            if len(part) == 0:
-                continue
-            chosen = part[np.linspace(0, len(part) - 1, min(CANDIDATES * self.per_tenth, len(part))).astype(int)]
-            chosen = np.concatenate([chosen[:: CANDIDATES // 2], chosen])  # spread over the tenth first
-            kept = self._distinct(peaks.position[chosen], self.per_tenth, seen)
-            bounds = float(peaks.value[part[-1]]), float(peaks.value[part[0]])
-            shown.append((f"{_ordinal_it(index)} decimo", f"{_ordinal_en(index)} tenth", bounds, kept))
-        contexts = iter(self._contexts(latent, np.concatenate([kept for *_, kept in shown])))
+        parts = [part for part in np.array_split(np.arange(len(peaks.position)), TENTHS) if len(part)]
+        candidates = [np.arange(min(CANDIDATES * self.n_top, len(peaks.position)))]
+        candidates += [_spread(part, self.per_tenth) for part in parts]
+        kept = self._distinct(peaks.position, candidates, [self.n_top] + [self.per_tenth] * len(parts))
+        contexts = iter(self._contexts(latent, peaks.position[np.concatenate(kept)]))
         groups = []
-        for name_it, name_en, bounds, kept in shown:
-            lo, hi = bounds or (None, None)
-            own = [next(contexts) for _ in kept]
-            if own:
-                groups.append(GroupRecord(name_it=name_it, name_en=name_en, lo=lo, hi=hi, contexts=own))
+        for index, own in enumerate(kept):
+            names, lo, hi = ("Più forti", "Strongest"), None, None
+            if index > 0:
+                names = f"{_ORDINALS_IT[index - 1]} decimo", f"{_ORDINALS_EN[index - 1]} tenth"
+                lo, hi = float(peaks.value[parts[index - 1][-1]]), float(peaks.value[parts[index - 1][0]])
+            shown = [next(contexts) for _ in own]
+            if shown:
+                groups.append(GroupRecord(name_it=names[0], name_en=names[1], lo=lo, hi=hi, contexts=shown))
         return groups
 
     def peaks(self, latent: LatentActivations) -> Peaks:
@@ -82,18 +79,24 @@ class ContextMaker:
         doc = self.cache.gather("doc", grid.ravel()).reshape(grid.shape)
         return grid, window & (doc == doc[:, before, None])
 
-    def _distinct(self, peak: Int[np.ndarray, " n"], wanted: int, seen: set[bytes]) -> Int[np.ndarray, " kept"]:
-        grid, inside = self._inside(peak, ALIKE_BEFORE, ALIKE_AFTER)
+    def _distinct(
+        self, peak: Int[np.ndarray, " peaks"], candidates: list[np.ndarray], wanted: list[int]
+    ) -> list[np.ndarray]:
+        """Return of each group of candidates the first so many whose tokens no other that was taken has."""
+        grid, inside = self._inside(peak[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER)
         tokens = np.where(inside, self.cache.gather("tokens", grid.ravel()).reshape(grid.shape), -1)
-        kept = []
-        for row, content in enumerate(tokens):
-            if len(kept) == wanted:
-                break
-            key = content.tobytes()
-            if key not in seen:
-                seen.add(key)
-                kept.append(row)
-        return peak[kept]
+        contents = iter(tokens)
+        seen: set[bytes] = set()
+        kept: list[np.ndarray] = []
+        for group, number in zip(candidates, wanted, strict=True):
+            own: list[int] = []
+            for index in group.tolist():
+                content = next(contents).tobytes()
+                if len(own) < number and content not in seen:
+                    seen.add(content)
+                    own.append(index)
+            kept.append(np.array(own, dtype=np.int64))
+        return kept
 
     def _contexts(self, latent: LatentActivations, peak: Int[np.ndarray, " n"]) -> list[ContextRecord]:
         grid, inside = self._inside(peak, BEFORE, AFTER)
@@ -137,12 +140,12 @@ def _joined(inside: Bool[np.ndarray, "n w"], centre: int) -> Bool[np.ndarray, "n
     return np.concatenate([left[:, :-1], right], axis=1)
 
 
-def _ordinal_it(index: int) -> str:
-    return ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo")[index]
-
-
-def _ordinal_en(index: int) -> str:
-    return ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Last")[index]
+def _spread(part: Int[np.ndarray, " n"], wanted: int) -> Int[np.ndarray, " m"]:
+    """Return some of a part's ranks, evenly spaced: first as many as wanted, then those between them."""
+    n = min(CANDIDATES * wanted, len(part))
+    chosen = part[np.linspace(0, len(part) - 1, n).astype(int)]
+    first = np.arange(n) % CANDIDATES == CANDIDATES // 2
+    return np.concatenate([chosen[first], chosen[~first]])
 
 
 def split_text(text: str, spans: Int[np.ndarray, "tokens 2"], values: np.ndarray) -> list[tuple[str, float]]:

@@ -16,7 +16,7 @@ def labels_of(store: Store | None, gold: list[dict[str, Any]]) -> dict[int, list
     """Return the labels of each latent, best first. `gold` are the rows of `analysis.gold_table` as plain dicts."""
     found: dict[int, list[LabelRecord]] = {}
     stored = getattr(store, "labels", None)
-    rows = [dict(row) for row in stored()] if stored else []
+    rows = [row._asdict() for row in stored()] if stored else []
     rows += [{**row, "source": "gold"} for row in gold if row["latent"] is not None and (row["f1"] or 0) >= SHOWN]
     for row in rows:
         numbers = {name: row.get(name) for name in _NUMBERS}

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from sae_italian.browser.schema import CardRecord, ContextRecord
+from sae_italian.browser.schema import CardRecord, ContextRecord, ScoreRecord
 from sae_italian.errors import DataError
 
 FIRST = 0x3400
 BITS = 15
 LEVELS = 999  # activations of a passage are kept as so many parts of its largest
+SCORE_FIELDS = tuple(name for name in ScoreRecord.__annotations__ if not name.startswith("__"))
 _WEIGHTS = 1 << np.arange(BITS - 1, -1, -1)
 
 
@@ -84,8 +85,14 @@ def pack_card(card: CardRecord, documents: Documents) -> dict[str, Any]:
     ):
         packed[name] = [{**item, key: _short(item[key], 3)} for item in card[name]]
     packed["positions"] = [_short(share, 3) for share in card["positions"]]
-    for name, keys in (("scores", ("value", "lo", "hi")), ("labels", ("f1", "lo", "hi", "precision", "recall"))):
-        packed[name] = [{**item, **{key: _short(item[key]) for key in keys}} for item in card[name]]
+    packed["labels"] = [
+        {**item, **{key: _short(item[key], 3) for key in ("f1", "lo", "hi", "precision", "recall")}}
+        for item in card["labels"]
+    ]
+    packed["scores"] = {
+        name: [_short(score[name], 3) if name in ("value", "lo", "hi") else score[name] for score in card["scores"]]
+        for name in SCORE_FIELDS
+    }
     packed["groups"] = [
         {
             **group,

@@ -37,6 +37,13 @@ from sae_italian.storage import read_json, utc_now
 RESULTS = "results.json"
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
 LABEL_SHOWN = 0.5  # F1 from which a label is shown on a latent's row
+_SCORE_FIELDS = ("scorer", "judge", "negatives", "metric", "value", "lo", "hi", "n_pos", "n_neg", "explainer")
+_SCORES = f"""
+    SELECT scorer, judge, negatives, metric, value, lo, hi, n_positive, n_negative, explainer
+    FROM score JOIN explanation ON explanation.id = score.explanation_id
+    WHERE score.latent = ? AND control = '' AND judge NOT LIKE 'always-%'
+      AND scorer IN {tuple(HEADLINE)} AND metric IN {SHOWN_METRICS}
+    ORDER BY explainer, scorer, judge, negatives, metric"""
 
 
 class LatentSource:
@@ -224,25 +231,8 @@ class LatentSource:
     def _scores(self, latent: int) -> list[ScoreRecord]:
         """Return the scores of the latent's own explanations, detection and fuzzing, by every judge."""
         store = self.store()
-        return [
-            ScoreRecord(
-                scorer=row["scorer"],
-                judge=row["judge"],
-                negatives=row["negatives"],
-                metric=row["metric"],
-                value=row["value"],
-                lo=row["lo"],
-                hi=row["hi"],
-                n_pos=row["n_positive"],
-                n_neg=row["n_negative"],
-                explainer=row["explainer"],
-            )
-            for row in (store.scores_of(latent) if store else [])
-            if row["control"] == ""
-            and row["scorer"] in HEADLINE
-            and row["metric"] in SHOWN_METRICS
-            and not row["judge"].startswith("always-")
-        ]
+        rows = store.connection.execute(_SCORES, (latent,)) if store else ()
+        return [ScoreRecord(**dict(zip(_SCORE_FIELDS, row, strict=True))) for row in rows]
 
     def _tokens(self, latent: int, which: str) -> list[Any]:
         ids, values = self.stats[f"{which}_ids"][latent], self.stats[f"{which}_values"][latent]

@@ -8,6 +8,7 @@ the other SAE's `rows`, `run` and `cards` in `other/`, and the matches in `data/
 
 from __future__ import annotations
 
+import gc
 import html
 import json
 import os
@@ -129,6 +130,7 @@ def _write_source(folder: Path, source: Source, run: RunRecord, more: dict[str, 
     del columns
     facts = {"rows": n_rows, "row_shards": len(starts), "cards_per_shard": CARDS_PER_SHARD}
     _write_data(folder.parent, f"{folder.name}/run", 0, {"run": run, **facts, **more})
+    gc.freeze()  # a card's records hold each other in no circle: what was there before need not be searched again and again
     with tqdm(total=n_rows, desc="cards", unit="latent", disable=None if bar else True) as progress:
         for index, start in enumerate(range(0, n_rows, CARDS_PER_SHARD)):
             documents = Documents()
@@ -138,6 +140,7 @@ def _write_source(folder: Path, source: Source, run: RunRecord, more: dict[str, 
                 folder.parent, f"{folder.name}/cards", index, {"documents": list(documents.number), "cards": cards}
             )
             progress.update(len(latents))
+    gc.unfreeze()
     return facts
 
 

@@ -18,6 +18,7 @@ from sae_italian.cli import (
     exports,
     interchange,
     models,
+    pages,
     quickstart,
     saes,
     scores,
@@ -39,6 +40,7 @@ GROUPS = (
     explainita,
     browser,
     exports,
+    pages,
     bench,
 )
 

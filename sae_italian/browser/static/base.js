@@ -142,7 +142,7 @@ export function copyButton(ctx, label, make) {
 // --- rows: columns as they travel, one object per latent as the views use them ---
 export function rowsOf(columns) {
   const names = Object.keys(columns);
-  return columns.latent.map((_, i) => Object.fromEntries(names.map((name) => [name, columns[name][i]])));
+  return (columns[names[0]] || []).map((_, i) => Object.fromEntries(names.map((name) => [name, columns[name][i]])));
 }
 
 export function keyHelp(ctx) {

@@ -1,5 +1,7 @@
 // The source on disk: script files that call saeItalian.receive, because pages on file:// may load scripts but neither
 // modules nor fetch. A file holds deflated JSON, 15 bits to a character.
+import { rowsOf } from "./base.js";
+
 const FIRST = 0x3400; // the character of the bits 000000000000000
 const KEPT = 6; // shards of cards held, so that next and previous are instant
 
@@ -55,6 +57,7 @@ function contextOf([doc, max, text, spans], documents) {
 }
 
 function cardOf(card, documents) {
+  card.scores = rowsOf(card.scores);
   for (const group of card.groups) group.contexts = group.contexts.map((context) => contextOf(context, documents));
   return card;
 }

@@ -1,4 +1,4 @@
-// Gold and UD labels in words: "gender=Fem number=Plur" is "femminile plurale" and "feminine plural".
+// Gold and UD labels in words: "Gender=Fem,Number=Plur" is "femminile plurale" and "feminine plural".
 const WORDS = {
   "gender=fem": ["femminile", "feminine"], "gender=f": ["femminile", "feminine"],
   "gender=masc": ["maschile", "masculine"], "gender=m": ["maschile", "masculine"],
@@ -26,7 +26,7 @@ const WORDS = {
   "construction=subjunctive": ["congiuntivo", "subjunctive"], "construction=question": ["domanda", "question"], "construction=quote": ["discorso diretto", "direct speech"],
   "construction=conditional": ["periodo ipotetico", "conditional sentence"], "construction=passive": ["passivo", "passive"], "construction=clitic": ["clitico", "clitic"],
 };
-const TREEBANK = { upos: "pos", "pos": "pos" };
+const TREEBANK = { upos: "pos" };
 
 function partName(part, language) {
   const [feature, value = ""] = part.split("=", 2);
@@ -36,4 +36,4 @@ function partName(part, language) {
   return name === "lemma" && value ? `lemma «${value}»` : part;
 }
 
-export const labelName = (label, language) => label.split(/[ |+]+/).filter(Boolean).map((part) => partName(part, language)).join(" ");
+export const labelName = (label, language) => label.split(/[ |+,]+/).filter(Boolean).map((part) => partName(part, language)).join(" ");

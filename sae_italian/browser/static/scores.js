@@ -6,6 +6,7 @@ import { folded } from "./contexts.js";
 const LONG_TEXT = 600;
 const CONTROL = "token-lookup";
 const MAIN_METRIC = "balanced_accuracy";
+const HEADLINE = { detection: "random", fuzzing: "silent-token" }; // the negatives of the scores shown first
 const METRICS = [MAIN_METRIC, "tpr", "tnr", "f1", "auroc"];
 
 export const explainerName = (ctx, explainer) => (explainer.startsWith("llm:") ? explainer.slice(4) : ctx.name("explainer", explainer));
@@ -37,9 +38,12 @@ function testName(ctx, { scorer, judge, negatives }) {
   return h("th", { scope: "row" }, ctx.name("scorer", scorer), h("small", {}, text(detail.join(", "))));
 }
 
-function scoreRow(ctx, scores, explainers, metric) {
-  const of = (explainer) => scores.find((score) => score.explainer === explainer && score.metric === metric);
-  const main = of(explainers[0]);
+// The control is a rule, judged as one: it stands beside a model's judgement of an explanation too.
+function scoreRow(ctx, scores, explainers, metric, all) {
+  const same = ({ scorer, negatives }) => scorer === scores[0].scorer && negatives === scores[0].negatives;
+  const of = (explainer) => scores.find((score) => score.explainer === explainer && score.metric === metric) ??
+    (explainer === CONTROL ? all.find((score) => score.explainer === CONTROL && score.metric === metric && same(score)) : undefined);
+  const main = explainers.map(of).find(Boolean);
   const label = `${ctx.name("scorer", scores[0].scorer)}: ${ctx.fixed(main?.value)}`;
   return h("tr", {}, testName(ctx, scores[0]),
     h("td", { class: "track-cell" }, scoreTrack(main, explainers.length > 1 ? of(CONTROL) : null, label)),
@@ -48,12 +52,12 @@ function scoreRow(ctx, scores, explainers, metric) {
 
 const keyMark = (explainer) => h("span", { class: "key " + (explainer === CONTROL ? "key-ring" : "key-dot"), "aria-hidden": "true" });
 
-function scoreTable(ctx, tests, explainers, metric) {
+function scoreTable(ctx, tests, explainers, metric, all) {
   return h("table", { class: "scores" },
     h("caption", { class: "hidden" }, ctx.name("metric", metric)),
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, ctx.t("scorer")), h("td", {}),
       explainers.map((explainer) => h("th", { scope: "col", class: "num" }, keyMark(explainer), explainerName(ctx, explainer))))),
-    h("tbody", {}, tests.map((scores) => scoreRow(ctx, scores, explainers, metric))));
+    h("tbody", {}, tests.map((scores) => scoreRow(ctx, scores, explainers, metric, all))));
 }
 
 function allMetrics(ctx, tests, explainers) {
@@ -93,12 +97,13 @@ export function explanationsPanel(ctx, { explanations, scores }) {
   if (!explanations.length && !scores.length) return null;
   const explainers = explainersOf(scores);
   const tests = byTest(scores);
+  const first = tests.filter(([score]) => HEADLINE[score.scorer] === score.negatives);
   const metric = scores.some((score) => score.metric === MAIN_METRIC) ? MAIN_METRIC : scores[0]?.metric;
   return h("section", { class: "panel" }, h("h2", {}, ctx.t("explanations")),
     h("ul", { class: "explanations" }, explanations.map((item) => explanationItem(ctx, item))),
     scores.length > 0 && [h("h3", {}, ctx.t("scores")),
       h("p", { class: "note muted" }, metric === MAIN_METRIC ? ctx.t("scores.note") : ctx.name("metric", metric)),
       h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": ctx.t("scores") },
-        scoreTable(ctx, tests.filter((test) => test.some((score) => score.metric === metric)), explainers, metric)),
+        scoreTable(ctx, (first.length ? first : tests).filter((test) => test.some((score) => score.metric === metric)), explainers, metric, scores)),
       allMetrics(ctx, tests, explainers)]);
 }

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient  # noqa: E402
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp  # noqa: E402
 from sae_italian.browser.live import Live, open_with_live  # noqa: E402
-from sae_italian.browser.server import create_app  # noqa: E402
+from sae_italian.browser.server.app import create_app  # noqa: E402
 from sae_italian.cache import FeatureCache  # noqa: E402
 from sae_italian.saes import load_sae  # noqa: E402
 from tests.browser.nasty import nasty_cache  # noqa: E402

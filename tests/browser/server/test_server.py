@@ -16,7 +16,8 @@ from starlette.testclient import TestClient
 
 from sae_italian.browser.live import open_with_live
 from sae_italian.browser.schema import check_card, check_rows, check_run
-from sae_italian.browser.server import create_app, guard
+from sae_italian.browser.server import guard
+from sae_italian.browser.server.app import create_app
 from sae_italian.browser.server.guard import HEADERS, MAX_BODY, Refused, host_name
 from sae_italian.browser.server.run import bind
 from sae_italian.browser.server.work import Worker
