@@ -42,7 +42,7 @@ def tab(chromium: Any) -> Iterator[Any]:
     """A fresh page in Italian that fails the test on any script error and on any request but to loopback."""
     context = chromium.new_context(locale="it-IT", color_scheme="light", viewport={"width": 1280, "height": 900})
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(30_000)
     troubles: list[str] = []
     page.on("console", lambda message: troubles.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: troubles.append(str(error)))
@@ -56,8 +56,8 @@ def tab(chromium: Any) -> Iterator[Any]:
 
 def show(page: Any, address: str, latent: int | None = None) -> None:
     page.goto(address + ("/" if latent is None else f"/#latent={latent}"))
-    page.wait_for_selector(".latents tbody tr" if latent is None else '[data-part="explain"]')
-    page.wait_for_selector('[data-part="sentence"]')
+    page.wait_for_selector(".latents tbody th a" if latent is None else '[data-part="explain"]')
+    page.wait_for_selector('[data-part="sentence"]:visible')
 
 
 def work(page: Any, name: str, **fields: str) -> Any:
@@ -164,7 +164,7 @@ def test_a_replaced_cache_and_a_stopped_server_are_said_in_words(tab: Any, opene
         part = work(tab, "sentence", sentence="ciao")
         assert "La cache è stata sostituita" in part.locator(".live-status").inner_text()
         tab.goto(address + "/#latent=3")
-        tab.wait_for_selector("text=La cache è stata sostituita")
+        tab.wait_for_selector(".card-page .notice:has-text('La cache è stata sostituita')")
     part = work(tab, "sentence", sentence="ciao")
     assert "Il server non risponde" in part.locator(".live-status").inner_text()
     tab.troubles[:] = [text for text in tab.troubles if "409" not in text and "ERR_CONNECTION" not in text]
@@ -173,7 +173,7 @@ def test_a_replaced_cache_and_a_stopped_server_are_said_in_words(tab: Any, opene
 def test_without_live_work_the_page_is_the_static_one(tab: Any, opened) -> None:
     with running(create_app(opened[0])) as address:
         tab.goto(address)
-        tab.wait_for_selector(".latents tbody tr")
+        tab.wait_for_selector(".latents tbody th a")
         assert tab.locator("[data-part]").count() == 0
         tab.fill("#search" if tab.locator("#search").count() else "input[type=search]", "a")
 
@@ -221,6 +221,6 @@ def test_the_widget_shows_a_card_and_works_live_by_messages(tab: Any, opened, ac
     part = work(tab, "steer", prompt="La", strengths="1e9")
     assert "100" in part.locator(".live-status").inner_text()
     tab.locator(".card-page .back").click()
-    tab.wait_for_selector(".latents tbody tr")
+    tab.wait_for_selector(".latents tbody th a")
     tab.evaluate("window.undo()")
     tab.wait_for_function("document.querySelectorAll('.latents').length === 0")
