@@ -17,6 +17,7 @@ const WORDS = {
   "silent": ["Nessun latente attivo.", "No active latent."],
   "silent.here": ["Il latente {latent} tace su questa frase.", "Latent {latent} is silent on this sentence."],
   "strongest": ["I più forti nella frase", "Strongest in the sentence"],
+  "all": ["Mostra tutti i {n}", "Show all {n}"],
   "latent": ["Latente", "Latent"],
   "activation": ["Attivazione", "Activation"],
   "share": ["del massimo", "of its max"],
@@ -109,7 +110,7 @@ function part(view, name, note, fields, work, show) {
     h("p", { class: "note muted" }, note), form, status, result);
 }
 
-const table = (heads, rows) => h("div", { class: "scroll" }, h("table", {},
+const table = (heads, rows, className) => h("div", { class: "scroll" }, h("table", { class: className },
   h("thead", {}, h("tr", {}, heads.map(([head, className]) => h("th", { scope: "col", class: className }, head)))), h("tbody", {}, rows)));
 const link = (ctx, latent) => h("a", { href: ctx.href(latent) }, String(latent));
 const percent = (ctx, share) => (share === null ? "–" : ctx.share(share));
@@ -143,9 +144,9 @@ function pieceButton(view, piece, heat, detail) {
   button.addEventListener("click", () => {
     for (const other of button.parentElement.children) other.setAttribute("aria-pressed", String(other === button));
     const rows = piece.latents.map(([latent, value]) => h("tr", {}, h("th", { scope: "row" }, link(view.ctx, latent)),
-      h("td", { class: "num" }, view.ctx.activation(value)), h("td", {}, explained(view.ctx, latent))));
+      h("td", { class: "num" }, view.ctx.activation(value)), h("td", { class: "wide" }, explained(view.ctx, latent))));
     detail.replaceChildren(h("h4", {}, view.say("of.token"), " ", token(piece.text)),
-      rows.length ? table([[view.say("latent")], [view.say("activation"), "num"], [view.say("explanation")]], rows) : h("p", { class: "muted" }, view.say("silent")));
+      rows.length ? table([[view.say("latent")], [view.say("activation"), "num"], [view.say("explanation"), "wide"]], rows, "stacked") : h("p", { class: "muted" }, view.say("silent")));
   });
   return button;
 }
@@ -156,13 +157,20 @@ function explained(ctx, latent) {
   return h("span", { class: "clamp" }, text(words.length > 300 ? words.slice(0, 300) + "…" : words || "–"));
 }
 
+const SHOWN = 10;
+
 function strongest(view, found) {
   const { ctx } = view;
-  const rows = found.strongest.map((one) => h("tr", { class: one.latent === ctx.latent ? "selected" : null },
+  const rows = found.strongest.map((one, index) => h("tr", { class: one.latent === ctx.latent ? "selected" : null, hidden: index >= SHOWN },
     h("th", { scope: "row" }, link(ctx, one.latent)), h("td", { class: "num strong" }, ctx.activation(one.value)),
-    h("td", { class: "num" }, percent(ctx, one.share)), h("td", {}, token(found.tokens[one.token].text)), h("td", {}, explained(ctx, one.latent))));
-  const heads = [[view.say("latent")], [view.say("activation"), "num"], [view.say("share"), "num"], [view.say("on")], [view.say("explanation")]];
-  return h("section", { class: "live-strongest" }, h("h4", {}, view.say("strongest")), rows.length ? table(heads, rows) : h("p", { class: "muted" }, view.say("silent")));
+    h("td", { class: "num" }, percent(ctx, one.share)), h("td", {}, token(found.tokens[one.token].text)), h("td", { class: "wide" }, explained(ctx, one.latent))));
+  const heads = [[view.say("latent")], [view.say("activation"), "num"], [view.say("share"), "num"], [view.say("on")], [view.say("explanation"), "wide"]];
+  const more = rows.length > SHOWN && h("button", { type: "button", class: "link", onclick() {
+    for (const row of rows) row.hidden = false;
+    more.remove();
+  } }, view.say("all", { n: rows.length }));
+  return h("section", { class: "live-strongest" }, h("h4", {}, view.say("strongest")),
+    rows.length ? [table(heads, rows, "stacked"), more] : h("p", { class: "muted" }, view.say("silent")));
 }
 
 // --- steering: continuations with and without ---
@@ -180,11 +188,11 @@ function steerPart(view) {
   return part(view, "steer", view.say("steer.note"), [prompt, strengths], work, (found) => {
     const row = (one, plain) => h("tr", { class: plain ? "plain" : null, "data-strength": one.strength },
       h("th", { scope: "row", class: "num" }, plain ? view.say("without") : ctx.signed(one.strength)),
-      h("td", { class: "words", dir: "auto" }, h("span", { class: "muted" }, text(found.prompt)), h("span", { class: "written" }, text(one.text))),
+      h("td", { class: "wide words", dir: "auto" }, h("span", { class: "muted" }, text(found.prompt)), h("span", { class: "written" }, text(one.text))),
       h("td", { class: "num" }, plain ? "–" : ctx.signed(one.cost)), h("td", { class: "num" }, plain ? "–" : ctx.fixed(one.divergence)));
-    const cost = h("span", { title: view.say("cost.note") }, view.say("cost"));
-    return [table([[view.say("strength"), "num"], [view.say("continuation")], [cost, "num"], [view.say("divergence"), "num"]],
-      [row(found.unsteered, true), ...found.steered.map((one) => row(one, false))])];
+    const cost = h("abbr", { title: view.say("cost.note") }, view.say("cost"));
+    return [table([[view.say("strength"), "num"], [view.say("continuation"), "wide"], [cost, "num"], [view.say("divergence"), "num"]],
+      [row(found.unsteered, true), ...found.steered.map((one) => row(one, false))], "stacked steered")];
   });
 }
 

@@ -80,6 +80,8 @@ def test_a_sentences_latents_by_token_and_overall(tab: Any, address: str, live) 
     part = work(tab, "sentence", sentence=SENTENCE)
     expected = live.tokens(SENTENCE)
     assert part.locator(".piece").count() == len(expected["tokens"])
+    assert part.locator(".live-strongest tbody tr:visible").count() == 10
+    part.locator(".live-strongest button").click()
     strongest = [int(text) for text in part.locator(".live-strongest tbody th a").all_inner_texts()]
     assert strongest == [one["latent"] for one in expected["strongest"]]
     part.locator(".piece").nth(2).click()
