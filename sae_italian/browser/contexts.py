@@ -101,26 +101,24 @@ class ContextMaker:
     def _contexts(self, latent: LatentActivations, peak: Int[np.ndarray, " n"]) -> list[ContextRecord]:
         grid, inside = self._inside(peak, BEFORE, AFTER)
         linked = _joined(inside, BEFORE)
-        begin = self.cache.gather("start", grid.ravel()).reshape(grid.shape)
-        end = self.cache.gather("end", grid.ravel()).reshape(grid.shape)
+        begin, end = (self.cache.gather(name, grid.ravel()).reshape(grid.shape) for name in ("start", "end"))
         place = np.searchsorted(latent.position, grid).clip(max=len(latent.position) - 1)
         value = np.where(linked & (latent.position[place] == grid), latent.value[place], 0.0)
-        return [
-            self._context(doc, begin[row][linked[row]], end[row][linked[row]], value[row][linked[row]])
-            for row, doc in enumerate(self.cache.gather("doc", peak).tolist())
-        ]
-
-    def _context(self, doc: int, begin: np.ndarray, end: np.ndarray, value: np.ndarray) -> ContextRecord:
-        document = self._document(doc)
-        first, active = int(begin[0]), value > 0
-        text = document.text[first : int(end.max())]
-        spans = np.stack([begin, end], axis=1)[active].astype(np.int64) - first
-        return ContextRecord(
-            doc_id=document.doc_id,
-            source=document.source,
-            max=float(value.max()),
-            segments=split_text(text, spans, value[active]),
-        )
+        rows, columns = np.nonzero(value)
+        edges = np.searchsorted(rows, np.arange(len(peak) + 1)).tolist()
+        first = begin[np.arange(len(peak)), linked.argmax(axis=1)]
+        last = np.where(linked, end, 0).max(axis=1)
+        spans = np.stack([begin[rows, columns] - first[rows], end[rows, columns] - first[rows]], axis=1)
+        active, docs = value[rows, columns], self.cache.gather("doc", peak).tolist()
+        bounds, largest = zip(first.tolist(), last.tolist(), strict=True), value.max(axis=1).tolist()
+        contexts = []
+        for row, (low, high) in enumerate(bounds):
+            document, own = self._document(docs[row]), slice(edges[row], edges[row + 1])
+            segments = split_text(document.text[low:high], spans[own], active[own])
+            contexts.append(
+                ContextRecord(doc_id=document.doc_id, source=document.source, max=largest[row], segments=segments)
+            )
+        return contexts
 
     def _document(self, index: int) -> TextDocument:
         document = self._kept.get(index)
@@ -154,6 +152,19 @@ def split_text(text: str, spans: Int[np.ndarray, "tokens 2"], values: np.ndarray
     Where tokens share characters (a letter of several bytes), the piece has the largest of their activations. Tokens
     that are not given are silent.
     """
+    found, end = [], 0
+    for (start, stop), value in zip(spans.tolist(), values.tolist(), strict=True):
+        if start < end or stop <= start or value <= 0:
+            return _split_shared(text, spans, values)
+        if start > end:
+            found.append((text[end:start], 0.0))
+        found.append((text[start:stop], value))
+        end = stop
+    return [*found, (text[end:], 0.0)] if end < len(text) else found
+
+
+def _split_shared(text: str, spans: Int[np.ndarray, "tokens 2"], values: np.ndarray) -> list[tuple[str, float]]:
+    """Return the same for any spans: those that overlap, are empty or silent, or are out of order."""
     strength = np.zeros(len(text))
     cut = np.zeros(len(text) + 1, dtype=bool)
     for (start, end), value in zip(spans.tolist(), values.tolist(), strict=True):

@@ -41,8 +41,9 @@ class Decoder:
         logits = (rows * self.gain) @ self.unembed.T
         lo, hi = logits.min(dim=1, keepdim=True).values, logits.max(dim=1, keepdim=True).values
         width = (hi - lo).clamp_min(1e-12)
-        index = ((logits - lo) / width * BINS).long().clamp_(0, BINS - 1)
-        counts = torch.zeros(len(rows), BINS, dtype=torch.long).scatter_add_(1, index, torch.ones_like(index))
+        index = ((logits - lo) * (BINS / width)).to(torch.int32).clamp_(0, BINS - 1)
+        index += BINS * torch.arange(len(rows), dtype=torch.int32)[:, None]
+        counts = torch.bincount(index.flatten(), minlength=len(rows) * BINS).reshape(-1, BINS)
         edges = lo + width * torch.arange(BINS + 1) / BINS
         return edges.tolist(), counts.tolist()
 
