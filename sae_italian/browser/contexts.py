@@ -20,7 +20,7 @@ N_TOP, PER_TENTH, TENTHS = 10, 2, 10
 CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
 _ORDINALS_IT = ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo")
 _ORDINALS_EN = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Last")
-KEPT_DOCUMENTS, KEPT_LENGTH = 1024, 65_536  # documents held, and the longest that is (characters)
+KEPT = 64_000_000  # characters of documents held
 
 
 class Peaks(NamedTuple):
@@ -36,6 +36,7 @@ class ContextMaker:
     def __init__(self, cache: FeatureCache, *, n_top: int = N_TOP, per_tenth: int = PER_TENTH):
         self.cache, self.n_top, self.per_tenth = cache, n_top, per_tenth
         self._kept: dict[int, TextDocument] = {}
+        self._held = 0
 
     def groups(self, latent: LatentActivations) -> list[GroupRecord]:
         """Return the strongest passages, then `per_tenth` from each tenth of the active stretches, strongest tenth first."""
@@ -124,10 +125,11 @@ class ContextMaker:
         document = self._kept.get(index)
         if document is None:
             document = self.cache.document(index)
-            if len(self._kept) == KEPT_DOCUMENTS:
+            if self._held + len(document.text) > KEPT:
                 self._kept.clear()
-            if len(document.text) <= KEPT_LENGTH:
-                self._kept[index] = document
+                self._held = 0
+            self._kept[index] = document
+            self._held += len(document.text)
         return document
 
 

@@ -14,6 +14,7 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--out", type=Path, help="default: <cache>-report beside the cache")
     sub.add_argument("--latent", type=int, help="print this latent's card here instead of writing the folder")
     sub.add_argument("--model", help="default: the model the cache was built with")
+    sub.add_argument("--sae", help="for the map and the logits (default: the SAE that the cache names, if it is there)")
 
 
 def _browse(options: argparse.Namespace) -> Result:
@@ -31,5 +32,5 @@ def _browse(options: argparse.Namespace) -> Result:
     from sae_italian.browser.report import write_report
 
     out = options.out or options.cache.resolve().with_name(f"{options.cache.resolve().name}-report")
-    index = write_report(cache, tokenizer, out, decoder=True)
+    index = write_report(cache, tokenizer, out, decoder=True, sae_name=options.sae)
     return {"report": str(index)}, f"Report: {index}"
