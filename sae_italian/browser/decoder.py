@@ -21,9 +21,10 @@ class Decoder:
     """The decoder of an SAE, with the unembedding of its model where that is at hand."""
 
     def __init__(self, sae: Any, model: Any = None):
-        self.directions: Float[torch.Tensor, "d_sae d_in"] = sae.W_dec.detach().float()
-        self.unembed = None if model is None else model.get_output_embeddings().weight.detach().float()
-        self.gain = 1.0 if model is None else final_gain(model)
+        self.directions: Float[torch.Tensor, "d_sae d_in"] = sae.W_dec.detach().float().cpu()
+        self.unembed = None if model is None else model.get_output_embeddings().weight.detach().float().cpu()
+        gain = 1.0 if model is None else final_gain(model)
+        self.gain = gain.detach().cpu() if isinstance(gain, torch.Tensor) else gain
         self._block = lru_cache(4)(self._histograms)
 
     def logits(self, latent: int) -> HistogramRecord:
