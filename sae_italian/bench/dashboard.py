@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def measure(
         LogitsTableConfig,
         SequencesConfig,
     )
+    from sae_dashboard.data_writing_fns import save_feature_centric_vis  # pyright: ignore[reportMissingImports]
     from sae_dashboard.layout import Column, SaeVisLayoutConfig  # pyright: ignore[reportMissingImports]
     from sae_dashboard.sae_vis_data import SaeVisConfig  # pyright: ignore[reportMissingImports]
     from sae_dashboard.sae_vis_runner import SaeVisRunner  # pyright: ignore[reportMissingImports]
@@ -80,9 +82,17 @@ def measure(
     started = time.process_time()
     data = SaeVisRunner(config).run(encoder=sae, model=stand_in, tokens=tokens)
     seconds = time.process_time() - started
+    data.model = stand_in
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "page.html"
+        started = time.process_time()
+        save_feature_centric_vis(data, page)
+        html_seconds, html_bytes = time.process_time() - started, page.stat().st_size
     groups = data.feature_data_dict[0].sequence_data.seq_group_data
     return {
         "cpu_seconds": seconds,
+        "html_cpu_seconds": html_seconds,
+        "html_bytes_per_latent": html_bytes / n_latents,
         "latents": n_latents,
         "forwards": stand_in.forwards,
         "contexts": sum(len(group.seq_data) for group in groups),

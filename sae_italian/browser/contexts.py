@@ -20,7 +20,7 @@ N_TOP, PER_TENTH, TENTHS = 10, 2, 10
 CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
 _ORDINALS_IT = ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo")
 _ORDINALS_EN = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Last")
-KEPT_DOCUMENTS, KEPT_LENGTH = 1024, 65_536  # documents held, and the longest that is (characters)
+KEPT = 64_000_000  # characters of documents held
 
 
 class Peaks(NamedTuple):
@@ -36,6 +36,7 @@ class ContextMaker:
     def __init__(self, cache: FeatureCache, *, n_top: int = N_TOP, per_tenth: int = PER_TENTH):
         self.cache, self.n_top, self.per_tenth = cache, n_top, per_tenth
         self._kept: dict[int, TextDocument] = {}
+        self._held = 0
 
     def groups(self, latent: LatentActivations) -> list[GroupRecord]:
         """Return the strongest passages, then `per_tenth` from each tenth of the active stretches, strongest tenth first."""
@@ -101,35 +102,34 @@ class ContextMaker:
     def _contexts(self, latent: LatentActivations, peak: Int[np.ndarray, " n"]) -> list[ContextRecord]:
         grid, inside = self._inside(peak, BEFORE, AFTER)
         linked = _joined(inside, BEFORE)
-        begin = self.cache.gather("start", grid.ravel()).reshape(grid.shape)
-        end = self.cache.gather("end", grid.ravel()).reshape(grid.shape)
+        begin, end = (self.cache.gather(name, grid.ravel()).reshape(grid.shape) for name in ("start", "end"))
         place = np.searchsorted(latent.position, grid).clip(max=len(latent.position) - 1)
         value = np.where(linked & (latent.position[place] == grid), latent.value[place], 0.0)
-        return [
-            self._context(doc, begin[row][linked[row]], end[row][linked[row]], value[row][linked[row]])
-            for row, doc in enumerate(self.cache.gather("doc", peak).tolist())
-        ]
-
-    def _context(self, doc: int, begin: np.ndarray, end: np.ndarray, value: np.ndarray) -> ContextRecord:
-        document = self._document(doc)
-        first, active = int(begin[0]), value > 0
-        text = document.text[first : int(end.max())]
-        spans = np.stack([begin, end], axis=1)[active].astype(np.int64) - first
-        return ContextRecord(
-            doc_id=document.doc_id,
-            source=document.source,
-            max=float(value.max()),
-            segments=split_text(text, spans, value[active]),
-        )
+        rows, columns = np.nonzero(value)
+        edges = np.searchsorted(rows, np.arange(len(peak) + 1)).tolist()
+        first = begin[np.arange(len(peak)), linked.argmax(axis=1)]
+        last = np.where(linked, end, 0).max(axis=1)
+        spans = np.stack([begin[rows, columns] - first[rows], end[rows, columns] - first[rows]], axis=1)
+        active, docs = value[rows, columns], self.cache.gather("doc", peak).tolist()
+        bounds, largest = zip(first.tolist(), last.tolist(), strict=True), value.max(axis=1).tolist()
+        contexts = []
+        for row, (low, high) in enumerate(bounds):
+            document, own = self._document(docs[row]), slice(edges[row], edges[row + 1])
+            segments = split_text(document.text[low:high], spans[own], active[own])
+            contexts.append(
+                ContextRecord(doc_id=document.doc_id, source=document.source, max=largest[row], segments=segments)
+            )
+        return contexts
 
     def _document(self, index: int) -> TextDocument:
         document = self._kept.get(index)
         if document is None:
             document = self.cache.document(index)
-            if len(self._kept) == KEPT_DOCUMENTS:
+            if self._held + len(document.text) > KEPT:
                 self._kept.clear()
-            if len(document.text) <= KEPT_LENGTH:
-                self._kept[index] = document
+                self._held = 0
+            self._kept[index] = document
+            self._held += len(document.text)
         return document
 
 
@@ -154,6 +154,19 @@ def split_text(text: str, spans: Int[np.ndarray, "tokens 2"], values: np.ndarray
     Where tokens share characters (a letter of several bytes), the piece has the largest of their activations. Tokens
     that are not given are silent.
     """
+    found, end = [], 0
+    for (start, stop), value in zip(spans.tolist(), values.tolist(), strict=True):
+        if start < end or stop <= start or value <= 0:
+            return _split_shared(text, spans, values)
+        if start > end:
+            found.append((text[end:start], 0.0))
+        found.append((text[start:stop], value))
+        end = stop
+    return [*found, (text[end:], 0.0)] if end < len(text) else found
+
+
+def _split_shared(text: str, spans: Int[np.ndarray, "tokens 2"], values: np.ndarray) -> list[tuple[str, float]]:
+    """Return the same for any spans: those that overlap, are empty or silent, or are out of order."""
     strength = np.zeros(len(text))
     cut = np.zeros(len(text) + 1, dtype=bool)
     for (start, end), value in zip(spans.tolist(), values.tolist(), strict=True):

@@ -21,9 +21,10 @@ class Decoder:
     """The decoder of an SAE, with the unembedding of its model where that is at hand."""
 
     def __init__(self, sae: Any, model: Any = None):
-        self.directions: Float[torch.Tensor, "d_sae d_in"] = sae.W_dec.detach().float()
-        self.unembed = None if model is None else model.get_output_embeddings().weight.detach().float()
-        self.gain = 1.0 if model is None else final_gain(model)
+        self.directions: Float[torch.Tensor, "d_sae d_in"] = sae.W_dec.detach().float().cpu()
+        self.unembed = None if model is None else model.get_output_embeddings().weight.detach().float().cpu()
+        gain = 1.0 if model is None else final_gain(model)
+        self.gain = gain.detach().cpu() if isinstance(gain, torch.Tensor) else gain
         self._block = lru_cache(4)(self._histograms)
 
     def logits(self, latent: int) -> HistogramRecord:
@@ -41,8 +42,9 @@ class Decoder:
         logits = (rows * self.gain) @ self.unembed.T
         lo, hi = logits.min(dim=1, keepdim=True).values, logits.max(dim=1, keepdim=True).values
         width = (hi - lo).clamp_min(1e-12)
-        index = ((logits - lo) / width * BINS).long().clamp_(0, BINS - 1)
-        counts = torch.zeros(len(rows), BINS, dtype=torch.long).scatter_add_(1, index, torch.ones_like(index))
+        index = ((logits - lo) * (BINS / width)).to(torch.int32).clamp_(0, BINS - 1)
+        index += BINS * torch.arange(len(rows), dtype=torch.int32)[:, None]
+        counts = torch.bincount(index.flatten(), minlength=len(rows) * BINS).reshape(-1, BINS)
         edges = lo + width * torch.arange(BINS + 1) / BINS
         return edges.tolist(), counts.tolist()
 

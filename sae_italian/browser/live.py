@@ -214,7 +214,8 @@ def open_with_live(
 
     `weights` are `sae` and `model` where the caller holds them already.
     """
-    weights = weights or loaded(cache)
+    if "sae" not in weights:
+        weights = loaded(cache)
     source = open_source(cache, tokenizer, **weights)
     if weights.get("sae") is None or weights.get("model") is None:
         return source, None

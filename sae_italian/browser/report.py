@@ -14,15 +14,19 @@ from sae_italian.errors import SaeItalianError
 __all__ = ["RESULTS", "latent_card", "loaded", "model_note", "open_source", "write_report"]
 
 
-def open_source(cache: FeatureCache, tokenizer: Any, *, decoder: bool = False, **options: Any) -> LatentSource:
+def open_source(
+    cache: FeatureCache, tokenizer: Any, *, decoder: bool = False, sae_name: str | None = None, **options: Any
+) -> LatentSource:
     """Return the source of a cache's pages, with the catalogue's note on its model.
 
     With `decoder`, the SAE and the model that the cache names are loaded too, for the map and the logits; where they
-    are not at hand the source goes without. `options` are those of `LatentSource`.
+    are not at hand the source goes without, unless the SAE is named here. `options` are those of `LatentSource`.
+
+    Raises: UsageError when the SAE that is named is not the one the cache was built with.
     """
     options.setdefault("model_note", model_note(cache.manifest.model))
     if decoder and options.get("sae") is None:
-        options |= loaded(cache)
+        options |= loaded(cache, sae_name)
     return LatentSource(cache, tokenizer, **options)
 
 
@@ -49,19 +53,22 @@ def model_note(model: str) -> str:
     return f"{entry.note} {entry.licence}." if entry else ""
 
 
-def loaded(cache: FeatureCache) -> dict[str, Any]:
+def loaded(cache: FeatureCache, name: str | None = None, model: str | None = None) -> dict[str, Any]:
     """Return the SAE and the model of a cache, where both are at hand and are the ones it was built with.
 
-    A cache that was moved together with its SAE (as a quickstart's folder is) still finds it: in `sae/` beside it.
+    A cache that was moved together with its SAE (as a quickstart's folder is) still finds it: in `sae/` beside it. An
+    SAE that is named has to be at hand; `model` is another name of the cache's model, such as a folder it was moved to.
     """
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
 
-    for name in (cache.manifest.sae, str(cache.folder.resolve().parent / "sae")):
+    if name is not None:
+        sae = load_sae(name)
+        FeatureCache.open(cache.folder, sae=sae)
+        return {"sae": sae, "model": load_model(model or cache.manifest.model)}
+    for place in (cache.manifest.sae, str(cache.folder.resolve().parent / "sae")):
         try:
-            sae = load_sae(name)
-            FeatureCache.open(cache.folder, sae=sae)
-            return {"sae": sae, "model": load_model(cache.manifest.model)}
+            return loaded(cache, place, model)
         except (SaeItalianError, OSError):
             continue
     return {}

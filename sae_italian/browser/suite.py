@@ -122,6 +122,7 @@ def page(rows: list[dict[str, Any]], title: str, out: Path) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file: data:">
 <title>{html.escape(title)}</title><style>
 {style()}
+.sae-italian .run p {{ margin-bottom: 16px; }}
 .sae-italian .overview td, .sae-italian .overview th {{ padding: 7px 10px; }}
 .sae-italian .overview small {{ display: block; color: inherit; opacity: 0.8; }}
 .sae-italian .overview td.tint {{ background: color-mix(in srgb, var(--accent) calc(var(--good) * 38%), transparent); }}
@@ -171,7 +172,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
                 if row[column.key]["value"] is not None:
                     place = kinds.index((row["site"], row["d_sae"])), layers.index(row["layer"])
                     grid[place] = column.scale * row[column.key]["value"]
-            axis.imshow(grid, aspect="auto", cmap="YlGn" if column.good >= 0 else "YlOrBr")
+            axis.imshow(grid, aspect="auto", alpha=0.6, cmap="YlGn" if column.good >= 0 else "YlOrBr")
             for (down, across), value in np.ndenumerate(grid):
                 if not np.isnan(value):
                     axis.text(across, down, f"{value:.{column.digits}f}", ha="center", va="center", fontsize=8)

@@ -25,6 +25,9 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--llm-model", help="serve: the model's name there")
     sub.add_argument("--language", choices=("it", "en"), default="it", help="serve: of the LLM's explanations")
     sub.add_argument("--key-env", help="serve: environment variable that holds the key")
+    sub.add_argument(
+        "--sae", help="for the map, the logits and live work (default: the SAE that the cache names, if it is there)"
+    )
 
 
 def _browse(options: argparse.Namespace) -> Result:
@@ -44,7 +47,7 @@ def _browse(options: argparse.Namespace) -> Result:
     from sae_italian.browser.report import write_report
 
     out = options.out or options.cache.resolve().with_name(f"{options.cache.resolve().name}-report")
-    index = write_report(cache, tokenizer, out, decoder=True)
+    index = write_report(cache, tokenizer, out, decoder=True, sae_name=options.sae)
     return {"report": str(index)}, f"Report: {index}"
 
 
@@ -58,6 +61,7 @@ def _serve(options: argparse.Namespace) -> Result:
     bind(options.port).close()
     from sae_italian.browser.live import open_with_live
     from sae_italian.browser.llm import Endpoint
+    from sae_italian.browser.report import loaded
     from sae_italian.browser.server.app import create_app
     from sae_italian.cache import FeatureCache
     from sae_italian.models import load_tokenizer
@@ -66,7 +70,9 @@ def _serve(options: argparse.Namespace) -> Result:
     if options.endpoint:
         endpoint = Endpoint(options.endpoint, options.llm_model, options.language, options.key_env)
     cache = FeatureCache.open(options.cache)
-    source, live = open_with_live(cache, load_tokenizer(options.model or cache.manifest.model), endpoint=endpoint)
+    tokenizer = load_tokenizer(options.model or cache.manifest.model)
+    weights = loaded(cache, options.sae, options.model)
+    source, live = open_with_live(cache, tokenizer, endpoint=endpoint, **weights)
 
     def ready(address: str) -> None:
         extra = "" if live else "  (without live work: the SAE or its model is not on this machine)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from sae_italian.cli.base import Commands, Result, folder_options, latent_range
 from sae_italian.errors import UsageError
@@ -36,6 +35,7 @@ def add_commands(root: Commands) -> None:
 
 def _export(options: argparse.Namespace) -> Result:
     from sae_italian.browser.exports import export
+    from sae_italian.browser.report import loaded
     from sae_italian.cache import FeatureCache
     from sae_italian.models import load_tokenizer
 
@@ -44,7 +44,7 @@ def _export(options: argparse.Namespace) -> Result:
     latents = latent_range(options.latents)
     cache = FeatureCache.open(options.cache)
     name = options.model or cache.manifest.model
-    sae, model = _weights(cache, options.sae, name) if options.to != "circuit-tracer" else (None, None)
+    weights = {} if options.to == "circuit-tracer" else loaded(cache, options.sae, options.model)
     given = {
         "model": options.model_id,
         "source_set": options.set,
@@ -57,8 +57,7 @@ def _export(options: argparse.Namespace) -> Result:
         load_tokenizer(name),
         options.out,
         options.to,
-        sae=sae,
-        model=model,
+        **weights,
         latents=latents,
         names={key: value for key, value in given.items() if value},
         project=options.project,
@@ -67,21 +66,6 @@ def _export(options: argparse.Namespace) -> Result:
         overwrite=options.overwrite,
     )
     return done.as_dict(), done.text()
-
-
-def _weights(cache: Any, given: str | None, name: str) -> tuple[Any, Any]:
-    """Return SAE and model; neither where the cache's own SAE is not here and no other was given."""
-    from sae_italian.browser.report import loaded
-    from sae_italian.cache import FeatureCache
-    from sae_italian.models import load_model
-    from sae_italian.saes import load_sae
-
-    if given:
-        sae = load_sae(given)
-        FeatureCache.open(cache.folder, sae=sae)
-        return sae, load_model(name)
-    found = loaded(cache)
-    return found.get("sae"), found.get("model")
 
 
 def _model_card(options: argparse.Namespace) -> Result:

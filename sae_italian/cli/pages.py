@@ -14,6 +14,8 @@ def add_commands(root: Commands) -> None:
     )
     sub.add_argument("cache", type=Path)
     sub.add_argument("other", type=Path, help="the cache of another SAE of the same model: layer, width or seed")
+    sub.add_argument("--sae", help="the first cache's SAE (default: the one it names, if it is there)")
+    sub.add_argument("--other-sae", help="the other cache's SAE")
     sub.add_argument("--out", type=Path, required=True)
     sub = root.add(
         "browse-suite", _suite, "write the overview of a suite: every SAE's numbers as a table and a picture"
@@ -30,7 +32,10 @@ def _compare(options: argparse.Namespace) -> Result:
     from sae_italian.models import load_tokenizer
 
     caches = [FeatureCache.open(folder) for folder in (options.cache, options.other)]
-    sources = [open_source(cache, load_tokenizer(cache.manifest.model), decoder=True) for cache in caches]
+    sources = [
+        open_source(cache, load_tokenizer(cache.manifest.model), decoder=True, sae_name=sae)
+        for cache, sae in zip(caches, (options.sae, options.other_sae), strict=True)
+    ]
     index, facts = write_comparison(sources[0], sources[1], options.out)
     return {"report": str(index), **facts}, (
         f"Best matches: mean cosine {facts['mean_cosine']:.2f}, {100 * facts['share_near']:.0f} % of 0.7 or more, "

@@ -198,7 +198,7 @@ def test_only_rows_in_sight_are_in_the_page(tab: Any, folder: Path) -> None:
     assert tab.locator("tr[data-latent]").count() < 60 and 0 not in latents(tab)
     assert tab.evaluate("document.documentElement.scrollHeight") == before
     heights = tab.locator("tr[data-latent]").evaluate_all("(rows) => [...new Set(rows.map((row) => row.offsetHeight))]")
-    assert heights == [78]
+    assert heights == [88]
 
 
 def test_a_row_opens_its_card_with_marks(tab: Any, folder: Path) -> None:

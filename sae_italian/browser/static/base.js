@@ -142,7 +142,12 @@ export function copyButton(ctx, label, make) {
 // --- rows: columns as they travel, one object per latent as the views use them ---
 export function rowsOf(columns) {
   const names = Object.keys(columns);
-  return (columns[names[0]] || []).map((_, i) => Object.fromEntries(names.map((name) => [name, columns[name][i]])));
+  const rows = (columns[names[0]] || []).map(() => ({}));
+  for (const name of names) {
+    const values = columns[name];
+    for (let i = 0; i < rows.length; i += 1) rows[i][name] = values[i];
+  }
+  return rows;
 }
 
 export function keyHelp(ctx) {
