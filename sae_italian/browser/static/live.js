@@ -110,8 +110,13 @@ function part(view, name, note, fields, work, show) {
     h("p", { class: "note muted" }, note), form, status, result);
 }
 
-const table = (heads, rows, className) => h("div", { class: "scroll" }, h("table", { class: className },
-  h("thead", {}, h("tr", {}, heads.map(([head, className]) => h("th", { scope: "col", class: className }, head)))), h("tbody", {}, rows)));
+// Each cell knows its column's head: on a narrow screen rows are stacked and the heads are not there.
+function table(heads, rows) {
+  const names = heads.map(([head]) => (typeof head === "string" ? head : head.textContent));
+  for (const row of rows) [...row.children].forEach((cell, index) => { cell.dataset.head = names[index]; });
+  return h("div", { class: "scroll" }, h("table", { class: "stacked" },
+    h("thead", {}, h("tr", {}, heads.map(([head, className]) => h("th", { scope: "col", class: className }, head)))), h("tbody", {}, rows)));
+}
 const link = (ctx, latent) => h("a", { href: ctx.href(latent) }, String(latent));
 const percent = (ctx, share) => (share === null ? "–" : ctx.share(share));
 
@@ -146,7 +151,7 @@ function pieceButton(view, piece, heat, detail) {
     const rows = piece.latents.map(([latent, value]) => h("tr", {}, h("th", { scope: "row" }, link(view.ctx, latent)),
       h("td", { class: "num" }, view.ctx.activation(value)), h("td", { class: "wide" }, explained(view.ctx, latent))));
     detail.replaceChildren(h("h4", {}, view.say("of.token"), " ", token(piece.text)),
-      rows.length ? table([[view.say("latent")], [view.say("activation"), "num"], [view.say("explanation"), "wide"]], rows, "stacked") : h("p", { class: "muted" }, view.say("silent")));
+      rows.length ? table([[view.say("latent")], [view.say("activation"), "num"], [view.say("explanation"), "wide"]], rows) : h("p", { class: "muted" }, view.say("silent")));
   });
   return button;
 }
@@ -170,7 +175,7 @@ function strongest(view, found) {
     more.remove();
   } }, view.say("all", { n: rows.length }));
   return h("section", { class: "live-strongest" }, h("h4", {}, view.say("strongest")),
-    rows.length ? [table(heads, rows, "stacked"), more] : h("p", { class: "muted" }, view.say("silent")));
+    rows.length ? [table(heads, rows), more] : h("p", { class: "muted" }, view.say("silent")));
 }
 
 // --- steering: continuations with and without ---
@@ -192,7 +197,7 @@ function steerPart(view) {
       h("td", { class: "num" }, plain ? "–" : ctx.signed(one.cost)), h("td", { class: "num" }, plain ? "–" : ctx.fixed(one.divergence)));
     const cost = h("abbr", { title: view.say("cost.note") }, view.say("cost"));
     return [table([[view.say("strength"), "num"], [view.say("continuation"), "wide"], [cost, "num"], [view.say("divergence"), "num"]],
-      [row(found.unsteered, true), ...found.steered.map((one) => row(one, false))], "stacked steered")];
+      [row(found.unsteered, true), ...found.steered.map((one) => row(one, false))])];
   });
 }
 
@@ -201,7 +206,7 @@ function ablatePart(view) {
   const { ctx, live } = view;
   const prompt = field(view, "prompt", view.say("prompt"), "La ragazza", 2);
   const work = () => live.ablate({ latent: ctx.latent, prompt: prompt.input.value });
-  const moves = (list) => h("td", {}, h("ul", { class: "moves" }, list.slice(0, 6).map((one) => h("li", {}, token(one.token), " ", h("span", { class: "num" }, ctx.signed(one.logit))))));
+  const moves = (list) => h("td", { class: "half" }, h("ul", { class: "moves" }, list.slice(0, 6).map((one) => h("li", {}, token(one.token), " ", h("span", { class: "num" }, ctx.signed(one.logit))))));
   return part(view, "ablate", view.say("ablate.note"), [prompt], work, (found) => {
     if (!found.positions.length) return [h("p", { class: "note" }, view.say("silent.here", { latent: ctx.latent }))];
     const rows = found.positions.map((at) => h("tr", {}, h("th", { scope: "row" }, token(at.token)), h("td", { class: "num" }, ctx.activation(at.activation)),

@@ -1,12 +1,17 @@
 """Live work, called as server and notebook call it: it agrees with the cache, and refuses what makes no sense."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
-from sae_italian.browser.live import MAX_LETTERS, PER_TOKEN
+from sae_italian.browser.live import MAX_LETTERS, PER_TOKEN, Live
+from sae_italian.browser.llm import Endpoint
+from sae_italian.cache import FeatureCache
 from sae_italian.errors import UsageError
 from sae_italian.models.activations import read_activations
+from tests.autointerp.llm.endpoint import FakeEndpoint
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
 
 SENTENCE = "Le ragazze italiane hanno letto un libro perché è bello 🙂."
@@ -89,6 +94,29 @@ def test_a_dead_latent_is_said_to_be_dead(live):
     dead = np.flatnonzero(live.cache.statistics["count"] == 0)
     if len(dead):
         assert live.explain(int(dead[0]))["explanations"][0]["status"] == "dead"
+
+
+def test_a_latent_that_never_fired_is_steered_by_its_bare_direction(nasty):
+    source, live = nasty
+    dead = int(np.flatnonzero(live.cache.statistics["count"] == 0)[0])
+    assert live.steer(dead, "La città", [1.0])["unit"] == 1.0
+    assert live.explain(dead)["explanations"][0]["status"] == "dead"
+    assert source.card(dead)["groups"] == [] and source.row(dead)["status"] == "not explained"
+
+
+def test_an_llm_explains_beside_the_rule_where_one_is_configured(live, opened, tmp_path):
+    shutil.copytree(live.cache.folder, tmp_path / "cache")
+    cache = FeatureCache.open(tmp_path / "cache")
+    latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
+    with FakeEndpoint(lambda body: '{"spiegazione": "parole al femminile plurale"}') as endpoint:
+        asked = Live(cache, live.sae, live.model, Endpoint(endpoint.url, "prova"))
+        rule, llm = asked.explain(latent)["explanations"]
+        assert rule["kind"] == "rule" and llm["kind"] == "llm" and llm["status"] == "ok"
+        assert llm["text_it"] == "parole al femminile plurale" and len(endpoint.requests) == 1
+        assert asked.explain(latent)["explanations"][1] == llm and len(endpoint.requests) == 1  # from the ledger
+    other = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok" and i != latent)
+    rule, llm = asked.explain(other)["explanations"]  # the server is gone: the rule comes all the same
+    assert rule["status"] == "ok" and llm["status"] != "ok" and llm["problem"]
 
 
 @pytest.mark.parametrize(
