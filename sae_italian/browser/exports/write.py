@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from sae_italian.autointerp.run import STORE_FILE, token_strings
 from sae_italian.browser.exports import circuit_tracer, neuronpedia_batch, neuronpedia_bulk, wandb_table
+from sae_italian.browser.exports.bulk_rows import About
 from sae_italian.browser.exports.latents import Latents
 from sae_italian.browser.exports.names import Names, names_of, saelens_config
 from sae_italian.cache import FeatureCache
@@ -86,7 +87,7 @@ def export(
         elif to == "neuronpedia-bulk":
             created = read_json(Path(out) / "run.json")["created"]  # a resumed export keeps its date
             config = load_model_config(cache.manifest.model) if model is None else model.config
-            about = neuronpedia_bulk.About(config, saelens_config(sae), created)
+            about = About(config, saelens_config(sae), created)
             neuronpedia_bulk.write(folder, source, called, wanted, about, _store(cache), bar)
             rows = neuronpedia_bulk.check(folder)
         elif to == "circuit-tracer":

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp.run import STORE_FILE
-from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.browser.exports import export, neuronpedia_batch, neuronpedia_bulk
 from sae_italian.browser.exports.fields import columns
+from sae_italian.cache import FeatureCache
 from sae_italian.cache.lens import final_gain
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.errors import DataError, UsageError
@@ -223,6 +224,19 @@ def test_mangled_strings_and_broken_links_are_refused(bulk, tmp_path):
     (folder / "source.jsonl").write_text(json.dumps({**source, "setName": "another"}), encoding="utf-8")
     with pytest.raises(DataError, match=r"source\.setName"):
         neuronpedia_bulk.check(folder)
+
+
+def test_an_explanation_of_5000_letters_and_one_by_an_llm_are_there_whole(cache, mini, tmp_path):
+    folder = shutil.copytree(cache.folder, tmp_path / "cache")
+    long = "«perché», " * 500
+    with Store(folder / STORE_FILE, {}) as store:
+        latent = next(i for i in range(256) if i not in store.explained("llm:prova:it"))
+        store.add_explanations([Explanation(latent, "llm:prova:it", "ok", long, "", None, "llm")])
+    done = export(
+        FeatureCache.open(folder), mini.tokenizer, tmp_path / "out", "neuronpedia-bulk", latents=(latent, latent)
+    )
+    rows = [row for row in lines(done, "explanations") if "llm:prova:it" in row["notes"]]
+    assert [row["description"] for row in rows] == [long] and json.loads(rows[0]["notes"])["language"] == "it"
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------------

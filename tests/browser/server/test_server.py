@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -323,6 +324,14 @@ def test_only_loopback_is_bound_and_a_taken_port_names_a_free_one(cache, capsys)
         assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UsageError, match="1 to 65535"):
         bind(70_000)
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "starlette"])
+def test_without_the_extra_one_line_says_what_to_install(cache, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["browse", str(cache.folder), "--serve"]) == 2
+    error = capsys.readouterr().err
+    assert "sae-italian[serve]" in error and package in error and error.count("\n") == 1
 
 
 def test_the_command_serves_the_cache_with_live_work(cache, monkeypatch, capsys):
