@@ -10,8 +10,7 @@ from sae_italian.browser.exports.fields import columns
 from sae_italian.browser.exports.names import cantor
 from sae_italian.cli import main
 from sae_italian.errors import DataError
-from sae_italian.saes import load_sae
-from sae_italian.training import evaluate
+from sae_italian.training.card import LABELS, EvaluationCard
 
 
 def test_circuit_tracer_finds_each_latent_by_its_cantor_pair(cache, mini, tmp_path):
@@ -51,11 +50,19 @@ def test_the_command_writes_what_it_says(cache, trained_sae, tmp_path, capsys):
     assert "--model-id" in capsys.readouterr().err
 
 
-def test_the_model_card_is_that_of_publishing(trained_sae, mini, tmp_path, capsys):
+def a_card() -> EvaluationCard:
+    number = {"value": 0.5, "lo": 0.4, "hi": 0.6}
+    names = dict.fromkeys(("model", "sae", "hook_name", "hook_name_out", "corpus", "split", "created"), "prova")
+    sizes = dict.fromkeys(("context_size", "n_tokens", "n_loss_tokens", "n_documents", "d_sae"), 7)
+    density = [{"lo": -3.0, "hi": -2.0, "share": number}]
+    return EvaluationCard.from_dict({**names, **sizes, **dict.fromkeys(LABELS, number), "density": density})
+
+
+def test_the_model_card_is_that_of_publishing(trained_sae, tmp_path, capsys):
     folder = shutil.copytree(trained_sae, tmp_path / "L1R-2x", ignore=shutil.ignore_patterns("card.*"))
     arguments = ["export", str(folder), "--to", "model-card", "--out", str(tmp_path / "card")]
     assert main(arguments) == 2 and "sae-italian evaluate" in capsys.readouterr().err
-    evaluate(load_sae(folder), mini, "micro-italiano", n_tokens=1000, name="L1R-2x").save(folder)
+    a_card().save(folder)
     assert main([*arguments, "--repository", "io/saes"]) == 0
     text = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
     assert text.startswith("---\n") and "library_name: saelens" in text and "io/saes" in text and "## Italiano" in text
