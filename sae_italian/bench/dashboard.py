@@ -42,7 +42,7 @@ class StandIn:
 def measure(
     sae_folder: str, model_name: str, tokens_file: str, n_latents: int, n_top: int, per_tenth: int
 ) -> dict[str, Any]:
-    """Return CPU seconds, forward passes and the first latent's maximum, for the first `n_latents` latents."""
+    """Return CPU seconds, forward passes and passages made, for the first `n_latents` latents."""
     from sae_dashboard.components_config import (  # pyright: ignore[reportMissingImports]
         ActsHistogramConfig,
         FeatureTablesConfig,
@@ -88,14 +88,14 @@ def measure(
         started = time.process_time()
         save_feature_centric_vis(data, page)
         html_seconds, html_bytes = time.process_time() - started, page.stat().st_size
-    groups = data.feature_data_dict[0].sequence_data.seq_group_data
+    shown = [len(g.seq_data) for one in data.feature_data_dict.values() for g in one.sequence_data.seq_group_data]
     return {
         "cpu_seconds": seconds,
         "html_cpu_seconds": html_seconds,
         "html_bytes_per_latent": html_bytes / n_latents,
         "latents": n_latents,
         "forwards": stand_in.forwards,
-        "contexts": sum(len(group.seq_data) for group in groups),
+        "contexts_per_latent": sum(shown) / n_latents,
     }
 
 

@@ -45,10 +45,15 @@ def write_synthetic(
         shard.nnz, shard.sha256[acts_file(index)] = record.nnz, record.sha256
         manifest.shards.append(shard)
     _transpose(folder, manifest)
+    return manifest, *_stand_ins(d_sae, d_in, seed)
+
+
+def _stand_ins(d_sae: int, d_in: int, seed: int) -> tuple[Any, Any]:
+    """Return what stands in for the SAE and the model: random directions."""
     generator = torch.Generator().manual_seed(seed)
     sae = types.SimpleNamespace(W_dec=torch.randn(d_sae, d_in, generator=generator))
     unembed = types.SimpleNamespace(weight=torch.randn(VOCABULARY, d_in, generator=generator))
-    return manifest, sae, _Model(unembed)
+    return sae, _Model(unembed)
 
 
 class _Model:
@@ -88,12 +93,10 @@ def _activations(rng: np.random.Generator, doc: np.ndarray, d_sae: int, per_toke
     return Sparse(keep.sum(axis=1), latents[keep], value + np.float32(0.01))
 
 
-def synthetic_source(folder: Path, *, d_sae: int, n_non_zeros: int) -> Any:
-    """Return the browser's source of a finished synthetic cache in which every latent is explained and scored."""
+def write_explained(folder: Path, *, d_sae: int, n_non_zeros: int) -> None:
+    """Write a finished synthetic cache in which every latent is explained and scored."""
     from sae_italian.autointerp.run import EXPLAINER, LOOKUP, STORE_FILE
     from sae_italian.autointerp.store import Explanation, Store
-    from sae_italian.browser.source import LatentSource
-    from sae_italian.cache.read import FeatureCache
     from sae_italian.cache.stats import write_statistics
 
     manifest, sae, model = write_synthetic(folder, n_non_zeros=n_non_zeros, d_sae=d_sae)
@@ -115,7 +118,16 @@ def synthetic_source(folder: Path, *, d_sae: int, n_non_zeros: int) -> Any:
                 for i, row in enumerate(scores)
                 for (scorer, negatives), value in zip(kinds, row, strict=True)
             )
-    return LatentSource(FeatureCache.open(folder), _tokenizer(), sae=sae, model=model, model_note="synthetic")
+
+
+def explained_source(folder: Path, d_sae: int) -> Any:
+    """Return the browser's source of a cache that `write_explained` wrote."""
+    from sae_italian.browser.source import LatentSource
+    from sae_italian.cache.read import FeatureCache
+
+    cache = FeatureCache.open(folder)
+    sae, model = _stand_ins(d_sae, cache.manifest.d_in, 0)
+    return LatentSource(cache, _tokenizer(), sae=sae, model=model, model_note="synthetic")
 
 
 def _tokenizer() -> Any:

@@ -2,7 +2,7 @@
 
 Layout: `index.html`, `browser.json` (the marker: what this folder is), `assets/app.js` and `assets/app.css` (the modules
 and styles of `static/` as one script and one sheet) and `data/`: `run/0000.js`, `rows/0000.js`, ... (columns of 4,096
-latents) and `cards/0000.js`, ... (64 latents each). See pack.py for what a data file holds. A browser that compares has
+latents) and `cards/0000.js`, ... (32 latents each). See pack.py for what a data file holds. A browser that compares has
 the other SAE's `rows`, `run` and `cards` in `other/`, and the matches in `data/matches/0000.js`.
 """
 
@@ -30,7 +30,7 @@ MARKER = "browser.json"
 FORMAT = "sae-italian-browser"
 SCHEMA_VERSION = 2
 ROWS_PER_SHARD = 4096
-CARDS_PER_SHARD = 64
+CARDS_PER_SHARD = 32
 OURS = {"index.html", MARKER, "assets", "data", "other"}
 DESKTOP_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
@@ -48,7 +48,7 @@ def write_browser(
 ) -> Path:
     """Write the browser of a source into the folder `out` and return the path of its `index.html`.
 
-    Cards are asked for one by one and no more than 64 of them are held. `other` is another SAE to compare with: its
+    Cards are asked for one by one and no more than 32 of them are held. `other` is another SAE to compare with: its
     name, its source and the matches (see compare.py). `out` may be new, empty or a browser written earlier, which is
     replaced as a whole at the end: until then, and after any error, it stays as it was.
 
