@@ -29,6 +29,7 @@ def quickstart(
     The cache is built on held-out text, so nothing that is explained or scored was trained on. A run that was stopped
     continues with `resume=True`. Raises: UsageError as the steps do.
     """
+    from sae_italian.browser.report import write_report
     from sae_italian.cache import FeatureCache, build_cache
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
@@ -53,7 +54,7 @@ def quickstart(
     )
     cache = FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
     results = analyse(cache, sae, model, card_tokens=card_tokens, latents=latents)
-    report = report_of(cache, model.tokenizer, out / "report")
+    report = write_report(cache, model.tokenizer, out / "report", sae=sae, model=model)
     results["report"] = str(report)
     write_json(out / "results.json", results)
     write_text(out / "results.md", table_of(results) + "\n")
@@ -118,15 +119,6 @@ def forget_scores(cache: Any) -> None:
 
     for folder in (cache.folder, cache.folder / TWIN_FOLDER):
         forget(folder / STORE_FILE)
-
-
-def report_of(cache: Any, tokenizer: Any, out: Path) -> Path:
-    """Write the report of a cache, with the catalogue's note on its model; return the path of index.html."""
-    from sae_italian.browser.report import write_report
-    from sae_italian.models import resolve
-
-    entry = resolve(cache.manifest.model).entry
-    return write_report(cache, tokenizer, out, model_note=f"{entry.note} {entry.licence}." if entry else "")
 
 
 def table_of(results: dict[str, Any]) -> str:

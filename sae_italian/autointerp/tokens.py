@@ -14,7 +14,7 @@ def token_bytes(tokenizer: Any, n: int) -> list[bytes]:
     backend = tokenizer.backend_tokenizer
     pieces = [backend.id_to_token(i) or f"<{i}>" for i in range(n)]
     if not _metaspace(backend):
-        letters = _byte_letters()
+        letters = byte_letters()
         return [
             bytes(letters[letter] for letter in piece) if set(piece) <= letters.keys() else piece.encode()
             for piece in pieces
@@ -40,7 +40,7 @@ def _metaspace(backend: Any) -> bool:
     return bool(state["model"].get("byte_fallback", False)) or "▁" in told
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """Return the byte behind each letter of byte-level BPE (GPT-2's table: printable bytes are themselves)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

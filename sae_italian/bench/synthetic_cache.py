@@ -45,10 +45,15 @@ def write_synthetic(
         shard.nnz, shard.sha256[acts_file(index)] = record.nnz, record.sha256
         manifest.shards.append(shard)
     _transpose(folder, manifest)
+    return manifest, *_stand_ins(d_sae, d_in, seed)
+
+
+def _stand_ins(d_sae: int, d_in: int, seed: int) -> tuple[Any, Any]:
+    """Return what stands in for the SAE and the model: random directions."""
     generator = torch.Generator().manual_seed(seed)
     sae = types.SimpleNamespace(W_dec=torch.randn(d_sae, d_in, generator=generator))
     unembed = types.SimpleNamespace(weight=torch.randn(VOCABULARY, d_in, generator=generator))
-    return manifest, sae, _Model(unembed)
+    return sae, _Model(unembed)
 
 
 class _Model:
@@ -86,3 +91,49 @@ def _activations(rng: np.random.Generator, doc: np.ndarray, d_sae: int, per_toke
     keep[doc == NO_DOCUMENT] = False
     value = rng.gamma(2.0, 1.0, int(keep.sum())).astype(np.float32)
     return Sparse(keep.sum(axis=1), latents[keep], value + np.float32(0.01))
+
+
+def write_explained(folder: Path, *, d_sae: int, n_non_zeros: int) -> None:
+    """Write a finished synthetic cache in which every latent is explained and scored."""
+    from sae_italian.autointerp.run import EXPLAINER, LOOKUP, STORE_FILE
+    from sae_italian.autointerp.store import Explanation, Store
+    from sae_italian.cache.stats import write_statistics
+
+    manifest, sae, model = write_synthetic(folder, n_non_zeros=n_non_zeros, d_sae=d_sae)
+    write_statistics(folder, manifest, sae, model)
+    manifest.complete = True
+    manifest.save(folder)
+    rng = np.random.default_rng(0)
+    rule = {"family": "token", "threshold": 0.5, "precision": 0.9, "recall": 0.8, "shown": ["0001", "0002"]}
+    numbers = rng.integers(VOCABULARY, size=(d_sae, 6))
+    texts = ["su " + ", ".join(f"«{number:04d}»" for number in row) + " (93 % dell'attivazione)" for row in numbers]
+    with Store(folder / STORE_FILE, {}) as store:
+        for name in (EXPLAINER, LOOKUP):
+            store.add_explanations(Explanation(i, name, "ok", text, text, rule) for i, text in enumerate(texts))
+            ids = {latent: number for latent, (number, _) in store.explanations(name).items()}
+            scores = rng.uniform(0.5, 1.0, size=(d_sae, 2)).round(3).tolist()
+            kinds = (("detection", "random"), ("fuzzing", "silent-token"))
+            store.add_scores(
+                (ids[i], i, "", scorer, "rule", negatives, "balanced_accuracy", value, value - 0.1, value + 0.1, 50, 50)
+                for i, row in enumerate(scores)
+                for (scorer, negatives), value in zip(kinds, row, strict=True)
+            )
+
+
+def explained_source(folder: Path, d_sae: int) -> Any:
+    """Return the browser's source of a cache that `write_explained` wrote."""
+    from sae_italian.browser.source import LatentSource
+    from sae_italian.cache.read import FeatureCache
+
+    cache = FeatureCache.open(folder)
+    sae, model = _stand_ins(d_sae, cache.manifest.d_in, 0)
+    return LatentSource(cache, _tokenizer(), sae=sae, model=model, model_note="synthetic")
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({f"{i:04d}": i for i in range(VOCABULARY)}, unk_token="0000"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sae_italian.browser.schema import (
     CardRecord,
     ContextRecord,
+    ExplanationRecord,
     GoldRecord,
     GroupRecord,
     MetricRecord,
@@ -12,16 +13,19 @@ from sae_italian.browser.schema import (
     RunRecord,
     ScoreRecord,
 )
+from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
 
 __all__ = [
     "CardRecord",
     "ContextRecord",
+    "ExplanationRecord",
     "GoldRecord",
     "GroupRecord",
     "MetricRecord",
     "RowRecord",
     "RunRecord",
     "ScoreRecord",
+    "LatentSource",
     "write_browser",
 ]

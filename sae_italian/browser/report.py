@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from sae_italian.browser.cards import CardMaker, Report
 from sae_italian.browser.schema import CardRecord, RowRecord
-from sae_italian.browser.table import records
+from sae_italian.browser.source import RESULTS, LatentSource
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
+from sae_italian.errors import SaeItalianError
 
-RESULTS = "results.json"
+__all__ = ["RESULTS", "latent_card", "loaded", "model_note", "open_source", "write_report"]
 
 
-def write_report(cache: FeatureCache, tokenizer: Any, out: Path, *, title: str = "", model_note: str = "") -> Path:
-    """Write the browser of a cache into `out` and return the path of its index.html.
+def open_source(
+    cache: FeatureCache, tokenizer: Any, *, decoder: bool = False, sae_name: str | None = None, **options: Any
+) -> LatentSource:
+    """Return the source of a cache's pages, with the catalogue's note on its model.
 
-    Scores are read from `autointerp.sqlite` and numbers from `results.json` in the cache's folder, where they exist.
+    With `decoder`, the SAE and the model that the cache names are loaded too, for the map and the logits; where they
+    are not at hand the source goes without, unless the SAE is named here. `options` are those of `LatentSource`.
+
+    Raises: UsageError when the SAE that is named is not the one the cache was built with.
     """
-    maker = CardMaker(read_report(cache, tokenizer, title=title, model_note=model_note))
-    return write_browser(out, maker.run_record(), maker.rows(), maker.cards())
+    options.setdefault("model_note", model_note(cache.manifest.model))
+    if decoder and options.get("sae") is None:
+        options |= loaded(cache, sae_name)
+    return LatentSource(cache, tokenizer, **options)
+
+
+def write_report(cache: FeatureCache, tokenizer: Any, out: Path, **options: Any) -> Path:
+    """Write the browser of a cache into `out` and return the path of its index.html. Options: those of `open_source`.
+
+    Raises: UsageError if `out` holds anything that is not ours.
+    """
+    return write_browser(out, open_source(cache, tokenizer, **options))
 
 
 def latent_card(cache: FeatureCache, tokenizer: Any, latent: int) -> tuple[RowRecord, CardRecord]:
     """Return the records of one latent. Raises: UsageError when there is no such latent."""
-    cache.latent(latent)
-    maker = CardMaker(read_report(cache, tokenizer))
-    return maker.row(latent), maker.card(latent)
+    cache.range_of(latent)
+    source = open_source(cache, tokenizer)
+    return source.row(latent), source.card(latent)
 
 
-def read_report(cache: FeatureCache, tokenizer: Any, *, title: str = "", model_note: str = "") -> Report:
-    """Gather what lies beside a cache."""
-    file, store = cache.folder / RESULTS, cache.folder / "autointerp.sqlite"
-    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return Report(
-        cache=cache,
-        tokenizer=tokenizer,
-        store=store if store.is_file() else None,
-        title=title or f"{cache.manifest.model} · {cache.manifest.hook_name}",
-        metrics=records(results, "metrics"),
-        controls=records(results, "controls"),
-        gold=results.get("gold") or [],
-        model_note=model_note,
-    )
+def model_note(model: str) -> str:
+    """Return what the catalogue says of a model; empty for one that it does not have."""
+    from sae_italian.models import resolve
+
+    entry = resolve(model).entry
+    return f"{entry.note} {entry.licence}." if entry else ""
+
+
+def loaded(cache: FeatureCache, name: str | None = None, model: str | None = None) -> dict[str, Any]:
+    """Return the SAE and the model of a cache, where both are at hand and are the ones it was built with.
+
+    A cache that was moved together with its SAE (as a quickstart's folder is) still finds it: in `sae/` beside it. An
+    SAE that is named has to be at hand; `model` is another name of the cache's model, such as a folder it was moved to.
+    """
+    from sae_italian.models import load_model
+    from sae_italian.saes import load_sae
+
+    if name is not None:
+        sae = load_sae(name)
+        FeatureCache.open(cache.folder, sae=sae)
+        return {"sae": sae, "model": load_model(model or cache.manifest.model)}
+    for place in (cache.manifest.sae, str(cache.folder.resolve().parent / "sae")):
+        try:
+            return loaded(cache, place, model)
+        except (SaeItalianError, OSError):
+            continue
+    return {}

@@ -77,8 +77,10 @@ class RowRecord(TypedDict):
     density: FiniteFloat  # share of tokens on which it is active, 0 to 1
     max: FiniteFloat  # largest activation seen; 0 when dead
     n_active: int  # tokens on which it is active
-    explanation_it: str
+    explanation_it: str  # the rule's, which the scores below are of
     explanation_en: str
+    llm_it: str  # an LLM's explanation; empty without one
+    llm_en: str
     kind: str  # token, previous, bigram, context, shape, ...; empty when unexplained
     detection: FiniteFloat | None  # balanced accuracy, 0 to 1, chance 0.5
     detection_lo: FiniteFloat | None  # 95 % interval
@@ -88,7 +90,20 @@ class RowRecord(TypedDict):
     top_tokens: list[str]  # at most 5 are shown
     gold: list[str]  # labels that this latent detects
     dead: bool
+    x: FiniteFloat | None  # place on the map of latents; None without the decoder
+    y: FiniteFloat | None
     status: str  # empty, or why there is no explanation: "too few activations", "not explained"
+
+
+class ExplanationRecord(TypedDict):
+    """One explanation of a latent; its scores are those of `CardRecord.scores` with the same explainer."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+    explainer: str  # rules, token-lookup (the control, last), llm:MODEL:LANGUAGE...
+    kind: str  # rule or llm
+    status: str  # ok, or why there is no text
+    text_it: str
+    text_en: str
 
 
 class ScoreRecord(TypedDict):
@@ -152,14 +167,35 @@ class GroupRecord(TypedDict):
     contexts: list[ContextRecord]
 
 
-class LatentGoldRecord(TypedDict):
-    """How well this latent finds a gold label; 0 to 1."""
+class LabelRecord(TypedDict):
+    """How well this latent finds a gold or UD label; 0 to 1."""
 
     __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
-    label: str
+    label: str  # gender=f+number=pl, or UD's own names
+    source: str  # where the labels come from: gold, a treebank, ...
     f1: FiniteFloat | None
+    lo: FiniteFloat | None  # 95 % interval of F1; both ends or neither
+    hi: FiniteFloat | None
     precision: FiniteFloat | None
     recall: FiniteFloat | None
+    n: int | None  # positive tokens in the held-out documents
+
+
+class NeighbourRecord(TypedDict):
+    """Another latent and how near it is: a cosine of decoder directions, or a Jaccard index of active tokens."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+    latent: int
+    value: FiniteFloat
+
+
+class SourceRecord(TypedDict):
+    """A source of the corpus: how many of its documents and tokens the latent is active on."""
+
+    __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
+    source: str
+    documents: int
+    tokens: int
 
 
 class CardRecord(TypedDict):
@@ -167,13 +203,19 @@ class CardRecord(TypedDict):
 
     __pydantic_config__ = STRICT  # pyright: ignore[reportGeneralTypeIssues]
     latent: int
+    explanations: list[ExplanationRecord]
     scores: list[ScoreRecord]
     histogram: HistogramRecord
+    logits: HistogramRecord  # over the whole vocabulary; empty without the decoder
+    positions: list[FiniteFloat]  # share of the activations in each tenth of the window; empty when dead
     promoted: list[TokenValueRecord]  # strongest first
     suppressed: list[TokenValueRecord]  # strongest first, values negative
+    decoder: list[NeighbourRecord]  # nearest first
+    cofiring: list[NeighbourRecord]  # nearest first
     groups: list[GroupRecord]
     tokens: list[TokenShareRecord]
-    gold: list[LatentGoldRecord]
+    sources: list[SourceRecord]  # most documents first
+    labels: list[LabelRecord]  # best first
     rule: dict[str, Any] | None  # machine-readable rule, shown as JSON
 
 
@@ -202,13 +244,37 @@ def check_row(row: RowRecord) -> RowRecord:
     return _check(RowRecord, row, lambda: f"row of latent {row.get('latent')!r}")
 
 
+def check_rows(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return the columns of all rows as plain JSON values; row i is latent i.
+
+    Raises: DataError, naming the latent and the field.
+    """
+    fields = {name for name in RowRecord.__annotations__ if not name.startswith("__")}
+    if wrong := sorted(fields ^ set(columns)):
+        what = "is missing" if wrong[0] in fields else "is not a field"
+        raise DataError(f"rows of latents: column {wrong[0]!r} {what}; the columns are those of RowRecord.")
+    if len({len(values) for values in columns.values()}) != 1:
+        raise DataError("rows of latents: the columns differ in length.")
+    checked: dict[str, list[Any]] = {name: [] for name in columns}
+    for latent, values in enumerate(zip(*columns.values(), strict=True)):
+        row: Any = check_row(dict(zip(columns, values, strict=True)))  # pyright: ignore[reportArgumentType]
+        if row["latent"] != latent:
+            raise DataError(
+                f"row of latent {row['latent']}: stands at place {latent}. Give every latent once, in order."
+            )
+        for name, value in row.items():
+            checked[name].append(value)
+    return checked
+
+
 def check_card(card: CardRecord) -> CardRecord:
     """Return `card` as plain JSON values. Raises: DataError, naming the latent and the field."""
     checked = _check(CardRecord, card, lambda: f"card of latent {card.get('latent')!r}")
-    n_edges, n_counts = len(checked["histogram"]["edges"]), len(checked["histogram"]["counts"])
-    if n_edges != (n_counts + 1 if n_counts else 0):
-        raise DataError(
-            f"card of latent {checked['latent']}, field 'histogram': {n_edges} edges for {n_counts} counts; "
-            "edges is one longer than counts, or both are empty."
-        )
+    for name in ("histogram", "logits"):
+        n_edges, n_counts = len(checked[name]["edges"]), len(checked[name]["counts"])
+        if n_edges != (n_counts + 1 if n_counts else 0):
+            raise DataError(
+                f"card of latent {checked['latent']}, field {name!r}: {n_edges} edges for {n_counts} counts; "
+                "edges is one longer than counts, or both are empty."
+            )
     return checked

@@ -15,7 +15,8 @@ def card_text(row: RowRecord, card: CardRecord, *, contexts: int = 4, language: 
     for score in card["scores"]:
         if score["metric"] == "balanced_accuracy" and score["value"] is not None:
             interval = "" if score["lo"] is None else f" [{score['lo']:.2f}, {score['hi']:.2f}]"
-            lines.append(f"{score['scorer']:10} {score['explainer']:17} {score['value']:.2f}{interval}")
+            test = f"{score['scorer']} ({score['negatives']}, {score['judge']})"
+            lines.append(f"{score['explainer']:17} {test:38} {score['value']:.2f}{interval}")
     if card["promoted"]:
         lines.append("promotes   " + ", ".join(f"«{item['token'].strip()}»" for item in card["promoted"][:5]))
     passages = [context for group in card["groups"] for context in group["contexts"]]

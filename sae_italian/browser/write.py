@@ -1,58 +1,69 @@
 """Write the latent browser: a folder that opens from disk in any current browser, with no server and no network.
 
-Layout: `index.html`, `browser.json` (the marker: what this folder is), `assets/` (style and scripts, as they are in
-`static/`) and `data/`: `run/0000.js`, `rows/0000.js`, ... and `cards/0000.js`, .... A data file is a classic script
-that hands one JSON value to `saeItalian.receive(kind, index, value)`: pages on `file://` may load scripts, but neither
-modules nor `fetch`.
+Layout: `index.html`, `browser.json` (the marker: what this folder is), `assets/app.js` and `assets/app.css` (the modules
+and styles of `static/` as one script and one sheet) and `data/`: `run/0000.js`, `rows/0000.js`, ... (columns of 4,096
+latents) and `cards/0000.js`, ... (32 latents each). See pack.py for what a data file holds. A browser that compares has
+the other SAE's `rows`, `run` and `cards` in `other/`, and the matches in `data/matches/0000.js`.
 """
 
 from __future__ import annotations
 
+import gc
 import html
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
-from itertools import islice
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, Protocol
 
-from sae_italian.browser.schema import CardRecord, RowRecord, RunRecord, check_card, check_row, check_run
-from sae_italian.errors import DataError, UsageError
+from tqdm import tqdm
+
+from sae_italian.browser.bundle import script, static_text, style
+from sae_italian.browser.pack import Documents, data_script, pack_card
+from sae_italian.browser.schema import CardRecord, RunRecord, check_card, check_rows, check_run
+from sae_italian.errors import UsageError
 
 MARKER = "browser.json"
 FORMAT = "sae-italian-browser"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROWS_PER_SHARD = 4096
-OURS = {"index.html", MARKER, "assets", "data"}
+CARDS_PER_SHARD = 32
+OURS = {"index.html", MARKER, "assets", "data", "other"}
 DESKTOP_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
-def write_browser(
-    out: Path, run: RunRecord, rows: Sequence[RowRecord], cards: Iterable[CardRecord], *, cards_per_shard: int = 64
-) -> Path:
-    """Write the browser into the folder `out` and return the path of its `index.html`.
+class Source(Protocol):
+    """What a page is made from; see `source.py`."""
 
-    `cards` is read once, and never more than `cards_per_shard` of them are held; they may come in any order and need
-    not cover every row. `out` may be new, empty or a browser written earlier, which is replaced as a whole at the end:
-    until then, and after any error, it stays as it was.
+    def run(self) -> RunRecord: ...
+    def rows(self) -> dict[str, list[Any]]: ...
+    def card(self, latent: int) -> CardRecord: ...
+
+
+def write_browser(
+    out: Path, source: Source, *, other: tuple[str, Source, dict[str, list[Any]]] | None = None, bar: bool = True
+) -> Path:
+    """Write the browser of a source into the folder `out` and return the path of its `index.html`.
+
+    Cards are asked for one by one and no more than 32 of them are held. `other` is another SAE to compare with: its
+    name, its source and the matches (see compare.py). `out` may be new, empty or a browser written earlier, which is
+    replaced as a whole at the end: until then, and after any error, it stays as it was.
 
     Raises: UsageError if `out` holds anything that is not ours; DataError if a record does not fit its schema.
     """
-    if cards_per_shard < 1:
-        raise UsageError(f"cards_per_shard is {cards_per_shard}; give 1 or more.")
     out = Path(out).resolve()
     _refuse_foreign(out)
-    run, latents = check_run(run), _latents(rows)
     with _replaced_folder(out) as folder:
-        _copy_assets(folder, run)
-        shard_of = _write_cards(folder, latents, cards, cards_per_shard)
-        n_row_shards = _write_rows(folder, rows, shard_of)
-        facts = {"rows": len(rows), "row_shards": n_row_shards, "cards": len(shard_of)}
-        _write_data(folder, "run", 0, {"run": run, **facts})
+        run = check_run(source.run())
+        _write_assets(folder, run)
+        facts = _write_source(folder / "data", source, run, {"compare": other[0] if other else None}, bar)
+        if other:
+            _, second, matches = other
+            _write_source(folder / "other", second, check_run(second.run()), {"compare": None}, bar)
+            _write_data(folder, "data/matches", 0, matches)
         marker = {"format": FORMAT, "schema": SCHEMA_VERSION, "title": run["title"], "created": run["created"], **facts}
         (folder / MARKER).write_text(json.dumps(marker, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return out / "index.html"
@@ -77,16 +88,6 @@ def _is_browser(folder: Path) -> bool:
         return False
 
 
-def _latents(rows: Sequence[RowRecord]) -> set[int]:
-    """Return the latents of the rows, checked before the first card is asked for."""
-    latents: set[int] = set()
-    for row in map(check_row, rows):
-        if row["latent"] in latents:
-            raise DataError(f"row of latent {row['latent']}: given twice. Give each row once.")
-        latents.add(row["latent"])
-    return latents
-
-
 @contextmanager
 def _replaced_folder(out: Path) -> Iterator[Path]:
     """Yield a new sibling folder; put it in the place of `out` when the block ends well, remove it otherwise."""
@@ -109,60 +110,50 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _copy_assets(folder: Path, run: RunRecord) -> None:
-    static = resources.files("sae_italian.browser") / "static"
+def _write_assets(folder: Path, run: RunRecord) -> None:
     (folder / "assets").mkdir()
-    for asset in static.iterdir():
-        text = asset.read_text(encoding="utf-8") if asset.name.endswith((".js", ".css", ".html")) else ""
-        if asset.name == "index.html":
-            facts = {key: html.escape(str(run[key])) for key in ("title", "model", "sae", "corpus")}
-            (folder / "index.html").write_text(Template(text).substitute(facts), encoding="utf-8")
-        elif text:
-            (folder / "assets" / asset.name).write_text(text, encoding="utf-8")
+    (folder / "assets" / "app.js").write_text(script("boot.js"), encoding="utf-8")
+    (folder / "assets" / "app.css").write_text(style(), encoding="utf-8")
+    facts = {key: html.escape(str(run[key])) for key in ("title", "model", "sae", "corpus")}
+    page = Template(static_text("index.html")).substitute(facts)
+    (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
 
 
-def _write_cards(folder: Path, known: set[int], cards: Iterable[CardRecord], per_shard: int) -> dict[int, int]:
-    """Write the shards of cards and return the shard of each latent."""
-    shard_of: dict[int, int] = {}
-    stream = iter(cards)
-    index = 0
-    while batch := [check_card(card) for card in islice(stream, per_shard)]:
-        for card in batch:
-            latent = card["latent"]
-            if latent not in known:
-                raise DataError(f"card of latent {latent}: no row has this latent. Give a row for every card.")
-            if latent in shard_of:
-                raise DataError(f"card of latent {latent}: given twice. Give each card once.")
-            shard_of[latent] = index
-        _write_data(folder, "cards", index, batch)
-        index += 1
-    return shard_of
-
-
-def _write_rows(folder: Path, rows: Sequence[RowRecord], shard_of: dict[int, int]) -> int:
-    """Write the shards of rows, each row with the shard of its card, and return how many there are."""
-    starts = range(0, len(rows), ROWS_PER_SHARD)
+def _write_source(folder: Path, source: Source, run: RunRecord, more: dict[str, Any], bar: bool) -> dict[str, Any]:
+    """Write one source's run, rows and cards; return what the marker says of them."""
+    columns = check_rows(source.rows())
+    n_rows = len(columns["latent"])
+    starts = range(0, n_rows, ROWS_PER_SHARD)
     for index, start in enumerate(starts):
-        batch = map(check_row, rows[start : start + ROWS_PER_SHARD])
-        _write_data(folder, "rows", index, [{**row, "shard": shard_of.get(row["latent"])} for row in batch])
-    return len(starts)
+        part = {name: values[start : start + ROWS_PER_SHARD] for name, values in columns.items()}
+        _write_data(folder.parent, f"{folder.name}/rows", index, _short_columns(part))
+    del columns
+    facts = {"rows": n_rows, "row_shards": len(starts), "cards_per_shard": CARDS_PER_SHARD}
+    _write_data(folder.parent, f"{folder.name}/run", 0, {"run": run, **facts, **more})
+    gc.freeze()  # a card's records hold each other in no circle: what was there before need not be searched again and again
+    with tqdm(total=n_rows, desc="cards", unit="latent", disable=None if bar else True) as progress:
+        for index, start in enumerate(range(0, n_rows, CARDS_PER_SHARD)):
+            documents = Documents()
+            latents = range(start, min(n_rows, start + CARDS_PER_SHARD))
+            cards = {latent: pack_card(check_card(source.card(latent)), documents) for latent in latents}
+            _write_data(
+                folder.parent, f"{folder.name}/cards", index, {"documents": list(documents.number), "cards": cards}
+            )
+            progress.update(len(latents))
+    gc.unfreeze()
+    return facts
+
+
+def _short_columns(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return columns with 4 digits of every fraction: what a list shows."""
+    return {
+        name: [float(f"{value:.4g}") if isinstance(value, float) else value for value in values]
+        for name, values in columns.items()
+    }
 
 
 def _write_data(folder: Path, kind: str, index: int, value: Any) -> None:
-    path = folder / "data" / kind / f"{index:04d}.js"
+    name = f"{kind}/{index:04d}"
+    path = folder / f"{name}.js"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(f'saeItalian.receive("{kind}", {index}, '.encode() + script_json(value) + b");\n")
-
-
-def script_json(value: Any) -> bytes:
-    """Return `value` as UTF-8 JSON that is also safe inside a script element.
-
-    No `<` is left (so neither `</script>` nor `<!--`), no line separator U+2028 or U+2029, and no lone surrogate.
-    Raises: DataError if a number is not finite.
-    """
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except ValueError as error:
-        raise DataError(f"a record for the latent browser is not plain JSON: {error}. Use None for no value.") from None
-    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return text.encode("utf-8", "backslashreplace")
+    path.write_bytes(data_script(name, value))

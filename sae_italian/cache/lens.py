@@ -42,7 +42,7 @@ def logit_lens(sae: Any, model: Any) -> dict[str, Any]:
     The norm's division by the residual's scale is left out, so values compare within a latent, not with real logits.
     """
     unembed: Float[Tensor, "vocab d_in"] = model.get_output_embeddings().weight.float()
-    gain = _final_gain(model)
+    gain = final_gain(model)
     lists: dict[str, list[Tensor]] = {}
     for directions in _blocks(sae.W_dec.float(), len(unembed)):
         logits = (directions * gain) @ unembed.T
@@ -62,7 +62,7 @@ def unknown_decoder(d_sae: int) -> dict[str, Any]:
     return {name: pa.array([[]] * d_sae, pa.list_(kinds[name.split("_")[1]])) for name in names}
 
 
-def _final_gain(model: Any) -> Tensor | float:
+def final_gain(model: Any) -> Tensor | float:
     """Return the gain of the norm before the unembedding, 1 where the family keeps it elsewhere."""
     for path in ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm"):
         try:

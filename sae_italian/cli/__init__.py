@@ -16,10 +16,12 @@ from sae_italian.cli import (
     causal,
     corpora,
     explainita,
+    exports,
     geometry,
     interchange,
     language,
     models,
+    pages,
     papers,
     quickstart,
     saes,
@@ -47,6 +49,8 @@ GROUPS = (
     causal,
     geometry,
     papers,
+    exports,
+    pages,
     bench,
 )
 

@@ -66,6 +66,16 @@ def positive(name: str, value: int | None) -> None:
         raise UsageError(f"{name} is {value}; it must be 1 or more.")
 
 
+def latent_range(given: str | None) -> tuple[int, int] | None:
+    """Return the bounds of `A-B` or of one latent. Raises UsageError for anything else."""
+    if given is None:
+        return None
+    first, dash, last = given.partition("-")
+    if not first.isdigit() or (dash and not last.isdigit()):
+        raise UsageError(f"--latents is {given!r}; two numbers were expected, as in --latents 0-99.")
+    return int(first), int(last if dash else first)
+
+
 def folder_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--resume", action="store_true", help="finish the run that the folder holds")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")

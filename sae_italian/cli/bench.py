@@ -59,6 +59,43 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--latents", type=int, default=300, help="live latents, drawn at random")
     sub.add_argument("--repeats", type=int, default=3)
     sub.add_argument("--workers", type=int, default=2)
+    sub = group.add(
+        "browser", _bench_browser, "the latent browser against SAEDashboard, its bytes, its memory, its page"
+    )
+    sub.add_argument("sae", nargs="?", help="an SAE's folder, or release:sae_id; without it only the page is measured")
+    sub.add_argument("--model", help="default: the model in the SAE's metadata")
+    sub.add_argument("--corpus", help="default: the corpus the SAE was trained on")
+    sub.add_argument("--tokens", type=int, default=65_536)
+    sub.add_argument(
+        "--dashboard", type=Path, help="folder of SAEDashboard's packages (pip install --no-deps --target)"
+    )
+    sub.add_argument("--latents", type=int, default=128, help="latents of SAEDashboard's side")
+    sub.add_argument("--d-sae", type=int, nargs="*", default=[16_384], help="of synthetic folders, smallest first")
+    sub.add_argument("--non-zeros", type=int, default=4_000_000, help="of each synthetic cache")
+    sub.add_argument("--repeats", type=int, default=5, help="of the page's times")
+
+
+def _bench_browser(options: argparse.Namespace) -> Result:
+    import tempfile
+
+    from sae_italian.bench.browser import measure_export, measure_page, table_of, write_big
+
+    positive("--repeats", options.repeats)
+    positive("--latents", options.latents)
+    result: dict[str, Any] = {}
+    if options.sae:
+        sae, model, corpus = load_sources(options)
+        result["export"] = measure_export(
+            sae, model, corpus, n_tokens=options.tokens, dashboard=options.dashboard, latents=options.latents
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for d_sae in options.d_sae:
+            big = write_big(folder / str(d_sae), d_sae=d_sae, n_non_zeros=options.non_zeros)
+            result.setdefault("big", []).append(big)
+        if options.d_sae:
+            result["page"] = measure_page(folder / str(options.d_sae[-1]) / "out", repeats=options.repeats)
+    return result, table_of(result)
 
 
 def _bench_cache(options: argparse.Namespace) -> Result:

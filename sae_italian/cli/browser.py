@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from sae_italian.cli.base import Commands, Result
+from sae_italian.errors import UsageError
 
 
 def add_commands(root: Commands) -> None:
@@ -14,13 +15,27 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--out", type=Path, help="default: <cache>-report beside the cache")
     sub.add_argument("--latent", type=int, help="print this latent's card here instead of writing the folder")
     sub.add_argument("--model", help="default: the model the cache was built with")
+    sub.add_argument(
+        "--serve", action="store_true", help="serve it on this machine instead, with live work; Ctrl-C ends"
+    )
+    sub.add_argument("--port", type=int, default=8765, help="of the server (default 8765)")
+    sub.add_argument(
+        "--endpoint", help="serve: an OpenAI-compatible server for `explain now`; key in LLM_API_KEY, if any"
+    )
+    sub.add_argument("--llm-model", help="serve: the model's name there")
+    sub.add_argument("--language", choices=("it", "en"), default="it", help="serve: of the LLM's explanations")
+    sub.add_argument("--key-env", help="serve: environment variable that holds the key")
+    sub.add_argument(
+        "--sae", help="for the map, the logits and live work (default: the SAE that the cache names, if it is there)"
+    )
 
 
 def _browse(options: argparse.Namespace) -> Result:
     from sae_italian.cache import FeatureCache
     from sae_italian.models import load_tokenizer
-    from sae_italian.quickstart import report_of
 
+    if options.serve:
+        return _serve(options)
     cache = FeatureCache.open(options.cache)
     tokenizer = load_tokenizer(options.model or cache.manifest.model)
     if options.latent is not None:
@@ -29,7 +44,39 @@ def _browse(options: argparse.Namespace) -> Result:
 
         row, card = latent_card(cache, tokenizer, options.latent)
         return {**row, **card}, card_text(row, card)
-        return None
+    from sae_italian.browser.report import write_report
+
     out = options.out or options.cache.resolve().with_name(f"{options.cache.resolve().name}-report")
-    index = report_of(cache, tokenizer, out)
+    index = write_report(cache, tokenizer, out, decoder=True, sae_name=options.sae)
     return {"report": str(index)}, f"Report: {index}"
+
+
+def _serve(options: argparse.Namespace) -> Result:
+    """Serve until Ctrl-C. The port is taken first: loading a model can take minutes."""
+    from sae_italian.browser.server.run import HOST, bind, need_uvicorn, serve
+
+    need_uvicorn()
+    if bool(options.endpoint) != bool(options.llm_model):
+        raise UsageError("an LLM needs --endpoint URL and --llm-model NAME, both.")
+    bind(options.port).close()
+    from sae_italian.browser.live import open_with_live
+    from sae_italian.browser.llm import Endpoint
+    from sae_italian.browser.report import loaded
+    from sae_italian.browser.server.app import create_app
+    from sae_italian.cache import FeatureCache
+    from sae_italian.models import load_tokenizer
+
+    endpoint = None
+    if options.endpoint:
+        endpoint = Endpoint(options.endpoint, options.llm_model, options.language, options.key_env)
+    cache = FeatureCache.open(options.cache)
+    tokenizer = load_tokenizer(options.model or cache.manifest.model)
+    weights = loaded(cache, options.sae, options.model)
+    source, live = open_with_live(cache, tokenizer, endpoint=endpoint, **weights)
+
+    def ready(address: str) -> None:
+        extra = "" if live else "  (without live work: the SAE or its model is not on this machine)"
+        print(f"{address}{extra}   Ctrl-C ends", flush=True)
+
+    serve(create_app(source, live), options.port, ready=ready)
+    return {"host": HOST, "port": options.port}, "stopped"

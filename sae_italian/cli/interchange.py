@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sae_italian.cli.base import Commands, Result, folder_options, sae_name
+from sae_italian.cli.base import Commands, Result, folder_options, latent_range, sae_name
 from sae_italian.errors import UsageError
 
 FORMATS = ("delphi", "datasets")
@@ -34,7 +34,7 @@ def _export(options: argparse.Namespace) -> Result:
     from sae_italian.cache.delphi import export_delphi
     from sae_italian.cache.rows import export_rows
 
-    latents = _latents(options.latents)
+    latents = latent_range(options.latents)
     again = {"resume": options.resume, "overwrite": options.overwrite}
     if options.to == "delphi":
         arguments = {"n_splits": options.splits, "hookpoint": options.hookpoint}
@@ -69,16 +69,6 @@ def _import(options: argparse.Namespace) -> Result:
     folder, lost = import_delphi(options.source, options.out, **arguments, **again)
     text = "\n".join([f"cache: {folder}", "not in it:", *(f"  {line}" for line in lost)])
     return {"cache": str(folder), "lost": lost}, text
-
-
-def _latents(given: str | None) -> tuple[int, int] | None:
-    """Return the bounds of `A-B` or of one latent. Raises UsageError for anything else."""
-    if given is None:
-        return None
-    first, dash, last = given.partition("-")
-    if not first.isdigit() or (dash and not last.isdigit()):
-        raise UsageError(f"--latents is {given!r}; two numbers were expected, as in --latents 0-99.")
-    return int(first), int(last if dash else first)
 
 
 def _only_delphi(other: str, options: dict[str, object]) -> None:

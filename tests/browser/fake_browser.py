@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
-from sae_italian.browser import CardRecord, ContextRecord, GoldRecord, MetricRecord, RowRecord, RunRecord, ScoreRecord
+from sae_italian.browser import (
+    CardRecord,
+    ContextRecord,
+    ExplanationRecord,
+    GoldRecord,
+    MetricRecord,
+    RowRecord,
+    RunRecord,
+    ScoreRecord,
+)
+from sae_italian.browser.source import columns
 
 SENTENCES = """Perché la città di Torino cambia volto ogni volta che una fabbrica chiude e un museo apre?
 Le ragazze sono arrivate tardi alla stazione, stanche ma contente della gita al lago di Como.
@@ -173,7 +182,7 @@ def _scores(rng: random.Random, detection: float, fuzzing: float, gain: float) -
     scores: list[ScoreRecord] = []
     for scorer, base in (("detection", detection), ("fuzzing", fuzzing)):
         for negatives in ("random", "similar") if scorer == "detection" else ("silent-token",):
-            for explainer, centre in (("token-statistics", base), ("token-lookup", base - gain)):
+            for explainer, centre in (("rules", base), ("token-lookup", base - gain)):
                 centre -= 0.07 if negatives == "similar" else 0.0
                 for metric, shift in (
                     ("balanced_accuracy", 0.0),
@@ -213,6 +222,8 @@ def make_row(latent: int, seed: int = 0) -> RowRecord:
         "n_active": 0,
         "explanation_it": "",
         "explanation_en": "",
+        "llm_it": "",
+        "llm_en": "",
         "kind": "",
         "detection": None,
         "detection_lo": None,
@@ -222,6 +233,8 @@ def make_row(latent: int, seed: int = 0) -> RowRecord:
         "top_tokens": [],
         "gold": [],
         "dead": dead,
+        "x": round(rng.uniform(-1, 1), 4),
+        "y": round(rng.uniform(-1, 1), 4),
         "status": "too few activations" if few else "",
     }
     if dead:
@@ -265,15 +278,26 @@ def make_card(row: RowRecord, seed: int = 0) -> CardRecord:
     shares = sorted((rng.random() ** 2 for _ in words), reverse=True)
     vocabulary = sorted({" " + w for s in SENTENCES for w in WORD.findall(s) if w.isalpha()})
     scored = row["detection"] is not None
+    dead = row["dead"]
+    counts = [int(row["n_active"] * 0.12 * 0.86**i * rng.uniform(0.7, 1.2)) for i in range(39)] + [1]
+    others = [rng.randrange(320) for _ in range(4)]
     return {
         "latent": row["latent"],
+        "explanations": _explanations(row, planted) if scored else [],
         "scores": _scores(rng, row["detection"] or 0.5, row["fuzzing"] or 0.5, row["gain"] or 0.0) if scored else [],
         "histogram": {
-            "edges": [round(top * i / 40, 4) for i in range(41)],
-            "counts": [int(row["n_active"] * 0.12 * 0.86**i * rng.uniform(0.7, 1.2)) for i in range(39)] + [1],
+            "edges": [round(top * i / 40, 4) for i in range(41)] if not dead else [],
+            "counts": counts if not dead else [],
         },
+        "logits": {
+            "edges": [i / 10 for i in range(-10, 11)],
+            "counts": [int(4 ** (5 - abs(i - 10) / 2)) for i in range(20)],
+        },
+        "positions": [0.1] * 10 if not dead else [],
         "promoted": [{"token": t, "value": 2.4 - 0.18 * i} for i, t in enumerate(rng.sample(vocabulary, 10))],
         "suppressed": [{"token": t, "value": -1.9 + 0.13 * i} for i, t in enumerate(rng.sample(vocabulary, 10))],
+        "decoder": [{"latent": other, "value": 0.8 - 0.1 * i} for i, other in enumerate(others)],
+        "cofiring": [{"latent": other, "value": 0.4 - 0.1 * i} for i, other in enumerate(others[:3])],
         "groups": [
             {
                 "name_it": it,
@@ -282,12 +306,39 @@ def make_card(row: RowRecord, seed: int = 0) -> CardRecord:
                 "hi": hi,
                 "contexts": _contexts(planted, rng, hi or top, 8 if lo is None else 4),
             }
-            for it, en, lo, hi in bounds
+            for it, en, lo, hi in (bounds if not dead else [])
         ],
         "tokens": [{"token": t, "share": s / (sum(shares) * 1.1)} for t, s in zip(words, shares, strict=True)],
-        "gold": [{"label": label, "f1": 0.91, "precision": 0.94, "recall": 0.88} for label in row["gold"]],
+        "sources": [
+            {"source": "wikipedia-it", "documents": 31, "tokens": 90},
+            {"source": "", "documents": 2, "tokens": 2},
+        ],
+        "labels": [
+            {
+                "label": label,
+                "source": "gold",
+                "f1": 0.91,
+                "lo": 0.87,
+                "hi": 0.94,
+                "precision": 0.94,
+                "recall": 0.88,
+                "n": 80,
+            }
+            for label in row["gold"]
+        ],
         "rule": {"kind": planted.kind, "pattern": planted.pattern, "threshold": round(top * 0.1, 3)},
     }
+
+
+def _explanations(row: RowRecord, planted: Planted) -> list[ExplanationRecord]:
+    texts = [
+        ("rules", "rule", planted.it, planted.en),
+        ("llm:qwen:it1", "llm", "parole italiane", "Italian words"),
+        ("token-lookup", "rule", "solo il token", "the token alone"),
+    ]
+    return [
+        {"explainer": name, "kind": kind, "status": "ok", "text_it": it, "text_en": en} for name, kind, it, en in texts
+    ]
 
 
 METRICS = """
@@ -358,7 +409,23 @@ def make_run(d_sae: int = 320) -> RunRecord:
     }
 
 
-def make_data(n: int = 320, seed: int = 0) -> tuple[RunRecord, list[RowRecord], Callable[[], Iterator[CardRecord]]]:
-    """Return a run, its rows and a function that starts a new stream of cards."""
-    rows = [make_row(latent, seed) for latent in range(n)]
-    return make_run(n), rows, lambda: (make_card(row, seed) for row in rows)
+@dataclass
+class FakeSource:
+    """A source of made-up records; `rows` and `cards` may be changed before it is written."""
+
+    run_record: RunRecord
+    row_records: list[RowRecord]
+    cards: dict[int, CardRecord]  # those that are not made from their row
+
+    def run(self) -> RunRecord:
+        return self.run_record
+
+    def rows(self) -> dict[str, list[Any]]:
+        return columns(self.row_records)
+
+    def card(self, latent: int) -> CardRecord:
+        return self.cards.get(latent) or make_card(self.row_records[latent])
+
+
+def make_source(n: int = 320, seed: int = 0) -> FakeSource:
+    return FakeSource(make_run(n), [make_row(latent, seed) for latent in range(n)], {})

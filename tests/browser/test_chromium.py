@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from sae_italian.browser import write_browser
-from tests.browser.fake_browser import make_card, make_data
+from tests.browser.fake_browser import FakeSource, make_card, make_source
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is absent: pip install 'sae-italian[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -31,17 +32,53 @@ TO_SCREEN = """([x, y]) => {
   const point = new DOMPoint(x, y).matrixTransform(document.querySelector(".scatter svg").getScreenCTM());
   return [point.x, point.y];
 }"""
+LOW_CONTRAST = """() => {
+  const parse = (color) => {
+    const context = document.createElement("canvas").getContext("2d");
+    context.fillStyle = color;
+    context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data];
+  };
+  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const color = parse(getComputedStyle(at).backgroundColor);
+      if (color[3] === 255 && getComputedStyle(at).backgroundColor !== "rgba(0, 0, 0, 0)") return color;
+    }
+    return [255, 255, 255];
+  };
+  const found = new Set();
+  for (const node of document.querySelectorAll(".sae-italian *")) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!own || !node.offsetParent || node.closest("mark, .off, .hidden")) continue;
+    const [a, b] = [light(parse(getComputedStyle(node).color)), light(ground(node))].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) found.add(`${node.tagName}.${node.className} ${((a + 0.05) / (b + 0.05)).toFixed(2)}`);
+  }
+  return [...found];
+}"""
+NAMELESS = """() => {
+  const named = (node) => node.getAttribute("aria-label") || node.textContent.trim() || node.labels?.length;
+  return [...document.querySelectorAll("button, a, input, select, [role=img], [role=region]")]
+    .filter((node) => !named(node)).map((node) => node.outerHTML.slice(0, 80));
+}"""
 LONG_WORD = "precipitevolissimevolmente" * 400
 
 
-def evil_data() -> tuple[Any, list[Any], list[Any]]:
-    """Return a small run whose texts try everything that a corpus may hold."""
-    run, rows, _ = make_data(16)
+def evil_source() -> FakeSource:
+    """Return a small source whose texts try everything that a corpus may hold."""
+    source = make_source(16)
+    rows = source.row_records
     rows[0].update(
-        explanation_it=EVIL, explanation_en=EVIL, top_tokens=["\u202e", "\n", " ", "", LONG_WORD, "\ufeff"], gold=[EVIL]
+        explanation_it=EVIL,
+        explanation_en=EVIL,
+        top_tokens=["\u202e", "\n", " ", "", LONG_WORD, "\ufeff"],
+        gold=[EVIL],
+        density=0.2,
+        dead=False,
     )
     rows[1].update(explanation_it="molto lunga " * 420, explanation_en=LONG_WORD)
-    cards: list[Any] = [make_card(row) for row in rows]
+    card = make_card(rows[0])
     segments = [
         ("  due  spazi\n", 0.0),
         (EVIL, 1.0),
@@ -49,10 +86,13 @@ def evil_data() -> tuple[Any, list[Any], list[Any]]:
         ("\u05e9\u05dc\u05d5\u05dd", 0.0),
         ("</script>", 3.0),
     ]
-    cards[0]["groups"][0]["contexts"].insert(0, {"doc_id": EVIL, "source": EVIL, "max": 3.0, "segments": segments})
-    cards[0]["rule"] = {"pattern": EVIL}
-    cards[0]["promoted"][0]["token"] = " \t\n\u202e"
-    return {**run, "title": EVIL, "model_note": EVIL}, rows, cards
+    card["groups"][0]["contexts"].insert(0, {"doc_id": EVIL, "source": EVIL, "max": 3.0, "segments": segments})
+    card["rule"] = {"pattern": EVIL}
+    card["promoted"][0]["token"] = " \t\n\u202e"
+    card["explanations"][0]["text_it"] = card["sources"][0]["source"] = EVIL
+    source.cards[0] = card
+    source.run_record = {**source.run_record, "title": EVIL, "model_note": EVIL}
+    return source
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +105,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run, rows, cards = make_data(120)
-    return write_browser(tmp_path_factory.mktemp("pages") / "con spazi & à", run, rows, cards(), cards_per_shard=16)
+    return write_browser(tmp_path_factory.mktemp("pages") / "con spazi & à", make_source(200))
 
 
 @pytest.fixture
@@ -89,7 +128,7 @@ def tab(chromium: Any) -> Iterator[Any]:
 
 def show(page: Any, index: Path, fragment: str = "") -> None:
     page.goto(index.as_uri() + fragment)
-    page.wait_for_selector("#card h1" if fragment else ".latents tbody tr")
+    page.wait_for_selector(".card-page h1" if fragment else ".latents tbody tr[data-latent]")
 
 
 def latents(page: Any) -> list[int]:
@@ -102,71 +141,143 @@ def test_overview_shows_facts_metrics_controls_and_rows(tab: Any, folder: Path) 
     assert "blocks.8.hook_resid_post" in tab.inner_text(".facts")
     assert re.search(r"97,3\s%\s+\[96,9; 97,7\]", tab.inner_text('[data-metric="ce"]'))
     assert "[0,491; 0,515]" in tab.inner_text('[data-metric="shuffled"]')
-    assert tab.locator(".latents tbody tr").count() == 50
-    assert "1–50 di 120" in tab.inner_text(".pager")
+    assert "200 latenti" in tab.inner_text(".found") and tab.get_attribute(".latents", "aria-rowcount") == "201"
 
 
 def test_search_ignores_accents_and_case(tab: Any, folder: Path) -> None:
     show(tab, folder)
-    tab.fill("#search", "PERCHE causale")
-    rows = tab.locator(".latents tbody tr").all_inner_texts()
-    assert 0 < len(rows) < 50 and all("«perché», causale" in row for row in rows)
-    tab.fill("#search", "zzz")
+    tab.fill(".search", "PERCHE causale")
+    rows = tab.locator(".latents tbody tr[data-latent]").all_inner_texts()
+    assert 0 < len(rows) < 20 and all("«perché», causale" in row for row in rows)
+    tab.fill(".search", "zzz")
     assert tab.locator(".latents").is_hidden() and tab.locator(".empty").is_visible()
 
 
-def test_sort_filter_and_pages(tab: Any, folder: Path) -> None:
+def test_sort_and_filters(tab: Any, folder: Path) -> None:
     show(tab, folder)
     tab.click('.latents [data-sort="latent"]')
-    assert latents(tab) == list(range(50))
-    tab.click('.pager button[aria-label="Pagina successiva"]')
-    assert latents(tab) == list(range(50, 100))
+    assert latents(tab)[:20] == list(range(20))
     tab.click('.latents [data-sort="latent"]')
-    assert latents(tab)[0] == 119
+    assert latents(tab)[0] == 199
     assert tab.get_attribute("th.c-latent", "aria-sort") == "descending"
-    for name, test in (("dead", "morto"), ("few", "troppo poche attivazioni"), ("gold", "=")):
+    for name, test in (("dead", "morto"), ("few", "troppo poche attivazioni")):
         tab.click(f'[data-filter="{name}"]')
-        assert all(test in text for text in tab.locator(".latents tbody tr").all_inner_texts())
+        assert all(test in text for text in tab.locator(".latents tbody tr[data-latent]").all_inner_texts())
     tab.click('[data-filter="explained"]')
-    assert all(
-        float(text.split()[0].replace(",", ".")) >= 0.8 for text in tab.locator("td.c-detection").all_inner_texts()
-    )
+    assert min(numbers(tab, "td.c-detection")) >= 0.8
+    tab.click('[data-filter="better"]')
+    assert min(numbers(tab, "td.c-gain")) >= 0
+
+
+def numbers(page: Any, selector: str) -> list[float]:
+    texts = page.locator(selector).all_inner_texts()
+    return [float(text.split()[0].replace(",", ".").replace("−", "-")) for text in texts]
+
+
+def test_ranges_and_labels_narrow_the_list(tab: Any, folder: Path) -> None:
+    show(tab, folder)
+    tab.click(".more-filters summary")
+    tab.fill('[data-range="density-0"]', "0.5")
+    tab.fill('[data-range="detection-1"]', "0.7")
+    tab.press('[data-range="detection-1"]', "Tab")
+    assert min(numbers(tab, "td.c-density")) >= 0.5 and max(numbers(tab, "td.c-detection")) <= 0.7
+    tab.fill('[data-range="density-0"]', "")
+    tab.fill('[data-range="detection-1"]', "")
+    tab.press('[data-range="detection-1"]', "Tab")
+    tab.select_option(".ranges select", label="femminile plurale")
+    rows = tab.locator(".latents tbody tr[data-latent]")
+    assert rows.count() > 0 and all("femminile plurale" in text for text in rows.all_inner_texts())
+
+
+def test_only_rows_in_sight_are_in_the_page(tab: Any, folder: Path) -> None:
+    show(tab, folder)
+    tab.click('.latents [data-sort="latent"]')
+    before = tab.evaluate("document.documentElement.scrollHeight")
+    tab.evaluate("window.scrollTo(0, document.documentElement.scrollHeight)")
+    tab.wait_for_selector('tr[data-latent="199"]')
+    assert tab.locator("tr[data-latent]").count() < 60 and 0 not in latents(tab)
+    assert tab.evaluate("document.documentElement.scrollHeight") == before
+    heights = tab.locator("tr[data-latent]").evaluate_all("(rows) => [...new Set(rows.map((row) => row.offsetHeight))]")
+    assert heights == [88]
 
 
 def test_a_row_opens_its_card_with_marks(tab: Any, folder: Path) -> None:
     show(tab, folder)
     latent = latents(tab)[2]
-    tab.locator(".latents tbody tr").nth(2).locator(".clamp").click()
-    tab.wait_for_selector("#card mark")
+    tab.locator(".latents tbody tr[data-latent]").nth(2).locator(".clamp").click()
+    tab.wait_for_selector(".card-page mark")
     assert tab.url.endswith(f"#latent={latent}") and tab.title().startswith(f"Latente {latent} · ")
-    assert tab.locator("#overview").is_hidden()
-    marks = tab.locator("#card mark").evaluate_all(
+    assert tab.locator(".home").is_hidden()
+    marks = tab.locator(".card-page mark").evaluate_all(
         "(all) => all.map((m) => [m.title, Number(m.style.getPropertyValue('--heat'))])"
     )
     assert marks and all(title.startswith("attivazione ") and 0 < heat <= 1 for title, heat in marks)
-    assert {"Punteggi", "Contesti", "Attivazioni non nulle", "Token promossi"} <= set(
-        tab.locator("#card h2").all_inner_texts()
-    )
+    assert tab.locator(".card-page section > h2").all_inner_texts()[0] == "A che cosa reagisce"
+    assert {
+        "Punteggi",
+        "Attivazioni non nulle",
+        "Posizione nella finestra",
+        "Attivi insieme",
+        "Direzioni vicine",
+    } <= set(tab.locator(".card-page h3").all_inner_texts())
     assert "Solo il token" in tab.inner_text(".scores")
     tab.go_back()
     assert tab.locator(".latents tr.selected a").inner_text() == str(latent)
 
 
 def test_context_text_is_the_true_text(tab: Any, folder: Path) -> None:
-    _, rows, _ = make_data(120)
-    group = make_card(rows[5])["groups"][0]["contexts"]
+    group = make_card(make_source(200).row_records[5])["groups"][0]["contexts"]
     show(tab, folder, "#latent=5")
-    shown = tab.locator("#card .context-group").first.locator(".words").all_text_contents()
+    tab.click('[data-width="all"]')
+    shown = tab.locator(".card-page .context-group").first.locator(".words").all_text_contents()
     assert shown == ["".join(text for text, _ in context["segments"]) for context in group[:5]]
     tab.click("text=Altri 3 contesti")
-    assert tab.locator("#card .context-group").first.locator(".words").count() == 8
+    assert tab.locator(".card-page .context-group").first.locator(".words").count() == 8
+
+
+def test_context_width_is_switched_and_remembered(tab: Any, folder: Path) -> None:
+    group = make_card(make_source(200).row_records[5])["groups"][0]["contexts"]
+    full = "".join(text for text, _ in group[0]["segments"])
+    show(tab, folder, "#latent=5")
+    words = tab.locator(".card-page .words").first
+    tab.click('[data-width="words"]')
+    narrow = words.text_content()
+    assert len(narrow) < len(full) and narrow.strip("… ") in full and "…" in narrow
+    assert words.locator("mark.peak-word").count() >= 1
+    tab.reload()
+    tab.wait_for_selector(".card-page .words")
+    assert words.text_content() == narrow
+
+
+def test_the_card_shows_both_halves_and_its_neighbours_are_links(tab: Any, folder: Path) -> None:
+    card = make_card(make_source(200).row_records[1])
+    show(tab, folder, "#latent=1")
+    assert tab.locator(".explanation").count() == 3
+    assert "femminile plurale" in tab.inner_text(".labels") and "[0,87; 0,94]" in tab.inner_text(".labels")
+    assert "senza fonte" in tab.inner_text(".side")
+    assert tab.locator(".card-page .chart svg[role=img]").count() == 3
+    other = next(n["latent"] for n in card["decoder"] if n["latent"] < 200)
+    tab.click(f'.writes .neighbours a[href="#latent={other}"]')
+    tab.wait_for_selector(f".card-page h1:text-is('Latente {other}')")
+
+
+def test_link_and_json_are_copied(tab: Any, folder: Path) -> None:
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.add_init_script("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    show(tab, folder, "#latent=5")
+    tab.click("text=Copia link")
+    assert tab.evaluate("window.copied") == folder.as_uri() + "#latent=5"
+    tab.click("text=Copia JSON")
+    copied = json.loads(tab.evaluate("window.copied"))
+    assert copied["latent"] == 5 and copied["groups"][0]["contexts"] and "folded" not in copied
+    tab.wait_for_selector(".copy:text-is('Copiato')")
 
 
 def test_permalink_next_and_unknown_latent(tab: Any, folder: Path) -> None:
     show(tab, folder, "#latent=77")
-    assert tab.inner_text("#card h1") == "Latente 77"
+    assert tab.inner_text(".card-page h1") == "Latente 77"
     tab.goto(folder.as_uri() + "#latent=9999")
-    assert "9999 non è in questa cartella" in tab.inner_text("#card .notice")
+    assert "9999 non è in questa cartella" in tab.inner_text(".card-page .notice")
     tab.click(".back")
     tab.wait_for_selector(".latents")
 
@@ -178,32 +289,34 @@ def test_keyboard(tab: Any, folder: Path) -> None:
         tab.keyboard.press(key)
     assert tab.locator("tr.selected a").inner_text() == str(order[1])
     tab.keyboard.press("Enter")
-    tab.wait_for_selector(f"#card h1:text-is('Latente {order[1]}')")
+    tab.wait_for_selector(f".card-page h1:text-is('Latente {order[1]}')")
     tab.keyboard.press("j")
-    tab.wait_for_selector(f"#card h1:text-is('Latente {order[2]}')")
+    tab.wait_for_selector(f".card-page h1:text-is('Latente {order[2]}')")
     tab.keyboard.press("k")
-    tab.wait_for_selector(f"#card h1:text-is('Latente {order[1]}')")
+    tab.wait_for_selector(f".card-page h1:text-is('Latente {order[1]}')")
     tab.keyboard.press("Escape")
     tab.wait_for_selector(".latents")
     tab.keyboard.press("/")
     tab.keyboard.type("perche")
-    assert tab.input_value("#search") == "perche"
+    assert tab.input_value(".search") == "perche"
     found = latents(tab)
     tab.keyboard.press("Enter")
-    tab.wait_for_selector(f"#card h1:text-is('Latente {found[0]}')")
+    tab.wait_for_selector(f".card-page h1:text-is('Latente {found[0]}')")
     tab.keyboard.press("/")
-    tab.wait_for_selector("#search:focus")
+    tab.wait_for_selector(".search:focus")
     tab.keyboard.press("Escape")
     tab.keyboard.press("Escape")
-    assert tab.input_value("#search") == "" and tab.locator("tbody tr").count() >= 50
+    assert tab.input_value(".search") == "" and "200 latenti" in tab.inner_text(".found")
 
 
-def test_keyboard_walks_over_pages(tab: Any, folder: Path) -> None:
+def test_keyboard_walks_beyond_what_is_in_sight(tab: Any, folder: Path) -> None:
     show(tab, folder)
-    for _ in range(51):
+    for _ in range(45):
         tab.keyboard.press("j")
-    assert "51–100 di 120" in tab.inner_text(".pager")
-    assert tab.evaluate("document.activeElement.closest('tr').rowIndex") == 1
+    assert tab.evaluate("document.activeElement.closest('tr').getAttribute('aria-rowindex')") == "46"
+    tab.wait_for_function(
+        "() => { const r = document.activeElement.getBoundingClientRect(); return r.top > 53 && r.bottom < innerHeight; }"
+    )
 
 
 def test_language_switch_is_remembered(tab: Any, folder: Path) -> None:
@@ -216,17 +329,18 @@ def test_language_switch_is_remembered(tab: Any, folder: Path) -> None:
     )
     tab.reload()
     tab.wait_for_selector(".latents")
-    assert tab.get_attribute("#search", "placeholder") == "Search explanations and tokens"
+    assert tab.get_attribute(".search", "placeholder") == "Search explanations and tokens"
 
 
 def test_theme_switch_is_remembered(tab: Any, folder: Path) -> None:
-    ground = "getComputedStyle(document.body).backgroundColor"
+    ground = "getComputedStyle(document.querySelector('.sae-italian')).backgroundColor"
     show(tab, folder)
     light = tab.evaluate(ground)
     tab.click(".theme")
     dark = tab.evaluate(ground)
     assert dark != light and tab.get_attribute(".theme", "aria-label") == "Passa al tema chiaro"
     tab.reload()
+    tab.wait_for_selector(".theme")
     assert tab.evaluate(ground) == dark
     tab.click(".theme")
     assert tab.evaluate(ground) == light
@@ -250,78 +364,101 @@ def test_gold_labels_sort_and_link(tab: Any, folder: Path) -> None:
     link = first.locator("a").first
     latent = link.inner_text()
     link.click()
-    tab.wait_for_selector(f"#card h1:text-is('Latente {latent}')")
+    tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
 
 
-def test_scatter_opens_the_latent_under_the_pointer(tab: Any, folder: Path) -> None:
+@pytest.mark.parametrize("cloud", ["scatter", "map"])
+def test_a_cloud_opens_the_latent_under_the_pointer(tab: Any, folder: Path, cloud: str) -> None:
     show(tab, folder)
-    tab.fill("#search", "condizionale")
+    tab.click(f'[data-cloud="{cloud}"]')
+    tab.fill(".search", "condizionale")
     x, y = map(float, re.match(r"M(\S+) (\S+?)h0", tab.get_attribute(".dots.shown", "d")).groups())  # type: ignore[union-attr]
     latent = latents(tab)[0]
     spot = tab.evaluate(TO_SCREEN, [x, y])
     tab.mouse.move(*spot)
     assert tab.inner_text(".readout").startswith(f"{latent} · ")
     tab.mouse.click(*spot)
-    tab.wait_for_selector(f"#card h1:text-is('Latente {latent}')")
+    tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
 
 
-def test_latents_without_scores_or_card(tab: Any, tmp_path: Path) -> None:
-    run, rows, _ = make_data(3)
-    for row in rows:
-        row.update(
-            detection=None,
-            detection_lo=None,
-            detection_hi=None,
-            fuzzing=None,
-            gain=None,
-            explanation_it="",
-            explanation_en="",
-            kind="",
-        )
-    index = write_browser(tmp_path / "out", {**run, "metrics": [], "controls": [], "gold": [], "k": None}, rows, [])
+def test_latents_without_scores_or_decoder(tab: Any, tmp_path: Path) -> None:
+    source = make_source(3)
+    source.run_record = {**source.run_record, "metrics": [], "controls": [], "gold": [], "k": None}
+    nothing: Any = dict.fromkeys(("detection", "detection_lo", "detection_hi", "fuzzing", "gain", "x", "y"))
+    for row in source.row_records:
+        row.update(nothing | {"explanation_it": "", "explanation_en": "", "kind": ""})
+    bare: Any = {**make_card(source.row_records[1]), "explanations": [], "scores": [], "promoted": [], "suppressed": []}
+    source.cards[1] = bare | {"decoder": [], "logits": {"edges": [], "counts": []}, "labels": [], "rule": None}
+    index = write_browser(tmp_path / "out", source)
     show(tab, index)
     assert "Nessuna spiegazione" in tab.inner_text(".latents") and tab.locator(".scatter").count() == 0
     show(tab, index, "#latent=1")
-    assert "non c’è una scheda" in tab.inner_text("#card")
+    assert tab.locator(".words").count() > 0 and tab.locator(".writes").count() == 0
+
+
+def test_a_latent_that_never_fired_says_so(tab: Any, tmp_path: Path) -> None:
+    source = make_source(200)
+    latent = next(row["latent"] for row in source.row_records if row["dead"])
+    index = write_browser(tmp_path / "out", source)
+    show(tab, index, f"#latent={latent}")
+    assert "non si è mai attivato" in tab.inner_text(".lead") and tab.locator(".context").count() == 0
+    assert tab.locator(".writes .neighbours li").count() > 0
+
+
+def test_another_sae_is_compared(tab: Any, tmp_path: Path) -> None:
+    matches = {
+        "latent": [3, 0, 1],
+        "cosine": [0.9, 0.8, 0.7],
+        "back": [1, 2, 0, 0],
+        "back_cosine": [0.8, 0.7, 0.1, 0.9],
+    }
+    index = write_browser(tmp_path / "out", make_source(3), other=("L9R-16x", make_source(4, seed=1), matches))
+    show(tab, index, "#latent=0")
+    assert tab.locator(".other-sae .card").count() == 0
+    tab.click(".compare summary")
+    tab.wait_for_selector(".other-sae .card h2:text-is('Latente 3')")
+    assert tab.inner_text(".match") == "L9R-16x, latente 3: coseno 0,90. Corrispondenza reciproca."
+    tab.keyboard.press("j")
+    tab.wait_for_selector(".other-sae .card h2:text-is('Latente 1')" if latents(tab)[:1] == [0] else ".other-sae .card")
 
 
 @pytest.mark.parametrize("width", [1280, 360])
 def test_evil_text_is_only_text(tab: Any, tmp_path: Path, width: int) -> None:
     tab.set_viewport_size({"width": width, "height": 800})
-    index = write_browser(tmp_path / "out", *evil_data())
+    index = write_browser(tmp_path / "out", evil_source())
     fits = "document.documentElement.scrollWidth <= innerWidth"
     show(tab, index)
     assert tab.text_content("h1") == EVIL and tab.title() == EVIL.replace("  ", " ")
     assert EVIL in tab.text_content('tr[data-latent="0"] .clamp') and tab.evaluate(fits)
     assert tab.locator('tr[data-latent="0"] .tok').all_text_contents()[:4] == ["U+202E", "↵", "␣", "∅"]
     show(tab, index, "#latent=0")
-    words = tab.locator("#card .words").first.text_content()
+    tab.click('[data-width="all"]')
+    words = tab.locator(".card-page .words").first.text_content()
     assert (
         words.startswith("  due  spazi\n" + EVIL)
         and words.endswith("\u05e9\u05dc\u05d5\u05dd</script>")
         and tab.evaluate(fits)
     )
-    assert tab.locator("#card .half .tok").first.text_content() == "␣⇥↵U+202E"
+    assert tab.locator(".card-page .half .tok").first.text_content() == "␣⇥↵U+202E"
     show(tab, index, "#latent=1")
-    tab.wait_for_selector("#card h1:text-is('Latente 1')")
+    tab.wait_for_selector(".card-page h1:text-is('Latente 1')")
     folded = tab.locator(".lead").bounding_box()["height"]
-    tab.click("#card .card-head .link")
+    tab.click(".card-page .card-head .link")
     assert tab.locator(".lead").bounding_box()["height"] > folded and tab.evaluate(fits)
     tab.click('[data-lang="en"]')
     assert tab.evaluate(fits)
     assert tab.evaluate(
-        "window.harm === undefined && document.scripts.length === 8 && !document.querySelector('#app img')"
+        "window.harm === undefined && document.scripts.length === 1 && !document.querySelector('#app img')"
     )
 
 
 def test_a_missing_shard_is_said(chromium: Any, tmp_path: Path) -> None:
-    run, rows, cards = make_data(4)
-    index = write_browser(tmp_path / "out", run, rows, cards())
+    index = write_browser(tmp_path / "out", make_source(4))
     (index.parent / "data" / "cards" / "0000.js").unlink()
     page = chromium.new_page(locale="it-IT")
     page.goto(index.as_uri() + "#latent=2")
-    page.wait_for_selector("#card .notice")
-    assert "data/cards/0000.js" in page.inner_text("#card .notice")
+    page.wait_for_selector(".card-page .notice")
+    assert "data/cards/0000.js" in page.inner_text(".card-page .notice")
     page.close()
 
 
@@ -331,3 +468,13 @@ def test_without_javascript_the_page_says_what_to_do(chromium: Any, folder: Path
     page.goto(folder.as_uri())
     assert "Minerva-350M" in page.inner_text("h1") and "JavaScript" in page.inner_text("main")
     context.close()
+
+
+def test_text_and_controls_have_contrast_and_names(tab: Any, folder: Path) -> None:
+    """WCAG AA: 4.5 to 1 for text, in both themes; every control and picture has a name."""
+    for fragment in ("", "#latent=1"):
+        show(tab, folder, fragment)
+        for theme in ("light", "dark"):
+            tab.evaluate("(theme) => { document.querySelector('.sae-italian').dataset.theme = theme; }", theme)
+            assert tab.evaluate(LOW_CONTRAST) == []
+        assert tab.evaluate(NAMELESS) == []

@@ -5,112 +5,119 @@ from __future__ import annotations
 import json
 import re
 import tracemalloc
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sae_italian.browser import CardRecord, write_browser
-from sae_italian.browser.write import script_json
+from sae_italian.browser import CardRecord, bundle, write_browser
+from sae_italian.browser.pack import characters, data_script, read_data
 from sae_italian.errors import DataError, UsageError
-from tests.browser.fake_browser import make_card, make_data, make_row, make_run
+from tests.browser.fake_browser import FakeSource, make_card, make_source
 
 STATIC = resources.files("sae_italian.browser") / "static"
 
 
-def read_data(path: Path) -> Any:
-    """Return the value that a data file hands to the page."""
-    match = re.fullmatch(r'saeItalian\.receive\("(\w+)", (\d+), (.*)\);\n', path.read_text(encoding="utf-8"), re.DOTALL)
-    assert match and match[1] == path.parent.name and int(match[2]) == int(path.stem)
-    return json.loads(match[3])
+class Failing(FakeSource):
+    def card(self, latent: int) -> CardRecord:
+        if latent > 0:
+            raise RuntimeError("the cache went away")
+        return super().card(latent)
 
 
-def plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
+def failing(n: int) -> Failing:
+    source = make_source(n)
+    return Failing(source.run_record, source.row_records, {})
 
 
-def test_records_come_back_as_they_were(tmp_path: Path) -> None:
-    run, rows, cards = make_data(10)
-    index = write_browser(tmp_path / "out", run, rows, cards(), cards_per_shard=4)
+def joined(segments: Any) -> str:
+    return "".join(text for text, _ in segments)
+
+
+def test_records_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_italian.browser.write.CARDS_PER_SHARD", 4)
+    source = make_source(10)
+    index = write_browser(tmp_path / "out", source)
     data = index.parent / "data"
     assert index == tmp_path / "out" / "index.html" and index.is_file()
     shards = [read_data(path) for path in sorted((data / "cards").iterdir())]
-    assert [len(shard) for shard in shards] == [4, 4, 2]
-    assert [card for shard in shards for card in shard] == plain(list(cards()))
-    stored = read_data(data / "rows" / "0000.js")
-    assert [row.pop("shard") for row in stored] == [0] * 4 + [1] * 4 + [2] * 2
-    assert stored == plain(rows)
+    assert [list(map(int, shard["cards"])) for shard in shards] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    rows = read_data(data / "rows" / "0000.js")
+    for name, values in source.rows().items():
+        assert rows[name] == [pytest.approx(v, rel=1e-3) if isinstance(v, float) else v for v in values], name
     facts = read_data(data / "run" / "0000.js")
-    assert facts == {"run": plain(run), "rows": 10, "row_shards": 1, "cards": 10}
-
-
-def test_cards_come_in_any_order_and_may_be_missing(tmp_path: Path) -> None:
-    run, rows, _ = make_data(6)
-    index = write_browser(tmp_path / "out", run, rows, [make_card(rows[4]), make_card(rows[1])], cards_per_shard=1)
-    shards = {row["latent"]: row["shard"] for row in read_data(index.parent / "data" / "rows" / "0000.js")}
-    assert shards == {0: None, 1: 1, 2: None, 3: None, 4: 0, 5: None}
+    assert facts["run"] == json.loads(json.dumps(source.run_record)) and facts["rows"] == 10
+    card, packed = make_card(source.row_records[5]), shards[1]["cards"]["5"]
+    assert packed["scores"]["value"][0] == pytest.approx(card["scores"][0]["value"], rel=5e-3)
+    assert packed["explanations"] == card["explanations"] and packed["rule"] == card["rule"]
+    for group, stored in zip(card["groups"], packed["groups"], strict=True):
+        for context, (document, largest, text, spans) in zip(group["contexts"], stored["contexts"], strict=True):
+            assert text == joined(context["segments"]) and largest == pytest.approx(context["max"], rel=1e-3)
+            assert shards[1]["documents"][document] == [context["source"], context["doc_id"]]
+            active = [(piece, value) for piece, value in context["segments"] if value > 0]
+            place, found = 0, []
+            for since, length, level in zip(*[iter(spans)] * 3, strict=True):
+                place += since + length
+                found.append((text[place - length : place], level / 999 * largest))
+            assert [piece for piece, _ in found] == [piece for piece, _ in active]
+            assert [value for _, value in found] == pytest.approx([value for _, value in active], abs=2e-3 * largest)
 
 
 def test_rows_are_sharded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sae_italian.browser.write.ROWS_PER_SHARD", 4)
-    index = write_browser(tmp_path / "out", make_run(9), [make_row(latent) for latent in range(9)], [])
+    index = write_browser(tmp_path / "out", make_source(9))
     shards = [read_data(path) for path in sorted((index.parent / "data" / "rows").iterdir())]
-    assert [len(shard) for shard in shards] == [4, 4, 1]
-    assert not (index.parent / "data" / "cards").exists()
+    assert [shard["latent"] for shard in shards] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
 
 
-def test_memory_stays_flat_while_cards_stream(tmp_path: Path) -> None:
-    rows: list[Any] = [make_row(0) | {"latent": latent} for latent in range(120)]
+def test_memory_stays_flat_while_cards_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_italian.browser.write.CARDS_PER_SHARD", 3)
 
-    def heavy() -> Iterator[CardRecord]:
-        small = make_card(make_row(0))
-        for latent in range(120):
-            segments = [("x" * 200, 0.5) for _ in range(1000)]
-            context = {"doc_id": "", "source": "", "max": 0.5, "segments": segments}
-            group = {"name_it": "", "name_en": "", "lo": None, "hi": None, "contexts": [context]}
-            yield small | {"latent": latent, "groups": [group]}  # type: ignore[misc]
+    class Heavy(FakeSource):
+        def card(self, latent: int) -> CardRecord:
+            segments = [("x" * 200, 0.5) for _ in range(400)]
+            context: Any = {"doc_id": "", "source": "", "max": 0.5, "segments": segments}
+            group: Any = {"name_it": "", "name_en": "", "lo": None, "hi": None, "contexts": [context]}
+            return {**make_card(self.row_records[0]), "latent": latent, "groups": [group]}
 
     def peak(n: int) -> int:
+        source = make_source(n)
         tracemalloc.start()
-        write_browser(
-            tmp_path / "out",
-            make_run(),
-            rows,
-            (card for card, _ in zip(heavy(), range(n), strict=False)),
-            cards_per_shard=3,
-        )  # type: ignore[arg-type]
+        write_browser(tmp_path / "out", Heavy(source.run_record, source.row_records, {}))
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return size
 
-    assert peak(120) < 1.5 * peak(12)
+    peak(6)
+    assert peak(60) < 1.5 * peak(6)
 
 
 def test_an_error_on_the_way_leaves_the_earlier_browser(tmp_path: Path) -> None:
-    run, rows, cards = make_data(8)
     out = tmp_path / "out"
-
-    def failing() -> Iterator[CardRecord]:
-        yield make_card(rows[0])
-        raise RuntimeError("the cache went away")
-
     with pytest.raises(RuntimeError, match="went away"):
-        write_browser(out, run, rows, failing(), cards_per_shard=1)
+        write_browser(out, failing(8))
     assert list(tmp_path.iterdir()) == []
-    write_browser(out, run, rows, cards())
+    write_browser(out, make_source(8))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(RuntimeError, match="went away"):
-        write_browser(out, run, rows, failing(), cards_per_shard=1)
+        write_browser(out, failing(8))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def titled(n: int, title: str) -> FakeSource:
+    source = make_source(n)
+    source.run_record = {**source.run_record, "title": title}
+    return source
+
+
 def test_a_failed_last_step_puts_the_earlier_browser_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, rows, cards = make_data(3)
     out = tmp_path / "out"
-    write_browser(out, run, rows, cards())
+    write_browser(out, titled(3, "first"))
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
@@ -120,125 +127,149 @@ def test_a_failed_last_step_puts_the_earlier_browser_back(tmp_path: Path, monkey
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError, match="disk full"):
-        write_browser(out, {**run, "title": "second"}, rows, cards())
-    assert read_data(out / "data" / "run" / "0000.js")["run"]["title"] == run["title"]
+        write_browser(out, titled(3, "second"))
+    assert read_data(out / "data" / "run" / "0000.js")["run"]["title"] == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_earlier_browser_is_replaced_whole(tmp_path: Path) -> None:
-    run, rows, cards = make_data(10)
+def test_an_earlier_browser_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_italian.browser.write.CARDS_PER_SHARD", 2)
     out = tmp_path / "out"
-    write_browser(out, run, rows, cards(), cards_per_shard=2)
-    write_browser(out, {**run, "title": "second"}, rows[:2], [])
+    write_browser(out, titled(10, "first"))
+    write_browser(out, titled(2, "second"))
     assert read_data(out / "data" / "run" / "0000.js")["run"]["title"] == "second"
-    assert not (out / "data" / "cards").exists()
+    assert [path.name for path in (out / "data" / "cards").iterdir()] == ["0000.js"]
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / ".DS_Store").touch()
-    assert write_browser(out, *make_data(1)[:2], []).is_file()
+    assert write_browser(out, make_source(1)).is_file()
 
 
 def test_foreign_folders_are_refused_before_a_card_is_read(tmp_path: Path) -> None:
-    run, rows, _ = make_data(2)
+    class Never(FakeSource):
+        def rows(self) -> Any:
+            pytest.fail("the rows were asked for")
 
-    def never() -> Iterator[CardRecord]:
-        pytest.fail("a card was asked for")
-        yield make_card(rows[0])
-
+    source = make_source(2)
+    never = Never(source.run_record, source.row_records, {})
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "index.html").write_text("mine")
     with pytest.raises(UsageError, match="holds no latent browser"):
-        write_browser(thesis, run, rows, never())
+        write_browser(thesis, never)
     assert (thesis / "index.html").read_text() == "mine"
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
-        write_browser(tmp_path / "file", run, rows, never())
+        write_browser(tmp_path / "file", never)
     other = tmp_path / "other"
     other.mkdir()
     (other / "browser.json").write_text('{"format": "something else"}')
     with pytest.raises(UsageError, match="holds no latent browser"):
-        write_browser(other, run, rows, never())
+        write_browser(other, never)
 
 
 def test_a_note_left_in_a_browser_is_not_deleted(tmp_path: Path) -> None:
-    run, rows, cards = make_data(2)
     out = tmp_path / "out"
-    write_browser(out, run, rows, cards())
+    write_browser(out, make_source(2))
     (out / "notes.txt").write_text("latent 3 is the subjunctive")
     with pytest.raises(UsageError, match=r"holds 'notes\.txt' beside"):
-        write_browser(out, run, rows, cards())
+        write_browser(out, make_source(2))
     assert (out / "notes.txt").is_file()
 
 
 def test_text_cannot_leave_its_string(tmp_path: Path) -> None:
-    evil = "</script><script>alert(1)</script><!-- \u2028\u2029 \ud83d & \"'"
-    run, rows, _ = make_data(1)
-    rows[0]["explanation_it"] = evil
-    card = make_card(rows[0])
-    card["groups"][0]["contexts"][0]["segments"] = [(evil, 1.0)]
-    index = write_browser(tmp_path / "out", {**run, "title": evil[:-8], "corpus": "<b>$title"}, rows, [card])
+    evil = "</script><script>alert(1)</script><!-- \u2028\u2029 & \"'"
+    source = titled(1, evil[:-8])
+    source.run_record = {**source.run_record, "corpus": "<b>$title"}
+    source.row_records[0]["explanation_it"] = evil + "\ud83d"  # half of a surrogate pair, as a broken corpus has
+    index = write_browser(tmp_path / "out", source)
     for path in (index.parent / "data").rglob("*.js"):
-        raw = path.read_bytes().decode("utf-8")
-        assert not set(raw) & {"<", "\u2028", "\u2029"}
-    assert read_data(index.parent / "data" / "rows" / "0000.js")[0]["explanation_it"] == evil
+        text = path.read_bytes().decode("utf-16")
+        name, size, packed = re.fullmatch(r'saeItalian\.receive\("([\w/]+)",(\d+),"(.*)"\);\n', text).groups()  # type: ignore[union-attr]
+        assert all("\u3400" <= letter <= "\ub3ff" for letter in packed) and int(size) > 0 and name.startswith("data/")
+    stored = read_data(index.parent / "data" / "rows" / "0000.js")
+    assert stored["explanation_it"][0] == evil + "?"
     page = index.read_text(encoding="utf-8")
     assert "alert(1)</script>" not in page and "<b>" not in page
     assert "&lt;script&gt;alert(1)" in page and "&lt;b&gt;$title" in page
 
 
-def test_script_json_is_json() -> None:
-    value = {"a</b>": ["\u2028", "\ud83d", 1.5, None, "città"]}
-    assert json.loads(script_json(value)) == value
-    assert "città".encode() in script_json(value)
+@given(st.binary(max_size=300))
+def test_bytes_become_letters_of_fifteen_bits(data: bytes) -> None:
+    codes = np.frombuffer(characters(data), dtype="<u2").astype(int) - 0x3400
+    bits = "".join(f"{code:015b}" for code in codes)[: 8 * len(data)]
+    assert bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8)) == data
+    assert len(codes) == -(-8 * len(data) // 15)
+
+
+def test_a_number_that_is_not_finite_is_refused() -> None:
     with pytest.raises(DataError, match="not plain JSON"):
-        script_json([float("inf")])
+        data_script("data/run/0000", [float("inf")])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"density": float("nan")}, r"row of latent 0, field 'density': .*finite"),
-        ({"detecton": 0.5}, r"row of latent 0, field 'detecton': Extra"),
         ({"gold": "gender=f"}, r"row of latent 0, field 'gold': .*list"),
+        ({"latent": 1}, r"row of latent 1: stands at place 0"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    source = make_source(1)
+    source.row_records[0].update(change)  # type: ignore[typeddict-item]
     with pytest.raises(DataError, match=message):
-        write_browser(tmp_path / "out", make_run(), [{**make_row(0), **change}], [])  # type: ignore[typeddict-item]
+        write_browser(tmp_path / "out", source)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_card_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    run, rows, _ = make_data(2)
-    card = make_card(rows[1])
-    missing: Any = {key: value for key, value in card.items() if key != "scores"}
-    cases: list[tuple[list[Any], str]] = [
-        ([missing], "card of latent 1, field 'scores': Field required"),
-        ([{**card, "histogram": {"edges": [0.0, 1.0], "counts": [1, 2]}}], "2 edges for 2 counts"),
-        ([{**card, "rule": {"weight": float("nan")}}], "not plain JSON"),
-        ([card, card], "card of latent 1: given twice"),
-        ([{**card, "latent": 7}], "card of latent 7: no row"),
-    ]
-    for cards, message in cases:
+def test_a_column_that_is_missing_or_short_is_named(tmp_path: Path) -> None:
+    class Columns(FakeSource):
+        change: Any = None
+
+        def rows(self) -> Any:
+            columns = super().rows()
+            self.change(columns)
+            return columns
+
+    source = make_source(2)
+    odd = Columns(source.run_record, source.row_records, {})
+    for change, message in (
+        (lambda c: c.pop("max"), "column 'max' is missing"),
+        (lambda c: c.update(detecton=[1, 2]), "column 'detecton' is not a field"),
+        (lambda c: c["max"].pop(), "differ in length"),
+    ):
+        odd.change = change
         with pytest.raises(DataError, match=message):
-            write_browser(tmp_path / "out", run, rows, cards)
-    with pytest.raises(DataError, match="row of latent 0: given twice"):
-        write_browser(tmp_path / "out", run, [rows[0], rows[0]], [])
-    with pytest.raises(UsageError, match="cards_per_shard is 0"):
-        write_browser(tmp_path / "out", run, rows, [], cards_per_shard=0)
+            write_browser(tmp_path / "out", odd)
+
+
+def test_a_card_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    source = make_source(2)
+    card = make_card(source.row_records[1])
+    missing: Any = {key: value for key, value in card.items() if key != "scores"}
+    cases: list[tuple[Any, str]] = [
+        (missing, "card of latent 1, field 'scores': Field required"),
+        ({**card, "histogram": {"edges": [0.0, 1.0], "counts": [1, 2]}}, "2 edges for 2 counts"),
+        ({**card, "rule": {"weight": float("nan")}}, "not plain JSON"),
+    ]
+    for wrong, message in cases:
+        source.cards[1] = wrong
+        with pytest.raises(DataError, match=message):
+            write_browser(tmp_path / "out", source)
 
 
 def test_numpy_numbers_are_taken(tmp_path: Path) -> None:
-    import numpy as np
+    source = make_source(1)
+    source.row_records[0].update(density=np.float32(0.25), n_active=np.int64(3))  # type: ignore[typeddict-item]
+    stored = read_data(write_browser(tmp_path / "out", source).parent / "data" / "rows" / "0000.js")
+    assert (stored["density"], stored["n_active"]) == ([0.25], [3])
 
-    row: Any = {**make_row(0), "density": np.float32(0.25), "n_active": np.int64(3)}
-    index = write_browser(tmp_path / "out", make_run(), [row], [])
-    stored = read_data(index.parent / "data" / "rows" / "0000.js")[0]
-    assert (stored["density"], stored["n_active"]) == (0.25, 3)
+
+# --- the modules and the script made of them ---------------------------------------------------------------------------
 
 
 def sources() -> dict[str, str]:
@@ -248,15 +279,51 @@ def sources() -> dict[str, str]:
 def test_the_page_needs_no_network_and_makes_no_markup_from_data() -> None:
     for name, text in sources().items():
         assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|\bfetch\(", text
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|@import", text
         )
-        assert not re.search(r"^\s*(import|export)\b|@import", text, re.MULTILINE)
         assert set(re.findall(r"https?://[^\"' )]*", text)) <= {"http://www.w3.org/2000/svg"}, name
         assert len(text.splitlines()) < 400, name
+    assert not re.search(r"\bfetch\(|^\s*(import|export)\b", bundle.script("boot.js"), re.MULTILINE)
+
+
+def test_every_style_rule_is_under_the_browsers_own_class() -> None:
+    """So the sheet can be given to a notebook. Rules at the left margin are the only ones that are not nested."""
+    top = re.findall(r"^(\S[^{\n]*)\{", bundle.style(), re.MULTILINE)
+    assert len(top) > 3 and all(".sae-italian" in selector for selector in top)
+
+
+def test_one_script_holds_each_module_once_in_order() -> None:
+    text = bundle.script("main.js")
+    made = re.findall(r'^modules\["([\w-]+\.js)"\] =', text, re.MULTILINE)
+    assert len(made) == len(set(made)) and made[-1] == "main.js"
+    for name in made:
+        for wanted in re.findall(r'from "\./([\w-]+\.js)"', bundle.static_text(name)):
+            assert made.index(wanted) < made.index(name)
+    assert made[0] == "strings.js" and "live.js" not in made
+
+
+def test_one_module_holds_what_is_imported_on_demand_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {
+        "a.js": 'import { b as c } from "./b.js";\nexport async function a() { return (await import("./d.js")).d + c; }\n',
+        "b.js": "export const b = 1;\n",
+        "d.js": "export const d = 2;\n",
+    }
+    monkeypatch.setattr(bundle, "static_text", texts.__getitem__)
+    text = bundle.module.__wrapped__("a.js")
+    assert 'const { b: c } = modules["b.js"];' in text and 'await Promise.resolve(modules["d.js"])' in text
+    assert text.index('modules["d.js"] =') < text.index('modules["a.js"] =') and not re.search("^import", text, re.M)
+    assert text.rstrip().endswith('export const { a } = modules["a.js"];')
+
+
+def test_modules_in_a_circle_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"a.js": 'import { b } from "./b.js";\n', "b.js": 'import { a } from "./a.js";\n'}
+    monkeypatch.setattr(bundle, "static_text", texts.__getitem__)
+    with pytest.raises(ValueError, match="a.js > b.js > a.js"):
+        bundle.script.__wrapped__("a.js")
 
 
 def test_every_word_on_the_page_has_both_languages() -> None:
-    words = dict(re.findall(r'^    "([^"]+)": (\[.*\]),$', sources()["strings.js"], re.MULTILINE))
+    words = dict(re.findall(r'^  "([^"]+)": (\[.*\]),$', sources()["strings.js"], re.MULTILINE))
     assert all(len(pair) == 2 and all(pair) for pair in map(json.loads, words.values()))
     used = {key for text in sources().values() for key in re.findall(r'\bctx\.t\("([^"]+)"', text)}
-    assert len(used) > 60 and used - set(words) == {"filter.", "theme."}
+    assert len(used) > 60 and used - set(words) == {"filter.", "theme.", "width.", "cloud."}

@@ -91,7 +91,7 @@ def test_the_wheel_ships_configs_and_the_mini_model(tmp_path):
         "sae_italian/models/catalogue.yaml",
         "sae_italian/models/mini/model.safetensors",
         "sae_italian/models/mini/tokenizer.json",
-        "sae_italian/browser/static/app.js",
+        "sae_italian/browser/static/main.js",
     ):
         assert wanted in names
     assert not [name for name in names if name.startswith("tests")]

@@ -1,119 +1,158 @@
 // What every view needs: DOM building (text only, never markup), preferences, numbers, text folding.
-"use strict";
-(function () {
-  const S = (window.saeItalian = window.saeItalian || {});
+import { strings } from "./strings.js";
 
-  // --- preferences; file:// may refuse localStorage ---
-  S.prefs = {
-    get(key) {
-      try { return window.localStorage.getItem("sae-italian." + key); } catch { return null; }
-    },
-    set(key, value) {
-      try { window.localStorage.setItem("sae-italian." + key, value); } catch { /* kept for this page only */ }
-    },
-  };
+// --- preferences; file:// may refuse localStorage ---
+export const prefs = {
+  get(key) {
+    try { return window.localStorage.getItem("sae-italian." + key); } catch { return null; }
+  },
+  set(key, value) {
+    try { window.localStorage.setItem("sae-italian." + key, value); } catch { /* kept for this page only */ }
+  },
+};
 
-  S.setTheme = function (theme) {
-    document.documentElement.dataset.theme = theme;
-  };
-  S.currentTheme = function () {
-    const chosen = document.documentElement.dataset.theme;
-    return chosen || (window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  };
-  const theme = S.prefs.get("theme");
-  if (theme === "dark" || theme === "light") S.setTheme(theme);
+export function setTheme(root, theme) {
+  root.dataset.theme = theme;
+}
+export function currentTheme(root) {
+  return root.dataset.theme || (window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+}
+export function preferredTheme() {
+  const theme = prefs.get("theme");
+  return theme === "dark" || theme === "light" ? theme : null;
+}
 
-  // --- DOM ---
-  function fill(node, attributes, children) {
-    for (const [name, value] of Object.entries(attributes || {})) {
-      if (value === null || value === undefined || value === false) continue;
-      if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-      else if (name.startsWith("--")) node.style.setProperty(name, value);
-      else node.setAttribute(name, value === true ? "" : value);
-    }
-    for (const child of children.flat(Infinity)) {
-      if (child === null || child === undefined || child === false) continue;
-      node.append(child); // a string becomes a text node
-    }
-    return node;
+// --- DOM ---
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name.startsWith("--")) node.style.setProperty(name, value);
+    else node.setAttribute(name, value === true ? "" : value);
   }
-  S.h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
-  S.svg = (tag, attributes, ...children) =>
-    fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-
-  // Text from the corpus: isolated, so that its direction marks end where it ends.
-  S.text = (text) => S.h("bdi", {}, text);
-
-  // --- tokens with their white space visible ---
-  const SIGNS = { " ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽" };
-  const INVISIBLE = /^ +| +$|[\n\r\t\u00a0]|(?!\u200d)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu;
-  const MAX_TOKEN = 48;
-
-  function sign(run) {
-    if (run[0] in SIGNS) return [...run].map((c) => SIGNS[c]).join("");
-    return "U+" + run.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+  for (const child of children.flat(Infinity)) {
+    if (child === null || child === undefined || child === false) continue;
+    node.append(child); // a string becomes a text node
   }
+  return node;
+}
+export const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+export const svg = (tag, attributes, ...children) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
-  S.token = function (token, title) {
-    const short = token.length > MAX_TOKEN ? token.slice(0, MAX_TOKEN) + "…" : token;
-    const parts = [];
-    let end = 0;
-    for (const match of short.matchAll(INVISIBLE)) {
-      parts.push(short.slice(end, match.index), S.h("span", { class: "ws" }, sign(match[0])));
-      end = match.index + match[0].length;
+// Text from the corpus: isolated, so that its direction marks end where it ends.
+export const text = (text) => h("bdi", {}, text);
+
+// --- tokens with their white space visible ---
+const SIGNS = { " ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽" };
+const INVISIBLE = /^ +| +$|[\n\r\t\u00a0]|(?!\u200d)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu;
+const MAX_TOKEN = 48;
+
+function sign(run) {
+  if (run[0] in SIGNS) return [...run].map((c) => SIGNS[c]).join("");
+  return "U+" + run.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+}
+
+export function token(token, title) {
+  const short = token.length > MAX_TOKEN ? token.slice(0, MAX_TOKEN) + "…" : token;
+  const parts = [];
+  let end = 0;
+  for (const match of short.matchAll(INVISIBLE)) {
+    parts.push(short.slice(end, match.index), h("span", { class: "ws" }, sign(match[0])));
+    end = match.index + match[0].length;
+  }
+  parts.push(short.slice(end));
+  if (!token) parts.push(h("span", { class: "ws" }, "∅"));
+  return h("span", { class: "tok", title: title || (short === token ? null : token.slice(0, 500)) }, h("bdi", {}, parts));
+}
+
+// --- search text: case, accents and kinds of apostrophe do not count ---
+export const fold = (text) => text.normalize("NFD").replace(/\p{M}/gu, "").replace(/[’‘ʼ`]/g, "'").toLowerCase();
+
+// --- a context: language, words and numbers, and where links lead; what a view is handed ---
+export function makeContext(lang, host = {}) {
+  const words = strings[lang];
+  const locale = lang === "it" ? "it-IT" : "en-GB";
+  const format = (options) => new Intl.NumberFormat(locale, { signDisplay: "negative", useGrouping: "always", ...options });
+  const formats = {
+    integer: format({ maximumFractionDigits: 0 }),
+    one: format({ maximumFractionDigits: 1 }),
+    two: format({ maximumSignificantDigits: 2 }),
+    three: format({ minimumSignificantDigits: 3, maximumSignificantDigits: 3 }),
+    signed: format({ minimumFractionDigits: 2, maximumFractionDigits: 2, signDisplay: "exceptZero" }),
+  };
+  const fixed = [0, 1, 2, 3].map((digits) => format({ minimumFractionDigits: digits, maximumFractionDigits: digits }));
+  const or = (f) => (x) => (x === null || x === undefined ? "–" : f.format(x).replace("-", "−"));
+  const ctx = {
+    lang,
+    t: (key, vars) => (words[key] ?? key).replace(/\{(\w+)\}/g, (_, name) => vars?.[name] ?? ""),
+    name: (group, value) => words[group + "." + value] ?? value,
+    pick: (record, field) => record[field + "_" + lang] || record[field + "_" + (lang === "it" ? "en" : "it")] || "",
+    integer: or(formats.integer),
+    activation: (x) => (x === 0 || Math.abs(x) >= 100 ? ctx.integer(x) : or(formats.three)(x)),
+    signed: or(formats.signed),
+    fixed: (x, digits = 2) => or(fixed[digits])(x),
+    density: (x) => or(formats.two)(x * 100) + "\u00a0%",
+    share: (x) => (x > 0 && x < 0.001 ? "< " + ctx.fixed(0.1, 1) : ctx.fixed(x * 100, 1)) + "\u00a0%",
+    interval: (lo, hi, show) =>
+      lo === null || hi === null || lo === undefined ? "" : `[${show(lo)}${lang === "it" ? ";" : ","} ${show(hi)}]`,
+    metric(x) {
+      if (x === null || Number.isInteger(x)) return ctx.integer(x);
+      return Math.abs(x) >= 10 ? or(formats.one)(x) : ctx.fixed(x, 3);
+    },
+    unit: (unit) => (unit === "%" ? "\u00a0%" : unit === "nats" ? "\u00a0nat" : ""),
+    date: (iso) => {
+      const date = new Date(iso);
+      return Number.isNaN(date.getTime()) ? iso : date.toLocaleDateString(locale, { dateStyle: "long" });
+    },
+    href: (latent) => "#latent=" + latent,
+    ...host,
+  };
+  return ctx;
+}
+
+export function preferredLanguage() {
+  const kept = prefs.get("lang");
+  if (kept === "it" || kept === "en") return kept;
+  return (navigator.language || "it").toLowerCase().startsWith("en") ? "en" : "it";
+}
+
+// Copies a text and says so in the button's own label for a while; where the clipboard is refused, a field is shown.
+export function copyButton(ctx, label, make) {
+  const button = h("button", { type: "button", class: "copy" }, label);
+  button.addEventListener("click", async () => {
+    const value = make();
+    try {
+      await navigator.clipboard.writeText(value);
+    } catch {
+      const field = h("textarea", { class: "copy-field", readonly: true, rows: 2, "aria-label": label }, value);
+      button.parentElement.querySelector(".copy-field")?.remove();
+      button.parentElement.append(field);
+      field.select();
+      if (!document.execCommand("copy")) return;
+      field.remove();
+      button.focus();
     }
-    parts.push(short.slice(end));
-    if (!token) parts.push(S.h("span", { class: "ws" }, "∅"));
-    return S.h("span", { class: "tok", title: title || (short === token ? null : token.slice(0, 500)) }, S.h("bdi", {}, parts));
-  };
+    button.textContent = ctx.t("copied");
+    window.setTimeout(() => { button.textContent = label; }, 1600);
+  });
+  return button;
+}
 
-  // --- search text: case, accents and kinds of apostrophe do not count ---
-  S.fold = (text) => text.normalize("NFD").replace(/\p{M}/gu, "").replace(/[’‘ʼ`]/g, "'").toLowerCase();
+// --- rows: columns as they travel, one object per latent as the views use them ---
+export function rowsOf(columns) {
+  const names = Object.keys(columns);
+  const rows = (columns[names[0]] || []).map(() => ({}));
+  for (const name of names) {
+    const values = columns[name];
+    for (let i = 0; i < rows.length; i += 1) rows[i][name] = values[i];
+  }
+  return rows;
+}
 
-  // --- a context: language, words and numbers; what a host hands to the views ---
-  S.makeContext = function (lang) {
-    const words = S.strings[lang];
-    const locale = lang === "it" ? "it-IT" : "en-GB";
-    const format = (options) => new Intl.NumberFormat(locale, { signDisplay: "negative", useGrouping: "always", ...options });
-    const formats = {
-      integer: format({ maximumFractionDigits: 0 }),
-      one: format({ maximumFractionDigits: 1 }),
-      two: format({ maximumSignificantDigits: 2 }),
-      three: format({ minimumSignificantDigits: 3, maximumSignificantDigits: 3 }),
-      signed: format({ minimumFractionDigits: 2, maximumFractionDigits: 2, signDisplay: "exceptZero" }),
-    };
-    const fixed = [0, 1, 2, 3].map((digits) => format({ minimumFractionDigits: digits, maximumFractionDigits: digits }));
-    const or = (f) => (x) => (x === null || x === undefined ? "–" : f.format(x).replace("-", "−"));
-    const ctx = {
-      lang,
-      t: (key, vars) => (words[key] ?? key).replace(/\{(\w+)\}/g, (_, name) => vars?.[name] ?? ""),
-      name: (group, value) => words[group + "." + value] ?? value,
-      pick: (record, field) => record[field + "_" + lang] || record[field + "_" + (lang === "it" ? "en" : "it")] || "",
-      integer: or(formats.integer),
-      activation: (x) => (x === 0 || Math.abs(x) >= 100 ? ctx.integer(x) : or(formats.three)(x)),
-      signed: or(formats.signed),
-      fixed: (x, digits = 2) => or(fixed[digits])(x),
-      density: (x) => or(formats.two)(x * 100) + "\u00a0%",
-      share: (x) => (x > 0 && x < 0.001 ? "< " + ctx.fixed(0.1, 1) : ctx.fixed(x * 100, 1)) + "\u00a0%",
-      interval: (lo, hi, show) =>
-        lo === null || hi === null || lo === undefined ? "" : `[${show(lo)}${lang === "it" ? ";" : ","} ${show(hi)}]`,
-      metric(x) {
-        if (x === null || Number.isInteger(x)) return ctx.integer(x);
-        return Math.abs(x) >= 10 ? or(formats.one)(x) : ctx.fixed(x, 3);
-      },
-      unit: (unit) => (unit === "%" ? "\u00a0%" : unit === "nats" ? "\u00a0nat" : ""),
-      date: (iso) => {
-        const date = new Date(iso);
-        return Number.isNaN(date.getTime()) ? iso : date.toLocaleDateString(locale, { dateStyle: "long" });
-      },
-      href: (latent) => "#latent=" + latent,
-    };
-    return ctx;
-  };
-
-  S.preferredLanguage = function () {
-    const kept = S.prefs.get("lang");
-    if (kept === "it" || kept === "en") return kept;
-    return (navigator.language || "it").toLowerCase().startsWith("en") ? "en" : "it";
-  };
-})();
+export function keyHelp(ctx) {
+  const key = (...names) => names.map((name) => h("kbd", {}, name));
+  return h("footer", { class: "keys muted" },
+    h("span", {}, key("j", "k"), ctx.t("keys")), h("span", {}, key("Enter"), ctx.t("keys.open")),
+    h("span", {}, key("Esc"), ctx.t("keys.back")), h("span", {}, key("/"), ctx.t("keys.search")));
+}

@@ -1,0 +1,277 @@
+"""The browser against SAEDashboard in CPU seconds per latent, its bytes, its memory, and how fast it is in Chromium.
+
+Both sides get the same model, SAE and windows, and make the same number of passages per latent, histograms and logits.
+Ours is counted from the text on: building the cache, its statistics and the folder on disk. SAEDashboard's is counted
+twice, to its data in memory and to its HTML on disk. It runs its ReLU way: SaeVisRunner refuses TopK SAEs (`fold_W_dec_norm`), so
+both get the SAE's weights with one threshold that keeps as many latents on as TopK did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae_italian.browser.contexts import N_TOP, PER_TENTH, TENTHS
+from sae_italian.browser.pack import data_script, read_data
+from sae_italian.browser.source import LatentSource
+from sae_italian.browser.write import CARDS_PER_SHARD, write_browser
+from sae_italian.cache import FeatureCache, build_cache
+from sae_italian.errors import DataError, UsageError
+
+
+def measure_export(
+    sae: Any, model: Any, corpus: str, *, n_tokens: int, dashboard: Path | None, latents: int
+) -> dict[str, Any]:
+    """Return CPU seconds per latent of both sides, and the bytes per latent of our folder.
+
+    `dashboard` is the folder of SAEDashboard's packages (pip install --no-deps --target); None leaves that side out.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        sae = _with_threshold(sae, model, corpus, n_tokens)
+        sae.save_model(str(folder / "sae"))
+        torch.set_num_threads(1)
+        started = time.process_time()
+        build_cache(sae, model, corpus, folder / "cache", n_tokens=n_tokens, sae_name=str(folder / "sae"))
+        built = time.process_time()
+        cache = FeatureCache.open(folder / "cache")
+        write_browser(folder / "out", LatentSource(cache, model.tokenizer, sae=sae, model=model), bar=False)
+        written = time.process_time()
+        d_sae = cache.manifest.d_sae
+        result: dict[str, Any] = {
+            "tokens": cache.n_positions,
+            "d_sae": d_sae,
+            "l0": cache.manifest.nnz / cache.n_positions,
+            "cache_cpu_seconds_per_latent": (built - started) / d_sae,
+            "export_cpu_seconds_per_latent": (written - built) / d_sae,
+            **measure_bytes(folder / "out"),
+        }
+        if dashboard is not None:
+            np.save(folder / "tokens.npy", cache.tokens.reshape(-1, cache.manifest.context_size))
+            theirs = result["dashboard"] = _dashboard(folder, cache.manifest.model, dashboard, latents)
+            data, html = (theirs[name] / theirs["latents"] for name in ("cpu_seconds", "html_cpu_seconds"))
+            export = result["export_cpu_seconds_per_latent"]
+            ours = result["cache_cpu_seconds_per_latent"] + export
+            result["ratio"] = (data + html) / ours
+            result["ratios"] = {
+                "text to folder, their HTML": result["ratio"],
+                "text to folder, their data alone": data / ours,
+                "our export alone, their data alone": data / export,
+            }
+        return result
+
+
+def _with_threshold(sae: Any, model: Any, corpus: str, n_tokens: int) -> Any:
+    """Return the SAE's weights as a JumpReLU SAE whose one threshold leaves on as many latents as k, on some of the text."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    from sae_italian.corpora import iter_documents, pack
+    from sae_italian.models.activations import read_activations
+
+    k = getattr(sae.cfg, "k", None)
+    if k is None:
+        return sae
+    context_size = sae.cfg.metadata.context_size or 128
+    block = next(iter(pack(iter_documents(corpus), model.tokenizer, context_size, windows_per_block=32)))
+    x = read_activations(model, torch.from_numpy(block.tokens), sae.cfg.metadata.hook_name)[:, 1:].flatten(0, 1)
+    with torch.no_grad():
+        hidden = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+        threshold = float(torch.topk(hidden.flatten(), k * len(hidden)).values[-1])
+        config = JumpReLUSAEConfig(
+            d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, apply_b_dec_to_input=True, metadata=sae.cfg.metadata
+        )
+        other = JumpReLUSAE(config)
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            getattr(other, name).copy_(getattr(sae, name))
+        other.threshold.fill_(threshold)
+    return other.eval()
+
+
+def _dashboard(folder: Path, model: str, packages: Path, latents: int) -> dict[str, Any]:
+    if not (packages / "sae_dashboard").is_dir():
+        raise UsageError(
+            f"{packages} holds no sae_dashboard. Make it: pip install --no-deps --target {packages} sae-dashboard==0.8.0 "
+            "eindex-callum dataclasses-json marshmallow==3.26.2 typing-inspect mypy-extensions"
+        )
+    paths = [str(Path(__file__).parents[2]), str(packages), os.environ.get("PYTHONPATH", "")]
+    numbers = [str(number) for number in (latents, N_TOP, PER_TENTH)]
+    command = [
+        sys.executable,
+        "-m",
+        "sae_italian.bench.dashboard",
+        str(folder / "sae"),
+        model,
+        str(folder / "tokens.npy"),
+    ]
+    out = folder / "dashboard.json"
+    done = subprocess.run(
+        [*command, *numbers, str(out)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode or not out.is_file():
+        raise DataError(f"SAEDashboard stopped: {done.stderr.strip().splitlines()[-1:]}. See {packages}.")
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def measure_bytes(folder: Path) -> dict[str, Any]:
+    """Return the bytes per latent of a browser on disk: the mean of all, and the median over shards of full cards."""
+    cards = sorted((folder / "data" / "cards").iterdir())
+    facts = read_data(folder / "data" / "run" / "0000.js")
+    n, shards = facts["rows"], []
+    full = N_TOP + PER_TENTH * TENTHS
+    rows = sum(path.stat().st_size for path in (folder / "data" / "rows").iterdir()) / n
+    for path in cards:
+        value = read_data(path)
+        count = {latent: sum(len(g["contexts"]) for g in card["groups"]) for latent, card in value["cards"].items()}
+        kept = {latent: card for latent, card in value["cards"].items() if count[latent] == full}
+        if len(kept) >= CARDS_PER_SHARD // 4:
+            shards.append(len(data_script("data/cards/0000", {**value, "cards": kept})) / len(kept) + rows)
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"bytes_per_latent": total / n, "bytes_per_full_latent": statistics.median(shards) if shards else None}
+
+
+# --- a big folder, and Chromium ----------------------------------------------------------------------------------------
+
+
+def write_big(folder: Path, *, d_sae: int, n_non_zeros: int) -> dict[str, Any]:
+    """Write a synthetic cache with explanations and scores, and its browser into `folder`/out; return what it took.
+
+    The export runs in a process of its own, so that its memory is not hidden by what writing the cache took.
+    """
+    from sae_italian.bench.synthetic_cache import write_explained
+
+    write_explained(folder / "cache", d_sae=d_sae, n_non_zeros=n_non_zeros)
+    with get_context("spawn").Pool(1) as pool:
+        took = pool.apply(_export, (folder, d_sae))
+    return {"d_sae": d_sae, **took, **measure_bytes(folder / "out")}
+
+
+def _export(folder: Path, d_sae: int) -> dict[str, Any]:
+    """Return CPU seconds per latent of the export, and by how much it raised the memory over what the list takes."""
+    from sae_italian.bench.synthetic_cache import explained_source
+
+    source = explained_source(folder / "cache", d_sae)
+    held = source.rows()
+    source.card(0)
+    before, started = _peak(), time.process_time()
+    write_browser(folder / "out", source, bar=False)
+    seconds = time.process_time() - started
+    del held
+    return {"cpu_seconds_per_latent": seconds / d_sae, "memory_growth_bytes": _peak() - before}
+
+
+def _peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure_page(folder: Path, *, repeats: int = 5) -> dict[str, Any]:
+    """Return seconds to the first paint, to the list and to a card of a folder on disk, in headless Chromium (medians).
+
+    Raises: UsageError where Playwright or Chromium is absent.
+    """
+    import shutil
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        chromium = None
+    if chromium is None:
+        raise UsageError(
+            "measuring the page needs Chromium and Playwright: apt-get install chromium; pip install playwright"
+        )
+    index = (folder / "index.html").resolve().as_uri()
+    times: dict[str, list[float]] = {"first_paint": [], "list": [], "card": [], "next_card": [], "search": []}
+    with sync_playwright() as driver:  # pyright: ignore[reportPossiblyUnboundVariable]
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        for _ in range(repeats):
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.add_init_script(_WATCH)
+            page.goto(index)
+            page.wait_for_selector("tr[data-latent]")
+            page.wait_for_selector(".scatter")
+            times["first_paint"].append(
+                page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1e3
+            )
+            times["list"].append(page.evaluate("window.listAt") / 1e3)
+            for name, step in (("card", 4321), ("next_card", 4322)):
+                times[name].append(page.evaluate(_OPEN, step) / 1e3)
+            page.evaluate("location.hash = ''")
+            times["search"].append(page.evaluate(_SEARCH) / 1e3)
+            page.close()
+        browser.close()
+    return {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+
+
+_WATCH = """new MutationObserver((_, watch) => {
+  if (!document.querySelector("tr[data-latent]")) return;
+  watch.disconnect();
+  requestAnimationFrame(() => requestAnimationFrame(() => { window.listAt = performance.now(); }));
+}).observe(document, { childList: true, subtree: true });"""
+_OPEN = """(latent) => new Promise((done) => {
+  const started = performance.now();
+  new MutationObserver((_, watch) => {
+    const title = document.querySelector(".card-page h1");
+    if (!title?.textContent.endsWith(" " + latent)) return;
+    watch.disconnect();
+    requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - started)));
+  }).observe(document, { childList: true, subtree: true });
+  location.hash = "latent=" + latent;
+})"""
+_SEARCH = """() => new Promise((done) => {
+  const field = document.querySelector(".search");
+  field.value = "0001 0002";
+  const started = performance.now();
+  field.dispatchEvent(new Event("input"));
+  requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - started)));
+})"""
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """Return the figures as Markdown."""
+    lines = ["| | |", "|---|---|"]
+    if export := result.get("export"):
+        ours = 1e3 * (export["cache_cpu_seconds_per_latent"] + export["export_cpu_seconds_per_latent"])
+        lines += [
+            f"| ours, CPU per latent, from text to folder ({export['d_sae']:,} latents, {export['tokens']:,} tokens) | {ours:.1f} ms |",
+            f"| of this the export | {1e3 * export['export_cpu_seconds_per_latent']:.1f} ms |",
+        ]
+        if "ratio" in export:
+            theirs = export["dashboard"]
+            data, html = (1e3 * theirs[name] / theirs["latents"] for name in ("cpu_seconds", "html_cpu_seconds"))
+            lines += [
+                f"| SAEDashboard 0.8.0, CPU per latent ({theirs['latents']} latents): data, HTML | {data:.0f} + {html:.0f} ms |",
+                *(f"| ratio: {name} | {value:.1f} |" for name, value in export["ratios"].items()),
+                f"| SAEDashboard's HTML, bytes per latent | {theirs['html_bytes_per_latent']:,.0f} |",
+            ]
+        lines += [f"| bytes per latent, all | {export['bytes_per_latent']:,.0f} |"]
+        if export["bytes_per_full_latent"]:
+            lines += [
+                f"| bytes per latent with all {N_TOP + PER_TENTH * TENTHS} passages | {export['bytes_per_full_latent']:,.0f} |"
+            ]
+    for big in result.get("big", []):
+        lines += [
+            f"| synthetic, {big['d_sae']:,} latents: CPU per latent | {1e3 * big['cpu_seconds_per_latent']:.1f} ms |",
+            f"| memory that the export adds | {big['memory_growth_bytes'] / 1e6:.0f} MB |",
+            f"| bytes per latent | {big['bytes_per_latent']:,.0f} |",
+        ]
+    if page := result.get("page"):
+        lines += [
+            f"| Chromium, {name.removesuffix('_seconds').replace('_', ' ')} | {1e3 * value:.0f} ms |"
+            for name, value in page.items()
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""Two SAEs side by side: every latent with the one whose decoder direction is nearest, in one browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae_italian.browser.source import LatentSource
+from sae_italian.browser.write import write_browser
+from sae_italian.errors import UsageError
+
+NEAR = 0.7  # cosine from which two latents count as the same direction
+
+
+def match_latents(source: LatentSource, other: LatentSource) -> dict[str, list[Any]]:
+    """Return for each latent its best match in the other SAE and the cosine, and back, as columns.
+
+    Keys: `latent` and `cosine` by latent of the first, `back` and `back_cosine` by latent of the second.
+    Raises: UsageError when an SAE is not at hand, or the two do not write into the same space.
+    """
+    for one in (source, other):
+        if one.decoder is None:
+            raise UsageError(
+                f"the SAE of {one.cache.folder} ({one.cache.manifest.sae}) is not at hand; comparing needs both decoders."
+            )
+    assert source.decoder is not None and other.decoder is not None
+    latent, cosine = source.decoder.matches(other.decoder)
+    back, back_cosine = other.decoder.matches(source.decoder)
+    return {
+        "latent": latent.tolist(),
+        "cosine": np.round(cosine.astype(float), 4).tolist(),
+        "back": back.tolist(),
+        "back_cosine": np.round(back_cosine.astype(float), 4).tolist(),
+    }
+
+
+def match_facts(matches: dict[str, list[Any]]) -> dict[str, float]:
+    """Return the mean cosine of the matches, the share that is near and the share that is mutual."""
+    latent, back, cosine = (np.array(matches[name]) for name in ("latent", "back", "cosine"))
+    return {
+        "mean_cosine": float(cosine.mean()),
+        "share_near": float((cosine >= NEAR).mean()),
+        "share_mutual": float((back[latent] == np.arange(len(latent))).mean()),
+    }
+
+
+def write_comparison(source: LatentSource, other: LatentSource, out: Path) -> tuple[Path, dict[str, float]]:
+    """Write the browser of one SAE with another beside it; return the path of its index.html and the facts.
+
+    Raises: UsageError as `match_latents` and `write_browser`.
+    """
+    matches = match_latents(source, other)
+    name = other.run()["sae"]
+    if name == source.run()["sae"]:
+        name += f" ({other.cache.folder.resolve().parent.name}/{other.cache.folder.name})"
+    return write_browser(out, source, other=(name, other, matches)), match_facts(matches)

@@ -1,0 +1,75 @@
+"""What the page needs of the decoder itself: each latent's logits over the whole vocabulary, and a map of directions."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from sae_italian.browser.schema import HistogramRecord
+from sae_italian.cache.lens import final_gain
+from sae_italian.errors import UsageError
+
+BINS = 40
+BLOCK = 64  # latents whose logits are counted at a time
+
+
+class Decoder:
+    """The decoder of an SAE, with the unembedding of its model where that is at hand."""
+
+    def __init__(self, sae: Any, model: Any = None):
+        self.directions: Float[torch.Tensor, "d_sae d_in"] = sae.W_dec.detach().float().cpu()
+        self.unembed = None if model is None else model.get_output_embeddings().weight.detach().float().cpu()
+        gain = 1.0 if model is None else final_gain(model)
+        self.gain = gain.detach().cpu() if isinstance(gain, torch.Tensor) else gain
+        self._block = lru_cache(4)(self._histograms)
+
+    def logits(self, latent: int) -> HistogramRecord:
+        """Return the histogram of the logits that a latent adds, in 40 equal bins; empty without the model."""
+        if self.unembed is None:
+            return HistogramRecord(edges=[], counts=[])
+        edges, counts = self._block(latent // BLOCK)
+        row = latent % BLOCK
+        return HistogramRecord(edges=edges[row], counts=counts[row])
+
+    @torch.no_grad()
+    def _histograms(self, block: int) -> tuple[list[list[float]], list[list[int]]]:
+        assert self.unembed is not None
+        rows = self.directions[block * BLOCK : (block + 1) * BLOCK]
+        logits = (rows * self.gain) @ self.unembed.T
+        lo, hi = logits.min(dim=1, keepdim=True).values, logits.max(dim=1, keepdim=True).values
+        width = (hi - lo).clamp_min(1e-12)
+        index = ((logits - lo) * (BINS / width)).to(torch.int32).clamp_(0, BINS - 1)
+        index += BINS * torch.arange(len(rows), dtype=torch.int32)[:, None]
+        counts = torch.bincount(index.flatten(), minlength=len(rows) * BINS).reshape(-1, BINS)
+        edges = lo + width * torch.arange(BINS + 1) / BINS
+        return edges.tolist(), counts.tolist()
+
+    @torch.no_grad()
+    def plane(self) -> Float[np.ndarray, "d_sae 2"]:
+        """Return the unit directions on their first two principal components, seeded; each axis within -1 and 1."""
+        unit = torch.nn.functional.normalize(self.directions, dim=1)
+        centred = unit - unit.mean(dim=0)
+        moment = centred.T @ centred
+        _, vectors = torch.linalg.eigh(moment)
+        axes = vectors[:, -2:].flip(1)
+        axes = axes * torch.where(axes.abs().max(dim=0).values == axes.max(dim=0).values, 1.0, -1.0)  # one sign for all
+        plane = centred @ axes
+        return (plane / plane.abs().amax(dim=0).clamp_min(1e-12)).numpy()
+
+    @torch.no_grad()
+    def matches(self, other: Decoder) -> tuple[np.ndarray, np.ndarray]:
+        """Return for each direction the index of the nearest one of the other decoder, and their cosine.
+
+        Raises: UsageError when the two decoders do not write into spaces of the same size.
+        """
+        ours, theirs = (torch.nn.functional.normalize(d.directions, dim=1) for d in (self, other))
+        if ours.shape[1] != theirs.shape[1]:
+            raise UsageError(
+                f"the SAEs write {ours.shape[1]} and {theirs.shape[1]} numbers: only SAEs of one model can be compared."
+            )
+        best = [(block @ theirs.T).max(dim=1) for block in ours.split(1024)]
+        return torch.cat([b.indices for b in best]).numpy(), torch.cat([b.values for b in best]).numpy()

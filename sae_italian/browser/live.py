@@ -1,0 +1,222 @@
+"""Live work on one cache's SAE and model: a sentence's latents, steering, ablation, an explanation made now.
+
+The same object serves the server and the notebook. One call at a time: whoever shares it queues in front of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae_italian.analysis.causal.ablation import ablate
+from sae_italian.analysis.causal.steer import steer
+from sae_italian.autointerp.explainers.choose import EXPLAINER
+from sae_italian.autointerp.run import STORE_FILE, AutointerpConfig
+from sae_italian.autointerp.shown import latent_examples
+from sae_italian.autointerp.store import Explanation
+from sae_italian.autointerp.work import Work
+from sae_italian.browser.exports.passages import pieces, rounded, storable
+from sae_italian.browser.llm import Endpoint
+from sae_italian.browser.report import loaded, open_source
+from sae_italian.browser.source import LatentSource
+from sae_italian.cache import FeatureCache
+from sae_italian.cache.encode import encode_sparse
+from sae_italian.corpora.packing import special_mask
+from sae_italian.errors import UsageError, nearest
+from sae_italian.models.activations import read_activations
+
+MAX_LETTERS, MAX_TOKENS = 10_000, 512  # of a sentence
+PER_TOKEN, N_STRONGEST = 10, 20
+MAX_STRENGTHS, LARGEST_STRENGTH = 6, 100.0
+NEW_TOKENS = 24
+ABLATED_SHOWN = 24  # positions of a prompt
+
+
+class Live:
+    """`model` is the backend `hf` with its tokenizer; `endpoint` an LLM to explain with, where there is one."""
+
+    def __init__(self, cache: FeatureCache, sae: Any, model: Any, endpoint: Endpoint | None = None):
+        self.cache, self.sae, self.model, self.endpoint = cache, sae, model, endpoint
+        self.tokenizer = model.tokenizer
+        self.maximum = cache.statistics["max"]
+
+    def call(self, name: str, arguments: Any) -> dict[str, Any]:
+        """Do one piece of work by name with plain JSON arguments, from whoever asks.
+
+        Raises: UsageError for another name, arguments of the wrong kind, and as the work itself.
+        """
+        if name not in CALLS:
+            raise UsageError(f"live work {str(name)[:40]!r} is unknown. {nearest(str(name)[:40], CALLS)}")
+        if not isinstance(arguments, dict) or set(arguments) != set(CALLS[name]):
+            raise UsageError(f"{name} takes {', '.join(CALLS[name])}, all of them and nothing else.")
+        checked = {key: CALLS[name][key](key, value) for key, value in arguments.items()}
+        return getattr(self, name)(**checked)
+
+    # --- a sentence --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def tokens(self, sentence: str) -> dict[str, Any]:
+        """Return a sentence in pieces with the strongest latents of each, and the strongest latents of all.
+
+        A piece is a token, or the tokens that share a letter; the pieces joined are the sentence. `share` is the
+        activation over the latent's largest one in the cache. Special tokens are read past, as in the cache.
+        """
+        limit = min(MAX_TOKENS, getattr(self.model.config, "max_position_embeddings", MAX_TOKENS))
+        sentence = storable(sentence)
+        encoded = self.tokenizer(sentence, return_offsets_mapping=True)
+        ids = np.array(encoded["input_ids"][:limit], dtype=np.int64)
+        silent = special_mask(ids[None], self.tokenizer)[0]
+        if silent.all():
+            raise UsageError("the sentence is empty. Type some text.")
+        x = read_activations(
+            self.model, torch.from_numpy(ids)[None].to(self.model.device), self.sae.cfg.metadata.hook_name
+        )
+        found = encode_sparse(self.sae, x[0], silent)
+        spans = np.array(encoded["offset_mapping"][:limit])[~silent]
+        text = sentence[: int(spans[:, 1].max())]
+        cut, _, owner = pieces(text, spans, np.zeros(len(spans)))
+        by_piece: list[dict[int, float]] = [{} for _ in cut]
+        rows = np.repeat(np.cumsum(~silent) - 1, found.counts)
+        for row, latent, value in zip(rows.tolist(), found.latent.tolist(), found.value.tolist(), strict=True):
+            mine = by_piece[owner[row]]
+            mine[latent] = max(value, mine.get(latent, 0.0))
+        return {
+            "tokens": [{"text": piece, "latents": _top(mine)} for piece, mine in zip(cut, by_piece, strict=True)],
+            "strongest": self._strongest(by_piece),
+            "n_tokens": int((~silent).sum()),
+            "truncated": len(encoded["input_ids"]) > limit,
+        }
+
+    def _strongest(self, by_piece: Sequence[dict[int, float]]) -> list[dict[str, Any]]:
+        """Return the latents with the largest activations, each with where it is largest and on how many pieces."""
+        best: dict[int, tuple[float, int]] = {}
+        count: dict[int, int] = {}
+        for index, mine in enumerate(by_piece):
+            for latent, value in mine.items():
+                count[latent] = count.get(latent, 0) + 1
+                if value > best.get(latent, (0.0, 0))[0]:
+                    best[latent] = value, index
+        order = sorted(best, key=lambda latent: (-best[latent][0], latent))[:N_STRONGEST]
+        return [
+            {
+                "latent": latent,
+                "value": rounded(best[latent][0]),
+                "share": rounded(best[latent][0] / float(self.maximum[latent])) if self.maximum[latent] > 0 else None,
+                "token": best[latent][1],
+                "count": count[latent],
+            }
+            for latent in order
+        ]
+
+    # --- what it writes ----------------------------------------------------------------------------------------------
+
+    def steer(self, latent: int, prompt: str, strengths: list[float]) -> dict[str, Any]:
+        """Return continuations with and without the latent; a strength of 1 is its largest activation in the cache."""
+        self.cache.range_of(latent)
+        unit = float(self.maximum[latent]) or 1.0
+        found = steer(self.model, self.tokenizer, self.sae, prompt, latent, strengths, NEW_TOKENS, unit=unit)
+        return found.as_dict()
+
+    def ablate(self, latent: int, prompt: str) -> dict[str, Any]:
+        """Return where the latent is active in the prompt, and the next tokens that change when it is taken away."""
+        self.cache.range_of(latent)
+        found = ablate(self.model, self.tokenizer, self.sae, prompt, latent).as_dict()
+        positions = sorted(found["positions"], key=lambda position: -position["activation"])
+        return {**found, "positions": positions[:ABLATED_SHOWN], "n_active": len(positions)}
+
+    # --- explanations ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _work(self) -> Work:
+        config = AutointerpConfig()
+        latents = list(range(self.cache.manifest.d_sae))
+        sizes = {"width": config.width, "n_examples": config.n_examples, "seed": config.seed}
+        return Work(self.cache, self.tokenizer, latents, self.sae, **sizes)
+
+    def explain(self, latent: int) -> dict[str, Any]:
+        """Return the latent's rule, made now from the cache, and an LLM's explanation where an endpoint is given."""
+        self.cache.range_of(latent)
+        rule = next(e for e in self._work.explain(latent) if e.explainer == EXPLAINER)
+        found = [_shown(rule)]
+        if self.endpoint is not None and rule.status == "ok":
+            promoted = self._promoted(latent)
+            examples = latent_examples(self._work.negatives, latent, promoted=promoted)
+            found.append(_shown(self.endpoint.explain(examples, self.cache.folder / STORE_FILE)))
+        return {"latent": latent, "explanations": found}
+
+    def _promoted(self, latent: int) -> tuple[str, ...]:
+        strings, ids = self._work.places.strings, self.cache.statistics["promoted_ids"][latent]
+        return tuple(strings[token].strip() for token in np.asarray(ids).tolist() if token < len(strings))
+
+
+def _top(mine: dict[int, float]) -> list[tuple[int, float]]:
+    best = sorted(mine.items(), key=lambda item: (-item[1], item[0]))[:PER_TOKEN]
+    return [(latent, rounded(value)) for latent, value in best]
+
+
+def _shown(explanation: Explanation) -> dict[str, Any]:
+    rule = explanation.rule or {}
+    return {
+        "explainer": explanation.explainer,
+        "kind": explanation.kind,
+        "status": explanation.status,
+        "text_it": explanation.text_it,
+        "text_en": explanation.text_en,
+        **{name: rounded(rule[name]) if name in rule else None for name in ("precision", "recall")},
+        "problem": (explanation.notes or {}).get("problem"),
+    }
+
+
+# --- arguments that come from outside ------------------------------------------------------------------------------------
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is not a text.")
+    if len(value) > MAX_LETTERS:
+        raise UsageError(f"{name} has {len(value):,} characters; at most {MAX_LETTERS:,} are taken.")
+    if not value.strip():
+        raise UsageError(f"{name} is empty. Type some text.")
+    return storable(value)
+
+
+def _latent(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{name} is {str(value)[:40]!r}; the number of a latent was expected.")
+    return value
+
+
+def _strengths(name: str, value: Any) -> list[float]:
+    numbers = isinstance(value, list) and all(isinstance(s, int | float) and not isinstance(s, bool) for s in value)
+    if not numbers or not 1 <= len(value) <= MAX_STRENGTHS or any(not abs(s) <= LARGEST_STRENGTH for s in value):
+        raise UsageError(
+            f"{name}: 1 to {MAX_STRENGTHS} numbers between -{LARGEST_STRENGTH:g} and {LARGEST_STRENGTH:g}."
+        )
+    return [float(s) for s in value]
+
+
+CALLS: dict[str, dict[str, Callable[[str, Any], Any]]] = {
+    "tokens": {"sentence": _text},
+    "steer": {"latent": _latent, "prompt": _text, "strengths": _strengths},
+    "ablate": {"latent": _latent, "prompt": _text},
+    "explain": {"latent": _latent},
+}
+
+
+def open_with_live(
+    cache: FeatureCache, tokenizer: Any, *, endpoint: Endpoint | None = None, **weights: Any
+) -> tuple[LatentSource, Live | None]:
+    """Return a cache's records and its live work, None where its SAE or its model is not at hand.
+
+    `weights` are `sae` and `model` where the caller holds them already.
+    """
+    if "sae" not in weights:
+        weights = loaded(cache)
+    source = open_source(cache, tokenizer, **weights)
+    if weights.get("sae") is None or weights.get("model") is None:
+        return source, None
+    return source, Live(cache, weights["sae"], weights["model"], endpoint)

@@ -1,0 +1,159 @@
+"""The routes: the page, its modules, the records of the cache, and live work.
+
+    GET  /                     the page
+    GET  /assets/<name>        its modules and its style: the files of static/, read once; no path leads to any other
+    GET  /api/run, /api/rows   the run, and the list by column
+    GET  /api/card/<latent>    one latent
+    POST /api/live/<work>      tokens, steer, ablate, explain: JSON in, JSON out
+
+Errors are {error_it, error_en}: 400 malformed, 403 and 421 not from here, 404, 408, 409 the cache was replaced, 413, 415,
+422 an argument, 503 too much at once, 504 too slow.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib import resources
+from string import Template
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from sae_italian.browser.bundle import static_text, style
+from sae_italian.browser.live import CALLS, Live
+from sae_italian.browser.schema import check_card, check_rows, check_run
+from sae_italian.browser.server.guard import LOOPBACK, Guard, Refused, as_json, read_json_body
+from sae_italian.browser.server.watch import Watch, stamp
+from sae_italian.browser.server.work import Worker
+from sae_italian.browser.source import LatentSource
+from sae_italian.errors import SaeItalianError
+
+KINDS = {".js": "text/javascript", ".css": "text/css"}
+
+
+def create_app(
+    source: LatentSource, live: Live | None = None, *, hosts: frozenset[str] = LOOPBACK, seconds: float = 60.0
+) -> Guard:
+    """Return the server of one cache, to be run on loopback. `seconds` is the longest that live work may take."""
+    server = Server(source, live, seconds)
+    routes = [
+        Route("/", server.page),
+        Route("/assets/{name}", server.asset),
+        Route("/api/run", server.run),
+        Route("/api/rows", server.rows),
+        Route("/api/card/{latent}", server.card),
+        Route("/api/live/{work}", server.work, methods=["POST"]),
+    ]
+    handlers: Any = {
+        Refused: lambda _, error: error.response(),
+        SaeItalianError: lambda _, error: as_json(_both(str(error)), 422),
+        HTTPException: lambda _, error: as_json(_both(error.detail), error.status_code),
+        Exception: lambda _, error: as_json(_both(f"a defect of ours: {type(error).__name__}"), 500),
+    }
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=server.lifespan)
+    return Guard(app, hosts)  # outside of everything, so that a defect's answer has its headers too
+
+
+def _both(message: str) -> dict[str, str]:
+    line = " ".join(message.split())[:1000]
+    return {"error_it": line, "error_en": line}
+
+
+class Server:
+    """What the routes share. Records are made in one thread and live work is done in another, so neither waits."""
+
+    def __init__(self, source: LatentSource, live: Live | None, seconds: float):
+        self.source, self.live = source, live
+        self.watch = Watch(source.cache.folder)
+        self.reader = Worker("reader", waiting=1024, seconds=60.0)
+        self.worker = Worker("live", waiting=128, seconds=seconds)
+        self.assets = {
+            item.name: (static_text(item.name).encode(), KINDS[ending])
+            for item in (resources.files("sae_italian.browser") / "static").iterdir()
+            if (ending := "." + item.name.rpartition(".")[2]) in KINDS
+        }
+        self.assets["app.css"] = (style().encode(), KINDS[".css"])
+        self._rows: tuple[Any, Response] | None = None
+
+    @asynccontextmanager
+    async def lifespan(self, _: Starlette):
+        yield
+        self.worker.close()
+        self.reader.close()
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    async def page(self, _: Request) -> Response:
+        run = self.source.run()
+        facts = {key: html.escape(str(run[key])) for key in ("title", "model", "sae", "corpus")}
+        text = Template(static_text("served.html")).substitute(facts)
+        return Response(text.encode("utf-8", "replace"), media_type="text/html; charset=utf-8")
+
+    async def asset(self, request: Request) -> Response:
+        found = self.assets.get(request.path_params["name"])
+        if found is None:
+            raise Refused(404, "Non c'è nessun file con questo nome.", "There is no file of that name.")
+        return Response(found[0], media_type=found[1])
+
+    # --- records -----------------------------------------------------------------------------------------------------
+
+    async def run(self, _: Request) -> Response:
+        live = {"works": list(CALLS), "llm": self.live.endpoint is not None} if self.live else None
+        return await self._read(lambda: as_json({"run": check_run(self.source.run()), "live": live}))
+
+    async def rows(self, _: Request) -> Response:
+        return await self._read(self._all_rows)
+
+    def _all_rows(self) -> Response:
+        """Return the list, made once and again when explanations or scores were stored since."""
+        now = stamp(self.source.store_path) if self.source.store_path else None
+        if self._rows is None or self._rows[0] != now:
+            if self._rows is not None:
+                self.source.refresh()
+            self._rows = now, as_json(check_rows(self.source.rows()))
+        return self._rows[1]
+
+    async def card(self, request: Request) -> Response:
+        given = request.path_params["latent"]
+        if not (given.isascii() and given.isdigit() and len(given) < 10):
+            raise Refused(404, "Un latente è un numero.", "A latent is a number.")
+        if int(given) >= self.source.d_sae:
+            raise Refused(404, f"Non c'è il latente {given}.", f"There is no latent {given}.")
+        return await self._read(lambda: as_json(check_card(self.source.card(int(given)))))
+
+    async def _read(self, make: Callable[[], Response]) -> Response:
+        return await self._while_it_lasts(partial(self.reader, make))
+
+    async def _while_it_lasts(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Do some work on the cache; what fails because the cache was replaced meanwhile is said to be that."""
+        self.watch.check()
+        try:
+            return await work()
+        except Refused:
+            raise
+        except Exception:
+            self.watch.check()
+            raise
+
+    # --- live work ---------------------------------------------------------------------------------------------------
+
+    async def work(self, request: Request) -> Response:
+        name = request.path_params["work"]
+        if name not in CALLS:
+            raise Refused(404, f"Lavoro sconosciuto. Ci sono: {', '.join(CALLS)}.", f"There are: {', '.join(CALLS)}.")
+        if self.live is None:
+            raise Refused(
+                404,
+                "Nessun lavoro dal vivo: la SAE o il modello di questa cache non sono su questa macchina.",
+                "No live work: this cache's SAE or its model is not on this machine.",
+            )
+        arguments = await read_json_body(request)
+        found = await self._while_it_lasts(partial(self.worker, self.live.call, name, arguments))
+        return as_json(found)

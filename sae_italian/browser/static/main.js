@@ -1,0 +1,240 @@
+// The browser of latents in one element, for every host: a folder on disk, a server, a notebook.
+//
+//   mount(element, source, options) -> { go(route), destroy() }
+//
+// source:  async run() -> RunRecord; async rows() -> { latent: [...], density: [...], ... } (RowRecord by column);
+//          async card(latent) -> CardRecord or null; async compare() -> null or { name, source, matches() } (optional);
+//          live (optional): { tokens(sentence), steer({ latent, prompt, strengths }), ablate({ latent, prompt }),
+//          explain({ latent }) }, which live.js shows: mountLive(element, live, context), context.latent null on the
+//          list's page; context.open(latent) opens a card; a function that it returns is called before it is removed.
+// options: routing "hash" (the page's address, the default) or "memory" (a notebook's output); latent to open first;
+//          permalink(latent) -> address to copy (default: this page's with #latent=N).
+import { currentTheme, h, keyHelp, makeContext, preferredLanguage, preferredTheme, prefs, rowsOf, setTheme, svg, text } from "./base.js";
+import { renderCard } from "./card.js";
+import { compareView } from "./compare.js";
+import { overviewPage } from "./home.js";
+import { hashRouter, memoryRouter } from "./router.js";
+import { selectState } from "./select.js";
+
+const LANGUAGES = [["it", "Italiano"], ["en", "English"]];
+
+export async function mount(element, source, options = {}) {
+  const app = new App(element, source, options);
+  await app.start();
+  return { go: (route) => app.router.go(route), destroy: () => app.destroy() };
+}
+
+class App {
+  constructor(element, source, options) {
+    Object.assign(this, { root: element, source, options, lang: preferredLanguage(), rows: [], leaving: [] });
+    this.state = { list: selectState(), gold: { sort: "f1", descending: true, open: false }, width: prefs.get("width") || "passage" };
+    element.classList.add("sae-italian");
+    const theme = preferredTheme();
+    if (theme) setTheme(element, theme);
+    this.router = options.routing === "memory" ? memoryRouter(element) : hashRouter();
+    this.onKey = (event) => this.key(event);
+  }
+
+  async start() {
+    const ctx = this.context();
+    this.root.replaceChildren(h("p", { class: "notice", role: "status" }, ctx.t("loading")));
+    try {
+      const [run, columns] = await Promise.all([this.source.run(), this.source.rows()]);
+      this.run = run;
+      this.rows = rowsOf(columns);
+      this.byLatent = new Map(this.rows.map((row) => [row.latent, row]));
+      this.compare = (await this.source.compare?.()) || null;
+    } catch (error) {
+      this.root.replaceChildren(failure(ctx, error));
+      return;
+    }
+    if (this.options.latent !== undefined && !this.router.current()) this.router.go("latent=" + this.options.latent);
+    this.render();
+    this.stop = this.router.watch(() => this.route());
+    (this.options.routing === "memory" ? this.root : document).addEventListener("keydown", this.onKey);
+  }
+
+  destroy() {
+    this.leave();
+    this.stop?.();
+    this.root.removeEventListener("keydown", this.onKey);
+    document.removeEventListener("keydown", this.onKey);
+    this.root.replaceChildren();
+  }
+
+  context() {
+    const open = (latent) => this.router.go("latent=" + latent);
+    const permalink = this.options.permalink || ((latent) => window.location.href.split("#")[0] + "#latent=" + latent);
+    const row = (latent) => this.byLatent?.get(latent);
+    return makeContext(this.lang, { root: this.root, run: this.run, open, permalink, row, state: this.state });
+  }
+
+  // --- the bar at the top ---
+  languageSwitch(ctx) {
+    return h("div", { class: "switch", role: "group", "aria-label": ctx.t("language") }, LANGUAGES.map(([lang, name]) =>
+      h("button", { type: "button", lang, "data-lang": lang, "aria-pressed": String(this.lang === lang), "aria-label": name, onclick: () => this.setLanguage(lang) }, lang.toUpperCase())));
+  }
+
+  themeButton(ctx) {
+    const other = currentTheme(this.root) === "dark" ? "light" : "dark";
+    const icon = svg("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" },
+      svg("circle", { cx: 8, cy: 8, r: 6, fill: "none", stroke: "currentColor", "stroke-width": 1.5 }), svg("path", { d: "M8 2a6 6 0 0 1 0 12z", fill: "currentColor" }));
+    return h("button", { type: "button", class: "icon theme", "aria-label": ctx.t("theme." + other), title: ctx.t("theme." + other), onclick: (event) => {
+      setTheme(this.root, other);
+      prefs.set("theme", other);
+      event.currentTarget.replaceWith(this.themeButton(ctx));
+      this.root.querySelector(".theme").focus();
+    } }, icon);
+  }
+
+  topBar(ctx) {
+    const skip = (event) => {
+      event.preventDefault();
+      const visible = this.router.current() ? this.root.querySelector("h1[tabindex]") : this.root.querySelector(".list");
+      visible?.focus();
+    };
+    return h("div", { class: "top" }, h("a", { class: "skip", href: "#", onclick: skip }, ctx.t("skip")),
+      h("a", { class: "brand", href: "#" }, h("span", { class: "logo", "aria-hidden": "true" }), ctx.t("brand")),
+      h("span", { class: "where muted" }, text(this.run.sae)), this.languageSwitch(ctx), this.themeButton(ctx));
+  }
+
+  // --- views ---
+  render() {
+    this.leave();
+    const ctx = (this.ctx = this.context());
+    this.root.lang = this.lang;
+    if (this.options.routing !== "memory") document.documentElement.lang = this.lang;
+    this.home = overviewPage(ctx, this.run, this.rows);
+    this.card = h("main", { class: "page card-page", hidden: true });
+    this.root.replaceChildren(this.topBar(ctx), this.home.element, this.card);
+    this.live(this.home.live, null);
+    this.route();
+    this.home.later();
+  }
+
+  async live(holder, latent) {
+    if (!this.source.live || !holder) return;
+    const { mountLive } = await import("./live.js");
+    if (!holder.isConnected) return;
+    holder.hidden = false;
+    const undo = mountLive(holder, this.source.live, { ...this.ctx, latent });
+    if (undo) this.leaving.push([holder, undo]);
+  }
+
+  leave(inside = this.root) {
+    this.leaving = this.leaving.filter(([holder, undo]) => !inside.contains(holder) || undo());
+  }
+
+  latentOf(route) {
+    const match = /(?:^|&)latent=(\d+)(?:&|$)/.exec(route);
+    return match ? Number(match[1]) : null;
+  }
+
+  route() {
+    const latent = this.latentOf(this.router.current());
+    const list = this.home.element;
+    const wasCard = !this.card.hidden;
+    if (latent !== null && !list.hidden) this.scroll = window.scrollY;
+    list.hidden = latent !== null;
+    this.card.hidden = latent === null;
+    if (this.options.routing !== "memory") document.title = (latent === null ? "" : `${this.ctx.t("latent")} ${latent} · `) + this.run.title;
+    if (latent !== null) return this.showCard(latent);
+    this.leave(this.card);
+    this.card.replaceChildren();
+    if (!wasCard) return undefined;
+    if (this.options.routing !== "memory") window.scrollTo(0, this.scroll || 0);
+    if (this.shown !== undefined) this.home.list.selectLatent(this.shown);
+    if (this.toSearch) this.home.list.search.focus();
+    this.toSearch = false;
+    return undefined;
+  }
+
+  // Next and previous follow the list as it is filtered and sorted; a latent outside it follows the whole folder.
+  neighbours(latent) {
+    let order = this.home.list.current();
+    let at = order.findIndex((row) => row.latent === latent);
+    if (at < 0) [order, at] = [this.rows, this.rows.findIndex((row) => row.latent === latent)];
+    return { at, n: order.length, previous: order[at - 1], next: order[at + 1] };
+  }
+
+  cardNav(latent) {
+    const ctx = this.ctx;
+    const { at, n, previous, next } = this.neighbours(latent);
+    const step = (row, key, rel, label) => row
+      ? h("a", { class: "step", rel, href: ctx.href(row.latent), "aria-label": ctx.t(key) + ": " + row.latent }, label)
+      : h("span", { class: "step off", "aria-hidden": "true" }, label);
+    return h("nav", { class: "card-nav", "aria-label": ctx.t("latents") },
+      h("a", { class: "back", href: "#" }, "← " + ctx.t("back")),
+      h("span", { class: "muted where-at" }, ctx.t("position", { i: ctx.integer(at + 1), n: ctx.integer(n) })),
+      step(previous, "previous", "prev", "‹ " + ctx.t("previous")), step(next, "next", "next", ctx.t("next") + " ›"));
+  }
+
+  async showCard(latent) {
+    const ctx = this.ctx;
+    const row = this.byLatent.get(latent);
+    this.shown = latent;
+    this.leave(this.card);
+    const back = h("a", { class: "back", href: "#" }, "← " + ctx.t("back"));
+    if (!row) return this.card.replaceChildren(back, notice(ctx.t("no.latent", { latent })));
+    let content;
+    try {
+      content = renderCard(ctx, row, await this.source.card(latent));
+    } catch (error) {
+      content = failure(ctx, error);
+    }
+    if (this.latentOf(this.router.current()) !== latent || ctx !== this.ctx) return undefined; // overtaken by the next key
+    const live = h("section", { class: "panel live", hidden: true });
+    const match = this.compare && compareView(ctx, this.compare, row);
+    this.card.replaceChildren(this.cardNav(latent), content, live, ...(match ? [match] : []), keyHelp(ctx));
+    this.live(live, latent);
+    this.card.querySelector("h1")?.focus({ preventScroll: true });
+    if (this.options.routing !== "memory") window.scrollTo(0, 0);
+    return undefined;
+  }
+
+  setLanguage(lang) {
+    this.lang = lang;
+    prefs.set("lang", lang);
+    this.render();
+    this.root.querySelector(`[data-lang="${lang}"]`).focus();
+  }
+
+  // --- keys ---
+  stepList(by) {
+    const fresh = !document.activeElement?.closest?.(".latents");
+    this.home.list.select(fresh ? Math.max(0, this.state.list.selected) : this.state.list.selected + by);
+  }
+
+  stepCard(by) {
+    const { previous, next } = this.neighbours(this.latentOf(this.router.current()));
+    const row = by > 0 ? next : previous;
+    if (row) this.router.go("latent=" + row.latent);
+  }
+
+  actions() {
+    const { list } = this.home;
+    const go = (route) => this.router.go(route);
+    if (this.latentOf(this.router.current()) === null) {
+      return { j: () => this.stepList(1), k: () => this.stepList(-1), Escape: () => list.clear(), "/": () => { list.search.focus(); list.search.select(); } };
+    }
+    return { j: () => this.stepCard(1), k: () => this.stepCard(-1), Escape: () => go(""), "/": () => { this.toSearch = true; go(""); } };
+  }
+
+  key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return undefined;
+    const writing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
+    if (writing && event.key === "Escape") {
+      event.preventDefault(); // the browser would empty the box without telling anyone
+      return event.target.blur();
+    }
+    if (writing && event.target === this.home.list.search && event.key === "Enter") return this.home.list.openSelected();
+    const action = !writing && this.actions()[event.key];
+    if (!action) return undefined;
+    event.preventDefault();
+    return action();
+  }
+}
+
+const notice = (message) => h("p", { class: "notice", role: "alert" }, message);
+// A source may say in both languages what is wrong and what to do; else it is a file that cannot be read.
+const failure = (ctx, error) => notice(error.said?.[ctx.lang] || ctx.t("load.failed", { file: error.message }));

@@ -1,0 +1,276 @@
+"""Exports for Neuronpedia, read back: true text, the cache's numbers, and files that its importer takes whole."""
+
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from sae_italian.autointerp.run import STORE_FILE
+from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.browser.exports import export, neuronpedia_batch, neuronpedia_bulk
+from sae_italian.browser.exports.fields import columns
+from sae_italian.cache import FeatureCache
+from sae_italian.cache.lens import final_gain
+from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.errors import DataError, UsageError
+
+from .conftest import LATENTS
+
+WANTED = range(LATENTS[0], LATENTS[1] + 1)
+
+
+def features(export):
+    return [row for _, batch in neuronpedia_batch.read(export.folder) for row in batch["features"]]
+
+
+def lines(export, name):
+    return [row for file in sorted((export.folder / name).iterdir()) for row in neuronpedia_bulk.read(file)]
+
+
+def live(cache):
+    return next(i for i in WANTED if cache.statistics["count"][i] > 200)
+
+
+# --- the batch JSON ------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_holds_every_latent_with_every_field(batch, cache):
+    rows = features(batch)
+    assert [row["feature_index"] for row in rows] == list(WANTED)
+    assert batch.rows["batch_feature"] == len(WANTED) and batch.lost == []
+    assert all(list(row) == columns("batch_feature") for row in rows)
+    for row in rows:
+        statistics = cache.latent(row["feature_index"]).statistics
+        assert row["frac_nonzero"] == pytest.approx(statistics["density"], rel=1e-5)
+        assert sum(row["freq_hist_data_bar_heights"]) == statistics["count"]  # of non-zero activations only
+        assert row["pos_values"] == pytest.approx(statistics["promoted_values"], rel=1e-5)
+        assert len(row["logits_hist_data_bar_heights"]) == 50
+
+
+def test_passages_are_true_text_with_the_caches_activations(batch, cache):
+    texts = [cache.document(i).text for i in range(cache.n_documents)]
+    row = next(row for row in features(batch) if row["feature_index"] == live(cache))
+    value = cache.latent(live(cache)).value
+    top = [p for p in row["activations"] if p["bin_min"] == -1]
+    assert top[0]["values"][top[0]["qualifying_token_index"]] == pytest.approx(value.max(), rel=1e-5)
+    seen = set()
+    for passage in row["activations"]:
+        text = "".join(passage["tokens"])
+        assert any(text in document for document in texts) and all(passage["tokens"])
+        assert text not in seen  # nothing is shown twice
+        seen.add(text)
+
+
+def test_intervals_hold_no_zeros_and_their_shares_add_up_to_the_density(batch, cache):
+    for row in features(batch):
+        bins = {(p["bin_min"], p["bin_max"]): p["bin_contains"] for p in row["activations"] if p["bin_min"] >= 0}
+        for passage in row["activations"]:
+            value = passage["values"][passage["qualifying_token_index"]]
+            if passage["bin_min"] >= 0:
+                assert passage["bin_min"] * 0.999 <= value <= passage["bin_max"] * 1.001 and value > 0
+        assert sum(bins.values()) <= row["frac_nonzero"] * 1.001
+    row = next(row for row in features(batch) if row["feature_index"] == live(cache))
+    value = cache.latent(live(cache)).value
+    edges = np.linspace(0, value.max(), 6)
+    counts = [((value > lo) & (value <= hi)).sum() for lo, hi in zip(edges, edges[1:], strict=False)]
+    n = int((cache.doc != NO_DOCUMENT).sum())
+    for passage in row["activations"]:
+        if passage["bin_min"] >= 0:
+            at = int(np.argmin(np.abs(edges - passage["bin_min"])))
+            assert passage["bin_contains"] == pytest.approx(counts[at] / n, rel=1e-4)
+
+
+def test_tables_agree_with_dense_arithmetic(batch, cache, sae, mini):
+    latent = live(cache)
+    row = next(row for row in features(batch) if row["feature_index"] == latent)
+    counted = np.flatnonzero(cache.doc != NO_DOCUMENT)
+    dense = np.zeros((cache.manifest.d_sae, cache.n_positions))
+    for other in range(cache.manifest.d_sae):
+        position, value = cache.latent(other)
+        dense[other, position] = value
+    dense = dense[:, counted]
+    for other, cosine, pearson in zip(
+        row["correlated_features_indices"],
+        row["correlated_features_l1"],
+        row["correlated_features_pearson"],
+        strict=True,
+    ):
+        a, b = dense[latent], dense[other]
+        assert cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-4)
+        assert pearson == pytest.approx(np.corrcoef(a, b)[0, 1], rel=1e-4)
+    direction = sae.W_dec[latent].detach().numpy()
+    assert row["neuron_alignment_indices"] == np.argsort(-direction)[:3].tolist()
+    logits = mini.get_output_embeddings().weight.detach().numpy() @ (direction * final_gain(mini).detach().numpy())
+    assert row["logits_hist_data_bar_values"][0] == pytest.approx(
+        logits.min() + (logits.max() - logits.min()) / 100, rel=1e-3
+    )
+    assert sum(row["logits_hist_data_bar_heights"]) == len(logits)
+
+
+def test_neurons_are_correlated_over_the_whole_vocabulary_of_dimensions(batch, cache, mini):
+    import torch
+
+    from sae_italian.models.activations import read_activations
+
+    latent = live(cache)
+    row = next(row for row in features(batch) if row["feature_index"] == latent)
+    shard = cache.shard_tokens(0)
+    tokens = torch.from_numpy(shard["tokens"].astype(np.int64)).reshape(-1, cache.manifest.context_size)
+    x = read_activations(mini, tokens, cache.manifest.hook_name).flatten(0, 1).numpy()
+    f = np.zeros(len(x))
+    position, value = cache.latent(latent)
+    inside = position < len(x)
+    f[position[inside]] = value[inside]
+    keep = shard["doc"] != NO_DOCUMENT
+    pearson = np.array([np.corrcoef(x[keep, j], f[keep])[0, 1] for j in range(x.shape[1])])
+    assert row["correlated_neurons_indices"] == np.argsort(-pearson)[:3].tolist()
+    assert row["correlated_neurons_pearson"] == pytest.approx(np.sort(pearson)[::-1][:3].tolist(), rel=1e-3)
+
+
+# --- the bulk-import folder ------------------------------------------------------------------------------------------------
+
+
+def test_every_line_has_the_same_keys_and_ids_are_unique(bulk, cache):
+    for name, table in neuronpedia_bulk.MANY.items():
+        rows = lines(bulk, name)
+        assert rows and all(list(row) == columns(table) for row in rows)
+        if name != "features":
+            assert len({row["id"] for row in rows}) == len(rows)
+    for row in lines(bulk, "features"):
+        statistics = cache.latent(int(row["index"])).statistics
+        assert row["sourceSetName"] == "res-it-256" and row["layer"] == "1-res-it-256"
+        assert row["topkCosSimIndices"] == statistics["decoder_ids"] and len(row["topkCosSimValues"]) == 10
+        assert row["hookName"] == cache.manifest.hook_name
+        assert row["maxActApprox"] == pytest.approx(statistics["max"], rel=1e-5)
+
+
+def test_explanations_come_in_both_languages_with_their_score(bulk, cache):
+    with Store(cache.folder / STORE_FILE, {}) as store:
+        known = {i: e for i, (_, e) in store.explanations("rules").items() if e.status == "ok" and i in WANTED}
+    rows = lines(bulk, "explanations")
+    assert known and {(int(row["index"]), row["description"]) for row in rows} == {
+        (i, text) for i, e in known.items() for text in (e.text_it, e.text_en)
+    }
+    notes = [json.loads(row["notes"]) for row in rows]
+    assert {note["language"] for note in notes} == {"it", "en"}
+    assert all(0 <= note["detection_balanced_accuracy"] <= 1 for note in notes)
+
+
+def test_the_same_cache_gives_the_same_rows_and_a_stopped_export_goes_on(bulk, cache, sae, mini, tmp_path):
+    arguments = (cache, mini.tokenizer, tmp_path / "again", "neuronpedia-bulk")
+    options = {"sae": sae, "model": mini, "latents": LATENTS}
+    again = export(*arguments, **options)
+    first = lines(again, "activations")
+    ids = [row["id"] for row in lines(bulk, "activations")]
+    assert [row["id"] for row in first] == ids
+    for name in ("features", "explanations"):
+        shutil.rmtree(again.folder / name)
+    with pytest.raises(UsageError, match="--resume"):
+        export(*arguments, **options)
+    assert lines(export(*arguments, **options, resume=True), "activations") == first
+
+
+def damage(folder, name, change):
+    """Rewrite the first file of a table with `change` applied to its rows."""
+    file = folder / name / "batch-0.jsonl.gz"
+    rows = list(neuronpedia_bulk.read(file))
+    change(rows)
+    with gzip.open(file, "wt", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("features", lambda rows: rows[3].pop("umap_x"), "umap_x"),
+        ("features", lambda rows: rows[3].update(maxActApprox=None), "maxActApprox"),
+        ("features", lambda rows: rows[3].update(index=rows[2]["index"]), "twice"),
+        ("features", lambda rows: rows[3].update(sourceSetName="another"), "sourceSetName"),
+        ("features", lambda rows: rows[3]["pos_values"].reverse(), "pos_values"),
+        ("features", lambda rows: rows[3]["topkCosSimIndices"].pop(), "equal"),
+        ("features", lambda rows: rows[3].update(frac_nonzero=1.5), "frac_nonzero"),
+        ("activations", lambda rows: rows[1].update(id=rows[0]["id"]), "twice"),
+        ("activations", lambda rows: rows[1]["values"].pop(), "equal"),
+        ("activations", lambda rows: rows[1].update(values=[0.0] * len(rows[1]["values"])), "silent"),
+        ("activations", lambda rows: rows[1].update(maxValue=rows[1]["maxValue"] + 1), "maxValue"),
+        ("activations", lambda rows: rows[1].update(maxValueTokenIndex=2**31), "int"),
+        ("activations", lambda rows: rows[1]["tokens"].__setitem__(0, "a\x00"), "NUL"),
+        ("activations", lambda rows: rows.clear(), "no passage"),
+        ("explanations", lambda rows: rows[0].update(index="9999"), "9999"),
+        ("explanations", lambda rows: rows[0].update(modelId="another"), "not the source"),
+    ],
+)
+def test_what_does_not_fit_is_refused(bulk, tmp_path, name, change, message):
+    folder = shutil.copytree(bulk.folder, tmp_path / "copy")
+    damage(folder, name, change)
+    with pytest.raises(DataError, match=message):
+        neuronpedia_bulk.check(folder)
+
+
+def test_mangled_strings_and_broken_links_are_refused(bulk, tmp_path):
+    folder = shutil.copytree(bulk.folder, tmp_path / "copy")
+
+    def mangle(rows):
+        for row in rows:
+            row["tokens"] = [token.encode().decode("cp1252", "replace") for token in row["tokens"]]
+
+    damage(folder, "activations", mangle)
+    with pytest.raises(DataError, match="mangled"):
+        neuronpedia_bulk.check(folder)
+    folder = shutil.copytree(bulk.folder, tmp_path / "links")
+    source = json.loads((folder / "source.jsonl").read_text(encoding="utf-8"))
+    (folder / "source.jsonl").write_text(json.dumps({**source, "setName": "another"}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"source\.setName"):
+        neuronpedia_bulk.check(folder)
+
+
+def test_an_explanation_of_5000_letters_and_one_by_an_llm_are_there_whole(cache, mini, tmp_path):
+    folder = shutil.copytree(cache.folder, tmp_path / "cache")
+    long = "«perché», " * 500
+    with Store(folder / STORE_FILE, {}) as store:
+        latent = next(i for i in range(256) if i not in store.explained("llm:prova:it"))
+        store.add_explanations([Explanation(latent, "llm:prova:it", "ok", long, "", None, "llm")])
+    done = export(
+        FeatureCache.open(folder), mini.tokenizer, tmp_path / "out", "neuronpedia-bulk", latents=(latent, latent)
+    )
+    rows = [row for row in lines(done, "explanations") if "llm:prova:it" in row["notes"]]
+    assert [row["description"] for row in rows] == [long] and json.loads(rows[0]["notes"])["language"] == "it"
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_nasty_corpus_without_explanations_or_weights_goes_through(nasty, mini, tmp_path):
+    done = export(nasty, mini.tokenizer, tmp_path / "out", "neuronpedia-bulk", latents=(0, 19))
+    assert done.rows["neuron"] == 20 and "explanation" not in done.rows and done.lost
+    text = "\n".join("".join(row["tokens"]) for row in lines(done, "activations"))
+    assert "<script>" in text and "perché" in text and "🙂" in text and "\x00" not in text
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ({"model": "Minerva 1B"}, "--model-id"),
+        ({"source_set": "neurons"}, "--set"),
+        ({"source_set": "res--it"}, "--set"),
+        ({"suffix": "à"}, "--suffix"),
+    ],
+)
+def test_names_that_neuronpedia_refuses_are_refused_before_anything_is_written(cache, mini, tmp_path, names, message):
+    with pytest.raises(UsageError, match=message):
+        export(cache, mini.tokenizer, tmp_path / "out", "neuronpedia", names=names)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_formats_latents_and_foreign_folders(cache, mini, tmp_path):
+    with pytest.raises(UsageError, match="neuronpedia"):
+        export(cache, mini.tokenizer, tmp_path / "out", "neuropedia")
+    with pytest.raises(UsageError, match="latents 0 to 255"):
+        export(cache, mini.tokenizer, tmp_path / "out", "neuronpedia", latents=(0, 256))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "tesi.txt").write_text("mia")
+    with pytest.raises(UsageError, match="not empty"):
+        export(cache, mini.tokenizer, tmp_path / "mine", "neuronpedia", latents=(0, 3))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["tesi.txt"]

@@ -1,0 +1,228 @@
+"""The served page and the widget in a real browser: live work, nasty texts, nothing asked of anybody else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sae_italian.browser.live import open_with_live
+from sae_italian.browser.server.app import create_app
+from sae_italian.browser.widget import answer
+from sae_italian.cache import FeatureCache
+from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
+from tests.browser.test_chromium import CHROMIUM, FLAGS, LOW_CONTRAST, NAMELESS
+
+from .running import running
+
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is absent: pip install 'sae-italian[dev]'")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is absent: apt-get install chromium")
+SENTENCE = "Le ragazze italiane hanno letto un libro."
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(opened) -> Iterator[str]:
+    with running(create_app(*opened)) as found:
+        yield found
+
+
+@pytest.fixture
+def tab(chromium: Any) -> Iterator[Any]:
+    """A fresh page in Italian that fails the test on any script error and on any request but to loopback."""
+    context = chromium.new_context(locale="it-IT", color_scheme="light", viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    troubles: list[str] = []
+    page.on("console", lambda message: troubles.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    ours = ("http://127.0.0.1:", "data:", "blob:")
+    page.on("request", lambda request: None if request.url.startswith(ours) else troubles.append(request.url))
+    page.troubles = troubles
+    yield page
+    context.close()
+    assert troubles == []
+
+
+def show(page: Any, address: str, latent: int | None = None) -> None:
+    page.goto(address + ("/" if latent is None else f"/#latent={latent}"))
+    page.wait_for_selector(".latents tbody th a" if latent is None else '[data-part="explain"]')
+    page.wait_for_selector('[data-part="sentence"]:visible')
+
+
+def work(page: Any, name: str, **fields: str) -> Any:
+    """Fill a form of live work, send it, wait for the end, and return its part of the page."""
+    part = page.locator(f'[data-part="{name}"]:visible')
+    for field, value in fields.items():
+        part.locator(f'[name="{field}"]').fill(value)
+    part.locator(".live-go").click()
+    page.wait_for_function(
+        "name => [...document.querySelectorAll(`[data-part='${name}']`)].some((part) => part.offsetParent && "
+        "part.querySelector('.live-status').textContent && !part.querySelector('.live-go').disabled)",
+        arg=name,
+    )
+    return part
+
+
+def test_a_sentences_latents_by_token_and_overall(tab: Any, address: str, live) -> None:
+    show(tab, address)
+    assert tab.locator("[data-part]:visible").count() == 1  # on the list's page only the sentence
+    part = work(tab, "sentence", sentence=SENTENCE)
+    expected = live.tokens(SENTENCE)
+    assert part.locator(".piece").count() == len(expected["tokens"])
+    assert part.locator(".live-strongest tbody tr:visible").count() == 10
+    part.locator(".live-strongest button").click()
+    strongest = [int(text) for text in part.locator(".live-strongest tbody th a").all_inner_texts()]
+    assert strongest == [one["latent"] for one in expected["strongest"]]
+    part.locator(".piece").nth(2).click()
+    shown = [int(text) for text in part.locator(".live-detail tbody th a").all_inner_texts()]
+    assert shown == [latent for latent, _ in expected["tokens"][2]["latents"]]
+    part.locator(".live-strongest tbody th a").first.click()
+    tab.wait_for_selector('[data-part="steer"]')
+    assert tab.inner_text(".card-page h1").endswith(f" {strongest[0]}")
+    part = work(tab, "sentence")  # the text is still there, now tinted by this latent
+    heats = part.locator(".piece").evaluate_all("nodes => nodes.map((node) => +node.style.getPropertyValue('--heat'))")
+    assert max(heats) == 1 and part.locator(".live-strongest tr.selected").count() == 1
+
+
+def test_steering_compares_continuations(tab: Any, address: str, live, active) -> None:
+    show(tab, address, active)
+    part = work(tab, "steer", prompt="La ragazza", strengths="-2; 4,5")
+    expected = live.call("steer", {"latent": active, "prompt": "La ragazza", "strengths": [-2, 4.5]})
+    written = part.locator(".written").all_inner_texts()
+    assert [" ".join(text.split()) for text in written] == [
+        " ".join(one["text"].split()) for one in (expected["unsteered"], *expected["steered"])
+    ]
+    assert part.locator("tbody th").all_inner_texts() == ["senza", "−2,00", "+4,50"]
+    part = work(tab, "steer", strengths="forte")
+    assert "da 1 a 6 numeri" in part.locator(".live-status").inner_text()
+    part = work(tab, "steer", strengths="1000")
+    assert "100" in part.locator(".live-status").inner_text()
+    tab.troubles[:] = [text for text in tab.troubles if "422" not in text]  # the browser logs a refusal
+
+
+def test_ablation_and_an_explanation_now(tab: Any, address: str, live) -> None:
+    latent = live.tokens("La ragazza legge")["strongest"][0]["latent"]
+    show(tab, address, latent)
+    part = work(tab, "ablate", prompt="La ragazza legge")
+    expected = live.call("ablate", {"latent": latent, "prompt": "La ragazza legge"})
+    assert part.locator("tbody tr").count() == expected["n_active"]
+    assert part.locator(".moves li").count() > 0
+    part = work(tab, "explain")
+    rule = live.explain(latent)["explanations"][0]
+    assert part.locator("[data-explainer=rule]").inner_text().startswith(rule["text_it"] or "Troppo poche")
+
+
+def test_keys_language_theme_and_a_narrow_screen(tab: Any, address: str, active) -> None:
+    show(tab, address, active)
+    field = tab.locator('[data-part="sentence"]:visible textarea')
+    field.fill("")
+    field.press_sequentially("jk/")
+    assert field.input_value() == "jk/" and tab.url.endswith(f"#latent={active}")
+    tab.click('[data-lang="en"]')
+    tab.wait_for_selector("text=Try this latent live")
+    tab.click(".theme")
+    for width in (1280, 360):
+        tab.set_viewport_size({"width": width, "height": 800})
+        work(tab, "sentence", sentence=SENTENCE)
+        wide = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 0, f"{wide} px too wide at {width}"
+    assert tab.evaluate(NAMELESS) == []
+    assert tab.evaluate(LOW_CONTRAST) == []
+
+
+@pytest.mark.parametrize("text", [SCRIPT, RTL, CONTROL, LONG_WORD[:10_000]], ids=["script", "rtl", "control", "long"])
+def test_nasty_texts_are_shown_and_harmless(tab: Any, nasty, text: str) -> None:
+    with running(create_app(*nasty)) as address:
+        show(tab, address)
+        part = work(tab, "sentence", sentence=text)
+        assert part.locator(".piece").count() > 3
+        part.locator(".piece").first.click()
+        latent = int(part.locator(".live-strongest tbody th a").first.inner_text())
+        show(tab, address, latent)
+        assert tab.locator(".context").count() > 0
+        assert tab.evaluate("window.harm") is None
+        assert tab.locator(".sae-italian script, .sae-italian img").count() == 0
+        assert tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+
+
+def test_a_replaced_cache_and_a_stopped_server_are_said_in_words(tab: Any, opened, tmp_path) -> None:
+    folder = shutil.copytree(opened[0].cache.folder, tmp_path / "cache")
+    source, _ = open_with_live(FeatureCache.open(folder), opened[1].tokenizer, sae=opened[1].sae, model=opened[1].model)
+    with running(create_app(source, opened[1])) as address:
+        show(tab, address)
+        manifest = folder / "manifest.json"
+        manifest.write_text(manifest.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        part = work(tab, "sentence", sentence="ciao")
+        assert "La cache è stata sostituita" in part.locator(".live-status").inner_text()
+        tab.goto(address + "/#latent=3")
+        tab.wait_for_selector(".card-page .notice:has-text('La cache è stata sostituita')")
+    part = work(tab, "sentence", sentence="ciao")
+    assert "Il server non risponde" in part.locator(".live-status").inner_text()
+    tab.troubles[:] = [text for text in tab.troubles if "409" not in text and "ERR_CONNECTION" not in text]
+
+
+def test_without_live_work_the_page_is_the_static_one(tab: Any, opened) -> None:
+    with running(create_app(opened[0])) as address:
+        tab.goto(address)
+        tab.wait_for_selector(".latents tbody th a")
+        assert tab.locator("[data-part]").count() == 0
+        tab.fill("#search" if tab.locator("#search").count() else "input[type=search]", "a")
+
+
+# --- the widget ------------------------------------------------------------------------------------------------------------
+
+HOST = """async ({ esm, css, state }) => {
+  document.head.append(Object.assign(document.createElement("style"), { textContent: css }));
+  const module = await import(URL.createObjectURL(new Blob([esm], { type: "text/javascript" })));
+  const handlers = new Set();
+  const model = {
+    get: (name) => state[name],
+    on: (_, handler) => handlers.add(handler),
+    off: (_, handler) => handlers.delete(handler),
+    send: async (message) => {
+      const reply = JSON.parse(await window.kernel(JSON.stringify(message)));
+      for (const handler of handlers) handler(reply);
+    },
+  };
+  const el = document.body.appendChild(document.createElement("div"));
+  window.undo = await module.default.render({ model, el });
+}"""
+
+
+def test_the_widget_shows_a_card_and_works_live_by_messages(tab: Any, opened, active) -> None:
+    pytest.importorskip("anywidget", reason="needs the notebook extra")
+    from sae_italian.browser.widget import widget_class
+
+    kind = widget_class()
+
+    def kernel(text: str) -> str:
+        message = json.loads(text)
+        try:
+            return json.dumps({"id": message["id"], "value": answer(*opened, message["name"], message["argument"])})
+        except Exception as error:
+            return json.dumps({"id": message["id"], "error": str(error)})
+
+    tab.expose_function("kernel", kernel)
+    state = {"latent": active, "has_live": True, "has_llm": False, "permalink": "show('cache', latent=LATENT)"}
+    tab.evaluate(HOST, {"esm": str(kind._esm), "css": str(kind._css), "state": state})
+    tab.wait_for_selector('[data-part="steer"]')
+    assert tab.inner_text(".card-page h1").endswith(f" {active}")
+    part = work(tab, "sentence", sentence=SENTENCE)
+    assert part.locator(".piece").count() == len(opened[1].tokens(SENTENCE)["tokens"])
+    part = work(tab, "steer", prompt="La", strengths="1e9")
+    assert "100" in part.locator(".live-status").inner_text()
+    tab.locator(".card-page .back").click()
+    tab.wait_for_selector(".latents tbody th a")
+    tab.evaluate("window.undo()")
+    tab.wait_for_function("document.querySelectorAll('.latents').length === 0")

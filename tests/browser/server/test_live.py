@@ -1,0 +1,146 @@
+"""Live work, called as server and notebook call it: it agrees with the cache, and refuses what makes no sense."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from sae_italian.browser.live import MAX_LETTERS, PER_TOKEN, Live
+from sae_italian.browser.llm import Endpoint
+from sae_italian.cache import FeatureCache
+from sae_italian.errors import UsageError
+from sae_italian.models.activations import read_activations
+from tests.autointerp.llm.endpoint import FakeEndpoint
+from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
+
+SENTENCE = "Le ragazze italiane hanno letto un libro perché è bello 🙂."
+
+
+def test_a_sentences_latents_are_those_of_the_sae(live, mini):
+    found = live.tokens(SENTENCE)
+    assert "".join(piece["text"] for piece in found["tokens"]) == SENTENCE and not found["truncated"]
+    ids = torch.tensor([mini.tokenizer(SENTENCE).input_ids])
+    x = read_activations(mini, ids, live.sae.cfg.metadata.hook_name)[0]
+    with torch.no_grad():
+        dense = live.sae.encode(x).numpy()
+    dense = dense[1:]  # BOS is read past
+    assert found["n_tokens"] == len(dense)
+    best = dense.max(axis=0)
+    order = np.argsort(-best, kind="stable")[: len(found["strongest"])]
+    assert [one["latent"] for one in found["strongest"]] == [i for i in order.tolist() if best[i] > 0]
+    for one in found["strongest"]:
+        assert one["value"] == pytest.approx(best[one["latent"]], rel=1e-4)
+        assert (one["latent"], one["value"]) in found["tokens"][one["token"]]["latents"]
+    assert all(0 < len(piece["latents"]) <= PER_TOKEN for piece in found["tokens"])
+
+
+def first_whole_document(cache):
+    """Return a document that begins right after a window's BOS and ends in it, and its positions."""
+    context = cache.manifest.context_size
+    for begin in range(1, cache.n_positions, context):
+        index = int(cache.doc[begin])
+        here = np.flatnonzero(cache.doc == index)
+        if cache.char_start[begin] == 0 and here[0] == begin and here[-1] < begin + context - 2:
+            return cache.document(index), here
+    raise AssertionError("no document begins a window")
+
+
+def test_the_cache_and_the_live_sentence_agree(live, cache):
+    document, here = first_whole_document(cache)
+    found = live.tokens(document.text)
+    assert found["n_tokens"] == len(here) and found["strongest"]
+    for one in found["strongest"]:
+        position, value = cache.latent(one["latent"])
+        assert one["value"] == pytest.approx(value[np.isin(position, here)].max(), rel=2e-3)
+
+
+@pytest.mark.parametrize("text", [SCRIPT, RTL, CONTROL, LONG_WORD[:10_000], "\ud800 mezza", "  \n\t a"])
+def test_any_text_is_taken_and_comes_back_whole(live, text):
+    found = live.tokens(text)
+    joined = "".join(piece["text"] for piece in found["tokens"])
+    clean = text.replace("\x00", " ").replace("\ud800", "\ufffd")
+    assert joined == clean if not found["truncated"] else clean.startswith(joined)
+    joined.encode()
+
+
+def test_a_long_text_is_cut_and_says_so(live):
+    found = live.tokens("parola " * 1200)
+    assert found["truncated"] and found["n_tokens"] <= 512
+
+
+def test_steering_writes_with_and_without(live, active):
+    found = live.call("steer", {"latent": active, "prompt": "La ragazza", "strengths": [0, 5]})
+    assert found["unit"] == pytest.approx(float(live.maximum[active]))
+    assert found["steered"][0]["text"] == found["unsteered"]["text"] and found["steered"][0]["divergence"] < 1e-6
+    assert found["steered"][1]["divergence"] > 1e-3
+
+
+def test_ablation_names_next_tokens_where_the_latent_is_active(live):
+    latent = live.tokens("La ragazza legge")["strongest"][0]["latent"]
+    found = live.call("ablate", {"latent": latent, "prompt": "La ragazza legge"})
+    assert found["n_active"] >= 1 and found["positions"][0]["lowered"] and found["positions"][0]["divergence"] > 0
+
+
+def test_the_rule_made_now_is_the_stored_one(live, opened):
+    source, _ = opened
+    stored = {i: e for i, e in source.explanations["rules"].items() if e.status == "ok"}
+    latent = next(iter(stored))
+    (rule,) = live.explain(latent)["explanations"]
+    assert rule["kind"] == "rule" and rule["status"] == "ok" and rule["text_it"] and 0 <= rule["precision"] <= 1
+
+
+def test_a_dead_latent_is_said_to_be_dead(live):
+    dead = np.flatnonzero(live.cache.statistics["count"] == 0)
+    if len(dead):
+        assert live.explain(int(dead[0]))["explanations"][0]["status"] == "dead"
+
+
+def test_a_latent_that_never_fired_is_steered_by_its_bare_direction(nasty):
+    source, live = nasty
+    dead = int(np.flatnonzero(live.cache.statistics["count"] == 0)[0])
+    assert live.steer(dead, "La città", [1.0])["unit"] == 1.0
+    assert live.explain(dead)["explanations"][0]["status"] == "dead"
+    assert source.card(dead)["groups"] == [] and source.row(dead)["status"] == "not explained"
+
+
+def test_an_llm_explains_beside_the_rule_where_one_is_configured(live, opened, tmp_path):
+    shutil.copytree(live.cache.folder, tmp_path / "cache")
+    cache = FeatureCache.open(tmp_path / "cache")
+    latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
+    with FakeEndpoint(lambda body: '{"spiegazione": "parole al femminile plurale"}') as endpoint:
+        asked = Live(cache, live.sae, live.model, Endpoint(endpoint.url, "prova"))
+        rule, llm = asked.explain(latent)["explanations"]
+        assert rule["kind"] == "rule" and llm["kind"] == "llm" and llm["status"] == "ok"
+        assert llm["text_it"] == "parole al femminile plurale" and len(endpoint.requests) == 1
+        assert asked.explain(latent)["explanations"][1] == llm and len(endpoint.requests) == 1  # from the ledger
+    other = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok" and i != latent)
+    rule, llm = asked.explain(other)["explanations"]  # the server is gone: the rule comes all the same
+    assert rule["status"] == "ok" and llm["status"] != "ok" and llm["problem"]
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("explode", {}, "unknown"),
+        ("tokens", {}, "takes sentence"),
+        ("tokens", {"sentence": "a", "file": "/etc/passwd"}, "nothing else"),
+        ("tokens", ["a"], "takes"),
+        ("tokens", {"sentence": 5}, "not a text"),
+        ("tokens", {"sentence": " \n"}, "empty"),
+        ("tokens", {"sentence": "a" * (MAX_LETTERS + 1)}, "10,000"),
+        ("explain", {"latent": 10**9}, "latents 0 to 255"),
+        ("explain", {"latent": -1}, "latents 0 to 255"),
+        ("explain", {"latent": "3"}, "number"),
+        ("explain", {"latent": True}, "number"),
+        ("steer", {"latent": 1, "prompt": "a", "strengths": []}, "numbers"),
+        ("steer", {"latent": 1, "prompt": "a", "strengths": [float("nan")]}, "numbers"),
+        ("steer", {"latent": 1, "prompt": "a", "strengths": [1e9]}, "numbers"),
+        ("steer", {"latent": 1, "prompt": "a", "strengths": [1] * 7}, "numbers"),
+        ("steer", {"latent": 1, "prompt": "parola " * 1000, "strengths": [1]}, "positions"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_one_line(live, name, arguments, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        live.call(name, arguments)
+    assert "\n" not in str(caught.value)

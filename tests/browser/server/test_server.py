@@ -1,0 +1,357 @@
+"""The server as a client meets it: what it answers, whom it refuses, and that it goes on answering."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from sae_italian.browser.live import open_with_live
+from sae_italian.browser.schema import check_card, check_rows, check_run
+from sae_italian.browser.server import guard
+from sae_italian.browser.server.app import create_app
+from sae_italian.browser.server.guard import HEADERS, MAX_BODY, Refused, host_name
+from sae_italian.browser.server.run import bind
+from sae_italian.browser.server.work import Worker
+from sae_italian.cache import FeatureCache
+from sae_italian.cli import main
+from sae_italian.errors import UsageError
+from tests.browser.nasty import SCRIPT
+
+from .conftest import ADDRESS
+from .running import running
+
+CLIENTS = 50
+
+
+def said(response, status):
+    """Check the status of a refusal and return what it says in English."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error_it", "error_en"} and response.json()["error_it"]
+    return response.json()["error_en"]
+
+
+# --- what it answers -----------------------------------------------------------------------------------------------------
+
+
+def test_page_modules_and_style_come_with_their_headers(client):
+    page = client.get("/")
+    assert page.status_code == 200 and 'type="module"' in page.text and "<script>" not in page.text
+    for path in ("/assets/served.js", "/assets/main.js", "/assets/live.js", "/assets/app.css"):
+        response = client.get(path)
+        assert response.status_code == 200, path
+        assert response.headers["content-type"].startswith("text/")
+    for response in (page, client.get("/nothing"), client.get("/api/rows"), client.post("/api/live/tokens")):
+        assert all(response.headers[name] == value for name, value in HEADERS.items())
+        assert "server" not in response.headers and "access-control-allow-origin" not in response.headers
+    policy = HEADERS["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+
+
+def test_records_are_those_of_the_source(client, opened, active):
+    source, _ = opened
+    run = client.get("/api/run").json()
+    assert check_run(run["run"])["d_sae"] == 256 and run["live"] == {
+        "works": ["tokens", "steer", "ablate", "explain"],
+        "llm": False,
+    }
+    rows = check_rows(client.get("/api/rows").json())
+    assert rows["latent"] == list(range(256))
+    card = client.get(f"/api/card/{active}").json()
+    assert check_card(card) == check_card(source.card(active))
+
+
+@pytest.mark.parametrize("latent", ["256", "-1", "abc", "１２", "1e3", "99999999999", "..", "%2e%2e%2fmanifest.json"])
+def test_what_is_no_latent_is_not_found(client, latent):
+    said(client.get(f"/api/card/{latent}"), 404)
+
+
+def test_live_work_by_http(client, active):
+    assert client.post("/api/live/tokens", json={"sentence": "La ragazza legge."}).json()["strongest"]
+    assert client.post("/api/live/ablate", json={"latent": active, "prompt": "La ragazza legge"}).status_code == 200
+    steered = client.post("/api/live/steer", json={"latent": active, "prompt": "La", "strengths": [2]})
+    assert len(steered.json()["steered"]) == 1
+    explained = client.post("/api/live/explain", json={"latent": active}).json()
+    assert explained["explanations"][0]["kind"] == "rule"
+    assert "latents 0 to 255" in said(client.post("/api/live/explain", json={"latent": 999}), 422)
+    said(client.post("/api/live/explode", json={}), 404)
+    said(client.get("/api/live/tokens"), 405)
+
+
+def test_without_sae_or_model_the_records_are_served_and_live_work_is_not(opened):
+    with TestClient(create_app(opened[0]), base_url=ADDRESS) as client:
+        assert client.get("/api/run").json()["live"] is None and client.get("/api/card/3").status_code == 200
+        assert "not on this machine" in said(client.post("/api/live/tokens", json={"sentence": "a"}), 404)
+
+
+def test_new_scores_show_at_the_next_list(opened, mini, trained_sae, tmp_path):
+    from sae_italian.autointerp import AutointerpConfig, run_autointerp
+    from sae_italian.autointerp.store import Explanation, Store
+    from sae_italian.saes import load_sae
+
+    folder = tmp_path / "cache"
+    shutil.copytree(opened[0].cache.folder, folder, ignore=shutil.ignore_patterns("*.sqlite*"))
+    cache = FeatureCache.open(folder)
+    store = run_autointerp(cache, mini.tokenizer, AutointerpConfig(latents=1, n_examples=10))
+    app = create_app(*open_with_live(cache, mini.tokenizer, sae=load_sae(trained_sae), model=mini))
+    with TestClient(app, base_url=ADDRESS) as client:
+        rows = client.get("/api/rows").json()
+        latent = rows["status"].index("not explained")
+        with Store(store, {}) as opened_store:
+            opened_store.add_explanations([Explanation(latent, "rules", "ok", "nuova", "new", None)])
+            opened_store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        os.utime(store, ns=(1, 1))
+        assert client.get("/api/rows").json()["explanation_it"][latent] == "nuova"
+
+
+# --- whom it refuses -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("127.0.0.1:8765", 200),
+        ("localhost", 200),
+        ("LOCALHOST:9000", 200),
+        ("[::1]:8765", 200),
+        ("evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("localhost.evil.example:8765", 421),
+        ("192.168.1.7:8765", 421),
+        ("0.0.0.0:8765", 421),
+        ("", 400),
+        ("localhost:port", 400),
+        ("user@localhost", 400),
+        ("localhost/..", 400),
+    ],
+)
+def test_only_the_names_of_this_machine_are_answered(client, host, status):
+    for path in ("/", "/api/run", "/assets/main.js"):
+        assert client.get(path, headers={"host": host}).status_code == status
+
+
+@pytest.mark.parametrize("header", ["", ":", "a b", "[::1", "localhost:99999999", "\x00", "http://localhost"])
+def test_malformed_hosts_have_no_name(header):
+    assert host_name(header) == ""
+
+
+def test_other_pages_and_forms_cannot_post(client):
+    body = {"sentence": "ciao"}
+    for origin in ("http://evil.example", "null", "https://localhost.evil.example", "http://evil.example@localhost"):
+        said(client.post("/api/live/tokens", json=body, headers={"origin": origin}), 403)
+    assert client.post("/api/live/tokens", json=body, headers={"origin": ADDRESS}).status_code == 200
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        said(client.post("/api/live/tokens", content=json.dumps(body), headers={"content-type": kind}), 415)
+    for method in ("PUT", "DELETE", "OPTIONS", "TRACE"):
+        said(client.request(method, "/api/rows"), 405)
+
+
+def test_no_path_leads_to_a_file(client, opened):
+    folder = opened[0].cache.folder
+    for path in (
+        "/assets/../live.py",
+        "/assets/%2e%2e/live.py",
+        "/assets/..%2f..%2f..%2fetc%2fpasswd",
+        "/assets//etc/passwd",
+        "/assets/served.html",
+        "/assets/fields.yaml",
+        f"/assets/{folder}/manifest.json",
+        "/manifest.json",
+        "/..%5c..%5cetc%5cpasswd",
+        "/assets/main.js%00.css",
+        "/static/main.js",
+    ):
+        response = client.get(path)
+        assert response.status_code == 404, path
+        assert "root:" not in response.text and "schema_version" not in response.text
+
+
+def test_bodies_are_small_and_json(client):
+    headers = {"content-type": "application/json"}
+    assert "larger" in said(client.post("/api/live/tokens", content=b" " * (MAX_BODY + 1), headers=headers), 413)
+    for body in (b"", b"{", b"\xff", b"[" * 50_000, b'{"sentence": "a"'):
+        said(client.post("/api/live/tokens", content=body, headers=headers), 400)
+    for body in (b'{"sentence": NaN}', b"[]", b'"a"', b"null"):
+        said(client.post("/api/live/tokens", content=body, headers=headers), 422)
+    assert client.post("/api/live/tokens", content=b'{"sentence": "\\ud800 a"}', headers=headers).status_code == 200
+
+
+def test_a_body_that_never_comes_is_not_waited_for(opened, monkeypatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.01)
+    sent: list[dict] = []
+
+    async def never() -> dict:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message):
+        sent.append(dict(message))
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/api/live/tokens", "raw_path": b"", "query_string": b""}
+    scope |= {"headers": headers, "root_path": "", "scheme": "http", "http_version": "1.1", "server": ("127.0.0.1", 1)}
+    asyncio.run(create_app(*opened)(scope, never, send))
+    assert sent[0]["status"] == 408
+
+
+def test_a_defect_shows_no_insides(opened, monkeypatch):
+    source, live = opened
+    monkeypatch.setattr(type(source), "card", lambda *_: 1 / 0)
+    with TestClient(create_app(source, live), base_url=ADDRESS, raise_server_exceptions=False) as client:
+        response = client.get("/api/card/1")
+        assert "ZeroDivisionError" in said(response, 500) and "Traceback" not in response.text
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert client.get("/api/run").status_code == 200
+
+
+# --- a cache that changes --------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_replaced_while_serving_is_said_to_be(opened, tmp_path):
+    folder = shutil.copytree(opened[0].cache.folder, tmp_path / "cache")
+    source, _ = open_with_live(FeatureCache.open(folder), opened[1].tokenizer, sae=opened[1].sae, model=opened[1].model)
+    manifest = folder / "manifest.json"
+    with TestClient(create_app(source, opened[1]), base_url=ADDRESS) as client:
+        assert client.get("/api/card/1").status_code == 200
+        os.utime(manifest, ns=(5, 5))  # touched, the same: goes on
+        assert client.get("/api/card/1").status_code == 200
+        text = manifest.read_text(encoding="utf-8")
+        manifest.write_text(text + "\n", encoding="utf-8")
+        for response in (client.get("/api/rows"), client.get("/api/card/1")):
+            assert "replaced" in said(response, 409)
+        assert "replaced" in said(client.post("/api/live/tokens", json={"sentence": "a"}), 409)
+        assert client.get("/").status_code == 200
+        shutil.rmtree(folder)
+        said(client.get("/api/run"), 409)
+
+
+# --- many at once ------------------------------------------------------------------------------------------------------------
+
+
+def test_fifty_clients_at_once_are_all_answered(opened, active):
+    """Counts answers, of live work, cards and the list at once; how long they take is not asked."""
+    with running(create_app(*opened)) as address, httpx.Client(base_url=address, timeout=120) as client:
+
+        def ask(number: int) -> int:
+            if number % 5 == 0:
+                return client.get(f"/api/card/{number}").status_code
+            if number % 5 == 1:
+                return client.get("/api/rows").status_code
+            return client.post("/api/live/tokens", json={"sentence": f"La frase numero {number}."}).status_code
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            assert list(pool.map(ask, range(CLIENTS))) == [200] * CLIENTS
+        assert client.get("/api/run").status_code == 200
+
+
+def test_a_full_queue_turns_away_and_then_answers_again():
+    release, begun = threading.Event(), threading.Event()
+
+    def wait() -> str:
+        begun.set()
+        release.wait(60)
+        return "done"
+
+    async def scenario():
+        worker = Worker("test", waiting=2, seconds=60)
+        held = [asyncio.create_task(worker(wait)) for _ in range(2)]
+        await asyncio.to_thread(begun.wait, 60)
+        with pytest.raises(Refused) as refused:
+            await worker(wait)
+        assert refused.value.status == 503 and refused.value.response().headers["retry-after"]
+        release.set()
+        assert await asyncio.gather(*held) == ["done", "done"] and await worker(lambda: 5) == 5
+        worker.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_takes_too_long_is_given_up_and_what_had_not_begun_never_does():
+    release, begun = threading.Event(), []
+
+    def wait(number: int) -> None:
+        begun.append(number)
+        release.wait(60)
+
+    async def scenario():
+        worker = Worker("test", seconds=0.05)
+        found = await asyncio.gather(*(worker(wait, number) for number in range(3)), return_exceptions=True)
+        assert [error.status for error in found] == [504] * 3  # pyright: ignore
+        release.set()
+        worker.seconds = 60
+        assert await worker(lambda: "again") == "again"
+        worker.close()
+
+    asyncio.run(scenario())
+    assert begun == [0]
+
+
+# --- nasty texts -----------------------------------------------------------------------------------------------------------------
+
+
+def test_nasty_texts_leave_as_json_only(nasty):
+    with TestClient(create_app(*nasty), base_url=ADDRESS) as client:
+        assert SCRIPT not in client.get("/").text
+        for latent in range(0, 300, 50):
+            card = client.get(f"/api/card/{latent}")
+            assert card.status_code == 200 and card.headers["content-type"] == "application/json"
+            check_card(card.json())
+        found = client.post("/api/live/tokens", json={"sentence": SCRIPT}).json()
+        assert "".join(piece["text"] for piece in found["tokens"]) == SCRIPT
+
+
+# --- the port and the command ------------------------------------------------------------------------------------------------
+
+
+def test_only_loopback_is_bound_and_a_taken_port_names_a_free_one(cache, capsys):
+    with bind(0) as taken:
+        host, port = taken.getsockname()
+        assert host == "127.0.0.1"
+        with pytest.raises(UsageError, match=f"port {port} is in use. Port ") as caught:
+            bind(port)
+        free = int(str(caught.value).rsplit(" ", 1)[1])
+        bind(free).close()
+        assert main(["browse", str(cache.folder), "--serve", "--port", str(port)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UsageError, match="1 to 65535"):
+        bind(70_000)
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "starlette"])
+def test_without_the_extra_one_line_says_what_to_install(cache, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["browse", str(cache.folder), "--serve"]) == 2
+    error = capsys.readouterr().err
+    assert "sae-italian[serve]" in error and package in error and error.count("\n") == 1
+
+
+def test_the_command_serves_the_cache_with_live_work(cache, monkeypatch, capsys):
+    from sae_italian.browser.server import run
+
+    served = []
+    monkeypatch.setattr(run, "serve", lambda app, port, ready: (served.append(app), ready("http://127.0.0.1:1/")))
+    assert main(["browse", str(cache.folder), "--serve", "--port", "0"]) == 0
+    assert "http://127.0.0.1:1/   Ctrl-C ends" in capsys.readouterr().out
+    with TestClient(served[0], base_url=ADDRESS) as client:
+        assert client.get("/api/run").json()["live"]["llm"] is False
+    assert main(["browse", str(cache.folder), "--serve", "--endpoint", "http://localhost:1/v1"]) == 2
+    assert "--llm-model" in capsys.readouterr().err
+
+
+def test_the_address_is_free_again_after_a_stop(opened):
+    with running(create_app(*opened)) as address:
+        port = int(address.rsplit(":", 1)[1])
+        assert httpx.get(address + "/api/run").status_code == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(address + "/api/run")
+    bind(port).close()
+    assert socket.gethostbyname("localhost").startswith("127.")

@@ -1,0 +1,184 @@
+"""Records made from a real cache: the text is the documents' own, the numbers are the cache's."""
+
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_italian.autointerp import AutointerpConfig, run_autointerp
+from sae_italian.autointerp.store import Store
+from sae_italian.browser.contexts import split_text
+from sae_italian.browser.decoder import Decoder
+from sae_italian.browser.pack import read_data
+from sae_italian.browser.report import open_source, write_report
+from sae_italian.browser.schema import check_card, check_rows, check_run
+from sae_italian.cache import FeatureCache
+from sae_italian.errors import UsageError
+from sae_italian.saes import load_sae
+
+
+@pytest.fixture(scope="module")
+def cache(small_cache, tmp_path_factory) -> FeatureCache:
+    return FeatureCache.open(shutil.copytree(small_cache, tmp_path_factory.mktemp("cards") / "cache"))
+
+
+@pytest.fixture(scope="module")
+def source(cache, mini, trained_sae):
+    run_autointerp(cache, mini.tokenizer, AutointerpConfig(latents=60))
+    return open_source(cache, mini.tokenizer, sae=load_sae(trained_sae), model=mini)
+
+
+@pytest.fixture(scope="module")
+def busiest(cache) -> int:
+    return int(np.argmax(cache.statistics["count"]))
+
+
+def test_every_record_fits_the_schema(source):
+    check_run(source.run())
+    rows = check_rows(source.rows())
+    assert len(rows["latent"]) == 256 and sum(value is not None for value in rows["detection"]) > 20
+    for card in source.cards():
+        check_card(card)
+
+
+def test_contexts_are_true_text_with_the_caches_activations(source, cache, busiest):
+    position, value = cache.latent(busiest)
+    card = source.card(busiest)
+    assert card["groups"][0]["contexts"][0]["max"] == pytest.approx(value.max())
+    assert len(card["groups"]) == 11 and sum(len(group["contexts"]) for group in card["groups"]) == 30
+    seen = set()
+    for group in card["groups"]:
+        for context in group["contexts"]:
+            text = "".join(piece for piece, _ in context["segments"])
+            index = next(i for i in range(cache.n_documents) if cache.document(i).doc_id == context["doc_id"])
+            assert text in cache.document(index).text
+            assert max(activation for _, activation in context["segments"]) == pytest.approx(context["max"])
+            assert text not in seen
+            seen.add(text)
+    assert sum(card["histogram"]["counts"]) == len(position)
+
+
+def test_each_tenth_of_the_activity_has_its_own_passages(source, busiest):
+    """The strongest activation of a passage may lie beside its peak, in a stretch of another tenth, so it is a bound."""
+    groups = source.card(busiest)["groups"][1:]
+    bounds = [(group["lo"], group["hi"]) for group in groups]
+    assert all(lo <= hi for lo, hi in bounds)
+    assert all(above[0] >= below[1] for above, below in zip(bounds[:-1], bounds[1:], strict=True))
+    assert all(context["max"] >= group["lo"] for group in groups for context in group["contexts"])
+
+
+def test_every_activation_of_a_passage_is_marked(source, cache, busiest):
+    """A passage counts as many active characters as the cache has active tokens there."""
+    position, _ = cache.latent(busiest)
+    context = source.card(busiest)["groups"][0]["contexts"][0]
+    text = "".join(piece for piece, _ in context["segments"])
+    index = next(i for i in range(cache.n_documents) if cache.document(i).doc_id == context["doc_id"])
+    first = cache.document(index).text.index(text)
+    here = position[cache.doc[position] == index]
+    inside = (cache.char_start[here] >= first) & (cache.char_end[here] <= first + len(text))
+    letters = sum(len(piece) for piece, activation in context["segments"] if activation > 0)
+    assert letters == (cache.char_end[here] - cache.char_start[here])[inside].sum()
+
+
+def test_neighbours_sources_and_places_are_the_caches(source, cache, busiest):
+    card, stats = source.card(busiest), cache.statistics
+    assert [n["latent"] for n in card["decoder"]] == stats["decoder_ids"][busiest].tolist()
+    assert [n["value"] for n in card["cofiring"]] == stats["cofiring_jaccard"][busiest].tolist()
+    assert sum(card["positions"]) == pytest.approx(1)
+    assert sum(s["documents"] for s in card["sources"]) == stats["n_documents"][busiest]
+    assert sum(s["tokens"] for s in card["sources"]) == stats["count"][busiest]
+
+
+def test_logits_are_counted_over_the_whole_vocabulary(source, cache, mini, busiest):
+    card = source.card(busiest)
+    assert sum(card["logits"]["counts"]) == mini.get_output_embeddings().weight.shape[0]
+    largest, smallest = (
+        cache.statistics["promoted_values"][busiest][0],
+        cache.statistics["suppressed_values"][busiest][0],
+    )
+    assert card["logits"]["edges"][-1] == pytest.approx(largest, rel=1e-4)
+    assert card["logits"]["edges"][0] == pytest.approx(smallest, rel=1e-4)
+
+
+def test_a_decoder_matches_itself_and_its_shuffled_copy(trained_sae):
+    import types
+
+    import torch
+
+    decoder = Decoder(load_sae(trained_sae))
+    order = torch.randperm(len(decoder.directions), generator=torch.Generator().manual_seed(0))
+    shuffled = Decoder(types.SimpleNamespace(W_dec=3 * decoder.directions[order]))
+    found, cosine = shuffled.matches(decoder)
+    assert found.tolist() == order.tolist() and cosine == pytest.approx(1, abs=1e-5)
+    assert np.abs(decoder.plane()).max() == pytest.approx(1)
+    with pytest.raises(UsageError, match="only SAEs of one model"):
+        decoder.matches(Decoder(types.SimpleNamespace(W_dec=torch.ones(3, 5))))
+
+
+def test_an_llms_explanation_and_its_judge_stand_beside_the_rule(source, cache):
+    from sae_italian.autointerp.store import Explanation
+
+    latent = next(iter(source.headline["rules", "detection"]))
+    with Store(source.store_path, {}) as store:
+        store.add_explanations([Explanation(latent, "llm:prova:it1", "ok", "plurale femminile", "", None, "llm")])
+        number = store.explanations("llm:prova:it1")[latent][0]
+        store.add_scores(
+            [(number, latent, "", "detection", "prova", "random", "balanced_accuracy", 0.9, 0.8, 0.95, 20, 20)]
+        )
+    source.refresh()
+    card, row = source.card(latent), source.row(latent)
+    assert [e["explainer"] for e in card["explanations"]] == ["rules", "llm:prova:it1", "token-lookup"]
+    assert {(s["explainer"], s["judge"]) for s in card["scores"]} >= {
+        ("llm:prova:it1", "prova"),
+        ("token-lookup", "rule"),
+    }
+    assert row["llm_it"] == "plurale femminile" and row["explanation_it"] != row["llm_it"]
+
+
+def test_several_threads_may_ask(source, busiest):
+    """A server answers from many threads, and SQLite's connections do not change threads."""
+    expected, found = source.card(busiest), []
+    threads = [threading.Thread(target=lambda: found.append(source.card(busiest))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 4
+
+
+def test_a_latent_that_never_fired_has_an_empty_card(source, cache):
+    dead = np.flatnonzero(cache.statistics["count"] == 0)
+    if len(dead) == 0:
+        cache.statistics["count"][0] = 0  # what is looked at is the statistics and the activations
+        pytest.skip("every latent of this SAE fires")
+    card, row = source.card(int(dead[0])), source.row(int(dead[0]))
+    assert row["dead"] and card["groups"] == [] and card["histogram"] == {"edges": [], "counts": []}
+    assert card["positions"] == [] and card["sources"] == [] and card["promoted"]
+
+
+@given(
+    text=st.text(min_size=1, max_size=40),
+    cuts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), st.floats(0, 9)), max_size=12),
+)
+def test_split_text_loses_no_character(text, cuts):
+    spans = np.array([[min(a, b, len(text)), min(max(a, b), len(text))] for a, b, _ in cuts], dtype=int).reshape(-1, 2)
+    pieces = split_text(text, spans, np.array([value for *_, value in cuts]))
+    assert "".join(piece for piece, _ in pieces) == text
+    assert all(piece for piece, _ in pieces)
+
+
+def test_a_letter_of_several_byte_tokens_shows_once_with_the_strongest():
+    pieces = split_text("a🙂b", np.array([[0, 1], [1, 2], [1, 2], [1, 2], [2, 3]]), np.array([0, 1.0, 3.0, 2.0, 0]))
+    assert pieces == [("a", 0.0), ("🙂", 3.0), ("b", 0.0)]
+
+
+def test_a_cache_without_explanations_still_has_a_report(small_cache, mini, tmp_path):
+    bare = FeatureCache.open(
+        shutil.copytree(small_cache, tmp_path / "bare", ignore=shutil.ignore_patterns("*.sqlite*", "results.json"))
+    )
+    index = write_report(bare, mini.tokenizer, tmp_path / "report")
+    rows = read_data(index.parent / "data" / "rows" / "0000.js")
+    assert set(rows["status"]) == {"not explained"} and set(rows["x"]) == {None}

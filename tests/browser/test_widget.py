@@ -1,0 +1,97 @@
+"""The notebook's side: messages and their answers, plain HTML where the widget is not, and what is refused."""
+
+import re
+import shutil
+
+import pytest
+
+from sae_italian.browser import widget
+from sae_italian.browser.plain import card_html
+from sae_italian.browser.schema import check_card
+from sae_italian.browser.widget import Plain, answer, show
+from sae_italian.cache import FeatureCache
+from sae_italian.errors import UsageError
+from sae_italian.saes import load_sae
+from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
+
+
+@pytest.fixture(scope="module")
+def folder(small_cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("widget") / "cache"
+    return shutil.copytree(small_cache, folder, ignore=shutil.ignore_patterns("*.sqlite*"))
+
+
+@pytest.fixture(scope="module")
+def shown(folder, mini, trained_sae):
+    pytest.importorskip("anywidget", reason="needs the notebook extra")
+    return show(folder, 3, sae=load_sae(trained_sae), model=mini)
+
+
+def ask(shown, name, argument=None):
+    sent = []
+    shown.send = sent.append
+    shown._asked(shown, {"id": 7, "name": name, "argument": argument}, [])
+    (reply,) = sent
+    assert reply["id"] == 7
+    return reply
+
+
+def test_messages_are_answered_with_records_and_live_work(shown):
+    assert shown.latent == 3 and shown.has_live and not shown.has_llm and "latent=LATENT" in shown.permalink
+    assert ask(shown, "run")["value"]["d_sae"] == 256
+    assert len(ask(shown, "rows")["value"]["latent"]) == 256
+    check_card(ask(shown, "card", 3)["value"])
+    assert ask(shown, "tokens", {"sentence": "La ragazza \ud800 legge"})["value"]["strongest"]
+
+
+@pytest.mark.parametrize(
+    "name, argument", [("card", 256), ("card", "3"), ("card", None), ("open", "/etc/passwd"), (5, 5), ("steer", {})]
+)
+def test_messages_that_make_no_sense_get_one_line(shown, name, argument):
+    assert "\n" not in ask(shown, name, argument)["error"]
+    shown._asked(shown, "no message", [])
+    shown._asked(shown, {"name": "run"}, [])
+
+
+def test_a_notebook_that_is_only_read_has_the_card_as_html(shown):
+    data, _ = shown._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in data and "<h3>Latente 3</h3>" in data["text/html"]
+
+
+def test_the_module_is_one_file_without_imports(shown):
+    esm = widget.widget_class()._esm
+    assert "export default { render }" in esm
+    assert not re.search(r"^import |\bimport\(|https?://(?!www\.w3\.org)", esm, re.MULTILINE)
+
+
+def test_without_anywidget_there_is_html(folder, monkeypatch):
+    monkeypatch.setattr(widget, "has_anywidget", lambda: False)
+    found = show(folder)
+    assert isinstance(found, Plain)
+    html = found._repr_html_()
+    assert html.count("<tr>") == 51 and "<script" not in html
+    assert "<mark" in show(folder, int(FeatureCache.open(folder).statistics["count"].argmax()))._repr_html_()
+
+
+def test_a_cache_or_a_latent_that_is_not_there(folder, tmp_path):
+    with pytest.raises(UsageError, match="latents 0 to 255"):
+        show(folder, 256)
+    with pytest.raises(UsageError, match="not a feature cache"):
+        show(tmp_path)
+
+
+def test_without_live_work_a_message_says_why(shown):
+    with pytest.raises(UsageError, match="no live work"):
+        answer(shown.source, None, "tokens", {"sentence": "a"})
+
+
+def test_plain_html_is_harmless(shown):
+    row, card = dict(shown.source.row(3)), dict(shown.source.card(3))
+    row |= {"explanation_it": SCRIPT + RTL + CONTROL, "explanation_en": LONG_WORD, "max": 1.0}
+    context = {"doc_id": SCRIPT, "source": SCRIPT, "max": 1.0}
+    context["segments"] = [(SCRIPT, 1.0), (RTL, 0.5), (CONTROL, 0.0), (LONG_WORD, 0.2), ("\ud800", 1.0)]
+    group = {"name_it": "", "name_en": "", "lo": None, "hi": None, "contexts": [context]}
+    html = card_html(row, card | {"groups": [group], "promoted": [{"token": SCRIPT, "value": 1.0}]})
+    assert "<script" not in html and "<img" not in html and html.count("&lt;script&gt;") == 3
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]", html) and "␀" in html
+    assert LONG_WORD not in html and html.count("<bdi") == html.count("</bdi>")
