@@ -24,7 +24,6 @@ _PUBLIC = {
     "build_cache": "sae_italian.cache",
     "FeatureCache": "sae_italian.cache",
     "run_autointerp": "sae_italian.autointerp",
-    "quickstart": "sae_italian.quickstart",
 }
 __all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
