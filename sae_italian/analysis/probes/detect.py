@@ -105,7 +105,7 @@ def single_latents(
     train, test = train[a], test[b]
     maxima = np.asarray(train.max(axis=0).todense()).ravel()
     usable = task.usable()
-    best_f1 = np.full((train.shape[1], len(usable)), -1.0)
+    best_f1 = np.full((len(maxima), len(usable)), -1.0)
     best_threshold = np.zeros_like(best_f1)
     for threshold in THRESHOLDS:
         f1 = _f1(_fires(train, threshold * maxima), y[:, usable])
@@ -129,7 +129,7 @@ def _f1(firing: scipy.sparse.csr_array, labels: scipy.sparse.csr_array) -> Float
     """Return F1, but -1 for a latent that fires on most words without the label: saying yes to all is no detection."""
     f1, _, recall = detection_counts(firing, labels)
     fired, present = firing.sum(axis=0)[:, None], labels.sum(axis=0)[None, :]
-    return np.where(fired - recall * present <= MOST_FALSE * (firing.shape[0] - present), f1, -1.0)
+    return np.where(fired - recall * present <= MOST_FALSE * (len(firing.indptr) - 1 - present), f1, -1.0)
 
 
 def _fires(acts: scipy.sparse.csr_array, above: Float[np.ndarray, " d_sae"]) -> scipy.sparse.csr_array:
