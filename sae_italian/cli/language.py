@@ -22,6 +22,7 @@ def add_commands(root: Commands) -> None:
         "--languages", nargs="+", default=[], metavar="NAME=CORPUS", help="e.g. it=notizie.jsonl en=news.jsonl"
     )
     sub.add_argument("--against", nargs="+", default=[], metavar="SAE", help="SAEs at the same place, e.g. baselines")
+    sub.add_argument("--sae", dest="sae_of_cache", help="of a cache: its SAE (default: the one its manifest names)")
     sub.add_argument("--model", help="default: the model in the SAE's metadata")
     sub.add_argument("--context-size", type=int, help="default: the context the SAE was trained with")
     sub.add_argument("--tokens", type=int, default=20_000, help="per language (default 20000)")
@@ -36,7 +37,7 @@ def _language(options: argparse.Namespace) -> Result:
     from sae_italian.storage import write_json
 
     _check(options)
-    sae, cache = _sae_of(options.sae)
+    sae, cache = _sae_of(options.sae, options.sae_of_cache)
     model = load_model(_model_name(options, sae, cache))
     context = check_context(int(options.context_size or sae.cfg.metadata.context_size or 128), model.config)
     value: dict[str, Any] = {}
@@ -78,15 +79,20 @@ def _check(options: argparse.Namespace) -> None:
     positive("--tokens", options.tokens)
 
 
-def _sae_of(given: str) -> tuple[Any, Any]:
+def _sae_of(given: str, of_cache: str | None) -> tuple[Any, Any]:
     """Return the SAE, and the cache where one was given. Raises: UsageError when the cache is of another SAE."""
     from sae_italian.cache import FeatureCache
     from sae_italian.saes import load_sae
 
     if not (Path(given) / "manifest.json").is_file():
+        if of_cache:
+            raise UsageError(f"--sae {of_cache} is the SAE of a cache, but {given} is no cache. Leave it out.")
         return load_sae(given), None
     cache = FeatureCache.open(given)
-    sae = load_sae(cache.manifest.sae)
+    name = of_cache or cache.manifest.sae
+    if not of_cache and ":" not in name and not Path(name).is_dir():
+        raise UsageError(f"{given} was built with the SAE {name!r}, which is not here. Give it as --sae.")
+    sae = load_sae(name)
     return sae, FeatureCache.open(given, sae=sae)
 
 

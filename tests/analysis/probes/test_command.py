@@ -40,6 +40,7 @@ def test_labels_and_languages_of_a_cache_go_into_its_store(
         ([], "nothing to look for: give --ud"),
         (["--languages", "it=x.jsonl"], "--languages needs NAME=CORPUS two times"),
         (["--against", "SAE", "--languages", "a=x", "b=y"], "give --ud too"),
+        (["--sae", "x", "--ud", "micro-italiano"], "is no cache. Leave it out"),
         (["--ud", "no-such.conllu"], "treebank no-such.conllu does not exist"),
         (["--ud", "BROKEN"], "rotto.conllu, line 2: 3 columns"),
         (["--ud", "micro-italiano", "micro-italiano"], "two treebanks are called MicroItaliano"),
