@@ -9,7 +9,7 @@ SHOWN = {"quickstart": "Detection", "giro_di_un_latente": "promuove", "sae_sul_t
 
 
 def test_every_notebook_is_tested():
-    elsewhere = {"un_latente_a_mano"}  # tests/autointerp/test_notebook.py
+    elsewhere = {"un_latente_a_mano", "ioi_in_italiano"}  # tests/autointerp, tests/analysis/causal: test_notebook.py
     assert {file.stem for file in FOLDER.glob("*.ipynb")} == {*SHOWN, *elsewhere}
 
 

@@ -16,6 +16,7 @@ from sae_italian.saes import load_sae
 from sae_italian.training import load_config, load_spec, read_run, train
 from sae_italian.training import run as run_module
 from sae_italian.training.checkpoint import Checkpoints
+from sae_italian.training.logging import RunLog
 from sae_italian.training.loop import Loop
 from sae_italian.training.run import open_stream
 from sae_italian.training.sae_run import SAERun
@@ -277,8 +278,12 @@ def test_several_saes_on_one_stream_are_what_each_is_alone(small_spec, mini, tra
             run.out.mkdir(exist_ok=True)
         return Loop(runs, open_stream(spec, mini, hooks), Checkpoints(tmp_path, spec.model_dump()))
 
+    class StopsAtStep20(RunLog):
+        def __call__(self, row, step):
+            first.interrupted = step >= 20
+
     first = group()
-    first.runs[hooks[0]].log = lambda row, step: setattr(first, "interrupted", step >= 20)
+    first.runs[hooks[0]].log = StopsAtStep20()
     with pytest.raises(KeyboardInterrupt, match="saved at 10,752 tokens"):
         first.fit()
     second = group()
