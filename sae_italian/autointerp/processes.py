@@ -27,10 +27,17 @@ def in_processes(function: Callable[[Item], Result], items: Sequence[Item], work
 
     _function = function
     try:
-        with get_context("fork").Pool(workers) as pool:
+        with get_context("fork").Pool(workers, _one_thread) as pool:
             yield from pool.imap(_call, items)
     finally:
         _function = None
+
+
+def _one_thread() -> None:
+    """Let a worker's libraries use one thread: workers that start a thread for every core slow one another down."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
 
 
 def _call(item: Any) -> Any:

@@ -55,10 +55,10 @@ class Counts:
         if slot not in self._forms:
             forms = self.places.forms(self.position, slot)
             inside = forms >= 0
-            seen, index = np.unique(forms[inside], return_inverse=True)
-            active = np.bincount(index, minlength=len(seen))
-            mass = np.bincount(index, weights=self.value[inside], minlength=len(seen))
-            self._forms[slot] = seen, active, mass
+            number = forms[inside]
+            counts = np.bincount(number)  # forms and keys are numbered from 0 on: no need to sort them
+            seen = np.flatnonzero(counts)
+            self._forms[slot] = seen, counts[seen], np.bincount(number, weights=self.value[inside])[seen]
         return self._forms[slot]
 
     def keys(self, family: Family) -> Tally:
@@ -69,11 +69,13 @@ class Counts:
         forms, active, mass = self.forms(table.slot)
         key = table.keys[forms]
         keyed = key >= 0
-        known, index = np.unique(key[keyed], return_inverse=True)
+        number = key[keyed]
+        counts = np.bincount(number, weights=active[keyed])
+        known = np.flatnonzero(np.bincount(number))
         return Tally(
             known,
-            np.bincount(index, weights=active[keyed], minlength=len(known)),
-            np.bincount(index, weights=mass[keyed], minlength=len(known)),
+            counts[known],
+            np.bincount(number, weights=mass[keyed])[known],
             self.places.totals[family][known],
         )
 
