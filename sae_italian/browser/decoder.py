@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from sae_italian.analysis.geometry.directions import nearest_directions
+from sae_italian.analysis.geometry.map import map_of
 from sae_italian.browser.schema import HistogramRecord
 from sae_italian.cache.lens import final_gain
 from sae_italian.errors import UsageError
@@ -50,15 +52,9 @@ class Decoder:
 
     @torch.no_grad()
     def plane(self) -> Float[np.ndarray, "d_sae 2"]:
-        """Return the unit directions on their first two principal components, seeded; each axis within -1 and 1."""
-        unit = torch.nn.functional.normalize(self.directions, dim=1)
-        centred = unit - unit.mean(dim=0)
-        moment = centred.T @ centred
-        _, vectors = torch.linalg.eigh(moment)
-        axes = vectors[:, -2:].flip(1)
-        axes = axes * torch.where(axes.abs().max(dim=0).values == axes.max(dim=0).values, 1.0, -1.0)  # one sign for all
-        plane = centred @ axes
-        return (plane / plane.abs().amax(dim=0).clamp_min(1e-12)).numpy()
+        """Return the latents' map (`analysis.geometry`), each axis within -1 and 1."""
+        plane = map_of(torch.nn.functional.normalize(self.directions, dim=1))
+        return plane / np.abs(plane).max(axis=0).clip(min=1e-12)
 
     @torch.no_grad()
     def matches(self, other: Decoder) -> tuple[np.ndarray, np.ndarray]:
@@ -71,5 +67,5 @@ class Decoder:
             raise UsageError(
                 f"the SAEs write {ours.shape[1]} and {theirs.shape[1]} numbers: only SAEs of one model can be compared."
             )
-        best = [(block @ theirs.T).max(dim=1) for block in ours.split(1024)]
-        return torch.cat([b.indices for b in best]).numpy(), torch.cat([b.values for b in best]).numpy()
+        found = nearest_directions(ours, theirs)
+        return found.index, found.cosine
