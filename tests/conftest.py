@@ -134,6 +134,20 @@ def small_cache(mini, trained_sae, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def silent_latent(mini, topk_sae, tmp_path_factory) -> tuple[Path, object, int]:
+    """A cache of 3 k tokens, its SAE, and a latent of it that by construction never fires."""
+    import copy
+
+    from sae_italian.cache import build_cache
+
+    sae, latent = copy.deepcopy(topk_sae), 7
+    with torch.no_grad():
+        sae.W_enc[:, latent], sae.b_enc[latent] = 0.0, -1e4
+    out = tmp_path_factory.mktemp("silent") / "cache"
+    return build_cache(sae, mini, "micro-italiano", out, n_tokens=3_000, sae_name="silent"), sae, latent
+
+
+@pytest.fixture(scope="session")
 def ray_cluster():
     """A Ray cluster of two workers on this machine, one for all tests that need it: starting it takes seconds."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'sae-italian[ray]'")

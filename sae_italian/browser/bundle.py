@@ -7,9 +7,13 @@ The modules keep to a narrow form, so that this needs no parser: an import stand
 
 from __future__ import annotations
 
+import html
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from string import Template
+from typing import Any
 
 STYLES = ("base.css", "views.css", "live.css")  # live.css comes with live work, where it is
 _IMPORT = re.compile(r'^import \{ ([^}]*) \} from "\./([\w-]+\.js)";\n', re.MULTILINE)
@@ -47,6 +51,12 @@ def style() -> str:
     """Return the style sheet, every rule of it under `.sae-italian`."""
     static = resources.files("sae_italian.browser") / "static"
     return "\n".join(static_text(name) for name in STYLES if (static / name).is_file())
+
+
+def page(run: Mapping[str, Any], *, script: str, policy: str = "") -> str:
+    """Return the page with the facts of a run, escaped; `script` is the element that loads the script, `policy` a meta element."""
+    facts = {key: html.escape(str(run[key])) for key in ("title", "model", "sae", "corpus")}
+    return Template(static_text("page.html")).substitute(facts, script=script, policy=policy)
 
 
 def _exports(text: str) -> list[str]:

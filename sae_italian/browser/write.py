@@ -9,19 +9,17 @@ the other SAE's `rows`, `run` and `cards` in `other/`, and the matches in `data/
 from __future__ import annotations
 
 import gc
-import html
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from string import Template
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from sae_italian.browser.bundle import script, static_text, style
+from sae_italian.browser.bundle import page, script, style
 from sae_italian.browser.pack import Documents, data_script, pack_card
 from sae_italian.browser.schema import CardRecord, RunRecord, check_card, check_rows, check_run
 from sae_italian.errors import UsageError
@@ -31,6 +29,11 @@ FORMAT = "sae-italian-browser"
 SCHEMA_VERSION = 2
 ROWS_PER_SHARD = 4096
 CARDS_PER_SHARD = 32
+SCRIPT = '<script src="assets/app.js" defer></script>'
+POLICY = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'self' file:; "
+    "style-src 'self' file:; img-src data:; base-uri 'none'; form-action 'none'\">"
+)
 OURS = {"index.html", MARKER, "assets", "data", "other"}
 DESKTOP_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
@@ -114,9 +117,8 @@ def _write_assets(folder: Path, run: RunRecord) -> None:
     (folder / "assets").mkdir()
     (folder / "assets" / "app.js").write_text(script("boot.js"), encoding="utf-8")
     (folder / "assets" / "app.css").write_text(style(), encoding="utf-8")
-    facts = {key: html.escape(str(run[key])) for key in ("title", "model", "sae", "corpus")}
-    page = Template(static_text("index.html")).substitute(facts)
-    (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
+    text = page(run, script=SCRIPT, policy=POLICY)
+    (folder / "index.html").write_text(text, encoding="utf-8", errors="replace")
 
 
 def _write_source(folder: Path, source: Source, run: RunRecord, more: dict[str, Any], bar: bool) -> dict[str, Any]:

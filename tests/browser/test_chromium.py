@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,12 @@ from typing import Any
 import pytest
 
 from sae_italian.browser import write_browser
+from tests.browser.chromium import NEEDS_CHROMIUM
 from tests.browser.fake_browser import FakeSource, make_card, make_source
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is absent: pip install 'sae-italian[dev]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is absent: apt-get install chromium")
+pytestmark = NEEDS_CHROMIUM
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 EVIL = "<script>window.harm=1</script><img src=x onerror='window.harm=1'> \u202eoiggassem\u202c \u2067\u05e9\u05dc\u05d5\u05dd"
 TO_SCREEN = """([x, y]) => {
   const point = new DOMPoint(x, y).matrixTransform(document.querySelector(".scatter svg").getScreenCTM());
@@ -93,14 +83,6 @@ def evil_source() -> FakeSource:
     source.cards[0] = card
     source.run_record = {**source.run_record, "title": EVIL, "model_note": EVIL}
     return source
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,10 @@ Errors are {error_it, error_en}: 400 malformed, 403 and 421 not from here, 404, 
 
 from __future__ import annotations
 
-import html
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import resources
-from string import Template
 from typing import Any
 
 from starlette.applications import Starlette
@@ -26,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from sae_italian.browser.bundle import static_text, style
+from sae_italian.browser.bundle import page, static_text, style
 from sae_italian.browser.live import CALLS, Live
 from sae_italian.browser.schema import check_card, check_rows, check_run
 from sae_italian.browser.server.guard import LOOPBACK, Guard, Refused, as_json, read_json_body
@@ -91,9 +89,7 @@ class Server:
     # --- files -------------------------------------------------------------------------------------------------------
 
     async def page(self, _: Request) -> Response:
-        run = self.source.run()
-        facts = {key: html.escape(str(run[key])) for key in ("title", "model", "sae", "corpus")}
-        text = Template(static_text("served.html")).substitute(facts)
+        text = page(self.source.run(), script='<script type="module" src="assets/served.js"></script>')
         return Response(text.encode("utf-8", "replace"), media_type="text/html; charset=utf-8")
 
     async def asset(self, request: Request) -> Response:

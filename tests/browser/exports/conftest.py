@@ -1,25 +1,17 @@
 """Caches to export: one with explanations, and one over a nasty corpus."""
 
-import shutil
-
 import pytest
 
-from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.browser.exports import export
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
-from tests.browser.nasty import nasty_cache
 
 LATENTS = (0, 11)
 
 
 @pytest.fixture(scope="package")
-def cache(small_cache, mini, tmp_path_factory) -> FeatureCache:
-    folder = tmp_path_factory.mktemp("exports") / "cache"
-    shutil.copytree(small_cache, folder, ignore=shutil.ignore_patterns("*.sqlite*"))
-    found = FeatureCache.open(folder)
-    run_autointerp(found, mini.tokenizer, AutointerpConfig(latents=24, n_examples=20))
-    return found
+def cache(explained) -> FeatureCache:
+    return explained
 
 
 @pytest.fixture(scope="package")
@@ -28,8 +20,8 @@ def sae(trained_sae):
 
 
 @pytest.fixture(scope="package")
-def nasty(mini, topk_sae, tmp_path_factory) -> FeatureCache:
-    return FeatureCache.open(nasty_cache(tmp_path_factory.mktemp("nasty"), topk_sae, mini))
+def nasty(nasty_texts) -> FeatureCache:
+    return nasty_texts
 
 
 @pytest.fixture(scope="package")

@@ -1,6 +1,5 @@
 """One cache with its SAE and model, as the server gets it: the texts are nasty, the explanations a rule's."""
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -10,23 +9,17 @@ starlette = pytest.importorskip("starlette", reason="needs the serve extra")
 
 from starlette.testclient import TestClient  # noqa: E402
 
-from sae_italian.autointerp import AutointerpConfig, run_autointerp  # noqa: E402
 from sae_italian.browser.live import Live, open_with_live  # noqa: E402
 from sae_italian.browser.server.app import create_app  # noqa: E402
 from sae_italian.cache import FeatureCache  # noqa: E402
 from sae_italian.saes import load_sae  # noqa: E402
-from tests.browser.nasty import nasty_cache  # noqa: E402
 
 ADDRESS = "http://127.0.0.1:8765"
 
 
 @pytest.fixture(scope="package")
-def cache(small_cache, mini, tmp_path_factory) -> FeatureCache:
-    folder = tmp_path_factory.mktemp("served") / "cache"
-    shutil.copytree(small_cache, folder, ignore=shutil.ignore_patterns("*.sqlite*"))
-    found = FeatureCache.open(folder)
-    run_autointerp(found, mini.tokenizer, AutointerpConfig(latents=24, n_examples=20))
-    return found
+def cache(explained) -> FeatureCache:
+    return explained
 
 
 @pytest.fixture(scope="package")
@@ -40,10 +33,9 @@ def live(opened) -> Live:
 
 
 @pytest.fixture(scope="package")
-def nasty(mini, topk_sae, tmp_path_factory):
+def nasty(nasty_texts, mini, topk_sae):
     """Source and live work over a corpus that tries everything."""
-    found = FeatureCache.open(nasty_cache(tmp_path_factory.mktemp("nasty"), topk_sae, mini))
-    return open_with_live(found, mini.tokenizer, sae=topk_sae, model=mini)
+    return open_with_live(nasty_texts, mini.tokenizer, sae=topk_sae, model=mini)
 
 
 @pytest.fixture(scope="package")

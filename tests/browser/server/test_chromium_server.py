@@ -13,22 +13,15 @@ from sae_italian.browser.live import open_with_live
 from sae_italian.browser.server.app import create_app
 from sae_italian.browser.widget import answer
 from sae_italian.cache import FeatureCache
+from tests.browser.chromium import NEEDS_CHROMIUM
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
-from tests.browser.test_chromium import CHROMIUM, FLAGS, LOW_CONTRAST, NAMELESS
+from tests.browser.test_chromium import LOW_CONTRAST, NAMELESS
 
 from .running import running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is absent: pip install 'sae-italian[dev]'")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is absent: apt-get install chromium")
+pytestmark = NEEDS_CHROMIUM
 SENTENCE = "Le ragazze italiane hanno letto un libro."
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

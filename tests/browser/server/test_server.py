@@ -162,7 +162,7 @@ def test_no_path_leads_to_a_file(client, opened):
         "/assets/%2e%2e/live.py",
         "/assets/..%2f..%2f..%2fetc%2fpasswd",
         "/assets//etc/passwd",
-        "/assets/served.html",
+        "/assets/page.html",
         "/assets/fields.yaml",
         f"/assets/{folder}/manifest.json",
         "/manifest.json",
