@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,12 @@ class Estimate(NamedTuple):
 
     def as_dict(self) -> dict[str, float | None]:
         """Return value, lo and hi with None for NaN, as JSON wants it."""
-        return {name: float(x) if np.isfinite(x) else None for name, x in self._asdict().items()}
+        return dict(zip(self._fields, self.finite(), strict=True))
+
+    def finite(self) -> tuple[float | None, float | None, float | None]:
+        """Return value, lo and hi with None for NaN and infinities."""
+        value, lo, hi = (float(x) if isfinite(x) else None for x in self)
+        return value, lo, hi
 
 
 KEPT_WEIGHTS = 2**21  # numbers: 16 MB

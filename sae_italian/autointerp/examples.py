@@ -130,23 +130,17 @@ class ExampleSource:
         `deciles` draws equally from the ten tenths, `top` takes the strongest, `random` draws from all.
         """
         mine = self.usable_part[activity.active] == PARTS.index(part)
-        segments, strength = activity.active[mine], activity.maximum[mine]
-        rank = np.empty(len(segments), dtype=np.int64)
-        rank[np.argsort(strength, kind="stable")] = np.arange(len(segments))
-        decile = rank * 10 // max(len(segments), 1)
-        rng = self.rng(latent, part + order)
+        segments, ascending = activity.active[mine], np.argsort(activity.maximum[mine], kind="stable")
+        decile = np.empty(len(segments), dtype=np.uint8)
+        decile[ascending] = np.arange(len(segments)) * 10 // max(len(segments), 1)
         if order == "top":
-            chosen = np.argsort(-rank, kind="stable")[:n]
+            chosen = ascending[::-1][:n]
         else:
-            chosen = rng.permutation(len(segments))
+            chosen = self.rng(latent, part + order).permutation(len(segments))
             if order == "deciles" and len(segments) > n:
-                drawn = decile[chosen]
-                by_decile = np.argsort(drawn, kind="stable")
-                turn = np.empty(len(chosen), dtype=np.int64)  # the first of each tenth, then the second of each ...
-                turn[by_decile] = np.arange(len(chosen)) - np.searchsorted(drawn[by_decile], drawn[by_decile])
-                chosen = chosen[np.argsort(turn, kind="stable")]
+                chosen = _in_turn(chosen, decile[chosen], n)
             chosen = chosen[:n]
-        return segments[chosen], decile[chosen]
+        return segments[chosen], decile[chosen].astype(np.int64)
 
     def grid(self, segments: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n width"]:
         """Return the positions of the segments' tokens, -1 after their end (and everywhere for segment -1)."""
@@ -156,11 +150,17 @@ class ExampleSource:
         return np.where(inside, positions, -1)
 
     def values(self, activity: Activity, grid: Int[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
-        """Return the latent's activations on a grid of positions."""
-        if len(activity.position) == 0:
-            return np.zeros(grid.shape)
-        index = np.searchsorted(activity.position, grid).clip(max=len(activity.position) - 1)
-        return np.where(activity.position[index] == grid, activity.value[index], 0.0)
+        """Return the latent's activations on a grid of positions, whose rows are segments."""
+        values = np.zeros(grid.shape, dtype=activity.value.dtype)
+        if values.size == 0:
+            return values
+        start, length = grid[:, 0], (grid >= 0).sum(axis=1)
+        begin = np.searchsorted(activity.position, start)
+        count = np.searchsorted(activity.position, start + length) - begin
+        row = np.repeat(np.arange(len(grid)), count)
+        index = np.arange(len(row)) + np.repeat(begin - np.cumsum(count) + count, count)
+        values[row, activity.position[index] - start[row]] = activity.value[index]
+        return values
 
     def example(
         self,
@@ -188,3 +188,13 @@ class ExampleSource:
             decile=decile,
             pair=pair,
         )
+
+
+def _in_turn(items: Int[np.ndarray, " n"], group: Int[np.ndarray, " n"], n: int) -> Int[np.ndarray, " m"]:
+    """Return n of the items: the first of each group, then the second of each, and so on, in their order."""
+    by_group = np.argsort(group, kind="stable")
+    first = np.searchsorted(group[by_group], np.arange(int(group.max()) + 1))
+    turn = np.empty(len(items), dtype=np.int64)
+    turn[by_group] = np.arange(len(items)) - first[group[by_group]]
+    early = np.flatnonzero(turn < n)
+    return items[early[np.argsort(turn[early], kind="stable")]][:n]

@@ -7,6 +7,7 @@ when the cache shows no activation of the latent in it, nor in any other segment
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.examples import LENGTH_STEP, Activity, Draw, ExampleSource
 from sae_italian.autointerp.neighbours import Neighbours
-from sae_italian.autointerp.protocols import Negatives
+from sae_italian.autointerp.protocols import SEGMENT_NEGATIVES, Negatives
 from sae_italian.cache.splits import PARTS, Part
 
 TRIES = 16  # draws per positive before the source counts as exhausted
@@ -58,8 +59,18 @@ class NegativeSource:
         counts = np.bincount(key, minlength=len(PARTS) * vocab)
         return self.source.segment_of[here][order], np.concatenate([[0], np.cumsum(counts)])
 
-    def draw(self, latent: int, activity: Activity, part: Part, n: int) -> Draw:
-        """Return up to n positives from all tenths of the latent's maxima, with their negatives of every source."""
+    def draw(
+        self,
+        latent: int,
+        activity: Activity,
+        part: Part,
+        n: int,
+        sources: Sequence[Negatives] = SEGMENT_NEGATIVES,
+    ) -> Draw:
+        """Return up to n positives from all tenths of the latent's maxima, with their negatives of these sources.
+
+        Random and same-token negatives are always drawn; they are the same whatever else is asked for.
+        """
         positive, decile = self.source.positives(latent, activity, part, n)
         silent = _Silent(self.source, activity)
         rng = self.source.rng(latent, part)
@@ -68,7 +79,7 @@ class NegativeSource:
             "same-token": self._same_token(positive, activity, part, silent, rng),
         }
         for name, others in (("cofiring", self.neighbours.cofiring), ("decoder", self.neighbours.decoder)):
-            if latent in others:
+            if name in sources and latent in others:
                 negative[name] = self._of_neighbours(positive, others[latent], part, silent, rng)  # pyright: ignore[reportArgumentType]
         return Draw(positive, decile, negative)
 
@@ -202,8 +213,9 @@ def _mark(
     allowed: Bool[np.ndarray, "n width"], preference: Float[np.ndarray, "n width"], n_marks: Int[np.ndarray, " n"]
 ) -> Bool[np.ndarray, "n width"]:
     """Mark in each row the n allowed tokens of lowest preference value."""
-    rank = np.where(allowed, preference, np.inf).argsort(axis=1).argsort(axis=1)
-    return allowed & (rank < n_marks[:, None])
+    preference = np.where(allowed, preference, np.inf)
+    last = np.sort(preference, axis=1)[np.arange(len(preference)), n_marks.clip(max=preference.shape[1]) - 1]
+    return allowed & (preference <= last[:, None]) & (n_marks > 0)[:, None]
 
 
 def _shares_token(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.examples import ExampleSource
 from sae_italian.autointerp.tokens import token_bytes, token_strings
@@ -80,6 +81,9 @@ class Places:
         self.form_token = known // 2 % self.vocab
         self.form_word = known // 2 // self.vocab
         self.form_ends = (known % 2).astype(bool)
+        self._goes_on = np.append(self.source.linked[1:], False)  # the next position is of the same document and window
+        self._table: dict[Family, np.ndarray] = {}
+        self._lock = Lock()
         self.start_of_word = np.maximum.accumulate(np.where(self.new_word, np.arange(len(form)), 0)).astype(np.int32)
 
     def prepare(self) -> None:
@@ -172,7 +176,7 @@ class Places:
             return positions
         if slot == "next":
             other = positions + 1
-            linked = np.append(self.source.linked, False)[other.clip(min=0)]
+            linked = self._goes_on[positions]
         else:
             first = positions if slot == "previous" else self.start_of_word[positions]
             other, linked = first - 1, self.source.linked[first]
@@ -185,6 +189,23 @@ class Places:
 
     def chain(self, family: Family) -> Int[np.ndarray, " positions"]:
         return self.bigram if family == "bigram" else self.trigram
+
+    def look_up(
+        self,
+        family: Family,
+        keys: Int[np.ndarray, " k"],
+        values: Float[np.ndarray, " k"],
+        at: Int[np.ndarray, "n width"],
+    ) -> Float[np.ndarray, "n width"]:
+        """Return at each of a grid of a family's keys (-1: none) its value, 0 for those that have none."""
+        with self._lock:  # one table a family, cleared after use: far quicker than a search for each place
+            if family not in self._table:
+                self._table[family] = np.zeros(len(self.totals[family]) + 1)  # the last one is for no key
+            table = self._table[family]
+            table[keys] = values
+            found = table[at]
+            table[keys] = 0.0
+        return found
 
     def name(self, family: Family, key: int) -> str:
         """Return the text of a key of a family that is a table over forms."""

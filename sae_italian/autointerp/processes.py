@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,10 +27,13 @@ def in_processes(function: Callable[[Item], Result], items: Sequence[Item], work
     from multiprocessing import get_context
 
     _function = function
+    gc.collect()
+    gc.freeze()  # what the processes share is neither searched for garbage nor copied for it
     try:
         with get_context("fork").Pool(workers, _one_thread) as pool:
             yield from pool.imap(_call, items)
     finally:
+        gc.unfreeze()
         _function = None
 
 

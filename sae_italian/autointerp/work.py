@@ -69,9 +69,7 @@ class Work:
         if any(n[part] < least for part, least in LEAST_POSITIVES.items()):
             status = "too few activations" if len(activity.position) else "dead"
             return [Explanation(latent, explainer, status, "", "", None) for explainer in (EXPLAINER, LOOKUP)]
-        train = self.negatives.draw(latent, activity, "train", self.n_examples)
-        val = self.negatives.draw(latent, activity, "val", self.n_examples)
-        return self.explainer.explain_latent(latent, activity, train, val)
+        return self.explainer.explain_latent(latent, activity)
 
     def score(self, task: Task) -> list[tuple[Any, ...]]:
         """Return the score rows of one latent."""

@@ -137,8 +137,7 @@ def test_an_ending_is_found_as_an_ending(places, source, planted, negatives):
     key = table.names.index("ato")
     position = np.flatnonzero((keys == key) & (source.segment_of >= 0))
     activity = planted_activity(source, position)
-    draws = [negatives_draw(negatives, activity, part) for part in ("train", "val")]
-    rule, lookup = RuleExplainer(places, negatives).rules(0, activity, *draws)
+    rule, lookup = RuleExplainer(places, negatives, 40).rules(0, activity)
     assert rule.family.startswith("suffix") and "in -" in describe(rule, "it") and rule.precision > 0.9
     assert "at the end of words in -" in describe(rule, "en")
     assert lookup.family == "token" and rule_of(rule.as_dict()).as_dict() == rule.as_dict()
@@ -151,10 +150,6 @@ def planted_activity(source, position, value=None):
     active = np.unique(segment)
     value = np.ones(len(position)) if value is None else value
     return Activity(position, value, segment, active, np.ones(len(active)))
-
-
-def negatives_draw(negatives, activity, part):
-    return negatives.draw(0, activity, part, 40)
 
 
 def test_the_trie_tells_a_token_in_one_context_from_the_token(places, source):

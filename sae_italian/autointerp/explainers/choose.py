@@ -39,24 +39,22 @@ class RuleExplainer:
 
     def explain(self, examples: LatentExamples) -> list[Explanation]:
         """Return the best rule and the token lookup for the latent of these examples, from the whole cache."""
-        activity = self.source.activity(examples.latent)
-        train = self.negatives.draw(examples.latent, activity, "train", self.n_examples)
-        val = self.negatives.draw(examples.latent, activity, "val", self.n_examples)
-        return self.explain_latent(examples.latent, activity, train, val)
+        return self.explain_latent(examples.latent, self.source.activity(examples.latent))
 
-    def explain_latent(self, latent: int, activity: Activity, train: Draw, val: Draw) -> list[Explanation]:
-        best, lookup = self.rules(latent, activity, train, val)
+    def explain_latent(self, latent: int, activity: Activity) -> list[Explanation]:
+        best, lookup = self.rules(latent, activity)
         return [explanation(latent, EXPLAINER, best), explanation(latent, LOOKUP, lookup)]
 
-    def rules(self, latent: int, activity: Activity, train: Draw, val: Draw) -> tuple[Rule, Rule]:
+    def rules(self, latent: int, activity: Activity) -> tuple[Rule, Rule]:
         """Return the best rule and the token lookup, each with the threshold that does best on the validation draw."""
         counts = Counts(self.places, activity)
-        tuned = _Tuning(self.places, val)
+        tuned = _Tuning(self.places, self.negatives.draw(latent, activity, "val", self.n_examples, CHOSEN_ON))
         fitted = {family: fit_keys(counts, family) for family in FAMILIES}
         candidates: list[tuple[float, Rule]] = [tuned(rule) for rule in fitted.values() if len(rule.keys)]
         lookup = tuned(fitted["token"])
         if max((score for score, _ in candidates), default=0.0) < GOOD_ENOUGH:
             candidates.append(tuned(fit_trie(counts)))
+            train = self.negatives.draw(latent, activity, "train", self.n_examples, CHOSEN_ON)
             view = View(self.places, self.source.grid(all_segments(train, CHOSEN_ON)))
             values = self.source.values(activity, view.grid)
             tree = fit_tree(list(fitted.values()), view, values, counts.base, seed=self.source.seed)

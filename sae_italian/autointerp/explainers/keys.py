@@ -49,6 +49,7 @@ class Counts:
         self.n = len(self.position)
         self.base = self.n / max(len(places.train_positions), 1)
         self._forms: dict[Slot, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._tallies: dict[Family, Tally] = {}
 
     def forms(self, slot: Slot) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
         """Return the forms seen at a slot of the activations, how often, and with how much activation in all."""
@@ -63,8 +64,11 @@ class Counts:
 
     def keys(self, family: Family) -> Tally:
         """Return the family's keys that the latent fires on, with their counts."""
-        if family in ("bigram", "trigram"):
-            return self._chain(family)
+        if family not in self._tallies:
+            self._tallies[family] = self._chain(family) if family in ("bigram", "trigram") else self._single(family)
+        return self._tallies[family]
+
+    def _single(self, family: Family) -> Tally:
         table = self.places.tables[family]
         forms, active, mass = self.forms(table.slot)
         key = table.keys[forms]
@@ -91,6 +95,11 @@ class Counts:
         mass = np.bincount(index, weights=value, minlength=len(known)) * step
         return Tally(known, active, mass, total, position[first])
 
+    def telling(self, tally: Tally) -> Int[np.ndarray, " n"]:
+        """Return the indices of the keys whose log-odds are LEAST_Z above 0; only those above the base rate can be."""
+        above = np.flatnonzero(tally.active > self.base * tally.total)
+        return above[self.log_odds(tally.take(above)) >= LEAST_Z]
+
     def log_odds(self, tally: Tally) -> Float[np.ndarray, " k"]:
         """Return the z-value of each key's log-odds, the latent's activations against all other training tokens."""
         silent, n_silent = tally.total - tally.active, len(self.places.train_positions) - self.n
@@ -111,6 +120,11 @@ class Tally:
     mass: Float[np.ndarray, " k"]
     total: Int[np.ndarray, " k"]
     at: Int[np.ndarray, " k"] | None = None
+
+    def take(self, index: Int[np.ndarray, " n"]) -> Tally:
+        """Return some of the keys."""
+        at = None if self.at is None else self.at[index]
+        return Tally(self.keys[index], self.active[index], self.mass[index], self.total[index], at)
 
     def rates(self, base: float) -> Float[np.ndarray, " k"]:
         return (self.active + SMOOTHING * base) / (self.total + SMOOTHING)
@@ -167,9 +181,7 @@ class KeyRule:
     def _at(self, view: View, values: Float[np.ndarray, " k"]) -> Float[np.ndarray, "n width"]:
         if len(self.keys) == 0:
             return np.zeros(view.grid.shape)
-        keys = view.keys(self.family)
-        index = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[index] == keys, values[index], 0.0)
+        return view.places.look_up(self.family, self.keys, values, view.keys(self.family))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the rule as plain JSON values."""
@@ -198,7 +210,7 @@ def fit_keys(counts: Counts, family: Family) -> KeyRule:
     """Return the rule of one family whose firing matches the latent's best (F1 per token) in the training documents."""
     tally = counts.keys(family)
     rates = tally.rates(counts.base)
-    telling = np.flatnonzero(counts.log_odds(tally) >= LEAST_Z)
+    telling = counts.telling(tally)
     order = telling[np.lexsort((-tally.active[telling], -rates[telling]))][: MAX_KEYS[family]]
     f1 = 2 * np.cumsum(tally.active[order]) / (np.cumsum(tally.total[order]) + counts.n)
     chosen = np.sort(order[: int(np.argmax(f1)) + 1]) if len(order) else order

@@ -192,9 +192,12 @@ def _common_ending(words: list[str], mass: Float[np.ndarray, " k"], least: float
 def shown_keys(rule: Rule, shown: int = 20) -> list[dict[str, object]]:
     """Return the heaviest keys of a rule for a reader: their text, their weight and their share of the activation."""
     tables = (rule,) if isinstance(rule, KeyRule) else rule.levels if isinstance(rule, TrieRule) else rule.conditions
-    rows = [
-        {"tokens": quoted(table.family, table.names[i], "en"), "weight": round(weight, 4), "mass": round(share, 4)}
+    keys = [
+        (round(share, 4), round(weight, 4), table, i)
         for table in tables
         for i, (weight, share) in enumerate(zip(table.weights.tolist(), table.mass.tolist(), strict=True))
     ]
-    return sorted(rows, key=lambda row: -row["mass"])[:shown]
+    return [
+        {"tokens": quoted(table.family, table.names[i], "en"), "weight": weight, "mass": share}
+        for share, weight, table, i in sorted(keys, key=lambda key: -key[0])[:shown]
+    ]

@@ -113,11 +113,8 @@ class TreeRule:
 
 def holds(condition: KeyRule, view: View) -> Bool[np.ndarray, "n width"]:
     """Return where the family's key is one of the condition's."""
-    keys = view.keys(condition.family)
-    if len(condition.keys) == 0:
-        return np.zeros(keys.shape, dtype=bool)
-    index = np.searchsorted(condition.keys, keys).clip(max=len(condition.keys) - 1)
-    return condition.keys[index] == keys
+    ones = np.ones(len(condition.keys))
+    return view.places.look_up(condition.family, condition.keys, ones, view.keys(condition.family)) > 0
 
 
 def fit_tree(

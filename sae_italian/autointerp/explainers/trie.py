@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.explainers.keys import LEAST_Z, SMOOTHING, Counts, KeyRule, Tally, names_of
+from sae_italian.autointerp.explainers.keys import SMOOTHING, Counts, KeyRule, Tally, names_of
 from sae_italian.autointerp.places import Family, View
 
 MAX_NODES: dict[Family, int] = {"token": 64, "bigram": 96, "trigram": 48}
@@ -72,9 +72,9 @@ class TrieRule:
         result = np.zeros(view.grid.shape)
         for level in self.levels:
             if len(level.keys):
-                keys = view.keys(level.family)
-                index = np.searchsorted(level.keys, keys).clip(max=len(level.keys) - 1)
-                result = np.where(level.keys[index] == keys, getattr(level, what)[index], result)
+                number = np.arange(1.0, len(level.keys) + 1)
+                found = view.places.look_up(level.family, level.keys, number, view.keys(level.family)).astype(np.int64)
+                result = np.where(found > 0, getattr(level, what)[found - 1], result)
         return result
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,9 +88,9 @@ class TrieRule:
 def fit_trie(counts: Counts) -> TrieRule:
     """Return the trie of one latent's training activations."""
     token = counts.keys("token")
-    known = np.flatnonzero(counts.log_odds(token) >= LEAST_Z)
+    known = counts.telling(token)
     known = np.sort(known[np.argsort(-token.active[known], kind="stable")][: MAX_NODES["token"]])
-    token = _take(token, known)
+    token = token.take(known)
     token.at = None
     tokens = counts.places.source.tokens
     pair = counts.keys("bigram")
@@ -116,7 +116,7 @@ def _significant(
 ) -> tuple[Tally, Int[np.ndarray, " m"]]:
     """Return the contexts on which the latent fires more often than on the shorter ones, and the index of each parent."""
     if len(parent_keys) == 0:
-        return _take(tally, np.empty(0, dtype=np.int64)), np.empty(0, dtype=np.int64)
+        return tally.take(np.empty(0, dtype=np.int64)), np.empty(0, dtype=np.int64)
     index = np.searchsorted(parent_keys, parent_of).clip(max=len(parent_keys) - 1)
     rate = (parent.active / parent.total)[index].clip(0, 1)
     expected = tally.total * rate
@@ -124,7 +124,7 @@ def _significant(
     keep = np.flatnonzero((parent_keys[index] == parent_of) & (tally.total >= LEAST_SEEN) & (gain >= LEAST_GAIN))
     best = keep[np.argsort(-(tally.active - expected)[keep], kind="stable")][: MAX_NODES[family]]
     best = np.sort(best)
-    return _take(tally, best), index[best]
+    return tally.take(best), index[best]
 
 
 def _keep_the_rest(parent: Tally, child: Tally, index: Int[np.ndarray, " m"]) -> None:
@@ -133,11 +133,6 @@ def _keep_the_rest(parent: Tally, child: Tally, index: Int[np.ndarray, " m"]) ->
         values = getattr(parent, name).astype(np.float64)
         np.subtract.at(values, index, getattr(child, name))
         setattr(parent, name, values.clip(min=0))
-
-
-def _take(tally: Tally, index: Int[np.ndarray, " n"]) -> Tally:
-    arrays = (getattr(tally, name) for name in ("keys", "active", "mass", "total", "at"))
-    return Tally(*(None if array is None else array[index] for array in arrays))  # pyright: ignore[reportArgumentType]
 
 
 def _level(counts: Counts, family: Family, tally: Tally) -> KeyRule:

@@ -150,7 +150,14 @@ def _auroc(own: Answers, documents: Documents, whole: bool) -> Float[np.ndarray,
     """Return the probability that a positive outranks a negative, ties counting half; NaN resamples unless `whole`."""
     positive, negative = own.positive_probability, own.negative_probability
     assert positive is not None and negative is not None
-    weights = documents.weights if whole else documents.weights[:1]
+    result = np.full(len(documents.weights), np.nan)
+    if not whole:
+        ranked = np.sort(negative)
+        outranked = sum(int(np.searchsorted(ranked, positive, side).sum()) for side in ("left", "right")) / 2
+        pairs = len(positive) * len(negative)
+        result[0] = outranked / pairs if pairs else np.nan
+        return result
+    weights = documents.weights
     order = np.argsort(negative, kind="stable")
     ours = weights[:, documents.index(own.positive_docs)]
     theirs = weights[:, documents.index(own.negative_docs)[order]]
@@ -158,11 +165,9 @@ def _auroc(own: Answers, documents: Documents, whole: bool) -> Float[np.ndarray,
     np.cumsum(theirs, axis=1, out=running[:, 1:])
     below = np.searchsorted(negative[order], positive, side="left")
     upto = np.searchsorted(negative[order], positive, side="right")
-    result = np.full(len(documents.weights), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         outranked = (ours * (running[:, below] + running[:, upto])).sum(axis=1) / 2
-        result[: len(weights)] = outranked / (ours.sum(axis=1) * running[:, -1])
-    return result
+        return outranked / (ours.sum(axis=1) * running[:, -1])
 
 
 def compare(first: Answers, second: Answers) -> Estimate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from sae_italian.autointerp.negatives import Marked, NegativeSource
 from sae_italian.autointerp.places import Places, View
 from sae_italian.autointerp.protocols import Negatives, Verdicts
 from sae_italian.autointerp.scorers.binary import LEAST_PAIRS, Answers, Resampled, binary_metrics
-from sae_italian.autointerp.scorers.simulation import RANDOM, TOP, correlation
+from sae_italian.autointerp.scorers.simulation import RANDOM, TOP, correlations
 from sae_italian.autointerp.shown import simulated_segments
 from sae_italian.statistics import Estimate
 
@@ -48,12 +48,13 @@ class RuleScorer:
         keys = list(answers[0])
         resampled = Resampled([sets[key] for sets in answers for key in keys])
         metrics = iter(resampled.metrics(auroc_intervals=len(keys)))
+        simulations = shown.simulations([judged.rule for judged in everyone])
         rows: list[Row] = []
-        for judged, sets in zip(everyone, answers, strict=True):
+        for i, (judged, sets) in enumerate(zip(everyone, answers, strict=True)):
             for scorer, source in keys:
                 rows += _rows(latent, judged, scorer, "rule", source, next(metrics), sets[scorer, source])
-            for draw, found in shown.simulations(judged.rule).items():
-                rows += _simulation_rows(latent, judged, draw, found, shown)
+            for draw, found in simulations.items():
+                rows += _simulation_rows(latent, judged, draw, found[i], shown)
         for i, (scorer, source) in enumerate(keys):  # the rule against the lookup on identical windows
             gain = {GAIN: resampled.gain(i, len(keys) + i)}
             rows += _rows(latent, own, scorer, "rule", source, gain, answers[0][scorer, source])
@@ -65,64 +66,91 @@ class RuleScorer:
 Sets = dict[tuple[str, Negatives], Answers]
 
 
+class _Question(NamedTuple):
+    """Which rows of what is judged answer for one scorer and source: positives, their negatives, and their documents."""
+
+    positive: Int[np.ndarray, " n"]
+    negative: Int[np.ndarray, " n"]
+    positive_docs: Int[np.ndarray, " n"]
+    negative_docs: Int[np.ndarray, " n"]
+
+    def answers(self, verdicts: Verdicts) -> Answers:
+        said, probability = verdicts.said, verdicts.probability
+        assert probability is not None
+        return Answers(
+            said[self.positive],
+            said[self.negative],
+            self.positive_docs,
+            self.negative_docs,
+            probability[self.positive],
+            probability[self.negative],
+        )
+
+
 class _Shown:
-    """The test examples of one latent, the same for every rule."""
+    """The test examples of one latent, the same for every rule: each rule is laid over all of them once."""
 
     def __init__(self, scorer: RuleScorer, latent: int, activity: Activity):
         self.source = scorer.source
         self.draw: Draw = scorer.negatives.draw(latent, activity, "test", scorer.n_examples)
-        self.marked: dict[Negatives, Marked] = scorer.negatives.marked(latent, activity, self.draw)
         self.top, self.random, _ = simulated_segments(self.source, latent, activity)
         blocks = [self.draw.positive, *self.draw.negative.values(), self.top, self.random]
+        self.first = np.cumsum([0, *map(len, blocks)])  # row of the view that each block begins at
         self.view = View(scorer.places, self.source.grid(np.concatenate(blocks)))
-        edges = np.cumsum([len(block) for block in blocks])[:-1]
-        self.split = lambda values: np.split(values, edges)
-        self.true = self.source.values(activity, self.view.grid[edges[-2] :])
+        self.whole = dict(self._whole())
+        self.fuzzed, self.rows, self.marks = self._fuzzed(scorer.negatives.marked(latent, activity, self.draw))
+        simulated = self.view.grid[self.first[-3] :]
+        self.inside = simulated >= 0
+        self.true = self.source.values(activity, simulated)[self.inside]
+        docs = self.source.doc[np.concatenate([self.top, self.random])]
+        self.docs = np.repeat(docs, self.inside.sum(axis=1))
+        self.n_top = int(self.inside[: len(self.top)].sum())
+
+    def _whole(self) -> Iterator[tuple[Negatives, _Question]]:
+        """Yield the detection questions, on rows of the view, where there are enough of both classes."""
+        for block, (name, segments) in enumerate(self.draw.negative.items(), start=1):
+            there = np.flatnonzero(segments >= 0)
+            if len(there) >= LEAST_PAIRS:
+                yield name, _Question(there, self.first[block] + there, *self._docs(there, segments))
+
+    def _fuzzed(self, marked: dict[Negatives, Marked]) -> tuple[dict[Negatives, _Question], np.ndarray, np.ndarray]:
+        """Return the fuzzing questions, on rows of what is marked, and the rows of the view and the marks of these."""
+        questions: dict[Negatives, _Question] = {}
+        rows, marks = [np.empty(0, dtype=np.int64)], [np.empty((0, self.source.width), dtype=bool)]
+        blocks = dict(zip(("silent-token", *self.draw.negative), self.first, strict=False))
+        n = 0
+        for name, own in marked.items():
+            there = np.flatnonzero(own.rows)
+            if len(there) >= LEAST_PAIRS:
+                segments = self.draw.positive if name == "silent-token" else self.draw.negative[name]
+                here = n + np.arange(len(there))
+                questions[name] = _Question(here, here + len(there), *self._docs(there, segments))
+                rows += [there, blocks[name] + there]
+                marks += [own.positive[there], own.negative[there]]
+                n += 2 * len(there)
+        return questions, np.concatenate(rows), np.concatenate(marks)
+
+    def _docs(self, rows: Int[np.ndarray, " n"], negative: Int[np.ndarray, " m"]) -> tuple[np.ndarray, np.ndarray]:
+        return self.source.doc[self.draw.positive[rows]], self.source.doc[negative[rows]]
 
     def answers(self, rule: Rule) -> Sets:
         """Return the rule's answers by scorer and negative source, where there are enough of both classes."""
         rates = rule.predict(self.view)
-        positive, *rest = self.split(rates)
-        negative = dict(zip(self.draw.negative, rest, strict=False))
-        whole = on_segments(rule, positive)
-        sets: Sets = {}
-        for name, segments in self.draw.negative.items():
-            there = segments >= 0
-            if there.sum() >= LEAST_PAIRS:
-                sets["detection", name] = self._set(
-                    _take(whole, there), on_segments(rule, negative[name][there]), there, segments
-                )
-        for name, own in self.marked.items():
-            if own.rows.sum() >= LEAST_PAIRS:
-                other = positive if name == "silent-token" else negative[name]
-                segments = self.draw.positive if name == "silent-token" else self.draw.negative[name]
-                sets["fuzzing", name] = self._set(
-                    on_marks(rule, positive[own.rows], own.positive[own.rows]),
-                    on_marks(rule, other[own.rows], own.negative[own.rows]),
-                    own.rows,
-                    segments,
-                )
-        return sets
+        on_whole, on_marked = on_segments(rule, rates), on_marks(rule, rates[self.rows], self.marks)
+        asked = (("detection", self.whole, on_whole), ("fuzzing", self.fuzzed, on_marked))
+        return {
+            (scorer, name): question.answers(verdicts)
+            for scorer, questions, verdicts in asked
+            for name, question in questions.items()
+        }
 
-    def _set(
-        self, positive: Verdicts, negative: Verdicts, rows: np.ndarray, segments: Int[np.ndarray, " n"]
-    ) -> Answers:
-        docs = self.source.doc[self.draw.positive[rows]], self.source.doc[segments[rows]]
-        return Answers(positive.said, negative.said, *docs, positive.probability, negative.probability)
-
-    def simulations(self, rule: Rule) -> dict[str, dict[str, Estimate]]:
-        expected = np.concatenate(self.split(rule.expect(self.view))[-2:])
-        grid = self.view.grid[-len(expected) :] if len(expected) else self.view.grid[:0]
-        docs = np.repeat(self.source.doc[np.concatenate([self.top, self.random])], self.source.width)
-        found = {}
-        for draw, first in ((TOP, 0), (RANDOM, len(self.top))):
-            inside = (grid[first:] >= 0).ravel()
-            found[draw] = correlation(
-                self.true[first:].ravel()[inside],
-                expected[first:].ravel()[inside],
-                docs[first * self.source.width :][inside],
-            )
-        return found
+    def simulations(self, rules: Sequence[Rule]) -> dict[str, list[dict[str, Estimate]]]:
+        """Return the correlations of each rule's simulation, by draw."""
+        expected = np.stack([rule.expect(self.view)[self.first[-3] :][self.inside] for rule in rules])
+        return {
+            draw: correlations(self.true[first:], expected[:, first:], self.docs[first:])
+            for draw, first in ((TOP, 0), (RANDOM, self.n_top))
+        }
 
     def deciles(self, latent: int, own: Judged, sets: Sets) -> Iterator[Row]:
         """Return the share of positives found in each tenth of the latent's maxima."""
@@ -135,11 +163,6 @@ class _Shown:
             share = float(said[decile == tenth].mean())
             where = (own.row_id, latent, "", "detection", "rule", "random", f"tpr_decile_{tenth}")
             yield (*where, share, None, None, int((decile == tenth).sum()), 0, 0)
-
-
-def _take(verdicts: Verdicts, rows: np.ndarray) -> Verdicts:
-    assert verdicts.probability is not None
-    return Verdicts(verdicts.said[rows], verdicts.probability[rows])
 
 
 def _constants(latent: int, own: Judged, sets: Sets) -> Iterator[Row]:
@@ -158,10 +181,8 @@ def _rows(
     latent: int, judged: Judged, scorer: str, judge: str, source: str, metrics: dict[str, Estimate], answers: Answers
 ) -> Iterator[Row]:
     for metric, estimate in metrics.items():
-        numbers = estimate.as_dict()
         where = (judged.row_id, latent, judged.control, scorer, judge, source, metric)
-        counts = (len(answers.positive), len(answers.negative), 0)
-        yield (*where, numbers["value"], numbers["lo"], numbers["hi"], *counts)
+        yield (*where, *estimate.finite(), len(answers.positive), len(answers.negative), 0)
 
 
 def _simulation_rows(
@@ -169,6 +190,5 @@ def _simulation_rows(
 ) -> Iterator[Row]:
     n = len(shown.random) + (len(shown.top) if draw == TOP else 0)
     for metric, estimate in metrics.items():
-        numbers = estimate.as_dict()
         where = (judged.row_id, latent, judged.control, "simulation", "rule", draw, metric)
-        yield (*where, numbers["value"], numbers["lo"], numbers["hi"], n, 0, 0)
+        yield (*where, *estimate.finite(), n, 0, 0)

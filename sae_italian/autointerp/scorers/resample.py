@@ -37,6 +37,14 @@ class Documents:
     def sums(self, docs: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " documents"]:
         return np.bincount(self.index(docs), weights=values, minlength=len(self.known))
 
+    def all_sums(
+        self, docs: Int[np.ndarray, " n"], values: Float[np.ndarray, "quantities n"]
+    ) -> Float[np.ndarray, "quantities documents"]:
+        """Return the sums of several quantities."""
+        n = len(self.known)
+        cell = (np.arange(len(values)) * n)[:, None] + self.index(docs)
+        return np.bincount(cell.ravel(), weights=values.ravel(), minlength=len(values) * n).reshape(len(values), n)
+
     def index(self, docs: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         return np.searchsorted(self.known, docs)
 

@@ -42,16 +42,30 @@ def correlation(
     true: Float[np.ndarray, " tokens"], simulated: Float[np.ndarray, " tokens"], docs: Int[np.ndarray, " tokens"]
 ) -> dict[str, Estimate]:
     """Return `correlation` with its interval over documents, and `constant`: 1 where it is undefined and taken as 0."""
+    return correlations(true, np.asarray(simulated)[None], docs)[0]
+
+
+def correlations(
+    true: Float[np.ndarray, " tokens"],
+    simulated: Float[np.ndarray, "simulations tokens"],
+    docs: Int[np.ndarray, " tokens"],
+) -> list[dict[str, Estimate]]:
+    """Return for each of several simulations of the same tokens what `correlation` does; all are resampled together."""
     documents = Documents(docs)
     true, simulated = np.asarray(true, dtype=np.float64), np.asarray(simulated, dtype=np.float64)
-    products = (np.ones(len(true)), true, simulated, true * true, simulated * simulated, true * simulated)
-    sums = np.stack([documents.sums(docs, product) for product in products], axis=1)
-    n, a, s, aa, ss, cross = (documents.weights @ sums).T
+    ours = np.stack([np.ones(len(true)), true, true * true])
+    theirs = np.concatenate([simulated, simulated * simulated, simulated * true])
+    sums = documents.all_sums(docs, np.concatenate([ours, theirs])) @ documents.weights.T
+    n, a, aa = sums[:3, None]
+    s, ss, cross = sums[3:].reshape(3, len(simulated), -1)
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = (aa / n - (a / n) ** 2), (ss / n - (s / n) ** 2)
         scale = np.sqrt(variance[0] * variance[1])
         # differences of rounding size are no variance
         defined = (variance[0] > 1e-9 * aa / n) & (variance[1] > 1e-9 * ss / n)
         values = np.where(defined, (cross / n - a * s / n**2) / scale, 0.0).clip(-1, 1)
-    constant = float(not defined[0])
-    return {"correlation": estimates(values[None])[0], "constant": Estimate(constant, float("nan"), float("nan"))}
+    nan = float("nan")
+    return [
+        {"correlation": estimate, "constant": Estimate(float(not known), nan, nan)}
+        for estimate, known in zip(estimates(values), defined[:, 0].tolist(), strict=True)
+    ]
