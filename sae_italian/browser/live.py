@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ import torch
 
 from sae_italian.analysis.causal.ablation import ablate
 from sae_italian.analysis.causal.steer import steer
-from sae_italian.autointerp.explainers.choose import EXPLAINER
+from sae_italian.autointerp.database import connect
+from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
+from sae_italian.autointerp.now import config_of, keep
 from sae_italian.autointerp.run import STORE_FILE, AutointerpConfig
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation
@@ -26,7 +30,7 @@ from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.encode import encode_sparse
 from sae_italian.corpora.packing import special_mask
-from sae_italian.errors import UsageError, nearest
+from sae_italian.errors import SaeItalianError, UsageError, nearest
 from sae_italian.models.activations import read_activations
 
 MAX_LETTERS, MAX_TOKENS = 10_000, 512  # of a sentence
@@ -131,22 +135,43 @@ class Live:
     # --- explanations ------------------------------------------------------------------------------------------------
 
     @cached_property
+    def _config(self) -> AutointerpConfig:
+        return config_of(self.cache.folder / STORE_FILE)
+
+    @cached_property
     def _work(self) -> Work:
-        config = AutointerpConfig()
+        config = self._config
         latents = list(range(self.cache.manifest.d_sae))
         sizes = {"width": config.width, "n_examples": config.n_examples, "seed": config.seed}
         return Work(self.cache, self.tokenizer, latents, self.sae, **sizes)
 
     def explain(self, latent: int) -> dict[str, Any]:
-        """Return the latent's rule, made now from the cache, and an LLM's explanation where an endpoint is given."""
+        """Return the latent's rule, made now from the cache, and an LLM's explanation where an endpoint is given.
+
+        They are kept beside the cache, the rule with its scores; `not_kept` says why where that was not possible.
+        """
         self.cache.range_of(latent)
-        rule = next(e for e in self._work.explain(latent) if e.explainer == EXPLAINER)
-        found = [_shown(rule)]
+        store = self.cache.folder / STORE_FILE
+        found = self._work.explain(latent)
+        rule = next(e for e in found if e.explainer == EXPLAINER)
         if self.endpoint is not None and rule.status == "ok":
             promoted = self._promoted(latent)
             examples = latent_examples(self._work.negatives, latent, promoted=promoted)
-            found.append(_shown(self.endpoint.explain(examples, self.cache.folder / STORE_FILE)))
-        return {"latent": latent, "explanations": found}
+            found.append(self.endpoint.explain(examples, self._ledger))
+        not_kept = keep(store, self._work, self._config, found)
+        shown = [_shown(explanation) for explanation in found if explanation.explainer != LOOKUP]
+        return {"latent": latent, "explanations": shown, "not_kept": not_kept}
+
+    @cached_property
+    def _ledger(self) -> Path:
+        """Where calls to an LLM are kept: with the cache, or in a file of this session where that cannot be written."""
+        path = self.cache.folder / STORE_FILE
+        try:
+            connect(path).close()
+        except SaeItalianError:
+            self._folder = TemporaryDirectory(prefix="sae-italian-")  # goes with this object
+            return Path(self._folder.name) / STORE_FILE
+        return path
 
     def _promoted(self, latent: int) -> tuple[str, ...]:
         strings, ids = self._work.places.strings, self.cache.statistics["promoted_ids"][latent]

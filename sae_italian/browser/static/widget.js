@@ -23,7 +23,13 @@ export function render({ model, el }) {
   }
 
   model.on("msg:custom", answered);
-  const source = { run: () => ask("run"), rows: () => ask("rows"), card: (latent) => ask("card", latent) };
+  const records = (prefix) => ({
+    run: () => ask(prefix + "run"), rows: () => ask(prefix + "rows"),
+    card: (latent) => ask(prefix + "card", latent), wide: (latent) => ask(prefix + "wide", latent),
+  });
+  const source = records("");
+  const other = model.get("other");
+  if (other) source.compare = async () => ({ name: other, source: records("other."), matches: () => ask("matches") });
   if (model.get("has_live")) {
     source.live = {
       llm: model.get("has_llm"),
