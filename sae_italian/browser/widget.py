@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sae_italian.browser.bundle import module, style
+from sae_italian.browser.bundle import module, notebook_style
 from sae_italian.browser.compare import Other, open_other
 from sae_italian.browser.live import Live, open_with_live
 from sae_italian.browser.llm import Endpoint
@@ -106,8 +106,8 @@ def widget_class() -> Any:
     class LatentBrowser(anywidget.AnyWidget):  # pyright: ignore[reportUntypedBaseClass]
         """The page, its records and its live work behind one comm."""
 
-        _esm = module("widget.js") + "export default { render };\n"
-        _css = style()
+        _esm = module("widget.js")
+        _css = notebook_style()
         latent = traitlets.Int(-1).tag(sync=True)
         has_live = traitlets.Bool(False).tag(sync=True)
         has_llm = traitlets.Bool(False).tag(sync=True)

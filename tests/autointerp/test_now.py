@@ -73,7 +73,7 @@ def test_a_run_counts_nothing_that_was_made_on_demand(cache, work, explained, mi
     assert found.n_latents == 4 and [summary.explainer for summary in side_by_side(path)] == ["rules"]
     with Store(path, {}) as store:
         drawn = set(store.explanations("rules"))
-    other = next(found for k in range(256) if k not in drawn and (found := work.explain(k))[0].status == "ok")
+    other = next(own for k in range(256) if k not in drawn and (own := work.explain(k))[0].status == "ok")
     keep(path, work, CONFIG, other)
     assert summarise(path).as_dict() == found.as_dict()
     run_autointerp(cache, mini.tokenizer, AutointerpConfig(latents=4, n_examples=10))  # goes on where it was
@@ -138,7 +138,7 @@ def test_a_store_is_read_without_being_written(tmp_path):
             store.note("a", "b")
     assert path.read_bytes() == before
     connection = connect(path)
-    connection.execute("UPDATE run SET value = '1' WHERE key = 'schema_version'")
+    connection.execute("UPDATE run SET value = '2' WHERE key = 'schema_version'")
     connection.execute("DROP TABLE label")
     connection.commit()
     connection.close()

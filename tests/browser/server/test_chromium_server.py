@@ -175,6 +175,21 @@ def test_without_live_work_the_page_is_the_static_one(tab: Any, opened) -> None:
 
 # --- the widget ------------------------------------------------------------------------------------------------------------
 
+LAB_CSS = """
+.lab a { text-decoration: unset; color: unset; }
+.lab button { border-radius: 0; font-family: monospace; }
+.lab pre { border: none; margin: 0; padding: 0; white-space: pre-wrap; }
+.lab dl, .lab dt, .lab dd { display: block; }
+.lab dl { width: 100%; overflow: hidden; padding: 0; margin: 0; }
+.lab dt { font-weight: bold; float: left; width: 20%; padding: 0; margin: 0; }
+.lab dd { float: left; width: 80%; padding: 0; margin: 0; }
+.lab table { table-layout: fixed; font-size: 12px; margin: auto; } .lab td, .lab th { text-align: right; padding: 0.5em; }
+"""  # JupyterLab 4.6's rules for what a cell shows
+LOOKS = """(selector) => [...document.querySelectorAll(selector)].slice(0, 200).map((node) => {
+  const style = getComputedStyle(node);
+  const names = ["display", "float", "width", "fontSize", "color", "textAlign", "padding", "textDecorationLine", "borderRadius"];
+  return node.tagName + " " + names.map((name) => style[name]).join(" ");
+})"""
 HOST = """async ({ esm, css, state }) => {
   document.head.append(Object.assign(document.createElement("style"), { textContent: css }));
   const module = await import(URL.createObjectURL(new Blob([esm], { type: "text/javascript" })));
@@ -189,6 +204,7 @@ HOST = """async ({ esm, css, state }) => {
     },
   };
   const el = document.body.appendChild(document.createElement("div"));
+  el.className = "lab";
   window.undo = await module.default.render({ model, el });
 }"""
 
@@ -207,9 +223,13 @@ def test_the_widget_shows_a_card_and_works_live_by_messages(tab: Any, opened, ac
             return json.dumps({"id": message["id"], "error": str(error)})
 
     tab.expose_function("kernel", kernel)
-    state = {"latent": active, "has_live": True, "has_llm": False, "permalink": "show('cache', latent=LATENT)"}
+    state = {"latent": active, "has_live": True, "has_llm": False, "other": ""}
+    state["permalink"] = "show('cache', latent=LATENT)"
     tab.evaluate(HOST, {"esm": str(kind._esm), "css": str(kind._css), "state": state})
     tab.wait_for_selector('[data-part="steer"]')
+    looks = tab.evaluate(LOOKS, ".lab .sae-italian *")
+    tab.add_style_tag(content=LAB_CSS)
+    assert tab.evaluate(LOOKS, ".lab .sae-italian *") == looks  # the notebook's rules change nothing of ours
     assert tab.inner_text(".card-page h1").endswith(f" {active}")
     part = work(tab, "sentence", sentence=SENTENCE)
     assert part.locator(".piece").count() == len(opened[1].tokens(SENTENCE)["tokens"])
