@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from sae_italian.browser import widget
+from sae_italian.browser.compare import beside
 from sae_italian.browser.plain import card_html
-from sae_italian.browser.schema import check_card
+from sae_italian.browser.schema import check_card, check_groups
 from sae_italian.browser.widget import Plain, answer, show
 from sae_italian.cache import FeatureCache
 from sae_italian.errors import UsageError
@@ -42,6 +43,18 @@ def test_messages_are_answered_with_records_and_live_work(shown):
     assert len(ask(shown, "rows")["value"]["latent"]) == 256
     check_card(ask(shown, "card", 3)["value"])
     assert ask(shown, "tokens", {"sentence": "La ragazza \ud800 legge"})["value"]["strongest"]
+
+
+def test_another_sae_stands_beside_it_by_messages(shown, folder):
+    other = beside(shown.source, shown.source)
+    pair = widget.widget_class()(shown.source, shown.live, 3, other)
+    assert pair.other == other.name and shown.other == ""
+    assert ask(pair, "matches")["value"]["latent"] == list(range(256))
+    assert ask(pair, "other.run")["value"]["d_sae"] == 256
+    check_card(ask(pair, "other.card", 5)["value"])
+    check_groups(ask(pair, "wide", 5)["value"])
+    assert "no live work" in ask(pair, "other.tokens", {"sentence": "a"})["error"]
+    assert ask(shown, "matches")["error"] and ask(shown, "other.card", 5)["error"]
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ function explanationItem(ctx, item) {
   const body = main ? folded(ctx, text(main), main.length > LONG_TEXT, "explanation-text") : h("p", { class: "muted" }, ctx.name("status", item.status));
   return h("li", { class: "explanation" + (item.explainer === CONTROL ? " control" : "") },
     h("div", { class: "explainer muted" }, h("span", { class: "tag" }, item.explainer === CONTROL ? ctx.t("control") : ctx.name("made", item.kind)), " ",
-      item.explainer !== "rules" && text(explainerName(ctx, item.explainer)), item.now && [" ", h("span", { class: "made-now" }, ctx.t("made.now", { date: ctx.date(item.now) }))]),
+      item.explainer !== "rules" && text(explainerName(ctx, item.explainer)), item.now && [item.explainer !== "rules" && " · ", h("span", { class: "made-now" }, ctx.t("made.now", { date: ctx.date(item.now) }))]),
     body, other && other !== main && h("div", { class: "other-language muted", lang: ctx.lang === "it" ? "en" : "it" }, folded(ctx, text(other), other.length > LONG_TEXT, "")));
 }
 

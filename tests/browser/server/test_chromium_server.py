@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sae_italian.browser.bundle import style
 from sae_italian.browser.live import open_with_live
 from sae_italian.browser.server.app import create_app
 from sae_italian.browser.widget import answer
@@ -185,7 +186,7 @@ LAB_CSS = """
 .lab dd { float: left; width: 80%; padding: 0; margin: 0; }
 .lab table { table-layout: fixed; font-size: 12px; margin: auto; } .lab td, .lab th { text-align: right; padding: 0.5em; }
 """  # JupyterLab 4.6's rules for what a cell shows
-LOOKS = """(selector) => [...document.querySelectorAll(selector)].slice(0, 200).map((node) => {
+LOOKS = """(selector) => [...document.querySelectorAll(selector)].map((node) => {
   const style = getComputedStyle(node);
   const names = ["display", "float", "width", "fontSize", "color", "textAlign", "padding", "textDecorationLine", "borderRadius"];
   return node.tagName + " " + names.map((name) => style[name]).join(" ");
@@ -209,6 +210,14 @@ HOST = """async ({ esm, css, state }) => {
 }"""
 
 
+def looks_with(page: Any, *sheets: str) -> list[str]:
+    """Return what the card looks like under these style sheets and no other."""
+    page.evaluate("() => document.querySelectorAll('style').forEach((sheet) => sheet.remove())")
+    for sheet in sheets:
+        page.add_style_tag(content=sheet)
+    return page.evaluate(LOOKS, ".lab .sae-italian *")
+
+
 def test_the_widget_shows_a_card_and_works_live_by_messages(tab: Any, opened, active) -> None:
     pytest.importorskip("anywidget", reason="needs the notebook extra")
     from sae_italian.browser.widget import widget_class
@@ -227,9 +236,7 @@ def test_the_widget_shows_a_card_and_works_live_by_messages(tab: Any, opened, ac
     state["permalink"] = "show('cache', latent=LATENT)"
     tab.evaluate(HOST, {"esm": str(kind._esm), "css": str(kind._css), "state": state})
     tab.wait_for_selector('[data-part="steer"]')
-    looks = tab.evaluate(LOOKS, ".lab .sae-italian *")
-    tab.add_style_tag(content=LAB_CSS)
-    assert tab.evaluate(LOOKS, ".lab .sae-italian *") == looks  # the notebook's rules change nothing of ours
+    assert looks_with(tab, LAB_CSS, str(kind._css)) == looks_with(tab, style())  # nothing of ours is changed
     assert tab.inner_text(".card-page h1").endswith(f" {active}")
     part = work(tab, "sentence", sentence=SENTENCE)
     assert part.locator(".piece").count() == len(opened[1].tokens(SENTENCE)["tokens"])

@@ -73,6 +73,7 @@ def test_records_are_those_of_the_source(client, opened, active):
 @pytest.mark.parametrize("latent", ["256", "-1", "abc", "１２", "1e3", "99999999999", "..", "%2e%2e%2fmanifest.json"])
 def test_what_is_no_latent_is_not_found(client, latent):
     said(client.get(f"/api/card/{latent}"), 404)
+    said(client.get(f"/api/wide/{latent}"), 404)
 
 
 def test_live_work_by_http(client, active):
@@ -111,6 +112,40 @@ def test_new_scores_show_at_the_next_list(opened, mini, trained_sae, tmp_path):
             opened_store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         os.utime(store, ns=(1, 1))
         assert client.get("/api/rows").json()["explanation_it"][latent] == "nuova"
+
+
+# --- another SAE beside it -------------------------------------------------------------------------------------------------
+
+
+def test_another_sae_is_served_beside_it_with_the_matches(opened, compared, active):
+    app = create_app(*opened, other=compared)
+    with TestClient(app, base_url=ADDRESS, raise_server_exceptions=False) as client:
+        assert client.get("/api/run").json()["compare"] == compared.name
+        assert client.get("/api/other/run").json()["run"]["d_sae"] == compared.source.d_sae
+        matches = client.get("/api/matches").json()
+        assert matches == compared.matches and len(matches["latent"]) == opened[0].d_sae
+        assert len(check_rows(client.get("/api/other/rows").json())["latent"]) == compared.source.d_sae
+        match = matches["latent"][active]
+        assert check_card(client.get(f"/api/other/card/{match}").json())["latent"] == match
+        assert client.get(f"/api/other/wide/{match}").status_code == 200
+        said(client.get(f"/api/other/card/{compared.source.d_sae}"), 404)
+
+
+def test_without_another_sae_there_are_no_matches(client):
+    assert client.get("/api/run").json()["compare"] is None
+    said(client.get("/api/matches"), 404)
+    said(client.get("/api/other/rows"), 404)
+
+
+def test_an_explanation_made_now_shows_at_the_next_card_and_list(opened, live, tmp_path):
+    folder = shutil.copytree(live.cache.folder, tmp_path / "cache", ignore=shutil.ignore_patterns("*.sqlite*"))
+    app = create_app(*open_with_live(FeatureCache.open(folder), live.tokenizer, sae=live.sae, model=live.model))
+    latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
+    with TestClient(app, base_url=ADDRESS) as client:
+        assert client.get("/api/rows").json()["status"][latent] == "not explained"
+        text = client.post("/api/live/explain", json={"latent": latent}).json()["explanations"][0]["text_it"]
+        assert client.get(f"/api/card/{latent}").json()["explanations"][0]["text_it"] == text
+        assert client.get("/api/rows").json()["explanation_it"][latent] == text
 
 
 # --- whom it refuses -------------------------------------------------------------------------------------------------------
