@@ -12,7 +12,7 @@ from typing import Any
 
 from sae_italian.browser.bundle import module, notebook_style
 from sae_italian.browser.compare import Other, open_other
-from sae_italian.browser.live import Live, open_with_live
+from sae_italian.browser.live import Live, in_both, open_with_live
 from sae_italian.browser.llm import Endpoint
 from sae_italian.browser.plain import card_html, list_html
 from sae_italian.browser.report import open_source
@@ -134,7 +134,7 @@ def widget_class() -> Any:
                 value = answer(self.source, self.live, content.get("name"), content.get("argument"), self.compared)
                 reply = {"id": content["id"], "value": _whole(value)}
             except UsageError as error:
-                reply = {"id": content["id"], "error": " ".join(str(error).split())}
+                reply = {"id": content["id"], "error": " ".join(str(error).split()), **in_both(error)}
             except Exception as error:  # a defect of ours: the kernel goes on
                 reply = {"id": content["id"], "error": f"a defect of ours: {type(error).__name__}: {error}"}
             self.send(reply)

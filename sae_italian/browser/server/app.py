@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from sae_italian.browser.bundle import page, static_text, style
 from sae_italian.browser.compare import Other
-from sae_italian.browser.live import CALLS, Live
+from sae_italian.browser.live import CALLS, Live, in_both
 from sae_italian.browser.server.guard import LOOPBACK, Guard, Refused, as_json, read_json_body
 from sae_italian.browser.server.records import Records
 from sae_italian.browser.server.work import Worker
@@ -58,17 +58,13 @@ def create_app(
         routes += Records(other.source, server.reader).routes("/api/other")
     handlers: Any = {
         Refused: lambda _, error: error.response(),
-        SaeItalianError: lambda _, error: as_json(_both(str(error)), 422),
-        HTTPException: lambda _, error: as_json(_both(error.detail), error.status_code),
-        Exception: lambda _, error: as_json(_both(f"a defect of ours: {type(error).__name__}"), 500),
+        SaeItalianError: lambda _, error: as_json(in_both(error), 422),
+        HTTPException: lambda _, error: as_json(in_both(error.detail), error.status_code),
+        Exception: lambda _, error: as_json(in_both(f"a defect of ours: {type(error).__name__}"), 500),
     }
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=server.lifespan)
+    app.router.redirect_slashes = False
     return Guard(app, hosts)  # outside of everything, so that a defect's answer has its headers too
-
-
-def _both(message: str) -> dict[str, str]:
-    line = " ".join(message.split())[:1000]
-    return {"error_it": line, "error_en": line}
 
 
 class Server:

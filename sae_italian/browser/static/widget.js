@@ -18,7 +18,7 @@ export function render({ model, el }) {
     const one = waiting.get(message?.id);
     if (!one) return;
     waiting.delete(message.id);
-    if (message.error) one.reject(Object.assign(new Error(message.error), { said: { it: message.error, en: message.error } }));
+    if (message.error) one.reject(Object.assign(new Error(message.error), { said: { it: message.error_it ?? message.error, en: message.error_en ?? message.error } }));
     else one.resolve(message.value);
   }
 

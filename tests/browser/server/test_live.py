@@ -1,6 +1,7 @@
 """Live work, called as server and notebook call it: it agrees with the cache, and refuses what makes no sense."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from sae_italian.browser.bundle import static_text
 from sae_italian.browser.contexts import AFTER, BEFORE
-from sae_italian.browser.live import MAX_LETTERS, PER_TOKEN, Live, open_with_live
+from sae_italian.browser.live import MAX_LETTERS, NEW_TOKENS, PER_TOKEN, Live, NotTaken, in_both, open_with_live
 from sae_italian.browser.llm import Endpoint
 from sae_italian.browser.report import open_source
 from sae_italian.browser.schema import check_card, check_groups, check_row
@@ -141,13 +142,33 @@ def test_an_llm_explains_beside_the_rule_where_one_is_configured(live, opened, t
         ("steer", {"latent": 1, "prompt": "a", "strengths": [float("nan")]}, "numbers"),
         ("steer", {"latent": 1, "prompt": "a", "strengths": [1e9]}, "numbers"),
         ("steer", {"latent": 1, "prompt": "a", "strengths": [1] * 7}, "numbers"),
-        ("steer", {"latent": 1, "prompt": "parola " * 1000, "strengths": [1]}, "positions"),
+        ("steer", {"latent": 1, "prompt": "parola " * 1000, "strengths": [1]}, "tokens; at most"),
+        ("ablate", {"latent": 1, "prompt": "parola " * 1000}, "tokens; at most"),
+        ("ablate", {"latent": 1, "prompt": "\x00"}, "empty"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_in_one_line(live, name, arguments, message):
     with pytest.raises(UsageError, match=message) as caught:
         live.call(name, arguments)
     assert "\n" not in str(caught.value)
+    said = in_both(caught.value)
+    assert said["error_en"] == str(caught.value)
+    assert (said["error_it"] != said["error_en"]) == isinstance(caught.value, NotTaken)  # what somebody typed
+
+
+def test_a_prompt_that_fits_is_steered_and_one_token_more_is_not(live, mini, monkeypatch):
+    monkeypatch.setattr(
+        "sae_italian.browser.live.steer", lambda *_, **__: SimpleNamespace(as_dict=lambda: {"text": ""})
+    )
+    most = mini.config.max_position_embeddings - NEW_TOKENS
+    fits, more = (
+        next(n for n in range(most, 0, -1) if len(mini.tokenizer("la " * n)["input_ids"]) <= end)
+        for end in (most, most + 8)
+    )
+    assert most - 8 < len(mini.tokenizer("la " * fits)["input_ids"]) < len(mini.tokenizer("la " * more)["input_ids"])
+    assert live.call("steer", {"latent": 1, "prompt": "la " * fits, "strengths": [1]})
+    with pytest.raises(NotTaken, match="Shorten it"):
+        live.call("steer", {"latent": 1, "prompt": "la " * more, "strengths": [1]})
 
 
 # --- explanations that are kept ------------------------------------------------------------------------------------------------

@@ -288,6 +288,27 @@ def test_fifty_clients_at_once_are_all_answered(opened, active):
         assert client.get("/api/run").status_code == 200
 
 
+def test_connections_that_send_nothing_whole_are_closed_and_lock_nobody_out(opened, monkeypatch):
+    monkeypatch.setattr("sae_italian.browser.server.punctual.HEAD_SECONDS", 0.05)
+    whole = b"GET /api/run HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(create_app(*opened)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        for first in (b"", whole):
+            for sent in (b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\nX-a: "):
+                with socket.create_connection((host, int(port)), timeout=60) as connection:
+                    connection.sendall(first)
+                    assert not first or connection.recv(65536).startswith(b"HTTP/1.1 200")
+                    connection.sendall(sent)
+                    while connection.recv(65536):  # ends when the server closes
+                        pass
+        assert httpx.get(address + "/api/run").status_code == 200
+
+
+def test_paths_are_taken_as_they_are(client):
+    for path in ("/api/rows/", "/api/run/", "//api/run"):
+        assert client.get(path, follow_redirects=False).status_code == 404
+
+
 def test_a_full_queue_turns_away_and_then_answers_again():
     release, begun = threading.Event(), threading.Event()
 
