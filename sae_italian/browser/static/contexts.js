@@ -104,6 +104,7 @@ export function contextsPanel(ctx, groups, max) {
     const width = widths.includes(ctx.state.width) ? ctx.state.width : ctx.state.width === "window" ? "all" : "passage";
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.width === width));
     limits.textContent = width === "all" ? ctx.t(ctx.wide ? "width.limit" : "width.limit.disk") : width === "window" ? ctx.t("width.limit.window", { n: ctx.integer(ctx.run?.context_size) }) : "";
+    limits.hidden = !limits.textContent;
     let shown = groups;
     if (width === "window") {
       try {
