@@ -155,7 +155,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
         except sqlite3.OperationalError as error:
             problem = str(error)
         except sqlite3.DatabaseError as error:
-            raise DataError(f"{path} is not a store of explanations ({error}).") from error
+            raise DataError(f"{path} is not a store of explanations ({error}). Remove it.") from error
         if connection is not None:
             connection.close()
     raise UsageError(f"{path} cannot be read: {problem}.")

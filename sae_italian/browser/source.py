@@ -33,7 +33,7 @@ from sae_italian.browser.schema import (
 )
 from sae_italian.browser.table import records
 from sae_italian.cache import FeatureCache, Manifest
-from sae_italian.errors import UsageError
+from sae_italian.errors import DataError, UsageError
 from sae_italian.models import parse_hook_name
 from sae_italian.storage import read_json, utc_now
 
@@ -78,14 +78,19 @@ class LatentSource:
         self.decoder = None if sae is None else Decoder(sae, model)
         sizes = {"n_top": n_top, "per_tenth": per_tenth}
         self.contexts = ContextMaker(cache, **{name: size for name, size in sizes.items() if size is not None})
-        file = cache.folder / RESULTS
-        self.results: dict[str, Any] = read_json(file) if file.is_file() else {}
-        self.metrics: list[MetricRecord] = records(self.results, "metrics")
-        self.controls: list[MetricRecord] = records(self.results, "controls")
-        self.gold: list[dict[str, Any]] = self.results.get("gold") or []
+        self._read_results(cache.folder / RESULTS)
         self.store_path = store or cache.folder / STORE_FILE
         self._local = threading.local()
         self.refresh()
+
+    def _read_results(self, file: Path) -> None:
+        try:
+            self.results: dict[str, Any] = read_json(file) if file.is_file() else {}
+            self.metrics: list[MetricRecord] = records(self.results, "metrics")
+            self.controls: list[MetricRecord] = records(self.results, "controls")
+            self.gold: list[dict[str, Any]] = list(self.results.get("gold") or [])
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise DataError(f"{file} is no run's results ({error}). Remove it, or make the run again.") from error
 
     def version(self) -> tuple[Any, ...]:
         """Return what changes whenever something is stored: time and size of the store and of its write-ahead log."""

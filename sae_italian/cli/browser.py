@@ -38,6 +38,8 @@ def _browse(options: argparse.Namespace) -> Result:
 
     if options.latent is not None and (options.serve or options.compare):
         raise UsageError("--latent prints one card here; leave out --serve and --compare.")
+    if options.other_sae and not options.compare:
+        raise UsageError("--other-sae is the SAE of --compare CACHE, which is missing.")
     if options.serve:
         return _serve(options)
     cache = FeatureCache.open(options.cache)

@@ -25,6 +25,7 @@ from sae_italian.browser.server.work import Worker
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
 from sae_italian.errors import UsageError
+from sae_italian.saes import load_sae
 from tests.browser.nasty import SCRIPT
 
 from .conftest import ADDRESS
@@ -401,6 +402,28 @@ def test_the_command_serves_the_cache_with_live_work(cache, monkeypatch, capsys)
         assert client.get("/api/run").json()["live"]["llm"] is False
     assert main(["browse", str(cache.folder), "--serve", "--endpoint", "http://localhost:1/v1"]) == 2
     assert "--llm-model" in capsys.readouterr().err
+
+
+def test_the_command_compares_and_refuses_what_does_not_go_together(cache, compared, monkeypatch, capsys):
+    from sae_italian.browser.server import run
+
+    served = []
+    monkeypatch.setattr(run, "serve", lambda app, port, ready: served.append(app))
+    monkeypatch.setattr("sae_italian.browser.compare.loaded_sae", lambda *_: load_sae(cache.manifest.sae))
+    other = compared.source.cache.folder
+    assert main(["browse", str(cache.folder), "--compare", str(other), "--serve", "--port", "0"]) == 0
+    with TestClient(served[0], base_url=ADDRESS) as client:
+        assert client.get("/api/run").json()["compare"] and client.get("/api/matches").status_code == 200
+    for arguments, said in (
+        (["--latent", "3", "--serve"], "leave out --serve"),
+        (["--other-sae", "x"], "--compare CACHE"),
+        (["--compare", str(cache.folder / "none"), "--serve", "--port", "0"], "not a feature cache"),
+        (["--serve", "--endpoint", "ftp://x", "--llm-model", "m"], "a URL"),
+        (["--serve", "--endpoint", "http://x/v1", "--llm-model", "m", "--key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
+    ):
+        assert main(["browse", str(cache.folder), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
 
 
 def test_the_address_is_free_again_after_a_stop(opened):
