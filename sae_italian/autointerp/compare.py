@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.store import NOW, Store
 from sae_italian.autointerp.summary import AutointerpSummary, summarise
 from sae_italian.statistics import Estimate
 
@@ -13,12 +13,14 @@ COLUMNS = ("detection", "fuzzing", "simulation", "shuffled_detection", "lookup_d
 
 
 def side_by_side(path: Path) -> list[AutointerpSummary]:
-    """Return one summary per explainer and judge that has scores, in the order they came; controls are within each."""
+    """Return one summary per explainer and judge of a run, in the order they came; controls are within each."""
     with Store(path, {}) as store:
         pairs = store.connection.execute(
             """SELECT explainer, judge FROM score JOIN explanation ON explanation.id = score.explanation_id
                WHERE control = '' AND judge NOT LIKE 'always-%' AND explainer != 'token-lookup'
-               GROUP BY explainer, judge ORDER BY min(score.rowid)"""
+                 AND explainer NOT LIKE ?
+               GROUP BY explainer, judge ORDER BY min(score.rowid)""",
+            ("%" + NOW,),
         ).fetchall()
     return [summarise(path, explainer=explainer, judge=judge) for explainer, judge in pairs]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from pathlib import Path
+from urllib.parse import quote
 
 from sae_italian.errors import DataError, UsageError
 
@@ -93,13 +94,22 @@ _NEW_COLUMNS = {  # version 1 -> 2
     "explanation": ("kind TEXT NOT NULL DEFAULT 'rule'", "prompt TEXT NOT NULL DEFAULT ''", "notes TEXT"),
     "score": ("n_failed INTEGER NOT NULL DEFAULT 0", "split TEXT NOT NULL DEFAULT 'test'"),
 }
+_ELSEWHERE = {  # primary result codes of what is wrong with the folder or another process, not with the file
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+}
 TABLES = ("run", "feature", "explanation", "score", "judgement", "call", "label")
 
 
 def connect(path: Path) -> sqlite3.Connection:
     """Open or create the file, bringing an older version up to this one in one transaction.
 
-    Raises: DataError when it is no store, UsageError when a newer sae_italian wrote it.
+    Raises: DataError when it is no store, UsageError when a newer sae_italian wrote it or it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # the call ledger is opened in one thread and used in another, never in two at once
@@ -112,12 +122,43 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute("COMMIT")
     except sqlite3.DatabaseError as error:
         connection.close()
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _ELSEWHERE:
+            raise UsageError(f"{path} cannot be written now: {error}.") from error
         raise DataError(f"{path} is not a store of explanations ({error}). Remove it or name another file.") from error
     except UsageError:
         connection.close()
         raise
     connection.isolation_level = "DEFERRED"
     return connection
+
+
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open a file that cannot be written, or shall not be; an older version is brought up to this one in memory.
+
+    Raises: DataError when it is no store, UsageError when a newer sae_italian wrote it or it cannot be read.
+    """
+    name = f"file:{quote(str(path.resolve()))}?mode=ro"
+    # a store in WAL mode whose folder is read only opens as immutable, unless somebody else has it open
+    problem = ""
+    for address in (name, f"{name}&immutable=1"):
+        connection = None
+        try:
+            connection = sqlite3.connect(address, uri=True, timeout=BUSY_S, check_same_thread=False)
+            version = connection.execute("SELECT value FROM run WHERE key = 'schema_version'").fetchone()
+            if version and version[0] == str(SCHEMA_VERSION):
+                return connection
+            copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            connection.backup(copy)
+            connection.close()
+            _migrate(copy, path)
+            return copy
+        except sqlite3.OperationalError as error:
+            problem = str(error)
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"{path} is not a store of explanations ({error}). Remove it.") from error
+        if connection is not None:
+            connection.close()
+    raise UsageError(f"{path} cannot be read: {problem}.")
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:

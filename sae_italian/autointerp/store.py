@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_italian.autointerp.database import SCHEMA_VERSION, connect
+from sae_italian.autointerp.database import SCHEMA_VERSION, connect, connect_to_read
 from sae_italian.errors import DataError, UsageError
 
 NO_ANSWER = "no answer"  # status of what the endpoint kept failing on: a rerun asks again
+NOW = "@now"  # ends the explainer's name of what was made on demand (now.py), which belongs to no run
 
 
 class Explanation(NamedTuple):
@@ -62,15 +63,17 @@ class Label(NamedTuple):
 class Store:
     """The store of one cache and one configuration. Use as a context manager."""
 
-    def __init__(self, path: Path, identity: dict[str, Any]):
+    def __init__(self, path: Path, identity: dict[str, Any], *, read_only: bool = False):
         """Open or create. Raises: UsageError when the file belongs to another cache or configuration."""
         self.path = path
-        self.connection = connect(path)
+        self.connection = connect_to_read(path) if read_only else connect(path)
         known = dict(self.connection.execute("SELECT key, value FROM run"))
         wanted = {"schema_version": str(SCHEMA_VERSION)} | {key: json.dumps(value) for key, value in identity.items()}
-        unused = self.connection.execute("SELECT NOT EXISTS (SELECT 1 FROM explanation)").fetchone()[0]
+        unused = self.connection.execute(
+            "SELECT NOT EXISTS (SELECT 1 FROM explanation WHERE explainer NOT LIKE ?)", ("%" + NOW,)
+        ).fetchone()[0]
         for key, value in wanted.items():
-            if unused and key not in known:  # labels came first: what explains later is claimed now
+            if unused and key not in known:  # labels, or what was asked on demand, came first: claimed now
                 continue
             if "schema_version" in known and known.get(key) != value:
                 self.connection.close()
@@ -78,7 +81,7 @@ class Store:
                     f"{path} was made with another {key} ({known.get(key)} then, {value} now): its scores do not hold "
                     "for this run. Use --overwrite, or name another file."
                 )
-        if "schema_version" not in known or unused:
+        if "schema_version" not in known or (unused and not read_only):
             with self.connection:
                 self.connection.executemany("INSERT OR IGNORE INTO run VALUES (?, ?)", wanted.items())
 
@@ -127,6 +130,30 @@ class Store:
                 rows,
             )
 
+    def replace_explanations(self, explanations: Sequence[Explanation]) -> dict[str, int]:
+        """Put explanations in the place of their explainer's earlier ones of the latent; return their ids by explainer.
+
+        The scores of the earlier ones go with them.
+        """
+        old = "SELECT id FROM explanation WHERE latent = ? AND explainer = ?"
+        with self.connection:
+            for explanation in explanations:
+                for table, column in (
+                    ("judgement", "explanation_id"),
+                    ("score", "explanation_id"),
+                    ("explanation", "id"),
+                ):
+                    self.connection.execute(f"DELETE FROM {table} WHERE {column} IN ({old})", explanation[:2])
+        self.add_explanations(explanations)
+        return {e.explainer: self.connection.execute(old, e[:2]).fetchone()[0] for e in explanations}
+
+    def explanations_of(self, latent: int) -> dict[str, Explanation]:
+        """Return the explanations of one latent by explainer."""
+        query = """SELECT latent, explainer, status, text_it, text_en, rule, kind, prompt, notes
+                   FROM explanation WHERE latent = ? ORDER BY id"""
+        rows = self.connection.execute(query, (latent,)).fetchall()
+        return {row[1]: _explanation(row) for row in rows}
+
     def explained(self, explainer: str | None = None) -> set[int]:
         """Return the latents that are done, by that explainer or by any."""
         query = "SELECT DISTINCT latent FROM explanation WHERE explainer = coalesce(?, explainer) AND status != ?"
@@ -145,9 +172,8 @@ class Store:
             "FROM explanation WHERE explainer = ? ORDER BY latent"
         )
         found = {}
-        for row_id, *fields, rule, kind, prompt, notes in self.connection.execute(query, (explainer,)):
-            parsed = [None if text is None else json.loads(text) for text in (rule, notes)]
-            explanation = Explanation._make([*fields, parsed[0], kind, prompt, parsed[1]])
+        for row_id, *fields in self.connection.execute(query, (explainer,)):
+            explanation = _explanation(fields)
             found[explanation.latent] = (row_id, explanation)
         return found
 
@@ -240,6 +266,12 @@ class Store:
                    FROM call GROUP BY model ORDER BY model"""
         names = ("calls", "failed", "tokens_in", "tokens_cached", "tokens_out", "usd", "usd_uncertain")
         return {model: dict(zip(names, rest, strict=True)) for model, *rest in self.connection.execute(query)}
+
+
+def _explanation(row: Sequence[Any]) -> Explanation:
+    *fields, rule, kind, prompt, notes = row
+    parsed = [None if text is None else json.loads(text) for text in (rule, notes)]
+    return Explanation._make([*fields, parsed[0], kind, prompt, parsed[1]])
 
 
 def forget(path: Path) -> None:

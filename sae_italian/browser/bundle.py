@@ -16,6 +16,26 @@ from string import Template
 from typing import Any
 
 STYLES = ("base.css", "views.css", "live.css")  # live.css comes with live work, where it is
+_RESET = (
+    *(
+        "a",
+        "button",
+        "caption",
+        "code",
+        "dd",
+        "details",
+        "dl",
+        "dt",
+        "fieldset",
+        "figcaption",
+        "figure",
+        "h1",
+        "h2",
+        "h3",
+    ),
+    *("h4", "input", "kbd", "label", "legend", "li", "mark", "ol", "p", "pre", "select", "small", "summary", "table"),
+    *("tbody", "td", "textarea", "th", "thead", "tr", "ul"),
+)
 _IMPORT = re.compile(r'^import \{ ([^}]*) \} from "\./([\w-]+\.js)";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export ((?:async )?function|class|const) (\w+)", re.MULTILINE)
 _LATER = re.compile(r'\bimport\("\./([\w-]+\.js)"\)')
@@ -39,11 +59,10 @@ def script(entry: str, *, live: bool = False) -> str:
 
 @cache
 def module(entry: str) -> str:
-    """Return a module and all that it imports, on demand too, as one ES module with the entry's exports."""
+    """Return a module and all that it imports, on demand too, as one ES module; its default export holds the entry's."""
     parts: dict[str, str] = {}
     _collect(entry, True, parts, [])
-    names = ", ".join(_exports(static_text(entry)))
-    return "const modules = {};\n" + "".join(parts.values()) + f'export const {{ {names} }} = modules["{entry}"];\n'
+    return "const modules = {};\n" + "".join(parts.values()) + f'export default modules["{entry}"];\n'
 
 
 @cache
@@ -51,6 +70,18 @@ def style() -> str:
     """Return the style sheet, every rule of it under `.sae-italian`."""
     static = resources.files("sae_italian.browser") / "static"
     return "\n".join(static_text(name) for name in STYLES if (static / name).is_file())
+
+
+@cache
+def notebook_style() -> str:
+    """Return the style sheet for an element inside a notebook's page, whose own rules reach into what cells show.
+
+    JupyterLab floats every `dt` at a fifth of the width, takes the line from under links and more: at twice our weight
+    all of that goes back to what the browser does by itself, and at three times stand our own rules.
+    """
+    root = ".sae-italian"
+    reset = f"{2 * root} :is({', '.join(_RESET)}) {{ all: revert; }}\n"
+    return reset + style().replace(root, 3 * root)
 
 
 def page(run: Mapping[str, Any], *, script: str, policy: str = "") -> str:

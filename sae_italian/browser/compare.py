@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_italian.browser.report import loaded_sae, open_source
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
+from sae_italian.cache import FeatureCache
 from sae_italian.errors import UsageError
+from sae_italian.models import load_tokenizer
 
 NEAR = 0.7  # cosine from which two latents count as the same direction
+
+
+class Other(NamedTuple):
+    """An SAE to compare with: its name, its records, and the matches as `match_latents` returns them."""
+
+    name: str
+    source: LatentSource
+    matches: dict[str, list[Any]]
+
+
+def beside(source: LatentSource, other: LatentSource) -> Other:
+    """Return another SAE with its matches. Raises: UsageError as `match_latents`."""
+    matches = match_latents(source, other)
+    name = other.run()["sae"]
+    if name == source.run()["sae"]:
+        name += f" ({other.cache.folder.resolve().parent.name}/{other.cache.folder.name})"
+    return Other(name, other, matches)
+
+
+def open_other(source: LatentSource, folder: Path, *, sae_name: str | None = None, model: Any = None) -> Other:
+    """Return the SAE of another cache beside one that is open already; `model` is that one's, where it is loaded.
+
+    Raises: UsageError when there is no such cache, its SAE is not at hand, or as `match_latents`.
+    """
+    cache = FeatureCache.open(folder)
+    same = cache.manifest.model == source.cache.manifest.model
+    tokenizer = source.tokenizer if same else load_tokenizer(cache.manifest.model)
+    weights = {"sae": loaded_sae(cache, sae_name), "model": model if same else None}
+    return beside(source, open_source(cache, tokenizer, **weights))
 
 
 def match_latents(source: LatentSource, other: LatentSource) -> dict[str, list[Any]]:
@@ -51,8 +83,5 @@ def write_comparison(source: LatentSource, other: LatentSource, out: Path) -> tu
 
     Raises: UsageError as `match_latents` and `write_browser`.
     """
-    matches = match_latents(source, other)
-    name = other.run()["sae"]
-    if name == source.run()["sae"]:
-        name += f" ({other.cache.folder.resolve().parent.name}/{other.cache.folder.name})"
-    return write_browser(out, source, other=(name, other, matches)), match_facts(matches)
+    found = beside(source, other)
+    return write_browser(out, source, other=found), match_facts(found.matches)

@@ -38,8 +38,11 @@ class ContextMaker:
         self._kept: dict[int, TextDocument] = {}
         self._held = 0
 
-    def groups(self, latent: LatentActivations) -> list[GroupRecord]:
-        """Return the strongest passages, then `per_tenth` from each tenth of the active stretches, strongest tenth first."""
+    def groups(self, latent: LatentActivations, before: int = BEFORE, after: int = AFTER) -> list[GroupRecord]:
+        """Return the strongest passages, then `per_tenth` from each tenth of the active stretches, strongest tenth first.
+
+        A passage reaches so many tokens before and after its strongest one, inside its window and its document.
+        """
         peaks = self.peaks(latent)
         if len(peaks.position) == 0:
             return []
@@ -47,7 +50,7 @@ class ContextMaker:
         candidates = [np.arange(min(CANDIDATES * self.n_top, len(peaks.position)))]
         candidates += [_spread(part, self.per_tenth) for part in parts]
         kept = self._distinct(peaks.position, candidates, [self.n_top] + [self.per_tenth] * len(parts))
-        contexts = iter(self._contexts(latent, peaks.position[np.concatenate(kept)]))
+        contexts = iter(self._contexts(latent, peaks.position[np.concatenate(kept)], before, after))
         groups = []
         for index, own in enumerate(kept):
             names, lo, hi = ("Più forti", "Strongest"), None, None
@@ -99,9 +102,11 @@ class ContextMaker:
             kept.append(np.array(own, dtype=np.int64))
         return kept
 
-    def _contexts(self, latent: LatentActivations, peak: Int[np.ndarray, " n"]) -> list[ContextRecord]:
-        grid, inside = self._inside(peak, BEFORE, AFTER)
-        linked = _joined(inside, BEFORE)
+    def _contexts(
+        self, latent: LatentActivations, peak: Int[np.ndarray, " n"], before: int, after: int
+    ) -> list[ContextRecord]:
+        grid, inside = self._inside(peak, before, after)
+        linked = _joined(inside, before)
         begin, end = (self.cache.gather(name, grid.ravel()).reshape(grid.shape) for name in ("start", "end"))
         place = np.searchsorted(latent.position, grid).clip(max=len(latent.position) - 1)
         value = np.where(linked & (latent.position[place] == grid), latent.value[place], 0.0)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ import torch
 
 from sae_italian.analysis.causal.ablation import ablate
 from sae_italian.analysis.causal.steer import steer
-from sae_italian.autointerp.explainers.choose import EXPLAINER
+from sae_italian.autointerp.database import connect
+from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
+from sae_italian.autointerp.now import config_of, keep
 from sae_italian.autointerp.run import STORE_FILE, AutointerpConfig
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation
@@ -26,7 +30,7 @@ from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.encode import encode_sparse
 from sae_italian.corpora.packing import special_mask
-from sae_italian.errors import UsageError, nearest
+from sae_italian.errors import SaeItalianError, UsageError, nearest
 from sae_italian.models.activations import read_activations
 
 MAX_LETTERS, MAX_TOKENS = 10_000, 512  # of a sentence
@@ -34,6 +38,21 @@ PER_TOKEN, N_STRONGEST = 10, 20
 MAX_STRENGTHS, LARGEST_STRENGTH = 6, 100.0
 NEW_TOKENS = 24
 ABLATED_SHOWN = 24  # positions of a prompt
+EMPTY = "the text is empty. Type some.", "Il testo è vuoto: scrivine uno."
+
+
+class NotTaken(UsageError):
+    """An argument that somebody typed and that is not taken: why, in English and in Italian."""
+
+    def __init__(self, english: str, italian: str):
+        super().__init__(english)
+        self.italian = italian
+
+
+def in_both(error: Exception | str) -> dict[str, str]:
+    """Return what to say of an error on the page, a line in each language; what has no Italian is said in English."""
+    italian = getattr(error, "italian", str(error))
+    return {"error_it": " ".join(italian.split())[:1000], "error_en": " ".join(str(error).split())[:1000]}
 
 
 class Live:
@@ -65,13 +84,13 @@ class Live:
         A piece is a token, or the tokens that share a letter; the pieces joined are the sentence. `share` is the
         activation over the latent's largest one in the cache. Special tokens are read past, as in the cache.
         """
-        limit = min(MAX_TOKENS, getattr(self.model.config, "max_position_embeddings", MAX_TOKENS))
+        limit = min(MAX_TOKENS, self._positions)
         sentence = storable(sentence)
         encoded = self.tokenizer(sentence, return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"][:limit], dtype=np.int64)
         silent = special_mask(ids[None], self.tokenizer)[0]
         if silent.all():
-            raise UsageError("the sentence is empty. Type some text.")
+            raise NotTaken(*EMPTY)
         x = read_activations(
             self.model, torch.from_numpy(ids)[None].to(self.model.device), self.sae.cfg.metadata.hook_name
         )
@@ -117,6 +136,7 @@ class Live:
     def steer(self, latent: int, prompt: str, strengths: list[float]) -> dict[str, Any]:
         """Return continuations with and without the latent; a strength of 1 is its largest activation in the cache."""
         self.cache.range_of(latent)
+        self._fits(prompt, NEW_TOKENS)
         unit = float(self.maximum[latent]) or 1.0
         found = steer(self.model, self.tokenizer, self.sae, prompt, latent, strengths, NEW_TOKENS, unit=unit)
         return found.as_dict()
@@ -124,29 +144,64 @@ class Live:
     def ablate(self, latent: int, prompt: str) -> dict[str, Any]:
         """Return where the latent is active in the prompt, and the next tokens that change when it is taken away."""
         self.cache.range_of(latent)
+        self._fits(prompt)
         found = ablate(self.model, self.tokenizer, self.sae, prompt, latent).as_dict()
         positions = sorted(found["positions"], key=lambda position: -position["activation"])
         return {**found, "positions": positions[:ABLATED_SHOWN], "n_active": len(positions)}
 
+    @property
+    def _positions(self) -> int:
+        return getattr(self.model.config, "max_position_embeddings", MAX_TOKENS)
+
+    def _fits(self, prompt: str, more: int = 0) -> None:
+        """Raises: NotTaken for a text that does not fit into the model together with so many tokens more."""
+        n, most = len(self.tokenizer(prompt)["input_ids"]), min(MAX_TOKENS, self._positions - more)
+        if n > most:
+            raise NotTaken(
+                f"the text has {n:,} tokens; at most {most:,} are taken. Shorten it.",
+                f"Il testo ha {n} token; se ne prendono al più {most}. Accorcialo.",
+            )
+
     # --- explanations ------------------------------------------------------------------------------------------------
 
     @cached_property
+    def _config(self) -> AutointerpConfig:
+        return config_of(self.cache.folder / STORE_FILE)
+
+    @cached_property
     def _work(self) -> Work:
-        config = AutointerpConfig()
+        config = self._config
         latents = list(range(self.cache.manifest.d_sae))
         sizes = {"width": config.width, "n_examples": config.n_examples, "seed": config.seed}
         return Work(self.cache, self.tokenizer, latents, self.sae, **sizes)
 
     def explain(self, latent: int) -> dict[str, Any]:
-        """Return the latent's rule, made now from the cache, and an LLM's explanation where an endpoint is given."""
+        """Return the latent's rule, made now from the cache, and an LLM's explanation where an endpoint is given.
+
+        They are kept beside the cache, the rule with its scores; `not_kept` says why where that was not possible.
+        """
         self.cache.range_of(latent)
-        rule = next(e for e in self._work.explain(latent) if e.explainer == EXPLAINER)
-        found = [_shown(rule)]
+        store = self.cache.folder / STORE_FILE
+        found = self._work.explain(latent)
+        rule = next(e for e in found if e.explainer == EXPLAINER)
         if self.endpoint is not None and rule.status == "ok":
             promoted = self._promoted(latent)
             examples = latent_examples(self._work.negatives, latent, promoted=promoted)
-            found.append(_shown(self.endpoint.explain(examples, self.cache.folder / STORE_FILE)))
-        return {"latent": latent, "explanations": found}
+            found.append(self.endpoint.explain(examples, self._ledger))
+        not_kept = keep(store, self._work, self._config, found)
+        shown = [_shown(explanation) for explanation in found if explanation.explainer != LOOKUP]
+        return {"latent": latent, "explanations": shown, "not_kept": not_kept}
+
+    @cached_property
+    def _ledger(self) -> Path:
+        """Where calls to an LLM are kept: with the cache, or in a file of this session where that cannot be written."""
+        path = self.cache.folder / STORE_FILE
+        try:
+            connect(path).close()
+        except SaeItalianError:
+            self._folder = TemporaryDirectory(prefix="sae-italian-")  # goes with this object
+            return Path(self._folder.name) / STORE_FILE
+        return path
 
     def _promoted(self, latent: int) -> tuple[str, ...]:
         strings, ids = self._work.places.strings, self.cache.statistics["promoted_ids"][latent]
@@ -178,10 +233,14 @@ def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{name} is not a text.")
     if len(value) > MAX_LETTERS:
-        raise UsageError(f"{name} has {len(value):,} characters; at most {MAX_LETTERS:,} are taken.")
-    if not value.strip():
-        raise UsageError(f"{name} is empty. Type some text.")
-    return storable(value)
+        raise NotTaken(
+            f"{name} has {len(value):,} characters; at most {MAX_LETTERS:,} are taken.",
+            f"Il testo ha {len(value)} caratteri; se ne prendono al più {MAX_LETTERS}.",
+        )
+    text = storable(value)
+    if not text.strip():
+        raise NotTaken(*EMPTY)
+    return text
 
 
 def _latent(name: str, value: Any) -> int:
@@ -193,8 +252,9 @@ def _latent(name: str, value: Any) -> int:
 def _strengths(name: str, value: Any) -> list[float]:
     numbers = isinstance(value, list) and all(isinstance(s, int | float) and not isinstance(s, bool) for s in value)
     if not numbers or not 1 <= len(value) <= MAX_STRENGTHS or any(not abs(s) <= LARGEST_STRENGTH for s in value):
-        raise UsageError(
-            f"{name}: 1 to {MAX_STRENGTHS} numbers between -{LARGEST_STRENGTH:g} and {LARGEST_STRENGTH:g}."
+        raise NotTaken(
+            f"{name}: 1 to {MAX_STRENGTHS} numbers between -{LARGEST_STRENGTH:g} and {LARGEST_STRENGTH:g}.",
+            f"Intensità: da 1 a {MAX_STRENGTHS} numeri tra -{LARGEST_STRENGTH:g} e {LARGEST_STRENGTH:g}.",
         )
     return [float(s) for s in value]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sae_italian.autointerp.protocols import LatentExamples
 from sae_italian.autointerp.store import Explanation
@@ -23,13 +24,12 @@ class Endpoint:
     max_usd: float | None = None
     prices: Path | None = None
 
-    def explain(self, examples: LatentExamples, ledger: Path) -> Explanation:
-        """Return one explanation; the call is kept in the cache's ledger, which answers when it is asked again."""
+    def client(self, ledger: Path) -> Any:
+        """Return the client, not yet opened. Raises: UsageError for an address, a key or a budget that cannot hold."""
         from sae_italian.autointerp.llm.client import Client
-        from sae_italian.autointerp.llm.explainer import ExplainerConfig, LLMExplainer
         from sae_italian.autointerp.llm.prices import PRICE_FILE
 
-        client = Client(
+        return Client(
             self.url,
             self.model,
             ledger,
@@ -40,7 +40,12 @@ class Endpoint:
             timeout=TIMEOUT,
             attempts=ATTEMPTS,
         )
-        with client:
+
+    def explain(self, examples: LatentExamples, ledger: Path) -> Explanation:
+        """Return one explanation; the call is kept in the ledger, which answers when it is asked again."""
+        from sae_italian.autointerp.llm.explainer import ExplainerConfig, LLMExplainer
+
+        with self.client(ledger) as client:
             explainer = LLMExplainer(client, ExplainerConfig(self.language))
             try:
                 return explainer.explain(examples)[0]

@@ -11,7 +11,7 @@ from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.errors import SaeItalianError
 
-__all__ = ["RESULTS", "latent_card", "loaded", "model_note", "open_source", "write_report"]
+__all__ = ["RESULTS", "latent_card", "loaded", "loaded_sae", "model_note", "open_source", "write_report"]
 
 
 def open_source(
@@ -56,19 +56,35 @@ def model_note(model: str) -> str:
 def loaded(cache: FeatureCache, name: str | None = None, model: str | None = None) -> dict[str, Any]:
     """Return the SAE and the model of a cache, where both are at hand and are the ones it was built with.
 
-    A cache that was moved together with its SAE (as a quickstart's folder is) still finds it: in `sae/` beside it. An
-    SAE that is named has to be at hand; `model` is another name of the cache's model, such as a folder it was moved to.
+    An SAE that is named has to be at hand; `model` is another name of the cache's model, such as a folder it was moved
+    to. Raises: UsageError when the SAE that is named is not the one the cache was built with.
     """
     from sae_italian.models import load_model
+
+    sae = loaded_sae(cache, name)
+    try:
+        return {} if sae is None else {"sae": sae, "model": load_model(model or cache.manifest.model)}
+    except (SaeItalianError, OSError):
+        if name is not None:
+            raise
+        return {}
+
+
+def loaded_sae(cache: FeatureCache, name: str | None = None) -> Any:
+    """Return the SAE of a cache, None where it is not at hand. One that is named has to be.
+
+    A cache that was moved together with its SAE (as a quickstart's folder is) still finds it: in `sae/` beside it.
+    Raises: UsageError when the SAE that is named is not the one the cache was built with.
+    """
     from sae_italian.saes import load_sae
 
     if name is not None:
         sae = load_sae(name)
         FeatureCache.open(cache.folder, sae=sae)
-        return {"sae": sae, "model": load_model(model or cache.manifest.model)}
+        return sae
     for place in (cache.manifest.sae, str(cache.folder.resolve().parent / "sae")):
         try:
-            return loaded(cache, place, model)
+            return loaded_sae(cache, place)
         except (SaeItalianError, OSError):
             continue
-    return {}
+    return None

@@ -104,6 +104,7 @@ class ExplanationRecord(TypedDict):
     status: str  # ok, or why there is no text
     text_it: str
     text_en: str
+    now: str  # when it was made on demand (ISO 8601), beside a run's work; empty for a run's
 
 
 class ScoreRecord(TypedDict):
@@ -278,3 +279,8 @@ def check_card(card: CardRecord) -> CardRecord:
                 "edges is one longer than counts, or both are empty."
             )
     return checked
+
+
+def check_groups(groups: list[GroupRecord]) -> list[GroupRecord]:
+    """Return groups of passages as plain JSON values. Raises: DataError, naming the field."""
+    return [_check(GroupRecord, group, lambda: "group of passages") for group in groups]

@@ -6,13 +6,14 @@ import threading
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sae_italian import __version__
+from sae_italian.autointerp.now import made_now, with_now
 from sae_italian.autointerp.run import EXPLAINER, LOOKUP, STORE_FILE
-from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.store import NOW, Explanation, Store
 from sae_italian.autointerp.summary import HEADLINE
 from sae_italian.autointerp.tokens import token_strings
 from sae_italian.browser.contexts import ContextMaker
@@ -22,6 +23,7 @@ from sae_italian.browser.schema import (
     CardRecord,
     ExplanationRecord,
     GoldRecord,
+    GroupRecord,
     MetricRecord,
     NeighbourRecord,
     RowRecord,
@@ -31,9 +33,11 @@ from sae_italian.browser.schema import (
 )
 from sae_italian.browser.table import records
 from sae_italian.cache import FeatureCache, Manifest
+from sae_italian.errors import DataError, UsageError
 from sae_italian.models import parse_hook_name
 from sae_italian.storage import read_json, utc_now
 
+T = TypeVar("T")
 RESULTS = "results.json"
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
 LABEL_SHOWN = 0.5  # F1 from which a label is shown on a latent's row
@@ -74,39 +78,68 @@ class LatentSource:
         self.decoder = None if sae is None else Decoder(sae, model)
         sizes = {"n_top": n_top, "per_tenth": per_tenth}
         self.contexts = ContextMaker(cache, **{name: size for name, size in sizes.items() if size is not None})
-        file = cache.folder / RESULTS
-        self.results: dict[str, Any] = read_json(file) if file.is_file() else {}
-        self.metrics: list[MetricRecord] = records(self.results, "metrics")
-        self.controls: list[MetricRecord] = records(self.results, "controls")
-        self.gold: list[dict[str, Any]] = self.results.get("gold") or []
-        store = store or cache.folder / STORE_FILE
-        self.store_path = store if store.is_file() else None
+        self._read_results(cache.folder / RESULTS)
+        self.store_path = store or cache.folder / STORE_FILE
         self._local = threading.local()
         self.refresh()
 
+    def _read_results(self, file: Path) -> None:
+        try:
+            self.results: dict[str, Any] = read_json(file) if file.is_file() else {}
+            self.metrics: list[MetricRecord] = records(self.results, "metrics")
+            self.controls: list[MetricRecord] = records(self.results, "controls")
+            self.gold: list[dict[str, Any]] = list(self.results.get("gold") or [])
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise DataError(f"{file} is no run's results ({error}). Remove it, or make the run again.") from error
+
+    def version(self) -> tuple[Any, ...]:
+        """Return what changes whenever something is stored: time and size of the store and of its write-ahead log."""
+        found = []
+        for ending in ("", "-wal"):
+            try:
+                facts = self.store_path.with_name(self.store_path.name + ending).stat()
+                found.append((facts.st_mtime_ns, facts.st_size))
+            except OSError:
+                found.append(None)
+        return tuple(found)
+
+    def update(self) -> None:
+        """Read again what is stored where something new is."""
+        if self.version() != self._version:
+            self.refresh()
+
     def refresh(self) -> None:
         """Read explanations, headline scores and labels again, after something new was stored."""
+        self._version = self.version()
         self.explanations: dict[str, dict[int, Explanation]] = {}
         self.headline: dict[tuple[str, str], dict[int, float]] = {}
         self.intervals: dict[int, tuple[float | None, float | None]] = {}
         if store := self.store():
-            names = sorted(store.explainers(), key=lambda name: (name != EXPLAINER, name == LOOKUP))
-            self.explanations = {name: {k: e for k, (_, e) in store.explanations(name).items()} for name in names}
+            stored = {n: {k: e for k, (_, e) in store.explanations(n).items()} for n in store.explainers()}
+            ordered = sorted(with_now(stored).items(), key=lambda item: (item[0] != EXPLAINER, item[0] == LOOKUP))
+            self.explanations = dict(ordered)
             for explainer in (EXPLAINER, LOOKUP):
                 for scorer, negatives in HEADLINE.items():
-                    self.headline[explainer, scorer] = store.values(
-                        explainer=explainer, control="", scorer=scorer, metric="balanced_accuracy", negatives=negatives
-                    )
-            self.intervals = _intervals(store)
+                    test = {"control": "", "scorer": scorer, "metric": "balanced_accuracy", "negatives": negatives}
+                    now = self._now(explainer, store.values(explainer=explainer + NOW, **test))
+                    self.headline[explainer, scorer] = store.values(explainer=explainer, **test) | now
+            now = self._now(EXPLAINER, _intervals(store, EXPLAINER + NOW))
+            self.intervals = _intervals(store, EXPLAINER) | now
         self.labels = labels_of(self.store(), self.gold)
 
+    def _now(self, explainer: str, values: dict[int, T]) -> dict[int, T]:
+        """Return the values of the latents whose explanation was made on demand."""
+        of = self.explanations.get(explainer, {})
+        return {k: value for k, value in values.items() if k in of and of[k].explainer.endswith(NOW)}
+
     def store(self) -> Store | None:
-        """Return this thread's connection to the store, None without a store."""
-        if self.store_path is None:
-            return None
-        if not hasattr(self._local, "store"):
-            self._local.store = Store(self.store_path, {})
-        return self._local.store
+        """Return this thread's connection to the store, None without a store. One that cannot be written is read."""
+        if not hasattr(self._local, "store") and self.store_path.is_file():
+            try:
+                self._local.store = Store(self.store_path, {})
+            except UsageError:
+                self._local.store = Store(self.store_path, {}, read_only=True)
+        return getattr(self._local, "store", None)
 
     @property
     def d_sae(self) -> int:
@@ -221,9 +254,17 @@ class LatentSource:
             rule=_shown_rule(rule.rule if rule else None),
         )
 
+    def wide(self, latent: int) -> list[GroupRecord]:
+        """Return the card's passages, each with all that its window holds of its document."""
+        self.cache.range_of(latent)
+        size = self.cache.manifest.context_size
+        return self.contexts.groups(self.cache.latent(latent), size, size)
+
     def _explanations(self, latent: int) -> list[ExplanationRecord]:
         return [
-            ExplanationRecord(explainer=name, kind=e.kind, status=e.status, text_it=e.text_it, text_en=e.text_en)
+            ExplanationRecord(
+                explainer=name, kind=e.kind, status=e.status, text_it=e.text_it, text_en=e.text_en, now=made_now(e)
+            )
             for name, by_latent in self.explanations.items()
             if (e := by_latent.get(latent)) is not None
         ]
@@ -232,7 +273,9 @@ class LatentSource:
         """Return the scores of the latent's own explanations, detection and fuzzing, by every judge."""
         store = self.store()
         rows = store.connection.execute(_SCORES, (latent,)) if store else ()
-        return [ScoreRecord(**dict(zip(_SCORE_FIELDS, row, strict=True))) for row in rows]
+        found = [ScoreRecord(**dict(zip(_SCORE_FIELDS, row, strict=True))) for row in rows]
+        names = {e.explainer: name for name, of in self.explanations.items() if (e := of.get(latent)) is not None}
+        return [{**score, "explainer": names[score["explainer"]]} for score in found if score["explainer"] in names]
 
     def _tokens(self, latent: int, which: str) -> list[Any]:
         ids, values = self.stats[f"{which}_ids"][latent], self.stats[f"{which}_values"][latent]
@@ -292,10 +335,10 @@ def _shown_rule(rule: dict[str, Any] | None, shown: int = 20) -> dict[str, Any] 
     return {"family": rule["family"], **numbers, "keys": rule["shown"][:shown]}
 
 
-def _intervals(store: Store) -> dict[int, tuple[float | None, float | None]]:
-    """Return the interval of the rules' headline detection by latent."""
+def _intervals(store: Store, explainer: str) -> dict[int, tuple[float | None, float | None]]:
+    """Return the interval of an explainer's headline detection by latent."""
     query = """SELECT score.latent, lo, hi FROM score JOIN explanation ON explanation.id = score.explanation_id
                WHERE explainer = ? AND control = '' AND scorer = 'detection' AND metric = 'balanced_accuracy'
                  AND judge = 'rule' AND negatives = ?"""
-    rows = store.connection.execute(query, (EXPLAINER, HEADLINE["detection"]))
+    rows = store.connection.execute(query, (explainer, HEADLINE["detection"]))
     return {latent: (lo, hi) for latent, lo, hi in rows}

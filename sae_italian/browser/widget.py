@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sae_italian.browser.bundle import module, style
-from sae_italian.browser.live import Live, open_with_live
+from sae_italian.browser.bundle import module, notebook_style
+from sae_italian.browser.compare import Other, open_other
+from sae_italian.browser.live import Live, in_both, open_with_live
 from sae_italian.browser.llm import Endpoint
 from sae_italian.browser.plain import card_html, list_html
 from sae_italian.browser.report import open_source
@@ -28,13 +29,15 @@ def show(
     live: bool = True,
     endpoint: Endpoint | None = None,
     plain: bool = False,
+    compare: str | Path | None = None,
     **weights: Any,
 ) -> Any:
     """Return what a notebook shows of a cache: the list of its latents, or the card of one.
 
     A widget where anywidget is installed (the extra `notebook`), else, or with `plain`, a page of HTML without scripts.
     `live` loads the cache's SAE and model for live work, where they are at hand; `weights` are `sae` and `model` where
-    the caller holds them already. Raises: UsageError when there is no such cache or latent.
+    the caller holds them already. `compare` is the cache of another SAE, whose best match stands below a latent's card.
+    Raises: UsageError when there is no such cache or latent, or the two SAEs cannot be compared.
     """
     opened = FeatureCache.open(cache_path)
     if latent is not None:
@@ -43,9 +46,12 @@ def show(
     tokenizer = load_tokenizer(opened.manifest.model) if model is None else model.tokenizer
     if plain or not has_anywidget():
         return Plain(open_source(opened, tokenizer), latent)
-    if not live:
-        return widget_class()(open_source(opened, tokenizer), None, latent)
-    return widget_class()(*open_with_live(opened, tokenizer, endpoint=endpoint, **weights), latent)
+    if live:
+        source, working = open_with_live(opened, tokenizer, endpoint=endpoint, **weights)
+    else:
+        source, working = open_source(opened, tokenizer, decoder=compare is not None, **weights), None
+    other = None if compare is None else open_other(source, Path(compare), model=getattr(working, "model", model))
+    return widget_class()(source, working, latent, other)
 
 
 def has_anywidget() -> bool:
@@ -67,16 +73,22 @@ class Plain:
         return card_html(self.source.row(self.latent), self.source.card(self.latent))
 
 
-def answer(source: LatentSource, live: Live | None, name: Any, argument: Any) -> Any:
+def answer(source: LatentSource, live: Live | None, name: Any, argument: Any, other: Other | None = None) -> Any:
     """Return the answer to one message of the widget. Raises: UsageError for a message that makes no sense."""
+    if other is not None and name == "matches":
+        return other.matches
+    if other is not None and str(name).startswith("other."):
+        return answer(other.source, None, str(name).removeprefix("other."), argument)
     if name == "run":
         return source.run()
     if name == "rows":
+        source.update()
         return source.rows()
-    if name == "card":
+    if name in ("card", "wide"):
         if not isinstance(argument, int) or isinstance(argument, bool):
-            raise UsageError("card takes the number of a latent.")
-        return source.card(argument)
+            raise UsageError(f"{name} takes the number of a latent.")
+        source.update()
+        return source.card(argument) if name == "card" else source.wide(argument)
     if live is None:
         raise UsageError(f"{str(name)[:40]!r} is unknown here: there is no live work without the SAE and its model.")
     return live.call(str(name), argument)
@@ -94,20 +106,22 @@ def widget_class() -> Any:
     class LatentBrowser(anywidget.AnyWidget):  # pyright: ignore[reportUntypedBaseClass]
         """The page, its records and its live work behind one comm."""
 
-        _esm = module("widget.js") + "export default { render };\n"
-        _css = style()
+        _esm = module("widget.js")
+        _css = notebook_style()
         latent = traitlets.Int(-1).tag(sync=True)
         has_live = traitlets.Bool(False).tag(sync=True)
         has_llm = traitlets.Bool(False).tag(sync=True)
+        other = traitlets.Unicode("").tag(sync=True)
         permalink = traitlets.Unicode("").tag(sync=True)
 
-        def __init__(self, source: LatentSource, live: Live | None, latent: int | None):
-            self.source, self.live = source, live
+        def __init__(self, source: LatentSource, live: Live | None, latent: int | None, compared: Other | None = None):
+            self.source, self.live, self.compared = source, live, compared
             path = str(source.cache.folder)
             super().__init__(
                 latent=-1 if latent is None else latent,
                 has_live=live is not None,
                 has_llm=live is not None and live.endpoint is not None,
+                other=compared.name if compared else "",
                 permalink=f"show({path!r}, latent=LATENT)",
             )
             self.on_msg(self._asked)
@@ -117,10 +131,10 @@ def widget_class() -> Any:
             if not isinstance(content, dict) or "id" not in content:
                 return
             try:
-                value = answer(self.source, self.live, content.get("name"), content.get("argument"))
+                value = answer(self.source, self.live, content.get("name"), content.get("argument"), self.compared)
                 reply = {"id": content["id"], "value": _whole(value)}
             except UsageError as error:
-                reply = {"id": content["id"], "error": " ".join(str(error).split())}
+                reply = {"id": content["id"], "error": " ".join(str(error).split()), **in_both(error)}
             except Exception as error:  # a defect of ours: the kernel goes on
                 reply = {"id": content["id"], "error": f"a defect of ours: {type(error).__name__}: {error}"}
             self.send(reply)

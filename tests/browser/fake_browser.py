@@ -337,7 +337,8 @@ def _explanations(row: RowRecord, planted: Planted) -> list[ExplanationRecord]:
         ("token-lookup", "rule", "solo il token", "the token alone"),
     ]
     return [
-        {"explainer": name, "kind": kind, "status": "ok", "text_it": it, "text_en": en} for name, kind, it, en in texts
+        {"explainer": name, "kind": kind, "status": "ok", "text_it": it, "text_en": en, "now": ""}
+        for name, kind, it, en in texts
     ]
 
 

@@ -387,6 +387,21 @@ def test_a_latent_that_never_fired_says_so(tab: Any, tmp_path: Path) -> None:
     assert tab.locator(".writes .neighbours li").count() > 0
 
 
+def test_the_width_switch_of_a_folder_says_what_it_holds(tab: Any, folder: Path) -> None:
+    show(tab, folder, "#latent=3")
+    assert tab.locator(".contexts-panel [data-width]").evaluate_all("all => all.map((one) => one.dataset.width)") == [
+        "words",
+        "passage",
+        "all",
+    ]
+    assert tab.locator("text=la cartella non ne contiene altri").count() == 0
+    tab.click('.contexts-panel [data-width="all"]')
+    assert "--serve" in tab.inner_text(".contexts-panel .note >> nth=1")
+    tab.evaluate("localStorage.setItem('sae-italian.width', 'window')")  # chosen on a server of the same browser
+    tab.reload()
+    tab.wait_for_selector('.contexts-panel [data-width="all"][aria-pressed="true"]')
+
+
 def test_another_sae_is_compared(tab: Any, tmp_path: Path) -> None:
     matches = {
         "latent": [3, 0, 1],

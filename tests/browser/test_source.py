@@ -16,7 +16,7 @@ from sae_italian.browser.pack import read_data
 from sae_italian.browser.report import open_source, write_report
 from sae_italian.browser.schema import check_card, check_rows, check_run
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import UsageError
+from sae_italian.errors import DataError, UsageError
 from sae_italian.saes import load_sae
 
 
@@ -180,3 +180,11 @@ def test_a_cache_without_explanations_still_has_a_report(small_cache, mini, tmp_
     index = write_report(bare, mini.tokenizer, tmp_path / "report")
     rows = read_data(index.parent / "data" / "rows" / "0000.js")
     assert set(rows["status"]) == {"not explained"} and set(rows["x"]) == {None}
+
+
+@pytest.mark.parametrize("text", ["{broken", "[]", '{"gold": 5}', '{"card": {"l0": 3}}', '{"card": 7}'])
+def test_results_that_are_cut_short_are_named(explained, mini, tmp_path, text):
+    folder = shutil.copytree(explained.folder, tmp_path / "cache")
+    (folder / "results.json").write_text(text)
+    with pytest.raises(DataError, match="results.json is no run's results"):
+        open_source(FeatureCache.open(folder), mini.tokenizer)

@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from sae_italian.browser import widget
+from sae_italian.browser.compare import beside
 from sae_italian.browser.plain import card_html
-from sae_italian.browser.schema import check_card
+from sae_italian.browser.schema import check_card, check_groups
 from sae_italian.browser.widget import Plain, answer, show
 from sae_italian.cache import FeatureCache
 from sae_italian.errors import UsageError
@@ -44,6 +45,18 @@ def test_messages_are_answered_with_records_and_live_work(shown):
     assert ask(shown, "tokens", {"sentence": "La ragazza \ud800 legge"})["value"]["strongest"]
 
 
+def test_another_sae_stands_beside_it_by_messages(shown, folder):
+    other = beside(shown.source, shown.source)
+    pair = widget.widget_class()(shown.source, shown.live, 3, other)
+    assert pair.other == other.name and shown.other == ""
+    assert ask(pair, "matches")["value"]["latent"] == list(range(256))
+    assert ask(pair, "other.run")["value"]["d_sae"] == 256
+    check_card(ask(pair, "other.card", 5)["value"])
+    check_groups(ask(pair, "wide", 5)["value"])
+    assert "no live work" in ask(pair, "other.tokens", {"sentence": "a"})["error"]
+    assert ask(shown, "matches")["error"] and ask(shown, "other.card", 5)["error"]
+
+
 @pytest.mark.parametrize(
     "name, argument", [("card", 256), ("card", "3"), ("card", None), ("open", "/etc/passwd"), (5, 5), ("steer", {})]
 )
@@ -60,7 +73,7 @@ def test_a_notebook_that_is_only_read_has_the_card_as_html(shown):
 
 def test_the_module_is_one_file_without_imports(shown):
     esm = widget.widget_class()._esm
-    assert "export default { render }" in esm
+    assert esm.count("\nexport ") == 1 and 'export default modules["widget.js"]' in esm  # anywidget warns of any other
     assert not re.search(r"^import |\bimport\(|https?://(?!www\.w3\.org)", esm, re.MULTILINE)
 
 

@@ -316,7 +316,7 @@ def test_one_module_holds_what_is_imported_on_demand_too(monkeypatch: pytest.Mon
     text = bundle.module.__wrapped__("a.js")
     assert 'const { b: c } = modules["b.js"];' in text and 'await Promise.resolve(modules["d.js"])' in text
     assert text.index('modules["d.js"] =') < text.index('modules["a.js"] =') and not re.search("^import", text, re.M)
-    assert text.rstrip().endswith('export const { a } = modules["a.js"];')
+    assert text.rstrip().endswith('export default modules["a.js"];')
 
 
 def test_modules_in_a_circle_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_italian.autointerp.run import EXPLAINER, LOOKUP
-from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.store import NOW, Store
 from sae_italian.autointerp.summary import HEADLINE
 from sae_italian.browser.exports.fields import in_order
 from sae_italian.browser.exports.latents import Latents
@@ -207,18 +207,18 @@ class Explained:
                 control="",
                 scorer="detection",
                 metric="balanced_accuracy",
-                judge="rule" if explainer == EXPLAINER else llm,
+                judge="rule" if explainer.removesuffix(NOW) == EXPLAINER else llm,
                 negatives=HEADLINE["detection"],
             )
             for explainer in store.explainers()
-            if explainer != LOOKUP
+            if explainer.removesuffix(NOW) != LOOKUP
         }
 
     def rows(self, batch: range) -> Iterator[dict[str, Any]]:
         """Yield the Italian and the English text of each explanation as a row of its own."""
         query = """SELECT latent, explainer, text_it, text_en FROM explanation
-                   WHERE latent BETWEEN ? AND ? AND status = 'ok' AND explainer != ? ORDER BY latent, id"""
-        found = self.store.connection.execute(query, (batch.start, batch.stop - 1, LOOKUP))
+                   WHERE latent BETWEEN ? AND ? AND status = 'ok' AND explainer NOT IN (?, ?) ORDER BY latent, id"""
+        found = self.store.connection.execute(query, (batch.start, batch.stop - 1, LOOKUP, LOOKUP + NOW))
         for latent, explainer, *texts in found.fetchall():
             for language, text in zip(("it", "en"), texts, strict=True):
                 if text:

@@ -4,6 +4,8 @@
     GET  /assets/<name>        its modules and its style: the files of static/, read once; no path leads to any other
     GET  /api/run, /api/rows   the run, and the list by column
     GET  /api/card/<latent>    one latent
+    GET  /api/wide/<latent>    its passages, each as wide as its window
+    GET  /api/other/...        the same of an SAE to compare with, and /api/matches
     POST /api/live/<work>      tokens, steer, ablate, explain: JSON in, JSON out
 
 Errors are {error_it, error_en}: 400 malformed, 403 and 421 not from here, 404, 408, 409 the cache was replaced, 413, 415,
@@ -12,7 +14,6 @@ Errors are {error_it, error_en}: 400 malformed, 403 and 421 not from here, 404, 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import resources
@@ -25,10 +26,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sae_italian.browser.bundle import page, static_text, style
-from sae_italian.browser.live import CALLS, Live
-from sae_italian.browser.schema import check_card, check_rows, check_run
+from sae_italian.browser.compare import Other
+from sae_italian.browser.live import CALLS, Live, in_both
 from sae_italian.browser.server.guard import LOOPBACK, Guard, Refused, as_json, read_json_body
-from sae_italian.browser.server.watch import Watch, stamp
+from sae_italian.browser.server.records import Records
 from sae_italian.browser.server.work import Worker
 from sae_italian.browser.source import LatentSource
 from sae_italian.errors import SaeItalianError
@@ -37,39 +38,40 @@ KINDS = {".js": "text/javascript", ".css": "text/css"}
 
 
 def create_app(
-    source: LatentSource, live: Live | None = None, *, hosts: frozenset[str] = LOOPBACK, seconds: float = 60.0
+    source: LatentSource,
+    live: Live | None = None,
+    *,
+    other: Other | None = None,
+    hosts: frozenset[str] = LOOPBACK,
+    seconds: float = 60.0,
 ) -> Guard:
     """Return the server of one cache, to be run on loopback. `seconds` is the longest that live work may take."""
-    server = Server(source, live, seconds)
+    server = Server(source, live, other, seconds)
     routes = [
         Route("/", server.page),
         Route("/assets/{name}", server.asset),
-        Route("/api/run", server.run),
-        Route("/api/rows", server.rows),
-        Route("/api/card/{latent}", server.card),
+        Route("/api/matches", server.matches),
         Route("/api/live/{work}", server.work, methods=["POST"]),
+        *server.records.routes("/api"),
     ]
+    if other is not None:
+        routes += Records(other.source, server.reader).routes("/api/other")
     handlers: Any = {
         Refused: lambda _, error: error.response(),
-        SaeItalianError: lambda _, error: as_json(_both(str(error)), 422),
-        HTTPException: lambda _, error: as_json(_both(error.detail), error.status_code),
-        Exception: lambda _, error: as_json(_both(f"a defect of ours: {type(error).__name__}"), 500),
+        SaeItalianError: lambda _, error: as_json(in_both(error), 422),
+        HTTPException: lambda _, error: as_json(in_both(error.detail), error.status_code),
+        Exception: lambda _, error: as_json(in_both(f"a defect of ours: {type(error).__name__}"), 500),
     }
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=server.lifespan)
+    app.router.redirect_slashes = False
     return Guard(app, hosts)  # outside of everything, so that a defect's answer has its headers too
-
-
-def _both(message: str) -> dict[str, str]:
-    line = " ".join(message.split())[:1000]
-    return {"error_it": line, "error_en": line}
 
 
 class Server:
     """What the routes share. Records are made in one thread and live work is done in another, so neither waits."""
 
-    def __init__(self, source: LatentSource, live: Live | None, seconds: float):
-        self.source, self.live = source, live
-        self.watch = Watch(source.cache.folder)
+    def __init__(self, source: LatentSource, live: Live | None, other: Other | None, seconds: float):
+        self.source, self.live, self.other = source, live, other
         self.reader = Worker("reader", waiting=1024, seconds=60.0)
         self.worker = Worker("live", waiting=128, seconds=seconds)
         self.assets = {
@@ -78,7 +80,8 @@ class Server:
             if (ending := "." + item.name.rpartition(".")[2]) in KINDS
         }
         self.assets["app.css"] = (style().encode(), KINDS[".css"])
-        self._rows: tuple[Any, Response] | None = None
+        works = {"works": list(CALLS), "llm": live.endpoint is not None} if live else None
+        self.records = Records(source, self.reader, live=works, compare=other.name if other else None)
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette):
@@ -98,45 +101,10 @@ class Server:
             raise Refused(404, "Non c'è nessun file con questo nome.", "There is no file of that name.")
         return Response(found[0], media_type=found[1])
 
-    # --- records -----------------------------------------------------------------------------------------------------
-
-    async def run(self, _: Request) -> Response:
-        live = {"works": list(CALLS), "llm": self.live.endpoint is not None} if self.live else None
-        return await self._read(lambda: as_json({"run": check_run(self.source.run()), "live": live}))
-
-    async def rows(self, _: Request) -> Response:
-        return await self._read(self._all_rows)
-
-    def _all_rows(self) -> Response:
-        """Return the list, made once and again when explanations or scores were stored since."""
-        now = stamp(self.source.store_path) if self.source.store_path else None
-        if self._rows is None or self._rows[0] != now:
-            if self._rows is not None:
-                self.source.refresh()
-            self._rows = now, as_json(check_rows(self.source.rows()))
-        return self._rows[1]
-
-    async def card(self, request: Request) -> Response:
-        given = request.path_params["latent"]
-        if not (given.isascii() and given.isdigit() and len(given) < 10):
-            raise Refused(404, "Un latente è un numero.", "A latent is a number.")
-        if int(given) >= self.source.d_sae:
-            raise Refused(404, f"Non c'è il latente {given}.", f"There is no latent {given}.")
-        return await self._read(lambda: as_json(check_card(self.source.card(int(given)))))
-
-    async def _read(self, make: Callable[[], Response]) -> Response:
-        return await self._while_it_lasts(partial(self.reader, make))
-
-    async def _while_it_lasts(self, work: Callable[[], Awaitable[Any]]) -> Any:
-        """Do some work on the cache; what fails because the cache was replaced meanwhile is said to be that."""
-        self.watch.check()
-        try:
-            return await work()
-        except Refused:
-            raise
-        except Exception:
-            self.watch.check()
-            raise
+    async def matches(self, _: Request) -> Response:
+        if self.other is None:
+            raise Refused(404, "Non c'è un'altra SAE.", "There is no other SAE.")
+        return as_json(self.other.matches)
 
     # --- live work ---------------------------------------------------------------------------------------------------
 
@@ -151,5 +119,5 @@ class Server:
                 "No live work: this cache's SAE or its model is not on this machine.",
             )
         arguments = await read_json_body(request)
-        found = await self._while_it_lasts(partial(self.worker, self.live.call, name, arguments))
+        found = await self.records.while_it_lasts(partial(self.worker, self.live.call, name, arguments))
         return as_json(found)

@@ -72,8 +72,11 @@ def serve(app: Any, port: int = PORT, *, ready: Callable[[str], None] | None = N
 
 def server(uvicorn: Any, app: Any) -> Any:
     """Return a uvicorn server with small limits: it serves one person's browser."""
+    from sae_italian.browser.server.punctual import Punctual
+
     config = uvicorn.Config(
         app,
+        http=Punctual,
         log_level="warning",
         access_log=False,
         server_header=False,

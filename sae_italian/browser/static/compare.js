@@ -17,7 +17,7 @@ async function fill(ctx, compare, row, holder) {
   const [latent, cosine] = [matches.latent[row.latent], matches.cosine[row.latent]];
   const mutual = matches.back[latent] === row.latent;
   const card = await compare.source.card(latent);
-  const other = { ...ctx, run, row: (index) => rows.get(index), href: () => null, permalink: ctx.permalink };
+  const other = { ...ctx, run, row: (index) => rows.get(index), href: () => null, permalink: ctx.permalink, wide: compare.source.wide && (() => compare.source.wide(latent)) };
   const facts = ctx.t("match.is", { sae: compare.name, latent, cosine: ctx.fixed(cosine) }) + " " + ctx.t(mutual ? "match.mutual" : "match.one.way", { back: matches.back[latent] });
   const content = renderCard(other, rows.get(latent), card);
   content.querySelector("h1").replaceWith(h("h2", {}, ctx.t("latent") + " " + latent));

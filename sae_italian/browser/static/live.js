@@ -48,6 +48,9 @@ const WORDS = {
   "rule": ["Regola", "Rule"],
   "llm": ["LLM", "LLM"],
   "rule.numbers": ["precisione {precision}, richiamo {recall} sui documenti di addestramento", "precision {precision}, recall {recall} on the training documents"],
+  "kept": ["Conservata accanto alla cache.", "Kept with the cache."],
+  "kept.show": ["Mostra nella scheda", "Show on the card"],
+  "not.kept": ["Non conservata: {why}", "Not kept: {why}"],
   "status.dead": ["Mai attivo in questa cache.", "It never fired in this cache."],
   "status.too few activations": ["Troppo poche attivazioni per una spiegazione.", "Too few activations for an explanation."],
   "status.failed": ["La risposta dell’LLM non è utilizzabile.", "The LLM's answer cannot be used."],
@@ -220,10 +223,15 @@ function ablatePart(view) {
 function explainPart(view) {
   const { ctx, live } = view;
   const note = view.say(live.llm ? "explain.note.llm" : "explain.note");
+  const kept = (found) => {
+    if (!found.explanations.some((one) => one.status === "ok")) return null;
+    if (found.not_kept) return h("p", { class: "note", "data-kept": "no" }, text(view.say("not.kept", { why: found.not_kept })));
+    return h("p", { class: "note", "data-kept": "yes" }, view.say("kept"), " ", h("button", { type: "button", class: "link", onclick: () => ctx.refresh() }, view.say("kept.show")));
+  };
   return part(view, "explain", note, [], () => live.explain({ latent: ctx.latent }), (found) => [h("dl", { class: "live-explained" }, found.explanations.map((one) => {
     const words = ctx.pick(one, "text");
     const numbers = one.precision !== null && view.say("rule.numbers", { precision: ctx.fixed(one.precision), recall: ctx.fixed(one.recall) });
     return [h("dt", {}, view.say(one.kind === "llm" ? "llm" : "rule"), one.kind === "llm" && [" ", h("small", {}, text(one.explainer))]),
       h("dd", { "data-explainer": one.kind }, text(words || view.say("status." + one.status)), numbers && h("small", {}, " " + numbers), one.problem && h("small", {}, text(" " + one.problem)))];
-  }))]);
+  })), kept(found)].filter(Boolean));
 }

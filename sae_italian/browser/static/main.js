@@ -4,6 +4,7 @@
 //
 // source:  async run() -> RunRecord; async rows() -> { latent: [...], density: [...], ... } (RowRecord by column);
 //          async card(latent) -> CardRecord or null; async compare() -> null or { name, source, matches() } (optional);
+//          async wide(latent) -> the card's groups with passages as wide as their window (optional);
 //          live (optional): { tokens(sentence), steer({ latent, prompt, strengths }), ablate({ latent, prompt }),
 //          explain({ latent }) }, which live.js shows: mountLive(element, live, context), context.latent null on the
 //          list's page; context.open(latent) opens a card; a function that it returns is called before it is removed.
@@ -39,10 +40,8 @@ class App {
     const ctx = this.context();
     this.root.replaceChildren(h("p", { class: "notice", role: "status" }, ctx.t("loading")));
     try {
-      const [run, columns] = await Promise.all([this.source.run(), this.source.rows()]);
+      const [run] = await Promise.all([this.source.run(), this.loadRows()]);
       this.run = run;
-      this.rows = rowsOf(columns);
-      this.byLatent = new Map(this.rows.map((row) => [row.latent, row]));
       this.compare = (await this.source.compare?.()) || null;
     } catch (error) {
       this.root.replaceChildren(failure(ctx, error));
@@ -52,6 +51,21 @@ class App {
     this.render();
     this.stop = this.router.watch(() => this.route());
     (this.options.routing === "memory" ? this.root : document).addEventListener("keydown", this.onKey);
+  }
+
+  async loadRows() {
+    this.rows = rowsOf(await this.source.rows());
+    this.byLatent = new Map(this.rows.map((row) => [row.latent, row]));
+  }
+
+  // The page again with what was stored meanwhile.
+  async refresh() {
+    try {
+      await this.loadRows();
+    } catch (error) {
+      return void this.card.prepend(failure(this.ctx, error));
+    }
+    return this.render();
   }
 
   destroy() {
@@ -66,7 +80,7 @@ class App {
     const open = (latent) => this.router.go("latent=" + latent);
     const permalink = this.options.permalink || ((latent) => window.location.href.split("#")[0] + "#latent=" + latent);
     const row = (latent) => this.byLatent?.get(latent);
-    return makeContext(this.lang, { root: this.root, run: this.run, open, permalink, row, state: this.state });
+    return makeContext(this.lang, { root: this.root, run: this.run, open, permalink, row, refresh: () => this.refresh(), state: this.state });
   }
 
   // --- the bar at the top ---
@@ -178,7 +192,8 @@ class App {
     if (!row) return this.card.replaceChildren(back, notice(ctx.t("no.latent", { latent })));
     let content;
     try {
-      content = renderCard(ctx, row, await this.source.card(latent));
+      const wide = this.source.wide && (() => this.source.wide(latent));
+      content = renderCard({ ...ctx, wide }, row, await this.source.card(latent));
     } catch (error) {
       content = failure(ctx, error);
     }

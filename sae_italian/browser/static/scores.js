@@ -9,7 +9,12 @@ const MAIN_METRIC = "balanced_accuracy";
 const HEADLINE = { detection: "random", fuzzing: "silent-token" }; // the negatives of the scores shown first
 const METRICS = [MAIN_METRIC, "tpr", "tnr", "f1", "auroc"];
 
-export const explainerName = (ctx, explainer) => (explainer.startsWith("llm:") ? explainer.slice(4) : ctx.name("explainer", explainer));
+const NOW = "@now"; // ends the name of an explanation made on demand that says something else than the run's
+
+export function explainerName(ctx, explainer) {
+  if (explainer.endsWith(NOW)) return ctx.t("explainer.now", { name: explainerName(ctx, explainer.slice(0, -NOW.length)) });
+  return explainer.startsWith("llm:") ? explainer.slice(4) : ctx.name("explainer", explainer);
+}
 
 // --- scores: the explanation beside its control, test by test ---
 function byTest(scores) {
@@ -89,7 +94,7 @@ function explanationItem(ctx, item) {
   const body = main ? folded(ctx, text(main), main.length > LONG_TEXT, "explanation-text") : h("p", { class: "muted" }, ctx.name("status", item.status));
   return h("li", { class: "explanation" + (item.explainer === CONTROL ? " control" : "") },
     h("div", { class: "explainer muted" }, h("span", { class: "tag" }, item.explainer === CONTROL ? ctx.t("control") : ctx.name("made", item.kind)), " ",
-      item.explainer !== "rules" && text(explainerName(ctx, item.explainer))),
+      item.explainer !== "rules" && text(explainerName(ctx, item.explainer)), item.now && [item.explainer !== "rules" && " · ", h("span", { class: "made-now" }, ctx.t("made.now", { date: ctx.date(item.now) }))]),
     body, other && other !== main && h("div", { class: "other-language muted", lang: ctx.lang === "it" ? "en" : "it" }, folded(ctx, text(other), other.length > LONG_TEXT, "")));
 }
 

@@ -24,15 +24,25 @@ function fault(it, en) {
   return Object.assign(new Error(en), { said: { it, en } });
 }
 
+// The records of one cache; what cannot be had now is asked for again.
+function records(prefix) {
+  let facts = null;
+  const about = () => (facts ??= ask(prefix + "run").catch((error) => { facts = null; throw error; }));
+  return {
+    about,
+    run: async () => (await about()).run,
+    rows: () => ask(prefix + "rows"),
+    card: (latent) => ask(`${prefix}card/${latent}`),
+    wide: (latent) => ask(`${prefix}wide/${latent}`),
+  };
+}
+
 async function start() {
   const element = document.getElementById("app");
-  const source = {
-    run: async () => (await about()).run,
-    rows: () => ask("rows"),
-    card: (latent) => ask("card/" + latent),
-  };
-  const about = () => (source.facts ??= ask("run"));
-  const works = (await about().catch(() => null))?.live; // what failed is shown by the page itself
+  const source = records("");
+  const about = await source.about().catch(() => null); // what failed is shown by the page itself
+  if (about?.compare) source.compare = async () => ({ name: about.compare, source: records("other/"), matches: () => ask("matches") });
+  const works = about?.live;
   if (works) {
     source.live = {
       llm: works.llm,

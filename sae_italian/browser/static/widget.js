@@ -18,12 +18,18 @@ export function render({ model, el }) {
     const one = waiting.get(message?.id);
     if (!one) return;
     waiting.delete(message.id);
-    if (message.error) one.reject(Object.assign(new Error(message.error), { said: { it: message.error, en: message.error } }));
+    if (message.error) one.reject(Object.assign(new Error(message.error), { said: { it: message.error_it ?? message.error, en: message.error_en ?? message.error } }));
     else one.resolve(message.value);
   }
 
   model.on("msg:custom", answered);
-  const source = { run: () => ask("run"), rows: () => ask("rows"), card: (latent) => ask("card", latent) };
+  const records = (prefix) => ({
+    run: () => ask(prefix + "run"), rows: () => ask(prefix + "rows"),
+    card: (latent) => ask(prefix + "card", latent), wide: (latent) => ask(prefix + "wide", latent),
+  });
+  const source = records("");
+  const other = model.get("other");
+  if (other) source.compare = async () => ({ name: other, source: records("other."), matches: () => ask("matches") });
   if (model.get("has_live")) {
     source.live = {
       llm: model.get("has_llm"),

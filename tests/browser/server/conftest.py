@@ -1,5 +1,6 @@
 """One cache with its SAE and model, as the server gets it: the texts are nasty, the explanations a rule's."""
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -9,22 +10,36 @@ starlette = pytest.importorskip("starlette", reason="needs the serve extra")
 
 from starlette.testclient import TestClient  # noqa: E402
 
+from sae_italian.browser.compare import beside  # noqa: E402
 from sae_italian.browser.live import Live, open_with_live  # noqa: E402
 from sae_italian.browser.server.app import create_app  # noqa: E402
-from sae_italian.cache import FeatureCache  # noqa: E402
+from sae_italian.cache import FeatureCache, build_cache  # noqa: E402
 from sae_italian.saes import load_sae  # noqa: E402
+from tests.browser.nasty import nasty_corpus  # noqa: E402
 
 ADDRESS = "http://127.0.0.1:8765"
 
 
 @pytest.fixture(scope="package")
-def cache(explained) -> FeatureCache:
-    return explained
+def cache(explained, tmp_path_factory) -> FeatureCache:
+    """A copy: what is explained on demand is kept in it."""
+    folder = tmp_path_factory.mktemp("served") / "cache"
+    return FeatureCache.open(shutil.copytree(explained.folder, folder))
 
 
 @pytest.fixture(scope="package")
 def opened(cache, mini, trained_sae):
     return open_with_live(cache, mini.tokenizer, sae=load_sae(trained_sae), model=mini)
+
+
+@pytest.fixture(scope="package")
+def compared(opened, cache, mini, topk_sae, tmp_path_factory):
+    """Another SAE of the same model beside it."""
+    corpus = nasty_corpus(tmp_path_factory.mktemp("other"))
+    folder = tmp_path_factory.mktemp("other") / "cache"
+    build_cache(topk_sae, mini, str(corpus), folder, n_tokens=None, split="all", sae_name="altra")
+    source, _ = open_with_live(FeatureCache.open(folder), mini.tokenizer, sae=topk_sae, model=mini)
+    return beside(opened[0], source)
 
 
 @pytest.fixture(scope="package")

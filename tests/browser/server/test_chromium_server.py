@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sae_italian.browser.bundle import style
 from sae_italian.browser.live import open_with_live
 from sae_italian.browser.server.app import create_app
 from sae_italian.browser.widget import answer
@@ -173,8 +174,78 @@ def test_without_live_work_the_page_is_the_static_one(tab: Any, opened) -> None:
         tab.fill("#search" if tab.locator("#search").count() else "input[type=search]", "a")
 
 
+def test_another_sae_is_compared_on_the_server(tab: Any, opened, compared, active) -> None:
+    with running(create_app(*opened, other=compared)) as address:
+        show(tab, address, active)
+        tab.click(".compare summary")
+        tab.wait_for_selector(".other-sae .card h2")
+        match = compared.matches["latent"][active]
+        assert tab.inner_text(".other-sae .card h2").endswith(f" {match}")
+        assert f"latente {match}: coseno" in tab.inner_text(".other-sae .match")
+        tab.keyboard.press("Escape")
+        tab.wait_for_selector(".latents tbody th a")
+
+
+def test_an_explanation_made_now_goes_onto_the_card(tab: Any, opened, live, tmp_path) -> None:
+    folder = shutil.copytree(live.cache.folder, tmp_path / "cache", ignore=shutil.ignore_patterns("*.sqlite*"))
+    served = open_with_live(FeatureCache.open(folder), live.tokenizer, sae=live.sae, model=live.model)
+    latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
+    with running(create_app(*served)) as address:
+        show(tab, address, latent)
+        assert tab.inner_text(".card-head .lead") == "Nessuna spiegazione"
+        part = work(tab, "explain")
+        text = part.locator("[data-explainer=rule]").inner_text()
+        part.locator("[data-kept=yes] button").click()
+        tab.wait_for_selector(".explanations .made-now")
+        assert text.startswith(tab.inner_text(".card-head .lead")) and "su richiesta" in tab.inner_text(".explanations")
+        tab.reload()
+        tab.wait_for_selector(".explanations .made-now")
+        tab.keyboard.press("Escape")
+        tab.wait_for_selector(f'.latents tr[data-latent="{latent}"] .tag')
+
+
+def test_the_width_switch_offers_the_whole_window(tab: Any, address: str, active) -> None:
+    show(tab, address, active)
+    lengths = []
+    for width in ("words", "passage", "all", "window"):
+        tab.click(f'.contexts-panel [data-width="{width}"]')
+        tab.wait_for_selector(f'.contexts-panel [data-width="{width}"][aria-pressed="true"]')
+        tab.wait_for_function("wide => Boolean(document.querySelector('.window-text')) === wide", arg=width == "window")
+        texts = tab.locator(".context .words").all_inner_texts()
+        lengths.append((len(texts), sum(map(len, texts))))
+    assert len({n for n, _ in lengths}) == 1 and [size for _, size in lengths] == sorted(size for _, size in lengths)
+    assert lengths[3][1] > lengths[2][1] > lengths[0][1]
+    box = "(box) => { const [a, b] = [box, box.querySelector('.peak-word')].map((e) => e.getBoundingClientRect());"
+    box += " return b.top >= a.top && b.bottom <= a.bottom; }"
+    tab.wait_for_function(
+        f"[...document.querySelectorAll('.window-text')].every({box})"
+    )  # the chosen token is in sight
+    tab.reload()
+    tab.wait_for_selector(".window-text")  # remembered
+    tab.click('[data-lang="en"]')
+    tab.wait_for_selector("text=whole window")
+    tab.set_viewport_size({"width": 360, "height": 800})
+    assert tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    assert tab.evaluate(NAMELESS) == []
+
+
 # --- the widget ------------------------------------------------------------------------------------------------------------
 
+LAB_CSS = """
+.lab a { text-decoration: unset; color: unset; }
+.lab button { border-radius: 0; font-family: monospace; }
+.lab pre { border: none; margin: 0; padding: 0; white-space: pre-wrap; }
+.lab dl, .lab dt, .lab dd { display: block; }
+.lab dl { width: 100%; overflow: hidden; padding: 0; margin: 0; }
+.lab dt { font-weight: bold; float: left; width: 20%; padding: 0; margin: 0; }
+.lab dd { float: left; width: 80%; padding: 0; margin: 0; }
+.lab table { table-layout: fixed; font-size: 12px; margin: auto; } .lab td, .lab th { text-align: right; padding: 0.5em; }
+"""  # JupyterLab 4.6's rules for what a cell shows
+LOOKS = """(selector) => [...document.querySelectorAll(selector)].map((node) => {
+  const style = getComputedStyle(node);
+  const names = ["display", "float", "width", "fontSize", "color", "textAlign", "padding", "textDecorationLine", "borderRadius"];
+  return node.tagName + " " + names.map((name) => style[name]).join(" ");
+})"""
 HOST = """async ({ esm, css, state }) => {
   document.head.append(Object.assign(document.createElement("style"), { textContent: css }));
   const module = await import(URL.createObjectURL(new Blob([esm], { type: "text/javascript" })));
@@ -189,8 +260,17 @@ HOST = """async ({ esm, css, state }) => {
     },
   };
   const el = document.body.appendChild(document.createElement("div"));
+  el.className = "lab";
   window.undo = await module.default.render({ model, el });
 }"""
+
+
+def looks_with(page: Any, *sheets: str) -> list[str]:
+    """Return what the card looks like under these style sheets and no other."""
+    page.evaluate("() => document.querySelectorAll('style').forEach((sheet) => sheet.remove())")
+    for sheet in sheets:
+        page.add_style_tag(content=sheet)
+    return page.evaluate(LOOKS, ".lab .sae-italian *")
 
 
 def test_the_widget_shows_a_card_and_works_live_by_messages(tab: Any, opened, active) -> None:
@@ -207,9 +287,11 @@ def test_the_widget_shows_a_card_and_works_live_by_messages(tab: Any, opened, ac
             return json.dumps({"id": message["id"], "error": str(error)})
 
     tab.expose_function("kernel", kernel)
-    state = {"latent": active, "has_live": True, "has_llm": False, "permalink": "show('cache', latent=LATENT)"}
+    state = {"latent": active, "has_live": True, "has_llm": False, "other": ""}
+    state["permalink"] = "show('cache', latent=LATENT)"
     tab.evaluate(HOST, {"esm": str(kind._esm), "css": str(kind._css), "state": state})
     tab.wait_for_selector('[data-part="steer"]')
+    assert looks_with(tab, LAB_CSS, str(kind._css)) == looks_with(tab, style())  # nothing of ours is changed
     assert tab.inner_text(".card-page h1").endswith(f" {active}")
     part = work(tab, "sentence", sentence=SENTENCE)
     assert part.locator(".piece").count() == len(opened[1].tokens(SENTENCE)["tokens"])

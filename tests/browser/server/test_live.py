@@ -1,13 +1,18 @@
 """Live work, called as server and notebook call it: it agrees with the cache, and refuses what makes no sense."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from sae_italian.browser.live import MAX_LETTERS, PER_TOKEN, Live
+from sae_italian.browser.bundle import static_text
+from sae_italian.browser.contexts import AFTER, BEFORE
+from sae_italian.browser.live import MAX_LETTERS, NEW_TOKENS, PER_TOKEN, Live, NotTaken, in_both, open_with_live
 from sae_italian.browser.llm import Endpoint
+from sae_italian.browser.report import open_source
+from sae_italian.browser.schema import check_card, check_groups, check_row
 from sae_italian.cache import FeatureCache
 from sae_italian.errors import UsageError
 from sae_italian.models.activations import read_activations
@@ -137,10 +142,104 @@ def test_an_llm_explains_beside_the_rule_where_one_is_configured(live, opened, t
         ("steer", {"latent": 1, "prompt": "a", "strengths": [float("nan")]}, "numbers"),
         ("steer", {"latent": 1, "prompt": "a", "strengths": [1e9]}, "numbers"),
         ("steer", {"latent": 1, "prompt": "a", "strengths": [1] * 7}, "numbers"),
-        ("steer", {"latent": 1, "prompt": "parola " * 1000, "strengths": [1]}, "positions"),
+        ("steer", {"latent": 1, "prompt": "parola " * 1000, "strengths": [1]}, "tokens; at most"),
+        ("ablate", {"latent": 1, "prompt": "parola " * 1000}, "tokens; at most"),
+        ("ablate", {"latent": 1, "prompt": "\x00"}, "empty"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_in_one_line(live, name, arguments, message):
     with pytest.raises(UsageError, match=message) as caught:
         live.call(name, arguments)
     assert "\n" not in str(caught.value)
+    said = in_both(caught.value)
+    assert said["error_en"] == str(caught.value)
+    assert (said["error_it"] != said["error_en"]) == isinstance(caught.value, NotTaken)  # what somebody typed
+
+
+def test_a_prompt_that_fits_is_steered_and_one_token_more_is_not(live, mini, monkeypatch):
+    monkeypatch.setattr(
+        "sae_italian.browser.live.steer", lambda *_, **__: SimpleNamespace(as_dict=lambda: {"text": ""})
+    )
+    most = mini.config.max_position_embeddings - NEW_TOKENS
+    fits, more = (
+        next(n for n in range(most, 0, -1) if len(mini.tokenizer("la " * n)["input_ids"]) <= end)
+        for end in (most, most + 8)
+    )
+    assert most - 8 < len(mini.tokenizer("la " * fits)["input_ids"]) < len(mini.tokenizer("la " * more)["input_ids"])
+    assert live.call("steer", {"latent": 1, "prompt": "la " * fits, "strengths": [1]})
+    with pytest.raises(NotTaken, match="Shorten it"):
+        live.call("steer", {"latent": 1, "prompt": "la " * more, "strengths": [1]})
+
+
+# --- explanations that are kept ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(opened, live, tmp_path):
+    """A copy of the cache without explanations, with its records and its live work."""
+    folder = shutil.copytree(live.cache.folder, tmp_path / "cache", ignore=shutil.ignore_patterns("*.sqlite*"))
+    return open_with_live(FeatureCache.open(folder), live.tokenizer, sae=live.sae, model=live.model)
+
+
+def test_an_explanation_made_now_is_there_after_a_restart(copied, opened):
+    source, live = copied
+    latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
+    assert source.row(latent)["status"] == "not explained" and source.card(latent)["explanations"] == []
+    found = live.call("explain", {"latent": latent})
+    assert found["not_kept"] == "" and [one["explainer"] for one in found["explanations"]] == ["rules"]
+    source.update()
+    again = open_source(live.cache, live.tokenizer, sae=live.sae, model=live.model)  # as the static export reads it
+    for one in (source, again):
+        row, card = check_row(one.row(latent)), check_card(one.card(latent))
+        assert row["explanation_it"] == found["explanations"][0]["text_it"] and row["status"] == "" and row["kind"]
+        assert row["detection"] is not None and row["gain"] is not None
+        assert [item["explainer"] for item in card["explanations"]] == ["rules", "token-lookup"]
+        assert all(item["now"].endswith("Z") for item in card["explanations"])
+        assert {score["explainer"] for score in card["scores"]} == {"rules", "token-lookup"} and card["rule"]
+
+
+def test_a_folder_that_cannot_be_written_still_answers(copied, opened, monkeypatch):
+    def refuse(path):
+        raise UsageError(f"{path} cannot be written now: attempt to write a readonly database.")
+
+    source, live = copied
+    latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
+    monkeypatch.setattr("sae_italian.autointerp.store.connect", refuse)
+    monkeypatch.setattr("sae_italian.browser.live.connect", refuse)
+    with FakeEndpoint(lambda body: '{"spiegazione": "parole"}') as endpoint:
+        asked = Live(live.cache, live.sae, live.model, Endpoint(endpoint.url, "prova"))
+        found = asked.explain(latent)
+    assert "readonly" in found["not_kept"] and [one["status"] for one in found["explanations"]] == ["ok", "ok"]
+    assert not (live.cache.folder / "autointerp.sqlite").exists()
+
+
+def test_an_llms_explanation_made_now_is_kept_beside_the_rule(copied, opened):
+    source, live = copied
+    latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
+    with FakeEndpoint(lambda body: '{"spiegazione": "parole femminili"}') as endpoint:
+        Live(live.cache, live.sae, live.model, Endpoint(endpoint.url, "prova")).explain(latent)
+    source.update()
+    assert source.row(latent)["llm_it"] == "parole femminili"
+    kinds = [(item["kind"], item["explainer"]) for item in source.card(latent)["explanations"]]
+    assert kinds[0] == ("rule", "rules") and kinds[1][0] == "llm" and kinds[-1] == ("rule", "token-lookup")
+
+
+# --- passages as wide as their window -------------------------------------------------------------------------------------------
+
+
+def test_wide_passages_are_the_same_ones_with_all_of_their_window(opened, active):
+    source, _ = opened
+    narrow, wide = source.card(active)["groups"], check_groups(source.wide(active))
+    assert [len(group["contexts"]) for group in narrow] == [len(group["contexts"]) for group in wide]
+    longer = 0
+    for own, whole in zip(narrow, wide, strict=True):
+        for context, window in zip(own["contexts"], whole["contexts"], strict=True):
+            text, around = ("".join(piece for piece, _ in one["segments"]) for one in (context, window))
+            assert text in around and context["doc_id"] == window["doc_id"]
+            assert max(value for _, value in window["segments"]) >= context["max"]
+            assert context["max"] in [value for _, value in window["segments"]]
+            longer += len(around) > len(text)
+    assert longer
+    words = static_text("strings.js")
+    assert words.count(f"{BEFORE} token prima") == 2 and words.count(f"e {AFTER} dopo") == 2
+    assert words.count(f"{BEFORE} tokens before") == 2 and words.count(f"and {AFTER} after") == 2

@@ -25,6 +25,7 @@ from sae_italian.browser.server.work import Worker
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
 from sae_italian.errors import UsageError
+from sae_italian.saes import load_sae
 from tests.browser.nasty import SCRIPT
 
 from .conftest import ADDRESS
@@ -73,6 +74,7 @@ def test_records_are_those_of_the_source(client, opened, active):
 @pytest.mark.parametrize("latent", ["256", "-1", "abc", "１２", "1e3", "99999999999", "..", "%2e%2e%2fmanifest.json"])
 def test_what_is_no_latent_is_not_found(client, latent):
     said(client.get(f"/api/card/{latent}"), 404)
+    said(client.get(f"/api/wide/{latent}"), 404)
 
 
 def test_live_work_by_http(client, active):
@@ -111,6 +113,40 @@ def test_new_scores_show_at_the_next_list(opened, mini, trained_sae, tmp_path):
             opened_store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         os.utime(store, ns=(1, 1))
         assert client.get("/api/rows").json()["explanation_it"][latent] == "nuova"
+
+
+# --- another SAE beside it -------------------------------------------------------------------------------------------------
+
+
+def test_another_sae_is_served_beside_it_with_the_matches(opened, compared, active):
+    app = create_app(*opened, other=compared)
+    with TestClient(app, base_url=ADDRESS, raise_server_exceptions=False) as client:
+        assert client.get("/api/run").json()["compare"] == compared.name
+        assert client.get("/api/other/run").json()["run"]["d_sae"] == compared.source.d_sae
+        matches = client.get("/api/matches").json()
+        assert matches == compared.matches and len(matches["latent"]) == opened[0].d_sae
+        assert len(check_rows(client.get("/api/other/rows").json())["latent"]) == compared.source.d_sae
+        match = matches["latent"][active]
+        assert check_card(client.get(f"/api/other/card/{match}").json())["latent"] == match
+        assert client.get(f"/api/other/wide/{match}").status_code == 200
+        said(client.get(f"/api/other/card/{compared.source.d_sae}"), 404)
+
+
+def test_without_another_sae_there_are_no_matches(client):
+    assert client.get("/api/run").json()["compare"] is None
+    said(client.get("/api/matches"), 404)
+    said(client.get("/api/other/rows"), 404)
+
+
+def test_an_explanation_made_now_shows_at_the_next_card_and_list(opened, live, tmp_path):
+    folder = shutil.copytree(live.cache.folder, tmp_path / "cache", ignore=shutil.ignore_patterns("*.sqlite*"))
+    app = create_app(*open_with_live(FeatureCache.open(folder), live.tokenizer, sae=live.sae, model=live.model))
+    latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
+    with TestClient(app, base_url=ADDRESS) as client:
+        assert client.get("/api/rows").json()["status"][latent] == "not explained"
+        text = client.post("/api/live/explain", json={"latent": latent}).json()["explanations"][0]["text_it"]
+        assert client.get(f"/api/card/{latent}").json()["explanations"][0]["text_it"] == text
+        assert client.get("/api/rows").json()["explanation_it"][latent] == text
 
 
 # --- whom it refuses -------------------------------------------------------------------------------------------------------
@@ -253,6 +289,27 @@ def test_fifty_clients_at_once_are_all_answered(opened, active):
         assert client.get("/api/run").status_code == 200
 
 
+def test_connections_that_send_nothing_whole_are_closed_and_lock_nobody_out(opened, monkeypatch):
+    monkeypatch.setattr("sae_italian.browser.server.punctual.HEAD_SECONDS", 0.05)
+    whole = b"GET /api/run HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(create_app(*opened)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        for first in (b"", whole):
+            for sent in (b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\nX-a: "):
+                with socket.create_connection((host, int(port)), timeout=60) as connection:
+                    connection.sendall(first)
+                    assert not first or connection.recv(65536).startswith(b"HTTP/1.1 200")
+                    connection.sendall(sent)
+                    while connection.recv(65536):  # ends when the server closes
+                        pass
+        assert httpx.get(address + "/api/run").status_code == 200
+
+
+def test_paths_are_taken_as_they_are(client):
+    for path in ("/api/rows/", "/api/run/", "//api/run"):
+        assert client.get(path, follow_redirects=False).status_code == 404
+
+
 def test_a_full_queue_turns_away_and_then_answers_again():
     release, begun = threading.Event(), threading.Event()
 
@@ -345,6 +402,28 @@ def test_the_command_serves_the_cache_with_live_work(cache, monkeypatch, capsys)
         assert client.get("/api/run").json()["live"]["llm"] is False
     assert main(["browse", str(cache.folder), "--serve", "--endpoint", "http://localhost:1/v1"]) == 2
     assert "--llm-model" in capsys.readouterr().err
+
+
+def test_the_command_compares_and_refuses_what_does_not_go_together(cache, compared, monkeypatch, capsys):
+    from sae_italian.browser.server import run
+
+    served = []
+    monkeypatch.setattr(run, "serve", lambda app, port, ready: served.append(app))
+    monkeypatch.setattr("sae_italian.browser.compare.loaded_sae", lambda *_: load_sae(cache.manifest.sae))
+    other = compared.source.cache.folder
+    assert main(["browse", str(cache.folder), "--compare", str(other), "--serve", "--port", "0"]) == 0
+    with TestClient(served[0], base_url=ADDRESS) as client:
+        assert client.get("/api/run").json()["compare"] and client.get("/api/matches").status_code == 200
+    for arguments, said in (
+        (["--latent", "3", "--serve"], "leave out --serve"),
+        (["--other-sae", "x"], "--compare CACHE"),
+        (["--compare", str(cache.folder / "none"), "--serve", "--port", "0"], "not a feature cache"),
+        (["--serve", "--endpoint", "ftp://x", "--llm-model", "m"], "a URL"),
+        (["--serve", "--endpoint", "http://x/v1", "--llm-model", "m", "--key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
+    ):
+        assert main(["browse", str(cache.folder), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
 
 
 def test_the_address_is_free_again_after_a_stop(opened):

@@ -1,0 +1,97 @@
+"""Explain one latent while somebody waits, and keep it beside a run's work, never among it.
+
+What a reader happened to ask about is no random draw: no summary, no control and no resumed run may count it. So an
+explanation made on demand is kept in the same store under its explainer's name with `@now` behind it, says in its notes
+when and how it was made, and gives way to the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, rule_of
+from sae_italian.autointerp.run import AutointerpConfig, cache_identity
+from sae_italian.autointerp.scorers.by_rule import Judged
+from sae_italian.autointerp.store import NOW, Explanation, Store
+from sae_italian.autointerp.work import Task, Work
+from sae_italian.errors import SaeItalianError
+from sae_italian.storage import utc_now
+
+_SETTINGS = ("width", "n_examples", "seed")
+
+
+def config_of(path: Path) -> AutointerpConfig:
+    """Return the settings of the run that a store holds, so that what is made now compares with it; else the defaults."""
+    try:
+        with Store(path, {}, read_only=True) as store:
+            notes = store.notes()
+    except SaeItalianError:
+        return AutointerpConfig()
+    return replace(AutointerpConfig(), **{name: json.loads(notes[name]) for name in _SETTINGS if name in notes})
+
+
+def keep(path: Path, work: Work, config: AutointerpConfig, found: Sequence[Explanation]) -> str:
+    """Keep explanations of one latent made on demand, a rule with its scores; return why that was not possible, or "".
+
+    `found` are a rule, the token lookup, and others. Those without a text, and those that a run's say word for word
+    already, are not kept again.
+    """
+    new = [explanation for explanation in found if explanation.status == "ok"]
+    if not new:
+        return ""
+    latent, settings = new[0].latent, {name: getattr(config, name) for name in _SETTINGS}
+    try:
+        with Store(path, cache_identity(work.cache)) as store:
+            known = store.explanations_of(latent)
+            fresh = {e.explainer for e in new if not same(known.get(e.explainer), e)}
+            fresh = fresh | {LOOKUP} if EXPLAINER in fresh else fresh - {LOOKUP}  # which only a rule is set against
+            new = [e for e in new if e.explainer in fresh]
+            made = {"when": utc_now(), "settings": settings}
+            ids = store.replace_explanations(
+                [e._replace(explainer=e.explainer + NOW, notes={**(e.notes or {}), "now": made}) for e in new]
+            )
+            by_name = {e.explainer: e for e in new}
+            judged = {
+                n: Judged(ids[n + NOW], rule_of(by_name[n].rule or {})) for n in (EXPLAINER, LOOKUP) if n in by_name
+            }
+            if len(judged) == 2:
+                store.add_scores(work.score(Task(latent, judged[EXPLAINER], judged[LOOKUP], [])))
+    except (SaeItalianError, sqlite3.Error, OSError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def same(known: Explanation | None, other: Explanation) -> bool:
+    """Return whether an explanation says what a known one does."""
+    return known is not None and (known.status, known.text_it, known.text_en) == ("ok", other.text_it, other.text_en)
+
+
+def with_now(found: dict[str, dict[int, Explanation]]) -> dict[str, dict[int, Explanation]]:
+    """Return explanations by explainer and latent with those made on demand in the places that a run left empty.
+
+    They are told by their `explainer`, which keeps its `@now`. One that says something else than the run's stays under
+    its own name; one that says the same is left out.
+    """
+    merged = {name: dict(own) for name, own in found.items() if not name.endswith(NOW)}
+    for name, own in found.items():
+        if not name.endswith(NOW):
+            continue
+        of_run = merged.setdefault(name.removesuffix(NOW), {})
+        for latent, explanation in own.items():
+            known = of_run.get(latent)
+            if known is None or known.status != "ok":
+                of_run[latent] = explanation
+            elif not same(known, explanation):
+                merged.setdefault(name, {})[latent] = explanation
+    return merged
+
+
+def made_now(explanation: Explanation) -> str:
+    """Return when an explanation was made on demand (ISO 8601), empty for a run's."""
+    now: Any = (explanation.notes or {}).get("now")
+    return now["when"] if explanation.explainer.endswith(NOW) and now else ""
