@@ -29,6 +29,17 @@ class Explanation(NamedTuple):
         return (self.text_it or self.text_en) if language == "it" else (self.text_en or self.text_it)
 
 
+class Feature(NamedTuple):
+    """How much there is to see of a latent: what decides whether it can be explained. Field by field the table."""
+
+    latent: int
+    n_active: int  # tokens
+    maximum: float
+    n_train: int  # segments on which it is active
+    n_val: int
+    n_test: int
+
+
 class Judgement(NamedTuple):
     """One judge's answer about one example. Field by field the table `judgement`."""
 
@@ -115,17 +126,20 @@ class Store:
 
     def add_explanations(self, explanations: Iterable[Explanation]) -> None:
         """Add explanations at once; one that there was no answer for gives way to a later one."""
-        rows = [(*e[:5], _json(e.rule), e.kind, e.prompt, _json(e.notes)) for e in explanations]
         with self.connection:
-            self.connection.executemany(
-                "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?",
-                [(row[0], row[1], NO_ANSWER) for row in rows],
-            )
-            self.connection.executemany(
-                "INSERT INTO explanation (latent, explainer, status, text_it, text_en, rule, kind, prompt, notes) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                rows,
-            )
+            self._add_explanations(explanations)
+
+    def _add_explanations(self, explanations: Iterable[Explanation]) -> None:
+        rows = [(*e[:5], _json(e.rule), e.kind, e.prompt, _json(e.notes)) for e in explanations]
+        self.connection.executemany(
+            "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?",
+            [(row[0], row[1], NO_ANSWER) for row in rows],
+        )
+        self.connection.executemany(
+            "INSERT INTO explanation (latent, explainer, status, text_it, text_en, rule, kind, prompt, notes) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
 
     def explained(self, explainer: str | None = None) -> set[int]:
         """Return the latents that are done, by that explainer or by any."""
@@ -151,12 +165,15 @@ class Store:
             found[explanation.latent] = (row_id, explanation)
         return found
 
-    def add_feature(self, latent: int, n_active: int, maximum: float, n_positives: Sequence[int]) -> None:
-        """Keep how often a latent fires and how many train, val and test positives were drawn of it."""
+    def add_explained(self, explanations: Iterable[Explanation], features: Iterable[Feature]) -> None:
+        """Add explanations and what they were made from, together or not at all."""
         with self.connection:
-            self.connection.execute(
-                "INSERT OR REPLACE INTO feature VALUES (?, ?, ?, ?, ?, ?)", (latent, n_active, maximum, *n_positives)
-            )
+            self.connection.executemany("INSERT OR REPLACE INTO feature VALUES (?, ?, ?, ?, ?, ?)", features)
+            self._add_explanations(explanations)
+
+    def features(self) -> dict[int, Feature]:
+        """Return what is known of the latents that were looked at, the dead and the rare among them."""
+        return {row[0]: Feature(*row) for row in self.connection.execute("SELECT * FROM feature ORDER BY latent")}
 
     # --- scores --------------------------------------------------------------------------------------------------------
 

@@ -140,7 +140,7 @@ class Live:
     def explain(self, latent: int) -> dict[str, Any]:
         """Return the latent's rule, made now from the cache, and an LLM's explanation where an endpoint is given."""
         self.cache.range_of(latent)
-        rule = next(e for e in self._work.explain(latent) if e.explainer == EXPLAINER)
+        rule = next(e for e in self._work.explain(latent).explanations if e.explainer == EXPLAINER)
         found = [_shown(rule)]
         if self.endpoint is not None and rule.status == "ok":
             promoted = self._promoted(latent)

@@ -23,6 +23,7 @@ from sae_italian.autointerp.scorers import (
 )
 from sae_italian.autointerp.scorers.binary import Answers, answers_by_source, binary_metrics
 from sae_italian.autointerp.scorers.simulation import correlation
+from sae_italian.autointerp.scorers.subject import EMPTY
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation
 from sae_italian.errors import UsageError
@@ -219,10 +220,16 @@ def test_surprisal_favours_an_explanation_that_quotes_the_positives(copier, mini
     # one whose token is a whole word, so that quoting it gives the token again
     latent = next(n for n, text in quotes.items() if mini.tokenizer(text)["input_ids"].count(tokens[n]) == 3)
     examples, quote = latent_examples(negatives, latent, n_test=15).test, quotes[latent]
-    score = next(s for s in surprisal(copier, mini.tokenizer, quote, examples) if s.negatives == "random")
-    assert score.metrics["auroc"].value > 0.8 and set(score.metrics) == {"auroc"}
+    other = next(text for n, text in quotes.items() if n != latent)
+    found = surprisal(copier, mini.tokenizer, {"own": quote, "other": other, "nothing": EMPTY["it"]}, examples)
+    own, shuffled, nothing = (
+        next(s.metrics["auroc"].value for s in found[name] if s.negatives == "random")
+        for name in ("own", "other", "nothing")
+    )
+    assert own > 0.8 and shuffled < own - 0.2 and nothing == 0.5  # what says nothing changes nothing
+    assert set(found["own"][0].metrics) == {"auroc"}
     with pytest.raises(UsageError, match="context"):
-        surprisal(copier, mini.tokenizer, quote * 10, examples, context=40)
+        surprisal(copier, mini.tokenizer, {"": quote * 10}, examples, context=40)
 
 
 def test_surprisal_adds_up_the_models_log_probabilities(mini):
@@ -233,11 +240,12 @@ def test_surprisal_adds_up_the_models_log_probabilities(mini):
             return mini(tokens, use_cache=False).logits
 
     prefix, one, two = [1, 5, 6], np.array([7, 8, 9]), np.array([10])
-    found = _log_likelihoods(forward, prefix, [one, two], 128)
+    found = _log_likelihoods(forward, [(prefix, one), (prefix, two), ([1], [5])], 128)
     log_p = forward(torch.tensor([[1, 5, 6, 7, 8, 9]])).log_softmax(-1)[0]
     expected = sum(float(log_p[2 + i, token]) for i, token in enumerate(one))
     assert found[0] == pytest.approx(expected, abs=1e-4)
     assert found[1] == pytest.approx(float(log_p[2, 10]), abs=1e-4)
+    assert found[2] == pytest.approx(float(log_p[0, 5]), abs=1e-4)  # prefixes may differ in length
 
 
 def test_intervention_is_at_the_wanted_divergence_and_favours_what_the_direction_writes(copier, mini):
@@ -245,10 +253,11 @@ def test_intervention_is_at_the_wanted_divergence_and_favours_what_the_direction
     token, other = (mini.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("gatto", "treno"))
     prompts = [np.array([5 + i, 9 + i, 14 + i, 30 + i]) for i in range(12)]
     direction = torch.nn.functional.one_hot(torch.tensor(token), copier.vocab).float()
-    texts = [mini.tokenizer.decode([t, t]) for t in (token, other)]
-    scores = [intervention(copier, mini.tokenizer, direction, text, prompts, divergence=2.0) for text in texts]
+    texts = {name: mini.tokenizer.decode([t, t]) for name, t in (("own", token), ("other", other))}
+    found = intervention(copier, mini.tokenizer, direction, texts, prompts, divergence=2.0)
+    scores = [found["own"], found["other"]]
     assert scores[0].metrics["divergence"].value == pytest.approx(2.0, rel=0.1)
     gains = [score.metrics["log_probability_gain"] for score in scores]
     assert gains[0].value > 0.1 and gains[0].value > gains[1].value + 0.1 and gains[0].lo < gains[0].value
-    nothing = intervention(copier, mini.tokenizer, torch.zeros(copier.vocab), texts[0], prompts)
+    nothing = intervention(copier, mini.tokenizer, torch.zeros(copier.vocab), texts, prompts)["own"]
     assert math.isnan(nothing.metrics["log_probability_gain"].value)

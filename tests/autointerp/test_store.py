@@ -11,7 +11,7 @@ import pytest
 
 from sae_italian.autointerp.database import SCHEMA_VERSION, TABLES, connect
 from sae_italian.autointerp.export import export
-from sae_italian.autointerp.store import Explanation, Judgement, Label, Store, forget
+from sae_italian.autointerp.store import Explanation, Feature, Judgement, Label, Store, forget
 from sae_italian.errors import DataError, UsageError
 
 VERSION_1 = """
@@ -45,7 +45,7 @@ def filled(path):
         store.add_scores(
             [(*ROW[:4], "llm:m:it1", *ROW[5:], 2)], [Judgement(1, 5, "", "detection", "llm:m:it1", 0, 77, "", 1, 0.75)]
         )
-        store.add_feature(5, 100, 2.5, (40, 20, 50))
+        store.add_explained([], [Feature(5, 100, 2.5, 40, 20, 50)])
         store.connection.execute(
             "INSERT INTO call VALUES ('h', 'm', 'explain', 'ok', '{\"text\": \"è\"}', 9, 0, 3, 0.01, 0, 0.1, 1, 'now')"
         )

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
+from sae_italian.autointerp.run import EXPLAINER, STORE_FILE, AutointerpConfig
 from sae_italian.autointerp.store import Store
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
@@ -84,14 +84,20 @@ def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
         explanations = store.explanations("llm:prova:it1")
         assert [explanation.status for _, explanation in explanations.values()] == ["ok"] * N + ["dead"]
         assert store.scores_of(N) == [] and "endpoint without logprobs" in store.notes()
-        counted = store.connection.execute(
-            "SELECT sum(n_positive + n_negative) FROM score WHERE judge LIKE 'llm%' AND scorer = 'detection' "
-            "AND metric = 'balanced_accuracy' AND negatives = 'random' AND control = ''"
-        ).fetchone()[0]
-        judged = store.connection.execute(
-            "SELECT count(*) FROM judgement WHERE scorer = 'detection' AND control = '' AND negatives IN ('', 'random')"
-        ).fetchone()[0]
-        assert 0 < counted <= judged  # the table's key lets none in twice
+        judgements = store.connection.execute(
+            "SELECT latent, negatives, count(*), count(DISTINCT example), count(DISTINCT first), sum(said < 0) FROM judgement "
+            "WHERE scorer = 'detection' AND control = '' AND negatives IN ('', 'random') GROUP BY latent, negatives"
+        ).fetchall()
+        scores = store.connection.execute(
+            "SELECT latent, n_positive, n_negative, n_failed FROM score WHERE judge LIKE 'llm%' AND scorer = 'detection' "
+            "AND metric = 'balanced_accuracy' AND negatives = 'random' AND control = '' ORDER BY latent"
+        ).fetchall()
+    # each example shown once, judged once and counted once: every positive of these latents has its random negative
+    judged = {(latent, negatives): counts for latent, negatives, *counts in judgements}
+    assert [latent for latent, *_ in scores] == list(range(N))
+    for latent, n_positive, n_negative, n_failed in scores:
+        assert judged[latent, ""] == [n_positive] * 3 + [0] and judged[latent, "random"] == [n_negative] * 3 + [0]
+        assert 10 < n_positive == n_negative <= AutointerpConfig().n_examples and n_failed == 0
 
 
 @pytest.mark.parametrize(
