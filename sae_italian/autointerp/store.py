@@ -102,10 +102,13 @@ class Store:
     # --- who did what --------------------------------------------------------------------------------------------------
 
     def claim(self, name: str, settings: dict[str, Any]) -> None:
-        """Remember the settings of an explainer or a judge. Raises: UsageError when it worked here with others."""
+        """Remember the settings of an explainer or a judge, named by its class and its name.
+
+        Raises: UsageError when it worked here with others; what it only tried without a result binds nobody.
+        """
         key, value = f"settings of {name}", json.dumps(settings, sort_keys=True, ensure_ascii=False)
         known = self.connection.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
-        if known is None:
+        if known is None or known[0] != value and not self._worked(name.partition(" ")[2]):
             self.note(key, value)
         elif known[0] != value:
             then, now = json.loads(known[0]), json.loads(value)
@@ -113,6 +116,11 @@ class Store:
             raise UsageError(
                 f"{self.path} holds work of {name} with other settings ({changed}). Use --overwrite, or name another file."
             )
+
+    def _worked(self, who: str) -> bool:
+        query = """SELECT EXISTS (SELECT 1 FROM explanation WHERE explainer = ? AND status IN ('ok', 'failed'))
+                       OR EXISTS (SELECT 1 FROM score WHERE judge = ?)"""
+        return bool(self.connection.execute(query, (who, who)).fetchone()[0])
 
     def note(self, key: str, value: str) -> None:
         """Keep a fact about the run, such as what an endpoint cannot do."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.cli.base import Commands, Result, engine_options, positive, unit_map
-from sae_italian.cli.llm import estimate_llm, llm_options, llm_text, run_llm, wants_llm
+from sae_italian.cli.llm import client_of, estimate_llm, llm_options, llm_text, run_llm, wants_llm
 from sae_italian.errors import UsageError
 
 
@@ -39,6 +39,8 @@ def _autointerp(options: argparse.Namespace) -> Result:
     positive("--latents", options.latents)
     llm = wants_llm(options)
     cache = FeatureCache.open(options.cache[0])
+    if llm and not options.estimate:
+        client_of(options, cache.folder / STORE_FILE)  # what cannot be is said before the rules' minutes
     model = load_model(options.model or cache.manifest.model)
     positive("--workers", options.workers)
     sae = _sae_of(cache, needed=not options.no_random_control)

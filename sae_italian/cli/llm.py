@@ -40,8 +40,9 @@ def wants_llm(options: argparse.Namespace) -> bool:
     if not options.llm_model or not (options.endpoint or options.estimate):
         raise UsageError("an LLM needs --endpoint URL and --llm-model NAME.")
     positive("--context-tokens", options.context_tokens)
-    if options.max_usd is not None and options.max_usd <= 0:
-        raise UsageError(f"--max-usd is {options.max_usd:g}; it must be above 0.")
+    for name, value in (("--max-usd", options.max_usd), ("--timeout", options.timeout)):
+        if value is not None and not value > 0:  # not a number is refused too: no sum would ever pass it
+            raise UsageError(f"{name} is {value:g}; it must be above 0.")
     return True
 
 

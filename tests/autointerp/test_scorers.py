@@ -1,6 +1,7 @@
 """Scorers by hand: metrics, known judges, simulation, embedding, and the subject model's own scores."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sae_italian.autointerp.explainers.choose import rule_of
 from sae_italian.autointerp.judges import ConstantJudge, OracleJudge
 from sae_italian.autointerp.protocols import Example, Verdicts
 from sae_italian.autointerp.scorers import (
     Encoder,
+    by_rule,
     compare,
     detection,
     embedding,
@@ -22,10 +25,11 @@ from sae_italian.autointerp.scorers import (
     surprisal,
 )
 from sae_italian.autointerp.scorers.binary import Answers, answers_by_source, binary_metrics
+from sae_italian.autointerp.scorers.embedding import ranking
 from sae_italian.autointerp.scorers.simulation import correlation
 from sae_italian.autointerp.scorers.subject import EMPTY
 from sae_italian.autointerp.shown import latent_examples
-from sae_italian.autointerp.store import Explanation
+from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.errors import UsageError
 from tests.autointerp.conftest import N_TOKENS
 
@@ -49,6 +53,17 @@ def test_metrics_by_hand():
     assert values["brier"] == pytest.approx((np.mean((1 - p) ** 2) + np.mean(q**2)) / 2)
     assert metrics["balanced_accuracy"].lo < 0.75 < metrics["balanced_accuracy"].hi
     assert metrics["auroc"].lo < values["auroc"] < metrics["auroc"].hi
+
+
+def test_metrics_do_not_depend_on_how_many_there_are_of_each_class():
+    """3 of 4 positives and 1 of 2 negatives: plain accuracy would be 4/6, a Brier score over all windows another one."""
+    p, q = np.array([0.9, 0.8, 0.6, 0.2]), np.array([0.1, 0.7])
+    metrics = binary_metrics([answers([1, 1, 1, 0], [0, 1], p, q)])[0]
+    values = {name: estimate.value for name, estimate in metrics.items()}
+    assert (values["tpr"], values["tnr"], values["balanced_accuracy"]) == (0.75, 0.5, 0.625)
+    assert values["f1"] == pytest.approx(2 * 0.75 / (1 + 0.75 + 0.5))
+    assert values["brier"] == pytest.approx((np.mean((1 - p) ** 2) + np.mean(q**2)) / 2)
+    assert values["auroc"] == pytest.approx((2 + 2 + 1 + 1) / 8)
 
 
 probabilities = hnp.arrays(np.float64, st.integers(1, 12), elements=st.integers(0, 5).map(lambda n: n / 5))
@@ -81,6 +96,51 @@ def test_the_interval_grows_when_windows_share_documents():
         estimate = binary_metrics([own])[0]["tpr"]
         widths.append(estimate.hi - estimate.lo)
     assert widths[1] > 2 * widths[0]
+
+
+@pytest.mark.parametrize("score", ["detection", "ranking"])
+def test_windows_of_one_document_are_resampled_together(score):
+    """The same answers, right in some documents and wrong in others: with four windows each, the interval is wider."""
+    widths = []
+    for n_shared in (1, 4):
+        shown = []
+        for i, example in enumerate(examples_with(("a", "b"), n=60)):
+            shown.append(replace(example, document=f"d{i // 2 // n_shared}"))
+        right = np.array([(i // 2 // 4) % 2 for i in range(len(shown))])  # by fours of pairs
+        truth = np.array([example.positive for example in shown])
+        said = np.where(right == 1, truth, ~truth).astype(np.int64)
+        if score == "detection":
+            estimate = detection(Verdicts(said), shown)[0].metrics["balanced_accuracy"]
+        else:
+            estimate = ranking("x", said.astype(float), shown)[0].metrics["auroc"]
+        widths.append(estimate.hi - estimate.lo)
+    assert widths[1] > 1.4 * widths[0]
+
+
+def test_the_scores_by_rule_know_the_document_of_each_window(places, negatives, source, store):
+    with Store(store, {}) as opened:
+        rule = rule_of(opened.explanations("rules")[N_TOKENS][1].rule)
+    shown = by_rule._Shown(by_rule.RuleScorer(places, negatives, 50), N_TOKENS, source.activity(N_TOKENS))
+    sets = shown.answers(rule)
+    for name, segments in shown.draw.negative.items():
+        if ("detection", name) in sets:
+            own, there = sets["detection", name], segments >= 0
+            assert own.positive_docs.tolist() == source.doc[shown.draw.positive[there]].tolist()
+            assert own.negative_docs.tolist() == source.doc[segments[there]].tolist()
+    marked = sets["fuzzing", "silent-token"]
+    assert marked.positive_docs.tolist() == marked.negative_docs.tolist()
+
+
+def test_a_simulations_interval_is_over_documents_too():
+    rng = np.random.default_rng(0)
+    good = np.repeat(rng.random(16) < 0.5, 25)  # the simulation follows the truth in half of the documents
+    true = rng.random(400)
+    simulated = np.where(good, true, rng.random(400))
+    apart, together = (
+        correlation(true, simulated, docs)["correlation"] for docs in (np.arange(400), np.arange(400) // 25)
+    )
+    assert apart.value == pytest.approx(together.value)
+    assert together.hi - together.lo > 1.5 * (apart.hi - apart.lo)
 
 
 def test_a_paired_comparison_is_sharper_than_two_intervals():

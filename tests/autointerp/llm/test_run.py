@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -105,18 +106,40 @@ def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
     [
         (["--judge", "rule"], "cannot read a text"),
         (["--max-usd", "0"], "--max-usd is 0"),
+        (["--max-usd", "nan"], "--max-usd is nan"),
+        (["--timeout", "0"], "--timeout is 0"),
+        (["--timeout", "-3"], "--timeout is -3"),
+        (["--endpoint", "localhost:1"], "a URL such as"),
         (["--max-usd", "1"], "no price for 'prova'"),
         (["--concurrency", "0"], "--concurrency is 0"),
         (["--key-env", "NON_CE_LA"], "no NON_CE_LA"),
     ],
 )
-def test_options_that_cannot_be_are_one_line(planted, capsys, more, words):
+def test_options_that_cannot_be_are_one_line(planted, capsys, monkeypatch, more, words):
+    """... and are told before any work is done."""
+    monkeypatch.setattr(
+        "sae_italian.quickstart.analyse", lambda *_, **__: pytest.fail("the rules were worked out first")
+    )
     with FakeEndpoint(reader) as endpoint:
         assert run(planted, endpoint, *more) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert main(["autointerp", str(planted.folder), "--endpoint", "http://x"]) == 2
     assert main(["autointerp", str(planted.folder), "--explainer", "llm", "--endpoint", "http://x"]) == 2
+
+
+def test_a_try_that_came_to_nothing_does_not_bind_the_next_one(planted, capsys, tmp_path):
+    """A context in which no prompt fits ends in one line; with the right one the run goes on in the same store."""
+    cache = FeatureCache.open(shutil.copytree(planted.folder, tmp_path / "c", ignore=shutil.ignore_patterns("auto*")))
+    with FakeEndpoint(reader) as endpoint:
+        assert run(cache, endpoint, "--context-tokens", "200") == 2
+        error = capsys.readouterr().err
+        assert "do not fit into the context" in error and error.count("\n") == 1 and endpoint.requests == []
+        assert run(cache, endpoint, "--context-tokens", "1500") == 0
+    with Store(cache.folder / STORE_FILE, {}) as store:
+        (_, explanation) = store.explanations("llm:prova:it1")[0]
+    assert explanation.status == "ok" and explanation.notes["examples"] < 20
+    assert explanation.notes["examples"] + explanation.notes["examples_dropped"] == 20
 
 
 def test_work_under_other_settings_is_refused_and_exports_come_from_the_command(planted, capsys, tmp_path):
