@@ -23,7 +23,7 @@ CREATE TABLE IF NOT EXISTS feature (
     latent INTEGER PRIMARY KEY,
     n_active INTEGER NOT NULL,            -- tokens on which the latent fires
     maximum REAL NOT NULL,
-    n_train INTEGER NOT NULL, n_val INTEGER NOT NULL, n_test INTEGER NOT NULL   -- positives drawn
+    n_train INTEGER NOT NULL, n_val INTEGER NOT NULL, n_test INTEGER NOT NULL   -- segments to draw positives from
 );
 CREATE TABLE IF NOT EXISTS explanation (
     id INTEGER PRIMARY KEY,
@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS explanation (
 CREATE TABLE IF NOT EXISTS score (
     explanation_id INTEGER NOT NULL REFERENCES explanation(id),
     latent INTEGER NOT NULL,              -- whose examples were judged
-    control TEXT NOT NULL,                -- '' or shuffled: the explanation of another latent
+    control TEXT NOT NULL,                -- '', shuffled: the explanation of another latent, empty: a text that explains nothing
     scorer TEXT NOT NULL,
     judge TEXT NOT NULL,
     negatives TEXT NOT NULL,

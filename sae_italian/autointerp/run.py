@@ -17,9 +17,9 @@ from sae_italian.autointerp.processes import in_processes, in_threads
 from sae_italian.autointerp.protocols import Explainer, Judge, LatentExamples
 from sae_italian.autointerp.scorers.by_rule import Judged
 from sae_italian.autointerp.shown import latent_examples
-from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.store import Explanation, Feature, Store
 from sae_italian.autointerp.tokens import token_strings
-from sae_italian.autointerp.work import Task, Work, explain_batch, score_batch
+from sae_italian.autointerp.work import Explained, Task, Work, explain_batch, score_batch
 from sae_italian.cache import FeatureCache
 from sae_italian.errors import UsageError
 from sae_italian.storage import fingerprint
@@ -134,8 +134,17 @@ class Run:
         if self.run_units is None:
             self.work.prepare()
         for batch in self._map(explain_batch, todo, "explain"):
-            self.store.add_explanations(explanation for explanations in batch for explanation in explanations)
+            self.store.add_explained(
+                [explanation for found in batch for explanation in found.explanations],
+                [self._feature(found) for found in batch],
+            )
         self._score_rules()
+
+    def _feature(self, found: Explained) -> Feature:
+        """Return how often a latent fires, its maximum, and on how many segments of each part it can be seen."""
+        statistics = self.cache.statistics
+        latent = found.latent
+        return Feature(latent, int(statistics["count"][latent]), float(statistics["max"][latent]), *found.n_positives)
 
     def _score_rules(self) -> None:
         """Score each latent's rule, its token lookup, and as control the rule of another latent."""

@@ -30,6 +30,17 @@ class Explanation(NamedTuple):
         return (self.text_it or self.text_en) if language == "it" else (self.text_en or self.text_it)
 
 
+class Feature(NamedTuple):
+    """How much there is to see of a latent: what decides whether it can be explained. Field by field the table."""
+
+    latent: int
+    n_active: int  # tokens
+    maximum: float
+    n_train: int  # segments on which it is active
+    n_val: int
+    n_test: int
+
+
 class Judgement(NamedTuple):
     """One judge's answer about one example. Field by field the table `judgement`."""
 
@@ -94,10 +105,13 @@ class Store:
     # --- who did what --------------------------------------------------------------------------------------------------
 
     def claim(self, name: str, settings: dict[str, Any]) -> None:
-        """Remember the settings of an explainer or a judge. Raises: UsageError when it worked here with others."""
+        """Remember the settings of an explainer or a judge, named by its class and its name.
+
+        Raises: UsageError when it worked here with others; what it only tried without a result binds nobody.
+        """
         key, value = f"settings of {name}", json.dumps(settings, sort_keys=True, ensure_ascii=False)
         known = self.connection.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
-        if known is None:
+        if known is None or known[0] != value and not self._worked(name.partition(" ")[2]):
             self.note(key, value)
         elif known[0] != value:
             then, now = json.loads(known[0]), json.loads(value)
@@ -105,6 +119,11 @@ class Store:
             raise UsageError(
                 f"{self.path} holds work of {name} with other settings ({changed}). Use --overwrite, or name another file."
             )
+
+    def _worked(self, who: str) -> bool:
+        query = """SELECT EXISTS (SELECT 1 FROM explanation WHERE explainer = ? AND status IN ('ok', 'failed'))
+                       OR EXISTS (SELECT 1 FROM score WHERE judge = ?)"""
+        return bool(self.connection.execute(query, (who, who)).fetchone()[0])
 
     def note(self, key: str, value: str) -> None:
         """Keep a fact about the run, such as what an endpoint cannot do."""
@@ -118,17 +137,20 @@ class Store:
 
     def add_explanations(self, explanations: Iterable[Explanation]) -> None:
         """Add explanations at once; one that there was no answer for gives way to a later one."""
-        rows = [(*e[:5], _json(e.rule), e.kind, e.prompt, _json(e.notes)) for e in explanations]
         with self.connection:
-            self.connection.executemany(
-                "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?",
-                [(row[0], row[1], NO_ANSWER) for row in rows],
-            )
-            self.connection.executemany(
-                "INSERT INTO explanation (latent, explainer, status, text_it, text_en, rule, kind, prompt, notes) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                rows,
-            )
+            self._add_explanations(explanations)
+
+    def _add_explanations(self, explanations: Iterable[Explanation]) -> None:
+        rows = [(*e[:5], _json(e.rule), e.kind, e.prompt, _json(e.notes)) for e in explanations]
+        self.connection.executemany(
+            "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?",
+            [(row[0], row[1], NO_ANSWER) for row in rows],
+        )
+        self.connection.executemany(
+            "INSERT INTO explanation (latent, explainer, status, text_it, text_en, rule, kind, prompt, notes) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
 
     def replace_explanations(self, explanations: Sequence[Explanation]) -> dict[str, int]:
         """Put explanations in the place of their explainer's earlier ones of the latent; return their ids by explainer.
@@ -177,12 +199,15 @@ class Store:
             found[explanation.latent] = (row_id, explanation)
         return found
 
-    def add_feature(self, latent: int, n_active: int, maximum: float, n_positives: Sequence[int]) -> None:
-        """Keep how often a latent fires and how many train, val and test positives were drawn of it."""
+    def add_explained(self, explanations: Iterable[Explanation], features: Iterable[Feature]) -> None:
+        """Add explanations and what they were made from, together or not at all."""
         with self.connection:
-            self.connection.execute(
-                "INSERT OR REPLACE INTO feature VALUES (?, ?, ?, ?, ?, ?)", (latent, n_active, maximum, *n_positives)
-            )
+            self.connection.executemany("INSERT OR REPLACE INTO feature VALUES (?, ?, ?, ?, ?, ?)", features)
+            self._add_explanations(explanations)
+
+    def features(self) -> dict[int, Feature]:
+        """Return what is known of the latents that were looked at, the dead and the rare among them."""
+        return {row[0]: Feature(*row) for row in self.connection.execute("SELECT * FROM feature ORDER BY latent")}
 
     # --- scores --------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,14 @@ class Task(NamedTuple):
     others: list[Judged]
 
 
+class Explained(NamedTuple):
+    """One latent's explanations, and on how many segments of each part it can be seen at work."""
+
+    latent: int
+    n_positives: tuple[int, int, int]
+    explanations: list[Explanation]
+
+
 class Work:
     """Examples, rules and scores of one cache's latents."""
 
@@ -62,14 +70,16 @@ class Work:
         self.places.prepare()
         self.negatives.prepare()
 
-    def explain(self, latent: int) -> list[Explanation]:
+    def explain(self, latent: int) -> Explained:
         """Return the best rule and the token lookup of one latent, or why there is none."""
         activity = self.source.activity(latent)
         n = self.source.n_positives(activity)
+        counted = (n["train"], n["val"], n["test"])
         if any(n[part] < least for part, least in LEAST_POSITIVES.items()):
             status = "too few activations" if len(activity.position) else "dead"
-            return [Explanation(latent, explainer, status, "", "", None) for explainer in (EXPLAINER, LOOKUP)]
-        return self.explainer.explain_latent(latent, activity)
+            nothing = [Explanation(latent, explainer, status, "", "", None) for explainer in (EXPLAINER, LOOKUP)]
+            return Explained(latent, counted, nothing)
+        return Explained(latent, counted, self.explainer.explain_latent(latent, activity))
 
     def score(self, task: Task) -> list[tuple[Any, ...]]:
         """Return the score rows of one latent."""
@@ -83,7 +93,7 @@ def open_work(folder: Path, *arguments: Any, **settings: Any) -> Work:
     return work
 
 
-def explain_batch(work: Work, latents: list[int]) -> list[list[Explanation]]:
+def explain_batch(work: Work, latents: list[int]) -> list[Explained]:
     return [work.explain(latent) for latent in latents]
 
 

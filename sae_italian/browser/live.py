@@ -182,7 +182,7 @@ class Live:
         """
         self.cache.range_of(latent)
         store = self.cache.folder / STORE_FILE
-        found = self._work.explain(latent)
+        found = self._work.explain(latent).explanations
         rule = next(e for e in found if e.explainer == EXPLAINER)
         if self.endpoint is not None and rule.status == "ok":
             promoted = self._promoted(latent)

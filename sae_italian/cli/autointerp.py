@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.cli.base import Commands, Result, engine_options, positive, unit_map
-from sae_italian.cli.llm import llm_options, llm_text, run_llm, wants_llm
+from sae_italian.cli.llm import client_of, estimate_llm, llm_options, llm_text, run_llm, wants_llm
 from sae_italian.errors import UsageError
 
 
@@ -39,13 +39,16 @@ def _autointerp(options: argparse.Namespace) -> Result:
     positive("--latents", options.latents)
     llm = wants_llm(options)
     cache = FeatureCache.open(options.cache[0])
+    if llm and not options.estimate:
+        client_of(options, cache.folder / STORE_FILE)  # what cannot be is said before the rules' minutes
     model = load_model(options.model or cache.manifest.model)
     positive("--workers", options.workers)
     sae = _sae_of(cache, needed=not options.no_random_control)
     if options.overwrite:
         forget_scores(cache)
+    config, control = AutointerpConfig(latents=options.latents), not options.no_random_control
     if llm and options.estimate:
-        found = run_llm(options, cache, model.tokenizer, AutointerpConfig(latents=options.latents), sae)
+        found = estimate_llm(options, cache, model.tokenizer, config, sae, control)
         return found["estimate"], found["text"]
     results = analyse(
         cache,
@@ -53,13 +56,13 @@ def _autointerp(options: argparse.Namespace) -> Result:
         model,
         card_tokens=None,
         latents=options.latents,
-        random_control=not options.no_random_control,
+        random_control=control,
         workers=options.workers or 1,
         run_units=unit_map(options, cache.folder) if options.engine == "ray" else None,
     )
     if not llm:
         return results, table_of(results)
-    results["llm"] = run_llm(options, cache, model.tokenizer, AutointerpConfig(latents=options.latents), sae)
+    results["llm"] = run_llm(options, cache, model, config, sae, control)
     return results, f"{table_of(results)}\n\n{llm_text(results['llm'], cache.folder / STORE_FILE)}"
 
 

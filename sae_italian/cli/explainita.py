@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.cli.base import Commands, Result, positive
+from sae_italian.cli.llm import client_of, counter_of, explainer_settings, llm_options, wants_llm
 
 
 def add_commands(root: Commands) -> None:
-    group = root.group("explainita", "ExplainITA (EVALITA 2026): score submissions, replay its activations")
+    group = root.group("explainita", "ExplainITA (EVALITA 2026): write and score submissions, replay its activations")
     sub = group.add("evaluate", _evaluate, "score a submission file against the gold file")
     sub.add_argument("submission", help="a .jsonl or .parquet file, or a folder")
     sub.add_argument("gold", help="a file or folder of the same layout, or the hub's data set")
@@ -18,6 +19,12 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--split", default="test", help="of the gold folder (default: test)")
     sub.add_argument("--bert", help="BERTScore's model, a name or a folder (default: multilingual BERT)")
     sub.add_argument("--layer", type=int, help="its layer (default: bert-score's choice for that model)")
+    sub = group.add("predict", _predict, "write a submission file: by rule and by word, or with an LLM")
+    sub.add_argument("data", help="a file or folder, or the hub's data set")
+    sub.add_argument("out", type=Path, help="the submission, .jsonl or .parquet")
+    sub.add_argument("--task", type=int, choices=(1, 2), required=True, help="1: explanations, 2: sequences")
+    sub.add_argument("--split", default="test", help="of the data's folder (default: test)")
+    llm_options(sub)
     sub = group.add("replay", _replay, "play the data's tokens through a model and an SAE, and compare activations")
     sub.add_argument("data", help="a file or folder, or the hub's data set")
     sub.add_argument("sae", help="an SAE's folder, or release:sae_id")
@@ -38,6 +45,43 @@ def _evaluate(options: argparse.Namespace) -> Result:
     else:
         result = evaluate_sequences(predicted, gold)
     return result, table(result)
+
+
+def _predict(options: argparse.Namespace) -> Result:
+    from sae_italian.autointerp.explainita import predict, read_split, write_submission
+    from sae_italian.autointerp.llm.estimate import DryClient
+    from sae_italian.autointerp.llm.explainer import LLMExplainer
+    from sae_italian.autointerp.llm.judge import LLMJudge
+    from sae_italian.autointerp.llm.prices import PRICE_FILE
+    from sae_italian.errors import UsageError
+
+    if options.out.suffix not in (".jsonl", ".parquet"):
+        raise UsageError(f"{options.out}: a submission is a .jsonl or a .parquet file.")
+    llm = wants_llm(options)
+    latents = read_split(options.data, options.task, options.split)
+
+    def predicted(client: Any) -> Any:
+        explainer = LLMExplainer(client, explainer_settings(options)) if client else None
+        judge = LLMJudge(client, options.language) if client else None
+        return predict(latents, options.task, explainer=explainer, judge=judge, language=options.language)
+
+    if llm and options.estimate:
+        client = DryClient(options.llm_model, counter_of(options))
+        predicted(client)
+        found = client.estimate(len(latents), len(latents), options.prices or PRICE_FILE)
+        return found.as_dict(), found.text()
+    result: dict[str, Any] = {"task": options.task, "latents": len(latents), "out": str(options.out)}
+    if llm:
+        ledger = options.out.with_suffix(".calls.sqlite")
+        with client_of(options, ledger) as client:
+            answers, unanswered = predicted(client)
+        result |= {"by": f"llm:{options.llm_model}", "unanswered": unanswered, "calls": client.counts}
+        result["ledger"] = str(ledger)
+    else:
+        answers, _ = predicted(None)
+        result["by"] = "rules on the examples" if options.task == 1 else "words of the explanation"
+    write_submission(options.data, options.out, options.task, answers, options.split)
+    return result, "\n".join(f"{key:10} {value}" for key, value in result.items())
 
 
 def _replay(options: argparse.Namespace) -> Result:

@@ -40,63 +40,95 @@ def wants_llm(options: argparse.Namespace) -> bool:
     if not options.llm_model or not (options.endpoint or options.estimate):
         raise UsageError("an LLM needs --endpoint URL and --llm-model NAME.")
     positive("--context-tokens", options.context_tokens)
-    if options.max_usd is not None and options.max_usd <= 0:
-        raise UsageError(f"--max-usd is {options.max_usd:g}; it must be above 0.")
+    for name, value in (("--max-usd", options.max_usd), ("--timeout", options.timeout)):
+        if value is not None and not value > 0:  # not a number is refused too: no sum would ever pass it
+            raise UsageError(f"{name} is {value:g}; it must be above 0.")
     return True
 
 
-def run_llm(options: argparse.Namespace, cache: Any, tokenizer: Any, config: Any, sae: Any) -> dict[str, Any]:
-    """Explain and judge with the LLM of the options, beside the rules; return summaries, spending and what was noticed.
-
-    With `--estimate` nothing is sent, and the estimate is returned.
-    """
-    from sae_italian.autointerp.compare import side_by_side
-    from sae_italian.autointerp.llm.client import Client
-    from sae_italian.autointerp.llm.estimate import estimate
-    from sae_italian.autointerp.llm.explainer import ExplainerConfig, LLMExplainer
-    from sae_italian.autointerp.llm.judge import LLMJudge
-    from sae_italian.autointerp.llm.prices import PRICE_FILE, TokenCounter
-    from sae_italian.autointerp.run import STORE_FILE, run_autointerp
-    from sae_italian.autointerp.store import Store
+def counter_of(options: argparse.Namespace) -> Any:
+    """Return what counts the tokens of prompts."""
+    from sae_italian.autointerp.llm.prices import TokenCounter
     from sae_italian.models import load_tokenizer
 
-    counter = TokenCounter()
     if options.llm_tokenizer:
-        counter = TokenCounter.of(load_tokenizer(options.llm_tokenizer), options.llm_tokenizer)
-    prices = options.prices or PRICE_FILE
-    explain = ExplainerConfig(
-        options.language, options.shown, promoted=options.promoted, context=options.context_tokens
-    )
-    if options.estimate:
-        found = estimate(
-            cache,
-            tokenizer,
-            options.llm_model,
-            config,
-            explain=explain if options.explainer == "llm" else None,
-            judge=True,
-            language=options.language,
-            counter=counter,
-            prices=prices,
-            sae=sae,
-        )
-        return {"estimate": found.as_dict(), "text": found.text()}
-    path = cache.folder / STORE_FILE
-    client = Client(
+        return TokenCounter.of(load_tokenizer(options.llm_tokenizer), options.llm_tokenizer)
+    return TokenCounter()
+
+
+def explainer_settings(options: argparse.Namespace) -> Any:
+    from sae_italian.autointerp.llm.explainer import ExplainerConfig
+
+    return ExplainerConfig(options.language, options.shown, promoted=options.promoted, context=options.context_tokens)
+
+
+def client_of(options: argparse.Namespace, ledger: Path) -> Any:
+    """Return the client of the options, its calls kept in the store `ledger`."""
+    from sae_italian.autointerp.llm.client import Client
+    from sae_italian.autointerp.llm.prices import PRICE_FILE
+
+    return Client(
         options.endpoint,
         options.llm_model,
-        path,
+        ledger,
         concurrency=options.concurrency,
         max_usd=options.max_usd,
-        prices=prices,
+        prices=options.prices or PRICE_FILE,
         key_variable=options.key_env,
         timeout=options.timeout,
-        counter=counter,
+        counter=counter_of(options),
     )
-    with client:
-        explainers = [LLMExplainer(client, explain)] if options.explainer == "llm" else []
+
+
+def estimate_llm(
+    options: argparse.Namespace, cache: Any, tokenizer: Any, config: Any, sae: Any, control: bool
+) -> dict[str, Any]:
+    """Return what the LLM of the options would be asked and what that would cost; nothing is sent.
+
+    The random SAE's part is worked out on its cache, and taken to be as much as the trained one's before there is one.
+    """
+    from sae_italian.autointerp.control import twin_cache
+    from sae_italian.autointerp.llm.estimate import estimate
+    from sae_italian.autointerp.llm.prices import PRICE_FILE
+
+    settings: dict[str, Any] = {
+        "explain": explainer_settings(options) if options.explainer == "llm" else None,
+        "language": options.language,
+        "counter": counter_of(options),
+        "prices": options.prices or PRICE_FILE,
+    }
+    found = estimate(cache, tokenizer, options.llm_model, config, sae=sae, **settings)
+    if control:
+        twin = twin_cache(cache, sae, config.seed)
+        other = (
+            found if twin is None else estimate(twin[0], tokenizer, options.llm_model, config, sae=twin[1], **settings)
+        )
+        found = found.with_control(other)
+    return {"estimate": found.as_dict(), "text": found.text()}
+
+
+def run_llm(
+    options: argparse.Namespace, cache: Any, model: Any, config: Any, sae: Any, control: bool
+) -> dict[str, Any]:
+    """Explain and judge with the LLM of the options, beside the rules; return summaries, spending and what was noticed.
+
+    With `control` the same explainer and judge then do the same latents' number of the random SAE, on the same budget
+    and the same ledger.
+    """
+    from sae_italian.autointerp.compare import side_by_side
+    from sae_italian.autointerp.control import random_sae_control
+    from sae_italian.autointerp.llm.explainer import LLMExplainer
+    from sae_italian.autointerp.llm.judge import LLMJudge
+    from sae_italian.autointerp.run import STORE_FILE, run_autointerp
+    from sae_italian.autointerp.store import Store
+
+    path, twin = cache.folder / STORE_FILE, None
+    with client_of(options, path) as client:
+        explainers = [LLMExplainer(client, explainer_settings(options))] if options.explainer == "llm" else []
         judges = [LLMJudge(client, options.language)]
-        run_autointerp(cache, tokenizer, config, store=path, sae=sae, explainers=explainers, judges=judges)
+        run_autointerp(cache, model.tokenizer, config, store=path, sae=sae, explainers=explainers, judges=judges)
+        if control:
+            twin = random_sae_control(cache, sae, model, config, explainers=explainers, judges=judges)
     with Store(path, {}) as store:
         for feature, why in client.missing.items():
             store.note(f"endpoint without {feature}", f"{options.llm_model}: {why}")
@@ -108,6 +140,7 @@ def run_llm(options: argparse.Namespace, cache: Any, tokenizer: Any, config: Any
         )
     return {
         "summaries": [summary.as_dict() for summary in side_by_side(path)],
+        "random": [] if twin is None else [summary.as_dict() for summary in side_by_side(twin)],
         "calls": client.counts,
         "endpoint_without": client.missing,
         "wrong_language": flagged,
@@ -118,8 +151,10 @@ def run_llm(options: argparse.Namespace, cache: Any, tokenizer: Any, config: Any
 def llm_text(result: dict[str, Any], path: Path) -> str:
     """Return the side-by-side table, what was spent and what was noticed."""
     from sae_italian.autointerp.compare import comparison_table, side_by_side
+    from sae_italian.autointerp.control import TWIN_FOLDER
 
-    lines = [comparison_table(side_by_side(path)), ""]
+    twin = path.parent / TWIN_FOLDER / path.name
+    lines = [comparison_table(side_by_side(path), side_by_side(twin) if result["random"] else []), ""]
     counts = result["calls"]
     lines.append(
         f"calls: {counts['asked']} asked, {counts['from ledger']} from the ledger, {counts['retries']} retries, "

@@ -10,6 +10,8 @@ from typing import Any
 from sae_italian.cli.base import Commands, Result, positive
 from sae_italian.errors import UsageError
 
+CONTEXT = 1024  # of a model whose configuration names none
+
 
 def add_commands(root: Commands) -> None:
     text = "embedding, surprisal and intervention scores of the explanations of a cache"
@@ -24,8 +26,7 @@ def add_commands(root: Commands) -> None:
 
 
 def _scores(options: argparse.Namespace) -> Result:
-    from sae_italian.autointerp import AutointerpConfig
-    from sae_italian.autointerp.model_scores import score_with_models
+    from sae_italian.autointerp.model_scores import means, score_with_models, table_of
     from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.autointerp.scorers import Encoder
     from sae_italian.cache import FeatureCache
@@ -44,21 +45,16 @@ def _scores(options: argparse.Namespace) -> Result:
         cache,
         model.tokenizer,
         store,
-        AutointerpConfig(),
         latents=options.latents,
         encode=None if options.encoder is None else Encoder(options.encoder),
         forward=partial(_logits, model, cache.manifest.hook_name) if options.subject else None,
         sae=load_sae(cache.manifest.sae) if options.subject else None,
         explainer=options.explainer,
         language=options.language,
+        context=getattr(model.config, "max_position_embeddings", None) or CONTEXT,
     )
-    rows = _means(store, options.explainer)
-    lines = ["| score | negatives | mean | 95 % interval | latents |", "|---|---|---|---|---|"]
-    for row in rows:
-        interval = "" if row["lo"] is None else f"{row['lo']:.3f} to {row['hi']:.3f}"
-        name = f"{row['scorer']}, {row['metric']}"
-        lines.append(f"| {name} | {row['negatives']} | {row['value']:.3f} | {interval} | {row['n']} |")
-    return rows, "\n".join(lines)
+    rows = means(store, options.explainer)
+    return rows, table_of(rows)
 
 
 def _logits(model: Any, hook_name: str, tokens: Any, replace: Any = None) -> Any:
@@ -71,29 +67,3 @@ def _logits(model: Any, hook_name: str, tokens: Any, replace: Any = None) -> Any
         return logits_with_replacement(model, tokens.to(model.device), hook_name, replace)
     with torch.no_grad():
         return model(tokens.to(model.device), use_cache=False).logits
-
-
-def _means(store: Path, explainer: str) -> list[dict[str, Any]]:
-    """Return the mean over latents of each score, with its interval."""
-    import numpy as np
-
-    from sae_italian.autointerp.model_scores import ENCODER, SUBJECT
-    from sae_italian.autointerp.store import Store
-    from sae_italian.statistics import mean_interval
-
-    shown = (
-        *((ENCODER, "embedding", "auroc", source) for source in ("random", "same-token")),
-        *((SUBJECT, "surprisal", "auroc", source) for source in ("random", "same-token")),
-        (SUBJECT, "intervention", "log_probability_gain", "none"),
-    )
-    rows = []
-    with Store(store, {}) as opened:
-        for judge, scorer, metric, negatives in shown:
-            found = opened.values(
-                explainer=explainer, control="", scorer=scorer, metric=metric, judge=judge, negatives=negatives
-            )
-            if found:
-                mean = mean_interval(np.array(list(found.values())))
-                where = {"scorer": scorer, "metric": metric, "negatives": negatives, "n": len(found)}
-                rows.append({**where, **mean.as_dict()})
-    return rows

@@ -1,5 +1,7 @@
 """Caches with planted latents over the tokens of a real one, and what the rules make of them."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -65,3 +67,13 @@ def accuracies(store, scorer="detection", explainer="rules", control="", negativ
         return opened.values(
             explainer=explainer, control=control, scorer=scorer, metric="balanced_accuracy", negatives=negatives
         )
+
+
+@pytest.fixture
+def prices(tmp_path):
+    """A price file: a dollar per thousand tokens in, two out."""
+    path = tmp_path / "prices.json"
+    path.write_text(
+        json.dumps({"version": "1", "models": {"prova": {"in": 1000.0, "out": 2000.0}}, "free": ["gratis"]})
+    )
+    return path

@@ -62,6 +62,11 @@ def test_dead_and_rare_latents_are_reported_and_never_scored(store, planted):
         rows = [row for latent in range(DEAD) for row in opened.scores_of(latent) if row["scorer"] != "simulation"]
         counted = [row for row in rows if not row["metric"].startswith("tpr_decile")]
         assert all(row["n_positive"] == row["n_negative"] >= 10 for row in counted) and len(counted) > 100
+        features = opened.features()
+        assert sorted(features) == sorted(explanations)  # the dead and the rare among them
+        assert features[DEAD] == (DEAD, 0, 0.0, 0, 0, 0)
+        assert features[RARE].n_active == 3 and 0 < sum(features[RARE][3:]) <= 3
+        assert features[0].n_active == len(planted.latent(0).position) and min(features[0][3:]) >= 10
     summary = summarise(store)
     assert (summary.n_dead, summary.n_too_few, summary.n_explained) == (1, 1, DEAD)
 
@@ -79,8 +84,11 @@ def test_the_summary_tells_token_latents_from_others(store):
 
 def tables(store):
     connection = sqlite3.connect(store)
-    return connection.execute("SELECT * FROM explanation").fetchall(), sorted(
-        connection.execute("SELECT * FROM score").fetchall(), key=str
+    features = connection.execute("SELECT * FROM feature ORDER BY latent").fetchall()
+    return (
+        features,
+        connection.execute("SELECT * FROM explanation").fetchall(),
+        sorted(connection.execute("SELECT * FROM score").fetchall(), key=str),
     )
 
 
@@ -216,28 +224,3 @@ def test_threads_finish_what_is_under_way_before_a_failure_is_raised():
         for result in in_threads(work, range(100), 3):
             seen.append(result)
     assert {0, 1, 2, 3, 4} <= set(seen) and len(seen) < 15
-
-
-def test_an_encoder_and_the_subject_model_score_some_of_the_explanations(planted, mini, store, tmp_path):
-    import shutil
-
-    import torch
-
-    from sae_italian.autointerp.model_scores import score_with_models
-    from tests.autointerp.test_scorers import Copier
-
-    path = shutil.copy(store, tmp_path / "store")
-    copier = Copier(len(mini.tokenizer))
-    sae = type("SAE", (), {"W_dec": torch.rand(planted.manifest.d_sae, copier.vocab)})
-
-    def encode(texts):
-        return np.array([[text.count("a"), text.count("o") + 1] for text in texts])
-
-    for _ in range(2):  # the second time there is nothing left to do
-        score_with_models(
-            planted, mini.tokenizer, path, AutointerpConfig(), latents=3, encode=encode, forward=copier, sae=sae
-        )
-    with Store(path, {}) as opened:
-        assert len(opened.scored("rules", "encoder")) == len(opened.scored("rules", "subject")) == 3
-        rows = opened.scores_of(min(opened.scored("rules", "subject")))
-        assert {"embedding", "surprisal", "intervention"} <= {row["scorer"] for row in rows}

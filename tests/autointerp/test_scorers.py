@@ -1,6 +1,7 @@
 """Scorers by hand: metrics, known judges, simulation, embedding, and the subject model's own scores."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sae_italian.autointerp.explainers.choose import rule_of
 from sae_italian.autointerp.judges import ConstantJudge, OracleJudge
 from sae_italian.autointerp.protocols import Example, Verdicts
 from sae_italian.autointerp.scorers import (
     Encoder,
+    by_rule,
     compare,
     detection,
     embedding,
@@ -22,9 +25,11 @@ from sae_italian.autointerp.scorers import (
     surprisal,
 )
 from sae_italian.autointerp.scorers.binary import Answers, answers_by_source, binary_metrics
+from sae_italian.autointerp.scorers.embedding import ranking
 from sae_italian.autointerp.scorers.simulation import correlation
+from sae_italian.autointerp.scorers.subject import EMPTY
 from sae_italian.autointerp.shown import latent_examples
-from sae_italian.autointerp.store import Explanation
+from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.errors import UsageError
 from tests.autointerp.conftest import N_TOKENS
 
@@ -48,6 +53,17 @@ def test_metrics_by_hand():
     assert values["brier"] == pytest.approx((np.mean((1 - p) ** 2) + np.mean(q**2)) / 2)
     assert metrics["balanced_accuracy"].lo < 0.75 < metrics["balanced_accuracy"].hi
     assert metrics["auroc"].lo < values["auroc"] < metrics["auroc"].hi
+
+
+def test_metrics_do_not_depend_on_how_many_there_are_of_each_class():
+    """3 of 4 positives and 1 of 2 negatives: plain accuracy would be 4/6, a Brier score over all windows another one."""
+    p, q = np.array([0.9, 0.8, 0.6, 0.2]), np.array([0.1, 0.7])
+    metrics = binary_metrics([answers([1, 1, 1, 0], [0, 1], p, q)])[0]
+    values = {name: estimate.value for name, estimate in metrics.items()}
+    assert (values["tpr"], values["tnr"], values["balanced_accuracy"]) == (0.75, 0.5, 0.625)
+    assert values["f1"] == pytest.approx(2 * 0.75 / (1 + 0.75 + 0.5))
+    assert values["brier"] == pytest.approx((np.mean((1 - p) ** 2) + np.mean(q**2)) / 2)
+    assert values["auroc"] == pytest.approx((2 + 2 + 1 + 1) / 8)
 
 
 probabilities = hnp.arrays(np.float64, st.integers(1, 12), elements=st.integers(0, 5).map(lambda n: n / 5))
@@ -80,6 +96,51 @@ def test_the_interval_grows_when_windows_share_documents():
         estimate = binary_metrics([own])[0]["tpr"]
         widths.append(estimate.hi - estimate.lo)
     assert widths[1] > 2 * widths[0]
+
+
+@pytest.mark.parametrize("score", ["detection", "ranking"])
+def test_windows_of_one_document_are_resampled_together(score):
+    """The same answers, right in some documents and wrong in others: with four windows each, the interval is wider."""
+    widths = []
+    for n_shared in (1, 4):
+        shown = []
+        for i, example in enumerate(examples_with(("a", "b"), n=60)):
+            shown.append(replace(example, document=f"d{i // 2 // n_shared}"))
+        right = np.array([(i // 2 // 4) % 2 for i in range(len(shown))])  # by fours of pairs
+        truth = np.array([example.positive for example in shown])
+        said = np.where(right == 1, truth, ~truth).astype(np.int64)
+        if score == "detection":
+            estimate = detection(Verdicts(said), shown)[0].metrics["balanced_accuracy"]
+        else:
+            estimate = ranking("x", said.astype(float), shown)[0].metrics["auroc"]
+        widths.append(estimate.hi - estimate.lo)
+    assert widths[1] > 1.4 * widths[0]
+
+
+def test_the_scores_by_rule_know_the_document_of_each_window(places, negatives, source, store):
+    with Store(store, {}) as opened:
+        rule = rule_of(opened.explanations("rules")[N_TOKENS][1].rule)
+    shown = by_rule._Shown(by_rule.RuleScorer(places, negatives, 50), N_TOKENS, source.activity(N_TOKENS))
+    sets = shown.answers(rule)
+    for name, segments in shown.draw.negative.items():
+        if ("detection", name) in sets:
+            own, there = sets["detection", name], segments >= 0
+            assert own.positive_docs.tolist() == source.doc[shown.draw.positive[there]].tolist()
+            assert own.negative_docs.tolist() == source.doc[segments[there]].tolist()
+    marked = sets["fuzzing", "silent-token"]
+    assert marked.positive_docs.tolist() == marked.negative_docs.tolist()
+
+
+def test_a_simulations_interval_is_over_documents_too():
+    rng = np.random.default_rng(0)
+    good = np.repeat(rng.random(16) < 0.5, 25)  # the simulation follows the truth in half of the documents
+    true = rng.random(400)
+    simulated = np.where(good, true, rng.random(400))
+    apart, together = (
+        correlation(true, simulated, docs)["correlation"] for docs in (np.arange(400), np.arange(400) // 25)
+    )
+    assert apart.value == pytest.approx(together.value)
+    assert together.hi - together.lo > 1.5 * (apart.hi - apart.lo)
 
 
 def test_a_paired_comparison_is_sharper_than_two_intervals():
@@ -219,10 +280,16 @@ def test_surprisal_favours_an_explanation_that_quotes_the_positives(copier, mini
     # one whose token is a whole word, so that quoting it gives the token again
     latent = next(n for n, text in quotes.items() if mini.tokenizer(text)["input_ids"].count(tokens[n]) == 3)
     examples, quote = latent_examples(negatives, latent, n_test=15).test, quotes[latent]
-    score = next(s for s in surprisal(copier, mini.tokenizer, quote, examples) if s.negatives == "random")
-    assert score.metrics["auroc"].value > 0.8 and set(score.metrics) == {"auroc"}
+    other = next(text for n, text in quotes.items() if n != latent)
+    found = surprisal(copier, mini.tokenizer, {"own": quote, "other": other, "nothing": EMPTY["it"]}, examples)
+    own, shuffled, nothing = (
+        next(s.metrics["auroc"].value for s in found[name] if s.negatives == "random")
+        for name in ("own", "other", "nothing")
+    )
+    assert own > 0.8 and shuffled < own - 0.2 and nothing == 0.5  # what says nothing changes nothing
+    assert set(found["own"][0].metrics) == {"auroc"}
     with pytest.raises(UsageError, match="context"):
-        surprisal(copier, mini.tokenizer, quote * 10, examples, context=40)
+        surprisal(copier, mini.tokenizer, {"": quote * 10}, examples, context=40)
 
 
 def test_surprisal_adds_up_the_models_log_probabilities(mini):
@@ -233,11 +300,12 @@ def test_surprisal_adds_up_the_models_log_probabilities(mini):
             return mini(tokens, use_cache=False).logits
 
     prefix, one, two = [1, 5, 6], np.array([7, 8, 9]), np.array([10])
-    found = _log_likelihoods(forward, prefix, [one, two], 128)
+    found = _log_likelihoods(forward, [(prefix, one), (prefix, two), ([1], [5])], 128)
     log_p = forward(torch.tensor([[1, 5, 6, 7, 8, 9]])).log_softmax(-1)[0]
     expected = sum(float(log_p[2 + i, token]) for i, token in enumerate(one))
     assert found[0] == pytest.approx(expected, abs=1e-4)
     assert found[1] == pytest.approx(float(log_p[2, 10]), abs=1e-4)
+    assert found[2] == pytest.approx(float(log_p[0, 5]), abs=1e-4)  # prefixes may differ in length
 
 
 def test_intervention_is_at_the_wanted_divergence_and_favours_what_the_direction_writes(copier, mini):
@@ -245,10 +313,11 @@ def test_intervention_is_at_the_wanted_divergence_and_favours_what_the_direction
     token, other = (mini.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("gatto", "treno"))
     prompts = [np.array([5 + i, 9 + i, 14 + i, 30 + i]) for i in range(12)]
     direction = torch.nn.functional.one_hot(torch.tensor(token), copier.vocab).float()
-    texts = [mini.tokenizer.decode([t, t]) for t in (token, other)]
-    scores = [intervention(copier, mini.tokenizer, direction, text, prompts, divergence=2.0) for text in texts]
+    texts = {name: mini.tokenizer.decode([t, t]) for name, t in (("own", token), ("other", other))}
+    found = intervention(copier, mini.tokenizer, direction, texts, prompts, divergence=2.0)
+    scores = [found["own"], found["other"]]
     assert scores[0].metrics["divergence"].value == pytest.approx(2.0, rel=0.1)
     gains = [score.metrics["log_probability_gain"] for score in scores]
     assert gains[0].value > 0.1 and gains[0].value > gains[1].value + 0.1 and gains[0].lo < gains[0].value
-    nothing = intervention(copier, mini.tokenizer, torch.zeros(copier.vocab), texts[0], prompts)
+    nothing = intervention(copier, mini.tokenizer, torch.zeros(copier.vocab), texts, prompts)["own"]
     assert math.isnan(nothing.metrics["log_probability_gain"].value)

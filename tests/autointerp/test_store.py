@@ -11,7 +11,7 @@ import pytest
 
 from sae_italian.autointerp.database import SCHEMA_VERSION, TABLES, connect
 from sae_italian.autointerp.export import export
-from sae_italian.autointerp.store import Explanation, Judgement, Label, Store, forget
+from sae_italian.autointerp.store import Explanation, Feature, Judgement, Label, Store, forget
 from sae_italian.errors import DataError, UsageError
 
 VERSION_1 = """
@@ -45,7 +45,7 @@ def filled(path):
         store.add_scores(
             [(*ROW[:4], "llm:m:it1", *ROW[5:], 2)], [Judgement(1, 5, "", "detection", "llm:m:it1", 0, 77, "", 1, 0.75)]
         )
-        store.add_feature(5, 100, 2.5, (40, 20, 50))
+        store.add_explained([], [Feature(5, 100, 2.5, 40, 20, 50)])
         store.connection.execute(
             "INSERT INTO call VALUES ('h', 'm', 'explain', 'ok', '{\"text\": \"è\"}', 9, 0, 3, 0.01, 0, 0.1, 1, 'now')"
         )
@@ -137,11 +137,20 @@ def test_newer_and_foreign_files_are_refused_and_left_alone(tmp_path, old):
 
 
 def test_settings_are_claimed_and_held_to(tmp_path):
+    name = "LLMExplainer llm:m:it1"
     with Store(tmp_path / "s", {}) as store:
-        store.claim("llm:m:it1", {"draw": "top", "n": 3})
-        store.claim("llm:m:it1", {"n": 3, "draw": "top"})
+        store.claim(name, {"draw": "top", "n": 9})
+        store.add_explanations([Explanation(1, "llm:m:it1", "dead", "", "", None)])
+        store.claim(name, {"draw": "top", "n": 3})  # nothing came of the first try: it binds nobody
+        store.add_explanations([Explanation(2, "llm:m:it1", "ok", "verbi", "", None)])
+        store.claim(name, {"n": 3, "draw": "top"})
         with pytest.raises(UsageError, match="other settings \\(draw\\)"):
-            store.claim("llm:m:it1", {"draw": "deciles", "n": 3})
+            store.claim(name, {"draw": "deciles", "n": 3})
+    judge = "LLMJudge llm:m:it1"
+    with Store(filled(tmp_path / "j"), {"cache": "abc"}) as store:
+        store.claim(judge, {"batch": 5})
+        with pytest.raises(UsageError, match="other settings \\(batch\\)"):
+            store.claim(judge, {"batch": 1})
 
 
 def test_what_had_no_answer_is_not_done_and_gives_way(tmp_path):

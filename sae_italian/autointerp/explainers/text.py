@@ -97,17 +97,21 @@ _SAY: dict[Language, dict[str, str]] = {
 
 
 def describe(rule: Rule, language: Language, shown: int = SHOWN) -> str:
-    """Return the rule in one sentence of Italian or English."""
-    if isinstance(rule, TreeRule):
-        text, mass, tail = _tree(rule, language, shown), rule.mass, "examples"
-    elif isinstance(rule, TrieRule):
-        text, mass, tail = _trie(rule, language, shown), rule.mass, "tail"
-    else:
-        text, mass, tail = _keys(rule, language, shown), float(rule.mass[rule.firing].sum()), "tail"
+    """Return the rule in one sentence of Italian or English, with its figures in brackets."""
+    mass = float(rule.mass[rule.firing].sum()) if isinstance(rule, KeyRule) else rule.mass
+    tail = "examples" if isinstance(rule, TreeRule) else "tail"
     precision, lift = f"{rule.precision:.2f}", f"{rule.lift:.0f}" if rule.lift >= 10 else f"{rule.lift:.1f}"
     if language == "it":
         precision, lift = precision.replace(".", ","), lift.replace(".", ",")
-    return f"{text} {_SAY[language][tail].format(mass=f'{100 * mass:.0f}', precision=precision, lift=lift)}"
+    figures = _SAY[language][tail].format(mass=f"{100 * mass:.0f}", precision=precision, lift=lift)
+    return f"{statement(rule, language, shown)} {figures}"
+
+
+def statement(rule: Rule, language: Language, shown: int = SHOWN) -> str:
+    """Return what the rule says, without its figures: for readers that are language models, or other people's scores."""
+    if isinstance(rule, TreeRule):
+        return _tree(rule, language, shown)
+    return _trie(rule, language, shown) if isinstance(rule, TrieRule) else _keys(rule, language, shown)
 
 
 def _keys(rule: KeyRule, language: Language, shown: int) -> str:

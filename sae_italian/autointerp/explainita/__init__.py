@@ -13,14 +13,17 @@ from sae_italian.autointerp.explainita.data import (
     write_submission,
 )
 from sae_italian.autointerp.explainita.evaluate import evaluate_explanations, evaluate_sequences
+from sae_italian.autointerp.explainita.predict import Predicted, predict
 from sae_italian.autointerp.explainita.replay import replay
 
 __all__ = [
     "TASKS",
     "Latent",
     "Passage",
+    "Predicted",
     "evaluate_explanations",
     "evaluate_sequences",
+    "predict",
     "read_split",
     "replay",
     "write_submission",

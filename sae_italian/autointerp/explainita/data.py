@@ -4,7 +4,7 @@ Task 1 (`colinglab/EXPLAINITA-task1`): rows of `Latent ID`, `examples` and, exce
 `text` with `<<marked tokens>>`, `tokens`, and `activations`, a list of {token, strength 0 to 10}. The card does not say
 whether that list has every token or only the active ones: both are read (equal length means every token).
 Task 2 (`colinglab/EXPLAINITA-task2`): rows of `Latent ID`, `explanation` and `examples`; an example is `str_tokens`,
-`activations` (floats, 0 for off, -1 throughout in `test`) and `activating`, which `test` hides.
+`activations` (floats, 0 for off, -1 throughout in `test`) and `activating`, which `test` hides behind a default.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Passage:
     tokens: tuple[str, ...]
     strengths: Float[np.ndarray, " tokens"] | None
     text: str | None = None  # without marks; task 1 only
-    activating: bool | None = None  # task 2 only; None where it is hidden
+    activating: bool | None = None  # task 2 only; None where it is not given
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +140,8 @@ def _raw_passage(example: dict[str, Any]) -> Passage:
     if len(values) != len(tokens):
         raise ValueError(f"{len(tokens)} tokens and {len(values)} activations")
     hidden = len(values) > 0 and bool((values == HIDDEN).all())
-    activating = example.get("activating")
-    return Passage(tokens, None if hidden else values, None, None if hidden or activating is None else bool(activating))
+    activating = example.get("activating")  # a submission's answer stands beside hidden activations
+    return Passage(tokens, None if hidden else values, None, None if activating is None else bool(activating))
 
 
 # --- as examples for an explainer or a judge -------------------------------------------------------------------------

@@ -68,14 +68,20 @@ def _same(one: Latent, other: Latent) -> bool:
 def evaluate_sequences(predicted: Sequence[Latent], gold: Sequence[Latent]) -> dict[str, Any]:
     """Return detection metrics over all sequences, and balanced accuracy averaged over latents that have both classes.
 
-    Intervals resample latents. Raises: UsageError where a label is missing on either side.
+    Intervals resample latents. Raises: UsageError where a label is missing on either side, or the sequences differ.
     """
     ours, theirs = _paired(predicted, gold)
+    everything = [sequence for latent in theirs for sequence in latent.sequences]
+    if everything and all(one.strengths is None and not one.activating for one in everything):
+        raise UsageError("the gold file is the test split with its labels hidden (activations -1, none activating).")
     sums = np.zeros((len(ours), 4))
     per_latent = []
     for row, (mine, truth) in enumerate(zip(ours, theirs, strict=True)):
         if len(mine.sequences) != len(truth.sequences):
             raise UsageError(f"{mine.id} has {len(truth.sequences)} sequences and {len(mine.sequences)} answers.")
+        for i, (one, other) in enumerate(zip(mine.sequences, truth.sequences, strict=True)):
+            if one.tokens != other.tokens:
+                raise UsageError(f"sequence {i} of {mine.id} is another one in the submission than in the gold file.")
         said = [sequence.activating for sequence in mine.sequences]
         labels = [sequence.activating for sequence in truth.sequences]
         for side, values in (("the submission", said), ("the gold file", labels)):

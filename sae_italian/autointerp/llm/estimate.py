@@ -46,6 +46,22 @@ class DryClient:
         answer = [0] * n if n else f"{EXPLANATION} {self.calls}"  # no two explanations are the same
         return Reply("ok", json.dumps({key: answer}), "stop")
 
+    def estimate(self, latents: int, sampled: int, prices: Path) -> Estimate:
+        """Return what `latents` take when `sampled` of them took what was asked so far."""
+        scale = latents / max(1, sampled)
+        price = price_of(self.model, prices)
+        sums = [round(scale * n) for n in (self.calls, self.tokens_in, self.tokens_constant, self.tokens_out)]
+        return Estimate(
+            self.model,
+            latents,
+            sampled,
+            *sums,
+            usd=None if price is None else price.usd(sums[1], sums[3]),
+            usd_at_most=None if price is None else 2 * price.usd(sums[1], round(scale * self.tokens_out_most)),
+            counted_with=self.counter.how,
+            price=_from(price),
+        )
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -62,6 +78,16 @@ class Estimate:
     usd_at_most: float | None  # every answer as long as it may be, and everything asked twice (repairs)
     counted_with: str
     price: str
+    of_random: int = 0  # of the latents: the randomly initialised SAE's
+
+    def with_control(self, other: Estimate) -> Estimate:
+        """Return what this run and the same one on the randomly initialised SAE take together."""
+        names = ("latents", "sampled", "calls", "tokens_in", "tokens_constant", "tokens_out", "usd", "usd_at_most")
+        sums: dict[str, Any] = {}
+        for name in names:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            sums[name] = None if ours is None or theirs is None else ours + theirs
+        return replace(self, **sums, of_random=other.latents)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,10 +96,11 @@ class Estimate:
         cost = "not known (no price in the price file)"
         if self.usd is not None and self.usd_at_most is not None:
             cost = f"about ${self.usd:.2f}, at most ${self.usd_at_most:.2f} ({self.price})"
+        random = f", {self.of_random} of them of the random SAE" if self.of_random else ""
         return "\n".join(
             (
                 f"model      {self.model}",
-                f"latents    {self.latents} (worked out on {self.sampled})",
+                f"latents    {self.latents}{random} (worked out on {self.sampled})",
                 f"calls      {self.calls:,}",
                 f"tokens in  {self.tokens_in:,}, of which {self.tokens_constant:,} constant; by {self.counted_with}",
                 f"tokens out {self.tokens_out:,}",
@@ -89,7 +116,6 @@ def estimate(
     config: AutointerpConfig,
     *,
     explain: ExplainerConfig | None,
-    judge: bool,
     language: str,
     counter: TokenCounter,
     prices: Path,
@@ -107,22 +133,10 @@ def estimate(
             store=Path(folder) / "estimate.sqlite",
             sae=sae,
             explainers=[] if explain is None else [LLMExplainer(client, explain)],
-            judges=[LLMJudge(client, language)] if judge else [],
+            judges=[LLMJudge(client, language)],
         )
         assert store.is_file()
-    scale = wanted / max(1, min(SAMPLE, wanted))
-    price = price_of(model, prices)
-    sums = [round(scale * n) for n in (client.calls, client.tokens_in, client.tokens_constant, client.tokens_out)]
-    return Estimate(
-        model,
-        wanted,
-        min(SAMPLE, wanted),
-        *sums,
-        usd=None if price is None else price.usd(sums[1], sums[3]),
-        usd_at_most=None if price is None else 2 * price.usd(sums[1], round(scale * client.tokens_out_most)),
-        counted_with=counter.how,
-        price=_from(price),
-    )
+    return client.estimate(wanted, min(SAMPLE, wanted), prices)
 
 
 def _from(price: Price | None) -> str:

@@ -112,7 +112,7 @@ class LLMExplainer:
     def _too_long(self, n: int, what: str) -> str:
         return (
             f"even {n} examples do not fit into the context of {self.client.model} ({what}). Use a model with a longer "
-            "one, or shorter examples (--width)."
+            "one, or give its true context with --context-tokens."
         )
 
     def _read(self, request: Request, reply: Reply, notes: dict[str, Any]) -> str:

@@ -3,12 +3,13 @@
 Surprisal asks of the input side: is a segment on which the latent is active likelier after its explanation than after a
 sentence that says nothing? Intervention asks of the output side: after the latent's direction has been added, is the
 explanation likelier to follow what the model writes? Small base models read explanations badly, so both come beside the
-behavioural scores (Paulo et al. 2024).
+behavioural scores (Paulo et al. 2024), and mean nothing without their controls: any text before a segment, or after what
+was written, changes its likelihood. So both take several texts at once, asked about the same segments and continuations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,12 +23,17 @@ from sae_italian.errors import UsageError
 from sae_italian.statistics import NOTHING, Estimate, mean_interval
 
 EMPTY = {"it": "Varie frasi senza legame fra loro.", "en": "Various unrelated sentences."}
-ASKS = {"it": "\nIn breve, si parla di: ", "en": "\nIn short, this is about: "}
+ASKS = {"it": "\nIn breve, si parla di:", "en": "\nIn short, this is about:"}
 N_NEW, N_PROMPTS = 8, 30
 TOLERANCE = 0.1  # of the wanted divergence
 _BATCH = 32
 
+Texts = Mapping[str, str]  # explanations by a name of the caller's, such as the control they serve
 Replace = Callable[[Tensor], Tensor]
+
+
+class TooLong(UsageError):
+    """An explanation that does not fit into the model's context together with what it is asked about."""
 
 
 class Forward(Protocol):
@@ -41,50 +47,50 @@ class Forward(Protocol):
 def surprisal(
     forward: Forward,
     tokenizer: Any,
-    explanation: str,
+    texts: Texts,
     examples: Sequence[Example],
     *,
     language: str = "it",
     context: int = 1024,
-) -> list[Score]:
-    """Return AUROC of log p(segment | explanation) - log p(segment | nothing said), by negative source.
+) -> dict[str, list[Score]]:
+    """Return for each text AUROC of log p(segment | text) - log p(segment | nothing said), by negative source.
 
-    Raises: UsageError when explanation and segment do not fit into `context` tokens.
+    Raises: TooLong when a text and a segment do not fit into `context` tokens.
     """
-    told, untold = (
-        _log_likelihoods(forward, _prefix(tokenizer, text + "\n"), [example.tokens for example in examples], context)
-        for text in (explanation, EMPTY[language])
-    )
-    return ranking("surprisal", told - untold, examples)
+    segments = [example.tokens for example in examples]
 
+    def after(text: str) -> Float[np.ndarray, " n"]:
+        prefix = list(tokenizer(text + "\n")["input_ids"])
+        return _log_likelihoods(forward, [(prefix, segment) for segment in segments], context)
 
-def _prefix(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
+    untold = after(EMPTY[language])
+    return {name: ranking("surprisal", after(text) - untold, examples) for name, text in texts.items()}
 
 
 @torch.no_grad()
 def _log_likelihoods(
-    forward: Forward, prefix: list[int], continuations: Sequence[Int[np.ndarray, " tokens"]], context: int
+    forward: Forward, pairs: Sequence[tuple[Sequence[int], Sequence[int] | np.ndarray]], context: int
 ) -> Float[np.ndarray, " n"]:
-    """Return the log-likelihood in nats of each continuation of one prefix."""
-    longest = len(prefix) + max((len(tokens) for tokens in continuations), default=0)
+    """Return the log-likelihood in nats of the second part of each pair after the first."""
+    longest = max((len(prefix) + len(rest) for prefix, rest in pairs), default=0)
     if longest > context:
-        raise UsageError(
+        raise TooLong(
             f"the text to score has {longest} tokens, the model's context {context}. Use a shorter explanation."
         )
     totals = []
-    for first in range(0, len(continuations), _BATCH):
-        batch = continuations[first : first + _BATCH]
-        width = max(len(tokens) for tokens in batch)
-        rows = torch.zeros((len(batch), len(prefix) + width), dtype=torch.int64)
-        rows[:, : len(prefix)] = torch.tensor(prefix)
-        inside = torch.zeros((len(batch), width), dtype=torch.bool)
-        for row, tokens in enumerate(batch):
-            rows[row, len(prefix) : len(prefix) + len(tokens)] = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
-            inside[row, : len(tokens)] = True  # what is padded comes after, so a causal model never sees it
-        logits = forward(rows)[:, len(prefix) - 1 : -1].float().cpu()
-        log_p = logits.log_softmax(dim=-1).gather(-1, rows[:, len(prefix) :, None])[..., 0]
-        totals.append((log_p * inside).sum(dim=1).numpy())
+    for first in range(0, len(pairs), _BATCH):
+        batch = pairs[first : first + _BATCH]
+        width = max(len(prefix) + len(rest) for prefix, rest in batch)
+        rows = torch.zeros((len(batch), width), dtype=torch.int64)
+        asked = torch.zeros((len(batch), width), dtype=torch.bool)
+        for row, (prefix, rest) in enumerate(batch):
+            stop = len(prefix) + len(rest)
+            rows[row, :stop] = torch.tensor([*prefix, *np.asarray(rest, dtype=np.int64).tolist()])
+            asked[row, len(prefix) : stop] = True  # what is padded comes after, so a causal model never sees it
+        logits = forward(rows)[:, :-1][asked[:, 1:]].float().cpu()
+        log_p = logits.log_softmax(dim=-1).gather(-1, rows[asked][:, None])[:, 0]
+        row_of = asked.nonzero()[:, 0]
+        totals.append(torch.zeros(len(batch)).index_add_(0, row_of, log_p).numpy())
     return np.concatenate(totals) if totals else np.zeros(0)
 
 
@@ -92,43 +98,40 @@ def intervention(
     forward: Forward,
     tokenizer: Any,
     direction: Float[Tensor, " d_in"],
-    explanation: str,
+    texts: Texts,
     prompts: Sequence[Int[np.ndarray, " tokens"]],
     *,
     divergence: float = 0.5,
     language: str = "it",
     seed: int = 0,
     context: int = 1024,
-) -> Score:
-    """Return by how many nats adding the latent's direction makes its explanation likelier after what is written.
+) -> dict[str, Score]:
+    """Return for each text by how many nats adding the latent's direction makes it likelier after what is written.
 
     All latents are compared at the same mean divergence of the next token's distribution from the clean one, in nats; the
-    strength that gives it is searched and reported. Both texts are sampled with the same seed. A direction that cannot
-    reach the divergence has no score.
+    strength that gives it is searched and reported. Both continuations are sampled with the same seed. A direction that
+    cannot reach the divergence has no score. Prompts are cut to the shortest one.
     """
     shortest = min((len(prompt) for prompt in prompts), default=0)
+    nothing = Score("intervention", "none", {"log_probability_gain": NOTHING}, 0, 0, len(prompts))
     if shortest == 0:
-        return Score("intervention", "none", {"log_probability_gain": NOTHING}, 0, 0, len(prompts))
+        return dict.fromkeys(texts, nothing)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens = torch.stack([torch.tensor([*bos, *prompt[:shortest].tolist()]) for prompt in prompts[:N_PROMPTS]])
     strength, reached = _strength(forward, tokens, direction, divergence)
     if strength is None:
-        return Score("intervention", "none", {"log_probability_gain": NOTHING}, 0, 0, len(tokens))
-    add = _adding(direction, strength)
-    gains = [
-        _asked(forward, tokenizer, _written(forward, tokens, replace, seed), explanation, language, context)
-        for replace in (add, None)
-    ]
-    return Score(
-        "intervention",
-        "none",
-        {
-            "log_probability_gain": mean_interval(gains[0] - gains[1]),
+        return dict.fromkeys(texts, nothing)
+    written = [_written(forward, tokens, replace, seed) for replace in (_adding(direction, strength), None)]
+    scores = {}
+    for name, text in texts.items():
+        changed, clean = (_asked(forward, tokenizer, rows, text, language, context) for rows in written)
+        metrics = {
+            "log_probability_gain": mean_interval(changed - clean),
             "strength": Estimate(strength, float("nan"), float("nan")),
             "divergence": Estimate(reached, float("nan"), float("nan")),
-        },
-        len(tokens),
-    )
+        }
+        scores[name] = Score("intervention", "none", metrics, len(tokens))
+    return scores
 
 
 def _adding(direction: Float[Tensor, " d_in"], strength: float) -> Replace:
@@ -177,7 +180,11 @@ def _asked(
     forward: Forward, tokenizer: Any, written: Int[Tensor, "batch new"], explanation: str, language: str, context: int
 ) -> Float[np.ndarray, " batch"]:
     """Return log p(explanation | what was written), a row each."""
-    answer = np.array(tokenizer(explanation, add_special_tokens=False)["input_ids"], dtype=np.int64)
-    question = ASKS[language]
-    prefixes = [_prefix(tokenizer, tokenizer.decode(row.tolist()) + question) for row in written]
-    return np.concatenate([_log_likelihoods(forward, prefix, [answer], context) for prefix in prefixes])
+    pairs = []
+    for row in written:
+        before = tokenizer.decode(row.tolist()) + ASKS[language]
+        # tokenised in one go: a tokenizer that puts spaces before words does so here as it would in a text
+        whole, start = list(tokenizer(f"{before} {explanation}")["input_ids"]), list(tokenizer(before)["input_ids"])
+        shared = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), len(start))
+        pairs.append((whole[:shared], whole[shared:]))
+    return _log_likelihoods(forward, pairs, context)

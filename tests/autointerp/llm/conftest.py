@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -12,14 +10,6 @@ from sae_italian.autointerp.protocols import Example, LatentExamples
 from sae_italian.autointerp.store import Explanation
 
 MODEL = "prova"
-
-
-@pytest.fixture
-def prices(tmp_path):
-    """A price file: a dollar per thousand tokens in, two out."""
-    path = tmp_path / "prices.json"
-    path.write_text(json.dumps({"version": "1", "models": {MODEL: {"in": 1000.0, "out": 2000.0}}, "free": ["gratis"]}))
-    return path
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The client against an endpoint that fails in every way: no answer is lost, none is paid twice, no key is written."""
 
+import asyncio
 import itertools
 import logging
 import sqlite3
@@ -12,7 +13,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from sae_italian.autointerp.llm.budget import BudgetReached
+from sae_italian.autointerp.llm.budget import Budget, BudgetReached
 from sae_italian.autointerp.llm.client import Client, EndpointError
 from sae_italian.autointerp.llm.ledger import Request
 from sae_italian.autointerp.llm.prices import PRICE_FILE, TokenCounter, price_of
@@ -248,6 +249,23 @@ def test_the_budget_is_never_passed_and_what_was_paid_is_kept(client_of, prices,
         assert len(endpoint.requests) == 40
     with Store(tmp_path / "store.sqlite", {}) as store:
         assert store.spending()[MODEL]["usd"] == pytest.approx(40 * 0.12)
+
+
+def test_what_is_in_flight_is_set_aside():
+    async def scene():
+        budget = Budget(1.0)
+        await budget.reserve(0.6)
+        second = asyncio.create_task(budget.reserve(0.6))
+        for _ in range(9):
+            await asyncio.sleep(0)
+        assert not second.done()  # both together might pass the limit
+        await budget.settle(0.6, spent=0.3)
+        await asyncio.wait_for(second, 5)
+        await budget.settle(0.6, spent=0.6)
+        with pytest.raises(BudgetReached):
+            await budget.reserve(0.2)
+
+    asyncio.run(scene())
 
 
 def test_lost_answers_count_against_the_budget(client_of, prices):

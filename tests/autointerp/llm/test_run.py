@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
+from sae_italian.autointerp.run import EXPLAINER, STORE_FILE, AutointerpConfig
 from sae_italian.autointerp.store import Store
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
@@ -84,14 +85,20 @@ def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
         explanations = store.explanations("llm:prova:it1")
         assert [explanation.status for _, explanation in explanations.values()] == ["ok"] * N + ["dead"]
         assert store.scores_of(N) == [] and "endpoint without logprobs" in store.notes()
-        counted = store.connection.execute(
-            "SELECT sum(n_positive + n_negative) FROM score WHERE judge LIKE 'llm%' AND scorer = 'detection' "
-            "AND metric = 'balanced_accuracy' AND negatives = 'random' AND control = ''"
-        ).fetchone()[0]
-        judged = store.connection.execute(
-            "SELECT count(*) FROM judgement WHERE scorer = 'detection' AND control = '' AND negatives IN ('', 'random')"
-        ).fetchone()[0]
-        assert 0 < counted <= judged  # the table's key lets none in twice
+        judgements = store.connection.execute(
+            "SELECT latent, negatives, count(*), count(DISTINCT example), count(DISTINCT first), sum(said < 0) FROM judgement "
+            "WHERE scorer = 'detection' AND control = '' AND negatives IN ('', 'random') GROUP BY latent, negatives"
+        ).fetchall()
+        scores = store.connection.execute(
+            "SELECT latent, n_positive, n_negative, n_failed FROM score WHERE judge LIKE 'llm%' AND scorer = 'detection' "
+            "AND metric = 'balanced_accuracy' AND negatives = 'random' AND control = '' ORDER BY latent"
+        ).fetchall()
+    # each example shown once, judged once and counted once: every positive of these latents has its random negative
+    judged = {(latent, negatives): counts for latent, negatives, *counts in judgements}
+    assert [latent for latent, *_ in scores] == list(range(N))
+    for latent, n_positive, n_negative, n_failed in scores:
+        assert judged[latent, ""] == [n_positive] * 3 + [0] and judged[latent, "random"] == [n_negative] * 3 + [0]
+        assert 10 < n_positive == n_negative <= AutointerpConfig().n_examples and n_failed == 0
 
 
 @pytest.mark.parametrize(
@@ -99,18 +106,40 @@ def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
     [
         (["--judge", "rule"], "cannot read a text"),
         (["--max-usd", "0"], "--max-usd is 0"),
+        (["--max-usd", "nan"], "--max-usd is nan"),
+        (["--timeout", "0"], "--timeout is 0"),
+        (["--timeout", "-3"], "--timeout is -3"),
+        (["--endpoint", "localhost:1"], "a URL such as"),
         (["--max-usd", "1"], "no price for 'prova'"),
         (["--concurrency", "0"], "--concurrency is 0"),
         (["--key-env", "NON_CE_LA"], "no NON_CE_LA"),
     ],
 )
-def test_options_that_cannot_be_are_one_line(planted, capsys, more, words):
+def test_options_that_cannot_be_are_one_line(planted, capsys, monkeypatch, more, words):
+    """... and are told before any work is done."""
+    monkeypatch.setattr(
+        "sae_italian.quickstart.analyse", lambda *_, **__: pytest.fail("the rules were worked out first")
+    )
     with FakeEndpoint(reader) as endpoint:
         assert run(planted, endpoint, *more) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert main(["autointerp", str(planted.folder), "--endpoint", "http://x"]) == 2
     assert main(["autointerp", str(planted.folder), "--explainer", "llm", "--endpoint", "http://x"]) == 2
+
+
+def test_a_try_that_came_to_nothing_does_not_bind_the_next_one(planted, capsys, tmp_path):
+    """A context in which no prompt fits ends in one line; with the right one the run goes on in the same store."""
+    cache = FeatureCache.open(shutil.copytree(planted.folder, tmp_path / "c", ignore=shutil.ignore_patterns("auto*")))
+    with FakeEndpoint(reader) as endpoint:
+        assert run(cache, endpoint, "--context-tokens", "200") == 2
+        error = capsys.readouterr().err
+        assert "do not fit into the context" in error and error.count("\n") == 1 and endpoint.requests == []
+        assert run(cache, endpoint, "--context-tokens", "1500") == 0
+    with Store(cache.folder / STORE_FILE, {}) as store:
+        (_, explanation) = store.explanations("llm:prova:it1")[0]
+    assert explanation.status == "ok" and explanation.notes["examples"] < 20
+    assert explanation.notes["examples"] + explanation.notes["examples_dropped"] == 20
 
 
 def test_work_under_other_settings_is_refused_and_exports_come_from_the_command(planted, capsys, tmp_path):

@@ -1,0 +1,133 @@
+"""Scores by an encoder and by the subject model: known effects are found, controls stand beside, other caches refused."""
+
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from sae_italian.autointerp.model_scores import N_SEGMENTS, means, score_with_models, table_of
+from sae_italian.autointerp.scorers.subject import _adding, _strength, _written
+from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.cli.scores import _logits
+from sae_italian.errors import UsageError
+from tests.autointerp.conftest import N_TOKENS
+from tests.autointerp.test_scorers import Copier
+from tests.test_cli import run
+
+
+def bag_of_letters(texts):
+    return np.array([[text.count("a"), text.count("o") + 1] for text in texts])
+
+
+def quoting(store, path, planted, mini):
+    """A copy of the store in which an explainer quotes the token of each planted latent; their latents."""
+    path = shutil.copy(store, path)
+    said = {}
+    for latent in range(N_TOKENS):
+        word = mini.tokenizer.decode([int(planted.tokens[planted.latent(latent).position[0]])]).strip()
+        said[latent] = Explanation(latent, "quotes", "ok", " ".join([word] * 4), "", None)
+    with Store(path, {}) as opened:
+        opened.add_explanations(said.values())
+    return path
+
+
+@pytest.fixture(scope="module")
+def scored(planted, mini, store, tmp_path_factory):
+    """Quotes scored by a model that expects again what it has read, and whose state is the share of each token."""
+    path = quoting(store, tmp_path_factory.mktemp("quotes") / "store", planted, mini)
+    copier = Copier(len(mini.tokenizer))
+    tokens = [int(planted.tokens[planted.latent(latent).position[0]]) for latent in range(N_TOKENS)]
+    rest = [0] * (planted.manifest.d_sae - N_TOKENS)
+    directions = torch.nn.functional.one_hot(torch.tensor(tokens + rest), copier.vocab).float()
+    sae = type("SAE", (), {"W_dec": directions})
+    for _ in range(2):  # the second time there is nothing left to do
+        score_with_models(
+            planted,
+            mini.tokenizer,
+            path,
+            latents=6,
+            encode=bag_of_letters,
+            forward=copier,
+            sae=sae,
+            explainer="quotes",
+        )
+    return path
+
+
+def test_a_true_explanation_beats_another_latents_and_an_empty_one(scored):
+    rows = {(row["scorer"], row["negatives"]): row for row in means(scored, "quotes")}
+    surprise, effect = rows["surprisal", "random"], rows["intervention", "none"]
+    assert surprise["n"] == effect["n"] == 6
+    assert surprise["value"] > 0.75 and surprise["over_shuffled"]["lo"] > 0.1 and surprise["over_empty"]["lo"] > 0
+    assert abs(surprise["shuffled"]["value"] - 0.5) < 0.15
+    assert effect["over_shuffled"]["lo"] > 0.1 and effect["over_empty"]["lo"] > 0
+    assert ("intervention", "promoted") in rows and ("embedding", "random") in rows
+    lines = table_of(list(rows.values())).splitlines()
+    assert len(lines) == len(rows) + 2 and any("promoted tokens" in line for line in lines)
+
+
+def test_each_score_has_its_controls_on_the_same_examples(scored):
+    with Store(scored, {}) as opened:
+        for latent in opened.scored("quotes", "subject"):
+            mine = [row for row in opened.scores_of(latent) if row["judge"] == "subject"]
+            by_control = {
+                control: {
+                    (r["scorer"], r["negatives"]): (r["n_positive"], r["n_negative"])
+                    for r in mine
+                    if r["control"] == control and r["negatives"] != "promoted"
+                }
+                for control in ("", "shuffled", "empty")
+            }
+            assert by_control[""] == by_control["shuffled"] == by_control["empty"] != {}
+            n = by_control[""]["surprisal", "random"]
+            assert n[0] == n[1] > N_SEGMENTS / 2
+
+
+def test_a_direction_of_the_real_model_makes_it_write_the_word(mini, planted):
+    """The mini model and a direction whose effect is known, the unembedding of a word: at the strength that is searched
+    the divergence is as wanted and the word is written, clean text has it rarely. (That the mini model then also says so
+    when asked is not to be expected: it cannot follow a question.)"""
+    forward = partial(_logits, mini, "blocks.2.hook_resid_post")
+    rows = planted.tokens.reshape(-1, planted.manifest.context_size)[:12, :16].astype(np.int64)
+    tokens = torch.from_numpy(rows)
+    for word in ("dice", "anni", "casa"):
+        (token,) = mini.tokenizer(word, add_special_tokens=False)["input_ids"]
+        direction = mini.get_output_embeddings().weight[token].detach()
+        strength, reached = _strength(forward, tokens, direction, 2.0)
+        assert reached == pytest.approx(2.0, rel=0.1)
+        changed, clean = (_written(forward, tokens, r, 0) for r in (_adding(direction, strength), None))
+        shares = [float((written == token).any(dim=1).float().mean()) for written in (changed, clean)]
+        assert shares[0] > 0.35 and shares[1] < 0.2
+
+
+def test_what_does_not_fit_the_context_fails_and_is_no_end(planted, mini, store, tmp_path):
+    path = shutil.copy(store, tmp_path / "store")
+    score_with_models(planted, mini.tokenizer, path, latents=2, forward=Copier(len(mini.tokenizer)), context=20)
+    with Store(path, {}) as opened:
+        (latent, *_) = opened.scored("rules", "subject")
+        rows = [row for row in opened.scores_of(latent) if row["judge"] == "subject"]
+    assert rows and all(row["value"] is None and row["n_failed"] > 0 for row in rows)
+    assert means(path, "rules") == []
+
+
+def test_scores_of_a_cache_rebuilt_since_or_of_nobody_are_refused(planted, mini, store, tmp_path):
+    from tests.planted import planted_cache
+
+    again = planted_cache(planted, tmp_path / "again", [planted.latent(0).position[::2]], mini)
+    path = shutil.copy(store, tmp_path / "store")
+    with pytest.raises(UsageError, match="another cache"):
+        score_with_models(again, mini.tokenizer, path, latents=2, encode=bag_of_letters)
+    with pytest.raises(UsageError, match="no explanations by 'llm:x'; there are those of: rules, token-lookup"):
+        score_with_models(planted, mini.tokenizer, path, latents=2, encode=bag_of_letters, explainer="llm:x")
+
+
+def test_the_command_scores_with_the_subject_model(capsys, planted, store, tmp_path):
+    """On a cache whose store and SAE are at hand: the table has the controls, a rerun computes nothing."""
+    assert store.parent == planted.folder
+    cache = shutil.copytree(planted.folder, tmp_path / "cache")
+    code, _, err = run(capsys, "scores", cache, "--subject", "--explainer", "nobody", "--latents", 1)
+    assert code == 2 and "no explanations by 'nobody'" in err and len(err.strip().splitlines()) == 1
+    code, out, _ = run(capsys, "scores", cache, "--subject", "--latents", 1)
+    assert code == 0 and "over another's" in out and "| intervention, log probability gain |" in out
