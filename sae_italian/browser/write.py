@@ -130,7 +130,8 @@ def _write_source(folder: Path, source: Source, run: RunRecord, more: dict[str, 
         part = {name: values[start : start + ROWS_PER_SHARD] for name, values in columns.items()}
         _write_data(folder.parent, f"{folder.name}/rows", index, _short_columns(part))
     del columns
-    facts = {"rows": n_rows, "row_shards": len(starts), "cards_per_shard": CARDS_PER_SHARD}
+    sizes = {"rows_per_shard": ROWS_PER_SHARD, "cards_per_shard": CARDS_PER_SHARD}
+    facts = {"rows": n_rows, "row_shards": len(starts), **sizes}
     _write_data(folder.parent, f"{folder.name}/run", 0, {"run": run, **facts, **more})
     gc.freeze()  # a card's records hold each other in no circle: what was there before need not be searched again and again
     with tqdm(total=n_rows, desc="cards", unit="latent", disable=None if bar else True) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,13 @@ EVIL = "<script>window.harm=1</script><img src=x onerror='window.harm=1'> \u202e
 TO_SCREEN = """([x, y]) => {
   const point = new DOMPoint(x, y).matrixTransform(document.querySelector(".scatter svg").getScreenCTM());
   return [point.x, point.y];
+}"""
+DOT = """([x, y]) => {
+  const canvas = document.querySelector(".dots");
+  const box = document.querySelector(".scatter svg").getBoundingClientRect();
+  const scale = canvas.height / box.height;
+  const left = box.left + (box.width - box.height) / 2;
+  return [...canvas.getContext("2d").getImageData(Math.round((x - left) * scale), Math.round((y - box.top) * scale), 1, 1).data];
 }"""
 LOW_CONTRAST = """() => {
   const parse = (color) => {
@@ -349,14 +357,30 @@ def test_gold_labels_sort_and_link(tab: Any, folder: Path) -> None:
     tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
 
 
+def place(cloud: str, latent: int) -> list[float]:
+    """Return where the dot of a latent is, in the drawing's units of 332 x 332."""
+    drawn = [row for row in make_source(200).row_records if cloud == "map" or row["detection"] is not None]
+    if cloud == "map":
+        x, y = ([row[axis] or 0.0 for row in drawn] for axis in ("x", "y"))
+        bounds = [(10, 322, min(x), max(x)), (322, 10, min(y), max(y))]
+    else:
+        x, y = [math.log10(row["density"]) for row in drawn], [row["detection"] or 0.0 for row in drawn]
+        bounds = [(30, 326, min(x) - 0.15, max(x) + 0.15), (312, 8, math.floor(10 * min(0.4, *y)) / 10, 1)]
+    at = [row["latent"] for row in drawn].index(latent)
+    return [
+        start + (values[at] - lo) / (hi - lo) * (end - start)
+        for values, (start, end, lo, hi) in zip((x, y), bounds, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("cloud", ["scatter", "map"])
 def test_a_cloud_opens_the_latent_under_the_pointer(tab: Any, folder: Path, cloud: str) -> None:
     show(tab, folder)
     tab.click(f'[data-cloud="{cloud}"]')
     tab.fill(".search", "condizionale")
-    x, y = map(float, re.match(r"M(\S+) (\S+?)h0", tab.get_attribute(".dots.shown", "d")).groups())  # type: ignore[union-attr]
     latent = latents(tab)[0]
-    spot = tab.evaluate(TO_SCREEN, [x, y])
+    spot = tab.evaluate(TO_SCREEN, place(cloud, latent))
+    assert tab.evaluate(DOT, spot) == pytest.approx([11, 107, 80, 140], abs=3)  # the accent of a dot that is found
     tab.mouse.move(*spot)
     assert tab.inner_text(".readout").startswith(f"{latent} · ")
     tab.mouse.click(*spot)

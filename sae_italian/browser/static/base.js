@@ -22,6 +22,19 @@ export function preferredTheme() {
   return theme === "dark" || theme === "light" ? theme : null;
 }
 
+// Calls when the theme changes, by the button or in the system, as long as `alive` says so.
+export function onTheme(root, alive, changed) {
+  const system = window.matchMedia("(prefers-color-scheme: dark)");
+  const watch = new MutationObserver(() => look());
+  const look = () => {
+    if (alive()) return changed();
+    watch.disconnect();
+    return system.removeEventListener("change", look);
+  };
+  watch.observe(root, { attributes: true, attributeFilter: ["data-theme"] });
+  system.addEventListener("change", look);
+}
+
 // --- DOM ---
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {
@@ -139,16 +152,28 @@ export function copyButton(ctx, label, make) {
   return button;
 }
 
-// --- rows: columns as they travel, one object per latent as the views use them ---
+// --- rows: columns as they travel. A row reads its columns, so that 65,536 of them cost nothing before they are shown ---
 export function rowsOf(columns) {
-  const names = Object.keys(columns);
-  const rows = (columns[names[0]] || []).map(() => ({}));
-  for (const name of names) {
-    const values = columns[name];
-    for (let i = 0; i < rows.length; i += 1) rows[i][name] = values[i];
+  class Row {
+    #at;
+    constructor(at) { this.#at = at; }
+    static {
+      for (const [name, values] of Object.entries(columns)) {
+        Object.defineProperty(this.prototype, name, { enumerable: true, get() { return values[this.#at]; } });
+      }
+    }
   }
-  return rows;
+  return Array.from(Object.values(columns)[0] || [], (_, at) => new Row(at));
 }
+
+export function plain(row) {
+  const fields = {};
+  for (const name in row) fields[name] = row[name]; // those that it reads from its columns too
+  return fields;
+}
+
+// --- work for when nothing else is to be done; where a browser has no word for that, soon ---
+export const whenIdle = (work) => (window.requestIdleCallback || ((then) => window.setTimeout(then, 30)))(work);
 
 export function keyHelp(ctx) {
   const key = (...names) => names.map((name) => h("kbd", {}, name));
