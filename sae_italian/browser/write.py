@@ -1,7 +1,7 @@
 """Write the latent browser: a folder that opens from disk in any current browser, with no server and no network.
 
 Layout: `index.html`, `browser.json` (the marker: what this folder is), `assets/app.js` and `assets/app.css` (the modules
-and styles of `static/` as one script and one sheet) and `data/`: `run/0000.js`, `rows/0000.js`, ... (columns of 4,096
+and styles of `static/` as one script and one sheet) and `data/`: `run/0000.js`, `rows/0000.js`, ... (columns of 1,024
 latents) and `cards/0000.js`, ... (32 latents each). See pack.py for what a data file holds. A browser that compares has
 the other SAE's `rows`, `run` and `cards` in `other/`, and the matches in `data/matches/0000.js`.
 """
@@ -27,7 +27,7 @@ from sae_italian.errors import UsageError
 MARKER = "browser.json"
 FORMAT = "sae-italian-browser"
 SCHEMA_VERSION = 2
-ROWS_PER_SHARD = 4096
+ROWS_PER_SHARD = 1024  # a card that the address names waits for one such part of the list
 CARDS_PER_SHARD = 32
 SCRIPT = '<script src="assets/app.js" defer></script>'
 POLICY = (

@@ -87,14 +87,18 @@ export function makeContext(lang, host = {}) {
   const words = strings[lang];
   const locale = lang === "it" ? "it-IT" : "en-GB";
   const format = (options) => new Intl.NumberFormat(locale, { signDisplay: "negative", useGrouping: "always", ...options });
-  const formats = {
-    integer: format({ maximumFractionDigits: 0 }),
-    one: format({ maximumFractionDigits: 1 }),
-    two: format({ maximumSignificantDigits: 2 }),
-    three: format({ minimumSignificantDigits: 3, maximumSignificantDigits: 3 }),
-    signed: format({ minimumFractionDigits: 2, maximumFractionDigits: 2, signDisplay: "exceptZero" }),
+  const later = (options) => { // a format costs a millisecond: it is made when it is first asked for
+    let made = null;
+    return { format: (x) => (made ??= format(options)).format(x) };
   };
-  const fixed = [0, 1, 2, 3].map((digits) => format({ minimumFractionDigits: digits, maximumFractionDigits: digits }));
+  const formats = {
+    integer: later({ maximumFractionDigits: 0 }),
+    one: later({ maximumFractionDigits: 1 }),
+    two: later({ maximumSignificantDigits: 2 }),
+    three: later({ minimumSignificantDigits: 3, maximumSignificantDigits: 3 }),
+    signed: later({ minimumFractionDigits: 2, maximumFractionDigits: 2, signDisplay: "exceptZero" }),
+  };
+  const fixed = [0, 1, 2, 3].map((digits) => later({ minimumFractionDigits: digits, maximumFractionDigits: digits }));
   const or = (f) => (x) => (x === null || x === undefined ? "–" : f.format(x).replace("-", "−"));
   const ctx = {
     lang,
@@ -173,7 +177,7 @@ export function plain(row) {
 }
 
 // --- work for when nothing else is to be done; where a browser has no word for that, soon ---
-export const whenIdle = (work) => (window.requestIdleCallback || ((then) => window.setTimeout(then, 30)))(work);
+export const whenIdle = (work) => (window.requestIdleCallback ? window.requestIdleCallback(work, { timeout: 500 }) : window.setTimeout(work, 30));
 
 export function keyHelp(ctx) {
   const key = (...names) => names.map((name) => h("kbd", {}, name));

@@ -13,7 +13,10 @@ const MANY = 3000; // from so many dots on, they are small
 function places(rows, scale) {
   const n = rows.reduce((most, row) => Math.max(most, row.latent + 1), 0);
   const at = { x: new Float32Array(n).fill(NaN), y: new Float32Array(n).fill(NaN) };
-  for (const row of rows) [at.x[row.latent], at.y[row.latent]] = [scale.x(row), scale.y(row)];
+  for (const row of rows) {
+    at.x[row.latent] = scale.x(row);
+    at.y[row.latent] = scale.y(row);
+  }
   return at;
 }
 
@@ -22,7 +25,10 @@ function nearest(rows, at, x, y) {
   let least = REACH ** 2;
   for (const row of rows) {
     const distance = (at.x[row.latent] - x) ** 2 + (at.y[row.latent] - y) ** 2;
-    if (distance < least) [best, least] = [row, distance];
+    if (distance < least) {
+      best = row;
+      least = distance;
+    }
   }
   return best;
 }
