@@ -63,29 +63,31 @@ class ContextMaker:
         position, value = latent
         if len(position) == 0:
             return Peaks(position, value)
-        starts = segment_starts(self.cache, position, SEGMENT)
-        first = np.flatnonzero(np.diff(starts, prepend=-1))
-        strongest = np.lexsort((position, -value, np.cumsum(np.diff(starts, prepend=-1) != 0)))[first]
+        begins = np.diff(segment_starts(self.cache, position, SEGMENT), prepend=-1) != 0
+        first = np.flatnonzero(begins)
+        stretch = np.cumsum(begins) - 1
+        largest = np.flatnonzero(value == np.maximum.reduceat(value, first)[stretch])
+        strongest = largest[np.diff(stretch[largest], prepend=-1) != 0]  # of equals the first
         order = np.argsort(-value[strongest], kind="stable")
         return Peaks(position[strongest][order], value[strongest][order])
 
-    def _inside(
-        self, peak: Int[np.ndarray, " n"], before: int, after: int
-    ) -> tuple[np.ndarray, Bool[np.ndarray, "n w"]]:
-        """Return the positions around each peak and which of them are of its document and window."""
+    def _around(
+        self, peak: Int[np.ndarray, " n"], before: int, after: int, *names: str
+    ) -> tuple[np.ndarray, Bool[np.ndarray, "n w"], Int[np.ndarray, "names n w"]]:
+        """Return the positions around each peak, which of them are of its document and window, and what stands there."""
         context = self.cache.manifest.context_size
         grid = peak[:, None] + np.arange(-before, after + 1)
         window = grid // context == peak[:, None] // context
         grid = np.where(window, grid, peak[:, None])
-        doc = self.cache.gather("doc", grid.ravel()).reshape(grid.shape)
-        return grid, window & (doc == doc[:, before, None])
+        found = self.cache.gather_all(("doc", *names), grid.ravel()).reshape(-1, *grid.shape)
+        return grid, window & (found[0] == found[0][:, before, None]), found
 
     def _distinct(
         self, peak: Int[np.ndarray, " peaks"], candidates: list[np.ndarray], wanted: list[int]
     ) -> list[np.ndarray]:
         """Return of each group of candidates the first so many whose tokens no other that was taken has."""
-        grid, inside = self._inside(peak[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER)
-        tokens = np.where(inside, self.cache.gather("tokens", grid.ravel()).reshape(grid.shape), -1)
+        _, inside, (_, tokens) = self._around(peak[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER, "tokens")
+        tokens = np.where(inside, tokens, -1)
         contents = iter(tokens)
         seen: set[bytes] = set()
         kept: list[np.ndarray] = []
@@ -100,9 +102,8 @@ class ContextMaker:
         return kept
 
     def _contexts(self, latent: LatentActivations, peak: Int[np.ndarray, " n"]) -> list[ContextRecord]:
-        grid, inside = self._inside(peak, BEFORE, AFTER)
+        grid, inside, (doc, begin, end) = self._around(peak, BEFORE, AFTER, "start", "end")
         linked = _joined(inside, BEFORE)
-        begin, end = (self.cache.gather(name, grid.ravel()).reshape(grid.shape) for name in ("start", "end"))
         place = np.searchsorted(latent.position, grid).clip(max=len(latent.position) - 1)
         value = np.where(linked & (latent.position[place] == grid), latent.value[place], 0.0)
         rows, columns = np.nonzero(value)
@@ -110,7 +111,7 @@ class ContextMaker:
         first = begin[np.arange(len(peak)), linked.argmax(axis=1)]
         last = np.where(linked, end, 0).max(axis=1)
         spans = np.stack([begin[rows, columns] - first[rows], end[rows, columns] - first[rows]], axis=1)
-        active, docs = value[rows, columns], self.cache.gather("doc", peak).tolist()
+        active, docs = value[rows, columns], doc[:, BEFORE].tolist()
         bounds, largest = zip(first.tolist(), last.tolist(), strict=True), value.max(axis=1).tolist()
         contexts = []
         for row, (low, high) in enumerate(bounds):

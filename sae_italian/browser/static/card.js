@@ -47,10 +47,11 @@ function labelsPanel(ctx, labels) {
     h("tbody", {}, labels.map(row))));
 }
 
-function sourcesPanel(ctx, sources) {
+function sourcesPanel(ctx, { sources, more_sources: more }) {
   const top = sources[0].documents;
   return section(ctx.t("sources"), null, barTable({ caption: ctx.t("sources"), items: sources.map((item) => ({
-    head: text(item.source || ctx.t("no.source")), share: item.documents / top, text: ctx.t("documents", { n: ctx.integer(item.documents) }) })) }));
+    head: text(item.source || ctx.t("no.source")), share: item.documents / top, text: ctx.t("documents", { n: ctx.integer(item.documents) }) })) }),
+  more > 0 && h("p", { class: "note muted" }, ctx.t("more.sources", { n: ctx.integer(more) })));
 }
 
 // --- what it writes ---
@@ -88,7 +89,7 @@ function reacts(ctx, row, card) {
       card.histogram.counts.length > 0 && section(ctx.t("histogram"), null, histogram(ctx, card.histogram)),
       card.positions.length > 0 && section(ctx.t("profile"), ctx.t("profile.note"), profile(ctx, card.positions)),
       card.cofiring.length > 0 && neighboursPanel(ctx, card.cofiring, "cofiring"),
-      card.sources.length > 0 && sourcesPanel(ctx, card.sources))));
+      card.sources.length > 0 && sourcesPanel(ctx, card))));
 }
 
 function writes(ctx, card) {
