@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +45,7 @@ class ContextMaker:
         peaks = self.peaks(latent)
         if len(peaks.position) == 0:
             return []
-        parts = [part for part in np.array_split(np.arange(len(peaks.position)), TENTHS) if len(part)]
+        parts = [range(*edges) for edges in pairwise(_edges(len(peaks.position))) if edges[0] < edges[1]]
         candidates = [np.arange(min(CANDIDATES * self.n_top, len(peaks.position)))]
         candidates += [_spread(part, self.per_tenth) for part in parts]
         kept = self._distinct(peaks.position, candidates, [self.n_top] + [self.per_tenth] * len(parts))
@@ -141,10 +143,19 @@ def _joined(inside: Bool[np.ndarray, "n w"], centre: int) -> Bool[np.ndarray, "n
     return np.concatenate([left[:, :-1], right], axis=1)
 
 
-def _spread(part: Int[np.ndarray, " n"], wanted: int) -> Int[np.ndarray, " m"]:
+def _edges(n: int) -> list[int]:
+    """Return where each tenth of n begins, and n; the first tenths have the one more that is left over."""
+    return [i * (n // TENTHS) + min(i, n % TENTHS) for i in range(TENTHS + 1)]
+
+
+def _spread(part: range, wanted: int) -> Int[np.ndarray, " m"]:
     """Return some of a part's ranks, evenly spaced: first as many as wanted, then those between them."""
-    n = min(CANDIDATES * wanted, len(part))
-    chosen = part[np.linspace(0, len(part) - 1, n).astype(int)]
+    return part.start + _spaced(len(part), min(CANDIDATES * wanted, len(part)))
+
+
+@lru_cache(4096)
+def _spaced(length: int, n: int) -> Int[np.ndarray, " n"]:
+    chosen = np.arange(n) * (length - 1) // max(1, n - 1)
     first = np.arange(n) % CANDIDATES == CANDIDATES // 2
     return np.concatenate([chosen[first], chosen[~first]])
 

@@ -106,8 +106,8 @@ class FeatureCache:
     def n_documents(self) -> int:
         return self._document_base[-1]
 
-    def by_shard(self, position: Int[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield (shard, indices into `position`, places in the shard) for the shards that hold some of the positions."""
+    def by_shard(self, position: Int[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray]]:
+        """Yield (shard, where in `position`, places in the shard) for the shards that hold some of the positions."""
         if len(position) == 0:
             return
         shard = position // self._shard_positions
@@ -115,7 +115,7 @@ class FeatureCache:
             begins = np.flatnonzero(np.diff(shard, prepend=-1))
             for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(shard)], strict=True):
                 number = int(shard[begin])
-                yield number, np.arange(begin, end), position[begin:end] - number * self._shard_positions
+                yield number, slice(begin, end), position[begin:end] - number * self._shard_positions
             return
         order = np.argsort(shard, kind="stable")
         numbers, begins = np.unique(shard[order], return_index=True)

@@ -387,6 +387,66 @@ def test_a_cloud_opens_the_latent_under_the_pointer(tab: Any, folder: Path, clou
     tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
 
 
+def test_the_dots_follow_the_theme(tab: Any, folder: Path) -> None:
+    show(tab, folder)
+    tab.click('[data-cloud="map"]')
+    spot = tab.evaluate(TO_SCREEN, place("map", latents(tab)[0]))
+    light = tab.evaluate(DOT, spot)
+    tab.click(".theme")
+    tab.wait_for_function(f"([spot, light]) => String(({DOT})(spot)) !== String(light)", arg=[spot, light])
+
+
+READ = """window.read = [];
+new MutationObserver((records) => {
+  for (const node of records.flatMap(({ addedNodes }) => [...addedNodes])) {
+    if (node.tagName === "SCRIPT") window.read.push(node.getAttribute("src"));
+    if (node.querySelector?.(".card-page h1, .card")) window.read.push("card");
+  }
+}).observe(document, { childList: true, subtree: true });"""
+
+
+def test_a_permalinks_card_comes_before_the_list(tab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_italian.browser.write.ROWS_PER_SHARD", 50)
+    source = make_source(200)
+    near = source.row_records[150]
+    source.cards[77] = {**make_card(source.row_records[77]), "decoder": [{"latent": 150, "value": 0.5}]}
+    index = write_browser(tmp_path / "out", source)
+    tab.add_init_script(READ)
+    show(tab, index, "#latent=77")
+    tab.wait_for_function("document.querySelector('.card-nav').textContent.includes('200')")
+    read = tab.evaluate("window.read")
+    assert read[1:5] == [f"data/{name}.js" for name in ("run/0000", "rows/0001", "cards/0002")] + ["card"]
+    assert sorted(name for name in read[5:] if "rows" in name) == [f"data/rows/000{i}.js" for i in (0, 2, 3)]
+    assert read.count("card") == 1 and tab.title().startswith("Latente 77 · ")
+    assert near["explanation_it"][:20] in tab.inner_text(".writes .neighbours")
+    tab.keyboard.press("j")
+    tab.wait_for_function("!document.querySelector('.card-page h1').textContent.endsWith(' 77')")
+    tab.keyboard.press("Escape")
+    assert tab.locator("tr[data-latent]").count() > 10 and tab.inner_text(".found") == "200 latenti"
+
+
+def test_a_card_is_read_while_the_pointer_is_on_its_row(tab: Any, folder: Path) -> None:
+    tab.add_init_script(READ)
+    show(tab, folder)
+    latent = latents(tab)[4]
+    file = f"data/cards/{latent // 32:04d}.js"
+    tab.locator(f'tr[data-latent="{latent}"] .clamp').hover()
+    tab.wait_for_function("(file) => window.read.includes(file)", arg=file)
+    tab.locator(f'tr[data-latent="{latent}"] .clamp').click()
+    tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
+    assert tab.evaluate("window.read").count(file) == 1
+
+
+def test_search_keeps_texts_apart_that_hold_any_character(tab: Any, tmp_path: Path) -> None:
+    source = make_source(3)
+    for row, text in zip(source.row_records, ("\u0000prima", "\u0000\u0000seconda", "terza"), strict=True):
+        row.update(explanation_it=text, explanation_en=text, dead=False, top_tokens=[])
+    show(tab, write_browser(tmp_path / "out", source))
+    for latent, word in enumerate(("prima", "seconda", "terza")):
+        tab.fill(".search", word)
+        assert latents(tab) == [latent]
+
+
 def test_latents_without_scores_or_decoder(tab: Any, tmp_path: Path) -> None:
     source = make_source(3)
     source.run_record = {**source.run_record, "metrics": [], "controls": [], "gold": [], "k": None}
