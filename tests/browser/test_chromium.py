@@ -28,7 +28,10 @@ DOT = """([x, y]) => {
   const box = document.querySelector(".scatter svg").getBoundingClientRect();
   const scale = canvas.height / box.height;
   const left = box.left + (box.width - box.height) / 2;
-  return [...canvas.getContext("2d").getImageData(Math.round((x - left) * scale), Math.round((y - box.top) * scale), 1, 1).data];
+  const copy = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+  const drawn = copy.getContext("2d", { willReadFrequently: true });
+  drawn.drawImage(canvas, 0, 0);
+  return [...drawn.getImageData(Math.round((x - left) * scale), Math.round((y - box.top) * scale), 1, 1).data];
 }"""
 LOW_CONTRAST = """() => {
   const parse = (color) => {
@@ -400,7 +403,7 @@ READ = """window.read = [];
 new MutationObserver((records) => {
   for (const node of records.flatMap(({ addedNodes }) => [...addedNodes])) {
     if (node.tagName === "SCRIPT") window.read.push(node.getAttribute("src"));
-    if (node.querySelector?.(".card-page h1, .card")) window.read.push("card");
+    if (node.matches?.(".card")) window.read.push("card");
   }
 }).observe(document, { childList: true, subtree: true });"""
 
