@@ -5,7 +5,7 @@ import { h, svg, text } from "./base.js";
 const round = (x) => Math.round(x * 10) / 10;
 const BOX = { left: 30, right: 326, top: 8, bottom: 312 };
 const SIDE = 332; // of the drawing, in its own units
-const SHARP = 3; // points of the picture to a unit
+const SHARP = 2; // points of the picture to a unit
 const REACH = 12; // units from a dot at which the pointer is on it
 const MANY = 3000; // from so many dots on, they are small
 
