@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from sae_italian.browser.contexts import N_TOP, PER_TENTH, TENTHS
 from sae_italian.browser.pack import data_script, read_data
 from sae_italian.browser.source import LatentSource
-from sae_italian.browser.write import CARDS_PER_SHARD, write_browser
+from sae_italian.browser.write import CARDS_PER_SHARD, MARKER, write_browser
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.errors import DataError, UsageError
 
@@ -179,9 +180,18 @@ def _peak() -> int:
 
 
 def measure_page(folder: Path, *, repeats: int = 5) -> dict[str, Any]:
-    """Return seconds to the first paint, to the list and to a card of a folder on disk, in headless Chromium (medians).
+    """Return what the page of a folder on disk takes in headless Chromium: medians of seconds, each from a fresh page.
 
-    Raises: UsageError where Playwright or Chromium is absent.
+    first_paint, list: from the start of the navigation until the first text, and until the list, are drawn.
+    card_by_link: the same until a card is, where the address names a latent (`index.html#latent=N`).
+    first_card: from the click on a row of the list, before any card was opened, until its card is drawn.
+    next_card: from the key j on a card until the card of the list's next latent is drawn.
+    far_card: from a new latent in the address of an open page until its card is drawn; none of it was read before.
+    search, search_again: from a letter in the search box until the list is drawn; the first one, and one more.
+    sort, filter: from the click until the list is drawn.
+
+    "Drawn" is the second frame after it is in the document. Every step waits until the page is idle. The chart of the
+    latents is there before the first click. Raises: UsageError where Playwright or Chromium is absent.
     """
     import shutil
 
@@ -195,50 +205,77 @@ def measure_page(folder: Path, *, repeats: int = 5) -> dict[str, Any]:
             "measuring the page needs Chromium and Playwright: apt-get install chromium; pip install playwright"
         )
     index = (folder / "index.html").resolve().as_uri()
-    times: dict[str, list[float]] = {"first_paint": [], "list": [], "card": [], "next_card": [], "search": []}
+    n_latents = json.loads((folder / MARKER).read_text(encoding="utf-8"))["rows"]
+    times: list[dict[str, float]] = []
     with sync_playwright() as driver:  # pyright: ignore[reportPossiblyUnboundVariable]
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        for _ in range(repeats):
+        for repeat in range(repeats):
             page = browser.new_page(viewport={"width": 1280, "height": 900})
-            page.add_init_script(_WATCH)
-            page.goto(index)
-            page.wait_for_selector("tr[data-latent]")
-            page.wait_for_selector(".scatter")
-            times["first_paint"].append(
-                page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1e3
-            )
-            times["list"].append(page.evaluate("window.listAt") / 1e3)
-            for name, step in (("card", 4321), ("next_card", 4322)):
-                times[name].append(page.evaluate(_OPEN, step) / 1e3)
-            page.evaluate("location.hash = ''")
-            times["search"].append(page.evaluate(_SEARCH) / 1e3)
+            page.add_init_script(_STEPS)
+            times.append(_walk(page, index, far=(n_latents * (repeat + 1)) // (repeats + 1)))
             page.close()
         browser.close()
-    return {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+    return {f"{name}_seconds": statistics.median(one[name] / 1e3 for one in times) for name in times[0]}
 
 
-_WATCH = """new MutationObserver((_, watch) => {
-  if (!document.querySelector("tr[data-latent]")) return;
-  watch.disconnect();
-  requestAnimationFrame(() => requestAnimationFrame(() => { window.listAt = performance.now(); }));
-}).observe(document, { childList: true, subtree: true });"""
-_OPEN = """(latent) => new Promise((done) => {
-  const started = performance.now();
-  new MutationObserver((_, watch) => {
-    const title = document.querySelector(".card-page h1");
-    if (!title?.textContent.endsWith(" " + latent)) return;
-    watch.disconnect();
-    requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - started)));
-  }).observe(document, { childList: true, subtree: true });
-  location.hash = "latent=" + latent;
-})"""
-_SEARCH = """() => new Promise((done) => {
-  const field = document.querySelector(".search");
-  field.value = "0001 0002";
-  const started = performance.now();
-  field.dispatchEvent(new Event("input"));
-  requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - started)));
-})"""
+def _walk(page: Any, index: str, far: int) -> dict[str, float]:
+    """Return the milliseconds of each step; `far` is a latent whose card no other step reads."""
+
+    def after(name: str, act: Callable[[], Any], *, event: str, wanted: str) -> None:
+        page.evaluate("steps.idle()")
+        page.evaluate("([event, wanted]) => steps.begin(event, wanted)", [event, wanted])
+        act()
+        found[name] = page.evaluate("steps.done")
+
+    found: dict[str, float] = {}
+    page.goto("about:blank")
+    page.goto(f"{index}#latent={far}")
+    found["card_by_link"] = page.evaluate("steps.shown('.card-page h1')")
+    page.goto("about:blank")
+    page.goto(index)
+    found["list"] = page.evaluate("steps.shown('tr[data-latent]')")
+    found["first_paint"] = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    page.wait_for_selector(".scatter")
+    card = ".card-page h1"
+    first = page.locator("tr[data-latent] .clamp").nth(3)
+    after("first_card", first.click, event="click", wanted=card)
+    after("next_card", lambda: page.keyboard.press("j"), event="keydown", wanted=card)
+    go = f"location.hash = 'latent={far}'"
+    after("far_card", lambda: page.evaluate(go), event="hashchange", wanted=card)
+    page.keyboard.press("Escape")
+    page.wait_for_selector("tr[data-latent]")
+    page.evaluate("steps.idle()")
+    page.focus(".search")
+    for name in ("search", "search_again"):
+        after(name, lambda: page.keyboard.press("1"), event="input", wanted=".found")
+    after("sort", page.locator('.latents [data-sort="density"]').click, event="click", wanted=".found")
+    after("filter", page.locator('[data-filter="better"]').click, event="click", wanted=".found")
+    return found
+
+
+# `begin` notes when an event comes and resolves `done` when an element was put into the page after it, and is drawn.
+_STEPS = """window.steps = {
+  drawn: () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now())))),
+  idle: () => new Promise((done) => requestIdleCallback(() => requestIdleCallback(() => done(), { timeout: 500 }), { timeout: 500 })),
+  async shown(selector) {
+    const there = () => document.querySelector(selector);
+    if (!there()) await new Promise((done) => new MutationObserver((_, watch) => {
+      if (there()) { watch.disconnect(); done(); }
+    }).observe(document, { childList: true, subtree: true }));
+    return steps.drawn();
+  },
+  begin(event, selector) {
+    const before = document.querySelector(selector);
+    const text = before?.firstChild;
+    steps.done = new Promise((done) => window.addEventListener(event, async ({ timeStamp }) => {
+      const changed = () => { const now = document.querySelector(selector); return now && (now !== before || now.firstChild !== text); };
+      if (!changed()) await new Promise((seen) => new MutationObserver((_, watch) => {
+        if (changed()) { watch.disconnect(); seen(); }
+      }).observe(document, { childList: true, subtree: true, characterData: true }));
+      done(await steps.drawn() - timeStamp);
+    }, { capture: true, once: true }));
+  },
+};"""
 
 
 def table_of(result: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +48,7 @@ class ContextMaker:
         peaks = self.peaks(latent)
         if len(peaks.position) == 0:
             return []
-        parts = [part for part in np.array_split(np.arange(len(peaks.position)), TENTHS) if len(part)]
+        parts = [range(*edges) for edges in pairwise(_edges(len(peaks.position))) if edges[0] < edges[1]]
         candidates = [np.arange(min(CANDIDATES * self.n_top, len(peaks.position)))]
         candidates += [_spread(part, self.per_tenth) for part in parts]
         kept = self._distinct(peaks.position, candidates, [self.n_top] + [self.per_tenth] * len(parts))
@@ -66,29 +68,31 @@ class ContextMaker:
         position, value = latent
         if len(position) == 0:
             return Peaks(position, value)
-        starts = segment_starts(self.cache, position, SEGMENT)
-        first = np.flatnonzero(np.diff(starts, prepend=-1))
-        strongest = np.lexsort((position, -value, np.cumsum(np.diff(starts, prepend=-1) != 0)))[first]
+        begins = np.diff(segment_starts(self.cache, position, SEGMENT), prepend=-1) != 0
+        first = np.flatnonzero(begins)
+        stretch = np.cumsum(begins) - 1
+        largest = np.flatnonzero(value == np.maximum.reduceat(value, first)[stretch])
+        strongest = largest[np.diff(stretch[largest], prepend=-1) != 0]  # of equals the first
         order = np.argsort(-value[strongest], kind="stable")
         return Peaks(position[strongest][order], value[strongest][order])
 
-    def _inside(
-        self, peak: Int[np.ndarray, " n"], before: int, after: int
-    ) -> tuple[np.ndarray, Bool[np.ndarray, "n w"]]:
-        """Return the positions around each peak and which of them are of its document and window."""
+    def _around(
+        self, peak: Int[np.ndarray, " n"], before: int, after: int, *names: str
+    ) -> tuple[np.ndarray, Bool[np.ndarray, "n w"], Int[np.ndarray, "names n w"]]:
+        """Return the positions around each peak, which of them are of its document and window, and what stands there."""
         context = self.cache.manifest.context_size
         grid = peak[:, None] + np.arange(-before, after + 1)
         window = grid // context == peak[:, None] // context
         grid = np.where(window, grid, peak[:, None])
-        doc = self.cache.gather("doc", grid.ravel()).reshape(grid.shape)
-        return grid, window & (doc == doc[:, before, None])
+        found = self.cache.gather_all(("doc", *names), grid.ravel()).reshape(-1, *grid.shape)
+        return grid, window & (found[0] == found[0][:, before, None]), found
 
     def _distinct(
         self, peak: Int[np.ndarray, " peaks"], candidates: list[np.ndarray], wanted: list[int]
     ) -> list[np.ndarray]:
         """Return of each group of candidates the first so many whose tokens no other that was taken has."""
-        grid, inside = self._inside(peak[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER)
-        tokens = np.where(inside, self.cache.gather("tokens", grid.ravel()).reshape(grid.shape), -1)
+        _, inside, (_, tokens) = self._around(peak[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER, "tokens")
+        tokens = np.where(inside, tokens, -1)
         contents = iter(tokens)
         seen: set[bytes] = set()
         kept: list[np.ndarray] = []
@@ -105,9 +109,8 @@ class ContextMaker:
     def _contexts(
         self, latent: LatentActivations, peak: Int[np.ndarray, " n"], before: int, after: int
     ) -> list[ContextRecord]:
-        grid, inside = self._inside(peak, before, after)
+        grid, inside, (doc, begin, end) = self._around(peak, before, after, "start", "end")
         linked = _joined(inside, before)
-        begin, end = (self.cache.gather(name, grid.ravel()).reshape(grid.shape) for name in ("start", "end"))
         place = np.searchsorted(latent.position, grid).clip(max=len(latent.position) - 1)
         value = np.where(linked & (latent.position[place] == grid), latent.value[place], 0.0)
         rows, columns = np.nonzero(value)
@@ -115,7 +118,7 @@ class ContextMaker:
         first = begin[np.arange(len(peak)), linked.argmax(axis=1)]
         last = np.where(linked, end, 0).max(axis=1)
         spans = np.stack([begin[rows, columns] - first[rows], end[rows, columns] - first[rows]], axis=1)
-        active, docs = value[rows, columns], self.cache.gather("doc", peak).tolist()
+        active, docs = value[rows, columns], doc[:, before].tolist()
         bounds, largest = zip(first.tolist(), last.tolist(), strict=True), value.max(axis=1).tolist()
         contexts = []
         for row, (low, high) in enumerate(bounds):
@@ -145,10 +148,19 @@ def _joined(inside: Bool[np.ndarray, "n w"], centre: int) -> Bool[np.ndarray, "n
     return np.concatenate([left[:, :-1], right], axis=1)
 
 
-def _spread(part: Int[np.ndarray, " n"], wanted: int) -> Int[np.ndarray, " m"]:
+def _edges(n: int) -> list[int]:
+    """Return where each tenth of n begins, and n; the first tenths have the one more that is left over."""
+    return [i * (n // TENTHS) + min(i, n % TENTHS) for i in range(TENTHS + 1)]
+
+
+def _spread(part: range, wanted: int) -> Int[np.ndarray, " m"]:
     """Return some of a part's ranks, evenly spaced: first as many as wanted, then those between them."""
-    n = min(CANDIDATES * wanted, len(part))
-    chosen = part[np.linspace(0, len(part) - 1, n).astype(int)]
+    return part.start + _spaced(len(part), min(CANDIDATES * wanted, len(part)))
+
+
+@lru_cache(4096)
+def _spaced(length: int, n: int) -> Int[np.ndarray, " n"]:
+    chosen = np.arange(n) * (length - 1) // max(1, n - 1)
     first = np.arange(n) % CANDIDATES == CANDIDATES // 2
     return np.concatenate([chosen[first], chosen[~first]])
 

@@ -18,6 +18,7 @@ from sae_italian.errors import DataError
 
 FIRST = 0x3400
 BITS = 15
+LEVEL = 6  # of deflate: 9 takes twice the time for 4 % fewer bytes
 LEVELS = 999  # activations of a passage are kept as so many parts of its largest
 SCORE_FIELDS = tuple(name for name in ScoreRecord.__annotations__ if not name.startswith("__"))
 _WEIGHTS = 1 << np.arange(BITS - 1, -1, -1)
@@ -36,7 +37,7 @@ def deflate(value: Any) -> bytes:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError as error:
         raise DataError(f"a record for the latent browser is not plain JSON: {error}. Use None for no value.") from None
-    squeezed = zlib.compressobj(9, zlib.DEFLATED, -15)
+    squeezed = zlib.compressobj(LEVEL, zlib.DEFLATED, -15)
     return squeezed.compress(text.encode("utf-8", "replace")) + squeezed.flush()
 
 

@@ -215,7 +215,8 @@ class CardRecord(TypedDict):
     cofiring: list[NeighbourRecord]  # nearest first
     groups: list[GroupRecord]
     tokens: list[TokenShareRecord]
-    sources: list[SourceRecord]  # most documents first
+    sources: list[SourceRecord]  # most documents first; at most 12
+    more_sources: int  # how many further sources the latent is active on
     labels: list[LabelRecord]  # best first
     rule: dict[str, Any] | None  # machine-readable rule, shown as JSON
 

@@ -40,6 +40,7 @@ from sae_italian.storage import read_json, utc_now
 T = TypeVar("T")
 RESULTS = "results.json"
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
+N_SOURCES = 12  # of a latent's sources, those with most documents: a corpus may have thousands
 LABEL_SHOWN = 0.5  # F1 from which a label is shown on a latent's row
 _SCORE_FIELDS = ("scorer", "judge", "negatives", "metric", "value", "lo", "hi", "n_pos", "n_neg", "explainer")
 _SCORES = f"""
@@ -233,6 +234,7 @@ class LatentSource:
         largest = float(stats["max"][latent])
         counts = stats["histogram"][latent].tolist() if largest else []
         rule = self.explanations.get(EXPLAINER, {}).get(latent)
+        sources, more_sources = self._sources(activations.position)
         return CardRecord(
             latent=latent,
             explanations=self._explanations(latent),
@@ -249,7 +251,8 @@ class LatentSource:
                 {"token": self.strings[token], "share": float(share)}
                 for token, share in zip(stats["token_ids"][latent], stats["token_shares"][latent], strict=True)
             ],
-            sources=self._sources(activations.position),
+            sources=sources,
+            more_sources=more_sources,
             labels=self.labels.get(latent, []),
             rule=_shown_rule(rule.rule if rule else None),
         )
@@ -292,14 +295,17 @@ class LatentSource:
         number = [names.setdefault(name, len(names)) for name in _sources(self.cache)]
         return list(names), np.array(number, dtype=np.int32)
 
-    def _sources(self, position: np.ndarray) -> list[SourceRecord]:
+    def _sources(self, position: np.ndarray) -> tuple[list[SourceRecord], int]:
+        """Return the sources of some positions (in order), most documents first, and how many more there are."""
         names, number = self._source_of
         doc = self.cache.gather("doc", position)
         doc = doc[doc < len(number)]
         tokens = np.bincount(number[doc], minlength=len(names))
-        documents = np.bincount(number[np.unique(doc)], minlength=len(names))
-        order = [index for index in np.argsort(-documents, kind="stable").tolist() if documents[index]]
-        return [SourceRecord(source=names[i], documents=int(documents[i]), tokens=int(tokens[i])) for i in order]
+        documents = np.bincount(number[np.unique(doc[np.diff(doc, prepend=-1) != 0])], minlength=len(names))
+        found = np.flatnonzero(documents)
+        shown = found[np.argsort(-documents[found], kind="stable")][:N_SOURCES].tolist()
+        records = [SourceRecord(source=names[i], documents=int(documents[i]), tokens=int(tokens[i])) for i in shown]
+        return records, len(found) - len(shown)
 
 
 def columns(rows: Iterable[RowRecord]) -> dict[str, list[Any]]:

@@ -1,7 +1,7 @@
 """Write the latent browser: a folder that opens from disk in any current browser, with no server and no network.
 
 Layout: `index.html`, `browser.json` (the marker: what this folder is), `assets/app.js` and `assets/app.css` (the modules
-and styles of `static/` as one script and one sheet) and `data/`: `run/0000.js`, `rows/0000.js`, ... (columns of 4,096
+and styles of `static/` as one script and one sheet) and `data/`: `run/0000.js`, `rows/0000.js`, ... (columns of 1,024
 latents) and `cards/0000.js`, ... (32 latents each). See pack.py for what a data file holds. A browser that compares has
 the other SAE's `rows`, `run` and `cards` in `other/`, and the matches in `data/matches/0000.js`.
 """
@@ -27,7 +27,7 @@ from sae_italian.errors import UsageError
 MARKER = "browser.json"
 FORMAT = "sae-italian-browser"
 SCHEMA_VERSION = 2
-ROWS_PER_SHARD = 4096
+ROWS_PER_SHARD = 1024  # a card that the address names waits for one such part of the list
 CARDS_PER_SHARD = 32
 SCRIPT = '<script src="assets/app.js" defer></script>'
 POLICY = (
@@ -130,7 +130,8 @@ def _write_source(folder: Path, source: Source, run: RunRecord, more: dict[str, 
         part = {name: values[start : start + ROWS_PER_SHARD] for name, values in columns.items()}
         _write_data(folder.parent, f"{folder.name}/rows", index, _short_columns(part))
     del columns
-    facts = {"rows": n_rows, "row_shards": len(starts), "cards_per_shard": CARDS_PER_SHARD}
+    sizes = {"rows_per_shard": ROWS_PER_SHARD, "cards_per_shard": CARDS_PER_SHARD}
+    facts = {"rows": n_rows, "row_shards": len(starts), **sizes}
     _write_data(folder.parent, f"{folder.name}/run", 0, {"run": run, **facts, **more})
     gc.freeze()  # a card's records hold each other in no circle: what was there before need not be searched again and again
     with tqdm(total=n_rows, desc="cards", unit="latent", disable=None if bar else True) as progress:

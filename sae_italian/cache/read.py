@@ -7,7 +7,7 @@ Files are mapped, not loaded, so the first latent of a cache of any size is ther
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,11 +106,17 @@ class FeatureCache:
     def n_documents(self) -> int:
         return self._document_base[-1]
 
-    def by_shard(self, position: Int[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield (shard, indices into `position`, places in the shard) for the shards that hold some of the positions."""
+    def by_shard(self, position: Int[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray]]:
+        """Yield (shard, where in `position`, places in the shard) for the shards that hold some of the positions."""
         if len(position) == 0:
             return
         shard = position // self._shard_positions
+        if (np.diff(shard) >= 0).all():  # as a latent's own positions are
+            begins = np.flatnonzero(np.diff(shard, prepend=-1))
+            for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(shard)], strict=True):
+                number = int(shard[begin])
+                yield number, slice(begin, end), position[begin:end] - number * self._shard_positions
+            return
         order = np.argsort(shard, kind="stable")
         numbers, begins = np.unique(shard[order], return_index=True)
         for number, here in zip(numbers.tolist(), np.split(order, begins[1:]), strict=True):
@@ -118,9 +124,15 @@ class FeatureCache:
 
     def gather(self, name: str, position: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Return `tokens`, `doc`, `start`, `end` or `run` at some positions, reading only the shards that hold them."""
-        found = np.empty(len(position), dtype=np.int64)
+        return self.gather_all((name,), position)[0]
+
+    def gather_all(self, names: Sequence[str], position: Int[np.ndarray, " n"]) -> Int[np.ndarray, "names n"]:
+        """Return several of what `gather` does at once."""
+        found = np.empty((len(names), len(position)), dtype=np.int64)
         for shard, here, place in self.by_shard(position):
-            found[here] = self.shard_tokens(shard)[name][place]
+            arrays = self.shard_tokens(shard)
+            for row, name in zip(found, names, strict=True):
+                row[here] = arrays[name][place]
         return found
 
     def _string(self, name: str, index: int) -> str:

@@ -313,6 +313,7 @@ def make_card(row: RowRecord, seed: int = 0) -> CardRecord:
             {"source": "wikipedia-it", "documents": 31, "tokens": 90},
             {"source": "", "documents": 2, "tokens": 2},
         ],
+        "more_sources": 3,
         "labels": [
             {
                 "label": label,

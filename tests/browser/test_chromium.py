@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,16 @@ EVIL = "<script>window.harm=1</script><img src=x onerror='window.harm=1'> \u202e
 TO_SCREEN = """([x, y]) => {
   const point = new DOMPoint(x, y).matrixTransform(document.querySelector(".scatter svg").getScreenCTM());
   return [point.x, point.y];
+}"""
+DOT = """([x, y]) => {
+  const canvas = document.querySelector(".dots");
+  const box = document.querySelector(".scatter svg").getBoundingClientRect();
+  const scale = canvas.height / box.height;
+  const left = box.left + (box.width - box.height) / 2;
+  const copy = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+  const drawn = copy.getContext("2d", { willReadFrequently: true });
+  drawn.drawImage(canvas, 0, 0);
+  return [...drawn.getImageData(Math.round((x - left) * scale), Math.round((y - box.top) * scale), 1, 1).data];
 }"""
 LOW_CONTRAST = """() => {
   const parse = (color) => {
@@ -349,18 +360,94 @@ def test_gold_labels_sort_and_link(tab: Any, folder: Path) -> None:
     tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
 
 
+def place(cloud: str, latent: int) -> list[float]:
+    """Return where the dot of a latent is, in the drawing's units of 332 x 332."""
+    drawn = [row for row in make_source(200).row_records if cloud == "map" or row["detection"] is not None]
+    if cloud == "map":
+        x, y = ([row[axis] or 0.0 for row in drawn] for axis in ("x", "y"))
+        bounds = [(10, 322, min(x), max(x)), (322, 10, min(y), max(y))]
+    else:
+        x, y = [math.log10(row["density"]) for row in drawn], [row["detection"] or 0.0 for row in drawn]
+        bounds = [(30, 326, min(x) - 0.15, max(x) + 0.15), (312, 8, math.floor(10 * min(0.4, *y)) / 10, 1)]
+    at = [row["latent"] for row in drawn].index(latent)
+    return [
+        start + (values[at] - lo) / (hi - lo) * (end - start)
+        for values, (start, end, lo, hi) in zip((x, y), bounds, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("cloud", ["scatter", "map"])
 def test_a_cloud_opens_the_latent_under_the_pointer(tab: Any, folder: Path, cloud: str) -> None:
     show(tab, folder)
     tab.click(f'[data-cloud="{cloud}"]')
     tab.fill(".search", "condizionale")
-    x, y = map(float, re.match(r"M(\S+) (\S+?)h0", tab.get_attribute(".dots.shown", "d")).groups())  # type: ignore[union-attr]
     latent = latents(tab)[0]
-    spot = tab.evaluate(TO_SCREEN, [x, y])
+    spot = tab.evaluate(TO_SCREEN, place(cloud, latent))
+    assert tab.evaluate(DOT, spot) == pytest.approx([11, 107, 80, 140], abs=3)  # the accent of a dot that is found
     tab.mouse.move(*spot)
     assert tab.inner_text(".readout").startswith(f"{latent} · ")
     tab.mouse.click(*spot)
     tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
+
+
+def test_the_dots_follow_the_theme(tab: Any, folder: Path) -> None:
+    show(tab, folder)
+    tab.click('[data-cloud="map"]')
+    spot = tab.evaluate(TO_SCREEN, place("map", latents(tab)[0]))
+    light = tab.evaluate(DOT, spot)
+    tab.click(".theme")
+    tab.wait_for_function(f"([spot, light]) => String(({DOT})(spot)) !== String(light)", arg=[spot, light])
+
+
+READ = """window.read = [];
+new MutationObserver((records) => {
+  for (const node of records.flatMap(({ addedNodes }) => [...addedNodes])) {
+    if (node.tagName === "SCRIPT") window.read.push(node.getAttribute("src"));
+    if (node.matches?.(".card")) window.read.push("card");
+  }
+}).observe(document, { childList: true, subtree: true });"""
+
+
+def test_a_permalinks_card_comes_before_the_list(tab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae_italian.browser.write.ROWS_PER_SHARD", 50)
+    source = make_source(200)
+    near = source.row_records[150]
+    source.cards[77] = {**make_card(source.row_records[77]), "decoder": [{"latent": 150, "value": 0.5}]}
+    index = write_browser(tmp_path / "out", source)
+    tab.add_init_script(READ)
+    show(tab, index, "#latent=77")
+    tab.wait_for_function("document.querySelector('.card-nav').textContent.includes('200')")
+    read = tab.evaluate("window.read")
+    assert read[1:5] == [f"data/{name}.js" for name in ("run/0000", "rows/0001", "cards/0002")] + ["card"]
+    assert sorted(name for name in read[5:] if "rows" in name) == [f"data/rows/000{i}.js" for i in (0, 2, 3)]
+    assert read.count("card") == 1 and tab.title().startswith("Latente 77 · ")
+    assert near["explanation_it"][:20] in tab.inner_text(".writes .neighbours")
+    tab.keyboard.press("j")
+    tab.wait_for_function("!document.querySelector('.card-page h1').textContent.endsWith(' 77')")
+    tab.keyboard.press("Escape")
+    assert tab.locator("tr[data-latent]").count() > 10 and tab.inner_text(".found") == "200 latenti"
+
+
+def test_a_card_is_read_while_the_pointer_is_on_its_row(tab: Any, folder: Path) -> None:
+    tab.add_init_script(READ)
+    show(tab, folder)
+    latent = latents(tab)[4]
+    file = f"data/cards/{latent // 32:04d}.js"
+    tab.locator(f'tr[data-latent="{latent}"] .clamp').hover()
+    tab.wait_for_function("(file) => window.read.includes(file)", arg=file)
+    tab.locator(f'tr[data-latent="{latent}"] .clamp').click()
+    tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
+    assert tab.evaluate("window.read").count(file) == 1
+
+
+def test_search_keeps_texts_apart_that_hold_any_character(tab: Any, tmp_path: Path) -> None:
+    source = make_source(3)
+    for row, text in zip(source.row_records, ("\u0000prima", "\u0000\u0000seconda", "terza"), strict=True):
+        row.update(explanation_it=text, explanation_en=text, dead=False, top_tokens=[])
+    show(tab, write_browser(tmp_path / "out", source))
+    for latent, word in enumerate(("prima", "seconda", "terza")):
+        tab.fill(".search", word)
+        assert latents(tab) == [latent]
 
 
 def test_latents_without_scores_or_decoder(tab: Any, tmp_path: Path) -> None:

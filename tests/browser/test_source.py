@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.store import Store
-from sae_italian.browser.contexts import split_text
+from sae_italian.browser.contexts import SEGMENT, split_text
 from sae_italian.browser.decoder import Decoder
 from sae_italian.browser.pack import read_data
 from sae_italian.browser.report import open_source, write_report
@@ -188,3 +188,32 @@ def test_results_that_are_cut_short_are_named(explained, mini, tmp_path, text):
     (folder / "results.json").write_text(text)
     with pytest.raises(DataError, match="results.json is no run's results"):
         open_source(FeatureCache.open(folder), mini.tokenizer)
+
+
+def test_peaks_are_the_strongest_of_every_stretch(source, cache, busiest):
+    latent = cache.latent(busiest)
+    run = cache.gather("run", latent.position)
+    context = cache.manifest.context_size
+    stretch = latent.position - (latent.position % context - run) % SEGMENT
+    best = {}
+    for where, position, value in zip(stretch.tolist(), latent.position.tolist(), latent.value.tolist(), strict=True):
+        if where not in best or value > best[where][1]:
+            best[where] = (position, value)
+    peaks = source.contexts.peaks(latent)
+    assert len(best) > 50 and set(zip(peaks.position.tolist(), peaks.value.tolist(), strict=True)) == set(best.values())
+    assert (np.diff(peaks.value) <= 0).all()
+
+
+def test_what_stands_at_positions_does_not_depend_on_their_order(cache):
+    position = np.random.default_rng(0).choice(cache.n_positions, 500)
+    for where in (position, np.sort(position), position[:0]):
+        tokens, doc = cache.gather_all(("tokens", "doc"), where)
+        assert (tokens == cache.tokens[where]).all() and (doc == cache.doc[where]).all()
+
+
+def test_only_the_sources_with_most_documents_are_listed(source, busiest, monkeypatch):
+    every = source.card(busiest)
+    assert every["more_sources"] == 0 and len(every["sources"]) > 1
+    monkeypatch.setattr("sae_italian.browser.source.N_SOURCES", 1)
+    card = source.card(busiest)
+    assert card["sources"] == every["sources"][:1] and card["more_sources"] == len(every["sources"]) - 1

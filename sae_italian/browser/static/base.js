@@ -22,6 +22,19 @@ export function preferredTheme() {
   return theme === "dark" || theme === "light" ? theme : null;
 }
 
+// Calls when the theme changes, by the button or in the system, as long as `alive` says so.
+export function onTheme(root, alive, changed) {
+  const system = window.matchMedia("(prefers-color-scheme: dark)");
+  const watch = new MutationObserver(() => look());
+  const look = () => {
+    if (alive()) return changed();
+    watch.disconnect();
+    return system.removeEventListener("change", look);
+  };
+  watch.observe(root, { attributes: true, attributeFilter: ["data-theme"] });
+  system.addEventListener("change", look);
+}
+
 // --- DOM ---
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {
@@ -74,14 +87,18 @@ export function makeContext(lang, host = {}) {
   const words = strings[lang];
   const locale = lang === "it" ? "it-IT" : "en-GB";
   const format = (options) => new Intl.NumberFormat(locale, { signDisplay: "negative", useGrouping: "always", ...options });
-  const formats = {
-    integer: format({ maximumFractionDigits: 0 }),
-    one: format({ maximumFractionDigits: 1 }),
-    two: format({ maximumSignificantDigits: 2 }),
-    three: format({ minimumSignificantDigits: 3, maximumSignificantDigits: 3 }),
-    signed: format({ minimumFractionDigits: 2, maximumFractionDigits: 2, signDisplay: "exceptZero" }),
+  const later = (options) => { // a format costs a millisecond: it is made when it is first asked for
+    let made = null;
+    return { format: (x) => (made ??= format(options)).format(x) };
   };
-  const fixed = [0, 1, 2, 3].map((digits) => format({ minimumFractionDigits: digits, maximumFractionDigits: digits }));
+  const formats = {
+    integer: later({ maximumFractionDigits: 0 }),
+    one: later({ maximumFractionDigits: 1 }),
+    two: later({ maximumSignificantDigits: 2 }),
+    three: later({ minimumSignificantDigits: 3, maximumSignificantDigits: 3 }),
+    signed: later({ minimumFractionDigits: 2, maximumFractionDigits: 2, signDisplay: "exceptZero" }),
+  };
+  const fixed = [0, 1, 2, 3].map((digits) => later({ minimumFractionDigits: digits, maximumFractionDigits: digits }));
   const or = (f) => (x) => (x === null || x === undefined ? "–" : f.format(x).replace("-", "−"));
   const ctx = {
     lang,
@@ -139,16 +156,28 @@ export function copyButton(ctx, label, make) {
   return button;
 }
 
-// --- rows: columns as they travel, one object per latent as the views use them ---
+// --- rows: columns as they travel. A row reads its columns, so that 65,536 of them cost nothing before they are shown ---
 export function rowsOf(columns) {
-  const names = Object.keys(columns);
-  const rows = (columns[names[0]] || []).map(() => ({}));
-  for (const name of names) {
-    const values = columns[name];
-    for (let i = 0; i < rows.length; i += 1) rows[i][name] = values[i];
+  class Row {
+    #at;
+    constructor(at) { this.#at = at; }
+    static {
+      for (const [name, values] of Object.entries(columns)) {
+        Object.defineProperty(this.prototype, name, { enumerable: true, get() { return values[this.#at]; } });
+      }
+    }
   }
-  return rows;
+  return Array.from(Object.values(columns)[0] || [], (_, at) => new Row(at));
 }
+
+export function plain(row) {
+  const fields = {};
+  for (const name in row) fields[name] = row[name]; // those that it reads from its columns too
+  return fields;
+}
+
+// --- work for when nothing else is to be done; where a browser has no word for that, soon ---
+export const whenIdle = (work) => (window.requestIdleCallback ? window.requestIdleCallback(work, { timeout: 500 }) : window.setTimeout(work, 30));
 
 export function keyHelp(ctx) {
   const key = (...names) => names.map((name) => h("kbd", {}, name));

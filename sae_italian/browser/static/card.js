@@ -1,5 +1,5 @@
 // One latent: renderCard turns a row and its card record into a DOM element. It knows nothing of where it is shown.
-import { copyButton, h, text, token } from "./base.js";
+import { copyButton, h, plain, text, token } from "./base.js";
 import { barTable, histogram, profile } from "./charts.js";
 import { contextsPanel, folded } from "./contexts.js";
 import { labelName } from "./labels.js";
@@ -30,8 +30,6 @@ function cardHead(ctx, row, card) {
       h("div", { class: "fact" }, h("dt", {}, name), h("dd", {}, value, note && h("small", {}, note))))));
 }
 
-const plain = ({ folded: _, ...row }) => row; // without what the search keeps
-
 // --- what it reacts to ---
 function tokensPanel(ctx, items) {
   const top = items.reduce((a, item) => Math.max(a, item.share), 0) || 1;
@@ -49,10 +47,11 @@ function labelsPanel(ctx, labels) {
     h("tbody", {}, labels.map(row))));
 }
 
-function sourcesPanel(ctx, sources) {
+function sourcesPanel(ctx, { sources, more_sources: more }) {
   const top = sources[0].documents;
   return section(ctx.t("sources"), null, barTable({ caption: ctx.t("sources"), items: sources.map((item) => ({
-    head: text(item.source || ctx.t("no.source")), share: item.documents / top, text: ctx.t("documents", { n: ctx.integer(item.documents) }) })) }));
+    head: text(item.source || ctx.t("no.source")), share: item.documents / top, text: ctx.t("documents", { n: ctx.integer(item.documents) }) })) }),
+  more > 0 && h("p", { class: "note muted" }, ctx.t("more.sources", { n: ctx.integer(more) })));
 }
 
 // --- what it writes ---
@@ -68,12 +67,16 @@ function writesPanel(ctx, { promoted, suppressed, logits }) {
     logits.counts.length > 0 && histogram(ctx, logits, "logits"));
 }
 
+// What another latent is about; nothing while its row is still to come.
+export function words(ctx, latent) {
+  const other = ctx.row(latent);
+  const found = other ? ctx.pick(other, "llm") || ctx.pick(other, "explanation") || other.top_tokens.map((item) => item.trim()).join(" ") : "";
+  return text(found.slice(0, 160));
+}
+
 function neighboursPanel(ctx, items, name) {
-  const row = ({ latent, value }) => {
-    const other = ctx.row(latent);
-    const words = other ? ctx.pick(other, "llm") || ctx.pick(other, "explanation") || other.top_tokens.map((item) => item.trim()).join(" ") : "";
-    return h("li", {}, h("a", { href: ctx.href(latent) }, String(latent)), h("span", { class: "one-line" }, text(words.slice(0, 160))), h("span", { class: "num muted" }, ctx.fixed(value)));
-  };
+  const row = ({ latent, value }) => h("li", {}, h("a", { href: ctx.href(latent) }, String(latent)),
+    h("span", { class: "one-line", "data-words": latent }, words(ctx, latent)), h("span", { class: "num muted" }, ctx.fixed(value)));
   return section(ctx.t(name), ctx.t(name + ".note"), h("ol", { class: "neighbours" }, items.map(row)));
 }
 
@@ -86,7 +89,7 @@ function reacts(ctx, row, card) {
       card.histogram.counts.length > 0 && section(ctx.t("histogram"), null, histogram(ctx, card.histogram)),
       card.positions.length > 0 && section(ctx.t("profile"), ctx.t("profile.note"), profile(ctx, card.positions)),
       card.cofiring.length > 0 && neighboursPanel(ctx, card.cofiring, "cofiring"),
-      card.sources.length > 0 && sourcesPanel(ctx, card.sources))));
+      card.sources.length > 0 && sourcesPanel(ctx, card))));
 }
 
 function writes(ctx, card) {

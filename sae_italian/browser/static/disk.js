@@ -1,9 +1,8 @@
 // The source on disk: script files that call saeItalian.receive, because pages on file:// may load scripts but neither
 // modules nor fetch. A file holds deflated JSON, 15 bits to a character.
-import { rowsOf } from "./base.js";
 
 const FIRST = 0x3400; // the character of the bits 000000000000000
-const KEPT = 6; // shards of cards held, so that next and previous are instant
+const KEPT = 12; // shards of cards held, so that next and previous are instant
 
 const waiting = new Map();
 
@@ -13,22 +12,50 @@ export function receive(name, nBytes, characters) {
 
 export function unpack({ nBytes, characters }) {
   const bytes = new Uint8Array(nBytes);
-  let [bits, count, at] = [0, 0, 0];
-  for (let i = 0; i < characters.length; i += 1) {
-    bits = (bits << 15) | (characters.charCodeAt(i) - FIRST);
-    count += 15;
-    while (count >= 8 && at < nBytes) {
-      count -= 8;
-      bytes[at] = (bits >> count) & 255;
-      at += 1;
+  const code = (i) => characters.charCodeAt(i) - FIRST;
+  let i = 0;
+  let at = 0;
+  for (; at + 15 <= nBytes; at += 15) { // 8 characters are 15 bytes; what is above a byte falls off
+    const a = code(i), b = code(i + 1), c = code(i + 2), d = code(i + 3);
+    const e = code(i + 4), f = code(i + 5), g = code(i + 6), h = code(i + 7);
+    i += 8;
+    bytes[at] = a >> 7;
+    bytes[at + 1] = (a << 1) | (b >> 14);
+    bytes[at + 2] = b >> 6;
+    bytes[at + 3] = (b << 2) | (c >> 13);
+    bytes[at + 4] = c >> 5;
+    bytes[at + 5] = (c << 3) | (d >> 12);
+    bytes[at + 6] = d >> 4;
+    bytes[at + 7] = (d << 4) | (e >> 11);
+    bytes[at + 8] = e >> 3;
+    bytes[at + 9] = (e << 5) | (f >> 10);
+    bytes[at + 10] = f >> 2;
+    bytes[at + 11] = (f << 6) | (g >> 9);
+    bytes[at + 12] = g >> 1;
+    bytes[at + 13] = (g << 7) | (h >> 8);
+    bytes[at + 14] = h;
+  }
+  for (let bits = 0, count = 0; at < nBytes; at += 1) {
+    if (count < 8) {
+      bits = ((bits << 15) | code(i)) & 0x7fffff;
+      count += 15;
+      i += 1;
     }
-    bits &= (1 << count) - 1;
+    count -= 8;
+    bytes[at] = bits >> count;
   }
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"))).json();
 }
 
+const loading = new Map(); // what is on its way; asked for twice, it comes once
+
 function load(folder, kind, index) {
   const key = `${folder}/${kind}/${String(index).padStart(4, "0")}`;
+  if (!loading.has(key)) loading.set(key, read(key).finally(() => loading.delete(key)));
+  return loading.get(key);
+}
+
+function read(key) {
   const file = key + ".js";
   return new Promise((resolve, reject) => {
     const script = document.createElement("script");
@@ -56,16 +83,24 @@ function contextOf([doc, max, text, spans], documents) {
   return { doc_id: docId, source, max, segments };
 }
 
+const record = (columns, at) => Object.fromEntries(Object.entries(columns).map(([name, values]) => [name, values[at]]));
+
 function cardOf(card, documents) {
-  card.scores = rowsOf(card.scores);
+  card.scores = card.scores.value.map((_, at) => record(card.scores, at));
   for (const group of card.groups) group.contexts = group.contexts.map((context) => contextOf(context, documents));
   return card;
 }
 
 export function diskSource(folder = "data") {
   const shards = new Map();
+  const parts = new Map(); // of the rows, until all of them are read
   let facts = null;
   const about = () => (facts ??= load(folder, "run", 0));
+
+  function part(index) {
+    if (!parts.has(index)) parts.set(index, load(folder, "rows", index));
+    return parts.get(index);
+  }
 
   async function shardOf(index) {
     const shard = shards.get(index) || load(folder, "cards", index);
@@ -80,14 +115,21 @@ export function diskSource(folder = "data") {
     }
   }
 
-  const source = {
+  return {
     run: async () => (await about()).run,
     async rows() {
       const { row_shards: n } = await about();
-      const parts = await Promise.all(Array.from({ length: n }, (_, index) => load(folder, "rows", index)));
-      const all = {};
-      for (const name of Object.keys(parts[0] || {})) all[name] = parts.flatMap((part) => part[name]);
-      return all;
+      const read = await Promise.all(Array.from({ length: n }, (_, index) => part(index)));
+      parts.clear();
+      return Object.fromEntries(Object.keys(read[0] || {}).map((name) => [name, [].concat(...read.map((one) => one[name]))]));
+    },
+    async row(latent) {
+      const { rows_per_shard: size, rows: n } = await about();
+      return latent < n ? record(await part(Math.floor(latent / size)), latent % size) : null;
+    },
+    async prepare(latent) {
+      const { cards_per_shard: size, rows: n } = await about();
+      if (latent < n) await shardOf(Math.floor(latent / size)).catch(() => {}); // said when its card is opened
     },
     async card(latent) {
       const { cards_per_shard: size } = await about();
@@ -100,5 +142,4 @@ export function diskSource(folder = "data") {
       return compare ? { name: compare, source: diskSource("other"), matches: () => load(folder, "matches", 0) } : null;
     },
   };
-  return source;
 }

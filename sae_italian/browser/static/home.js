@@ -1,9 +1,8 @@
 // The first page: the run, its numbers and controls, two clouds of latents, gold labels, live work, and the list.
-import { h, keyHelp } from "./base.js";
+import { h, keyHelp, onTheme } from "./base.js";
 import { renderList } from "./list.js";
 import { renderFacts, renderGold, renderMetrics } from "./overview.js";
 import { latentMap, scoreScatter } from "./scatter.js";
-
 
 const CLOUDS = { scatter: scoreScatter, map: latentMap };
 
@@ -21,18 +20,17 @@ function cloudPanel(ctx, rows, list) {
   function show(name) {
     shown = ctx.state.cloud = name;
     drawn[name] ??= CLOUDS[name](ctx, rows, ctx.open);
-    drawn[name].show(list.current());
     title.textContent = ctx.t(name);
     note.textContent = ctx.t(name + ".note");
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.cloud === name));
     holder.replaceChildren(drawn[name].element);
+    drawn[name].show(list.current());
   }
-  return {
-    element: h("section", { class: "panel clouds" },
-      h("div", { class: "panel-head" }, title, names.length > 1 && h("div", { class: "switch", role: "group", "aria-label": ctx.t("clouds") }, buttons)), note, holder),
-    begin: () => show(names.includes(ctx.state.cloud) ? ctx.state.cloud : names[0]),
-    update: (found) => shown && drawn[shown].show(found),
-  };
+  const update = (found) => shown && drawn[shown].show(found);
+  const element = h("section", { class: "panel clouds" },
+    h("div", { class: "panel-head" }, title, names.length > 1 && h("div", { class: "switch", role: "group", "aria-label": ctx.t("clouds") }, buttons)), note, holder);
+  onTheme(ctx.root, () => element.isConnected, () => update(list.current()));
+  return { element, update, begin: () => show(names.includes(ctx.state.cloud) ? ctx.state.cloud : names[0]) };
 }
 
 export function overviewPage(ctx, run, rows) {

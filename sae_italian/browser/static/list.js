@@ -2,12 +2,13 @@
 import { h, text, token } from "./base.js";
 import { labelName } from "./labels.js";
 import { sortHeader } from "./overview.js";
-import { COLUMNS, FILTERS, GOOD, RANGES, ULTRA, selectRows } from "./select.js";
+import { COLUMNS, FILTERS, GOOD, RANGES, ULTRA, prepareSearch, selectRows } from "./select.js";
 
 const TOKENS_SHOWN = 5;
 const LABELS_SHOWN = 3;
 const SPARE = 12; // rows drawn above and below what is in sight
 const FIRST_ROWS = 24; // before the list is in the page and knows what is in sight
+const REST = 40; // ms that a pointer rests on a row before its card is read
 
 // --- one row ---
 export function rowTags(ctx, row) {
@@ -92,10 +93,27 @@ function tableHead(ctx, state, onSort) {
   return h("thead", {}, h("tr", { "aria-rowindex": 1 }, first, h("th", { scope: "col", class: "c-explanation" }, ctx.t("explanation")), rest));
 }
 
+// What a pointer rests on or presses is likely to be opened: its card is read meanwhile.
+function prepareUnderPointer(ctx, body) {
+  let resting = 0;
+  const prepare = (event) => {
+    const row = event.target.closest("tr[data-latent]");
+    if (row) ctx.prepare(Number(row.dataset.latent));
+  };
+  const rest = (event) => {
+    window.clearTimeout(resting);
+    resting = window.setTimeout(prepare, REST, event);
+  };
+  body.addEventListener("pointerover", rest);
+  body.addEventListener("pointerleave", () => window.clearTimeout(resting));
+  body.addEventListener("pointerdown", prepare);
+}
+
 // --- the rows in sight ---
 // `draw(from, to)` says which rows the table holds; the rest is two empty rows of the right height.
 function rowWindow(ctx, table, current, onOpen) {
   const body = h("tbody");
+  prepareUnderPointer(ctx, body);
   let held = [0, 0];
   const height = () => parseFloat(getComputedStyle(table).getPropertyValue("--row")) || 84;
   const space = (n) => h("tr", { class: "space", "aria-hidden": "true", "--space": n * height() + "px" }, h("td", { colspan: COLUMNS.length + 1 }));
@@ -173,6 +191,7 @@ export function renderList(ctx, rows, state, { onOpen, onRows }) {
     state.selected = Math.max(0, Math.min(current.length - 1, index));
     inSight.show(state.selected, mark);
     mark();
+    ctx.prepare(current[state.selected].latent);
     const link = inSight.body.querySelector("tr.selected a");
     link.focus({ preventScroll: true });
     link.closest("tr").scrollIntoView({ block: "nearest" });
@@ -188,6 +207,7 @@ export function renderList(ctx, rows, state, { onOpen, onRows }) {
     h("div", { class: "list-head" }, h("h2", { id: "sae-italian-latents" }, ctx.t("latents")), found),
     h("div", { class: "toolbar" }, search, filters, menu, moreFilters(ctx, rows, state, again)), table, empty);
   update();
+  prepareSearch(rows);
   document.addEventListener("scroll", scrolled, { capture: true, passive: true });
   window.addEventListener("resize", scrolled);
   return {

@@ -3,15 +3,17 @@
 //   mount(element, source, options) -> { go(route), destroy() }
 //
 // source:  async run() -> RunRecord; async rows() -> { latent: [...], density: [...], ... } (RowRecord by column);
-//          async card(latent) -> CardRecord or null; async compare() -> null or { name, source, matches() } (optional);
+//          async card(latent) -> CardRecord or null; async row(latent) -> RowRecord or null (optional: a card that the
+//          address names is then shown before the list is read); prepare(latent), read a card ahead (optional);
+//          async compare() -> null or { name, source, matches() } (optional);
 //          async wide(latent) -> the card's groups with passages as wide as their window (optional);
 //          live (optional): { tokens(sentence), steer({ latent, prompt, strengths }), ablate({ latent, prompt }),
 //          explain({ latent }) }, which live.js shows: mountLive(element, live, context), context.latent null on the
 //          list's page; context.open(latent) opens a card; a function that it returns is called before it is removed.
 // options: routing "hash" (the page's address, the default) or "memory" (a notebook's output); latent to open first;
 //          permalink(latent) -> address to copy (default: this page's with #latent=N).
-import { currentTheme, h, keyHelp, makeContext, preferredLanguage, preferredTheme, prefs, rowsOf, setTheme, svg, text } from "./base.js";
-import { renderCard } from "./card.js";
+import { currentTheme, h, keyHelp, makeContext, preferredLanguage, preferredTheme, prefs, rowsOf, setTheme, svg, text, whenIdle } from "./base.js";
+import { renderCard, words } from "./card.js";
 import { compareView } from "./compare.js";
 import { overviewPage } from "./home.js";
 import { hashRouter, memoryRouter } from "./router.js";
@@ -39,6 +41,7 @@ class App {
   async start() {
     const ctx = this.context();
     this.root.replaceChildren(h("p", { class: "notice", role: "status" }, ctx.t("loading")));
+    const early = await this.early().catch(() => null); // what fails here fails again below, and is said there
     try {
       const [run] = await Promise.all([this.source.run(), this.loadRows()]);
       this.run = run;
@@ -48,7 +51,8 @@ class App {
       return;
     }
     if (this.options.latent !== undefined && !this.router.current()) this.router.go("latent=" + this.options.latent);
-    this.render();
+    if (early && early === this.ctx && this.latentOf(this.router.current()) === this.shown) this.join();
+    else this.render();
     this.stop = this.router.watch(() => this.route());
     (this.options.routing === "memory" ? this.root : document).addEventListener("keydown", this.onKey);
   }
@@ -68,6 +72,35 @@ class App {
     return this.render();
   }
 
+  // The card that the address names, before the list is read; returns its context.
+  async early() {
+    const latent = this.latentOf(this.router.current());
+    if (latent === null || !this.source.row) return null;
+    const [run, row, card] = await Promise.all([this.source.run(), this.source.row(latent), this.source.card(latent)]);
+    if (!row) return null;
+    Object.assign(this, { run, byLatent: new Map([[latent, row]]), compare: (await this.source.compare?.()) || null });
+    const ctx = this.begin();
+    this.card = h("main", { class: "page card-page" });
+    this.root.replaceChildren(this.topBar(ctx), this.card);
+    this.shown = latent;
+    this.entitle(latent);
+    this.putCard(latent, row, renderCard(ctx, row, card));
+    await painted();
+    return ctx;
+  }
+
+  // The list takes its place behind a card that is there already, which learns what it needs of it.
+  join() {
+    this.home = overviewPage(this.ctx, this.run, this.rows);
+    this.home.element.hidden = true;
+    this.card.before(this.home.element);
+    this.live(this.home.live, null);
+    this.card.querySelector(".card-nav").replaceWith(this.cardNav(this.shown));
+    for (const node of this.card.querySelectorAll("[data-words]")) node.replaceChildren(words(this.ctx, Number(node.dataset.words)));
+    this.home.later();
+    this.prepareNeighbours(this.shown);
+  }
+
   destroy() {
     this.leave();
     this.stop?.();
@@ -80,7 +113,9 @@ class App {
     const open = (latent) => this.router.go("latent=" + latent);
     const permalink = this.options.permalink || ((latent) => window.location.href.split("#")[0] + "#latent=" + latent);
     const row = (latent) => this.byLatent?.get(latent);
-    return makeContext(this.lang, { root: this.root, run: this.run, open, permalink, row, refresh: () => this.refresh(), state: this.state });
+    const prepare = (latent) => this.source.prepare?.(latent);
+    const refresh = () => this.refresh();
+    return makeContext(this.lang, { root: this.root, run: this.run, open, permalink, prepare, refresh, row, state: this.state });
   }
 
   // --- the bar at the top ---
@@ -113,11 +148,15 @@ class App {
   }
 
   // --- views ---
-  render() {
-    this.leave();
-    const ctx = (this.ctx = this.context());
+  begin() {
     this.root.lang = this.lang;
     if (this.options.routing !== "memory") document.documentElement.lang = this.lang;
+    return (this.ctx = this.context());
+  }
+
+  render() {
+    this.leave();
+    const ctx = this.begin();
     this.home = overviewPage(ctx, this.run, this.rows);
     this.card = h("main", { class: "page card-page", hidden: true });
     this.root.replaceChildren(this.topBar(ctx), this.home.element, this.card);
@@ -151,7 +190,7 @@ class App {
     if (latent !== null && !list.hidden) this.scroll = window.scrollY;
     list.hidden = latent !== null;
     this.card.hidden = latent === null;
-    if (this.options.routing !== "memory") document.title = (latent === null ? "" : `${this.ctx.t("latent")} ${latent} · `) + this.run.title;
+    this.entitle(latent);
     if (latent !== null) return this.showCard(latent);
     this.leave(this.card);
     this.card.replaceChildren();
@@ -163,8 +202,13 @@ class App {
     return undefined;
   }
 
+  entitle(latent) {
+    if (this.options.routing !== "memory") document.title = (latent === null ? "" : `${this.ctx.t("latent")} ${latent} · `) + this.run.title;
+  }
+
   // Next and previous follow the list as it is filtered and sorted; a latent outside it follows the whole folder.
   neighbours(latent) {
+    if (!this.home) return {};
     let order = this.home.list.current();
     let at = order.findIndex((row) => row.latent === latent);
     if (at < 0) [order, at] = [this.rows, this.rows.findIndex((row) => row.latent === latent)];
@@ -179,7 +223,7 @@ class App {
       : h("span", { class: "step off", "aria-hidden": "true" }, label);
     return h("nav", { class: "card-nav", "aria-label": ctx.t("latents") },
       h("a", { class: "back", href: "#" }, "← " + ctx.t("back")),
-      h("span", { class: "muted where-at" }, ctx.t("position", { i: ctx.integer(at + 1), n: ctx.integer(n) })),
+      h("span", { class: "muted where-at" }, n && ctx.t("position", { i: ctx.integer(at + 1), n: ctx.integer(n) })),
       step(previous, "previous", "prev", "‹ " + ctx.t("previous")), step(next, "next", "next", ctx.t("next") + " ›"));
   }
 
@@ -198,13 +242,26 @@ class App {
       content = failure(ctx, error);
     }
     if (this.latentOf(this.router.current()) !== latent || ctx !== this.ctx) return undefined; // overtaken by the next key
+    return this.putCard(latent, row, content);
+  }
+
+  putCard(latent, row, content) {
+    const ctx = this.ctx;
     const live = h("section", { class: "panel live", hidden: true });
     const match = this.compare && compareView(ctx, this.compare, row);
     this.card.replaceChildren(this.cardNav(latent), content, live, ...(match ? [match] : []), keyHelp(ctx));
     this.live(live, latent);
     this.card.querySelector("h1")?.focus({ preventScroll: true });
     if (this.options.routing !== "memory") window.scrollTo(0, 0);
-    return undefined;
+    this.prepareNeighbours(latent);
+  }
+
+  prepareNeighbours(latent) {
+    if (!this.home || !this.source.prepare) return;
+    whenIdle(() => {
+      const { previous, next } = this.neighbours(latent);
+      for (const row of [next, previous]) if (row) this.source.prepare(row.latent);
+    });
   }
 
   setLanguage(lang) {
@@ -250,6 +307,11 @@ class App {
   }
 }
 
+// Resolves when what was last put on the page has been drawn; a page that is not in sight does not wait for that.
+const painted = () => new Promise((resolve) => {
+  window.requestAnimationFrame(() => window.setTimeout(resolve));
+  window.setTimeout(resolve, 250);
+});
 const notice = (message) => h("p", { class: "notice", role: "alert" }, message);
 // A source may say in both languages what is wrong and what to do; else it is a file that cannot be read.
 const failure = (ctx, error) => notice(error.said?.[ctx.lang] || ctx.t("load.failed", { file: error.message }));

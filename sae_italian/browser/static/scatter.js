@@ -1,40 +1,94 @@
-// Clouds of latents: density against detection, and the map of decoder directions. All dots are two paths, so that
-// 65,536 of them stay fast; the nearest dot under the pointer opens its card.
+// Clouds of latents: density against detection, and the map of decoder directions. The dots are points of one picture
+// under the axes, so that 65,536 of them stay fast; the nearest dot under the pointer opens its card.
 import { h, svg, text } from "./base.js";
 
 const round = (x) => Math.round(x * 10) / 10;
 const BOX = { left: 30, right: 326, top: 8, bottom: 312 };
+const SIDE = 332; // of the drawing, in its own units
+const SHARP = 2; // points of the picture to a unit
+const REACH = 12; // units from a dot at which the pointer is on it
+const MANY = 3000; // from so many dots on, they are small
 
-function nearest(points, scale, x, y) {
+// Where each row's dot is, in units; by latent.
+function places(rows, scale) {
+  const n = rows.reduce((most, row) => Math.max(most, row.latent + 1), 0);
+  const at = { x: new Float32Array(n).fill(NaN), y: new Float32Array(n).fill(NaN) };
+  for (const row of rows) {
+    at.x[row.latent] = scale.x(row);
+    at.y[row.latent] = scale.y(row);
+  }
+  return at;
+}
+
+function nearest(rows, at, x, y) {
   let best = null;
-  let least = 12 ** 2;
-  for (const row of points) {
-    const distance = (scale.x(row) - x) ** 2 + (scale.y(row) - y) ** 2;
-    if (distance < least) [best, least] = [row, distance];
+  let least = REACH ** 2;
+  for (const row of rows) {
+    const distance = (at.x[row.latent] - x) ** 2 + (at.y[row.latent] - y) ** 2;
+    if (distance < least) {
+      best = row;
+      least = distance;
+    }
   }
   return best;
 }
 
+// The points of a disc around 0, as steps in a picture of so many points a line.
+function disc(radius, line) {
+  const steps = [];
+  const reach = Math.ceil(radius);
+  for (let y = -reach; y <= reach; y += 1) {
+    for (let x = -reach; x <= reach; x += 1) if (x * x + y * y <= radius * radius) steps.push(y * line + x);
+  }
+  return steps;
+}
+
+// Four bytes of a colour as they lie in a picture. Computed colours are rgb(r, g, b) or rgba(...).
+function points(color, opacity) {
+  const [r, g, b] = color.match(/[\d.]+/g).map(Number);
+  return new Uint32Array(new Uint8ClampedArray([r, g, b, 255 * opacity]).buffer)[0];
+}
+
+function dotPicture(at, rows) {
+  const line = SIDE * SHARP;
+  const canvas = h("canvas", { class: "dots", width: line, height: line, "aria-hidden": "true" });
+  const picture = new ImageData(line, line);
+  const field = new Uint32Array(picture.data.buffer);
+  const steps = disc((rows.length > MANY ? 1.1 : 2) * SHARP, line);
+  const stamp = (subset, color) => {
+    for (const { latent } of subset) {
+      const centre = Math.round(at.y[latent] * SHARP) * line + Math.round(at.x[latent] * SHARP);
+      if (at.x[latent] >= 0) for (const step of steps) field[centre + step] = color;
+    }
+  };
+  const draw = (subset) => {
+    const style = getComputedStyle(canvas);
+    field.fill(0);
+    stamp(rows, points(style.outlineColor, 1));
+    stamp(subset, points(style.color, 0.55));
+    canvas.getContext("2d").putImageData(picture, 0, 0);
+  };
+  return { canvas, draw };
+}
+
 function cloud(ctx, rows, { scale, axes, label, className, onOpen }) {
-  const dots = (subset) => subset.map((row) => `M${round(scale.x(row))} ${round(scale.y(row))}h0`).join("");
-  const size = rows.length > 3000 ? "dense" : "sparse";
-  const all = svg("path", { class: "dots all " + size, d: dots(rows) });
-  const shown = svg("path", { class: "dots shown " + size });
+  const at = places(rows, scale);
+  const { canvas, draw } = dotPicture(at, rows);
   const cursor = svg("circle", { class: "cursor", r: 4.5, visibility: "hidden" });
-  const picture = svg("svg", { viewBox: "0 0 332 332", role: "img", "aria-label": label }, axes, all, shown, cursor);
+  const picture = svg("svg", { viewBox: `0 0 ${SIDE} ${SIDE}`, role: "img", "aria-label": label }, axes, cursor);
   const readout = h("figcaption", { class: "readout muted" }, ctx.t("scatter.hint"));
-  const has = new Set(rows);
+  const element = h("figure", { class: "chart scatter " + className }, h("div", { class: "plot" }, canvas, picture), readout);
   let visible = rows;
   let under = null;
 
   function point(event) {
-    const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(picture.getScreenCTM().inverse());
-    under = nearest(visible, scale, at.x, at.y);
+    const spot = new DOMPoint(event.clientX, event.clientY).matrixTransform(picture.getScreenCTM().inverse());
+    under = nearest(visible, at, spot.x, spot.y);
     picture.classList.toggle("pointing", Boolean(under));
     cursor.setAttribute("visibility", under ? "visible" : "hidden");
     if (!under) return readout.replaceChildren(ctx.t("scatter.hint"));
-    cursor.setAttribute("cx", round(scale.x(under)));
-    cursor.setAttribute("cy", round(scale.y(under)));
+    cursor.setAttribute("cx", round(at.x[under.latent]));
+    cursor.setAttribute("cy", round(at.y[under.latent]));
     const words = ctx.pick(under, "explanation").slice(0, 120) || under.top_tokens.join(" ");
     return readout.replaceChildren(`${under.latent} · ${ctx.density(under.density)} · ${ctx.fixed(under.detection)} · `, text(words));
   }
@@ -43,13 +97,11 @@ function cloud(ctx, rows, { scale, axes, label, className, onOpen }) {
     point(event);
     if (under) onOpen(under.latent);
   });
-  return {
-    element: h("figure", { class: "chart scatter " + className }, picture, readout),
-    show(subset) {
-      visible = subset.filter((row) => has.has(row));
-      shown.setAttribute("d", dots(visible));
-    },
+  const show = (subset) => {
+    visible = subset;
+    if (canvas.isConnected) draw(visible);
   };
+  return { element, show };
 }
 
 function scoreScale(rows) {
@@ -101,7 +153,7 @@ export function latentMap(ctx, rows, onOpen) {
     return (row) => from + ((row[name] - lo) / (hi - lo || 1)) * (to - from);
   };
   return cloud(ctx, drawn, {
-    scale: { x: of("x", 10, 322), y: of("y", 322, 10) }, axes: svg("rect", { class: "frame", x: 1, y: 1, width: 330, height: 330, rx: 6 }),
+    scale: { x: of("x", 10, 322), y: of("y", 322, 10) }, axes: svg("rect", { class: "frame", x: 1, y: 1, width: SIDE - 2, height: SIDE - 2, rx: 6 }),
     label: ctx.t("map.label", { n: ctx.integer(drawn.length) }), className: "by-direction", onOpen,
   });
 }

@@ -1,5 +1,5 @@
 // Which latents the list shows, and in which order: search, filters, sort. No element is touched here.
-import { fold } from "./base.js";
+import { fold, whenIdle } from "./base.js";
 import { labelName } from "./labels.js";
 
 export const GOOD = 0.8;
@@ -27,25 +27,80 @@ export function compare(a, b, descending) {
   return descending ? -order : order;
 }
 
-function haystack(row) {
-  row.folded ??= fold([row.latent, row.explanation_it, row.explanation_en, row.llm_it, row.llm_en, ...row.top_tokens, ...row.gold,
-    ...row.gold.flatMap((label) => [labelName(label, "it"), labelName(label, "en")])].join("\n"));
-  return row.folded;
+// --- what the search looks through: folded once, many rows at a time, since one long text folds faster than many short ---
+const BLOCK = 512;
+const BETWEEN = "\u0000";
+const haystacks = new WeakMap(); // of an array of rows: the folded text of each, as far as it is made
+
+const names = new Map();
+const named = (label) => {
+  if (!names.has(label)) names.set(label, [labelName(label, "it"), labelName(label, "en")]);
+  return names.get(label);
+};
+const words = (row) => [row.latent, row.explanation_it, row.explanation_en, row.llm_it, row.llm_en, ...row.top_tokens, ...row.gold,
+  ...row.gold.flatMap(named)].join("\n");
+
+function foldBlock(rows, made) {
+  const texts = rows.slice(made.length, made.length + BLOCK).map(words);
+  const folded = fold(texts.join(BETWEEN)).split(BETWEEN);
+  made.push(...(folded.length === texts.length ? folded : texts.map(fold))); // a text may hold the character between
+}
+
+function haystack(rows) {
+  if (!haystacks.has(rows)) haystacks.set(rows, []);
+  return haystacks.get(rows);
+}
+
+// Folds the rows while nothing else is to be done, so that the first letter typed need not wait for all of them.
+export function prepareSearch(rows) {
+  const made = haystack(rows);
+  const some = () => {
+    if (made.length < rows.length) foldBlock(rows, made);
+    if (made.length < rows.length) whenIdle(some);
+  };
+  whenIdle(some);
+}
+
+function holding(rows, query) {
+  const wanted = fold(query).split(/\s+/).filter(Boolean);
+  if (!wanted.length) return () => true;
+  const made = haystack(rows);
+  while (made.length < rows.length) foldBlock(rows, made);
+  return (at) => wanted.every((word) => made[at].includes(word));
+}
+
+// --- order: each is made once ---
+const orders = new WeakMap();
+
+function orderOf(rows, sort, descending) {
+  if (!orders.has(rows)) orders.set(rows, new Map());
+  const kept = orders.get(rows);
+  const name = sort + descending;
+  if (!kept.has(name)) {
+    const key = rows.map((row) => row[sort]);
+    kept.set(name, Uint32Array.from(key.keys()).sort((a, b) => compare(key[a], key[b], descending) || a - b));
+  }
+  return kept.get(name);
 }
 
 function inRanges(row, ranges) {
-  return Object.entries(ranges).every(([name, [lo, hi]]) => {
-    if (lo === null && hi === null) return true;
+  for (const name in ranges) {
+    const [lo, hi] = ranges[name];
+    if (lo === null && hi === null) continue;
     const value = name === "density" ? 100 * row.density : row[name];
-    return value !== null && (lo === null || value >= lo) && (hi === null || value <= hi);
-  });
+    if (value === null || (lo !== null && value < lo) || (hi !== null && value > hi)) return false;
+  }
+  return true;
 }
 
-// The rows that the state asks for, in its order; what next and previous walk along.
+// The rows that the state asks for, in its order; what next and previous walk along. Rows come ordered by latent.
 export function selectRows(rows, state) {
-  const words = fold(state.query).split(/\s+/).filter(Boolean);
   const keep = FILTERS[state.filter];
-  const found = rows.filter((row) => keep(row) && (!state.label || row.gold.includes(state.label)) && inRanges(row, state.ranges) &&
-    words.every((word) => haystack(row).includes(word)));
-  return found.sort((a, b) => compare(a[state.sort], b[state.sort], state.descending) || a.latent - b.latent);
+  const holds = holding(rows, state.query);
+  const found = [];
+  for (const at of orderOf(rows, state.sort, state.descending)) {
+    const row = rows[at];
+    if (keep(row) && (!state.label || row.gold.includes(state.label)) && inRanges(row, state.ranges) && holds(at)) found.push(row);
+  }
+  return found;
 }

@@ -125,6 +125,7 @@ const both = {
   "profile.first": ["inizio", "start"],
   "profile.last": ["fine", "end"],
   "sources": ["Documenti per fonte", "Documents by source"],
+  "more.sources": ["e altre {n} fonti", "and {n} more sources"],
   "no.source": ["senza fonte", "no source"],
   "documents": ["{n} doc.", "{n} docs"],
   "copy.link": ["Copia link", "Copy link"],
