@@ -59,6 +59,7 @@ class ExampleSource:
 
     def __init__(self, cache: FeatureCache, *, width: int = 32, min_length: int = 4, seed: int = 0):
         self.cache, self.width, self.seed = cache, width, seed
+        self._last_ranked: tuple[Activity, Part, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
         segments = cache.segments(width)
         long_enough = segments.length >= min_length
         self.start, self.length, self.doc = (array[long_enough] for array in segments)
@@ -129,10 +130,7 @@ class ExampleSource:
 
         `deciles` draws equally from the ten tenths, `top` takes the strongest, `random` draws from all.
         """
-        mine = self.usable_part[activity.active] == PARTS.index(part)
-        segments, ascending = activity.active[mine], np.argsort(activity.maximum[mine], kind="stable")
-        decile = np.empty(len(segments), dtype=np.uint8)
-        decile[ascending] = np.arange(len(segments)) * 10 // max(len(segments), 1)
+        segments, ascending, decile = self._ranked(activity, part)
         if order == "top":
             chosen = ascending[::-1][:n]
         else:
@@ -141,6 +139,17 @@ class ExampleSource:
                 chosen = _in_turn(chosen, decile[chosen], n)
             chosen = chosen[:n]
         return segments[chosen], decile[chosen].astype(np.int64)
+
+    def _ranked(self, activity: Activity, part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the part's segments, their order by maximum, and the tenth of each; remembers the last one asked for."""
+        last = self._last_ranked
+        if last is None or last[0] is not activity or last[1] != part:
+            mine = self.usable_part[activity.active] == PARTS.index(part)
+            segments, ascending = activity.active[mine], np.argsort(activity.maximum[mine], kind="stable")
+            decile = np.empty(len(segments), dtype=np.uint8)
+            decile[ascending] = np.arange(len(segments)) * 10 // max(len(segments), 1)
+            last = self._last_ranked = activity, part, (segments, ascending, decile)
+        return last[2]
 
     def grid(self, segments: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n width"]:
         """Return the positions of the segments' tokens, -1 after their end (and everywhere for segment -1)."""

@@ -32,6 +32,7 @@ class NegativeSource:
     def __init__(self, source: ExampleSource, neighbours: Neighbours | None = None):
         self.source, self.neighbours = source, neighbours or Neighbours()
         self.bucket = source.length // LENGTH_STEP
+        self.vocab = int(source.tokens.max()) + 1
         self._kept: OrderedDict[int, list[np.ndarray]] = OrderedDict()
 
     def prepare(self) -> None:
@@ -53,10 +54,9 @@ class NegativeSource:
         """The segments of all tokens sorted by (part, token), and where each pair begins."""
         part = np.where(self.source.segment_of >= 0, self.source.usable_part[self.source.segment_of], -1)
         here = np.flatnonzero(part >= 0)
-        vocab = int(self.source.tokens.max()) + 1
-        key = part[here].astype(np.int64) * vocab + self.source.tokens[here]
+        key = part[here].astype(np.int64) * self.vocab + self.source.tokens[here]
         order = np.argsort(key, kind="stable")
-        counts = np.bincount(key, minlength=len(PARTS) * vocab)
+        counts = np.bincount(key, minlength=len(PARTS) * self.vocab)
         return self.source.segment_of[here][order], np.concatenate([[0], np.cumsum(counts)])
 
     def draw(
@@ -108,7 +108,7 @@ class NegativeSource:
         grid = self.source.grid(positive)
         strongest = grid[np.arange(len(grid)), self.source.values(activity, grid).argmax(axis=1)]
         segments, first = self._occurrences
-        key = PARTS.index(part) * (int(self.source.tokens.max()) + 1) + self.source.tokens[strongest]
+        key = PARTS.index(part) * self.vocab + self.source.tokens[strongest]
         begin, count = first[key], first[key + 1] - first[key]
         at = begin[:, None] + (rng.random((len(positive), TRIES)) * count[:, None]).astype(np.int64)
         candidates = segments[at]

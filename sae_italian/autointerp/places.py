@@ -133,7 +133,7 @@ class Places:
         words = [self.words[i] for i in self.form_word.tolist()]
         whole = [word if ends else "" for word, ends in zip(words, self.form_ends, strict=True)]
         lower = [word.lower() for word in whole]
-        token = np.append(self.form_token, -1)
+        token = np.append(self.form_token, -1).astype(np.int32)
         by_word = _numbered([word or None for word in lower])
         tables: dict[Family, _FamilyTable] = {
             "token": _FamilyTable("here", token, []),
@@ -289,7 +289,7 @@ def enclitic(word: str) -> str | None:
 def _numbered(texts: list[str | None]) -> tuple[Int[np.ndarray, " n_and_none"], list[str]]:
     """Return the number of each text (-1 for None, and a last -1 for no form at all) and the texts by number."""
     names: dict[str, int] = {}
-    keys = np.full(len(texts) + 1, -1, dtype=np.int64)
+    keys = np.full(len(texts) + 1, -1, dtype=np.int32)
     for i, text in enumerate(texts):
         if text is not None:
             keys[i] = names.setdefault(text, len(names))

@@ -56,10 +56,10 @@ class Counts:
         if slot not in self._forms:
             forms = self.places.forms(self.position, slot)
             inside = forms >= 0
-            number = forms[inside]
-            counts = np.bincount(number)  # forms and keys are numbered from 0 on: no need to sort them
-            seen = np.flatnonzero(counts)
-            self._forms[slot] = seen, counts[seen], np.bincount(number, weights=self.value[inside])[seen]
+            seen, group = _grouped(forms[inside], len(self.places.form_token))
+            n = len(seen)
+            mass = np.bincount(group, weights=self.value[inside], minlength=n)
+            self._forms[slot] = seen, np.bincount(group, minlength=n), mass
         return self._forms[slot]
 
     def keys(self, family: Family) -> Tally:
@@ -73,13 +73,12 @@ class Counts:
         forms, active, mass = self.forms(table.slot)
         key = table.keys[forms]
         keyed = key >= 0
-        number = key[keyed]
-        counts = np.bincount(number, weights=active[keyed])
-        known = np.flatnonzero(np.bincount(number))
+        known, group = _grouped(key[keyed], len(self.places.totals[family]))
+        n = len(known)
         return Tally(
             known,
-            counts[known],
-            np.bincount(number, weights=mass[keyed])[known],
+            np.bincount(group, weights=active[keyed], minlength=n),
+            np.bincount(group, weights=mass[keyed], minlength=n),
             self.places.totals[family][known],
         )
 
@@ -109,6 +108,16 @@ class Counts:
             theirs = np.log((silent + prior) / (n_silent + PRIOR - silent - prior))
             z = (ours - theirs) / np.sqrt(1 / (tally.active + prior) + 1 / (silent + prior))
         return np.nan_to_num(z, nan=0.0, posinf=100.0)
+
+
+def _grouped(number: Int[np.ndarray, " n"], size: int) -> tuple[Int[np.ndarray, " groups"], Int[np.ndarray, " n"]]:
+    """Return the different numbers below `size`, ascending, and for each item which of them it is; nothing is sorted."""
+    there = np.zeros(size, dtype=bool)
+    there[number] = True
+    known = np.flatnonzero(there)
+    place = np.empty(size, dtype=np.int64)
+    place[known] = np.arange(len(known))
+    return known, place[number]
 
 
 @dataclass
