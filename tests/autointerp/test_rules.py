@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sae_italian.autointerp.explainers.choose import RuleExplainer, best_threshold, rule_of
-from sae_italian.autointerp.explainers.keys import FAMILIES, Counts, KeyRule, fit_keys
+from sae_italian.autointerp.explainers.keys import FAMILIES, LEAST_Z, Counts, KeyRule, _grouped, fit_keys
 from sae_italian.autointerp.explainers.text import describe
 from sae_italian.autointerp.explainers.tree import Path, TreeRule, fit_tree
 from sae_italian.autointerp.explainers.trie import fit_trie
@@ -125,6 +125,47 @@ def test_shapes(word, shape):
 )
 def test_enclitics(word, pronoun):
     assert enclitic(word) == pronoun
+
+
+# --- the quick ways beside the plain ones ------------------------------------------------------------------------------
+
+
+@given(hnp.arrays(np.int32, st.integers(0, 30), elements=st.integers(0, 9)))
+def test_numbers_are_grouped_as_by_sorting(number):
+    known, group = _grouped(number, 10)
+    expected, index = np.unique(number, return_inverse=True)
+    assert known.tolist() == expected.tolist() and group.tolist() == index.tolist()
+
+
+def test_a_key_is_looked_up_as_in_a_dictionary_and_nothing_is_left_behind(places, source):
+    view = View(places, source.grid(np.arange(20)))
+    rng = np.random.default_rng(0)
+    for family in (*FAMILIES, "trigram"):
+        grid = view.keys(family)
+        there = np.unique(grid[grid >= 0])
+        for _ in range(2):  # the second time other keys: the first ones must be forgotten
+            keys = np.sort(rng.permutation(there)[:3])
+            known = dict(zip(keys.tolist(), (values := rng.random(len(keys))).tolist(), strict=True))
+            found = places.look_up(family, keys, values, grid)
+            assert found.ravel().tolist() == [known.get(key, 0.0) for key in grid.ravel().tolist()]
+
+
+def test_activations_on_a_grid_are_those_of_the_cache(source, planted):
+    latent = int(np.argmax(planted.statistics["count"]))
+    activity = source.activity(latent)
+    position, value = planted.latent(latent)
+    known = dict(zip(position.tolist(), value.tolist(), strict=True))
+    grid = source.grid(np.array([*activity.active[:40].tolist(), -1, *range(20)]))
+    assert source.values(activity, grid).ravel().tolist() == [known.get(p, 0.0) for p in grid.ravel().tolist()]
+    assert source.values(activity, grid).sum() > 0
+
+
+def test_only_keys_above_the_base_rate_can_be_telling(places, source):
+    position = np.flatnonzero((source.segment_of >= 0) & (source.tokens % 7 == 3))
+    counts = Counts(places, planted_activity(source, position))
+    for family in FAMILIES:
+        tally = counts.keys(family)
+        assert counts.telling(tally).tolist() == np.flatnonzero(counts.log_odds(tally) >= LEAST_Z).tolist()
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from sae_italian.autointerp.scorers import (
 )
 from sae_italian.autointerp.scorers.binary import Answers, answers_by_source, binary_metrics
 from sae_italian.autointerp.scorers.embedding import ranking
-from sae_italian.autointerp.scorers.simulation import correlation
+from sae_italian.autointerp.scorers.simulation import correlation, correlations
 from sae_italian.autointerp.scorers.subject import EMPTY
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation, Store
@@ -190,6 +190,18 @@ def test_correlation_is_pearsons_over_all_tokens(true, seed):
         assert found["correlation"].value == pytest.approx(np.corrcoef(true, simulated)[0, 1], abs=1e-6)
     elif true.std() == 0:
         assert found["correlation"].value == 0 and found["constant"].value == 1
+
+
+def test_simulations_scored_together_are_those_scored_alone():
+    rng = np.random.default_rng(0)
+    true, docs = rng.random(60), np.repeat(np.arange(12), 5)
+    simulated = np.stack([rng.random(60), true + 0.1 * rng.random(60), np.zeros(60)])
+    together = correlations(true, simulated, docs)
+    for own, found in zip(simulated, together, strict=True):
+        alone = correlation(true, own, docs)
+        assert all(found[name] == pytest.approx(alone[name], nan_ok=True) for name in alone)
+    assert together[1]["correlation"].value == pytest.approx(np.corrcoef(true, simulated[1])[0, 1])
+    assert together[2]["constant"].value == 1.0
 
 
 def test_simulations_that_failed_are_counted(negatives):
