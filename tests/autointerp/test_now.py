@@ -36,7 +36,7 @@ def work(cache, mini):
 def explained(work, cache):
     """The explanations of one latent that has a rule."""
     order = (-cache.statistics["count"]).argsort().tolist()
-    return next(found for latent in order if (found := work.explain(latent))[0].status == "ok")
+    return next(found for latent in order if (found := work.explain(latent).explanations)[0].status == "ok")
 
 
 def names(path):
@@ -73,7 +73,7 @@ def test_a_run_counts_nothing_that_was_made_on_demand(cache, work, explained, mi
     assert found.n_latents == 4 and [summary.explainer for summary in side_by_side(path)] == ["rules"]
     with Store(path, {}) as store:
         drawn = set(store.explanations("rules"))
-    other = next(own for k in range(256) if k not in drawn and (own := work.explain(k))[0].status == "ok")
+    other = next(own for k in range(256) if k not in drawn and (own := work.explain(k).explanations)[0].status == "ok")
     keep(path, work, CONFIG, other)
     assert summarise(path).as_dict() == found.as_dict()
     run_autointerp(cache, mini.tokenizer, AutointerpConfig(latents=4, n_examples=10))  # goes on where it was
@@ -86,7 +86,7 @@ def test_what_a_run_says_already_is_not_kept_again(cache, work, mini):
     with Store(path, {}) as store:
         latent = next(k for k, (_, e) in store.explanations("rules").items() if e.status == "ok")
         before = store.explainers()
-    keep(path, work, CONFIG, work.explain(latent))
+    keep(path, work, CONFIG, work.explain(latent).explanations)
     assert names(path) == before
 
 
