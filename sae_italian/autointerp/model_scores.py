@@ -6,7 +6,6 @@ nothing (`empty`). Intervention is asked of the promoted tokens too, the latent'
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from sae_italian.autointerp.explainers.text import statement
 from sae_italian.autointerp.judged import score_rows
 from sae_italian.autointerp.negatives import NegativeSource
 from sae_italian.autointerp.protocols import Example, Score
-from sae_italian.autointerp.run import SHUFFLED, AutointerpConfig, cache_identity, strangers
+from sae_italian.autointerp.run import SHUFFLED, cache_identity, stored_config, strangers
 from sae_italian.autointerp.scorers import embedding, intervention, surprisal
 from sae_italian.autointerp.scorers.embedding import Encode
 from sae_italian.autointerp.scorers.subject import N_PROMPTS, Forward, TooLong
@@ -68,7 +67,7 @@ def score_with_models(
     if tokenizer_hash(tokenizer) != cache.manifest.tokenizer_hash:
         raise UsageError(f"{cache.folder} was built with another tokenizer than the one given.")
     with Store(store, cache_identity(cache)) as opened:
-        config = _config_of(opened)
+        config = stored_config(opened)
         explained = {row: e for row, e in opened.explanations(explainer).items() if e[1].status == "ok"}
         if not explained:
             known = ", ".join(opened.explainers()) or "none"
@@ -167,23 +166,18 @@ def _named(score: Score, negatives: str) -> tuple[Any, ...]:
     return (score.scorer, negatives or "none", score.metrics, score.n_positive, score.n_negative, score.n_failed)
 
 
-def _config_of(store: Store) -> AutointerpConfig:
-    """Return the configuration that a store's explanations were made with."""
-    known = store.notes()
-    names = AutointerpConfig.__dataclass_fields__
-    return AutointerpConfig(**{name: json.loads(known[name]) for name in names if name in known})
-
-
 def means(store: Path, explainer: str) -> list[dict[str, Any]]:
     """Return the mean over latents of each score, its controls', and by how much it exceeds another's explanation."""
     rows = []
     with Store(store, {}) as opened:
         for judge, scorer, metric, negatives in SHOWN:
             where = {"judge": judge, "scorer": scorer, "metric": metric, "negatives": negatives}
-            own = opened.values(explainer=explainer, control="", **where)
-            if not own:
+            every = opened.all_values(explainer=explainer, control="", **where)
+            if not every:
                 continue
+            own = {latent: value for latent, value in every.items() if value is not None}
             row: dict[str, Any] = {"scorer": scorer, "metric": metric, "negatives": negatives, "n": len(own)}
+            row["n_failed"] = len(every) - len(own)  # texts longer than the context, divergences out of reach
             row |= mean_interval(np.array(list(own.values()))).as_dict()
             for control in (SHUFFLED, NOTHING_SAID):
                 theirs = opened.values(explainer=explainer, control=control, **where)
@@ -210,5 +204,6 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         shown = " | ".join("-" if cell is None else f"{cell:.3f}" for cell in cells)
         gain = "-" if over["value"] is None else f"{over['value']:+.3f}{interval}"
         source = "-" if of_promoted else row["negatives"]
-        lines.append(f"| {name} | {source} | {shown} | {gain} | {row['n']} |")
+        failed = f" ({row['n_failed']} could not be scored)" if row["n_failed"] else ""
+        lines.append(f"| {name} | {source} | {shown} | {gain} | {row['n']}{failed} |")
     return "\n".join(lines)

@@ -7,15 +7,13 @@ when and how it was made, and gives way to the next one.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, rule_of
-from sae_italian.autointerp.run import AutointerpConfig, cache_identity
+from sae_italian.autointerp.run import AutointerpConfig, cache_identity, stored_config
 from sae_italian.autointerp.scorers.by_rule import Judged
 from sae_italian.autointerp.store import NOW, Explanation, Store
 from sae_italian.autointerp.work import Task, Work
@@ -29,10 +27,9 @@ def config_of(path: Path) -> AutointerpConfig:
     """Return the settings of the run that a store holds, so that what is made now compares with it; else the defaults."""
     try:
         with Store(path, {}, read_only=True) as store:
-            notes = store.notes()
+            return stored_config(store)
     except SaeItalianError:
         return AutointerpConfig()
-    return replace(AutointerpConfig(), **{name: json.loads(notes[name]) for name in _SETTINGS if name in notes})
 
 
 def keep(path: Path, work: Work, config: AutointerpConfig, found: Sequence[Explanation]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,6 +44,12 @@ class AutointerpConfig:
     latents: int | None = None
     """How many live latents, drawn at random; None for all."""
     seed: int = 0
+
+
+def stored_config(store: Store) -> AutointerpConfig:
+    """Return the configuration that a store's explanations were made with, the defaults where it says nothing."""
+    known, names = store.notes(), AutointerpConfig.__dataclass_fields__
+    return AutointerpConfig(**{name: json.loads(known[name]) for name in names if name in known})
 
 
 def run_autointerp(

@@ -239,12 +239,19 @@ class Store:
         judge: str = "rule",
         negatives: str | None = None,
     ) -> dict[int, float]:
-        """Return one metric by latent. A rule's score and an LLM's are different quantities: never both at once."""
+        """Return one metric by latent, where it has a value. A rule's score and an LLM's are different: never both at once."""
+        where = {"explainer": explainer, "control": control, "scorer": scorer, "metric": metric}
+        found = self.all_values(**where, judge=judge, negatives=negatives)
+        return {latent: value for latent, value in found.items() if value is not None}
+
+    def all_values(
+        self, *, explainer: str, control: str, scorer: str, metric: str, judge: str, negatives: str | None = None
+    ) -> dict[int, float | None]:
+        """As `values`, with None for the latents that could not be scored."""
         query = """SELECT score.latent, score.value FROM score JOIN explanation ON explanation.id = score.explanation_id
                    WHERE explainer = ? AND control = ? AND scorer = ? AND metric = ? AND judge = ?
                      AND negatives = coalesce(?, negatives) ORDER BY score.latent"""
-        rows = self.connection.execute(query, (explainer, control, scorer, metric, judge, negatives))
-        return {latent: value for latent, value in rows if value is not None}
+        return dict(self.connection.execute(query, (explainer, control, scorer, metric, judge, negatives)))
 
     def judges(self) -> list[str]:
         """Return the judges that scored here, the first one first."""

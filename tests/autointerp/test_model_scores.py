@@ -109,7 +109,9 @@ def test_what_does_not_fit_the_context_fails_and_is_no_end(planted, mini, store,
         (latent, *_) = opened.scored("rules", "subject")
         rows = [row for row in opened.scores_of(latent) if row["judge"] == "subject"]
     assert rows and all(row["value"] is None and row["n_failed"] > 0 for row in rows)
-    assert means(path, "rules") == []
+    summary = means(path, "rules")
+    assert summary and all((row["n"], row["n_failed"], row["value"]) == (0, 2, None) for row in summary)
+    assert "| - | - | - | - | 0 (2 could not be scored) |" in table_of(summary)
 
 
 def test_scores_of_a_cache_rebuilt_since_or_of_nobody_are_refused(planted, mini, store, tmp_path):
