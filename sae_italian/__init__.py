@@ -19,7 +19,7 @@ _PUBLIC = {
     "load_corpus": "sae_italian.corpora",
     "load_config": "sae_italian.training",
     "train": "sae_italian.training",
-    "evaluate": "sae_italian.training",
+    "evaluate": "sae_italian.evaluation",
     "load_sae": "sae_italian.saes",
     "build_cache": "sae_italian.cache",
     "FeatureCache": "sae_italian.cache",
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from sae_italian.cache import FeatureCache as FeatureCache
     from sae_italian.cache import build_cache as build_cache
     from sae_italian.corpora import load_corpus as load_corpus
+    from sae_italian.evaluation import evaluate as evaluate
     from sae_italian.models import load_model as load_model
     from sae_italian.models import load_tokenizer as load_tokenizer
     from sae_italian.saes import load_sae as load_sae
-    from sae_italian.training import evaluate as evaluate
     from sae_italian.training import load_config as load_config
     from sae_italian.training import train as train
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sae_italian.storage import claim_folder, read_json, write_json, write_text
+from sae_italian.base.storage import claim_folder, read_json, write_json, write_text
 
 CONFIG = "mini/topk.yaml"
 CACHE_TOKENS = 300_000
@@ -81,7 +81,7 @@ def analyse(
     from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
     from sae_italian.browser.report import RESULTS
     from sae_italian.cache import FeatureCache
-    from sae_italian.training import evaluate
+    from sae_italian.evaluation import evaluate
 
     manifest = cache.manifest
     file = cache.folder / RESULTS

@@ -12,11 +12,11 @@ import torch
 from safetensors.numpy import save_file
 
 from sae_italian.analysis.gold import _Words
+from sae_italian.base.storage import sha256_file
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.build import _transpose
 from sae_italian.cache.layout import acts_file
 from sae_italian.cache.stats import write_statistics
-from sae_italian.storage import sha256_file
 
 
 def planted_cache(

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import UsageError
 from sae_italian.quickstart import quickstart, table_of
 
 SMALL = (

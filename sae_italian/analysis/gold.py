@@ -13,9 +13,9 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Float, Int
 
+from sae_italian import micro_italiano
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.splits import PARTS, document_parts
-from sae_italian.corpora import micro_italiano
 from sae_italian.corpora.documents import MICRO_ITALIANO
 from sae_italian.corpora.packing import NO_DOCUMENT
 

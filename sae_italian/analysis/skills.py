@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from sae_italian.corpora import micro_italiano
-from sae_italian.corpora.micro_italiano import AgreementPair, IoiPrompt
+from sae_italian import micro_italiano
+from sae_italian.micro_italiano import AgreementPair, IoiPrompt
 
 
 @torch.no_grad()

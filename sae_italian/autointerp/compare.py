@@ -7,7 +7,7 @@ from typing import Any
 
 from sae_italian.autointerp.store import NOW, Store
 from sae_italian.autointerp.summary import AutointerpSummary, summarise
-from sae_italian.statistics import Estimate
+from sae_italian.base.statistics import Estimate
 
 COLUMNS = ("detection", "fuzzing", "simulation", "shuffled_detection", "lookup_detection", "gain_over_lookup")
 

@@ -56,7 +56,7 @@ def random_sae_control(
 
 def twin_cache(cache: FeatureCache, sae: Any, seed: int = 0) -> tuple[FeatureCache, Any] | None:
     """Return the random twin's cache and the twin, where an earlier run has finished it."""
-    from sae_italian.errors import SaeItalianError
+    from sae_italian.base.errors import SaeItalianError
 
     try:
         return FeatureCache.open(cache.folder / TWIN_FOLDER), random_twin(sae, seed=seed)

@@ -12,7 +12,7 @@ import sqlite3
 from pathlib import Path
 from urllib.parse import quote
 
-from sae_italian.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError
 
 SCHEMA_VERSION = 3
 BUSY_S = 60  # a second connection (the call ledger) waits this long for the first one's commit

@@ -8,8 +8,8 @@ from typing import Any
 
 from sae_italian.autointerp.database import TABLES
 from sae_italian.autointerp.store import Store
-from sae_italian.errors import UsageError, nearest
-from sae_italian.storage import atomic_path, write_text
+from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.storage import atomic_path, write_text
 
 FORMATS = ("parquet", "jsonl", "wandb")
 JSON_COLUMNS = {"rule", "notes", "reply"}

@@ -25,9 +25,9 @@ from sae_italian.autointerp.scorers.subject import N_PROMPTS, Forward, TooLong
 from sae_italian.autointerp.shown import segments
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.tokens import token_strings
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import NOTHING, mean_interval
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import UsageError
-from sae_italian.statistics import NOTHING, mean_interval
 
 ENCODER, SUBJECT = "encoder", "subject"
 NOTHING_SAID, PROMOTED = "empty", "promoted"

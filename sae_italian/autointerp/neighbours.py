@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
+from sae_italian.base.errors import DataError
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.layout import acts_file
-from sae_italian.errors import DataError
 
 N_NEIGHBOURS = 5
 _COLUMNS = {  # of the cache's table of statistics

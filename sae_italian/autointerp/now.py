@@ -17,8 +17,8 @@ from sae_italian.autointerp.run import AutointerpConfig, cache_identity, stored_
 from sae_italian.autointerp.scorers.by_rule import Judged
 from sae_italian.autointerp.store import NOW, Explanation, Store
 from sae_italian.autointerp.work import Task, Work
-from sae_italian.errors import SaeItalianError
-from sae_italian.storage import utc_now
+from sae_italian.base.errors import SaeItalianError
+from sae_italian.base.storage import utc_now
 
 _SETTINGS = ("width", "n_examples", "seed")
 

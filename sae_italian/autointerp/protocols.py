@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.store import Explanation
-from sae_italian.statistics import Estimate
+from sae_italian.base.statistics import Estimate
 
 Negatives = Literal["random", "same-token", "cofiring", "decoder", "silent-token"]
 """Where a negative comes from: any silent segment; one with the same token, silent; one on which a latent that fires

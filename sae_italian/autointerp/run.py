@@ -21,9 +21,9 @@ from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation, Feature, Store
 from sae_italian.autointerp.tokens import token_strings
 from sae_italian.autointerp.work import Explained, Task, Work, explain_batch, score_batch
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import fingerprint
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import UsageError
-from sae_italian.storage import fingerprint
 
 __all__ = ["EXPLAINER", "LOOKUP", "STORE_FILE", "AutointerpConfig", "Run", "run_autointerp", "token_strings"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_italian.autointerp.database import SCHEMA_VERSION, connect, connect_to_read
-from sae_italian.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError
 
 NO_ANSWER = "no answer"  # status of what the endpoint kept failing on: a rerun asks again
 NOW = "@now"  # ends the explainer's name of what was made on demand (now.py), which belongs to no run

@@ -14,7 +14,7 @@ from sae_italian.autointerp.run import EXPLAINER, LOOKUP, SHUFFLED
 from sae_italian.autointerp.scorers.by_rule import GAIN
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
 from sae_italian.autointerp.store import Store
-from sae_italian.statistics import Estimate, mean_interval, wilson
+from sae_italian.base.statistics import Estimate, mean_interval, wilson
 
 GOOD = 0.8  # balanced accuracy from which a latent counts as detected
 HEADLINE = {"detection": "random", "fuzzing": "silent-token"}  # the negatives behind a score named without any

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_italian.base.errors import UsageError
 from sae_italian.browser.report import loaded_sae, open_source
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import UsageError
 from sae_italian.models import load_tokenizer
 
 NEAR = 0.7  # cosine from which two latents count as the same direction

@@ -11,9 +11,9 @@ from jaxtyping import Float
 
 from sae_italian.analysis.geometry.directions import nearest_directions
 from sae_italian.analysis.geometry.map import map_of
+from sae_italian.base.errors import UsageError
 from sae_italian.browser.schema import HistogramRecord
 from sae_italian.cache.lens import final_gain
-from sae_italian.errors import UsageError
 
 BINS = 40
 BLOCK = 64  # latents whose logits are counted at a time

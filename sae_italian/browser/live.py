@@ -23,6 +23,7 @@ from sae_italian.autointerp.run import STORE_FILE, AutointerpConfig
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation
 from sae_italian.autointerp.work import Work
+from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 from sae_italian.browser.exports.passages import pieces, rounded, storable
 from sae_italian.browser.llm import Endpoint
 from sae_italian.browser.report import loaded, open_source
@@ -30,7 +31,6 @@ from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.encode import encode_sparse
 from sae_italian.corpora.packing import special_mask
-from sae_italian.errors import SaeItalianError, UsageError, nearest
 from sae_italian.models.activations import read_activations
 
 MAX_LETTERS, MAX_TOKENS = 10_000, 512  # of a sentence

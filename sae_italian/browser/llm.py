@@ -8,7 +8,7 @@ from typing import Any
 
 from sae_italian.autointerp.protocols import LatentExamples
 from sae_italian.autointerp.store import Explanation
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 TIMEOUT, ATTEMPTS = 20.0, 1  # a person is waiting, and everybody behind
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from sae_italian.base.errors import DataError
 from sae_italian.browser.schema import CardRecord, ContextRecord, ScoreRecord
-from sae_italian.errors import DataError
 
 FIRST = 0x3400
 BITS = 15

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import SaeItalianError
 from sae_italian.browser.schema import CardRecord, RowRecord
 from sae_italian.browser.source import RESULTS, LatentSource
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import SaeItalianError
 
 __all__ = ["RESULTS", "latent_card", "loaded", "loaded_sae", "model_note", "open_source", "write_report"]
 

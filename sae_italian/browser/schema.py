@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from sae_italian.errors import DataError
+from sae_italian.base.errors import DataError
 
 STRICT = ConfigDict(extra="forbid")
 

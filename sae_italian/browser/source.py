@@ -16,6 +16,8 @@ from sae_italian.autointerp.run import EXPLAINER, LOOKUP, STORE_FILE
 from sae_italian.autointerp.store import NOW, Explanation, Store
 from sae_italian.autointerp.summary import HEADLINE
 from sae_italian.autointerp.tokens import token_strings
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import read_json, utc_now
 from sae_italian.browser.contexts import ContextMaker
 from sae_italian.browser.decoder import Decoder
 from sae_italian.browser.labels import labels_of
@@ -33,9 +35,7 @@ from sae_italian.browser.schema import (
 )
 from sae_italian.browser.table import records
 from sae_italian.cache import FeatureCache, Manifest
-from sae_italian.errors import DataError, UsageError
 from sae_italian.models import parse_hook_name
-from sae_italian.storage import read_json, utc_now
 
 T = TypeVar("T")
 RESULTS = "results.json"

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.pictures import svg
+from sae_italian.base.storage import atomic_path, read_json, write_json, write_text
 from sae_italian.browser.bundle import style
-from sae_italian.errors import DataError, UsageError
 from sae_italian.models import parse_hook_name
-from sae_italian.pictures import svg
-from sae_italian.storage import atomic_path, read_json, write_json, write_text
 
 CARD, RESULTS = "card.json", "results.json"
 OVERVIEW = "overview.json"

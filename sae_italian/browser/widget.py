@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
 from sae_italian.browser.bundle import module, notebook_style
 from sae_italian.browser.compare import Other, open_other
 from sae_italian.browser.live import Live, in_both, open_with_live
@@ -18,7 +19,6 @@ from sae_italian.browser.plain import card_html, list_html
 from sae_italian.browser.report import open_source
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import UsageError
 from sae_italian.models import load_tokenizer
 
 

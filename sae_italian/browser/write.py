@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from sae_italian.base.errors import UsageError
 from sae_italian.browser.bundle import page, script, style
 from sae_italian.browser.pack import Documents, data_script, pack_card
 from sae_italian.browser.schema import CardRecord, RunRecord, check_card, check_rows, check_run
-from sae_italian.errors import UsageError
 
 MARKER = "browser.json"
 FORMAT = "sae-italian-browser"

@@ -17,6 +17,8 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import claim_folder, fingerprint, package_versions, remove
 from sae_italian.cache.encode import EncodeJob, encode_shard
 from sae_italian.cache.layout import MANIFEST, Manifest, acts_file
 from sae_italian.cache.lock import locked
@@ -26,10 +28,8 @@ from sae_italian.corpora import Split
 from sae_italian.corpora.documents import check_corpus
 from sae_italian.corpora.pretokenize import FULL_DISK
 from sae_italian.corpora.stream import CorpusStream, Reader
-from sae_italian.errors import UsageError
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, weights_hash
-from sae_italian.storage import claim_folder, fingerprint, package_versions, remove
 
 KIND = "cache"
 WINDOWS_PER_SHARD, TOKENS_PER_SHARD = 512, 2**17

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import atomic_path, claim_folder, write_text
 from sae_italian.cache.layout import Manifest, read_arrays, tokens_file
-from sae_italian.errors import UsageError
 from sae_italian.models.hooks import parse_hook_name
-from sae_italian.storage import atomic_path, claim_folder, write_text
 
 THRESHOLD = 1e-5
 MIN_SPLITS = 5  # Delphi's own default

@@ -12,15 +12,15 @@ import numpy as np
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import fingerprint, package_versions
 from sae_italian.cache.build import config_hash, tokenizer_hash
 from sae_italian.cache.decode import decoded_blocks, plain_blocks
 from sae_italian.cache.imports import Part, import_cache, windows_per_shard
 from sae_italian.cache.layout import FP16_MAX, Manifest
 from sae_italian.cache.stats import write_statistics
-from sae_italian.errors import DataError, UsageError
 from sae_italian.models.hooks import parse_hook_name
 from sae_italian.saes import weights_hash
-from sae_italian.storage import fingerprint, package_versions
 
 LOST = (
     "documents: Delphi keeps none, so every stretch of text between special tokens of a window stands as a document, "

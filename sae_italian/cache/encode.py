@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_italian.base.errors import DataError
 from sae_italian.cache.layout import acts_file, halves, read_arrays, smallest_uint, tokens_file, write_arrays
 from sae_italian.cache.topk import top_positive
 from sae_italian.cache.transpose import write_run
 from sae_italian.corpora.packing import special_mask
-from sae_italian.errors import DataError
 from sae_italian.models.activations import read_many
 
 FORWARD_WINDOWS = 32

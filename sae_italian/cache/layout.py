@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sae_italian.errors import DataError, UsageError
-from sae_italian.storage import atomic_path, read_json, sha256_file, write_json
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import atomic_path, read_json, sha256_file, write_json
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 
 @contextmanager

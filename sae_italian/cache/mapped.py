@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_italian.errors import DataError
+from sae_italian.base.errors import DataError
 
 _DTYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 

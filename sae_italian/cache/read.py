@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache.layout import STATS, LatentRange, Manifest, acts_file, tokens_file, verify
 from sae_italian.cache.mapped import map_arrays
 from sae_italian.corpora.documents import TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.errors import DataError, UsageError
 
 MAPPED_FILES = 256  # held open at a time, of each kind
 

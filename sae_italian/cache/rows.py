@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import atomic_path, claim_folder
 from sae_italian.cache.delphi import entries, finished, latent_bounds
 from sae_italian.cache.imports import Part, import_cache
 from sae_italian.cache.layout import MANIFEST, STATS, Manifest, read_arrays, tokens_file
 from sae_italian.corpora import PackedBlock, TextDocument
-from sae_italian.errors import DataError, UsageError
-from sae_italian.storage import atomic_path, claim_folder
 
 LATENTS, WINDOWS, DOCUMENTS = "latents", "windows", "documents"
 PER_TOKEN = ("tokens", "doc", "start", "end")

@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from sae_italian.base.storage import atomic_path, remove, sha256_file
 from sae_italian.cache.cofiring import cofiring_neighbours
 from sae_italian.cache.latent_stats import range_statistics
 from sae_italian.cache.layout import STATS, Manifest
 from sae_italian.cache.lens import decoder_neighbours, logit_lens, unknown_decoder
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.storage import atomic_path, remove, sha256_file
 
 
 class Corpus(NamedTuple):

@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import remove
 from sae_italian.cache.layout import Manifest, Shard, smallest_uint, tokens_file, write_arrays
 from sae_italian.corpora import PackedBlock, TextDocument, iter_documents, pack
 from sae_italian.corpora.packing import take_tokens
-from sae_italian.errors import UsageError
-from sae_italian.storage import remove
 
 
 def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any, *, workers: int = 1) -> None:

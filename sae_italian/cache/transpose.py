@@ -14,6 +14,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from scipy.sparse import csr_matrix
 
+from sae_italian.base.errors import DataError
 from sae_italian.cache.layout import (
     LatentRange,
     Manifest,
@@ -25,7 +26,6 @@ from sae_italian.cache.layout import (
     smallest_uint,
     write_arrays,
 )
-from sae_italian.errors import DataError
 
 LATENTS_PER_RANGE = 512
 NON_ZEROS_PER_RANGE = 2**22  # unless one latent alone has more; the statistics need about 70 bytes of memory for each

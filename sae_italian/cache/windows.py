@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.cache.read import FeatureCache, LatentActivations
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.errors import UsageError, nearest
 
 KINDS = ("top", "quantiles", "random", "silent", "same-token")
 COPIES = 256  # activations looked at for each window asked for, when text repeats itself

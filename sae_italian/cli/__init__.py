@@ -6,11 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import sae_italian
+from sae_italian.base.errors import SaeItalianError
 from sae_italian.cli import (
     autointerp,
-    bench,
     browser,
     cache,
     causal,
@@ -30,7 +31,6 @@ from sae_italian.cli import (
     training,
 )
 from sae_italian.cli.base import Commands, Parser
-from sae_italian.errors import SaeItalianError
 
 GROUPS = (
     quickstart,
@@ -51,14 +51,18 @@ GROUPS = (
     papers,
     exports,
     pages,
-    bench,
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    from sae_italian.cli import app
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if _is_new(given, app):  # commands move to cli/app.py one group at a time
+        return app.main(given)
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if not hasattr(options, "command"):
         parser.print_help()
         return 0
@@ -102,3 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     for group in GROUPS:
         group.add_commands(root)
     return parser
+
+
+def _is_new(given: list[str], app: Any) -> bool:
+    words = [word for word in given if not word.startswith("-")]
+    names = (*app.COMMANDS, *app.OLD_COMMANDS)
+    return any(" ".join(words[: len(name.split())]) == name for name in names)

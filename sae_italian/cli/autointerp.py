@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli.base import Commands, Result, engine_options, positive, unit_map
 from sae_italian.cli.llm import client_of, estimate_llm, llm_options, llm_text, run_llm, wants_llm
-from sae_italian.errors import UsageError
 
 
 def add_commands(root: Commands) -> None:
@@ -80,7 +80,7 @@ def _export(options: argparse.Namespace) -> Result:
 
 def _sae_of(cache: Any, needed: bool) -> Any:
     """Return the cache's SAE: for the random control, and for the decoder neighbours where it is still at hand."""
-    from sae_italian.errors import SaeItalianError
+    from sae_italian.base.errors import SaeItalianError
     from sae_italian.saes import load_sae
 
     try:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sae_italian.errors import SaeItalianError, UsageError, nearest
+from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 
 Result = tuple[Any, str] | tuple[Any, str, SaeItalianError | None]  # the last: what to fail with once it is printed
 Command = Callable[[argparse.Namespace], Result]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli.base import Commands, Result
-from sae_italian.errors import UsageError
 
 
 def add_commands(root: Commands) -> None:

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli.base import Commands, Result, positive, sae_name
-from sae_italian.errors import UsageError
 
 
 def add_commands(root: Commands) -> None:
@@ -73,7 +73,7 @@ def _latent_commands(root: Commands) -> None:
 
 def _write(folder: Path | None, name: str, value: Any, svg: str | None) -> str:
     """Write a result and its picture where asked; return a line that says where."""
-    from sae_italian.storage import write_json, write_text
+    from sae_italian.base.storage import write_json, write_text
 
     if folder is None:
         return ""
@@ -129,8 +129,8 @@ def _by_kind(skill: Any) -> str:
 
 def _agreement(options: argparse.Namespace) -> Result:
     from sae_italian.analysis.tasks import agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
+    from sae_italian.base.storage import write_text
     from sae_italian.models import load_model
-    from sae_italian.storage import write_text
 
     positive("--patched", options.patched)
     positive("--thresholds", options.thresholds)

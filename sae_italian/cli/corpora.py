@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli.base import Commands, Result, folder_options
-from sae_italian.errors import UsageError
 
 
 def add_commands(root: Commands) -> None:
@@ -88,8 +88,8 @@ def list_corpora(options: argparse.Namespace) -> Result:
 
 
 def show_corpus(options: argparse.Namespace) -> Result:
+    from sae_italian.base.errors import nearest
     from sae_italian.corpora.catalogue import find, names
-    from sae_italian.errors import nearest
 
     located = find(options.name)
     if located is None:

@@ -53,7 +53,7 @@ def _predict(options: argparse.Namespace) -> Result:
     from sae_italian.autointerp.llm.explainer import LLMExplainer
     from sae_italian.autointerp.llm.judge import LLMJudge
     from sae_italian.autointerp.llm.prices import PRICE_FILE
-    from sae_italian.errors import UsageError
+    from sae_italian.base.errors import UsageError
 
     if options.out.suffix not in (".jsonl", ".parquet"):
         raise UsageError(f"{options.out}: a submission is a .jsonl or a .parquet file.")
@@ -86,7 +86,7 @@ def _predict(options: argparse.Namespace) -> Result:
 
 def _replay(options: argparse.Namespace) -> Result:
     from sae_italian.autointerp.explainita import read_split, replay
-    from sae_italian.errors import UsageError
+    from sae_italian.base.errors import UsageError
     from sae_italian.models import load_model
     from sae_italian.models.activations import read_activations
     from sae_italian.saes import load_sae

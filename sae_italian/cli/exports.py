@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli.base import Commands, Result, folder_options, latent_range
-from sae_italian.errors import UsageError
 
 FORMATS = ("neuronpedia", "neuronpedia-bulk", "circuit-tracer", "wandb", "model-card")
 
@@ -70,9 +70,9 @@ def _export(options: argparse.Namespace) -> Result:
 
 def _model_card(options: argparse.Namespace) -> Result:
     """Write the README.md that `saes publish` would, and the evaluation card's files beside it."""
+    from sae_italian.base.storage import write_text
     from sae_italian.cache import Manifest
-    from sae_italian.storage import write_text
-    from sae_italian.training.card import read_card
+    from sae_italian.evaluation.card import read_card
     from sae_italian.training.model_card import model_card
 
     folder = options.cache

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli.base import Commands, Result, positive
-from sae_italian.errors import UsageError
 
 
 def add_commands(root: Commands) -> None:

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli.base import Commands, Result, positive
 from sae_italian.cli.shift import named
-from sae_italian.errors import UsageError
 
 
 def add_commands(root: Commands) -> None:
@@ -32,9 +32,9 @@ def add_commands(root: Commands) -> None:
 
 def _language(options: argparse.Namespace) -> Result:
     from sae_italian.analysis.probes.languages import language_latents
+    from sae_italian.base.storage import write_json
     from sae_italian.models import load_model
     from sae_italian.models.activations import check_context
-    from sae_italian.storage import write_json
 
     _check(options)
     sae, cache = _sae_of(options.sae, options.sae_of_cache)

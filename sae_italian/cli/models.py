@@ -6,8 +6,8 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.cli.base import Commands, Result
-from sae_italian.errors import SaeItalianError, UsageError
 
 
 def add_commands(root: Commands) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli.base import Commands, Result, folder_options, positive
-from sae_italian.errors import UsageError
 
 KINDS = ("pca", "ica", "random", "identity")
 # those of papers.Settings, which is not imported before a command runs

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cli.base import Commands, Result, load_sources, source_options
-from sae_italian.errors import DataError, UsageError
 
 
 def add_commands(root: Commands) -> None:
@@ -82,9 +82,9 @@ def _saes_show(options: argparse.Namespace) -> Result:
 
 
 def _saes_doctor(options: argparse.Namespace) -> Result:
+    from sae_italian.evaluation.doctor import examine, unreadable
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
-    from sae_italian.training.doctor import examine, unreadable
 
     if options.tokens < 256:
         raise UsageError(f"--tokens is {options.tokens}; the doctor needs 256 or more.")

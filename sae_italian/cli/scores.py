@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli.base import Commands, Result, positive
-from sae_italian.errors import UsageError
 
 CONTEXT = 1024  # of a model whose configuration names none
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import write_text
 from sae_italian.cli.base import (
     Commands,
     Result,
@@ -16,8 +18,6 @@ from sae_italian.cli.base import (
     source_options,
     unit_map,
 )
-from sae_italian.errors import UsageError
-from sae_italian.storage import write_text
 
 
 def add_commands(root: Commands) -> None:
@@ -76,7 +76,7 @@ def _dry_run(spec: Any) -> Result:
 
 
 def _evaluate(options: argparse.Namespace) -> Result:
-    from sae_italian.training import evaluate
+    from sae_italian.evaluation import evaluate
 
     positive("--loss-tokens", options.loss_tokens)
     sae, model, corpus = load_sources(options)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt64
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 BANDS, HASHES_PER_BAND, SHINGLE_WORDS = 14, 8, 5
 FALSE_POSITIVES = 1e-6

@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import fingerprint
 from sae_italian.corpora import catalogue
 from sae_italian.corpora.stream import (
     MICRO_ITALIANO,
@@ -23,8 +25,6 @@ from sae_italian.corpora.stream import (
     TextDocument,
     is_held_out,
 )
-from sae_italian.errors import UsageError
-from sae_italian.storage import fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora import dedup
-from sae_italian.errors import UsageError
 
 LANGUAGE_CHARS = 2000  # of a document's beginning, enough to tell its language
 MIN_ITALIAN_CHARS = 20  # below, no detector knows; kept

@@ -16,8 +16,8 @@ from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
+from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.corpora.catalogue import CorpusEntry, Route, free_names
-from sae_italian.errors import DataError, UsageError, nearest
 
 BLOCK_BYTES = 8 * 2**20
 T = TypeVar("T")

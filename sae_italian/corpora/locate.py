@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.corpora.hub import RemoteFile
 from sae_italian.corpora.shards import LOCAL_ENDINGS, READERS, Shard, kind_of
-from sae_italian.errors import UsageError, nearest
 
 PRETOKENIZED = "progress.json"  # the file that tells a pretokenised folder
 

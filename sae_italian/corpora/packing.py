@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.corpora.documents import TextDocument
 from sae_italian.corpora.parallel import tokenise_batches
 from sae_italian.corpora.word_memory import ranges
 from sae_italian.corpora.words import TokenBatch
-from sae_italian.errors import DataError, UsageError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

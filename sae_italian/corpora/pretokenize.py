@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import atomic_path, claim_folder, fingerprint, read_json, utc_now, write_json
 from sae_italian.corpora.counts import Counts
 from sae_italian.corpora.locate import PRETOKENIZED
 from sae_italian.corpora.packing import Layout, PackedBlock, Packer, batched, check_context, layout_of
 from sae_italian.corpora.parallel import BATCHES_AHEAD, tokenise_batches
 from sae_italian.corpora.stream import CorpusStream, Reader, TextDocument
-from sae_italian.errors import DataError, UsageError
-from sae_italian.storage import atomic_path, claim_folder, fingerprint, read_json, utc_now, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

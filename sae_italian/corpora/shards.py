@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_italian.base.errors import DataError, nearest
 from sae_italian.corpora.counts import Counts
 from sae_italian.corpora.hub import RemoteFile, ShardGone
-from sae_italian.errors import DataError, nearest
 
 MAX_DOCUMENT_CHARS = 20_000_000  # a long novel has 1.5 million; more is a broken file
 ROWS_PER_BATCH = 256

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import write_text
 from sae_italian.corpora.filters import language_of
 from sae_italian.corpora.packing import batched
 from sae_italian.corpora.stream import CorpusStream, Reader
 from sae_italian.corpora.words import WordTokenizer
-from sae_italian.errors import UsageError
-from sae_italian.storage import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.storage import fingerprint, read_json, write_json
 from sae_italian.corpora import catalogue
 from sae_italian.corpora.counts import Counts
 from sae_italian.corpora.filters import Filters, Sieve
 from sae_italian.corpora.hub import gate_of, list_files, route_of_entry, route_of_url
 from sae_italian.corpora.locate import local_shards, remote_shards
 from sae_italian.corpora.shards import MAX_DOCUMENT_CHARS, BadShard, Reading, Row, Shard, rows
-from sae_italian.errors import DataError, UsageError, nearest
-from sae_italian.storage import fingerprint, read_json, write_json
 
 Split = Literal["train", "heldout", "all"]
 SPLITS = ("train", "heldout", "all")
@@ -95,7 +95,7 @@ class MicroSource:
         return document
 
     def _made(self, index: int) -> TextDocument:
-        from sae_italian.corpora import micro_italiano
+        from sae_italian import micro_italiano
 
         document = micro_italiano.document(index, self.seed)
         return TextDocument(document.text, document.doc_id, document.register)

@@ -20,8 +20,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt64
 
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora.word_memory import Hasher, WordMemory, Words
-from sae_italian.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
 from sae_italian.engine.units import AHEAD, RETRIES, Job, Outcome, attempt, probe_file, workers_keep_dying
-from sae_italian.errors import UsageError
 
 
 def connect(address: str | None, workers: int | None) -> Any:

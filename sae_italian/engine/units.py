@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import sae_italian
-from sae_italian.errors import SaeItalianError, UsageError, nearest
+from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 
 Engine = Literal["local", "ray"]
 ENGINES: tuple[Engine, ...] = ("local", "ray")

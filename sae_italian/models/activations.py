@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models.hooks import Hook, parse_hook_name
 
 Acts = Float[Tensor, "batch pos d_in"]

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sae_italian.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, nearest
 
 # The catalogue's name of a dimension, and where transformers' configs keep it (the first that is there).
 CONFIG_KEYS = {

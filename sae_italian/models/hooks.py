@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from sae_italian.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, nearest
 
 Site = Literal["R", "A", "M", "TC"]
 Part = Literal["block", "attn", "mlp", "norm2"]

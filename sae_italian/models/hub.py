@@ -6,7 +6,7 @@ import errno
 import shutil
 from pathlib import Path
 
-from sae_italian.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError
 
 Failure = UsageError
 

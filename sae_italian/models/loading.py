@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sae_italian.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.models.catalogue import ResolvedModel, config_differences, resolve
 from sae_italian.models.hub import explain
 

@@ -15,7 +15,7 @@ from sae_lens.analysis.hooked_sae_transformer import _SAEWrapper
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from transformer_lens.hook_points import HookPoint
 
-from sae_italian.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, nearest
 
 
 class _LoudHooks:

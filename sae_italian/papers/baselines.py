@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
 from sae_italian.autointerp.run import EXPLAINER
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import claim_folder, read_json, remove, write_json, write_text
 from sae_italian.cache import FeatureCache, build_caches
-from sae_italian.errors import UsageError
+from sae_italian.evaluation import evaluate
 from sae_italian.papers.curve import curves
 from sae_italian.papers.subject import Subject, layer_of, open_subject, training_stream
 from sae_italian.saes import check_fits, load_sae, weights_hash
 from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines
-from sae_italian.storage import claim_folder, read_json, remove, write_json, write_text
-from sae_italian.training import evaluate
 
 KIND = "baselines"
 SAE = "sae"

@@ -6,13 +6,13 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from sae_italian.evaluation.card import LABELS
 from sae_italian.papers.document import Section, Table, shown
 from sae_italian.papers.job import Job, Results, Step
 from sae_italian.papers.pictures import scores_svg
 from sae_italian.papers.scoring import card_of, examples, score_sae
 from sae_italian.papers.subject import layer_of
 from sae_italian.saes import load_sae
-from sae_italian.training.card import LABELS
 
 _CARD = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "delta_lm_loss")
 LONGEST = 240  # characters of an explanation in the table; report.json has the whole

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import read_json, utc_now, write_json
 from sae_italian.papers.document import Section
 from sae_italian.papers.paper import Paper
 from sae_italian.papers.subject import Subject
-from sae_italian.storage import read_json, utc_now, write_json
 from sae_italian.training import spec_from_dict, train
 from sae_italian.training.config import read_values
 from sae_italian.training.suite import suite_from_dict, train_suite

@@ -11,7 +11,7 @@ from typing import Any
 
 from sae_italian.analysis.causal.compare import patch_saes, thresholds
 from sae_italian.analysis.tasks.ioi import ioi_pairs, ioi_score, words_for
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.papers.document import Section, from_markdown
 from sae_italian.papers.job import RATIO, Job, Results, Step, variant
 from sae_italian.saes import load_sae

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sae_italian.base.pictures import OURS, svg
 from sae_italian.papers.tables import dictionary_name
-from sae_italian.pictures import OURS, svg
 from sae_italian.saes.baselines import TOPK
 
 COLOURS = {

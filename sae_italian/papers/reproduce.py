@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import claim_folder, write_json
 from sae_italian.papers import clic_it, cunningham, llama_scope
 from sae_italian.papers.document import Document, Section, Table
 from sae_italian.papers.job import SKIPPED, Job, Results, Step, run_steps
 from sae_italian.papers.paper import Paper, beside, paper
 from sae_italian.papers.subject import MINI, open_subject
 from sae_italian.saes import check_fits, load_sae, weights_hash
-from sae_italian.storage import claim_folder, write_json
 
 KIND = "reproduce"
 STEPS: dict[str, tuple[Step, ...]] = {

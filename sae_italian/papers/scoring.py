@@ -11,11 +11,11 @@ from jaxtyping import Float
 from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Store
+from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.evaluation import EvaluationCard, evaluate
 from sae_italian.papers.subject import Subject
-from sae_italian.statistics import NOTHING, Estimate, bootstrap
-from sae_italian.training import EvaluationCard, evaluate
 
 WIDTH = 32  # tokens of a shown example
 

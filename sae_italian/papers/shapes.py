@@ -8,7 +8,7 @@ from sae_italian.analysis.geometry import geometry
 from sae_italian.analysis.geometry.pictures import matches_svg
 from sae_italian.analysis.shift import context_shift
 from sae_italian.analysis.shift.measure import default_edges
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.papers.document import Section, from_markdown
 from sae_italian.papers.job import Job, Results, Step
 from sae_italian.saes import load_sae

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora import CorpusStream, Reader
 from sae_italian.corpora.documents import MICRO_ITALIANO
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
-from sae_italian.errors import UsageError
 from sae_italian.models import load_model, resolve
 from sae_italian.models.activations import check_context
 from sae_italian.training import ActivationStream

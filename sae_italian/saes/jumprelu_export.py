@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_italian.errors import UsageError
-from sae_italian.storage import atomic_path
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import atomic_path
 
 CHUNK = 256  # tokens encoded at once: 65,536 latents of them are 67 MB
 CHECK_EVERY = 5

@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import read_json
 from sae_italian.saes.sparsify import check_shapes, load_tensors, with_overrides
-from sae_italian.storage import read_json
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _TENSORS = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_italian.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import read_json
 from sae_italian.models.hooks import parse_hook_name
-from sae_italian.storage import read_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")

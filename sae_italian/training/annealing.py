@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 
 def annealed_k(step: int, n_steps: int, share: float, start: int, k: float) -> float:

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sae_italian.errors import DataError, UsageError
-from sae_italian.storage import atomic_path, fingerprint, read_json, remove, write_json
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import atomic_path, fingerprint, read_json, remove, write_json
 
 STATE_FILE = "state.json"
 RANDOM_FILE = "random.safetensors"

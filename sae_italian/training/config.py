@@ -14,8 +14,8 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.corpora.documents import MICRO_ITALIANO
-from sae_italian.errors import UsageError, nearest
 
 SITE_PACKAGE_CONFIGS = "configs"
 SUITE_KEY = "layers"  # what only a suite's config has
@@ -278,8 +278,8 @@ def _stock_dataset(corpus: str, n_documents: int = 20_000) -> str:
     from itertools import islice
 
     from sae_italian import __version__
+    from sae_italian.base.storage import write_text
     from sae_italian.corpora import iter_documents
-    from sae_italian.storage import write_text
 
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "sae_italian" / f"{MICRO_ITALIANO}-{__version__}-{n_documents}"

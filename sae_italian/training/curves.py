@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from sae_italian.errors import DataError, UsageError, nearest
-from sae_italian.storage import package_versions, read_json, write_json
+from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.pictures import OURS, REFERENCE, svg
+from sae_italian.base.storage import package_versions, read_json, write_json
 from sae_italian.training.config import SUITE_KEY, RunSpec, configs_folder, find_config, load_spec, read_values
-from sae_italian.training.pictures import curves_svg
 from sae_italian.training.run import read_run, train
 from sae_italian.training.sae_run import LOSS_KEYS
 
@@ -334,3 +334,20 @@ def plain_svg(curve: Curve, name: str) -> str:
 
 def _rounded(x: float) -> float:
     return float(f"{x:.4g}")
+
+
+def curves_svg(panels: Sequence[tuple[str, Any, Any, Any, Any, Any]], labels: tuple[str, str], title: str) -> str:
+    """Return panels of (title, x and y of the run, x, low and high of the reference) as one SVG; arrays or lists."""
+
+    def draw(axes: Any) -> None:
+        for axis, (name, x, y, x_reference, low, high) in zip(axes, panels, strict=True):
+            if len(x_reference):
+                axis.fill_between(x_reference, low, high, color=REFERENCE, alpha=0.35, linewidth=0, label=labels[1])
+            if len(x):
+                axis.plot(x, y, color=OURS, linewidth=1.5, label=labels[0])
+            axis.set_title(name, fontsize=10)
+            axis.set_xlabel("share of the training · quota dell'addestramento", fontsize=8)
+        axes[0].legend(frameon=False, fontsize=8)
+        axes[0].figure.suptitle(title, fontsize=10)
+
+    return svg(draw, len(panels), (3.4 * len(panels), 3.2))

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import special_mask, take_tokens
+from sae_italian.evaluation.diagnosis import take_sample
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits
 from sae_italian.saes.jumprelu_export import JumpReLUExport, check_exportable, check_free, save_sae, to_jumprelu
-from sae_italian.training.diagnosis import take_sample
 
 JUMPRELU_TOKENS = 40_960  # four fifths of them, 32,768 as Llama Scope took, set the threshold; the rest checks it
 

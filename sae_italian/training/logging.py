@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_italian.errors import UsageError
-from sae_italian.storage import read_json, write_json
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import read_json, write_json
 from sae_italian.training.config import RunSpec
 
 WANDB_FILE = "wandb.json"  # in a run's folder: the id of its W&B run, which a resumed training continues
@@ -71,8 +71,8 @@ class WandbLog(RunLog):
 
     def _card(self, folder: Path, model: Any) -> None:
         """Judge the finished SAE, keep the card in its folder, and tell its means as `eval/...` and their bounds."""
+        from sae_italian.evaluation.evaluate import evaluate
         from sae_italian.saes import load_sae
-        from sae_italian.training.evaluate import evaluate
 
         spec = self.spec
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.training.checkpoint import Checkpoints, disk_errors
 from sae_italian.training.sae_run import SAERun
 from sae_italian.training.stream import ActivationStream

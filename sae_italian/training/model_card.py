@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
+from sae_italian.base.storage import read_json
+from sae_italian.evaluation.card import DENSITY_PICTURE, LABELS, EvaluationCard
 from sae_italian.models import catalogue
-from sae_italian.storage import read_json
-from sae_italian.training.card import DENSITY_PICTURE, LABELS, EvaluationCard
 from sae_italian.training.run import read_run
 
 # What the front matter states as results, for the hub's tables.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models import load_model
 from sae_italian.models.activations import read_many
 from sae_italian.training.config import RunSpec

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import read_json
+from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, read_card
 from sae_italian.models.hub import explain
-from sae_italian.storage import read_json
-from sae_italian.training.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, read_card
 from sae_italian.training.model_card import model_card
 from sae_italian.training.run import read_run
 

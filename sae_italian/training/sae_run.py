@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate
+from sae_italian.base.storage import atomic_path, read_json, write_json
 from sae_italian.models import parse_hook_name
 from sae_italian.saes.sparse_trainer import tune
-from sae_italian.statistics import Estimate
-from sae_italian.storage import atomic_path, read_json, write_json
 from sae_italian.training.annealing import annealed_k, set_k
 from sae_italian.training.checkpoint import Metrics
 from sae_italian.training.config import RunSpec
@@ -152,7 +152,7 @@ class SAERun:
 
     def evaluate(self, model: Any) -> None:
         """Judge the SAE as it would be saved now, on held-out text, and write the card's means as `eval/...`."""
-        from sae_italian.training.evaluate import evaluate
+        from sae_italian.evaluation.evaluate import evaluate
 
         spec = self.spec
         card = evaluate(

@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import read_json, write_json
 from sae_italian.corpora.packing import special_mask
-from sae_italian.errors import UsageError
 from sae_italian.models.activations import read_many
-from sae_italian.storage import read_json, write_json
 from sae_italian.training.windows import BLOCKS_AHEAD, Documents, Windows
 
 Rows = dict[str, Float[Tensor, "tokens d_in"]]  # by hook name, the same tokens at every hook

@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sae_italian.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.storage import claim_folder
 from sae_italian.models import load_model, load_model_config
 from sae_italian.models.hooks import SITES, Site, parse_hook_name
-from sae_italian.storage import claim_folder
 from sae_italian.training.checkpoint import Checkpoints
 from sae_italian.training.config import RunSpec, read_values, spec_from_dict
 from sae_italian.training.logging import open_logger

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora import CorpusStream, TextDocument
 from sae_italian.corpora.packing import Packer, batched, check_context, layout_of
 from sae_italian.corpora.parallel import tokenise_batches
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, tokenizer_fingerprint
-from sae_italian.errors import UsageError
 
 BLOCKS_AHEAD = 2
 DOCUMENTS_PER_BATCH = 64

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from sae_italian import micro_italiano
 from sae_italian.analysis import gold_table
 from sae_italian.analysis.gold import LEAST_WORDS, _Words, n_detected
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.splits import PARTS, document_parts
-from sae_italian.corpora import micro_italiano
 from sae_italian.corpora.packing import NO_DOCUMENT
 from tests.planted import planted_cache
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from sae_italian import micro_italiano
 from sae_italian.analysis import agreement_accuracy, ioi_logit_differences
-from sae_italian.corpora import micro_italiano
 from sae_italian.models import catalogue
 
 
@@ -29,5 +29,5 @@ def test_both_orders_of_the_names_are_right(mini):
 
 def test_the_training_record_lies_beside_the_weights():
     record = json.loads((Path(catalogue()["sae-italian-mini"].official) / "training.json").read_text())
-    assert record["command"].startswith("python -m sae_italian.models.train_mini")
+    assert record["command"].startswith("python -m sae_italian.micro_italiano.train_mini")
     assert {"seed", "tokens", "minutes", "held_out_loss_nats", "curve", "recipe", "versions"} <= set(record)

@@ -10,8 +10,8 @@ import torch
 from sae_italian.autointerp.model_scores import N_SEGMENTS, means, score_with_models, table_of
 from sae_italian.autointerp.scorers.subject import _adding, _strength, _written
 from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.base.errors import UsageError
 from sae_italian.cli.scores import _logits
-from sae_italian.errors import UsageError
 from tests.autointerp.conftest import N_TOKENS
 from tests.autointerp.test_scorers import Copier
 from tests.test_cli import run

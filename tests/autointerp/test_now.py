@@ -15,8 +15,8 @@ from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.summary import summarise
 from sae_italian.autointerp.work import Work
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import DataError, UsageError
 
 CONFIG = AutointerpConfig(n_examples=20)
 

@@ -30,7 +30,7 @@ from sae_italian.autointerp.scorers.simulation import correlation, correlations
 from sae_italian.autointerp.scorers.subject import EMPTY
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation, Store
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from tests.autointerp.conftest import N_TOKENS
 
 NOTHING_SAID = Explanation(0, "nobody", "ok", "", "", None)

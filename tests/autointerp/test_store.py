@@ -12,7 +12,7 @@ import pytest
 from sae_italian.autointerp.database import SCHEMA_VERSION, TABLES, connect
 from sae_italian.autointerp.export import export
 from sae_italian.autointerp.store import Explanation, Feature, Judgement, Label, Store, forget
-from sae_italian.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError
 
 VERSION_1 = """
 CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL);

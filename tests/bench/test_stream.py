@@ -1,6 +1,6 @@
 """The tables of whole runs: made of both sides' own objects, with the numbers a reader needs."""
 
-from sae_italian.bench.stream import compare_runs, group_table, measure_group, table_of
+from tests.bench.stream import compare_runs, group_table, measure_group, table_of
 
 SMALL = {"d_sae": 128, "k": 4, "batch_size": 256, "buffer_tokens": 1024, "repeats": 1}
 

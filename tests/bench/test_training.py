@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from sae_italian.bench import training
-from sae_italian.bench.training import BARE, OURS, SAELENS, SCREENED, Shape
 from sae_italian.cli import main
+from tests.bench import training
+from tests.bench.training import BARE, OURS, SAELENS, SCREENED, Shape
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.store import Store
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.contexts import SEGMENT, split_text
 from sae_italian.browser.decoder import Decoder
 from sae_italian.browser.pack import read_data
 from sae_italian.browser.report import open_source, write_report
 from sae_italian.browser.schema import check_card, check_rows, check_run
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import DataError, UsageError
 from sae_italian.saes import load_sae
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.compare import match_facts, match_latents, write_comparison
 from sae_italian.browser.pack import read_data
 from sae_italian.browser.report import open_source
 from sae_italian.browser.suite import overview_text, read_suite, write_overview
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import DataError, UsageError
 from sae_italian.saes import load_sae
 
 

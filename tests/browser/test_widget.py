@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
+from sae_italian.base.errors import UsageError
 from sae_italian.browser import widget
 from sae_italian.browser.compare import beside
 from sae_italian.browser.plain import card_html
 from sae_italian.browser.schema import check_card, check_groups
 from sae_italian.browser.widget import Plain, answer, show
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import UsageError
 from sae_italian.saes import load_sae
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
 

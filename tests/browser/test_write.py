@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser import CardRecord, bundle, write_browser
 from sae_italian.browser.pack import characters, data_script, read_data
-from sae_italian.errors import DataError, UsageError
 from tests.browser.fake_browser import FakeSource, make_card, make_source
 
 STATIC = resources.files("sae_italian.browser") / "static"

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sae_italian.bench.synthetic_cache import _Model
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.build import _transpose
 from sae_italian.cache.encode import Sparse, write_activations
@@ -17,6 +16,7 @@ from sae_italian.cache.stats import write_statistics
 from sae_italian.cache.tokens import write_token_shard
 from sae_italian.corpora import PackedBlock, TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
+from tests.bench.synthetic_cache import _Model
 
 VOCABULARY, D_IN = 7, 5
 

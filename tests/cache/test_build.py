@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest, build_cache, build_caches, encode, layout
 from sae_italian.cache import build as build_module
 from sae_italian.cli import main
-from sae_italian.errors import DataError, UsageError
 from tests.cache.test_cache import digests
 from tests.conftest import described
 
@@ -79,7 +79,7 @@ def test_a_full_disk_keeps_what_is_finished(mini, alone, tmp_path, monkeypatch, 
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("sae_italian.storage.os.replace", full)
+        patch.setattr("sae_italian.base.storage.os.replace", full)
         with pytest.raises(UsageError, match="full.*--resume"):
             build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", **OPTIONS)
     assert not list((tmp_path / "c").rglob("*.tmp"))

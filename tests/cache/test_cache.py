@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest, build_cache
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.errors import DataError, UsageError
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save, save_file
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.decode import spans_by_prefixes
 from sae_italian.cache.delphi import export_delphi, split_bounds
 from sae_italian.cache.delphi_import import find_splits, import_delphi
 from sae_italian.cli import main
-from sae_italian.errors import DataError, UsageError
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
 

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest, build_cache
 from sae_italian.cache.rows import export_rows, import_rows
 from sae_italian.cli import main
-from sae_italian.errors import DataError, UsageError
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import is_held_out, iter_documents, load_corpus
-from sae_italian.errors import DataError, UsageError
 
 ROWS = [{"text": f"Testo numero {i}: è così.", "source": "s"} for i in range(300)]
 

@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora.dedup import BloomFilter, NearDuplicates
 from sae_italian.corpora.filters import Filters, Sieve, is_italian
 from sae_italian.corpora.stream import CorpusStream, Reader
-from sae_italian.errors import UsageError
 
 pytest.importorskip("py3langid")
 pytest.importorskip("datasketch")

@@ -6,10 +6,10 @@ import threading
 import huggingface_hub.constants
 import pytest
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import catalogue, hub
 from sae_italian.corpora.documents import load_corpus, shuffle_buffer
 from sae_italian.corpora.stream import CorpusStream, Reader
-from sae_italian.errors import DataError, UsageError
 from tests.corpora import hub_stand_in
 from tests.corpora.hub_stand_in import gz, jsonl, parquet
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import TextDocument, iter_documents, pack, pretokenize
 from sae_italian.corpora.packing import NO_DOCUMENT, layout_of
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, read_counts
 from sae_italian.corpora.stream import Reader
-from sae_italian.errors import DataError, UsageError
 from tests.corpora.test_packing import HARD, TOKENIZERS
 
 TOKENIZER = TOKENIZERS["metaspace"]

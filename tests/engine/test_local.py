@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sae_italian.base.errors import UsageError
 from sae_italian.engine import map_units
-from sae_italian.errors import UsageError
 from tests.engine import work
 
 MAIN = """import sys

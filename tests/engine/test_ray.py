@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from sae_italian.base.errors import UsageError
 from sae_italian.engine import map_units, on_ray, units
-from sae_italian.errors import UsageError
 from tests.engine import work
 from tests.engine.test_local import alive, start, wait_for
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sae_italian.errors import UsageError
-from sae_italian.storage import atomic_path, write_text
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import atomic_path, write_text
 
 
 def square(number: int) -> int:

@@ -2,8 +2,8 @@
 
 import pytest
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
-from sae_italian.errors import UsageError
 from sae_italian.models import catalogue, load_model, load_model_config, resolve
 from sae_italian.models.catalogue import config_differences, config_facts
 from tests.models.hub import REVISION, put_in_cache

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from sae_italian.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.models import load_model, load_model_config
 from sae_italian.models.hub import explain
 from tests.models.conftest import use_cache

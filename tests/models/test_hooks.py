@@ -1,6 +1,6 @@
 import pytest
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models import parse_hook_name
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models import load_model
 from sae_italian.models.activations import logits_with_replacement, read_activations
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.papers import cunningham, llama_scope
 from sae_italian.papers.document import Document, Section, Table, from_markdown, markdown_table, shown
 from sae_italian.papers.paper import beside, lookup, paper, papers

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.cli.papers import KINDS, SIZES
-from sae_italian.errors import UsageError
 from sae_italian.papers import Settings, compare_baselines, reproduce
 from sae_italian.papers.document import Section
 from sae_italian.papers.job import Job, Step, run_steps

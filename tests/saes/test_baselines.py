@@ -6,7 +6,7 @@ import pytest
 import torch
 from sae_lens import SAE, StandardSAE, TopKSAE
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.saes.baselines import KINDS, fit_baselines, mean_l0, with_top_k
 from tests.conftest import described
 

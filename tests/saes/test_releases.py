@@ -9,7 +9,7 @@ import torch
 from sae_lens import SAE
 
 import sae_italian.plugin
-from sae_italian.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.saes import load_sae
 from sae_italian.saes.releases import known_releases, releases
 from tests.models.conftest import use_cache

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sae_lens import TrainingSAE
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.saes import load_sae
 from sae_italian.training import load_spec, train
 from sae_italian.training.annealing import annealed_k, set_k

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae_italian.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.training.checkpoint import Checkpoints, Metrics
 
 BIG = 4_000_000

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.training import load_config, load_spec
 from sae_italian.training.config import configs_folder, find_config
 

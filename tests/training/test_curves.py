@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
-from sae_italian.errors import UsageError
 from sae_italian.training import load_spec, train
 from sae_italian.training.config import configs_folder
 from sae_italian.training.curves import (

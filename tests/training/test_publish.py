@@ -7,10 +7,10 @@ import huggingface_hub
 import pytest
 import yaml
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
-from sae_italian.errors import UsageError
+from sae_italian.evaluation import evaluate
 from sae_italian.saes import load_sae
-from sae_italian.training import evaluate
 from sae_italian.training.publish import publish
 from tests.training.upload_hub import UploadHub
 
@@ -74,7 +74,7 @@ def test_the_model_card_says_what_the_hub_reads(judged, hub):
 def test_base_model_and_datasets_are_named_when_the_hub_has_them(judged, tmp_path):
     from dataclasses import replace
 
-    from sae_italian.training import read_card
+    from sae_italian.evaluation import read_card
     from sae_italian.training.model_card import model_card
 
     card = read_card(judged)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models import resolve
 from sae_italian.saes import load_sae
 from sae_italian.training import load_spec, train

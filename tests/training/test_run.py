@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.saes import load_sae
 from sae_italian.training import load_config, load_spec, read_run, train
 from sae_italian.training import run as run_module
@@ -297,7 +297,7 @@ def test_several_saes_on_one_stream_are_what_each_is_alone(small_spec, mini, tra
 
 def test_norm_scaling_is_folded_into_the_saved_weights(small_spec, tmp_path, mini):
     """Trained on scaled inputs, saved for raw ones: the explained variance on raw activations is that of training."""
-    from sae_italian.training import evaluate
+    from sae_italian.evaluation import evaluate
 
     spec = small_spec.model_copy(
         update={"sae": {**small_spec.sae, "normalize_activations": "expected_average_only_in"}}

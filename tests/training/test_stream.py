@@ -4,8 +4,8 @@ from itertools import islice
 import pytest
 import torch
 
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora import CorpusStream, Reader, iter_documents, pack
-from sae_italian.errors import UsageError
 from sae_italian.models.activations import read_activations
 from sae_italian.training import ActivationStream
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from sae_italian import pictures
 from sae_italian.analysis.causal.elimination import Point, eliminate
 from sae_italian.analysis.causal.patching import BATCH_ROWS, Patcher, patch_inputs
 from sae_italian.analysis.causal.splice import hooks_of
-from sae_italian.errors import UsageError
-from sae_italian.statistics import Estimate, mean_interval
+from sae_italian.base import pictures
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate, mean_interval
 
 N_THRESHOLDS = 50
 TOP = 20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_italian import pictures
 from sae_italian.analysis.causal.tree import Node
+from sae_italian.base import pictures
 
 SHOWN = 34  # letters of an example
 

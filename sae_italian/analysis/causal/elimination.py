@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_italian.analysis.causal.patching import Patcher
-from sae_italian.statistics import Estimate, mean_interval
+from sae_italian.base.statistics import Estimate, mean_interval
 
 LEAST_ROWS = 16  # of a guessed path after wrong guesses
 

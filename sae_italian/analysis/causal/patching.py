@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_italian.analysis.causal.splice import codes, directions, hooks_of
 from sae_italian.analysis.tasks.scoring import padded
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import check_context, read_many, replaced
 from sae_italian.models.resume import begun_at, edit_hook, entry_hook
 

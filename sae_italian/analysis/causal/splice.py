@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora.packing import special_mask
-from sae_italian.errors import UsageError
 from sae_italian.models.activations import check_context, read_many, replaced, resolve_hook
 from sae_italian.saes import check_fits
 

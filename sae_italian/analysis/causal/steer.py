@@ -20,7 +20,7 @@ from sae_italian.analysis.causal.splice import (
     special,
     token_text,
 )
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import replaced
 
 NGRAM = 3  # of the repeat rate

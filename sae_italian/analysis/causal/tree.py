@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_italian.analysis.causal.splice import check_latent, codes, directions, hooks_of, special, token_text
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.errors import UsageError
 from sae_italian.models.activations import check_context, read_activations, read_many, replaced, resolve_hook
 from sae_italian.models.resume import begun_at, edit_hook, entry_hook
-from sae_italian.statistics import Estimate, mean_interval
 
 N_CONTEXTS = 20
 ROWS = 128  # prompts of a batch

@@ -23,8 +23,8 @@ from sae_italian.analysis.geometry.directions import (
     random_like,
     threshold,
 )
-from sae_italian.errors import UsageError
-from sae_italian.statistics import Estimate, wilson
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate, wilson
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 EDGES = np.linspace(-1, 1, 201)  # of the histograms of best matches

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 BLOCK_ELEMENTS = 2**24  # cosines held at once: 64 MB
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_italian.analysis.geometry.directions import directions
-from sae_italian.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, nearest
 
 Method = Literal["pca", "umap"]
 METHODS = ("pca", "umap")

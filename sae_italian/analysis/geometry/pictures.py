@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_italian.analysis.geometry.compare import EDGES, Comparison, Distribution
-from sae_italian.pictures import OURS, REFERENCE, WARNING, svg
+from sae_italian.base.pictures import OURS, REFERENCE, WARNING, svg
 
 COLOURS = (OURS, "#d17b0f", "#3b5bdb", "#a61e4d", "#5f3dc4", "#495057")
 MOST_PANELS = 6

@@ -21,9 +21,9 @@ from sae_italian.analysis.geometry.compare import (
 )
 from sae_italian.analysis.geometry.map import Method, map_of
 from sae_italian.analysis.geometry.pictures import map_html, map_svg, matches_svg
-from sae_italian.errors import UsageError
-from sae_italian.statistics import Estimate
-from sae_italian.storage import atomic_path, utc_now, write_json, write_text
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate
+from sae_italian.base.storage import atomic_path, utc_now, write_json, write_text
 
 RESULT, MARKDOWN, MATCHES = "geometry.json", "geometry.md", "matches.parquet"
 MATCHES_PICTURE, MAP_PICTURE, MAP_PAGE = "matches.svg", "map.svg", "map.html"

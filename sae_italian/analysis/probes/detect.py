@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from sae_italian.analysis.gold import THRESHOLDS, detection_counts
 from sae_italian.analysis.probes.treebank import category
 from sae_italian.analysis.probes.words import Words
-from sae_italian.statistics import Estimate, bootstrap
+from sae_italian.base.statistics import Estimate, bootstrap
 
 LEAST_WORDS = 30  # that bear the label, in training and in test
 SIZES = (1, 5, 20)  # latents of a sparse probe

@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from sae_italian.autointerp.store import Label
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate, wilson
 from sae_italian.corpora import Split, iter_documents, pack
-from sae_italian.errors import UsageError
+from sae_italian.evaluation.evaluate import TOKENS_PER_BATCH, windows_until
 from sae_italian.models.activations import check_context, read_activations
 from sae_italian.saes import check_fits
-from sae_italian.statistics import Estimate, wilson
-from sae_italian.training.evaluate import TOKENS_PER_BATCH, windows_until
 
 LEAST_PROBABILITY = 1e-3  # of firing on a token of its language, for a latent to count
 PURE = 0.9  # share of the probability that lies in one language, from which a latent is that language's

@@ -25,9 +25,9 @@ from sae_italian.analysis.probes.detect import (
 from sae_italian.analysis.probes.treebank import category
 from sae_italian.analysis.probes.words import Words, encode_words
 from sae_italian.autointerp.store import Label
-from sae_italian.pictures import OURS, REFERENCE, svg
-from sae_italian.statistics import Estimate, mean_interval
-from sae_italian.storage import utc_now, write_json, write_text
+from sae_italian.base.pictures import OURS, REFERENCE, svg
+from sae_italian.base.statistics import Estimate, mean_interval
+from sae_italian.base.storage import utc_now, write_json, write_text
 
 RESULT, MARKDOWN, PICTURE = "language.json", "language.md", "language.svg"
 DETECTORS = 10  # latents per label that are written down, besides the best

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_italian.corpora import micro_italiano
+from sae_italian import micro_italiano
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora.stream import MICRO_ITALIANO, is_held_out
-from sae_italian.errors import DataError, UsageError
 
 FEATURES = ("Gender", "Number", "Person", "Tense", "Mood", "VerbForm")
 COMBINED = (("Gender", "Number"), ("Person", "Number"), ("Mood", "Tense"))

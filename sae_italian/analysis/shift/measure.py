@@ -17,14 +17,12 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from sae_italian.analysis.shift.report import KEYS, Bucket, Shift
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate, interval
 from sae_italian.corpora import PackedBlock, Split, TextDocument, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
-from sae_italian.errors import UsageError
-from sae_italian.models.activations import check_context
-from sae_italian.saes import check_fits
-from sae_italian.statistics import Estimate, interval
-from sae_italian.training.diagnosis import hooks_of
-from sae_italian.training.evaluate import (
+from sae_italian.evaluation.diagnosis import hooks_of
+from sae_italian.evaluation.evaluate import (
     STATISTICS,
     TOKENS_PER_BATCH,
     TokenSums,
@@ -33,6 +31,8 @@ from sae_italian.training.evaluate import (
     measure,
     windows_until,
 )
+from sae_italian.models.activations import check_context
+from sae_italian.saes import check_fits
 
 BY = ("context", "genre", "language", "model")
 LONGEST = 8  # contexts of the training: how far beyond it the buckets go by default

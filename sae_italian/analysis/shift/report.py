@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_italian.pictures import OURS, REFERENCE, svg
-from sae_italian.statistics import Estimate
-from sae_italian.storage import utc_now, write_json, write_text
+from sae_italian.base.pictures import OURS, REFERENCE, svg
+from sae_italian.base.statistics import Estimate
+from sae_italian.base.storage import utc_now, write_json, write_text
 
 RESULT, MARKDOWN, PICTURE = "shift.json", "shift.md", "shift.svg"
 # key of the evaluation card: heading

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from sae_italian.analysis.tasks.scoring import TaskScore, log_probs_after, score
-from sae_italian.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError
 
 KINDS = ("gender", "gender, attractor", "number", "subject-verb", "subject-verb, attractor")
 GENDERS = ("Masc", "Fem")

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from sae_italian.analysis.tasks.scoring import TaskScore, log_probs_after, score
-from sae_italian.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.models.catalogue import resolve
 
 Language = Literal["it", "en"]
@@ -64,8 +64,8 @@ def default_words(language: Language = "it") -> IoiWords:
 @lru_cache(maxsize=1)
 def micro_italiano_words() -> IoiWords:
     """Return the same templates with the names, places and objects that MicroItaliano's own sentences of giving hold."""
-    from sae_italian.corpora.micro_italiano.grammar import load_grammar
-    from sae_italian.corpora.micro_italiano.realise import realise
+    from sae_italian.micro_italiano.grammar import load_grammar
+    from sae_italian.micro_italiano.realise import realise
 
     def text(*tokens: Any) -> str:
         written = realise(list(tokens), [])[0]

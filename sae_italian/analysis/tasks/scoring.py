@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_italian import pictures
-from sae_italian.errors import UsageError
+from sae_italian.base import pictures
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate, mean_interval, wilson
 from sae_italian.models.activations import check_context
-from sae_italian.statistics import Estimate, mean_interval, wilson
 
 BATCH = 64
 CHANCE = 0.5

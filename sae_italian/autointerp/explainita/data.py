@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_italian.autointerp.protocols import Example, LatentExamples
-from sae_italian.errors import DataError, UsageError, nearest
-from sae_italian.storage import atomic_path, write_text
+from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.storage import atomic_path, write_text
 
 Task = Literal[1, 2]
 TASKS: dict[int, str] = {1: "colinglab/EXPLAINITA-task1", 2: "colinglab/EXPLAINITA-task2"}

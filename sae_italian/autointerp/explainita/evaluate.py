@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_italian.autointerp.explainita.data import Latent, by_id
-from sae_italian.errors import UsageError
-from sae_italian.statistics import Estimate, bootstrap, mean_interval
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate, bootstrap, mean_interval
 
 DEFAULT_MODEL = "bert-base-multilingual-cased"
 DEFAULT_LAYER = 9  # bert-score's own choice for that model

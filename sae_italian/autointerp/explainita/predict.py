@@ -22,7 +22,7 @@ from sae_italian.autointerp.places import PREFIXES, SUFFIXES, Family, shape_of
 from sae_italian.autointerp.processes import in_threads
 from sae_italian.autointerp.protocols import Example, Explainer, Judge
 from sae_italian.autointerp.store import Explanation
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 MOST_KEYS = 12  # of a rule: a longer list is no explanation
 WORTH = 0.02  # F1 that each doubling of a rule's keys must bring

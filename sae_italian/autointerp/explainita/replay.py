@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_italian.autointerp.explainita.data import Latent, Passage, as_example
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 Activations = Callable[[Int[Tensor, "1 pos"]], Float[Tensor, "1 pos d_in"]]
 AGREES = 0.9  # correlation from which a latent counts as replayed

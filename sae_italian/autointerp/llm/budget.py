@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 
 class BudgetReached(UsageError):

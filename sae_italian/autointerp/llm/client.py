@@ -21,7 +21,7 @@ from sae_italian.autointerp.llm.budget import Budget
 from sae_italian.autointerp.llm.ledger import Account, Ledger, Reply, Request
 from sae_italian.autointerp.llm.prices import PRICE_FILE, Price, TokenCounter, price_of
 from sae_italian.autointerp.llm.transport import Answer, Failure, attempt, open_client
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 KEY_VARIABLE = "LLM_API_KEY"
 NO_ANSWER, TOO_LONG, REJECTED = "no answer", "prompt too long", "rejected"

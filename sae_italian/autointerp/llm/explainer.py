@@ -15,7 +15,7 @@ from sae_italian.autointerp.llm.prices import TokenCounter
 from sae_italian.autointerp.llm.prompts import load_prompts
 from sae_italian.autointerp.protocols import Example, LatentExamples
 from sae_italian.autointerp.store import Explanation
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 EXPLANATION_TOKENS = 160
 LEAST_EXAMPLES = 3

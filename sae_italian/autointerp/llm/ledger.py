@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.autointerp.database import connect
-from sae_italian.storage import utc_now
+from sae_italian.base.storage import utc_now
 
 
 @dataclass(frozen=True)

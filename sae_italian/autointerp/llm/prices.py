@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 PRICE_FILE = Path(__file__).parent / "data" / "prices.json"
 CHARACTERS_PER_TOKEN = 3.0

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import yaml
 
 from sae_italian.autointerp.protocols import Example
-from sae_italian.errors import UsageError, nearest
-from sae_italian.storage import fingerprint
+from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.storage import fingerprint
 
 FOLDER = Path(__file__).parent / "data" / "prompts"
 LANGUAGES = ("it", "en")

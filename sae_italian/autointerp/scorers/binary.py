@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from sae_italian.autointerp.protocols import Example, Score, Verdicts
 from sae_italian.autointerp.scorers.resample import Documents, estimates
-from sae_italian.statistics import Estimate
+from sae_italian.base.statistics import Estimate
 
 LEAST_PAIRS = 10  # positives and negatives below which a source is not scored
 _RATES = ("balanced_accuracy", "tpr", "tnr", "f1")

@@ -17,7 +17,7 @@ from sae_italian.autointerp.protocols import Negatives, Verdicts
 from sae_italian.autointerp.scorers.binary import LEAST_PAIRS, Answers, Resampled, binary_metrics
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP, correlations
 from sae_italian.autointerp.shown import simulated_segments
-from sae_italian.statistics import Estimate
+from sae_italian.base.statistics import Estimate
 
 GAIN = "gain_over_lookup"
 CONSTANT_ON: tuple[tuple[str, Negatives], ...] = (("detection", "random"), ("fuzzing", "silent-token"))

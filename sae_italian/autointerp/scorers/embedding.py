@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from sae_italian.autointerp.protocols import Example, Score, Verdicts
 from sae_italian.autointerp.scorers.binary import answers_by_source, binary_metrics
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 Encode = Callable[[Sequence[str]], Float[np.ndarray, "texts d"]]
 QUERIES = {

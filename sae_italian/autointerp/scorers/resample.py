@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.statistics import Estimate
+from sae_italian.base.statistics import Estimate
 
 N_SAMPLES = 200
 

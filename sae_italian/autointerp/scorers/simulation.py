@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from sae_italian.autointerp.protocols import Example, Score
 from sae_italian.autointerp.scorers.resample import Documents, estimates
-from sae_italian.statistics import NOTHING, Estimate
+from sae_italian.base.statistics import NOTHING, Estimate
 
 TOP, RANDOM = "top-and-random", "random-only"
 

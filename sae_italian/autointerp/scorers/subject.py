@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sae_italian.autointerp.protocols import Example, Score
 from sae_italian.autointerp.scorers.embedding import ranking
-from sae_italian.errors import UsageError
-from sae_italian.statistics import NOTHING, Estimate, mean_interval
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import NOTHING, Estimate, mean_interval
 
 EMPTY = {"it": "Varie frasi senza legame fra loro.", "en": "Various unrelated sentences."}
 ASKS = {"it": "\nIn breve, si parla di:", "en": "\nIn short, this is about:"}

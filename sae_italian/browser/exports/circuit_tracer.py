@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import DataError
+from sae_italian.base.storage import read_json, write_text
 from sae_italian.browser.exports.fields import Check, in_order
 from sae_italian.browser.exports.latents import Latents
 from sae_italian.browser.exports.names import Names, cantor
 from sae_italian.browser.exports.passages import Passage, rounded
-from sae_italian.errors import DataError
-from sae_italian.storage import read_json, write_text
 
 
 def write(folder: Path, latents: Latents, names: Names, wanted: range, bar: Any) -> None:

@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any
 
 from sae_italian.autointerp.tokens import byte_letters
-from sae_italian.errors import DataError
+from sae_italian.base.errors import DataError
 
 MOJIBAKE_ALLOWED = 0.02  # of an export's token strings: text from the web holds some of its own
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")

@@ -7,11 +7,11 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import fingerprint
 from sae_italian.browser.exports.fields import tables
 from sae_italian.cache import Manifest
-from sae_italian.errors import UsageError
 from sae_italian.models import parse_hook_name
-from sae_italian.storage import fingerprint
 
 CREATOR = "clkht01d40000jv08hvalcvly"  # the bot, which every database of Neuronpedia's has
 _SITES = {"R": "res", "A": "att", "M": "mlp", "TC": "transcoder", None: "pre"}

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import DataError
+from sae_italian.base.storage import read_json, write_text
 from sae_italian.browser.exports.fields import Check, in_order
 from sae_italian.browser.exports.latents import Latents
 from sae_italian.browser.exports.names import Names
 from sae_italian.browser.exports.passages import Interval, Passage, rounded
-from sae_italian.errors import DataError
-from sae_italian.storage import read_json, write_text
 
 BATCH = 128  # latents per file, as the runner's default
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.autointerp.store import Store
+from sae_italian.base.errors import DataError
+from sae_italian.base.storage import atomic_path, write_text
 from sae_italian.browser.exports.bulk_rows import About, Explained, activations, neuron, one_line
 from sae_italian.browser.exports.fields import Check
 from sae_italian.browser.exports.latents import Latents
 from sae_italian.browser.exports.names import Names
 from sae_italian.browser.exports.neuronpedia_batch import check_activity
-from sae_italian.errors import DataError
-from sae_italian.storage import atomic_path, write_text
 
 BATCH, MAX_FILES = 128, 1000  # the importer sees 1000 files of a folder
 ONE_LINE = ("release", "model", "sourceset", "source")

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError
 from sae_italian.browser.exports.fields import Check, columns, in_order
 from sae_italian.browser.exports.latents import Latents
-from sae_italian.errors import UsageError
 
 ARTIFACT, TABLE = "latent-browser", "latents"
 _ROW = (

@@ -9,15 +9,15 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_italian.autointerp.run import STORE_FILE, token_strings
+from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.storage import claim_folder, read_json
 from sae_italian.browser.exports import circuit_tracer, neuronpedia_batch, neuronpedia_bulk, wandb_table
 from sae_italian.browser.exports.bulk_rows import About
 from sae_italian.browser.exports.latents import Latents
 from sae_italian.browser.exports.names import Names, names_of, saelens_config
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.delphi import latent_bounds
-from sae_italian.errors import UsageError, nearest
 from sae_italian.models import load_model_config
-from sae_italian.storage import claim_folder, read_json
 
 FORMATS = ("neuronpedia", "neuronpedia-bulk", "circuit-tracer", "wandb")
 NO_DECODER = (

@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from sae_italian.base.errors import SaeItalianError
 from sae_italian.browser.bundle import page, static_text, style
 from sae_italian.browser.compare import Other
 from sae_italian.browser.live import CALLS, Live, in_both
@@ -32,7 +33,6 @@ from sae_italian.browser.server.guard import LOOPBACK, Guard, Refused, as_json, 
 from sae_italian.browser.server.records import Records
 from sae_italian.browser.server.work import Worker
 from sae_italian.browser.source import LatentSource
-from sae_italian.errors import SaeItalianError
 
 KINDS = {".js": "text/javascript", ".css": "text/css"}
 

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 HOST = "127.0.0.1"
 PORT = 8765

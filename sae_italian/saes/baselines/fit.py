@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_italian.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.saes.baselines.linear import Directions, as_sae, signed, unit
 
 TOPK = "-topk"

@@ -10,7 +10,7 @@ import torch
 from sae_italian.analysis.causal import Patcher, PatchInputs, eliminate, patch_inputs, patch_saes
 from sae_italian.analysis.causal.compare import THRESHOLDS
 from sae_italian.analysis.tasks import ioi_pairs, micro_italiano_words
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import logits_with_replacement, read_activations
 from sae_italian.saes import random_twin
 from tests.analysis.causal.planted import Pca, name_carrier

@@ -9,7 +9,7 @@ import torch
 from sae_italian.analysis.causal import ablate, steer
 from sae_italian.analysis.causal.splice import directions
 from sae_italian.analysis.causal.steer import repeat_rate
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import logits_with_replacement, read_activations
 
 PROMPT = "Quando Marta e Luca sono andati al mercato, Marta ha dato un libro a"

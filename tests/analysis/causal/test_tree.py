@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae_italian.analysis.causal import causal_tree, tree_svg
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 TARGET, CAUSE, DECOY = 3, 7, 9
 OPTIONS = {"corpus": "micro-italiano", "n_tokens": 1000, "n_contexts": 3, "context_size": 16, "branches": 2}

@@ -10,7 +10,7 @@ import torch
 from sae_italian.analysis.geometry import Set, compare, geometry, threshold
 from sae_italian.analysis.geometry import directions as module
 from sae_italian.analysis.geometry.directions import nearest_directions, random_directions, random_like
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 D = 256  # sqrt(12 ln F / D) is 0.50 for 200 latents
 

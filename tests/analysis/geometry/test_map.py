@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_italian.analysis.geometry import latent_map
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 
 def sae(rows) -> types.SimpleNamespace:

@@ -6,8 +6,8 @@ import torch
 
 from sae_italian.analysis.probes import language_latents
 from sae_italian.analysis.probes.languages import Languages, entropies, owners
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora import iter_documents, pack
-from sae_italian.errors import UsageError
 from sae_italian.models.activations import read_activations
 
 PROBABILITY = np.array([[0.2, 0.1, 0.0, 0.0, 0.0005], [0.0, 0.1, 0.3, 0.0, 0.0], [0.01, 0.1, 0.3, 0.0, 0.0]])

@@ -11,7 +11,7 @@ import torch
 from sae_italian.analysis.probes import Task, Treebank, Words, encode_words, probe, read_treebank, read_words
 from sae_italian.analysis.probes import treebank as treebank_module
 from sae_italian.analysis.probes.detect import best_cut, dense_probes, single_latents, sparse_probes
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import read_activations
 
 NAMES = ["Gender=Fem", "Number=Plur", "UPOS=NOUN", "UPOS=X"]

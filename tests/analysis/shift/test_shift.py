@@ -10,10 +10,10 @@ import torch
 
 from sae_italian.analysis.shift import Condition, context_shift, shift
 from sae_italian.analysis.shift.measure import default_edges
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora import iter_documents, pack
-from sae_italian.errors import UsageError
+from sae_italian.evaluation import evaluate
 from sae_italian.models.activations import read_activations
-from sae_italian.training import evaluate
 
 MICRO = "micro-italiano"
 

@@ -10,7 +10,7 @@ from sae_italian.analysis.skills import continuation_log_probs
 from sae_italian.analysis.tasks import check_able, default_words, ioi_pairs, ioi_score, micro_italiano_words, words_for
 from sae_italian.analysis.tasks.ioi import name_tokens
 from sae_italian.analysis.tasks.scoring import log_probs_after, score
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.models import load_model, load_tokenizer
 
 

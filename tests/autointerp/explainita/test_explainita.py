@@ -18,9 +18,9 @@ from sae_italian.autointerp.explainita import (
     write_submission,
 )
 from sae_italian.autointerp.explainita.data import as_example, as_examples
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cli import main
-from sae_italian.corpora.micro_italiano import documents
-from sae_italian.errors import DataError, UsageError
+from sae_italian.micro_italiano import documents
 from sae_italian.models.activations import read_activations
 
 

@@ -19,7 +19,7 @@ from sae_italian.autointerp.llm.ledger import Request
 from sae_italian.autointerp.llm.prices import PRICE_FILE, TokenCounter, price_of
 from sae_italian.autointerp.llm.transport import _retry_after
 from sae_italian.autointerp.store import Store
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from tests.autointerp.llm.conftest import MODEL
 from tests.autointerp.llm.endpoint import FAULTS, FakeEndpoint
 

@@ -11,7 +11,7 @@ from sae_italian.autointerp.llm.explainer import ExplainerConfig, LLMExplainer, 
 from sae_italian.autointerp.llm.judge import LLMJudge
 from sae_italian.autointerp.llm.prices import TokenCounter
 from sae_italian.autointerp.llm.prompts import load_prompts
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 from tests.autointerp.llm.conftest import MODEL, a_latent, an_example, an_explanation
 from tests.autointerp.llm.endpoint import FakeEndpoint, digits_with_logprobs, passages, stand_in
 

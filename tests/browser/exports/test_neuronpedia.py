@@ -9,12 +9,12 @@ import pytest
 
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.exports import export, neuronpedia_batch, neuronpedia_bulk
 from sae_italian.browser.exports.fields import columns
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.lens import final_gain
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.errors import DataError, UsageError
 
 from .conftest import LATENTS
 

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
+from sae_italian.base.errors import DataError
 from sae_italian.browser.exports import circuit_tracer, export
 from sae_italian.browser.exports.fields import columns
 from sae_italian.browser.exports.names import cantor
 from sae_italian.cli import main
-from sae_italian.errors import DataError
-from sae_italian.training.card import LABELS, EvaluationCard
+from sae_italian.evaluation.card import LABELS, EvaluationCard
 
 
 def test_circuit_tracer_finds_each_latent_by_its_cantor_pair(cache, mini, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae_italian.base.errors import UsageError
 from sae_italian.browser.bundle import static_text
 from sae_italian.browser.contexts import AFTER, BEFORE
 from sae_italian.browser.live import MAX_LETTERS, NEW_TOKENS, PER_TOKEN, Live, NotTaken, in_both, open_with_live
@@ -14,7 +15,6 @@ from sae_italian.browser.llm import Endpoint
 from sae_italian.browser.report import open_source
 from sae_italian.browser.schema import check_card, check_groups, check_row
 from sae_italian.cache import FeatureCache
-from sae_italian.errors import UsageError
 from sae_italian.models.activations import read_activations
 from tests.autointerp.llm.endpoint import FakeEndpoint
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT

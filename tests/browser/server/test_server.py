@@ -15,6 +15,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from sae_italian.base.errors import UsageError
 from sae_italian.browser.live import open_with_live
 from sae_italian.browser.schema import check_card, check_rows, check_run
 from sae_italian.browser.server import guard
@@ -24,7 +25,6 @@ from sae_italian.browser.server.run import bind
 from sae_italian.browser.server.work import Worker
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
-from sae_italian.errors import UsageError
 from sae_italian.saes import load_sae
 from tests.browser.nasty import SCRIPT
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae_italian.errors import UsageError
+from sae_italian.base.errors import UsageError
 
 SAELENS, OURS, BARE = "saelens topk", "sae_italian sparse_topk", "encoder product + top-k"
 SCREENED = f"{OURS}, bf16_screening"
@@ -177,7 +177,7 @@ def measure_memory(shape: Shape, *, device: str = "cpu", steps: int = 3) -> dict
     peaks = {}
     for name in ARCHITECTURES:
         call = f"peak_of({tuple(shape)}, {name!r}, {device!r}, {steps})"
-        code = f"import json; from sae_italian.bench.training import peak_of; print(json.dumps({call}))"
+        code = f"import json; from tests.bench.training import peak_of; print(json.dumps({call}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         if done.returncode:
             raise UsageError(f"the memory of {name!r} could not be measured: {done.stderr.strip().splitlines()[-1:]}")

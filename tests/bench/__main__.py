@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.cli.base import Commands, Result, load_sources, positive
-from sae_italian.errors import UsageError, nearest
 
 # What `bench training` prints, in this order; each takes the command's options and returns (value, text).
 TRAINING_TABLES: dict[str, Callable[[argparse.Namespace], tuple[Any, str]]] = {
@@ -78,7 +78,7 @@ def add_commands(root: Commands) -> None:
 def _bench_browser(options: argparse.Namespace) -> Result:
     import tempfile
 
-    from sae_italian.bench.browser import measure_export, measure_page, table_of, write_big
+    from tests.bench.browser import measure_export, measure_page, table_of, write_big
 
     positive("--repeats", options.repeats)
     positive("--latents", options.latents)
@@ -102,7 +102,7 @@ def _bench_cache(options: argparse.Namespace) -> Result:
     import os
     import tempfile
 
-    from sae_italian.bench.cache import measure_build, measure_memory, measure_reading, table_of
+    from tests.bench.cache import measure_build, measure_memory, measure_reading, table_of
 
     positive("--repeats", options.repeats)
     result: dict[str, Any] = {"load": os.getloadavg()[0]}
@@ -119,7 +119,7 @@ def _bench_cache(options: argparse.Namespace) -> Result:
 
 
 def _bench_corpora(options: argparse.Namespace) -> Result:
-    from sae_italian.bench.corpora import measure, table_of
+    from tests.bench.corpora import measure, table_of
 
     result = measure(
         options.corpus,
@@ -136,7 +136,7 @@ def _bench_corpora(options: argparse.Namespace) -> Result:
 def _bench_training(options: argparse.Namespace) -> Result:
     import torch
 
-    from sae_italian.bench.training import check_device
+    from tests.bench.training import check_device
 
     positive("--repeats", options.repeats)
     positive("--threads", options.threads)
@@ -156,7 +156,7 @@ def _bench_training(options: argparse.Namespace) -> Result:
 
 
 def _shapes(options: argparse.Namespace) -> list[Any]:
-    from sae_italian.bench.training import SHAPES
+    from tests.bench.training import SHAPES
 
     known = SHAPES[options.device]
     chosen = [shape for shape in known if options.d_sae in (None, shape.d_sae)]
@@ -167,35 +167,35 @@ def _shapes(options: argparse.Namespace) -> list[Any]:
 
 
 def _step_table(options: argparse.Namespace) -> tuple[Any, str]:
-    from sae_italian.bench.training import measure_steps, times_table
+    from tests.bench.training import measure_steps, times_table
 
     results = [measure_steps(shape, device=options.device, repeats=options.repeats) for shape in _shapes(options)]
     return results, times_table("forward and backward", results)
 
 
 def _trainer_table(options: argparse.Namespace) -> tuple[Any, str]:
-    from sae_italian.bench.training import measure_trainer, times_table
+    from tests.bench.training import measure_trainer, times_table
 
     results = [measure_trainer(shape, device=options.device, repeats=options.repeats) for shape in _shapes(options)]
     return results, times_table("SAELens' SAETrainer.step", results)
 
 
 def _memory_table(options: argparse.Namespace) -> tuple[Any, str]:
-    from sae_italian.bench.training import measure_memory, memory_table
+    from tests.bench.training import measure_memory, memory_table
 
     results = [measure_memory(shape, device=options.device) for shape in _shapes(options)]
     return results, memory_table(results)
 
 
 def _run_table(options: argparse.Namespace) -> tuple[Any, str]:
-    from sae_italian.bench.stream import compare_runs, sizes_for, table_of
+    from tests.bench.stream import compare_runs, sizes_for, table_of
 
     result = compare_runs(options.model, corpus=options.corpus, repeats=options.repeats, **sizes_for(options.model))
     return result, table_of(result)
 
 
 def _group_table(options: argparse.Namespace) -> tuple[Any, str]:
-    from sae_italian.bench.stream import group_table, measure_group, sizes_for
+    from tests.bench.stream import group_table, measure_group, sizes_for
 
     sizes = sizes_for(options.model)
     del sizes["hook_name"]
@@ -204,8 +204,8 @@ def _group_table(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _bench_autointerp(options: argparse.Namespace) -> Result:
-    from sae_italian.bench.autointerp import measure, table_of
-    from sae_italian.bench.llm import llm_table, measure_llm
+    from tests.bench.autointerp import measure, table_of
+    from tests.bench.llm import llm_table, measure_llm
 
     for name in ("latents", "repeats", "workers"):
         positive(f"--{name}", getattr(options, name))

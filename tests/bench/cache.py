@@ -200,7 +200,7 @@ class _Batches:
 
 def measure_reading(folder: Path, *, n_non_zeros: int, d_sae: int, n_latents: int = 200) -> dict[str, Any]:
     """Return what a synthetic cache of that size costs: seconds to transpose and to summarise, milliseconds to read."""
-    from sae_italian.bench.synthetic_cache import write_synthetic
+    from tests.bench.synthetic_cache import write_synthetic
 
     started = time.perf_counter()
     manifest, sae, model = write_synthetic(folder, n_non_zeros=n_non_zeros, d_sae=d_sae)

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae_italian.cli import main
+from sae_italian.evaluation import evaluate
+from sae_italian.evaluation.doctor import examine
 from sae_italian.models import load_model
 from sae_italian.saes import load_sae
-from sae_italian.training import evaluate, load_spec, train
-from sae_italian.training.doctor import examine
+from sae_italian.training import load_spec, train
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def test_a_threshold_missing_after_topk_to_jumprelu(sae, mini):
 
 def test_the_tokenizer_of_another_model(sae, mini, jsonl):
     from sae_italian.corpora import iter_documents
-    from sae_italian.models.train_mini import train_tokenizer
+    from sae_italian.micro_italiano.train_mini import train_tokenizer
 
     model = load_model("mini")
     texts = [document.text[::-1] for document in iter_documents(str(jsonl), "all")]

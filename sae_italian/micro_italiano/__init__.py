@@ -10,11 +10,11 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from sae_italian.corpora.micro_italiano.grammar import load_grammar
-from sae_italian.corpora.micro_italiano.items import Context, cumulate, weighted
-from sae_italian.corpora.micro_italiano.prompts import agreement_pairs, ioi_prompts
-from sae_italian.corpora.micro_italiano.realise import realise
-from sae_italian.corpora.micro_italiano.records import AgreementPair, Document, IoiPrompt, Span
+from sae_italian.micro_italiano.grammar import load_grammar
+from sae_italian.micro_italiano.items import Context, cumulate, weighted
+from sae_italian.micro_italiano.prompts import agreement_pairs, ioi_prompts
+from sae_italian.micro_italiano.realise import realise
+from sae_italian.micro_italiano.records import AgreementPair, Document, IoiPrompt, Span
 
 __all__ = [
     "AgreementPair",

@@ -12,17 +12,17 @@ import pytest
 import torch
 from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Transcoder, TranscoderConfig
 
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.statistics import bootstrap
 from sae_italian.corpora import iter_documents, pack
-from sae_italian.errors import DataError, UsageError
+from sae_italian.evaluation import EvaluationCard, evaluate, read_card
+from sae_italian.evaluation.evaluate import LatentCounts
+from sae_italian.micro_italiano.train_mini import Recipe, build_model
 from sae_italian.models.activations import logits_with_replacement, read_activations
-from sae_italian.models.train_mini import Recipe, build_model
 from sae_italian.saes import load_sae, random_twin, weights_hash
-from sae_italian.statistics import bootstrap
-from sae_italian.training import EvaluationCard, evaluate, read_card
-from sae_italian.training.evaluate import LatentCounts
 from tests.conftest import described
 
-module = sys.modules["sae_italian.training.evaluate"]  # the room has a function of that name
+module = sys.modules["sae_italian.evaluation.evaluate"]  # the room has a function of that name
 
 
 def emptied(sae):
@@ -243,7 +243,7 @@ def test_the_interval_of_dead_latents_holds_what_other_documents_give():
 
 
 def test_the_streaming_intervals_are_those_of_the_bootstrap(trained_sae, mini):
-    from sae_italian.statistics import StreamingBootstrap
+    from sae_italian.base.statistics import StreamingBootstrap
 
     rng = np.random.default_rng(0)
     sums = rng.gamma(2.0, size=(300, 2))

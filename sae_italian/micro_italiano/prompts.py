@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sae_italian.corpora.micro_italiano.grammar import Grammar, load_grammar
-from sae_italian.corpora.micro_italiano.items import Context
-from sae_italian.corpora.micro_italiano.lexicon import Noun
-from sae_italian.corpora.micro_italiano.realise import onset, realise
-from sae_italian.corpora.micro_italiano.records import AgreementPair, IoiPrompt, Ref, Token
+from sae_italian.micro_italiano.grammar import Grammar, load_grammar
+from sae_italian.micro_italiano.items import Context
+from sae_italian.micro_italiano.lexicon import Noun
+from sae_italian.micro_italiano.realise import onset, realise
+from sae_italian.micro_italiano.records import AgreementPair, IoiPrompt, Ref, Token
 
 _IOI_RULES = ("ioi_testa", "ioi_testa_abituale", "ioi_testa_oggi")
 _DETERMINERS = ("il", "il", "un", "questo", "quello")

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_italian.errors import DataError
-from sae_italian.statistics import NOTHING, Estimate
-from sae_italian.storage import read_json, write_json, write_text
+from sae_italian.base.errors import DataError
+from sae_italian.base.pictures import OURS, WARNING, svg
+from sae_italian.base.statistics import NOTHING, Estimate
+from sae_italian.base.storage import read_json, write_json, write_text
 
 CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE = "card.json", "card.md", "density.svg"
 ULTRA_ACTIVE = 0.1  # of the tokens (Llama Scope, fig. 4)
@@ -116,8 +117,6 @@ class EvaluationCard:
 
     def save(self, folder: Path) -> None:
         """Write card.json, card.md and density.svg."""
-        from sae_italian.training.pictures import density_svg
-
         write_json(folder / CARD_JSON, self.as_dict())
         write_text(folder / CARD_MARKDOWN, self.markdown())
         write_text(folder / DENSITY_PICTURE, density_svg(self))
@@ -181,3 +180,30 @@ def _shown(number: float, key: str) -> str:
     if number != number:
         return "-"
     return f"{100 * number:.2f} %" if key in _SHARES else f"{number:.4g}"
+
+
+def density_svg(card: EvaluationCard) -> str:
+    """Return the histogram of the latents' density with its intervals, as SVG."""
+
+    def draw(axes: Any) -> None:
+        (axis,) = axes
+        bins = card.density
+        middle = [(bin.lo + bin.hi) / 2 for bin in bins]
+        share = [100 * bin.share.value for bin in bins]
+        below = [max(0.0, 100 * (bin.share.value - bin.share.lo)) for bin in bins]
+        above = [max(0.0, 100 * (bin.share.hi - bin.share.value)) for bin in bins]
+        axis.bar(middle, share, width=[bin.hi - bin.lo for bin in bins], color=OURS, alpha=0.8)
+        axis.errorbar(middle, share, yerr=(below, above), fmt="none", ecolor="#222222", elinewidth=0.8)
+        axis.axvline(-1, color=WARNING, linewidth=1, linestyle="--")
+        axis.set_xlim(bins[0].lo, bins[-1].hi)
+        axis.set_xlabel(
+            "log10 of the share of tokens on which a latent fires · quota di token in cui un latente è attivo"
+        )
+        axis.set_ylabel("% of latents · % dei latenti")
+        axis.set_title(
+            f"dead · morti {100 * card.dead.value:.1f} %   ultra-active · ultra-attivi {100 * card.ultra_active.value:.1f} %"
+            f"   ({card.n_tokens:,} tokens)",
+            fontsize=10,
+        )
+
+    return svg(draw, 1, (7.5, 3.6))

@@ -1,4 +1,4 @@
-"""Train the embedded mini model on MicroItaliano, tokenizer first: `python -m sae_italian.models.train_mini`.
+"""Train the embedded mini model on MicroItaliano, tokenizer first: `python -m sae_italian.micro_italiano.train_mini`.
 
 The model is Minerva in small: MistralForCausalLM with grouped-query attention, a sliding window shorter than the
 context, untied embeddings, and a Llama-style BPE tokenizer with byte fallback that puts one BOS in front. Everything is
@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from sae_italian.base.storage import package_versions
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.documents import MICRO_ITALIANO, Split
-from sae_italian.storage import package_versions
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.time()
     model, tokenizer, curve = train(recipe)
     record = {
-        "command": "python -m sae_italian.models.train_mini " + " ".join(arguments or sys.argv[1:]),
+        "command": "python -m sae_italian.micro_italiano.train_mini " + " ".join(arguments or sys.argv[1:]),
         "seed": recipe.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": recipe.steps * recipe.batch_windows * recipe.context_size,

@@ -1,7 +1,7 @@
 import pytest
 
-from sae_italian.errors import UsageError, nearest
-from sae_italian.storage import atomic_path, claim_folder, fingerprint, write_text
+from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.storage import atomic_path, claim_folder, fingerprint, write_text
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

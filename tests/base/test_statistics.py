@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sae_italian.statistics import bootstrap, mean_interval, wilson
+from sae_italian.base.statistics import bootstrap, mean_interval, wilson
 
 
 def test_wilson_known_value():

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import bos_id, special_mask, take_tokens
-from sae_italian.errors import UsageError
+from sae_italian.evaluation import diagnosis as measure
 from sae_italian.models import resolve
 from sae_italian.models.loading import bos_count
 from sae_italian.saes import check_fits
-from sae_italian.training import diagnosis as measure
 
 Status = Literal["pass", "warn", "fail"]
 CLEARLY = 0.03  # of explained variance: a repair that gains more names a fault

@@ -22,15 +22,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import NOTHING, Estimate, StreamingBootstrap, interval
+from sae_italian.base.storage import utc_now
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, PackedBlock, special_mask
-from sae_italian.errors import UsageError
+from sae_italian.evaluation.card import ULTRA_ACTIVE, DensityBin, EvaluationCard
+from sae_italian.evaluation.diagnosis import decoded, hooks_of
 from sae_italian.models.activations import check_context, logits_with_replacement, read_many, resolve_hook
 from sae_italian.saes import check_fits
-from sae_italian.statistics import NOTHING, Estimate, StreamingBootstrap, interval
-from sae_italian.storage import utc_now
-from sae_italian.training.card import ULTRA_ACTIVE, DensityBin, EvaluationCard
-from sae_italian.training.diagnosis import decoded, hooks_of
 
 TOKENS_PER_BATCH = 2048
 LATENT_RESAMPLES = 200  # each holds a count per latent: 200 of 65,536 latents are 52 MB

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from sae_italian.base.errors import UsageError
 from sae_italian.corpora import TextDocument, iter_documents, pack
-from sae_italian.errors import UsageError
 
 
 def measure(

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.contexts import N_TOP, PER_TENTH, TENTHS
 from sae_italian.browser.pack import data_script, read_data
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import CARDS_PER_SHARD, MARKER, write_browser
 from sae_italian.cache import FeatureCache, build_cache
-from sae_italian.errors import DataError, UsageError
 
 
 def measure_export(
@@ -111,7 +111,7 @@ def _dashboard(folder: Path, model: str, packages: Path, latents: int) -> dict[s
     command = [
         sys.executable,
         "-m",
-        "sae_italian.bench.dashboard",
+        "tests.bench.dashboard",
         str(folder / "sae"),
         model,
         str(folder / "tokens.npy"),
@@ -153,7 +153,7 @@ def write_big(folder: Path, *, d_sae: int, n_non_zeros: int) -> dict[str, Any]:
 
     The export runs in a process of its own, so that its memory is not hidden by what writing the cache took.
     """
-    from sae_italian.bench.synthetic_cache import write_explained
+    from tests.bench.synthetic_cache import write_explained
 
     write_explained(folder / "cache", d_sae=d_sae, n_non_zeros=n_non_zeros)
     with get_context("spawn").Pool(1) as pool:
@@ -163,7 +163,7 @@ def write_big(folder: Path, *, d_sae: int, n_non_zeros: int) -> dict[str, Any]:
 
 def _export(folder: Path, d_sae: int) -> dict[str, Any]:
     """Return CPU seconds per latent of the export, and by how much it raised the memory over what the list takes."""
-    from sae_italian.bench.synthetic_cache import explained_source
+    from tests.bench.synthetic_cache import explained_source
 
     source = explained_source(folder / "cache", d_sae)
     held = source.rows()

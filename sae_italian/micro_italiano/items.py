@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from sae_italian.corpora.micro_italiano.lexicon import CLITICS, Grid, Lexicon, Noun, Verb, in_words
-from sae_italian.corpora.micro_italiano.records import Ref, Token, labels_of
+from sae_italian.micro_italiano.lexicon import CLITICS, Grid, Lexicon, Noun, Verb, in_words
+from sae_italian.micro_italiano.records import Ref, Token, labels_of
 
 Env = list[Any]
 Step = Callable[["Context", Env], None]

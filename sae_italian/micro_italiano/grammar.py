@@ -29,9 +29,9 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
-from sae_italian.corpora.micro_italiano import items
-from sae_italian.corpora.micro_italiano.items import Context, Env, Step
-from sae_italian.corpora.micro_italiano.lexicon import Lexicon, data_text, load_lexicon
+from sae_italian.micro_italiano import items
+from sae_italian.micro_italiano.items import Context, Env, Step
+from sae_italian.micro_italiano.lexicon import Lexicon, data_text, load_lexicon
 
 GRAMMAR_FILES = ("common", "ioi", "narrative", "news", "recipe", "law", "dialogue", "pairs", "exercise")
 _HEADER = re.compile(r"^(\w+)(!?)(?:\(([\w,]*)\))?:$")

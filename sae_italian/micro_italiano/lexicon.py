@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sae_italian.corpora.micro_italiano.morphology import (
+from sae_italian.micro_italiano.morphology import (
     FINITE,
     IMPERATIVES,
     adjective,
@@ -17,7 +17,7 @@ from sae_italian.corpora.micro_italiano.morphology import (
     plural,
     prefixed,
 )
-from sae_italian.corpora.micro_italiano.records import GENDERS, NUMBERS, Token, labels_of
+from sae_italian.micro_italiano.records import GENDERS, NUMBERS, Token, labels_of
 
 SOUND_CHANGES = {"il", "uno", "quello", "questo", "bello", "buono", "nessuno", "alcuno"}  # see realise.py
 CLITICS = {
@@ -40,7 +40,7 @@ Grid = tuple[tuple[Token, Token], tuple[Token, Token]]  # [gender][number]
 
 def data_text(name: str) -> str:
     """Return a file of the package's data folder."""
-    return (files("sae_italian.corpora.micro_italiano") / "data" / name).read_text(encoding="utf-8")
+    return (files("sae_italian.micro_italiano") / "data" / name).read_text(encoding="utf-8")
 
 
 class Noun:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_italian.corpora.micro_italiano import (
+from sae_italian.micro_italiano import (
     Document,
     agreement_pairs,
     document,
@@ -18,10 +18,10 @@ from sae_italian.corpora.micro_italiano import (
     ioi_prompts,
     vocabulary,
 )
-from sae_italian.corpora.micro_italiano.grammar import load_grammar
-from sae_italian.corpora.micro_italiano.lexicon import in_words, load_lexicon
-from sae_italian.corpora.micro_italiano.morphology import adjective, enclitic, plural
-from sae_italian.corpora.micro_italiano.realise import onset, sandhi
+from sae_italian.micro_italiano.grammar import load_grammar
+from sae_italian.micro_italiano.lexicon import in_words, load_lexicon
+from sae_italian.micro_italiano.morphology import adjective, enclitic, plural
+from sae_italian.micro_italiano.realise import onset, sandhi
 
 REGISTERS = {"news", "recipe", "law", "dialogue", "narrative", "exercise"}
 CONSTRUCTIONS = (

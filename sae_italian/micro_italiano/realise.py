@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from sae_italian.corpora.micro_italiano.records import Span, Token
+from sae_italian.micro_italiano.records import Span, Token
 
 _IMPURE = re.compile(r"s[^aeiouàèéìòùh]|z|gn|ps|pn|x|y")
 _ARTICULATED = {"di": "de", "a": "a", "da": "da", "in": "ne", "su": "su"}

@@ -1,0 +1,108 @@
+"""The command line: one table of commands, each a function that is imported when it is called.
+
+Exit codes: 0 done, 2 the user can fix it (one line), 1 a defect of ours, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+import sae_italian
+from sae_italian.base.errors import SaeItalianError
+from sae_italian.cli.options import Result
+
+# name -> (function in sae_italian.cli, one line for --help). A name of two words belongs to a group.
+COMMANDS: dict[str, tuple[str, str]] = {}
+GROUPS: dict[str, str] = {
+    "models": "language models: the catalogue, and whether one is loaded as it should be",
+    "saes": "trained SAEs: releases, facts, the doctor, publishing",
+    "corpora": "Italian text: the catalogue, statistics, tokenising ahead of time",
+    "cache": "the feature cache: the activations of every latent over a corpus",
+    "explainita": "the shared task ExplainITA: predictions and their evaluation",
+}
+# What was spelled otherwise before -> how it is spelled now. Scripts get an answer that they can be mended by.
+OLD_COMMANDS: dict[str, str] = {}
+OLD_OPTIONS: dict[str, str] = {}
+
+
+def build() -> App:
+    """Return the application; no command is imported yet."""
+    app = App(
+        name="sae-italian",
+        help="Sparse autoencoders on Italian language models, one command each.",
+        help_epilogue="--json, after any command, prints its result as JSON.",
+        version=sae_italian.__version__,
+        default_parameter=Parameter(negative=""),
+    )
+    groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
+    for group in groups.values():
+        app.command(group)
+    for name, (target, text) in COMMANDS.items():
+        *group, verb = name.split()
+        (groups[group[0]] if group else app).command(f"sae_italian.cli.{target}", name=verb, help=text)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != "--json"]
+    try:
+        _quiet_libraries()
+        result = build()(words, exit_on_error=False, print_error=False, result_action="return_value")
+        return _show(result, as_json="--json" in given) if isinstance(result, tuple) else 0
+    except SaeItalianError as error:
+        return _fail(error, error.exit_code)
+    except CycloptsError as error:
+        return _fail(_renamed(words) or error, 2)
+    except KeyboardInterrupt as stop:
+        return _fail(f"stopped; {stop or 'finished parts are kept, --resume continues'}", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror or error}{place}; finished parts are kept.", 2)
+
+
+def _show(result: tuple[Any, ...], as_json: bool) -> int:
+    value, text, failure = Result(*result)
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str) if as_json else text)
+    if failure:
+        raise failure
+    return 0
+
+
+def _fail(why: object, code: int) -> int:
+    print(f"sae-italian: {' '.join(str(why).split())}", file=sys.stderr)
+    return code
+
+
+def _renamed(words: list[str]) -> str | None:
+    """Return how a command or option that was renamed is spelled now, None where nothing was."""
+    for length in (2, 1):
+        old = " ".join(words[:length])
+        if old in OLD_COMMANDS:
+            return f"`{old}` is now `{OLD_COMMANDS[old]}`."
+    for word in words:
+        name = word.split("=")[0]
+        for key in (f"{words[0]} {name}", name):
+            if key in OLD_OPTIONS:
+                return f"{name} is now {OLD_OPTIONS[key]}."
+    return None
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' notices off a terminal that shows ours; what the environment asks for wins."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)

@@ -1,0 +1,112 @@
+"""What several commands share: how a result is printed, and the options that mean the same thing everywhere.
+
+A command is a function of `sae_italian.cli.<group>`. Its parameters are its options: name, type, default and help are
+read from the signature, from its docstring ("Args:"), and from the attribute docstrings of the settings it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from cyclopts import Parameter
+
+from sae_italian.base.errors import SaeItalianError, UsageError
+
+
+class Result(NamedTuple):
+    """What a command returns: a value for `--json`, the text for people, and what to fail with once it is printed."""
+
+    value: Any
+    text: str
+    failure: SaeItalianError | None = None
+
+
+Sae = Annotated[str, Parameter(help="The SAE: a folder, or release:sae_id.")]
+Out = Annotated[Path | None, Parameter(help="Folder to write to; nothing is written without it.")]
+Model = Annotated[str | None, Parameter(help="Name, hub id or folder of the model; default: the SAE's own.")]
+Language = Annotated[Literal["it", "en"], Parameter(help="Language of what is written: it or en.")]
+Seed = Annotated[int, Parameter(help="Seed of every random draw.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """What to do with a folder that holds an earlier run."""
+
+    resume: bool = False
+    """Finish the run that the folder holds."""
+    overwrite: bool = False
+    """Replace the run that the folder holds."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The text and the model a command works with; the SAE's metadata says what is not given."""
+
+    model: str | None = None
+    """Name, hub id or folder of the model; default: the SAE's own."""
+    corpus: str | None = None
+    """Local file or folder, catalogue name, or micro-italiano; default: what the SAE was trained on."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    context_size: int | None = None
+    """Tokens of a window; default: as the SAE was trained."""
+
+    def load(self, name: str) -> tuple[Any, Any, str]:
+        """Return SAE, model and corpus. Raises: UsageError when neither the options nor the metadata say which."""
+        from sae_italian.models import load_model
+        from sae_italian.saes import load_sae
+
+        sae = load_sae(name)
+        model, corpus = self.model or sae.cfg.metadata.model_name, self.corpus or sae.cfg.metadata.dataset_path
+        for value, flag in ((model, "--model"), (corpus, "--corpus")):
+            if not value:
+                raise UsageError(f"the SAE's metadata does not say; give {flag}.")
+        return sae, load_model(model), corpus
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Where independent units of work are done."""
+
+    engine: Literal["local", "ray"] = "local"
+    """Processes of this machine, or a Ray cluster."""
+    address: str | None = None
+    """The Ray cluster's host:port; default: a new one on this machine."""
+    workers: int | None = None
+    """Processes; with ray, CPUs of a new cluster. Default: 1."""
+
+    def map(self, folder: Path, *, gpus: float = 0) -> Callable[..., Any]:
+        """Return `map_units` with these options; its units write into `folder`."""
+        from sae_italian.engine import map_units
+
+        where = {"engine": self.engine, "address": self.address, "workers": self.workers}
+        return partial(map_units, **where, gpus=gpus, folder=folder)
+
+
+def positive(**numbers: int | None) -> None:
+    """Raise UsageError, naming the option, for a number below 1."""
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more.")
+
+
+def latent_range(given: str | None) -> tuple[int, int] | None:
+    """Return the bounds of `A-B` or of one latent. Raises UsageError for anything else."""
+    if given is None:
+        return None
+    first, dash, last = given.partition("-")
+    if not first.isdigit() or (dash and not last.isdigit()):
+        raise UsageError(f"--latents is {given!r}; two numbers were expected, as in --latents 0-99.")
+    return int(first), int(last if dash else first)
+
+
+def remembered_name(given: str) -> str:
+    """Return the name under which an SAE is remembered: a folder's whole path, or release:sae_id as given."""
+    return str(Path(given).resolve()) if Path(given).is_dir() else given
