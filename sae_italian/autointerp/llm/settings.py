@@ -1,0 +1,133 @@
+"""What can be set of a language model behind an endpoint, each setting defined once, for every command that asks one.
+
+Commands take the frequent settings as options (`LLMOptions`) and the rare ones as `key=value` words (`with_words`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from sae_italian.base.errors import UsageError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMOptions:
+    """The settings that people change often: options of a command."""
+
+    explainer: Literal["rule", "llm"] = "rule"
+    """Who explains: rules, which need no model, or a language model as well."""
+    judge: Literal["rule", "llm"] | None = None
+    """Who judges the explanations; default: as --explainer."""
+    endpoint: str | None = None
+    """URL of an OpenAI-compatible server, such as http://localhost:8000/v1."""
+    llm_model: str | None = None
+    """Name of the language model on that server."""
+    language: Literal["it", "en"] = "it"
+    """Language of the prompts and the explanations."""
+    n_shown: int = 20
+    """Examples of a latent that the explaining model is shown (at most those of the training documents)."""
+    estimate: bool = False
+    """Print how many calls, tokens and dollars a run would take; nothing is sent."""
+    max_usd: float | None = None
+    """Stop before this run's calls can cost more US dollars; default: no limit."""
+
+    def with_words(self, words: Sequence[str] = ()) -> LLMSettings:
+        """Return the whole settings, the rare ones from `key=value` words (values are read as YAML).
+
+        Raises: UsageError for an unknown key, a value of the wrong kind, or settings that cannot go together.
+        """
+        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(LLMOptions)}
+        rare = [field.name for field in fields(LLMSettings) if field.name not in given]
+        for word in words:
+            key, equals, value = word.partition("=")
+            if not equals or key not in rare:
+                raise UsageError(f"{word!r} is no setting of the language model. {nearest(key, rare, 20)}")
+            given[key] = yaml.safe_load(value)
+        try:
+            settings = TypeAdapter(LLMSettings).validate_python(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UsageError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}.") from error
+        settings.check()
+        return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMSettings(LLMOptions):
+    """All settings of a language model. What decides an answer is part of the key it is kept under."""
+
+    concurrency: int = 8
+    """Calls in flight at once, 1 to 100."""
+    key_env: str | None = None
+    """Environment variable that holds the server's key; default: LLM_API_KEY, if it is set."""
+    prices: Path | None = None
+    """Price file (US dollars per million tokens); default: the one that comes with the package."""
+    context_tokens: int | None = None
+    """Tokens that prompt and answer may take together: examples are left out until they fit; default: no bound."""
+    shown: Literal["deciles", "top"] = "deciles"
+    """Which examples are shown: equally many of each tenth of the activations, or the strongest."""
+    promoted: bool = False
+    """Show the tokens that the latent promotes as well: its output, not when it is active."""
+    llm_tokenizer: str | None = None
+    """Folder or name of a model whose tokenizer counts the prompts' tokens; default: 3 characters a token."""
+    timeout: float = 120.0
+    """Seconds to wait for one answer."""
+    attempts: int = 6
+    """Times that a call is tried when the server is busy or does not answer."""
+    max_output_tokens: int | None = None
+    """Tokens an answer may have, thinking included; default: what the answer alone needs (160 to explain)."""
+    temperature: float = 0.0
+    """Sampling temperature; 0: always the likeliest token."""
+    seed: int | None = 0
+    """Seed that is sent to the server; null: none."""
+    reasoning_effort: str | None = None
+    """How long a thinking model thinks (low, medium, high, ...); default: not sent."""
+    extra_body: dict[str, Any] | None = None
+    """More fields of the request, for servers with settings of their own; default: none."""
+
+    @property
+    def wants_llm(self) -> bool:
+        """Return whether a language model explains or judges."""
+        return "llm" in (self.explainer, self.judge)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Return what decides an answer besides its prompt, by the names of the OpenAI API."""
+        seed = {} if self.seed is None else {"seed": self.seed}
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {"temperature": self.temperature, **seed, **effort, **(self.extra_body or {})}
+
+    def check(self) -> None:
+        """Raise UsageError, naming the option, for what cannot hold."""
+        if not self.wants_llm:
+            if self.endpoint or self.llm_model or self.estimate:
+                raise UsageError(
+                    "--endpoint, --llm-model and --estimate are for --explainer llm or --judge llm; add one."
+                )
+            return
+        if self.judge == "rule":
+            raise UsageError("the rule judge executes rules and cannot read a text: --explainer llm needs --judge llm.")
+        if not self.llm_model or not (self.endpoint or self.estimate):
+            raise UsageError("an LLM needs --endpoint URL and --llm-model NAME.")
+        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
+            raise UsageError(f"--endpoint is {self.endpoint!r}; a URL such as http://localhost:8000/v1 was expected.")
+        if not 1 <= self.concurrency <= 100:
+            raise UsageError(f"concurrency is {self.concurrency}; it must be from 1 to 100.")
+        above_0 = {
+            "--n-shown": self.n_shown,
+            "--max-usd": self.max_usd,
+            "timeout": self.timeout,
+            "attempts": self.attempts,
+            "context_tokens": self.context_tokens,
+            "max_output_tokens": self.max_output_tokens,
+        }
+        for name, value in above_0.items():
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UsageError(f"{name} is {value:g}; it must be above 0.")
