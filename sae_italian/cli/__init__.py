@@ -17,7 +17,6 @@ from sae_italian.cli import (
     causal,
     corpora,
     explainita,
-    exports,
     geometry,
     interchange,
     language,
@@ -49,7 +48,6 @@ GROUPS = (
     causal,
     geometry,
     papers,
-    exports,
     pages,
 )
 

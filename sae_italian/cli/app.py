@@ -18,7 +18,9 @@ from sae_italian.base.errors import SaeItalianError
 from sae_italian.cli.options import Result
 
 # name -> (function in sae_italian.cli, one line for --help). A name of two words belongs to a group.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "export": ("export:export", "write a cache, its explanations or an SAE in another program's format: --to FORMAT"),
+}
 GROUPS: dict[str, str] = {
     "models": "language models: the catalogue, and whether one is loaded as it should be",
     "saes": "trained SAEs: releases, facts, the doctor, publishing",
@@ -27,8 +29,20 @@ GROUPS: dict[str, str] = {
     "explainita": "the shared task ExplainITA: predictions and their evaluation",
 }
 # What was spelled otherwise before -> how it is spelled now. Scripts get an answer that they can be mended by.
-OLD_COMMANDS: dict[str, str] = {}
-OLD_OPTIONS: dict[str, str] = {}
+OLD_COMMANDS: dict[str, str] = {
+    "cache export": "export CACHE --to delphi (or datasets)",
+    "autointerp export": "export CACHE --to parquet (or jsonl, wandb-tables)",
+    "saes export": "export SAE --to jumprelu",
+}
+OLD_OPTIONS: dict[str, str] = {
+    "export --model-id": "the word model_id=NAME",
+    "export --set": "the word set=NAME",
+    "export --suffix": "the word suffix=NAME",
+    "export --creator": "the word creator=ID",
+    "export --creator-name": "the word creator_name=NAME",
+    "export --splits": "the word splits=N",
+    "export --hookpoint": "the word hookpoint=NAME",
+}
 
 
 def build() -> App:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from sae_italian.base.errors import UsageError
 from sae_italian.cli.base import Commands, Result, engine_options, positive, unit_map
 from sae_italian.cli.llm import client_of, estimate_llm, llm_options, llm_text, run_llm, wants_llm
 
@@ -14,9 +12,7 @@ from sae_italian.cli.llm import client_of, estimate_llm, llm_options, llm_text, 
 def add_commands(root: Commands) -> None:
     text = "explain and score the latents of a cache, with controls; resumes by itself"
     sub = root.add("autointerp", _autointerp, text)
-    sub.add_argument("cache", nargs="+", help="the cache; or `export CACHE`: write the tables for others")
-    sub.add_argument("--to", help="of an export: parquet, jsonl or wandb")
-    sub.add_argument("--out", type=Path, help="of an export: the folder (default: <cache>-autointerp beside the cache)")
+    sub.add_argument("cache", help="the cache")
     sub.add_argument("--latents", type=int, help="this many live latents, drawn at random (default: all)")
     sub.add_argument("--model", help="default: the model the cache was built with")
     sub.add_argument("--no-random-control", action="store_true", help="leave out the randomly initialised SAE")
@@ -32,13 +28,9 @@ def _autointerp(options: argparse.Namespace) -> Result:
     from sae_italian.models import load_model
     from sae_italian.quickstart import analyse, forget_scores, table_of
 
-    if options.cache[0] == "export" and len(options.cache) == 2:
-        return _export(options)
-    if len(options.cache) != 1:
-        raise UsageError("one cache was expected, or `export` and a cache.")
     positive("--latents", options.latents)
     llm = wants_llm(options)
-    cache = FeatureCache.open(options.cache[0])
+    cache = FeatureCache.open(options.cache)
     if llm and not options.estimate:
         client_of(options, cache.folder / STORE_FILE)  # what cannot be is said before the rules' minutes
     model = load_model(options.model or cache.manifest.model)
@@ -64,18 +56,6 @@ def _autointerp(options: argparse.Namespace) -> Result:
         return results, table_of(results)
     results["llm"] = run_llm(options, cache, model, config, sae, control)
     return results, f"{table_of(results)}\n\n{llm_text(results['llm'], cache.folder / STORE_FILE)}"
-
-
-def _export(options: argparse.Namespace) -> Result:
-    from sae_italian.autointerp.export import FORMATS, export
-    from sae_italian.autointerp.run import STORE_FILE
-
-    if not options.to:
-        raise UsageError(f"an export needs --to: {', '.join(FORMATS)}.")
-    cache = Path(options.cache[1]).resolve()
-    out = options.out or cache.with_name(f"{cache.name}-autointerp")
-    files = export(cache / STORE_FILE, out, options.to)
-    return {"files": [str(file) for file in files]}, "\n".join(map(str, files))
 
 
 def _sae_of(cache: Any, needed: bool) -> Any:

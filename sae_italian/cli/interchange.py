@@ -6,21 +6,13 @@ import argparse
 from pathlib import Path
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.base import Commands, Result, folder_options, latent_range, sae_name
+from sae_italian.cli.base import Commands, Result, folder_options, sae_name
 
 FORMATS = ("delphi", "datasets")
 
 
 def add_commands(root: Commands) -> None:
     cache = root.group("cache")
-    sub = cache.add("export", _export, "write a cache for Delphi or as Hugging Face datasets")
-    sub.add_argument("cache", type=Path)
-    sub.add_argument("--to", required=True, choices=FORMATS)
-    sub.add_argument("--out", type=Path, required=True)
-    sub.add_argument("--latents", metavar="A-B", help="only latents A to B, inclusive")
-    sub.add_argument("--splits", type=int, help="delphi: files to divide the latents into (default: 5 or more)")
-    sub.add_argument("--hookpoint", help="delphi: the folder's name (default: the module's path, as layers.5)")
-    folder_options(sub)
     sub = cache.add("import", _import, "make a cache of one that Delphi wrote, or of exported datasets")
     sub.add_argument("source", type=Path, help="delphi: the folder of one hookpoint; datasets: the export's folder")
     sub.add_argument("--from", required=True, choices=FORMATS, dest="format")
@@ -28,23 +20,6 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--model", help="delphi: the model, whose tokenizer decodes the windows")
     sub.add_argument("--sae", help="delphi: the SAE's folder or release:sae_id, to name it; for decoder statistics")
     folder_options(sub)
-
-
-def _export(options: argparse.Namespace) -> Result:
-    from sae_italian.cache.delphi import export_delphi
-    from sae_italian.cache.rows import export_rows
-
-    latents = latent_range(options.latents)
-    again = {"resume": options.resume, "overwrite": options.overwrite}
-    if options.to == "delphi":
-        arguments = {"n_splits": options.splits, "hookpoint": options.hookpoint}
-        folder = export_delphi(options.cache, options.out, latents=latents, **arguments, **again)
-        how = f"LatentDataset({str(options.out)!r}, ..., modules=[{folder.name!r}])"
-    else:
-        _only_delphi(options.to, {"--splits": options.splits, "--hookpoint": options.hookpoint})
-        folder = export_rows(options.cache, options.out, latents=latents, **again)
-        how = f"datasets.load_from_disk({str(folder / 'latents')!r})"
-    return {"folder": str(folder), "read_with": how}, f"written: {folder}\nread it with {how}"
 
 
 def _import(options: argparse.Namespace) -> Result:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.cli.base import Commands, Result, load_sources, source_options
+from sae_italian.cli.base import Commands, Result
 
 
 def add_commands(root: Commands) -> None:
@@ -25,12 +25,6 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--text-column", default="text")
     sub.add_argument("--context-size", type=int, help="default: the context the SAE was trained with")
     sub.add_argument("--tokens", type=int, default=8192, help="size of the sample")
-    sub = saes.add("export", _saes_export, "an SAE in another form: TopK as JumpReLU, one threshold for all tokens")
-    sub.add_argument("sae", help="an SAE's folder, or release:sae_id")
-    sub.add_argument("--to", required=True, choices=("jumprelu",))
-    sub.add_argument("--out", type=Path, required=True, help="a new folder")
-    source_options(sub)
-    sub.add_argument("--tokens", type=int, default=40_960, help="held-out tokens; four fifths set the threshold")
     text = "upload an SAE with its evaluation card, curves and model card to the Hugging Face hub"
     sub = saes.add("publish", _saes_publish, text)
     sub.add_argument("sae", type=Path, help="a training's folder with a card (`sae-italian evaluate SAE` makes it)")
@@ -108,22 +102,6 @@ def _saes_doctor(options: argparse.Namespace) -> Result:
     failed = [check.name for check in report.checks if check.status == "fail"]
     failure = UsageError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
     return report.as_dict(), report.text(), failure if failed else None
-
-
-def _saes_export(options: argparse.Namespace) -> Result:
-    from sae_italian.training.export import export_jumprelu
-
-    sae, model, corpus = load_sources(options)
-    report = export_jumprelu(
-        sae,
-        model,
-        corpus,
-        options.out,
-        n_tokens=options.tokens,
-        context_size=options.context_size,
-        text_column=options.text_column,
-    )
-    return {"sae": str(options.out), **report.as_dict()}, f"{report.text()}\nSAE: {options.out}"
 
 
 def _corpus_of(sae: Any, text_column: str) -> str:

@@ -265,7 +265,7 @@ def test_infinite_and_negative_activations_are_counted(exported, tmp_path):
 
 def test_the_commands(small_cache, trained_sae, tmp_path, capsys):
     raw, out = tmp_path / "raw", tmp_path / "out"
-    assert main(["cache", "export", str(small_cache), "--to", "delphi", "--out", str(raw), "--latents", "0-9"]) == 0
+    assert main(["export", str(small_cache), "--to", "delphi", "--out", str(raw), "--latents", "0-9"]) == 0
     assert sorted(file.name for file in (raw / "layers.1").glob("*.safetensors"))[0] == "0_1.safetensors"
     arguments = ["cache", "import", str(raw / "layers.1"), "--from", "delphi", "--out", str(out), "--model", "mini"]
     assert main(arguments) == 0
@@ -273,7 +273,7 @@ def test_the_commands(small_cache, trained_sae, tmp_path, capsys):
     assert "modules=['layers.1']" in printed and "not in it:" in printed and Manifest.load(out).d_sae == 10
     assert main(arguments) == 2
     assert "--resume" in capsys.readouterr().err
-    assert main(["cache", "export", str(small_cache), "--to", "delphi", "--out", str(raw), "--latents", "a-b"]) == 2
+    assert main(["export", str(small_cache), "--to", "delphi", "--out", str(raw), "--latents", "a-b"]) == 2
     assert "--latents 0-99" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--model", "", "--sae", str(trained_sae)]) == 2
     assert "decoder statistics need both" in capsys.readouterr().err

@@ -64,13 +64,13 @@ def test_some_latents_only(small_cache, tmp_path, capsys):
     from datasets import load_from_disk
 
     out = tmp_path / "some"
-    command = ["cache", "export", str(small_cache), "--to", "datasets", "--out", str(out), "--latents", "10-19"]
+    command = ["export", str(small_cache), "--to", "datasets", "--out", str(out), "--latents", "10-19"]
     assert main(command) == 0
     assert load_from_disk(str(out / "latents"))["latent"][:] == list(range(10, 20))
     assert main(command) == 2
     assert "already holds a datasets export" in capsys.readouterr().err
-    assert main([*command, "--splits", "3"]) == 2
-    assert "--splits is an option of Delphi's" in capsys.readouterr().err
+    assert main([*command, "splits=3"]) == 2
+    assert "datasets takes no splits=" in capsys.readouterr().err
     assert main(["cache", "import", str(out), "--from", "datasets", "--out", str(tmp_path / "x")]) == 2
     assert "10 rows, the SAE 256 latents" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

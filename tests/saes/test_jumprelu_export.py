@@ -106,7 +106,7 @@ def test_others_are_refused_in_one_line(identity_sae, mini):
 
 def test_the_command_writes_what_stock_saelens_loads(trained_sae, mini, tmp_path, capsys):
     out = tmp_path / "jumprelu"
-    arguments = ["saes", "export", str(trained_sae), "--to", "jumprelu", "--out", str(out)]
+    arguments = ["export", str(trained_sae), "--to", "jumprelu", "--out", str(out)]
     assert main([*arguments, "--tokens", "20000", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert abs(report["l0"] - 8) < 0.02 * 8 and report["folding_error"] < 1e-5

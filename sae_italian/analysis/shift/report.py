@@ -75,9 +75,7 @@ class Shift:
         """Return what a reader should know: that a TopK SAE's L0 cannot move."""
         fixed = len({bucket.numbers["l0"] for bucket in self.buckets}) == 1
         return (
-            ["L0 is k by construction (TopK); `saes export --to jumprelu` gives an SAE whose L0 moves."]
-            if fixed
-            else []
+            ["L0 is k by construction (TopK); `export SAE --to jumprelu` gives an SAE whose L0 moves."] if fixed else []
         )
 
     def table(self) -> list[str]:

@@ -57,10 +57,10 @@ def names_of(
     own_model = _slug(manifest.model.rstrip("/").split("/")[-1], "a-z0-9.")[:32].rstrip("-.")
     model = model or own_model
     source_set = source_set or f"{_SITES[hook.site]}-it-{manifest.d_sae}"
-    _check("--model-id", model, tables()["model"]["pattern"]["id"])
-    _check("--set", source_set, tables()["sourceset"]["pattern"]["name"])
+    _check("model_id=", model, tables()["model"]["pattern"]["id"])
+    _check("set=", source_set, tables()["sourceset"]["pattern"]["name"])
     if suffix:
-        _check("--suffix", suffix, "[a-z0-9.-]+")
+        _check("suffix=", suffix, "[a-z0-9.-]+")
     cache = fingerprint(manifest.identity())
     return Names(model, hook.layer, source_set, suffix, creator, creator_name, f"{model}-{source_set}", cache)
 

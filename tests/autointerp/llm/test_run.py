@@ -147,7 +147,7 @@ def test_work_under_other_settings_is_refused_and_exports_come_from_the_command(
         assert run(planted, endpoint) == 0
         assert run(planted, endpoint, "--shown", "top") == 2
         assert "with other settings (draw)" in capsys.readouterr().err
-    assert main(["autointerp", "export", str(planted.folder), "--to", "jsonl", "--out", str(tmp_path / "e")]) == 0
+    assert main(["export", str(planted.folder), "--to", "jsonl", "--out", str(tmp_path / "e")]) == 0
     assert "parola" in (tmp_path / "e" / "explanation.jsonl").read_text("utf-8")
-    assert main(["autointerp", "export", str(planted.folder)]) == 2
+    assert main(["export", str(planted.folder)]) == 2
     assert passages((tmp_path / "e" / "call.jsonl").read_text("utf-8")) == 0

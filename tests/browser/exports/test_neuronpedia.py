@@ -252,10 +252,10 @@ def test_a_nasty_corpus_without_explanations_or_weights_goes_through(nasty, mini
 @pytest.mark.parametrize(
     "names, message",
     [
-        ({"model": "Minerva 1B"}, "--model-id"),
-        ({"source_set": "neurons"}, "--set"),
-        ({"source_set": "res--it"}, "--set"),
-        ({"suffix": "à"}, "--suffix"),
+        ({"model": "Minerva 1B"}, "model_id="),
+        ({"source_set": "neurons"}, "set="),
+        ({"source_set": "res--it"}, "set="),
+        ({"suffix": "à"}, "suffix="),
     ],
 )
 def test_names_that_neuronpedia_refuses_are_refused_before_anything_is_written(cache, mini, tmp_path, names, message):

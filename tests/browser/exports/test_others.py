@@ -46,8 +46,8 @@ def test_the_command_writes_what_it_says(cache, trained_sae, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["rows"]["batch_feature"] == 8 and printed["lost"] == []
     assert main(arguments) == 2 and "--resume" in capsys.readouterr().err
-    assert main([*arguments, "--overwrite", "--model-id", "Mio Modello"]) == 2
-    assert "--model-id" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "model_id=Mio Modello"]) == 2
+    assert "model_id=" in capsys.readouterr().err
 
 
 def a_card() -> EvaluationCard:

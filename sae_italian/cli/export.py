@@ -1,0 +1,200 @@
+"""The command `export`: a cache's latents, its explanations, or an SAE itself, in the format of another program.
+
+A format is one function here and its row in FORMATS, which says what settings it takes. The function is called with the
+source, the folder and those settings that were given, and returns a Result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from sae_italian.base.errors import UsageError, nearest
+from sae_italian.cli.options import Folder, Result, latent_range, positive
+
+Settings = dict[str, Any]
+
+# Neuronpedia's words for our settings.
+NAMES = {
+    "model_id": "model",
+    "set": "source_set",
+    "suffix": "suffix",
+    "creator": "creator",
+    "creator_name": "creator_name",
+}
+_LATENTS = "latents model sae resume overwrite"
+
+
+def export(
+    source: str,
+    /,
+    *words: str,
+    to: str,
+    out: Path | None = None,
+    latents: str | None = None,
+    model: str | None = None,
+    sae: str | None = None,
+    corpus: str | None = None,
+    text_column: str | None = None,
+    context_size: int | None = None,
+    tokens: int | None = None,
+    project: str | None = None,
+    online: bool = False,
+    repository: str | None = None,
+    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
+) -> Result:
+    """Write a cache, its explanations or an SAE for another program; what is written is checked before it is done.
+
+    Args:
+        source: A cache's folder; for jumprelu and model-card an SAE: a folder, or release:sae_id.
+        words: Settings of one format as key=value: model_id, set, suffix, creator and creator_name (neuronpedia,
+            neuronpedia-bulk, circuit-tracer), splits and hookpoint (delphi).
+        to: neuronpedia, neuronpedia-bulk, circuit-tracer or wandb (a cache's latents); delphi or datasets (all of a
+            cache); parquet, jsonl or wandb-tables (explanations and scores); jumprelu or model-card (an SAE).
+        out: Folder to write to; default of parquet, jsonl and wandb-tables: <cache>-autointerp beside the cache.
+        latents: Only latents A to B, inclusive, as in 0-99; default: all.
+        model: Name, hub id or folder of the model; default: the one the cache or the SAE was made with.
+        sae: The cache's SAE: a folder, or release:sae_id; default: the one that the cache names, if it is there.
+        corpus: jumprelu: text that sets the threshold; default: what the SAE was trained on.
+        text_column: jumprelu: column that holds the text; default: text.
+        context_size: jumprelu: tokens of a window; default: as the SAE was trained.
+        tokens: jumprelu: held-out tokens, of which four fifths set the threshold; default: 40,960.
+        project: wandb, wandb-tables: the project; default: sae-italian.
+        online: wandb: send it now; without it `wandb sync` sends.
+        repository: model-card: where the SAE will be published; default: owner/name.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"{to!r} is no format of an export. {nearest(to, FORMATS, limit=len(FORMATS))}")
+    options = {
+        "latents": latent_range(latents),
+        "model": model,
+        "sae": sae,
+        "corpus": corpus,
+        "text_column": text_column,
+        "context_size": context_size,
+        "tokens": tokens,
+        "project": project,
+        "online": online,
+        "repository": repository,
+        "resume": folder.resume,
+        "overwrite": folder.overwrite,
+    }
+    write, known = FORMATS[to]
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    settings = given | dict(_setting(word) for word in words)
+    for name in settings:
+        if name not in known.split():
+            spelled = f"--{name.replace('_', '-')}" if name in options else f"{name}="
+            raise UsageError(f"{to} takes no {spelled}. It takes: {known.replace(' ', ', ')}.")
+    if out is None and write is not _tables:
+        raise UsageError("an export needs --out FOLDER.")
+    return write(to, Path(source) if write is not _jumprelu else source, out, settings)
+
+
+def _setting(word: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not equals or not value:
+        raise UsageError(f"{word!r} is no setting; key=value was expected, as in set=res-it-16k.")
+    return name, value
+
+
+def _latents(to: str, cache: Path, out: Path, settings: Settings) -> Result:
+    from sae_italian.browser.exports import export as export_latents
+    from sae_italian.browser.report import loaded
+    from sae_italian.cache import FeatureCache
+    from sae_italian.models import load_tokenizer
+
+    names = {ours: settings.pop(word) for word, ours in NAMES.items() if word in settings}
+    model, sae = settings.pop("model", None), settings.pop("sae", None)
+    opened = FeatureCache.open(cache)
+    weights = {} if to == "circuit-tracer" else loaded(opened, sae, model)
+    tokenizer = load_tokenizer(model or opened.manifest.model)
+    done = export_latents(opened, tokenizer, out, to, **weights, names=names, **settings)
+    return Result(done.as_dict(), done.text())
+
+
+def _delphi(to: str, cache: Path, out: Path, settings: Settings) -> Result:
+    from sae_italian.cache.delphi import export_delphi
+
+    if "splits" in settings:
+        splits = settings.pop("splits")
+        if not splits.isdigit() or int(splits) < 1:
+            raise UsageError(f"splits={splits}: a number of files, 1 or more, was expected.")
+        settings["n_splits"] = int(splits)
+    folder = export_delphi(cache, out, **settings)
+    return _written(folder, f"LatentDataset({str(out)!r}, ..., modules=[{folder.name!r}])")
+
+
+def _datasets(to: str, cache: Path, out: Path, settings: Settings) -> Result:
+    from sae_italian.cache.rows import export_rows
+
+    folder = export_rows(cache, out, **settings)
+    return _written(folder, f"datasets.load_from_disk({str(folder / 'latents')!r})")
+
+
+def _written(folder: Path, how: str) -> Result:
+    return Result({"folder": str(folder), "read_with": how}, f"written: {folder}\nread it with {how}")
+
+
+def _tables(to: str, cache: Path, out: Path | None, settings: Settings) -> Result:
+    from sae_italian.autointerp.export import export as export_tables
+    from sae_italian.autointerp.run import STORE_FILE
+
+    cache = cache.resolve()
+    out = out or cache.with_name(f"{cache.name}-autointerp")
+    files = export_tables(cache / STORE_FILE, out, to.removesuffix("-tables"), **settings)
+    return Result({"files": [str(file) for file in files]}, "\n".join(map(str, files)))
+
+
+def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
+    from sae_italian.cli.options import Source
+    from sae_italian.training.export import export_jumprelu
+
+    positive(tokens=settings.get("tokens"))
+    size = {"n_tokens": settings.pop("tokens")} if "tokens" in settings else {}
+    source = Source(**settings)
+    sae, model, corpus = source.load(name)
+    where = {"context_size": source.context_size, "text_column": source.text_column}
+    report = export_jumprelu(sae, model, corpus, out, **where, **size)
+    return Result({"sae": str(out), **report.as_dict()}, f"{report.text()}\nSAE: {out}")
+
+
+def _model_card(to: str, folder: Path, out: Path, settings: Settings) -> Result:
+    """Write the README.md that `saes publish` would, and the evaluation card's files beside it."""
+    from sae_italian.base.storage import write_text
+    from sae_italian.cache import Manifest
+    from sae_italian.evaluation.card import read_card
+    from sae_italian.training.model_card import model_card
+
+    if (folder / "manifest.json").is_file():
+        folder = Path(settings.get("sae") or Manifest.load(folder).sae)
+    if not (folder / "cfg.json").is_file():
+        raise UsageError(f"{folder} is no trained SAE (no cfg.json); give the folder of one, or --sae.")
+    card = read_card(folder)
+    if card is None:
+        raise UsageError(f"{folder} has no evaluation card. Make it: sae-italian evaluate {folder}")
+    file = out / "README.md"
+    if file.exists() and not settings.get("overwrite"):
+        raise UsageError(f"{file} exists. Add --overwrite to replace it, or give another folder.")
+    write_text(file, model_card(folder, card, settings.get("repository", "owner/name"), folder.resolve().name))
+    card.save(out)
+    return Result({"card": str(file)}, f"model card: {file}")
+
+
+# format -> (the function that writes it, the settings it takes)
+FORMATS: dict[str, tuple[Callable[..., Result], str]] = {
+    "neuronpedia": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
+    "neuronpedia-bulk": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
+    "circuit-tracer": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
+    "wandb": (_latents, f"{_LATENTS} project online"),
+    "delphi": (_delphi, "latents resume overwrite splits hookpoint"),
+    "datasets": (_datasets, "latents resume overwrite"),
+    "parquet": (_tables, ""),
+    "jsonl": (_tables, ""),
+    "wandb-tables": (_tables, "project"),
+    "jumprelu": (_jumprelu, "model corpus text_column context_size tokens"),
+    "model-card": (_model_card, "sae repository overwrite"),
+}
