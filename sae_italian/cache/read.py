@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache.layout import STATS, LatentRange, Manifest, acts_file, tokens_file, verify
 from sae_italian.cache.mapped import map_arrays
+from sae_italian.cache.passages import LatentActivations
 from sae_italian.corpora.documents import TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
 
@@ -209,39 +210,6 @@ class FeatureCache:
     def statistics(self) -> dict[str, np.ndarray]:
         """The table of statistics, column by column; row i is latent i."""
         return {name: self.table[name].to_numpy() for name in self.table.column_names}
-
-
-class LatentActivations:
-    """The non-zero activations of one latent, in corpus order. It unpacks as `position, value = cache.latent(i)`."""
-
-    def __init__(
-        self, cache: FeatureCache, latent: int, position: Int[np.ndarray, " nnz"], value: Float[np.ndarray, " nnz"]
-    ):
-        self.cache, self.latent, self.position, self.value = cache, latent, position, value
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter((self.position, self.value))
-
-    def __len__(self) -> int:
-        return len(self.position)
-
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """Return this latent's row of the statistics."""
-        return self.cache.table.slice(self.latent, 1).to_pylist()[0]
-
-    def documents(self) -> dict[str, np.ndarray]:
-        """Return the documents it is active in, strongest first: running index `doc`, `count`, `max`."""
-        doc, first, count = np.unique(self.cache.gather("doc", self.position), return_index=True, return_counts=True)
-        largest = np.maximum.reduceat(self.value, first) if len(doc) else self.value
-        order = np.argsort(-largest, kind="stable")
-        return {"doc": doc[order], "count": count[order], "max": largest[order]}
-
-    def windows(self, kind: str = "top", n: int = 40, *, width: int = 32, seed: int = 0, bins: int = 10) -> Any:
-        """Return windows of this latent; see `cache/windows.py`."""
-        from sae_italian.cache.windows import find_windows
-
-        return find_windows(self, kind, n, width=width, seed=seed, bins=bins)
 
 
 def _check_sae(folder: Path, manifest: Manifest, sae: Any) -> None:

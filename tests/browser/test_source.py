@@ -199,7 +199,7 @@ def test_peaks_are_the_strongest_of_every_stretch(source, cache, busiest):
     for where, position, value in zip(stretch.tolist(), latent.position.tolist(), latent.value.tolist(), strict=True):
         if where not in best or value > best[where][1]:
             best[where] = (position, value)
-    peaks = source.contexts.peaks(latent)
+    peaks = latent.peaks(SEGMENT)
     assert len(best) > 50 and set(zip(peaks.position.tolist(), peaks.value.tolist(), strict=True)) == set(best.values())
     assert (np.diff(peaks.value) <= 0).all()
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sae_italian.browser.exports.directions import Directions, histogram
-from sae_italian.browser.exports.passages import Interval, Passage, Passages, rounded, storable
+from sae_italian.browser.exports.passages import Interval, Passage, PassageDrawer, rounded, storable
 from sae_italian.cache import FeatureCache
 
 
@@ -17,7 +17,7 @@ class Latents:
 
     def __init__(self, cache: FeatureCache, strings: list[str], sae: Any = None, model: Any = None, *, seed: int = 0):
         self.cache, self.strings, self.stats = cache, strings, cache.statistics
-        self.passages = Passages(cache, seed=seed)
+        self.passages = PassageDrawer(cache, seed=seed)
         self.directions = Directions(cache, sae, model)
 
     def numbers(self, latent: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.cache import FeatureCache
+from sae_italian.cache import FeatureCache, LatentActivations
 
 BEFORE, AFTER = 31, 32  # tokens shown on either side of the strongest one
 N_TOP, N_INTERVALS, N_PER_INTERVAL = 20, 5, 5  # as SAEDashboard draws for Neuronpedia
@@ -39,6 +39,55 @@ class Interval(NamedTuple):
     passages: list[Passage]
 
 
+class PassageDrawer:
+    """Draws the passages of one latent after the other. The same seed draws the same."""
+
+    def __init__(self, cache: FeatureCache, *, seed: int = 0):
+        self.cache, self.seed = cache, seed
+        self.n_tokens = counted_tokens(cache)
+
+    def top(self, latent: int, n: int = N_TOP) -> list[Passage]:
+        """Return the strongest passages, strongest first, no text twice."""
+        found = self.cache.latent(latent)
+        return self._distinct(found, found.windows("top", n).anchor, n, set())
+
+    def intervals(self, latent: int, known: set[str] | None = None) -> list[Interval]:
+        """Return passages from five equally wide intervals of (0, maximum], the strongest interval first.
+
+        Zeros are in no interval. Texts in `known` are left out, so that nothing is shown twice.
+        """
+        activations = self.cache.latent(latent)
+        position, value = activations
+        rng = np.random.default_rng([self.seed, latent])
+        edges = np.linspace(0.0, float(value.max(initial=0.0)), N_INTERVALS + 1)
+        seen, found = set(known or ()), []
+        for lo, hi in zip(edges[-2::-1], edges[:0:-1], strict=True):
+            inside = position[(value > lo) & (value <= hi)]
+            drawn = rng.permutation(inside)[: 4 * N_PER_INTERVAL]
+            passages = self._distinct(activations, drawn, N_PER_INTERVAL, seen)
+            found.append(Interval(float(lo), float(hi), len(inside) / self.n_tokens, passages))
+        return found
+
+    def _distinct(
+        self, latent: LatentActivations, anchors: Int[np.ndarray, " m"], n: int, seen: set[str]
+    ) -> list[Passage]:
+        kept: list[Passage] = []
+        around = latent.around(anchors, BEFORE, AFTER)
+        for index in range(len(anchors)):
+            if len(kept) == n:
+                break
+            shown, first = around.show(index), int(around.start[index])
+            tokens, strengths, owner = pieces(shown.text, shown.spans, shown.values)
+            document = self.cache.document(shown.doc)
+            names = storable(document.doc_id), storable(document.source)
+            values = [rounded(value) for value in strengths]
+            passage = Passage(tokens, values, owner[int(anchors[index]) - first], first, *names)
+            if tokens and passage.text not in seen:
+                seen.add(passage.text)
+                kept.append(passage)
+        return kept
+
+
 def pieces(
     text: str, spans: Int[np.ndarray, "tokens 2"], values: Float[np.ndarray, " tokens"]
 ) -> tuple[list[str], list[float], list[int]]:
@@ -50,14 +99,12 @@ def pieces(
     ends: list[int] = []
     strengths: list[float] = []
     owner = []
-    covered = 0
     for (start, end), value in zip(spans.tolist(), values.tolist(), strict=True):
-        if not ends or (0 < covered <= start and end > covered):
+        if not ends or (0 < ends[-1] <= start and end > ends[-1]):
             ends.append(end)
             strengths.append(value)
         else:
             ends[-1], strengths[-1] = max(ends[-1], end), max(strengths[-1], value)
-        covered = ends[-1]
         owner.append(len(ends) - 1)
     if ends:
         ends[-1] = len(text)
@@ -68,86 +115,6 @@ def pieces(
 def storable(text: str) -> str:
     """Return a text that a database takes: a space for NUL (as Neuronpedia's importer), U+FFFD for half a surrogate."""
     return _UNSTORABLE.sub("\ufffd", text.replace("\x00", " "))
-
-
-def around(
-    cache: FeatureCache, anchors: Int[np.ndarray, " n"], before: int = BEFORE, after: int = AFTER
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return first and last position (exclusive) of the text around each anchor, inside its document and window."""
-    grid = anchors[:, None] + np.arange(-before, after + 1)
-    context = cache.manifest.context_size
-    inside = grid // context == anchors[:, None] // context
-    doc = cache.gather("doc", np.where(inside, grid, anchors[:, None]).ravel()).reshape(grid.shape)
-    same = inside & (doc == doc[:, before : before + 1])
-    left = np.logical_and.accumulate(same[:, before::-1], axis=1).sum(axis=1) - 1
-    right = np.logical_and.accumulate(same[:, before:], axis=1).sum(axis=1)
-    return anchors - left, anchors + right
-
-
-class Passages:
-    """Draws the passages of one latent after the other. The same seed draws the same."""
-
-    def __init__(self, cache: FeatureCache, *, seed: int = 0):
-        self.cache, self.seed = cache, seed
-        self.n_tokens = counted_tokens(cache)
-
-    def top(self, latent: int, n: int = N_TOP) -> list[Passage]:
-        """Return the strongest passages, strongest first, no text twice."""
-        found = self.cache.latent(latent)
-        windows = found.windows("top", n)
-        anchors = []
-        for start, length in zip(windows.start.tolist(), windows.length.tolist(), strict=True):
-            low, high = np.searchsorted(found.position, [start, start + length])
-            anchors.append(int(found.position[low + int(np.argmax(found.value[low:high]))]))
-        return self._distinct(latent, np.array(anchors, dtype=np.int64), n, set())
-
-    def intervals(self, latent: int, known: set[str] | None = None) -> list[Interval]:
-        """Return passages from five equally wide intervals of (0, maximum], the strongest interval first.
-
-        Zeros are in no interval. Texts in `known` are left out, so that nothing is shown twice.
-        """
-        position, value = self.cache.latent(latent)
-        rng = np.random.default_rng([self.seed, latent])
-        edges = np.linspace(0.0, float(value.max(initial=0.0)), N_INTERVALS + 1)
-        seen, found = set(known or ()), []
-        for lo, hi in zip(edges[-2::-1], edges[:0:-1], strict=True):
-            inside = position[(value > lo) & (value <= hi)]
-            drawn = rng.permutation(inside)[: 4 * N_PER_INTERVAL]
-            passages = self._distinct(latent, drawn, N_PER_INTERVAL, seen)
-            found.append(Interval(float(lo), float(hi), len(inside) / self.n_tokens, passages))
-        return found
-
-    def _distinct(self, latent: int, anchors: Int[np.ndarray, " m"], n: int, seen: set[str]) -> list[Passage]:
-        kept: list[Passage] = []
-        if len(anchors) == 0:
-            return kept
-        position, value = self.cache.latent(latent)
-        for anchor, first, last in zip(
-            anchors.tolist(), *(a.tolist() for a in around(self.cache, anchors)), strict=True
-        ):
-            if len(kept) == n:
-                break
-            low, high = np.searchsorted(position, [first, last])
-            values = np.zeros(last - first, dtype=np.float32)
-            values[position[low:high] - first] = value[low:high]
-            passage = self._passage(first, last, values, anchor)
-            if passage.tokens and passage.text not in seen:
-                seen.add(passage.text)
-                kept.append(passage)
-        return kept
-
-    def _passage(self, first: int, last: int, values: Float[np.ndarray, " tokens"], anchor: int) -> Passage:
-        text, spans = self.cache.spans(first, last)
-        tokens, strengths, owner = pieces(text, spans, values)
-        document = self.cache.document(int(self.cache.gather("doc", np.array([first]))[0]))
-        return Passage(
-            tokens,
-            [rounded(value) for value in strengths],
-            owner[anchor - first],
-            first,
-            storable(document.doc_id),
-            storable(document.source),
-        )
 
 
 def rounded(value: float, digits: int = 6) -> float:

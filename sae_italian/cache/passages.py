@@ -1,0 +1,267 @@
+"""The passages of a latent: the stretches of text in which it is strongest, typical or silent.
+
+A passage has one of two shapes. A segment is a cell of the grid that cuts the text of every document in every window each
+`width` tokens (`FeatureCache.segments`), so segments of one latent never overlap. A surrounding reaches some tokens before
+and after an anchor. Neither crosses the border of a document or window. All of it is found from the latent's own
+activations, so the cost does not depend on the cache's size, and the same seed draws the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sae_italian.base.errors import UsageError, nearest
+from sae_italian.corpora.packing import NO_DOCUMENT
+
+if TYPE_CHECKING:
+    from sae_italian.cache.read import FeatureCache
+
+KINDS = ("top", "quantiles", "random", "silent", "same-token")
+COPIES = 256  # activations looked at for each window asked for, when text repeats itself
+TRIES = 20  # rounds of drawing before silent windows are given up as rare
+SAME_TOKENS = 5  # a latent's strongest tokens, by activation mass
+
+
+class Shown(NamedTuple):
+    """One passage as text: each token's span in it, and its activation."""
+
+    text: str
+    spans: Int[np.ndarray, "tokens 2"]
+    values: Float[np.ndarray, " tokens"]
+    doc: int
+
+
+class Peaks(NamedTuple):
+    """The strongest position of every active segment (of equals the first), strongest first, and the segment's start."""
+
+    position: Int[np.ndarray, " peaks"]
+    value: Float[np.ndarray, " peaks"]
+    start: Int[np.ndarray, " peaks"]
+
+
+class Passages(NamedTuple):
+    """Passages of one latent. The anchor is the position of the token a passage stands for: its strongest, or one given."""
+
+    latent: LatentActivations
+    start: Int[np.ndarray, " n"]  # position of the first token
+    length: Int[np.ndarray, " n"]
+    doc: Int[np.ndarray, " n"]
+    anchor: Int[np.ndarray, " n"]
+    maximum: Float[np.ndarray, " n"]  # the largest activation, 0 in a silent one
+    bin: Int[np.ndarray, " n"]  # of `quantiles`: the part it was drawn from, 0 the strongest
+
+    def show(self, index: int) -> Shown:
+        """Return one passage with its text and the activation of every token."""
+        first, length = int(self.start[index]), int(self.length[index])
+        text, spans = self.latent.cache.spans(first, first + length)
+        here = self.latent.between(first, first + length)
+        values = np.zeros(length, dtype=np.float32)
+        values[self.latent.position[here] - first] = self.latent.value[here]
+        return Shown(text, spans, values, int(self.doc[index]))
+
+    def shown(self) -> list[Shown]:
+        return [self.show(index) for index in range(len(self.start))]
+
+
+class LatentActivations:
+    """The non-zero activations of one latent, in corpus order. It unpacks as `position, value = cache.latent(i)`."""
+
+    def __init__(
+        self, cache: FeatureCache, latent: int, position: Int[np.ndarray, " nnz"], value: Float[np.ndarray, " nnz"]
+    ):
+        self.cache, self.latent, self.position, self.value = cache, latent, position, value
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter((self.position, self.value))
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Return this latent's row of the statistics."""
+        return self.cache.table.slice(self.latent, 1).to_pylist()[0]
+
+    def documents(self) -> dict[str, np.ndarray]:
+        """Return the documents it is active in, strongest first: running index `doc`, `count`, `max`."""
+        doc, first, count = np.unique(self.cache.gather("doc", self.position), return_index=True, return_counts=True)
+        largest = np.maximum.reduceat(self.value, first) if len(doc) else self.value
+        order = np.argsort(-largest, kind="stable")
+        return {"doc": doc[order], "count": count[order], "max": largest[order]}
+
+    def between(self, first: int, last: int) -> slice:
+        """Return which of the activations lie at positions first to last (exclusive)."""
+        return slice(*np.searchsorted(self.position, [first, last]).tolist())
+
+    def peaks(self, width: int = 32) -> Peaks:
+        """Return the strongest position of every segment in which the latent is active."""
+        start = segment_starts(self.cache, self.position, width)
+        begins = np.diff(start, prepend=-1) != 0
+        if not len(start):
+            return Peaks(self.position, self.value, start)
+        segment = np.cumsum(begins) - 1
+        largest = np.maximum.reduceat(self.value, np.flatnonzero(begins))[segment]
+        equals = np.flatnonzero(self.value == largest)
+        strongest = equals[np.diff(segment[equals], prepend=-1) != 0]
+        order = strongest[np.argsort(-self.value[strongest], kind="stable")]
+        return Peaks(self.position[order], self.value[order], start[order])
+
+    def around(self, anchor: Int[np.ndarray, " n"], before: int, after: int) -> Passages:
+        """Return what reaches so many tokens before and after each anchor, inside its document and its window."""
+        return self._passages(anchor, before, after, anchor)
+
+    def windows(self, kind: str = "top", n: int = 40, *, width: int = 32, seed: int = 0, bins: int = 10) -> Passages:
+        """Return up to n segments of at most `width` tokens, no two with the same tokens.
+
+        `top`: the strongest, strongest first. `quantiles`: active segments in `bins` equal parts by their maximum,
+        n / bins drawn from each, strongest part first. `random`: drawn from all active segments. `silent`: drawn from
+        the corpus, without any activation. `same-token`: silent too, but holding one of the latent's strongest tokens.
+        Raises: UsageError for another kind.
+        """
+        if kind not in KINDS:
+            raise UsageError(f"window kind {kind!r} is unknown. {nearest(kind, KINDS)}")
+        rng = np.random.default_rng([seed, self.latent, KINDS.index(kind)])
+        number: list[int] = []
+        if kind == "top":
+            start = _top(self, n, width)
+        elif kind in ("quantiles", "random"):
+            start, number = _drawn(self, n, width, rng, bins if kind == "quantiles" else 1)
+        else:
+            start = (_silent if kind == "silent" else _same_token)(self, n, width, rng)
+        return self._passages(np.array(start, dtype=np.int64), 0, width - 1, None, number)
+
+    def _passages(
+        self,
+        origin: Int[np.ndarray, " n"],
+        before: int,
+        after: int,
+        anchor: np.ndarray | None,
+        number: list[int] | None = None,
+    ) -> Passages:
+        start, length, doc = surroundings(self.cache, origin, before, after)
+        maximum, strongest = np.zeros(len(start), dtype=np.float32), start.copy()
+        for row, (first, size) in enumerate(zip(start.tolist(), length.tolist(), strict=True)):
+            here = self.between(first, first + size)
+            if here.start < here.stop:
+                best = here.start + int(self.value[here].argmax())
+                maximum[row], strongest[row] = self.value[best], self.position[best]
+        parts = np.array(number or [0] * len(start), dtype=np.int64)
+        return Passages(self, start, length, doc, strongest if anchor is None else anchor, maximum, parts)
+
+
+# --- where passages begin and end, and which say the same ----------------------------------------------------------
+
+
+def segment_starts(cache: FeatureCache, position: Int[np.ndarray, " n"], width: int) -> Int[np.ndarray, " n"]:
+    """Return where the segment that holds each position starts."""
+    place = position % cache.manifest.context_size
+    return position - (place - cache.gather("run", position)) % width
+
+
+def surroundings(
+    cache: FeatureCache, anchor: Int[np.ndarray, " n"], before: int, after: int
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Return first position, number of tokens and document of the text around each anchor, cut at the borders."""
+    context = cache.manifest.context_size
+    grid = anchor[:, None] + np.arange(-before, after + 1)
+    inside = grid // context == anchor[:, None] // context
+    doc = cache.gather("doc", np.where(inside, grid, anchor[:, None]).ravel()).reshape(grid.shape)
+    same = inside & (doc == doc[:, before, None])
+    left = np.logical_and.accumulate(same[:, before::-1], axis=1).sum(axis=1) - 1
+    right = np.logical_and.accumulate(same[:, before:], axis=1).sum(axis=1)
+    return anchor - left, left + right, doc[:, before]
+
+
+def contents(
+    cache: FeatureCache, anchor: Int[np.ndarray, " n"], before: int, after: int
+) -> Iterator[tuple[int, bytes]]:
+    """Yield for each anchor what its surrounding says: equal for two that hold the same tokens around the anchor."""
+    start, length, _ = surroundings(cache, anchor, before, after)
+    grid = (start[:, None] + np.arange(before + after + 1)).clip(max=cache.n_positions - 1)
+    tokens = cache.gather("tokens", grid.ravel()).reshape(grid.shape)
+    for row, size, left in zip(tokens, length.tolist(), (anchor - start).tolist(), strict=True):
+        yield left, row[:size].tobytes()
+
+
+def first_new(items: Iterable[Any], n: int, seen: set[Any]) -> list[int]:
+    """Return the places of the first n items that are not in `seen`, and add these to it."""
+    kept: list[int] = []
+    for place, item in enumerate(items):
+        if len(kept) < n and item not in seen:
+            seen.add(item)
+            kept.append(place)
+    return kept
+
+
+def _distinct(cache: FeatureCache, start: Int[np.ndarray, " m"], n: int, width: int, seen: set[Any]) -> list[int]:
+    """Return the first n of some segments whose tokens were not seen before."""
+    return start[first_new(contents(cache, start, 0, width - 1), n, seen)].tolist()
+
+
+# --- the kinds of windows --------------------------------------------------------------------------------------------
+
+
+def _top(latent: LatentActivations, n: int, width: int) -> list[int]:
+    position, value = latent
+    wanted = min(len(value), 4 * n)
+    while True:  # the strongest alone are looked at: a latent may have millions of activations
+        strongest = np.argpartition(-value, wanted - 1)[:wanted] if 0 < wanted < len(value) else np.arange(len(value))
+        strongest = strongest[np.lexsort((position[strongest], -value[strongest]))]
+        starts = segment_starts(latent.cache, position[strongest], width)
+        starts = starts[np.sort(np.unique(starts, return_index=True)[1])]
+        kept = _distinct(latent.cache, starts, n, width, set())
+        if len(kept) >= n or wanted >= min(len(value), COPIES * n):
+            return kept
+        wanted = min(len(value), 4 * wanted)
+
+
+def _drawn(
+    latent: LatentActivations, n: int, width: int, rng: np.random.Generator, bins: int
+) -> tuple[list[int], list[int]]:
+    """Return segments drawn equally from `bins` parts of all active segments, and the part of each."""
+    seen: set[Any] = set()
+    kept, number = [], []
+    for index, part in enumerate(np.array_split(latent.peaks(width).start, bins)):
+        share = n // bins + (index < n % bins)
+        found = _distinct(latent.cache, rng.permutation(part)[: 4 * share], share, width, seen)
+        kept += found
+        number += [index] * len(found)
+    return kept, number
+
+
+def _only_silent(latent: LatentActivations, start: Int[np.ndarray, " m"], width: int) -> Int[np.ndarray, " k"]:
+    _, length, _ = surroundings(latent.cache, start, 0, width - 1)
+    return start[np.searchsorted(latent.position, start) == np.searchsorted(latent.position, start + length)]
+
+
+def _silent(latent: LatentActivations, n: int, width: int, rng: np.random.Generator) -> list[int]:
+    cache, seen, kept = latent.cache, set(), []
+    for _ in range(TRIES):
+        position = rng.integers(cache.n_positions, size=4 * n)
+        position = position[cache.gather("doc", position) != NO_DOCUMENT]
+        starts = _only_silent(latent, segment_starts(cache, position, width), width)
+        kept += _distinct(cache, starts, n - len(kept), width, seen)
+        if len(kept) >= n:
+            break
+    return kept
+
+
+def _same_token(latent: LatentActivations, n: int, width: int, rng: np.random.Generator) -> list[int]:
+    cache, seen, kept = latent.cache, set(), []
+    tokens, index = np.unique(cache.gather("tokens", latent.position), return_inverse=True)
+    mass = np.bincount(index, weights=latent.value, minlength=len(tokens))
+    wanted = tokens[np.argsort(-mass, kind="stable")[:SAME_TOKENS]]
+    for shard in rng.permutation(len(cache.manifest.shards) if len(wanted) else 0).tolist():
+        arrays = cache.shard_tokens(shard)
+        hits = np.flatnonzero(np.isin(arrays["tokens"], wanted) & (arrays["doc"] != NO_DOCUMENT))
+        hits += shard * cache.manifest.windows_per_shard * cache.manifest.context_size
+        hits = rng.permutation(hits[~np.isin(hits, latent.position)])[: 16 * n]
+        starts = _only_silent(latent, segment_starts(cache, hits, width), width)
+        kept += _distinct(cache, starts, n - len(kept), width, seen)
+        if len(kept) >= n:
+            break
+    return kept
