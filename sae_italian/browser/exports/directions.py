@@ -10,7 +10,7 @@ from jaxtyping import Float
 from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
-from sae_italian.browser.exports.passages import counted_tokens
+from sae_italian.browser.exports.passages import counted_tokens, rounded
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.lens import final_gain
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -23,30 +23,22 @@ FORWARD_WINDOWS = 16
 
 
 class Table(NamedTuple):
-    """Three of Neuronpedia's neighbours: their ids and two numbers each."""
+    """Three of Neuronpedia's neighbours: their ids, what it calls L1, and its second number."""
 
     indices: list[int]
-    first: list[float]
-    second: list[float]
-
-
-class Histogram(NamedTuple):
-    """Bars at their centres."""
-
-    centres: Float[np.ndarray, " bars"]
-    heights: Float[np.ndarray, " bars"]
+    l1: list[float]
+    other: list[float]
 
 
 NOTHING = Table([], [], [])
-NO_BARS = Histogram(np.zeros(0), np.zeros(0))
 
 
-def histogram(values: np.ndarray, n_bars: int = N_BARS) -> Histogram:
-    """Return equal bars over the values' range; none when there are no values."""
+def histogram(values: np.ndarray) -> tuple[list[float], list[float]]:
+    """Return centres and heights of 50 equal bars over the values' range; none when there are no values."""
     if len(values) == 0:
-        return NO_BARS
-    heights, edges = np.histogram(values.astype(np.float64), bins=n_bars)
-    return Histogram((edges[:-1] + edges[1:]) / 2, heights.astype(np.float64))
+        return [], []
+    heights, edges = np.histogram(values.astype(np.float64), bins=N_BARS)
+    return [rounded(value) for value in (edges[:-1] + edges[1:]) / 2], [rounded(value) for value in heights]
 
 
 class Directions:
@@ -59,10 +51,10 @@ class Directions:
         self._sample: _Sample | None = None
 
     @torch.no_grad()
-    def logits(self, latent: int) -> Histogram:
+    def logits(self, latent: int) -> tuple[list[float], list[float]]:
         """Return the histogram of the logits that the direction adds to the vocabulary (as `cache.lens.logit_lens`)."""
         if not self.here:
-            return NO_BARS
+            return [], []
         unembed: Float[Tensor, "vocab d_in"] = self.model.get_output_embeddings().weight.float()
         logits = unembed @ (self.sae.W_dec[latent].float() * final_gain(self.model))
         return histogram(logits.cpu().numpy())
@@ -74,7 +66,7 @@ class Directions:
             return NOTHING
         direction = self.sae.W_dec[latent].float()
         value, index = direction.topk(min(N_TABLE, len(direction)))
-        return Table(index.tolist(), value.tolist(), (value / direction.abs().sum()).tolist())
+        return Table(index.tolist(), (value / direction.abs().sum()).tolist(), value.tolist())
 
     def correlated_neurons(self, latent: int) -> Table:
         """Return the dimensions of the activation that go with the latent, with cosine and Pearson, on a sample."""

@@ -10,8 +10,9 @@ import pytest
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.browser.exports import export, neuronpedia_batch, neuronpedia_bulk
-from sae_italian.browser.exports.fields import columns
+from sae_italian.browser.exports import export
+from sae_italian.browser.exports.fields import tables
+from sae_italian.browser.exports.formats import MANY, check_bulk, read_batches, read_rows
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.lens import final_gain
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -22,11 +23,11 @@ WANTED = range(LATENTS[0], LATENTS[1] + 1)
 
 
 def features(export):
-    return [row for _, batch in neuronpedia_batch.read(export.folder) for row in batch["features"]]
+    return [row for _, batch in read_batches(export.folder) for row in batch["features"]]
 
 
 def lines(export, name):
-    return [row for file in sorted((export.folder / name).iterdir()) for row in neuronpedia_bulk.read(file)]
+    return [row for file in sorted((export.folder / name).iterdir()) for row in read_rows(file)]
 
 
 def live(cache):
@@ -40,7 +41,7 @@ def test_a_batch_holds_every_latent_with_every_field(batch, cache):
     rows = features(batch)
     assert [row["feature_index"] for row in rows] == list(WANTED)
     assert batch.rows["batch_feature"] == len(WANTED) and batch.lost == []
-    assert all(list(row) == columns("batch_feature") for row in rows)
+    assert all(list(row) == list(tables()["batch_feature"]["fields"]) for row in rows)
     for row in rows:
         statistics = cache.latent(row["feature_index"]).statistics
         assert row["frac_nonzero"] == pytest.approx(statistics["density"], rel=1e-5)
@@ -133,9 +134,9 @@ def test_neurons_are_correlated_over_the_whole_vocabulary_of_dimensions(batch, c
 
 
 def test_every_line_has_the_same_keys_and_ids_are_unique(bulk, cache):
-    for name, table in neuronpedia_bulk.MANY.items():
+    for name, table in MANY.items():
         rows = lines(bulk, name)
-        assert rows and all(list(row) == columns(table) for row in rows)
+        assert rows and all(list(row) == list(tables()[table]["fields"]) for row in rows)
         if name != "features":
             assert len({row["id"] for row in rows}) == len(rows)
     for row in lines(bulk, "features"):
@@ -175,7 +176,7 @@ def test_the_same_cache_gives_the_same_rows_and_a_stopped_export_goes_on(bulk, c
 def damage(folder, name, change):
     """Rewrite the first file of a table with `change` applied to its rows."""
     file = folder / name / "batch-0.jsonl.gz"
-    rows = list(neuronpedia_bulk.read(file))
+    rows = list(read_rows(file))
     change(rows)
     with gzip.open(file, "wt", encoding="utf-8") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in rows)
@@ -206,7 +207,7 @@ def test_what_does_not_fit_is_refused(bulk, tmp_path, name, change, message):
     folder = shutil.copytree(bulk.folder, tmp_path / "copy")
     damage(folder, name, change)
     with pytest.raises(DataError, match=message):
-        neuronpedia_bulk.check(folder)
+        check_bulk(folder)
 
 
 def test_mangled_strings_and_broken_links_are_refused(bulk, tmp_path):
@@ -218,12 +219,12 @@ def test_mangled_strings_and_broken_links_are_refused(bulk, tmp_path):
 
     damage(folder, "activations", mangle)
     with pytest.raises(DataError, match="mangled"):
-        neuronpedia_bulk.check(folder)
+        check_bulk(folder)
     folder = shutil.copytree(bulk.folder, tmp_path / "links")
     source = json.loads((folder / "source.jsonl").read_text(encoding="utf-8"))
     (folder / "source.jsonl").write_text(json.dumps({**source, "setName": "another"}), encoding="utf-8")
     with pytest.raises(DataError, match=r"source\.setName"):
-        neuronpedia_bulk.check(folder)
+        check_bulk(folder)
 
 
 def test_an_explanation_of_5000_letters_and_one_by_an_llm_are_there_whole(cache, mini, tmp_path):

@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from sae_italian.base.errors import DataError
-from sae_italian.browser.exports import circuit_tracer, export
-from sae_italian.browser.exports.fields import columns
-from sae_italian.browser.exports.names import cantor
+from sae_italian.browser.exports import export
+from sae_italian.browser.exports.fields import tables
+from sae_italian.browser.exports.formats import check_features
+from sae_italian.browser.exports.latents import cantor
 from sae_italian.cli import main
 from sae_italian.evaluation.card import LABELS, EvaluationCard
 
@@ -27,7 +28,7 @@ def test_circuit_tracer_finds_each_latent_by_its_cantor_pair(cache, mini, tmp_pa
     file = done.folder / f"{cantor(1, 4)}.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"index": 4', '"index": 5'), encoding="utf-8")
     with pytest.raises(DataError, match="latent 5, not 4"):
-        circuit_tracer.check(done.folder, 1, range(3, 10))
+        check_features(done.folder, 1, range(3, 10))
 
 
 def test_wandb_gets_the_table_and_the_browser_offline(cache, mini, tmp_path):
@@ -35,7 +36,7 @@ def test_wandb_gets_the_table_and_the_browser_offline(cache, mini, tmp_path):
     done = export(cache, mini.tokenizer, tmp_path / "out", "wandb", latents=(0, 31))
     (table,) = done.folder.rglob("latents*.table.json")
     found = json.loads(table.read_text(encoding="utf-8"))
-    assert found["columns"] == columns("wandb_latent") and len(found["data"]) == 32
+    assert found["columns"] == list(tables()["wandb_latent"]["fields"]) and len(found["data"]) == 32
     assert (tmp_path / "out" / "browser" / "index.html").is_file()
     assert b"latent-browser" in next(done.folder.glob("*.wandb")).read_bytes()
 

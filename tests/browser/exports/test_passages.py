@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_italian.browser.exports.fields import is_mojibake, tables
-from sae_italian.browser.exports.names import cantor, names_of
+from sae_italian.browser.exports.latents import cantor, facts_of, names_of, row_id
 from sae_italian.browser.exports.passages import pieces, storable
 
 COVER = st.lists(st.integers(0, 3), min_size=1, max_size=12)
@@ -50,12 +50,12 @@ def test_storable_keeps_letters_and_drops_what_a_database_refuses():
 
 
 def test_names(cache):
-    names = names_of(cache.manifest)
-    assert (names.model, names.source_set, names.source) == ("sae-italian-mini", "res-it-256", "1-res-it-256")
-    assert names_of(cache.manifest, suffix="k8").source == "1-res-it-256__k8"
-    assert names.row_id("a", 1, 2) == names.row_id("a", 1, 2) != names.row_id("a", 12)
+    facts = facts_of(cache.manifest, names_of(cache.manifest))
+    assert (facts["model"], facts["source_set"], facts["source"]) == ("sae-italian-mini", "res-it-256", "1-res-it-256")
+    assert facts_of(cache.manifest, names_of(cache.manifest, suffix="k8"))["source"] == "1-res-it-256__k8"
+    assert row_id(facts, "a", 1, 2) == row_id(facts, "a", 1, 2) != row_id(facts, "a", 12)
     minerva = cache.manifest.model_copy(update={"model": "sapienzanlp/Minerva-1B-base-v1.0"})
-    assert names_of(minerva).model == "minerva-1b-base-v1.0"
+    assert names_of(minerva)["model"] == "minerva-1b-base-v1.0"
 
 
 def test_cantor_pairs_are_circuit_tracers():
