@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-slow check install clean
+.PHONY: quickstart bench test test-slow check install clean
 
 quickstart: install  ## train, cache, explain, score, report: the whole way on the embedded model
 	HF_HUB_OFFLINE=1 $(BIN)/sae-italian quickstart --out quickstart --resume
+
+# For example: make bench TABLE=cache ARGS="runs/my-sae --tokens 131072"
+bench: install  ## speed beside other libraries: TABLE=training|corpora|cache|autointerp|browser, ARGS for its options
+	$(BIN)/python -m tests.bench $(TABLE) $(ARGS)
 
 # One process a core, one file at a time in each; torch then needs no threads of its own.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile

@@ -1,14 +1,20 @@
-"""The commands that measure speed against other libraries, in one run on this machine."""
+"""Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
+
+python -m tests.bench training|corpora|cache|autointerp|browser --help
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sae_italian.base.errors import UsageError, nearest
-from sae_italian.cli.base import Commands, Result, load_sources, positive
+from sae_italian.base.errors import SaeItalianError, UsageError, nearest
+from sae_italian.cli.options import Source
+
+Result = tuple[Any, str]
 
 # What `bench training` prints, in this order; each takes the command's options and returns (value, text).
 TRAINING_TABLES: dict[str, Callable[[argparse.Namespace], tuple[Any, str]]] = {
@@ -20,9 +26,17 @@ TRAINING_TABLES: dict[str, Callable[[argparse.Namespace], tuple[Any, str]]] = {
 }
 
 
-def add_commands(root: Commands) -> None:
-    group = root.group("bench", "the speed tables of the README, measured on this machine")
-    sub = group.add("corpora", _bench_corpora, "tokenising and packing against SAELens")
+def parser_of() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    subparsers = parser.add_subparsers(required=True)
+
+    def add(name: str, function: Callable[[argparse.Namespace], Result], text: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = add("corpora", _bench_corpora, "tokenising and packing against SAELens")
     sub.add_argument("corpus", help="a local corpus, or micro-italiano")
     sub.add_argument("--model", required=True, help="the model whose tokenizer is used")
     sub.add_argument("--context-size", type=int, default=128)
@@ -30,7 +44,7 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--repeats", type=int, default=3)
     sub.add_argument("--workers", type=int, default=2)
     sub.add_argument("--memory-bytes", type=int, default=0, help="also measure the memory over a stream this long")
-    sub = group.add("cache", _bench_cache, "building and reading a feature cache, against Delphi's way of building it")
+    sub = add("cache", _bench_cache, "building and reading a feature cache, against Delphi's way of building it")
     sub.add_argument("sae", nargs="?", help="an SAE's folder, or release:sae_id; without it only reading is measured")
     sub.add_argument("--model", help="default: the model in the SAE's metadata")
     sub.add_argument("--corpus", help="default: the corpus the SAE was trained on")
@@ -41,7 +55,7 @@ def add_commands(root: Commands) -> None:
     )
     sub.add_argument("--d-sae", type=int, default=65_536, help="of the synthetic cache")
     sub.add_argument("--repeats", type=int, default=3)
-    sub = group.add("training", _bench_training, "the SAE's training step against SAELens' topk")
+    sub = add("training", _bench_training, "the SAE's training step against SAELens' topk")
     sub.add_argument("--tables", default=",".join(TRAINING_TABLES), help="which, with commas between (default: all)")
     sub.add_argument("--device", default="cpu", help="cpu, or cuda for the shapes of Minerva-1B")
     sub.add_argument("--repeats", type=int, default=5)
@@ -49,7 +63,7 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--d-sae", type=int, help="measure the shape of this many latents only")
     sub.add_argument("--model", default="sae-italian-mini", help="of the tables run and group: model and SAE together")
     sub.add_argument("--corpus", default="micro-italiano", help="of the tables run and group")
-    sub = group.add(
+    sub = add(
         "autointerp",
         _bench_autointerp,
         "rules in latents a second, and how much of its concurrency the LLM client uses",
@@ -59,9 +73,7 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--latents", type=int, default=300, help="live latents, drawn at random")
     sub.add_argument("--repeats", type=int, default=3)
     sub.add_argument("--workers", type=int, default=2)
-    sub = group.add(
-        "browser", _bench_browser, "the latent browser against SAEDashboard, its bytes, its memory, its page"
-    )
+    sub = add("browser", _bench_browser, "the latent browser against SAEDashboard, its bytes, its memory, its page")
     sub.add_argument("sae", nargs="?", help="an SAE's folder, or release:sae_id; without it only the page is measured")
     sub.add_argument("--model", help="default: the model in the SAE's metadata")
     sub.add_argument("--corpus", help="default: the corpus the SAE was trained on")
@@ -73,6 +85,7 @@ def add_commands(root: Commands) -> None:
     sub.add_argument("--d-sae", type=int, nargs="*", default=[16_384], help="of synthetic folders, smallest first")
     sub.add_argument("--non-zeros", type=int, default=4_000_000, help="of each synthetic cache")
     sub.add_argument("--repeats", type=int, default=5, help="of the page's times")
+    return parser
 
 
 def _bench_browser(options: argparse.Namespace) -> Result:
@@ -218,3 +231,26 @@ def _bench_autointerp(options: argparse.Namespace) -> Result:
     )
     result["llm"] = measure_llm()
     return result, f"{table_of(result)}\n\n{llm_table(result['llm'])}"
+
+
+def load_sources(options: argparse.Namespace) -> tuple[Any, Any, str]:
+    """Return SAE, model and corpus of the options, the SAE's metadata saying what they do not."""
+    return Source(model=options.model, corpus=options.corpus).load(options.sae)
+
+
+def positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UsageError(f"{name} is {value}; it must be 1 or more.")
+
+
+def main() -> None:
+    options = parser_of().parse_args()
+    try:
+        value, text = options.command(options)
+    except SaeItalianError as error:
+        raise SystemExit(f"bench: {error}") from error
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str) if options.json else text)
+
+
+if __name__ == "__main__":
+    main()
