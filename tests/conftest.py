@@ -151,7 +151,7 @@ def silent_latent(mini, topk_sae, tmp_path_factory) -> tuple[Path, object, int]:
 def ray_cluster():
     """A Ray cluster of two workers on this machine, one for all tests that need it: starting it takes seconds."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'sae-italian[ray]'")
-    from sae_italian.engine.on_ray import connect
+    from sae_italian.base.units import connect
 
     connect(None, 2)
     yield ray

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, rule_of
 from sae_italian.autointerp.judged import judge_latent
-from sae_italian.autointerp.processes import in_processes, in_threads
 from sae_italian.autointerp.protocols import Explainer, Judge, LatentExamples
 from sae_italian.autointerp.scorers.by_rule import Judged
 from sae_italian.autointerp.shown import latent_examples
@@ -23,6 +22,7 @@ from sae_italian.autointerp.tokens import token_strings
 from sae_italian.autointerp.work import Explained, Task, Work, explain_batch, score_batch
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import fingerprint
+from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache
 
 __all__ = ["EXPLAINER", "LOOKUP", "STORE_FILE", "AutointerpConfig", "Run", "run_autointerp", "token_strings"]
@@ -70,7 +70,7 @@ def run_autointerp(
     texts when there are none), on the same examples. `sae` gives the decoder neighbours where the cache does not know
     them. The store defaults to `autointerp.sqlite` in the cache. A run that was stopped continues where it was. Latents
     with too few examples in any part are stored as such, never scored. The rules are worked out in `workers` processes here, or
-    by `run_units` (`engine.map_units` with an engine), in batches of latents.
+    by `run_units` (`base.units.map_units` with an engine), in batches of latents.
 
     Raises: UsageError when the tokenizer is not the cache's, or the store belongs to another cache or configuration.
     """
@@ -178,7 +178,8 @@ class Run:
         if self.run_units is not None:
             results = self.run_units(function, units, setup=self.work.opener)
         else:
-            results = in_processes(partial(function, self.work), units, self.workers)
+            workers = min(self.workers, max(1, len(units)))
+            results = map_units(partial(function, self.work), units, workers=workers, fork=True)
         with tqdm(total=len(items), desc=desc, unit="latent", disable=None) as bar:
             for unit, result in zip(units, results, strict=True):
                 bar.update(len(unit))

@@ -1,20 +1,21 @@
-"""Files that are whole or absent: atomic writes, content hashes, and the folder of a run."""
+"""Files that are whole or absent: atomic writes, content hashes, the folder of a run, its lock, and a full disk."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import UsageError
 
-RUN_FILE = "run.json"
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
 
 
 @contextmanager
@@ -43,6 +44,68 @@ def remove(path: Path) -> None:
 def _is_temporary(path: Path) -> bool:
     """Return whether a path is what a killed `atomic_path` leaves."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+@contextmanager
+def locked(folders: Sequence[Path]) -> Iterator[None]:
+    """Hold the folders, which are made where missing, for this process alone. A process that dies holds nothing.
+
+    Raises: UsageError when another process holds one, or it cannot be made or written to.
+    """
+    from filelock import FileLock, Timeout
+
+    with ExitStack() as stack:
+        for folder in folders:
+            if folder.exists() and not folder.is_dir():
+                raise UsageError(f"{folder} is a file; an output folder was expected. Give another path.")
+            lock = FileLock(folder / LOCK_FILE, timeout=0)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+            except Timeout as error:
+                raise UsageError(
+                    f"{folder} is being written by another build. Wait for it, or give another folder."
+                ) from error
+            except OSError as error:
+                raise UsageError(
+                    f"{folder} cannot be written to ({error.strerror}). Give a folder you may write to."
+                ) from error
+            stack.callback(lock.release)
+            stack.callback(remove, folder / LOCK_FILE)
+        yield
+
+
+def disk_full(error: BaseException) -> bool:
+    """Return whether an error of Python, torch or safetensors means that a file could not grow."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # Rust gives the number as text, torch only the name of what wrote.
+    signs = ("No space left", "os error 28", "os error 27", "iostream", "inline_container", "PytorchStreamWriter")
+    return any(sign in str(error) for sign in signs)
+
+
+def free_space(path: Path) -> str:
+    """Return how much room there is on the disk of a path, which need not exist."""
+    while not path.exists():
+        path = path.parent
+    return f"{shutil.disk_usage(path).free / 2**30:,.1f} GiB"
+
+
+@contextmanager
+def disk_errors(folder: Path, kept: str = "What is finished is kept.") -> Iterator[None]:
+    """Turn what is raised in the block when the disk is full into one line, which says what is kept.
+
+    Raises: UsageError for a full disk; every other error passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        raise UsageError(
+            f"the disk of {folder} is full ({free_space(folder)} free). {kept} Make room, then run the same "
+            "command with --resume."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,6 +152,10 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str:
     return f"{path} was {old!r}, is now {new!r}"
 
 
+def _content(folder: Path) -> list[Path]:
+    return [child for child in folder.iterdir() if child.name != LOCK_FILE]
+
+
 def claim_folder(out: Path, kind: str, spec: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> bool:
     """Make `out` the folder of the run described by `spec`; return True when it continues an earlier one.
 
@@ -101,7 +168,7 @@ def claim_folder(out: Path, kind: str, spec: dict[str, Any], *, resume: bool = F
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; an output folder was expected. Give another path.")
     existing = out / RUN_FILE
-    if out.exists() and any(not _is_temporary(child) for child in out.iterdir()):
+    if out.exists() and any(not _is_temporary(child) for child in _content(out)):
         if not existing.is_file():
             raise UsageError(f"{out} is not empty and holds no run of ours. Give an empty or new folder.")
         earlier = read_json(existing)
@@ -119,7 +186,7 @@ def claim_folder(out: Path, kind: str, spec: dict[str, Any], *, resume: bool = F
                 f"{out} already holds a {earlier['kind']} run of {earlier['created']}. "
                 "Add --resume to finish it, --overwrite to replace it, or give another folder."
             )
-        for child in out.iterdir():
+        for child in _content(out):
             remove(child)
     write_json(existing, {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()})
     return False

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,15 +17,13 @@ from typing import Any, Protocol, TypeVar
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import claim_folder, fingerprint, package_versions, remove
+from sae_italian.base.storage import claim_folder, disk_errors, fingerprint, locked, package_versions, remove
 from sae_italian.cache.encode import EncodeJob, encode_shard
 from sae_italian.cache.layout import MANIFEST, Manifest, acts_file
-from sae_italian.cache.lock import locked
 from sae_italian.cache.tokens import share_tokens, write_token_shards
 from sae_italian.cache.transpose import plan_ranges, transpose_range, write_missing_runs
 from sae_italian.corpora import Split
 from sae_italian.corpora.documents import check_corpus
-from sae_italian.corpora.pretokenize import FULL_DISK
 from sae_italian.corpora.stream import CorpusStream, Reader
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, weights_hash
@@ -109,7 +106,7 @@ def build_caches(
         "versions": package_versions(),
     }
     manifests = [_manifest(sae, name, shared) for sae, name in zip(saes, sae_names, strict=True)]
-    with locked(folders), _full_disk(folders[0]):
+    with locked(folders), disk_errors(folders[0]):
         for i, folder in enumerate(folders):
             earlier = claim_folder(folder, KIND, manifests[i].identity(), resume=resume, overwrite=overwrite)
             if earlier and (folder / MANIFEST).is_file():
@@ -121,18 +118,6 @@ def build_caches(
                 _finish(sae, model, folder, manifest, run_units)
             remove(folder / "runs")
     return folders
-
-
-@contextmanager
-def _full_disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK and "os error 28" not in str(error):
-            raise
-        raise UsageError(
-            f"the disk of {folder} is full. What is finished is kept: make room, then run the same command with --resume."
-        ) from error
 
 
 def folder_names(saes: Sequence[Any]) -> list[str]:

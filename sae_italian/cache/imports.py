@@ -11,12 +11,11 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from tqdm import tqdm
 
-from sae_italian.base.storage import claim_folder, remove, sha256_file
+from sae_italian.base.storage import claim_folder, locked, remove, sha256_file
 from sae_italian.cache.build import KIND, WINDOWS_PER_SHARD, in_this_process
 from sae_italian.cache.build import _transpose as transpose
 from sae_italian.cache.encode import Sparse, write_activations
 from sae_italian.cache.layout import MANIFEST, STATS, Manifest, acts_file, smallest_uint, write_arrays
-from sae_italian.cache.lock import locked
 from sae_italian.cache.tokens import write_token_shard
 from sae_italian.corpora import PackedBlock
 

@@ -98,7 +98,7 @@ def unit_map(options: argparse.Namespace, folder: Path, *, gpus: float = 0) -> C
     """Return `map_units` with the engine of a command's options; its units write into `folder`."""
     from functools import partial
 
-    from sae_italian.engine import map_units
+    from sae_italian.base.units import map_units
 
     if options.address and options.engine != "ray":
         raise UsageError(f"--address {options.address} is that of a Ray cluster; add --engine ray, or leave it out.")

@@ -84,7 +84,7 @@ class Workers:
 
     def map(self, folder: Path, *, gpus: float = 0) -> Callable[..., Any]:
         """Return `map_units` with these options; its units write into `folder`."""
-        from sae_italian.engine import map_units
+        from sae_italian.base.units import map_units
 
         where = {"engine": self.engine, "address": self.address, "workers": self.workers}
         return partial(map_units, **where, gpus=gpus, folder=folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_italian.base.errors import DataError
+from sae_italian.base.labels import Language, label, labels
 from sae_italian.base.pictures import OURS, WARNING, svg
 from sae_italian.base.statistics import NOTHING, Estimate
 from sae_italian.base.storage import read_json, write_json, write_text
@@ -14,36 +15,7 @@ from sae_italian.base.storage import read_json, write_json, write_text
 CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE = "card.json", "card.md", "density.svg"
 ULTRA_ACTIVE = 0.1  # of the tokens (Llama Scope, fig. 4)
 
-# key: (English label, Italian label); the order is that of the card
-LABELS = {
-    "l0": ("L0 (active latents per token)", "L0 (latenti attivi per token)"),
-    "explained_variance": ("Explained variance, centred (SAELens)", "Varianza spiegata, centrata (SAELens)"),
-    "explained_variance_uncentred": (
-        "Explained variance, uncentred (Llama Scope)",
-        "Varianza spiegata, non centrata (Llama Scope)",
-    ),
-    "fvu": ("Fraction of variance unexplained (FVU, centred)", "Frazione di varianza non spiegata (FVU, centrata)"),
-    "cossim": ("Cosine of activation and reconstruction", "Coseno tra attivazione e ricostruzione"),
-    "l2_ratio": ("Norm of the reconstruction / norm of the activation", "Norma ricostruita / norma dell'attivazione"),
-    "ce_loss": ("CE loss of the model (nats)", "Perdita CE del modello (nat)"),
-    "ce_loss_with_sae": ("CE loss with the SAE in place (nats)", "Perdita CE con la SAE inserita (nat)"),
-    "ce_loss_with_ablation": (
-        "CE loss with the activation set to zero (nats)",
-        "Perdita CE con attivazione nulla (nat)",
-    ),
-    "delta_lm_loss": ("Delta LM loss (nats)", "Delta della perdita CE (nat)"),
-    "ce_loss_recovered": ("CE loss recovered", "Perdita CE recuperata"),
-    "kl_div_with_sae": ("KL divergence with the SAE in place (nats)", "Divergenza KL con la SAE inserita (nat)"),
-    "kl_div_with_ablation": (
-        "KL divergence with the activation set to zero (nats)",
-        "Divergenza KL con attivazione nulla (nat)",
-    ),
-    "kl_recovered": ("KL divergence recovered", "Divergenza KL recuperata"),
-    "dead": ("Dead latents (in all tokens seen)", "Latenti morti (in tutti i token visti)"),
-    "dead_in_100k": ("Dead latents in 100,000 tokens", "Latenti morti in 100.000 token"),
-    "dead_in_1m": ("Dead latents in 1,000,000 tokens", "Latenti morti in 1.000.000 di token"),
-    "ultra_active": ("Ultra-active latents (on over 10 % of tokens)", "Latenti ultra-attivi (oltre il 10 % dei token)"),
-}
+NUMBERS = tuple(labels("card"))  # the keys of the numbers with intervals, in the card's order
 _SHARES = {"dead", "dead_in_100k", "dead_in_1m", "ultra_active", "ce_loss_recovered", "kl_recovered"}
 _LEGEND = (
     "Means are per token of held-out text, special tokens left out; losses in nats. Dead: never fired in that many tokens. "
@@ -99,10 +71,10 @@ class EvaluationCard:
 
     def estimates(self) -> dict[str, Estimate]:
         """Return the numbers with intervals by key, in the card's order."""
-        return {key: getattr(self, key) for key in LABELS}
+        return {key: getattr(self, key) for key in NUMBERS}
 
     def as_dict(self) -> dict[str, Any]:
-        plain = {key: value for key, value in asdict(self).items() if key not in LABELS and key != "density"}
+        plain = {key: value for key, value in asdict(self).items() if key not in NUMBERS and key != "density"}
         numbers = {key: estimate.as_dict() for key, estimate in self.estimates().items()}
         density = [{"lo": b.lo, "hi": b.hi, "share": b.share.as_dict()} for b in self.density]
         return {**plain, **numbers, "density": density}
@@ -111,7 +83,7 @@ class EvaluationCard:
     def from_dict(cls, values: dict[str, Any]) -> EvaluationCard:
         """Return the card that `as_dict` gave. Raises: KeyError for a card of an earlier version."""
         given = {field.name: values[field.name] for field in fields(cls)}
-        given |= {key: _estimate(values[key]) for key in LABELS}
+        given |= {key: _estimate(values[key]) for key in NUMBERS}
         given["density"] = tuple(DensityBin(b["lo"], b["hi"], _estimate(b["share"])) for b in values["density"])
         return cls(**given)
 
@@ -140,20 +112,20 @@ class EvaluationCard:
         ]
         return "\n".join(lines).rstrip() + "\n"
 
-    def table(self, language: str = "en") -> list[str]:
+    def table(self, language: Language = "en") -> list[str]:
         """Return the lines of a Markdown table; a number that was not measured says why."""
         head = {"en": ("metric", "value", "95 % interval"), "it": ("metrica", "valore", "intervallo al 95 %")}[language]
         lines = ["| " + " | ".join((*head, "")) + "|", "|---|---|---|---|"]
         for key, estimate in self.estimates().items():
-            label = LABELS[key][0 if language == "en" else 1]
+            name = label(f"card.{key}", language)
             if key.startswith("dead_in") and estimate.value != estimate.value:
                 reason = (
                     f"only {self.n_tokens:,} tokens seen" if language == "en" else f"visti solo {self.n_tokens:,} token"
                 )
-                lines.append(f"| {label} | - | {reason} | `{key}` |")
+                lines.append(f"| {name} | - | {reason} | `{key}` |")
                 continue
             value, lo, hi = (_shown(number, key) for number in estimate)
-            lines.append(f"| {label} | {value} | {lo} {'to' if language == 'en' else 'a'} {hi} | `{key}` |")
+            lines.append(f"| {name} | {value} | {lo} {'to' if language == 'en' else 'a'} {hi} | `{key}` |")
         return lines
 
 

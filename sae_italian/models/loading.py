@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.hub import explain
 from sae_italian.models.catalogue import ResolvedModel, config_differences, resolve
-from sae_italian.models.hub import explain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from sae_italian.evaluation.card import LABELS
+from sae_italian.base.labels import label
 from sae_italian.papers.document import Section, Table, shown
 from sae_italian.papers.job import Job, Results, Step
 from sae_italian.papers.pictures import scores_svg
@@ -55,8 +55,8 @@ def _card(job: Job, results: Results) -> dict[str, Any]:
 
 def card_rows(card: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of an evaluation card that a report shows."""
-    rows = [(LABELS[key][0], shown(card[key])) for key in _CARD]
-    return rows + [(LABELS[key][0], shown(card[key], percent=True)) for key in _SHARES]
+    rows = [(label(f"card.{key}"), shown(card[key])) for key in _CARD]
+    return rows + [(label(f"card.{key}"), shown(card[key], percent=True)) for key in _SHARES]
 
 
 def _card_section(result: dict[str, Any], _: Results) -> Section:
@@ -85,7 +85,7 @@ def _scores(job: Job, results: Results) -> dict[str, Any]:
 def score_table(scores: dict[str, Any]) -> Table:
     """Return the scores with their controls, one column an SAE."""
     rows = []
-    for label, key, percent in (
+    for name, key, percent in (
         ("detection, balanced accuracy", "detection", False),
         ("fuzzing, balanced accuracy", "fuzzing", False),
         ("simulation, top and random", "simulation", False),
@@ -97,7 +97,7 @@ def score_table(scores: dict[str, Any]) -> Table:
         ("latents that are only a token", "only_token", True),
     ):
         columns = [scores[part][key] for part in ("autointerp", "random") if part in scores]
-        rows.append((label, *(shown(value, percent=percent) for value in columns)))
+        rows.append((name, *(shown(value, percent=percent) for value in columns)))
     head = ("", "this SAE", "random SAE")[: 2 + ("random" in scores)]
     return Table("", head, rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_italian.models.hub import explain
+from sae_italian.base.hub import explain
 from sae_italian.saes.loading import load_sae
 
 FIRST = ("architecture", "d_in", "d_sae", "d_out", "k", "hook_name", "hook_name_out", "model_name", "dataset_path")

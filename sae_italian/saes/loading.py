@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sae_italian.base.errors import DataError, UsageError, nearest
-from sae_italian.models.hub import explain
+from sae_italian.base.hub import explain
 from sae_italian.saes import llama_scope, sparsify
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sae_italian.base.hub import explain
 from sae_italian.models.catalogue import catalogue
-from sae_italian.models.hub import explain
 from sae_italian.saes import llama_scope, sparsify
 
 LLAMA_SCOPE_MODEL = "meta-llama/Llama-3.1-8B"

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,12 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import atomic_path, fingerprint, read_json, remove, write_json
+from sae_italian.base.errors import DataError
+from sae_italian.base.storage import atomic_path, disk_errors, fingerprint, read_json, remove, write_json
 
 STATE_FILE = "state.json"
 RANDOM_FILE = "random.safetensors"
-TORCH_CANNOT_WRITE = ("iostream", "inline_container", "PytorchStreamWriter")  # in what torch.save raises on a full disk
 
 
 class Checkpoints:
@@ -87,23 +85,6 @@ class Checkpoints:
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@contextmanager
-def disk_errors(out: Path, kept: str) -> Iterator[None]:
-    """Turn what Python, torch and safetensors raise on a full disk into one line.
-
-    Raises: UsageError for a failed write, saying how much room there is and what is kept.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in TORCH_CANNOT_WRITE):
-            raise
-        free = shutil.disk_usage(out).free / 2**20
-        raise UsageError(
-            f"{out} could not be written ({_line(error)}); {free:,.0f} MiB are free there. {kept} Make room, then --resume."
-        ) from error
 
 
 def _line(error: Exception) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.training.checkpoint import Checkpoints, disk_errors
+from sae_italian.base.storage import disk_errors
+from sae_italian.training.checkpoint import Checkpoints
 from sae_italian.training.sae_run import SAERun
 from sae_italian.training.stream import ActivationStream
 

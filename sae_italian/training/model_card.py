@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from sae_italian.base.labels import label
 from sae_italian.base.storage import read_json
-from sae_italian.evaluation.card import DENSITY_PICTURE, LABELS, EvaluationCard
+from sae_italian.evaluation.card import DENSITY_PICTURE, EvaluationCard
 from sae_italian.models import catalogue
 from sae_italian.training.run import read_run
 
@@ -72,7 +73,7 @@ def _front_matter(card: EvaluationCard, cfg: dict[str, Any], sae_id: str, licenc
         "split": card.split,
     }
     measured = [
-        {"type": key, "name": LABELS[key][0], "value": getattr(card, key).value}
+        {"type": key, "name": label(f"card.{key}"), "value": getattr(card, key).value}
         for key in _RESULTS
         if getattr(card, key).value == getattr(card, key).value
     ]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.hub import explain
 from sae_italian.base.storage import read_json
 from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, read_card
-from sae_italian.models.hub import explain
 from sae_italian.training.model_card import model_card
 from sae_italian.training.run import read_run
 

@@ -155,7 +155,7 @@ def train_suite(
 ) -> list[Path]:
     """Train every group of a suite into `out/<name>` and return these folders.
 
-    `run_units` maps the groups: one after the other here, or elsewhere (`engine.map_units` with an engine). With
+    `run_units` maps the groups: one after the other here, or elsewhere (`base.units.map_units` with an engine). With
     `resume`, finished groups are left alone and the one that was stopped goes on.
     Raises: UsageError as `train`, and for a suite that does not fit its memory; KeyboardInterrupt after a signal.
     """

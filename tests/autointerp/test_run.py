@@ -9,12 +9,11 @@ import pytest
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
 from sae_italian.autointerp import run as run_module
 from sae_italian.autointerp.judges import ConstantJudge, OracleJudge, RuleJudge
-from sae_italian.autointerp.processes import in_threads
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import UsageError
+from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache
-from sae_italian.engine import map_units
 from tests.autointerp.conftest import DEAD, N_NOISE, N_PREVIOUS, N_TOKENS, RARE, accuracies
 
 

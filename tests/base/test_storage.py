@@ -1,7 +1,9 @@
+import errno
+
 import pytest
 
 from sae_italian.base.errors import UsageError, nearest
-from sae_italian.base.storage import atomic_path, claim_folder, fingerprint, write_text
+from sae_italian.base.storage import atomic_path, claim_folder, disk_errors, fingerprint, locked, write_text
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -49,3 +51,22 @@ def test_what_a_killed_write_left_is_cleared_and_stops_nothing(tmp_path):
     (out / "acts" / ".00000.safetensors.9.tmp").write_text("half")
     assert claim_folder(out, "train", {}, resume=True) is True
     assert not list(out.rglob("*.tmp"))
+
+
+def test_a_locked_folder_is_claimed_as_any_other_and_the_lock_leaves_nothing(tmp_path):
+    out = tmp_path / "out"
+    with locked([out]):
+        assert claim_folder(out, "cache", {}) is False
+        with pytest.raises(UsageError, match="another build"), locked([out]):
+            pass
+        assert claim_folder(out, "cache", {}, overwrite=True) is False
+        with pytest.raises(UsageError, match="another build"), locked([out]):
+            pass
+    assert [path.name for path in out.iterdir()] == ["run.json"]
+
+
+def test_a_full_disk_is_told_from_a_defect(tmp_path):
+    with pytest.raises(UsageError, match="is full .*GiB free.*--resume"), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="denied"), disk_errors(tmp_path):
+        raise OSError(errno.EACCES, "denied")

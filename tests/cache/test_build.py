@@ -98,12 +98,12 @@ def test_a_folder_that_cannot_be_written(mini, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
 def test_a_read_only_folder(mini, tmp_path):
     (tmp_path / "c").mkdir(mode=0o500)
-    with pytest.raises(UsageError, match="read-only"):
+    with pytest.raises(UsageError, match="cannot be written"):
         build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", **OPTIONS)
 
 
 HOLD = """import sys, time; from pathlib import Path
-from sae_italian.cache.lock import locked
+from sae_italian.base.storage import locked
 with locked([Path(sys.argv[1])]):
     print("held", flush=True); time.sleep(60)"""
 

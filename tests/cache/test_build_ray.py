@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from sae_italian.base.storage import read_json
+from sae_italian.base.units import map_units
 from sae_italian.cache import FeatureCache, build_cache, build_caches
 from sae_italian.cli import main
-from sae_italian.engine import map_units
 from sae_italian.saes import load_sae
 
 

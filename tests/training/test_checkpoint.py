@@ -39,7 +39,7 @@ def files_end_at(n_bytes):
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so_in_one_line(tmp_path, write):
     checkpoints = Checkpoints(tmp_path, "spec")
     checkpoints.save(1, write_small)
-    with files_end_at(100_000), pytest.raises(UsageError, match="MiB are free.*checkpoints/1. Make room") as error:
+    with files_end_at(100_000), pytest.raises(UsageError, match="GiB free.*checkpoints/1. Make room") as error:
         checkpoints.save(2, write)
     assert "\n" not in str(error.value)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["1"]

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.units import map_units
 from sae_italian.cli import main
-from sae_italian.engine import map_units
 from sae_italian.saes import load_sae
 from sae_italian.training import train
 from sae_italian.training.loop import Loop

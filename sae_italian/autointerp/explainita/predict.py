@@ -19,10 +19,10 @@ from sae_italian.autointerp.explainers.keys import KeyRule
 from sae_italian.autointerp.explainers.text import Language, statement
 from sae_italian.autointerp.explainita.data import Latent, Passage, Task, as_example, as_examples, by_id
 from sae_italian.autointerp.places import PREFIXES, SUFFIXES, Family, shape_of
-from sae_italian.autointerp.processes import in_threads
 from sae_italian.autointerp.protocols import Example, Explainer, Judge
 from sae_italian.autointerp.store import Explanation
 from sae_italian.base.errors import UsageError
+from sae_italian.base.units import in_threads
 
 MOST_KEYS = 12  # of a rule: a longer list is no explanation
 WORTH = 0.02  # F1 that each doubling of a rule's keys must bring

@@ -11,7 +11,7 @@ from sae_italian.browser.exports.fields import tables
 from sae_italian.browser.exports.formats import check_features
 from sae_italian.browser.exports.latents import cantor
 from sae_italian.cli import main
-from sae_italian.evaluation.card import LABELS, EvaluationCard
+from sae_italian.evaluation.card import NUMBERS, EvaluationCard
 
 
 def test_circuit_tracer_finds_each_latent_by_its_cantor_pair(cache, mini, tmp_path):
@@ -56,7 +56,7 @@ def a_card() -> EvaluationCard:
     names = dict.fromkeys(("model", "sae", "hook_name", "hook_name_out", "corpus", "split", "created"), "prova")
     sizes = dict.fromkeys(("context_size", "n_tokens", "n_loss_tokens", "n_documents", "d_sae"), 7)
     density = [{"lo": -3.0, "hi": -2.0, "share": number}]
-    return EvaluationCard.from_dict({**names, **sizes, **dict.fromkeys(LABELS, number), "density": density})
+    return EvaluationCard.from_dict({**names, **sizes, **dict.fromkeys(NUMBERS, number), "density": density})
 
 
 def test_the_model_card_is_that_of_publishing(trained_sae, tmp_path, capsys):

@@ -7,15 +7,15 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from sae_italian.base import units
 from sae_italian.base.errors import UsageError
-from sae_italian.engine import map_units, on_ray, units
-from tests.engine import work
-from tests.engine.test_local import alive, start, wait_for
+from sae_italian.base.units import map_units
+from tests.base import work
+from tests.base.test_units import alive, start, wait_for
 
 
 def test_results_come_in_order_from_two_workers_set_up_once(ray_cluster, tmp_path):
@@ -52,7 +52,7 @@ def test_errors_arrive_as_they_were_raised(ray_cluster):
 def test_a_folder_that_workers_do_not_see_is_refused(ray_cluster, tmp_path, monkeypatch):
     arguments = {"engine": "ray", "folder": tmp_path / "shared"}
     assert list(map_units(work.square, [3], **arguments)) == [9]
-    monkeypatch.setattr(on_ray, "probe_file", lambda folder: nullcontext(tmp_path / "elsewhere" / ".probe.tmp"))
+    monkeypatch.setattr(units, "_probe", lambda folder: tmp_path / "elsewhere" / ".probe.tmp")
     with pytest.raises(UsageError, match="elsewhere is not shared with .*Give a folder"):
         list(map_units(work.square, [3], **arguments))
 
@@ -97,7 +97,7 @@ def test_a_cluster_by_its_address_and_no_cluster_there(tmp_path):
         [*command, "--block"], env=opened, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     code = (
-        "import sys; from sae_italian.engine import map_units; from tests.engine import work\n"
+        "import sys; from sae_italian.base.units import map_units; from tests.base import work\n"
         "print(list(map_units(work.square, range(5), engine='ray', address=sys.argv[1])))"
     )
 

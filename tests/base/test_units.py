@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from sae_italian.base.errors import UsageError
-from sae_italian.engine import map_units
-from tests.engine import work
+from sae_italian.base.units import map_units
+from tests.base import work
 
 MAIN = """import sys
 from pathlib import Path
-from sae_italian.engine import map_units
-from tests.engine import work
+from sae_italian.base.units import map_units
+from tests.base import work
 if __name__ == '__main__':
     folder = Path(sys.argv[1])
     arguments = dict(engine=sys.argv[3], workers=2, folder=folder, setup=work.Opened(folder))

@@ -1,0 +1,346 @@
+"""Independent units of work, mapped over the processes of one machine or over a Ray cluster; and threads that wait.
+
+A unit is a value that can be pickled; the function that does it writes its own file under its final name in one step
+(`storage.atomic_path`), so doing a unit twice is harmless and a unit that was cut short leaves nothing. There is no
+scheduler of ours: who resumes skips the units whose files are there. Bytes do not depend on the engine or on the number
+of workers, only on what computes: another kind of processor, or another number of torch threads, may round the last bit.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from multiprocessing.pool import ExceptionWithTraceback  # pyright: ignore[reportAttributeAccessIssue]
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import sae_italian
+from sae_italian.base.errors import SaeItalianError, UsageError, nearest
+
+Engine = Literal["local", "ray"]
+ENGINES: tuple[Engine, ...] = ("local", "ray")
+RETRIES = 3  # how often a unit whose worker died is done again
+AHEAD = 2  # units handed out for each worker before the first result is taken
+PATIENCE = 5.0  # seconds until a network file system must have shown a new file
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def map_units(
+    function: Callable[..., Any],
+    units: Iterable[Any],
+    *,
+    setup: Callable[[], Any] | None = None,
+    engine: Engine = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    gpus: float = 0,
+    folder: Path | None = None,
+    fork: bool = False,
+) -> Iterator[Any]:
+    """Yield `function(unit)` of every unit, in order; with `setup`, `function(setup(), unit)`, set up once a worker.
+
+    `local` works in this process with one worker (the default), else in that many spawned processes, so function, setup
+    and units must be picklable and a script needs `if __name__ == "__main__":`. With `fork` (Linux; elsewhere the work is
+    done here) the processes share this one's memory instead, with one thread each. `ray` uses the cluster at `address`
+    (None: the one this process is connected to, else a new one on this machine with `workers` CPUs); each unit takes one
+    CPU there and `gpus` GPUs. Units are read as they are needed, AHEAD a worker. `folder` is where the units write: on
+    Ray, a worker that does not see it is refused. A worker that dies costs the units it had, which are done again.
+
+    Raises: UsageError for an engine that is unknown, not installed or not reached, for a folder that is not shared, and
+    when workers keep dying; what a unit raises, unchanged, with the worker's traceback as its cause unless it is ours.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"engine {engine!r} is unknown. {nearest(engine, ENGINES)}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers is {workers}; it must be 1 or more.")
+    if engine == "local" and address is not None:
+        raise UsageError(f"--address {address} is that of a Ray cluster; add --engine ray, or leave it out.")
+    if engine == "ray":
+        return _in_order(_Ray(Job(function, setup, _probe(folder)), address, workers, gpus), units)
+    if workers is None or workers == 1 or (fork and not sys.platform.startswith("linux")):
+        return _here(Job(function, setup), units)
+    return _in_order(_Processes(Job(function, setup), workers, fork), units)
+
+
+def in_threads(function: Callable[[Item], Found], items: Iterable[Item], concurrency: int) -> Iterator[Found]:
+    """Yield the results as they are done, at most `concurrency` calls under way and one more item prepared.
+
+    When a call raises, no more are started; those under way are finished and yielded first, then it is raised.
+    """
+    if concurrency <= 1:
+        yield from map(function, items)
+        return
+    left, failure = iter(items), None
+    waiting: set[Future[Found]] = set()
+    with ThreadPoolExecutor(concurrency) as pool:
+        while True:
+            free = 0 if failure else concurrency + 1 - len(waiting)
+            waiting |= {pool.submit(function, item) for item in islice(left, free)}
+            if not waiting:
+                break
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            failure = failure or next((error for each in done if (error := each.exception())), None)
+            yield from (each.result() for each in done if each.exception() is None)
+    if failure is not None:
+        raise failure
+
+
+def _here(job: Job, units: Iterable[Any]) -> Iterator[Any]:
+    do: Callable[[Any], Any] | None = None
+    for unit in units:
+        do = do or job.open()
+        yield do(unit)
+
+
+def _in_order(pool: _Processes | _Ray, units: Iterable[Any]) -> Iterator[Any]:
+    """Yield the results in the order of the units; end the workers however this ends."""
+    left, n_taken = iter(units), 0
+    waiting: deque[Any] = deque()  # units whose results were not taken yet
+    promised: deque[Any] = deque()  # what the pool gave for them
+    try:
+        while True:
+            waiting.extend(islice(left, AHEAD * pool.workers - len(waiting)))
+            if not waiting:
+                return
+            try:
+                for unit in islice(waiting, len(promised), None):
+                    promised.append(pool.submit(unit))
+                value, error = pool.result(promised[0])
+            except pool.deaths as death:
+                if not pool.mend():
+                    raise UsageError(
+                        f"workers died {RETRIES + 1} times at or near unit {n_taken} (out of memory, or killed). Use "
+                        "fewer workers or smaller units; finished parts are kept, --resume continues."
+                    ) from death
+                promised.clear()
+                continue
+            waiting.popleft()
+            promised.popleft()
+            n_taken += 1
+            if error is not None:
+                error.__cause__ = None if isinstance(error, SaeItalianError) else error.__cause__
+                raise error
+            yield value
+    finally:
+        pool.stop(promised)
+
+
+class Job(NamedTuple):
+    """What every unit of one call has in common; a worker opens it once."""
+
+    function: Callable[..., Any]
+    setup: Callable[[], Any] | None
+    probe: Path | None = None  # a file that a worker must see
+    version: str = sae_italian.__version__
+
+    def open(self) -> Callable[[Any], Any]:
+        """Return what does one unit in this process. Raises UsageError when this worker cannot do the job's units."""
+        here = socket.gethostname()
+        if self.version != sae_italian.__version__:
+            raise UsageError(
+                f"{here} has sae-italian {sae_italian.__version__}, this machine {self.version}. "
+                "Install the same version on every machine."
+            )
+        until = time.monotonic() + PATIENCE
+        while self.probe is not None and not self.probe.exists():
+            if time.monotonic() > until:
+                raise UsageError(
+                    f"{self.probe.parent} is not shared with {here}: a file written here is not seen there. "
+                    "Give a folder on a file system that every machine of the cluster mounts at the same path."
+                )
+            time.sleep(0.2)
+        if self.setup is None:
+            return self.function
+        state = self.setup()
+        return lambda unit: self.function(state, unit)
+
+
+def _probe(folder: Path | None) -> Path | None:
+    """Return a new file in `folder`; its name is that of a temporary file, so a killed run's is swept."""
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder.resolve() / f".probe.{uuid.uuid4().hex}.tmp"
+    probe.touch()
+    return probe
+
+
+class _Processes:
+    """Processes of this machine. When one dies, all are made again and do again what was not taken yet."""
+
+    deaths = BrokenProcessPool
+
+    def __init__(self, job: Job, workers: int, fork: bool):
+        self.workers, self.fork, self.n_deaths = workers, fork, 0
+        self.job = job if fork else pickle.dumps(job)  # a forked process inherits the job with all that it refers to
+        self.executor: ProcessPoolExecutor | None = None
+
+    def submit(self, unit: Any) -> Future[tuple[Any, Any]]:
+        if self.executor is None:
+            if self.fork:
+                gc.collect()
+                gc.freeze()  # what the processes share is neither searched for garbage nor copied for it
+            threads = 1 if self.fork else max(1, (os.cpu_count() or 1) // self.workers)
+            context = get_context("fork" if self.fork else "spawn")
+            self.executor = ProcessPoolExecutor(self.workers, context, _start_worker, (self.job, threads))
+        return self.executor.submit(_do, unit)
+
+    def result(self, future: Future[tuple[Any, Any]]) -> tuple[Any, Any]:
+        outcome = future.result()
+        self.n_deaths = 0
+        return outcome
+
+    def mend(self) -> bool:
+        """Make new processes at the next unit; False after RETRIES deaths without a result between them."""
+        self.n_deaths += 1
+        self._end()
+        return self.n_deaths <= RETRIES
+
+    def stop(self, promised: Iterable[Any]) -> None:
+        """End the workers, those in the middle of a unit too: each removes the file it was writing."""
+        if promised and self.executor is not None:
+            for process in list((self.executor._processes or {}).values()):
+                process.terminate()
+        self._end()
+
+    def _end(self) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(wait=True, cancel_futures=True)
+            self.executor = None
+            gc.unfreeze()
+
+
+class _Ray:
+    """Tasks on a Ray cluster, one a unit; Ray itself does a unit again whose worker died."""
+
+    def __init__(self, job: Job, address: str | None, workers: int | None, gpus: float):
+        self.ray, self.probe, self.key = connect(address, workers), job.probe, uuid.uuid4().hex
+        died = self.ray.exceptions
+        self.deaths = (died.WorkerCrashedError, died.NodeDiedError, died.OutOfMemoryError)
+        self.task = self.ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_do_on_ray)
+        self.workers = max(1, int(self.ray.cluster_resources().get("CPU", 1)))
+        self.shared = [self.ray.put(job)]  # in a list, Ray hands over the reference: a worker opens the job once
+
+    def submit(self, unit: Any) -> Any:
+        return self.task.remote(self.key, self.shared, unit)
+
+    def result(self, reference: Any) -> tuple[Any, Any]:
+        return self.ray.get(reference)
+
+    def mend(self) -> bool:
+        return False
+
+    def stop(self, promised: Iterable[Any]) -> None:
+        """Stop what is not done and wait a little, so that a unit can remove the file it was writing."""
+        for reference in promised:
+            self.ray.cancel(reference)
+        if left := list(promised):
+            self.ray.wait(left, num_returns=len(left), timeout=5)
+        if self.probe is not None:
+            self.probe.unlink(missing_ok=True)
+
+
+def connect(address: str | None, workers: int | None) -> Any:
+    """Return Ray, connected: to `address`, or as it already is, or to a new cluster here, which ends with this process.
+
+    Raises: UsageError when Ray is not installed or nothing answers at `address`.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster started here: as quick as local work
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise UsageError("--engine ray needs Ray. Install it: pip install 'sae-italian[ray]'") from error
+    if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", here):
+            raise UsageError(f"this process is connected to the Ray cluster at {here}, not {address}. End it first.")
+        return ray
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdigit():  # an address where nobody answers, Ray would try for two minutes
+            socket.create_connection((host, int(port)), timeout=5).close()
+        here = {"num_cpus": workers, "include_dashboard": False} if address is None else {}
+        ray.init(address=address or "local", **here, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if "InvalidAuthToken" in f"{error}{error.__cause__}":
+            reason = "it asks for its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on its head"
+        raise UsageError(
+            f"no Ray cluster answers at {address or 'this machine'} ({reason}). Start one with `ray start --head`, "
+            "or leave --address out to use this machine."
+        ) from error
+    return ray
+
+
+# --- in a worker -----------------------------------------------------------------------------------------------------
+
+_job: tuple[str, Job] | None = None  # the one job of this process, and its key
+_work: Callable[[Any], Any] | None = None  # the same, opened
+
+
+def _start_worker(job: Job | bytes, threads: int) -> None:
+    global _job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raised in the middle of a unit, so that it can clean up
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = str(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))
+    _job = ("", pickle.loads(job) if isinstance(job, bytes) else job)
+    if isinstance(job, Job):  # forked: its libraries have started their threads, which would slow one another down
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(1)
+    elif "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _do(unit: Any) -> tuple[Any, Any]:
+    """Return the unit's value and None, or None and what it raised, with its traceback, in a form that can be pickled."""
+    global _work
+    try:
+        if _work is None:
+            assert _job is not None
+            _work = _job[1].open()
+        return _work(unit), None
+    except SystemExit:
+        os._exit(143)
+    except Exception as error:
+        trace = error.__traceback__
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        return None, ExceptionWithTraceback(error, trace)
+
+
+def _do_on_ray(key: str, shared: list[Any], unit: Any) -> tuple[Any, Any]:
+    global _job, _work
+    if _job is None or _job[0] != key:
+        import ray
+
+        _job, _work = (key, ray.get(shared[0])), None
+    return _do(unit)
