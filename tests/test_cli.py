@@ -44,10 +44,10 @@ def test_models_check(capsys):
     assert code == 0 and json.loads(out)["italian"]["agreement, all"] > 0.9
 
 
-def test_corpora_preview(capsys, jsonl):
-    code, out, _ = run(capsys, "corpora", "preview", "micro-italiano", "-n", "2", "--json")
-    assert code == 0 and len(json.loads(out)) == 2
-    code, out, _ = run(capsys, "corpora", "preview", jsonl, "-n", "1")
+def test_corpora_show(capsys, jsonl):
+    code, out, _ = run(capsys, "corpora", "show", "micro-italiano", "--documents", "2", "--json")
+    assert code == 0 and len(json.loads(out)["documents"]) == 2
+    code, out, _ = run(capsys, "corpora", "show", jsonl, "--documents", "1")
     assert code == 0 and "Documento numero 0. La città è più bella" in out
 
 
@@ -86,7 +86,7 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["trian"], "Did you mean 'train'"),
         (["models", "shwo", "x"], "Did you mean 'show'"),
         (["models", "show", "minervaa-1b"], "Did you mean 'minerva-1b'"),
-        (["corpora", "preview", "nowhere.jsonl"], "neither 'micro-italiano'"),
+        (["corpora", "show", "nowhere.jsonl"], "neither 'micro-italiano'"),
         (["train", "mini/topkk.yaml"], "Did you mean 'configs/mini/topk.yaml'"),
         (["train", "mini/topk.yaml", "sae.kk=3", "--out", "x"], "unknown key 'sae.kk'"),
         (["train", "mini/topk.yaml", "corpus=nope.jsonl", "--out", "x"], "corpus 'nope.jsonl'"),

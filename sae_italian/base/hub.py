@@ -62,7 +62,7 @@ def _refused(chain: list[BaseException], name: str, repo_id: str) -> UsageError 
     page = f"https://huggingface.co/{repo_id}"
     answers = [each.response for each in chain if isinstance(each, HfHubHTTPError) and each.response is not None]
     status = answers[0].status_code if answers else None
-    if any(isinstance(each, GatedRepoError) or "gated repo" in str(each) for each in chain):
+    if any(isinstance(each, GatedRepoError) or "access a gated repo" in str(each) for each in chain):
         what = f" is gated: accept its terms at {page}, then set HF_TOKEN to a token that may read it"
     elif status == 401:
         what = (

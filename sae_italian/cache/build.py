@@ -72,11 +72,10 @@ def build_caches(
     resume: bool = False,
     overwrite: bool = False,
     run_units: UnitMap = in_this_process,
-    workers: int = 1,
 ) -> list[Path]:
     """Cache the latents of several SAEs of one model on the same text, with one forward pass for all; return the folders.
 
-    BOS and other special tokens have no latents. `workers` processes tokenise; `run_units` does the rest of the work.
+    BOS and other special tokens have no latents. `run_units` does the work on them.
     Raises: UsageError when SAE and model do not fit, the corpus is too short, or a folder of `outs` holds another run
     or is being written by another process; DataError for a row without text.
     """
@@ -111,7 +110,7 @@ def build_caches(
             earlier = claim_folder(folder, KIND, manifests[i].identity(), resume=resume, overwrite=overwrite)
             if earlier and (folder / MANIFEST).is_file():
                 manifests[i] = Manifest.load(folder)
-        _tokens(folders, manifests, model.tokenizer, workers)
+        _tokens(folders, manifests, model.tokenizer)
         _encode(folders, manifests, saes, model, run_units)
         for sae, folder, manifest in zip(saes, folders, manifests, strict=True):
             if not manifest.complete:
@@ -150,11 +149,11 @@ def config_hash(sae: Any) -> str:
     return fingerprint(values)
 
 
-def _tokens(folders: list[Path], manifests: list[Manifest], tokenizer: Any, workers: int) -> None:
+def _tokens(folders: list[Path], manifests: list[Manifest], tokenizer: Any) -> None:
     """Write the token shards once, and give them to every cache."""
     source = next((i for i, manifest in enumerate(manifests) if manifest.tokens_complete), 0)
     if not manifests[source].tokens_complete:
-        write_token_shards(folders[source], manifests[source], tokenizer, workers=workers)
+        write_token_shards(folders[source], manifests[source], tokenizer)
     for folder, manifest in zip(folders, manifests, strict=True):
         share_tokens(folders[source], manifests[source].shards, folder, manifest)
 

@@ -21,16 +21,14 @@ from sae_italian.corpora import PackedBlock, TextDocument, iter_documents, pack
 from sae_italian.corpora.packing import take_tokens
 
 
-def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any, *, workers: int = 1) -> None:
+def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any) -> None:
     """Write the token shards that the manifest does not name yet, and name them.
 
     Packing starts from the first document again: it is a small part of the work, and the same each time.
     Raises: UsageError when the corpus is shorter than asked for, or holds no full window.
     """
     documents = iter_documents(manifest.corpus, manifest.split, text_column=manifest.text_column)  # pyright: ignore[reportArgumentType]
-    blocks = pack(
-        documents, tokenizer, manifest.context_size, windows_per_block=manifest.windows_per_shard, workers=workers
-    )
+    blocks = pack(documents, tokenizer, manifest.context_size, windows_per_block=manifest.windows_per_shard)
     if manifest.n_tokens_asked is not None:
         blocks = take_tokens(blocks, manifest.n_tokens_asked, f"the {manifest.split} split of {manifest.corpus}")
     done = len(manifest.shards)

@@ -19,6 +19,10 @@ from sae_italian.cli.options import Result
 
 # name -> (function in sae_italian.cli, one line for --help). A name of two words belongs to a group.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "corpora list": ("corpora:list_corpora", "names, licence, gate, size, routes"),
+    "corpora show": ("corpora:show", "route, licence, columns and known traps of a corpus, and its first documents"),
+    "corpora stats": ("corpora:stats", "tokens per word, document lengths, share of Italian, what is dropped and why"),
+    "corpora pretokenize": ("corpora:pretokenize", "write packed tokens that SAELens and our trainer read"),
     "export": ("export:export", "write a cache, its explanations or an SAE in another program's format: --to FORMAT"),
 }
 GROUPS: dict[str, str] = {
@@ -30,11 +34,20 @@ GROUPS: dict[str, str] = {
 }
 # What was spelled otherwise before -> how it is spelled now. Scripts get an answer that they can be mended by.
 OLD_COMMANDS: dict[str, str] = {
+    "corpora preview": "corpora show CORPUS --documents N",
     "cache export": "export CACHE --to delphi (or datasets)",
     "autointerp export": "export CACHE --to parquet (or jsonl, wandb-tables)",
     "saes export": "export SAE --to jumprelu",
 }
 OLD_OPTIONS: dict[str, str] = {
+    "corpora -n": "--documents",
+    "corpora --picture": "--out",
+    "corpora --split": "the word split=NAME",
+    "corpora --on-broken": "the word on_broken=skip",
+    "corpora --min-chars": "the word min_chars=N",
+    "corpora --no-bos": "the word prepend_bos=false",
+    "corpora --windows-per-shard": "the word windows_per_shard=N",
+    "corpora --workers": "gone: all CPUs tokenise",
     "export --model-id": "the word model_id=NAME",
     "export --set": "the word set=NAME",
     "export --suffix": "the word suffix=NAME",

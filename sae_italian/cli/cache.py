@@ -64,7 +64,6 @@ def _cache_build(options: argparse.Namespace) -> Result:
         sae_names=[sae_name(name) for name in given],
         resume=options.resume,
         overwrite=options.overwrite,
-        workers=options.workers or 1,
         **(on_ray if options.engine == "ray" else {}),
     )
     paths = [str(path) for path in outs]

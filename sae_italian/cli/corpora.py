@@ -1,100 +1,95 @@
-"""The commands of corpora."""
+"""The commands of corpora: the catalogue, what a corpus holds, and packing it into tokens ahead of time."""
 
 from __future__ import annotations
 
-import argparse
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from sae_italian.base.errors import UsageError
-from sae_italian.cli.base import Commands, Result, folder_options
+from cyclopts import Parameter
 
+from sae_italian.base.errors import UsageError, nearest
+from sae_italian.cli.options import Folder, Result, Seed, positive
 
-def add_commands(root: Commands) -> None:
-    group = root.group("corpora", "Italian text")
-    group.add("list", list_corpora, "names, licence, gate, size, routes")
-    group.add("show", show_corpus, "route, licence, columns and known traps of one corpus").add_argument("name")
-    sub = group.add("preview", preview, "print the first documents")
-    _reading_options(sub)
-    sub.add_argument("-n", type=int, default=3)
-    sub = group.add("stats", stats, "tokens per word, document lengths, share of Italian, what is dropped and why")
-    _reading_options(sub)
-    sub.add_argument("-n", type=int, default=1000, help="documents to read, 0 for all (default: 1000)")
-    sub.add_argument("--model", help="the model whose tokenizer counts tokens (default: none are counted)")
-    sub.add_argument("--picture", type=Path, help="write the histogram of lengths here, as SVG")
-    sub = group.add("pretokenize", pretokenize, "write packed tokens that SAELens and our trainer read")
-    _reading_options(sub, split="train")
-    sub.add_argument("--model", required=True, help="the model whose tokenizer is used")
-    sub.add_argument("--out", type=Path, required=True)
-    sub.add_argument("--context-size", type=int, default=128)
-    sub.add_argument("--tokens", type=int, help="stop after this many (default: the whole corpus)")
-    sub.add_argument("--separator", default="bos", help="between documents: bos, eos, sep, an id, or none")
-    sub.add_argument("--no-bos", action="store_true", help="open windows without a BOS")
-    sub.add_argument("--workers", type=int, default=1, help="processes that tokenise")
-    sub.add_argument("--windows-per-shard", type=int, default=16_384)
-    folder_options(sub)
+if TYPE_CHECKING:
+    from sae_italian.corpora import Reader
+
+MICRO = "micro-italiano"
+Corpus = Annotated[str, Parameter(help="micro-italiano, a name of `corpora list`, hf://datasets/..., or a local path.")]
+Words = Annotated[str, Parameter(help="Rare settings of the reading: split=heldout on_broken=skip min_chars=200 ...")]
+TextColumn = Annotated[str, Parameter(help="Column that holds the text.")]
+Italian = Annotated[bool, Parameter(help="Drop documents in other languages.")]
+Deduplicate = Annotated[
+    Literal["no", "exact", "near"], Parameter(help="Drop a text that came before: the same, or nearly the same too.")
+]
 
 
-def _reading_options(sub: argparse.ArgumentParser, split: str = "all") -> None:
-    sub.add_argument(
-        "name", help="micro-italiano, a name of `corpora list`, hf://datasets/..., or a local file or folder"
-    )
-    sub.add_argument("--split", default=split, choices=("train", "heldout", "all"))
-    sub.add_argument("--text-column", default="text")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--on-broken", default="refuse", choices=("refuse", "skip"), help="broken lines and shards")
-    sub.add_argument("--italian", action="store_true", help="drop documents in other languages")
-    sub.add_argument("--deduplicate", default="no", choices=("no", "exact", "near"))
-    sub.add_argument("--min-chars", type=int, default=0)
+def _reader(words: tuple[str, ...], *, deduplicate: str = "no", **given: Any) -> tuple[Reader, dict[str, Any]]:
+    """Return the reader that options and `key=value` words describe, and the settings of the packing among the words.
+
+    Raises: UsageError for a word that is no setting, or whose value is not of its type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from sae_italian.corpora import Filters, Reader
+
+    packing = {"prepend_bos": bool, "windows_per_shard": int}
+    filters, types = get_type_hints(Filters), get_type_hints(Reader) | get_type_hints(Filters) | packing
+    settings: dict[str, Any] = given | {"duplicates": deduplicate != "no", "near_duplicates": deduplicate == "near"}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not sign or key not in types or key == "filters":
+            raise UsageError(f"{word!r} is no setting of the form key=value. {nearest(key, sorted(types))}")
+        try:
+            settings[key] = TypeAdapter(types[key]).validate_python(value)
+        except ValidationError as error:
+            raise UsageError(f"{word}: {error.errors()[0]['msg']}.") from error
+    own = {key: value for key, value in settings.items() if key not in filters and key not in packing}
+    dropping = Filters(**{key: value for key, value in settings.items() if key in filters})
+    return Reader(**own, filters=dropping), {key: value for key, value in settings.items() if key in packing}
 
 
-def _reader(options: argparse.Namespace) -> Any:
-    from sae_italian.corpora.filters import Filters
-    from sae_italian.corpora.stream import Reader
+def list_corpora() -> Result:
+    """Names, licence, gate, size and routes of the known corpora."""
+    from sae_italian.corpora.catalogue import catalogue
 
-    filters = Filters(
-        min_chars=options.min_chars,
-        italian=options.italian,
-        duplicates=options.deduplicate != "no",
-        near_duplicates=options.deduplicate == "near",
-    )
-    return Reader(
-        split=options.split,
-        seed=options.seed,
-        text_column=options.text_column,
-        on_broken=options.on_broken,
-        filters=filters,
-    )
+    entries = catalogue().values()
+    lines = [f"{MICRO:22} {'no end':16} {'MIT':38} gated: no   in this package (gold labels)"]
+    for entry in entries:
+        gate = "yes" if entry.gated else "no "
+        lines.append(f"{entry.name:22} {_size(entry):16} {entry.licence:38} gated: {gate}  {', '.join(entry.routes)}")
+    return Result([entry.model_dump(mode="json") for entry in entries], "\n".join(lines))
 
 
 def _size(entry: Any) -> str:
     if entry.words:
         return f"{entry.words / 1e9:.1f} G words"
-    if entry.bytes:
-        return f"{entry.bytes / 1e9:.1f} GB"
-    return "size not stated"
+    return f"{entry.bytes / 1e9:.1f} GB" if entry.bytes else "size not stated"
 
 
-def list_corpora(options: argparse.Namespace) -> Result:
-    from sae_italian.corpora.catalogue import catalogue
+def show(corpus: Corpus, /, *words: Words, documents: int | None = None, text_column: TextColumn = "text") -> Result:
+    """Facts about a corpus of the catalogue, and the first documents of any.
 
-    entries = catalogue().values()
-    lines = [f"{'micro-italiano':22} {'no end':16} {'MIT':38} gated: no   in this package (gold labels)"]
-    for entry in entries:
-        gate = "yes" if entry.gated else "no "
-        lines.append(f"{entry.name:22} {_size(entry):16} {entry.licence:38} gated: {gate}  {', '.join(entry.routes)}")
-    return [entry.as_dict() for entry in entries], "\n".join(lines)
+    Args:
+        documents: Documents to print; default: none for a corpus of the catalogue, 3 for others.
+    """
+    from sae_italian.corpora import CorpusStream
+    from sae_italian.corpora.catalogue import find
+
+    positive(documents=documents)
+    located = find(corpus)
+    value: dict[str, Any] = {"facts": located[0].model_dump(mode="json") if located else None, "documents": []}
+    parts = [_facts(located[0])] if located else []
+    if documents or not located:
+        stream = CorpusStream(corpus, _reader(words, text_column=text_column)[0])
+        found = list(islice(stream, documents or 3))
+        value["documents"] = [document._asdict() for document in found]
+        parts += [f"[{document.doc_id} · {document.source}]\n{document.text}" for document in found]
+        parts += [] if found else [f"no document is kept.\n{stream.counts.lines()}"]
+    return Result(value, "\n\n".join(parts))
 
 
-def show_corpus(options: argparse.Namespace) -> Result:
-    from sae_italian.base.errors import nearest
-    from sae_italian.corpora.catalogue import find, names
-
-    located = find(options.name)
-    if located is None:
-        raise UsageError(f"corpus {options.name!r} is not in the catalogue. {nearest(options.name, names())}")
-    entry = located.entry
+def _facts(entry: Any) -> str:
     facts = {
         "name": entry.name,
         "hub": f"https://huggingface.co/datasets/{entry.hub}",
@@ -103,35 +98,43 @@ def show_corpus(options: argparse.Namespace) -> Result:
         "size": _size(entry) + (f", {entry.documents:,} documents" if entry.documents else ""),
         "split": entry.split,
         "text column": " or ".join(entry.text_columns),
-        "shuffle": f"shards {'by seed' if entry.shuffle_shards else 'in order'}, buffer {entry.shuffle_buffer} documents",
+        "shards": "in an order drawn by the seed" if entry.shuffle_shards else "in their own order",
         "note": entry.note,
     }
     lines = [f"{key:12} {value}" for key, value in facts.items()]
     for name, route in entry.routes.items():
         lines.append(f"route {name:6} {route.hub}@{route.revision}: {' or '.join(route.files)} {route.note}".rstrip())
-    lines += [f"trap         {trap}" for trap in entry.traps]
-    return entry.as_dict(), "\n".join(lines)
+    return "\n".join([*lines, *(f"trap         {trap}" for trap in entry.traps)])
 
 
-def preview(options: argparse.Namespace) -> Result:
-    from sae_italian.corpora.stream import CorpusStream
+def stats(
+    corpus: Corpus,
+    /,
+    *words: Words,
+    documents: int = 1000,
+    model: str | None = None,
+    out: Path | None = None,
+    text_column: TextColumn = "text",
+    italian: Italian = False,
+    deduplicate: Deduplicate = "no",
+) -> Result:
+    """Tokens per word, document lengths, share of Italian, and what is dropped and why.
 
-    stream = CorpusStream(options.name, _reader(options))
-    documents = list(islice(stream, max(options.n, 0)))
-    text = "\n\n".join(f"[{document.doc_id} · {document.source}]\n{document.text}" for document in documents)
-    if not documents:
-        text = f"no document is kept.\n{stream.counts.lines()}"
-    return [document._asdict() for document in documents], text
-
-
-def stats(options: argparse.Namespace) -> Result:
-    from sae_italian.corpora.stats import corpus_stats, svg_histogram, text_histogram
+    Args:
+        documents: Documents to measure, the first that are kept; 0: all.
+        model: The model whose tokenizer counts tokens; default: none are counted.
+        out: File to draw the histogram of lengths into, as SVG.
+    """
+    from sae_italian.base.storage import write_text
+    from sae_italian.corpora.rows import Counts
+    from sae_italian.corpora.stats import corpus_stats, draw_histogram, text_histogram
     from sae_italian.models import load_tokenizer
 
-    if options.n == 0 and options.name == "micro-italiano":
-        raise UsageError("micro-italiano has no end: say how many documents (-n).")
-    tokenizer = load_tokenizer(options.model) if options.model else None
-    result = corpus_stats(options.name, tokenizer, n=options.n or None, reader=_reader(options))
+    if not documents and corpus == MICRO:
+        raise UsageError(f"{MICRO} has no end: say how many documents (--documents).")
+    tokenizer = load_tokenizer(model) if model else None
+    reader, _ = _reader(words, text_column=text_column, italian=italian, deduplicate=deduplicate)
+    result = corpus_stats(corpus, tokenizer, n=documents or None, reader=reader)
     lengths = result["characters"]
     lines = [
         f"documents       {result['documents']:,}",
@@ -141,44 +144,58 @@ def stats(options: argparse.Namespace) -> Result:
     ]
     if tokenizer is not None:
         fertility = result["fertility"] if result["fertility"] is not None else float("nan")
-        lines.insert(2, f"tokens          {result['tokens']:,}, {fertility:.3f} a word ({options.model})")
-    counts = _counts_lines(result["counts"])
-    if options.picture:
-        svg_histogram(result, options.picture)
-        lines.append(f"picture         {options.picture}")
-    return result, "\n".join([*lines, "", text_histogram(result), "", counts])
+        lines.insert(2, f"tokens          {result['tokens']:,}, {fertility:.3f} a word ({model})")
+    if out:
+        write_text(out, draw_histogram(result))
+        lines.append(f"picture         {out}")
+    counts = Counts().load(result["counts"]).lines()
+    return Result(result, "\n".join([*lines, "", text_histogram(result), "", counts]))
 
 
-def _counts_lines(counts: dict[str, Any]) -> str:
-    from sae_italian.corpora.counts import Counts
+def pretokenize(
+    corpus: Corpus,
+    /,
+    *words: Words,
+    model: str,
+    out: Path,
+    context_size: int = 128,
+    tokens: int | None = None,
+    separator: str = "bos",
+    seed: Seed = 0,
+    text_column: TextColumn = "text",
+    italian: Italian = False,
+    deduplicate: Deduplicate = "no",
+    folder: Folder = Folder(),  # noqa: B008
+) -> Result:
+    """Write packed tokens that SAELens and our trainer read, and the text beside them; the split is train.
 
-    shown = Counts()
-    shown.load(counts)
-    return shown.lines()
-
-
-def pretokenize(options: argparse.Namespace) -> Result:
-    from sae_italian.corpora.pretokenize import PretokenizedCorpus, read_counts
+    Args:
+        words: Rare settings: those of the reading, prepend_bos=false, windows_per_shard=16384.
+        model: The model whose tokenizer is used.
+        out: Folder to write to.
+        context_size: Tokens of a window.
+        tokens: Stop after this many tokens; default: the whole corpus.
+        separator: What stands between documents: bos, eos, sep, a token's id, or none.
+    """
+    from sae_italian.corpora.pretokenize import PretokenizedCorpus
     from sae_italian.corpora.pretokenize import pretokenize as write
     from sae_italian.models import load_tokenizer
 
-    separator = options.separator
-    separator = None if separator == "none" else int(separator) if separator.isdigit() else separator
-    folder = write(
-        options.name,
-        load_tokenizer(options.model),
-        options.out,
-        context_size=options.context_size,
-        reader=_reader(options),
-        n_tokens=options.tokens,
-        prepend_bos=not options.no_bos,
-        separator=separator,
-        windows_per_shard=options.windows_per_shard,
-        workers=options.workers,
-        resume=options.resume,
-        overwrite=options.overwrite,
+    options = {"text_column": text_column, "italian": italian, "deduplicate": deduplicate}
+    reader, packing = _reader(words, split="train", seed=seed, **options)
+    write(
+        corpus,
+        load_tokenizer(model),
+        out,
+        context_size=context_size,
+        reader=reader,
+        n_tokens=tokens,
+        separator=None if separator == "none" else int(separator) if separator.isdigit() else separator,
+        resume=folder.resume,
+        overwrite=folder.overwrite,
+        **packing,
     )
-    corpus, counts = PretokenizedCorpus(folder), read_counts(folder)
-    n_tokens = len(corpus) * corpus.context_size
-    value = {"folder": str(folder), "windows": len(corpus), "tokens": n_tokens, "counts": counts.as_dict()}
-    return value, f"{folder}: {len(corpus):,} windows, {n_tokens:,} tokens\n{counts.lines()}"
+    made = PretokenizedCorpus(out)
+    n_tokens = len(made) * made.context_size
+    value = {"folder": str(out), "windows": len(made), "tokens": n_tokens, "counts": made.counts.as_dict()}
+    return Result(value, f"{out}: {len(made):,} windows, {n_tokens:,} tokens\n{made.counts.lines()}")

@@ -108,5 +108,5 @@ def _files(corpus: str) -> dict[str, Any]:
     folder = Path(corpus)
     if not folder.is_dir():
         raise UsageError(f"the corpus {corpus} is no folder of files, one per genre; give --corpora NAME=CORPUS ...")
-    files = [folder / shard.name for shard in local_shards(folder, [])]
+    files = [folder / shard.name for shard in local_shards(folder)]
     return {file.relative_to(folder).as_posix().split(".")[0]: str(file) for file in files}

@@ -1,9 +1,4 @@
-"""Documents of a corpus, one after the other: MicroItaliano, a local file or folder of text, or a corpus of the hub.
-
-Every document has an id and a source. One document in twenty, chosen by a hash of its text, is held out: training never
-sees it, evaluation uses nothing else. The hash does not depend on order, file or machine, so the split never changes,
-and two copies of one text always fall on the same side.
-"""
+"""Documents of a corpus, one after the other: MicroItaliano, a local file or folder of text, or a corpus of the hub."""
 
 from __future__ import annotations
 
@@ -15,30 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import fingerprint
-from sae_italian.corpora import catalogue
-from sae_italian.corpora.stream import (
-    MICRO_ITALIANO,
-    SPLITS,
-    CorpusStream,
-    Reader,
-    Split,
-    TextDocument,
-    is_held_out,
-)
+from sae_italian.corpora.stream import MICRO_ITALIANO, CorpusStream, Reader, Split, TextDocument
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
-__all__ = [
-    "MICRO_ITALIANO",
-    "SPLITS",
-    "Split",
-    "TextDocument",
-    "check_corpus",
-    "is_held_out",
-    "iter_documents",
-    "load_corpus",
-]
 
 
 def iter_documents(
@@ -46,7 +21,6 @@ def iter_documents(
     split: Split = "all",
     *,
     seed: int = 0,
-    start: int = 0,
     text_column: str = "text",
     reader: Reader | None = None,
 ) -> Iterator[TextDocument]:
@@ -54,17 +28,14 @@ def iter_documents(
 
     `corpus` is `micro-italiano` (unlimited), a name of the catalogue (`wikipedia-it`, `clean-mc4-it-tiny@parquet`), hub
     files (`hf://datasets/owner/name/*.parquet`), or a local file or folder: txt (documents are separated by blank
-    lines), jsonl, csv (all three may be gzipped), parquet, conllu, or what `datasets.save_to_disk` wrote. Several,
-    separated by commas, are read in turn, a document from each, until all have ended; with weights (`0.7*a,0.3*b`) each
-    document's part is drawn by weight, from the seed. `start` skips that many documents before the split is taken.
-    `reader` replaces split, seed and text_column and adds filters and what to do with broken lines.
+    lines), jsonl, csv (all three may be gzipped), parquet, conllu, or what `datasets.save_to_disk` wrote; or several of
+    these, as `CorpusStream` takes them. `reader` replaces split, seed and text_column and adds filters and what to do
+    with broken lines.
 
     Raises: UsageError for an unknown corpus or a missing text column, naming the columns there are; DataError for a
     broken line, naming file and line.
     """
-    stream = CorpusStream(corpus, reader or Reader(split=split, seed=seed, text_column=text_column))
-    stream.skip(start)
-    yield from stream
+    yield from CorpusStream(corpus, reader or Reader(split=split, seed=seed, text_column=text_column))
 
 
 def load_corpus(
@@ -75,13 +46,12 @@ def load_corpus(
     limit: int | None = None,
     text_column: str = "text",
     streaming: bool = True,
-    shuffle: bool = False,
     reader: Reader | None = None,
 ) -> IterableDataset | Dataset:
     """Return a corpus as a `datasets.IterableDataset` (a `Dataset` if not streaming) of `text`, `doc_id`, `source`.
 
     Stock SAELens runners take it as `override_dataset`. Arguments and errors as `iter_documents`; `limit` bounds the
-    number of documents; `shuffle` also mixes rows, in a buffer of 1,000 documents (8 where a row is a whole book).
+    number of documents. The order is that of the shards: `.shuffle(seed, buffer_size)` of the result mixes rows.
     """
     from datasets import Dataset, Features, IterableDataset, Value
 
@@ -90,25 +60,17 @@ def load_corpus(
     features = Features({name: Value("string") for name in TextDocument._fields})
     arguments: dict[str, Any] = {"corpus": str(corpus), "reader": reader, "limit": limit}
     if streaming:
-        rows: Any = IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
-        return rows.shuffle(seed=reader.seed, buffer_size=shuffle_buffer(corpus)) if shuffle else rows
+        return IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
     if limit is None and MICRO_ITALIANO in str(corpus):
         raise UsageError(f"{MICRO_ITALIANO} has no end: give a limit, or stream it.")
     key = fingerprint([CorpusStream(corpus, reader).spec(), limit, reader.seed])
     table: Any = Dataset.from_generator(_rows, features=features, gen_kwargs=arguments | {"version": key})
-    return table.shuffle(seed=reader.seed) if shuffle else table
-
-
-def shuffle_buffer(corpus: str | Path) -> int:
-    """Return how many documents to mix: the smallest of what the parts' entries say, 1,000 for local files."""
-    found = [catalogue.find(part.strip().rpartition("*")[2]) for part in str(corpus).split(",")]
-    return min([1000, *(located.entry.shuffle_buffer for located in found if located is not None)])
+    return table
 
 
 def check_corpus(corpus: str | Path, *, text_column: str = "text", reader: Reader | None = None) -> None:
     """Raise now, in one line, what reading the first document would raise, and UsageError when there is none."""
-    whole = reader or Reader(text_column=text_column)
-    stream = CorpusStream(corpus, whole)
+    stream = CorpusStream(corpus, reader or Reader(text_column=text_column))
     if next(stream, None) is None:
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in stream.counts.dropped.items())
         raise UsageError(f"corpus {str(corpus)!r} has no document with text in it{f' ({dropped})' if dropped else ''}.")

@@ -1,17 +1,36 @@
-"""What a document must be to be kept: long enough, Italian, not seen before. Every refusal has a name in counts.DROPPED."""
+"""What a document must be to be kept: long enough, Italian, not seen before. Every refusal has a name in rows.DROPPED.
+
+Duplicates are found in a stream of any length, in memory that does not grow: keys go into Bloom filters of fixed size,
+two generations of `capacity` documents each; when the newer is full the older is forgotten. So a duplicate is found if
+it comes within `capacity` documents of its original, and one document in a million is taken for one though it is none.
+Memory for a capacity of 1,000,000 documents: 7 MiB for exact duplicates, 96 MiB for near ones.
+
+Near duplicates: MinHash (datasketch) of 5-word shingles, 14 bands of 8 hashes as in FineWeb: two documents that share 75 %
+of their shingles are found with probability 0.77, 85 % with 0.99, 50 % with 0.05. datasketch's own MinHashLSHBloom would
+need a compiled package that few machines have; its MinHashLSH grows by some kilobytes a document.
+Source: Broder 1997; Penedo et al. 2024, arXiv:2406.17557, appendix E.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import asdict, dataclass
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt64
+
 from sae_italian.base.errors import UsageError
-from sae_italian.corpora import dedup
 
 LANGUAGE_CHARS = 2000  # of a document's beginning, enough to tell its language
 MIN_ITALIAN_CHARS = 20  # below, no detector knows; kept
+BANDS, HASHES_PER_BAND, SHINGLE_WORDS = 14, 8, 5
+FALSE_POSITIVES = 1e-6
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -19,19 +38,72 @@ class Filters:
     """What to drop. The default drops nothing but documents without text."""
 
     min_chars: int = 0
+    """The shortest document, in characters."""
     italian: bool = False
+    """Drop documents in other languages."""
     duplicates: bool = False
+    """Drop a text that came before, whatever its white space."""
     near_duplicates: bool = False
+    """Drop a text that is nearly one that came before."""
     capacity: int = 1_000_000
     """Documents that duplicate removal remembers, at the least."""
 
     def __post_init__(self) -> None:
-        for name in ("min_chars", "capacity"):
-            if getattr(self, name) < (name == "capacity"):
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be {int(name == 'capacity')} or more.")
+        for name, least in (("min_chars", 0), ("capacity", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class BloomFilter:
+    """A set of 64-bit keys that forgets: `capacity` keys in each of two generations."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.n_keys = capacity, 0  # keys in the newer generation
+        self.n_hashes = round(-math.log2(FALSE_POSITIVES))
+        self.n_bytes = max(8, math.ceil(-capacity * math.log(FALSE_POSITIVES) / math.log(2) ** 2 / 8))
+        self.generations = [np.zeros(self.n_bytes, np.uint8) for _ in range(2)]  # newer first
+
+    def seen(self, keys: UInt64[np.ndarray, " keys"]) -> bool:
+        """Return whether any of the keys was there, and put all of them in.
+
+        Bit i of a key is h1 + i * h2 (Kirsch and Mitzenmacher 2006), from the two halves of the key.
+        """
+        first, second = keys & np.uint64(0xFFFFFFFF), (keys >> np.uint64(32)) | np.uint64(1)
+        steps = np.arange(self.n_hashes, dtype=np.uint64)
+        places = (first[:, None] * np.uint64(0x9E3779B1) + steps * second[:, None]) % np.uint64(8 * self.n_bytes)
+        at, bit = places >> np.uint64(3), np.uint8(1) << (places & np.uint64(7)).astype(np.uint8)
+        found = any(((generation[at] & bit) != 0).all(axis=1).any() for generation in self.generations)
+        if self.n_keys + len(keys) > self.capacity:
+            self.generations, self.n_keys = [np.zeros(self.n_bytes, np.uint8), self.generations[0]], 0
+        np.bitwise_or.at(self.generations[0], at.ravel(), bit.ravel())
+        self.n_keys += len(keys)
+        return found
+
+
+def _keys(*parts: bytes) -> UInt64[np.ndarray, " parts"]:
+    """Return a 64-bit hash of each part and its place."""
+    return np.frombuffer(
+        b"".join(blake2b(b"%d/" % i + part, digest_size=8).digest() for i, part in enumerate(parts)), np.uint64
+    )
+
+
+def exact_keys(text: str) -> UInt64[np.ndarray, " 1"]:
+    """Return the key of a text, the same once white space is one space."""
+    return _keys(" ".join(text.split()).encode("utf-8", "surrogatepass"))
+
+
+def near_keys(text: str) -> UInt64[np.ndarray, " bands"]:
+    """Return a key for each band of a text's MinHash; texts that share most of their shingles share some key."""
+    from datasketch import MinHash
+
+    words = _WORD.findall(text.lower()) or [text]
+    starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
+    sketch = MinHash(BANDS * HASHES_PER_BAND, seed=1, scheme="affine32")
+    sketch.update_batch([" ".join(words[i : i + SHINGLE_WORDS]).encode("utf-8", "surrogatepass") for i in starts])
+    return _keys(*(band.tobytes() for band in sketch.hashvalues.reshape(BANDS, HASHES_PER_BAND)))
 
 
 class Sieve:
@@ -39,10 +111,8 @@ class Sieve:
 
     def __init__(self, filters: Filters):
         self.filters = filters
-        self.exact = dedup.ExactDuplicates(filters.capacity) if filters.duplicates else None
-        self.near = dedup.NearDuplicates(filters.capacity) if filters.near_duplicates else None
-        if filters.italian:
-            _identifier()
+        sizes = {"exact": filters.duplicates, "near": BANDS * filters.near_duplicates}
+        self.blooms = {name: BloomFilter(size * filters.capacity) for name, size in sizes.items() if size}
 
     def reason_against(self, text: str) -> str | None:
         """Return why a document is dropped, None when it is kept. The cheap questions come first."""
@@ -50,33 +120,36 @@ class Sieve:
             return "too_short"
         if self.filters.italian and not is_italian(text):
             return "not_italian"
-        if self.exact is not None and self.exact.seen(text):
+        if self.filters.duplicates and self.blooms["exact"].seen(exact_keys(text)):
             return "duplicate"
-        if self.near is not None and self.near.seen(text):
+        if self.filters.near_duplicates and self.blooms["near"].seen(near_keys(text)):
             return "near_duplicate"
         return None
 
-    def _blooms(self) -> dict[str, dedup.BloomFilter]:
-        parts = {"exact": self.exact, "near": self.near}
-        return {name: part.bloom for name, part in parts.items() if part is not None}
-
     @property
     def remembers(self) -> bool:
-        return bool(self._blooms())
+        return bool(self.blooms)
 
     def save(self, path: Path) -> None:
-        dedup.save(self._blooms(), path)
+        """Write what was seen."""
+        arrays = {}
+        for name, bloom in self.blooms.items():
+            arrays |= {f"{name}.{i}": generation for i, generation in enumerate(bloom.generations)}
+            arrays[f"{name}.n"] = np.array(bloom.n_keys)
+        with path.open("wb") as handle:
+            np.savez_compressed(handle, **arrays)
 
     def load(self, path: Path) -> None:
-        dedup.load(self._blooms(), path)
+        """Remember what was saved."""
+        with np.load(path) as arrays:
+            for name, bloom in self.blooms.items():
+                bloom.generations, bloom.n_keys = [arrays[f"{name}.0"], arrays[f"{name}.1"]], int(arrays[f"{name}.n"])
 
 
 @cache
 def _identifier() -> Any:
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier  # the model is in the package
-    except ImportError as error:
-        raise UsageError("the language filter needs py3langid. Install it: pip install py3langid.") from error
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # the model is in the package
+
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 

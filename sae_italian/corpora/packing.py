@@ -15,10 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sae_italian.base.errors import DataError, UsageError, nearest
-from sae_italian.corpora.documents import TextDocument
-from sae_italian.corpora.parallel import tokenise_batches
-from sae_italian.corpora.word_memory import ranges
-from sae_italian.corpora.words import TokenBatch
+from sae_italian.corpora.stream import TextDocument
+from sae_italian.corpora.tokens import TokenBatch, tokenise_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,19 +35,19 @@ class PackedBlock(NamedTuple):
     first_doc: int  # running index of documents[0]
 
 
+class Layout(NamedTuple):
+    """What stands between documents, by id: `bos` opens every window, `separator` comes between two documents."""
+
+    bos: int | None
+    separator: int | None
+
+
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id that opens every window. Raises UsageError when the tokenizer has neither BOS nor EOS."""
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)  # pyright: ignore[reportArgumentType]
     raise UsageError("the tokenizer has neither a BOS nor an EOS token; windows need one to open with.")
-
-
-class Layout(NamedTuple):
-    """What stands between documents, by id: `bos` opens every window, `separator` comes between two documents."""
-
-    bos: int | None
-    separator: int | None
 
 
 def layout_of(
@@ -62,10 +60,9 @@ def layout_of(
     bos = bos_id(tokenizer) if prepend_bos else None
     if separator is None or isinstance(separator, int):
         return Layout(bos, separator)
-    if separator not in ("bos", "eos", "sep"):
-        raise UsageError(
-            f"separator {separator!r} is unknown. {nearest(separator, ('bos', 'eos', 'sep'))} Or give an id."
-        )
+    names = ("bos", "eos", "sep")
+    if separator not in names:
+        raise UsageError(f"separator {separator!r} is unknown. {nearest(separator, names)} Or give an id.")
     found = bos_id(tokenizer) if separator == "bos" else getattr(tokenizer, f"{separator}_token_id")
     if found is None:
         raise UsageError(f"the tokenizer has no {separator} token; give the separator's id, or none.")
@@ -80,17 +77,15 @@ def pack(
     windows_per_block: int = 256,
     documents_per_batch: int = 256,
     layout: Layout | None = None,
-    workers: int = 1,
 ) -> Iterator[PackedBlock]:
     """Yield blocks of `windows_per_block` full windows, the last block shorter; a window that is not full is dropped.
 
-    The result depends on the documents, the tokenizer, the layout and the two sizes that shape it, never on
-    `documents_per_batch` or `workers` (processes that tokenise; 1: this one).
+    `documents_per_batch`, tokenised together, decides nothing of the result.
     Raises: UsageError when context_size leaves no room for text.
     """
     check_context(context_size)
     packer = Packer(context_size, layout or layout_of(tokenizer))
-    for batch, tokens in tokenise_batches(batched(documents, documents_per_batch), tokenizer, workers):
+    for batch, tokens in tokenise_batches(batched(documents, documents_per_batch), tokenizer):
         packer.add(batch, tokens)
         while packer.n_windows >= windows_per_block:
             yield packer.take(windows_per_block)
@@ -99,11 +94,13 @@ def pack(
 
 
 def check_context(context_size: int) -> None:
+    """Raise UsageError for a context that leaves no room for text."""
     if context_size < 2:
         raise UsageError(f"context_size is {context_size}; at least 2 is needed, one token of it is the BOS.")
 
 
 def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextDocument]]:
+    """Yield lists of `size` documents, the last one shorter."""
     iterator = iter(documents)
     while batch := list(islice(iterator, size)):
         yield batch
@@ -122,8 +119,7 @@ class Packer:
         self.body = np.zeros((4, 2**16), np.uint32)  # tokens, doc, start, end
         self.filled = 0
         self.documents: list[tuple[int, TextDocument]] = []  # (number of the window of its first token, document)
-        self.n_documents = 0
-        self.n_taken = self.documents_taken = 0
+        self.n_documents = self.n_taken = self.documents_taken = 0
 
     @property
     def n_windows(self) -> int:
@@ -142,7 +138,8 @@ class Packer:
             begins.append(position)
             position += size
         self._reserve(position)
-        place = ranges(np.array(begins, np.int64), sizes)
+        shift = np.array(begins, np.int64) - tokens.bounds[:-1]  # from a token's place in the batch to its place here
+        place = np.arange(len(tokens.flat)) + np.repeat(shift, sizes)
         self.body[0, place] = tokens.flat[:, 0]
         self.body[1, place] = np.repeat(np.arange(self.n_documents, self.n_documents + len(sizes)), sizes)
         self.body[2, place], self.body[3, place] = tokens.flat[:, 1], tokens.flat[:, 2]
@@ -182,22 +179,19 @@ class Packer:
 
     def state(self) -> dict[str, Any]:
         """Return what is left between two shards: tokens not taken, and documents whose window is not full."""
-        return {
-            "body": self.body[:, : self.filled].tolist(),
-            "documents": [[window, *document] for window, document in self.documents],
-            "n_documents": self.n_documents,
-            "n_taken": self.n_taken,
-            "documents_taken": self.documents_taken,
-        }
+        documents = [[window, *document] for window, document in self.documents]
+        numbers = {key: getattr(self, key) for key in ("n_documents", "n_taken", "documents_taken")}
+        return {"body": self.body[:, : self.filled].tolist(), "documents": documents, **numbers}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a state. Raises: DataError for one of another version."""
         if "body" not in state:
             raise DataError("the unfinished folder was made by another version of sae_italian. Use --overwrite.")
+        body = np.array(state["body"], np.uint32)
         self.filled = 0
-        self._reserve(len(state["body"][0]))
-        self.filled = len(state["body"][0])
-        self.body[:, : self.filled] = state["body"]
+        self._reserve(body.shape[1])
+        self.filled = body.shape[1]
+        self.body[:, : self.filled] = body
         self.documents = [(window, TextDocument(*document)) for window, *document in state["documents"]]
         self.n_documents, self.n_taken = state["n_documents"], state["n_taken"]
         self.documents_taken = state["documents_taken"]
@@ -215,8 +209,7 @@ def take_tokens(blocks: Iterator[PackedBlock], n_tokens: int, what: str) -> Iter
     """
     seen = 0
     for block in blocks:
-        context = block.tokens.shape[1]
-        wanted = -(-(n_tokens - seen) // context)
+        wanted = -(-(n_tokens - seen) // block.tokens.shape[1])
         if wanted < len(block.tokens):
             block = block._replace(**{key: getattr(block, key)[:wanted] for key in ("tokens", "doc", "start", "end")})
         seen += block.tokens.size

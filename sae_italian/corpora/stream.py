@@ -1,7 +1,12 @@
 """Documents of a corpus as a stream that knows where it is: kept, dropped and mended are counted, and it can go on.
 
-The position is (shard, row) for files, the index for MicroItaliano, and the positions of its parts for a mixture. A
-stream that is given a saved state yields exactly the documents an uninterrupted one would have yielded from there.
+Every document has an id and a source. One document in twenty, chosen by a hash of its text, is held out: training never
+sees it, evaluation uses nothing else. The hash does not depend on order, file or machine, so the split never changes,
+and two copies of one text always fall on the same side.
+
+The position is (shard, row) for files and the index for MicroItaliano. Only the order of the shards is shuffled: a
+buffer of shuffled rows could not be saved. A stream that is given a saved state yields exactly the documents an
+uninterrupted one would have yielded from there.
 """
 
 from __future__ import annotations
@@ -9,22 +14,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.storage import fingerprint, read_json, write_json
-from sae_italian.corpora import catalogue
-from sae_italian.corpora.counts import Counts
+from sae_italian.corpora import catalogue, hub
 from sae_italian.corpora.filters import Filters, Sieve
-from sae_italian.corpora.hub import gate_of, list_files, route_of_entry, route_of_url
-from sae_italian.corpora.locate import local_shards, remote_shards
-from sae_italian.corpora.shards import MAX_DOCUMENT_CHARS, BadShard, Reading, Row, Shard, rows
+from sae_italian.corpora.locate import MICRO_ITALIANO, hub_shards, local_shards
+from sae_italian.corpora.rows import BadShard, Counts, Reading, Row, Shard, rows
 
 Split = Literal["train", "heldout", "all"]
 SPLITS = ("train", "heldout", "all")
 HELD_OUT_PERMILLE = 50
-MICRO_ITALIANO = "micro-italiano"
+MAX_DOCUMENT_CHARS = 20_000_000  # a long novel has 1.5 million; more is a broken file
 
 
 class TextDocument(NamedTuple):
@@ -44,14 +48,19 @@ class Reader:
     """How a corpus is read; all of it decides which documents come, and in which order."""
 
     split: Split = "all"
+    """Documents of training, the held-out 5 %, or all."""
     seed: int = 0
+    """Seed of the shards' order, of a mixture's draws, and of micro-italiano."""
     text_column: str = "text"
+    """Column that holds the text."""
     shuffle_shards: bool | None = None
     """Order the shards by seed; None: what the catalogue says, for a local corpus by name."""
     on_broken: Literal["refuse", "skip"] = "refuse"
     """A broken line or shard stops the reading with a message, or is counted and skipped."""
     max_chars: int = MAX_DOCUMENT_CHARS
+    """The longest document, in characters."""
     filters: Filters = field(default_factory=Filters)
+    """What else is dropped."""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -62,43 +71,34 @@ class Reader:
             raise UsageError(f"max_chars is {self.max_chars}; it must be 1 or more.")
 
 
-class Source(Protocol):
-    """Raw documents and the position of the next one."""
-
-    def __next__(self) -> TextDocument: ...
-    def state(self) -> dict[str, Any]: ...
-    def load(self, state: dict[str, Any]) -> None: ...
-    def spec(self) -> Any: ...
-
+# --- MicroItaliano ---------------------------------------------------------------------------------------------------
 
 OTHER_SPLIT = TextDocument("", "", "")  # a document that is known not to be of the split that is read
-_HELD_OUT: dict[int, dict[int, TextDocument]] = {}  # MicroItaliano's held-out documents by seed and index
-_MOST_KNOWN = 500_000  # documents, about 60 MB: 20 are made for each that is held out
 
 
-class MicroSource:
-    """MicroItaliano, from document `index` on, without end; held-out documents are made once in a process."""
+def _micro(seed: int, index: int) -> TextDocument:
+    from sae_italian import micro_italiano
 
-    def __init__(self, seed: int, split: Split = "all"):
+    document = micro_italiano.document(index, seed)
+    return TextDocument(document.text, document.doc_id, document.register)
+
+
+@lru_cache(maxsize=500_000)  # about 60 MB; twenty documents are made for each that is held out, and evaluations reread
+def _held_out_micro(seed: int, index: int) -> TextDocument:
+    document = _micro(seed, index)
+    return document if is_held_out(document.text) else OTHER_SPLIT
+
+
+class _MicroItaliano:
+    """MicroItaliano without end; `index` is that of the next document."""
+
+    def __init__(self, seed: int, split: Split):
         self.seed, self.index = seed, 0
-        self.known = _HELD_OUT.setdefault(seed, {}) if split == "heldout" else None
+        self.make = _held_out_micro if split == "heldout" else _micro
 
     def __next__(self) -> TextDocument:
-        index, self.index = self.index, self.index + 1
-        if self.known is None:
-            return self._made(index)
-        document = self.known.get(index)
-        if document is None:
-            document = self._made(index)
-            if len(self.known) < _MOST_KNOWN:
-                self.known[index] = document if is_held_out(document.text) else OTHER_SPLIT
-        return document
-
-    def _made(self, index: int) -> TextDocument:
-        from sae_italian import micro_italiano
-
-        document = micro_italiano.document(index, self.seed)
-        return TextDocument(document.text, document.doc_id, document.register)
+        self.index += 1
+        return self.make(self.seed, self.index - 1)
 
     def state(self) -> dict[str, Any]:
         return {"index": self.index}
@@ -110,79 +110,73 @@ class MicroSource:
         return {"name": MICRO_ITALIANO, "seed": self.seed}
 
 
-class ShardSource:
-    """The rows of some shards, one shard after the other, those without text dropped and counted."""
+# --- files -----------------------------------------------------------------------------------------------------------
 
-    def __init__(self, name: str, shards: list[Shard], reading: Reading, reader: Reader, min_chars: int = 0):
-        self.name, self.shards, self.reading = name, shards, reading
-        self.min_chars, self.max_chars = min_chars, reading.max_chars
-        if reader.shuffle_shards:
-            self.shards = sorted(shards, key=lambda shard: fingerprint([reader.seed, shard.name]))
+
+class _Files:
+    """The documents of some shards, one shard after the other; rows without text are dropped and counted."""
+
+    def __init__(self, name: str, shards: list[Shard], reading: Reading, min_chars: int = 0):
+        self.name, self.shards, self.reading, self.min_chars = name, shards, reading, min_chars
         self.shard = self.row = 0  # of the next document
         self._rows: Iterator[Row] | None = None
 
     def __next__(self) -> TextDocument:
         while self.shard < len(self.shards):
             shard = self.shards[self.shard]
-            if self._rows is None:
-                self._rows = rows(shard, self.reading, self.row)
+            self._rows = self._rows or rows(shard, self.reading, self.row)
             try:
-                row = next(self._rows)
-            except StopIteration:
-                self._next_shard()
-                continue
+                row = next(self._rows, None)
             except BadShard as error:
-                self._refuse_or_skip(shard, error)
+                self._refuse_or_count(error)
+                row = None
+            if row is None:
+                self.shard, self.row, self._rows = self.shard + 1, 0, None
                 continue
             self.row = row.number + 1
-            document = self._document(shard, row)
-            if document is not None:
-                return document
+            text = self._text(shard, row)
+            if text is not None:
+                source = row.source if row.source and isinstance(row.source, str) else shard.source
+                return TextDocument(text, f"{shard.name}:{row.number}", source)
         raise StopIteration
 
-    def _next_shard(self) -> None:
-        self.shard, self.row, self._rows = self.shard + 1, 0, None
-
-    def _refuse_or_skip(self, shard: Shard, error: BadShard) -> None:
-        message = str(error).rstrip(".")
-        if not self.reading.skip_broken:
-            missing_column = error.reason == "other_schema" and "has no column" in message
-            if missing_column:
-                raise UsageError(f"{message}." if message.endswith(")") else str(error)) from error
+    def _refuse_or_count(self, error: BadShard) -> None:
+        if self.reading.skip_broken:
+            self.reading.counts.drop(error.reason)
+        elif "has no column" in str(error):
+            raise UsageError(str(error)) from error
+        else:
             raise DataError(
-                f"{message}. {self.row:,} of its rows were read. Get it again and resume, or skip it (--on-broken skip)."
+                f"{error}. {self.row:,} of its rows were read. Get it again and resume, or skip it (on_broken=skip)."
             ) from error
-        self.reading.counts.drop(error.reason)
-        self._next_shard()
 
-    def _document(self, shard: Shard, row: Row) -> TextDocument | None:
-        """Return the document of a row, mended; None when there is none, the reason counted."""
+    def _text(self, shard: Shard, row: Row) -> str | None:
+        """Return the text of a row, mended; None when there is none, the reason counted."""
         counts, text = self.reading.counts, row.text
-        if text is None:
-            return None  # the reader has counted it
         if not isinstance(text, str):
-            counts.drop("not_text")
+            if text is not None:  # else the reader has counted it
+                counts.drop("not_text")
             return None
         if "\x00" in text:
             text = text.replace("\x00", "")
-            counts.mend("nul_bytes")
+            counts.mended["nul_bytes"] += 1
         if "\ufffd" in text:
-            counts.mend("broken_utf8")
+            counts.mended["broken_utf8"] += 1
         if not text.strip():
             counts.drop("empty")
-        elif len(text) > self.max_chars:
+        elif len(text) > self.reading.max_chars:
             self.reading.broken("too_long", f"{shard}, row {row.number}: {len(text):,} characters.")
         elif len(text) < self.min_chars:
             counts.drop("too_short")
-        else:
-            return TextDocument(_encodable(text), f"{shard.name}:{row.number}", row.source or shard.source)
+        else:  # lone surrogates, which JSON can spell, no tokenizer can read
+            return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
         return None
 
     def state(self) -> dict[str, Any]:
         return {"shard": self.shards[self.shard].name if self.shard < len(self.shards) else None, "row": self.row}
 
     def load(self, state: dict[str, Any]) -> None:
-        names = [shard.name for shard in self.shards] + [None]
+        names = [*(shard.name for shard in self.shards), None]
         if state["shard"] not in names:
             raise DataError(
                 f"corpus {self.name!r} has no shard {state['shard']!r} any more, where the reading stopped."
@@ -190,79 +184,32 @@ class ShardSource:
         self.shard, self.row, self._rows = names.index(state["shard"]), state["row"], None
 
     def spec(self) -> Any:
-        return {"name": self.name, "shards": [_identity(shard) for shard in self.shards]}
+        return {"name": self.name, "shards": [[shard.name, shard.identity] for shard in self.shards]}
 
 
-def _identity(shard: Shard) -> list[Any]:
-    """Return what makes a shard this very file: its size, and the commit on the hub."""
-    file = shard.file
-    return [shard.name, file.stat().st_size if isinstance(file, Path) else [file.size, file.commit]]
+def _open(name: str, reader: Reader, counts: Counts) -> _MicroItaliano | _Files:
+    """Return the raw documents of one corpus."""
+    if name == MICRO_ITALIANO:
+        return _MicroItaliano(reader.seed, reader.split)
+    columns, max_chars, min_chars, shuffled = (reader.text_column,), reader.max_chars, 0, reader.shuffle_shards
+    located = None if Path(name).expanduser().exists() else catalogue.find(name)
+    if located is not None:
+        entry, route = located
+        shards = hub_shards(route, entry.name, entry.name)
+        columns = columns if reader.text_column != "text" else route.text_columns or entry.text_columns
+        max_chars, min_chars = min(max_chars, entry.max_chars or max_chars), entry.min_chars
+        shuffled = entry.shuffle_shards if shuffled is None else shuffled
+    elif name.startswith("hf://"):
+        route = hub.route_of_url(name)
+        shards = hub_shards(route, name, route.hub.rpartition("/")[2])
+    else:
+        shards = local_shards(Path(name).expanduser())
+    if shuffled:
+        shards = sorted(shards, key=lambda shard: fingerprint([reader.seed, shard.name]))
+    return _Files(name, shards, Reading(columns, reader.on_broken == "skip", counts, max_chars), min_chars)
 
 
-def _encodable(text: str) -> str:
-    """Replace lone surrogates, which JSON can spell and no tokenizer can read."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode("utf-8")
-    return text
-
-
-class Mixture:
-    """Documents of several sources: one of each in turn, or drawn by weight with a seed, until all have ended."""
-
-    def __init__(self, parts: list[Source], weights: list[float] | None, seed: int):
-        self.parts, self.weights, self.seed = parts, weights, seed
-        self.n_picks = self.turn = 0
-        self.ended = [False] * len(parts)
-
-    def __next__(self) -> TextDocument:
-        while not all(self.ended):
-            i = self._pick()
-            try:
-                document = next(self.parts[i])
-            except StopIteration:
-                self.ended[i] = True
-                continue
-            return document
-        raise StopIteration
-
-    def _pick(self) -> int:
-        """Return the part of the next document; pick number and seed decide it, so there is no generator to save."""
-        self.n_picks += 1
-        if self.weights is None:
-            while self.ended[self.turn]:
-                self.turn = (self.turn + 1) % len(self.parts)
-            i, self.turn = self.turn, (self.turn + 1) % len(self.parts)
-            return i
-        digest = hashlib.blake2b(f"{self.seed}/{self.n_picks}".encode(), digest_size=8).digest()
-        left = [0.0 if ended else weight for weight, ended in zip(self.weights, self.ended, strict=True)]
-        point = int.from_bytes(digest, "big") / 2**64 * sum(left)
-        alive = [i for i, weight in enumerate(left) if weight > 0]
-        for i in alive[:-1]:
-            point -= left[i]
-            if point < 0:
-                return i
-        return alive[-1]
-
-    def state(self) -> dict[str, Any]:
-        own = {"n_picks": self.n_picks, "turn": self.turn, "ended": list(self.ended)}
-        return own | {"parts": [part.state() for part in self.parts]}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.n_picks, self.turn, self.ended = state["n_picks"], state["turn"], list(state["ended"])
-        for part, part_state in zip(self.parts, state["parts"], strict=True):
-            part.load(part_state)
-
-    def spec(self) -> Any:
-        return {"parts": [part.spec() for part in self.parts], "weights": self.weights, "seed": self.seed}
-
-
-def open_source(corpus: str | Path, reader: Reader, counts: Counts) -> Source:
-    """Return the raw documents of a corpus: one, several separated by commas, or weighted ones (`0.7*a,0.3*b`)."""
-    names, weights = _weighted(str(corpus))
-    parts = [_open_one(name, reader, counts) for name in names]
-    return parts[0] if len(parts) == 1 else Mixture(parts, weights, reader.seed)
+# --- the stream ------------------------------------------------------------------------------------------------------
 
 
 def _weighted(corpus: str) -> tuple[list[str], list[float] | None]:
@@ -273,7 +220,7 @@ def _weighted(corpus: str) -> tuple[list[str], list[float] | None]:
         try:
             weight = float(head) if star and tail else None
         except ValueError:
-            weight = None
+            weight = None  # a star in a file's name
         names.append(part.strip() if weight is None else tail.strip())
         weights.append(weight)
     if len(names) == 1 or all(weight is None for weight in weights):
@@ -286,84 +233,78 @@ def _weighted(corpus: str) -> tuple[list[str], list[float] | None]:
     return names, weights
 
 
-def _open_one(name: str, reader: Reader, counts: Counts) -> Source:
-    if name == MICRO_ITALIANO:
-        return MicroSource(reader.seed, reader.split)
-
-    def reading(columns: tuple[str, ...], max_chars: int) -> Reading:
-        return Reading(columns, reader.on_broken == "skip", counts, max_chars)
-
-    located = catalogue.find(name)
-    if located is not None and not Path(name).expanduser().exists():
-        entry = located.entry
-        columns = _columns(located, reader.text_column)
-        shuffled = entry.shuffle_shards if reader.shuffle_shards is None else reader.shuffle_shards
-        shards = remote_shards(route_of_entry(entry, located.route), entry.name)
-        chosen = Reader(seed=reader.seed, shuffle_shards=shuffled)
-        limit = min(reader.max_chars, entry.max_chars or reader.max_chars)
-        return ShardSource(name, shards, reading(columns, limit), chosen, entry.min_chars)
-    if name.startswith("hf://"):
-        route = route_of_url(name)
-        shards = remote_shards(list_files(route, name, gate_of(name, route.hub)), route.hub.rpartition("/")[2])
-        return ShardSource(name, shards, reading((reader.text_column,), reader.max_chars), reader)
-    shards = local_shards(Path(name).expanduser(), [MICRO_ITALIANO, *catalogue.names()])
-    return ShardSource(name, shards, reading((reader.text_column,), reader.max_chars), reader)
-
-
-def _columns(located: catalogue.Located, text_column: str) -> tuple[str, ...]:
-    """Return the columns to try: the catalogue's, unless the caller names another than the default."""
-    if text_column != "text":
-        return (text_column,)
-    if located.route_name == "english":
-        swap = {"translation.it": "translation.en", "it": "en", "sentence_it": "sentence_en"}
-        return tuple(
-            swap.get(c, c.replace("_it", "_en").replace("italian", "english")) for c in located.entry.text_columns
-        )
-    return located.entry.text_columns
-
-
 class CorpusStream:
-    """The kept documents of one split of a corpus, with counts of everything, from any saved position on."""
+    """The kept documents of one split of a corpus, with counts of everything, from any saved position on.
+
+    Several corpora, separated by commas, are read in turn, a document from each, until all have ended; with weights
+    (`0.7*a,0.3*b`) the corpus of each document is drawn by weight, from the seed.
+    """
 
     def __init__(self, corpus: str | Path, reader: Reader | None = None):
-        self.corpus, self.reader = str(corpus), reader or Reader()
-        self.counts = Counts()
-        self.source = open_source(corpus, self.reader, self.counts)
+        self.corpus, self.reader, self.counts = str(corpus), reader or Reader(), Counts()
+        names, self.weights = _weighted(self.corpus)
+        self.parts = [_open(name, self.reader, self.counts) for name in names]
         self.sieve = Sieve(self.reader.filters)
+        self.n_picks = self.turn = 0
+        self.ended = [False] * len(self.parts)
 
     def __iter__(self) -> CorpusStream:
         return self
 
     def __next__(self) -> TextDocument:
         split = self.reader.split
-        while True:
-            document = next(self.source)
-            if document is OTHER_SPLIT or split != "all" and is_held_out(document.text) != (split == "heldout"):
+        while not all(self.ended):
+            part = self._pick()
+            document = next(self.parts[part], None)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            if document is None:
+                self.ended[part] = True
+            elif document is OTHER_SPLIT or split != "all" and is_held_out(document.text) != (split == "heldout"):
                 self.counts.drop("other_split")
-                continue
-            reason = self.sieve.reason_against(document.text)
-            if reason is None:
+            elif reason := self.sieve.reason_against(document.text):
+                self.counts.drop(reason)
+            else:
                 self.counts.keep(document.text)
                 return document
-            self.counts.drop(reason)
+        raise StopIteration
 
-    def skip(self, n_documents: int) -> None:
-        """Pass over raw documents, before split and filters."""
-        for _ in range(n_documents):
-            if next(self.source, None) is None:  # pyright: ignore[reportCallIssue, reportArgumentType]
-                return
+    def _pick(self) -> int:
+        """Return the part of the next document; pick number and seed decide it, so there is no generator to save."""
+        self.n_picks += 1
+        if self.weights is None:
+            while self.ended[self.turn]:
+                self.turn = (self.turn + 1) % len(self.parts)
+            part, self.turn = self.turn, (self.turn + 1) % len(self.parts)
+            return part
+        digest = hashlib.blake2b(f"{self.reader.seed}/{self.n_picks}".encode(), digest_size=8).digest()
+        left = [0.0 if ended else weight for weight, ended in zip(self.weights, self.ended, strict=True)]
+        point = int.from_bytes(digest, "big") / 2**64 * sum(left)
+        alive = [part for part, weight in enumerate(left) if weight > 0]
+        for part in alive[:-1]:
+            point -= left[part]
+            if point < 0:
+                return part
+        return alive[-1]
 
     def spec(self) -> dict[str, Any]:
         """Return all that decides the documents, to compare before a resumed run."""
-        reader = self.reader
+        reader, parts = self.reader, [part.spec() for part in self.parts]
+        mixed = {"parts": parts, "weights": self.weights, "seed": reader.seed}
         own = {"split": reader.split, "text_column": reader.text_column, "on_broken": reader.on_broken}
-        return own | {"filters": reader.filters.as_dict(), "max_chars": reader.max_chars, "source": self.source.spec()}
+        sieve = {"filters": reader.filters.as_dict(), "max_chars": reader.max_chars}
+        return own | sieve | {"source": mixed if len(parts) > 1 else parts[0]}
 
     def state(self) -> dict[str, Any]:
-        return {"source": self.source.state(), "counts": self.counts.as_dict()}
+        """Return the position of the next document, and the counts, as JSON."""
+        own = {"n_picks": self.n_picks, "turn": self.turn, "ended": list(self.ended)}
+        return own | {"parts": [part.state() for part in self.parts], "counts": self.counts.as_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.source.load(state["source"])
+        """Go on from a saved state. Raises: DataError for one of another version, or a shard that is gone."""
+        if "parts" not in state:
+            raise DataError("the position in the corpus was saved by another version of sae_italian: start anew.")
+        self.n_picks, self.turn, self.ended = state["n_picks"], state["turn"], list(state["ended"])
+        for part, part_state in zip(self.parts, state["parts"], strict=True):
+            part.load(part_state)
         self.counts.load(state["counts"])
 
     def save(self, folder: Path) -> None:
@@ -373,6 +314,7 @@ class CorpusStream:
         write_json(folder / "position.json", self.state())
 
     def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote."""
         self.load_state(read_json(folder / "position.json"))
         if self.sieve.remembers:
             self.sieve.load(folder / "seen.npz")

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora import CorpusStream, TextDocument
 from sae_italian.corpora.packing import Packer, batched, check_context, layout_of
-from sae_italian.corpora.parallel import tokenise_batches
-from sae_italian.corpora.pretokenize import PretokenizedCorpus, tokenizer_fingerprint
+from sae_italian.corpora.pretokenize import PretokenizedCorpus
+from sae_italian.corpora.tokens import tokenise_batches
 
 BLOCKS_AHEAD = 2
 DOCUMENTS_PER_BATCH = 64
@@ -148,7 +148,7 @@ class Windows:
 
 def check_pretokenized(corpus: PretokenizedCorpus, tokenizer: Any, context_size: int) -> None:
     """Raise UsageError when a pretokenised corpus was made for another tokenizer, context or split."""
-    if corpus.tokenizer != tokenizer_fingerprint(tokenizer):
+    if not corpus.is_made_for(tokenizer):
         raise UsageError(
             f"{corpus.folder} was made with another tokenizer than the model's. Pretokenise it for this model."
         )

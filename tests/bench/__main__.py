@@ -42,7 +42,6 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--context-size", type=int, default=128)
     sub.add_argument("--characters", type=int, default=20_000_000, help="of text to read")
     sub.add_argument("--repeats", type=int, default=3)
-    sub.add_argument("--workers", type=int, default=2)
     sub.add_argument("--memory-bytes", type=int, default=0, help="also measure the memory over a stream this long")
     sub = add("cache", _bench_cache, "building and reading a feature cache, against Delphi's way of building it")
     sub.add_argument("sae", nargs="?", help="an SAE's folder, or release:sae_id; without it only reading is measured")
@@ -140,7 +139,6 @@ def _bench_corpora(options: argparse.Namespace) -> Result:
         context_size=options.context_size,
         n_characters=options.characters,
         repeats=options.repeats,
-        workers=options.workers,
         memory_bytes=options.memory_bytes,
     )
     return result, table_of(result)

@@ -29,10 +29,9 @@ def measure(
     context_size: int = 128,
     n_characters: int = 20_000_000,
     repeats: int = 3,
-    workers: int = 2,
     memory_bytes: int = 0,
 ) -> dict[str, Any]:
-    """Return tokens per second of the three ways (each run, and the median), their ratios, and the memory's course.
+    """Return tokens per second of the two ways (each run, and the median), their ratios, and the memory's course.
 
     The ratio is the median of the ratios of runs that followed one another. Raises: UsageError for a corpus without text.
     """
@@ -51,8 +50,7 @@ def measure(
     }
     ways: dict[str, Callable[[], int]] = {
         "saelens": lambda: _saelens(documents, tokenizer, context_size),
-        "ours": lambda: _ours(documents, tokenizer, context_size, 1),
-        f"ours, {workers} workers": lambda: _ours(documents, tokenizer, context_size, workers),
+        "ours": lambda: _ours(documents, tokenizer, context_size),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     totals = set()
@@ -89,9 +87,8 @@ def _take(corpus: str | Path, n_characters: int) -> list[TextDocument]:
     return documents
 
 
-def _ours(documents: list[TextDocument], tokenizer: Any, context_size: int, workers: int) -> int:
-    blocks = pack(documents, tokenizer, context_size, workers=workers, documents_per_batch=64 * workers**2)
-    return sum(block.tokens.size for block in blocks)
+def _ours(documents: list[TextDocument], tokenizer: Any, context_size: int) -> int:
+    return sum(block.tokens.size for block in pack(documents, tokenizer, context_size))
 
 
 def _saelens(documents: list[TextDocument], tokenizer: Any, context_size: int) -> int:

@@ -8,7 +8,7 @@ import json
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -69,6 +69,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self):
+        """The paths-info call: sizes of the files that are there."""
+        owner, name = unquote(urlsplit(self.path).path).removeprefix("/api/datasets/").split("/")[:2]
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        files = self.stand_in.repositories.get(f"{owner}/{name}", {})
+        asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+        self._json([_entry(path, files[path]) for path in asked if path in files])
+
     def _api(self, repo, verb, rest):
         hub = self.stand_in
         hub.requests["api"] += 1
@@ -82,11 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"error": "Revision not found"}, 404, X_Error_Code="RevisionNotFound")
         if verb == "revision":
             return self._json({"id": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "siblings": []})
-        tree = [
-            {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
-            for path, content in hub.repositories[repo].items()
-        ]
-        return self._json(tree)
+        return self._json([_entry(path, content) for path, content in hub.repositories[repo].items()])
 
     def _file(self, repo, file):
         hub = self.stand_in
@@ -116,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _fault(self, fault, body, first, total):
-        """drop: half the body, then the connection closes; whole: the range is ignored; other: changed; else a status."""
+        """drop: half the body, then the connection closes; reset: nothing, and it closes; else a status."""
         if fault == "drop":
             self._body(body[: len(body) // 2], first, total, length=len(body))
             self.close_connection = True
@@ -124,11 +128,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "reset":
             self.close_connection = True
             self.connection.close()
-        elif fault == "changed":
-            self._body(body, first, total + 1)
         else:
             status, _, after = fault.partition(":")
             self._json({"error": status}, int(status), **({"Retry_After": after} if after else {}))
+
+
+def _entry(path: str, content: bytes) -> dict:
+    return {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
 
 
 def _next(hub: Hub, key: str) -> str | None:

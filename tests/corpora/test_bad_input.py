@@ -58,7 +58,7 @@ def test_one_line_of_50_mb(tmp_path, name):
         content = f"uno\n\n{long}\n\ndue\n"
     data = content.encode()
     (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
-    with pytest.raises(DataError, match="longer than .*--on-broken skip"):
+    with pytest.raises(DataError, match="longer than .*on_broken=skip"):
         read(tmp_path / name)
     found, counts = read(tmp_path / name, on_broken="skip")
     assert len(found) == 2 and counts.dropped == {"too_long": 1}
@@ -69,7 +69,7 @@ def test_one_line_of_50_mb(tmp_path, name):
 def test_a_broken_line_in_the_middle_is_refused_or_skipped_by_choice(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(GOOD * 2 + '{"text": "tronca\n' + "[1]\n" + GOOD)
-    with pytest.raises(DataError, match="line 3: not JSON .*--on-broken skip"):
+    with pytest.raises(DataError, match="line 3: not JSON .*on_broken=skip"):
         read(file)
     found, counts = read(file, on_broken="skip")
     assert len(found) == 3 and counts.dropped == {"broken_json": 2} and counts.read == 5

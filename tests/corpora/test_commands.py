@@ -10,7 +10,7 @@ from tests.test_cli import run
 
 def test_list_and_show(capsys):
     code, out, _ = run(capsys, "corpora", "list")
-    assert code == 0 and all(name in out for name in catalogue.names()) and "micro-italiano" in out
+    assert code == 0 and all(name in out for name in catalogue.catalogue()) and "micro-italiano" in out
     code, out, _ = run(capsys, "corpora", "show", "wikipedia-it")
     assert code == 0 and "CC-BY-SA-3.0" in out and "20231101.it/train-*.parquet" in out and "trap" in out
     code, out, err = run(capsys, "corpora", "show", "wikipedia-itt")
@@ -25,25 +25,39 @@ def test_the_catalogue_is_complete():
     assert gated == {"culturax-it", "oscar-it"}
 
 
-def test_preview_shows_rows_and_refuses_what_is_broken(capsys, jsonl, tmp_path):
-    code, out, _ = run(capsys, "corpora", "preview", jsonl, "-n", 2, "--split", "heldout")
+def test_show_prints_documents_and_refuses_what_is_broken(capsys, jsonl, tmp_path):
+    code, out, _ = run(capsys, "corpora", "show", jsonl, "split=heldout", "--documents", 2)
     assert code == 0 and out.count("· prova]") == 2
     (tmp_path / "a.jsonl").write_text('{"text": "Ciao."}\n{"text":\n{"text": "Addio."}\n')
-    code, _, err = run(capsys, "corpora", "preview", tmp_path / "a.jsonl")
+    code, _, err = run(capsys, "corpora", "show", tmp_path / "a.jsonl")
     assert code == 2 and "line 2: not JSON" in err and err.count("\n") == 1
-    code, out, _ = run(capsys, "corpora", "preview", tmp_path / "a.jsonl", "--on-broken", "skip")
+    code, out, _ = run(capsys, "corpora", "show", tmp_path / "a.jsonl", "on_broken=skip")
     assert code == 0 and "Addio." in out
+    for word, message in (
+        ("splitt=all", "Did you mean 'split'"),
+        ("seed=due", "seed=due: Input should be"),
+        ("x", "key=value"),
+    ):
+        code, _, err = run(capsys, "corpora", "show", jsonl, word)
+        assert code == 2 and message in err
+
+
+def test_old_spellings_are_answered_with_the_new_ones(capsys, jsonl):
+    code, _, err = run(capsys, "corpora", "preview", jsonl, "-n", 2)
+    assert code == 2 and "corpora show" in err
+    code, _, err = run(capsys, "corpora", "stats", jsonl, "--split", "heldout")
+    assert code == 2 and "split=" in err
 
 
 def test_stats_and_the_picture(capsys, mini, jsonl, tmp_path):
     picture = tmp_path / "lunghezze.svg"
-    arguments = ("corpora", "stats", jsonl, "--model", "sae-italian-mini", "-n", 100, "--picture", picture)
+    arguments = ("corpora", "stats", jsonl, "--model", "sae-italian-mini", "--documents", 100, "--out", picture)
     code, out, _ = run(capsys, *arguments, "--json")
     stats = json.loads(out)
     assert code == 0 and stats["documents"] == 100 and stats["italian_share"] == 1.0
     assert stats["fertility"] == pytest.approx(stats["tokens"] / stats["words"]) and stats["fertility"] > 1
     assert sum(bin_["documents"] for bin_ in stats["histogram"]) == 100
-    assert picture.read_text().startswith("<svg") and picture.read_text().count("<rect") == len(stats["histogram"])
+    assert "<svg" in picture.read_text() and "100 documents" in picture.read_text()
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and "a word (sae-italian-mini)" in out and "█" in out and "kept" in out
 

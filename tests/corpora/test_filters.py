@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from sae_italian.base.errors import UsageError
-from sae_italian.corpora.dedup import BloomFilter, NearDuplicates
-from sae_italian.corpora.filters import Filters, Sieve, is_italian
+from sae_italian.corpora.filters import BloomFilter, Filters, Sieve, is_italian
 from sae_italian.corpora.stream import CorpusStream, Reader
 
 pytest.importorskip("py3langid")
@@ -47,13 +46,13 @@ def test_italian_is_told_from_its_neighbours():
 
 
 def test_near_duplicates_are_found_and_different_texts_are_kept():
-    near = NearDuplicates(10_000)
+    near = Sieve(Filters(near_duplicates=True, capacity=10_000)).reason_against
     texts = [words(200, seed) for seed in range(200)]
-    assert not any(near.seen(" ".join(text)) for text in texts)
-    slightly = [near.seen(changed(text, 0.01, i)) for i, text in enumerate(texts)]  # Jaccard about 0.9
-    assert np.mean(slightly) > 0.95
-    largely = [near.seen(changed(text, 0.3, i)) for i, text in enumerate(texts)]  # Jaccard about 0.1
-    assert np.mean(largely) < 0.02
+    assert not any(near(" ".join(text)) for text in texts)
+    slightly = [near(changed(text, 0.01, i)) for i, text in enumerate(texts)]  # Jaccard about 0.9
+    assert np.mean([reason == "near_duplicate" for reason in slightly]) > 0.95
+    largely = [near(changed(text, 0.3, i)) for i, text in enumerate(texts)]  # Jaccard about 0.1
+    assert np.mean([reason is not None for reason in largely]) < 0.02
 
 
 def test_a_bloom_filter_forgets_and_does_not_grow():

@@ -11,7 +11,7 @@ import torch
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import TextDocument, iter_documents, pack, pretokenize
 from sae_italian.corpora.packing import NO_DOCUMENT, layout_of
-from sae_italian.corpora.pretokenize import PretokenizedCorpus, read_counts
+from sae_italian.corpora.pretokenize import PretokenizedCorpus
 from sae_italian.corpora.stream import Reader
 from tests.corpora.test_packing import HARD, TOKENIZERS
 
@@ -40,14 +40,14 @@ def test_text_is_rebuilt_from_offsets_and_tokens_are_those_of_pack(corpus, tmp_p
     packed = np.concatenate([b.tokens for b in pack(iter_documents(corpus), tokenizer, 16)])
     assert len(made.shards) > 3 and np.array_equal(made.windows(0, len(made)), packed)
     covered: dict[int, list[tuple[int, int]]] = {}
-    for window in range(len(made)):
-        doc, start, end = made.spans(window)
-        for d, a, b in zip(doc.tolist(), start.tolist(), end.tolist(), strict=True):
-            if d != NO_DOCUMENT:
-                covered.setdefault(d, []).append((a, b))
-    texts = [document.text for document in iter_documents(corpus)]
+    spans = np.concatenate([np.load(file) for file in sorted(folder.glob("spans-*.npy"))], axis=1)
+    assert spans.shape == (3, *packed.shape)
+    for d, a, b in spans.reshape(3, -1).T.tolist():
+        if d != NO_DOCUMENT:
+            covered.setdefault(d, []).append((a, b))
+    texts, kept = ([document.text for document in iter_documents(source)] for source in (corpus, folder))
     for index in sorted(covered)[:-1]:
-        text, rebuilt, position = made.document(index).text, "", 0
+        text, rebuilt, position = kept[index], "", 0
         for a, b in sorted(covered[index]):
             rebuilt += text[max(a, position) : b] if b > position else ""
             position = max(position, b)
@@ -63,7 +63,7 @@ def test_the_folder_is_a_saved_dataset_with_saelens_metadata(corpus, tmp_path):
     from sae_lens.pretokenize_runner import PretokenizedDatasetMetadata
 
     assert set(metadata) == set(PretokenizedDatasetMetadata.__annotations__)
-    counts = read_counts(folder)
+    counts = PretokenizedCorpus(folder).counts
     assert counts.dropped["other_split"] + counts.kept == counts.read == 600
     assert not {d.text for d in iter_documents(folder)} & {d.text for d in iter_documents(corpus, "heldout")}
 
@@ -79,13 +79,6 @@ def test_packing_is_saelens_packing(bos, separator):
     expected = list(concat_and_batch_sequences(ids, 13, layout.bos, None, layout.separator))
     found = np.concatenate([b.tokens for b in pack(documents, TOKENIZER, 13, layout=layout, windows_per_block=7)])
     assert np.array_equal(found, torch.stack(expected).numpy())
-
-
-def test_workers_change_nothing(corpus, tmp_path):
-    one = make(corpus, TOKENIZER, tmp_path / "one", context_size=16, windows_per_shard=500)
-    two = make(corpus, TOKENIZER, tmp_path / "two", context_size=16, windows_per_shard=500, workers=2)
-    a, b = PretokenizedCorpus(one), PretokenizedCorpus(two)
-    assert np.array_equal(a.windows(0, len(a)), b.windows(0, len(b)))
 
 
 def test_a_full_disk_keeps_finished_shards_and_resumes_to_the_same_files(corpus, tmp_path, monkeypatch):
@@ -128,6 +121,21 @@ def test_another_run_in_the_folder_and_bad_settings_are_refused(corpus, tmp_path
     (out / "data-00000.arrow").write_bytes(b"")
     with pytest.raises(DataError, match="cannot be read|holds 0 windows"):
         PretokenizedCorpus(out)
+
+
+def test_the_folders_of_saelens_are_read_too(mini, jsonl, tmp_path):
+    from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
+
+    name = mini.tokenizer.name_or_path
+    settings = {"tokenizer_name": name, "dataset_path": "json", "data_files": {"train": str(jsonl)}, "context_size": 32}
+    config = PretokenizeRunnerConfig(**settings, num_proc=1, shuffle=False, save_path=str(tmp_path / "theirs"))
+    PretokenizeRunner(config).run()
+    theirs = PretokenizedCorpus(tmp_path / "theirs")
+    assert theirs.context_size == 32 and theirs.split == "train" and theirs.is_made_for(mini.tokenizer)
+    assert not theirs.is_made_for(TOKENIZER)
+    table = datasets.load_from_disk(tmp_path / "theirs")
+    assert np.array_equal(theirs.windows(3, 9), np.array(table["input_ids"][3:9]))
+    assert sum(len(block) for block in theirs.blocks(7)) == len(theirs) == len(table)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from sae_italian.analysis.probes.treebank import Sentence, Treebank
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora import TextDocument
 from sae_italian.corpora.packing import bos_id
-from sae_italian.corpora.parallel import tokenise_batches
+from sae_italian.corpora.tokens import tokenise_batches
 from sae_italian.models.activations import read_activations
 
 TOKENS_PER_BATCH = 2048

@@ -1,0 +1,58 @@
+"""Many documents in one call give each the tokens and offsets that it has alone."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from sae_italian.base.errors import UsageError
+from sae_italian.corpora import tokens
+from sae_italian.corpora.tokens import fast_backend, tokenise
+from tests.corpora.test_packing import HARD, TOKENIZERS
+
+ALPHABET = "aàeé'’ ,.  \n\t\u00a0\u200be\u03016«»🙂日▁Ġ-"
+SPACES = [
+    "  due  spazi ",
+    " inizio",
+    "fine ",
+    "a\u00a0b c",
+    "\n\n",
+    " ",
+    "",
+    "x \n y",
+    "\u200b z",
+    "</s> e <s> letterali",
+]
+
+
+def assert_whole(tokenizer, texts):
+    batch = tokenise(fast_backend(tokenizer), texts)
+    assert len(batch.bounds) == len(texts) + 1 and batch.flat.shape == (batch.bounds[-1], 3)
+    for text, (ids, start, end) in zip(texts, batch.documents(), strict=True):
+        whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert ids.tolist() == whole["input_ids"]
+        assert list(zip(start.tolist(), end.tolist(), strict=True)) == whole["offset_mapping"]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_batch_is_its_documents_one_by_one(kind, monkeypatch):
+    assert_whole(TOKENIZERS[kind], HARD + SPACES + [" ".join(HARD)])
+    assert_whole(TOKENIZERS[kind], [])
+    monkeypatch.setattr(tokens, "MAX_CALL", 100)  # several calls, some for one long document
+    assert_whole(TOKENIZERS[kind], ["", "x", *HARD, " ".join(HARD), "a" * 99, "b" * 101, "", "fine"])
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(ALPHABET, max_size=40), max_size=5))
+def test_any_text_is_tokenised_as_alone(kind, texts):
+    assert_whole(TOKENIZERS[kind], texts)
+
+
+def test_truncation_and_padding_left_from_an_earlier_call_are_not_used():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["metaspace"].backend_tokenizer, pad_token="</s>")
+    tokenizer(HARD, truncation=True, max_length=2, padding="max_length")
+    assert tokenizer.backend_tokenizer.truncation
+    assert len(tokenise(fast_backend(tokenizer), [HARD[0], "x"]).flat) > 10
+    with pytest.raises(UsageError, match="a slow tokenizer"):
+        fast_backend(object())  # pyright: ignore
