@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sae_italian.base.errors import DataError
 from sae_italian.cache.layout import acts_file, halves, read_arrays, smallest_uint, tokens_file, write_arrays
-from sae_italian.cache.topk import top_positive
 from sae_italian.cache.transpose import write_run
 from sae_italian.corpora.packing import special_mask
 from sae_italian.models.activations import read_many
+from sae_italian.saes.sparse_products import top_positive
 
 FORWARD_WINDOWS = 32
 FORWARD_TOKENS = 8192

@@ -3,8 +3,7 @@
 Shapes: x [batch, d_in]; the encoder as rows W_enc.T [d_sae, d_in], so that a latent is one run of memory;
 W_dec [d_sae, d_out]; values and indices [batch, k]. A step goes
 
-1. pre-activations of a few rows of x at a time, the k largest of each kept (`sparse_select.py`); the [batch, d_sae] matrix
-   never exists whole;
+1. pre-activations of a few rows of x at a time, the k largest of each kept; the [batch, d_sae] matrix never exists whole;
 2. decoding: a weighted embedding bag over the k rows of W_dec;
 3. gradients of the values: k dot products per token; of the weights: each latent's row is a weighted sum of the few
    rows of x (or of the output's gradient) where it was kept.
@@ -23,30 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_italian.saes.sparse_products import (
-    Workspace,
-    exact,
-    latent_sums,
-    row_dots,
-    weighted_rows,
-)
-from sae_italian.saes.sparse_screen import can_screen, screened_topk
-from sae_italian.saes.sparse_select import select_topk
-
-
-def encode_topk(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    k: int,
-    **options: Any,
-) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """Return ReLU of the k largest pre-activations x W_enc + b_enc of each row, and their latents, in no order.
-
-    Differentiable in x, W_enc, b_enc and `input_bias`. The options are those of `encode_rows`.
-    Raises: ValueError unless 1 <= k <= d_sae.
-    """
-    return encode_rows(x, W_enc.T, b_enc, k, **options)
+from sae_italian.saes.sparse_products import Workspace, exact, latent_sums, row_dots, select_topk, weighted_rows
 
 
 def encode_rows(
@@ -59,16 +35,17 @@ def encode_rows(
     input_bias: Float[Tensor, " d_in"] | None = None,
     latents: Int[Tensor, " n"] | None = None,
     relu: bool = True,
-    screen: bool = False,
     workspace: Workspace | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """Return what `encode_topk` does, of an encoder given as rows (W_enc.T).
+    """Return ReLU of the k largest pre-activations x W_enc + b_enc of each row, and their latents, in no order.
 
+    The encoder is given as rows (W_enc.T). Differentiable in x, rows, b_enc and `input_bias`.
     norm: the latents are ranked by pre-activation times this positive number; the values returned are not multiplied.
     input_bias: a bias that the caller has already subtracted from x; named here, its gradient costs one matrix-vector
     product. latents: only these compete, and the indices returned count within them. relu=False keeps negative values.
-    screen: find candidates in bfloat16 first (`sparse_screen.py`), where that can save anything. The gradient of `rows`
-    is dense, or sparse in `latents` where they are given.
+    The gradient of `rows` is dense, or sparse in `latents` where they are given.
+
+    Raises: ValueError unless 1 <= k <= the number of latents that compete.
     """
     n = len(rows) if latents is None else len(latents)
     if not 1 <= k <= n:
@@ -76,13 +53,7 @@ def encode_rows(
     device = x.device.type
     matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with exact(x):
-        select = select_topk
-        if screen and latents is None and can_screen(x, n, k, matmul_dtype):
-            select, workspace = screened_topk, workspace or Workspace()
-        values, indices = _Encode.apply(
-            x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace, select
-        )
-    return values, indices
+        return _Encode.apply(x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace)
 
 
 def decode(
@@ -103,10 +74,10 @@ def decode(
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace, select):  # pyright: ignore
+    def forward(ctx, x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace):  # pyright: ignore
         some = rows if latents is None else rows[latents]
         bias = b_enc if latents is None else b_enc[latents]
-        values, indices = select(x, some, bias, k, norm, matmul_dtype, workspace)
+        values, indices = select_topk(x, some, bias, k, norm, matmul_dtype, workspace)
         if relu:
             values = values.relu_()
         # the rows themselves are needed for the gradients of the input and of its bias only
@@ -133,7 +104,7 @@ class _Encode(torch.autograd.Function):
                 grad_b = sums if latents is None else sums.new_zeros(ctx.n_latents).index_copy_(0, latents, sums)
             if need_bias:
                 grad_bias = -torch.mv(some.T, sums)
-        return grad_x, grad_rows, grad_b, grad_bias, *[None] * 7
+        return grad_x, grad_rows, grad_b, grad_bias, *[None] * 6
 
 
 class _Decode(torch.autograd.Function):
@@ -166,3 +137,31 @@ def _spread(some: Tensor, latents: Tensor | None, n_latents: int) -> Tensor:
     return torch.sparse_coo_tensor(
         latents[None], some, (n_latents, *some.shape[1:]), is_coalesced=True, check_invariants=False
     )
+
+
+def annealed_k(step: int, cfg: Any) -> float:
+    """Return how many latents may fire in a step: linear from min(d_in, d_sae) at step 0 to k at `k_anneal_steps`.
+
+    K-annealing: many may fire at first, so that none is left dead. Source: Llama Scope, arXiv 2410.20526, section 2.4.
+    """
+    start = min(cfg.d_in, cfg.d_sae)
+    if step >= cfg.k_anneal_steps or start <= cfg.k:
+        return cfg.k
+    return max(cfg.k, round(start + (cfg.k - start) * step / cfg.k_anneal_steps))
+
+
+def set_k(sae: Any, step_input: Any) -> None:
+    """Let as many latents of an SAE in training fire as the step says; its config, and so what is saved, keeps the last k."""
+    if sae.cfg.k_anneal_steps:
+        sae.activation_fn.k = annealed_k(step_input.n_training_steps, sae.cfg)
+
+
+def tune(trainer: Any) -> Any:
+    """Let a SAELens `SAETrainer` use PyTorch's fused Adam, and return it: the same update, read and written once.
+
+    It is what is left of a step once the SAE itself is fast. For any SAE, on CPU and CUDA; call it before the first step;
+    a checkpoint keeps the setting.
+    """
+    for group in trainer.optimizer.param_groups:
+        group["fused"], group["foreach"] = True, False
+    return trainer

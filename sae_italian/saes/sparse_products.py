@@ -1,20 +1,24 @@
-"""The three products over k latents per token, by index where that is faster, dense a few rows at a time elsewhere.
+"""The k largest of many rows without sorting them, and the three products over k latents per token.
 
-Each has the same result both ways; indices may repeat within a row. Shapes: weights and indices [batch, k],
-rows [n, d], other [batch, d].
+A product goes by index where that is faster, dense a few rows at a time elsewhere, with the same result; indices may
+repeat within a row. Shapes: weights and indices [batch, k], rows [n, d], other [batch, d].
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 DENSE_ABOVE = 1 / 32  # k / n from which dense products win, measured on CPU at d 1152
+BLOCKS_FROM = 16  # d_sae / k from which two small top-k are faster than one
 CHUNK_ELEMENTS = 2**24  # of a scratch matrix [some rows, n]: 64 MiB in float32; fewer rows slow the product down
 
 
@@ -30,17 +34,14 @@ def chunks(n_rows: int, width: int) -> list[slice]:
 
 
 class Workspace:
-    """The memory of the two weight gradients and one scratch matrix, kept between steps on the CPU, where fresh memory costs more than
-    the sums.
+    """The memory of the weight gradients and of scratch, kept between steps: fresh memory costs more than the sums on a CPU.
 
     A tensor is handed out over the kept memory only when nothing else refers to that memory: a gradient that somebody
     still holds, or that is being added to, is never overwritten. On CUDA PyTorch's own allocator does this.
-    It also counts the tokens screened in bfloat16, and those of them that had to be done again (`sparse_screen.py`).
     """
 
     def __init__(self):
         self._kept: dict[str, torch.UntypedStorage] = {}
-        self.screened = self.unproved = 0
 
     def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return an uninitialised tensor of that shape, in `like`'s dtype and on its device."""
@@ -55,6 +56,87 @@ class Workspace:
 
     def __reduce__(self):
         return Workspace, ()  # a copy or a pickle of an SAE starts with memory of its own
+
+
+def select_topk(
+    x: Tensor,
+    rows: Tensor,
+    bias: Tensor,
+    k: int,
+    norm: Tensor | None,
+    matmul_dtype: torch.dtype,
+    workspace: Workspace | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return values and indices [batch, k] of the k largest (x rows.T + bias) * norm; the values are without the norm.
+
+    The product runs in `matmul_dtype` (autocast), all else in x's own. Ties go to any of the equal latents.
+    """
+    values = x.new_empty(len(x), k)
+    indices = torch.empty(len(x), k, dtype=torch.long, device=x.device)
+    x, columns = x.to(matmul_dtype), rows.to(matmul_dtype).T
+    scaled_bias = bias if norm is None else bias * norm
+    scratch = None
+    for part in chunks(len(x), len(rows)):
+        n_rows = part.stop - part.start
+        if scratch is None:
+            shape = (n_rows, len(rows))
+            scratch = x.new_empty(shape) if workspace is None else workspace.empty("scratch", shape, x)
+        raw = torch.mm(x[part], columns, out=scratch[:n_rows])
+        scores = raw if raw.dtype == values.dtype else raw.to(values.dtype)
+        scores = scores.add_(bias) if norm is None else torch.addcmul(scaled_bias, scores, norm, out=scores)
+        top = largest(scores, k)
+        indices[part] = top
+        values[part] = scores.gather(1, top)
+    return (values if norm is None else values / norm[indices]), indices
+
+
+def largest(scores: Float[Tensor, "rows n"], k: int, as_torch: bool = False) -> Int[Tensor, "rows k"]:
+    """Return the indices of the k largest of each row, in no order.
+
+    Where equal values compete for the last place any of them is taken; `as_torch`: the ones that `torch.topk` takes.
+
+    The columns are cut into blocks (column j is in block j modulo their number). The k blocks of largest maximum hold
+    the k largest values: a value outside them is at most k block maxima. So a top-k over the maxima and one over these
+    blocks do it, which reads the matrix once.
+    """
+    n_rows, n = scores.shape
+    if n < BLOCKS_FROM * k:
+        return scores.topk(k, dim=-1, sorted=False).indices
+    depth = math.isqrt(n // k)
+    n_blocks = n // depth
+    whole = n_blocks * depth
+    table = scores[:, :whole].unflatten(1, (depth, n_blocks))
+    maxima = table.amax(1)
+    blocks = maxima.topk(k, dim=-1, sorted=False).indices
+    candidates = table.gather(2, blocks[:, None].expand(-1, depth, -1)).flatten(1)
+    columns = (torch.arange(0, whole, n_blocks, device=scores.device)[:, None] + blocks[:, None]).flatten(1)
+    if whole < n:
+        candidates = torch.cat([candidates, scores[:, whole:]], dim=1)
+        tail = torch.arange(whole, n, device=scores.device).expand(n_rows, -1)
+        columns = torch.cat([columns, tail], dim=1)
+    values, best = candidates.topk(k, dim=-1, sorted=False)
+    columns = columns.gather(1, best)
+    if as_torch:
+        least = values.amin(1, keepdim=True)
+        reached = (maxima >= least).sum(1) > (maxima.gather(1, blocks) >= least).sum(1)  # in a block that was left out
+        tied = (reached | ((candidates >= least).sum(1) > k)).nonzero()[:, 0]
+        if len(tied):
+            columns[tied] = scores[tied].topk(k, dim=-1, sorted=False).indices
+    return columns
+
+
+def top_positive(
+    pre: Float[Tensor, "tokens d_sae"], k: int, mute: Bool[np.ndarray, " tokens"]
+) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " nnz"], Float[np.ndarray, " nnz"]]:
+    """Return, for every token that is not mute, how many of its k largest values are positive, which and what they are.
+
+    Columns ascend within a token. NaN counts as positive, for the caller to refuse.
+    """
+    columns = largest(pre, k, as_torch=True).sort(dim=-1).values
+    value, column = pre.gather(-1, columns).float().cpu().numpy(), columns.cpu().numpy()
+    keep = ~(value <= 0)
+    keep[mute] = False
+    return keep.sum(axis=1), column[keep], value[keep]
 
 
 def weighted_rows(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:

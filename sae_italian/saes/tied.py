@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from sae_lens import register_sae_training_class
 from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainingSAE, TrainingSAEConfig, TrainStepInput
 from sae_lens.saes.standard_sae import StandardSAEConfig
 from torch import Tensor, nn
-
-from sae_italian import plugin
 
 TIED = "tied"
 
@@ -91,4 +90,4 @@ class TiedTrainingSAE(TrainingSAE[TiedTrainingSAEConfig]):
         state_dict["W_enc"] = directions.T.contiguous().clone()
 
 
-plugin.has_run(__name__)  # SAELens was told nothing while this module was being imported
+register_sae_training_class(TIED, TiedTrainingSAE, TiedTrainingSAEConfig)

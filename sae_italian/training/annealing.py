@@ -20,9 +20,7 @@ def set_k(sae: Any, k: float) -> None:
 
     Raises: UsageError for an SAE without a k.
     """
-    if hasattr(sae, "active_k"):
-        sae.active_k = k
-    elif hasattr(sae.activation_fn, "k"):
+    if hasattr(sae.activation_fn, "k"):
         sae.activation_fn.k = k
     else:
         raise UsageError(

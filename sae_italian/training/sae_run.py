@@ -18,7 +18,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate
 from sae_italian.base.storage import atomic_path, read_json, write_json
 from sae_italian.models import parse_hook_name
-from sae_italian.saes.sparse_trainer import tune
+from sae_italian.saes.sparse import tune
 from sae_italian.training.annealing import annealed_k, set_k
 from sae_italian.training.checkpoint import Metrics
 from sae_italian.training.config import RunSpec

@@ -17,7 +17,7 @@ class TranscoderRun(SAERun):
     """The trainer takes input and target side by side, [tokens, d_in + d_out], each scaled by its own factor."""
 
     def __init__(self, spec: RunSpec, model: Any, out: Path):
-        from sae_italian.saes.transcoder_training import PairScaler
+        from sae_italian.saes.architectures import PairScaler
 
         super().__init__(spec, model, out)
         self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)

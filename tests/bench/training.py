@@ -21,7 +21,6 @@ import torch
 from sae_italian.base.errors import UsageError
 
 SAELENS, OURS, BARE = "saelens topk", "sae_italian sparse_topk", "encoder product + top-k"
-SCREENED = f"{OURS}, bf16_screening"
 ARCHITECTURES = {SAELENS: "topk", OURS: "sparse_topk"}
 
 
@@ -56,8 +55,6 @@ def measure_steps(shape: Shape, *, device: str = "cpu", repeats: int = 5) -> dic
     """Return seconds of forward and backward of each way, and their ratios to ours (above 1: ours is faster)."""
     x = _inputs(shape, device)
     ways: dict[str, Callable[[], Any]] = {name: _step(shape, name, x) for name in ARCHITECTURES}
-    if shape.dtype == "float32":
-        ways[SCREENED] = _step(shape, OURS, x, bf16_screening=True)
     ways[BARE] = _bare(shape, x)
     return _interleaved(ways, shape, device, repeats)
 
@@ -65,9 +62,9 @@ def measure_steps(shape: Shape, *, device: str = "cpu", repeats: int = 5) -> dic
 def measure_trainer(shape: Shape, *, device: str = "cpu", repeats: int = 5) -> dict[str, Any]:
     """Return seconds of SAELens' whole `SAETrainer.step` (statistics, clipping, Adam) with each SAE, and the ratios.
 
-    The third way is our SAE with the trainer tuned by `saes.sparse_trainer.tune`.
+    The third way is our SAE with the trainer tuned by `saes.sparse.tune`.
     """
-    from sae_italian.saes.sparse_trainer import tune
+    from sae_italian.saes.sparse import tune
 
     x = _inputs(shape, device)
     stock, ours, tuned = (_trainer(shape, name, device) for name in (SAELENS, OURS, OURS))
@@ -109,22 +106,19 @@ def _inputs(shape: Shape, device: str) -> torch.Tensor:
     return torch.randn(shape.batch, shape.d_in, generator=generator).to(device, getattr(torch, shape.dtype))
 
 
-def _sae(shape: Shape, name: str, device: str, **fields: Any) -> Any:
+def _sae(shape: Shape, name: str, device: str) -> Any:
     from sae_lens import TrainingSAE
 
-    import sae_italian.plugin
-
-    sae_italian.plugin.install()
     torch.manual_seed(0)
     config = {"d_in": shape.d_in, "d_sae": shape.d_sae, "k": shape.k, "dtype": shape.dtype, "device": device}
-    return TrainingSAE.from_dict({"architecture": ARCHITECTURES[name], **config, **fields})
+    return TrainingSAE.from_dict({"architecture": ARCHITECTURES[name], **config})
 
 
-def _step(shape: Shape, name: str, x: torch.Tensor, **fields: Any) -> Callable[[], None]:
+def _step(shape: Shape, name: str, x: torch.Tensor) -> Callable[[], None]:
     """Return forward and backward of one SAE on x, with no latent dead."""
     from sae_lens.saes.sae import TrainStepInput
 
-    sae = _sae(shape, name, x.device.type, **fields)
+    sae = _sae(shape, name, x.device.type)
     dead = torch.zeros(shape.d_sae, dtype=torch.bool, device=x.device)
     given = TrainStepInput(sae_in=x, dead_neuron_mask=dead, coefficients={}, n_training_steps=0, is_logging_step=False)
 

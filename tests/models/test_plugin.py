@@ -19,12 +19,12 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", ["tied", "topk", "transcoder_training", "transcoders"])
+@pytest.mark.parametrize("module", ["architectures", "tied", "releases", "loading"])
 def test_saelens_is_told_whichever_of_our_modules_imports_it(module):
-    code = f"""import sae_italian.saes.{module}
+    code = f"""import sae_italian.saes.{module}, sae_lens
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-print(len({{"sparse_topk", "transcoder"}} & set(SAE_TRAINING_CLASS_REGISTRY)), "topk_transcoder" in SAE_CLASS_REGISTRY)"""
-    assert run(code) == "2 True"
+print(len({{"sparse_topk", "transcoder", "tied"}} & set(SAE_TRAINING_CLASS_REGISTRY)), "topk_transcoder" in SAE_CLASS_REGISTRY)"""
+    assert run(code) == "3 True"
 
 
 def test_import_is_light_and_loads_no_torch():
@@ -53,8 +53,8 @@ def test_registration_is_idempotent_and_replaces_nothing():
 names, aliases = t.OFFICIAL_MODEL_NAMES, t.MODEL_ALIASES
 before = (list(names), {k: list(v) for k, v in aliases.items()})
 import sae_italian, sae_italian.plugin as p
-p.register_all(); once = (list(names), {k: list(v) for k, v in aliases.items()})
-p.install(); p.register_all()
+p.register_models(); once = (list(names), {k: list(v) for k, v in aliases.items()})
+p.install(); p.register_models()
 assert (t.OFFICIAL_MODEL_NAMES is names) and (t.MODEL_ALIASES is aliases)
 assert once == (list(names), aliases), 'registering twice changed something'
 assert names[:len(before[0])] == before[0] and all(aliases[k] == v for k, v in before[1].items())

@@ -9,8 +9,8 @@ from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
+from sae_italian.saes.architectures import TopKTranscoder, TopKTranscoderConfig
 from sae_italian.saes.jumprelu_export import CHUNK, save_sae, to_jumprelu
-from sae_italian.saes.transcoders import TopKTranscoder, TopKTranscoderConfig
 
 K = 12
 

@@ -181,7 +181,7 @@ from sae_lens.loading import pretrained_sae_loaders as l, pretrained_saes_direct
 import sae_italian.plugin as p
 table = d.get_pretrained_saes_directory(); n = len(table); size = len(l.NAMED_PRETRAINED_SAE_LOADERS)
 sparsify = l.NAMED_PRETRAINED_SAE_LOADERS['sparsify']
-p.register_releases(); p.install()
+p.register_saes(); p.install()
 assert table is d.get_pretrained_saes_directory() and len(table) == n and 'llama_scope_lxtc_8x' in table
 assert size == len(l.NAMED_PRETRAINED_SAE_LOADERS) and l.NAMED_PRETRAINED_SAE_LOADERS['sparsify'] is sparsify
 d.get_pretrained_saes_directory.cache_clear(); fresh = d.get_pretrained_saes_directory()

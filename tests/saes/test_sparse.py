@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_italian.saes import sparse_products
-from sae_italian.saes.sparse import decode, encode_topk
-from sae_italian.saes.sparse_products import Workspace, latent_sums, row_dots, weighted_rows
-from sae_italian.saes.sparse_screen import screened_topk
-from sae_italian.saes.sparse_select import largest, select_topk
+from sae_italian.saes.sparse import decode, encode_rows
+from sae_italian.saes.sparse_products import largest, latent_sums, row_dots, weighted_rows
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -65,7 +63,7 @@ def test_gradients_by_finite_differences(monkeypatch, chunk, d_sae, k):
     W_dec = torch.randn(d_sae, 5, **double)
 
     def reconstruct(x, W_enc, b_enc, W_dec):
-        values, indices = encode_topk(x, W_enc, b_enc, k)
+        values, indices = encode_rows(x, W_enc.T, b_enc, k)
         return decode(values, indices, W_dec)
 
     assert torch.autograd.gradcheck(reconstruct, (x, W_enc, b_enc, W_dec), fast_mode=True)
@@ -76,69 +74,13 @@ def test_input_bias_gets_its_gradient():
     torch.manual_seed(0)
     x, W_enc, b_enc = torch.randn(9, 4), torch.randn(4, 60), torch.randn(60)
     bias = torch.randn(4, requires_grad=True)
-    encode_topk(x - bias, W_enc, b_enc, 3)[0].pow(2).sum().backward()
+    encode_rows(x - bias, W_enc.T, b_enc, 3)[0].pow(2).sum().backward()
     wanted, bias.grad = bias.grad, None
-    encode_topk(x - bias.detach(), W_enc, b_enc, 3, input_bias=bias)[0].pow(2).sum().backward()
+    encode_rows(x - bias.detach(), W_enc.T, b_enc, 3, input_bias=bias)[0].pow(2).sum().backward()
     torch.testing.assert_close(bias.grad, wanted)
 
 
 @pytest.mark.parametrize("k", [0, 61])
 def test_k_out_of_range_is_refused(k):
     with pytest.raises(ValueError, match=f"k is {k}; it must be from 1 to the number of latents, 60"):
-        encode_topk(torch.randn(9, 4), torch.randn(4, 60), torch.randn(60), k)
-
-
-# --- screening in bfloat16 ---------------------------------------------------------------------------------------------
-
-
-def planted(n_tokens: int, d_in: int, n: int, spread: float, seed: int):
-    """Tokens, encoder rows, biases and norms whose scores differ by `spread` of what chance would give."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(n, d_in, generator=generator)
-    rows = rows[:1] + spread * (rows - rows[:1])
-    x = torch.randn(n_tokens, d_in, generator=generator)
-    return x, rows, torch.randn(n, generator=generator), torch.rand(n, generator=generator) + 0.5
-
-
-@pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize("spread", [1.0, 0.02])
-def test_screening_keeps_the_latents_of_the_plain_way(with_norm, spread):
-    """Scores that bfloat16 tells apart, and scores that it does not: the second are ranked again in float32."""
-    x, rows, bias, norm = planted(300, 64, 2000, spread, 0)
-    bias *= spread
-    workspace = Workspace()
-    norm = norm if with_norm else None
-    values, indices = screened_topk(x, rows, bias, 8, norm, torch.float32, workspace)
-    plain_values, plain_indices = select_topk(x, rows, bias, 8, norm, torch.float32)
-    ranked, plain_ranked = indices.sort(dim=1), plain_indices.sort(dim=1)
-    same = (ranked.values == plain_ranked.values).all(1)
-    assert same.float().mean() > 0.99  # the others: scores equal within float32's rounding
-    torch.testing.assert_close(values.sort(1).values, plain_values.sort(1).values, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        values.gather(1, ranked.indices)[same], plain_values.gather(1, plain_ranked.indices)[same], rtol=1e-4, atol=1e-4
-    )
-    assert workspace.screened == 300
-    assert workspace.unproved < 300 if spread == 1 else workspace.unproved > 200
-
-
-def test_screening_proves_what_it_keeps(monkeypatch):
-    """Without the proof, close scores come out wrong: the bound is what keeps them right."""
-    from sae_italian.saes import sparse_screen
-
-    x, rows, bias, _ = planted(300, 64, 2000, 0.02, 1)
-    plain = select_topk(x, rows, 0 * bias, 8, None, torch.float32)[1].sort(1).values
-
-    def agreement() -> float:
-        found = screened_topk(x, rows, 0 * bias, 8, None, torch.float32, Workspace())[1].sort(1).values
-        return float((found == plain).all(1).float().mean())
-
-    assert agreement() > 0.99
-    monkeypatch.setattr(sparse_screen, "_proved", lambda worst, *_: torch.ones_like(worst, dtype=torch.bool))
-    assert agreement() < 0.9
-
-
-def test_screening_meets_not_a_number():
-    x, rows, bias, _ = planted(20, 16, 400, 1.0, 2)
-    x[3, 2] = torch.nan
-    values, _ = screened_topk(x, rows, bias, 4, None, torch.float32, Workspace())
-    assert values[3].isnan().all() and not values[4].isnan().any()
+        encode_rows(torch.randn(9, 4), torch.randn(60, 4), torch.randn(60), k)

@@ -1,6 +1,7 @@
 """Sparse TopK against SAELens' own: the same losses, gradients and training, whatever the settings."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,8 @@ from sae_lens import SAE, LoggingConfig, SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 
-import sae_italian.plugin
-from sae_italian.saes.sparse_trainer import tune
+from sae_italian.saes.sparse import annealed_k, tune
 
-sae_italian.plugin.install()
 D_IN, D_SAE, BATCH = 24, 333, 70
 
 
@@ -143,11 +142,10 @@ def trainer_of(sae, **settings):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-5), ("float32", 1e-3)])
-@pytest.mark.parametrize("tuned, screened", [(False, False), (True, False), (True, True)])
-def test_ten_steps_of_saelens_own_trainer_end_at_the_same_weights(dtype, tolerance, tuned, screened):
+@pytest.mark.parametrize("tuned", [False, True])
+def test_ten_steps_of_saelens_own_trainer_end_at_the_same_weights(dtype, tolerance, tuned):
     """With latents that die after two steps; weights, firing counts and logged metrics agree."""
     saes = pair(dtype=dtype)
-    saes[1].cfg.bf16_screening = screened
     stock, ours = (trainer_of(sae) for sae in saes)
     if tuned:
         tune(ours)
@@ -157,7 +155,6 @@ def test_ten_steps_of_saelens_own_trainer_end_at_the_same_weights(dtype, toleran
         stock.n_training_steps += 1
         ours.n_training_steps += 1
     assert stock.dead_neurons.any() and not stock.dead_neurons.all()
-    assert saes[1]._workspace.screened == (10 * BATCH if screened and dtype == "float32" else 0)
     for name, parameter in saes[0].named_parameters():
         assert furthest(dict(saes[1].named_parameters())[name], parameter) < tolerance, name
     assert torch.equal(ours.act_freq_scores, stock.act_freq_scores)
@@ -206,17 +203,57 @@ def test_the_input_gets_its_gradient():
 
 
 def test_k_can_change_between_steps():
-    _, ours = pair()
-    x = inputs(ours)
-    for k in (D_IN, 10, 1):
-        ours.active_k = k
+    ours = pair(k_anneal_steps=24 - 4)[1]
+    for step, k in ((0, D_IN), (10, 14), (20, 4)):
         wanted = pair(k=k)[0]
-        assert_same(wanted, ours, x, None, 1e-9)
-        assert torch.allclose(ours.encode(x), wanted.encode(x))
+        given = step_input(inputs(ours))
+        given.n_training_steps = step
+        theirs, output = (sae.training_forward_pass(given) for sae in (wanted, ours))
+        assert furthest(output.sae_out, theirs.sae_out) < 1e-9
+        assert torch.allclose(ours.encode(given.sae_in), wanted.encode(given.sae_in))
     assert ours.cfg.k == 4
-    for k in (0, D_SAE + 1):
-        with pytest.raises(ValueError, match="from 1 to d_sae, 333"):
-            ours.active_k = k
+
+
+def test_k_falls_linearly_from_d_in_to_k():
+    """390,625 steps of Llama Scope's 8x recipe: 39,062 of annealing, as `k_warmup_steps` in a published config."""
+
+    def ks(d_in, k, n_steps, steps):
+        cfg: Any = SimpleNamespace(d_in=d_in, d_sae=2 * d_in, k=k, k_anneal_steps=n_steps)
+        return [annealed_k(step, cfg) for step in steps]
+
+    steps = (0, 9_766, 19_531, 39_061, 39_062, 390_624)
+    assert ks(4096, 50, 39_062, steps) == [4096, 3084, 2073, 50, 50, 50]
+    assert ks(64, 50, 0, (0, 3)) == [50, 50]
+    assert ks(32, 50, 50, (3,)) == [50], "it never starts below k"
+    falling = ks(128, 8, 30, range(40))
+    assert falling == sorted(falling, reverse=True) and falling[29] > 8 and falling[30] == 8
+
+
+def test_saelens_own_trainer_anneals_k_and_a_saved_sae_says_nothing_of_it(tmp_path):
+    ours = pair(k_anneal_steps=6)[1]
+    with torch.no_grad():
+        ours.b_enc.fill_(50.0)  # all are positive
+    trainer, kept = trainer_of(ours), []
+    for step in range(8):
+        acts = trainer.step(inputs(ours, seed=step)).feature_acts
+        trainer.n_training_steps += 1
+        kept.append(int(acts._values().count_nonzero()) // BATCH)
+    assert kept == [24, 21, 17, 14, 11, 7, 4, 4]
+    ours.save_inference_model(tmp_path / "ours")
+    loaded = SAE.load_from_disk(tmp_path / "ours")
+    assert type(loaded) is sae_lens.TopKSAE and loaded.cfg.k == 4
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_saelens_own_architectures_have_an_annealed_twin(architecture):
+    config = {"d_in": 16, "d_sae": 64, "k": 4, "k_anneal_steps": 10, "rescale_acts_by_decoder_norm": True}
+    sae: Any = TrainingSAE.from_dict({"architecture": f"annealed_{architecture}", **config})
+    with torch.no_grad():
+        sae.b_enc.fill_(5.0)  # all are positive
+    for step, k in ((0, 16), (5, 10), (10, 4)):
+        given = TrainStepInput(torch.randn(20, 16), {}, None, step, False)
+        acts = sae.training_forward_pass(given).feature_acts
+        assert int((acts.to_dense() if acts.is_sparse else acts).count_nonzero()) == 20 * k
 
 
 def test_saved_as_plain_topk_that_saelens_loads(tmp_path):
@@ -239,7 +276,7 @@ def test_a_checkpoint_of_either_continues_as_the_other(tmp_path):
     loaded: Any = TrainingSAE.load_from_disk(tmp_path / "ours")
     for sae in (blank, loaded, copy.deepcopy(ours)):
         assert torch.equal(sae.W_enc, stock.W_enc) and sae.W_enc.T.is_contiguous()
-    assert type(loaded) is type(ours) and loaded.active_k == 4
+    assert type(loaded) is type(ours)
 
 
 def test_a_gradient_that_is_held_is_not_overwritten():

@@ -1,0 +1,338 @@
+"""The architectures that SAELens lacks, each registered with it: sparse TopK, and transcoders to train and to load.
+
+| name | what it is | saved as |
+|---|---|---|
+| `sparse_topk` | SAELens' `topk` with the same losses and gradients, several times faster (`sparse.py`) | `topk` |
+| `topk_transcoder` | latents of one activation that reconstruct another, TopK | `topk_transcoder` |
+| `transcoder` | the same with ReLU and an L1 penalty | SAELens' `transcoder` |
+
+SAELens' trainer hands a training SAE one tensor per step, so a transcoder's input and target come side by side,
+[tokens, d_in + d_out]; `PairScaler` scales each half by its own factor, as Llama Scope does. What the step returns as
+`sae_in` is the target, so that the trainer's explained variance is that of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import register_sae_class, register_sae_training_class
+from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, TranscoderConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from torch import Tensor, nn
+
+from sae_italian.saes.sparse import decode, encode_rows, set_k
+from sae_italian.saes.sparse_products import Workspace
+
+SPARSE_TOPK, TOPK_TRANSCODER, TRANSCODER = "sparse_topk", "topk_transcoder", "transcoder"
+
+
+@dataclass
+class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
+    """The fields of SAELens' `topk`; `use_sparse_activations` says nothing here, they always are.
+
+    k_anneal_steps: the first training steps, in which the number of latents that may fire falls to k (`sparse.annealed_k`).
+    """
+
+    k_anneal_steps: int = 0
+
+    @classmethod
+    def architecture(cls) -> str:
+        return SPARSE_TOPK
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TopKSAEConfig
+
+
+class SparseTopKTrainingSAE(TopKTrainingSAE):
+    """SAELens' `TopKTrainingSAE`, with the training step on the k kept latents only.
+
+    `feature_acts` of a step is a sparse tensor without gradient, for statistics; `hidden_pre` holds the kept values.
+    Where somebody has hooked `hook_sae_acts_pre` or `hook_sae_acts_post`, which want the whole matrix, the step is
+    SAELens' own. More than `cfg.k` latents are kept in the first `cfg.k_anneal_steps` steps.
+    """
+
+    cfg: SparseTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, cfg: SparseTopKTrainingSAEConfig, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self._workspace = Workspace()
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return TopK(self.cfg.k, use_sparse_activations=False)
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.W_enc.data = latents_first(self.W_enc.data)
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Return losses and reconstruction as SAELens' own does, with sparse `feature_acts`."""
+        set_k(self, step_input)
+        hooks = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
+        if any(hook._forward_hooks or hook._backward_hooks for hook in hooks):
+            return super().training_forward_pass(step_input)
+        return self.sparse_step(step_input.sae_in, step_input.sae_in, step_input.dead_neuron_mask)
+
+    def sparse_step(self, x: Tensor, target: Tensor, dead: Tensor | None) -> TrainStepOutput:
+        """Return the losses of reconstructing `target` [batch, d_out] from x [batch, d_in]; for an SAE they are one.
+
+        dead: boolean [d_sae], the latents that the auxiliary loss trains. Raises: ValueError as SAELens' auxiliary loss.
+        """
+        sae_in, input_bias = self._sparse_input(x)
+        norm = self.get_W_dec_norm() if self.cfg.rescale_acts_by_decoder_norm else None
+        # one view of the encoder for both encodings, so that autograd adds the second's sparse gradient in place
+        rows = self.W_enc.T
+        encoder: dict[str, Any] = {"input_bias": input_bias, "norm": norm}
+        k: int = self.activation_fn.k  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
+        values, indices = encode_rows(sae_in, rows, self.b_enc, k, workspace=self._workspace, **encoder)
+        out = self.hook_sae_recons(decode(values, indices, self.W_dec, workspace=self._workspace) + self.b_dec)
+        out = self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+        losses = {"mse_loss": self.mse_loss_fn(out, target).sum(dim=-1).mean()}
+        losses["auxiliary_reconstruction_loss"] = self._auxiliary_loss(sae_in, rows, encoder, target - out, dead)
+        acts = values.detach() if norm is None else values.detach() * norm[indices]
+        return TrainStepOutput(
+            sae_in=target,
+            sae_out=out,
+            feature_acts=_sparse_acts(acts, indices, self.cfg.d_sae),
+            hidden_pre=values,
+            loss=sum(losses.values(), start=out.new_zeros(())),
+            losses=losses,
+        )
+
+    def _sparse_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the encoder's input, and the bias in it whose gradient the encoder gives; None where autograd does."""
+        if x.requires_grad:
+            return self.process_sae_in(x), None
+        with torch.no_grad():
+            sae_in = self.process_sae_in(x)
+        return sae_in, self.b_dec if self.cfg.apply_b_dec_to_input else None
+
+    def _auxiliary_loss(
+        self, sae_in: Tensor, rows: Tensor, encoder: dict[str, Any], residual: Tensor, dead: Tensor | None
+    ) -> Tensor:
+        """Return SAELens' `calculate_topk_aux_loss`, from the dead latents alone."""
+        latents = None if dead is None else dead.nonzero().flatten()
+        if latents is None or not len(latents):
+            return residual.new_zeros(())
+        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            raise ValueError(
+                f"the auxiliary loss is not defined with normalize_activations={self.cfg.normalize_activations!r}; "
+                "use 'none' or 'expected_average_only_in'"
+            )
+        k_aux = residual.shape[-1] // 2
+        scale = min(len(latents) / k_aux, 1.0)
+        if encoder["norm"] is not None:
+            encoder = {**encoder, "norm": encoder["norm"][latents]}
+        k = min(k_aux, len(latents))
+        values, indices = encode_rows(sae_in, rows, self.b_enc, k, latents=latents, relu=False, **encoder)
+        recons = self.reshape_fn_out(decode(values, indices, self.W_dec, latents=latents), self.d_head)
+        loss = (recons - residual.detach()).pow(2).sum(dim=-1).mean()
+        return self.cfg.aux_loss_coefficient * scale * loss
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        state_dict["W_enc"] = latents_first(state_dict["W_enc"])
+
+
+def latents_first(W_enc: Tensor) -> Tensor:
+    """Return W_enc [d_in, d_sae] laid out so that each latent's column is one run of memory."""
+    return W_enc.T.contiguous().T
+
+
+def _sparse_acts(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    """Return the activations [batch, d_sae] as a sparse tensor."""
+    batch, k = indices.shape
+    tokens = torch.arange(batch, device=indices.device).repeat_interleave(k)
+    where = torch.stack([tokens, indices.flatten()])
+    return torch.sparse_coo_tensor(where, values.flatten(), (batch, d_sae), check_invariants=False)
+
+
+# --- transcoders ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TopKTranscoderConfig(SkipTranscoderConfig):
+    """SAELens' SkipTranscoderConfig with `k`, the number of latents kept per token."""
+
+    k: int = 100
+
+    @classmethod
+    def architecture(cls) -> str:
+        return TOPK_TRANSCODER
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "k": self.k}
+
+
+class TopKTranscoder(SkipTranscoder):
+    """y = TopK(ReLU(x W_enc + b_enc)) W_dec + b_dec + W_skip x; W_skip is zero where there is no skip connection."""
+
+    cfg: TopKTranscoderConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def get_activation_fn(self) -> Callable[[Float[Tensor, "... d_sae"]], Float[Tensor, "... d_sae"]]:
+        return TopK(self.cfg.k, use_sparse_activations=False)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> TopKTranscoder:
+        return cls(TopKTranscoderConfig.from_dict(config_dict))  # pyright: ignore[reportArgumentType]
+
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        raise NotImplementedError("folding the decoder's norm would change which latents are the top k")
+
+
+class _Transcodes:
+    """What a transcoder changes in a training SAE of SAELens: shapes, the target of the loss, the folding of scales."""
+
+    cfg: Any
+    dtype: torch.dtype
+    device: torch.device
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
+    def initialize_weights(self) -> None:
+        """Start W_enc and W_dec as independent random directions of norm `decoder_init_norm` (1 if None), biases zero."""
+        cfg, norm = self.cfg, self.cfg.decoder_init_norm or 1.0
+        place: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+
+        def directions(d: int) -> Float[Tensor, "d_sae d"]:
+            return norm * nn.functional.normalize(torch.randn(cfg.d_sae, d, **place), dim=-1)
+
+        self.W_dec = nn.Parameter(directions(cfg.d_out))
+        self.b_dec, self.b_enc = (nn.Parameter(torch.zeros(d, **place)) for d in (cfg.d_out, cfg.d_sae))
+        self.W_enc = nn.Parameter(directions(cfg.d_in).T.contiguous())
+
+    def process_sae_in(self, sae_in: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
+        return self.hook_sae_input(sae_in.to(self.dtype))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def halves(self, step_input: TrainStepInput) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"]]:
+        """Return input and target of a step; `step_input.sae_in` is [tokens, d_in + d_out]."""
+        x, y = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
+        return x, y.to(self.dtype)
+
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: tuple[float, float]) -> None:
+        """Fold the factors of input and target: latents of raw inputs are those of scaled ones, outputs are raw."""
+        scale_in, scale_out = scaling_factor
+        self.W_enc.data *= scale_in
+        self.W_dec.data /= scale_out
+        self.b_dec.data /= scale_out
+        self.cfg.normalize_activations = "none"
+
+
+@dataclass(kw_only=True)
+class TopKTranscoderTrainingConfig(SparseTopKTrainingSAEConfig):
+    """The fields of `sparse_topk` with the width of the target; saved as `topk_transcoder`."""
+
+    d_out: int
+    apply_b_dec_to_input: bool = False
+
+    @classmethod
+    def architecture(cls) -> str:
+        return TOPK_TRANSCODER
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TopKTranscoderConfig
+
+
+class TopKTranscoderTraining(_Transcodes, SparseTopKTrainingSAE):
+    """A transcoder with TopK latents and sparse gradients: y^ = TopK(x W_enc + b_enc) W_dec + b_dec."""
+
+    cfg: TopKTranscoderTrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.W_enc.data = latents_first(self.W_enc.data)
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Return losses and sparse activations of one step; `step_input.sae_in` is [tokens, d_in + d_out]."""
+        set_k(self, step_input)
+        x, y = self.halves(step_input)
+        return self.sparse_step(x, y, step_input.dead_neuron_mask)
+
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        """Fold the decoder's norms as SAELens' TopK does, and add the skip connection of the saved class: zero."""
+        super().process_state_dict_for_saving_inference(state_dict)
+        state_dict["W_skip"] = torch.zeros(self.cfg.d_out, self.cfg.d_in, dtype=self.dtype)
+
+
+@dataclass(kw_only=True)
+class TranscoderTrainingConfig(StandardTrainingSAEConfig):
+    """SAELens' L1 training config with the width of the target; saved as SAELens' `transcoder`."""
+
+    d_out: int
+    apply_b_dec_to_input: bool = False
+
+    @classmethod
+    def architecture(cls) -> str:
+        return TRANSCODER
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return TranscoderConfig
+
+
+class TranscoderTraining(_Transcodes, StandardTrainingSAE):
+    """A transcoder with ReLU latents and an L1 penalty on latents times decoder norm."""
+
+    cfg: TranscoderTrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Return losses and activations of one step; `step_input.sae_in` is [tokens, d_in + d_out]."""
+        x, y = self.halves(step_input)
+        feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
+        y_hat = self.decode(feature_acts)
+        losses = {"mse_loss": self.mse_loss_fn(y_hat, y).sum(dim=-1).mean()}
+        losses |= self.calculate_aux_loss(replace(step_input, sae_in=y), feature_acts, hidden_pre, y_hat)
+        return TrainStepOutput(
+            sae_in=y,
+            sae_out=y_hat,
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre,
+            loss=sum(losses.values(), start=y_hat.new_zeros(())),
+            losses=losses,
+        )
+
+
+class PairScaler(ActivationScaler):
+    """SAELens' scaler for input and target side by side: each gets the factor sqrt(width) / mean norm."""
+
+    scaling_factor: tuple[float, float] | None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, d_in: int):
+        super().__init__()
+        self.d_in = d_in
+
+    def scale(self, acts: Float[Tensor, "tokens both"]) -> Float[Tensor, "tokens both"]:
+        if self.scaling_factor is None:
+            return acts
+        scale_in, scale_out = self.scaling_factor
+        return torch.cat([acts[:, : self.d_in] * scale_in, acts[:, self.d_in :] * scale_out], dim=-1)
+
+    @torch.no_grad()
+    def estimate_scaling_factor(
+        self, d_in: int, data_provider: Iterator[Tensor], n_batches_for_norm_estimate: int = 16
+    ) -> None:
+        sums, n, d_out = [0.0, 0.0], 0, 0
+        for _ in range(n_batches_for_norm_estimate):
+            halves = next(data_provider).float().tensor_split([d_in], dim=-1)
+            n, d_out = n + len(halves[0]), halves[1].shape[-1]
+            sums = [total + half.norm(dim=-1).sum().item() for total, half in zip(sums, halves, strict=True)]
+        self.scaling_factor = (d_in**0.5 * n / sums[0], d_out**0.5 * n / sums[1])
+
+
+register_sae_class(TOPK_TRANSCODER, TopKTranscoder, TopKTranscoderConfig)
+register_sae_training_class(SPARSE_TOPK, SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig)
+register_sae_training_class(TOPK_TRANSCODER, TopKTranscoderTraining, TopKTranscoderTrainingConfig)
+register_sae_training_class(TRANSCODER, TranscoderTraining, TranscoderTrainingConfig)
