@@ -1,99 +1,19 @@
-"""The SQLite file of a store: its tables, their version, and the way from an earlier version to this one.
-
-Version 1 knew rules only. Version 2 adds what an LLM brings (who explained, with which prompt, in which language), the
-judgements behind a score, the calls that were paid for, and how many examples went without a usable answer. Version 3
-adds the labels of annotated words that single latents detect.
-"""
+"""A SQLite file whose tables are record types: their columns, and what may be found at a path that is opened."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 from urllib.parse import quote
 
 from sae_italian.base.errors import DataError, UsageError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 1  # kept as SQLite's own user_version; files from before the first release have 0
+CALLS_TABLE = "call"  # what was paid for: whatever else changes, it is carried over
 BUSY_S = 60  # a second connection (the call ledger) waits this long for the first one's commit
-
-_TABLES = """
-CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS feature (
-    latent INTEGER PRIMARY KEY,
-    n_active INTEGER NOT NULL,            -- tokens on which the latent fires
-    maximum REAL NOT NULL,
-    n_train INTEGER NOT NULL, n_val INTEGER NOT NULL, n_test INTEGER NOT NULL   -- segments to draw positives from
-);
-CREATE TABLE IF NOT EXISTS explanation (
-    id INTEGER PRIMARY KEY,
-    latent INTEGER NOT NULL,
-    explainer TEXT NOT NULL,              -- token-statistics, token-lookup, llm:MODEL:it1, ...
-    status TEXT NOT NULL,                 -- ok, dead, too few activations, failed
-    text_it TEXT NOT NULL,
-    text_en TEXT NOT NULL,
-    rule TEXT,                            -- JSON, NULL for an LLM's and unless ok
-    kind TEXT NOT NULL DEFAULT 'rule',    -- rule, llm
-    prompt TEXT NOT NULL DEFAULT '',      -- version and hash of the prompt
-    notes TEXT,                           -- JSON: wrong language, examples dropped, why it failed
-    UNIQUE (latent, explainer)
-);
-CREATE TABLE IF NOT EXISTS score (
-    explanation_id INTEGER NOT NULL REFERENCES explanation(id),
-    latent INTEGER NOT NULL,              -- whose examples were judged
-    control TEXT NOT NULL,                -- '', shuffled: the explanation of another latent, empty: a text that explains nothing
-    scorer TEXT NOT NULL,
-    judge TEXT NOT NULL,
-    negatives TEXT NOT NULL,
-    metric TEXT NOT NULL,
-    value REAL, lo REAL, hi REAL,
-    n_positive INTEGER NOT NULL,
-    n_negative INTEGER NOT NULL,
-    n_failed INTEGER NOT NULL DEFAULT 0,  -- examples without a usable answer
-    split TEXT NOT NULL DEFAULT 'test',
-    PRIMARY KEY (latent, explanation_id, control, scorer, judge, negatives, metric)
-);
-CREATE TABLE IF NOT EXISTS judgement (
-    explanation_id INTEGER NOT NULL REFERENCES explanation(id),
-    latent INTEGER NOT NULL,
-    control TEXT NOT NULL,
-    scorer TEXT NOT NULL,
-    judge TEXT NOT NULL,
-    example INTEGER NOT NULL,             -- place in what the scorer showed
-    first INTEGER NOT NULL,               -- position of its first token in the cache
-    negatives TEXT NOT NULL,              -- source of a negative, '' for a positive
-    said INTEGER NOT NULL,                -- 1 yes, 0 no, -1 no usable answer
-    probability REAL,
-    PRIMARY KEY (latent, explanation_id, control, scorer, judge, example)
-);
-CREATE TABLE IF NOT EXISTS call (
-    request_hash TEXT PRIMARY KEY,        -- of model, messages and parameters, not of the endpoint
-    model TEXT NOT NULL,
-    purpose TEXT NOT NULL,                -- explain, repair, detection, fuzzing, simulation
-    status TEXT NOT NULL,                 -- ok, or why there is no answer
-    reply TEXT,                           -- JSON: text, finish reason, log-probabilities
-    tokens_in INTEGER, tokens_cached INTEGER, tokens_out INTEGER,   -- NULL where the server does not say
-    usd REAL,                             -- NULL where the price is not known
-    usd_uncertain REAL NOT NULL DEFAULT 0,  -- at most this much for attempts whose answer was lost
-    latency REAL NOT NULL,                -- seconds, of the attempt that was answered
-    attempts INTEGER NOT NULL,
-    created TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS label (
-    latent INTEGER NOT NULL,
-    label TEXT NOT NULL,                  -- UPOS=NOUN, Gender=Fem,Number=Plur, Language=it, ...
-    source TEXT NOT NULL,                 -- whose words: UD ISDT, ...
-    f1 REAL NOT NULL, lo REAL, hi REAL,   -- with its 95 % interval over sentences or documents
-    precision REAL NOT NULL, recall REAL NOT NULL,
-    n INTEGER NOT NULL,                   -- words that bear the label among those that were judged
-    threshold REAL NOT NULL DEFAULT 0,    -- the latent says yes above this share of its maximum
-    PRIMARY KEY (latent, label, source)
-);
-"""
-_NEW_COLUMNS = {  # version 1 -> 2
-    "explanation": ("kind TEXT NOT NULL DEFAULT 'rule'", "prompt TEXT NOT NULL DEFAULT ''", "notes TEXT"),
-    "score": ("n_failed INTEGER NOT NULL DEFAULT 0", "split TEXT NOT NULL DEFAULT 'test'"),
-}
 _ELSEWHERE = {  # primary result codes of what is wrong with the folder or another process, not with the file
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_BUSY,
@@ -103,22 +23,72 @@ _ELSEWHERE = {  # primary result codes of what is wrong with the folder or anoth
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_CANTOPEN,
 }
-TABLES = ("run", "feature", "explanation", "score", "judgement", "call", "label")
+_TYPES = {int: "INTEGER", float: "REAL", str: "TEXT"}
+R = TypeVar("R", bound=NamedTuple)
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open or create the file, bringing an older version up to this one in one transaction.
+class Table(Generic[R]):
+    """A record type (a NamedTuple) as a table: field by field its columns, a dict kept as JSON.
 
-    Raises: DataError when it is no store, UsageError when a newer sae_italian wrote it or it cannot be written.
+    `key` names the columns that tell two rows apart; with `numbered` a row also has an `id` of its own.
+    """
+
+    def __init__(self, name: str, record: type[R], key: Sequence[str], *, numbered: bool = False):
+        self.name, self.record = name, record
+        kinds = [getattr(hint, "__args__", (hint,)) for hint in get_type_hints(record).values()]
+        self._as_json = [kind[0] not in _TYPES for kind in kinds]
+        self.json_columns = [name for name, json_ in zip(record._fields, self._as_json, strict=True) if json_]
+        columns = ["id INTEGER PRIMARY KEY"] if numbered else []
+        for field, kind in zip(record._fields, kinds, strict=True):
+            columns.append(f"{field} {_TYPES.get(kind[0], 'TEXT')}{'' if type(None) in kind else ' NOT NULL'}")
+        columns.append(f"{'UNIQUE' if numbered else 'PRIMARY KEY'} ({', '.join(key)})")
+        self.create = f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(columns)})"
+
+    def add(self, connection: sqlite3.Connection, records: Iterable[R], *, replace: bool = False) -> None:
+        """Insert records; with `replace` in the place of those with the same key."""
+        fields = self.record._fields
+        verb = "INSERT OR REPLACE" if replace else "INSERT"
+        statement = f"{verb} INTO {self.name} ({', '.join(fields)}) VALUES ({', '.join('?' * len(fields))})"
+        connection.executemany(statement, (self._values(record) for record in records))
+
+    def _values(self, record: R) -> list[Any]:
+        return [
+            json.dumps(value, ensure_ascii=False) if as_json and value is not None else value
+            for value, as_json in zip(record, self._as_json, strict=True)
+        ]
+
+    def select(
+        self, connection: sqlite3.Connection, rest: str = "", parameters: Sequence[Any] = ()
+    ) -> Iterator[tuple[int, R]]:
+        """Yield each row's number and record; `rest` is what comes after FROM."""
+        query = f"SELECT rowid, {', '.join(self.record._fields)} FROM {self.name} {rest}"
+        for number, *values in connection.execute(query, parameters):
+            parsed = zip(values, self._as_json, strict=True)
+            yield number, self.record._make(json.loads(v) if as_json and v is not None else v for v, as_json in parsed)
+
+
+def connect(
+    path: Path, tables: Iterable[Table[Any]], *, durable: bool = False, forget: bool = False
+) -> sqlite3.Connection:
+    """Open or create the file. With `durable` a commit is on the disk itself before it returns.
+
+    With `forget` everything but the calls is dropped, an earlier version's tables too. Raises: DataError when it is no
+    store, UsageError when another version of sae_italian wrote it or it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the call ledger is opened in one thread and used in another, never in two at once
+    # the call ledger is opened in one thread and used in others, never in two at once
     connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")  # a killed process loses nothing; the file stays whole
+        # NORMAL loses no commit when the process is killed, but may when the power fails
+        connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
         connection.execute("BEGIN IMMEDIATE")
-        _migrate(connection, path)
+        found = _tables_of(connection, path, carry_over=forget)
+        for name in found - {CALLS_TABLE} if forget else ():
+            connection.execute(f"DROP TABLE {name}")
+        for table in tables:
+            connection.execute(table.create)
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         connection.execute("COMMIT")
     except sqlite3.DatabaseError as error:
         connection.close()
@@ -133,10 +103,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def connect_to_read(path: Path) -> sqlite3.Connection:
-    """Open a file that cannot be written, or shall not be; an older version is brought up to this one in memory.
-
-    Raises: DataError when it is no store, UsageError when a newer sae_italian wrote it or it cannot be read.
-    """
+    """Open a file that cannot be written, or shall not be. Raises: as `connect`."""
     name = f"file:{quote(str(path.resolve()))}?mode=ro"
     # a store in WAL mode whose folder is read only opens as immutable, unless somebody else has it open
     problem = ""
@@ -144,14 +111,8 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
         connection = None
         try:
             connection = sqlite3.connect(address, uri=True, timeout=BUSY_S, check_same_thread=False)
-            version = connection.execute("SELECT value FROM run WHERE key = 'schema_version'").fetchone()
-            if version and version[0] == str(SCHEMA_VERSION):
-                return connection
-            copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-            connection.backup(copy)
-            connection.close()
-            _migrate(copy, path)
-            return copy
+            _tables_of(connection, path)
+            return connection
         except sqlite3.OperationalError as error:
             problem = str(error)
         except sqlite3.DatabaseError as error:
@@ -161,25 +122,20 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
     raise UsageError(f"{path} cannot be read: {problem}.")
 
 
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if tables and not tables & set(TABLES):
-        raise sqlite3.DatabaseError(f"its tables are {', '.join(sorted(tables))}")
-    rows = (
-        connection.execute("SELECT value FROM run WHERE key = 'schema_version'").fetchone() if "run" in tables else None
-    )
-    version = int(json.loads(rows[0])) if rows else SCHEMA_VERSION
+def _tables_of(connection: sqlite3.Connection, path: Path, *, carry_over: bool = False) -> set[str]:
+    """Return the names of the tables. Raises: UsageError for another version, DatabaseError for what is no store."""
+    found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if found and not found & {"run", "explanation", CALLS_TABLE}:
+        raise sqlite3.DatabaseError(f"its tables are {', '.join(sorted(found))}")
     if version > SCHEMA_VERSION:
         raise UsageError(
             f"{path} was written by a newer sae_italian (schema {version}, this one knows {SCHEMA_VERSION}). "
             "Upgrade, or name another file."
         )
-    if version < 2:
-        for table, columns in _NEW_COLUMNS.items():
-            for column in columns if table in tables else ():
-                connection.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
-    for statement in _TABLES.split(";"):
-        if statement.strip():
-            connection.execute(statement)
-    if rows and version < SCHEMA_VERSION:
-        connection.execute("UPDATE run SET value = ? WHERE key = 'schema_version'", (str(SCHEMA_VERSION),))
+    if found and version < SCHEMA_VERSION and not carry_over:
+        raise UsageError(
+            f"{path} was written by an earlier sae_italian. Run `sae-italian autointerp {path.parent} --overwrite` again: "
+            "answers of language models that were paid for are carried over."
+        )
+    return found

@@ -141,7 +141,7 @@ class Run:
         if self.run_units is None:
             self.work.prepare()
         for batch in self._map(explain_batch, todo, "explain"):
-            self.store.add_explained(
+            self.store.add_explanations(
                 [explanation for found in batch for explanation in found.explanations],
                 [self._feature(found) for found in batch],
             )

@@ -7,68 +7,126 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_italian.autointerp.database import SCHEMA_VERSION, connect, connect_to_read
+from sae_italian.autointerp.database import CALLS_TABLE, Table, connect, connect_to_read
 from sae_italian.base.errors import DataError, UsageError
 
-NO_ANSWER = "no answer"  # status of what the endpoint kept failing on: a rerun asks again
+NO_ANSWER = "no answer"  # status of what the endpoint failed on or refused: a rerun asks again
+UNANSWERED = -2  # what a judge `said` where the endpoint failed: a rerun judges the latent again
 NOW = "@now"  # ends the explainer's name of what was made on demand (now.py), which belongs to no run
 
 
-class Explanation(NamedTuple):
+class Setting(NamedTuple):
+    """What the store belongs to, and what was noticed while it was filled."""
+
+    key: str
+    value: str
+
+
+class Feature(NamedTuple):
+    """How much there is to see of a latent: what decides whether it can be explained."""
+
     latent: int
-    explainer: str
+    n_active: int  # tokens on which it fires
+    maximum: float
+    n_train: int  # segments on which it is active, to draw positives from
+    n_val: int
+    n_test: int
+
+
+class Explanation(NamedTuple):
+    """One explainer's text about one latent."""
+
+    latent: int
+    explainer: str  # token-statistics, token-lookup, llm:MODEL:it1, ...
     status: str  # ok, dead, too few activations, failed (the LLM's answer is unusable), no answer
     text_it: str
     text_en: str
-    rule: dict[str, Any] | None
+    rule: dict[str, Any] | None  # None for an LLM's, and unless ok
     kind: str = "rule"  # or llm
-    prompt: str = ""
-    notes: dict[str, Any] | None = None
+    prompt: str = ""  # version and hash of the prompt
+    notes: dict[str, Any] | None = None  # wrong language, examples dropped, why it failed
 
     def text(self, language: str) -> str:
         """Return the text in that language, else in the other one."""
         return (self.text_it or self.text_en) if language == "it" else (self.text_en or self.text_it)
 
 
-class Feature(NamedTuple):
-    """How much there is to see of a latent: what decides whether it can be explained. Field by field the table."""
+class ScoreRow(NamedTuple):
+    """One metric of one explanation under one judge."""
 
-    latent: int
-    n_active: int  # tokens
-    maximum: float
-    n_train: int  # segments on which it is active
-    n_val: int
-    n_test: int
+    explanation_id: int
+    latent: int  # whose examples were judged
+    control: str  # "", shuffled: the explanation of another latent, empty: a text that explains nothing
+    scorer: str
+    judge: str
+    negatives: str
+    metric: str
+    value: float | None
+    lo: float | None
+    hi: float | None
+    n_positive: int
+    n_negative: int
+    n_failed: int = 0  # examples without a usable answer
+    split: str = "test"
 
 
 class Judgement(NamedTuple):
-    """One judge's answer about one example. Field by field the table `judgement`."""
+    """One judge's answer about one example."""
 
     explanation_id: int
     latent: int
     control: str
     scorer: str
     judge: str
-    example: int
-    first: int
-    negatives: str
-    said: int
+    example: int  # place in what the scorer showed
+    first: int  # position of its first token in the cache
+    negatives: str  # source of a negative, "" for a positive
+    said: int  # 1 yes, 0 no, -1 an unusable answer, -2 no answer
     probability: float | None
 
 
+class Call(NamedTuple):
+    """One question to a language model, and what came back."""
+
+    request_hash: str  # of model, messages and parameters, not of the endpoint
+    model: str
+    purpose: str  # explain, repair, detection, fuzzing, simulation
+    status: str  # ok, or why there is no answer
+    reply: dict[str, Any] | None  # text, finish reason, log-probabilities
+    tokens_in: int | None  # None where the server does not say
+    tokens_cached: int | None
+    tokens_out: int | None
+    usd: float | None  # None where the price is not known
+    usd_uncertain: float  # at most this much for attempts whose answer was lost
+    latency: float  # seconds
+    attempts: int
+    created: str
+
+
 class Label(NamedTuple):
-    """One label that a latent detects, on words that did not choose the latent. Field by field the table `label`."""
+    """One label that a latent detects, on words that did not choose the latent."""
 
     latent: int
-    label: str  # UPOS=NOUN, Gender=Fem,Number=Plur
-    source: str  # UD ISDT
+    label: str  # UPOS=NOUN, Gender=Fem,Number=Plur, Language=it
+    source: str  # whose words: UD ISDT
     f1: float
-    lo: float | None
+    lo: float | None  # 95 % interval over sentences or documents
     hi: float | None
     precision: float
     recall: float
-    n: int
-    threshold: float = 0.0  # share of the latent's maximum
+    n: int  # words that bear the label among those that were judged
+    threshold: float = 0.0  # the latent says yes above this share of its maximum
+
+
+_WHERE = ("latent", "explanation_id", "control", "scorer", "judge")
+SETTINGS = Table("run", Setting, ["key"])
+FEATURES = Table("feature", Feature, ["latent"])
+EXPLANATIONS = Table("explanation", Explanation, ["latent", "explainer"], numbered=True)
+SCORES = Table("score", ScoreRow, [*_WHERE, "negatives", "metric"])
+JUDGEMENTS = Table("judgement", Judgement, [*_WHERE, "example"])
+CALLS = Table(CALLS_TABLE, Call, ["request_hash"])
+LABELS = Table("label", Label, ["latent", "label", "source"])
+TABLES = {table.name: table for table in (SETTINGS, FEATURES, EXPLANATIONS, SCORES, JUDGEMENTS, CALLS, LABELS)}
 
 
 class Store:
@@ -77,24 +135,21 @@ class Store:
     def __init__(self, path: Path, identity: dict[str, Any], *, read_only: bool = False):
         """Open or create. Raises: UsageError when the file belongs to another cache or configuration."""
         self.path = path
-        self.connection = connect_to_read(path) if read_only else connect(path)
-        known = dict(self.connection.execute("SELECT key, value FROM run"))
-        wanted = {"schema_version": str(SCHEMA_VERSION)} | {key: json.dumps(value) for key, value in identity.items()}
-        unused = self.connection.execute(
-            "SELECT NOT EXISTS (SELECT 1 FROM explanation WHERE explainer NOT LIKE ?)", ("%" + NOW,)
-        ).fetchone()[0]
+        self.connection = connect_to_read(path) if read_only else connect(path, TABLES.values())
+        known, wanted = self.notes(), {key: json.dumps(value) for key, value in identity.items()}
+        query = "SELECT NOT EXISTS (SELECT 1 FROM explanation WHERE explainer NOT LIKE ?)"
+        unused = self.connection.execute(query, ("%" + NOW,)).fetchone()[0]
         for key, value in wanted.items():
-            if unused and key not in known:  # labels, or what was asked on demand, came first: claimed now
-                continue
-            if "schema_version" in known and known.get(key) != value:
+            # labels, or what was asked on demand, may come first: what they did not say is claimed now
+            if known.get(key) != value and not (unused and key not in known):
                 self.connection.close()
                 raise UsageError(
                     f"{path} was made with another {key} ({known.get(key)} then, {value} now): its scores do not hold "
                     "for this run. Use --overwrite, or name another file."
                 )
-        if "schema_version" not in known or (unused and not read_only):
+        if unused and not read_only:
             with self.connection:
-                self.connection.executemany("INSERT OR IGNORE INTO run VALUES (?, ?)", wanted.items())
+                SETTINGS.add(self.connection, map(Setting._make, wanted.items()), replace=True)
 
     def __enter__(self) -> Store:
         return self
@@ -110,11 +165,11 @@ class Store:
         Raises: UsageError when it worked here with others; what it only tried without a result binds nobody.
         """
         key, value = f"settings of {name}", json.dumps(settings, sort_keys=True, ensure_ascii=False)
-        known = self.connection.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
-        if known is None or known[0] != value and not self._worked(name.partition(" ")[2]):
+        known = self.notes().get(key)
+        if known is None or known != value and not self._worked(name.partition(" ")[2]):
             self.note(key, value)
-        elif known[0] != value:
-            then, now = json.loads(known[0]), json.loads(value)
+        elif known != value:
+            then, now = json.loads(known), json.loads(value)
             changed = ", ".join(sorted(k for k in then | now if then.get(k) != now.get(k)))
             raise UsageError(
                 f"{self.path} holds work of {name} with other settings ({changed}). Use --overwrite, or name another file."
@@ -128,29 +183,25 @@ class Store:
     def note(self, key: str, value: str) -> None:
         """Keep a fact about the run, such as what an endpoint cannot do."""
         with self.connection:
-            self.connection.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
+            SETTINGS.add(self.connection, [Setting(key, value)], replace=True)
 
     def notes(self) -> dict[str, str]:
         return dict(self.connection.execute("SELECT key, value FROM run"))
 
     # --- explanations --------------------------------------------------------------------------------------------------
 
-    def add_explanations(self, explanations: Iterable[Explanation]) -> None:
-        """Add explanations at once; one that there was no answer for gives way to a later one."""
-        with self.connection:
-            self._add_explanations(explanations)
+    def add_explanations(self, explanations: Iterable[Explanation], features: Iterable[Feature] = ()) -> None:
+        """Add explanations and what they were made from, together or not at all.
 
-    def _add_explanations(self, explanations: Iterable[Explanation]) -> None:
-        rows = [(*e[:5], _json(e.rule), e.kind, e.prompt, _json(e.notes)) for e in explanations]
-        self.connection.executemany(
-            "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?",
-            [(row[0], row[1], NO_ANSWER) for row in rows],
-        )
-        self.connection.executemany(
-            "INSERT INTO explanation (latent, explainer, status, text_it, text_en, rule, kind, prompt, notes) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            rows,
-        )
+        An explanation that there was no answer for gives way to a later one.
+        """
+        rows = list(explanations)
+        unanswered = [(row.latent, row.explainer, NO_ANSWER) for row in rows]
+        with self.connection:
+            FEATURES.add(self.connection, features, replace=True)
+            query = "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?"
+            self.connection.executemany(query, unanswered)
+            EXPLANATIONS.add(self.connection, rows)
 
     def replace_explanations(self, explanations: Sequence[Explanation]) -> dict[str, int]:
         """Put explanations in the place of their explainer's earlier ones of the latent; return their ids by explainer.
@@ -159,22 +210,20 @@ class Store:
         """
         old = "SELECT id FROM explanation WHERE latent = ? AND explainer = ?"
         with self.connection:
-            for explanation in explanations:
-                for table, column in (
-                    ("judgement", "explanation_id"),
-                    ("score", "explanation_id"),
-                    ("explanation", "id"),
-                ):
-                    self.connection.execute(f"DELETE FROM {table} WHERE {column} IN ({old})", explanation[:2])
+            for where in ("judgement WHERE explanation_id", "score WHERE explanation_id", "explanation WHERE id"):
+                self.connection.executemany(f"DELETE FROM {where} IN ({old})", [e[:2] for e in explanations])
         self.add_explanations(explanations)
         return {e.explainer: self.connection.execute(old, e[:2]).fetchone()[0] for e in explanations}
 
     def explanations_of(self, latent: int) -> dict[str, Explanation]:
         """Return the explanations of one latent by explainer."""
-        query = """SELECT latent, explainer, status, text_it, text_en, rule, kind, prompt, notes
-                   FROM explanation WHERE latent = ? ORDER BY id"""
-        rows = self.connection.execute(query, (latent,)).fetchall()
-        return {row[1]: _explanation(row) for row in rows}
+        found = EXPLANATIONS.select(self.connection, "WHERE latent = ? ORDER BY id", (latent,))
+        return {explanation.explainer: explanation for _, explanation in found}
+
+    def explanations(self, explainer: str) -> dict[int, tuple[int, Explanation]]:
+        """Return id and explanation by latent."""
+        found = EXPLANATIONS.select(self.connection, "WHERE explainer = ? ORDER BY latent", (explainer,))
+        return {row[1].latent: row for row in found}
 
     def explained(self, explainer: str | None = None) -> set[int]:
         """Return the latents that are done, by that explainer or by any."""
@@ -183,51 +232,40 @@ class Store:
 
     def explainers(self) -> list[str]:
         """Return the names that explanations are kept under, in the order of their first one."""
-        return [
-            name for (name,) in self.connection.execute("SELECT explainer FROM explanation GROUP BY 1 ORDER BY min(id)")
-        ]
-
-    def explanations(self, explainer: str) -> dict[int, tuple[int, Explanation]]:
-        """Return id and explanation by latent."""
-        query = (
-            "SELECT id, latent, explainer, status, text_it, text_en, rule, kind, prompt, notes "
-            "FROM explanation WHERE explainer = ? ORDER BY latent"
-        )
-        found = {}
-        for row_id, *fields in self.connection.execute(query, (explainer,)):
-            explanation = _explanation(fields)
-            found[explanation.latent] = (row_id, explanation)
-        return found
-
-    def add_explained(self, explanations: Iterable[Explanation], features: Iterable[Feature]) -> None:
-        """Add explanations and what they were made from, together or not at all."""
-        with self.connection:
-            self.connection.executemany("INSERT OR REPLACE INTO feature VALUES (?, ?, ?, ?, ?, ?)", features)
-            self._add_explanations(explanations)
-
-    def features(self) -> dict[int, Feature]:
-        """Return what is known of the latents that were looked at, the dead and the rare among them."""
-        return {row[0]: Feature(*row) for row in self.connection.execute("SELECT * FROM feature ORDER BY latent")}
+        query = "SELECT explainer FROM explanation GROUP BY 1 ORDER BY min(id)"
+        return [name for (name,) in self.connection.execute(query)]
 
     # --- scores --------------------------------------------------------------------------------------------------------
 
     def scored(self, explainer: str | None = None, judge: str | None = None) -> set[int]:
-        """Return the latents with scores, of that explainer's explanations or of any, by that judge or by any."""
+        """Return the latents with scores, of that explainer's explanations or of any, by that judge or by any.
+
+        Those on which the judge's endpoint failed are not among them.
+        """
         query = """SELECT DISTINCT score.latent FROM score JOIN explanation ON explanation.id = score.explanation_id
-                   WHERE explainer = coalesce(?, explainer) AND judge = coalesce(?, judge)"""
-        return {latent for (latent,) in self.connection.execute(query, (explainer, judge))}
+                   WHERE explainer = coalesce(?, explainer) AND judge = coalesce(?, judge)
+                   EXCEPT
+                   SELECT judgement.latent FROM judgement JOIN explanation ON explanation.id = explanation_id
+                   WHERE explainer = coalesce(?, explainer) AND judge = coalesce(?, judge) AND said = ?"""
+        who = (explainer, judge)
+        return {latent for (latent,) in self.connection.execute(query, (*who, *who, UNANSWERED))}
 
     def add_scores(self, rows: Iterable[Sequence[Any]], judgements: Iterable[Judgement] = ()) -> None:
         """Add all score rows of one latent at once, and what they rest on: a latent is scored whole or not at all.
 
-        A row is the table's first twelve columns, and then, if given, `n_failed` and `split`.
+        A row has `ScoreRow`'s fields. Scores that rest on missing answers give way to later ones.
         """
+        judged = list(judgements)
+        ids = ", ".join(str(number) for number in {row.explanation_id for row in judged})
+        where = f"latent = ? AND judge = ? AND explanation_id IN ({ids})"
         with self.connection:
-            self.connection.executemany(
-                "INSERT INTO score VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [(*row, *(0, "test")[len(row) - 12 :]) for row in rows],
-            )
-            self.connection.executemany("INSERT INTO judgement VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", judgements)
+            for key in {(row.latent, row.judge) for row in judged}:
+                query = f"SELECT EXISTS (SELECT 1 FROM judgement WHERE {where} AND said = ?)"
+                if self.connection.execute(query, (*key, UNANSWERED)).fetchone()[0]:
+                    for table in ("score", "judgement"):
+                        self.connection.execute(f"DELETE FROM {table} WHERE {where}", key)
+            SCORES.add(self.connection, (ScoreRow(*row) for row in rows))
+            JUDGEMENTS.add(self.connection, judged)
 
     def values(
         self,
@@ -257,39 +295,18 @@ class Store:
         """Return the judges that scored here, the first one first."""
         return [name for (name,) in self.connection.execute("SELECT judge FROM score GROUP BY 1 ORDER BY min(rowid)")]
 
-    def scores_of(self, latent: int) -> list[dict[str, Any]]:
-        """Return all score rows of one latent, the control included, as dicts."""
-        query = """SELECT explainer, control, scorer, judge, negatives, metric, value, lo, hi, n_positive, n_negative,
-                          n_failed
-                   FROM score JOIN explanation ON explanation.id = score.explanation_id
-                   WHERE score.latent = ? ORDER BY explainer, control, scorer, judge, negatives, metric"""
-        cursor = self.connection.execute(query, (latent,))
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor]
-
-    # --- labels ---------------------------------------------------------------------------------------------------------
+    # --- labels and calls ------------------------------------------------------------------------------------------------
 
     def add_labels(self, labels: Iterable[Label]) -> None:
         """Add labels at once; earlier ones of the same sources give way."""
         rows = list(labels)
         with self.connection:
-            sources = [(source,) for source in dict.fromkeys(row.source for row in rows)]
-            self.connection.executemany("DELETE FROM label WHERE source = ?", sources)
-            self.connection.executemany("INSERT INTO label VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self.connection.executemany("DELETE FROM label WHERE source = ?", {(row.source,) for row in rows})
+            LABELS.add(self.connection, rows)
 
-    def labels(self, latent: int | None = None) -> list[Label]:
-        """Return the labels of one latent, or of all, the best F1 first."""
-        query = """SELECT latent, label, source, f1, lo, hi, precision, recall, n, threshold FROM label
-                   WHERE latent = coalesce(?, latent) ORDER BY f1 DESC, latent, label, source"""
-        return [Label(*row) for row in self.connection.execute(query, (latent,))]
-
-    # --- the calls -----------------------------------------------------------------------------------------------------
-
-    def forget(self) -> None:
-        """Drop explanations, scores, labels and settings; the calls stay, they were paid for and answer a rerun."""
-        with self.connection:
-            for table in ("judgement", "score", "explanation", "feature", "label", "run"):
-                self.connection.execute(f"DELETE FROM {table}")
+    def labels(self) -> list[Label]:
+        """Return all labels, the best F1 first."""
+        return [label for _, label in LABELS.select(self.connection, "ORDER BY f1 DESC, latent, label, source")]
 
     def spending(self) -> dict[str, Any]:
         """Return calls, tokens and cost by model; `usd` is None where a call's price is not known."""
@@ -300,23 +317,12 @@ class Store:
         return {model: dict(zip(names, rest, strict=True)) for model, *rest in self.connection.execute(query)}
 
 
-def _explanation(row: Sequence[Any]) -> Explanation:
-    *fields, rule, kind, prompt, notes = row
-    parsed = [None if text is None else json.loads(text) for text in (rule, notes)]
-    return Explanation._make([*fields, parsed[0], kind, prompt, parsed[1]])
-
-
 def forget(path: Path) -> None:
-    """Drop all of a store but its calls, if there is one; a file that is no store is removed."""
+    """Drop all of a store but its calls, which were paid for and answer a rerun; a file that is no store is removed."""
     if not path.is_file():
         return
     try:
-        with Store(path, {}) as store:
-            store.forget()
+        connect(path, TABLES.values(), forget=True).close()
     except DataError:
         for ending in ("", "-wal", "-shm"):
             path.with_name(path.name + ending).unlink(missing_ok=True)
-
-
-def _json(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False)

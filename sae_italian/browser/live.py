@@ -16,12 +16,11 @@ import torch
 
 from sae_italian.analysis.causal.ablation import ablate
 from sae_italian.analysis.causal.steer import steer
-from sae_italian.autointerp.database import connect
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.now import config_of, keep
 from sae_italian.autointerp.run import STORE_FILE, AutointerpConfig
 from sae_italian.autointerp.shown import latent_examples
-from sae_italian.autointerp.store import Explanation
+from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 from sae_italian.browser.exports.passages import pieces, rounded, storable
@@ -197,7 +196,7 @@ class Live:
         """Where calls to an LLM are kept: with the cache, or in a file of this session where that cannot be written."""
         path = self.cache.folder / STORE_FILE
         try:
-            connect(path).close()
+            Store(path, {}).connection.close()
         except SaeItalianError:
             self._folder = TemporaryDirectory(prefix="sae-italian-")  # goes with this object
             return Path(self._folder.name) / STORE_FILE

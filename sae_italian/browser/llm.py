@@ -27,26 +27,28 @@ class Endpoint:
     def client(self, ledger: Path) -> Any:
         """Return the client, not yet opened. Raises: UsageError for an address, a key or a budget that cannot hold."""
         from sae_italian.autointerp.llm.client import Client
-        from sae_italian.autointerp.llm.prices import PRICE_FILE
+        from sae_italian.autointerp.llm.settings import LLMSettings
 
-        return Client(
-            self.url,
-            self.model,
-            ledger,
-            concurrency=1,
+        settings = LLMSettings(
+            explainer="llm",
+            endpoint=self.url,
+            llm_model=self.model,
+            language=self.language,  # pyright: ignore[reportArgumentType]
             max_usd=self.max_usd,
-            prices=self.prices or PRICE_FILE,
-            key_variable=self.key_variable,
+            prices=self.prices,
+            key_env=self.key_variable,
             timeout=TIMEOUT,
             attempts=ATTEMPTS,
+            concurrency=1,
         )
+        return Client(settings, ledger)
 
     def explain(self, examples: LatentExamples, ledger: Path) -> Explanation:
         """Return one explanation; the call is kept in the ledger, which answers when it is asked again."""
-        from sae_italian.autointerp.llm.explainer import ExplainerConfig, LLMExplainer
+        from sae_italian.autointerp.llm.explainer import LLMExplainer
 
         with self.client(ledger) as client:
-            explainer = LLMExplainer(client, ExplainerConfig(self.language))
+            explainer = LLMExplainer(client)
             try:
                 return explainer.explain(examples)[0]
             except UsageError as error:  # the server is down: the rule beside it is shown all the same

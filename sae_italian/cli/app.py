@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "corpora stats": ("corpora:stats", "tokens per word, document lengths, share of Italian, what is dropped and why"),
     "corpora pretokenize": ("corpora:pretokenize", "write packed tokens that SAELens and our trainer read"),
     "export": ("export:export", "write a cache, its explanations or an SAE in another program's format: --to FORMAT"),
+    "explainita evaluate": ("explainita:evaluate", "score a submission file against the gold file"),
+    "explainita predict": ("explainita:predict", "write a submission file; with --sae replay the data's activations"),
 }
 GROUPS: dict[str, str] = {
     "models": "language models: the catalogue, and whether one is loaded as it should be",
@@ -35,6 +37,7 @@ GROUPS: dict[str, str] = {
 # What was spelled otherwise before -> how it is spelled now. Scripts get an answer that they can be mended by.
 OLD_COMMANDS: dict[str, str] = {
     "corpora preview": "corpora show CORPUS --documents N",
+    "explainita replay": "explainita predict DATA --sae SAE",
     "cache export": "export CACHE --to delphi (or datasets)",
     "autointerp export": "export CACHE --to parquet (or jsonl, wandb-tables)",
     "saes export": "export SAE --to jumprelu",
@@ -48,6 +51,14 @@ OLD_OPTIONS: dict[str, str] = {
     "corpora --no-bos": "the word prepend_bos=false",
     "corpora --windows-per-shard": "the word windows_per_shard=N",
     "corpora --workers": "gone: all CPUs tokenise",
+    "--concurrency": "the word concurrency=N",
+    "--key-env": "the word key_env=NAME",
+    "--prices": "the word prices=FILE",
+    "--context-tokens": "the word context_tokens=N",
+    "--shown": "the word shown=top (or deciles)",
+    "--promoted": "the word promoted=true",
+    "--llm-tokenizer": "the word llm_tokenizer=NAME",
+    "--timeout": "the word timeout=SECONDS",
     "export --model-id": "the word model_id=NAME",
     "export --set": "the word set=NAME",
     "export --suffix": "the word suffix=NAME",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from sae_italian.cli.base import Commands, Result, engine_options, positive, unit_map
-from sae_italian.cli.llm import client_of, estimate_llm, llm_options, llm_text, run_llm, wants_llm
+from sae_italian.cli.llm import llm_options, settings_of
 
 
 def add_commands(root: Commands) -> None:
@@ -23,16 +24,19 @@ def add_commands(root: Commands) -> None:
 
 def _autointerp(options: argparse.Namespace) -> Result:
     from sae_italian.autointerp import AutointerpConfig
+    from sae_italian.autointerp.llm.beside import beside_text, estimate_beside, run_beside
+    from sae_italian.autointerp.llm.client import Client
     from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.cache import FeatureCache
     from sae_italian.models import load_model
     from sae_italian.quickstart import analyse, forget_scores, table_of
 
     positive("--latents", options.latents)
-    llm = wants_llm(options)
+    settings = settings_of(options)
+    llm = settings.wants_llm
     cache = FeatureCache.open(options.cache)
     if llm and not options.estimate:
-        client_of(options, cache.folder / STORE_FILE)  # what cannot be is said before the rules' minutes
+        Client(settings, cache.folder / STORE_FILE)  # what cannot be is said before the rules' minutes
     model = load_model(options.model or cache.manifest.model)
     positive("--workers", options.workers)
     sae = _sae_of(cache, needed=not options.no_random_control)
@@ -40,8 +44,8 @@ def _autointerp(options: argparse.Namespace) -> Result:
         forget_scores(cache)
     config, control = AutointerpConfig(latents=options.latents), not options.no_random_control
     if llm and options.estimate:
-        found = estimate_llm(options, cache, model.tokenizer, config, sae, control)
-        return found["estimate"], found["text"]
+        found = estimate_beside(cache, model.tokenizer, config, sae, settings, control=control)
+        return asdict(found), found.text()
     results = analyse(
         cache,
         sae,
@@ -54,8 +58,8 @@ def _autointerp(options: argparse.Namespace) -> Result:
     )
     if not llm:
         return results, table_of(results)
-    results["llm"] = run_llm(options, cache, model, config, sae, control)
-    return results, f"{table_of(results)}\n\n{llm_text(results['llm'], cache.folder / STORE_FILE)}"
+    results["llm"] = run_beside(cache, model, config, sae, settings, control=control)
+    return results, f"{table_of(results)}\n\n{beside_text(results['llm'], cache.folder / STORE_FILE)}"
 
 
 def _sae_of(cache: Any, needed: bool) -> Any:

@@ -2,110 +2,131 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from sae_italian.cli.base import Commands, Result, positive
-from sae_italian.cli.llm import client_of, counter_of, explainer_settings, llm_options, wants_llm
+from cyclopts import Parameter
 
+from sae_italian.autointerp.llm.settings import LLMOptions
+from sae_italian.base.errors import UsageError
+from sae_italian.cli.options import Model, Result
 
-def add_commands(root: Commands) -> None:
-    group = root.group("explainita", "ExplainITA (EVALITA 2026): write and score submissions, replay its activations")
-    sub = group.add("evaluate", _evaluate, "score a submission file against the gold file")
-    sub.add_argument("submission", help="a .jsonl or .parquet file, or a folder")
-    sub.add_argument("gold", help="a file or folder of the same layout, or the hub's data set")
-    sub.add_argument("--task", type=int, choices=(1, 2), required=True, help="1: explanations, 2: sequences")
-    sub.add_argument("--split", default="test", help="of the gold folder (default: test)")
-    sub.add_argument("--bert", help="BERTScore's model, a name or a folder (default: multilingual BERT)")
-    sub.add_argument("--layer", type=int, help="its layer (default: bert-score's choice for that model)")
-    sub = group.add("predict", _predict, "write a submission file: by rule and by word, or with an LLM")
-    sub.add_argument("data", help="a file or folder, or the hub's data set")
-    sub.add_argument("out", type=Path, help="the submission, .jsonl or .parquet")
-    sub.add_argument("--task", type=int, choices=(1, 2), required=True, help="1: explanations, 2: sequences")
-    sub.add_argument("--split", default="test", help="of the data's folder (default: test)")
-    llm_options(sub)
-    sub = group.add("replay", _replay, "play the data's tokens through a model and an SAE, and compare activations")
-    sub.add_argument("data", help="a file or folder, or the hub's data set")
-    sub.add_argument("sae", help="an SAE's folder, or release:sae_id")
-    sub.add_argument("--task", type=int, choices=(1, 2), required=True)
-    sub.add_argument("--split", default="train_gold")
-    sub.add_argument("--model", help="default: the model in the SAE's metadata")
-    sub.add_argument("--latents", type=int, help="the first so many (default: all)")
+Task = Annotated[Literal[1, 2], Parameter(help="The task: 1 explanations, 2 sequences.")]
 
 
-def _evaluate(options: argparse.Namespace) -> Result:
+def evaluate(
+    submission: str,
+    gold: str,
+    /,
+    *,
+    task: Task,
+    split: str = "test",
+    bert: str | None = None,
+    layer: int | None = None,
+) -> Result:
+    """Score a submission file against the gold file.
+
+    Args:
+        submission: A .jsonl or .parquet file, or a folder of splits.
+        gold: A file or folder of the same layout, or the hub's data set.
+        split: Split of a folder that is read.
+        bert: BERTScore's model, a name or a folder; default: multilingual BERT.
+        layer: Layer of that model that is compared; default: bert-score's own choice.
+    """
     from sae_italian.autointerp.explainita import evaluate_explanations, evaluate_sequences, read_split
     from sae_italian.autointerp.explainita.evaluate import DEFAULT_MODEL, table
 
-    predicted = read_split(options.submission, options.task, options.split)
-    gold = read_split(options.gold, options.task, options.split)
-    if options.task == 1:
-        result = evaluate_explanations(predicted, gold, model=options.bert or DEFAULT_MODEL, layer=options.layer)
+    predicted, truth = read_split(submission, task, split), read_split(gold, task, split)
+    if task == 1:
+        result = evaluate_explanations(predicted, truth, model=bert or DEFAULT_MODEL, layer=layer)
     else:
-        result = evaluate_sequences(predicted, gold)
-    return result, table(result)
+        result = evaluate_sequences(predicted, truth)
+    return Result(result, table(result))
 
 
-def _predict(options: argparse.Namespace) -> Result:
-    from sae_italian.autointerp.explainita import predict, read_split, write_submission
-    from sae_italian.autointerp.llm.estimate import DryClient
+def predict(
+    data: str,
+    out: Path | None = None,
+    /,
+    *words: str,
+    task: Task,
+    split: str | None = None,
+    sae: str | None = None,
+    model: Model = None,
+    llm: Annotated[LLMOptions | None, Parameter(name="*")] = None,
+) -> Result:
+    """Write a submission file: by rule and by word, or with an LLM. With --sae: replay the data and compare.
+
+    Args:
+        data: A file or folder, or the hub's data set.
+        out: The submission, .jsonl or .parquet; none is needed with --sae.
+        words: Rare settings of the language model, key=value; with --sae n_latents=N: only the first N.
+        split: Split of the data's folder; default: test, with --sae train_gold.
+        sae: Play the tokens through this SAE (a folder, or release:sae_id) and say whether the data is its own.
+    """
+    from sae_italian.autointerp.explainita import read_split, write_submission
+    from sae_italian.autointerp.explainita.data import check_format
+
+    if sae is not None:  # nothing is written: what stands in the file's place is a setting
+        words = words if out is None else (str(out), *words)
+        return _replay(data, task, split or "train_gold", sae, model, words)
+    if out is None:
+        raise UsageError("a submission needs a file to be written to, such as run1.jsonl.")
+    check_format(out)
+    settings = (llm or LLMOptions()).with_words(words)
+    latents = read_split(data, task, split or "test")
+    result: dict[str, Any] = {"task": task, "latents": len(latents), "out": str(out)}
+    if not settings.wants_llm:
+        answers = _predicted(latents, task, settings, None).answers
+        result["by"] = "rules on the examples" if task == 1 else "words of the explanation"
+    elif settings.estimate:
+        from sae_italian.autointerp.llm.cost import DryClient
+
+        dry = DryClient(settings)
+        _predicted(latents, task, settings, dry)
+        found = dry.estimate(len(latents), len(latents))
+        return Result(asdict(found), found.text())
+    else:
+        from sae_italian.autointerp.llm.client import Client
+
+        ledger = out.with_suffix(".calls.sqlite")
+        with Client(settings, ledger) as client:
+            answers, unanswered = _predicted(latents, task, settings, client)
+        result |= {"by": f"llm:{settings.llm_model}", "unanswered": unanswered, "calls": client.counts}
+        result["ledger"] = str(ledger)
+    write_submission(data, out, task, answers, split or "test")
+    return Result(result, "\n".join(f"{key:10} {value}" for key, value in result.items()))
+
+
+def _predicted(latents: Any, task: Task, settings: Any, client: Any) -> Any:
+    """Return the answers to a task, those of a client's model where there is one."""
+    from sae_italian.autointerp.explainita import predict as answer
     from sae_italian.autointerp.llm.explainer import LLMExplainer
     from sae_italian.autointerp.llm.judge import LLMJudge
-    from sae_italian.autointerp.llm.prices import PRICE_FILE
-    from sae_italian.base.errors import UsageError
 
-    if options.out.suffix not in (".jsonl", ".parquet"):
-        raise UsageError(f"{options.out}: a submission is a .jsonl or a .parquet file.")
-    llm = wants_llm(options)
-    latents = read_split(options.data, options.task, options.split)
-
-    def predicted(client: Any) -> Any:
-        explainer = LLMExplainer(client, explainer_settings(options)) if client else None
-        judge = LLMJudge(client, options.language) if client else None
-        return predict(latents, options.task, explainer=explainer, judge=judge, language=options.language)
-
-    if llm and options.estimate:
-        client = DryClient(options.llm_model, counter_of(options))
-        predicted(client)
-        found = client.estimate(len(latents), len(latents), options.prices or PRICE_FILE)
-        return found.as_dict(), found.text()
-    result: dict[str, Any] = {"task": options.task, "latents": len(latents), "out": str(options.out)}
-    if llm:
-        ledger = options.out.with_suffix(".calls.sqlite")
-        with client_of(options, ledger) as client:
-            answers, unanswered = predicted(client)
-        result |= {"by": f"llm:{options.llm_model}", "unanswered": unanswered, "calls": client.counts}
-        result["ledger"] = str(ledger)
-    else:
-        answers, _ = predicted(None)
-        result["by"] = "rules on the examples" if options.task == 1 else "words of the explanation"
-    write_submission(options.data, options.out, options.task, answers, options.split)
-    return result, "\n".join(f"{key:10} {value}" for key, value in result.items())
+    asked = (LLMExplainer(client), LLMJudge(client)) if client else (None, None)
+    return answer(latents, task, explainer=asked[0], judge=asked[1], language=settings.language)
 
 
-def _replay(options: argparse.Namespace) -> Result:
+def _replay(data: str, task: Task, split: str, name: str, model: str | None, words: tuple[str, ...]) -> Result:
+    """Play the data's tokens through a model and an SAE again, and compare the activations."""
     from sae_italian.autointerp.explainita import read_split, replay
-    from sae_italian.base.errors import UsageError
     from sae_italian.models import load_model
-    from sae_italian.models.activations import read_activations
     from sae_italian.saes import load_sae
 
-    positive("--latents", options.latents)
-    latents = read_split(
-        Path(options.data) if Path(options.data).exists() else options.data, options.task, options.split
-    )
-    sae = load_sae(options.sae)
-    name = options.model or sae.cfg.metadata.model_name
-    if not name:
+    limit = words[0].removeprefix("n_latents=") if words else None
+    if len(words) > 1 or limit is not None and not (limit.isdigit() and int(limit) > 0):
+        raise UsageError(f"{' '.join(words)!r}: with --sae n_latents=N was expected, N from 1.")
+    latents, sae = read_split(data, task, split), load_sae(name)
+    model = model or sae.cfg.metadata.model_name
+    if not model:
         raise UsageError("the SAE's metadata does not name its model; give --model.")
-    model: Any = load_model(name)
-    hook = sae.cfg.metadata.hook_name
-    result = replay(
-        latents, sae, model.tokenizer, lambda ids: read_activations(model, ids, hook), limit=options.latents
-    )
-    lines = [f"{key:18} {value}" for key, value in result.items() if not isinstance(value, dict)]
+    result = replay(latents[: None if limit is None else int(limit)], sae, load_model(model))
+    lines = []
     for key, value in result.items():
-        if isinstance(value, dict):
-            lines.append(f"{key:18} " + ", ".join(f"{name} {number:.3f}" for name, number in value.items()))
-    return result, "\n".join(lines)
+        shown = (
+            ", ".join(f"{name} {number:.3f}" for name, number in value.items()) if isinstance(value, dict) else value
+        )
+        lines.append(f"{key:18} {shown}")
+    return Result(result, "\n".join(lines))

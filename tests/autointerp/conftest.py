@@ -15,6 +15,15 @@ from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from tests.planted import planted_cache
 
+
+def scores_of(store, latent):
+    """All score rows of one latent, the control included, as dicts."""
+    query = "JOIN explanation ON explanation.id = explanation_id WHERE score.latent = ?"
+    columns = "explainer, control, scorer, judge, negatives, metric, value, lo, hi, n_positive, n_negative, n_failed"
+    cursor = store.connection.execute(f"SELECT {columns} FROM score {query} ORDER BY 1, 2, 3, 4, 5, 6", (latent,))
+    return [dict(zip(columns.split(", "), row, strict=True)) for row in cursor]
+
+
 N_TOKENS, N_PREVIOUS, N_NOISE = 12, 6, 10
 DEAD, RARE = N_TOKENS + N_PREVIOUS + N_NOISE, N_TOKENS + N_PREVIOUS + N_NOISE + 1
 

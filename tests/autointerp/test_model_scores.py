@@ -12,7 +12,7 @@ from sae_italian.autointerp.scorers.subject import _adding, _strength, _written
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.base.errors import UsageError
 from sae_italian.cli.scores import _logits
-from tests.autointerp.conftest import N_TOKENS
+from tests.autointerp.conftest import N_TOKENS, scores_of
 from tests.autointerp.test_scorers import Copier
 from tests.test_cli import run
 
@@ -71,7 +71,7 @@ def test_a_true_explanation_beats_another_latents_and_an_empty_one(scored):
 def test_each_score_has_its_controls_on_the_same_examples(scored):
     with Store(scored, {}) as opened:
         for latent in opened.scored("quotes", "subject"):
-            mine = [row for row in opened.scores_of(latent) if row["judge"] == "subject"]
+            mine = [row for row in scores_of(opened, latent) if row["judge"] == "subject"]
             by_control = {
                 control: {
                     (r["scorer"], r["negatives"]): (r["n_positive"], r["n_negative"])
@@ -107,7 +107,7 @@ def test_what_does_not_fit_the_context_fails_and_is_no_end(planted, mini, store,
     score_with_models(planted, mini.tokenizer, path, latents=2, forward=Copier(len(mini.tokenizer)), context=20)
     with Store(path, {}) as opened:
         (latent, *_) = opened.scored("rules", "subject")
-        rows = [row for row in opened.scores_of(latent) if row["judge"] == "subject"]
+        rows = [row for row in scores_of(opened, latent) if row["judge"] == "subject"]
     assert rows and all(row["value"] is None and row["n_failed"] > 0 for row in rows)
     summary = means(path, "rules")
     assert summary and all((row["n"], row["n_failed"], row["value"]) == (0, 2, None) for row in summary)

@@ -9,12 +9,12 @@ import pytest
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
 from sae_italian.autointerp import run as run_module
 from sae_italian.autointerp.judges import ConstantJudge, OracleJudge, RuleJudge
-from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.store import FEATURES, Explanation, Store
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import UsageError
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache
-from tests.autointerp.conftest import DEAD, N_NOISE, N_PREVIOUS, N_TOKENS, RARE, accuracies
+from tests.autointerp.conftest import DEAD, N_NOISE, N_PREVIOUS, N_TOKENS, RARE, accuracies, scores_of
 
 
 def test_planted_token_latents_are_explained_perfectly(store, planted, mini):
@@ -57,11 +57,11 @@ def test_dead_and_rare_latents_are_reported_and_never_scored(store, planted):
     with Store(store, {}) as opened:
         explanations = opened.explanations("rules")
         assert explanations[DEAD][1].status == "dead" and explanations[RARE][1].status == "too few activations"
-        assert opened.scores_of(DEAD) == opened.scores_of(RARE) == []
-        rows = [row for latent in range(DEAD) for row in opened.scores_of(latent) if row["scorer"] != "simulation"]
+        assert scores_of(opened, DEAD) == scores_of(opened, RARE) == []
+        rows = [row for latent in range(DEAD) for row in scores_of(opened, latent) if row["scorer"] != "simulation"]
         counted = [row for row in rows if not row["metric"].startswith("tpr_decile")]
         assert all(row["n_positive"] == row["n_negative"] >= 10 for row in counted) and len(counted) > 100
-        features = opened.features()
+        features = {row.latent: row for _, row in FEATURES.select(opened.connection)}
         assert sorted(features) == sorted(explanations)  # the dead and the rare among them
         assert features[DEAD] == (DEAD, 0, 0.0, 0, 0, 0)
         assert features[RARE].n_active == 3 and 0 < sum(features[RARE][3:]) <= 3
@@ -182,7 +182,7 @@ def judged(planted, mini, tmp_path_factory):
 def test_other_judges_feed_the_same_scorers(judged):
     with Store(judged, {}) as opened:
         for latent in opened.scored("parrot", "oracle"):
-            for row in opened.scores_of(latent):
+            for row in scores_of(opened, latent):
                 if row["explainer"] == "parrot" and row["metric"] == "balanced_accuracy":
                     assert row["value"] == (1.0 if row["judge"] == "oracle" else 0.5), row
         assert len(opened.scored("parrot", "oracle")) == len(opened.scored("rules", "rule")) > 5
@@ -203,7 +203,7 @@ def test_the_rule_judge_scores_examples_as_it_scores_arrays(planted, mini, store
             )
             stored = {
                 (row["scorer"], row["negatives"], row["metric"]): row["value"]
-                for row in opened.scores_of(latent)
+                for row in scores_of(opened, latent)
                 if row["explainer"] == "rules" and row["control"] == "" and row["judge"] == "rule"
             }
             assert len(judgements) > 100 and len(rows) > 20

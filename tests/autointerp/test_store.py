@@ -1,42 +1,25 @@
-"""The store: an earlier version is brought up to date, nothing foreign is touched, everything can be taken out."""
+"""The store: an earlier version is told from this one, paid answers are kept, nothing foreign is touched, everything can be taken out."""
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
-from sae_italian.autointerp.database import SCHEMA_VERSION, TABLES, connect
 from sae_italian.autointerp.export import export
-from sae_italian.autointerp.store import Explanation, Feature, Judgement, Label, Store, forget
+from sae_italian.autointerp.store import CALLS, TABLES, Call, Explanation, Feature, Judgement, Label, Store, forget
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.cli import main
+from tests.autointerp.llm.endpoint import FakeEndpoint
 
-VERSION_1 = """
-CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE explanation (id INTEGER PRIMARY KEY, latent INTEGER NOT NULL, explainer TEXT NOT NULL, status TEXT NOT NULL,
-  text_it TEXT NOT NULL, text_en TEXT NOT NULL, rule TEXT, UNIQUE (latent, explainer));
-CREATE TABLE score (explanation_id INTEGER NOT NULL REFERENCES explanation(id), latent INTEGER NOT NULL,
-  control TEXT NOT NULL, scorer TEXT NOT NULL, judge TEXT NOT NULL, negatives TEXT NOT NULL, metric TEXT NOT NULL,
-  value REAL, lo REAL, hi REAL, n_positive INTEGER NOT NULL, n_negative INTEGER NOT NULL,
-  PRIMARY KEY (latent, explanation_id, control, scorer, judge, negatives, metric));
-INSERT INTO run VALUES ('schema_version', '1'), ('cache', '"abc"');
-INSERT INTO explanation VALUES (1, 5, 'token-statistics', 'ok', 'su «che»', 'on «che»', '{"family": "token"}');
-INSERT INTO score VALUES (1, 5, '', 'detection', 'rule', 'random', 'balanced_accuracy', 0.9, 0.8, 1.0, 50, 50);
-"""
+OLD = Path(__file__).parents[1] / "data" / "old"
 FEMININE = Label(5, "Gender=Fem,Number=Plur", "UD ISDT", 0.91, 0.88, 0.93, 0.95, 0.875, 120, 0.5)
 ROW = (1, 5, "", "detection", "rule", "random", "balanced_accuracy", 0.9, 0.8, 1.0, 50, 50)
-
-
-@pytest.fixture
-def old(tmp_path):
-    path = tmp_path / "old.sqlite"
-    with sqlite3.connect(path) as connection:
-        connection.executescript(VERSION_1)
-    connection.close()
-    return path
 
 
 def filled(path):
@@ -45,53 +28,51 @@ def filled(path):
         store.add_scores(
             [(*ROW[:4], "llm:m:it1", *ROW[5:], 2)], [Judgement(1, 5, "", "detection", "llm:m:it1", 0, 77, "", 1, 0.75)]
         )
-        store.add_explained([], [Feature(5, 100, 2.5, 40, 20, 50)])
-        store.connection.execute(
-            "INSERT INTO call VALUES ('h', 'm', 'explain', 'ok', '{\"text\": \"è\"}', 9, 0, 3, 0.01, 0, 0.1, 1, 'now')"
-        )
-        store.connection.commit()
+        store.add_explanations([], [Feature(5, 100, 2.5, 40, 20, 50)])
+        with store.connection:
+            CALLS.add(
+                store.connection, [Call("h", "m", "explain", "ok", {"text": "è"}, 9, 0, 3, 0.01, 0, 0.1, 1, "now")]
+            )
     return path
 
 
-def test_a_store_of_version_1_is_migrated_with_all_it_holds(old):
-    with Store(old, {"cache": "abc"}) as store:
-        ((row_id, explanation),) = store.explanations("token-statistics").values()
-        assert explanation == Explanation(5, "token-statistics", "ok", "su «che»", "on «che»", {"family": "token"})
-        assert row_id == 1 and explanation.kind == "rule" and explanation.notes is None
-        query = {"explainer": "token-statistics", "control": "", "scorer": "detection", "metric": "balanced_accuracy"}
-        assert store.values(**query) == {5: 0.9} and store.scores_of(5)[0]["n_failed"] == 0
-        assert store.notes()["schema_version"] == str(SCHEMA_VERSION)
-        store.add_explanations([Explanation(5, "llm:m:it1", "ok", "verbi", "", None, "llm", "it1-x", {"examples": 3})])
-    with Store(old, {"cache": "abc"}) as store:  # once, and for good
-        assert store.explanations("llm:m:it1")[5][1].notes == {"examples": 3}
-        assert store.explainers() == ["token-statistics", "llm:m:it1"]
-    with pytest.raises(UsageError, match="another cache"):
-        Store(old, {"cache": "def"})
-
-
-def test_a_migration_that_breaks_off_leaves_version_1(old, monkeypatch):
-    monkeypatch.setattr("sae_italian.autointerp.database._TABLES", "CREATE TABLE no (")
-    with pytest.raises(DataError):
-        connect(old)
-    monkeypatch.undo()
-    with sqlite3.connect(old) as connection:
-        assert connection.execute("SELECT value FROM run WHERE key = 'schema_version'").fetchone() == ("1",)
-        assert len(connection.execute("SELECT * FROM explanation").fetchone()) == 7
-    with Store(old, {}) as store:
-        assert store.explained() == {5}
-
-
-def test_a_store_of_version_2_gets_the_labels_table_and_keeps_the_rest(tmp_path):
-    path = filled(tmp_path / "two.sqlite")
+@pytest.mark.parametrize("name", ["paid.sqlite", "cache/autointerp.sqlite"])
+def test_a_store_of_an_earlier_version_says_to_run_again_and_is_left_alone(tmp_path, name):
+    path = Path(shutil.copy(OLD / name, tmp_path))
+    for read_only in (True, False):
+        with pytest.raises(UsageError, match="earlier sae_italian. Run `sae-italian autointerp .* --overwrite` again"):
+            Store(path, {}, read_only=read_only)
     with sqlite3.connect(path) as connection:
-        connection.execute("DROP TABLE label")
-        connection.execute("UPDATE run SET value = '2' WHERE key = 'schema_version'")
-    connection.close()
-    with Store(path, {"cache": "abc"}) as store:
-        assert store.labels() == [] and store.explained() == {5} and store.spending()["m"]["usd"] == 0.01
-        store.add_labels([FEMININE])
-    with Store(path, {"cache": "abc"}) as store:
-        assert store.labels(5) == [FEMININE] and store.notes()["schema_version"] == "3"
+        assert connection.execute("SELECT value FROM run WHERE key = 'schema_version'").fetchone() == ("3",)
+
+
+def test_answers_that_were_paid_for_are_carried_over_from_an_earlier_version(tmp_path):
+    """`paid.sqlite` is of commit 2c011dc: `autointerp CACHE --latents 1 --explainer llm` on the old cache, 25 calls."""
+    path = Path(shutil.copy(OLD / "paid.sqlite", tmp_path))
+    with sqlite3.connect(path) as connection:
+        paid = connection.execute("SELECT * FROM call ORDER BY request_hash").fetchall()
+    forget(path)
+    with Store(path, {"cache": "any"}) as store:
+        assert store.connection.execute("SELECT * FROM call ORDER BY request_hash").fetchall() == paid
+        assert store.explained() == set() and store.spending()["prova"]["calls"] == len(paid) == 25
+
+
+def test_a_run_on_an_earlier_store_is_answered_by_what_was_paid(tmp_path, capsys):
+    cache = shutil.copytree(OLD / "cache", tmp_path / "cache")
+    shutil.copy(OLD / "paid.sqlite", cache / "autointerp.sqlite")
+    with FakeEndpoint() as endpoint:
+        command = [
+            "autointerp",
+            str(cache),
+            "--latents",
+            "1",
+            "--no-random-control",
+            "--overwrite",
+            "--explainer",
+            "llm",
+        ]
+        assert main([*command, "--llm-model", "prova", "--endpoint", endpoint.url, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["llm"]["calls"]["from ledger"] >= 25 and endpoint.requests == []
 
 
 def test_labels_of_a_source_replace_earlier_ones_of_it_and_come_best_first(tmp_path):
@@ -99,13 +80,14 @@ def test_labels_of_a_source_replace_earlier_ones_of_it_and_come_best_first(tmp_p
     other = FEMININE._replace(source="UD ParTUT", f1=0.5)
     with Store(tmp_path / "s", {}) as store:
         store.add_labels([FEMININE, noun, other])
-        assert store.labels() == [noun, FEMININE, other] and store.labels(7) == [noun] and store.labels(6) == []
+        assert store.labels() == [noun, FEMININE, other]
         store.add_labels([noun._replace(latent=8)])
         assert store.labels() == [noun._replace(latent=8), other]
         with pytest.raises(sqlite3.IntegrityError):
             store.add_labels([noun, noun])
-        assert store.labels(8)  # all or nothing
-        store.forget()
+        assert store.labels()  # all or nothing
+    forget(tmp_path / "s")
+    with Store(tmp_path / "s", {}) as store:
         assert store.labels() == []
 
 
@@ -121,11 +103,12 @@ def test_labels_may_come_before_explanations_but_not_of_another_cache(tmp_path):
         Store(path, {"cache": "abc", "width": 16})
 
 
-def test_newer_and_foreign_files_are_refused_and_left_alone(tmp_path, old):
-    with sqlite3.connect(old) as connection:
-        connection.execute("UPDATE run SET value = '99' WHERE key = 'schema_version'")
+def test_newer_and_foreign_files_are_refused_and_left_alone(tmp_path):
+    path = filled(tmp_path / "new")
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
     with pytest.raises(UsageError, match="newer sae_italian .schema 99"):
-        Store(old, {})
+        Store(path, {})
     other = tmp_path / "other.sqlite"
     with sqlite3.connect(other) as connection:
         connection.execute("CREATE TABLE films (title)")

@@ -21,6 +21,7 @@ def measure_llm(
     Every row is `rounds` latencies long in the ideal case; client and endpoint run in this process.
     """
     from sae_italian.autointerp.llm.client import Client
+    from sae_italian.autointerp.llm.settings import LLMSettings
 
     rows = []
     server = _Server(latency)
@@ -30,7 +31,8 @@ def measure_llm(
             system = {"role": "system", "content": "Per ogni brano rispondi 1 o 0. " * 100}
             folder = tempfile.TemporaryDirectory()
             ledger = Path(folder.name) / "calls.sqlite"
-            with folder, Client(server.url, "bench", ledger, concurrency=concurrency) as client:
+            where = {"endpoint": server.url, "llm_model": "bench", "concurrency": concurrency}
+            with folder, Client(LLMSettings(explainer="llm", **where), ledger) as client:
                 client.ask([_request(system, f"prima {i}") for i in range(concurrency)])  # connections are opened once
                 questions = [_request(system, f"brano {i}") for i in range(n)]
                 started = time.perf_counter()
@@ -46,7 +48,7 @@ def measure_llm(
 
 
 def _request(system: dict[str, str], question: str) -> Any:
-    from sae_italian.autointerp.llm.ledger import Request
+    from sae_italian.autointerp.llm.reply import Request
 
     return Request((system, {"role": "user", "content": question}))
 

@@ -6,7 +6,6 @@ fields filled in, and nothing else changed).
 """
 
 from sae_italian.autointerp.explainita.data import (
-    TASKS,
     Latent,
     Passage,
     read_split,
@@ -17,7 +16,6 @@ from sae_italian.autointerp.explainita.predict import Predicted, predict
 from sae_italian.autointerp.explainita.replay import replay
 
 __all__ = [
-    "TASKS",
     "Latent",
     "Passage",
     "Predicted",

@@ -5,6 +5,7 @@ Task 1 (`colinglab/EXPLAINITA-task1`): rows of `Latent ID`, `examples` and, exce
 whether that list has every token or only the active ones: both are read (equal length means every token).
 Task 2 (`colinglab/EXPLAINITA-task2`): rows of `Latent ID`, `explanation` and `examples`; an example is `str_tokens`,
 `activations` (floats, 0 for off, -1 throughout in `test`) and `activating`, which `test` hides behind a default.
+A `Latent ID` is `layers.14_latent8`, or the number alone.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.storage import atomic_path, write_text
 
 Task = Literal[1, 2]
-TASKS: dict[int, str] = {1: "colinglab/EXPLAINITA-task1", 2: "colinglab/EXPLAINITA-task2"}
+HUB = "colinglab/EXPLAINITA-task1"
 SPLITS = ("train_gold", "train_silver", "test")
 ID, HIDDEN = "Latent ID", -1.0
+FORMATS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class Passage:
 
 @dataclass(frozen=True, eq=False)
 class Latent:
-    """One row."""
+    """One row. An id that the file holds as a number is kept as its digits."""
 
     id: str
     explanation: str | None
@@ -50,9 +52,9 @@ class Latent:
     @property
     def index(self) -> int:
         """Return the latent's number in the SAE. Raises: DataError when the id does not end in one."""
-        found = re.fullmatch(r".*?latent(\d+)", self.id)
+        found = re.fullmatch(r"(?:.*?latent)?(\d+)", self.id)
         if found is None:
-            raise DataError(f"latent id {self.id!r} is not of the form layers.14_latent8.")
+            raise DataError(f"latent id {self.id!r} is not of the form layers.14_latent8 or 8.")
         return int(found[1])
 
 
@@ -61,38 +63,45 @@ def read_split(source: str | Path, task: Task, split: str = "test") -> list[Late
 
     Raises: UsageError when it is not there, DataError naming the row and field that are not as described.
     """
-    return [_latent(row, number, task) for number, row in enumerate(read_rows(source, split))]
+    latents = []
+    for number, row in enumerate(_rows(source, split)):
+        try:
+            read = _marked_passage if task == 1 else _raw_passage
+            sequences = tuple(read(example) for example in row["examples"])
+            latents.append(Latent(str(row[ID]), row.get("explanation") or None, sequences))
+        except (KeyError, TypeError, ValueError) as error:
+            field = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"row {number} is not as task {task} of ExplainITA describes it: {field}.") from error
+    return latents
 
 
-def read_rows(source: str | Path, split: str) -> list[dict[str, Any]]:
+def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
     """Return the rows of one split as they are."""
-    if not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        source = _downloaded(str(source))
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(path.glob(f"data/{split}-*.parquet")) or sorted(path.glob(f"{split}.*"))
-        if not files:
-            held = sorted(
-                {re.sub(r"-\d+-of-\d+$", "", file.stem) for file in [*path.glob("data/*"), *path.glob("*.*")]}
-            )
-            raise UsageError(f"{path} has no split {split!r}. {nearest(split, held or SPLITS)}")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise UsageError(f"{path} does not exist; a .parquet or .jsonl file, a folder, or {TASKS[1]} was expected.")
-    return [row for file in files for row in _read_file(file)]
-
-
-def _read_file(file: Path) -> list[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        if file.suffix == ".parquet":
-            return pyarrow.parquet.read_table(file).to_pylist()
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file} cannot be read as Parquet or JSON Lines ({error}).") from error
+    path = Path(source)
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in FORMATS and not path.parent.is_dir()
+    if on_hub and not path.exists():
+        path = _downloaded(str(source))
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob(f"data/{split}-*.parquet")) or sorted(path.glob(f"{split}.*"))
+        if not files:
+            held = {re.sub(r"-\d+-of-\d+$", "", file.stem) for file in [*path.glob("data/*"), *path.glob("*.*")]}
+            raise UsageError(f"{path} has no split {split!r}. {nearest(split, sorted(held) or SPLITS)}")
+    elif not path.is_file():
+        raise UsageError(f"{path} does not exist; a .parquet or .jsonl file, a folder, or {HUB} was expected.")
+    rows = []
+    for file in files:
+        try:
+            if file.suffix == ".parquet":
+                rows += pyarrow.parquet.read_table(file).to_pylist()
+            else:
+                rows += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise DataError(f"{file} cannot be read as Parquet or JSON Lines ({error}).") from error
+    return rows
 
 
 def _downloaded(name: str) -> Path:
@@ -105,16 +114,6 @@ def _downloaded(name: str) -> Path:
             f"{name} cannot be fetched from the hub here ({type(error).__name__}). Download it where you can, and give "
             "the folder."
         ) from error
-
-
-def _latent(row: dict[str, Any], number: int, task: Task) -> Latent:
-    try:
-        read = _marked_passage if task == 1 else _raw_passage
-        sequences = tuple(read(example) for example in row["examples"])
-        return Latent(str(row[ID]), row.get("explanation") or None, sequences)
-    except (KeyError, TypeError, ValueError) as error:
-        field = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"row {number} is not as task {task} of ExplainITA describes it: {field}.") from error
 
 
 def _marked_passage(example: dict[str, Any]) -> Passage:
@@ -156,12 +155,12 @@ def as_examples(latent: Latent) -> LatentExamples:
 
 def as_example(sequence: Passage, *, mark: bool = False) -> Example:
     """Return one sequence; tokens that cannot be found in its text (or that have none) are joined as they are."""
-    text = sequence.text if sequence.text is not None else _joined(sequence.tokens)
-    spans = _spans(text, sequence.tokens)
-    if spans is None:
-        text = _joined(sequence.tokens)
-        spans = _spans(text, sequence.tokens)
-        assert spans is not None
+    joined = _joined(sequence.tokens)
+    text, spans = next(
+        (text, spans)
+        for text in (joined if sequence.text is None else sequence.text, joined)
+        if (spans := _spans(text, sequence.tokens)) is not None
+    )
     values = np.zeros(len(sequence.tokens)) if sequence.strengths is None else sequence.strengths
     marks = (values > 0) & (values >= 0.3 * values.max(initial=0.0)) if mark else None
     positive = bool(values.any()) if sequence.activating is None else sequence.activating
@@ -181,6 +180,7 @@ def _joined(tokens: Sequence[str]) -> str:
 
 
 def _spans(text: str, tokens: Sequence[str]) -> np.ndarray | None:
+    """Return the characters at which each token begins and ends, None when one is not found after the one before."""
     spans, place = [], 0
     for token in tokens:
         bare = token.replace("▁", " ").strip()
@@ -196,43 +196,40 @@ def _spans(text: str, tokens: Sequence[str]) -> np.ndarray | None:
 
 
 def write_submission(source: str | Path, out: Path, task: Task, answers: dict[str, Any], split: str = "test") -> None:
-    """Write the rows of a split with `answers` by latent id filled in, to .jsonl or .parquet.
+    """Write the rows of a split with `answers` by latent id filled in, to .jsonl or .parquet; nothing else changes.
 
     An answer is a text (task 1), or one yes or no per example (task 2). Raises: UsageError when latents or examples are
     missing or too many, naming the first.
     """
-    rows = read_rows(source, split)
-    missing = [row[ID] for row in rows if row[ID] not in answers]
-    unknown = sorted(set(answers) - {row[ID] for row in rows})
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = _rows(source, split)
+    ids = [str(row[ID]) for row in rows]
+    missing, unknown = [name for name in ids if name not in answers], sorted(set(answers) - set(ids))
     if missing or unknown:
         what = f"no answer for {missing[0]}" if missing else f"an answer for {unknown[0]}, which is not there"
         raise UsageError(f"a submission has one answer per latent of {split}: {what} ({len(missing)}, {len(unknown)}).")
-    filled = []
-    for row in rows:
-        answer = answers[row[ID]]
+    for name, row in zip(ids, rows, strict=True):
         if task == 1:
-            filled.append({**row, "explanation": str(answer)})
+            row["explanation"] = str(answers[name])
             continue
-        if len(answer) != len(row["examples"]):
-            raise UsageError(f"{row[ID]} has {len(row['examples'])} examples and {len(answer)} answers.")
-        examples = [
-            {**example, "activating": bool(said)} for example, said in zip(row["examples"], answer, strict=True)
-        ]
-        filled.append({**row, "examples": examples})
-    if out.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+        if len(answers[name]) != len(row["examples"]):
+            raise UsageError(f"{name} has {len(row['examples'])} examples and {len(answers[name])} answers.")
+        for example, said in zip(row["examples"], answers[name], strict=True):
+            example["activating"] = bool(said)
+    check_format(out)
+    if out.suffix == ".jsonl":
+        write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return
+    with atomic_path(out) as temporary:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
 
-        with atomic_path(out) as temporary:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(filled), temporary)
-    elif out.suffix == ".jsonl":
-        write_text(out, "".join(_line(row) for row in filled))
-    else:
+
+def check_format(out: Path) -> None:
+    """Raise UsageError for a file that is neither .jsonl nor .parquet."""
+    if out.suffix not in FORMATS:
         raise UsageError(f"{out}: a submission is a .jsonl or a .parquet file.")
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def by_id(latents: Iterable[Latent]) -> dict[str, Latent]:

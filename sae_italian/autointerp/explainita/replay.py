@@ -7,19 +7,62 @@ without BOS, are played, and agreement is reported rather than equality: on a wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
 
 from sae_italian.autointerp.explainita.data import Latent, Passage, as_example
 from sae_italian.base.errors import UsageError
+from sae_italian.models.activations import read_activations
 
-Activations = Callable[[Int[Tensor, "1 pos"]], Float[Tensor, "1 pos d_in"]]
 AGREES = 0.9  # correlation from which a latent counts as replayed
+
+
+@torch.no_grad()
+def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
+    """Return how far the data's activations are those of `sae` on `model`, read with and without a BOS.
+
+    Per latent the correlation over all its tokens, and whether on and off agree; then their medians, and the share of
+    latents that are replayed. Task 1's strengths are whole numbers, so its correlation cannot be exactly 1.
+
+    Raises: UsageError when no sequence has activations or could be tokenised again, or a latent is not the SAE's.
+    """
+    width, tokenizer = int(sae.cfg.d_sae), model.tokenizer
+    prefixes = {"without BOS": []} | ({} if tokenizer.bos_token_id is None else {"with BOS": [tokenizer.bos_token_id]})
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in prefixes}
+    n_sequences = n_aligned = 0
+    for latent in latents:
+        if latent.index >= width:
+            raise UsageError(f"{latent.id} is not a latent of this SAE, which has {width}. Give the released one.")
+        known = [(one.strengths, token_ids(tokenizer, one)) for one in latent.sequences if one.strengths is not None]
+        aligned = [(strengths, ids) for strengths, ids in known if ids is not None]
+        n_sequences, n_aligned = n_sequences + len(known), n_aligned + len(aligned)
+        if not any(strengths.any() for strengths, _ in aligned):
+            continue
+        stored = np.concatenate([strengths for strengths, _ in aligned])
+        for name, prefix in prefixes.items():
+            ours = []
+            for _, ids in aligned:
+                x = read_activations(model, torch.tensor([[*prefix, *ids]]), sae.cfg.metadata.hook_name)
+                encoded = sae.encode(x.to(sae.W_dec.dtype))[0, len(prefix) :, latent.index]
+                ours.append(encoded.float().cpu().numpy())
+            found[name].append(_agreement(stored, np.concatenate(ours)))
+    if not any(found.values()):
+        raise UsageError(
+            f"none of {n_sequences} sequences with activations could be tokenised again into its own tokens, so nothing "
+            "can be compared: is this the model's tokenizer, and the split not `test`?"
+        )
+    result: dict[str, Any] = {"latents": len(found["without BOS"]), "sequences": n_sequences}
+    result["tokenised_again"] = n_aligned
+    for name, rows in found.items():
+        correlation, agree, error = np.array(rows).T
+        medians = {"correlation": correlation, "on_and_off_agree": agree, "relative_error": error}
+        result[name] = {"replayed": float((correlation >= AGREES).mean())}
+        result[name] |= {key: float(np.median(values)) for key, values in medians.items()}
+    return result
 
 
 def token_ids(tokenizer: Any, sequence: Passage) -> list[int] | None:
@@ -42,60 +85,6 @@ def _bare(token: str) -> str:
     return token.replace("▁", " ").replace("Ġ", " ").strip()
 
 
-@torch.no_grad()
-def replay(
-    latents: Sequence[Latent], sae: Any, tokenizer: Any, activations: Activations, *, limit: int | None = None
-) -> dict[str, Any]:
-    """Return how far the data's activations are those of `sae` on `activations` (a model's hook), per BOS reading.
-
-    Per latent the correlation over all its tokens, and whether on and off agree; then their medians, and the share of
-    latents that are replayed. Task 1's strengths are whole numbers, so its correlation cannot be exactly 1.
-
-    Raises: UsageError when no sequence has activations or could be tokenised again, or a latent is not the SAE's.
-    """
-    width = int(sae.cfg.d_sae)
-    readings: dict[str, list[list[int]]] = {"without BOS": [[]]}
-    if tokenizer.bos_token_id is not None:
-        readings["with BOS"] = [[tokenizer.bos_token_id]]
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in readings}
-    n_sequences = n_aligned = 0
-    for latent in latents[:limit]:
-        if latent.index >= width:
-            raise UsageError(f"{latent.id} is not a latent of this SAE, which has {width}. Give the released one.")
-        stored: list[Float[np.ndarray, " tokens"]] = []
-        ours: dict[str, list[np.ndarray]] = {name: [] for name in readings}
-        for sequence in latent.sequences:
-            if sequence.strengths is None:
-                continue
-            n_sequences += 1
-            ids = token_ids(tokenizer, sequence)
-            if ids is None:
-                continue
-            n_aligned += 1
-            stored.append(sequence.strengths)
-            for name, (prefix,) in readings.items():
-                x = activations(torch.tensor([[*prefix, *ids]]))
-                ours[name].append(_column(sae, x, latent.index)[len(prefix) :])
-        if stored and np.concatenate(stored).any():
-            for name in readings:
-                found[name].append(_agreement(np.concatenate(stored), np.concatenate(ours[name])))
-    if not any(found.values()):
-        raise UsageError(
-            f"none of {n_sequences} sequences with activations could be tokenised again into its own tokens, so nothing "
-            "can be compared: is this the model's tokenizer, and the split not `test`?"
-        )
-    return {
-        "latents": len(next(iter(found.values()))),
-        "sequences": n_sequences,
-        "tokenised_again": n_aligned,
-        **{name: _summary(rows) for name, rows in found.items()},
-    }
-
-
-def _column(sae: Any, x: Float[Tensor, "1 pos d_in"], latent: int) -> np.ndarray:
-    return sae.encode(x.to(sae.W_dec.dtype))[0, :, latent].float().cpu().numpy()
-
-
 def _agreement(stored: Float[np.ndarray, " tokens"], ours: Float[np.ndarray, " tokens"]) -> tuple[float, float, float]:
     """Return the correlation, the share of tokens on which both are on or both off, and the median relative error."""
     correlation = float(np.corrcoef(stored, ours)[0, 1]) if stored.std() > 0 and ours.std() > 0 else 0.0
@@ -103,13 +92,3 @@ def _agreement(stored: Float[np.ndarray, " tokens"], ours: Float[np.ndarray, " t
     scale = float(stored.max() / ours.max()) if ours.max() > 0 and float(stored.max()).is_integer() else 1.0
     error = float(np.median(np.abs(ours[on] * scale - stored[on]) / stored[on]))
     return correlation, float((on == (ours > 0)).mean()), error
-
-
-def _summary(rows: Iterable[tuple[float, float, float]]) -> dict[str, float]:
-    table = np.array(list(rows))
-    return {
-        "replayed": float((table[:, 0] >= AGREES).mean()),
-        "correlation": float(np.median(table[:, 0])),
-        "on_and_off_agree": float(np.median(table[:, 1])),
-        "relative_error": float(np.median(table[:, 2])),
-    }

@@ -1,31 +1,39 @@
 """Read what a model answered: strictly where it kept to the form, leniently where it nearly did.
 
-Every reader returns what it found, or raises `Unusable` with a reason. Nothing is guessed: a list of the wrong length is
-not cut to fit, and a word that is neither yes nor no is no answer.
+What a model thought aloud is left out, and of several answers the last complete one counts. Every reader returns what it
+found, or raises `Unusable` with a reason. Nothing is guessed: a list of the wrong length is not cut to fit, and a word
+that is neither yes nor no is no answer. Every step takes time in proportion to the answer's length.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.llm.ledger import Reply, TokenLogprobs
+from sae_italian.autointerp.llm.reply import Reply, TokenLogprobs
 
 LONGEST_EXPLANATION = 600  # characters
+LONGEST_LINE = 100  # of a numbered yes or no
+EXPLANATION_KEYS = ("spiegazione", "explanation")
 _YES = {"1", "true", "yes", "sì", "si", "y", "s"}
 _NO = {"0", "false", "no", "n"}
+_THOUGHT = r"think|thinking|thoughts?|reason|reasoning|analysis|reflection|scratchpad"
+_TAGS = re.compile(rf"<(/?)(?:{_THOUGHT})(?:\s[^<>]{{0,200}})?>|\[(/?)(?:{_THOUGHT})\]", re.IGNORECASE)
+_CLOSING = {"}": "{", "]": "["}
 
 
 @dataclass
 class Unusable(Exception):  # noqa: N818
-    """`name` is the problem's name in the prompts, `values` what goes into its text."""
+    """`name` is the problem's name in the prompts, or `length`; `values` is what goes into its text."""
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -45,43 +53,128 @@ def _object(key: str, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_explanation(reply: Reply) -> str:
-    """Return the one string that an answer holds; a plain sentence is taken as it is, a broken object is not.
+    """Return the one text that an answer holds; a plain sentence is taken as it is, a broken object is not.
 
     Raises: Unusable.
     """
-    text = _without_thoughts(reply.text)
-    value = _first_json(text)
-    if isinstance(value, dict):
-        strings = [part for part in value.values() if isinstance(part, str) and part.strip()]
-        if len(strings) != 1:
+    text = _answer(reply)
+    if "{" in text or "[" in text:
+        found = next((value for value in _values(text) if isinstance(value, dict)), {})
+        strings = {str(key).lower(): part for key, part in found.items() if isinstance(part, str) and part.strip()}
+        named = [strings[key] for key in EXPLANATION_KEYS if key in strings] or list(strings.values())
+        if len(named) != 1:
             raise Unusable("json")
-        text = strings[0]
-    elif isinstance(value, str):
-        text = value
-    elif value is not None or "{" in text or "[" in text:
-        raise Unusable("json")
-    text = re.sub(r"^\W*(spiegazione|explanation)\W*:\s*", "", text.strip(), flags=re.IGNORECASE)
+        text = named[0]
+    text = re.sub(rf"^\W*({'|'.join(EXPLANATION_KEYS)})\W*:\s*", "", text.strip(), flags=re.IGNORECASE)
     text = " ".join(text.split()).strip(" *`")
     if not text:
         raise Unusable("empty")
-    if len(text) > LONGEST_EXPLANATION or reply.finish == "length":
+    if len(text) > LONGEST_EXPLANATION:
         raise Unusable("json")
     return text
 
 
 def read_numbers(reply: Reply, n: int, top: int) -> Int[np.ndarray, " n"]:
     """Return n whole numbers from 0 to `top` (yes and no count as 1 and 0 where top is 1). Raises: Unusable."""
-    text = _without_thoughts(reply.text)
-    if not text.strip():
-        raise Unusable("empty")
-    found = _list_of(_first_json(text))
-    if found is None:
-        found = _loose_list(text)
-    if found is None:
+    text = _answer(reply)
+    lists = (_list_of(value) for value in _values(text))
+    found = next((one for one in lists if one is not None), None) or _numbered_lines(text)
+    if not found:
         raise Unusable("json")
     if len(found) != n:
         raise Unusable("count", {"found": len(found), "expected": n})
     return np.array([_number(one, top) for one in found], dtype=np.int64)
+
+
+def _answer(reply: Reply) -> str:
+    """Return what was said after any thinking. Raises: Unusable for nothing, and for what the token limit cut off."""
+    text = _without_thoughts(reply.text).strip()
+    if reply.finish == "length" and not text.endswith(("}", "]")):
+        raise Unusable("length")
+    if not text:
+        raise Unusable("empty")
+    return text
+
+
+def _without_thoughts(text: str) -> str:
+    """Return what follows the last thought; thinking that never ends leaves nothing.
+
+    Some servers leave out the opening tag, so that all before a closing one is thought. gpt-oss answers in channels, of
+    which the final one counts.
+    """
+    *_, last = channels = text.split("<|channel|>")
+    if len(channels) > 1:
+        name, _, said = last.partition("<|message|>")
+        return re.split(r"<\|\w+\|>", said)[0] if name.strip().startswith("final") else ""
+    start, stop = 0, len(text)
+    for tag in _TAGS.finditer(text):
+        if tag[1] or tag[2]:
+            start, stop = tag.end(), len(text)
+        else:
+            stop = min(stop, tag.start())
+    return text[start:stop]
+
+
+def _values(text: str) -> Iterator[Any]:
+    """Yield the JSON objects and lists of a text that stand in no other, the last one first.
+
+    Single quotes and trailing commas are forgiven.
+    """
+    found = list(_spans(text, strings=True)) or list(_spans(text, strings=False))
+    for start, stop in reversed(found):
+        if (value := _decoded(text[start:stop])) is not None:
+            yield value
+
+
+def _spans(text: str, *, strings: bool) -> list[tuple[int, int]]:
+    """Return where brackets open and close again, the outermost only; with `strings` those inside quotes are text."""
+    found: list[tuple[int, int]] = []
+    opened: list[int] = []
+    inside = {"{": 0, "[": 0}
+    quoted = escaped = False
+    for i, sign in enumerate(text):
+        if quoted:
+            quoted, escaped = escaped or sign != '"', not escaped and sign == "\\"
+        elif sign == '"' and strings and opened:
+            quoted = True
+        elif sign in inside:
+            opened.append(i)
+            inside[sign] += 1
+        elif sign in _CLOSING and inside[_CLOSING[sign]]:
+            while True:  # what was opened after the partner never closed
+                start = opened.pop()
+                inside[text[start]] -= 1
+                if text[start] == _CLOSING[sign]:
+                    break
+            while found and found[-1][0] > start:
+                found.pop()
+            found.append((start, i + 1))
+    return found
+
+
+def _decoded(text: str) -> Any:
+    """Return the value of a JSON text, or of a Python literal; None for neither."""
+    for read in (json.loads, lambda given: json.loads(re.sub(r",(\s*[}\]])", r"\1", given)), ast.literal_eval):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # a literal's odd escapes
+                return read(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _list_of(value: Any) -> list[Any] | None:
+    """Return a list, the one list in an object, or the values of an object that counts from 1."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        return None
+    lists = [part for part in value.values() if isinstance(part, list)]
+    if len(lists) == 1:
+        return lists[0]
+    counted = {str(key).strip(): part for key, part in value.items()}
+    wanted = [str(number) for number in range(1, len(counted) + 1)]
+    return [counted[key] for key in wanted] if set(wanted) == set(counted) else None
 
 
 def _number(value: Any, top: int) -> int:
@@ -92,51 +185,20 @@ def _number(value: Any, top: int) -> int:
         word = str(value).strip().strip(".").lower()
         if word in _YES or word in _NO:
             return int(word in _YES)
-    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.0+)?\s*", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,4}(\.0{1,4})?\s*", value):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Unusable("value", {"allowed": f"0-{top}"})
-    if value != int(value) or not 0 <= value <= top:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= top or value != int(value):
         raise Unusable("value", {"allowed": f"0-{top}"})
     return int(value)
 
 
-def _list_of(value: Any) -> list[Any] | None:
-    if isinstance(value, list):
-        return value
-    if isinstance(value, dict):
-        lists = [part for part in value.values() if isinstance(part, list)]
-        if len(lists) == 1:
-            return lists[0]
-        if value and all(str(key).strip().isdigit() for key in value):  # {"1": 0, "2": 1}
-            ordered = sorted(value, key=int)
-            if [int(key) for key in ordered] == list(range(1, len(ordered) + 1)):
-                return [value[key] for key in ordered]
-    return None
-
-
-def _loose_list(text: str) -> list[str] | None:
+def _numbered_lines(text: str) -> list[str] | None:
     """Return the answers of numbered lines: `1. sì`, `2: 0`, counted from 1 without a gap."""
-    lines = re.findall(r"^\W*(\d+)\W*[.:)]\W*([\wì]+)\W*$", text, flags=re.MULTILINE)
-    if lines and [int(number) for number, _ in lines] == list(range(1, len(lines) + 1)):
-        return [answer for _, answer in lines]
-    return None
-
-
-def _without_thoughts(text: str) -> str:
-    """Return the text without what a reasoning model thought aloud."""
-    return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
-
-
-def _first_json(text: str) -> Any:
-    """Return the first JSON object or list in a text, with single quotes and trailing commas forgiven; None without."""
-    for candidate in (text, re.sub(r",\s*([}\]])", r"\1", text), re.sub(r",\s*([}\]])", r"\1", text.replace("'", '"'))):
-        for found in re.finditer(r"[\[{]", candidate):
-            try:
-                return json.JSONDecoder().raw_decode(candidate, found.start())[0]
-            except json.JSONDecodeError:
-                continue
-    return None
+    lines = [line.strip() for line in text.splitlines()]
+    found = [re.fullmatch(r"\W*(\d+)\W*[.:)]\W*(\w+)\W*", line) for line in lines if len(line) <= LONGEST_LINE]
+    answers = [(match[1], match[2]) for match in found if match]
+    counted = [number for number, _ in answers] == [str(number) for number in range(1, len(answers) + 1)]
+    return [answer for _, answer in answers] if answers and counted else None
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
@@ -154,16 +216,15 @@ def distributions(
     lists = list(re.finditer(r"\[[\d\s,]*\]", text))
     if not lists:
         return None
-    places = [(lists[-1].start() + m.start(), m[0]) for m in re.finditer(r"\d+", lists[-1][0])]
+    places = [(lists[-1].start() + m.start(), m[0]) for m in re.finditer(r"[0-9]{1,9}", lists[-1][0])]
     if [int(digits) for _, digits in places] != list(values):
         return None
     starts = np.cumsum([0, *(len(token.token) for token in tokens)])
     found = []
     for place, digits in places:
         index = int(np.searchsorted(starts, place, side="right")) - 1
-        token, inside = tokens[index], place - int(starts[index])
-        found.append(_distribution(token, inside, int(digits), top))
-    return found
+        found.append(_distribution(tokens[index], place - int(starts[index]), int(digits), top))
+    return found if np.isfinite(found).all() else None
 
 
 def _distribution(token: TokenLogprobs, inside: int, value: int, top: int) -> Float[np.ndarray, " values"]:
@@ -174,8 +235,9 @@ def _distribution(token: TokenLogprobs, inside: int, value: int, top: int) -> Fl
         if text == token.token:  # what was said, although it may go on in the next token (1|0)
             number = value
         else:
-            match = re.match(r"\s*(\d+)", text[len(lead) :] if text.startswith(lead) else text)
+            match = re.match(r"\s*([0-9]{1,9})", text[len(lead) :] if text.startswith(lead) else text)
             number = int(match[1]) if match else -1
         if 0 <= number <= top:
-            weights[number] += math.exp(logprob)
-    return weights / weights.sum()
+            weights[number] += math.exp(min(logprob, 0.0))
+    with np.errstate(invalid="ignore"):
+        return weights / weights.sum()

@@ -1,132 +1,150 @@
-"""Ask a model many questions at once and lose no answer: retries, a bound on what is in flight, a budget, a ledger.
+"""Ask a model many questions at once and lose no answer.
 
-The client runs an event loop in a thread of its own; `ask` may be called from any thread, by several at once. Every
-answer is in the ledger before `ask` returns it, so a run that is killed asks nothing twice when it goes on.
+The openai library sends, waits (also as long as a Retry-After says, up to two minutes) and tries again. What it does not
+have is here: a ledger that answers a rerun, a budget that holds, servers that take less than the whole API, and an early
+end where no answer is to be had. `ask` may be called from several threads at once.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import random
 import threading
 import time
-from collections.abc import Coroutine, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sae_italian.autointerp.llm.budget import Budget
-from sae_italian.autointerp.llm.ledger import Account, Ledger, Reply, Request
-from sae_italian.autointerp.llm.prices import PRICE_FILE, Price, TokenCounter, price_of
-from sae_italian.autointerp.llm.transport import Answer, Failure, attempt, open_client
+import httpx2
+import openai
+
+from sae_italian.autointerp.llm.cost import Price, TokenCounter, price_of
+from sae_italian.autointerp.llm.ledger import Account, Ledger
+from sae_italian.autointerp.llm.reply import Reply, Request, is_completion, parsed, reply_of, usage_of
+from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
 
 KEY_VARIABLE = "LLM_API_KEY"
 NO_ANSWER, TOO_LONG, REJECTED = "no answer", "prompt too long", "rejected"
-MAX_CONCURRENCY = 100  # connections that huggingface_hub's client opens at most
-LONGEST_WAIT = 300.0  # seconds that a server may ask for before we stop instead
-GIVE_UP_AFTER = 3  # requests in a row that ran out of attempts: the server is down
+UNREACHED_ATTEMPTS = 3  # without any response so far: a wrong address is told soon
+GIVE_UP_AFTER = 3  # questions in a row that came to nothing
+TOP_LOGPROBS = 20
+# What a server may refuse and an answer can do without -> its parameters, and words that a refusal has for it.
+OPTIONAL = {
+    "schema": (("response_format",), ("response_format", "json_schema", "grammar", "guided", "structured")),
+    "logprobs": (("logprobs", "top_logprobs"), ("logprob",)),
+    "max_tokens": (("max_tokens",), ("max_tokens", "max_completion_tokens")),  # sent by its newer name instead
+    "temperature": (("temperature",), ("temperature",)),
+    "seed": (("seed",), ("seed",)),
+}
+HOPELESS = {  # statuses that no later question will fare better with
+    401: "refuses the key",
+    402: "wants to be paid",
+    403: "refuses the key",
+    404: "has no such model or path",
+}
 
-T = TypeVar("T")
+
+class EndpointError(UsageError, openai.OpenAIError):
+    """The endpoint does not answer, or will not answer anything. What was answered is kept.
+
+    It is one of openai's errors too: these alone pass through the library without another attempt.
+    """
 
 
-class EndpointError(UsageError):
-    """The endpoint does not answer, or will not answer anything. What was answered is kept."""
+class BudgetReached(EndpointError):
+    """The next call might cost more than what is left. What was answered is kept, and a rerun goes on from there."""
 
 
-def key_of(variable: str | None) -> str | None:
-    """Return the key that the environment holds. Raises: UsageError when the variable that was named is not set."""
-    key = os.environ.get(variable or KEY_VARIABLE)
-    if variable and not key:
-        raise UsageError(f"the environment has no {variable}; keys are read from there and from nowhere else.")
-    return key
+class Budget:
+    """Dollars spent, set aside for the calls in flight, and possibly spent on lost answers. For any thread."""
+
+    def __init__(self, limit: float | None):
+        self.limit = limit
+        self.spent = self.uncertain = self._reserved = 0.0
+        self._in_flight = 0
+        self._changed = threading.Condition()
+
+    def reserve(self, usd: float) -> None:
+        """Set `usd` aside, waiting for calls in flight to give back what they did not use.
+
+        Raises: BudgetReached when nothing is in flight and there is still too little left.
+        """
+        with self._changed:
+            while self.limit is not None and self.spent + self.uncertain + self._reserved + usd > self.limit:
+                if not self._in_flight:
+                    raise BudgetReached(
+                        f"the next call may cost ${usd:.4f} and ${self.spent + self.uncertain:.4f} of the ${self.limit:g} "
+                        "of --max-usd are gone. What was answered is kept: run again with a higher --max-usd to go on."
+                    )
+                self._changed.wait()
+            self._reserved += usd
+            self._in_flight += 1
+
+    def settle(self, reserved: float, *, spent: float = 0.0, uncertain: float = 0.0) -> None:
+        """Give a reservation back and book what the call took."""
+        with self._changed:
+            self._reserved -= reserved
+            self._in_flight -= 1
+            self.spent += spent
+            self.uncertain += uncertain
+            self._changed.notify_all()
+
+
+@dataclass
+class _Call:
+    """A question on its way: the most an attempt costs, whether one is under way, and the body that came back."""
+
+    worst: float
+    account: Account = field(default_factory=Account)
+    open: bool = False
+    body: Any = None
 
 
 class Client:
     """One model behind one endpoint. Use as a context manager.
 
-    `attempts` is per request; between them the client waits about `backoff` seconds, doubled each time, at random
-    around that, and as long as a Retry-After says. `features` are what the server is found to take of JSON schemas and
-    log-probabilities; `counts` what happened so far.
-
+    `counts` says what happened so far, `missing` which parameters the server was found to do without, and why.
     Raises: UsageError for settings that cannot hold (a budget for a model without a price among them).
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        ledger: Path,
-        *,
-        concurrency: int = 8,
-        max_usd: float | None = None,
-        prices: Path = PRICE_FILE,
-        key_variable: str | None = None,
-        timeout: float = 120.0,
-        attempts: int = 6,
-        backoff: float = 1.0,
-        temperature: float = 0.0,
-        seed: int | None = 0,
-        counter: TokenCounter | None = None,
-    ):
-        if not url.startswith(("http://", "https://")):
-            raise UsageError(f"--endpoint is {url!r}; a URL such as http://localhost:8000/v1 was expected.")
-        if not 1 <= concurrency <= MAX_CONCURRENCY:
-            raise UsageError(f"--concurrency is {concurrency}; it must be from 1 to {MAX_CONCURRENCY}.")
-        self.price: Price | None = price_of(model, prices)
-        if max_usd is not None and self.price is None:
+    def __init__(self, settings: LLMSettings, ledger: Path):
+        settings.check()
+        self.settings, self.model, self.concurrency = settings, settings.llm_model or "", settings.concurrency
+        self.url = settings.endpoint or ""
+        self.price: Price | None = price_of(settings)
+        if settings.max_usd is not None and self.price is None:
             raise UsageError(
-                f"{prices.name} has no price for {model!r}, so --max-usd cannot be kept. Give --prices FILE with its "
-                "price (0 for a server of your own), or leave --max-usd out."
+                f"there is no price for {self.model!r}, so --max-usd cannot be kept. Give prices=FILE with its price (0 "
+                "for a server of your own), or leave --max-usd out."
             )
-        self.url, self.model, self.concurrency, self.timeout = url, model, concurrency, timeout
-        self.attempts, self.backoff = attempts, backoff
-        self.settings: dict[str, Any] = {"temperature": temperature} | ({} if seed is None else {"seed": seed})
-        self.counter = counter or TokenCounter()
-        self.features = {"schema", "logprobs"}
-        self.missing: dict[str, str] = {}  # features found missing, and how
-        self.counts = {"asked": 0, "from ledger": 0, "retries": 0, "failed": 0}
-        self._key, self._max_usd, self._ledger_path = key_of(key_variable), max_usd, ledger
-        self._pending: dict[str, asyncio.Future[Reply]] = {}
-        self._stopped: UsageError | None = None
-        self._answered = self._given_up = 0
-        self._resume_at = 0.0
-        self._random = random.Random(0)
-
-    # --- life ----------------------------------------------------------------------------------------------------------
+        self.counter, self.budget = TokenCounter.of(settings), Budget(settings.max_usd)
+        self.missing: dict[str, str] = {}
+        self.counts = {"asked": 0, "from ledger": 0, "retries": 0, "failed": 0, "cut": 0}
+        self.problem = ""  # the last one, in the server's words
+        self._key, self._ledger_path = _key(settings.key_env), ledger
+        self._lock, self._local = threading.Lock(), threading.local()
+        self._pending: dict[str, Future[Reply]] = {}
+        self._stopped: EndpointError | None = None
+        self._reached, self._in_vain = False, 0  # whether any response came, questions in a row without an answer
 
     def __enter__(self) -> Client:
+        # A redirect could carry prompts and key to another host: it is refused, and its target named.
+        hooks = {"request": [self._attempt], "response": [self._response]}
+        http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks)
+        # Without a key nothing of the environment (OPENAI_API_KEY, the Hub's token) may reach the server.
+        key, timeout = self._key or "none", self.settings.timeout
+        self._openai = openai.OpenAI(base_url=self.url, api_key=key, timeout=timeout, http_client=http)
         self._ledger = Ledger(self._ledger_path)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="llm-client", daemon=True)
-        self._thread.start()
-        self._run(self._open())
+        self._pool = ThreadPoolExecutor(self.concurrency, "llm")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._stop("stopped")  # no further attempt; what is in flight is waited for and kept
+        self._pool.shutdown()
+        self._openai.close()
         self._ledger.close()
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
-    async def _open(self) -> None:
-        self.budget = Budget(self._max_usd)
-        self._stopping = asyncio.Event()
-        self._slots = asyncio.Semaphore(self.concurrency)
-        self._http = open_client(self.url, self._key, self.timeout)
-
-    async def _close(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._http.close()
 
     # --- asking --------------------------------------------------------------------------------------------------------
 
@@ -136,159 +154,205 @@ class Client:
         Raises: BudgetReached, or EndpointError when the server is down or will answer nothing; what was in flight is
         waited for and kept first.
         """
-        return self._run(self._all(requests))
+        futures = []
+        with self._lock:
+            for request in requests:
+                request = replace(request, max_tokens=self.settings.max_output_tokens or request.max_tokens)
+                key = request.key(self.model, self.settings.sampling)
+                if key not in self._pending:
+                    self._pending[key] = self._pool.submit(self._one, request, key)
+                futures.append(self._pending[key])
+        wait(futures)
+        return [future.result() for future in futures]
 
-    def worst_usd(self, request: Request) -> float:
-        """Return the most that a request can cost, 0 where the price is not known."""
-        if self.price is None:
-            return 0.0
-        return self.price.usd(self.counter.messages(request.messages), request.max_tokens)
-
-    async def _all(self, requests: Sequence[Request]) -> list[Reply]:
-        outcomes = await asyncio.gather(*(self._one(request) for request in requests), return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return [outcome for outcome in outcomes if isinstance(outcome, Reply)]
-
-    async def _one(self, request: Request) -> Reply:
-        key = request.key(self.model, self.settings)
-        if kept := self._ledger.find(key):
-            self.counts["from ledger"] += 1
-            self._notice(request, kept)
-            return kept
-        if key in self._pending:
-            return await asyncio.shield(self._pending[key])
-        future: asyncio.Future[Reply] = self._loop.create_future()
-        self._pending[key] = future
+    def _one(self, request: Request, key: str) -> Reply:
+        """Return the kept answer, or ask and keep it."""
         try:
-            reply = await self._ask(request, key)
-        except asyncio.CancelledError:
-            future.cancel()
-            raise
-        except BaseException as error:
-            future.set_exception(error)
-            future.exception()  # somebody looked: no warning when nobody else waits for it
-            raise
+            if self._stopped is not None:
+                raise self._stopped
+            reply = self._ledger.find(key)
+            if reply is None:
+                worst = (
+                    self.price.usd(self.counter.messages(request.messages), request.max_tokens) if self.price else 0.0
+                )
+                call = _Call(worst)
+                reply = self._asked(request, call)
+                self._ledger.add(key, self.model, request, reply, call.account)
+                self._count("retries", max(0, call.account.attempts - 1))
+            self._count("from ledger" if reply.from_ledger else "asked" if reply.ok else "failed")
+            self._count("cut", reply.finish == "length")
+            if request.logprobs and reply.text and reply.logprobs is None:
+                self.missing.setdefault("logprobs", "the answers carry none")
+            return reply
         finally:
-            del self._pending[key]
-        future.set_result(reply)
-        return reply
+            with self._lock:
+                del self._pending[key]
 
-    async def _ask(self, request: Request, key: str) -> Reply:
-        account = Account()
-        async with self._slots:  # also between attempts: a server in trouble is not sent the next question instead
-            reply = await self._attempts(request, account)
-        if not reply.ok:
-            self.counts["failed"] += 1
-        self._ledger.add(key, self.model, request, reply, account)
-        return reply
+    def _count(self, name: str, n: int = 1) -> None:
+        with self._lock:
+            self.counts[name] += n
 
-    async def _attempts(self, request: Request, account: Account) -> Reply:
+    def _asked(self, request: Request, call: _Call) -> Reply:
+        """Return what the server answers, after doing without what it refuses. Raises: BudgetReached, EndpointError."""
+        self._local.call, started = call, time.monotonic()
         blamed: list[str] = []
         while True:
+            wanted = self._wanted(request)
+            retries = max(0, self.settings.attempts - call.account.attempts - 1)
             try:
-                return await self._attempt(request, account)
-            except Failure as failure:
-                failure.why = self._redacted(failure.why)
-                if failure.kind == "feature":
-                    blamed.append(failure.feature)
-                delay, reply = self._after(failure, account.attempts)
-            if reply is not None:
-                self._restore(blamed)
-                return reply
-            self.counts["retries"] += 1
-            await self._sleep(delay)
+                client = self._openai.with_options(max_retries=retries)
+                client.post("/chat/completions", body=wanted, cast_to=object)
+                call.account.latency, self._in_vain = time.monotonic() - started, 0
+                return self._book(request, call)
+            except openai.APIStatusError as error:
+                said = self._said(error.response.text)
+                if self._do_without(wanted, error.status_code, said, blamed):
+                    continue
+                reply = self._refused(error, said, call)
+            except openai.APIConnectionError as error:
+                cause = error.__cause__ or error
+                why = f"{type(cause).__name__}: {cause}"
+                if isinstance(error, openai.APITimeoutError):
+                    why = f"no answer within {self.settings.timeout:g} s"
+                reply = self._no_answer(self._said(why), call)
+            finally:
+                self._close(call, lost=True)
+            for name in blamed:  # without these it was refused all the same: they were not the reason
+                self.missing.pop(name, None)
+            return reply
 
-    async def _attempt(self, request: Request, account: Account) -> Reply:
-        """Send once, within the bounds, and book it. Raises: Failure, BudgetReached, EndpointError."""
-        while self._stopped is None and (wait := self._resume_at - time.monotonic()) > 0:
-            await self._sleep(wait)
-        worst = self.worst_usd(request)
-        if self._stopped is not None:
-            raise self._stopped
-        await self.budget.reserve(worst)
-        if self._stopped is not None:
-            await self.budget.settle(worst)
-            raise self._stopped
-        account.attempts += 1
-        started = time.monotonic()
-        spent, lost = 0.0, worst  # whatever interrupts this, the call may have been billed
-        try:
-            answer = await attempt(self._http, self.model, request, self.settings, set(self.features), self.timeout)
-            account.latency = time.monotonic() - started
-            account.tokens_in, account.tokens_cached = answer.tokens_in, answer.tokens_cached
-            account.tokens_out, account.usd = answer.tokens_out, self._usd(answer)
-            spent, lost = (worst if account.usd is None else account.usd), 0.0
-        except Failure as failure:
-            lost = worst if failure.may_be_billed else 0.0
-            raise
-        finally:
-            account.usd_uncertain += lost
-            await self.budget.settle(worst, spent=spent, uncertain=lost)
-        self.counts["asked"] += 1
-        self._answered += 1
-        self._given_up = 0
-        self._notice(request, answer.reply)
-        return replace(answer.reply, text=self._redacted(answer.reply.text))
+    def _wanted(self, request: Request) -> dict[str, Any]:
+        """Return the parameters of a request, without those that the server was found to refuse."""
+        wanted: dict[str, Any] = {"model": self.model, "messages": list(request.messages)}
+        wanted |= {"max_tokens": request.max_tokens, **self.settings.sampling}
+        if request.schema is not None:
+            json_schema = {"name": "answer", "schema": request.schema, "strict": True}
+            wanted["response_format"] = {"type": "json_schema", "json_schema": json_schema}
+        if request.logprobs:
+            wanted |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        for name in list(self.missing):
+            for parameter in OPTIONAL[name][0]:
+                if wanted.pop(parameter, None) is not None and parameter == "max_tokens":
+                    wanted["max_completion_tokens"] = request.max_tokens
+        return wanted
 
-    def _usd(self, answer: Answer) -> float | None:
-        if self.price is None or answer.tokens_in is None or answer.tokens_out is None:
-            return None
-        return self.price.usd(answer.tokens_in, answer.tokens_out, answer.tokens_cached or 0)
+    def _do_without(self, wanted: dict[str, Any], status: int, said: str, blamed: list[str]) -> bool:
+        """Find what the next try leaves out: what a refusal names, else schema and log-probabilities; False for nothing.
 
-    def _notice(self, request: Request, reply: Reply) -> None:
-        """See once that log-probabilities were wanted and did not come, and ask for them no more."""
-        if request.logprobs and reply.text and reply.logprobs is None and "logprobs" in self.features:
-            self._without("logprobs", "the answers carry none")
+        Some servers answer 500 to a schema, so a question with one is asked once more without before it is given up.
+        """
+        sent = [name for name, (parameters, _) in OPTIONAL.items() if wanted.keys() & set(parameters)]
+        lower = said.lower()
+        if status in HOPELESS or 300 <= status < 400 or status == 429 or _too_long(status, lower):
+            return False
+        named = [name for name in sent if any(word in lower for word in OPTIONAL[name][1])]
+        unnamed = [name for name in ("schema", "logprobs") if name in sent][: 1 if status >= 500 else 2]
+        for name in [*named, *unnamed]:
+            if name not in blamed:
+                blamed.append(name)
+                self.missing[name] = f"HTTP {status}: {said}"
+                return True
+        return False
 
-    def _without(self, feature: str, why: str) -> None:
-        self.features.discard(feature)
-        self.missing.setdefault(feature, why)
-
-    def _restore(self, features: Sequence[str]) -> None:
-        """Believe again in features that a request was not refused for: without them it was refused all the same."""
-        for feature in features:
-            self.features.add(feature)
-            self.missing.pop(feature, None)
-
-    def _after(self, failure: Failure, attempts: int) -> tuple[float, Reply | None]:
-        """Return what follows on a failed attempt: a delay before the next one, or the reply that ends it."""
-        if failure.kind == "stop":
-            raise self._stop(f"{self.url}: {failure.why}. Check --endpoint, --llm-model and the key's variable.")
-        if failure.kind == "feature":
-            self._without(failure.feature, failure.why)
-            return 0.0, None
-        if failure.kind in ("too long", "refused"):
-            return 0.0, Reply(f"{TOO_LONG if failure.kind == 'too long' else REJECTED}: {failure.why}")
-        if failure.wait is not None:
-            if failure.wait > LONGEST_WAIT:
-                raise self._stop(f"{self.url} asks to wait {failure.wait:.0f} s ({failure.why}). Run again then.")
-            self._resume_at = max(self._resume_at, time.monotonic() + failure.wait)
-        if failure.unreachable and not self._answered and attempts >= 2:
-            raise self._stop(f"no server answers at {self.url} ({failure.why}). Start it, or give another --endpoint.")
-        if attempts < self.attempts:
-            base = min(60.0, self.backoff * 2 ** (attempts - 1))
-            return base * self._random.uniform(0.5, 1.5), None
-        self._given_up += 1
-        if self._given_up >= GIVE_UP_AFTER or not self._answered:
+    def _refused(self, error: openai.APIStatusError, said: str, call: _Call) -> Reply:
+        """Return the reply that a refusal amounts to. Raises: EndpointError where no other question would fare better."""
+        status, headers = error.status_code, error.response.headers
+        why = f"HTTP {status}{': ' + said if said else ''}"
+        if 300 <= status < 400:
             raise self._stop(
-                f"{self.url} does not answer: {self.attempts} attempts each at {self._given_up} requests, the last: "
-                f"{failure.why}. What was answered is kept; run again when it is back."
+                f"{self.url} sends on to {headers.get('Location', '?')}. If you trust it, give it as --endpoint."
             )
-        return 0.0, Reply(f"{NO_ANSWER}: {failure.why}")
+        if status in HOPELESS:
+            why = f"the endpoint {HOPELESS[status]} ({why})"
+            raise self._stop(f"{self.url}: {why}. Check --endpoint, --llm-model and the key's variable.") from error
+        if status in (408, 409, 429) or status >= 500 and status != 501:
+            asks = f", asks to wait {headers['Retry-After']} s" if "Retry-After" in headers else ""
+            return self._no_answer(f"{why}{asks}", call)
+        if _too_long(status, said.lower()):
+            return Reply(f"{TOO_LONG}: {why}")
+        self.problem = why
+        self._in_vain += 1
+        if not self.counts["asked"] and self._in_vain >= GIVE_UP_AFTER:
+            raise self._stop(f"{self.url} refuses every question ({why}).") from error
+        return Reply(f"{REJECTED}: {why}")
 
-    def _stop(self, message: str) -> UsageError:
-        """Remember that nothing more is to be sent, wake who waits, and return the error to raise."""
+    def _no_answer(self, why: str, call: _Call) -> Reply:
+        self.problem = why
+        self._in_vain += 1
+        if self._in_vain >= GIVE_UP_AFTER or not self.counts["asked"]:
+            raise self._stop(
+                f"{self.url} does not answer: {call.account.attempts} attempts each at {self._in_vain} questions, the "
+                f"last: {why}. What was answered is kept; run again when it is back."
+            )
+        return Reply(f"{NO_ANSWER}: {why}")
+
+    def _stop(self, message: str) -> EndpointError:
+        """Let nothing more be sent, and return the error to raise."""
         self._stopped = self._stopped or EndpointError(message)
-        self._stopping.set()
         return self._stopped
 
-    async def _sleep(self, seconds: float) -> None:
-        """Sleep, or wake early when everything stops."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+    def _said(self, text: str) -> str:
+        """Return a server's own sentence out of the body of a failure, without the key, which some quote back."""
+        value = parsed(text)
+        for name in ("error", "message", "detail"):
+            value = value.get(name, value) if isinstance(value, dict) else value
+        said = " ".join((value if isinstance(value, str) else text).split())[:300]
+        return said.replace(self._key, "<key>") if self._key else said
 
-    def _redacted(self, text: str) -> str:
-        """Return a server's words without the key, which some quote back."""
-        return text.replace(self._key, "<key>") if self._key else text
+    def _book(self, request: Request, call: _Call) -> Reply:
+        """Settle an attempt that was answered, and return the answer."""
+        body, account = call.body or {}, call.account
+        most = 10 * self.counter.messages(request.messages) + 1000, 10 * request.max_tokens + 1000
+        account.tokens_in, account.tokens_cached, account.tokens_out = usage_of(body, *most)
+        if account.tokens_in is None or account.tokens_out is None:
+            self._close(call, lost=True)  # it cost at most what was set aside
+        else:
+            call.open, tokens = False, (account.tokens_in, account.tokens_out, account.tokens_cached or 0)
+            account.usd = None if self.price is None else self.price.usd(*tokens)
+            self.budget.settle(call.worst, spent=account.usd or 0.0)
+        reply = reply_of(body)
+        return replace(reply, text=reply.text.replace(self._key, "<key>")) if self._key else reply
+
+    # --- what openai calls around each attempt, in the thread that asks ------------------------------------------------
+
+    def _attempt(self, _: Any) -> None:
+        """Set aside what the attempt may cost. Raises: EndpointError when nothing is to be sent any more."""
+        call: _Call = self._local.call
+        self._close(call, lost=True)  # the attempt before this one
+        if call.account.attempts >= UNREACHED_ATTEMPTS and not self._reached:
+            self._stop(f"no server answers at {self.url}. Start it, or give another --endpoint.")
+        if self._stopped is not None:
+            raise self._stopped
+        self.budget.reserve(call.worst)
+        call.open = True
+        call.account.attempts += 1
+
+    def _response(self, response: Any) -> None:
+        """Take the body of an answer. Raises: httpx's DecodingError for what is none, so that it is asked again."""
+        self._reached, call = True, self._local.call
+        if not response.is_success:
+            self._close(call)
+            return
+        response.read()
+        call.body = parsed(response.text)
+        if not is_completion(call.body):
+            raise httpx2.DecodingError(f"the answer is no chat completion: {self._said(response.text)}")
+
+    def _close(self, call: _Call, *, lost: bool = False) -> None:
+        """Settle an attempt that brought nothing; where it was lost on the way it may have been billed all the same."""
+        if call.open:
+            call.open, uncertain = False, call.worst if lost else 0.0
+            call.account.usd_uncertain += uncertain
+            self.budget.settle(call.worst, uncertain=uncertain)
+
+
+def _key(variable: str | None) -> str | None:
+    """Return the key that the environment holds. Raises: UsageError when the variable that was named is not set."""
+    key = os.environ.get(variable or KEY_VARIABLE)
+    if variable and not key:
+        raise UsageError(f"the environment has no {variable}; keys are read from there and from nowhere else.")
+    return key
+
+
+def _too_long(status: int, said: str) -> bool:
+    return status == 413 or "context" in said and ("length" in said or "window" in said or "token" in said)

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from sae_italian.autointerp.llm.answers import Unusable, explanation_schema, read_explanation
-from sae_italian.autointerp.llm.client import NO_ANSWER, TOO_LONG
-from sae_italian.autointerp.llm.ledger import Reply, Request
-from sae_italian.autointerp.llm.prices import TokenCounter
+from sae_italian.autointerp.llm.client import TOO_LONG
+from sae_italian.autointerp.llm.cost import TokenCounter
 from sae_italian.autointerp.llm.prompts import load_prompts
+from sae_italian.autointerp.llm.reply import Reply, Request
+from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.autointerp.protocols import Example, LatentExamples
-from sae_italian.autointerp.store import Explanation
+from sae_italian.autointerp.store import NO_ANSWER, Explanation
 from sae_italian.base.errors import UsageError
 
 EXPLANATION_TOKENS = 160
 LEAST_EXAMPLES = 3
 LANGUAGE_LETTERS = 20  # shorter texts are too short to tell a language
 UNLIKELY = 0.05  # a text is in another language when the wanted one is less probable than this
+CUT = "cut at the token limit (finish_reason length); max_output_tokens=N gives more room"
 
 
 class Asks(Protocol):
     """A client, or what counts for one."""
 
+    settings: LLMSettings
     model: str
     concurrency: int
     counter: TokenCounter
@@ -33,41 +35,29 @@ class Asks(Protocol):
     def ask(self, requests: Sequence[Request]) -> list[Reply]: ...
 
 
-@dataclass(frozen=True)
-class ExplainerConfig:
-    """What decides the prompt besides its text."""
-
-    language: str = "it"
-    draw: Literal["top", "deciles"] = "deciles"
-    """Show the strongest training examples, or equally many of each tenth, the strongest first."""
-    n_examples: int = 20
-    promoted: bool = False
-    """Show the tokens that the latent promotes as well: its output, not when it is active."""
-    context: int | None = None
-    """Tokens that prompt and answer may take together; examples are dropped from the end until they fit."""
-
-
 class LLMExplainer:
-    """One explanation per latent, in one language. Safe to use from several threads."""
+    """One explanation per latent, in the language of the client's settings. Safe to use from several threads."""
 
-    def __init__(self, client: Asks, config: ExplainerConfig | None = None):
-        self.client, self.config = client, config or ExplainerConfig()
+    def __init__(self, client: Asks):
+        self.client, self.config = client, client.settings
         self.prompts = load_prompts(self.config.language)
         self.name = f"llm:{client.model}:{self.prompts.name}"
         self.concurrency = client.concurrency
+        self.n_train = 2 * self.config.n_shown  # of so many training positives the shown ones are chosen
         self.prompt = f"{self.prompts.name}-{self.prompts.hash}"
 
     @property
     def settings(self) -> dict[str, Any]:
         """Return what its explanations depend on, for the store to hold it to."""
-        return {"prompt": self.prompt, **asdict(self.config)}
+        names = ("language", "shown", "n_shown", "promoted", "context_tokens", "sampling")
+        return {"prompt": self.prompt} | {name: getattr(self.config, name) for name in names}
 
     def explain(self, examples: LatentExamples) -> list[Explanation]:
         """Return one explanation. Status: ok; `failed`, when the answer is unusable; `no answer`, to be asked again.
 
         Raises: UsageError when not even three examples fit into the model's context, or the client's errors.
         """
-        shown = chosen(examples.train, self.config.draw, self.config.n_examples)
+        shown = chosen(examples.train, self.config.shown, self.config.n_shown)
         if not shown:
             return [self._explanation(examples.latent, "too few activations", "")]
         n = self._fitting(examples, shown)
@@ -81,15 +71,13 @@ class LLMExplainer:
                 raise UsageError(self._too_long(n, reply.status))
             n = max(LEAST_EXAMPLES, n // 2)
         if not reply.ok:
-            status = "no answer" if reply.status.startswith(NO_ANSWER) else "failed"
-            return [self._explanation(examples.latent, status, "", notes | {"problem": reply.status})]
+            return [self._explanation(examples.latent, NO_ANSWER, "", notes | {"problem": reply.status})]
         try:
             text = self._read(request, reply, notes)
         except Unusable as problem:
-            why = f"refused: {reply.refusal}" if reply.refusal else self.prompts.problem(problem.name, **problem.values)
-            return [
-                self._explanation(examples.latent, "failed", "", notes | {"problem": why, "answer": reply.text[:500]})
-            ]
+            notes |= {"problem": self._why(problem, reply), "answer": reply.text[:500]}
+            status = NO_ANSWER if problem.name == "length" else "failed"
+            return [self._explanation(examples.latent, status, "", notes)]
         if other := other_language(text, self.config.language):
             notes["wrong_language"] = other
         return [self._explanation(examples.latent, "ok", text, notes)]
@@ -101,18 +89,18 @@ class LLMExplainer:
 
     def _fitting(self, examples: LatentExamples, shown: Sequence[Example]) -> int:
         """Return how many of the examples fit, by our count of tokens."""
-        if self.config.context is None:
+        if self.config.context_tokens is None:
             return len(shown)
-        room = self.config.context - EXPLANATION_TOKENS
+        room = self.config.context_tokens - (self.config.max_output_tokens or EXPLANATION_TOKENS)
         for n in range(len(shown), min(LEAST_EXAMPLES, len(shown)) - 1, -1):
             if self.client.counter.messages(self._request(examples, shown[:n]).messages) <= room:
                 return n
-        raise UsageError(self._too_long(min(LEAST_EXAMPLES, len(shown)), f"{self.config.context} tokens"))
+        raise UsageError(self._too_long(min(LEAST_EXAMPLES, len(shown)), f"{self.config.context_tokens} tokens"))
 
     def _too_long(self, n: int, what: str) -> str:
         return (
             f"even {n} examples do not fit into the context of {self.client.model} ({what}). Use a model with a longer "
-            "one, or give its true context with --context-tokens."
+            "one, or give its true context with context_tokens=N."
         )
 
     def _read(self, request: Request, reply: Reply, notes: dict[str, Any]) -> str:
@@ -120,16 +108,20 @@ class LLMExplainer:
         try:
             return read_explanation(reply)
         except Unusable as problem:
-            if reply.refusal:
+            if reply.refusal or problem.name == "length":
                 raise
             form = f'{{"{self.prompts.answer_key}": "..."}}'
-            why = self.prompts.problem(problem.name, **problem.values)
-            messages = self.prompts.repair(request.messages, reply.text, why, form)
+            messages = self.prompts.repair(request.messages, reply.text, self._why(problem, reply), form)
             again = self.client.ask([Request(messages, "repair", EXPLANATION_TOKENS, request.schema)])[0]
             if not again.ok:
                 raise
             notes["repaired"] = problem.name
             return read_explanation(again)
+
+    def _why(self, problem: Unusable, reply: Reply) -> str:
+        if reply.refusal:
+            return f"refused: {reply.refusal}"
+        return CUT if problem.name == "length" else self.prompts.problem(problem.name, **problem.values)
 
     def _explanation(self, latent: int, status: str, text: str, notes: dict[str, Any] | None = None) -> Explanation:
         texts = (text, "") if self.config.language == "it" else ("", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ from jaxtyping import Float, Int
 
 from sae_italian.autointerp.llm.answers import Unusable, distributions, numbers_schema, read_numbers
 from sae_italian.autointerp.llm.explainer import Asks
-from sae_italian.autointerp.llm.ledger import Reply, Request
 from sae_italian.autointerp.llm.prompts import Question, load_prompts
+from sae_italian.autointerp.llm.reply import Reply, Request
 from sae_italian.autointerp.protocols import Example, Verdicts
-from sae_italian.autointerp.store import Explanation
+from sae_italian.autointerp.store import UNANSWERED, Explanation
 
 BATCH = 5  # passages per question
 STRONGEST = 10  # of a simulated token
@@ -23,24 +24,28 @@ ANSWER_TOKENS = 24  # around the numbers of an answer
 class LLMJudge:
     """Judges by an explanation's text. Safe to use from several threads."""
 
-    def __init__(self, client: Asks, language: str = "it", batch: int = BATCH):
-        self.client, self.batch, self.language = client, batch, language
-        self.prompts = load_prompts(language)
+    def __init__(self, client: Asks, batch: int = BATCH):
+        self.client, self.batch, self.language = client, batch, client.settings.language
+        self.prompts = load_prompts(self.language)
         self.name = f"llm:{client.model}:{self.prompts.name}"
         self.concurrency = client.concurrency
 
     @property
     def settings(self) -> dict[str, Any]:
         """Return what its verdicts depend on, for the store to hold it to."""
-        return {"prompt": f"{self.prompts.name}-{self.prompts.hash}", "batch": self.batch}
+        return {
+            "prompt": f"{self.prompts.name}-{self.prompts.hash}",
+            "batch": self.batch,
+            "sampling": self.client.settings.sampling,
+        }
 
     # --- yes or no -----------------------------------------------------------------------------------------------------
 
     def detect(self, explanation: Explanation, examples: Sequence[Example]) -> Verdicts:
         """Answer batch by batch, all at once; a batch that stays unusable after a repair is asked one by one.
 
-        What still has no usable answer then (a refusal, a question the server always fails on) is -1. Raises: the
-        client's errors, when the endpoint is down or the budget is reached.
+        What still has no usable answer then is -1, and -2 where the server failed or had no room to answer, so that a
+        rerun asks again. Raises: the client's errors, when the endpoint is down or the budget is reached.
         """
         text = explanation.text(self.language)
         said = np.full(len(examples), -1, dtype=np.int64)
@@ -53,9 +58,9 @@ class LLMJudge:
             requests = [self._yes_or_no(text, [examples[i] for i in batch]) for batch in batches]
             read = self._numbers(requests, [len(batch) for batch in batches], top=1)
             for batch, (values, spread) in zip(batches, read, strict=True):
-                if values is not None:
-                    said[batch] = values
-                    probability[batch] = np.nan if spread is None else [weights[1] for weights in spread]
+                said[batch] = values
+                if spread is not None:
+                    probability[batch] = [weights[1] for weights in spread]
         return Verdicts(said, probability if np.isfinite(probability).any() else None)
 
     def _batches(self, todo: Int[np.ndarray, " n"], examples: Sequence[Example]) -> list[list[int]]:
@@ -86,33 +91,39 @@ class LLMJudge:
         levels = np.arange(STRONGEST + 1)
         simulated: list[Float[np.ndarray, " tokens"] | None] = []
         for values, spread in self._numbers(requests, sizes, top=STRONGEST):
-            if values is None:
+            if isinstance(values, int):
                 simulated.append(None)
-            elif spread is None:
-                simulated.append(values.astype(np.float64))
             else:
-                simulated.append(np.array([weights @ levels for weights in spread]))
+                simulated.append(values * 1.0 if spread is None else np.array([one @ levels for one in spread]))
         return simulated
 
     # --- both ----------------------------------------------------------------------------------------------------------
 
     def _numbers(
         self, requests: Sequence[Request], sizes: Sequence[int], top: int
-    ) -> list[tuple[Int[np.ndarray, " n"] | None, list[Float[np.ndarray, " values"]] | None]]:
-        """Return the numbers of each answer and their distributions, None where there are none, after one repair."""
+    ) -> list[tuple[Int[np.ndarray, " n"] | int, list[Float[np.ndarray, " values"]] | None]]:
+        """Return the numbers of each answer, after one repair, and their distributions, None where there are none.
+
+        Where there are no numbers -1 stands for an unusable answer, and -2 for none at all.
+        """
         replies = self.client.ask(requests)
         read = [_read(reply, n, top) for reply, n in zip(replies, sizes, strict=True)]
-        again = [i for i, outcome in enumerate(read) if isinstance(outcome, Unusable) and _may_repair(replies[i])]
-        repairs = [self._repair(requests[i], replies[i], read[i]) for i in again]
+        again, repairs = [], []
+        for i, (request, reply, outcome) in enumerate(zip(requests, replies, read, strict=True)):
+            if isinstance(outcome, Unusable) and reply.ok and not reply.refusal and outcome.name != "length":
+                why = self.prompts.problem(outcome.name, **outcome.values)
+                form = f'{{"{next(iter((request.schema or {})["properties"]))}": [...]}}'
+                messages = self.prompts.repair(request.messages, reply.text, why, form)
+                again.append(i)
+                repairs.append(replace(request, messages=messages, purpose="repair"))
         for i, reply in zip(again, self.client.ask(repairs), strict=True):
-            read[i] = _read(reply, sizes[i], top)
-        return [(None, None) if isinstance(outcome, Unusable) else outcome for outcome in read]
-
-    def _repair(self, request: Request, reply: Reply, problem: Any) -> Request:
-        key = next(iter((request.schema or {})["properties"]))
-        why = self.prompts.problem(problem.name, **problem.values)
-        messages = self.prompts.repair(request.messages, reply.text, why, f'{{"{key}": [...]}}')
-        return Request(messages, "repair", request.max_tokens, request.schema, request.logprobs)
+            read[i], replies[i] = _read(reply, sizes[i], top), reply
+        found = []
+        for reply, outcome in zip(replies, read, strict=True):
+            if isinstance(outcome, Unusable):
+                outcome = (-1 if reply.ok and outcome.name != "length" else UNANSWERED), None
+            found.append(outcome)
+        return found
 
 
 def _read(reply: Reply, n: int, top: int) -> tuple[np.ndarray, list[np.ndarray] | None] | Unusable:
@@ -122,10 +133,6 @@ def _read(reply: Reply, n: int, top: int) -> tuple[np.ndarray, list[np.ndarray] 
         return problem
     spread = None if reply.logprobs is None else distributions(reply.logprobs, values.tolist(), top)
     return values, spread
-
-
-def _may_repair(reply: Reply) -> bool:
-    return reply.ok and not reply.refusal
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:

@@ -1,56 +1,16 @@
-"""The calls that were made and what came back: the account of a run, and the cache that a rerun reads."""
+"""The calls that were made and what came back: the account of a run, and the memory that answers a rerun."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import threading
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from sae_italian.autointerp.database import connect
+from sae_italian.autointerp.llm.reply import Reply, Request, TokenLogprobs
+from sae_italian.autointerp.store import CALLS, TABLES, Call
 from sae_italian.base.storage import utc_now
-
-
-@dataclass(frozen=True)
-class Request:
-    """One question to a model. What decides its answer decides its `key`; where it is sent does not."""
-
-    messages: tuple[dict[str, str], ...]
-    purpose: str = ""
-    max_tokens: int = 256
-    schema: dict[str, Any] | None = None  # the JSON that is wanted back
-    logprobs: bool = False  # wanted, if the server has them
-
-    def key(self, model: str, settings: dict[str, Any]) -> str:
-        """Return a hash of model, messages and parameters. `purpose` is for the account only."""
-        parts = [model, list(self.messages), self.max_tokens, self.schema, self.logprobs, settings]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """One token of an answer and the likeliest tokens in its place, with natural logarithms of their probabilities."""
-
-    token: str
-    logprob: float
-    top: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back. `status` is `ok`, or why there is no answer; a refusal is an answer with `refusal` set."""
-
-    status: str
-    text: str = ""
-    finish: str = ""
-    refusal: str = ""
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-    from_ledger: bool = False
-
-    @property
-    def ok(self) -> bool:
-        return self.status == "ok"
 
 
 @dataclass
@@ -61,21 +21,23 @@ class Account:
     tokens_cached: int | None = None
     tokens_out: int | None = None
     usd: float | None = None
-    usd_uncertain: float = 0.0  # upper bound for attempts whose answer was lost on the way
-    latency: float = 0.0
+    usd_uncertain: float = 0.0  # upper bound for attempts whose answer was lost, and for answers without a true usage
+    latency: float = 0.0  # seconds, its attempts and the waits between them
     attempts: int = 0
 
 
 class Ledger:
-    """The table `call` of a store. A reply is on disk before anybody sees it."""
+    """The table `call` of a store. A reply is on disk before anybody reads it. For any thread."""
 
     def __init__(self, path: Path):
-        self.connection = connect(path)
+        # a paid answer is on the disk itself before anybody reads it
+        self._connection, self._lock = connect(path, TABLES.values(), durable=True), threading.Lock()
 
     def find(self, key: str) -> Reply | None:
         """Return the answer kept under a key, if there is one; failures are asked again."""
         query = "SELECT reply FROM call WHERE request_hash = ? AND status = 'ok'"
-        row = self.connection.execute(query, (key,)).fetchone()
+        with self._lock:
+            row = self._connection.execute(query, (key,)).fetchone()
         if row is None:
             return None
         values = json.loads(row[0])
@@ -84,24 +46,15 @@ class Ledger:
         return Reply(status="ok", logprobs=tokens, from_ledger=True, **values)
 
     def add(self, key: str, model: str, request: Request, reply: Reply, account: Account) -> None:
-        """Keep a reply; an answer takes the place of an earlier failure, whose uncertain cost is added."""
+        """Keep a reply; it takes the place of an earlier failure, whose attempts and uncertain cost are added."""
         values = asdict(reply)
-        kept = {name: values[name] for name in ("text", "finish", "refusal", "logprobs")}
-        text = json.dumps(kept, ensure_ascii=False) if reply.ok else None
-        row = (key, model, request.purpose, reply.status, text, *asdict(account).values(), utc_now())
-        with self.connection:
-            self.connection.execute(
-                """INSERT INTO call (request_hash, model, purpose, status, reply, tokens_in, tokens_cached, tokens_out,
-                                     usd, usd_uncertain, latency, attempts, created)
-                   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-                   ON CONFLICT (request_hash) DO UPDATE SET status = excluded.status, reply = excluded.reply,
-                     tokens_in = excluded.tokens_in, tokens_cached = excluded.tokens_cached,
-                     tokens_out = excluded.tokens_out, usd = excluded.usd,
-                     usd_uncertain = usd_uncertain + excluded.usd_uncertain, latency = excluded.latency,
-                     attempts = attempts + excluded.attempts, created = excluded.created
-                   WHERE call.status != 'ok'""",
-                row,
-            )
+        kept = {name: values[name] for name in ("text", "finish", "refusal", "logprobs")} if reply.ok else None
+        call = Call(key, model, request.purpose, reply.status, kept, **asdict(account), created=utc_now())
+        query = "SELECT attempts, usd_uncertain FROM call WHERE request_hash = ?"
+        with self._lock, self._connection:
+            if failed := self._connection.execute(query, (key,)).fetchone():
+                call = call._replace(attempts=call.attempts + failed[0], usd_uncertain=call.usd_uncertain + failed[1])
+            CALLS.add(self._connection, [call], replace=True)
 
     def close(self) -> None:
-        self.connection.close()
+        self._connection.close()

@@ -103,6 +103,16 @@ def test_rows_that_are_not_as_described_are_named(tmp_path, row, words):
         read_split(tmp_path / "broken.parquet", 2)
     with pytest.raises(UsageError, match="cannot be fetched from the hub"):
         read_split("colinglab/EXPLAINITA-task2", 2)
+    with pytest.raises(UsageError, match="does not exist"):
+        read_split("runs/run1.jsonl", 2)
+
+
+def test_ids_may_be_numbers(tmp_path):
+    rows = [{**task2_row(0, [True, False], hidden=True), "Latent ID": number} for number in (0, 7)]
+    data = jsonl_of(tmp_path / "d.jsonl", rows)
+    assert [(latent.id, latent.index) for latent in read_split(data, 2)] == [("0", 0), ("7", 7)]
+    assert main(["explainita", "predict", str(data), str(tmp_path / "o.jsonl"), "--task", "2"]) == 0
+    assert [json.loads(line)["Latent ID"] for line in (tmp_path / "o.jsonl").read_text().splitlines()] == [0, 7]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -254,17 +264,16 @@ def stand_in(mini, topk_sae):
 
 
 def test_a_replay_finds_the_sae_that_made_the_data(stand_in, mini, topk_sae, tmp_path):
-    hook = topk_sae.cfg.metadata.hook_name
     latents = read_split(jsonl_of(tmp_path / "d.jsonl", stand_in), 2)
-    result = replay(latents, topk_sae, mini.tokenizer, lambda ids: read_activations(mini, ids, hook))
+    result = replay(latents, topk_sae, mini)
     assert result["latents"] == 4 and result["tokenised_again"] / result["sequences"] > 0.9
     assert result["with BOS"]["replayed"] == 1.0 and result["with BOS"]["correlation"] == pytest.approx(1, abs=1e-4)
     assert result["with BOS"]["relative_error"] < 1e-4 and result["with BOS"]["on_and_off_agree"] > 0.999
     wrong = [types.SimpleNamespace(**{**vars(latent), "index": (latent.index + 1) % 300}) for latent in latents]
-    other = replay(wrong, topk_sae, mini.tokenizer, lambda ids: read_activations(mini, ids, hook))
+    other = replay(wrong, topk_sae, mini)
     assert other["with BOS"]["replayed"] == 0.0
     with pytest.raises(UsageError, match="not a latent of this SAE, which has 300"):
-        replay([types.SimpleNamespace(index=300, id="x")], topk_sae, mini.tokenizer, lambda ids: ids)
+        replay([types.SimpleNamespace(index=300, id="x")], topk_sae, mini)
 
 
 def test_marked_text_of_task_1_is_replayed_too(stand_in, mini, topk_sae, tmp_path):
@@ -281,6 +290,5 @@ def test_marked_text_of_task_1_is_replayed_too(stand_in, mini, topk_sae, tmp_pat
             examples.append({"text": f"<<{text}>>", "tokens": tokens, "activations": listed})
         rows.append({"Latent ID": row["Latent ID"], "examples": examples, "explanation": "x"})
     latents = read_split(jsonl_of(tmp_path / "d.jsonl", rows), 1)
-    hook = topk_sae.cfg.metadata.hook_name
-    result = replay(latents, topk_sae, mini.tokenizer, lambda ids: read_activations(mini, ids, hook))
+    result = replay(latents, topk_sae, mini)
     assert 0.97 < result["with BOS"]["correlation"] < 1 and result["with BOS"]["on_and_off_agree"] > 0.99

@@ -113,8 +113,19 @@ def test_an_llm_answers_both_tasks_and_what_it_leaves_open_is_filled_and_counted
     ]
     one, two = jsonl_of(tmp_path / "one.jsonl", rows), task2_folder(tmp_path)
     with FakeEndpoint(reader) as endpoint:
-        llm = ["--llm-model", "prova", "--endpoint", endpoint.url, "--json", "--prices", str(prices)]
-        command = ["explainita", "predict", str(one), str(tmp_path / "o1.jsonl"), "--task", "1", "--explainer", "llm"]
+        llm = ["--llm-model", "prova", "--endpoint", endpoint.url, "--json"]
+        rare = f"prices={prices}"
+        command = [
+            "explainita",
+            "predict",
+            str(one),
+            str(tmp_path / "o1.jsonl"),
+            rare,
+            "--task",
+            "1",
+            "--explainer",
+            "llm",
+        ]
         assert main([*command, *llm, "--estimate"]) == 0
         estimate = json.loads(capsys.readouterr().out)
         assert (estimate["calls"], estimate["latents"], endpoint.requests) == (2, 2, []) and estimate["usd"] > 0
@@ -127,7 +138,17 @@ def test_an_llm_answers_both_tasks_and_what_it_leaves_open_is_filled_and_counted
         asked = len(endpoint.requests)
         assert main([*command, *llm]) == 0 and len(endpoint.requests) == asked  # the ledger answers
         capsys.readouterr()
-        command = ["explainita", "predict", str(two), str(tmp_path / "o2.parquet"), "--task", "2", "--judge", "llm"]
+        command = [
+            "explainita",
+            "predict",
+            str(two),
+            str(tmp_path / "o2.parquet"),
+            rare,
+            "--task",
+            "2",
+            "--judge",
+            "llm",
+        ]
         assert main([*command, *llm]) == 0
         assert json.loads(capsys.readouterr().out)["unanswered"] == 1
     answers = read_split(tmp_path / "o2.parquet", 2)

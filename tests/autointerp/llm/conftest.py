@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp.llm.client import Client
+from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.autointerp.protocols import Example, LatentExamples
 from sae_italian.autointerp.store import Explanation
 
@@ -13,12 +14,16 @@ MODEL = "prova"
 
 
 @pytest.fixture
-def client_of(tmp_path):
+def client_of(tmp_path, monkeypatch):
     """A function from an endpoint and settings to a client that does not wait long."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
 
-    def make(endpoint, ledger="store.sqlite", model=MODEL, **settings):
-        url = endpoint if isinstance(endpoint, str) else endpoint.url
-        return Client(url, model, tmp_path / ledger, **{"backoff": 0.001, "timeout": 5.0, **settings})
+    def make(server, ledger="store.sqlite", llm_model=MODEL, counter=None, **settings):
+        url = server if isinstance(server, str) else server.url
+        settings = {"explainer": "llm", "endpoint": url, "llm_model": llm_model, "timeout": 5.0, **settings}
+        client = Client(LLMSettings(**settings), tmp_path / ledger)
+        client.counter = counter or client.counter
+        return client
 
     return make
 

@@ -1,23 +1,19 @@
 """The client against an endpoint that fails in every way: no answer is lost, none is paid twice, no key is written."""
 
-import asyncio
 import itertools
 import logging
 import sqlite3
 import threading
 import time
 from collections import Counter
-from concurrent.futures import CancelledError
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+from pathlib import Path
 
 import pytest
 
-from sae_italian.autointerp.llm.budget import Budget, BudgetReached
-from sae_italian.autointerp.llm.client import Client, EndpointError
-from sae_italian.autointerp.llm.ledger import Request
-from sae_italian.autointerp.llm.prices import PRICE_FILE, TokenCounter, price_of
-from sae_italian.autointerp.llm.transport import _retry_after
+from sae_italian.autointerp.llm.client import Budget, BudgetReached, EndpointError
+from sae_italian.autointerp.llm.cost import TokenCounter, price_of
+from sae_italian.autointerp.llm.reply import Request
+from sae_italian.autointerp.llm.settings import LLMOptions, LLMSettings
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import UsageError
 from tests.autointerp.llm.conftest import MODEL
@@ -45,13 +41,13 @@ def test_answers_come_back_in_order_and_a_rerun_asks_nothing(client_of, tmp_path
             assert [reply.text for reply in replies] == [f"risposta a domanda {i}" for i in range(30)]
         with client_of(endpoint) as client:
             again = client.ask(questions)
-            assert client.counts == {"asked": 0, "from ledger": 30, "retries": 0, "failed": 0}
+            assert client.counts == {"asked": 0, "from ledger": 30, "retries": 0, "failed": 0, "cut": 0}
         assert [reply.text for reply in again] == [reply.text for reply in replies]
         assert all(reply.from_ledger for reply in again) and len(endpoint.requests) == 30
     with FakeEndpoint(echo) as elsewhere, client_of(elsewhere) as client:  # the endpoint is no part of the key
         client.ask(questions)
         assert elsewhere.requests == []
-    with FakeEndpoint(echo) as endpoint, client_of(endpoint, model="altro") as client:  # the model is
+    with FakeEndpoint(echo) as endpoint, client_of(endpoint, llm_model="altro") as client:  # the model is
         client.ask(questions[:2])
         assert len(endpoint.requests) == 2
 
@@ -93,7 +89,7 @@ def test_a_slow_answer_is_given_up_and_asked_again(client_of):
         assert time.monotonic() - started < 5 and client.counts["retries"] == 1
 
 
-def test_retry_after_is_kept_by_everybody(client_of):
+def test_as_long_as_a_retry_after_says_is_waited(client_of):
     arrived = []
 
     def fault(n, body):
@@ -101,11 +97,8 @@ def test_retry_after_is_kept_by_everybody(client_of):
         return "429" if n == 0 else None
 
     with FakeEndpoint(echo, fault, retry_after="1") as endpoint, client_of(endpoint, concurrency=1) as client:
-        assert all(reply.ok for reply in client.ask(requests_of(3)))
-        assert arrived[1] - arrived[0] >= 0.99  # the second question waits too
-    later = datetime.now(UTC) + timedelta(seconds=30)
-    assert _retry_after(format_datetime(later, usegmt=True)) == pytest.approx(30, abs=2)
-    assert _retry_after("3.5") == 3.5 and _retry_after("soon") is None
+        assert all(reply.ok for reply in client.ask(requests_of(1)))
+        assert arrived[1] - arrived[0] >= 0.99
 
 
 def test_a_wait_of_an_hour_stops_the_run_instead(client_of):
@@ -141,7 +134,7 @@ def test_an_endpoint_that_is_down_stops_the_run_in_one_line(client_of, tmp_path)
         client.ask(requests_of(50))
     with FakeEndpoint(echo, lambda n, body: "500" if n >= 10 else None) as endpoint:
         with client_of(endpoint, "two.sqlite", attempts=2, concurrency=2) as client:
-            with pytest.raises(EndpointError, match="does not answer: 2 attempts each at 3 requests"):
+            with pytest.raises(EndpointError, match="does not answer: 2 attempts each at 3 questions"):
                 client.ask(requests_of(200))
             assert len(endpoint.requests) < 30  # nothing more was sent
         endpoint.fault = lambda n, body: None
@@ -171,7 +164,7 @@ def test_a_server_that_refuses_schemas_or_logprobs_is_asked_without(client_of, n
         assert all(reply.ok for reply in client.ask(questions))
         assert len(endpoint.requests) == 7  # noticed once
         feature = "schema" if name == "response_format" else name
-        assert feature not in client.features and name in client.missing[feature]
+        assert name in client.missing[feature]
 
 
 def test_a_server_that_just_gives_no_logprobs_is_noticed_once(client_of):
@@ -252,20 +245,18 @@ def test_the_budget_is_never_passed_and_what_was_paid_is_kept(client_of, prices,
 
 
 def test_what_is_in_flight_is_set_aside():
-    async def scene():
-        budget = Budget(1.0)
-        await budget.reserve(0.6)
-        second = asyncio.create_task(budget.reserve(0.6))
-        for _ in range(9):
-            await asyncio.sleep(0)
-        assert not second.done()  # both together might pass the limit
-        await budget.settle(0.6, spent=0.3)
-        await asyncio.wait_for(second, 5)
-        await budget.settle(0.6, spent=0.6)
-        with pytest.raises(BudgetReached):
-            await budget.reserve(0.2)
-
-    asyncio.run(scene())
+    budget = Budget(1.0)
+    budget.reserve(0.6)
+    second = threading.Thread(target=budget.reserve, args=(0.6,))
+    second.start()
+    second.join(0.05)
+    assert second.is_alive()  # both together might pass the limit
+    budget.settle(0.6, spent=0.3)
+    second.join(5)
+    assert not second.is_alive()
+    budget.settle(0.6, spent=0.6)
+    with pytest.raises(BudgetReached):
+        budget.reserve(0.2)
 
 
 def test_lost_answers_count_against_the_budget(client_of, prices):
@@ -278,35 +269,58 @@ def test_lost_answers_count_against_the_budget(client_of, prices):
             assert client.budget.uncertain > 0.3 and client.budget.spent + client.budget.uncertain <= 1.0
 
 
-def test_a_budget_without_a_price_is_refused(tmp_path, prices):
+def test_a_budget_without_a_price_is_refused(client_of, tmp_path, prices):
+    def price(model, file=None):
+        return price_of(LLMSettings(llm_model=model, prices=file))
+
     with pytest.raises(UsageError, match="no price for 'ignoto'"):
-        Client("http://localhost:1/v1", "ignoto", tmp_path / "x", max_usd=1.0, prices=prices)
-    assert price_of("ignoto", prices) is None and price_of("gratis", prices).usd(5, 5) == 0.0
-    assert price_of("gpt-4o-mini", PRICE_FILE).usd(1_000_000, 0) == 0.15
-    assert price_of("gpt-4o-mini").usd(1_000_000, 1_000_000, 1_000_000) == pytest.approx(0.675)
+        client_of("http://localhost:1/v1", llm_model="ignoto", max_usd=1.0, prices=prices)
+    assert price("ignoto", prices) is None and price("gratis", prices).usd(5, 5) == 0.0
+    assert price("gpt-4o-mini").usd(1_000_000, 0) == 0.15
+    assert price("gpt-4o-mini").usd(1_000_000, 1_000_000, 1_000_000) == pytest.approx(0.675)
     (tmp_path / "bad.json").write_text('{"models": {"x": {}}}')
     with pytest.raises(UsageError, match="is no price file"):
-        price_of("x", tmp_path / "bad.json")
+        price("x", tmp_path / "bad.json")
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"url": "localhost:8000"}, "a URL such as"),
-        ({"concurrency": 0}, "--concurrency is 0"),
-        ({"concurrency": 101}, "--concurrency is 101"),
-        ({"key_variable": "NO_SUCH_VARIABLE"}, "the environment has no NO_SUCH_VARIABLE"),
+        ({"endpoint": "localhost:8000"}, "a URL such as"),
+        ({"concurrency": 0}, "concurrency is 0"),
+        ({"concurrency": 101}, "concurrency is 101"),
+        ({"key_env": "NO_SUCH_VARIABLE"}, "the environment has no NO_SUCH_VARIABLE"),
+        ({"judge": "rule"}, "cannot read a text"),
     ],
 )
-def test_settings_that_cannot_hold_are_refused(tmp_path, settings, words):
+def test_settings_that_cannot_hold_are_refused(client_of, settings, words):
     with pytest.raises(UsageError, match=words):
-        Client(settings.pop("url", "http://localhost/v1"), MODEL, tmp_path / "x", **settings)
+        client_of("http://localhost/v1", **settings)
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("time=3", "Did you mean 'timeout'"),
+        ("timeout=soon", "timeout='soon'"),
+        ("shown=best", "'deciles' or 'top'"),
+        ("attempts=0", "attempts is 0"),
+        ("max_usd=3", "is no setting"),
+    ],
+)
+def test_rare_settings_come_as_words(word, words):
+    options = LLMOptions(explainer="llm", endpoint="http://x/v1", llm_model="m", n_shown=5)
+    settings = options.with_words(["timeout=3", "extra_body={top_k: 1}", "seed=null", "prices=/p"])
+    assert (settings.n_shown, settings.timeout, settings.prices) == (5, 3.0, Path("/p"))
+    assert settings.sampling == {"temperature": 0.0, "top_k": 1}
+    with pytest.raises(UsageError, match=words):
+        options.with_words([word])
 
 
 def test_a_client_stopped_amid_a_batch_keeps_what_came_and_goes_on(client_of, tmp_path):
     with FakeEndpoint(echo, latency=0.05) as endpoint:
         with client_of(endpoint, concurrency=5) as client:
-            thread = threading.Thread(target=lambda: pytest.raises(CancelledError, client.ask, requests_of(50)))
+            thread = threading.Thread(target=lambda: pytest.raises(EndpointError, client.ask, requests_of(50)))
             thread.start()
             while endpoint.served < 12:
                 time.sleep(0.005)
@@ -334,7 +348,7 @@ def test_ten_thousand_judgements_with_a_fifth_of_faults(client_of, tmp_path):
 
     questions = requests_of(2000)
     with FakeEndpoint(echo, fault) as endpoint:
-        with client_of(endpoint, concurrency=16, backoff=0.0001) as client:
+        with client_of(endpoint, concurrency=16) as client:
             replies = client.ask(questions)
         assert (len(endpoint.faults), endpoint.served, len(endpoint.requests)) == (500, 2000, 2500)
     assert [reply.text for reply in replies] == [f"risposta a domanda {i}" for i in range(2000)]
@@ -361,7 +375,7 @@ def test_a_key_comes_from_the_environment_and_is_written_nowhere(client_of, tmp_
 
     messages = []
     with Indiscreet(echo, lambda n, body: None) as endpoint:
-        with client_of(endpoint, key_variable="LA_MIA_CHIAVE") as client:
+        with client_of(endpoint, key_env="LA_MIA_CHIAVE") as client:
             client.ask(requests_of(3))
             assert {headers["authorization"] for headers in endpoint.headers} == {f"Bearer {secret}"}
             for status in ("400", "500", "401"):

@@ -6,10 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from sae_italian.autointerp.llm.client import Client
-from sae_italian.autointerp.llm.explainer import ExplainerConfig, LLMExplainer, chosen, other_language
+from sae_italian.autointerp.llm.cost import TokenCounter
+from sae_italian.autointerp.llm.explainer import LLMExplainer, chosen, other_language
 from sae_italian.autointerp.llm.judge import LLMJudge
-from sae_italian.autointerp.llm.prices import TokenCounter
 from sae_italian.autointerp.llm.prompts import load_prompts
 from sae_italian.base.errors import UsageError
 from tests.autointerp.llm.conftest import MODEL, a_latent, an_example, an_explanation
@@ -55,9 +54,9 @@ def test_an_explanation_end_to_end(client_of):
 
 
 def test_the_constant_part_comes_first_and_promoted_tokens_apart(client_of):
-    with FakeEndpoint() as endpoint, client_of(endpoint) as client:
-        LLMExplainer(client, ExplainerConfig(promoted=True)).explain(a_latent())
-        LLMExplainer(client, ExplainerConfig(promoted=True)).explain(a_latent(8, latent=4))
+    with FakeEndpoint() as endpoint, client_of(endpoint, promoted=True) as client:
+        LLMExplainer(client).explain(a_latent())
+        LLMExplainer(client).explain(a_latent(8, latent=4))
         one, two = (body["messages"] for body in endpoint.requests)
     assert one[:-1] == two[:-1] and one[-1] != two[-1] and len(one) == 6
     assert one[-1]["content"].endswith("Token resi più probabili subito dopo: «rossa», «verde»")
@@ -65,8 +64,8 @@ def test_the_constant_part_comes_first_and_promoted_tokens_apart(client_of):
 
 def test_english_prompts_and_the_other_field(client_of):
     answer = json.dumps({"explanation": "words that start with the letter p, wherever they are"})
-    with FakeEndpoint(lambda body: answer) as endpoint, client_of(endpoint) as client:
-        (explanation,) = LLMExplainer(client, ExplainerConfig(language="en")).explain(a_latent())
+    with FakeEndpoint(lambda body: answer) as endpoint, client_of(endpoint, language="en") as client:
+        (explanation,) = LLMExplainer(client).explain(a_latent())
         assert "Passages:" in endpoint.requests[0]["messages"][-1]["content"]
     assert (
         explanation.text_it == "" and explanation.text_en.startswith("words") and explanation.explainer.endswith(":en1")
@@ -123,14 +122,19 @@ def test_a_question_that_gets_no_answer_is_asked_again_by_a_rerun(client_of):
 
 def test_examples_are_dropped_from_the_end_until_the_prompt_fits(client_of):
     counter = TokenCounter(lambda text: len(text.split()))
-    with FakeEndpoint() as endpoint, client_of(endpoint, counter=counter) as client:
-        whole = counter.messages(LLMExplainer(client)._request(a_latent(), a_latent().train).messages)
-        (explanation,) = LLMExplainer(client, ExplainerConfig(context=whole + 160 - 20)).explain(a_latent())
+    with FakeEndpoint() as endpoint:
+        explainer = LLMExplainer(client_of(endpoint, counter=counter))
+        whole = counter.messages(explainer._request(a_latent(), a_latent().train).messages)
+        with client_of(endpoint, counter=counter, context_tokens=whole + 160 - 20) as client:
+            (explanation,) = LLMExplainer(client).explain(a_latent())
         assert explanation.notes == {"examples": 10, "examples_dropped": 2}
         question = endpoint.requests[0]["messages"][-1]["content"]
         assert passages(question) == 10 and "numero 11" in question and "numero 1 " not in question
-        with pytest.raises(UsageError, match="even 3 examples do not fit into the context of prova \\(300 tokens\\)"):
-            LLMExplainer(client, ExplainerConfig(context=300)).explain(a_latent())
+        with (
+            client_of(endpoint, counter=counter, context_tokens=300) as client,
+            pytest.raises(UsageError, match="even 3 examples do not fit into the context of prova \\(300 tokens\\)"),
+        ):
+            LLMExplainer(client).explain(a_latent())
 
 
 def test_a_server_that_says_too_long_is_sent_fewer(client_of):
@@ -218,11 +222,11 @@ def test_simulation_from_numbers_and_from_logprobs(client_of):
         assert LLMJudge(client).simulate(an_explanation(), examples[:1])[0] == pytest.approx([6.0] * 5)
 
 
-def test_explainer_and_judge_say_what_they_depend_on(tmp_path):
-    client = Client("http://localhost:9/v1", MODEL, tmp_path / "x")
-    assert LLMExplainer(client).settings["prompt"] == LLMJudge(client).settings["prompt"]
-    assert LLMExplainer(client, ExplainerConfig(draw="top")).settings != LLMExplainer(client).settings
-    assert LLMJudge(client, "en").name == f"llm:{MODEL}:en1" != LLMJudge(client).name
+def test_explainer_and_judge_say_what_they_depend_on(client_of):
+    one, top, english = (client_of("http://x/v1", **more) for more in ({}, {"shown": "top"}, {"language": "en"}))
+    assert LLMExplainer(one).settings["prompt"] == LLMJudge(one).settings["prompt"]
+    assert LLMExplainer(top).settings != LLMExplainer(one).settings and LLMJudge(top).settings == LLMJudge(one).settings
+    assert LLMJudge(english).name == f"llm:{MODEL}:en1" != LLMJudge(one).name
 
 
 @pytest.mark.parametrize("language", ["it", "en"])

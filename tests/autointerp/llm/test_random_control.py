@@ -29,7 +29,7 @@ def test_the_random_twin_is_explained_and_judged_like_the_trained_sae(small_cach
 
         def run(*more):
             command = ["autointerp", str(cache), "--latents", str(N), "--explainer", "llm", "--llm-model", "prova"]
-            code = main([*command, "--endpoint", endpoint.url, "--prices", str(prices), *more])
+            code = main([*command, "--endpoint", endpoint.url, "--llm", f"prices={prices}", *more])
             return code, *capsys.readouterr()
 
         # before there is a twin it is taken to be as much again; nothing is sent, nothing built

@@ -12,10 +12,10 @@ import urllib.request
 import pytest
 
 from sae_italian.autointerp.llm.client import Client
-from sae_italian.autointerp.llm.explainer import ExplainerConfig, LLMExplainer
+from sae_italian.autointerp.llm.explainer import LLMExplainer
 from sae_italian.autointerp.llm.judge import LLMJudge
-from sae_italian.autointerp.llm.ledger import Request
-from sae_italian.autointerp.llm.prices import TokenCounter
+from sae_italian.autointerp.llm.reply import Request
+from sae_italian.autointerp.llm.settings import LLMSettings
 from tests.autointerp.llm.conftest import a_latent, an_example, an_explanation
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -66,17 +66,18 @@ def served(mini, tmp_path_factory):
 def test_a_real_server_answers_explainer_and_judge(served, mini, tmp_path):
     """The embedded model writes no JSON: its answers are rows that failed, never errors; the calls are in the ledger."""
     url, model = served
-    counter = TokenCounter.of(mini.tokenizer, "the embedded model")
-    with Client(url, model, tmp_path / "s.sqlite", counter=counter, concurrency=2, timeout=240) as client:
+    where = {"explainer": "llm", "endpoint": url, "llm_model": model, "llm_tokenizer": "sae-italian-mini"}
+    settings = LLMSettings(**where, n_shown=3, concurrency=2, timeout=240)
+    with Client(settings, tmp_path / "s.sqlite") as client:
         question = Request(({"role": "user", "content": "La festa di Perugia"},), "prova", 8)
         (reply,) = client.ask([question])
         assert reply.ok and reply.text.strip()
-        (explanation,) = LLMExplainer(client, ExplainerConfig(n_examples=3)).explain(a_latent())
+        (explanation,) = LLMExplainer(client).explain(a_latent())
         assert explanation.status in ("ok", "failed") and explanation.notes["examples"] == 3
         verdicts = LLMJudge(client, batch=2).detect(an_explanation(), [an_example("la pera", marked=False)])
         assert verdicts.said.tolist()[0] in (-1, 0, 1)
         asked = client.counts["asked"]
         assert asked >= 3 and client.counts["failed"] == 0
-    with Client(url, model, tmp_path / "s.sqlite") as client:
+    with Client(settings, tmp_path / "s.sqlite") as client:
         assert client.ask([question])[0] == type(reply)("ok", reply.text, reply.finish, from_ledger=True)
         assert client.counts["asked"] == 0

@@ -199,13 +199,12 @@ def test_an_explanation_made_now_is_there_after_a_restart(copied, opened):
 
 
 def test_a_folder_that_cannot_be_written_still_answers(copied, opened, monkeypatch):
-    def refuse(path):
+    def refuse(path, *_):
         raise UsageError(f"{path} cannot be written now: attempt to write a readonly database.")
 
     source, live = copied
     latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
     monkeypatch.setattr("sae_italian.autointerp.store.connect", refuse)
-    monkeypatch.setattr("sae_italian.browser.live.connect", refuse)
     with FakeEndpoint(lambda body: '{"spiegazione": "parole"}') as endpoint:
         asked = Live(live.cache, live.sae, live.model, Endpoint(endpoint.url, "prova"))
         found = asked.explain(latent)
