@@ -29,7 +29,7 @@ def quickstart(
     The cache is built on held-out text, so nothing that is explained or scored was trained on. A run that was stopped
     continues with `resume=True`. Raises: UsageError as the steps do.
     """
-    from sae_italian.browser.report import write_report
+    from sae_italian.browser import open_source, write_browser
     from sae_italian.cache import FeatureCache, build_cache
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
@@ -54,7 +54,7 @@ def quickstart(
     )
     cache = FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
     results = analyse(cache, sae, model, card_tokens=card_tokens, latents=latents)
-    report = write_report(cache, model.tokenizer, out / "report", sae=sae, model=model)
+    report = write_browser(out / "report", open_source(cache, model.tokenizer, sae=sae, model=model))
     results["report"] = str(report)
     write_json(out / "results.json", results)
     write_text(out / "results.md", table_of(results) + "\n")
@@ -79,7 +79,7 @@ def analyse(
     """
     from sae_italian.analysis import gold_table
     from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
-    from sae_italian.browser.report import RESULTS
+    from sae_italian.browser.source import RESULTS
     from sae_italian.cache import FeatureCache
     from sae_italian.evaluation import evaluate
 

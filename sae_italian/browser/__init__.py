@@ -2,30 +2,7 @@
 
 from __future__ import annotations
 
-from sae_italian.browser.schema import (
-    CardRecord,
-    ContextRecord,
-    ExplanationRecord,
-    GoldRecord,
-    GroupRecord,
-    MetricRecord,
-    RowRecord,
-    RunRecord,
-    ScoreRecord,
-)
-from sae_italian.browser.source import LatentSource
+from sae_italian.browser.source import LatentSource, open_source
 from sae_italian.browser.write import write_browser
 
-__all__ = [
-    "CardRecord",
-    "ContextRecord",
-    "ExplanationRecord",
-    "GoldRecord",
-    "GroupRecord",
-    "MetricRecord",
-    "RowRecord",
-    "RunRecord",
-    "ScoreRecord",
-    "LatentSource",
-    "write_browser",
-]
+__all__ = ["LatentSource", "open_source", "write_browser"]

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.report import loaded_sae, open_source
-from sae_italian.browser.source import LatentSource
-from sae_italian.browser.write import write_browser
+from sae_italian.browser.source import LatentSource, loaded_sae, open_source
 from sae_italian.cache import FeatureCache
 from sae_italian.models import load_tokenizer
 
@@ -23,6 +21,15 @@ class Other(NamedTuple):
     name: str
     source: LatentSource
     matches: dict[str, list[Any]]
+
+    def facts(self) -> dict[str, float]:
+        """Return the mean cosine of the matches, the share that is near and the share that is mutual."""
+        latent, back, cosine = (np.array(self.matches[name]) for name in ("latent", "back", "cosine"))
+        return {
+            "mean_cosine": float(cosine.mean()),
+            "share_near": float((cosine >= NEAR).mean()),
+            "share_mutual": float((back[latent] == np.arange(len(latent))).mean()),
+        }
 
 
 def beside(source: LatentSource, other: LatentSource) -> Other:
@@ -52,36 +59,18 @@ def match_latents(source: LatentSource, other: LatentSource) -> dict[str, list[A
     Keys: `latent` and `cosine` by latent of the first, `back` and `back_cosine` by latent of the second.
     Raises: UsageError when an SAE is not at hand, or the two do not write into the same space.
     """
+    decoders = []
     for one in (source, other):
         if one.decoder is None:
             raise UsageError(
                 f"the SAE of {one.cache.folder} ({one.cache.manifest.sae}) is not at hand; comparing needs both decoders."
             )
-    assert source.decoder is not None and other.decoder is not None
-    latent, cosine = source.decoder.matches(other.decoder)
-    back, back_cosine = other.decoder.matches(source.decoder)
+        decoders.append(one.decoder)
+    latent, cosine = decoders[0].matches(decoders[1])
+    back, back_cosine = decoders[1].matches(decoders[0])
     return {
         "latent": latent.tolist(),
         "cosine": np.round(cosine.astype(float), 4).tolist(),
         "back": back.tolist(),
         "back_cosine": np.round(back_cosine.astype(float), 4).tolist(),
     }
-
-
-def match_facts(matches: dict[str, list[Any]]) -> dict[str, float]:
-    """Return the mean cosine of the matches, the share that is near and the share that is mutual."""
-    latent, back, cosine = (np.array(matches[name]) for name in ("latent", "back", "cosine"))
-    return {
-        "mean_cosine": float(cosine.mean()),
-        "share_near": float((cosine >= NEAR).mean()),
-        "share_mutual": float((back[latent] == np.arange(len(latent))).mean()),
-    }
-
-
-def write_comparison(source: LatentSource, other: LatentSource, out: Path) -> tuple[Path, dict[str, float]]:
-    """Write the browser of one SAE with another beside it; return the path of its index.html and the facts.
-
-    Raises: UsageError as `match_latents` and `write_browser`.
-    """
-    found = beside(source, other)
-    return write_browser(out, source, other=found), match_facts(found.matches)

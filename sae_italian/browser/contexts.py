@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 import numpy as np
 from jaxtyping import Int
 
-from sae_italian.browser.schema import ContextRecord, GroupRecord
+from sae_italian.browser.schema import Record
 from sae_italian.cache import FeatureCache, LatentActivations
 from sae_italian.cache.passages import contents, first_new
 
@@ -26,7 +26,7 @@ class ContextMaker:
     def __init__(self, cache: FeatureCache, *, n_top: int = N_TOP, per_tenth: int = PER_TENTH):
         self.cache, self.n_top, self.per_tenth = cache, n_top, per_tenth
 
-    def groups(self, latent: LatentActivations, before: int = BEFORE, after: int = AFTER) -> list[GroupRecord]:
+    def groups(self, latent: LatentActivations, before: int = BEFORE, after: int = AFTER) -> list[Record]:
         """Return the strongest passages, then `per_tenth` from each tenth of the active segments, strongest tenth first.
 
         A passage reaches so many tokens before and after its strongest one, inside its window and its document.
@@ -47,21 +47,19 @@ class ContextMaker:
                 lo, hi = float(peaks.value[tenths[index - 1][-1]]), float(peaks.value[tenths[index - 1][0]])
             if len(kept):
                 shown = self._contexts(latent, peaks.position[kept], before, after)
-                groups.append(GroupRecord(name_it=names[0], name_en=names[1], lo=lo, hi=hi, contexts=shown))
+                groups.append(Record(name_it=names[0], name_en=names[1], lo=lo, hi=hi, contexts=shown))
         return groups
 
     def _contexts(
         self, latent: LatentActivations, peak: Int[np.ndarray, " n"], before: int, after: int
-    ) -> list[ContextRecord]:
+    ) -> list[Record]:
         passages = latent.around(peak, before, after)
         contexts = []
         for shown, largest in zip(passages.shown(), passages.maximum.tolist(), strict=True):
             active = shown.values > 0
             segments = split_text(shown.text, shown.spans[active], shown.values[active])
             document = self.cache.document(shown.doc)
-            contexts.append(
-                ContextRecord(doc_id=document.doc_id, source=document.source, max=largest, segments=segments)
-            )
+            contexts.append(Record(doc_id=document.doc_id, source=document.source, max=largest, segments=segments))
         return contexts
 
 

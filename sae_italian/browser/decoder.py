@@ -12,7 +12,7 @@ from jaxtyping import Float
 from sae_italian.analysis.geometry.directions import nearest_directions
 from sae_italian.analysis.geometry.map import map_of
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.schema import HistogramRecord
+from sae_italian.browser.schema import Record
 from sae_italian.cache.lens import final_gain
 
 BINS = 40
@@ -29,13 +29,13 @@ class Decoder:
         self.gain = gain.detach().cpu() if isinstance(gain, torch.Tensor) else gain
         self._block = lru_cache(4)(self._histograms)
 
-    def logits(self, latent: int) -> HistogramRecord:
+    def logits(self, latent: int) -> Record:
         """Return the histogram of the logits that a latent adds, in 40 equal bins; empty without the model."""
         if self.unembed is None:
-            return HistogramRecord(edges=[], counts=[])
+            return Record(edges=[], counts=[])
         edges, counts = self._block(latent // BLOCK)
         row = latent % BLOCK
-        return HistogramRecord(edges=edges[row], counts=counts[row])
+        return Record(edges=edges[row], counts=counts[row])
 
     @torch.no_grad()
     def _histograms(self, block: int) -> tuple[list[list[float]], list[list[int]]]:

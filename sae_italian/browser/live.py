@@ -17,16 +17,17 @@ import torch
 from sae_italian.analysis.causal.ablation import ablate
 from sae_italian.analysis.causal.steer import steer
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
+from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.autointerp.now import config_of, keep
+from sae_italian.autointerp.protocols import LatentExamples
 from sae_italian.autointerp.run import STORE_FILE, AutointerpConfig
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
+from sae_italian.browser.answers import Refused
 from sae_italian.browser.exports.passages import pieces, rounded, storable
-from sae_italian.browser.llm import Endpoint
-from sae_italian.browser.report import loaded, open_source
-from sae_italian.browser.source import LatentSource
+from sae_italian.browser.source import LatentSource, loaded, open_source
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.encode import encode_sparse
 from sae_italian.corpora.packing import special_mask
@@ -40,25 +41,11 @@ ABLATED_SHOWN = 24  # positions of a prompt
 EMPTY = "the text is empty. Type some.", "Il testo è vuoto: scrivine uno."
 
 
-class NotTaken(UsageError):
-    """An argument that somebody typed and that is not taken: why, in English and in Italian."""
-
-    def __init__(self, english: str, italian: str):
-        super().__init__(english)
-        self.italian = italian
-
-
-def in_both(error: Exception | str) -> dict[str, str]:
-    """Return what to say of an error on the page, a line in each language; what has no Italian is said in English."""
-    italian = getattr(error, "italian", str(error))
-    return {"error_it": " ".join(italian.split())[:1000], "error_en": " ".join(str(error).split())[:1000]}
-
-
 class Live:
-    """`model` is the backend `hf` with its tokenizer; `endpoint` an LLM to explain with, where there is one."""
+    """`model` comes with its tokenizer; `llm` are the settings of a language model to explain with, where there is one."""
 
-    def __init__(self, cache: FeatureCache, sae: Any, model: Any, endpoint: Endpoint | None = None):
-        self.cache, self.sae, self.model, self.endpoint = cache, sae, model, endpoint
+    def __init__(self, cache: FeatureCache, sae: Any, model: Any, llm: LLMSettings | None = None):
+        self.cache, self.sae, self.model, self.llm = cache, sae, model, llm
         self.tokenizer = model.tokenizer
         self.maximum = cache.statistics["max"]
 
@@ -89,7 +76,7 @@ class Live:
         ids = np.array(encoded["input_ids"][:limit], dtype=np.int64)
         silent = special_mask(ids[None], self.tokenizer)[0]
         if silent.all():
-            raise NotTaken(*EMPTY)
+            raise Refused(*EMPTY)
         x = read_activations(
             self.model, torch.from_numpy(ids)[None].to(self.model.device), self.sae.cfg.metadata.hook_name
         )
@@ -103,7 +90,7 @@ class Live:
             mine = by_piece[owner[row]]
             mine[latent] = max(value, mine.get(latent, 0.0))
         return {
-            "tokens": [{"text": piece, "latents": _top(mine)} for piece, mine in zip(cut, by_piece, strict=True)],
+            "tokens": [{"text": piece, "latents": _strongest(mine)} for piece, mine in zip(cut, by_piece, strict=True)],
             "strongest": self._strongest(by_piece),
             "n_tokens": int((~silent).sum()),
             "truncated": len(encoded["input_ids"]) > limit,
@@ -153,10 +140,10 @@ class Live:
         return getattr(self.model.config, "max_position_embeddings", MAX_TOKENS)
 
     def _fits(self, prompt: str, more: int = 0) -> None:
-        """Raises: NotTaken for a text that does not fit into the model together with so many tokens more."""
+        """Raises: Refused for a text that does not fit into the model together with so many tokens more."""
         n, most = len(self.tokenizer(prompt)["input_ids"]), min(MAX_TOKENS, self._positions - more)
         if n > most:
-            raise NotTaken(
+            raise Refused(
                 f"the text has {n:,} tokens; at most {most:,} are taken. Shorten it.",
                 f"Il testo ha {n} token; se ne prendono al più {most}. Accorcialo.",
             )
@@ -183,10 +170,11 @@ class Live:
         store = self.cache.folder / STORE_FILE
         found = self._work.explain(latent).explanations
         rule = next(e for e in found if e.explainer == EXPLAINER)
-        if self.endpoint is not None and rule.status == "ok":
-            promoted = self._promoted(latent)
-            examples = latent_examples(self._work.negatives, latent, promoted=promoted)
-            found.append(self.endpoint.explain(examples, self._ledger))
+        if self.llm is not None and rule.status == "ok":
+            strings, promoted = self._work.places.strings, self.cache.statistics["promoted_ids"][latent]
+            tokens = tuple(strings[token].strip() for token in promoted.tolist() if token < len(strings))
+            examples = latent_examples(self._work.negatives, latent, promoted=tokens)
+            found.append(ask_llm(self.llm, examples, self._ledger))
         not_kept = keep(store, self._work, self._config, found)
         shown = [_shown(explanation) for explanation in found if explanation.explainer != LOOKUP]
         return {"latent": latent, "explanations": shown, "not_kept": not_kept}
@@ -202,12 +190,22 @@ class Live:
             return Path(self._folder.name) / STORE_FILE
         return path
 
-    def _promoted(self, latent: int) -> tuple[str, ...]:
-        strings, ids = self._work.places.strings, self.cache.statistics["promoted_ids"][latent]
-        return tuple(strings[token].strip() for token in np.asarray(ids).tolist() if token < len(strings))
+
+def ask_llm(settings: LLMSettings, examples: LatentExamples, ledger: Path) -> Explanation:
+    """Return one explanation; the call is kept in the ledger, which answers when it is asked again."""
+    from sae_italian.autointerp.llm.client import Client
+    from sae_italian.autointerp.llm.explainer import LLMExplainer
+
+    with Client(settings, ledger) as client:
+        explainer = LLMExplainer(client)
+        try:
+            return explainer.explain(examples)[0]
+        except UsageError as error:  # the server is down: the rule beside it is shown all the same
+            notes = {"problem": str(error)}
+            return Explanation(examples.latent, explainer.name, "no answer", "", "", None, "llm", "", notes)
 
 
-def _top(mine: dict[int, float]) -> list[tuple[int, float]]:
+def _strongest(mine: dict[int, float]) -> list[tuple[int, float]]:
     best = sorted(mine.items(), key=lambda item: (-item[1], item[0]))[:PER_TOKEN]
     return [(latent, rounded(value)) for latent, value in best]
 
@@ -232,13 +230,13 @@ def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{name} is not a text.")
     if len(value) > MAX_LETTERS:
-        raise NotTaken(
+        raise Refused(
             f"{name} has {len(value):,} characters; at most {MAX_LETTERS:,} are taken.",
             f"Il testo ha {len(value)} caratteri; se ne prendono al più {MAX_LETTERS}.",
         )
     text = storable(value)
     if not text.strip():
-        raise NotTaken(*EMPTY)
+        raise Refused(*EMPTY)
     return text
 
 
@@ -251,7 +249,7 @@ def _latent(name: str, value: Any) -> int:
 def _strengths(name: str, value: Any) -> list[float]:
     numbers = isinstance(value, list) and all(isinstance(s, int | float) and not isinstance(s, bool) for s in value)
     if not numbers or not 1 <= len(value) <= MAX_STRENGTHS or any(not abs(s) <= LARGEST_STRENGTH for s in value):
-        raise NotTaken(
+        raise Refused(
             f"{name}: 1 to {MAX_STRENGTHS} numbers between -{LARGEST_STRENGTH:g} and {LARGEST_STRENGTH:g}.",
             f"Intensità: da 1 a {MAX_STRENGTHS} numeri tra -{LARGEST_STRENGTH:g} e {LARGEST_STRENGTH:g}.",
         )
@@ -267,7 +265,7 @@ CALLS: dict[str, dict[str, Callable[[str, Any], Any]]] = {
 
 
 def open_with_live(
-    cache: FeatureCache, tokenizer: Any, *, endpoint: Endpoint | None = None, **weights: Any
+    cache: FeatureCache, tokenizer: Any, *, llm: LLMSettings | None = None, **weights: Any
 ) -> tuple[LatentSource, Live | None]:
     """Return a cache's records and its live work, None where its SAE or its model is not at hand.
 
@@ -278,4 +276,4 @@ def open_with_live(
     source = open_source(cache, tokenizer, **weights)
     if weights.get("sae") is None or weights.get("model") is None:
         return source, None
-    return source, Live(cache, weights["sae"], weights["model"], endpoint)
+    return source, Live(cache, weights["sae"], weights["model"], llm)

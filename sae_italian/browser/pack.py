@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from sae_italian.base.errors import DataError
-from sae_italian.browser.schema import CardRecord, ContextRecord, ScoreRecord
+from sae_italian.browser.schema import Record, fields
 
 FIRST = 0x3400
 BITS = 15
 LEVEL = 6  # of deflate: 9 takes twice the time for 4 % fewer bytes
 LEVELS = 999  # activations of a passage are kept as so many parts of its largest
-SCORE_FIELDS = tuple(name for name in ScoreRecord.__annotations__ if not name.startswith("__"))
+SCORE_FIELDS = tuple(fields()["score"])
 _WEIGHTS = 1 << np.arange(BITS - 1, -1, -1)
 
 
@@ -68,37 +68,24 @@ class Documents:
     def __init__(self) -> None:
         self.number: dict[tuple[str, str], int] = {}
 
-    def __call__(self, context: ContextRecord) -> int:
+    def __call__(self, context: Record) -> int:
         return self.number.setdefault((context["source"], context["doc_id"]), len(self.number))
 
 
-def pack_card(card: CardRecord, documents: Documents) -> dict[str, Any]:
+def pack_card(card: Record, documents: Documents) -> dict[str, Any]:
     """Return a card as it lies on disk: short numbers, and passages as text with spans."""
     packed: dict[str, Any] = {**card}
     for name in ("histogram", "logits"):
-        packed[name] = {"edges": [_short(edge) for edge in card[name]["edges"]], "counts": card[name]["counts"]}
-    for name, key in (
-        ("promoted", "value"),
-        ("suppressed", "value"),
-        ("tokens", "share"),
-        ("decoder", "value"),
-        ("cofiring", "value"),
-    ):
-        packed[name] = [{**item, key: _short(item[key], 3)} for item in card[name]]
-    packed["positions"] = [_short(share, 3) for share in card["positions"]]
-    packed["labels"] = [
-        {**item, **{key: _short(item[key], 3) for key in ("f1", "lo", "hi", "precision", "recall")}}
-        for item in card["labels"]
-    ]
-    packed["scores"] = {
-        name: [_short(score[name], 3) if name in ("value", "lo", "hi") else score[name] for score in card["scores"]]
-        for name in SCORE_FIELDS
-    }
+        packed[name] = {"edges": [_short(edge, 4) for edge in card[name]["edges"]], "counts": card[name]["counts"]}
+    for name in ("promoted", "suppressed", "tokens", "decoder", "cofiring", "labels"):
+        packed[name] = [{key: _short(value) for key, value in item.items()} for item in card[name]]
+    packed["positions"] = [_short(share) for share in card["positions"]]
+    packed["scores"] = {name: [_short(score[name]) for score in card["scores"]] for name in SCORE_FIELDS}
     packed["groups"] = [
         {
             **group,
-            "lo": _short(group["lo"]),
-            "hi": _short(group["hi"]),
+            "lo": _short(group["lo"], 4),
+            "hi": _short(group["hi"], 4),
             "contexts": [_pack_context(context, documents) for context in group["contexts"]],
         }
         for group in card["groups"]
@@ -106,11 +93,12 @@ def pack_card(card: CardRecord, documents: Documents) -> dict[str, Any]:
     return packed
 
 
-def _short(value: float | None, digits: int = 4) -> float | None:
-    return None if value is None else float(f"{value:.{digits}g}")
+def _short(value: Any, digits: int = 3) -> Any:
+    """Return a fraction with so many digits; anything else as it is."""
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def _pack_context(context: ContextRecord, documents: Documents) -> list[Any]:
+def _pack_context(context: Record, documents: Documents) -> list[Any]:
     """Return [document, largest, text, [characters since the last span, length, activation, ...]]."""
     spans: list[int] = []
     since = 0
@@ -123,4 +111,4 @@ def _pack_context(context: ContextRecord, documents: Documents) -> list[Any]:
         else:
             since += length
     text = "".join(text for text, _ in context["segments"])
-    return [documents(context), _short(context["max"]), text, spans]
+    return [documents(context), _short(context["max"], 4), text, spans]

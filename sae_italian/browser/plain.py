@@ -1,76 +1,96 @@
-"""A card and a list as HTML without scripts: for a notebook without the widget, and for a notebook that is only read."""
+"""A card and a list without scripts: as HTML for a notebook that is only read, and as text for a terminal."""
 
 from __future__ import annotations
 
 from html import escape
 from typing import Any
 
-from sae_italian.browser.schema import CardRecord, RowRecord, RunRecord
+from sae_italian.browser.columns import RowRecord
+from sae_italian.browser.schema import Record
 
 N_ROWS, N_CONTEXTS, MAX_LETTERS = 50, 8, 400
+STRONG = 0.5  # share of the latent's maximum from which a token is marked in a terminal
 _BOX = "font:14px/1.5 system-ui,sans-serif;max-width:60rem"
 _CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0"
 _BIDI = "unicode-bidi:isolate;overflow-wrap:anywhere;white-space:pre-wrap"
 
 
-def list_html(run: RunRecord, columns: dict[str, list[Any]], n: int = N_ROWS) -> str:
+def card_text(row: RowRecord, card: Record, *, contexts: int = 4) -> str:
+    """Return explanation, scores and some passages, from the strongest to the weakest; **strong** tokens are marked."""
+    lines = [f"latent {row['latent']}: {row['explanation_it'] or row['status'] or 'dead'}"]
+    lines.append(f"density {100 * row['density']:.2f} %, max {row['max']:.2f}, {row['n_active']:,} active tokens")
+    for score in card["scores"]:
+        if score["metric"] == "balanced_accuracy" and score["value"] is not None:
+            interval = "" if score["lo"] is None else f" [{score['lo']:.2f}, {score['hi']:.2f}]"
+            test = f"{score['scorer']} ({score['negatives']}, {score['judge']})"
+            lines.append(f"{score['explainer']:17} {test:38} {score['value']:.2f}{interval}")
+    if card["promoted"]:
+        lines.append("promotes   " + ", ".join(f"«{item['token'].strip()}»" for item in card["promoted"][:5]))
+    passages = _passages(card)
+    for context in passages[:: max(1, len(passages) // contexts)][:contexts]:
+        text = "".join(_strong(piece, value, row["max"]) for piece, value in context["segments"])
+        lines.append(f"{context['max']:7.2f}  {' '.join(text.split())}")
+    return "\n".join(lines)
+
+
+def list_html(run: Record, columns: dict[str, list[Any]]) -> str:
     """Return the latents with the best scores (the densest where there are none) as a table."""
-    order = sorted(
-        range(len(columns["latent"])),
-        key=lambda i: (-(columns["detection"][i] or 0.0), -columns["n_active"][i], columns["latent"][i]),
-    )[:n]
-    heads = ("latente", "spiegazione", "detection", "densità", "token")
+
+    def rank(i: int) -> tuple[float, int, int]:
+        return -(columns["detection"][i] or 0.0), -columns["n_active"][i], columns["latent"][i]
+
     rows = [
         (
-            columns["latent"][i],
-            columns["explanation_it"][i] or columns["status"][i],
-            _number(columns["detection"][i], 2),
+            _text(str(columns["latent"][i])),
+            _text(columns["explanation_it"][i] or columns["status"][i]),
+            _number(columns["detection"][i]),
             f"{100 * columns['density'][i]:.2g} %",
-            " ".join(f"«{token.strip()}»" for token in columns["top_tokens"][i][:5]),
+            _text(" ".join(f"«{token.strip()}»" for token in columns["top_tokens"][i])),
         )
-        for i in order
+        for i in sorted(range(len(columns["latent"])), key=rank)[:N_ROWS]
     ]
-    head = f"<h3>{_text(run['title'])}</h3><p>{run['d_sae']:,} latenti, {run['n_tokens']:,} token di {_text(run['corpus'])}</p>"
-    return _box(head + _table(heads, rows))
+    facts = f"{run['d_sae']:,} latenti, {run['n_tokens']:,} token di {_text(run['corpus'])}"
+    table = _table(rows, "latente", "spiegazione", "detection", "densità", "token")
+    return _box(f"<h3>{_text(run['title'])}</h3><p>{facts}</p>", table)
 
 
-def card_html(row: RowRecord, card: CardRecord) -> str:
+def card_html(row: RowRecord, card: Record) -> str:
     """Return one latent: explanations, scores, what it promotes, its strongest passages."""
     parts = [f"<h3>Latente {row['latent']}</h3>"]
     parts.append(f"<p>{_text(row['explanation_it'] or row['status'] or 'morto: mai attivo in questa cache')}</p>")
     if row["explanation_en"]:
         parts.append(f'<p lang="en"><i>{_text(row["explanation_en"])}</i></p>')
-    facts = [
-        f"densità {100 * row['density']:.2g} %",
-        f"massimo {row['max']:.3g}",
-        f"{row['n_active']:,} token",
-        f"detection {_number(row['detection'], 2)}",
-        f"guadagno sul solo token {_number(row['gain'], 2)}",
-    ]
-    parts.append(f"<p>{' · '.join(facts)}</p>")
+    parts.append(
+        f"<p>densità {100 * row['density']:.2g} % · massimo {row['max']:.3g} · {row['n_active']:,} token · "
+        f"detection {_number(row['detection'])} · guadagno sul solo token {_number(row['gain'])}</p>"
+    )
     for name, items in (("Promuove", card["promoted"]), ("Sopprime", card["suppressed"])):
         if items:
             parts.append(f"<p>{name}: {', '.join(_text(item['token'].strip()) for item in items[:8])}</p>")
-    contexts = [context for group in card["groups"] for context in group["contexts"]][:N_CONTEXTS]
+    contexts = _passages(card)[:N_CONTEXTS]
     rows = [(f"{context['max']:.2f}", _marked(context["segments"], row["max"])) for context in contexts]
-    if rows:
-        cells = "".join(
-            f'<tr><td style="{_CELL}">{value}</td><td style="{_CELL}">{text}</td></tr>' for value, text in rows
-        )
-        parts.append(f"<table>{cells}</table>")
-    return _box("".join(parts))
+    return _box(*parts, _table(rows) if rows else "")
 
 
-def _box(content: str) -> str:
-    return f'<div style="{_BOX}">{content}</div>'
+def _passages(card: Record) -> list[Record]:
+    return [context for group in card["groups"] for context in group["contexts"]]
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    head = "".join(f'<th style="{_CELL}">{escape(name)}</th>' for name in heads)
-    body = "".join(
-        "<tr>" + "".join(f'<td style="{_CELL}">{_text(str(cell))}</td>' for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def _strong(piece: str, value: float, largest: float) -> str:
+    word = piece.strip()
+    return piece.replace(word, f"**{word}**", 1) if word and largest and value >= STRONG * largest else piece
+
+
+def _box(*parts: str) -> str:
+    return f'<div style="{_BOX}">{"".join(parts)}</div>'
+
+
+def _table(rows: list[tuple[str, ...]], *heads: str) -> str:
+    """Return a table of cells that are HTML already."""
+    head = "".join(f'<th style="{_CELL}">{name}</th>' for name in heads)
+    cells = ["".join(f'<td style="{_CELL}">{cell}</td>' for cell in row) for row in rows]
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table>{f'<thead><tr>{head}</tr></thead>' if heads else ''}<tbody>{body}</tbody></table>"
 
 
 def _text(text: str) -> str:
@@ -89,12 +109,12 @@ def _marked(segments: list[tuple[str, float]], largest: float) -> str:
     for text, activation in segments:
         part = _escaped(text[: max(0, MAX_LETTERS - length)])
         length += len(text)
-        heat = activation / largest if largest else 0.0
         if activation > 0 and part:
-            part = f'<mark title="{activation:.3g}" style="background:rgba(11,107,80,{0.15 + 0.45 * heat:.2f});color:inherit">{part}</mark>'
+            tint = f"background:rgba(11,107,80,{0.15 + 0.45 * (activation / largest if largest else 0.0):.2f})"
+            part = f'<mark title="{activation:.3g}" style="{tint};color:inherit">{part}</mark>'
         pieces.append(part)
     return f'<bdi style="{_BIDI}">{"".join(pieces)}{"…" if length > MAX_LETTERS else ""}</bdi>'
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

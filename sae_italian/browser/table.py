@@ -3,110 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from sae_italian.browser.schema import MetricRecord
-
-# name, Italian, English, unit, where the number is: (part, key)
-_METRICS = (
-    ("l0", "L0 (latenti attivi per token)", "L0 (active latents per token)", "", ("card", "l0")),
-    (
-        "explained_variance",
-        "Varianza spiegata, centrata (SAELens)",
-        "Explained variance, centred (SAELens)",
-        "%",
-        ("card", "explained_variance"),
-    ),
-    (
-        "explained_variance_uncentred",
-        "Varianza spiegata, non centrata (Llama Scope)",
-        "Explained variance, uncentred (Llama Scope)",
-        "%",
-        ("card", "explained_variance_uncentred"),
-    ),
-    ("ce_loss_recovered", "Perdita CE recuperata", "CE loss recovered", "%", ("card", "ce_loss_recovered")),
-    ("dead", "Latenti morti", "Dead latents", "%", ("card", "dead")),
-    (
-        "share_detected",
-        "Latenti spiegati con detection ≥ 0,8",
-        "Explained latents with detection ≥ 0.8",
-        "%",
-        ("autointerp", "share_detected"),
-    ),
-    (
-        "detection",
-        "Detection, accuratezza bilanciata media",
-        "Detection, mean balanced accuracy",
-        "",
-        ("autointerp", "detection"),
-    ),
-    (
-        "fuzzing",
-        "Fuzzing, accuratezza bilanciata media",
-        "Fuzzing, mean balanced accuracy",
-        "",
-        ("autointerp", "fuzzing"),
-    ),
-)
-_CONTROLS = (
-    (
-        "shuffled_detection",
-        "Spiegazioni scambiate: detection media",
-        "Shuffled explanations: mean detection",
-        "",
-        ("autointerp", "shuffled_detection"),
-    ),
-    (
-        "lookup_share_detected",
-        "Solo il token: latenti con detection ≥ 0,8",
-        "Token lookup: latents with detection ≥ 0.8",
-        "%",
-        ("autointerp", "lookup_share_detected"),
-    ),
-    (
-        "gain_over_lookup",
-        "Guadagno medio sul solo token",
-        "Mean gain over token lookup",
-        "",
-        ("autointerp", "gain_over_lookup"),
-    ),
-    (
-        "random_share_detected",
-        "SAE casuale: latenti con detection ≥ 0,8",
-        "Random SAE: latents with detection ≥ 0.8",
-        "%",
-        ("random", "share_detected"),
-    ),
-    ("random_detection", "SAE casuale: detection media", "Random SAE: mean detection", "", ("random", "detection")),
-)
+from sae_italian.base.labels import label
+from sae_italian.browser.schema import Record
 
 
-def records(results: dict[str, Any], which: str) -> list[MetricRecord]:
+class Metric(NamedTuple):
+    """A number of the run: its name, the part of the results and the key it stands under there, and its label."""
+
+    name: str
+    part: str
+    key: str
+    label: str
+    unit: str = ""
+
+
+_TABLES = {
+    "metrics": (
+        Metric("l0", "card", "l0", "card.l0"),
+        Metric("explained_variance", "card", "explained_variance", "card.explained_variance", "%"),
+        Metric(
+            "explained_variance_uncentred",
+            "card",
+            "explained_variance_uncentred",
+            "card.explained_variance_uncentred",
+            "%",
+        ),
+        Metric("ce_loss_recovered", "card", "ce_loss_recovered", "card.ce_loss_recovered", "%"),
+        Metric("dead", "card", "dead", "metrics.dead", "%"),
+        Metric("share_detected", "autointerp", "share_detected", "metrics.share_detected", "%"),
+        Metric("detection", "autointerp", "detection", "metrics.detection"),
+        Metric("fuzzing", "autointerp", "fuzzing", "metrics.fuzzing"),
+    ),
+    "controls": (
+        Metric("shuffled_detection", "autointerp", "shuffled_detection", "controls.shuffled_detection"),
+        Metric("lookup_share_detected", "autointerp", "lookup_share_detected", "controls.lookup_share_detected", "%"),
+        Metric("gain_over_lookup", "autointerp", "gain_over_lookup", "controls.gain_over_lookup"),
+        Metric("random_share_detected", "random", "share_detected", "controls.random_share_detected", "%"),
+        Metric("random_detection", "random", "detection", "controls.random_detection"),
+    ),
+}
+
+
+def records(results: dict[str, Any], which: str) -> list[Record]:
     """Return the `metrics` or `controls` of a run as records; numbers that a run does not have are left out.
 
     `results` holds the parts `card`, `autointerp`, `random` (dicts of {value, lo, hi}) and counts for the notes.
     """
     found = []
-    for name, label_it, label_en, unit, (part, key) in _METRICS if which == "metrics" else _CONTROLS:
-        estimate = (results.get(part) or {}).get(key)
+    for metric in _TABLES[which]:
+        estimate = (results.get(metric.part) or {}).get(metric.key)
         if not estimate or estimate["value"] is None:
             continue
-        scale = 100.0 if unit == "%" else 1.0
-        lo, hi = estimate["lo"], estimate["hi"]
-        note_it, note_en = _note(name, results)
-        found.append(
-            MetricRecord(
-                name=name,
-                label_it=label_it,
-                label_en=label_en,
-                value=scale * estimate["value"],
-                lo=None if lo is None or hi is None else scale * lo,
-                hi=None if lo is None or hi is None else scale * hi,
-                note_it=note_it,
-                note_en=note_en,
-                unit=unit,  # pyright: ignore[reportArgumentType]
-            )
-        )
+        scale = 100.0 if metric.unit == "%" else 1.0
+        ends = [estimate[end] for end in ("lo", "hi")]
+        lo, hi = (None, None) if None in ends else (scale * end for end in ends)
+        record: Any = {"name": metric.name, "value": scale * estimate["value"], "lo": lo, "hi": hi}
+        labels = {f"label_{language}": label(metric.label, language) for language in ("it", "en")}
+        note_it, note_en = _note(metric.name, results)
+        found.append(record | labels | {"note_it": note_it, "note_en": note_en, "unit": metric.unit})
     return found
 
 
@@ -116,8 +72,8 @@ def _note(name: str, results: dict[str, Any]) -> tuple[str, str]:
     if name == "dead":
         note = f"su {card['n_tokens']:,} token", f"in {card['n_tokens']:,} tokens"
     elif name == "share_detected":
-        numbers = f"{auto['n_explained']:,}", f"{auto['n_latents']:,}"
-        note = "{} spiegati di {}".format(*numbers), "{} explained of {}".format(*numbers)
+        explained, all_latents = f"{auto['n_explained']:,}", f"{auto['n_latents']:,}"
+        note = f"{explained} spiegati di {all_latents}", f"{explained} explained of {all_latents}"
     elif name == "shuffled_detection":
         return "il caso dà 0,5", "chance is 0.5"
     else:
@@ -125,7 +81,7 @@ def _note(name: str, results: dict[str, Any]) -> tuple[str, str]:
     return note[0].replace(",", "."), note[1]
 
 
-def text_table(metrics: Sequence[MetricRecord], extra: Sequence[tuple[str, str]] = ()) -> str:
+def text_table(metrics: Sequence[Record], extra: Sequence[tuple[str, str]] = ()) -> str:
     """Return a Markdown table of metrics with their intervals, in English, then rows of plain text."""
     lines = ["| | value | 95 % interval |", "|---|---|---|"]
     for metric in metrics:
@@ -135,5 +91,5 @@ def text_table(metrics: Sequence[MetricRecord], extra: Sequence[tuple[str, str]]
         value = f"{metric['value']:.{digits}f}{unit}"
         interval = "" if metric["lo"] is None else f"{metric['lo']:.{digits}f} to {metric['hi']:.{digits}f}"
         lines.append(f"| {metric['label_en']}{note} | {value} | {interval} |")
-    lines += [f"| {label} | {value} | |" for label, value in extra]
+    lines += [f"| {name} | {value} | |" for name, value in extra]
     return "\n".join(lines)

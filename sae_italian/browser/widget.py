@@ -6,18 +6,19 @@ show("quickstart/cache", latent=12)
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.bundle import module, notebook_style
-from sae_italian.browser.compare import Other, open_other
-from sae_italian.browser.live import Live, in_both, open_with_live
-from sae_italian.browser.llm import Endpoint
+from sae_italian.browser.answers import Answers, in_both
+from sae_italian.browser.compare import open_other
+from sae_italian.browser.live import open_with_live
+from sae_italian.browser.page import module, notebook_style
 from sae_italian.browser.plain import card_html, list_html
-from sae_italian.browser.report import open_source
-from sae_italian.browser.source import LatentSource
+from sae_italian.browser.source import LatentSource, open_source
 from sae_italian.cache import FeatureCache
 from sae_italian.models import load_tokenizer
 
@@ -27,7 +28,7 @@ def show(
     latent: int | None = None,
     *,
     live: bool = True,
-    endpoint: Endpoint | None = None,
+    llm: LLMSettings | None = None,
     plain: bool = False,
     compare: str | Path | None = None,
     **weights: Any,
@@ -47,11 +48,11 @@ def show(
     if plain or not has_anywidget():
         return Plain(open_source(opened, tokenizer), latent)
     if live:
-        source, working = open_with_live(opened, tokenizer, endpoint=endpoint, **weights)
+        source, working = open_with_live(opened, tokenizer, llm=llm, **weights)
     else:
         source, working = open_source(opened, tokenizer, decoder=compare is not None, **weights), None
     other = None if compare is None else open_other(source, Path(compare), model=getattr(working, "model", model))
-    return widget_class()(source, working, latent, other)
+    return widget_class()(Answers(source, working, other), latent)
 
 
 def has_anywidget() -> bool:
@@ -73,27 +74,6 @@ class Plain:
         return card_html(self.source.row(self.latent), self.source.card(self.latent))
 
 
-def answer(source: LatentSource, live: Live | None, name: Any, argument: Any, other: Other | None = None) -> Any:
-    """Return the answer to one message of the widget. Raises: UsageError for a message that makes no sense."""
-    if other is not None and name == "matches":
-        return other.matches
-    if other is not None and str(name).startswith("other."):
-        return answer(other.source, None, str(name).removeprefix("other."), argument)
-    if name == "run":
-        return source.run()
-    if name == "rows":
-        source.update()
-        return source.rows()
-    if name in ("card", "wide"):
-        if not isinstance(argument, int) or isinstance(argument, bool):
-            raise UsageError(f"{name} takes the number of a latent.")
-        source.update()
-        return source.card(argument) if name == "card" else source.wide(argument)
-    if live is None:
-        raise UsageError(f"{str(name)[:40]!r} is unknown here: there is no live work without the SAE and its model.")
-    return live.call(str(name), argument)
-
-
 @cache
 def widget_class() -> Any:
     """Return the widget's class. Raises: UsageError without anywidget."""
@@ -106,24 +86,15 @@ def widget_class() -> Any:
     class LatentBrowser(anywidget.AnyWidget):  # pyright: ignore[reportUntypedBaseClass]
         """The page, its records and its live work behind one comm."""
 
-        _esm = module("widget.js")
+        _esm = module()
         _css = notebook_style()
         latent = traitlets.Int(-1).tag(sync=True)
-        has_live = traitlets.Bool(False).tag(sync=True)
-        has_llm = traitlets.Bool(False).tag(sync=True)
-        other = traitlets.Unicode("").tag(sync=True)
         permalink = traitlets.Unicode("").tag(sync=True)
 
-        def __init__(self, source: LatentSource, live: Live | None, latent: int | None, compared: Other | None = None):
-            self.source, self.live, self.compared = source, live, compared
-            path = str(source.cache.folder)
-            super().__init__(
-                latent=-1 if latent is None else latent,
-                has_live=live is not None,
-                has_llm=live is not None and live.endpoint is not None,
-                other=compared.name if compared else "",
-                permalink=f"show({path!r}, latent=LATENT)",
-            )
+        def __init__(self, answers: Answers, latent: int | None):
+            self.answers = answers
+            path = str(answers.source.cache.folder)
+            super().__init__(latent=-1 if latent is None else latent, permalink=f"show({path!r}, latent=LATENT)")
             self.on_msg(self._asked)
 
         def _asked(self, _: Any, content: Any, __: Any) -> None:
@@ -131,8 +102,10 @@ def widget_class() -> Any:
             if not isinstance(content, dict) or "id" not in content:
                 return
             try:
-                value = answer(self.source, self.live, content.get("name"), content.get("argument"), self.compared)
-                reply = {"id": content["id"], "value": _whole(value)}
+                value = self.answers(content.get("name"), content.get("argument"))
+                text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+                # no message can carry half a surrogate pair
+                reply = {"id": content["id"], "value": json.loads(text.encode("utf-8", "replace"))}
             except UsageError as error:
                 reply = {"id": content["id"], "error": " ".join(str(error).split()), **in_both(error)}
             except Exception as error:  # a defect of ours: the kernel goes on
@@ -143,15 +116,7 @@ def widget_class() -> Any:
             """Return the widget, and beside it plain HTML for whoever shows the notebook without a kernel."""
             found = super()._repr_mimebundle_(**kwargs)
             data, metadata = found if isinstance(found, tuple) else (found or {}, {})
-            html = Plain(self.source, None if self.latent < 0 else self.latent)._repr_html_()
+            html = Plain(self.answers.source, None if self.latent < 0 else self.latent)._repr_html_()
             return {**data, "text/html": html}, metadata
 
     return LatentBrowser
-
-
-def _whole(value: Any) -> Any:
-    """Return plain JSON without half surrogate pairs, which no message can carry."""
-    import json
-
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return json.loads(text.encode("utf-8", "replace"))

@@ -1,9 +1,9 @@
 """Write the latent browser: a folder that opens from disk in any current browser, with no server and no network.
 
-Layout: `index.html`, `browser.json` (the marker: what this folder is), `assets/app.js` and `assets/app.css` (the modules
-and styles of `static/` as one script and one sheet) and `data/`: `run/0000.js`, `rows/0000.js`, ... (columns of 1,024
-latents) and `cards/0000.js`, ... (32 latents each). See pack.py for what a data file holds. A browser that compares has
-the other SAE's `rows`, `run` and `cards` in `other/`, and the matches in `data/matches/0000.js`.
+Layout: `index.html`, `browser.json` (the marker: what this folder is), `assets/app.js` and `app.css` (page.py) and `data/`:
+`run/0000.js`, `rows/0000.js`, ... (columns of 1,024 latents) and `cards/0000.js`, ... (32 latents each). See pack.py for
+what a data file holds. A browser that compares has the other SAE's `rows`, `run` and `cards` in `other/`, and the matches
+in `data/matches/0000.js`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.bundle import page, script, style
 from sae_italian.browser.pack import Documents, data_script, pack_card
-from sae_italian.browser.schema import CardRecord, RunRecord, check_card, check_rows, check_run
+from sae_italian.browser.page import page, script, style
+from sae_italian.browser.schema import Record, check, check_card, check_rows
 
 MARKER = "browser.json"
 FORMAT = "sae-italian-browser"
 SCHEMA_VERSION = 2
 ROWS_PER_SHARD = 1024  # a card that the address names waits for one such part of the list
 CARDS_PER_SHARD = 32
-SCRIPT = '<script src="assets/app.js" defer></script>'
 POLICY = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'self' file:; "
     "style-src 'self' file:; img-src data:; base-uri 'none'; form-action 'none'\">"
@@ -41,9 +40,9 @@ DESKTOP_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 class Source(Protocol):
     """What a page is made from; see `source.py`."""
 
-    def run(self) -> RunRecord: ...
+    def run(self) -> Record: ...
     def rows(self) -> dict[str, list[Any]]: ...
-    def card(self, latent: int) -> CardRecord: ...
+    def card(self, latent: int) -> Record: ...
 
 
 def write_browser(
@@ -60,12 +59,15 @@ def write_browser(
     out = Path(out).resolve()
     _refuse_foreign(out)
     with _replaced_folder(out) as folder:
-        run = check_run(source.run())
-        _write_assets(folder, run)
+        run = check("run", source.run())
+        (folder / "assets").mkdir()
+        (folder / "assets" / "app.js").write_text(script("disk"), encoding="utf-8")
+        (folder / "assets" / "app.css").write_text(style(), encoding="utf-8")
+        (folder / "index.html").write_text(page(run, policy=POLICY), encoding="utf-8", errors="replace")
         facts = _write_source(folder / "data", source, run, {"compare": other[0] if other else None}, bar)
         if other:
             _, second, matches = other
-            _write_source(folder / "other", second, check_run(second.run()), {"compare": None}, bar)
+            _write_source(folder / "other", second, check("run", second.run()), {"compare": None}, bar)
             _write_data(folder, "data/matches", 0, matches)
         marker = {"format": FORMAT, "schema": SCHEMA_VERSION, "title": run["title"], "created": run["created"], **facts}
         (folder / MARKER).write_text(json.dumps(marker, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -113,22 +115,15 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_assets(folder: Path, run: RunRecord) -> None:
-    (folder / "assets").mkdir()
-    (folder / "assets" / "app.js").write_text(script("boot.js"), encoding="utf-8")
-    (folder / "assets" / "app.css").write_text(style(), encoding="utf-8")
-    text = page(run, script=SCRIPT, policy=POLICY)
-    (folder / "index.html").write_text(text, encoding="utf-8", errors="replace")
-
-
-def _write_source(folder: Path, source: Source, run: RunRecord, more: dict[str, Any], bar: bool) -> dict[str, Any]:
+def _write_source(folder: Path, source: Source, run: Record, more: dict[str, Any], bar: bool) -> dict[str, Any]:
     """Write one source's run, rows and cards; return what the marker says of them."""
     columns = check_rows(source.rows())
     n_rows = len(columns["latent"])
     starts = range(0, n_rows, ROWS_PER_SHARD)
     for index, start in enumerate(starts):
-        part = {name: values[start : start + ROWS_PER_SHARD] for name, values in columns.items()}
-        _write_data(folder.parent, f"{folder.name}/rows", index, _short_columns(part))
+        end = start + ROWS_PER_SHARD
+        part = {name: [_short(value) for value in values[start:end]] for name, values in columns.items()}
+        _write_data(folder.parent, f"{folder.name}/rows", index, part)
     del columns
     sizes = {"rows_per_shard": ROWS_PER_SHARD, "cards_per_shard": CARDS_PER_SHARD}
     facts = {"rows": n_rows, "row_shards": len(starts), **sizes}
@@ -147,12 +142,9 @@ def _write_source(folder: Path, source: Source, run: RunRecord, more: dict[str, 
     return facts
 
 
-def _short_columns(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return columns with 4 digits of every fraction: what a list shows."""
-    return {
-        name: [float(f"{value:.4g}") if isinstance(value, float) else value for value in values]
-        for name, values in columns.items()
-    }
+def _short(value: Any) -> Any:
+    """Return a fraction with 4 digits: what a list shows."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _write_data(folder: Path, kind: str, index: int, value: Any) -> None:

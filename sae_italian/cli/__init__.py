@@ -12,14 +12,12 @@ import sae_italian
 from sae_italian.base.errors import SaeItalianError
 from sae_italian.cli import (
     autointerp,
-    browser,
     cache,
     causal,
     geometry,
     interchange,
     language,
     models,
-    pages,
     papers,
     quickstart,
     saes,
@@ -40,11 +38,9 @@ GROUPS = (
     autointerp,
     scores,
     shift,
-    browser,
     causal,
     geometry,
     papers,
-    pages,
 )
 
 

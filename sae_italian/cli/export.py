@@ -103,7 +103,7 @@ def _setting(word: str) -> tuple[str, str]:
 
 def _latents(to: str, cache: Path, out: Path, settings: Settings) -> Result:
     from sae_italian.browser.exports import export as export_latents
-    from sae_italian.browser.report import loaded
+    from sae_italian.browser.source import loaded
     from sae_italian.cache import FeatureCache
     from sae_italian.models import load_tokenizer
 

@@ -7,17 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sae_italian.browser import (
-    CardRecord,
-    ContextRecord,
-    ExplanationRecord,
-    GoldRecord,
-    MetricRecord,
-    RowRecord,
-    RunRecord,
-    ScoreRecord,
-)
-from sae_italian.browser.source import columns
+from sae_italian.browser.columns import COLUMNS, RowRecord
+from sae_italian.browser.schema import Record
 
 SENTENCES = """Perché la città di Torino cambia volto ogni volta che una fabbrica chiude e un museo apre?
 Le ragazze sono arrivate tardi alla stazione, stanche ma contente della gita al lago di Como.
@@ -161,7 +152,7 @@ def _segments(
     return pieces
 
 
-def _context(planted: Planted, rng: random.Random, top: float) -> ContextRecord:
+def _context(planted: Planted, rng: random.Random, top: float) -> Record:
     home = [sentence for sentence in SENTENCES if any(planted.fires(w) for w in WORD.findall(sentence))] or SENTENCES
     text = " ".join([rng.choice(SENTENCES), rng.choice(home)])
     segments = _segments(text, planted, rng, top)
@@ -174,12 +165,12 @@ def _context(planted: Planted, rng: random.Random, top: float) -> ContextRecord:
     }
 
 
-def _contexts(planted: Planted, rng: random.Random, top: float, n: int) -> list[ContextRecord]:
+def _contexts(planted: Planted, rng: random.Random, top: float, n: int) -> list[Record]:
     return sorted((_context(planted, rng, top) for _ in range(n)), key=lambda context: -context["max"])
 
 
-def _scores(rng: random.Random, detection: float, fuzzing: float, gain: float) -> list[ScoreRecord]:
-    scores: list[ScoreRecord] = []
+def _scores(rng: random.Random, detection: float, fuzzing: float, gain: float) -> list[Record]:
+    scores: list[Record] = []
     for scorer, base in (("detection", detection), ("fuzzing", fuzzing)):
         for negatives in ("random", "similar") if scorer == "detection" else ("silent-token",):
             for explainer, centre in (("rules", base), ("token-lookup", base - gain)):
@@ -263,7 +254,7 @@ def make_row(latent: int, seed: int = 0) -> RowRecord:
     return row
 
 
-def make_card(row: RowRecord, seed: int = 0) -> CardRecord:
+def make_card(row: RowRecord, seed: int = 0) -> Record:
     rng = random.Random(f"card-{seed}-{row['latent']}")
     planted = PLANTED[row["latent"] % len(PLANTED)]
     top = row["max"]
@@ -331,7 +322,7 @@ def make_card(row: RowRecord, seed: int = 0) -> CardRecord:
     }
 
 
-def _explanations(row: RowRecord, planted: Planted) -> list[ExplanationRecord]:
+def _explanations(row: RowRecord, planted: Planted) -> list[Record]:
     texts = [
         ("rules", "rule", planted.it, planted.en),
         ("llm:qwen:it1", "llm", "parole italiane", "Italian words"),
@@ -367,15 +358,15 @@ LABELS = {
 }
 
 
-def _metric(line: str) -> MetricRecord:
+def _metric(line: str) -> Record:
     name, label_it, label_en, number, half, unit, note_it, note_en = (cell.strip() for cell in line.split("|"))
     value = float(number)
     lo, hi = (value - float(half), value + float(half)) if half else (None, None)
     texts = {"label_it": label_it, "label_en": label_en, "note_it": note_it, "note_en": note_en}
-    return cast(MetricRecord, {"name": name, "value": value, "lo": lo, "hi": hi, "unit": unit, **texts})
+    return cast(Record, {"name": name, "value": value, "lo": lo, "hi": hi, "unit": unit, **texts})
 
 
-def _gold(category: str, value: str, d_sae: int, rng: random.Random) -> GoldRecord:
+def _gold(category: str, value: str, d_sae: int, rng: random.Random) -> Record:
     f1 = min(0.99, rng.betavariate(6, 2))
     return {
         "label": f"{category}={value}",
@@ -388,7 +379,7 @@ def _gold(category: str, value: str, d_sae: int, rng: random.Random) -> GoldReco
     }
 
 
-def make_run(d_sae: int = 320) -> RunRecord:
+def make_run(d_sae: int = 320) -> Record:
     rng = random.Random(7)
     return {
         "title": "Minerva-350M, residuo dello strato 8",
@@ -415,17 +406,17 @@ def make_run(d_sae: int = 320) -> RunRecord:
 class FakeSource:
     """A source of made-up records; `rows` and `cards` may be changed before it is written."""
 
-    run_record: RunRecord
+    run_record: Record
     row_records: list[RowRecord]
-    cards: dict[int, CardRecord]  # those that are not made from their row
+    cards: dict[int, Record]  # those that are not made from their row
 
-    def run(self) -> RunRecord:
+    def run(self) -> Record:
         return self.run_record
 
     def rows(self) -> dict[str, list[Any]]:
-        return columns(self.row_records)
+        return {name: [row.get(name) for row in self.row_records] for name in COLUMNS}
 
-    def card(self, latent: int) -> CardRecord:
+    def card(self, latent: int) -> Record:
         return self.cards.get(latent) or make_card(self.row_records[latent])
 
 

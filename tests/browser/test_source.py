@@ -14,8 +14,9 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.contexts import SEGMENT, split_text
 from sae_italian.browser.decoder import Decoder
 from sae_italian.browser.pack import read_data
-from sae_italian.browser.report import open_source, write_report
-from sae_italian.browser.schema import check_card, check_rows, check_run
+from sae_italian.browser.schema import check, check_card, check_rows
+from sae_italian.browser.source import open_source
+from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
 
@@ -37,11 +38,11 @@ def busiest(cache) -> int:
 
 
 def test_every_record_fits_the_schema(source):
-    check_run(source.run())
+    check("run", source.run())
     rows = check_rows(source.rows())
     assert len(rows["latent"]) == 256 and sum(value is not None for value in rows["detection"]) > 20
-    for card in source.cards():
-        check_card(card)
+    for latent in range(256):
+        check_card(source.card(latent))
 
 
 def test_contexts_are_true_text_with_the_caches_activations(source, cache, busiest):
@@ -177,7 +178,7 @@ def test_a_cache_without_explanations_still_has_a_report(small_cache, mini, tmp_
     bare = FeatureCache.open(
         shutil.copytree(small_cache, tmp_path / "bare", ignore=shutil.ignore_patterns("*.sqlite*", "results.json"))
     )
-    index = write_report(bare, mini.tokenizer, tmp_path / "report")
+    index = write_browser(tmp_path / "report", open_source(bare, mini.tokenizer))
     rows = read_data(index.parent / "data" / "rows" / "0000.js")
     assert set(rows["status"]) == {"not explained"} and set(rows["x"]) == {None}
 

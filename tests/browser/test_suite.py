@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.browser.compare import match_facts, match_latents, write_comparison
+from sae_italian.browser.compare import beside, match_latents
 from sae_italian.browser.pack import read_data
-from sae_italian.browser.report import open_source
+from sae_italian.browser.source import open_source
 from sae_italian.browser.suite import overview_text, read_suite, write_overview
+from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
+from sae_italian.cli import main
 from sae_italian.saes import load_sae
 
 
@@ -92,10 +94,22 @@ def test_an_sae_beside_itself_matches_itself(small_cache: Path, trained_sae: Pat
     source, bare = open_source(cache, mini.tokenizer, sae=load_sae(trained_sae)), open_source(cache, mini.tokenizer)
     matches = match_latents(source, source)
     assert matches["latent"] == matches["back"] == list(range(256))
-    assert match_facts(matches) == {"mean_cosine": pytest.approx(1, abs=1e-4), "share_near": 1.0, "share_mutual": 1.0}
+    assert beside(source, source).facts() == {
+        "mean_cosine": pytest.approx(1, abs=1e-4),
+        "share_near": 1.0,
+        "share_mutual": 1.0,
+    }
     with pytest.raises(UsageError, match="is not at hand"):
         match_latents(source, bare)
-    index, _ = write_comparison(source, source, tmp_path / "out")
+    index = write_browser(tmp_path / "out", source, other=beside(source, source))
     run, other = (read_data(index.parent / part / "run" / "0000.js") for part in ("data", "other"))
     assert other["run"]["sae"] in run["compare"] and run["compare"] != run["run"]["sae"]
     assert read_data(index.parent / "data" / "matches" / "0000.js")["latent"] == list(range(256))
+
+
+def test_the_command_tells_a_suite_from_a_cache(suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["browse", str(suite), str(suite.parent / "caches" / "a"), "--out", str(tmp_path / "out")]) == 0
+    assert "| L3R-8x |" in capsys.readouterr().out and (tmp_path / "out" / "index.html").is_file()
+    assert main(["browse", str(suite), "missing", "--out", str(tmp_path / "out")]) == 2
+    assert "missing is not a feature cache" in capsys.readouterr().err
+    assert main(["browse-suite", str(suite)]) == 2 and "`browse SUITE" in capsys.readouterr().err

@@ -7,10 +7,11 @@ import pytest
 
 from sae_italian.base.errors import UsageError
 from sae_italian.browser import widget
+from sae_italian.browser.answers import Answers
 from sae_italian.browser.compare import beside
 from sae_italian.browser.plain import card_html
-from sae_italian.browser.schema import check_card, check_groups
-from sae_italian.browser.widget import Plain, answer, show
+from sae_italian.browser.schema import check, check_card
+from sae_italian.browser.widget import Plain, show
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
@@ -38,23 +39,25 @@ def ask(shown, name, argument=None):
 
 
 def test_messages_are_answered_with_records_and_live_work(shown):
-    assert shown.latent == 3 and shown.has_live and not shown.has_llm and "latent=LATENT" in shown.permalink
-    assert ask(shown, "run")["value"]["d_sae"] == 256
+    assert shown.latent == 3 and "latent=LATENT" in shown.permalink
+    about = ask(shown, "run")["value"]
+    assert about["run"]["d_sae"] == 256 and about["live"] and not about["live"]["llm"] and about["compare"] is None
     assert len(ask(shown, "rows")["value"]["latent"]) == 256
     check_card(ask(shown, "card", 3)["value"])
     assert ask(shown, "tokens", {"sentence": "La ragazza \ud800 legge"})["value"]["strongest"]
 
 
 def test_another_sae_stands_beside_it_by_messages(shown, folder):
-    other = beside(shown.source, shown.source)
-    pair = widget.widget_class()(shown.source, shown.live, 3, other)
-    assert pair.other == other.name and shown.other == ""
+    source = shown.answers.source
+    other = beside(source, source)
+    pair = widget.widget_class()(Answers(source, shown.answers.live, other), 3)
+    assert ask(pair, "run")["value"]["compare"] == other.name
     assert ask(pair, "matches")["value"]["latent"] == list(range(256))
-    assert ask(pair, "other.run")["value"]["d_sae"] == 256
-    check_card(ask(pair, "other.card", 5)["value"])
-    check_groups(ask(pair, "wide", 5)["value"])
-    assert "no live work" in ask(pair, "other.tokens", {"sentence": "a"})["error"]
-    assert ask(shown, "matches")["error"] and ask(shown, "other.card", 5)["error"]
+    assert ask(pair, "other/run")["value"]["run"]["d_sae"] == 256
+    check_card(ask(pair, "other/card", 5)["value"])
+    check("[group]", ask(pair, "wide", 5)["value"])
+    assert "No live work" in ask(pair, "other/tokens", {"sentence": "a"})["error"]
+    assert ask(shown, "matches")["error"] and ask(shown, "other/card", 5)["error"]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +76,7 @@ def test_a_notebook_that_is_only_read_has_the_card_as_html(shown):
 
 def test_the_module_is_one_file_without_imports(shown):
     esm = widget.widget_class()._esm
-    assert esm.count("\nexport ") == 1 and 'export default modules["widget.js"]' in esm  # anywidget warns of any other
+    assert esm.count("\nexport ") == 1 and "export default { render };" in esm  # anywidget warns of any other
     assert not re.search(r"^import |\bimport\(|https?://(?!www\.w3\.org)", esm, re.MULTILINE)
 
 
@@ -94,12 +97,12 @@ def test_a_cache_or_a_latent_that_is_not_there(folder, tmp_path):
 
 
 def test_without_live_work_a_message_says_why(shown):
-    with pytest.raises(UsageError, match="no live work"):
-        answer(shown.source, None, "tokens", {"sentence": "a"})
+    with pytest.raises(UsageError, match="No live work"):
+        Answers(shown.answers.source)("tokens", {"sentence": "a"})
 
 
 def test_plain_html_is_harmless(shown):
-    row, card = dict(shown.source.row(3)), dict(shown.source.card(3))
+    row, card = dict(shown.answers.source.row(3)), dict(shown.answers.source.card(3))
     row |= {"explanation_it": SCRIPT + RTL + CONTROL, "explanation_en": LONG_WORD, "max": 1.0}
     context = {"doc_id": SCRIPT, "source": SCRIPT, "max": 1.0}
     context["segments"] = [(SCRIPT, 1.0), (RTL, 0.5), (CONTROL, 0.0), (LONG_WORD, 0.2), ("\ud800", 1.0)]

@@ -16,15 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.browser import CardRecord, bundle, write_browser
+from sae_italian.base.labels import page_labels
+from sae_italian.browser import page, write_browser
+from sae_italian.browser.columns import COLUMNS
 from sae_italian.browser.pack import characters, data_script, read_data
+from sae_italian.browser.schema import Record
 from tests.browser.fake_browser import FakeSource, make_card, make_source
 
 STATIC = resources.files("sae_italian.browser") / "static"
 
 
 class Failing(FakeSource):
-    def card(self, latent: int) -> CardRecord:
+    def card(self, latent: int) -> Record:
         if latent > 0:
             raise RuntimeError("the cache went away")
         return super().card(latent)
@@ -79,7 +82,7 @@ def test_memory_stays_flat_while_cards_stream(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("sae_italian.browser.write.CARDS_PER_SHARD", 3)
 
     class Heavy(FakeSource):
-        def card(self, latent: int) -> CardRecord:
+        def card(self, latent: int) -> Record:
             segments = [("x" * 200, 0.5) for _ in range(400)]
             context: Any = {"doc_id": "", "source": "", "max": 0.5, "segments": segments}
             group: Any = {"name_it": "", "name_en": "", "lo": None, "hi": None, "contexts": [context]}
@@ -193,9 +196,9 @@ def test_text_cannot_leave_its_string(tmp_path: Path) -> None:
         assert all("\u3400" <= letter <= "\ub3ff" for letter in packed) and int(size) > 0 and name.startswith("data/")
     stored = read_data(index.parent / "data" / "rows" / "0000.js")
     assert stored["explanation_it"][0] == evil + "?"
-    page = index.read_text(encoding="utf-8")
-    assert "alert(1)</script>" not in page and "<b>" not in page
-    assert "&lt;script&gt;alert(1)" in page and "&lt;b&gt;$title" in page
+    text = index.read_text(encoding="utf-8")
+    assert "alert(1)</script>" not in text and "<b>" not in text
+    assert "&lt;script&gt;alert(1)" in text and "&lt;b&gt;$title" in text
 
 
 @given(st.binary(max_size=300))
@@ -221,7 +224,7 @@ def test_a_number_that_is_not_finite_is_refused() -> None:
 )
 def test_a_row_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     source = make_source(1)
-    source.row_records[0].update(change)  # type: ignore[typeddict-item]
+    source.row_records[0].update(change)
     with pytest.raises(DataError, match=message):
         write_browser(tmp_path / "out", source)
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +268,7 @@ def test_a_card_that_does_not_fit_is_named(tmp_path: Path) -> None:
 
 def test_numpy_numbers_are_taken(tmp_path: Path) -> None:
     source = make_source(1)
-    source.row_records[0].update(density=np.float32(0.25), n_active=np.int64(3))  # type: ignore[typeddict-item]
+    source.row_records[0].update(density=np.float32(0.25), n_active=np.int64(3))
     stored = read_data(write_browser(tmp_path / "out", source).parent / "data" / "rows" / "0000.js")
     assert (stored["density"], stored["n_active"]) == ([0.25], [3])
 
@@ -284,50 +287,34 @@ def test_the_page_needs_no_network_and_makes_no_markup_from_data() -> None:
         )
         assert set(re.findall(r"https?://[^\"' )]*", text)) <= {"http://www.w3.org/2000/svg"}, name
         assert len(text.splitlines()) < 400, name
-    assert not re.search(r"\bfetch\(|^\s*(import|export)\b", bundle.script("boot.js"), re.MULTILINE)
+    assert not re.search(r"\bfetch\(|^\s*(import|export)\b", page.script("disk"), re.MULTILINE)
 
 
 def test_every_style_rule_is_under_the_browsers_own_class() -> None:
     """So the sheet can be given to a notebook. Rules at the left margin are the only ones that are not nested."""
     inside_at_rules = re.sub(
-        r"^@container[^{\n]*\{\n(.*?)^\}", lambda m: textwrap.dedent(m[1]), bundle.style(), flags=re.M | re.S
+        r"^@container[^{\n]*\{\n(.*?)^\}", lambda m: textwrap.dedent(m[1]), page.style(), flags=re.M | re.S
     )
     top = re.findall(r"^(\S[^{\n]*)\{", inside_at_rules, re.MULTILINE)
     assert len(top) > 3 and all(".sae-italian" in selector for selector in top)
 
 
-def test_one_script_holds_each_module_once_in_order() -> None:
-    text = bundle.script("main.js")
-    made = re.findall(r'^modules\["([\w-]+\.js)"\] =', text, re.MULTILINE)
-    assert len(made) == len(set(made)) and made[-1] == "main.js"
-    for name in made:
-        for wanted in re.findall(r'from "\./([\w-]+\.js)"', bundle.static_text(name)):
-            assert made.index(wanted) < made.index(name)
-    assert made[0] == "strings.js" and "live.js" not in made
-
-
-def test_one_module_holds_what_is_imported_on_demand_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {
-        "a.js": 'import { b as c } from "./b.js";\nexport async function a() { return (await import("./d.js")).d + c; }\n',
-        "b.js": "export const b = 1;\n",
-        "d.js": "export const d = 2;\n",
-    }
-    monkeypatch.setattr(bundle, "static_text", texts.__getitem__)
-    text = bundle.module.__wrapped__("a.js")
-    assert 'const { b: c } = modules["b.js"];' in text and 'await Promise.resolve(modules["d.js"])' in text
-    assert text.index('modules["d.js"] =') < text.index('modules["a.js"] =') and not re.search("^import", text, re.M)
-    assert text.rstrip().endswith('export default modules["a.js"];')
-
-
-def test_modules_in_a_circle_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {"a.js": 'import { b } from "./b.js";\n', "b.js": 'import { a } from "./a.js";\n'}
-    monkeypatch.setattr(bundle, "static_text", texts.__getitem__)
-    with pytest.raises(ValueError, match="a.js > b.js > a.js"):
-        bundle.script.__wrapped__("a.js")
+def test_the_scripts_share_one_scope_and_declare_each_name_once() -> None:
+    """They are joined as they are: a name declared twice would end the page, and so would an import."""
+    for host, own in page.HOSTS.items():
+        names = [*page.SCRIPTS, *own]
+        texts = [sources()[f"{name}.js"] for name in names]
+        declared = re.findall(r"^(?:async )?(?:function|class|const|let) (\w+)", "\n".join(texts), re.MULTILINE)
+        assert len(declared) == len(set(declared)), host
+        assert all(text in page.script(host) for text in texts)
+    used = {name for own in page.HOSTS.values() for name in (*page.SCRIPTS, *own)}
+    assert {f"{name}.js" for name in used} == {name for name in sources() if name.endswith(".js")}
 
 
 def test_every_word_on_the_page_has_both_languages() -> None:
-    words = dict(re.findall(r'^  "([^"]+)": (\[.*\]),$', sources()["strings.js"], re.MULTILINE))
-    assert all(len(pair) == 2 and all(pair) for pair in map(json.loads, words.values()))
+    own = dict(re.findall(r'^  "([^"]+)": (\[.*\]),$', sources()["strings.js"], re.MULTILINE))
+    words = page_labels() | {key: json.loads(pair) for key, pair in own.items()}
+    assert all(len(pair) == 2 and all(pair) for pair in words.values())
     used = {key for text in sources().values() for key in re.findall(r'\bctx\.t\("([^"]+)"', text)}
-    assert len(used) > 60 and used - set(words) == {"filter.", "theme.", "width.", "cloud."}
+    assert len(used) > 60 and used - set(words) == {"filter.", "theme.", "width.", "cloud.", "column."}
+    assert all(f"column.{name}" in words for name, column in COLUMNS.items() if column.show)

@@ -112,7 +112,7 @@ def _folder(out: Path, to: str, facts: Facts, manifest: Manifest) -> Path:
 def _wandb(
     out: Path, tokenizer: Any, latents: Latents, wanted: range, project: str, online: bool
 ) -> tuple[Path, dict[str, int]]:
-    from sae_italian.browser.report import open_source
+    from sae_italian.browser.source import open_source
     from sae_italian.browser.write import write_browser
 
     cache, weights = latents.cache, latents.directions

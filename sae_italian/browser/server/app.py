@@ -1,87 +1,70 @@
-"""The routes: the page, its modules, the records of the cache, and live work.
+"""The routes: the page, its script and style, the records of the cache, and live work.
 
-    GET  /                     the page
-    GET  /assets/<name>        its modules and its style: the files of static/, read once; no path leads to any other
-    GET  /api/run, /api/rows   the run, and the list by column
-    GET  /api/card/<latent>    one latent
-    GET  /api/wide/<latent>    its passages, each as wide as its window
-    GET  /api/other/...        the same of an SAE to compare with, and /api/matches
-    POST /api/live/<work>      tokens, steer, ablate, explain: JSON in, JSON out
+    GET  /                        the page
+    GET  /assets/app.js, app.css  its script and its style; no path leads to any file
+    GET  /api/<name>[/<latent>]   the records: run, rows, card/3, wide/3, matches, other/card/3 (answers.py)
+    POST /api/live/<work>         tokens, steer, ablate, explain: JSON in, JSON out
 
-Errors are {error_it, error_en}: 400 malformed, 403 and 421 not from here, 404, 408, 409 the cache was replaced, 413, 415,
-422 an argument, 503 too much at once, 504 too slow.
+Errors are {error_it, error_en}: 400 malformed or not from here, 403 another page, 404, 408, 409 the cache was replaced,
+413, 415, 422 an argument, 503 too much at once, 504 too slow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from contextlib import asynccontextmanager
-from functools import partial
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from sae_italian.base.errors import SaeItalianError
-from sae_italian.browser.bundle import page, static_text, style
+from sae_italian.browser.answers import WORKS, Answers, Refused, in_both
 from sae_italian.browser.compare import Other
-from sae_italian.browser.live import CALLS, Live, in_both
-from sae_italian.browser.server.guard import LOOPBACK, Guard, Refused, as_json, read_json_body
-from sae_italian.browser.server.records import Records
-from sae_italian.browser.server.work import Worker
+from sae_italian.browser.live import Live
+from sae_italian.browser.page import page, script, style
+from sae_italian.browser.server.guard import LOOPBACK, Guard, Worker, as_json, read_json_body
 from sae_italian.browser.source import LatentSource
-
-KINDS = {".js": "text/javascript", ".css": "text/css"}
+from sae_italian.cache.layout import MANIFEST
 
 
 def create_app(
-    source: LatentSource,
-    live: Live | None = None,
-    *,
-    other: Other | None = None,
-    hosts: frozenset[str] = LOOPBACK,
-    seconds: float = 60.0,
+    source: LatentSource, live: Live | None = None, *, other: Other | None = None, seconds: float = 60.0
 ) -> Guard:
     """Return the server of one cache, to be run on loopback. `seconds` is the longest that live work may take."""
-    server = Server(source, live, other, seconds)
+    server = Server(Answers(source, live, other), seconds)
     routes = [
         Route("/", server.page),
         Route("/assets/{name}", server.asset),
-        Route("/api/matches", server.matches),
         Route("/api/live/{work}", server.work, methods=["POST"]),
-        *server.records.routes("/api"),
+        Route("/api/{name:path}", server.record),
     ]
-    if other is not None:
-        routes += Records(other.source, server.reader).routes("/api/other")
     handlers: Any = {
-        Refused: lambda _, error: error.response(),
-        SaeItalianError: lambda _, error: as_json(in_both(error), 422),
+        SaeItalianError: lambda _, error: as_json(in_both(error), getattr(error, "status", 422)),
         HTTPException: lambda _, error: as_json(in_both(error.detail), error.status_code),
         Exception: lambda _, error: as_json(in_both(f"a defect of ours: {type(error).__name__}"), 500),
     }
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=server.lifespan)
     app.router.redirect_slashes = False
-    return Guard(app, hosts)  # outside of everything, so that a defect's answer has its headers too
+    return Guard(TrustedHostMiddleware(app, LOOPBACK))
 
 
 class Server:
     """What the routes share. Records are made in one thread and live work is done in another, so neither waits."""
 
-    def __init__(self, source: LatentSource, live: Live | None, other: Other | None, seconds: float):
-        self.source, self.live, self.other = source, live, other
+    def __init__(self, answers: Answers, seconds: float):
+        self.answers = answers
         self.reader = Worker("reader", waiting=1024, seconds=60.0)
         self.worker = Worker("live", waiting=128, seconds=seconds)
-        self.assets = {
-            item.name: (static_text(item.name).encode(), KINDS[ending])
-            for item in (resources.files("sae_italian.browser") / "static").iterdir()
-            if (ending := "." + item.name.rpartition(".")[2]) in KINDS
-        }
-        self.assets["app.css"] = (style().encode(), KINDS[".css"])
-        works = {"works": list(CALLS), "llm": live.endpoint is not None} if live else None
-        self.records = Records(source, self.reader, live=works, compare=other.name if other else None)
+        self.assets = {"app.js": (script("served"), "text/javascript"), "app.css": (style(), "text/css")}
+        sources = [answers.source, *([answers.other.source] if answers.other else [])]
+        self.watches = [Watch(source.cache.folder) for source in sources]
+        self._rows: tuple[Any, Response] | None = None
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette):
@@ -89,35 +72,76 @@ class Server:
         self.worker.close()
         self.reader.close()
 
-    # --- files -------------------------------------------------------------------------------------------------------
-
     async def page(self, _: Request) -> Response:
-        text = page(self.source.run(), script='<script type="module" src="assets/served.js"></script>')
-        return Response(text.encode("utf-8", "replace"), media_type="text/html; charset=utf-8")
+        return Response(page(self.answers.source.run()).encode("utf-8", "replace"), media_type="text/html")
 
     async def asset(self, request: Request) -> Response:
-        found = self.assets.get(request.path_params["name"])
-        if found is None:
-            raise Refused(404, "Non c'è nessun file con questo nome.", "There is no file of that name.")
-        return Response(found[0], media_type=found[1])
+        if request.path_params["name"] not in self.assets:
+            raise Refused("There is no file of that name.", "Non c'è nessun file con questo nome.", 404)
+        text, kind = self.assets[request.path_params["name"]]
+        return Response(text, media_type=kind)
 
-    async def matches(self, _: Request) -> Response:
-        if self.other is None:
-            raise Refused(404, "Non c'è un'altra SAE.", "There is no other SAE.")
-        return as_json(self.other.matches)
+    async def record(self, request: Request) -> Response:
+        name, _, last = request.path_params["name"].rpartition("/")
+        if not (name and last.isascii() and last.isdigit()):
+            return await self._answered(self.reader(self._record, request.path_params["name"], None))
+        return await self._answered(self.reader(self._record, name, int(last[:10])))
 
-    # --- live work ---------------------------------------------------------------------------------------------------
+    def _record(self, name: str, argument: Any) -> Response:
+        """Return an answer; the list is made once, and again when explanations or scores were stored since."""
+        if name != "rows":
+            return as_json(self.answers(name, argument))
+        now = self.answers.source.version()
+        if self._rows is None or self._rows[0] != now:
+            self._rows = now, as_json(self.answers(name))
+        return self._rows[1]
 
     async def work(self, request: Request) -> Response:
         name = request.path_params["work"]
-        if name not in CALLS:
-            raise Refused(404, f"Lavoro sconosciuto. Ci sono: {', '.join(CALLS)}.", f"There are: {', '.join(CALLS)}.")
-        if self.live is None:
-            raise Refused(
-                404,
-                "Nessun lavoro dal vivo: la SAE o il modello di questa cache non sono su questa macchina.",
-                "No live work: this cache's SAE or its model is not on this machine.",
-            )
+        if name not in WORKS:
+            ours = ", ".join(WORKS)
+            raise Refused(f"There are: {ours}.", f"Lavoro sconosciuto. Ci sono: {ours}.", 404)
         arguments = await read_json_body(request)
-        found = await self.records.while_it_lasts(partial(self.worker, self.live.call, name, arguments))
-        return as_json(found)
+        return as_json(await self._answered(self.worker(self.answers, name, arguments)))
+
+    async def _answered(self, work: Awaitable[Any]) -> Any:
+        """Wait for work on the cache; what fails because the cache was replaced meanwhile is said to be that."""
+        try:
+            found = await work
+        except Refused:
+            raise
+        except Exception:
+            self._check()
+            raise
+        self._check()
+        return found
+
+    def _check(self) -> None:
+        if any(watch.replaced() for watch in self.watches):
+            raise Refused(
+                "The cache was replaced or removed while it was open: stop `sae-italian browse --serve` and start it again.",
+                "La cache è stata sostituita o tolta mentre era aperta: ferma `sae-italian browse --serve` e riavvialo.",
+                409,
+            )
+
+
+class Watch:
+    """Compares a cache's manifest with the one that was opened. A file that was only touched counts as the same."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / MANIFEST
+        self._stamp, self._bytes = self._stamped(), self.file.read_bytes()
+
+    def _stamped(self) -> tuple[int, int, int]:
+        found = self.file.stat()
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def replaced(self) -> bool:
+        try:
+            now = self._stamped()
+            if now != self._stamp and self.file.read_bytes() != self._bytes:
+                return True
+        except OSError:
+            return True
+        self._stamp = now
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 from collections.abc import Callable
@@ -11,46 +12,31 @@ from sae_italian.base.errors import UsageError
 
 HOST = "127.0.0.1"
 PORT = 8765
-LOOKED_AT = 100  # ports after a taken one, for a free one to suggest
+HEAD_SECONDS = 10.0
 
 
 def bind(port: int) -> socket.socket:
     """Return a socket on the loopback interface; port 0 takes a free one.
 
-    Raises: UsageError for a port that is taken, with the next free one named, that needs privileges or is none.
+    Raises: UsageError for a port that is taken, with a free one named, that needs privileges or is none.
     """
     if not 0 <= port <= 65535:
         raise UsageError(f"--port is {port}; 1 to 65535 were expected.")
-    try:
-        return _bound(port)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UsageError(f"port {port} is in use. {_suggestion(port)}") from None
-        if error.errno == errno.EACCES:
-            raise UsageError(f"port {port} needs privileges. Give one above 1023, such as --port {PORT}.") from None
-        raise
-
-
-def _bound(port: int) -> socket.socket:
     found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((HOST, port))
         found.listen(256)
-    except OSError:
+    except OSError as error:
         found.close()
+        if error.errno == errno.EADDRINUSE:
+            with bind(0) as free:
+                number = free.getsockname()[1]
+            raise UsageError(f"port {port} is in use. Port {number} is free: --port {number}") from None
+        if error.errno == errno.EACCES:
+            raise UsageError(f"port {port} needs privileges. Give one above 1023, such as --port {PORT}.") from None
         raise
     return found
-
-
-def _suggestion(port: int) -> str:
-    for free in range(port + 1, min(port + LOOKED_AT, 65536)):
-        try:
-            _bound(free).close()
-        except OSError:
-            continue
-        return f"Port {free} is free: --port {free}"
-    return "Give another one with --port."
 
 
 def serve(app: Any, port: int = PORT, *, ready: Callable[[str], None] | None = None) -> None:
@@ -58,25 +44,36 @@ def serve(app: Any, port: int = PORT, *, ready: Callable[[str], None] | None = N
 
     Raises: UsageError without the packages of the extra `serve`, and as `bind`.
     """
-    uvicorn = need_uvicorn()
+    server = make_server(app)
     found = bind(port)
     try:
         if ready:
             ready(f"http://{HOST}:{found.getsockname()[1]}/")
-        server(uvicorn, app).run(sockets=[found])
+        server.run(sockets=[found])
     except KeyboardInterrupt:  # uvicorn has closed in good order and passes the signal on
         return
     finally:
         found.close()
 
 
-def server(uvicorn: Any, app: Any) -> Any:
-    """Return a uvicorn server with small limits: it serves one person's browser."""
-    from sae_italian.browser.server.punctual import Punctual
+def need_uvicorn() -> Any:
+    """Return the package uvicorn. Raises: UsageError when it, or starlette, is not installed."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise UsageError(
+            f"the server needs the package {error.name}; it comes with pip install 'sae-italian[serve]'."
+        ) from None
+    return uvicorn
 
+
+def make_server(app: Any) -> Any:
+    """Return a uvicorn server with small limits: it serves one person's browser."""
+    uvicorn = need_uvicorn()
     config = uvicorn.Config(
         app,
-        http=Punctual,
+        http=_punctual(),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -91,13 +88,41 @@ def server(uvicorn: Any, app: Any) -> Any:
     return uvicorn.Server(config)
 
 
-def need_uvicorn() -> Any:
-    """Return the package uvicorn. Raises: UsageError when it, or starlette, is not installed."""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise UsageError(
-            f"the server needs the package {error.name}; it comes with pip install 'sae-italian[serve]'."
-        ) from None
-    return uvicorn
+def _punctual() -> type:
+    """Return uvicorn's protocol with an end to waiting for the head of a request.
+
+    uvicorn counts every connection against its limit and waits for a request's first lines for ever; whoever opens many
+    and sends nothing whole would lock everybody else out. A connection at work or idle between requests is uvicorn's.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Punctual(H11Protocol):
+        waiting: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.waiting = self.loop.call_later(HEAD_SECONDS, self.too_late)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            at_work = self.cycle is not None and not self.cycle.response_complete
+            if at_work or self.timeout_keep_alive_task is not None:
+                self.stop()
+            elif self.waiting is None:
+                self.waiting = self.loop.call_later(HEAD_SECONDS, self.too_late)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.stop()
+            super().connection_lost(exc)
+
+        def stop(self) -> None:
+            if self.waiting is not None:
+                self.waiting.cancel()
+                self.waiting = None
+
+        def too_late(self) -> None:
+            self.waiting = None
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+
+    return Punctual

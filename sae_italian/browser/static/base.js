@@ -1,8 +1,7 @@
 // What every view needs: DOM building (text only, never markup), preferences, numbers, text folding.
-import { strings } from "./strings.js";
 
 // --- preferences; file:// may refuse localStorage ---
-export const prefs = {
+const prefs = {
   get(key) {
     try { return window.localStorage.getItem("sae-italian." + key); } catch { return null; }
   },
@@ -11,19 +10,19 @@ export const prefs = {
   },
 };
 
-export function setTheme(root, theme) {
+function setTheme(root, theme) {
   root.dataset.theme = theme;
 }
-export function currentTheme(root) {
+function currentTheme(root) {
   return root.dataset.theme || (window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 }
-export function preferredTheme() {
+function preferredTheme() {
   const theme = prefs.get("theme");
   return theme === "dark" || theme === "light" ? theme : null;
 }
 
 // Calls when the theme changes, by the button or in the system, as long as `alive` says so.
-export function onTheme(root, alive, changed) {
+function onTheme(root, alive, changed) {
   const system = window.matchMedia("(prefers-color-scheme: dark)");
   const watch = new MutationObserver(() => look());
   const look = () => {
@@ -49,12 +48,12 @@ function fill(node, attributes, children) {
   }
   return node;
 }
-export const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
-export const svg = (tag, attributes, ...children) =>
+const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+const svg = (tag, attributes, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 // Text from the corpus: isolated, so that its direction marks end where it ends.
-export const text = (text) => h("bdi", {}, text);
+const text = (text) => h("bdi", {}, text);
 
 // --- tokens with their white space visible ---
 const SIGNS = { " ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽" };
@@ -66,7 +65,7 @@ function sign(run) {
   return "U+" + run.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
 }
 
-export function token(token, title) {
+function token(token, title) {
   const short = token.length > MAX_TOKEN ? token.slice(0, MAX_TOKEN) + "…" : token;
   const parts = [];
   let end = 0;
@@ -79,11 +78,21 @@ export function token(token, title) {
   return h("span", { class: "tok", title: title || (short === token ? null : token.slice(0, 500)) }, h("bdi", {}, parts));
 }
 
+// Gold and UD labels in words: "Gender=Fem,Number=Plur" is "femminile plurale" and "feminine plural".
+function partName(part, language) {
+  const [feature, value = ""] = part.split("=", 2);
+  const name = feature.toLowerCase() === "upos" ? "pos" : feature.toLowerCase(); // as treebanks call it
+  const known = LABELS[`gold.${name}=${value.toLowerCase()}`];
+  if (known) return known[language === "it" ? 0 : 1];
+  return name === "lemma" && value ? `lemma «${value}»` : part;
+}
+const labelName = (label, language) => label.split(/[ |+,]+/).filter(Boolean).map((part) => partName(part, language)).join(" ");
+
 // --- search text: case, accents and kinds of apostrophe do not count ---
-export const fold = (text) => text.normalize("NFD").replace(/\p{M}/gu, "").replace(/[’‘ʼ`]/g, "'").toLowerCase();
+const fold = (text) => text.normalize("NFD").replace(/\p{M}/gu, "").replace(/[’‘ʼ`]/g, "'").toLowerCase();
 
 // --- a context: language, words and numbers, and where links lead; what a view is handed ---
-export function makeContext(lang, host = {}) {
+function makeContext(lang, host = {}) {
   const words = strings[lang];
   const locale = lang === "it" ? "it-IT" : "en-GB";
   const format = (options) => new Intl.NumberFormat(locale, { signDisplay: "negative", useGrouping: "always", ...options });
@@ -103,6 +112,7 @@ export function makeContext(lang, host = {}) {
   const ctx = {
     lang,
     t: (key, vars) => (words[key] ?? key).replace(/\{(\w+)\}/g, (_, name) => vars?.[name] ?? ""),
+    maybe: (key) => words[key] ?? null,
     name: (group, value) => words[group + "." + value] ?? value,
     pick: (record, field) => record[field + "_" + lang] || record[field + "_" + (lang === "it" ? "en" : "it")] || "",
     integer: or(formats.integer),
@@ -128,14 +138,14 @@ export function makeContext(lang, host = {}) {
   return ctx;
 }
 
-export function preferredLanguage() {
+function preferredLanguage() {
   const kept = prefs.get("lang");
   if (kept === "it" || kept === "en") return kept;
   return (navigator.language || "it").toLowerCase().startsWith("en") ? "en" : "it";
 }
 
 // Copies a text and says so in the button's own label for a while; where the clipboard is refused, a field is shown.
-export function copyButton(ctx, label, make) {
+function copyButton(ctx, label, make) {
   const button = h("button", { type: "button", class: "copy" }, label);
   button.addEventListener("click", async () => {
     const value = make();
@@ -157,7 +167,7 @@ export function copyButton(ctx, label, make) {
 }
 
 // --- rows: columns as they travel. A row reads its columns, so that 65,536 of them cost nothing before they are shown ---
-export function rowsOf(columns) {
+function rowsOf(columns) {
   class Row {
     #at;
     constructor(at) { this.#at = at; }
@@ -170,16 +180,16 @@ export function rowsOf(columns) {
   return Array.from(Object.values(columns)[0] || [], (_, at) => new Row(at));
 }
 
-export function plain(row) {
+function plain(row) {
   const fields = {};
   for (const name in row) fields[name] = row[name]; // those that it reads from its columns too
   return fields;
 }
 
 // --- work for when nothing else is to be done; where a browser has no word for that, soon ---
-export const whenIdle = (work) => (window.requestIdleCallback ? window.requestIdleCallback(work, { timeout: 500 }) : window.setTimeout(work, 30));
+const whenIdle = (work) => (window.requestIdleCallback ? window.requestIdleCallback(work, { timeout: 500 }) : window.setTimeout(work, 30));
 
-export function keyHelp(ctx) {
+function keyHelp(ctx) {
   const key = (...names) => names.map((name) => h("kbd", {}, name));
   return h("footer", { class: "keys muted" },
     h("span", {}, key("j", "k"), ctx.t("keys")), h("span", {}, key("Enter"), ctx.t("keys.open")),

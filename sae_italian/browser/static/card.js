@@ -1,10 +1,4 @@
 // One latent: renderCard turns a row and its card record into a DOM element. It knows nothing of where it is shown.
-import { copyButton, h, plain, text, token } from "./base.js";
-import { barTable, histogram, profile } from "./charts.js";
-import { contextsPanel, folded } from "./contexts.js";
-import { labelName } from "./labels.js";
-import { rowTags } from "./list.js";
-import { explanationsPanel } from "./scores.js";
 
 const LONG_TEXT = 600;
 
@@ -15,10 +9,10 @@ const section = (title, note, ...content) =>
 function cardHead(ctx, row, card) {
   const explanation = ctx.pick(row, "llm") || ctx.pick(row, "explanation");
   const facts = [
-    [ctx.t("detection"), ctx.fixed(row.detection), ctx.interval(row.detection_lo, row.detection_hi, ctx.fixed)],
-    [ctx.t("gain"), ctx.signed(row.gain), ""],
-    [ctx.t("density"), ctx.density(row.density), ""],
-    [ctx.t("max"), ctx.activation(row.max), ""],
+    [ctx.t("column.detection"), ctx.fixed(row.detection), ctx.interval(row.detection_lo, row.detection_hi, ctx.fixed)],
+    [ctx.t("column.gain"), ctx.signed(row.gain), ""],
+    [ctx.t("column.density"), ctx.density(row.density), ""],
+    [ctx.t("column.max"), ctx.activation(row.max), ""],
     [ctx.t("active.tokens"), ctx.integer(row.n_active), ""],
   ];
   return h("header", { class: "card-head" },
@@ -68,7 +62,7 @@ function writesPanel(ctx, { promoted, suppressed, logits }) {
 }
 
 // What another latent is about; nothing while its row is still to come.
-export function words(ctx, latent) {
+function words(ctx, latent) {
   const other = ctx.row(latent);
   const found = other ? ctx.pick(other, "llm") || ctx.pick(other, "explanation") || other.top_tokens.map((item) => item.trim()).join(" ") : "";
   return text(found.slice(0, 160));
@@ -99,7 +93,7 @@ function writes(ctx, card) {
     card.decoder.length > 0 && neighboursPanel(ctx, card.decoder, "decoder")));
 }
 
-export function renderCard(ctx, row, card) {
+function renderCard(ctx, row, card) {
   if (!card) return h("article", { class: "card" }, cardHead(ctx, row, {}), h("p", { class: "muted" }, ctx.t("no.card")));
   return h("article", { class: "card" }, cardHead(ctx, row, card), reacts(ctx, row, card), writes(ctx, card),
     card.rule && h("details", { class: "panel rule" }, h("summary", {}, ctx.t("rule")), h("pre", { tabindex: "0" }, JSON.stringify(card.rule, null, 2))));

@@ -1,10 +1,9 @@
 // Small charts in SVG: score with interval, histogram, bars, scatter. Colours come from the style sheet.
-import { h, svg } from "./base.js";
 
 const round = (x) => Math.round(x * 100) / 100;
 
 // One track from 0 to 1: the score (dot and interval), the control (ring) and chance (tick).
-export function scoreTrack(score, control, label) {
+function scoreTrack(score, control, label) {
   const [width, pad, y] = [150, 5, 9];
   const x = (value) => round(pad + Math.min(1, Math.max(0, value)) * (width - 2 * pad));
   const parts = [
@@ -25,7 +24,7 @@ function histogramBar(ctx, { x0, x1, top, bottom, lo, hi, count }) {
 }
 
 // Counts on a log axis that starts at half a token, so that a bin of one token is still seen.
-export function histogram(ctx, { edges, counts }, words = "histogram") {
+function histogram(ctx, { edges, counts }, words = "histogram") {
   const total = counts.reduce((sum, count) => sum + count, 0);
   if (!total) return h("p", { class: "muted" }, ctx.t("none"));
   const box = { left: 44, right: 316, top: 8, bottom: 132 };
@@ -51,7 +50,7 @@ export function histogram(ctx, { edges, counts }, words = "histogram") {
 }
 
 // A table of names with a bar each; `share` is 0 to 1 of the row's width.
-export function barTable({ caption, items, className }) {
+function barTable({ caption, items, className }) {
   return h("table", { class: "bars " + (className || "") },
     h("caption", { class: "hidden" }, caption),
     h("tbody", {}, items.map(({ head, share, text }) =>
@@ -62,7 +61,7 @@ export function barTable({ caption, items, className }) {
 }
 
 // Shares in equal parts of the window, first to last, as bars from 0.
-export function profile(ctx, shares) {
+function profile(ctx, shares) {
   const box = { left: 44, right: 316, top: 8, bottom: 76 };
   const top = Math.max(...shares, 0.2);
   const step = (box.right - box.left) / shares.length;

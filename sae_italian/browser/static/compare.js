@@ -1,6 +1,4 @@
 // Another SAE beside this one: the latent whose decoder direction is nearest, as a card of its own.
-import { h, rowsOf, text } from "./base.js";
-import { renderCard } from "./card.js";
 
 const loaded = new WeakMap();
 
@@ -12,7 +10,7 @@ function openOther(compare) {
   return loaded.get(compare);
 }
 
-async function fill(ctx, compare, row, holder) {
+async function fillOther(ctx, compare, row, holder) {
   const { matches, rows, run } = await openOther(compare);
   const [latent, cosine] = [matches.latent[row.latent], matches.cosine[row.latent]];
   const mutual = matches.back[latent] === row.latent;
@@ -26,7 +24,7 @@ async function fill(ctx, compare, row, holder) {
 }
 
 // A section that opens on demand; the other SAE is not read before.
-export function compareView(ctx, compare, row) {
+function compareView(ctx, compare, row) {
   const holder = h("div", { class: "other-sae" }, h("p", { class: "muted" }, ctx.t("loading")));
   const section = h("details", { class: "panel compare", open: ctx.state.comparing }, h("summary", {}, h("h2", {}, ctx.t("compare", { sae: compare.name }))), holder);
   let asked = false;
@@ -34,7 +32,7 @@ export function compareView(ctx, compare, row) {
     ctx.state.comparing = section.open;
     if (!section.open || asked) return;
     asked = true;
-    fill(ctx, compare, row, holder).catch((error) => holder.replaceChildren(h("p", { class: "notice", role: "alert" }, ctx.t("load.failed", { file: error.message }))));
+    fillOther(ctx, compare, row, holder).catch((error) => holder.replaceChildren(h("p", { class: "notice", role: "alert" }, ctx.t("load.failed", { file: error.message }))));
   };
   section.addEventListener("toggle", open);
   if (section.open) open();

@@ -1,13 +1,12 @@
 // The passages of a latent: true text, activations as tint, as wide as the reader likes.
-import { h, prefs, text } from "./base.js";
 
-const LONG_TEXT = 1600;
+const LONG_CONTEXT = 1600;
 const CONTEXTS_SHOWN = 5;
-const WORDS = { words: 6, passage: 16, all: Infinity, window: Infinity }; // shown on either side of the strongest token
+const WIDTHS = { words: 6, passage: 16, all: Infinity, window: Infinity }; // shown on either side of the strongest token
 const WORD = /\S+\s*/g;
 
 // --- long texts are folded, never cut ---
-export function folded(ctx, content, long, className) {
+function folded(ctx, content, long, className) {
   const body = h("div", { class: className + (long ? " folded" : "") }, content);
   if (!long) return body;
   const button = h("button", { type: "button", class: "link", "aria-expanded": "false" }, ctx.t("more"));
@@ -30,7 +29,7 @@ function firstWords(piece, n) {
 }
 
 // The segments within n words of the strongest one; "…" where some are left out.
-export function narrowed(segments, n) {
+function narrowed(segments, n) {
   if (n === Infinity || !segments.length) return segments;
   const peak = segments.reduce((best, [, value], i) => (value > segments[best][1] ? i : best), 0);
   const walk = (order, cut) => {
@@ -57,14 +56,14 @@ function segment(ctx, [piece, activation], max, peak) {
 }
 
 function contextItem(ctx, context, max, width) {
-  const shown = narrowed(context.segments, WORDS[width]);
+  const shown = narrowed(context.segments, WIDTHS[width]);
   const length = shown.reduce((sum, [piece]) => sum + piece.length, 0);
   const words = h("div", { dir: "auto", class: "words" }, shown.map((item) => segment(ctx, item, max, context.max)));
   const origin = [context.source, context.doc_id].filter(Boolean).join(" · ");
   return h("li", { class: "context" },
     h("span", { class: "peak num", title: ctx.t("highest") }, ctx.activation(context.max)),
     h("div", { class: "passage" },
-      width === "window" ? h("div", { class: "passage-text window-text", tabindex: "0", role: "region", "aria-label": ctx.t("width.window") }, words) : folded(ctx, words, length > LONG_TEXT, "passage-text"),
+      width === "window" ? h("div", { class: "passage-text window-text", tabindex: "0", role: "region", "aria-label": ctx.t("width.window") }, words) : folded(ctx, words, length > LONG_CONTEXT, "passage-text"),
       origin && h("div", { class: "origin muted" }, text(origin))));
 }
 
@@ -94,9 +93,9 @@ async function wideGroups(ctx, groups) {
   return groups.map((group, i) => ({ ...group, contexts: group.contexts.map((context, j) => ({ ...context, segments: wide[i]?.contexts[j]?.segments ?? context.segments })) }));
 }
 
-export function contextsPanel(ctx, groups, max) {
+function contextsPanel(ctx, groups, max) {
   if (!groups.some((group) => group.contexts.length)) return null;
-  const widths = Object.keys(WORDS).filter((width) => width !== "window" || ctx.wide);
+  const widths = Object.keys(WIDTHS).filter((width) => width !== "window" || ctx.wide);
   const holder = h("div", {});
   const limits = h("p", { class: "note muted", role: "status" });
   let wide = null;

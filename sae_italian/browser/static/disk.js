@@ -6,11 +6,11 @@ const KEPT = 12; // shards of cards held, so that next and previous are instant
 
 const waiting = new Map();
 
-export function receive(name, nBytes, characters) {
+function receive(name, nBytes, characters) {
   waiting.get(name)?.({ nBytes, characters });
 }
 
-export function unpack({ nBytes, characters }) {
+function unpack({ nBytes, characters }) {
   const bytes = new Uint8Array(nBytes);
   const code = (i) => characters.charCodeAt(i) - FIRST;
   let i = 0;
@@ -91,7 +91,7 @@ function cardOf(card, documents) {
   return card;
 }
 
-export function diskSource(folder = "data") {
+function diskSource(folder = "data") {
   const shards = new Map();
   const parts = new Map(); // of the rows, until all of them are read
   let facts = null;
@@ -143,3 +143,6 @@ export function diskSource(folder = "data") {
     },
   };
 }
+
+window.saeItalian = { receive };
+mount(document.getElementById("app"), diskSource());

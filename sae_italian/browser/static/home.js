@@ -1,8 +1,4 @@
 // The first page: the run, its numbers and controls, two clouds of latents, gold labels, live work, and the list.
-import { h, keyHelp, onTheme } from "./base.js";
-import { renderList } from "./list.js";
-import { renderFacts, renderGold, renderMetrics } from "./overview.js";
-import { latentMap, scoreScatter } from "./scatter.js";
 
 const CLOUDS = { scatter: scoreScatter, map: latentMap };
 
@@ -33,7 +29,7 @@ function cloudPanel(ctx, rows, list) {
   return { element, update, begin: () => show(names.includes(ctx.state.cloud) ? ctx.state.cloud : names[0]) };
 }
 
-export function overviewPage(ctx, run, rows) {
+function overviewPage(ctx, run, rows) {
   let clouds = null;
   const list = renderList(ctx, rows, ctx.state.list, { onOpen: ctx.open, onRows: (found) => clouds?.update(found) });
   clouds = cloudPanel(ctx, rows, list);

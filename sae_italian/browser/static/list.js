@@ -1,8 +1,4 @@
 // The list of latents: search, filters, sort. Only the rows in sight are in the document, each of one height (--row).
-import { h, text, token } from "./base.js";
-import { labelName } from "./labels.js";
-import { sortHeader } from "./overview.js";
-import { COLUMNS, FILTERS, GOOD, RANGES, ULTRA, prepareSearch, selectRows } from "./select.js";
 
 const TOKENS_SHOWN = 5;
 const LABELS_SHOWN = 3;
@@ -11,7 +7,7 @@ const FIRST_ROWS = 24; // before the list is in the page and knows what is in si
 const REST = 40; // ms that a pointer rests on a row before its card is read
 
 // --- one row ---
-export function rowTags(ctx, row) {
+function rowTags(ctx, row) {
   const tags = [];
   if (row.dead) tags.push(h("span", { class: "tag warn" }, ctx.t("dead")));
   if (row.density >= ULTRA) tags.push(h("span", { class: "tag warn" }, ctx.t("ultra")));
@@ -39,16 +35,13 @@ function explanationCell(ctx, row) {
 }
 
 function rowElement(ctx, row, index, onOpen) {
-  const cell = (name, ...content) => h("td", { class: "num c-" + name, "data-label": ctx.t(name) }, content);
+  const shown = (name, { show }) => (show === "score" ? scoreCell(ctx, row) : ctx[show](row[name]));
+  const cell = ([name, column]) => h("td", { class: "num c-" + name, "data-label": ctx.t("column." + name) }, shown(name, column));
   return h("tr", { "data-latent": row.latent, "aria-rowindex": index + 2, class: row.dead ? "dead" : null, onclick: (event) => onOpen(row.latent, event) },
     h("th", { scope: "row", class: "c-latent num" }, h("a", { href: ctx.href(row.latent) }, String(row.latent))),
     h("td", { class: "c-explanation" }, explanationCell(ctx, row),
       h("div", { class: "chips one-line" }, rowTags(ctx, row), row.top_tokens.slice(0, TOKENS_SHOWN).map((item) => token(item)))),
-    cell("density", ctx.density(row.density)),
-    cell("max", ctx.activation(row.max)),
-    cell("detection", scoreCell(ctx, row)),
-    cell("fuzzing", ctx.fixed(row.fuzzing)),
-    cell("gain", ctx.signed(row.gain)));
+    Object.entries(COLUMNS).slice(1).map(cell));
 }
 
 // --- the parts around the rows ---
@@ -61,7 +54,7 @@ function filterGroup(ctx, counts, state, onChange) {
 
 function moreFilters(ctx, rows, state, onChange) {
   const number = (name, end) => h("input", { type: "number", step: "any", "data-range": `${name}-${end}`, value: state.ranges[name]?.[end] ?? null,
-    "aria-label": `${ctx.t(name)}: ${ctx.t(end ? "at.most" : "at.least")}`, placeholder: ctx.t(end ? "at.most" : "at.least"), onchange(event) {
+    "aria-label": `${ctx.t("column." + name)}: ${ctx.t(end ? "at.most" : "at.least")}`, placeholder: ctx.t(end ? "at.most" : "at.least"), onchange(event) {
       const range = [...(state.ranges[name] || [null, null])];
       range[end] = event.target.value === "" ? null : Number(event.target.value);
       onChange({ ranges: { ...state.ranges, [name]: range } });
@@ -72,12 +65,12 @@ function moreFilters(ctx, rows, state, onChange) {
   const set = Object.values(state.ranges).flat().some((value) => value !== null) || state.label;
   return h("details", { class: "more-filters", open: Boolean(set) }, h("summary", {}, ctx.t("filter.more")),
     h("div", { class: "ranges" }, RANGES.map((name) =>
-      h("fieldset", {}, h("legend", {}, ctx.t(name) + (name === "density" ? " (%)" : "")), number(name, 0), number(name, 1))),
+      h("fieldset", {}, h("legend", {}, ctx.t("column." + name) + (name === "density" ? " (%)" : "")), number(name, 0), number(name, 1))),
     labels.length > 0 && h("fieldset", {}, h("legend", {}, ctx.t("label")), select)));
 }
 
 function sortMenu(ctx, state, onChange) {
-  const options = COLUMNS.map((name) => h("option", { value: name, selected: state.sort === name }, ctx.t(name)));
+  const options = Object.keys(COLUMNS).map((name) => h("option", { value: name, selected: state.sort === name }, ctx.t("column." + name)));
   const select = h("select", { onchange: (event) => onChange(event.target.value) }, options);
   return [h("label", {}, ctx.t("sort"), " ", select),
     h("button", { type: "button", class: "icon", "aria-label": ctx.t("sort.flip"), onclick: () => onChange(state.sort) }, "⇅")];
@@ -86,10 +79,10 @@ function sortMenu(ctx, state, onChange) {
 function tableHead(ctx, state, onSort) {
   const header = (name) => sortHeader(ctx, {
     name, numeric: true, active: state.sort === name, descending: state.descending,
-    title: ["density", "detection", "gain"].includes(name) ? ctx.t(name + ".title") : null,
+    label: ctx.t("column." + name), title: ctx.maybe("column_title." + name),
     onSort: () => onSort(name), className: "c-" + name,
   });
-  const [first, ...rest] = COLUMNS.map(header);
+  const [first, ...rest] = Object.keys(COLUMNS).map(header);
   return h("thead", {}, h("tr", { "aria-rowindex": 1 }, first, h("th", { scope: "col", class: "c-explanation" }, ctx.t("explanation")), rest));
 }
 
@@ -116,7 +109,7 @@ function rowWindow(ctx, table, current, onOpen) {
   prepareUnderPointer(ctx, body);
   let held = [0, 0];
   const height = () => parseFloat(getComputedStyle(table).getPropertyValue("--row")) || 84;
-  const space = (n) => h("tr", { class: "space", "aria-hidden": "true", "--space": n * height() + "px" }, h("td", { colspan: COLUMNS.length + 1 }));
+  const space = (n) => h("tr", { class: "space", "aria-hidden": "true", "--space": n * height() + "px" }, h("td", { colspan: Object.keys(COLUMNS).length + 1 }));
 
   function draw(from, to, mark) {
     const rows = current();
@@ -141,7 +134,7 @@ function rowWindow(ctx, table, current, onOpen) {
 }
 
 // --- the list; `update` redraws what depends on the state and leaves the search box alone ---
-export function renderList(ctx, rows, state, { onOpen, onRows }) {
+function renderList(ctx, rows, state, { onOpen, onRows }) {
   const search = h("input", { type: "search", class: "search", autocomplete: "off", spellcheck: "false", placeholder: ctx.t("search"), "aria-label": ctx.t("search") });
   const counts = Object.fromEntries(Object.entries(FILTERS).map(([name, keep]) => [name, rows.reduce((sum, row) => sum + (keep(row) ? 1 : 0), 0)]));
   const filters = h("div", {});

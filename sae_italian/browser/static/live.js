@@ -1,8 +1,7 @@
 // Live work in one element: a sentence's latents; on a latent's card also steering, ablation and an explanation now.
 // Every text from model, corpus or keyboard goes in as a text node.
-import { h, text, token } from "./base.js";
 
-const WORDS = {
+const LIVE_WORDS = {
   "title": ["Dal vivo", "Live"],
   "title.latent": ["Prova questo latente dal vivo", "Try this latent live"],
   "busy": ["Il modello è al lavoro…", "The model is at work…"],
@@ -57,7 +56,7 @@ const WORDS = {
   "status.no answer": ["L’LLM non ha risposto.", "The LLM did not answer."],
 };
 
-export function mountLive(element, live, context) {
+function mountLive(element, live, context) {
   const view = { live, ctx: context, say: (key, vars) => say(context.lang, key, vars), memory: (context.state.live ??= {}), gone: false };
   const parts = context.latent === null ? [sentencePart] : [sentencePart, steerPart, ablatePart, explainPart];
   const title = view.say(context.latent === null ? "title" : "title.latent");
@@ -66,7 +65,7 @@ export function mountLive(element, live, context) {
 }
 
 function say(lang, key, vars) {
-  const words = WORDS[key];
+  const words = LIVE_WORDS[key];
   return words ? words[lang === "it" ? 0 : 1].replace(/\{(\w+)\}/g, (_, name) => vars?.[name] ?? "") : key;
 }
 

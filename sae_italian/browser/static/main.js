@@ -12,16 +12,43 @@
 //          list's page; context.open(latent) opens a card; a function that it returns is called before it is removed.
 // options: routing "hash" (the page's address, the default) or "memory" (a notebook's output); latent to open first;
 //          permalink(latent) -> address to copy (default: this page's with #latent=N).
-import { currentTheme, h, keyHelp, makeContext, preferredLanguage, preferredTheme, prefs, rowsOf, setTheme, svg, text, whenIdle } from "./base.js";
-import { renderCard, words } from "./card.js";
-import { compareView } from "./compare.js";
-import { overviewPage } from "./home.js";
-import { hashRouter, memoryRouter } from "./router.js";
-import { selectState } from "./select.js";
+
+// Where the page is: `latent=12`, or nothing for the list. In the address of a page, in memory in a notebook.
+function hashRouter() {
+  return {
+    current: () => window.location.hash.slice(1),
+    go(route) { window.location.hash = route; },
+    watch(changed) {
+      window.addEventListener("hashchange", changed);
+      return () => window.removeEventListener("hashchange", changed);
+    },
+  };
+}
+
+function memoryRouter(element) {
+  let route = "";
+  let tell = () => {};
+  const go = (to) => { route = to; tell(); };
+  const follow = (event) => {
+    const link = event.target.closest?.("a[href^='#']");
+    if (!link || event.defaultPrevented) return;
+    event.preventDefault();
+    go(link.getAttribute("href").slice(1));
+  };
+  element.addEventListener("click", follow);
+  return {
+    current: () => route,
+    go,
+    watch(changed) {
+      tell = changed;
+      return () => { element.removeEventListener("click", follow); };
+    },
+  };
+}
 
 const LANGUAGES = [["it", "Italiano"], ["en", "English"]];
 
-export async function mount(element, source, options = {}) {
+async function mount(element, source, options = {}) {
   const app = new App(element, source, options);
   await app.start();
   return { go: (route) => app.router.go(route), destroy: () => app.destroy() };
@@ -165,10 +192,8 @@ class App {
     this.home.later();
   }
 
-  async live(holder, latent) {
+  live(holder, latent) {
     if (!this.source.live || !holder) return;
-    const { mountLive } = await import("./live.js");
-    if (!holder.isConnected) return;
     holder.hidden = false;
     const undo = mountLive(holder, this.source.live, { ...this.ctx, latent });
     if (undo) this.leaving.push([holder, undo]);

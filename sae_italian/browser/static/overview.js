@@ -1,14 +1,11 @@
 // The run at a glance: facts, metrics with intervals, controls, gold labels.
-import { h, text } from "./base.js";
-import { labelName } from "./labels.js";
-import { compare } from "./select.js";
 
 const GOOD_F1 = 0.8;
 
 const fact = (name, value, note) =>
   h("div", { class: "fact" }, h("dt", {}, name), h("dd", {}, value, note && h("small", {}, note)));
 
-export function renderFacts(ctx, run) {
+function renderFacts(ctx, run) {
   const size = ctx.t("size", { d_in: ctx.integer(run.d_in), d_sae: ctx.integer(run.d_sae) }) +
     (run.k === null ? "" : ctx.t("size.k", { k: ctx.integer(run.k) }));
   const corpus = ctx.t("tokens.in", { documents: ctx.integer(run.n_documents), context: ctx.integer(run.context_size) });
@@ -31,7 +28,7 @@ function metricRow(ctx, metric) {
     h("td", { class: "num muted" }, ctx.interval(metric.lo, metric.hi, ctx.metric)));
 }
 
-export function renderMetrics(ctx, metrics, { title, head, note }) {
+function renderMetrics(ctx, metrics, { title, head, note }) {
   if (!metrics.length) return null;
   return h("section", { class: "panel" },
     h("table", { class: "metrics" },
@@ -44,12 +41,12 @@ export function renderMetrics(ctx, metrics, { title, head, note }) {
 }
 
 // --- gold labels: grouped by category, sorted inside each group ---
-const COLUMNS = ["label", "n", "latent", "f1", "precision", "recall"];
+const GOLD_COLUMNS = ["label", "n", "latent", "f1", "precision", "recall"];
 
-export function sortHeader(ctx, { name, title, active, descending, numeric, onSort, className }) {
+function sortHeader(ctx, { name, label, title, active, descending, numeric, onSort, className }) {
   const arrow = active ? (descending ? "↓" : "↑") : "";
   return h("th", { scope: "col", class: [numeric && "num", className].filter(Boolean).join(" "), "aria-sort": active ? (descending ? "descending" : "ascending") : null },
-    h("button", { class: "sort", type: "button", title, onclick: onSort, "data-sort": name }, ctx.t(name), h("span", { class: "arrow", "aria-hidden": "true" }, arrow)));
+    h("button", { class: "sort", type: "button", title, onclick: onSort, "data-sort": name }, label ?? ctx.t(name), h("span", { class: "arrow", "aria-hidden": "true" }, arrow)));
 }
 
 function goldRow(ctx, gold) {
@@ -68,7 +65,7 @@ function goldTable(ctx, gold, state) {
   const groups = new Map();
   for (const item of gold) groups.set(item.category, [...(groups.get(item.category) || []), item]);
   const draw = () => {
-    const head = COLUMNS.map((name) => sortHeader(ctx, {
+    const head = GOLD_COLUMNS.map((name) => sortHeader(ctx, {
       name, numeric: name !== "label", active: state.sort === name, descending: state.descending,
       onSort() {
         state.descending = state.sort === name ? !state.descending : name !== "label" && name !== "latent";
@@ -78,7 +75,7 @@ function goldTable(ctx, gold, state) {
       },
     }));
     const bodies = [...groups].map(([category, items]) => h("tbody", {},
-      h("tr", { class: "group" }, h("th", { scope: "rowgroup", colspan: COLUMNS.length }, text(category))),
+      h("tr", { class: "group" }, h("th", { scope: "rowgroup", colspan: GOLD_COLUMNS.length }, text(category))),
       [...items].sort((a, b) => compare(a[state.sort], b[state.sort], state.descending)).map((item) => goldRow(ctx, item))));
     table.replaceChildren(table.caption, h("thead", {}, h("tr", {}, head)), ...bodies);
   };
@@ -86,7 +83,7 @@ function goldTable(ctx, gold, state) {
   return table;
 }
 
-export function renderGold(ctx, gold, state) {
+function renderGold(ctx, gold, state) {
   if (!gold.length) return null;
   const good = gold.filter((item) => item.f1 !== null && item.f1 >= GOOD_F1).length;
   const summary = ctx.t("gold.summary", { n: ctx.integer(gold.length), good: ctx.integer(good), bar: ctx.fixed(GOOD_F1, 1) });

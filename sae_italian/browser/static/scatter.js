@@ -1,8 +1,6 @@
 // Clouds of latents: density against detection, and the map of decoder directions. The dots are points of one picture
 // under the axes, so that 65,536 of them stay fast; the nearest dot under the pointer opens its card.
-import { h, svg, text } from "./base.js";
 
-const round = (x) => Math.round(x * 10) / 10;
 const BOX = { left: 30, right: 326, top: 8, bottom: 312 };
 const SIDE = 332; // of the drawing, in its own units
 const SHARP = 2; // points of the picture to a unit
@@ -132,7 +130,7 @@ function scoreAxes(ctx, { lo, hi, floor, x, y }) {
 }
 
 // Density (log scale) against detection.
-export function scoreScatter(ctx, rows, onOpen) {
+function scoreScatter(ctx, rows, onOpen) {
   const drawn = rows.filter((row) => row.density > 0 && row.detection !== null);
   if (!drawn.length) return null;
   const scale = scoreScale(drawn);
@@ -143,7 +141,7 @@ export function scoreScatter(ctx, rows, onOpen) {
 }
 
 // The map: near dots are near decoder directions, as far as two axes can show it.
-export function latentMap(ctx, rows, onOpen) {
+function latentMap(ctx, rows, onOpen) {
   const drawn = rows.filter((row) => row.x !== null && row.y !== null);
   if (!drawn.length) return null;
   const of = (name, from, to) => {

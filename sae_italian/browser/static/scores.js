@@ -1,9 +1,5 @@
 // Explanations and how well each does: every explanation beside its control, test by test, judge by judge.
-import { h, text } from "./base.js";
-import { scoreTrack } from "./charts.js";
-import { folded } from "./contexts.js";
 
-const LONG_TEXT = 600;
 const CONTROL = "token-lookup";
 const MAIN_METRIC = "balanced_accuracy";
 const HEADLINE = { detection: "random", fuzzing: "silent-token" }; // the negatives of the scores shown first
@@ -11,7 +7,7 @@ const METRICS = [MAIN_METRIC, "tpr", "tnr", "f1", "auroc"];
 
 const NOW = "@now"; // ends the name of an explanation made on demand that says something else than the run's
 
-export function explainerName(ctx, explainer) {
+function explainerName(ctx, explainer) {
   if (explainer.endsWith(NOW)) return ctx.t("explainer.now", { name: explainerName(ctx, explainer.slice(0, -NOW.length)) });
   return explainer.startsWith("llm:") ? explainer.slice(4) : ctx.name("explainer", explainer);
 }
@@ -32,7 +28,7 @@ function explainersOf(scores) {
   return names.sort((a, b) => (a === CONTROL) - (b === CONTROL));
 }
 
-function scoreCell(ctx, score, control) {
+function judgedCell(ctx, score, control) {
   if (!score) return h("td", { class: "num" }, "–");
   return h("td", { class: "num value" }, h("span", { class: control ? "" : "strong" }, ctx.fixed(score.value)), " ",
     h("small", { class: "muted" }, ctx.interval(score.lo, score.hi, ctx.fixed)));
@@ -52,7 +48,7 @@ function scoreRow(ctx, scores, explainers, metric, all) {
   const label = `${ctx.name("scorer", scores[0].scorer)}: ${ctx.fixed(main?.value)}`;
   return h("tr", {}, testName(ctx, scores[0]),
     h("td", { class: "track-cell" }, scoreTrack(main, explainers.length > 1 ? of(CONTROL) : null, label)),
-    explainers.map((explainer) => scoreCell(ctx, of(explainer), explainer === CONTROL)));
+    explainers.map((explainer) => judgedCell(ctx, of(explainer), explainer === CONTROL)));
 }
 
 const keyMark = (explainer) => h("span", { class: "key " + (explainer === CONTROL ? "key-ring" : "key-dot"), "aria-hidden": "true" });
@@ -75,7 +71,7 @@ function allMetrics(ctx, tests, explainers) {
         const of = (explainer) => scores.find((score) => score.explainer === explainer && score.metric === metric);
         const any = scores.find((score) => score.metric === metric);
         return h("tr", {}, h("th", { scope: "row" }, ctx.name("metric", metric)),
-          explainers.map((explainer) => scoreCell(ctx, of(explainer), explainer === CONTROL)),
+          explainers.map((explainer) => judgedCell(ctx, of(explainer), explainer === CONTROL)),
           h("td", { class: "num muted" }, `${ctx.integer(any.n_pos)}/${ctx.integer(any.n_neg)}`));
       }));
   });
@@ -98,7 +94,7 @@ function explanationItem(ctx, item) {
     body, other && other !== main && h("div", { class: "other-language muted", lang: ctx.lang === "it" ? "en" : "it" }, folded(ctx, text(other), other.length > LONG_TEXT, "")));
 }
 
-export function explanationsPanel(ctx, { explanations, scores }) {
+function explanationsPanel(ctx, { explanations, scores }) {
   if (!explanations.length && !scores.length) return null;
   const explainers = explainersOf(scores);
   const tests = byTest(scores);

@@ -1,11 +1,9 @@
 // Which latents the list shows, and in which order: search, filters, sort. No element is touched here.
-import { fold, whenIdle } from "./base.js";
-import { labelName } from "./labels.js";
 
-export const GOOD = 0.8;
-export const ULTRA = 0.1; // density from which a latent is ultra-active
+const GOOD = 0.8;
+const ULTRA = 0.1; // density from which a latent is ultra-active
 
-export const FILTERS = {
+const FILTERS = {
   all: () => true,
   explained: (row) => row.detection !== null && row.detection >= GOOD,
   better: (row) => row.gain !== null && row.gain > 0,
@@ -15,13 +13,12 @@ export const FILTERS = {
   few: (row) => !row.dead && row.status.startsWith("too few"),
   ultra: (row) => row.density >= ULTRA,
 };
-export const RANGES = ["density", "max", "detection", "gain"]; // density in per cent
-export const COLUMNS = ["latent", "density", "max", "detection", "fuzzing", "gain"];
+const RANGES = Object.keys(COLUMNS).filter((name) => COLUMNS[name].range); // density in per cent
 
-export const selectState = () => ({ query: "", filter: "all", label: "", ranges: {}, sort: "detection", descending: true, selected: -1 });
+const selectState = () => ({ query: "", filter: "all", label: "", ranges: {}, sort: "detection", descending: true, selected: -1 });
 
 // null last, whatever the direction
-export function compare(a, b, descending) {
+function compare(a, b, descending) {
   if (a === null || b === null) return (a === null) - (b === null);
   const order = typeof a === "string" ? a.localeCompare(b, "it", { numeric: true }) : a - b;
   return descending ? -order : order;
@@ -37,11 +34,11 @@ const named = (label) => {
   if (!names.has(label)) names.set(label, [labelName(label, "it"), labelName(label, "en")]);
   return names.get(label);
 };
-const words = (row) => [row.latent, row.explanation_it, row.explanation_en, row.llm_it, row.llm_en, ...row.top_tokens, ...row.gold,
+const searched = (row) => [row.latent, row.explanation_it, row.explanation_en, row.llm_it, row.llm_en, ...row.top_tokens, ...row.gold,
   ...row.gold.flatMap(named)].join("\n");
 
 function foldBlock(rows, made) {
-  const texts = rows.slice(made.length, made.length + BLOCK).map(words);
+  const texts = rows.slice(made.length, made.length + BLOCK).map(searched);
   const folded = fold(texts.join(BETWEEN)).split(BETWEEN);
   made.push(...(folded.length === texts.length ? folded : texts.map(fold))); // a text may hold the character between
 }
@@ -52,7 +49,7 @@ function haystack(rows) {
 }
 
 // Folds the rows while nothing else is to be done, so that the first letter typed need not wait for all of them.
-export function prepareSearch(rows) {
+function prepareSearch(rows) {
   const made = haystack(rows);
   const some = () => {
     if (made.length < rows.length) foldBlock(rows, made);
@@ -94,7 +91,7 @@ function inRanges(row, ranges) {
 }
 
 // The rows that the state asks for, in its order; what next and previous walk along. Rows come ordered by latent.
-export function selectRows(rows, state) {
+function selectRows(rows, state) {
   const keep = FILTERS[state.filter];
   const holds = holding(rows, state.query);
   const found = [];

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sae_italian.browser.server.run import HOST, bind, need_uvicorn, server
+from sae_italian.browser.server.run import HOST, bind, make_server
 
 
 @contextmanager
 def running(app: Any) -> Iterator[str]:
     """Yield the address of a running server."""
     found = bind(0)
-    uvicorn = server(need_uvicorn(), app)
+    uvicorn = make_server(app)
     thread = threading.Thread(target=uvicorn.run, kwargs={"sockets": [found]}, daemon=True)
     thread.start()
     try:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sae_italian.browser.bundle import style
+from sae_italian.browser.answers import Answers
 from sae_italian.browser.live import open_with_live
+from sae_italian.browser.page import style
 from sae_italian.browser.server.app import create_app
-from sae_italian.browser.widget import answer
 from sae_italian.cache import FeatureCache
 from tests.browser.chromium import NEEDS_CHROMIUM
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
@@ -282,13 +282,12 @@ def test_the_widget_shows_a_card_and_works_live_by_messages(tab: Any, opened, ac
     def kernel(text: str) -> str:
         message = json.loads(text)
         try:
-            return json.dumps({"id": message["id"], "value": answer(*opened, message["name"], message["argument"])})
+            return json.dumps({"id": message["id"], "value": Answers(*opened)(message["name"], message["argument"])})
         except Exception as error:
             return json.dumps({"id": message["id"], "error": str(error)})
 
     tab.expose_function("kernel", kernel)
-    state = {"latent": active, "has_live": True, "has_llm": False, "other": ""}
-    state["permalink"] = "show('cache', latent=LATENT)"
+    state = {"latent": active, "permalink": "show('cache', latent=LATENT)"}
     tab.evaluate(HOST, {"esm": str(kind._esm), "css": str(kind._css), "state": state})
     tab.wait_for_selector('[data-part="steer"]')
     assert looks_with(tab, LAB_CSS, str(kind._css)) == looks_with(tab, style())  # nothing of ours is changed

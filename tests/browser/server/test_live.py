@@ -7,17 +7,24 @@ import numpy as np
 import pytest
 import torch
 
+from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.bundle import static_text
+from sae_italian.browser.answers import Refused, in_both
 from sae_italian.browser.contexts import AFTER, BEFORE
-from sae_italian.browser.live import MAX_LETTERS, NEW_TOKENS, PER_TOKEN, Live, NotTaken, in_both, open_with_live
-from sae_italian.browser.llm import Endpoint
-from sae_italian.browser.report import open_source
-from sae_italian.browser.schema import check_card, check_groups, check_row
+from sae_italian.browser.live import MAX_LETTERS, NEW_TOKENS, PER_TOKEN, Live, open_with_live
+from sae_italian.browser.page import static_text
+from sae_italian.browser.schema import check, check_card
+from sae_italian.browser.source import open_source
 from sae_italian.cache import FeatureCache
 from sae_italian.models.activations import read_activations
 from tests.autointerp.llm.endpoint import FakeEndpoint
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
+
+
+def asking(endpoint):
+    url = {"endpoint": endpoint.url, "llm_model": "prova"}
+    return LLMSettings(explainer="llm", judge="llm", timeout=20, attempts=1, concurrency=1, **url)
+
 
 SENTENCE = "Le ragazze italiane hanno letto un libro perché è bello 🙂."
 
@@ -114,7 +121,7 @@ def test_an_llm_explains_beside_the_rule_where_one_is_configured(live, opened, t
     cache = FeatureCache.open(tmp_path / "cache")
     latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
     with FakeEndpoint(lambda body: '{"spiegazione": "parole al femminile plurale"}') as endpoint:
-        asked = Live(cache, live.sae, live.model, Endpoint(endpoint.url, "prova"))
+        asked = Live(cache, live.sae, live.model, asking(endpoint))
         rule, llm = asked.explain(latent)["explanations"]
         assert rule["kind"] == "rule" and llm["kind"] == "llm" and llm["status"] == "ok"
         assert llm["text_it"] == "parole al femminile plurale" and len(endpoint.requests) == 1
@@ -153,7 +160,7 @@ def test_arguments_that_make_no_sense_are_refused_in_one_line(live, name, argume
     assert "\n" not in str(caught.value)
     said = in_both(caught.value)
     assert said["error_en"] == str(caught.value)
-    assert (said["error_it"] != said["error_en"]) == isinstance(caught.value, NotTaken)  # what somebody typed
+    assert (said["error_it"] != said["error_en"]) == isinstance(caught.value, Refused)  # what somebody typed
 
 
 def test_a_prompt_that_fits_is_steered_and_one_token_more_is_not(live, mini, monkeypatch):
@@ -167,7 +174,7 @@ def test_a_prompt_that_fits_is_steered_and_one_token_more_is_not(live, mini, mon
     )
     assert most - 8 < len(mini.tokenizer("la " * fits)["input_ids"]) < len(mini.tokenizer("la " * more)["input_ids"])
     assert live.call("steer", {"latent": 1, "prompt": "la " * fits, "strengths": [1]})
-    with pytest.raises(NotTaken, match="Shorten it"):
+    with pytest.raises(Refused, match="Shorten it"):
         live.call("steer", {"latent": 1, "prompt": "la " * more, "strengths": [1]})
 
 
@@ -190,7 +197,7 @@ def test_an_explanation_made_now_is_there_after_a_restart(copied, opened):
     source.update()
     again = open_source(live.cache, live.tokenizer, sae=live.sae, model=live.model)  # as the static export reads it
     for one in (source, again):
-        row, card = check_row(one.row(latent)), check_card(one.card(latent))
+        row, card = check("row", one.row(latent)), check_card(one.card(latent))
         assert row["explanation_it"] == found["explanations"][0]["text_it"] and row["status"] == "" and row["kind"]
         assert row["detection"] is not None and row["gain"] is not None
         assert [item["explainer"] for item in card["explanations"]] == ["rules", "token-lookup"]
@@ -206,7 +213,7 @@ def test_a_folder_that_cannot_be_written_still_answers(copied, opened, monkeypat
     latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
     monkeypatch.setattr("sae_italian.autointerp.store.connect", refuse)
     with FakeEndpoint(lambda body: '{"spiegazione": "parole"}') as endpoint:
-        asked = Live(live.cache, live.sae, live.model, Endpoint(endpoint.url, "prova"))
+        asked = Live(live.cache, live.sae, live.model, asking(endpoint))
         found = asked.explain(latent)
     assert "readonly" in found["not_kept"] and [one["status"] for one in found["explanations"]] == ["ok", "ok"]
     assert not (live.cache.folder / "autointerp.sqlite").exists()
@@ -216,7 +223,7 @@ def test_an_llms_explanation_made_now_is_kept_beside_the_rule(copied, opened):
     source, live = copied
     latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
     with FakeEndpoint(lambda body: '{"spiegazione": "parole femminili"}') as endpoint:
-        Live(live.cache, live.sae, live.model, Endpoint(endpoint.url, "prova")).explain(latent)
+        Live(live.cache, live.sae, live.model, asking(endpoint)).explain(latent)
     source.update()
     assert source.row(latent)["llm_it"] == "parole femminili"
     kinds = [(item["kind"], item["explainer"]) for item in source.card(latent)["explanations"]]
@@ -228,7 +235,7 @@ def test_an_llms_explanation_made_now_is_kept_beside_the_rule(copied, opened):
 
 def test_wide_passages_are_the_same_ones_with_all_of_their_window(opened, active):
     source, _ = opened
-    narrow, wide = source.card(active)["groups"], check_groups(source.wide(active))
+    narrow, wide = source.card(active)["groups"], check("[group]", source.wide(active))
     assert [len(group["contexts"]) for group in narrow] == [len(group["contexts"]) for group in wide]
     longer = 0
     for own, whole in zip(narrow, wide, strict=True):

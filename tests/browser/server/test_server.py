@@ -16,13 +16,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from sae_italian.base.errors import UsageError
+from sae_italian.browser.answers import Refused
 from sae_italian.browser.live import open_with_live
-from sae_italian.browser.schema import check_card, check_rows, check_run
+from sae_italian.browser.schema import check, check_card, check_rows
 from sae_italian.browser.server import guard
 from sae_italian.browser.server.app import create_app
-from sae_italian.browser.server.guard import HEADERS, MAX_BODY, Refused, host_name
+from sae_italian.browser.server.guard import HEADERS, MAX_BODY, Worker
 from sae_italian.browser.server.run import bind
-from sae_italian.browser.server.work import Worker
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
@@ -46,8 +46,8 @@ def said(response, status):
 
 def test_page_modules_and_style_come_with_their_headers(client):
     page = client.get("/")
-    assert page.status_code == 200 and 'type="module"' in page.text and "<script>" not in page.text
-    for path in ("/assets/served.js", "/assets/main.js", "/assets/live.js", "/assets/app.css"):
+    assert page.status_code == 200 and 'src="assets/app.js" defer' in page.text and "<script>" not in page.text
+    for path in ("/assets/app.js", "/assets/app.css"):
         response = client.get(path)
         assert response.status_code == 200, path
         assert response.headers["content-type"].startswith("text/")
@@ -61,7 +61,7 @@ def test_page_modules_and_style_come_with_their_headers(client):
 def test_records_are_those_of_the_source(client, opened, active):
     source, _ = opened
     run = client.get("/api/run").json()
-    assert check_run(run["run"])["d_sae"] == 256 and run["live"] == {
+    assert check("run", run["run"])["d_sae"] == 256 and run["live"] == {
         "works": ["tokens", "steer", "ablate", "explain"],
         "llm": False,
     }
@@ -86,7 +86,7 @@ def test_live_work_by_http(client, active):
     assert explained["explanations"][0]["kind"] == "rule"
     assert "latents 0 to 255" in said(client.post("/api/live/explain", json={"latent": 999}), 422)
     said(client.post("/api/live/explode", json={}), 404)
-    said(client.get("/api/live/tokens"), 405)
+    said(client.get("/api/live/tokens"), 404)
 
 
 def test_without_sae_or_model_the_records_are_served_and_live_work_is_not(opened):
@@ -159,11 +159,11 @@ def test_an_explanation_made_now_shows_at_the_next_card_and_list(opened, live, t
         ("localhost", 200),
         ("LOCALHOST:9000", 200),
         ("[::1]:8765", 200),
-        ("evil.example", 421),
-        ("127.0.0.1.evil.example", 421),
-        ("localhost.evil.example:8765", 421),
-        ("192.168.1.7:8765", 421),
-        ("0.0.0.0:8765", 421),
+        ("evil.example", 400),
+        ("127.0.0.1.evil.example", 400),
+        ("localhost.evil.example:8765", 400),
+        ("192.168.1.7:8765", 400),
+        ("0.0.0.0:8765", 400),
         ("", 400),
         ("localhost:port", 400),
         ("user@localhost", 400),
@@ -171,13 +171,8 @@ def test_an_explanation_made_now_shows_at_the_next_card_and_list(opened, live, t
     ],
 )
 def test_only_the_names_of_this_machine_are_answered(client, host, status):
-    for path in ("/", "/api/run", "/assets/main.js"):
+    for path in ("/", "/api/run", "/assets/app.js"):
         assert client.get(path, headers={"host": host}).status_code == status
-
-
-@pytest.mark.parametrize("header", ["", ":", "a b", "[::1", "localhost:99999999", "\x00", "http://localhost"])
-def test_malformed_hosts_have_no_name(header):
-    assert host_name(header) == ""
 
 
 def test_other_pages_and_forms_cannot_post(client):
@@ -203,7 +198,8 @@ def test_no_path_leads_to_a_file(client, opened):
         f"/assets/{folder}/manifest.json",
         "/manifest.json",
         "/..%5c..%5cetc%5cpasswd",
-        "/assets/main.js%00.css",
+        "/assets/app.js%00.css",
+        "/assets/main.js",
         "/static/main.js",
     ):
         response = client.get(path)
@@ -290,7 +286,7 @@ def test_fifty_clients_at_once_are_all_answered(opened, active):
 
 
 def test_connections_that_send_nothing_whole_are_closed_and_lock_nobody_out(opened, monkeypatch):
-    monkeypatch.setattr("sae_italian.browser.server.punctual.HEAD_SECONDS", 0.05)
+    monkeypatch.setattr("sae_italian.browser.server.run.HEAD_SECONDS", 0.05)
     whole = b"GET /api/run HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with running(create_app(*opened)) as address:
         host, port = address.removeprefix("http://").split(":")
@@ -324,7 +320,7 @@ def test_a_full_queue_turns_away_and_then_answers_again():
         await asyncio.to_thread(begun.wait, 60)
         with pytest.raises(Refused) as refused:
             await worker(wait)
-        assert refused.value.status == 503 and refused.value.response().headers["retry-after"]
+        assert refused.value.status == 503 and guard.as_json({}, 503).headers["retry-after"]
         release.set()
         assert await asyncio.gather(*held) == ["done", "done"] and await worker(lambda: 5) == 5
         worker.close()
@@ -416,10 +412,10 @@ def test_the_command_compares_and_refuses_what_does_not_go_together(cache, compa
         assert client.get("/api/run").json()["compare"] and client.get("/api/matches").status_code == 200
     for arguments, said in (
         (["--latent", "3", "--serve"], "leave out --serve"),
-        (["--other-sae", "x"], "--compare CACHE"),
+        (["other_sae=x"], "--compare CACHE"),
         (["--compare", str(cache.folder / "none"), "--serve", "--port", "0"], "not a feature cache"),
         (["--serve", "--endpoint", "ftp://x", "--llm-model", "m"], "a URL"),
-        (["--serve", "--endpoint", "http://x/v1", "--llm-model", "m", "--key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
+        (["key_env=NO_SUCH_KEY", "--serve", "--endpoint", "http://x/v1", "--llm-model", "m"], "NO_SUCH_KEY"),
     ):
         assert main(["browse", str(cache.folder), *arguments]) == 2
         error = capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""The command `browse`: the latent browser of a cache, alone or beside another SAE, and the overview of a suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from sae_italian.base.errors import UsageError
+from sae_italian.cli.options import Result
+
+
+def browse(
+    source: Path,
+    /,
+    *words: str,
+    out: Path | None = None,
+    latent: int | None = None,
+    model: str | None = None,
+    sae: str | None = None,
+    compare: Path | None = None,
+    serve: bool = False,
+    port: int = 8765,
+    endpoint: str | None = None,
+    llm_model: str | None = None,
+    language: Literal["it", "en"] = "it",
+) -> Result:
+    """Write the latent browser of a cache as a folder that opens from disk, or serve it with live work.
+
+    Args:
+        source: A cache's folder; or a suite's, one folder per SAE with its card, for the overview of all.
+        words: For a suite, the caches of its SAEs, whose scores are shown. For a cache, rare settings as key=value:
+            other_sae (the SAE of --compare), and of the LLM key_env, prices, timeout and what autointerp takes.
+        out: Folder to write to; default: <cache>-report or <suite>-overview beside it.
+        latent: Print this latent's card here and write nothing; default: none.
+        model: Name, hub id or folder of the model; default: the one the cache was built with.
+        sae: The cache's SAE, for map, logits and live work; default: the one that the cache names, if it is there.
+        compare: The cache of another SAE of the same model, whose best matches stand beside each latent; default: none.
+        serve: Serve it on this machine, with live work, until Ctrl-C.
+        port: Port of the server.
+        endpoint: serve: URL of an OpenAI-compatible server for `explain now`; default: none, rules only.
+        llm_model: serve: name of the language model there; default: none.
+        language: serve: language of the LLM's explanations.
+    """
+    if not (source / "manifest.json").is_file() and any(source.glob("*/c*.json")):
+        return _suite(source, [Path(word) for word in words], out)
+    settings = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+    other_sae = settings.pop("other_sae", None)
+    if latent is not None and (serve or compare):
+        raise UsageError("--latent prints one card here; leave out --serve and --compare.")
+    if other_sae and not compare:
+        raise UsageError("other_sae= is the SAE of --compare CACHE, which is missing.")
+    if serve:
+        llm = _llm_settings(endpoint, llm_model, language, settings)
+        return _serve(source, model, sae, compare, other_sae, port, llm)
+    if settings or endpoint or llm_model:
+        raise UsageError("an LLM explains only while the browser is served; add --serve, or leave its settings out.")
+    from sae_italian.browser.compare import open_other
+    from sae_italian.browser.plain import card_text
+    from sae_italian.browser.source import open_source
+    from sae_italian.browser.write import write_browser
+    from sae_italian.cache import FeatureCache
+    from sae_italian.models import load_tokenizer
+
+    cache = FeatureCache.open(source)
+    tokenizer = load_tokenizer(model or cache.manifest.model)
+    if latent is not None:
+        cache.range_of(latent)
+        records = open_source(cache, tokenizer)
+        row, card = records.row(latent), records.card(latent)
+        return Result({**row, **card}, card_text(row, card))
+    records = open_source(cache, tokenizer, decoder=True, sae_name=sae)
+    other = open_other(records, compare, sae_name=other_sae) if compare else None
+    index = write_browser(out or source.resolve().with_name(f"{source.resolve().name}-report"), records, other=other)
+    if other is None:
+        return Result({"report": str(index)}, f"Report: {index}")
+    facts = other.facts()
+    return Result(
+        {"report": str(index), **facts},
+        f"Best matches: mean cosine {facts['mean_cosine']:.2f}, {100 * facts['share_near']:.0f} % of 0.7 or more, "
+        f"{100 * facts['share_mutual']:.0f} % mutual.\nReport: {index}",
+    )
+
+
+def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal["it", "en"], rare: dict[str, str]):
+    """Return the settings of a language model that somebody waits for: one call at a time, and not for long."""
+    from sae_italian.autointerp.llm.settings import LLMOptions
+
+    if bool(endpoint) != bool(llm_model):
+        raise UsageError("an LLM needs --endpoint URL and --llm-model NAME, both.")
+    if not endpoint:
+        return None
+    options = LLMOptions(explainer="llm", endpoint=endpoint, llm_model=llm_model, language=language)
+    given = {"timeout": "20", "attempts": "1", "concurrency": "1"} | rare
+    return options.with_words([f"{name}={value}" for name, value in given.items()])
+
+
+def _serve(
+    folder: Path, model: str | None, sae: str | None, compare: Path | None, other_sae: str | None, port: int, llm
+) -> Result:
+    """Serve until Ctrl-C. The port is taken first: loading a model can take minutes."""
+    from sae_italian.browser.server import run
+
+    run.need_uvicorn()
+    run.bind(port).close()
+    from sae_italian.autointerp.llm.client import Client
+    from sae_italian.browser.compare import open_other
+    from sae_italian.browser.live import open_with_live
+    from sae_italian.browser.server.app import create_app
+    from sae_italian.browser.source import loaded
+    from sae_italian.cache import FeatureCache
+    from sae_italian.models import load_tokenizer
+
+    if llm is not None:
+        Client(llm, folder)  # a wrong address or a missing key is said now
+    cache = FeatureCache.open(folder)
+    weights = loaded(cache, sae, model)
+    source, live = open_with_live(cache, load_tokenizer(model or cache.manifest.model), llm=llm, **weights)
+    other = open_other(source, compare, sae_name=other_sae, model=weights.get("model")) if compare else None
+
+    def ready(address: str) -> None:
+        extra = "" if live else "  (without live work: the SAE or its model is not on this machine)"
+        print(f"{address}{extra}   Ctrl-C ends", flush=True)
+
+    run.serve(create_app(source, live, other=other), port, ready=ready)
+    return Result({"host": run.HOST, "port": port}, "stopped")
+
+
+def _suite(folder: Path, caches: list[Path], out: Path | None) -> Result:
+    from sae_italian.browser.suite import overview_text, read_suite, write_overview
+
+    rows = read_suite(folder, caches)
+    name = folder.resolve().name
+    index = write_overview(rows, out or folder.resolve().with_name(f"{name}-overview"), f"Suite: {name}")
+    return Result({"overview": str(index), "rows": rows}, f"{overview_text(rows)}\n\nOverview: {index}")
