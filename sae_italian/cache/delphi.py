@@ -85,7 +85,7 @@ def hookpoint_of(hook_name: str) -> str:
         hook = parse_hook_name(hook_name)
     except UsageError:
         return hook_name
-    return hook.module_path("mistral").removeprefix("model.")
+    return hook.llama_path
 
 
 def split_bounds(first: int, last: int, n_splits: int) -> list[tuple[int, int]]:

@@ -38,7 +38,7 @@ def _models_show(options: argparse.Namespace) -> Result:
 
 def _models_check(options: argparse.Namespace) -> Result:
     from sae_italian.models import load_model
-    from sae_italian.models.check import compare_backends
+    from sae_italian.models.loading import compare_backends
 
     result = compare_backends(options.name, options.prompt)
     text = check_text(result)

@@ -1,9 +1,10 @@
-"""Read and replace activations of a Hugging Face model at hooks named as in TransformerLens."""
+"""Read and replace activations of a Hugging Face model at hooks named as in TransformerLens; run it from one block on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,11 +33,7 @@ def resolve_hook(model: nn.Module, hook_name: str) -> tuple[Hook, nn.Module]:
     """Return the Hook and its Hugging Face module. Raises UsageError for a name or layer the model does not have."""
     config: Any = model.config
     hook = parse_hook_name(hook_name, config.num_hidden_layers)
-    return hook, model.get_submodule(hook.module_path(config.model_type))
-
-
-def _first(value: Any) -> Tensor:
-    return value[0] if isinstance(value, tuple) else value
+    return hook, model.get_submodule(hook.module_path(config))
 
 
 def _normalised(x: Acts, norm: Any) -> Acts:
@@ -49,8 +46,13 @@ def _normalised(x: Acts, norm: Any) -> Acts:
 
 
 @contextmanager
-def _hooked(module: nn.Module, hook: Hook, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `function` on the hook's activation in every forward pass; what it returns replaces the activation."""
+def replaced(model: nn.Module, hook_name: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Replace the activation x at the hook by `function(x)` in every forward pass in the block; None leaves it as it is.
+
+    Gradients pass through. Activations read in the block, at this hook too, are those after the replacement.
+    Raises: UsageError as `resolve_hook`, and in the forward pass for a hook that can only be read.
+    """
+    hook, module = resolve_hook(model, hook_name)
 
     def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         x = args[0] if args else kwargs["hidden_states"]
@@ -62,7 +64,7 @@ def _hooked(module: nn.Module, hook: Hook, function: Callable[[Tensor], Tensor |
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
     def on_output(_module: nn.Module, _args: Any, output: Any):
-        new = function(_first(output))
+        new = function(output[0] if isinstance(output, tuple) else output)
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new
@@ -77,21 +79,8 @@ def _hooked(module: nn.Module, hook: Hook, function: Callable[[Tensor], Tensor |
         handle.remove()
 
 
-@contextmanager
-def replaced(model: nn.Module, hook_name: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Replace the activation x at the hook by `function(x)` in every forward pass in the block; None leaves it as it is.
-
-    Gradients pass through. Activations read in the block, at this hook too, are those after the replacement.
-    Raises: UsageError as `resolve_hook`, and in the forward pass for a hook that can only be read.
-    """
-    hook, module = resolve_hook(model, hook_name)
-    with _hooked(module, hook, function):
-        yield
-
-
-def _never_fired(model: nn.Module, names: Sequence[str]) -> UsageError:
-    which = ", ".join(repr(name) for name in names)
-    return UsageError(f"hook {which} never fired in {type(model).__name__}; its module is not used in the forward.")
+def _never_fired(model: nn.Module, name: str) -> UsageError:
+    return UsageError(f"hook {name!r} never fired in {type(model).__name__}; its module is not used in the forward.")
 
 
 @torch.no_grad()
@@ -101,24 +90,21 @@ def read_many(model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_names: Se
     Raises: UsageError for an unknown hook, and when a hook did not fire.
     """
     caught: dict[str, Tensor] = {}
+    wanted = list(dict.fromkeys(hook_names))
 
-    def catch(name: str) -> Callable[[Tensor], None]:
-        def function(activation: Tensor) -> None:
-            caught[name] = activation
-            if len(caught) == len(set(hook_names)):
-                raise _StopForward
-
-        return function
+    def catch(name: str, activation: Tensor) -> None:
+        caught[name] = activation
+        if len(caught) == len(wanted):
+            raise _StopForward
 
     with ExitStack() as stack:
-        for name in dict.fromkeys(hook_names):
-            hook, module = resolve_hook(model, name)
-            stack.enter_context(_hooked(module, hook, catch(name)))
+        for name in wanted:
+            stack.enter_context(replaced(model, name, partial(catch, name)))
         try:
             model(tokens, use_cache=False)
         except _StopForward:
             return caught
-    raise _never_fired(model, [name for name in hook_names if name not in caught])
+    raise _never_fired(model, next(name for name in wanted if name not in caught))
 
 
 def read_activations(model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Acts:
@@ -139,7 +125,6 @@ def logits_with_replacement(
     With `hook_name_in`, a hook that fires earlier, it is replaced by `replace(x, u)` with u the activation read there:
     this is how a transcoder is put in place.
     """
-    hook, module = resolve_hook(model, hook_name)
     earlier: list[Tensor] = []
     fired: list[bool] = []
 
@@ -148,15 +133,49 @@ def logits_with_replacement(
         if hook_name_in is None:
             return replace(activation).to(activation.dtype)
         if not earlier:
-            raise _never_fired(model, [hook_name_in])
+            raise _never_fired(model, hook_name_in)
         return replace(activation, earlier[-1]).to(activation.dtype)
 
     with ExitStack() as stack:
         if hook_name_in is not None:
-            hook_in, module_in = resolve_hook(model, hook_name_in)
-            stack.enter_context(_hooked(module_in, hook_in, earlier.append))  # pyright: ignore[reportArgumentType]
-        stack.enter_context(_hooked(module, hook, swap))
+            stack.enter_context(replaced(model, hook_name_in, earlier.append))
+        stack.enter_context(replaced(model, hook_name, swap))
         logits = model(tokens, use_cache=False).logits
     if not fired:
-        raise _never_fired(model, [hook_name])
+        raise _never_fired(model, hook_name)
     return logits
+
+
+# --- a forward pass that begins in the middle ---------------------------------------------------------------------------
+
+
+def entry_and_edit(model: nn.Module, hook_name: str) -> tuple[str, str]:
+    """Return where a run must begin for an edit at `hook_name` to be felt, and at which hook the edit is then made.
+
+    A run begins at a block's input. The residual stream after a block is the next one's input; after the last there is
+    none.
+    """
+    hook, _ = resolve_hook(model, hook_name)
+    config: Any = model.config
+    after = hook.legacy == "hook_resid_post" and hook.layer + 1 < config.num_hidden_layers
+    entry = f"blocks.{hook.layer + after}.hook_resid_pre"
+    return entry, entry if after else hook_name
+
+
+@contextmanager
+def begun_at(model: nn.Module, entry: str, residual: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
+    """Begin every forward pass in the block with `residual` at the entry of `entry_and_edit`; earlier blocks are left out."""
+    hook, _ = resolve_hook(model, entry)
+    earlier: list[Any] = [resolve_hook(model, f"blocks.{layer}.hook_resid_pre")[1] for layer in range(hook.layer)]
+    for block in earlier:
+        block.forward = _unchanged
+    try:
+        with replaced(model, entry, lambda _: residual):
+            yield
+    finally:
+        for block in earlier:
+            del block.forward
+
+
+def _unchanged(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states

@@ -106,7 +106,7 @@ def resolve(name: str) -> ResolvedModel:
 
 def config_facts(config: Any) -> dict[str, Any]:
     """Return the catalogue's dimensions as a loaded transformers config states them; None where it does not."""
-    facts: dict[str, Any] = {}
+    facts = {}
     for ours, theirs in CONFIG_KEYS.items():
         facts[ours] = next((value for key in theirs if (value := getattr(config, key, None)) is not None), None)
     facts["d_head"] = facts["d_head"] or facts["d_model"] // facts["n_heads"]

@@ -1,55 +1,46 @@
-"""The one table of hook names: TransformerLens' legacy name, the Bridge's name and the Hugging Face module path.
+"""The one table of hook names: TransformerLens' legacy name, the Bridge's name and the Hugging Face module.
 
-Sites are named as in Llama Scope: R the residual stream after the block, A the attention's output, M the MLP's output,
-TC the input of a transcoder, whose target is M. Our own transcoders read the MLP's true input (`mlp.hook_in`);
+Sites are named as in Llama Scope: R the residual stream after the block, A what the attention adds to it, M what the MLP
+adds, TC the input of a transcoder, whose target is M. Our own transcoders read the MLP's true input (`mlp.hook_in`);
 Llama Scope's read the normalised residual before the norm's gain (`ln2.hook_normalized`).
+
+Which module of a model a hook means is asked of TransformerLens' architecture adapter, so every family that it knows
+works, and none by a guess. Where a block has a norm behind the attention or the MLP (a sandwich norm, as in Gemma 2 and
+3), A and M are the output of that norm: what is added to the residual stream.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sae_italian.base.errors import UsageError, nearest
 
 Site = Literal["R", "A", "M", "TC"]
-Part = Literal["block", "attn", "mlp", "norm2"]
-
-
-class _Family(NamedTuple):
-    """Where one architecture keeps its blocks, and what it calls the parts of one."""
-
-    blocks: str
-    attn: str
-    mlp: str
-    norm2: str  # the norm in front of the MLP
 
 
 class _Row(NamedTuple):
-    """One hook: its site, the Bridge's name, the part of the block it belongs to, and what of that part it is."""
+    """One hook: its site, the Bridge's name, and the block's part that it belongs to ("" for the block itself)."""
 
     site: Site | None
     bridge: str
-    part: Part
-    reads: Literal["input", "output", "normalised input"]
+    part: Literal["", "attn", "mlp", "ln2"]
 
 
-_FAMILIES = {
-    "mistral": _Family("model.layers", "self_attn", "mlp", "post_attention_layernorm"),
-    "llama": _Family("model.layers", "self_attn", "mlp", "post_attention_layernorm"),
-    "gpt2": _Family("transformer.h", "attn", "mlp", "ln_2"),
-    "gpt_neox": _Family("gpt_neox.layers", "attention", "mlp", "post_attention_layernorm"),
-}
 _LEGACY = {
-    "hook_resid_pre": _Row(None, "hook_in", "block", "input"),
-    "hook_resid_post": _Row("R", "hook_out", "block", "output"),
-    "hook_attn_out": _Row("A", "attn.hook_out", "attn", "output"),
-    "hook_mlp_out": _Row("M", "mlp.hook_out", "mlp", "output"),
-    "mlp.hook_in": _Row("TC", "mlp.hook_in", "mlp", "input"),
-    "ln2.hook_normalized": _Row("TC", "ln2.hook_normalized", "norm2", "normalised input"),
+    "hook_resid_pre": _Row(None, "hook_in", ""),
+    "hook_resid_post": _Row("R", "hook_out", ""),
+    "hook_attn_out": _Row("A", "attn.hook_out", "attn"),
+    "hook_mlp_out": _Row("M", "mlp.hook_out", "mlp"),
+    "mlp.hook_in": _Row("TC", "mlp.hook_in", "mlp"),
+    "ln2.hook_normalized": _Row("TC", "ln2.hook_normalized", "ln2"),
 }
 SITES: dict[Site, str] = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out", "TC": "mlp.hook_in"}
+# What Hugging Face models call a block's container and its parts: how sparsify, Delphi and people name a module's output.
+_PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.(\d+)(?:\.(self_attn|attn|attention|mlp))?")
+_LLAMA = {"": "", "attn": ".self_attn", "mlp": ".mlp", "ln2": ".post_attention_layernorm"}
+_adapters: dict[int, tuple[Any, Any]] = {}  # id of a config -> (the config, which keeps its id its own; its adapter)
 
 
 @dataclass(frozen=True)
@@ -69,43 +60,63 @@ class Hook:
         return f"blocks.{self.layer}.{_LEGACY[self.legacy].bridge}"
 
     @property
+    def llama_path(self) -> str:
+        """The module's name in a model of Llama's family, as sparsify and Delphi write it: `layers.14.mlp`."""
+        return f"layers.{self.layer}{_LLAMA[_LEGACY[self.legacy].part]}"
+
+    @property
     def site(self) -> Site | None:
         return _LEGACY[self.legacy].site
 
     @property
     def reads_input(self) -> bool:
         """True when the activation is the Hugging Face module's first input, not its output."""
-        return _LEGACY[self.legacy].reads != "output"
+        return self.normalised or self.legacy in ("hook_resid_pre", "mlp.hook_in")
 
     @property
     def normalised(self) -> bool:
         """True when it is the norm's input after normalisation, before the gain: computed, in no module's hands."""
-        return _LEGACY[self.legacy].reads == "normalised input"
+        return self.legacy == "ln2.hook_normalized"
 
-    def module_path(self, model_type: str) -> str:
-        """Return the Hugging Face module's path, e.g. `model.layers.14.mlp`."""
-        if model_type not in _FAMILIES:
+    def module_path(self, config: Any) -> str:
+        """Return the path of the Hugging Face module of a model with this config, e.g. `model.layers.14.mlp`.
+
+        Raises: UsageError for a family that TransformerLens does not know, or that has no single module there.
+        """
+        adapter = _adapter(config)
+        aliases = adapter.component_mapping["blocks"].hook_aliases
+        # The attention's and the MLP's output are where the family's block says, which may be a norm behind them.
+        where = aliases.get(self.legacy, "") if self.site in ("R", "A", "M") else _LEGACY[self.legacy].bridge
+        part = where.rpartition(".")[0]
+        try:
+            if not where:
+                raise ValueError(f"its blocks have no {self.legacy}")
+            return adapter.translate_transformer_lens_path(f"blocks.{self.layer}" + (f".{part}" if part else ""))
+        except ValueError as error:
             raise UsageError(
-                f"model type {model_type!r} has no row in the table of hooks. {nearest(model_type, _FAMILIES)}"
-            )
-        family, part = _FAMILIES[model_type], _LEGACY[self.legacy].part
-        block = f"{family.blocks}.{self.layer}"
-        return block if part == "block" else f"{block}.{getattr(family, part)}"
+                f"hook {self.name!r} is no single module of {config.model_type!r} models ({error}). Use another site."
+            ) from error
 
 
-def _by_path(name: str) -> Hook | None:
-    """Return the Hook of a module's output named by its Hugging Face path, with or without the model's own prefix."""
-    for family in _FAMILIES.values():
-        for legacy in SITES.values():
-            row = _LEGACY[legacy]
-            if row.reads != "output":
-                continue
-            part = "" if row.part == "block" else rf"\.{re.escape(getattr(family, row.part))}"
-            prefix, _, blocks = family.blocks.rpartition(".")
-            match = re.fullmatch(rf"(?:{re.escape(prefix)}\.)?{blocks}\.(\d+){part}", name)
-            if match:
-                return Hook(int(match[1]), legacy)
-    return None
+def _adapter(config: Any) -> Any:
+    """Return TransformerLens' architecture adapter for a model's config. Raises: UsageError for an unknown family."""
+    if id(config) not in _adapters:
+        from transformer_lens.config import TransformerBridgeConfig
+        from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+        from transformer_lens.model_bridge.sources import transformers as source
+
+        try:
+            architecture = source.determine_architecture_from_hf_config(config)
+        except ValueError as error:
+            raise UsageError(
+                f"model type {config.model_type!r} ({', '.join(config.architectures or ['no architecture named'])}) is "
+                "none that TransformerLens knows, so its hooks cannot be placed. Use a model of a family it knows."
+            ) from error
+        facts = dict(source.map_default_transformer_lens_config(config).__dict__)
+        bridge = TransformerBridgeConfig.from_dict(facts)
+        bridge.architecture = architecture
+        _adapters[id(config)] = (config, ArchitectureAdapterFactory.select_architecture_adapter(bridge))
+    return _adapters[id(config)][1]
 
 
 def parse_hook_name(name: str, n_layers: int | None = None) -> Hook:
@@ -114,14 +125,15 @@ def parse_hook_name(name: str, n_layers: int | None = None) -> Hook:
     A path means the module's output (`model.layers.3` is `blocks.3.hook_resid_post`), as in sparsify and Delphi.
     Raises: UsageError for an unknown name or a layer the model does not have.
     """
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    if match:
+    hook, layer = None, 0
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
         layer, rest = int(match[1]), match[2]
         by_bridge = {row.bridge: legacy for legacy, row in _LEGACY.items()}
         legacy = rest if rest in _LEGACY else by_bridge.get(rest)
         hook = Hook(layer, legacy) if legacy else None
-    else:
-        layer, hook = 0, _by_path(name)
+    elif match := _PATH.fullmatch(name):
+        site: Site = "R" if match[2] is None else "M" if match[2] == "mlp" else "A"
+        hook = Hook(int(match[1]), SITES[site])
     if hook is None:
         examples = [f"blocks.{layer}.{option}" for option in _LEGACY]
         raise UsageError(f"hook_name {name!r} is unknown. {nearest(name, examples)}")

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import explain
 from sae_italian.models.catalogue import ResolvedModel, config_differences, resolve
+from sae_italian.models.hooks import SITES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 Backend = Literal["hf", "bridge", "hooked"]
 BACKENDS = ("hf", "bridge", "hooked")
 DTYPES = ("float32", "bfloat16", "float16")
+TOLERANCE = 1e-4  # largest difference between backends, in float32
 HOOKED_CONTEXT = 4096  # TransformerLens would cap Mistral at 2048; its masks grow with the square of what is used
 
 # TransformerLens guesses the architecture from these pieces of a path (reference/transformerlens.md 1.1).
@@ -45,6 +48,9 @@ def load_model(
     Raises: UsageError for an unknown name, backend or dtype, a context the model does not allow, and when the weights
     can be neither found nor fetched.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r} is unknown. {nearest(backend, BACKENDS)}")
     if dtype not in DTYPES:
@@ -55,17 +61,21 @@ def load_model(
     if context is not None and longest is not None and not 0 < context <= longest:
         raise UsageError(f"context is {context}; {resolved.saved_name} allows 1 to {longest} tokens.")
     tokenizer = load_tokenizer(name)
-    model = _load_hf(resolved, dtype)
+    model: Any = _fetch(AutoModelForCausalLM.from_pretrained, resolved, dtype=getattr(torch, dtype)).eval()
     facts = _loaded_from(resolved, model, backend, dtype)
     if backend == "bridge":
-        model = _load_bridge(resolved, model, tokenizer, device)
+        from sae_italian.models.loud import LoudBridge
+
+        kept: Any = {"hf_model": model, "tokenizer": tokenizer, "device": device, "dtype": model.dtype}
+        model = LoudBridge.boot_transformers(resolved.load_from, **kept)
+        model.cfg.model_name = resolved.saved_name
+        model = model.eval()
     elif backend == "hooked":
-        model = _load_hooked(
-            resolved, model, tokenizer, device, context or min(longest or HOOKED_CONTEXT, HOOKED_CONTEXT)
-        )
+        n_positions = context or min(longest or HOOKED_CONTEXT, HOOKED_CONTEXT)
+        model = _load_hooked(resolved, model, tokenizer, device, n_positions)
     else:
         model.tokenizer = tokenizer
-        model = model.to(device)  # pyright: ignore[reportArgumentType]
+        model = model.to(device)
     model.loaded_from = facts
     return model
 
@@ -102,40 +112,29 @@ def _check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UsageError(f"device {device!r} is unknown. Valid: cpu, cuda, cuda:N, mps.") from error
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(kind, lambda: True)()
-    if not there:
+    absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if absent.get(kind, False):
         raise UsageError(f"device {device!r} is not on this machine (torch sees none). Use cpu.")
-
-
-def _load_hf(resolved: ResolvedModel, dtype: str):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return _fetch(AutoModelForCausalLM.from_pretrained, resolved, dtype=getattr(torch, dtype)).eval()
 
 
 def _loaded_from(resolved: ResolvedModel, model: Any, backend: str, dtype: str) -> dict[str, Any]:
     """Return what was loaded, for metadata; warn about every difference between catalogue and config."""
+    from huggingface_hub import try_to_load_from_cache
+
     differences = config_differences(resolved.entry, model.config)
     if differences:
         warnings.warn(f"{resolved.saved_name}: {'; '.join(differences)}. The loaded config is used.", stacklevel=3)
+    commit = None  # of the hub's repository
+    if not Path(resolved.load_from).is_dir():
+        cached = try_to_load_from_cache(resolved.load_from, "config.json", revision=resolved.revision)
+        commit = Path(cached).parts[-2] if isinstance(cached, str) else resolved.revision
     return {
         "name": resolved.saved_name,
-        "revision": _commit_of(resolved),
+        "revision": commit,
         "backend": backend,
         "dtype": dtype,
         "differences": differences,
     }
-
-
-def _commit_of(resolved: ResolvedModel) -> str | None:
-    """Return the commit of the hub's repository that was loaded; None for a local folder."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(resolved.load_from).is_dir():
-        return None
-    path = try_to_load_from_cache(resolved.load_from, "config.json", revision=resolved.revision)
-    return Path(path).parts[-2] if isinstance(path, str) else resolved.revision
 
 
 def _fetch(loader: Any, resolved: ResolvedModel, **arguments: Any) -> Any:
@@ -149,16 +148,6 @@ def _fetch(loader: Any, resolved: ResolvedModel, **arguments: Any) -> Any:
             return loader(resolved.load_from, **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise explain(error, resolved.saved_name, resolved.revision) from error
-
-
-def _load_bridge(resolved: ResolvedModel, model: Any, tokenizer: Any, device: str) -> Any:
-    from sae_italian.models.loud import LoudBridge
-
-    bridge = LoudBridge.boot_transformers(
-        resolved.load_from, hf_model=model, tokenizer=tokenizer, device=device, dtype=model.dtype
-    )
-    bridge.cfg.model_name = resolved.saved_name
-    return bridge.eval()
 
 
 def _load_hooked(resolved: ResolvedModel, model: Any, tokenizer: Any, device: str, context: int) -> Any:
@@ -211,20 +200,15 @@ def _copy_rotary(model: Any, hooked: Any, context: int) -> None:
 @contextlib.contextmanager
 def _plain_folder() -> Iterator[Path]:
     """Yield a scratch folder whose path holds none of the pieces from which TransformerLens guesses."""
-
-    def misleads(path: object) -> bool:
-        return any(piece in str(path).lower() for piece in _MISLEADING_PATHS)
-
     places = [Path(parent).resolve() for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp", ".")]
-    place = next((p for p in places if os.access(p, os.W_OK) and not misleads(p)), None)
+    plain = (place for place in places if not any(piece in str(place).lower() for piece in _MISLEADING_PATHS))
+    place = next((place for place in plain if os.access(place, os.W_OK)), None)
     if place is None:
         raise UsageError(
             f"the backend 'hooked' needs a scratch folder without {', '.join(_MISLEADING_PATHS)} in its path. Set TMPDIR."
         )
-    folder = Path(tempfile.mkdtemp(prefix="model-", dir=place))
-    while misleads(folder):  # its random name can be unlucky
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="model-", dir=place))
+    folder = place / f"model-{os.getpid()}-{time.monotonic_ns()}"  # figures alone: letters at random can be unlucky
+    folder.mkdir()
     try:
         yield folder
     finally:
@@ -244,3 +228,49 @@ def _no_bars_in_a_pipe() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+# --- do the three backends agree? ---------------------------------------------------------------------------------------
+
+
+def compare_backends(name: str, prompt: str) -> dict[str, Any]:
+    """Return the largest differences from the Hugging Face backend, and whether all are within 1e-4 (float32)."""
+    hf = load_model(name, "hf")
+    tokens = hf.tokenizer(prompt, return_tensors="pt").input_ids
+    differences: dict[str, float] = {}
+    for backend in ("bridge", "hooked"):
+        found = largest_differences(hf, load_model(name, backend), tokens)
+        differences |= {f"{backend} {what}": value for what, value in found.items()}
+    return {
+        "model": name,
+        "revision": hf.loaded_from["revision"],
+        "prompt": prompt,
+        "n_tokens": tokens.shape[1],
+        "n_layers": hf.config.num_hidden_layers,
+        "bos_added": bos_count(hf.tokenizer),
+        "catalogue_differences": hf.loaded_from["differences"],
+        "differences": differences,
+        "ok": all(difference <= TOLERANCE for difference in differences.values()),
+    }
+
+
+def largest_differences(hf: Any, other: Any, tokens: Any) -> dict[str, float]:
+    """Return the largest absolute difference of another backend from `hf` on tokens [batch, pos].
+
+    Compared are the logits, and for each site (R, A, M, TC) the activations at every layer.
+    """
+    import torch
+
+    from sae_italian.models.activations import read_many
+
+    layers = range(hf.config.num_hidden_layers)
+    hook_names = [f"blocks.{layer}.{hook}" for layer in layers for hook in SITES.values()]
+    expected = read_many(hf, tokens, hook_names)
+    with torch.no_grad():
+        logits, cache = other.run_with_cache(tokens, names_filter=hook_names)
+        differences = {"logits": (logits - hf(tokens).logits).abs().max().item()}
+    for site, hook in SITES.items():
+        at_site = [name for name in hook_names if name.endswith(hook)]
+        largest = max((cache[name] - expected[name]).abs().max().item() for name in at_site)
+        differences[f"{site} ({hook}), all layers"] = largest
+    return differences

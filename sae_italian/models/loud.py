@@ -8,6 +8,7 @@ the model does not have, and a hook that was asked for and never fired, raise Us
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from sae_lens import HookedSAETransformer
@@ -26,26 +27,21 @@ class _LoudHooks:
 
     def run_with_cache(self, *args: Any, names_filter: Any = None, **kwargs: Any) -> Any:
         names = [names_filter] if isinstance(names_filter, str) else names_filter
-        if isinstance(names, list | tuple | set):
-            self._check_names(names)
-            names_filter = list(names)
-        output, cache = super().run_with_cache(*args, names_filter=names_filter, **kwargs)  # pyright: ignore
-        if isinstance(names_filter, list):
-            self._check_fired([name for name in names_filter if name not in cache])
+        names = list(names) if isinstance(names, list | tuple | set) else None
+        self._check_names(names or ())
+        output, cache = super().run_with_cache(*args, names_filter=names or names_filter, **kwargs)  # pyright: ignore
+        self._check_fired([name for name in names or () if name not in cache])
         return output, cache
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any) -> Any:
         self._check_names([name for name, _ in (*fwd_hooks, *bwd_hooks) if isinstance(name, str)])
         fired: set[int] = set()
 
-        def counted(index: int, function: Callable[..., Any]) -> Callable[..., Any]:
-            def hook(*values: Any, **named: Any) -> Any:
-                fired.add(index)
-                return function(*values, **named)
+        def counted(index: int, function: Callable[..., Any], *values: Any, **named: Any) -> Any:
+            fired.add(index)
+            return function(*values, **named)
 
-            return hook
-
-        wrapped = [(name, counted(index, function)) for index, (name, function) in enumerate(fwd_hooks)]
+        wrapped = [(name, partial(counted, index, function)) for index, (name, function) in enumerate(fwd_hooks)]
         output = super().run_with_hooks(*args, fwd_hooks=wrapped, bwd_hooks=list(bwd_hooks), **kwargs)  # pyright: ignore
         self._check_fired([str(name) for index, (name, _) in enumerate(fwd_hooks) if index not in fired])
         return output

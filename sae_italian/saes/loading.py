@@ -125,7 +125,11 @@ def check_fits(sae: Any, model: Any) -> str:
     hook_name = sae.cfg.metadata.hook_name
     if not hook_name:
         raise UsageError("the SAE's metadata holds no hook_name; write it into its cfg.json under metadata.hook_name.")
-    resolve_hook(model, hook_name)
+    path, trained_at = resolve_hook(model, hook_name)[0].module_path(model.config), sae.cfg.metadata.hf_hook_name
+    if sae.cfg.metadata.source_format == "sparsify" and not path.endswith(trained_at):
+        raise UsageError(
+            f"the SAE was trained on the output of {trained_at!r}, but {hook_name} of this model is {path!r}."
+        )
     d_model = model.config.hidden_size
     if sae.cfg.d_in != d_model:
         raise UsageError(

@@ -106,7 +106,7 @@ class RunSpec(BaseModel):
         model_config = load_model_config(self.model)
         check_context(self.context_size, model_config)
         hook = parse_hook_name(self.hook_name, model_config.num_hidden_layers)
-        hook.module_path(model_config.model_type)
+        hook.module_path(model_config)
         d_in = model_config.hidden_size
         if given.get("d_in", d_in) != d_in:
             raise UsageError(

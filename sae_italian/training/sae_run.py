@@ -90,7 +90,7 @@ class SAERun:
         metadata.dataset_path = self.spec.corpus
         metadata.harvested_from = "hf"
         metadata.model_revision = getattr(model, "loaded_from", {}).get("revision")
-        metadata.hf_hook_name = parse_hook_name(self.config.hook_name).module_path(model.config.model_type)
+        metadata.hf_hook_name = parse_hook_name(self.config.hook_name).module_path(model.config)
 
     def prepare(self, stream: ActivationStream) -> None:
         """Estimate the input scale from the stream's first buffer, which costs neither a token nor a forward pass."""

@@ -89,7 +89,7 @@ class SuiteSpec(BaseModel):
             sae |= {"architecture": architecture}
             values |= {"hook_name_out": f"blocks.{layer}.{SITES['M']}"}
         try:
-            parse_hook_name(values["hook_name"], config.num_hidden_layers).module_path(config.model_type)
+            parse_hook_name(values["hook_name"], config.num_hidden_layers).module_path(config)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
         return spec_from_dict(values)

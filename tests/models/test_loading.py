@@ -6,7 +6,7 @@ import torch
 from sae_italian.base.errors import UsageError
 from sae_italian.models import catalogue, load_model, resolve
 from sae_italian.models.activations import logits_with_replacement, read_activations
-from sae_italian.models.check import compare_backends
+from sae_italian.models.loading import compare_backends
 
 
 @pytest.fixture(scope="module")

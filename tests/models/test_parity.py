@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_italian.models import catalogue, load_model
-from sae_italian.models.check import TOLERANCE, largest_differences
+from sae_italian.models.loading import TOLERANCE, largest_differences
 from tests.models.hub import REVISION, SHRUNKEN
 
 
@@ -63,6 +63,22 @@ def test_normalised_mlp_input_is_the_same_everywhere(repo_id, cached_hub):
     for backend in ("bridge", "hooked"):
         _, cache = load_model(repo_id, backend).run_with_cache(tokens, names_filter=[name])
         assert (cache[name] - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2", "qwen3"])
+def test_families_that_are_in_no_table_of_ours(family, mini, tmp_path):
+    """Norms behind attention and MLP (Gemma 3, OLMo 2), norms of queries and keys (Qwen 3): `bridge` reads the same."""
+    from tests.models.hub import random_model, save_model
+
+    config = {
+        "model_type": family, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": len(mini.tokenizer), "pad_token_id": 0,
+    }  # fmt: skip
+    save_model(random_model(config), tmp_path)
+    hf, bridge = (load_model(str(tmp_path), backend) for backend in ("hf", "bridge"))
+    tokens = torch.randint(3, 500, (1, 40))
+    for what, difference in largest_differences(hf, bridge, tokens).items():
+        assert difference < TOLERANCE, (what, difference)
 
 
 @pytest.mark.slow

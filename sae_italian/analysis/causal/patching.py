@@ -17,8 +17,7 @@ from torch import Tensor
 from sae_italian.analysis.causal.splice import codes, directions, hooks_of
 from sae_italian.analysis.tasks.scoring import padded
 from sae_italian.base.errors import UsageError
-from sae_italian.models.activations import check_context, read_many, replaced
-from sae_italian.models.resume import begun_at, edit_hook, entry_hook
+from sae_italian.models.activations import begun_at, check_context, entry_and_edit, read_many, replaced
 
 BATCH_ROWS = 128
 
@@ -79,7 +78,7 @@ class Patcher:
     @torch.no_grad()
     def __post_init__(self) -> None:
         self.hook_in, self.hook_out = hooks_of(self.sae, self.model)
-        self.entry, self.edit = entry_hook(self.model, self.hook_out), edit_hook(self.model, self.hook_out)
+        self.entry, self.edit = entry_and_edit(self.model, self.hook_out)
         self.n_pairs = len(self.inputs.base)
         self.target_log_p: Float[Tensor, "pairs vocab"] = self._last_log_p(self.inputs.target)
         names = [self.hook_in, self.hook_out, self.entry]

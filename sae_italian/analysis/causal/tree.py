@@ -22,8 +22,15 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.models.activations import check_context, read_activations, read_many, replaced, resolve_hook
-from sae_italian.models.resume import begun_at, edit_hook, entry_hook
+from sae_italian.models.activations import (
+    begun_at,
+    check_context,
+    entry_and_edit,
+    read_activations,
+    read_many,
+    replaced,
+    resolve_hook,
+)
 
 N_CONTEXTS = 20
 ROWS = 128  # prompts of a batch
@@ -177,7 +184,7 @@ class _Growth:
         earlier = self.saes[level - 1][1]
         hook_in, hook_out = hooks_of(earlier, self.model)
         tokens = context.tokens[None].to(self.model.device)
-        entry, edit = entry_hook(self.model, hook_out), edit_hook(self.model, hook_out)
+        entry, edit = entry_and_edit(self.model, hook_out)
         read = read_many(self.model, tokens, [hook_in, entry])
         z = codes(earlier, read[hook_in])[0]
         z = z * ~special(tokens, self.model.tokenizer)[0][:, None]
