@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
 from typing import Any
 
 from sae_italian.micro_italiano.grammar import load_grammar
-from sae_italian.micro_italiano.items import Context, cumulate, weighted
 from sae_italian.micro_italiano.prompts import agreement_pairs, ioi_prompts
-from sae_italian.micro_italiano.realise import realise
-from sae_italian.micro_italiano.records import AgreementPair, Document, IoiPrompt, Span
+from sae_italian.micro_italiano.realise import AgreementPair, Document, IoiPrompt, Span, realise
+from sae_italian.micro_italiano.steps import Context, cumulate
 
 __all__ = [
     "AgreementPair",
@@ -36,7 +36,7 @@ _CUMULATIVE = cumulate(tuple(REGISTER_WEIGHTS.values()))
 def document(index: int, seed: int = 0) -> Document:
     """Return document `index` of the corpus of `seed`."""
     ctx = Context(f"{seed}/{index}")
-    register = _REGISTERS[weighted(ctx, _CUMULATIVE)]
+    register = _REGISTERS[ctx.weighted(_CUMULATIVE)]
     load_grammar().rules["doc_" + register].run(ctx, [])
     text, words, constructions = realise(ctx.out, ctx.spans)
     return Document(text, f"micro-italiano/{seed}/{index}", register, words, constructions)
@@ -54,27 +54,17 @@ def vocabulary(n: int = 2000, seed: int = 0) -> dict[str, Any]:
 
     Keys: documents, sentences, words, forms, labels ("gender=Fem" style), constructions, registers.
     """
-    report: dict[str, Any] = {"documents": n, "sentences": 0, "words": 0}
-    forms: dict[str, int] = {}
-    labels: dict[str, int] = {}
-    constructions: dict[str, int] = {}
-    registers: dict[str, int] = {}
+    forms, labels, constructions, registers = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for doc in documents(n, seed):
-        registers[doc.register] = registers.get(doc.register, 0) + 1
-        for span in doc.constructions:
-            name = span.labels["construction"]
-            constructions[name] = constructions.get(name, 0) + 1
+        registers[doc.register] += 1
+        constructions.update(span.labels["construction"] for span in doc.constructions)
         for span in doc.words:
-            form = doc.text[span.start : span.end].lower()
-            report["sentences"] += form in (".", "?", "!")
-            if span.labels["upos"] != "PUNCT":
-                report["words"] += 1
-                forms[form] = forms.get(form, 0) + 1
-            for key, value in span.labels.items():
-                if key != "lemma":
-                    name = f"{key}={value}"
-                    labels[name] = labels.get(name, 0) + 1
+            forms[doc.text[span.start : span.end].lower()] += 1
+            labels.update(f"{key}={value}" for key, value in span.labels.items() if key != "lemma")
+    sentences = sum(forms[end] for end in ".?!")
+    for mark in [form for form in forms if not any(map(str.isalnum, form))]:
+        del forms[mark]
+    report: dict[str, Any] = {"documents": n, "sentences": sentences, "words": forms.total()}
     for key, counts in (("forms", forms), ("labels", labels), ("constructions", constructions)):
         report[key] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-    report["registers"] = registers
-    return report
+    return report | {"registers": dict(registers)}

@@ -28,10 +28,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
-from sae_italian.micro_italiano import items
-from sae_italian.micro_italiano.items import Context, Env, Step
+from sae_italian.micro_italiano import steps
 from sae_italian.micro_italiano.lexicon import Lexicon, data_text, load_lexicon
+from sae_italian.micro_italiano.realise import Ref
+from sae_italian.micro_italiano.steps import CONSTANTS, Binder, Context, Env, Step
 
 GRAMMAR_FILES = ("common", "ioi", "narrative", "news", "recipe", "law", "dialogue", "pairs", "exercise")
 _HEADER = re.compile(r"^(\w+)(!?)(?:\(([\w,]*)\))?:$")
@@ -46,19 +48,19 @@ class Rule:
     def __init__(self, name: str, unique: bool, params: list[str]) -> None:
         self.name, self.unique, self.params = name, unique, params
         self.sources: list[str] = []
-        self.alternatives: list[tuple[int, tuple[Step, ...]]] = []
+        self.alternatives: list[tuple[int, list[Step]]] = []
         self.cumulative: list[float] = []
 
-    def run(self, ctx: Context, args: list[object], index: int | None = None) -> None:
+    def run(self, ctx: Context, args: list[Any], index: int | None = None) -> None:
         """Emit one alternative, chosen by weight unless `index` names it."""
-        size, steps = self.alternatives[self._pick(ctx) if index is None else index]
+        size, body = self.alternatives[self._pick(ctx) if index is None else index]
         env: Env = [None] * size
         env[: len(args)] = args
-        for step in steps:
+        for step in body:
             step(ctx, env)
 
     def _pick(self, ctx: Context) -> int:
-        index = items.weighted(ctx, self.cumulative)
+        index = ctx.weighted(self.cumulative)
         if not self.unique:
             return index
         used = ctx.used.setdefault(self.name, set())
@@ -71,16 +73,14 @@ class Rule:
 
 
 class Grammar:
-    """All rules of the grammar files; `run` emits a rule into a context."""
+    """All rules of the grammar files."""
 
     def __init__(self, lex: Lexicon) -> None:
         self.lex = lex
         self.rules: dict[str, Rule] = {}
         for name in GRAMMAR_FILES:
             self._read(name)
-        faults: list[str] = []
-        for rule in self.rules.values():
-            self._compile(rule, faults)
+        faults = [fault for rule in self.rules.values() for fault in self._compile(rule)]
         if faults:
             raise ValueError("the grammar files have faults:\n" + "\n".join(faults))
 
@@ -92,8 +92,7 @@ class Grammar:
                 continue
             header = _HEADER.match(text)
             if header:
-                params = [p for p in (header[3] or "").split(",") if p]
-                rule = Rule(header[1], bool(header[2]), params)
+                rule = Rule(header[1], bool(header[2]), [p for p in (header[3] or "").split(",") if p])
                 if rule.name in self.rules:
                     raise ValueError(f"{name}.txt: rule {rule.name!r} is defined twice. Rename one.")
                 self.rules[rule.name] = rule
@@ -104,20 +103,21 @@ class Grammar:
             else:
                 rule.sources[-1] += " " + text
 
-    def _compile(self, rule: Rule, faults: list[str]) -> None:
-        weights = []
+    def _compile(self, rule: Rule) -> list[str]:
+        """Compile the alternatives of a rule; return what is wrong with them."""
+        weights, faults = [], []
         for source in rule.sources:
             words = source.split()
             weights.append(float(words.pop(0)[1:]) if words[0][0] == "%" else 1.0)
+            parser = _Parser(self, _hoist(words), list(rule.params))
             try:
-                parser = _Parser(self, _hoist(words), list(rule.params))
                 body = parser.sequence()
-                steps = (*parser.constants, *body)
             except (ValueError, KeyError, IndexError) as error:
                 faults.append(f"rule {rule.name!r}: {error!s} in {source!r}")
                 continue
-            rule.alternatives.append((len(parser.names), steps))
-        rule.cumulative = items.cumulate(weights)
+            rule.alternatives.append((len(parser.names), parser.constants + body))
+        rule.cumulative = steps.cumulate(weights)
+        return faults
 
 
 def _hoist(words: list[str]) -> list[str]:
@@ -138,125 +138,166 @@ class _Parser:
         self.constants: list[Step] = []
         self.at = 0
 
-    def sequence(self) -> tuple[Step, ...]:
-        steps: list[Step] = []
+    def sequence(self) -> list[Step]:
+        """Compile the words up to the end, or to the end of a choice's branch."""
+        body: list[Step] = []
         while self.at < len(self.words) and self.words[self.at] not in ("|", ")"):
             word = self.words[self.at]
             self.at += 1
-            steps.append(self._choice() if word == "(" else self._item(word))
-        return tuple(steps)
+            body.append(self._choice() if word == "(" else self._item(word))
+        return body
 
     def _choice(self) -> Step:
-        branches: list[tuple[Step, ...]] = []
+        branches: list[list[Step]] = []
         weights: list[float] = []
-        while True:
-            weight = 1.0
+        while not branches or self.words[self.at - 1] != ")":
+            weights.append(1.0)
             if self.words[self.at].startswith("%"):
-                weight = float(self.words[self.at][1:])
+                weights[-1] = float(self.words[self.at][1:])
                 self.at += 1
             branches.append(self.sequence())
-            weights.append(weight)
             self.at += 1
-            if self.words[self.at - 1] == ")":
-                return items.choice(branches, items.cumulate(weights))
+        cumulative = steps.cumulate(weights)
+
+        def step(ctx: Context, env: Env) -> None:
+            for inner in branches[ctx.weighted(cumulative)]:
+                inner(ctx, env)
+
+        return step
+
+    def _item(self, word: str) -> Step:
+        if word in self.lex.words:
+            return steps.literal(self.lex.words[word])
+        if ":=" in word:
+            name, spec = word.split(":=")
+            return self._assign(name, self._binder(spec))
+        if word in (">", ">>"):
+            return lambda ctx, env: ctx.close_spans(None if word == ">>" else 1)
+        first, rest = word[0], word[1:]
+        if first in "<$=@#":
+            compilers: dict[str, Callable[[str], Step]] = {"<": self._open, "$": self._call, "@": self._place}
+            compilers |= {"=": lambda name: steps.subject(self._slot(name), self.lex), "#": steps.number}
+            return compilers[first](rest)
+        if "~" in word:
+            return self._phrase(*word.split("~"))
+        if match := _AGREE.match(word):
+            return self._agreeing(match[1], match[2])
+        if match := _VERB.match(word):
+            head, slots = match[1], [self._slot(name) for name in match[4].split("^") if name]
+            where = self.names.index(head) if head in self.names else -1
+            fixed = self.lex.verbs[head] if where < 0 else None
+            return steps.verb(fixed, where, match[2], match[3] or "", slots, self.lex)
+        raise ValueError(f"unknown word {word!r}; add it to data/words.yaml")
 
     def _slot(self, name: str) -> int:
-        if name in items.CONSTANTS and name not in self.names:
-            self.names.append(name)
-            self.constants.append(items.assign(self.names.index(name), items.bind_constant(name)))
+        if name in CONSTANTS and name not in self.names:
+            self.constants.append(self._assign(name, self._binder(name)))
         if name not in self.names:
             raise ValueError(f"variable {name!r} is not bound; known are {self.names}")
         return self.names.index(name)
 
-    def _item(self, word: str) -> Step:
-        if word in self.lex.words:
-            return items.literal(self.lex.words[word])
-        if ":=" in word:
-            return self._binding(*word.split(":="))
-        if word == ">":
-            return items.close_span
-        if word == ">>":
-            return items.close_spans
-        handlers: dict[str, Callable[[str], Step]] = {
-            "<": self._open,
-            "$": lambda rest: self._call("$" + rest),
-            "=": lambda rest: items.subject(self._slot(rest), self.lex),
-            "@": lambda rest: items.place(self._slot(rest)),
-            "~": lambda rest: items.phrase(self._slot(rest), ()),
-            "#": items.number,
-        }
-        if word[0] in handlers:
-            return handlers[word[0]](word[1:])
-        if "~" in word:
-            determiners, name = word.split("~")
-            grids = tuple(self.lex.agreeing[d] for d in determiners.split("+"))
-            return items.phrase(self._slot(name), grids)
-        if match := _AGREE.match(word):
-            return self._agreeing(match[1], match[2])
-        if match := _VERB.match(word):
-            return self._verb(match)
-        raise ValueError(f"unknown word {word!r}; add it to data/words.yaml")
-
-    def _open(self, name: str) -> Step:
-        return items.open_command(self._slot(name[4:])) if name.startswith("cmd^") else items.open_span(name)
-
-    def _call(self, word: str) -> Step:
-        match = _CALL.match(word)
-        if match is None:
-            raise ValueError(f"malformed call {word!r}")
-        rule = self.grammar.rules[match[1]]
-        slots = [self._slot(name) for name in (match[2] or "").split(",") if name]
-        if len(slots) != len(rule.params):
-            raise ValueError(f"{word!r}: rule takes {rule.params}")
-        return items.call(rule.run, slots, int(match[3] or 1), int(match[4] or 1))
-
-    def _binding(self, name: str, spec: str) -> Step:
-        if spec.startswith("adj:"):
-            values: list[object] = [self.lex.agreeing[a] for a in self.lex.adjective_classes[spec[4:]]]
-            bind = items.bind_one(values)
-        elif spec.startswith("verb:"):
-            bind = items.bind_one([self.lex.verbs[v] for v in spec[5:].split("/")])
-        elif spec.startswith("&"):
-            first, second = spec.lstrip("&?").split(",")
-            bind = items.bind_both(self._slot(first), self._slot(second), "?" in spec, self.lex.words["e"])
-        elif "(" in spec:
-            kind, _, rest = spec.rstrip(")").partition("(")
-            bind = items.bind_speaker(kind, [self._slot(part) for part in rest.split(",")])
-        elif spec in items.CONSTANTS:
-            bind = items.bind_constant(spec)
-        elif "^" in spec:
-            cls, _, other = spec.partition("^")
-            pair = self._noun_binding(cls + ".m"), self._noun_binding(cls + ".f")
-            bind = items.bind_same_gender(self._slot(other), pair)
-        else:
-            bind = self._noun_binding(spec)
+    def _assign(self, name: str, bind: Binder) -> Step:
         if name not in self.names:
             self.names.append(name)
-        return items.assign(self.names.index(name), bind)
+        slot = self.names.index(name)
 
-    def _noun_binding(self, spec: str) -> Callable[[Context, Env], object]:
+        def step(ctx: Context, env: Env) -> None:
+            env[slot] = bind(ctx, env)
+
+        return step
+
+    def _binder(self, spec: str) -> Binder:
+        if spec in CONSTANTS:
+            nobody = Ref(*CONSTANTS[spec], ())
+            return lambda ctx, env: nobody
+        if spec.startswith(("adj:", "verb:")):
+            kind, _, names = spec.partition(":")
+            entries = self.lex.adjective_classes[names] if kind == "adj" else names.split("/")
+            values = [self.lex.agreeing[name] if kind == "adj" else self.lex.verbs[name] for name in entries]
+            return lambda ctx, env: ctx.pick(values)
+        if spec.startswith("&"):
+            return self._both(*map(self._slot, spec.lstrip("&?").split(",")), any_order="?" in spec)
+        if "(" in spec:
+            kind, _, rest = spec.rstrip(")").partition("(")
+            slots = [self._slot(part) for part in rest.split(",")]
+            number, person = int(kind in ("noi", "voi")), 1 if kind in ("io", "noi") else 2
+            # feminine only when all of them are
+            return lambda ctx, env: Ref(min(env[slot].gender for slot in slots), number, person, ())
+        if "^" in spec:
+            cls, _, other = spec.partition("^")
+            slot, pair = self._slot(other), (self._noun(cls + ".m"), self._noun(cls + ".f"))
+            return lambda ctx, env: pair[env[slot].gender](ctx, env)
+        return self._noun(spec)
+
+    def _both(self, first: int, second: int, any_order: bool) -> Binder:
+        """Join two people: plural, feminine only when both are."""
+        conjunction = self.lex.words["e"]
+
+        def bind(ctx: Context, env: Env) -> Ref:
+            a, b = env[first], env[second]
+            if any_order and ctx.chance() < 0.5:
+                a, b = b, a
+            return Ref(a.gender & b.gender, 1, 3, (*a.core, conjunction, *b.core))
+
+        return bind
+
+    def _noun(self, spec: str) -> Binder:
         classes, _, options = spec.rstrip("+").partition(".")
         nouns = tuple(noun for cls in classes.split("/") for noun in self.lex.classes[cls])
         gender = 0 if "m" in options else 1 if "f" in options else None
         if gender is not None:
             nouns = tuple(noun for noun in nouns if noun.genders[0] == gender)
         numbers = (0, 1) if "sp" in options else (1,) if "p" in options else (0,)
-        return items.bind_noun(nouns, numbers, spec.endswith("+"))
+        return steps.noun(nouns, numbers, spec.endswith("+"))
+
+    def _open(self, name: str) -> Step:
+        """Begin a construction span; an order is "infinitive_command" when no one in particular is spoken to."""
+        if not name.startswith("cmd^"):
+            return lambda ctx, env: ctx.open.append((len(ctx.out), name))
+        slot, names = self._slot(name[4:]), {3: "infinitive_command"}
+        return lambda ctx, env: ctx.open.append((len(ctx.out), names.get(env[slot].person, "imperative")))
+
+    def _call(self, word: str) -> Step:
+        match = _CALL.match("$" + word)
+        if match is None:
+            raise ValueError(f"malformed call {word!r}")
+        rule = self.grammar.rules[match[1]]
+        slots = [self._slot(name) for name in (match[2] or "").split(",") if name]
+        if len(slots) != len(rule.params):
+            raise ValueError(f"{word!r}: rule takes {rule.params}")
+        low, high = int(match[3] or 1), int(match[4] or 1)
+
+        def step(ctx: Context, env: Env) -> None:
+            for _ in range(low if low == high == 1 else low + int(ctx.chance() * (high - low + 1))):
+                rule.run(ctx, [env[slot] for slot in slots])
+
+        return step
+
+    def _place(self, name: str) -> Step:
+        slot = self._slot(name)
+        return lambda ctx, env: ctx.out.extend(env[slot].place)
+
+    def _phrase(self, determiners: str, name: str) -> Step:
+        grids = [self.lex.agreeing[d] for d in determiners.split("+") if d]
+        slot = self._slot(name)
+
+        def step(ctx: Context, env: Env) -> None:
+            ref = env[slot]
+            ctx.out.extend(grid[ref.gender][ref.number] for grid in grids)
+            ctx.out.extend(ref.core)
+            if grids:
+                ref.core = ref.head  # an adjective is said once: «una gatta nera», then «la gatta»
+
+        return step
 
     def _agreeing(self, head: str, name: str) -> Step:
         slot = self._slot(name)
-        if head in self.names:
-            return items.agree_with(self.names.index(head), slot)
-        if head in self.lex.pronouns or head == "glielo":
-            return items.pronoun(head, slot, self.lex)
-        return items.agree(self.lex.agreeing[head], slot)
-
-    def _verb(self, match: re.Match[str]) -> Step:
-        head, key, clitic = match[1], match[2], match[3]
-        slots = [self._slot(name) for name in match[4].split("^") if name]
+        if head in self.lex.pronouns and head not in self.names:
+            tokens = self.lex.pronouns[head]
+            return lambda ctx, env: ctx.out.append(tokens[env[slot].form][env[slot].gender])
         where = self.names.index(head) if head in self.names else -1
-        verb = self.lex.verbs[head] if where < 0 else None
-        return items.verb(verb, where, key, clitic, slots, self.lex)
+        fixed = self.lex.agreeing[head] if where < 0 else None
+        return lambda ctx, env: ctx.out.append((fixed or env[where])[env[slot].gender][env[slot].number])
 
 
 @lru_cache(maxsize=1)

@@ -6,18 +6,16 @@ from collections.abc import Mapping
 
 Paradigm = dict[str, tuple[str, ...]]
 
-FINITE = ("pres", "imp", "fut", "cond", "sub", "subimp")
 IMPERATIVES = ("imp2", "imp4", "imp5")
-_FUTURE = ("ò", "ai", "à", "emo", "ete", "anno")
-_CONDITIONAL = ("ei", "esti", "ebbe", "emmo", "este", "ebbero")
-_IMPERFECT = ("vo", "vi", "va", "vamo", "vate", "vano")
-_SUBJUNCTIVE_IMPERFECT = ("ssi", "ssi", "sse", "ssimo", "ste", "ssero")
-_PRESENT = {
-    "are": ("o", "i", "a", "iamo", "ate", "ano"),
-    "ere": ("o", "i", "e", "iamo", "ete", "ono"),
-    "ire": ("o", "i", "e", "iamo", "ite", "ono"),
-    "isc": ("isco", "isci", "isce", "iamo", "ite", "iscono"),
+_PRESENT = {"are": "o i a iamo ate ano", "ere": "o i e iamo ete ono", "ire": "o i e iamo ite ono"}
+_ISC = "isco isci isce iamo ite iscono"
+_ENDINGS = {
+    "imp": "vo vi va vamo vate vano",
+    "fut": "ò ai à emo ete anno",
+    "cond": "ei esti ebbe emmo este ebbero",
+    "subimp": "ssi ssi sse ssimo ste ssero",
 }
+FINITE = ("pres", "imp", "fut", "cond", "sub", "subimp")
 
 
 def _join(stem: str, ending: str) -> str:
@@ -25,65 +23,44 @@ def _join(stem: str, ending: str) -> str:
     if ending[0] in "ei":
         if stem[-1] in "cg":
             return stem + "h" + ending
-        if stem[-1] == "i" and ending[0] == "i":
-            return stem[:-1] + ending
-        if stem[-1] == "i" and stem[-2] in "cg":
+        if stem[-1] == "i" and (ending[0] == "i" or stem[-2] in "cg"):
             return stem[:-1] + ending
     return stem + ending
 
 
-def _present(lemma: str, isc: bool) -> tuple[str, ...]:
-    group = lemma[-3:]
-    if group == "are":
-        return tuple(_join(lemma[:-3], ending) for ending in _PRESENT["are"])
-    return tuple(lemma[:-3] + ending for ending in _PRESENT["isc" if isc else group])
-
-
 def _subjunctive(lemma: str, present: tuple[str, ...]) -> tuple[str, ...]:
-    second_plural = present[3][:-2] + "te"
-    if lemma.endswith("are"):
-        stem = lemma[:-3]
-        singular, plural = _join(stem, "i"), _join(stem, "ino")
-    else:
-        singular = present[0][:-1] + "a"
-        plural = singular + "no"
-    return (singular, singular, singular, present[3], second_plural, plural)
-
-
-def _participle(lemma: str) -> str:
-    return lemma[:-3] + {"are": "ato", "ere": "uto", "ire": "ito"}[lemma[-3:]]
+    singular = _join(lemma[:-3], "i") if lemma.endswith("are") else present[0][:-1] + "a"
+    plural = _join(lemma[:-3], "ino") if lemma.endswith("are") else singular + "no"
+    return (singular, singular, singular, present[3], present[3][:-2] + "te", plural)
 
 
 def conjugate(lemma: str, isc: bool = False, irregular: Mapping[str, str] | None = None) -> Paradigm:
     """Return the paradigm of a verb: six forms per finite tense, one for each other key.
 
-    `irregular` may give, as strings with spaces between forms: pres (6 forms), imp_stem («face»), fut_stem («far»),
-    sub (6 forms), subimp_stem («desse» is «de»), part, ger, imp2, imp5.
+    `irregular` may give, as strings with spaces between forms: pres and imp (6 forms), imp_stem («face»), fut_stem
+    («far»), sub (6 forms), subimp_stem («desse» is «de»), part, ger, imp2, imp5.
     Keys returned: FINITE, IMPERATIVES, inf, ger, part (masculine singular).
     """
     data = irregular or {}
-    group = lemma[-3:]
-    theme = lemma[:-2]
-    present = tuple(data["pres"].split()) if "pres" in data else _present(lemma, isc)
-    imp_stem = data.get("imp_stem", theme)
-    default_future = _join(lemma[:-3], "er") if group == "are" else lemma[:-1]
-    fut_stem = data.get("fut_stem", default_future)
-    subjunctive = tuple(data["sub"].split()) if "sub" in data else _subjunctive(lemma, present)
-    subimp_stem = data.get("subimp_stem", imp_stem)
-    gerund = data.get("ger", imp_stem + "ndo" if group == "are" or imp_stem[-1] == "e" else imp_stem[:-1] + "endo")
-    return {
-        "pres": present,
-        "imp": tuple(data["imp"].split()) if "imp" in data else tuple(imp_stem + e for e in _IMPERFECT),
-        "fut": tuple(fut_stem + e for e in _FUTURE),
-        "cond": tuple(fut_stem + e for e in _CONDITIONAL),
-        "sub": subjunctive,
-        "subimp": tuple(subimp_stem + e for e in _SUBJUNCTIVE_IMPERFECT),
+    root, group = lemma[:-3], lemma[-3:]
+    regular = [
+        _join(root, e) if group == "are" else root + e for e in (_ISC if isc else _PRESENT.get(group, "")).split()
+    ]
+    present = tuple(data["pres"].split() if "pres" in data else regular)
+    imp_stem = data.get("imp_stem", lemma[:-2])
+    fut_stem = data.get("fut_stem", _join(root, "er") if group == "are" else lemma[:-1])
+    stems = {"imp": imp_stem, "fut": fut_stem, "cond": fut_stem, "subimp": data.get("subimp_stem", imp_stem)}
+    finite = {tense: tuple(stem + ending for ending in _ENDINGS[tense].split()) for tense, stem in stems.items()}
+    finite |= {"pres": present, "sub": _subjunctive(lemma, present)}
+    finite |= {tense: tuple(data[tense].split()) for tense in ("imp", "sub") if tense in data}
+    gerund = imp_stem + "ndo" if group == "are" or imp_stem[-1] == "e" else imp_stem[:-1] + "endo"
+    return finite | {
         "imp2": (data.get("imp2", present[2] if group == "are" else present[1]),),
         "imp4": (present[3],),
         "imp5": (data.get("imp5", present[4]),),
         "inf": (lemma,),
-        "ger": (gerund,),
-        "part": (data.get("part") or _participle(lemma),),
+        "ger": (data.get("ger", gerund),),
+        "part": (data.get("part") or root + {"are": "ato", "ere": "uto", "ire": "ito"}[group],),
     }
 
 
@@ -108,19 +85,14 @@ def enclitic(host: str, clitic: str) -> str:
 
 def plural(noun: str, gender: str) -> str:
     """Return the regular plural of a noun; -co and -go keep their hard sound («fuoco», «fuochi»)."""
-    last = noun[-1]
+    stem, last = noun[:-1], noun[-1]
     if last not in "aeo" or len(noun) < 3:
         return noun
-    stem = noun[:-1]
-    if last == "o":
-        if stem[-1] == "i":
-            return stem
-        return stem + ("hi" if stem[-1] in "cg" else "i")
-    if last == "e":
-        return stem + "i"
-    if gender == "m":
-        return stem + ("hi" if stem[-1] in "cg" else "i")
-    return feminine_plural(noun)
+    if last == "a" and gender == "f":
+        return feminine_plural(noun)
+    if last == "o" and stem[-1] == "i":
+        return stem
+    return stem + ("hi" if last != "e" and stem[-1] in "cg" else "i")
 
 
 def feminine_plural(form: str) -> str:
@@ -137,12 +109,8 @@ def adjective(lemma: str) -> tuple[tuple[str, str], tuple[str, str]]:
     """Return ((masc sing, masc plur), (fem sing, fem plur)) of an adjective, determiner or participle."""
     stem = lemma[:-1]
     if lemma[-1] == "o":
-        feminine = (stem + "a", feminine_plural(stem + "a"))
-        if lemma.endswith("ico") and lemma not in ("antico", "carico"):
-            return (lemma, stem + "i"), feminine
-        return (lemma, plural(lemma, "m")), feminine
-    if lemma[-1] == "e":
-        return (lemma, stem + "i"), (lemma, stem + "i")
-    if lemma.endswith("ista"):
-        return (lemma, stem + "i"), (lemma, stem + "e")
+        soft = lemma.endswith("ico") and lemma not in ("antico", "carico")
+        return (lemma, stem + "i" if soft else plural(lemma, "m")), (stem + "a", feminine_plural(stem + "a"))
+    if lemma[-1] == "e" or lemma.endswith("ista"):
+        return (lemma, stem + "i"), (lemma, stem + ("e" if lemma.endswith("ista") else "i"))
     return (lemma, lemma), (lemma, lemma)

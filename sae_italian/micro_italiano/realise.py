@@ -1,16 +1,96 @@
-"""From tokens to text: elision, contraction, capitals, spacing and character offsets, in one pass."""
+"""What leaves the grammar, and how its tokens become text: elision, contraction, capitals, spacing, character offsets."""
 
 from __future__ import annotations
 
 import re
 from functools import cache
+from typing import NamedTuple
 
-from sae_italian.micro_italiano.records import Span, Token
+GENDERS = ("Masc", "Fem")
+NUMBERS = ("Sing", "Plur")
+
+
+class Span(NamedTuple):
+    """Characters `start` (inclusive) to `end` (exclusive) of a document's text, with gold labels.
+
+    Word spans carry "lemma" and "upos" and, where they apply, "gender", "number", "person", "tense", "mood", "verbform",
+    "contracted" ("yes" for «della») and "clitic" (for «prenderla»). Construction spans carry "construction". Values
+    follow Universal Dependencies. Label dictionaries are shared between spans: copy before changing one.
+    """
+
+    start: int
+    end: int
+    labels: dict[str, str]
+
+
+class Document(NamedTuple):
+    """One generated text with its gold labels; `words` cover every non-space character, in order."""
+
+    text: str
+    doc_id: str
+    register: str
+    words: list[Span]
+    constructions: list[Span]
+
+
+class IoiPrompt(NamedTuple):
+    """An indirect-object prompt: `text` ends right before " " + `io`; `order` is "ABBA" or "BABA"."""
+
+    text: str
+    io: str
+    subject: str
+    template: str
+    order: str
+
+
+class AgreementPair(NamedTuple):
+    """`prefix` ends with a determiner; " " + `right` continues it, " " + `wrong` breaks `kind` agreement."""
+
+    prefix: str
+    right: str
+    wrong: str
+    kind: str
+
+
+class Token:
+    """One word before realisation: citation form, shared labels, and the kind of sound change it undergoes."""
+
+    __slots__ = ("form", "labels", "kind")
+
+    def __init__(self, form: str, labels: dict[str, str], kind: str = "") -> None:
+        self.form = form
+        self.labels = labels
+        self.kind = kind
+
+
+class Ref:
+    """Something a sentence talks about: its features, the tokens that name it, and how one is there."""
+
+    __slots__ = ("gender", "number", "person", "form", "core", "head", "place")
+
+    def __init__(
+        self, gender: int, number: int, person: int, core: tuple[Token, ...], place: tuple[Token, ...] = ()
+    ) -> None:
+        self.gender = gender  # 0 masculine, 1 feminine
+        self.number = number  # 0 singular, 1 plural
+        self.person = person  # 1, 2 or 3
+        self.form = person - 1 + 3 * number  # of a verb or pronoun: io tu lui noi voi loro
+        self.core = core  # all that names it, adjective included
+        self.head = core  # without the adjective
+        self.place = place
+
+
+def labels_of(lemma: str, upos: str, **features: str | int | None) -> dict[str, str]:
+    """Return a label dictionary without the features that are None."""
+    shown = {key: str(value) for key, value in features.items() if value is not None}
+    return {"lemma": lemma, "upos": upos, **shown}
+
+
+# --- from tokens to text -----------------------------------------------------------------------------------------------
 
 _IMPURE = re.compile(r"s[^aeiouàèéìòùh]|z|gn|ps|pn|x|y")
 _ARTICULATED = {"di": "de", "a": "a", "da": "da", "in": "ne", "su": "su"}
 _TAILS = {"il": "l", "lo": "llo", "l'": "ll'", "la": "lla", "i": "i", "gli": "gli", "le": "lle"}
-_SHORT = {"bello": "bel", "quello": "quel"}
 
 
 @cache
@@ -72,43 +152,29 @@ def _shape(token: Token, following: Token) -> str:
     return sandhi(kind, token.form, following.form)
 
 
-_contracted: dict[tuple[str, str, str, str], dict[str, str]] = {}
-
-
-def _contract(preposition: Token, article: str, labels: dict[str, str]) -> tuple[str, dict[str, str]]:
+@cache
+def _contract(preposition: str, article: str, gender: str, number: str) -> tuple[str, dict[str, str]]:
     """Return the contracted form and its labels: di + la, della; in + l', nell'."""
-    form = _ARTICULATED[preposition.form] + _TAILS[article]
-    key = (form, preposition.form, labels["gender"], labels["number"])
-    merged = _contracted.get(key)
-    if merged is None:
-        merged = {"lemma": preposition.form, "upos": "ADP", "gender": labels["gender"], "number": labels["number"]}
-        merged["contracted"] = "yes"
-        _contracted[key] = merged
-    return form, merged
+    labels = {"lemma": preposition, "upos": "ADP", "gender": gender, "number": number, "contracted": "yes"}
+    return _ARTICULATED[preposition] + _TAILS[article], labels
 
 
-def realise(
-    tokens: list[Token], constructions: list[tuple[int, int, str]], capital: bool = True
-) -> tuple[str, list[Span], list[Span]]:
-    """Return text, word spans and construction spans.
-
-    `constructions` are (first token, token after the last, name). With `capital`, sentences begin with a capital.
-    """
+def realise(tokens: list[Token], constructions: list[tuple[int, int, str]]) -> tuple[str, list[Span], list[Span]]:
+    """Return text, word spans and construction spans; `constructions` are (first token, token after the last, name)."""
     pieces: list[str] = []
     words: list[Span] = []
-    starts: list[int] = []
-    ends: list[int] = []
-    position, glue, upper = 0, True, capital
+    places: list[tuple[int, int]] = []  # characters of each token
+    position, glue, upper = 0, True, True
     index, total = 0, len(tokens)
     while index < total:
         token = tokens[index]
-        form, labels, merged = token.form, token.labels, False
+        form, labels, n_tokens = token.form, token.labels, 1
         if token.kind and index + 1 < total:
             following = tokens[index + 1]
             if token.kind == "prep" and following.kind == "il":
                 article = _shape(following, tokens[index + 2]) if index + 2 < total else following.form
-                form, labels = _contract(token, article, following.labels)
-                merged = True
+                form, labels = _contract(form, article, following.labels["gender"], following.labels["number"])
+                n_tokens = 2
             else:
                 form = _shape(token, following)
         punctuation = labels["upos"] == "PUNCT"
@@ -120,14 +186,10 @@ def realise(
         pieces.append(form)
         end = position + len(form)
         words.append(Span(position, end, labels))
-        for _ in range(1 + merged):
-            starts.append(position)
-            ends.append(end)
+        places += [(position, end)] * n_tokens
         position = end
         glue = form[-1] in "'«" and form != "po'" and "verbform" not in labels
-        upper = capital and punctuation and form in ".?!«" or upper and form == "«"
-        if token.kind == "end":
-            upper = True
-        index += 1 + merged
-    spans = [Span(starts[first], ends[last - 1], {"construction": name}) for first, last, name in constructions]
+        upper = token.kind == "end" or punctuation and form in ".?!«" or upper and form == "«"
+        index += n_tokens
+    spans = [Span(places[first][0], places[last - 1][1], {"construction": name}) for first, last, name in constructions]
     return "".join(pieces), words, spans

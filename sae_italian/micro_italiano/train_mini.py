@@ -7,7 +7,6 @@ seeded; the command, seed, losses and time are written beside the weights in tra
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+import cyclopts
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -24,8 +24,7 @@ from tqdm import tqdm
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from sae_italian.base.storage import package_versions
-from sae_italian.corpora import iter_documents, pack
-from sae_italian.corpora.documents import MICRO_ITALIANO, Split
+from sae_italian.corpora import Split, iter_documents, pack
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
@@ -74,14 +73,13 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
+        **dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True)),
         clean_up_tokenization_spaces=False,
     )
 
 
 def build_model(recipe: Recipe) -> MistralForCausalLM:
+    """Return the model with its first weights, which the seed decides."""
     torch.manual_seed(recipe.seed)
     config = MistralConfig(
         vocab_size=recipe.vocab_size,
@@ -102,9 +100,9 @@ def build_model(recipe: Recipe) -> MistralForCausalLM:
     return MistralForCausalLM(config)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, split: Split, seed: int) -> Iterator[Tensor]:
+def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, split: Split) -> Iterator[Tensor]:
     """Yield token batches [batch_windows, context_size] of MicroItaliano without end."""
-    documents = iter_documents(MICRO_ITALIANO, split, seed=seed)
+    documents = iter_documents("micro-italiano", split)
     for block in pack(documents, tokenizer, recipe.context_size, windows_per_block=recipe.batch_windows):
         yield torch.from_numpy(block.tokens)
 
@@ -116,20 +114,20 @@ def loss_of(model: MistralForCausalLM, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
+    """Return the mean loss of 20 batches that training does not see."""
     model.eval()
-    losses = [loss_of(model, tokens).item() for tokens in islice(batches(tokenizer, recipe, "heldout", seed=0), 20)]
+    losses = [loss_of(model, tokens).item() for tokens in islice(batches(tokenizer, recipe, "heldout"), 20)]
     model.train()
     return sum(losses) / len(losses)
 
 
 def train(recipe: Recipe) -> tuple[MistralForCausalLM, PreTrainedTokenizerFast, list[dict[str, float]]]:
     """Train tokenizer and model; return them with the losses, every 250 steps."""
-    documents = islice(iter_documents(MICRO_ITALIANO, "train", seed=0), recipe.tokenizer_documents)
+    documents = islice(iter_documents("micro-italiano", "train"), recipe.tokenizer_documents)
     tokenizer = train_tokenizer((document.text for document in documents), recipe.vocab_size)
     model = build_model(recipe)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
 
     def schedule(step: int) -> float:
@@ -138,8 +136,8 @@ def train(recipe: Recipe) -> tuple[MistralForCausalLM, PreTrainedTokenizerFast, 
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     curve: list[dict[str, float]] = []
-    bar = tqdm(islice(batches(tokenizer, recipe, "train", seed=0), recipe.steps), total=recipe.steps, desc="mini model")
-    for step, tokens in enumerate(bar):
+    bar = tqdm(islice(batches(tokenizer, recipe, "train"), recipe.steps), total=recipe.steps, desc="mini model")
+    for step, tokens in enumerate(bar, 1):
         with torch.autocast("cpu", torch.bfloat16):  # half again as fast here, same loss to the third digit
             loss = loss_of(model, tokens)
         loss.backward()
@@ -147,46 +145,45 @@ def train(recipe: Recipe) -> tuple[MistralForCausalLM, PreTrainedTokenizerFast, 
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
+        if step % 250 == 0 or step == recipe.steps:
             held_out = held_out_loss(model, tokenizer, recipe)
-            curve.append({"step": step + 1, "train_loss": round(loss.item(), 4), "held_out_loss": round(held_out, 4)})
+            curve.append({"step": step, "train_loss": round(loss.item(), 4), "held_out_loss": round(held_out, 4)})
             bar.set_postfix(held_out=f"{held_out:.3f}")
     return model.eval(), tokenizer, curve
 
 
-def save(out: Path, model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict) -> None:
-    """Write weights in half precision, tokenizer and the training record."""
-    model.half().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "training.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def main(
+    *, out: Path = Path(__file__).parents[1] / "models" / "mini", steps: int = 3_000, seed: int = 0, threads: int = 2
+) -> None:
+    """Train the embedded model and write its weights in half precision, its tokenizer and the training record.
 
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "mini", help="folder for the model")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    recipe = Recipe(steps=options.steps, seed=options.seed)
+    Args:
+        out: Folder for the model.
+        steps: Optimizer steps.
+        seed: Seed of the first weights.
+        threads: CPU threads.
+    """
+    torch.set_num_threads(threads)
+    recipe = Recipe(steps=steps, seed=seed)
     started = time.time()
     model, tokenizer, curve = train(recipe)
     record = {
-        "command": "python -m sae_italian.micro_italiano.train_mini " + " ".join(arguments or sys.argv[1:]),
-        "seed": recipe.seed,
+        "command": " ".join(["python -m sae_italian.micro_italiano.train_mini", *sys.argv[1:]]),
+        "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": recipe.steps * recipe.batch_windows * recipe.context_size,
+        "tokens": steps * recipe.batch_windows * recipe.context_size,
         "minutes": round((time.time() - started) / 60, 1),
-        "threads": options.threads,
+        "threads": threads,
         "held_out_loss_nats": curve[-1]["held_out_loss"],
         "curve": curve,
         "recipe": asdict(recipe),
         "versions": package_versions(),
     }
-    save(options.out, model, tokenizer, record)
-    print(f"{options.out}: {record['parameters']:,} parameters, held-out loss {record['held_out_loss_nats']} nats")
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{out}: {record['parameters']:,} parameters, held-out loss {record['held_out_loss_nats']} nats")
 
 
 if __name__ == "__main__":
-    main()
+    cyclopts.run(main)
