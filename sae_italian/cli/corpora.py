@@ -126,8 +126,8 @@ def stats(
         out: File to draw the histogram of lengths into, as SVG.
     """
     from sae_italian.base.storage import write_text
-    from sae_italian.corpora.rows import Counts
     from sae_italian.corpora.stats import corpus_stats, draw_histogram, text_histogram
+    from sae_italian.corpora.stream import Counts
     from sae_italian.models import load_tokenizer
 
     if not documents and corpus == MICRO:
@@ -148,7 +148,7 @@ def stats(
     if out:
         write_text(out, draw_histogram(result))
         lines.append(f"picture         {out}")
-    counts = Counts().load(result["counts"]).lines()
+    counts = Counts(result["counts"]).lines()
     return Result(result, "\n".join([*lines, "", text_histogram(result), "", counts]))
 
 

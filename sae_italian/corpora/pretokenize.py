@@ -24,8 +24,7 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import atomic_path, claim_folder, disk_errors, fingerprint, read_json, utc_now, write_json
 from sae_italian.corpora.locate import MICRO_ITALIANO, PRETOKENIZED
 from sae_italian.corpora.packing import PackedBlock, Packer, batched, check_context, layout_of
-from sae_italian.corpora.rows import Counts
-from sae_italian.corpora.stream import CorpusStream, Reader, TextDocument
+from sae_italian.corpora.stream import CorpusStream, Counts, Reader, TextDocument
 from sae_italian.corpora.tokens import tokenise_batches
 
 if TYPE_CHECKING:
@@ -157,31 +156,24 @@ class _Writer:
 
     def describe(self, tokenizer_name: str, bos: str | None, separator: str | int | None) -> None:
         """Write what makes the folder a dataset for `datasets` and for SAELens; state.json comes last."""
-        from sae_lens import __version__ as sae_lens_version
-        from sae_lens.pretokenize_runner import PretokenizedDatasetMetadata
+        from sae_lens.pretokenize_runner import PretokenizeRunnerConfig, metadata_from_config
 
-        metadata = PretokenizedDatasetMetadata(
-            sae_lens_version=sae_lens_version,
+        config = PretokenizeRunnerConfig(
             tokenizer_name=tokenizer_name,
-            original_dataset=self.stream.corpus,
-            original_dataset_name=None,
-            original_split=self.stream.reader.split,
-            original_data_files=None,
-            original_column_name="text",
+            dataset_path=self.stream.corpus,
+            split=self.stream.reader.split,
             context_size=self.packer.context_size,
-            shuffled=False,
+            shuffle=False,
             seed=self.stream.reader.seed,
             begin_batch_token=bos,  # pyright: ignore[reportArgumentType]
-            begin_sequence_token=None,
             sequence_separator_token=separator,  # pyright: ignore[reportArgumentType]
-            disable_concat_sequences=False,
         )
         info = {"citation": "", "description": "", "features": _features().to_dict(), "homepage": "", "license": ""}
         names = [{"filename": f"data-{i:05d}.arrow"} for i in range(len(self.shards))]
         state = {"_data_files": names, "_fingerprint": fingerprint(self.shards), "_format_columns": ["input_ids"]}
         state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
         with disk_errors(self.out):
-            write_json(self.out / SAELENS_FILE, metadata.__dict__)
+            write_json(self.out / SAELENS_FILE, metadata_from_config(config).__dict__)
             write_json(self.out / "counts.json", read_json(self.out / PRETOKENIZED)["position"]["counts"])
             write_json(self.out / "dataset_info.json", info)
             write_json(self.out / "state.json", state)
@@ -285,4 +277,4 @@ class PretokenizedCorpus:
     @property
     def counts(self) -> Counts:
         """What a folder of ours kept and dropped."""
-        return Counts().load(read_json(self.folder / "counts.json"))
+        return Counts(read_json(self.folder / "counts.json"))

@@ -12,6 +12,7 @@ uninterrupted one would have yielded from there.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sae_italian.base.errors import DataError, UsageError, nearest
-from sae_italian.base.storage import fingerprint, read_json, write_json
+from sae_italian.base.labels import labels
+from sae_italian.base.storage import fingerprint
 from sae_italian.corpora import catalogue, hub
 from sae_italian.corpora.filters import Filters, Sieve
 from sae_italian.corpora.locate import MICRO_ITALIANO, hub_shards, local_shards
-from sae_italian.corpora.rows import BadShard, Counts, Reading, Row, Shard, rows
+from sae_italian.corpora.rows import Broken, Row, Shard, rows
 
 Split = Literal["train", "heldout", "all"]
 SPLITS = ("train", "heldout", "all")
@@ -37,10 +39,46 @@ class TextDocument(NamedTuple):
     source: str
 
 
+OTHER_SPLIT = TextDocument("", "", "")  # a document that is known not to be of the split that is read
+
+
 def is_held_out(text: str) -> bool:
     """Return whether a document belongs to the held-out 5 %, by the hash of its text alone."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 1000 < HELD_OUT_PERMILLE
+
+
+class Counts:
+    """Documents read and kept, characters kept; documents or files dropped, by reason; documents mended."""
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self.read = self.kept = self.characters = 0
+        self.dropped: Counter[str] = Counter()
+        self.mended: Counter[str] = Counter()
+        self.load(state or self.as_dict())
+
+    def drop(self, reason: str, documents: int = 1) -> None:
+        """Count what is dropped for a reason of the labels "dropped": a document, or a file (0 documents)."""
+        self.read += documents
+        self.dropped[reason] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, as JSON."""
+        totals = {"read": self.read, "kept": self.kept, "characters": self.characters}
+        return {**totals, "dropped": dict(sorted(self.dropped.items())), "mended": dict(sorted(self.mended.items()))}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `as_dict` returned."""
+        self.read, self.kept, self.characters = state["read"], state["kept"], state["characters"]
+        self.dropped, self.mended = Counter(state["dropped"]), Counter(state["mended"])
+
+    def lines(self) -> str:
+        """Return one line a count, with what each reason means."""
+        lines = [f"{'read':18} {self.read:>12,}", f"{'kept':18} {self.kept:>12,}  {self.characters:,} characters"]
+        for kind, counter in (("dropped", self.dropped), ("mended", self.mended)):
+            meanings = labels(kind).items()
+            lines += [f"{name:18} {counter[name]:>12,}  {kind}: {text}" for name, text in meanings if counter[name]]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -69,11 +107,6 @@ class Reader:
             raise UsageError(f"on_broken is {self.on_broken!r}; it must be 'refuse' or 'skip'.")
         if self.max_chars < 1:
             raise UsageError(f"max_chars is {self.max_chars}; it must be 1 or more.")
-
-
-# --- MicroItaliano ---------------------------------------------------------------------------------------------------
-
-OTHER_SPLIT = TextDocument("", "", "")  # a document that is known not to be of the split that is read
 
 
 def _micro(seed: int, index: int) -> TextDocument:
@@ -110,27 +143,24 @@ class _MicroItaliano:
         return {"name": MICRO_ITALIANO, "seed": self.seed}
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 class _Files:
     """The documents of some shards, one shard after the other; rows without text are dropped and counted."""
 
-    def __init__(self, name: str, shards: list[Shard], reading: Reading, min_chars: int = 0):
-        self.name, self.shards, self.reading, self.min_chars = name, shards, reading, min_chars
+    def __init__(self, name: str, shards: list[Shard], reader: Reader, counts: Counts, columns: tuple[str, ...]):
+        self.name, self.shards, self.columns = name, shards, columns
+        self.skip_broken, self.counts = reader.on_broken == "skip", counts
+        self.min_chars, self.max_chars = 0, reader.max_chars
         self.shard = self.row = 0  # of the next document
         self._rows: Iterator[Row] | None = None
 
     def __next__(self) -> TextDocument:
         while self.shard < len(self.shards):
             shard = self.shards[self.shard]
-            self._rows = self._rows or rows(shard, self.reading, self.row)
-            try:
-                row = next(self._rows, None)
-            except BadShard as error:
-                self._refuse_or_count(error)
-                row = None
-            if row is None:
+            self._rows = self._rows or rows(shard, self.columns, self.row)
+            row = next(self._rows, None)
+            if row is None or row.number is None:
+                if row is not None:
+                    self._broken(row.text, documents=0)
                 self.shard, self.row, self._rows = self.shard + 1, 0, None
                 continue
             self.row = row.number + 1
@@ -140,35 +170,31 @@ class _Files:
                 return TextDocument(text, f"{shard.name}:{row.number}", source)
         raise StopIteration
 
-    def _refuse_or_count(self, error: BadShard) -> None:
-        if self.reading.skip_broken:
-            self.reading.counts.drop(error.reason)
-        elif "has no column" in str(error):
-            raise UsageError(str(error)) from error
-        else:
-            raise DataError(
-                f"{error}. {self.row:,} of its rows were read. Get it again and resume, or skip it (on_broken=skip)."
-            ) from error
+    def _broken(self, broken: Broken, documents: int = 1) -> None:
+        if not self.skip_broken:
+            raise DataError(broken.message)
+        self.counts.drop(broken.reason, documents)
 
     def _text(self, shard: Shard, row: Row) -> str | None:
         """Return the text of a row, mended; None when there is none, the reason counted."""
-        counts, text = self.reading.counts, row.text
-        if not isinstance(text, str):
-            if text is not None:  # else the reader has counted it
-                counts.drop("not_text")
-            return None
-        if "\x00" in text:
+        text = row.text
+        if isinstance(text, str) and "\x00" in text:
             text = text.replace("\x00", "")
-            counts.mended["nul_bytes"] += 1
-        if "\ufffd" in text:
-            counts.mended["broken_utf8"] += 1
-        if not text.strip():
-            counts.drop("empty")
-        elif len(text) > self.reading.max_chars:
-            self.reading.broken("too_long", f"{shard}, row {row.number}: {len(text):,} characters.")
+            self.counts.mended["nul_bytes"] += 1
+        if isinstance(text, Broken):
+            self._broken(text)
+        elif not isinstance(text, str):
+            self.counts.drop("not_text")
+        elif not text.strip():
+            self.counts.drop("empty")
+        elif len(text) > self.max_chars:
+            why = f"{shard}, row {row.number}: longer than {self.max_chars:,} characters. Skip it (on_broken=skip)."
+            self._broken(Broken("too_long", why))
         elif len(text) < self.min_chars:
-            counts.drop("too_short")
-        else:  # lone surrogates, which JSON can spell, no tokenizer can read
+            self.counts.drop("too_short")
+        else:
+            self.counts.mended.update(["broken_utf8"] if "\ufffd" in text else [])
+            # lone surrogates, which JSON can spell, no tokenizer can read
             return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
         return None
 
@@ -191,25 +217,24 @@ def _open(name: str, reader: Reader, counts: Counts) -> _MicroItaliano | _Files:
     """Return the raw documents of one corpus."""
     if name == MICRO_ITALIANO:
         return _MicroItaliano(reader.seed, reader.split)
-    columns, max_chars, min_chars, shuffled = (reader.text_column,), reader.max_chars, 0, reader.shuffle_shards
+    found = _Files(name, [], reader, counts, (reader.text_column,))
+    shuffled = reader.shuffle_shards
     located = None if Path(name).expanduser().exists() else catalogue.find(name)
     if located is not None:
         entry, route = located
-        shards = hub_shards(route, entry.name, entry.name)
-        columns = columns if reader.text_column != "text" else route.text_columns or entry.text_columns
-        max_chars, min_chars = min(max_chars, entry.max_chars or max_chars), entry.min_chars
+        found.shards = hub_shards(route, entry.name, entry.name)
+        if reader.text_column == "text":
+            found.columns = route.text_columns or entry.text_columns
+        found.min_chars, found.max_chars = entry.min_chars, min(reader.max_chars, entry.max_chars or reader.max_chars)
         shuffled = entry.shuffle_shards if shuffled is None else shuffled
     elif name.startswith("hf://"):
         route = hub.route_of_url(name)
-        shards = hub_shards(route, name, route.hub.rpartition("/")[2])
+        found.shards = hub_shards(route, name, route.hub.rpartition("/")[2])
     else:
-        shards = local_shards(Path(name).expanduser())
+        found.shards = local_shards(Path(name).expanduser())
     if shuffled:
-        shards = sorted(shards, key=lambda shard: fingerprint([reader.seed, shard.name]))
-    return _Files(name, shards, Reading(columns, reader.on_broken == "skip", counts, max_chars), min_chars)
-
-
-# --- the stream ------------------------------------------------------------------------------------------------------
+        found.shards.sort(key=lambda shard: fingerprint([reader.seed, shard.name]))
+    return found
 
 
 def _weighted(corpus: str) -> tuple[list[str], list[float] | None]:
@@ -263,7 +288,9 @@ class CorpusStream:
             elif reason := self.sieve.reason_against(document.text):
                 self.counts.drop(reason)
             else:
-                self.counts.keep(document.text)
+                self.counts.read += 1
+                self.counts.kept += 1
+                self.counts.characters += len(document.text)
                 return document
         raise StopIteration
 
@@ -306,15 +333,3 @@ class CorpusStream:
         for part, part_state in zip(self.parts, state["parts"], strict=True):
             part.load(part_state)
         self.counts.load(state["counts"])
-
-    def save(self, folder: Path) -> None:
-        """Write the position into an existing folder; what duplicate removal remembers goes beside it."""
-        if self.sieve.remembers:
-            self.sieve.save(folder / "seen.npz")
-        write_json(folder / "position.json", self.state())
-
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
-        self.load_state(read_json(folder / "position.json"))
-        if self.sieve.remembers:
-            self.sieve.load(folder / "seen.npz")

@@ -99,9 +99,10 @@ def test_what_was_seen_is_resumed(tmp_path):
     assert len(whole) == 40
     first = CorpusStream(file, reader)
     begun = [next(first).doc_id for _ in range(25)]
-    first.save(tmp_path)
+    first.sieve.save(tmp_path / "seen.npz")
     second = CorpusStream(file, reader)
-    second.load(tmp_path)
+    second.load_state(first.state())
+    second.sieve.load(tmp_path / "seen.npz")
     assert begun + [d.doc_id for d in second] == whole
     assert second.counts.as_dict()["dropped"] == {"duplicate": 40}
 
