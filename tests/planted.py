@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from sae_italian.analysis.gold import _Words
 from sae_italian.base.storage import sha256_file
 from sae_italian.cache import FeatureCache, Manifest
-from sae_italian.cache.build import _transpose
-from sae_italian.cache.layout import acts_file
+from sae_italian.cache.build import transpose
+from sae_italian.cache.layout import shard_file
 from sae_italian.cache.stats import write_statistics
 
 
@@ -43,11 +43,11 @@ def planted_cache(
             "latent": latent[here].astype(np.uint16),
             "value": value[here].astype(np.float16),
         }
-        save_file(arrays, folder / acts_file(shard.index))
+        save_file(arrays, folder / shard_file("acts", shard.index))
         shard.nnz = int(here.sum())
-        shard.sha256[acts_file(shard.index)] = sha256_file(folder / acts_file(shard.index))
+        shard.sha256[shard_file("acts", shard.index)] = sha256_file(folder / shard_file("acts", shard.index))
         first += n
-    _transpose(folder, manifest)
+    transpose(folder, manifest)
     sae = types.SimpleNamespace(W_dec=torch.randn(len(positions), model.config.hidden_size))
     write_statistics(folder, manifest, sae, model)
     manifest.save(folder)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from sae_italian import micro_italiano
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.splits import PARTS, document_parts
+from sae_italian.cache.read import PARTS
 from sae_italian.corpora.documents import MICRO_ITALIANO
 from sae_italian.corpora.packing import NO_DOCUMENT
 
@@ -61,7 +61,9 @@ class _Words:
         starts = np.array([word.start for word in gold.words])
         base = len(self.doc_of_word)
         # A token belongs to the word that its last character lies in.
-        self.word_of_position[positions] = base + np.searchsorted(starts, cache.char_end[positions], side="left") - 1
+        self.word_of_position[positions] = (
+            base + np.searchsorted(starts, cache.whole("end")[positions], side="left") - 1
+        )
         for offset, word in enumerate(gold.words):
             inside = [span.labels["construction"] for span in gold.constructions if span.start <= word.start < span.end]
             for key in _labels(word.labels, inside, gold.register):
@@ -99,7 +101,7 @@ def gold_table(cache: FeatureCache, *, seed: int = 0) -> list[GoldResult]:
         return []
     words = _Words(cache)
     labels = words.matrix()
-    test = document_parts(cache, seed)[np.array(words.doc_of_word)] == PARTS.index("test")
+    test = cache.document_parts(seed)[np.array(words.doc_of_word)] == PARTS.index("test")
     covered = np.zeros(len(test), dtype=bool)
     covered[words.word_of_position[words.word_of_position >= 0]] = True
     choose, report = np.flatnonzero(covered & ~test), np.flatnonzero(covered & test)

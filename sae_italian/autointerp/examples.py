@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.protocols import Example, Negatives
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.splits import PARTS, Part, document_parts
+from sae_italian.cache.read import PARTS, Part
 from sae_italian.corpora.packing import NO_DOCUMENT
 
 LENGTH_STEP = 4  # tokens
@@ -69,7 +69,7 @@ class ExampleSource:
         self.linked: Bool[np.ndarray, " positions"] = np.zeros(n_positions, dtype=bool)
         same = (doc[1:] == doc[:-1]) & (doc[1:] != NO_DOCUMENT)
         self.linked[1:] = same & (np.arange(1, n_positions) % cache.manifest.context_size != 0)
-        part_of_doc = document_parts(cache, seed)
+        part_of_doc = cache.document_parts(seed)
         self.segment_part = part_of_doc[self.doc]
         # the segment of each position; -1 in segments too short to be an example, and at special tokens
         edges = np.zeros(n_positions + 1, dtype=np.int32)

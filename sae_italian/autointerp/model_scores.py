@@ -62,7 +62,7 @@ def score_with_models(
     Raises: UsageError when the store belongs to another cache, the tokenizer is not the cache's, or the explainer
     explained nothing.
     """
-    from sae_italian.cache.build import tokenizer_hash
+    from sae_italian.cache.layout import tokenizer_hash
 
     if tokenizer_hash(tokenizer) != cache.manifest.tokenizer_hash:
         raise UsageError(f"{cache.folder} was built with another tokenizer than the one given.")

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from sae_italian.autointerp.examples import LENGTH_STEP, Activity, Draw, ExampleSource
 from sae_italian.autointerp.neighbours import Neighbours
 from sae_italian.autointerp.protocols import SEGMENT_NEGATIVES, Negatives
-from sae_italian.cache.splits import PARTS, Part
+from sae_italian.cache.read import PARTS, Part
 
 TRIES = 16  # draws per positive before the source counts as exhausted
 MARK_SHARE = 0.3  # a token of a positive is marked from this share of its segment's maximum on

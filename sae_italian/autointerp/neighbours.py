@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from sae_italian.base.errors import DataError
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.layout import acts_file
+from sae_italian.cache.layout import shard_file
 
 N_NEIGHBOURS = 5
 _COLUMNS = {  # of the cache's table of statistics
@@ -85,7 +85,7 @@ def _token_major(cache: FeatureCache) -> scipy.sparse.csr_array | None:
     """Return the first shards' firings, SAMPLE tokens of them, as a 0/1 matrix [tokens, d_sae]; None without the files."""
     parts, n = [], 0
     for shard in cache.manifest.shards:
-        file = cache.folder / acts_file(shard.index)
+        file = cache.folder / shard_file("acts", shard.index)
         if not file.is_file():
             return None
         try:

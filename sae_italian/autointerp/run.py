@@ -74,7 +74,7 @@ def run_autointerp(
 
     Raises: UsageError when the tokenizer is not the cache's, or the store belongs to another cache or configuration.
     """
-    from sae_italian.cache.build import tokenizer_hash
+    from sae_italian.cache.layout import tokenizer_hash
 
     config = config or AutointerpConfig()
     if tokenizer_hash(tokenizer) != cache.manifest.tokenizer_hash:

@@ -17,7 +17,7 @@ from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.scorers.by_rule import Judged, RuleScorer
 from sae_italian.autointerp.store import Explanation
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.splits import Part
+from sae_italian.cache.read import Part
 
 LEAST_POSITIVES: dict[Part, int] = {"train": 10, "val": 5, "test": 10}
 

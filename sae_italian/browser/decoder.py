@@ -13,7 +13,7 @@ from sae_italian.analysis.geometry.directions import nearest_directions
 from sae_italian.analysis.geometry.map import map_of
 from sae_italian.base.errors import UsageError
 from sae_italian.browser.schema import Record
-from sae_italian.cache.lens import final_gain
+from sae_italian.cache.related import final_gain
 
 BINS = 40
 BLOCK = 64  # latents whose logits are counted at a time

@@ -1,4 +1,4 @@
-"""The feature cache: build, on-disk layout, reading one latent, statistics."""
+"""The feature cache: build, on-disk layout, reading one latent, its passages, statistics."""
 
 from sae_italian.cache.build import build_cache, build_caches
 from sae_italian.cache.layout import Manifest, verify

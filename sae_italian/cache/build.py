@@ -7,19 +7,19 @@ continues after the last finished unit, and ends with the same bytes wherever an
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import claim_folder, disk_errors, fingerprint, locked, package_versions, remove
 from sae_italian.cache.encode import EncodeJob, encode_shard
-from sae_italian.cache.layout import MANIFEST, Manifest, acts_file
+from sae_italian.cache.layout import MANIFEST, Manifest, config_hash, tokenizer_hash
+from sae_italian.cache.stats import write_statistics
 from sae_italian.cache.tokens import share_tokens, write_token_shards
 from sae_italian.cache.transpose import plan_ranges, transpose_range, write_missing_runs
 from sae_italian.corpora import Split
@@ -32,18 +32,8 @@ KIND = "cache"
 WINDOWS_PER_SHARD, TOKENS_PER_SHARD = 512, 2**17
 SAVE_EVERY = 2.0  # seconds between two writings of the manifest
 
-Unit = TypeVar("Unit")
-Record = TypeVar("Record")
-
-
-class UnitMap(Protocol):
-    """Does `function` on every unit, anywhere and in any order; yields the records as they come."""
-
-    def __call__(self, function: Callable[[Unit], Record], units: Sequence[Unit]) -> Iterable[Record]: ...
-
-
-def in_this_process(function: Callable[[Unit], Record], units: Sequence[Unit]) -> Iterable[Record]:
-    return map(function, units)
+# Does a function on every unit, anywhere and in any order; yields the records as they come. `map` is one.
+UnitMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 def build_cache(
@@ -71,7 +61,7 @@ def build_caches(
     sae_names: Sequence[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    run_units: UnitMap = in_this_process,
+    run_units: UnitMap = map,
 ) -> list[Path]:
     """Cache the latents of several SAEs of one model on the same text, with one forward pass for all; return the folders.
 
@@ -101,27 +91,25 @@ def build_caches(
         "split": split,
         "n_tokens_asked": n_tokens,
         "context_size": context,
-        "windows_per_shard": windows_per_shard or max(1, min(WINDOWS_PER_SHARD, TOKENS_PER_SHARD // context)),
+        "windows_per_shard": windows_per_shard or default_windows(context),
         "versions": package_versions(),
     }
     manifests = [_manifest(sae, name, shared) for sae, name in zip(saes, sae_names, strict=True)]
     with locked(folders), disk_errors(folders[0]):
         for i, folder in enumerate(folders):
-            earlier = claim_folder(folder, KIND, manifests[i].identity(), resume=resume, overwrite=overwrite)
-            if earlier and (folder / MANIFEST).is_file():
-                manifests[i] = Manifest.load(folder)
+            manifests[i] = claim_cache(folder, manifests[i], resume=resume, overwrite=overwrite)
         _tokens(folders, manifests, model.tokenizer)
         _encode(folders, manifests, saes, model, run_units)
         for sae, folder, manifest in zip(saes, folders, manifests, strict=True):
             if not manifest.complete:
-                _finish(sae, model, folder, manifest, run_units)
+                finish_cache(folder, manifest, sae, model, run_units)
             remove(folder / "runs")
     return folders
 
 
-def folder_names(saes: Sequence[Any]) -> list[str]:
-    """Return a folder name for each of several SAEs: where it reads, its width and its weights' hash."""
-    return [f"{sae.cfg.metadata.hook_name}-{sae.cfg.d_sae}-{weights_hash(sae)[:8]}" for sae in saes]
+def default_windows(context_size: int) -> int:
+    """Return how many windows a shard has by default: a shard is the unit of work and of memory."""
+    return max(1, min(WINDOWS_PER_SHARD, TOKENS_PER_SHARD // context_size))
 
 
 def _manifest(sae: Any, name: str, shared: dict[str, Any]) -> Manifest:
@@ -138,15 +126,10 @@ def _manifest(sae: Any, name: str, shared: dict[str, Any]) -> Manifest:
     )
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Return a SHA-256 of the fast tokenizer's whole definition."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-
-
-def config_hash(sae: Any) -> str:
-    """Return a hash of an SAE's configuration: what decides its latents beside the weights, such as k."""
-    values = {key: value for key, value in sae.cfg.to_dict().items() if key not in ("metadata", "device")}
-    return fingerprint(values)
+def claim_cache(folder: Path, manifest: Manifest, *, resume: bool, overwrite: bool) -> Manifest:
+    """Make `folder` that of the cache; return the manifest, as an earlier build left it where one is continued."""
+    earlier = claim_folder(folder, KIND, manifest.identity(), resume=resume, overwrite=overwrite)
+    return Manifest.load(folder) if earlier and (folder / MANIFEST).is_file() else manifest
 
 
 def _tokens(folders: list[Path], manifests: list[Manifest], tokenizer: Any) -> None:
@@ -166,60 +149,51 @@ def _encode(
     if not todo:
         return
     job = EncodeJob(tuple(folders[i] for i in todo), tuple(saes[i] for i in todo), model)
-    shards = manifests[todo[0]].shards
-    missing = [n for n in range(len(shards)) if not all(manifests[i].shards[n].encoded for i in todo)]
     of_folder = {folders[i]: manifests[i] for i in todo}
-    n_tokens = manifests[todo[0]].n_positions
-    with _Progress("encode", n_tokens, "tok", {folders[i]: manifests[i] for i in todo}) as progress:
-        progress.bar.update(n_tokens - sum(shards[n].n_windows for n in missing) * manifests[todo[0]].context_size)
-        for records in run_units(partial(encode_shard, job), missing):
-            for record in records:
-                shard = of_folder[record.folder].shards[record.index]
-                shard.nnz, shard.n_wide = record.nnz, record.n_wide
-                shard.sha256[acts_file(record.index)] = record.sha256
-            progress.done(shards[records[0].index].n_windows * manifests[todo[0]].context_size)
+    n_shards = len(manifests[todo[0]].shards)
+    missing = [n for n in range(n_shards) if not all(manifests[i].shards[n].encoded for i in todo)]
+    with_bar = as_they_come(run_units(partial(encode_shard, job), missing), "encode", "shard", len(missing), of_folder)
+    for records in with_bar:
+        for record in records:
+            record.enter(of_folder[record.folder].shards[record.index])
 
 
-def _transpose(out: Path, manifest: Manifest, run_units: UnitMap = in_this_process) -> None:
+def transpose(out: Path, manifest: Manifest, run_units: UnitMap = map) -> None:
     """Write the latent-major files that the manifest does not name yet."""
     write_missing_runs(out, manifest)
     there = {item.first for item in manifest.ranges}
     missing = [bounds for bounds in plan_ranges(out, manifest) if bounds[0] not in there]
-    with _Progress("transpose", len(missing), "range", {out: manifest}) as progress:
-        for item in run_units(partial(transpose_range, out, manifest.model_copy(deep=True)), missing):
-            manifest.ranges = sorted([*manifest.ranges, item], key=lambda item: item.first)
-            progress.done(1)
+    items = run_units(partial(transpose_range, out, manifest.model_copy(deep=True)), missing)
+    for item in as_they_come(items, "transpose", "range", len(missing), {out: manifest}):
+        manifest.ranges = sorted([*manifest.ranges, item], key=lambda item: item.first)
 
 
-def _finish(sae: Any, model: Any, out: Path, manifest: Manifest, run_units: UnitMap) -> None:
-    from sae_italian.cache.stats import write_statistics
-
-    _transpose(out, manifest, run_units)
+def finish_cache(out: Path, manifest: Manifest, sae: Any, model: Any, run_units: UnitMap = map) -> None:
+    """Do the third and fourth pass, after which the cache is complete; without SAE and model no decoder is read."""
+    transpose(out, manifest, run_units)
     write_statistics(out, manifest, sae, model)
     manifest.complete = True
     manifest.save(out)
 
 
-class _Progress:
-    """A bar, and the manifests saved every SAVE_EVERY seconds and at the end: what is lost with a kill is done again."""
+def as_they_come(
+    records: Iterable[Any], what: str, unit: str, total: int, manifests: dict[Path, Manifest]
+) -> Iterator[Any]:
+    """Yield the records behind a bar; the manifests that they are entered into are saved now and then, and at the end.
 
-    def __init__(self, what: str, total: int, unit: str, manifests: dict[Path, Manifest]):
-        self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "tok", disable=None)
-        self.manifests, self.saved = manifests, time.monotonic()
+    What was done since the last saving is done again after a kill.
+    """
+    saved = time.monotonic()
+    try:
+        for record in tqdm(records, total=total, desc=what, unit=unit, disable=None):
+            yield record
+            if time.monotonic() - saved > SAVE_EVERY:
+                saved = time.monotonic()
+                _save(manifests)
+    finally:
+        _save(manifests)
 
-    def __enter__(self) -> _Progress:
-        return self
 
-    def done(self, amount: int) -> None:
-        self.bar.update(amount)
-        if time.monotonic() - self.saved > SAVE_EVERY:
-            self._save()
-
-    def _save(self) -> None:
-        for folder, manifest in self.manifests.items():
-            manifest.save(folder)
-        self.saved = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-        self._save()
+def _save(manifests: dict[Path, Manifest]) -> None:
+    for folder, manifest in manifests.items():
+        manifest.save(folder)

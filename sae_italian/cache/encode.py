@@ -5,19 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_italian.base.errors import DataError
-from sae_italian.cache.layout import acts_file, halves, read_arrays, smallest_uint, tokens_file, write_arrays
+from sae_italian.cache.layout import ShardRecord, halves, map_arrays, shard_file, smallest_uint, write_arrays
 from sae_italian.cache.transpose import write_run
 from sae_italian.corpora.packing import special_mask
 from sae_italian.models.activations import read_many
@@ -36,6 +34,11 @@ class ActsRecord(NamedTuple):
     nnz: int
     n_wide: int
     sha256: str
+
+    def enter(self, shard: ShardRecord) -> None:
+        """Write it into the shard's record of the manifest."""
+        shard.nnz, shard.n_wide = self.nnz, self.n_wide
+        shard.sha256[shard_file("acts", self.index)] = self.sha256
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def encode_shard(job: EncodeJob, index: int) -> list[ActsRecord]:
 
     Raises: DataError for a token shard that cannot be read, and for an SAE that gives NaN or infinity.
     """
-    tokens = read_arrays(job.folders[0], tokens_file(index), ("tokens",))["tokens"].astype(np.int64)
+    tokens = map_arrays(job.folders[0] / shard_file("tokens", index))["tokens"].astype(np.int64)
     special = special_mask(tokens, job.model.tokenizer)
     hooks = [sae.cfg.metadata.hook_name for sae in job.saes]
     parts: list[list[Sparse]] = [[] for _ in job.saes]
@@ -104,7 +107,7 @@ def write_activations(folder: Path, index: int, sparse: Sparse, d_sae: int) -> A
         "latent": sparse.latent.astype(smallest_uint(d_sae - 1)),
         **halves(sparse.value),
     }
-    digest = write_arrays(folder, acts_file(index), arrays)
+    digest = write_arrays(folder, shard_file("acts", index), arrays)
     write_run(folder, index, arrays, d_sae)
     return ActsRecord(folder, index, len(sparse.value), len(arrays["wide_at"]), digest)
 
@@ -118,20 +121,19 @@ def encode_sparse(sae: Any, x: Float[Tensor, "tokens d_in"], silent: np.ndarray)
     A TopK SAE is read before its activation function: the k largest are taken as they are, and the dense result with
     its zeros is never made.
     """
-    rows = max(1, CHUNK_BYTES // (4 * sae.cfg.d_sae))
-    k = topk_of(sae)
-    parts = []
-    with _without_activation(sae) if k else _as_it_is():
-        for chunk, mute in zip(
-            x.to(sae.device, sae.dtype).split(rows), np.array_split(silent, _cuts(len(x), rows)), strict=True
-        ):
-            dense = sae.encode(chunk)
+    rows, k = max(1, CHUNK_BYTES // (4 * sae.cfg.d_sae)), topk_of(sae)
+    activation, parts = getattr(sae, "activation_fn", None), []
+    try:
+        if k:
+            sae.activation_fn = torch.nn.Identity()
+        for first in range(0, max(1, len(x)), rows):
+            mute = silent[first : first + rows]
+            dense = sae.encode(x[first : first + rows].to(sae.device, sae.dtype))
             parts.append(Sparse(*top_positive(dense, k, mute)) if k else _positive(dense, mute))
+    finally:
+        if k:
+            sae.activation_fn = activation
     return joined(parts)
-
-
-def _cuts(n: int, step: int) -> list[int]:
-    return list(range(step, n, step))
 
 
 def topk_of(sae: Any) -> int | None:
@@ -142,23 +144,7 @@ def topk_of(sae: Any) -> int | None:
     return int(sae.activation_fn.k) if plain and type(sae.activation_fn) is TopK else None
 
 
-@contextmanager
-def _without_activation(sae: Any) -> Iterator[None]:
-    """Let `sae.encode` return what its activation function would be given."""
-    original = sae.activation_fn
-    sae.activation_fn = torch.nn.Identity()
-    try:
-        yield
-    finally:
-        sae.activation_fn = original
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
-def _positive(acts: Float[Tensor, "tokens d_sae"], mute: np.ndarray) -> Sparse:
+def _positive(acts: Float[Tensor, "tokens d_sae"], mute: Bool[np.ndarray, " tokens"]) -> Sparse:
     acts = acts.clamp_(min=0)
     acts[torch.from_numpy(mute).to(acts.device)] = 0
     rows, columns = acts.nonzero(as_tuple=True)

@@ -1,116 +1,294 @@
-"""A cache made of activations that were computed elsewhere: they become shards, and the usual passes do the rest."""
+"""A Delphi cache (see exports.py) read into a feature cache. What Delphi does not keep, an import cannot give back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
-from safetensors import safe_open
-from tqdm import tqdm
+from jaxtyping import Bool, Int
 
-from sae_italian.base.storage import claim_folder, locked, remove, sha256_file
-from sae_italian.cache.build import KIND, WINDOWS_PER_SHARD, in_this_process
-from sae_italian.cache.build import _transpose as transpose
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import fingerprint, locked, package_versions, remove
+from sae_italian.cache.build import as_they_come, claim_cache, default_windows, finish_cache
 from sae_italian.cache.encode import Sparse, write_activations
-from sae_italian.cache.layout import MANIFEST, STATS, Manifest, acts_file, smallest_uint, write_arrays
+from sae_italian.cache.layout import FP16_MAX, Manifest, config_hash, map_arrays, tokenizer_hash
 from sae_italian.cache.tokens import write_token_shard
-from sae_italian.corpora import PackedBlock
+from sae_italian.corpora import PackedBlock, TextDocument
+from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
+from sae_italian.models.hooks import parse_hook_name
+from sae_italian.saes import weights_hash
+
+LOST = (
+    "documents: Delphi keeps none, so every stretch of text between special tokens of a window stands as a document, "
+    "and no split by document is a true one",
+    "activations at or below 1e-5",
+    "the corpus's revision, and for values beyond fp16 their size",
+)
+UNFINISHED = "\ufffd"  # what decoding gives for a part of a character
+_INTEGERS = ("int64", "int32", "uint32", "uint16")
 
 
-class Part(NamedTuple):
-    """Some of the activations, in any order: of some latents over the whole text."""
+class Imported(NamedTuple):
+    """The cache, and what is not in it that was in the run it comes from, one line each."""
 
-    position: Int[np.ndarray, " nnz"]
-    latent: Int[np.ndarray, " nnz"]
-    value: Float[np.ndarray, " nnz"]  # positive
+    folder: Path
+    lost: list[str]
 
 
-def import_cache(
-    out: Path,
-    manifest: Manifest,
-    blocks: Callable[[], Iterable[PackedBlock]],
-    parts: Callable[[], Iterable[Part]],
-    statistics: Callable[[Path, Manifest], None],
+class DelphiSplit:
+    """One file of a Delphi cache, mapped: latents first to last (inclusive) over the whole text."""
+
+    def __init__(self, file: Path):
+        first, _, last = file.stem.partition("_")
+        if not (first.isdigit() and last.isdigit()):
+            raise DataError(f"{file} is no split of a Delphi cache: FIRST_LAST.safetensors was expected.")
+        self.file, self.first, self.last = file, int(first), int(last)
+
+    def load(self, name: str, kinds: tuple[str, ...]) -> np.ndarray:
+        """Return one array. Raises DataError naming the file when it cannot be read or has another type."""
+        arrays = map_arrays(self.file, "Copy it again from where it was made.")
+        if name not in arrays:
+            hint = " Save it again with save_tokens=True." if name == "tokens" else ""
+            raise DataError(f"{self.file} holds no {name}.{hint}")
+        if arrays[name].dtype.name not in kinds:
+            raise DataError(f"{self.file}: {name} is {arrays[name].dtype.name}, {' or '.join(kinds)} was expected.")
+        return arrays[name]
+
+    def check(self, n_windows: int, context: int, windows_per_shard: int) -> tuple[int, int]:
+        """Find where each shard begins; return how many activations are not positive, and how many are infinite.
+
+        Raises: DataError for what lies outside of the tokens or the split, and for another order than the text's.
+        """
+        self.locations = self.load("locations", ("uint16", "uint32", "int32", "int64"))
+        self.values = values = self.load("activations", ("float16", "float32"))
+        found = self.locations.shape
+        if len(found) != 2 or found[1] != 3 or found[0] != len(values) or values.ndim != 1:
+            raise DataError(f"{self.file}: locations {list(found)} do not fit {list(values.shape)} activations.")
+        limits, largest = (n_windows, context, self.last - self.first + 1), self.locations.max(axis=0, initial=0)
+        if self.locations.min(initial=0) < 0 or (largest >= limits).any():
+            raise DataError(
+                f"{self.file}: locations reach {largest.tolist()}, beyond {limits[0]} windows of "
+                f"{limits[1]} tokens and {limits[2]} latents."
+            )
+        if np.isnan(values).any():
+            raise DataError(f"{self.file}: {int(np.isnan(values).sum())} activations are NaN.")
+        window = self.locations[:, 0].astype(np.int64)
+        if (np.diff(window) < 0).any():
+            raise DataError(f"{self.file}: its locations are not in the order of the text, as Delphi writes them.")
+        self.edges = np.searchsorted(window, np.arange(0, n_windows + windows_per_shard, windows_per_shard)).tolist()
+        return int((values <= 0).sum()), int(np.isposinf(values).sum())
+
+
+def import_delphi(
+    source: str | Path,
+    out: str | Path,
     *,
+    tokenizer: Any = None,
+    sae: Any = None,
+    sae_name: str = "",
+    model: Any = None,
     resume: bool = False,
     overwrite: bool = False,
-) -> Path:
-    """Write the cache that `manifest` describes in `out` and return it; one part or one shard is in memory at a time.
+) -> Imported:
+    """Read the cache of one hookpoint (the folder with its splits and config.json) into the folder `out`.
 
-    `blocks` gives the text, `windows_per_shard` windows each, and `statistics` writes the table of statistics.
-    Raises: UsageError when `out` holds another run or is being written.
+    With `tokenizer` (or `model`, which has one) text and offsets are rebuilt by decoding whole windows; without, tokens
+    have no text. With `sae` and `model` the statistics hold decoder neighbours and promoted tokens.
+    Raises: UsageError when `source` is no Delphi cache or does not fit; DataError naming a damaged or mismatched file.
     """
+    source, out = Path(source), Path(out)
+    tokenizer = tokenizer or getattr(model, "tokenizer", None)
+    splits, config = find_splits(source), _config(source)
+    tokens = _tokens(splits, config, source)
+    if tokenizer is not None and int(tokens.max(initial=0)) >= len(tokenizer):
+        raise UsageError(
+            f"{source} holds token {int(tokens.max())}, the tokenizer has {len(tokenizer)}: it is another model's. "
+            f"Give that of {config['model_name']}."
+        )
+    d_sae = splits[-1].last + 1
+    if sae is not None and sae.cfg.d_sae != d_sae:
+        raise UsageError(f"{source} holds {d_sae} latents, the SAE {sae.cfg.d_sae}: it is another SAE.")
+    manifest = _manifest(source, config, tokens, d_sae, sae, sae_name, tokenizer)
+    n_windows, context = tokens.shape
+    checked = [split.check(n_windows, context, manifest.windows_per_shard) for split in splits]
     with locked([out]):
-        earlier = claim_folder(out, KIND, manifest.identity(), resume=resume, overwrite=overwrite)
-        if earlier and (out / MANIFEST).is_file():
-            manifest = Manifest.load(out)
-        if manifest.complete:
-            return out
-        if not manifest.tokens_complete:
-            blocks_left = tqdm(blocks(), desc="tokens", unit="shard", disable=None)
-            manifest.shards = [write_token_shard(out, index, block) for index, block in enumerate(blocks_left)]
-            manifest.tokens_complete = True
-            manifest.save(out)
-        _write_activations(out, manifest, parts)
-        transpose(out, manifest, in_this_process)
-        statistics(out, manifest)
-        manifest.stats_sha256 = sha256_file(out / STATS)
-        manifest.complete = True
-        manifest.save(out)
+        manifest = claim_cache(out, manifest, resume=resume, overwrite=overwrite)
+        if not manifest.complete:
+            if not manifest.tokens_complete:
+                blocks = enumerate(decoded_blocks(tokens, manifest.windows_per_shard, tokenizer))
+                manifest.shards = [write_token_shard(out, index, block) for index, block in blocks]
+                manifest.tokens_complete = True
+                manifest.save(out)
+            missing = [shard.index for shard in manifest.shards if not shard.encoded]
+            written = (write_activations(out, n, _shard(splits, manifest, n), d_sae) for n in missing)
+            for record in as_they_come(written, "activations", "shard", len(missing), {out: manifest}):
+                record.enter(manifest.shards[record.index])
+            finish_cache(out, manifest, sae, model)
         remove(out / "runs")
-    return out
+    return Imported(out, _lost(checked, sae, tokenizer))
 
 
-def windows_per_shard(context_size: int) -> int:
-    return max(1, min(WINDOWS_PER_SHARD, 2**17 // context_size))
+def _lost(checked: list[tuple[int, int]], sae: Any, tokenizer: Any) -> list[str]:
+    n_negative, n_infinite = (sum(counts) for counts in zip(*checked, strict=True))
+    lost: list[str] = list(LOST)
+    if tokenizer is None:
+        lost.append("text and offsets: give --model, whose tokenizer decodes the windows")
+    if sae is None:
+        lost.append("the SAE's weights hash, decoder neighbours and promoted tokens: give --sae and --model")
+    if n_negative:
+        lost.append(f"{n_negative:,} activations that are not positive")
+    if n_infinite:
+        lost.append(f"the size of {n_infinite:,} infinite activations, which stand as {FP16_MAX:.0f}")
+    return lost
 
 
-def _write_activations(out: Path, manifest: Manifest, parts: Callable[[], Iterable[Part]]) -> None:
-    """Sort every part by position into a file of its own, then take from all of them shard after shard."""
-    if all(shard.encoded for shard in manifest.shards):
+def find_splits(source: Path) -> list[DelphiSplit]:
+    """Return the splits in order. Raises UsageError when there are none, DataError when latents are missing."""
+    files = source.glob("*.safetensors") if source.is_dir() else ()
+    splits = sorted((DelphiSplit(file) for file in files), key=lambda split: split.first)
+    if not splits:
+        raise UsageError(
+            f"{source} holds no split of a Delphi cache (FIRST_LAST.safetensors). Give the folder of one hookpoint, "
+            "such as results/NAME/latents/layers.5."
+        )
+    expected = 0
+    for split in splits:
+        if split.first != expected or split.last < split.first:
+            raise DataError(f"{source}: latent {expected} should begin a split, {split.file.name} comes next.")
+        expected = split.last + 1
+    return splits
+
+
+def _config(source: Path) -> dict[str, Any]:
+    file = source / "config.json"
+    if not file.is_file():
+        raise DataError(f"{file} is missing: Delphi writes one beside the splits, with the model's name.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config["model_name"], str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged: an object with model_name was expected ({error}).") from error
+    return config
+
+
+def _tokens(splits: list[DelphiSplit], config: dict[str, Any], source: Path) -> Int[np.ndarray, "windows context"]:
+    """Return the windows, the same in every split."""
+    tokens = splits[0].load("tokens", _INTEGERS)
+    for split in splits[1:]:
+        if not np.array_equal(split.load("tokens", _INTEGERS), tokens):
+            raise DataError(f"{split.file}: its tokens differ from those of {splits[0].file.name}.")
+    if tokens.ndim != 2 or not tokens.size or tokens.min() < 0:
+        raise DataError(f"{splits[0].file}: tokens of shape {list(tokens.shape)}; [windows, context] was expected.")
+    said = config.get("cache_ctx_len", config.get("ctx_len"))
+    if said not in (None, tokens.shape[1]):
+        raise DataError(f"{source / 'config.json'} says a context of {said}, the splits have {tokens.shape[1]} tokens.")
+    return tokens
+
+
+def _shard(splits: list[DelphiSplit], manifest: Manifest, index: int) -> Sparse:
+    """Return a shard's positive activations out of all splits, token by token."""
+    locations, values = [], []
+    for split in splits:
+        here = slice(*split.edges[index : index + 2])
+        locations.append(split.locations[here].astype(np.int64) + (0, 0, split.first))
+        values.append(split.values[here].astype(np.float32))
+    value = np.concatenate(values)
+    window, place, latent = np.concatenate(locations)[value > 0].T
+    value = np.where(np.isposinf(value), np.float32(FP16_MAX), value)[value > 0]
+    position = (window - index * manifest.windows_per_shard) * manifest.context_size + place
+    order = np.lexsort((latent, position))
+    counts = np.bincount(position, minlength=manifest.shards[index].n_windows * manifest.context_size)
+    return Sparse(counts, latent[order], value[order])
+
+
+def _manifest(
+    source: Path, config: dict[str, Any], tokens: np.ndarray, d_sae: int, sae: Any, sae_name: str, tokenizer: Any
+) -> Manifest:
+    try:
+        hook_name = parse_hook_name(source.name).name
+    except UsageError:
+        hook_name = source.name
+    said = {"tokens": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(), "config": config}
+    return Manifest(
+        model=config["model_name"],
+        sae=sae_name or f"Delphi's cache {source.resolve()}",
+        sae_hash=weights_hash(sae) if sae is not None else "",
+        sae_config_hash=config_hash(sae) if sae is not None else "",
+        tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer is not None else "",
+        hook_name=hook_name,
+        d_in=sae.cfg.d_in if sae is not None else 0,
+        d_sae=d_sae,
+        k=getattr(sae.cfg, "k", None) if sae is not None else None,
+        corpus=str(config.get("dataset_repo", "")),
+        corpus_hash=fingerprint(said),
+        text_column=str(config.get("dataset_column", "text")),
+        split=str(config.get("dataset_split", "all")),
+        n_tokens_asked=tokens.size,
+        context_size=tokens.shape[1],
+        windows_per_shard=default_windows(tokens.shape[1]),
+        versions=package_versions(),
+    )
+
+
+# --- text and offsets of windows of which only the tokens are known --------------------------------------------------
+
+
+def decoded_blocks(
+    tokens: Int[np.ndarray, "windows context"], windows_per_block: int, tokenizer: Any
+) -> Iterator[PackedBlock]:
+    """Yield blocks whose documents are the stretches between special tokens of a window, decoded as a whole.
+
+    Without a tokenizer every window is a document without text.
+    """
+    n_documents = 0
+    for first in range(0, len(tokens), windows_per_block):
+        here = tokens[first : first + windows_per_block]
+        doc = np.full(here.shape, NO_DOCUMENT, dtype=np.int64)
+        spans = np.zeros((*here.shape, 2), dtype=np.int64)
+        special = np.zeros(here.shape, dtype=bool) if tokenizer is None else special_mask(here, tokenizer)
+        places, documents = list(_stretches(special)), []
+        texts = _decoded([here[row, begin:stop].tolist() for row, begin, stop in places], tokenizer)
+        for (row, begin, stop), (text, own) in zip(places, texts, strict=True):
+            doc[row, begin:stop], spans[row, begin:stop] = n_documents + len(documents), own
+            name = f"window {first + row}" if tokenizer is None else f"window {first + row}, token {begin}"
+            documents.append(TextDocument(text, name, ""))
+        yield PackedBlock(here, doc, spans[..., 0], spans[..., 1], documents, n_documents)
+        n_documents += len(documents)
+
+
+def _stretches(special: Bool[np.ndarray, "windows context"]) -> Iterator[tuple[int, int, int]]:
+    """Yield (window, first token, end) of every stretch without special tokens."""
+    for row, mask in enumerate(special):
+        edges = np.flatnonzero(np.diff(np.concatenate([[True], mask, [True]])))
+        for begin, stop in edges.reshape(-1, 2).tolist():
+            yield row, begin, stop
+
+
+def _decoded(stretches: list[list[int]], tokenizer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each stretch's text and its tokens' spans: the tokenizer's own where it gives the same tokens again."""
+    if tokenizer is None or not stretches:
+        yield from [("", 0)] * len(stretches)
         return
-    edges = np.cumsum([0, *(shard.n_windows * manifest.context_size for shard in manifest.shards)])
-    pointers = [
-        _write_sorted(out, number, part, edges)
-        for number, part in enumerate(tqdm(parts(), desc="activations", unit="part", disable=None))
-    ]
-    for shard in tqdm(manifest.shards, desc="shards", unit="shard", disable=None):
-        taken = list(_of_shard(out, pointers, shard.index))
-        position = np.concatenate([part.position for part in taken]).astype(np.int64) - edges[shard.index]
-        latent = np.concatenate([part.latent for part in taken]).astype(np.int64)
-        order = np.lexsort((latent, position))
-        counts = np.bincount(position, minlength=shard.n_windows * manifest.context_size)
-        value = np.concatenate([part.value for part in taken])[order]
-        record = write_activations(out, shard.index, Sparse(counts, latent[order], value), manifest.d_sae)
-        shard.nnz, shard.n_wide = record.nnz, record.n_wide
-        shard.sha256[acts_file(shard.index)] = record.sha256
-    manifest.save(out)
+    texts = tokenizer.batch_decode(stretches, clean_up_tokenization_spaces=False)
+    again = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    for ids, text, found, spans in zip(stretches, texts, again["input_ids"], again["offset_mapping"], strict=True):
+        yield text, np.array(spans) if found == ids else spans_by_prefixes(ids, text, tokenizer)
 
 
-def _part_file(number: int) -> str:
-    return f"runs/part_{number:05d}.safetensors"
+def spans_by_prefixes(ids: list[int], text: str, tokenizer: Any) -> Int[np.ndarray, "tokens 2"]:
+    """Return the span of each token: what the decoded text grows by with it.
 
-
-def _write_sorted(out: Path, number: int, part: Part, edges: np.ndarray) -> Int[np.ndarray, " shards+1"]:
-    """Write one part in the order of the text; return where each shard begins in it."""
-    order = np.argsort(part.position, kind="stable")
-    arrays = {
-        "position": part.position[order].astype(np.uint64),
-        "latent": part.latent[order].astype(smallest_uint(int(part.latent.max(initial=0)))),
-        "value": part.value[order].astype(np.float32),
-    }
-    write_arrays(out, _part_file(number), arrays)
-    return np.searchsorted(arrays["position"], edges)
-
-
-def _of_shard(out: Path, pointers: list[np.ndarray], shard: int) -> Iterator[Part]:
-    for number, pointer in enumerate(pointers):
-        here = slice(int(pointer[shard]), int(pointer[shard + 1]))
-        with safe_open(out / _part_file(number), framework="numpy") as handle:
-            if here.start == here.stop:
-                yield Part(np.empty(0, np.uint64), np.empty(0, np.uint16), np.empty(0, np.float32))
-                continue
-            yield Part(*(handle.get_slice(name)[here] for name in Part._fields))
+    The tokens of one character that is split over several share its span.
+    """
+    prefixes = tokenizer.batch_decode([ids[: i + 1] for i in range(len(ids))], clean_up_tokenization_spaces=False)
+    ends = np.array([len(prefix.rstrip(UNFINISHED)) for prefix in prefixes])
+    ends = np.minimum(np.maximum.accumulate(ends), len(text))
+    starts = np.concatenate([[0], ends[:-1]])
+    unfinished = [i for i, prefix in enumerate(prefixes) if prefix.endswith(UNFINISHED) and ends[i] < len(text)]
+    ends[unfinished] += 1
+    return np.stack([starts, ends], axis=1)

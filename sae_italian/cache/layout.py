@@ -17,29 +17,33 @@ windows but the last. Token files of caches built together are hard links: each 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import atomic_path, read_json, sha256_file, write_json
+from sae_italian.base.storage import atomic_path, fingerprint, read_json, sha256_file, write_json
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 STATS = "stats.parquet"
 FP16_MAX = float(np.finfo(np.float16).max)
 FP16_TINY = np.finfo(np.float16).smallest_subnormal
+_DTYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Shard(_Record):
+class ShardRecord(_Record):
     """One shard: its tokens are written when the manifest names it, its activations when `sha256` names their file."""
 
     index: int
@@ -51,7 +55,7 @@ class Shard(_Record):
 
     @property
     def encoded(self) -> bool:
-        return acts_file(self.index) in self.sha256
+        return shard_file("acts", self.index) in self.sha256
 
 
 class LatentRange(_Record):
@@ -64,7 +68,7 @@ class LatentRange(_Record):
 
     @property
     def file(self) -> str:
-        return latents_file(self.first, self.last)
+        return f"latents/{self.first:05d}_{self.last:05d}.safetensors"
 
 
 class Manifest(_Record):
@@ -89,7 +93,7 @@ class Manifest(_Record):
     context_size: int
     windows_per_shard: int
     versions: dict[str, str]
-    shards: list[Shard] = []
+    shards: list[ShardRecord] = []
     ranges: list[LatentRange] = []
     tokens_complete: bool = False
     stats_sha256: str = ""
@@ -140,41 +144,46 @@ class Manifest(_Record):
         try:
             values: dict[str, Any] = read_json(file)
             version = values.get("schema_version")
-            if version != SCHEMA_VERSION:
-                raise DataError(
-                    f"{file}: schema version {version!r}, this program reads {SCHEMA_VERSION}. Build it again."
-                )
-            return cls(**values)
+            if version == SCHEMA_VERSION:
+                return cls(**values)
         except (ValueError, AttributeError, ValidationError) as error:
-            if isinstance(error, DataError):
-                raise
             raise DataError(f"{file} is damaged: {str(error).splitlines()[0]}. Build the cache again.") from error
+        raise DataError(f"{file}: schema version {version!r}, this program reads {SCHEMA_VERSION}. Build it again.")
+
+    @classmethod
+    def finished(cls, folder: Path) -> Manifest:
+        """Read the manifest of a finished cache. Raises UsageError when it is not finished, else as `load`."""
+        manifest = cls.load(folder)
+        if not manifest.complete:
+            raise UsageError(f"{folder} is an unfinished cache; run `sae-italian cache build` again with --resume.")
+        return manifest
+
+    def latent_bounds(self, latents: tuple[int, int] | None) -> tuple[int, int]:
+        """Return the first and last latent wanted. Raises UsageError when they are not of this cache."""
+        first, last = latents or (0, self.d_sae - 1)
+        if not 0 <= first <= last < self.d_sae:
+            raise UsageError(f"latents {first} to {last} do not exist: this SAE has latents 0 to {self.d_sae - 1}.")
+        return first, last
 
 
-def tokens_file(shard: int) -> str:
-    return f"tokens/{shard:05d}.safetensors"
+def config_hash(sae: Any) -> str:
+    """Return a hash of an SAE's configuration: what decides its latents beside the weights, such as k."""
+    return fingerprint({name: value for name, value in sae.cfg.to_dict().items() if name not in ("metadata", "device")})
 
 
-def acts_file(shard: int) -> str:
-    return f"acts/{shard:05d}.safetensors"
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return a SHA-256 of the fast tokenizer's whole definition."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def run_file(shard: int) -> str:
-    return f"runs/{shard:05d}.safetensors"
-
-
-def latents_file(first: int, last: int) -> str:
-    return f"latents/{first:05d}_{last:05d}.safetensors"
+def shard_file(kind: str, shard: int) -> str:
+    """Return the file of a shard's `tokens`, `acts` or (while building) `runs`, relative to the cache."""
+    return f"{kind}/{shard:05d}.safetensors"
 
 
 def smallest_uint(largest: int) -> type[np.unsignedinteger]:
     """Return the smallest unsigned type that holds `largest`."""
     return next(kind for kind in (np.uint16, np.uint32, np.uint64) if largest <= np.iinfo(kind).max)
-
-
-def position_dtype(n_positions: int) -> type[np.unsignedinteger]:
-    """Return uint32 for positions, uint64 when there are more than 2^32 of them."""
-    return smallest_uint(max(2**32, n_positions) - 1)
 
 
 def halves(value: np.ndarray) -> dict[str, np.ndarray]:
@@ -200,22 +209,44 @@ def write_arrays(folder: Path, file: str, arrays: dict[str, np.ndarray]) -> str:
         return sha256_file(temporary)
 
 
-def read_arrays(folder: Path, file: str, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """Return the named arrays of a file, or all. Raises DataError naming a file that cannot be read."""
+def map_arrays(path: Path, mend: str = "Build the cache again.") -> dict[str, np.ndarray]:
+    """Return the arrays of a file as read-only views of the file: nothing is read before it is touched.
+
+    Raises: DataError naming a file that is missing or cut short.
+    """
     try:
-        with safe_open(folder / file, framework="numpy") as handle:
-            there = list(handle.keys())
-            return {name: handle.get_tensor(name) for name in there if name in (names or there)}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder / file} cannot be read ({error}). Build the cache again.") from error
+        with path.open("rb") as handle:
+            data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        begin = 8 + int.from_bytes(data[:8], "little")
+        arrays = {}
+        for name, entry in json.loads(data[8:begin]).items():
+            first, last = entry["data_offsets"]
+            dtype = np.dtype(_DTYPES[entry["dtype"]])
+            flat = np.frombuffer(data, dtype, (last - first) // dtype.itemsize, begin + first)
+            arrays[name] = flat.reshape(entry["shape"])
+        return arrays
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({error}). {mend}") from error
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with its checksum. Raises DataError naming the first file that is missing or differs."""
+def full_values(arrays: dict[str, np.ndarray], begin: int = 0, end: int | None = None) -> np.ndarray:
+    """Return entries begin to end of `value` as float32, those beyond fp16 in full size."""
+    value = arrays["value"][begin:end].astype(np.float32)
+    if "wide_at" in arrays:
+        low, high = np.searchsorted(arrays["wide_at"], [begin, begin + len(value)])
+        value[arrays["wide_at"][low:high].astype(np.int64) - begin] = arrays["wide_value"][low:high]
+    return value
+
+
+def verify(folder: Path, manifest: Manifest, *, contents: bool = True) -> None:
+    """Compare every file with its checksum, or look only whether it is there.
+
+    Raises: DataError naming the first file that is missing or differs.
+    """
     for file, digest in manifest.files().items():
         if not (folder / file).is_file():
             raise DataError(f"{folder / file} is missing. Build the cache again, or restore the file.")
-        if sha256_file(folder / file) != digest:
+        if contents and sha256_file(folder / file) != digest:
             raise DataError(
                 f"{folder / file} is damaged: its checksum differs from the manifest. Build the cache again."
             )

@@ -1,28 +1,42 @@
 """Read a feature cache: any latent's activations, windows and statistics, and the text of any stretch of tokens.
 
-Files are mapped, not loaded, so the first latent of a cache of any size is there at once. The properties `tokens`, `doc`,
-`char_start` and `char_end` alone load one number per token of the whole cache, for work that needs all of them.
+Files are mapped, not loaded, so the first latent of a cache of any size is there at once. `whole`, `tokens` and `doc`
+alone load one number per token of the whole cache, for work that needs all of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.cache.layout import STATS, LatentRange, Manifest, acts_file, tokens_file, verify
-from sae_italian.cache.mapped import map_arrays
+from sae_italian.cache.layout import (
+    STATS,
+    LatentRange,
+    Manifest,
+    config_hash,
+    full_values,
+    map_arrays,
+    shard_file,
+    tokenizer_hash,
+    verify,
+)
 from sae_italian.cache.passages import LatentActivations
 from sae_italian.corpora.documents import TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.saes import weights_hash
 
-MAPPED_FILES = 256  # held open at a time, of each kind
+MAPPED_FILES = 768  # held open at a time
+Part = Literal["train", "val", "test"]
+PARTS: tuple[Part, ...] = ("train", "val", "test")
+SHARES = (0.5, 0.2, 0.3)
 
 
 class Segments(NamedTuple):
@@ -38,11 +52,16 @@ class FeatureCache:
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
+        self.n_positions, self.n_documents = manifest.n_positions, manifest.n_documents
         self._firsts = [item.first for item in manifest.ranges]
         counts = [0, *(shard.n_documents for shard in manifest.shards)]
         self._document_base = np.cumsum(counts).tolist()
         self._shard_positions = manifest.windows_per_shard * manifest.context_size
-        self.map_file = lru_cache(3 * MAPPED_FILES)(lambda file: map_arrays(folder / file))
+        self.map_file = lru_cache(MAPPED_FILES)(self._map)
+
+    def _map(self, file: str) -> dict[str, np.ndarray]:
+        """Return the arrays of one file of the cache, flat."""
+        return {name: array.ravel() for name, array in map_arrays(self.folder / file).items()}
 
     @classmethod
     def open(cls, folder: str | Path, *, sae: Any = None, tokenizer: Any = None, check: bool = False) -> FeatureCache:
@@ -52,60 +71,40 @@ class FeatureCache:
         that is missing or cut short always, one that was changed with `check`).
         """
         folder = Path(folder)
-        manifest = Manifest.load(folder)
-        if not manifest.complete:
-            raise UsageError(f"{folder} is an unfinished cache; run `sae-italian cache build` again with --resume.")
+        manifest = Manifest.finished(folder)
         if sae is not None:
-            _check_sae(folder, manifest, sae)
-        if tokenizer is not None:
-            from sae_italian.cache.build import tokenizer_hash
-
-            if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
-                raise UsageError(f"{folder} was built with another tokenizer than that of the model given.")
-        if check:
-            verify(folder, manifest)
-        for file in manifest.files():
-            if not (folder / file).is_file():
-                raise DataError(f"{folder / file} is missing. Build the cache again, or restore the file.")
+            other = f"{folder} was built with another SAE ({manifest.sae}); its"
+            if weights_hash(sae) != manifest.sae_hash:
+                raise UsageError(f"{other} weights hash differs.")
+            if manifest.sae_config_hash and config_hash(sae) != manifest.sae_config_hash:
+                raise UsageError(f"{other} configuration differs.")
+        if tokenizer is not None and tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
+            raise UsageError(f"{folder} was built with another tokenizer than that of the model given.")
+        verify(folder, manifest, contents=check)
         return cls(folder, manifest)
 
     # --- tokens and text ---------------------------------------------------------------------------------------------
 
     def shard_tokens(self, shard: int) -> dict[str, np.ndarray]:
         """Return a shard's arrays, flat: tokens, doc, start, end, run, and the bytes of its documents."""
-        return self.map_file(tokens_file(shard))
+        return self.map_file(shard_file("tokens", shard))
 
     def shard_acts(self, shard: int) -> dict[str, np.ndarray]:
         """Return a shard's activations by token: indptr, latent, value."""
-        return self.map_file(acts_file(shard))
+        return self.map_file(shard_file("acts", shard))
 
-    def _whole(self, name: str) -> np.ndarray:
+    def whole(self, name: str) -> Int[np.ndarray, " positions"]:
+        """Return `tokens`, `doc`, `start`, `end` or `run` of every position."""
         return np.concatenate([self.shard_tokens(shard.index)[name] for shard in self.manifest.shards])
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, " positions"]:
-        return self._whole("tokens")
+        return self.whole("tokens")
 
     @cached_property
     def doc(self) -> Int[np.ndarray, " positions"]:
         """The running document index of each position, NO_DOCUMENT at special tokens."""
-        return self._whole("doc")
-
-    @cached_property
-    def char_start(self) -> Int[np.ndarray, " positions"]:
-        return self._whole("start")
-
-    @cached_property
-    def char_end(self) -> Int[np.ndarray, " positions"]:
-        return self._whole("end")
-
-    @property
-    def n_positions(self) -> int:
-        return self.manifest.n_positions
-
-    @property
-    def n_documents(self) -> int:
-        return self._document_base[-1]
+        return self.whole("doc")
 
     def by_shard(self, position: Int[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray]]:
         """Yield (shard, where in `position`, places in the shard) for the shards that hold some of the positions."""
@@ -125,15 +124,9 @@ class FeatureCache:
 
     def gather(self, name: str, position: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Return `tokens`, `doc`, `start`, `end` or `run` at some positions, reading only the shards that hold them."""
-        return self.gather_all((name,), position)[0]
-
-    def gather_all(self, names: Sequence[str], position: Int[np.ndarray, " n"]) -> Int[np.ndarray, "names n"]:
-        """Return several of what `gather` does at once."""
-        found = np.empty((len(names), len(position)), dtype=np.int64)
+        found = np.empty(len(position), dtype=np.int64)
         for shard, here, place in self.by_shard(position):
-            arrays = self.shard_tokens(shard)
-            for row, name in zip(found, names, strict=True):
-                row[here] = arrays[name][place]
+            found[here] = self.shard_tokens(shard)[name][place]
         return found
 
     def _string(self, name: str, index: int) -> str:
@@ -147,18 +140,25 @@ class FeatureCache:
             raise UsageError(f"document {index} does not exist: this cache has documents 0 to {self.n_documents - 1}.")
         return TextDocument(*(self._string(name, index) for name in ("text", "doc_id", "source")))
 
+    def document_parts(self, seed: int = 0) -> Int[np.ndarray, " documents"]:
+        """Return 0, 1 or 2 (train, val, test) per document, by a seeded hash of its text: copies fall on the same side.
+
+        The division is the same for everything that reads the cache.
+        """
+        salt = seed.to_bytes(8, "little")
+        draws = np.empty(self.n_documents)
+        for index in range(self.n_documents):
+            text = self._string("text", index).encode("utf-8", "surrogatepass")
+            draws[index] = int.from_bytes(hashlib.blake2b(text, digest_size=8, salt=salt).digest(), "big") / 2**64
+        return np.searchsorted(np.cumsum(SHARES)[:-1], draws, side="right").astype(np.int8)
+
     def segments(self, width: int = 32) -> Segments:
         """Cut all windows at document boundaries and every `width` tokens; special tokens belong to no segment."""
-        doc = self.doc
-        context = self.manifest.context_size
-        new_run = np.ones(len(doc), dtype=bool)
-        new_run[1:] = (doc[1:] != doc[:-1]) | (np.arange(1, len(doc)) % context == 0)
-        run_start = np.flatnonzero(new_run)
-        in_run = np.arange(len(doc)) - np.repeat(run_start, np.diff(np.append(run_start, len(doc))))
+        in_run = np.arange(self.n_positions) % self.manifest.context_size - self.whole("run")
         start = np.flatnonzero(in_run % width == 0)
-        length = np.diff(np.append(start, len(doc)))
-        keep = doc[start] != NO_DOCUMENT
-        return Segments(start[keep], length[keep], doc[start[keep]])
+        length = np.diff(np.append(start, self.n_positions))
+        keep = self.doc[start] != NO_DOCUMENT
+        return Segments(start[keep], length[keep], self.doc[start[keep]])
 
     def spans(self, first: int, last: int) -> tuple[str, Int[np.ndarray, "tokens 2"]]:
         """Return the text that positions first to last (exclusive, one document) cover, and each token's span in it."""
@@ -177,23 +177,32 @@ class FeatureCache:
             raise UsageError(f"latent {latent} does not exist: this SAE has latents 0 to {self.manifest.d_sae - 1}.")
         return self.manifest.ranges[bisect_right(self._firsts, latent) - 1]
 
-    def latent(self, latent: int) -> LatentActivations:
-        """Return one latent's activations. Raises: UsageError when there is no such latent."""
+    def _entries(self, latent: int) -> tuple[dict[str, np.ndarray], int, int]:
+        """Return the file's arrays, and where in them one latent begins and ends."""
         item = self.range_of(latent)
         arrays = self.map_file(item.file)
-        begin, end = arrays["indptr"][latent - item.first : latent - item.first + 2].tolist()
-        value = arrays["value"][begin:end].astype(np.float32)
-        if "wide_at" in arrays:
-            low, high = np.searchsorted(arrays["wide_at"], [begin, end])
-            value[arrays["wide_at"][low:high].astype(np.int64) - begin] = arrays["wide_value"][low:high]
-        return LatentActivations(self, latent, arrays["position"][begin:end].astype(np.int64), value)
+        return arrays, *arrays["indptr"][latent - item.first : latent - item.first + 2].tolist()
+
+    def latent(self, latent: int) -> LatentActivations:
+        """Return one latent's activations. Raises: UsageError when there is no such latent."""
+        arrays, begin, end = self._entries(latent)
+        position = arrays["position"][begin:end].astype(np.int64)
+        return LatentActivations(self, latent, position, full_values(arrays, begin, end))
 
     def positions(self, latent: int) -> Int[np.ndarray, " nnz"]:
         """Return where one latent is active, as stored (uint32), without its values. Raises: UsageError as `latent`."""
-        item = self.range_of(latent)
-        arrays = self.map_file(item.file)
-        begin, end = arrays["indptr"][latent - item.first : latent - item.first + 2].tolist()
+        arrays, begin, end = self._entries(latent)
         return arrays["position"][begin:end]
+
+    def entries(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield, file by file, what latents first to last have: the first of them, indptr, position, value (fp32)."""
+        for item in self.manifest.ranges:
+            begin, end = max(first, item.first), min(last, item.last)
+            if begin <= end:
+                arrays = map_arrays(self.folder / item.file)
+                indptr = arrays["indptr"][begin - item.first : end - item.first + 2].astype(np.int64)
+                here = slice(*indptr[[0, -1]].tolist())
+                yield begin, indptr - indptr[0], arrays["position"][here], full_values(arrays, here.start, here.stop)
 
     @cached_property
     def table(self) -> Any:
@@ -210,13 +219,3 @@ class FeatureCache:
     def statistics(self) -> dict[str, np.ndarray]:
         """The table of statistics, column by column; row i is latent i."""
         return {name: self.table[name].to_numpy() for name in self.table.column_names}
-
-
-def _check_sae(folder: Path, manifest: Manifest, sae: Any) -> None:
-    from sae_italian.cache.build import config_hash
-    from sae_italian.saes import weights_hash
-
-    if weights_hash(sae) != manifest.sae_hash:
-        raise UsageError(f"{folder} was built with another SAE ({manifest.sae}); its weights hash differs.")
-    if manifest.sae_config_hash and config_hash(sae) != manifest.sae_config_hash:
-        raise UsageError(f"{folder} was built with another SAE ({manifest.sae}); its configuration differs.")

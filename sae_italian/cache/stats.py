@@ -1,4 +1,7 @@
-"""Statistics of every latent in one pass over the latent-major files, written to stats.parquet."""
+"""Statistics of every latent in one pass over the latent-major files, written to stats.parquet.
+
+A range of latents is done at once: no step goes latent by latent.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from sae_italian.base.storage import atomic_path, remove, sha256_file
-from sae_italian.cache.cofiring import cofiring_neighbours
-from sae_italian.cache.latent_stats import range_statistics
-from sae_italian.cache.layout import STATS, Manifest
-from sae_italian.cache.lens import decoder_neighbours, logit_lens, unknown_decoder
+from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values
+from sae_italian.cache.read import FeatureCache
+from sae_italian.cache.related import arrow, cofiring_neighbours, decoder_columns
 from sae_italian.corpora.packing import NO_DOCUMENT
 
+TOP_TOKENS = 10
+N_BINS = 20
+N_PLACES = 10
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
-class Corpus(NamedTuple):
+
+class TextCounts(NamedTuple):
     """What the statistics need of the whole text; the two long arrays are files, so they need no memory."""
 
     tokens: Int[np.ndarray, " positions"]
@@ -29,6 +37,16 @@ class Corpus(NamedTuple):
     @property
     def n_counted(self) -> int:
         return int(self.token_counts.sum())
+
+
+class Entries(NamedTuple):
+    """The non-zeros of a range, latent after latent: `row` is latent - first."""
+
+    indptr: Int[np.ndarray, " latents+1"]
+    count: Int[np.ndarray, " latents"]
+    row: Int[np.ndarray, " nnz"]
+    position: Int[np.ndarray, " nnz"]
+    value: Float[np.ndarray, " nnz"]
 
 
 def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> None:
@@ -47,21 +65,17 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     import pyarrow as pa
     import pyarrow.parquet
 
-    from sae_italian.cache.read import FeatureCache
-
     cache = FeatureCache(folder, manifest)
     parts: dict[str, list[Any]] = {}
     counts = np.concatenate([np.diff(cache.map_file(item.file)["indptr"]) for item in manifest.ranges]).astype(np.int64)
-    with _corpus(cache) as corpus:
+    with _text_counts(cache) as text:
         for item in tqdm(manifest.ranges, desc="statistics", unit="range", disable=None):
-            columns = range_statistics(cache, item, corpus) | cofiring_neighbours(cache, item, counts)
+            columns = _range_columns(cache, item, text) | cofiring_neighbours(cache, item, counts)
             for name, column in columns.items():
-                parts.setdefault(name, []).append(column)
-    merged = {name: pa.concat_arrays(columns) for name, columns in parts.items()}
-    if sae is not None and model is not None:
-        merged |= decoder_neighbours(sae) | logit_lens(sae, model)
-    else:
-        merged |= unknown_decoder(manifest.d_sae)
+                parts.setdefault(name, []).append(arrow(column) if isinstance(column, np.ndarray) else column)
+    merged = {name: pa.concat_arrays(columns) for name, columns in parts.items()} | decoder_columns(
+        sae, model, manifest.d_sae
+    )
     table = pa.table({"latent": np.arange(manifest.d_sae), **merged})
     with atomic_path(folder / STATS) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
@@ -69,7 +83,7 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
 
 
 @contextmanager
-def _corpus(cache: Any) -> Iterator[Corpus]:
+def _text_counts(cache: FeatureCache) -> Iterator[TextCounts]:
     """Lay the tokens and documents of all shards end to end in two temporary files."""
     files = {name: cache.folder / "runs" / f"{name}.bin" for name in ("tokens", "doc")}
     counts = np.zeros(0, dtype=np.int64)
@@ -78,14 +92,111 @@ def _corpus(cache: Any) -> Iterator[Corpus]:
         with files["tokens"].open("wb") as tokens_out, files["doc"].open("wb") as doc_out:
             for shard in cache.manifest.shards:
                 arrays = cache.shard_tokens(shard.index)
-                tokens, doc = arrays["tokens"].astype(np.uint32), arrays["doc"]
-                tokens.tofile(tokens_out)
-                doc.tofile(doc_out)
-                here = np.bincount(tokens[doc != NO_DOCUMENT], minlength=len(counts))
+                arrays["tokens"].astype(np.uint32).tofile(tokens_out)
+                arrays["doc"].tofile(doc_out)
+                here = np.bincount(arrays["tokens"][arrays["doc"] != NO_DOCUMENT], minlength=len(counts))
                 here[: len(counts)] += counts
                 counts = here
         tokens, doc = (np.memmap(file, dtype=np.uint32, mode="r") for file in files.values())
-        yield Corpus(tokens, doc, counts)
+        yield TextCounts(tokens, doc, counts)
     finally:
         for file in files.values():
             remove(file)
+
+
+def _range_columns(cache: FeatureCache, item: LatentRange, text: TextCounts) -> dict[str, Any]:
+    """Return the columns that need the activations of a range of latents."""
+    arrays = cache.map_file(item.file)
+    indptr = arrays["indptr"].astype(np.int64)
+    count = np.diff(indptr)
+    row = np.repeat(np.arange(len(count), dtype=np.int32), count)
+    entries = Entries(indptr, count, row, arrays["position"].astype(np.int64), full_values(arrays))
+    largest = np.zeros(len(count), dtype=np.float32)
+    np.maximum.at(largest, row, entries.value)
+    total = _sums(row, entries.value, len(count))
+    return {
+        "count": count,
+        "density": count / text.n_counted,
+        "max": largest.astype(np.float64),
+        "mean": total / np.maximum(count, 1),
+        "quantiles": _quantiles(entries),
+        "histogram": _histogram(entries, largest.astype(np.float64)),
+        **_places(entries, text, cache.manifest.context_size),
+        **_token_columns(entries, text, total),
+    }
+
+
+def _sums(row: np.ndarray, weights: np.ndarray, n: int) -> Float[np.ndarray, " n"]:
+    """Return the sum of the weights of each row; numpy's own counts in integers where there is nothing to sum."""
+    return np.bincount(row, weights=weights, minlength=n).astype(np.float64)
+
+
+def _quantiles(entries: Entries) -> Float[np.ndarray, "latents quantiles"]:
+    """Return the quantiles by linear interpolation, as numpy's; 0 for a latent that never fires."""
+    # positive floats sort as their bits do, so one sort of integers sorts every latent's values
+    key = (entries.row.astype(np.uint64) << np.uint64(32)) | entries.value.view(np.uint32)
+    key.sort()
+    value = (key & np.uint64(2**32 - 1)).astype(np.uint32).view(np.float32)
+    last = (entries.count[:, None] - 1).clip(min=0)
+    place = last * np.array(QUANTILES)
+    low = np.floor(place).astype(np.int64)
+    padded = np.append(value, np.float32(0)).astype(np.float64)
+    first = np.where(entries.count > 0, entries.indptr[:-1], len(value))[:, None]
+    a, b = (padded[np.minimum(first + at, len(value))] for at in (low, np.minimum(low + 1, last)))
+    return a + (b - a) * (place - low)
+
+
+def _histogram(entries: Entries, largest: Float[np.ndarray, " latents"]) -> Int[np.ndarray, "latents bins"]:
+    """Return counts in equal bins from 0 to each latent's maximum, with numpy.histogram's edges."""
+    value, top = entries.value.astype(np.float64), largest[entries.row]
+    index = np.minimum((value / top * N_BINS).astype(np.int64), N_BINS - 1)
+    step = top / N_BINS
+    index -= value < index * step
+    index += (value >= (index + 1) * step) & (index < N_BINS - 1)
+    counts = np.bincount(entries.row.astype(np.int64) * N_BINS + index, minlength=len(largest) * N_BINS)
+    return counts.reshape(-1, N_BINS)
+
+
+def _places(entries: Entries, text: TextCounts, context_size: int) -> dict[str, np.ndarray]:
+    """Return how many documents and windows hold each latent, and where in the window it fires."""
+    n, row, position = len(entries.count), entries.row, entries.position
+    new_latent = np.diff(row, prepend=-1) != 0
+    doc = text.doc[position]
+    window, place = np.divmod(position, context_size)
+    profile = np.bincount(row.astype(np.int64) * N_PLACES + place * N_PLACES // context_size, minlength=n * N_PLACES)
+    first = (place == 0) | (text.doc[np.maximum(position - 1, 0)] == NO_DOCUMENT)
+    at_least_one = np.maximum(entries.count, 1)
+    return {
+        "n_documents": np.bincount(row[new_latent | (np.diff(doc, prepend=doc[:1]) != 0)], minlength=n),
+        "n_windows": np.bincount(row[new_latent | (np.diff(window, prepend=window[:1]) != 0)], minlength=n),
+        "position_profile": profile.reshape(n, N_PLACES) / at_least_one[:, None],
+        "first_token_share": np.bincount(row[first], minlength=n) / at_least_one,
+    }
+
+
+def _token_columns(entries: Entries, text: TextCounts, total: Float[np.ndarray, " latents"]) -> dict[str, Any]:
+    """Return the tokens each latent fires on most, by share of its activation mass, and the entropy of all shares."""
+    n = len(entries.count)
+    tokens = text.tokens[entries.position]
+    shape = (n, int(tokens.max(initial=0)) + 1)
+    # two counting sorts put each latent's entries in order of token, and of position within a token
+    by_row = csr_matrix((entries.value, tokens.astype(np.int32), entries.indptr), shape=shape)
+    by_token = by_row.tocsc().tocsr()
+    token, value = by_token.indices, by_token.data
+    group = np.cumsum((np.diff(token, prepend=-1) != 0) | (np.diff(entries.row, prepend=-1) != 0)) - 1
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    owner, token = entries.row[first], token[first].astype(np.int64)
+    share = _sums(group, value, len(first)) / total[owner]
+    order = np.lexsort((token, -share, owner))
+    owner, token, share = owner[order], token[order], share[order]
+    n_tokens = np.bincount(owner, minlength=n)
+    rank = np.arange(len(owner)) - np.repeat(np.cumsum(n_tokens) - n_tokens, n_tokens)
+    top = rank < TOP_TOKENS
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(n_tokens, TOP_TOKENS))])
+    text_share = text.token_counts[token[top]] / text.n_counted
+    return {
+        "token_ids": arrow(token[top], offsets),
+        "token_shares": arrow(share[top], offsets),
+        "token_lifts": arrow(share[top] / text_share, offsets),
+        "token_entropy": _sums(owner, -share * np.log(share), n),
+    }

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import remove
-from sae_italian.cache.layout import Manifest, Shard, smallest_uint, tokens_file, write_arrays
+from sae_italian.cache.layout import Manifest, ShardRecord, shard_file, smallest_uint, write_arrays
 from sae_italian.corpora import PackedBlock, TextDocument, iter_documents, pack
 from sae_italian.corpora.packing import take_tokens
 
@@ -47,7 +47,7 @@ def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any) -> None:
     manifest.save(out)
 
 
-def write_token_shard(out: Path, index: int, block: PackedBlock) -> Shard:
+def write_token_shard(out: Path, index: int, block: PackedBlock) -> ShardRecord:
     """Write one shard's tokens and documents; return its record, without activations as yet."""
     context = block.tokens.shape[1]
     arrays = {
@@ -58,9 +58,9 @@ def write_token_shard(out: Path, index: int, block: PackedBlock) -> Shard:
         "run": run_starts(block.doc).astype(smallest_uint(context - 1)),
         **_document_arrays(block.documents),
     }
-    digest = write_arrays(out, tokens_file(index), arrays)
-    n_windows, n_documents = len(block.tokens), len(block.documents)
-    return Shard(index=index, n_windows=n_windows, n_documents=n_documents, sha256={tokens_file(index): digest})
+    file = shard_file("tokens", index)
+    digests = {file: write_arrays(out, file, arrays)}
+    return ShardRecord(index=index, n_windows=len(block.tokens), n_documents=len(block.documents), sha256=digests)
 
 
 def run_starts(doc: Int[np.ndarray, "windows context"]) -> Int[np.ndarray, "windows context"]:
@@ -74,34 +74,27 @@ def run_starts(doc: Int[np.ndarray, "windows context"]) -> Int[np.ndarray, "wind
 def _document_arrays(documents: list[TextDocument]) -> dict[str, np.ndarray]:
     """Return texts, ids and sources as UTF-8 bytes with pointers: `text`, `text_ptr`, `doc_id`, ..."""
     arrays = {}
-    for name, strings in (
-        ("text", [d.text for d in documents]),
-        ("doc_id", [d.doc_id for d in documents]),
-        ("source", [d.source for d in documents]),
-    ):
-        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
+    for name in ("text", "doc_id", "source"):
+        encoded = [getattr(document, name).encode("utf-8", "surrogatepass") for document in documents]
         arrays[name] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         arrays[f"{name}_ptr"] = np.cumsum([0, *(len(part) for part in encoded)], dtype=np.uint64)
     return arrays
 
 
-def share_tokens(source: Path, shards: list[Shard], out: Path, manifest: Manifest) -> None:
+def share_tokens(source: Path, shards: list[ShardRecord], out: Path, manifest: Manifest) -> None:
     """Give another cache of the same text the token shards of `source`: hard links where the disk has them, else copies."""
     if manifest.tokens_complete:
         return
     (out / "tokens").mkdir(exist_ok=True)
+    manifest.shards = []
     for shard in shards:
-        file = tokens_file(shard.index)
+        file = shard_file("tokens", shard.index)
         remove(out / file)
         try:
             os.link(source / file, out / file)
         except OSError:
             shutil.copyfile(source / file, out / file)
-    manifest.shards = [
-        shard.model_copy(
-            update={"nnz": 0, "n_wide": 0, "sha256": {tokens_file(shard.index): shard.sha256[tokens_file(shard.index)]}}
-        )
-        for shard in shards
-    ]
+        unencoded = {"nnz": 0, "n_wide": 0, "sha256": {file: shard.sha256[file]}}
+        manifest.shards.append(shard.model_copy(update=unencoded))
     manifest.tokens_complete = True
     manifest.save(out)

@@ -12,10 +12,13 @@ import sae_italian
 from sae_italian.base.errors import SaeItalianError
 from sae_italian.cli import (
     autointerp,
+<<<<<<< HEAD
     cache,
+=======
+    browser,
+>>>>>>> 0feac33 (Cache: files are mapped everywhere, one module per thought, Delphi's import reads its splits in place; commands on cyclopts)
     causal,
     geometry,
-    interchange,
     language,
     models,
     papers,
@@ -32,8 +35,6 @@ GROUPS = (
     models,
     saes,
     training,
-    cache,
-    interchange,
     language,
     autointerp,
     scores,

@@ -1,81 +1,99 @@
-"""The commands of the feature cache."""
+"""The commands of the feature cache: build one, look into one, and make one of a cache that Delphi wrote."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from sae_italian.cli.base import (
-    Commands,
-    Result,
-    engine_options,
-    folder_options,
-    load_sources,
-    positive,
-    sae_name,
-    source_options,
-    unit_map,
-)
+from cyclopts import Parameter
+
+from sae_italian.base.errors import UsageError
+from sae_italian.cli.options import Folder, Result, Source, Workers, positive, remembered_name
+
+WORDS = ("split", "windows_per_shard")
 
 
-def add_commands(root: Commands) -> None:
-    cache = root.group("cache", "the feature cache: latents of a corpus on disk")
-    sub = cache.add("build", _cache_build, "build a cache, or one for each of several SAEs from one forward pass")
-    sub.add_argument("sae", nargs="+", help="an SAE's folder, or release:sae_id; several of the same model")
-    source_options(sub)
-    sub.add_argument("--split", default="heldout", choices=("train", "heldout", "all"))
-    sub.add_argument("--tokens", type=tokens_or_all, default=300_000, help="how many, or `all` of the split")
-    sub.add_argument("--out", type=Path, required=True, help="the cache's folder; of several, the folder they go into")
-    sub.add_argument("--windows-per-shard", type=int, help="a shard is the unit of work and of memory")
-    folder_options(sub)
-    engine_options(sub, "processes that tokenise; with --engine ray also the CPUs of a cluster started here")
-    cache.add("info", _cache_info, "what a cache holds").add_argument("cache", type=Path)
-    cache.add("verify", _cache_verify, "compare every file with its checksum").add_argument("cache", type=Path)
+def build(
+    *saes: str,
+    out: Path,
+    tokens: int | Literal["all"] = 300_000,
+    source: Annotated[Source, Parameter(name="*")] = Source(),  # noqa: B008
+    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
+    workers: Annotated[Workers, Parameter(name="*")] = Workers(),  # noqa: B008
+) -> Result:
+    """Cache the latents of an SAE over a corpus, or of several SAEs of one model with one forward pass.
 
-
-def tokens_or_all(text: str) -> int | None:
-    return None if text == "all" else int(text)
-
-
-def _cache_build(options: argparse.Namespace) -> Result:
+    Args:
+        saes: SAEs, each a folder or release:sae_id. Rare settings stand among them as key=value: split=train, heldout
+            or all (heldout), windows_per_shard=N (a shard is the unit of work and of memory; 131,072 tokens of at most
+            512 windows).
+        out: The cache's folder; of several SAEs, the folder that theirs go into.
+        tokens: How many tokens of the split, or all of it.
+    """
     from sae_italian.cache import build_caches
-    from sae_italian.cache.build import folder_names
-    from sae_italian.saes import load_sae
+    from sae_italian.saes import load_sae, weights_hash
 
-    positive("--windows-per-shard", options.windows_per_shard)
-    positive("--workers", options.workers)
-    given = list(options.sae)
-    options.sae = given[0]
-    sae, model, corpus = load_sources(options)
-    saes = [sae, *(load_sae(name) for name in given[1:])]
-    out = options.out.resolve()  # a worker may have another working directory
-    outs = [out] if len(given) == 1 else [out / name for name in folder_names(saes)]
-    on_ray = {"run_units": unit_map(options, out, gpus=float(model.device.type == "cuda"))}
+    words = dict(word.split("=", 1) for word in saes if word.split("=")[0] in WORDS and "=" in word)
+    names = [name for name in saes if name.split("=")[0] not in words]
+    if not names:
+        raise UsageError("an SAE was expected: a folder, or release:sae_id.")
+    per_shard = _number(words.get("windows_per_shard"))
+    positive(workers=workers.workers, tokens=tokens if isinstance(tokens, int) else None)
+    sae, model, corpus = source.load(names[0])
+    loaded = [sae, *(load_sae(name) for name in names[1:])]
+    out = out.resolve()  # a worker may have another working directory
+    outs = [out]
+    if len(loaded) > 1:
+        outs = [out / f"{each.cfg.metadata.hook_name}-{each.cfg.d_sae}-{weights_hash(each)[:8]}" for each in loaded]
+    elsewhere: dict[str, Any] = {}
+    if workers.engine == "ray":
+        elsewhere["run_units"] = workers.map(out, gpus=float(model.device.type == "cuda"))
     build_caches(
-        saes,
+        loaded,
         model,
         corpus,
         outs,
-        n_tokens=options.tokens,
-        split=options.split,
-        context_size=options.context_size,
-        windows_per_shard=options.windows_per_shard,
-        text_column=options.text_column,
-        sae_names=[sae_name(name) for name in given],
-        resume=options.resume,
-        overwrite=options.overwrite,
-        **(on_ray if options.engine == "ray" else {}),
+        n_tokens=None if tokens == "all" else tokens,
+        split=_split(words.get("split", "heldout")),
+        context_size=source.context_size,
+        windows_per_shard=per_shard,
+        text_column=source.text_column,
+        sae_names=[remembered_name(name) for name in names],
+        resume=folder.resume,
+        overwrite=folder.overwrite,
+        **elsewhere,
     )
     paths = [str(path) for path in outs]
-    return {"cache": paths[0], "caches": paths}, "\n".join(f"cache: {path}" for path in paths)
+    return Result({"cache": paths[0], "caches": paths}, "\n".join(f"cache: {path}" for path in paths))
 
 
-def _cache_info(options: argparse.Namespace) -> Result:
+def _split(given: str) -> Any:
+    if given not in ("train", "heldout", "all"):
+        raise UsageError(f"split={given}: train, heldout or all was expected.")
+    return given
+
+
+def _number(given: str | None) -> int | None:
+    if given is not None and (not given.isdigit() or int(given) < 1):
+        raise UsageError(f"windows_per_shard={given}: a number of 1 or more was expected.")
+    return int(given) if given else None
+
+
+def info(cache: Path, /, *, verify: bool = False) -> Result:
+    """Show what a cache holds.
+
+    Args:
+        cache: The cache's folder.
+        verify: Compare every file with its checksum first.
+    """
     from sae_italian.cache import Manifest
+    from sae_italian.cache import verify as verify_files
 
-    manifest = Manifest.load(options.cache)
-    size = sum((options.cache / file).stat().st_size for file in manifest.files() if (options.cache / file).is_file())
-    latents = sum((options.cache / item.file).stat().st_size for item in manifest.ranges)
+    manifest = Manifest.load(cache)
+    if verify:
+        verify_files(cache, manifest)
+    size = sum((cache / file).stat().st_size for file in manifest.files() if (cache / file).is_file())
+    latents = sum((cache / item.file).stat().st_size for item in manifest.ranges)
     facts = {
         **manifest.model_dump(exclude={"shards", "ranges", "versions"}),
         "shards": len(manifest.shards),
@@ -87,12 +105,38 @@ def _cache_info(options: argparse.Namespace) -> Result:
         "latent_bytes_per_non_zero": round(latents / max(1, manifest.nnz), 3),
         "bytes": size,
     }
-    return facts, "\n".join(f"{key:18} {value}" for key, value in facts.items())
+    lines = [f"{key:18} {value}" for key, value in facts.items()]
+    return Result(facts, "\n".join([*lines, *(["every file is as the manifest says"] if verify else [])]))
 
 
-def _cache_verify(options: argparse.Namespace) -> Result:
-    from sae_italian.cache import Manifest, verify
+def import_cache(
+    source: Path,
+    /,
+    *,
+    out: Path,
+    model: str | None = None,
+    sae: str | None = None,
+    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
+) -> Result:
+    """Make a feature cache of one that Delphi wrote; what Delphi does not keep is listed.
 
-    manifest = Manifest.load(options.cache)
-    verify(options.cache, manifest)
-    return {"ok": True}, f"{options.cache}: every file is as the manifest says"
+    Args:
+        source: The folder of one hookpoint, with its splits and config.json.
+        out: The cache's folder.
+        model: Name, hub id or folder of the model, whose tokenizer decodes the windows; without it there is no text.
+        sae: The SAE's folder or release:sae_id, for decoder statistics; without it there are none.
+    """
+    from sae_italian.cache.imports import import_delphi
+    from sae_italian.models import load_model, load_tokenizer
+    from sae_italian.saes import load_sae
+
+    if sae and not model:
+        raise UsageError("--sae is given without --model: decoder statistics need both. Add --model, or leave it out.")
+    given: dict[str, Any] = {"resume": folder.resume, "overwrite": folder.overwrite}
+    if sae:
+        given |= {"sae": load_sae(sae), "model": load_model(model), "sae_name": remembered_name(sae)}  # pyright: ignore[reportArgumentType]
+    elif model:
+        given["tokenizer"] = load_tokenizer(model)
+    made, lost = import_delphi(source, out, **given)
+    text = "\n".join([f"cache: {made}", "not in it:", *(f"  {line}" for line in lost)])
+    return Result({"cache": str(made), "lost": lost}, text)

@@ -117,7 +117,7 @@ def _latents(to: str, cache: Path, out: Path, settings: Settings) -> Result:
 
 
 def _delphi(to: str, cache: Path, out: Path, settings: Settings) -> Result:
-    from sae_italian.cache.delphi import export_delphi
+    from sae_italian.cache.exports import export_delphi
 
     if "splits" in settings:
         splits = settings.pop("splits")
@@ -129,7 +129,7 @@ def _delphi(to: str, cache: Path, out: Path, settings: Settings) -> Result:
 
 
 def _datasets(to: str, cache: Path, out: Path, settings: Settings) -> Result:
-    from sae_italian.cache.rows import export_rows
+    from sae_italian.cache.exports import export_rows
 
     folder = export_rows(cache, out, **settings)
     return _written(folder, f"datasets.load_from_disk({str(folder / 'latents')!r})")

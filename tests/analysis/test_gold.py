@@ -7,7 +7,7 @@ from sae_italian import micro_italiano
 from sae_italian.analysis import gold_table
 from sae_italian.analysis.gold import LEAST_WORDS, _Words, n_detected
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.splits import PARTS, document_parts
+from sae_italian.cache.read import PARTS
 from sae_italian.corpora.packing import NO_DOCUMENT
 from tests.planted import planted_cache
 
@@ -59,11 +59,11 @@ def test_every_token_lies_in_the_word_of_its_last_letter(base, words):
         assert gold.text == document.text
         first = int(np.flatnonzero(np.array(words.doc_of_word) == base.doc[position])[0])
         word = gold.words[words.word_of_position[position] - first]
-        assert word.start < base.char_end[position] <= word.end
+        assert word.start < base.whole("end")[position] <= word.end
 
 
 def test_numbers_are_of_test_documents_and_of_enough_words(planted, words):
-    test = document_parts(planted)[np.array(words.doc_of_word)] == PARTS.index("test")
+    test = planted.document_parts()[np.array(words.doc_of_word)] == PARTS.index("test")
     matrix = words.matrix().toarray().astype(bool)
     covered = np.zeros(len(test), bool)
     covered[words.word_of_position[words.word_of_position >= 0]] = True

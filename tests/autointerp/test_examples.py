@@ -8,14 +8,14 @@ from sae_italian.autointerp.examples import ExampleSource
 from sae_italian.autointerp.negatives import MARK_SHARE, NegativeSource
 from sae_italian.autointerp.neighbours import cofiring, decoder, find_neighbours
 from sae_italian.autointerp.shown import latent_examples
-from sae_italian.cache.splits import PARTS, document_parts
+from sae_italian.cache.read import PARTS
 from tests.autointerp.conftest import DEAD, N_PREVIOUS, N_TOKENS
 
 LATENTS = (0, N_TOKENS, N_TOKENS + N_PREVIOUS)
 
 
 def test_parts_share_no_document_and_no_segment_text(source, planted, negatives):
-    parts = document_parts(planted)
+    parts = planted.document_parts()
     seen: dict[int, int] = {}
     for latent in LATENTS:
         activity = source.activity(latent)

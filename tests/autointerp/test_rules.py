@@ -49,7 +49,7 @@ def test_words_are_those_of_the_text(places, source, planted):
             continue  # inside a word, or in one that a window's edge cuts
         word = places.words[places.form_word[form]]
         text = planted.document(int(planted.doc[position])).text
-        end = int(planted.char_end[position])
+        end = int(planted.whole("end")[position])
         assert text[:end].rstrip().endswith(word), (word, text[max(0, end - 20) : end])
         before = text[: len(text[:end].rstrip()) - len(word)]
         assert not word[0].isalnum() or not before[-1:].isalnum(), (word, before[-10:])

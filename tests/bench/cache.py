@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from sae_italian.cache.build import _transpose, build_cache
+from sae_italian.cache.build import build_cache, transpose
 from sae_italian.cache.encode import encode_sparse, joined, write_activations
-from sae_italian.cache.layout import Manifest, acts_file
+from sae_italian.cache.layout import Manifest
 from sae_italian.cache.read import FeatureCache
 from sae_italian.cache.stats import write_statistics
 from sae_italian.cache.tokens import write_token_shard
@@ -112,10 +112,9 @@ def _ours(sae: Any, model: Any, blocks: list[PackedBlock], batches: list[Any], f
         for _ in range(-(-len(block.tokens) // BATCH_WINDOWS)):
             tokens, x = next(following)
             parts.append(encode_sparse(sae, x.flatten(0, 1), special_mask(tokens.numpy(), model.tokenizer).ravel()))
-        record = write_activations(folder, index, joined(parts), sae.cfg.d_sae)
-        shard.nnz, shard.sha256[acts_file(index)] = record.nnz, record.sha256
+        write_activations(folder, index, joined(parts), sae.cfg.d_sae).enter(shard)
         manifest.shards.append(shard)
-    _transpose(folder, manifest)
+    transpose(folder, manifest)
     return manifest.nnz, sum(file.stat().st_size for file in (folder / "latents").iterdir())
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae_italian.cache.build import _transpose
+from sae_italian.cache.build import transpose
 from sae_italian.cache.encode import Sparse, write_activations
-from sae_italian.cache.layout import Manifest, acts_file
+from sae_italian.cache.layout import Manifest
 from sae_italian.cache.tokens import write_token_shard
 from sae_italian.corpora import PackedBlock, TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -41,10 +41,9 @@ def write_synthetic(
     for index, first in enumerate(range(0, n_windows, WINDOWS_PER_SHARD)):
         block = _block(rng, first, min(WINDOWS_PER_SHARD, n_windows - first))
         shard = write_token_shard(folder, index, block)
-        record = write_activations(folder, index, _activations(rng, block.doc.ravel(), d_sae, per_token), d_sae)
-        shard.nnz, shard.sha256[acts_file(index)] = record.nnz, record.sha256
+        write_activations(folder, index, _activations(rng, block.doc.ravel(), d_sae, per_token), d_sae).enter(shard)
         manifest.shards.append(shard)
-    _transpose(folder, manifest)
+    transpose(folder, manifest)
     return manifest, *_stand_ins(d_sae, d_in, seed)
 
 

@@ -79,9 +79,10 @@ def test_every_activation_of_a_passage_is_marked(source, cache, busiest):
     index = next(i for i in range(cache.n_documents) if cache.document(i).doc_id == context["doc_id"])
     first = cache.document(index).text.index(text)
     here = position[cache.doc[position] == index]
-    inside = (cache.char_start[here] >= first) & (cache.char_end[here] <= first + len(text))
+    start, end = cache.gather("start", here), cache.gather("end", here)
+    inside = (start >= first) & (end <= first + len(text))
     letters = sum(len(piece) for piece, activation in context["segments"] if activation > 0)
-    assert letters == (cache.char_end[here] - cache.char_start[here])[inside].sum()
+    assert letters == (end - start)[inside].sum()
 
 
 def test_neighbours_sources_and_places_are_the_caches(source, cache, busiest):
@@ -208,7 +209,7 @@ def test_peaks_are_the_strongest_of_every_stretch(source, cache, busiest):
 def test_what_stands_at_positions_does_not_depend_on_their_order(cache):
     position = np.random.default_rng(0).choice(cache.n_positions, 500)
     for where in (position, np.sort(position), position[:0]):
-        tokens, doc = cache.gather_all(("tokens", "doc"), where)
+        tokens, doc = cache.gather("tokens", where), cache.gather("doc", where)
         assert (tokens == cache.tokens[where]).all() and (doc == cache.doc[where]).all()
 
 

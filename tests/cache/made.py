@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from sae_italian.cache import FeatureCache, Manifest
-from sae_italian.cache.build import _transpose
+from sae_italian.cache.build import transpose
 from sae_italian.cache.encode import Sparse, write_activations
-from sae_italian.cache.layout import acts_file
 from sae_italian.cache.stats import write_statistics
 from sae_italian.cache.tokens import write_token_shard
 from sae_italian.corpora import PackedBlock, TextDocument
@@ -42,10 +41,9 @@ def made_cache(folder: Path, acts: np.ndarray, doc: np.ndarray, tokens: np.ndarr
         flat = acts[here].reshape(-1, d_sae)
         row, latent = np.nonzero(flat)
         sparse = Sparse(np.bincount(row, minlength=len(flat)), latent, flat[row, latent].astype(np.float32))
-        record = write_activations(folder, index, sparse, d_sae)
-        shard.nnz, shard.n_wide, shard.sha256[acts_file(index)] = record.nnz, record.n_wide, record.sha256
+        write_activations(folder, index, sparse, d_sae).enter(shard)
         manifest.shards.append(shard)
-    _transpose(folder, manifest)
+    transpose(folder, manifest)
     torch.manual_seed(0)
     sae = types.SimpleNamespace(W_dec=torch.randn(d_sae, D_IN))
     write_statistics(folder, manifest, sae, _Model(types.SimpleNamespace(weight=torch.randn(VOCABULARY, D_IN))))

@@ -162,22 +162,24 @@ def test_values_beyond_and_below_fp16(tmp_path):
     arrays = layout.halves(value)
     assert arrays["wide_at"].tolist() == [3, 4] and arrays["wide_value"].tolist() == value[3:].tolist()
     assert (arrays["value"] > 0).all() and np.isfinite(arrays["value"]).all()
-    assert layout.position_dtype(2**32) is np.uint32 and layout.position_dtype(2**32 + 1) is np.uint64
+    assert layout.smallest_uint(2**32 - 1) is np.uint32 and layout.smallest_uint(2**32) is np.uint64
 
 
 def test_the_commands(mini, alone, tmp_path, capsys):
     for seed in (1, 2):
         topk(seed).save_model(tmp_path / f"sae{seed}")
     arguments = ["cache", "build", str(tmp_path / "sae1"), str(tmp_path / "sae2"), "--out", str(tmp_path / "caches")]
-    arguments += ["--split", "all", "--tokens", "6000", "--windows-per-shard", "8", "--json"]
+    arguments += ["--tokens", "6000", "split=all", "windows_per_shard=8", "--json"]
     assert main(arguments) == 0
     folders = json.loads(capsys.readouterr().out)["caches"]
     assert len(folders) == 2 and digests(Path(folders[0])) == digests(alone)
-    assert main(["cache", "verify", folders[1]]) == 0 and main(["cache", "info", folders[1], "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out.partition("\n")[2])
+    assert main(["cache", "info", folders[1], "--verify"]) == 0
+    assert "every file is as the manifest says" in capsys.readouterr().out
+    assert main(["cache", "info", folders[1], "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
     assert facts["tokens"] >= 6000 and facts["latent_bytes_per_non_zero"] == pytest.approx(6, rel=0.05)
     (Path(folders[1]) / "stats.parquet").write_bytes(b"x")
-    assert main(["cache", "verify", folders[1]]) == 2 and "stats.parquet" in capsys.readouterr().err
+    assert main(["cache", "info", folders[1], "--verify"]) == 2 and "stats.parquet" in capsys.readouterr().err
 
 
 BUILD = """import sys, torch; torch.set_num_threads(1)

@@ -11,9 +11,8 @@ from safetensors.numpy import load_file, save, save_file
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest
-from sae_italian.cache.decode import spans_by_prefixes
-from sae_italian.cache.delphi import export_delphi, split_bounds
-from sae_italian.cache.delphi_import import find_splits, import_delphi
+from sae_italian.cache.exports import export_delphi, split_bounds
+from sae_italian.cache.imports import find_splits, import_delphi, spans_by_prefixes
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
@@ -114,7 +113,7 @@ def test_the_division_is_delphis():
         edges = torch.linspace(0, width, steps=n + 1).long()
         assert split_bounds(0, width - 1, n) == list(zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True))
     assert split_bounds(7, 9, 2) == [(7, 7), (8, 9)]
-    with pytest.raises(UsageError, match="--splits is 4; 3 latents"):
+    with pytest.raises(UsageError, match="splits=4: 3 latents"):
         split_bounds(7, 9, 4)
 
 
@@ -212,6 +211,7 @@ def first_is(value: float):
         (put("locations", lambda a: a + np.uint16(300)), "beyond 313 windows of 128 tokens and 85 latents"),
         (put("tokens", lambda a: a + 1), "tokens differ from those of 0_84.safetensors"),
         (put("activations", first_is(np.nan)), "1 activations are NaN"),
+        (put("locations", lambda a: a[::-1]), "not in the order of the text"),
         (lambda arrays: arrays.pop("tokens"), "holds no tokens. Save it again with save_tokens=True"),
     ],
 )
@@ -253,6 +253,30 @@ def test_a_config_that_does_not_fit(exported, tmp_path, content, message):
         import_delphi(folder, tmp_path / "out")
 
 
+@pytest.mark.parametrize("step", ["write_activations", "finish_cache"])
+def test_an_import_that_was_killed_is_resumed_to_the_same_bytes(exported, tmp_path, monkeypatch, step):
+    from sae_italian.cache import imports
+
+    whole, calls = getattr(imports, step), []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) > 1 or step == "finish_cache":
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(imports, "default_windows", lambda context: 50)
+    expected, _ = import_delphi(exported, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(imports, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_delphi(exported, tmp_path / "back")
+    with pytest.raises(UsageError, match="--resume"):
+        import_delphi(exported, tmp_path / "back")
+    import_delphi(exported, tmp_path / "back", resume=True)
+    assert Manifest.load(tmp_path / "back").files() == Manifest.load(expected).files()
+
+
 def test_infinite_and_negative_activations_are_counted(exported, tmp_path):
     def change(arrays):
         arrays["activations"][:3] = [np.inf, -1, 0]
@@ -267,7 +291,7 @@ def test_the_commands(small_cache, trained_sae, tmp_path, capsys):
     raw, out = tmp_path / "raw", tmp_path / "out"
     assert main(["export", str(small_cache), "--to", "delphi", "--out", str(raw), "--latents", "0-9"]) == 0
     assert sorted(file.name for file in (raw / "layers.1").glob("*.safetensors"))[0] == "0_1.safetensors"
-    arguments = ["cache", "import", str(raw / "layers.1"), "--from", "delphi", "--out", str(out), "--model", "mini"]
+    arguments = ["import", str(raw / "layers.1"), "--out", str(out), "--model", "mini"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "modules=['layers.1']" in printed and "not in it:" in printed and Manifest.load(out).d_sae == 10
@@ -275,5 +299,5 @@ def test_the_commands(small_cache, trained_sae, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
     assert main(["export", str(small_cache), "--to", "delphi", "--out", str(raw), "--latents", "a-b"]) == 2
     assert "--latents 0-99" in capsys.readouterr().err
-    assert main([*arguments, "--overwrite", "--model", "", "--sae", str(trained_sae)]) == 2
+    assert main([*arguments[:-2], "--overwrite", "--sae", str(trained_sae)]) == 2
     assert "decoder statistics need both" in capsys.readouterr().err

@@ -18,7 +18,6 @@ from sae_italian.base.storage import claim_folder, read_json
 from sae_italian.browser.exports import formats
 from sae_italian.browser.exports.latents import Facts, Latents, facts_of, model_facts, names_of
 from sae_italian.cache import FeatureCache, Manifest
-from sae_italian.cache.delphi import latent_bounds
 from sae_italian.models import load_model_config
 
 __all__ = ["FORMATS", "Export", "export"]
@@ -72,7 +71,7 @@ def export(
     if to not in FORMATS:
         raise UsageError(f"{to!r} is no format for an export. {nearest(to, FORMATS)}")
     out, manifest = Path(out), cache.manifest
-    first, last = latent_bounds(manifest, latents)
+    first, last = manifest.latent_bounds(latents)
     called = names_of(manifest, **(names or {}))
     here = sae is not None and model is not None
     spec = {"to": to, "manifest": manifest.identity(), "latents": [first, last], "names": called, "with_sae": here}

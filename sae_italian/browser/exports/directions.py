@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_italian.browser.exports.passages import counted_tokens, rounded
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.lens import final_gain
+from sae_italian.cache.related import final_gain
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import read_activations
 
@@ -52,7 +52,7 @@ class Directions:
 
     @torch.no_grad()
     def logits(self, latent: int) -> tuple[list[float], list[float]]:
-        """Return the histogram of the logits that the direction adds to the vocabulary (as `cache.lens.logit_lens`)."""
+        """Return the histogram of the logits that the direction adds to the vocabulary (as `cache.related.decoder_columns`)."""
         if not self.here:
             return [], []
         unembed: Float[Tensor, "vocab d_in"] = self.model.get_output_embeddings().weight.float()

@@ -53,7 +53,7 @@ def first_whole_document(cache):
     for begin in range(1, cache.n_positions, context):
         index = int(cache.doc[begin])
         here = np.flatnonzero(cache.doc == index)
-        if cache.char_start[begin] == 0 and here[0] == begin and here[-1] < begin + context - 2:
+        if cache.whole("start")[begin] == 0 and here[0] == begin and here[-1] < begin + context - 2:
             return cache.document(index), here
     raise AssertionError("no document begins a window")
 
