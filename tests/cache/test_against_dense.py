@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sae_italian.base.errors import UsageError
 from sae_italian.cache import transpose
-from sae_italian.cache.encode import encode_sparse, top_positive
+from sae_italian.cache.encode import encode_sparse
 from sae_italian.cache.layout import FP16_MAX
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.saes.sparse_products import top_positive
