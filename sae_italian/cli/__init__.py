@@ -12,11 +12,6 @@ import sae_italian
 from sae_italian.base.errors import SaeItalianError
 from sae_italian.cli import (
     autointerp,
-<<<<<<< HEAD
-    cache,
-=======
-    browser,
->>>>>>> 0feac33 (Cache: files are mapped everywhere, one module per thought, Delphi's import reads its splits in place; commands on cyclopts)
     causal,
     geometry,
     language,

@@ -23,13 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "corpora show": ("corpora:show", "route, licence, columns and known traps of a corpus, and its first documents"),
     "corpora stats": ("corpora:stats", "tokens per word, document lengths, share of Italian, what is dropped and why"),
     "corpora pretokenize": ("corpora:pretokenize", "write packed tokens that SAELens and our trainer read"),
-<<<<<<< HEAD
     "browse": ("browse:browse", "the latent browser of a cache, alone or beside another SAE; the overview of a suite"),
-=======
     "cache build": ("cache:build", "cache an SAE's latents over a corpus, or several SAEs' from one forward pass"),
     "cache info": ("cache:info", "what a cache holds; --verify compares every file with its checksum"),
     "import": ("cache:import_cache", "make a feature cache of one that Delphi wrote"),
->>>>>>> 0feac33 (Cache: files are mapped everywhere, one module per thought, Delphi's import reads its splits in place; commands on cyclopts)
     "export": ("export:export", "write a cache, its explanations or an SAE in another program's format: --to FORMAT"),
     "explainita evaluate": ("explainita:evaluate", "score a submission file against the gold file"),
     "explainita predict": ("explainita:predict", "write a submission file; with --sae replay the data's activations"),
@@ -45,13 +42,10 @@ GROUPS: dict[str, str] = {
 OLD_COMMANDS: dict[str, str] = {
     "corpora preview": "corpora show CORPUS --documents N",
     "explainita replay": "explainita predict DATA --sae SAE",
-<<<<<<< HEAD
     "browse-compare": "browse CACHE --compare OTHER",
     "browse-suite": "browse SUITE CACHE...",
-=======
     "cache verify": "cache info CACHE --verify",
     "cache import": "import FOLDER (Delphi's format alone; exported datasets are not read back)",
->>>>>>> 0feac33 (Cache: files are mapped everywhere, one module per thought, Delphi's import reads its splits in place; commands on cyclopts)
     "cache export": "export CACHE --to delphi (or datasets)",
     "autointerp export": "export CACHE --to parquet (or jsonl, wandb-tables)",
     "saes export": "export SAE --to jumprelu",
@@ -73,13 +67,10 @@ OLD_OPTIONS: dict[str, str] = {
     "--promoted": "the word promoted=true",
     "--llm-tokenizer": "the word llm_tokenizer=NAME",
     "--timeout": "the word timeout=SECONDS",
-<<<<<<< HEAD
     "browse --other-sae": "the word other_sae=SAE",
-=======
     "cache --split": "the word split=NAME",
     "cache --windows-per-shard": "the word windows_per_shard=N",
     "import --from": "left out: Delphi's is the one format that is read",
->>>>>>> 0feac33 (Cache: files are mapped everywhere, one module per thought, Delphi's import reads its splits in place; commands on cyclopts)
     "export --model-id": "the word model_id=NAME",
     "export --set": "the word set=NAME",
     "export --suffix": "the word suffix=NAME",
