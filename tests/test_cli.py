@@ -158,6 +158,6 @@ def test_a_read_only_or_full_disk_is_no_traceback(capsys, trained_sae, tmp_path,
 def test_a_defect_of_ours_is_not_dressed_up(monkeypatch):
     from sae_italian.cli import models
 
-    monkeypatch.setattr(models, "_models_list", lambda _: 1 / 0)
+    monkeypatch.setattr(models, "list_models", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["models", "list"])

@@ -15,7 +15,6 @@ from sae_italian.cli import (
     causal,
     geometry,
     language,
-    models,
     papers,
     quickstart,
     saes,
@@ -27,7 +26,6 @@ from sae_italian.cli.base import Commands, Parser
 
 GROUPS = (
     quickstart,
-    models,
     saes,
     training,
     language,
@@ -97,4 +95,4 @@ def _parser() -> argparse.ArgumentParser:
 def _is_new(given: list[str], app: Any) -> bool:
     words = [word for word in given if not word.startswith("-")]
     names = (*app.COMMANDS, *app.OLD_COMMANDS)
-    return any(" ".join(words[: len(name.split())]) == name for name in names)
+    return words[:1] == ["models"] or any(" ".join(words[: len(name.split())]) == name for name in names)

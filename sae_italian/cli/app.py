@@ -19,6 +19,11 @@ from sae_italian.cli.options import Result
 
 # name -> (function in sae_italian.cli, one line for --help). A name of two words belongs to a group.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "models list": ("models:list_models", "names, aliases, licence, gate of the known models"),
+    "models show": ("models:show_model", "dimensions, licence, hooks of one model"),
+    "models check": ("models:check_model", "do the three backends agree? logits, and every layer and site"),
+    "saes list": ("models:list_saes", "published SAEs: width, k, site, licence"),
+    "saes show": ("models:show_sae", "an SAE's configuration: architecture, k, width, hook, what it was trained on"),
     "corpora list": ("corpora:list_corpora", "names, licence, gate, size, routes"),
     "corpora show": ("corpora:show", "route, licence, columns and known traps of a corpus, and its first documents"),
     "corpora stats": ("corpora:stats", "tokens per word, document lengths, share of Italian, what is dropped and why"),

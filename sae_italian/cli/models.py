@@ -1,59 +1,29 @@
-"""The commands of the catalogue of models."""
+"""The commands of the two catalogues: language models, and published SAEs."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from sae_italian.base.errors import SaeItalianError, UsageError
-from sae_italian.cli.base import Commands, Result
+from sae_italian.cli.options import Result
+
+Name = Annotated[str, Parameter(help="A name of `models list`, a hub id, or a folder.")]
 
 
-def add_commands(root: Commands) -> None:
-    models = root.group("models", "the catalogue of Italian models")
-    models.add("list", _models_list, "names, aliases, licence, gate")
-    models.add("show", _models_show, "dimensions, licence, hooks of one model").add_argument("name")
-    text = "compare the three backends on a prompt: logits, and every layer and site"
-    sub = models.add("check", _models_check, text)
-    sub.add_argument("name")
-    sub.add_argument("--prompt", default="La città è più bella perché c'è il sole.")
-    sub.add_argument("--italian", action="store_true", help="also: does it know agreement and the indirect object?")
-
-
-def _models_list(options: argparse.Namespace) -> Result:
-    from dataclasses import asdict
-
-    from sae_italian.models.catalogue import catalogue
+def list_models() -> Result:
+    """Names, aliases, licence and gate of the known models."""
+    from sae_italian.models import catalogue
 
     entries = catalogue().values()
     lines = [f"{e.name:42} {', '.join(e.aliases):60} {e.licence:19} gated: {e.gated}" for e in entries]
-    return [asdict(entry) for entry in entries], "\n".join(lines)
+    return Result([asdict(entry) for entry in entries], "\n".join(lines))
 
 
-def _models_show(options: argparse.Namespace) -> Result:
-    facts = model_facts(options.name)
-    return facts, "\n".join(f"{key:14} {value}" for key, value in facts.items())
-
-
-def _models_check(options: argparse.Namespace) -> Result:
-    from sae_italian.models import load_model
-    from sae_italian.models.loading import compare_backends
-
-    result = compare_backends(options.name, options.prompt)
-    text = check_text(result)
-    if options.italian:
-        from sae_italian.analysis import italian_skills
-
-        skills = italian_skills(load_model(options.name))
-        result["italian"] = skills
-        text += "\n" + "\n".join(f"{name:38} {value:.3f}" for name, value in skills.items())
-    differ = SaeItalianError("the backends differ by more than 1e-4; please report this model.")
-    return result, text, None if result["ok"] else differ
-
-
-def model_facts(name: str) -> dict[str, Any]:
-    """Return what catalogue and, where they can be had, config and tokenizer say of a model; the config wins."""
+def show_model(name: Name, /) -> Result:
+    """What catalogue and, where they can be had, config and tokenizer say of a model; the config wins."""
     from sae_italian.models import load_model_config, load_tokenizer, resolve
     from sae_italian.models.catalogue import config_differences, config_facts
     from sae_italian.models.hooks import SITES
@@ -70,12 +40,60 @@ def model_facts(name: str) -> dict[str, Any]:
         facts["bos"] = f"the tokenizer adds {bos_count(load_tokenizer(name))}"
     except UsageError as error:
         facts["weights"] = str(error)
-    return facts
+    return Result(facts, "\n".join(f"{key:14} {value}" for key, value in facts.items()))
 
 
-def check_text(result: dict[str, Any]) -> str:
-    """Return the table of `models check`."""
+def check_model(
+    name: Name, /, *, prompt: str = "La città è più bella perché c'è il sole.", italian: bool = False
+) -> Result:
+    """Compare the three backends on a prompt: logits, and the activations at every layer and site.
+
+    Args:
+        prompt: Text that the three are given.
+        italian: Also measure whether it knows agreement and the indirect object.
+    """
+    from sae_italian.models import load_model
+    from sae_italian.models.loading import compare_backends
+
+    result = compare_backends(name, prompt)
     lines = [f"{key:38} {value:.2e}" for key, value in result["differences"].items()]
     lines += [f"catalogue: {difference}" for difference in result["catalogue_differences"]]
     lines.append("ok" if result["ok"] else "the backends differ by more than 1e-4")
-    return "\n".join(lines)
+    if italian:
+        from sae_italian.analysis import italian_skills
+
+        result["italian"] = italian_skills(load_model(name))
+        lines += [f"{skill:38} {value:.3f}" for skill, value in result["italian"].items()]
+    differ = SaeItalianError("the backends differ by more than 1e-4; please report this model.")
+    return Result(result, "\n".join(lines), None if result["ok"] else differ)
+
+
+def list_saes(*, ids: bool = False) -> Result:
+    """Published SAEs: width, k, site, licence.
+
+    Args:
+        ids: Name every SAE, not only the releases.
+    """
+    import sae_lens  # noqa: F401  # our releases are registered when it is imported
+
+    from sae_italian.saes.releases import known_releases
+
+    rows = known_releases()
+    lines = [f"{'release':42} {'SAEs':>4} {'site':4} {'width':>7} {'k':>3} {'licence':12} model"]
+    for row in rows:
+        site, width, k, licence = ("?" if row[key] is None else row[key] for key in ("site", "d_sae", "k", "licence"))
+        place = f"{row['model']}  ({row['note']})"
+        lines.append(f"{row['release']:42} {row['saes']:>4} {site:4} {width:>7} {k:>3} {licence:12} {place}")
+        if ids:
+            lines.append("    " + ", ".join(row["ids"]))
+    return Result(rows, "\n".join(lines))
+
+
+def show_sae(
+    sae: Annotated[str, Parameter(help="A folder, or release:sae_id: only its configuration is fetched.")], /
+) -> Result:
+    """An SAE's configuration: architecture, k, width, hook, what it was trained on."""
+    from sae_italian.saes.facts import sae_facts
+
+    facts = sae_facts(sae)
+    return Result(facts, "\n".join(f"{key:28} {value}" for key, value in facts.items()))

@@ -13,10 +13,6 @@ from sae_italian.cli.base import Commands, Result
 
 def add_commands(root: Commands) -> None:
     saes = root.group("saes", "published and local SAEs")
-    sub = saes.add("list", _saes_list, "published SAEs: width, k, site, licence")
-    sub.add_argument("--ids", action="store_true", help="name every SAE, not only the releases")
-    sub = saes.add("show", _saes_show, "an SAE's configuration: architecture, k, width, hook, what it was trained on")
-    sub.add_argument("sae", help="an SAE's folder, or release:sae_id, of which only the configuration is fetched")
     text = "does an SAE fit its model? scale, layer, BOS, tokenizer, L0, explained variance, loss; names what is wrong"
     sub = saes.add("doctor", _saes_doctor, text)
     sub.add_argument("sae", help="an SAE's folder (SAELens, sparsify or Llama Scope format), or release:sae_id")
@@ -47,32 +43,6 @@ def _saes_publish(options: argparse.Namespace) -> Result:
         dry_run=options.dry_run,
     )
     return upload.as_dict(), upload.text()
-
-
-def _saes_list(options: argparse.Namespace) -> Result:
-    import sae_lens  # noqa: F401  # our releases are registered when it is imported
-
-    from sae_italian.saes.releases import known_releases
-
-    rows = known_releases()
-    head = f"{'release':42} {'SAEs':>4} {'site':4} {'width':>7} {'k':>3} {'licence':12} model"
-    lines = [head]
-    for row in rows:
-        shown = {key: "?" if row[key] is None else row[key] for key in ("d_sae", "k", "site", "licence")}
-        lines.append(
-            f"{row['release']:42} {row['saes']:>4} {shown['site']:4} {shown['d_sae']:>7} {shown['k']:>3} "
-            f"{shown['licence']:12} {row['model']}  ({row['note']})"
-        )
-        if options.ids:
-            lines.append("    " + ", ".join(row["ids"]))
-    return rows, "\n".join(lines)
-
-
-def _saes_show(options: argparse.Namespace) -> Result:
-    from sae_italian.saes.facts import sae_facts
-
-    facts = sae_facts(options.sae)
-    return facts, "\n".join(f"{key:28} {value}" for key, value in facts.items())
 
 
 def _saes_doctor(options: argparse.Namespace) -> Result:
