@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from sae_italian.analysis.gold import _Words
+from sae_italian.analysis.gold import GoldWords
 from sae_italian.base.storage import sha256_file
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.build import transpose
@@ -56,13 +56,13 @@ def planted_cache(
 
 def gold_positions(base: FeatureCache, categories: Sequence[str], least: int = 200) -> dict[str, np.ndarray]:
     """Return by gold label of MicroItaliano the positions of the last token of every word that bears it."""
-    words = _Words(base)
-    labels = words.matrix().tocsc()
+    words = GoldWords(base)
+    labels = words.labels.tocsc()
     last = np.flatnonzero(np.append(words.word_of_position[1:] != words.word_of_position[:-1], True))
     last = last[words.word_of_position[last] >= 0]
     word = words.word_of_position[last]
     found = {}
-    for (category, label), column in words.labels.items():
+    for (category, label), column in words.names.items():
         if category in categories:
             bearing = labels.indices[labels.indptr[column] : labels.indptr[column + 1]]
             positions = last[np.isin(word, bearing)]

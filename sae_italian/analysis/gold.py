@@ -7,7 +7,9 @@ the best F1 are chosen on the train and val documents; precision, recall and F1 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -40,22 +42,24 @@ class GoldResult:
     recall: float
 
 
-class _Words:
+class GoldWords:
     """The gold words that a cache covers, their labels, and the word of each token."""
 
     def __init__(self, cache: FeatureCache):
-        self.labels: dict[tuple[str, str], int] = {}  # (category, label) -> column
+        self.names: dict[tuple[str, str], int] = {}  # (category, label) -> column
         self.word_of_position = np.full(cache.n_positions, -1, dtype=np.int64)
-        self.rows: list[int] = []
-        self.columns: list[int] = []
         self.doc_of_word: list[int] = []
+        pairs: list[tuple[int, int]] = []  # word, column
         order = np.argsort(cache.doc, kind="stable")
         docs, first = np.unique(cache.doc[order], return_index=True)
         for doc, positions in zip(docs.tolist(), np.split(order, first[1:]), strict=True):
             if doc != NO_DOCUMENT:
-                self._add_document(cache, doc, positions)
+                pairs += self._add_document(cache, doc, positions)
+        self.labels = _zeros_and_ones(pairs, (len(self.doc_of_word), len(self.names)))
 
-    def _add_document(self, cache: FeatureCache, doc: int, positions: Int[np.ndarray, " tokens"]) -> None:
+    def _add_document(
+        self, cache: FeatureCache, doc: int, positions: Int[np.ndarray, " tokens"]
+    ) -> Iterator[tuple[int, int]]:
         _, seed, index = cache.document(doc).doc_id.split("/")
         gold = micro_italiano.document(int(index), seed=int(seed))
         starts = np.array([word.start for word in gold.words])
@@ -64,20 +68,26 @@ class _Words:
         self.word_of_position[positions] = (
             base + np.searchsorted(starts, cache.whole("end")[positions], side="left") - 1
         )
-        for offset, word in enumerate(gold.words):
+        for number, word in enumerate(gold.words, base):
             inside = [span.labels["construction"] for span in gold.constructions if span.start <= word.start < span.end]
             for key in _labels(word.labels, inside, gold.register):
-                self.rows.append(base + offset)
-                self.columns.append(self.labels.setdefault(key, len(self.labels)))
+                yield number, self.names.setdefault(key, len(self.names))
         self.doc_of_word += [doc] * len(gold.words)
 
-    def matrix(self) -> scipy.sparse.csr_array:
-        """Return the labels as a boolean matrix [words, labels]."""
-        shape = (len(self.doc_of_word), len(self.labels))
-        ones = np.ones(len(self.rows), dtype=np.float32)
-        matrix = scipy.sparse.csr_array((ones, (self.rows, self.columns)), shape=shape)
-        matrix.data[:] = 1
-        return matrix
+    def activations(self, cache: FeatureCache) -> scipy.sparse.csr_array:
+        """Return the largest activation of every latent on any token of each word, [words, latents]."""
+        rows, columns, values = [], [], []
+        for latent in range(cache.manifest.d_sae):
+            position, value = cache.latent(latent)
+            word = self.word_of_position[position]
+            found, inverse = np.unique(word[word >= 0], return_inverse=True)
+            largest = np.zeros(len(found), dtype=np.float32)
+            np.maximum.at(largest, inverse, value[word >= 0])
+            rows.append(found)
+            columns.append(np.full(len(found), latent))
+            values.append(largest)
+        places = np.concatenate(rows), np.concatenate(columns)
+        return scipy.sparse.csr_array((np.concatenate(values), places), shape=(len(self.doc_of_word), latent + 1))
 
 
 def _labels(labels: dict[str, str], constructions: list[str], register: str) -> list[tuple[str, str]]:
@@ -91,68 +101,54 @@ def _labels(labels: dict[str, str], constructions: list[str], register: str) -> 
     if labels.get("upos") != "PUNCT":
         found.append(("lemma", f"lemma={labels['lemma']}"))
     found += [("construction", f"construction={name}") for name in dict.fromkeys(constructions)]
-    found.append(("register", f"register={register}"))
-    return found
+    return [*found, ("register", f"register={register}")]
 
 
 def gold_table(cache: FeatureCache, *, seed: int = 0) -> list[GoldResult]:
     """Return the best latent for every gold label with enough words, sorted by category and F1; [] for other corpora."""
     if cache.manifest.corpus != MICRO_ITALIANO:
         return []
-    words = _Words(cache)
-    labels = words.matrix()
+    words = GoldWords(cache)
+    labels, acts, maxima = words.labels, words.activations(cache), cache.statistics["max"]
     test = cache.document_parts(seed)[np.array(words.doc_of_word)] == PARTS.index("test")
     covered = np.zeros(len(test), dtype=bool)
     covered[words.word_of_position[words.word_of_position >= 0]] = True
     choose, report = np.flatnonzero(covered & ~test), np.flatnonzero(covered & test)
-    best: dict[int, tuple[float, int, float]] = {}  # column -> F1, latent, threshold
-    firings = {threshold: _firing(cache, words, threshold) for threshold in THRESHOLDS}
-    for threshold, firing in firings.items():
-        f1 = detection_counts(firing[choose], labels[choose])[0]
-        for column in range(len(words.labels)):
-            latent = int(np.argmax(f1[:, column]))
-            best[column] = max(best.get(column, (-1.0, 0, 0.0)), (float(f1[latent, column]), latent, threshold))
-    outcome = {threshold: detection_counts(firing[report], labels[report]) for threshold, firing in firings.items()}
+    fired = {threshold: firing(acts, threshold * maxima) for threshold in THRESHOLDS}
+    chosen = {threshold: detection_counts(found[choose], labels[choose])[0] for threshold, found in fired.items()}
+    outcome = {threshold: detection_counts(found[report], labels[report]) for threshold, found in fired.items()}
     n_choose, n_report = np.asarray(labels[choose].sum(axis=0)), np.asarray(labels[report].sum(axis=0))
     results = []
-    for (category, label), column in words.labels.items():
+    for (category, label), column in words.names.items():
         if min(n_choose[column], n_report[column]) < LEAST_WORDS:
             continue
-        _, latent, threshold = best[column]
+        best = ((int(np.argmax(f1[:, column])), threshold) for threshold, f1 in chosen.items())
+        latent, threshold = max(best, key=lambda pair: (float(chosen[pair[1]][pair[0], column]), *pair))
         f1, precision, recall = (float(table[latent, column]) for table in outcome[threshold])
         results.append(GoldResult(label, category, int(n_report[column]), latent, threshold, f1, precision, recall))
     return sorted(results, key=lambda result: (result.category, -result.f1, result.label))
 
 
-def _firing(cache: FeatureCache, words: _Words, threshold: float) -> scipy.sparse.csr_array:
-    """Return a boolean matrix [words, latents]: active above the threshold on any token of the word."""
-    maxima = cache.statistics["max"]
-    rows, columns = [], []
-    for latent in range(cache.manifest.d_sae):
-        position, value = cache.latent(latent)
-        word = words.word_of_position[position[value > threshold * maxima[latent]]]
-        word = np.unique(word[word >= 0])
-        rows.append(word)
-        columns.append(np.full(len(word), latent))
-    row, column = np.concatenate(rows), np.concatenate(columns)
-    shape = (len(words.doc_of_word), cache.manifest.d_sae)
-    return scipy.sparse.csr_array((np.ones(len(row), dtype=np.float32), (row, column)), shape=shape)
+def firing(acts: scipy.sparse.csr_array, above: Float[np.ndarray, " latents"]) -> scipy.sparse.csr_array:
+    """Return 0 or 1 for words and latents, [words, latents]: where a latent is above its threshold."""
+    entries = acts.tocoo()
+    keep = entries.data > above[entries.col]
+    return _zeros_and_ones(np.stack([entries.row[keep], entries.col[keep]], axis=1), (len(acts.indptr) - 1, len(above)))
+
+
+def _zeros_and_ones(ones: Any, shape: tuple[int, int]) -> scipy.sparse.csr_array:
+    places = np.array(ones, dtype=np.int64).reshape(-1, 2)
+    matrix = scipy.sparse.csr_array((np.ones(len(places), dtype=np.float32), tuple(places.T)), shape=shape)
+    matrix.data[:] = 1  # a place that was given twice is still a 1
+    return matrix
 
 
 def detection_counts(
-    firing: scipy.sparse.csr_array, labels: scipy.sparse.csr_array
-) -> tuple[
-    Float[np.ndarray, "latents labels"], Float[np.ndarray, "latents labels"], Float[np.ndarray, "latents labels"]
-]:
+    fired: scipy.sparse.csr_array, labels: scipy.sparse.csr_array
+) -> tuple[Float[np.ndarray, "latents labels"], ...]:
     """Return F1, precision and recall of every latent for every label; 0 where a latent never fires."""
-    both = (firing.T @ labels).toarray()
-    fired, present = firing.sum(axis=0)[:, None], labels.sum(axis=0)[None, :]
+    both = (fired.T @ labels).toarray()
+    n_fired, present = fired.sum(axis=0)[:, None], labels.sum(axis=0)[None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
-        precision, recall = both / fired, both / present
-        f1 = 2 * both / (fired + present)
-    return tuple(np.nan_to_num(table) for table in (f1, precision, recall))  # pyright: ignore[reportReturnType]
-
-
-def n_detected(results: list[GoldResult]) -> int:
-    """Return how many labels a single latent detects: F1 of 0.8 or more on the test documents."""
-    return sum(result.f1 >= DETECTED for result in results)
+        found = 2 * both / (n_fired + present), both / n_fired, both / present
+    return tuple(np.nan_to_num(numbers) for numbers in found)

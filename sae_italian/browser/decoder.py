@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from sae_italian.analysis.geometry.directions import nearest_directions
-from sae_italian.analysis.geometry.map import map_of
+from sae_italian.analysis.geometry.directions import map_of, nearest_directions
 from sae_italian.base.errors import UsageError
 from sae_italian.browser.schema import Record
 from sae_italian.cache.related import final_gain

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae_italian.analysis.causal.ablation import ablate
-from sae_italian.analysis.causal.steer import steer
+from sae_italian.analysis.causal.latent import ablate, steer
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.autointerp.now import config_of, keep
@@ -25,6 +24,7 @@ from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
+from sae_italian.base.report import plain
 from sae_italian.browser.answers import Refused
 from sae_italian.browser.exports.passages import pieces, rounded, storable
 from sae_italian.browser.source import LatentSource, loaded, open_source
@@ -125,13 +125,13 @@ class Live:
         self._fits(prompt, NEW_TOKENS)
         unit = float(self.maximum[latent]) or 1.0
         found = steer(self.model, self.tokenizer, self.sae, prompt, latent, strengths, NEW_TOKENS, unit=unit)
-        return found.as_dict()
+        return plain(found)
 
     def ablate(self, latent: int, prompt: str) -> dict[str, Any]:
         """Return where the latent is active in the prompt, and the next tokens that change when it is taken away."""
         self.cache.range_of(latent)
         self._fits(prompt)
-        found = ablate(self.model, self.tokenizer, self.sae, prompt, latent).as_dict()
+        found = plain(ablate(self.model, self.tokenizer, self.sae, prompt, latent))
         positions = sorted(found["positions"], key=lambda position: -position["activation"])
         return {**found, "positions": positions[:ABLATED_SHOWN], "n_active": len(positions)}
 

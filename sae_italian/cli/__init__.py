@@ -12,14 +12,10 @@ import sae_italian
 from sae_italian.base.errors import SaeItalianError
 from sae_italian.cli import (
     autointerp,
-    causal,
-    geometry,
-    language,
     papers,
     quickstart,
     saes,
     scores,
-    shift,
     training,
 )
 from sae_italian.cli.base import Commands, Parser
@@ -28,12 +24,8 @@ GROUPS = (
     quickstart,
     saes,
     training,
-    language,
     autointerp,
     scores,
-    shift,
-    causal,
-    geometry,
     papers,
 )
 

@@ -1,215 +1,213 @@
-"""The commands of causal analyses: `ioi` and `agreement` on a model, `steer`, `ablate` and `tree` on latents."""
+"""The commands of causal analyses: `ioi` and `agreement` on a model, `steer` and `tree` on latents."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.base import Commands, Result, positive, sae_name
+from sae_italian.cli.options import Language, Model, Result, Sae, Seed, Source, key_values, positive, short_names
+
+Many = Parameter(consume_multiple=True)
 
 
-def add_commands(root: Commands) -> None:
-    _task_commands(root)
-    _latent_commands(root)
+def ioi(
+    model: str,
+    /,
+    *words: str,
+    sae: list[str] | None = None,
+    language: Language = "it",
+    n_pairs: int = 50,
+    check: int = 200,
+    thresholds: int = 50,
+    anyway: bool = False,
+    seed: Seed = 0,
+    out: Path | None = None,
+) -> Result:
+    """Ask whether a model goes on with the indirect object, and which latents carry the name (feature patching).
+
+    Args:
+        model: Name, hub id or folder of the model.
+        words: name_tokens=N, the tokens that every name has, or name_tokens=any; default: 1.
+        sae: An SAE to patch; again for each to compare with.
+        language: Language of the sentences: it or en.
+        n_pairs: Pairs of sentences that are patched.
+        check: Sentences on which the skill is checked first.
+        thresholds: Thresholds of the elimination, from 1e-5 to 1 nat; 50 as in the paper.
+        anyway: Patch also where the model does not do the task.
+        out: Folder for ioi.json and ioi.svg; nothing is written without it.
+    """
+    from sae_italian.analysis.tasks.ioi import ioi_pairs, ioi_score, words_for
+    from sae_italian.analysis.tasks.scoring import check_able
+    from sae_italian.base.report import plain
+    from sae_italian.models import load_model
+
+    positive(n_pairs=n_pairs, check=check, thresholds=thresholds)
+    name_tokens = key_values(words, {"name_tokens": "1"})["name_tokens"]
+    if name_tokens != "any" and not name_tokens.isdecimal():
+        raise UsageError(f"name_tokens is {name_tokens!r}; a number or any was expected.")
+    loaded = load_model(model)
+    length = None if name_tokens == "any" else int(name_tokens)
+    texts = words_for(model, language)
+    pairs = ioi_pairs(max(check, n_pairs), loaded.tokenizer, texts, n_name_tokens=length, seed=seed)
+    skill = ioi_score(loaded, loaded.tokenizer, pairs[:check])
+    value = {"model": model, "language": language, "example": plain(pairs[0]), "skill": plain(skill)}
+    by_kind = ", ".join(f"{kind} {share.value:.1%}" for kind, share in skill.by_kind.items())
+    text, pictures = f"{pairs[0].base} … {pairs[0].io}\n{skill.text()}; {by_kind}", {}
+    if sae:
+        if not anyway:
+            check_able(skill, "indirect object", model)
+        found = _patched(loaded, sae, pairs[:n_pairs], thresholds, seed)
+        value["patching"], pictures["ioi"] = found.as_dict(), found.svg()
+        text += f"\n\n{found.table()}"
+    return _written(out, "ioi", value, text, pictures)
 
 
-def _task_commands(root: Commands) -> None:
-    text = "indirect-object sentences: does the model do them, and which latents carry the name (feature patching)"
-    sub = root.add("ioi", _ioi, text)
-    sub.add_argument("model")
-    sub.add_argument("--sae", action="append", default=[], help="an SAE to patch; again for each to compare with")
-    sub.add_argument("--lang", choices=("it", "en"), default="it")
-    sub.add_argument("--pairs", type=int, default=50, help="pairs that are patched (default 50)")
-    sub.add_argument("--check", type=int, default=200, help="sentences on which the skill is checked (default 200)")
-    sub.add_argument("--name-tokens", default="1", help="tokens of a name, or any (default 1)")
-    sub.add_argument("--thresholds", type=int, default=50, help="of the elimination (default 50, as in the paper)")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--anyway", action="store_true", help="patch also where the model does not do the task")
-    sub.add_argument("--out", type=Path, help="a folder for ioi.json and ioi.svg")
-    text = "Italian agreement on minimal pairs: gender, number, subject and verb, with and without an attractor"
-    sub = root.add("agreement", _agreement, text)
-    sub.add_argument("model")
-    sub.add_argument("--pairs", type=Path, help="a file in MultiBLiMP's layout (ita.tsv); default: pairs made here")
-    sub.add_argument("--n", type=int, default=500, help="pairs made (default 500)")
-    sub.add_argument(
-        "--sae", action="append", default=[], help="an SAE to patch on the subject's number; again for more"
+def agreement(
+    model: str,
+    /,
+    *,
+    pairs_file: Path | None = None,
+    check: int = 500,
+    sae: list[str] | None = None,
+    n_pairs: int = 50,
+    thresholds: int = 50,
+    seed: Seed = 0,
+    out: Path | None = None,
+) -> Result:
+    """Ask a model for Italian agreement on minimal pairs: gender, number, subject and verb, with and without an attractor.
+
+    Args:
+        model: Name, hub id or folder of the model.
+        pairs_file: Pairs in MultiBLiMP's layout (ita.tsv, or the same as .jsonl or .parquet); default: pairs made here.
+        check: Pairs that are made, in turn of each kind.
+        sae: An SAE to patch on the subject's number; again for each to compare with.
+        n_pairs: Pairs of subjects that are patched.
+        thresholds: Thresholds of the elimination, from 1e-5 to 1 nat.
+        out: Folder for agreement.json, agreement.svg, and number.svg with --sae; nothing is written without it.
+    """
+    from sae_italian.analysis.tasks.agreement import agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
+    from sae_italian.base.report import plain, table
+    from sae_italian.models import load_model
+
+    positive(n_pairs=n_pairs, thresholds=thresholds)
+    pairs = read_minimal_pairs(pairs_file) if pairs_file else agreement_pairs(check, seed=seed)
+    loaded = load_model(model)
+    found = agreement_score(loaded, loaded.tokenizer, pairs)
+    value = {"model": model, "pairs": str(pairs_file or "generated"), **plain(found)}
+    rows = [(kind, f"{s.value:.1%}", f"{s.lo:.1%} to {s.hi:.1%}") for kind, s in found.by_kind.items()]
+    text, pictures = (
+        f"{found.text()}\n\n{table('agreement | right | 95 % interval', rows)}",
+        {"agreement": found.svg()},
     )
-    sub.add_argument("--patched", type=int, default=50, help="pairs that are patched (default 50)")
-    sub.add_argument("--thresholds", type=int, default=50, help="of the elimination (default 50)")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", type=Path, help="a folder for agreement.json, agreement.svg, and number.svg with --sae")
+    if sae:
+        patched = _patched(loaded, sae, number_pairs(n_pairs, loaded.tokenizer, seed=seed), thresholds, seed)
+        value["patching"], pictures["number"] = patched.as_dict(), patched.svg()
+        text += f"\n\nthe subject's number, patched:\n\n{patched.table()}"
+    return _written(out, "agreement", value, text, pictures)
 
 
-def _latent_commands(root: Commands) -> None:
-    sub = root.add("steer", _steer, "what the model writes with a latent's direction added at several strengths")
-    sub.add_argument("sae", help="an SAE's folder, or release:sae_id")
-    sub.add_argument("prompt")
-    sub.add_argument("--latent", type=int, required=True)
-    sub.add_argument("--strengths", type=float, nargs="+", default=[5.0, 10.0, 20.0], help="in units of its activation")
-    sub.add_argument("--new-tokens", type=int, default=24)
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--model", help="default: the model in the SAE's metadata")
-    sub = root.add("ablate", _ablate, "the tokens whose logits move most when a latent is silenced")
-    sub.add_argument("sae", help="an SAE's folder, or release:sae_id")
-    sub.add_argument("prompt")
-    sub.add_argument("--latent", type=int, required=True)
-    sub.add_argument("--top", type=int, default=10)
-    sub.add_argument("--model", help="default: the model in the SAE's metadata")
-    sub = root.add("tree", _tree, "the latents of earlier layers that a latent depends on, by ablation")
-    sub.add_argument("saes", nargs="+", help="SAEs in the order of their layers; the latent is the last one's")
-    sub.add_argument("--latent", type=int, required=True)
-    sub.add_argument("--branches", type=int, default=3)
-    sub.add_argument("--contexts", type=int, default=20)
-    sub.add_argument("--tokens", type=int, default=20_000, help="of the corpus, among which contexts are drawn")
-    sub.add_argument("--context-size", type=int, default=64)
-    sub.add_argument("--model", help="default: the model in the last SAE's metadata")
-    sub.add_argument("--corpus", help="default: the corpus the last SAE was trained on")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", type=Path, help="a folder for tree.json and tree.svg")
-
-
-def _write(folder: Path | None, name: str, value: Any, svg: str | None) -> str:
-    """Write a result and its picture where asked; return a line that says where."""
-    from sae_italian.base.storage import write_json, write_text
-
-    if folder is None:
-        return ""
-    write_json(folder / f"{name}.json", value)
-    if svg is not None:
-        write_text(folder / f"{name}.svg", svg)
-    return f"\n\n{folder}/{name}.json" + ("" if svg is None else f", {name}.svg")
-
-
-def _ioi(options: argparse.Namespace) -> Result:
-    from sae_italian.analysis.tasks import check_able, ioi_pairs, ioi_score, words_for
-    from sae_italian.models import load_model
-
-    for flag, number in (("--pairs", options.pairs), ("--check", options.check), ("--thresholds", options.thresholds)):
-        positive(flag, number)
-    any_length = options.name_tokens == "any"
-    if not any_length and not options.name_tokens.isdecimal():
-        raise UsageError(f"--name-tokens is {options.name_tokens!r}; a number or any was expected.")
-    model = load_model(options.model)
-    words = words_for(options.model, options.lang)
-    length = None if any_length else int(options.name_tokens)
-    made = ioi_pairs(max(options.check, options.pairs), model.tokenizer, words, n_name_tokens=length, seed=options.seed)
-    skill = ioi_score(model, model.tokenizer, made[: options.check])
-    value: dict[str, Any] = {"model": options.model, "language": options.lang, "example": made[0]._asdict()}
-    value["skill"] = skill.as_dict()
-    text = f"{made[0].base} … {made[0].io}\n{skill.text()}; " + _by_kind(skill)
-    svg = None
-    if options.sae:
-        if not options.anyway:
-            check_able(skill, "indirect object", options.model)
-        found = _patched(options, model, made[: options.pairs])
-        value["patching"], svg = found.as_dict(), found.svg()
-        text += "\n\n" + found.table()
-    return value, text + _write(options.out, "ioi", value, svg)
-
-
-def _patched(options: argparse.Namespace, model: Any, pairs: Any) -> Any:
-    """Patch the SAEs of --sae on the pairs; each goes by its folder's name, or as given where two have the same."""
-    from sae_italian.analysis.causal import patch_saes
-    from sae_italian.analysis.causal.compare import thresholds
+def _patched(model: Any, names: list[str], pairs: Any, n_thresholds: int, seed: int) -> Any:
+    """Patch the SAEs of --sae on the pairs."""
+    from sae_italian.analysis.causal.compare import patch_saes, thresholds
     from sae_italian.saes import load_sae
 
-    names = {name: Path(name).name if Path(name).is_dir() else name for name in options.sae}
-    alike = len(set(names.values())) < len(names)
-    saes = {name if alike else short: load_sae(name) for name, short in names.items()}
-    levels = thresholds(options.thresholds)
-    return patch_saes(model, model.tokenizer, saes, pairs, thresholds=levels, seed=options.seed)
+    saes = {short: load_sae(name) for short, name in short_names(names).items()}
+    return patch_saes(model, model.tokenizer, saes, pairs, thresholds=thresholds(n_thresholds), seed=seed)
 
 
-def _by_kind(skill: Any) -> str:
-    return ", ".join(f"{kind} {share.value:.1%}" for kind, share in skill.by_kind.items())
+def _written(out: Path | None, name: str, value: dict[str, Any], text: str, pictures: dict[str, str]) -> Result:
+    """Return the result; written to the folder where one is asked for."""
+    from sae_italian.base.report import save_result
+
+    if out is not None:
+        save_result(out, name, value, **pictures)
+        text += f"\n\n{out}/{', '.join([f'{name}.json', *(f'{picture}.svg' for picture in pictures)])}"
+    return Result(value, text)
 
 
-def _agreement(options: argparse.Namespace) -> Result:
-    from sae_italian.analysis.tasks import agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
-    from sae_italian.base.storage import write_text
-    from sae_italian.models import load_model
+def steer(
+    sae: Sae,
+    prompt: str,
+    /,
+    *,
+    latent: int,
+    strengths: Annotated[list[float], Many] = [5.0, 10.0, 20.0],  # noqa: B006
+    new_tokens: int = 24,
+    temperature: float = 0.0,
+    ablate: bool = False,
+    top: int = 10,
+    model: Model = None,
+    seed: Seed = 0,
+) -> Result:
+    """Show what a model writes with a latent's direction added, or which logits move when the latent is silenced.
 
-    positive("--patched", options.patched)
-    positive("--thresholds", options.thresholds)
-    pairs = read_minimal_pairs(options.pairs) if options.pairs else agreement_pairs(options.n, seed=options.seed)
-    model = load_model(options.model)
-    found = agreement_score(model, model.tokenizer, pairs)
-    value: dict[str, Any] = {"model": options.model, "pairs": str(options.pairs or "generated"), **found.as_dict()}
-    lines = [found.text(), "", "| agreement | right | 95 % interval |", "|---|---|---|"]
-    lines += [f"| {kind} | {s.value:.1%} | {s.lo:.1%} to {s.hi:.1%} |" for kind, s in found.by_kind.items()]
-    if options.sae:
-        patched = _patched(options, model, number_pairs(options.patched, model.tokenizer, seed=options.seed))
-        value["patching"] = patched.as_dict()
-        lines += ["", "the subject's number, patched:", "", patched.table()]
-        if options.out:
-            write_text(options.out / "number.svg", patched.svg())
-    return value, "\n".join(lines) + _write(options.out, "agreement", value, found.svg())
+    Args:
+        prompt: The text that the model goes on from.
+        latent: Number of the latent.
+        strengths: How much of the direction is added, in units of the latent's activation; one text for each.
+        new_tokens: Tokens that are written.
+        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        ablate: Silence the latent wherever the prompt makes it active, instead of adding it.
+        top: With --ablate: logits shown that fall, and as many that rise.
+    """
+    from sae_italian.analysis.causal import latent as effects
+    from sae_italian.base.report import plain
+
+    positive(top=top)
+    loaded, subject, _ = Source(model=model, corpus="none").load(sae)
+    start = subject, subject.tokenizer, loaded, prompt, latent
+    if ablate:
+        found = effects.ablate(*start, top)
+    else:
+        found = effects.steer(*start, strengths, new_tokens, temperature=temperature, seed=seed)
+    return Result(plain(found), found.table())
 
 
-def _sources(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Return SAE and model of a command about one latent."""
-    from sae_italian.models import load_model
+def tree(
+    *saes: str,
+    latent: int,
+    tokens: int = 20_000,
+    context_size: int = 64,
+    model: Model = None,
+    corpus: str | None = None,
+    seed: Seed = 0,
+    out: Path | None = None,
+) -> Result:
+    """Draw which latents of earlier layers a latent depends on, by ablation.
+
+    Args:
+        saes: SAEs in the order of their layers, the latent is the last one's; then branches=N, children of a latent that
+            are followed (default: 3), and contexts=N, in which each is looked at (default: 20).
+        latent: Number of the latent.
+        tokens: Tokens of the corpus among which contexts are drawn.
+        context_size: Tokens of a context.
+        corpus: Local file or folder, catalogue name, or micro-italiano; default: what the last SAE was trained on.
+        out: Folder for tree.json and tree.svg; nothing is written without it.
+    """
+    from sae_italian.analysis.causal.tree import causal_tree
+    from sae_italian.base.report import plain
     from sae_italian.saes import load_sae
 
-    sae = load_sae(options.sae)
-    name = options.model or sae.cfg.metadata.model_name
-    if not name:
-        raise UsageError("the SAE's metadata does not say which model it is for; give --model.")
-    return sae, load_model(name)
-
-
-def _steer(options: argparse.Namespace) -> Result:
-    from sae_italian.analysis.causal import steer
-
-    sae, model = _sources(options)
-    found = steer(
-        model,
-        model.tokenizer,
-        sae,
-        options.prompt,
-        options.latent,
-        options.strengths,
-        options.new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
-    return found.as_dict(), found.table()
-
-
-def _ablate(options: argparse.Namespace) -> Result:
-    from sae_italian.analysis.causal import ablate
-
-    positive("--top", options.top)
-    sae, model = _sources(options)
-    found = ablate(model, model.tokenizer, sae, options.prompt, options.latent, options.top)
-    return found.as_dict(), found.table()
-
-
-def _tree(options: argparse.Namespace) -> Result:
-    from sae_italian.analysis.causal import causal_tree, tree_svg
-    from sae_italian.models import load_model
-    from sae_italian.saes import load_sae
-
-    for flag in ("branches", "contexts", "tokens", "context_size"):
-        positive(f"--{flag.replace('_', '-')}", getattr(options, flag))
-    saes = [(Path(sae_name(name)).name, load_sae(name)) for name in options.saes]
-    metadata = saes[-1][1].cfg.metadata
-    model, corpus = options.model or metadata.model_name, options.corpus or metadata.dataset_path
-    for value, flag in ((model, "--model"), (corpus, "--corpus")):
-        if not value:
-            raise UsageError(f"the SAE's metadata does not say; give {flag}.")
+    settings = [word for word in saes if word.startswith(("branches=", "contexts="))]
+    names = [word for word in saes if word not in settings]
+    sizes = key_values(settings, {"branches": 3, "contexts": 20})
+    positive(tokens=tokens, context_size=context_size, **sizes)
+    if not names:
+        raise UsageError("a tree needs the SAEs of at least two layers, in order; none given.")
+    last, subject, text = Source(model=model, corpus=corpus).load(names[-1])
+    named = [(Path(name).name, load_sae(name)) for name in names[:-1]] + [(Path(names[-1]).name, last)]
     root = causal_tree(
-        load_model(model),
-        saes,
-        options.latent,
-        corpus,
-        branches=options.branches,
-        n_contexts=options.contexts,
-        n_tokens=options.tokens,
-        context_size=options.context_size,
-        seed=options.seed,
+        subject,
+        named,
+        latent,
+        text,
+        branches=sizes["branches"],
+        n_contexts=sizes["contexts"],
+        n_tokens=tokens,
+        context_size=context_size,
+        seed=seed,
     )
-    return root.as_dict(), root.text() + _write(options.out, "tree", root.as_dict(), tree_svg(root))
+    return _written(out, "tree", plain(root), root.text(), {"tree": root.svg()})

@@ -6,7 +6,7 @@ read from the signature, from its docstring ("Args:"), and from the attribute do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
-from sae_italian.base.errors import SaeItalianError, UsageError
+from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 
 
 class Result(NamedTuple):
@@ -105,6 +105,34 @@ def latent_range(given: str | None) -> tuple[int, int] | None:
     if not first.isdigit() or (dash and not last.isdigit()):
         raise UsageError(f"--latents is {given!r}; two numbers were expected, as in --latents 0-99.")
     return int(first), int(last if dash else first)
+
+
+def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return settings given as `key=value` words over their defaults; a value is read as what its default is.
+
+    Raises: UsageError for another word, an unknown key, or a value of another kind.
+    """
+    found = dict(defaults)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in defaults:
+            raise UsageError(f"{word!r} is no setting here; key=value was expected. {nearest(key, defaults)}")
+        kind = type(defaults[key])
+        try:
+            found[key] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError) as error:
+            expected = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
+            raise UsageError(f"{key} is {value!r}; {expected} was expected.") from error
+    return found
+
+
+def short_names(given: Sequence[str]) -> dict[str, str]:
+    """Return each name by its last part where these differ, else by itself. Raises: UsageError for a repetition."""
+    for name in given:
+        if list(given).count(name) > 1:
+            raise UsageError(f"{name} was given twice; give each SAE once.")
+    short = [Path(name).name for name in given]
+    return dict(zip(short if len(set(short)) == len(short) else given, given, strict=True))
 
 
 def remembered_name(given: str) -> str:

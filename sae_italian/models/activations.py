@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -144,6 +145,33 @@ def logits_with_replacement(
     if not fired:
         raise _never_fired(model, hook_name)
     return logits
+
+
+@torch.no_grad()
+def continuation_log_probs(
+    forward: Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos vocab"]],
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int = 64,
+) -> Float[np.ndarray, " n"]:
+    """Return log p(second part | first part) in nats for pairs of token ids, summed over the second part's tokens.
+
+    `forward` returns the logits of tokens. Rows are padded on the right, where a causal model never looks back from; the
+    first part must hold a token (the BOS) for every token of the second to have a probability.
+    """
+    totals = [np.zeros(0)]
+    for first in range(0, len(pairs), batch_size):
+        batch = pairs[first : first + batch_size]
+        rows = torch.zeros((len(batch), max(len(before) + len(after) for before, after in batch)), dtype=torch.int64)
+        asked = torch.zeros_like(rows, dtype=torch.bool)
+        for row, (before, after) in enumerate(batch):
+            stop = len(before) + len(after)
+            rows[row, :stop] = torch.tensor([*before, *after])
+            asked[row, max(1, len(before)) : stop] = True
+        logits = forward(rows)[:, :-1][asked[:, 1:]].float().cpu()
+        log_p = logits.log_softmax(-1).gather(-1, rows[asked][:, None])[:, 0].double()
+        totals.append(torch.zeros(len(batch), dtype=torch.float64).index_add_(0, asked.nonzero()[:, 0], log_p).numpy())
+    return np.concatenate(totals)
 
 
 # --- a forward pass that begins in the middle ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 from sae_italian.analysis.causal.compare import patch_saes, thresholds
 from sae_italian.analysis.tasks.ioi import ioi_pairs, ioi_score, words_for
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import plain
 from sae_italian.papers.document import Section, from_markdown
 from sae_italian.papers.job import RATIO, Job, Results, Step, variant
 from sae_italian.saes import load_sae
@@ -43,7 +44,7 @@ def _ioi(job: Job, results: Results) -> dict[str, Any]:
     found = patch_saes(job.subject.model, tokenizer, dictionaries, pairs, thresholds=steps)
     return {
         "layer": entry["layer"],
-        "skill": skill.as_dict(),
+        "skill": plain(skill),
         "half": "; ".join(_half(curve) for curve in found.curves),
         **found.as_dict(),
         "table": found.table().splitlines(),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_italian.analysis.geometry import geometry
-from sae_italian.analysis.geometry.pictures import matches_svg
-from sae_italian.analysis.shift import context_shift
-from sae_italian.analysis.shift.measure import default_edges
+from sae_italian.analysis.geometry.report import geometry, matches_svg
+from sae_italian.analysis.shift import context_shift, default_edges
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import plain
 from sae_italian.papers.document import Section, from_markdown
 from sae_italian.papers.job import Job, Results, Step
 from sae_italian.saes import load_sae
@@ -65,8 +64,8 @@ def _shift(job: Job, results: Results) -> dict[str, Any]:
         **shift.as_dict(),
         "text": f"positions {last.name} against {known.name}: FVU {100 * (fvu[1] / fvu[0] - 1):+.0f} %, "
         f"L0 {l0[0]:.1f} to {l0[1]:.1f}",
-        "table": shift.table(),
-        "changes": shift.changes(),
+        "table": shift.table().splitlines(),
+        "changes": shift.changes().splitlines(),
         "notes": shift.notes(),
         "svg": shift.svg(),
     }
@@ -100,10 +99,10 @@ def _geometry(job: Job, results: Results) -> dict[str, Any]:
         for c in found.between
     )
     return {
-        **found.as_dict(),
+        **plain(found),
         "thresholds": inside,
         "matches": matches or None,
-        "table": found.table(),
+        "table": found.table().splitlines(),
         "svg": matches_svg([*found.between, *found.within]),
     }
 

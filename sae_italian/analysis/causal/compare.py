@@ -10,24 +10,25 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from sae_italian.analysis.causal.elimination import Point, eliminate
-from sae_italian.analysis.causal.patching import BATCH_ROWS, Patcher, patch_inputs
-from sae_italian.analysis.causal.splice import hooks_of
+from sae_italian.analysis.causal.patching import Patcher, Point, eliminate, patch_inputs
+from sae_italian.analysis.causal.splice import edit_hooks
 from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import plain, table
 from sae_italian.base.statistics import Estimate, mean_interval
 
 N_THRESHOLDS = 50
 TOP = 20
 REACHED = (0.5, 0.1)  # of the KL without any patch
+_HEAD = (
+    "dictionary | candidates | KL unpatched | KL all patched | patches (edit) for half the KL | for a tenth | Spearman | "
+    "prompts run, of | passes | s"
+)
 
 
 def thresholds(n: int = N_THRESHOLDS) -> tuple[float, ...]:
     """Return n thresholds in nats, from 1e-5 to 1 evenly in the logarithm: the paper's code has 50."""
     return tuple(np.logspace(-5, 0, n).tolist())
-
-
-THRESHOLDS = thresholds()
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,20 @@ class PatchingCurve:
         enough = [point for point in self.points if point.kl.value <= share * self.unpatched.value]
         return min(enough, key=lambda point: point.n_patched, default=None)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            **{name: value for name, value in vars(self).items() if name not in ("points", "effects")},
-            "unpatched": self.unpatched.as_dict(),
-            "all_patched": self.all_patched.as_dict(),
-            "points": [point._asdict() | {"kl": point.kl.as_dict()} for point in self.points],
-            "effects": [vars(effect) for effect in self.effects],
-            "reached": {str(share): (p := self.reached(share)) and [p.n_patched, p.magnitude] for share in REACHED},
-        }
+    def cells(self) -> tuple[str, ...]:
+        """Return the curve's row of `Patching.table`."""
+        reached = [self.reached(share) for share in REACHED]
+        return (
+            self.name,
+            f"{self.n_candidates}",
+            f"{self.unpatched.value:.2f}",
+            f"{self.all_patched.value:.3f}",
+            *(f"{point.n_patched} ({point.magnitude:.2f})" if point else "never" for point in reached),
+            "" if self.spearman is None else f"{self.spearman:.2f}",
+            f"{self.prompt_forwards:,} of {self.original_prompt_forwards:,}",
+            f"{self.passes:,}",
+            f"{self.seconds:.1f}",
+        )
 
 
 @dataclass(frozen=True)
@@ -83,48 +89,33 @@ class Patching:
     curves: tuple[PatchingCurve, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"n_pairs": self.n_pairs, "curves": [curve.as_dict() for curve in self.curves]}
+        """Return everything for JSON, with the number of patches and the edit's size at which a share is reached."""
+        value = plain(self)
+        for found, curve in zip(value["curves"], self.curves, strict=True):
+            points = {str(share): curve.reached(share) for share in REACHED}
+            found["reached"] = {share: point and [point.n_patched, point.magnitude] for share, point in points.items()}
+        return value
 
     def table(self) -> str:
         """Return a Markdown table, a row per dictionary."""
-        lines = [
-            "| dictionary | candidates | KL unpatched | KL all patched | patches (edit) for half the KL | for a tenth "
-            "| Spearman | prompts run, of | passes | s |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for c in self.curves:
-            cells = [f"{p.n_patched} ({p.magnitude:.2f})" if (p := c.reached(share)) else "never" for share in REACHED]
-            rank = "" if c.spearman is None else f"{c.spearman:.2f}"
-            lines.append(
-                f"| {c.name} | {c.n_candidates} | {c.unpatched.value:.2f} | {c.all_patched.value:.3f} | {cells[0]} "
-                f"| {cells[1]} | {rank} | {c.prompt_forwards:,} of {c.original_prompt_forwards:,} | {c.passes:,} "
-                f"| {c.seconds:.1f} |"
-            )
-        return "\n".join(lines)
+        return table(_HEAD, [curve.cells() for curve in self.curves])
 
     def svg(self) -> str:
         """Return the paper's figure 3: KL against the number of patches and against the edit's size, and the effects."""
         return pictures.svg(self._draw, 3, (13, 4))
 
     def _draw(self, axes: Any) -> None:
-        from matplotlib import colormaps
-
-        others = colormaps["tab10"].colors[1:]  # pyright: ignore[reportAttributeAccessIssue]
+        colours = [pictures.OURS, *(f"C{number}" for number in range(1, 10))]
         for number, curve in enumerate(self.curves):
-            colour = pictures.OURS if number == 0 else others[(number - 1) % len(others)]
+            colour = colours[number % len(colours)]
             points = [point for point in curve.points if point.n_patched]
-            kl = [point.kl.value for point in points]
-            low, high = ([getattr(point.kl, end) for point in points] for end in ("lo", "hi"))
+            kl, low, high = zip(*(point.kl for point in points), strict=True) if points else ((), (), ())
             for axis, x in ((axes[0], [p.n_patched for p in points]), (axes[1], [p.magnitude for p in points])):
                 axis.plot(x, kl, "o-", markersize=3, color=colour, label=curve.name)
                 axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-            axes[2].scatter(
-                [effect.attribution for effect in curve.effects],
-                [effect.exact for effect in curve.effects],
-                s=10,
-                color=colour,
-                label=curve.name if curve.spearman is None else f"{curve.name}: {curve.spearman:.2f}",
-            )
+            label = curve.name if curve.spearman is None else f"{curve.name}: {curve.spearman:.2f}"
+            effects = [(effect.attribution, effect.exact) for effect in curve.effects]
+            axes[2].scatter(*np.reshape(effects, (-1, 2)).T, s=10, color=colour, label=label)
         for axis, label in ((axes[0], "patched latents"), (axes[1], "mean edit |x' - x|")):
             unpatched = self.curves[0].unpatched.value
             axis.axhline(unpatched, color=pictures.REFERENCE, linestyle=":", linewidth=1)
@@ -141,9 +132,8 @@ def patch_saes(
     saes: Mapping[str, Any],
     pairs: Sequence[Any],
     *,
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[float] = thresholds(),  # noqa: B008
     seed: int = 0,
-    batch_rows: int = BATCH_ROWS,
 ) -> Patching:
     """Return what patching each named dictionary does on the pairs (`IoiPair`, or tuples of base and counterfactual).
 
@@ -152,7 +142,7 @@ def patch_saes(
     """
     if not saes:
         raise UsageError("there is no SAE to patch. Give at least one.")
-    hooks = {name: hooks_of(sae, model)[1] for name, sae in saes.items()}
+    hooks = {name: edit_hooks(sae, model)[1] for name, sae in saes.items()}
     first = next(iter(hooks))
     for name, hook in hooks.items():
         if hook != hooks[first]:
@@ -161,14 +151,14 @@ def patch_saes(
                 "Give SAEs of the same hook, or run once for each."
             )
     inputs = patch_inputs(tokenizer, model, pairs)
-    curves = [_curve(name, Patcher(model, sae, inputs, batch_rows), thresholds, seed) for name, sae in saes.items()]
+    curves = [_curve(name, Patcher(model, sae, inputs), thresholds, seed) for name, sae in saes.items()]
     return Patching(len(inputs.base), tuple(curves))
 
 
 def _curve(name: str, patcher: Patcher, thresholds: Sequence[float], seed: int) -> PatchingCurve:
     start = time.perf_counter()
     exact, attribution = patcher.effects().numpy(), patcher.attribution().numpy()
-    before = patcher.cost.prompt_forwards, patcher.cost.passes
+    prompt_forwards, passes = patcher.prompt_forwards, patcher.passes
     found = eliminate(patcher, thresholds, seed=seed)
     largest = np.argsort(-exact, kind="stable")[:TOP]
     varies = len(exact) > 1 and np.ptp(exact) > 0 and np.ptp(attribution) > 0
@@ -177,19 +167,15 @@ def _curve(name: str, patcher: Patcher, thresholds: Sequence[float], seed: int) 
         hook_name=patcher.hook_out,
         d_sae=int(patcher.sae.cfg.d_sae),
         n_candidates=len(exact),
-        unpatched=_mean(patcher.unpatched),
+        unpatched=mean_interval(patcher.unpatched.double().cpu().numpy()),
         all_patched=found.points[0].kl,
         points=found.points,
         order=found.order,
         effects=tuple(Effect(int(patcher.candidates[i]), float(exact[i]), float(attribution[i])) for i in largest),
         spearman=float(np.asarray(spearmanr(exact, attribution))[0]) if varies else None,
         visits=found.visits,
-        prompt_forwards=patcher.cost.prompt_forwards - before[0],
+        prompt_forwards=patcher.prompt_forwards - prompt_forwards,
         original_prompt_forwards=found.visits * patcher.n_pairs,
-        passes=patcher.cost.passes - before[1],
+        passes=patcher.passes - passes,
         seconds=time.perf_counter() - start,
     )
-
-
-def _mean(values: Any) -> Estimate:
-    return mean_interval(values.double().cpu().numpy())

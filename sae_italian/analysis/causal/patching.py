@@ -1,25 +1,36 @@
-"""Patch an SAE's latents from a counterfactual run into a base run (Cunningham et al. 2023, section 4).
+"""Patch an SAE's latents from a counterfactual run into a base run, and find the few that matter.
 
-On the base run x_i becomes x_i + sum_{j in F} (c'_ij - c_ij) f_j at every token i, with c' the latents of the target run:
-the base run's reconstruction error stays. Measured is D_KL(edited || target) of the logits at the last token.
+As in Cunningham et al. 2023, section 4: on the base run x_i becomes x_i + sum_{j in F} (c'_ij - c_ij) f_j at every token i,
+with c' the latents of the target run; the base run's reconstruction error stays. Measured is D_KL(edited || target) of the
+logits at the last token.
+
+`eliminate` is ACDC on a flat graph (Conmy et al. 2023, algorithm 4.1), several steps at a time. Start with every latent
+patched; for each threshold, visit the latents still patched in random order and un-patch one if the KL to the target rises
+by less than the threshold. Each step depends on the one before, so the original runs all prompts once per visit. Here the
+outcomes are guessed (first from one gradient, then from each latent's last measured rise), the steps along the guessed path
+run as one batch, and what lies behind the first wrong guess is thrown away: the decisions are those of the original. A latent
+is run on those prompts alone in which it differs at all, and not again where nothing has changed since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
-from sae_italian.analysis.causal.splice import codes, directions, hooks_of
-from sae_italian.analysis.tasks.scoring import padded
+from sae_italian.analysis.causal.splice import codes, edit_hooks, written_directions
 from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.models.activations import begun_at, check_context, entry_and_edit, read_many, replaced
 
 BATCH_ROWS = 128
+LEAST_ROWS = 16  # of a guessed path after wrong guesses
 
 
 class PatchInputs(NamedTuple):
@@ -31,70 +42,55 @@ class PatchInputs(NamedTuple):
     differ: Bool[Tensor, "pairs pos"]  # from the first token in which the two differ to the last of the prompt
 
 
-@dataclass
-class Cost:
-    """What a run cost. A prompt forward is one prompt through the model; passes are calls, each of many prompts."""
-
-    passes: int = 0
-    prompt_forwards: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
-
-
 def patch_inputs(tokenizer: Any, model: Any, pairs: Sequence[Any]) -> PatchInputs:
-    """Return the tokens of pairs, each with `.base` and `.counterfactual` or a tuple of the two texts.
+    """Return the tokens of pairs whose first two values are the base's text and the counterfactual's (`IoiPair`, tuples).
 
     Raises: UsageError when there are none, when the two of a pair have different numbers of tokens, or one is too long.
     """
-    texts = [(pair.base, pair.counterfactual) if hasattr(pair, "base") else (pair[0], pair[1]) for pair in pairs]
-    if not texts:
+    if not pairs:
         raise UsageError("there are no pairs to patch. Give at least one.")
-    base, lengths = padded(tokenizer, [text for text, _ in texts])
-    target, target_lengths = padded(tokenizer, [text for _, text in texts])
-    uneven = (lengths != target_lengths).nonzero()[:, 0].tolist()
-    if uneven:
-        (first, second), k = texts[uneven[0]], uneven[0]
-        raise UsageError(
-            f"{first!r} has {int(lengths[k])} tokens, {second!r} {int(target_lengths[k])}; latents are patched token by "
-            "token, so both need as many. Use names with equally many tokens."
-        )
+    sides = [[torch.tensor(tokenizer(pair[side]).input_ids) for pair in pairs] for side in (0, 1)]
+    for pair, one, two in zip(pairs, *sides, strict=True):
+        if len(one) != len(two):
+            raise UsageError(
+                f"{pair[0]!r} has {len(one)} tokens, {pair[1]!r} {len(two)}; latents are patched token by token, so both "
+                "need as many. Use names with equally many tokens."
+            )
+    base, target = (torch.nn.utils.rnn.pad_sequence(side, batch_first=True) for side in sides)
+    lengths = torch.tensor([len(tokens) for tokens in sides[0]])
     check_context(base.shape[1], model.config)
     differ = (base != target).cumsum(-1) > 0
     differ &= torch.arange(base.shape[1]) < lengths[:, None]
     return PatchInputs(base.to(model.device), target.to(model.device), lengths, differ)
 
 
-@dataclass
 class Patcher:
-    """One SAE's latents on some pairs, and the model's answer to any edit of them; shapes as in `__post_init__`."""
+    """One SAE's latents on some pairs, and the model's answer to any edit of them.
 
-    model: Any
-    sae: Any
-    inputs: PatchInputs
-    batch_rows: int = BATCH_ROWS
-    cost: Cost = field(default_factory=Cost)
+    `passes` counts calls of the model, `prompt_forwards` the prompts that went through it. Only the blocks from the edit
+    on are run: what lies before it is the base run's, whatever is patched.
+    """
+
+    candidates: Int[Tensor, " n"]  # the latents that differ anywhere between the two runs
+    diff: Float[Tensor, "pairs pos n"]  # c' - c of these
 
     @torch.no_grad()
-    def __post_init__(self) -> None:
-        self.hook_in, self.hook_out = hooks_of(self.sae, self.model)
-        self.entry, self.edit = entry_and_edit(self.model, self.hook_out)
-        self.n_pairs = len(self.inputs.base)
-        self.target_log_p: Float[Tensor, "pairs vocab"] = self._last_log_p(self.inputs.target)
+    def __init__(self, model: Any, sae: Any, inputs: PatchInputs, batch_rows: int = BATCH_ROWS):
+        self.model, self.sae, self.inputs, self.batch_rows = model, sae, inputs, batch_rows
+        self.hook_in, self.hook_out = edit_hooks(sae, model)
+        self.entry, self.edit = entry_and_edit(model, self.hook_out)
+        self.n_pairs = len(inputs.base)
+        self.passes, self.prompt_forwards = 3, 3 * self.n_pairs
+        self.target_log_p: Float[Tensor, "pairs vocab"] = self._last_log_p(inputs.target, inputs.lengths)
         names = [self.hook_in, self.hook_out, self.entry]
-        base, target = (read_many(self.model, tokens, names) for tokens in (self.inputs.base, self.inputs.target))
-        self.residual = base[self.entry]  # no edit changes what lies before
-        self.candidates: Int[Tensor, " n"]  # the latents that differ anywhere between the two runs
-        self.diff: Float[Tensor, "pairs pos n"]  # c' - c
+        base, target = (read_many(model, tokens, names) for tokens in (inputs.base, inputs.target))
+        self.residual = base[self.entry]
         self.candidates, self.diff = self._differences(base[self.hook_in], target[self.hook_in])
-        self.directions: Float[Tensor, "n d_out"] = directions(self.sae, self.candidates).to(self.diff)
+        self.directions: Float[Tensor, "n d_out"] = written_directions(sae, self.candidates).to(self.diff)
         self.in_play: Bool[Tensor, "pairs n"] = (self.diff != 0).any(1).cpu()
         # the activation's own difference: what patching every latent and the error amounts to
-        differ = self.inputs.differ.to(self.model.device)
-        self.full: Float[Tensor, "pairs pos d_out"] = (target[self.hook_out] - base[self.hook_out]).float()
-        self.full = self.full * differ[..., None]
-        self.cost.passes += 3
-        self.cost.prompt_forwards += 3 * self.n_pairs
+        full = (target[self.hook_out] - base[self.hook_out]).float()
+        self.full: Float[Tensor, "pairs pos d_out"] = full * inputs.differ.to(model.device)[..., None]
         self.unpatched: Float[Tensor, " pairs"] = self.kl(torch.arange(self.n_pairs), torch.zeros_like(self.full))
 
     def _differences(
@@ -102,23 +98,24 @@ class Patcher:
     ) -> tuple[Int[Tensor, " n"], Float[Tensor, "pairs pos n"]]:
         """Return the latents that differ and by how much; tokens before the first that differs are the same."""
         found = []
-        for pair in range(self.n_pairs):  # one at a time: codes of all pairs would not fit for a wide SAE
-            here = self.inputs.differ[pair]
+        for pair, here in enumerate(
+            self.inputs.differ
+        ):  # one at a time: codes of all pairs would not fit for a wide SAE
             difference = codes(self.sae, target[pair, here]) - codes(self.sae, base[pair, here])
-            found.append(difference.float().to_sparse())
-        columns = [part.coalesce().indices()[1] for part in found]
-        candidates = torch.unique(torch.cat(columns))
-        diff = torch.zeros(self.n_pairs, self.inputs.base.shape[1], len(candidates))
+            found.append(difference.float().cpu().to_sparse().coalesce())
+        candidates = torch.unique(torch.cat([part.indices()[1] for part in found]))
+        diff = torch.zeros(*self.inputs.base.shape, len(candidates))
         for pair, part in enumerate(found):
-            row, column = part.coalesce().indices()
+            row, column = part.indices()
             at = self.inputs.differ[pair].nonzero()[:, 0]
-            diff[pair, at[row.cpu()], torch.searchsorted(candidates, column).cpu()] = part.coalesce().values().cpu()
-        return candidates.cpu(), diff.to(self.model.device)
+            diff[pair, at[row], torch.searchsorted(candidates, column)] = part.values()
+        return candidates, diff.to(self.model.device)
 
-    def _last_log_p(self, tokens: Int[Tensor, "rows pos"], rows: Int[Tensor, " rows"] | None = None) -> Tensor:
+    def _last_log_p(
+        self, tokens: Int[Tensor, "rows pos"], lengths: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows vocab"]:
         """Return the log-probabilities after each row's last token; the vocabulary is computed there alone."""
         hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state
-        lengths = self.inputs.lengths if rows is None else self.inputs.lengths[rows]
         last = hidden[torch.arange(len(tokens), device=hidden.device), lengths.to(hidden.device) - 1]
         return self.model.get_output_embeddings()(last).float().log_softmax(-1)
 
@@ -126,12 +123,13 @@ class Patcher:
         """Return D_KL(edited || target) in nats of pair `rows[r]` with `delta[r]` added; gradients pass."""
         parts = []
         for pairs, added in zip(rows.split(self.batch_rows), delta.split(self.batch_rows), strict=True):
-            longest = int(self.inputs.lengths[pairs].max())
-            self.cost.passes += 1
-            self.cost.prompt_forwards += len(pairs)
+            lengths = self.inputs.lengths[pairs]
+            longest = int(lengths.max())
+            self.passes += 1
+            self.prompt_forwards += len(pairs)
             begun = begun_at(self.model, self.entry, self.residual[pairs, :longest])
             with begun, replaced(self.model, self.edit, lambda x, a=added[:, :longest]: x + a.to(x)):
-                log_p = self._last_log_p(self.inputs.base[pairs, :longest], pairs)
+                log_p = self._last_log_p(self.inputs.base[pairs, :longest], lengths)
             parts.append((log_p.exp() * (log_p - self.target_log_p[pairs])).sum(-1))
         return torch.cat(parts)
 
@@ -175,3 +173,131 @@ class Patcher:
     def patched_kl(self, chosen: Bool[Tensor, " n"] | None = None, *, error: bool = False) -> Float[Tensor, " pairs"]:
         """Return the KL of each pair with the chosen candidates patched; with `error`, everything is: 0 but for rounding."""
         return self.kl(torch.arange(self.n_pairs), self.full if error else self.delta(chosen))
+
+
+# --- elimination -----------------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """The state after one threshold."""
+
+    threshold: float
+    n_patched: int
+    kl: Estimate  # mean over pairs, in nats
+    magnitude: float
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The curve, and the latents with the most important first: the later a latent is un-patched, the more it matters."""
+
+    points: tuple[Point, ...]
+    order: tuple[int, ...]
+    survivors: int  # how many of `order` were still patched at the end
+    visits: int
+
+
+class _Step(NamedTuple):
+    """One candidate taken out, on the prompts in which it differs."""
+
+    column: int
+    rows: Int[Tensor, " rows"]
+    stale: Bool[Tensor, " rows"]  # those whose KL has to be measured: something was taken out of them since last time
+    guess: bool  # that it will be un-patched
+
+
+class _State:
+    """The patched set: what it adds to each pair, each pair's KL, and every KL measured so far.
+
+    A prompt's version is the number of candidates that were taken out of it: a KL measured at that version still holds.
+    """
+
+    def __init__(self, patcher: Patcher):
+        self.patcher = patcher
+        self.delta = patcher.delta()
+        self.kl = patcher.kl(torch.arange(patcher.n_pairs), self.delta).cpu()
+        self.rise = patcher.attribution(self.delta)  # of the mean KL when a candidate is taken out, as last seen
+        self.rows = [column.nonzero()[:, 0] for column in patcher.in_play.T]
+        self.version = torch.zeros(patcher.n_pairs, dtype=torch.int32)
+        self.known = torch.zeros(patcher.in_play.shape)  # KL with the candidate taken out
+        self.known_at = torch.full(patcher.in_play.shape, -1, dtype=torch.int32)
+        self.removed: list[int] = []
+
+    def path(self, columns: Sequence[int], threshold: float, most_rows: int) -> tuple[list[_Step], list[Tensor]]:
+        """Return the next steps as they will be if every guess is right, until their prompts fill a batch, and edits.
+
+        Where nothing has to be measured, the guess is certain.
+        """
+        steps: list[_Step] = []
+        edits: list[Tensor] = []
+        delta, version, n_rows = self.delta.clone(), self.version.clone(), 0
+        for column in columns:
+            rows = self.rows[column]
+            stale = self.known_at[rows, column] != version[rows]
+            n_stale = int(stale.sum())
+            if n_rows and n_rows + n_stale > most_rows:
+                break
+            rise = float(self.rise[column]) if n_stale else self.change(rows, self.known[rows, column])
+            without = delta[rows] - self.edit(rows, column)
+            edits.append(without[stale])
+            steps.append(_Step(column, rows, stale, rise < threshold))
+            if rise < threshold:
+                delta[rows] = without
+                version[rows] += 1
+            n_rows += n_stale
+        return steps, edits
+
+    def edit(self, rows: Tensor, column: int) -> Float[Tensor, "rows pos d_out"]:
+        return self.patcher.one(rows, torch.full_like(rows, column))
+
+    def change(self, rows: Tensor, kl: Float[Tensor, " rows"]) -> float:
+        """Return by how much the mean KL over all pairs rises when those of `rows` become `kl`."""
+        return float((kl.double() - self.kl[rows].double()).sum()) / self.patcher.n_pairs
+
+    def replay(self, steps: list[_Step], edits: list[Tensor], threshold: float) -> int:
+        """Run the guessed steps as one batch and take them up to the first wrong guess, itself included.
+
+        Returns how many guesses were right.
+        """
+        rows = torch.cat([step.rows[step.stale] for step in steps])
+        measured = self.patcher.kl(rows, torch.cat(edits)).cpu() if len(rows) else torch.zeros(0)
+        for number, (step, kl) in enumerate(zip(steps, measured.split([len(edit) for edit in edits]), strict=True)):
+            at = step.rows[step.stale]
+            self.known[at, step.column], self.known_at[at, step.column] = kl, self.version[at]
+            found = self.known[step.rows, step.column]
+            self.rise[step.column] = change = self.change(step.rows, found)
+            if change < threshold:
+                self.delta[step.rows] -= self.edit(step.rows, step.column)
+                self.kl[step.rows] = found
+                self.version[step.rows] += 1
+                self.removed.append(step.column)
+            if (change < threshold) != step.guess:
+                return number
+        return len(steps)
+
+    def point(self, threshold: float, n_patched: int) -> Point:
+        return Point(threshold, n_patched, mean_interval(self.kl.double().numpy()), self.patcher.magnitude(self.delta))
+
+
+@torch.no_grad()
+def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -> Elimination:
+    """Return the curve over rising thresholds (nats) and the order of importance."""
+    rng = np.random.default_rng(seed)
+    state = _State(patcher)
+    left = list(range(len(patcher.candidates)))
+    points, visits, most_rows = [state.point(0.0, len(left))], 0, patcher.batch_rows
+    for threshold in tqdm(thresholds, desc="thresholds", disable=None):
+        order = rng.permutation(left).tolist()
+        visits += len(order)
+        while order:
+            steps, edits = state.path(order, threshold, most_rows)
+            n_right = state.replay(steps, edits, threshold)
+            all_right = n_right == len(steps)
+            order = order[n_right if all_right else n_right + 1 :]
+            most_rows = min(patcher.batch_rows, 2 * most_rows) if all_right else max(LEAST_ROWS, most_rows // 2)
+        gone = set(state.removed)
+        left = [column for column in left if column not in gone]
+        points.append(state.point(float(threshold), len(left)))
+    survivors = sorted(left, key=lambda column: -float(state.rise[column]))
+    ranked = patcher.candidates[torch.tensor(survivors + state.removed[::-1], dtype=torch.int64)]
+    return Elimination(tuple(points), tuple(ranked.tolist()), len(survivors), visits)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora.packing import special_mask
-from sae_italian.models.activations import check_context, read_many, replaced, resolve_hook
+from sae_italian.models.activations import check_context, replaced, resolve_hook
 from sae_italian.saes import check_fits
 
 _AFFINE = ("none", "expected_average_only_in")
 
 
-def hooks_of(sae: Any, model: Any) -> tuple[str, str]:
+def edit_hooks(sae: Any, model: Any) -> tuple[str, str]:
     """Return the hook the SAE reads and the one it writes, the same for all but transcoders.
 
     Raises: UsageError when SAE and model do not fit, when the hook can only be read, and for an SAE that rescales each
@@ -50,20 +50,18 @@ def codes(sae: Any, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
 
 
 @torch.no_grad()
-def directions(sae: Any, latents: Sequence[int] | Int[Tensor, " n"]) -> Float[Tensor, "n d_out"]:
-    """Return what one unit of each latent adds to the reconstruction: decode is affine, so decode(unit) - decode(0)."""
+def written_directions(sae: Any, latents: Sequence[int] | Int[Tensor, " n"]) -> Float[Tensor, "n d_out"]:
+    """Return what one unit of each latent adds to the reconstruction: decode is affine, so decode(unit) - decode(0).
+
+    Raises: UsageError when the SAE has no such latent.
+    """
     wanted = torch.as_tensor(latents, dtype=torch.int64, device=sae.device)
+    for latent in wanted[(wanted < 0) | (wanted >= sae.cfg.d_sae)].tolist():
+        raise UsageError(f"latent {latent} does not exist; the SAE has latents 0 to {sae.cfg.d_sae - 1}.")
     units = torch.zeros(len(wanted) + 1, sae.cfg.d_sae, dtype=sae.dtype, device=sae.device)
     units[torch.arange(len(wanted)), wanted] = 1
     written = sae.decode(units)
     return written[:-1] - written[-1]
-
-
-def check_latent(sae: Any, latent: int) -> int:
-    """Return the latent. Raises: UsageError when the SAE has no such latent."""
-    if not 0 <= latent < sae.cfg.d_sae:
-        raise UsageError(f"latent {latent} does not exist; the SAE has latents 0 to {sae.cfg.d_sae - 1}.")
-    return latent
 
 
 def prompt_tokens(tokenizer: Any, model: Any, prompt: str, n_new_tokens: int = 0) -> Int[Tensor, "1 pos"]:
@@ -86,18 +84,9 @@ def special(tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> Bool[Tensor, "b
 def logits_with_added(
     model: Any, tokens: Int[Tensor, "batch pos"], hook_name: str, added: Float[Tensor, "batch pos d_out"]
 ) -> Float[Tensor, "batch pos vocab"]:
-    """Return the logits of a forward pass in which `added` is added to the activation at the hook; gradients pass."""
+    """Return the logits of a forward pass in which `added` is added to the activation at the hook."""
     with replaced(model, hook_name, lambda x: x + added.to(x)):
-        return model(tokens, use_cache=False).logits
-
-
-@torch.no_grad()
-def latents_at(
-    model: Any, tokens: Int[Tensor, "batch pos"], sae: Any, hook_in: str
-) -> tuple[Float[Tensor, "batch pos d_in"], Float[Tensor, "batch pos d_sae"]]:
-    """Return the activation that the SAE reads and its latents there."""
-    x = read_many(model, tokens, [hook_in])[hook_in]
-    return x, codes(sae, x)
+        return model(tokens, use_cache=False).logits.float()
 
 
 @lru_cache(maxsize=4)

@@ -8,7 +8,7 @@ go on with those that matter most. Reconstruction errors stay in place, so the t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_italian.analysis.causal.splice import check_latent, codes, directions, hooks_of, special, token_text
+from sae_italian.analysis.causal.splice import codes, edit_hooks, special, token_text, written_directions
+from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate, mean_interval
-from sae_italian.corpora import iter_documents, pack
+from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import (
     begun_at,
@@ -32,10 +33,10 @@ from sae_italian.models.activations import (
     resolve_hook,
 )
 
-N_CONTEXTS = 20
 ROWS = 128  # prompts of a batch
 CHUNK = 1024  # tokens encoded at once
 LEAST_DROP = 1e-3  # of the target's activation; less is rounding
+EXAMPLE = 34  # letters of an example in the picture
 
 
 @dataclass(frozen=True)
@@ -51,60 +52,50 @@ class Node:
     examples: tuple[str, ...]  # the ends of a few contexts, the token it is active on marked «so»
     children: tuple[Node, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        children = [child.as_dict() for child in self.children]
-        drop = None if self.drop is None else self.drop.as_dict()
-        return {**asdict(self), "drop": drop, "examples": list(self.examples), "children": children}
+    def leaves(self) -> int:
+        return sum(child.leaves() for child in self.children) or 1
+
+    def depth(self) -> int:
+        return 1 + max((child.depth() for child in self.children), default=0)
 
     def text(self, indent: int = 0) -> str:
         """Return the tree as indented lines."""
         drop = "" if self.drop is None else f"  -{self.drop.value:.0%} ({self.drop.lo:.0%} to {self.drop.hi:.0%})"
-        shown = self.examples[0] if self.examples else "never active"
-        line = f"{'  ' * indent}{self.sae} {self.latent}{drop}  {shown}"
+        example = self.examples[0] if self.examples else "never active"
+        line = f"{'  ' * indent}{self.sae} {self.latent}{drop}  {example}"
         return "\n".join([line, *(child.text(indent + 1) for child in self.children)])
+
+    def svg(self) -> str:
+        """Return a picture: a column per layer, the target on the right, lines as thick as the effect."""
+        leaves, depth = self.leaves(), self.depth()
+
+        def draw(axes: Any) -> None:
+            axes[0].set_axis_off()
+            axes[0].set(xlim=(-0.1, depth - 0.1), ylim=(leaves - 0.3, -0.7))
+            _draw(axes[0], self, depth - 1, 0)
+
+        return pictures.svg(draw, 1, (4.2 * depth, max(2.0, 0.7 * leaves)))
+
+
+def _draw(axis: Any, node: Node, x: int, row: int) -> float:
+    """Draw a node with its children, the first of which stands in that row; return its height."""
+    heights = []
+    for place, child in enumerate(node.children):
+        before = sum(other.leaves() for other in node.children[:place])
+        heights.append(_draw(axis, child, x - 1, row + before))
+    y = sum(heights) / len(heights) if heights else float(row)
+    for child, height in zip(node.children, heights, strict=True):
+        share = 0.0 if child.drop is None else min(1.0, child.drop.value)
+        axis.plot((x - 0.28, x), (height, y), color=pictures.OURS, linewidth=0.5 + 4 * share, alpha=0.5, zorder=0)
+        axis.text(x - 0.2, 0.7 * height + 0.3 * y - 0.08, f"−{share:.0%}", fontsize=7, color=pictures.REFERENCE)
+    axis.text(x, y - 0.12, f"{node.sae} {node.latent}", fontsize=9, fontweight="bold", va="center")
+    axis.text(x, y + 0.16, node.examples[0][-EXAMPLE:] if node.examples else "", fontsize=7, va="center")
+    return y
 
 
 class _Context(NamedTuple):
     tokens: Int[Tensor, " pos"]  # up to the token on which the latent is active
     activation: float
-
-
-class _Text:
-    """Windows of a corpus, and the activations of every SAE's hook on them, in memory."""
-
-    def __init__(self, model: Any, hooks: Sequence[str], corpus: str, n_tokens: int, context_size: int, split: Any):
-        check_context(context_size, model.config)
-        parts, seen = [], 0
-        for block in pack(iter_documents(corpus, split), model.tokenizer, context_size, windows_per_block=32):
-            parts.append(torch.from_numpy(block.tokens[(block.doc != NO_DOCUMENT).any(1)]))
-            seen += parts[-1].numel()
-            if seen >= n_tokens:
-                break
-        if not parts:
-            raise UsageError(
-                f"{corpus} has no text of {context_size} tokens; give another corpus or a shorter context."
-            )
-        self.tokens: Int[Tensor, "windows pos"] = torch.cat(parts)[: max(1, n_tokens // context_size)]
-        self.keep = ~special(self.tokens, model.tokenizer)
-        reads = [read_many(model, some.to(model.device), list(hooks)) for some in self.tokens.split(ROWS)]
-        self.acts = {hook: torch.cat([read[hook].cpu() for read in reads]) for hook in hooks}
-
-    def latent(self, sae: Any, hook: str, latent: int) -> Float[Tensor, "windows pos"]:
-        """Return one latent's activations; 0 at special tokens."""
-        x = self.acts[hook].flatten(0, 1)
-        found = torch.cat([codes(sae, part)[:, latent].cpu() for part in x.split(CHUNK)])
-        return found.reshape(self.tokens.shape).float() * self.keep
-
-    def contexts(self, activation: Float[Tensor, "windows pos"], n: int, seed: int) -> list[_Context]:
-        """Return up to n contexts, of different windows, in which the latent is active between M/2 and M."""
-        rng = np.random.default_rng(seed)
-        window, position = ((activation >= activation.max() / 2) & (activation > 0)).nonzero(as_tuple=True)
-        chosen: dict[int, int] = {}
-        for index in rng.permutation(len(window)).tolist():
-            chosen.setdefault(int(window[index]), int(position[index]))
-            if len(chosen) == n:
-                break
-        return [_Context(self.tokens[w, : p + 1], float(activation[w, p])) for w, p in sorted(chosen.items())]
 
 
 @torch.no_grad()
@@ -115,10 +106,10 @@ def causal_tree(
     corpus: str,
     *,
     branches: int = 3,
-    n_contexts: int = N_CONTEXTS,
+    n_contexts: int = 20,
     n_tokens: int = 20_000,
     context_size: int = 64,
-    split: Any = "heldout",
+    split: Split = "heldout",
     seed: int = 0,
 ) -> Node:
     """Return the tree of `latent` of the last SAE; the SAEs (name and object) are in the order of their layers.
@@ -129,31 +120,50 @@ def causal_tree(
     """
     if len(saes) < 2:
         raise UsageError(f"a tree needs the SAEs of at least two layers, in order; {len(saes)} given.")
-    hooks = [hooks_of(sae, model)[0] for _, sae in saes]
+    hooks = [edit_hooks(sae, model)[0] for _, sae in saes]
     layers = [resolve_hook(model, hook)[0].layer for hook in hooks]
     if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
         raise UsageError(
             f"the SAEs read at {', '.join(hooks)}; give them in the order of their layers, the target last."
         )
-    check_latent(saes[-1][1], latent)
-    text = _Text(model, hooks, corpus, n_tokens, context_size, split)
+    written_directions(saes[-1][1], [latent])  # refuses a latent that there is not, before any text is read
+    tokens = _windows(model, corpus, n_tokens, context_size, split)
+    reads = [read_many(model, some.to(model.device), hooks) for some in tokens.split(ROWS)]
+    acts = {hook: torch.cat([read[hook].cpu() for read in reads]) for hook in hooks}
     with tqdm(desc="ablations", unit="prompt", disable=None) as bar:
-        grow = _Growth(model, saes, hooks, text, branches, n_contexts, seed, bar)
+        grow = _Growth(model, saes, hooks, tokens, acts, branches, n_contexts, seed, bar)
         root = grow.node(len(saes) - 1, latent, None)
     if not root.n_contexts:
         raise UsageError(
-            f"latent {latent} of {saes[-1][0]} is never active in {text.tokens.numel():,} tokens of {corpus}. "
+            f"latent {latent} of {saes[-1][0]} is never active in {tokens.numel():,} tokens of {corpus}. "
             "Give another latent, or more tokens."
         )
     return root
 
 
+def _windows(model: Any, corpus: str, n_tokens: int, context_size: int, split: Split) -> Int[Tensor, "windows pos"]:
+    """Return the first windows of a corpus, `n_tokens` in all."""
+    check_context(context_size, model.config)
+    parts, seen = [], 0
+    for block in pack(iter_documents(corpus, split), model.tokenizer, context_size, windows_per_block=32):
+        parts.append(torch.from_numpy(block.tokens[(block.doc != NO_DOCUMENT).any(1)]))
+        seen += parts[-1].numel()
+        if seen >= n_tokens:
+            break
+    if not parts:
+        raise UsageError(f"{corpus} has no text of {context_size} tokens; give another corpus or a shorter context.")
+    return torch.cat(parts)[: max(1, n_tokens // context_size)]
+
+
 @dataclass
 class _Growth:
+    """What a tree grows from."""
+
     model: Any
     saes: Sequence[tuple[str, Any]]
     hooks: Sequence[str]
-    text: _Text
+    tokens: Int[Tensor, "windows pos"]
+    acts: dict[str, Float[Tensor, "windows pos d_in"]]  # what each SAE reads there, in memory
     branches: int
     n_contexts: int
     seed: int
@@ -161,16 +171,28 @@ class _Growth:
 
     def node(self, level: int, latent: int, drop: Estimate | None) -> Node:
         name, sae = self.saes[level]
-        activation = self.text.latent(sae, self.hooks[level], latent)
-        contexts = self.text.contexts(activation, self.n_contexts, self.seed)
+        x = self.acts[self.hooks[level]].flatten(0, 1)
+        found = torch.cat([codes(sae, part)[:, latent].cpu() for part in x.split(CHUNK)]).reshape(self.tokens.shape)
+        activation = found.float() * ~special(self.tokens, self.model.tokenizer)
+        contexts = self._contexts(activation)
         children = [self.node(level - 1, other, fall) for other, fall in self._causes(level, latent, contexts)]
         examples = tuple(_shown(self.model.tokenizer, context.tokens) for context in contexts[:3])
         maximum = float(activation.max())
         return Node(name, self.hooks[level], latent, maximum, len(contexts), drop, examples, tuple(children))
 
+    def _contexts(self, activation: Float[Tensor, "windows pos"]) -> list[_Context]:
+        """Return contexts, of different windows, in which the latent is active between M/2 and M."""
+        rng = np.random.default_rng(self.seed)
+        window, position = ((activation >= activation.max() / 2) & (activation > 0)).nonzero(as_tuple=True)
+        chosen: dict[int, int] = {}
+        for index in rng.permutation(len(window)).tolist():
+            if len(chosen) < self.n_contexts:
+                chosen.setdefault(int(window[index]), int(position[index]))
+        return [_Context(self.tokens[w, : p + 1], float(activation[w, p])) for w, p in sorted(chosen.items())]
+
     def _causes(self, level: int, latent: int, contexts: list[_Context]) -> list[tuple[int, Estimate]]:
         """Return the latents of the level before that lower this one most, and their mean drop over the contexts."""
-        if level == 0 or not contexts:
+        if level == 0:
             return []
         falls: dict[int, Float[np.ndarray, " contexts"]] = {}
         for index, context in enumerate(contexts):
@@ -182,14 +204,14 @@ class _Growth:
     def _falls(self, level: int, latent: int, context: _Context) -> list[tuple[int, float]]:
         """Return for each latent of the level before that is active in the context the share by which the target falls."""
         earlier = self.saes[level - 1][1]
-        hook_in, hook_out = hooks_of(earlier, self.model)
+        hook_in, hook_out = edit_hooks(earlier, self.model)
         tokens = context.tokens[None].to(self.model.device)
         entry, edit = entry_and_edit(self.model, hook_out)
         read = read_many(self.model, tokens, [hook_in, entry])
         z = codes(earlier, read[hook_in])[0]
         z = z * ~special(tokens, self.model.tokenizer)[0][:, None]
         active = (z != 0).any(0).nonzero()[:, 0]
-        written = directions(earlier, active).to(z)
+        written = written_directions(earlier, active).to(z)
         after: list[float] = []
         for some, rows in zip(active.split(ROWS), written.split(ROWS), strict=True):
             removed = torch.einsum("pr,rd->rpd", z[:, some], rows)

@@ -6,8 +6,8 @@ Llama Scope shows the distribution of best matches (fig. 8) and one latent of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sae_italian.analysis.geometry.directions import (
     Nearest,
-    directions,
     nearest_directions,
     random_directions,
     random_like,
     threshold,
+    unit_directions,
 )
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate, wilson
@@ -30,7 +30,6 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 EDGES = np.linspace(-1, 1, 201)  # of the histograms of best matches
 ALIKE = 0.7  # cosine from which two latents are called the same (Paulo and Belrose 2025)
 SHOWN = 20  # latents listed by index
-SHARES = ("neighbours", "new", "above_random", "alike", "mutual", "several", "split")
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Distribution:
     def of(cls, cosine: Float[np.ndarray, " n"]) -> Distribution:
         found = np.quantile(cosine, QUANTILES)
         named = {f"{100 * q:g} %": float(value) for q, value in zip(QUANTILES, found, strict=True)}
-        counts = np.histogram(cosine, EDGES)[0].tolist()
-        return cls(named, float(cosine.max()), float(cosine.mean()), counts)
+        return cls(named, float(cosine.max()), float(cosine.mean()), np.histogram(cosine, EDGES)[0].tolist())
 
 
 @dataclass(frozen=True)
@@ -93,19 +91,13 @@ class Comparison:
     mutual: Estimate  # share whose nearest has them as its nearest in turn
     several: Estimate  # share with two neighbours or more
     split: Estimate  # share of the target's latents that split into several of the source
-    splits: list[Split] = field(default_factory=list)  # the ones that split most, at most SHOWN
-    newest: list[int] = field(default_factory=list)  # the source's latents of smallest best cosine, at most SHOWN
-    rows: Rows | None = field(default=None, repr=False, compare=False)
+    splits: list[Split]  # the ones that split most, at most SHOWN
+    newest: list[int]  # the source's latents of smallest best cosine, at most SHOWN
+    rows: Rows = field(repr=False, compare=False)
 
     @property
     def within(self) -> bool:
         return self.source == self.target
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything but the rows, ready for JSON."""
-        plain = asdict(replace(self, rows=None))
-        plain |= {key: value.as_dict() for key in SHARES if isinstance(value := getattr(self, key), Estimate)}
-        return {key: value for key, value in plain.items() if key != "rows"}
 
 
 @dataclass(frozen=True)
@@ -119,34 +111,13 @@ class Set:
     @classmethod
     def of(cls, name: str, sae: Any, alive: Bool[np.ndarray, " d_sae"] | None = None) -> Set:
         """Raises: UsageError when `alive` is not one value per latent, or fewer than two latents are alive."""
-        units = directions(sae)
+        units = unit_directions(sae)
         if alive is not None and len(alive) != len(units):
             raise UsageError(f"{name} has {len(units):,} latents; {len(alive):,} values say which are alive.")
         latent = np.arange(len(units)) if alive is None else np.flatnonzero(alive)
         if len(latent) < 2:
             raise UsageError(f"{name} has {len(latent)} live latents; at least 2 are needed for a comparison.")
         return cls(name, units[torch.from_numpy(latent).to(units.device)], latent)
-
-
-def check_comparable(named: dict[str, Any]) -> list[str]:
-    """Return what a reader should know of SAEs that are compared: other models, other hooks.
-
-    Raises: UsageError when their decoders write into spaces of different dimensions.
-    """
-    (first, reference), *others = named.items()
-    notes = []
-    for name, sae in others:
-        d, expected = sae.W_dec.shape[1], reference.W_dec.shape[1]
-        if d != expected:
-            raise UsageError(
-                f"{name} writes {d} dimensions (d_in), {first} {expected}: their directions cannot be compared. "
-                "Compare SAEs of one model and site."
-            )
-        for key in ("model_name", "hook_name"):
-            here, there = getattr(sae.cfg.metadata, key, None), getattr(reference.cfg.metadata, key, None)
-            if here != there:
-                notes.append(f"{name} has {key} {here!r}, {first} {there!r}")
-    return notes
 
 
 def compare(
@@ -159,27 +130,22 @@ def compare(
     (default: sqrt(12 ln F / D), or where that is 1 or more the largest cosine of the random directions).
     Raises: UsageError when the two have different dimensions.
     """
-    within = source is target
-    rng = np.random.default_rng(seed)
     rows = np.arange(len(source.latent))
     if sample is not None and sample < len(rows):
-        rows = np.sort(rng.permutation(rows)[:sample])
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:sample])
     n, m, d = len(rows), len(target.latent), target.units.shape[1]
     theory = threshold(max(len(source.latent), m), d)
-    random = _random(n, m, d, within, seed)
-    used = above if above is not None else theory if theory < 1 else float(random.cosine.max())
-    chosen = torch.from_numpy(rows)
+    random = _by_chance(source, target, n, seed, lambda like, size, s: random_directions(size, like.shape[1], s))
+    used = above if above is not None else theory if theory < 1 else random.largest
     # a latent of a sample may have its neighbours among all
-    found = nearest_directions(
-        source.units[chosen.to(source.units.device)],
-        target.units,
-        above=used,
-        itself=chosen if within else None,
-        desc=f"{source.name} to {target.name}",
-    )
-    splits = [] if within else _splits(found, used, target.latent, source.latent[rows])
+    found = _nearest(source, rows, target, above=used, desc=f"{source.name} to {target.name}")
+    splits = [] if source is target else _splits(found, used, target.latent, source.latent[rows])
     near = found.cosine >= used - 1e-6
     order = np.argsort(found.cosine, kind="stable")
+
+    def share(which: Bool[np.ndarray, " n"]) -> Estimate:
+        return wilson(int(which.sum()), n)
+
     return Comparison(
         source=source.name,
         target=target.name,
@@ -189,14 +155,14 @@ def compare(
         threshold=theory,
         used=used,
         matches=Distribution.of(found.cosine),
-        random=Distribution.of(random.cosine),
-        random_like=Distribution.of(_random_like(source, target, n, seed).cosine),
-        neighbours=wilson(int(near.sum()), n),
-        new=wilson(int((~near).sum()), n),
-        above_random=wilson(int((found.cosine > random.cosine.max()).sum()), n),
-        alike=wilson(int((found.cosine >= ALIKE).sum()), n),
-        mutual=wilson(int(_mutual(found, rows, source, target).sum()), n),
-        several=wilson(int((found.count >= 2).sum()), n),
+        random=random,
+        random_like=_by_chance(source, target, n, seed, random_like),
+        neighbours=share(near),
+        new=share(~near),
+        above_random=share(found.cosine > random.largest),
+        alike=share(found.cosine >= ALIKE),
+        mutual=share(_mutual(found, rows, source, target)),
+        several=share(found.count >= 2),
         split=wilson(len(splits), m),
         splits=sorted(splits, key=lambda split: (-len(split.into), -split.cosines[0], split.latent))[:SHOWN],
         newest=[int(source.latent[rows[place]]) for place in order[:SHOWN] if not near[place]],
@@ -204,28 +170,28 @@ def compare(
     )
 
 
-def _random(n: int, m: int, d: int, within: bool, seed: int) -> Nearest:
-    """Return the best matches of n uniformly random directions among m others, or among themselves."""
-    others = random_directions(m, d, 2 * seed + 1)
-    if within:
-        return nearest_directions(others[:n], others, itself=torch.arange(n))
-    return nearest_directions(random_directions(n, d, 2 * seed), others)
+def _nearest(source: Set, rows: Int[np.ndarray, " n"], target: Set, **settings: Any) -> Nearest:
+    """Return what is nearest in the target to some rows of the source; a direction is not its own neighbour."""
+    chosen = torch.from_numpy(rows)
+    itself = chosen if source is target else None
+    return nearest_directions(source.units[chosen.to(source.units.device)], target.units, itself=itself, **settings)
 
 
-def _random_like(source: Set, target: Set, n: int, seed: int) -> Nearest:
-    others = random_like(target.units, len(target.latent), 2 * seed + 1)
+def _by_chance(source: Set, target: Set, n: int, seed: int, draw: Callable[[Tensor, int, int], Tensor]) -> Distribution:
+    """Return the best matches of n random directions among as many others as the target has, or among themselves.
+
+    `draw` gives so many directions, in the place of those it is given first, from a seed.
+    """
+    others = draw(target.units, len(target.latent), 2 * seed + 1)
     if source is target:
-        return nearest_directions(others[:n], others, itself=torch.arange(n))
-    return nearest_directions(random_like(source.units, n, 2 * seed), others)
+        return Distribution.of(nearest_directions(others[:n], others, itself=torch.arange(n)).cosine)
+    return Distribution.of(nearest_directions(draw(source.units, n, 2 * seed), others).cosine)
 
 
 def _mutual(found: Nearest, rows: Int[np.ndarray, " n"], source: Set, target: Set) -> Bool[np.ndarray, " n"]:
     """Return for each row whether the nearest of its nearest is the row itself."""
     asked, back = np.unique(found.index, return_inverse=True)
-    chosen = torch.from_numpy(asked)
-    itself = chosen if source is target else None
-    answer = nearest_directions(target.units[chosen.to(target.units.device)], source.units, itself=itself)
-    return answer.index[back] == rows
+    return _nearest(target, asked, source).index[back] == rows
 
 
 def _splits(found: Nearest, used: float, target: Int[np.ndarray, " m"], source: Int[np.ndarray, " n"]) -> list[Split]:
@@ -239,19 +205,3 @@ def _splits(found: Nearest, used: float, target: Int[np.ndarray, " m"], source: 
         for parent, children in groups
         if len(children) >= 2
     ]
-
-
-def seeds_compared(comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """Return means over all ordered pairs of SAEs: the share of latents that another seed finds again, and how."""
-    pairs = [item for item in comparisons if not item.within]
-    if not pairs:
-        return {}
-    return {
-        "pairs": len(pairs),
-        **{
-            name: float(np.mean([getattr(item, name).value for item in pairs]))
-            for name in ("neighbours", "above_random", "alike", "mutual")
-        },
-        "mean_cosine": float(np.mean([item.matches.mean for item in pairs])),
-        "mean_cosine_random": float(np.mean([item.random.mean for item in pairs])),
-    }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,146 +14,85 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from sae_italian.analysis.geometry.compare import (
-    Comparison,
-    Set,
-    check_comparable,
-    compare,
-    seeds_compared,
-)
-from sae_italian.analysis.geometry.map import Method, map_of
-from sae_italian.analysis.geometry.pictures import map_html, map_svg, matches_svg
+from sae_italian.analysis.geometry.compare import EDGES, Comparison, Set, compare
+from sae_italian.analysis.geometry.directions import MapMethod, map_of
 from sae_italian.base.errors import UsageError
-from sae_italian.base.statistics import Estimate
-from sae_italian.base.storage import atomic_path, utc_now, write_json, write_text
+from sae_italian.base.pictures import OURS, REFERENCE, WARNING, svg
+from sae_italian.base.report import plain, save_result, shown, table
+from sae_italian.base.storage import atomic_path, write_text
 
-RESULT, MARKDOWN, MATCHES = "geometry.json", "geometry.md", "matches.parquet"
-MATCHES_PICTURE, MAP_PICTURE, MAP_PAGE = "matches.svg", "map.svg", "map.html"
-_LEGEND = (
-    "A latent is a neighbour of another when the cosine of their decoder directions is at or above the threshold. New: "
-    "without a neighbour in the other SAE. Split: the nearest, and a neighbour, of two latents or more of the first SAE. "
-    "Random: as many directions drawn uniformly. Shares with 95 % intervals (Wilson, over latents).",
-    "Un latente è vicino di un altro quando il coseno delle loro direzioni di decodifica raggiunge la soglia. Nuovo: senza "
-    "vicini nell'altra SAE. Diviso: il più prossimo, e vicino, di due o più latenti della prima SAE. Caso: altrettante "
-    "direzioni estratte uniformemente. Quote con intervalli al 95 % (Wilson, sui latenti).",
+COLOURS = (OURS, "#d17b0f", "#3b5bdb", "#a61e4d", "#5f3dc4", "#495057")
+MOST_PANELS = 6
+_HEAD = (
+    "latents of | against | D | sqrt(12 ln F / D) | largest random | median cosine | (random) | neighbours | new | "
+    "above random | mutual | splits"
 )
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What `geometry` found; `within` and `between` are Comparisons, `points` the map of all latents that took part."""
+    """What `geometry` found: each SAE within itself, each ordered pair, and the map of all latents that took part."""
 
     within: list[Comparison]
     between: list[Comparison]
     seeds: dict[str, float]  # means over pairs of SAEs of one width, {} without any
     notes: list[str]
+    map: MapMethod
     sets: list[Set] = field(repr=False)
     points: list[Float[np.ndarray, "n 2"]] = field(repr=False)
     texts: dict[str, dict[int, str]] = field(repr=False)
-    method: str = "pca"
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        return [*self.within, *self.between]
 
     def comparison(self, source: str, target: str) -> Comparison:
         """Return the comparison of one SAE with another, or with itself. Raises: KeyError."""
-        found = {(item.source, item.target): item for item in [*self.within, *self.between]}
-        return found[source, target]
+        return {(item.source, item.target): item for item in self.comparisons}[source, target]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "within": [item.as_dict() for item in self.within],
-            "between": [item.as_dict() for item in self.between],
-            "seeds": self.seeds,
-            "notes": self.notes,
-            "map": self.method,
-            "created": utc_now(),
-        }
-
-    def table(self) -> list[str]:
-        """Return the lines of a Markdown table, one row per comparison."""
-        lines = [
-            "| latents of | against | D | sqrt(12 ln F / D) | largest random | median cosine | (random) | neighbours | new "
-            "| above random | mutual | splits |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for item in [*self.within, *self.between]:
-            target = "itself" if item.within else f"{item.target} ({item.n_target:,})"
-            cells = (
-                f"{item.source} ({item.n_source:,})",
-                target,
-                f"{item.d}",
-                f"{item.threshold:.3f}" + ("" if item.used == item.threshold else f" (used {item.used:.3f})"),
-                f"{item.random.largest:.3f}",
-                f"{item.matches.quantiles['50 %']:.3f}",
-                f"{item.random.quantiles['50 %']:.3f}",
-                _share(item.neighbours),
-                "-" if item.within else _share(item.new),
-                _share(item.above_random),
-                _share(item.mutual),
-                "-" if item.within else _share(item.split),
-            )
-            lines.append("| " + " | ".join(cells) + " |")
-        return lines
-
-    def markdown(self) -> str:
-        lines = ["# Geometry of the decoder directions · Geometria delle direzioni", "", *self.table(), ""]
-        if self.seeds:
-            named = ", ".join(f"{name} {value:.3g}" for name, value in self.seeds.items())
-            lines += [f"SAEs of one width, means over ordered pairs: {named}.", ""]
-        for item in self.between:
-            for split in item.splits[:5]:
-                shown = ", ".join(f"{i} ({c:.2f})" for i, c in zip(split.into[:6], split.cosines, strict=False))
-                lines.append(f"- latent {split.latent} of {item.target} splits in {item.source}: {shown}")
-        lines += ["", *(f"Note: {note}." for note in self.notes), f"![best matches]({MATCHES_PICTURE})", ""]
-        lines += [f"![map of the latents]({MAP_PICTURE})", "", *(paragraph + "\n" for paragraph in _LEGEND)]
-        return "\n".join(lines).rstrip() + "\n"
+    def table(self) -> str:
+        """Return a Markdown table, one row per comparison."""
+        return table(_HEAD, map(_cells, self.comparisons))
 
     def save(self, folder: Path) -> None:
         """Write geometry.json, geometry.md, matches.parquet, matches.svg, map.svg and map.html."""
-        write_json(folder / RESULT, self.as_dict())
-        write_text(folder / MARKDOWN, self.markdown())
-        write_text(folder / MATCHES_PICTURE, matches_svg([*self.within, *self.between]))
-        names = [item.name for item in self.sets]
-        write_text(folder / MAP_PICTURE, map_svg(names, self.points))
-        write_text(folder / MAP_PAGE, map_html(self.page()))
-        self._save_rows(folder / MATCHES)
-
-    def page(self) -> dict[str, Any]:
-        """Return what the explorable map shows: per SAE the latents, their places, nearest others and explanations."""
-        groups = []
-        for item, points in zip(self.sets, self.points, strict=True):
-            near = [c for c in [*self.within, *self.between] if c.source == item.name and c.rows is not None]
-            texts = self.texts.get(item.name, {})
-            nearest = []
-            for comparison in near:
-                assert comparison.rows is not None
-                places = np.searchsorted(item.latent, comparison.rows.latent)
-                found = [None] * len(item.latent)
-                rows = zip(comparison.rows.nearest.tolist(), comparison.rows.cosine.tolist(), strict=True)
-                for place, (index, cosine) in zip(places.tolist(), rows, strict=True):
-                    found[place] = [index, round(cosine, 3)]  # pyright: ignore[reportArgumentType]
-                nearest.append({"target": comparison.target, "used": comparison.used, "rows": found})
-            groups.append(
-                {
-                    "name": item.name,
-                    "latent": item.latent.tolist(),
-                    "x": np.round(points[:, 0], 4).tolist(),
-                    "y": np.round(points[:, 1], 4).tolist(),
-                    "text": [texts.get(latent, "") for latent in item.latent.tolist()] if texts else [],
-                    "nearest": nearest,
-                }
-            )
-        return {"method": self.method, "groups": groups}
-
-    def _save_rows(self, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet
 
-        parts = []
-        for item in [*self.within, *self.between]:
-            if item.rows is not None:
-                names = {"source": [item.source] * item.n_source, "target": [item.target] * item.n_source}
-                parts.append(pa.table({**names, **item.rows._asdict()}))
-        with atomic_path(path) as temporary:
-            pyarrow.parquet.write_table(pa.concat_tables(parts), temporary)
+        parts = ["# Geometry of the decoder directions · Geometria delle direzioni", self.table()]
+        if self.seeds:
+            named = ", ".join(f"{name} {value:.3g}" for name, value in self.seeds.items())
+            parts.append(f"SAEs of one width, means over ordered pairs: {named}.")
+        for item in self.between:
+            for split in item.splits[:5]:
+                into = ", ".join(f"{i} ({c:.2f})" for i, c in zip(split.into[:6], split.cosines, strict=False))
+                parts.append(f"- latent {split.latent} of {item.target} splits in {item.source}: {into}")
+        parts += [f"Note: {note}." for note in self.notes]
+        save_result(folder, "geometry", plain(self), parts, matches=matches_svg(self.comparisons), map=map_svg(self))
+        write_text(folder / "map.html", map_html(self))
+        rows = []
+        for item in self.comparisons:
+            names = {"source": [item.source] * item.n_source, "target": [item.target] * item.n_source}
+            rows.append(pa.table({**names, **item.rows._asdict()}))
+        with atomic_path(folder / "matches.parquet") as temporary:
+            pyarrow.parquet.write_table(pa.concat_tables(rows), temporary)
+
+
+def _cells(item: Comparison) -> tuple[str, ...]:
+    return (
+        f"{item.source} ({item.n_source:,})",
+        "itself" if item.within else f"{item.target} ({item.n_target:,})",
+        f"{item.d}",
+        f"{item.threshold:.3f}" + ("" if item.used == item.threshold else f" (used {item.used:.3f})"),
+        f"{item.random.largest:.3f}",
+        f"{item.matches.quantiles['50 %']:.3f}",
+        f"{item.random.quantiles['50 %']:.3f}",
+        shown(item.neighbours, ".1%"),
+        "-" if item.within else shown(item.new, ".1%"),
+        shown(item.above_random, ".1%"),
+        shown(item.mutual, ".1%"),
+        "-" if item.within else shown(item.split, ".1%"),
+    )
 
 
 def geometry(
@@ -161,30 +102,118 @@ def geometry(
     texts: Mapping[str, dict[int, str]] | None = None,
     sample: int | None = None,
     above: float | None = None,
-    method: Method = "pca",
+    method: MapMethod = "pca",
     seed: int = 0,
 ) -> Geometry:
     """Return the geometry of some SAEs by name: each within itself, each ordered pair, and one map of all.
 
     `alive` says per SAE which latents take part (default: all; a dead latent keeps its random start and counts as new),
-    `texts` what is known of latents, for the map. `sample`, `above` and `seed` as in `compare`, `method` as in
-    `latent_map`.
+    `texts` what is known of latents, for the map. `sample`, `above` and `seed` as in `compare`, `method` as in `map_of`.
     Raises: UsageError when there is no SAE, or their decoders write into spaces of different dimensions.
     """
-    if not saes:
-        raise UsageError("no SAE was given; the geometry needs one or more.")
-    notes = check_comparable(dict(saes))
+    notes = _check(saes)
     sets = [Set.of(name, sae, (alive or {}).get(name)) for name, sae in saes.items()]
-    pairs = list(product(sets, repeat=2))
-    settings: dict[str, Any] = {"sample": sample, "above": above, "seed": seed}
-    within = [compare(item, item, **settings) for item in sets]
-    between = [compare(a, b, **settings) for a, b in pairs if a is not b]
+    found = [compare(a, b, sample=sample, above=above, seed=seed) for a, b in product(sets, repeat=2)]
+    within = [item for item in found if item.within]
+    between = [item for item in found if not item.within]
     width = {name: sae.W_dec.shape[0] for name, sae in saes.items()}
-    alike = [item for item in between if width[item.source] == width[item.target]]
+    seeds = _means([item for item in between if width[item.source] == width[item.target]])
     places = map_of(torch.cat([item.units.cpu() for item in sets]), method, seed)
     points = np.split(places, np.cumsum([len(item.latent) for item in sets])[:-1])
-    return Geometry(within, between, seeds_compared(alike), notes, sets, points, dict(texts or {}), method)
+    return Geometry(within, between, seeds, notes, method, sets, points, dict(texts or {}))
 
 
-def _share(value: Estimate) -> str:
-    return f"{100 * value.value:.1f} % ({100 * value.lo:.1f} to {100 * value.hi:.1f})"
+def _check(saes: Mapping[str, Any]) -> list[str]:
+    """Return what a reader should know of SAEs that are compared: other models, other hooks. Raises: as `geometry`."""
+    if not saes:
+        raise UsageError("no SAE was given; the geometry needs one or more.")
+    (first, reference), *others = saes.items()
+    notes = []
+    for name, sae in others:
+        d, expected = sae.W_dec.shape[1], reference.W_dec.shape[1]
+        if d != expected:
+            raise UsageError(
+                f"{name} writes {d} dimensions (d_in), {first} {expected}: their directions cannot be compared. "
+                "Compare SAEs of one model and site."
+            )
+        for key in ("model_name", "hook_name"):
+            here, there = getattr(sae.cfg.metadata, key, None), getattr(reference.cfg.metadata, key, None)
+            if here != there:
+                notes.append(f"{name} has {key} {here!r}, {first} {there!r}")
+    return notes
+
+
+def _means(pairs: Sequence[Comparison]) -> dict[str, float]:
+    """Return means over ordered pairs of SAEs: the share of latents that another seed finds again, and how."""
+    if not pairs:
+        return {}
+    found = {
+        name: [getattr(item, name).value for item in pairs]
+        for name in ("neighbours", "above_random", "alike", "mutual")
+    }
+    found |= {"mean_cosine": [item.matches.mean for item in pairs]}
+    found |= {"mean_cosine_random": [item.random.mean for item in pairs]}
+    return {"pairs": len(pairs), **{name: float(np.mean(values)) for name, values in found.items()}}
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def matches_svg(comparisons: Sequence[Comparison]) -> str:
+    """Return the cumulative distribution of best matches of each comparison, random ones beside it (the first six)."""
+    panels = comparisons[:MOST_PANELS]
+
+    def draw(axes: Any) -> None:
+        for axis, item in zip(axes, panels, strict=True):
+            for distribution, colour, style, label in (
+                (item.matches, OURS, "-", "decoder"),
+                (item.random_like, REFERENCE, "--", "random, same covariance · caso, stessa covarianza"),
+                (item.random, REFERENCE, "-", "random · caso"),
+            ):
+                counts = np.cumsum(distribution.histogram, dtype=float)
+                axis.plot(EDGES[1:], counts / counts[-1], color=colour, linestyle=style, label=label)
+            label = f"threshold · soglia {item.used:.2f}"
+            axis.axvline(item.used, color=WARNING, linewidth=1, linestyle=":", label=label)
+            axis.set_xlim(min(0.0, float(EDGES[np.flatnonzero(item.matches.histogram)[0]])), 1)
+            axis.set_title(f"{item.source} → {'itself' if item.within else item.target}", fontsize=9)
+            axis.set_xlabel("cosine with the nearest · coseno col più prossimo", fontsize=8)
+        axes[0].set_ylabel("share of latents · quota di latenti")
+        axes[0].legend(frameon=False, fontsize=7)
+
+    return svg(draw, len(panels), (3.6 * len(panels), 3.4))
+
+
+def map_svg(found: Geometry) -> str:
+    """Return the map of all latents, one colour per SAE; points are pixels of a picture inside, so it stays small."""
+
+    def draw(axes: Any) -> None:
+        style = {"s": 4, "alpha": 0.4, "linewidths": 0, "rasterized": True}
+        for number, (item, places) in enumerate(zip(found.sets, found.points, strict=True)):
+            axes[0].scatter(*places.T, color=COLOURS[number % len(COLOURS)], label=item.name, **style)
+        axes[0].set(xticks=[], yticks=[])
+        axes[0].legend(frameon=False, fontsize=8, markerscale=3, loc="upper right")
+
+    return svg(draw, 1, (6.5, 6.0))
+
+
+def map_html(found: Geometry) -> str:
+    """Return the explorable map as one HTML file that needs nothing else: move, zoom, search, read what a point is."""
+    groups = []
+    for item, points in zip(found.sets, found.points, strict=True):
+        latents, texts = item.latent.tolist(), found.texts.get(item.name, {})
+        x, y = np.round(points.T, 4).tolist()
+        text = [texts.get(latent, "") for latent in latents] if texts else []
+        nearest = [_nearest_rows(c, latents) for c in found.comparisons if c.source == item.name]
+        groups.append({"name": item.name, "latent": latents, "x": x, "y": y, "text": text, "nearest": nearest})
+    page = {"method": found.map, "groups": groups, "colours": COLOURS}
+    data = json.dumps(page, ensure_ascii=False, separators=(",", ":"))
+    safe = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    template = (files("sae_italian.analysis.geometry") / "map.html").read_text(encoding="utf-8")
+    return template.replace("/*DATA*/null", safe)
+
+
+def _nearest_rows(item: Comparison, latents: Sequence[int]) -> dict[str, Any]:
+    """Return the nearest latent and its cosine for each latent of the source; None for those that were not compared."""
+    rows = zip(item.rows.latent.tolist(), item.rows.nearest.tolist(), item.rows.cosine.tolist(), strict=True)
+    known = {latent: (index, round(cosine, 3)) for latent, index, cosine in rows}
+    return {"target": item.target, "used": item.used, "rows": [known.get(latent) for latent in latents]}

@@ -6,17 +6,16 @@ an interval bootstrapped over sentences. As controls: the same with labels dealt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float, Int
 
-from sae_italian.analysis.gold import THRESHOLDS, detection_counts
-from sae_italian.analysis.probes.treebank import category
-from sae_italian.analysis.probes.words import Words
+from sae_italian.analysis.gold import THRESHOLDS, detection_counts, firing
+from sae_italian.analysis.probes.treebank import Words
 from sae_italian.base.statistics import Estimate, bootstrap
 
 LEAST_WORDS = 30  # that bear the label, in training and in test
@@ -42,16 +41,14 @@ class Detection:
     precision: float
     recall: float
     n: int  # test words that bear the label
-    share: float  # of all test words: one that always says yes has F1 2 share / (1 + share)
+    share: float  # of all test words
     latents: list[int] = field(default_factory=list)
     threshold: float = 0.0  # single latent: share of its maximum on the training words
 
     @property
-    def category(self) -> str:
-        return category(self.label)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "f1": self.f1.as_dict(), "category": self.category}
+    def always_yes(self) -> float:
+        """The F1 of saying yes to every word."""
+        return 2 * self.share / (1 + self.share)
 
 
 @dataclass(frozen=True)
@@ -67,23 +64,35 @@ class Task:
         if self.train.names != self.test.names:
             raise ValueError("the two treebanks' labels are not the same columns")
 
+    @cached_property
     def rows(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-        """Return the training words of the one and the test words of the other."""
+        """The training words of the one treebank and the test words of the other."""
         return np.flatnonzero(self.train.train), np.flatnonzero(~self.test.train)
 
+    @cached_property
     def labels(self) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
-        """Return the labels of both; shuffled, each word gets those of another word of the same part."""
-        (a, b), rng = self.rows(), np.random.default_rng(self.seed)
+        """The labels of both; shuffled, each word gets those of another word of the same part."""
+        (a, b), rng = self.rows, np.random.default_rng(self.seed)
         y, z = self.train.labels[a], self.test.labels[b]
         return (y[rng.permutation(len(a))], z[rng.permutation(len(b))]) if self.shuffled else (y, z)
 
+    @cached_property
     def usable(self) -> list[int]:
-        """Return the labels with enough words that bear them, and that do not, in both parts."""
+        """The labels with enough words that bear them, and that do not, in both parts."""
         keep = np.ones(len(self.train.names), dtype=bool)
-        for words, rows in zip((self.train, self.test), self.rows(), strict=True):
+        for words, rows in zip((self.train, self.test), self.rows, strict=True):
             count = np.asarray(words.labels[rows].sum(axis=0)).ravel()
             keep &= (count >= LEAST_WORDS) & (len(rows) - count >= LEAST_WORDS)
         return np.flatnonzero(keep).tolist()
+
+    @cached_property
+    def sample(self) -> Int[np.ndarray, " n"]:
+        """Which of the training words a probe is fitted on: at most MOST_WORDS of them."""
+        return np.sort(np.random.default_rng(self.seed).permutation(len(self.rows[0]))[:MOST_WORDS])
+
+    @cached_property
+    def truth(self) -> Bool[np.ndarray, "m labels"]:
+        return self.labels[1].toarray() > 0
 
 
 def single_latents(
@@ -100,44 +109,31 @@ def single_latents(
     A latent says yes above 0, a quarter or a half of its maximum, whichever did best in training. `train` and `test` are
     the latents' activations on all words of the task's treebanks, [words, d_sae].
     """
-    a, b = task.rows()
-    y, z = task.labels()
-    train, test = train[a], test[b]
+    a, b = task.rows
+    train, columns = train[a], test[b].tocsc()
     maxima = np.asarray(train.max(axis=0).todense()).ravel()
-    usable = task.usable()
-    best_f1 = np.full((len(maxima), len(usable)), -1.0)
+    best_f1 = np.full((len(maxima), len(task.usable)), -1.0)
     best_threshold = np.zeros_like(best_f1)
     for threshold in THRESHOLDS:
-        f1 = _f1(_fires(train, threshold * maxima), y[:, usable])
+        f1 = _f1(firing(train, threshold * maxima), task.labels[0][:, task.usable])
         best_threshold[f1 > best_f1] = threshold
         best_f1 = np.maximum(best_f1, f1)
-    columns, found = test.tocsc(), []
-    for place, column in enumerate(usable):
-        order = np.argsort(-best_f1[:, place], kind="stable")[:most]
-        truth = z[:, [column]].toarray().ravel() > 0
-        for latent in order.tolist():
-            if best_f1[latent, place] < least:
-                continue
-            threshold = float(best_threshold[latent, place])
-            value = columns[:, [latent]].toarray().ravel()
-            said = value > threshold * maxima[latent]
-            found.append(_detection(task, column, SINGLE, features, truth, said, value, [latent], threshold))
+    found = []
+    for place, column in enumerate(task.usable):
+        for latent in np.argsort(-best_f1[:, place], kind="stable")[:most].tolist():
+            if best_f1[latent, place] >= least:
+                threshold = float(best_threshold[latent, place])
+                value = columns[:, [latent]].toarray().ravel()
+                said = value > threshold * maxima[latent]
+                found.append(_detection(task, column, SINGLE, features, said, value, [latent], threshold))
     return found
 
 
-def _f1(firing: scipy.sparse.csr_array, labels: scipy.sparse.csr_array) -> Float[np.ndarray, "d_sae labels"]:
+def _f1(fired: scipy.sparse.csr_array, labels: scipy.sparse.csr_array) -> Float[np.ndarray, "d_sae labels"]:
     """Return F1, but -1 for a latent that fires on most words without the label: saying yes to all is no detection."""
-    f1, _, recall = detection_counts(firing, labels)
-    fired, present = firing.sum(axis=0)[:, None], labels.sum(axis=0)[None, :]
-    return np.where(fired - recall * present <= MOST_FALSE * (len(firing.indptr) - 1 - present), f1, -1.0)
-
-
-def _fires(acts: scipy.sparse.csr_array, above: Float[np.ndarray, " d_sae"]) -> scipy.sparse.csr_array:
-    """Return 0 or 1 where a latent is above its threshold."""
-    entries = acts.tocoo()
-    keep = entries.data > above[entries.col]
-    ones = np.ones(int(keep.sum()), dtype=np.float32)
-    return scipy.sparse.csr_array((ones, (entries.row[keep], entries.col[keep])), shape=acts.shape)
+    f1, _, recall = detection_counts(fired, labels)
+    n_fired, present = fired.sum(axis=0)[:, None], labels.sum(axis=0)[None, :]
+    return np.where(n_fired - recall * present <= MOST_FALSE * (len(fired.indptr) - 1 - present), f1, -1.0)
 
 
 def _detection(
@@ -145,7 +141,6 @@ def _detection(
     column: int,
     method: str,
     features: str,
-    truth: Bool[np.ndarray, " m"],
     said: Bool[np.ndarray, " m"],
     score: Float[np.ndarray, " m"],
     latents: list[int],
@@ -153,25 +148,26 @@ def _detection(
 ) -> Detection:
     from sklearn.metrics import roc_auc_score
 
-    sentences, index = np.unique(task.test.sentence[task.rows()[1]], return_inverse=True)
+    truth = task.truth[:, column]
+    sentences, index = np.unique(task.test.sentence[task.rows[1]], return_inverse=True)
     sums = np.zeros((len(sentences), 3))
     np.add.at(sums, index, np.stack([truth & said, said, truth], axis=1).astype(float))
     both, fired, present = sums.sum(axis=0).tolist()
     return Detection(
-        task.train.names[column],
-        method,
-        features,
-        task.train.source,
-        task.test.source,
-        task.shuffled,
-        bootstrap(sums, lambda total: 2 * total[:, 0] / (total[:, 1] + total[:, 2])),
-        float(roc_auc_score(truth, score)),
-        both / fired if fired else 0.0,
-        both / present,
-        int(present),
-        present / len(truth),
-        latents,
-        threshold,
+        label=task.train.names[column],
+        method=method,
+        features=features,
+        trained=task.train.source,
+        tested=task.test.source,
+        shuffled=task.shuffled,
+        f1=bootstrap(sums, lambda total: 2 * total[:, 0] / (total[:, 1] + total[:, 2])),
+        auroc=float(roc_auc_score(truth, score)),
+        precision=both / fired if fired else 0.0,
+        recall=both / present,
+        n=int(present),
+        share=present / len(truth),
+        latents=latents,
+        threshold=threshold,
     )
 
 
@@ -179,52 +175,31 @@ def _detection(
 
 
 def sparse_probes(
-    task: Task,
-    train: scipy.sparse.csr_array,
-    test: scipy.sparse.csr_array,
-    features: str,
-    *,
-    sizes: Sequence[int] = SIZES,
+    task: Task, train: scipy.sparse.csr_array, test: scipy.sparse.csr_array, features: str
 ) -> Iterator[Detection]:
-    """Yield logistic probes on the k latents of largest absolute correlation with each label, for each k."""
-    a, b = _sampled(task), task.rows()[1]
-    y, z = _labels_of(task, a)
-    fit, judge = train[a].tocsc(), test[b].tocsc()
-    order = np.argsort(-np.abs(_correlations(fit, y)), axis=0, kind="stable")
-    for column in task.usable():
-        for k in sizes:
+    """Yield logistic probes on the k latents of largest absolute correlation with each label, for each k of SIZES."""
+    a, b = task.rows
+    fit, judge = train[a][task.sample].tocsc(), test[b].tocsc()
+    order = np.argsort(-np.abs(_correlations(fit, task.labels[0][task.sample].toarray())), axis=0, kind="stable")
+    for column in task.usable:
+        for k in SIZES:
             chosen = order[:k, column]
             x, w = fit[:, chosen].toarray(), judge[:, chosen].toarray()
-            yield _probe(task, column, f"sparse {k}", features, x, w, y, z, chosen.tolist())
+            yield _probe(task, column, f"sparse {k}", features, x, w, chosen.tolist())
 
 
 def dense_probes(task: Task) -> Iterator[Detection]:
     """Yield a logistic probe on all dimensions of the activations for each label."""
-    a, b = _sampled(task), task.rows()[1]
-    y, z = _labels_of(task, a)
-    for column in task.usable():
-        yield _probe(task, column, DENSE, "activations", task.train.x[a], task.test.x[b], y, z, [])
-
-
-def _sampled(task: Task) -> Int[np.ndarray, " n"]:
-    """Return the training words, at most MOST_WORDS of them."""
-    rows = task.rows()[0]
-    return np.sort(np.random.default_rng(task.seed).permutation(rows)[:MOST_WORDS])
-
-
-def _labels_of(
-    task: Task, rows: Int[np.ndarray, " n"]
-) -> tuple[Float[np.ndarray, "n labels"], Float[np.ndarray, "m labels"]]:
-    y, z = task.labels()
-    return y[np.searchsorted(task.rows()[0], rows)].toarray(), z.toarray()
+    a, b = task.rows
+    for column in task.usable:
+        yield _probe(task, column, DENSE, "activations", task.train.x[a][task.sample], task.test.x[b], [])
 
 
 def _correlations(acts: scipy.sparse.csc_array, y: Float[np.ndarray, "n labels"]) -> Float[np.ndarray, "d_sae labels"]:
     """Return the correlation of each latent with each label; 0 for a latent or label that does not vary."""
-    n = len(y)
     mean, mean_y = np.asarray(acts.mean(axis=0)).ravel(), y.mean(axis=0)
     variance = np.asarray(acts.power(2).mean(axis=0)).ravel() - mean**2
-    covariance = acts.T @ y / n - np.outer(mean, mean_y)
+    covariance = acts.T @ y / len(y) - np.outer(mean, mean_y)
     scale = np.sqrt(np.outer(variance.clip(0), mean_y * (1 - mean_y)))
     return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 1e-12)
 
@@ -236,18 +211,17 @@ def _probe(
     features: str,
     x: Float[np.ndarray, "n k"],
     w: Float[np.ndarray, "m k"],
-    y: Float[np.ndarray, "n labels"],
-    z: Float[np.ndarray, "m labels"],
     latents: list[int],
 ) -> Detection:
     """Fit one logistic probe, take the threshold of best training F1, and judge it on the test words."""
     from sklearn.linear_model import LogisticRegression
 
+    y = task.labels[0][task.sample][:, [column]].toarray().ravel()
     scale = np.maximum(x.std(axis=0), 1e-6)
-    model = LogisticRegression(max_iter=300, tol=1e-3).fit(x / scale, y[:, column])
-    cut = best_cut(model.decision_function(x / scale), y[:, column] > 0)
+    model = LogisticRegression(max_iter=300, tol=1e-3).fit(x / scale, y)
+    cut = best_cut(model.decision_function(x / scale), y > 0)
     score = model.decision_function(w / scale)
-    return _detection(task, column, method, features, z[:, column] > 0, score >= cut, score, latents)
+    return _detection(task, column, method, features, score >= cut, score, latents)
 
 
 def best_cut(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> float:

@@ -13,6 +13,7 @@ import scipy.sparse
 from tqdm import tqdm
 
 from sae_italian.analysis.probes.detect import (
+    DENSE,
     METHODS,
     SINGLE,
     SIZES,
@@ -22,22 +23,16 @@ from sae_italian.analysis.probes.detect import (
     single_latents,
     sparse_probes,
 )
-from sae_italian.analysis.probes.treebank import category
-from sae_italian.analysis.probes.words import Words, encode_words
+from sae_italian.analysis.probes.treebank import Words, category, encode_words
 from sae_italian.autointerp.store import Label
 from sae_italian.base.pictures import OURS, REFERENCE, svg
-from sae_italian.base.statistics import Estimate, mean_interval
-from sae_italian.base.storage import utc_now, write_json, write_text
+from sae_italian.base.report import plain, save_result, shown, table
+from sae_italian.base.statistics import mean_interval
 
-RESULT, MARKDOWN, PICTURE = "language.json", "language.md", "language.svg"
 DETECTORS = 10  # latents per label that are written down, besides the best
 LEAST_F1 = 0.5  # in training, for these
-_LEGEND = (
-    "F1 on test words, 95 % intervals over sentences; latents, thresholds and weights are chosen on training words. A word is "
-    "read at the token that completes it. Shuffled: each word has another word's labels. Means are over labels.",
-    "F1 sulle parole di test, intervalli al 95 % sulle frasi; latenti, soglie e pesi sono scelti sulle parole di "
-    "addestramento. Una parola si legge al token che la completa. Mescolato: ogni parola ha le etichette di un'altra.",
-)
+_HEAD = "trained on | tested on | features | method | mean F1 | mean AUROC | labels"
+_LABEL_HEAD = f"label | latent | F1 of one latent | precision | recall | {' | '.join(METHODS[1:])} | always yes | words"
 
 
 @dataclass(frozen=True)
@@ -47,27 +42,24 @@ class Probes:
     sae: str
     detections: list[Detection]
     detectors: list[Detection] = field(repr=False)  # single latents worth writing down, of the SAE's own labels
-    n_words: dict[str, tuple[int, int]] = field(default_factory=dict)  # train, test
+    n_words: dict[str, tuple[int, int]]  # train, test
 
     def select(self, **wanted: Any) -> list[Detection]:
         """Return the detections whose fields have these values."""
         return [item for item in self.detections if all(getattr(item, key) == value for key, value in wanted.items())]
 
-    def best(self, label: str, treebank: str) -> Detection:
-        """Return the best single latent of a label within a treebank. Raises: KeyError."""
-        found = self.select(
-            label=label, method=SINGLE, features=self.sae, trained=treebank, tested=treebank, shuffled=False
-        )
-        if not found:
-            raise KeyError(label)
-        return found[0]
+    def within(self, treebank: str, method: str | None = None) -> dict[tuple[str, str], Detection]:
+        """Return by label and method what the SAE and the activations do within one treebank, labels unshuffled."""
+        found = self.select(trained=treebank, tested=treebank, shuffled=False)
+        mine = [d for d in found if d.features in (self.sae, "activations") and method in (None, d.method)]
+        return {(d.label, d.method): d for d in mine}
 
     def means(self) -> list[dict[str, Any]]:
         """Return the mean F1 and AUROC over labels by method, features and pair of treebanks; F1's interval over labels."""
+        names = ("trained", "tested", "shuffled", "features", "method")
         groups: dict[tuple[Any, ...], list[Detection]] = {}
         for item in self.detections:
-            groups.setdefault((item.trained, item.tested, item.shuffled, item.features, item.method), []).append(item)
-        names = ("trained", "tested", "shuffled", "features", "method")
+            groups.setdefault(tuple(getattr(item, name) for name in names), []).append(item)
         rows = []
         for key, items in groups.items():
             f1 = mean_interval(np.array([item.f1.value for item in items]))
@@ -78,119 +70,71 @@ class Probes:
     def labels(self) -> list[Label]:
         """Return the single latents worth writing down as rows of the store."""
         rows = {}
-        for item in self.detectors:
-            interval = item.f1.as_dict()
-            rows[item.latents[0], item.label, item.tested] = Label(
-                item.latents[0],
-                item.label,
-                item.tested,
-                item.f1.value,
-                interval["lo"],
-                interval["hi"],
-                item.precision,
-                item.recall,
-                item.n,
-                item.threshold,
-            )
+        for d in self.detectors:
+            f1, lo, hi = d.f1.finite()
+            numbers = f1 or 0.0, lo, hi, d.precision, d.recall, d.n, d.threshold
+            rows[d.latents[0], d.label, d.tested] = Label(d.latents[0], d.label, d.tested, *numbers)
         return list(rows.values())
 
     def as_dict(self) -> dict[str, Any]:
-        means = [{**row, "f1": row["f1"].as_dict()} for row in self.means()]
+        """Return everything for JSON."""
         return {
             "sae": self.sae,
             "words": {name: {"train": a, "test": b} for name, (a, b) in self.n_words.items()},
-            "means": means,
-            "detections": [item.as_dict() for item in self.detections],
-            "detectors": [label._asdict() for label in self.labels()],
-            "created": utc_now(),
+            "means": plain(self.means()),
+            "detections": [{**plain(item), "category": category(item.label)} for item in self.detections],
+            "detectors": plain(self.labels()),
         }
 
-    def table(self) -> list[str]:
-        """Return the lines of a Markdown table of means over labels."""
-        lines = [
-            "| trained on | tested on | features | method | mean F1 | mean AUROC | labels |",
-            "|---|---|---|---|---|---|---|",
-        ]
+    def table(self) -> str:
+        """Return a Markdown table of means over labels."""
+        rows = []
         for row in self.means():
             method = row["method"] + (", shuffled labels" if row["shuffled"] else "")
-            cells = (row["trained"], row["tested"], row["features"], method, _shown(row["f1"]), f"{row['auroc']:.3f}")
-            lines.append("| " + " | ".join(cells) + f" | {row['labels']} |")
-        return lines
+            numbers = shown(row["f1"]), f"{row['auroc']:.3f}", row["labels"]
+            rows.append((row["trained"], row["tested"], row["features"], method, *numbers))
+        return table(_HEAD, rows)
 
-    def label_table(self, treebank: str) -> list[str]:
-        """Return the lines of a Markdown table: each label's best latent in one treebank, and the probes beside it."""
-        lines = [
-            "| label | latent | F1 of one latent | precision | recall | "
-            + " | ".join(f"sparse {k}" for k in SIZES)
-            + " | dense | always yes | words |",
-            "|---" * (8 + len(SIZES)) + "|",
-        ]
-        here = {"trained": treebank, "tested": treebank, "shuffled": False}
-        probes = {
-            (d.label, d.method): d.f1.value for d in self.select(**here) if d.features in (self.sae, "activations")
-        }
-        for item in self.select(**here, method=SINGLE, features=self.sae):
-            others = [probes.get((item.label, method), float("nan")) for method in METHODS[1:]]
-            lines.append(
-                f"| {item.label} | {item.latents[0]} | {_shown(item.f1)} | {item.precision:.2f} | {item.recall:.2f} | "
-                + " | ".join(f"{value:.2f}" for value in others)
-                + f" | {2 * item.share / (1 + item.share):.2f} | {item.n:,} |"
-            )
-        return lines
-
-    def markdown(self) -> str:
-        lines = [f"# Linguistic labels · Etichette linguistiche: {self.sae}", "", *self.table(), ""]
-        for name, (train, test) in self.n_words.items():
-            lines += [f"## {name}: {train:,} + {test:,} words", "", *self.label_table(name), ""]
-        lines += [f"![labels]({PICTURE})", "", *(paragraph + "\n" for paragraph in _LEGEND)]
-        return "\n".join(lines).rstrip() + "\n"
+    def label_table(self, treebank: str) -> str:
+        """Return a Markdown table: each label's best latent in one treebank, and the probes beside it."""
+        here, rows = self.within(treebank), []
+        for d in self.within(treebank, SINGLE).values():
+            others = [here.get((d.label, method)) for method in METHODS[1:]]
+            probes = [f"{other.f1.value:.2f}" if other else "-" for other in others]
+            numbers = shown(d.f1), f"{d.precision:.2f}", f"{d.recall:.2f}", *probes, f"{d.always_yes:.2f}", f"{d.n:,}"
+            rows.append((d.label, d.latents[0], *numbers))
+        return table(_LABEL_HEAD, rows)
 
     def svg(self) -> str:
         """Return for each treebank the labels' F1 of one latent, of the largest sparse probe and of the dense probe."""
-        names = list(self.n_words)
-        shown = ((SINGLE, OURS, "o"), (f"sparse {SIZES[-1]}", "#3b5bdb", "s"), ("dense", REFERENCE, "D"))
-        longest = max(len(self._labels_of(name)) for name in names)
+        drawn = ((SINGLE, OURS, "o"), (f"sparse {SIZES[-1]}", "#3b5bdb", "s"), (DENSE, REFERENCE, "D"))
+        labels = {name: [label for label, _ in self.within(name, SINGLE)][::-1] for name in self.n_words}
 
         def draw(axes: Any) -> None:
-            for axis, name in zip(axes, names, strict=True):
-                labels = self._labels_of(name)
-                here = self.select(trained=name, tested=name, shuffled=False)
-                value = {(d.label, d.method): d.f1 for d in here if d.features in (self.sae, "activations")}
-                for place, label in enumerate(reversed(labels)):
-                    for method, colour, marker in shown:
-                        f1: Estimate | None = value.get((label, method))
-                        if f1 is not None:
-                            axis.plot([f1.lo, f1.hi], [place, place], color=colour, linewidth=1, alpha=0.6)
-                            axis.plot([f1.value], [place], marker, color=colour, markersize=4)
-                axis.set_yticks(range(len(labels)), labels[::-1], fontsize=7)
-                axis.set_xlim(0, 1)
+            for axis, (name, here) in zip(axes, labels.items(), strict=True):
+                for method, colour, marker in drawn:
+                    found = self.within(name, method)
+                    for place, f1 in ((here.index(label), d.f1) for (label, _), d in found.items()):
+                        axis.plot([f1.lo, f1.hi], [place, place], color=colour, linewidth=1, alpha=0.6)
+                        axis.plot([f1.value], [place], marker, color=colour, markersize=4)
+                    axis.plot([], [], marker, color=colour, label=method)
+                axis.set_yticks(range(len(here)), here, fontsize=7)
+                axis.set(xlim=(0, 1), xlabel="F1")
                 axis.set_title(name, fontsize=10)
-                axis.set_xlabel("F1")
-            for method, colour, marker in shown:
-                axes[0].plot([], [], marker, color=colour, label=method)
             axes[0].legend(frameon=False, fontsize=7, loc="lower left")
 
-        return svg(draw, len(names), (5.2 * len(names), 1.2 + 0.17 * longest))
-
-    def _labels_of(self, treebank: str) -> list[str]:
-        found = self.select(trained=treebank, tested=treebank, shuffled=False, method=SINGLE, features=self.sae)
-        return [item.label for item in found]
+        return svg(draw, len(labels), (5.2 * len(labels), 1.2 + 0.17 * max(map(len, labels.values()))))
 
     def save(self, folder: Path) -> None:
         """Write language.json, language.md and language.svg."""
-        write_json(folder / RESULT, self.as_dict())
-        write_text(folder / MARKDOWN, self.markdown())
-        write_text(folder / PICTURE, self.svg())
+        parts = [f"# Linguistic labels · Etichette linguistiche: {self.sae}", self.table()]
+        for name, (train, test) in self.n_words.items():
+            parts += [f"## {name}: {train:,} + {test:,} words", self.label_table(name)]
+        save_result(folder, "language", self.as_dict(), parts, language=self.svg())
 
 
 def probe(
-    sae: Any,
-    words: Sequence[Words],
-    *,
-    name: str = "SAE",
-    others: Mapping[str, Any] | None = None,
-    dense: bool = True,
-    seed: int = 0,
+    sae: Any, words: Sequence[Words], *, name: str = "SAE", others: Mapping[str, Any] | None = None, seed: int = 0
 ) -> Probes:
     """Return how well single latents and probes detect the labels of treebanks, within each and from each to the others.
 
@@ -203,35 +147,23 @@ def probe(
     found: list[Detection] = []
     tasks = [Task(a, b, seed) for a, b in product(words, repeat=2)]
     tasks += [Task(item, item, seed, shuffled=True) for item in words]
-    for task in tqdm(tasks, desc="probes", unit="task", disable=None):
-        if not task.usable():
-            continue
-        for key in saes:
-            if task.shuffled and key != name:
-                continue
+    for task in tqdm([task for task in tasks if task.usable], desc="probes", unit="task", disable=None):
+        for key in [name] if task.shuffled else saes:
             train, test = acts[key, task.train.source], acts[key, task.test.source]
-            found += single_latents(task, train, test, key)
-            found += sparse_probes(task, train, test, key)
-        if dense:
-            found += dense_probes(task)
-    detectors = [
-        item for words_ in words for item in _detectors(Task(words_, words_, seed), acts[name, words_.source], name)
-    ]
-    counted = {item.source: (int(item.train.sum()), int((~item.train).sum())) for item in words}
-    counted = {key: value for key, value in counted.items() if any(d.tested == key == d.trained for d in found)}
+            found += [*single_latents(task, train, test, key), *sparse_probes(task, train, test, key)]
+        found += dense_probes(task)
+    detectors = [d for item in words for d in _detectors(Task(item, item, seed), acts[name, item.source], name)]
+    probed = {d.tested for d in found if d.trained == d.tested}
+    counted = {
+        item.source: (int(item.train.sum()), int((~item.train).sum())) for item in words if item.source in probed
+    }
     found.sort(key=lambda d: (category(d.label).count("+"), category(d.label), -d.n, d.label, METHODS.index(d.method)))
     return Probes(name, found, detectors, counted)
 
 
 def _detectors(task: Task, acts: scipy.sparse.csr_array, name: str) -> Iterator[Detection]:
     """Yield each label's best latent, and others of a good training F1, if they do better than saying yes to all."""
-    if not task.usable():
-        return
-    best = single_latents(task, acts, acts, name)
-    for item in [*best, *single_latents(task, acts, acts, name, most=DETECTORS, least=LEAST_F1)]:
-        if item.f1.lo > 2 * item.share / (1 + item.share):
-            yield item
-
-
-def _shown(value: Estimate) -> str:
-    return f"{value.value:.2f} ({value.lo:.2f} to {value.hi:.2f})"
+    if task.usable:
+        best = single_latents(task, acts, acts, name)
+        others = single_latents(task, acts, acts, name, most=DETECTORS, least=LEAST_F1)
+        yield from (d for d in [*best, *others] if d.f1.lo > d.always_yes)

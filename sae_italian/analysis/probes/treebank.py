@@ -1,4 +1,4 @@
-"""Annotated words with their place in the text: a reader of CoNLL-U, and MicroItaliano in the same form.
+"""Annotated words with their place in the text, and as a model and an SAE see them: labels, activations, latents.
 
 The unit is the surface token. "della" (di + la) is one, and bears the labels of both its words, because a language model
 reads "della" too. Words are placed in the sentence's text, so any tokenizer's tokens can be aligned by their offsets.
@@ -6,19 +6,32 @@ reads "della" too. Words are placed in the sentence's text, so any tokenizer's t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse
+import torch
+from jaxtyping import Bool, Float, Int
+from tqdm import tqdm
 
 from sae_italian import micro_italiano
+from sae_italian.analysis.causal.splice import codes
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.corpora import TextDocument
+from sae_italian.corpora.packing import bos_id
 from sae_italian.corpora.stream import MICRO_ITALIANO, is_held_out
+from sae_italian.corpora.tokens import tokenise_batches
+from sae_italian.models.activations import read_activations
 
 FEATURES = ("Gender", "Number", "Person", "Tense", "Mood", "VerbForm")
 COMBINED = (("Gender", "Number"), ("Person", "Number"), ("Mood", "Tense"))
 MICRO_DOCUMENTS = 600
 _COLUMNS = 10
-_TRAIN, _TEST = ("-train", "-dev"), "-test"
+TOKENS_PER_BATCH = 2048
+CHUNK = 1024  # words encoded at once
 
 
 class Word(NamedTuple):
@@ -59,11 +72,13 @@ def read_treebank(path: str | Path) -> Treebank:
     if not files or not files[0].is_file():
         what = "holds no file ending in .conllu" if path.is_dir() else "does not exist"
         raise UsageError(f"treebank {path} {what}. Give a CoNLL-U file or a folder of them, e.g. UD_Italian-ISDT.")
-    official = any(_TEST in file.name for file in files) and any(t in f.name for f in files for t in _TRAIN)
+    names = " ".join(file.name for file in files)
+    official = "-test" in names and ("-train" in names or "-dev" in names)
     sentences = []
     for file in files:
         for text, words in read_conllu(file):
-            train = _TEST not in file.name if official else not _for_test(text)
+            # each call holds out one in twenty
+            train = "-test" not in file.name if official else not (is_held_out(text) or is_held_out(f"{text} "))
             sentences.append(Sentence(text, words, train))
     if not sentences:
         raise DataError(f"treebank {path} holds no sentence.")
@@ -78,29 +93,19 @@ def _name(path: Path) -> str:
     return "UD " + name.split("-ud-")[0].split("_")[-1].upper() if "-ud-" in name else name
 
 
-def _for_test(text: str) -> bool:
-    return any(is_held_out(f"{text}{salt}") for salt in ("", " "))  # each holds out one in twenty
-
-
 def _micro(index: int) -> Sentence:
     document = micro_italiano.document(index)
-    names = {feature.lower(): feature for feature in FEATURES}
     words = []
     for span in document.words:
-        features = {names[key]: value for key, value in span.labels.items() if key in names}
-        words.append(Word(span.start, span.end, frozenset(_labels(span.labels.get("upos", "X"), features))))
+        features = {name: span.labels[name.lower()] for name in FEATURES if name.lower() in span.labels}
+        words.append(Word(span.start, span.end, _labels(span.labels.get("upos", "X"), features)))
     return Sentence(document.text, words, index % 2 == 0)
 
 
-def _labels(upos: str, features: dict[str, str]) -> Iterator[str]:
-    """Yield the labels of one word: part of speech, each feature, and features that belong together."""
-    yield f"UPOS={upos}"
-    for name in FEATURES:
-        if name in features:
-            yield f"{name}={features[name]}"
-    for names in COMBINED:
-        if all(name in features for name in names):
-            yield ",".join(f"{name}={features[name]}" for name in names)
+def _labels(upos: str, features: dict[str, str]) -> frozenset[str]:
+    """Return the labels of one word: part of speech, each feature, and features that belong together."""
+    groups = [names for names in (*zip(FEATURES), *COMBINED) if all(name in features for name in names)]
+    return frozenset([f"UPOS={upos}", *(",".join(f"{name}={features[name]}" for name in names) for names in groups)])
 
 
 # --- CoNLL-U ---------------------------------------------------------------------------------------------------------
@@ -111,7 +116,7 @@ class _Row(NamedTuple):
     first: int  # word ids: the same for a word, a range for a multi-word token
     last: int
     form: str
-    labels: tuple[str, ...]
+    labels: frozenset[str]
     space_after: bool
 
 
@@ -121,71 +126,184 @@ def read_conllu(file: Path) -> Iterator[tuple[str, list[Word]]]:
     Raises: DataError naming file and line: a row without ten columns, an id out of order, a feature without a value, a
     form that is not in the sentence's text, bytes that are not UTF-8.
     """
-    text, rows = "", []
     try:
-        with file.open(encoding="utf-8") as handle:
-            for number, line in enumerate(handle, 1):
-                line = line.rstrip("\r\n")
-                if line.startswith("#"):
-                    if line.startswith("# text ="):
-                        text = line.partition("=")[2].strip()
-                elif line:
-                    rows += _row(file, number, line)
-                elif rows:
-                    yield _sentence(file, text, rows)
-                    text, rows = "", []
-            if rows:
-                yield _sentence(file, text, rows)
+        lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}).") from error
+    text, rows = "", []
+    for number, line in enumerate([*lines, ""], 1):  # an empty line ends a sentence
+        if line.startswith("# text ="):
+            text = line.partition("=")[2].strip()
+        elif line and not line.startswith("#"):
+            rows += _row(f"{file}, line {number}", number, line)
+        elif rows and not line:
+            yield _sentence(file, text, rows)
+            text, rows = "", []
 
 
-def _row(file: Path, number: int, line: str) -> list[_Row]:
+def _row(where: str, number: int, line: str) -> list[_Row]:
     """Return the row, none for an empty node (8.1), which has no surface."""
     columns = line.split("\t")
     if len(columns) != _COLUMNS or not all(columns):
         found = f"{len(columns)} columns" if len(columns) != _COLUMNS else "an empty column"
-        raise DataError(f"{file}, line {number}: {found}; CoNLL-U has {_COLUMNS}, separated by tabs, none empty.")
-    identifier, form, upos, features, misc = columns[0], columns[1], columns[3], columns[5], columns[9]
+        raise DataError(f"{where}: {found}; CoNLL-U has {_COLUMNS}, separated by tabs, none empty.")
+    identifier, form, _, upos, _, features, *_, misc = columns
     if "." in identifier:
         return []
     first, _, last = identifier.partition("-")
     if not (first.isdigit() and (last or first).isdigit()) or int(last or first) < int(first):
-        raise DataError(f"{file}, line {number}: {identifier!r} is no word id; 3, 3-4 or 3.1 was expected.")
+        raise DataError(f"{where}: {identifier!r} is no word id; 3, 3-4 or 3.1 was expected.")
     pairs = {}
     for pair in features.split("|") if features != "_" else ():
-        name, equals, value = pair.partition("=")
-        if not (name and equals and value):
-            raise DataError(f"{file}, line {number}: feature {pair!r} is not of the form Name=Value.")
+        name, _, value = pair.partition("=")
+        if not (name and value):
+            raise DataError(f"{where}: feature {pair!r} is not of the form Name=Value.")
         pairs[name] = value
-    labels = () if last else tuple(_labels(upos, pairs))
+    labels = frozenset() if last else _labels(upos, pairs)
     return [_Row(number, int(first), int(last or first), form, labels, "SpaceAfter=No" not in misc.split("|"))]
 
 
 def _sentence(file: Path, text: str, rows: list[_Row]) -> tuple[str, list[Word]]:
     """Place the surface tokens in the text, which is put together from them where the file does not give it."""
     surface: list[_Row] = []
-    labels: list[set[str]] = []
     expected, covered = 1, 0
     for row in rows:
-        if row.first != expected or (row.last > row.first and row.first <= covered):
-            raise DataError(f"{file}, line {row.line}: word {row.first} where word {expected} was expected.")
         multi = row.last > row.first
+        if row.first != expected or (multi and row.first <= covered):
+            raise DataError(f"{file}, line {row.line}: word {row.first} where word {expected} was expected.")
         if multi or row.first > covered:
             surface.append(row)
-            labels.append(set())
             covered = row.last
-        if not multi:
-            labels[-1].update(row.labels)
-            expected += 1
+        else:  # a word of a multi-word token
+            surface[-1] = surface[-1]._replace(labels=surface[-1].labels | row.labels)
+        expected += not multi
     if covered >= expected:
         raise DataError(f"{file}, line {rows[-1].line}: the sentence ends before word {covered} of a multi-word token.")
     text = text or "".join(row.form + " " * row.space_after for row in surface).strip()
     words, place = [], 0
-    for row, found in zip(surface, labels, strict=True):
+    for row in surface:
         start = text.find(row.form, place)
         if start < 0 or text[place:start].strip():
             raise DataError(f"{file}, line {row.line}: {row.form!r} does not come next in the sentence's text.")
         place = start + len(row.form)
-        words.append(Word(start, place, frozenset(found)))
+        words.append(Word(start, place, row.labels))
     return text, words
+
+
+# --- as a model sees them ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words of one treebank. A word is read at the token that completes it: a causal model knows it only there."""
+
+    source: str
+    names: list[str]  # of the labels
+    labels: scipy.sparse.csr_array  # [words, labels], 0 or 1
+    sentence: Int[np.ndarray, " words"]
+    train: Bool[np.ndarray, " words"]
+    x: Float[np.ndarray, "words d_in"]
+    n_cut: int = 0  # words beyond the context, left out
+
+    def column(self, name: str) -> Float[np.ndarray, " words"]:
+        """Return 1 for the words that bear a label, 0 for the others. Raises: ValueError for a label that is none of the names."""
+        return self.labels[:, [self.names.index(name)]].toarray().ravel()
+
+
+def label_names(treebanks: Sequence[Treebank]) -> list[str]:
+    """Return every label that occurs, sorted."""
+    return sorted({label for bank in treebanks for s in bank.sentences for word in s.words for label in word.labels})
+
+
+@torch.no_grad()
+def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[str], *, context_size: int) -> Words:
+    """Return a treebank's words with the activations of a model (backend `hf`) at a hook.
+
+    Each sentence is read alone after a BOS, so that no word is seen through another sentence. Words that begin beyond the
+    context are counted and left out.
+    Raises: UsageError when no word is left, or the model has no such hook.
+    """
+    tokens, spans = _tokenised(treebank.sentences, model.tokenizer, context_size)
+    column = {name: i for i, name in enumerate(names)}
+    pairs, sentence, n_cut, parts = [], [], 0, []
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    with tqdm(total=len(order), desc=treebank.name, unit="sentence", disable=None) as bar:
+        for batch in _batches(order, tokens):
+            acts = _activations(model, hook_name, [tokens[i] for i in batch])
+            for place, i in enumerate(batch):
+                words, last = treebank.sentences[i].words, last_tokens(treebank.sentences[i], spans[i])
+                for at in np.flatnonzero(last >= 0).tolist():
+                    pairs += [(len(sentence), column[label]) for label in words[at].labels if label in column]
+                    sentence.append(i)
+                n_cut += int((last < 0).sum())
+                parts.append(acts[place, last[last >= 0] + 1].float().cpu().numpy())  # the BOS comes first
+            bar.update(len(batch))
+    if not sentence:
+        raise UsageError(f"treebank {treebank.name} has no word within {context_size} tokens.")
+    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    ones = np.ones(len(rows), dtype=np.float32)
+    labels = scipy.sparse.csr_array((ones, (rows, columns)), shape=(len(sentence), len(names)))
+    train = np.array([treebank.sentences[i].train for i in sentence])
+    return Words(treebank.name, list(names), labels, np.array(sentence), train, np.concatenate(parts), n_cut)
+
+
+def _tokenised(
+    sentences: Sequence[Sentence], tokenizer: Any, context_size: int
+) -> tuple[list[np.ndarray], list[Int[np.ndarray, "tokens 2"]]]:
+    """Return each sentence's ids, BOS first, and the spans of the tokens after it, cut to the context."""
+    documents = [TextDocument(sentence.text, str(i), "") for i, sentence in enumerate(sentences)]
+    ((_, batch),) = tokenise_batches([documents], tokenizer)
+    ids, spans = [], []
+    for found in batch.documents():
+        token, start, end = (np.asarray(part)[: context_size - 1] for part in found)
+        ids.append(np.concatenate([[bos_id(tokenizer)], token]))
+        spans.append(np.stack([start, end], axis=1))
+    return ids, spans
+
+
+def last_tokens(sentence: Sentence, spans: Int[np.ndarray, "tokens 2"]) -> Int[np.ndarray, " words"]:
+    """Return for each word the token that completes it, -1 where the sentence was cut before.
+
+    That is the last token that ends within the word, or where one token covers the word's end and more, that token.
+    """
+    end = np.array([word.end for word in sentence.words])
+    start = np.array([word.start for word in sentence.words])
+    if len(spans) == 0:
+        return np.full(len(end), -1)
+    within = np.searchsorted(spans[:, 1], end, side="right") - 1
+    inside = (within >= 0) & (spans[within, 1] > start)
+    complete = inside & (spans[within, 1] == end)
+    beyond = np.minimum(within + 1, len(spans) - 1)
+    straddled = ~complete & (spans[beyond, 0] < end) & (spans[beyond, 1] > end)
+    return np.where(
+        complete, within, np.where(straddled, beyond, np.where(inside & (within + 1 < len(spans)), within, -1))
+    )
+
+
+def _batches(order: list[int], tokens: list[np.ndarray]) -> list[list[int]]:
+    """Return sentences of similar length together, TOKENS_PER_BATCH tokens of them."""
+    batches: list[list[int]] = [[]]
+    for i in order:
+        if batches[-1] and (len(batches[-1]) + 1) * len(tokens[i]) > TOKENS_PER_BATCH:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def _activations(model: Any, hook_name: str, batch: list[np.ndarray]) -> torch.Tensor:
+    """Return activations of sentences of different lengths; what fills the shorter ones is never looked back at."""
+    longest = max(len(ids) for ids in batch)
+    padded = np.stack([np.pad(ids, (0, longest - len(ids)), mode="edge") for ids in batch]).astype(np.int64)
+    return read_activations(model, torch.from_numpy(padded).to(model.device), hook_name)
+
+
+@torch.no_grad()
+def encode_words(sae: Any, x: Float[np.ndarray, "words d_in"]) -> scipy.sparse.csr_array:
+    """Return the latents' activations on words, [words, d_sae]. Raises: UsageError when d_in is not that of the words."""
+    if x.shape[1] != sae.cfg.d_in:
+        raise UsageError(
+            f"the SAE reads {sae.cfg.d_in} dimensions (d_in), the activations have {x.shape[1]}: "
+            "compare SAEs of one model and site."
+        )
+    chunks = (codes(sae, part).float().cpu().numpy() for part in torch.from_numpy(x).split(CHUNK))
+    return scipy.sparse.csr_array(scipy.sparse.vstack([scipy.sparse.csr_array(chunk) for chunk in chunks]))

@@ -7,6 +7,7 @@ BLiMP (Warstadt et al. 2020) and MultiBLiMP (Jumelet et al. 2025, arXiv 2504.027
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.resources import files
@@ -16,11 +17,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sae_italian.analysis.tasks.scoring import TaskScore, log_probs_after, score
+from sae_italian.analysis.tasks.scoring import TaskScore, score_choices
 from sae_italian.base.errors import DataError, UsageError
 
 KINDS = ("gender", "gender, attractor", "number", "subject-verb", "subject-verb, attractor")
-GENDERS = ("Masc", "Fem")
 TRIES = 50  # subjects made for each that is wanted
 _THE = (("il", "i"), ("la", "le"))  # [gender][number]
 _TO_THE = (("al", "ai"), ("alla", "alle"))
@@ -39,8 +39,9 @@ class MinimalPair(NamedTuple):
 def _words() -> tuple[list[list[list[str]]], list[list[str]], list[list[str]]]:
     """Return nouns [gender][noun][number], adjectives [adjective][2 * gender + number] and verbs [verb][number]."""
     data = yaml.safe_load((files("sae_italian.analysis.tasks") / "data" / "agreement.yaml").read_text(encoding="utf-8"))
-    nouns = [[entry.split() for entry in data["nouns"][gender].split(",")] for gender in GENDERS]
-    return nouns, *([entry.split() for entry in data[key].split(",")] for key in ("adjectives", "verbs"))  # pyright: ignore[reportReturnType]
+    nouns = [[entry.split() for entry in data["nouns"][gender].split(",")] for gender in ("Masc", "Fem")]
+    adjectives, verbs = ([entry.split() for entry in data[key].split(",")] for key in ("adjectives", "verbs"))
+    return nouns, adjectives, verbs
 
 
 def agreement_pairs(n: int, *, seed: int = 0) -> list[MinimalPair]:
@@ -65,8 +66,7 @@ def _pair(random: Random, kind: str, side: int) -> MinimalPair:
     if kind.endswith("attractor"):
         other_gender = 1 - gender if about_gender else random.randrange(2)
         other_number = number if about_gender else 1 - number
-        between = random.choice([other for other in nouns[other_gender] if other != noun])
-        subject += f" vicino {_TO_THE[other_gender][other_number]} {between[other_number]}"
+        subject += f" {_beside(random, noun, other_gender, other_number)}"
     if kind == "number":
         forms = noun[number], noun[1 - number]
         prefix = f"{random.choice((_THE, _THIS))[gender][number]}"
@@ -81,35 +81,33 @@ def _pair(random: Random, kind: str, side: int) -> MinimalPair:
     return MinimalPair(f"{prefix} {forms[0]}", f"{prefix} {forms[1]}", kind)
 
 
+def _beside(random: Random, noun: list[str], gender: int, number: int) -> str:
+    """Return «vicino alle penne», with another noun than the given one."""
+    between = random.choice([other for other in _words()[0][gender] if other != noun])
+    return f"vicino {_TO_THE[gender][number]} {between[number]}"
+
+
 def number_pairs(n: int, tokenizer: Any, *, seed: int = 0) -> list[tuple[str, str]]:
     """Return `n` pairs of subjects that differ in number alone and have equally many tokens, to patch one into the other.
 
     «Il libro vicino alle penne» against «I libri vicino alle penne»: what follows is a verb in the number of the first
     noun, over an attractor of either number. Singular and plural take turns as the base.
-    Raises: UsageError unless n is at least 1, and when too few nouns have as many tokens in both numbers.
+    Raises: UsageError when too few nouns have as many tokens in both numbers.
     """
-    if n < 1:
-        raise UsageError(f"the number of pairs is {n}; it must be 1 or more.")
     found: list[tuple[str, str]] = []
     for attempt in range(TRIES * n):
-        pair = _number_pair(Random(f"number/{seed}/{attempt}"), side=len(found) % 2)
-        if len(tokenizer(pair[0]).input_ids) == len(tokenizer(pair[1]).input_ids):
-            found.append(pair)
+        random = Random(f"number/{seed}/{attempt}")
+        gender, other_gender, other_number = (random.randrange(2) for _ in range(3))
+        noun = random.choice(_words()[0][gender])
+        ending = _beside(random, noun, other_gender, other_number)
+        singular, plural = (f"{_THE[gender][number].capitalize()} {noun[number]} {ending}" for number in range(2))
+        if len(tokenizer(singular).input_ids) == len(tokenizer(plural).input_ids):
+            found.append((plural, singular) if len(found) % 2 else (singular, plural))
         if len(found) == n:
             return found
     raise UsageError(
         f"{len(found)} of {TRIES * n} subjects have as many tokens in both numbers, {n} wanted. Ask for fewer."
     )
-
-
-def _number_pair(random: Random, side: int) -> tuple[str, str]:
-    nouns, _, _ = _words()
-    gender, other_gender, other_number = (random.randrange(2) for _ in range(3))
-    noun = random.choice(nouns[gender])
-    between = random.choice([other for other in nouns[other_gender] if other != noun])
-    ending = f"vicino {_TO_THE[other_gender][other_number]} {between[other_number]}"
-    texts = [f"{_THE[gender][number].capitalize()} {noun[number]} {ending}" for number in range(2)]
-    return texts[side], texts[1 - side]
 
 
 def read_minimal_pairs(path: Path) -> list[MinimalPair]:
@@ -121,21 +119,19 @@ def read_minimal_pairs(path: Path) -> list[MinimalPair]:
     """
     if not path.is_file():
         raise UsageError(f"{path} is not a file. Give MultiBLiMP's Italian file (ita.tsv).")
-    rows = list(_rows(path))
-    if not rows:
-        raise DataError(f"{path} holds no pairs.")
-    missing = {"sen", "wrong_sen"} - set(rows[0][1])
-    if missing:
-        raise DataError(
-            f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(map(str, list(rows[0][1])[:8]))}. "
-            "MultiBLiMP's layout was expected."
-        )
     pairs = []
-    for line, row in rows:
-        right, wrong = row.get("sen") or "", row.get("wrong_sen") or ""
+    for line, row in _rows(path):
+        if missing := {"sen", "wrong_sen"} - set(row):
+            raise DataError(
+                f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(map(str, list(row)[:8]))}. "
+                "MultiBLiMP's layout was expected."
+            )
+        right, wrong = row["sen"] or "", row["wrong_sen"] or ""
         if not right.strip() or not wrong.strip() or right == wrong:
             raise DataError(f"{path}, line {line}: two different sentences were expected, found {right!r}, {wrong!r}.")
         pairs.append(MinimalPair(right, wrong, str(row.get("phenomenon") or "agreement")))
+    if not pairs:
+        raise DataError(f"{path} holds no pairs.")
     return pairs
 
 
@@ -146,8 +142,6 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             reader = csv.DictReader(handle, delimiter="\t")
             yield from ((reader.line_num, row) for row in reader)
     elif path.suffix == ".jsonl":
-        import json
-
         for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 yield line, dict(json.loads(text))
@@ -163,7 +157,4 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def agreement_score(model: Any, tokenizer: Any, pairs: Sequence[MinimalPair]) -> TaskScore:
     """Return the share of pairs whose right text the model finds likelier as a whole, and the mean difference."""
-    none = [""] * len(pairs)
-    right = log_probs_after(model, tokenizer, none, [pair.right for pair in pairs])
-    wrong = log_probs_after(model, tokenizer, none, [pair.wrong for pair in pairs])
-    return score(right - wrong, [pair.kind for pair in pairs])
+    return score_choices(model, tokenizer, [("", pair.right, pair.wrong, pair.kind) for pair in pairs])

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from random import Random
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
-from sae_italian.analysis.tasks.scoring import TaskScore, log_probs_after, score
+from sae_italian.analysis.tasks.scoring import TaskScore, score_choices
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.models.catalogue import resolve
 
-Language = Literal["it", "en"]
 EMBEDDED = "sae-italian-mini"
 LEAST_NAMES = 3  # giver, indirect object, and who replaces the latter
 _ENDING = {"Masc": "i", "Fem": "e"}
@@ -50,43 +49,25 @@ class IoiPair(NamedTuple):
     order: str  # "ABBA": the indirect object is named first; "BABA": the giver
 
 
-@lru_cache(maxsize=2)
-def default_words(language: Language = "it") -> IoiWords:
-    """Return the words for real models. Raises: UsageError for another language than Italian or English."""
+@lru_cache(maxsize=3)
+def default_words(language: str = "it") -> IoiWords:
+    """Return the words of a language for real models. Raises: UsageError for another than Italian or English."""
     data = yaml.safe_load((files("sae_italian.analysis.tasks") / "data" / "ioi.yaml").read_text(encoding="utf-8"))
     if language not in data:
-        raise UsageError(f"language {language!r} has no indirect-object sentences. {nearest(language, data)}")
+        raise UsageError(f"language {language!r} has no indirect-object sentences. {nearest(language, ('it', 'en'))}")
     entry = data[language]
     names = {gender: tuple(text.split()) for gender, text in entry["names"].items()}
-    return IoiWords(names, tuple(entry["places"]), tuple(entry["objects"]), tuple(entry["templates"]), language)
+    places, objects, templates = (tuple(entry[key]) for key in ("places", "objects", "templates"))
+    return IoiWords(names, places, objects, templates, "en" if language == "en" else "it")
 
 
-@lru_cache(maxsize=1)
-def micro_italiano_words() -> IoiWords:
-    """Return the same templates with the names, places and objects that MicroItaliano's own sentences of giving hold."""
-    from sae_italian.micro_italiano.grammar import load_grammar
-    from sae_italian.micro_italiano.realise import realise
-
-    def text(*tokens: Any) -> str:
-        written = realise(list(tokens), [])[0]
-        return written[0].lower() + written[1:]
-
-    lexicon = load_grammar().lex
-    names = {g: tuple(noun.lemma for noun in lexicon.classes[c]) for g, c in (("Masc", "nome_m"), ("Fem", "nome_f"))}
-    places = tuple(text(*noun.place) for noun in lexicon.classes["incontro"])
-    articles = lexicon.agreeing["un"]
-    things = [noun for noun in lexicon.classes["dono"] if noun.tokens[0] is not None]
-    objects = tuple(text(articles[noun.genders[0]][0], noun.tokens[0]) for noun in things)
-    return IoiWords(names, places, objects, default_words("it").templates, "it")
-
-
-def words_for(model: str, language: Language = "it") -> IoiWords:
+def words_for(model: str, language: str = "it") -> IoiWords:
     """Return the words that suit a model, by any of its names: MicroItaliano's for the embedded one, which knows no others.
 
     Raises: UsageError for an unknown model, and as `default_words`.
     """
     embedded = resolve(model).saved_name == EMBEDDED
-    return micro_italiano_words() if embedded and language == "it" else default_words(language)
+    return default_words("micro-italiano" if embedded and language == "it" else language)
 
 
 def name_tokens(tokenizer: Any, name: str, language: str = "it") -> tuple[int, ...]:
@@ -102,23 +83,16 @@ def ioi_pairs(
     words: IoiWords | None = None,
     *,
     n_name_tokens: int | None = 1,
-    strict: bool = False,
     seed: int = 0,
 ) -> list[IoiPair]:
     """Return `n` pairs, ABBA and BABA in turn, whose two texts have the same tokens but for the indirect object.
 
     Every name has `n_name_tokens` tokens (None: any number, the same within a pair), and the three names of a pair differ
-    in their first token. `strict` refuses a name list with others in it; otherwise those are left out.
+    in their first token; names of other lengths are left out.
     Raises: UsageError when a list is empty, or too few names have the wanted number of tokens; the message says how many
     have how many.
     """
     words = words or default_words("it")
-    _check_words(n, words)
-    groups = _groups(tokenizer, words, n_name_tokens, strict)
-    return [_pair(tokenizer, words, groups, Random(f"ioi/{seed}/{index}"), index) for index in range(n)]
-
-
-def _check_words(n: int, words: IoiWords) -> None:
     if n < 1:
         raise UsageError(f"the number of sentences is {n}; it must be 1 or more.")
     for what in ("places", "objects", "templates"):
@@ -126,21 +100,17 @@ def _check_words(n: int, words: IoiWords) -> None:
             raise UsageError(f"the list of {what} is empty. Give at least one.")
     if set(words.names) - set(_ENDING):
         raise UsageError(f"names are listed by gender, {' and '.join(_ENDING)}; found {', '.join(words.names)}.")
+    groups = _groups(tokenizer, words, n_name_tokens)
+    return [_pair(tokenizer, words, groups, Random(f"ioi/{seed}/{index}"), index) for index in range(n)]
 
 
-def _groups(tokenizer: Any, words: IoiWords, wanted: int | None, strict: bool) -> list[tuple[str, tuple[str, ...]]]:
+def _groups(tokenizer: Any, words: IoiWords, wanted: int | None) -> list[tuple[str, tuple[str, ...]]]:
     """Return (gender, names) with at least three names each, all of one length in tokens and told apart by the first."""
     groups: dict[tuple[str, int], dict[int, str]] = {}
     lengths: dict[int, list[str]] = {}
     for gender, names in words.names.items():
         for name in names:
             tokens = name_tokens(tokenizer, name, words.language)
-            if strict and wanted is not None and len(tokens) != wanted:
-                pieces = " ".join(repr(tokenizer.decode([token])) for token in tokens)
-                raise UsageError(
-                    f"name {name!r} has {len(tokens)} tokens ({pieces}), {wanted} wanted. Leave it out, or ask for names "
-                    "of any length."
-                )
             lengths.setdefault(len(tokens), []).append(name)
             if wanted in (None, len(tokens)):
                 groups.setdefault((gender, len(tokens)), {}).setdefault(tokens[0], name)
@@ -157,7 +127,8 @@ def _groups(tokenizer: Any, words: IoiWords, wanted: int | None, strict: bool) -
 def _pair(
     tokenizer: Any, words: IoiWords, groups: Sequence[tuple[str, tuple[str, ...]]], random: Random, index: int
 ) -> IoiPair:
-    gender, names = groups[_weighted(random, groups)]
+    # a group is drawn by its number of names, so that every name is equally likely
+    ((gender, names),) = random.choices(groups, weights=[len(names) for _, names in groups])
     subject, io, new_io = random.sample(names, 3)
     order = ("ABBA", "BABA")[index % 2]
     template = random.randrange(len(words.templates))
@@ -170,11 +141,6 @@ def _pair(
     pair = IoiPair(text(io), text(new_io), io, subject, new_io, template, order)
     _check_aligned(tokenizer, words, pair)
     return pair
-
-
-def _weighted(random: Random, groups: Sequence[tuple[str, tuple[str, ...]]]) -> int:
-    """Return a group, drawn by its number of names."""
-    return random.choices(range(len(groups)), weights=[len(names) for _, names in groups])[0]
 
 
 def _check_aligned(tokenizer: Any, words: IoiWords, pair: IoiPair) -> None:
@@ -194,11 +160,5 @@ def ioi_score(model: Any, tokenizer: Any, pairs: Sequence[IoiPair]) -> TaskScore
 
     The difference is log p(name) - log p(name), over all tokens of a name: for names of one token, that of the logits.
     """
-    texts = [pair.base for pair in pairs]
-    right, wrong = (
-        log_probs_after(
-            model, tokenizer, texts, [f"{pair.base} {name}" for pair, name in zip(pairs, names, strict=True)]
-        )
-        for names in ([pair.io for pair in pairs], [pair.subject for pair in pairs])
-    )
-    return score(right - wrong, [pair.order for pair in pairs])
+    choices = [(p.base, f"{p.base} {p.io}", f"{p.base} {p.subject}", p.order) for p in pairs]
+    return score_choices(model, tokenizer, choices)

@@ -1,4 +1,4 @@
-"""Log-probabilities of texts and of answers, in batches, and what share of a task's items a model gets right."""
+"""What share of a task's items a model gets right: the likelier of two texts, one of which is the right one."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
 
+from sae_italian import micro_italiano
 from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
-from sae_italian.models.activations import check_context
+from sae_italian.models.activations import check_context, continuation_log_probs
 
-BATCH = 64
 CHANCE = 0.5
+
+
+Choice = tuple[str, str, str, str]  # prefix, the right text, the wrong text, kind of the item
 
 
 @dataclass(frozen=True)
@@ -29,28 +30,19 @@ class TaskScore:
     difference: Estimate  # mean of log p(right) - log p(wrong)
     by_kind: dict[str, Estimate]  # accuracy
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "n": self.n,
-            "accuracy": self.accuracy.as_dict(),
-            "difference": self.difference.as_dict(),
-            "by_kind": {kind: share.as_dict() for kind, share in self.by_kind.items()},
-        }
-
     def svg(self) -> str:
         """Return the accuracies by kind as a picture, chance as a line."""
-        return pictures.svg(self._draw, 1, (6, 0.5 * len(self.by_kind) + 1))
 
-    def _draw(self, axes: Any) -> None:
-        axis, kinds = axes[0], list(self.by_kind)
-        for row, kind in enumerate(kinds):
-            share = self.by_kind[kind]
-            axis.barh(row, share.value, color=pictures.OURS, height=0.6)
-            axis.plot((share.lo, share.hi), (row, row), color="black", linewidth=1)
-        axis.axvline(CHANCE, color=pictures.REFERENCE, linestyle=":")
-        axis.set_yticks(range(len(kinds)), kinds)
-        axis.invert_yaxis()
-        axis.set(xlim=(0, 1), xlabel="right, 95 % interval")
+        def draw(axes: Any) -> None:
+            for row, share in enumerate(self.by_kind.values()):
+                axes[0].barh(row, share.value, color=pictures.OURS, height=0.6)
+                axes[0].plot((share.lo, share.hi), (row, row), color="black", linewidth=1)
+            axes[0].axvline(CHANCE, color=pictures.REFERENCE, linestyle=":")
+            axes[0].set_yticks(range(len(self.by_kind)), list(self.by_kind))
+            axes[0].invert_yaxis()
+            axes[0].set(xlim=(0, 1), xlabel="right, 95 % interval")
+
+        return pictures.svg(draw, 1, (6, 0.5 * len(self.by_kind) + 1))
 
     def text(self) -> str:
         """Return accuracy, its interval and the mean difference in one line."""
@@ -72,6 +64,16 @@ def score(differences: Float[np.ndarray, " n"], kinds: Sequence[str]) -> TaskSco
     )
 
 
+def score_choices(model: Any, tokenizer: Any, items: Sequence[Choice]) -> TaskScore:
+    """Return how often the right text is likelier than the wrong one, both of which begin with the prefix.
+
+    With "" the texts are compared as a whole. Raises: UsageError for a text beyond the model's positions.
+    """
+    prefixes, right, wrong, kinds = (list(column) for column in zip(*items, strict=True))
+    log_p = [log_probs_after(model, tokenizer, prefixes, texts) for texts in (right, wrong)]
+    return score(log_p[0] - log_p[1], kinds)
+
+
 def check_able(found: TaskScore, task: str, model: str) -> TaskScore:
     """Return the score. Raises: UsageError when the accuracy is not above chance, its interval considered."""
     if found.accuracy.lo <= CHANCE:
@@ -82,33 +84,34 @@ def check_able(found: TaskScore, task: str, model: str) -> TaskScore:
     return found
 
 
-def padded(tokenizer: Any, texts: Sequence[str]) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " batch"]]:
-    """Return the texts' tokens, padded on the right with zeros that a causal model never sees, and their lengths."""
-    rows = [tokenizer(text).input_ids for text in texts]
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for row, ids in enumerate(rows):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-    return tokens, lengths
-
-
-@torch.no_grad()
 def log_probs_after(
     model: Any, tokenizer: Any, prefixes: Sequence[str], texts: Sequence[str]
 ) -> Float[np.ndarray, " n"]:
-    """Return log p(text | prefix) in nats, where each text begins with its prefix, token for token.
+    """Return log p(rest | prefix) in nats of texts that begin with their prefix, token for token."""
+    starts = [len(tokenizer(prefix).input_ids) for prefix in prefixes]
+    tokens = [tokenizer(text).input_ids for text in texts]
+    check_context(max(map(len, tokens), default=0), model.config)
+    pairs = [(ids[:n], ids[n:]) for ids, n in zip(tokens, starts, strict=True)]
+    return continuation_log_probs(lambda rows: model(rows.to(model.device), use_cache=False).logits, pairs)
 
-    What is summed is every token after the prefix's. Raises: UsageError for a text beyond the model's positions.
-    """
-    values = []
-    for first in range(0, len(texts), BATCH):
-        tokens, lengths = padded(tokenizer, texts[first : first + BATCH])
-        check_context(tokens.shape[1], model.config)
-        starts = torch.tensor([len(tokenizer(prefix).input_ids) for prefix in prefixes[first : first + BATCH]])
-        tokens = tokens.to(model.device)
-        log_p = model(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        each = log_p.gather(-1, tokens[:, 1:, None])[..., 0].cpu()
-        at = torch.arange(1, tokens.shape[1])
-        counted = (at >= starts[:, None]) & (at < lengths[:, None])
-        values.append((each * counted).sum(-1).double().numpy())
-    return np.concatenate(values) if values else np.zeros(0)
+
+def micro_italiano_scores(model: Any, *, n: int = 300, seed: int = 1001) -> tuple[TaskScore, TaskScore]:
+    """Return what a model knows of MicroItaliano on n items each: agreement, by kind; the indirect object, by order."""
+    prompts = micro_italiano.ioi_prompts(n, seed=seed)
+    names = [(prompt.text, prompt.io, prompt.subject, prompt.order) for prompt in prompts]
+    agreement, ioi = (
+        score_choices(model, model.tokenizer, [(t, f"{t} {right}", f"{t} {wrong}", k) for t, right, wrong, k in items])
+        for items in (micro_italiano.agreement_pairs(n, seed=seed), names)
+    )
+    return agreement, ioi
+
+
+def italian_skills(model: Any, *, n: int = 300, seed: int = 1001) -> dict[str, float]:
+    """Return `micro_italiano_scores` as shares right, and one mean difference in nats."""
+    agreement, ioi = micro_italiano_scores(model, n=n, seed=seed)
+    return {
+        "agreement, all": agreement.accuracy.value,
+        **{f"agreement, {kind}": share.value for kind, share in sorted(agreement.by_kind.items())},
+        "indirect object, right": ioi.accuracy.value,
+        "indirect object, mean difference": ioi.difference.value,
+    }

@@ -37,7 +37,20 @@ def later(topk_sae, tmp_path_factory):
 
 
 def test_ioi_says_whether_the_model_can_and_what_carries_the_name(capsys, folder, tmp_path):
-    asked = ("ioi", "mini", "--sae", folder, "--pairs", 2, "--check", 30, "--thresholds", 3, "--out", tmp_path / "ioi")
+    asked = (
+        "ioi",
+        "mini",
+        "--sae",
+        folder,
+        "--n-pairs",
+        2,
+        "--check",
+        30,
+        "--thresholds",
+        3,
+        "--out",
+        tmp_path / "ioi",
+    )
     code, out, _ = run(capsys, *asked)
     assert code == 0 and "of 30 right" in out and "ABBA" in out and "| one |" in out
     written = json.loads((tmp_path / "ioi" / "ioi.json").read_text())
@@ -49,15 +62,20 @@ def test_ioi_says_whether_the_model_can_and_what_carries_the_name(capsys, folder
 
 def test_ioi_refuses_what_cannot_be_measured(capsys, folder, later):
     cases = [
-        (("ioi", "mini", "--lang", "en", "--sae", folder, "--check", 30), "does not do the task|needs 3 names"),
-        (("ioi", "mini", "--sae", folder, "--sae", later, "--check", 30, "--pairs", 2), "one writes at .* later at"),
-        (("ioi", "mini", "--name-tokens", 7), "names by number of tokens"),
-        (("ioi", "mini", "--name-tokens", "many"), "a number or any"),
-        (("ioi", "mini", "--pairs", 0), "--pairs is 0"),
+        (("ioi", "mini", "--language", "en", "--sae", folder, "--check", 30), "does not do the task|needs 3 names"),
+        (("ioi", "mini", "--sae", folder, "--sae", later, "--check", 30, "--n-pairs", 2), "one writes at .* later at"),
+        (("ioi", "mini", "name_tokens=7"), "names by number of tokens"),
+        (("ioi", "mini", "name_tokens=many"), "a number or any"),
+        (("ioi", "mini", "--n-pairs", 0), "--n-pairs is 0"),
         (("steer", folder, PROMPT, "--latent", 999), "latents 0 to 299"),
-        (("ablate", folder, " ", "--latent", 1), "prompt is empty"),
+        (("steer", folder, " ", "--latent", 1, "--ablate"), "prompt is empty"),
+        (("ablate", folder, PROMPT, "--latent", 1), "`ablate` is now `steer --ablate`"),
+        (("ioi", "mini", "--pairs", 2), "--pairs is now --n-pairs"),
         (("tree", folder, "--latent", 1), "at least two layers"),
-        (("agreement", "mini", "--pairs", "none.tsv"), "is not a file"),
+        (("agreement", "mini", "--pairs-file", "none.tsv"), "is not a file"),
+        (("tree", folder, later, "branches=x", "--latent", 1), "branches is 'x'; a whole number was expected"),
+        (("ioi", "mini", "name_token=2"), "no setting here.*Did you mean 'name_tokens'"),
+        (("ioi", "mini", "--sae", folder, "--sae", folder, "--check", 30), "given twice"),
     ]
     for arguments, said in cases:
         code, out, error = run(capsys, *arguments)
@@ -68,14 +86,14 @@ def test_ioi_refuses_what_cannot_be_measured(capsys, folder, later):
 def test_steer_and_ablate_print_a_table(capsys, folder):
     code, out, _ = run(capsys, "steer", folder, PROMPT, "--latent", 7, "--strengths", 2, 4, "--new-tokens", 4)
     assert code == 0 and len(out.strip().splitlines()) == 5 and "nats per token" in out
-    code, out, _ = run(capsys, "ablate", folder, PROMPT, "--latent", 7, "--json")
+    code, out, _ = run(capsys, "steer", folder, PROMPT, "--latent", 7, "--ablate", "--json")
     found = json.loads(out)
     assert code == 0 and found["latent"] == 7 and len(found["tokens"]) == len(found["activations"])
 
 
 def test_agreement_prints_and_writes_every_kind(capsys, folder, tmp_path):
-    patching = ("--sae", folder, "--patched", 2, "--thresholds", 2)
-    code, out, _ = run(capsys, "agreement", "mini", "--n", 50, "--out", tmp_path, *patching)
+    patching = ("--sae", folder, "--n-pairs", 2, "--thresholds", 2)
+    code, out, _ = run(capsys, "agreement", "mini", "--check", 50, "--out", tmp_path, *patching)
     assert code == 0 and "| subject-verb, attractor |" in out and "| one |" in out
     assert (tmp_path / "number.svg").is_file()
     assert json.loads((tmp_path / "agreement.json").read_text())["n"] == 50 and (tmp_path / "agreement.svg").is_file()
@@ -86,7 +104,7 @@ def test_tree_prints_and_writes_the_tree(capsys, folder, later, tmp_path, topk_s
 
     tokens = mini.tokenizer(PROMPT, return_tensors="pt").input_ids
     latent = int(topk_sae.encode(read_activations(mini, tokens, "blocks.3.hook_resid_post")[0, 1:]).sum(0).argmax())
-    options = ("--latent", latent, "--tokens", 2000, "--contexts", 2, "--context-size", 16, "--out", tmp_path)
+    options = ("contexts=2", "--latent", latent, "--tokens", 2000, "--context-size", 16, "--out", tmp_path)
     code, out, error = run(capsys, "tree", folder, later, *options)
     assert code == 0, error
     assert out.startswith(f"later {latent}") and "\n  one " in out

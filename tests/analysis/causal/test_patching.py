@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.causal import Patcher, PatchInputs, eliminate, patch_inputs, patch_saes
-from sae_italian.analysis.causal.compare import THRESHOLDS
-from sae_italian.analysis.tasks import ioi_pairs, micro_italiano_words
+from sae_italian.analysis.causal.compare import patch_saes, thresholds
+from sae_italian.analysis.causal.patching import Patcher, PatchInputs, eliminate, patch_inputs
+from sae_italian.analysis.tasks.ioi import default_words, ioi_pairs
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import logits_with_replacement, read_activations
 from sae_italian.saes import random_twin
@@ -21,7 +21,7 @@ FEW = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 
 @pytest.fixture(scope="module")
 def pairs(mini):
-    return ioi_pairs(5, mini.tokenizer, micro_italiano_words(), seed=1)
+    return ioi_pairs(5, mini.tokenizer, default_words("micro-italiano"), seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +120,14 @@ def test_guessing_ahead_takes_the_decisions_of_one_step_at_a_time(mini, topk_sae
         dictionary.components, dictionary.cfg.d_sae = dictionary.components[:20], 20
     two, levels = PatchInputs(*(part[:2] for part in inputs)), (1e-3, 0.05, 1.0)
     patcher, plain = Patcher(mini, dictionary, two), Patcher(mini, dictionary, two)
-    before = plain.cost.prompt_forwards
+    before = plain.prompt_forwards
     found = eliminate(patcher, levels, seed=3)
     trace, removed = one_at_a_time(plain, levels, seed=3)
     assert [point.n_patched for point in found.points[1:]] == [n for _, n, _ in trace]
     assert [point.kl.value for point in found.points[1:]] == pytest.approx([kl for _, _, kl in trace], abs=1e-4)
     assert list(found.order[found.survivors :]) == removed[::-1]
-    assert found.visits * patcher.n_pairs == plain.cost.prompt_forwards - before - patcher.n_pairs
-    assert patcher.cost.passes < plain.cost.passes / 2
+    assert found.visits * patcher.n_pairs == plain.prompt_forwards - before - patcher.n_pairs
+    assert patcher.passes < plain.passes / 2
 
 
 def test_an_effect_is_what_patching_that_latent_alone_does(mini, topk_sae, inputs):
@@ -157,7 +157,7 @@ def test_the_report_holds_every_curve_and_is_the_same_each_time(mini, topk_sae, 
     half = curve.reached(0.5)
     assert half is None or half.kl.value <= 0.5 * curve.unpatched.value
     assert one.table().count("\n") == 3 and "| SAE |" in one.table()
-    assert len(THRESHOLDS) == 50 and THRESHOLDS[0] == pytest.approx(1e-5) and THRESHOLDS[-1] == pytest.approx(1)
+    assert len(thresholds()) == 50 and thresholds()[0] == pytest.approx(1e-5) and thresholds()[-1] == pytest.approx(1)
 
 
 def test_bad_input_is_refused_in_one_line(mini, topk_sae, pairs):

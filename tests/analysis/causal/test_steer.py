@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from sae_italian.analysis.causal import ablate, steer
-from sae_italian.analysis.causal.splice import directions
-from sae_italian.analysis.causal.steer import repeat_rate
+from sae_italian.analysis.causal.latent import ablate, repeat_rate, steer
+from sae_italian.analysis.causal.splice import written_directions
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import plain
 from sae_italian.models.activations import logits_with_replacement, read_activations
 
 PROMPT = "Quando Marta e Luca sono andati al mercato, Marta ha dato un libro a"
@@ -32,7 +32,7 @@ def by_hand(mini, tokens, direction, strength, n):
 
 
 def test_what_is_written_is_what_adding_the_direction_gives(mini, topk_sae, tokens):
-    direction = directions(topk_sae, [7])[0]
+    direction = written_directions(topk_sae, [7])[0]
     found = steer(mini, mini.tokenizer, topk_sae, PROMPT, 7, [3.0, -6.0], 8, unit=0.5)
     assert found.hook_name == HOOK and found.unsteered.strength == 0 and found.unsteered.cost == 0
     for continuation in (found.unsteered, *found.steered):
@@ -44,7 +44,7 @@ def test_what_is_written_is_what_adding_the_direction_gives(mini, topk_sae, toke
         assert continuation.log_prob == pytest.approx(log_p.mean().item(), abs=1e-4)
         assert continuation.cost == pytest.approx(found.unsteered.log_prob - continuation.log_prob, abs=1e-6)
     assert found.steered[0].text != found.unsteered.text and found.unsteered.divergence == pytest.approx(0, abs=1e-5)
-    json.dumps(found.as_dict())
+    json.dumps(plain(found))
 
 
 def test_a_row_is_written_as_if_it_were_alone(mini, topk_sae):
@@ -93,7 +93,7 @@ def test_ablation_lowers_only_until_the_latent_is_silent(mini, identity_sae, tok
         assert place.lowered[0].logit == pytest.approx(float(moved.min()), abs=1e-3)
         assert place.lowered[0].prob == pytest.approx(float(clean.softmax(-1)[place.lowered[0].id]), abs=1e-6)
         assert len(place.lowered) == 5 and place.divergence > 0
-    json.dumps(found.as_dict())
+    json.dumps(plain(found))
 
 
 def test_a_latent_of_a_topk_sae_is_silent_after_its_ablation(mini, topk_sae, tokens):
@@ -102,8 +102,9 @@ def test_a_latent_of_a_topk_sae_is_silent_after_its_ablation(mini, topk_sae, tok
     found = ablate(mini, mini.tokenizer, topk_sae, PROMPT, latent)
     assert found.positions and found.activations[0] == 0
     for place in found.positions:
-        edited = x[place.position - 1] - place.amount * directions(topk_sae, [latent])[0]
-        short = x[place.position - 1] - 0.99 * place.amount * directions(topk_sae, [latent])[0]
+        # a little more than the amount: alone, a row is rounded otherwise than in the batch that found it
+        edited = x[place.position - 1] - 1.001 * place.amount * written_directions(topk_sae, [latent])[0]
+        short = x[place.position - 1] - 0.99 * place.amount * written_directions(topk_sae, [latent])[0]
         assert place.silenced and topk_sae.encode(edited[None])[0, latent] == 0
         assert topk_sae.encode(short[None])[0, latent] > 0
 

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from sae_italian.analysis.causal import causal_tree, tree_svg
+from sae_italian.analysis.causal.tree import causal_tree
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import plain
 
 TARGET, CAUSE, DECOY = 3, 7, 9
 OPTIONS = {"corpus": "micro-italiano", "n_tokens": 1000, "n_contexts": 3, "context_size": 16, "branches": 2}
@@ -67,9 +68,9 @@ def test_the_tree_goes_down_layer_by_layer(mini, layers):
     assert grandchildren and all(node.sae == "first" and node.drop.value > 0 for node in grandchildren)
     drops = [child.drop.value for child in root.children]
     assert drops == sorted(drops, reverse=True) and len(root.children) <= 2
-    shown = json.loads(json.dumps(root.as_dict()))
+    shown = json.loads(json.dumps(plain(root)))
     assert shown["children"][0]["latent"] == 5 and shown["children"][0]["drop"]["value"] == pytest.approx(1, abs=1e-4)
-    assert tree_svg(root).startswith("<?xml") and tree_svg(root) == tree_svg(root)
+    assert root.svg().startswith("<?xml") and root.svg() == root.svg()
     assert root.text().splitlines()[1].startswith("  second 5  -100%")
 
 

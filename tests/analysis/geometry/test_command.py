@@ -45,7 +45,7 @@ def test_a_run_writes_numbers_rows_pictures_and_a_map(trained_sae, topk_sae, exp
     group = data["groups"][0]
     assert group["text"][group["latent"].index(live(explained))] == "su «perché» </script><b>"
     assert page.count("</script>") == 1 and "http" not in page
-    assert "![map of the latents](map.svg)" in (out / "geometry.md").read_text()
+    assert "![map](map.svg)" in (out / "geometry.md").read_text()
 
 
 @pytest.mark.parametrize(

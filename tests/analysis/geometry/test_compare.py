@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.geometry import Set, compare, geometry, threshold
 from sae_italian.analysis.geometry import directions as module
-from sae_italian.analysis.geometry.directions import nearest_directions, random_directions, random_like
+from sae_italian.analysis.geometry.compare import Set, compare
+from sae_italian.analysis.geometry.directions import nearest_directions, random_directions, random_like, threshold
+from sae_italian.analysis.geometry.report import geometry
 from sae_italian.base.errors import UsageError
 
 D = 256  # sqrt(12 ln F / D) is 0.50 for 200 latents

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.geometry import latent_map
+from sae_italian.analysis.geometry.directions import map_of, unit_directions
 from sae_italian.base.errors import UsageError
 
 
 def sae(rows) -> types.SimpleNamespace:
     return types.SimpleNamespace(W_dec=torch.as_tensor(rows, dtype=torch.float32))
+
+
+def latent_map(sae, **settings):
+    return map_of(unit_directions(sae), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +45,6 @@ def test_distances_are_those_of_the_two_leading_components(two_groups):
     units = torch.nn.functional.normalize(two_groups.W_dec, dim=-1).numpy()
     _, scale, _ = np.linalg.svd(units - units.mean(0))
     assert np.allclose((latent_map(two_groups) ** 2).sum(0), scale[:2] ** 2, rtol=1e-4)
-
-
-def test_some_latents_only(two_groups):
-    assert latent_map(two_groups, latents=[3, 80, 9]).shape == (3, 2)
-    with pytest.raises(UsageError, match="3 to 100 asked; this SAE has 100"):
-        latent_map(two_groups, latents=[3, 100])
 
 
 def test_one_dimension_and_dead_directions():

@@ -45,7 +45,7 @@ def test_labels_and_languages_of_a_cache_go_into_its_store(
         (["--ud", "BROKEN"], "rotto.conllu, line 2: 3 columns"),
         (["--ud", "micro-italiano", "micro-italiano"], "two treebanks are called MicroItaliano"),
         (["--ud", "micro-italiano", "--against", "OTHER"], "has hook_name 'blocks.2.hook_resid_post', the SAE"),
-        (["--ud", "micro-italiano", "--context-size", "4096"], "the model has 512 positions"),
+        (["context_size=4096", "--ud", "micro-italiano"], "the model has 512 positions"),
     ],
 )
 def test_bad_input_is_one_line(options, message, trained_sae, topk_sae, tmp_path, monkeypatch, capsys):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.probes import language_latents
-from sae_italian.analysis.probes.languages import Languages, entropies, owners
+from sae_italian.analysis.probes.languages import Languages, entropies, language_latents, owners
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.models.activations import read_activations
@@ -21,20 +20,17 @@ def test_entropies_and_owners_by_hand():
 
 
 def test_rows_for_the_store():
-    owner = owners(PROBABILITY)
-    found = Languages(
-        ["it", "en", "fr"], [1000, 900, 800], PROBABILITY, entropies(PROBABILITY), owner, dict.fromkeys("abc", 0.0)
-    )
+    found = Languages(["it", "en", "fr"], [1000, 900, 800], PROBABILITY, dict.fromkeys("abc", 0.0))
     (row,) = found.labels()
     assert (row.latent, row.label, row.n) == (0, "Language=it", 1000)
     assert row.precision == pytest.approx(0.2 / 0.21) and row.recall == pytest.approx(0.2)
-    assert found.shares()["it"].value == pytest.approx(1 / 3) and found.latents("en").tolist() == []
+    assert found.share("it").value == pytest.approx(1 / 3) and found.latents("en").tolist() == []
 
 
 def test_copies_of_one_text_share_all_latents(topk_sae, mini, jsonl):
     corpora = {"uno": str(jsonl), "due": str(jsonl)}
     found = language_latents(topk_sae, mini, corpora, n_tokens=600)
-    assert (found.owner == -1).all() and np.array_equal(found.probability[0], found.probability[1])
+    assert (owners(found.probability) == -1).all() and np.array_equal(found.probability[0], found.probability[1])
 
 
 def test_probabilities_are_shares_of_tokens_and_chance_is_below_what_is_there(topk_sae, mini, jsonl, tmp_path):
@@ -50,7 +46,7 @@ def test_probabilities_are_shares_of_tokens_and_chance_is_below_what_is_there(to
         active = topk_sae.encode(read_activations(mini, tokens, "blocks.2.hook_resid_post")[keep]) != 0
     assert found.n_tokens[0] == int(keep.sum())
     assert np.allclose(found.probability[0], active.float().mean(0).numpy(), atol=1e-3)
-    assert (found.owner >= 0).sum() > 3 * sum(found.by_chance.values())
-    assert "| cifre |" in "\n".join(found.table())
+    assert (owners(found.probability) >= 0).sum() > 3 * sum(found.by_chance.values())
+    assert "| cifre |" in found.table()
     with pytest.raises(UsageError, match="give two languages or more"):
         language_latents(topk_sae, mini, {"it": str(jsonl)})

@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 
-from sae_italian.analysis.probes import Sentence, Word, read_treebank
 from sae_italian.analysis.probes import treebank as module
-from sae_italian.analysis.probes.treebank import category, read_conllu
-from sae_italian.analysis.probes.words import _tokenised, last_tokens
+from sae_italian.analysis.probes.treebank import (
+    Sentence,
+    Word,
+    _tokenised,
+    category,
+    last_tokens,
+    read_conllu,
+    read_treebank,
+)
 from sae_italian.base.errors import DataError, UsageError
 
 TEXT = "Dell'amica gliel'ho detto."

@@ -38,12 +38,12 @@ def test_genres_are_the_files_of_a_folder(folder, genres, tmp_path, capsys):
 
 def test_context_languages_and_models(folder, genres, tmp_path, capsys):
     common = ["--tokens", "300", "--split", "all", "--corpus", str(genres), "--json", "--out", str(tmp_path / "out")]
-    assert main(["shift", folder, "--by", "context", "--packed", "--edges", "0,32,64", *common]) == 0
+    assert main(["shift", folder, "packed=true", "--by", "context", "--edges", "0,32,64", *common]) == 0
     assert [b["name"] for b in json.loads(capsys.readouterr().out)["buckets"]] == ["0-32", "32-64"]
     pairs = [f"it={genres / 'leggi.jsonl'}", f"en={genres / 'romanzi.jsonl'}"]
-    assert main(["shift", folder, "--by", "language", "--corpora", *pairs, *common]) == 0
+    assert main(["shift", folder, "--by", "language", "--buckets", *pairs, *common]) == 0
     assert json.loads(capsys.readouterr().out)["reference"] == "it"
-    assert main(["shift", folder, "--by", "model", "--models", "same=sae-italian-mini", *common]) == 0
+    assert main(["shift", folder, "--by", "model", "--buckets", "same=sae-italian-mini", *common]) == 0
     (_, same) = json.loads(capsys.readouterr().out)["buckets"]
     assert same["name"] == "same" and same["change"]["explained_variance"]["value"] == 0
 
@@ -51,17 +51,17 @@ def test_context_languages_and_models(folder, genres, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--by", "language"], "--by language needs --corpora"),
-        (["--by", "model"], "--by model needs --models"),
-        (["--by", "genre", "--packed"], "--packed is for --by context, not for --by genre"),
-        (["--by", "context", "--corpora", "a=b"], "--corpora is for --by genre or language"),
+        (["--by", "language"], "--by language needs --buckets"),
+        (["--by", "model"], "--by model needs --buckets"),
+        (["packed=true", "--by", "genre"], "packed is for --by context, not for --by genre"),
+        (["--by", "context", "--buckets", "a=b"], "--buckets is for --by genre, language or model"),
         (["--by", "context", "--edges", "0,x"], "--edges is '0,x'"),
-        (["--by", "context", "--context-size", "64"], "by context give --edges"),
+        (["context_size=64", "--by", "context"], "by context give --edges"),
         (["--by", "genre"], "is no folder of files"),
-        (["--by", "genre", "--corpora", "a"], "'a': NAME=VALUE was expected"),
-        (["--by", "genre", "--corpora", "a=x", "a=y"], "each name once"),
-        (["--by", "genre", "--corpora", "a=x.jsonl", "b=y.jsonl"], "is neither"),
-        (["--by", "model", "--models", "a=no-such-model"], "no-such-model"),
+        (["--by", "genre", "--buckets", "a"], "'a': NAME=VALUE was expected"),
+        (["--by", "genre", "--buckets", "a=x", "a=y"], "each name once"),
+        (["--by", "genre", "--buckets", "a=x.jsonl", "b=y.jsonl"], "is neither"),
+        (["--by", "model", "--buckets", "a=no-such-model"], "no-such-model"),
     ],
 )
 def test_bad_input_is_one_line(options, message, folder, tmp_path, capsys):

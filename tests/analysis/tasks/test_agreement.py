@@ -5,8 +5,14 @@ from collections import Counter
 import pytest
 
 from sae_italian import micro_italiano
-from sae_italian.analysis.tasks import MinimalPair, agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
-from sae_italian.analysis.tasks.agreement import KINDS
+from sae_italian.analysis.tasks.agreement import (
+    KINDS,
+    MinimalPair,
+    agreement_pairs,
+    agreement_score,
+    number_pairs,
+    read_minimal_pairs,
+)
 from sae_italian.base.errors import DataError, UsageError
 
 # As in the authors' pipeline: an unnamed index, and columns that we do not need.

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from sae_italian.analysis.skills import continuation_log_probs
-from sae_italian.analysis.tasks import check_able, default_words, ioi_pairs, ioi_score, micro_italiano_words, words_for
-from sae_italian.analysis.tasks.ioi import name_tokens
-from sae_italian.analysis.tasks.scoring import log_probs_after, score
+from sae_italian.analysis.tasks.ioi import default_words, ioi_pairs, ioi_score, name_tokens, words_for
+from sae_italian.analysis.tasks.scoring import check_able, log_probs_after, score
 from sae_italian.base.errors import UsageError
 from sae_italian.models import load_model, load_tokenizer
 
@@ -21,7 +20,7 @@ def tokenizer(mini):
 
 @pytest.fixture(scope="module")
 def pairs(tokenizer):
-    return ioi_pairs(60, tokenizer, micro_italiano_words())
+    return ioi_pairs(60, tokenizer, default_words("micro-italiano"))
 
 
 def test_pairs_differ_in_the_indirect_object_alone(tokenizer, pairs):
@@ -37,7 +36,7 @@ def test_pairs_differ_in_the_indirect_object_alone(tokenizer, pairs):
 
 
 def test_names_are_of_one_gender_and_the_participle_agrees(pairs):
-    men, women = (set(micro_italiano_words().names[gender]) for gender in ("Masc", "Fem"))
+    men, women = (set(default_words("micro-italiano").names[gender]) for gender in ("Masc", "Fem"))
     for pair in pairs:
         three = {pair.io, pair.subject, pair.new_io}
         assert three <= men or three <= women
@@ -45,12 +44,29 @@ def test_names_are_of_one_gender_and_the_participle_agrees(pairs):
             if verb in pair.base:
                 assert verb + ("i" if three <= men else "e") in pair.base
     assert Counter(pair.order for pair in pairs) == {"ABBA": 30, "BABA": 30}
-    assert len({pair.template for pair in pairs}) == len(micro_italiano_words().templates)
+    assert len({pair.template for pair in pairs}) == len(default_words("micro-italiano").templates)
 
 
 def test_the_same_seed_gives_the_same_pairs_and_more_of_them_begin_alike(tokenizer, pairs):
-    assert ioi_pairs(70, tokenizer, micro_italiano_words())[:60] == pairs
-    assert ioi_pairs(60, tokenizer, micro_italiano_words(), seed=1) != pairs
+    assert ioi_pairs(70, tokenizer, default_words("micro-italiano"))[:60] == pairs
+    assert ioi_pairs(60, tokenizer, default_words("micro-italiano"), seed=1) != pairs
+
+
+def test_the_embedded_models_words_are_those_of_its_grammar():
+    from sae_italian.micro_italiano.grammar import load_grammar
+    from sae_italian.micro_italiano.realise import realise
+
+    def text(*tokens):
+        written = realise(list(tokens), [])[0]
+        return written[0].lower() + written[1:]
+
+    words, lexicon = default_words("micro-italiano"), load_grammar().lex
+    names = {g: tuple(noun.lemma for noun in lexicon.classes[c]) for g, c in (("Masc", "nome_m"), ("Fem", "nome_f"))}
+    places = tuple(text(*noun.place) for noun in lexicon.classes["incontro"])
+    things = [noun for noun in lexicon.classes["dono"] if noun.tokens[0] is not None]
+    objects = tuple(text(lexicon.agreeing["un"][noun.genders[0]][0], noun.tokens[0]) for noun in things)
+    assert (words.names, words.places, words.objects) == (names, places, objects)
+    assert words.templates == default_words("it").templates and words.language == "it"
 
 
 @pytest.mark.parametrize("language", ["it", "en"])
@@ -82,7 +98,6 @@ def test_names_of_several_tokens_are_as_many_within_a_pair(tokenizer):
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [
-        ({}, {"n_name_tokens": 1, "strict": True}, "name 'Giuseppe' has 4 tokens.*1 wanted"),
         ({}, {"n_name_tokens": 9}, "names by number of tokens: .* of 1: Marco"),
         ({"names": {"Masc": ("Luca", "Marco")}}, {}, "needs 3 names of one gender"),
         ({"names": {}}, {}, "number of tokens: none"),
@@ -108,7 +123,12 @@ def test_batches_give_the_log_probability_of_one_text_at_a_time(mini, pairs):
     prefixes = [pair.base for pair in pairs[:5]]
     names = [pair.io for pair in pairs[:5]]
     texts = [f"{prefix} {name}" for prefix, name in zip(prefixes, names, strict=True)]
-    alone = continuation_log_probs(mini, prefixes, names)
+    alone = []
+    for prefix, text in zip(prefixes, texts, strict=True):
+        tokens, n = mini.tokenizer(text, return_tensors="pt").input_ids, len(mini.tokenizer(prefix).input_ids)
+        with torch.no_grad():
+            log_p = mini(tokens).logits[0].log_softmax(-1)
+        alone.append(log_p[n - 1 : -1].gather(1, tokens[0, n:, None]).sum().item())
     assert log_probs_after(mini, mini.tokenizer, prefixes, texts) == pytest.approx(alone, abs=1e-4)
 
 
@@ -131,7 +151,9 @@ def test_a_tie_is_not_right():
 
 
 def test_words_follow_the_model():
-    assert words_for("sae-italian-mini") is micro_italiano_words() and words_for("minerva-1b") is default_words("it")
+    assert words_for("sae-italian-mini") is default_words("micro-italiano") and words_for(
+        "minerva-1b"
+    ) is default_words("it")
     assert words_for("sae-italian-mini", "en") is default_words("en")
 
 

@@ -1,0 +1,308 @@
+"""The evaluation card's numbers, bucket by bucket: along the context, and from one text, language or model to another.
+
+Llama Scope shows them as pictures (section 4.4: longer contexts, fig. 5; the Instruct model, fig. 6). What is summed per
+document, and every statistic of it, is the card's own (`evaluation.evaluate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sae_italian.base.errors import UsageError
+from sae_italian.base.labels import label
+from sae_italian.base.pictures import OURS, REFERENCE, svg
+from sae_italian.base.report import plain, save_result, shown, table
+from sae_italian.base.statistics import Estimate, interval
+from sae_italian.corpora import Split, iter_documents, pack
+from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
+from sae_italian.evaluation.diagnosis import hooks_of
+from sae_italian.evaluation.evaluate import (
+    STATISTICS,
+    TOKENS_PER_BATCH,
+    TokenSums,
+    Windows,
+    check_output,
+    measure,
+    windows_until,
+)
+from sae_italian.models.activations import check_context
+from sae_italian.saes import check_fits
+
+LONGEST = 8  # contexts of the training: how far beyond it the buckets go by default
+# Numbers of the evaluation card that a shift shows, and those of its picture.
+KEYS = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss", "delta_lm_loss", "ce_loss_recovered")
+DRAWN = ("l0", "explained_variance", "explained_variance_uncentred", "delta_lm_loss")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The card's numbers of one bucket, and their difference from the reference's (empty for the reference itself)."""
+
+    name: str
+    n_tokens: int
+    n_documents: int
+    numbers: dict[str, Estimate]
+    change: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Buckets of one kind (`by`) and the one that the others are compared with."""
+
+    by: str
+    sae: str
+    model: str
+    corpus: str
+    context_size: int
+    reference: str
+    buckets: list[Bucket]
+
+    def bucket(self, name: str) -> Bucket:
+        """Return a bucket by name. Raises: KeyError."""
+        return {bucket.name: bucket for bucket in self.buckets}[name]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything for JSON, the numbers of a bucket beside its name."""
+        value = plain(self)
+        value["buckets"] = [{**bucket.pop("numbers"), **bucket} for bucket in value["buckets"]]
+        return value
+
+    def notes(self) -> list[str]:
+        """Return what a reader should know: that a TopK SAE's L0 cannot move."""
+        if len({bucket.numbers["l0"] for bucket in self.buckets}) > 1:
+            return []
+        return ["L0 is k by construction (TopK); `export SAE --to jumprelu` gives an SAE whose L0 moves."]
+
+    def table(self) -> str:
+        """Return a Markdown table of all numbers."""
+        return self._table({bucket.name: bucket.numbers for bucket in self.buckets}, ".4g")
+
+    def changes(self) -> str:
+        """Return a Markdown table of the changes from the reference."""
+        return self._table({bucket.name: bucket.change for bucket in self.buckets if bucket.change}, "+.3g")
+
+    def _table(self, numbers: Mapping[str, Mapping[str, Estimate]], form: str) -> str:
+        rows = []
+        for name, found in numbers.items():
+            bucket, title = self.bucket(name), f"**{name}**" if name == self.reference else name
+            cells = [shown(found[key], form) for key in KEYS]
+            rows.append([title, f"{bucket.n_tokens:,}", f"{bucket.n_documents:,}", *cells])
+        return table(f"{self.by} | tokens | documents | {' | '.join(label(f'card.{key}') for key in KEYS)}", rows)
+
+    def save(self, folder: Path) -> None:
+        """Write shift.json, shift.md and shift.svg."""
+        parts = [
+            f"# Shift by {self.by}: {self.sae or self.model}",
+            f"{self.model}; {self.corpus}; windows of {self.context_size} tokens.",
+            self.table(),
+            f"Changes against {self.reference} · Differenze rispetto a {self.reference}",
+            self.changes(),
+            *self.notes(),
+        ]
+        save_result(folder, "shift", self.as_dict(), parts, shift=self.svg())
+
+    def svg(self) -> str:
+        """Return the numbers of all buckets with their intervals, a panel per number; dotted: the reference."""
+        places = list(range(len(self.buckets)))[::-1]
+
+        def draw(axes: Any) -> None:
+            for axis, key in zip(axes, DRAWN, strict=True):
+                for place, bucket in zip(places, self.buckets, strict=True):
+                    value, lo, hi = bucket.numbers[key]
+                    colour = REFERENCE if bucket.name == self.reference else OURS
+                    axis.plot([lo, hi], [place, place], color=colour, linewidth=2)  # NaN is not drawn
+                    axis.plot([value], [place], "o", color=colour, markersize=5)
+                middle = self.bucket(self.reference).numbers[key].value
+                axis.axvline(middle, color=REFERENCE, linewidth=0.8, linestyle=":")
+                axis.set_yticks(places, [bucket.name if axis is axes[0] else "" for bucket in self.buckets])
+                axis.set_ylim(-0.6, len(places) - 0.4)
+                axis.set_title(label(f"card.{key}"), fontsize=9)
+
+        return svg(draw, len(DRAWN), (12, 1.2 + 0.35 * len(self.buckets)))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One bucket of a shift: a model (backend `hf`) on a corpus."""
+
+    name: str
+    model: Any
+    corpus: str
+    split: Split = "heldout"
+    text_column: str = "text"
+
+
+def shift(
+    sae: Any,
+    conditions: Sequence[Condition],
+    *,
+    by: str,
+    n_tokens: int = 20_000,
+    context_size: int | None = None,
+    name: str = "",
+) -> Shift:
+    """Return the card's numbers under each condition, at most `n_tokens` of each, and the change from the first.
+
+    Conditions that share a corpus (base and fine-tuned model) are compared document by document; texts that differ are
+    resampled apart. Intervals are 95 %, bootstrapped over documents.
+    Raises: UsageError for fewer than two conditions, names given twice, a model that the SAE does not fit, an empty corpus.
+    """
+    names = [condition.name for condition in conditions]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise UsageError(f"a shift by {by} needs two or more buckets of different names; given: {', '.join(names)}.")
+    context = int(context_size or sae.cfg.metadata.context_size or 128)
+    for condition in conditions:
+        _check(sae, condition.model, context)
+    corpora = list(dict.fromkeys(condition.corpus for condition in conditions))
+    buckets = []
+    for c in conditions:
+        batches = corpus_windows(c.model, c.corpus, context, n_tokens, c.split, c.text_column)
+        seed = corpora.index(c.corpus)  # documents of one corpus are resampled alike
+        buckets += _summed(sae, c.model, batches, {c.name: (0, context)}, seed, n_tokens)
+    return _result(by, sae, ", ".join(corpora), context, name, buckets, buckets[0])
+
+
+def context_shift(
+    sae: Any,
+    model: Any,
+    corpus: str,
+    *,
+    edges: Sequence[int] | None = None,
+    n_tokens: int = 100_000,
+    split: Split = "heldout",
+    packed: bool = False,
+    text_column: str = "text",
+    name: str = "",
+) -> Shift:
+    """Return the card's numbers by position in the context, and the change from the last bucket the training knew.
+
+    `edges` are the buckets' bounds, in tokens: 0, half the training's context, that context, and twice as much each time
+    up to the model's longest (at most eight times the training's). Each document of at least the last edge's length gives
+    its beginning, as in the paper; `packed` fills windows with short documents, one after the other, as training does.
+    Raises: UsageError for edges that do not rise or exceed the model, and when no document is that long.
+    """
+    trained = int(sae.cfg.metadata.context_size or 128)
+    bounds = list(edges) if edges else default_edges(trained, getattr(model.config, "max_position_embeddings", None))
+    if len(bounds) < 3 or bounds[0] < 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise UsageError(f"the context's edges are {bounds}; three or more rising numbers of tokens were expected.")
+    _check(sae, model, bounds[-1])
+    spans = {f"{low}-{high}": (low, high) for low, high in zip(bounds, bounds[1:], strict=False)}
+    windows = corpus_windows if packed else _long_documents
+    batches = windows(model, corpus, bounds[-1], n_tokens, split, text_column)
+    buckets = _summed(sae, model, batches, spans, 0, n_tokens)
+    known = [bucket for bucket in buckets if spans[bucket.name][1] <= trained]
+    return _result("context", sae, corpus, bounds[-1], name, buckets, known[-1] if known else buckets[0])
+
+
+def default_edges(trained: int, longest: int | None) -> list[int]:
+    """Return 0, half the training's context, all of it, and its doubles as far as the model goes."""
+    limit = min(longest or LONGEST * trained, LONGEST * trained)
+    edges = [0, trained // 2, trained]
+    while 2 * edges[-1] <= limit:
+        edges.append(2 * edges[-1])
+    return edges if edges[-1] == limit or limit < trained else [*edges, limit]
+
+
+def _check(sae: Any, model: Any, context: int) -> None:
+    check_fits(sae, model)
+    check_output(sae, model, hooks_of(sae)[1])
+    check_context(context, model.config)
+
+
+# --- sums ------------------------------------------------------------------------------------------------------------
+
+
+class _Sums(TokenSums):
+    """What one bucket sums up over its documents."""
+
+    def __init__(self, name: str, d_out: int, seed: int):
+        super().__init__(d_out, seed)
+        self.name, self.n_tokens = name, 0
+
+    def estimates(self, reference: _Sums | None = None) -> dict[str, Estimate]:
+        """Return the numbers, or their difference from the reference's: documents that both hold are resampled together.
+
+        Where either has one document alone there is no interval: it says nothing of how documents differ.
+        """
+        found = {}
+        for key in KEYS:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                value, resampled = (STATISTICS[key](b) for b in (self.bootstrap.total, self.bootstrap.resampled))
+                if reference is not None:
+                    value = value - STATISTICS[key](reference.bootstrap.total)
+                    resampled = resampled - STATISTICS[key](reference.bootstrap.resampled)
+            n_documents = min(self.n_documents, (reference or self).n_documents)
+            found[key] = interval(float(value[0]), resampled if n_documents > 1 else resampled[:0])
+        return found
+
+
+def _summed(
+    sae: Any, model: Any, batches: Iterable[Windows], spans: Mapping[str, tuple[int, int]], seed: int, n_tokens: int
+) -> list[_Sums]:
+    """Return what is summed up over windows, by span of positions: from the first number to before the second."""
+    sums = [_Sums(name, getattr(sae.cfg, "d_out", sae.cfg.d_in), seed) for name in spans]
+    with tqdm(total=n_tokens, desc=f"shift, {', '.join(spans)}", unit="tok", unit_scale=True, disable=None) as bar:
+        for windows in batches:
+            rows, _, y = measure(sae, model, *hooks_of(sae), windows, with_loss=True)
+            position = windows.keep.nonzero()[:, 1].numpy()
+            for bucket, (low, high) in zip(sums, spans.values(), strict=True):
+                here = (low <= position) & (position < high)
+                if here.any():
+                    bucket.add(windows.doc[here], {key: column[here] for key, column in rows.items()}, y[here])
+                    bucket.n_tokens += int(here.sum())
+            bar.update(len(position))
+    return sums
+
+
+def _result(by: str, sae: Any, corpus: str, context: int, name: str, sums: Sequence[_Sums], reference: _Sums) -> Shift:
+    buckets = [
+        Bucket(b.name, b.n_tokens, b.n_documents, b.estimates(), {} if b is reference else b.estimates(reference))
+        for b in sums
+    ]
+    return Shift(by, name, str(sae.cfg.metadata.model_name), corpus, context, reference.name, buckets)
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def corpus_windows(
+    model: Any, corpus: str, context: int, n_tokens: int, split: Split = "all", text_column: str = "text"
+) -> Iterator[Windows]:
+    """Yield windows of at most `n_tokens` tokens that count, a batch at a time. Raises: UsageError when there are none."""
+    size, documents = max(1, TOKENS_PER_BATCH // context), iter_documents(corpus, split, text_column=text_column)
+    blocks = pack(documents, model.tokenizer, context, windows_per_block=size)
+    yield from windows_until(blocks, model.tokenizer, [n_tokens], f"the {split} split of {corpus}", at_most=True)
+
+
+def _long_documents(
+    model: Any, corpus: str, context: int, n_tokens: int, split: Split, text_column: str
+) -> Iterator[Windows]:
+    """Yield the first window of each document that fills one. Raises: UsageError when none does."""
+
+    def first_windows() -> Iterator[tuple[int, np.ndarray]]:
+        for number, document in enumerate(iter_documents(corpus, split, text_column=text_column)):
+            if len(document.text) >= context:  # a token has at least one character
+                block = next(pack([document], model.tokenizer, context, windows_per_block=1), None)
+                if block is not None and not (block.doc[0, 1:] == NO_DOCUMENT).any():
+                    yield number, block.tokens
+
+    found, size, seen = first_windows(), max(1, TOKENS_PER_BATCH // context), 0
+    while seen < n_tokens and (batch := list(islice(found, size))):
+        numbers, windows = zip(*batch, strict=True)
+        tokens = np.concatenate(windows)
+        keep = ~special_mask(tokens, model.tokenizer)
+        seen += int(keep.sum())
+        yield Windows(torch.from_numpy(tokens), torch.from_numpy(keep), np.repeat(numbers, keep.sum(axis=1)))
+    if not seen:
+        raise UsageError(
+            f"the {split} split of {corpus} has no document of {context:,} tokens. Give smaller edges, a corpus of longer "
+            "documents, or packed=true."
+        )

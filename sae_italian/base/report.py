@@ -1,0 +1,61 @@
+"""One way to show a result: as a Markdown table, as plain values for JSON, and as a folder that holds both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from math import isfinite, isnan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae_italian.base.labels import label
+from sae_italian.base.statistics import Estimate
+from sae_italian.base.storage import utc_now, write_json, write_text
+
+
+def table(head: str, rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table; its head is `one | two | three`, its cells are shown as `str` shows them."""
+    lines = [f"| {head} |", "|---" * len(head.split(" | ")) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def shown(found: Estimate, form: str = ".2f") -> str:
+    """Return `0.81 (0.78 to 0.84)`: the value alone where its interval is not known, `-` where there is no value."""
+    if isnan(found.value):
+        return "-"
+    interval = "" if isnan(found.lo) else f" ({found.lo:{form}} to {found.hi:{form}})"
+    return f"{found.value:{form}}{interval}"
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON wants it: records as dicts of their fields, arrays as lists, NaN and infinities as None.
+
+    A dataclass' field that its `repr` leaves out (`field(repr=False)`) is working material and is left out here too.
+    """
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.repr}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def save_result(folder: Path, name: str, value: dict[str, Any], parts: Sequence[str] = (), **pictures: str) -> None:
+    """Write `name`.json with the time of writing, and each picture as its name.svg.
+
+    With the parts of a text, `name`.md holds these, the pictures, and the legend that `labels.yaml` has under the name.
+    """
+    write_json(folder / f"{name}.json", {**value, "created": utc_now()})
+    if parts:
+        images = [f"![{picture}]({picture}.svg)" for picture in pictures]
+        legend = [label(f"legends.{name}", language) for language in ("en", "it")]
+        write_text(folder / f"{name}.md", "\n\n".join([*parts, *images, *legend]) + "\n")
+    for picture, svg in pictures.items():
+        write_text(folder / f"{picture}.svg", svg)

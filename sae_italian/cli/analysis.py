@@ -1,0 +1,280 @@
+"""The commands `geometry`, `language` and `shift`: decoder directions, linguistic labels, and other texts than the training's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from sae_italian.base.errors import UsageError
+from sae_italian.cli.options import Model, Result, Sae, Seed, Source, key_values, positive, remembered_name, short_names
+
+Many = Parameter(consume_multiple=True)
+
+
+def geometry(
+    *saes: str,
+    out: Path,
+    cache: list[Path] | None = None,
+    map: Literal["pca", "umap"] = "pca",
+    sample: int | None = None,
+    above: float | None = None,
+    seed: Seed = 0,
+) -> Result:
+    """Measure how near decoder directions lie within SAEs and between them, what is new, what splits, and map them.
+
+    Args:
+        saes: SAEs' folders, or release:sae_id; all of one model's width.
+        out: Folder for geometry.json, its pictures and the map.
+        cache: A cache of one of the SAEs: dead latents are left out, explanations shown in the map; again for more.
+        map: How the map is made; umap needs umap-learn.
+        sample: Latents of each SAE that are compared, drawn at random; default: all.
+        above: Cosine that makes a neighbour, above 0 and at most 1; default: sqrt(12 ln F / D).
+    """
+    from sae_italian.analysis.geometry.report import geometry as measure
+    from sae_italian.base.report import plain
+    from sae_italian.saes import load_sae
+
+    positive(sample=sample)
+    if above is not None and not 0 < above <= 1:
+        raise UsageError(f"--above is {above}; a cosine above 0 and at most 1 was expected.")
+    loaded = {short: load_sae(name) for short, name in short_names(saes).items()}
+    alive, texts = _known(loaded, cache or [])
+    result = measure(loaded, alive=alive, texts=texts, sample=sample, above=above, method=map, seed=seed)
+    result.save(out)
+    notes = "".join(f"\nNote: {note}." for note in result.notes)
+    return Result(plain(result), f"{result.table()}{notes}\nmap: {out / 'map.html'}")
+
+
+def _known(saes: dict[str, Any], caches: list[Path]) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
+    """Return by SAE which latents are alive and their explanations, as far as caches know them."""
+    from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
+    from sae_italian.autointerp.store import Store
+    from sae_italian.cache import FeatureCache
+    from sae_italian.saes import weights_hash
+
+    alive, texts = {}, {}
+    hashes = {weights_hash(sae): name for name, sae in saes.items()}
+    for folder in caches:
+        cache = FeatureCache.open(folder)
+        name = hashes.get(cache.manifest.sae_hash)
+        if name is None:
+            raise UsageError(f"{folder} was built with another SAE ({cache.manifest.sae}) than those given.")
+        alive[name] = cache.statistics["count"] > 0
+        if (cache.folder / STORE_FILE).is_file():
+            with Store(cache.folder / STORE_FILE, {}) as store:
+                found = store.explanations(EXPLAINER)
+            texts[name] = {latent: e.text("it") for latent, (_, e) in found.items() if e.status == "ok"}
+    return alive, texts
+
+
+def language(
+    sae: str,
+    /,
+    *words: str,
+    out: Path,
+    ud: Annotated[list[str] | None, Many] = None,
+    languages: Annotated[list[str] | None, Many] = None,
+    against: Annotated[list[str] | None, Many] = None,
+    sae_of_cache: Annotated[str | None, Parameter(name="--sae")] = None,
+    model: Model = None,
+    tokens: int = 20_000,
+    seed: Seed = 0,
+) -> Result:
+    """Find latents that detect part of speech, gender, number, person, tense, mood; and latents of one language.
+
+    Args:
+        sae: An SAE's folder, release:sae_id, or a cache: then labels go into its store too.
+        words: context_size=N, tokens of a window (default: as the SAE was trained), and text_column=NAME (default: text).
+        out: Folder for language.json, language.md and language.svg, and languages.json with --languages.
+        ud: Treebanks: CoNLL-U files or folders of them, or micro-italiano; two or more are crossed.
+        languages: Corpora as NAME=CORPUS, two or more, e.g. it=notizie.jsonl en=news.jsonl.
+        against: SAEs at the same place to compare with, e.g. baselines.
+        sae_of_cache: Of a cache: its SAE; default: the one its manifest names.
+        tokens: Tokens of each language.
+    """
+    from sae_italian.analysis.probes.languages import language_latents
+    from sae_italian.base.storage import write_json
+    from sae_italian.models import load_model
+    from sae_italian.models.activations import check_context
+
+    settings = key_values(words, {"context_size": 0, "text_column": "text"})
+    if not ud and not languages:
+        raise UsageError("nothing to look for: give --ud with treebanks, --languages with corpora, or both.")
+    corpora = _named(languages or [])
+    if len(corpora) == 1:
+        raise UsageError("--languages needs NAME=CORPUS two times or more, e.g. it=notizie.jsonl en=news.jsonl.")
+    if against and not ud:
+        raise UsageError("--against compares probes on treebanks; give --ud too, or leave it out.")
+    positive(tokens=tokens)
+    loaded, cache = _sae_of(sae, sae_of_cache)
+    name = model or (loaded.cfg.metadata.model_name if cache is None else cache.manifest.model)
+    if not name:
+        raise UsageError("the SAE's metadata does not name its model; give --model.")
+    subject = load_model(name)
+    context = check_context(settings["context_size"] or loaded.cfg.metadata.context_size or 128, subject.config)
+    value: dict[str, Any] = {}
+    parts, labels = [], []
+    if ud:
+        result = _probes(sae, loaded, subject, context, ud, against or [], seed)
+        result.save(out)
+        labels += result.labels()
+        value |= result.as_dict()
+        parts += [f"best latents, {bank}\n\n{result.label_table(bank)}" for bank in result.n_words]
+        parts.append(result.table())
+    if corpora:
+        where = {"context_size": context, "text_column": settings["text_column"]}
+        found = language_latents(loaded, subject, corpora, n_tokens=tokens, seed=seed, **where)
+        write_json(out / "languages.json", found.as_dict())
+        labels += found.labels()
+        value["languages"] = found.as_dict()
+        parts.append(found.table())
+    if cache is not None:
+        parts.append(f"{_store(cache, labels)} labels written to the store of {cache.folder}")
+    return Result(value, "\n\n".join([*parts, f"results: {out}"]))
+
+
+def _sae_of(given: str, of_cache: str | None) -> tuple[Any, Any]:
+    """Return the SAE, and the cache where one was given. Raises: UsageError when the cache is of another SAE."""
+    from sae_italian.cache import FeatureCache
+    from sae_italian.saes import load_sae
+
+    if not (Path(given) / "manifest.json").is_file():
+        if of_cache:
+            raise UsageError(f"--sae {of_cache} is the SAE of a cache, but {given} is no cache. Leave it out.")
+        return load_sae(given), None
+    name = of_cache or FeatureCache.open(given).manifest.sae
+    if not of_cache and ":" not in name and not Path(name).is_dir():
+        raise UsageError(f"{given} was built with the SAE {name!r}, which is not here. Give it as --sae.")
+    sae = load_sae(name)
+    return sae, FeatureCache.open(given, sae=sae)
+
+
+def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str], against: list[str], seed: int) -> Any:
+    from sae_italian.analysis.probes.report import probe
+    from sae_italian.analysis.probes.treebank import label_names, read_treebank, read_words
+    from sae_italian.saes import check_fits, load_sae, random_twin
+
+    hook_name = check_fits(sae, model)
+    banks = [read_treebank(path) for path in treebanks]
+    if len({bank.name for bank in banks}) < len(banks):
+        raise UsageError(f"two treebanks are called {banks[0].name}; give each once, or rename a folder.")
+    others = {short: load_sae(given) for short, given in short_names(against).items()}
+    others = {"random twin": random_twin(sae, seed)} | others
+    for other_name, other in others.items():
+        for key in ("d_in", "hook_name"):
+            here, there = (getattr(s.cfg if key == "d_in" else s.cfg.metadata, key) for s in (other, sae))
+            if here != there:
+                raise UsageError(
+                    f"{other_name} has {key} {here!r}, the SAE {there!r}: compare SAEs of one model and site."
+                )
+    labels = label_names(banks)
+    words = [read_words(model, hook_name, bank, labels, context_size=context) for bank in banks]
+    return probe(sae, words, name=Path(name).name or "SAE", others=others, seed=seed)
+
+
+def _store(cache: Any, labels: list[Any]) -> int:
+    from sae_italian.autointerp.run import STORE_FILE, cache_identity
+    from sae_italian.autointerp.store import Store
+
+    with Store(cache.folder / STORE_FILE, cache_identity(cache)) as store:
+        store.add_labels(labels)
+    return len(labels)
+
+
+def shift(
+    sae: Sae,
+    /,
+    *words: str,
+    by: Literal["context", "genre", "language", "model"],
+    out: Path,
+    buckets: Annotated[list[str] | None, Many] = None,
+    edges: str | None = None,
+    model: Model = None,
+    corpus: str | None = None,
+    tokens: int = 20_000,
+    split: Literal["train", "heldout", "all"] = "heldout",
+) -> Result:
+    """Measure L0, explained variance and loss beyond the training's context, on other texts, languages or models.
+
+    Args:
+        words: packed=true (context: fill windows with short documents), context_size=N, tokens of a window (default: as
+            the SAE was trained), and text_column=NAME (default: text).
+        by: What the buckets differ in.
+        out: Folder for shift.json, shift.md and shift.svg.
+        buckets: genre and language: NAME=CORPUS for each, the first the reference (genre: default, each file of the
+            corpus); model: NAME=MODEL for each that is compared with the SAE's own, e.g. a fine-tuned one.
+        edges: context: the buckets' bounds in tokens, as in 0,128,256,512; default: up to 8 times the training's context.
+        corpus: Local file or folder, catalogue name, or micro-italiano; default: what the SAE was trained on.
+        tokens: Tokens of each bucket, at most; by context in all.
+        split: Documents that are read: those for training, those held out, or all.
+    """
+    from sae_italian.analysis.shift import Condition, context_shift
+    from sae_italian.analysis.shift import shift as measure
+    from sae_italian.models import load_model
+
+    settings = key_values(words, {"packed": False, "context_size": 0, "text_column": "text"})
+    positive(tokens=tokens)
+    bounds = _check_shift(by, buckets, edges, settings)
+    parts = _named(buckets or [])
+    loaded, subject, text = Source(model=model, corpus=corpus).load(sae)
+    column, name = settings["text_column"], remembered_name(sae)
+    if by == "context":
+        where: dict[str, Any] = {"edges": bounds, "split": split, "packed": settings["packed"], "text_column": column}
+        result = context_shift(loaded, subject, text, n_tokens=tokens, name=name, **where)
+    else:
+        if by == "model":
+            models = {"base": subject} | {key: load_model(value) for key, value in parts.items()}
+            conditions = [Condition(key, value, text, split, column) for key, value in models.items()]
+        else:
+            found = parts or _files(text)
+            conditions = [Condition(key, subject, value, split, column) for key, value in found.items()]
+        context = settings["context_size"] or None
+        result = measure(loaded, conditions, by=by, n_tokens=tokens, context_size=context, name=name)
+    result.save(out)
+    lines = [result.table(), "", f"changes against {result.reference}", "", result.changes(), *result.notes()]
+    return Result(result.as_dict(), "\n".join([*lines, f"picture: {out / 'shift.svg'}"]))
+
+
+def _check_shift(by: str, buckets: list[str] | None, edges: str | None, settings: dict[str, Any]) -> list[int] | None:
+    """Return the edges. Raises: UsageError for what the kind of shift does not use, and for what it lacks."""
+    if by == "context" and buckets:
+        raise UsageError("--buckets is for --by genre, language or model, not for --by context. Leave it out.")
+    for what, value in (("--edges", edges), ("packed", settings["packed"])):
+        if by != "context" and value:
+            raise UsageError(f"{what} is for --by context, not for --by {by}. Leave it out.")
+    if by == "context" and settings["context_size"]:
+        raise UsageError("context_size is for whole windows; by context give --edges, the buckets' bounds.")
+    if by == "language" and len(buckets or []) < 2:
+        raise UsageError(
+            "--by language needs --buckets NAME=CORPUS two times or more, e.g. it=notizie.jsonl en=news.jsonl."
+        )
+    if by == "model" and not buckets:
+        raise UsageError("--by model needs --buckets NAME=MODEL, e.g. instruct=./tuned-model.")
+    try:
+        return None if edges is None else [int(part) for part in edges.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--edges is {edges!r}; numbers with commas were expected, e.g. 0,128,256,512.") from error
+
+
+def _named(pairs: list[str]) -> dict[str, str]:
+    """Return name and value of each NAME=VALUE. Raises: UsageError for another form, or a name given twice."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value) or name in found:
+            raise UsageError(f"{pair!r}: NAME=VALUE was expected, each name once.")
+        found[name] = value
+    return found
+
+
+def _files(corpus: str) -> dict[str, str]:
+    """Return each file of a corpus folder by its name without endings. Raises: UsageError when it is no such folder."""
+    from sae_italian.corpora.locate import local_shards
+
+    folder = Path(corpus)
+    if not folder.is_dir():
+        raise UsageError(f"the corpus {corpus} is no folder of files, one per genre; give --buckets NAME=CORPUS ...")
+    files = [folder / shard.name for shard in local_shards(folder)]
+    return {file.relative_to(folder).as_posix().split(".")[0]: str(file) for file in files}
