@@ -87,7 +87,7 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["models", "shwo", "x"], "Did you mean 'show'"),
         (["models", "show", "minervaa-1b"], "Did you mean 'minerva-1b'"),
         (["corpora", "show", "nowhere.jsonl"], "neither 'micro-italiano'"),
-        (["train", "mini/topkk.yaml"], "Did you mean 'configs/mini/topk.yaml'"),
+        (["train", "mini/topkk.yaml"], "Did you mean 'mini/topk'"),
         (["train", "mini/topk.yaml", "sae.kk=3", "--out", "x"], "unknown key 'sae.kk'"),
         (["train", "mini/topk.yaml", "corpus=nope.jsonl", "--out", "x"], "corpus 'nope.jsonl'"),
         (["train", "mini/topk.yaml", "hook_name=blocks.2.hook_resid", "--out", "x"], "hook_name 'blocks.2.hook_resid'"),

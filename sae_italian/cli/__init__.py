@@ -13,17 +13,11 @@ from sae_italian.base.errors import SaeItalianError
 from sae_italian.cli import (
     autointerp,
     papers,
-    quickstart,
-    saes,
     scores,
-    training,
 )
 from sae_italian.cli.base import Commands, Parser
 
 GROUPS = (
-    quickstart,
-    saes,
-    training,
     autointerp,
     scores,
     papers,

@@ -39,6 +39,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "geometry": ("analysis:geometry", "nearest decoder directions within and between SAEs, and a map of the latents"),
     "language": ("analysis:language", "latents that detect linguistic labels, and latents of one language"),
     "shift": ("analysis:shift", "L0, explained variance and loss on longer contexts, other texts, languages or models"),
+    "quickstart": (
+        "quickstart:quickstart",
+        "the whole way on the embedded model: train, cache, explain, score, report",
+    ),
+    "recipes": ("training:recipes", "the training configs that come with the package"),
+    "train": ("training:train", "train one SAE, a transcoder, or a suite of them"),
+    "evaluate": ("training:evaluate", "the evaluation card of an SAE, on held-out text"),
+    "saes doctor": ("training:doctor", "does an SAE fit its model, is its training healthy? names what is wrong"),
+    "saes publish": ("training:publish", "upload an SAE with its card, curves and model card to the hub"),
     "export": ("export:export", "write a cache, its explanations or an SAE in another program's format: --to FORMAT"),
     "explainita evaluate": ("explainita:evaluate", "score a submission file against the gold file"),
     "explainita predict": ("explainita:predict", "write a submission file; with --sae replay the data's activations"),
@@ -59,6 +68,7 @@ OLD_COMMANDS: dict[str, str] = {
     "cache verify": "cache info CACHE --verify",
     "cache import": "import FOLDER (Delphi's format alone; exported datasets are not read back)",
     "ablate": "steer --ablate",
+    "curves": "saes doctor RUN",
     "cache export": "export CACHE --to delphi (or datasets)",
     "autointerp export": "export CACHE --to parquet (or jsonl, wandb-tables)",
     "saes export": "export SAE --to jumprelu",
@@ -99,6 +109,9 @@ OLD_OPTIONS: dict[str, str] = {
     "shift --packed": "the word packed=true",
     "shift --context-size": "the word context_size=N",
     "shift --text-column": "the word text_column=NAME",
+    "quickstart --cache-tokens": "--tokens",
+    "quickstart --card-tokens": "the word card_tokens=N",
+    "quickstart --latents": "--n-latents",
     "export --model-id": "the word model_id=NAME",
     "export --set": "the word set=NAME",
     "export --suffix": "the word suffix=NAME",
@@ -116,6 +129,7 @@ def build() -> App:
         help="Sparse autoencoders on Italian language models, one command each.",
         help_epilogue="--json, after any command, prints its result as JSON.",
         version=sae_italian.__version__,
+        suppress_keyboard_interrupt=False,  # `main` says what is kept
         default_parameter=Parameter(negative=""),
     )
     groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}

@@ -25,6 +25,10 @@ class Parser(argparse.ArgumentParser):
             wrong = message.split("invalid choice: ")[1].split("'")[1]
             actions = self._subparsers._group_actions if self._subparsers else []
             choices = [str(choice) for action in actions for choice in getattr(action, "choices", None) or ()]
+            if " " not in self.prog:
+                from sae_italian.cli.app import COMMANDS
+
+                choices += [name.split()[0] for name in COMMANDS]
             message = f"unknown command {wrong!r}. {nearest(wrong, choices)}"
         self.exit(2, f"{self.prog}: {message}\n")
 

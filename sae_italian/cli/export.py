@@ -151,7 +151,7 @@ def _tables(to: str, cache: Path, out: Path | None, settings: Settings) -> Resul
 
 def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
     from sae_italian.cli.options import Source
-    from sae_italian.training.export import export_jumprelu
+    from sae_italian.evaluation.jumprelu import export_jumprelu
 
     positive(tokens=settings.get("tokens"))
     size = {"n_tokens": settings.pop("tokens")} if "tokens" in settings else {}
@@ -167,7 +167,7 @@ def _model_card(to: str, folder: Path, out: Path, settings: Settings) -> Result:
     from sae_italian.base.storage import write_text
     from sae_italian.cache import Manifest
     from sae_italian.evaluation.card import read_card
-    from sae_italian.training.model_card import model_card
+    from sae_italian.training.publish import model_card
 
     if (folder / "manifest.json").is_file():
         folder = Path(settings.get("sae") or Manifest.load(folder).sae)

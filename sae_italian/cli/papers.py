@@ -98,9 +98,8 @@ def _baselines(options: argparse.Namespace) -> Result:
 
 def _saes(options: argparse.Namespace) -> list[str]:
     """Return the SAEs named, or those that the config named trains into `<out>-saes`."""
-    from sae_italian.training import spec_from_dict, train
-    from sae_italian.training.config import SUITE_KEY, read_values
-    from sae_italian.training.suite import suite_from_dict, train_suite
+    from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
+    from sae_italian.training.config import SUITE_KEY
 
     overrides = [name for name in options.saes if "=" in name]
     names = [name for name in options.saes if "=" not in name]

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
-from sae_italian.cli.base import Commands, Result, folder_options, positive
+from cyclopts import Parameter
 
+from sae_italian.base.errors import UsageError
+from sae_italian.cli.options import Folder, Result, positive
 
-def add_commands(root: Commands) -> None:
-    text = "the whole way on the embedded model: train, cache, explain, score, report"
-    sub = root.add("quickstart", _quickstart, text)
-    sub.add_argument("config", nargs="?", default="mini/topk.yaml", help="a training config (default: mini/topk.yaml)")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the config's")
-    sub.add_argument("--out", type=Path, default=Path("quickstart"), help="output folder (default: quickstart)")
-    sub.add_argument("--cache-tokens", type=int, default=300_000, help="held-out tokens to cache")
-    sub.add_argument("--card-tokens", type=int, default=50_000, help="held-out tokens for the evaluation card")
-    sub.add_argument("--latents", type=int, help="explain this many live latents, drawn at random (default: all)")
-    folder_options(sub)
+CARD_TOKENS = "card_tokens"
 
 
-def _quickstart(options: argparse.Namespace) -> Result:
-    from sae_italian.quickstart import quickstart, table_of
+def quickstart(
+    config: str = "mini/topk",
+    /,
+    *words: str,
+    out: Path = Path("quickstart"),
+    tokens: int = 300_000,
+    n_latents: int | None = None,
+    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
+) -> Result:
+    """Go the whole way on the embedded model: train, cache, explain, score, report.
 
-    positive("--latents", options.latents)
-    results = quickstart(
-        options.out,
-        options.config,
-        *options.overrides,
-        cache_tokens=options.cache_tokens,
-        card_tokens=options.card_tokens,
-        latents=options.latents,
-        resume=options.resume,
-        overwrite=options.overwrite,
-    )
-    return results, f"\n{table_of(results)}\n\nReport: {results['report']}"
+    Args:
+        config: A training config, of one SAE.
+        words: Settings that replace the config's, as key=value; card_tokens=N: held-out tokens of the evaluation card,
+            default 50,000.
+        out: Output folder.
+        tokens: Held-out tokens to cache.
+        n_latents: Explain this many live latents, drawn at random; default: all.
+    """
+    from sae_italian.quickstart import quickstart as run
+    from sae_italian.quickstart import table_of
+
+    sizes = [word.partition("=")[2] for word in words if word.startswith(f"{CARD_TOKENS}=")]
+    if not all(size.replace("_", "").isdigit() for size in sizes):
+        raise UsageError(f"{CARD_TOKENS} is {sizes[-1]!r}; a number of tokens was expected.")
+    card = {CARD_TOKENS: int(sizes[-1])} if sizes else {}
+    positive(tokens=tokens, n_latents=n_latents)
+    overrides = [word for word in words if not word.startswith(f"{CARD_TOKENS}=")]
+    results = run(out, config, *overrides, cache_tokens=tokens, latents=n_latents, **card, **asdict(folder))
+    return Result(results, f"\n{table_of(results)}\n\nReport: {results['report']}")

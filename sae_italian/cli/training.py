@@ -1,111 +1,203 @@
-"""The commands that train and judge SAEs: `train`, `evaluate`."""
+"""The commands that train, judge, examine and publish SAEs."""
 
 from __future__ import annotations
 
-import argparse
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import write_text
-from sae_italian.cli.base import (
-    Commands,
-    Result,
-    engine_options,
-    folder_options,
-    load_sources,
-    positive,
-    source_options,
-    unit_map,
-)
+from cyclopts import Parameter
+
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import RUN_FILE, write_text
+from sae_italian.cli.options import Folder, Result, Source, Workers, positive
 
 
-def add_commands(root: Commands) -> None:
-    sub = root.add("train", _train, "train one SAE, or a suite of them")
-    sub.add_argument("config", help="a YAML file, or a shipped one such as mini/topk; a suite has `layers`")
-    sub.add_argument("overrides", nargs="*", metavar="key=value")
-    sub.add_argument("--out", type=Path, help="output folder (default: runs/<config's name>)")
-    sub.add_argument("--dry-run", action="store_true", help="print groups, tokens, memory and time; train nothing")
-    folder_options(sub)
-    engine_options(sub, "groups of a suite trained at the same time (default 1)")
+def train(
+    config: str,
+    /,
+    *words: str,
+    out: Path | None = None,
+    dry_run: bool = False,
+    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
+    where: Annotated[Workers, Parameter(name="*")] = Workers(),  # noqa: B008
+) -> Result:
+    """Train one SAE, a transcoder, or a suite of them; the result loads with SAELens.
 
-    sub = root.add("evaluate", _evaluate, "the evaluation card of an SAE, on held-out text")
-    sub.add_argument("sae", help="an SAE's folder, or release:sae_id")
-    source_options(sub)
-    sub.add_argument("--tokens", type=int, default=100_000, help="held-out tokens, special ones not counted")
-    sub.add_argument("--loss-tokens", type=int, help="measure losses and KL on the first so many only (default: all)")
-
-    sub = root.add("curves", _curves, "a run's loss, L0, explained variance and dead latents beside a healthy run's")
-    sub.add_argument("run", nargs="?", help="a training's folder")
-    sub.add_argument("--reference", help="a recipe with a recorded curve (default: the one nearest to the run)")
-    sub.add_argument("--out", type=Path, help="the picture (default: curves.svg in the run's folder)")
-    text = "train recipes anew, in full and shortened, and record their curves (all of configs/mini when none is named)"
-    sub.add_argument("--short-only", action="store_true", help="with --record: leave the full curves as they are")
-    sub.add_argument("--record", nargs="*", metavar="RECIPE", help=text)
-
-
-def _train(options: argparse.Namespace) -> Result:
-    from sae_italian.training import spec_from_dict, train
-    from sae_italian.training.config import SUITE_KEY, read_values
+    Args:
+        config: A YAML file, a recipe of `sae-italian recipes`, or the folder of an earlier run; a suite has `layers`.
+        words: Settings that replace the config's, as key=value, e.g. sae.k=64 training_tokens=2_000_000.
+        out: Output folder; default: runs/<config's name>, or the run's own folder.
+        dry_run: Check the settings and print groups, tokens and memory (10^9 bytes); train nothing.
+    """
+    from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train_suite
+    from sae_italian.training import train as train_sae
+    from sae_italian.training.config import SUITE_KEY
     from sae_italian.training.logging import sweep_folder
-    from sae_italian.training.suite import suite_from_dict, train_suite
 
-    values = read_values(options.config, *options.overrides)
+    values = read_values(config, *words)
     suite = suite_from_dict(values) if SUITE_KEY in values else None
-    if options.dry_run:
-        return _dry_run(suite or spec_from_dict(values))
-    out = options.out or sweep_folder(Path("runs") / Path(options.config).name.removesuffix(".yaml"))
+    if dry_run:
+        from sae_italian.training.memory import plan
+
+        if suite is None:
+            return Result(*plan([{"SAE": spec_from_dict(values)}]))
+        return Result(*plan(suite.groups(), suite.memory_gb))
+    earlier = Path(config) if (Path(config) / RUN_FILE).is_file() else None
+    out = out or earlier or sweep_folder(Path("runs") / Path(config).name.removesuffix(".yaml"))
+    flags = asdict(folder)
     if suite is None:
-        if options.engine != "local" or options.workers:
+        if where.engine != "local" or where.workers:
             raise UsageError("--engine and --workers are for suites, whose groups are independent; this is one SAE.")
-        train(spec_from_dict(values), out, resume=options.resume, overwrite=options.overwrite)
-        return {"sae": str(out)}, f"SAE: {out}"
+        train_sae(spec_from_dict(values), out, **flags)
+        return Result({"sae": str(out)}, f"SAE: {out}\nJudge it: sae-italian evaluate {out}")
     out = out.resolve()  # a worker may have another working directory
-    elsewhere = options.engine != "local" or (options.workers or 1) > 1
-    run_units = {"run_units": unit_map(options, out, gpus=float(suite.on_gpu))} if elsewhere else {}
-    folders = train_suite(suite, out, resume=options.resume, overwrite=options.overwrite, **run_units)
-    return {"saes": [str(folder) for folder in folders]}, "\n".join(f"SAE: {folder}" for folder in folders)
+    elsewhere = where.engine != "local" or (where.workers or 1) > 1
+    run_units: dict[str, Any] = {"run_units": where.map(out, gpus=float(suite.on_gpu))} if elsewhere else {}
+    folders = train_suite(suite, out, **flags, **run_units)
+    return Result({"saes": [str(each) for each in folders]}, "\n".join(f"SAE: {each}" for each in folders))
 
 
-def _dry_run(spec: Any) -> Result:
-    from sae_italian.training.plan import plan_run, plan_suite
-    from sae_italian.training.suite import SuiteSpec
+def recipes() -> Result:
+    """List the training configs that come with the package."""
+    from sae_italian.training.config import recipes as shipped
 
-    plan = plan_suite(spec) if isinstance(spec, SuiteSpec) else plan_run(spec)
-    return plan.as_dict(), plan.text()
+    known = shipped()
+    return Result(known, "\n".join(f"{name:34} {line}" for name, line in known.items()))
 
 
-def _evaluate(options: argparse.Namespace) -> Result:
-    from sae_italian.evaluation import evaluate
+def evaluate(
+    sae: str,
+    /,
+    *,
+    tokens: int = 100_000,
+    loss_tokens: int | None = None,
+    source: Annotated[Source, Parameter(name="*")] = Source(),  # noqa: B008
+) -> Result:
+    """Measure an SAE on held-out text: its evaluation card, kept in its folder.
 
-    positive("--loss-tokens", options.loss_tokens)
-    sae, model, corpus = load_sources(options)
-    card = evaluate(
-        sae,
+    Args:
+        sae: The SAE: a folder, or release:sae_id.
+        tokens: Held-out tokens, special ones not counted.
+        loss_tokens: Measure losses and KL on the first so many tokens only; default: on all.
+    """
+    from sae_italian.evaluation import evaluate as measure
+
+    positive(tokens=tokens, loss_tokens=loss_tokens)
+    loaded, model, corpus = source.load(sae)
+    card = measure(
+        loaded,
         model,
         corpus,
-        n_tokens=options.tokens,
-        loss_tokens=options.loss_tokens,
-        context_size=options.context_size,
-        text_column=options.text_column,
-        name=options.sae,
+        n_tokens=tokens,
+        loss_tokens=loss_tokens,
+        context_size=source.context_size,
+        text_column=source.text_column,
+        name=sae,
     )
-    if Path(options.sae).is_dir():
-        card.save(Path(options.sae))
-    return card.as_dict(), card.markdown()
+    if Path(sae).is_dir():
+        card.save(Path(sae))
+    return Result(card.as_dict(), card.markdown())
 
 
-def _curves(options: argparse.Namespace) -> Result:
-    from sae_italian.training import curves
+def doctor(
+    sae: str,
+    /,
+    *,
+    tokens: int = 8192,
+    out: Path | None = None,
+    source: Annotated[Source, Parameter(name="*")] = Source(),  # noqa: B008
+) -> Result:
+    """Say whether an SAE fits its model and whether its training is healthy, and name what is wrong.
 
-    if options.record is not None:
-        if options.run:
-            raise UsageError("give a run to look at, or --record; not both.")
-        files = [curves.record(name, full=not options.short_only) for name in options.record or curves.recipes()]
-        return [str(file) for file in files], "\n".join(str(file) for file in files)
-    if not options.run:
-        raise UsageError("give a training's folder, or --record.")
-    report = curves.compare(Path(options.run), options.reference)
-    out = options.out or Path(options.run) / "curves.svg"
-    write_text(out, report.svg())
-    return {**report.as_dict(), "picture": str(out)}, report.text() + f"\npicture: {out}"
+    Args:
+        sae: The SAE: a folder (SAELens, sparsify or Llama Scope format), release:sae_id, or a training that is going on.
+        tokens: Size of the sample, in tokens.
+        out: File for the picture of a training's curves; default: curves.svg in its folder.
+    """
+    from sae_italian.evaluation.doctor import Diagnosis, unreadable
+    from sae_italian.saes import load_sae
+    from sae_italian.training.curves import look_at_training
+    from sae_italian.training.run import WEIGHTS, read_run
+
+    if tokens < 256:
+        raise UsageError(f"--tokens is {tokens}; the doctor needs 256 or more.")
+    folder, picture = Path(sae), None
+    trained_here = read_run(folder).get("kind") == "train"
+    if trained_here and not (folder / WEIGHTS).is_file():
+        report = Diagnosis(sae, "-", "-")
+    else:
+        try:
+            report = _examine(sae, load_sae(sae), tokens, source)
+        except DataError as error:
+            report = unreadable(sae, error)
+    if trained_here:
+        checks, svg = look_at_training(folder)
+        report.checks += checks
+        picture = out or folder / "curves.svg"
+        write_text(picture, svg)
+    failed = [check.name for check in report.checks if check.status == "fail"]
+    failure = UsageError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
+    text = report.text() + (f"\ncurves: {picture}" if picture else "")
+    return Result({**report.as_dict(), "picture": picture}, text, failure if failed else None)
+
+
+def _examine(name: str, sae: Any, n_tokens: int, source: Source) -> Any:
+    from sae_italian.evaluation.doctor import examine
+    from sae_italian.models import load_model
+
+    model = source.model or sae.cfg.metadata.model_name
+    if not model:
+        raise UsageError("the SAE's metadata does not name its model; give --model.")
+    return examine(
+        sae,
+        load_model(model),
+        source.corpus or _corpus_of(sae, source.text_column),
+        n_tokens=n_tokens,
+        context_size=source.context_size,
+        text_column=source.text_column,
+        name=name,
+    )
+
+
+def _corpus_of(sae: Any, text_column: str) -> str:
+    """Return the SAE's own corpus where it can be read here, else MicroItaliano, and say so."""
+    from sae_italian.corpora.documents import MICRO_ITALIANO, check_corpus
+
+    named = sae.cfg.metadata.dataset_path
+    if named:
+        try:
+            check_corpus(str(named), text_column=text_column)
+            return str(named)
+        except UsageError:
+            if Path(str(named)).exists():
+                raise
+            sys.stderr.write(f"{named} is not here; the sample is {MICRO_ITALIANO}. Give --corpus for another.\n")
+    return MICRO_ITALIANO
+
+
+def publish(
+    sae: Path,
+    repository: str,
+    /,
+    *,
+    id: str | None = None,
+    licence: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+) -> Result:
+    """Upload an SAE with its evaluation card, curves and model card to the Hugging Face hub.
+
+    Args:
+        sae: A training's folder with a card (`sae-italian evaluate SAE` makes it).
+        repository: owner/name; made if it is not there.
+        id: Folder in the repository; default: the name of the SAE's folder.
+        licence: Of the weights, in the hub's word, e.g. apache-2.0; default: the model's.
+        private: Make a new repository private.
+        dry_run: Show files and sizes in bytes, send nothing.
+    """
+    from sae_italian.training.publish import publish as upload
+
+    sent = upload(sae, repository, sae_id=id, licence=licence, private=private, dry_run=dry_run)
+    return Result(asdict(sent) | {"url": f"https://huggingface.co/{repository}/tree/main/{sent.sae_id}"}, sent.text())

@@ -39,7 +39,7 @@ class Check:
 
 
 @dataclass
-class Report:
+class Diagnosis:
     """All findings on one SAE and model; `measures` holds the figures behind them, unrounded."""
 
     sae: str
@@ -80,7 +80,7 @@ def examine(
     text_column: str = "text",
     name: str = "",
     tokens: Tensor | None = None,
-) -> Report:
+) -> Diagnosis:
     """Return the report on `sae` and `model` (backend `hf`) over a sample of a corpus.
 
     `tokens` [windows, context], when given, is looked at instead of the corpus: windows of your own pipeline.
@@ -88,7 +88,7 @@ def examine(
     """
     metadata = sae.cfg.metadata
     facts = getattr(model, "loaded_from", {})
-    report = Report(name or str(metadata.model_name), str(facts.get("name", metadata.model_name)), str(corpus))
+    report = Diagnosis(name or str(metadata.model_name), str(facts.get("name", metadata.model_name)), str(corpus))
     report.checks += _model_checks(sae, facts)
     try:
         check_fits(sae, model)
@@ -117,10 +117,10 @@ def examine(
     return report
 
 
-def unreadable(name: str, error: UsageError) -> Report:
+def unreadable(name: str, error: UsageError) -> Diagnosis:
     """Return the report on an SAE whose files do not make an SAE."""
     remedy = "store W_dec as [d_sae, d_in]: transpose it" if "transposed" in str(error) else "write its files anew"
-    return Report(name, "-", "-", checks=[Check("weights", "fail", str(error), remedy)])
+    return Diagnosis(name, "-", "-", checks=[Check("weights", "fail", str(error), remedy)])
 
 
 def _windows(model: Any, corpus: str, split: Split, n_tokens: int, context: int, text_column: str) -> Tensor:

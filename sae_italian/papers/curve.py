@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_italian.evaluation.jumprelu import held_out_activations
 from sae_italian.papers.subject import Subject
 from sae_italian.saes.baselines import mean_l0, rescaled, with_top_k
-from sae_italian.training.export import held_out_activations
 
 _PLAIN = ("standard", "topk", "jumprelu")  # architectures of one encoder and one decoder matrix
 FIT_SHARE = 0.5  # of the tokens, for the one factor of random directions

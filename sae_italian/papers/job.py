@@ -15,9 +15,7 @@ from sae_italian.base.storage import read_json, utc_now, write_json
 from sae_italian.papers.document import Section
 from sae_italian.papers.paper import Paper
 from sae_italian.papers.subject import Subject
-from sae_italian.training import spec_from_dict, train
-from sae_italian.training.config import read_values
-from sae_italian.training.suite import suite_from_dict, train_suite
+from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
 
 MINI_WIDTH = 128  # d_in of the model that the recipes in configs/mini are for
 SKIPPED = "skipped"

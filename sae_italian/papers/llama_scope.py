@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sae_italian.evaluation.jumprelu import held_out_activations
 from sae_italian.papers.clic_it import score_table
 from sae_italian.papers.document import Section, Table, shown
 from sae_italian.papers.job import Job, Results, Step
@@ -13,7 +14,6 @@ from sae_italian.papers.shapes import SHAPES
 from sae_italian.papers.subject import layer_of
 from sae_italian.saes import load_sae
 from sae_italian.saes.jumprelu_export import to_jumprelu
-from sae_italian.training.export import held_out_activations
 
 L1 = (0.5, 2.0, 8.0)  # coefficients of the L1 SAEs, times the square root of d_in / 128
 _KEPT = ("l0", "explained_variance", "explained_variance_uncentred", "delta_lm_loss", "dead", "ultra_active")

@@ -8,11 +8,11 @@ from sae_italian.analysis.geometry.report import geometry, matches_svg
 from sae_italian.analysis.shift import context_shift, default_edges
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
+from sae_italian.evaluation.jumprelu import held_out_activations
 from sae_italian.papers.document import Section, from_markdown
 from sae_italian.papers.job import Job, Results, Step
 from sae_italian.saes import load_sae
 from sae_italian.saes.jumprelu_export import to_jumprelu
-from sae_italian.training.export import held_out_activations
 
 SAMPLE = 4096  # latents of each SAE that are compared
 MOST = 4  # SAEs

@@ -1,20 +1,22 @@
-"""From a YAML to a trained SAE: SAELens' configs and trainer, our activation stream, the evaluation card."""
+"""From a YAML to a trained SAE: SAELens' configs and trainer, our activation stream, suites, publishing."""
 
-from sae_italian.evaluation.card import EvaluationCard, read_card
-from sae_italian.evaluation.evaluate import evaluate
-from sae_italian.training.config import RunSpec, load_config, load_spec, spec_from_dict
-from sae_italian.training.run import read_run, train
+from sae_italian.training.config import RunSpec, load_config, load_spec, read_values, recipes, spec_from_dict
+from sae_italian.training.run import read_run, train, train_suite
 from sae_italian.training.stream import ActivationStream
+from sae_italian.training.suite import SuiteSpec, load_suite, suite_from_dict
 
 __all__ = [
     "ActivationStream",
-    "EvaluationCard",
     "RunSpec",
-    "evaluate",
+    "SuiteSpec",
     "load_config",
     "load_spec",
-    "read_card",
+    "load_suite",
     "read_run",
+    "read_values",
+    "recipes",
     "spec_from_dict",
+    "suite_from_dict",
     "train",
+    "train_suite",
 ]

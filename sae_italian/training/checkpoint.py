@@ -1,24 +1,21 @@
-"""The last full state of a training run: whole or absent, never replaced by a bad one, gone when the run is finished."""
+"""What a training run keeps while it goes on: its last full state, whole or absent, and its metrics, row by row."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from sae_italian.base.errors import DataError
-from sae_italian.base.storage import atomic_path, disk_errors, fingerprint, read_json, remove, write_json
+from sae_italian.base.storage import atomic_path, disk_errors, fingerprint, read_json, remove, write_json, write_text
 
-STATE_FILE = "state.json"
-RANDOM_FILE = "random.safetensors"
+STATE_FILE, RANDOM_FILE = "state.json", "random.pt"
 
 
 class Checkpoints:
@@ -47,9 +44,12 @@ class Checkpoints:
         with disk_errors(self.folder.parent, self.kept()), atomic_path(target) as temporary:
             temporary.mkdir(parents=True)
             write(temporary)
-            save_file(_random_state(), temporary / RANDOM_FILE)
+            torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], temporary / RANDOM_FILE)
             write_json(temporary / STATE_FILE, {"n_tokens": n_tokens, "identity": self.identity})
-            _sync(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
         for old in self.folder.iterdir():
             if old != target:
                 remove(old)
@@ -69,10 +69,12 @@ class Checkpoints:
                     "to start again, or use --overwrite."
                 )
             read(last)
-            _restore_random(load_file(last / RANDOM_FILE))
+            cpu, *gpus = torch.load(last / RANDOM_FILE)
+            torch.set_rng_state(cpu)
+            torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
+        except DataError:
+            raise
         except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
-            if isinstance(error, DataError):
-                raise
             raise DataError(
                 f"checkpoint {last} cannot be read ({_line(error)}). Remove it, or start over with --overwrite."
             ) from error
@@ -84,55 +86,35 @@ class Checkpoints:
         return f"The last good checkpoint is {last}." if last else "There was no checkpoint yet."
 
     def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all of them, and a folder that held nothing else."""
+        remove(self.folder)
+        if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
 
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _sync(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+def append_metrics(file: Path, step: int, row: dict[str, Any]) -> None:
+    """Add a step's row to metrics.jsonl."""
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps({"step": step, **row}) + "\n")
 
 
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state |= {f"cuda.{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
-    return state
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl; a line that is cut short, or being written, is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
-def _restore_random(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    for name, saved in state.items():
-        device = name.partition(".")[2]
-        if device and int(device) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(saved, int(device))
-
-
-class Metrics:
-    """metrics.jsonl: one line a row, kept on resume up to the step that is continued."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def truncate(self, n_steps: int) -> None:
-        """Drop the rows of step `n_steps` and after, and a half-written last line."""
-        if self.file.is_file():
-            with atomic_path(self.file) as temporary:
-                temporary.write_text("".join(line for line in self._lines(n_steps)), encoding="utf-8")
-
-    def _lines(self, n_steps: int) -> Iterator[str]:
-        for line in self.file.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] < n_steps:
-                    yield line
-            except json.JSONDecodeError:
-                continue
-
-    def append(self, step: int, row: dict[str, Any]) -> None:
-        with self.file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, **row}) + "\n")
+def cut_metrics(file: Path, n_steps: int) -> None:
+    """Drop the rows of step `n_steps` and after, which a resumed run writes again."""
+    if file.is_file():
+        rows = [row for row in read_metrics(file) if row["step"] < n_steps]
+        write_text(file, "".join(json.dumps(row) + "\n" for row in rows))

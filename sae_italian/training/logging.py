@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import read_json, write_json
+from sae_italian.evaluation.card import EvaluationCard
 from sae_italian.training.config import RunSpec
 
 WANDB_FILE = "wandb.json"  # in a run's folder: the id of its W&B run, which a resumed training continues
@@ -26,18 +26,22 @@ CHECKPOINT_FILES = ("cfg.json", "sae_weights.safetensors", "activation_scaler.js
 class RunLog:
     """What is told of a run while it goes on; this one tells nobody."""
 
+    wants_card = False  # of the finished SAE
+
     def __call__(self, row: Mapping[str, Any], step: int) -> None:
         """Tell the metrics of one step, in SAELens' names."""
 
     def checkpoint(self, folder: Path, n_tokens: int) -> None:
         """Tell of the state of an SAE saved after `n_tokens`; `folder` is gone after the next one."""
 
-    def finish(self, folder: Path, model: Any, cursor: Mapping[str, Any]) -> None:
-        """Tell of a finished SAE in `folder`, and where the training ended in its corpus."""
+    def finish(self, folder: Path, card: EvaluationCard | None, cursor: Mapping[str, Any]) -> None:
+        """Tell of a finished SAE in `folder`, its card, and where the training ended in its corpus."""
 
 
 class WandbLog(RunLog):
     """A W&B run: rows as SAELens logs them; in the end the evaluation card as summary, the cursor, and the SAE itself."""
+
+    wants_card = True
 
     def __init__(self, run: Any, spec: RunSpec):
         self.run, self.spec = run, spec
@@ -46,57 +50,40 @@ class WandbLog(RunLog):
         self.run.log(dict(row), step=step)
 
     def checkpoint(self, folder: Path, n_tokens: int) -> None:
-        if not self.spec.wandb_checkpoints:
-            return
-        import wandb
+        if self.spec.wandb_checkpoints:
+            name, told = f"sae-{self.run.id}-checkpoint", {"n_tokens": n_tokens}
+            self._send(name, "sae-checkpoint", told, folder, CHECKPOINT_FILES, ["latest", f"{n_tokens}-tokens"])
 
-        artifact = wandb.Artifact(
-            f"sae-{self.run.id}-checkpoint", type="sae-checkpoint", metadata={"n_tokens": n_tokens}
-        )
-        for name in CHECKPOINT_FILES:
-            artifact.add_file(str(folder / name), name)  # copied now, sent when W&B gets to it
-        self.run.log_artifact(artifact, aliases=["latest", f"{n_tokens}-tokens"])
-
-    def finish(self, folder: Path, model: Any, cursor: Mapping[str, Any]) -> None:
-        import wandb
-
+    def finish(self, folder: Path, card: EvaluationCard | None, cursor: Mapping[str, Any]) -> None:
         place = {key: value for key, value in cursor.items() if key != "packer"}  # the packer's is text and tokens
         self.run.summary.update({"corpus": {"name": self.spec.corpus, **place}})
-        self._card(folder, model)
-        artifact = wandb.Artifact(f"sae-{self.run.id}", type="sae", metadata=self.spec.model_dump(mode="json"))
-        for name in ARTIFACT_FILES:
-            if (folder / name).is_file():
-                artifact.add_file(str(folder / name), name)
-        self.run.log_artifact(artifact)
+        if card is not None:
+            measured = {key: x for key, x in card.estimates().items() if x.value == x.value}
+            self.run.log({f"eval/{key}": x.value for key, x in measured.items()})
+            bounds = {f"eval/{key}_{end}": getattr(x, end) for key, x in measured.items() for end in ("lo", "hi")}
+            self.run.summary.update(bounds | {"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents})
+        self._send(f"sae-{self.run.id}", "sae", self.spec.model_dump(mode="json"), folder, ARTIFACT_FILES)
 
-    def _card(self, folder: Path, model: Any) -> None:
-        """Judge the finished SAE, keep the card in its folder, and tell its means as `eval/...` and their bounds."""
-        from sae_italian.evaluation.evaluate import evaluate
-        from sae_italian.saes import load_sae
+    def _send(
+        self,
+        name: str,
+        kind: str,
+        metadata: dict[str, Any],
+        folder: Path,
+        files: tuple[str, ...],
+        aliases: list[str] | None = None,
+    ) -> None:
+        import wandb
 
-        spec = self.spec
-        try:
-            card = evaluate(
-                load_sae(folder, device=spec.device),
-                model,
-                spec.evaluate_corpus or spec.corpus,
-                n_tokens=spec.evaluate_tokens,
-                context_size=spec.context_size,
-                text_column=spec.text_column,
-                name=folder.name,
-            )
-        except UsageError as error:
-            _say(f"no evaluation card for W&B: {error}")
-            return
-        card.save(folder)
-        measured = {key: estimate for key, estimate in card.estimates().items() if estimate.value == estimate.value}
-        self.run.log({f"eval/{key}": estimate.value for key, estimate in measured.items()})
-        bounds = {f"eval/{key}_{end}": getattr(x, end) for key, x in measured.items() for end in ("lo", "hi")}
-        self.run.summary.update(bounds | {"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents})
+        artifact = wandb.Artifact(name, type=kind, metadata=metadata)
+        for file in files:
+            if (folder / file).is_file():
+                artifact.add_file(str(folder / file), file)  # copied now, sent when W&B gets to it
+        self.run.log_artifact(artifact, aliases=aliases)
 
 
 @contextlib.contextmanager
-def open_logger(spec: RunSpec, config: Any, out: Path | None = None) -> Iterator[RunLog]:
+def open_logger(spec: RunSpec, config: Any, out: Path) -> Iterator[RunLog]:
     """Yield the log of a run whose folder is `out`: W&B when the spec asks for it, else one that tells nobody.
 
     `wandb: online` without a login, or without the server in reach, becomes offline, which one line on stderr says;
@@ -105,7 +92,7 @@ def open_logger(spec: RunSpec, config: Any, out: Path | None = None) -> Iterator
     if spec.wandb == "off":
         yield RunLog()
         return
-    run = _init(spec, config, out)
+    run = _start(spec, config, out)
     try:
         yield WandbLog(run, spec)
     except BaseException:
@@ -114,32 +101,30 @@ def open_logger(spec: RunSpec, config: Any, out: Path | None = None) -> Iterator
     run.finish()
 
 
-def _init(spec: RunSpec, config: Any, out: Path | None) -> Any:
+def _start(spec: RunSpec, config: Any, out: Path) -> Any:
     import wandb
     from wandb.errors import CommError
 
-    mode: Any = spec.wandb
-    if mode == "online" and not wandb.login(prompt=False, verify=False):
-        _say("wandb: online, but nobody is logged in (`wandb login`); the run is kept offline, `wandb sync` sends it.")
-        mode = "offline"
     given: dict[str, Any] = {
         "project": spec.wandb_project,
         "name": config.logger.run_name,
         "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
         "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
+        "dir": str(out.resolve()),  # wandb works in a process and a folder of its own
     }
-    if out is not None:
-        given["dir"] = str(out.resolve())  # wandb works in a process and a folder of its own
-        if SWEEP_ID not in os.environ:
-            given |= {"id": _run_id(out), **({"resume": "allow"} if mode == "online" else {})}
-    try:
-        return wandb.init(mode=mode, **given)
-    except CommError as error:
-        _say(
-            f"wandb: online, but the server cannot be reached ({error}); the run is kept offline, `wandb sync` sends it."
-        )
-        given.pop("resume", None)
-        return wandb.init(mode="offline", **given)
+    if SWEEP_ID not in os.environ:
+        given["id"] = _run_id(out)
+    if spec.wandb == "online":
+        if wandb.login(prompt=False, verify=False):
+            try:
+                return wandb.init(mode="online", **given, resume="allow" if "id" in given else None)
+            except CommError as error:
+                why = f"the server cannot be reached ({error})"
+        else:
+            why = "nobody is logged in (`wandb login`)"
+        line = f"wandb: online, but {why}; the run is kept offline, `wandb sync {out}/wandb/offline-*` sends it."
+        sys.stderr.write(" ".join(line.split()) + "\n")
+    return wandb.init(mode="offline", **given)
 
 
 def _run_id(out: Path) -> str:
@@ -154,7 +139,3 @@ def sweep_folder(default: Path) -> Path:
     """Return the folder for a training without --out: under `wandb agent` each run of a sweep has its own below it."""
     run_id = os.environ.get(SWEEP_RUN_ID)
     return default / run_id if os.environ.get(SWEEP_ID) and run_id else default
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(" ".join(line.split()) + "\n")

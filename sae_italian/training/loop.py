@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import disk_errors
-from sae_italian.training.checkpoint import Checkpoints
+from sae_italian.training.checkpoint import Checkpoints, cut_metrics
 from sae_italian.training.sae_run import SAERun
 from sae_italian.training.stream import ActivationStream
 
 LOG_EVERY_STEPS = 10
+# Ctrl-C, `kill`, a closed terminal, and Slurm's warning before the time is up.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Loop:
@@ -37,17 +39,13 @@ class Loop:
 
     def resume(self) -> bool:
         """Restore the last checkpoint; False when there is none. Raises: DataError as `Checkpoints.load`."""
-        return self.checkpoints.load(self._load)
 
-    def _load(self, folder: Path) -> None:
-        for name, run in self.runs.items():
-            run.load(folder / name)
-        self.stream.load(folder)
+        def read(folder: Path) -> None:
+            for name, run in self.runs.items():
+                run.load(folder / name)
+            self.stream.load(folder)
 
-    def _save(self, folder: Path) -> None:
-        for name, run in self.runs.items():
-            run.save(folder / name)
-        self.stream.save(folder)
+        return self.checkpoints.load(read)
 
     def fit(self) -> None:
         """Train to the end, or to the next signal, which saves the state and raises KeyboardInterrupt.
@@ -56,7 +54,7 @@ class Loop:
         state is saved) or the disk is full.
         """
         for run in self.runs.values():
-            run.metrics.truncate(run.n_steps)
+            cut_metrics(run.metrics_file, run.n_steps)
         with self._signals(), self._progress() as bar:
             for run in self.runs.values():
                 run.prepare(self.stream)
@@ -66,7 +64,9 @@ class Loop:
                 self._step()
                 self._record(bar)
                 bar.update(self.first.n_tokens - before)
-                self._evaluate(before)
+                if self._passed(self.spec.evaluate_every_tokens, before):
+                    for run in self.runs.values():
+                        run.evaluate(self.stream.model)
                 if self._checkpoint_is_due(before):
                     self.save()
                 if self.interrupted:
@@ -89,33 +89,32 @@ class Loop:
     def _record(self, bar: Any) -> None:
         if (self.first.n_steps - 1) % LOG_EVERY_STEPS:
             return
-        with self._naming():
+        with self._naming_what_is_safe():
             rows = [run.record() for run in self.runs.values()]
-        values = [row["metrics/explained_variance"] for row in rows]
-        bar.set_postfix(
-            ev=f"{sum(values) / len(values):.3f}", dead=sum(int(row["sparsity/dead_features"]) for row in rows)
-        )
+        explained = sum(row["metrics/explained_variance"] for row in rows) / len(rows)
+        bar.set_postfix(ev=f"{explained:.3f}", dead=sum(int(row["sparsity/dead_features"]) for row in rows))
 
-    def _evaluate(self, before: int) -> None:
-        every = self.spec.evaluate_every_tokens
-        if every and _passed(every, before, self.first.n_tokens):
-            for run in self.runs.values():
-                run.evaluate(self.stream.model)
+    def _passed(self, every: int, before: int) -> bool:
+        """Return whether a multiple of `every` was passed, so a resumed run saves where an uninterrupted one would."""
+        return every > 0 and self.first.n_tokens // every > before // every
 
     def _checkpoint_is_due(self, before: int) -> bool:
         minutes = (time.monotonic() - self.saved_at) / 60
-        return (
-            self.interrupted
-            or _passed(self.spec.checkpoint_every_tokens, before, self.first.n_tokens)
-            or 0 < self.spec.checkpoint_every_minutes <= minutes
-        )
+        by_time = 0 < self.spec.checkpoint_every_minutes <= minutes
+        return self.interrupted or by_time or self._passed(self.spec.checkpoint_every_tokens, before)
 
     def save(self) -> None:
         """Save the state of everything, unless it is bad. Raises: UsageError when it is, or the disk is full."""
-        with self._naming():
+
+        def write(folder: Path) -> None:
+            for name, run in self.runs.items():
+                run.save(folder / name)
+            self.stream.save(folder)
+
+        with self._naming_what_is_safe():
             for run in self.runs.values():
                 run.check()
-        self.checkpoints.save(self.first.n_tokens, self._save)
+        self.checkpoints.save(self.first.n_tokens, write)
         saved = self.checkpoints.last()
         for name, run in self.runs.items():
             if saved:
@@ -123,35 +122,32 @@ class Loop:
         self.saved_at = time.monotonic()
 
     @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Add to an error of a run what is safe."""
+    def _naming_what_is_safe(self) -> Iterator[None]:
         try:
             yield
         except UsageError as error:
             raise UsageError(f"{error} {self.checkpoints.kept()}") from error
 
     def finish(self) -> None:
-        """Write all SAEs, then drop the checkpoints. Raises: UsageError when the disk is full."""
+        """Write all SAEs, then drop the checkpoints. Raises: UsageError when one has diverged or the disk is full."""
+        with self._naming_what_is_safe():
+            for run in self.runs.values():
+                run.check()
         with disk_errors(self.checkpoints.folder.parent, self.checkpoints.kept()):
             for run in self.runs.values():
                 run.finish()
         self.checkpoints.clear()
 
     def _progress(self) -> Any:
-        return tqdm(
-            total=self.spec.training_tokens,
-            initial=self.first.n_tokens,
-            unit="tok",
-            unit_scale=True,
-            desc="train SAE" if len(self.runs) == 1 else f"train {len(self.runs)} SAEs",
-            disable=None,
-        )
+        what = "train SAE" if len(self.runs) == 1 else f"train {len(self.runs)} SAEs"
+        total, done = self.spec.training_tokens, self.first.n_tokens
+        return tqdm(desc=what, total=total, initial=done, unit="tok", unit_scale=True, disable=None)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM finish the step and save, then stop; a second one stops at once.
+        """Let a signal finish the step and save, then stop; a second one stops at once.
 
-        Only in the main thread, and restored afterwards.
+        Only in the main thread, and restored afterwards. `nohup` ignores SIGHUP, and so it stays ignored.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -164,14 +160,12 @@ class Loop:
                 raise KeyboardInterrupt("at once; --resume continues from the last checkpoint")
             self.interrupted = True
 
-        before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        heard = [number for number, was in before.items() if was != signal.SIG_IGN or number == signal.SIGINT]
         try:
+            for number in heard:
+                signal.signal(number, ask_to_stop)
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _passed(every: int, before: int, now: int) -> bool:
-    """Return whether a multiple of `every` was passed, so a resumed run saves where an uninterrupted one would."""
-    return now // every > before // every
+            for number in heard:
+                signal.signal(number, before[number] or signal.SIG_DFL)

@@ -1,8 +1,8 @@
-"""What a training run takes of memory, reckoned from shapes before anything is allocated."""
+"""What a training takes of memory, reckoned from shapes before anything is allocated: `train --dry-run`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -41,30 +41,25 @@ class Memory:
 
 def memory_of(specs: Sequence[RunSpec]) -> Memory:
     """Return what training these SAEs on one pass of their model takes. Raises: UsageError as `RunSpec.sae_config`."""
-    configs, first = [_shape(spec) for spec in specs], specs[0]
-    config: Any = load_model_config(first.model)
+    first, saes, steps = specs[0], 0, []
+    for spec in specs:
+        sae = spec.sae_config()
+        both = sae.d_in + getattr(sae, "d_out", sae.d_in)
+        matrices = SPARSE_MATRICES if sae.architecture() in SPARSE else DENSE_MATRICES
+        saes += COPIES * FLOAT * sae.d_sae * (both + 1)
+        steps.append(FLOAT * spec.train_batch_size_tokens * (matrices * sae.d_sae + 4 * both))
+    model: Any = load_model_config(first.model)
     width = 2 if first.dtype == "bfloat16" else 4
-    tokens = first.store_batch_size_prompts * first.context_size
-    hidden = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    hooks = {hook for spec in specs for hook in (spec.hook_name, spec.hook_name_out) if hook}
+    hidden = getattr(model, "intermediate_size", None) or 4 * model.hidden_size
+    hooks = {hook for spec in specs for hook in spec.hook_names}
+    forward = first.store_batch_size_prompts * first.context_size * (6 * model.hidden_size + 3 * hidden)
     return Memory(
-        saes_gb=sum(COPIES * FLOAT * d_sae * (d_in + d_out + 1) for d_in, d_out, d_sae, _ in configs) / GB,
-        step_gb=max(
-            FLOAT * spec.train_batch_size_tokens * (matrices * d_sae + 4 * (d_in + d_out))
-            for spec, (d_in, d_out, d_sae, matrices) in zip(specs, configs, strict=True)
-        )
-        / GB,
+        saes_gb=saes / GB,
+        step_gb=max(steps) / GB,
         model_gb=width * n_parameters(first.model) / GB,
-        forward_gb=width * tokens * (6 * config.hidden_size + 3 * hidden) / GB,
-        buffer_gb=width * len(hooks) * first.buffer_tokens * config.hidden_size / GB,
+        forward_gb=width * forward / GB,
+        buffer_gb=width * len(hooks) * first.buffer_tokens * model.hidden_size / GB,
     )
-
-
-def _shape(spec: RunSpec) -> tuple[int, int, int, int]:
-    """Return d_in, d_out, d_sae and how many [batch, d_sae] matrices a step holds."""
-    config = spec.sae_config()
-    matrices = SPARSE_MATRICES if config.architecture() in SPARSE else DENSE_MATRICES
-    return config.d_in, getattr(config, "d_out", config.d_in), config.d_sae, matrices
 
 
 @cache
@@ -75,3 +70,23 @@ def n_parameters(model: str) -> int:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(load_model_config(model))
     return sum(parameter.numel() for parameter in empty.parameters())
+
+
+def plan(groups: Sequence[Mapping[str, RunSpec]], limit_gb: float | None = None) -> tuple[dict[str, Any], str]:
+    """Return what training these groups takes, each on one pass of the model, as JSON and as text."""
+    rows, lines = [], []
+    for number, group in enumerate(groups):
+        memory, n_tokens = memory_of(list(group.values())), next(iter(group.values())).training_tokens
+        parts = {"memory": asdict(memory), "memory_gb": memory.total_gb}
+        rows.append({"names": list(group), "tokens": n_tokens, **parts})
+        lines.append(f"group {number}: {_count(len(group), 'SAE')}, {n_tokens:,} tokens, memory {memory.text()}")
+        lines.append(f"  {' '.join(group)}")
+    largest = max(row["memory_gb"] for row in rows)
+    limit = "" if limit_gb is None else f" of {limit_gb:g} GB given"
+    n_saes = sum(len(group) for group in groups)
+    lines.append(f"{_count(n_saes, 'SAE')} in {_count(len(rows), 'group')}; largest group {largest:.2f} GB{limit}")
+    return {"groups": rows, "memory_gb": limit_gb}, "\n".join(lines)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"

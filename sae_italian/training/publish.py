@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import explain
+from sae_italian.base.labels import label
 from sae_italian.base.storage import read_json
-from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, read_card
-from sae_italian.training.model_card import model_card
+from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, EvaluationCard, read_card
+from sae_italian.models import catalogue
+from sae_italian.training.curves import look_at_training
 from sae_italian.training.run import read_run
 
 WEIGHTS = ("cfg.json", "sae_weights.safetensors")
 SAELENS_FILES = (*WEIGHTS, "sparsity.safetensors", "runner_cfg.json")  # what SAELens' call uploads
+OUR_FILES = (CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, "metrics.jsonl", "run.json")
 MODEL_CARD = "README.md"
+# What the front matter states as results, for the hub's tables.
+RESULTS = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "delta_lm_loss", "dead")
 
 
 @dataclass(frozen=True)
@@ -30,20 +36,13 @@ class Upload:
     warnings: tuple[str, ...]
     done: bool
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "url": self.url}
-
-    @property
-    def url(self) -> str:
-        return f"https://huggingface.co/{self.repo_id}/tree/main/{self.sae_id}"
-
     def text(self) -> str:
+        head = f"{'uploaded to' if self.done else 'dry run, nothing sent: would go to'} {self.repo_id}"
         lines = [f"{size:>14,}  {path}" for path, size in self.files.items()]
         total = f"{sum(self.files.values()):>14,}  bytes in {len(self.files)} files"
-        head = f"{'uploaded to' if self.done else 'dry run, nothing sent: would go to'} {self.repo_id}"
         notes = [f"note: {warning}" for warning in self.warnings]
-        use = f'load it with: sae-italian evaluate "{self.repo_id}:{self.sae_id}"' if self.done else ""
-        return "\n".join([head + (" (private)" if self.private else ""), *lines, total, *notes, use]).rstrip()
+        use = [f'load it with: sae-italian evaluate "{self.repo_id}:{self.sae_id}"'] if self.done else []
+        return "\n".join([head + (" (private)" if self.private else ""), *lines, total, *notes, *use])
 
 
 def publish(
@@ -64,58 +63,40 @@ def publish(
     `owner/name`, without a token, and for what the hub refuses.
     """
     sae_id = sae_id or folder.resolve().name
-    _check(folder, repo_id)
+    missing = [name for name in WEIGHTS if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(f"{folder} holds no {' and no '.join(missing)}: give the folder of a finished training.")
+    if not _on_hub(repo_id) or repo_id.endswith("/"):
+        raise UsageError(f"repository {repo_id!r} is not of the form owner/name, e.g. unipi/minerva-1b-saes.")
     card = read_card(folder)
     if card is None:
         raise UsageError(
             f"{folder} has no evaluation card, and nothing is published without one. "
             f"Make it: sae-italian evaluate {folder} --tokens 1000000 --loss-tokens 100000"
         )
-    with tempfile.TemporaryDirectory() as staging:
-        extras = _stage(folder, Path(staging), model_card(folder, card, repo_id, sae_id, licence))
+    with tempfile.TemporaryDirectory() as temporary:
+        staging = Path(temporary)
+        extras = _stage(folder, staging, model_card(folder, card, repo_id, sae_id, licence))
         ours = [folder / name for name in SAELENS_FILES if (folder / name).is_file()]
         files = {f"{sae_id}/{file.name}": file.stat().st_size for file in (*ours, *extras)}
-        if not dry_run:
-            try:
-                root = _send(folder, Path(staging), repo_id, sae_id, private)
-            except UsageError:
-                raise
-            except Exception as error:  # the hub's errors are of many kinds; each becomes one line
-                raise _refused(error, repo_id) from error
-        else:
-            root = True
-        if root:
-            files[MODEL_CARD] = (Path(staging) / MODEL_CARD).stat().st_size
+        if dry_run or _send(folder, staging, repo_id, sae_id, private):
+            files[MODEL_CARD] = (staging / MODEL_CARD).stat().st_size
     return Upload(repo_id, sae_id, private, files, _warnings(folder), not dry_run)
-
-
-def _check(folder: Path, repo_id: str) -> None:
-    missing = [name for name in WEIGHTS if not (folder / name).is_file()]
-    if missing:
-        raise UsageError(f"{folder} holds no {' and no '.join(missing)}: give the folder of a finished training.")
-    if repo_id.count("/") != 1 or repo_id.startswith(("/", ".", "~")) or repo_id.endswith("/"):
-        raise UsageError(f"repository {repo_id!r} is not of the form owner/name, e.g. unipi/minerva-1b-saes.")
 
 
 def _stage(folder: Path, staging: Path, readme: str) -> list[Path]:
     """Write the model card, and copy card, picture and curves where they are; return the files."""
-    from sae_italian.training.curves import compare, plain_svg, read_curve
-
     (staging / MODEL_CARD).write_text(readme, encoding="utf-8")
-    for name in (CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, "metrics.jsonl", "run.json"):
+    for name in OUR_FILES:
         if (folder / name).is_file():
             (staging / name).write_bytes((folder / name).read_bytes())
     if (folder / "metrics.jsonl").is_file():
-        try:
-            picture = compare(folder).svg()
-        except UsageError:  # no recipe to stand beside: the curves alone
-            picture = plain_svg(read_curve(folder), folder.resolve().name)
-        (staging / "curves.svg").write_text(picture, encoding="utf-8")
+        (staging / "curves.svg").write_text(look_at_training(folder)[1], encoding="utf-8")
     return sorted(staging.iterdir())
 
 
 def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool) -> bool:
-    """Upload everything; return whether the repository's own README.md was written. Raises: what the hub raises."""
+    """Upload everything; return whether the repository's own README.md was written. Raises: UsageError."""
     from huggingface_hub import HfApi, get_token
     from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 
@@ -124,28 +105,20 @@ def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool)
             "the hub needs to know who you are: run `hf auth login`, or set HF_TOKEN to a token that may write "
             "(https://huggingface.co/settings/tokens)."
         )
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)  # SAELens' call would make it public
-    upload_saes_to_huggingface({sae_id: folder}, repo_id, show_progress=False, add_default_readme=False)
-    api.upload_folder(
-        folder_path=staging,
-        path_in_repo=sae_id,
-        repo_id=repo_id,
-        commit_message=f"Evaluation card and curves of {sae_id}",
-    )
-    if api.file_exists(repo_id, MODEL_CARD):
-        return False
-    text = (
-        (staging / MODEL_CARD)
-        .read_text(encoding="utf-8")
-        .replace(f"]({DENSITY_PICTURE})", f"]({sae_id}/{DENSITY_PICTURE})")
-    )
-    api.upload_file(
-        path_or_fileobj=text.encode(),
-        path_in_repo=MODEL_CARD,
-        repo_id=repo_id,
-        commit_message="Model card",
-    )
+    api: Any = HfApi()
+    to = {"repo_id": repo_id}
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)  # SAELens' call would make it public
+        upload_saes_to_huggingface({sae_id: folder}, repo_id, show_progress=False, add_default_readme=False)
+        note = f"Evaluation card and curves of {sae_id}"
+        api.upload_folder(folder_path=staging, path_in_repo=sae_id, commit_message=note, **to)
+        if api.file_exists(repo_id, MODEL_CARD):
+            return False
+        text = (staging / MODEL_CARD).read_text(encoding="utf-8")
+        text = text.replace(f"]({DENSITY_PICTURE})", f"]({sae_id}/{DENSITY_PICTURE})")
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo=MODEL_CARD, commit_message="Model card", **to)
+    except Exception as error:  # the hub's errors are of many kinds; each becomes one line
+        raise _refused(error, repo_id) from error
     return True
 
 
@@ -164,13 +137,65 @@ def _refused(error: Exception, repo_id: str) -> UsageError:
 def _warnings(folder: Path) -> tuple[str, ...]:
     """Return what others would stumble over: local paths where names that everyone has are expected."""
     metadata = read_json(folder / "cfg.json").get("metadata") or {}
-    spec = read_run(folder).get("spec") or {}
-    named = {
-        "model_name": metadata.get("model_name"),
-        "dataset_path": metadata.get("dataset_path") or spec.get("corpus"),
-    }
     return tuple(
-        f"cfg.json's metadata.{key} is the local path {value}; others cannot find it there"
-        for key, value in named.items()
-        if value and Path(str(value)).is_absolute()
+        f"cfg.json's metadata.{key} is the local path {metadata[key]}; others cannot find it there"
+        for key in ("model_name", "dataset_path")
+        if Path(str(metadata.get(key))).is_absolute()
     )
+
+
+def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, licence: str | None = None) -> str:
+    """Return the README.md of the SAE in `folder`, Markdown in Italian and English with the hub's YAML front matter."""
+    from huggingface_hub import ModelCard
+
+    spec, architecture = read_run(folder).get("spec") or {}, read_json(folder / "cfg.json").get("architecture", "sae")
+    entry = catalogue().get(card.model)
+    licence = licence or (entry.licence.lower() if entry else "other")
+    words: dict[str, Any] = {
+        "card": card,
+        "repo_id": repo_id,
+        "sae_id": sae_id,
+        "architecture": architecture,
+        "spec": spec,
+        "corpus": Path(str(spec.get("corpus"))).name,
+        "target": card.hook_name_out if card.hook_name_out != card.hook_name else "",
+        "picture": DENSITY_PICTURE if (folder / DENSITY_PICTURE).is_file() else "",
+        "en": "{:,}".format,
+        "it": lambda number: f"{number:,}".replace(",", "."),
+    }
+    template = resources.files("sae_italian.training").joinpath("model_card.md").read_text(encoding="utf-8")
+    front = _front_matter(card, sae_id, architecture, licence)
+    return ModelCard.from_template(front, template_str=template, **words).content
+
+
+def _front_matter(card: EvaluationCard, sae_id: str, architecture: str, licence: str) -> Any:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    where: Any = {
+        "task_type": "feature-extraction",
+        "task_name": "sparse reconstruction of activations",
+        "dataset_type": card.corpus if _on_hub(card.corpus) else "local",
+        "dataset_name": Path(card.corpus).name,
+        "dataset_split": card.split,
+    }
+    values = {key: estimate.value for key, estimate in card.estimates().items() if key in RESULTS}
+    return ModelCardData(
+        library_name="saelens",
+        license=licence,
+        language=["it"],
+        tags=["sparse-autoencoder", "sae", "saelens", "sae-italian", "mechanistic-interpretability", architecture],
+        metrics=list(RESULTS),
+        base_model=card.model if _on_hub(card.model) else None,
+        datasets=[card.corpus] if _on_hub(card.corpus) and "," not in card.corpus else None,
+        model_name=sae_id,
+        eval_results=[
+            EvalResult(metric_type=key, metric_name=label(f"card.{key}"), metric_value=value, **where)
+            for key, value in values.items()
+            if value == value
+        ],
+    )
+
+
+def _on_hub(name: str) -> bool:
+    """Return whether a name has the form of a hub id, owner/name, and is no path."""
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~", "hf:")) and not Path(name).exists()

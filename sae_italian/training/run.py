@@ -1,8 +1,10 @@
-"""The folder of one training run: refused or claimed, trained into, resumed, finished."""
+"""Folders of training: one SAE, or the groups of a suite; refused or claimed, trained into, resumed, finished."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,19 @@ from sae_italian.training.checkpoint import Checkpoints
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import open_logger
 from sae_italian.training.loop import Loop
+from sae_italian.training.sae_run import SAERun
 from sae_italian.training.stream import ActivationStream, kept_positions
-from sae_italian.training.transcoder_run import open_run
+from sae_italian.training.suite import SuiteSpec
 
-KIND = "train"
+KIND, SUITE_KIND = "train", "suite"
+WEIGHTS = "sae_weights.safetensors"  # written last: where they are, the training is finished
 SAE_FOLDER = "sae"  # of a checkpoint that holds one SAE
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer packs into one on average
+COUNTED_CHARACTERS = 200_000_000  # of a corpus whose length is checked
 # Settings that decide nothing of what was trained so far: a run may be resumed with others.
-CHANGEABLE = (
-    "repeat_corpus",
-    "wandb",
-    "wandb_project",
-    "wandb_checkpoints",
-    "checkpoint_every_tokens",
-    "checkpoint_every_minutes",
-    "evaluate_every_tokens",
-    "evaluate_tokens",
-    "evaluate_corpus",
-)
+CHANGEABLE = {"repeat_corpus"} | {
+    name for name in RunSpec.model_fields if name.startswith(("wandb", "checkpoint_every", "evaluate"))
+}
 
 
 def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -48,34 +45,85 @@ def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bo
     run, and as `Loop.fit`; KeyboardInterrupt after a signal, once the state is saved.
     """
     out = Path(out)
-    kept_positions(spec.seqpos_slice, spec.context_size)
-    config = spec.to_saelens()
     check_run(spec)
-    model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
-    check_length(spec, model.tokenizer)
-    continuing = claim_run(out, spec, resume=resume, overwrite=overwrite)
-    checkpoints = Checkpoints(out, identity(spec))
-    if continuing and (out / "sae_weights.safetensors").is_file():
+    model = _model_of(spec)
+    continuing = _claim(out, spec, resume=resume, overwrite=overwrite)
+    checkpoints = Checkpoints(out, _identity(spec))
+    if continuing and (out / WEIGHTS).is_file():
         checkpoints.clear()
-        return out
-    run = open_run(spec, model, out)
-    loop = Loop({SAE_FOLDER: run}, open_stream(spec, model, run.hook_names), checkpoints)
-    if continuing:
-        loop.resume()
-    with open_logger(spec, config, out) as log:
-        run.log = log
-        loop.fit()
-        loop.finish()
-        log.finish(out, model, loop.stream.windows.state())
+    else:
+        _train_together({SAE_FOLDER: spec}, {SAE_FOLDER: out}, model, checkpoints)
     return out
 
 
-def identity(spec: RunSpec) -> dict[str, Any]:
+def train_suite(
+    suite: SuiteSpec,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    run_units: Callable[..., Iterator[list[Path]]] = map,
+) -> list[Path]:
+    """Train every group of a suite into `out/<name>` and return these folders.
+
+    `run_units` maps the groups: one after the other here, or elsewhere, as a group is a unit of work of its own. With
+    `resume`, finished groups are left alone and the one that was stopped goes on.
+    Raises: UsageError as `train`, and for a suite that does not fit its memory; KeyboardInterrupt after a signal.
+    """
+    out, groups = Path(out), suite.groups()
+    check_run(next(iter(groups[0].values())))
+    claim_folder(out, SUITE_KIND, suite.model_dump(mode="json"), resume=resume, overwrite=overwrite)
+    trained = run_units(partial(train_group, suite, out), range(len(groups)))
+    return [folder for folders in trained for folder in folders]
+
+
+def train_group(suite: SuiteSpec, out: Path, index: int) -> list[Path]:
+    """Train one group on one pass of the model and return its SAEs' folders; goes on where it was stopped.
+
+    Raises: UsageError as `train`; KeyboardInterrupt after a signal, once the state is saved.
+    """
+    specs = suite.groups()[index]
+    folders = {name: out / name for name in specs}
+    checkpoints = Checkpoints(out / f"group-{index:03}", {name: _identity(spec) for name, spec in specs.items()})
+    if all((folder / WEIGHTS).is_file() for folder in folders.values()):
+        checkpoints.clear()
+    else:
+        model = _model_of(next(iter(specs.values())))
+        for name, spec in specs.items():
+            claim_folder(folders[name], KIND, spec.model_dump(mode="json"), resume=True)
+        _train_together(specs, folders, model, checkpoints)
+    return list(folders.values())
+
+
+def _train_together(
+    specs: Mapping[str, RunSpec], folders: Mapping[str, Path], model: Any, checkpoints: Checkpoints
+) -> None:
+    """Train SAEs on one stream of batches, from their last checkpoint if there is one."""
+    runs = {name: SAERun(spec, model, folders[name]) for name, spec in specs.items()}
+    hook_names = [hook for spec in specs.values() for hook in spec.hook_names]
+    loop = Loop(runs, open_stream(next(iter(specs.values())), model, hook_names), checkpoints)
+    loop.resume()
+    with contextlib.ExitStack() as stack:
+        for run in runs.values():
+            run.log = stack.enter_context(open_logger(run.spec, run.config, run.out))
+        loop.fit()
+        loop.finish()
+        for run in runs.values():
+            run.tell_finished(model, loop.stream.windows.state())
+
+
+def _model_of(spec: RunSpec) -> Any:
+    model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
+    check_length(spec, model.tokenizer)
+    return model
+
+
+def _identity(spec: RunSpec) -> dict[str, Any]:
     """Return the settings that decide the result."""
-    return {key: value for key, value in spec.model_dump(mode="json").items() if key not in CHANGEABLE}
+    return spec.model_dump(mode="json", exclude=CHANGEABLE)
 
 
-def claim_run(out: Path, spec: RunSpec, *, resume: bool, overwrite: bool) -> bool:
+def _claim(out: Path, spec: RunSpec, *, resume: bool, overwrite: bool) -> bool:
     """Claim the folder as `claim_folder` does, but let a resumed run differ in what is CHANGEABLE."""
     earlier, given = read_run(out), spec.model_dump(mode="json")
     kept = {key: value for key, value in earlier.get("spec", {}).items() if key in CHANGEABLE}
@@ -86,31 +134,30 @@ def claim_run(out: Path, spec: RunSpec, *, resume: bool, overwrite: bool) -> boo
 
 
 def check_run(spec: RunSpec) -> None:
-    """Raise UsageError for sizes and corpora that cannot work, before a model is loaded and anything is written."""
+    """Raise UsageError for settings and corpora that cannot work, before a model is loaded and anything is written."""
+    kept_positions(spec.seqpos_slice, spec.context_size)
+    spec.to_saelens()
     check_corpus(spec.corpus, text_column=spec.text_column)
-    if spec.training_tokens < spec.train_batch_size_tokens:
-        raise UsageError(
-            f"training_tokens is {spec.training_tokens}, less than one batch of {spec.train_batch_size_tokens}."
-        )
-    if spec.buffer_tokens < spec.train_batch_size_tokens:
-        raise UsageError(
-            f"buffer_tokens is {spec.buffer_tokens}, less than one batch of {spec.train_batch_size_tokens}. Raise it."
-        )
+    for key in ("training_tokens", "buffer_tokens"):
+        if getattr(spec, key) < spec.train_batch_size_tokens:
+            raise UsageError(
+                f"{key} is {getattr(spec, key)}, less than one batch of {spec.train_batch_size_tokens}. Raise it."
+            )
     if spec.evaluate_every_tokens and is_pretokenized(spec.evaluate_corpus or spec.corpus):
         raise UsageError(
             "evaluate_every_tokens needs held-out text, and a pretokenised corpus holds none: set evaluate_corpus."
         )
 
 
-def open_stream(spec: RunSpec, model: Any, hook_names: str | Sequence[str] | None = None) -> ActivationStream:
-    """Return the stream of training activations that a spec describes, at its hook or at the given ones."""
+def open_stream(spec: RunSpec, model: Any, hook_names: str | Sequence[str]) -> ActivationStream:
+    """Return the stream of training activations that a spec describes, at the given hooks."""
     corpus = spec.corpus
     return ActivationStream(
         model,
         PretokenizedCorpus(corpus)
         if is_pretokenized(corpus)
         else lambda: CorpusStream(corpus, Reader(split="train", text_column=spec.text_column)),
-        hook_names or spec.hook_name,
+        hook_names,
         context_size=spec.context_size,
         batch_size=spec.train_batch_size_tokens,
         forward_windows=spec.store_batch_size_prompts,
@@ -123,38 +170,39 @@ def open_stream(spec: RunSpec, model: Any, hook_names: str | Sequence[str] | Non
 
 
 def check_length(spec: RunSpec, tokenizer: Any) -> None:
-    """Refuse a local corpus with fewer training tokens than `training_tokens`, unless `repeat_corpus` is set.
+    """Refuse a corpus with fewer training tokens than `training_tokens`, unless `repeat_corpus` is set.
 
-    Only as much is read as decides it, and at most 200 M characters; hub corpora and mixtures are taken as long enough.
-    Raises: UsageError, with the number of tokens there are.
+    Hub corpora and mixtures are taken as long enough. Raises: UsageError, with the number of tokens there are.
     """
-    if is_pretokenized(spec.corpus) and not spec.repeat_corpus:
-        corpus = PretokenizedCorpus(spec.corpus)
-        if len(corpus) * corpus.context_size < spec.training_tokens:
-            raise _too_short(spec, len(corpus) * corpus.context_size)
-    parts = [Path(part.strip()).expanduser() for part in spec.corpus.split(",")]
-    if spec.repeat_corpus or is_pretokenized(spec.corpus) or not all(part.exists() for part in parts):
+    if spec.repeat_corpus:
         return
-    n_characters, enough = 0, min(CHARACTERS_PER_TOKEN * spec.training_tokens, 200_000_000)
+    if is_pretokenized(spec.corpus):
+        corpus = PretokenizedCorpus(spec.corpus)
+        n_tokens = len(corpus) * corpus.context_size
+    elif all(Path(part.strip()).expanduser().exists() for part in spec.corpus.split(",")):
+        n_tokens = _count_tokens(spec, tokenizer)
+    else:
+        return
+    if n_tokens < spec.training_tokens:
+        raise UsageError(
+            f"corpus {spec.corpus!r} has {n_tokens:,} training tokens, fewer than the {spec.training_tokens:,} of "
+            "training_tokens. Lower it, use more text, or set repeat_corpus=true to read the corpus more than once."
+        )
+
+
+def _count_tokens(spec: RunSpec, tokenizer: Any) -> int:
+    """Return the training tokens of a local corpus, or `training_tokens` as soon as its characters must hold so many."""
+    n_characters, enough = 0, min(CHARACTERS_PER_TOKEN * spec.training_tokens, COUNTED_CHARACTERS)
     for document in iter_documents(spec.corpus, "train", text_column=spec.text_column):
         n_characters += len(document.text)
         if n_characters >= enough:
-            return
+            return spec.training_tokens
     documents = iter_documents(spec.corpus, "train", text_column=spec.text_column)
     blocks = pack(documents, tokenizer, spec.context_size)
-    n_tokens = sum(int((~special_mask(block.tokens, tokenizer)).sum()) for block in blocks)
-    if n_tokens < spec.training_tokens:
-        raise _too_short(spec, n_tokens)
-
-
-def _too_short(spec: RunSpec, n_tokens: int) -> UsageError:
-    return UsageError(
-        f"corpus {spec.corpus!r} has {n_tokens:,} training tokens, fewer than the {spec.training_tokens:,} of training_tokens. "
-        "Lower it, use more text, or set repeat_corpus=true to read the corpus more than once."
-    )
+    return sum(int((~special_mask(block.tokens, tokenizer)).sum()) for block in blocks)
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
     """Return `run.json` of a training folder, or an empty dict for an SAE that was not trained here."""
-    file = Path(folder) / "run.json"
+    file = Path(folder) / RUN_FILE
     return read_json(file) if file.is_file() else {}

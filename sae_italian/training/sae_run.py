@@ -1,4 +1,4 @@
-"""One SAE in training: SAELens' trainer, and what is written about it into a folder of its own."""
+"""One SAE or transcoder in training: SAELens' trainer, and what is written about it into a folder of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,36 +16,25 @@ import torch
 from torch import Tensor
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.statistics import Estimate
 from sae_italian.base.storage import atomic_path, read_json, write_json
+from sae_italian.evaluation import EvaluationCard, evaluate
 from sae_italian.models import parse_hook_name
+from sae_italian.saes import load_sae
 from sae_italian.saes.sparse import tune
-from sae_italian.training.annealing import annealed_k, set_k
-from sae_italian.training.checkpoint import Metrics
+from sae_italian.training.checkpoint import append_metrics
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import RunLog
 from sae_italian.training.stream import ActivationStream
 
 DIVERGED = 10.0  # times the loss at the start, and times the variance of the activations
+# The reconstruction's own loss where it is told apart: the sparsity term grows by plan while its coefficient warms up.
 LOSS_KEYS = ("losses/mse_loss", "losses/overall_loss")
-
-_FROM_CONFIG = (
-    "model_name",
-    "hook_name",
-    "hook_head_index",
-    "context_size",
-    "seqpos_slice",
-    "prepend_bos",
-    "exclude_special_tokens",
-    "sequence_separator_token",
-    "disable_concat_sequences",
-)
 
 
 class SAERun:
-    """An SAE, its trainer and its folder `out`. Who drives it hands it batches of its `hook_names` and says when to log.
+    """An SAE, its trainer and its folder `out`. Who drives it hands it batches of its hooks and says when to log.
 
-    For another kind of SAE override `hook_names` and `training_batch` (a transcoder reads at two hooks).
+    A transcoder is an SAE that reads at two hooks: its trainer takes input and target side by side, [tokens, d_in + d_out].
     """
 
     def __init__(self, spec: RunSpec, model: Any, out: Path):
@@ -54,19 +44,23 @@ class SAERun:
         self.config = spec.to_saelens()
         torch.manual_seed(spec.seed)
         self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict())
-        self._describe(self.sae.cfg.metadata, model)
+        self._describe(model)
         self.sae.to(spec.device)
-        trainer = SAETrainer(cfg=_without_wandb(self.config), sae=self.sae, data_provider=iter(()))
-        self.trainer: Any = tune(trainer)
-        self.metrics = Metrics(out / "metrics.jsonl")
+        config = self.config.to_sae_trainer_config()
+        # W&B is told by our log, else SAELens uploads every checkpoint to whatever run is open
+        config.logger = replace(config.logger, log_to_wandb=False)
+        self.trainer: Any = tune(SAETrainer(cfg=config, sae=self.sae, data_provider=iter(())))
+        if spec.hook_name_out is not None:
+            from sae_italian.saes.architectures import PairScaler
+
+            self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
         self.log = RunLog()  # W&B, when asked for
         self.output: Any = None  # of the last step
         self.start_loss = math.nan
 
     @property
-    def hook_names(self) -> tuple[str, ...]:
-        """The hooks whose activations `step` wants."""
-        return (self.spec.hook_name,)
+    def metrics_file(self) -> Path:
+        return self.out / "metrics.jsonl"
 
     @property
     def n_tokens(self) -> int:
@@ -77,70 +71,69 @@ class SAERun:
         """Steps done."""
         return self.trainer.n_training_steps
 
-    def training_batch(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return what the trainer takes, of the activations [tokens, d_in] by hook name."""
-        return batch[self.spec.hook_name]
-
-    def _describe(self, metadata: Any, model: Any) -> None:
+    def _describe(self, model: Any) -> None:
         """Write what SAELens' own runner writes, truthfully for a Hugging Face model."""
-        for field in _FROM_CONFIG:
+        metadata, spec = self.sae.cfg.metadata, self.spec
+        same = "model_name hook_name hook_head_index context_size seqpos_slice prepend_bos exclude_special_tokens"
+        for field in (*same.split(), "sequence_separator_token", "disable_concat_sequences"):
             setattr(metadata, field, getattr(self.config, field))
         metadata.model_class_name = "HookedTransformer"  # what SAELens' tools load to run this SAE on the hook name
         metadata.model_from_pretrained_kwargs = {}
-        metadata.dataset_path = self.spec.corpus
+        metadata.dataset_path = spec.corpus
         metadata.harvested_from = "hf"
         metadata.model_revision = getattr(model, "loaded_from", {}).get("revision")
-        metadata.hf_hook_name = parse_hook_name(self.config.hook_name).module_path(model.config)
+        metadata.hf_hook_name = parse_hook_name(spec.hook_name).module_path(model.config)
+        if spec.hook_name_out is not None:
+            metadata.hook_name_out = spec.hook_name_out
+
+    def _beside(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the trainer takes, of the activations [tokens, d_in] by hook name."""
+        rows = [batch[name] for name in self.spec.hook_names]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
     def prepare(self, stream: ActivationStream) -> None:
         """Estimate the input scale from the stream's first buffer, which costs neither a token nor a forward pass."""
-        scaler, normalize = self.trainer.activation_scaler, self.sae.cfg.normalize_activations
+        scaler, cfg = self.trainer.activation_scaler, self.sae.cfg
         if scaler.scaling_factor is not None or scaler.whitening is not None:
             return
-        rows = iter([self.training_batch({name: stream.sample(name) for name in self.hook_names})])
-        if normalize == "expected_average_only_in":
-            scaler.estimate_scaling_factor(self.sae.cfg.d_in, rows, 1)
-        elif normalize == "covariance_whitening":
-            scaler.estimate_whitening(self.sae.cfg.d_in, rows, 1)
+        rows = iter([self._beside({name: stream.sample(name) for name in self.spec.hook_names})])
+        if cfg.normalize_activations == "expected_average_only_in":
+            scaler.estimate_scaling_factor(cfg.d_in, rows, 1)
+        elif cfg.normalize_activations == "covariance_whitening":
+            scaler.estimate_whitening(cfg.d_in, rows, 1)
 
     def step(self, batch: Mapping[str, Tensor]) -> None:
         """Take one training step. It counts as done at once: log it as step `n_steps` - 1."""
         self.trainer.maybe_reset_sparsity()
-        self.anneal()
-        self.output = self.trainer.step(self.training_batch(batch))
+        self.output = self.trainer.step(self._beside(batch))
         self.trainer.n_training_steps += 1
-
-    def anneal(self) -> None:
-        """Set how many latents may fire in the step to come."""
-        spec, cfg = self.spec, self.sae.cfg
-        if spec.k_anneal_share:
-            n_steps = spec.training_tokens // spec.train_batch_size_tokens
-            start = min(cfg.d_in, cfg.d_sae)
-            set_k(self.sae, annealed_k(self.n_steps, n_steps, spec.k_anneal_share, start, cfg.k))
 
     def record(self) -> dict[str, Any]:
         """Write the last step's metrics and return them. Raises: UsageError when the training has diverged."""
         row = self.row()
-        self.metrics.append(self.n_steps - 1, row)
-        self.log(row, self.n_steps - 1)
+        self._tell(row)
         return row
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        append_metrics(self.metrics_file, self.n_steps - 1, row)
+        self.log(row, self.n_steps - 1)
 
     def row(self) -> dict[str, Any]:
         """Return the last step's metrics, in SAELens' names. Raises: UsageError when the training has diverged."""
         row = self.trainer.build_train_step_log_dict(self.output, self.n_tokens)
-        loss = next(row[key] for key in LOSS_KEYS if key in row)
+        losses = [row[key] for key in LOSS_KEYS if key in row]
         if math.isnan(self.start_loss):
-            self.start_loss = loss
-        unexplained = 1 - row["metrics/explained_variance"]
-        if not all(math.isfinite(row[key]) for key in LOSS_KEYS if key in row):
+            self.start_loss = losses[0]
+        if not all(map(math.isfinite, losses)):
             raise self._diverged(f"the loss became {row['losses/overall_loss']}")
-        if loss > DIVERGED * self.start_loss and unexplained > DIVERGED:
-            raise self._diverged(f"the loss grew from {self.start_loss:.3g} to {loss:.3g}")
+        if losses[0] > DIVERGED * self.start_loss and 1 - row["metrics/explained_variance"] > DIVERGED:
+            raise self._diverged(f"the loss grew from {self.start_loss:.3g} to {losses[0]:.3g}")
         return row
 
     def check(self) -> None:
         """Raise UsageError when the state is not worth keeping: the loss has exploded, or a weight is not finite."""
-        self.row()
+        if self.output is not None:  # None where a run is resumed whose last step was done
+            self.row()
         for name, weight in self.sae.named_parameters():
             if not torch.isfinite(weight).all():
                 raise self._diverged(f"{name} is no longer finite")
@@ -151,24 +144,35 @@ class SAERun:
         )
 
     def evaluate(self, model: Any) -> None:
-        """Judge the SAE as it would be saved now, on held-out text, and write the card's means as `eval/...`."""
-        from sae_italian.evaluation.evaluate import evaluate
+        """Judge the SAE as it would be saved now, and write the card's means as `eval/...`."""
+        means = {key: estimate.value for key, estimate in self.judge(self._inference_sae(), model).estimates().items()}
+        self._tell({f"eval/{key}": value for key, value in means.items() if math.isfinite(value)})
 
+    def judge(self, sae: Any, model: Any) -> EvaluationCard:
+        """Return the evaluation card of an SAE on the run's held-out text."""
         spec = self.spec
-        card = evaluate(
-            self.inference_sae(),
+        return evaluate(
+            sae,
             model,
             spec.evaluate_corpus or spec.corpus,
             n_tokens=spec.evaluate_tokens,
             context_size=spec.context_size,
             text_column=spec.text_column,
+            name=self.out.name,
         )
-        values = {name: value.value for name, value in vars(card).items() if isinstance(value, Estimate)}
-        row = {f"eval/{name}": value for name, value in values.items() if math.isfinite(value)}  # the rest not measured
-        self.metrics.append(self.n_steps - 1, row)
-        self.log(row, self.n_steps - 1)
 
-    def inference_sae(self) -> Any:
+    def tell_finished(self, model: Any, cursor: Mapping[str, Any]) -> None:
+        """Tell W&B of the finished SAE, with its card, which is kept in the folder too."""
+        card = None
+        if self.log.wants_card:
+            try:
+                card = self.judge(load_sae(self.out, device=self.spec.device), model)
+                card.save(self.out)
+            except UsageError as error:
+                sys.stderr.write(f"no evaluation card for W&B: {' '.join(str(error).split())}\n")
+        self.log.finish(self.out, card, cursor)
+
+    def _inference_sae(self) -> Any:
         """Return a copy of the SAE as `finish` would save it, input scale folded."""
         from sae_lens import SAE
 
@@ -177,8 +181,18 @@ class SAERun:
         self.sae.process_state_dict_for_saving_inference(weights)
         sae.process_state_dict_for_loading(weights)
         sae.load_state_dict(weights)
-        _fold(sae, self.trainer.activation_scaler)
+        self._fold(sae)
         return sae.to(self.spec.device).eval()
+
+    def _fold(self, sae: Any) -> None:
+        """Put the input scale into the weights, so the SAE takes raw activations."""
+        scaler = self.trainer.activation_scaler
+        if scaler.scaling_factor is not None:
+            sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+        if (white := scaler.whitening) is not None:
+            sae.fold_activation_whitening(
+                mean=white.mean, whitening_matrix=white.matrix, unwhitening_matrix=white.inverse_matrix
+            )
 
     def save(self, folder: Path) -> None:
         """Write the whole state of this SAE's training into a new folder."""
@@ -192,10 +206,10 @@ class SAERun:
         self.start_loss = read_json(folder / "run_state.json")["start_loss"]
 
     def finish(self) -> None:
-        """Fold the input scale and write the SAE in SAELens' format. The weights come last."""
+        """Fold the input scale and write the SAE in SAELens' format, the weights last."""
         from safetensors.torch import save_file
 
-        _fold(self.sae, self.trainer.activation_scaler)
+        self._fold(self.sae)
         self.trainer.activation_scaler.scaling_factor = self.trainer.activation_scaler.whitening = None
         self.trainer.set_final_sae_metadata()
         with atomic_path(self.out / "sparsity.safetensors") as temporary:
@@ -203,24 +217,6 @@ class SAERun:
         write_json(self.out / "runner_cfg.json", json.loads(json.dumps(self.config.to_dict(), default=str)))
         staging = self.out / ".final"
         self.sae.save_inference_model(staging)
-        os.replace(staging / "cfg.json", self.out / "cfg.json")
-        os.replace(staging / "sae_weights.safetensors", self.out / "sae_weights.safetensors")
+        for name in ("cfg.json", "sae_weights.safetensors"):
+            os.replace(staging / name, self.out / name)
         shutil.rmtree(staging)
-
-
-def _without_wandb(config: Any) -> Any:
-    """Return the trainer's config; W&B is told by our log, else SAELens uploads every checkpoint to whatever run is open."""
-    trainer_config = config.to_sae_trainer_config()
-    trainer_config.logger = replace(trainer_config.logger, log_to_wandb=False)
-    return trainer_config
-
-
-def _fold(sae: Any, scaler: Any) -> None:
-    """Put the input scale into the weights, so the SAE takes raw activations."""
-    if scaler.scaling_factor is not None:
-        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-    if scaler.whitening is not None:
-        whitening = scaler.whitening
-        sae.fold_activation_whitening(
-            mean=whitening.mean, whitening_matrix=whitening.matrix, unwhitening_matrix=whitening.inverse_matrix
-        )

@@ -8,9 +8,11 @@ one would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +22,138 @@ from torch import Tensor, nn
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import read_json, write_json
-from sae_italian.corpora.packing import special_mask
+from sae_italian.corpora import CorpusStream
+from sae_italian.corpora.packing import Packer, batched, check_context, layout_of, special_mask
+from sae_italian.corpora.pretokenize import PretokenizedCorpus
+from sae_italian.corpora.tokens import tokenise_batches
 from sae_italian.models.activations import read_many
-from sae_italian.training.windows import BLOCKS_AHEAD, Documents, Windows
+
+BLOCKS_AHEAD = 2
+DOCUMENTS_PER_BATCH = 64
 
 Rows = dict[str, Float[Tensor, "tokens d_in"]]  # by hook name, the same tokens at every hook
+Documents = Callable[[], CorpusStream] | PretokenizedCorpus  # called to start the corpus, or memory-mapped
+
+
+class _Place(NamedTuple):
+    """Where the next block of windows starts; both are None at the start of the corpus."""
+
+    corpus: Any = None  # a CorpusStream's state, or the number of a pretokenised corpus' block
+    packer: Packer | None = None  # with what is left of the documents read before
+
+
+class WindowBlocks:
+    """Yields blocks of windows [up to windows_per_block, context], read and packed ahead of their use in a thread.
+
+    The corpus is started again when it ends, unless `repeat` is False. Reading ahead changes nothing in what is
+    yielded. Raises: UsageError for a corpus without one full window, or pretokenised for something else.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        tokenizer: Any,
+        context_size: int,
+        windows_per_block: int,
+        *,
+        repeat: bool = True,
+        ahead: int = BLOCKS_AHEAD,
+    ):
+        check_context(context_size)
+        if isinstance(documents, PretokenizedCorpus):
+            check_pretokenized(documents, tokenizer, context_size)
+        self.documents, self.tokenizer, self.context_size = documents, tokenizer, context_size
+        self.windows_per_block, self.repeat, self.ahead = windows_per_block, repeat, ahead
+        self.n_blocks = 0  # taken, over all epochs
+        self.pool = ThreadPoolExecutor(1, "windows")
+        self._start(_Place())
+
+    def _start(self, place: _Place) -> None:
+        self.place, self.blocks = place, self._blocks(place)
+        self.waiting: deque[Future[Any]] = deque()
+
+    def __iter__(self) -> WindowBlocks:
+        return self
+
+    def __next__(self) -> Int[np.ndarray, "windows context"]:
+        while len(self.waiting) <= self.ahead:
+            self.waiting.append(self.pool.submit(next, self.blocks, None))
+        found = self.waiting.popleft().result()
+        if found is None:
+            raise StopIteration
+        tokens, self.place = found
+        self.n_blocks += 1
+        return tokens
+
+    def _blocks(self, place: _Place) -> Iterator[tuple[np.ndarray, _Place]]:
+        """Yield each block with the place of the one after it."""
+        while True:
+            empty = place == _Place()
+            for found in self._epoch(place):
+                empty = False
+                yield found
+            if empty:
+                raise UsageError(
+                    f"the corpus is too short: not one window of {self.context_size} tokens. Use a longer one."
+                )
+            if not self.repeat:
+                return
+            place = _Place()
+
+    def _epoch(self, place: _Place) -> Iterator[tuple[np.ndarray, _Place]]:
+        """Yield the blocks from a place to the end of the corpus."""
+        if isinstance(self.documents, PretokenizedCorpus):
+            first = place.corpus or 0
+            for number, tokens in enumerate(self.documents.blocks(self.windows_per_block, first), first + 1):
+                yield tokens, _Place(number)
+            return
+        stream, read, packer = self.documents(), place.corpus, self._packer()
+        if place.packer is not None:
+            stream.load_state(read)
+            packer = place.packer.copy()
+        for batch, pieces in tokenise_batches(batched(stream, DOCUMENTS_PER_BATCH), self.tokenizer):
+            packer.add(batch, pieces)
+            read = stream.state()
+            while packer.n_windows >= self.windows_per_block:
+                yield packer.take(self.windows_per_block).tokens, _Place(read, packer.copy())
+        while packer.n_windows:
+            n_windows = min(packer.n_windows, self.windows_per_block)
+            yield packer.take(n_windows).tokens, _Place(read, packer.copy())
+
+    def _packer(self) -> Packer:
+        return Packer(self.context_size, layout_of(self.tokenizer))
+
+    def state(self) -> dict[str, Any]:
+        """Return where the next block starts, as JSON."""
+        packer = None if self.place.packer is None else self.place.packer.state()
+        return {"n_blocks": self.n_blocks, "corpus": self.place.corpus, "packer": packer}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state, whatever was read before."""
+        for future in self.waiting:
+            future.cancel()
+        packer = None
+        if state["packer"] is not None:
+            packer = self._packer()
+            packer.load(state["packer"])
+        self.n_blocks = state["n_blocks"]
+        self._start(_Place(state["corpus"], packer))
+
+
+def check_pretokenized(corpus: PretokenizedCorpus, tokenizer: Any, context_size: int) -> None:
+    """Raise UsageError when a pretokenised corpus was made for another tokenizer, context or split."""
+    if not corpus.is_made_for(tokenizer):
+        raise UsageError(
+            f"{corpus.folder} was made with another tokenizer than the model's. Pretokenise it for this model."
+        )
+    if corpus.context_size != context_size:
+        raise UsageError(
+            f"{corpus.folder} has windows of {corpus.context_size} tokens, context_size is {context_size}. Set it to that."
+        )
+    if corpus.split != "train":
+        raise UsageError(
+            f"{corpus.folder} holds the split {corpus.split!r}; training needs 'train', which leaves 5 % out."
+        )
 
 
 class ActivationStream:
@@ -35,10 +164,8 @@ class ActivationStream:
     replaced by the next tokens. `seqpos_slice` (start, stop, step) keeps those positions of a window only, and special
     tokens are left out unless `exclude_special_tokens` is False; a list of ids leaves out those.
 
-    `documents` is called to start the corpus, or is a pretokenised one, which is memory-mapped and so neither tokenised
-    again nor read again when a run resumes; it is started again when it ends before the training does, unless
-    `repeat` is False: then what the buffer holds is served to the last row, the last batch being smaller, and
-    UsageError says how many tokens there were.
+    The corpus is started again when it ends before the training does, unless `repeat` is False: then what the buffer
+    holds is served to the last row, the last batch being smaller, and UsageError says how many tokens there were.
 
     Raises: UsageError for a hook or position the model does not have, a buffer below one batch, and activations that
     are not finite, naming hook, window and position.
@@ -58,25 +185,25 @@ class ActivationStream:
         repeat: bool = True,
         seqpos_slice: Sequence[int | None] = (None,),
         exclude_special_tokens: bool | Sequence[int] = True,
-        device: str | torch.device | None = None,
         ahead: int = BLOCKS_AHEAD,
     ):
         self.model: Any = model
         self.tokenizer: Any = model.tokenizer
         self.single = isinstance(hook_name, str)
         self.hook_names = (hook_name,) if isinstance(hook_name, str) else tuple(dict.fromkeys(hook_name))
-        self.context_size, self.batch_size = context_size, batch_size
+        self.capacity, self.batch_size = buffer_tokens, batch_size
         if buffer_tokens < batch_size:
             raise UsageError(f"buffer_tokens is {buffer_tokens}, less than one batch of {batch_size}. Raise it.")
         self.positions = kept_positions(seqpos_slice, context_size)
         self.exclude_special_tokens = exclude_special_tokens
-        self.windows = Windows(documents, self.tokenizer, context_size, forward_windows, repeat=repeat, ahead=ahead)
-        self.device = torch.device(device or self.model.device)
+        self.windows = WindowBlocks(
+            documents, self.tokenizer, context_size, forward_windows, repeat=repeat, ahead=ahead
+        )
+        self.device = torch.device(self.model.device)
         self.generator = torch.Generator().manual_seed(seed)
-        d_in: int = self.model.config.hidden_size  # the width of every hook in models/hooks.py
+        size = (buffer_tokens, self.model.config.hidden_size)  # the width of every hook in models/hooks.py
         self.buffer: Rows = {
-            name: torch.empty(buffer_tokens, d_in, dtype=self.model.dtype, device=self.device)
-            for name in self.hook_names
+            name: torch.empty(size, dtype=self.model.dtype, device=self.device) for name in self.hook_names
         }
         self.rest: Rows = {name: rows[:0].clone() for name, rows in self.buffer.items()}  # read, not in the buffer yet
         self.holes: Int[Tensor, " holes"] = torch.arange(buffer_tokens)  # slots to be filled before the next batch
@@ -84,33 +211,27 @@ class ActivationStream:
         self.n_tokens = 0  # rows read from the model
         self.ended = False  # the corpus is, and `order` holds all that is left
 
-    @property
-    def capacity(self) -> int:
-        """Rows of the buffer, for each hook."""
-        return len(self.buffer[self.hook_names[0]])
-
     def _read(self) -> Rows | None:
-        """Return the kept rows of the next forward pass, or None at the end of the corpus."""
-        windows = next(self.windows, None)
-        if windows is None:
-            return None
-        keep = torch.from_numpy(self._kept(windows)).to(self.model.device)
-        tokens = torch.from_numpy(windows).to(self.model.device)
-        acts = read_many(self.model, tokens, self.hook_names)
-        rows = {name: acts[name][keep] for name in self.hook_names}
-        for name in self.hook_names:
-            if not torch.isfinite(rows[name].sum(dtype=torch.float32)):
-                self._refuse_not_finite(name, acts[name], keep, windows)
-        self.n_tokens += len(rows[self.hook_names[0]])
-        return {name: found.to(self.device) for name, found in rows.items()}
+        """Return the activations of the next block of windows that has any, None when the corpus has ended."""
+        for windows in self.windows:
+            keep = self._kept(windows)
+            if not keep.any():
+                continue
+            tokens, kept = (torch.from_numpy(array).to(self.model.device) for array in (windows, keep))
+            acts = read_many(self.model, tokens, self.hook_names)
+            rows = {name: acts[name][kept] for name in self.hook_names}
+            for name in self.hook_names:
+                if not torch.isfinite(rows[name].sum(dtype=torch.float32)):
+                    self._refuse_not_finite(name, acts[name], kept, windows)
+            self.n_tokens += int(keep.sum())
+            return {name: found.to(self.device) for name, found in rows.items()}
+        return None
 
     def _kept(self, windows: Int[np.ndarray, "windows context"]) -> Bool[np.ndarray, "windows context"]:
         keep = np.broadcast_to(self.positions, windows.shape)
         if self.exclude_special_tokens is True:
             return keep & ~special_mask(windows, self.tokenizer)
-        if self.exclude_special_tokens:
-            return keep & ~np.isin(windows, list(self.exclude_special_tokens))
-        return keep.copy()
+        return keep & ~np.isin(windows, list(self.exclude_special_tokens or ()))
 
     def _refuse_not_finite(self, name: str, acts: Tensor, keep: Tensor, windows: np.ndarray) -> None:
         bad = ((~torch.isfinite(acts)).any(-1) & keep).nonzero()
@@ -126,7 +247,7 @@ class ActivationStream:
 
     def _fill(self) -> None:
         """Put new rows into the holes of the buffer."""
-        while len(self.holes):
+        while len(self.holes) and not self.ended:
             if len(self.rest[self.hook_names[0]]) == 0:
                 found = self._read()
                 if found is None:
@@ -142,19 +263,21 @@ class ActivationStream:
 
     def _end(self) -> None:
         """Keep for serving the slots that hold rows, in a new random order."""
-        full = torch.ones(self.capacity, dtype=torch.bool)
-        full[self.holes] = False
-        slots = full.nonzero().squeeze(1)
+        slots = self._other_slots(self.holes)
         self.order = slots[torch.randperm(len(slots), generator=self.generator)]
         self.holes, self.ended = self.holes[:0], True
+
+    def _other_slots(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, " others"]:
+        others = torch.ones(self.capacity, dtype=torch.bool)
+        others[slots] = False
+        return others.nonzero().squeeze(1)
 
     def __iter__(self) -> ActivationStream:
         return self
 
     def __next__(self) -> Any:
         """Return the next batch: a tensor for one hook given as a string, else {hook name: tensor}."""
-        if not self.ended:
-            self._fill()
+        self._fill()
         if not self.ended and len(self.order) == 0:
             n_batches = max(1, self.capacity // 2 // self.batch_size)
             self.order = torch.randperm(self.capacity, generator=self.generator)[: n_batches * self.batch_size]
@@ -171,11 +294,9 @@ class ActivationStream:
 
     def sample(self, hook_name: str) -> Float[Tensor, "tokens d_in"]:
         """Return the rows the buffer holds now, to estimate scales from or to start weights at; nothing is taken."""
-        if not self.ended:
-            self._fill()
-        if self.ended:
-            return self.buffer[hook_name][self.order.to(self.device)]
-        return self.buffer[hook_name]
+        self._fill()
+        rows = self.buffer[hook_name]
+        return rows[self.order.to(self.device)] if self.ended else rows
 
     def save(self, folder: Path) -> None:
         """Write the state into an existing folder."""
@@ -198,9 +319,7 @@ class ActivationStream:
         self.n_tokens, self.ended = counts["n_tokens"], counts["ended"]
         self.windows.load(counts["windows"])
         if self.ended and self.windows.repeat:  # resumed with the corpus to be read again
-            empty = torch.ones(self.capacity, dtype=torch.bool)
-            empty[self.order] = False
-            self.holes, self.order, self.ended = empty.nonzero().squeeze(1), self.order[:0], False
+            self.holes, self.order, self.ended = self._other_slots(self.order), self.order[:0], False
 
 
 def kept_positions(seqpos_slice: Sequence[int | None], context_size: int) -> Bool[np.ndarray, " context"]:

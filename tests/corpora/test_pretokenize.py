@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.corpora import TextDocument, iter_documents, pack, pretokenize
+from sae_italian.corpora import CorpusStream, TextDocument, iter_documents, pack, pretokenize
 from sae_italian.corpora.packing import NO_DOCUMENT, layout_of
 from sae_italian.corpora.pretokenize import PretokenizedCorpus
 from sae_italian.corpora.stream import Reader
@@ -150,7 +150,7 @@ def test_our_stream_maps_it_and_resumes_in_it(mini, jsonl, pretokenized, tmp_pat
         settings = {"context_size": 32, "batch_size": 64, "forward_windows": 4, "buffer_tokens": 512, "seed": 3}
         return ActivationStream(mini, documents, "blocks.1.hook_resid_post", **(settings | changes))
 
-    mapped, read = opened(PretokenizedCorpus(pretokenized)), opened(lambda: iter_documents(jsonl, "train"))
+    mapped, read = opened(PretokenizedCorpus(pretokenized)), opened(lambda: CorpusStream(jsonl, Reader(split="train")))
     for _ in range(20):
         assert torch.equal(next(mapped), next(read))
     mapped.save(tmp_path)
@@ -170,7 +170,7 @@ def test_our_training_takes_the_folder_as_a_corpus(small_spec, pretokenized, tmp
 
 
 def test_other_tokenizers_and_splits_are_refused(mini, jsonl, corpus, tmp_path):
-    from sae_italian.training.windows import check_pretokenized
+    from sae_italian.training.stream import check_pretokenized
 
     other = PretokenizedCorpus(make(corpus, TOKENIZER, tmp_path / "other", context_size=32))
     with pytest.raises(UsageError, match="another tokenizer"):

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.training.checkpoint import Checkpoints, Metrics
+from sae_italian.training.checkpoint import Checkpoints, append_metrics, cut_metrics, read_metrics
 
 BIG = 4_000_000
 
@@ -87,14 +87,11 @@ def test_the_random_state_is_restored(tmp_path):
 
 
 def test_metrics_are_cut_at_the_step_that_is_continued_and_at_a_broken_line(tmp_path):
-    metrics = Metrics(tmp_path / "metrics.jsonl")
+    file = tmp_path / "metrics.jsonl"
     for step in (0, 10, 20, 30):
-        metrics.append(step, {"loss": 1.0})
-    with metrics.file.open("a") as handle:
+        append_metrics(file, step, {"loss": 1.0})
+    with file.open("a") as handle:
         handle.write('{"step": 1')
-    metrics.truncate(25)
-    assert [line[:11] for line in metrics.file.read_text().splitlines()] == [
-        '{"step": 0,',
-        '{"step": 10',
-        '{"step": 20',
-    ]
+    assert [row["step"] for row in read_metrics(file)] == [0, 10, 20, 30]
+    cut_metrics(file, 25)
+    assert file.read_text() == "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (0, 10, 20))

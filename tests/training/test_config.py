@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from sae_italian.base.errors import UsageError
-from sae_italian.training import load_config, load_spec
+from sae_italian.cli import main
+from sae_italian.training import load_config, load_spec, recipes
 from sae_italian.training.config import configs_folder, find_config
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,7 @@ def test_shipped_configs_are_found_by_name(path, tmp_path, monkeypatch):
         (["context_size=1024"], "the model has 512 positions"),
         (["sae.k=4096"], "below sae.d_sae"),
         (["sae.d_in=7"], "has 128"),
+        (["d_sae=512"], "Did you mean 'sae.d_sae'"),
         (["hook_name=blocks.9.hook_resid_post"], "layers 0 to 3"),
         (["hook_name=blocks.2.hook_resid_pst"], "Did you mean 'blocks.2.hook_resid_post'"),
         (["model=minervva-1b"], "Did you mean 'minerva-1b'"),
@@ -55,9 +57,27 @@ def test_what_is_wrong_is_named_in_one_line(overrides, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_config_offers_the_nearest():
-    with pytest.raises(UsageError, match="Did you mean 'configs/mini/topk.yaml'"):
-        load_spec("configs/mini/tokp.yaml")
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("configs/mini/tokp.yaml", "mini/topk"), ("transcodr", "mini/transcoder"), ("nothing", "")]
+)
+def test_a_missing_config_offers_the_nearest_of_all(wrong, right):
+    with pytest.raises(UsageError, match=f"Did you mean '{right}'" if right else "recipes` lists all 30"):
+        load_spec(wrong)
+
+
+def test_the_command_recipes_lists_all_with_one_line_each(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(recipes()) and any(line.startswith("mini/topk  ") and "TopK" in line for line in lines)
+
+
+def test_what_the_stock_runner_cannot_do_is_refused(tmp_path):
+    for arguments, message in (
+        (["mini/transcoder"], "no hook_name_out"),
+        (["mini/topk", "text_column=testo"], "no text_column"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load_config(*arguments)
 
 
 @pytest.mark.parametrize("text", ["model: [", "- a\n- b\n"])

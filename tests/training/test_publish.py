@@ -11,7 +11,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.evaluation import evaluate
 from sae_italian.saes import load_sae
-from sae_italian.training.publish import publish
+from sae_italian.training.publish import model_card, publish
 from tests.training.upload_hub import UploadHub
 
 
@@ -75,7 +75,6 @@ def test_base_model_and_datasets_are_named_when_the_hub_has_them(judged, tmp_pat
     from dataclasses import replace
 
     from sae_italian.evaluation import read_card
-    from sae_italian.training.model_card import model_card
 
     card = read_card(judged)
     assert card is not None

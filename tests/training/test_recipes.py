@@ -11,9 +11,8 @@ import yaml
 from sae_italian.base.errors import UsageError
 from sae_italian.models import resolve
 from sae_italian.saes import load_sae
-from sae_italian.training import load_spec, train
-from sae_italian.training.config import SUITE_KEY, configs_folder, read_values
-from sae_italian.training.suite import load_suite, train_suite
+from sae_italian.training import load_spec, load_suite, read_values, train, train_suite
+from sae_italian.training.config import SUITE_KEY, configs_folder
 
 # Shapes of models that are neither in the catalogue nor reachable offline, from their papers.
 SHAPES = {

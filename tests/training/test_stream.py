@@ -12,7 +12,7 @@ from sae_italian.training import ActivationStream
 
 def stream(mini, corpus, **changes):
     settings = {"context_size": 32, "batch_size": 64, "forward_windows": 4, "buffer_tokens": 512, "seed": 3} | changes
-    return ActivationStream(mini, lambda: iter_documents(corpus), "blocks.1.hook_resid_post", **settings)
+    return ActivationStream(mini, lambda: CorpusStream(corpus), "blocks.1.hook_resid_post", **settings)
 
 
 def test_batches_are_the_models_activations_each_once(mini, jsonl):
@@ -95,7 +95,7 @@ HOOKS = ["blocks.0.hook_resid_post", "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_
 
 def several(mini, corpus, **changes):
     settings = {"context_size": 32, "batch_size": 64, "forward_windows": 4, "buffer_tokens": 512, "seed": 3} | changes
-    return ActivationStream(mini, lambda: iter_documents(corpus), HOOKS, **settings)
+    return ActivationStream(mini, lambda: CorpusStream(corpus), HOOKS, **settings)
 
 
 def test_several_hooks_give_the_same_tokens_as_one_by_one(mini, jsonl):
@@ -109,7 +109,7 @@ def test_several_hooks_give_the_same_tokens_as_one_by_one(mini, jsonl):
 
 def several_at(mini, corpus, name):
     return ActivationStream(
-        mini, lambda: iter_documents(corpus), name, context_size=32, batch_size=64, forward_windows=4,
+        mini, lambda: CorpusStream(corpus), name, context_size=32, batch_size=64, forward_windows=4,
         buffer_tokens=512, seed=3,
     )  # fmt: skip
 
