@@ -8,7 +8,6 @@ source (see negatives.py), of the same length to four tokens and verified silent
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from sae_italian.autointerp.protocols import Example, Negatives
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.read import PARTS, Part
+from sae_italian.cache.transpose import places
 from sae_italian.corpora.packing import NO_DOCUMENT
 
 LENGTH_STEP = 4  # tokens
@@ -32,13 +32,6 @@ class Activity(NamedTuple):
     segment: Int[np.ndarray, " nnz"]
     active: Int[np.ndarray, " active"]  # the segments with an activation, ascending
     maximum: Float[np.ndarray, " active"]  # the largest activation in each
-
-    def maxima(self, segments: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """Return the largest activation in each segment, 0 where the latent is silent."""
-        if len(self.active) == 0:
-            return np.zeros(len(segments))
-        index = np.searchsorted(self.active, segments).clip(max=len(self.active) - 1)
-        return np.where(self.active[index] == segments, self.maximum[index], 0.0)
 
 
 class Draw(NamedTuple):
@@ -64,47 +57,29 @@ class ExampleSource:
         long_enough = segments.length >= min_length
         self.start, self.length, self.doc = (array[long_enough] for array in segments)
         self.tokens = cache.tokens.astype(np.int64)
-        n_positions, doc = len(self.tokens), cache.doc
         # True where the position before is of the same document and window
-        self.linked: Bool[np.ndarray, " positions"] = np.zeros(n_positions, dtype=bool)
-        same = (doc[1:] == doc[:-1]) & (doc[1:] != NO_DOCUMENT)
-        self.linked[1:] = same & (np.arange(1, n_positions) % cache.manifest.context_size != 0)
-        part_of_doc = cache.document_parts(seed)
-        self.segment_part = part_of_doc[self.doc]
+        place = np.arange(cache.n_positions) % cache.manifest.context_size
+        self.linked: Bool[np.ndarray, " positions"] = (place != cache.whole("run")) & (cache.doc != NO_DOCUMENT)
+        self.segment_part = cache.document_parts(seed)[self.doc]
         # the segment of each position; -1 in segments too short to be an example, and at special tokens
-        edges = np.zeros(n_positions + 1, dtype=np.int32)
-        edges[self.start] += 1
-        edges[self.start + self.length] -= 1
-        inside = np.cumsum(edges[:-1]) > 0
-        running = np.searchsorted(self.start, np.arange(n_positions), side="right") - 1
-        self.segment_of: Int[np.ndarray, " positions"] = np.where(inside, running, -1).astype(np.int32)
-        self.position_part = np.where(inside, self.segment_part[running.clip(min=0)], -1).astype(np.int8)
+        self.segment_of: Int[np.ndarray, " positions"] = np.full(cache.n_positions, -1, dtype=np.int32)
+        self.segment_of[places(self.start, self.length)] = np.repeat(np.arange(len(self.start)), self.length)
+        self.position_part = np.append(self.segment_part, np.int8(-1))[self.segment_of]  # -1 reads the last
 
     @cached_property
     def content(self) -> Int[np.ndarray, " segments"]:
         """One number per segment, equal for segments of equal tokens."""
-        hashes = np.empty(len(self.start), dtype=np.uint64)
-        for i, (start, length) in enumerate(zip(self.start.tolist(), self.length.tolist(), strict=True)):
-            digest = hashlib.blake2b(self.tokens[start : start + length].tobytes(), digest_size=8).digest()
-            hashes[i] = int.from_bytes(digest, "little")
-        return np.unique(hashes, return_inverse=True)[1]
-
-    @cached_property
-    def n_contents(self) -> int:
-        """How many different contents there are."""
-        return int(self.content.max(initial=-1)) + 1
-
-    @cached_property
-    def first_copy(self) -> Bool[np.ndarray, " segments"]:
-        """True for the first segment of each content in the whole cache: the only ones that become examples."""
-        first = np.zeros(len(self.start), dtype=bool)
-        first[np.unique(self.content, return_index=True)[1]] = True
-        return first
+        starts = zip(self.start.tolist(), self.length.tolist(), strict=True)
+        hashes = [hash(self.tokens[start : start + length].tobytes()) for start, length in starts]
+        return np.unique(np.array(hashes, dtype=np.int64), return_inverse=True)[1]
 
     @cached_property
     def usable_part(self) -> Int[np.ndarray, " segments"]:
-        """The part of each segment that may become an example, -1 for later copies."""
-        return np.where(self.first_copy, self.segment_part, -1).astype(np.int8)
+        """The part of each segment that may become an example, -1 for all but the first of each content in the cache."""
+        part = np.full(len(self.start), -1, dtype=np.int8)
+        first = np.unique(self.content, return_index=True)[1]
+        part[first] = self.segment_part[first]
+        return part
 
     def activity(self, latent: int) -> Activity:
         position, value = self.cache.latent(latent)
@@ -166,8 +141,7 @@ class ExampleSource:
         start, length = grid[:, 0], (grid >= 0).sum(axis=1)
         begin = np.searchsorted(activity.position, start)
         count = np.searchsorted(activity.position, start + length) - begin
-        row = np.repeat(np.arange(len(grid)), count)
-        index = np.arange(len(row)) + np.repeat(begin - np.cumsum(count) + count, count)
+        row, index = np.repeat(np.arange(len(grid)), count), places(begin, count)
         values[row, activity.position[index] - start[row]] = activity.value[index]
         return values
 

@@ -42,17 +42,16 @@ class NegativeSource:
     @cached_property
     def _pools(self) -> dict[tuple[int, int], Int[np.ndarray, " n"]]:
         """The usable segments of each part and length."""
-        usable = np.flatnonzero(self.source.first_copy)
-        key = self.source.segment_part[usable].astype(np.int64) * (self.bucket.max() + 1) + self.bucket[usable]
-        order = np.argsort(key, kind="stable")
-        known, first = np.unique(key[order], return_index=True)
-        groups = np.split(usable[order], first[1:])
-        return {divmod(int(k), int(self.bucket.max()) + 1): group for k, group in zip(known, groups, strict=True)}
+        usable, n_buckets = np.flatnonzero(self.source.usable_part >= 0), int(self.bucket.max(initial=0)) + 1
+        key = self.source.usable_part[usable].astype(np.int64) * n_buckets + self.bucket[usable]
+        known, first = np.unique(np.sort(key), return_index=True)
+        groups = np.split(usable[np.argsort(key, kind="stable")], first[1:])
+        return {divmod(int(k), n_buckets): group for k, group in zip(known, groups, strict=True)}
 
     @cached_property
     def _occurrences(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " keys"]]:
         """The segments of all tokens sorted by (part, token), and where each pair begins."""
-        part = np.where(self.source.segment_of >= 0, self.source.usable_part[self.source.segment_of], -1)
+        part = np.append(self.source.usable_part, np.int8(-1))[self.source.segment_of]  # -1 reads the last
         here = np.flatnonzero(part >= 0)
         key = part[here].astype(np.int64) * self.vocab + self.source.tokens[here]
         order = np.argsort(key, kind="stable")
@@ -83,13 +82,17 @@ class NegativeSource:
                 negative[name] = self._of_neighbours(positive, others[latent], part, silent, rng)  # pyright: ignore[reportArgumentType]
         return Draw(positive, decile, negative)
 
+    def _by_length(self, positive: Int[np.ndarray, " n"]) -> list[tuple[int, np.ndarray]]:
+        """Return the rows of the positives of each length, to LENGTH_STEP tokens."""
+        bucket = self.bucket[positive]
+        return [(number, np.flatnonzero(bucket == number)) for number in np.unique(bucket).tolist()]
+
     def _random(
         self, positive: Int[np.ndarray, " n"], part: Part, silent: _Silent, rng: np.random.Generator
     ) -> Int[np.ndarray, " n"]:
         taken = np.full(len(positive), -1)
-        for bucket in np.unique(self.bucket[positive]):
-            rows = np.flatnonzero(self.bucket[positive] == bucket)
-            pool = self._pools[PARTS.index(part), int(bucket)]
+        for bucket, rows in self._by_length(positive):
+            pool = self._pools[PARTS.index(part), bucket]
             few = len(pool) <= TRIES * len(rows)
             candidates = rng.permutation(pool) if few else pool[rng.integers(len(pool), size=TRIES * len(rows))]
             candidates = _distinct(candidates[silent(candidates)])[: len(rows)]
@@ -137,8 +140,7 @@ class NegativeSource:
         pooled = pooled[np.argsort(turn, kind="stable")]
         pooled = _distinct(pooled[silent(pooled)])
         taken = np.full(len(positive), -1)
-        for bucket in np.unique(self.bucket[positive]):
-            rows = np.flatnonzero(self.bucket[positive] == bucket)
+        for bucket, rows in self._by_length(positive):
             candidates = pooled[self.bucket[pooled] == bucket][: len(rows)]
             taken[rows[: len(candidates)]] = candidates
         return taken
@@ -197,7 +199,7 @@ class _Silent:
 
     def __init__(self, source: ExampleSource, activity: Activity):
         self.content = source.content
-        self.active = np.zeros(source.n_contents, dtype=bool)
+        self.active = np.zeros(len(self.content), dtype=bool)
         self.active[self.content[activity.active]] = True
 
     def __call__(self, segments: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:

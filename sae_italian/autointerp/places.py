@@ -40,16 +40,6 @@ Slot = Literal["here", "previous", "word-before", "next"]
 SUFFIXES: dict[Family, int] = {"suffix2": 2, "suffix3": 3, "suffix4": 4, "suffix5": 5}
 PREFIXES: dict[Family, int] = {"prefix3": 3, "prefix4": 4}
 LONGEST_WORD = 16  # pieces; a longer run is cut
-SHAPES = (
-    "number",
-    "all capitals",
-    "capital",
-    "elided",
-    "accented ending",
-    "punctuation",
-    "inside a word",
-    "lower case",
-)
 _CLITIC = re.compile(
     r"(?:ando|endo|[aei]r|at[oaei]|ut[oaei]|it[oaei])"
     r"((?:me|te|se|ce|ve|glie)?(?:lo|la|li|le|ne)|mi|ti|si|ci|vi|gli)$"
@@ -264,7 +254,7 @@ class View:
 
 
 def shape_of(word: str) -> str:
-    """Return which of SHAPES a whole word has; "" means that the word goes on."""
+    """Return the shape of a whole word, by name; "" means that the word goes on."""
     if not word:
         return "inside a word"
     if word[-1] in "'’" and len(word) > 1:
