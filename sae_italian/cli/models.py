@@ -93,7 +93,7 @@ def show_sae(
     sae: Annotated[str, Parameter(help="A folder, or release:sae_id: only its configuration is fetched.")], /
 ) -> Result:
     """An SAE's configuration: architecture, k, width, hook, what it was trained on."""
-    from sae_italian.saes.facts import sae_facts
+    from sae_italian.saes.releases import sae_facts
 
     facts = sae_facts(sae)
     return Result(facts, "\n".join(f"{key:28} {value}" for key, value in facts.items()))

@@ -12,7 +12,7 @@ import torch
 
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.hub import explain
-from sae_italian.saes import llama_scope, sparsify
+from sae_italian.saes.foreign import LLAMA_SCOPE, SPARSIFY, hookpoints
 
 
 def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
@@ -35,24 +35,22 @@ def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
 def _from_folder(folder: Path, device: str) -> Any:
     from sae_lens import SAE
 
-    loaders: dict[str, Any] = {}
-    if sparsify.is_sparsify(folder):
-        loaders = {"converter": sparsify.sparsify_disk_loader}
-    elif llama_scope.is_llama_scope(folder):
-        loaders = {"converter": llama_scope.llama_scope_disk_loader}
-    elif not (folder / "sae_weights.safetensors").is_file():
+    foreign = next((form for form in (SPARSIFY, LLAMA_SCOPE) if form.is_in(folder)), None)
+    if foreign is None and not (folder / "sae_weights.safetensors").is_file():
         return _from_folder(_only_hookpoint(folder), device)
+    converter: dict[str, Any] = {"converter": foreign.read} if foreign else {}
     try:
-        return SAE.load_from_disk(folder, device=device, **loaders).eval()
+        return SAE.load_from_disk(folder, device=device, **converter).eval()
     except UsageError:
         raise
     except Exception as error:
-        raise DataError(f"the SAE in {folder} cannot be read: {_one_line(error)}{_transposed(error)}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"the SAE in {folder} cannot be read: {reason}{_transposed(reason)}") from error
 
 
 def _only_hookpoint(folder: Path) -> Path:
     """Return the one hookpoint of a sparsify run. Raises UsageError when there is none, or a choice to make."""
-    names = sparsify.hookpoints(folder)
+    names = hookpoints(folder)
     if len(names) == 1:
         return folder / names[0]
     if names:
@@ -80,12 +78,11 @@ def _from_release(release: str, sae_id: str, device: str) -> Any:
     try:
         if release in known and not revision:
             return SAE.from_pretrained(release, sae_id, device=device).eval()
-        sae = _from_folder(_snapshot(repo_id, path, revision or None), device)
+        return _from_folder(_snapshot(repo_id, path, revision or None), device)
     except (UsageError, KeyError):
         raise
     except Exception as error:
         raise explain(error, f"{release}:{sae_id}", revision or None, repo_id=repo_id) from error
-    return sae
 
 
 def _snapshot(repo_id: str, path: str, revision: str | None) -> Path:
@@ -99,16 +96,12 @@ def _snapshot(repo_id: str, path: str, revision: str | None) -> Path:
     return folder
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _transposed(error: BaseException) -> str:
+def _transposed(reason: str) -> str:
     """Return a hint when a load failed because W_enc or W_dec has its two axes the other way round."""
     match = re.search(
         r"(W_(?:enc|dec)): copying a param with shape torch\.Size\(\[(\d+), (\d+)\]\) from checkpoint, "
         r"the shape in current model is torch\.Size\(\[(\d+), (\d+)\]\)",
-        _one_line(error),
+        reason,
     )
     if match and (match[2], match[3]) == (match[5], match[4]):
         return f"; {match[1]} is transposed, store it as [{match[4]}, {match[5]}]"

@@ -154,12 +154,12 @@ def test_llama_scope_saes_by_saelens_loader_and_by_ours_are_one(llama_scope_hub,
     assert_is(load_sae(tmp_path / "R" / "Llama3_1-8B-Base-L8R-8x"), z, y, x)
     from sae_lens.loading.pretrained_sae_loaders import llama_scope_sae_huggingface_loader
 
-    from sae_italian.saes.llama_scope import llama_scope_disk_loader
+    from sae_italian.saes.foreign import LLAMA_SCOPE
 
     config, theirs, _ = llama_scope_sae_huggingface_loader(
         "fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L8R-8x", cfg_overrides={"dtype": "float32"}
     )
-    _, ours = llama_scope_disk_loader(tmp_path / "R" / "Llama3_1-8B-Base-L8R-8x")
+    _, ours = LLAMA_SCOPE.read(tmp_path / "R" / "Llama3_1-8B-Base-L8R-8x")
     assert config["normalize_activations"] == "expected_average_only_in"
     assert torch.allclose(theirs["threshold"], ours["threshold"], rtol=1e-5)
     assert torch.allclose(theirs["W_enc"] * 8 / norm, ours["W_enc"], rtol=1e-5)
