@@ -12,7 +12,6 @@ import sae_italian
 from sae_italian.base.errors import SaeItalianError
 from sae_italian.cli import (
     autointerp,
-    papers,
     scores,
 )
 from sae_italian.cli.base import Commands, Parser
@@ -20,7 +19,6 @@ from sae_italian.cli.base import Commands, Parser
 GROUPS = (
     autointerp,
     scores,
-    papers,
 )
 
 

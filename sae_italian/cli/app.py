@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "saes doctor": ("training:doctor", "does an SAE fit its model, is its training healthy? names what is wrong"),
     "saes publish": ("training:publish", "upload an SAE with its card, curves and model card to the hub"),
     "export": ("export:export", "write a cache, its explanations or an SAE in another program's format: --to FORMAT"),
+    "reproduce": ("papers:reproduce", "a paper's whole evaluation on any model, or an SAE beside its baselines"),
     "explainita evaluate": ("explainita:evaluate", "score a submission file against the gold file"),
     "explainita predict": ("explainita:predict", "write a submission file; with --sae replay the data's activations"),
 }
@@ -61,6 +62,7 @@ GROUPS: dict[str, str] = {
 }
 # What was spelled otherwise before -> how it is spelled now. Scripts get an answer that they can be mended by.
 OLD_COMMANDS: dict[str, str] = {
+    "baselines": "reproduce baselines SAE ...",
     "corpora preview": "corpora show CORPUS --documents N",
     "explainita replay": "explainita predict DATA --sae SAE",
     "browse-compare": "browse CACHE --compare OTHER",

@@ -1,108 +1,99 @@
-"""The commands of the papers: `reproduce` and `baselines`."""
+"""The command of the papers: `reproduce`."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.base import Commands, Result, folder_options, positive
-
-KINDS = ("pca", "ica", "random", "identity")
-# those of papers.Settings, which is not imported before a command runs
-SIZES = {
-    "fit_tokens": (200_000, "training tokens that baselines are fitted on"),
-    "ica_tokens": (20_000, "of these, tokens for ICA"),
-    "card_tokens": (20_000, "held-out tokens for explained variance and perplexity"),
-    "cache_tokens": (60_000, "held-out tokens for explanations and simulations"),
-    "latents": (100, "latents scored in each dictionary"),
-}
+from sae_italian.cli.options import Folder, Model, Out, Result
 
 
-def add_commands(root: Commands) -> None:
-    text = "a paper's whole evaluation on any model, with the paper's own figures beside ours"
-    sub = root.add("reproduce", _reproduce, text)
-    sub.add_argument("paper", help="cunningham-2023, llama-scope or clic-it-2025")
-    sub.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of the paper's budget, e.g. train_tokens=100000"
-    )
-    sub.add_argument("--model", help="default: that of --sae, else sae-italian-mini")
-    sub.add_argument("--sae", help="evaluate this SAE (a folder, or release:sae_id) instead of training by the recipe")
-    sub.add_argument("--corpus", help="default: that of --sae, else micro-italiano for the embedded model")
-    sub.add_argument("--text-column", default="text")
-    sub.add_argument("--context-size", type=int, help="default: that of --sae, else 128")
-    sub.add_argument("--out", type=Path, help="output folder (default: reports/PAPER-MODEL)")
-    folder_options(sub)
+def reproduce(
+    paper: str,
+    /,
+    *words: str,
+    model: Model = None,
+    sae: str | None = None,
+    corpus: str | None = None,
+    text_column: str = "text",
+    context_size: int | None = None,
+    out: Out = None,
+    folder: Folder | None = None,
+) -> Result:
+    """Run a paper's whole evaluation on any model, with the paper's own figures beside ours; or compare baselines.
 
-    text = "an SAE beside PCA, ICA, random directions and neurons: autointerp, explained variance, perplexity by layer"
-    sub = root.add("baselines", _baselines, text)
-    sub.add_argument(
-        "saes", nargs="+", metavar="SAE|CONFIG", help="SAEs of one model, or one config and key=value: trained"
-    )
-    sub.add_argument("--out", type=Path, default=Path("baselines"), help="output folder (default: baselines)")
-    sub.add_argument("--model", help="default: the model in the SAE's metadata")
-    sub.add_argument("--corpus", help="default: the corpus the SAE was trained on")
-    sub.add_argument("--text-column", default="text")
-    sub.add_argument("--context-size", type=int, help="default: the context the SAE was trained with")
-    sub.add_argument("--kinds", nargs="+", default=KINDS, help="of pca, ica, nmf, random, identity")
-    for field, (default, help_) in SIZES.items():
-        sub.add_argument(f"--{field.replace('_', '-')}", type=int, default=default, help=f"{help_} ({default:,})")
-    sub.add_argument("--seed", type=int, default=0)
-    folder_options(sub)
+    `reproduce baselines SAE...` sets SAEs of one model beside PCA, ICA, random directions and neurons.
 
+    Args:
+        paper: cunningham-2023, llama-scope, clic-it-2025, or baselines.
+        words: key=value of the paper's budget, such as train_tokens=100000 (sizes in tokens). For baselines: the SAEs,
+            or one config that is trained with its key=value first; and fit_tokens, card_tokens, kinds=[pca, ica] ...
+        sae: Evaluate this SAE (a folder, or release:sae_id) instead of training by the recipe.
+        corpus: Local file or folder, or catalogue name; default: that of the SAE, else micro-italiano for the mini model.
+        text_column: Column that holds the text.
+        context_size: Tokens of a window; default: that of the SAE, else 128.
+        out: Folder to write to; default: reports/PAPER-MODEL, or baselines.
+    """
+    from sae_italian import papers
+    from sae_italian.papers.report import Table, markdown_table
+    from sae_italian.papers.reproduce import FIGURES_HEAD
 
-def _reproduce(options: argparse.Namespace) -> Result:
-    from sae_italian.papers import reproduce
-    from sae_italian.papers.document import Table, markdown_table
-    from sae_italian.papers.subject import MINI, folder_name
-
-    out = options.out or Path("reports") / f"{options.paper}-{folder_name(options.sae or options.model or MINI)}"
-    report = reproduce(
-        options.paper,
-        out,
-        *options.overrides,
-        model=options.model,
-        sae=options.sae,
-        corpus=options.corpus,
-        text_column=options.text_column,
-        context_size=options.context_size,
-        resume=options.resume,
-        overwrite=options.overwrite,
-    )
+    folder = folder or Folder()
+    text: dict[str, Any] = {"corpus": corpus, "text_column": text_column, "context_size": context_size}
+    flags: dict[str, Any] = {"resume": folder.resume, "overwrite": folder.overwrite}
+    if paper == "baselines":
+        return _baselines(words, out or Path("baselines"), sae, flags, {"model": model, **text})
+    if out is None:
+        out = Path("reports") / f"{paper}-{_folder_name(sae or model or papers.MINI)}"
+    report = papers.reproduce(paper, out, *words, model=model, sae=sae, **text, **flags)
     rows = [(row["what"], row["where"], row["paper"], row["ours"]) for row in report["figures"]]
-    lines = markdown_table(Table("", ("figure", "in the paper", "the paper's", "ours"), rows))
-    return report, "\n".join([*lines, "", f"Report: {out / 'report.html'}, {out / 'report.md'}"])
+    lines = markdown_table(Table("", FIGURES_HEAD, rows))
+    return Result(report, "\n".join([*lines, "", f"Report: {out / 'report.html'}, {out / 'report.md'}"]))
 
 
-def _baselines(options: argparse.Namespace) -> Result:
+def _folder_name(name: str) -> str:
+    """Return a name of a model or SAE that is fit for a folder."""
+    return name.rstrip("/").split("/")[-1].replace(":", "-")
+
+
+def _baselines(
+    words: tuple[str, ...], out: Path, sae: str | None, flags: dict[str, Any], read: dict[str, Any]
+) -> Result:
+    """Compare SAEs with their baselines."""
+    from pydantic import TypeAdapter, ValidationError
+    from yaml import safe_load
+
     from sae_italian.papers import Settings, compare_baselines
-    from sae_italian.papers.tables import baselines_markdown
+    from sae_italian.papers.baselines import baselines_markdown
 
-    sizes = {field: getattr(options, field) for field in SIZES}
-    for field, size in sizes.items():
-        positive(f"--{field.replace('_', '-')}", size)
-    settings = Settings(kinds=tuple(options.kinds), seed=options.seed, **sizes)
-    result = compare_baselines(
-        _saes(options),
-        options.out,
-        model=options.model,
-        corpus=options.corpus,
-        text_column=options.text_column,
-        context_size=options.context_size,
-        settings=settings,
-        resume=options.resume,
-        overwrite=options.overwrite,
-    )
-    return result, f"{baselines_markdown(result)}\nwritten: {options.out}"
+    known = {field.name for field in fields(Settings)}
+    given = [word for word in words if word.partition("=")[0] in known]
+    try:
+        settings = TypeAdapter(Settings).validate_python(
+            {w.partition("=")[0]: safe_load(w.partition("=")[2]) for w in given}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}.") from error
+    for field in fields(Settings):
+        if field.name.endswith(("tokens", "latents")) and getattr(settings, field.name) < 1:
+            raise UsageError(f"{field.name} is {getattr(settings, field.name)}; it must be 1 or more.")
+    saes = _saes([word for word in words if word not in given] + ([sae] if sae else []), out, flags)
+    result = compare_baselines(saes, out, settings=settings, **read, **flags)
+    return Result(result, f"{baselines_markdown(result)}\nwritten: {out}")
 
 
-def _saes(options: argparse.Namespace) -> list[str]:
+def _saes(words: list[str], out: Path, flags: dict[str, Any]) -> list[str]:
     """Return the SAEs named, or those that the config named trains into `<out>-saes`."""
     from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
     from sae_italian.training.config import SUITE_KEY
 
-    overrides = [name for name in options.saes if "=" in name]
-    names = [name for name in options.saes if "=" not in name]
+    overrides = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word]
+    if not names:
+        raise UsageError("which SAEs? Give folders or release:sae_id, or one config to train.")
     if not any(name.endswith(".yaml") or name.startswith(("mini/", "configs/")) for name in names):
         if overrides:
             raise UsageError(f"{overrides[0]} sets a config's key, but SAEs were given, not a config.")
@@ -110,8 +101,7 @@ def _saes(options: argparse.Namespace) -> list[str]:
     if len(names) > 1:
         raise UsageError(f"give one config, or SAEs; found {', '.join(names)}.")
     values = read_values(names[0], *overrides)
-    folder = options.out.with_name(f"{options.out.name}-saes")
-    flags = {"resume": options.resume, "overwrite": options.overwrite}
+    folder = out.with_name(f"{out.name}-saes")
     if SUITE_KEY not in values:
         return [str(train(spec_from_dict(values), folder, **flags))]
     suite = suite_from_dict(values)

@@ -1,8 +1,8 @@
 """Cunningham et al. 2023, figures 2, 6 and 9 and appendix G: an SAE beside its baselines, layer by layer.
 
 For every dictionary: L0 and explained variance, perplexity with it in place, and the correlation of simulated with true
-activations, on the strongest and random segments and on random ones alone. Simulated by the rule judge unless explainers
-and judges are handed in. The paper scores the first 150 latents; here they are drawn at random from the live ones.
+activations, on the strongest and random segments and on random ones alone. Simulated by the rule judge. The paper scores
+the first 150 latents; here they are drawn at random from the live ones.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
-from sae_italian.autointerp.run import EXPLAINER
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import claim_folder, read_json, remove, write_json, write_text
 from sae_italian.cache import FeatureCache, build_caches
-from sae_italian.evaluation import evaluate
-from sae_italian.papers.curve import curves
-from sae_italian.papers.subject import Subject, layer_of, open_subject, training_stream
+from sae_italian.corpora import CorpusStream, Reader
+from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
+from sae_italian.papers.job import Subject, full_name, layer_of, open_subject
+from sae_italian.papers.measure import card_of, curves
+from sae_italian.papers.pictures import baselines_svg, dictionary_name
+from sae_italian.papers.report import markdown_table, shown, tables_of
 from sae_italian.saes import check_fits, load_sae, weights_hash
 from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines
+from sae_italian.training import ActivationStream
 
 KIND = "baselines"
 SAE = "sae"
+BATCH = 2048  # activations that baselines are fitted on at a time
 _SUMMARY = ("simulation", "simulation_random", "shuffled_simulation", "detection", "fuzzing")
 
 
@@ -65,15 +69,12 @@ def compare_baselines(
     The baselines are kept in `out/<n>/dictionaries` as SAELens SAEs, with their evaluation cards.
     Raises: UsageError for SAEs of different models, and as the steps do.
     """
-    from sae_italian.papers.pictures import baselines_svg
-    from sae_italian.papers.tables import baselines_markdown
-
     loaded = [load_sae(sae) for sae in saes]
     subject = open_subject(
         _model_of(loaded, model), sae=loaded[0], corpus=corpus, text_column=text_column, context_size=context_size
     )
     out, settings = Path(out), settings or Settings()
-    names = [str(Path(sae).resolve()) if Path(sae).is_dir() else str(sae) for sae in saes]
+    names = [full_name(sae) for sae in saes]
     spec = {**subject._asdict(), **asdict(settings), "saes": [weights_hash(sae) for sae in loaded]}
     del spec["model"]
     claim_folder(out, KIND, spec, resume=resume, overwrite=overwrite)
@@ -98,16 +99,7 @@ def _model_of(saes: Sequence[Any], given: str | None) -> str:
     return name
 
 
-def compare_layer(
-    sae: Any,
-    subject: Subject,
-    out: Path,
-    settings: Settings,
-    *,
-    sae_name: str = "",
-    explainers: Sequence[Any] = (),
-    judges: Sequence[Any] = (),
-) -> dict[str, Any]:
+def compare_layer(sae: Any, subject: Subject, out: Path, settings: Settings, *, sae_name: str = "") -> dict[str, Any]:
     """Return the comparison at one SAE's place, kept in `out`; what a stopped run has finished is not done again.
 
     Keys: `hook_name`, `layer`, `rows` (one a dictionary, the SAE first), `curves` (explained variance against L0).
@@ -119,8 +111,13 @@ def compare_layer(
     baselines = _fitted(sae, subject, out / "dictionaries", settings)
     dictionaries = {SAE: sae, **baselines}
     cards = _cards(dictionaries, subject, out, settings)
-    scores = _scores(dictionaries, subject, out, settings, sae_name, explainers, judges)
-    rows = [{"dictionary": name, **cards[name], **scores[name]} for name in dictionaries]
+    scores = _scores(dictionaries, subject, out, settings, sae_name)
+    rows = []
+    for name in dictionaries:
+        row = {"dictionary": name, **cards[name], **scores[name]}
+        row["name"] = dictionary_name(name) + ("" if row["converged"] is not False else " (not converged)")
+        row["scored"] = f"{row['n_explained']} of {row['n_latents']}"
+        rows.append(row)
     families = {name: dictionary for name, dictionary in dictionaries.items() if not name.endswith(TOPK)}
     result = {
         "hook_name": hook_name,
@@ -129,6 +126,7 @@ def compare_layer(
         "architecture": sae.cfg.architecture(),
         "d_in": sae.cfg.d_in,
         "top_k": next((b.cfg.k for name, b in baselines.items() if name.endswith(TOPK)), None),
+        "model_perplexity": shown(rows[0]["perplexity_of_model"]["value"], 2),
         "rows": rows,
         "curves": curves(families, subject, settings.card_tokens),
     }
@@ -141,15 +139,21 @@ def _fitted(sae: Any, subject: Subject, folder: Path, settings: Settings) -> dic
     names = [kind + suffix for kind in settings.kinds for suffix in ("", TOPK)]
     if all((folder / name / "cfg.json").is_file() for name in names):
         return {name: load_sae(folder / name) for name in names}
-    stream = training_stream(subject, sae.cfg.metadata.hook_name, seed=settings.seed)
-    found = fit_baselines(
-        stream,
-        sae,
-        settings.kinds,
-        n_tokens=settings.fit_tokens,
-        ica_tokens=settings.ica_tokens,
+    corpus, column = subject.corpus, subject.text_column
+    stream = ActivationStream(
+        subject.model,
+        PretokenizedCorpus(corpus)
+        if is_pretokenized(corpus)
+        else lambda: CorpusStream(corpus, Reader(split="train", text_column=column)),
+        sae.cfg.metadata.hook_name,
+        context_size=subject.context_size,
+        batch_size=BATCH,
+        forward_windows=max(1, 2 * BATCH // subject.context_size),
+        buffer_tokens=8 * BATCH,
         seed=settings.seed,
     )
+    sizes = {"n_tokens": settings.fit_tokens, "ica_tokens": settings.ica_tokens}
+    found = fit_baselines(stream, sae, settings.kinds, **sizes, seed=settings.seed)
     for name, baseline in found.items():
         baseline.save_model(folder / name)
     return found
@@ -161,16 +165,7 @@ def _cards(dictionaries: dict[str, Any], subject: Subject, out: Path, settings: 
     for name, sae in tqdm(dictionaries.items(), desc="evaluate dictionaries", disable=None):
         file = out / "cards" / f"{name}.json"
         if not file.is_file():
-            card = evaluate(
-                sae,
-                subject.model,
-                subject.corpus,
-                n_tokens=settings.card_tokens,
-                context_size=subject.context_size,
-                text_column=subject.text_column,
-                name=name,
-            )
-            write_json(file, card.as_dict())
+            write_json(file, card_of(sae, subject, settings.card_tokens, name))
         card = read_json(file)
         keys = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "delta_lm_loss")
         found[name] = {
@@ -190,13 +185,7 @@ def perplexity(loss: dict[str, float | None]) -> dict[str, float | None]:
 
 
 def _scores(
-    dictionaries: dict[str, Any],
-    subject: Subject,
-    out: Path,
-    settings: Settings,
-    sae_name: str,
-    explainers: Sequence[Any],
-    judges: Sequence[Any],
+    dictionaries: dict[str, Any], subject: Subject, out: Path, settings: Settings, sae_name: str
 ) -> dict[str, Any]:
     """Return each dictionary's simulation scores; caches but the SAE's own, dense with ReLU alone, go when they are scored."""
     folders = {name: out / "caches" / name for name in dictionaries}
@@ -209,8 +198,7 @@ def _scores(
             [folders[name] for name in todo],
             n_tokens=settings.cache_tokens,
             split="heldout",
-            context_size=subject.context_size,
-            text_column=subject.text_column,
+            **subject.reading,
             sae_names=[sae_name if name == SAE and sae_name else name for name in todo],
             resume=True,
         )
@@ -220,14 +208,29 @@ def _scores(
                 subject.model.tokenizer,
                 AutointerpConfig(latents=settings.latents, seed=settings.seed),
                 sae=dictionaries[name],
-                explainers=explainers,
-                judges=judges,
             )
-            explainer = explainers[0].name if explainers else EXPLAINER
-            summary = summarise(store, explainer=explainer, judge=judges[0].name if judges else "rule").as_dict()
+            summary = summarise(store).as_dict()
             kept = {key: summary[key] for key in ("explainer", "judge", "n_latents", "n_explained", *_SUMMARY)}
             write_json(out / "scores" / f"{name}.json", kept)
     for name in dictionaries:
         if name != SAE:
             remove(folders[name])
     return {name: read_json(out / "scores" / f"{name}.json") for name in dictionaries}
+
+
+def baselines_markdown(result: dict[str, Any]) -> str:
+    """Return the whole comparison as Markdown."""
+    settings = result["settings"]
+    lines = [
+        f"# Baselines: {result['model']}",
+        "",
+        f"Text: {result['corpus']}. Baselines fitted on {settings['fit_tokens']:,} tokens of training text; the rest is "
+        f"held-out text: {settings['card_tokens']:,} tokens for L0, explained variance (centred) and perplexity, "
+        f"{settings['cache_tokens']:,} for explanations and simulations of up to {settings['latents']} live latents drawn "
+        "at random. Simulation: correlation of simulated and true activations, mean over latents (Cunningham et al. "
+        "2023); shuffled: with another latent's explanation.",
+        "",
+    ]
+    for layer in result["layers"]:
+        lines += [*markdown_table(tables_of("dictionaries", layer)[0]), ""]
+    return "\n".join([*lines, "![baselines](baselines.svg)", ""])

@@ -1,4 +1,4 @@
-"""One reproduction: its steps one after the other, each kept as a file, and the SAEs trained by the paper's recipe."""
+"""One reproduction: a model and a text, its steps one after the other, each kept as a file, and the SAEs trained for it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,74 @@ from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import read_json, utc_now, write_json
-from sae_italian.papers.document import Section
-from sae_italian.papers.paper import Paper
-from sae_italian.papers.subject import Subject
-from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
+from sae_italian.corpora.documents import MICRO_ITALIANO
+from sae_italian.models import load_model, parse_hook_name, resolve
+from sae_italian.models.activations import check_context
+from sae_italian.papers.paper import SKIPPED, Paper
+from sae_italian.training import spec_from_dict, train
+from sae_italian.training.config import read_values
+from sae_italian.training.suite import suite_from_dict, train_suite
 
+MINI = "sae-italian-mini"
 MINI_WIDTH = 128  # d_in of the model that the recipes in configs/mini are for
-SKIPPED = "skipped"
 RATIO = 2  # d_sae / d_in in figure 2 of Cunningham et al. 2023
 Results = dict[str, Any]
+
+
+class Subject(NamedTuple):
+    """A loaded model (backend `hf`) with the text it is studied on."""
+
+    model: Any
+    name: str
+    corpus: str
+    text_column: str
+    context_size: int  # tokens
+
+    @property
+    def n_layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
+    def d_in(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Return how its text is read, as the functions that read it take it."""
+        return {"context_size": self.context_size, "text_column": self.text_column}
+
+
+def open_subject(
+    name: str,
+    *,
+    sae: Any = None,
+    corpus: str | None = None,
+    text_column: str = "text",
+    context_size: int | None = None,
+) -> Subject:
+    """Load a model and settle its text: the given one, else the one its SAE was trained on, else the mini model's.
+
+    Raises: UsageError when no text is known, or the context exceeds the model's.
+    """
+    metadata = sae.cfg.metadata if sae is not None else None
+    corpus = corpus or (str(metadata.dataset_path) if metadata is not None and metadata.dataset_path else None)
+    model = load_model(name)
+    saved = resolve(name).saved_name
+    corpus = corpus or (MICRO_ITALIANO if saved == MINI else None)
+    if corpus is None:
+        raise UsageError(f"which text should {name} read? Give --corpus, a local file or a name of `corpora list`.")
+    context = int(context_size or (metadata.context_size if metadata is not None else None) or 128)
+    return Subject(model, saved, corpus, text_column, check_context(context, model.config))
+
+
+def layer_of(sae: Any) -> int:
+    """Return the layer an SAE reads at."""
+    return parse_hook_name(sae.cfg.metadata.hook_name).layer
+
+
+def full_name(sae: str | Path) -> str:
+    """Return the name under which an SAE is remembered: a folder's whole path, or release:sae_id as given."""
+    return str(Path(sae).resolve()) if Path(sae).is_dir() else str(sae)
 
 
 @dataclass(frozen=True)
@@ -52,9 +111,8 @@ class Job:
         return values | {
             "model": self.subject.name,
             "corpus": self.subject.corpus,
-            "text_column": self.subject.text_column,
             "repeat_corpus": True,
-            "context_size": self.subject.context_size,
+            **self.subject.reading,
             "training_tokens": n_tokens,
             "buffer_tokens": min(values["buffer_tokens"], max(n_tokens // 4, values["train_batch_size_tokens"])),
             "lr": values["lr"] / scale,
@@ -74,16 +132,14 @@ class Job:
         folder = self.out / "saes" / name
         return train(spec_from_dict(values), folder, resume=folder.is_dir())
 
-    def train_suite(
-        self, name: str, layers: list[int], sites: list[str], expansions: list[float], n_tokens: int, memory_gb: float
-    ) -> dict[str, Path]:
-        """Train layers x sites x widths on one pass of the model; return the folders by name, e.g. `L1R-8x`."""
-        values = self.values(n_tokens)
+    def train_suite(self, layers: list[int]) -> dict[str, Path]:
+        """Train the budget's sites and widths on one pass of the model; return the folders by name, e.g. `L1R-8x`."""
+        values = self.values(self.budget["train_tokens"])
         del values["hook_name"]
-        values["sae"].pop("d_sae", None)
-        values["sae"].pop("decoder_init_norm", None)
-        values |= {"layers": layers, "sites": sites, "expansions": expansions, "memory_gb": memory_gb}
-        folder = self.out / "saes" / name
+        for key in ("d_sae", "decoder_init_norm"):
+            values["sae"].pop(key, None)
+        values |= {"layers": layers, **{key: self.budget[key] for key in ("sites", "expansions", "memory_gb")}}
+        folder = self.out / "saes" / "suite"
         return {path.name: path for path in train_suite(suite_from_dict(values), folder, resume=folder.is_dir())}
 
     def only_trained(self) -> None:
@@ -106,22 +162,17 @@ class Job:
         return [round(i * (n - 1) / (at_most - 1)) for i in range(at_most)]
 
 
-def variant(layer: int, ratio: float, factor: float) -> str:
-    """Return the name of the SAE with so many latents per dimension and its L1 coefficient times a factor."""
-    return f"L{layer}-{ratio:g}x-l1-{factor:g}"
-
-
 class Step(NamedTuple):
-    """A part of an evaluation: `run` measures (slow, to JSON), `section` writes it down (from JSON alone).
+    """A part of an evaluation: `run` measures (slow, to JSON), `draw` makes its pictures (from JSON alone).
 
-    An optional step that the model or SAE does not allow is reported as skipped, with the reason.
+    The words and tables for it stand in the paper's YAML. An optional step that the model or SAE does not allow is
+    reported as skipped, with the reason.
     """
 
     name: str
-    title: tuple[str, str]
     run: Callable[[Job, Results], dict[str, Any]]
-    section: Callable[[dict[str, Any], Results], Section]
     optional: bool = False
+    draw: Callable[[dict[str, Any], Results], dict[str, str]] | None = None
 
 
 def run_steps(job: Job, steps: Sequence[Step]) -> tuple[Results, dict[str, float]]:

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_italian.evaluation.jumprelu import held_out_activations
-from sae_italian.papers.clic_it import score_table
-from sae_italian.papers.document import Section, Table, shown
-from sae_italian.papers.job import Job, Results, Step
+from sae_italian.analysis.geometry import geometry
+from sae_italian.analysis.geometry.pictures import matches_svg
+from sae_italian.analysis.shift import context_shift
+from sae_italian.analysis.shift.measure import default_edges
+from sae_italian.base.errors import UsageError
+from sae_italian.papers.job import Job, Results, Step, layer_of
+from sae_italian.papers.measure import card_of, held_out, score_sae
 from sae_italian.papers.pictures import suite_svg
-from sae_italian.papers.scoring import card_of, score_sae
-from sae_italian.papers.shapes import SHAPES
-from sae_italian.papers.subject import layer_of
+from sae_italian.papers.report import shown
 from sae_italian.saes import load_sae
 from sae_italian.saes.jumprelu_export import to_jumprelu
 
 L1 = (0.5, 2.0, 8.0)  # coefficients of the L1 SAEs, times the square root of d_in / 128
+SAMPLE = 4096  # latents of each SAE whose directions are compared
+MOST = 4  # SAEs whose directions are compared
 _KEPT = ("l0", "explained_variance", "explained_variance_uncentred", "delta_lm_loss", "dead", "ultra_active")
 
 
 def _saes(job: Job, _: Results) -> dict[str, Any]:
-    budget = job.budget
+    """Train the suite, or take the SAE that was given."""
     if job.sae is not None:
         sae = load_sae(job.sae)
-        expansion = sae.cfg.d_sae / sae.cfg.d_in
-        name = f"L{layer_of(sae)}R-{expansion:g}x"
-        row = {"name": name, "folder": job.sae, "site": "R", "layer": layer_of(sae), "expansion": expansion}
+        layer, expansion = layer_of(sae), sae.cfg.d_sae / sae.cfg.d_in
+        name = f"L{layer}R-{expansion:g}x"
+        row = {"name": name, "folder": job.sae, "site": "R", "layer": layer, "expansion": expansion}
         return {"saes": [row], "given": True}
-    trained = job.train_suite(
-        "suite", job.layers(1), budget["sites"], budget["expansions"], budget["train_tokens"], budget["memory_gb"]
-    )
     rows = []
-    for name, folder in trained.items():
+    for name, folder in job.train_suite(job.layers(1)).items():
         place, width = name.split("-")
         site = place.lstrip("L0123456789")
         layer = int(place[1 : len(place) - len(site)])
@@ -40,34 +40,29 @@ def _saes(job: Job, _: Results) -> dict[str, Any]:
     return {"saes": rows, "given": False}
 
 
-def reference(results: Results) -> dict[str, Any]:
+def narrowest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the narrowest SAE on the residual stream, the first of any site where there is none."""
-    saes = results["saes"]["saes"]
-    return min(saes, key=lambda row: (row["site"] != "R", row["expansion"]))
+    return min(rows, key=lambda row: (row["site"] != "R", row["expansion"]))
 
 
-def _saes_section(result: dict[str, Any], _: Results) -> Section:
-    text = (
-        "R: residual stream, A: attention output, M: MLP output, TC: transcoder from MLP input to output; 8x: 8 latents "
-        "per dimension.",
-        "R: flusso residuo, A: uscita dell'attenzione, M: uscita dell'MLP, TC: transcoder dall'ingresso all'uscita "
-        "dell'MLP; 8x: 8 latenti per dimensione.",
-    )
-    rows = [(row["name"], row["site"], str(row["layer"]), f"{row['expansion']:g}") for row in result["saes"]]
-    table = Table("", ("name", "site", "layer", "latents per dimension"), rows)
-    return Section(("The SAEs", "Le SAE"), text, [table])
+def _reference(results: Results) -> tuple[dict[str, Any], Any]:
+    entry = narrowest(results["saes"]["saes"])
+    return entry, load_sae(entry["folder"])
 
 
 # --- sites and widths -----------------------------------------------------------------------------------------------
+
+
+def _kept(job: Job, sae: Any, name: str) -> dict[str, Any]:
+    card = card_of(sae, job.subject, job.budget["card_tokens"], name, job.budget["loss_tokens"])
+    return {key: card[key] for key in _KEPT}
 
 
 def _cards(job: Job, results: Results) -> dict[str, Any]:
     rows = []
     for entry in results["saes"]["saes"]:
         sae = load_sae(entry["folder"])
-        card = card_of(sae, job.subject, job.budget["card_tokens"], entry["name"], job.budget["loss_tokens"])
-        values = card.as_dict()
-        rows.append({**entry, "d_sae": sae.cfg.d_sae, **{key: values[key] for key in _KEPT}})
+        rows.append({**entry, "d_sae": sae.cfg.d_sae, **_kept(job, sae, entry["name"])})
     return {"n_tokens": job.budget["card_tokens"], "rows": rows, **derived(rows, job.budget["card_tokens"])}
 
 
@@ -75,16 +70,15 @@ def derived(rows: list[dict[str, Any]], n_tokens: int) -> dict[str, Any]:
     """Return what the paper says about its figures, of ours."""
     narrow, wide = (pick(row["expansion"] for row in rows) for pick in (min, max))
     variance = {(row["site"], row["expansion"]): row["explained_variance_uncentred"]["value"] for row in rows}
-    first = min(rows, key=lambda row: (row["site"] != "R", row["expansion"]))
+    first = narrowest(rows)
     sites = {row["site"] for row in rows if row["expansion"] == narrow}
     ranked = sorted(sites, key=lambda site: -variance[site, narrow])
-    gain = [
-        f"{site} {variance[site, wide] - variance[site, narrow]:+.3f}" for site in ranked if (site, wide) in variance
-    ]
+    both = [site for site in ranked if (site, wide) in variance]
+    gain = [f"{site} {variance[site, wide] - variance[site, narrow]:+.3f}" for site in both]
+    reference = [shown(first[key]) for key in ("explained_variance_uncentred", "delta_lm_loss")]
     return {
         "l0": ", ".join(f"{row['name']} {row['l0']['value']:.1f}" for row in rows),
-        "reference": f"{first['name']}: {shown(first['explained_variance_uncentred'])}, "
-        f"{shown(first['delta_lm_loss'])} nats",
+        "reference": f"{first['name']}: {reference[0]}, {reference[1]} nats",
         "best_site": ", ".join(f"{site} {variance[site, narrow]:.3f}" for site in ranked) if len(ranked) > 1 else None,
         "width_gain": "; ".join(gain) if wide > narrow else None,
         "dead": f"{_range(rows, 'dead')} in {n_tokens:,} tokens",
@@ -97,175 +91,121 @@ def _range(rows: list[dict[str, Any]], key: str) -> str:
     return f"{min(values):.1f} %" if min(values) == max(values) else f"{min(values):.1f} to {max(values):.1f} %"
 
 
-def _cards_section(result: dict[str, Any], _: Results) -> Section:
-    head = ("SAE", "latents", "L0", "EV, uncentred", "EV, centred", "delta LM loss", "dead", "ultra-active")
-    rows = [
-        (
-            row["name"],
-            shown(row["d_sae"]),
-            shown(row["l0"]["value"], 1),
-            shown(row["explained_variance_uncentred"]),
-            shown(row["explained_variance"]),
-            shown(row["delta_lm_loss"]),
-            shown(row["dead"]["value"], percent=True),
-            shown(row["ultra_active"]["value"], percent=True),
-        )
-        for row in result["rows"]
-    ]
-    text = (
-        f"On {result['n_tokens']:,} tokens of held-out text, 95 % intervals over documents; the paper's explained variance "
-        "(EV) is the uncentred one, SAELens' the centred one. Each site has its own variance and its own loss to lose.",
-        f"Su {result['n_tokens']:,} token tenuti da parte, intervalli al 95 % sui documenti; la varianza spiegata (EV) "
-        "dell'articolo è quella non centrata.",
-    )
-    title = ("Sites and widths (figure 10)", "Siti e ampiezze")
-    return Section(title, text, [Table("", head, rows)], [("suite", suite_svg(result["rows"]))])
-
-
 # --- the changes to TopK --------------------------------------------------------------------------------------------
 
 
 def _jumprelu(job: Job, results: Results) -> dict[str, Any]:
-    sae, subject = load_sae(reference(results)["folder"]), job.subject
-    x, y = held_out_activations(
-        sae,
-        subject.model,
-        subject.corpus,
-        job.budget["card_tokens"],
-        context_size=subject.context_size,
-        text_column=subject.text_column,
-    )
-    _, report = to_jumprelu(sae, x, y)
-    found = report.as_dict()
+    entry, sae = _reference(results)
+    _, report = to_jumprelu(sae, *held_out(sae, job.subject, job.budget["card_tokens"]))
     text = (
         f"L0 {report.l0_before:.2f} to {report.l0:.2f}, explained variance {report.explained_variance_before:.4f} to "
         f"{report.explained_variance:.4f}"
     )
-    return {**found, "sae": reference(results)["name"], "text": text}
+    return {**report.as_dict(), "sae": entry["name"], "text": text}
 
 
-def _jumprelu_section(result: dict[str, Any], _: Results) -> Section:
-    text = (
-        f"{result['sae']} with one threshold {result['threshold']:.4f} for all latents, set on {result['n_tokens']:,} "
-        f"tokens and checked on {result['n_tokens_checked']:,} others: {result['text']}.",
-        "La stessa SAE con una sola soglia per tutti i latenti.",
-    )
-    return Section(("JumpReLU at inference (figure 11)", "JumpReLU in inferenza"), text)
-
-
-def _compared(job: Job, name: str, results: Results, *overrides: str, sae: dict[str, Any] | None = None) -> Any:
+def _compared(job: Job, name: str, results: Results, share: str, sae: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train one more SAE at the reference's place and width, and return its card."""
-    entry = reference(results)
-    d_sae = round(entry["expansion"] * job.subject.d_in)
-    hook_name = load_sae(entry["folder"]).cfg.metadata.hook_name
-    folder = job.train(name, hook_name, d_sae, job.budget["compare_tokens"], *overrides, sae=sae)
-    card = card_of(load_sae(folder), job.subject, job.budget["card_tokens"], name, job.budget["loss_tokens"]).as_dict()
-    return {"name": name, **{key: card[key] for key in _KEPT}}
+    entry, reference = _reference(results)
+    d_sae, hook_name = round(entry["expansion"] * job.subject.d_in), reference.cfg.metadata.hook_name
+    folder = job.train(name, hook_name, d_sae, job.budget["compare_tokens"], f"k_anneal_share={share}", sae=sae)
+    return {"name": name, **_kept(job, load_sae(folder), name)}
 
 
 def _annealing(job: Job, results: Results) -> dict[str, Any]:
+    """Train with K falling from d_in in the first tenth of the steps, and with K from the start."""
     job.only_trained()
-    rows = [
-        _compared(job, "annealed", results, "k_anneal_share=0.1"),
-        _compared(job, "not-annealed", results, "k_anneal_share=0"),
-    ]
-    first, second = rows
-    text = (
-        f"{shown(first['explained_variance_uncentred'])} with, {shown(second['explained_variance_uncentred'])} without; "
-        f"dead {shown(first['dead']['value'], percent=True)} and {shown(second['dead']['value'], percent=True)}"
-    )
-    return {"rows": rows, "text": text}
+    rows = [_compared(job, "annealed", results, "0.1"), _compared(job, "not-annealed", results, "0")]
+    variance = [shown(row["explained_variance_uncentred"]) for row in rows]
+    dead = [shown(row["dead"]["value"], percent=True) for row in rows]
+    return {"rows": rows, "text": f"{variance[0]} with, {variance[1]} without; dead {dead[0]} and {dead[1]}"}
 
 
 def _vanilla(job: Job, results: Results) -> dict[str, Any]:
+    """Train L1 SAEs of several coefficients beside TopK."""
     job.only_trained()
     scale = (job.subject.d_in / 128) ** 0.5
-    rows = [_compared(job, "annealed", results, "k_anneal_share=0.1") | {"name": "TopK"}]
+    rows = [_compared(job, "annealed", results, "0.1") | {"name": "TopK"}]
     for factor in L1:
-        settings = {
-            "architecture": "standard",
-            "l1_coefficient": factor * scale,
-            "normalize_activations": "expected_average_only_in",
-        }
-        name = f"vanilla-{factor:g}"
-        row = _compared(job, name, results, "k_anneal_share=0", sae=settings)
+        settings = {"architecture": "standard", "l1_coefficient": factor * scale}
+        settings |= {"normalize_activations": "expected_average_only_in"}
+        row = _compared(job, f"vanilla-{factor:g}", results, "0", settings)
         rows.append(row | {"name": f"L1, {factor * scale:.3g}"})
-    text = "; ".join(
-        f"{row['name']}: L0 {row['l0']['value']:.1f}, {row['explained_variance_uncentred']['value']:.3f}"
-        for row in rows
-    )
-    return {"rows": rows, "text": text}
+    numbers = [(row["name"], row["l0"]["value"], row["explained_variance_uncentred"]["value"]) for row in rows]
+    return {"rows": rows, "text": "; ".join(f"{name}: L0 {l0:.1f}, {variance:.3f}" for name, l0, variance in numbers)}
 
 
-def _rows_section(title: tuple[str, str], text: tuple[str, str], rows: list[dict[str, Any]]) -> Section:
-    head = ("SAE", "L0", "EV, uncentred", "delta LM loss", "dead")
-    cells = [
-        (
-            row["name"],
-            shown(row["l0"]["value"], 1),
-            shown(row["explained_variance_uncentred"]),
-            shown(row["delta_lm_loss"]),
-            shown(row["dead"]["value"], percent=True),
-        )
-        for row in rows
-    ]
-    return Section(title, text, [Table("", head, cells)])
-
-
-def _annealing_section(result: dict[str, Any], _: Results) -> Section:
-    title = ("K-annealing (figure 12)", "Annealing di K")
-    text = (
-        "K falls from d_in to its end in the first tenth of the steps, or is there from the start.",
-        "K scende da d_in al valore finale nel primo decimo dei passi, o è quello dall'inizio.",
-    )
-    return _rows_section(title, text, result["rows"])
-
-
-def _vanilla_section(result: dict[str, Any], _: Results) -> Section:
-    title = ("TopK against L1 (figure 2)", "TopK contro L1")
-    text = (
-        "Equally many latents and tokens; the L1 SAEs differ in their coefficient.",
-        "Stessi latenti e stessi token; le SAE L1 differiscono per il coefficiente.",
-    )
-    return _rows_section(title, text, result["rows"])
-
-
-# --- interpretability -----------------------------------------------------------------------------------------------
+# --- interpretability, longer contexts, geometry --------------------------------------------------------------------
 
 
 def _scores(job: Job, results: Results) -> dict[str, Any]:
-    entry = reference(results)
-    found = score_sae(
-        load_sae(entry["folder"]),
-        job.subject,
-        job.out / "cache",
-        name=entry["folder"],
-        n_tokens=job.budget["cache_tokens"],
-        latents=job.budget["latents"],
-        random_control=True,
-    )
+    entry, sae = _reference(results)
+    found = score_sae(sae, job, job.out / "cache", name=entry["folder"], random_control=True)
     auto = found["autointerp"]
     below = 100 * (1 - (auto["share_detected"]["value"] or 0.0))
     text = f"{below:.0f} % of {auto['n_explained']} explained latents have a detection score below 0.8 (rule judge)"
     return {**found, "sae": entry["name"], "not_detected": text}
 
 
-def _scores_section(result: dict[str, Any], _: Results) -> Section:
-    text = (
-        f"{result['sae']}: live latents drawn at random, explained and judged by rule, without an LLM; the paper's GPT-4o "
-        "saw top activations alone and gave 1 to 5.",
-        "Latenti vivi estratti a caso, spiegati e giudicati con regole, senza LLM; nell'articolo GPT-4o vede solo le "
-        "attivazioni più forti.",
+def _shift(job: Job, results: Results) -> dict[str, Any]:
+    """Measure by position in contexts up to eight times the training's; packed where no document is that long.
+
+    A TopK SAE is measured as the JumpReLU that the paper evaluates, whose L0 may move; any other as it is.
+    """
+    subject, (entry, sae) = job.subject, _reference(results)
+    longest = getattr(subject.model.config, "max_position_embeddings", None)
+    edges = default_edges(subject.context_size, longest)
+    if len(edges) < 4:
+        raise UsageError(f"{subject.name} has {longest} positions, no more than the training's context.")
+    if sae.cfg.architecture() == "topk":
+        sae = to_jumprelu(sae, *held_out(sae, subject, job.budget["card_tokens"]))[0]
+    shift = context_shift(
+        sae,
+        subject.model,
+        subject.corpus,
+        edges=edges,
+        n_tokens=job.budget["shift_tokens"],
+        packed=True,
+        text_column=subject.text_column,
+        name=entry["name"],
     )
-    return Section(("Interpretability (figure 3)", "Interpretabilità"), text, [score_table(result)])
+    known, last = shift.bucket(shift.reference), shift.buckets[-1]
+    fvu = [1 - bucket.numbers["explained_variance"].value for bucket in (known, last)]
+    l0 = [bucket.numbers["l0"].value for bucket in (known, last)]
+    grown = f"FVU {100 * (fvu[1] / fvu[0] - 1):+.0f} %, L0 {l0[0]:.1f} to {l0[1]:.1f}"
+    return {
+        **shift.as_dict(),
+        "text": f"positions {last.name} against {known.name}: {grown}",
+        "table": shift.table(),
+        "changes": shift.changes(),
+        "said": " ".join(shift.notes()),
+        "svg": shift.svg(),
+    }
+
+
+def _geometry(job: Job, results: Results) -> dict[str, Any]:
+    """Compare decoder directions at one place across widths, or the one SAE with itself; dead latents left out."""
+    rows = results["saes"]["saes"]
+    first = narrowest(rows)
+    entries = [row for row in rows if (row["site"], row["layer"]) == (first["site"], first["layer"])]
+    found = geometry({row["name"]: load_sae(row["folder"]) for row in entries[:MOST]}, sample=SAMPLE)
+    inside = "; ".join(f"{c.source}: {c.threshold:.3f} (random {c.random.largest:.3f})" for c in found.within)
+    matches = "; ".join(
+        f"{c.source} to {c.target}: median {c.matches.quantiles['50 %']:.2f}, random {c.random.quantiles['50 %']:.2f}, "
+        f"{100 * c.above_random.value:.0f} % above the largest random"
+        for c in found.between
+    )
+    facts = {"thresholds": inside, "matches": matches or None, "table": found.table()}
+    return {**found.as_dict(), **facts, "svg": matches_svg([*found.between, *found.within])}
 
 
 STEPS = (
-    Step("saes", ("The SAEs", "Le SAE"), _saes, _saes_section),
-    Step("cards", ("Sites and widths", "Siti e ampiezze"), _cards, _cards_section),
-    Step("jumprelu", ("JumpReLU at inference", "JumpReLU in inferenza"), _jumprelu, _jumprelu_section, True),
-    Step("annealing", ("K-annealing", "Annealing di K"), _annealing, _annealing_section, True),
-    Step("vanilla", ("TopK against L1", "TopK contro L1"), _vanilla, _vanilla_section, True),
-    Step("scores", ("Interpretability", "Interpretabilità"), _scores, _scores_section),
-    *SHAPES,
+    Step("saes", _saes),
+    Step("cards", _cards, draw=lambda result, _: {"suite": suite_svg(result["rows"])}),
+    Step("jumprelu", _jumprelu, True),
+    Step("annealing", _annealing, True),
+    Step("vanilla", _vanilla, True),
+    Step("scores", _scores),
+    Step("shift", _shift, True),
+    Step("geometry", _geometry, True),
 )

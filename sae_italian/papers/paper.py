@@ -1,15 +1,16 @@
-"""The papers as data: what each trained, what it reports, and how much of that is done here by default."""
+"""The papers as data: what each trained, what it reports, how much of that is done here, and the words of its report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
 from sae_italian.base.errors import UsageError, nearest
-from sae_italian.papers.document import shown
+from sae_italian.papers.report import Section, lookup, shown, tables_of
+
+SKIPPED = "skipped"
 
 
 class Figure(NamedTuple):
@@ -20,6 +21,14 @@ class Figure(NamedTuple):
     value: str
     ours: str  # a path into the results by step, `*` for each of a list
     percent: bool = False  # ours is a share
+
+    def beside(self, results: dict[str, Any]) -> dict[str, str]:
+        """Return the statement with ours beside it, as text; a dash where there is none."""
+        ours = lookup(results, self.ours)
+        each = [shown(value, percent=self.percent) for value in (ours if isinstance(ours, list) else [ours])]
+        english, italian = self.what
+        texts = {"paper": self.value, "ours": "; ".join(each) or "-"}
+        return {"what": english, "what_it": italian, "where": self.where, **texts}
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Paper:
     """The shipped config of the mini model that is scaled to the model given."""
     budget: dict[str, Any]
     figures: tuple[Figure, ...]
+    steps: dict[str, dict[str, Any]]
+    """Title, text and tables of each step's section."""
 
     def with_budget(self, *overrides: str) -> dict[str, Any]:
         """Return the budget with `key=value` overrides. Raises: UsageError for an unknown key or a wrong value."""
@@ -52,6 +63,20 @@ class Paper:
             budget[key] = value
         return budget
 
+    def section(self, step: str, result: dict[str, Any], pictures: dict[str, str]) -> Section:
+        """Return what a step measured with the words for it; `text_given` are those where an SAE was given."""
+        words = self.steps[step]
+        if SKIPPED in result:
+            return Section(_both(words["title"]), skipped=result[SKIPPED])
+        text = words["text_given"] if result.get("given") and "text_given" in words else words["text"]
+        tables = [table for described in words.get("tables", ()) for table in tables_of(described, result)]
+        english, italian = (part.format_map(result) for part in _both(text))
+        return Section(_both(words["title"]), (english, italian), tables, list(pictures.items()))
+
+
+def _both(words: dict[str, str]) -> tuple[str, str]:
+    return words["en"], words["it"]
+
 
 @cache
 def papers() -> dict[str, Paper]:
@@ -61,14 +86,10 @@ def papers() -> dict[str, Paper]:
     found = {}
     for file in sorted(resources.files("sae_italian.papers").joinpath("data").iterdir(), key=lambda file: file.name):
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        setting = values.pop("setting")
-        figures = tuple(
-            Figure((what["en"], what["it"]), value=str(value), **rest)
-            for row in values.pop("figures")
-            for what, value, rest in [(row.pop("what"), row.pop("value"), row)]
-        )
+        rows = [row | {"what": _both(row["what"]), "value": str(row["value"])} for row in values["figures"]]
+        values |= {"setting": _both(values["setting"]), "figures": tuple(Figure(**row) for row in rows)}
         name = file.name.removesuffix(".yaml")
-        found[name] = Paper(name=name, setting=(setting["en"], setting["it"]), figures=figures, **values)
+        found[name] = Paper(name=name, **values)
     return found
 
 
@@ -77,37 +98,3 @@ def paper(name: str) -> Paper:
     if name not in papers():
         raise UsageError(f"paper {name!r} is unknown. {nearest(name, papers())}")
     return papers()[name]
-
-
-def lookup(results: Any, path: str) -> Any:
-    """Return what lies at a dotted path of dicts and lists; None where it is not there. `*` gives a list of all."""
-    for i, key in enumerate(parts := path.split(".")):
-        if key == "*":
-            rest = ".".join(parts[i + 1 :])
-            return [lookup(item, rest) if rest else item for item in results or ()]
-        try:
-            results = results[int(key)] if isinstance(results, list) else results[key]
-        except (KeyError, IndexError, TypeError, ValueError):
-            return None
-    return results
-
-
-def beside(figures: Sequence[Figure], results: dict[str, Any]) -> list[dict[str, str]]:
-    """Return each figure of a paper with ours beside it, as text; a dash where there is none."""
-    rows = []
-    for figure in figures:
-        ours = lookup(results, figure.ours)
-        if isinstance(ours, list):
-            text = "; ".join(shown(value, percent=figure.percent) for value in ours) or "-"
-        else:
-            text = shown(ours, percent=figure.percent)
-        rows.append(
-            {
-                "what": figure.what[0],
-                "what_it": figure.what[1],
-                "where": figure.where,
-                "paper": figure.value,
-                "ours": text,
-            }
-        )
-    return rows

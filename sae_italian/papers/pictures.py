@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from sae_italian.base.pictures import OURS, svg
-from sae_italian.papers.tables import dictionary_name
 from sae_italian.saes.baselines import TOPK
 
+NAMES = {
+    "sae": "SAE",
+    "pca": "PCA",
+    "ica": "ICA",
+    "nmf": "NMF",
+    "random": "random directions",
+    "identity": "neurons",
+}
 COLOURS = {
     "sae": OURS,
     "pca": "#3b6fb6",
@@ -17,6 +24,12 @@ COLOURS = {
     "random": "#8a8f98",
     "identity": "#b3261e",
 }
+
+
+def dictionary_name(name: str) -> str:
+    """Return what tables and pictures call a dictionary."""
+    kind, _, suffix = name.partition("-")
+    return NAMES.get(kind, kind) + (", top-k" if suffix else "")
 
 
 def colour(name: str) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import claim_folder, write_json
 from sae_italian.papers import clic_it, cunningham, llama_scope
-from sae_italian.papers.document import Document, Section, Table
-from sae_italian.papers.job import SKIPPED, Job, Results, Step, run_steps
-from sae_italian.papers.paper import Paper, beside, paper
-from sae_italian.papers.subject import MINI, open_subject
+from sae_italian.papers.job import MINI, Job, Step, open_subject, run_steps
+from sae_italian.papers.paper import SKIPPED, Paper, paper
+from sae_italian.papers.report import Document, Section, Table
 from sae_italian.saes import check_fits, load_sae, weights_hash
 
 KIND = "reproduce"
+FIGURES_HEAD = ("figure", "in the paper", "the paper's", "ours")
 STEPS: dict[str, tuple[Step, ...]] = {
     "cunningham-2023": cunningham.STEPS,
     "llama-scope": llama_scope.STEPS,
@@ -64,7 +64,7 @@ def reproduce(
         "context_size": subject.context_size,
         "sae": sae,
         "budget": budget,
-        "figures": beside(chosen.figures, results),
+        "figures": [figure.beside(results) for figure in chosen.figures],
         "steps": results,
         "seconds": seconds,
     }
@@ -82,43 +82,30 @@ def without_pictures(value: Any) -> Any:
 
 def document(chosen: Paper, report: dict[str, Any]) -> Document:
     """Return the report as a document, from its JSON alone."""
-    title = (
-        f"{chosen.title}: on {report['model']}",
-        f"L'analisi dell'articolo, svolta su {report['model']}",
-    )
+    model, corpus, context = (report[key] for key in ("model", "corpus", "context_size"))
+    title = (f"{chosen.title}: on {model}", f"L'analisi dell'articolo, svolta su {model}")
     seconds = sum(report["seconds"].values())
-    done = (
-        f"{chosen.setting[0]} Here: {report['model']}, {report['corpus']}, context {report['context_size']} tokens; "
-        f"{chosen.authors}, {chosen.link}. {seconds:,.0f} s in all."
-    )
-    fatto = (
-        f"{chosen.setting[1]} Qui: {report['model']}, {report['corpus']}, contesto di {report['context_size']} token."
-    )
-    sections = [figures_section(report), budget_section(report)]
-    sections += [_section(step, report["steps"]) for step in STEPS[chosen.name]]
-    return Document(title, (done, fatto), sections)
-
-
-def figures_section(report: dict[str, Any]) -> Section:
-    """Return the paper's figures beside ours."""
-    rows = [(f"{r['what']} · {r['what_it']}", r["where"], r["paper"], r["ours"]) for r in report["figures"]]
     text = (
+        f"{chosen.setting[0]} Here: {model}, {corpus}, context {context} tokens; {chosen.authors}, {chosen.link}. "
+        f"{seconds:,.0f} s in all.",
+        f"{chosen.setting[1]} Qui: {model}, {corpus}, contesto di {context} token.",
+    )
+    rows = [(f"{r['what']} · {r['what_it']}", r["where"], r["paper"], r["ours"]) for r in report["figures"]]
+    direction = (
         "Models, texts and training differ by orders of magnitude: compare directions, not digits.",
         "Modelli, testi e addestramento differiscono di ordini di grandezza: contano le direzioni, non le cifre.",
     )
-    head = ("figure", "in the paper", "the paper's", "ours")
-    return Section(("The paper and this run", "L'articolo e questa prova"), text, [Table("", head, rows)])
-
-
-def budget_section(report: dict[str, Any]) -> Section:
-    """Return what was spent: the budget in tokens, and the seconds of each step."""
+    figures = Table("", FIGURES_HEAD, rows)
     budget = Table("", ("budget", ""), [(key, str(value)) for key, value in report["budget"].items()])
-    seconds = Table("", ("step", "seconds"), [(key, f"{value:,.1f}") for key, value in report["seconds"].items()])
-    return Section(("Budget", "Risorse"), ("Sizes in tokens.", "Dimensioni in token."), [budget, seconds])
-
-
-def _section(step: Step, results: Results) -> Section:
-    result = results[step.name]
-    if SKIPPED in result:
-        return Section(step.title, skipped=result[SKIPPED])
-    return step.section(result, results)
+    times = Table("", ("step", "seconds"), [(key, f"{value:,.1f}") for key, value in report["seconds"].items()])
+    sections = [
+        Section(("The paper and this run", "L'articolo e questa prova"), direction, [figures]),
+        Section(("Budget", "Risorse"), ("Sizes in tokens.", "Dimensioni in token."), [budget, times]),
+    ]
+    for step in STEPS[chosen.name]:
+        result = report["steps"][step.name]
+        pictures = {step.name: result["svg"]} if "svg" in result else {}
+        if step.draw is not None and SKIPPED not in result:
+            pictures |= step.draw(result, report["steps"])
+        sections.append(chosen.section(step.name, result, pictures))
+    return Document(title, text, sections)

@@ -9,17 +9,22 @@ import pytest
 import yaml
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.labels import label
 from sae_italian.papers import cunningham, llama_scope
-from sae_italian.papers.document import Document, Section, Table, from_markdown, markdown_table, shown
-from sae_italian.papers.paper import beside, lookup, paper, papers
+from sae_italian.papers.measure import correlation
+from sae_italian.papers.paper import paper, papers
+from sae_italian.papers.report import Document, Section, Table, lookup, markdown_table, shown, tables_of
 from sae_italian.papers.reproduce import STEPS
-from sae_italian.papers.scoring import correlation
 
 
 def test_every_paper_has_its_steps_and_each_figure_names_one():
     assert set(papers()) == set(STEPS) == {"cunningham-2023", "llama-scope", "clic-it-2025"}
     for name, found in papers().items():
         steps = {step.name for step in STEPS[name]}
+        assert set(found.steps) == steps
+        for words in found.steps.values():
+            assert set(words) <= {"title", "text", "text_given", "tables"}
+            assert all(set(words[key]) == {"en", "it"} for key in set(words) - {"tables"})
         for figure in found.figures:
             assert figure.ours.split(".")[0] in steps, (name, figure.ours)
             assert figure.where and figure.value and all(figure.what), (name, figure)
@@ -59,7 +64,7 @@ def test_ours_stand_beside_the_papers_and_a_dash_where_there_is_none():
     figures = papers()["clic-it-2025"].figures
     card = {"l0": {"value": 8.0, "lo": 7.5, "hi": 8.5}, "dead": {"value": 0.25, "lo": None, "hi": None}}
     results = {"card": card, "sae": {"layer": 2}}
-    rows = {row["what"]: row for row in beside(figures, results)}
+    rows = {row["what"]: row for row in (figure.beside(results) for figure in figures)}
     assert rows["Latents per token (K)"]["ours"] == "8.000 (7.500 to 8.500)"
     assert rows["Latents that are dead or almost never active"]["ours"] == "25.0 %"
     assert rows["Layer"]["ours"] == "2" and rows["Detection"]["ours"] == "-"
@@ -129,7 +134,23 @@ def test_the_markdown_is_a_table_whatever_a_cell_holds(written):
     assert "| x\\|y | <script>alert(1)</script> |" in text and "| è | 2 |" in text
     assert "![p](pictures/p.svg)" in text and (written / "pictures" / "p.svg").is_file()
     table = Table("", ("a", "b"), [("1", "2"), ("3", "4")])
-    assert from_markdown(markdown_table(table)).rows == [["1", "2"], ["3", "4"]]
+    (again,) = tables_of({"markdown": "lines"}, {"lines": markdown_table(table)})
+    assert again.rows == [["1", "2"], ["3", "4"]]
+
+
+def test_tables_are_read_off_their_descriptions():
+    result = {
+        "layers": [{"n": 1, "rows": [{"a": 0.5, "b": {"c": 2}, "t": "x" * 300}]}],
+        "one": {"s": 0.25},
+        "two": None,
+    }
+    columns = {"A": "a|%", "B": "b.c|.1f", "T": "t|short", "none": "z"}
+    (table,) = tables_of({"each": "layers", "caption": "layer {n}", "rows": "rows", "columns": columns}, result)
+    assert table == Table("layer 1", ["A", "B", "T", "none"], [["50.0 %", "2.0", "...", "-"]])
+    (table,) = tables_of({"of": {"x": "one", "y": "two"}, "facts": {"share": "s|2", "card.l0": "t"}}, result)
+    assert table.head == ("", "x") and table.rows == [("share", "0.25"), (label("card.l0"), "-")]
+    (table,) = tables_of({"rows": "", "columns": {"S": "one.s"}}, result)
+    assert table.rows == [["0.250"]]
 
 
 def estimate(value):

@@ -3,7 +3,6 @@
 import copy
 import html
 import json
-from dataclasses import fields
 from math import log
 from types import SimpleNamespace
 
@@ -11,13 +10,10 @@ import pytest
 
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
-from sae_italian.cli.papers import KINDS, SIZES
-from sae_italian.papers import Settings, compare_baselines, reproduce
-from sae_italian.papers.document import Section
-from sae_italian.papers.job import Job, Step, run_steps
+from sae_italian.papers import compare_baselines, reproduce
+from sae_italian.papers.job import Job, Step, Subject, run_steps
 from sae_italian.papers.paper import paper
 from sae_italian.papers.reproduce import STEPS
-from sae_italian.papers.subject import Subject
 from sae_italian.saes import load_sae
 
 TINY = {
@@ -165,11 +161,8 @@ def test_steps_that_cannot_be_done_are_named_and_tried_again(tmp_path):
             raise UsageError("the model cannot")
         return {"found": results["first"]["x"]}
 
-    def section(result, results):
-        return Section(("t", "t"))
-
-    first = Step("first", ("", ""), lambda job, results: {"x": len(tries)}, section)
-    steps = (first, Step("second", ("", ""), fails, section, True))
+    first = Step("first", lambda job, results: {"x": len(tries)})
+    steps = (first, Step("second", fails, True))
     job = Job(paper("clic-it-2025"), None, {}, tmp_path)
     assert run_steps(job, steps)[0]["second"] == {"skipped": "the model cannot"}
     assert run_steps(job, steps)[0] == {"first": {"x": 0}, "second": {"found": 0}}
@@ -217,20 +210,32 @@ def test_bad_input_is_named(tmp_path, trained_sae, identity_sae, jsonl):
 def test_commands(tmp_path, capsys, trained_sae):
     assert main(["reproduce", "llama-scop"]) == 2
     assert "Did you mean 'llama-scope'" in capsys.readouterr().err
-    assert main(["baselines", str(trained_sae), "sae.k=3", "--out", str(tmp_path / "b")]) == 2
+    assert main(["reproduce", "baselines", str(trained_sae), "sae.k=3", "--out", str(tmp_path / "b")]) == 2
     assert "SAEs were given, not a config" in capsys.readouterr().err
-    assert main(["baselines", "mini/suite.yaml", "--out", str(tmp_path / "b")]) == 2
+    assert main(["reproduce", "baselines", "mini/suite.yaml", "--out", str(tmp_path / "b")]) == 2
     assert "sites=[R]" in capsys.readouterr().err
-    assert main(["baselines", str(trained_sae), "--latents", "0", "--out", str(tmp_path / "b")]) == 2
-    assert "--latents is 0" in capsys.readouterr().err
-    defaults = {field.name: field.default for field in fields(Settings)}
-    assert {name: default for name, (default, _) in SIZES.items()} | {"kinds": KINDS, "seed": 0} == defaults
+    for word, message in (
+        ("latents=0", "latents is 0"),
+        ("kinds=7", "kinds is 7"),
+        ("fit_tokens=x", "fit_tokens is 'x'"),
+    ):
+        assert main(["reproduce", "baselines", str(trained_sae), word, "--out", str(tmp_path / "b")]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["baselines", str(trained_sae)]) == 2 and "is now `reproduce baselines" in capsys.readouterr().err
+    assert main(["reproduce", "baselines"]) == 2 and "which SAEs?" in capsys.readouterr().err
 
 
 def test_the_command_compares_an_sae_with_what_it_is_asked_for(tmp_path, trained_sae, capsys):
-    sizes = ["--fit-tokens", "2000", "--ica-tokens", "1000", "--card-tokens", "1000", "--cache-tokens", "8000"]
+    sizes = [
+        "fit_tokens=2000",
+        "ica_tokens=1000",
+        "card_tokens=1000",
+        "cache_tokens=8000",
+        "latents=6",
+        "kinds=[identity]",
+    ]
     out = tmp_path / "b"
-    command = ["baselines", str(trained_sae), "--kinds", "identity", "--latents", "6", "--out", str(out), *sizes]
+    command = ["reproduce", "baselines", str(trained_sae), *sizes, "--out", str(out)]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "| neurons, top-k |" in said and "| SAE |" in said and "PCA" not in said

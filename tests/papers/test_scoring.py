@@ -6,8 +6,8 @@ from scipy import stats
 
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.papers.measure import moments, strongest
 from sae_italian.papers.pictures import scores_svg, suite_svg
-from sae_italian.papers.scoring import _strongest, moments
 
 
 def test_moments_are_those_of_the_dense_activation(small_cache):
@@ -28,7 +28,7 @@ def test_moments_of_a_silent_latent_are_not_a_number(silent_latent):
 def test_the_strongest_segment_marks_the_latents_own_tokens(small_cache, mini):
     cache = FeatureCache.open(small_cache, tokenizer=mini.tokenizer)
     latent = int(cache.statistics["max"].argmax())
-    text = _strongest(cache, latent)
+    text = strongest(cache, latent)
     shown = cache.latent(latent).windows("top", 1).shown()[0]
     active = [shown.text[a:b].strip() for (a, b), v in zip(shown.spans.tolist(), shown.values, strict=True) if v > 0]
     assert [part.split("»")[0] for part in text.split("«")[1:]] == active

@@ -1,4 +1,4 @@
-"""Explanations and their scores of one SAE inside a reproduction, and what the papers derive from them."""
+"""What the papers measure of one SAE: its card, explanations and their scores, moments, examples, variance against L0."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
@@ -14,55 +16,56 @@ from sae_italian.autointerp.store import Store
 from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.evaluation import EvaluationCard, evaluate
-from sae_italian.papers.subject import Subject
+from sae_italian.evaluation import evaluate
+from sae_italian.papers.job import Job, Subject
+from sae_italian.saes.baselines import mean_l0, rescaled, with_top_k
+from sae_italian.training.export import held_out_activations
 
 WIDTH = 32  # tokens of a shown example
+FIT_SHARE = 0.5  # of the tokens of a curve, for the one factor of random directions
+_SIMULATION = {"scorer": "simulation", "metric": "correlation", "negatives": "top-and-random"}
+_DETECTION = {"scorer": "detection", "metric": "balanced_accuracy", "negatives": "random"}
+_PLAIN = ("standard", "topk", "jumprelu")  # architectures of one encoder and one decoder matrix
 
 
-def card_of(sae: Any, subject: Subject, n_tokens: int, name: str, loss_tokens: int | None = None) -> EvaluationCard:
-    """Return the evaluation card of an SAE on held-out text of the subject."""
-    return evaluate(
+def card_of(sae: Any, subject: Subject, n_tokens: int, name: str, loss_tokens: int | None = None) -> dict[str, Any]:
+    """Return the evaluation card of an SAE on held-out text of the subject, as JSON has it."""
+    card = evaluate(
         sae,
         subject.model,
         subject.corpus,
         n_tokens=n_tokens,
         loss_tokens=loss_tokens,
-        context_size=subject.context_size,
-        text_column=subject.text_column,
         name=name,
+        **subject.reading,
     )
+    return card.as_dict()
 
 
-def score_sae(
-    sae: Any,
-    subject: Subject,
-    folder: Path,
-    *,
-    name: str,
-    n_tokens: int,
-    latents: int | None,
-    random_control: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
+def held_out(sae: Any, subject: Subject, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return what the SAE reads and what it is to give, [tokens, d_in] each, on held-out text."""
+    return held_out_activations(sae, subject.model, subject.corpus, n_tokens, **subject.reading)
+
+
+def score_sae(sae: Any, job: Job, folder: Path, *, name: str, random_control: bool = False) -> dict[str, Any]:
     """Explain and score latents by rule on held-out text; return `autointerp` and, with the control, `random`.
 
     The cache stays in `folder` with its store, for `sae-italian browse`.
     """
+    subject = job.subject
     build_cache(
         sae,
         subject.model,
         subject.corpus,
         folder,
-        n_tokens=n_tokens,
+        n_tokens=job.budget["cache_tokens"],
         split="heldout",
-        context_size=subject.context_size,
-        text_column=subject.text_column,
         sae_name=name,
         resume=folder.is_dir(),
+        **subject.reading,
     )
     cache = FeatureCache.open(folder)
-    config = AutointerpConfig(latents=latents, seed=seed)
+    config = AutointerpConfig(latents=job.budget["latents"])
     store = run_autointerp(cache, subject.model.tokenizer, config, sae=sae)
     found = {"cache": str(folder), "autointerp": summarise(store).as_dict()}
     if random_control:
@@ -70,10 +73,10 @@ def score_sae(
     return found
 
 
-def simulation_scores(store: Path, draw: str = "top-and-random") -> dict[int, float]:
+def simulation_scores(store: Path) -> dict[int, float]:
     """Return the simulation score of each latent that has one, of its own explanation."""
     with Store(store, {}) as opened:
-        return opened.values(explainer=EXPLAINER, control="", scorer="simulation", metric="correlation", negatives=draw)
+        return opened.values(explainer=EXPLAINER, control="", **_SIMULATION)
 
 
 def moments(cache: FeatureCache, latent: int) -> tuple[float, float]:
@@ -85,8 +88,8 @@ def moments(cache: FeatureCache, latent: int) -> tuple[float, float]:
     second, third, fourth = (((value - mean) ** p).sum() + silent * (-mean) ** p for p in (2, 3, 4))
     if second <= 0:
         return float("nan"), float("nan")
-    spread = second / n
-    return float(third / n / spread**1.5), float(fourth / n / spread**2 - 3)
+    variance = second / n
+    return float(third / n / variance**1.5), float(fourth / n / variance**2 - 3)
 
 
 def correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Estimate:
@@ -113,12 +116,8 @@ def examples(folder: Path, tokenizer: Any, n: int) -> list[dict[str, Any]]:
     cache = FeatureCache.open(folder, tokenizer=tokenizer)
     with Store(folder / STORE_FILE, {}) as store:
         said = {latent: found for latent, (_, found) in store.explanations(EXPLAINER).items() if found.status == "ok"}
-        detection = store.values(
-            explainer=EXPLAINER, control="", scorer="detection", metric="balanced_accuracy", negatives="random"
-        )
-        simulated = store.values(
-            explainer=EXPLAINER, control="", scorer="simulation", metric="correlation", negatives="top-and-random"
-        )
+        detection = store.values(explainer=EXPLAINER, control="", **_DETECTION)
+    simulated = simulation_scores(folder / STORE_FILE)
     ranked = sorted((latent for latent in said if latent in detection), key=lambda latent: -detection[latent])
     third = max(1, n // 3)
     middle = max(0, len(ranked) // 2 - third // 2)
@@ -130,13 +129,13 @@ def examples(folder: Path, tokenizer: Any, n: int) -> list[dict[str, Any]]:
             "explanation_en": said[latent].text("en"),
             "detection": detection[latent],
             "simulation": simulated.get(latent),
-            "example": _strongest(cache, latent),
+            "example": strongest(cache, latent),
         }
         for latent in chosen
     ]
 
 
-def _strongest(cache: FeatureCache, latent: int) -> str:
+def strongest(cache: FeatureCache, latent: int) -> str:
     """Return the segment with a latent's largest activation, its active tokens between « »."""
     shown = cache.latent(latent).windows("top", 1, width=WIDTH).shown()[0]
     parts, at = [], 0
@@ -145,3 +144,35 @@ def _strongest(cache: FeatureCache, latent: int) -> str:
         parts += [shown.text[at:start], token.replace(token.strip(), f"«{token.strip()}»") if value > 0 else token]
         at = max(at, end)
     return " ".join("".join([*parts, shown.text[at:]]).split())
+
+
+# --- explained variance against L0 (Cunningham et al. 2023, figure 6) --------------------------------------------------
+
+
+def curves(dictionaries: dict[str, Any], subject: Subject, n_tokens: int) -> dict[str, list[dict[str, float]]]:
+    """Return for each dictionary {k, l0, explained_variance (centred)} with its k = 1, 2, 4 ... strongest latents kept.
+
+    Random directions get for each k the factor that reconstructs best on other tokens. An SAE with more than an encoder
+    and a decoder (gated) has no curve.
+    """
+    rows, _ = held_out(next(iter(dictionaries.values())), subject, n_tokens)
+    fitted, others = rows[: int(FIT_SHARE * len(rows))], rows[int(FIT_SHARE * len(rows)) :]
+    found = {}
+    for name, sae in dictionaries.items():
+        if sae.cfg.architecture() not in _PLAIN:
+            continue
+        found[name] = []
+        for power in range(min(sae.cfg.d_sae, sae.cfg.d_in).bit_length()):
+            kept = with_top_k(sae, 2**power)
+            kept = rescaled(kept, fitted) if name == "random" else kept
+            point = {"l0": mean_l0(kept, others), "explained_variance": explained_variance(kept, others)}
+            found[name].append({"k": 2**power, **point})
+    return found
+
+
+@torch.no_grad()
+def explained_variance(sae: Any, rows: Float[Tensor, "tokens d_in"], batch: int = 4096) -> float:
+    """Return 1 - sum|x - x^|^2 / sum|x - mean|^2 over all tokens, as the evaluation card does."""
+    rows = rows.to(sae.device, sae.dtype)
+    error = sum(float((sae(part) - part).double().square().sum()) for part in rows.split(batch))
+    return 1 - error / float((rows - rows.mean(0)).double().square().sum())
