@@ -27,7 +27,7 @@ _TYPES = {int: "INTEGER", float: "REAL", str: "TEXT"}
 R = TypeVar("R", bound=NamedTuple)
 
 
-class Table(Generic[R]):
+class RecordTable(Generic[R]):
     """A record type (a NamedTuple) as a table: field by field its columns, a dict kept as JSON.
 
     `key` names the columns that tell two rows apart; with `numbered` a row also has an `id` of its own.
@@ -68,7 +68,7 @@ class Table(Generic[R]):
 
 
 def connect(
-    path: Path, tables: Iterable[Table[Any]], *, durable: bool = False, forget: bool = False
+    path: Path, tables: Iterable[RecordTable[Any]], *, durable: bool = False, forget: bool = False
 ) -> sqlite3.Connection:
     """Open or create the file. With `durable` a commit is on the disk itself before it returns.
 

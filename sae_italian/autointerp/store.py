@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_italian.autointerp.database import CALLS_TABLE, Table, connect, connect_to_read
+from sae_italian.autointerp.database import CALLS_TABLE, RecordTable, connect, connect_to_read
 from sae_italian.base.errors import DataError, UsageError
 
 NO_ANSWER = "no answer"  # status of what the endpoint failed on or refused: a rerun asks again
@@ -119,13 +119,13 @@ class Label(NamedTuple):
 
 
 _WHERE = ("latent", "explanation_id", "control", "scorer", "judge")
-SETTINGS = Table("run", Setting, ["key"])
-FEATURES = Table("feature", Feature, ["latent"])
-EXPLANATIONS = Table("explanation", Explanation, ["latent", "explainer"], numbered=True)
-SCORES = Table("score", ScoreRow, [*_WHERE, "negatives", "metric"])
-JUDGEMENTS = Table("judgement", Judgement, [*_WHERE, "example"])
-CALLS = Table(CALLS_TABLE, Call, ["request_hash"])
-LABELS = Table("label", Label, ["latent", "label", "source"])
+SETTINGS = RecordTable("run", Setting, ["key"])
+FEATURES = RecordTable("feature", Feature, ["latent"])
+EXPLANATIONS = RecordTable("explanation", Explanation, ["latent", "explainer"], numbered=True)
+SCORES = RecordTable("score", ScoreRow, [*_WHERE, "negatives", "metric"])
+JUDGEMENTS = RecordTable("judgement", Judgement, [*_WHERE, "example"])
+CALLS = RecordTable(CALLS_TABLE, Call, ["request_hash"])
+LABELS = RecordTable("label", Label, ["latent", "label", "source"])
 TABLES = {table.name: table for table in (SETTINGS, FEATURES, EXPLANATIONS, SCORES, JUDGEMENTS, CALLS, LABELS)}
 
 

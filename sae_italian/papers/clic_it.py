@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_italian.papers.job import Job, Results, Step, full_name, layer_of
+from sae_italian.papers.job import Reproduction, Results, Step, full_name, layer_of
 from sae_italian.papers.measure import card_of, examples, score_sae
 from sae_italian.papers.pictures import scores_svg
 from sae_italian.saes import load_sae
 
 
-def _sae(job: Job, _: Results) -> dict[str, Any]:
+def _sae(job: Reproduction, _: Results) -> dict[str, Any]:
     """Train the SAE at the last layer but one, as the paper's 14 of 0 to 15, or take the one that was given."""
     budget, subject = job.budget, job.subject
     folder = job.sae
@@ -33,11 +33,11 @@ def _sae(job: Job, _: Results) -> dict[str, Any]:
     }
 
 
-def _card(job: Job, results: Results) -> dict[str, Any]:
+def _card(job: Reproduction, results: Results) -> dict[str, Any]:
     return card_of(load_sae(results["sae"]["folder"]), job.subject, job.budget["card_tokens"], "sae")
 
 
-def _scores(job: Job, results: Results) -> dict[str, Any]:
+def _scores(job: Reproduction, results: Results) -> dict[str, Any]:
     folder = results["sae"]["folder"]
     found = score_sae(load_sae(folder), job, job.out / "cache", name=full_name(folder), random_control=True)
     auto = found["autointerp"]
@@ -46,7 +46,7 @@ def _scores(job: Job, results: Results) -> dict[str, Any]:
     return {**found, "explained": explained}
 
 
-def _examples(job: Job, _: Results) -> dict[str, Any]:
+def _examples(job: Reproduction, _: Results) -> dict[str, Any]:
     return {"examples": examples(job.out / "cache", job.subject.model.tokenizer, job.budget["examples"])}
 
 

@@ -20,7 +20,7 @@ from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache
 from sae_italian.papers.baselines import SAE, Settings, compare_layer, perplexity
-from sae_italian.papers.job import RATIO, Job, Results, Step, full_name, layer_of
+from sae_italian.papers.job import RATIO, Reproduction, Results, Step, full_name, layer_of
 from sae_italian.papers.measure import card_of, correlation, moments, score_sae, simulation_scores
 from sae_italian.papers.pictures import baselines_svg, dictionary_name, sweep_svg
 from sae_italian.papers.report import shown
@@ -32,7 +32,7 @@ MOST_LAYERS = 3
 CHANCE = 0.5
 
 
-def _saes(job: Job, _: Results) -> dict[str, Any]:
+def _saes(job: Reproduction, _: Results) -> dict[str, Any]:
     """Train a tied L1 SAE at each layer, or take the one that was given."""
     if job.sae is not None:
         folders = {layer_of(load_sae(job.sae)): job.sae}
@@ -56,7 +56,7 @@ def middle(results: Results) -> dict[str, Any]:
     return saes[len(saes) // 2]
 
 
-def _baselines(job: Job, results: Results) -> dict[str, Any]:
+def _baselines(job: Reproduction, results: Results) -> dict[str, Any]:
     """Set each SAE beside its baselines."""
     names = {field.name for field in fields(Settings)}
     given = {key: value for key, value in job.budget.items() if key in names}
@@ -102,7 +102,7 @@ def variant(layer: int, ratio: float, factor: float) -> str:
     return f"L{layer}-{ratio:g}x-l1-{factor:g}"
 
 
-def _variant(job: Job, entry: dict[str, Any], factor: float, ratio: float) -> Path:
+def _variant(job: Reproduction, entry: dict[str, Any], factor: float, ratio: float) -> Path:
     """Train an SAE with another L1 coefficient or ratio, all of these on equally many tokens; return its folder."""
     own = float(read_values(job.paper.recipe)["sae"]["l1_coefficient"])
     name = variant(entry["layer"], ratio, factor)
@@ -110,7 +110,7 @@ def _variant(job: Job, entry: dict[str, Any], factor: float, ratio: float) -> Pa
     return job.train(name, entry["hook_name"], d_sae, n_tokens, f"sae.l1_coefficient={factor * own}")
 
 
-def _sparsity(job: Job, results: Results) -> dict[str, Any]:
+def _sparsity(job: Reproduction, results: Results) -> dict[str, Any]:
     """Train the middle layer's SAE with other L1 coefficients: L0, FVU, dead latents, perplexity (figure 6)."""
     job.only_trained()
     entry = middle(results)
@@ -129,7 +129,7 @@ def _sweep(result: dict[str, Any], results: Results) -> dict[str, str]:
     return {"sparsity": sweep_svg(result["points"], layer)}
 
 
-def _ratios(job: Job, results: Results) -> dict[str, Any]:
+def _ratios(job: Reproduction, results: Results) -> dict[str, Any]:
     """Score the middle layer's SAE at other widths (figures 8 and 16)."""
     job.only_trained()
     entry = middle(results)
@@ -147,7 +147,7 @@ def _ratios(job: Job, results: Results) -> dict[str, Any]:
     return {"layer": entry["layer"], "rows": rows, "scores": said, "alive": alive}
 
 
-def _moments(job: Job, results: Results) -> dict[str, Any]:
+def _moments(job: Reproduction, results: Results) -> dict[str, Any]:
     """Correlate each latent's score with skew and kurtosis of its activation, over the SAEs of all layers."""
     found = []
     for entry in results["saes"]["saes"]:
@@ -159,7 +159,7 @@ def _moments(job: Job, results: Results) -> dict[str, Any]:
     return {"n_latents": len(found), **{name: value.as_dict() for name, value in correlations.items()}}
 
 
-def _ioi(job: Job, results: Results) -> dict[str, Any]:
+def _ioi(job: Reproduction, results: Results) -> dict[str, Any]:
     """Patch on pairs of Italian sentences. Raises: UsageError, which skips the step, for a model without the skill."""
     entry, budget, subject = middle(results), job.budget, job.subject
     tokenizer = subject.model.tokenizer

@@ -83,7 +83,7 @@ def full_name(sae: str | Path) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class Reproduction:
     """What a reproduction works on; `sae` is an SAE that was given, which is then not trained."""
 
     paper: Paper
@@ -170,12 +170,12 @@ class Step(NamedTuple):
     """
 
     name: str
-    run: Callable[[Job, Results], dict[str, Any]]
+    run: Callable[[Reproduction, Results], dict[str, Any]]
     optional: bool = False
     draw: Callable[[dict[str, Any], Results], dict[str, str]] | None = None
 
 
-def run_steps(job: Job, steps: Sequence[Step]) -> tuple[Results, dict[str, float]]:
+def run_steps(job: Reproduction, steps: Sequence[Step]) -> tuple[Results, dict[str, float]]:
     """Return the results by step and the seconds each took; steps that are done are read from `out/steps`.
 
     A step that was skipped is tried again. Raises: UsageError as the steps do, unless they are optional.

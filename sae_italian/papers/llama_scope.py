@@ -9,7 +9,7 @@ from sae_italian.analysis.geometry.pictures import matches_svg
 from sae_italian.analysis.shift import context_shift
 from sae_italian.analysis.shift.measure import default_edges
 from sae_italian.base.errors import UsageError
-from sae_italian.papers.job import Job, Results, Step, layer_of
+from sae_italian.papers.job import Reproduction, Results, Step, layer_of
 from sae_italian.papers.measure import card_of, held_out, score_sae
 from sae_italian.papers.pictures import suite_svg
 from sae_italian.papers.report import shown
@@ -22,7 +22,7 @@ MOST = 4  # SAEs whose directions are compared
 _KEPT = ("l0", "explained_variance", "explained_variance_uncentred", "delta_lm_loss", "dead", "ultra_active")
 
 
-def _saes(job: Job, _: Results) -> dict[str, Any]:
+def _saes(job: Reproduction, _: Results) -> dict[str, Any]:
     """Train the suite, or take the SAE that was given."""
     if job.sae is not None:
         sae = load_sae(job.sae)
@@ -53,12 +53,12 @@ def _reference(results: Results) -> tuple[dict[str, Any], Any]:
 # --- sites and widths -----------------------------------------------------------------------------------------------
 
 
-def _kept(job: Job, sae: Any, name: str) -> dict[str, Any]:
+def _kept(job: Reproduction, sae: Any, name: str) -> dict[str, Any]:
     card = card_of(sae, job.subject, job.budget["card_tokens"], name, job.budget["loss_tokens"])
     return {key: card[key] for key in _KEPT}
 
 
-def _cards(job: Job, results: Results) -> dict[str, Any]:
+def _cards(job: Reproduction, results: Results) -> dict[str, Any]:
     rows = []
     for entry in results["saes"]["saes"]:
         sae = load_sae(entry["folder"])
@@ -94,7 +94,7 @@ def _range(rows: list[dict[str, Any]], key: str) -> str:
 # --- the changes to TopK --------------------------------------------------------------------------------------------
 
 
-def _jumprelu(job: Job, results: Results) -> dict[str, Any]:
+def _jumprelu(job: Reproduction, results: Results) -> dict[str, Any]:
     entry, sae = _reference(results)
     _, report = to_jumprelu(sae, *held_out(sae, job.subject, job.budget["card_tokens"]))
     text = (
@@ -104,7 +104,9 @@ def _jumprelu(job: Job, results: Results) -> dict[str, Any]:
     return {**report.as_dict(), "sae": entry["name"], "text": text}
 
 
-def _compared(job: Job, name: str, results: Results, share: str, sae: dict[str, Any] | None = None) -> dict[str, Any]:
+def _compared(
+    job: Reproduction, name: str, results: Results, share: str, sae: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Train one more SAE at the reference's place and width, and return its card."""
     entry, reference = _reference(results)
     d_sae, hook_name = round(entry["expansion"] * job.subject.d_in), reference.cfg.metadata.hook_name
@@ -112,7 +114,7 @@ def _compared(job: Job, name: str, results: Results, share: str, sae: dict[str, 
     return {"name": name, **_kept(job, load_sae(folder), name)}
 
 
-def _annealing(job: Job, results: Results) -> dict[str, Any]:
+def _annealing(job: Reproduction, results: Results) -> dict[str, Any]:
     """Train with K falling from d_in in the first tenth of the steps, and with K from the start."""
     job.only_trained()
     rows = [_compared(job, "annealed", results, "0.1"), _compared(job, "not-annealed", results, "0")]
@@ -121,7 +123,7 @@ def _annealing(job: Job, results: Results) -> dict[str, Any]:
     return {"rows": rows, "text": f"{variance[0]} with, {variance[1]} without; dead {dead[0]} and {dead[1]}"}
 
 
-def _vanilla(job: Job, results: Results) -> dict[str, Any]:
+def _vanilla(job: Reproduction, results: Results) -> dict[str, Any]:
     """Train L1 SAEs of several coefficients beside TopK."""
     job.only_trained()
     scale = (job.subject.d_in / 128) ** 0.5
@@ -138,7 +140,7 @@ def _vanilla(job: Job, results: Results) -> dict[str, Any]:
 # --- interpretability, longer contexts, geometry --------------------------------------------------------------------
 
 
-def _scores(job: Job, results: Results) -> dict[str, Any]:
+def _scores(job: Reproduction, results: Results) -> dict[str, Any]:
     entry, sae = _reference(results)
     found = score_sae(sae, job, job.out / "cache", name=entry["folder"], random_control=True)
     auto = found["autointerp"]
@@ -147,7 +149,7 @@ def _scores(job: Job, results: Results) -> dict[str, Any]:
     return {**found, "sae": entry["name"], "not_detected": text}
 
 
-def _shift(job: Job, results: Results) -> dict[str, Any]:
+def _shift(job: Reproduction, results: Results) -> dict[str, Any]:
     """Measure by position in contexts up to eight times the training's; packed where no document is that long.
 
     A TopK SAE is measured as the JumpReLU that the paper evaluates, whose L0 may move; any other as it is.
@@ -183,7 +185,7 @@ def _shift(job: Job, results: Results) -> dict[str, Any]:
     }
 
 
-def _geometry(job: Job, results: Results) -> dict[str, Any]:
+def _geometry(job: Reproduction, results: Results) -> dict[str, Any]:
     """Compare decoder directions at one place across widths, or the one SAE with itself; dead latents left out."""
     rows = results["saes"]["saes"]
     first = narrowest(rows)

@@ -17,7 +17,7 @@ from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.evaluation import evaluate
-from sae_italian.papers.job import Job, Subject
+from sae_italian.papers.job import Reproduction, Subject
 from sae_italian.saes.baselines import mean_l0, rescaled, with_top_k
 from sae_italian.training.export import held_out_activations
 
@@ -47,7 +47,7 @@ def held_out(sae: Any, subject: Subject, n_tokens: int) -> tuple[Tensor, Tensor]
     return held_out_activations(sae, subject.model, subject.corpus, n_tokens, **subject.reading)
 
 
-def score_sae(sae: Any, job: Job, folder: Path, *, name: str, random_control: bool = False) -> dict[str, Any]:
+def score_sae(sae: Any, job: Reproduction, folder: Path, *, name: str, random_control: bool = False) -> dict[str, Any]:
     """Explain and score latents by rule on held-out text; return `autointerp` and, with the control, `random`.
 
     The cache stays in `folder` with its store, for `sae-italian browse`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sae_italian.base.pictures import OURS, svg
@@ -64,20 +64,13 @@ def _by_layer(axis: Any, layers: Sequence[dict[str, Any]], key: str, title: str)
     names = [row["dictionary"] for row in layers[0]["rows"]]
     for i, name in enumerate(names):
         found = [next((row for row in layer["rows"] if row["dictionary"] == name), None) for layer in layers]
-        where, values, below, above = [], [], [], []
-        for j, row in enumerate(found):
-            if row is None or row[key]["value"] is None:
-                continue
-            estimate = row[key]
-            where.append(j + 0.7 * (i / max(len(names) - 1, 1) - 0.5))
-            values.append(estimate["value"])
-            below.append(estimate["value"] - (estimate["value"] if estimate["lo"] is None else estimate["lo"]))
-            above.append((estimate["value"] if estimate["hi"] is None else estimate["hi"]) - estimate["value"])
+        known = {j: row[key] for j, row in enumerate(found) if row is not None and row[key]["value"] is not None}
+        values, around = _bars(known.values())
         hollow = name.endswith(TOPK)
         axis.errorbar(
-            where,
+            [j + 0.7 * (i / max(len(names) - 1, 1) - 0.5) for j in known],
             values,
-            yerr=(below, above),
+            yerr=around,
             fmt="s" if hollow else "o",
             markersize=4.5,
             color=colour(name),
@@ -88,6 +81,14 @@ def _by_layer(axis: Any, layers: Sequence[dict[str, Any]], key: str, title: str)
     axis.set_xticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
     axis.set_xlabel("layer · strato")
     axis.set_title(title, fontsize=9)
+
+
+def _bars(estimates: Iterable[dict[str, Any]]) -> tuple[list[float], tuple[list[float], list[float]]]:
+    """Return values, and how far their intervals reach below and above; nothing measured is 0, no interval none."""
+    found = [(e["value"] or 0.0, e["lo"], e["hi"]) for e in estimates]
+    below = [0.0 if low is None else max(0.0, value - low) for value, low, _ in found]
+    above = [0.0 if high is None else max(0.0, high - value) for value, _, high in found]
+    return [value for value, _, _ in found], (below, above)
 
 
 def _curves(axis: Any, layer: dict[str, Any]) -> None:
@@ -141,12 +142,9 @@ def scores_svg(auto: dict[str, Any], random: dict[str, Any]) -> str:
     def draw(axes: Any) -> None:
         (axis,) = axes
         for i, (label, source, key, shade) in enumerate(series):
-            found = [source[key.format(part)] for part in parts]
-            value = [e["value"] or 0.0 for e in found]
-            low = [max(0.0, v - (v if e["lo"] is None else e["lo"])) for v, e in zip(value, found, strict=True)]
-            high = [max(0.0, (v if e["hi"] is None else e["hi"]) - v) for v, e in zip(value, found, strict=True)]
+            value, around = _bars(source[key.format(part)] for part in parts)
             where = [j + 0.2 * (i - 1.5) for j in range(len(parts))]
-            axis.bar(where, value, 0.18, yerr=(low, high), color=shade, label=label, error_kw={"elinewidth": 1})
+            axis.bar(where, value, 0.18, yerr=around, color=shade, label=label, error_kw={"elinewidth": 1})
         axis.axhline(0.5, color="#222222", linewidth=0.7, linestyle=":")
         axis.set_xticks(range(len(parts)), parts)
         axis.legend(frameon=False, fontsize=8)
@@ -170,11 +168,9 @@ def suite_svg(rows: Sequence[dict[str, Any]]) -> str:
             for i, width in enumerate(widths):
                 found = {f"L{r['layer']}{r['site']}": r[key] for r in rows if r["expansion"] == width}
                 where = [sites.index(site) + 0.8 * ((i + 0.5) / len(widths) - 0.5) for site in found]
-                value = [estimate["value"] for estimate in found.values()]
-                low = [max(0.0, e["value"] - e["lo"]) for e in found.values()]
-                high = [max(0.0, e["hi"] - e["value"]) for e in found.values()]
+                value, around = _bars(found.values())
                 shade = shades[i % len(shades)]
-                axis.bar(where, value, 0.75 / len(widths), yerr=(low, high), color=shade, label=f"{width:g}x")
+                axis.bar(where, value, 0.75 / len(widths), yerr=around, color=shade, label=f"{width:g}x")
             axis.set_xticks(range(len(sites)), sites)
             axis.set_title(title, fontsize=9)
         axes[0].legend(frameon=False, fontsize=8)

@@ -51,7 +51,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Document:
+class ReportPages:
     title: tuple[str, str]
     text: tuple[str, str]
     sections: Sequence[Section] = field(default_factory=tuple)

@@ -8,9 +8,9 @@ from typing import Any
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import claim_folder, write_json
 from sae_italian.papers import clic_it, cunningham, llama_scope
-from sae_italian.papers.job import MINI, Job, Step, open_subject, run_steps
+from sae_italian.papers.job import MINI, Reproduction, Step, open_subject, run_steps
 from sae_italian.papers.paper import SKIPPED, Paper, paper
-from sae_italian.papers.report import Document, Section, Table
+from sae_italian.papers.report import ReportPages, Section, Table
 from sae_italian.saes import check_fits, load_sae, weights_hash
 
 KIND = "reproduce"
@@ -55,7 +55,7 @@ def reproduce(
     spec = {key: value for key, value in subject._asdict().items() if key != "model"}
     spec |= {"paper": name, "sae": weights_hash(loaded) if loaded is not None else None, "budget": budget}
     claim_folder(out, KIND, spec, resume=resume, overwrite=overwrite)
-    job = Job(chosen, subject, budget, out, sae)
+    job = Reproduction(chosen, subject, budget, out, sae)
     results, seconds = run_steps(job, STEPS[name])
     report = {
         "paper": {"name": name, "title": chosen.title, "authors": chosen.authors, "link": chosen.link},
@@ -80,7 +80,7 @@ def without_pictures(value: Any) -> Any:
     return [without_pictures(item) for item in value] if isinstance(value, list) else value
 
 
-def document(chosen: Paper, report: dict[str, Any]) -> Document:
+def document(chosen: Paper, report: dict[str, Any]) -> ReportPages:
     """Return the report as a document, from its JSON alone."""
     model, corpus, context = (report[key] for key in ("model", "corpus", "context_size"))
     title = (f"{chosen.title}: on {model}", f"L'analisi dell'articolo, svolta su {model}")
@@ -108,4 +108,4 @@ def document(chosen: Paper, report: dict[str, Any]) -> Document:
         if step.draw is not None and SKIPPED not in result:
             pictures |= step.draw(result, report["steps"])
         sections.append(chosen.section(step.name, result, pictures))
-    return Document(title, text, sections)
+    return ReportPages(title, text, sections)

@@ -13,7 +13,7 @@ from sae_italian.base.labels import label
 from sae_italian.papers import cunningham, llama_scope
 from sae_italian.papers.measure import correlation
 from sae_italian.papers.paper import paper, papers
-from sae_italian.papers.report import Document, Section, Table, lookup, markdown_table, shown, tables_of
+from sae_italian.papers.report import ReportPages, Section, Table, lookup, markdown_table, shown, tables_of
 from sae_italian.papers.reproduce import STEPS
 
 
@@ -115,7 +115,7 @@ def written(tmp_path):
         Section(("One", "Uno"), ("Text & more.", "Testo."), [table], [("p", "<?xml?><svg><path/></svg>")]),
         Section(("Two", "Due"), skipped="the model cannot"),
     ]
-    Document(("Title", "Titolo"), ("Intro", "Inizio"), sections).write(tmp_path)
+    ReportPages(("Title", "Titolo"), ("Intro", "Inizio"), sections).write(tmp_path)
     return tmp_path
 
 

@@ -11,7 +11,7 @@ import pytest
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.papers import compare_baselines, reproduce
-from sae_italian.papers.job import Job, Step, Subject, run_steps
+from sae_italian.papers.job import Reproduction, Step, Subject, run_steps
 from sae_italian.papers.paper import paper
 from sae_italian.papers.reproduce import STEPS
 from sae_italian.saes import load_sae
@@ -163,21 +163,21 @@ def test_steps_that_cannot_be_done_are_named_and_tried_again(tmp_path):
 
     first = Step("first", lambda job, results: {"x": len(tries)})
     steps = (first, Step("second", fails, True))
-    job = Job(paper("clic-it-2025"), None, {}, tmp_path)
+    job = Reproduction(paper("clic-it-2025"), None, {}, tmp_path)
     assert run_steps(job, steps)[0]["second"] == {"skipped": "the model cannot"}
     assert run_steps(job, steps)[0] == {"first": {"x": 0}, "second": {"found": 0}}
     assert run_steps(job, steps)[0]["second"] == {"found": 0} and len(tries) == 2
     with pytest.raises(UsageError, match="the model cannot"):
         tries.clear()
-        run_steps(Job(job.paper, None, {}, tmp_path / "b"), (first, steps[1]._replace(optional=False)))
+        run_steps(Reproduction(job.paper, None, {}, tmp_path / "b"), (first, steps[1]._replace(optional=False)))
     with pytest.raises(UsageError, match="an SAE was given"):
-        Job(job.paper, None, {}, tmp_path, sae="some").only_trained()
+        Reproduction(job.paper, None, {}, tmp_path, sae="some").only_trained()
 
 
 def test_recipes_are_scaled_to_the_model_and_the_budget():
     def scaled(name, d_in, n_tokens):
         model = SimpleNamespace(config=SimpleNamespace(hidden_size=d_in, num_hidden_layers=16))
-        job = Job(paper(name), Subject(model, "m", "text", "text", 64), {"layers": None}, None)
+        job = Reproduction(paper(name), Subject(model, "m", "text", "text", 64), {"layers": None}, None)
         return job, job.values(n_tokens)
 
     job, values = scaled("clic-it-2025", 2048, 800_000)

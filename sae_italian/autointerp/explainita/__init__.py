@@ -5,24 +5,9 @@ task 2's metric (all detection metrics are given), and the fields of a submissio
 fields filled in, and nothing else changed).
 """
 
-from sae_italian.autointerp.explainita.data import (
-    Latent,
-    Passage,
-    read_split,
-    write_submission,
-)
+from sae_italian.autointerp.explainita.data import read_split, write_submission
 from sae_italian.autointerp.explainita.evaluate import evaluate_explanations, evaluate_sequences
-from sae_italian.autointerp.explainita.predict import Predicted, predict
+from sae_italian.autointerp.explainita.predict import predict
 from sae_italian.autointerp.explainita.replay import replay
 
-__all__ = [
-    "Latent",
-    "Passage",
-    "Predicted",
-    "evaluate_explanations",
-    "evaluate_sequences",
-    "predict",
-    "read_split",
-    "replay",
-    "write_submission",
-]
+__all__ = ["evaluate_explanations", "evaluate_sequences", "predict", "read_split", "replay", "write_submission"]

@@ -32,7 +32,7 @@ FORMATS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True, eq=False)
-class Passage:
+class Excerpt:
     """One example. `strengths` has one value per token (whole numbers 0 to 10 in task 1), None where it is hidden."""
 
     tokens: tuple[str, ...]
@@ -47,7 +47,7 @@ class Latent:
 
     id: str
     explanation: str | None
-    sequences: tuple[Passage, ...]
+    sequences: tuple[Excerpt, ...]
 
     @property
     def index(self) -> int:
@@ -116,7 +116,7 @@ def _downloaded(name: str) -> Path:
         ) from error
 
 
-def _marked_passage(example: dict[str, Any]) -> Passage:
+def _marked_passage(example: dict[str, Any]) -> Excerpt:
     tokens = tuple(example["tokens"])
     listed = [(str(item["token"]), float(item["strength"])) for item in example["activations"]]
     strengths = np.zeros(len(tokens))
@@ -131,16 +131,16 @@ def _marked_passage(example: dict[str, Any]) -> Passage:
                 raise ValueError(f"active token {token!r} is not among the tokens")
             strengths[place] = strength
             place += 1
-    return Passage(tokens, strengths, re.sub(r"<<|>>", "", example["text"]))
+    return Excerpt(tokens, strengths, re.sub(r"<<|>>", "", example["text"]))
 
 
-def _raw_passage(example: dict[str, Any]) -> Passage:
+def _raw_passage(example: dict[str, Any]) -> Excerpt:
     tokens, values = tuple(example["str_tokens"]), np.asarray(example["activations"], dtype=np.float64)
     if len(values) != len(tokens):
         raise ValueError(f"{len(tokens)} tokens and {len(values)} activations")
     hidden = len(values) > 0 and bool((values == HIDDEN).all())
     activating = example.get("activating")  # a submission's answer stands beside hidden activations
-    return Passage(tokens, None if hidden else values, None, None if activating is None else bool(activating))
+    return Excerpt(tokens, None if hidden else values, None, None if activating is None else bool(activating))
 
 
 # --- as examples for an explainer or a judge -------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def as_examples(latent: Latent) -> LatentExamples:
     return LatentExamples(latent.index, maximum, shown, (), ())
 
 
-def as_example(sequence: Passage, *, mark: bool = False) -> Example:
+def as_example(sequence: Excerpt, *, mark: bool = False) -> Example:
     """Return one sequence; tokens that cannot be found in its text (or that have none) are joined as they are."""
     joined = _joined(sequence.tokens)
     text, spans = next(

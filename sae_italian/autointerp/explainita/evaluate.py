@@ -13,8 +13,8 @@ from sae_italian.autointerp.explainita.data import Latent, by_id
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate, bootstrap, mean_interval
 
-DEFAULT_MODEL = "bert-base-multilingual-cased"
-DEFAULT_LAYER = 9  # bert-score's own choice for that model
+DEFAULT_MODEL, DEFAULT_LAYER = "bert-base-multilingual-cased", 9  # the layer is bert-score's own choice for that model
+Sums = Float[np.ndarray, "samples 4"]  # true positives, positives, false positives, negatives
 
 
 def evaluate_explanations(
@@ -27,42 +27,26 @@ def evaluate_explanations(
 
     Raises: UsageError without the extra `bertscore`, or when a latent has no explanation on either side.
     """
-    ours, theirs = _paired(predicted, gold)
-    for side, latents in (("the submission", ours), ("the gold file", theirs)):
-        empty = next((latent.id for latent in latents if not latent.explanation), None)
-        if empty:
-            raise UsageError(f"{side} has no explanation of {empty}.")
-    try:
-        bert_score = import_module("bert_score")  # an optional extra
-    except ImportError as error:
-        raise UsageError("BERTScore needs bert-score. Install it: pip install 'sae-italian[bertscore]'.") from error
+    texts = []
+    for side, latents in zip(("the submission", "the gold file"), _paired(predicted, gold), strict=True):
+        if empty := [latent.id for latent in latents if not latent.explanation]:
+            raise UsageError(f"{side} has no explanation of {empty[0]}.")
+        texts.append([str(latent.explanation) for latent in latents])
     layer = DEFAULT_LAYER if layer is None and model == DEFAULT_MODEL else layer
     try:
-        scores = bert_score.score(
-            [str(latent.explanation) for latent in ours],
-            [str(latent.explanation) for latent in theirs],
-            model_type=model,
-            num_layers=layer,
-            verbose=False,
-        )
+        score = import_module("bert_score").score  # an optional extra
+        values = score(*texts, model_type=model, num_layers=layer, verbose=False)
+    except ImportError as error:
+        raise UsageError("BERTScore needs bert-score. Install it: pip install 'sae-italian[bertscore]'.") from error
     except KeyError as error:
         raise UsageError(f"bert-score does not know which layer of {model} to compare; give --layer.") from error
     except OSError as error:
         raise UsageError(f"{model} cannot be loaded here ({error}); give --bert a local folder.") from error
-    values = dict(zip(("precision", "recall", "f1"), (np.asarray(score) for score in scores), strict=True))
-    same = np.array([_same(a, b) for a, b in zip(ours, theirs, strict=True)])
-    return {
-        "task": 1,
-        "latents": len(ours),
-        "model": model,
-        "layer": layer,
-        **{f"bertscore_{name}": mean_interval(value).as_dict() for name, value in values.items()},
-        "identical": float(same.mean()),
-    }
-
-
-def _same(one: Latent, other: Latent) -> bool:
-    return str(one.explanation).casefold().split() == str(other.explanation).casefold().split()
+    same = [one.casefold().split() == other.casefold().split() for one, other in zip(*texts, strict=True)]
+    named = zip(("precision", "recall", "f1"), values, strict=True)
+    means = {f"bertscore_{name}": mean_interval(np.asarray(value)).as_dict() for name, value in named}
+    facts = {"task": 1, "latents": len(same), "model": model, "layer": layer}
+    return {**facts, **means, "identical": float(np.mean(same))}
 
 
 def evaluate_sequences(predicted: Sequence[Latent], gold: Sequence[Latent]) -> dict[str, Any]:
@@ -82,39 +66,27 @@ def evaluate_sequences(predicted: Sequence[Latent], gold: Sequence[Latent]) -> d
         for i, (one, other) in enumerate(zip(mine.sequences, truth.sequences, strict=True)):
             if one.tokens != other.tokens:
                 raise UsageError(f"sequence {i} of {mine.id} is another one in the submission than in the gold file.")
-        said = [sequence.activating for sequence in mine.sequences]
-        labels = [sequence.activating for sequence in truth.sequences]
-        for side, values in (("the submission", said), ("the gold file", labels)):
-            if None in values:
-                raise UsageError(f"{side} has no label for sequence {values.index(None)} of {mine.id}.")
-        yes, positive = np.array(said, dtype=bool), np.array(labels, dtype=bool)
+            for side, sequence in (("the submission", one), ("the gold file", other)):
+                if sequence.activating is None:
+                    raise UsageError(f"{side} has no label for sequence {i} of {mine.id}.")
+        yes, positive = (np.array([s.activating for s in one.sequences], dtype=bool) for one in (mine, truth))
         sums[row] = (yes & positive).sum(), positive.sum(), (yes & ~positive).sum(), (~positive).sum()
         if positive.any() and not positive.all():
             per_latent.append((yes[positive].mean() + 1 - yes[~positive].mean()) / 2)
     metrics = {name: bootstrap(sums, function) for name, function in _METRICS.items()}
     metrics["balanced_accuracy_by_latent"] = mean_interval(np.array(per_latent))
-    counts = {
-        "latents": len(ours),
-        "sequences": int(sums[:, 1].sum() + sums[:, 3].sum()),
-        "positive": int(sums[:, 1].sum()),
-    }
+    positives = int(sums[:, 1].sum())
+    counts = {"latents": len(ours), "sequences": positives + int(sums[:, 3].sum()), "positive": positives}
     return {"task": 2, **counts, **{name: metric.as_dict() for name, metric in metrics.items()}}
 
 
-Sums = Float[np.ndarray, "samples 4"]  # true positives, positives, false positives, negatives
-
-
-def _f1(hits: np.ndarray, said: np.ndarray, there: np.ndarray) -> np.ndarray:
-    return 2 * hits / (said + there)
-
-
 def _f1_positive(sums: Sums) -> np.ndarray:
-    return _f1(sums[:, 0], sums[:, 0] + sums[:, 2], sums[:, 1])
+    return 2 * sums[:, 0] / (sums[:, 0] + sums[:, 2] + sums[:, 1])
 
 
 def _f1_negative(sums: Sums) -> np.ndarray:
     right = sums[:, 3] - sums[:, 2]
-    return _f1(right, right + sums[:, 1] - sums[:, 0], sums[:, 3])
+    return 2 * right / (right + sums[:, 1] - sums[:, 0] + sums[:, 3])
 
 
 _METRICS: dict[str, Callable[[Sums], np.ndarray]] = {
@@ -128,12 +100,10 @@ _METRICS: dict[str, Callable[[Sums], np.ndarray]] = {
 
 
 def _paired(predicted: Sequence[Latent], gold: Sequence[Latent]) -> tuple[list[Latent], list[Latent]]:
+    """Return both sides in the gold file's order. Raises: UsageError when one lacks latents."""
     ours, theirs = by_id(predicted), by_id(gold)
-    for missing, where in (
-        (sorted(set(theirs) - set(ours)), "submission"),
-        (sorted(set(ours) - set(theirs)), "gold file"),
-    ):
-        if missing:
+    for one, other, where in ((theirs, ours, "submission"), (ours, theirs, "gold file")):
+        if missing := sorted(set(one) - set(other)):
             raise UsageError(f"the {where} lacks {len(missing)} latents, {missing[0]} first; both need the same ones.")
     return [ours[key] for key in theirs], list(theirs.values())
 

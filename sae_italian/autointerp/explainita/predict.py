@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sae_italian.autointerp.explainers.keys import KeyRule
 from sae_italian.autointerp.explainers.text import Language, statement
-from sae_italian.autointerp.explainita.data import Latent, Passage, Task, as_example, as_examples, by_id
+from sae_italian.autointerp.explainita.data import Latent, Excerpt, Task, as_example, as_examples, by_id
 from sae_italian.autointerp.places import PREFIXES, SUFFIXES, Family, shape_of
 from sae_italian.autointerp.protocols import Example, Explainer, Judge
 from sae_italian.autointerp.store import Explanation
@@ -81,7 +81,7 @@ def _explained(latent: Latent, explainer: Explainer | None, language: Language) 
     return NO_PATTERN[language] if rule is None else statement(rule, language), int(explainer is not None)
 
 
-def rule_of_passages(passages: Sequence[Passage]) -> KeyRule | None:
+def rule_of_passages(passages: Sequence[Excerpt]) -> KeyRule | None:
     """Return the keys of one family that tell active tokens from the others best (F1 per token); None without any.
 
     The others are the silent tokens of the same passages: the file holds no passage on which the latent is silent.

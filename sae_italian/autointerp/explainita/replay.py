@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from sae_italian.autointerp.explainita.data import Latent, Passage, as_example
+from sae_italian.autointerp.explainita.data import Latent, Excerpt, as_example
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import read_activations
 
@@ -65,7 +65,7 @@ def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
     return result
 
 
-def token_ids(tokenizer: Any, sequence: Passage) -> list[int] | None:
+def token_ids(tokenizer: Any, sequence: Excerpt) -> list[int] | None:
     """Return the ids that stand behind a sequence's strings: of its text, tokenised again, when that gives its tokens.
 
     None when it does not (a window that begins within a word, strings that lost their spaces): it is left out, not

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.llm.reply import Reply, TokenLogprobs
+from sae_italian.autointerp.llm.ledger import Reply, TokenLogprobs
 
 LONGEST_EXPLANATION = 600  # characters
 LONGEST_LINE = 100  # of a numbered yes or no
@@ -39,16 +39,15 @@ class Unusable(Exception):  # noqa: N818
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def explanation_schema(key: str) -> dict[str, Any]:
-    return _object(key, {"type": "string"})
-
-
-def numbers_schema(key: str, n: int, top: int) -> dict[str, Any]:
-    items = {"type": "integer", "minimum": 0, "maximum": top}
-    return _object(key, {"type": "array", "items": items, "minItems": n, "maxItems": n})
-
-
-def _object(key: str, value: dict[str, Any]) -> dict[str, Any]:
+def schema(key: str, n: int | None = None, top: int = 0) -> dict[str, Any]:
+    """Return the JSON schema of an object with one text, or with n whole numbers from 0 to `top`."""
+    numbers = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0, "maximum": top},
+        "minItems": n,
+        "maxItems": n,
+    }
+    value = {"type": "string"} if n is None else numbers
     return {"type": "object", "properties": {key: value}, "required": [key], "additionalProperties": False}
 
 

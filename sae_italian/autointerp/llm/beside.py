@@ -10,7 +10,7 @@ from typing import Any
 from sae_italian.autointerp.compare import comparison_table, side_by_side
 from sae_italian.autointerp.control import TWIN_FOLDER, random_sae_control, twin_cache
 from sae_italian.autointerp.llm.client import Client, EndpointError
-from sae_italian.autointerp.llm.cost import DryClient, Estimate
+from sae_italian.autointerp.llm.cost import DryClient, CostEstimate
 from sae_italian.autointerp.llm.explainer import LLMExplainer
 from sae_italian.autointerp.llm.judge import LLMJudge
 from sae_italian.autointerp.llm.settings import LLMSettings
@@ -23,7 +23,7 @@ SAMPLE = 5  # latents that an estimate is worked out on; the rest is taken to be
 
 def estimate_beside(
     cache: FeatureCache, tokenizer: Any, config: AutointerpConfig, sae: Any, settings: LLMSettings, *, control: bool
-) -> Estimate:
+) -> CostEstimate:
     """Return what a run from nothing would take, from a few of its latents; nothing is sent and nothing kept.
 
     With `control` the random SAE's part is worked out on its cache, and taken to be as much as the trained one's before
@@ -38,7 +38,7 @@ def estimate_beside(
 
 def _estimate(
     cache: FeatureCache, tokenizer: Any, config: AutointerpConfig, sae: Any, settings: LLMSettings
-) -> Estimate:
+) -> CostEstimate:
     live = int((cache.statistics["count"] > 0).sum())
     wanted = live if config.latents is None else min(config.latents, live)
     config, client = replace(config, latents=min(SAMPLE, wanted)), DryClient(settings)

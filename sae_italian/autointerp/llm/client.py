@@ -20,8 +20,16 @@ import httpx2
 import openai
 
 from sae_italian.autointerp.llm.cost import Price, TokenCounter, price_of
-from sae_italian.autointerp.llm.ledger import Account, Ledger
-from sae_italian.autointerp.llm.reply import Reply, Request, is_completion, parsed, reply_of, usage_of
+from sae_italian.autointerp.llm.ledger import (
+    Account,
+    Ledger,
+    Reply,
+    Request,
+    is_completion,
+    parsed,
+    reply_of,
+    usage_of,
+)
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sae_italian.autointerp.llm.reply import Reply, Request
+from sae_italian.autointerp.llm.ledger import Reply, Request
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
 
@@ -83,7 +83,7 @@ class TokenCounter:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """Calls, tokens and dollars of a whole run. `usd` is None where the price is not known."""
 
     model: str
@@ -99,7 +99,7 @@ class Estimate:
     price: str
     of_random: int = 0  # of the latents: the randomly initialised SAE's
 
-    def with_control(self, other: Estimate) -> Estimate:
+    def with_control(self, other: CostEstimate) -> CostEstimate:
         """Return what this run and the same one on the randomly initialised SAE take together."""
         ours, theirs = asdict(self), asdict(other)
         names = ("latents", "sampled", "calls", "tokens_in", "tokens_constant", "tokens_out", "usd", "usd_at_most")
@@ -145,11 +145,11 @@ class DryClient:
         answer = [0] * n if n else f"{EXPLANATION} {len(self.asked)}"  # no two explanations are the same
         return Reply("ok", json.dumps({key: answer}), "stop")
 
-    def estimate(self, latents: int, sampled: int) -> Estimate:
+    def estimate(self, latents: int, sampled: int) -> CostEstimate:
         """Return what `latents` take when `sampled` of them took what was asked so far."""
         scale, price = latents / max(1, sampled), price_of(self.settings)
         sums = [round(scale * sum(column)) for column in zip(*self.asked.values(), strict=True)] or [0] * 4
-        return Estimate(
+        return CostEstimate(
             self.model,
             latents,
             sampled,

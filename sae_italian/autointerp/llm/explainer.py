@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
-from sae_italian.autointerp.llm.answers import Unusable, explanation_schema, read_explanation
+from sae_italian.autointerp.llm.answers import Unusable, read_explanation, schema
 from sae_italian.autointerp.llm.client import TOO_LONG
 from sae_italian.autointerp.llm.cost import TokenCounter
+from sae_italian.autointerp.llm.ledger import Reply, Request
 from sae_italian.autointerp.llm.prompts import load_prompts
-from sae_italian.autointerp.llm.reply import Reply, Request
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.autointerp.protocols import Example, LatentExamples
 from sae_italian.autointerp.store import NO_ANSWER, Explanation
@@ -60,16 +60,8 @@ class LLMExplainer:
         shown = chosen(examples.train, self.config.shown, self.config.n_shown)
         if not shown:
             return [self._explanation(examples.latent, "too few activations", "")]
-        n = self._fitting(examples, shown)
-        while True:
-            notes: dict[str, Any] = {"examples": n} | ({"examples_dropped": len(shown) - n} if n < len(shown) else {})
-            request = self._request(examples, shown[:n])
-            reply = self.client.ask([request])[0]
-            if not reply.status.startswith(TOO_LONG):
-                break
-            if n <= LEAST_EXAMPLES:
-                raise UsageError(self._too_long(n, reply.status))
-            n = max(LEAST_EXAMPLES, n // 2)
+        request, reply, n = self._asked(examples, shown)
+        notes: dict[str, Any] = {"examples": n} | ({"examples_dropped": len(shown) - n} if n < len(shown) else {})
         if not reply.ok:
             return [self._explanation(examples.latent, NO_ANSWER, "", notes | {"problem": reply.status})]
         try:
@@ -82,26 +74,30 @@ class LLMExplainer:
             notes["wrong_language"] = other
         return [self._explanation(examples.latent, "ok", text, notes)]
 
+    def _asked(self, examples: LatentExamples, shown: Sequence[Example]) -> tuple[Request, Reply, int]:
+        """Ask with as many examples as fit: by our count one less at a time, by the server's refusal half as many."""
+        context, answer = self.config.context_tokens, self.config.max_output_tokens or EXPLANATION_TOKENS
+        n = len(shown)
+        while True:
+            request = self._request(examples, shown[:n])
+            if context is not None and self.client.counter.messages(request.messages) > context - answer:
+                why, fewer = f"{context} tokens", n - 1
+            else:
+                (reply,) = self.client.ask([request])
+                if not reply.status.startswith(TOO_LONG):
+                    return request, reply, n
+                why, fewer = reply.status, n // 2
+            if n <= LEAST_EXAMPLES:
+                raise UsageError(
+                    f"even {n} examples do not fit into the context of {self.client.model} ({why}). Use a model with a "
+                    "longer one, or give its true context with context_tokens=N."
+                )
+            n = max(LEAST_EXAMPLES, fewer)
+
     def _request(self, examples: LatentExamples, shown: Sequence[Example]) -> Request:
         promoted = examples.promoted if self.config.promoted else ()
         messages = self.prompts.explain(shown, examples.maximum, promoted)
-        return Request(messages, "explain", EXPLANATION_TOKENS, explanation_schema(self.prompts.answer_key))
-
-    def _fitting(self, examples: LatentExamples, shown: Sequence[Example]) -> int:
-        """Return how many of the examples fit, by our count of tokens."""
-        if self.config.context_tokens is None:
-            return len(shown)
-        room = self.config.context_tokens - (self.config.max_output_tokens or EXPLANATION_TOKENS)
-        for n in range(len(shown), min(LEAST_EXAMPLES, len(shown)) - 1, -1):
-            if self.client.counter.messages(self._request(examples, shown[:n]).messages) <= room:
-                return n
-        raise UsageError(self._too_long(min(LEAST_EXAMPLES, len(shown)), f"{self.config.context_tokens} tokens"))
-
-    def _too_long(self, n: int, what: str) -> str:
-        return (
-            f"even {n} examples do not fit into the context of {self.client.model} ({what}). Use a model with a longer "
-            "one, or give its true context with context_tokens=N."
-        )
+        return Request(messages, "explain", EXPLANATION_TOKENS, schema(self.prompts.answer_key))
 
     def _read(self, request: Request, reply: Reply, notes: dict[str, Any]) -> str:
         """Return the text of an answer, after one more question where it cannot be used. Raises: Unusable."""

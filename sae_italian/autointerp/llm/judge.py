@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.llm.answers import Unusable, distributions, numbers_schema, read_numbers
+from sae_italian.autointerp.llm.answers import Unusable, distributions, read_numbers, schema
 from sae_italian.autointerp.llm.explainer import Asks
+from sae_italian.autointerp.llm.ledger import Reply, Request
 from sae_italian.autointerp.llm.prompts import Question, load_prompts
-from sae_italian.autointerp.llm.reply import Reply, Request
 from sae_italian.autointerp.protocols import Example, Verdicts
 from sae_italian.autointerp.store import UNANSWERED, Explanation
 
@@ -53,8 +53,10 @@ class LLMJudge:
         # in an order that mixes the classes, the same for every explanation of the same examples
         order = np.random.default_rng(0).permutation(len(examples))
         for size in dict.fromkeys((self.batch, 1)):
-            todo = order[said[order] < 0]
-            batches = [group for group in self._batches(todo, examples) for group in _cut(group, size)]
+            batches: list[list[int]] = []
+            for marked in (False, True):  # passages with marks and those without are different questions
+                todo = [i for i in order.tolist() if said[i] < 0 and (examples[i].marks is not None) == marked]
+                batches += [todo[start : start + size] for start in range(0, len(todo), size)]
             requests = [self._yes_or_no(text, [examples[i] for i in batch]) for batch in batches]
             read = self._numbers(requests, [len(batch) for batch in batches], top=1)
             for batch, (values, spread) in zip(batches, read, strict=True):
@@ -63,17 +65,10 @@ class LLMJudge:
                     probability[batch] = [weights[1] for weights in spread]
         return Verdicts(said, probability if np.isfinite(probability).any() else None)
 
-    def _batches(self, todo: Int[np.ndarray, " n"], examples: Sequence[Example]) -> list[list[int]]:
-        """Return the examples with marks and those without apart: they are different questions."""
-        marked = [i for i in todo.tolist() if examples[i].marks is not None]
-        bare = [i for i in todo.tolist() if examples[i].marks is None]
-        return [group for group in (bare, marked) if group]
-
     def _yes_or_no(self, text: str, examples: Sequence[Example]) -> Request:
         question: Question = "detection" if examples[0].marks is None else "fuzzing"
-        schema = numbers_schema(self.prompts.list_key, len(examples), 1)
-        messages = self.prompts.judge(question, text, examples)
-        return Request(messages, question, ANSWER_TOKENS + 4 * len(examples), schema, logprobs=True)
+        messages, form = self.prompts.judge(question, text, examples), schema(self.prompts.list_key, len(examples), 1)
+        return Request(messages, question, ANSWER_TOKENS + 4 * len(examples), form, logprobs=True)
 
     # --- numbers on tokens ---------------------------------------------------------------------------------------------
 
@@ -85,9 +80,8 @@ class LLMJudge:
         sizes = [len(example.tokens) for example in examples]
         requests = []
         for example, n in zip(examples, sizes, strict=True):
-            schema = numbers_schema(self.prompts.values_key, n, STRONGEST)
-            messages = self.prompts.simulate(text, example)
-            requests.append(Request(messages, "simulation", ANSWER_TOKENS + 4 * n, schema, logprobs=True))
+            messages, form = self.prompts.simulate(text, example), schema(self.prompts.values_key, n, STRONGEST)
+            requests.append(Request(messages, "simulation", ANSWER_TOKENS + 4 * n, form, logprobs=True))
         levels = np.arange(STRONGEST + 1)
         simulated: list[Float[np.ndarray, " tokens"] | None] = []
         for values, spread in self._numbers(requests, sizes, top=STRONGEST):
@@ -133,7 +127,3 @@ def _read(reply: Reply, n: int, top: int) -> tuple[np.ndarray, list[np.ndarray] 
         return problem
     spread = None if reply.logprobs is None else distributions(reply.logprobs, values.tolist(), top)
     return values, spread
-
-
-def _cut(items: list[int], size: int) -> list[list[int]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,16 +1,58 @@
-"""The calls that were made and what came back: the account of a run, and the memory that answers a rerun."""
+"""A question to a language model, what came back, and the account of all that was asked, which answers a rerun."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sae_italian.autointerp.database import connect
-from sae_italian.autointerp.llm.reply import Reply, Request, TokenLogprobs
 from sae_italian.autointerp.store import CALLS, TABLES, Call
 from sae_italian.base.storage import utc_now
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a model. What decides its answer decides its `key`; where it is sent does not."""
+
+    messages: tuple[dict[str, str], ...]
+    purpose: str = ""
+    max_tokens: int = 256
+    schema: dict[str, Any] | None = None  # the JSON that is wanted back
+    logprobs: bool = False  # wanted, if the server has them
+
+    def key(self, model: str, sampling: dict[str, Any]) -> str:
+        """Return a hash of model, messages and parameters. `purpose` is for the account only."""
+        parts = [model, list(self.messages), self.max_tokens, self.schema, self.logprobs, sampling]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One token of an answer and the likeliest tokens in its place, with natural logarithms of their probabilities."""
+
+    token: str
+    logprob: float
+    top: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back. `status` is `ok`, or why there is no answer; a refusal is an answer with `refusal` set."""
+
+    status: str
+    text: str = ""
+    finish: str = ""
+    refusal: str = ""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    from_ledger: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
 
 
 @dataclass
@@ -58,3 +100,64 @@ class Ledger:
 
     def close(self) -> None:
         self._connection.close()
+
+
+# --- a server's body, whatever stands in it ---------------------------------------------------------------------------
+
+
+def parsed(text: str) -> Any:
+    """Return the JSON of a text, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_completion(body: Any) -> bool:
+    """Return whether a body holds an answer at all."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    return isinstance(choices, list) and bool(choices) and isinstance(choices[0], dict)
+
+
+def reply_of(body: dict[str, Any]) -> Reply:
+    """Return the answer in a body. Odd values become empty ones: an answer that was paid for can always be kept."""
+    choice = body["choices"][0]
+    message = _dict(choice.get("message"))
+    finish = _text(choice.get("finish_reason"))
+    refusal = _text(message.get("refusal")) or ("content filter" if finish == "content_filter" else "")
+    return Reply("ok", _text(message.get("content")), finish, refusal, _logprobs(choice.get("logprobs")))
+
+
+def usage_of(body: dict[str, Any], most_in: int, most_out: int) -> tuple[int | None, int | None, int | None]:
+    """Return the tokens in, cached and out that a server counted; None for what no such question can have."""
+
+    def count(value: Any, most: int) -> int | None:
+        return value if type(value) is int and 0 <= value <= most else None
+
+    usage = _dict(body.get("usage"))
+    tokens_in = count(usage.get("prompt_tokens"), most_in)
+    cached = count(_dict(usage.get("prompt_tokens_details")).get("cached_tokens"), tokens_in or 0)
+    return tokens_in, cached, count(usage.get("completion_tokens"), most_out)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str:
+    """Return a text, or the texts of a list of parts, as something that can be written: no lone surrogates."""
+    if isinstance(value, list):
+        value = "".join(_text(part.get("text")) for part in value if isinstance(part, dict))
+    return "" if value is None else str(value).encode("utf-8", "replace").decode()
+
+
+def _logprobs(value: Any) -> tuple[TokenLogprobs, ...] | None:
+    """Return the tokens of an answer; None where there are none, or anything but texts and numbers stands in them."""
+    try:
+        tokens = []
+        for token in value["content"]:
+            top = {_text(other["token"]): float(other["logprob"] + 0) for other in token.get("top_logprobs") or ()}
+            tokens.append(TokenLogprobs(_text(token["token"]), float(token["logprob"] + 0), top))
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
+        return None
+    return tuple(tokens) or None

@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parent / "data" / "prompts"
 LANGUAGES = ("it", "en")
 LONGEST_QUOTE = 1000  # characters of a bad answer that are sent back
 Question = Literal["detection", "fuzzing"]
+Messages = tuple[dict[str, str], ...]
 
 
 class Prompts:
@@ -35,7 +36,7 @@ class Prompts:
         self.list_key = {"it": "risposte", "en": "answers"}[self.language]
         self.values_key = {"it": "valori", "en": "values"}[self.language]
 
-    def _messages(self, task: str, user: str) -> tuple[dict[str, str], ...]:
+    def _messages(self, task: str, user: str) -> Messages:
         texts = self._texts[task]
         messages = [{"role": "system", "content": texts["system"].strip()}]
         for shot in texts["shots"]:
@@ -45,9 +46,7 @@ class Prompts:
 
     # --- explaining ----------------------------------------------------------------------------------------------------
 
-    def explain(
-        self, examples: Sequence[Example], maximum: float, promoted: Sequence[str] = ()
-    ) -> tuple[dict[str, str], ...]:
+    def explain(self, examples: Sequence[Example], maximum: float, promoted: Sequence[str] = ()) -> Messages:
         """Ask for an explanation from marked examples with strengths 0 to 10; `promoted` is the latent's output."""
         texts = self._texts["explain"]
         user = fill(texts["user"], examples="\n".join(self._shown(i, e, maximum) for i, e in enumerate(examples, 1)))
@@ -59,38 +58,28 @@ class Prompts:
     def _shown(self, number: int, example: Example, maximum: float) -> str:
         strengths = example.strengths(maximum)
         marks = strengths > 0 if example.marks is None else example.marks
-        listed = ", ".join(
-            f"«{example.text[slice(*example.spans[i].tolist())].strip()}» {strengths[i]}" for i in marks.nonzero()[0]
-        )
-        return f"{number}. {one_line(example.marked_text())}\n" + fill(
-            self._texts["explain"]["strengths"], strengths=listed
-        )
+        pieces = [example.text[start:end].strip() for start, end in example.spans.tolist()]
+        listed = ", ".join(f"«{pieces[i]}» {strengths[i]}" for i in marks.nonzero()[0])
+        shown = fill(self._texts["explain"]["strengths"], strengths=listed)
+        return f"{number}. {one_line(example.marked_text())}\n{shown}"
 
     # --- judging -------------------------------------------------------------------------------------------------------
 
-    def judge(self, question: Question, explanation: str, examples: Sequence[Example]) -> tuple[dict[str, str], ...]:
+    def judge(self, question: Question, explanation: str, examples: Sequence[Example]) -> Messages:
         """Ask for yes or no on each example; `fuzzing` shows its marks, `detection` does not."""
         shown = [example.marked_text() if question == "fuzzing" else example.text for example in examples]
         listed = "\n".join(f"{number}. {one_line(text)}" for number, text in enumerate(shown, 1))
-        return self._messages(
-            question, fill(self._texts[question]["user"], explanation=one_line(explanation), examples=listed)
-        )
+        values = {"explanation": one_line(explanation), "examples": listed}
+        return self._messages(question, fill(self._texts[question]["user"], **values))
 
-    def simulate(self, explanation: str, example: Example) -> tuple[dict[str, str], ...]:
+    def simulate(self, explanation: str, example: Example) -> Messages:
         """Ask for a number 0 to 10 on each token of one example."""
         pieces = [example.text[start:end] for start, end in example.spans.tolist()]
         listed = "\n".join(f"{number}. «{one_line(piece)}»" for number, piece in enumerate(pieces, 1))
-        values = {
-            "explanation": one_line(explanation),
-            "n": len(pieces),
-            "text": one_line(example.text),
-            "tokens": listed,
-        }
-        return self._messages("simulation", fill(self._texts["simulation"]["user"], **values))
+        values = {"explanation": one_line(explanation), "n": len(pieces), "text": one_line(example.text)}
+        return self._messages("simulation", fill(self._texts["simulation"]["user"], tokens=listed, **values))
 
-    def repair(
-        self, messages: Sequence[dict[str, str]], answer: str, problem: str, form: str
-    ) -> tuple[dict[str, str], ...]:
+    def repair(self, messages: Messages, answer: str, problem: str, form: str) -> Messages:
         """Ask once more after an answer that cannot be used; of a long one only the start is sent back."""
         text = fill(self._texts["repair"].strip(), problem=problem, form=form)
         shown = answer.strip()[:LONGEST_QUOTE] or "..."

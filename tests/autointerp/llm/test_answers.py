@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_italian.autointerp.llm.answers import Unusable, distributions, read_explanation, read_numbers
-from sae_italian.autointerp.llm.reply import Reply, TokenLogprobs
+from sae_italian.autointerp.llm.ledger import Reply, TokenLogprobs
 
 
 def reply(text, finish="stop"):

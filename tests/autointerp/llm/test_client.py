@@ -12,7 +12,7 @@ import pytest
 
 from sae_italian.autointerp.llm.client import Budget, BudgetReached, EndpointError
 from sae_italian.autointerp.llm.cost import TokenCounter, price_of
-from sae_italian.autointerp.llm.reply import Request
+from sae_italian.autointerp.llm.ledger import Request
 from sae_italian.autointerp.llm.settings import LLMOptions, LLMSettings
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import UsageError

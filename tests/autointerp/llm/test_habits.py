@@ -13,7 +13,7 @@ from sae_italian.autointerp.llm.client import BudgetReached, EndpointError
 from sae_italian.autointerp.llm.cost import TokenCounter
 from sae_italian.autointerp.llm.explainer import LLMExplainer
 from sae_italian.autointerp.llm.judge import LLMJudge
-from sae_italian.autointerp.llm.reply import Reply, Request
+from sae_italian.autointerp.llm.ledger import Reply, Request
 from sae_italian.autointerp.store import Explanation, Judgement, Store
 from tests.autointerp.llm.conftest import a_latent, an_example, an_explanation
 from tests.autointerp.llm.endpoint import FakeEndpoint
@@ -250,7 +250,7 @@ def test_a_list_of_parts_is_the_text_in_them(client_of):
 
 
 def test_log_probabilities_that_are_none_give_no_distribution():
-    from sae_italian.autointerp.llm.reply import TokenLogprobs
+    from sae_italian.autointerp.llm.ledger import TokenLogprobs
 
     assert (
         distributions([TokenLogprobs("[", 0.0), TokenLogprobs("1", float("-inf")), TokenLogprobs("]", 0.0)], [1], 1)

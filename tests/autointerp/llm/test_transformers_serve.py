@@ -14,7 +14,7 @@ import pytest
 from sae_italian.autointerp.llm.client import Client
 from sae_italian.autointerp.llm.explainer import LLMExplainer
 from sae_italian.autointerp.llm.judge import LLMJudge
-from sae_italian.autointerp.llm.reply import Request
+from sae_italian.autointerp.llm.ledger import Request
 from sae_italian.autointerp.llm.settings import LLMSettings
 from tests.autointerp.llm.conftest import a_latent, an_example, an_explanation
 
