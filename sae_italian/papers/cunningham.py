@@ -18,6 +18,7 @@ from sae_italian.analysis.causal.compare import patch_saes, thresholds
 from sae_italian.analysis.tasks.ioi import ioi_pairs, ioi_score, words_for
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import plain
 from sae_italian.cache import FeatureCache
 from sae_italian.papers.baselines import SAE, Settings, compare_layer, perplexity
 from sae_italian.papers.job import RATIO, Reproduction, Results, Step, full_name, layer_of
@@ -26,7 +27,7 @@ from sae_italian.papers.pictures import baselines_svg, dictionary_name, sweep_sv
 from sae_italian.papers.report import shown
 from sae_italian.saes import load_sae
 from sae_italian.saes.baselines import TOPK
-from sae_italian.training.config import read_values
+from sae_italian.training import read_values
 
 MOST_LAYERS = 3
 CHANCE = 0.5
@@ -186,7 +187,7 @@ def _ioi(job: Reproduction, results: Results) -> dict[str, Any]:
         point = curve.reached(0.5)
         said = "never" if point is None else f"{point.n_patched} (edit {point.magnitude:.2f})"
         half.append(f"{curve.name} {said}")
-    facts = {"layer": entry["layer"], "skill": skill.as_dict(), "accuracy": accuracy, "half": "; ".join(half)}
+    facts = {"layer": entry["layer"], "skill": plain(skill), "accuracy": accuracy, "half": "; ".join(half)}
     return {**facts, **found.as_dict(), "table": found.table().splitlines(), "svg": found.svg()}
 
 

@@ -16,9 +16,7 @@ from sae_italian.corpora.documents import MICRO_ITALIANO
 from sae_italian.models import load_model, parse_hook_name, resolve
 from sae_italian.models.activations import check_context
 from sae_italian.papers.paper import SKIPPED, Paper
-from sae_italian.training import spec_from_dict, train
-from sae_italian.training.config import read_values
-from sae_italian.training.suite import suite_from_dict, train_suite
+from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
 
 MINI = "sae-italian-mini"
 MINI_WIDTH = 128  # d_in of the model that the recipes in configs/mini are for

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_italian.analysis.geometry import geometry
-from sae_italian.analysis.geometry.pictures import matches_svg
-from sae_italian.analysis.shift import context_shift
-from sae_italian.analysis.shift.measure import default_edges
+from sae_italian.analysis.geometry.report import geometry, matches_svg
+from sae_italian.analysis.shift import context_shift, default_edges
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import plain
 from sae_italian.papers.job import Reproduction, Results, Step, layer_of
 from sae_italian.papers.measure import card_of, held_out, score_sae
 from sae_italian.papers.pictures import suite_svg
@@ -127,9 +126,9 @@ def _vanilla(job: Reproduction, results: Results) -> dict[str, Any]:
     """Train L1 SAEs of several coefficients beside TopK."""
     job.only_trained()
     scale = (job.subject.d_in / 128) ** 0.5
-    rows = [_compared(job, "annealed", results, "0.1") | {"name": "TopK"}]
+    rows: list[dict[str, Any]] = [_compared(job, "annealed", results, "0.1") | {"name": "TopK"}]
     for factor in L1:
-        settings = {"architecture": "standard", "l1_coefficient": factor * scale}
+        settings: dict[str, Any] = {"architecture": "standard", "l1_coefficient": factor * scale}
         settings |= {"normalize_activations": "expected_average_only_in"}
         row = _compared(job, f"vanilla-{factor:g}", results, "0", settings)
         rows.append(row | {"name": f"L1, {factor * scale:.3g}"})
@@ -178,8 +177,8 @@ def _shift(job: Reproduction, results: Results) -> dict[str, Any]:
     return {
         **shift.as_dict(),
         "text": f"positions {last.name} against {known.name}: {grown}",
-        "table": shift.table(),
-        "changes": shift.changes(),
+        "table": shift.table().splitlines(),
+        "changes": shift.changes().splitlines(),
         "said": " ".join(shift.notes()),
         "svg": shift.svg(),
     }
@@ -197,8 +196,8 @@ def _geometry(job: Reproduction, results: Results) -> dict[str, Any]:
         f"{100 * c.above_random.value:.0f} % above the largest random"
         for c in found.between
     )
-    facts = {"thresholds": inside, "matches": matches or None, "table": found.table()}
-    return {**found.as_dict(), **facts, "svg": matches_svg([*found.between, *found.within])}
+    facts = {"thresholds": inside, "matches": matches or None, "table": found.table().splitlines()}
+    return {**plain(found), **facts, "svg": matches_svg([*found.between, *found.within])}
 
 
 STEPS = (

@@ -17,9 +17,9 @@ from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.evaluation import evaluate
+from sae_italian.evaluation.jumprelu import held_out_activations
 from sae_italian.papers.job import Reproduction, Subject
 from sae_italian.saes.baselines import mean_l0, rescaled, with_top_k
-from sae_italian.training.export import held_out_activations
 
 WIDTH = 32  # tokens of a shown example
 FIT_SHARE = 0.5  # of the tokens of a curve, for the one factor of random directions

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sae_italian.autointerp.explainers.keys import KeyRule
 from sae_italian.autointerp.explainers.text import Language, statement
-from sae_italian.autointerp.explainita.data import Latent, Excerpt, Task, as_example, as_examples, by_id
+from sae_italian.autointerp.explainita.data import Excerpt, Latent, Task, as_example, as_examples, by_id
 from sae_italian.autointerp.places import PREFIXES, SUFFIXES, Family, shape_of
 from sae_italian.autointerp.protocols import Example, Explainer, Judge
 from sae_italian.autointerp.store import Explanation

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from sae_italian.autointerp.explainita.data import Latent, Excerpt, as_example
+from sae_italian.autointerp.explainita.data import Excerpt, Latent, as_example
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import read_activations
 

@@ -10,7 +10,7 @@ from typing import Any
 from sae_italian.autointerp.compare import comparison_table, side_by_side
 from sae_italian.autointerp.control import TWIN_FOLDER, random_sae_control, twin_cache
 from sae_italian.autointerp.llm.client import Client, EndpointError
-from sae_italian.autointerp.llm.cost import DryClient, CostEstimate
+from sae_italian.autointerp.llm.cost import CostEstimate, DryClient
 from sae_italian.autointerp.llm.explainer import LLMExplainer
 from sae_italian.autointerp.llm.judge import LLMJudge
 from sae_italian.autointerp.llm.settings import LLMSettings
