@@ -26,7 +26,8 @@ from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 from sae_italian.base.report import plain
 from sae_italian.browser.answers import Refused
-from sae_italian.browser.exports.passages import pieces, rounded, storable
+from sae_italian.browser.exports.directions import rounded
+from sae_italian.browser.exports.latents import pieces, storable
 from sae_italian.browser.source import LatentSource, loaded, open_source
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.encode import encode_sparse

@@ -16,6 +16,7 @@ from sae_italian.autointerp.tokens import token_strings
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import claim_folder, read_json
 from sae_italian.browser.exports import formats
+from sae_italian.browser.exports.fields import Check
 from sae_italian.browser.exports.latents import Facts, Latents, facts_of, model_facts, names_of
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.models import load_model_config
@@ -116,8 +117,11 @@ def _wandb(
 
     cache, weights = latents.cache, latents.directions
     source = open_source(cache, tokenizer, sae=weights.sae, model=weights.model)
-    table = [formats.wandb_row(latents, source.row(latent)) for latent in wanted]
-    rows = formats.check_table(table)
+    table, checked = [], Check()
+    for latent in wanted:
+        table.append(formats.wandb_row(latents, source.row(latent)))
+        checked("wandb_latent", table[-1])
+    rows = checked.finish()
     write_browser(out / "browser", source)
     name = f"{cache.manifest.model} {cache.manifest.hook_name}"
     folder = formats.log_table(out, table, out / "browser", project=project, online=online, name=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,6 @@ from jaxtyping import Float
 from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
-from sae_italian.browser.exports.passages import counted_tokens, rounded
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.related import final_gain
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -25,12 +25,9 @@ FORWARD_WINDOWS = 16
 class Table(NamedTuple):
     """Three of Neuronpedia's neighbours: their ids, what it calls L1, and its second number."""
 
-    indices: list[int]
-    l1: list[float]
-    other: list[float]
-
-
-NOTHING = Table([], [], [])
+    indices: list[int] = []
+    l1: list[float] = []
+    other: list[float] = []
 
 
 def histogram(values: np.ndarray) -> tuple[list[float], list[float]]:
@@ -41,19 +38,29 @@ def histogram(values: np.ndarray) -> tuple[list[float], list[float]]:
     return [rounded(value) for value in (edges[:-1] + edges[1:]) / 2], [rounded(value) for value in heights]
 
 
+def rounded(value: float, digits: int = 6) -> float:
+    """Return a number with that many significant digits: a file of millions of them is a third of the size."""
+    return float(f"{float(value):.{digits}g}")
+
+
+def counted_tokens(cache: FeatureCache) -> int:
+    """Return how many tokens the densities of a cache are shares of: those of documents, not the special ones."""
+    count, density = cache.statistics["count"], cache.statistics["density"]
+    most = int(np.argmax(count))
+    return round(float(count[most]) / float(density[most])) if count[most] else cache.n_positions
+
+
 class Directions:
     """The decoder's side of a cache's latents. `sae` and `model` may be absent: then it answers with nothing."""
 
     def __init__(self, cache: FeatureCache, sae: Any = None, model: Any = None):
         self.cache, self.sae, self.model = cache, sae, model
-        self.here = sae is not None and model is not None
         self.n_tokens = counted_tokens(cache)
-        self._sample: _Sample | None = None
 
     @torch.no_grad()
     def logits(self, latent: int) -> tuple[list[float], list[float]]:
         """Return the histogram of the logits that the direction adds to the vocabulary (as `cache.related.decoder_columns`)."""
-        if not self.here:
+        if self.sae is None or self.model is None:
             return [], []
         unembed: Float[Tensor, "vocab d_in"] = self.model.get_output_embeddings().weight.float()
         logits = unembed @ (self.sae.W_dec[latent].float() * final_gain(self.model))
@@ -63,18 +70,18 @@ class Directions:
     def alignment(self, latent: int) -> Table:
         """Return the dimensions with the largest decoder weights: the weight, and its share of the L1 norm."""
         if self.sae is None:
-            return NOTHING
+            return Table()
         direction = self.sae.W_dec[latent].float()
         value, index = direction.topk(min(N_TABLE, len(direction)))
         return Table(index.tolist(), (value / direction.abs().sum()).tolist(), value.tolist())
 
+    @cached_property
+    def _sample(self) -> _Sample:
+        return _Sample(self.cache, self.model)
+
     def correlated_neurons(self, latent: int) -> Table:
         """Return the dimensions of the activation that go with the latent, with cosine and Pearson, on a sample."""
-        if not self.here:
-            return NOTHING
-        if self._sample is None:
-            self._sample = _Sample(self.cache, self.model)
-        return self._sample.correlated(latent)
+        return Table() if self.sae is None or self.model is None else self._sample.correlated(latent)
 
     def correlated_latents(self, latent: int) -> Table:
         """Return the latents that go with this one, with cosine and Pearson over the whole cache.
@@ -82,16 +89,13 @@ class Directions:
         Candidates are the latents that fire on most of the same tokens, of all latents: not those of one batch.
         """
         position, value = self.cache.latent(latent)
-        candidates = self.cache.statistics["cofiring_ids"][latent].tolist()
-        n = self.n_tokens
         found = []
-        for other in candidates:
+        for other in self.cache.statistics["cofiring_ids"][latent].tolist():
             their_position, their_value = self.cache.latent(other)
             _, mine, theirs = np.intersect1d(position, their_position, assume_unique=True, return_indices=True)
             cross = float(value[mine].astype(np.float64) @ their_value[theirs].astype(np.float64))
-            found.append((*_similar(cross, _sums(value), _sums(their_value), n), other))
-        found.sort(key=lambda row: (-row[1], row[2]))
-        best = found[:N_TABLE]
+            found.append((*_similar(cross, _sums(value), _sums(their_value), self.n_tokens), other))
+        best = sorted(found, key=lambda row: (-row[1], row[2]))[:N_TABLE]
         return Table([row[2] for row in best], [row[0] for row in best], [row[1] for row in best])
 
 
@@ -135,7 +139,7 @@ class _Sample:
         column = slice(self.f.indptr[latent], self.f.indptr[latent + 1])
         row, value = self.f.indices[column], self.f.data[column].astype(np.float64)
         if len(value) == 0:
-            return NOTHING
+            return Table()
         cross = value @ self.x[row]
         total, square = _sums(value)
         spread = (square - total**2 / self.n) * (self.squares - self.sum**2 / self.n)

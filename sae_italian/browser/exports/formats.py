@@ -26,13 +26,21 @@ from sae_italian.autointerp.store import NOW, Store
 from sae_italian.autointerp.summary import HEADLINE
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import atomic_path, read_json, write_text
+from sae_italian.browser.exports.directions import rounded
 from sae_italian.browser.exports.fields import Check, make_row, tables
-from sae_italian.browser.exports.latents import Facts, Latents, cantor, passage_facts, row_id
-from sae_italian.browser.exports.passages import rounded, storable
+from sae_italian.browser.exports.latents import Facts, Latents, cantor, row_id, storable
 
 BATCH, MAX_FILES = 128, 1000  # latents of a file; the bulk importer sees 1000 files of a folder
 ONE_LINE = ("release", "model", "sourceset", "source")
 MANY = {"features": "neuron", "activations": "activation", "explanations": "explanation"}
+LINKS = {
+    "sourceset.releaseName": "release.name",
+    "sourceset.modelId": "model.id",
+    "source.modelId": "model.id",
+    "source.setName": "sourceset.name",
+    "source.id": "sourceset.name",  # between the layer and the suffix
+    "release.defaultSourceId": "source.id",
+}
 
 
 class Task(NamedTuple):
@@ -183,7 +191,7 @@ def check_bulk(folder: Path) -> dict[str, int]:
     one = {name: json.loads((folder / f"{name}.jsonl").read_text(encoding="utf-8")) for name in ONE_LINE}
     for name, row in one.items():
         checked(name, row)
-    _check_links(*one.values())
+    _check_links(one)
     files = {name: sorted(path.name for path in (folder / name).glob("*.jsonl.gz")) for name in MANY}
     if not files["features"] == files["activations"] == files["explanations"]:
         raise DataError(f"{folder}: features, activations and explanations hold different batches. Write it again.")
@@ -194,16 +202,11 @@ def check_bulk(folder: Path) -> dict[str, int]:
     return checked.finish()
 
 
-def _check_links(release: Facts, model: Facts, source_set: Facts, source: Facts) -> None:
-    links = {
-        "sourceset.releaseName": (source_set["releaseName"], release["name"]),
-        "sourceset.modelId": (source_set["modelId"], model["id"]),
-        "source.modelId": (source["modelId"], model["id"]),
-        "source.setName": (source["setName"], source_set["name"]),
-        "source.id": (source["id"].partition("-")[2].partition("__")[0], source_set["name"]),
-        "release.defaultSourceId": (release["defaultSourceId"], source["id"]),
-    }
-    for link, (given, wanted) in links.items():
+def _check_links(one: dict[str, Facts]) -> None:
+    for link, target in LINKS.items():
+        given, wanted = (one[table][name] for table, name in (link.split("."), target.split(".")))
+        if link == "source.id":
+            given = given.partition("-")[2].partition("__")[0]
         if given != wanted:
             raise DataError(f"{link} is {given!r}, which names nothing here; {wanted!r} was expected.")
 
@@ -257,9 +260,9 @@ def write_features(task: Task) -> None:
 
 def _circuit_feature(latents: Latents, latent: int) -> Facts:
     quantiles = []
-    for interval, passages in latents.groups(latent):
-        name = f"Activations from {interval.lo:.3g} to {interval.hi:.3g}" if interval else "Top activations"
-        examples = [make_row("circuit_example", passage_facts(passage)) for passage in passages]
+    for group in latents.groups(latent):
+        name = f"Activations from {group.lo:.3g} to {group.hi:.3g}" if group.lo >= 0 else "Top activations"
+        examples = [make_row("circuit_example", passage) for passage in group.passages]
         if examples:
             quantiles.append({"quantile_name": name, "examples": examples})
     value = latents.cache.latent(latent).value
@@ -290,18 +293,9 @@ def check_features(folder: Path, layer: int, wanted: range) -> dict[str, int]:
 def wandb_row(latents: Latents, record: Any) -> Facts:
     """Return a row of the table: the latent's row in the browser's list, its logits, and its strongest passage."""
     logits = latents.logits(record["latent"])
-    example = next(iter(latents.drawer.top(record["latent"], 1)), None)
     lists = {"top_tokens": record["top_tokens"], "promoted": logits["pos_str"], "suppressed": logits["neg_str"]}
     joined = {name: " ".join(f"«{token.strip()}»" for token in tokens) for name, tokens in lists.items()}
-    return make_row("wandb_latent", {**record, **joined, "example": "" if example is None else example.text})
-
-
-def check_table(table: list[Facts]) -> dict[str, int]:
-    """Check the table's rows. Raises: DataError at the first that does not fit."""
-    checked = Check()
-    for row in table:
-        checked("wandb_latent", row)
-    return checked.finish()
+    return make_row("wandb_latent", {**record, **joined, "example": latents.strongest(record["latent"])})
 
 
 def log_table(out: Path, table: list[Facts], browser: Path, *, project: str, online: bool, name: str) -> Path:

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_italian.browser.exports.fields import is_mojibake, tables
-from sae_italian.browser.exports.latents import cantor, facts_of, names_of, row_id
-from sae_italian.browser.exports.passages import pieces, storable
+from sae_italian.browser.exports.latents import cantor, facts_of, names_of, pieces, row_id, storable
 
 COVER = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 
