@@ -23,8 +23,8 @@ _ORDINALS_EN = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh
 class ContextMaker:
     """Makes the passages of any latent of one cache."""
 
-    def __init__(self, cache: FeatureCache, *, n_top: int = N_TOP, per_tenth: int = PER_TENTH):
-        self.cache, self.n_top, self.per_tenth = cache, n_top, per_tenth
+    def __init__(self, cache: FeatureCache):
+        self.cache = cache
 
     def groups(self, latent: LatentActivations, before: int = BEFORE, after: int = AFTER) -> list[Record]:
         """Return the strongest passages, then `per_tenth` from each tenth of the active segments, strongest tenth first.
@@ -34,12 +34,12 @@ class ContextMaker:
         peaks = latent.peaks(SEGMENT)
         ranks = np.arange(len(peaks.position))
         tenths = [tenth for tenth in np.array_split(ranks, TENTHS) if len(tenth)]
-        candidates = [ranks[: CANDIDATES * self.n_top], *(_spread(tenth, self.per_tenth) for tenth in tenths)]
+        candidates = [ranks[: CANDIDATES * N_TOP], *(_spread(tenth, PER_TENTH) for tenth in tenths)]
         alike = contents(self.cache, peaks.position[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER)
         seen: set[tuple[int, bytes]] = set()
         groups = []
         for index, group in enumerate(candidates):
-            wanted = self.per_tenth if index else self.n_top
+            wanted = PER_TENTH if index else N_TOP
             kept = group[first_new(islice(alike, len(group)), wanted, seen)]
             names, lo, hi = ("Più forti", "Strongest"), None, None
             if index:

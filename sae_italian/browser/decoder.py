@@ -24,17 +24,15 @@ class Decoder:
     def __init__(self, sae: Any, model: Any = None):
         self.directions: Float[torch.Tensor, "d_sae d_in"] = sae.W_dec.detach().float().cpu()
         self.unembed = None if model is None else model.get_output_embeddings().weight.detach().float().cpu()
-        gain = 1.0 if model is None else final_gain(model)
-        self.gain = gain.detach().cpu() if isinstance(gain, torch.Tensor) else gain
+        self.gain = 1.0 if model is None else torch.as_tensor(final_gain(model)).detach().cpu()
         self._block = lru_cache(4)(self._histograms)
 
     def logits(self, latent: int) -> Record:
         """Return the histogram of the logits that a latent adds, in 40 equal bins; empty without the model."""
         if self.unembed is None:
-            return Record(edges=[], counts=[])
+            return {"edges": [], "counts": []}
         edges, counts = self._block(latent // BLOCK)
-        row = latent % BLOCK
-        return Record(edges=edges[row], counts=counts[row])
+        return {"edges": edges[latent % BLOCK], "counts": counts[latent % BLOCK]}
 
     @torch.no_grad()
     def _histograms(self, block: int) -> tuple[list[list[float]], list[list[int]]]:
@@ -46,8 +44,7 @@ class Decoder:
         index = ((logits - lo) * (BINS / width)).to(torch.int32).clamp_(0, BINS - 1)
         index += BINS * torch.arange(len(rows), dtype=torch.int32)[:, None]
         counts = torch.bincount(index.flatten(), minlength=len(rows) * BINS).reshape(-1, BINS)
-        edges = lo + width * torch.arange(BINS + 1) / BINS
-        return edges.tolist(), counts.tolist()
+        return (lo + width * torch.arange(BINS + 1) / BINS).tolist(), counts.tolist()
 
     @torch.no_grad()
     def plane(self) -> Float[np.ndarray, "d_sae 2"]:

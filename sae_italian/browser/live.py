@@ -78,9 +78,8 @@ class Live:
         silent = special_mask(ids[None], self.tokenizer)[0]
         if silent.all():
             raise Refused(*EMPTY)
-        x = read_activations(
-            self.model, torch.from_numpy(ids)[None].to(self.model.device), self.sae.cfg.metadata.hook_name
-        )
+        batch = torch.from_numpy(ids)[None].to(self.model.device)
+        x = read_activations(self.model, batch, self.sae.cfg.metadata.hook_name)
         found = encode_sparse(self.sae, x[0], silent)
         spans = np.array(encoded["offset_mapping"][:limit])[~silent]
         text = sentence[: int(spans[:, 1].max())]
@@ -106,17 +105,13 @@ class Live:
                 count[latent] = count.get(latent, 0) + 1
                 if value > best.get(latent, (0.0, 0))[0]:
                     best[latent] = value, index
-        order = sorted(best, key=lambda latent: (-best[latent][0], latent))[:N_STRONGEST]
-        return [
-            {
-                "latent": latent,
-                "value": rounded(best[latent][0]),
-                "share": rounded(best[latent][0] / float(self.maximum[latent])) if self.maximum[latent] > 0 else None,
-                "token": best[latent][1],
-                "count": count[latent],
-            }
-            for latent in order
-        ]
+        found = []
+        for latent in sorted(best, key=lambda latent: (-best[latent][0], latent))[:N_STRONGEST]:
+            value, index = best[latent]
+            share = rounded(value / float(self.maximum[latent])) if self.maximum[latent] > 0 else None
+            places = {"token": index, "count": count[latent]}
+            found.append({"latent": latent, "value": rounded(value), "share": share, **places})
+        return found
 
     # --- what it writes ----------------------------------------------------------------------------------------------
 
@@ -212,16 +207,10 @@ def _strongest(mine: dict[int, float]) -> list[tuple[int, float]]:
 
 
 def _shown(explanation: Explanation) -> dict[str, Any]:
-    rule = explanation.rule or {}
-    return {
-        "explainer": explanation.explainer,
-        "kind": explanation.kind,
-        "status": explanation.status,
-        "text_it": explanation.text_it,
-        "text_en": explanation.text_en,
-        **{name: rounded(rule[name]) if name in rule else None for name in ("precision", "recall")},
-        "problem": (explanation.notes or {}).get("problem"),
-    }
+    rule, told = explanation.rule or {}, ("explainer", "kind", "status", "text_it", "text_en")
+    found = {name: getattr(explanation, name) for name in told}
+    numbers = {name: rounded(rule[name]) if name in rule else None for name in ("precision", "recall")}
+    return {**found, **numbers, "problem": (explanation.notes or {}).get("problem")}
 
 
 # --- arguments that come from outside ------------------------------------------------------------------------------------

@@ -47,34 +47,20 @@ _INTERVALS = """
 
 
 class LatentSource:
-    """The records of one cache and of what lies beside it. Safe to use from several threads.
+    """The records of one cache and of what lies beside it: its store and its results. Safe to use from several threads.
 
-    `store` defaults to `autointerp.sqlite` in the cache's folder; `results.json` there is read where it is.
     With `sae` (and `model`) the map and the histogram of logits come too.
     """
 
     def __init__(
-        self,
-        cache: FeatureCache,
-        tokenizer: Any,
-        *,
-        store: Path | None = None,
-        sae: Any = None,
-        model: Any = None,
-        title: str = "",
-        model_note: str = "",
-        n_top: int | None = None,
-        per_tenth: int | None = None,
+        self, cache: FeatureCache, tokenizer: Any, *, sae: Any = None, model: Any = None, model_note: str = ""
     ):
         self.cache, self.tokenizer, self.stats = cache, tokenizer, cache.statistics
-        self.title = title or f"{cache.manifest.model} · {cache.manifest.hook_name}"
-        self.model_note = model_note
+        self.model_note, self.store_path = model_note, cache.folder / STORE_FILE
         self.strings = token_strings(tokenizer, len(tokenizer))
         self.decoder = None if sae is None else Decoder(sae, model)
-        sizes = {"n_top": n_top, "per_tenth": per_tenth}
-        self.contexts = ContextMaker(cache, **{name: size for name, size in sizes.items() if size is not None})
+        self.contexts = ContextMaker(cache)
         self._read_results(cache.folder / RESULTS)
-        self.store_path = store or cache.folder / STORE_FILE
         self._local = threading.local()
         self.refresh()
 
@@ -149,26 +135,20 @@ class LatentSource:
 
     def run(self) -> Record:
         manifest = self.cache.manifest
-        keys: Any = ("label", "category", "n", "latent", "f1", "precision", "recall")
-        return Record(
-            title=self.title,
-            created=utc_now(),
-            version=__version__,
-            model=manifest.model,
-            model_note=self.model_note,
-            sae=short_name(manifest),
-            hook_name=manifest.hook_name,
-            d_in=manifest.d_in,
-            d_sae=manifest.d_sae,
-            k=manifest.k,
-            corpus=manifest.corpus,
-            n_tokens=self.cache.n_positions,
-            context_size=manifest.context_size,
-            n_documents=self.cache.n_documents,
-            metrics=self.metrics,
-            controls=self.controls,
-            gold=[{key: result[key] for key in keys} for result in self.gold],
-        )
+        own = ("model", "hook_name", "d_in", "d_sae", "k", "corpus", "context_size")
+        return {
+            **{name: getattr(manifest, name) for name in own},
+            "title": f"{manifest.model} · {manifest.hook_name}",
+            "created": utc_now(),
+            "version": __version__,
+            "model_note": self.model_note,
+            "sae": short_name(manifest),
+            "n_tokens": self.cache.n_positions,
+            "n_documents": self.cache.n_documents,
+            "metrics": self.metrics,
+            "controls": self.controls,
+            "gold": [{name: result[name] for name in fields()["gold"]} for result in self.gold],
+        }
 
     def rows(self) -> dict[str, list[Any]]:
         """Return the list of all latents by column (columns.py)."""
@@ -209,32 +189,39 @@ class LatentSource:
         stats, activations = self.stats, self.cache.latent(latent)
         largest = float(stats["max"][latent])
         counts = stats["histogram"][latent].tolist() if largest else []
-        rule = self.explained(EXPLAINER, latent)
-        sources, more_sources = self._sources(activations.position)
         shares = zip(stats["token_ids"][latent], stats["token_shares"][latent], strict=True)
-        return Record(
-            latent=latent,
-            explanations=[
-                {"explainer": name, "kind": e.kind, "status": e.status, "now": made_now(e)}
-                | {"text_it": e.text_it, "text_en": e.text_en}
-                for name in self.explanations
-                if (e := self.explained(name, latent)) is not None
-            ],
-            scores=self._scores(latent),
-            histogram={"edges": np.linspace(0, largest, len(counts) + 1).tolist() if counts else [], "counts": counts},
-            logits=self.decoder.logits(latent) if self.decoder else {"edges": [], "counts": []},
-            positions=stats["position_profile"][latent].tolist() if largest else [],
-            promoted=self._tokens(latent, "promoted"),
-            suppressed=self._tokens(latent, "suppressed"),
-            decoder=self._neighbours(latent, "decoder_ids", "decoder_cosines"),
-            cofiring=self._neighbours(latent, "cofiring_ids", "cofiring_jaccard"),
-            groups=self.contexts.groups(activations),
-            tokens=[{"token": self.strings[token], "share": float(share)} for token, share in shares],
-            sources=sources,
-            more_sources=more_sources,
-            labels=self.labels.get(latent, []),
-            rule=_shown_rule(rule.rule if rule else None),
-        )
+        sources, more_sources = self._sources(activations.position)
+        rule = self.explained(EXPLAINER, latent)
+        return {
+            "latent": latent,
+            "explanations": self._explanations(latent),
+            "scores": self._scores(latent),
+            "histogram": {
+                "edges": np.linspace(0, largest, len(counts) + 1).tolist() if counts else [],
+                "counts": counts,
+            },
+            "logits": self.decoder.logits(latent) if self.decoder else {"edges": [], "counts": []},
+            "positions": stats["position_profile"][latent].tolist() if largest else [],
+            "promoted": self._tokens(latent, "promoted"),
+            "suppressed": self._tokens(latent, "suppressed"),
+            "decoder": self._neighbours(latent, "decoder_ids", "decoder_cosines"),
+            "cofiring": self._neighbours(latent, "cofiring_ids", "cofiring_jaccard"),
+            "groups": self.contexts.groups(activations),
+            "tokens": [{"token": self.strings[token], "share": float(share)} for token, share in shares],
+            "sources": sources,
+            "more_sources": more_sources,
+            "labels": self.labels.get(latent, []),
+            "rule": _shown_rule(rule.rule if rule else None),
+        }
+
+    def _explanations(self, latent: int) -> list[Record]:
+        told = ("kind", "status", "text_it", "text_en")
+        found = [(name, self.explained(name, latent)) for name in self.explanations]
+        return [
+            {"explainer": name, **{field: getattr(e, field) for field in told}, "now": made_now(e)}
+            for name, e in found
+            if e is not None
+        ]
 
     def wide(self, latent: int) -> list[Record]:
         """Return the card's passages, each with all that its window holds of its document."""
@@ -251,8 +238,8 @@ class LatentSource:
         return [{**score, "explainer": names[score["explainer"]]} for score in found if score["explainer"] in names]
 
     def _tokens(self, latent: int, which: str) -> list[Any]:
-        ids, values = self.stats[f"{which}_ids"][latent], self.stats[f"{which}_values"][latent]
-        return [{"token": self.strings[i], "value": float(value)} for i, value in zip(ids, values, strict=True)]
+        pairs = zip(self.stats[f"{which}_ids"][latent], self.stats[f"{which}_values"][latent], strict=True)
+        return [{"token": self.strings[token], "value": float(value)} for token, value in pairs]
 
     def _neighbours(self, latent: int, ids: str, values: str) -> list[Any]:
         pairs = zip(self.stats[ids][latent].tolist(), self.stats[values][latent].tolist(), strict=True)

@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sae_italian.base.labels import label
 from sae_italian.browser.schema import Record
 
-
-class Metric(NamedTuple):
-    """A number of the run: its name, the part of the results and the key it stands under there, and its label."""
-
-    name: str
-    part: str
-    key: str
-    label: str
-    unit: str = ""
-
-
+# What is shown: the number's place in the run's results, and its label.
 _TABLES = {
-    "metrics": (
-        Metric("l0", "card", "l0", "card.l0"),
-        Metric("explained_variance", "card", "explained_variance", "card.explained_variance", "%"),
-        Metric(
-            "explained_variance_uncentred",
-            "card",
-            "explained_variance_uncentred",
-            "card.explained_variance_uncentred",
-            "%",
-        ),
-        Metric("ce_loss_recovered", "card", "ce_loss_recovered", "card.ce_loss_recovered", "%"),
-        Metric("dead", "card", "dead", "metrics.dead", "%"),
-        Metric("share_detected", "autointerp", "share_detected", "metrics.share_detected", "%"),
-        Metric("detection", "autointerp", "detection", "metrics.detection"),
-        Metric("fuzzing", "autointerp", "fuzzing", "metrics.fuzzing"),
-    ),
-    "controls": (
-        Metric("shuffled_detection", "autointerp", "shuffled_detection", "controls.shuffled_detection"),
-        Metric("lookup_share_detected", "autointerp", "lookup_share_detected", "controls.lookup_share_detected", "%"),
-        Metric("gain_over_lookup", "autointerp", "gain_over_lookup", "controls.gain_over_lookup"),
-        Metric("random_share_detected", "random", "share_detected", "controls.random_share_detected", "%"),
-        Metric("random_detection", "random", "detection", "controls.random_detection"),
-    ),
+    "metrics": {
+        "card.l0": "card.l0",
+        "card.explained_variance": "card.explained_variance",
+        "card.explained_variance_uncentred": "card.explained_variance_uncentred",
+        "card.ce_loss_recovered": "card.ce_loss_recovered",
+        "card.dead": "metrics.dead",
+        "autointerp.share_detected": "metrics.share_detected",
+        "autointerp.detection": "metrics.detection",
+        "autointerp.fuzzing": "metrics.fuzzing",
+    },
+    "controls": {
+        "autointerp.shuffled_detection": "controls.shuffled_detection",
+        "autointerp.lookup_share_detected": "controls.lookup_share_detected",
+        "autointerp.gain_over_lookup": "controls.gain_over_lookup",
+        "random.share_detected": "controls.random_share_detected",
+        "random.detection": "controls.random_detection",
+    },
 }
+_SHARES = ("explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "dead", "share_detected")
 
 
 def records(results: dict[str, Any], which: str) -> list[Record]:
@@ -52,17 +37,20 @@ def records(results: dict[str, Any], which: str) -> list[Record]:
     `results` holds the parts `card`, `autointerp`, `random` (dicts of {value, lo, hi}) and counts for the notes.
     """
     found = []
-    for metric in _TABLES[which]:
-        estimate = (results.get(metric.part) or {}).get(metric.key)
+    for place, words in _TABLES[which].items():
+        part, key = place.split(".")
+        estimate = (results.get(part) or {}).get(key)
         if not estimate or estimate["value"] is None:
             continue
-        scale = 100.0 if metric.unit == "%" else 1.0
-        ends = [estimate[end] for end in ("lo", "hi")]
-        lo, hi = (None, None) if None in ends else (scale * end for end in ends)
-        record: Any = {"name": metric.name, "value": scale * estimate["value"], "lo": lo, "hi": hi}
-        labels = {f"label_{language}": label(metric.label, language) for language in ("it", "en")}
-        note_it, note_en = _note(metric.name, results)
-        found.append(record | labels | {"note_it": note_it, "note_en": note_en, "unit": metric.unit})
+        name = words.split(".")[1]
+        share = name.endswith(_SHARES)
+        lo, hi = (None if end is None else end * (100 if share else 1) for end in (estimate["lo"], estimate["hi"]))
+        note_it, note_en = _note(name, results)
+        found.append(
+            {"name": name, "value": estimate["value"] * (100 if share else 1), "lo": lo, "hi": hi}
+            | {"label_it": label(words, "it"), "label_en": label(words, "en"), "unit": "%" if share else ""}
+            | {"note_it": note_it, "note_en": note_en}
+        )
     return found
 
 
@@ -88,8 +76,7 @@ def text_table(metrics: Sequence[Record], extra: Sequence[tuple[str, str]] = ())
         digits = 1 if metric["unit"] == "%" else 3
         unit = f" {metric['unit']}" if metric["unit"] else ""
         note = f" ({metric['note_en']})" if metric["note_en"] else ""
-        value = f"{metric['value']:.{digits}f}{unit}"
         interval = "" if metric["lo"] is None else f"{metric['lo']:.{digits}f} to {metric['hi']:.{digits}f}"
-        lines.append(f"| {metric['label_en']}{note} | {value} | {interval} |")
+        lines.append(f"| {metric['label_en']}{note} | {metric['value']:.{digits}f}{unit} | {interval} |")
     lines += [f"| {name} | {value} | |" for name, value in extra]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -37,22 +37,15 @@ OURS = {"index.html", MARKER, "assets", "data", "other"}
 DESKTOP_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 
-class Source(Protocol):
-    """What a page is made from; see `source.py`."""
-
-    def run(self) -> Record: ...
-    def rows(self) -> dict[str, list[Any]]: ...
-    def card(self, latent: int) -> Record: ...
-
-
 def write_browser(
-    out: Path, source: Source, *, other: tuple[str, Source, dict[str, list[Any]]] | None = None, bar: bool = True
+    out: Path, source: Any, *, other: tuple[str, Any, dict[str, list[Any]]] | None = None, bar: bool = True
 ) -> Path:
     """Write the browser of a source into the folder `out` and return the path of its `index.html`.
 
-    Cards are asked for one by one and no more than 32 of them are held. `other` is another SAE to compare with: its
-    name, its source and the matches (see compare.py). `out` may be new, empty or a browser written earlier, which is
-    replaced as a whole at the end: until then, and after any error, it stays as it was.
+    A source has `run()`, `rows()` and `card(latent)`, as source.py. Cards are asked for one by one and no more than 32 of
+    them are held. `other` is another SAE to compare with: its name, its source and the matches (see compare.py). `out`
+    may be new, empty or a browser written earlier, which is replaced as a whole at the end: until then, and after any
+    error, it stays as it was.
 
     Raises: UsageError if `out` holds anything that is not ours; DataError if a record does not fit its schema.
     """
@@ -115,7 +108,7 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_source(folder: Path, source: Source, run: Record, more: dict[str, Any], bar: bool) -> dict[str, Any]:
+def _write_source(folder: Path, source: Any, run: Record, more: dict[str, Any], bar: bool) -> dict[str, Any]:
     """Write one source's run, rows and cards; return what the marker says of them."""
     columns = check_rows(source.rows())
     n_rows = len(columns["latent"])

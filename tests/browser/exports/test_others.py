@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
@@ -38,7 +39,12 @@ def test_wandb_gets_the_table_and_the_browser_offline(cache, mini, tmp_path):
     found = json.loads(table.read_text(encoding="utf-8"))
     assert found["columns"] == list(tables()["wandb_latent"]["fields"]) and len(found["data"]) == 32
     assert (tmp_path / "out" / "browser" / "index.html").is_file()
-    assert b"latent-browser" in next(done.folder.glob("*.wandb")).read_bytes()
+    file = next(done.folder.glob("*.wandb"))  # written by a process of W&B's own, in its own time
+    for _ in range(100):
+        if b"latent-browser" in file.read_bytes():
+            break
+        time.sleep(0.1)
+    assert b"latent-browser" in file.read_bytes()
 
 
 def test_the_command_writes_what_it_says(cache, trained_sae, tmp_path, capsys):
