@@ -100,13 +100,7 @@ def language(
     from sae_italian.models.activations import check_context
 
     settings = key_values(words, {"context_size": 0, "text_column": "text"})
-    if not ud and not languages:
-        raise UsageError("nothing to look for: give --ud with treebanks, --languages with corpora, or both.")
-    corpora = _named(languages or [])
-    if len(corpora) == 1:
-        raise UsageError("--languages needs NAME=CORPUS two times or more, e.g. it=notizie.jsonl en=news.jsonl.")
-    if against and not ud:
-        raise UsageError("--against compares probes on treebanks; give --ud too, or leave it out.")
+    corpora = _languages(ud, languages, against)
     positive(tokens=tokens)
     loaded, cache = _sae_of(sae, sae_of_cache)
     name = model or (loaded.cfg.metadata.model_name if cache is None else cache.manifest.model)
@@ -133,6 +127,18 @@ def language(
     if cache is not None:
         parts.append(f"{_store(cache, labels)} labels written to the store of {cache.folder}")
     return Result(value, "\n\n".join([*parts, f"results: {out}"]))
+
+
+def _languages(ud: list[str] | None, languages: list[str] | None, against: list[str] | None) -> dict[str, str]:
+    """Return the corpora by language. Raises: UsageError for options that do not go together."""
+    if not ud and not languages:
+        raise UsageError("nothing to look for: give --ud with treebanks, --languages with corpora, or both.")
+    corpora = _named(languages or [])
+    if len(corpora) == 1:
+        raise UsageError("--languages needs NAME=CORPUS two times or more, e.g. it=notizie.jsonl en=news.jsonl.")
+    if against and not ud:
+        raise UsageError("--against compares probes on treebanks; give --ud too, or leave it out.")
+    return corpora
 
 
 def _sae_of(given: str, of_cache: str | None) -> tuple[Any, Any]:

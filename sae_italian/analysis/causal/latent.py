@@ -237,9 +237,12 @@ def steer(
     prompt_added = added * ~special(tokens, tokenizer)[..., None]
     first = logits_with_added(model, tokens.expand(len(added), -1), start.hook_out, prompt_added)[:, -1].log_softmax(-1)
     divergence = (first.exp() * (first - clean)).sum(-1).tolist()
+    settings: dict[str, Any] = {"max_new_tokens": n_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     # rows that are sampled are written one at a time, so that each has the draws that it would have alone
-    rows = added.split(len(added) if temperature == 0 else 1)
-    written = [new for part in rows for new in _write(model, tokenizer, start, part, n_new_tokens, temperature, seed)]
+    rows = added.split(1 if temperature > 0 else len(added))
+    written = [new for part in rows for new in _write(model, tokenizer, start, part, seed, **settings)]
     before = tokens[0].tolist()
     log_p = continuation_log_probs(
         lambda some: model(some.to(model.device), use_cache=False).logits, [(before, new) for new in written]
@@ -258,32 +261,19 @@ def steer(
 
 
 def _write(
-    model: Any,
-    tokenizer: Any,
-    start: _Start,
-    added: Float[Tensor, "batch 1 d_out"],
-    n_new_tokens: int,
-    temperature: float,
-    seed: int,
+    model: Any, tokenizer: Any, start: _Start, added: Float[Tensor, "batch 1 d_out"], seed: int, **settings: Any
 ) -> list[list[int]]:
-    """Return the new tokens of each row, up to the EOS, which counts as written."""
+    """Return the new tokens of each row, up to the EOS, which counts as written; `settings` are those of `generate`."""
     keep, eos = ~special(start.tokens, tokenizer)[..., None], tokenizer.eos_token_id
 
     def add(x: Tensor) -> Tensor:  # the prompt at once, then a token at a time
         return x + (added * keep if x.shape[1] == keep.shape[1] else added).to(x)
 
     rows = start.tokens.expand(len(added), -1)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with replaced(model, start.hook_out, add), torch.random.fork_rng():
         torch.manual_seed(seed)
-        written = model.generate(
-            rows,
-            attention_mask=torch.ones_like(rows),
-            max_new_tokens=n_new_tokens,
-            eos_token_id=eos,
-            pad_token_id=eos or 0,
-            **(sampling if temperature else {"do_sample": False}),
-        )
+        mask = torch.ones_like(rows)
+        written = model.generate(rows, attention_mask=mask, eos_token_id=eos, pad_token_id=eos or 0, **settings)
     new = written[:, rows.shape[1] :].tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in new]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -24,6 +25,7 @@ SINGLE, DENSE = "single latent", "dense"
 METHODS = (SINGLE, *(f"sparse {k}" for k in SIZES), DENSE)
 MOST_FALSE = 0.5  # of the words that do not bear the label
 MOST_WORDS = 20_000  # of training, for probes
+Acts = scipy.sparse.csr_array  # the latents' activations on words, [words, d_sae]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Detection:
 
 
 @dataclass(frozen=True)
-class Task:
+class ProbeTask:
     """Words that choose and words that judge, of one treebank or of two; labels as columns of the same names."""
 
     train: Words
@@ -96,13 +98,7 @@ class Task:
 
 
 def single_latents(
-    task: Task,
-    train: scipy.sparse.csr_array,
-    test: scipy.sparse.csr_array,
-    features: str,
-    *,
-    most: int = 1,
-    least: float = 0,
+    task: ProbeTask, train: Acts, test: Acts, features: str, *, most: int = 1, least: float = 0
 ) -> list[Detection]:
     """Return for each label its best latent (with `most`, so many, each with a training F1 of at least `least`).
 
@@ -125,7 +121,8 @@ def single_latents(
                 threshold = float(best_threshold[latent, place])
                 value = columns[:, [latent]].toarray().ravel()
                 said = value > threshold * maxima[latent]
-                found.append(_detection(task, column, SINGLE, features, said, value, [latent], threshold))
+                how = {"method": SINGLE, "features": features, "latents": [latent], "threshold": threshold}
+                found.append(_detection(task, column, said, value, **how))
     return found
 
 
@@ -137,15 +134,9 @@ def _f1(fired: scipy.sparse.csr_array, labels: scipy.sparse.csr_array) -> Float[
 
 
 def _detection(
-    task: Task,
-    column: int,
-    method: str,
-    features: str,
-    said: Bool[np.ndarray, " m"],
-    score: Float[np.ndarray, " m"],
-    latents: list[int],
-    threshold: float = 0.0,
+    task: ProbeTask, column: int, said: Bool[np.ndarray, " m"], score: Float[np.ndarray, " m"], **described: Any
 ) -> Detection:
+    """Compare what was said of the test words, and how strongly, with the truth; the rest describes how it came about."""
     from sklearn.metrics import roc_auc_score
 
     truth = task.truth[:, column]
@@ -155,8 +146,6 @@ def _detection(
     both, fired, present = sums.sum(axis=0).tolist()
     return Detection(
         label=task.train.names[column],
-        method=method,
-        features=features,
         trained=task.train.source,
         tested=task.test.source,
         shuffled=task.shuffled,
@@ -166,17 +155,14 @@ def _detection(
         recall=both / present,
         n=int(present),
         share=present / len(truth),
-        latents=latents,
-        threshold=threshold,
+        **described,
     )
 
 
 # --- probes ----------------------------------------------------------------------------------------------------------
 
 
-def sparse_probes(
-    task: Task, train: scipy.sparse.csr_array, test: scipy.sparse.csr_array, features: str
-) -> Iterator[Detection]:
+def sparse_probes(task: ProbeTask, train: Acts, test: Acts, features: str) -> Iterator[Detection]:
     """Yield logistic probes on the k latents of largest absolute correlation with each label, for each k of SIZES."""
     a, b = task.rows
     fit, judge = train[a][task.sample].tocsc(), test[b].tocsc()
@@ -185,14 +171,14 @@ def sparse_probes(
         for k in SIZES:
             chosen = order[:k, column]
             x, w = fit[:, chosen].toarray(), judge[:, chosen].toarray()
-            yield _probe(task, column, f"sparse {k}", features, x, w, chosen.tolist())
+            yield _probe(task, column, x, w, method=f"sparse {k}", features=features, latents=chosen.tolist())
 
 
-def dense_probes(task: Task) -> Iterator[Detection]:
+def dense_probes(task: ProbeTask) -> Iterator[Detection]:
     """Yield a logistic probe on all dimensions of the activations for each label."""
-    a, b = task.rows
+    x, w = task.train.x[task.rows[0]][task.sample], task.test.x[task.rows[1]]
     for column in task.usable:
-        yield _probe(task, column, DENSE, "activations", task.train.x[a][task.sample], task.test.x[b], [])
+        yield _probe(task, column, x, w, method=DENSE, features="activations")
 
 
 def _correlations(acts: scipy.sparse.csc_array, y: Float[np.ndarray, "n labels"]) -> Float[np.ndarray, "d_sae labels"]:
@@ -205,13 +191,7 @@ def _correlations(acts: scipy.sparse.csc_array, y: Float[np.ndarray, "n labels"]
 
 
 def _probe(
-    task: Task,
-    column: int,
-    method: str,
-    features: str,
-    x: Float[np.ndarray, "n k"],
-    w: Float[np.ndarray, "m k"],
-    latents: list[int],
+    task: ProbeTask, column: int, x: Float[np.ndarray, "n k"], w: Float[np.ndarray, "m k"], **described: Any
 ) -> Detection:
     """Fit one logistic probe, take the threshold of best training F1, and judge it on the test words."""
     from sklearn.linear_model import LogisticRegression
@@ -221,7 +201,7 @@ def _probe(
     model = LogisticRegression(max_iter=300, tol=1e-3).fit(x / scale, y)
     cut = best_cut(model.decision_function(x / scale), y > 0)
     score = model.decision_function(w / scale)
-    return _detection(task, column, method, features, score >= cut, score, latents)
+    return _detection(task, column, score >= cut, score, **described)
 
 
 def best_cut(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> float:

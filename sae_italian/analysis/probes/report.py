@@ -18,7 +18,7 @@ from sae_italian.analysis.probes.detect import (
     SINGLE,
     SIZES,
     Detection,
-    Task,
+    ProbeTask,
     dense_probes,
     single_latents,
     sparse_probes,
@@ -145,14 +145,14 @@ def probe(
     saes = {name: sae, **(others or {})}
     acts = {(key, item.source): encode_words(value, item.x) for key, value in saes.items() for item in words}
     found: list[Detection] = []
-    tasks = [Task(a, b, seed) for a, b in product(words, repeat=2)]
-    tasks += [Task(item, item, seed, shuffled=True) for item in words]
+    tasks = [ProbeTask(a, b, seed) for a, b in product(words, repeat=2)]
+    tasks += [ProbeTask(item, item, seed, shuffled=True) for item in words]
     for task in tqdm([task for task in tasks if task.usable], desc="probes", unit="task", disable=None):
         for key in [name] if task.shuffled else saes:
             train, test = acts[key, task.train.source], acts[key, task.test.source]
             found += [*single_latents(task, train, test, key), *sparse_probes(task, train, test, key)]
         found += dense_probes(task)
-    detectors = [d for item in words for d in _detectors(Task(item, item, seed), acts[name, item.source], name)]
+    detectors = [d for item in words for d in _detectors(ProbeTask(item, item, seed), acts[name, item.source], name)]
     probed = {d.tested for d in found if d.trained == d.tested}
     counted = {
         item.source: (int(item.train.sum()), int((~item.train).sum())) for item in words if item.source in probed
@@ -161,7 +161,7 @@ def probe(
     return Probes(name, found, detectors, counted)
 
 
-def _detectors(task: Task, acts: scipy.sparse.csr_array, name: str) -> Iterator[Detection]:
+def _detectors(task: ProbeTask, acts: scipy.sparse.csr_array, name: str) -> Iterator[Detection]:
     """Yield each label's best latent, and others of a good training F1, if they do better than saying yes to all."""
     if task.usable:
         best = single_latents(task, acts, acts, name)

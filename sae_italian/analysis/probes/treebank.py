@@ -205,10 +205,6 @@ class Words:
     x: Float[np.ndarray, "words d_in"]
     n_cut: int = 0  # words beyond the context, left out
 
-    def column(self, name: str) -> Float[np.ndarray, " words"]:
-        """Return 1 for the words that bear a label, 0 for the others. Raises: ValueError for a label that is none of the names."""
-        return self.labels[:, [self.names.index(name)]].toarray().ravel()
-
 
 def label_names(treebanks: Sequence[Treebank]) -> list[str]:
     """Return every label that occurs, sorted."""

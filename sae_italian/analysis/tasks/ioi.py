@@ -78,12 +78,7 @@ def name_tokens(tokenizer: Any, name: str, language: str = "it") -> tuple[int, .
 
 
 def ioi_pairs(
-    n: int,
-    tokenizer: Any,
-    words: IoiWords | None = None,
-    *,
-    n_name_tokens: int | None = 1,
-    seed: int = 0,
+    n: int, tokenizer: Any, words: IoiWords | None = None, *, n_name_tokens: int | None = 1, seed: int = 0
 ) -> list[IoiPair]:
     """Return `n` pairs, ABBA and BABA in turn, whose two texts have the same tokens but for the indirect object.
 

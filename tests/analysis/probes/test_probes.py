@@ -9,7 +9,7 @@ import scipy.sparse
 import torch
 
 from sae_italian.analysis.probes import treebank as treebank_module
-from sae_italian.analysis.probes.detect import Task, best_cut, dense_probes, single_latents, sparse_probes
+from sae_italian.analysis.probes.detect import ProbeTask, best_cut, dense_probes, single_latents, sparse_probes
 from sae_italian.analysis.probes.report import probe
 from sae_italian.analysis.probes.treebank import Treebank, Words, encode_words, read_treebank, read_words
 from sae_italian.base.errors import UsageError
@@ -39,16 +39,20 @@ def planted():
     return words, scipy.sparse.csr_array(acts)
 
 
+def column(words, name):
+    return words.labels[:, [words.names.index(name)]].toarray().ravel()
+
+
 def by_label(detections):
     return {(item.label, item.method): item for item in detections}
 
 
 def test_a_planted_latent_is_found_and_reaches_one(planted):
     words, acts = planted
-    found = by_label(single_latents(Task(words, words), acts, acts, "sae"))
+    found = by_label(single_latents(ProbeTask(words, words), acts, acts, "sae"))
     best = found["Gender=Fem", "single latent"]
     assert best.latents == [3] and best.f1 == (1, 1, 1) and (best.auroc, best.precision, best.recall) == (1, 1, 1)
-    assert best.n == int(words.column("Gender=Fem")[~words.train].sum())
+    assert best.n == int(column(words, "Gender=Fem")[~words.train].sum())
     assert ("UPOS=X", "single latent") not in found  # too few words
     split = found["Number=Plur", "single latent"]
     assert split.latents[0] in (4, 5) and split.precision == 1 and 0.5 < split.f1.lo < split.f1.value < 0.8
@@ -57,24 +61,24 @@ def test_a_planted_latent_is_found_and_reaches_one(planted):
 def test_a_latent_that_is_always_on_detects_nothing(planted):
     """It would have the best F1 for a label that half of the words bear."""
     words, acts = planted
-    noun = by_label(single_latents(Task(words, words), acts, acts, "sae"))["UPOS=NOUN", "single latent"]
+    noun = by_label(single_latents(ProbeTask(words, words), acts, acts, "sae"))["UPOS=NOUN", "single latent"]
     assert noun.latents != [6] and noun.f1.value < noun.always_yes
 
 
 def test_a_probe_on_planted_labels_reaches_one(planted):
     words, acts = planted
-    found = by_label(sparse_probes(Task(words, words), acts, acts, "sae"))
+    found = by_label(sparse_probes(ProbeTask(words, words), acts, acts, "sae"))
     assert found["Gender=Fem", "sparse 1"].f1.value == 1 and found["Gender=Fem", "sparse 1"].latents == [3]
     assert found["Number=Plur", "sparse 1"].f1.value < 0.8
     assert found["Number=Plur", "sparse 5"].f1.value > 0.98 and {4, 5} <= set(found["Number=Plur", "sparse 5"].latents)
-    dense = by_label(dense_probes(Task(words, words)))
+    dense = by_label(dense_probes(ProbeTask(words, words)))
     assert dense["Gender=Fem", "dense"].f1.value > 0.98 and dense["Gender=Fem", "dense"].auroc > 0.999
     assert abs(dense["UPOS=NOUN", "dense"].auroc - 0.5) < 0.06
 
 
 def test_on_shuffled_labels_everything_is_chance(planted):
     words, acts = planted
-    task = Task(words, words, seed=3, shuffled=True)
+    task = ProbeTask(words, words, seed=3, shuffled=True)
     found = [*single_latents(task, acts, acts, "sae"), *sparse_probes(task, acts, acts, "sae"), *dense_probes(task)]
     assert len(found) == 3 * 5
     for item in found:
@@ -87,14 +91,14 @@ def test_what_holds_in_one_treebank_is_tried_on_the_other(planted):
     words, acts = planted
     other = dataclasses.replace(words, source="B")
     changed = acts.tolil()
-    feminine = np.flatnonzero(words.column("Gender=Fem"))
+    feminine = np.flatnonzero(column(words, "Gender=Fem"))
     changed[feminine[::2], 3] = 0
-    found = by_label(single_latents(Task(words, other), acts, scipy.sparse.csr_array(changed), "sae"))
+    found = by_label(single_latents(ProbeTask(words, other), acts, scipy.sparse.csr_array(changed), "sae"))
     crossed = found["Gender=Fem", "single latent"]
     assert (crossed.trained, crossed.tested) == ("A", "B") and crossed.precision == 1
     assert crossed.recall == pytest.approx(0.5, abs=0.05) and crossed.f1.lo < 2 / 3 < crossed.f1.hi
     with pytest.raises(ValueError, match="not the same columns"):
-        Task(words, dataclasses.replace(words, names=NAMES[::-1]))
+        ProbeTask(words, dataclasses.replace(words, names=NAMES[::-1]))
 
 
 def test_the_cut_is_that_of_the_best_f1():
@@ -124,7 +128,7 @@ def test_words_have_the_activation_of_their_own_sentence(mini, micro, topk_sae):
     last = int(np.flatnonzero(encoded.offset_mapping[0, :, 1].numpy() == first.words[2].end)[-1])
     x = read_activations(mini, encoded.input_ids, "blocks.2.hook_resid_post")[0, last]
     assert np.allclose(words.x[found[2]], x.numpy(), atol=1e-4)
-    assert words.column("UPOS=NOUN")[found].tolist() == ["UPOS=NOUN" in word.labels for word in first.words]
+    assert column(words, "UPOS=NOUN")[found].tolist() == ["UPOS=NOUN" in word.labels for word in first.words]
     with torch.no_grad():
         latents = topk_sae.encode(torch.from_numpy(words.x[found]))
     assert np.allclose(encode_words(topk_sae, words.x[found]).toarray(), latents.numpy(), atol=1e-5)
