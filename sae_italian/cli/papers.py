@@ -37,7 +37,7 @@ def reproduce(
         out: Folder to write to; default: reports/PAPER-MODEL, or baselines.
     """
     from sae_italian import papers
-    from sae_italian.papers.report import Table, markdown_table
+    from sae_italian.papers.report import ReportTable, markdown_table
     from sae_italian.papers.reproduce import FIGURES_HEAD
 
     folder = folder or Folder()
@@ -49,7 +49,7 @@ def reproduce(
         out = Path("reports") / f"{paper}-{_folder_name(sae or model or papers.MINI)}"
     report = papers.reproduce(paper, out, *words, model=model, sae=sae, **text, **flags)
     rows = [(row["what"], row["where"], row["paper"], row["ours"]) for row in report["figures"]]
-    lines = markdown_table(Table("", FIGURES_HEAD, rows))
+    lines = markdown_table(ReportTable("", FIGURES_HEAD, rows))
     return Result(report, "\n".join([*lines, "", f"Report: {out / 'report.html'}, {out / 'report.md'}"]))
 
 

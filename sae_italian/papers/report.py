@@ -31,7 +31,7 @@ figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
 """
 
 
-class Table(NamedTuple):
+class ReportTable(NamedTuple):
     """Cells are plain text."""
 
     caption: str
@@ -45,7 +45,7 @@ class Section:
 
     title: tuple[str, str]
     text: tuple[str, str] = ("", "")
-    tables: Sequence[Table] = ()
+    tables: Sequence[ReportTable] = ()
     pictures: Sequence[tuple[str, str]] = ()  # file name without .svg, and the SVG
     skipped: str = ""  # why there is nothing else
 
@@ -96,7 +96,7 @@ class ReportPages:
         return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def markdown_table(table: Table) -> list[str]:
+def markdown_table(table: ReportTable) -> list[str]:
     """Return a table's lines; a bar inside a cell does not end it."""
 
     def line(cells: Sequence[str]) -> str:
@@ -106,7 +106,7 @@ def markdown_table(table: Table) -> list[str]:
     return [*caption, line(table.head), "|" + "---|" * len(table.head), *(line(row) for row in table.rows)]
 
 
-def _html_table(table: Table) -> str:
+def _html_table(table: ReportTable) -> str:
     def cells(row: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
 
@@ -127,7 +127,7 @@ def shared_tables() -> dict[str, Any]:
     return yaml.safe_load(resources.files("sae_italian.papers").joinpath("tables.yaml").read_text(encoding="utf-8"))
 
 
-def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[Table]:
+def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[ReportTable]:
     """Return the tables of a result that a description stands for (or the name of a shared one).
 
     `rows` is the path to a list (empty: the result is the one row), `columns` the heads with the path and form of each
@@ -145,7 +145,7 @@ def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[T
                 [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
                 for line in lookup(part, spec["markdown"])
             ]
-            found.append(Table(caption, lines[0], lines[2:]))
+            found.append(ReportTable(caption, lines[0], lines[2:]))
         elif "facts" in spec:
             parts = {name: lookup(part, path) for name, path in spec["of"].items()}
             parts = {name: value for name, value in parts.items() if value is not None}
@@ -153,11 +153,11 @@ def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[T
                 (label(name) if name.startswith("card.") else name, *(cell(value, path) for value in parts.values()))
                 for name, path in spec["facts"].items()
             ]
-            found.append(Table(caption, (spec.get("head", ""), *parts), rows))
+            found.append(ReportTable(caption, (spec.get("head", ""), *parts), rows))
         else:
             rows = lookup(part, spec["rows"]) if spec["rows"] else [part]
             rows = [[cell(row, path) for path in spec["columns"].values()] for row in rows]
-            found.append(Table(caption, list(spec["columns"]), rows))
+            found.append(ReportTable(caption, list(spec["columns"]), rows))
     return found
 
 

@@ -10,7 +10,7 @@ from sae_italian.base.storage import claim_folder, write_json
 from sae_italian.papers import clic_it, cunningham, llama_scope
 from sae_italian.papers.job import MINI, Reproduction, Step, open_subject, run_steps
 from sae_italian.papers.paper import SKIPPED, Paper, paper
-from sae_italian.papers.report import ReportPages, Section, Table
+from sae_italian.papers.report import ReportPages, ReportTable, Section
 from sae_italian.saes import check_fits, load_sae, weights_hash
 
 KIND = "reproduce"
@@ -95,9 +95,9 @@ def document(chosen: Paper, report: dict[str, Any]) -> ReportPages:
         "Models, texts and training differ by orders of magnitude: compare directions, not digits.",
         "Modelli, testi e addestramento differiscono di ordini di grandezza: contano le direzioni, non le cifre.",
     )
-    figures = Table("", FIGURES_HEAD, rows)
-    budget = Table("", ("budget", ""), [(key, str(value)) for key, value in report["budget"].items()])
-    times = Table("", ("step", "seconds"), [(key, f"{value:,.1f}") for key, value in report["seconds"].items()])
+    figures = ReportTable("", FIGURES_HEAD, rows)
+    budget = ReportTable("", ("budget", ""), [(key, str(value)) for key, value in report["budget"].items()])
+    times = ReportTable("", ("step", "seconds"), [(key, f"{value:,.1f}") for key, value in report["seconds"].items()])
     sections = [
         Section(("The paper and this run", "L'articolo e questa prova"), direction, [figures]),
         Section(("Budget", "Risorse"), ("Sizes in tokens.", "Dimensioni in token."), [budget, times]),

@@ -13,7 +13,7 @@ from sae_italian.base.labels import label
 from sae_italian.papers import cunningham, llama_scope
 from sae_italian.papers.measure import correlation
 from sae_italian.papers.paper import paper, papers
-from sae_italian.papers.report import ReportPages, Section, Table, lookup, markdown_table, shown, tables_of
+from sae_italian.papers.report import ReportPages, ReportTable, Section, lookup, markdown_table, shown, tables_of
 from sae_italian.papers.reproduce import STEPS
 
 
@@ -110,7 +110,7 @@ class _Balance(HTMLParser):
 
 @pytest.fixture
 def written(tmp_path):
-    table = Table("uno | due", ("a", "b"), [("x|y", "<script>alert(1)</script>"), ("è", "2")])
+    table = ReportTable("uno | due", ("a", "b"), [("x|y", "<script>alert(1)</script>"), ("è", "2")])
     sections = [
         Section(("One", "Uno"), ("Text & more.", "Testo."), [table], [("p", "<?xml?><svg><path/></svg>")]),
         Section(("Two", "Due"), skipped="the model cannot"),
@@ -133,7 +133,7 @@ def test_the_markdown_is_a_table_whatever_a_cell_holds(written):
     text = (written / "report.md").read_text()
     assert "| x\\|y | <script>alert(1)</script> |" in text and "| è | 2 |" in text
     assert "![p](pictures/p.svg)" in text and (written / "pictures" / "p.svg").is_file()
-    table = Table("", ("a", "b"), [("1", "2"), ("3", "4")])
+    table = ReportTable("", ("a", "b"), [("1", "2"), ("3", "4")])
     (again,) = tables_of({"markdown": "lines"}, {"lines": markdown_table(table)})
     assert again.rows == [["1", "2"], ["3", "4"]]
 
@@ -146,7 +146,7 @@ def test_tables_are_read_off_their_descriptions():
     }
     columns = {"A": "a|%", "B": "b.c|.1f", "T": "t|short", "none": "z"}
     (table,) = tables_of({"each": "layers", "caption": "layer {n}", "rows": "rows", "columns": columns}, result)
-    assert table == Table("layer 1", ["A", "B", "T", "none"], [["50.0 %", "2.0", "...", "-"]])
+    assert table == ReportTable("layer 1", ["A", "B", "T", "none"], [["50.0 %", "2.0", "...", "-"]])
     (table,) = tables_of({"of": {"x": "one", "y": "two"}, "facts": {"share": "s|2", "card.l0": "t"}}, result)
     assert table.head == ("", "x") and table.rows == [("share", "0.25"), (label("card.l0"), "-")]
     (table,) = tables_of({"rows": "", "columns": {"S": "one.s"}}, result)

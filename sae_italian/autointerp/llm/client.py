@@ -180,10 +180,8 @@ class Client:
                 raise self._stopped
             reply = self._ledger.find(key)
             if reply is None:
-                worst = (
-                    self.price.usd(self.counter.messages(request.messages), request.max_tokens) if self.price else 0.0
-                )
-                call = _Call(worst)
+                tokens = self.counter.messages(request.messages)
+                call = _Call(0.0 if self.price is None else self.price.usd(tokens, request.max_tokens))
                 reply = self._asked(request, call)
                 self._ledger.add(key, self.model, request, reply, call.account)
                 self._count("retries", max(0, call.account.attempts - 1))
@@ -222,7 +220,7 @@ class Client:
                 why = f"{type(cause).__name__}: {cause}"
                 if isinstance(error, openai.APITimeoutError):
                     why = f"no answer within {self.settings.timeout:g} s"
-                reply = self._no_answer(self._said(why), call)
+                reply = self._failed(NO_ANSWER, self._said(why), call)
             finally:
                 self._close(call, lost=True)
             for name in blamed:  # without these it was refused all the same: they were not the reason
@@ -271,28 +269,28 @@ class Client:
                 f"{self.url} sends on to {headers.get('Location', '?')}. If you trust it, give it as --endpoint."
             )
         if status in HOPELESS:
-            why = f"the endpoint {HOPELESS[status]} ({why})"
-            raise self._stop(f"{self.url}: {why}. Check --endpoint, --llm-model and the key's variable.") from error
+            what = f"the endpoint {HOPELESS[status]} ({why})"
+            raise self._stop(f"{self.url}: {what}. Check --endpoint, --llm-model and the key's variable.")
         if status in (408, 409, 429) or status >= 500 and status != 501:
             asks = f", asks to wait {headers['Retry-After']} s" if "Retry-After" in headers else ""
-            return self._no_answer(f"{why}{asks}", call)
+            return self._failed(NO_ANSWER, f"{why}{asks}", call)
         if _too_long(status, said.lower()):
             return Reply(f"{TOO_LONG}: {why}")
-        self.problem = why
-        self._in_vain += 1
-        if not self.counts["asked"] and self._in_vain >= GIVE_UP_AFTER:
-            raise self._stop(f"{self.url} refuses every question ({why}).") from error
-        return Reply(f"{REJECTED}: {why}")
+        return self._failed(REJECTED, why, call)
 
-    def _no_answer(self, why: str, call: _Call) -> Reply:
+    def _failed(self, kind: str, why: str, call: _Call) -> Reply:
+        """Return the reply to a question that came to nothing. Raises: EndpointError where others would fare no better."""
         self.problem = why
         self._in_vain += 1
-        if self._in_vain >= GIVE_UP_AFTER or not self.counts["asked"]:
+        enough, answered = self._in_vain >= GIVE_UP_AFTER, bool(self.counts["asked"])
+        if kind == REJECTED and enough and not answered:
+            raise self._stop(f"{self.url} refuses every question ({why}).")
+        if kind == NO_ANSWER and (enough or not answered):
             raise self._stop(
                 f"{self.url} does not answer: {call.account.attempts} attempts each at {self._in_vain} questions, the "
                 f"last: {why}. What was answered is kept; run again when it is back."
             )
-        return Reply(f"{NO_ANSWER}: {why}")
+        return Reply(f"{kind}: {why}")
 
     def _stop(self, message: str) -> EndpointError:
         """Let nothing more be sent, and return the error to raise."""
