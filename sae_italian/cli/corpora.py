@@ -127,7 +127,7 @@ def stats(
     """
     from sae_italian.base.storage import write_text
     from sae_italian.corpora.stats import corpus_stats, draw_histogram, text_histogram
-    from sae_italian.corpora.stream import Counts
+    from sae_italian.corpora.stream import DocumentCounts
     from sae_italian.models import load_tokenizer
 
     if not documents and corpus == MICRO:
@@ -148,7 +148,7 @@ def stats(
     if out:
         write_text(out, draw_histogram(result))
         lines.append(f"picture         {out}")
-    counts = Counts(result["counts"]).lines()
+    counts = DocumentCounts(result["counts"]).lines()
     return Result(result, "\n".join([*lines, "", text_histogram(result), "", counts]))
 
 

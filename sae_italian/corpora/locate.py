@@ -9,23 +9,23 @@ from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import read_json
 from sae_italian.corpora import hub
 from sae_italian.corpora.catalogue import Route, catalogue
-from sae_italian.corpora.rows import LOCAL_ENDINGS, READERS, Shard
+from sae_italian.corpora.rows import LOCAL_ENDINGS, READERS, TextFile
 
 MICRO_ITALIANO = "micro-italiano"
 PRETOKENIZED = "progress.json"  # the file that tells a pretokenised folder of ours
 
 
-def hub_shards(route: Route, name: str, source: str) -> list[Shard]:
+def hub_shards(route: Route, name: str, source: str) -> list[TextFile]:
     """Return the shards of a route of the corpus `name`. Raises: UsageError for a file that cannot be read, as `hub`."""
     commit, sizes = hub.list_files(route, name)
     root = f"{hub.PREFIX}{route.hub}@{commit}"
     return [
-        Shard(path, f"{root}/{path}", _kind(path, READERS, f"{route.hub}/{path}"), source, [size, commit], name)
+        TextFile(path, f"{root}/{path}", _kind(path, READERS, f"{route.hub}/{path}"), source, [size, commit], name)
         for path, size in sizes.items()
     ]
 
 
-def local_shards(path: Path) -> list[Shard]:
+def local_shards(path: Path) -> list[TextFile]:
     """Return the files of a local corpus, sorted by name.
 
     Raises: UsageError when the path is neither a file, a folder with text files, nor a `save_to_disk` folder.
@@ -54,12 +54,12 @@ def _kind(name: str, endings: Iterable[str], shown: str) -> str:
     return found
 
 
-def _local(file: Path, root: Path) -> Shard:
+def _local(file: Path, root: Path) -> TextFile:
     kind = _kind(file.name, LOCAL_ENDINGS, str(file))
-    return Shard(file.relative_to(root).as_posix(), str(file), kind, file.name.split(".")[0], file.stat().st_size)
+    return TextFile(file.relative_to(root).as_posix(), str(file), kind, file.name.split(".")[0], file.stat().st_size)
 
 
-def _saved_to_disk(path: Path) -> list[Shard]:
+def _saved_to_disk(path: Path) -> list[TextFile]:
     """Return the arrow files of a `datasets.save_to_disk` folder; of a DatasetDict the training split, else its first."""
     if (path / PRETOKENIZED).is_file():  # the documents beside the tokens
         names = sorted(file.name for file in path.glob("documents-*.parquet"))
@@ -73,4 +73,4 @@ def _saved_to_disk(path: Path) -> list[Shard]:
     else:
         return []
     source = path.resolve().name
-    return [Shard(name, str(path / name), Path(name).suffix, source, (path / name).stat().st_size) for name in names]
+    return [TextFile(name, str(path / name), Path(name).suffix, source, (path / name).stat().st_size) for name in names]

@@ -109,50 +109,42 @@ def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextD
 class Packer:
     """Fills windows one after the other, a batch of documents at a time.
 
-    `body` holds what windows hold besides the BOS that opens them, so window i is body[:, i * room : (i + 1) * room].
+    `body` holds what windows hold besides the BOS that opens them (tokens, documents, starts, ends): window i is
+    body[:, i * room : (i + 1) * room].
     """
 
     def __init__(self, context_size: int, layout: Layout):
         self.context_size, self.layout = context_size, layout
         self.opening = 0 if layout.bos is None else 1
         self.room = context_size - self.opening
-        self.body = np.zeros((4, 2**16), np.uint32)  # tokens, doc, start, end
-        self.filled = 0
+        self.body = np.zeros((4, 0), np.uint32)
         self.documents: list[tuple[int, TextDocument]] = []  # (number of the window of its first token, document)
         self.n_documents = self.n_taken = self.documents_taken = 0
 
     @property
     def n_windows(self) -> int:
         """How many full windows can be taken."""
-        return self.filled // self.room
+        return self.body.shape[1] // self.room
 
     def add(self, documents: list[TextDocument], tokens: TokenBatch) -> None:
         """Append documents, each after a separator unless a window opens with it."""
         sizes = np.diff(tokens.bounds)
-        begins, separators, position = [], [], self.filled
+        filled = position = self.body.shape[1]
+        begins = []
         for document, size in zip(documents, sizes.tolist(), strict=True):
             if self.layout.separator is not None and position % self.room:
-                separators.append(position)
                 position += 1
             self.documents.append((self.n_taken + position // self.room, document))
             begins.append(position)
             position += size
-        self._reserve(position)
-        shift = np.array(begins, np.int64) - tokens.bounds[:-1]  # from a token's place in the batch to its place here
+        added = np.zeros((4, position - filled), np.uint32)  # separators, where no document's token comes
+        added[0], added[1] = self.layout.separator or 0, NO_DOCUMENT
+        shift = np.array(begins, np.int64) - filled - tokens.bounds[:-1]  # from a token's place in the batch to its own
         place = np.arange(len(tokens.flat)) + np.repeat(shift, sizes)
-        self.body[0, place] = tokens.flat[:, 0]
-        self.body[1, place] = np.repeat(np.arange(self.n_documents, self.n_documents + len(sizes)), sizes)
-        self.body[2, place], self.body[3, place] = tokens.flat[:, 1], tokens.flat[:, 2]
-        if separators:
-            self.body[:, separators] = np.array([[self.layout.separator], [NO_DOCUMENT], [0], [0]], np.uint32)
-        self.filled = position
+        added[0, place], added[2, place], added[3, place] = tokens.flat.T
+        added[1, place] = np.repeat(np.arange(self.n_documents, self.n_documents + len(sizes)), sizes)
+        self.body = np.concatenate([self.body, added], axis=1)
         self.n_documents += len(sizes)
-
-    def _reserve(self, size: int) -> None:
-        if size > self.body.shape[1]:
-            larger = np.zeros((4, max(size, 2 * self.body.shape[1])), np.uint32)
-            larger[:, : self.filled] = self.body[:, : self.filled]
-            self.body = larger
 
     def take(self, n_windows: int) -> PackedBlock:
         """Return the first full windows, and forget them."""
@@ -161,8 +153,7 @@ class Packer:
         if self.layout.bos is not None:
             block[0, :, 0], block[1, :, 0] = self.layout.bos, NO_DOCUMENT
         block[:, :, self.opening :] = self.body[:, :used].reshape(4, n_windows, self.room)
-        self.body[:, : self.filled - used] = self.body[:, used : self.filled].copy()
-        self.filled -= used
+        self.body = self.body[:, used:].copy()
         self.n_taken += n_windows
         split = next((i for i, (window, _) in enumerate(self.documents) if window >= self.n_taken), len(self.documents))
         documents = [document for _, document in self.documents[:split]]
@@ -174,24 +165,20 @@ class Packer:
     def copy(self) -> Packer:
         """Return a packer that stays as this one is now."""
         twin = copy(self)
-        twin.body, twin.documents = self.body[:, : self.filled].copy(), list(self.documents)
+        twin.documents = list(self.documents)
         return twin
 
     def state(self) -> dict[str, Any]:
         """Return what is left between two shards: tokens not taken, and documents whose window is not full."""
         documents = [[window, *document] for window, document in self.documents]
         numbers = {key: getattr(self, key) for key in ("n_documents", "n_taken", "documents_taken")}
-        return {"body": self.body[:, : self.filled].tolist(), "documents": documents, **numbers}
+        return {"body": self.body.tolist(), "documents": documents, **numbers}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a state. Raises: DataError for one of another version."""
         if "body" not in state:
             raise DataError("the unfinished folder was made by another version of sae_italian. Use --overwrite.")
-        body = np.array(state["body"], np.uint32)
-        self.filled = 0
-        self._reserve(body.shape[1])
-        self.filled = body.shape[1]
-        self.body[:, : self.filled] = body
+        self.body = np.array(state["body"], np.uint32)
         self.documents = [(window, TextDocument(*document)) for window, *document in state["documents"]]
         self.n_documents, self.n_taken = state["n_documents"], state["n_taken"]
         self.documents_taken = state["documents_taken"]

@@ -24,7 +24,7 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import atomic_path, claim_folder, disk_errors, fingerprint, read_json, utc_now, write_json
 from sae_italian.corpora.locate import MICRO_ITALIANO, PRETOKENIZED
 from sae_italian.corpora.packing import PackedBlock, Packer, batched, check_context, layout_of
-from sae_italian.corpora.stream import CorpusStream, Counts, Reader, TextDocument
+from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument
 from sae_italian.corpora.tokens import tokenise_batches
 
 if TYPE_CHECKING:
@@ -275,6 +275,6 @@ class PretokenizedCorpus:
             yield self.windows(start, min(start + windows_per_block, len(self)))
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> DocumentCounts:
         """What a folder of ours kept and dropped."""
-        return Counts(read_json(self.folder / "counts.json"))
+        return DocumentCounts(read_json(self.folder / "counts.json"))

@@ -42,7 +42,7 @@ class Row(NamedTuple):
     source: Any = None
 
 
-class Shard(NamedTuple):
+class TextFile(NamedTuple):
     """One file of a corpus. `name` is unique in the corpus and part of its documents' ids."""
 
     name: str
@@ -81,7 +81,7 @@ class _NoText(Exception):
     """A file has no column of text."""
 
 
-def rows(shard: Shard, columns: Sequence[str], start: int = 0) -> Iterator[Row]:
+def rows(shard: TextFile, columns: Sequence[str], start: int = 0) -> Iterator[Row]:
     """Yield the rows of a shard from row `start` on; `columns` may hold the text, the first that is found.
 
     A file that cannot be read on ends with a row that says so. Raises: UsageError when the hub refuses.
@@ -105,10 +105,10 @@ def _broken(reason: str, where: str, why: str) -> Broken:
 
 
 def _no_column(columns: Sequence[str], found: Sequence[object]) -> _NoText:
-    return _NoText(f" has no column {columns[0]!r}. {nearest(columns[0], map(str, found))} (--text-column)")
+    return _NoText(f" has no column {columns[0]!r}. {nearest(columns[0], map(str, found))}")
 
 
-def _jsonl(shard: Shard, columns: Sequence[str], start: int) -> Iterator[Row]:
+def _jsonl(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     lines = ((number, line) for number, line in enumerate(shard.lines(), 1) if line.strip())
     for number, (line_number, line) in islice(enumerate(lines), start, None):
         where = f"{shard}, line {line_number}"
@@ -134,7 +134,7 @@ def _from_columns(number: int, row: dict[str, Any], columns: Sequence[str]) -> R
     raise _no_column(columns, list(row))
 
 
-def _csv(shard: Shard, columns: Sequence[str], start: int) -> Iterator[Row]:
+def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     table = csv.DictReader(shard.lines())
     for number in count():
@@ -150,7 +150,7 @@ def _csv(shard: Shard, columns: Sequence[str], start: int) -> Iterator[Row]:
             yield _from_columns(number, row, columns)
 
 
-def _txt(shard: Shard, _columns: Sequence[str], start: int) -> Iterator[Row]:
+def _txt(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
     """Paragraphs: documents are separated by blank lines."""
     number, paragraph = 0, []
     for raw in chain(shard.lines(), [""]):  # a blank line ends the last one, too
@@ -163,14 +163,14 @@ def _txt(shard: Shard, _columns: Sequence[str], start: int) -> Iterator[Row]:
                 number, paragraph = number + 1, []
 
 
-def _conllu(shard: Shard, _columns: Sequence[str], start: int) -> Iterator[Row]:
+def _conllu(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
     """Sentences: the surface text that `# text =` gives, with multi-word tokens unsplit."""
     texts = (line.partition("=")[2].strip() for line in shard.lines() if line.startswith("# text ="))
     for number, text in islice(enumerate(texts), start, None):
         yield Row(number, text)
 
 
-def _parquet(shard: Shard, columns: Sequence[str], start: int) -> Iterator[Row]:
+def _parquet(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(shard.path if shard.is_local else shard.open(), pre_buffer=False)
@@ -185,7 +185,7 @@ def _parquet(shard: Shard, columns: Sequence[str], start: int) -> Iterator[Row]:
             first += len(batch)
 
 
-def _arrow(shard: Shard, columns: Sequence[str], start: int) -> Iterator[Row]:
+def _arrow(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     """A shard of a `save_to_disk` folder, memory-mapped."""
     with pa.memory_map(shard.path) as source, pa.ipc.open_stream(source) as stream:
         names, first = _table_columns(stream.schema, columns), 0
@@ -203,7 +203,7 @@ def _table_columns(schema: pa.Schema, columns: Sequence[str]) -> list[str]:
     kind = flat.field(column).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
-        raise _NoText(f": column {column!r} holds {kind}, strings were expected. Name another (--text-column).")
+        raise _NoText(f": column {column!r} holds {kind}, strings were expected.")
     return list(dict.fromkeys((column, "source"))) if "source" in flat.names else [column]
 
 
@@ -216,7 +216,7 @@ def _table_rows(batch: pa.RecordBatch, names: list[str], first: int, start: int)
         yield Row(number, "" if text is None else text, *source)
 
 
-READERS: dict[str, Callable[[Shard, Sequence[str], int], Iterator[Row]]] = {
+READERS: dict[str, Callable[[TextFile, Sequence[str], int], Iterator[Row]]] = {
     **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"), _jsonl),
     **dict.fromkeys((".csv", ".csv.gz"), _csv),
     **dict.fromkeys((".txt", ".txt.gz"), _txt),

@@ -25,7 +25,7 @@ from sae_italian.base.storage import fingerprint
 from sae_italian.corpora import catalogue, hub
 from sae_italian.corpora.filters import Filters, Sieve
 from sae_italian.corpora.locate import MICRO_ITALIANO, hub_shards, local_shards
-from sae_italian.corpora.rows import Broken, Row, Shard, rows
+from sae_italian.corpora.rows import Broken, Row, TextFile, rows
 
 Split = Literal["train", "heldout", "all"]
 SPLITS = ("train", "heldout", "all")
@@ -48,7 +48,7 @@ def is_held_out(text: str) -> bool:
     return int.from_bytes(digest, "big") % 1000 < HELD_OUT_PERMILLE
 
 
-class Counts:
+class DocumentCounts:
     """Documents read and kept, characters kept; documents or files dropped, by reason; documents mended."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
@@ -146,7 +146,9 @@ class _MicroItaliano:
 class _Files:
     """The documents of some shards, one shard after the other; rows without text are dropped and counted."""
 
-    def __init__(self, name: str, shards: list[Shard], reader: Reader, counts: Counts, columns: tuple[str, ...]):
+    def __init__(
+        self, name: str, shards: list[TextFile], reader: Reader, counts: DocumentCounts, columns: tuple[str, ...]
+    ):
         self.name, self.shards, self.columns = name, shards, columns
         self.skip_broken, self.counts = reader.on_broken == "skip", counts
         self.min_chars, self.max_chars = 0, reader.max_chars
@@ -175,7 +177,7 @@ class _Files:
             raise DataError(broken.message)
         self.counts.drop(broken.reason, documents)
 
-    def _text(self, shard: Shard, row: Row) -> str | None:
+    def _text(self, shard: TextFile, row: Row) -> str | None:
         """Return the text of a row, mended; None when there is none, the reason counted."""
         text = row.text
         if isinstance(text, str) and "\x00" in text:
@@ -213,7 +215,7 @@ class _Files:
         return {"name": self.name, "shards": [[shard.name, shard.identity] for shard in self.shards]}
 
 
-def _open(name: str, reader: Reader, counts: Counts) -> _MicroItaliano | _Files:
+def _open(name: str, reader: Reader, counts: DocumentCounts) -> _MicroItaliano | _Files:
     """Return the raw documents of one corpus."""
     if name == MICRO_ITALIANO:
         return _MicroItaliano(reader.seed, reader.split)
@@ -266,7 +268,7 @@ class CorpusStream:
     """
 
     def __init__(self, corpus: str | Path, reader: Reader | None = None):
-        self.corpus, self.reader, self.counts = str(corpus), reader or Reader(), Counts()
+        self.corpus, self.reader, self.counts = str(corpus), reader or Reader(), DocumentCounts()
         names, self.weights = _weighted(self.corpus)
         self.parts = [_open(name, self.reader, self.counts) for name in names]
         self.sieve = Sieve(self.reader.filters)

@@ -13,12 +13,12 @@ from typing import Any
 
 from sae_italian.micro_italiano.grammar import load_grammar
 from sae_italian.micro_italiano.prompts import agreement_pairs, ioi_prompts
-from sae_italian.micro_italiano.realise import AgreementPair, Document, IoiPrompt, Span, realise
+from sae_italian.micro_italiano.realise import AgreementPair, GoldDocument, IoiPrompt, Span, realise
 from sae_italian.micro_italiano.steps import Context, cumulate
 
 __all__ = [
     "AgreementPair",
-    "Document",
+    "GoldDocument",
     "IoiPrompt",
     "Span",
     "agreement_pairs",
@@ -33,16 +33,16 @@ _REGISTERS = tuple(REGISTER_WEIGHTS)
 _CUMULATIVE = cumulate(tuple(REGISTER_WEIGHTS.values()))
 
 
-def document(index: int, seed: int = 0) -> Document:
+def document(index: int, seed: int = 0) -> GoldDocument:
     """Return document `index` of the corpus of `seed`."""
     ctx = Context(f"{seed}/{index}")
     register = _REGISTERS[ctx.weighted(_CUMULATIVE)]
     load_grammar().rules["doc_" + register].run(ctx, [])
     text, words, constructions = realise(ctx.out, ctx.spans)
-    return Document(text, f"micro-italiano/{seed}/{index}", register, words, constructions)
+    return GoldDocument(text, f"micro-italiano/{seed}/{index}", register, words, constructions)
 
 
-def documents(n: int | None = None, seed: int = 0, start: int = 0) -> Iterator[Document]:
+def documents(n: int | None = None, seed: int = 0, start: int = 0) -> Iterator[GoldDocument]:
     """Yield `n` documents from index `start` on, or without end when `n` is None."""
     for index in count(start) if n is None else range(start, start + n):
         yield document(index, seed)

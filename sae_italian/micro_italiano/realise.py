@@ -23,7 +23,7 @@ class Span(NamedTuple):
     labels: dict[str, str]
 
 
-class Document(NamedTuple):
+class GoldDocument(NamedTuple):
     """One generated text with its gold labels; `words` cover every non-space character, in order."""
 
     text: str

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_italian.micro_italiano import (
-    Document,
+    GoldDocument,
     agreement_pairs,
     document,
     documents,
@@ -32,11 +32,11 @@ PINNED = "0a0787de82e9b54de852eb837f6983e02a647805c4d05ad0ce715d4c37b8019b"
 
 
 @lru_cache(maxsize=1)
-def corpus() -> tuple[Document, ...]:
+def corpus() -> tuple[GoldDocument, ...]:
     return tuple(documents(2000, seed=11))
 
 
-def check_spans(doc: Document) -> None:
+def check_spans(doc: GoldDocument) -> None:
     text = doc.text
     end = 0
     for span in doc.words:
