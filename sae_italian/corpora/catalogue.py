@@ -52,7 +52,8 @@ class CorpusEntry(BaseModel, extra="forbid", frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _routes_know_their_repository(cls, fields: dict) -> dict:
-        return {**fields, "routes": {key: {"hub": fields["hub"], **route} for key, route in fields["routes"].items()}}
+        routes = {key: {"hub": fields["hub"], **route} for key, route in fields["routes"].items()}
+        return {**fields, "routes": routes}
 
 
 @cache

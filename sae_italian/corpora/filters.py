@@ -1,4 +1,4 @@
-"""What a document must be to be kept: long enough, Italian, not seen before. Every refusal has a name in rows.DROPPED.
+"""What a document must be to be kept: long enough, Italian, not seen before. Every refusal has a name.
 
 Duplicates are found in a stream of any length, in memory that does not grow: keys go into Bloom filters of fixed size,
 two generations of `capacity` documents each; when the newer is full the older is forgotten. So a duplicate is found if
@@ -102,7 +102,8 @@ def near_keys(text: str) -> UInt64[np.ndarray, " bands"]:
     words = _WORD.findall(text.lower()) or [text]
     starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
     sketch = MinHash(BANDS * HASHES_PER_BAND, seed=1, scheme="affine32")
-    sketch.update_batch([" ".join(words[i : i + SHINGLE_WORDS]).encode("utf-8", "surrogatepass") for i in starts])
+    shingles = (" ".join(words[start : start + SHINGLE_WORDS]) for start in starts)
+    sketch.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles])
     return _keys(*(band.tobytes() for band in sketch.hashvalues.reshape(BANDS, HASHES_PER_BAND)))
 
 
@@ -143,7 +144,8 @@ class Sieve:
         """Remember what was saved."""
         with np.load(path) as arrays:
             for name, bloom in self.blooms.items():
-                bloom.generations, bloom.n_keys = [arrays[f"{name}.0"], arrays[f"{name}.1"]], int(arrays[f"{name}.n"])
+                bloom.generations = [arrays[f"{name}.0"], arrays[f"{name}.1"]]
+                bloom.n_keys = int(arrays[f"{name}.n"])
 
 
 @cache

@@ -37,7 +37,7 @@ def list_files(route: Route, name: str) -> Listing:
     with explained(name, route.hub, route.revision):
         commit = api.dataset_info(route.hub, revision=route.revision).sha or route.revision
         tree = list(api.list_repo_tree(route.hub, repo_type="dataset", revision=commit, recursive=True))
-    files = {item.path: item.size for item in sorted(tree, key=lambda item: item.path) if isinstance(item, RepoFile)}
+    files = dict(sorted((item.path, item.size) for item in tree if isinstance(item, RepoFile)))
 
     def matches(path: str, patterns: tuple[str, ...]) -> bool:
         return any(fnmatchcase(path, pattern) for pattern in patterns)
@@ -84,7 +84,8 @@ def explained(name: str, hub: str, revision: str = "main") -> Iterator[None]:
         raise FileNotFoundError(str(error)) from error
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+        unknown = isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError)
+        if unknown or status in (401, 403):
             free = [entry.name for entry in catalogue().values() if not entry.gated]
             why = explain(error, f"corpus {name!r}", revision, repo_id=f"datasets/{hub}")
             raise UsageError(f"{why} Corpora without a gate: {', '.join(free[:3])}.") from error

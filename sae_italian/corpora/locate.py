@@ -20,7 +20,7 @@ def hub_shards(route: Route, name: str, source: str) -> list[TextFile]:
     commit, sizes = hub.list_files(route, name)
     root = f"{hub.PREFIX}{route.hub}@{commit}"
     return [
-        TextFile(path, f"{root}/{path}", _kind(path, READERS, f"{route.hub}/{path}"), source, [size, commit], name)
+        TextFile(path, f"{root}/{path}", _kind(path, READERS, path), source, [size, commit], name)
         for path, size in sizes.items()
     ]
 
@@ -35,7 +35,7 @@ def local_shards(path: Path) -> list[TextFile]:
         return [_local(path, path.parent)]
     if path.is_dir():
         saved = _saved_to_disk(path)
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(LOCAL_ENDINGS))
+        files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(LOCAL_ENDINGS) and file.is_file())
         if not saved and not files:
             raise UsageError(f"corpus folder {str(path)!r} holds no file ending in {endings}.")
         return saved or [_local(file, path) for file in files]
@@ -72,5 +72,5 @@ def _saved_to_disk(path: Path) -> list[TextFile]:
         names = [item["filename"] for item in read_json(path / "state.json").get("_data_files") or []]
     else:
         return []
-    source = path.resolve().name
-    return [TextFile(name, str(path / name), Path(name).suffix, source, (path / name).stat().st_size) for name in names]
+    files, source = [path / name for name in names], path.resolve().name
+    return [TextFile(file.name, str(file), file.suffix, source, file.stat().st_size) for file in files]

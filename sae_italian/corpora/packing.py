@@ -139,7 +139,8 @@ class Packer:
             position += size
         added = np.zeros((4, position - filled), np.uint32)  # separators, where no document's token comes
         added[0], added[1] = self.layout.separator or 0, NO_DOCUMENT
-        shift = np.array(begins, np.int64) - filled - tokens.bounds[:-1]  # from a token's place in the batch to its own
+        # from a token's place in the batch to its place here
+        shift = np.array(begins, np.int64) - filled - tokens.bounds[:-1]
         place = np.arange(len(tokens.flat)) + np.repeat(shift, sizes)
         added[0, place], added[2, place], added[3, place] = tokens.flat.T
         added[1, place] = np.repeat(np.arange(self.n_documents, self.n_documents + len(sizes)), sizes)
@@ -155,9 +156,8 @@ class Packer:
         block[:, :, self.opening :] = self.body[:, :used].reshape(4, n_windows, self.room)
         self.body = self.body[:, used:].copy()
         self.n_taken += n_windows
-        split = next((i for i, (window, _) in enumerate(self.documents) if window >= self.n_taken), len(self.documents))
-        documents = [document for _, document in self.documents[:split]]
-        del self.documents[:split]
+        documents = [document for window, document in self.documents if window < self.n_taken]
+        del self.documents[: len(documents)]  # they are in the order of their windows
         first = self.documents_taken
         self.documents_taken += len(documents)
         return PackedBlock(block[0], block[1], block[2], block[3], documents, first)
@@ -198,7 +198,8 @@ def take_tokens(blocks: Iterator[PackedBlock], n_tokens: int, what: str) -> Iter
     for block in blocks:
         wanted = -(-(n_tokens - seen) // block.tokens.shape[1])
         if wanted < len(block.tokens):
-            block = block._replace(**{key: getattr(block, key)[:wanted] for key in ("tokens", "doc", "start", "end")})
+            arrays = ("tokens", "doc", "start", "end")
+            block = block._replace(**{key: getattr(block, key)[:wanted] for key in arrays})
         seen += block.tokens.size
         yield block
         if seen >= n_tokens:
