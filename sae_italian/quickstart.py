@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sae_italian.base.labels import label
 from sae_italian.base.storage import claim_folder, read_json, write_json, write_text
 
-CONFIG = "mini/topk.yaml"
+CONFIG = "mini/topk"
 CACHE_TOKENS = 300_000
 CARD_TOKENS = 50_000
 
@@ -121,58 +122,45 @@ def forget_scores(cache: Any) -> None:
         forget(folder / STORE_FILE)
 
 
+# Rows that follow the short list of metrics: the part of the results, and the label, which ends with the number's name.
+_ROWS = (
+    *(("autointerp", f"metrics.{name}") for name in ("simulation", "simulation_random")),
+    *(("autointerp", f"controls.{name}") for name in ("shuffled_fuzzing", "shuffled_simulation")),
+    *(("autointerp", f"controls.{name}") for name in ("lookup_detection", "lookup_fuzzing")),
+    ("autointerp", "metrics.only_token"),
+    *(("random", f"controls.random_{name}") for name in ("fuzzing", "lookup_detection")),
+    *(("autointerp", f"controls.{name}") for name in ("always_yes", "always_no")),
+)
+
+
 def table_of(results: dict[str, Any]) -> str:
-    """Return the short table of a run as Markdown."""
+    """Return the short table of a run as Markdown: the metrics and controls, then what each number rests on."""
     from sae_italian.analysis.gold import DETECTED
     from sae_italian.browser.table import records, text_table
 
-    extra = _score_rows(results.get("autointerp") or {}, results.get("random") or {})
-    for part, label in (
-        ("gold", "Gold labels with a latent of F1"),
-        ("random_gold", "Random SAE: gold labels with a latent of F1"),
-    ):
-        if rows := results.get(part):
-            detected = sum(row["f1"] >= DETECTED for row in rows)
-            extra.append((f"{label} ≥ {DETECTED}", f"{detected} of {len(rows)}"))
-    return text_table(records(results, "metrics") + records(results, "controls"), extra)
-
-
-_NEGATIVES = {
-    "random": "random segments",
-    "same-token": "the same token, silent",
-    "cofiring": "of latents active together",
-    "decoder": "of latents of a near direction",
-    "silent-token": "silent tokens of the same segment",
-}
-
-
-def _score_rows(auto: dict[str, Any], random: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what the short list of metrics leaves out: each negative source, simulation, and the other controls."""
-    rows: list[tuple[str, Any]] = []
+    auto, rows = results.get("autointerp") or {}, []
     for scorer, by_source in (auto.get("by_negatives") or {}).items():
-        rows += [(f"{scorer.capitalize()}, negatives: {_NEGATIVES[name]}", e) for name, e in by_source.items()]
-    rows += [
-        ("Simulation, correlation on strongest and random segments", auto.get("simulation")),
-        ("Simulation, correlation on random segments", auto.get("simulation_random")),
-        ("Shuffled explanations: mean fuzzing", auto.get("shuffled_fuzzing")),
-        ("Shuffled explanations: simulation", auto.get("shuffled_simulation")),
-        ("Token lookup: mean detection", auto.get("lookup_detection")),
-        ("Token lookup: mean fuzzing", auto.get("lookup_fuzzing")),
-        ("Latents that are only a token", auto.get("only_token")),
-        ("Random SAE: mean fuzzing", random.get("fuzzing")),
-        ("Random SAE: token lookup, mean detection", random.get("lookup_detection")),
-        ("A judge that always says yes: detection", auto.get("always_yes")),
-        ("A judge that always says no: detection", auto.get("always_no")),
-    ]
-    found = [(label, _number(estimate)) for label, estimate in rows if estimate and estimate["value"] is not None]
-    if deciles := [e["value"] for e in auto.get("by_decile") or [] if e["value"] is not None]:
-        found.append(("Positives found, by tenth of their strength", " ".join(f"{value:.2f}" for value in deciles)))
+        head = f"{label(f'scorer.{scorer}')}, negatives: "
+        rows += [(head + label(f"negatives.{source}"), _number(found)) for source, found in by_source.items()]
+    for part, key in _ROWS:
+        name = key.partition(".")[2].removeprefix("random_" if part == "random" else "")
+        rows.append((label(key), _number((results.get(part) or {}).get(name))))
+    deciles = [tenth["value"] for tenth in auto.get("by_decile") or [] if tenth["value"] is not None]
+    rows.append((label("metrics.by_decile"), " ".join(f"{value:.2f}" for value in deciles)))
     if auto and not auto.get("enough", True):
-        found.append(("Latents drawn", f"{auto['n_latents']}: fewer than 300 do not stand for the SAE"))
-    return found
+        rows.append(("Latents drawn", f"{auto['n_latents']}: fewer than 300 do not stand for the SAE"))
+    for part in ("gold", "random_gold"):
+        gold = results.get(part) or []
+        detected = f"{sum(row['f1'] >= DETECTED for row in gold)} of {len(gold)}"
+        rows.append((f"{label(f'metrics.{part}')} ≥ {DETECTED}", detected if gold else ""))
+    shown = [row for row in rows if row[1]]
+    return text_table(records(results, "metrics") + records(results, "controls"), shown)
 
 
-def _number(estimate: dict[str, float | None]) -> str:
+def _number(estimate: dict[str, float | None] | None) -> str:
+    """Return a number with its interval, empty where it was not measured."""
+    if not estimate or estimate["value"] is None:
+        return ""
     if estimate["lo"] is None:
         return f"{estimate['value']:.3f}"
     return f"{estimate['value']:.3f} ({estimate['lo']:.3f} to {estimate['hi']:.3f})"
