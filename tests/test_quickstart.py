@@ -74,7 +74,7 @@ def test_a_second_run_is_refused_and_resuming_gives_the_same(done):
 def test_a_killed_quickstart_resumes_to_the_same_results(done, tmp_path):
     """Kill it while it trains, while it caches and while it explains; each time it goes on from there."""
     out, expected = tmp_path / "killed", done[1]
-    sizes = ["--cache-tokens", "40000", "--card-tokens", "10000"]
+    sizes = ["--tokens", "40000", "card_tokens=10000"]
     command = [
         sys.executable,
         "-m",

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.models.activations import logits_with_replacement, read_many
+from sae_italian.models.activations import read_many
 from sae_italian.models.hooks import parse_hook_name
 
 SCALES = tuple(2.0**power for power in range(-7, 8))
@@ -39,20 +39,6 @@ class Fit(NamedTuple):
     explained_variance_uncentred: float  # 1 - sum|y - y^|^2 / sum|y|^2
     l0: float
     dead: float  # share of latents that never fired
-
-
-class Losses(NamedTuple):
-    """Next-token losses in nats, means over the tokens whose SAE is applied."""
-
-    clean: float
-    with_sae: float
-    ablated: float
-    unigram: float  # entropy of the sample's own token frequencies: what a model without context could reach
-
-    @property
-    def recovered(self) -> float:
-        """(ablated - with SAE) / (ablated - clean)."""
-        return (self.ablated - self.with_sae) / (self.ablated - self.clean)
 
 
 def hooks_of(sae: Any) -> tuple[str, str]:
@@ -97,38 +83,11 @@ def decoded(sae: Any, z: Tensor, x: Tensor) -> Tensor:
     return sae.decode(z) if skip is None else sae.decode(z) + x @ skip.T
 
 
-@torch.no_grad()
-def losses(sae: Any, model: Any, sample: Sample, n_windows: int = 32) -> Losses:
-    """Return losses of the model itself, with the SAE in place, and with its output set to zero."""
-    tokens, keep = sample.tokens[:n_windows].to(model.device), sample.keep[:n_windows]
-    hook_in, hook_out = hooks_of(sae)
-    earlier = None if hook_in == hook_out else hook_in
-
-    def with_sae(x: Tensor, read: Tensor | None = None) -> Tensor:
-        source = (x if read is None else read).to(sae.dtype)
-        return torch.where(keep[..., None], decoded(sae, sae.encode(source), source).to(x.dtype), x)
-
-    def zero(x: Tensor) -> Tensor:
-        return torch.where(keep[..., None], 0.0, x)
-
-    clean = model(tokens, use_cache=False).logits
-    replaced = logits_with_replacement(model, tokens, hook_out, with_sae, earlier)
-    ablated = logits_with_replacement(model, tokens, hook_out, zero)
+def unigram_entropy(sample: Sample) -> float:
+    """Return the entropy, in nats, of the sample's own token frequencies: what a model without context could reach."""
     counts = torch.unique(sample.tokens[sample.keep], return_counts=True)[1].double()
     shares = counts / counts.sum()
-    return Losses(
-        _loss(clean, tokens, keep),
-        _loss(replaced, tokens, keep),
-        _loss(ablated, tokens, keep),
-        float(-(shares * shares.log()).sum()),
-    )
-
-
-def _loss(logits: Float[Tensor, "windows context vocab"], tokens: Tensor, keep: Tensor) -> float:
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-    ).view(len(tokens), -1)
-    return loss[keep[:, :-1]].mean().item()
+    return float(-(shares * shares.log()).sum())
 
 
 @torch.no_grad()

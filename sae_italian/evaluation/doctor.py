@@ -8,10 +8,12 @@ would do clearly better: then the fault is named.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from sae_italian.base.errors import UsageError
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import bos_id, special_mask, take_tokens
 from sae_italian.evaluation import diagnosis as measure
+from sae_italian.evaluation.evaluate import Windows
+from sae_italian.evaluation.evaluate import measure as measure_windows
 from sae_italian.models import resolve
 from sae_italian.models.loading import bos_count
 from sae_italian.saes import check_fits
@@ -26,10 +30,11 @@ from sae_italian.saes import check_fits
 Status = Literal["pass", "warn", "fail"]
 CLEARLY = 0.03  # of explained variance: a repair that gains more names a fault
 N_REPAIR_TOKENS = 512
+LOSS_WINDOWS, WINDOWS_AT_ONCE = 32, 16  # whose losses are measured
 
 
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """One finding."""
 
     name: str
@@ -46,7 +51,7 @@ class Diagnosis:
     model: str
     corpus: str
     n_tokens: int = 0
-    checks: list[Check] = field(default_factory=list)
+    checks: list[Finding] = field(default_factory=list)
     measures: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,7 +59,7 @@ class Diagnosis:
         found = {check.status for check in self.checks}
         return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
 
-    def check(self, name: str) -> Check:
+    def check(self, name: str) -> Finding:
         return next(check for check in self.checks if check.name == name)
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def examine(
         check_fits(sae, model)
     except UsageError as error:
         report.checks.append(
-            Check("hook and layer", "fail", str(error), "use the model and the hook it was trained on")
+            Finding("hook and layer", "fail", str(error), "use the model and the hook it was trained on")
         )
         return report
     if tokens is None:
@@ -106,7 +111,7 @@ def examine(
     if highest >= rows:
         found = f"token id {highest} in a model of {rows} rows"
         report.checks.append(
-            Check("tokenizer", "fail", found, "the tokenizer is that of another model: load this model's")
+            Finding("tokenizer", "fail", found, "the tokenizer is that of another model: load this model's")
         )
         return report
     keep = torch.from_numpy(~special_mask(tokens.numpy(), model.tokenizer))
@@ -120,7 +125,7 @@ def examine(
 def unreadable(name: str, error: UsageError) -> Diagnosis:
     """Return the report on an SAE whose files do not make an SAE."""
     remedy = "store W_dec as [d_sae, d_in]: transpose it" if "transposed" in str(error) else "write its files anew"
-    return Diagnosis(name, "-", "-", checks=[Check("weights", "fail", str(error), remedy)])
+    return Diagnosis(name, "-", "-", checks=[Finding("weights", "fail", str(error), remedy)])
 
 
 def _windows(model: Any, corpus: str, split: Split, n_tokens: int, context: int, text_column: str) -> Tensor:
@@ -130,7 +135,7 @@ def _windows(model: Any, corpus: str, split: Split, n_tokens: int, context: int,
     return torch.cat([torch.from_numpy(block.tokens) for block in blocks])
 
 
-def _model_checks(sae: Any, facts: dict[str, Any]) -> Iterator[Check]:
+def _model_checks(sae: Any, facts: dict[str, Any]) -> Iterator[Finding]:
     trained_on, used = sae.cfg.metadata.model_name, facts.get("name")
     if trained_on and used:
         try:
@@ -138,16 +143,16 @@ def _model_checks(sae: Any, facts: dict[str, Any]) -> Iterator[Check]:
         except UsageError:
             trained_on = str(trained_on)
         same = trained_on == used
-        yield Check("model", "pass" if same else "warn", f"trained on {trained_on}, looked at on {used}",
+        yield Finding("model", "pass" if same else "warn", f"trained on {trained_on}, looked at on {used}",
                     "" if same else "a fine-tune is fair game; else load the model it was trained on")  # fmt: skip
     theirs, ours = sae.cfg.metadata.model_revision, facts.get("revision")
     if theirs and ours and theirs != ours:
-        yield Check("revision", "warn", f"trained on revision {theirs}, this is {ours}", f"load {used}@{theirs}")
+        yield Finding("revision", "warn", f"trained on revision {theirs}, this is {ours}", f"load {used}@{theirs}")
     for difference in facts.get("differences", ()):
-        yield Check("catalogue", "warn", difference, "the loaded config is used; is this the model you mean?")
+        yield Finding("catalogue", "warn", difference, "the loaded config is used; is this the model you mean?")
 
 
-def _bos_checks(sae: Any, model: Any, tokens: Tensor) -> Iterator[Check]:
+def _bos_checks(sae: Any, model: Any, tokens: Tensor) -> Iterator[Finding]:
     """Compare what the tokenizer adds by itself, and what opens the windows, with what model and SAE were trained on."""
     tokenizer, metadata = model.tokenizer, sae.cfg.metadata
     bos, n = bos_id(tokenizer), len(tokens)
@@ -158,18 +163,18 @@ def _bos_checks(sae: Any, model: Any, tokens: Tensor) -> Iterator[Check]:
     found = f"tokenizer adds {added}, {opened} of {n} windows open with BOS, {doubled} hold two in a row"
     if added > 1 or doubled:
         remedy = "BOS is doubled: tokenise with add_special_tokens=False, or remove it from the text or post-processor"
-        yield Check("bos", "fail", found, remedy)
+        yield Finding("bos", "fail", found, remedy)
     elif expected and added == 0:
         remedy = "BOS is missing: this model was trained with one; load its own tokenizer, or set add_bos_token=True"
-        yield Check("bos", "fail", found, remedy)
+        yield Finding("bos", "fail", found, remedy)
     elif trained_with and opened < n:
-        yield Check(
+        yield Finding(
             "bos", "fail", found, "BOS is missing: the SAE was trained on windows that open with one; prepend it"
         )
     elif not trained_with and opened == n:
-        yield Check("bos", "warn", found, "the SAE was trained on windows without BOS (prepend_bos is false)")
+        yield Finding("bos", "warn", found, "the SAE was trained on windows without BOS (prepend_bos is false)")
     else:
-        yield Check("bos", "pass", found)
+        yield Finding("bos", "pass", found)
 
 
 def _tokenizer_adds_bos(model: Any) -> bool:
@@ -180,32 +185,37 @@ def _tokenizer_adds_bos(model: Any) -> bool:
     return model.config.model_type in ("mistral", "llama") and model.tokenizer.bos_token_id is not None
 
 
-def _graded(name: str, value: float, good: float, poor: float, remedy: str, shown: str | None = None) -> Check:
+def _graded(name: str, value: float, good: float, poor: float, remedy: str, shown: str | None = None) -> Finding:
     status: Status = "pass" if value >= good else "warn" if value >= poor else "fail"
-    return Check(name, status, shown or f"{value:.4f}", "" if status == "pass" else remedy)
+    return Finding(name, status, shown or f"{value:.4f}", "" if status == "pass" else remedy)
 
 
-def _loss_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Check]:
-    loss = measure.losses(sae, model, sample)
-    measures["losses"] = {**loss._asdict(), "recovered": loss.recovered}
-    found = f"loss {loss.clean:.2f} nats per token; guessing by frequency gives {loss.unigram:.2f}"
-    bad = not loss.clean < loss.unigram
+def _loss_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Finding]:
+    """Compare the losses of the model itself, with the SAE in place, and with its output set to zero."""
+    sums: Counter[str] = Counter()
+    for first in range(0, LOSS_WINDOWS, WINDOWS_AT_ONCE):
+        tokens, keep = (rows[first : first + WINDOWS_AT_ONCE] for rows in (sample.tokens, sample.keep))
+        if len(tokens):
+            some = Windows(tokens, keep, np.zeros(int(keep.sum()), int))
+            rows, _, _ = measure_windows(sae, model, *measure.hooks_of(sae), some, with_loss=True)
+            sums.update({name: float(column.sum()) for name, column in rows.items()})
+    clean, with_sae, ablated = (sums[name] / sums["n_loss"] for name in ("ce", "ce_sae", "ce_zero"))
+    recovered, unigram = (ablated - with_sae) / (ablated - clean), measure.unigram_entropy(sample)
+    found = {"clean": clean, "with_sae": with_sae, "ablated": ablated, "unigram": unigram, "recovered": recovered}
+    measures["losses"] = found
+    bad = not clean < unigram
     remedy = "the model does not read this text: the tokenizer is that of another model, or the weights are untrained"
-    yield Check("tokenizer", "fail" if bad else "pass", found, remedy if bad else "")
-    shown = (
-        f"{loss.recovered:.4f} (loss {loss.clean:.3f}, with the SAE {loss.with_sae:.3f}, without {loss.ablated:.3f})"
-    )
-    if loss.ablated - loss.clean < 0.01:
-        yield Check(
-            "ce recovered", "warn", shown, "setting this hook to zero costs the model nothing: no test of the SAE"
-        )
+    text = f"loss {clean:.2f} nats per token; guessing by frequency gives {unigram:.2f}"
+    yield Finding("tokenizer", "fail" if bad else "pass", text, remedy if bad else "")
+    shown = f"{recovered:.4f} (loss {clean:.3f}, with the SAE {with_sae:.3f}, without {ablated:.3f})"
+    if ablated - clean < 0.01:
+        remedy = "setting this hook to zero costs the model nothing: no test of the SAE"
+        yield Finding("ce recovered", "warn", shown, remedy)
     else:
-        yield _graded(
-            "ce recovered", loss.recovered, 0.7, 0.3, "see the failed checks, else train longer or wider", shown
-        )
+        yield _graded("ce recovered", recovered, 0.7, 0.3, "see the failed checks, else train longer or wider", shown)
 
 
-def _fit_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Check]:
+def _fit_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Finding]:
     fit = measure.fit(sae, sample.x, sample.y)
     measures["fit"] = fit._asdict()
     remedy = "see the failed checks, else train longer, or with more latents or a higher k"
@@ -218,40 +228,39 @@ def _fit_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str
     yield _dead_check(sae, sample, fit)
 
 
-def _l0_check(sae: Any, sample: measure.Sample, l0: float) -> Check:
-    metadata, d_sae = sae.cfg.metadata, sae.cfg.d_sae
+def _l0_check(sae: Any, sample: measure.Sample, l0: float) -> Finding:
+    """Compare L0 with the k that the SAE's config or metadata records, or with a hundredth of its latents."""
+    metadata, d_sae, threshold = sae.cfg.metadata, sae.cfg.d_sae, getattr(sae, "threshold", None)
     given = (getattr(sae.cfg, "k", None), metadata.k, metadata.top_k, metadata.expected_l0)
     k = next((float(value) for value in given if value), None)
-    threshold = getattr(sae, "threshold", None)
     fix = "retrain, or look at the failed checks"
     if threshold is not None:
         wanted = k or d_sae / 100
-        fix = (
-            f"set every threshold to {measure.threshold_for(sae, sample, wanted):.4g} (L0 {wanted:.0f} on this sample)"
-        )
+        better = measure.threshold_for(sae, sample, wanted)
+        fix = f"set every threshold to {better:.4g} (L0 {wanted:.0f} on this sample)"
         if not bool((threshold > 0).any()):
-            return Check("l0", "fail", f"{l0:.1f} latents per token; the JumpReLU has no threshold (all 0)", fix)
-    found = f"{l0:.1f} latents per token of {d_sae:,}" + (f", k is {k:g}" if k else ", k is not recorded")
+            return Finding("l0", "fail", f"{l0:.1f} latents per token; the JumpReLU has no threshold (all 0)", fix)
+    found = f"{l0:.1f} latents per token of {d_sae:,}, k is " + (f"{k:g}" if k else "not recorded")
     if k is None:
-        return Check(
-            "l0", "pass" if l0 < 0.1 * d_sae else "fail", found, "" if l0 < 0.1 * d_sae else f"not sparse; {fix}"
-        )
+        return Finding("l0", "fail", found, f"not sparse; {fix}") if l0 >= 0.1 * d_sae else Finding("l0", "pass", found)
     off = max(l0, 1e-9) / k
     if 0.8 <= off <= 1.25:
-        return Check("l0", "pass", found)
-    return Check("l0", "warn" if 0.5 <= off <= 2 else "fail", found, fix)
+        return Finding("l0", "pass", found)
+    return Finding("l0", "warn" if 0.5 <= off <= 2 else "fail", found, fix)
 
 
-def _dead_check(sae: Any, sample: measure.Sample, fit: measure.Fit) -> Check:
+def _dead_check(sae: Any, sample: measure.Sample, fit: measure.Fit) -> Finding:
     share, n = fit.dead, len(sample.x)
     found = f"{share:.1%} of {sae.cfg.d_sae:,} latents never fired in {n:,} tokens"
     if n * fit.l0 / sae.cfg.d_sae < 20:
-        return Check("dead latents", "pass", found + " (too few to judge; a larger --tokens would)")
+        return Finding("dead latents", "pass", found + " (too few to judge; a larger --tokens would)")
     status: Status = "pass" if share < 0.5 else "warn" if share < 0.9 else "fail"
-    return Check("dead latents", status, found, "" if status == "pass" else "train with an auxiliary loss, or narrower")
+    return Finding(
+        "dead latents", status, found, "" if status == "pass" else "train with an auxiliary loss, or narrower"
+    )
 
 
-def _repair_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Check]:
+def _repair_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Finding]:
     few = measure.subset(sample, N_REPAIR_TOKENS)
     now = measure.fit(sae, few.x, few.y).explained_variance
     yield _scale_check(sae, few, now, measures)
@@ -260,7 +269,7 @@ def _repair_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[
     yield _gain_check(sae, few, now, measures)
 
 
-def _scale_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Check:
+def _scale_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Finding:
     """Look for a constant factor on the SAE's input, on its output, or left out: normalisation that was not folded in."""
     scale, best = measure.best_scale(sae, few)
     out_scale, out_gain = measure.best_output_scale(sae, few)
@@ -276,73 +285,62 @@ def _scale_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, 
     if best.explained_variance - now > max(CLEARLY, out_gain) and not 0.8 < scale < 1.25:
         found = f"{head}and {best.explained_variance:.3f} when they are multiplied by {scale:.3g} first"
         remedy = f"fold the scale in: sae.fold_activation_norm_scaling_factor({scale:.4g}), once"
-        return Check("norm scale", "fail", found, remedy)
+        return Finding("norm scale", "fail", found, remedy)
     if out_gain > CLEARLY and not 0.8 < out_scale < 1.25:
         found = f"{head}and {now + out_gain:.3f} when the latents' part of the output is multiplied by {out_scale:.3g}"
         remedy = (
             f"a scale was folded into one side only: multiply W_dec by {out_scale:.4g} (or fold from the originals)"
         )
-        return Check("norm scale", "fail", found, remedy)
+        return Finding("norm scale", "fail", found, remedy)
     mode = getattr(sae.cfg, "normalize_activations", "none")
     if mode in ("expected_average_only_in", "covariance_whitening"):
         factor = sae.cfg.d_in**0.5 / norm
         remedy = f"fold it in: sae.fold_activation_norm_scaling_factor({factor:.4g}) on this sample's norm"
-        return Check("norm scale", "fail", f"{head}trained on normalised activations ({mode}), not folded in", remedy)
-    return Check("norm scale", "pass", f"{head}and no constant factor would do better")
+        return Finding("norm scale", "fail", f"{head}trained on normalised activations ({mode}), not folded in", remedy)
+    return Finding("norm scale", "pass", f"{head}and no constant factor would do better")
 
 
-def _layer_check(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Check:
+def _layer_check(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Finding:
     hook_in = measure.parse_hook_name(sae.cfg.metadata.hook_name)
     by_layer = measure.fit_by_layer(sae, model, sample, 4 * N_REPAIR_TOKENS)
     measures["explained_variance_by_layer"] = by_layer
     best, here = max(by_layer, key=lambda layer: by_layer[layer]), hook_in.layer
     if best != here and by_layer[best] - by_layer[here] > CLEARLY and by_layer[best] > 0:
         found = f"{hook_in.name} explains {by_layer[here]:.3f}, layer {best} would explain {by_layer[best]:.3f}"
-        return Check("hook and layer", "fail", found, f"wrong layer: set hook_name to blocks.{best}.{hook_in.legacy}")
-    return Check("hook and layer", "pass", f"{hook_in.name} is the layer that fits best ({by_layer[here]:.3f})")
+        return Finding("hook and layer", "fail", found, f"wrong layer: set hook_name to blocks.{best}.{hook_in.legacy}")
+    return Finding("hook and layer", "pass", f"{hook_in.name} is the layer that fits best ({by_layer[here]:.3f})")
 
 
-def _decoder_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Check:
+def _decoder_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Finding:
     relaid = measure.fit_relaid(sae, few).explained_variance
     measures["explained_variance_decoder_relaid"] = relaid
     if relaid - now > CLEARLY and relaid > 0:
         found = f"W_dec explains {now:.3f} as it is and {relaid:.3f} when its numbers are laid out the other way"
-        return Check("decoder layout", "fail", found, "W_dec is transposed: store it as [d_sae, d_in], row i latent i")
-    return Check("decoder layout", "pass", f"W_dec is [{', '.join(map(str, sae.W_dec.shape))}], latents in rows")
+        return Finding(
+            "decoder layout", "fail", found, "W_dec is transposed: store it as [d_sae, d_in], row i latent i"
+        )
+    return Finding("decoder layout", "pass", f"W_dec is [{', '.join(map(str, sae.W_dec.shape))}], latents in rows")
 
 
-def _gain_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Check:
+def _gain_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Finding:
     other = measure.fit_reselected(sae, few)
     gains, best = measure.best_gains(sae, few)
     gains = gains.clamp(1e-3, 1e3).log()
     middle, spread = gains.median().item(), gains.std().item() if len(gains) > 1 else 0.0
-    norms = sae.W_dec.detach().norm(dim=-1)
-    measures["gains"] = {
-        "median": math.exp(middle),
-        "spread": math.exp(spread),
-        "explained_variance": best.explained_variance,
-    }
+    gain, varying, norms = math.exp(middle), math.exp(spread), sae.W_dec.detach().norm(dim=-1)
+    measures["gains"] = {"median": gain, "spread": varying, "explained_variance": best.explained_variance}
     measures["decoder_norm"] = {"mean": norms.mean().item(), "std": norms.std().item()}
+    better = f"explains {now:.3f}; {best.explained_variance:.3f}"
+    remedy = "the decoder's norm is folded twice or not at all: load the original weights and fold once"
     if other is not None and other.explained_variance - now > CLEARLY:
-        found = (
-            f"explains {now:.3f}; {other.explained_variance:.3f} when the decoder's norm enters the top k the other way"
-        )
-        remedy = "the decoder's norm is folded twice or not at all: load the original weights and fold once"
-        return Check("decoder norm", "fail", found, remedy)
-    if best.explained_variance - now > 0.1 and math.exp(spread) > 1.25:
-        found = (
-            f"explains {now:.3f}; {best.explained_variance:.3f} were every latent scaled by a factor of its own "
-            f"(typically {math.exp(middle):.2g}, varying {math.exp(spread):.2g}-fold)"
-        )
-        remedy = "the decoder's norm is folded twice or not at all: load the original weights and fold once"
-        return Check("decoder norm", "fail", found, remedy)
+        reselected = f"explains {now:.3f}; {other.explained_variance:.3f}"
+        found = f"{reselected} when the decoder's norm enters the top k the other way"
+        return Finding("decoder norm", "fail", found, remedy)
+    if best.explained_variance - now > 0.1 and varying > 1.25:
+        found = f"{better} were every latent scaled by a factor of its own (typically {gain:.2g}, varying {varying:.2g}-fold)"
+        return Finding("decoder norm", "fail", found, remedy)
     if best.explained_variance - now > 0.1 and abs(middle) > math.log(1.25):
-        found = (
-            f"explains {now:.3f}; {best.explained_variance:.3f} with the decoder multiplied by {math.exp(middle):.3g}"
-        )
-        return Check(
-            "decoder norm", "fail", found, f"the output is on another scale: multiply W_dec by {math.exp(middle):.3g}"
-        )
-    return Check(
-        "decoder norm", "pass", f"latents are on the decoder's scale (norms {norms.mean():.3g} +- {norms.std():.2g})"
-    )
+        found = f"{better} with the decoder multiplied by {gain:.3g}"
+        return Finding("decoder norm", "fail", found, f"the output is on another scale: multiply W_dec by {gain:.3g}")
+    found = f"latents are on the decoder's scale (norms {norms.mean():.3g} +- {norms.std():.2g})"
+    return Finding("decoder norm", "pass", found)

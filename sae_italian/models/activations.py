@@ -115,32 +115,16 @@ def read_activations(model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_na
 
 @torch.no_grad()
 def logits_with_replacement(
-    model: nn.Module,
-    tokens: Int[Tensor, "batch pos"],
-    hook_name: str,
-    replace: Callable[..., Acts],
-    hook_name_in: str | None = None,
+    model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_name: str, replace: Callable[[Acts], Acts]
 ) -> Float[Tensor, "batch pos vocab"]:
-    """Return the logits of a forward pass in which the activation x at the hook is replaced by `replace(x)`.
-
-    With `hook_name_in`, a hook that fires earlier, it is replaced by `replace(x, u)` with u the activation read there:
-    this is how a transcoder is put in place.
-    """
-    earlier: list[Tensor] = []
+    """Return the logits of a forward pass in which the activation x at the hook is replaced by `replace(x)`."""
     fired: list[bool] = []
 
     def swap(activation: Tensor) -> Tensor:
         fired.append(True)
-        if hook_name_in is None:
-            return replace(activation).to(activation.dtype)
-        if not earlier:
-            raise _never_fired(model, hook_name_in)
-        return replace(activation, earlier[-1]).to(activation.dtype)
+        return replace(activation).to(activation.dtype)
 
-    with ExitStack() as stack:
-        if hook_name_in is not None:
-            stack.enter_context(replaced(model, hook_name_in, earlier.append))
-        stack.enter_context(replaced(model, hook_name, swap))
+    with replaced(model, hook_name, swap):
         logits = model(tokens, use_cache=False).logits
     if not fired:
         raise _never_fired(model, hook_name)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pictures import OURS, REFERENCE, svg
 from sae_italian.base.storage import read_json
-from sae_italian.evaluation.doctor import Check
+from sae_italian.evaluation.doctor import Finding
 from sae_italian.training.checkpoint import read_metrics
 from sae_italian.training.config import RunSpec, configs_folder
 from sae_italian.training.run import WEIGHTS, read_run
@@ -97,7 +97,7 @@ def band(name: str, values: Float[np.ndarray, " rows"]) -> tuple[np.ndarray, np.
     return (low.clip(0), high.clip(max=1)) if name == "dead" else (low, high)
 
 
-def look_at_training(folder: Path) -> tuple[list[Check], str]:
+def look_at_training(folder: Path) -> tuple[list[Finding], str]:
     """Return what the metrics of a training say of it, and a picture of its curves as SVG.
 
     They are held against the recorded curve of the recipe the run was started with; where there is none, only what needs
@@ -107,11 +107,11 @@ def look_at_training(folder: Path) -> tuple[list[Check], str]:
     known = next((recorded for recorded in recorded_curves() if same_recipe(recorded.spec, spec)), None)
     done = "finished" if (folder / WEIGHTS).is_file() else f"{100 * curve.share[-1]:.0f} % done"
     beside = f"beside a healthy run of {known.recipe}" if known else "no curve of this recipe is recorded"
-    checks = [Check("training", "pass", f"{done}; {beside}"), *_checks(curve, known, spec)]
+    checks = [Finding("training", "pass", f"{done}; {beside}"), *_checks(curve, known, spec)]
     return checks, _picture(curve, known, folder)
 
 
-def _checks(curve: Curve, known: RecordedCurve | None, spec: dict[str, Any]) -> Iterator[Check]:
+def _checks(curve: Curve, known: RecordedCurve | None, spec: dict[str, Any]) -> Iterator[Finding]:
     """Yield divergence, L0, dead latents and explained variance, each judged on the last tenth of the rows."""
     n = max(1, len(curve.share) // 10)
     last = {name: float(values[-n:].mean()) for name, values in curve.values.items()}
@@ -142,18 +142,18 @@ def _checks(curve: Curve, known: RecordedCurve | None, spec: dict[str, Any]) -> 
     yield _judged("explained variance", good, f"{explained:.3f} where {least:.3f} is healthy", remedy)
 
 
-def _judged(name: str, good: bool | np.bool_, found: str, remedy: str) -> Check:
-    return Check(f"training: {name}", "pass" if good else "warn", found, "" if good else remedy)
+def _judged(name: str, good: bool | np.bool_, found: str, remedy: str) -> Finding:
+    return Finding(f"training: {name}", "pass" if good else "warn", found, "" if good else remedy)
 
 
-def _loss_check(values: Float[np.ndarray, " rows"], last: float, lr: float) -> Check:
+def _loss_check(values: Float[np.ndarray, " rows"], last: float, lr: float) -> Finding:
     name, remedy = "training: loss", f"lower lr (now {lr})"
     if not np.isfinite(values).all():
-        return Check(name, "fail", "it is not finite any more", remedy)
+        return Finding(name, "fail", "it is not finite any more", remedy)
     smallest = np.convolve(values, np.ones(3) / 3, "valid").min() if len(values) >= 3 else values.min()
     if last > 2 * smallest:
-        return Check(name, "fail", f"it is diverging: {last:.4g} now, {smallest:.4g} before", remedy)
-    return Check(name, "pass", f"{last:.4g}")
+        return Finding(name, "fail", f"it is diverging: {last:.4g} now, {smallest:.4g} before", remedy)
+    return Finding(name, "pass", f"{last:.4g}")
 
 
 def _picture(curve: Curve, known: RecordedCurve | None, folder: Path) -> str:

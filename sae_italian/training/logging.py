@@ -24,62 +24,45 @@ CHECKPOINT_FILES = ("cfg.json", "sae_weights.safetensors", "activation_scaler.js
 
 
 class RunLog:
-    """What is told of a run while it goes on; this one tells nobody."""
+    """What is told of a run while it goes on: everything to the W&B run `wandb_run`, or nothing where that is None."""
 
-    wants_card = False  # of the finished SAE
+    def __init__(self, spec: RunSpec, wandb_run: Any = None):
+        self.spec, self.wandb_run = spec, wandb_run
 
     def __call__(self, row: Mapping[str, Any], step: int) -> None:
         """Tell the metrics of one step, in SAELens' names."""
+        if self.wandb_run:
+            self.wandb_run.log(dict(row), step=step)
 
     def checkpoint(self, folder: Path, n_tokens: int) -> None:
         """Tell of the state of an SAE saved after `n_tokens`; `folder` is gone after the next one."""
+        if self.wandb_run and self.spec.wandb_checkpoints:
+            aliases, metadata = ["latest", f"{n_tokens}-tokens"], {"n_tokens": n_tokens}
+            self._send("-checkpoint", "sae-checkpoint", metadata, folder, CHECKPOINT_FILES, aliases)
 
     def finish(self, folder: Path, card: EvaluationCard | None, cursor: Mapping[str, Any]) -> None:
         """Tell of a finished SAE in `folder`, its card, and where the training ended in its corpus."""
-
-
-class WandbLog(RunLog):
-    """A W&B run: rows as SAELens logs them; in the end the evaluation card as summary, the cursor, and the SAE itself."""
-
-    wants_card = True
-
-    def __init__(self, run: Any, spec: RunSpec):
-        self.run, self.spec = run, spec
-
-    def __call__(self, row: Mapping[str, Any], step: int) -> None:
-        self.run.log(dict(row), step=step)
-
-    def checkpoint(self, folder: Path, n_tokens: int) -> None:
-        if self.spec.wandb_checkpoints:
-            name, told = f"sae-{self.run.id}-checkpoint", {"n_tokens": n_tokens}
-            self._send(name, "sae-checkpoint", told, folder, CHECKPOINT_FILES, ["latest", f"{n_tokens}-tokens"])
-
-    def finish(self, folder: Path, card: EvaluationCard | None, cursor: Mapping[str, Any]) -> None:
+        if not self.wandb_run:
+            return
         place = {key: value for key, value in cursor.items() if key != "packer"}  # the packer's is text and tokens
-        self.run.summary.update({"corpus": {"name": self.spec.corpus, **place}})
+        self.wandb_run.summary.update({"corpus": {"name": self.spec.corpus, **place}})
         if card is not None:
             measured = {key: x for key, x in card.estimates().items() if x.value == x.value}
-            self.run.log({f"eval/{key}": x.value for key, x in measured.items()})
+            self.wandb_run.log({f"eval/{key}": x.value for key, x in measured.items()})
             bounds = {f"eval/{key}_{end}": getattr(x, end) for key, x in measured.items() for end in ("lo", "hi")}
-            self.run.summary.update(bounds | {"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents})
-        self._send(f"sae-{self.run.id}", "sae", self.spec.model_dump(mode="json"), folder, ARTIFACT_FILES)
+            self.wandb_run.summary.update(
+                bounds | {"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents}
+            )
+        self._send("", "sae", self.spec.model_dump(mode="json"), folder, ARTIFACT_FILES, None)
 
-    def _send(
-        self,
-        name: str,
-        kind: str,
-        metadata: dict[str, Any],
-        folder: Path,
-        files: tuple[str, ...],
-        aliases: list[str] | None = None,
-    ) -> None:
+    def _send(self, suffix: str, kind: str, metadata: Any, folder: Path, files: Any, aliases: Any) -> None:
         import wandb
 
-        artifact = wandb.Artifact(name, type=kind, metadata=metadata)
+        artifact = wandb.Artifact(f"sae-{self.wandb_run.id}{suffix}", type=kind, metadata=metadata)
         for file in files:
             if (folder / file).is_file():
                 artifact.add_file(str(folder / file), file)  # copied now, sent when W&B gets to it
-        self.run.log_artifact(artifact, aliases=aliases)
+        self.wandb_run.log_artifact(artifact, aliases=aliases)
 
 
 @contextlib.contextmanager
@@ -90,11 +73,11 @@ def open_logger(spec: RunSpec, config: Any, out: Path) -> Iterator[RunLog]:
     `wandb sync` sends it later. A run that is resumed, and one of a sweep, goes on in its own W&B run.
     """
     if spec.wandb == "off":
-        yield RunLog()
+        yield RunLog(spec)
         return
     run = _start(spec, config, out)
     try:
-        yield WandbLog(run, spec)
+        yield RunLog(spec, run)
     except BaseException:
         run.finish(exit_code=1)
         raise

@@ -66,7 +66,7 @@ def publish(
     missing = [name for name in WEIGHTS if not (folder / name).is_file()]
     if missing:
         raise UsageError(f"{folder} holds no {' and no '.join(missing)}: give the folder of a finished training.")
-    if not _on_hub(repo_id) or repo_id.endswith("/"):
+    if repo_id.count("/") != 1 or repo_id.startswith(("/", ".", "~")) or repo_id.endswith("/"):
         raise UsageError(f"repository {repo_id!r} is not of the form owner/name, e.g. unipi/minerva-1b-saes.")
     card = read_card(folder)
     if card is None:
@@ -106,17 +106,18 @@ def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool)
             "(https://huggingface.co/settings/tokens)."
         )
     api: Any = HfApi()
-    to = {"repo_id": repo_id}
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)  # SAELens' call would make it public
         upload_saes_to_huggingface({sae_id: folder}, repo_id, show_progress=False, add_default_readme=False)
         note = f"Evaluation card and curves of {sae_id}"
-        api.upload_folder(folder_path=staging, path_in_repo=sae_id, commit_message=note, **to)
+        api.upload_folder(folder_path=staging, path_in_repo=sae_id, commit_message=note, repo_id=repo_id)
         if api.file_exists(repo_id, MODEL_CARD):
             return False
         text = (staging / MODEL_CARD).read_text(encoding="utf-8")
         text = text.replace(f"]({DENSITY_PICTURE})", f"]({sae_id}/{DENSITY_PICTURE})")
-        api.upload_file(path_or_fileobj=text.encode(), path_in_repo=MODEL_CARD, commit_message="Model card", **to)
+        api.upload_file(
+            path_or_fileobj=text.encode(), path_in_repo=MODEL_CARD, commit_message="Model card", repo_id=repo_id
+        )
     except Exception as error:  # the hub's errors are of many kinds; each becomes one line
         raise _refused(error, repo_id) from error
     return True

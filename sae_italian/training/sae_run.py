@@ -40,7 +40,7 @@ class SAERun:
     def __init__(self, spec: RunSpec, model: Any, out: Path):
         from sae_lens import SAETrainer, TrainingSAE
 
-        self.spec, self.out = spec, out
+        self.spec, self.out, self.metrics_file = spec, out, out / "metrics.jsonl"
         self.config = spec.to_saelens()
         torch.manual_seed(spec.seed)
         self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict())
@@ -54,13 +54,9 @@ class SAERun:
             from sae_italian.saes.architectures import PairScaler
 
             self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
-        self.log = RunLog()  # W&B, when asked for
+        self.log = RunLog(spec)  # to W&B, once `train` opens it
         self.output: Any = None  # of the last step
         self.start_loss = math.nan
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.out / "metrics.jsonl"
 
     @property
     def n_tokens(self) -> int:
@@ -164,7 +160,7 @@ class SAERun:
     def tell_finished(self, model: Any, cursor: Mapping[str, Any]) -> None:
         """Tell W&B of the finished SAE, with its card, which is kept in the folder too."""
         card = None
-        if self.log.wants_card:
+        if self.log.wandb_run:
             try:
                 card = self.judge(load_sae(self.out, device=self.spec.device), model)
                 card.save(self.out)

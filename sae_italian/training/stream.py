@@ -142,18 +142,15 @@ class WindowBlocks:
 
 def check_pretokenized(corpus: PretokenizedCorpus, tokenizer: Any, context_size: int) -> None:
     """Raise UsageError when a pretokenised corpus was made for another tokenizer, context or split."""
+    wrong = ""
     if not corpus.is_made_for(tokenizer):
-        raise UsageError(
-            f"{corpus.folder} was made with another tokenizer than the model's. Pretokenise it for this model."
-        )
-    if corpus.context_size != context_size:
-        raise UsageError(
-            f"{corpus.folder} has windows of {corpus.context_size} tokens, context_size is {context_size}. Set it to that."
-        )
-    if corpus.split != "train":
-        raise UsageError(
-            f"{corpus.folder} holds the split {corpus.split!r}; training needs 'train', which leaves 5 % out."
-        )
+        wrong = "was made with another tokenizer than the model's. Pretokenise it for this model."
+    elif corpus.context_size != context_size:
+        wrong = f"has windows of {corpus.context_size} tokens, context_size is {context_size}. Set it to that."
+    elif corpus.split != "train":
+        wrong = f"holds the split {corpus.split!r}; training needs 'train', which leaves 5 % out."
+    if wrong:
+        raise UsageError(f"{corpus.folder} {wrong}")
 
 
 class ActivationStream:

@@ -283,7 +283,7 @@ def test_several_saes_on_one_stream_are_what_each_is_alone(small_spec, mini, tra
             first.interrupted = step >= 20
 
     first = group()
-    first.runs[hooks[0]].log = StopsAtStep20()
+    first.runs[hooks[0]].log = StopsAtStep20(spec)
     with pytest.raises(KeyboardInterrupt, match="saved at 10,752 tokens"):
         first.fit()
     second = group()
