@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from sae_italian.base.errors import UsageError, nearest
-from sae_italian.cli.options import Folder, Result, Seed, positive
+from sae_italian.base.errors import UsageError
+from sae_italian.cli.options import Folder, Result, Seed, key_values, positive
 
 if TYPE_CHECKING:
     from sae_italian.corpora import Reader
@@ -27,26 +27,22 @@ Deduplicate = Annotated[
 def _reader(words: tuple[str, ...], *, deduplicate: str = "no", **given: Any) -> tuple[Reader, dict[str, Any]]:
     """Return the reader that options and `key=value` words describe, and the settings of the packing among the words.
 
-    Raises: UsageError for a word that is no setting, or whose value is not of its type.
+    Raises: UsageError for a word that is no setting, or whose value is not of its kind.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     from sae_italian.corpora import Filters, Reader
 
-    packing = {"prepend_bos": bool, "windows_per_shard": int}
-    filters, types = get_type_hints(Filters), get_type_hints(Reader) | get_type_hints(Filters) | packing
-    settings: dict[str, Any] = given | {"duplicates": deduplicate != "no", "near_duplicates": deduplicate == "near"}
-    for word in words:
-        key, sign, value = word.partition("=")
-        if not sign or key not in types or key == "filters":
-            raise UsageError(f"{word!r} is no setting of the form key=value. {nearest(key, sorted(types))}")
-        try:
-            settings[key] = TypeAdapter(types[key]).validate_python(value)
-        except ValidationError as error:
-            raise UsageError(f"{word}: {error.errors()[0]['msg']}.") from error
-    own = {key: value for key, value in settings.items() if key not in filters and key not in packing}
-    dropping = Filters(**{key: value for key, value in settings.items() if key in filters})
-    return Reader(**own, filters=dropping), {key: value for key, value in settings.items() if key in packing}
+    reader, filters = vars(Reader()), vars(Filters())
+    packing = {"prepend_bos": True, "windows_per_shard": 16_384}
+    options = given | {"duplicates": deduplicate != "no", "near_duplicates": deduplicate == "near"}
+    defaults = reader | filters | packing | options
+    settings = key_values(
+        words, {key: value for key, value in defaults.items() if key not in ("filters", "shuffle_shards")}
+    )
+
+    def of(names: dict[str, Any]) -> dict[str, Any]:
+        return {name: settings[name] for name in names if name in settings}
+
+    return Reader(**of(reader), filters=Filters(**of(filters))), of(packing)
 
 
 def list_corpora() -> Result:
