@@ -30,6 +30,7 @@ def quickstart(
     The cache is built on held-out text, so nothing that is explained or scored was trained on. A run that was stopped
     continues with `resume=True`. Raises: UsageError as the steps do.
     """
+    from sae_italian.autointerp import AutointerpConfig
     from sae_italian.browser import open_source, write_browser
     from sae_italian.cache import FeatureCache, build_cache
     from sae_italian.models import load_model
@@ -54,7 +55,7 @@ def quickstart(
         resume=(out / "cache").is_dir(),
     )
     cache = FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
-    results = analyse(cache, sae, model, card_tokens=card_tokens, latents=latents)
+    results = analyse(cache, sae, model, card_tokens=card_tokens, config=AutointerpConfig(latents=latents))
     report = write_browser(out / "report", open_source(cache, model.tokenizer, sae=sae, model=model))
     results["report"] = str(report)
     write_json(out / "results.json", results)
@@ -68,8 +69,7 @@ def analyse(
     model: Any,
     *,
     card_tokens: int | None = CARD_TOKENS,
-    latents: int | None = None,
-    seed: int = 0,
+    config: Any = None,
     random_control: bool = True,
     workers: int = 1,
     run_units: Callable[..., Any] | None = None,
@@ -100,7 +100,7 @@ def analyse(
         if Path(manifest.sae).is_dir():
             card.save(Path(manifest.sae))
         results["card"] = {**card.as_dict(), "n_tokens_asked": card_tokens}
-    config = AutointerpConfig(latents=latents, seed=seed)
+    config = config or AutointerpConfig()
     store = run_autointerp(cache, model.tokenizer, config, sae=sae, workers=workers, run_units=run_units)
     results["autointerp"] = summarise(store).as_dict()
     results["gold"] = [asdict(result) for result in gold_table(cache)]
@@ -114,8 +114,7 @@ def analyse(
 
 def forget_scores(cache: Any) -> None:
     """Drop the explanations and scores of a cache, those of its random twin too; activations and paid calls stay."""
-    from sae_italian.autointerp.control import TWIN_FOLDER
-    from sae_italian.autointerp.run import STORE_FILE
+    from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER
     from sae_italian.autointerp.store import forget
 
     for folder in (cache.folder, cache.folder / TWIN_FOLDER):

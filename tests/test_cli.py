@@ -62,14 +62,14 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
     info = json.loads(out)
     assert info["complete"] and info["windows"] * 128 >= 30_000 and info["hook_name"] == "blocks.1.hook_resid_post"
     assert run(capsys, "cache", "verify", cache)[0] == 0
-    code, out, _ = run(capsys, "autointerp", cache, "--latents", 40, "--json")
+    code, out, _ = run(capsys, "autointerp", cache, "--n-latents", 40, "--json")
     results = json.loads(out)
     assert code == 0 and results["autointerp"]["n_latents"] == 40
     assert results["autointerp"]["shuffled_detection"]["value"] == pytest.approx(0.5, abs=0.1)
     assert results["random"]["n_latents"] == 40 and results["gold"]
-    code, out, err = run(capsys, "autointerp", cache, "--latents", 41)
+    code, out, err = run(capsys, "autointerp", cache, "--n-latents", 41)
     assert code == 2 and "another latents" in err
-    assert run(capsys, "autointerp", cache, "--latents", 41, "--overwrite", "--no-random-control")[0] == 0
+    assert run(capsys, "autointerp", cache, "--n-latents", 41, "--overwrite", "--no-random-control")[0] == 0
     code, out, _ = run(capsys, "browse", cache, "--out", tmp_path / "report")
     assert code == 0 and (tmp_path / "report" / "index.html").is_file()
     code, out, _ = run(capsys, "browse", cache, "--latent", 3, "--json")
@@ -95,7 +95,7 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["evaluate", "nowhere"], "neither a folder nor"),
         (["cache", "info", "nowhere"], "not a feature cache"),
         (["autointerp", "nowhere"], "not a feature cache"),
-        (["autointerp", "nowhere", "--latents", "0"], "must be 1 or more"),
+        (["autointerp", "nowhere", "--n-latents", "0"], "must be 1 or more"),
         (["browse", "nowhere"], "not a feature cache"),
     ],
 )

@@ -1,7 +1,6 @@
 """Explanations of latents and scores that come with their controls; by default without any LLM."""
 
-from sae_italian.autointerp.control import random_sae_control
-from sae_italian.autointerp.run import AutointerpConfig, run_autointerp
+from sae_italian.autointerp.run import AutointerpConfig, random_sae_control, run_autointerp
 from sae_italian.autointerp.summary import AutointerpSummary, summarise
 
 __all__ = ["AutointerpConfig", "AutointerpSummary", "random_sae_control", "run_autointerp", "summarise"]

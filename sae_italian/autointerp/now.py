@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, rule_of
-from sae_italian.autointerp.run import AutointerpConfig, cache_identity, stored_config
-from sae_italian.autointerp.scorers.by_rule import Judged
+from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
+from sae_italian.autointerp.run import AutointerpConfig, Work, cache_identity, stored_config
 from sae_italian.autointerp.store import NOW, Explanation, Store
-from sae_italian.autointerp.work import Task, Work
 from sae_italian.base.errors import SaeItalianError
 from sae_italian.base.storage import utc_now
-
-_SETTINGS = ("width", "n_examples", "seed")
 
 
 def config_of(path: Path) -> AutointerpConfig:
@@ -32,32 +29,29 @@ def config_of(path: Path) -> AutointerpConfig:
         return AutointerpConfig()
 
 
-def keep(path: Path, work: Work, config: AutointerpConfig, found: Sequence[Explanation]) -> str:
+def keep(path: Path, work: Work, found: Sequence[Explanation]) -> str:
     """Keep explanations of one latent made on demand, a rule with its scores; return why that was not possible, or "".
 
     `found` are a rule, the token lookup, and others. Those without a text, and those that a run's say word for word
     already, are not kept again.
     """
-    new = [explanation for explanation in found if explanation.status == "ok"]
+    new = {explanation.explainer: explanation for explanation in found if explanation.status == "ok"}
     if not new:
         return ""
-    latent, settings = new[0].latent, {name: getattr(config, name) for name in _SETTINGS}
+    settings = {name: value for name, value in asdict(work.config).items() if name != "latents"}
+    made = {"when": utc_now(), "settings": settings}
     try:
         with Store(path, cache_identity(work.cache)) as store:
-            known = store.explanations_of(latent)
-            fresh = {e.explainer for e in new if not same(known.get(e.explainer), e)}
-            fresh = fresh | {LOOKUP} if EXPLAINER in fresh else fresh - {LOOKUP}  # which only a rule is set against
-            new = [e for e in new if e.explainer in fresh]
-            made = {"when": utc_now(), "settings": settings}
+            known = store.explanations_of(found[0].latent)
+            fresh = {name for name, explanation in new.items() if not same(known.get(name), explanation)}
+            # the lookup is only there for a rule to be set against
+            fresh = fresh | {LOOKUP} if EXPLAINER in fresh else fresh - {LOOKUP}
+            kept = [explanation for name, explanation in new.items() if name in fresh]
             ids = store.replace_explanations(
-                [e._replace(explainer=e.explainer + NOW, notes={**(e.notes or {}), "now": made}) for e in new]
+                [e._replace(explainer=e.explainer + NOW, notes={**(e.notes or {}), "now": made}) for e in kept]
             )
-            by_name = {e.explainer: e for e in new}
-            judged = {
-                n: Judged(ids[n + NOW], rule_of(by_name[n].rule or {})) for n in (EXPLAINER, LOOKUP) if n in by_name
-            }
-            if len(judged) == 2:
-                store.add_scores(work.score(Task(latent, judged[EXPLAINER], judged[LOOKUP], [])))
+            if {EXPLAINER, LOOKUP} <= fresh & set(new):
+                store.add_scores(work.score(*((ids[name + NOW], new[name]) for name in (EXPLAINER, LOOKUP))))
     except (SaeItalianError, sqlite3.Error, OSError) as error:
         return " ".join(str(error).split())
     return ""
@@ -75,11 +69,9 @@ def with_now(found: dict[str, dict[int, Explanation]]) -> dict[str, dict[int, Ex
     its own name; one that says the same is left out.
     """
     merged = {name: dict(own) for name, own in found.items() if not name.endswith(NOW)}
-    for name, own in found.items():
-        if not name.endswith(NOW):
-            continue
+    for name in (name for name in found if name.endswith(NOW)):
         of_run = merged.setdefault(name.removesuffix(NOW), {})
-        for latent, explanation in own.items():
+        for latent, explanation in found[name].items():
             known = of_run.get(latent)
             if known is None or known.status != "ok":
                 of_run[latent] = explanation

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.examples import ExampleSource
-from sae_italian.autointerp.tokens import token_bytes, token_strings
+from sae_italian.autointerp.pieces import piece_bytes, piece_texts
 
 Family = Literal[
     "token",
@@ -60,8 +60,8 @@ class Places:
 
     def __init__(self, source: ExampleSource, tokenizer: Any):
         self.source, self.vocab = source, int(source.tokens.max()) + 1
-        self.strings = token_strings(tokenizer, self.vocab)
-        self._pieces = token_bytes(tokenizer, self.vocab)
+        self.strings = piece_texts(tokenizer, self.vocab)
+        self._pieces = piece_bytes(tokenizer, self.vocab)
         self.new_word = self._word_starts()
         word, self.words = self._words_so_far()
         ends = np.append(self.new_word[1:], True)

@@ -8,7 +8,7 @@ time; `concurrency` says how many latents may be in their hands at once (threads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -62,21 +62,17 @@ class Example:
             done = end
         return "".join([*pieces, self.text[done:]])
 
-    def with_marks(self, marks: Bool[np.ndarray, " tokens"]) -> Example:
-        return replace(self, marks=marks)
-
 
 @dataclass(frozen=True, eq=False)
 class LatentExamples:
-    """All that an explainer and a judge are shown of one latent. The three parts share no document and no segment."""
+    """All that an explainer or a judge is shown of one latent. Training and test share no document and no segment."""
 
     latent: int
     maximum: float  # largest activation in the training documents, to scale strengths by
-    train: tuple[Example, ...]  # to explain: positives (marked from 0.3 of their maximum on) and random negatives
-    val: tuple[Example, ...]  # to choose between explanations: as `test`
-    test: tuple[Example, ...]  # to score: positives, then as many negatives per source as there are
-    marked: tuple[Example, ...] = ()  # to score by fuzzing: the test segments with marks, equally many in each class
-    simulation: tuple[Example, ...] = ()  # test positives: the strongest, then random ones (`decile` tells them apart)
+    train: Sequence[Example] = ()  # to explain: positives (marked from 0.3 of their maximum on) and random negatives
+    test: Sequence[Example] = ()  # to score: positives, then as many negatives per source as there are
+    marked: Sequence[Example] = ()  # to score by fuzzing: the test segments with marks, equally many in each class
+    simulation: Sequence[Example] = ()  # test positives: the strongest (decile -1), then random ones
     promoted: tuple[str, ...] = ()  # the tokens whose logits the latent raises most: its output, not when it fires
 
 
@@ -98,11 +94,22 @@ class Explainer(Protocol):
         ...
 
 
-class Judge(Protocol):
-    """Answers questions about segments from an explanation alone. `name` goes with every score."""
+class JudgeBase(Protocol):
+    """Answers scorers' questions from an explanation alone. `name` goes with every score.
 
-    name: str
-    concurrency: int
+    A judge has some of these methods, and is given to the scorers that need one of them: `detect` (detection, fuzzing),
+    `simulate` (simulation), `encode` (embedding), `forward` (surprisal, intervention).
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def concurrency(self) -> int: ...
+
+
+class Judge(JudgeBase, Protocol):
+    """A judge of segments, as an LLM is."""
 
     def detect(self, explanation: Explanation, examples: Sequence[Example]) -> Verdicts:
         """Return whether each example is one of the latent's.
@@ -115,7 +122,7 @@ class Judge(Protocol):
 
     def simulate(
         self, explanation: Explanation, examples: Sequence[Example]
-    ) -> list[Float[np.ndarray, " tokens"] | None]:
+    ) -> Sequence[Float[np.ndarray, " tokens"] | None]:
         """Return the activation expected at each token of each example, in any unit; None where there is no answer."""
         ...
 
@@ -124,7 +131,6 @@ class Judge(Protocol):
 class Score:
     """One scorer's outcome on one latent; shares and correlations with their intervals over documents."""
 
-    scorer: str
     negatives: str
     metrics: dict[str, Estimate] = field(default_factory=dict)
     n_positive: int = 0

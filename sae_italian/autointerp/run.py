@@ -3,53 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, rule_of
-from sae_italian.autointerp.judged import judge_latent
-from sae_italian.autointerp.protocols import Explainer, Judge, LatentExamples
-from sae_italian.autointerp.scorers.by_rule import Judged
-from sae_italian.autointerp.shown import latent_examples
-from sae_italian.autointerp.store import Explanation, Feature, Store
-from sae_italian.autointerp.tokens import token_strings
-from sae_italian.autointerp.work import Explained, Task, Work, explain_batch, score_batch
-from sae_italian.base.errors import UsageError
+from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
+from sae_italian.autointerp.judges import RULE
+from sae_italian.autointerp.protocols import SEGMENT_NEGATIVES, Explainer, JudgeBase, LatentExamples, Negatives
+from sae_italian.autointerp.scorers import Asked, score_rows
+from sae_italian.autointerp.store import Explanation, Feature, ScoreRow, Store
+from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Explained, Known, Work, explain_batch, score_batch
+from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.storage import fingerprint
 from sae_italian.base.units import in_threads, map_units
-from sae_italian.cache import FeatureCache
+from sae_italian.cache import FeatureCache, build_cache
+from sae_italian.saes import random_twin
 
-__all__ = ["EXPLAINER", "LOOKUP", "STORE_FILE", "AutointerpConfig", "Run", "run_autointerp", "token_strings"]
-
-STORE_FILE = "autointerp.sqlite"
-SHUFFLED = "shuffled"
-_BATCH = 16  # latents that are stored together
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class AutointerpConfig:
-    """What decides the explanations and scores."""
-
-    width: int = 32
-    """Longest example, in tokens."""
-    n_examples: int = 50
-    """Positives per latent and part; as many negatives of each source."""
-    latents: int | None = None
-    """How many live latents, drawn at random; None for all."""
-    seed: int = 0
+STORE_FILE, TWIN_FOLDER = "autointerp.sqlite", "random-twin"
+NOTHING_SAID = "empty"  # the control of a text that explains nothing
+SAYS_NOTHING = {"it": "Un testo qualsiasi.", "en": "Any text at all."}
+N_SEGMENTS = 20  # positives of a latent that a model reads, and as many negatives of each source
+N_TRAIN = 40  # training positives drawn for explainers that do not say how many they want
+_BATCH = 16  # latents that are worked out and stored together
 
 
 def stored_config(store: Store) -> AutointerpConfig:
     """Return the configuration that a store's explanations were made with, the defaults where it says nothing."""
     known, names = store.notes(), AutointerpConfig.__dataclass_fields__
     return AutointerpConfig(**{name: json.loads(known[name]) for name in names if name in known})
+
+
+def cache_identity(cache: FeatureCache) -> dict[str, str]:
+    """Return what a store remembers of the cache it belongs to."""
+    return {"cache": fingerprint(cache.manifest.model_dump(exclude={"versions", "sae"}))}
 
 
 def run_autointerp(
@@ -60,7 +51,7 @@ def run_autointerp(
     store: Path | None = None,
     sae: Any = None,
     explainers: Sequence[Explainer] = (),
-    judges: Sequence[Judge] = (),
+    judges: Sequence[JudgeBase] = (),
     workers: int = 1,
     run_units: Callable[..., Iterator[Any]] | None = None,
 ) -> Path:
@@ -69,17 +60,14 @@ def run_autointerp(
     `explainers` and `judges` come on top of these: every judge answers for every one of the explainers (for the rules'
     texts when there are none), on the same examples. `sae` gives the decoder neighbours where the cache does not know
     them. The store defaults to `autointerp.sqlite` in the cache. A run that was stopped continues where it was. Latents
-    with too few examples in any part are stored as such, never scored. The rules are worked out in `workers` processes here, or
-    by `run_units` (`base.units.map_units` with an engine), in batches of latents.
+    with too few examples in any part are stored as such, never scored. The rules are worked out in `workers` processes
+    here, or by `run_units` (`map_units` with an engine), in batches of latents.
 
     Raises: UsageError when the tokenizer is not the cache's, or the store belongs to another cache or configuration.
     """
-    from sae_italian.cache.layout import tokenizer_hash
-
     config = config or AutointerpConfig()
-    if tokenizer_hash(tokenizer) != cache.manifest.tokenizer_hash:
-        raise UsageError(f"{cache.folder} was built with another tokenizer than the one given.")
     store = store or cache.folder / STORE_FILE
+    check_tokenizer(cache, tokenizer)
     with Store(store, cache_identity(cache) | asdict(config)) as opened:
         run = Run(cache, tokenizer, config, opened, sae=sae, workers=workers, run_units=run_units)
         run.rules()
@@ -91,9 +79,12 @@ def run_autointerp(
     return store
 
 
-def cache_identity(cache: FeatureCache) -> dict[str, str]:
-    """Return what a store remembers of the cache it belongs to."""
-    return {"cache": fingerprint(cache.manifest.model_dump(exclude={"versions", "sae"}))}
+def check_tokenizer(cache: FeatureCache, tokenizer: Any) -> None:
+    """Raises: UsageError when the tokenizer is not the one that the cache was built with."""
+    from sae_italian.cache.layout import tokenizer_hash
+
+    if tokenizer_hash(tokenizer) != cache.manifest.tokenizer_hash:
+        raise UsageError(f"{cache.folder} was built with another tokenizer than the one given.")
 
 
 class Run:
@@ -110,74 +101,42 @@ class Run:
         workers: int = 1,
         run_units: Callable[..., Iterator[Any]] | None = None,
     ):
-        self.cache, self.config, self.store, self.workers = cache, config, store, workers
-        self.run_units = run_units
-        self.latents = self._latents()
-        self.work = Work(
-            cache,
-            tokenizer,
-            self.latents,
-            sae,
-            width=config.width,
-            n_examples=config.n_examples,
-            seed=config.seed,
-        )
-        self.places, self.negatives = self.work.places, self.work.negatives
-
-    def _latents(self) -> list[int]:
-        """Return the latents to explain: all, or a random draw of live ones."""
-        if self.config.latents is None:
-            return list(range(self.cache.manifest.d_sae))
-        live = np.flatnonzero(self.cache.statistics["count"] > 0)
-        rng = np.random.default_rng(self.config.seed)
-        return sorted(rng.permutation(live)[: self.config.latents].tolist())
+        self.cache, self.config, self.store = cache, config, store
+        self.workers, self.run_units = workers, run_units
+        self.latents = list(range(cache.manifest.d_sae))
+        if config.latents is not None:
+            live = np.flatnonzero(cache.statistics["count"] > 0)
+            self.latents = sorted(np.random.default_rng(config.seed).permutation(live)[: config.latents].tolist())
+        self.work = Work(cache, tokenizer, config, self.latents, sae)
 
     # --- rules -------------------------------------------------------------------------------------------------------
 
     def rules(self) -> None:
         """Explain every latent by a rule and by token lookup, then score these with the rule judge."""
         done = self.store.explained(EXPLAINER)
-        todo = [latent for latent in self.latents if latent not in done]
         if self.run_units is None:
             self.work.prepare()
-        for batch in self._map(explain_batch, todo, "explain"):
-            self.store.add_explanations(
-                [explanation for found in batch for explanation in found.explanations],
-                [self._feature(found) for found in batch],
-            )
-        self._score_rules()
-
-    def _feature(self, found: Explained) -> Feature:
-        """Return how often a latent fires, its maximum, and on how many segments of each part it can be seen."""
-        statistics = self.cache.statistics
-        latent = found.latent
-        return Feature(latent, int(statistics["count"][latent]), float(statistics["max"][latent]), *found.n_positives)
-
-    def _score_rules(self) -> None:
-        """Score each latent's rule, its token lookup, and as control the rule of another latent."""
-        own, lookup = self.store.explanations(EXPLAINER), self.store.explanations(LOOKUP)
-        live = [latent for latent, (_, explanation) in own.items() if explanation.status == "ok"]
-        stranger = strangers(live, self.config.seed)
-        done = self.store.scored(EXPLAINER, "rule")
-
-        def judged(found: tuple[int, Explanation], control: str = "") -> Judged:
-            assert found[1].rule is not None
-            return Judged(found[0], rule_of(found[1].rule), control)
-
-        todo = []
-        for latent in live:
-            if latent not in done:
-                others = [judged(own[stranger[latent]], SHUFFLED)] if latent in stranger else []
-                todo.append(Task(latent, judged(own[latent]), judged(lookup[latent]), others))
+        for batch in self._map(explain_batch, [n for n in self.latents if n not in done], "explain"):
+            explanations = [explanation for found in batch for explanation in found.explanations]
+            self.store.add_explanations(explanations, [self._feature(found) for found in batch])
+        own, live, stranger = self._live(EXPLAINER)
+        lookup, done = self.store.explanations(LOOKUP), self.store.scored(EXPLAINER, RULE)
+        todo = [(own[n], lookup[n], own.get(stranger.get(n, -1))) for n in live if n not in done]
         for batch in self._map(score_batch, todo, "score"):
             self.store.add_scores(row for rows in batch for row in rows)
 
-    def _map(self, function: Callable[[Work, list[Any]], Item], items: list[Any], desc: str) -> Iterator[Item]:
+    def _feature(self, found: Explained) -> Feature:
+        """Return how often a latent fires, its maximum, and on how many segments of each part it can be seen."""
+        statistics, latent = self.cache.statistics, found.latent
+        return Feature(latent, int(statistics["count"][latent]), float(statistics["max"][latent]), *found.n_positives)
+
+    def _map(self, function: Callable[[Work, list[Any]], Any], items: list[Any], desc: str) -> Iterator[Any]:
         """Yield the function's result for each batch of items, in order, wherever the work is done."""
-        units = list(_batches(items))
+        units = [items[first : first + _BATCH] for first in range(0, len(items), _BATCH)]
         if self.run_units is not None:
             results = self.run_units(function, units, setup=self.work.opener)
         else:
+            # forked, so that the processes share what this one has prepared
             workers = min(self.workers, max(1, len(units)))
             results = map_units(partial(function, self.work), units, workers=workers, fork=True)
         with tqdm(total=len(items), desc=desc, unit="latent", disable=None) as bar:
@@ -185,14 +144,15 @@ class Run:
                 bar.update(len(unit))
                 yield result
 
-    # --- explainers and judges that are handed in ----------------------------------------------------------------------
+    def _live(self, explainer: str, draw: int | None = None) -> tuple[dict[int, Known], list[int], dict[int, int]]:
+        """Return an explainer's explanations, the latents that have one (`draw` of them, at random), and a stranger of each."""
+        own = self.store.explanations(explainer)
+        live = [latent for latent, (_, explanation) in own.items() if explanation.status == "ok"]
+        if draw is not None:
+            live = np.random.default_rng(self.config.seed).permutation(sorted(live))[:draw].tolist()
+        return own, live, strangers(live, self.config.seed)
 
-    def shown(self, latent: int) -> LatentExamples:
-        """Return what others than the rules are shown of a latent."""
-        ids = np.asarray(self.cache.statistics["promoted_ids"][latent])
-        strings = self.places.strings
-        promoted = tuple(strings[token].strip() for token in ids.tolist() if token < len(strings))
-        return latent_examples(self.negatives, latent, n_test=self.config.n_examples, promoted=promoted)
+    # --- explainers and judges that are handed in ----------------------------------------------------------------------
 
     def explain_with(self, explainer: Explainer) -> None:
         """Explain with another explainer the latents that have a rule; the others keep their status under its name."""
@@ -202,31 +162,51 @@ class Run:
         unexplained = [e._replace(explainer=explainer.name) for e in left.values() if e.status != "ok"]
         self.store.add_explanations(unexplained)
         todo = [latent for latent, explanation in left.items() if explanation.status == "ok"]
-        shown = (self.shown(latent) for latent in todo)
+        n_train = getattr(explainer, "n_train", N_TRAIN)
+        shown = (self.work.examples(n, n_train=n_train, promoted=self.work.promoted(n)) for n in todo)
         found = in_threads(explainer.explain, shown, explainer.concurrency)
         for explanations in tqdm(found, total=len(todo), desc=explainer.name, unit="latent", disable=None):
             self.store.add_explanations(explanations)
 
-    def _claim(self, who: Explainer | Judge) -> None:
+    def _claim(self, who: Explainer | JudgeBase) -> None:
         """Hold an explainer or judge to the settings (prompts, examples) that its earlier work here had."""
         settings = getattr(who, "settings", None)
         if settings is not None:
             self.store.claim(f"{type(who).__name__} {who.name}", settings)
 
-    def score_with(self, judge: Judge, name: str) -> None:
-        """Let a judge score one explainer's explanations, and as control each on another latent's examples."""
+    def score_with(
+        self,
+        judge: JudgeBase,
+        name: str,
+        *,
+        draw: int | None = None,
+        n_examples: int | None = None,
+        sources: Sequence[Negatives] = SEGMENT_NEGATIVES,
+        nothing: str = "",
+    ) -> None:
+        """Let a judge score one explainer's explanations, and as control each on another latent's examples.
+
+        With `draw` only so many of them, at random; `nothing` is a text that explains nothing, scored as one more control.
+        `n_examples` and `sources` are the test positives and their negatives, by default the configuration's and all.
+        """
         self._claim(judge)
-        own, lookup = self.store.explanations(name), self.store.explanations(LOOKUP)
-        live = [latent for latent, (_, explanation) in own.items() if explanation.status == "ok"]
-        stranger = strangers(live, self.config.seed)
-        done = self.store.scored(name, judge.name)
+        own, live, stranger = self._live(name, draw)
+        lookup, done = self.store.explanations(LOOKUP), self.store.scored(name, judge.name)
         todo = [latent for latent in live if latent not in done]
 
-        def score(shown: LatentExamples):
-            other = own.get(stranger.get(shown.latent, -1))
-            return judge_latent(judge, self.places, shown, own[shown.latent], lookup[shown.latent], other)
+        def score(examples: LatentExamples) -> tuple[list[ScoreRow], list[Any]]:
+            latent = examples.latent
+            asked = [Asked(judge, own[latent][1], row_id=own[latent][0])]
+            if other := own.get(stranger.get(latent, -1)):
+                asked.append(Asked(judge, other[1], SHUFFLED, other[0]))
+            if nothing:
+                empty = Explanation(latent, "", "ok", nothing, nothing, None)
+                asked.append(Asked(judge, empty, NOTHING_SAID, own[latent][0]))
+            rows = score_rows([*asked, Asked(self.work.judge, lookup[latent][1])], examples)
+            return rows, [judgement for one in asked for judgement in one.judgements(latent)]
 
-        shown = (self.shown(latent) for latent in todo)
+        settings = {"n_train": 0, "sources": sources} | ({} if n_examples is None else {"n_test": n_examples})
+        shown = (self.work.examples(latent, **settings) for latent in todo)
         found = in_threads(score, shown, judge.concurrency)
         for rows, judgements in tqdm(found, total=len(todo), desc=judge.name, unit="latent", disable=None):
             self.store.add_scores(rows, judgements)
@@ -240,12 +220,73 @@ def strangers(latents: Sequence[int], seed: int) -> dict[int, int]:
     return dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))
 
 
-def _batches(items: Iterable[Item], n: int = _BATCH) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == n:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+# --- the models' own scores, and the untrained control ---------------------------------------------------------------
+
+
+def score_with_models(
+    cache: FeatureCache,
+    tokenizer: Any,
+    store: Path,
+    judges: Sequence[JudgeBase],
+    *,
+    latents: int,
+    explainer: str = EXPLAINER,
+) -> None:
+    """Add to a store what an encoder and the subject model say of some of its explanations; goes on where it stopped.
+
+    `latents` explained latents are drawn at random with the run's seed; each is judged beside another latent's
+    explanation and a sentence that explains nothing, on few segments, as each costs forward passes.
+
+    Raises: UsageError when the store belongs to another cache, the tokenizer is not the cache's, or the explainer
+    explained nothing.
+    """
+    check_tokenizer(cache, tokenizer)
+    with Store(store, cache_identity(cache)) as opened:
+        if not any(explanation.status == "ok" for _, explanation in opened.explanations(explainer).values()):
+            known = ", ".join(opened.explainers()) or "none"
+            raise UsageError(f"{store} has no explanations by {explainer!r}; there are those of: {known}.")
+        run = Run(cache, tokenizer, stored_config(opened), opened)
+        for judge in judges:
+            nothing = SAYS_NOTHING[getattr(judge, "language", "it")]
+            few: dict[str, Any] = {"n_examples": N_SEGMENTS, "sources": ("random", "same-token"), "nothing": nothing}
+            run.score_with(judge, explainer, draw=latents, **few)
+
+
+def random_sae_control(
+    cache: FeatureCache,
+    sae: Any,
+    model: Any,
+    config: AutointerpConfig,
+    *,
+    workers: int = 1,
+    explainers: Sequence[Explainer] = (),
+    judges: Sequence[JudgeBase] = (),
+) -> Path:
+    """Build the cache of the random twin on the same text, inside the cache's folder, and score it; return its store.
+
+    Explainers and judges that are handed in do for the twin what they did for the trained SAE.
+    """
+    manifest, twin = cache.manifest, random_twin(sae, seed=config.seed)
+    folder = build_cache(
+        twin,
+        model,
+        manifest.corpus,
+        cache.folder / TWIN_FOLDER,
+        n_tokens=manifest.n_tokens_asked,
+        split=manifest.split,  # pyright: ignore[reportArgumentType]
+        context_size=manifest.context_size,
+        windows_per_shard=manifest.windows_per_shard,
+        text_column=manifest.text_column,
+        sae_name=f"random twin of {manifest.sae}",
+        resume=(cache.folder / TWIN_FOLDER).is_dir(),
+    )
+    others: dict[str, Any] = {"explainers": explainers, "judges": judges, "workers": workers}
+    return run_autointerp(FeatureCache.open(folder), model.tokenizer, config, sae=twin, **others)
+
+
+def twin_cache(cache: FeatureCache, sae: Any, seed: int = 0) -> tuple[FeatureCache, Any] | None:
+    """Return the random twin's cache and the twin, where an earlier run has finished it."""
+    try:
+        return FeatureCache.open(cache.folder / TWIN_FOLDER), random_twin(sae, seed=seed)
+    except SaeItalianError:
+        return None

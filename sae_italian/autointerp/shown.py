@@ -1,14 +1,92 @@
-"""What explainers and judges that read text are shown of a latent: the draws of the cache as examples with their text."""
+"""What explainers and judges are shown of a latent: the draws of the cache, as arrays and, where it is read, as text."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any
 
-from sae_italian.autointerp.examples import Activity, Draw, ExampleSource
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from sae_italian.autointerp.examples import Activity, ExampleSource
 from sae_italian.autointerp.negatives import MARK_SHARE, NegativeSource
-from sae_italian.autointerp.protocols import FUZZING_NEGATIVES, SEGMENT_NEGATIVES, Example, LatentExamples
+from sae_italian.autointerp.protocols import SEGMENT_NEGATIVES, Example, LatentExamples, Negatives
+from sae_italian.cache import FeatureCache
 
 N_SIMULATED = 5  # strongest segments of the simulation, and as many random ones (Cunningham et al. 2023)
+LEAST_PAIRS = 10  # positives and negatives below which a source of negatives is not scored
+
+
+class Segments:
+    """Segments of one latent, each laid out once whatever is asked about it."""
+
+    def __init__(self, source: ExampleSource, activity: Activity, *parts: Int[np.ndarray, " n"]):
+        self.source, self.activity = source, activity
+        self.segments = np.concatenate(parts)
+        self.first = np.cumsum([0, *map(len, parts)])  # row that each part begins at
+        self.grid = source.grid(self.segments)
+        self.doc = source.doc[self.segments]
+        self.known: dict[Any, Any] = {}  # what a judge worked out on all of them
+
+
+class ExampleSet(Sequence[Example]):
+    """Some segments under one question: arrays for who computes, an `Example` with its text for who reads."""
+
+    def __init__(
+        self,
+        segments: Segments,
+        rows: Int[np.ndarray, " n"],
+        *,
+        negatives: Sequence[str] = (),  # the source of each, "" for a positive; without any all are positives
+        pair: Int[np.ndarray, " n"] | None = None,
+        decile: Int[np.ndarray, " n"] | None = None,
+        marks: Bool[np.ndarray, "n width"] | None = None,
+    ):
+        unknown = np.full(len(rows), -1)
+        self.segments, self.rows, self.marks = segments, rows, marks
+        self.negatives = np.array(negatives if len(negatives) else [""] * len(rows), dtype="U16")
+        self.pair, self.decile = unknown if pair is None else pair, unknown if decile is None else decile
+        self.document = segments.doc[rows]
+        self._example = lru_cache(None)(self._read)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._example(int(index) % len(self))
+
+    def _read(self, i: int) -> Example:
+        name: Any = str(self.negatives[i]) or None
+        more = {"negatives": name, "decile": int(self.decile[i]), "pair": int(self.pair[i])}
+        segment = int(self.segments.segments[self.rows[i]])
+        marks = None if self.marks is None else self.marks[i]
+        return self.segments.source.example(self.segments.activity, segment, marks=marks, **more)
+
+    @cached_property
+    def activations(self) -> list[Float[np.ndarray, " tokens"]]:
+        """The latent's activation at each token of each segment."""
+        grid = self.segments.grid[self.rows]
+        values = self.segments.source.values(self.segments.activity, grid)
+        return [own[: int(n)] for own, n in zip(values, (grid >= 0).sum(axis=1), strict=True)]
+
+    @cached_property
+    def questions(self) -> dict[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
+        """By source of negatives, which examples are its negatives' positives and which its negatives, if there are enough."""
+        found = {}
+        positive = np.flatnonzero(self.negatives == "")
+        for source in dict.fromkeys(self.negatives[self.negatives != ""].tolist()):
+            there = np.flatnonzero(self.negatives == source)
+            paired = np.zeros(int(self.pair.max(initial=0)) + 1, dtype=bool)
+            paired[self.pair[there]] = True
+            here = positive[paired[self.pair[positive]]]
+            if min(len(here), len(there)) >= LEAST_PAIRS:
+                found[source] = here, there
+        return found
 
 
 def latent_examples(
@@ -16,86 +94,84 @@ def latent_examples(
     latent: int,
     *,
     n_train: int = 40,
-    n_val: int = 20,
     n_test: int = 50,
+    sources: Sequence[Negatives] = SEGMENT_NEGATIVES,
     promoted: tuple[str, ...] = (),
 ) -> LatentExamples:
-    """Return the examples of one latent. The same seed and sizes give the same ones, whoever asks."""
+    """Return the examples of one latent, none of a part whose number is 0; the same seed and numbers give the same ones."""
+    activity = negatives.source.activity(latent)
+    train, maximum = _train(negatives, latent, activity, n_train) if n_train else ((), 0.0)
+    test = _test(negatives, latent, activity, n_test, sources) if n_test else ((), (), ())
+    return LatentExamples(latent, maximum, train, *test, promoted)
+
+
+def _train(negatives: NegativeSource, latent: int, activity: Activity, n: int) -> tuple[ExampleSet, float]:
+    """Return the training examples, and the latent's largest activation in all training documents."""
+    in_train = activity.value[negatives.source.position_part[activity.position] == 0]
+    draw = negatives.draw(latent, activity, "train", n)
+    _, silent = draw.pairs("random")
+    segments = Segments(negatives.source, activity, draw.positive, silent)
+    values = negatives.source.values(activity, segments.grid)
+    marks = (values > 0) & (values >= MARK_SHARE * values.max(axis=1, keepdims=True, initial=0.0))
+    n_positive, unpaired = len(draw.positive), np.full(len(silent), -1)
+    shown = ExampleSet(
+        segments,
+        np.arange(len(segments.segments)),
+        negatives=[""] * n_positive + ["random"] * len(silent),
+        pair=np.concatenate([np.arange(n_positive), unpaired]),
+        decile=np.concatenate([draw.decile, unpaired]),
+        marks=marks,
+    )
+    return shown, float(in_train.max(initial=0.0))
+
+
+def _test(
+    negatives: NegativeSource, latent: int, activity: Activity, n: int, sources: Sequence[Negatives]
+) -> tuple[ExampleSet, ExampleSet, ExampleSet]:
+    """Return the test examples whole, those with marks, and those to simulate."""
     source = negatives.source
-    activity = source.activity(latent)
-    train = negatives.draw(latent, activity, "train", n_train)
-    val = negatives.draw(latent, activity, "val", n_val)
-    test = negatives.draw(latent, activity, "test", n_test)
-    in_train = activity.value[source.position_part[activity.position] == 0]
-    return LatentExamples(
-        latent=latent,
-        maximum=float(in_train.max(initial=0.0)),
-        train=tuple(_train(source, activity, train)),
-        val=tuple(segments(source, activity, val)),
-        test=tuple(segments(source, activity, test)),
-        marked=tuple(marked(negatives, latent, activity, test)),
-        simulation=tuple(simulated(source, latent, activity)),
-        promoted=promoted,
+    draw = negatives.draw(latent, activity, "test", n, sources)
+    top, _ = source.positives(latent, activity, "test", N_SIMULATED, "top")
+    drawn, tenth = source.positives(latent, activity, "test", 3 * N_SIMULATED, "random")
+    others = ~np.isin(drawn, top)
+    drawn, tenth = drawn[others][:N_SIMULATED], tenth[others][:N_SIMULATED]
+    segments = Segments(source, activity, draw.positive, *draw.negative.values(), top, drawn)
+    first = dict(zip(("silent-token", *draw.negative), segments.first.tolist(), strict=False))
+
+    whole = [np.flatnonzero(own >= 0) for own in draw.negative.values()]
+    test = _shown(segments, first, draw.negative, np.arange(len(draw.positive)), whole, decile=draw.decile)
+    marks = negatives.marked(latent, activity, draw)
+    usable = np.flatnonzero(np.any([own.rows for own in marks.values()], axis=0))
+    there = [np.flatnonzero(own.rows) for own in marks.values()]
+    masks = [own.negative[rows] for own, rows in zip(marks.values(), there, strict=True)]
+    masks = np.concatenate([marks["silent-token"].positive[usable], *masks])
+    marked = _shown(segments, first, marks, usable, there, marks=masks)
+    deciles = np.concatenate([np.full(len(top), -1), tenth])
+    return test, marked, ExampleSet(segments, segments.first[-3] + np.arange(len(deciles)), decile=deciles)
+
+
+def _shown(
+    segments: Segments,
+    first: dict[Any, int],
+    names: Any,
+    positive: Int[np.ndarray, " n"],
+    there: list[Int[np.ndarray, " m"]],
+    *,
+    decile: Int[np.ndarray, " n"] | None = None,
+    marks: Bool[np.ndarray, "all width"] | None = None,
+) -> ExampleSet:
+    """Return the positives of some rows, and of each source the negatives paired with the rows `there`."""
+    rows = [first[name] + own for name, own in zip(names, there, strict=True)]
+    sources = [name for name, own in zip(names, there, strict=True) for _ in own]
+    pair = np.concatenate([positive, *there])
+    tenths = None if decile is None else np.concatenate([decile, np.full(len(sources), -1)])
+    all_names = [""] * len(positive) + sources
+    return ExampleSet(
+        segments, np.concatenate([positive, *rows]), negatives=all_names, pair=pair, decile=tenths, marks=marks
     )
 
 
-def _train(source: ExampleSource, activity: Activity, draw: Draw) -> list[Example]:
-    values = source.values(activity, source.grid(draw.positive))
-    marks = (values > 0) & (values >= MARK_SHARE * values.max(axis=1, keepdims=True, initial=0.0))
-    shown = [
-        source.example(activity, int(segment), marks=marks[row], decile=int(draw.decile[row]), pair=row)
-        for row, segment in enumerate(draw.positive)
-    ]
-    _, silent = draw.pairs("random")
-    return shown + [source.example(activity, int(segment), negatives="random") for segment in silent]
-
-
-def segments(source: ExampleSource, activity: Activity, draw: Draw) -> list[Example]:
-    """Return a draw's positives and then the negatives of each source, tied to their positives by `pair`."""
-    shown = [
-        source.example(activity, int(segment), decile=int(draw.decile[row]), pair=row)
-        for row, segment in enumerate(draw.positive)
-    ]
-    for name in SEGMENT_NEGATIVES:
-        for row, segment in enumerate(draw.negative.get(name, ())):
-            if segment >= 0:
-                shown.append(source.example(activity, int(segment), negatives=name, pair=row))
-    return shown
-
-
-def marked(negatives: NegativeSource, latent: int, activity: Activity, draw: Draw) -> list[Example]:
-    """Return a draw's positives with their marks, and then each source's negatives with as many."""
-    source = negatives.source
-    marks = negatives.marked(latent, activity, draw)
-    usable = np.any([own.rows for own in marks.values()], axis=0)
-    shown = [
-        source.example(activity, int(draw.positive[row]), marks=marks["silent-token"].positive[row], pair=row)
-        for row in np.flatnonzero(usable).tolist()
-    ]
-    for name in FUZZING_NEGATIVES:
-        if name not in marks:
-            continue
-        other = draw.positive if name == "silent-token" else draw.negative[name]
-        shown += [
-            source.example(activity, int(other[row]), negatives=name, marks=marks[name].negative[row], pair=row)
-            for row in np.flatnonzero(marks[name].rows).tolist()
-        ]
-    return shown
-
-
-def simulated(source: ExampleSource, latent: int, activity: Activity, n: int = N_SIMULATED) -> list[Example]:
-    """Return the strongest test segments (decile -1), then as many random others on which the latent is active."""
-    top, drawn, decile = simulated_segments(source, latent, activity, n)
-    return [source.example(activity, int(segment)) for segment in top] + [
-        source.example(activity, int(segment), decile=int(tenth)) for segment, tenth in zip(drawn, decile, strict=True)
-    ]
-
-
-def simulated_segments(
-    source: ExampleSource, latent: int, activity: Activity, n: int = N_SIMULATED
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the strongest test segments, as many random others, and the tenth of each of these."""
-    top, _ = source.positives(latent, activity, "test", n, "top")
-    drawn, decile = source.positives(latent, activity, "test", 3 * n, "random")
-    others = ~np.isin(drawn, top)
-    return top, drawn[others][:n], decile[others][:n]
+def promoted_tokens(cache: FeatureCache, strings: list[str], latent: int) -> tuple[str, ...]:
+    """Return the tokens whose logits a latent raises most, of those whose text is given."""
+    ids = np.asarray(cache.statistics["promoted_ids"][latent]).tolist()
+    return tuple(strings[token].strip() for token in ids if token < len(strings))

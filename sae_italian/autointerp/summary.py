@@ -1,24 +1,31 @@
-"""The SAE-level table: how well its latents are explained, and what the same numbers are for the controls."""
+"""Tables of a store: how well latents are explained, what the same numbers are for the controls, who does better."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
+from sae_italian.autointerp.judges import RULE
 from sae_italian.autointerp.protocols import FUZZING_NEGATIVES, SEGMENT_NEGATIVES
-from sae_italian.autointerp.run import EXPLAINER, LOOKUP, SHUFFLED
-from sae_italian.autointerp.scorers.by_rule import GAIN
+from sae_italian.autointerp.run import NOTHING_SAID, SHUFFLED, stored_config
+from sae_italian.autointerp.scorers import SCORERS
+from sae_italian.autointerp.scorers.binary import GAIN, HEADLINE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
-from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.store import NOW, Store
+from sae_italian.base.labels import label
+from sae_italian.base.report import plain, shown, table
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
 
 GOOD = 0.8  # balanced accuracy from which a latent counts as detected
-HEADLINE = {"detection": "random", "fuzzing": "silent-token"}  # the negatives behind a score named without any
 ENOUGH = 300  # latents from which a summary may stand for an SAE
+COLUMNS = ("detection", "fuzzing", "simulation", "shuffled_detection", "lookup_detection", "gain_over_lookup")
+_HEADLINE = {**HEADLINE, "simulation": TOP}
+_SOURCES = {"detection": SEGMENT_NEGATIVES, "fuzzing": FUZZING_NEGATIVES}
 
 
 @dataclass(frozen=True)
@@ -57,46 +64,32 @@ class AutointerpSummary:
     enough: bool  # at least 300 latents were drawn at random, or all there are
 
     def as_dict(self) -> dict[str, Any]:
-        return _plain({name: getattr(self, name) for name in self.__dataclass_fields__})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate):
-        return value.as_dict()
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        """Return the summary as plain JSON values."""
+        return plain(self)
 
 
 def summarise(
-    path: Path, identity: dict[str, Any] | None = None, *, explainer: str = EXPLAINER, judge: str = "rule"
+    path: Path, identity: dict[str, Any] | None = None, *, explainer: str = EXPLAINER, judge: str = RULE
 ) -> AutointerpSummary:
     """Return the summary of a store for one explainer and judge, the rules and the rule judge by default."""
     with Store(path, identity or {}) as store:
         statuses = [explanation.status for _, explanation in store.explanations(explainer).values()]
 
-        def values(
-            scorer: str,
-            metric: str = "balanced_accuracy",
-            *,
-            who: str = explainer,
-            control: str = "",
-            by: str = judge,
-            negatives: str | None = None,
-        ) -> dict[int, float]:
-            return store.values(
-                explainer=who,
-                control=control,
-                scorer=scorer,
-                metric=metric,
-                judge=by,
-                negatives=negatives or HEADLINE.get(scorer, TOP),
-            )
+        def values(scorer: str, negatives: str = "", metric: str = "", **where: str) -> dict[int, float]:
+            where = {"explainer": explainer, "judge": judge, "control": ""} | where
+            negatives, metric = negatives or _HEADLINE[scorer], metric or SCORERS[scorer].metric
+            return store.values(scorer=scorer, negatives=negatives, metric=metric, **where)
 
-        def lookup(scorer: str, metric: str = "balanced_accuracy") -> dict[int, float]:
-            return values(scorer, metric, who=LOOKUP, by="rule")
-
-        own = values("detection")
+        lookup = {"explainer": LOOKUP, "judge": RULE}
+        means = {name: _mean(values(name)) for name in _HEADLINE}
+        means |= {f"shuffled_{name}": _mean(values(name, control=SHUFFLED)) for name in _HEADLINE}
+        means |= {f"lookup_{name}": _mean(values(name, **lookup)) for name in _HEADLINE}
+        for answer in ("yes", "no"):
+            means[f"always_{answer}"] = _mean(values("detection", explainer=EXPLAINER, judge=f"always-{answer}"))
+        detected, looked_up = values("detection"), values("detection", **lookup)
+        both = {latent: looked_up[latent] for latent in detected if latent in looked_up}
+        better = _better(store, explainer, judge)
+        sources = [(scorer, name) for scorer, names in _SOURCES.items() for name in names]
         return AutointerpSummary(
             explainer=explainer,
             judge=judge,
@@ -104,58 +97,115 @@ def summarise(
             n_explained=statuses.count("ok"),
             n_too_few=statuses.count("too few activations"),
             n_dead=statuses.count("dead"),
-            detection=_mean(own),
-            fuzzing=_mean(values("fuzzing")),
-            simulation=_mean(values("simulation", "correlation")),
-            simulation_random=_mean(values("simulation", "correlation", negatives=RANDOM)),
-            share_detected=_share(own, lambda value: value >= GOOD),
-            shuffled_detection=_mean(values("detection", control=SHUFFLED)),
-            shuffled_fuzzing=_mean(values("fuzzing", control=SHUFFLED)),
-            shuffled_simulation=_mean(values("simulation", "correlation", control=SHUFFLED)),
-            lookup_detection=_mean(lookup("detection")),
-            lookup_fuzzing=_mean(lookup("fuzzing")),
-            lookup_simulation=_mean(lookup("simulation", "correlation")),
-            lookup_share_detected=_share(lookup("detection"), lambda value: value >= GOOD),
-            gain_over_lookup=_mean(values("detection", GAIN)),
-            only_token=_only_token(store, own, lookup("detection"), explainer, judge),
-            always_yes=_mean(values("detection", by="always-yes", who=EXPLAINER)),
-            always_no=_mean(values("detection", by="always-no", who=EXPLAINER)),
-            by_negatives=_by_negatives(lambda scorer, negatives: values(scorer, negatives=negatives)),
-            gains=_by_negatives(lambda scorer, negatives: values(scorer, GAIN, negatives=negatives)),
-            by_decile=[_mean(values("detection", f"tpr_decile_{tenth}")) for tenth in range(10)],
-            enough=len(statuses) >= ENOUGH or not _drawn(store),
+            **means,
+            simulation_random=_mean(values("simulation", RANDOM)),
+            share_detected=_share(list(detected.values())),
+            lookup_share_detected=_share(list(looked_up.values())),
+            gain_over_lookup=_mean(values("detection", metric=GAIN)),
+            only_token=_share([0.0 if latent in better else value for latent, value in both.items()]),
+            by_negatives=_nested({(scorer, name): values(scorer, name) for scorer, name in sources}),
+            gains=_nested({(scorer, name): values(scorer, name, GAIN) for scorer, name in sources}),
+            by_decile=[_mean(values("detection", metric=f"tpr_decile_{tenth}")) for tenth in range(10)],
+            enough=len(statuses) >= ENOUGH or stored_config(store).latents is None,
         )
 
 
-def _by_negatives(values: Callable[[str, str], dict[int, float]]) -> dict[str, dict[str, Estimate]]:
-    sources = (("detection", SEGMENT_NEGATIVES), ("fuzzing", FUZZING_NEGATIVES))
-    found = {scorer: {name: values(scorer, name) for name in names} for scorer, names in sources}
-    return {scorer: {name: _mean(rows) for name, rows in by.items() if rows} for scorer, by in found.items()}
-
-
-def _only_token(store: Store, own: dict[int, float], lookup: dict[int, float], explainer: str, judge: str) -> Estimate:
-    """A latent is only a token when the lookup detects it and the interval of the explanation's gain reaches 0."""
+def _better(store: Store, explainer: str, judge: str) -> set[int]:
+    """Return the latents explained better than by token lookup: the interval of the gain is above 0."""
     lows = store.connection.execute(
-        """SELECT score.latent, score.lo, score.value FROM score JOIN explanation ON explanation.id = score.explanation_id
+        """SELECT score.latent, coalesce(score.lo, score.value) FROM score JOIN explanation ON explanation.id = explanation_id
            WHERE explainer = ? AND judge = ? AND control = '' AND scorer = 'detection' AND negatives = 'random'
-             AND metric = ?""",
+             AND metric = ? AND value IS NOT NULL""",
         (explainer, judge, GAIN),
     )
-    better = {latent for latent, lo, value in lows if (value if lo is None else lo) > 0}
-    return _share(
-        {latent: lookup[latent] if latent not in better else 0.0 for latent in own if latent in lookup},
-        lambda value: value >= GOOD,
-    )
+    return {latent for latent, low in lows if low > 0}
 
 
-def _drawn(store: Store) -> bool:
-    """True when the store holds a draw of the latents, not all of them."""
-    return dict(store.connection.execute("SELECT key, value FROM run")).get("latents", "null") != "null"
+def _nested(found: dict[tuple[str, str], dict[int, float]]) -> dict[str, dict[str, Estimate]]:
+    """Return means by scorer and negative source, of the sources that there are."""
+    return {
+        scorer: {name: _mean(values) for (of, name), values in found.items() if of == scorer and values}
+        for scorer in _SOURCES
+    }
 
 
 def _mean(values: dict[int, float]) -> Estimate:
     return mean_interval(np.array(list(values.values())))
 
 
-def _share(values: dict[int, float], good: Callable[[float], bool]) -> Estimate:
-    return wilson(sum(good(value) for value in values.values()), len(values))
+def _share(values: Sequence[float]) -> Estimate:
+    return wilson(sum(value >= GOOD for value in values), len(values))
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------
+
+
+def side_by_side(path: Path) -> list[AutointerpSummary]:
+    """Return one summary per explainer and judge of a run, in the order they came; controls are within each.
+
+    Of those who judge examples one by one: an encoder and the subject model only rank them.
+    """
+    with Store(path, {}) as store:
+        pairs = store.connection.execute(
+            """SELECT explainer, judge FROM score JOIN explanation ON explanation.id = score.explanation_id
+               WHERE control = '' AND judge NOT LIKE 'always-%' AND explainer != ? AND scorer = 'detection'
+                 AND explainer NOT LIKE ?
+               GROUP BY explainer, judge ORDER BY min(score.rowid)""",
+            (LOOKUP, "%" + NOW),
+        ).fetchall()
+    return [summarise(path, explainer=explainer, judge=judge) for explainer, judge in pairs]
+
+
+def comparison_table(summaries: list[AutointerpSummary], random: Sequence[AutointerpSummary] = ()) -> str:
+    """Return the summaries as a Markdown table, those of the randomly initialised SAE last.
+
+    A rule's score and an LLM's are different quantities: compare within a judge only.
+    """
+    named = [(one.explainer, one) for one in summaries] + [(f"{one.explainer}, random SAE", one) for one in random]
+    rows = [[name, one.judge, one.n_explained, *(shown(getattr(one, each)) for each in COLUMNS)] for name, one in named]
+    return table(" | ".join(["explainer", "judge", "latents", *(name.replace("_", " ") for name in COLUMNS)]), rows)
+
+
+def means(path: Path, explainer: str, judges: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the mean over latents of each judge's scores, its controls', and by how much it exceeds each control's."""
+    rows = []
+    with Store(path, {}) as store:
+        asked = store.connection.execute(
+            """SELECT judge, scorer, negatives FROM score JOIN explanation ON explanation.id = score.explanation_id
+               WHERE control = '' AND explainer = ? GROUP BY judge, scorer, negatives ORDER BY min(score.rowid)""",
+            (explainer,),
+        ).fetchall()
+        for judge, scorer, negatives in asked:
+            if judge not in judges:
+                continue
+            where = {"judge": judge, "scorer": scorer, "metric": SCORERS[scorer].metric, "negatives": negatives}
+            every = store.all_values(explainer=explainer, control="", **where)
+            own = {latent: value for latent, value in every.items() if value is not None}
+            # what failed: texts longer than the context, divergences out of reach
+            row = {**where, "n": len(own), "n_failed": len(every) - len(own), **_mean(own).as_dict()}
+            for control in (SHUFFLED, NOTHING_SAID):
+                theirs = store.values(explainer=explainer, control=control, **where)
+                both = {latent: theirs[latent] for latent in own if latent in theirs}
+                row[control] = _mean(both).as_dict()
+                row[f"over_{control}"] = _mean({latent: own[latent] - both[latent] for latent in both}).as_dict()
+            rows.append(row)
+    return rows
+
+
+def means_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the means as a Markdown table."""
+
+    def cell(numbers: dict[str, Any], form: str) -> str:
+        return shown(
+            Estimate(*(float("nan") if numbers[name] is None else numbers[name] for name in Estimate._fields)), form
+        )
+
+    head = "score | negatives | explanation | another's | empty | over another's | latents"
+    lines = []
+    for row in rows:
+        values = [cell({**each, "lo": None}, ".3f") for each in (row, row[SHUFFLED], row[NOTHING_SAID])]
+        failed = f" ({row['n_failed']} could not be scored)" if row["n_failed"] else ""
+        name = f"{label('scorer.' + row['scorer'])}, {label('metric.' + row['metric'])}"
+        source = label("negatives." + row["negatives"])
+        lines.append([name, source, *values, cell(row[f"over_{SHUFFLED}"], "+.3f"), f"{row['n']}{failed}"])
+    return table(head, lines)

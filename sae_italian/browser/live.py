@@ -19,8 +19,7 @@ from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.autointerp.now import config_of, keep
 from sae_italian.autointerp.protocols import LatentExamples
-from sae_italian.autointerp.run import STORE_FILE, AutointerpConfig
-from sae_italian.autointerp.shown import latent_examples
+from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
@@ -147,15 +146,9 @@ class Live:
     # --- explanations ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _config(self) -> AutointerpConfig:
-        return config_of(self.cache.folder / STORE_FILE)
-
-    @cached_property
     def _work(self) -> Work:
-        config = self._config
-        latents = list(range(self.cache.manifest.d_sae))
-        sizes = {"width": config.width, "n_examples": config.n_examples, "seed": config.seed}
-        return Work(self.cache, self.tokenizer, latents, self.sae, **sizes)
+        config = config_of(self.cache.folder / STORE_FILE)
+        return Work(self.cache, self.tokenizer, config, range(self.cache.manifest.d_sae), self.sae)
 
     def explain(self, latent: int) -> dict[str, Any]:
         """Return the latent's rule, made now from the cache, and an LLM's explanation where an endpoint is given.
@@ -167,11 +160,9 @@ class Live:
         found = self._work.explain(latent).explanations
         rule = next(e for e in found if e.explainer == EXPLAINER)
         if self.llm is not None and rule.status == "ok":
-            strings, promoted = self._work.places.strings, self.cache.statistics["promoted_ids"][latent]
-            tokens = tuple(strings[token].strip() for token in promoted.tolist() if token < len(strings))
-            examples = latent_examples(self._work.negatives, latent, promoted=tokens)
+            examples = self._work.examples(latent, n_test=0, promoted=self._work.promoted(latent))
             found.append(ask_llm(self.llm, examples, self._ledger))
-        not_kept = keep(store, self._work, self._config, found)
+        not_kept = keep(store, self._work, found)
         shown = [_shown(explanation) for explanation in found if explanation.explainer != LOOKUP]
         return {"latent": latent, "explanations": shown, "not_kept": not_kept}
 

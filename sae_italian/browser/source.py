@@ -13,10 +13,10 @@ import numpy as np
 from sae_italian import __version__
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.now import made_now, with_now
+from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.autointerp.run import STORE_FILE
+from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Explanation, Store
-from sae_italian.autointerp.summary import HEADLINE
-from sae_italian.autointerp.tokens import token_strings
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.storage import read_json, utc_now
 from sae_italian.browser.columns import COLUMNS, RowRecord
@@ -57,7 +57,7 @@ class LatentSource:
     ):
         self.cache, self.tokenizer, self.stats = cache, tokenizer, cache.statistics
         self.model_note, self.store_path = model_note, cache.folder / STORE_FILE
-        self.strings = token_strings(tokenizer, len(tokenizer))
+        self.strings = piece_texts(tokenizer, len(tokenizer))
         self.decoder = None if sae is None else Decoder(sae, model)
         self.contexts = ContextMaker(cache)
         self._read_results(cache.folder / RESULTS)

@@ -2,69 +2,146 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
 
-from sae_italian.cli.base import Commands, Result, engine_options, positive, unit_map
-from sae_italian.cli.llm import llm_options, settings_of
+import yaml
+from cyclopts import Parameter
 
-
-def add_commands(root: Commands) -> None:
-    text = "explain and score the latents of a cache, with controls; resumes by itself"
-    sub = root.add("autointerp", _autointerp, text)
-    sub.add_argument("cache", help="the cache")
-    sub.add_argument("--latents", type=int, help="this many live latents, drawn at random (default: all)")
-    sub.add_argument("--model", help="default: the model the cache was built with")
-    sub.add_argument("--no-random-control", action="store_true", help="leave out the randomly initialised SAE")
-    sub.add_argument("--overwrite", action="store_true", help="forget earlier explanations and scores")
-    engine_options(sub, "processes for the rules (default 1); with --engine ray the CPUs of a cluster started here")
-    llm_options(sub)
+from sae_italian.autointerp.llm.settings import LLMOptions, LLMSettings
+from sae_italian.base.errors import SaeItalianError, UsageError
+from sae_italian.cli.options import Model, Result, Seed, Workers, positive
 
 
-def _autointerp(options: argparse.Namespace) -> Result:
-    from sae_italian.autointerp import AutointerpConfig
-    from sae_italian.autointerp.llm.beside import beside_text, estimate_beside, run_beside
-    from sae_italian.autointerp.llm.client import Client
+def autointerp(
+    cache: Path,
+    /,
+    *words: str,
+    n_latents: int | None = None,
+    seed: Seed = 0,
+    model: Model = None,
+    no_random_control: bool = False,
+    overwrite: bool = False,
+    encoder: Path | None = None,
+    subject: bool = False,
+    where: Workers | None = None,
+    llm: Annotated[LLMOptions | None, Parameter(name="*")] = None,
+) -> Result:
+    """Explain and score the latents of a cache, with controls; a run that was stopped goes on.
+
+    With --encoder or --subject, explanations that are there are scored by a model that reads them: embedding, or
+    surprisal and intervention.
+
+    Args:
+        cache: Folder of the feature cache.
+        words: Rare settings, key=value: width=N (tokens of an example, 32), n_examples=N (positives per latent and part,
+            50), n_scored=N (latents that a model scores, 20), and those of the language model.
+        n_latents: Live latents, drawn at random; default: all.
+        no_random_control: Leave out the randomly initialised SAE.
+        overwrite: Forget earlier explanations and scores; paid answers are kept.
+        encoder: Folder of a multilingual sentence encoder; default: none.
+        subject: Score with the model that the cache was built with.
+    """
     from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.cache import FeatureCache
+
+    positive(n_latents=n_latents)
+    own, others = _own(words)
+    settings = (llm or LLMOptions()).with_words(others)
+    opened = FeatureCache.open(cache)
+    n_scored = own.pop("n_scored", 20)
+    if encoder is not None or subject:
+        return _scored(opened, model, settings, encoder, subject, n_scored)
+    from sae_italian.autointerp.llm.client import Client
+
+    if settings.wants_llm and not settings.estimate:
+        Client(settings, opened.folder / STORE_FILE)  # what cannot be is said before the rules' minutes
+    config = {"latents": n_latents, "seed": seed, **own}
+    return _explained(opened, model, settings, config, not no_random_control, overwrite, where or Workers())
+
+
+def _own(words: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
+    """Return the settings of explanations and scores among `key=value` words, and the words for the language model."""
+    own: dict[str, int] = {}
+    others = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in ("width", "n_examples", "n_scored"):
+            others.append(word)
+            continue
+        number = yaml.safe_load(value)
+        if not isinstance(number, int) or number < 1:
+            raise UsageError(f"{key}={value}: a whole number of 1 or more was expected.")
+        own[key] = number
+    return own, others
+
+
+def _explained(
+    cache: Any,
+    name: str | None,
+    settings: LLMSettings,
+    numbers: dict[str, Any],
+    control: bool,
+    overwrite: bool,
+    where: Workers,
+) -> Result:
+    """Explain and score by rules, and beside these with a language model where one is asked for."""
+    from sae_italian.autointerp import AutointerpConfig
+    from sae_italian.autointerp.llm.beside import beside_text, estimate_beside, run_beside
+    from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.models import load_model
     from sae_italian.quickstart import analyse, forget_scores, table_of
 
-    positive("--latents", options.latents)
-    settings = settings_of(options)
-    llm = settings.wants_llm
-    cache = FeatureCache.open(options.cache)
-    if llm and not options.estimate:
-        Client(settings, cache.folder / STORE_FILE)  # what cannot be is said before the rules' minutes
-    model = load_model(options.model or cache.manifest.model)
-    positive("--workers", options.workers)
-    sae = _sae_of(cache, needed=not options.no_random_control)
-    if options.overwrite:
+    config = AutointerpConfig(**numbers)
+    positive(workers=where.workers)
+    model = load_model(name or cache.manifest.model)
+    sae = _sae_of(cache, needed=control)
+    if overwrite:
         forget_scores(cache)
-    config, control = AutointerpConfig(latents=options.latents), not options.no_random_control
-    if llm and options.estimate:
+    if settings.wants_llm and settings.estimate:
         found = estimate_beside(cache, model.tokenizer, config, sae, settings, control=control)
-        return asdict(found), found.text()
-    results = analyse(
-        cache,
-        sae,
-        model,
-        card_tokens=None,
-        latents=options.latents,
-        random_control=control,
-        workers=options.workers or 1,
-        run_units=unit_map(options, cache.folder) if options.engine == "ray" else None,
-    )
-    if not llm:
-        return results, table_of(results)
-    results["llm"] = run_beside(cache, model, config, sae, settings, control=control)
-    return results, f"{table_of(results)}\n\n{beside_text(results['llm'], cache.folder / STORE_FILE)}"
+        return Result(asdict(found), found.text())
+    units = where.map(cache.folder) if where.engine == "ray" else None
+    others: dict[str, Any] = {"card_tokens": None, "workers": where.workers or 1, "run_units": units}
+    results = analyse(cache, sae, model, config=config, random_control=control, **others)
+    text = table_of(results)
+    if settings.wants_llm:
+        results["llm"] = run_beside(cache, model, config, sae, settings, control=control)
+        text += f"\n\n{beside_text(results['llm'], cache.folder / STORE_FILE)}"
+    return Result(results, text)
+
+
+def _scored(
+    cache: Any, name: str | None, settings: LLMSettings, encoder: Path | None, subject: bool, n_scored: int
+) -> Result:
+    """Score explanations that are there with models that read them: the rules', or the language model's."""
+    from sae_italian.autointerp.explainers.choose import EXPLAINER
+    from sae_italian.autointerp.llm.cost import DryClient
+    from sae_italian.autointerp.llm.explainer import LLMExplainer
+    from sae_italian.autointerp.run import STORE_FILE, score_with_models
+    from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge
+    from sae_italian.autointerp.scorers.subject import subject_judge
+    from sae_italian.autointerp.summary import means, means_table
+    from sae_italian.models import load_model
+
+    store = cache.folder / STORE_FILE
+    if not store.is_file():
+        raise UsageError(f"{cache.folder} has no explanations yet; run `sae-italian autointerp {cache.folder}` first.")
+    explainer = LLMExplainer(DryClient(settings)).name if settings.explainer == "llm" else EXPLAINER
+    model = load_model(name or cache.manifest.model)
+    judges: list[Any] = []
+    if encoder is not None:
+        judges.append(EncoderJudge(Encoder(encoder), settings.language))
+    if subject:
+        judges.append(replace(subject_judge(cache, model), language=settings.language))
+    score_with_models(cache, model.tokenizer, store, judges, latents=n_scored, explainer=explainer)
+    rows = means(store, explainer, [judge.name for judge in judges])
+    return Result(rows, means_table(rows))
 
 
 def _sae_of(cache: Any, needed: bool) -> Any:
     """Return the cache's SAE: for the random control, and for the decoder neighbours where it is still at hand."""
-    from sae_italian.base.errors import SaeItalianError
     from sae_italian.saes import load_sae
 
     try:

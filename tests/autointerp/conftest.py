@@ -1,6 +1,7 @@
 """Caches with planted latents over the tokens of a real one, and what the rules make of them."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from sae_italian.autointerp.examples import ExampleSource
 from sae_italian.autointerp.negatives import NegativeSource
 from sae_italian.autointerp.neighbours import Neighbours, find_neighbours
 from sae_italian.autointerp.places import Places
-from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.protocols import LatentExamples, Verdicts
+from sae_italian.autointerp.scorers import Asked
+from sae_italian.autointerp.shown import ExampleSet
+from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from tests.planted import planted_cache
@@ -68,6 +72,57 @@ def negatives(source, planted):
     neighbours = find_neighbours(planted, range(planted.manifest.d_sae))
     # decoder rows are random here; what matters is that the source is drawn from
     return NegativeSource(source, Neighbours(neighbours.cofiring, neighbours.decoder or {0: np.array([1, 2, 3])}))
+
+
+@dataclass(frozen=True)
+class OracleJudge:
+    """Knows the answer: balanced accuracy 1 and correlation 1, whatever the explanation."""
+
+    name: str = "oracle"
+    concurrency: int = 1
+
+    def detect(self, explanation, examples):
+        said = np.array([example.positive for example in examples], dtype=np.int64)
+        return Verdicts(said, said.astype(np.float64))
+
+    def simulate(self, explanation, examples):
+        return [example.activations for example in examples]
+
+
+class Told(list):
+    """Examples written by hand, as the scorers want them."""
+
+    def __init__(self, examples):
+        super().__init__(examples)
+        self.negatives = np.array([example.negatives or "" for example in examples])
+        self.document = np.unique([example.document for example in examples], return_inverse=True)[1]
+        self.pair, self.decile = (np.array([getattr(e, name) for e in examples]) for name in ("pair", "decile"))
+        self.activations = [example.activations for example in examples]
+        self.questions = ExampleSet.questions.func(self)
+
+
+class Says:
+    """A judge whose answers are known."""
+
+    name, concurrency = "says", 1
+
+    def __init__(self, said=(), probability=None, simulated=()):
+        self.verdicts, self.simulated = Verdicts(np.asarray(said), probability), simulated
+
+    def detect(self, explanation, examples):
+        return self.verdicts
+
+    def simulate(self, explanation, examples):
+        return self.simulated
+
+
+def scores(scorer, judge, *texts, **parts):
+    """The scores of explanations by one judge, a list for each text; `parts` are those of the latent's examples."""
+    asked = [Asked(judge, Explanation(0, "nobody", "ok", text, text, None)) for text in texts or ("",)]
+    found = [[] for _ in asked]
+    for one, score in scorer(asked, LatentExamples(0, 1.0, **parts)):
+        found[asked.index(one)].append(score)
+    return found if texts else found[0]
 
 
 def accuracies(store, scorer="detection", explainer="rules", control="", negatives=None):

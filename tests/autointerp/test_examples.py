@@ -1,12 +1,13 @@
 """Draws: parts share nothing, negatives are silent and as long as their positives, marks are equally many."""
 
+from types import SimpleNamespace
+
 import numpy as np
-import pytest
 import torch
 
 from sae_italian.autointerp.examples import ExampleSource
 from sae_italian.autointerp.negatives import MARK_SHARE, NegativeSource
-from sae_italian.autointerp.neighbours import cofiring, decoder, find_neighbours
+from sae_italian.autointerp.neighbours import find_neighbours
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.cache.read import PARTS
 from tests.autointerp.conftest import DEAD, N_PREVIOUS, N_TOKENS
@@ -69,19 +70,16 @@ def test_neighbours_negatives_show_a_neighbour_at_work(source, planted, negative
     assert len(negative) and all(active & set(positions.tolist()) for positions in source.grid(negative))
 
 
-def test_cofiring_and_decoder_neighbours_by_hand(planted):
-    found = cofiring(planted, [N_TOKENS], n=3)[N_TOKENS]
-    ours = set(planted.latent(N_TOKENS).position.tolist())
-    overlap = [
-        len(ours & (theirs := set(planted.latent(latent).position.tolist()))) / len(ours | theirs)
-        for latent in range(planted.manifest.d_sae)
-    ]
-    overlap[N_TOKENS] = -1
-    expected = np.argsort(-np.array(overlap))[:3]
-    assert [overlap[i] for i in found] == pytest.approx([overlap[i] for i in expected if overlap[i] > 0])
+def test_neighbours_come_from_the_table_and_directions_from_the_sae_where_the_table_has_none(planted):
+    ids = planted.statistics["cofiring_ids"][N_TOKENS]
+    found = find_neighbours(planted, [DEAD, N_TOKENS])
+    assert found.cofiring[N_TOKENS].tolist() == list(ids[:5]) and DEAD not in found.cofiring
+    assert found.decoder[N_TOKENS].tolist() == list(planted.statistics["decoder_ids"][N_TOKENS][:5])
+    statistics = {"cofiring_ids": [[], [0], [], []], "decoder_ids": [[]] * 4}
     directions = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [0.5, 0.5]])
-    assert decoder(directions, [0, 2], n=2)[0].tolist() == [1, 3]
-    assert DEAD not in find_neighbours(planted, [DEAD]).cofiring
+    unknown, sae = SimpleNamespace(statistics=statistics), SimpleNamespace(W_dec=directions)
+    assert find_neighbours(unknown, [0, 2]).decoder == {}
+    assert find_neighbours(unknown, [0, 2], sae).decoder[0].tolist() == [1, 3, 2]
 
 
 def test_top_decile_and_random_draws(small_cache):

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.autointerp.model_scores import N_SEGMENTS, means, score_with_models, table_of
-from sae_italian.autointerp.scorers.subject import _adding, _strength, _written
+from sae_italian.autointerp.run import N_SEGMENTS, score_with_models
+from sae_italian.autointerp.scorers.embedding import EncoderJudge
+from sae_italian.autointerp.scorers.subject import SubjectJudge, adding, strength_of, written_after
+from sae_italian.autointerp.shown import promoted_tokens
 from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.summary import means, means_table
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.scores import _logits
+from sae_italian.models.activations import logits_with_replacement
 from tests.autointerp.conftest import N_TOKENS, scores_of
 from tests.autointerp.test_scorers import Copier
 from tests.test_cli import run
@@ -41,30 +44,23 @@ def scored(planted, mini, store, tmp_path_factory):
     tokens = [int(planted.tokens[planted.latent(latent).position[0]]) for latent in range(N_TOKENS)]
     rest = [0] * (planted.manifest.d_sae - N_TOKENS)
     directions = torch.nn.functional.one_hot(torch.tensor(tokens + rest), copier.vocab).float()
-    sae = type("SAE", (), {"W_dec": directions})
+    strings = mini.tokenizer.convert_ids_to_tokens(range(len(mini.tokenizer)))
+    subject = SubjectJudge(copier, mini.tokenizer, directions, partial(promoted_tokens, planted, strings))
     for _ in range(2):  # the second time there is nothing left to do
-        score_with_models(
-            planted,
-            mini.tokenizer,
-            path,
-            latents=6,
-            encode=bag_of_letters,
-            forward=copier,
-            sae=sae,
-            explainer="quotes",
-        )
+        judges = (EncoderJudge(bag_of_letters), subject)
+        score_with_models(planted, mini.tokenizer, path, judges, latents=6, explainer="quotes")
     return path
 
 
 def test_a_true_explanation_beats_another_latents_and_an_empty_one(scored):
-    rows = {(row["scorer"], row["negatives"]): row for row in means(scored, "quotes")}
+    rows = {(row["scorer"], row["negatives"]): row for row in means(scored, "quotes", ("encoder", "subject"))}
     surprise, effect = rows["surprisal", "random"], rows["intervention", "none"]
     assert surprise["n"] == effect["n"] == 6
     assert surprise["value"] > 0.75 and surprise["over_shuffled"]["lo"] > 0.1 and surprise["over_empty"]["lo"] > 0
     assert abs(surprise["shuffled"]["value"] - 0.5) < 0.15
     assert effect["over_shuffled"]["lo"] > 0.1 and effect["over_empty"]["lo"] > 0
     assert ("intervention", "promoted") in rows and ("embedding", "random") in rows
-    lines = table_of(list(rows.values())).splitlines()
+    lines = means_table(list(rows.values())).splitlines()
     assert len(lines) == len(rows) + 2 and any("promoted tokens" in line for line in lines)
 
 
@@ -89,29 +85,33 @@ def test_a_direction_of_the_real_model_makes_it_write_the_word(mini, planted):
     """The mini model and a direction whose effect is known, the unembedding of a word: at the strength that is searched
     the divergence is as wanted and the word is written, clean text has it rarely. (That the mini model then also says so
     when asked is not to be expected: it cannot follow a question.)"""
-    forward = partial(_logits, mini, "blocks.2.hook_resid_post")
+
+    def forward(tokens, replace=None):
+        return logits_with_replacement(mini, tokens, "blocks.2.hook_resid_post", replace or (lambda x: x))
+
     rows = planted.tokens.reshape(-1, planted.manifest.context_size)[:12, :16].astype(np.int64)
     tokens = torch.from_numpy(rows)
     for word in ("dice", "anni", "casa"):
         (token,) = mini.tokenizer(word, add_special_tokens=False)["input_ids"]
         direction = mini.get_output_embeddings().weight[token].detach()
-        strength, reached = _strength(forward, tokens, direction, 2.0)
+        strength, reached = strength_of(forward, tokens, direction, 2.0)
         assert reached == pytest.approx(2.0, rel=0.1)
-        changed, clean = (_written(forward, tokens, r, 0) for r in (_adding(direction, strength), None))
+        changed, clean = (written_after(forward, tokens, r, 0) for r in (adding(direction, strength), None))
         shares = [float((written == token).any(dim=1).float().mean()) for written in (changed, clean)]
         assert shares[0] > 0.35 and shares[1] < 0.2
 
 
 def test_what_does_not_fit_the_context_fails_and_is_no_end(planted, mini, store, tmp_path):
     path = shutil.copy(store, tmp_path / "store")
-    score_with_models(planted, mini.tokenizer, path, latents=2, forward=Copier(len(mini.tokenizer)), context=20)
+    judge = SubjectJudge(Copier(len(mini.tokenizer)), mini.tokenizer, context=20)
+    score_with_models(planted, mini.tokenizer, path, [judge], latents=2)
     with Store(path, {}) as opened:
         (latent, *_) = opened.scored("rules", "subject")
         rows = [row for row in scores_of(opened, latent) if row["judge"] == "subject"]
     assert rows and all(row["value"] is None and row["n_failed"] > 0 for row in rows)
-    summary = means(path, "rules")
-    assert summary and all((row["n"], row["n_failed"], row["value"]) == (0, 2, None) for row in summary)
-    assert "| - | - | - | - | 0 (2 could not be scored) |" in table_of(summary)
+    summary = means(path, "rules", ["subject"])
+    assert summary[0]["n_failed"] == 2 and all((row["n"], row["value"]) == (0, None) for row in summary)
+    assert "| - | - | - | - | 0 (2 could not be scored) |" in means_table(summary)
 
 
 def test_scores_of_a_cache_rebuilt_since_or_of_nobody_are_refused(planted, mini, store, tmp_path):
@@ -120,16 +120,14 @@ def test_scores_of_a_cache_rebuilt_since_or_of_nobody_are_refused(planted, mini,
     again = planted_cache(planted, tmp_path / "again", [planted.latent(0).position[::2]], mini)
     path = shutil.copy(store, tmp_path / "store")
     with pytest.raises(UsageError, match="another cache"):
-        score_with_models(again, mini.tokenizer, path, latents=2, encode=bag_of_letters)
+        score_with_models(again, mini.tokenizer, path, [EncoderJudge(bag_of_letters)], latents=2)
     with pytest.raises(UsageError, match="no explanations by 'llm:x'; there are those of: rules, token-lookup"):
-        score_with_models(planted, mini.tokenizer, path, latents=2, encode=bag_of_letters, explainer="llm:x")
+        score_with_models(planted, mini.tokenizer, path, [EncoderJudge(bag_of_letters)], latents=2, explainer="llm:x")
 
 
 def test_the_command_scores_with_the_subject_model(capsys, planted, store, tmp_path):
     """On a cache whose store and SAE are at hand: the table has the controls, a rerun computes nothing."""
     assert store.parent == planted.folder
     cache = shutil.copytree(planted.folder, tmp_path / "cache")
-    code, _, err = run(capsys, "scores", cache, "--subject", "--explainer", "nobody", "--latents", 1)
-    assert code == 2 and "no explanations by 'nobody'" in err and len(err.strip().splitlines()) == 1
-    code, out, _ = run(capsys, "scores", cache, "--subject", "--latents", 1)
-    assert code == 0 and "over another's" in out and "| intervention, log probability gain |" in out
+    code, out, _ = run(capsys, "autointerp", cache, "n_scored=1", "--subject")
+    assert code == 0 and "over another's" in out and "| Intervention, log-probability gain (nats) |" in out

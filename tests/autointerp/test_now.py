@@ -8,11 +8,10 @@ import sqlite3
 import pytest
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp
-from sae_italian.autointerp.compare import side_by_side
 from sae_italian.autointerp.now import config_of, keep, made_now, with_now
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
-from sae_italian.autointerp.summary import summarise
+from sae_italian.autointerp.summary import side_by_side, summarise
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache
@@ -28,7 +27,7 @@ def cache(small_cache, tmp_path):
 
 @pytest.fixture
 def work(cache, mini):
-    return Work(cache, mini.tokenizer, list(range(256)), None, width=32, n_examples=20, seed=0)
+    return Work(cache, mini.tokenizer, CONFIG, range(256))
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_what_is_kept_is_marked_and_has_its_scores(cache, work, explained):
     path = cache.folder / STORE_FILE
     llm = Explanation(explained[0].latent, "llm:prova:it1", "ok", "parole", "", None, "llm", "", {"examples": 3})
     failed = llm._replace(explainer="llm:altra:it1", status="failed", text_it="")
-    assert keep(path, work, CONFIG, [*explained, llm, failed]) == ""
+    assert keep(path, work, [*explained, llm, failed]) == ""
     assert set(names(path)) == {"rules@now", "token-lookup@now", "llm:prova:it1@now"}
     with Store(path, {}) as store:
         mine = store.explanations_of(explained[0].latent)
@@ -57,7 +56,7 @@ def test_what_is_kept_is_marked_and_has_its_scores(cache, work, explained):
             explainer="rules@now", control="", scorer="detection", metric="balanced_accuracy", negatives="random"
         )
     assert 0 <= detection[explained[0].latent] <= 1
-    assert keep(path, work, CONFIG, explained) == ""  # again: in its place, with its scores
+    assert keep(path, work, explained) == ""  # again: in its place, with its scores
     with Store(path, {}) as store:
         assert len(store.explanations_of(explained[0].latent)) == 3
 
@@ -65,7 +64,7 @@ def test_what_is_kept_is_marked_and_has_its_scores(cache, work, explained):
 def test_a_run_counts_nothing_that_was_made_on_demand(cache, work, explained, mini):
     """First the demand, then the run: whatever its settings, it claims the store, and its summary is its own."""
     path = cache.folder / STORE_FILE
-    keep(path, work, CONFIG, explained)
+    keep(path, work, explained)
     run_autointerp(cache, mini.tokenizer, AutointerpConfig(latents=4, n_examples=10))
     assert config_of(path).n_examples == 10
     found = summarise(path)
@@ -73,7 +72,7 @@ def test_a_run_counts_nothing_that_was_made_on_demand(cache, work, explained, mi
     with Store(path, {}) as store:
         drawn = set(store.explanations("rules"))
     other = next(own for k in range(256) if k not in drawn and (own := work.explain(k).explanations)[0].status == "ok")
-    keep(path, work, CONFIG, other)
+    keep(path, work, other)
     assert summarise(path).as_dict() == found.as_dict()
     run_autointerp(cache, mini.tokenizer, AutointerpConfig(latents=4, n_examples=10))  # goes on where it was
     assert summarise(path).as_dict() == found.as_dict()
@@ -85,19 +84,19 @@ def test_what_a_run_says_already_is_not_kept_again(cache, work, mini):
     with Store(path, {}) as store:
         latent = next(k for k, (_, e) in store.explanations("rules").items() if e.status == "ok")
         before = store.explainers()
-    keep(path, work, CONFIG, work.explain(latent).explanations)
+    keep(path, work, work.explain(latent).explanations)
     assert names(path) == before
 
 
 def test_a_dead_latent_leaves_no_store(cache, work):
     dead = [Explanation(1, name, "dead", "", "", None) for name in ("rules", "token-lookup")]
-    assert keep(cache.folder / STORE_FILE, work, CONFIG, dead) == "" and not (cache.folder / STORE_FILE).exists()
+    assert keep(cache.folder / STORE_FILE, work, dead) == "" and not (cache.folder / STORE_FILE).exists()
 
 
 def test_a_store_of_another_cache_says_why_nothing_is_kept(cache, work, explained):
     with Store(cache.folder / STORE_FILE, {"cache": "another"}) as store:
         store.add_explanations([Explanation(0, "rules", "ok", "a", "a", None)])
-    assert "another cache" in keep(cache.folder / STORE_FILE, work, CONFIG, explained)
+    assert "another cache" in keep(cache.folder / STORE_FILE, work, explained)
 
 
 def test_on_demand_fills_the_places_a_run_left_empty():

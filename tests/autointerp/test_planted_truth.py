@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp import run_autointerp, summarise
-from sae_italian.autointerp.judges import OracleJudge
 from sae_italian.autointerp.store import Store
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
-from tests.autointerp.conftest import accuracies
+from tests.autointerp.conftest import OracleJudge, accuracies
 from tests.planted import gold_positions, noisy, planted_cache
 
 MORPHOLOGY = ("gender", "number", "person", "tense", "mood", "verbform", "gender+number", "upos+gender+number", "upos")

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sae_italian.autointerp.explainers.choose import RuleExplainer, best_threshold, rule_of
-from sae_italian.autointerp.explainers.keys import FAMILIES, LEAST_Z, Counts, KeyRule, _grouped, fit_keys
-from sae_italian.autointerp.explainers.text import describe
-from sae_italian.autointerp.explainers.tree import Path, TreeRule, fit_tree
-from sae_italian.autointerp.explainers.trie import fit_trie
+from sae_italian.autointerp.explainers.choose import RuleExplainer, best_threshold
+from sae_italian.autointerp.explainers.counts import LEAST_Z, Counts, grouped
+from sae_italian.autointerp.explainers.fit import FAMILIES, fit_keys, fit_tree, fit_trie
+from sae_italian.autointerp.explainers.rules import KeyRule, Path, TreeRule, rule_of
+from sae_italian.autointerp.explainers.text import describe, statement
+from sae_italian.autointerp.pieces import piece_bytes, piece_texts
 from sae_italian.autointerp.places import View, enclitic, shape_of
 from sae_italian.autointerp.protocols import LatentExamples
-from sae_italian.autointerp.tokens import token_bytes, token_strings
 from tests.autointerp.conftest import N_PREVIOUS, N_TOKENS
 from tests.corpora.test_packing import TOKENIZERS
 
@@ -88,9 +88,9 @@ def test_pieces_add_up_to_the_text(name):
     tokenizer = TOKENIZERS[name]
     text = "perché la città è bella, l'università no"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = token_bytes(tokenizer, len(tokenizer))
+    pieces = piece_bytes(tokenizer, len(tokenizer))
     assert b"".join(pieces[i] for i in ids).decode("utf-8").strip() == text
-    assert len(token_strings(tokenizer, len(tokenizer))) == len(tokenizer)
+    assert len(piece_texts(tokenizer, len(tokenizer))) == len(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_enclitics(word, pronoun):
 
 @given(hnp.arrays(np.int32, st.integers(0, 30), elements=st.integers(0, 9)))
 def test_numbers_are_grouped_as_by_sorting(number):
-    known, group = _grouped(number, 10)
+    known, group = grouped(number, 10)
     expected, index = np.unique(number, return_inverse=True)
     assert known.tolist() == expected.tolist() and group.tolist() == index.tolist()
 
@@ -179,7 +179,7 @@ def test_an_ending_is_found_as_an_ending(places, source, planted, negatives):
     position = np.flatnonzero((keys == key) & (source.segment_of >= 0))
     activity = planted_activity(source, position)
     rule, lookup = RuleExplainer(places, negatives, 40).rules(0, activity)
-    assert rule.family.startswith("suffix") and "in -" in describe(rule, "it") and rule.precision > 0.9
+    assert rule.family.startswith("suffix") and "in -" in describe(rule, "it") and rule.figures().precision > 0.9
     assert "at the end of words in -" in describe(rule, "en")
     assert lookup.family == "token" and rule_of(rule.as_dict()).as_dict() == rule.as_dict()
 
@@ -202,14 +202,14 @@ def test_the_trie_tells_a_token_in_one_context_from_the_token(places, source):
     counts_ = Counts(places, planted_activity(source, position))
     trie = fit_trie(counts_)
     assert trie.levels[1].keys.tolist() == [common] and trie.levels[1].rates[0] > 0.9
-    rates = trie.predict(View(places, position[:20, None]))
+    rates = trie.at(View(places, position[:20, None]), "rate")
     assert (rates > 0.9).all()
     token = source.tokens[position[0]]
     elsewhere = np.flatnonzero((source.tokens == token) & (places.bigram != common) & (source.segment_of >= 0))
-    assert (trie.predict(View(places, elsewhere[:20, None])) < 0.1).all()
-    assert trie.precision < 1 or trie.recall == 1
+    assert (trie.at(View(places, elsewhere[:20, None]), "rate") < 0.1).all()
+    assert trie.figures().precision < 1 or trie.figures().recall == 1
     again = rule_of(trie.as_dict())
-    assert (again.predict(View(places, position[:20, None])) == rates).all()
+    assert (again.at(View(places, position[:20, None]), "rate") == rates).all()
 
 
 def test_the_tree_joins_two_conditions(places, source):
@@ -228,7 +228,7 @@ def test_the_tree_joins_two_conditions(places, source):
     values = source.values(planted_activity(source, positions[fires]), train)
     tree = fit_tree(rules, View(places, train), values, counts.base, seed=0)
     assert tree is not None
-    predicted = tree.predict(View(places, train))
+    predicted = tree.at(View(places, train), "rate")
     assert ((predicted > 0.5) == (values > 0))[train >= 0].mean() > 0.999
     assert rule_of(tree.as_dict()).as_dict() == tree.as_dict()
 
@@ -242,7 +242,7 @@ def test_rare_coincidences_make_no_key(places, source):
 
 
 def test_the_explainer_answers_the_protocol(places, negatives):
-    found = RuleExplainer(places, negatives).explain(LatentExamples(N_TOKENS, 1.0, (), (), ()))
+    found = RuleExplainer(places, negatives).explain(LatentExamples(N_TOKENS, 1.0))
     assert [e.explainer for e in found] == ["rules", "token-lookup"] and all(e.status == "ok" for e in found)
     assert found[0].rule["family"].startswith("previous") and N_PREVIOUS
     assert "subito dopo" in found[0].text_it or "dopo «" in found[0].text_it
@@ -281,26 +281,26 @@ def test_descriptions_in_two_languages():
     assert describe(a_rule("clitic", ["lo"], [0.5]), "it").startswith("alla fine di verbi con il pronome -lo")
     noted = a_rule("token", [" che"], [0.71], notes={"after": "fatto"})
     assert describe(noted, "it").startswith("su «che», spesso dopo «fatto» (71 %")
-    assert "«parlare» e altri 3, spesso in -are" in describe(rule, "it", shown=1)
+    assert "«parlare» e altri 3, spesso in -are" in statement(rule, "it", shown=1)
 
 
 def test_a_rule_says_only_what_it_fires_on():
     """Keys below the threshold count neither in the text nor in precision and recall."""
     rule = KeyRule(
-        "token", np.array([0, 1]), [" casa", " cosa"], np.array([0.9, 0.1]), np.ones(2), np.array([0.7, 0.3]),
-        np.array([9.0, 6.0]), np.array([10, 60]), 30, 0.01, 0.5,
+        family="token", keys=np.array([0, 1]), names=[" casa", " cosa"], rates=np.array([0.9, 0.1]), weights=np.ones(2),
+        mass=np.array([0.7, 0.3]), active=np.array([9.0, 6.0]), total=np.array([10, 60]), n_active=30, base=0.01,
+        threshold=0.5,
     )  # fmt: skip
-    assert rule.precision == 0.9 and rule.recall == 0.3 and rule.lift == 90
+    assert rule.figures() == (0.9, 0.3, 90, 0.7)
     assert describe(rule, "it") == "su «casa» (70 % dell'attivazione, precisione 0,90, lift 90)"
     again = rule_of(rule.as_dict())
-    assert again.precision == 0.9 and again.threshold == 0.5 and again.keys.tolist() == [0, 1]
+    assert again.figures().precision == 0.9 and again.threshold == 0.5 and again.keys.tolist() == [0, 1]
 
 
 def test_a_tree_says_what_must_hold_and_what_must_not():
     conditions = (a_rule("suffix3", ["are"], [1.0]), a_rule("previous-word", ["di"], [1.0]))
-    tree = TreeRule(
-        conditions, (Path((0,), (1,), 0.9, 1.0, 9, 10, 0.9), Path((0, 1), (), 0.1, 0.1, 1, 10, 0.1)), 10, 0.01, 0.5
-    )
+    paths = (Path((0,), (1,), 0.9, 1.0, 9, 10, 0.9), Path((0, 1), (), 0.1, 0.1, 1, 10, 0.1))
+    tree = TreeRule(conditions=conditions, paths=paths, n_active=10, base=0.01, threshold=0.5)
     assert describe(tree, "it") == (
         "alla fine di parole in -are, ma non sulla parola dopo «di» (90 % dell'attivazione negli esempi, precisione 0,90)"
     )

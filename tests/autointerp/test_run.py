@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
-from sae_italian.autointerp import run as run_module
-from sae_italian.autointerp.judges import ConstantJudge, OracleJudge, RuleJudge
+from sae_italian.autointerp.judges import ConstantJudge
 from sae_italian.autointerp.store import FEATURES, Explanation, Store
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import UsageError
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache
-from tests.autointerp.conftest import DEAD, N_NOISE, N_PREVIOUS, N_TOKENS, RARE, accuracies, scores_of
+from tests.autointerp.conftest import DEAD, N_NOISE, N_PREVIOUS, N_TOKENS, RARE, OracleJudge, accuracies, scores_of
 
 
 def test_planted_token_latents_are_explained_perfectly(store, planted, mini):
@@ -189,26 +188,6 @@ def test_other_judges_feed_the_same_scorers(judged):
     summary = summarise(judged, explainer="parrot", judge="oracle")
     assert summary.detection.value == summary.simulation.value == 1.0 and summary.explainer == "parrot"
     assert summary.gain_over_lookup.value == pytest.approx(1 - summary.lookup_detection.value, abs=0.02)
-
-
-def test_the_rule_judge_scores_examples_as_it_scores_arrays(planted, mini, store, tmp_path):
-    """The fast path over arrays and the way over examples that any judge takes give the same numbers."""
-    path = run_autointerp(planted, mini.tokenizer, AutointerpConfig(), store=tmp_path / "store")
-    with Store(path, {}) as opened:
-        run = run_module.Run(planted, mini.tokenizer, AutointerpConfig(), opened)
-        own, lookup = opened.explanations("rules"), opened.explanations("token-lookup")
-        for latent in (0, N_TOKENS, N_TOKENS + N_PREVIOUS):
-            rows, judgements = run_module.judge_latent(
-                RuleJudge(run.places), run.places, run.shown(latent), own[latent], lookup[latent], None
-            )
-            stored = {
-                (row["scorer"], row["negatives"], row["metric"]): row["value"]
-                for row in scores_of(opened, latent)
-                if row["explainer"] == "rules" and row["control"] == "" and row["judge"] == "rule"
-            }
-            assert len(judgements) > 100 and len(rows) > 20
-            for row in rows:
-                assert row[7] == pytest.approx(stored[row[3], row[5], row[6]], abs=1e-9), row[:7]
 
 
 def test_threads_finish_what_is_under_way_before_a_failure_is_raised():

@@ -10,36 +10,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sae_italian.autointerp.explainers.choose import rule_of
-from sae_italian.autointerp.judges import ConstantJudge, OracleJudge
-from sae_italian.autointerp.protocols import Example, Verdicts
-from sae_italian.autointerp.scorers import (
-    Encoder,
-    by_rule,
-    compare,
-    detection,
-    embedding,
-    fuzzing,
-    intervention,
-    simulation,
-    surprisal,
-)
-from sae_italian.autointerp.scorers.binary import Answers, answers_by_source, binary_metrics
-from sae_italian.autointerp.scorers.embedding import ranking
-from sae_italian.autointerp.scorers.simulation import correlation, correlations
-from sae_italian.autointerp.scorers.subject import EMPTY
+from sae_italian.autointerp.judges import ConstantJudge, RuleJudge
+from sae_italian.autointerp.protocols import Example, LatentExamples
+from sae_italian.autointerp.scorers import SCORERS, Asked, scorer
+from sae_italian.autointerp.scorers.binary import GAIN, Answers, Resampled, Side, detection, fuzzing, ranking
+from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge, embedding
+from sae_italian.autointerp.scorers.resample import Documents
+from sae_italian.autointerp.scorers.simulation import correlations, simulation
+from sae_italian.autointerp.scorers.subject import EMPTY, SubjectJudge, effects, surprisal
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.base.errors import UsageError
-from tests.autointerp.conftest import N_TOKENS
-
-NOTHING_SAID = Explanation(0, "nobody", "ok", "", "", None)
+from tests.autointerp.conftest import N_TOKENS, OracleJudge, Says, Told, scores
 
 
-def answers(positive, negative, p=None, q=None) -> Answers:
+def answers(positive, negative, p=None, q=None, docs=None) -> Answers:
     positive, negative = np.asarray(positive), np.asarray(negative)
-    docs = np.arange(len(positive)), np.arange(len(positive), len(positive) + len(negative))
-    return Answers(positive, negative, *docs, p, q)
+    docs = np.arange(len(positive) + len(negative)) if docs is None else docs
+    return Answers(Side(positive, docs[: len(positive)], p), Side(negative, docs[len(positive) :], q))
+
+
+def resampled(*sets) -> Resampled:
+    return Resampled(sets, Documents(*(side.document for own in sets for side in own)))
+
+
+def binary_metrics(sets):
+    return resampled(*sets).metrics()
 
 
 def test_metrics_by_hand():
@@ -80,7 +76,7 @@ def test_failed_answers_are_left_out_and_counted(negatives):
     examples = latent_examples(negatives, N_TOKENS, n_test=20).test
     said = np.array([example.positive for example in examples], dtype=np.int64)
     said[::5] = -1
-    score = detection(Verdicts(said, None), examples)[0]
+    score = scores(detection, Says(said), test=examples)[0]
     assert score.metrics["balanced_accuracy"].value == 1.0 and score.n_failed > 0
     assert "auroc" not in score.metrics
 
@@ -92,7 +88,7 @@ def test_the_interval_grows_when_windows_share_documents():
     widths = []
     for docs in (apart, together):
         clustered = np.repeat(said[::20], 20) if docs is together else said
-        own = Answers(clustered, 1 - clustered, docs[:100], docs[100:])
+        own = answers(clustered, 1 - clustered, docs=docs)
         estimate = binary_metrics([own])[0]["tpr"]
         widths.append(estimate.hi - estimate.lo)
     assert widths[1] > 2 * widths[0]
@@ -109,26 +105,45 @@ def test_windows_of_one_document_are_resampled_together(score):
         right = np.array([(i // 2 // 4) % 2 for i in range(len(shown))])  # by fours of pairs
         truth = np.array([example.positive for example in shown])
         said = np.where(right == 1, truth, ~truth).astype(np.int64)
+        asked = [Asked(Says(said), Explanation(0, "nobody", "ok", "", "", None))]
+        told = LatentExamples(0, 1.0, test=Told(shown))
         if score == "detection":
-            estimate = detection(Verdicts(said), shown)[0].metrics["balanced_accuracy"]
+            estimate = next(detection(asked, told))[1].metrics["balanced_accuracy"]
         else:
-            estimate = ranking("x", said.astype(float), shown)[0].metrics["auroc"]
+            estimate = next(ranking(asked, told, [said.astype(float)]))[1].metrics["auroc"]
         widths.append(estimate.hi - estimate.lo)
     assert widths[1] > 1.4 * widths[0]
 
 
-def test_the_scores_by_rule_know_the_document_of_each_window(places, negatives, source, store):
+def test_questions_know_their_pairs_and_documents(negatives, source):
+    examples = latent_examples(negatives, N_TOKENS)
+    draw = negatives.draw(N_TOKENS, source.activity(N_TOKENS), "test", 50)
+    for name, (here, there) in examples.test.questions.items():
+        rows = draw.negative[name] >= 0
+        assert examples.test.document[here].tolist() == source.doc[draw.positive[rows]].tolist()
+        assert examples.test.document[there].tolist() == source.doc[draw.negative[name][rows]].tolist()
+        assert all(
+            examples.test[a].positive and examples.test[b].negatives == name for a, b in zip(here, there, strict=True)
+        )
+    here, there = examples.marked.questions["silent-token"]
+    assert examples.marked.document[here].tolist() == examples.marked.document[there].tolist()
+
+
+def test_the_executed_rule_answers_by_example_as_it_does_by_array(negatives, places, store):
+    """A rule is laid over all segments at once; what it says of one example is what it says of that example alone."""
     with Store(store, {}) as opened:
-        rule = rule_of(opened.explanations("rules")[N_TOKENS][1].rule)
-    shown = by_rule._Shown(by_rule.RuleScorer(places, negatives, 50), N_TOKENS, source.activity(N_TOKENS))
-    sets = shown.answers(rule)
-    for name, segments in shown.draw.negative.items():
-        if ("detection", name) in sets:
-            own, there = sets["detection", name], segments >= 0
-            assert own.positive_docs.tolist() == source.doc[shown.draw.positive[there]].tolist()
-            assert own.negative_docs.tolist() == source.doc[segments[there]].tolist()
-    marked = sets["fuzzing", "silent-token"]
-    assert marked.positive_docs.tolist() == marked.negative_docs.tolist()
+        explanation = opened.explanations("rules")[N_TOKENS][1]
+    examples, judge = latent_examples(negatives, N_TOKENS), RuleJudge(places)
+    said = judge.detect(explanation, examples.marked).said
+    simulated = judge.simulate(explanation, examples.simulation)
+    assert [len(own) for own in simulated] == [len(example.tokens) for example in examples.simulation]
+    for i, example in enumerate(examples.marked):
+        whole = judge.detect(explanation, examples.test)
+        assert len(whole.said) == len(examples.test) and example.marks.any()
+        if said[i]:
+            twin = next(e for e in examples.test if e.first == example.first)
+            assert whole.said[list(examples.test).index(twin)]
+    assert said[: examples.marked.questions["silent-token"][0].size].mean() > 0.5
 
 
 def test_a_simulations_interval_is_over_documents_too():
@@ -137,7 +152,7 @@ def test_a_simulations_interval_is_over_documents_too():
     true = rng.random(400)
     simulated = np.where(good, true, rng.random(400))
     apart, together = (
-        correlation(true, simulated, docs)["correlation"] for docs in (np.arange(400), np.arange(400) // 25)
+        correlations(true, simulated[None], docs)[0]["correlation"] for docs in (np.arange(400), np.arange(400) // 25)
     )
     assert apart.value == pytest.approx(together.value)
     assert together.hi - together.lo > 1.5 * (apart.hi - apart.lo)
@@ -148,35 +163,49 @@ def test_a_paired_comparison_is_sharper_than_two_intervals():
     hard = rng.random(200) < 0.3
     first = answers((~hard[:100]).astype(int), hard[100:].astype(int))
     second = answers((~hard[:100] & (rng.random(100) > 0.05)).astype(int), hard[100:].astype(int))
-    difference = compare(first, second)
-    assert difference.value == pytest.approx(
-        binary_metrics([first])[0]["balanced_accuracy"].value - binary_metrics([second])[0]["balanced_accuracy"].value
-    )
-    own = binary_metrics([first])[0]["balanced_accuracy"]
+    both = resampled(first, second)
+    difference, (own, other) = both.gain(0, 1), both.metrics()
+    own, other = own["balanced_accuracy"], other["balanced_accuracy"]
+    assert difference.value == pytest.approx(own.value - other.value)
     assert difference.hi - difference.lo < (own.hi - own.lo) / 2 and difference.lo >= 0
-    failed = first._replace(positive=np.where(np.arange(100) < 50, -1, first.positive))
-    assert math.isfinite(compare(failed, second).value)
+
+
+def test_the_gain_over_the_lookup_is_on_what_both_answered():
+    """The lookup says no to everything; half of the judge's answers failed, the others are right."""
+    told = Told(examples_with(("a", "b"), n=20))
+    truth = np.array([int(example.positive) for example in told])
+    lookup = Explanation(0, "token-lookup", "ok", "", "", {})
+    for said in (truth, np.where(np.arange(40) < 20, -1, truth)):
+        asked = [Asked(Says(said), lookup._replace(explainer="x")), Asked(Says(0 * truth), lookup)]
+        (one, score), (other, plain) = detection(asked, LatentExamples(0, 1.0, test=told))
+        assert (one, other) == tuple(asked) and GAIN not in plain.metrics
+        assert score.metrics[GAIN].value == 0.5 and score.n_failed == int((said < 0).sum())
 
 
 def test_always_yes_always_no_and_oracle(negatives):
     examples = latent_examples(negatives, N_TOKENS, n_test=40)
     for judge, expected in ((ConstantJudge(True), 0.5), (ConstantJudge(False), 0.5), (OracleJudge(), 1.0)):
-        for scorer, shown in ((detection, examples.test), (fuzzing, examples.marked)):
-            scores = scorer(judge.detect(NOTHING_SAID, shown), shown)
-            assert len({score.negatives for score in scores}) >= 3
-            for score in scores:
+        for function in (detection, fuzzing):
+            found = scores(function, judge, test=examples.test, marked=examples.marked)
+            found = [score for score in found if "balanced_accuracy" in score.metrics]
+            assert len({score.negatives for score in found}) >= 3
+            for score in found:
                 assert score.metrics["balanced_accuracy"].value == expected, (judge.name, score.negatives)
                 assert score.n_positive == score.n_negative >= 10
-        simulated = simulation(judge.simulate(NOTHING_SAID, examples.simulation), examples.simulation)
+    for judge, expected in (
+        (OracleJudge(), 1.0),
+        (Says(simulated=[np.ones(32)[: len(e.tokens)] for e in examples.simulation]), 0.0),
+    ):
+        simulated = scores(simulation, judge, simulation=examples.simulation)
         assert [score.negatives for score in simulated] == ["top-and-random", "random-only"]
         for score in simulated:
-            assert score.metrics["correlation"].value == pytest.approx(float(judge.name == "oracle"))
-            assert score.metrics["constant"].value == float(judge.name != "oracle")
+            assert score.metrics["correlation"].value == pytest.approx(expected)
+            assert score.metrics["constant"].value == float(expected == 0)
 
 
 def test_too_few_of_a_source_is_no_score(negatives):
     examples = [e for e in latent_examples(negatives, N_TOKENS, n_test=20).test if e.pair < 9]
-    assert answers_by_source(Verdicts(np.ones(len(examples), int)), examples) == {}
+    assert Told(examples).questions == {}
 
 
 @given(
@@ -185,7 +214,7 @@ def test_too_few_of_a_source_is_no_score(negatives):
 )
 def test_correlation_is_pearsons_over_all_tokens(true, seed):
     simulated = np.random.default_rng(seed).random(20)
-    found = correlation(true, simulated, np.arange(20) // 5)
+    found = correlations(true, simulated[None], np.arange(20) // 5)[0]
     if true.std() > 1e-3:
         assert found["correlation"].value == pytest.approx(np.corrcoef(true, simulated)[0, 1], abs=1e-6)
     elif true.std() == 0:
@@ -198,7 +227,7 @@ def test_simulations_scored_together_are_those_scored_alone():
     simulated = np.stack([rng.random(60), true + 0.1 * rng.random(60), np.zeros(60)])
     together = correlations(true, simulated, docs)
     for own, found in zip(simulated, together, strict=True):
-        alone = correlation(true, own, docs)
+        alone = correlations(true, own[None], docs)[0]
         assert all(found[name] == pytest.approx(alone[name], nan_ok=True) for name in alone)
     assert together[1]["correlation"].value == pytest.approx(np.corrcoef(true, simulated[1])[0, 1])
     assert together[2]["constant"].value == 1.0
@@ -207,9 +236,9 @@ def test_simulations_scored_together_are_those_scored_alone():
 def test_simulations_that_failed_are_counted(negatives):
     examples = latent_examples(negatives, N_TOKENS, n_test=20).simulation
     simulated = [None, *(example.activations for example in examples[1:])]
-    score = simulation(simulated, examples)[0]
+    score = scores(simulation, Says(simulated=simulated), simulation=examples)[0]
     assert score.n_failed == 1 and score.n_positive == len(examples) - 1
-    assert simulation([None] * len(examples), examples)[0].n_positive == 0
+    assert scores(simulation, Says(simulated=[None] * len(examples)), simulation=examples)[0].n_positive == 0
 
 
 # --- embedding -------------------------------------------------------------------------------------------------------
@@ -240,10 +269,20 @@ def test_embedding_ranks_by_cosine_with_the_explanation():
     def encode(texts):  # a bag of two words
         return np.array([[text.count("gatto") + 0.1, text.count("cane") + 0.1] for text in texts])
 
-    examples = examples_with(("gatto", "cane"))
-    assert embedding(encode, "parla del gatto", examples)[0].metrics["auroc"].value == 1.0
-    assert embedding(encode, "parla del cane", examples)[0].metrics["auroc"].value == 0.0
-    assert set(embedding(encode, "gatto", examples)[0].metrics) == {"auroc"}
+    told = Told(examples_with(("gatto", "cane")))
+    (cat,), (dog,) = scores(embedding, EncoderJudge(encode), "parla del gatto", "parla del cane", test=told)
+    assert cat.metrics["auroc"].value == 1.0 and dog.metrics["auroc"].value == 0.0 and set(cat.metrics) == {"auroc"}
+
+
+def test_a_new_scorer_is_one_function_and_is_found():
+    """docs/extending.md, "A scorer": entered by its name, asked of the judges that have what it needs."""
+
+    @scorer(needs="detect", metric="share")
+    def said_yes(asked, examples):
+        yield from ()
+
+    assert SCORERS.pop("said_yes").needs == "detect"
+    assert {"detection", "fuzzing", "simulation", "embedding", "surprisal", "intervention"} <= set(SCORERS)
 
 
 def test_a_local_encoder_is_read_and_a_missing_one_is_named(tmp_path):
@@ -293,26 +332,27 @@ def test_surprisal_favours_an_explanation_that_quotes_the_positives(copier, mini
     latent = next(n for n, text in quotes.items() if mini.tokenizer(text)["input_ids"].count(tokens[n]) == 3)
     examples, quote = latent_examples(negatives, latent, n_test=15).test, quotes[latent]
     other = next(text for n, text in quotes.items() if n != latent)
-    found = surprisal(copier, mini.tokenizer, {"own": quote, "other": other, "nothing": EMPTY["it"]}, examples)
+    judge = SubjectJudge(copier, mini.tokenizer)
+    found = scores(surprisal, judge, quote, other, EMPTY["it"], test=examples)
     own, shuffled, nothing = (
-        next(s.metrics["auroc"].value for s in found[name] if s.negatives == "random")
-        for name in ("own", "other", "nothing")
+        next(s.metrics["auroc"].value for s in theirs if s.negatives == "random") for theirs in found
     )
     assert own > 0.8 and shuffled < own - 0.2 and nothing == 0.5  # what says nothing changes nothing
-    assert set(found["own"][0].metrics) == {"auroc"}
-    with pytest.raises(UsageError, match="context"):
-        surprisal(copier, mini.tokenizer, {"": quote * 10}, examples, context=40)
+    assert set(found[0][0].metrics) == {"auroc"}
+    short = SubjectJudge(copier, mini.tokenizer, context=70)
+    (failed, *_), (read, *_) = scores(surprisal, short, quote * 20, "a", test=examples)
+    assert math.isnan(failed.metrics["auroc"].value) and failed.n_failed == failed.n_positive + failed.n_negative
+    assert read.n_failed == 0  # a text that does not fit takes no other with it
 
 
 def test_surprisal_adds_up_the_models_log_probabilities(mini):
-    from sae_italian.autointerp.scorers.subject import _log_likelihoods
-
     def forward(tokens, replace=None):
         with torch.no_grad():
             return mini(tokens, use_cache=False).logits
 
     prefix, one, two = [1, 5, 6], np.array([7, 8, 9]), np.array([10])
-    found = _log_likelihoods(forward, [(prefix, one), (prefix, two), ([1], [5])], 128)
+    judge = SubjectJudge(forward, mini.tokenizer, context=128)
+    found = judge.log_likelihoods([(prefix, one), (prefix, two), ([1], [5])])
     log_p = forward(torch.tensor([[1, 5, 6, 7, 8, 9]])).log_softmax(-1)[0]
     expected = sum(float(log_p[2 + i, token]) for i, token in enumerate(one))
     assert found[0] == pytest.approx(expected, abs=1e-4)
@@ -326,10 +366,10 @@ def test_intervention_is_at_the_wanted_divergence_and_favours_what_the_direction
     prompts = [np.array([5 + i, 9 + i, 14 + i, 30 + i]) for i in range(12)]
     direction = torch.nn.functional.one_hot(torch.tensor(token), copier.vocab).float()
     texts = {name: mini.tokenizer.decode([t, t]) for name, t in (("own", token), ("other", other))}
-    found = intervention(copier, mini.tokenizer, direction, texts, prompts, divergence=2.0)
-    scores = [found["own"], found["other"]]
-    assert scores[0].metrics["divergence"].value == pytest.approx(2.0, rel=0.1)
-    gains = [score.metrics["log_probability_gain"] for score in scores]
+    judge = SubjectJudge(copier, mini.tokenizer)
+    found = effects(judge, direction, texts, prompts, divergence=2.0)
+    assert found["own"]["divergence"].value == pytest.approx(2.0, rel=0.1)
+    gains = [found[name]["log_probability_gain"] for name in ("own", "other")]
     assert gains[0].value > 0.1 and gains[0].value > gains[1].value + 0.1 and gains[0].lo < gains[0].value
-    nothing = intervention(copier, mini.tokenizer, torch.zeros(copier.vocab), texts, prompts)["own"]
-    assert math.isnan(nothing.metrics["log_probability_gain"].value)
+    nothing = effects(judge, torch.zeros(copier.vocab), texts, prompts)["own"]
+    assert math.isnan(nothing["log_probability_gain"].value)

@@ -64,7 +64,7 @@ def test_a_run_on_an_earlier_store_is_answered_by_what_was_paid(tmp_path, capsys
         command = [
             "autointerp",
             str(cache),
-            "--latents",
+            "--n-latents",
             "1",
             "--no-random-control",
             "--overwrite",

@@ -91,9 +91,9 @@ def logits_with_added(
 
 @lru_cache(maxsize=4)
 def _strings(tokenizer: Any, n: int) -> list[str]:
-    from sae_italian.autointerp.tokens import token_strings
+    from sae_italian.autointerp.pieces import piece_texts
 
-    return token_strings(tokenizer, n)
+    return piece_texts(tokenizer, n)
 
 
 def token_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:

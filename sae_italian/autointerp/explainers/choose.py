@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from sae_italian.autointerp.examples import Activity, Draw
-from sae_italian.autointerp.explainers.keys import FAMILIES, Counts, KeyRule, fit_keys, frequent_context
-from sae_italian.autointerp.explainers.text import Rule, describe, shown_keys
-from sae_italian.autointerp.explainers.tree import TreeRule, fit_tree
-from sae_italian.autointerp.explainers.trie import TrieRule, fit_trie
+from sae_italian.autointerp.explainers.counts import Counts
+from sae_italian.autointerp.explainers.fit import FAMILIES, fit_keys, fit_tree, fit_trie
+from sae_italian.autointerp.explainers.rules import KeyRule, Rule
+from sae_italian.autointerp.explainers.text import explanation_of
 from sae_italian.autointerp.negatives import NegativeSource
 from sae_italian.autointerp.places import Places, View
 from sae_italian.autointerp.protocols import LatentExamples, Negatives
@@ -42,56 +40,47 @@ class RuleExplainer:
         return self.explain_latent(examples.latent, self.source.activity(examples.latent))
 
     def explain_latent(self, latent: int, activity: Activity) -> list[Explanation]:
+        """Return the best rule and the token lookup as explanations."""
         best, lookup = self.rules(latent, activity)
-        return [explanation(latent, EXPLAINER, best), explanation(latent, LOOKUP, lookup)]
+        return [explanation_of(latent, EXPLAINER, best), explanation_of(latent, LOOKUP, lookup)]
 
     def rules(self, latent: int, activity: Activity) -> tuple[Rule, Rule]:
         """Return the best rule and the token lookup, each with the threshold that does best on the validation draw."""
         counts = Counts(self.places, activity)
-        tuned = _Tuning(self.places, self.negatives.draw(latent, activity, "val", self.n_examples, CHOSEN_ON))
+        val = self.negatives.draw(latent, activity, "val", self.n_examples, CHOSEN_ON)
+        view, n_positive = self._view(val), len(val.positive)
+
+        def tuned(rule: Rule) -> tuple[float, Rule]:
+            strength = rule.at(view, "rate").max(axis=1, initial=0.0)
+            threshold, accuracy = best_threshold(strength[:n_positive], strength[n_positive:])
+            return accuracy, replace(rule, threshold=threshold)  # pyright: ignore[reportArgumentType]
+
         fitted = {family: fit_keys(counts, family) for family in FAMILIES}
-        candidates: list[tuple[float, Rule]] = [tuned(rule) for rule in fitted.values() if len(rule.keys)]
-        lookup = tuned(fitted["token"])
+        candidates = [tuned(rule) for rule in fitted.values() if len(rule.keys)]
+        lookup = tuned(fitted["token"])[1]
         if max((score for score, _ in candidates), default=0.0) < GOOD_ENOUGH:
             candidates.append(tuned(fit_trie(counts)))
-            train = self.negatives.draw(latent, activity, "train", self.n_examples, CHOSEN_ON)
-            view = View(self.places, self.source.grid(all_segments(train, CHOSEN_ON)))
-            values = self.source.values(activity, view.grid)
-            tree = fit_tree(list(fitted.values()), view, values, counts.base, seed=self.source.seed)
+            train = self._view(self.negatives.draw(latent, activity, "train", self.n_examples, CHOSEN_ON))
+            values = self.source.values(activity, train.grid)
+            tree = fit_tree(list(fitted.values()), train, values, counts.base, seed=self.source.seed)
             if tree is not None:
                 candidates.append(tuned(tree))
-        best = max(candidates, key=lambda scored: scored[0] - cost(scored[1]), default=lookup)[1]
-        return self._with_context(best, counts), lookup[1]
+        best = max(candidates, key=lambda scored: scored[0] - cost(scored[1]), default=(0.0, lookup))[1]
+        if isinstance(best, KeyRule) and best.family in ("token", "word"):  # say what often stands beside these
+            beside = {"after": counts.frequent("previous-word"), "before": counts.frequent("next")}
+            best = replace(best, notes={where: name for where, name in beside.items() if name})
+        return best, lookup
 
-    def _with_context(self, rule: Rule, counts: Counts) -> Rule:
-        """Add to a rule on single tokens what often stands beside them."""
-        if not isinstance(rule, KeyRule) or rule.family not in ("token", "word"):
-            return rule
-        found = {"after": frequent_context(counts, "previous-word"), "before": frequent_context(counts, "next")}
-        return replace(rule, notes={where: name for where, name in found.items() if name})
-
-
-class _Tuning:
-    """Chooses a rule's threshold on one validation draw."""
-
-    def __init__(self, places: Places, val: Draw):
-        pairs = [val.pairs(name) for name in CHOSEN_ON if name in val.negative]
-        self.view = View(places, places.source.grid(np.concatenate([val.positive, *(pair[1] for pair in pairs)])))
-        self.n = len(val.positive)
-
-    def __call__(self, rule: Rule) -> tuple[float, Rule]:
-        """Return the balanced accuracy that the best threshold gives, and the rule with it."""
-        strength = rule.predict(self.view).max(axis=1, initial=0.0)
-        threshold, accuracy = best_threshold(strength[: self.n], strength[self.n :])
-        return accuracy, replace(rule, threshold=threshold)
+    def _view(self, draw: Draw) -> View:
+        """Return the keys on a draw's positives, and then on its negatives of each source."""
+        negatives = [draw.pairs(name)[1] for name in CHOSEN_ON if name in draw.negative]
+        return View(self.places, self.source.grid(np.concatenate([draw.positive, *negatives])))
 
 
 def cost(rule: Rule) -> float:
     """Return the balanced accuracy that a rule of this size and kind must bring before it is preferred."""
-    context = (
-        0.0 if rule.family in SIMPLE else WORTH_OF_CONTEXT if isinstance(rule, KeyRule) else 1.5 * WORTH_OF_CONTEXT
-    )
-    return context + WORTH * float(np.log2(1 + rule.n_conditions)) / 2
+    context = WORTH_OF_CONTEXT if isinstance(rule, KeyRule) else 1.5 * WORTH_OF_CONTEXT
+    return (0.0 if rule.family in SIMPLE else context) + WORTH * float(np.log2(1 + rule.n_conditions)) / 2
 
 
 def best_threshold(
@@ -109,20 +98,3 @@ def best_threshold(
     # halfway down to the next lower strength, so that unseen segments near the edge are not lost
     lower = options[best - 1] if best else 0.0
     return float((options[best] + lower) / 2), float(accuracy[best])
-
-
-def all_segments(draw: Draw, sources: Sequence[Negatives]) -> np.ndarray:
-    """Return a draw's positives and its negatives of some sources, one after the other."""
-    return np.concatenate([draw.positive, *(draw.pairs(name)[1] for name in sources if name in draw.negative)])
-
-
-def explanation(latent: int, explainer: str, rule: Rule) -> Explanation:
-    numbers = {name: float(getattr(rule, name)) for name in ("precision", "recall", "lift")}
-    stored = {**rule.as_dict(), **numbers, "shown": shown_keys(rule)}
-    return Explanation(latent, explainer, "ok", describe(rule, "it"), describe(rule, "en"), stored)
-
-
-def rule_of(stored: dict[str, Any]) -> Rule:
-    """Return the rule of a stored explanation; it holds for the cache it was made from."""
-    kinds = {"trie": TrieRule, "tree": TreeRule}
-    return kinds.get(stored["family"], KeyRule).from_dict(stored)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from sae_italian.autointerp.explainers.keys import KeyRule
+from sae_italian.autointerp.explainers.rules import KeyRule
 from sae_italian.autointerp.explainers.text import Language, statement
 from sae_italian.autointerp.explainita.data import Excerpt, Latent, Task, as_example, as_examples, by_id
 from sae_italian.autointerp.places import PREFIXES, SUFFIXES, Family, shape_of
@@ -139,16 +139,16 @@ def _fit(family: Family, keys: list[str | None], value: np.ndarray) -> tuple[flo
     best = int(np.argmax(worth)) if len(order) else -1
     chosen = np.sort(order[: best + 1])
     rule = KeyRule(
-        family,
-        chosen,
-        [names[n] for n in chosen],
-        rates[chosen],
-        (mass / total)[chosen],
-        mass[chosen] / mass.sum() if mass.sum() else mass[chosen],
-        active[chosen],
-        total[chosen].astype(np.int64),
-        n_active,
-        base,
+        keys=chosen,
+        rates=rates[chosen],
+        weights=(mass / total)[chosen],
+        mass=mass[chosen] / mass.sum() if mass.sum() else mass[chosen],
+        active=active[chosen],
+        total=total[chosen].astype(np.int64),
+        family=family,
+        names=[names[n] for n in chosen],
+        n_active=n_active,
+        base=base,
     )
     return (float(worth[best]) if len(order) else -1.0), rule
 

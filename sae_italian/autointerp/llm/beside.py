@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sae_italian.autointerp.compare import comparison_table, side_by_side
-from sae_italian.autointerp.control import TWIN_FOLDER, random_sae_control, twin_cache
 from sae_italian.autointerp.llm.client import Client, EndpointError
 from sae_italian.autointerp.llm.cost import CostEstimate, DryClient
 from sae_italian.autointerp.llm.explainer import LLMExplainer
 from sae_italian.autointerp.llm.judge import LLMJudge
 from sae_italian.autointerp.llm.settings import LLMSettings
-from sae_italian.autointerp.run import STORE_FILE, AutointerpConfig, run_autointerp
+from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER, random_sae_control, run_autointerp, twin_cache
 from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.summary import comparison_table, side_by_side
+from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.cache import FeatureCache
 
 SAMPLE = 5  # latents that an estimate is worked out on; the rest is taken to be like them

@@ -1,8 +1,90 @@
-"""Scorers: what a judge's verdicts, or the subject model itself, say about an explanation."""
+"""Scorers: what a judge's answers, or a model itself, say about an explanation. One file each; all are found here.
 
-from sae_italian.autointerp.scorers.binary import compare, detection, fuzzing
-from sae_italian.autointerp.scorers.embedding import Encoder, embedding
-from sae_italian.autointerp.scorers.simulation import simulation
-from sae_italian.autointerp.scorers.subject import intervention, surprisal
+A scorer is a function of explanations under judgement (`Asked`) and of a latent's examples that yields a `Score` of each
+explanation. It names the method it needs of a judge, and the metric it is known by.
+"""
 
-__all__ = ["Encoder", "compare", "detection", "embedding", "fuzzing", "intervention", "simulation", "surprisal"]
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, NamedTuple
+
+from sae_italian.autointerp.protocols import Example, LatentExamples, Score, Verdicts
+from sae_italian.autointerp.store import Explanation, Judgement, ScoreRow
+
+
+@dataclass(eq=False)
+class Asked:
+    """One explanation before one judge. `row_id` is its id in the store, None for what is only compared with.
+
+    With `headline` only balanced accuracy against the headline negatives is kept: of judges who always say the same.
+    """
+
+    judge: Any  # a JudgeBase with the method that the scorer needs
+    explanation: Explanation
+    control: str = ""  # which control it serves; "" for an explanation on its own latent's examples
+    row_id: int | None = None
+    headline: bool = False
+    answers: dict[str, tuple[Sequence[Example], Verdicts]] = field(default_factory=dict)  # by scorer, once asked
+
+    def rows(self, latent: int, scorer: str, score: Score) -> Iterator[ScoreRow]:
+        """Yield a score as rows of the store."""
+        assert self.row_id is not None
+        counts = (score.n_positive, score.n_negative, score.n_failed)
+        for metric, estimate in score.metrics.items():
+            where = (self.row_id, latent, self.control, scorer, self.judge.name, score.negatives, metric)
+            yield ScoreRow(*where, *estimate.finite(), *counts)
+
+    def judgements(self, latent: int) -> Iterator[Judgement]:
+        """Yield the judge's answers example by example."""
+        assert self.row_id is not None
+        for scorer, (examples, verdicts) in self.answers.items():
+            said = verdicts.said.tolist()
+            probability = [None] * len(said) if verdicts.probability is None else verdicts.probability.tolist()
+            for i, (example, yes, p) in enumerate(zip(examples, said, probability, strict=True)):
+                where = (self.row_id, latent, self.control, scorer, self.judge.name, i)
+                known = p if p is not None and p == p else None  # NaN: no answer
+                yield Judgement(*where, example.first, example.negatives or "", yes, known)
+
+
+class Scorer(NamedTuple):
+    """A function that scores, what it needs of a judge, and the metric that a table shows of it."""
+
+    score: Callable[[Sequence[Asked], LatentExamples], Iterator[tuple[Asked, Score]]]
+    needs: str
+    metric: str
+
+
+SCORERS: dict[str, Scorer] = {}
+
+
+def scorer(*, needs: str, metric: str) -> Callable[[Any], Any]:
+    """Enter a function into the scorers under its own name."""
+
+    def enter(function: Any) -> Any:
+        SCORERS[function.__name__] = Scorer(function, needs, metric)
+        return function
+
+    return enter
+
+
+def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[ScoreRow]:
+    """Return the rows of all scores that the judges can give, of the explanations that the store knows.
+
+    The one path of every score: rules, LLMs, encoders and the subject model. Scores of one scorer are made together, on
+    the same examples and the same resamples, so that explanations compare in pairs. The latent's own comes first.
+    """
+    rows: list[ScoreRow] = []
+    for name, (score, needs, _) in SCORERS.items():
+        able = [one for one in asked if hasattr(one.judge, needs)]
+        for one, found in score(able, examples) if able else ():
+            if one.row_id is not None:
+                rows += one.rows(examples.latent, name, found)
+    return rows
+
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

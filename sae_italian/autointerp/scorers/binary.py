@@ -7,177 +7,192 @@ Plain accuracy is never given: it rewards a judge that always says the commoner 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from sae_italian.autointerp.protocols import Example, Score, Verdicts
+from sae_italian.autointerp.explainers.choose import LOOKUP
+from sae_italian.autointerp.protocols import LatentExamples, Score, Verdicts
+from sae_italian.autointerp.scorers import Asked, scorer
 from sae_italian.autointerp.scorers.resample import Documents, estimates
 from sae_italian.base.statistics import Estimate
 
-LEAST_PAIRS = 10  # positives and negatives below which a source is not scored
+GAIN = "gain_over_lookup"
+HEADLINE = {"detection": "random", "fuzzing": "silent-token"}  # the negatives behind a score named without any
 _RATES = ("balanced_accuracy", "tpr", "tnr", "f1")
+_NAN = float("nan")
+
+
+class Side(NamedTuple):
+    """A judge's answers on examples of one class."""
+
+    said: Int[np.ndarray, " n"]  # 1 yes, 0 no, -1 no answer
+    document: Int[np.ndarray, " n"]
+    probability: Float[np.ndarray, " n"] | None = None  # of yes
+
+    def kept(self, mask: Bool[np.ndarray, " n"]) -> Side:
+        return self if mask.all() else _rows_of(self, mask)
+
+
+def _rows_of(side: Side, rows: Any) -> Side:
+    return Side(side.said[rows], side.document[rows], None if side.probability is None else side.probability[rows])
 
 
 class Answers(NamedTuple):
-    """A judge's answers on as many positives as negatives of one source, with the document of each."""
+    """A judge's answers on positives, and on the negatives of one source that are paired with them."""
 
-    positive: Int[np.ndarray, " n"]  # 1 yes, 0 no, -1 no answer
-    negative: Int[np.ndarray, " m"]
-    positive_docs: Int[np.ndarray, " n"]
-    negative_docs: Int[np.ndarray, " m"]
-    positive_probability: Float[np.ndarray, " n"] | None = None
-    negative_probability: Float[np.ndarray, " m"] | None = None
+    positive: Side
+    negative: Side
 
-    def answered(self) -> Answers:
-        """Return the answers without those that failed."""
-        here, there = self.positive >= 0, self.negative >= 0
-        if here.all() and there.all():
-            return self
-        p, q = self.positive_probability, self.negative_probability
-        return Answers(
-            self.positive[here],
-            self.negative[there],
-            self.positive_docs[here],
-            self.negative_docs[there],
-            None if p is None else p[here],
-            None if q is None else q[there],
-        )
+    @classmethod
+    def of(cls, verdicts: Verdicts, shown: Any, source: str) -> Answers:
+        """Return the answers to the question that one source of negatives makes of some examples."""
+        known = Side(verdicts.said, shown.document, verdicts.probability)
+        return cls(*(_rows_of(known, rows) for rows in shown.questions[source]))
+
+    def answered(self, other: Answers | None = None) -> Answers:
+        """Return these answers without the windows on which these, or others on the same windows, failed."""
+        both = zip(self, other or self, strict=True)
+        return Answers(*(mine.kept((mine.said >= 0) & (theirs.said >= 0)) for mine, theirs in both))
+
+    def score(self, source: str, metrics: dict[str, Estimate]) -> Score:
+        n_failed = sum(int((side.said < 0).sum()) for side in self)
+        return Score(source, metrics, len(self.positive.said), len(self.negative.said), n_failed)
 
 
-def detection(verdicts: Verdicts, examples: Sequence[Example]) -> list[Score]:
-    """Score whole segments, active somewhere or silent: one score per negative source with enough of both."""
-    return _scores("detection", verdicts, examples)
+@scorer(needs="detect", metric="balanced_accuracy")
+def detection(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
+    """Score whole segments, active somewhere or silent."""
+    yield from _scores("detection", asked, examples, examples.test)
 
 
-def fuzzing(verdicts: Verdicts, examples: Sequence[Example]) -> list[Score]:
-    """Score marked segments: are the marked tokens those the latent is active on? One score per negative source."""
-    return _scores("fuzzing", verdicts, examples)
+@scorer(needs="detect", metric="balanced_accuracy")
+def fuzzing(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
+    """Score marked segments: are the marked tokens those the latent is active on?"""
+    yield from _scores("fuzzing", asked, examples, examples.marked)
 
 
-def _scores(scorer: str, verdicts: Verdicts, examples: Sequence[Example]) -> list[Score]:
-    answers = answers_by_source(verdicts, examples)
-    return [
-        Score(scorer, source, found, len(own.positive), len(own.negative), failures(own))
-        for (source, own), found in zip(answers.items(), binary_metrics(list(answers.values())), strict=True)
-    ]
+def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: Any) -> Iterator[tuple[Asked, Score]]:
+    """Yield one score per explanation and source; the gain of the first explanation over the executed lookup is in its."""
+    if len(shown) == 0:
+        return
+    sets: dict[tuple[int, str], Answers] = {}
+    for number, one in enumerate(asked):
+        verdicts = one.judge.detect(one.explanation, shown)
+        one.answers[name] = shown, verdicts
+        wanted = [source for source in shown.questions if not one.headline or source == HEADLINE[name]]
+        sets |= {(number, source): Answers.of(verdicts, shown, source) for source in wanted}
+    documents = documents_of(examples)
+    resampled = Resampled([answers.answered() for answers in sets.values()], documents)
+    metrics = dict(zip(sets, resampled.metrics(n_whole=len(shown.questions)), strict=True))
+    lookup = next((i for i, one in enumerate(asked) if one.explanation.explainer == LOOKUP), 0)
+    if lookup:
+        place = {key: i for i, key in enumerate(sets)}
+        for source in shown.questions:
+            own, plain = sets[0, source], sets[lookup, source]
+            gain = resampled.gain(place[0, source], place[lookup, source])
+            if any((side.said < 0).any() for side in own):  # then both on the windows that both answered
+                gain = Resampled([own.answered(plain), plain.answered(own)], documents).gain(0, 1)
+            metrics[0, source][GAIN] = gain
+    for (number, source), found in metrics.items():
+        kept = {"balanced_accuracy": found["balanced_accuracy"]} if asked[number].headline else found
+        yield asked[number], sets[number, source].score(source, kept)
+    if name == "detection" and "random" in shown.questions:
+        yield from ((asked[0], score) for score in _by_decile(sets[0, "random"].positive.said, shown))
 
 
-def answers_by_source(verdicts: Verdicts, examples: Sequence[Example]) -> dict[str, Answers]:
-    """Divide a judge's answers by negative source; each source has the positives its negatives are paired with."""
-    names = np.array([example.negatives or "" for example in examples])
-    pair = np.array([example.pair for example in examples])
-    docs = np.unique([example.document for example in examples], return_inverse=True)[1]
-    said, probability = verdicts.said, verdicts.probability
-    found = {}
-    for source in dict.fromkeys(name for name in names.tolist() if name):
-        there = np.flatnonzero(names == source)
-        here = np.flatnonzero((names == "") & np.isin(pair, pair[there]))
-        if min(len(here), len(there)) < LEAST_PAIRS:
-            continue
-        of = (None, None) if probability is None else (probability[here], probability[there])
-        found[source] = Answers(said[here], said[there], docs[here], docs[there], *of)
-    return found
+def _by_decile(said: Int[np.ndarray, " n"], shown: Any) -> Iterator[Score]:
+    """Yield the share of positives found in each tenth of the latent's maxima."""
+    decile = np.where(said >= 0, shown.decile[shown.questions["random"][0]], -1)
+    for tenth in np.unique(decile[decile >= 0]).tolist():
+        found = said[decile == tenth]
+        yield Score("random", {f"tpr_decile_{tenth}": Estimate(float(found.mean()), _NAN, _NAN)}, len(found))
 
 
-def failures(answers: Answers) -> int:
-    return int((answers.positive < 0).sum() + (answers.negative < 0).sum())
+def ranking(
+    asked: Sequence[Asked], examples: LatentExamples, strengths: Sequence[Float[np.ndarray, " n"]]
+) -> Iterator[tuple[Asked, Score]]:
+    """Yield AUROC of each explanation's strengths on the test examples, by source; NaN strengths count as failed."""
+    shown: Any = examples.test
+    documents = documents_of(examples)
+    for one, strength in zip(asked, strengths, strict=True):
+        verdicts = Verdicts(np.where(np.isfinite(strength), 1, -1), np.asarray(strength, dtype=np.float64))
+        sets = [Answers.of(verdicts, shown, source) for source in shown.questions]
+        metrics = Resampled([answers.answered() for answers in sets], documents).metrics()
+        for source, answers, found in zip(shown.questions, sets, metrics, strict=True):
+            yield one, answers.score(source, {"auroc": found["auroc"]})
 
 
-def binary_metrics(sets: Sequence[Answers]) -> list[dict[str, Estimate]]:
-    """Return the metrics of several sets of answers on one latent, resampled together."""
-    return Resampled(sets).metrics()
+@lru_cache(maxsize=8)
+def documents_of(examples: LatentExamples) -> Documents:
+    """Return the documents of all questions about a latent: every score of it is resampled by the same draws."""
+    asked: list[Any] = [shown for shown in (examples.test, examples.marked) if len(shown)]
+    return Documents(*(shown.document[rows] for shown in asked for both in shown.questions.values() for rows in both))
 
 
 class Resampled:
     """Several sets of answers on one latent's examples, all resampled by the same documents."""
 
-    def __init__(self, sets: Sequence[Answers]):
-        self.sets = [own.answered() for own in sets]
-        self.documents = Documents(*(docs for own in self.sets for docs in (own.positive_docs, own.negative_docs)))
-        columns = []
-        for own in self.sets:
-            p, q = own.positive_probability, own.negative_probability
-            columns.append(
-                (
-                    (own.positive_docs, own.positive, None if p is None else (1 - p) ** 2),
-                    (own.negative_docs, own.negative, None if q is None else q**2),
-                )
-            )
-        positive, negative = (self._totals([pair[side] for pair in columns]) for side in (0, 1))
+    def __init__(self, sets: Sequence[Answers], documents: Documents):
+        self.sets, self.documents = sets, documents
+        positive = self._totals([own.positive for own in sets], 1.0)
+        negative = self._totals([own.negative for own in sets], 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             tpr, fpr = (total[1] / total[0] for total in (positive, negative))
             self.brier = (positive[2] / positive[0] + negative[2] / negative[0]) / 2
             # [sets, metrics, samples], the first sample being the data as they are
             self.rates = np.stack([(tpr + 1 - fpr) / 2, tpr, 1 - fpr, 2 * tpr / (1 + tpr + fpr)], axis=1)
 
-    def _totals(self, columns: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]) -> Float[np.ndarray, "3 s n"]:
-        """Return the resampled number, sum of answers and sum of squared errors of each set's positives or negatives."""
-        n_docs, n_sets = len(self.documents.known), len(columns)
-        sizes = [len(docs) for docs, _, _ in columns]
-        docs = self.documents.index(np.concatenate([np.empty(0, np.int64), *(docs for docs, _, _ in columns)]))
-        cell = np.repeat(np.arange(n_sets), sizes) * n_docs + docs
-        said = np.concatenate([np.empty(0), *(said for _, said, _ in columns)])
-        error = np.concatenate([np.empty(0), *(np.full(len(d), np.nan) if e is None else e for d, _, e in columns)])
-        sums = [np.bincount(cell, weights=w, minlength=n_sets * n_docs) for w in (np.ones(len(cell)), said, error)]
-        return np.stack([self.documents.weights @ total.reshape(n_sets, n_docs).T for total in sums]).transpose(0, 2, 1)
+    def _totals(self, sides: Sequence[Side], truth: float) -> Float[np.ndarray, "3 sets samples"]:
+        """Return the resampled number, sum of answers and sum of squared errors of each side."""
+        n_docs, n_sets = len(self.documents.known), len(sides)
+        docs = self.documents.index(np.concatenate([np.empty(0, np.int64), *(side.document for side in sides)]))
+        cell = np.repeat(np.arange(n_sets), [len(side.said) for side in sides]) * n_docs + docs
+        said = np.concatenate([np.empty(0), *(side.said for side in sides)])
+        unknown = [np.full(len(side.said), np.nan) for side in sides]
+        error = [
+            u if s.probability is None else (truth - s.probability) ** 2 for s, u in zip(sides, unknown, strict=True)
+        ]
+        weights = np.ones(len(cell)), said, np.concatenate([np.empty(0), *error])
+        sums = [np.bincount(cell, weights=each, minlength=n_sets * n_docs) for each in weights]
+        return np.stack([self.documents.weights @ each.reshape(n_sets, n_docs).T for each in sums]).transpose(0, 2, 1)
 
     def gain(self, ours: int, theirs: int) -> Estimate:
         """Return by how much one set's balanced accuracy exceeds another's; both are of the same windows."""
         return estimates((self.rates[ours, 0] - self.rates[theirs, 0])[None])[0]
 
-    def metrics(self, auroc_intervals: int | None = None) -> list[dict[str, Estimate]]:
+    def metrics(self, n_whole: int | None = None) -> list[dict[str, Estimate]]:
         """Return each set's metrics; with a number, only the first so many sets get an interval for AUROC."""
         rows: list[np.ndarray] = []
         names: list[tuple[int, str]] = []
         for i, own in enumerate(self.sets):
             names += [(i, name) for name in _RATES]
             rows.append(self.rates[i])
-            if own.positive_probability is not None and own.negative_probability is not None:
+            if own.positive.probability is not None and own.negative.probability is not None:
                 names += [(i, "auroc"), (i, "brier")]
-                whole = auroc_intervals is None or i < auroc_intervals
-                rows += [_auroc(own, self.documents, whole)[None], self.brier[i][None]]
+                rows += [self._auroc(own, n_whole is None or i < n_whole)[None], self.brier[i][None]]
         found: list[dict[str, Estimate]] = [{} for _ in self.sets]
-        if rows:
-            for (i, name), estimate in zip(names, estimates(np.concatenate(rows)), strict=True):
-                found[i][name] = estimate
+        for (i, name), estimate in zip(names, estimates(np.concatenate(rows)) if rows else (), strict=True):
+            found[i][name] = estimate
         return found
 
-
-def _auroc(own: Answers, documents: Documents, whole: bool) -> Float[np.ndarray, " samples"]:
-    """Return the probability that a positive outranks a negative, ties counting half; NaN resamples unless `whole`."""
-    positive, negative = own.positive_probability, own.negative_probability
-    assert positive is not None and negative is not None
-    result = np.full(len(documents.weights), np.nan)
-    if not whole:
-        ranked = np.sort(negative)
-        outranked = sum(int(np.searchsorted(ranked, positive, side).sum()) for side in ("left", "right")) / 2
-        pairs = len(positive) * len(negative)
-        result[0] = outranked / pairs if pairs else np.nan
-        return result
-    weights = documents.weights
-    order = np.argsort(negative, kind="stable")
-    ours = weights[:, documents.index(own.positive_docs)]
-    theirs = weights[:, documents.index(own.negative_docs)[order]]
-    running = np.zeros((len(weights), len(negative) + 1))
-    np.cumsum(theirs, axis=1, out=running[:, 1:])
-    below = np.searchsorted(negative[order], positive, side="left")
-    upto = np.searchsorted(negative[order], positive, side="right")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        outranked = (ours * (running[:, below] + running[:, upto])).sum(axis=1) / 2
-        return outranked / (ours.sum(axis=1) * running[:, -1])
-
-
-def compare(first: Answers, second: Answers) -> Estimate:
-    """Return by how much the first's balanced accuracy exceeds the second's on identical windows, paired.
-
-    Windows on which either gave no answer are left out for both.
-    """
-    here, there = (first.positive >= 0) & (second.positive >= 0), (first.negative >= 0) & (second.negative >= 0)
-    own = [
-        Answers(each.positive[here], each.negative[there], first.positive_docs[here], first.negative_docs[there])
-        for each in (first, second)
-    ]
-    return Resampled(own).gain(0, 1)
+    def _auroc(self, own: Answers, whole: bool) -> Float[np.ndarray, " samples"]:
+        """Return the probability that a positive outranks a negative, ties counting half; NaN resamples unless `whole`."""
+        positive, negative = own.positive.probability, own.negative.probability
+        assert positive is not None and negative is not None
+        order = np.argsort(negative, kind="stable")
+        below, upto = (np.searchsorted(negative[order], positive, side=side) for side in ("left", "right"))
+        weights = self.documents.weights
+        if not whole:
+            pairs = max(len(positive) * len(negative), 1)
+            return np.append((below + upto).sum() / 2 / pairs, np.full(len(weights) - 1, np.nan))
+        ours = weights[:, self.documents.index(own.positive.document)]
+        theirs = weights[:, self.documents.index(own.negative.document)[order]]
+        running = np.zeros((len(weights), len(negative) + 1))
+        np.cumsum(theirs, axis=1, out=running[:, 1:])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            outranked = (ours * (running[:, below] + running[:, upto])).sum(axis=1) / 2
+            return outranked / (ours.sum(axis=1) * running[:, -1])

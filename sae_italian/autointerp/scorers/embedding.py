@@ -7,40 +7,48 @@ explanations, so this comes beside the behavioural scores, never in their place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from sae_italian.autointerp.protocols import Example, Score, Verdicts
-from sae_italian.autointerp.scorers.binary import answers_by_source, binary_metrics
+from sae_italian.autointerp.explainers.text import plain_text
+from sae_italian.autointerp.protocols import LatentExamples, Score
+from sae_italian.autointerp.scorers import Asked, scorer
+from sae_italian.autointerp.scorers.binary import ranking
 from sae_italian.base.errors import UsageError
+from sae_italian.base.labels import Language
 
-Encode = Callable[[Sequence[str]], Float[np.ndarray, "texts d"]]
 QUERIES = {
     "it": "Instruct: Trova le frasi che potrebbero avere a che fare con la spiegazione.\nQuery:",
     "en": "Instruct: Retrieve sentences that could be related to the explanation.\nQuery:",
 }
 
 
-def embedding(encode: Encode, explanation: str, examples: Sequence[Example], language: str = "it") -> list[Score]:
-    """Return AUROC of the cosine between the explanation and each segment, by negative source."""
-    vectors = np.asarray(encode([QUERIES[language] + explanation, *(example.text for example in examples)]))
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
-    return ranking("embedding", unit[1:] @ unit[0], examples)
+@dataclass(frozen=True)
+class EncoderJudge:
+    """A judge that puts texts as vectors: `encode` turns n texts into an array [n, d]."""
+
+    encode: Callable[[Sequence[str]], Float[np.ndarray, "texts d"]]
+    language: Language = "it"
+    name: str = "encoder"
+    concurrency: int = 1
 
 
-def ranking(scorer: str, strength: Float[np.ndarray, " n"], examples: Sequence[Example]) -> list[Score]:
-    """Return AUROC of a strength of each example, by negative source; NaN strengths count as failed."""
-    said = np.where(np.isfinite(strength), 1, -1)
-    answers = answers_by_source(Verdicts(said, np.asarray(strength, dtype=np.float64)), examples)
-    scores = []
-    for (source, own), metrics in zip(answers.items(), binary_metrics(list(answers.values())), strict=True):
-        failed = int((own.positive < 0).sum() + (own.negative < 0).sum())
-        counts = (len(own.positive), len(own.negative), failed)
-        scores.append(Score(scorer, source, {"auroc": metrics["auroc"]}, *counts))
-    return scores
+@scorer(needs="encode", metric="auroc")
+def embedding(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
+    """Score the cosine between the explanation and each test segment."""
+    strengths = []
+    for one in asked:
+        judge: Any = one.judge
+        query = QUERIES[judge.language] + plain_text(one.explanation, judge.language)
+        vectors = np.asarray(judge.encode([query, *(example.text for example in examples.test)]))
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+        strengths.append(unit[1:] @ unit[0])
+    yield from ranking(asked, examples, strengths)
 
 
 class Encoder:
@@ -65,17 +73,12 @@ class Encoder:
         """Return one vector per text; texts longer than the encoder's context are cut."""
         import torch
 
-        vectors = []
         limit = min(getattr(self.model.config, "max_position_embeddings", 512), 512)
+        form = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+        vectors = []
         for first in range(0, len(texts), self.batch_size):
-            batch = self.tokenizer(
-                list(texts[first : first + self.batch_size]),
-                padding=True,
-                truncation=True,
-                max_length=limit,
-                return_tensors="pt",
-                return_token_type_ids=False,
-            )
+            part = list(texts[first : first + self.batch_size])
+            batch = self.tokenizer(part, return_token_type_ids=False, **form)
             with torch.no_grad():
                 hidden = self.model(**batch).last_hidden_state
             mask = batch["attention_mask"][:, :, None].to(hidden.dtype)

@@ -21,26 +21,19 @@ def _weights(n_documents: int) -> Float[np.ndarray, "samples documents"]:
     return np.random.default_rng(0).poisson(1.0, (n_documents, N_SAMPLES)).T.astype(np.float64)
 
 
-def document_weights(n_documents: int) -> Float[np.ndarray, "samples documents"]:
-    """Return how often each document is drawn in each resample; the first row is the data as it is."""
-    size = 1 << max(n_documents - 1, 0).bit_length()  # few sizes, so that the draws are made few times
-    return np.concatenate([np.ones((1, n_documents)), _weights(max(size, 64))[:, :n_documents]])
-
-
 class Documents:
-    """The documents of all examples of one latent, numbered, with their weights in each resample."""
+    """The documents of all examples of one latent, numbered, with how often each is drawn in each resample."""
 
     def __init__(self, *docs: Int[np.ndarray, " n"]):
-        self.known = np.unique(np.concatenate(docs)) if docs else np.empty(0, dtype=np.int64)
-        self.weights = document_weights(len(self.known))
+        self.known = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *docs]))
+        n = len(self.known)
+        size = max(1 << max(n - 1, 0).bit_length(), 64)  # few sizes, so that the draws are made few times
+        self.weights = np.concatenate([np.ones((1, n)), _weights(size)[:, :n]])  # the first row is the data as it is
 
-    def sums(self, docs: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " documents"]:
-        return np.bincount(self.index(docs), weights=values, minlength=len(self.known))
-
-    def all_sums(
+    def sums(
         self, docs: Int[np.ndarray, " n"], values: Float[np.ndarray, "quantities n"]
     ) -> Float[np.ndarray, "quantities documents"]:
-        """Return the sums of several quantities."""
+        """Return the sums of several quantities over each document."""
         n = len(self.known)
         cell = (np.arange(len(values)) * n)[:, None] + self.index(docs)
         return np.bincount(cell.ravel(), weights=values.ravel(), minlength=len(values) * n).reshape(len(values), n)

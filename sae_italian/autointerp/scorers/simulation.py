@@ -7,42 +7,39 @@ among the segments on which the latent is active. A constant simulation correlat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.protocols import Example, Score
+from sae_italian.autointerp.protocols import LatentExamples, Score
+from sae_italian.autointerp.scorers import Asked, scorer
 from sae_italian.autointerp.scorers.resample import Documents, estimates
 from sae_italian.base.statistics import NOTHING, Estimate
 
 TOP, RANDOM = "top-and-random", "random-only"
 
 
-def simulation(simulated: Sequence[Float[np.ndarray, " tokens"] | None], examples: Sequence[Example]) -> list[Score]:
-    """Score both draws. `examples` are the strongest segments (decile -1), then as many random ones."""
-    docs = np.unique([example.document for example in examples], return_inverse=True)[1]
-    scores = []
+@scorer(needs="simulate", metric="correlation")
+def simulation(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
+    """Score both draws; simulations of the same tokens are resampled together."""
+    shown: Any = examples.simulation
+    simulated = [one.judge.simulate(one.explanation, shown) for one in asked]
     for draw in (TOP, RANDOM):
-        mine = [i for i, example in enumerate(examples) if draw == TOP or example.decile >= 0]
-        usable = [i for i in mine if simulated[i] is not None]
-        lengths = [len(examples[i].activations) for i in usable]
-        metrics = {"correlation": NOTHING, "constant": NOTHING}
-        if usable:
-            metrics = correlation(
-                np.concatenate([examples[i].activations for i in usable]),
-                np.concatenate([np.asarray(simulated[i]) for i in usable]),
-                np.repeat(docs[usable], lengths),
-            )
-        scores.append(Score("simulation", draw, metrics, len(usable), 0, len(mine) - len(usable)))
-    return scores
-
-
-def correlation(
-    true: Float[np.ndarray, " tokens"], simulated: Float[np.ndarray, " tokens"], docs: Int[np.ndarray, " tokens"]
-) -> dict[str, Estimate]:
-    """Return `correlation` with its interval over documents, and `constant`: 1 where it is undefined and taken as 0."""
-    return correlations(true, np.asarray(simulated)[None], docs)[0]
+        mine = [i for i in range(len(shown)) if draw == TOP or shown.decile[i] >= 0]
+        by_usable: dict[tuple[int, ...], list[int]] = {}  # nearly always all of them
+        for number, own in enumerate(simulated):
+            by_usable.setdefault(tuple(i for i in mine if own[i] is not None), []).append(number)
+        for usable, numbers in by_usable.items():
+            metrics = [{"correlation": NOTHING, "constant": NOTHING}] * len(numbers)
+            if usable:
+                true = [shown.activations[i] for i in usable]
+                docs = np.repeat(shown.document[list(usable)], [len(each) for each in true])
+                theirs = [np.concatenate([simulated[number][i] for i in usable]) for number in numbers]
+                metrics = correlations(np.concatenate(true), np.stack(theirs), docs)
+            for number, found in zip(numbers, metrics, strict=True):
+                yield asked[number], Score(draw, found, len(usable), 0, len(mine) - len(usable))
 
 
 def correlations(
@@ -50,12 +47,15 @@ def correlations(
     simulated: Float[np.ndarray, "simulations tokens"],
     docs: Int[np.ndarray, " tokens"],
 ) -> list[dict[str, Estimate]]:
-    """Return for each of several simulations of the same tokens what `correlation` does; all are resampled together."""
+    """Return of each of several simulations of the same tokens `correlation` with its interval over documents.
+
+    `constant` is 1 where the correlation is undefined and taken as 0.
+    """
     documents = Documents(docs)
     true, simulated = np.asarray(true, dtype=np.float64), np.asarray(simulated, dtype=np.float64)
     ours = np.stack([np.ones(len(true)), true, true * true])
     theirs = np.concatenate([simulated, simulated * simulated, simulated * true])
-    sums = documents.all_sums(docs, np.concatenate([ours, theirs])) @ documents.weights.T
+    sums = documents.sums(docs, np.concatenate([ours, theirs])) @ documents.weights.T
     n, a, aa = sums[:3, None]
     s, ss, cross = sums[3:].reshape(3, len(simulated), -1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -4,12 +4,13 @@ Surprisal asks of the input side: is a segment on which the latent is active lik
 sentence that says nothing? Intervention asks of the output side: after the latent's direction has been added, is the
 explanation likelier to follow what the model writes? Small base models read explanations badly, so both come beside the
 behavioural scores (Paulo et al. 2024), and mean nothing without their controls: any text before a segment, or after what
-was written, changes its likelihood. So both take several texts at once, asked about the same segments and continuations.
+was written, changes its likelihood. So all texts are asked about the same segments and the same continuations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,18 +18,30 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_italian.autointerp.protocols import Example, Score
-from sae_italian.autointerp.scorers.embedding import ranking
+from sae_italian.autointerp.explainers.text import plain_text
+from sae_italian.autointerp.pieces import piece_texts
+from sae_italian.autointerp.protocols import LatentExamples, Score
+from sae_italian.autointerp.scorers import Asked, scorer
+from sae_italian.autointerp.scorers.binary import ranking
+from sae_italian.autointerp.shown import promoted_tokens
 from sae_italian.base.errors import UsageError
+from sae_italian.base.labels import Language
 from sae_italian.base.statistics import NOTHING, Estimate, mean_interval
+from sae_italian.cache import FeatureCache
+from sae_italian.models.activations import logits_with_replacement
+from sae_italian.saes import load_sae
 
 EMPTY = {"it": "Varie frasi senza legame fra loro.", "en": "Various unrelated sentences."}
 ASKS = {"it": "\nIn breve, si parla di:", "en": "\nIn short, this is about:"}
+PROMOTED = (
+    "promoted"  # stands in the place of the negatives: the latent's output as the logit lens gives it was asked about
+)
 N_NEW, N_PROMPTS = 8, 30
-TOLERANCE = 0.1  # of the wanted divergence
+CONTEXT = 1024  # tokens, of a model whose configuration names none
+DIVERGENCE = 0.5  # nats: the strength of an intervention that all latents are compared at
+TOLERANCE = 0.1  # of the divergence
 _BATCH = 32
 
-Texts = Mapping[str, str]  # explanations by a name of the caller's, such as the control they serve
 Replace = Callable[[Tensor], Tensor]
 
 
@@ -44,109 +57,161 @@ class Forward(Protocol):
     ) -> Float[Tensor, "batch pos vocab"]: ...
 
 
-def surprisal(
-    forward: Forward,
-    tokenizer: Any,
-    texts: Texts,
-    examples: Sequence[Example],
-    *,
-    language: str = "it",
-    context: int = 1024,
-) -> dict[str, list[Score]]:
-    """Return for each text AUROC of log p(segment | text) - log p(segment | nothing said), by negative source.
+@dataclass(frozen=True)
+class SubjectJudge:
+    """The subject model as a judge of explanations. Without directions it judges the input side only."""
 
-    Raises: TooLong when a text and a segment do not fit into `context` tokens.
-    """
-    segments = [example.tokens for example in examples]
+    forward: Forward
+    tokenizer: Any
+    directions: Float[Tensor, "d_sae d_in"] | None = None
+    promoted: Callable[[int], Sequence[str]] = lambda latent: ()  # the tokens that a latent promotes
+    language: Language = "it"
+    context: int = CONTEXT
+    name: str = "subject"
+    concurrency: int = 1
 
-    def after(text: str) -> Float[np.ndarray, " n"]:
-        prefix = list(tokenizer(text + "\n")["input_ids"])
-        return _log_likelihoods(forward, [(prefix, segment) for segment in segments], context)
+    @torch.no_grad()
+    def log_likelihoods(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int] | np.ndarray]]
+    ) -> Float[np.ndarray, " n"]:
+        """Return the log-likelihood in nats of the second part of each pair after the first. Raises: TooLong."""
+        longest = max((len(prefix) + len(rest) for prefix, rest in pairs), default=0)
+        if longest > self.context:
+            raise TooLong(
+                f"the text has {longest} tokens, the model's context {self.context}; use a shorter explanation."
+            )
+        totals = []
+        for first in range(0, len(pairs), _BATCH):
+            batch = pairs[first : first + _BATCH]
+            width = max(len(prefix) + len(rest) for prefix, rest in batch)
+            rows = torch.zeros((len(batch), width), dtype=torch.int64)
+            asked = torch.zeros((len(batch), width), dtype=torch.bool)
+            for row, (prefix, rest) in enumerate(batch):
+                stop = len(prefix) + len(rest)
+                rows[row, :stop] = torch.tensor([*prefix, *np.asarray(rest, dtype=np.int64).tolist()])
+                asked[row, len(prefix) : stop] = True  # what is padded comes after, so a causal model never sees it
+            logits = self.forward(rows)[:, :-1][asked[:, 1:]].float().cpu()
+            log_p = logits.log_softmax(dim=-1).gather(-1, rows[asked][:, None])[:, 0]
+            totals.append(torch.zeros(len(batch)).index_add_(0, asked.nonzero()[:, 0], log_p).numpy())
+        return np.concatenate(totals) if totals else np.zeros(0)
 
-    untold = after(EMPTY[language])
-    return {name: ranking("surprisal", after(text) - untold, examples) for name, text in texts.items()}
+    def after_text(self, text: str, segments: Sequence[np.ndarray]) -> Float[np.ndarray, " n"]:
+        """Return the log-likelihood of each segment after a text; NaN for all when one does not fit."""
+        prefix = list(self.tokenizer(text + "\n")["input_ids"])
+        try:
+            return self.log_likelihoods([(prefix, segment) for segment in segments])
+        except TooLong:
+            return np.full(len(segments), np.nan)
+
+    def of_text(self, text: str, written: Int[Tensor, "batch new"]) -> Float[np.ndarray, " batch"]:
+        """Return the log-likelihood of a text after what was written, a row each. Raises: TooLong."""
+        pairs = []
+        for row in written:
+            before = self.tokenizer.decode(row.tolist()) + ASKS[self.language]
+            # tokenised in one go: a tokenizer that puts spaces before words does so here as it would in a text
+            whole, start = (list(self.tokenizer(each)["input_ids"]) for each in (f"{before} {text}", before))
+            shared = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), len(start))
+            pairs.append((whole[:shared], whole[shared:]))
+        return self.log_likelihoods(pairs)
 
 
-@torch.no_grad()
-def _log_likelihoods(
-    forward: Forward, pairs: Sequence[tuple[Sequence[int], Sequence[int] | np.ndarray]], context: int
-) -> Float[np.ndarray, " n"]:
-    """Return the log-likelihood in nats of the second part of each pair after the first."""
-    longest = max((len(prefix) + len(rest) for prefix, rest in pairs), default=0)
-    if longest > context:
-        raise TooLong(
-            f"the text to score has {longest} tokens, the model's context {context}. Use a shorter explanation."
-        )
-    totals = []
-    for first in range(0, len(pairs), _BATCH):
-        batch = pairs[first : first + _BATCH]
-        width = max(len(prefix) + len(rest) for prefix, rest in batch)
-        rows = torch.zeros((len(batch), width), dtype=torch.int64)
-        asked = torch.zeros((len(batch), width), dtype=torch.bool)
-        for row, (prefix, rest) in enumerate(batch):
-            stop = len(prefix) + len(rest)
-            rows[row, :stop] = torch.tensor([*prefix, *np.asarray(rest, dtype=np.int64).tolist()])
-            asked[row, len(prefix) : stop] = True  # what is padded comes after, so a causal model never sees it
-        logits = forward(rows)[:, :-1][asked[:, 1:]].float().cpu()
-        log_p = logits.log_softmax(dim=-1).gather(-1, rows[asked][:, None])[:, 0]
-        row_of = asked.nonzero()[:, 0]
-        totals.append(torch.zeros(len(batch)).index_add_(0, row_of, log_p).numpy())
-    return np.concatenate(totals) if totals else np.zeros(0)
+def subject_judge(cache: FeatureCache, model: Any) -> SubjectJudge:
+    """Return the model that a cache was built with as a judge, the cache's SAE giving the directions."""
+    tokenizer, hook = model.tokenizer, cache.manifest.hook_name
+    strings = piece_texts(tokenizer, len(tokenizer))
+
+    def forward(tokens: Tensor, replace: Replace | None = None) -> Tensor:
+        if replace is not None:
+            return logits_with_replacement(model, tokens.to(model.device), hook, replace)
+        with torch.no_grad():
+            return model(tokens.to(model.device), use_cache=False).logits
+
+    return SubjectJudge(
+        forward,
+        tokenizer,
+        load_sae(cache.manifest.sae).W_dec,
+        lambda latent: promoted_tokens(cache, strings, latent),
+        context=getattr(model.config, "max_position_embeddings", None) or CONTEXT,
+    )
 
 
-def intervention(
-    forward: Forward,
-    tokenizer: Any,
+@scorer(needs="forward", metric="auroc")
+def surprisal(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
+    """Score log p(segment | explanation) - log p(segment | nothing said); what does not fit the context fails."""
+    judge: Any = asked[0].judge
+    segments = [example.tokens for example in examples.test]
+    untold = judge.after_text(EMPTY[judge.language], segments)
+    texts = [plain_text(one.explanation, judge.language) for one in asked]
+    yield from ranking(asked, examples, [judge.after_text(text, segments) - untold for text in texts])
+
+
+@scorer(needs="forward", metric="log_probability_gain")
+def intervention(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
+    """Score how many nats likelier adding the latent's direction makes an explanation, and its latent's promoted tokens."""
+    judge: Any = asked[0].judge
+    if judge.directions is None:
+        return
+    silent = sorted((e.tokens for e in examples.test if not e.positive), key=len, reverse=True)[:N_PROMPTS]
+    texts = {(one, "none"): plain_text(one.explanation, judge.language) for one in asked}
+    own = [one for one in asked if one.explanation.explainer]  # a text that explains nothing promotes nothing
+    texts |= {(one, PROMOTED): ", ".join(judge.promoted(one.explanation.latent)) for one in own}
+    metrics = effects(judge, judge.directions[examples.latent].detach(), texts, silent)
+    for (one, about), found in metrics.items():
+        n = (len(silent), 0) if "strength" in found else (0, len(silent))
+        yield one, Score(about, found, n[0], 0, n[1])
+
+
+def effects(
+    judge: SubjectJudge,
     direction: Float[Tensor, " d_in"],
-    texts: Texts,
+    texts: Mapping[Any, str],
     prompts: Sequence[Int[np.ndarray, " tokens"]],
     *,
-    divergence: float = 0.5,
-    language: str = "it",
+    divergence: float = DIVERGENCE,
     seed: int = 0,
-    context: int = 1024,
-) -> dict[str, Score]:
-    """Return for each text by how many nats adding the latent's direction makes it likelier after what is written.
+) -> dict[Any, dict[str, Estimate]]:
+    """Return for each text by how many nats adding the direction makes it likelier after what is written.
 
     All latents are compared at the same mean divergence of the next token's distribution from the clean one, in nats; the
     strength that gives it is searched and reported. Both continuations are sampled with the same seed. A direction that
-    cannot reach the divergence has no score. Prompts are cut to the shortest one.
+    cannot reach the divergence, and texts of which one does not fit into the context, have no score. Prompts are cut to
+    the shortest one.
     """
+    nothing = {name: {"log_probability_gain": NOTHING} for name in texts}
     shortest = min((len(prompt) for prompt in prompts), default=0)
-    nothing = Score("intervention", "none", {"log_probability_gain": NOTHING}, 0, 0, len(prompts))
     if shortest == 0:
-        return dict.fromkeys(texts, nothing)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    tokens = torch.stack([torch.tensor([*bos, *prompt[:shortest].tolist()]) for prompt in prompts[:N_PROMPTS]])
-    strength, reached = _strength(forward, tokens, direction, divergence)
+        return nothing
+    bos = [] if judge.tokenizer.bos_token_id is None else [judge.tokenizer.bos_token_id]
+    tokens = torch.stack([torch.tensor([*bos, *prompt[:shortest].tolist()]) for prompt in prompts])
+    strength, reached = strength_of(judge.forward, tokens, direction, divergence)
     if strength is None:
-        return dict.fromkeys(texts, nothing)
-    written = [_written(forward, tokens, replace, seed) for replace in (_adding(direction, strength), None)]
-    scores = {}
-    for name, text in texts.items():
-        changed, clean = (_asked(forward, tokenizer, rows, text, language, context) for rows in written)
-        metrics = {
-            "log_probability_gain": mean_interval(changed - clean),
-            "strength": Estimate(strength, float("nan"), float("nan")),
-            "divergence": Estimate(reached, float("nan"), float("nan")),
-        }
-        scores[name] = Score("intervention", "none", metrics, len(tokens))
-    return scores
+        return nothing
+    written = [written_after(judge.forward, tokens, replace, seed) for replace in (adding(direction, strength), None)]
+    nan, found = float("nan"), {}
+    try:
+        for name, text in texts.items():
+            changed, clean = (judge.of_text(text, rows) for rows in written)
+            found[name] = {"log_probability_gain": mean_interval(changed - clean)}
+            found[name] |= {"strength": Estimate(strength, nan, nan), "divergence": Estimate(reached, nan, nan)}
+    except TooLong:
+        return nothing
+    return found
 
 
-def _adding(direction: Float[Tensor, " d_in"], strength: float) -> Replace:
+def adding(direction: Float[Tensor, " d_in"], strength: float) -> Replace:
+    """Return what adds a direction to an activation."""
     return lambda x: x + strength * direction.to(x)
 
 
 @torch.no_grad()
-def _strength(
+def strength_of(
     forward: Forward, tokens: Int[Tensor, "batch pos"], direction: Float[Tensor, " d_in"], wanted: float
 ) -> tuple[float | None, float]:
     """Return the strength at which KL(intervened || clean) of the next token is as wanted to 10 %, and that divergence."""
     clean = forward(tokens)[:, -1].float().log_softmax(dim=-1)
 
     def at(strength: float) -> float:
-        log_p = forward(tokens, _adding(direction, strength))[:, -1].float().log_softmax(dim=-1)
+        log_p = forward(tokens, adding(direction, strength))[:, -1].float().log_softmax(dim=-1)
         return float((log_p.exp() * (log_p - clean)).sum(dim=-1).mean())
 
     low, high = 0.0, 1.0
@@ -164,7 +229,7 @@ def _strength(
 
 
 @torch.no_grad()
-def _written(
+def written_after(
     forward: Forward, tokens: Int[Tensor, "batch pos"], replace: Replace | None, seed: int
 ) -> Int[Tensor, "batch new"]:
     """Return what the model writes after the prompts, sampled."""
@@ -174,17 +239,3 @@ def _written(
         p = forward(written, replace)[:, -1].float().softmax(dim=-1).cpu()
         written = torch.cat([written, torch.multinomial(p, 1, generator=generator)], dim=1)
     return written[:, tokens.shape[1] :]
-
-
-def _asked(
-    forward: Forward, tokenizer: Any, written: Int[Tensor, "batch new"], explanation: str, language: str, context: int
-) -> Float[np.ndarray, " batch"]:
-    """Return log p(explanation | what was written), a row each."""
-    pairs = []
-    for row in written:
-        before = tokenizer.decode(row.tolist()) + ASKS[language]
-        # tokenised in one go: a tokenizer that puts spaces before words does so here as it would in a text
-        whole, start = list(tokenizer(f"{before} {explanation}")["input_ids"]), list(tokenizer(before)["input_ids"])
-        shared = next((i for i, (a, b) in enumerate(zip(whole, start, strict=False)) if a != b), len(start))
-        pairs.append((whole[:shared], whole[shared:]))
-    return _log_likelihoods(forward, pairs, context)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sae_italian.autointerp.tokens import token_strings
+from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import claim_folder, read_json
 from sae_italian.browser.exports import formats
@@ -77,7 +77,7 @@ def export(
     here = sae is not None and model is not None
     spec = {"to": to, "manifest": manifest.identity(), "latents": [first, last], "names": called, "with_sae": here}
     claim_folder(out, "export", spec, resume=resume, overwrite=overwrite)
-    source = Latents(cache, token_strings(tokenizer, len(tokenizer)), sae, model)
+    source = Latents(cache, piece_texts(tokenizer, len(tokenizer)), sae, model)
     facts, wanted = facts_of(manifest, called), range(first, last + 1)
     with tqdm(total=len(wanted), desc=to, unit="latent", disable=None) as bar:
         if to == "wandb":

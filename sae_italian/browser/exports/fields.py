@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sae_italian.autointerp.tokens import byte_letters
+from sae_italian.autointerp.pieces import byte_letters
 from sae_italian.base.errors import DataError
 
 MOJIBAKE_ALLOWED = 0.02  # of an export's token strings: text from the web holds some of its own

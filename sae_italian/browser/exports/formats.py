@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_italian.autointerp.run import EXPLAINER, LOOKUP, STORE_FILE
+from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Store
-from sae_italian.autointerp.summary import HEADLINE
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import atomic_path, read_json, write_text
 from sae_italian.browser.exports.directions import rounded

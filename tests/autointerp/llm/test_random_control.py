@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-from sae_italian.autointerp.control import TWIN_FOLDER
-from sae_italian.autointerp.run import STORE_FILE
+from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER
 from sae_italian.autointerp.store import Store
 from sae_italian.cli import main
 from tests.autointerp.llm.endpoint import FakeEndpoint
@@ -28,8 +27,18 @@ def test_the_random_twin_is_explained_and_judged_like_the_trained_sae(small_cach
     with FakeEndpoint(reader) as endpoint:
 
         def run(*more):
-            command = ["autointerp", str(cache), "--latents", str(N), "--explainer", "llm", "--llm-model", "prova"]
-            code = main([*command, "--endpoint", endpoint.url, "--llm", f"prices={prices}", *more])
+            command = [
+                "autointerp",
+                str(cache),
+                f"prices={prices}",
+                "--n-latents",
+                str(N),
+                "--explainer",
+                "llm",
+                "--llm-model",
+                "prova",
+            ]
+            code = main([*command, "--endpoint", endpoint.url, *more])
             return code, *capsys.readouterr()
 
         # before there is a twin it is taken to be as much again; nothing is sent, nothing built

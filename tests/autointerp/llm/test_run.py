@@ -50,17 +50,18 @@ def reader(body):
 
 def run(cache, endpoint, *more):
     command = ["autointerp", str(cache.folder), "--no-random-control", "--explainer", "llm", "--llm-model", "prova"]
-    return main([*command, "--endpoint", endpoint.url, *more])
+    where = [] if "--endpoint" in more else ["--endpoint", endpoint.url]
+    return main([*command, *where, *more])
 
 
 def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
     with FakeEndpoint(reader) as endpoint:
-        assert run(planted, endpoint, "--estimate", "--json", "--llm", f"prices={prices}") == 0
+        assert run(planted, endpoint, "--estimate", "--json", f"prices={prices}") == 0
         estimate = json.loads(capsys.readouterr().out)
         assert endpoint.requests == [] and not (planted.folder / STORE_FILE).exists()
 
         # a budget that ends amid the run: one line, and what was paid stays
-        assert run(planted, endpoint, "--max-usd", "2", "--llm", f"prices={prices}") == 2
+        assert run(planted, endpoint, "--max-usd", "2", f"prices={prices}") == 2
         error = capsys.readouterr().err
         assert "of --max-usd are gone" in error and error.count("\n") == 1
         paid = len(endpoint.requests)
@@ -107,12 +108,12 @@ def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
         (["--judge", "rule"], "cannot read a text"),
         (["--max-usd", "0"], "--max-usd is 0"),
         (["--max-usd", "nan"], "--max-usd is nan"),
-        (["--llm", "timeout=0"], "timeout is 0"),
-        (["--llm", "timeout=-3"], "timeout is -3"),
+        (["timeout=0"], "timeout is 0"),
+        (["timeout=-3"], "timeout is -3"),
         (["--endpoint", "localhost:1"], "a URL such as"),
         (["--max-usd", "1"], "no price for 'prova'"),
-        (["--llm", "concurrency=0"], "concurrency is 0"),
-        (["--llm", "key_env=NON_CE_LA"], "no NON_CE_LA"),
+        (["concurrency=0"], "concurrency is 0"),
+        (["key_env=NON_CE_LA"], "no NON_CE_LA"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(planted, capsys, monkeypatch, more, words):
@@ -132,10 +133,10 @@ def test_a_try_that_came_to_nothing_does_not_bind_the_next_one(planted, capsys, 
     """A context in which no prompt fits ends in one line; with the right one the run goes on in the same store."""
     cache = FeatureCache.open(shutil.copytree(planted.folder, tmp_path / "c", ignore=shutil.ignore_patterns("auto*")))
     with FakeEndpoint(reader) as endpoint:
-        assert run(cache, endpoint, "--llm", "context_tokens=200") == 2
+        assert run(cache, endpoint, "context_tokens=200") == 2
         error = capsys.readouterr().err
         assert "do not fit into the context" in error and error.count("\n") == 1 and endpoint.requests == []
-        assert run(cache, endpoint, "--llm", "context_tokens=1500") == 0
+        assert run(cache, endpoint, "context_tokens=1500") == 0
     with Store(cache.folder / STORE_FILE, {}) as store:
         (_, explanation) = store.explanations("llm:prova:it1")[0]
     assert explanation.status == "ok" and explanation.notes["examples"] < 20
@@ -145,7 +146,7 @@ def test_a_try_that_came_to_nothing_does_not_bind_the_next_one(planted, capsys, 
 def test_work_under_other_settings_is_refused_and_exports_come_from_the_command(planted, capsys, tmp_path):
     with FakeEndpoint(reader) as endpoint:
         assert run(planted, endpoint) == 0
-        assert run(planted, endpoint, "--llm", "shown=top") == 2
+        assert run(planted, endpoint, "shown=top") == 2
         assert "with other settings (shown)" in capsys.readouterr().err
     assert main(["export", str(planted.folder), "--to", "jsonl", "--out", str(tmp_path / "e")]) == 0
     assert "parola" in (tmp_path / "e" / "explanation.jsonl").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""The bytes and the text of a tokenizer's pieces, each by its id."""
+"""The pieces of a tokenizer, each by its id: the bytes a piece stands for, and its text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def token_bytes(tokenizer: Any, n: int) -> list[bytes]:
+def piece_bytes(tokenizer: Any, n: int) -> list[bytes]:
     """Return the bytes that each of the first n ids stands for, a leading space included."""
     backend = tokenizer.backend_tokenizer
     pieces = [backend.id_to_token(i) or f"<{i}>" for i in range(n)]
@@ -25,13 +25,13 @@ def token_bytes(tokenizer: Any, n: int) -> list[bytes]:
     ]
 
 
-def token_strings(tokenizer: Any, n: int) -> list[str]:
-    """Return the text of each of the first n token ids, a leading space kept; bytes that are no text show as <0x..>."""
+def piece_texts(tokenizer: Any, n: int) -> list[str]:
+    """Return the text of each of the first n ids, a leading space kept; bytes that are no text show as <0x..>."""
     backend = tokenizer.backend_tokenizer
     if _metaspace(backend):
         return [(backend.id_to_token(i) or f"<{i}>").replace("▁", " ") for i in range(n)]
     # byte-level: half a letter shows as a dot
-    return [piece.decode("utf-8", "replace").replace("\ufffd", "·") for piece in token_bytes(tokenizer, n)]
+    return [piece.decode("utf-8", "replace").replace("\ufffd", "·") for piece in piece_bytes(tokenizer, n)]
 
 
 def _metaspace(backend: Any) -> bool:

@@ -1,0 +1,131 @@
+"""Counts of one latent's activations in the training documents, key by key, and which keys they single out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sae_italian.autointerp.examples import Activity
+from sae_italian.autointerp.places import Family, Places, Slot
+
+PRIOR = 20.0  # occurrences that the prior is worth, shared out as the keys are in the training documents
+LEAST_Z = 1.0  # of the log-odds
+SMOOTHING = 1.0  # occurrences at the base rate that are added to each key's
+CHAIN_SAMPLE = 20_000  # activations that pairs and triples of tokens are counted on
+LEAST_MASS, LEAST_LIFT = 0.4, 3.0  # from which a key beside the token is worth telling
+
+
+@dataclass
+class Tally:
+    """Keys with the latent's activations on them and their occurrences, in the training documents."""
+
+    keys: Int[np.ndarray, " k"]
+    active: Float[np.ndarray, " k"]  # occurrences on which the latent fires
+    mass: Float[np.ndarray, " k"]  # sum of the latent's activations
+    total: Int[np.ndarray, " k"]
+    at: Int[np.ndarray, " k"] | None = None  # a position of each key, for pairs and triples of tokens
+
+    def take(self, index: Int[np.ndarray, " n"]) -> Tally:
+        """Return some of the keys."""
+        at = None if self.at is None else self.at[index]
+        return Tally(self.keys[index], self.active[index], self.mass[index], self.total[index], at)
+
+    def rates(self, base: float) -> Float[np.ndarray, " k"]:
+        """Return the share of each key's occurrences on which the latent fires, smoothed towards the base rate."""
+        return (self.active + SMOOTHING * base) / (self.total + SMOOTHING)
+
+
+class Counts:
+    """One latent's activations in the training documents, counted by family of keys; each family once."""
+
+    def __init__(self, places: Places, activity: Activity):
+        self.places = places
+        train = places.source.position_part[activity.position] == 0
+        self.position, self.value = activity.position[train], activity.value[train]
+        self.n, self.n_tokens = len(self.position), max(len(places.train_positions), 1)
+        self.base = self.n / self.n_tokens
+        self.mass = max(float(self.value.sum()), 1e-30)
+        self._forms: dict[Slot, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._tallies: dict[Family, Tally] = {}
+
+    def keys(self, family: Family) -> Tally:
+        """Return the family's keys that the latent fires on, with their counts."""
+        if family not in self._tallies:
+            self._tallies[family] = self._chain(family) if family in ("bigram", "trigram") else self._single(family)
+        return self._tallies[family]
+
+    def _single(self, family: Family) -> Tally:
+        table = self.places.tables[family]
+        if table.slot not in self._forms:
+            forms = self.places.forms(self.position, table.slot)
+            inside = forms >= 0
+            seen, group = grouped(forms[inside], len(self.places.form_token))
+            mass = np.bincount(group, weights=self.value[inside], minlength=len(seen))
+            self._forms[table.slot] = seen, np.bincount(group, minlength=len(seen)), mass
+        forms, active, mass = self._forms[table.slot]
+        key = table.keys[forms]
+        keyed = key >= 0
+        known, group = grouped(key[keyed], len(self.places.totals[family]))
+        active, mass = (np.bincount(group, weights=each[keyed], minlength=len(known)) for each in (active, mass))
+        return Tally(known, active, mass, self.places.totals[family][known])
+
+    def _chain(self, family: Family) -> Tally:
+        """Count from every n-th activation where there are very many."""
+        step = -(-self.n // CHAIN_SAMPLE) if self.n else 1
+        position, value = self.position[::step], self.value[::step]
+        key = self.places.chain(family)[position]
+        position, value, key = position[key >= 0], value[key >= 0], key[key >= 0]
+        known, first, index = np.unique(key, return_index=True, return_inverse=True)
+        total = self.places.totals[family][known]
+        active = np.minimum(np.bincount(index, minlength=len(known)) * step, total)
+        mass = np.bincount(index, weights=value, minlength=len(known)) * step
+        return Tally(known, active, mass, total, position[first])
+
+    def telling(self, tally: Tally) -> Int[np.ndarray, " n"]:
+        """Return the indices of the keys whose log-odds are LEAST_Z above 0; only those above the base rate can be."""
+        above = np.flatnonzero(tally.active > self.base * tally.total)
+        return above[self.log_odds(tally.take(above)) >= LEAST_Z]
+
+    def log_odds(self, tally: Tally) -> Float[np.ndarray, " k"]:
+        """Return the z-value of each key's log-odds, the latent's activations against all other training tokens.
+
+        With a Dirichlet prior in proportion to the keys' occurrences (Monroe et al. 2008, eq. 16 and 22).
+        """
+        silent, n_silent = tally.total - tally.active, len(self.places.train_positions) - self.n
+        prior = PRIOR * tally.total / self.n_tokens
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ours = np.log((tally.active + prior) / (self.n + PRIOR - tally.active - prior))
+            theirs = np.log((silent + prior) / (n_silent + PRIOR - silent - prior))
+            z = (ours - theirs) / np.sqrt(1 / (tally.active + prior) + 1 / (silent + prior))
+        return np.nan_to_num(z, nan=0.0, posinf=100.0)
+
+    def names(self, family: Family, tally: Tally) -> list[str]:
+        """Return a tally's keys as text."""
+        if tally.at is None:
+            return [self.places.name(family, key) for key in tally.keys.tolist()]
+        back = 1 if family == "bigram" else 2
+        tokens, strings = self.places.source.tokens, self.places.strings
+        return ["".join(strings[t] for t in tokens[p - back : p + 1].tolist()).strip() for p in tally.at.tolist()]
+
+    def frequent(self, family: Family) -> str:
+        """Return the key of a family that much of the activation and a raised share of it lies on, or ""."""
+        tally = self.keys(family)
+        if len(tally.keys) == 0:
+            return ""
+        heaviest = int(np.argmax(tally.mass))
+        share = tally.mass[heaviest] / self.value.sum()
+        lift = tally.active[heaviest] / tally.total[heaviest] / max(self.base, 1e-12)
+        name = self.places.name(family, int(tally.keys[heaviest])).strip()
+        return name if share >= LEAST_MASS and lift >= LEAST_LIFT else ""
+
+
+def grouped(number: Int[np.ndarray, " n"], size: int) -> tuple[Int[np.ndarray, " groups"], Int[np.ndarray, " n"]]:
+    """Return the different numbers below `size`, ascending, and for each item which of them it is; nothing is sorted."""
+    there = np.zeros(size, dtype=bool)
+    there[number] = True
+    known = np.flatnonzero(there)
+    place = np.empty(size, dtype=np.int64)
+    place[known] = np.arange(len(known))
+    return known, place[number]

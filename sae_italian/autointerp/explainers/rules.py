@@ -1,0 +1,216 @@
+"""The three kinds of rule: a table of keys, a trie of contexts, a shallow tree. Each gives a rate to every token.
+
+A rule fires on a token whose rate, the share of such training tokens on which the latent fires, reaches its threshold.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from sae_italian.autointerp.places import Family, View
+
+Value = Literal["rate", "weight"]
+
+
+class Figures(NamedTuple):
+    """How well a rule fits the training tokens, or in a tree's case the training examples."""
+
+    precision: float  # share of the tokens on which the rule fires that the latent fires on too
+    recall: float
+    lift: float  # how many times likelier the latent is to fire where the rule does than anywhere
+    mass: float  # share of the latent's activation
+
+
+class Rule(ABC):
+    """What every rule can say of itself and of tokens."""
+
+    family: str
+    threshold: float
+    n_active: int  # training tokens on which the latent fires
+    base: float  # share of all training tokens that is
+
+    @property
+    @abstractmethod
+    def n_conditions(self) -> int:
+        """How many keys a reader of the rule has to know."""
+
+    @abstractmethod
+    def _fired(self) -> tuple[Any, ...]:
+        """Return training tokens on which latent and rule fire, on which the rule does, and its share of the activation."""
+
+    @abstractmethod
+    def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
+        """Return the rate, or the mean activation there (silent tokens included), at each token; 0 where nothing is known."""
+
+    def figures(self) -> Figures:
+        """Return how well the rule fits the training tokens."""
+        active, total, mass = self._fired()
+        precision = float(active / total) if total else 0.0
+        recall = float(active / self.n_active) if self.n_active else 0.0
+        return Figures(precision, recall, precision / self.base if self.base else 0.0, float(mass))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the rule as plain JSON values; `rule_of` reads them."""
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KeyRule(Rule):
+    """A token has the rate of its key: tokens, words, endings, shapes, or what stands beside. Keys are sorted."""
+
+    keys: np.ndarray  # [k]
+    rates: Float[np.ndarray, " k"]
+    weights: Float[np.ndarray, " k"]
+    mass: Float[np.ndarray, " k"]  # share of the latent's activation that lies on the key
+    active: Float[np.ndarray, " k"]  # training occurrences of the key on which the latent fires
+    total: np.ndarray  # [k] training occurrences of the key
+    family: Family
+    names: list[str]  # the keys as text
+    n_active: int
+    base: float
+    threshold: float = 0.0
+    notes: dict[str, str] = field(default_factory=dict)  # contexts that are frequent, for the text only
+
+    @property
+    def firing(self) -> Bool[np.ndarray, " k"]:
+        return self.rates >= self.threshold
+
+    @property
+    def n_conditions(self) -> int:
+        return int(self.firing.sum())
+
+    def _fired(self) -> tuple[Any, ...]:
+        return tuple(float(each[self.firing].sum()) for each in (self.active, self.total, self.mass))
+
+    def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
+        if len(self.keys) == 0:
+            return np.zeros(view.grid.shape)
+        return view.places.look_up(self.family, self.keys, getattr(self, f"{what}s"), view.keys(self.family))
+
+    def holds(self, view: View) -> Bool[np.ndarray, "n width"]:
+        """Return where the token's key is one of the rule's, whatever its rate."""
+        return view.places.look_up(self.family, self.keys, np.ones(len(self.keys)), view.keys(self.family)) > 0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrieRule(Rule):
+    """Levels from one token to three, the last token first; the longest known context decides."""
+
+    family: Literal["trie"] = "trie"
+    levels: tuple[KeyRule, ...]
+    threshold: float = 0.0
+
+    @property
+    def n_active(self) -> int:
+        return self.levels[0].n_active
+
+    @property
+    def base(self) -> float:
+        return self.levels[0].base
+
+    def figures(self) -> Figures:
+        found = super().figures()  # pairs and triples are counted on a sample, so the shares are rough
+        return found._replace(recall=min(found.recall, 1.0), mass=min(found.mass, 1.0))
+
+    def firing(self, level: KeyRule) -> Bool[np.ndarray, " k"]:
+        """Return which keys of a level fire at the threshold of the whole."""
+        return level.rates >= self.threshold
+
+    @property
+    def n_conditions(self) -> int:
+        return sum(int(self.firing(level).sum()) for level in self.levels)
+
+    def _fired(self) -> tuple[Any, ...]:
+        return tuple(sum(getattr(level, name)[self.firing(level)].sum() for level in self.levels) for name in _SUMMED)
+
+    def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
+        result = np.zeros(view.grid.shape)
+        for level in self.levels:
+            if len(level.keys):
+                number = np.arange(1.0, len(level.keys) + 1)
+                found = view.places.look_up(level.family, level.keys, number, view.keys(level.family)).astype(np.int64)
+                result = np.where(found > 0, getattr(level, f"{what}s")[found - 1], result)
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """A leaf: the conditions that hold and those that do not, by number, and what was seen there in the training examples."""
+
+    holds: tuple[int, ...]
+    fails: tuple[int, ...]
+    rate: float
+    weight: float
+    active: float
+    total: float
+    mass: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TreeRule(Rule):
+    """Paths that exclude one another, over conditions "the key is one of these"; a token has the rate of its path."""
+
+    family: Literal["tree"] = "tree"
+    conditions: tuple[KeyRule, ...]
+    paths: tuple[Path, ...]
+    n_active: int
+    base: float
+    threshold: float = 0.0
+
+    @property
+    def firing(self) -> list[Path]:
+        return [path for path in self.paths if path.rate > 0 and path.rate >= self.threshold]
+
+    @property
+    def n_conditions(self) -> int:
+        used = {i for path in self.firing for i in path.holds + path.fails}
+        return sum(len(self.conditions[i].keys) for i in used)
+
+    def _fired(self) -> tuple[Any, ...]:
+        return tuple(sum(getattr(path, name) for path in self.firing) for name in _SUMMED)
+
+    def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
+        met = [condition.holds(view) for condition in self.conditions]
+        result = np.zeros(view.grid.shape)
+        for path in self.paths:
+            here = view.grid >= 0
+            for i in path.holds:
+                here = here & met[i]
+            for i in path.fails:
+                here = here & ~met[i]
+            result[here] = getattr(path, what)
+        return result
+
+
+_SUMMED = ("active", "total", "mass")
+_ARRAYS = {"keys": np.int64, "total": np.int64} | dict.fromkeys(("rates", "weights", "mass", "active"), np.float64)
+_KINDS: dict[str, type[Rule]] = {"trie": TrieRule, "tree": TreeRule}
+
+
+def rule_of(stored: dict[str, Any]) -> Rule:
+    """Return the rule of a stored explanation; it holds for the cache it was made from."""
+    kind = _KINDS.get(stored["family"], KeyRule)
+    values = {each.name: stored[each.name] for each in fields(kind)}  # pyright: ignore[reportArgumentType]
+    for name, value in values.items():
+        if name in ("levels", "conditions"):
+            values[name] = tuple(rule_of(part) for part in value)
+        elif name == "paths":
+            values[name] = tuple(Path(tuple(p.pop("holds")), tuple(p.pop("fails")), **p) for p in map(dict, value))
+        elif name in _ARRAYS:
+            values[name] = np.array(value, dtype=_ARRAYS[name])
+    return kind(**values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, Path):
+        return {name: _plain(part) for name, part in asdict(value).items()}
+    if isinstance(value, Rule):
+        return value.as_dict()
+    return value.tolist() if isinstance(value, np.ndarray) else value
