@@ -10,16 +10,14 @@ from typing import Any
 from sae_italian.base.labels import label
 from sae_italian.base.storage import claim_folder, read_json, write_json, write_text
 
-CONFIG = "mini/topk"
-CACHE_TOKENS = 300_000
 CARD_TOKENS = 50_000
 
 
 def quickstart(
     out: str | Path = "quickstart",
-    config: str = CONFIG,
+    config: str = "mini/topk",
     *overrides: str,
-    cache_tokens: int = CACHE_TOKENS,
+    cache_tokens: int = 300_000,
     card_tokens: int = CARD_TOKENS,
     latents: int | None = None,
     resume: bool = False,
@@ -43,17 +41,9 @@ def quickstart(
     claim_folder(out, "quickstart", {**spec.model_dump(), **settings}, resume=resume, overwrite=overwrite)
     sae_folder = train(spec, out / "sae", resume=(out / "sae").is_dir())
     model, sae = load_model(spec.model, device=spec.device), load_sae(sae_folder)
-    build_cache(
-        sae,
-        model,
-        spec.corpus,
-        out / "cache",
-        n_tokens=cache_tokens,
-        split="heldout",
-        text_column=spec.text_column,
-        sae_name=str(sae_folder.resolve()),
-        resume=(out / "cache").is_dir(),
-    )
+    text = {"n_tokens": cache_tokens, "split": "heldout", "text_column": spec.text_column}
+    kept = {"sae_name": str(sae_folder.resolve()), "resume": (out / "cache").is_dir()}
+    build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)
     cache = FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
     results = analyse(cache, sae, model, card_tokens=card_tokens, config=AutointerpConfig(latents=latents))
     report = write_browser(out / "report", open_source(cache, model.tokenizer, sae=sae, model=model))
@@ -88,15 +78,8 @@ def analyse(
     file = cache.folder / RESULTS
     results: dict[str, Any] = read_json(file) if file.is_file() else {}
     if card_tokens is not None and (results.get("card") or {}).get("n_tokens_asked") != card_tokens:
-        card = evaluate(
-            sae,
-            model,
-            manifest.corpus,
-            n_tokens=card_tokens,
-            context_size=manifest.context_size,
-            text_column=manifest.text_column,
-            name=manifest.sae,
-        )
+        text = {"context_size": manifest.context_size, "text_column": manifest.text_column}
+        card = evaluate(sae, model, manifest.corpus, n_tokens=card_tokens, name=manifest.sae, **text)
         if Path(manifest.sae).is_dir():
             card.save(Path(manifest.sae))
         results["card"] = {**card.as_dict(), "n_tokens_asked": card_tokens}

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_italian.base.errors import UsageError
+from sae_italian.cli import main
 from sae_italian.saes import load_sae
 from sae_italian.training import load_config, load_spec, read_run, train
 from sae_italian.training import run as run_module
@@ -178,6 +179,20 @@ def test_resuming_a_finished_run_changes_nothing(trained_sae, small_spec):
     stamp = (trained_sae / "sae_weights.safetensors").stat().st_mtime_ns
     assert train(small_spec, trained_sae, resume=True) == trained_sae
     assert (trained_sae / "sae_weights.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_folder_is_resumed_without_its_first_command(small_spec, trained_sae, tmp_path, monkeypatch, capsys):
+    """`train RUN --resume` reads run.json; settings that decide nothing may be changed beside it."""
+    out = tmp_path / "out"
+    poison(monkeypatch, 24, lambda sae: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(small_spec, out)
+    monkeypatch.undo()
+    assert main(["train", str(out)]) == 2 and "--resume" in capsys.readouterr().err
+    assert main(["train", str(out), "lr=1", "--resume"]) == 2 and "lr was 0.006" in capsys.readouterr().err
+    assert main(["train", str(out), "checkpoint_every_tokens=10240", "--resume"]) == 0
+    assert all(torch.equal(tensor, weights(trained_sae)[name]) for name, tensor in weights(out).items())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_diverging_run_stops_and_says_so(small_spec, tmp_path):

@@ -81,6 +81,10 @@ def test_a_suite_trains_on_one_pass_and_each_sae_loads(tmp_path, capsys):
     assert transcoder.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out" and transcoder.cfg.d_sae == 256
     assert load_sae(out / "L1R-1x").cfg.architecture() == "topk"
     assert json.loads((out / "L1R-2x" / "run.json").read_text())["kind"] == "train"
+    stamp = (out / "L1R-2x" / "sae_weights.safetensors").stat().st_mtime_ns
+    assert main(["train", str(out), "--resume", "--json"]) == 0, "the folder says what it is"
+    assert json.loads(capsys.readouterr().out)["saes"] == [str(out / name) for name in names]
+    assert (out / "L1R-2x" / "sae_weights.safetensors").stat().st_mtime_ns == stamp
 
 
 def test_together_or_alone_the_weights_are_the_same(tmp_path):
