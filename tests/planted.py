@@ -9,13 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from sae_italian.analysis.gold import GoldWords
-from sae_italian.base.storage import sha256_file
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.build import transpose
-from sae_italian.cache.layout import shard_file
+from sae_italian.cache.encode import Sparse, write_activations
 from sae_italian.cache.stats import write_statistics
 
 
@@ -38,14 +36,8 @@ def planted_cache(
         n = shard.n_windows * manifest.context_size
         here = (position >= first) & (position < first + n)
         counts = np.bincount(position[here] - first, minlength=n)
-        arrays = {
-            "indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32),
-            "latent": latent[here].astype(np.uint16),
-            "value": value[here].astype(np.float16),
-        }
-        save_file(arrays, folder / shard_file("acts", shard.index))
-        shard.nnz = int(here.sum())
-        shard.sha256[shard_file("acts", shard.index)] = sha256_file(folder / shard_file("acts", shard.index))
+        sparse = Sparse(counts, latent[here], value[here].astype(np.float32))
+        write_activations(folder, shard.index, sparse, len(positions)).enter(shard)
         first += n
     transpose(folder, manifest)
     sae = types.SimpleNamespace(W_dec=torch.randn(len(positions), model.config.hidden_size))

@@ -21,7 +21,7 @@ from sae_italian.cache.encode import EncodeJob, encode_shard
 from sae_italian.cache.layout import MANIFEST, Manifest, config_hash, tokenizer_hash
 from sae_italian.cache.stats import write_statistics
 from sae_italian.cache.tokens import share_tokens, write_token_shards
-from sae_italian.cache.transpose import plan_ranges, transpose_range, write_missing_runs
+from sae_italian.cache.transpose import plan_ranges, transpose_range
 from sae_italian.corpora import Split
 from sae_italian.corpora.documents import check_corpus
 from sae_italian.corpora.stream import CorpusStream, Reader
@@ -94,7 +94,8 @@ def build_caches(
         "windows_per_shard": windows_per_shard or default_windows(context),
         "versions": package_versions(),
     }
-    manifests = [_manifest(sae, name, shared) for sae, name in zip(saes, sae_names, strict=True)]
+    named = zip(saes, sae_names, strict=True)
+    manifests = [_manifest(sae.cfg.metadata, sae=name, **sae_facts(sae), **shared) for sae, name in named]
     with locked(folders), disk_errors(folders[0]):
         for i, folder in enumerate(folders):
             manifests[i] = claim_cache(folder, manifests[i], resume=resume, overwrite=overwrite)
@@ -112,18 +113,19 @@ def default_windows(context_size: int) -> int:
     return max(1, min(WINDOWS_PER_SHARD, TOKENS_PER_SHARD // context_size))
 
 
-def _manifest(sae: Any, name: str, shared: dict[str, Any]) -> Manifest:
-    return Manifest(
-        model=str(sae.cfg.metadata.model_name),
-        sae=name,
-        sae_hash=weights_hash(sae),
-        sae_config_hash=config_hash(sae),
-        hook_name=sae.cfg.metadata.hook_name,
-        d_in=sae.cfg.d_in,
-        d_sae=sae.cfg.d_sae,
-        k=getattr(sae.cfg, "k", None),
-        **shared,
-    )
+def _manifest(metadata: Any, **facts: Any) -> Manifest:
+    return Manifest(model=str(metadata.model_name), hook_name=metadata.hook_name, **facts)
+
+
+def sae_facts(sae: Any) -> dict[str, Any]:
+    """Return what the manifest says of the SAE itself."""
+    return {
+        "sae_hash": weights_hash(sae),
+        "sae_config_hash": config_hash(sae),
+        "d_in": sae.cfg.d_in,
+        "d_sae": sae.cfg.d_sae,
+        "k": getattr(sae.cfg, "k", None),
+    }
 
 
 def claim_cache(folder: Path, manifest: Manifest, *, resume: bool, overwrite: bool) -> Manifest:
@@ -160,7 +162,6 @@ def _encode(
 
 def transpose(out: Path, manifest: Manifest, run_units: UnitMap = map) -> None:
     """Write the latent-major files that the manifest does not name yet."""
-    write_missing_runs(out, manifest)
     there = {item.first for item in manifest.ranges}
     missing = [bounds for bounds in plan_ranges(out, manifest) if bounds[0] not in there]
     items = run_units(partial(transpose_range, out, manifest.model_copy(deep=True)), missing)

@@ -13,14 +13,13 @@ from jaxtyping import Bool, Int
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import fingerprint, locked, package_versions, remove
-from sae_italian.cache.build import as_they_come, claim_cache, default_windows, finish_cache
+from sae_italian.cache.build import as_they_come, claim_cache, default_windows, finish_cache, sae_facts
 from sae_italian.cache.encode import Sparse, write_activations
-from sae_italian.cache.layout import FP16_MAX, Manifest, config_hash, map_arrays, tokenizer_hash
+from sae_italian.cache.layout import FP16_MAX, Manifest, map_arrays, tokenizer_hash
 from sae_italian.cache.tokens import write_token_shard
 from sae_italian.corpora import PackedBlock, TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
 from sae_italian.models.hooks import parse_hook_name
-from sae_italian.saes import weights_hash
 
 LOST = (
     "documents: Delphi keeps none, so every stretch of text between special tokens of a window stands as a document, "
@@ -214,16 +213,13 @@ def _manifest(
     except UsageError:
         hook_name = source.name
     said = {"tokens": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(), "config": config}
+    unknown = {"sae_hash": "", "d_in": 0, "d_sae": d_sae, "k": None}
     return Manifest(
         model=config["model_name"],
         sae=sae_name or f"Delphi's cache {source.resolve()}",
-        sae_hash=weights_hash(sae) if sae is not None else "",
-        sae_config_hash=config_hash(sae) if sae is not None else "",
+        **(unknown if sae is None else sae_facts(sae)),
         tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer is not None else "",
         hook_name=hook_name,
-        d_in=sae.cfg.d_in if sae is not None else 0,
-        d_sae=d_sae,
-        k=getattr(sae.cfg, "k", None) if sae is not None else None,
         corpus=str(config.get("dataset_repo", "")),
         corpus_hash=fingerprint(said),
         text_column=str(config.get("dataset_column", "text")),

@@ -40,13 +40,6 @@ def write_run(folder: Path, index: int, arrays: dict[str, np.ndarray], d_sae: in
     write_arrays(folder, shard_file("runs", index), run)
 
 
-def write_missing_runs(folder: Path, manifest: Manifest) -> None:
-    """Sort the shards that have no run yet, as when their activations came from elsewhere."""
-    for shard in manifest.shards:
-        if not (folder / shard_file("runs", shard.index)).is_file():
-            write_run(folder, shard.index, map_arrays(folder / shard_file("acts", shard.index)), manifest.d_sae)
-
-
 def plan_ranges(folder: Path, manifest: Manifest) -> list[tuple[int, int]]:
     """Return (first, last) of every range: at most LATENTS_PER_RANGE latents and NON_ZEROS_PER_RANGE entries."""
     counts = np.zeros(manifest.d_sae, dtype=np.int64)

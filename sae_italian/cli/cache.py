@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ from cyclopts import Parameter
 from sae_italian.base.errors import UsageError
 from sae_italian.cli.options import Folder, Result, Source, Workers, positive, remembered_name
 
-WORDS = ("split", "windows_per_shard")
+WORDS = ("split=", "windows_per_shard=")
 
 
 def build(
@@ -33,11 +34,10 @@ def build(
     from sae_italian.cache import build_caches
     from sae_italian.saes import load_sae, weights_hash
 
-    words = dict(word.split("=", 1) for word in saes if word.split("=")[0] in WORDS and "=" in word)
-    names = [name for name in saes if name.split("=")[0] not in words]
+    names = [name for name in saes if not name.startswith(WORDS)]
+    split, per_shard = _settings([word for word in saes if word.startswith(WORDS)])
     if not names:
         raise UsageError("an SAE was expected: a folder, or release:sae_id.")
-    per_shard = _number(words.get("windows_per_shard"))
     positive(workers=workers.workers, tokens=tokens if isinstance(tokens, int) else None)
     sae, model, corpus = source.load(names[0])
     loaded = [sae, *(load_sae(name) for name in names[1:])]
@@ -54,7 +54,7 @@ def build(
         corpus,
         outs,
         n_tokens=None if tokens == "all" else tokens,
-        split=_split(words.get("split", "heldout")),
+        split=split,
         context_size=source.context_size,
         windows_per_shard=per_shard,
         text_column=source.text_column,
@@ -67,16 +67,15 @@ def build(
     return Result({"cache": paths[0], "caches": paths}, "\n".join(f"cache: {path}" for path in paths))
 
 
-def _split(given: str) -> Any:
-    if given not in ("train", "heldout", "all"):
-        raise UsageError(f"split={given}: train, heldout or all was expected.")
-    return given
-
-
-def _number(given: str | None) -> int | None:
-    if given is not None and (not given.isdigit() or int(given) < 1):
-        raise UsageError(f"windows_per_shard={given}: a number of 1 or more was expected.")
-    return int(given) if given else None
+def _settings(words: Sequence[str]) -> tuple[Any, int | None]:
+    """Return the split and the windows of a shard that `words` ask for. Raises: UsageError for other values."""
+    given = dict(word.split("=", 1) for word in words)
+    split, number = given.get("split", "heldout"), given.get("windows_per_shard")
+    if split not in ("train", "heldout", "all"):
+        raise UsageError(f"split={split}: train, heldout or all was expected.")
+    if number is not None and (not number.isdigit() or int(number) < 1):
+        raise UsageError(f"windows_per_shard={number}: a number of 1 or more was expected.")
+    return split, int(number) if number else None
 
 
 def info(cache: Path, /, *, verify: bool = False) -> Result:
