@@ -10,7 +10,6 @@ Importing these libraries costs seconds, so each registration waits until somebo
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -114,11 +113,8 @@ class _Door(MetaPathFinder):
         then = _WHEN_IMPORTED.get(fullname)
         if then is None:
             return None
-        sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            sys.meta_path.insert(0, self)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)  # pyright: ignore
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

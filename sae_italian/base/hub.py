@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from sae_italian.base.errors import DataError, UsageError
@@ -110,15 +108,3 @@ def cache_folder(repo_id: str) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
-
-
-def retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After header says, which may hold a number or a date; None for anything else."""
-    try:
-        return max(0.0, float(value or ""))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value or "").timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None

@@ -56,10 +56,6 @@ class Hook:
         return f"blocks.{self.layer}.{self.legacy}"
 
     @property
-    def bridge_name(self) -> str:
-        return f"blocks.{self.layer}.{_LEGACY[self.legacy].bridge}"
-
-    @property
     def llama_path(self) -> str:
         """The module's name in a model of Llama's family, as sparsify and Delphi write it: `layers.14.mlp`."""
         return f"layers.{self.layer}{_LLAMA[_LEGACY[self.legacy].part]}"

@@ -21,7 +21,7 @@ from sae_italian.base.storage import atomic_path
 
 CHUNK = 256  # tokens encoded at once: 65,536 latents of them are 67 MB
 CHECK_EVERY = 5
-TOPK_TRANSCODER = "topk_transcoder"  # its module imports SAELens, which takes seconds
+TOPK_TRANSCODER = "topk_transcoder"  # the module that has it imports SAELens, which takes seconds
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class JumpReLUExport:
         return asdict(self)
 
     def text(self) -> str:
-        return "\n".join(
-            [
-                f"threshold           {self.threshold:.4f}, so that {self.k} latents fire on average over {self.n_tokens:,} tokens",
-                f"L0                  {self.l0_before:.2f} -> {self.l0:.2f} over {self.n_tokens_checked:,} other tokens",
-                f"explained variance  {self.explained_variance_before:.4f} -> {self.explained_variance:.4f}",
-                f"folding error       {self.folding_error:.1e}",
-            ]
+        set_by = f"so that {self.k} latents fire on average over {self.n_tokens:,} tokens"
+        l0, explained = (self.l0_before, self.l0), (self.explained_variance_before, self.explained_variance)
+        return (
+            f"threshold           {self.threshold:.4f}, {set_by}\n"
+            f"L0                  {l0[0]:.2f} -> {l0[1]:.2f} over {self.n_tokens_checked:,} other tokens\n"
+            f"explained variance  {explained[0]:.4f} -> {explained[1]:.4f}\n"
+            f"folding error       {self.folding_error:.1e}"
         )
 
 
@@ -70,17 +70,17 @@ def to_jumprelu(
     theta = _threshold(raw, x[~checks])
     unfolded, folded = _with_threshold(raw, theta), _with_threshold(raw, theta)
     folded.fold_W_dec_norm()
-    before, after = (_measure(each, x[checks], y[checks]) for each in (raw, folded))
+    l0, explained, folding_error = _compare(raw, unfolded, folded, x[checks], y[checks])
     report = JumpReLUExport(
         threshold=theta,
         k=sae.cfg.k,
         n_tokens=int((~checks).sum()),
         n_tokens_checked=int(checks.sum()),
-        l0_before=before[0],
-        l0=after[0],
-        explained_variance_before=before[1],
-        explained_variance=after[1],
-        folding_error=_largest_difference(unfolded, folded, x[checks]),
+        l0_before=l0[0],
+        l0=l0[1],
+        explained_variance_before=explained[0],
+        explained_variance=explained[1],
+        folding_error=folding_error,
     )
     folded.cfg.metadata.jumprelu_export = report.as_dict()
     folded.cfg.metadata.l0 = report.l0
@@ -153,39 +153,34 @@ def _with_threshold(sae: Any, theta: float) -> Any:
     """Return a JumpReLU SAE of the same weights, in which a latent fires when its score is above theta."""
     from sae_lens import SAE
 
-    skips = getattr(sae, "W_skip", None)
-    skips = skips is not None and bool(skips.any())
-    values = {
-        key: value for key, value in sae.cfg.to_dict().items() if key not in ("k", "rescale_acts_by_decoder_norm")
-    }
+    W_skip = getattr(sae, "W_skip", None)
+    skips, rescaled = W_skip is not None and bool(W_skip.any()), getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+    values = sae.cfg.to_dict()
+    architecture = values["architecture"]
+    for key in ("k", "rescale_acts_by_decoder_norm"):
+        values.pop(key, None)
     values["architecture"] = "jumprelu"
-    if sae.cfg.architecture() == TOPK_TRANSCODER:
+    if architecture == TOPK_TRANSCODER:
         values["architecture"] = "jumprelu_skip_transcoder" if skips else "jumprelu_transcoder"
-    values["metadata"] = {**sae.cfg.metadata.to_dict(), "k": sae.cfg.k, "exported_from": sae.cfg.architecture()}
+    values["metadata"] = {**sae.cfg.metadata.to_dict(), "k": sae.cfg.k, "exported_from": architecture}
     jumprelu = SAE.from_dict(values)
     state = {name: tensor for name, tensor in sae.state_dict().items() if name != "W_skip" or skips}
     norm = sae.W_dec.norm(dim=-1).clamp(min=1e-8)
-    rescaled = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
     state["threshold"] = theta / norm if rescaled else torch.full_like(norm, theta)
     jumprelu.load_state_dict(state)
     return jumprelu.eval()
 
 
-def _measure(sae: Any, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Return L0 and centred explained variance."""
-    error = l0 = 0.0
+def _compare(raw: Any, unfolded: Any, folded: Any, x: Tensor, y: Tensor) -> tuple[list[float], list[float], float]:
+    """Return L0 and centred explained variance of `raw` and `folded`, and how far the latter's output is from `unfolded`'s."""
+    errors, active, largest, difference = [0.0, 0.0], [0, 0], 1e-12, 0.0
     for part_x, part_y in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        error += (part_y - _output(sae, part_x)).double().pow(2).sum().item()
-        l0 += (sae.encode(part_x) != 0).sum().item()
-    wide = y.double()
-    return l0 / len(x), 1 - error / (wide - wide.mean(0)).pow(2).sum().item()
-
-
-def _output(sae: Any, x: Tensor) -> Tensor:
-    return sae(x.to(sae.device, torch.float32))
-
-
-def _largest_difference(a: Any, b: Any, x: Tensor) -> float:
-    pairs = [(_output(a, part), _output(b, part)) for part in x.split(CHUNK)]
-    largest = max(first.abs().max().item() for first, _ in pairs)
-    return max((first - second).abs().max().item() for first, second in pairs) / max(largest, 1e-12)
+        part_x = part_x.to(raw.device, torch.float32)
+        outputs = [sae(part_x) for sae in (raw, folded, unfolded)]
+        for i, sae in enumerate((raw, folded)):
+            errors[i] += (part_y - outputs[i]).double().pow(2).sum().item()
+            active[i] += int((sae.encode(part_x) != 0).sum())
+        largest = max(largest, outputs[2].abs().max().item())
+        difference = max(difference, (outputs[1] - outputs[2]).abs().max().item())
+    variance = (y.double() - y.double().mean(0)).pow(2).sum().item()
+    return [n / len(x) for n in active], [1 - error / variance for error in errors], difference / largest

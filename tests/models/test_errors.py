@@ -2,15 +2,13 @@
 
 import errno
 import shutil
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 
 import httpx
 import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.hub import explain, retry_after
+from sae_italian.base.hub import explain
 from sae_italian.models import load_model, load_model_config
 from tests.models.conftest import use_cache
 
@@ -90,9 +88,3 @@ def test_a_folder_without_weights(tmp_path, mini):
     mini.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="safetensors"):
         load_model(str(tmp_path))
-
-
-def test_retry_after_is_a_number_or_a_date():
-    later = datetime.now(UTC) + timedelta(seconds=30)
-    assert retry_after(format_datetime(later, usegmt=True)) == pytest.approx(30, abs=2)
-    assert retry_after("3.5") == 3.5 and retry_after("soon") is None and retry_after(None) is None

