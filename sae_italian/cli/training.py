@@ -40,10 +40,11 @@ def train(
     suite = suite_from_dict(values) if SUITE_KEY in values else None
     if dry_run:
         from sae_italian.training.memory import plan
+        from sae_italian.training.run import check_run
 
-        if suite is None:
-            return Result(*plan([{"SAE": spec_from_dict(values)}]))
-        return Result(*plan(suite.groups(), suite.memory_gb))
+        groups = [{"SAE": spec_from_dict(values)}] if suite is None else suite.groups()
+        check_run(next(iter(groups[0].values())))
+        return Result(*plan(groups, None if suite is None else suite.memory_gb))
     earlier = Path(config) if (Path(config) / RUN_FILE).is_file() else None
     out = out or earlier or sweep_folder(Path("runs") / Path(config).name.removesuffix(".yaml"))
     flags = asdict(folder)

@@ -55,7 +55,9 @@ class Loop:
         """
         for run in self.runs.values():
             cut_metrics(run.metrics_file, run.n_steps)
-        with self._signals(), self._progress() as bar:
+        what = "train SAE" if len(self.runs) == 1 else f"train {len(self.runs)} SAEs"
+        sizes: Any = {"total": self.spec.training_tokens, "initial": self.first.n_tokens, "unit": "tok"}
+        with self._signals(), tqdm(desc=what, unit_scale=True, disable=None, **sizes) as bar:
             for run in self.runs.values():
                 run.prepare(self.stream)
             self.saved_at = time.monotonic()
@@ -90,7 +92,7 @@ class Loop:
         if (self.first.n_steps - 1) % LOG_EVERY_STEPS:
             return
         with self._naming_what_is_safe():
-            rows = [run.record() for run in self.runs.values()]
+            rows = [run.record(run.row()) for run in self.runs.values()]
         explained = sum(row["metrics/explained_variance"] for row in rows) / len(rows)
         bar.set_postfix(ev=f"{explained:.3f}", dead=sum(int(row["sparsity/dead_features"]) for row in rows))
 
@@ -137,11 +139,6 @@ class Loop:
             for run in self.runs.values():
                 run.finish()
         self.checkpoints.clear()
-
-    def _progress(self) -> Any:
-        what = "train SAE" if len(self.runs) == 1 else f"train {len(self.runs)} SAEs"
-        total, done = self.spec.training_tokens, self.first.n_tokens
-        return tqdm(desc=what, total=total, initial=done, unit="tok", unit_scale=True, disable=None)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -104,15 +104,11 @@ class SAERun:
         self.output = self.trainer.step(self._beside(batch))
         self.trainer.n_training_steps += 1
 
-    def record(self) -> dict[str, Any]:
-        """Write the last step's metrics and return them. Raises: UsageError when the training has diverged."""
-        row = self.row()
-        self._tell(row)
-        return row
-
-    def _tell(self, row: dict[str, Any]) -> None:
+    def record(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write metrics of the last step, of `row()` or of an evaluation, and return them."""
         append_metrics(self.metrics_file, self.n_steps - 1, row)
         self.log(row, self.n_steps - 1)
+        return row
 
     def row(self) -> dict[str, Any]:
         """Return the last step's metrics, in SAELens' names. Raises: UsageError when the training has diverged."""
@@ -142,7 +138,7 @@ class SAERun:
     def evaluate(self, model: Any) -> None:
         """Judge the SAE as it would be saved now, and write the card's means as `eval/...`."""
         means = {key: estimate.value for key, estimate in self.judge(self._inference_sae(), model).estimates().items()}
-        self._tell({f"eval/{key}": value for key, value in means.items() if math.isfinite(value)})
+        self.record({f"eval/{key}": value for key, value in means.items() if math.isfinite(value)})
 
     def judge(self, sae: Any, model: Any) -> EvaluationCard:
         """Return the evaluation card of an SAE on the run's held-out text."""

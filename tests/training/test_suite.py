@@ -133,6 +133,7 @@ def test_the_dry_run_prints_groups_tokens_and_memory_and_writes_nothing(tmp_path
     assert main(["train", "mini/gated", "sae.d_sae=128", "train_batch_size_tokens=512", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "400,000 tokens" in text and "1 SAE in 1 group;" in text
+    assert main(["train", "mini/gated", "corpus=nope.jsonl", "--dry-run"]) == 2, "the corpus is looked at too"
     assert not list(tmp_path.iterdir())
 
 
