@@ -152,3 +152,19 @@ def test_work_under_other_settings_is_refused_and_exports_come_from_the_command(
     assert "parola" in (tmp_path / "e" / "explanation.jsonl").read_text("utf-8")
     assert main(["export", str(planted.folder)]) == 2
     assert passages((tmp_path / "e" / "call.jsonl").read_text("utf-8")) == 0
+
+
+def test_judgements_that_are_all_unusable_leave_the_figures_empty(planted, capsys, tmp_path):
+    """A model that explains and cannot judge: said in the table, not an error after all its calls."""
+    cache = FeatureCache.open(shutil.copytree(planted.folder, tmp_path / "c", ignore=shutil.ignore_patterns("auto*")))
+
+    def unable(body):
+        return "non saprei" if "Spiegazione: " in str(body["messages"]) else reader(body)
+
+    with FakeEndpoint(unable) as endpoint:
+        assert run(cache, endpoint) == 0
+        text = capsys.readouterr().out
+        assert run(cache, endpoint, "--json") == 0
+    rule, llm = json.loads(capsys.readouterr().out)["llm"]["summaries"]
+    assert llm["n_explained"] == N and llm["detection"]["value"] is None and rule["detection"]["value"] is not None
+    assert "| llm:prova:it1 | llm:prova:it1 | 4 | -" in text
