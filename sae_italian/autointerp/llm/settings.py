@@ -32,7 +32,7 @@ class LLMOptions:
     language: Literal["it", "en"] = "it"
     """Language of the prompts and the explanations."""
     n_shown: int = 20
-    """Examples of a latent that the explaining model is shown (at most those of the training documents)."""
+    """Examples of a latent that the explaining model is shown, drawn from twice as many of the training documents."""
     estimate: bool = False
     """Print how many calls, tokens and dollars a run would take; nothing is sent."""
     max_usd: float | None = None
