@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import islice, pairwise
 
 import numpy as np
@@ -25,6 +26,7 @@ class ContextMaker:
 
     def __init__(self, cache: FeatureCache):
         self.cache = cache
+        self._document = lru_cache(1024)(cache.document)
 
     def groups(self, latent: LatentActivations, before: int = BEFORE, after: int = AFTER) -> list[Record]:
         """Return the strongest passages, then `per_tenth` from each tenth of the active segments, strongest tenth first.
@@ -32,33 +34,44 @@ class ContextMaker:
         A passage reaches so many tokens before and after its strongest one, inside its window and its document.
         """
         peaks = latent.peaks(SEGMENT)
+        if len(peaks.position) == 0:
+            return []
         ranks = np.arange(len(peaks.position))
         tenths = [tenth for tenth in np.array_split(ranks, TENTHS) if len(tenth)]
         candidates = [ranks[: CANDIDATES * N_TOP], *(_spread(tenth, PER_TENTH) for tenth in tenths)]
         alike = contents(self.cache, peaks.position[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER)
         seen: set[tuple[int, bytes]] = set()
-        groups = []
+        kept = []
         for index, group in enumerate(candidates):
-            wanted = PER_TENTH if index else N_TOP
-            kept = group[first_new(islice(alike, len(group)), wanted, seen)]
+            kept.append(group[first_new(islice(alike, len(group)), PER_TENTH if index else N_TOP, seen)])
+        contexts = iter(self._contexts(latent, peaks.position[np.concatenate(kept)], before, after))
+        groups = []
+        for index, own in enumerate(kept):
             names, lo, hi = ("Più forti", "Strongest"), None, None
             if index:
                 names = f"{_ORDINALS_IT[index - 1]} decimo", f"{_ORDINALS_EN[index - 1]} tenth"
                 lo, hi = float(peaks.value[tenths[index - 1][-1]]), float(peaks.value[tenths[index - 1][0]])
-            if len(kept):
-                shown = self._contexts(latent, peaks.position[kept], before, after)
+            if shown := list(islice(contexts, len(own))):
                 groups.append(Record(name_it=names[0], name_en=names[1], lo=lo, hi=hi, contexts=shown))
         return groups
 
     def _contexts(
         self, latent: LatentActivations, peak: Int[np.ndarray, " n"], before: int, after: int
     ) -> list[Record]:
+        """Return the passages around some peaks; what stands at all of their tokens is read from the cache at once."""
         passages = latent.around(peak, before, after)
+        stop = passages.start + passages.length
+        inside = [latent.between(*ends) for ends in zip(passages.start.tolist(), stop.tolist(), strict=True)]
+        active = [latent.position[here] for here in inside]
+        place = np.concatenate([*active, passages.start, stop - 1])
+        begin, end = self.cache.gather("start", place), self.cache.gather("end", place)
+        first, last = begin[-2 * len(peak) : -len(peak)].tolist(), end[-len(peak) :].tolist()
+        spans = np.split(np.stack([begin, end], axis=1), np.cumsum([len(own) for own in active]))
         contexts = []
-        for shown, largest in zip(passages.shown(), passages.maximum.tolist(), strict=True):
-            active = shown.values > 0
-            segments = split_text(shown.text, shown.spans[active], shown.values[active])
-            document = self.cache.document(shown.doc)
+        for index, (low, high) in enumerate(zip(first, last, strict=True)):
+            document = self._document(int(passages.doc[index]))
+            segments = split_text(document.text[low:high], spans[index] - low, latent.value[inside[index]])
+            largest = float(passages.maximum[index])
             contexts.append(Record(doc_id=document.doc_id, source=document.source, max=largest, segments=segments))
         return contexts
 
@@ -78,7 +91,21 @@ def split_text(text: str, spans: Int[np.ndarray, "tokens 2"], values: np.ndarray
     that are not given are silent.
     """
     tokens = list(zip(spans.tolist(), values.tolist(), strict=True))
-    edges = sorted({0, len(text), *spans.ravel().tolist()})
+    pieces: list[tuple[str, float]] = []
+    end = 0
+    for (start, stop), value in tokens:
+        if start < end or stop <= start or value <= 0:
+            return _split_shared(text, tokens)
+        if start > end:
+            pieces.append((text[end:start], 0.0))
+        pieces.append((text[start:stop], value))
+        end = stop
+    return [*pieces, (text[end:], 0.0)] if end < len(text) else pieces
+
+
+def _split_shared(text: str, tokens: list[tuple[list[int], float]]) -> list[tuple[str, float]]:
+    """Return the same for any tokens: those that overlap, are empty or silent, or are out of order."""
+    edges = sorted({0, len(text), *(edge for span, _ in tokens for edge in span)})
     pieces: list[tuple[str, float]] = []
     for start, end in pairwise(edges):
         value = max([0.0, *(value for (first, last), value in tokens if first <= start and end <= last)])

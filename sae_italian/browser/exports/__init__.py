@@ -16,7 +16,7 @@ from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import claim_folder, read_json
 from sae_italian.browser.exports import formats
-from sae_italian.browser.exports.fields import Check
+from sae_italian.browser.exports.fields import FieldCheck
 from sae_italian.browser.exports.latents import Facts, Latents, facts_of, model_facts, names_of
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.models import load_model_config
@@ -83,7 +83,7 @@ def export(
         if to == "wandb":
             folder, rows = _wandb(out, tokenizer, source, wanted, project, online)
             return Export(to, folder, rows, [])
-        task = formats.Task(_folder(out, to, facts, manifest), source, facts, wanted, bar)
+        task = formats.ExportTask(_folder(out, to, facts, manifest), source, facts, wanted, bar)
         if to == "neuronpedia":
             formats.write_batches(task)
             rows = formats.check_batches(task.folder)
@@ -117,7 +117,7 @@ def _wandb(
 
     cache, weights = latents.cache, latents.directions
     source = open_source(cache, tokenizer, sae=weights.sae, model=weights.model)
-    table, checked = [], Check()
+    table, checked = [], FieldCheck()
     for latent in wanted:
         table.append(formats.wandb_row(latents, source.row(latent)))
         checked("wandb_latent", table[-1])

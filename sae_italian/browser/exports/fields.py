@@ -80,7 +80,7 @@ def is_mojibake(text: str) -> bool:
 
 
 @dataclass
-class Check:
+class FieldCheck:
     """One export under check. Call it with each row; ask `finish` in the end.
 
     Raises: DataError naming table, row and field of the first thing that does not fit.

@@ -27,7 +27,7 @@ from sae_italian.autointerp.store import NOW, Store
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import atomic_path, read_json, write_text
 from sae_italian.browser.exports.directions import rounded
-from sae_italian.browser.exports.fields import Check, make_row, tables
+from sae_italian.browser.exports.fields import FieldCheck, make_row, tables
 from sae_italian.browser.exports.latents import Facts, Latents, cantor, row_id, storable
 
 BATCH, MAX_FILES = 128, 1000  # latents of a file; the bulk importer sees 1000 files of a folder
@@ -43,7 +43,7 @@ LINKS = {
 }
 
 
-class Task(NamedTuple):
+class ExportTask(NamedTuple):
     """Some latents to be written into a folder; files that are there already are kept."""
 
     folder: Path
@@ -75,7 +75,7 @@ def _check_activity(where: str, density: float, activations: list[Facts]) -> Non
 # --- Neuronpedia's batch JSON ----------------------------------------------------------------------------------------
 
 
-def write_batches(task: Task) -> None:
+def write_batches(task: ExportTask) -> None:
     for number, batch in task.batches(BATCH):
         file = task.folder / f"batch-{number}.json"
         if not file.is_file():
@@ -87,7 +87,7 @@ def write_batches(task: Task) -> None:
     write_text(task.folder / "skipped_indexes.json", _json(make_row("skipped_indexes", facts)))
 
 
-def _feature(task: Task, latent: int) -> Facts:
+def _feature(task: ExportTask, latent: int) -> Facts:
     record = task.latents.record(latent)
     activations = [make_row("batch_activation", passage) for passage in task.latents.passages(latent)]
     return make_row("batch_feature", {**task.facts, **record, "activations": activations})
@@ -95,7 +95,7 @@ def _feature(task: Task, latent: int) -> Facts:
 
 def check_batches(folder: Path) -> dict[str, int]:
     """Check every file against the table of fields; return the rows of each table. Raises: DataError."""
-    checked = Check()
+    checked = FieldCheck()
     for file, batch in read_batches(folder):
         checked("batch", batch, file.name)
         for row in batch["features"]:
@@ -117,7 +117,7 @@ def read_batches(folder: Path) -> Iterator[tuple[Path, Facts]]:
 # --- Neuronpedia's bulk-import folder ----------------------------------------------------------------------------------
 
 
-def write_bulk(task: Task) -> None:
+def write_bulk(task: ExportTask) -> None:
     for name in ONE_LINE:
         write_text(task.folder / f"{name}.jsonl", _line(make_row(name, task.facts)))
     store = task.latents.cache.folder / STORE_FILE
@@ -145,11 +145,11 @@ def _write_rows(file: Path, rows: Iterable[Facts]) -> None:
             packed.write(_line(row).encode())
 
 
-def _neuron(task: Task, latent: int) -> Facts:
+def _neuron(task: ExportTask, latent: int) -> Facts:
     return make_row("neuron", {**task.facts, **task.latents.record(latent)})
 
 
-def _activations(task: Task, batch: range) -> Iterator[Facts]:
+def _activations(task: ExportTask, batch: range) -> Iterator[Facts]:
     for latent in batch:
         for number, passage in enumerate(task.latents.passages(latent)):
             key = row_id(task.facts, "activation", latent, number)
@@ -167,7 +167,7 @@ def _scores(store: Store) -> dict[str, dict[int, float]]:
     }
 
 
-def _explanations(task: Task, store: Store, scores: dict[str, dict[int, float]], batch: range) -> Iterator[Facts]:
+def _explanations(task: ExportTask, store: Store, scores: dict[str, dict[int, float]], batch: range) -> Iterator[Facts]:
     """Yield the Italian and the English text of each explanation as a row of its own."""
     query = """SELECT latent, explainer, text_it, text_en FROM explanation
                WHERE latent BETWEEN ? AND ? AND status = 'ok' AND explainer NOT IN (?, ?) ORDER BY latent, id"""
@@ -187,7 +187,7 @@ def check_bulk(folder: Path) -> dict[str, int]:
 
     Raises: DataError naming the first thing that does not fit.
     """
-    checked = Check()
+    checked = FieldCheck()
     one = {name: json.loads((folder / f"{name}.jsonl").read_text(encoding="utf-8")) for name in ONE_LINE}
     for name, row in one.items():
         checked(name, row)
@@ -211,7 +211,7 @@ def _check_links(one: dict[str, Facts]) -> None:
             raise DataError(f"{link} is {given!r}, which names nothing here; {wanted!r} was expected.")
 
 
-def _check_batch(checked: Check, folder: Path, file: str, source: Facts) -> None:
+def _check_batch(checked: FieldCheck, folder: Path, file: str, source: Facts) -> None:
     rows = {name: list(read_rows(folder / name / file)) for name in MANY}
     shown: dict[str, list[Facts]] = {row["index"]: [] for row in rows["features"]}
     for name, table in MANY.items():
@@ -251,7 +251,7 @@ def read_rows(file: Path) -> Iterator[Facts]:
 # --- circuit-tracer's feature files ------------------------------------------------------------------------------------
 
 
-def write_features(task: Task) -> None:
+def write_features(task: ExportTask) -> None:
     for _, (latent,) in task.batches(1):
         file = task.folder / f"{cantor(task.facts['layer'], latent)}.json"
         if not file.is_file():
@@ -273,7 +273,7 @@ def _circuit_feature(latents: Latents, latent: int) -> Facts:
 
 def check_features(folder: Path, layer: int, wanted: range) -> dict[str, int]:
     """Check the file of each wanted latent; return the rows of each table. Raises: DataError at the first that is wrong."""
-    checked = Check()
+    checked = FieldCheck()
     for latent in wanted:
         file = folder / f"{cantor(layer, latent)}.json"
         if not file.is_file():
