@@ -15,8 +15,8 @@ from tqdm import tqdm
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.judges import RULE
 from sae_italian.autointerp.protocols import SEGMENT_NEGATIVES, Explainer, JudgeBase, LatentExamples, Negatives
-from sae_italian.autointerp.scorers import Asked, score_rows
-from sae_italian.autointerp.store import Explanation, Feature, ScoreRow, Store
+from sae_italian.autointerp.scorers import Asked, Row, score_rows
+from sae_italian.autointerp.store import Explanation, Feature, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Explained, Known, Work, explain_batch, score_batch
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.storage import fingerprint
@@ -194,7 +194,7 @@ class Run:
         lookup, done = self.store.explanations(LOOKUP), self.store.scored(name, judge.name)
         todo = [latent for latent in live if latent not in done]
 
-        def score(examples: LatentExamples) -> tuple[list[ScoreRow], list[Any]]:
+        def score(examples: LatentExamples) -> tuple[list[Row], list[Any]]:
             latent = examples.latent
             asked = [Asked(judge, own[latent][1], row_id=own[latent][0])]
             if other := own.get(stranger.get(latent, -1)):

@@ -18,9 +18,10 @@ from sae_italian.autointerp.negatives import NegativeSource
 from sae_italian.autointerp.neighbours import find_neighbours
 from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.protocols import LatentExamples
-from sae_italian.autointerp.scorers import Asked, score_rows
+from sae_italian.autointerp.scorers import Asked, Row, score_rows
+from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.shown import latent_examples, promoted_tokens
-from sae_italian.autointerp.store import Explanation, ScoreRow
+from sae_italian.autointerp.store import Explanation
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.read import Part
 
@@ -84,12 +85,12 @@ class Work:
             return Explained(latent, counted, nothing)
         return Explained(latent, counted, self.explainer.explain_latent(latent, activity))
 
-    def score(self, own: Known, lookup: Known, stranger: Known | None = None) -> list[ScoreRow]:
+    def score(self, own: Known, lookup: Known, stranger: Known | None = None) -> list[Row]:
         """Return the score rows of a latent's rule, of its token lookup, and of another latent's rule as control."""
         asked = [Asked(self.judge, known[1], row_id=known[0]) for known in (own, lookup)]
         if stranger is not None:
             asked.append(Asked(self.judge, stranger[1], SHUFFLED, stranger[0]))
-        always = [Asked(ConstantJudge(answer), own[1], row_id=own[0], headline=True) for answer in (True, False)]
+        always = [Asked(ConstantJudge(answer), own[1], row_id=own[0], only=HEADLINE) for answer in (True, False)]
         return score_rows([*asked, *always], self.examples(own[1].latent, n_train=0))
 
     def examples(self, latent: int, **settings: Any) -> LatentExamples:
@@ -114,6 +115,6 @@ def explain_batch(work: Work, latents: list[int]) -> list[Explained]:
     return [work.explain(latent) for latent in latents]
 
 
-def score_batch(work: Work, known: list[tuple[Known, Known, Known | None]]) -> list[list[ScoreRow]]:
+def score_batch(work: Work, known: list[tuple[Known, Known, Known | None]]) -> list[list[Row]]:
     """Score a batch of latents' own rules, lookups and strangers: a unit of work."""
     return [work.score(*each) for each in known]

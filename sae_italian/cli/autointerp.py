@@ -13,6 +13,8 @@ from sae_italian.autointerp.llm.settings import LLMOptions, LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.cli.options import Model, Result, Seed, Workers, positive
 
+TOLD = ("detection", "fuzzing", "simulation")  # the scorers that the table of a run tells of by itself
+
 
 def autointerp(
     cache: Path,
@@ -88,8 +90,11 @@ def _explained(
 ) -> Result:
     """Explain and score by rules, and beside these with a language model where one is asked for."""
     from sae_italian.autointerp import AutointerpConfig
+    from sae_italian.autointerp.explainers.choose import EXPLAINER
+    from sae_italian.autointerp.judges import RULE
     from sae_italian.autointerp.llm.beside import beside_text, estimate_beside, run_beside
     from sae_italian.autointerp.run import STORE_FILE
+    from sae_italian.autointerp.summary import means, means_table
     from sae_italian.models import load_model
     from sae_italian.quickstart import analyse, forget_scores, table_of
 
@@ -106,6 +111,8 @@ def _explained(
     others: dict[str, Any] = {"card_tokens": None, "workers": where.workers or 1, "run_units": units}
     results = analyse(cache, sae, model, config=config, random_control=control, **others)
     text = table_of(results)
+    if others_told := [row for row in means(cache.folder / STORE_FILE, EXPLAINER, [RULE]) if row["scorer"] not in TOLD]:
+        text += f"\n\n{means_table(others_told)}"
     if settings.wants_llm:
         results["llm"] = run_beside(cache, model, config, sae, settings, control=control)
         text += f"\n\n{beside_text(results['llm'], cache.folder / STORE_FILE)}"

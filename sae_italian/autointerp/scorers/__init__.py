@@ -6,37 +6,39 @@ explanation. It names the method it needs of a judge, and the metric it is known
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
 from sae_italian.autointerp.protocols import Example, LatentExamples, Score, Verdicts
-from sae_italian.autointerp.store import Explanation, Judgement, ScoreRow
+from sae_italian.autointerp.store import Explanation, Judgement
+
+Row = tuple[Any, ...]  # the fields of a ScoreRow
 
 
 @dataclass(eq=False)
 class Asked:
     """One explanation before one judge. `row_id` is its id in the store, None for what is only compared with.
 
-    With `headline` only balanced accuracy against the headline negatives is kept: of judges who always say the same.
+    `only` names the scorers that are asked and the negatives that are kept of each, when not all are: of judges who always
+    say the same.
     """
 
     judge: Any  # a JudgeBase with the method that the scorer needs
     explanation: Explanation
     control: str = ""  # which control it serves; "" for an explanation on its own latent's examples
     row_id: int | None = None
-    headline: bool = False
+    only: Mapping[str, str] = field(default_factory=dict)
     answers: dict[str, tuple[Sequence[Example], Verdicts]] = field(default_factory=dict)  # by scorer, once asked
 
-    def rows(self, latent: int, scorer: str, score: Score) -> Iterator[ScoreRow]:
+    def rows(self, latent: int, scorer: str, score: Score) -> Iterator[Row]:
         """Yield a score as rows of the store."""
-        assert self.row_id is not None
         counts = (score.n_positive, score.n_negative, score.n_failed)
         for metric, estimate in score.metrics.items():
             where = (self.row_id, latent, self.control, scorer, self.judge.name, score.negatives, metric)
-            yield ScoreRow(*where, *estimate.finite(), *counts)
+            yield (*where, *estimate.finite(), *counts)
 
     def judgements(self, latent: int) -> Iterator[Judgement]:
         """Yield the judge's answers example by example."""
@@ -71,16 +73,18 @@ def scorer(*, needs: str, metric: str) -> Callable[[Any], Any]:
     return enter
 
 
-def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[ScoreRow]:
+def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[Row]:
     """Return the rows of all scores that the judges can give, of the explanations that the store knows.
 
     The one path of every score: rules, LLMs, encoders and the subject model. Scores of one scorer are made together, on
     the same examples and the same resamples, so that explanations compare in pairs. The latent's own comes first.
     """
-    rows: list[ScoreRow] = []
-    for name, (score, needs, _) in SCORERS.items():
-        able = [one for one in asked if hasattr(one.judge, needs)]
+    rows: list[Row] = []
+    for name, (score, needs, metric) in SCORERS.items():
+        able = [one for one in asked if hasattr(one.judge, needs) and (not one.only or name in one.only)]
         for one, found in score(able, examples) if able else ():
+            if one.only:
+                found = replace(found, metrics={metric: found.metrics[metric]})
             if one.row_id is not None:
                 rows += one.rows(examples.latent, name, found)
     return rows

@@ -83,7 +83,7 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
     for number, one in enumerate(asked):
         verdicts = one.judge.detect(one.explanation, shown)
         one.answers[name] = shown, verdicts
-        wanted = [source for source in shown.questions if not one.headline or source == HEADLINE[name]]
+        wanted = [source for source in shown.questions if one.only.get(name, source) == source]
         sets |= {(number, source): Answers.of(verdicts, shown, source) for source in wanted}
     documents = documents_of(examples)
     resampled = Resampled([answers.answered() for answers in sets.values()], documents)
@@ -98,8 +98,7 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
                 gain = Resampled([own.answered(plain), plain.answered(own)], documents).gain(0, 1)
             metrics[0, source][GAIN] = gain
     for (number, source), found in metrics.items():
-        kept = {"balanced_accuracy": found["balanced_accuracy"]} if asked[number].headline else found
-        yield asked[number], sets[number, source].score(source, kept)
+        yield asked[number], sets[number, source].score(source, found)
     if name == "detection" and "random" in shown.questions:
         yield from ((asked[0], score) for score in _by_decile(sets[0, "random"].positive.said, shown))
 
