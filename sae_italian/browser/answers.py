@@ -36,7 +36,7 @@ def in_both(error: Exception | str) -> dict[str, str]:
     return {"error_it": " ".join(italian.split())[:1000], "error_en": " ".join(str(error).split())[:1000]}
 
 
-class Answers:
+class PageAnswers:
     """Call it with a name and an argument; the answer is plain JSON.
 
     Raises: Refused for what is not there, and as live work itself.
@@ -59,7 +59,7 @@ class Answers:
             live = None if self.live is None else {"works": list(WORKS), "llm": self.live.llm is not None}
             return {"run": check("run", source.run()), "live": live, "compare": self.other.name if self.other else None}
         if self.other is not None and name.startswith("other/"):
-            return Answers(self.other.source)(name.removeprefix("other/"), argument)
+            return PageAnswers(self.other.source)(name.removeprefix("other/"), argument)
         if self.other is not None and name == "matches":
             return self.other.matches
         source.update()

@@ -62,7 +62,7 @@ def read_data(path: Path) -> Any:
 # --- cards -----------------------------------------------------------------------------------------------------------
 
 
-class Documents:
+class ShardDocuments:
     """The sources and ids of a shard's documents, each once; passages name them by number."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Documents:
         return self.number.setdefault((context["source"], context["doc_id"]), len(self.number))
 
 
-def pack_card(card: Record, documents: Documents) -> dict[str, Any]:
+def pack_card(card: Record, documents: ShardDocuments) -> dict[str, Any]:
     """Return a card as it lies on disk: short numbers, and passages as text with spans."""
     packed: dict[str, Any] = {**card}
     for name in ("histogram", "logits"):
@@ -98,7 +98,7 @@ def _short(value: Any, digits: int = 3) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def _pack_context(context: Record, documents: Documents) -> list[Any]:
+def _pack_context(context: Record, documents: ShardDocuments) -> list[Any]:
     """Return [document, largest, text, [characters since the last span, length, activation, ...]]."""
     spans: list[int] = []
     since = 0

@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.answers import Answers, in_both
+from sae_italian.browser.answers import PageAnswers, in_both
 from sae_italian.browser.compare import open_other
 from sae_italian.browser.live import open_with_live
 from sae_italian.browser.page import module, notebook_style
@@ -52,7 +52,7 @@ def show(
     else:
         source, working = open_source(opened, tokenizer, decoder=compare is not None, **weights), None
     other = None if compare is None else open_other(source, Path(compare), model=getattr(working, "model", model))
-    return widget_class()(Answers(source, working, other), latent)
+    return widget_class()(PageAnswers(source, working, other), latent)
 
 
 def has_anywidget() -> bool:
@@ -91,7 +91,7 @@ def widget_class() -> Any:
         latent = traitlets.Int(-1).tag(sync=True)
         permalink = traitlets.Unicode("").tag(sync=True)
 
-        def __init__(self, answers: Answers, latent: int | None):
+        def __init__(self, answers: PageAnswers, latent: int | None):
             self.answers = answers
             path = str(answers.source.cache.folder)
             super().__init__(latent=-1 if latent is None else latent, permalink=f"show({path!r}, latent=LATENT)")

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.pack import Documents, data_script, pack_card
+from sae_italian.browser.pack import ShardDocuments, data_script, pack_card
 from sae_italian.browser.page import page, script, style
 from sae_italian.browser.schema import Record, check, check_card, check_rows
 
@@ -124,7 +124,7 @@ def _write_source(folder: Path, source: Any, run: Record, more: dict[str, Any], 
     gc.freeze()  # a card's records hold each other in no circle: what was there before need not be searched again and again
     with tqdm(total=n_rows, desc="cards", unit="latent", disable=None if bar else True) as progress:
         for index, start in enumerate(range(0, n_rows, CARDS_PER_SHARD)):
-            documents = Documents()
+            documents = ShardDocuments()
             latents = range(start, min(n_rows, start + CARDS_PER_SHARD))
             cards = {latent: pack_card(check_card(source.card(latent)), documents) for latent in latents}
             _write_data(

@@ -7,7 +7,7 @@ import pytest
 
 from sae_italian.base.errors import UsageError
 from sae_italian.browser import widget
-from sae_italian.browser.answers import Answers
+from sae_italian.browser.answers import PageAnswers
 from sae_italian.browser.compare import beside
 from sae_italian.browser.plain import card_html
 from sae_italian.browser.schema import check, check_card
@@ -50,7 +50,7 @@ def test_messages_are_answered_with_records_and_live_work(shown):
 def test_another_sae_stands_beside_it_by_messages(shown, folder):
     source = shown.answers.source
     other = beside(source, source)
-    pair = widget.widget_class()(Answers(source, shown.answers.live, other), 3)
+    pair = widget.widget_class()(PageAnswers(source, shown.answers.live, other), 3)
     assert ask(pair, "run")["value"]["compare"] == other.name
     assert ask(pair, "matches")["value"]["latent"] == list(range(256))
     assert ask(pair, "other/run")["value"]["run"]["d_sae"] == 256
@@ -98,7 +98,7 @@ def test_a_cache_or_a_latent_that_is_not_there(folder, tmp_path):
 
 def test_without_live_work_a_message_says_why(shown):
     with pytest.raises(UsageError, match="No live work"):
-        Answers(shown.answers.source)("tokens", {"sentence": "a"})
+        PageAnswers(shown.answers.source)("tokens", {"sentence": "a"})
 
 
 def test_plain_html_is_harmless(shown):

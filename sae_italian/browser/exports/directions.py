@@ -22,7 +22,7 @@ SAMPLE_FLOATS = 2**26  # of the model's activations held in memory
 FORWARD_WINDOWS = 16
 
 
-class Neighbours(NamedTuple):
+class NeuronTable(NamedTuple):
     """Three of Neuronpedia's neighbours: their ids, what it calls L1, and its second number."""
 
     indices: list[int] = []
@@ -50,7 +50,7 @@ def counted_tokens(cache: FeatureCache) -> int:
     return round(float(count[most]) / float(density[most])) if count[most] else cache.n_positions
 
 
-class Directions:
+class DecoderSide:
     """The decoder's side of a cache's latents. `sae` and `model` may be absent: then it answers with nothing."""
 
     def __init__(self, cache: FeatureCache, sae: Any = None, model: Any = None):
@@ -67,23 +67,23 @@ class Directions:
         return histogram(logits.cpu().numpy())
 
     @torch.no_grad()
-    def alignment(self, latent: int) -> Neighbours:
+    def alignment(self, latent: int) -> NeuronTable:
         """Return the dimensions with the largest decoder weights: the weight, and its share of the L1 norm."""
         if self.sae is None:
-            return Neighbours()
+            return NeuronTable()
         direction = self.sae.W_dec[latent].float()
         value, index = direction.topk(min(N_TABLE, len(direction)))
-        return Neighbours(index.tolist(), (value / direction.abs().sum()).tolist(), value.tolist())
+        return NeuronTable(index.tolist(), (value / direction.abs().sum()).tolist(), value.tolist())
 
     @cached_property
     def _sample(self) -> _Sample:
         return _Sample(self.cache, self.model)
 
-    def correlated_neurons(self, latent: int) -> Neighbours:
+    def correlated_neurons(self, latent: int) -> NeuronTable:
         """Return the dimensions of the activation that go with the latent, with cosine and Pearson, on a sample."""
-        return Neighbours() if self.sae is None or self.model is None else self._sample.correlated(latent)
+        return NeuronTable() if self.sae is None or self.model is None else self._sample.correlated(latent)
 
-    def correlated_latents(self, latent: int) -> Neighbours:
+    def correlated_latents(self, latent: int) -> NeuronTable:
         """Return the latents that go with this one, with cosine and Pearson over the whole cache.
 
         Candidates are the latents that fire on most of the same tokens, of all latents: not those of one batch.
@@ -96,7 +96,7 @@ class Directions:
             cross = float(value[mine].astype(np.float64) @ their_value[theirs].astype(np.float64))
             found.append((*_similar(cross, _sums(value), _sums(their_value), self.n_tokens), other))
         best = sorted(found, key=lambda row: (-row[1], row[2]))[:N_TABLE]
-        return Neighbours([row[2] for row in best], [row[0] for row in best], [row[1] for row in best])
+        return NeuronTable([row[2] for row in best], [row[0] for row in best], [row[1] for row in best])
 
 
 def _sums(value: np.ndarray) -> tuple[float, float]:
@@ -135,15 +135,15 @@ class _Sample:
         self.f: csc_matrix = csr_matrix((value, latent, indptr), shape=(n, manifest.d_sae))[counted].tocsc()
         self.sum, self.squares = self.x.sum(axis=0, dtype=np.float64), np.einsum("ij,ij->j", self.x, self.x)
 
-    def correlated(self, latent: int) -> Neighbours:
+    def correlated(self, latent: int) -> NeuronTable:
         column = slice(self.f.indptr[latent], self.f.indptr[latent + 1])
         row, value = self.f.indices[column], self.f.data[column].astype(np.float64)
         if len(value) == 0:
-            return Neighbours()
+            return NeuronTable()
         cross = value @ self.x[row]
         total, square = _sums(value)
         spread = (square - total**2 / self.n) * (self.squares - self.sum**2 / self.n)
         pearson = (cross - total * self.sum / self.n) / np.sqrt(np.maximum(spread, 1e-30))
         cosine = cross / np.sqrt(np.maximum(square * self.squares, 1e-30))
         best = np.argsort(-pearson, kind="stable")[:N_TABLE]
-        return Neighbours(best.tolist(), cosine[best].tolist(), pearson[best].tolist())
+        return NeuronTable(best.tolist(), cosine[best].tolist(), pearson[best].tolist())

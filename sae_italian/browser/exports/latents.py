@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import fingerprint
-from sae_italian.browser.exports.directions import Directions, counted_tokens, histogram, rounded
+from sae_italian.browser.exports.directions import DecoderSide, counted_tokens, histogram, rounded
 from sae_italian.browser.exports.fields import tables
 from sae_italian.cache import FeatureCache, LatentActivations, Manifest
 from sae_italian.models import parse_hook_name
@@ -123,7 +123,7 @@ class Latents:
 
     def __init__(self, cache: FeatureCache, strings: list[str], sae: Any = None, model: Any = None, *, seed: int = 0):
         self.cache, self.strings, self.stats, self.seed = cache, strings, cache.statistics, seed
-        self.directions = Directions(cache, sae, model)
+        self.directions = DecoderSide(cache, sae, model)
         self.n_tokens = counted_tokens(cache)
 
     def record(self, latent: int) -> Facts:

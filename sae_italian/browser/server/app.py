@@ -24,7 +24,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sae_italian.base.errors import SaeItalianError
-from sae_italian.browser.answers import WORKS, Answers, Refused, in_both
+from sae_italian.browser.answers import WORKS, PageAnswers, Refused, in_both
 from sae_italian.browser.compare import Other
 from sae_italian.browser.live import Live
 from sae_italian.browser.page import page, script, style
@@ -37,7 +37,7 @@ def create_app(
     source: LatentSource, live: Live | None = None, *, other: Other | None = None, seconds: float = 60.0
 ) -> Guard:
     """Return the server of one cache, to be run on loopback. `seconds` is the longest that live work may take."""
-    server = Server(Answers(source, live, other), seconds)
+    server = Server(PageAnswers(source, live, other), seconds)
     routes = [
         Route("/", server.page),
         Route("/assets/{name}", server.asset),
@@ -57,7 +57,7 @@ def create_app(
 class Server:
     """What the routes share. Records are made in one thread and live work is done in another, so neither waits."""
 
-    def __init__(self, answers: Answers, seconds: float):
+    def __init__(self, answers: PageAnswers, seconds: float):
         self.answers = answers
         self.reader = Worker("reader", waiting=1024, seconds=60.0)
         self.worker = Worker("live", waiting=128, seconds=seconds)

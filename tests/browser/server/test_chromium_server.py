@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sae_italian.browser.answers import Answers
+from sae_italian.browser.answers import PageAnswers
 from sae_italian.browser.live import open_with_live
 from sae_italian.browser.page import style
 from sae_italian.browser.server.app import create_app
@@ -282,7 +282,9 @@ def test_the_widget_shows_a_card_and_works_live_by_messages(tab: Any, opened, ac
     def kernel(text: str) -> str:
         message = json.loads(text)
         try:
-            return json.dumps({"id": message["id"], "value": Answers(*opened)(message["name"], message["argument"])})
+            return json.dumps(
+                {"id": message["id"], "value": PageAnswers(*opened)(message["name"], message["argument"])}
+            )
         except Exception as error:
             return json.dumps({"id": message["id"], "error": str(error)})
 
