@@ -45,9 +45,6 @@ def build(
     outs = [out]
     if len(loaded) > 1:
         outs = [out / f"{each.cfg.metadata.hook_name}-{each.cfg.d_sae}-{weights_hash(each)[:8]}" for each in loaded]
-    elsewhere: dict[str, Any] = {}
-    if workers.engine == "ray":
-        elsewhere["run_units"] = workers.map(out, gpus=float(model.device.type == "cuda"))
     build_caches(
         loaded,
         model,
@@ -61,7 +58,7 @@ def build(
         sae_names=[remembered_name(name) for name in names],
         resume=folder.resume,
         overwrite=folder.overwrite,
-        **elsewhere,
+        run_units=workers.map(out, gpus=float(model.device.type == "cuda")),
     )
     paths = [str(path) for path in outs]
     return Result({"cache": paths[0], "caches": paths}, "\n".join(f"cache: {path}" for path in paths))

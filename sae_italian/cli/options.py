@@ -83,9 +83,11 @@ class Workers:
     """Processes; with ray, CPUs of a new cluster. Default: 1."""
 
     def map(self, folder: Path, *, gpus: float = 0) -> Callable[..., Any]:
-        """Return `map_units` with these options; its units write into `folder`."""
+        """Return `map_units` with these options; its units write into `folder`. Raises UsageError before any work."""
         from sae_italian.base.units import map_units
 
+        if self.engine == "local" and self.address is not None:
+            raise UsageError(f"--address {self.address} is that of a Ray cluster; add --engine ray, or leave it out.")
         where = {"engine": self.engine, "address": self.address, "workers": self.workers}
         return partial(map_units, **where, gpus=gpus, folder=folder)
 
