@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sae_italian.autointerp.explainers.rules import Rule, rule_of
+from sae_italian.autointerp.explainers.rules import LatentRule, rule_of
 from sae_italian.autointerp.places import Places, View
 from sae_italian.autointerp.protocols import Example, Verdicts
 from sae_italian.autointerp.store import Explanation
@@ -43,7 +43,7 @@ class RuleJudge:
         expected = self._laid(explanation, examples)[0].at(view, "weight")
         return [own[: int(n)] for own, n in zip(expected, (view.grid >= 0).sum(axis=1), strict=True)]
 
-    def _laid(self, explanation: Explanation, examples: Any) -> tuple[Rule, Float[np.ndarray, "segments width"]]:
+    def _laid(self, explanation: Explanation, examples: Any) -> tuple[LatentRule, Float[np.ndarray, "segments width"]]:
         """Return the rule and its rates on all segments of a latent, worked out once whatever is asked about them."""
         segments = examples.segments
         if self not in segments.known:

@@ -18,7 +18,7 @@ N_SIMULATED = 5  # strongest segments of the simulation, and as many random ones
 LEAST_PAIRS = 10  # positives and negatives below which a source of negatives is not scored
 
 
-class Segments:
+class LatentSegments:
     """Segments of one latent, each laid out once whatever is asked about it."""
 
     def __init__(self, source: ExampleSource, activity: Activity, *parts: Int[np.ndarray, " n"]):
@@ -35,7 +35,7 @@ class ExampleSet(Sequence[Example]):
 
     def __init__(
         self,
-        segments: Segments,
+        segments: LatentSegments,
         rows: Int[np.ndarray, " n"],
         *,
         negatives: Sequence[str] = (),  # the source of each, "" for a positive; without any all are positives
@@ -110,7 +110,7 @@ def _train(negatives: NegativeSource, latent: int, activity: Activity, n: int) -
     in_train = activity.value[negatives.source.position_part[activity.position] == 0]
     draw = negatives.draw(latent, activity, "train", n)
     _, silent = draw.pairs("random")
-    segments = Segments(negatives.source, activity, draw.positive, silent)
+    segments = LatentSegments(negatives.source, activity, draw.positive, silent)
     values = negatives.source.values(activity, segments.grid)
     marks = (values > 0) & (values >= MARK_SHARE * values.max(axis=1, keepdims=True, initial=0.0))
     n_positive, unpaired = len(draw.positive), np.full(len(silent), -1)
@@ -135,7 +135,7 @@ def _test(
     drawn, tenth = source.positives(latent, activity, "test", 3 * N_SIMULATED, "random")
     others = ~np.isin(drawn, top)
     drawn, tenth = drawn[others][:N_SIMULATED], tenth[others][:N_SIMULATED]
-    segments = Segments(source, activity, draw.positive, *draw.negative.values(), top, drawn)
+    segments = LatentSegments(source, activity, draw.positive, *draw.negative.values(), top, drawn)
     first = dict(zip(("silent-token", *draw.negative), segments.first.tolist(), strict=False))
 
     whole = [np.flatnonzero(own >= 0) for own in draw.negative.values()]
@@ -151,7 +151,7 @@ def _test(
 
 
 def _shown(
-    segments: Segments,
+    segments: LatentSegments,
     first: dict[Any, int],
     names: Any,
     positive: Int[np.ndarray, " n"],

@@ -13,9 +13,9 @@ from hypothesis.extra import numpy as hnp
 from sae_italian.autointerp.judges import ConstantJudge, RuleJudge
 from sae_italian.autointerp.protocols import Example, LatentExamples
 from sae_italian.autointerp.scorers import SCORERS, Asked, scorer
-from sae_italian.autointerp.scorers.binary import GAIN, Answers, Resampled, Side, detection, fuzzing, ranking
+from sae_italian.autointerp.scorers.binary import GAIN, PairedAnswers, Resampled, Side, detection, fuzzing, ranking
 from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge, embedding
-from sae_italian.autointerp.scorers.resample import Documents
+from sae_italian.autointerp.scorers.resample import ResampledDocuments
 from sae_italian.autointerp.scorers.simulation import correlations, simulation
 from sae_italian.autointerp.scorers.subject import EMPTY, SubjectJudge, effects, surprisal
 from sae_italian.autointerp.shown import latent_examples
@@ -24,14 +24,14 @@ from sae_italian.base.errors import UsageError
 from tests.autointerp.conftest import N_TOKENS, OracleJudge, Says, Told, scores
 
 
-def answers(positive, negative, p=None, q=None, docs=None) -> Answers:
+def answers(positive, negative, p=None, q=None, docs=None) -> PairedAnswers:
     positive, negative = np.asarray(positive), np.asarray(negative)
     docs = np.arange(len(positive) + len(negative)) if docs is None else docs
-    return Answers(Side(positive, docs[: len(positive)], p), Side(negative, docs[len(positive) :], q))
+    return PairedAnswers(Side(positive, docs[: len(positive)], p), Side(negative, docs[len(positive) :], q))
 
 
 def resampled(*sets) -> Resampled:
-    return Resampled(sets, Documents(*(side.document for own in sets for side in own)))
+    return Resampled(sets, ResampledDocuments(*(side.document for own in sets for side in own)))
 
 
 def binary_metrics(sets):

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from sae_italian.autointerp.examples import Activity, Draw
 from sae_italian.autointerp.explainers.counts import Counts
 from sae_italian.autointerp.explainers.fit import FAMILIES, fit_keys, fit_tree, fit_trie
-from sae_italian.autointerp.explainers.rules import KeyRule, Rule
+from sae_italian.autointerp.explainers.rules import KeyRule, LatentRule
 from sae_italian.autointerp.explainers.text import explanation_of
 from sae_italian.autointerp.negatives import NegativeSource
 from sae_italian.autointerp.places import Places, View
@@ -44,13 +44,13 @@ class RuleExplainer:
         best, lookup = self.rules(latent, activity)
         return [explanation_of(latent, EXPLAINER, best), explanation_of(latent, LOOKUP, lookup)]
 
-    def rules(self, latent: int, activity: Activity) -> tuple[Rule, Rule]:
+    def rules(self, latent: int, activity: Activity) -> tuple[LatentRule, LatentRule]:
         """Return the best rule and the token lookup, each with the threshold that does best on the validation draw."""
         counts = Counts(self.places, activity)
         val = self.negatives.draw(latent, activity, "val", self.n_examples, CHOSEN_ON)
         view, n_positive = self._view(val), len(val.positive)
 
-        def tuned(rule: Rule) -> tuple[float, Rule]:
+        def tuned(rule: LatentRule) -> tuple[float, LatentRule]:
             strength = rule.at(view, "rate").max(axis=1, initial=0.0)
             threshold, accuracy = best_threshold(strength[:n_positive], strength[n_positive:])
             return accuracy, replace(rule, threshold=threshold)  # pyright: ignore[reportArgumentType]
@@ -77,7 +77,7 @@ class RuleExplainer:
         return View(self.places, self.source.grid(np.concatenate([draw.positive, *negatives])))
 
 
-def cost(rule: Rule) -> float:
+def cost(rule: LatentRule) -> float:
     """Return the balanced accuracy that a rule of this size and kind must bring before it is preferred."""
     context = WORTH_OF_CONTEXT if isinstance(rule, KeyRule) else 1.5 * WORTH_OF_CONTEXT
     return (0.0 if rule.family in SIMPLE else context) + WORTH * float(np.log2(1 + rule.n_conditions)) / 2

@@ -26,7 +26,7 @@ class Figures(NamedTuple):
     mass: float  # share of the latent's activation
 
 
-class Rule(ABC):
+class LatentRule(ABC):
     """What every rule can say of itself and of tokens."""
 
     family: str
@@ -60,7 +60,7 @@ class Rule(ABC):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class KeyRule(Rule):
+class KeyRule(LatentRule):
     """A token has the rate of its key: tokens, words, endings, shapes, or what stands beside. Keys are sorted."""
 
     keys: np.ndarray  # [k]
@@ -98,7 +98,7 @@ class KeyRule(Rule):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TrieRule(Rule):
+class TrieRule(LatentRule):
     """Levels from one token to three, the last token first; the longest known context decides."""
 
     family: Literal["trie"] = "trie"
@@ -152,7 +152,7 @@ class Path:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TreeRule(Rule):
+class TreeRule(LatentRule):
     """Paths that exclude one another, over conditions "the key is one of these"; a token has the rate of its path."""
 
     family: Literal["tree"] = "tree"
@@ -189,10 +189,10 @@ class TreeRule(Rule):
 
 _SUMMED = ("active", "total", "mass")
 _ARRAYS = {"keys": np.int64, "total": np.int64} | dict.fromkeys(("rates", "weights", "mass", "active"), np.float64)
-_KINDS: dict[str, type[Rule]] = {"trie": TrieRule, "tree": TreeRule}
+_KINDS: dict[str, type[LatentRule]] = {"trie": TrieRule, "tree": TreeRule}
 
 
-def rule_of(stored: dict[str, Any]) -> Rule:
+def rule_of(stored: dict[str, Any]) -> LatentRule:
     """Return the rule of a stored explanation; it holds for the cache it was made from."""
     kind = _KINDS.get(stored["family"], KeyRule)
     values = {each.name: stored[each.name] for each in fields(kind)}  # pyright: ignore[reportArgumentType]
@@ -211,6 +211,6 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, Path):
         return {name: _plain(part) for name, part in asdict(value).items()}
-    if isinstance(value, Rule):
+    if isinstance(value, LatentRule):
         return value.as_dict()
     return value.tolist() if isinstance(value, np.ndarray) else value

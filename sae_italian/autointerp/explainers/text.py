@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sae_italian.autointerp.explainers.rules import Figures, KeyRule, Path, Rule, TreeRule, TrieRule, rule_of
+from sae_italian.autointerp.explainers.rules import Figures, KeyRule, LatentRule, Path, TreeRule, TrieRule, rule_of
 from sae_italian.autointerp.places import Family
 from sae_italian.autointerp.store import Explanation
 from sae_italian.base.labels import Language, label
@@ -18,7 +18,7 @@ LISTED = 20  # keys kept for a reader beside the text
 _PATHS = 3  # paths of a tree named in the text
 
 
-def explanation_of(latent: int, explainer: str, rule: Rule) -> Explanation:
+def explanation_of(latent: int, explainer: str, rule: LatentRule) -> Explanation:
     """Return a rule as the store keeps it: its two texts, itself, its figures, and its heaviest keys."""
     figures = rule.figures()
     numbers = {"precision": figures.precision, "recall": figures.recall, "lift": figures.lift}
@@ -33,7 +33,7 @@ def plain_text(explanation: Explanation, language: Language) -> str:
     return statement(rule_of(explanation.rule), language)
 
 
-def describe(rule: Rule, language: Language, figures: Figures | None = None) -> str:
+def describe(rule: LatentRule, language: Language, figures: Figures | None = None) -> str:
     """Return the rule in one sentence of Italian or English, with its figures in brackets."""
     found = figures or rule.figures()
     precision, lift = f"{found.precision:.2f}", f"{found.lift:.0f}" if found.lift >= 10 else f"{found.lift:.1f}"
@@ -44,7 +44,7 @@ def describe(rule: Rule, language: Language, figures: Figures | None = None) -> 
     return f"{statement(rule, language)} {numbers}"
 
 
-def statement(rule: Rule, language: Language, shown: int = SHOWN) -> str:
+def statement(rule: LatentRule, language: Language, shown: int = SHOWN) -> str:
     """Return what the rule says, without its figures."""
     if isinstance(rule, TrieRule):  # the tokens that suffice, then the longest contexts
         parts = [_on(level, rule.firing(level), language, shown) for level in rule.levels]
@@ -117,7 +117,7 @@ def _common_ending(words: list[str], mass: Float[np.ndarray, " k"], least: float
     return ""
 
 
-def shown_keys(rule: Rule) -> list[dict[str, object]]:
+def shown_keys(rule: LatentRule) -> list[dict[str, object]]:
     """Return the heaviest keys of a rule for a reader: their text, their weight and their share of the activation."""
     tables: Any = getattr(rule, "levels", None) or getattr(rule, "conditions", None) or (rule,)
     keys = [

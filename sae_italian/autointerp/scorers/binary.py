@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from sae_italian.autointerp.explainers.choose import LOOKUP
 from sae_italian.autointerp.protocols import LatentExamples, Score, Verdicts
 from sae_italian.autointerp.scorers import Asked, scorer
-from sae_italian.autointerp.scorers.resample import Documents, estimates
+from sae_italian.autointerp.scorers.resample import ResampledDocuments, estimates
 from sae_italian.base.statistics import Estimate
 
 GAIN = "gain_over_lookup"
@@ -41,22 +41,22 @@ def _rows_of(side: Side, rows: Any) -> Side:
     return Side(side.said[rows], side.document[rows], None if side.probability is None else side.probability[rows])
 
 
-class Answers(NamedTuple):
+class PairedAnswers(NamedTuple):
     """A judge's answers on positives, and on the negatives of one source that are paired with them."""
 
     positive: Side
     negative: Side
 
     @classmethod
-    def of(cls, verdicts: Verdicts, shown: Any, source: str) -> Answers:
+    def of(cls, verdicts: Verdicts, shown: Any, source: str) -> PairedAnswers:
         """Return the answers to the question that one source of negatives makes of some examples."""
         known = Side(verdicts.said, shown.document, verdicts.probability)
         return cls(*(_rows_of(known, rows) for rows in shown.questions[source]))
 
-    def answered(self, other: Answers | None = None) -> Answers:
+    def answered(self, other: PairedAnswers | None = None) -> PairedAnswers:
         """Return these answers without the windows on which these, or others on the same windows, failed."""
         both = zip(self, other or self, strict=True)
-        return Answers(*(mine.kept((mine.said >= 0) & (theirs.said >= 0)) for mine, theirs in both))
+        return PairedAnswers(*(mine.kept((mine.said >= 0) & (theirs.said >= 0)) for mine, theirs in both))
 
     def score(self, source: str, metrics: dict[str, Estimate]) -> Score:
         n_failed = sum(int((side.said < 0).sum()) for side in self)
@@ -79,12 +79,12 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
     """Yield one score per explanation and source; the gain of the first explanation over the executed lookup is in its."""
     if len(shown) == 0:
         return
-    sets: dict[tuple[int, str], Answers] = {}
+    sets: dict[tuple[int, str], PairedAnswers] = {}
     for number, one in enumerate(asked):
         verdicts = one.judge.detect(one.explanation, shown)
         one.answers[name] = shown, verdicts
         wanted = [source for source in shown.questions if one.only.get(name, source) == source]
-        sets |= {(number, source): Answers.of(verdicts, shown, source) for source in wanted}
+        sets |= {(number, source): PairedAnswers.of(verdicts, shown, source) for source in wanted}
     documents = documents_of(examples)
     resampled = Resampled([answers.answered() for answers in sets.values()], documents)
     metrics = dict(zip(sets, resampled.metrics(n_whole=len(shown.questions)), strict=True))
@@ -119,23 +119,25 @@ def ranking(
     documents = documents_of(examples)
     for one, strength in zip(asked, strengths, strict=True):
         verdicts = Verdicts(np.where(np.isfinite(strength), 1, -1), np.asarray(strength, dtype=np.float64))
-        sets = [Answers.of(verdicts, shown, source) for source in shown.questions]
+        sets = [PairedAnswers.of(verdicts, shown, source) for source in shown.questions]
         metrics = Resampled([answers.answered() for answers in sets], documents).metrics()
         for source, answers, found in zip(shown.questions, sets, metrics, strict=True):
             yield one, answers.score(source, {"auroc": found["auroc"]})
 
 
 @lru_cache(maxsize=8)
-def documents_of(examples: LatentExamples) -> Documents:
+def documents_of(examples: LatentExamples) -> ResampledDocuments:
     """Return the documents of all questions about a latent: every score of it is resampled by the same draws."""
     asked: list[Any] = [shown for shown in (examples.test, examples.marked) if len(shown)]
-    return Documents(*(shown.document[rows] for shown in asked for both in shown.questions.values() for rows in both))
+    return ResampledDocuments(
+        *(shown.document[rows] for shown in asked for both in shown.questions.values() for rows in both)
+    )
 
 
 class Resampled:
     """Several sets of answers on one latent's examples, all resampled by the same documents."""
 
-    def __init__(self, sets: Sequence[Answers], documents: Documents):
+    def __init__(self, sets: Sequence[PairedAnswers], documents: ResampledDocuments):
         self.sets, self.documents = sets, documents
         positive = self._totals([own.positive for own in sets], 1.0)
         negative = self._totals([own.negative for own in sets], 0.0)
@@ -178,7 +180,7 @@ class Resampled:
             found[i][name] = estimate
         return found
 
-    def _auroc(self, own: Answers, whole: bool) -> Float[np.ndarray, " samples"]:
+    def _auroc(self, own: PairedAnswers, whole: bool) -> Float[np.ndarray, " samples"]:
         """Return the probability that a positive outranks a negative, ties counting half; NaN resamples unless `whole`."""
         positive, negative = own.positive.probability, own.negative.probability
         assert positive is not None and negative is not None

@@ -21,7 +21,7 @@ def _weights(n_documents: int) -> Float[np.ndarray, "samples documents"]:
     return np.random.default_rng(0).poisson(1.0, (n_documents, N_SAMPLES)).T.astype(np.float64)
 
 
-class Documents:
+class ResampledDocuments:
     """The documents of all examples of one latent, numbered, with how often each is drawn in each resample."""
 
     def __init__(self, *docs: Int[np.ndarray, " n"]):

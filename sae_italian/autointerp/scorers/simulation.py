@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from sae_italian.autointerp.protocols import LatentExamples, Score
 from sae_italian.autointerp.scorers import Asked, scorer
-from sae_italian.autointerp.scorers.resample import Documents, estimates
+from sae_italian.autointerp.scorers.resample import ResampledDocuments, estimates
 from sae_italian.base.statistics import NOTHING, Estimate
 
 TOP, RANDOM = "top-and-random", "random-only"
@@ -51,7 +51,7 @@ def correlations(
 
     `constant` is 1 where the correlation is undefined and taken as 0.
     """
-    documents = Documents(docs)
+    documents = ResampledDocuments(docs)
     true, simulated = np.asarray(true, dtype=np.float64), np.asarray(simulated, dtype=np.float64)
     ours = np.stack([np.ones(len(true)), true, true * true])
     theirs = np.concatenate([simulated, simulated * simulated, simulated * true])
