@@ -27,7 +27,7 @@ def geometry(
     Args:
         saes: SAEs' folders, or release:sae_id; all of one model's width.
         out: Folder for geometry.json, its pictures and the map.
-        cache: A cache of one of the SAEs: dead latents are left out, explanations shown in the map; again for more.
+        cache: A cache of one of the SAEs: dead latents are left out, explanations shown in the map; again for more; default: none.
         map: How the map is made; umap needs umap-learn.
         sample: Latents of each SAE that are compared, drawn at random; default: all.
         above: Cosine that makes a neighbour, above 0 and at most 1; default: sqrt(12 ln F / D).
@@ -88,9 +88,9 @@ def language(
         sae: An SAE's folder, release:sae_id, or a cache: then labels go into its store too.
         words: context_size=N, tokens of a window (default: as the SAE was trained), and text_column=NAME (default: text).
         out: Folder for language.json, language.md and language.svg, and languages.json with --languages.
-        ud: Treebanks: CoNLL-U files or folders of them, or micro-italiano; two or more are crossed.
-        languages: Corpora as NAME=CORPUS, two or more, e.g. it=notizie.jsonl en=news.jsonl.
-        against: SAEs at the same place to compare with, e.g. baselines.
+        ud: Treebanks: CoNLL-U files or folders of them, or micro-italiano; two or more are crossed; default: none.
+        languages: Corpora as NAME=CORPUS, two or more, e.g. it=notizie.jsonl en=news.jsonl; default: none.
+        against: SAEs at the same place to compare with, e.g. baselines; default: none.
         sae_of_cache: Of a cache: its SAE; default: the one its manifest names.
         tokens: Tokens of each language.
     """

@@ -31,7 +31,7 @@ def browse(
         words: For a suite, the caches of its SAEs, whose scores are shown. For a cache, rare settings as key=value:
             other_sae (the SAE of --compare), and of the LLM key_env, prices, timeout and what autointerp takes.
         out: Folder to write to; default: <cache>-report or <suite>-overview beside it.
-        latent: Print this latent's card here and write nothing; default: none.
+        latent: Number of a latent whose card is printed here, nothing written; default: none.
         model: Name, hub id or folder of the model; default: the one the cache was built with.
         sae: The cache's SAE, for map, logits and live work; default: the one that the cache names, if it is there.
         compare: The cache of another SAE of the same model, whose best matches stand beside each latent; default: none.

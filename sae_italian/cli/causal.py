@@ -31,7 +31,7 @@ def ioi(
     Args:
         model: Name, hub id or folder of the model.
         words: name_tokens=N, the tokens that every name has, or name_tokens=any; default: 1.
-        sae: An SAE to patch; again for each to compare with.
+        sae: An SAE to patch; again for each to compare with; default: none is patched.
         language: Language of the sentences: it or en.
         n_pairs: Pairs of sentences that are patched.
         check: Sentences on which the skill is checked first.
@@ -83,7 +83,7 @@ def agreement(
         model: Name, hub id or folder of the model.
         pairs_file: Pairs in MultiBLiMP's layout (ita.tsv, or the same as .jsonl or .parquet); default: pairs made here.
         check: Pairs that are made, in turn of each kind.
-        sae: An SAE to patch on the subject's number; again for each to compare with.
+        sae: An SAE to patch on the subject's number; again for each to compare with; default: none.
         n_pairs: Pairs of subjects that are patched.
         thresholds: Thresholds of the elimination, from 1e-5 to 1 nat.
         out: Folder for agreement.json, agreement.svg, and number.svg with --sae; nothing is written without it.

@@ -119,7 +119,7 @@ def stats(
     Args:
         documents: Documents to measure, the first that are kept; 0: all.
         model: The model whose tokenizer counts tokens; default: none are counted.
-        out: File to draw the histogram of lengths into, as SVG.
+        out: File to draw the histogram of lengths into, as SVG; default: none.
     """
     from sae_italian.base.storage import write_text
     from sae_italian.corpora.stats import corpus_stats, draw_histogram, text_histogram

@@ -63,7 +63,7 @@ def predict(
         out: The submission, .jsonl or .parquet; none is needed with --sae.
         words: Rare settings of the language model, key=value; with --sae n_latents=N: only the first N.
         split: Split of the data's folder; default: test, with --sae train_gold.
-        sae: Play the tokens through this SAE (a folder, or release:sae_id) and say whether the data is its own.
+        sae: Play the tokens through this SAE (a folder, or release:sae_id) and say whether the data is its own; default: predict.
     """
     from sae_italian.autointerp.explainita import read_split, write_submission
     from sae_italian.autointerp.explainita.data import check_format

@@ -30,7 +30,7 @@ def reproduce(
         paper: cunningham-2023, llama-scope, clic-it-2025, or baselines.
         words: key=value of the paper's budget, such as train_tokens=100000 (sizes in tokens). For baselines: the SAEs,
             or one config that is trained with its key=value first; and fit_tokens, card_tokens, kinds=[pca, ica] ...
-        sae: Evaluate this SAE (a folder, or release:sae_id) instead of training by the recipe.
+        sae: Evaluate this SAE (a folder, or release:sae_id) instead of training by the recipe, which is the default.
         corpus: Local file or folder, or catalogue name; default: that of the SAE, else micro-italiano for the mini model.
         text_column: Column that holds the text.
         context_size: Tokens of a window; default: that of the SAE, else 128.

@@ -26,9 +26,9 @@ class LLMOptions:
     judge: Literal["rule", "llm"] | None = None
     """Who judges the explanations; default: as --explainer."""
     endpoint: str | None = None
-    """URL of an OpenAI-compatible server, such as http://localhost:8000/v1."""
+    """URL of an OpenAI-compatible server, such as http://localhost:8000/v1; default: none."""
     llm_model: str | None = None
-    """Name of the language model on that server."""
+    """Name of the language model on that server; default: none."""
     language: Literal["it", "en"] = "it"
     """Language of the prompts and the explanations."""
     n_shown: int = 20
