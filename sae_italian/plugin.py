@@ -1,8 +1,8 @@
-"""Everything that touches another library's tables, in one place.
+"""What is told to TransformerLens and SAELens, and when.
 
-TransformerLens resolves model names through two module-level objects (`OFFICIAL_MODEL_NAMES`, `MODEL_ALIASES`), SAELens
-its releases through a cached dict and its loaders through another; none has a public call to extend it. So entries are
-added to these objects in place; nothing is rebound or replaced, and a name they already know is never taken over.
+TransformerLens resolves model names through two module-level objects (see the end of `models/catalogue.py`), SAELens its
+releases through a cached dict and its loaders through another; none has a public call to extend it. So entries are added
+to these objects in place; nothing is rebound or replaced, and a name they already know is never taken over.
 (Architectures SAELens registers by a public call, which the modules of `saes` make in their last lines.)
 
 Importing these libraries costs seconds, so each registration waits until somebody imports the library.
@@ -11,7 +11,7 @@ Importing these libraries costs seconds, so each registration waits until somebo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -20,44 +20,9 @@ from typing import Any
 _MODEL_TABLES = "transformer_lens.supported_models"
 
 
-class _Aliases(list):
-    """A list of aliases that is asked `in` without regard to case: TransformerBridge compares them as typed."""
-
-    def __contains__(self, name: object) -> bool:
-        return any(str(name).lower() == alias.lower() for alias in self)
-
-
-def register_model(official: str, aliases: Sequence[str]) -> None:
-    """Add one model name and its aliases to TransformerLens' tables; calling it again changes nothing.
-
-    Raises: ValueError when an alias already means another model there.
-    """
-    tables = import_module(_MODEL_TABLES)
-    names: list[str] = tables.OFFICIAL_MODEL_NAMES
-    known: dict[str, list[str]] = tables.MODEL_ALIASES
-    owners = {name.lower(): name for name in names}
-    owners |= {alias.lower(): name for name, its in known.items() for alias in its}
-    for alias in aliases:
-        owner = owners.get(alias.lower(), official)
-        if owner != official:
-            raise ValueError(f"alias {alias!r} already means {owner!r} in TransformerLens; it was not taken over")
-    if official not in names:
-        names.append(official)
-    current = known.setdefault(official, _Aliases())
-    current += [alias for alias in aliases if alias not in current]
-
-
-def unregister_model(official: str) -> None:
-    """Take back a name that `register_model` added; aliases of a name TransformerLens ships are left alone."""
-    tables = import_module(_MODEL_TABLES)
-    if isinstance(tables.MODEL_ALIASES.get(official), _Aliases):
-        del tables.MODEL_ALIASES[official]
-        tables.OFFICIAL_MODEL_NAMES.remove(official)
-
-
 def register_models() -> None:
     """Register every model of the catalogue with TransformerLens."""
-    from sae_italian.models.catalogue import catalogue
+    from sae_italian.models.catalogue import catalogue, register_model
 
     for entry in catalogue().values():
         register_model(entry.official, entry.aliases)

@@ -145,11 +145,10 @@ def test_no_name_is_for_tests_alone():
     assert not house.unused_names()
 
 
-def test_only_plugin_touches_other_libraries_tables():
+def test_other_libraries_tables_are_touched_in_two_places():
     tables = ("OFFICIAL_MODEL_NAMES", "MODEL_ALIASES", "NAMED_PRETRAINED_SAE_LOADERS")
-    for file in house.FILES:
-        if file.name != "plugin.py":
-            assert not any(table in house.text(file) for table in tables), file
+    touching = {file.name for file in house.FILES if any(table in house.text(file) for table in tables)}
+    assert touching == {"plugin.py", "catalogue.py"}
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -54,21 +54,35 @@ def browse(
         return _serve(source, model, sae, compare, other_sae, port, llm)
     if settings or endpoint or llm_model:
         raise UsageError("an LLM explains only while the browser is served; add --serve, or leave its settings out.")
-    from sae_italian.browser.compare import open_other
+    if latent is not None:
+        return _card(source, latent, model)
+    return _write(source, out, model, sae, compare, other_sae)
+
+
+def _card(source: Path, latent: int, model: str | None) -> Result:
     from sae_italian.browser.plain import card_text
+    from sae_italian.browser.source import open_source
+    from sae_italian.cache import FeatureCache
+    from sae_italian.models import load_tokenizer
+
+    cache = FeatureCache.open(source)
+    cache.range_of(latent)
+    records = open_source(cache, load_tokenizer(model or cache.manifest.model))
+    row, card = records.row(latent), records.card(latent)
+    return Result({**row, **card}, card_text(row, card))
+
+
+def _write(
+    source: Path, out: Path | None, model: str | None, sae: str | None, compare: Path | None, other_sae: str | None
+) -> Result:
+    from sae_italian.browser.compare import open_other
     from sae_italian.browser.source import open_source
     from sae_italian.browser.write import write_browser
     from sae_italian.cache import FeatureCache
     from sae_italian.models import load_tokenizer
 
     cache = FeatureCache.open(source)
-    tokenizer = load_tokenizer(model or cache.manifest.model)
-    if latent is not None:
-        cache.range_of(latent)
-        records = open_source(cache, tokenizer)
-        row, card = records.row(latent), records.card(latent)
-        return Result({**row, **card}, card_text(row, card))
-    records = open_source(cache, tokenizer, decoder=True, sae_name=sae)
+    records = open_source(cache, load_tokenizer(model or cache.manifest.model), decoder=True, sae_name=sae)
     other = open_other(records, compare, sae_name=other_sae) if compare else None
     index = write_browser(out or source.resolve().with_name(f"{source.resolve().name}-report"), records, other=other)
     if other is None:

@@ -83,15 +83,21 @@ def export(
         "overwrite": folder.overwrite,
     }
     write, known = FORMATS[to]
+    settings = _checked(to, known, options, words)
+    if out is None and write is not _tables:
+        raise UsageError("an export needs --out FOLDER.")
+    return write(to, Path(source) if write is not _jumprelu else source, out, settings)
+
+
+def _checked(to: str, known: str, options: dict[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings that were given. Raises: UsageError for one that the format does not take."""
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     settings = given | dict(_setting(word) for word in words)
     for name in settings:
         if name not in known.split():
             spelled = f"--{name.replace('_', '-')}" if name in options else f"{name}="
             raise UsageError(f"{to} takes no {spelled}. It takes: {known.replace(' ', ', ')}.")
-    if out is None and write is not _tables:
-        raise UsageError("an export needs --out FOLDER.")
-    return write(to, Path(source) if write is not _jumprelu else source, out, settings)
+    return settings
 
 
 def _setting(word: str) -> tuple[str, str]:

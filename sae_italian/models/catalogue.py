@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,43 @@ def config_differences(entry: ModelEntry | None, config: Any) -> list[str]:
         for key, expected in known.items()
         if facts[key] != expected and (expected is not None or (key == "window" and entry.d_model is not None))
     ]
+
+
+# --- TransformerLens' tables of names -------------------------------------------------------------------------------
+
+_TABLES = "transformer_lens.supported_models"
+
+
+class _Aliases(list):
+    """A list of aliases that is asked `in` without regard to case: TransformerBridge compares them as typed."""
+
+    def __contains__(self, name: object) -> bool:
+        return any(str(name).lower() == alias.lower() for alias in self)
+
+
+def register_model(official: str, aliases: Sequence[str]) -> None:
+    """Add one model name and its aliases to TransformerLens' tables; calling it again changes nothing.
+
+    Raises: ValueError when an alias already means another model there.
+    """
+    tables = import_module(_TABLES)
+    names: list[str] = tables.OFFICIAL_MODEL_NAMES
+    known: dict[str, list[str]] = tables.MODEL_ALIASES
+    owners = {name.lower(): name for name in names}
+    owners |= {alias.lower(): name for name, its in known.items() for alias in its}
+    for alias in aliases:
+        owner = owners.get(alias.lower(), official)
+        if owner != official:
+            raise ValueError(f"alias {alias!r} already means {owner!r} in TransformerLens; it was not taken over")
+    if official not in names:
+        names.append(official)
+    current = known.setdefault(official, _Aliases())
+    current += [alias for alias in aliases if alias not in current]
+
+
+def unregister_model(official: str) -> None:
+    """Take back a name that `register_model` added; aliases of a name TransformerLens ships are left alone."""
+    tables = import_module(_TABLES)
+    if isinstance(tables.MODEL_ALIASES.get(official), _Aliases):
+        del tables.MODEL_ALIASES[official]
+        tables.OFFICIAL_MODEL_NAMES.remove(official)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import explain
-from sae_italian.models.catalogue import ResolvedModel, config_differences, resolve
+from sae_italian.models.catalogue import ResolvedModel, config_differences, register_model, resolve, unregister_model
 from sae_italian.models.hooks import SITES
 
 if TYPE_CHECKING:
@@ -157,7 +157,6 @@ def _load_hooked(resolved: ResolvedModel, model: Any, tokenizer: Any, device: st
     written to a folder whose name misleads nobody, and that folder is registered while it loads.
     """
     from sae_italian.models.loud import LoudHooked
-    from sae_italian.plugin import register_model, unregister_model
 
     with _plain_folder() as folder:
         config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
