@@ -158,7 +158,7 @@ def _sae_of(given: str, of_cache: str | None) -> tuple[Any, Any]:
 
 
 def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str], against: list[str], seed: int) -> Any:
-    from sae_italian.analysis.probes.report import probe
+    from sae_italian.analysis.probes.detect import probe
     from sae_italian.analysis.probes.treebank import label_names, read_treebank, read_words
     from sae_italian.saes import check_fits, load_sae, random_twin
 

@@ -1,22 +1,33 @@
-"""Decoder directions: the nearest of one SAE's among another's, block by block, and two coordinates for each on a map."""
+"""Decoder directions: how close they lie within one SAE and between two, against directions drawn at random, and a map.
+
+Llama Scope shows the distribution of best matches (fig. 8) and one latent of the wide SAE that the narrow one has not
+(section 5.2). Here both are numbers: the share of latents without a neighbour, and the latents that split.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.statistics import Estimate, wilson
 
 BLOCK_ELEMENTS = 2**24  # cosines held at once: 64 MB
 MapMethod = Literal["pca", "umap"]
 UMAP_SETTINGS = {"metric": "cosine", "n_neighbors": 30, "min_dist": 0.1}  # those of Tozzi and Bondielli 2026
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+EDGES = np.linspace(-1, 1, 201)  # of the histograms of best matches
+ALIKE = 0.7  # cosine from which two latents are called the same (Paulo and Belrose 2025)
+SHOWN = 20  # latents listed by index
 
 
 class Nearest(NamedTuple):
@@ -118,3 +129,181 @@ def _umap(units: Float[Tensor, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
         raise UsageError(f"UMAP needs more than 3 latents, there are {len(units)}; use 'pca'.")
     settings = UMAP_SETTINGS | {"n_neighbors": min(30, len(units) - 1)}
     return np.asarray(umap.UMAP(random_state=seed, **settings).fit_transform(units.cpu().numpy()), dtype=np.float32)
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Cosines with the nearest direction: quantiles, the largest, and counts between EDGES."""
+
+    quantiles: dict[str, float]
+    largest: float
+    mean: float
+    histogram: list[int]
+
+    @classmethod
+    def of(cls, cosine: Float[np.ndarray, " n"]) -> Distribution:
+        found = np.quantile(cosine, QUANTILES)
+        named = {f"{100 * q:g} %": float(value) for q, value in zip(QUANTILES, found, strict=True)}
+        return cls(named, float(cosine.max()), float(cosine.mean()), np.histogram(cosine, EDGES)[0].tolist())
+
+
+@dataclass(frozen=True)
+class Split:
+    """A latent of the narrow SAE that is the nearest of several latents of the wide one, all of them neighbours."""
+
+    latent: int
+    into: list[int]
+    cosines: list[float]
+
+
+class Rows(NamedTuple):
+    """A comparison latent by latent."""
+
+    latent: Int[np.ndarray, " n"]  # of the source
+    nearest: Int[np.ndarray, " n"]  # of the target
+    cosine: Float[np.ndarray, " n"]
+    neighbours: Int[np.ndarray, " n"]  # how many of the target are
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The latents of `source` against the nearest of `target` (of itself, when both are the same SAE).
+
+    `random` is the largest cosine of as many random directions with the nearest of as many others as `target` has: the
+    empirical threshold. Shares carry Wilson's 95 % interval over latents.
+    """
+
+    source: str
+    target: str
+    d: int
+    n_source: int  # latents compared
+    n_target: int
+    threshold: float  # sqrt(12 ln F / D), F the larger width
+    used: float  # the threshold that decides what is a neighbour
+    matches: Distribution
+    random: Distribution  # the same numbers of uniformly random directions
+    random_like: Distribution  # of random directions with each SAE's own mean and covariance
+    neighbours: Estimate  # share of the source's latents whose nearest is at or above `used`
+    new: Estimate  # 1 - neighbours
+    above_random: Estimate  # share above the largest random cosine
+    alike: Estimate  # share with a cosine of 0.7 or more
+    mutual: Estimate  # share whose nearest has them as its nearest in turn
+    several: Estimate  # share with two neighbours or more
+    split: Estimate  # share of the target's latents that split into several of the source
+    splits: list[Split]  # the ones that split most, at most SHOWN
+    newest: list[int]  # the source's latents of smallest best cosine, at most SHOWN
+    rows: Rows = field(repr=False, compare=False)
+
+    @property
+    def within(self) -> bool:
+        return self.source == self.target
+
+
+@dataclass(frozen=True)
+class Set:
+    """The decoder directions of one SAE that take part: those of live latents, where it is known which are alive."""
+
+    name: str
+    units: Float[Tensor, "n d"]
+    latent: Int[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, name: str, sae: Any, alive: Bool[np.ndarray, " d_sae"] | None = None) -> Set:
+        """Raises: UsageError when `alive` is not one value per latent, or fewer than two latents are alive."""
+        units = unit_directions(sae)
+        if alive is not None and len(alive) != len(units):
+            raise UsageError(f"{name} has {len(units):,} latents; {len(alive):,} values say which are alive.")
+        latent = np.arange(len(units)) if alive is None else np.flatnonzero(alive)
+        if len(latent) < 2:
+            raise UsageError(f"{name} has {len(latent)} live latents; at least 2 are needed for a comparison.")
+        return cls(name, units[torch.from_numpy(latent).to(units.device)], latent)
+
+
+def compare(
+    source: Set, target: Set, *, sample: int | None = None, above: float | None = None, seed: int = 0
+) -> Comparison:
+    """Compare the latents of one set with the nearest of another, or of itself when it is given twice.
+
+    What is new in a wide SAE against a narrow one, and which of the narrow one's latents split: source the wide one.
+    `sample` looks at so many latents of the source, drawn from `seed`; `above` is the cosine that makes a neighbour
+    (default: sqrt(12 ln F / D), or where that is 1 or more the largest cosine of the random directions).
+    Raises: UsageError when the two have different dimensions.
+    """
+    rows = np.arange(len(source.latent))
+    if sample is not None and sample < len(rows):
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:sample])
+    n, m, d = len(rows), len(target.latent), target.units.shape[1]
+    theory = threshold(max(len(source.latent), m), d)
+    random = _by_chance(source, target, n, seed, lambda like, size, s: random_directions(size, like.shape[1], s))
+    used = above if above is not None else theory if theory < 1 else random.largest
+    # a latent of a sample may have its neighbours among all
+    found = _nearest(source, rows, target, above=used, desc=f"{source.name} to {target.name}")
+    splits = [] if source is target else _splits(found, used, target.latent, source.latent[rows])
+    near = found.cosine >= used - 1e-6
+    order = np.argsort(found.cosine, kind="stable")
+
+    def share(which: Bool[np.ndarray, " n"]) -> Estimate:
+        return wilson(int(which.sum()), n)
+
+    return Comparison(
+        source=source.name,
+        target=target.name,
+        d=d,
+        n_source=n,
+        n_target=m,
+        threshold=theory,
+        used=used,
+        matches=Distribution.of(found.cosine),
+        random=random,
+        random_like=_by_chance(source, target, n, seed, random_like),
+        neighbours=share(near),
+        new=share(~near),
+        above_random=share(found.cosine > random.largest),
+        alike=share(found.cosine >= ALIKE),
+        mutual=share(_mutual(found, rows, source, target)),
+        several=share(found.count >= 2),
+        split=wilson(len(splits), m),
+        splits=sorted(splits, key=lambda split: (-len(split.into), -split.cosines[0], split.latent))[:SHOWN],
+        newest=[int(source.latent[rows[place]]) for place in order[:SHOWN] if not near[place]],
+        rows=Rows(source.latent[rows], target.latent[found.index], found.cosine, found.count),
+    )
+
+
+def _nearest(source: Set, rows: Int[np.ndarray, " n"], target: Set, **settings: Any) -> Nearest:
+    """Return what is nearest in the target to some rows of the source; a direction is not its own neighbour."""
+    chosen = torch.from_numpy(rows)
+    itself = chosen if source is target else None
+    return nearest_directions(source.units[chosen.to(source.units.device)], target.units, itself=itself, **settings)
+
+
+def _by_chance(source: Set, target: Set, n: int, seed: int, draw: Callable[[Tensor, int, int], Tensor]) -> Distribution:
+    """Return the best matches of n random directions among as many others as the target has, or among themselves.
+
+    `draw` gives so many directions, in the place of those it is given first, from a seed.
+    """
+    others = draw(target.units, len(target.latent), 2 * seed + 1)
+    if source is target:
+        return Distribution.of(nearest_directions(others[:n], others, itself=torch.arange(n)).cosine)
+    return Distribution.of(nearest_directions(draw(source.units, n, 2 * seed), others).cosine)
+
+
+def _mutual(found: Nearest, rows: Int[np.ndarray, " n"], source: Set, target: Set) -> Bool[np.ndarray, " n"]:
+    """Return for each row whether the nearest of its nearest is the row itself."""
+    asked, back = np.unique(found.index, return_inverse=True)
+    return _nearest(target, asked, source).index[back] == rows
+
+
+def _splits(found: Nearest, used: float, target: Int[np.ndarray, " m"], source: Int[np.ndarray, " n"]) -> list[Split]:
+    """Return the target's latents that are the nearest, and a neighbour, of two or more of the source."""
+    near = np.flatnonzero(found.cosine >= used - 1e-6)
+    near = near[np.lexsort((-found.cosine[near], found.index[near]))]
+    parents, first = np.unique(found.index[near], return_index=True)
+    groups = zip(parents.tolist(), np.split(near, first[1:]) if len(near) else [], strict=True)
+    return [
+        Split(int(target[parent]), source[children].tolist(), [float(c) for c in found.cosine[children]])
+        for parent, children in groups
+        if len(children) >= 2
+    ]

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from sae_italian.analysis.geometry.compare import EDGES, Comparison, Set, compare
-from sae_italian.analysis.geometry.directions import MapMethod, map_of
+from sae_italian.analysis.geometry.directions import EDGES, Comparison, MapMethod, Set, compare, map_of
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pictures import OURS, REFERENCE, WARNING, svg
 from sae_italian.base.report import plain, save_result, shown, table

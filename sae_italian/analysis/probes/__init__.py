@@ -1,1 +1,1 @@
-"""Which latents detect linguistic labels of annotated words (`report.probe`), and which belong to one language."""
+"""Which latents detect linguistic labels of annotated words (`detect.probe`), and which belong to one language."""

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from sae_italian.analysis.geometry import directions as module
-from sae_italian.analysis.geometry.compare import Set, compare
-from sae_italian.analysis.geometry.directions import nearest_directions, random_directions, random_like, threshold
+from sae_italian.analysis.geometry.directions import (
+    Set,
+    compare,
+    nearest_directions,
+    random_directions,
+    random_like,
+    threshold,
+)
 from sae_italian.analysis.geometry.report import geometry
 from sae_italian.base.errors import UsageError
 
