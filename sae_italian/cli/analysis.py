@@ -277,7 +277,7 @@ def _named(pairs: list[str]) -> dict[str, str]:
 
 def _files(corpus: str) -> dict[str, str]:
     """Return each file of a corpus folder by its name without endings. Raises: UsageError when it is no such folder."""
-    from sae_italian.corpora.locate import local_shards
+    from sae_italian.corpora.rows import local_shards
 
     folder = Path(corpus)
     if not folder.is_dir():

@@ -29,20 +29,13 @@ def _reader(words: tuple[str, ...], *, deduplicate: str = "no", **given: Any) ->
 
     Raises: UsageError for a word that is no setting, or whose value is not of its kind.
     """
-    from sae_italian.corpora import Filters, Reader
+    from sae_italian.corpora import Reader
 
-    reader, filters = vars(Reader()), vars(Filters())
+    reader = {name: value for name, value in vars(Reader()).items() if name != "shuffle_shards"}
     packing = {"prepend_bos": True, "windows_per_shard": 16_384}
     options = given | {"duplicates": deduplicate != "no", "near_duplicates": deduplicate == "near"}
-    defaults = reader | filters | packing | options
-    settings = key_values(
-        words, {key: value for key, value in defaults.items() if key not in ("filters", "shuffle_shards")}
-    )
-
-    def of(names: dict[str, Any]) -> dict[str, Any]:
-        return {name: settings[name] for name in names if name in settings}
-
-    return Reader(**of(reader), filters=Filters(**of(filters))), of(packing)
+    settings = key_values(words, reader | packing | options)
+    return Reader(**{name: settings[name] for name in reader}), {name: settings[name] for name in packing}
 
 
 def list_corpora() -> Result:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -33,7 +33,7 @@ FALSE_POSITIVES = 1e-6
 _WORD = re.compile(r"\w+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Filters:
     """What to drop. The default drops nothing but documents without text."""
 
@@ -52,9 +52,6 @@ class Filters:
         for name, least in (("min_chars", 0), ("capacity", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class BloomFilter:

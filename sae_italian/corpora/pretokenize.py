@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import atomic_path, claim_folder, disk_errors, fingerprint, read_json, utc_now, write_json
-from sae_italian.corpora.locate import MICRO_ITALIANO, PRETOKENIZED
-from sae_italian.corpora.packing import PackedBlock, Packer, batched, check_context, layout_of
+from sae_italian.corpora.packing import PackedBlock, Packer, batched, check_context, layout_of, tokenise_batches
+from sae_italian.corpora.rows import MICRO_ITALIANO, PRETOKENIZED
 from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument
-from sae_italian.corpora.tokens import tokenise_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,9 +13,8 @@ import numpy as np
 
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora.filters import language_of
-from sae_italian.corpora.packing import batched
+from sae_italian.corpora.packing import batched, fast_backend, tokenise
 from sae_italian.corpora.stream import CorpusStream, Reader
-from sae_italian.corpora.tokens import fast_backend, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,8 +24,7 @@ from sae_italian.base.labels import labels
 from sae_italian.base.storage import fingerprint
 from sae_italian.corpora import catalogue, hub
 from sae_italian.corpora.filters import Filters, Sieve
-from sae_italian.corpora.locate import MICRO_ITALIANO, hub_shards, local_shards
-from sae_italian.corpora.rows import Broken, Row, TextFile, rows
+from sae_italian.corpora.rows import MICRO_ITALIANO, Broken, Row, TextFile, hub_shards, local_shards, rows
 
 Split = Literal["train", "heldout", "all"]
 SPLITS = ("train", "heldout", "all")
@@ -81,8 +80,8 @@ class DocumentCounts:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Reader:
+@dataclass(frozen=True, kw_only=True)
+class Reader(Filters):
     """How a corpus is read; all of it decides which documents come, and in which order."""
 
     split: Split = "all"
@@ -97,10 +96,9 @@ class Reader:
     """A broken line or shard stops the reading with a message, or is counted and skipped."""
     max_chars: int = MAX_DOCUMENT_CHARS
     """The longest document, in characters."""
-    filters: Filters = field(default_factory=Filters)
-    """What else is dropped."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.split not in SPLITS:
             raise UsageError(f"split {self.split!r} is unknown. {nearest(self.split, SPLITS)}")
         if self.on_broken not in ("refuse", "skip"):
@@ -271,7 +269,7 @@ class CorpusStream:
         self.corpus, self.reader, self.counts = str(corpus), reader or Reader(), DocumentCounts()
         names, self.weights = _weighted(self.corpus)
         self.parts = [_open(name, self.reader, self.counts) for name in names]
-        self.sieve = Sieve(self.reader.filters)
+        self.sieve = Sieve(self.reader)
         self.n_picks = self.turn = 0
         self.ended = [False] * len(self.parts)
 
@@ -318,9 +316,9 @@ class CorpusStream:
         """Return all that decides the documents, to compare before a resumed run."""
         reader, parts = self.reader, [part.spec() for part in self.parts]
         mixed = {"parts": parts, "weights": self.weights, "seed": reader.seed}
-        own = {"split": reader.split, "text_column": reader.text_column, "on_broken": reader.on_broken}
-        sieve = {"filters": reader.filters.as_dict(), "max_chars": reader.max_chars}
-        return own | sieve | {"source": mixed if len(parts) > 1 else parts[0]}
+        own = {name: getattr(reader, name) for name in ("split", "text_column", "on_broken", "max_chars")}
+        filters = {each.name: getattr(reader, each.name) for each in fields(Filters)}
+        return {**own, "filters": filters, "source": mixed if len(parts) > 1 else parts[0]}
 
     def state(self) -> dict[str, Any]:
         """Return the position of the next document, and the counts, as JSON."""

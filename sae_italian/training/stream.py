@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import read_json, write_json
 from sae_italian.corpora import CorpusStream
-from sae_italian.corpora.packing import Packer, batched, check_context, layout_of, special_mask
+from sae_italian.corpora.packing import Packer, batched, check_context, layout_of, special_mask, tokenise_batches
 from sae_italian.corpora.pretokenize import PretokenizedCorpus
-from sae_italian.corpora.tokens import tokenise_batches
 from sae_italian.models.activations import read_many
 
 BLOCKS_AHEAD = 2

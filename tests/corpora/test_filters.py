@@ -83,18 +83,18 @@ def test_every_drop_has_its_reason(tmp_path):
     ]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    filters = Filters(min_chars=10, italian=False, duplicates=True, near_duplicates=True)
-    stream = CorpusStream(file, Reader(filters=filters))
+    reader = Reader(min_chars=10, italian=False, duplicates=True, near_duplicates=True)
+    stream = CorpusStream(file, reader)
     assert [d.text for d in stream] == [texts[0], texts[2], texts[4], texts[6]]
     assert stream.counts.dropped == {"duplicate": 1, "too_short": 1, "near_duplicate": 1}
-    stream = CorpusStream(file, Reader(filters=Filters(italian=True)))
+    stream = CorpusStream(file, Reader(italian=True))
     assert OTHERS["es"] not in [d.text for d in stream] and stream.counts.dropped["not_italian"] >= 1
 
 
 def test_what_was_seen_is_resumed(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": " ".join(words(60, i % 40))}) + "\n" for i in range(80)))
-    reader = Reader(filters=Filters(duplicates=True, near_duplicates=True))
+    reader = Reader(duplicates=True, near_duplicates=True)
     whole = [d.doc_id for d in CorpusStream(file, reader)]
     assert len(whole) == 40
     first = CorpusStream(file, reader)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sae_italian.base.errors import UsageError
-from sae_italian.corpora import tokens
-from sae_italian.corpora.tokens import fast_backend, tokenise
+from sae_italian.corpora import packing
+from sae_italian.corpora.packing import fast_backend, tokenise
 from tests.corpora.test_packing import HARD, TOKENIZERS
 
 ALPHABET = "aàeé'’ ,.  \n\t\u00a0\u200be\u03016«»🙂日▁Ġ-"
@@ -38,7 +38,7 @@ def assert_whole(tokenizer, texts):
 def test_a_batch_is_its_documents_one_by_one(kind, monkeypatch):
     assert_whole(TOKENIZERS[kind], HARD + SPACES + [" ".join(HARD)])
     assert_whole(TOKENIZERS[kind], [])
-    monkeypatch.setattr(tokens, "MAX_CALL", 100)  # several calls, some for one long document
+    monkeypatch.setattr(packing, "MAX_CALL", 100)  # several calls, some for one long document
     assert_whole(TOKENIZERS[kind], ["", "x", *HARD, " ".join(HARD), "a" * 99, "b" * 101, "", "fine"])
 
 

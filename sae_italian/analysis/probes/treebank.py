@@ -21,9 +21,8 @@ from sae_italian import micro_italiano
 from sae_italian.analysis.causal.splice import codes
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import TextDocument
-from sae_italian.corpora.packing import bos_id
+from sae_italian.corpora.packing import bos_id, tokenise_batches
 from sae_italian.corpora.stream import MICRO_ITALIANO, is_held_out
-from sae_italian.corpora.tokens import tokenise_batches
 from sae_italian.models.activations import read_activations
 
 FEATURES = ("Gender", "Number", "Person", "Tense", "Mood", "VerbForm")
