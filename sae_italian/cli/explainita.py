@@ -35,14 +35,14 @@ def evaluate(
         layer: Layer of that model that is compared; default: bert-score's own choice.
     """
     from sae_italian.autointerp.explainita import evaluate_explanations, evaluate_sequences, read_split
-    from sae_italian.autointerp.explainita.evaluate import DEFAULT_MODEL, table
+    from sae_italian.autointerp.explainita.evaluate import DEFAULT_MODEL
 
     predicted, truth = read_split(submission, task, split), read_split(gold, task, split)
     if task == 1:
         result = evaluate_explanations(predicted, truth, model=bert or DEFAULT_MODEL, layer=layer)
     else:
         result = evaluate_sequences(predicted, truth)
-    return Result(result, table(result))
+    return Result(result, _lines(result))
 
 
 def predict(
@@ -96,7 +96,7 @@ def predict(
         result |= {"by": f"llm:{settings.llm_model}", "unanswered": unanswered, "calls": client.counts}
         result["ledger"] = str(ledger)
     write_submission(data, out, task, answers, split or "test")
-    return Result(result, "\n".join(f"{key:10} {value}" for key, value in result.items()))
+    return Result(result, _lines(result))
 
 
 def _predicted(latents: Any, task: Task, settings: Any, client: Any) -> Any:
@@ -123,10 +123,15 @@ def _replay(data: str, task: Task, split: str, name: str, model: str | None, wor
     if not model:
         raise UsageError("the SAE's metadata does not name its model; give --model.")
     result = replay(latents[: None if limit is None else int(limit)], sae, load_model(model))
+    return Result(result, _lines(result))
+
+
+def _lines(result: dict[str, Any]) -> str:
+    """Return a result as lines of text, what has several numbers with these in one line."""
     lines = []
     for key, value in result.items():
-        shown = (
-            ", ".join(f"{name} {number:.3f}" for name, number in value.items()) if isinstance(value, dict) else value
-        )
-        lines.append(f"{key:18} {shown}")
-    return Result(result, "\n".join(lines))
+        if isinstance(value, dict):
+            numbers = {name: "-" if number is None else round(number, 3) for name, number in value.items()}
+            value = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        lines.append(f"{key:28} {value}")
+    return "\n".join(lines)

@@ -47,17 +47,22 @@ def fit_keys(counts: Counts, family: Family) -> KeyRule:
 
 
 def _rule(counts: Counts, family: Family, tally: Tally) -> KeyRule:
+    return rule_on(tally, family, counts.names(family, tally), counts.n, counts.base, counts.mass)
+
+
+def rule_on(tally: Tally, family: Family, names: list[str], n_active: int, base: float, mass: float) -> KeyRule:
+    """Return the rule on counted keys; `mass` is the sum of the activations that their shares are of."""
     return KeyRule(
         keys=tally.keys,
-        rates=tally.rates(counts.base),
+        rates=tally.rates(base),
         weights=tally.mass / np.maximum(tally.total, 1),
-        mass=tally.mass / counts.mass,
+        mass=tally.mass / mass,
         active=tally.active,
         total=tally.total.astype(np.int64),
         family=family,
-        names=counts.names(family, tally),
-        n_active=counts.n,
-        base=counts.base,
+        names=names,
+        n_active=n_active,
+        base=base,
     )
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from sae_italian.autointerp.explainita.data import Latent, by_id
 from sae_italian.base.errors import UsageError
-from sae_italian.base.statistics import Estimate, bootstrap, mean_interval
+from sae_italian.base.statistics import bootstrap, mean_interval
 
 DEFAULT_MODEL, DEFAULT_LAYER = "bert-base-multilingual-cased", 9  # the layer is bert-score's own choice for that model
 Sums = Float[np.ndarray, "samples 4"]  # true positives, positives, false positives, negatives
@@ -106,14 +106,3 @@ def _paired(predicted: Sequence[Latent], gold: Sequence[Latent]) -> tuple[list[L
         if missing := sorted(set(one) - set(other)):
             raise UsageError(f"the {where} lacks {len(missing)} latents, {missing[0]} first; both need the same ones.")
     return [ours[key] for key in theirs], list(theirs.values())
-
-
-def table(result: dict[str, Any]) -> str:
-    """Return a result as lines of text."""
-    lines = []
-    for name, value in result.items():
-        if isinstance(value, dict):
-            shown = Estimate(*(float("nan") if value[key] is None else value[key] for key in ("value", "lo", "hi")))
-            value = f"{shown.value:.3f} [{shown.lo:.3f}, {shown.hi:.3f}]"
-        lines.append(f"{name:28} {value}")
-    return "\n".join(lines)

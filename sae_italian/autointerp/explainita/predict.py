@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from sae_italian.autointerp.explainers.counts import Tally
+from sae_italian.autointerp.explainers.fit import rule_on
 from sae_italian.autointerp.explainers.rules import KeyRule
 from sae_italian.autointerp.explainers.text import Language, statement
 from sae_italian.autointerp.explainita.data import Excerpt, Latent, Task, as_example, as_examples, by_id
@@ -131,25 +133,14 @@ def _fit(family: Family, keys: list[str | None], value: np.ndarray) -> tuple[flo
         np.bincount(at[keyed], weights=w[keyed], minlength=len(names)) for w in (np.ones(len(at)), on, value)
     )
     base, n_active = float(on.mean()), int(on.sum())
-    rates = (active + base) / (total + 1)
+    tally = Tally(np.arange(len(names)), active, mass, total)
     order = np.flatnonzero(active > 0)
-    order = order[np.lexsort((-active[order], -rates[order]))][:MOST_KEYS]
+    order = order[np.lexsort((-active[order], -tally.rates(base)[order]))][:MOST_KEYS]
     f1 = 2 * np.cumsum(active[order]) / (np.cumsum(total[order]) + n_active)
     worth = f1 - WORTH * np.log2(np.arange(1, len(order) + 1))
     best = int(np.argmax(worth)) if len(order) else -1
     chosen = np.sort(order[: best + 1])
-    rule = KeyRule(
-        keys=chosen,
-        rates=rates[chosen],
-        weights=(mass / total)[chosen],
-        mass=mass[chosen] / mass.sum() if mass.sum() else mass[chosen],
-        active=active[chosen],
-        total=total[chosen].astype(np.int64),
-        family=family,
-        names=[names[n] for n in chosen],
-        n_active=n_active,
-        base=base,
-    )
+    rule = rule_on(tally.take(chosen), family, [names[n] for n in chosen], n_active, base, float(mass.sum()) or 1.0)
     return (float(worth[best]) if len(order) else -1.0), rule
 
 
