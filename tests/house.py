@@ -119,7 +119,7 @@ def circles() -> list[list[str]]:
 
 
 def words_used() -> Counter[str]:
-    """Count the words of all code and data of the package, without comments and docstrings."""
+    """Count the words of all code, data and notebooks, without comments and docstrings."""
     counted: Counter[str] = Counter()
     for file in FILES:
         documented = docstring_lines(file)
@@ -129,7 +129,8 @@ def words_used() -> Counter[str]:
             if number not in documented
         )
         counted.update(re.findall(r"\w+", code))
-    for file in (*PACKAGE.rglob("*.yaml"), *PACKAGE.rglob("*.js"), *PACKAGE.rglob("*.html")):
+    shown = PACKAGE.parent.glob("notebooks/*.ipynb")
+    for file in (*PACKAGE.rglob("*.yaml"), *PACKAGE.rglob("*.js"), *PACKAGE.rglob("*.html"), *shown):
         counted.update(re.findall(r"\w+", text(file)))
     return counted
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,17 +45,6 @@ def characters(data: bytes) -> bytes:
     bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
     bits = np.pad(bits, (0, -len(bits) % BITS)).reshape(-1, BITS)
     return (bits @ _WEIGHTS + FIRST).astype("<u2").tobytes()
-
-
-def read_data(path: Path) -> Any:
-    """Return the value of a data file, as the page reads it."""
-    text = path.read_bytes().decode("utf-16")
-    name, n_bytes, packed = text.removeprefix("saeItalian.receive(").removesuffix(");\n").split(",", 2)
-    if not path.with_suffix("").as_posix().endswith(json.loads(name)):
-        raise DataError(f"{path} holds {name}. Write the browser again.")
-    codes = np.frombuffer(packed.strip('"').encode("utf-16-le"), dtype="<u2") - FIRST
-    bits = ((codes[:, None] >> np.arange(BITS - 1, -1, -1)) & 1).astype(np.uint8)
-    return json.loads(zlib.decompress(np.packbits(bits.ravel()).tobytes()[: int(n_bytes)], -15))
 
 
 # --- cards -----------------------------------------------------------------------------------------------------------

@@ -26,10 +26,11 @@ import torch
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.contexts import N_TOP, PER_TENTH, TENTHS
-from sae_italian.browser.pack import data_script, read_data
+from sae_italian.browser.pack import data_script
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import CARDS_PER_SHARD, MARKER, write_browser
 from sae_italian.cache import FeatureCache, build_cache
+from tests.browser.data_files import read_data
 
 
 def measure_export(

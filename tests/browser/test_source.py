@@ -13,12 +13,12 @@ from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.contexts import SEGMENT, split_text
 from sae_italian.browser.decoder import Decoder
-from sae_italian.browser.pack import read_data
 from sae_italian.browser.schema import check, check_card, check_rows
 from sae_italian.browser.source import open_source
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
+from tests.browser.data_files import read_data
 
 
 @pytest.fixture(scope="module")

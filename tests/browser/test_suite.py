@@ -11,13 +11,13 @@ import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.compare import beside, match_latents
-from sae_italian.browser.pack import read_data
 from sae_italian.browser.source import open_source
 from sae_italian.browser.suite import overview_text, read_suite, write_overview
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
+from tests.browser.data_files import read_data
 
 
 def estimate(value: float | None) -> dict[str, Any]:
