@@ -61,7 +61,7 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
     code, out, _ = run(capsys, "cache", "info", cache, "--json")
     info = json.loads(out)
     assert info["complete"] and info["windows"] * 128 >= 30_000 and info["hook_name"] == "blocks.1.hook_resid_post"
-    assert run(capsys, "cache", "verify", cache)[0] == 0
+    assert run(capsys, "cache", "info", cache, "--verify")[0] == 0
     code, out, _ = run(capsys, "autointerp", cache, "--n-latents", 40, "--json")
     results = json.loads(out)
     assert code == 0 and results["autointerp"]["n_latents"] == 40
@@ -83,8 +83,8 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "Did you mean 'train'"),
-        (["models", "shwo", "x"], "Did you mean 'show'"),
+        (["trian"], 'Did you mean "train"'),
+        (["models", "shwo", "x"], 'Did you mean "show"'),
         (["models", "show", "minervaa-1b"], "Did you mean 'minerva-1b'"),
         (["corpora", "show", "nowhere.jsonl"], "neither 'micro-italiano'"),
         (["train", "mini/topkk.yaml"], "Did you mean 'mini/topk'"),
@@ -134,8 +134,7 @@ def test_a_corpus_without_a_text_column_and_one_too_short(capsys, trained_sae, t
         file,
         "--text-column",
         "testo",
-        "--split",
-        "all",
+        "split=all",
         "--out",
         tmp_path / "c",
     )

@@ -155,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in given if word != "--json"]
     try:
         _quiet_libraries()
+        if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
+            return _fail(_renamed(words), 2)
         result = build()(words, exit_on_error=False, print_error=False, result_action="return_value")
         return _show(result, as_json="--json" in given) if isinstance(result, tuple) else 0
     except SaeItalianError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,14 +242,17 @@ def positive(name: str, value: int | None) -> None:
         raise UsageError(f"{name} is {value}; it must be 1 or more.")
 
 
-def main() -> None:
-    options = parser_of().parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    """Print a table and return the exit code: 0, or 2 for options that cannot be."""
+    options = parser_of().parse_args(arguments)
     try:
         value, text = options.command(options)
     except SaeItalianError as error:
-        raise SystemExit(f"bench: {error}") from error
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(value, ensure_ascii=False, indent=2, default=str) if options.json else text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

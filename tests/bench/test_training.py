@@ -1,12 +1,12 @@
-"""The tables of `bench training` on a shape so small that only their form can be checked."""
+"""The tables of `make bench TABLE=training` on a shape so small that only their form can be checked."""
 
 import json
 import re
 
 import pytest
 
-from sae_italian.cli import main
 from tests.bench import training
+from tests.bench.__main__ import main
 from tests.bench.training import BARE, OURS, SAELENS, Shape
 
 
@@ -16,7 +16,7 @@ def small(monkeypatch):
 
 
 def test_step_and_trainer_tables(capsys):
-    assert main(["bench", "training", "--tables", "step,trainer", "--repeats", "2", "--json"]) == 0
+    assert main(["training", "--tables", "step,trainer", "--repeats", "2", "--json"]) == 0
     tables = json.loads(capsys.readouterr().out)
     (step,), (trainer,) = tables["step"], tables["trainer"]
     assert set(step["seconds"]) == {SAELENS, OURS, BARE} and len(trainer["seconds"]) == 3
@@ -27,7 +27,7 @@ def test_step_and_trainer_tables(capsys):
 
 @pytest.mark.slow
 def test_memory_table(capsys):
-    assert main(["bench", "training", "--tables", "memory"]) == 0
+    assert main(["training", "--tables", "memory"]) == 0
     assert "peak memory: d_in 8, d_sae 64, k 2, batch 16, float32" in capsys.readouterr().out
 
 
@@ -41,6 +41,5 @@ def test_memory_table(capsys):
     ],
 )
 def test_wrong_options(options, message, capsys):
-
-    assert main(["bench", "training", *options]) == 2
+    assert main(["training", *options]) == 2
     assert re.search(message, capsys.readouterr().err)

@@ -65,8 +65,8 @@ print(len(names) - len(before[0]))"""
 
 
 def test_an_alias_of_another_model_is_not_taken_over():
-    code = """import sae_italian.models.catalogue as p
-try: p.register_model('me/mine', ['gpt2'])
+    code = """from sae_italian.models.catalogue import register_model
+try: register_model('me/mine', ['gpt2'])
 except ValueError as e: print('refused' if 'gpt2' in str(e) else e)"""
     assert run(code) == "refused"
 

@@ -130,17 +130,13 @@ def test_the_suite_of_llama_scope_has_128_saes(offline):
 
 
 def test_commands_named_in_the_configs_exist():
-    from sae_italian.cli import _is_new, _parser, app
+    from sae_italian.cli import app
 
     text = "\n".join((configs_folder() / name).read_text(encoding="utf-8") for name in RECIPES)
     commands = re.findall(r"`sae-italian ([^`]*)`", text)
     assert commands
     for command in commands:
-        words = command.split()
-        if _is_new(words, app):
-            app.build().parse_args(words, exit_on_error=False, print_error=False)
-        else:
-            assert hasattr(_parser().parse_args(words), "command"), command
+        app.build().parse_args(command.split(), exit_on_error=False, print_error=False)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_detection_in_batches_mixes_the_order_and_puts_it_right(client_of):
 
 def test_fuzzing_asks_about_the_marks(client_of):
     examples = [replace(e, marks=np.arange(len(e.tokens)) == len(e.tokens) - 1) for e in EXAMPLES]
-    wrong = [e.with_marks(np.arange(len(e.tokens)) == 0) for e in EXAMPLES[:6]]
+    wrong = [replace(e, marks=np.arange(len(e.tokens)) == 0) for e in EXAMPLES[:6]]
     with FakeEndpoint(by_letter) as endpoint, client_of(endpoint) as client:
         assert LLMJudge(client).detect(an_explanation(), [*examples, *wrong]).said.tolist() == TRUTH + [0] * 6
         assert "le parole segnate" in endpoint.requests[0]["messages"][0]["content"]
