@@ -26,7 +26,7 @@ class ContextMaker:
 
     def __init__(self, cache: FeatureCache):
         self.cache = cache
-        self._document = lru_cache(1024)(cache.document)
+        self._document = lru_cache(8192)(cache.document)
 
     def groups(self, latent: LatentActivations, before: int = BEFORE, after: int = AFTER) -> list[Record]:
         """Return the strongest passages, then `per_tenth` from each tenth of the active segments, strongest tenth first.
@@ -39,8 +39,8 @@ class ContextMaker:
         ranks = np.arange(len(peaks.position))
         tenths = [tenth for tenth in np.array_split(ranks, TENTHS) if len(tenth)]
         candidates = [ranks[: CANDIDATES * N_TOP], *(_spread(tenth, PER_TENTH) for tenth in tenths)]
-        alike = contents(self.cache, peaks.position[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER)
-        seen: set[tuple[int, bytes]] = set()
+        alike = iter(contents(self.cache, peaks.position[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER))
+        seen: set[bytes] = set()
         kept = []
         for index, group in enumerate(candidates):
             kept.append(group[first_new(islice(alike, len(group)), PER_TENTH if index else N_TOP, seen)])
@@ -60,17 +60,15 @@ class ContextMaker:
     ) -> list[Record]:
         """Return the passages around some peaks; what stands at all of their tokens is read from the cache at once."""
         passages = latent.around(peak, before, after)
-        stop = passages.start + passages.length
-        inside = [latent.between(*ends) for ends in zip(passages.start.tolist(), stop.tolist(), strict=True)]
-        active = [latent.position[here] for here in inside]
-        place = np.concatenate([*active, passages.start, stop - 1])
-        begin, end = self.cache.gather("start", place), self.cache.gather("end", place)
+        active = [latent.position[here] for here in passages.active]
+        place = np.concatenate([*active, passages.start, passages.start + passages.length - 1])
+        begin, end = self.cache.gather_all(("start", "end"), place)
         first, last = begin[-2 * len(peak) : -len(peak)].tolist(), end[-len(peak) :].tolist()
         spans = np.split(np.stack([begin, end], axis=1), np.cumsum([len(own) for own in active]))
         contexts = []
         for index, (low, high) in enumerate(zip(first, last, strict=True)):
             document = self._document(int(passages.doc[index]))
-            segments = split_text(document.text[low:high], spans[index] - low, latent.value[inside[index]])
+            segments = split_text(document.text[low:high], spans[index] - low, latent.value[passages.active[index]])
             largest = float(passages.maximum[index])
             contexts.append(Record(doc_id=document.doc_id, source=document.source, max=largest, segments=segments))
         return contexts

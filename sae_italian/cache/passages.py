@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -52,13 +52,14 @@ class Passages(NamedTuple):
     doc: Int[np.ndarray, " n"]
     anchor: Int[np.ndarray, " n"]
     maximum: Float[np.ndarray, " n"]  # the largest activation, 0 in a silent one
+    active: list[slice]  # which of the latent's activations lie in it
     bin: Int[np.ndarray, " n"]  # of `quantiles`: the part it was drawn from, 0 the strongest
 
     def show(self, index: int) -> Shown:
         """Return one passage with its text and the activation of every token."""
         first, length = int(self.start[index]), int(self.length[index])
         text, spans = self.latent.cache.spans(first, first + length)
-        here = self.latent.between(first, first + length)
+        here = self.active[index]
         values = np.zeros(length, dtype=np.float32)
         values[self.latent.position[here] - first] = self.latent.value[here]
         return Shown(text, spans, values, int(self.doc[index]))
@@ -92,10 +93,6 @@ class LatentActivations:
         largest = np.maximum.reduceat(self.value, first) if len(doc) else self.value
         order = np.argsort(-largest, kind="stable")
         return {"doc": doc[order], "count": count[order], "max": largest[order]}
-
-    def between(self, first: int, last: int) -> slice:
-        """Return which of the activations lie at positions first to last (exclusive)."""
-        return slice(*np.searchsorted(self.position, [first, last]).tolist())
 
     def peaks(self, width: int = 32) -> Peaks:
         """Return the strongest position of every segment in which the latent is active."""
@@ -143,14 +140,14 @@ class LatentActivations:
         number: list[int] | None = None,
     ) -> Passages:
         start, length, doc = surroundings(self.cache, origin, before, after)
+        edges = np.searchsorted(self.position, np.stack([start, start + length], axis=1)).tolist()
         maximum, strongest = np.zeros(len(start), dtype=np.float32), start.copy()
-        for row, (first, size) in enumerate(zip(start.tolist(), length.tolist(), strict=True)):
-            here = self.between(first, first + size)
-            if here.start < here.stop:
-                best = here.start + int(self.value[here].argmax())
+        for row, (first, last) in enumerate(edges):
+            if first < last:
+                best = first + int(self.value[first:last].argmax())
                 maximum[row], strongest[row] = self.value[best], self.position[best]
-        parts = np.array(number or [0] * len(start), dtype=np.int64)
-        return Passages(self, start, length, doc, strongest if anchor is None else anchor, maximum, parts)
+        active, parts = [slice(*ends) for ends in edges], np.array(number or [0] * len(start), dtype=np.int64)
+        return Passages(self, start, length, doc, strongest if anchor is None else anchor, maximum, active, parts)
 
 
 # --- where passages begin and end, and which say the same ----------------------------------------------------------
@@ -166,25 +163,30 @@ def surroundings(
     cache: FeatureCache, anchor: Int[np.ndarray, " n"], before: int, after: int
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Return first position, number of tokens and document of the text around each anchor, cut at the borders."""
+    inside, (doc,) = _around(cache, anchor, before, after, "doc")
+    left = inside[:, :before].sum(axis=1)
+    return anchor - left, inside.sum(axis=1), doc[:, before]
+
+
+def contents(cache: FeatureCache, anchor: Int[np.ndarray, " n"], before: int, after: int) -> list[bytes]:
+    """Return for each anchor what its surrounding says: equal for two that hold the same tokens around the anchor."""
+    inside, (_, tokens) = _around(cache, anchor, before, after, "doc", "tokens")
+    tokens = np.where(inside, tokens, -1)
+    return tokens.view(f"V{tokens.itemsize * tokens.shape[1]}").ravel().tolist()
+
+
+def _around(
+    cache: FeatureCache, anchor: Int[np.ndarray, " n"], before: int, after: int, *names: str
+) -> tuple[Bool[np.ndarray, "n w"], Int[np.ndarray, "names n w"]]:
+    """Return which tokens around each anchor are joined to it in its document and window, and what stands there."""
     context = cache.manifest.context_size
     grid = anchor[:, None] + np.arange(-before, after + 1)
-    inside = grid // context == anchor[:, None] // context
-    doc = cache.gather("doc", np.where(inside, grid, anchor[:, None]).ravel()).reshape(grid.shape)
-    same = inside & (doc == doc[:, before, None])
-    left = np.logical_and.accumulate(same[:, before::-1], axis=1).sum(axis=1) - 1
-    right = np.logical_and.accumulate(same[:, before:], axis=1).sum(axis=1)
-    return anchor - left, left + right, doc[:, before]
-
-
-def contents(
-    cache: FeatureCache, anchor: Int[np.ndarray, " n"], before: int, after: int
-) -> Iterator[tuple[int, bytes]]:
-    """Yield for each anchor what its surrounding says: equal for two that hold the same tokens around the anchor."""
-    start, length, _ = surroundings(cache, anchor, before, after)
-    grid = (start[:, None] + np.arange(before + after + 1)).clip(max=cache.n_positions - 1)
-    tokens = cache.gather("tokens", grid.ravel()).reshape(grid.shape)
-    for row, size, left in zip(tokens, length.tolist(), (anchor - start).tolist(), strict=True):
-        yield left, row[:size].tobytes()
+    window = grid // context == anchor[:, None] // context
+    found = cache.gather_all(names, np.where(window, grid, anchor[:, None]))
+    inside = window & (found[0] == found[0][:, before, None])  # the first name is `doc`
+    for outwards in (inside[:, before::-1], inside[:, before:]):
+        np.logical_and.accumulate(outwards, axis=1, out=outwards)
+    return inside, found
 
 
 def first_new(items: Iterable[Any], n: int, seen: set[Any]) -> list[int]:

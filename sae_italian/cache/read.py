@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -106,27 +107,33 @@ class FeatureCache:
         """The running document index of each position, NO_DOCUMENT at special tokens."""
         return self.whole("doc")
 
-    def by_shard(self, position: Int[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray]]:
-        """Yield (shard, where in `position`, places in the shard) for the shards that hold some of the positions."""
+    def by_shard(self, position: Int[np.ndarray, "n ..."]) -> Iterator[tuple[int, np.ndarray | slice, np.ndarray]]:
+        """Yield (shard, where in `position`, places in the shard) for the shards that hold some of the positions.
+
+        Positions may come in rows, each within one window.
+        """
         if len(position) == 0:
             return
-        shard = position // self._shard_positions
-        if (np.diff(shard) >= 0).all():  # as a latent's own positions are
-            begins = np.flatnonzero(np.diff(shard, prepend=-1))
-            for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(shard)], strict=True):
-                number = int(shard[begin])
-                yield number, slice(begin, end), position[begin:end] - number * self._shard_positions
-            return
-        order = np.argsort(shard, kind="stable")
-        numbers, begins = np.unique(shard[order], return_index=True)
-        for number, here in zip(numbers.tolist(), np.split(order, begins[1:]), strict=True):
+        shard = position.reshape(len(position), -1)[:, 0] // self._shard_positions
+        order = None if (np.diff(shard) >= 0).all() else np.argsort(shard, kind="stable")  # a latent's own are in order
+        shard = shard if order is None else shard[order]
+        begins = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
+        for begin, end in pairwise([*begins, len(shard)]):
+            here = slice(begin, end) if order is None else order[begin:end]
+            number = int(shard[begin])
             yield number, here, position[here] - number * self._shard_positions
 
-    def gather(self, name: str, position: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    def gather(self, name: str, position: Int[np.ndarray, "n ..."]) -> Int[np.ndarray, "n ..."]:
         """Return `tokens`, `doc`, `start`, `end` or `run` at some positions, reading only the shards that hold them."""
-        found = np.empty(len(position), dtype=np.int64)
+        return self.gather_all((name,), position)[0]
+
+    def gather_all(self, names: Sequence[str], position: Int[np.ndarray, "n ..."]) -> Int[np.ndarray, "names n ..."]:
+        """Return several of what `gather` does at once."""
+        found = np.empty((len(names), *position.shape), dtype=np.int64)
         for shard, here, place in self.by_shard(position):
-            found[here] = self.shard_tokens(shard)[name][place]
+            arrays = self.shard_tokens(shard)
+            for row, name in enumerate(names):
+                found[row, here] = arrays[name][place]
         return found
 
     def _string(self, name: str, index: int) -> str:
