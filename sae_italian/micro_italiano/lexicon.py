@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -43,18 +44,16 @@ def _data(name: str) -> dict[str, Any]:
     return yaml.safe_load(data_text(name))
 
 
+@dataclass(slots=True, eq=False)
 class Noun:
     """A noun or name in its forms (None where a number is missing) and the way one is there («in piazza»)."""
 
-    __slots__ = ("lemma", "genders", "tokens", "place", "before", "after")
-
-    def __init__(self, lemma: str, genders: tuple[int, int], tokens: tuple[Token | None, Token | None]) -> None:
-        self.lemma = lemma
-        self.genders = genders  # of singular and plural: «l'uovo, le uova»
-        self.tokens = tokens
-        self.place: tuple[Token, ...] = ()
-        self.before: tuple[Grid, ...] = ()  # adjectives that may stand before it, and after it
-        self.after: tuple[Grid, ...] = ()
+    lemma: str
+    genders: tuple[int, int]  # of singular and plural: «l'uovo, le uova»
+    tokens: tuple[Token | None, Token | None]
+    place: tuple[Token, ...] = ()
+    before: tuple[Grid, ...] = ()  # adjectives that may stand before it, and after it
+    after: tuple[Grid, ...] = ()
 
 
 class Verb:

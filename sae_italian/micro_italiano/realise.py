@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
-
-GENDERS = ("Masc", "Fem")
-NUMBERS = ("Sing", "Plur")
 
 
 class Span(NamedTuple):
@@ -52,15 +50,13 @@ class AgreementPair(NamedTuple):
     kind: str
 
 
+@dataclass(slots=True, eq=False)
 class Token:
     """One word before realisation: citation form, shared labels, and the kind of sound change it undergoes."""
 
-    __slots__ = ("form", "labels", "kind")
-
-    def __init__(self, form: str, labels: dict[str, str], kind: str = "") -> None:
-        self.form = form
-        self.labels = labels
-        self.kind = kind
+    form: str
+    labels: dict[str, str]
+    kind: str = ""
 
 
 class Ref:
