@@ -13,7 +13,7 @@ import torch
 from sae_italian.analysis.gold import GoldWords
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.build import transpose
-from sae_italian.cache.encode import Sparse, write_activations
+from sae_italian.cache.shards import Sparse, write_activations
 from sae_italian.cache.stats import write_statistics
 
 

@@ -55,7 +55,7 @@ class GoldWords:
         for doc, positions in zip(docs.tolist(), np.split(order, first[1:]), strict=True):
             if doc != NO_DOCUMENT:
                 pairs += self._add_document(cache, doc, positions)
-        self.labels = _zeros_and_ones(pairs, (len(self.doc_of_word), len(self.names)))
+        self.labels = zeros_and_ones(pairs, (len(self.doc_of_word), len(self.names)))
 
     def _add_document(
         self, cache: FeatureCache, doc: int, positions: Int[np.ndarray, " tokens"]
@@ -133,10 +133,11 @@ def firing(acts: scipy.sparse.csr_array, above: Float[np.ndarray, " latents"]) -
     """Return 0 or 1 for words and latents, [words, latents]: where a latent is above its threshold."""
     entries = acts.tocoo()
     keep = entries.data > above[entries.col]
-    return _zeros_and_ones(np.stack([entries.row[keep], entries.col[keep]], axis=1), (len(acts.indptr) - 1, len(above)))
+    return zeros_and_ones(np.stack([entries.row[keep], entries.col[keep]], axis=1), (len(acts.indptr) - 1, len(above)))
 
 
-def _zeros_and_ones(ones: Any, shape: tuple[int, int]) -> scipy.sparse.csr_array:
+def zeros_and_ones(ones: Any, shape: tuple[int, int]) -> scipy.sparse.csr_array:
+    """Return a matrix that is 1 at the places (row, column) given, and 0 elsewhere."""
     places = np.array(ones, dtype=np.int64).reshape(-1, 2)
     matrix = scipy.sparse.csr_array((np.ones(len(places), dtype=np.float32), tuple(places.T)), shape=shape)
     matrix.data[:] = 1  # a place that was given twice is still a 1

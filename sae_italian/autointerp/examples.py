@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from sae_italian.autointerp.protocols import Example, Negatives
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.read import PARTS, Part
-from sae_italian.cache.transpose import places
+from sae_italian.cache.shards import places
 from sae_italian.corpora.packing import NO_DOCUMENT
 
 LENGTH_STEP = 4  # tokens

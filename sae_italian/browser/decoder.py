@@ -12,7 +12,7 @@ from jaxtyping import Float
 from sae_italian.analysis.geometry.directions import map_of, nearest_directions
 from sae_italian.base.errors import UsageError
 from sae_italian.browser.schema import Record
-from sae_italian.cache.related import final_gain
+from sae_italian.cache.stats import final_gain
 
 BINS = 40
 BLOCK = 64  # latents whose logits are counted at a time

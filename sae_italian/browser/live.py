@@ -29,7 +29,7 @@ from sae_italian.browser.exports.directions import rounded
 from sae_italian.browser.exports.latents import pieces, storable
 from sae_italian.browser.source import LatentSource, loaded, open_source
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.encode import encode_sparse
+from sae_italian.cache.shards import encode_sparse
 from sae_italian.corpora.packing import special_mask
 from sae_italian.models.activations import read_activations
 

@@ -17,11 +17,16 @@ from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import claim_folder, disk_errors, fingerprint, locked, package_versions, remove
-from sae_italian.cache.encode import EncodeJob, encode_shard
 from sae_italian.cache.layout import MANIFEST, Manifest, config_hash, tokenizer_hash
+from sae_italian.cache.shards import (
+    EncodeJob,
+    encode_shard,
+    plan_ranges,
+    share_tokens,
+    transpose_range,
+    write_token_shards,
+)
 from sae_italian.cache.stats import write_statistics
-from sae_italian.cache.tokens import share_tokens, write_token_shards
-from sae_italian.cache.transpose import plan_ranges, transpose_range
 from sae_italian.corpora import Split
 from sae_italian.corpora.documents import check_corpus
 from sae_italian.corpora.stream import CorpusStream, Reader

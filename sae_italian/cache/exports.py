@@ -37,7 +37,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import atomic_path, claim_folder, write_text
 from sae_italian.cache.layout import FP16_MAX, write_arrays
 from sae_italian.cache.read import FeatureCache
-from sae_italian.cache.related import arrow
+from sae_italian.cache.stats import arrow
 from sae_italian.models.hooks import parse_hook_name
 
 THRESHOLD = 1e-5  # of an activation that Delphi keeps

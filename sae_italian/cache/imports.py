@@ -14,9 +14,8 @@ from jaxtyping import Bool, Int
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import fingerprint, locked, package_versions, remove
 from sae_italian.cache.build import as_they_come, claim_cache, default_windows, finish_cache, sae_facts
-from sae_italian.cache.encode import Sparse, write_activations
 from sae_italian.cache.layout import FP16_MAX, Manifest, map_arrays, tokenizer_hash
-from sae_italian.cache.tokens import write_token_shard
+from sae_italian.cache.shards import Sparse, write_activations, write_token_shard
 from sae_italian.corpora import PackedBlock, TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
 from sae_italian.models.hooks import parse_hook_name

@@ -24,11 +24,10 @@ import torch
 from safetensors.numpy import save_file
 
 from sae_italian.cache.build import build_cache, transpose
-from sae_italian.cache.encode import encode_sparse, joined, write_activations
 from sae_italian.cache.layout import Manifest
 from sae_italian.cache.read import FeatureCache
+from sae_italian.cache.shards import encode_sparse, joined, write_activations, write_token_shard
 from sae_italian.cache.stats import write_statistics
-from sae_italian.cache.tokens import write_token_shard
 from sae_italian.corpora import PackedBlock, iter_documents, pack
 from sae_italian.corpora.packing import special_mask, take_tokens
 from sae_italian.models.activations import read_activations

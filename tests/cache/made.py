@@ -10,9 +10,8 @@ import torch
 
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.build import transpose
-from sae_italian.cache.encode import Sparse, write_activations
+from sae_italian.cache.shards import Sparse, write_activations, write_token_shard
 from sae_italian.cache.stats import write_statistics
-from sae_italian.cache.tokens import write_token_shard
 from sae_italian.corpora import PackedBlock, TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
 from tests.bench.synthetic_cache import _Model

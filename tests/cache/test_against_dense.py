@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cache import transpose
-from sae_italian.cache.encode import encode_sparse
+from sae_italian.cache import shards
 from sae_italian.cache.layout import FP16_MAX
+from sae_italian.cache.shards import encode_sparse
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.saes.sparse_products import top_positive
 from tests.cache.made import VOCABULARY, made_cache
@@ -55,8 +55,8 @@ def test_latents_windows_and_statistics_equal_the_dense_reference(
 ):
     acts, doc, tokens = drawn(seed, n_windows, context, d_sae, density, loud)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transpose, "LATENTS_PER_RANGE", 3 if small_ranges else 512)
-        patch.setattr(transpose, "NON_ZEROS_PER_RANGE", 10 if small_ranges else 2**22)
+        patch.setattr(shards, "LATENTS_PER_RANGE", 3 if small_ranges else 512)
+        patch.setattr(shards, "NON_ZEROS_PER_RANGE", 10 if small_ranges else 2**22)
         cache = made_cache(Path(folder), acts, doc, tokens, per_shard)
         dense = acts.reshape(-1, d_sae)
         assert cache.manifest.n_wide == (dense > FP16_MAX).sum()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.cache import FeatureCache, Manifest, build_cache, build_caches, encode, layout
+from sae_italian.cache import FeatureCache, Manifest, build_cache, build_caches, layout, shards
 from sae_italian.cache import build as build_module
 from sae_italian.cli import main
 from tests.cache.test_cache import digests
@@ -42,8 +42,8 @@ def alone(mini, tmp_path_factory) -> Path:
 
 def test_several_saes_share_a_forward_pass_and_their_tokens(mini, alone, tmp_path, monkeypatch):
     forwards = []
-    read = encode.read_many
-    monkeypatch.setattr(encode, "read_many", lambda *args: forwards.append(args[2]) or read(*args))
+    read = shards.read_many
+    monkeypatch.setattr(shards, "read_many", lambda *args: forwards.append(args[2]) or read(*args))
     saes = [topk(1), topk(2, "blocks.1.hook_resid_post", 512)]
     outs = build_caches(saes, mini, "micro-italiano", [tmp_path / "a", tmp_path / "b"], **OPTIONS)
     assert len(forwards) == len(Manifest.load(outs[0]).shards)

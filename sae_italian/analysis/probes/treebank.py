@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sae_italian import micro_italiano
 from sae_italian.analysis.causal.splice import codes
+from sae_italian.analysis.gold import zeros_and_ones
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import TextDocument
 from sae_italian.corpora.packing import bos_id, tokenise_batches
@@ -235,9 +236,7 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
             bar.update(len(batch))
     if not sentence:
         raise UsageError(f"treebank {treebank.name} has no word within {context_size} tokens.")
-    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    ones = np.ones(len(rows), dtype=np.float32)
-    labels = scipy.sparse.csr_array((ones, (rows, columns)), shape=(len(sentence), len(names)))
+    labels = zeros_and_ones(pairs, (len(sentence), len(names)))
     train = np.array([treebank.sentences[i].train for i in sentence])
     return Words(treebank.name, list(names), labels, np.array(sentence), train, np.concatenate(parts), n_cut)
 
@@ -270,9 +269,8 @@ def last_tokens(sentence: Sentence, spans: Int[np.ndarray, "tokens 2"]) -> Int[n
     complete = inside & (spans[within, 1] == end)
     beyond = np.minimum(within + 1, len(spans) - 1)
     straddled = ~complete & (spans[beyond, 0] < end) & (spans[beyond, 1] > end)
-    return np.where(
-        complete, within, np.where(straddled, beyond, np.where(inside & (within + 1 < len(spans)), within, -1))
-    )
+    uncut = inside & (within + 1 < len(spans))
+    return np.select([complete, straddled, uncut], [within, beyond, within], default=-1)
 
 
 def _batches(order: list[int], tokens: list[np.ndarray]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.related import final_gain
+from sae_italian.cache.stats import final_gain
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import read_activations
 
@@ -59,7 +59,7 @@ class DecoderSide:
 
     @torch.no_grad()
     def logits(self, latent: int) -> tuple[list[float], list[float]]:
-        """Return the histogram of the logits that the direction adds to the vocabulary (as `cache.related.decoder_columns`)."""
+        """Return the histogram of the logits that the direction adds to the vocabulary (as `cache.stats.decoder_columns`)."""
         if self.sae is None or self.model is None:
             return [], []
         unembed: Float[Tensor, "vocab d_in"] = self.model.get_output_embeddings().weight.float()
