@@ -49,8 +49,8 @@ def reproduce(
         out = Path("reports") / f"{paper}-{_folder_name(sae or model or papers.MINI)}"
     report = papers.reproduce(paper, out, *words, model=model, sae=sae, **text, **flags)
     rows = [(row["what"], row["where"], row["paper"], row["ours"]) for row in report["figures"]]
-    lines = markdown_table(ReportTable("", FIGURES_HEAD, rows))
-    return Result(report, "\n".join([*lines, "", f"Report: {out / 'report.html'}, {out / 'report.md'}"]))
+    figures = markdown_table(ReportTable("", FIGURES_HEAD, rows))
+    return Result(report, f"{figures}\n\nReport: {out / 'report.html'}, {out / 'report.md'}")
 
 
 def _folder_name(name: str) -> str:
@@ -69,18 +69,14 @@ def _baselines(
     from sae_italian.papers.baselines import baselines_markdown
 
     known = {field.name for field in fields(Settings)}
-    given = [word for word in words if word.partition("=")[0] in known]
+    others = [word for word in words if word.partition("=")[0] not in known]
+    given = {key: safe_load(value) for key, _, value in (word.partition("=") for word in words) if key in known}
     try:
-        settings = TypeAdapter(Settings).validate_python(
-            {w.partition("=")[0]: safe_load(w.partition("=")[2]) for w in given}
-        )
+        settings = TypeAdapter(Settings).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}.") from error
-    for field in fields(Settings):
-        if field.name.endswith(("tokens", "latents")) and getattr(settings, field.name) < 1:
-            raise UsageError(f"{field.name} is {getattr(settings, field.name)}; it must be 1 or more.")
-    saes = _saes([word for word in words if word not in given] + ([sae] if sae else []), out, flags)
+    saes = _saes(others + ([sae] if sae else []), out, flags)
     result = compare_baselines(saes, out, settings=settings, **read, **flags)
     return Result(result, f"{baselines_markdown(result)}\nwritten: {out}")
 

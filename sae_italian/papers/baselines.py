@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
 from tqdm import tqdm
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
@@ -40,14 +41,14 @@ class Settings:
     """What decides the comparison's numbers; sizes are in tokens."""
 
     kinds: tuple[str, ...] = DEFAULT_KINDS
-    fit_tokens: int = 200_000
+    fit_tokens: PositiveInt = 200_000
     """Training text that baselines are fitted on."""
-    ica_tokens: int = 20_000
-    card_tokens: int = 20_000
+    ica_tokens: PositiveInt = 20_000
+    card_tokens: PositiveInt = 20_000
     """Held-out text for L0, explained variance and perplexity, each dictionary on the same."""
-    cache_tokens: int = 60_000
+    cache_tokens: PositiveInt = 60_000
     """Held-out text that explanations and simulations are made of."""
-    latents: int = 100
+    latents: PositiveInt = 100
     """Latents scored in each dictionary."""
     seed: int = 0
 
@@ -221,16 +222,12 @@ def _scores(
 def baselines_markdown(result: dict[str, Any]) -> str:
     """Return the whole comparison as Markdown."""
     settings = result["settings"]
-    lines = [
-        f"# Baselines: {result['model']}",
-        "",
+    text = (
         f"Text: {result['corpus']}. Baselines fitted on {settings['fit_tokens']:,} tokens of training text; the rest is "
         f"held-out text: {settings['card_tokens']:,} tokens for L0, explained variance (centred) and perplexity, "
         f"{settings['cache_tokens']:,} for explanations and simulations of up to {settings['latents']} live latents drawn "
         "at random. Simulation: correlation of simulated and true activations, mean over latents (Cunningham et al. "
-        "2023); shuffled: with another latent's explanation.",
-        "",
-    ]
-    for layer in result["layers"]:
-        lines += [*markdown_table(tables_of("dictionaries", layer)[0]), ""]
-    return "\n".join([*lines, "![baselines](baselines.svg)", ""])
+        "2023); shuffled: with another latent's explanation."
+    )
+    tables = [markdown_table(table) for layer in result["layers"] for table in tables_of("dictionaries", layer)]
+    return "\n\n".join([f"# Baselines: {result['model']}", text, *tables, "![baselines](baselines.svg)"]) + "\n"

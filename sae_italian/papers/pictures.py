@@ -5,35 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sae_italian.base.pictures import OURS, svg
+from sae_italian.base.pictures import OURS, REFERENCE, WARNING, svg
 from sae_italian.saes.baselines import TOPK
 
-NAMES = {
-    "sae": "SAE",
-    "pca": "PCA",
-    "ica": "ICA",
-    "nmf": "NMF",
-    "random": "random directions",
-    "identity": "neurons",
-}
-COLOURS = {
-    "sae": OURS,
-    "pca": "#3b6fb6",
-    "ica": "#c77800",
-    "nmf": "#7a5195",
-    "random": "#8a8f98",
-    "identity": "#b3261e",
+LOOKS = {  # name and colour of a dictionary
+    "sae": ("SAE", OURS),
+    "pca": ("PCA", "#3b6fb6"),
+    "ica": ("ICA", "#c77800"),
+    "nmf": ("NMF", "#7a5195"),
+    "random": ("random directions", REFERENCE),
+    "identity": ("neurons", WARNING),
 }
 
 
 def dictionary_name(name: str) -> str:
     """Return what tables and pictures call a dictionary."""
     kind, _, suffix = name.partition("-")
-    return NAMES.get(kind, kind) + (", top-k" if suffix else "")
+    return LOOKS[kind][0] + (", top-k" if suffix else "")
 
 
 def colour(name: str) -> str:
-    return COLOURS.get(name.partition("-")[0], "#444444")
+    return LOOKS[name.partition("-")[0]][1]
 
 
 def baselines_svg(result: dict[str, Any]) -> str:
@@ -91,6 +83,12 @@ def _bars(estimates: Iterable[dict[str, Any]]) -> tuple[list[float], tuple[list[
     return [value for value, _, _ in found], (below, above)
 
 
+def _beside(axis: Any, found: dict[int, dict[str, Any]], i: int, n: int, **look: Any) -> None:
+    """Draw the bars of one of n series, its estimates by their places on the axis."""
+    value, around = _bars(found.values())
+    axis.bar([place + 0.8 * ((i + 0.5) / n - 0.5) for place in found], value, 0.75 / n, yerr=around, **look)
+
+
 def _curves(axis: Any, layer: dict[str, Any]) -> None:
     for name, points in layer["curves"].items():
         axis.plot(
@@ -142,9 +140,8 @@ def scores_svg(auto: dict[str, Any], random: dict[str, Any]) -> str:
     def draw(axes: Any) -> None:
         (axis,) = axes
         for i, (label, source, key, shade) in enumerate(series):
-            value, around = _bars(source[key.format(part)] for part in parts)
-            where = [j + 0.2 * (i - 1.5) for j in range(len(parts))]
-            axis.bar(where, value, 0.18, yerr=around, color=shade, label=label, error_kw={"elinewidth": 1})
+            found = {j: source[key.format(part)] for j, part in enumerate(parts)}
+            _beside(axis, found, i, len(series), color=shade, label=label)
         axis.axhline(0.5, color="#222222", linewidth=0.7, linestyle=":")
         axis.set_xticks(range(len(parts)), parts)
         axis.legend(frameon=False, fontsize=8)
@@ -166,11 +163,9 @@ def suite_svg(rows: Sequence[dict[str, Any]]) -> str:
         )
         for axis, (key, title) in zip(axes, panels, strict=True):
             for i, width in enumerate(widths):
-                found = {f"L{r['layer']}{r['site']}": r[key] for r in rows if r["expansion"] == width}
-                where = [sites.index(site) + 0.8 * ((i + 0.5) / len(widths) - 0.5) for site in found]
-                value, around = _bars(found.values())
-                shade = shades[i % len(shades)]
-                axis.bar(where, value, 0.75 / len(widths), yerr=around, color=shade, label=f"{width:g}x")
+                own = [row for row in rows if row["expansion"] == width]
+                found = {sites.index(f"L{row['layer']}{row['site']}"): row[key] for row in own}
+                _beside(axis, found, i, len(widths), color=shades[i % len(shades)], label=f"{width:g}x")
             axis.set_xticks(range(len(sites)), sites)
             axis.set_title(title, fontsize=9)
         axes[0].legend(frameon=False, fontsize=8)

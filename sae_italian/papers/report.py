@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
+from sae_italian.base import report
 from sae_italian.base.labels import label
 from sae_italian.base.storage import write_text
 
@@ -65,17 +66,14 @@ class ReportPages:
         write_text(out / "report.html", self.html())
 
     def markdown(self) -> str:
-        lines = [f"# {self.title[0]}", "", f"*{self.title[1]}*", ""]
+        parts = [f"# {self.title[0]}", f"*{self.title[1]}*"]
         for section in (Section(("", ""), self.text), *self.sections):
-            if section.title[0]:
-                lines += [f"## {section.title[0]} · {section.title[1]}", ""]
-            lines += [line for paragraph in section.text if paragraph for line in (paragraph, "")]
-            if section.skipped:
-                lines += [f"Not done · Non svolto: {section.skipped}", ""]
-            for table in section.tables:
-                lines += [*markdown_table(table), ""]
-            lines += [line for name, _ in section.pictures for line in (f"![{name}](pictures/{name}.svg)", "")]
-        return "\n".join(lines).rstrip() + "\n"
+            parts += [f"## {section.title[0]} · {section.title[1]}"] if section.title[0] else []
+            parts += [paragraph for paragraph in section.text if paragraph]
+            parts += [f"Not done · Non svolto: {section.skipped}"] if section.skipped else []
+            parts += [markdown_table(table) for table in section.tables]
+            parts += [f"![{name}](pictures/{name}.svg)" for name, _ in section.pictures]
+        return "\n\n".join(parts) + "\n"
 
     def html(self) -> str:
         safe = html.escape
@@ -96,14 +94,11 @@ class ReportPages:
         return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def markdown_table(table: ReportTable) -> list[str]:
-    """Return a table's lines; a bar inside a cell does not end it."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    caption = [f"**{table.caption}**", ""] if table.caption else []
-    return [*caption, line(table.head), "|" + "---|" * len(table.head), *(line(row) for row in table.rows)]
+def markdown_table(table: ReportTable) -> str:
+    """Return a table and its caption; a bar inside a cell does not end it."""
+    rows = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in table.rows]
+    caption = f"**{table.caption}**\n\n" if table.caption else ""
+    return caption + report.table(" | ".join(table.head), rows)
 
 
 def _html_table(table: ReportTable) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 from sae_italian.autointerp.llm.answers import Unusable, read_explanation, schema
-from sae_italian.autointerp.llm.client import TOO_LONG
-from sae_italian.autointerp.llm.cost import TokenCounter
+from sae_italian.autointerp.llm.client import TOO_LONG, Client
+from sae_italian.autointerp.llm.cost import DryClient
 from sae_italian.autointerp.llm.ledger import Reply, Request
 from sae_italian.autointerp.llm.prompts import load_prompts
-from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.autointerp.protocols import Example, LatentExamples
 from sae_italian.autointerp.store import NO_ANSWER, Explanation
 from sae_italian.base.errors import UsageError
@@ -24,21 +23,10 @@ UNLIKELY = 0.05  # a text is in another language when the wanted one is less pro
 CUT = "cut at the token limit (finish_reason length); max_output_tokens=N gives more room"
 
 
-class Asks(Protocol):
-    """A client, or what counts for one."""
-
-    settings: LLMSettings
-    model: str
-    concurrency: int
-    counter: TokenCounter
-
-    def ask(self, requests: Sequence[Request]) -> list[Reply]: ...
-
-
 class LLMExplainer:
     """One explanation per latent, in the language of the client's settings. Safe to use from several threads."""
 
-    def __init__(self, client: Asks):
+    def __init__(self, client: Client | DryClient):
         self.client, self.config = client, client.settings
         self.prompts = load_prompts(self.config.language)
         self.name = f"llm:{client.model}:{self.prompts.name}"

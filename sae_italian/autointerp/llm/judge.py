@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sae_italian.autointerp.llm.answers import Unusable, distributions, read_numbers, schema
-from sae_italian.autointerp.llm.explainer import Asks
+from sae_italian.autointerp.llm.client import Client
+from sae_italian.autointerp.llm.cost import DryClient
 from sae_italian.autointerp.llm.ledger import Reply, Request
 from sae_italian.autointerp.llm.prompts import Question, load_prompts
 from sae_italian.autointerp.protocols import Example, Verdicts
@@ -24,7 +25,7 @@ ANSWER_TOKENS = 24  # around the numbers of an answer
 class LLMJudge:
     """Judges by an explanation's text. Safe to use from several threads."""
 
-    def __init__(self, client: Asks, batch: int = BATCH):
+    def __init__(self, client: Client | DryClient, batch: int = BATCH):
         self.client, self.batch, self.language = client, batch, client.settings.language
         self.prompts = load_prompts(self.language)
         self.name = f"llm:{client.model}:{self.prompts.name}"
