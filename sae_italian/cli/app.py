@@ -80,53 +80,40 @@ OLD_COMMANDS: dict[str, str] = {
     "autointerp export": "export CACHE --to parquet (or jsonl, wandb-tables)",
     "saes export": "export SAE --to jumprelu",
 }
+# Options that are words now, by the commands that had them.
+WORDS: dict[str, str] = {
+    "": "concurrency=N key_env=NAME prices=FILE context_tokens=N shown=top|deciles promoted=true llm_tokenizer=NAME "
+    "timeout=SECONDS",
+    "corpora": "split=NAME on_broken=skip min_chars=N windows_per_shard=N",
+    "browse": "other_sae=SAE",
+    "cache": "split=NAME windows_per_shard=N",
+    "ioi": "name_tokens=N",
+    "tree": "branches=N contexts=N",
+    "language": "context_size=N text_column=NAME",
+    "shift": "packed=true context_size=N text_column=NAME",
+    "quickstart": "card_tokens=N",
+    "export": "model_id=NAME set=NAME suffix=NAME creator=ID creator_name=NAME splits=N hookpoint=NAME",
+}
 OLD_OPTIONS: dict[str, str] = {
+    f"{command} --{word.partition('=')[0].replace('_', '-')}".strip(): f"the word {word}"
+    for command, words in WORDS.items()
+    for word in words.split()
+} | {
     "corpora -n": "--documents",
     "corpora --picture": "--out",
-    "corpora --split": "the word split=NAME",
-    "corpora --on-broken": "the word on_broken=skip",
-    "corpora --min-chars": "the word min_chars=N",
     "corpora --no-bos": "the word prepend_bos=false",
-    "corpora --windows-per-shard": "the word windows_per_shard=N",
     "corpora --workers": "gone: all CPUs tokenise",
     "autointerp --latents": "--n-latents",
-    "--concurrency": "the word concurrency=N",
-    "--key-env": "the word key_env=NAME",
-    "--prices": "the word prices=FILE",
-    "--context-tokens": "the word context_tokens=N",
-    "--shown": "the word shown=top (or deciles)",
-    "--promoted": "the word promoted=true",
-    "--llm-tokenizer": "the word llm_tokenizer=NAME",
-    "--timeout": "the word timeout=SECONDS",
-    "browse --other-sae": "the word other_sae=SAE",
-    "cache --split": "the word split=NAME",
-    "cache --windows-per-shard": "the word windows_per_shard=N",
     "import --from": "left out: Delphi's is the one format that is read",
     "ioi --lang": "--language",
     "ioi --pairs": "--n-pairs",
-    "ioi --name-tokens": "the word name_tokens=N",
     "agreement --pairs": "--pairs-file",
     "agreement --n": "--check",
     "agreement --patched": "--n-pairs",
-    "tree --branches": "the word branches=N",
-    "tree --contexts": "the word contexts=N",
-    "language --context-size": "the word context_size=N",
-    "language --text-column": "the word text_column=NAME",
     "shift --corpora": "--buckets",
     "shift --models": "--buckets",
-    "shift --packed": "the word packed=true",
-    "shift --context-size": "the word context_size=N",
-    "shift --text-column": "the word text_column=NAME",
     "quickstart --cache-tokens": "--tokens",
-    "quickstart --card-tokens": "the word card_tokens=N",
     "quickstart --latents": "--n-latents",
-    "export --model-id": "the word model_id=NAME",
-    "export --set": "the word set=NAME",
-    "export --suffix": "the word suffix=NAME",
-    "export --creator": "the word creator=ID",
-    "export --creator-name": "the word creator_name=NAME",
-    "export --splits": "the word splits=N",
-    "export --hookpoint": "the word hookpoint=NAME",
 }
 
 

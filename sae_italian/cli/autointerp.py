@@ -6,12 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from cyclopts import Parameter
 
 from sae_italian.autointerp.llm.settings import LLMOptions, LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
-from sae_italian.cli.options import Model, Result, Seed, Workers, positive
+from sae_italian.cli.options import Model, Result, Seed, Workers, own_words, positive
 
 TOLD = ("detection", "fuzzing", "simulation")  # the scorers that the table of a run tells of by itself
 
@@ -45,14 +44,16 @@ def autointerp(
         encoder: Folder of a multilingual sentence encoder; default: none.
         subject: Score with the model that the cache was built with.
     """
+    from sae_italian.autointerp import AutointerpConfig
     from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.cache import FeatureCache
 
     positive(n_latents=n_latents)
-    own, others = _own(words)
+    sizes = {"width": AutointerpConfig.width, "n_examples": AutointerpConfig.n_examples, "n_scored": 20}
+    own, others = own_words(words, sizes)
     settings = (llm or LLMOptions()).with_words(others)
     opened = FeatureCache.open(cache)
-    n_scored = own.pop("n_scored", 20)
+    n_scored = own.pop("n_scored")
     if encoder is not None or subject:
         return _scored(opened, model, settings, encoder, subject, n_scored)
     from sae_italian.autointerp.llm.client import Client
@@ -61,22 +62,6 @@ def autointerp(
         Client(settings, opened.folder / STORE_FILE)  # what cannot be is said before the rules' minutes
     config = {"latents": n_latents, "seed": seed, **own}
     return _explained(opened, model, settings, config, not no_random_control, overwrite, where or Workers())
-
-
-def _own(words: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
-    """Return the settings of explanations and scores among `key=value` words, and the words for the language model."""
-    own: dict[str, int] = {}
-    others = []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in ("width", "n_examples", "n_scored"):
-            others.append(word)
-            continue
-        number = yaml.safe_load(value)
-        if not isinstance(number, int) or number < 1:
-            raise UsageError(f"{key}={value}: a whole number of 1 or more was expected.")
-        own[key] = number
-    return own, others
 
 
 def _explained(

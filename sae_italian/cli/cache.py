@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import Folder, Result, Source, Workers, positive, remembered_name
-
-WORDS = ("split=", "windows_per_shard=")
+from sae_italian.cli.options import Folder, Result, Source, Workers, own_words, positive, remembered_name
 
 
 def build(
@@ -34,8 +32,9 @@ def build(
     from sae_italian.cache import build_caches
     from sae_italian.saes import load_sae, weights_hash
 
-    names = [name for name in saes if not name.startswith(WORDS)]
-    split, per_shard = _settings([word for word in saes if word.startswith(WORDS)])
+    settings, names = own_words(saes, {"split": "heldout", "windows_per_shard": 0})
+    if settings["windows_per_shard"] < 0:
+        raise UsageError(f"windows_per_shard={settings['windows_per_shard']}: a number of 1 or more was expected.")
     if not names:
         raise UsageError("an SAE was expected: a folder, or release:sae_id.")
     positive(workers=workers.workers, tokens=tokens if isinstance(tokens, int) else None)
@@ -51,28 +50,15 @@ def build(
         corpus,
         outs,
         n_tokens=None if tokens == "all" else tokens,
-        split=split,
-        context_size=source.context_size,
-        windows_per_shard=per_shard,
-        text_column=source.text_column,
+        split=settings["split"],
+        windows_per_shard=settings["windows_per_shard"] or None,
         sae_names=[remembered_name(name) for name in names],
-        resume=folder.resume,
-        overwrite=folder.overwrite,
+        **source.reading,
+        **asdict(folder),
         run_units=workers.map(out, gpus=float(model.device.type == "cuda")),
     )
     paths = [str(path) for path in outs]
     return Result({"cache": paths[0], "caches": paths}, "\n".join(f"cache: {path}" for path in paths))
-
-
-def _settings(words: Sequence[str]) -> tuple[Any, int | None]:
-    """Return the split and the windows of a shard that `words` ask for. Raises: UsageError for other values."""
-    given = dict(word.split("=", 1) for word in words)
-    split, number = given.get("split", "heldout"), given.get("windows_per_shard")
-    if split not in ("train", "heldout", "all"):
-        raise UsageError(f"split={split}: train, heldout or all was expected.")
-    if number is not None and (not number.isdigit() or int(number) < 1):
-        raise UsageError(f"windows_per_shard={number}: a number of 1 or more was expected.")
-    return split, int(number) if number else None
 
 
 def info(cache: Path, /, *, verify: bool = False) -> Result:
@@ -128,7 +114,7 @@ def import_cache(
 
     if sae and not model:
         raise UsageError("--sae is given without --model: decoder statistics need both. Add --model, or leave it out.")
-    given: dict[str, Any] = {"resume": folder.resume, "overwrite": folder.overwrite}
+    given: dict[str, Any] = asdict(folder)
     if sae:
         given |= {"sae": load_sae(sae), "model": load_model(model), "sae_name": remembered_name(sae)}  # pyright: ignore[reportArgumentType]
     elif model:

@@ -7,6 +7,7 @@ source, the folder and those settings that were given, and returns a Result.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,22 +29,39 @@ NAMES = {
 _LATENTS = "latents model sae resume overwrite"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What an export may be told; each format takes some of it."""
+
+    latents: str | None = None
+    """Only latents A to B, inclusive, as in 0-99; default: all."""
+    model: str | None = None
+    """Name, hub id or folder of the model; default: the one the cache or the SAE was made with."""
+    sae: str | None = None
+    """The cache's SAE: a folder, or release:sae_id; default: the one that the cache names, if it is there."""
+    corpus: str | None = None
+    """jumprelu: text that sets the threshold; default: what the SAE was trained on."""
+    text_column: str | None = None
+    """jumprelu: column that holds the text; default: text."""
+    context_size: int | None = None
+    """jumprelu: tokens of a window; default: as the SAE was trained."""
+    tokens: int | None = None
+    """jumprelu: held-out tokens, of which four fifths set the threshold; default: 40,960."""
+    project: str | None = None
+    """wandb, wandb-tables: the project; default: sae-italian."""
+    online: bool = False
+    """wandb: send it now; without it `wandb sync` sends."""
+    repository: str | None = None
+    """model-card: where the SAE will be published; default: owner/name."""
+
+
 def export(
     source: str,
     /,
     *words: str,
     to: str,
     out: Path | None = None,
-    latents: str | None = None,
-    model: str | None = None,
-    sae: str | None = None,
-    corpus: str | None = None,
-    text_column: str | None = None,
-    context_size: int | None = None,
-    tokens: int | None = None,
-    project: str | None = None,
-    online: bool = False,
-    repository: str | None = None,
+    chosen: Annotated[Chosen, Parameter(name="*")] = Chosen(),  # noqa: B008
     folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
 ) -> Result:
     """Write a cache, its explanations or an SAE for another program; what is written is checked before it is done.
@@ -55,34 +73,11 @@ def export(
         to: neuronpedia, neuronpedia-bulk, circuit-tracer or wandb (a cache's latents); delphi or datasets (all of a
             cache); parquet, jsonl or wandb-tables (explanations and scores); jumprelu or model-card (an SAE).
         out: Folder to write to; default of parquet, jsonl and wandb-tables: <cache>-autointerp beside the cache.
-        latents: Only latents A to B, inclusive, as in 0-99; default: all.
-        model: Name, hub id or folder of the model; default: the one the cache or the SAE was made with.
-        sae: The cache's SAE: a folder, or release:sae_id; default: the one that the cache names, if it is there.
-        corpus: jumprelu: text that sets the threshold; default: what the SAE was trained on.
-        text_column: jumprelu: column that holds the text; default: text.
-        context_size: jumprelu: tokens of a window; default: as the SAE was trained.
-        tokens: jumprelu: held-out tokens, of which four fifths set the threshold; default: 40,960.
-        project: wandb, wandb-tables: the project; default: sae-italian.
-        online: wandb: send it now; without it `wandb sync` sends.
-        repository: model-card: where the SAE will be published; default: owner/name.
     """
     if to not in FORMATS:
         raise UsageError(f"{to!r} is no format of an export. {nearest(to, FORMATS, limit=len(FORMATS))}")
-    options = {
-        "latents": latent_range(latents),
-        "model": model,
-        "sae": sae,
-        "corpus": corpus,
-        "text_column": text_column,
-        "context_size": context_size,
-        "tokens": tokens,
-        "project": project,
-        "online": online,
-        "repository": repository,
-        "resume": folder.resume,
-        "overwrite": folder.overwrite,
-    }
     write, known = FORMATS[to]
+    options = asdict(chosen) | asdict(folder) | {"latents": latent_range(chosen.latents)}
     settings = _checked(to, known, options, words)
     if out is None and write is not _tables:
         raise UsageError("an export needs --out FOLDER.")
@@ -92,19 +87,17 @@ def export(
 def _checked(to: str, known: str, options: dict[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
     """Return the settings that were given. Raises: UsageError for one that the format does not take."""
     given = {name: value for name, value in options.items() if value is not None and value is not False}
-    settings = given | dict(_setting(word) for word in words)
+    settings = dict(given)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not value:
+            raise UsageError(f"{word!r} is no setting; key=value was expected, as in set=res-it-16k.")
+        settings[name] = value
     for name in settings:
         if name not in known.split():
             spelled = f"--{name.replace('_', '-')}" if name in options else f"{name}="
             raise UsageError(f"{to} takes no {spelled}. It takes: {known.replace(' ', ', ')}.")
     return settings
-
-
-def _setting(word: str) -> tuple[str, str]:
-    name, equals, value = word.partition("=")
-    if not equals or not value:
-        raise UsageError(f"{word!r} is no setting; key=value was expected, as in set=res-it-16k.")
-    return name, value
 
 
 def _latents(to: str, cache: Path, out: Path, settings: Settings) -> Result:
@@ -163,8 +156,7 @@ def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
     size = {"n_tokens": settings.pop("tokens")} if "tokens" in settings else {}
     source = Source(**settings)
     sae, model, corpus = source.load(name)
-    where = {"context_size": source.context_size, "text_column": source.text_column}
-    report = export_jumprelu(sae, model, corpus, out, **where, **size)
+    report = export_jumprelu(sae, model, corpus, out, **source.reading, **size)
     return Result({"sae": str(out), **report.as_dict()}, f"{report.text()}\nSAE: {out}")
 
 

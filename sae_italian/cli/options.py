@@ -57,6 +57,11 @@ class Source:
     context_size: int | None = None
     """Tokens of a window; default: as the SAE was trained."""
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the text is read, as the rooms' functions take it."""
+        return {"text_column": self.text_column, "context_size": self.context_size}
+
     def load(self, name: str) -> tuple[Any, Any, str]:
         """Return SAE, model and corpus. Raises: UsageError when neither the options nor the metadata say which."""
         from sae_italian.models import load_model
@@ -112,7 +117,7 @@ def latent_range(given: str | None) -> tuple[int, int] | None:
 def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return settings given as `key=value` words over their defaults; a value is read as what its default is.
 
-    Raises: UsageError for another word, an unknown key, or a value of another kind.
+    Raises: UsageError for another word, an unknown key, a value of another kind, and a size below 1.
     """
     found = dict(defaults)
     for word in words:
@@ -125,7 +130,15 @@ def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]
         except (KeyError, ValueError) as error:
             expected = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
             raise UsageError(f"{key} is {value!r}; {expected} was expected.") from error
+        if kind is int and found[key] < 1 <= defaults[key]:
+            raise UsageError(f"{key}={value}: a whole number of 1 or more was expected.")
     return found
+
+
+def own_words(words: Sequence[str], defaults: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that stand among other words, as `key_values` reads them, and these others."""
+    own = [word for word in words if "=" in word and word.partition("=")[0] in defaults]
+    return key_values(own, defaults), [word for word in words if word not in own]
 
 
 def short_names(given: Sequence[str]) -> dict[str, str]:
