@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,7 @@ N_THRESHOLDS = 50
 TOP = 20
 REACHED = (0.5, 0.1)  # of the KL without any patch
 _HEAD = (
-    "dictionary | candidates | KL unpatched | KL all patched | patches (edit) for half the KL | for a tenth | Spearman | "
-    "prompts run, of | passes | s"
+    "dictionary | candidates | KL unpatched | KL all patched | patches (edit) for half the KL | for a tenth | Spearman"
 )
 
 
@@ -54,31 +52,11 @@ class PatchingCurve:
     order: tuple[int, ...]  # latents, the most important first
     effects: tuple[Effect, ...]  # the largest exact ones
     spearman: float | None  # of exact effects and attributions over all candidates; None where one of them is constant
-    visits: int
-    prompt_forwards: int
-    original_prompt_forwards: int  # what one visit at a time, all prompts each, would take
-    passes: int
-    seconds: float
 
     def reached(self, share: float) -> Point | None:
         """Return the point with the fewest patches whose KL is at most `share` of the unpatched one."""
         enough = [point for point in self.points if point.kl.value <= share * self.unpatched.value]
         return min(enough, key=lambda point: point.n_patched, default=None)
-
-    def cells(self) -> tuple[str, ...]:
-        """Return the curve's row of `Patching.table`."""
-        reached = [self.reached(share) for share in REACHED]
-        return (
-            self.name,
-            f"{self.n_candidates}",
-            f"{self.unpatched.value:.2f}",
-            f"{self.all_patched.value:.3f}",
-            *(f"{point.n_patched} ({point.magnitude:.2f})" if point else "never" for point in reached),
-            "" if self.spearman is None else f"{self.spearman:.2f}",
-            f"{self.prompt_forwards:,} of {self.original_prompt_forwards:,}",
-            f"{self.passes:,}",
-            f"{self.seconds:.1f}",
-        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +76,14 @@ class Patching:
 
     def table(self) -> str:
         """Return a Markdown table, a row per dictionary."""
-        return table(_HEAD, [curve.cells() for curve in self.curves])
+        rows = []
+        for curve in self.curves:
+            points = [curve.reached(share) for share in REACHED]
+            patches = [f"{point.n_patched} ({point.magnitude:.2f})" if point else "never" for point in points]
+            spearman = "" if curve.spearman is None else f"{curve.spearman:.2f}"
+            kl = f"{curve.unpatched.value:.2f}", f"{curve.all_patched.value:.3f}"
+            rows.append((curve.name, curve.n_candidates, *kl, *patches, spearman))
+        return table(_HEAD, rows)
 
     def svg(self) -> str:
         """Return the paper's figure 3: KL against the number of patches and against the edit's size, and the effects."""
@@ -156,9 +141,7 @@ def patch_saes(
 
 
 def _curve(name: str, patcher: Patcher, thresholds: Sequence[float], seed: int) -> PatchingCurve:
-    start = time.perf_counter()
     exact, attribution = patcher.effects().numpy(), patcher.attribution().numpy()
-    prompt_forwards, passes = patcher.prompt_forwards, patcher.passes
     found = eliminate(patcher, thresholds, seed=seed)
     largest = np.argsort(-exact, kind="stable")[:TOP]
     varies = len(exact) > 1 and np.ptp(exact) > 0 and np.ptp(attribution) > 0
@@ -173,9 +156,4 @@ def _curve(name: str, patcher: Patcher, thresholds: Sequence[float], seed: int) 
         order=found.order,
         effects=tuple(Effect(int(patcher.candidates[i]), float(exact[i]), float(attribution[i])) for i in largest),
         spearman=float(np.asarray(spearmanr(exact, attribution))[0]) if varies else None,
-        visits=found.visits,
-        prompt_forwards=patcher.prompt_forwards - prompt_forwards,
-        original_prompt_forwards=found.visits * patcher.n_pairs,
-        passes=patcher.passes - passes,
-        seconds=time.perf_counter() - start,
     )

@@ -67,8 +67,7 @@ def patch_inputs(tokenizer: Any, model: Any, pairs: Sequence[Any]) -> PatchInput
 class Patcher:
     """One SAE's latents on some pairs, and the model's answer to any edit of them.
 
-    `passes` counts calls of the model, `prompt_forwards` the prompts that went through it. Only the blocks from the edit
-    on are run: what lies before it is the base run's, whatever is patched.
+    Only the blocks from the edit on are run: what lies before it is the base run's, whatever is patched.
     """
 
     candidates: Int[Tensor, " n"]  # the latents that differ anywhere between the two runs
@@ -80,7 +79,6 @@ class Patcher:
         self.hook_in, self.hook_out = edit_hooks(sae, model)
         self.entry, self.edit = entry_and_edit(model, self.hook_out)
         self.n_pairs = len(inputs.base)
-        self.passes, self.prompt_forwards = 3, 3 * self.n_pairs
         self.target_log_p: Float[Tensor, "pairs vocab"] = self._last_log_p(inputs.target, inputs.lengths)
         names = [self.hook_in, self.hook_out, self.entry]
         base, target = (read_many(model, tokens, names) for tokens in (inputs.base, inputs.target))
@@ -125,8 +123,6 @@ class Patcher:
         for pairs, added in zip(rows.split(self.batch_rows), delta.split(self.batch_rows), strict=True):
             lengths = self.inputs.lengths[pairs]
             longest = int(lengths.max())
-            self.passes += 1
-            self.prompt_forwards += len(pairs)
             begun = begun_at(self.model, self.entry, self.residual[pairs, :longest])
             with begun, replaced(self.model, self.edit, lambda x, a=added[:, :longest]: x + a.to(x)):
                 log_p = self._last_log_p(self.inputs.base[pairs, :longest], lengths)
@@ -170,9 +166,9 @@ class Patcher:
         return (-slope / self.n_pairs).cpu()
 
     @torch.no_grad()
-    def patched_kl(self, chosen: Bool[Tensor, " n"] | None = None, *, error: bool = False) -> Float[Tensor, " pairs"]:
-        """Return the KL of each pair with the chosen candidates patched; with `error`, everything is: 0 but for rounding."""
-        return self.kl(torch.arange(self.n_pairs), self.full if error else self.delta(chosen))
+    def patched_kl(self, chosen: Bool[Tensor, " n"] | None = None) -> Float[Tensor, " pairs"]:
+        """Return the KL of each pair with the chosen candidates patched (default: all)."""
+        return self.kl(torch.arange(self.n_pairs), self.delta(chosen))
 
 
 # --- elimination -----------------------------------------------------------------------------------------------------
@@ -194,7 +190,6 @@ class Elimination:
     points: tuple[Point, ...]
     order: tuple[int, ...]
     survivors: int  # how many of `order` were still patched at the end
-    visits: int
 
 
 class _Step(NamedTuple):
@@ -215,7 +210,7 @@ class _State:
     def __init__(self, patcher: Patcher):
         self.patcher = patcher
         self.delta = patcher.delta()
-        self.kl = patcher.kl(torch.arange(patcher.n_pairs), self.delta).cpu()
+        self.kl = patcher.patched_kl().cpu()
         self.rise = patcher.attribution(self.delta)  # of the mean KL when a candidate is taken out, as last seen
         self.rows = [column.nonzero()[:, 0] for column in patcher.in_play.T]
         self.version = torch.zeros(patcher.n_pairs, dtype=torch.int32)
@@ -285,10 +280,9 @@ def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -
     rng = np.random.default_rng(seed)
     state = _State(patcher)
     left = list(range(len(patcher.candidates)))
-    points, visits, most_rows = [state.point(0.0, len(left))], 0, patcher.batch_rows
+    points, most_rows = [state.point(0.0, len(left))], patcher.batch_rows
     for threshold in tqdm(thresholds, desc="thresholds", disable=None):
         order = rng.permutation(left).tolist()
-        visits += len(order)
         while order:
             steps, edits = state.path(order, threshold, most_rows)
             n_right = state.replay(steps, edits, threshold)
@@ -300,4 +294,4 @@ def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -
         points.append(state.point(float(threshold), len(left)))
     survivors = sorted(left, key=lambda column: -float(state.rise[column]))
     ranked = patcher.candidates[torch.tensor(survivors + state.removed[::-1], dtype=torch.int64)]
-    return Elimination(tuple(points), tuple(ranked.tolist()), len(survivors), visits)
+    return Elimination(tuple(points), tuple(ranked.tolist()), len(survivors))
