@@ -14,9 +14,9 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 29_513,  # 21_500
-    "statements": 19_111,  # 13_500
-    "files": 196,  # 150
+    "lines": 29_295,  # 21_500
+    "statements": 19_010,  # 13_500
+    "files": 189,  # 150
     "files under 60 lines": 15,
     "function median": 10,
     "function p90": 30,
@@ -29,18 +29,18 @@ AT_MOST = {
 LEAST_AIR = 0.26  # share of docstrings and blank lines
 ROOM_LINES = {
     "base": 935,  # 650
-    "micro_italiano": 1_439,  # 1_250
+    "micro_italiano": 1_434,  # 1_250
     "models": 889,  # 760
-    "corpora": 1_754,  # 1_100
+    "corpora": 1_720,  # 1_100
     "saes": 1_990,  # 1_300  # plugin with it
-    "training": 2_098,  # 1_500
+    "training": 2_097,  # 1_500
     "evaluation": 1_150,
-    "cache": 2_159,  # 1_650
-    "autointerp": 6_112,  # 3_900
-    "analysis": 3_396,  # 2_500
-    "papers": 1_688,  # 1_400
-    "browser": 3_409,  # 2_650
-    "cli": 2_446,  # 1_400  # quickstart with it
+    "cache": 2_145,  # 1_650
+    "autointerp": 6_086,  # 3_900
+    "analysis": 3_326,  # 2_500
+    "papers": 1_675,  # 1_400
+    "browser": 3_395,  # 2_650
+    "cli": 2_405,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 
