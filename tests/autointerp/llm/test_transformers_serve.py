@@ -73,7 +73,8 @@ def test_a_real_server_answers_explainer_and_judge(served, mini, tmp_path):
         (reply,) = client.ask([question])
         assert reply.ok and reply.text.strip()
         (explanation,) = LLMExplainer(client).explain(a_latent())
-        assert explanation.status in ("ok", "failed") and explanation.notes["examples"] == 3
+        # Usable, unusable, or cut off by the limit of its length: then a rerun with more room asks again.
+        assert explanation.status in ("ok", "failed", "no answer") and explanation.notes["examples"] == 3
         verdicts = LLMJudge(client, batch=2).detect(an_explanation(), [an_example("la pera", marked=False)])
         assert verdicts.said.tolist()[0] in (-1, 0, 1)
         asked = client.counts["asked"]
