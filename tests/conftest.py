@@ -10,10 +10,12 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# One thread here and in the processes that tests start: sums are then the same everywhere, and two test workers on two
+# cores do not wait for each other's threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
 SHARED = Path(__file__).parents[2] / "shared"
 
 SENTENCES = (
