@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.labels import label
+from sae_italian.base.report import plain
 from sae_italian.base.storage import claim_folder, read_json, write_json, write_text
 
 CARD_TOKENS = 50_000
@@ -82,7 +83,7 @@ def analyse(
         card = evaluate(sae, model, manifest.corpus, n_tokens=card_tokens, name=manifest.sae, **text)
         if Path(manifest.sae).is_dir():
             card.save(Path(manifest.sae))
-        results["card"] = {**card.as_dict(), "n_tokens_asked": card_tokens}
+        results["card"] = {**plain(card), "n_tokens_asked": card_tokens}
     config = config or AutointerpConfig()
     store = run_autointerp(cache, model.tokenizer, config, sae=sae, workers=workers, run_units=run_units)
     results["autointerp"] = summarise(store).as_dict()

@@ -14,13 +14,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sae_italian.autointerp.protocols import Example, Negatives
+from sae_italian.autointerp.protocols import Negatives
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.read import PARTS, Part
 from sae_italian.cache.shards import places
 from sae_italian.corpora.packing import NO_DOCUMENT
 
-LENGTH_STEP = 4  # tokens
+LENGTH_STEP = MIN_LENGTH = 4  # tokens
 Order = Literal["deciles", "top", "random"]
 
 
@@ -50,13 +50,14 @@ class Draw(NamedTuple):
 class ExampleSource:
     """The segments of a cache, their division by document, and draws from them. The same seed draws the same."""
 
-    def __init__(self, cache: FeatureCache, *, width: int = 32, min_length: int = 4, seed: int = 0):
+    def __init__(self, cache: FeatureCache, *, width: int = 32, seed: int = 0):
         self.cache, self.width, self.seed = cache, width, seed
         self._last_ranked: tuple[Activity, Part, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
         segments = cache.segments(width)
-        long_enough = segments.length >= min_length
+        long_enough = segments.length >= MIN_LENGTH
         self.start, self.length, self.doc = (array[long_enough] for array in segments)
         self.tokens = cache.tokens.astype(np.int64)
+        self.vocab = int(self.tokens.max()) + 1  # ids that the text has
         # True where the position before is of the same document and window
         place = np.arange(cache.n_positions) % cache.manifest.context_size
         self.linked: Bool[np.ndarray, " positions"] = (place != cache.whole("run")) & (cache.doc != NO_DOCUMENT)
@@ -144,33 +145,6 @@ class ExampleSource:
         row, index = np.repeat(np.arange(len(grid)), count), places(begin, count)
         values[row, activity.position[index] - start[row]] = activity.value[index]
         return values
-
-    def example(
-        self,
-        activity: Activity,
-        segment: int,
-        *,
-        negatives: Negatives | None = None,
-        marks: Bool[np.ndarray, " width"] | None = None,
-        decile: int = -1,
-        pair: int = -1,
-    ) -> Example:
-        """Return one segment with its text; `marks` may be as wide as the grid."""
-        start, length = int(self.start[segment]), int(self.length[segment])
-        text, spans = self.cache.spans(start, start + length)
-        return Example(
-            text=text,
-            spans=spans,
-            tokens=self.tokens[start : start + length],
-            activations=self.values(activity, np.arange(start, start + length)[None])[0],
-            document=self.cache.document(int(self.doc[segment])).doc_id,
-            positive=negatives is None,
-            negatives=negatives,
-            marks=None if marks is None else marks[:length],
-            first=start,
-            decile=decile,
-            pair=pair,
-        )
 
 
 def _in_turn(items: Int[np.ndarray, " n"], group: Int[np.ndarray, " n"], n: int) -> Int[np.ndarray, " m"]:

@@ -7,23 +7,64 @@ when the cache shows no activation of the latent in it, nor in any other segment
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from sae_italian.autointerp.examples import LENGTH_STEP, Activity, Draw, ExampleSource
-from sae_italian.autointerp.neighbours import Neighbours
 from sae_italian.autointerp.protocols import SEGMENT_NEGATIVES, Negatives
+from sae_italian.cache import FeatureCache
 from sae_italian.cache.read import PARTS, Part
 
 TRIES = 16  # draws per positive before the source counts as exhausted
 MARK_SHARE = 0.3  # a token of a positive is marked from this share of its segment's maximum on
 PER_NEIGHBOUR = 64  # segments of one neighbour that are kept per part
 LOOKED_AT = 8192  # activations of a neighbour, evenly over the corpus, from which these are drawn
+N_NEIGHBOURS = 5  # of a latent, in each sense
 KEPT = 8192  # neighbours whose segments are kept in memory
+
+_BLOCK = 1024  # latents whose cosines with all others are worked out at once
+_Silent = Callable[[Int[np.ndarray, " n"]], Bool[np.ndarray, " n"]]
+
+
+class Neighbours(NamedTuple):
+    """By latent, the nearest others, nearest first; a latent without any in one sense is missing there."""
+
+    cofiring: Mapping[int, Int[np.ndarray, " k"]] = {}
+    decoder: Mapping[int, Int[np.ndarray, " k"]] = {}
+
+
+def find_neighbours(cache: FeatureCache, latents: Sequence[int], sae: Any = None) -> Neighbours:
+    """Return the neighbours of some latents, from the cache's table of statistics.
+
+    A cache that was made without its SAE knows no directions; the decoder's neighbours then come from `sae`.
+    """
+    cofiring, near = (cache.statistics[name] for name in ("cofiring_ids", "decoder_ids"))
+    if sae is not None and not any(len(own) for own in near):
+        near = nearest_directions(sae.W_dec, latents)
+    return Neighbours(
+        *(
+            {n: np.asarray(rows[n], dtype=np.int64)[:N_NEIGHBOURS] for n in latents if len(rows[n])}
+            for rows in (cofiring, near)
+        )
+    )
+
+
+def nearest_directions(w_dec: Tensor, latents: Sequence[int]) -> dict[int, list[int]]:
+    """Return for some latents the others of largest cosine between decoder rows, w_dec [d_sae, d_in]."""
+    directions = torch.nn.functional.normalize(w_dec.detach().float(), dim=-1)
+    rows: dict[int, list[int]] = {}
+    for block in torch.as_tensor(list(latents), dtype=torch.int64).split(_BLOCK):
+        cosine = directions[block] @ directions.T
+        cosine[torch.arange(len(block)), block] = -2.0
+        nearest = cosine.topk(min(N_NEIGHBOURS, len(directions) - 1), dim=-1).indices
+        rows |= dict(zip(block.tolist(), nearest.tolist(), strict=True))
+    return rows
 
 
 class NegativeSource:
@@ -32,7 +73,6 @@ class NegativeSource:
     def __init__(self, source: ExampleSource, neighbours: Neighbours | None = None):
         self.source, self.neighbours = source, neighbours or Neighbours()
         self.bucket = source.length // LENGTH_STEP
-        self.vocab = int(source.tokens.max()) + 1
         self._kept: OrderedDict[int, list[np.ndarray]] = OrderedDict()
 
     def prepare(self) -> None:
@@ -53,9 +93,9 @@ class NegativeSource:
         """The segments of all tokens sorted by (part, token), and where each pair begins."""
         part = np.append(self.source.usable_part, np.int8(-1))[self.source.segment_of]  # -1 reads the last
         here = np.flatnonzero(part >= 0)
-        key = part[here].astype(np.int64) * self.vocab + self.source.tokens[here]
+        key = part[here].astype(np.int64) * self.source.vocab + self.source.tokens[here]
         order = np.argsort(key, kind="stable")
-        counts = np.bincount(key, minlength=len(PARTS) * self.vocab)
+        counts = np.bincount(key, minlength=len(PARTS) * self.source.vocab)
         return self.source.segment_of[here][order], np.concatenate([[0], np.cumsum(counts)])
 
     def draw(
@@ -71,7 +111,7 @@ class NegativeSource:
         Random and same-token negatives are always drawn; they are the same whatever else is asked for.
         """
         positive, decile = self.source.positives(latent, activity, part, n)
-        silent = _Silent(self.source, activity)
+        silent = _silent(self.source, activity)
         rng = self.source.rng(latent, part)
         negative: dict[Negatives, np.ndarray] = {
             "random": self._random(positive, part, silent, rng),
@@ -111,7 +151,7 @@ class NegativeSource:
         grid = self.source.grid(positive)
         strongest = grid[np.arange(len(grid)), self.source.values(activity, grid).argmax(axis=1)]
         segments, first = self._occurrences
-        key = PARTS.index(part) * self.vocab + self.source.tokens[strongest]
+        key = PARTS.index(part) * self.source.vocab + self.source.tokens[strongest]
         begin, count = first[key], first[key + 1] - first[key]
         at = begin[:, None] + (rng.random((len(positive), TRIES)) * count[:, None]).astype(np.int64)
         candidates = segments[at]
@@ -174,13 +214,14 @@ class NegativeSource:
         values = self.source.values(activity, grid)
         marks = (values > 0) & (values >= MARK_SHARE * values.max(axis=1, keepdims=True, initial=0.0))
         n_marks = marks.sum(axis=1)
-        rng = self.source.rng(latent, "fuzzing")
+        tokens, rng = self.source.tokens, self.source.rng(latent, "fuzzing")
+        wanted = np.where(marks, tokens[grid], -1)
         silent = (values == 0) & (grid >= 0)
         decoys = _mark(silent, rng.random(grid.shape), n_marks)
         found: dict[Negatives, Marked] = {"silent-token": Marked(silent.sum(axis=1) >= n_marks, marks, decoys)}
         for name, segments in draw.negative.items():
             other = self.source.grid(segments)
-            same = _shares_token(self.source.tokens, grid, marks, other)
+            same = (tokens[other][:, :, None] == wanted[:, None, :]).any(axis=2) & (other >= 0)
             decoys = _mark(other >= 0, rng.random(grid.shape) - same, n_marks)
             found[name] = Marked((segments >= 0) & ((other >= 0).sum(axis=1) >= n_marks), marks, decoys)
         return found
@@ -194,16 +235,11 @@ class Marked(NamedTuple):
     negative: Bool[np.ndarray, "n width"]
 
 
-class _Silent:
-    """Says of segments whether the latent is silent on them and on their copies."""
-
-    def __init__(self, source: ExampleSource, activity: Activity):
-        self.content = source.content
-        self.active = np.zeros(len(self.content), dtype=bool)
-        self.active[self.content[activity.active]] = True
-
-    def __call__(self, segments: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-        return ~self.active[self.content[segments]]
+def _silent(source: ExampleSource, activity: Activity) -> _Silent:
+    """Return what says of segments whether the latent is silent on them and on their copies."""
+    active = np.zeros(len(source.content), dtype=bool)
+    active[source.content[activity.active]] = True
+    return lambda segments: ~active[source.content[segments]]
 
 
 def _distinct(items: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
@@ -218,14 +254,3 @@ def _mark(
     preference = np.where(allowed, preference, np.inf)
     last = np.sort(preference, axis=1)[np.arange(len(preference)), n_marks.clip(max=preference.shape[1]) - 1]
     return allowed & (preference <= last[:, None]) & (n_marks > 0)[:, None]
-
-
-def _shares_token(
-    tokens: Int[np.ndarray, " positions"],
-    grid: Int[np.ndarray, "n width"],
-    marks: Bool[np.ndarray, "n width"],
-    other: Int[np.ndarray, "n width"],
-) -> Bool[np.ndarray, "n width"]:
-    """True at tokens of the other segment that are among the marked tokens of the first."""
-    wanted = np.where(marks, tokens[grid], -1)
-    return (tokens[other][:, :, None] == wanted[:, None, :]).any(axis=2) & (other >= 0)

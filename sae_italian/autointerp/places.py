@@ -59,10 +59,13 @@ class Places:
     """The keys of every position of a cache, and how often each occurs in the training documents."""
 
     def __init__(self, source: ExampleSource, tokenizer: Any):
-        self.source, self.vocab = source, int(source.tokens.max()) + 1
+        self.source, self.vocab = source, source.vocab
         self.strings = piece_texts(tokenizer, self.vocab)
         self._pieces = piece_bytes(tokenizer, self.vocab)
         self.new_word = self._word_starts()
+        self.start_of_word = np.maximum.accumulate(np.where(self.new_word, np.arange(len(self.new_word)), 0)).astype(
+            np.int32
+        )
         word, self.words = self._words_so_far()
         ends = np.append(self.new_word[1:], True)
         key = (word.astype(np.int64) * self.vocab + source.tokens) * 2 + ends
@@ -74,11 +77,10 @@ class Places:
         self._goes_on = np.append(self.source.linked[1:], False)  # the next position is of the same document and window
         self._table: dict[Family, np.ndarray] = {}
         self._lock = Lock()
-        self.start_of_word = np.maximum.accumulate(np.where(self.new_word, np.arange(len(form)), 0)).astype(np.int32)
 
     def prepare(self) -> None:
         """Compute the tables now."""
-        _ = self.tables, self.bigram, self.trigram, self.totals
+        _ = self.tables, self.chains, self.totals
 
     # --- words ---------------------------------------------------------------------------------------------------
 
@@ -97,7 +99,7 @@ class Places:
     def _words_so_far(self) -> tuple[Int[np.ndarray, " positions"], list[str]]:
         """Return the number of each position's word up to and with it, and the words, in small letters or not as written."""
         tokens = self.source.tokens
-        depth = np.arange(len(tokens)) - np.maximum.accumulate(np.where(self.new_word, np.arange(len(tokens)), 0))
+        depth = np.arange(len(tokens)) - self.start_of_word
         number_of: dict[bytes, int] = {}
         word = np.zeros(len(tokens), dtype=np.int64)
         behind: list[bytes] = [b""]
@@ -143,14 +145,10 @@ class Places:
         return tables
 
     @cached_property
-    def bigram(self) -> Int[np.ndarray, " positions"]:
-        """The number of each position's pair (token before, token), -1 where there is none before."""
-        return self._chained(self.source.tokens)
-
-    @cached_property
-    def trigram(self) -> Int[np.ndarray, " positions"]:
-        """The number of each position's triple of tokens, -1 where two do not precede it."""
-        return self._chained(self.bigram)
+    def chains(self) -> dict[Family, Int[np.ndarray, " positions"]]:
+        """The number of each position's pair and triple of tokens, itself the last; -1 where one or two do not precede it."""
+        bigram = self._chained(self.source.tokens)
+        return {"bigram": bigram, "trigram": self._chained(bigram)}
 
     def _chained(self, before: Int[np.ndarray, " positions"]) -> Int[np.ndarray, " positions"]:
         key = np.full(len(before), -1, dtype=np.int64)
@@ -160,25 +158,17 @@ class Places:
         known, index = np.unique(key, return_inverse=True)
         return (index - (known[0] == -1)).astype(np.int32)
 
-    def neighbour(self, positions: Int[np.ndarray, ...], slot: Slot) -> Int[np.ndarray, ...]:
-        """Return the position a slot means, -1 where it lies in another document or window."""
+    def forms(self, positions: Int[np.ndarray, ...], slot: Slot) -> Int[np.ndarray, ...]:
+        """Return the form at a slot of each position, -1 where there is none or it lies in another document or window."""
+        inside = positions >= 0
         if slot == "here":
-            return positions
-        if slot == "next":
-            other = positions + 1
-            linked = self._goes_on[positions]
+            there = positions
+        elif slot == "next":
+            there, inside = positions + 1, inside & self._goes_on[positions]
         else:
             first = positions if slot == "previous" else self.start_of_word[positions]
-            other, linked = first - 1, self.source.linked[first]
-        return np.where((positions >= 0) & linked, other, -1)
-
-    def forms(self, positions: Int[np.ndarray, ...], slot: Slot) -> Int[np.ndarray, ...]:
-        """Return the form at a slot of each position, -1 for none."""
-        there = self.neighbour(positions, slot)
-        return np.where(there >= 0, self.form[there], -1)
-
-    def chain(self, family: Family) -> Int[np.ndarray, " positions"]:
-        return self.bigram if family == "bigram" else self.trigram
+            there, inside = first - 1, inside & self.source.linked[first]
+        return np.where(inside, self.form[np.where(inside, there, -1)], -1)
 
     def look_up(
         self,
@@ -222,9 +212,7 @@ class Places:
             counts[family] = np.bincount(
                 table.keys[:-1][keyed], weights=by_slot[table.slot][keyed], minlength=size
             ).astype(np.int64)
-        chains: tuple[Family, ...] = ("bigram", "trigram")
-        for family in chains:
-            keys = self.chain(family)
+        for family, keys in self.chains.items():
             here = keys[self.train_positions]
             counts[family] = np.bincount(here[here >= 0], minlength=int(keys.max(initial=-1)) + 1)
         return counts
@@ -240,17 +228,14 @@ class View:
 
     def keys(self, family: Family) -> Int[np.ndarray, "n width"]:
         """Return the family's key at each position, -1 for none and at position -1."""
+        if family in self.places.chains and family not in self._keys:
+            self._keys[family] = np.where(self.grid >= 0, self.places.chains[family][self.grid], -1)
         if family not in self._keys:
-            self._keys[family] = self._look_up(family)
+            table = self.places.tables[family]
+            if table.slot not in self._forms:
+                self._forms[table.slot] = self.places.forms(self.grid, table.slot)
+            self._keys[family] = table.keys[self._forms[table.slot]]
         return self._keys[family]
-
-    def _look_up(self, family: Family) -> Int[np.ndarray, "n width"]:
-        if family in ("bigram", "trigram"):
-            return np.where(self.grid >= 0, self.places.chain(family)[self.grid], -1)
-        table = self.places.tables[family]
-        if table.slot not in self._forms:
-            self._forms[table.slot] = self.places.forms(self.grid, table.slot)
-        return table.keys[self._forms[table.slot]]
 
 
 def shape_of(word: str) -> str:

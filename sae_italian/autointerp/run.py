@@ -22,6 +22,7 @@ from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.storage import fingerprint
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache, build_cache
+from sae_italian.cache.layout import tokenizer_hash
 from sae_italian.saes import random_twin
 
 STORE_FILE, TWIN_FOLDER = "autointerp.sqlite", "random-twin"
@@ -81,8 +82,6 @@ def run_autointerp(
 
 def check_tokenizer(cache: FeatureCache, tokenizer: Any) -> None:
     """Raises: UsageError when the tokenizer is not the one that the cache was built with."""
-    from sae_italian.cache.layout import tokenizer_hash
-
     if tokenizer_hash(tokenizer) != cache.manifest.tokenizer_hash:
         raise UsageError(f"{cache.folder} was built with another tokenizer than the one given.")
 

@@ -61,11 +61,23 @@ class ExampleSet(Sequence[Example]):
         return self._example(int(index) % len(self))
 
     def _read(self, i: int) -> Example:
-        name: Any = str(self.negatives[i]) or None
-        more = {"negatives": name, "decile": int(self.decile[i]), "pair": int(self.pair[i])}
+        source, name = self.segments.source, str(self.negatives[i])
         segment = int(self.segments.segments[self.rows[i]])
-        marks = None if self.marks is None else self.marks[i]
-        return self.segments.source.example(self.segments.activity, segment, marks=marks, **more)
+        start, length = int(source.start[segment]), int(source.length[segment])
+        text, spans = source.cache.spans(start, start + length)
+        return Example(
+            text=text,
+            spans=spans,
+            tokens=source.tokens[start : start + length],
+            activations=self.activations[i],
+            document=source.cache.document(int(source.doc[segment])).doc_id,
+            positive=not name,
+            negatives=name or None,  # pyright: ignore[reportArgumentType]
+            marks=None if self.marks is None else self.marks[i][:length],
+            first=start,
+            decile=int(self.decile[i]),
+            pair=int(self.pair[i]),
+        )
 
     @cached_property
     def activations(self) -> list[Float[np.ndarray, " tokens"]]:

@@ -276,20 +276,17 @@ class Store:
         metric: str,
         judge: str = "rule",
         negatives: str | None = None,
+        failed: bool = False,
     ) -> dict[int, float]:
-        """Return one metric by latent, where it has a value. A rule's score and an LLM's are different: never both at once."""
-        where = {"explainer": explainer, "control": control, "scorer": scorer, "metric": metric}
-        found = self.all_values(**where, judge=judge, negatives=negatives)
-        return {latent: value for latent, value in found.items() if value is not None}
+        """Return one metric by latent, where it has a value. A rule's score and an LLM's are different: never both at once.
 
-    def all_values(
-        self, *, explainer: str, control: str, scorer: str, metric: str, judge: str, negatives: str | None = None
-    ) -> dict[int, float | None]:
-        """As `values`, with None for the latents that could not be scored."""
+        With `failed` those that could not be scored are there too, with None.
+        """
         query = """SELECT score.latent, score.value FROM score JOIN explanation ON explanation.id = score.explanation_id
                    WHERE explainer = ? AND control = ? AND scorer = ? AND metric = ? AND judge = ?
-                     AND negatives = coalesce(?, negatives) ORDER BY score.latent"""
-        return dict(self.connection.execute(query, (explainer, control, scorer, metric, judge, negatives)))
+                     AND negatives = coalesce(?, negatives) AND (? OR value IS NOT NULL) ORDER BY score.latent"""
+        where = (explainer, control, scorer, metric, judge, negatives, failed)
+        return dict(self.connection.execute(query, where))
 
     def judges(self) -> list[str]:
         """Return the judges that scored here, the first one first."""

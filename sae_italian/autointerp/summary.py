@@ -75,7 +75,7 @@ def summarise(
     with Store(path, identity or {}) as store:
         statuses = [explanation.status for _, explanation in store.explanations(explainer).values()]
 
-        def values(scorer: str, negatives: str = "", metric: str = "", **where: str) -> dict[int, float]:
+        def values(scorer: str, negatives: str = "", metric: str = "", **where: Any) -> dict[int, float]:
             where = {"explainer": explainer, "judge": judge, "control": ""} | where
             negatives, metric = negatives or _HEADLINE[scorer], metric or SCORERS[scorer].metric
             return store.values(scorer=scorer, negatives=negatives, metric=metric, **where)
@@ -179,7 +179,7 @@ def means(path: Path, explainer: str, judges: Sequence[str]) -> list[dict[str, A
             if judge not in judges:
                 continue
             where = {"judge": judge, "scorer": scorer, "metric": SCORERS[scorer].metric, "negatives": negatives}
-            every = store.all_values(explainer=explainer, control="", **where)
+            every = store.values(explainer=explainer, control="", failed=True, **where)
             own = {latent: value for latent, value in every.items() if value is not None}
             # what failed: texts longer than the context, divergences out of reach
             row = {**where, "n": len(own), "n_failed": len(every) - len(own), **_mean(own).as_dict()}

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from sae_italian.autointerp.examples import ExampleSource
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, RuleExplainer
 from sae_italian.autointerp.judges import ConstantJudge, RuleJudge
-from sae_italian.autointerp.negatives import NegativeSource
-from sae_italian.autointerp.neighbours import find_neighbours
+from sae_italian.autointerp.negatives import NegativeSource, find_neighbours
 from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.protocols import LatentExamples
 from sae_italian.autointerp.scorers import Asked, Row, score_rows

@@ -13,6 +13,7 @@ from pydantic import FiniteFloat
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 
 if TYPE_CHECKING:
+    from sae_italian.autointerp.store import Explanation
     from sae_italian.browser.source import LatentSource
 
 RowRecord = dict[str, Any]  # one latent in the list: a value of each column
@@ -47,13 +48,7 @@ def _kind(source: LatentSource, latent: int) -> str:
     return found.rule["family"] if found and found.rule else ""
 
 
-def _text(source: LatentSource, latent: int, language: str) -> str:
-    found = source.explained(EXPLAINER, latent)
-    return getattr(found, f"text_{language}") if found else ""
-
-
-def _llm(source: LatentSource, latent: int, language: str) -> str:
-    found = source.llm_explanation(latent)
+def _said(found: Explanation | None, language: str) -> str:
     return getattr(found, f"text_{language}") if found else ""
 
 
@@ -72,10 +67,14 @@ COLUMNS: dict[str, Column] = {
     # largest activation seen; 0 when dead
     "max": Column(FiniteFloat, lambda source, i: float(source.stats["max"][i]), "activation", range=True),
     "n_active": Column(int, lambda source, i: int(source.stats["count"][i])),  # tokens on which it is active
-    "explanation_it": Column(str, lambda source, i: _text(source, i, "it")),  # the rule's, which the scores are of
-    "explanation_en": Column(str, lambda source, i: _text(source, i, "en")),
-    "llm_it": Column(str, lambda source, i: _llm(source, i, "it")),  # an LLM's explanation; empty without one
-    "llm_en": Column(str, lambda source, i: _llm(source, i, "en")),
+    "explanation_it": Column(
+        str, lambda source, i: _said(source.explained(EXPLAINER, i), "it")
+    ),  # the rule's, which the scores are of
+    "explanation_en": Column(str, lambda source, i: _said(source.explained(EXPLAINER, i), "en")),
+    "llm_it": Column(
+        str, lambda source, i: _said(source.llm_explanation(i), "it")
+    ),  # an LLM's explanation; empty without one
+    "llm_en": Column(str, lambda source, i: _said(source.llm_explanation(i), "en")),
     "kind": Column(str, _kind),  # token, previous, bigram, context, ...; empty when unexplained
     # balanced accuracy, 0 to 1, chance 0.5, and its 95 % interval
     "detection": Column(

@@ -64,16 +64,16 @@ def pack_card(card: Record, documents: ShardDocuments) -> dict[str, Any]:
     """Return a card as it lies on disk: short numbers, and passages as text with spans."""
     packed: dict[str, Any] = {**card}
     for name in ("histogram", "logits"):
-        packed[name] = {"edges": [_short(edge, 4) for edge in card[name]["edges"]], "counts": card[name]["counts"]}
+        packed[name] = {"edges": [short(edge, 4) for edge in card[name]["edges"]], "counts": card[name]["counts"]}
     for name in ("promoted", "suppressed", "tokens", "decoder", "cofiring", "labels"):
-        packed[name] = [{key: _short(value) for key, value in item.items()} for item in card[name]]
-    packed["positions"] = [_short(share) for share in card["positions"]]
-    packed["scores"] = {name: [_short(score[name]) for score in card["scores"]] for name in SCORE_FIELDS}
+        packed[name] = [{key: short(value) for key, value in item.items()} for item in card[name]]
+    packed["positions"] = [short(share) for share in card["positions"]]
+    packed["scores"] = {name: [short(score[name]) for score in card["scores"]] for name in SCORE_FIELDS}
     packed["groups"] = [
         {
             **group,
-            "lo": _short(group["lo"], 4),
-            "hi": _short(group["hi"], 4),
+            "lo": short(group["lo"], 4),
+            "hi": short(group["hi"], 4),
             "contexts": [_pack_context(context, documents) for context in group["contexts"]],
         }
         for group in card["groups"]
@@ -81,7 +81,7 @@ def pack_card(card: Record, documents: ShardDocuments) -> dict[str, Any]:
     return packed
 
 
-def _short(value: Any, digits: int = 3) -> Any:
+def short(value: Any, digits: int = 3) -> Any:
     """Return a fraction with so many digits; anything else as it is."""
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
@@ -99,4 +99,4 @@ def _pack_context(context: Record, documents: ShardDocuments) -> list[Any]:
         else:
             since += length
     text = "".join(text for text, _ in context["segments"])
-    return [documents(context), _short(context["max"], 4), text, spans]
+    return [documents(context), short(context["max"], 4), text, spans]

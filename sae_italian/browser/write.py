@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.pack import ShardDocuments, data_script, pack_card
+from sae_italian.browser.pack import ShardDocuments, data_script, pack_card, short
 from sae_italian.browser.page import page, script, style
 from sae_italian.browser.schema import Record, check, check_card, check_rows
 
@@ -115,7 +115,7 @@ def _write_source(folder: Path, source: Any, run: Record, more: dict[str, Any], 
     starts = range(0, n_rows, ROWS_PER_SHARD)
     for index, start in enumerate(starts):
         end = start + ROWS_PER_SHARD
-        part = {name: [_short(value) for value in values[start:end]] for name, values in columns.items()}
+        part = {name: [short(value, 4) for value in values[start:end]] for name, values in columns.items()}
         _write_data(folder.parent, f"{folder.name}/rows", index, part)
     del columns
     sizes = {"rows_per_shard": ROWS_PER_SHARD, "cards_per_shard": CARDS_PER_SHARD}
@@ -133,11 +133,6 @@ def _write_source(folder: Path, source: Any, run: Record, more: dict[str, Any], 
             progress.update(len(latents))
     gc.unfreeze()
     return facts
-
-
-def _short(value: Any) -> Any:
-    """Return a fraction with 4 digits: what a list shows."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _write_data(folder: Path, kind: str, index: int, value: Any) -> None:

@@ -39,10 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "geometry": ("analysis:geometry", "nearest decoder directions within and between SAEs, and a map of the latents"),
     "language": ("analysis:language", "latents that detect linguistic labels, and latents of one language"),
     "shift": ("analysis:shift", "L0, explained variance and loss on longer contexts, other texts, languages or models"),
-    "quickstart": (
-        "quickstart:quickstart",
-        "the whole way on the embedded model: train, cache, explain, score, report",
-    ),
+    "quickstart": ("training:quickstart", "the whole way on the embedded model: train, cache, explain, score, report"),
     "recipes": ("training:recipes", "the training configs that come with the package"),
     "train": ("training:train", "train one SAE, a transcoder, or a suite of them"),
     "evaluate": ("training:evaluate", "the evaluation card of an SAE, on held-out text"),

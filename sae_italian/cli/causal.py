@@ -8,7 +8,18 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import Language, Model, Result, Sae, Seed, Source, key_values, positive, short_names
+from sae_italian.cli.options import (
+    Language,
+    Model,
+    Result,
+    Sae,
+    Seed,
+    Source,
+    key_values,
+    own_words,
+    positive,
+    short_names,
+)
 
 Many = Parameter(consume_multiple=True)
 
@@ -191,23 +202,12 @@ def tree(
     from sae_italian.base.report import plain
     from sae_italian.saes import load_sae
 
-    settings = [word for word in saes if word.startswith(("branches=", "contexts="))]
-    names = [word for word in saes if word not in settings]
-    sizes = key_values(settings, {"branches": 3, "contexts": 20})
-    positive(tokens=tokens, context_size=context_size, **sizes)
+    sizes, names = own_words(saes, {"branches": 3, "contexts": 20})
+    positive(tokens=tokens, context_size=context_size)
     if not names:
         raise UsageError("a tree needs the SAEs of at least two layers, in order; none given.")
     last, subject, text = Source(model=model, corpus=corpus).load(names[-1])
     named = [(Path(name).name, load_sae(name)) for name in names[:-1]] + [(Path(names[-1]).name, last)]
-    root = causal_tree(
-        subject,
-        named,
-        latent,
-        text,
-        branches=sizes["branches"],
-        n_contexts=sizes["contexts"],
-        n_tokens=tokens,
-        context_size=context_size,
-        seed=seed,
-    )
+    drawn: dict[str, Any] = {"n_tokens": tokens, "context_size": context_size, "seed": seed}
+    root = causal_tree(subject, named, latent, text, branches=sizes["branches"], n_contexts=sizes["contexts"], **drawn)
     return _written(out, "tree", plain(root), root.text(), {"tree": root.svg()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -180,8 +181,7 @@ def pretokenize(
         reader=reader,
         n_tokens=tokens,
         separator=None if separator == "none" else int(separator) if separator.isdigit() else separator,
-        resume=folder.resume,
-        overwrite=folder.overwrite,
+        **asdict(folder),
         **packing,
     )
     made = PretokenizedCorpus(out)

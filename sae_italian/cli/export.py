@@ -150,7 +150,7 @@ def _tables(to: str, cache: Path, out: Path | None, settings: Settings) -> Resul
 
 def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
     from sae_italian.cli.options import Source
-    from sae_italian.evaluation.jumprelu import export_jumprelu
+    from sae_italian.evaluation.diagnosis import export_jumprelu
 
     positive(tokens=settings.get("tokens"))
     size = {"n_tokens": settings.pop("tokens")} if "tokens" in settings else {}

@@ -1,4 +1,4 @@
-"""The commands that train, judge, examine and publish SAEs."""
+"""The commands that train, judge, examine and publish SAEs, and `quickstart`, which goes the whole way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,35 @@ from cyclopts import Parameter
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import RUN_FILE, write_text
-from sae_italian.cli.options import Folder, Result, Source, Workers, positive
+from sae_italian.cli.options import Folder, Result, Source, Workers, own_words, positive
+
+
+def quickstart(
+    config: str = "mini/topk",
+    /,
+    *words: str,
+    out: Path = Path("quickstart"),
+    tokens: int = 300_000,
+    n_latents: int | None = None,
+    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
+) -> Result:
+    """Go the whole way on the embedded model: train, cache, explain, score, report.
+
+    Args:
+        config: A training config, of one SAE.
+        words: Settings that replace the config's, as key=value; card_tokens=N: held-out tokens of the evaluation card,
+            default 50,000.
+        out: Output folder.
+        tokens: Held-out tokens to cache.
+        n_latents: Explain this many live latents, drawn at random; default: all.
+    """
+    from sae_italian.quickstart import CARD_TOKENS, table_of
+    from sae_italian.quickstart import quickstart as run
+
+    card, overrides = own_words(words, {"card_tokens": CARD_TOKENS})
+    positive(tokens=tokens, n_latents=n_latents)
+    results = run(out, config, *overrides, cache_tokens=tokens, latents=n_latents, **card, **asdict(folder))
+    return Result(results, f"\n{table_of(results)}\n\nReport: {results['report']}")
 
 
 def train(
@@ -83,23 +111,16 @@ def evaluate(
         tokens: Held-out tokens, special ones not counted.
         loss_tokens: Measure losses and KL on the first so many tokens only; default: on all.
     """
+    from sae_italian.base.report import plain
     from sae_italian.evaluation import evaluate as measure
 
     positive(tokens=tokens, loss_tokens=loss_tokens)
     loaded, model, corpus = source.load(sae)
-    card = measure(
-        loaded,
-        model,
-        corpus,
-        n_tokens=tokens,
-        loss_tokens=loss_tokens,
-        context_size=source.context_size,
-        text_column=source.text_column,
-        name=sae,
-    )
+    size = {"n_tokens": tokens, "loss_tokens": loss_tokens}
+    card = measure(loaded, model, corpus, name=sae, **size, **source.reading)
     if Path(sae).is_dir():
         card.save(Path(sae))
-    return Result(card.as_dict(), card.markdown())
+    return Result(plain(card), card.markdown())
 
 
 def doctor(
@@ -117,6 +138,7 @@ def doctor(
         tokens: Size of the sample, in tokens.
         out: File for the picture of a training's curves; default: curves.svg in its folder.
     """
+    from sae_italian.base.report import plain
     from sae_italian.evaluation.doctor import Diagnosis, unreadable
     from sae_italian.saes import load_sae
     from sae_italian.training.curves import look_at_training
@@ -141,7 +163,7 @@ def doctor(
     failed = [check.name for check in report.checks if check.status == "fail"]
     failure = UsageError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
     text = report.text() + (f"\ncurves: {picture}" if picture else "")
-    return Result({**report.as_dict(), "picture": picture}, text, failure if failed else None)
+    return Result({**plain(report), "status": report.status, "picture": picture}, text, failure if failed else None)
 
 
 def _examine(name: str, sae: Any, n_tokens: int, source: Source) -> Any:
@@ -151,15 +173,8 @@ def _examine(name: str, sae: Any, n_tokens: int, source: Source) -> Any:
     model = source.model or sae.cfg.metadata.model_name
     if not model:
         raise UsageError("the SAE's metadata does not name its model; give --model.")
-    return examine(
-        sae,
-        load_model(model),
-        source.corpus or _corpus_of(sae, source.text_column),
-        n_tokens=n_tokens,
-        context_size=source.context_size,
-        text_column=source.text_column,
-        name=name,
-    )
+    corpus = source.corpus or _corpus_of(sae, source.text_column)
+    return examine(sae, load_model(model), corpus, n_tokens=n_tokens, name=name, **source.reading)
 
 
 def _corpus_of(sae: Any, text_column: str) -> str:

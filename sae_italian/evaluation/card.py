@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_italian.base.errors import DataError
 from sae_italian.base.labels import Language, label, labels
 from sae_italian.base.pictures import OURS, WARNING, svg
+from sae_italian.base.report import plain
 from sae_italian.base.statistics import NOTHING, Estimate
 from sae_italian.base.storage import read_json, write_json, write_text
 
@@ -73,15 +74,9 @@ class EvaluationCard:
         """Return the numbers with intervals by key, in the card's order."""
         return {key: getattr(self, key) for key in NUMBERS}
 
-    def as_dict(self) -> dict[str, Any]:
-        plain = {key: value for key, value in asdict(self).items() if key not in NUMBERS and key != "density"}
-        numbers = {key: estimate.as_dict() for key, estimate in self.estimates().items()}
-        density = [{"lo": b.lo, "hi": b.hi, "share": b.share.as_dict()} for b in self.density]
-        return {**plain, **numbers, "density": density}
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EvaluationCard:
-        """Return the card that `as_dict` gave. Raises: KeyError for a card of an earlier version."""
+        """Return the card of which `report.plain` made these values. Raises: KeyError for a card of an earlier version."""
         given = {field.name: values[field.name] for field in fields(cls)}
         given |= {key: _estimate(values[key]) for key in NUMBERS}
         given["density"] = tuple(DensityBin(b["lo"], b["hi"], _estimate(b["share"])) for b in values["density"])
@@ -89,7 +84,7 @@ class EvaluationCard:
 
     def save(self, folder: Path) -> None:
         """Write card.json, card.md and density.svg."""
-        write_json(folder / CARD_JSON, self.as_dict())
+        write_json(folder / CARD_JSON, plain(self))
         write_text(folder / CARD_MARKDOWN, self.markdown())
         write_text(folder / DENSITY_PICTURE, density_svg(self))
 

@@ -1,4 +1,4 @@
-"""Measurements for the doctor: how well an SAE does on a sample, and how well it would after each possible repair.
+"""Activations on held-out text, and what the doctor measures on a sample: an SAE as it is, and after each possible repair.
 
 A fault is named by the repair that undoes it: if the SAE reconstructs far better when its input is scaled, when another
 layer is read, when its decoder is laid out otherwise or when each latent gets another gain, that is what is wrong.
@@ -10,16 +10,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.models.activations import read_many
+from sae_italian.corpora import iter_documents, pack
+from sae_italian.corpora.packing import special_mask, take_tokens
+from sae_italian.models.activations import check_context, read_many
 from sae_italian.models.hooks import parse_hook_name
+from sae_italian.saes import check_fits
+from sae_italian.saes.jumprelu_export import JumpReLUExport, check_exportable, check_free, save_sae, to_jumprelu
 
 SCALES = tuple(2.0**power for power in range(-7, 8))
+JUMPRELU_TOKENS = 40_960  # four fifths of them, 32,768 as Llama Scope took, set the threshold; the rest checks it
 CHUNK = 256  # tokens encoded at once: 65,536 latents of them are 67 MB
 
 
@@ -54,6 +60,37 @@ def take_sample(sae: Any, model: Any, tokens: Int[Tensor, "windows context"], ke
     return Sample(tokens, keep, acts[hook_in][keep].to(sae.dtype), acts[hook_out][keep].to(sae.dtype))
 
 
+def held_out_activations(
+    sae: Any, model: Any, corpus: str, n_tokens: int, *, context_size: int | None = None, text_column: str = "text"
+) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"]]:
+    """Return the SAE's input and target on text it was not trained on, no special tokens. Raises: UsageError."""
+    check_fits(sae, model)
+    context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
+    packed = pack(iter_documents(corpus, "heldout", text_column=text_column), model.tokenizer, context)
+    x, y = [], []
+    for block in take_tokens(packed, n_tokens, f"the heldout split of {corpus}"):
+        keep = torch.from_numpy(~special_mask(block.tokens, model.tokenizer))
+        sample = take_sample(sae, model, torch.from_numpy(block.tokens), keep)
+        x.append(sample.x.cpu())
+        y.append(sample.y.cpu())
+    return torch.cat(x)[:n_tokens], torch.cat(y)[:n_tokens]
+
+
+def export_jumprelu(
+    sae: Any, model: Any, corpus: str, out: str | Path, *, n_tokens: int = JUMPRELU_TOKENS, **reading: Any
+) -> JumpReLUExport:
+    """Write the JumpReLU of a TopK SAE or transcoder to the new folder `out` and return what changed.
+
+    `reading` is what `held_out_activations` takes of it. Raises: UsageError for another architecture, an SAE that does not
+    fit the model, a corpus that is too short, and a folder that is not empty; before anything is written.
+    """
+    check_free(out)
+    check_exportable(sae)
+    exported, report = to_jumprelu(sae, *held_out_activations(sae, model, corpus, n_tokens, **reading))
+    save_sae(exported, out)
+    return report
+
+
 def subset(sample: Sample, n_tokens: int) -> Sample:
     """Return the sample with n_tokens of its activations, spread evenly; repairs are tried on these."""
     step = max(1, len(sample.x) // n_tokens)
@@ -72,9 +109,13 @@ def fit(sae: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> Fit:
         error += (part_y - y_hat).double().pow(2).sum().item()
         l0 += (z != 0).sum().item()
         fired |= (z != 0).any(0)
+    return Fit(*explained(error, y), l0 / len(x), 1 - fired.double().mean().item())
+
+
+def explained(error: float, y: Float[Tensor, "tokens d_out"]) -> tuple[float, float]:
+    """Return centred and uncentred explained variance of an error, the squares summed over all of y."""
     wide = y.double()
-    centred = (wide - wide.mean(0)).pow(2).sum().item()
-    return Fit(1 - error / centred, 1 - error / wide.pow(2).sum().item(), l0 / len(x), 1 - fired.double().mean().item())
+    return 1 - error / (wide - wide.mean(0)).pow(2).sum().item(), 1 - error / wide.pow(2).sum().item()
 
 
 def decoded(sae: Any, z: Tensor, x: Tensor) -> Tensor:
@@ -189,10 +230,8 @@ def best_gains(sae: Any, sample: Sample, steps: int = 30) -> tuple[Float[Tensor,
         gradient = adjoint(residual)
         new_power = gradient.pow(2).sum()
         direction, power = gradient + new_power / power.clamp_min(1e-12) * direction, new_power
-    error, wide = residual.double().pow(2).sum().item(), y.double()
-    centred = (wide - wide.mean(0)).pow(2).sum().item()
-    found = Fit(1 - error / centred, 1 - error / wide.pow(2).sum().item(), float("nan"), float("nan"))
-    return gains, found
+    error = residual.double().pow(2).sum().item()
+    return gains, Fit(*explained(error, y), float("nan"), float("nan"))
 
 
 def _decoder_factor(sae: Any, like: Tensor) -> Float[Tensor, " d_sae"]:

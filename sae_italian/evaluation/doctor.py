@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -61,9 +61,6 @@ class Diagnosis:
 
     def check(self, name: str) -> Finding:
         return next(check for check in self.checks if check.name == name)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "status": self.status}
 
     def text(self) -> str:
         head = f"{self.sae} on {self.model}, {self.n_tokens:,} tokens of {self.corpus}: {self.status}"

@@ -207,11 +207,6 @@ def _losses(
     return found
 
 
-def _groups(doc: Int[np.ndarray, " kept"]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the documents that occur and, for every token, which of them it belongs to."""
-    return np.unique(doc, return_inverse=True)
-
-
 class TokenSums:
     """Sums over the tokens of documents, with their resamples: scalars per token, and the activation itself."""
 
@@ -223,7 +218,7 @@ class TokenSums:
     def add(
         self, doc: Int[np.ndarray, " kept"], rows: dict[str, np.ndarray], y: Float[np.ndarray, "kept d_out"]
     ) -> None:
-        documents, index = _groups(doc)
+        documents, index = np.unique(doc, return_inverse=True)
         values = np.zeros((len(doc), len(_SUMS)))
         for column, name in enumerate(_SUMS):
             if name in rows:
@@ -298,7 +293,7 @@ class LatentCounts:
     def _add(self, doc: Int[np.ndarray, " kept"], active: Bool[Tensor, "kept d_sae"]) -> None:
         if len(doc) == 0:
             return
-        documents, index = _groups(doc)
+        documents, index = np.unique(doc, return_inverse=True)
         counts = torch.zeros(len(documents), active.shape[1] + 1, device=active.device)
         on = torch.from_numpy(index).to(active.device)
         counts[:, :-1].index_add_(0, on, active.float())

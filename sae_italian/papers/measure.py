@@ -13,11 +13,12 @@ from torch import Tensor
 from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Store
+from sae_italian.base.report import plain
 from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.evaluation import evaluate
-from sae_italian.evaluation.jumprelu import held_out_activations
+from sae_italian.evaluation.diagnosis import held_out_activations
 from sae_italian.papers.job import Reproduction, Subject
 from sae_italian.saes.baselines import mean_l0, rescaled, with_top_k
 
@@ -39,7 +40,7 @@ def card_of(sae: Any, subject: Subject, n_tokens: int, name: str, loss_tokens: i
         name=name,
         **subject.reading,
     )
-    return card.as_dict()
+    return plain(card)
 
 
 def held_out(sae: Any, subject: Subject, n_tokens: int) -> tuple[Tensor, Tensor]:

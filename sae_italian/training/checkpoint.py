@@ -75,8 +75,9 @@ class Checkpoints:
         except DataError:
             raise
         except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+            why = " ".join(str(error).split())[:200]
             raise DataError(
-                f"checkpoint {last} cannot be read ({_line(error)}). Remove it, or start over with --overwrite."
+                f"checkpoint {last} cannot be read ({why}). Remove it, or start over with --overwrite."
             ) from error
         return True
 
@@ -90,10 +91,6 @@ class Checkpoints:
         remove(self.folder)
         if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
             self.folder.parent.rmdir()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def append_metrics(file: Path, step: int, row: dict[str, Any]) -> None:

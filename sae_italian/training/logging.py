@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.storage import read_json, write_json
-from sae_italian.evaluation.card import EvaluationCard
+from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, EvaluationCard
 from sae_italian.training.config import RunSpec
 
 WANDB_FILE = "wandb.json"  # in a run's folder: the id of its W&B run, which a resumed training continues
 SWEEP_ID, SWEEP_RUN_ID = "WANDB_SWEEP_ID", "WANDB_RUN_ID"  # what `wandb agent` tells the commands it starts
-ARTIFACT_FILES = (
-    "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "runner_cfg.json", "run.json", "metrics.jsonl",
-    "card.json", "card.md", "density.svg",
-)  # fmt: skip
-CHECKPOINT_FILES = ("cfg.json", "sae_weights.safetensors", "activation_scaler.json")
+SAE_FILES = ("cfg.json", "sae_weights.safetensors")
+SAELENS_FILES = (*SAE_FILES, "sparsity.safetensors", "runner_cfg.json")  # of a finished SAE, what SAELens uploads
+OUR_FILES = ("run.json", "metrics.jsonl", CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE)  # and what we add
+CHECKPOINT_FILES = (*SAE_FILES, "activation_scaler.json")
 
 
 class RunLog:
@@ -53,7 +52,7 @@ class RunLog:
             self.wandb_run.summary.update(
                 bounds | {"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents}
             )
-        self._send("", "sae", self.spec.model_dump(mode="json"), folder, ARTIFACT_FILES, None)
+        self._send("", "sae", self.spec.model_dump(mode="json"), folder, SAELENS_FILES + OUR_FILES, None)
 
     def _send(self, suffix: str, kind: str, metadata: Any, folder: Path, files: Any, aliases: Any) -> None:
         import wandb

@@ -12,14 +12,12 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import explain
 from sae_italian.base.labels import label
 from sae_italian.base.storage import read_json
-from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, EvaluationCard, read_card
+from sae_italian.evaluation.card import DENSITY_PICTURE, EvaluationCard, read_card
 from sae_italian.models import catalogue
 from sae_italian.training.curves import look_at_training
+from sae_italian.training.logging import OUR_FILES, SAE_FILES, SAELENS_FILES
 from sae_italian.training.run import read_run
 
-WEIGHTS = ("cfg.json", "sae_weights.safetensors")
-SAELENS_FILES = (*WEIGHTS, "sparsity.safetensors", "runner_cfg.json")  # what SAELens' call uploads
-OUR_FILES = (CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, "metrics.jsonl", "run.json")
 MODEL_CARD = "README.md"
 # What the front matter states as results, for the hub's tables.
 RESULTS = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "delta_lm_loss", "dead")
@@ -63,7 +61,7 @@ def publish(
     `owner/name`, without a token, and for what the hub refuses.
     """
     sae_id = sae_id or folder.resolve().name
-    missing = [name for name in WEIGHTS if not (folder / name).is_file()]
+    missing = [name for name in SAE_FILES if not (folder / name).is_file()]
     if missing:
         raise UsageError(f"{folder} holds no {' and no '.join(missing)}: give the folder of a finished training.")
     if repo_id.count("/") != 1 or repo_id.startswith(("/", ".", "~")) or repo_id.endswith("/"):

@@ -56,13 +56,12 @@ class WindowBlocks:
         windows_per_block: int,
         *,
         repeat: bool = True,
-        ahead: int = BLOCKS_AHEAD,
     ):
         check_context(context_size)
         if isinstance(documents, PretokenizedCorpus):
             check_pretokenized(documents, tokenizer, context_size)
         self.documents, self.tokenizer, self.context_size = documents, tokenizer, context_size
-        self.windows_per_block, self.repeat, self.ahead = windows_per_block, repeat, ahead
+        self.windows_per_block, self.repeat, self.ahead = windows_per_block, repeat, BLOCKS_AHEAD
         self.n_blocks = 0  # taken, over all epochs
         self.pool = ThreadPoolExecutor(1, "windows")
         self._start(_Place())
@@ -181,7 +180,6 @@ class ActivationStream:
         repeat: bool = True,
         seqpos_slice: Sequence[int | None] = (None,),
         exclude_special_tokens: bool | Sequence[int] = True,
-        ahead: int = BLOCKS_AHEAD,
     ):
         self.model: Any = model
         self.tokenizer: Any = model.tokenizer
@@ -192,9 +190,7 @@ class ActivationStream:
             raise UsageError(f"buffer_tokens is {buffer_tokens}, less than one batch of {batch_size}. Raise it.")
         self.positions = kept_positions(seqpos_slice, context_size)
         self.exclude_special_tokens = exclude_special_tokens
-        self.windows = WindowBlocks(
-            documents, self.tokenizer, context_size, forward_windows, repeat=repeat, ahead=ahead
-        )
+        self.windows = WindowBlocks(documents, self.tokenizer, context_size, forward_windows, repeat=repeat)
         self.device = torch.device(self.model.device)
         self.generator = torch.Generator().manual_seed(seed)
         size = (buffer_tokens, self.model.config.hidden_size)  # the width of every hook in models/hooks.py

@@ -8,8 +8,7 @@ import pytest
 
 from sae_italian.autointerp import run_autointerp
 from sae_italian.autointerp.examples import ExampleSource
-from sae_italian.autointerp.negatives import NegativeSource
-from sae_italian.autointerp.neighbours import Neighbours, find_neighbours
+from sae_italian.autointerp.negatives import NegativeSource, Neighbours, find_neighbours
 from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.protocols import LatentExamples, Verdicts
 from sae_italian.autointerp.scorers import Asked

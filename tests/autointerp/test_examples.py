@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from sae_italian.autointerp.examples import ExampleSource
-from sae_italian.autointerp.negatives import MARK_SHARE, NegativeSource
-from sae_italian.autointerp.neighbours import find_neighbours
+from sae_italian.autointerp.negatives import MARK_SHARE, NegativeSource, find_neighbours
 from sae_italian.autointerp.shown import latent_examples
 from sae_italian.cache.read import PARTS
 from tests.autointerp.conftest import DEAD, N_PREVIOUS, N_TOKENS

@@ -14,6 +14,7 @@ from sae_italian.autointerp.explainers.text import describe, statement
 from sae_italian.autointerp.pieces import piece_bytes, piece_texts
 from sae_italian.autointerp.places import View, enclitic, shape_of
 from sae_italian.autointerp.protocols import LatentExamples
+from sae_italian.base.report import plain
 from tests.autointerp.conftest import N_PREVIOUS, N_TOKENS
 from tests.corpora.test_packing import TOKENIZERS
 
@@ -181,7 +182,7 @@ def test_an_ending_is_found_as_an_ending(places, source, planted, negatives):
     rule, lookup = RuleExplainer(places, negatives, 40).rules(0, activity)
     assert rule.family.startswith("suffix") and "in -" in describe(rule, "it") and rule.figures().precision > 0.9
     assert "at the end of words in -" in describe(rule, "en")
-    assert lookup.family == "token" and rule_of(rule.as_dict()).as_dict() == rule.as_dict()
+    assert lookup.family == "token" and plain(rule_of(plain(rule))) == plain(rule)
 
 
 def planted_activity(source, position, value=None):
@@ -196,19 +197,21 @@ def planted_activity(source, position, value=None):
 def test_the_trie_tells_a_token_in_one_context_from_the_token(places, source):
     """Fires on a token only after one other token: the pair is a node, the token's rest is left without."""
     train = np.flatnonzero((source.position_part == 0) & source.linked)
-    pairs, counts = np.unique(places.bigram[train], return_counts=True)
+    pairs, counts = np.unique(places.chains["bigram"][train], return_counts=True)
     common = pairs[np.argsort(-counts)[3]]
-    position = np.flatnonzero((places.bigram == common) & (source.segment_of >= 0))
+    position = np.flatnonzero((places.chains["bigram"] == common) & (source.segment_of >= 0))
     counts_ = Counts(places, planted_activity(source, position))
     trie = fit_trie(counts_)
     assert trie.levels[1].keys.tolist() == [common] and trie.levels[1].rates[0] > 0.9
     rates = trie.at(View(places, position[:20, None]), "rate")
     assert (rates > 0.9).all()
     token = source.tokens[position[0]]
-    elsewhere = np.flatnonzero((source.tokens == token) & (places.bigram != common) & (source.segment_of >= 0))
+    elsewhere = np.flatnonzero(
+        (source.tokens == token) & (places.chains["bigram"] != common) & (source.segment_of >= 0)
+    )
     assert (trie.at(View(places, elsewhere[:20, None]), "rate") < 0.1).all()
     assert trie.figures().precision < 1 or trie.figures().recall == 1
-    again = rule_of(trie.as_dict())
+    again = rule_of(plain(trie))
     assert (again.at(View(places, position[:20, None]), "rate") == rates).all()
 
 
@@ -230,7 +233,7 @@ def test_the_tree_joins_two_conditions(places, source):
     assert tree is not None
     predicted = tree.at(View(places, train), "rate")
     assert ((predicted > 0.5) == (values > 0))[train >= 0].mean() > 0.999
-    assert rule_of(tree.as_dict()).as_dict() == tree.as_dict()
+    assert plain(rule_of(plain(tree))) == plain(tree)
 
 
 def test_rare_coincidences_make_no_key(places, source):
@@ -293,7 +296,7 @@ def test_a_rule_says_only_what_it_fires_on():
     )  # fmt: skip
     assert rule.figures() == (0.9, 0.3, 90, 0.7)
     assert describe(rule, "it") == "su «casa» (70 % dell'attivazione, precisione 0,90, lift 90)"
-    again = rule_of(rule.as_dict())
+    again = rule_of(plain(rule))
     assert again.figures().precision == 0.9 and again.threshold == 0.5 and again.keys.tolist() == [0, 1]
 
 

@@ -13,9 +13,17 @@ from hypothesis.extra import numpy as hnp
 from sae_italian.autointerp.judges import ConstantJudge, RuleJudge
 from sae_italian.autointerp.protocols import Example, LatentExamples
 from sae_italian.autointerp.scorers import SCORERS, Asked, scorer
-from sae_italian.autointerp.scorers.binary import GAIN, PairedAnswers, Resampled, Side, detection, fuzzing, ranking
+from sae_italian.autointerp.scorers.binary import (
+    GAIN,
+    PairedAnswers,
+    Resampled,
+    ResampledDocuments,
+    Side,
+    detection,
+    fuzzing,
+    ranking,
+)
 from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge, embedding
-from sae_italian.autointerp.scorers.resample import ResampledDocuments
 from sae_italian.autointerp.scorers.simulation import correlations, simulation
 from sae_italian.autointerp.scorers.subject import EMPTY, SubjectJudge, effects, surprisal
 from sae_italian.autointerp.shown import latent_examples

@@ -202,9 +202,11 @@ def test_reading_ahead_changes_nothing_and_a_corpus_is_resumed_at_its_place(mini
         return opened[-1]
 
     def source(ahead):
-        return ActivationStream(
-            mini, documents, HOOKS[0], context_size=32, batch_size=64, forward_windows=4, buffer_tokens=512, ahead=ahead
+        made = ActivationStream(
+            mini, documents, HOOKS[0], context_size=32, batch_size=64, forward_windows=4, buffer_tokens=512
         )
+        made.windows.ahead = ahead
+        return made
 
     first, other = source(2), source(0)
     for _ in range(90):

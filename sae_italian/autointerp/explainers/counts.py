@@ -53,7 +53,7 @@ class Counts:
     def keys(self, family: Family) -> Tally:
         """Return the family's keys that the latent fires on, with their counts."""
         if family not in self._tallies:
-            self._tallies[family] = self._chain(family) if family in ("bigram", "trigram") else self._single(family)
+            self._tallies[family] = self._chain(family) if family in self.places.chains else self._single(family)
         return self._tallies[family]
 
     def _single(self, family: Family) -> Tally:
@@ -75,7 +75,7 @@ class Counts:
         """Count from every n-th activation where there are very many."""
         step = -(-self.n // CHAIN_SAMPLE) if self.n else 1
         position, value = self.position[::step], self.value[::step]
-        key = self.places.chain(family)[position]
+        key = self.places.chains[family][position]
         position, value, key = position[key >= 0], value[key >= 0], key[key >= 0]
         known, first, index = np.unique(key, return_index=True, return_inverse=True)
         total = self.places.totals[family][known]

@@ -73,7 +73,7 @@ def fit_trie(counts: Counts) -> TrieRule:
     token = token.take(np.sort(known[np.argsort(-token.active[known], kind="stable")][: MAX_NODES["token"]]))
     assert pair.at is not None and triple.at is not None
     pair, pair_parent = _significant(pair, token, counts.places.source.tokens[pair.at], MAX_NODES["bigram"])
-    shorter = counts.places.bigram[triple.at].astype(np.int64)
+    shorter = counts.places.chains["bigram"][triple.at].astype(np.int64)
     triple, triple_parent = _significant(triple, pair, shorter, MAX_NODES["trigram"])
     _keep_the_rest(token, pair, pair_parent)
     _keep_the_rest(pair, triple, triple_parent)

@@ -6,7 +6,7 @@ A rule fires on a token whose rate, the share of such training tokens on which t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -53,10 +53,6 @@ class LatentRule(ABC):
         precision = float(active / total) if total else 0.0
         recall = float(active / self.n_active) if self.n_active else 0.0
         return Figures(precision, recall, precision / self.base if self.base else 0.0, float(mass))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the rule as plain JSON values; `rule_of` reads them."""
-        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -193,7 +189,7 @@ _KINDS: dict[str, type[LatentRule]] = {"trie": TrieRule, "tree": TreeRule}
 
 
 def rule_of(stored: dict[str, Any]) -> LatentRule:
-    """Return the rule of a stored explanation; it holds for the cache it was made from."""
+    """Return the rule that `base.report.plain` made JSON values of; it holds for the cache it was made from."""
     kind = _KINDS.get(stored["family"], KeyRule)
     values = {each.name: stored[each.name] for each in fields(kind)}  # pyright: ignore[reportArgumentType]
     for name, value in values.items():
@@ -204,13 +200,3 @@ def rule_of(stored: dict[str, Any]) -> LatentRule:
         elif name in _ARRAYS:
             values[name] = np.array(value, dtype=_ARRAYS[name])
     return kind(**values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, Path):
-        return {name: _plain(part) for name, part in asdict(value).items()}
-    if isinstance(value, LatentRule):
-        return value.as_dict()
-    return value.tolist() if isinstance(value, np.ndarray) else value

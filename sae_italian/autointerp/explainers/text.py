@@ -12,6 +12,7 @@ from sae_italian.autointerp.explainers.rules import Figures, KeyRule, LatentRule
 from sae_italian.autointerp.places import Family
 from sae_italian.autointerp.store import Explanation
 from sae_italian.base.labels import Language, label
+from sae_italian.base.report import plain
 
 SHOWN = 6  # keys named in the text
 LISTED = 20  # keys kept for a reader beside the text
@@ -22,7 +23,7 @@ def explanation_of(latent: int, explainer: str, rule: LatentRule) -> Explanation
     """Return a rule as the store keeps it: its two texts, itself, its figures, and its heaviest keys."""
     figures = rule.figures()
     numbers = {"precision": figures.precision, "recall": figures.recall, "lift": figures.lift}
-    stored = {**rule.as_dict(), **numbers, "shown": shown_keys(rule)}
+    stored = {**plain(rule), **numbers, "shown": shown_keys(rule)}
     return Explanation(latent, explainer, "ok", describe(rule, "it", figures), describe(rule, "en", figures), stored)
 
 

@@ -12,18 +12,18 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from sae_italian.autointerp.explainers.choose import LOOKUP
 from sae_italian.autointerp.protocols import LatentExamples, Score, Verdicts
 from sae_italian.autointerp.scorers import Asked, scorer
-from sae_italian.autointerp.scorers.resample import ResampledDocuments, estimates
 from sae_italian.base.statistics import Estimate
 
 GAIN = "gain_over_lookup"
 HEADLINE = {"detection": "random", "fuzzing": "silent-token"}  # the negatives behind a score named without any
 _RATES = ("balanced_accuracy", "tpr", "tnr", "f1")
 _NAN = float("nan")
+N_SAMPLES = 200  # resamples
 
 
 class Side(NamedTuple):
@@ -33,12 +33,9 @@ class Side(NamedTuple):
     document: Int[np.ndarray, " n"]
     probability: Float[np.ndarray, " n"] | None = None  # of yes
 
-    def kept(self, mask: Bool[np.ndarray, " n"]) -> Side:
-        return self if mask.all() else _rows_of(self, mask)
-
-
-def _rows_of(side: Side, rows: Any) -> Side:
-    return Side(side.said[rows], side.document[rows], None if side.probability is None else side.probability[rows])
+    def take(self, rows: Any) -> Side:
+        probability = None if self.probability is None else self.probability[rows]
+        return Side(self.said[rows], self.document[rows], probability)
 
 
 class PairedAnswers(NamedTuple):
@@ -51,12 +48,12 @@ class PairedAnswers(NamedTuple):
     def of(cls, verdicts: Verdicts, shown: Any, source: str) -> PairedAnswers:
         """Return the answers to the question that one source of negatives makes of some examples."""
         known = Side(verdicts.said, shown.document, verdicts.probability)
-        return cls(*(_rows_of(known, rows) for rows in shown.questions[source]))
+        return cls(*(known.take(rows) for rows in shown.questions[source]))
 
     def answered(self, other: PairedAnswers | None = None) -> PairedAnswers:
         """Return these answers without the windows on which these, or others on the same windows, failed."""
         both = zip(self, other or self, strict=True)
-        return PairedAnswers(*(mine.kept((mine.said >= 0) & (theirs.said >= 0)) for mine, theirs in both))
+        return PairedAnswers(*(mine.take((mine.said >= 0) & (theirs.said >= 0)) for mine, theirs in both))
 
     def score(self, source: str, metrics: dict[str, Estimate]) -> Score:
         n_failed = sum(int((side.said < 0).sum()) for side in self)
@@ -123,6 +120,52 @@ def ranking(
         metrics = Resampled([answers.answered() for answers in sets], documents).metrics()
         for source, answers, found in zip(shown.questions, sets, metrics, strict=True):
             yield one, answers.score(source, {"auroc": found["auroc"]})
+
+
+# --- intervals over documents for many scores of one latent at once ---------------------------------------------------
+#
+# The bootstrap weighs documents by independent Poisson(1) counts, the same for every score, so that two scores on the
+# same windows are resampled together: the interval of their difference is that of a paired comparison.
+
+
+@lru_cache(maxsize=4)
+def _weights(n_documents: int) -> Float[np.ndarray, "samples documents"]:
+    return np.random.default_rng(0).poisson(1.0, (n_documents, N_SAMPLES)).T.astype(np.float64)
+
+
+class ResampledDocuments:
+    """The documents of all examples of one latent, numbered, with how often each is drawn in each resample."""
+
+    def __init__(self, *docs: Int[np.ndarray, " n"]):
+        self.known = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *docs]))
+        n = len(self.known)
+        size = max(1 << max(n - 1, 0).bit_length(), 64)  # few sizes, so that the draws are made few times
+        self.weights = np.concatenate([np.ones((1, n)), _weights(size)[:, :n]])  # the first row is the data as it is
+
+    def sums(
+        self, docs: Int[np.ndarray, " n"], values: Float[np.ndarray, "quantities n"]
+    ) -> Float[np.ndarray, "quantities documents"]:
+        """Return the sums of several quantities over each document."""
+        n = len(self.known)
+        cell = (np.arange(len(values)) * n)[:, None] + self.index(docs)
+        return np.bincount(cell.ravel(), weights=values.ravel(), minlength=len(values) * n).reshape(len(values), n)
+
+    def index(self, docs: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return np.searchsorted(self.known, docs)
+
+
+def estimates(table: Float[np.ndarray, "quantities samples"]) -> list[Estimate]:
+    """Return each row's first entry as the value, and the 2.5 and 97.5 % points of the other finite ones."""
+    rest = np.sort(table[:, 1:], axis=1)  # NaN last
+    n = np.isfinite(rest).sum(axis=1)
+    ends = []
+    for share in (0.025, 0.975):
+        at = share * np.maximum(n - 1, 0)
+        low = at.astype(np.int64)
+        rows = np.arange(len(rest))
+        below, above = rest[rows, low], rest[rows, np.minimum(low + 1, np.maximum(n - 1, 0))]
+        ends.append(np.where(n > 0, below + (at - low) * (above - below), np.nan))
+    return [Estimate(float(v), float(lo), float(hi)) for v, lo, hi in zip(table[:, 0], *ends, strict=True)]
 
 
 @lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from sae_italian.autointerp.protocols import LatentExamples, Score
 from sae_italian.autointerp.scorers import Asked, scorer
-from sae_italian.autointerp.scorers.resample import ResampledDocuments, estimates
+from sae_italian.autointerp.scorers.binary import ResampledDocuments, estimates
 from sae_italian.base.statistics import NOTHING, Estimate
 
 TOP, RANDOM = "top-and-random", "random-only"

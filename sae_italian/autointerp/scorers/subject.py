@@ -28,7 +28,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import Language
 from sae_italian.base.statistics import NOTHING, Estimate, mean_interval
 from sae_italian.cache import FeatureCache
-from sae_italian.models.activations import logits_with_replacement
+from sae_italian.models.activations import continuation_log_probs, logits_with_replacement
 from sae_italian.saes import load_sae
 
 EMPTY = {"it": "Varie frasi senza legame fra loro.", "en": "Various unrelated sentences."}
@@ -70,36 +70,20 @@ class SubjectJudge:
     name: str = "subject"
     concurrency: int = 1
 
-    @torch.no_grad()
-    def log_likelihoods(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int] | np.ndarray]]
-    ) -> Float[np.ndarray, " n"]:
+    def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[np.ndarray, " n"]:
         """Return the log-likelihood in nats of the second part of each pair after the first. Raises: TooLong."""
         longest = max((len(prefix) + len(rest) for prefix, rest in pairs), default=0)
         if longest > self.context:
             raise TooLong(
                 f"the text has {longest} tokens, the model's context {self.context}; use a shorter explanation."
             )
-        totals = []
-        for first in range(0, len(pairs), _BATCH):
-            batch = pairs[first : first + _BATCH]
-            width = max(len(prefix) + len(rest) for prefix, rest in batch)
-            rows = torch.zeros((len(batch), width), dtype=torch.int64)
-            asked = torch.zeros((len(batch), width), dtype=torch.bool)
-            for row, (prefix, rest) in enumerate(batch):
-                stop = len(prefix) + len(rest)
-                rows[row, :stop] = torch.tensor([*prefix, *np.asarray(rest, dtype=np.int64).tolist()])
-                asked[row, len(prefix) : stop] = True  # what is padded comes after, so a causal model never sees it
-            logits = self.forward(rows)[:, :-1][asked[:, 1:]].float().cpu()
-            log_p = logits.log_softmax(dim=-1).gather(-1, rows[asked][:, None])[:, 0]
-            totals.append(torch.zeros(len(batch)).index_add_(0, asked.nonzero()[:, 0], log_p).numpy())
-        return np.concatenate(totals) if totals else np.zeros(0)
+        return continuation_log_probs(self.forward, pairs, batch_size=_BATCH)
 
     def after_text(self, text: str, segments: Sequence[np.ndarray]) -> Float[np.ndarray, " n"]:
         """Return the log-likelihood of each segment after a text; NaN for all when one does not fit."""
         prefix = list(self.tokenizer(text + "\n")["input_ids"])
         try:
-            return self.log_likelihoods([(prefix, segment) for segment in segments])
+            return self.log_likelihoods([(prefix, segment.tolist()) for segment in segments])
         except TooLong:
             return np.full(len(segments), np.nan)
 
