@@ -40,7 +40,7 @@ ROOM_LINES = {
     "analysis": 3_326,  # 2_500
     "papers": 1_675,  # 1_400
     "browser": 3_395,  # 2_650
-    "cli": 2_405,  # 1_400  # quickstart with it
+    "cli": 2_341,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 

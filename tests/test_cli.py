@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from sae_italian.cli import main
+from sae_italian.cli.app import COMMANDS
+from sae_italian.cli.options import facts, readable
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -95,7 +97,8 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["evaluate", "nowhere"], "neither a folder nor"),
         (["cache", "info", "nowhere"], "not a feature cache"),
         (["autointerp", "nowhere"], "not a feature cache"),
-        (["autointerp", "nowhere", "--n-latents", "0"], "must be 1 or more"),
+        (["autointerp", "nowhere", "--n-latents", "0"], "--n-latents is 0; it must be 1 or more"),
+        (["cache", "build", "nowhere", "--out", "x", "--tokens", "0"], "--tokens is 0; it must be 1 or more"),
         (["browse", "nowhere"], "not a feature cache"),
     ],
 )
@@ -160,3 +163,39 @@ def test_a_defect_of_ours_is_not_dressed_up(monkeypatch):
     monkeypatch.setattr(models, "list_models", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["models", "list"])
+
+
+def test_a_result_is_readable_in_a_terminal_and_ends_with_the_next_step(capsys, trained_sae):
+    code, out, _ = run(capsys, "evaluate", trained_sae, "--tokens", 2000)
+    assert (
+        code == 0
+        and out.startswith("Evaluation card: ")
+        and out.endswith(f"\n\nNext: sae-italian cache build {trained_sae} --out FOLDER\n")
+    )
+    assert "|" not in out and "![" not in out and "\n\n\n" not in out
+    values = [line.index(word) for line in out.splitlines() for word in ("value", "8.0") if line.split()[1:2] == [word]]
+    assert len(set(values)) == 1 and len(values) >= 1  # columns stand below each other
+
+
+def test_every_command_has_a_next_step():
+    """Its fields are arguments of the command or keys of its result; what else stands there is to be filled in."""
+    for name, told in COMMANDS.items():
+        assert told["next"], name
+        for step in told["next"]:
+            words = step.split()
+            if words[0] == "sae-italian":
+                assert " ".join(words[1:3]) in COMMANDS or words[1] in COMMANDS, step
+
+
+def test_tables_are_lined_up():
+    text = "# Title\n\n| name | n |\n|---|---|\n| a «|» b | 1 |\n| long name | |\n\n![picture](p.svg)\n\nend"
+    assert readable(text).splitlines() == [
+        *("Title", "", "name       n", "---------  -", "a «|» b    1", "long name", "", "end")
+    ]
+    assert facts([{"a": 1, "b": None}, {"a": 0.123456}]).splitlines() == [
+        "a       b",
+        "------  -",
+        "1       -",
+        "0.1235  -",
+    ]
+    assert facts({"one": [1, 2], "three": {"x": 1.0}}) == "one    1, 2\nthree  x 1"

@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import Model, Result, Sae, Seed, Source, key_values, positive, remembered_name, short_names
+from sae_italian.cli.options import (
+    Count,
+    Model,
+    Result,
+    Sae,
+    Seed,
+    Source,
+    key_values,
+    model_of,
+    remembered_name,
+    short_names,
+)
 
 Many = Parameter(consume_multiple=True)
 
@@ -18,7 +29,7 @@ def geometry(
     out: Path,
     cache: list[Path] | None = None,
     map: Literal["pca", "umap"] = "pca",
-    sample: int | None = None,
+    sample: Count | None = None,
     above: float | None = None,
     seed: Seed = 0,
 ) -> Result:
@@ -36,7 +47,6 @@ def geometry(
     from sae_italian.base.report import plain
     from sae_italian.saes import load_sae
 
-    positive(sample=sample)
     if above is not None and not 0 < above <= 1:
         raise UsageError(f"--above is {above}; a cosine above 0 and at most 1 was expected.")
     loaded = {short: load_sae(name) for short, name in short_names(saes).items()}
@@ -79,7 +89,7 @@ def language(
     against: Annotated[list[str] | None, Many] = None,
     sae_of_cache: Annotated[str | None, Parameter(name="--sae")] = None,
     model: Model = None,
-    tokens: int = 20_000,
+    tokens: Count = 20_000,
     seed: Seed = 0,
 ) -> Result:
     """Find latents that detect part of speech, gender, number, person, tense, mood; and latents of one language.
@@ -96,17 +106,12 @@ def language(
     """
     from sae_italian.analysis.probes.languages import language_latents
     from sae_italian.base.storage import write_json
-    from sae_italian.models import load_model
     from sae_italian.models.activations import check_context
 
     settings = key_values(words, {"context_size": 0, "text_column": "text"})
     corpora = _languages(ud, languages, against)
-    positive(tokens=tokens)
     loaded, cache = _sae_of(sae, sae_of_cache)
-    name = model or (loaded.cfg.metadata.model_name if cache is None else cache.manifest.model)
-    if not name:
-        raise UsageError("the SAE's metadata does not name its model; give --model.")
-    subject = load_model(name)
+    subject = model_of(loaded, model or (cache.manifest.model if cache else None))
     context = check_context(settings["context_size"] or loaded.cfg.metadata.context_size or 128, subject.config)
     value: dict[str, Any] = {}
     parts, labels = [], []
@@ -199,7 +204,7 @@ def shift(
     edges: str | None = None,
     model: Model = None,
     corpus: str | None = None,
-    tokens: int = 20_000,
+    tokens: Count = 20_000,
     split: Literal["train", "heldout", "all"] = "heldout",
 ) -> Result:
     """Measure L0, explained variance and loss beyond the training's context, on other texts, languages or models.
@@ -221,7 +226,6 @@ def shift(
     from sae_italian.models import load_model
 
     settings = key_values(words, {"packed": False, "context_size": 0, "text_column": "text"})
-    positive(tokens=tokens)
     bounds = _check_shift(by, buckets, edges, settings)
     parts = _named(buckets or [])
     loaded, subject, text = Source(model=model, corpus=corpus).load(sae)

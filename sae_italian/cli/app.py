@@ -1,4 +1,4 @@
-"""The command line: one table of commands, each a function that is imported when it is called.
+"""The command line: one table of commands (`commands.yaml`), each a function that is imported when it is called.
 
 Exit codes: 0 done, 2 the user can fix it (one line), 1 a defect of ours, 130 stopped.
 """
@@ -9,108 +9,25 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import resources
+from shlex import quote
 from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter
+import yaml
+from cyclopts import App, CycloptsError, Parameter, ValidationError
 
 import sae_italian
 from sae_italian.base.errors import SaeItalianError
-from sae_italian.cli.options import Result
+from sae_italian.cli.options import Result, facts, readable
 
-# name -> (function in sae_italian.cli, one line for --help). A name of two words belongs to a group.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "models list": ("models:list_models", "names, aliases, licence, gate of the known models"),
-    "models show": ("models:show_model", "dimensions, licence, hooks of one model"),
-    "models check": ("models:check_model", "do the three backends agree? logits, and every layer and site"),
-    "saes list": ("models:list_saes", "published SAEs: width, k, site, licence"),
-    "saes show": ("models:show_sae", "an SAE's configuration: architecture, k, width, hook, what it was trained on"),
-    "corpora list": ("corpora:list_corpora", "names, licence, gate, size, routes"),
-    "corpora show": ("corpora:show", "route, licence, columns and known traps of a corpus, and its first documents"),
-    "corpora stats": ("corpora:stats", "tokens per word, document lengths, share of Italian, what is dropped and why"),
-    "corpora pretokenize": ("corpora:pretokenize", "write packed tokens that SAELens and our trainer read"),
-    "browse": ("browse:browse", "the latent browser of a cache, alone or beside another SAE; the overview of a suite"),
-    "cache build": ("cache:build", "cache an SAE's latents over a corpus, or several SAEs' from one forward pass"),
-    "cache info": ("cache:info", "what a cache holds; --verify compares every file with its checksum"),
-    "import": ("cache:import_cache", "make a feature cache of one that Delphi wrote"),
-    "ioi": ("causal:ioi", "indirect objects: does a model do them, and which latents carry the name"),
-    "agreement": ("causal:agreement", "Italian agreement on minimal pairs: gender, number, subject and verb"),
-    "steer": ("causal:steer", "what a model writes with a latent added; --ablate: the logits that move without it"),
-    "tree": ("causal:tree", "the latents of earlier layers that a latent depends on, by ablation"),
-    "geometry": ("analysis:geometry", "nearest decoder directions within and between SAEs, and a map of the latents"),
-    "language": ("analysis:language", "latents that detect linguistic labels, and latents of one language"),
-    "shift": ("analysis:shift", "L0, explained variance and loss on longer contexts, other texts, languages or models"),
-    "quickstart": ("training:quickstart", "the whole way on the embedded model: train, cache, explain, score, report"),
-    "recipes": ("training:recipes", "the training configs that come with the package"),
-    "train": ("training:train", "train one SAE, a transcoder, or a suite of them"),
-    "evaluate": ("training:evaluate", "the evaluation card of an SAE, on held-out text"),
-    "saes doctor": ("training:doctor", "does an SAE fit its model, is its training healthy? names what is wrong"),
-    "saes publish": ("training:publish", "upload an SAE with its card, curves and model card to the hub"),
-    "autointerp": (
-        "autointerp:autointerp",
-        "explain and score the latents of a cache, with controls; resumes by itself",
-    ),
-    "export": ("export:export", "write a cache, its explanations or an SAE in another program's format: --to FORMAT"),
-    "reproduce": ("papers:reproduce", "a paper's whole evaluation on any model, or an SAE beside its baselines"),
-    "explainita evaluate": ("explainita:evaluate", "score a submission file against the gold file"),
-    "explainita predict": ("explainita:predict", "write a submission file; with --sae replay the data's activations"),
-}
-GROUPS: dict[str, str] = {
-    "models": "language models: the catalogue, and whether one is loaded as it should be",
-    "saes": "trained SAEs: releases, facts, the doctor, publishing",
-    "corpora": "Italian text: the catalogue, statistics, tokenising ahead of time",
-    "cache": "the feature cache: the activations of every latent over a corpus",
-    "explainita": "the shared task ExplainITA: predictions and their evaluation",
-}
-# What was spelled otherwise before -> how it is spelled now. Scripts get an answer that they can be mended by.
-OLD_COMMANDS: dict[str, str] = {
-    "baselines": "reproduce baselines SAE ...",
-    "corpora preview": "corpora show CORPUS --documents N",
-    "explainita replay": "explainita predict DATA --sae SAE",
-    "browse-compare": "browse CACHE --compare OTHER",
-    "browse-suite": "browse SUITE CACHE...",
-    "cache verify": "cache info CACHE --verify",
-    "cache import": "import FOLDER (Delphi's format alone; exported datasets are not read back)",
-    "ablate": "steer --ablate",
-    "curves": "saes doctor RUN",
-    "scores": "autointerp CACHE --encoder FOLDER --subject",
-    "cache export": "export CACHE --to delphi (or datasets)",
-    "autointerp export": "export CACHE --to parquet (or jsonl, wandb-tables)",
-    "saes export": "export SAE --to jumprelu",
-}
-# Options that are words now, by the commands that had them.
-WORDS: dict[str, str] = {
-    "": "concurrency=N key_env=NAME prices=FILE context_tokens=N shown=top|deciles promoted=true llm_tokenizer=NAME "
-    "timeout=SECONDS",
-    "corpora": "split=NAME on_broken=skip min_chars=N windows_per_shard=N",
-    "browse": "other_sae=SAE",
-    "cache": "split=NAME windows_per_shard=N",
-    "ioi": "name_tokens=N",
-    "tree": "branches=N contexts=N",
-    "language": "context_size=N text_column=NAME",
-    "shift": "packed=true context_size=N text_column=NAME",
-    "quickstart": "card_tokens=N",
-    "export": "model_id=NAME set=NAME suffix=NAME creator=ID creator_name=NAME splits=N hookpoint=NAME",
-}
-OLD_OPTIONS: dict[str, str] = {
-    f"{command} --{word.partition('=')[0].replace('_', '-')}".strip(): f"the word {word}"
-    for command, words in WORDS.items()
+_TABLE = resources.files("sae_italian.cli").joinpath("commands.yaml").read_text(encoding="utf-8")
+_TOLD = yaml.load(_TABLE, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+COMMANDS: dict[str, dict[str, Any]] = _TOLD["commands"]
+OLD_COMMANDS: dict[str, str] = _TOLD["old_commands"]
+OLD_OPTIONS: dict[str, str] = _TOLD["old_options"] | {
+    f"{command} --{word.partition('=')[0].replace('_', '-')}".removeprefix("every "): f"the word {word}"
+    for command, words in _TOLD["words"].items()
     for word in words.split()
-} | {
-    "corpora -n": "--documents",
-    "corpora --picture": "--out",
-    "corpora --no-bos": "the word prepend_bos=false",
-    "corpora --workers": "gone: all CPUs tokenise",
-    "autointerp --latents": "--n-latents",
-    "import --from": "left out: Delphi's is the one format that is read",
-    "ioi --lang": "--language",
-    "ioi --pairs": "--n-pairs",
-    "agreement --pairs": "--pairs-file",
-    "agreement --n": "--check",
-    "agreement --patched": "--n-pairs",
-    "shift --corpora": "--buckets",
-    "shift --models": "--buckets",
-    "quickstart --cache-tokens": "--tokens",
-    "quickstart --latents": "--n-latents",
 }
 
 
@@ -124,12 +41,12 @@ def build() -> App:
         suppress_keyboard_interrupt=False,  # `main` says what is kept
         default_parameter=Parameter(negative=""),
     )
-    groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
+    groups = {name: App(name=name, help=text) for name, text in _TOLD["groups"].items()}
     for group in groups.values():
         app.command(group)
-    for name, (target, text) in COMMANDS.items():
+    for name, told in COMMANDS.items():
         *group, verb = name.split()
-        (groups[group[0]] if group else app).command(f"sae_italian.cli.{target}", name=verb, help=text)
+        (groups[group[0]] if group else app).command(f"sae_italian.cli.{told['run']}", name=verb, help=told["help"])
     return app
 
 
@@ -141,12 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
             return _fail(_renamed(words), 2)
-        result = build()(words, exit_on_error=False, print_error=False, result_action="return_value")
-        return _show(result, as_json="--json" in given) if isinstance(result, tuple) else 0
+        command, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
+        result = command(*bound.args, **bound.kwargs)
+        if isinstance(result, Result):
+            _show(result, None if "--json" in given else _next_step(words, bound.arguments, result.value))
+        return 0
     except SaeItalianError as error:
         return _fail(error, error.exit_code)
     except CycloptsError as error:
-        return _fail(_renamed(words) or error, 2)
+        return _fail(_renamed(words) or _said(error), 2)
     except KeyboardInterrupt as stop:
         return _fail(f"stopped; {stop or 'finished parts are kept, --resume continues'}", 130)
     except BrokenPipeError:
@@ -157,12 +77,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.strerror or error}{place}; finished parts are kept.", 2)
 
 
-def _show(result: tuple[Any, ...], as_json: bool) -> int:
-    value, text, failure = Result(*result)
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=str) if as_json else text)
-    if failure:
-        raise failure
-    return 0
+def _show(result: Result, next_step: str | None) -> None:
+    """Print a result, as JSON where no next step is to be said. Raises: what the result is to fail with."""
+    if next_step is None:
+        print(json.dumps(result.value, ensure_ascii=False, indent=2, default=str))
+    else:
+        print(readable(facts(result.value) if result.text is None else result.text))
+        if next_step and not result.failure:
+            print(f"\nNext: {next_step}")
+    if result.failure:
+        raise result.failure
+
+
+def _next_step(words: list[str], arguments: dict[str, Any], value: Any) -> str:
+    """Return what to do after a command: the first of its next steps whose fields its arguments and its result have."""
+    known = arguments | (value if isinstance(value, dict) else {})
+    fields = {key: quote(str(field)) for key, field in known.items() if field is not None}
+    command = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
+    for step in COMMANDS[command]["next"] if command else ():
+        try:
+            return step.format_map(fields)
+        except KeyError:
+            continue
+    return ""
+
+
+def _said(error: CycloptsError) -> str:
+    if isinstance(error, ValidationError) and error.argument:
+        return f"{error.argument.name} is {error.argument.value}; {error.exception_message}"
+    return str(error)
 
 
 def _fail(why: object, code: int) -> int:
@@ -172,12 +115,10 @@ def _fail(why: object, code: int) -> int:
 
 def _renamed(words: list[str]) -> str | None:
     """Return how a command or option that was renamed is spelled now, None where nothing was."""
-    for length in (2, 1):
-        old = " ".join(words[:length])
+    for old in (" ".join(words[:2]), *words[:1]):
         if old in OLD_COMMANDS:
             return f"`{old}` is now `{OLD_COMMANDS[old]}`."
-    for word in words:
-        name = word.split("=")[0]
+    for name in (word.split("=")[0] for word in words):
         for key in (f"{words[0]} {name}", name):
             if key in OLD_OPTIONS:
                 return f"{name} is now {OLD_OPTIONS[key]}."

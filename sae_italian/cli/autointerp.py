@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from sae_italian.autointerp.llm.settings import LLMOptions, LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
-from sae_italian.cli.options import Model, Result, Seed, Workers, own_words, positive
+from sae_italian.cli.options import Count, Model, Result, Seed, Workers, own_words
 
 TOLD = ("detection", "fuzzing", "simulation")  # the scorers that the table of a run tells of by itself
 
@@ -19,7 +19,7 @@ def autointerp(
     cache: Path,
     /,
     *words: str,
-    n_latents: int | None = None,
+    n_latents: Count | None = None,
     seed: Seed = 0,
     model: Model = None,
     no_random_control: bool = False,
@@ -48,7 +48,6 @@ def autointerp(
     from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.cache import FeatureCache
 
-    positive(n_latents=n_latents)
     sizes = {"width": AutointerpConfig.width, "n_examples": AutointerpConfig.n_examples, "n_scored": 20}
     own, others = own_words(words, sizes)
     settings = (llm or LLMOptions()).with_words(others)
@@ -84,7 +83,6 @@ def _explained(
     from sae_italian.quickstart import analyse, forget_scores, table_of
 
     config = AutointerpConfig(**numbers)
-    positive(workers=where.workers)
     model = load_model(name or cache.manifest.model)
     sae = _sae_of(cache, needed=control)
     if overwrite:
@@ -101,7 +99,7 @@ def _explained(
     if settings.wants_llm:
         results["llm"] = run_beside(cache, model, config, sae, settings, control=control)
         text += f"\n\n{beside_text(results['llm'], cache.folder / STORE_FILE)}"
-    return Result(results, text)
+    return Result({**results, "cache": str(cache.folder)}, text)
 
 
 def _scored(

@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import Folder, Result, Source, Workers, own_words, positive, remembered_name
+from sae_italian.cli.options import POSITIVE, Folder, Result, Source, Workers, own_words, remembered_name
 
 
 def build(
     *saes: str,
     out: Path,
-    tokens: int | Literal["all"] = 300_000,
+    tokens: Annotated[int | Literal["all"], POSITIVE] = 300_000,
     source: Annotated[Source, Parameter(name="*")] = Source(),  # noqa: B008
     folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
     workers: Annotated[Workers, Parameter(name="*")] = Workers(),  # noqa: B008
@@ -37,7 +37,6 @@ def build(
         raise UsageError(f"windows_per_shard={settings['windows_per_shard']}: a number of 1 or more was expected.")
     if not names:
         raise UsageError("an SAE was expected: a folder, or release:sae_id.")
-    positive(workers=workers.workers, tokens=tokens if isinstance(tokens, int) else None)
     sae, model, corpus = source.load(names[0])
     loaded = [sae, *(load_sae(name) for name in names[1:])]
     out = out.resolve()  # a worker may have another working directory

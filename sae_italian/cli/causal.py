@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
 from sae_italian.cli.options import (
+    Count,
     Language,
     Model,
     Result,
@@ -17,7 +18,6 @@ from sae_italian.cli.options import (
     Source,
     key_values,
     own_words,
-    positive,
     short_names,
 )
 
@@ -30,9 +30,9 @@ def ioi(
     *words: str,
     sae: list[str] | None = None,
     language: Language = "it",
-    n_pairs: int = 50,
-    check: int = 200,
-    thresholds: int = 50,
+    n_pairs: Count = 50,
+    check: Count = 200,
+    thresholds: Count = 50,
     anyway: bool = False,
     seed: Seed = 0,
     out: Path | None = None,
@@ -55,7 +55,6 @@ def ioi(
     from sae_italian.base.report import plain
     from sae_italian.models import load_model
 
-    positive(n_pairs=n_pairs, check=check, thresholds=thresholds)
     name_tokens = key_values(words, {"name_tokens": "1"})["name_tokens"]
     if name_tokens != "any" and not name_tokens.isdecimal():
         raise UsageError(f"name_tokens is {name_tokens!r}; a number or any was expected.")
@@ -83,8 +82,8 @@ def agreement(
     pairs_file: Path | None = None,
     check: int = 500,
     sae: list[str] | None = None,
-    n_pairs: int = 50,
-    thresholds: int = 50,
+    n_pairs: Count = 50,
+    thresholds: Count = 50,
     seed: Seed = 0,
     out: Path | None = None,
 ) -> Result:
@@ -103,7 +102,6 @@ def agreement(
     from sae_italian.base.report import plain, table
     from sae_italian.models import load_model
 
-    positive(n_pairs=n_pairs, thresholds=thresholds)
     pairs = read_minimal_pairs(pairs_file) if pairs_file else agreement_pairs(check, seed=seed)
     loaded = load_model(model)
     found = agreement_score(loaded, loaded.tokenizer, pairs)
@@ -149,7 +147,7 @@ def steer(
     new_tokens: int = 24,
     temperature: float = 0.0,
     ablate: bool = False,
-    top: int = 10,
+    top: Count = 10,
     model: Model = None,
     seed: Seed = 0,
 ) -> Result:
@@ -167,7 +165,6 @@ def steer(
     from sae_italian.analysis.causal import latent as effects
     from sae_italian.base.report import plain
 
-    positive(top=top)
     loaded, subject, _ = Source(model=model, corpus="none").load(sae)
     start = subject, subject.tokenizer, loaded, prompt, latent
     if ablate:
@@ -180,8 +177,8 @@ def steer(
 def tree(
     *saes: str,
     latent: int,
-    tokens: int = 20_000,
-    context_size: int = 64,
+    tokens: Count = 20_000,
+    context_size: Count = 64,
     model: Model = None,
     corpus: str | None = None,
     seed: Seed = 0,
@@ -203,7 +200,6 @@ def tree(
     from sae_italian.saes import load_sae
 
     sizes, names = own_words(saes, {"branches": 3, "contexts": 20})
-    positive(tokens=tokens, context_size=context_size)
     if not names:
         raise UsageError("a tree needs the SAEs of at least two layers, in order; none given.")
     last, subject, text = Source(model=model, corpus=corpus).load(names[-1])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import Folder, Result, Seed, key_values, positive
+from sae_italian.cli.options import Count, Folder, Result, Seed, key_values
 
 if TYPE_CHECKING:
     from sae_italian.corpora import Reader
@@ -57,7 +57,7 @@ def _size(entry: Any) -> str:
     return f"{entry.bytes / 1e9:.1f} GB" if entry.bytes else "size not stated"
 
 
-def show(corpus: Corpus, /, *words: Words, documents: int | None = None, text_column: TextColumn = "text") -> Result:
+def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_column: TextColumn = "text") -> Result:
     """Facts about a corpus of the catalogue, and the first documents of any.
 
     Args:
@@ -66,7 +66,6 @@ def show(corpus: Corpus, /, *words: Words, documents: int | None = None, text_co
     from sae_italian.corpora import CorpusStream
     from sae_italian.corpora.catalogue import find
 
-    positive(documents=documents)
     located = find(corpus)
     value: dict[str, Any] = {"facts": located[0].model_dump(mode="json") if located else None, "documents": []}
     parts = [_facts(located[0])] if located else []

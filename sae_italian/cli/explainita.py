@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from sae_italian.autointerp.llm.settings import LLMOptions
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import Model, Result
+from sae_italian.cli.options import Model, Result, model_of
 
 Task = Annotated[Literal[1, 2], Parameter(help="The task: 1 explanations, 2 sequences.")]
 
@@ -42,7 +42,7 @@ def evaluate(
         result = evaluate_explanations(predicted, truth, model=bert or DEFAULT_MODEL, layer=layer)
     else:
         result = evaluate_sequences(predicted, truth)
-    return Result(result, _lines(result))
+    return Result(result)
 
 
 def predict(
@@ -96,7 +96,7 @@ def predict(
         result |= {"by": f"llm:{settings.llm_model}", "unanswered": unanswered, "calls": client.counts}
         result["ledger"] = str(ledger)
     write_submission(data, out, task, answers, split or "test")
-    return Result(result, _lines(result))
+    return Result(result)
 
 
 def _predicted(latents: Any, task: Task, settings: Any, client: Any) -> Any:
@@ -112,26 +112,11 @@ def _predicted(latents: Any, task: Task, settings: Any, client: Any) -> Any:
 def _replay(data: str, task: Task, split: str, name: str, model: str | None, words: tuple[str, ...]) -> Result:
     """Play the data's tokens through a model and an SAE again, and compare the activations."""
     from sae_italian.autointerp.explainita import read_split, replay
-    from sae_italian.models import load_model
     from sae_italian.saes import load_sae
 
     limit = words[0].removeprefix("n_latents=") if words else None
     if len(words) > 1 or limit is not None and not (limit.isdigit() and int(limit) > 0):
         raise UsageError(f"{' '.join(words)!r}: with --sae n_latents=N was expected, N from 1.")
     latents, sae = read_split(data, task, split), load_sae(name)
-    model = model or sae.cfg.metadata.model_name
-    if not model:
-        raise UsageError("the SAE's metadata does not name its model; give --model.")
-    result = replay(latents[: None if limit is None else int(limit)], sae, load_model(model))
-    return Result(result, _lines(result))
-
-
-def _lines(result: dict[str, Any]) -> str:
-    """Return a result as lines of text, what has several numbers with these in one line."""
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, dict):
-            numbers = {name: "-" if number is None else round(number, 3) for name, number in value.items()}
-            value = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        lines.append(f"{key:28} {value}")
-    return "\n".join(lines)
+    result = replay(latents[: None if limit is None else int(limit)], sae, model_of(sae, model))
+    return Result(result)

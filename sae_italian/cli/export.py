@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError, nearest
-from sae_italian.cli.options import Folder, Result, latent_range, positive
+from sae_italian.cli.options import Count, Folder, Result, latent_range
 
 Settings = dict[str, Any]
 
@@ -43,9 +43,9 @@ class Chosen:
     """jumprelu: text that sets the threshold; default: what the SAE was trained on."""
     text_column: str | None = None
     """jumprelu: column that holds the text; default: text."""
-    context_size: int | None = None
+    context_size: Count | None = None
     """jumprelu: tokens of a window; default: as the SAE was trained."""
-    tokens: int | None = None
+    tokens: Count | None = None
     """jumprelu: held-out tokens, of which four fifths set the threshold; default: 40,960."""
     project: str | None = None
     """wandb, wandb-tables: the project; default: sae-italian."""
@@ -152,7 +152,6 @@ def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
     from sae_italian.cli.options import Source
     from sae_italian.evaluation.diagnosis import export_jumprelu
 
-    positive(tokens=settings.get("tokens"))
     size = {"n_tokens": settings.pop("tokens")} if "tokens" in settings else {}
     source = Source(**settings)
     sae, model, corpus = source.load(name)

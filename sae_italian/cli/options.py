@@ -6,9 +6,11 @@ read from the signature, from its docstring ("Args:"), and from the attribute do
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -18,13 +20,61 @@ from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 
 
 class Result(NamedTuple):
-    """What a command returns: a value for `--json`, the text for people, and what to fail with once it is printed."""
+    """What a command returns: a value for `--json`, the text for people, and what to fail with once it is printed.
+
+    A text may hold Markdown tables (`readable` lines them up); without one, the value's `facts` are printed.
+    """
 
     value: Any
-    text: str
+    text: str | None = None
     failure: SaeItalianError | None = None
 
 
+def facts(value: Any) -> str:
+    """Return a record as lines of name and value, one of several numbers in one line; a list of records as a table."""
+    if isinstance(value, list):
+        heads = list(dict.fromkeys(key for record in value for key in record))
+        return "\n".join(_lined_up([heads, *([_cell(record.get(key)) for key in heads] for record in value)]))
+    width = max(map(len, value), default=0)
+    return "\n".join(f"{key:{width}}  {_cell(field)}" for key, field in value.items())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value))
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def readable(text: str) -> str:
+    """Return Markdown for a terminal: tables lined up, pictures' links left out, headings without their signs."""
+    lines: list[str] = []
+    for is_table, group in groupby(text.splitlines(), key=lambda line: line.startswith("|")):
+        if is_table:
+            rows = [
+                [cell.strip().strip("`") for cell in row[1:].rstrip().removesuffix("|").split(" |")] for row in group
+            ]
+            lines += _lined_up([row for row in rows if set("".join(row)) - set("|-: ")])
+        else:
+            lines += [line.lstrip("# ") if line.startswith("#") else line for line in group]
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)^!\[.*\]\(.*\)$\n?", "", "\n".join(lines))).rstrip()
+
+
+def _lined_up(rows: list[list[str]]) -> list[str]:
+    """Return rows of cells as lines, the first one underlined."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    shown = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return [*shown[:1], "  ".join("-" * width for width in widths), *shown[1:]]
+
+
+def _one_or_more(_: Any, value: Any) -> None:
+    if isinstance(value, int) and value < 1:
+        raise ValueError("it must be 1 or more.")
+
+
+POSITIVE = Parameter(validator=_one_or_more)
+Count = Annotated[int, POSITIVE]
 Sae = Annotated[str, Parameter(help="The SAE: a folder, or release:sae_id.")]
 Out = Annotated[Path | None, Parameter(help="Folder to write to; nothing is written without it.")]
 Model = Annotated[str | None, Parameter(help="Name, hub id or folder of the model; default: the SAE's own.")]
@@ -54,7 +104,7 @@ class Source:
     """Local file or folder, catalogue name, or micro-italiano; default: what the SAE was trained on."""
     text_column: str = "text"
     """Column that holds the text."""
-    context_size: int | None = None
+    context_size: Count | None = None
     """Tokens of a window; default: as the SAE was trained."""
 
     @property
@@ -64,15 +114,23 @@ class Source:
 
     def load(self, name: str) -> tuple[Any, Any, str]:
         """Return SAE, model and corpus. Raises: UsageError when neither the options nor the metadata say which."""
-        from sae_italian.models import load_model
         from sae_italian.saes import load_sae
 
         sae = load_sae(name)
-        model, corpus = self.model or sae.cfg.metadata.model_name, self.corpus or sae.cfg.metadata.dataset_path
-        for value, flag in ((model, "--model"), (corpus, "--corpus")):
-            if not value:
-                raise UsageError(f"the SAE's metadata does not say; give {flag}.")
-        return sae, load_model(model), corpus
+        corpus = self.corpus or sae.cfg.metadata.dataset_path
+        if not corpus:
+            raise UsageError("the SAE's metadata does not name its corpus; give --corpus.")
+        return sae, model_of(sae, self.model), corpus
+
+
+def model_of(sae: Any, name: str | None = None) -> Any:
+    """Return the model of that name, or the one that an SAE names. Raises: UsageError when it names none."""
+    from sae_italian.models import load_model
+
+    name = name or sae.cfg.metadata.model_name
+    if not name:
+        raise UsageError("the SAE's metadata does not name its model; give --model.")
+    return load_model(name)
 
 
 @Parameter(name="*")
@@ -84,7 +142,7 @@ class Workers:
     """Processes of this machine, or a Ray cluster."""
     address: str | None = None
     """The Ray cluster's host:port; default: a new one on this machine."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes; with ray, CPUs of a new cluster. Default: 1."""
 
     def map(self, folder: Path, *, gpus: float = 0) -> Callable[..., Any]:
@@ -95,13 +153,6 @@ class Workers:
             raise UsageError(f"--address {self.address} is that of a Ray cluster; add --engine ray, or leave it out.")
         where = {"engine": self.engine, "address": self.address, "workers": self.workers}
         return partial(map_units, **where, gpus=gpus, folder=folder)
-
-
-def positive(**numbers: int | None) -> None:
-    """Raise UsageError, naming the option, for a number below 1."""
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more.")
 
 
 def latent_range(given: str | None) -> tuple[int, int] | None:

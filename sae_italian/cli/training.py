@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import RUN_FILE, write_text
-from sae_italian.cli.options import Folder, Result, Source, Workers, own_words, positive
+from sae_italian.cli.options import Count, Folder, Result, Source, Workers, model_of, own_words
 
 
 def quickstart(
@@ -19,8 +19,8 @@ def quickstart(
     /,
     *words: str,
     out: Path = Path("quickstart"),
-    tokens: int = 300_000,
-    n_latents: int | None = None,
+    tokens: Count = 300_000,
+    n_latents: Count | None = None,
     folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
 ) -> Result:
     """Go the whole way on the embedded model: train, cache, explain, score, report.
@@ -37,7 +37,6 @@ def quickstart(
     from sae_italian.quickstart import quickstart as run
 
     card, overrides = own_words(words, {"card_tokens": CARD_TOKENS})
-    positive(tokens=tokens, n_latents=n_latents)
     results = run(out, config, *overrides, cache_tokens=tokens, latents=n_latents, **card, **asdict(folder))
     return Result(results, f"\n{table_of(results)}\n\nReport: {results['report']}")
 
@@ -80,12 +79,14 @@ def train(
         if where.engine != "local" or where.workers:
             raise UsageError("--engine and --workers are for suites, whose groups are independent; this is one SAE.")
         train_sae(spec_from_dict(values), out, **flags)
-        return Result({"sae": str(out)}, f"SAE: {out}\nJudge it: sae-italian evaluate {out}")
+        return Result({"sae": str(out)}, f"SAE: {out}")
     out = out.resolve()  # a worker may have another working directory
     elsewhere = where.engine != "local" or (where.workers or 1) > 1
     run_units: dict[str, Any] = {"run_units": where.map(out, gpus=float(suite.on_gpu))} if elsewhere else {}
     folders = train_suite(suite, out, **flags, **run_units)
-    return Result({"saes": [str(each) for each in folders]}, "\n".join(f"SAE: {each}" for each in folders))
+    return Result(
+        {"suite": str(out), "saes": [str(each) for each in folders]}, "\n".join(f"SAE: {each}" for each in folders)
+    )
 
 
 def recipes() -> Result:
@@ -100,8 +101,8 @@ def evaluate(
     sae: str,
     /,
     *,
-    tokens: int = 100_000,
-    loss_tokens: int | None = None,
+    tokens: Count = 100_000,
+    loss_tokens: Count | None = None,
     source: Annotated[Source, Parameter(name="*")] = Source(),  # noqa: B008
 ) -> Result:
     """Measure an SAE on held-out text: its evaluation card, kept in its folder.
@@ -114,7 +115,6 @@ def evaluate(
     from sae_italian.base.report import plain
     from sae_italian.evaluation import evaluate as measure
 
-    positive(tokens=tokens, loss_tokens=loss_tokens)
     loaded, model, corpus = source.load(sae)
     size = {"n_tokens": tokens, "loss_tokens": loss_tokens}
     card = measure(loaded, model, corpus, name=sae, **size, **source.reading)
@@ -168,13 +168,10 @@ def doctor(
 
 def _examine(name: str, sae: Any, n_tokens: int, source: Source) -> Any:
     from sae_italian.evaluation.doctor import examine
-    from sae_italian.models import load_model
 
-    model = source.model or sae.cfg.metadata.model_name
-    if not model:
-        raise UsageError("the SAE's metadata does not name its model; give --model.")
+    model = model_of(sae, source.model)
     corpus = source.corpus or _corpus_of(sae, source.text_column)
-    return examine(sae, load_model(model), corpus, n_tokens=n_tokens, name=name, **source.reading)
+    return examine(sae, model, corpus, n_tokens=n_tokens, name=name, **source.reading)
 
 
 def _corpus_of(sae: Any, text_column: str) -> str:

@@ -130,4 +130,4 @@ def test_the_command_scores_with_the_subject_model(capsys, planted, store, tmp_p
     assert store.parent == planted.folder
     cache = shutil.copytree(planted.folder, tmp_path / "cache")
     code, out, _ = run(capsys, "autointerp", cache, "n_scored=1", "--subject")
-    assert code == 0 and "over another's" in out and "| Intervention, log-probability gain (nats) |" in out
+    assert code == 0 and "over another's" in out and "\nIntervention, log-probability gain (nats)  " in out

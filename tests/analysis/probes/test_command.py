@@ -21,7 +21,7 @@ def test_labels_and_languages_of_a_cache_go_into_its_store(
     arguments = ["language", str(folder), "--ud", "micro-italiano", "--tokens", "500", "--out", str(out)]
     assert main([*arguments, "--languages", f"a={jsonl}", f"b={jsonl}"]) == 0
     text = capsys.readouterr().out
-    assert "| UPOS=NOUN |" in text and "shuffled labels" in text and "random twin" in text and "| a |" in text
+    assert "\nUPOS=NOUN  " in text and "shuffled labels" in text and "random twin" in text and "\na  " in text
     result = json.loads((out / "language.json").read_text())
     assert result["words"]["MicroItaliano"]["train"] > 300
     with Store(folder / STORE_FILE, {}) as store:

@@ -28,7 +28,7 @@ def test_genres_are_the_files_of_a_folder(folder, genres, tmp_path, capsys):
     arguments = ["shift", folder, "--by", "genre", "--corpus", str(genres), "--split", "all", "--tokens", "300"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert "| **leggi** |" in text and "| romanzi |" in text and "L0 is k by construction" in text
+    assert "\n**leggi**  " in text and "\nromanzi  " in text and "L0 is k by construction" in text
     result = json.loads((tmp_path / "out" / "shift.json").read_text())
     assert [bucket["name"] for bucket in result["buckets"]] == ["leggi", "romanzi"]
     assert set(result["buckets"][1]["change"]["delta_lm_loss"]) == {"value", "lo", "hi"}
