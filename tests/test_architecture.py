@@ -38,7 +38,7 @@ ROOM_LINES = {
     "cache": 2_145,  # 1_650
     "autointerp": 6_086,  # 3_900
     "analysis": 3_326,  # 2_500
-    "papers": 1_675,  # 1_400
+    "papers": 1_676,  # 1_400
     "browser": 3_395,  # 2_650
     "cli": 2_341,  # 1_400  # quickstart with it
 }
