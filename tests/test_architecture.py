@@ -14,9 +14,9 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 29_295,  # 21_500
-    "statements": 19_010,  # 13_500
-    "files": 189,  # 150
+    "lines": 28_860,  # 21_500
+    "statements": 18_795,  # 13_500
+    "files": 182,  # 150
     "files under 60 lines": 15,
     "function median": 10,
     "function p90": 30,
@@ -36,7 +36,7 @@ ROOM_LINES = {
     "training": 2_097,  # 1_500
     "evaluation": 1_150,
     "cache": 2_145,  # 1_650
-    "autointerp": 6_086,  # 3_900
+    "autointerp": 5_770,  # 3_900
     "analysis": 3_326,  # 2_500
     "papers": 1_676,  # 1_400
     "browser": 3_395,  # 2_650

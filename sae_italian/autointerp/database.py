@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 from urllib.parse import quote
@@ -35,27 +37,20 @@ class RecordTable(Generic[R]):
 
     def __init__(self, name: str, record: type[R], key: Sequence[str], *, numbered: bool = False):
         self.name, self.record = name, record
-        kinds = [getattr(hint, "__args__", (hint,)) for hint in get_type_hints(record).values()]
-        self._as_json = [kind[0] not in _TYPES for kind in kinds]
-        self.json_columns = [name for name, json_ in zip(record._fields, self._as_json, strict=True) if json_]
+        kinds = {field: getattr(hint, "__args__", (hint,)) for field, hint in get_type_hints(record).items()}
+        self.json_columns = {field for field, (kind, *_) in kinds.items() if kind not in _TYPES}
         columns = ["id INTEGER PRIMARY KEY"] if numbered else []
-        for field, kind in zip(record._fields, kinds, strict=True):
-            columns.append(f"{field} {_TYPES.get(kind[0], 'TEXT')}{'' if type(None) in kind else ' NOT NULL'}")
+        for field, (kind, *others) in kinds.items():
+            columns.append(f"{field} {_TYPES.get(kind, 'TEXT')}{'' if type(None) in others else ' NOT NULL'}")
         columns.append(f"{'UNIQUE' if numbered else 'PRIMARY KEY'} ({', '.join(key)})")
         self.create = f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(columns)})"
 
     def add(self, connection: sqlite3.Connection, records: Iterable[R], *, replace: bool = False) -> None:
         """Insert records; with `replace` in the place of those with the same key."""
-        fields = self.record._fields
-        verb = "INSERT OR REPLACE" if replace else "INSERT"
+        fields, verb = self.record._fields, "INSERT OR REPLACE" if replace else "INSERT"
         statement = f"{verb} INTO {self.name} ({', '.join(fields)}) VALUES ({', '.join('?' * len(fields))})"
-        connection.executemany(statement, (self._values(record) for record in records))
-
-    def _values(self, record: R) -> list[Any]:
-        return [
-            json.dumps(value, ensure_ascii=False) if as_json and value is not None else value
-            for value, as_json in zip(record, self._as_json, strict=True)
-        ]
+        written = partial(json.dumps, ensure_ascii=False)
+        connection.executemany(statement, (self._converted(record, written) for record in records))
 
     def select(
         self, connection: sqlite3.Connection, rest: str = "", parameters: Sequence[Any] = ()
@@ -63,8 +58,14 @@ class RecordTable(Generic[R]):
         """Yield each row's number and record; `rest` is what comes after FROM."""
         query = f"SELECT rowid, {', '.join(self.record._fields)} FROM {self.name} {rest}"
         for number, *values in connection.execute(query, parameters):
-            parsed = zip(values, self._as_json, strict=True)
-            yield number, self.record._make(json.loads(v) if as_json and v is not None else v for v, as_json in parsed)
+            yield number, self.record._make(self._converted(values, json.loads))
+
+    def _converted(self, values: Iterable[Any], convert: Callable[[Any], Any]) -> list[Any]:
+        """Return the values of a row with those of the JSON columns converted."""
+        return [
+            convert(value) if field in self.json_columns and value is not None else value
+            for field, value in zip(self.record._fields, values, strict=True)
+        ]
 
 
 def connect(
@@ -76,9 +77,7 @@ def connect(
     store, UsageError when another version of sae_italian wrote it or it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the call ledger is opened in one thread and used in others, never in two at once
-    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-    try:
+    with _opened(path, f"file:{quote(str(path.resolve()))}", "written") as connection:
         connection.execute("PRAGMA journal_mode=WAL")
         # NORMAL loses no commit when the process is killed, but may when the power fails
         connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
@@ -90,14 +89,6 @@ def connect(
             connection.execute(table.create)
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         connection.execute("COMMIT")
-    except sqlite3.DatabaseError as error:
-        connection.close()
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _ELSEWHERE:
-            raise UsageError(f"{path} cannot be written now: {error}.") from error
-        raise DataError(f"{path} is not a store of explanations ({error}). Remove it or name another file.") from error
-    except UsageError:
-        connection.close()
-        raise
     connection.isolation_level = "DEFERRED"
     return connection
 
@@ -105,21 +96,35 @@ def connect(
 def connect_to_read(path: Path) -> sqlite3.Connection:
     """Open a file that cannot be written, or shall not be. Raises: as `connect`."""
     name = f"file:{quote(str(path.resolve()))}?mode=ro"
-    # a store in WAL mode whose folder is read only opens as immutable, unless somebody else has it open
-    problem = ""
-    for address in (name, f"{name}&immutable=1"):
-        connection = None
-        try:
-            connection = sqlite3.connect(address, uri=True, timeout=BUSY_S, check_same_thread=False)
-            _tables_of(connection, path)
-            return connection
-        except sqlite3.OperationalError as error:
-            problem = str(error)
-        except sqlite3.DatabaseError as error:
-            raise DataError(f"{path} is not a store of explanations ({error}). Remove it.") from error
+    try:
+        return _connected_to_read(path, name)
+    except UsageError:
+        # a store in WAL mode whose folder is read only opens as immutable, unless somebody else has it open
+        return _connected_to_read(path, f"{name}&immutable=1")
+
+
+def _connected_to_read(path: Path, address: str) -> sqlite3.Connection:
+    with _opened(path, address, "read") as connection:
+        _tables_of(connection, path)
+    return connection
+
+
+@contextmanager
+def _opened(path: Path, address: str, doing: str) -> Iterator[sqlite3.Connection]:
+    """Open a file for what is done with it first; where that fails nothing stays open. Raises: as `connect`."""
+    connection = None
+    try:
+        # the call ledger is opened in one thread and used in others, never in two at once
+        connection = sqlite3.connect(address, BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
+        yield connection
+    except (sqlite3.DatabaseError, UsageError) as error:
         if connection is not None:
             connection.close()
-    raise UsageError(f"{path} cannot be read: {problem}.")
+        if isinstance(error, UsageError):
+            raise
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _ELSEWHERE:
+            raise UsageError(f"{path} cannot be {doing} now: {error}.") from error
+        raise DataError(f"{path} is not a store of explanations ({error}). Remove it or name another file.") from error
 
 
 def _tables_of(connection: sqlite3.Connection, path: Path, *, carry_over: bool = False) -> set[str]:

@@ -1,157 +1,219 @@
-"""Examples of a latent at work and at rest, for explaining it, for choosing the explanation, and for scoring it.
-
-An example is a segment: at most `width` consecutive tokens of one document. Documents are divided once, by a seeded
-hash, into train (explain), val (choose) and test (score), so no document serves two purposes. Of segments of equal
-tokens only the first counts, in whatever document the others are. Every positive is paired with one negative of each
-source (see negatives.py), of the same length to four tokens and verified silent in the cache.
-"""
+"""What explainers and judges are shown of a latent: the draws of the cache, as arrays and, where it is read, as text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sae_italian.autointerp.protocols import Negatives
+from sae_italian.autointerp.draws import SEGMENT_NEGATIVES, Activity, ExampleSource, Negatives, strong
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.read import PARTS, Part
-from sae_italian.cache.shards import places
-from sae_italian.corpora.packing import NO_DOCUMENT
 
-LENGTH_STEP = MIN_LENGTH = 4  # tokens
-Order = Literal["deciles", "top", "random"]
+N_SIMULATED = 5  # strongest segments of the simulation, and as many random ones (Cunningham et al. 2023)
+LEAST_PAIRS = 10  # positives and negatives below which a source of negatives is not scored
 
 
-class Activity(NamedTuple):
-    """One latent's activations with the segment of each; those outside any segment are left out."""
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A segment: at most `width` consecutive tokens of one document, on which the latent is active or verified silent.
 
-    position: Int[np.ndarray, " nnz"]
-    value: Float[np.ndarray, " nnz"]
-    segment: Int[np.ndarray, " nnz"]
-    active: Int[np.ndarray, " active"]  # the segments with an activation, ascending
-    maximum: Float[np.ndarray, " active"]  # the largest activation in each
+    `text` is cut out of the document by character offsets; token i is `text[spans[i, 0] : spans[i, 1]]`. Spans of
+    neighbouring tokens may leave out a space between them, or share a letter that takes two tokens.
+    """
+
+    text: str
+    spans: Int[np.ndarray, "tokens 2"]
+    tokens: Int[np.ndarray, " tokens"]
+    activations: Float[np.ndarray, " tokens"]
+    document: str
+    positive: bool
+    negatives: Negatives | None = None  # the source of a negative, None for a positive
+    marks: Bool[np.ndarray, " tokens"] | None = None  # the tokens shown marked; None: the question is about the whole
+    first: int = -1  # position of the first token in the cache
+    decile: int = -1  # of a positive among the latent's segments, 0 the weakest tenth, 9 the strongest
+    pair: int = -1  # running number of a positive, and of the negatives that are matched with it
+
+    def strengths(self, maximum: float, top: int = 10) -> Int[np.ndarray, " tokens"]:
+        """Return the activations as whole numbers 0 to `top`: above 0 wherever the latent fires, `top` at its maximum."""
+        scaled = np.ceil(top * self.activations / maximum) if maximum > 0 else np.zeros(len(self.activations))
+        return scaled.clip(0, top).astype(np.int64)
+
+    def marked_text(self, opening: str = "<<", closing: str = ">>") -> str:
+        """Return the text with each run of marked tokens between two signs."""
+        marks = np.zeros(len(self.tokens), dtype=bool) if self.marks is None else self.marks
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], marks.astype(np.int8), [0]])))
+        pieces, done = [], 0
+        for start, stop in edges.reshape(-1, 2).tolist():
+            begin, end = max(int(self.spans[start, 0]), done), int(self.spans[stop - 1, 1])
+            lead = len(self.text[begin:end]) - len(self.text[begin:end].lstrip())
+            pieces += [self.text[done : begin + lead], opening, self.text[begin + lead : end], closing]
+            done = end
+        return "".join([*pieces, self.text[done:]])
 
 
-class Draw(NamedTuple):
-    """Positives of one latent and one part, and by source the negative paired with each (-1 where there is none)."""
+@dataclass(frozen=True, eq=False)
+class LatentExamples:
+    """All that an explainer or a judge is shown of one latent. Training and test share no document and no segment."""
 
-    positive: Int[np.ndarray, " n"]  # segment indices
-    decile: Int[np.ndarray, " n"]  # of their maximum among the latent's segments of the part, 0 the weakest
-    negative: dict[Negatives, Int[np.ndarray, " n"]]
+    latent: int
+    maximum: float  # largest activation in the training documents, to scale strengths by
+    train: Sequence[Example] = ()  # to explain: positives (marked from 0.3 of their maximum on) and random negatives
+    test: Sequence[Example] = ()  # to score: positives, then as many negatives per source as there are
+    marked: Sequence[Example] = ()  # to score by fuzzing: the test segments with marks, equally many in each class
+    simulation: Sequence[Example] = ()  # test positives: the strongest (decile -1), then random ones
+    promoted: tuple[str, ...] = ()  # the tokens whose logits the latent raises most: its output, not when it fires
 
-    def pairs(self, source: Negatives) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-        """Return the positives that have a negative of a source, and these negatives."""
-        there = self.negative[source] >= 0
-        return self.positive[there], self.negative[source][there]
+
+class LatentSegments:
+    """Segments of one latent, each laid out once whatever is asked about it."""
+
+    def __init__(self, source: ExampleSource, activity: Activity, *parts: Int[np.ndarray, " n"]):
+        self.source, self.activity = source, activity
+        self.segments = np.concatenate(parts)
+        self.first = np.cumsum([0, *map(len, parts)])  # row that each part begins at
+        self.grid = source.grid(self.segments)
+        self.known: dict[Any, Any] = {}  # what a judge worked out on all of them
 
 
-class ExampleSource:
-    """The segments of a cache, their division by document, and draws from them. The same seed draws the same."""
+class Alike(NamedTuple):
+    """Rows of a latent's segments that play one part in a question."""
 
-    def __init__(self, cache: FeatureCache, *, width: int = 32, seed: int = 0):
-        self.cache, self.width, self.seed = cache, width, seed
-        self._last_ranked: tuple[Activity, Part, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
-        segments = cache.segments(width)
-        long_enough = segments.length >= MIN_LENGTH
-        self.start, self.length, self.doc = (array[long_enough] for array in segments)
-        self.tokens = cache.tokens.astype(np.int64)
-        self.vocab = int(self.tokens.max()) + 1  # ids that the text has
-        # True where the position before is of the same document and window
-        place = np.arange(cache.n_positions) % cache.manifest.context_size
-        self.linked: Bool[np.ndarray, " positions"] = (place != cache.whole("run")) & (cache.doc != NO_DOCUMENT)
-        self.segment_part = cache.document_parts(seed)[self.doc]
-        # the segment of each position; -1 in segments too short to be an example, and at special tokens
-        self.segment_of: Int[np.ndarray, " positions"] = np.full(cache.n_positions, -1, dtype=np.int32)
-        self.segment_of[places(self.start, self.length)] = np.repeat(np.arange(len(self.start)), self.length)
-        self.position_part = np.append(self.segment_part, np.int8(-1))[self.segment_of]  # -1 reads the last
+    negatives: str  # the source of negatives, "" for positives
+    rows: Int[np.ndarray, " n"]
+    pair: Int[np.ndarray, " n"] | None = None
+    decile: Int[np.ndarray, " n"] | None = None
+    marks: Bool[np.ndarray, "n width"] | None = None
+
+
+class ExampleSet(Sequence[Example]):
+    """Some segments under one question: arrays for who computes, an `Example` with its text for who reads."""
+
+    def __init__(self, segments: LatentSegments, parts: Iterable[Alike]):
+        parts = list(parts)
+        rows = [part.rows for part in parts]
+        self.segments, self.rows = segments, np.concatenate(rows)
+        self.negatives = np.repeat(np.array([part.negatives for part in parts], dtype="U16"), list(map(len, rows)))
+        unknown = [np.full(len(own), -1) for own in rows]
+        self.pair, self.decile = (
+            np.concatenate([u if own is None else own for u, own in zip(unknown, each, strict=True)])
+            for each in ([part.pair for part in parts], [part.decile for part in parts])
+        )
+        marks = [part.marks for part in parts if part.marks is not None]
+        self.marks = np.concatenate(marks) if marks else None
+        self.document = segments.source.doc[segments.segments[self.rows]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._examples[index]
 
     @cached_property
-    def content(self) -> Int[np.ndarray, " segments"]:
-        """One number per segment, equal for segments of equal tokens."""
-        starts = zip(self.start.tolist(), self.length.tolist(), strict=True)
-        hashes = [hash(self.tokens[start : start + length].tobytes()) for start, length in starts]
-        return np.unique(np.array(hashes, dtype=np.int64), return_inverse=True)[1]
+    def _examples(self) -> list[Example]:
+        return [self._read(i) for i in range(len(self))]
+
+    def _read(self, i: int) -> Example:
+        source, name = self.segments.source, str(self.negatives[i])
+        segment = int(self.segments.segments[self.rows[i]])
+        start, length = int(source.start[segment]), int(source.length[segment])
+        text, spans = source.cache.spans(start, start + length)
+        return Example(
+            text=text,
+            spans=spans,
+            tokens=source.tokens[start : start + length],
+            activations=self.activations[i],
+            document=source.cache.document(int(source.doc[segment])).doc_id,
+            positive=not name,
+            negatives=name or None,
+            marks=None if self.marks is None else self.marks[i][:length],
+            first=start,
+            decile=int(self.decile[i]),
+            pair=int(self.pair[i]),
+        )
 
     @cached_property
-    def usable_part(self) -> Int[np.ndarray, " segments"]:
-        """The part of each segment that may become an example, -1 for all but the first of each content in the cache."""
-        part = np.full(len(self.start), -1, dtype=np.int8)
-        first = np.unique(self.content, return_index=True)[1]
-        part[first] = self.segment_part[first]
-        return part
+    def activations(self) -> list[Float[np.ndarray, " tokens"]]:
+        """The latent's activation at each token of each segment."""
+        grid = self.segments.grid[self.rows]
+        values = self.segments.source.values(self.segments.activity, grid)
+        return [own[:n] for own, n in zip(values, (grid >= 0).sum(axis=1).tolist(), strict=True)]
 
-    def activity(self, latent: int) -> Activity:
-        position, value = self.cache.latent(latent)
-        segment = self.segment_of[position]
-        inside = segment >= 0
-        position, value, segment = position[inside], value[inside], segment[inside].astype(np.int64)
-        first = np.flatnonzero(np.append(True, segment[1:] != segment[:-1])) if len(segment) else np.empty(0, np.int64)
-        maximum = np.maximum.reduceat(value, first) if len(first) else value
-        return Activity(position, value, segment, segment[first], maximum)
-
-    def rng(self, latent: int, purpose: str) -> np.random.Generator:
-        return np.random.default_rng([self.seed, latent, *purpose.encode()])
-
-    def n_positives(self, activity: Activity) -> dict[Part, int]:
-        """Return on how many usable segments of each part the latent is active."""
-        counts = np.bincount(self.usable_part[activity.active] + 1, minlength=len(PARTS) + 1)
-        return {part: int(count) for part, count in zip(PARTS, counts[1:], strict=True)}
-
-    def positives(
-        self, latent: int, activity: Activity, part: Part, n: int, order: Order = "deciles"
-    ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-        """Return up to n segments the latent is active on, and the tenth of its maxima each lies in.
-
-        `deciles` draws equally from the ten tenths, `top` takes the strongest, `random` draws from all.
-        """
-        segments, ascending, decile = self._ranked(activity, part)
-        if order == "top":
-            chosen = ascending[::-1][:n]
-        else:
-            chosen = self.rng(latent, part + order).permutation(len(segments))
-            if order == "deciles" and len(segments) > n:
-                chosen = _in_turn(chosen, decile[chosen], n)
-            chosen = chosen[:n]
-        return segments[chosen], decile[chosen].astype(np.int64)
-
-    def _ranked(self, activity: Activity, part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the part's segments, their order by maximum, and the tenth of each; remembers the last one asked for."""
-        last = self._last_ranked
-        if last is None or last[0] is not activity or last[1] != part:
-            mine = self.usable_part[activity.active] == PARTS.index(part)
-            segments, ascending = activity.active[mine], np.argsort(activity.maximum[mine], kind="stable")
-            decile = np.empty(len(segments), dtype=np.uint8)
-            decile[ascending] = np.arange(len(segments)) * 10 // max(len(segments), 1)
-            last = self._last_ranked = activity, part, (segments, ascending, decile)
-        return last[2]
-
-    def grid(self, segments: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n width"]:
-        """Return the positions of the segments' tokens, -1 after their end (and everywhere for segment -1)."""
-        offsets = np.arange(self.width)
-        positions = self.start[segments, None] + offsets
-        inside = (offsets < self.length[segments, None]) & (segments[:, None] >= 0)
-        return np.where(inside, positions, -1)
-
-    def values(self, activity: Activity, grid: Int[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
-        """Return the latent's activations on a grid of positions, whose rows are segments."""
-        values = np.zeros(grid.shape, dtype=activity.value.dtype)
-        if values.size == 0:
-            return values
-        start, length = grid[:, 0], (grid >= 0).sum(axis=1)
-        begin = np.searchsorted(activity.position, start)
-        count = np.searchsorted(activity.position, start + length) - begin
-        row, index = np.repeat(np.arange(len(grid)), count), places(begin, count)
-        values[row, activity.position[index] - start[row]] = activity.value[index]
-        return values
+    @cached_property
+    def questions(self) -> dict[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
+        """By source of negatives, which examples are its negatives' positives and which its negatives, if there are enough."""
+        found = {}
+        positive = np.flatnonzero(self.negatives == "")
+        for source in dict.fromkeys(self.negatives[self.negatives != ""].tolist()):
+            there = np.flatnonzero(self.negatives == source)
+            here = positive[np.isin(self.pair[positive], self.pair[there])]
+            if min(len(here), len(there)) >= LEAST_PAIRS:
+                found[source] = here, there
+        return found
 
 
-def _in_turn(items: Int[np.ndarray, " n"], group: Int[np.ndarray, " n"], n: int) -> Int[np.ndarray, " m"]:
-    """Return n of the items: the first of each group, then the second of each, and so on, in their order."""
-    by_group = np.argsort(group, kind="stable")
-    first = np.searchsorted(group[by_group], np.arange(int(group.max()) + 1))
-    turn = np.empty(len(items), dtype=np.int64)
-    turn[by_group] = np.arange(len(items)) - first[group[by_group]]
-    early = np.flatnonzero(turn < n)
-    return items[early[np.argsort(turn[early], kind="stable")]][:n]
+def latent_examples(
+    source: ExampleSource,
+    latent: int,
+    *,
+    n_train: int = 40,
+    n_test: int = 50,
+    sources: Sequence[Negatives] = SEGMENT_NEGATIVES,
+    promoted: tuple[str, ...] = (),
+) -> LatentExamples:
+    """Return the examples of one latent, none of a part whose number is 0; the same seed and numbers give the same ones."""
+    activity = source.activity(latent)
+    in_train = activity.value[source.position_part[activity.position] == 0] if n_train else activity.value[:0]
+    train = _train(source, activity, n_train) if n_train else ()
+    test = _test(source, activity, n_test, sources) if n_test else ((), (), ())
+    return LatentExamples(latent, float(in_train.max(initial=0.0)), train, *test, promoted)
+
+
+def _train(source: ExampleSource, activity: Activity, n: int) -> ExampleSet:
+    draw = source.draw(activity, "train", n, ())
+    _, silent = draw.pairs("random")
+    segments, paired = LatentSegments(source, activity, draw.positive, silent), len(draw.positive)
+    rows, marks = np.arange(len(segments.segments)), strong(source.values(activity, segments.grid))
+    positives = Alike("", rows[:paired], rows[:paired], draw.decile, marks[:paired])
+    return ExampleSet(segments, [positives, Alike("random", rows[paired:], marks=marks[paired:])])
+
+
+def _test(
+    source: ExampleSource, activity: Activity, n: int, sources: Sequence[Negatives]
+) -> tuple[ExampleSet, ExampleSet, ExampleSet]:
+    """Return the test examples whole, those with marks, and those to simulate."""
+    draw = source.draw(activity, "test", n, sources)
+    top, _ = source.positives(activity, "test", N_SIMULATED, "top")
+    drawn, tenth = source.positives(activity, "test", 3 * N_SIMULATED, "random")
+    others = ~np.isin(drawn, top)
+    drawn, tenth = drawn[others][:N_SIMULATED], tenth[others][:N_SIMULATED]
+    segments = LatentSegments(source, activity, draw.positive, *draw.negative.values(), top, drawn)
+    first = dict(zip(("silent-token", *draw.negative), segments.first.tolist(), strict=False))
+
+    every, there = (
+        np.arange(len(draw.positive)),
+        {name: np.flatnonzero(own >= 0) for name, own in draw.negative.items()},
+    )
+    whole = [Alike(name, first[name] + rows, rows) for name, rows in there.items()]
+    marks = source.marked(activity, draw)
+    usable = np.flatnonzero(np.any([own.rows for own in marks.values()], axis=0))
+    marked = [Alike("", usable, usable, marks=marks["silent-token"].positive[usable])]
+    for name, own in marks.items():
+        rows = np.flatnonzero(own.rows)
+        marked.append(Alike(name, first[name] + rows, rows, marks=own.negative[rows]))
+    simulated = segments.first[-3] + np.arange(len(top) + len(drawn))
+    deciles = np.concatenate([np.full(len(top), -1), tenth])
+    return (
+        ExampleSet(segments, [Alike("", every, every, draw.decile), *whole]),
+        ExampleSet(segments, marked),
+        ExampleSet(segments, [Alike("", simulated, decile=deciles)]),
+    )
+
+
+def promoted_tokens(cache: FeatureCache, strings: list[str], latent: int) -> tuple[str, ...]:
+    """Return the tokens whose logits a latent raises most, of those whose text is given."""
+    ids = np.asarray(cache.statistics["promoted_ids"][latent]).tolist()
+    return tuple(strings[token].strip() for token in ids if token < len(strings))

@@ -25,32 +25,28 @@ def export(path: Path, out: Path, to: str, *, project: str = "sae-italian") -> l
         raise UsageError(f"{to!r} is no format for an export. {nearest(to, FORMATS)}")
     if not path.is_file():
         raise UsageError(f"{path} does not exist: run `sae-italian autointerp` on the cache first.")
-    files, shown = [], {}
+    files, tables = [], {}
     with Store(path, {}) as store:
         for name, table in TABLES.items():
             cursor = store.connection.execute(f"SELECT * FROM {name} ORDER BY rowid")
             names, rows = [column[0] for column in cursor.description], cursor.fetchall()
-            shown[name] = names, rows
-            file = out / f"{name}.{'jsonl' if to == 'jsonl' else 'parquet'}"
-            files.append(file)
+            tables[name] = pyarrow.table({key: [row[i] for row in rows] for i, key in enumerate(names)})
+            files.append(out / f"{name}.{'jsonl' if to == 'jsonl' else 'parquet'}")
             if to == "jsonl":
-                dicts = [dict(zip(names, row, strict=True)) for row in rows]
+                dicts = tables[name].to_pylist()
                 for values in dicts:
                     values |= {key: values[key] and json.loads(values[key]) for key in table.json_columns}
-                write_text(file, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in dicts))
+                write_text(files[-1], "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in dicts))
             else:
-                columns = list(zip(*rows, strict=True)) or [()] * len(names)
-                arrow = pyarrow.table({key: pyarrow.array(column) for key, column in zip(names, columns, strict=True)})
-                with atomic_path(file) as temporary:
-                    pyarrow.parquet.write_table(arrow, temporary)
+                with atomic_path(files[-1]) as temporary:
+                    pyarrow.parquet.write_table(tables[name], temporary)
     if to != "wandb":
         return files
     import wandb
 
     with wandb.init(project=project, job_type="autointerp", dir=str(out), config={"store": path.name}) as run:
         for name in ("explanation", "score"):
-            columns, rows = shown[name]
-            run.log({name: wandb.Table(columns=columns, data=[list(row) for row in rows])})
+            run.log({name: wandb.Table(dataframe=tables[name].to_pandas())})
         artifact = wandb.Artifact("autointerp", type="autointerp")
         for file in files:
             artifact.add_file(str(file))

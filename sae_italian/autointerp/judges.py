@@ -1,20 +1,46 @@
-"""Judges that need no model: the one that executes the explanation's rule, and those that always say the same."""
+"""Judges: what they are, and those that need no model, the one that executes a rule and those that always say the same."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sae_italian.autointerp.explainers.rules import LatentRule, rule_of
 from sae_italian.autointerp.places import Places, View
-from sae_italian.autointerp.protocols import Example, Verdicts
 from sae_italian.autointerp.store import Explanation
 
 RULE = "rule"
+
+
+class Verdicts(NamedTuple):
+    """A judge's answers, one per example."""
+
+    said: Int[np.ndarray, " examples"]  # 1 yes, 0 no, -1 no usable answer
+    probability: Float[np.ndarray, " examples"] | None = None  # of yes, where the judge gives one (NaN where it failed)
+
+
+class Judge(Protocol):
+    """Answers scorers' questions from an explanation alone. `name` goes with every score, `concurrency` is an explainer's.
+
+    A judge has some of these methods, and is given to the scorers that need one of them, so that two judges differ in
+    their answers and in nothing else:
+    `detect(explanation, examples) -> Verdicts` (detection, fuzzing): is each example one of the latent's? Without marks
+    the question is whether the latent is active anywhere on it, with marks whether the marked tokens are those it is
+    active on. Nothing else of an example may be used but its text, its tokens and its marks.
+    `simulate(explanation, examples)` (simulation): the activation expected at each token of each example, in any unit;
+    None for an example without an answer.
+    `encode` (embedding), `forward` (surprisal, intervention): see these scorers.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def concurrency(self) -> int: ...
 
 
 class RuleJudge:
@@ -41,19 +67,18 @@ class RuleJudge:
         """Return the mean activation that the rule has seen where it says what it says of the token."""
         view = View(self.places, examples.segments.grid[examples.rows])
         expected = self._laid(explanation, examples)[0].at(view, "weight")
-        return [own[: int(n)] for own, n in zip(expected, (view.grid >= 0).sum(axis=1), strict=True)]
+        return [own[:n] for own, n in zip(expected, (view.grid >= 0).sum(axis=1).tolist(), strict=True)]
 
     def _laid(self, explanation: Explanation, examples: Any) -> tuple[LatentRule, Float[np.ndarray, "segments width"]]:
         """Return the rule and its rates on all segments of a latent, worked out once whatever is asked about them."""
-        segments = examples.segments
-        if self not in segments.known:
-            segments.known[self] = View(self.places, segments.grid)
-        view, key = segments.known[self], (self, id(explanation))
-        if key not in segments.known:
+        known, key = examples.segments.known, (self, id(explanation))
+        if self not in known:
+            known[self] = View(self.places, examples.segments.grid)
+        if key not in known:
             assert explanation.rule is not None
             rule = rule_of(explanation.rule)
-            segments.known[key] = rule, rule.at(view, "rate"), explanation  # held, so that its id stays its own
-        return segments.known[key][:2]
+            known[key] = rule, rule.at(known[self], "rate"), explanation  # held, so that its id stays its own
+        return known[key][:2]
 
 
 @dataclass(frozen=True)
@@ -67,6 +92,6 @@ class ConstantJudge:
     def name(self) -> str:
         return "always-yes" if self.answer else "always-no"
 
-    def detect(self, explanation: Explanation, examples: Sequence[Example]) -> Verdicts:
+    def detect(self, explanation: Explanation, examples: Sequence[Any]) -> Verdicts:
         """Return the one answer for every example."""
         return Verdicts(np.full(len(examples), int(self.answer)))

@@ -9,33 +9,19 @@ that does not depend on its neighbours is a table over forms, and so is everythi
 from __future__ import annotations
 
 import re
-from functools import cached_property
+from functools import cache, cached_property, partial
 from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sae_italian.autointerp.examples import ExampleSource
+from sae_italian.autointerp.draws import ExampleSource
 from sae_italian.autointerp.pieces import piece_bytes, piece_texts
 
-Family = Literal[
-    "token",
-    "word",
-    "suffix2",
-    "suffix3",
-    "suffix4",
-    "suffix5",
-    "prefix3",
-    "prefix4",
-    "shape",
-    "clitic",
-    "previous",
-    "previous-word",
-    "next",
-    "bigram",
-    "trigram",
-]
+Family = str
+"""A kind of key: token, word, suffix2 to suffix5, prefix3, prefix4, shape and clitic of the position itself; previous,
+previous-word and next to it; bigram and trigram, of which it is the last token."""
 Slot = Literal["here", "previous", "word-before", "next"]
 SUFFIXES: dict[Family, int] = {"suffix2": 2, "suffix3": 3, "suffix4": 4, "suffix5": 5}
 PREFIXES: dict[Family, int] = {"prefix3": 3, "prefix4": 4}
@@ -63,9 +49,8 @@ class Places:
         self.strings = piece_texts(tokenizer, self.vocab)
         self._pieces = piece_bytes(tokenizer, self.vocab)
         self.new_word = self._word_starts()
-        self.start_of_word = np.maximum.accumulate(np.where(self.new_word, np.arange(len(self.new_word)), 0)).astype(
-            np.int32
-        )
+        begins = np.where(self.new_word, np.arange(len(self.new_word), dtype=np.int32), 0)
+        self.start_of_word: Int[np.ndarray, " positions"] = np.maximum.accumulate(begins)
         word, self.words = self._words_so_far()
         ends = np.append(self.new_word[1:], True)
         key = (word.astype(np.int64) * self.vocab + source.tokens) * 2 + ends
@@ -125,24 +110,21 @@ class Places:
         words = [self.words[i] for i in self.form_word.tolist()]
         whole = [word if ends else "" for word, ends in zip(words, self.form_ends, strict=True)]
         lower = [word.lower() for word in whole]
-        token = np.append(self.form_token, -1).astype(np.int32)
-        by_word = _numbered([word or None for word in lower])
-        tables: dict[Family, _FamilyTable] = {
-            "token": _FamilyTable("here", token, []),
-            "word": _FamilyTable("here", *by_word),
-        }
+        texts: dict[Family, list[str | None]] = {"word": [word or None for word in lower]}
         for family, n in SUFFIXES.items():
-            endings = [word[-n:] if len(word) > n and word[-n:].isalpha() else None for word in lower]
-            tables[family] = _FamilyTable("here", *_numbered(endings))
+            texts[family] = [word[-n:] if len(word) > n and word[-n:].isalpha() else None for word in lower]
         for family, n in PREFIXES.items():
-            starts = [word[:n].lower() if len(word) > n and word[:n].isalpha() else None for word in words]
-            tables[family] = _FamilyTable("here", *_numbered(starts))
-        tables["shape"] = _FamilyTable("here", *_numbered([shape_of(word) for word in whole]))
-        tables["clitic"] = _FamilyTable("here", *_numbered([enclitic(word) for word in lower]))
-        tables["previous"] = _FamilyTable("previous", token, [])
-        tables["previous-word"] = _FamilyTable("word-before", *by_word)
-        tables["next"] = _FamilyTable("next", token, [])
-        return tables
+            texts[family] = [word[:n].lower() if len(word) > n and word[:n].isalpha() else None for word in words]
+        texts |= {"shape": [shape_of(word) for word in whole], "clitic": [enclitic(word) for word in lower]}
+        token = np.append(self.form_token, -1).astype(np.int32), []
+        tables = {"token": token} | {family: _numbered(own) for family, own in texts.items()}
+        beside = {
+            "previous": ("previous", token),
+            "previous-word": ("word-before", tables["word"]),
+            "next": ("next", token),
+        }
+        found = {family: _FamilyTable("here", *table) for family, table in tables.items()}
+        return found | {family: _FamilyTable(slot, *table) for family, (slot, table) in beside.items()}
 
     @cached_property
     def chains(self) -> dict[Family, Int[np.ndarray, " positions"]]:
@@ -165,7 +147,7 @@ class Places:
             there = positions
         elif slot == "next":
             there, inside = positions + 1, inside & self._goes_on[positions]
-        else:
+        else:  # before the position, or before its word
             first = positions if slot == "previous" else self.start_of_word[positions]
             there, inside = first - 1, inside & self.source.linked[first]
         return np.where(inside, self.form[np.where(inside, there, -1)], -1)
@@ -203,15 +185,13 @@ class Places:
         """How often each key of each family occurs in the training documents."""
         counts: dict[Family, np.ndarray] = {}
         by_slot = {}
-        for family, table in self.tables.items():
-            if table.slot not in by_slot:
-                forms = self.forms(self.train_positions, table.slot)
-                by_slot[table.slot] = np.bincount(forms[forms >= 0], minlength=len(self.form_token))
-            keyed = table.keys[:-1] >= 0
-            size = int(table.keys.max(initial=-1)) + 1
-            counts[family] = np.bincount(
-                table.keys[:-1][keyed], weights=by_slot[table.slot][keyed], minlength=size
-            ).astype(np.int64)
+        for family, (slot, keys, _) in self.tables.items():
+            if slot not in by_slot:
+                forms = self.forms(self.train_positions, slot)
+                by_slot[slot] = np.bincount(forms[forms >= 0], minlength=len(self.form_token))
+            keyed = keys[:-1] >= 0
+            found = np.bincount(keys[:-1][keyed], weights=by_slot[slot][keyed], minlength=int(keys.max(initial=-1)) + 1)
+            counts[family] = found.astype(np.int64)
         for family, keys in self.chains.items():
             here = keys[self.train_positions]
             counts[family] = np.bincount(here[here >= 0], minlength=int(keys.max(initial=-1)) + 1)
@@ -223,19 +203,15 @@ class View:
 
     def __init__(self, places: Places, grid: Int[np.ndarray, "n width"]):
         self.places, self.grid = places, grid
-        self._forms: dict[Slot, np.ndarray] = {}
-        self._keys: dict[Family, np.ndarray] = {}
+        self._forms = cache(partial(places.forms, grid))
+        self.keys = cache(self._keys)
 
-    def keys(self, family: Family) -> Int[np.ndarray, "n width"]:
+    def _keys(self, family: Family) -> Int[np.ndarray, "n width"]:
         """Return the family's key at each position, -1 for none and at position -1."""
-        if family in self.places.chains and family not in self._keys:
-            self._keys[family] = np.where(self.grid >= 0, self.places.chains[family][self.grid], -1)
-        if family not in self._keys:
-            table = self.places.tables[family]
-            if table.slot not in self._forms:
-                self._forms[table.slot] = self.places.forms(self.grid, table.slot)
-            self._keys[family] = table.keys[self._forms[table.slot]]
-        return self._keys[family]
+        if family in self.places.chains:
+            return np.where(self.grid >= 0, self.places.chains[family][self.grid], -1)
+        slot, keys, _ = self.places.tables[family]
+        return keys[self._forms(slot)]
 
 
 def shape_of(word: str) -> str:

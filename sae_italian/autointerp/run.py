@@ -6,18 +6,20 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from sae_italian.autointerp.examples import LatentExamples
+from sae_italian.autointerp.explainers import Explainer
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
-from sae_italian.autointerp.judges import RULE
-from sae_italian.autointerp.protocols import SEGMENT_NEGATIVES, Explainer, JudgeBase, LatentExamples, Negatives
+from sae_italian.autointerp.judges import RULE, Judge
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
-from sae_italian.autointerp.store import Explanation, Feature, Store
-from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Explained, Known, Work, explain_batch, score_batch
+from sae_italian.autointerp.store import Explanation, Judgement, Store
+from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Known, Work, explain_batch, score_batch
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.storage import fingerprint
 from sae_italian.base.units import in_threads, map_units
@@ -52,7 +54,7 @@ def run_autointerp(
     store: Path | None = None,
     sae: Any = None,
     explainers: Sequence[Explainer] = (),
-    judges: Sequence[JudgeBase] = (),
+    judges: Sequence[Judge] = (),
     workers: int = 1,
     run_units: Callable[..., Iterator[Any]] | None = None,
 ) -> Path:
@@ -116,18 +118,10 @@ class Run:
         if self.run_units is None:
             self.work.prepare()
         for batch in self._map(explain_batch, [n for n in self.latents if n not in done], "explain"):
-            explanations = [explanation for found in batch for explanation in found.explanations]
-            self.store.add_explanations(explanations, [self._feature(found) for found in batch])
-        own, live, stranger = self._live(EXPLAINER)
-        lookup, done = self.store.explanations(LOOKUP), self.store.scored(EXPLAINER, RULE)
-        todo = [(own[n], lookup[n], own.get(stranger.get(n, -1))) for n in live if n not in done]
-        for batch in self._map(score_batch, todo, "score"):
-            self.store.add_scores(row for rows in batch for row in rows)
-
-    def _feature(self, found: Explained) -> Feature:
-        """Return how often a latent fires, its maximum, and on how many segments of each part it can be seen."""
-        statistics, latent = self.cache.statistics, found.latent
-        return Feature(latent, int(statistics["count"][latent]), float(statistics["max"][latent]), *found.n_positives)
+            features, explanations = zip(*batch, strict=True)
+            self.store.add_explanations(chain.from_iterable(explanations), features)
+        for batch in self._map(score_batch, self._unscored(EXPLAINER, RULE), "score"):
+            self.store.add_scores(chain.from_iterable(batch))
 
     def _map(self, function: Callable[[Work, list[Any]], Any], items: list[Any], desc: str) -> Iterator[Any]:
         """Yield the function's result for each batch of items, in order, wherever the work is done."""
@@ -143,13 +137,17 @@ class Run:
                 bar.update(len(unit))
                 yield result
 
-    def _live(self, explainer: str, draw: int | None = None) -> tuple[dict[int, Known], list[int], dict[int, int]]:
-        """Return an explainer's explanations, the latents that have one (`draw` of them, at random), and a stranger of each."""
-        own = self.store.explanations(explainer)
+    def _unscored(self, explainer: str, judge: str, draw: int | None = None) -> list[tuple[Known, Known, Known | None]]:
+        """Return an explainer's explanations that a judge has not scored, each with the latent's lookup and a stranger's.
+
+        With `draw` only those of so many latents are looked at, drawn at random.
+        """
+        own, lookup = self.store.explanations(explainer), self.store.explanations(LOOKUP)
         live = [latent for latent, (_, explanation) in own.items() if explanation.status == "ok"]
         if draw is not None:
             live = np.random.default_rng(self.config.seed).permutation(sorted(live))[:draw].tolist()
-        return own, live, strangers(live, self.config.seed)
+        stranger, done = strangers(live, self.config.seed), self.store.scored(explainer, judge)
+        return [(own[n], lookup[n], own.get(stranger.get(n, -1))) for n in live if n not in done]
 
     # --- explainers and judges that are handed in ----------------------------------------------------------------------
 
@@ -167,45 +165,36 @@ class Run:
         for explanations in tqdm(found, total=len(todo), desc=explainer.name, unit="latent", disable=None):
             self.store.add_explanations(explanations)
 
-    def _claim(self, who: Explainer | JudgeBase) -> None:
+    def _claim(self, who: Explainer | Judge) -> None:
         """Hold an explainer or judge to the settings (prompts, examples) that its earlier work here had."""
         settings = getattr(who, "settings", None)
         if settings is not None:
             self.store.claim(f"{type(who).__name__} {who.name}", settings)
 
     def score_with(
-        self,
-        judge: JudgeBase,
-        name: str,
-        *,
-        draw: int | None = None,
-        n_examples: int | None = None,
-        sources: Sequence[Negatives] = SEGMENT_NEGATIVES,
-        nothing: str = "",
+        self, judge: Judge, name: str, *, draw: int | None = None, nothing: str = "", **settings: Any
     ) -> None:
         """Let a judge score one explainer's explanations, and as control each on another latent's examples.
 
         With `draw` only so many of them, at random; `nothing` is a text that explains nothing, scored as one more control.
-        `n_examples` and `sources` are the test positives and their negatives, by default the configuration's and all.
+        `settings` are those of `latent_examples`.
         """
         self._claim(judge)
-        own, live, stranger = self._live(name, draw)
-        lookup, done = self.store.explanations(LOOKUP), self.store.scored(name, judge.name)
-        todo = [latent for latent in live if latent not in done]
+        todo = self._unscored(name, judge.name, draw)
 
-        def score(examples: LatentExamples) -> tuple[list[Row], list[Any]]:
-            latent = examples.latent
-            asked = [Asked(judge, own[latent][1], row_id=own[latent][0])]
-            if other := own.get(stranger.get(latent, -1)):
-                asked.append(Asked(judge, other[1], SHUFFLED, other[0]))
+        def score(item: tuple[LatentExamples, tuple[Known, Known, Known | None]]) -> tuple[list[Row], list[Judgement]]:
+            examples, ((row_id, own), (_, lookup), stranger) = item
+            asked = [Asked(judge, own, row_id=row_id)]
+            if stranger is not None:
+                asked.append(Asked(judge, stranger[1], SHUFFLED, stranger[0]))
             if nothing:
-                empty = Explanation(latent, "", "ok", nothing, nothing, None)
-                asked.append(Asked(judge, empty, NOTHING_SAID, own[latent][0]))
-            rows = score_rows([*asked, Asked(self.work.judge, lookup[latent][1])], examples)
-            return rows, [judgement for one in asked for judgement in one.judgements(latent)]
+                asked.append(
+                    Asked(judge, Explanation(own.latent, "", "ok", nothing, nothing, None), NOTHING_SAID, row_id)
+                )
+            rows = score_rows([*asked, Asked(self.work.judge, lookup)], examples)
+            return rows, [judgement for one in asked for judgement in one.judgements(own.latent)]
 
-        settings = {"n_train": 0, "sources": sources} | ({} if n_examples is None else {"n_test": n_examples})
-        shown = (self.work.examples(latent, **settings) for latent in todo)
+        shown = ((self.work.examples(known[0][1].latent, n_train=0, **settings), known) for known in todo)
         found = in_threads(score, shown, judge.concurrency)
         for rows, judgements in tqdm(found, total=len(todo), desc=judge.name, unit="latent", disable=None):
             self.store.add_scores(rows, judgements)
@@ -226,7 +215,7 @@ def score_with_models(
     cache: FeatureCache,
     tokenizer: Any,
     store: Path,
-    judges: Sequence[JudgeBase],
+    judges: Sequence[Judge],
     *,
     latents: int,
     explainer: str = EXPLAINER,
@@ -247,23 +236,14 @@ def score_with_models(
         run = Run(cache, tokenizer, stored_config(opened), opened)
         for judge in judges:
             nothing = SAYS_NOTHING[getattr(judge, "language", "it")]
-            few: dict[str, Any] = {"n_examples": N_SEGMENTS, "sources": ("random", "same-token"), "nothing": nothing}
-            run.score_with(judge, explainer, draw=latents, **few)
+            few: dict[str, Any] = {"n_test": N_SEGMENTS, "sources": ("random", "same-token")}
+            run.score_with(judge, explainer, draw=latents, nothing=nothing, **few)
 
 
-def random_sae_control(
-    cache: FeatureCache,
-    sae: Any,
-    model: Any,
-    config: AutointerpConfig,
-    *,
-    workers: int = 1,
-    explainers: Sequence[Explainer] = (),
-    judges: Sequence[JudgeBase] = (),
-) -> Path:
+def random_sae_control(cache: FeatureCache, sae: Any, model: Any, config: AutointerpConfig, **others: Any) -> Path:
     """Build the cache of the random twin on the same text, inside the cache's folder, and score it; return its store.
 
-    Explainers and judges that are handed in do for the twin what they did for the trained SAE.
+    `others` are those of `run_autointerp`: explainers and judges do for the twin what they did for the trained SAE.
     """
     manifest, twin = cache.manifest, random_twin(sae, seed=config.seed)
     folder = build_cache(
@@ -279,7 +259,6 @@ def random_sae_control(
         sae_name=f"random twin of {manifest.sae}",
         resume=(cache.folder / TWIN_FOLDER).is_dir(),
     )
-    others: dict[str, Any] = {"explainers": explainers, "judges": judges, "workers": workers}
     return run_autointerp(FeatureCache.open(folder), model.tokenizer, config, sae=twin, **others)
 
 

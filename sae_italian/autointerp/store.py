@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sae_italian.autointerp.database import CALLS_TABLE, RecordTable, connect, connect_to_read
 from sae_italian.base.errors import DataError, UsageError
@@ -137,8 +137,7 @@ class Store:
         self.path = path
         self.connection = connect_to_read(path) if read_only else connect(path, TABLES.values())
         known, wanted = self.notes(), {key: json.dumps(value) for key, value in identity.items()}
-        query = "SELECT NOT EXISTS (SELECT 1 FROM explanation WHERE explainer NOT LIKE ?)"
-        unused = self.connection.execute(query, ("%" + NOW,)).fetchone()[0]
+        unused = not self._any("SELECT 1 FROM explanation WHERE explainer NOT LIKE ?", "%" + NOW)
         for key, value in wanted.items():
             # labels, or what was asked on demand, may come first: what they did not say is claimed now
             if known.get(key) != value and not (unused and key not in known):
@@ -148,14 +147,16 @@ class Store:
                     "for this run. Use --overwrite, or name another file."
                 )
         if unused and not read_only:
-            with self.connection:
-                SETTINGS.add(self.connection, map(Setting._make, wanted.items()), replace=True)
+            self.note(wanted)
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.connection.close()
+
+    def _any(self, query: str, *parameters: Any) -> bool:
+        return self.connection.execute(query, parameters).fetchone() is not None
 
     # --- who did what --------------------------------------------------------------------------------------------------
 
@@ -165,25 +166,22 @@ class Store:
         Raises: UsageError when it worked here with others; what it only tried without a result binds nobody.
         """
         key, value = f"settings of {name}", json.dumps(settings, sort_keys=True, ensure_ascii=False)
-        known = self.notes().get(key)
-        if known is None or known != value and not self._worked(name.partition(" ")[2]):
-            self.note(key, value)
-        elif known != value:
+        known, who = self.notes().get(key), name.partition(" ")[2]
+        if known == value:
+            return
+        worked = self._any("SELECT 1 FROM explanation WHERE explainer = ? AND status IN ('ok', 'failed')", who)
+        if known is not None and (worked or self._any("SELECT 1 FROM score WHERE judge = ?", who)):
             then, now = json.loads(known), json.loads(value)
             changed = ", ".join(sorted(k for k in then | now if then.get(k) != now.get(k)))
             raise UsageError(
                 f"{self.path} holds work of {name} with other settings ({changed}). Use --overwrite, or name another file."
             )
+        self.note({key: value})
 
-    def _worked(self, who: str) -> bool:
-        query = """SELECT EXISTS (SELECT 1 FROM explanation WHERE explainer = ? AND status IN ('ok', 'failed'))
-                       OR EXISTS (SELECT 1 FROM score WHERE judge = ?)"""
-        return bool(self.connection.execute(query, (who, who)).fetchone()[0])
-
-    def note(self, key: str, value: str) -> None:
-        """Keep a fact about the run, such as what an endpoint cannot do."""
+    def note(self, facts: Mapping[str, str]) -> None:
+        """Keep facts about the run by name, such as what an endpoint cannot do."""
         with self.connection:
-            SETTINGS.add(self.connection, [Setting(key, value)], replace=True)
+            SETTINGS.add(self.connection, map(Setting._make, facts.items()), replace=True)
 
     def notes(self) -> dict[str, str]:
         return dict(self.connection.execute("SELECT key, value FROM run"))
@@ -260,8 +258,7 @@ class Store:
         where = f"latent = ? AND judge = ? AND explanation_id IN ({ids})"
         with self.connection:
             for key in {(row.latent, row.judge) for row in judged}:
-                query = f"SELECT EXISTS (SELECT 1 FROM judgement WHERE {where} AND said = ?)"
-                if self.connection.execute(query, (*key, UNANSWERED)).fetchone()[0]:
+                if self._any(f"SELECT 1 FROM judgement WHERE {where} AND said = ?", *key, UNANSWERED):
                     for table in ("score", "judgement"):
                         self.connection.execute(f"DELETE FROM {table} WHERE {where}", key)
             SCORES.add(self.connection, (ScoreRow(*row) for row in rows))
@@ -277,14 +274,17 @@ class Store:
         judge: str = "rule",
         negatives: str | None = None,
         failed: bool = False,
+        column: Literal["value", "lo"] = "value",
     ) -> dict[int, float]:
         """Return one metric by latent, where it has a value. A rule's score and an LLM's are different: never both at once.
 
-        With `failed` those that could not be scored are there too, with None.
+        With `failed` those that could not be scored are there too, with None. `lo` is the interval's lower end, the value
+        where there is none.
         """
-        query = """SELECT score.latent, score.value FROM score JOIN explanation ON explanation.id = score.explanation_id
-                   WHERE explainer = ? AND control = ? AND scorer = ? AND metric = ? AND judge = ?
-                     AND negatives = coalesce(?, negatives) AND (? OR value IS NOT NULL) ORDER BY score.latent"""
+        query = f"""SELECT score.latent, coalesce(score.{column}, score.value)
+                    FROM score JOIN explanation ON explanation.id = score.explanation_id
+                    WHERE explainer = ? AND control = ? AND scorer = ? AND metric = ? AND judge = ?
+                      AND negatives = coalesce(?, negatives) AND (? OR value IS NOT NULL) ORDER BY score.latent"""
         where = (explainer, control, scorer, metric, judge, negatives, failed)
         return dict(self.connection.execute(query, where))
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from sae_italian.autointerp.draws import FUZZING_NEGATIVES, SEGMENT_NEGATIVES
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.judges import RULE
-from sae_italian.autointerp.protocols import FUZZING_NEGATIVES, SEGMENT_NEGATIVES
 from sae_italian.autointerp.run import NOTHING_SAID, SHUFFLED, stored_config
 from sae_italian.autointerp.scorers import SCORERS
 from sae_italian.autointerp.scorers.binary import GAIN, HEADLINE
@@ -68,17 +68,19 @@ class AutointerpSummary:
         return plain(self)
 
 
-def summarise(
-    path: Path, identity: dict[str, Any] | None = None, *, explainer: str = EXPLAINER, judge: str = RULE
-) -> AutointerpSummary:
+def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> AutointerpSummary:
     """Return the summary of a store for one explainer and judge, the rules and the rule judge by default."""
-    with Store(path, identity or {}) as store:
+    with Store(path, {}) as store:
         statuses = [explanation.status for _, explanation in store.explanations(explainer).values()]
 
         def values(scorer: str, negatives: str = "", metric: str = "", **where: Any) -> dict[int, float]:
             where = {"explainer": explainer, "judge": judge, "control": ""} | where
             negatives, metric = negatives or _HEADLINE[scorer], metric or SCORERS[scorer].metric
             return store.values(scorer=scorer, negatives=negatives, metric=metric, **where)
+
+        def by_source(metric: str = "") -> dict[str, dict[str, Estimate]]:
+            found = {scorer: {name: values(scorer, name, metric) for name in own} for scorer, own in _SOURCES.items()}
+            return {scorer: {name: _mean(each) for name, each in own.items() if each} for scorer, own in found.items()}
 
         lookup = {"explainer": LOOKUP, "judge": RULE}
         means = {name: _mean(values(name)) for name in _HEADLINE}
@@ -88,8 +90,8 @@ def summarise(
             means[f"always_{answer}"] = _mean(values("detection", explainer=EXPLAINER, judge=f"always-{answer}"))
         detected, looked_up = values("detection"), values("detection", **lookup)
         both = {latent: looked_up[latent] for latent in detected if latent in looked_up}
-        better = _better(store, explainer, judge)
-        sources = [(scorer, name) for scorer, names in _SOURCES.items() for name in names]
+        gains = values("detection", metric=GAIN, column="lo")
+        better = {latent for latent, low in gains.items() if low > 0}  # the interval of the gain is above 0
         return AutointerpSummary(
             explainer=explainer,
             judge=judge,
@@ -103,30 +105,11 @@ def summarise(
             lookup_share_detected=_share(list(looked_up.values())),
             gain_over_lookup=_mean(values("detection", metric=GAIN)),
             only_token=_share([0.0 if latent in better else value for latent, value in both.items()]),
-            by_negatives=_nested({(scorer, name): values(scorer, name) for scorer, name in sources}),
-            gains=_nested({(scorer, name): values(scorer, name, GAIN) for scorer, name in sources}),
+            by_negatives=by_source(),
+            gains=by_source(GAIN),
             by_decile=[_mean(values("detection", metric=f"tpr_decile_{tenth}")) for tenth in range(10)],
             enough=len(statuses) >= ENOUGH or stored_config(store).latents is None,
         )
-
-
-def _better(store: Store, explainer: str, judge: str) -> set[int]:
-    """Return the latents explained better than by token lookup: the interval of the gain is above 0."""
-    lows = store.connection.execute(
-        """SELECT score.latent, coalesce(score.lo, score.value) FROM score JOIN explanation ON explanation.id = explanation_id
-           WHERE explainer = ? AND judge = ? AND control = '' AND scorer = 'detection' AND negatives = 'random'
-             AND metric = ? AND value IS NOT NULL""",
-        (explainer, judge, GAIN),
-    )
-    return {latent for latent, low in lows if low > 0}
-
-
-def _nested(found: dict[tuple[str, str], dict[int, float]]) -> dict[str, dict[str, Estimate]]:
-    """Return means by scorer and negative source, of the sources that there are."""
-    return {
-        scorer: {name: _mean(values) for (of, name), values in found.items() if of == scorer and values}
-        for scorer in _SOURCES
-    }
 
 
 def _mean(values: dict[int, float]) -> Estimate:
@@ -196,16 +179,14 @@ def means_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the means as a Markdown table."""
 
     def cell(numbers: dict[str, Any], form: str) -> str:
-        return shown(
-            Estimate(*(float("nan") if numbers[name] is None else numbers[name] for name in Estimate._fields)), form
-        )
+        known = (numbers[name] for name in Estimate._fields)
+        return shown(Estimate(*(float("nan") if value is None else value for value in known)), form)
 
-    head = "score | negatives | explanation | another's | empty | over another's | latents"
     lines = []
     for row in rows:
         values = [cell({**each, "lo": None}, ".3f") for each in (row, row[SHUFFLED], row[NOTHING_SAID])]
         failed = f" ({row['n_failed']} could not be scored)" if row["n_failed"] else ""
         name = f"{label('scorer.' + row['scorer'])}, {label('metric.' + row['metric'])}"
-        source = label("negatives." + row["negatives"])
-        lines.append([name, source, *values, cell(row[f"over_{SHUFFLED}"], "+.3f"), f"{row['n']}{failed}"])
-    return table(head, lines)
+        over = cell(row[f"over_{SHUFFLED}"], "+.3f")
+        lines.append([name, label("negatives." + row["negatives"]), *values, over, f"{row['n']}{failed}"])
+    return table("score | negatives | explanation | another's | empty | over another's | latents", lines)

@@ -11,21 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_italian.autointerp.examples import ExampleSource
+from sae_italian.autointerp.draws import ExampleSource, find_neighbours
+from sae_italian.autointerp.examples import LatentExamples, latent_examples, promoted_tokens
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, RuleExplainer
 from sae_italian.autointerp.judges import ConstantJudge, RuleJudge
-from sae_italian.autointerp.negatives import NegativeSource, find_neighbours
 from sae_italian.autointerp.places import Places
-from sae_italian.autointerp.protocols import LatentExamples
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.scorers.binary import HEADLINE
-from sae_italian.autointerp.shown import latent_examples, promoted_tokens
-from sae_italian.autointerp.store import Explanation
+from sae_italian.autointerp.store import Explanation, Feature
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.read import Part
 
 SHUFFLED = "shuffled"  # the control of another latent's explanation
-LEAST_POSITIVES: dict[Part, int] = {"train": 10, "val": 5, "test": 10}  # segments
+LEAST_POSITIVES = (10, 5, 10)  # segments of train, val and test
 
 Known = tuple[int, Explanation]  # an explanation with its id in the store
 
@@ -45,10 +42,9 @@ class AutointerpConfig:
 
 
 class Explained(NamedTuple):
-    """One latent's explanations, and on how many segments of each part it can be seen at work."""
+    """One latent's explanations, and how much there was to see of it."""
 
-    latent: int
-    n_positives: tuple[int, ...]
+    feature: Feature
     explanations: list[Explanation]
 
 
@@ -59,11 +55,10 @@ class Work:
         self, cache: FeatureCache, tokenizer: Any, config: AutointerpConfig, latents: Sequence[int], sae: Any = None
     ):
         self.cache, self.config = cache, config
-        self.source = ExampleSource(cache, width=config.width, seed=config.seed)
+        neighbours = find_neighbours(cache, latents, sae)
+        self.source = ExampleSource(cache, neighbours, width=config.width, seed=config.seed)
         self.places = Places(self.source, tokenizer)
-        self.negatives = NegativeSource(self.source, find_neighbours(cache, latents, sae))
-        self.explainer = RuleExplainer(self.places, self.negatives, config.n_examples)
-        self.judge = RuleJudge(self.places)
+        self.explainer, self.judge = RuleExplainer(self.places, config.n_examples), RuleJudge(self.places)
         self.opener = partial(open_work, cache.folder, tokenizer, config, latents, sae)
 
     def prepare(self) -> None:
@@ -71,18 +66,17 @@ class Work:
         import sklearn.tree  # noqa: F401  # two seconds, once instead of in every process
 
         self.places.prepare()
-        self.negatives.prepare()
+        self.source.prepare()
 
     def explain(self, latent: int) -> Explained:
         """Return the best rule and the token lookup of one latent, or why there is none."""
-        activity = self.source.activity(latent)
+        activity, statistics = self.source.activity(latent), self.cache.statistics
         n = self.source.n_positives(activity)
-        counted = tuple(n[part] for part in LEAST_POSITIVES)
-        if any(n[part] < least for part, least in LEAST_POSITIVES.items()):
+        feature = Feature(latent, int(statistics["count"][latent]), float(statistics["max"][latent]), *n)
+        if any(found < least for found, least in zip(n, LEAST_POSITIVES, strict=True)):
             status = "too few activations" if len(activity.position) else "dead"
-            nothing = [Explanation(latent, explainer, status, "", "", None) for explainer in (EXPLAINER, LOOKUP)]
-            return Explained(latent, counted, nothing)
-        return Explained(latent, counted, self.explainer.explain_latent(latent, activity))
+            return Explained(feature, [Explanation(latent, name, status, "", "", None) for name in (EXPLAINER, LOOKUP)])
+        return Explained(feature, self.explainer.explain_activity(activity))
 
     def score(self, own: Known, lookup: Known, stranger: Known | None = None) -> list[Row]:
         """Return the score rows of a latent's rule, of its token lookup, and of another latent's rule as control."""
@@ -94,8 +88,7 @@ class Work:
 
     def examples(self, latent: int, **settings: Any) -> LatentExamples:
         """Return what is shown of a latent; `settings` are those of `latent_examples`."""
-        known: dict[str, Any] = {"n_test": self.config.n_examples}
-        return latent_examples(self.negatives, latent, **known | settings)
+        return latent_examples(self.source, latent, **{"n_test": self.config.n_examples, **settings})
 
     def promoted(self, latent: int) -> tuple[str, ...]:
         """Return the tokens whose logits a latent raises most, those that the cache's text never has left out."""

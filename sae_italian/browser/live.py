@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from sae_italian.analysis.causal.latent import ablate, steer
+from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.autointerp.now import config_of, keep
-from sae_italian.autointerp.protocols import LatentExamples
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.work import Work

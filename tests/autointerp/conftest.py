@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp import run_autointerp
-from sae_italian.autointerp.examples import ExampleSource
-from sae_italian.autointerp.negatives import NegativeSource, Neighbours, find_neighbours
+from sae_italian.autointerp.draws import ExampleSource, find_neighbours
+from sae_italian.autointerp.examples import ExampleSet, LatentExamples
+from sae_italian.autointerp.judges import Verdicts
 from sae_italian.autointerp.places import Places
-from sae_italian.autointerp.protocols import LatentExamples, Verdicts
 from sae_italian.autointerp.scorers import Asked
-from sae_italian.autointerp.shown import ExampleSet
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -58,19 +57,14 @@ def store(planted, mini):
 
 @pytest.fixture(scope="session")
 def source(planted):
-    return ExampleSource(planted)
+    neighbours = find_neighbours(planted, range(planted.manifest.d_sae))
+    # decoder rows are random here; what matters is that the source is drawn from
+    return ExampleSource(planted, {**neighbours, "decoder": neighbours["decoder"] or {0: np.array([1, 2, 3])}})
 
 
 @pytest.fixture(scope="session")
 def places(source, mini):
     return Places(source, mini.tokenizer)
-
-
-@pytest.fixture(scope="session")
-def negatives(source, planted):
-    neighbours = find_neighbours(planted, range(planted.manifest.d_sae))
-    # decoder rows are random here; what matters is that the source is drawn from
-    return NegativeSource(source, Neighbours(neighbours.cofiring, neighbours.decoder or {0: np.array([1, 2, 3])}))
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def test_a_store_is_read_without_being_written(tmp_path):
     with Store(path, {}, read_only=True) as store:
         assert store.explanations_of(0)["rules"].text_it == "sì"
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
-            store.note("a", "b")
+            store.note({"a": "b"})
     assert path.read_bytes() == before
     with pytest.raises(UsageError, match="cannot be read"):
         Store(tmp_path / "none.sqlite", {}, read_only=True)

@@ -6,14 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sae_italian.autointerp.explainers.choose import RuleExplainer, best_threshold
+from sae_italian.autointerp.draws import Activity
+from sae_italian.autointerp.examples import LatentExamples
+from sae_italian.autointerp.explainers.choose import (
+    FAMILIES,
+    RuleExplainer,
+    best_threshold,
+    fit_keys,
+    fit_tree,
+    fit_trie,
+)
 from sae_italian.autointerp.explainers.counts import LEAST_Z, Counts, grouped
-from sae_italian.autointerp.explainers.fit import FAMILIES, fit_keys, fit_tree, fit_trie
 from sae_italian.autointerp.explainers.rules import KeyRule, Path, TreeRule, rule_of
 from sae_italian.autointerp.explainers.text import describe, statement
 from sae_italian.autointerp.pieces import piece_bytes, piece_texts
 from sae_italian.autointerp.places import View, enclitic, shape_of
-from sae_italian.autointerp.protocols import LatentExamples
 from sae_italian.base.report import plain
 from tests.autointerp.conftest import N_PREVIOUS, N_TOKENS
 from tests.corpora.test_packing import TOKENIZERS
@@ -172,26 +179,23 @@ def test_only_keys_above_the_base_rate_can_be_telling(places, source):
 # --- fitting ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_ending_is_found_as_an_ending(places, source, planted, negatives):
+def test_an_ending_is_found_as_an_ending(places, source, planted):
     """A latent on every word in -ato is explained by that ending, with every such word, seen in training or not."""
     table = places.tables["suffix3"]
     keys = View(places, np.arange(len(source.tokens))[:, None]).keys("suffix3")[:, 0]
     key = table.names.index("ato")
     position = np.flatnonzero((keys == key) & (source.segment_of >= 0))
     activity = planted_activity(source, position)
-    rule, lookup = RuleExplainer(places, negatives, 40).rules(0, activity)
+    rule, lookup = RuleExplainer(places, 40).rules(activity)
     assert rule.family.startswith("suffix") and "in -" in describe(rule, "it") and rule.figures().precision > 0.9
     assert "at the end of words in -" in describe(rule, "en")
     assert lookup.family == "token" and plain(rule_of(plain(rule))) == plain(rule)
 
 
 def planted_activity(source, position, value=None):
-    from sae_italian.autointerp.examples import Activity
-
-    segment = source.segment_of[position].astype(np.int64)
-    active = np.unique(segment)
+    active = np.unique(source.segment_of[position].astype(np.int64))
     value = np.ones(len(position)) if value is None else value
-    return Activity(position, value, segment, active, np.ones(len(active)))
+    return Activity(0, position, value, active, np.ones(len(active)))
 
 
 def test_the_trie_tells_a_token_in_one_context_from_the_token(places, source):
@@ -244,8 +248,8 @@ def test_rare_coincidences_make_no_key(places, source):
     assert (rule.total > 1).all()
 
 
-def test_the_explainer_answers_the_protocol(places, negatives):
-    found = RuleExplainer(places, negatives).explain(LatentExamples(N_TOKENS, 1.0))
+def test_the_explainer_answers_the_protocol(places):
+    found = RuleExplainer(places).explain(LatentExamples(N_TOKENS, 1.0))
     assert [e.explainer for e in found] == ["rules", "token-lookup"] and all(e.status == "ok" for e in found)
     assert found[0].rule["family"].startswith("previous") and N_PREVIOUS
     assert "subito dopo" in found[0].text_it or "dopo «" in found[0].text_it

@@ -10,15 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sae_italian.autointerp.judges import ConstantJudge, RuleJudge
-from sae_italian.autointerp.protocols import Example, LatentExamples
+from sae_italian.autointerp.examples import Example, LatentExamples, latent_examples
+from sae_italian.autointerp.judges import ConstantJudge, RuleJudge, Verdicts
 from sae_italian.autointerp.scorers import SCORERS, Asked, scorer
 from sae_italian.autointerp.scorers.binary import (
     GAIN,
     PairedAnswers,
     Resampled,
     ResampledDocuments,
-    Side,
     detection,
     fuzzing,
     ranking,
@@ -26,7 +25,6 @@ from sae_italian.autointerp.scorers.binary import (
 from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge, embedding
 from sae_italian.autointerp.scorers.simulation import correlations, simulation
 from sae_italian.autointerp.scorers.subject import EMPTY, SubjectJudge, effects, surprisal
-from sae_italian.autointerp.shown import latent_examples
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.base.errors import UsageError
 from tests.autointerp.conftest import N_TOKENS, OracleJudge, Says, Told, scores
@@ -35,11 +33,13 @@ from tests.autointerp.conftest import N_TOKENS, OracleJudge, Says, Told, scores
 def answers(positive, negative, p=None, q=None, docs=None) -> PairedAnswers:
     positive, negative = np.asarray(positive), np.asarray(negative)
     docs = np.arange(len(positive) + len(negative)) if docs is None else docs
-    return PairedAnswers(Side(positive, docs[: len(positive)], p), Side(negative, docs[len(positive) :], q))
+    rows = np.split(np.arange(len(positive) + len(negative)), [len(positive)])
+    probability = None if p is None else np.concatenate([p, q])
+    return PairedAnswers(Verdicts(np.concatenate([positive, negative]), probability), docs, tuple(rows))
 
 
 def resampled(*sets) -> Resampled:
-    return Resampled(sets, ResampledDocuments(*(side.document for own in sets for side in own)))
+    return Resampled(sets, ResampledDocuments(*(own.document for own in sets)))
 
 
 def binary_metrics(sets):
@@ -80,8 +80,8 @@ def test_auroc_is_the_share_of_pairs_in_order(positive, negative):
     assert binary_metrics([own])[0]["auroc"].value == pytest.approx(np.mean(pairs))
 
 
-def test_failed_answers_are_left_out_and_counted(negatives):
-    examples = latent_examples(negatives, N_TOKENS, n_test=20).test
+def test_failed_answers_are_left_out_and_counted(source):
+    examples = latent_examples(source, N_TOKENS, n_test=20).test
     said = np.array([example.positive for example in examples], dtype=np.int64)
     said[::5] = -1
     score = scores(detection, Says(said), test=examples)[0]
@@ -123,9 +123,9 @@ def test_windows_of_one_document_are_resampled_together(score):
     assert widths[1] > 1.4 * widths[0]
 
 
-def test_questions_know_their_pairs_and_documents(negatives, source):
-    examples = latent_examples(negatives, N_TOKENS)
-    draw = negatives.draw(N_TOKENS, source.activity(N_TOKENS), "test", 50)
+def test_questions_know_their_pairs_and_documents(source):
+    examples = latent_examples(source, N_TOKENS)
+    draw = source.draw(source.activity(N_TOKENS), "test", 50)
     for name, (here, there) in examples.test.questions.items():
         rows = draw.negative[name] >= 0
         assert examples.test.document[here].tolist() == source.doc[draw.positive[rows]].tolist()
@@ -137,11 +137,11 @@ def test_questions_know_their_pairs_and_documents(negatives, source):
     assert examples.marked.document[here].tolist() == examples.marked.document[there].tolist()
 
 
-def test_the_executed_rule_answers_by_example_as_it_does_by_array(negatives, places, store):
+def test_the_executed_rule_answers_by_example_as_it_does_by_array(source, places, store):
     """A rule is laid over all segments at once; what it says of one example is what it says of that example alone."""
     with Store(store, {}) as opened:
         explanation = opened.explanations("rules")[N_TOKENS][1]
-    examples, judge = latent_examples(negatives, N_TOKENS), RuleJudge(places)
+    examples, judge = latent_examples(source, N_TOKENS), RuleJudge(places)
     said = judge.detect(explanation, examples.marked).said
     simulated = judge.simulate(explanation, examples.simulation)
     assert [len(own) for own in simulated] == [len(example.tokens) for example in examples.simulation]
@@ -190,8 +190,8 @@ def test_the_gain_over_the_lookup_is_on_what_both_answered():
         assert score.metrics[GAIN].value == 0.5 and score.n_failed == int((said < 0).sum())
 
 
-def test_always_yes_always_no_and_oracle(negatives):
-    examples = latent_examples(negatives, N_TOKENS, n_test=40)
+def test_always_yes_always_no_and_oracle(source):
+    examples = latent_examples(source, N_TOKENS, n_test=40)
     for judge, expected in ((ConstantJudge(True), 0.5), (ConstantJudge(False), 0.5), (OracleJudge(), 1.0)):
         for function in (detection, fuzzing):
             found = scores(function, judge, test=examples.test, marked=examples.marked)
@@ -211,8 +211,8 @@ def test_always_yes_always_no_and_oracle(negatives):
             assert score.metrics["constant"].value == float(expected == 0)
 
 
-def test_too_few_of_a_source_is_no_score(negatives):
-    examples = [e for e in latent_examples(negatives, N_TOKENS, n_test=20).test if e.pair < 9]
+def test_too_few_of_a_source_is_no_score(source):
+    examples = [e for e in latent_examples(source, N_TOKENS, n_test=20).test if e.pair < 9]
     assert Told(examples).questions == {}
 
 
@@ -241,8 +241,8 @@ def test_simulations_scored_together_are_those_scored_alone():
     assert together[2]["constant"].value == 1.0
 
 
-def test_simulations_that_failed_are_counted(negatives):
-    examples = latent_examples(negatives, N_TOKENS, n_test=20).simulation
+def test_simulations_that_failed_are_counted(source):
+    examples = latent_examples(source, N_TOKENS, n_test=20).simulation
     simulated = [None, *(example.activations for example in examples[1:])]
     score = scores(simulation, Says(simulated=simulated), simulation=examples)[0]
     assert score.n_failed == 1 and score.n_positive == len(examples) - 1
@@ -333,12 +333,12 @@ def copier(mini):
     return Copier(len(mini.tokenizer))
 
 
-def test_surprisal_favours_an_explanation_that_quotes_the_positives(copier, mini, negatives, planted):
+def test_surprisal_favours_an_explanation_that_quotes_the_positives(copier, mini, source, planted):
     tokens = {latent: int(planted.tokens[planted.latent(latent).position[0]]) for latent in range(N_TOKENS)}
     quotes = {latent: " ".join([mini.tokenizer.decode([token])] * 3) for latent, token in tokens.items()}
     # one whose token is a whole word, so that quoting it gives the token again
     latent = next(n for n, text in quotes.items() if mini.tokenizer(text)["input_ids"].count(tokens[n]) == 3)
-    examples, quote = latent_examples(negatives, latent, n_test=15).test, quotes[latent]
+    examples, quote = latent_examples(source, latent, n_test=15).test, quotes[latent]
     other = next(text for n, text in quotes.items() if n != latent)
     judge = SubjectJudge(copier, mini.tokenizer)
     found = scores(surprisal, judge, quote, other, EMPTY["it"], test=examples)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.examples import Activity
+from sae_italian.autointerp.draws import Activity
+from sae_italian.autointerp.explainers.rules import KeyRule
 from sae_italian.autointerp.places import Family, Places, Slot
 
 PRIOR = 20.0  # occurrences that the prior is worth, shared out as the keys are in the training documents
@@ -32,6 +34,21 @@ class Tally:
         at = None if self.at is None else self.at[index]
         return Tally(self.keys[index], self.active[index], self.mass[index], self.total[index], at)
 
+    def rule(self, family: Family, names: list[str], n_active: int, base: float, mass: float) -> KeyRule:
+        """Return the rule on these keys; `mass` is the sum of the activations that their shares are of."""
+        return KeyRule(
+            keys=self.keys,
+            rates=self.rates(base),
+            weights=self.mass / np.maximum(self.total, 1),
+            mass=self.mass / mass,
+            active=self.active,
+            total=self.total.astype(np.int64),
+            family=family,
+            names=names,
+            n_active=n_active,
+            base=base,
+        )
+
     def rates(self, base: float) -> Float[np.ndarray, " k"]:
         """Return the share of each key's occurrences on which the latent fires, smoothed towards the base rate."""
         return (self.active + SMOOTHING * base) / (self.total + SMOOTHING)
@@ -47,29 +64,27 @@ class Counts:
         self.n, self.n_tokens = len(self.position), max(len(places.train_positions), 1)
         self.base = self.n / self.n_tokens
         self.mass = max(float(self.value.sum()), 1e-30)
-        self._forms: dict[Slot, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._tallies: dict[Family, Tally] = {}
+        self.keys, self._seen = cache(self._keys), cache(self._on_forms)
 
-    def keys(self, family: Family) -> Tally:
+    def _keys(self, family: Family) -> Tally:
         """Return the family's keys that the latent fires on, with their counts."""
-        if family not in self._tallies:
-            self._tallies[family] = self._chain(family) if family in self.places.chains else self._single(family)
-        return self._tallies[family]
-
-    def _single(self, family: Family) -> Tally:
-        table = self.places.tables[family]
-        if table.slot not in self._forms:
-            forms = self.places.forms(self.position, table.slot)
-            inside = forms >= 0
-            seen, group = grouped(forms[inside], len(self.places.form_token))
-            mass = np.bincount(group, weights=self.value[inside], minlength=len(seen))
-            self._forms[table.slot] = seen, np.bincount(group, minlength=len(seen)), mass
-        forms, active, mass = self._forms[table.slot]
-        key = table.keys[forms]
+        if family in self.places.chains:
+            return self._chain(family)
+        slot, keys, _ = self.places.tables[family]
+        forms, active, mass = self._seen(slot)
+        key = keys[forms]
         keyed = key >= 0
         known, group = grouped(key[keyed], len(self.places.totals[family]))
         active, mass = (np.bincount(group, weights=each[keyed], minlength=len(known)) for each in (active, mass))
         return Tally(known, active, mass, self.places.totals[family][known])
+
+    def _on_forms(self, slot: Slot) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the forms at a slot of the activations, how many are on each, and the sum of these."""
+        forms = self.places.forms(self.position, slot)
+        inside = forms >= 0
+        seen, group = grouped(forms[inside], len(self.places.form_token))
+        mass = np.bincount(group, weights=self.value[inside], minlength=len(seen))
+        return seen, np.bincount(group, minlength=len(seen)), mass
 
     def _chain(self, family: Family) -> Tally:
         """Count from every n-th activation where there are very many."""
@@ -101,8 +116,11 @@ class Counts:
             z = (ours - theirs) / np.sqrt(1 / (tally.active + prior) + 1 / (silent + prior))
         return np.nan_to_num(z, nan=0.0, posinf=100.0)
 
-    def names(self, family: Family, tally: Tally) -> list[str]:
-        """Return a tally's keys as text."""
+    def rule(self, family: Family, tally: Tally) -> KeyRule:
+        """Return the rule on some keys of a family."""
+        return tally.rule(family, self._names(family, tally), self.n, self.base, self.mass)
+
+    def _names(self, family: Family, tally: Tally) -> list[str]:
         if tally.at is None:
             return [self.places.name(family, key) for key in tally.keys.tolist()]
         back = 1 if family == "bigram" else 2

@@ -36,12 +36,18 @@ class LatentRule(ABC):
 
     @property
     @abstractmethod
+    def tables(self) -> tuple[KeyRule, ...]:
+        """The tables of keys that the rule is made of."""
+
+    @property
+    @abstractmethod
     def n_conditions(self) -> int:
         """How many keys a reader of the rule has to know."""
 
     @abstractmethod
-    def _fired(self) -> tuple[Any, ...]:
-        """Return training tokens on which latent and rule fire, on which the rule does, and its share of the activation."""
+    def fired(self, name: str) -> float:
+        """Return the sum over what fires of the training tokens on which the latent does too (`active`), of all training
+        tokens there (`total`), or of the share of the latent's activation (`mass`)."""
 
     @abstractmethod
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
@@ -49,14 +55,30 @@ class LatentRule(ABC):
 
     def figures(self) -> Figures:
         """Return how well the rule fits the training tokens."""
-        active, total, mass = self._fired()
+        active, total, mass = map(self.fired, ("active", "total", "mass"))
         precision = float(active / total) if total else 0.0
-        recall = float(active / self.n_active) if self.n_active else 0.0
-        return Figures(precision, recall, precision / self.base if self.base else 0.0, float(mass))
+        # of a trie pairs and triples are counted on a sample, so the shares are rough
+        recall = min(float(active / self.n_active), 1.0) if self.n_active else 0.0
+        return Figures(precision, recall, precision / self.base if self.base else 0.0, min(float(mass), 1.0))
+
+
+class _Tables(LatentRule):
+    """A rule that fires where a key of its tables does."""
+
+    def firing(self, table: KeyRule) -> Bool[np.ndarray, " k"]:
+        """Return which keys of a table fire at the threshold of the whole."""
+        return table.rates >= self.threshold
+
+    @property
+    def n_conditions(self) -> int:
+        return sum(int(self.firing(table).sum()) for table in self.tables)
+
+    def fired(self, name: str) -> float:
+        return sum(float(getattr(table, name)[self.firing(table)].sum()) for table in self.tables)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class KeyRule(LatentRule):
+class KeyRule(_Tables):
     """A token has the rate of its key: tokens, words, endings, shapes, or what stands beside. Keys are sorted."""
 
     keys: np.ndarray  # [k]
@@ -73,19 +95,10 @@ class KeyRule(LatentRule):
     notes: dict[str, str] = field(default_factory=dict)  # contexts that are frequent, for the text only
 
     @property
-    def firing(self) -> Bool[np.ndarray, " k"]:
-        return self.rates >= self.threshold
-
-    @property
-    def n_conditions(self) -> int:
-        return int(self.firing.sum())
-
-    def _fired(self) -> tuple[Any, ...]:
-        return tuple(float(each[self.firing].sum()) for each in (self.active, self.total, self.mass))
+    def tables(self) -> tuple[KeyRule, ...]:
+        return (self,)
 
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
-        if len(self.keys) == 0:
-            return np.zeros(view.grid.shape)
         return view.places.look_up(self.family, self.keys, getattr(self, f"{what}s"), view.keys(self.family))
 
     def holds(self, view: View) -> Bool[np.ndarray, "n width"]:
@@ -94,12 +107,16 @@ class KeyRule(LatentRule):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TrieRule(LatentRule):
+class TrieRule(_Tables):
     """Levels from one token to three, the last token first; the longest known context decides."""
 
     family: Literal["trie"] = "trie"
     levels: tuple[KeyRule, ...]
     threshold: float = 0.0
+
+    @property
+    def tables(self) -> tuple[KeyRule, ...]:
+        return self.levels
 
     @property
     def n_active(self) -> int:
@@ -109,28 +126,10 @@ class TrieRule(LatentRule):
     def base(self) -> float:
         return self.levels[0].base
 
-    def figures(self) -> Figures:
-        found = super().figures()  # pairs and triples are counted on a sample, so the shares are rough
-        return found._replace(recall=min(found.recall, 1.0), mass=min(found.mass, 1.0))
-
-    def firing(self, level: KeyRule) -> Bool[np.ndarray, " k"]:
-        """Return which keys of a level fire at the threshold of the whole."""
-        return level.rates >= self.threshold
-
-    @property
-    def n_conditions(self) -> int:
-        return sum(int(self.firing(level).sum()) for level in self.levels)
-
-    def _fired(self) -> tuple[Any, ...]:
-        return tuple(sum(getattr(level, name)[self.firing(level)].sum() for level in self.levels) for name in _SUMMED)
-
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
         result = np.zeros(view.grid.shape)
         for level in self.levels:
-            if len(level.keys):
-                number = np.arange(1.0, len(level.keys) + 1)
-                found = view.places.look_up(level.family, level.keys, number, view.keys(level.family)).astype(np.int64)
-                result = np.where(found > 0, getattr(level, f"{what}s")[found - 1], result)
+            result = np.where(level.holds(view), level.at(view, what), result)
         return result
 
 
@@ -159,6 +158,10 @@ class TreeRule(LatentRule):
     threshold: float = 0.0
 
     @property
+    def tables(self) -> tuple[KeyRule, ...]:
+        return self.conditions
+
+    @property
     def firing(self) -> list[Path]:
         return [path for path in self.paths if path.rate > 0 and path.rate >= self.threshold]
 
@@ -167,8 +170,8 @@ class TreeRule(LatentRule):
         used = {i for path in self.firing for i in path.holds + path.fails}
         return sum(len(self.conditions[i].keys) for i in used)
 
-    def _fired(self) -> tuple[Any, ...]:
-        return tuple(sum(getattr(path, name) for path in self.firing) for name in _SUMMED)
+    def fired(self, name: str) -> float:
+        return sum(getattr(path, name) for path in self.firing)
 
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
         met = [condition.holds(view) for condition in self.conditions]
@@ -183,7 +186,6 @@ class TreeRule(LatentRule):
         return result
 
 
-_SUMMED = ("active", "total", "mass")
 _ARRAYS = {"keys": np.int64, "total": np.int64} | dict.fromkeys(("rates", "weights", "mass", "active"), np.float64)
 _KINDS: dict[str, type[LatentRule]] = {"trie": TrieRule, "tree": TreeRule}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -41,26 +40,28 @@ def describe(rule: LatentRule, language: Language, figures: Figures | None = Non
     if language == "it":
         precision, lift = precision.replace(".", ","), lift.replace(".", ",")
     say = label("rule.examples" if isinstance(rule, TreeRule) else "rule.figures", language)
-    numbers = say.format(mass=f"{100 * found.mass:.0f}", precision=precision, lift=lift)
-    return f"{statement(rule, language)} {numbers}"
+    return f"{statement(rule, language)} {say.format(mass=f'{100 * found.mass:.0f}', precision=precision, lift=lift)}"
 
 
 def statement(rule: LatentRule, language: Language, shown: int = SHOWN) -> str:
     """Return what the rule says, without its figures."""
-    if isinstance(rule, TrieRule):  # the tokens that suffice, then the longest contexts
-        parts = [_on(level, rule.firing(level), language, shown) for level in rule.levels]
-        return label("rule.or", language).join(part for part in parts if part)
+    if isinstance(rule, KeyRule):
+        text = _on(rule, rule.firing(rule), language, shown, always=True)
+        if rule.family in ("token", "word") and (ending := _common_ending(*_heaviest(rule, rule.firing(rule)))):
+            text += f", {label('rule.ending', language).format(ending)}"
+        beside = [
+            label(f"rule.{where}", language).format(rule.notes[where])
+            for where in ("after", "before")
+            if where in rule.notes
+        ]
+        return ", ".join([text, *beside])
     if isinstance(rule, TreeRule):
         paths = sorted(rule.firing, key=lambda path: -path.mass)[:_PATHS]
-        return label("rule.or", language).join(_path(rule, path, language, max(shown // 2, 1)) for path in paths)
-    assert isinstance(rule, KeyRule)
-    text = _on(rule, rule.firing, language, shown, always=True)
-    if rule.family in ("token", "word") and (ending := _common_ending(*_heaviest(rule, rule.firing))):
-        text += f", {label('rule.ending', language).format(ending)}"
-    for where in ("after", "before"):
-        if where in rule.notes:
-            text += f", {label(f'rule.{where}', language).format(rule.notes[where])}"
-    return text
+        parts = [_path(rule, path, language, max(shown // 2, 1)) for path in paths]
+    else:  # a trie: the tokens that suffice, then the longest contexts
+        assert isinstance(rule, TrieRule)
+        parts = [_on(level, rule.firing(level), language, shown) for level in rule.levels]
+    return label("rule.or", language).join(part for part in parts if part)
 
 
 def _path(rule: TreeRule, path: Path, language: Language, shown: int) -> str:
@@ -120,10 +121,9 @@ def _common_ending(words: list[str], mass: Float[np.ndarray, " k"], least: float
 
 def shown_keys(rule: LatentRule) -> list[dict[str, object]]:
     """Return the heaviest keys of a rule for a reader: their text, their weight and their share of the activation."""
-    tables: Any = getattr(rule, "levels", None) or getattr(rule, "conditions", None) or (rule,)
     keys = [
         (round(share, 4), round(weight, 4), table, i)
-        for table in tables
+        for table in rule.tables
         for i, (weight, share) in enumerate(zip(table.weights.tolist(), table.mass.tolist(), strict=True))
     ]
     return [

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from sae_italian.autointerp.protocols import Example, LatentExamples
+from sae_italian.autointerp.examples import Example, LatentExamples
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.storage import atomic_path, write_text
 

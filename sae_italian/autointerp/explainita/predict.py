@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from sae_italian.autointerp.examples import Example
+from sae_italian.autointerp.explainers import Explainer
 from sae_italian.autointerp.explainers.counts import Tally
-from sae_italian.autointerp.explainers.fit import rule_on
 from sae_italian.autointerp.explainers.rules import KeyRule
 from sae_italian.autointerp.explainers.text import Language, statement
 from sae_italian.autointerp.explainita.data import Excerpt, Latent, Task, as_example, as_examples, by_id
 from sae_italian.autointerp.places import PREFIXES, SUFFIXES, Family, shape_of
-from sae_italian.autointerp.protocols import Example, Explainer, Judge
 from sae_italian.autointerp.store import Explanation
 from sae_italian.base.errors import UsageError
 from sae_italian.base.units import in_threads
@@ -47,7 +47,7 @@ def predict(
     task: Task,
     *,
     explainer: Explainer | None = None,
-    judge: Judge | None = None,
+    judge: Any | None = None,
     language: Language = "it",
 ) -> Predicted:
     """Return a text per latent (task 1) or a yes or no per sequence (task 2).
@@ -140,14 +140,14 @@ def _fit(family: Family, keys: list[str | None], value: np.ndarray) -> tuple[flo
     worth = f1 - WORTH * np.log2(np.arange(1, len(order) + 1))
     best = int(np.argmax(worth)) if len(order) else -1
     chosen = np.sort(order[: best + 1])
-    rule = rule_on(tally.take(chosen), family, [names[n] for n in chosen], n_active, base, float(mass.sum()) or 1.0)
+    rule = tally.take(chosen).rule(family, [names[n] for n in chosen], n_active, base, float(mass.sum()) or 1.0)
     return (float(worth[best]) if len(order) else -1.0), rule
 
 
 # --- task 2 ----------------------------------------------------------------------------------------------------------
 
 
-def _judged(latent: Latent, judge: Judge | None) -> tuple[list[bool], int]:
+def _judged(latent: Latent, judge: Any | None) -> tuple[list[bool], int]:
     examples = [as_example(passage) for passage in latent.sequences]
     plain = [mentions(latent.explanation or "", example.text) for example in examples]
     if judge is None:

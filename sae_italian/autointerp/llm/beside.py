@@ -70,7 +70,7 @@ def run_beside(
         )
     with Store(path, {}) as store:
         for feature, why in client.missing.items():
-            store.note(f"endpoint without {feature}", f"{settings.llm_model}: {why}")
+            store.note({f"endpoint without {feature}": f"{settings.llm_model}: {why}"})
         found = [e for explainer in explainers for _, e in store.explanations(explainer.name).values()]
         spending = store.spending()
     return {

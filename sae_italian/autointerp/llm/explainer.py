@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from sae_italian.autointerp.examples import Example, LatentExamples
 from sae_italian.autointerp.llm.answers import Unusable, read_explanation, schema
 from sae_italian.autointerp.llm.client import TOO_LONG, Client
 from sae_italian.autointerp.llm.cost import DryClient
 from sae_italian.autointerp.llm.ledger import Reply, Request
 from sae_italian.autointerp.llm.prompts import load_prompts
-from sae_italian.autointerp.protocols import Example, LatentExamples
 from sae_italian.autointerp.store import NO_ANSWER, Explanation
 from sae_italian.base.errors import UsageError
 

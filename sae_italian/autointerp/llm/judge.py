@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from sae_italian.autointerp.examples import Example
+from sae_italian.autointerp.judges import Verdicts
 from sae_italian.autointerp.llm.answers import Unusable, distributions, read_numbers, schema
 from sae_italian.autointerp.llm.client import Client
 from sae_italian.autointerp.llm.cost import DryClient
 from sae_italian.autointerp.llm.ledger import Reply, Request
 from sae_italian.autointerp.llm.prompts import Question, load_prompts
-from sae_italian.autointerp.protocols import Example, Verdicts
 from sae_italian.autointerp.store import UNANSWERED, Explanation
 
 BATCH = 5  # passages per question

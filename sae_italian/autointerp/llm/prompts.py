@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from sae_italian.autointerp.protocols import Example
+from sae_italian.autointerp.examples import Example
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import fingerprint
 

@@ -7,15 +7,29 @@ explanation. It names the method it needs of a judge, and the metric it is known
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
-from sae_italian.autointerp.protocols import Example, LatentExamples, Score, Verdicts
+import numpy as np
+
+from sae_italian.autointerp.examples import Example, LatentExamples
+from sae_italian.autointerp.judges import Verdicts
 from sae_italian.autointerp.store import Explanation, Judgement
+from sae_italian.base.statistics import Estimate
 
 Row = tuple[Any, ...]  # the fields of a ScoreRow
+
+
+class Score(NamedTuple):
+    """One scorer's outcome on one latent; shares and correlations with their intervals over documents."""
+
+    negatives: str
+    metrics: Mapping[str, Estimate]
+    n_positive: int = 0
+    n_negative: int = 0
+    n_failed: int = 0  # examples without a usable answer, left out of the metrics
 
 
 @dataclass(eq=False)
@@ -26,7 +40,7 @@ class Asked:
     say the same.
     """
 
-    judge: Any  # a JudgeBase with the method that the scorer needs
+    judge: Any  # with the method that the scorer needs
     explanation: Explanation
     control: str = ""  # which control it serves; "" for an explanation on its own latent's examples
     row_id: int | None = None
@@ -35,21 +49,19 @@ class Asked:
 
     def rows(self, latent: int, scorer: str, score: Score) -> Iterator[Row]:
         """Yield a score as rows of the store."""
-        counts = (score.n_positive, score.n_negative, score.n_failed)
         for metric, estimate in score.metrics.items():
             where = (self.row_id, latent, self.control, scorer, self.judge.name, score.negatives, metric)
-            yield (*where, *estimate.finite(), *counts)
+            yield (*where, *estimate.finite(), *score[2:])
 
     def judgements(self, latent: int) -> Iterator[Judgement]:
         """Yield the judge's answers example by example."""
         assert self.row_id is not None
-        for scorer, (examples, verdicts) in self.answers.items():
-            said = verdicts.said.tolist()
-            probability = [None] * len(said) if verdicts.probability is None else verdicts.probability.tolist()
-            for i, (example, yes, p) in enumerate(zip(examples, said, probability, strict=True)):
+        for scorer, (examples, (said, known)) in self.answers.items():
+            probability = np.full(len(said), np.nan) if known is None else known
+            each = zip(examples, said.tolist(), probability.tolist(), strict=True)
+            for i, (example, yes, p) in enumerate(each):
                 where = (self.row_id, latent, self.control, scorer, self.judge.name, i)
-                known = p if p is not None and p == p else None  # NaN: no answer
-                yield Judgement(*where, example.first, example.negatives or "", yes, known)
+                yield Judgement(*where, example.first, example.negatives or "", yes, p if p == p else None)  # NaN: none
 
 
 class Scorer(NamedTuple):
@@ -84,7 +96,7 @@ def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[Row]:
         able = [one for one in asked if hasattr(one.judge, needs) and (not one.only or name in one.only)]
         for one, found in score(able, examples) if able else ():
             if one.only:
-                found = replace(found, metrics={metric: found.metrics[metric]})
+                found = found._replace(metrics={metric: found.metrics[metric]})
             if one.row_id is not None:
                 rows += one.rows(examples.latent, name, found)
     return rows

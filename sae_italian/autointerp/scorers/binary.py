@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.choose import LOOKUP
-from sae_italian.autointerp.protocols import LatentExamples, Score, Verdicts
-from sae_italian.autointerp.scorers import Asked, scorer
+from sae_italian.autointerp.judges import Verdicts
+from sae_italian.autointerp.scorers import Asked, Score, scorer
 from sae_italian.base.statistics import Estimate
 
 GAIN = "gain_over_lookup"
@@ -26,38 +27,25 @@ _NAN = float("nan")
 N_SAMPLES = 200  # resamples
 
 
-class Side(NamedTuple):
-    """A judge's answers on examples of one class."""
-
-    said: Int[np.ndarray, " n"]  # 1 yes, 0 no, -1 no answer
-    document: Int[np.ndarray, " n"]
-    probability: Float[np.ndarray, " n"] | None = None  # of yes
-
-    def take(self, rows: Any) -> Side:
-        probability = None if self.probability is None else self.probability[rows]
-        return Side(self.said[rows], self.document[rows], probability)
-
-
 class PairedAnswers(NamedTuple):
     """A judge's answers on positives, and on the negatives of one source that are paired with them."""
 
-    positive: Side
-    negative: Side
-
-    @classmethod
-    def of(cls, verdicts: Verdicts, shown: Any, source: str) -> PairedAnswers:
-        """Return the answers to the question that one source of negatives makes of some examples."""
-        known = Side(verdicts.said, shown.document, verdicts.probability)
-        return cls(*(known.take(rows) for rows in shown.questions[source]))
+    verdicts: Verdicts
+    document: Int[np.ndarray, " examples"]
+    rows: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]  # which of the examples the positives and negatives are
 
     def answered(self, other: PairedAnswers | None = None) -> PairedAnswers:
-        """Return these answers without the windows on which these, or others on the same windows, failed."""
-        both = zip(self, other or self, strict=True)
-        return PairedAnswers(*(mine.take((mine.said >= 0) & (theirs.said >= 0)) for mine, theirs in both))
+        """Return these answers without the examples on which these, or others on the same examples, failed."""
+        good = (self.verdicts.said >= 0) & ((other or self).verdicts.said >= 0)
+        positive, negative = (rows[good[rows]] for rows in self.rows)
+        return self._replace(rows=(positive, negative))
+
+    @property
+    def n_failed(self) -> int:
+        return sum(int((self.verdicts.said[rows] < 0).sum()) for rows in self.rows)
 
     def score(self, source: str, metrics: dict[str, Estimate]) -> Score:
-        n_failed = sum(int((side.said < 0).sum()) for side in self)
-        return Score(source, metrics, len(self.positive.said), len(self.negative.said), n_failed)
+        return Score(source, metrics, len(self.rows[0]), len(self.rows[1]), self.n_failed)
 
 
 @scorer(needs="detect", metric="balanced_accuracy")
@@ -80,31 +68,32 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
     for number, one in enumerate(asked):
         verdicts = one.judge.detect(one.explanation, shown)
         one.answers[name] = shown, verdicts
-        wanted = [source for source in shown.questions if one.only.get(name, source) == source]
-        sets |= {(number, source): PairedAnswers.of(verdicts, shown, source) for source in wanted}
+        for source, rows in shown.questions.items():
+            if one.only.get(name, source) == source:
+                sets[number, source] = PairedAnswers(verdicts, shown.document, rows)
     documents = documents_of(examples)
     resampled = Resampled([answers.answered() for answers in sets.values()], documents)
     metrics = dict(zip(sets, resampled.metrics(n_whole=len(shown.questions)), strict=True))
     lookup = next((i for i, one in enumerate(asked) if one.explanation.explainer == LOOKUP), 0)
-    if lookup:
-        place = {key: i for i, key in enumerate(sets)}
-        for source in shown.questions:
-            own, plain = sets[0, source], sets[lookup, source]
-            gain = resampled.gain(place[0, source], place[lookup, source])
-            if any((side.said < 0).any() for side in own):  # then both on the windows that both answered
-                gain = Resampled([own.answered(plain), plain.answered(own)], documents).gain(0, 1)
-            metrics[0, source][GAIN] = gain
+    place = {key: i for i, key in enumerate(sets)}
+    for source in shown.questions if lookup else ():
+        own, plain = sets[0, source], sets[lookup, source]
+        gain = resampled.gain(place[0, source], place[lookup, source])
+        if own.n_failed:  # then both on the examples that both answered
+            gain = Resampled([own.answered(plain), plain.answered(own)], documents).gain(0, 1)
+        metrics[0, source][GAIN] = gain
     for (number, source), found in metrics.items():
         yield asked[number], sets[number, source].score(source, found)
     if name == "detection" and "random" in shown.questions:
-        yield from ((asked[0], score) for score in _by_decile(sets[0, "random"].positive.said, shown))
+        yield from ((asked[0], score) for score in _by_decile(sets[0, "random"], shown.decile))
 
 
-def _by_decile(said: Int[np.ndarray, " n"], shown: Any) -> Iterator[Score]:
+def _by_decile(answers: PairedAnswers, deciles: Int[np.ndarray, " examples"]) -> Iterator[Score]:
     """Yield the share of positives found in each tenth of the latent's maxima."""
-    decile = np.where(said >= 0, shown.decile[shown.questions["random"][0]], -1)
+    positive, _ = answers.answered().rows
+    decile = deciles[positive]
     for tenth in np.unique(decile[decile >= 0]).tolist():
-        found = said[decile == tenth]
+        found = answers.verdicts.said[positive[decile == tenth]]
         yield Score("random", {f"tpr_decile_{tenth}": Estimate(float(found.mean()), _NAN, _NAN)}, len(found))
 
 
@@ -113,12 +102,11 @@ def ranking(
 ) -> Iterator[tuple[Asked, Score]]:
     """Yield AUROC of each explanation's strengths on the test examples, by source; NaN strengths count as failed."""
     shown: Any = examples.test
-    documents = documents_of(examples)
     for one, strength in zip(asked, strengths, strict=True):
         verdicts = Verdicts(np.where(np.isfinite(strength), 1, -1), np.asarray(strength, dtype=np.float64))
-        sets = [PairedAnswers.of(verdicts, shown, source) for source in shown.questions]
-        metrics = Resampled([answers.answered() for answers in sets], documents).metrics()
-        for source, answers, found in zip(shown.questions, sets, metrics, strict=True):
+        sets = {source: PairedAnswers(verdicts, shown.document, rows) for source, rows in shown.questions.items()}
+        metrics = Resampled([answers.answered() for answers in sets.values()], documents_of(examples)).metrics()
+        for (source, answers), found in zip(sets.items(), metrics, strict=True):
             yield one, answers.score(source, {"auroc": found["auroc"]})
 
 
@@ -147,7 +135,7 @@ class ResampledDocuments:
     ) -> Float[np.ndarray, "quantities documents"]:
         """Return the sums of several quantities over each document."""
         n = len(self.known)
-        cell = (np.arange(len(values)) * n)[:, None] + self.index(docs)
+        cell = (np.arange(len(values)) * n)[:, None] + self.index(docs)  # one for each quantity and document
         return np.bincount(cell.ravel(), weights=values.ravel(), minlength=len(values) * n).reshape(len(values), n)
 
     def index(self, docs: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
@@ -182,27 +170,21 @@ class Resampled:
 
     def __init__(self, sets: Sequence[PairedAnswers], documents: ResampledDocuments):
         self.sets, self.documents = sets, documents
-        positive = self._totals([own.positive for own in sets], 1.0)
-        negative = self._totals([own.negative for own in sets], 0.0)
+        positive, negative = self._totals(0, 1.0), self._totals(1, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             tpr, fpr = (total[1] / total[0] for total in (positive, negative))
             self.brier = (positive[2] / positive[0] + negative[2] / negative[0]) / 2
             # [sets, metrics, samples], the first sample being the data as they are
             self.rates = np.stack([(tpr + 1 - fpr) / 2, tpr, 1 - fpr, 2 * tpr / (1 + tpr + fpr)], axis=1)
 
-    def _totals(self, sides: Sequence[Side], truth: float) -> Float[np.ndarray, "3 sets samples"]:
-        """Return the resampled number, sum of answers and sum of squared errors of each side."""
-        n_docs, n_sets = len(self.documents.known), len(sides)
-        docs = self.documents.index(np.concatenate([np.empty(0, np.int64), *(side.document for side in sides)]))
-        cell = np.repeat(np.arange(n_sets), [len(side.said) for side in sides]) * n_docs + docs
-        said = np.concatenate([np.empty(0), *(side.said for side in sides)])
-        unknown = [np.full(len(side.said), np.nan) for side in sides]
-        error = [
-            u if s.probability is None else (truth - s.probability) ** 2 for s, u in zip(sides, unknown, strict=True)
-        ]
-        weights = np.ones(len(cell)), said, np.concatenate([np.empty(0), *error])
-        sums = [np.bincount(cell, weights=each, minlength=n_sets * n_docs) for each in weights]
-        return np.stack([self.documents.weights @ each.reshape(n_sets, n_docs).T for each in sums]).transpose(0, 2, 1)
+    def _totals(self, side: int, truth: float) -> Float[np.ndarray, "3 sets samples"]:
+        """Return the resampled number, sum of answers and sum of squared errors of the positives or the negatives."""
+        sums = np.zeros((3, len(self.sets), len(self.documents.known)))
+        for number, ((said, probability), document, sides) in enumerate(self.sets):
+            rows = sides[side]
+            error = np.full(len(rows), _NAN) if probability is None else (truth - probability[rows]) ** 2
+            sums[:, number] = self.documents.sums(document[rows], np.stack([np.ones(len(rows)), said[rows], error]))
+        return np.stack([self.documents.weights @ each.T for each in sums]).transpose(0, 2, 1)
 
     def gain(self, ours: int, theirs: int) -> Estimate:
         """Return by how much one set's balanced accuracy exceeds another's; both are of the same windows."""
@@ -215,7 +197,7 @@ class Resampled:
         for i, own in enumerate(self.sets):
             names += [(i, name) for name in _RATES]
             rows.append(self.rates[i])
-            if own.positive.probability is not None and own.negative.probability is not None:
+            if own.verdicts.probability is not None:
                 names += [(i, "auroc"), (i, "brier")]
                 rows += [self._auroc(own, n_whole is None or i < n_whole)[None], self.brier[i][None]]
         found: list[dict[str, Estimate]] = [{} for _ in self.sets]
@@ -225,16 +207,16 @@ class Resampled:
 
     def _auroc(self, own: PairedAnswers, whole: bool) -> Float[np.ndarray, " samples"]:
         """Return the probability that a positive outranks a negative, ties counting half; NaN resamples unless `whole`."""
-        positive, negative = own.positive.probability, own.negative.probability
-        assert positive is not None and negative is not None
+        probability: Any = own.verdicts.probability
+        positive, negative = (probability[rows] for rows in own.rows)
         order = np.argsort(negative, kind="stable")
         below, upto = (np.searchsorted(negative[order], positive, side=side) for side in ("left", "right"))
         weights = self.documents.weights
         if not whole:
             pairs = max(len(positive) * len(negative), 1)
             return np.append((below + upto).sum() / 2 / pairs, np.full(len(weights) - 1, np.nan))
-        ours = weights[:, self.documents.index(own.positive.document)]
-        theirs = weights[:, self.documents.index(own.negative.document)[order]]
+        ours, theirs = (weights[:, self.documents.index(own.document[rows])] for rows in own.rows)
+        theirs = theirs[:, order]
         running = np.zeros((len(weights), len(negative) + 1))
         np.cumsum(theirs, axis=1, out=running[:, 1:])
         with np.errstate(divide="ignore", invalid="ignore"):

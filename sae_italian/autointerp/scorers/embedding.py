@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.text import plain_text
-from sae_italian.autointerp.protocols import LatentExamples, Score
-from sae_italian.autointerp.scorers import Asked, scorer
+from sae_italian.autointerp.scorers import Asked, Score, scorer
 from sae_italian.autointerp.scorers.binary import ranking
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import Language

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.protocols import LatentExamples, Score
-from sae_italian.autointerp.scorers import Asked, scorer
+from sae_italian.autointerp.examples import LatentExamples
+from sae_italian.autointerp.scorers import Asked, Score, scorer
 from sae_italian.autointerp.scorers.binary import ResampledDocuments, estimates
 from sae_italian.base.statistics import NOTHING, Estimate
 

@@ -11,20 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_italian.autointerp.examples import LatentExamples, promoted_tokens
 from sae_italian.autointerp.explainers.text import plain_text
 from sae_italian.autointerp.pieces import piece_texts
-from sae_italian.autointerp.protocols import LatentExamples, Score
-from sae_italian.autointerp.scorers import Asked, scorer
+from sae_italian.autointerp.scorers import Asked, Score, scorer
 from sae_italian.autointerp.scorers.binary import ranking
-from sae_italian.autointerp.shown import promoted_tokens
-from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import Language
 from sae_italian.base.statistics import NOTHING, Estimate, mean_interval
 from sae_italian.cache import FeatureCache
@@ -33,9 +31,7 @@ from sae_italian.saes import load_sae
 
 EMPTY = {"it": "Varie frasi senza legame fra loro.", "en": "Various unrelated sentences."}
 ASKS = {"it": "\nIn breve, si parla di:", "en": "\nIn short, this is about:"}
-PROMOTED = (
-    "promoted"  # stands in the place of the negatives: the latent's output as the logit lens gives it was asked about
-)
+PROMOTED = "promoted"  # in the place of the negatives: the latent's output by the logit lens was asked about
 N_NEW, N_PROMPTS = 8, 30
 CONTEXT = 1024  # tokens, of a model whose configuration names none
 DIVERGENCE = 0.5  # nats: the strength of an intervention that all latents are compared at
@@ -43,18 +39,9 @@ TOLERANCE = 0.1  # of the divergence
 _BATCH = 32
 
 Replace = Callable[[Tensor], Tensor]
-
-
-class TooLong(UsageError):
-    """An explanation that does not fit into the model's context together with what it is asked about."""
-
-
-class Forward(Protocol):
-    """The subject model as logits; `replace`, where given, changes the activation that the SAE reads."""
-
-    def __call__(
-        self, tokens: Int[Tensor, "batch pos"], replace: Replace | None = None
-    ) -> Float[Tensor, "batch pos vocab"]: ...
+Forward = Callable[..., Tensor]
+"""The subject model as logits [batch, pos, vocab] of tokens [batch, pos]; `replace`, where given, changes the activation
+that the SAE reads."""
 
 
 @dataclass(frozen=True)
@@ -71,24 +58,21 @@ class SubjectJudge:
     concurrency: int = 1
 
     def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[np.ndarray, " n"]:
-        """Return the log-likelihood in nats of the second part of each pair after the first. Raises: TooLong."""
-        longest = max((len(prefix) + len(rest) for prefix, rest in pairs), default=0)
-        if longest > self.context:
-            raise TooLong(
-                f"the text has {longest} tokens, the model's context {self.context}; use a shorter explanation."
-            )
+        """Return the log-likelihood in nats of the second part of each pair after the first.
+
+        NaN for all when one does not fit into the model's context: an explanation is scored on everything or not at all.
+        """
+        if max((len(prefix) + len(rest) for prefix, rest in pairs), default=0) > self.context:
+            return np.full(len(pairs), np.nan)
         return continuation_log_probs(self.forward, pairs, batch_size=_BATCH)
 
     def after_text(self, text: str, segments: Sequence[np.ndarray]) -> Float[np.ndarray, " n"]:
-        """Return the log-likelihood of each segment after a text; NaN for all when one does not fit."""
+        """Return the log-likelihood of each segment after a text."""
         prefix = list(self.tokenizer(text + "\n")["input_ids"])
-        try:
-            return self.log_likelihoods([(prefix, segment.tolist()) for segment in segments])
-        except TooLong:
-            return np.full(len(segments), np.nan)
+        return self.log_likelihoods([(prefix, segment.tolist()) for segment in segments])
 
     def of_text(self, text: str, written: Int[Tensor, "batch new"]) -> Float[np.ndarray, " batch"]:
-        """Return the log-likelihood of a text after what was written, a row each. Raises: TooLong."""
+        """Return the log-likelihood of a text after what was written, a row each."""
         pairs = []
         for row in written:
             before = self.tokenizer.decode(row.tolist()) + ASKS[self.language]
@@ -171,15 +155,14 @@ def effects(
     if strength is None:
         return nothing
     written = [written_after(judge.forward, tokens, replace, seed) for replace in (adding(direction, strength), None)]
-    nan, found = float("nan"), {}
-    try:
-        for name, text in texts.items():
-            changed, clean = (judge.of_text(text, rows) for rows in written)
-            found[name] = {"log_probability_gain": mean_interval(changed - clean)}
-            found[name] |= {"strength": Estimate(strength, nan, nan), "divergence": Estimate(reached, nan, nan)}
-    except TooLong:
+    gains = {name: np.subtract(*(judge.of_text(text, rows) for rows in written)) for name, text in texts.items()}
+    if any(np.isnan(gain).any() for gain in gains.values()):
         return nothing
-    return found
+    at = {
+        name: Estimate(value, NOTHING.lo, NOTHING.hi)
+        for name, value in (("strength", strength), ("divergence", reached))
+    }
+    return {name: {"log_probability_gain": mean_interval(gain), **at} for name, gain in gains.items()}
 
 
 def adding(direction: Float[Tensor, " d_in"], strength: float) -> Replace:

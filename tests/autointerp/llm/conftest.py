@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sae_italian.autointerp.examples import Example, LatentExamples
 from sae_italian.autointerp.llm.client import Client
 from sae_italian.autointerp.llm.settings import LLMSettings
-from sae_italian.autointerp.protocols import Example, LatentExamples
 from sae_italian.autointerp.store import Explanation
 
 MODEL = "prova"
