@@ -104,13 +104,13 @@ def _labels(labels: dict[str, str], constructions: list[str], register: str) -> 
     return [*found, ("register", f"register={register}")]
 
 
-def gold_table(cache: FeatureCache, *, seed: int = 0) -> list[GoldResult]:
+def gold_table(cache: FeatureCache) -> list[GoldResult]:
     """Return the best latent for every gold label with enough words, sorted by category and F1; [] for other corpora."""
     if cache.manifest.corpus != MICRO_ITALIANO:
         return []
     words = GoldWords(cache)
     labels, acts, maxima = words.labels, words.activations(cache), cache.statistics["max"]
-    test = cache.document_parts(seed)[np.array(words.doc_of_word)] == PARTS.index("test")
+    test = cache.document_parts()[np.array(words.doc_of_word)] == PARTS.index("test")
     covered = np.zeros(len(test), dtype=bool)
     covered[words.word_of_position[words.word_of_position >= 0]] = True
     choose, report = np.flatnonzero(covered & ~test), np.flatnonzero(covered & test)

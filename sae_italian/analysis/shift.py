@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import Estimate, interval
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
+from sae_italian.corpora.rows import local_shards
 from sae_italian.evaluation.diagnosis import hooks_of
 from sae_italian.evaluation.evaluate import (
     STATISTICS,
@@ -36,6 +37,7 @@ from sae_italian.evaluation.evaluate import (
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits
 
+DOCUMENTS_FOR_SOURCES = 10_000  # looked at for the values of `source`
 LONGEST = 8  # contexts of the training: how far beyond it the buckets go by default
 # Numbers of the evaluation card that a shift shows, and those of its picture.
 KEYS = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss", "delta_lm_loss", "ce_loss_recovered")
@@ -81,21 +83,19 @@ class Shift:
             return []
         return ["L0 is k by construction (TopK); `export SAE --to jumprelu` gives an SAE whose L0 moves."]
 
-    def table(self) -> str:
-        """Return a Markdown table of all numbers."""
-        return self._table({bucket.name: bucket.numbers for bucket in self.buckets}, ".4g")
+    def table(self, form: str = ".4g", numbers: str = "numbers") -> str:
+        """Return a Markdown table of all numbers, or of their changes."""
+        rows = []
+        for bucket in self.buckets:
+            if found := getattr(bucket, numbers):
+                title = f"**{bucket.name}**" if bucket.name == self.reference else bucket.name
+                counts = f"{bucket.n_tokens:,}", f"{bucket.n_documents:,}"
+                rows.append([title, *counts, *(shown(found[key], form) for key in KEYS)])
+        return table(f"{self.by} | tokens | documents | {' | '.join(label(f'card.{key}') for key in KEYS)}", rows)
 
     def changes(self) -> str:
         """Return a Markdown table of the changes from the reference."""
-        return self._table({bucket.name: bucket.change for bucket in self.buckets if bucket.change}, "+.3g")
-
-    def _table(self, numbers: Mapping[str, Mapping[str, Estimate]], form: str) -> str:
-        rows = []
-        for name, found in numbers.items():
-            bucket, title = self.bucket(name), f"**{name}**" if name == self.reference else name
-            cells = [shown(found[key], form) for key in KEYS]
-            rows.append([title, f"{bucket.n_tokens:,}", f"{bucket.n_documents:,}", *cells])
-        return table(f"{self.by} | tokens | documents | {' | '.join(label(f'card.{key}') for key in KEYS)}", rows)
+        return self.table("+.3g", "change")
 
     def save(self, folder: Path) -> None:
         """Write shift.json, shift.md and shift.svg."""
@@ -129,8 +129,7 @@ class Shift:
         return svg(draw, len(DRAWN), (12, 1.2 + 0.35 * len(self.buckets)))
 
 
-@dataclass(frozen=True)
-class Condition:
+class Condition(NamedTuple):
     """One bucket of a shift: a model (backend `hf`) on a corpus."""
 
     name: str
@@ -138,6 +137,7 @@ class Condition:
     corpus: str
     split: Split = "heldout"
     text_column: str = "text"
+    source: str | None = None  # of the corpus' documents, only those of this source
 
 
 def shift(
@@ -161,13 +161,40 @@ def shift(
     context = int(context_size or sae.cfg.metadata.context_size or 128)
     for condition in conditions:
         _check(sae, condition.model, context)
-    corpora = list(dict.fromkeys(condition.corpus for condition in conditions))
+    texts = list(dict.fromkeys((condition.corpus, condition.source) for condition in conditions))
     buckets = []
-    for c in conditions:
-        batches = corpus_windows(c.model, c.corpus, context, n_tokens, c.split, c.text_column)
-        seed = corpora.index(c.corpus)  # documents of one corpus are resampled alike
-        buckets += _summed(sae, c.model, batches, {c.name: (0, context)}, seed, n_tokens)
-    return _result(by, sae, ", ".join(corpora), context, name, buckets, buckets[0])
+    for bucket, model, corpus, split, column, source in conditions:
+        batches = corpus_windows(model, corpus, context, n_tokens, split, column, source)
+        seed = texts.index((corpus, source))  # documents of one text are resampled alike
+        buckets += _summed(sae, model, batches, {bucket: (0, context)}, seed, n_tokens)
+    corpora = ", ".join(dict.fromkeys(corpus for corpus, _ in texts))
+    return _result(by, sae, corpora, context, name, buckets, buckets[0])
+
+
+def genres(corpus: str, text_column: str = "text") -> dict[str, tuple[str, str | None]]:
+    """Return by name the corpus of each genre, and the source of its documents where these share one corpus.
+
+    A genre is a subfolder or a table of a corpus folder; of a corpus that is no such folder, a value of its column `source`.
+    Raises: UsageError for a folder of .txt files alone, whose files are documents, and for fewer than two sources.
+    """
+    folder = Path(corpus)
+    names = sorted(shard.name for shard in local_shards(folder)) if folder.is_dir() else []
+    if not names or names[0].endswith(".arrow"):
+        some = islice(iter_documents(corpus, text_column=text_column), DOCUMENTS_FOR_SOURCES)
+        sources = list(dict.fromkeys(document.source for document in some))
+        if len(sources) < 2:
+            raise UsageError(
+                f"{corpus} has no genres: a folder with a subfolder or table for each, or a column `source` with two values "
+                "or more, was expected. Or give --buckets NAME=CORPUS ..."
+            )
+        return {source: (corpus, source) for source in sources}
+    found = [name.split("/")[0] for name in names if "/" in name or not name.lower().endswith((".txt", ".txt.gz"))]
+    if not found:
+        raise UsageError(
+            f"the .txt files of {corpus} are taken for documents, not for genres. Put each genre's into a folder of its "
+            "own, or give --buckets NAME=FILE ..."
+        )
+    return {name if (folder / name).is_dir() else name.split(".")[0]: (str(folder / name), None) for name in found}
 
 
 def context_shift(
@@ -205,10 +232,8 @@ def context_shift(
 def default_edges(trained: int, longest: int | None) -> list[int]:
     """Return 0, half the training's context, all of it, and its doubles as far as the model goes."""
     limit = min(longest or LONGEST * trained, LONGEST * trained)
-    edges = [0, trained // 2, trained]
-    while 2 * edges[-1] <= limit:
-        edges.append(2 * edges[-1])
-    return edges if edges[-1] == limit or limit < trained else [*edges, limit]
+    doubles = [trained * 2**i for i in range(1, LONGEST.bit_length()) if trained * 2**i < limit]
+    return [0, trained // 2, trained, *doubles, *([limit] if limit > trained else [])]
 
 
 def _check(sae: Any, model: Any, context: int) -> None:
@@ -274,10 +299,17 @@ def _result(by: str, sae: Any, corpus: str, context: int, name: str, sums: Seque
 
 
 def corpus_windows(
-    model: Any, corpus: str, context: int, n_tokens: int, split: Split = "all", text_column: str = "text"
+    model: Any,
+    corpus: str,
+    context: int,
+    n_tokens: int,
+    split: Split = "all",
+    text_column: str = "text",
+    source: str | None = None,
 ) -> Iterator[Windows]:
     """Yield windows of at most `n_tokens` tokens that count, a batch at a time. Raises: UsageError when there are none."""
     size, documents = max(1, TOKENS_PER_BATCH // context), iter_documents(corpus, split, text_column=text_column)
+    documents = (document for document in documents if source in (None, document.source))
     blocks = pack(documents, model.tokenizer, context, windows_per_block=size)
     yield from windows_until(blocks, model.tokenizer, [n_tokens], f"the {split} split of {corpus}", at_most=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,9 +97,11 @@ def language(
 
     Args:
         sae: An SAE's folder, release:sae_id, or a cache: then labels go into its store too.
-        words: context_size=N, tokens of a window (default: as the SAE was trained), and text_column=NAME (default: text).
+        words: context_size=N, tokens of a window (default: as the SAE was trained), and text_column=NAME (default: text;
+            NAME:COLUMN,NAME:COLUMN where the languages' differ).
         out: Folder for language.json, language.md and language.svg, and languages.json with --languages.
-        ud: Treebanks: CoNLL-U files or folders of them, or micro-italiano; two or more are crossed; default: none.
+        ud: Treebanks: CoNLL-U files or folders of them, ISDT for UD_Italian-ISDT, or micro-italiano; two or more are
+            crossed; default: none.
         languages: Corpora as NAME=CORPUS, two or more, e.g. it=notizie.jsonl en=news.jsonl; default: none.
         against: SAEs at the same place to compare with, e.g. baselines; default: none.
         sae_of_cache: Of a cache: its SAE; default: the one its manifest names.
@@ -109,7 +112,8 @@ def language(
     from sae_italian.models.activations import check_context
 
     settings = key_values(words, {"context_size": 0, "text_column": "text"})
-    corpora = _languages(ud, languages, against)
+corpora = _languages(ud, languages, against)
+    columns = _columns(settings["text_column"], corpora)
     loaded, cache = _sae_of(sae, sae_of_cache)
     subject = model_of(loaded, model or (cache.manifest.model if cache else None))
     context = check_context(settings["context_size"] or loaded.cfg.metadata.context_size or 128, subject.config)
@@ -120,17 +124,17 @@ def language(
         result.save(out)
         labels += result.labels()
         value |= result.as_dict()
-        parts += [f"best latents, {bank}\n\n{result.label_table(bank)}" for bank in result.n_words]
-        parts.append(result.table())
+        tables = [f"best latents, {bank}\n\n{result.label_table(bank)}" for bank in result.n_words]
+        parts += [*tables, result.table()]
     if corpora:
-        where = {"context_size": context, "text_column": settings["text_column"]}
-        found = language_latents(loaded, subject, corpora, n_tokens=tokens, seed=seed, **where)
+        where: dict[str, Any] = {"context_size": context, "text_columns": columns, "seed": seed}
+        found = language_latents(loaded, subject, corpora, n_tokens=tokens, **where)
         write_json(out / "languages.json", found.as_dict())
         labels += found.labels()
         value["languages"] = found.as_dict()
         parts.append(found.table())
     if cache is not None:
-        parts.append(f"{_store(cache, labels)} labels written to the store of {cache.folder}")
+        parts.append(_store(cache, labels))
     return Result(value, "\n\n".join([*parts, f"results: {out}"]))
 
 
@@ -173,25 +177,25 @@ def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str],
         raise UsageError(f"two treebanks are called {banks[0].name}; give each once, or rename a folder.")
     others = {short: load_sae(given) for short, given in short_names(against).items()}
     others = {"random twin": random_twin(sae, seed)} | others
-    for other_name, other in others.items():
-        for key in ("d_in", "hook_name"):
-            here, there = (getattr(s.cfg if key == "d_in" else s.cfg.metadata, key) for s in (other, sae))
-            if here != there:
-                raise UsageError(
-                    f"{other_name} has {key} {here!r}, the SAE {there!r}: compare SAEs of one model and site."
-                )
+    for other_name, other in others.items():  # d_in is checked where words are encoded
+        here, there = (each.cfg.metadata.hook_name for each in (other, sae))
+        if here != there:
+            raise UsageError(f"{other_name} has hook_name {here!r}, the SAE {there!r}: compare SAEs of one site.")
     labels = label_names(banks)
     words = [read_words(model, hook_name, bank, labels, context_size=context) for bank in banks]
     return probe(sae, words, name=Path(name).name or "SAE", others=others, seed=seed)
 
 
-def _store(cache: Any, labels: list[Any]) -> int:
+def _store(cache: Any, labels: list[Any]) -> str:
+    """Write the labels beside the cache's explanations; return what was written."""
     from sae_italian.autointerp.run import STORE_FILE, cache_identity
     from sae_italian.autointerp.store import Store
 
     with Store(cache.folder / STORE_FILE, cache_identity(cache)) as store:
         store.add_labels(labels)
-    return len(labels)
+    shown = ", ".join(dict.fromkeys(f"{row.latent} {row.label}" for row in labels[:5]))
+    what = f" (latent and what it detects: {shown}{', ...' if len(labels) > 5 else ''})" if labels else ""
+    return f"{len(labels)} labels written to the store of {cache.folder}{what}; `sae-italian browse` shows them"
 
 
 def shift(
@@ -211,17 +215,18 @@ def shift(
 
     Args:
         words: packed=true (context: fill windows with short documents), context_size=N, tokens of a window (default: as
-            the SAE was trained), and text_column=NAME (default: text).
+            the SAE was trained), and text_column=NAME (default: text; NAME:COLUMN,NAME:COLUMN where the buckets' differ).
         by: What the buckets differ in.
         out: Folder for shift.json, shift.md and shift.svg.
-        buckets: genre and language: NAME=CORPUS for each, the first the reference (genre: default, each file of the
-            corpus); model: NAME=MODEL for each that is compared with the SAE's own, e.g. a fine-tuned one.
+        buckets: genre and language: NAME=CORPUS for each, the first the reference (genre: default, each subfolder of the
+            corpus, else each of its tables, of a single one each value of its column `source`); model: NAME=MODEL for
+            each that is compared with the SAE's own, e.g. a fine-tuned one.
         edges: context: the buckets' bounds in tokens, as in 0,128,256,512; default: up to 8 times the training's context.
         corpus: Local file or folder, catalogue name, or micro-italiano; default: what the SAE was trained on.
         tokens: Tokens of each bucket, at most; by context in all.
         split: Documents that are read: those for training, those held out, or all.
     """
-    from sae_italian.analysis.shift import Condition, context_shift
+    from sae_italian.analysis.shift import Condition, context_shift, genres
     from sae_italian.analysis.shift import shift as measure
     from sae_italian.models import load_model
 
@@ -237,9 +242,12 @@ def shift(
         if by == "model":
             models = {"base": subject} | {key: load_model(value) for key, value in parts.items()}
             conditions = [Condition(key, value, text, split, column) for key, value in models.items()]
+        elif parts:
+            columns = _columns(column, parts)
+            conditions = [Condition(key, subject, value, split, columns[key]) for key, value in parts.items()]
         else:
-            found = parts or _files(text)
-            conditions = [Condition(key, subject, value, split, column) for key, value in found.items()]
+            found = genres(text, column)
+            conditions = [Condition(key, subject, where, split, column, own) for key, (where, own) in found.items()]
         context = settings["context_size"] or None
         result = measure(loaded, conditions, by=by, n_tokens=tokens, context_size=context, name=name)
     result.save(out)
@@ -279,12 +287,14 @@ def _named(pairs: list[str]) -> dict[str, str]:
     return found
 
 
-def _files(corpus: str) -> dict[str, str]:
-    """Return each file of a corpus folder by its name without endings. Raises: UsageError when it is no such folder."""
-    from sae_italian.corpora.rows import local_shards
-
-    folder = Path(corpus)
-    if not folder.is_dir():
-        raise UsageError(f"the corpus {corpus} is no folder of files, one per genre; give --buckets NAME=CORPUS ...")
-    files = [folder / shard.name for shard in local_shards(folder)]
-    return {file.relative_to(folder).as_posix().split(".")[0]: str(file) for file in files}
+def _columns(given: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the text column of each corpus, from one name for all or NAME:COLUMN,NAME:COLUMN. Raises: UsageError."""
+    if ":" not in given:
+        return dict.fromkeys(names, given)
+    columns = dict.fromkeys(names, "text")
+    named = _named([part.replace(":", "=", 1) for part in given.split(",")])
+    if named.keys() - columns.keys():
+        raise UsageError(
+            f"text_column is {given!r}; a column, or {','.join(f'{n}:COLUMN' for n in columns)}, was expected."
+        )
+    return columns | named

@@ -50,8 +50,7 @@ def ioi(
         anyway: Patch also where the model does not do the task.
         out: Folder for ioi.json and ioi.svg; nothing is written without it.
     """
-    from sae_italian.analysis.tasks.ioi import ioi_pairs, ioi_score, words_for
-    from sae_italian.analysis.tasks.scoring import check_able
+    from sae_italian.analysis.tasks import check_able, ioi_pairs, ioi_score, words_for
     from sae_italian.base.report import plain
     from sae_italian.models import load_model
 
@@ -98,7 +97,7 @@ def agreement(
         thresholds: Thresholds of the elimination, from 1e-5 to 1 nat.
         out: Folder for agreement.json, agreement.svg, and number.svg with --sae; nothing is written without it.
     """
-    from sae_italian.analysis.tasks.agreement import agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
+    from sae_italian.analysis.tasks import agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
     from sae_italian.base.report import plain, table
     from sae_italian.models import load_model
 
@@ -120,7 +119,7 @@ def agreement(
 
 def _patched(model: Any, names: list[str], pairs: Any, n_thresholds: int, seed: int) -> Any:
     """Patch the SAEs of --sae on the pairs."""
-    from sae_italian.analysis.causal.compare import patch_saes, thresholds
+    from sae_italian.analysis.causal.patching import patch_saes, thresholds
     from sae_italian.saes import load_sae
 
     saes = {short: load_sae(name) for short, name in short_names(names).items()}

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sae_italian.analysis.causal.compare import patch_saes, thresholds
-from sae_italian.analysis.tasks.ioi import ioi_pairs, ioi_score, words_for
+from sae_italian.analysis.causal.patching import patch_saes, thresholds
+from sae_italian.analysis.tasks import ioi_pairs, ioi_score, words_for
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain

@@ -14,18 +14,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.analysis.causal.splice import (
-    codes,
-    edit_hooks,
-    logits_with_added,
-    prompt_tokens,
-    special,
-    token_text,
-    written_directions,
-)
+from sae_italian.analysis.causal.splice import codes, edit_hooks, special, token_text, written_directions
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import table
-from sae_italian.models.activations import continuation_log_probs, read_activations, replaced
+from sae_italian.models.activations import (
+    check_context,
+    continuation_log_probs,
+    logits_with_replacement,
+    read_activations,
+    replaced,
+)
 
 HALVINGS = 24
 FARTHEST = 64.0  # how many times its own activation a latent is pushed down before we say that it cannot be silenced
@@ -92,13 +90,25 @@ class _Start(NamedTuple):
 
 
 def _start(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, n_new_tokens: int = 0) -> _Start:
-    """Raises: UsageError for an unknown latent, an empty or too long prompt, and as `edit_hooks`."""
+    """Raises: UsageError for an unknown latent, an empty prompt, one beyond the model's positions, and as `edit_hooks`."""
     hook_in, hook_out = edit_hooks(sae, model)
     direction = written_directions(sae, [latent])[0].to(model.device, torch.float32)
-    tokens = prompt_tokens(tokenizer, model, prompt, n_new_tokens)
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids  # BOS by the tokenizer's own rule
+    if not prompt.strip() or tokens.numel() == 0:
+        raise UsageError("the prompt is empty. Give some text.")
+    check_context(tokens.shape[1] + n_new_tokens, model.config)
+    tokens = tokens.to(model.device)
     x = read_activations(model, tokens, hook_in)[0]
     activation = torch.where(special(tokens, tokenizer)[0], 0.0, codes(sae, x)[:, latent])
     return _Start(hook_in, hook_out, direction, tokens, x, activation)
+
+
+def _logits_with(
+    model: Any, start: _Start, added: Float[Tensor, "batch pos d_out"]
+) -> Float[Tensor, "batch pos vocab"]:
+    """Return the logits of the prompt with each row of `added` added to the activation."""
+    rows = start.tokens.expand(len(added), -1)
+    return logits_with_replacement(model, rows, start.hook_out, lambda x: x + added.to(x)).float()
 
 
 @torch.no_grad()
@@ -111,7 +121,7 @@ def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: 
     """
     start = _start(model, tokenizer, sae, prompt, latent)
     active = start.activation.nonzero()[:, 0]
-    texts = token_text(tokenizer, start.tokens[0].tolist())
+    texts, activations = token_text(tokenizer, start.tokens[0].tolist()), start.activation.tolist()
     positions: list[AblatedPosition] = []
     if len(active):
         own = start.activation[active]
@@ -120,17 +130,15 @@ def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: 
             amount, silenced = _silencing(sae, start.x[active], latent, start.direction)
         added = torch.zeros(len(active), len(texts), len(start.direction), device=own.device)
         added[torch.arange(len(active)), active] = -amount[:, None] * start.direction
-        clean = model(start.tokens, use_cache=False).logits[0].float()
-        edited = logits_with_added(model, start.tokens.expand(len(active), -1), start.hook_out, added)
+        clean, edited = model(start.tokens, use_cache=False).logits[0].float(), _logits_with(model, start, added)
         for row, position in enumerate(active.tolist()):
             before, after = clean[position], edited[row, position]
             log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
             divergence = float((log_p.exp() * (log_p - log_q)).sum())
             moves = [_moves(tokenizer, before, after, top, rising=rising) for rising in (False, True)]
-            numbers = float(own[row]), float(amount[row]), bool(silenced[row]), divergence
+            numbers = activations[position], float(amount[row]), bool(silenced[row]), divergence
             positions.append(AblatedPosition(position, texts[position], *numbers, *moves))
-    activations = tuple(start.activation.tolist())
-    return Ablated(prompt, latent, start.hook_out, tuple(texts), activations, tuple(positions))
+    return Ablated(prompt, latent, start.hook_out, tuple(texts), tuple(activations), tuple(positions))
 
 
 def _silencing(
@@ -230,20 +238,17 @@ def steer(
     if not strengths or n_new_tokens < 1 or temperature < 0:
         raise UsageError("steering needs at least one strength, one new token, and a temperature of 0 or more.")
     start = _start(model, tokenizer, sae, prompt, latent, n_new_tokens)
-    tokens, all_strengths = start.tokens, [0.0, *map(float, strengths)]
-    scale = torch.tensor(all_strengths, device=model.device) * unit
-    added = scale[:, None, None] * start.direction
-    clean = model(tokens, use_cache=False).logits[:, -1].float().log_softmax(-1)
-    prompt_added = added * ~special(tokens, tokenizer)[..., None]
-    first = logits_with_added(model, tokens.expand(len(added), -1), start.hook_out, prompt_added)[:, -1].log_softmax(-1)
-    divergence = (first.exp() * (first - clean)).sum(-1).tolist()
+    all_strengths = [0.0, *map(float, strengths)]
+    added = torch.tensor(all_strengths, device=model.device)[:, None, None] * unit * start.direction
+    first = _logits_with(model, start, added * ~special(start.tokens, tokenizer)[..., None])[:, -1].log_softmax(-1)
+    divergence = (first.exp() * (first - first[0])).sum(-1).tolist()
     settings: dict[str, Any] = {"max_new_tokens": n_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     # rows that are sampled are written one at a time, so that each has the draws that it would have alone
     rows = added.split(1 if temperature > 0 else len(added))
     written = [new for part in rows for new in _write(model, tokenizer, start, part, seed, **settings)]
-    before = tokens[0].tolist()
+    before = start.tokens[0].tolist()
     log_p = continuation_log_probs(
         lambda some: model(some.to(model.device), use_cache=False).logits, [(before, new) for new in written]
     )

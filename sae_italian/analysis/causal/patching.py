@@ -14,23 +14,30 @@ is run on those prompts alone in which it differs at all, and not again where no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.sparse
+import scipy.stats
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from sae_italian.analysis.causal.splice import codes, edit_hooks, written_directions
+from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import plain, table
 from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.models.activations import begun_at, check_context, entry_and_edit, read_many, replaced
 
 BATCH_ROWS = 128
 LEAST_ROWS = 16  # of a guessed path after wrong guesses
+TOP = 20
+REACHED = (0.5, 0.1)  # of the KL without any patch
+_HEAD = "dictionary | candidates | KL unpatched | all patched | patches (edit) for half the KL | for a tenth | Spearman"
 
 
 class PatchInputs(NamedTuple):
@@ -52,10 +59,8 @@ def patch_inputs(tokenizer: Any, model: Any, pairs: Sequence[Any]) -> PatchInput
     sides = [[torch.tensor(tokenizer(pair[side]).input_ids) for pair in pairs] for side in (0, 1)]
     for pair, one, two in zip(pairs, *sides, strict=True):
         if len(one) != len(two):
-            raise UsageError(
-                f"{pair[0]!r} has {len(one)} tokens, {pair[1]!r} {len(two)}; latents are patched token by token, so both "
-                "need as many. Use names with equally many tokens."
-            )
+            counts = f"{pair[0]!r} has {len(one)} tokens, {pair[1]!r} {len(two)}"
+            raise UsageError(f"{counts}; both need as many. Use names with equally many tokens.")
     base, target = (torch.nn.utils.rnn.pad_sequence(side, batch_first=True) for side in sides)
     lengths = torch.tensor([len(tokens) for tokens in sides[0]])
     check_context(base.shape[1], model.config)
@@ -80,38 +85,26 @@ class Patcher:
         self.entry, self.edit = entry_and_edit(model, self.hook_out)
         self.n_pairs = len(inputs.base)
         self.target_log_p: Float[Tensor, "pairs vocab"] = self._last_log_p(inputs.target, inputs.lengths)
-        names = [self.hook_in, self.hook_out, self.entry]
-        base, target = (read_many(model, tokens, names) for tokens in (inputs.base, inputs.target))
-        self.residual = base[self.entry]
-        self.candidates, self.diff = self._differences(base[self.hook_in], target[self.hook_in])
+        read = read_many(model, inputs.base, [self.hook_in, self.entry])
+        target, self.residual = read_many(model, inputs.target, [self.hook_in])[self.hook_in], read[self.entry]
+        self.candidates, self.diff = self._differences(read[self.hook_in], target)
         self.directions: Float[Tensor, "n d_out"] = written_directions(sae, self.candidates).to(self.diff)
         self.in_play: Bool[Tensor, "pairs n"] = (self.diff != 0).any(1).cpu()
-        # the activation's own difference: what patching every latent and the error amounts to
-        full = (target[self.hook_out] - base[self.hook_out]).float()
-        self.full: Float[Tensor, "pairs pos d_out"] = full * inputs.differ.to(model.device)[..., None]
-        self.unpatched: Float[Tensor, " pairs"] = self.kl(torch.arange(self.n_pairs), torch.zeros_like(self.full))
+        self.unpatched: Float[Tensor, " pairs"] = self.kl(torch.arange(self.n_pairs), torch.zeros_like(self.delta()))
 
-    def _differences(
-        self, base: Float[Tensor, "pairs pos d_in"], target: Float[Tensor, "pairs pos d_in"]
-    ) -> tuple[Int[Tensor, " n"], Float[Tensor, "pairs pos n"]]:
-        """Return the latents that differ and by how much; tokens before the first that differs are the same."""
-        found = []
-        for pair, here in enumerate(
-            self.inputs.differ
-        ):  # one at a time: codes of all pairs would not fit for a wide SAE
-            difference = codes(self.sae, target[pair, here]) - codes(self.sae, base[pair, here])
-            found.append(difference.float().cpu().to_sparse().coalesce())
-        candidates = torch.unique(torch.cat([part.indices()[1] for part in found]))
-        diff = torch.zeros(*self.inputs.base.shape, len(candidates))
-        for pair, part in enumerate(found):
-            row, column = part.indices()
-            at = self.inputs.differ[pair].nonzero()[:, 0]
-            diff[pair, at[row], torch.searchsorted(candidates, column)] = part.values()
-        return candidates, diff.to(self.model.device)
+    def _differences(self, base: Tensor, target: Tensor) -> tuple[Int[Tensor, " n"], Float[Tensor, "pairs pos n"]]:
+        """Return the latents that differ between activations [pairs, pos, d_in], and by how much, from the first token on."""
+        differ, parts = self.inputs.differ, []
+        for pair, here in enumerate(differ):  # one by one: the codes of all would not fit for a wide SAE
+            change = codes(self.sae, target[pair, here]) - codes(self.sae, base[pair, here])
+            parts.append(scipy.sparse.csr_array(change.float().cpu().numpy()))
+        found = scipy.sparse.csc_array(scipy.sparse.vstack(parts))
+        candidates = np.flatnonzero(np.diff(found.indptr))
+        diff = torch.zeros(*differ.shape, len(candidates))
+        diff[differ] = torch.from_numpy(found[:, candidates].toarray())
+        return torch.from_numpy(candidates), diff.to(self.model.device)
 
-    def _last_log_p(
-        self, tokens: Int[Tensor, "rows pos"], lengths: Int[Tensor, " rows"]
-    ) -> Float[Tensor, "rows vocab"]:
+    def _last_log_p(self, tokens: Int[Tensor, "rows pos"], lengths: Tensor) -> Float[Tensor, "rows vocab"]:
         """Return the log-probabilities after each row's last token; the vocabulary is computed there alone."""
         hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(tokens), device=hidden.device), lengths.to(hidden.device) - 1]
@@ -129,14 +122,13 @@ class Patcher:
             parts.append((log_p.exp() * (log_p - self.target_log_p[pairs])).sum(-1))
         return torch.cat(parts)
 
-    def delta(self, chosen: Bool[Tensor, " n"] | None = None) -> Float[Tensor, "pairs pos d_out"]:
+    def delta(self, chosen: Bool[Tensor, " n"] | slice = slice(None)) -> Float[Tensor, "pairs pos d_out"]:
         """Return what patching the chosen candidates (default: all) adds to the activation."""
-        chosen = torch.ones(len(self.candidates), dtype=torch.bool) if chosen is None else chosen
         return self.diff[..., chosen] @ self.directions[chosen]
 
-    def one(self, rows: Int[Tensor, " rows"], columns: Int[Tensor, " rows"]) -> Float[Tensor, "rows pos d_out"]:
-        """Return what patching candidate `columns[r]` alone adds to pair `rows[r]`."""
-        return self.diff[rows, :, columns][..., None] * self.directions[columns][:, None]
+    def one(self, rows: Int[Tensor, " rows"], columns: Int[Tensor, " rows"] | int) -> Float[Tensor, "rows pos d_out"]:
+        """Return what patching candidate `columns[r]`, or the one given, alone adds to pair `rows[r]`."""
+        return self.diff[rows, :, columns][..., None] * self.directions[columns].unsqueeze(-2)
 
     def magnitude(self, delta: Float[Tensor, "pairs pos d_out"]) -> float:
         """Return the mean over the prompts' tokens of |x' - x|, in the activation's own units."""
@@ -159,19 +151,16 @@ class Patcher:
         With `at`, the gradient is taken where that has been added: minus the estimate is the rise of the KL when a
         candidate is taken out of it. One forward and one backward pass for all candidates.
         """
-        point = (torch.zeros_like(self.full) if at is None else at.clone()).requires_grad_()
+        point = (torch.zeros_like(self.delta()) if at is None else at.clone()).requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self.kl(torch.arange(self.n_pairs), point).sum(), point)
         slope = torch.einsum("pid,nd,pin->n", gradient, self.directions, self.diff)
         return (-slope / self.n_pairs).cpu()
 
     @torch.no_grad()
-    def patched_kl(self, chosen: Bool[Tensor, " n"] | None = None) -> Float[Tensor, " pairs"]:
+    def patched_kl(self, chosen: Bool[Tensor, " n"] | slice = slice(None)) -> Float[Tensor, " pairs"]:
         """Return the KL of each pair with the chosen candidates patched (default: all)."""
         return self.kl(torch.arange(self.n_pairs), self.delta(chosen))
-
-
-# --- elimination -----------------------------------------------------------------------------------------------------
 
 
 class Point(NamedTuple):
@@ -183,21 +172,13 @@ class Point(NamedTuple):
     magnitude: float
 
 
-@dataclass(frozen=True)
-class Elimination:
-    """The curve, and the latents with the most important first: the later a latent is un-patched, the more it matters."""
-
-    points: tuple[Point, ...]
-    order: tuple[int, ...]
-    survivors: int  # how many of `order` were still patched at the end
-
-
 class _Step(NamedTuple):
     """One candidate taken out, on the prompts in which it differs."""
 
     column: int
     rows: Int[Tensor, " rows"]
-    stale: Bool[Tensor, " rows"]  # those whose KL has to be measured: something was taken out of them since last time
+    stale: Int[Tensor, " stale"]  # those whose KL has to be measured: something was taken out of them since last time
+    edit: Float[Tensor, "stale pos d_out"]  # what these are then patched with
     guess: bool  # that it will be un-patched
 
 
@@ -218,13 +199,12 @@ class _State:
         self.known_at = torch.full(patcher.in_play.shape, -1, dtype=torch.int32)
         self.removed: list[int] = []
 
-    def path(self, columns: Sequence[int], threshold: float, most_rows: int) -> tuple[list[_Step], list[Tensor]]:
-        """Return the next steps as they will be if every guess is right, until their prompts fill a batch, and edits.
+    def path(self, columns: Sequence[int], threshold: float, most_rows: int) -> list[_Step]:
+        """Return the next steps as they will be if every guess is right, until their prompts fill a batch.
 
         Where nothing has to be measured, the guess is certain.
         """
         steps: list[_Step] = []
-        edits: list[Tensor] = []
         delta, version, n_rows = self.delta.clone(), self.version.clone(), 0
         for column in columns:
             rows = self.rows[column]
@@ -233,36 +213,29 @@ class _State:
             if n_rows and n_rows + n_stale > most_rows:
                 break
             rise = float(self.rise[column]) if n_stale else self.change(rows, self.known[rows, column])
-            without = delta[rows] - self.edit(rows, column)
-            edits.append(without[stale])
-            steps.append(_Step(column, rows, stale, rise < threshold))
+            without = delta[rows] - self.patcher.one(rows, column)
+            steps.append(_Step(column, rows, rows[stale], without[stale], rise < threshold))
             if rise < threshold:
                 delta[rows] = without
                 version[rows] += 1
             n_rows += n_stale
-        return steps, edits
-
-    def edit(self, rows: Tensor, column: int) -> Float[Tensor, "rows pos d_out"]:
-        return self.patcher.one(rows, torch.full_like(rows, column))
+        return steps
 
     def change(self, rows: Tensor, kl: Float[Tensor, " rows"]) -> float:
         """Return by how much the mean KL over all pairs rises when those of `rows` become `kl`."""
         return float((kl.double() - self.kl[rows].double()).sum()) / self.patcher.n_pairs
 
-    def replay(self, steps: list[_Step], edits: list[Tensor], threshold: float) -> int:
-        """Run the guessed steps as one batch and take them up to the first wrong guess, itself included.
-
-        Returns how many guesses were right.
-        """
-        rows = torch.cat([step.rows[step.stale] for step in steps])
-        measured = self.patcher.kl(rows, torch.cat(edits)).cpu() if len(rows) else torch.zeros(0)
-        for number, (step, kl) in enumerate(zip(steps, measured.split([len(edit) for edit in edits]), strict=True)):
-            at = step.rows[step.stale]
-            self.known[at, step.column], self.known_at[at, step.column] = kl, self.version[at]
+    def replay(self, steps: list[_Step], threshold: float) -> int:
+        """Run the guessed steps as one batch, take them up to and with the first wrong guess; return how many were right."""
+        rows, edits = (torch.cat(parts) for parts in zip(*((step.stale, step.edit) for step in steps), strict=True))
+        measured = self.patcher.kl(rows, edits).cpu() if len(rows) else torch.zeros(0)
+        for number, (step, kl) in enumerate(zip(steps, measured.split([len(s.stale) for s in steps]), strict=True)):
+            self.known[step.stale, step.column] = kl
+            self.known_at[step.stale, step.column] = self.version[step.stale]
             found = self.known[step.rows, step.column]
             self.rise[step.column] = change = self.change(step.rows, found)
             if change < threshold:
-                self.delta[step.rows] -= self.edit(step.rows, step.column)
+                self.delta[step.rows] -= self.patcher.one(step.rows, step.column)
                 self.kl[step.rows] = found
                 self.version[step.rows] += 1
                 self.removed.append(step.column)
@@ -275,8 +248,11 @@ class _State:
 
 
 @torch.no_grad()
-def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -> Elimination:
-    """Return the curve over rising thresholds (nats) and the order of importance."""
+def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -> tuple[list[Point], list[int]]:
+    """Return the curve over rising thresholds (nats), and the latents in their order of importance.
+
+    The later a latent is un-patched the more it matters; those that are still patched at the end come first.
+    """
     rng = np.random.default_rng(seed)
     state = _State(patcher)
     left = list(range(len(patcher.candidates)))
@@ -284,14 +260,140 @@ def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -
     for threshold in tqdm(thresholds, desc="thresholds", disable=None):
         order = rng.permutation(left).tolist()
         while order:
-            steps, edits = state.path(order, threshold, most_rows)
-            n_right = state.replay(steps, edits, threshold)
+            steps = state.path(order, threshold, most_rows)
+            n_right = state.replay(steps, threshold)
             all_right = n_right == len(steps)
             order = order[n_right if all_right else n_right + 1 :]
             most_rows = min(patcher.batch_rows, 2 * most_rows) if all_right else max(LEAST_ROWS, most_rows // 2)
-        gone = set(state.removed)
-        left = [column for column in left if column not in gone]
+        left = sorted({*left} - {*state.removed})
         points.append(state.point(float(threshold), len(left)))
-    survivors = sorted(left, key=lambda column: -float(state.rise[column]))
-    ranked = patcher.candidates[torch.tensor(survivors + state.removed[::-1], dtype=torch.int64)]
-    return Elimination(tuple(points), tuple(ranked.tolist()), len(survivors))
+    order = sorted(left, key=lambda column: -float(state.rise[column])) + state.removed[::-1]
+    return points, patcher.candidates[torch.tensor(order, dtype=torch.int64)].tolist()
+
+
+def thresholds(n: int = 50) -> tuple[float, ...]:
+    """Return n thresholds in nats, from 1e-5 to 1 evenly in the logarithm: the paper's code has 50."""
+    return tuple(np.logspace(-5, 0, n).tolist())
+
+
+class Effect(NamedTuple):
+    """By how many nats patching one latent alone lowers the mean KL, measured and by gradient times difference."""
+
+    latent: int
+    exact: float
+    attribution: float
+
+
+@dataclass(frozen=True)
+class PatchingCurve:
+    """What patching one dictionary's latents does. KL in nats, means over pairs with intervals over pairs."""
+
+    name: str
+    hook_name: str
+    d_sae: int
+    n_candidates: int  # latents that differ between the runs
+    unpatched: Estimate
+    all_patched: Estimate  # what is left is the difference of the two reconstruction errors
+    points: list[Point]
+    order: list[int]  # latents, the most important first
+    effects: list[Effect]  # the largest exact ones
+    spearman: float | None  # of exact effects and attributions over all candidates; None where one of them is constant
+
+    def reached(self, share: float) -> Point | None:
+        """Return the point with the fewest patches whose KL is at most `share` of the unpatched one."""
+        enough = [point for point in self.points if point.kl.value <= share * self.unpatched.value]
+        return min(enough, key=lambda point: point.n_patched, default=None)
+
+
+@dataclass(frozen=True)
+class Patching:
+    """The curves of several dictionaries on one task."""
+
+    n_pairs: int
+    curves: list[PatchingCurve]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything for JSON, with the number of patches and the edit's size at which a share is reached."""
+        value = plain(self)
+        for found, curve in zip(value["curves"], self.curves, strict=True):
+            points = {str(share): curve.reached(share) for share in REACHED}
+            found["reached"] = {share: point and [point.n_patched, point.magnitude] for share, point in points.items()}
+        return value
+
+    def table(self) -> str:
+        """Return a Markdown table, a row per dictionary."""
+        rows = []
+        for curve in self.curves:
+            points = [curve.reached(share) for share in REACHED]
+            patches = [f"{point.n_patched} ({point.magnitude:.2f})" if point else "never" for point in points]
+            spearman = "" if curve.spearman is None else f"{curve.spearman:.2f}"
+            kl = f"{curve.unpatched.value:.2f}", f"{curve.all_patched.value:.3f}"
+            rows.append((curve.name, curve.n_candidates, *kl, *patches, spearman))
+        return table(_HEAD, rows)
+
+    def svg(self) -> str:
+        """Return the paper's figure 3: KL against the number of patches and against the edit's size, and the effects."""
+        return pictures.svg(self._draw, 3, (13, 4))
+
+    def _draw(self, axes: Any) -> None:
+        for number, curve in enumerate(self.curves):
+            colour = f"C{number}" if number else pictures.OURS
+            points = [point for point in curve.points if point.n_patched]
+            kl, low, high = np.array([point.kl for point in points]).reshape(-1, 3).T
+            for axis, x in zip(axes[:2], ([p.n_patched for p in points], [p.magnitude for p in points]), strict=True):
+                axis.plot(x, kl, "o-", markersize=3, color=colour, label=curve.name)
+                axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+            label = curve.name if curve.spearman is None else f"{curve.name}: {curve.spearman:.2f}"
+            _, exact, attribution = np.reshape(curve.effects, (-1, 3)).T
+            axes[2].scatter(attribution, exact, s=10, color=colour, label=label)
+        for axis, label in zip(axes, ("patched latents", "mean edit |x' - x|"), strict=False):
+            axis.axhline(self.curves[0].unpatched.value, color=pictures.REFERENCE, linestyle=":", linewidth=1)
+            axis.set(xlabel=label, ylabel="KL(patched || counterfactual), nats")
+        axes[0].set_xscale("log")
+        axes[0].legend(frameon=False, fontsize=8)
+        axes[2].set(xlabel="gradient times difference, nats", ylabel="exact fall of the KL, nats")
+        axes[2].legend(frameon=False, fontsize=8, title="Spearman, all latents", title_fontsize=8)
+
+
+def patch_saes(
+    model: Any,
+    tokenizer: Any,
+    saes: Mapping[str, Any],
+    pairs: Sequence[Any],
+    *,
+    thresholds: Sequence[float] = thresholds(),  # noqa: B008
+    seed: int = 0,
+) -> Patching:
+    """Return what patching each named dictionary does on the pairs (`IoiPair`, or tuples of base and counterfactual).
+
+    Anything with SAELens' `encode`, `decode` and `cfg` is a dictionary: SAEs, and the baselines of `saes.baselines`.
+    Raises: UsageError when there is none, when they do not write at the same hook, and as `patch_inputs`.
+    """
+    if not saes:
+        raise UsageError("there is no SAE to patch. Give at least one.")
+    hooks = {name: edit_hooks(sae, model)[1] for name, sae in saes.items()}
+    if len(set(hooks.values())) > 1:
+        places = ", ".join(f"{name} writes at {hook}" for name, hook in hooks.items())
+        raise UsageError(f"{places}; edits compare at one place only. Give SAEs of one hook, or run once for each.")
+    inputs = patch_inputs(tokenizer, model, pairs)
+    curves = [_curve(name, Patcher(model, sae, inputs), thresholds, seed) for name, sae in saes.items()]
+    return Patching(len(inputs.base), curves)
+
+
+def _curve(name: str, patcher: Patcher, thresholds: Sequence[float], seed: int) -> PatchingCurve:
+    exact, attribution = patcher.effects().numpy(), patcher.attribution().numpy()
+    points, order = eliminate(patcher, thresholds, seed=seed)
+    largest = np.argsort(-exact, kind="stable")[:TOP]
+    varies = len(exact) > 1 and np.ptp(exact) > 0 and np.ptp(attribution) > 0
+    return PatchingCurve(
+        name=name,
+        hook_name=patcher.hook_out,
+        d_sae=int(patcher.sae.cfg.d_sae),
+        n_candidates=len(exact),
+        unpatched=mean_interval(patcher.unpatched.double().cpu().numpy()),
+        all_patched=points[0].kl,
+        points=points,
+        order=order,
+        effects=[Effect(int(patcher.candidates[i]), float(exact[i]), float(attribution[i])) for i in largest],
+        spearman=float(np.asarray(scipy.stats.spearmanr(exact, attribution))[0]) if varies else None,
+    )

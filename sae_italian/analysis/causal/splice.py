@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora.packing import special_mask
-from sae_italian.models.activations import check_context, replaced, resolve_hook
+from sae_italian.models.activations import resolve_hook
 from sae_italian.saes import check_fits
 
 _AFFINE = ("none", "expected_average_only_in")
@@ -64,36 +65,12 @@ def written_directions(sae: Any, latents: Sequence[int] | Int[Tensor, " n"]) -> 
     return written[:-1] - written[-1]
 
 
-def prompt_tokens(tokenizer: Any, model: Any, prompt: str, n_new_tokens: int = 0) -> Int[Tensor, "1 pos"]:
-    """Return the prompt's tokens, BOS by the tokenizer's own rule.
-
-    Raises: UsageError for an empty prompt, and for one that with the new tokens exceeds the model's positions.
-    """
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids
-    if not prompt.strip() or tokens.numel() == 0:
-        raise UsageError("the prompt is empty. Give some text.")
-    check_context(tokens.shape[1] + n_new_tokens, model.config)
-    return tokens.to(model.device)
-
-
 def special(tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> Bool[Tensor, "batch pos"]:
     """Return where the special tokens are, to which an SAE is not applied."""
     return torch.from_numpy(special_mask(tokens.cpu().numpy(), tokenizer)).to(tokens.device)
 
 
-def logits_with_added(
-    model: Any, tokens: Int[Tensor, "batch pos"], hook_name: str, added: Float[Tensor, "batch pos d_out"]
-) -> Float[Tensor, "batch pos vocab"]:
-    """Return the logits of a forward pass in which `added` is added to the activation at the hook."""
-    with replaced(model, hook_name, lambda x: x + added.to(x)):
-        return model(tokens, use_cache=False).logits.float()
-
-
-@lru_cache(maxsize=4)
-def _strings(tokenizer: Any, n: int) -> list[str]:
-    from sae_italian.autointerp.pieces import piece_texts
-
-    return piece_texts(tokenizer, n)
+_strings = lru_cache(maxsize=4)(piece_texts)
 
 
 def token_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -18,11 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_italian.analysis.causal.splice import codes, edit_hooks, special, token_text, written_directions
+from sae_italian.analysis.shift import corpus_windows
 from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate, mean_interval
-from sae_italian.corpora import Split, iter_documents, pack
-from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import (
     begun_at,
     check_context,
@@ -36,7 +35,7 @@ from sae_italian.models.activations import (
 ROWS = 128  # prompts of a batch
 CHUNK = 1024  # tokens encoded at once
 LEAST_DROP = 1e-3  # of the target's activation; less is rounding
-EXAMPLE = 34  # letters of an example in the picture
+EXAMPLE_TOKENS, EXAMPLE = 9, 34  # tokens of an example, and its letters in the picture
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,6 @@ def causal_tree(
     n_contexts: int = 20,
     n_tokens: int = 20_000,
     context_size: int = 64,
-    split: Split = "heldout",
     seed: int = 0,
 ) -> Node:
     """Return the tree of `latent` of the last SAE; the SAEs (name and object) are in the order of their layers.
@@ -127,7 +125,8 @@ def causal_tree(
             f"the SAEs read at {', '.join(hooks)}; give them in the order of their layers, the target last."
         )
     written_directions(saes[-1][1], [latent])  # refuses a latent that there is not, before any text is read
-    tokens = _windows(model, corpus, n_tokens, context_size, split)
+    context = check_context(context_size, model.config)
+    tokens = torch.cat([some.tokens for some in corpus_windows(model, corpus, context, n_tokens, "heldout")])
     reads = [read_many(model, some.to(model.device), hooks) for some in tokens.split(ROWS)]
     acts = {hook: torch.cat([read[hook].cpu() for read in reads]) for hook in hooks}
     with tqdm(desc="ablations", unit="prompt", disable=None) as bar:
@@ -139,20 +138,6 @@ def causal_tree(
             "Give another latent, or more tokens."
         )
     return root
-
-
-def _windows(model: Any, corpus: str, n_tokens: int, context_size: int, split: Split) -> Int[Tensor, "windows pos"]:
-    """Return the first windows of a corpus, `n_tokens` in all."""
-    check_context(context_size, model.config)
-    parts, seen = [], 0
-    for block in pack(iter_documents(corpus, split), model.tokenizer, context_size, windows_per_block=32):
-        parts.append(torch.from_numpy(block.tokens[(block.doc != NO_DOCUMENT).any(1)]))
-        seen += parts[-1].numel()
-        if seen >= n_tokens:
-            break
-    if not parts:
-        raise UsageError(f"{corpus} has no text of {context_size} tokens; give another corpus or a shorter context.")
-    return torch.cat(parts)[: max(1, n_tokens // context_size)]
 
 
 @dataclass
@@ -223,6 +208,6 @@ class _Growth:
         return [(int(other), 1 - value / context.activation) for other, value in zip(active, after, strict=True)]
 
 
-def _shown(tokenizer: Any, tokens: Int[Tensor, " pos"], before: int = 8) -> str:
-    pieces = token_text(tokenizer, tokens[-before - 1 :].tolist())
+def _shown(tokenizer: Any, tokens: Int[Tensor, " pos"]) -> str:
+    pieces = token_text(tokenizer, tokens[-EXAMPLE_TOKENS:].tolist())
     return "".join(pieces[:-1]).strip() + f" «{pieces[-1].strip()}»"

@@ -7,7 +7,6 @@ Llama Scope shows the distribution of best matches (fig. 8) and one latent of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -52,18 +51,17 @@ def threshold(n_latents: int, d: int) -> float:
     return math.sqrt(12 * math.log(max(n_latents, 2)) / d)
 
 
-def random_directions(n: int, d: int, seed: int) -> Float[Tensor, "n d"]:
-    """Return n random unit directions, uniform on the sphere."""
-    return normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=-1)
+def random_directions(n: int, d: int, seed: int, *, like: Float[Tensor, "m d"] | None = None) -> Float[Tensor, "n d"]:
+    """Return n random unit directions, uniform on the sphere.
 
-
-def random_like(units: Float[Tensor, "m d"], n: int, seed: int) -> Float[Tensor, "n d"]:
-    """Return n random unit directions with the mean and covariance of `units`: what their common subspace alone gives."""
-    mean = units.mean(dim=0)
-    values, vectors = torch.linalg.eigh(torch.cov(units.double().T).reshape(len(mean), len(mean)))
-    root = (vectors * values.clamp_min(0).sqrt()).float().cpu()
-    drawn = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed))
-    return normalize(drawn @ root.T + mean.cpu(), dim=-1)
+    With `like` they have its mean and covariance: what the common subspace of these directions alone gives.
+    """
+    drawn = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    if like is not None:
+        mean = like.mean(dim=0)
+        values, vectors = torch.linalg.eigh(torch.cov(like.double().T).reshape(d, d))
+        drawn = drawn @ (vectors * values.clamp_min(0).sqrt()).float().cpu().T + mean.cpu()
+    return normalize(drawn, dim=-1)
 
 
 @torch.no_grad()
@@ -78,12 +76,7 @@ def nearest_directions(
     """Return for each row the nearest of the others by cosine, and how many have a cosine of `above` or more.
 
     `itself` names for each row the one of the others that it is, which does not count. Rounding of 1e-6 is allowed for.
-    Raises: UsageError when the two differ in dimensions, or there is nothing to compare with.
     """
-    if rows.shape[1] != others.shape[1]:
-        raise UsageError(f"directions of {rows.shape[1]} and of {others.shape[1]} dimensions cannot be compared.")
-    if len(others) < (1 if itself is None else 2):
-        raise UsageError(f"there are {len(others)} directions to compare with; at least 1 other is needed.")
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     size = max(1, BLOCK_ELEMENTS // len(others))
     for first in tqdm(range(0, len(rows), size), desc=desc, disable=None if desc else True):
@@ -230,14 +223,14 @@ def compare(
     What is new in a wide SAE against a narrow one, and which of the narrow one's latents split: source the wide one.
     `sample` looks at so many latents of the source, drawn from `seed`; `above` is the cosine that makes a neighbour
     (default: sqrt(12 ln F / D), or where that is 1 or more the largest cosine of the random directions).
-    Raises: UsageError when the two have different dimensions.
+    Both must write into the same space.
     """
     rows = np.arange(len(source.latent))
     if sample is not None and sample < len(rows):
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:sample])
     n, m, d = len(rows), len(target.latent), target.units.shape[1]
     theory = threshold(max(len(source.latent), m), d)
-    random = _by_chance(source, target, n, seed, lambda like, size, s: random_directions(size, like.shape[1], s))
+    random = _by_chance(source, target, n, seed, covariance=False)
     used = above if above is not None else theory if theory < 1 else random.largest
     # a latent of a sample may have its neighbours among all
     found = _nearest(source, rows, target, above=used, desc=f"{source.name} to {target.name}")
@@ -258,7 +251,7 @@ def compare(
         used=used,
         matches=Distribution.of(found.cosine),
         random=random,
-        random_like=_by_chance(source, target, n, seed, random_like),
+        random_like=_by_chance(source, target, n, seed, covariance=True),
         neighbours=share(near),
         new=share(~near),
         above_random=share(found.cosine > random.largest),
@@ -279,11 +272,15 @@ def _nearest(source: Set, rows: Int[np.ndarray, " n"], target: Set, **settings: 
     return nearest_directions(source.units[chosen.to(source.units.device)], target.units, itself=itself, **settings)
 
 
-def _by_chance(source: Set, target: Set, n: int, seed: int, draw: Callable[[Tensor, int, int], Tensor]) -> Distribution:
+def _by_chance(source: Set, target: Set, n: int, seed: int, *, covariance: bool) -> Distribution:
     """Return the best matches of n random directions among as many others as the target has, or among themselves.
 
-    `draw` gives so many directions, in the place of those it is given first, from a seed.
+    With `covariance` they are drawn like the directions in whose place they stand.
     """
+
+    def draw(units: Tensor, size: int, own_seed: int) -> Tensor:
+        return random_directions(size, units.shape[1], own_seed, like=units if covariance else None)
+
     others = draw(target.units, len(target.latent), 2 * seed + 1)
     if source is target:
         return Distribution.of(nearest_directions(others[:n], others, itself=torch.arange(n)).cosine)

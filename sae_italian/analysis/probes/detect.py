@@ -92,11 +92,9 @@ class ProbeTask:
     @cached_property
     def usable(self) -> list[int]:
         """The labels with enough words that bear them, and that do not, in both parts."""
-        keep = np.ones(len(self.train.names), dtype=bool)
-        for words, rows in zip((self.train, self.test), self.rows, strict=True):
-            count = np.asarray(words.labels[rows].sum(axis=0)).ravel()
-            keep &= (count >= LEAST_WORDS) & (len(rows) - count >= LEAST_WORDS)
-        return np.flatnonzero(keep).tolist()
+        bearing = [(labels.sum(axis=0), len(rows)) for labels, rows in zip(self.labels, self.rows, strict=True)]
+        least = [np.minimum(count, n - count) for count, n in bearing]
+        return np.flatnonzero(np.minimum(*least) >= LEAST_WORDS).tolist()
 
     @cached_property
     def sample(self) -> Int[np.ndarray, " n"]:
@@ -236,13 +234,9 @@ class Probes:
     detectors: list[Detection] = field(repr=False)  # single latents worth writing down, of the SAE's own labels
     n_words: dict[str, tuple[int, int]]  # train, test
 
-    def select(self, **wanted: Any) -> list[Detection]:
-        """Return the detections whose fields have these values."""
-        return [item for item in self.detections if all(getattr(item, key) == value for key, value in wanted.items())]
-
     def within(self, treebank: str, method: str | None = None) -> dict[tuple[str, str], Detection]:
         """Return by label and method what the SAE and the activations do within one treebank, labels unshuffled."""
-        found = self.select(trained=treebank, tested=treebank, shuffled=False)
+        found = [d for d in self.detections if d.trained == treebank == d.tested and not d.shuffled]
         mine = [d for d in found if d.features in (self.sae, "activations") and method in (None, d.method)]
         return {(d.label, d.method): d for d in mine}
 
@@ -263,9 +257,8 @@ class Probes:
         """Return the single latents worth writing down as rows of the store."""
         rows = {}
         for d in self.detectors:
-            f1, lo, hi = d.f1.finite()
-            numbers = f1 or 0.0, lo, hi, d.precision, d.recall, d.n, d.threshold
-            rows[d.latents[0], d.label, d.tested] = Label(d.latents[0], d.label, d.tested, *numbers)
+            key, (f1, lo, hi) = (d.latents[0], d.label, d.tested), d.f1.finite()
+            rows[key] = Label(*key, f1 or 0.0, lo, hi, d.precision, d.recall, d.n, d.threshold)
         return list(rows.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -346,9 +339,7 @@ def probe(
         found += dense_probes(task)
     detectors = [d for item in words for d in _detectors(ProbeTask(item, item, seed), acts[name, item.source], name)]
     probed = {d.tested for d in found if d.trained == d.tested}
-    counted = {
-        item.source: (int(item.train.sum()), int((~item.train).sum())) for item in words if item.source in probed
-    }
+    counted = {w.source: (int(w.train.sum()), int((~w.train).sum())) for w in words if w.source in probed}
     found.sort(key=lambda d: (category(d.label).count("+"), category(d.label), -d.n, d.label, METHODS.index(d.method)))
     return Probes(name, found, detectors, counted)
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import scipy.stats
 import torch
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from sae_italian.analysis.causal.splice import codes
+from sae_italian.analysis.gold import zeros_and_ones
 from sae_italian.analysis.shift import corpus_windows
 from sae_italian.autointerp.store import Label
 from sae_italian.base.errors import UsageError
@@ -80,11 +82,10 @@ class Languages:
     def table(self) -> str:
         """Return a Markdown table, one row per language."""
         rows = []
-        for place, name in enumerate(self.names):
-            own = self.latents(name)
-            strongest = ", ".join(f"{i} ({self.probability[place, i]:.1%})" for i in own[:5].tolist())
-            counts = f"{self.n_tokens[place]:,}", f"{len(own):,}", shown(self.share(name), ".1%")
-            rows.append((name, *counts, f"{self.by_chance[name]:.1f}", strongest))
+        for name, found in self.as_dict().items():
+            strongest = ", ".join(f"{own['latent']} ({own['probability']:.1%})" for own in found["latents"][:5])
+            counts = f"{found['n_tokens']:,}", f"{found['n_latents']:,}", shown(self.share(name), ".1%")
+            rows.append((name, *counts, f"{found['by_chance']:.1f}", strongest))
         return table("language | tokens | its latents | share of live latents | by chance | strongest", rows)
 
 
@@ -108,27 +109,24 @@ def language_latents(
     *,
     n_tokens: int = 20_000,
     context_size: int | None = None,
-    text_column: str = "text",
+    text_columns: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> Languages:
     """Return activation probabilities on each language's corpus, at most `n_tokens` of each, and whose latents are whose.
 
-    As control, documents are dealt to the languages at random, twenty times.
+    `text_columns` names each corpus' column (default: text). As control, documents are dealt to the languages at random, twenty times.
     Raises: UsageError for fewer than two languages, an SAE that does not fit, an empty corpus.
     """
     if len(corpora) < 2:
         raise UsageError("latents of one language show only beside another; give two languages or more.")
     hook_name = check_fits(sae, model)
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
-    fired, sizes = [], []
+    found = []
     for name, corpus in corpora.items():
-        batches = corpus_windows(model, corpus, context, n_tokens, text_column=text_column)
-        with tqdm(batches, desc=name, unit="batch", disable=None) as bar:
-            counts, tokens = _count(sae, model, hook_name, bar)
-        fired.append(counts)
-        sizes.append(tokens)
-    which = np.repeat(np.arange(len(corpora)), [len(tokens) for tokens in sizes])
-    counts, tokens = np.concatenate(fired), np.concatenate(sizes)
+        batches = corpus_windows(model, corpus, context, n_tokens, text_column=(text_columns or {}).get(name, "text"))
+        found.append(_count(sae, model, hook_name, tqdm(batches, desc=name, unit="batch", disable=None)))
+    which = np.repeat(np.arange(len(corpora)), [len(tokens) for _, tokens in found])
+    counts, tokens = (np.concatenate(parts) for parts in zip(*found, strict=True))
 
     def probability(language: Int[np.ndarray, " documents"]) -> Float[np.ndarray, "languages d_sae"]:
         here = [language == place for place in range(len(corpora))]
@@ -137,7 +135,8 @@ def language_latents(
     rng = np.random.default_rng(seed)
     dealt = [owners(probability(rng.permutation(which))) for _ in range(SHUFFLES)]
     by_chance = {name: float(np.mean([(owner == i).sum() for owner in dealt])) for i, name in enumerate(corpora)}
-    return Languages(list(corpora), [int(found.sum()) for found in sizes], probability(which), by_chance)
+    sizes = np.bincount(which, weights=tokens).astype(int).tolist()
+    return Languages(list(corpora), sizes, probability(which), by_chance)
 
 
 @torch.no_grad()
@@ -145,13 +144,12 @@ def _count(
     sae: Any, model: Any, hook_name: str, batches: Any
 ) -> tuple[Int[np.ndarray, "documents d_sae"], Int[np.ndarray, " documents"]]:
     """Return how often each latent fires in each document, and the documents' tokens."""
-    counts: dict[int, np.ndarray] = {}
-    tokens: dict[int, int] = {}
+    fired, docs = [], []
     for windows in batches:
         x = read_activations(model, windows.tokens.to(model.device), hook_name)[windows.keep.to(model.device)]
-        active = (codes(sae, x) != 0).cpu().numpy()
-        for doc in np.unique(windows.doc).tolist():
-            here = windows.doc == doc
-            counts[doc] = counts.get(doc, 0) + active[here].sum(axis=0)
-            tokens[doc] = tokens.get(doc, 0) + int(here.sum())
-    return np.stack(list(counts.values())), np.array(list(tokens.values()))
+        fired.append(scipy.sparse.csr_array((codes(sae, x) != 0).cpu().numpy()))
+        docs.append(windows.doc)
+    _, row, tokens = np.unique(np.concatenate(docs), return_inverse=True, return_counts=True)
+    in_document = zeros_and_ones(np.stack([row, np.arange(len(row))], axis=1), (len(tokens), len(row)))
+    counts: Any = in_document @ scipy.sparse.vstack(fired)
+    return counts.toarray(), tokens

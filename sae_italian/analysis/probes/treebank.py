@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse
 import torch
 from jaxtyping import Bool, Float, Int
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from sae_italian import micro_italiano
@@ -59,7 +60,7 @@ def category(label: str) -> str:
 
 
 def read_treebank(path: str | Path) -> Treebank:
-    """Return a treebank: a CoNLL-U file, a folder of them, or `micro-italiano`.
+    """Return a treebank: a CoNLL-U file, a folder of them, `ISDT` for the folder UD_Italian-ISDT, or `micro-italiano`.
 
     Files named as UD names them say what is for training (-train, -dev) and for test (-test); otherwise a tenth of
     the sentences, and of MicroItaliano every other document, is for test.
@@ -67,11 +68,14 @@ def read_treebank(path: str | Path) -> Treebank:
     """
     if str(path) == MICRO_ITALIANO:
         return Treebank("MicroItaliano", [_micro(i) for i in range(MICRO_DOCUMENTS)])
-    path = Path(path)
+    path = path if (path := Path(path)).exists() else next(iter(path.parent.glob(f"UD_Italian-{path.name}")), path)
     files = sorted(path.glob("*.conllu")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         what = "holds no file ending in .conllu" if path.is_dir() else "does not exist"
-        raise UsageError(f"treebank {path} {what}. Give a CoNLL-U file or a folder of them, e.g. UD_Italian-ISDT.")
+        raise UsageError(
+            f"treebank {path} {what}. Give a CoNLL-U file or a folder of them, e.g. UD_Italian-ISDT (git clone "
+            "https://github.com/UniversalDependencies/UD_Italian-ISDT), then also spelled ISDT."
+        )
     names = " ".join(file.name for file in files)
     official = "-test" in names and ("-train" in names or "-dev" in names)
     sentences = []
@@ -225,7 +229,9 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     with tqdm(total=len(order), desc=treebank.name, unit="sentence", disable=None) as bar:
         for batch in _batches(order, tokens):
-            acts = _activations(model, hook_name, [tokens[i] for i in batch])
+            # what fills the shorter sentences is never looked back at
+            padded = pad_sequence([torch.from_numpy(tokens[i]) for i in batch], batch_first=True)
+            acts = read_activations(model, padded.to(model.device), hook_name)
             for place, i in enumerate(batch):
                 words, last = treebank.sentences[i].words, last_tokens(treebank.sentences[i], spans[i])
                 for at in np.flatnonzero(last >= 0).tolist():
@@ -250,7 +256,7 @@ def _tokenised(
     ids, spans = [], []
     for found in batch.documents():
         token, start, end = (np.asarray(part)[: context_size - 1] for part in found)
-        ids.append(np.concatenate([[bos_id(tokenizer)], token]))
+        ids.append(np.concatenate([[bos_id(tokenizer)], token]).astype(np.int64))
         spans.append(np.stack([start, end], axis=1))
     return ids, spans
 
@@ -281,13 +287,6 @@ def _batches(order: list[int], tokens: list[np.ndarray]) -> list[list[int]]:
             batches.append([])
         batches[-1].append(i)
     return batches
-
-
-def _activations(model: Any, hook_name: str, batch: list[np.ndarray]) -> torch.Tensor:
-    """Return activations of sentences of different lengths; what fills the shorter ones is never looked back at."""
-    longest = max(len(ids) for ids in batch)
-    padded = np.stack([np.pad(ids, (0, longest - len(ids)), mode="edge") for ids in batch]).astype(np.int64)
-    return read_activations(model, torch.from_numpy(padded).to(model.device), hook_name)
 
 
 @torch.no_grad()

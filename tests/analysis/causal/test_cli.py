@@ -63,7 +63,10 @@ def test_ioi_says_whether_the_model_can_and_what_carries_the_name(capsys, folder
 def test_ioi_refuses_what_cannot_be_measured(capsys, folder, later):
     cases = [
         (("ioi", "mini", "--language", "en", "--sae", folder, "--check", 30), "does not do the task|needs 3 names"),
-        (("ioi", "mini", "--sae", folder, "--sae", later, "--check", 30, "--n-pairs", 2), "one writes at .* later at"),
+        (
+            ("ioi", "mini", "--sae", folder, "--sae", later, "--check", 30, "--n-pairs", 2),
+            "one writes at .* later writes at",
+        ),
         (("ioi", "mini", "name_tokens=7"), "names by number of tokens"),
         (("ioi", "mini", "name_tokens=many"), "a number or any"),
         (("ioi", "mini", "--n-pairs", 0), "--n-pairs is 0"),

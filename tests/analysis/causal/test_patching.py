@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.causal.compare import patch_saes, thresholds
-from sae_italian.analysis.causal.patching import Patcher, PatchInputs, eliminate, patch_inputs
-from sae_italian.analysis.tasks.ioi import default_words, ioi_pairs
+from sae_italian.analysis.causal.patching import Patcher, PatchInputs, eliminate, patch_inputs, patch_saes, thresholds
+from sae_italian.analysis.tasks import default_words, ioi_pairs
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import logits_with_replacement, read_activations
 from sae_italian.saes import random_twin
@@ -54,7 +53,9 @@ def test_patching_everything_gives_the_counterfactual_logits(mini, identity_sae,
         patched = logits_with_replacement(mini, ids(mini, pair.base), patcher.hook_out, lambda x, a=added: x + a)
         assert torch.allclose(patched[0, -1], last_logits(mini, ids(mini, pair.counterfactual)), atol=1e-4)
     lossy = Patcher(mini, topk_sae, inputs)
-    assert lossy.kl(torch.arange(lossy.n_pairs), lossy.full).max() < 1e-5 < 0.5 < lossy.patched_kl().max()
+    base, target = (read_activations(mini, tokens, lossy.hook_out) for tokens in (inputs.base, inputs.target))
+    whole = (target - base) * inputs.differ[..., None]
+    assert lossy.kl(torch.arange(lossy.n_pairs), whole).max() < 1e-5 < 0.5 < lossy.patched_kl().max()
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.3.hook_resid_post"])
@@ -130,11 +131,11 @@ def test_guessing_ahead_takes_the_decisions_of_one_step_at_a_time(mini, topk_sae
         dictionary.components, dictionary.cfg.d_sae = dictionary.components[:20], 20
     two, levels = PatchInputs(*(part[:2] for part in inputs)), (1e-3, 0.05, 1.0)
     patcher, plain = CountedPatcher(mini, dictionary, two), CountedPatcher(mini, dictionary, two)
-    found = eliminate(patcher, levels, seed=3)
+    points, order = eliminate(patcher, levels, seed=3)
     trace, removed = one_at_a_time(plain, levels, seed=3)
-    assert [point.n_patched for point in found.points[1:]] == [n for _, n, _ in trace]
-    assert [point.kl.value for point in found.points[1:]] == pytest.approx([kl for _, _, kl in trace], abs=1e-4)
-    assert list(found.order[found.survivors :]) == removed[::-1]
+    assert [point.n_patched for point in points[1:]] == [n for _, n, _ in trace]
+    assert [point.kl.value for point in points[1:]] == pytest.approx([kl for _, _, kl in trace], abs=1e-4)
+    assert order[points[-1].n_patched :] == removed[::-1]
     assert patcher.passes < plain.passes / 2
 
 
@@ -172,7 +173,7 @@ def test_bad_input_is_refused_in_one_line(mini, topk_sae, pairs):
     other = copy.deepcopy(topk_sae)
     other.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
     cases = [
-        ({"saes": {"a": topk_sae, "b": other}, "pairs": pairs}, "a writes at blocks.2.*b at blocks.1"),
+        ({"saes": {"a": topk_sae, "b": other}, "pairs": pairs}, "a writes at blocks.2.*b writes at blocks.1"),
         ({"saes": {}, "pairs": pairs}, "no SAE"),
         ({"saes": {"a": topk_sae}, "pairs": []}, "no pairs"),
         ({"saes": {"a": topk_sae}, "pairs": [("Marta ha dato a", "La nonna ha dato a")]}, "both need as many"),

@@ -82,7 +82,7 @@ def test_bad_input_is_refused_in_one_line(mini, layers):
         ([("a", first)], 5, "at least two layers"),
         ([("b", second), ("a", first)], 5, "in the order of their layers"),
         ([("a", first), ("b", second)], 1000, "latents 0 to 255"),
-        ([("a", first), ("c", never)], 5, "never active in 992 tokens"),
+        ([("a", first), ("c", never)], 5, "never active in [0-9,]+ tokens"),
     ]
     for saes, latent, said in cases:
         with pytest.raises(UsageError, match=said) as error:

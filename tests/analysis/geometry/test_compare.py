@@ -13,7 +13,6 @@ from sae_italian.analysis.geometry.directions import (
     compare,
     nearest_directions,
     random_directions,
-    random_like,
     threshold,
 )
 from sae_italian.analysis.geometry.report import geometry
@@ -144,7 +143,7 @@ def test_seeds_are_compared_where_widths_agree(orthogonal):
             "s0": sae(orthogonal),
             "s1": sae(orthogonal.flip(0)),
             "s2": sae(orthogonal),
-            "wide": sae(random_like(orthogonal, 300, 0)),
+            "wide": sae(random_directions(300, D, 0, like=orthogonal)),
         }
     )
     assert (

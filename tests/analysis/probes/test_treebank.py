@@ -103,6 +103,7 @@ def test_official_files_say_what_is_for_test_else_a_hash_does(tmp_path):
     share = np.mean([sentence.train for sentence in first.sentences])
     assert 0.8 < share < 0.97 and first == again and first.name == "altro"
     assert read_treebank(folder / "it_prova-ud-test.conllu").name == "UD PROVA"
+    assert read_treebank(tmp_path / "Prova") == bank  # the name alone, beside a clone of the treebank
 
 
 def i_row(i: int) -> str:

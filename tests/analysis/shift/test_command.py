@@ -36,6 +36,35 @@ def test_genres_are_the_files_of_a_folder(folder, genres, tmp_path, capsys):
     assert "![shift](shift.svg)" in (tmp_path / "out" / "shift.md").read_text()
 
 
+def test_a_genre_is_a_subfolder_a_column_or_a_bucket_with_its_own_text_column(folder, genres, tmp_path, capsys):
+    """Three ways to the same two texts; of a folder with subfolders, the files of one are one genre."""
+    rows = {name: (genres / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in ("leggi", "romanzi")}
+    for name, lines in rows.items():
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for part in (0, 1):
+            file = tmp_path / "folders" / name / f"{part}.txt"
+            file.write_text("\n\n".join(json.loads(line)["text"] for line in lines[part::2]), encoding="utf-8")
+    marked = [{**json.loads(line), "source": name} for name, lines in rows.items() for line in lines]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, marked)), encoding="utf-8")
+    other = [line.replace('"text"', '"testo"') for line in rows["romanzi"]]
+    (tmp_path / "other.jsonl").write_text("\n".join(other), encoding="utf-8")
+    buckets = ["--buckets", f"leggi={genres / 'leggi.jsonl'}", f"romanzi={tmp_path / 'other.jsonl'}"]
+    found = {}
+    for name, options in {
+        "files": ["--corpus", genres],
+        "folders": ["--corpus", tmp_path / "folders"],
+        "column": ["--corpus", tmp_path / "one.jsonl"],
+        "buckets": ["text_column=romanzi:testo", *buckets],
+    }.items():
+        out = ["--by", "genre", "--split", "all", "--tokens", 2000, "--json", "--out", tmp_path / "out"]
+        assert main([str(part) for part in ("shift", folder, *options, *out)]) == 0
+        found[name] = json.loads(capsys.readouterr().out)["buckets"]
+    counts = {name: [(b["name"], b["n_documents"]) for b in buckets] for name, buckets in found.items()}
+    assert counts == dict.fromkeys(found, [("leggi", 11), ("romanzi", 11)])  # the twelfth fills no window
+    for way in ("column", "buckets"):
+        assert [b["ce_loss"]["value"] for b in found[way]] == [b["ce_loss"]["value"] for b in found["files"]]
+
+
 def test_context_languages_and_models(folder, genres, tmp_path, capsys):
     common = ["--tokens", "300", "--split", "all", "--corpus", str(genres), "--json", "--out", str(tmp_path / "out")]
     assert main(["shift", folder, "packed=true", "--by", "context", "--edges", "0,32,64", *common]) == 0
@@ -57,15 +86,24 @@ def test_context_languages_and_models(folder, genres, tmp_path, capsys):
         (["--by", "context", "--buckets", "a=b"], "--buckets is for --by genre, language or model"),
         (["--by", "context", "--edges", "0,x"], "--edges is '0,x'"),
         (["context_size=64", "--by", "context"], "by context give --edges"),
-        (["--by", "genre"], "is no folder of files"),
+        (["--by", "genre", "--corpus", "ONE"], "has no genres: a folder with a subfolder or table for each"),
+        (["--by", "genre", "--corpus", "TXT"], "are taken for documents, not for genres"),
+        (
+            ["text_column=a:testo,c:testo", "--by", "language", "--buckets", "a=x.jsonl", "b=y.jsonl"],
+            "a:COLUMN,b:COLUMN",
+        ),
         (["--by", "genre", "--buckets", "a"], "'a': NAME=VALUE was expected"),
         (["--by", "genre", "--buckets", "a=x", "a=y"], "each name once"),
         (["--by", "genre", "--buckets", "a=x.jsonl", "b=y.jsonl"], "is neither"),
         (["--by", "model", "--buckets", "a=no-such-model"], "no-such-model"),
     ],
 )
-def test_bad_input_is_one_line(options, message, folder, tmp_path, capsys):
-    assert main(["shift", folder, *options, "--out", str(tmp_path / "out")]) == 2
+def test_bad_input_is_one_line(options, message, folder, genres, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("Una riga.\n\nUn'altra.\n")
+    corpora = {"ONE": str(genres / "leggi.jsonl"), "TXT": str(tmp_path)}
+    arguments = [corpora.get(option, option) for option in options]
+    assert main(["shift", folder, *arguments, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

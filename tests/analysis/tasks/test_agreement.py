@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from sae_italian import micro_italiano
-from sae_italian.analysis.tasks.agreement import (
+from sae_italian.analysis.tasks import (
     KINDS,
     MinimalPair,
     agreement_pairs,
@@ -137,5 +137,8 @@ def test_another_ending_and_a_missing_file_are_refused(tmp_path):
         read_minimal_pairs(tmp_path / "ita.csv")
     with pytest.raises(UsageError, match="is not a file"):
         read_minimal_pairs(tmp_path / "none.tsv")
-    with pytest.raises(UsageError, match="must be 1 or more"):
-        agreement_pairs(0)
+
+
+def test_no_pairs_are_no_score(mini):
+    with pytest.raises(UsageError, match="ask for 1 or more"):
+        agreement_score(mini, mini.tokenizer, agreement_pairs(0))

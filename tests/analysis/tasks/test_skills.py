@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from sae_italian.analysis import italian_skills
-from sae_italian.analysis.tasks.scoring import micro_italiano_scores
+from sae_italian.analysis.tasks import micro_italiano_scores
 from sae_italian.models import catalogue
 
 

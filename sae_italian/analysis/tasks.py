@@ -1,0 +1,400 @@
+"""Tasks with a known right answer, each a choice of two texts: the indirect object, and Italian agreement.
+
+Indirect object: «Quando Marta e Luca sono andati al mercato, Marta ha dato un libro a» must go on with « Luca». The
+counterfactual names another person instead of Luca, of the same gender (the participle agrees) and with as many tokens
+(positions align).   Source: Wang et al. 2022, arXiv 2211.00593; Cunningham et al. 2023, section 4, for the counterfactual.
+
+Agreement: pairs made for gender, number and subject-verb, or read in MultiBLiMP's layout. Right is a model that finds
+the right text likelier as a whole (Warstadt et al. 2020; MultiBLiMP: Jumelet et al. 2025, arXiv 2504.02768).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from jaxtyping import Float
+from tqdm import tqdm
+
+from sae_italian import micro_italiano
+from sae_italian.base import pictures
+from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.statistics import Estimate, mean_interval, wilson
+from sae_italian.models.activations import check_context, continuation_log_probs
+from sae_italian.models.catalogue import resolve
+
+CHANCE = 0.5
+LEAST_NAMES = 3  # giver, indirect object, and who replaces the latter
+KINDS = ("gender", "gender, attractor", "number", "subject-verb", "subject-verb, attractor")
+TRIES = 50  # subjects made for each that is wanted
+_ENDING = {"Masc": "i", "Fem": "e"}
+_THE = (("il", "i"), ("la", "le"))  # [gender][number]
+_TO_THE = (("al", "ai"), ("alla", "alle"))
+_THIS = (("questo", "questi"), ("questa", "queste"))
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How well a model does a task of two choices; differences are in nats, intervals over the items."""
+
+    n: int
+    accuracy: Estimate
+    difference: Estimate  # mean of log p(right) - log p(wrong)
+    by_kind: dict[str, Estimate]  # accuracy
+
+    def svg(self) -> str:
+        """Return the accuracies by kind as a picture, chance as a line."""
+
+        def draw(axes: Any) -> None:
+            for row, share in enumerate(self.by_kind.values()):
+                axes[0].barh(row, share.value, color=pictures.OURS, height=0.6)
+                axes[0].plot((share.lo, share.hi), (row, row), color="black", linewidth=1)
+            axes[0].axvline(CHANCE, color=pictures.REFERENCE, linestyle=":")
+            axes[0].set_yticks(range(len(self.by_kind)), list(self.by_kind))
+            axes[0].invert_yaxis()
+            axes[0].set(xlim=(0, 1), xlabel="right, 95 % interval")
+
+        return pictures.svg(draw, 1, (6, 0.5 * len(self.by_kind) + 1))
+
+    def text(self) -> str:
+        """Return accuracy, its interval and the mean difference in one line."""
+        value, low, high = self.accuracy
+        difference = f"mean difference {self.difference.value:+.2f} nats"
+        return f"{value:.1%} of {self.n} right (95 % interval {low:.1%} to {high:.1%}), {difference}"
+
+
+def score(differences: Float[np.ndarray, " n"], kinds: Sequence[str]) -> TaskScore:
+    """Return accuracy and mean of log p(right) - log p(wrong); a difference of 0 is not right."""
+    right, named = differences > 0, np.array(kinds)
+    by_kind = {kind: right[named == kind] for kind in dict.fromkeys(kinds)}
+    shares = {kind: wilson(int(here.sum()), len(here)) for kind, here in by_kind.items()}
+    return TaskScore(len(right), wilson(int(right.sum()), len(right)), mean_interval(differences), shares)
+
+
+def score_choices(model: Any, tokenizer: Any, items: Sequence[tuple[str, str, str, str]]) -> TaskScore:
+    """Return how often the right text is likelier than the wrong one, of items (prefix, right text, wrong text, kind).
+
+    Both texts begin with the prefix; with "" they are compared as a whole.
+    Raises: UsageError for none, and for a text beyond the model's positions.
+    """
+    if not items:
+        raise UsageError("there is no sentence to be scored; ask for 1 or more.")
+    texts = [(prefix, text) for prefix, right, wrong, _ in items for text in (right, wrong)]
+    log_p = log_probs_after(model, tokenizer, texts).reshape(-1, 2)
+    return score(log_p[:, 0] - log_p[:, 1], [kind for *_, kind in items])
+
+
+def log_probs_after(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Float[np.ndarray, " n"]:
+    """Return log p(rest | prefix) in nats for each (prefix, text) of which the text begins with the prefix's tokens."""
+    split = [(len(tokenizer(prefix).input_ids), tokenizer(text).input_ids) for prefix, text in texts]
+    check_context(max(len(tokens) for _, tokens in split), model.config)
+    with tqdm(total=len(split), desc="texts", unit="text", disable=None) as bar:
+
+        def forward(rows: Any) -> Any:
+            bar.update(len(rows))
+            return model(rows.to(model.device), use_cache=False).logits
+
+        return continuation_log_probs(forward, [(tokens[:n], tokens[n:]) for n, tokens in split])
+
+
+def check_able(found: TaskScore, task: str, model: str) -> TaskScore:
+    """Return the score. Raises: UsageError when the accuracy is not above chance, its interval considered."""
+    if found.accuracy.lo <= CHANCE:
+        raise UsageError(
+            f"{model} does not do the task ({task}): {found.text()}, where chance is {CHANCE:.0%}. What a latent does to "
+            "a skill that is not there cannot be measured; use a model that has it."
+        )
+    return found
+
+
+def _data(name: str) -> Any:
+    return yaml.safe_load((files("sae_italian.analysis") / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def micro_italiano_scores(model: Any, *, n: int = 300, seed: int = 1001) -> tuple[TaskScore, TaskScore]:
+    """Return what a model knows of MicroItaliano on n items each: agreement, by kind; the indirect object, by order."""
+    prompts = [(p.text, p.io, p.subject, p.order) for p in micro_italiano.ioi_prompts(n, seed=seed)]
+    items = [*micro_italiano.agreement_pairs(n, seed=seed), *prompts]
+    choices = [(text, f"{text} {right}", f"{text} {wrong}", kind) for text, right, wrong, kind in items]
+    agreement, ioi = (score_choices(model, model.tokenizer, some) for some in (choices[:n], choices[n:]))
+    return agreement, ioi
+
+
+def italian_skills(model: Any, *, n: int = 300, seed: int = 1001) -> dict[str, float]:
+    """Return `micro_italiano_scores` as shares right, and one mean difference in nats."""
+    agreement, ioi = micro_italiano_scores(model, n=n, seed=seed)
+    return {
+        "agreement, all": agreement.accuracy.value,
+        **{f"agreement, {kind}": share.value for kind, share in sorted(agreement.by_kind.items())},
+        "indirect object, right": ioi.accuracy.value,
+        "indirect object, mean difference": ioi.difference.value,
+    }
+
+
+# --- the indirect object ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IoiWords:
+    """The words of the task; names by gender, everything else as it stands in a template."""
+
+    names: dict[str, tuple[str, ...]]  # "Masc", "Fem"
+    places: tuple[str, ...]
+    objects: tuple[str, ...]
+    templates: tuple[str, ...]
+    language: str = "it"
+
+    def __post_init__(self) -> None:
+        if not (self.places and self.objects and self.templates) or set(self.names) - set(_ENDING):
+            raise UsageError(
+                "the task needs at least one place, object and template, and names listed by gender, "
+                f"{' and '.join(_ENDING)}; found {', '.join(self.names)}."
+            )
+
+
+class IoiPair(NamedTuple):
+    """A prompt and its counterfactual, in which `io` is replaced by `new_io`; both end right before " " + the answer."""
+
+    base: str
+    counterfactual: str
+    io: str
+    subject: str
+    new_io: str
+    template: int
+    order: str  # "ABBA": the indirect object is named first; "BABA": the giver
+
+
+@lru_cache(maxsize=3)
+def default_words(language: str = "it") -> IoiWords:
+    """Return the words of a language for real models. Raises: UsageError for another than Italian or English."""
+    entry = _data("ioi").get(language)
+    if entry is None:
+        raise UsageError(f"language {language!r} has no indirect-object sentences. {nearest(language, ('it', 'en'))}")
+    names = {gender: tuple(text.split()) for gender, text in entry["names"].items()}
+    places, objects, templates = (tuple(entry[key]) for key in ("places", "objects", "templates"))
+    return IoiWords(names, places, objects, templates, "en" if language == "en" else "it")
+
+
+def words_for(model: str, language: str = "it") -> IoiWords:
+    """Return the words that suit a model, by any of its names: MicroItaliano's for the embedded one, which knows no others.
+
+    Raises: UsageError for an unknown model, and as `default_words`.
+    """
+    embedded = resolve(model).saved_name == "sae-italian-mini"
+    return default_words("micro-italiano" if embedded and language == "it" else language)
+
+
+def name_tokens(tokenizer: Any, name: str, language: str = "it") -> tuple[int, ...]:
+    """Return the tokens of " " + name in the middle of a sentence."""
+    before = "and" if language == "en" else "e"
+    alone = tokenizer(before, add_special_tokens=False).input_ids
+    return tuple(tokenizer(f"{before} {name}", add_special_tokens=False).input_ids[len(alone) :])
+
+
+def ioi_pairs(
+    n: int, tokenizer: Any, words: IoiWords | None = None, *, n_name_tokens: int | None = 1, seed: int = 0
+) -> list[IoiPair]:
+    """Return `n` pairs, ABBA and BABA in turn, whose two texts have the same tokens but for the indirect object.
+
+    Every name has `n_name_tokens` tokens (None: any number, the same within a pair), and the three names of a pair differ
+    in their first token; names of other lengths are left out.
+    Raises: UsageError when too few names have the wanted number of tokens; the message says how many have how many.
+    """
+    words = words or default_words("it")
+    groups = _groups(tokenizer, words, n_name_tokens)
+    return [_ioi_pair(tokenizer, words, groups, Random(f"ioi/{seed}/{i}"), i) for i in range(n)]
+
+
+def _groups(tokenizer: Any, words: IoiWords, wanted: int | None) -> list[tuple[str, tuple[str, ...]]]:
+    """Return (gender, names) with at least three names each, all of one length in tokens and told apart by the first."""
+    groups: dict[tuple[str, int], dict[int, str]] = {}
+    lengths: dict[int, list[str]] = {}
+    for gender, names in words.names.items():
+        for name in names:
+            tokens = name_tokens(tokenizer, name, words.language)
+            lengths.setdefault(len(tokens), []).append(name)
+            if wanted in (None, len(tokens)):
+                groups.setdefault((gender, len(tokens)), {}).setdefault(tokens[0], name)
+    enough = [(gender, tuple(named.values())) for (gender, _), named in groups.items() if len(named) >= LEAST_NAMES]
+    if not enough:
+        found = "; ".join(f"{len(names)} of {k}: {', '.join(names[:3])}" for k, names in sorted(lengths.items()))
+        raise UsageError(
+            f"the task needs {LEAST_NAMES} names of one gender with {wanted or 'equally many'} token(s) that differ in "
+            f"the first; names by number of tokens: {found or 'none'}. Give other names, or take names of another length: "
+            "name_tokens=N or name_tokens=any (in Python n_name_tokens=N or None)."
+        )
+    return enough
+
+
+def _ioi_pair(
+    tokenizer: Any, words: IoiWords, groups: Sequence[tuple[str, tuple[str, ...]]], random: Random, index: int
+) -> IoiPair:
+    # a group is drawn by its number of names, so that every name is equally likely
+    ((gender, names),) = random.choices(groups, weights=[len(names) for _, names in groups])
+    subject, io, new_io = random.sample(names, 3)
+    order = ("ABBA", "BABA")[index % 2]
+    template = random.randrange(len(words.templates))
+    filling = {"place": random.choice(words.places), "object": random.choice(words.objects), "i": _ENDING[gender]}
+
+    def text(other: str) -> str:
+        first, second = (other, subject) if order == "ABBA" else (subject, other)
+        return words.templates[template].format(a=first, b=second, s=subject, **filling)
+
+    pair = IoiPair(text(io), text(new_io), io, subject, new_io, template, order)
+    base, other = (tokenizer(text).input_ids for text in pair[:2])
+    differ = [i for i, (one, two) in enumerate(zip(base, other, strict=False)) if one != two]
+    own = len(name_tokens(tokenizer, io, words.language))
+    if len(base) != len(other) or not differ or differ[-1] - differ[0] >= own:
+        raise UsageError(
+            f"{pair.base!r} and {pair.counterfactual!r} differ in more than the tokens of a name. "
+            "A template must not begin with a name, and a space must stand before each."
+        )
+    return pair
+
+
+def ioi_score(model: Any, tokenizer: Any, pairs: Sequence[IoiPair]) -> TaskScore:
+    """Return how often the indirect object is likelier than the giver after the prompts, overall and by order.
+
+    The difference is log p(name) - log p(name), over all tokens of a name: for names of one token, that of the logits.
+    """
+    choices = [(p.base, f"{p.base} {p.io}", f"{p.base} {p.subject}", p.order) for p in pairs]
+    return score_choices(model, tokenizer, choices)
+
+
+# --- agreement ----------------------------------------------------------------------------------------------------------
+
+
+class MinimalPair(NamedTuple):
+    """Two texts, the right one and one with a single wrong form; `kind` is what the forms must agree in."""
+
+    right: str
+    wrong: str
+    kind: str
+
+
+@lru_cache(maxsize=1)
+def _words() -> tuple[list[list[list[str]]], list[list[str]], list[list[str]]]:
+    """Return nouns [gender][noun][number], adjectives [adjective][2 * gender + number] and verbs [verb][number]."""
+    data = _data("agreement")
+    nouns = [[entry.split() for entry in data["nouns"][gender].split(",")] for gender in _ENDING]
+    adjectives, verbs = ([entry.split() for entry in data[key].split(",")] for key in ("adjectives", "verbs"))
+    return nouns, adjectives, verbs
+
+
+def agreement_pairs(n: int, *, seed: int = 0) -> list[MinimalPair]:
+    """Return `n` pairs, the kinds in turn, each right form as often the wrong one of another pair.
+
+    An attractor is a noun between subject and target that bears the wrong feature: «il libro vicino alle penne è».
+    """
+    each = ((Random(f"agreement/{seed}/{i}"), *divmod(i, len(KINDS))) for i in range(n))
+    return [_agreement_pair(random, KINDS[kind], side=turn % 2) for random, turn, kind in each]
+
+
+def _agreement_pair(random: Random, kind: str, side: int) -> MinimalPair:
+    """Return a pair of the kind; `side` 0 has the masculine or the singular right, 1 the other."""
+    nouns, adjectives, verbs = _words()
+    about_gender = kind.startswith("gender")
+    gender = side if about_gender else random.randrange(2)
+    number = random.randrange(2) if about_gender else side
+    noun = random.choice(nouns[gender])
+    subject = f"{_THE[gender][number]} {noun[number]}"
+    if kind.endswith("attractor"):
+        other_gender = 1 - gender if about_gender else random.randrange(2)
+        other_number = number if about_gender else 1 - number
+        subject += f" {_beside(random, noun, other_gender, other_number)}"
+    if kind == "number":
+        forms, prefix = (noun[number], noun[1 - number]), random.choice((_THE, _THIS))[gender][number]
+    elif about_gender:
+        adjective, verb = random.choice(adjectives), random.choice(verbs)
+        forms = adjective[2 * gender + number], adjective[2 * (1 - gender) + number]
+        prefix = f"{subject} {verb[number]}"
+    else:
+        verb = random.choice(verbs)
+        forms, prefix = (verb[number], verb[1 - number]), subject
+    prefix = prefix[0].upper() + prefix[1:]
+    return MinimalPair(f"{prefix} {forms[0]}", f"{prefix} {forms[1]}", kind)
+
+
+def _beside(random: Random, noun: list[str], gender: int, number: int) -> str:
+    """Return «vicino alle penne», with another noun than the given one."""
+    between = random.choice([other for other in _words()[0][gender] if other != noun])
+    return f"vicino {_TO_THE[gender][number]} {between[number]}"
+
+
+def number_pairs(n: int, tokenizer: Any, *, seed: int = 0) -> list[tuple[str, str]]:
+    """Return `n` pairs of subjects that differ in number alone and have equally many tokens, to patch one into the other.
+
+    «Il libro vicino alle penne» against «I libri vicino alle penne»: what follows is a verb in the number of the first
+    noun, over an attractor of either number. Singular and plural take turns as the base.
+    Raises: UsageError when too few nouns have as many tokens in both numbers.
+    """
+    found: list[tuple[str, str]] = []
+    for attempt in range(TRIES * n):
+        random = Random(f"number/{seed}/{attempt}")
+        gender, other_gender, other_number = (random.randrange(2) for _ in range(3))
+        noun = random.choice(_words()[0][gender])
+        ending = _beside(random, noun, other_gender, other_number)
+        singular, plural = (f"{_THE[gender][number].capitalize()} {noun[number]} {ending}" for number in range(2))
+        if len(tokenizer(singular).input_ids) == len(tokenizer(plural).input_ids):
+            found.append((plural, singular) if len(found) % 2 else (singular, plural))
+        if len(found) == n:
+            return found
+    raise UsageError(
+        f"{len(found)} of {TRIES * n} subjects have as many tokens in both numbers, {n} wanted. Ask for fewer."
+    )
+
+
+def read_minimal_pairs(path: Path) -> list[MinimalPair]:
+    """Return the pairs of a file in MultiBLiMP's layout: columns `sen`, `wrong_sen` and, where it has it, `phenomenon`.
+
+    The file is the tab-separated one of the hub or of the authors' pipeline (`ita.tsv`), or the same as Parquet or JSON
+    lines. Raises: UsageError for a missing file or another ending, DataError, naming the line, for a column that is not
+    there or a pair that is empty or no pair.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file. Give MultiBLiMP's Italian file (ita.tsv).")
+    pairs = []
+    for line, row in _rows(path):
+        if missing := {"sen", "wrong_sen"} - set(row):
+            raise DataError(f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(list(row)[:8])}.")
+        right, wrong = row["sen"] or "", row["wrong_sen"] or ""
+        if not right.strip() or not wrong.strip() or right == wrong:
+            raise DataError(f"{path}, line {line}: two different sentences were expected, found {right!r}, {wrong!r}.")
+        pairs.append(MinimalPair(right, wrong, str(row.get("phenomenon") or "agreement")))
+    if not pairs:
+        raise DataError(f"{path} holds no pairs.")
+    return pairs
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, columns) of a file by its ending."""
+    if path.suffix == ".tsv":
+        with path.open(encoding="utf-8", newline="") as handle:
+            reader = csv.DictReader(handle, delimiter="\t")
+            yield from ((reader.line_num, row) for row in reader)
+    elif path.suffix == ".jsonl":
+        for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                yield line, dict(json.loads(text))
+            except ValueError as error:
+                raise DataError(f"{path}, line {line}: not a JSON object ({error}).") from error
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+    else:
+        raise UsageError(f"{path.name} ends in {path.suffix or 'nothing'}; .tsv, .jsonl or .parquet was expected.")
+
+
+def agreement_score(model: Any, tokenizer: Any, pairs: Sequence[MinimalPair]) -> TaskScore:
+    """Return the share of pairs whose right text the model finds likelier as a whole, and the mean difference."""
+    return score_choices(model, tokenizer, [("", pair.right, pair.wrong, pair.kind) for pair in pairs])
