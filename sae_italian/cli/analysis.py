@@ -112,7 +112,7 @@ def language(
     from sae_italian.models.activations import check_context
 
     settings = key_values(words, {"context_size": 0, "text_column": "text"})
-corpora = _languages(ud, languages, against)
+    corpora = _languages(ud, languages, against)
     columns = _columns(settings["text_column"], corpora)
     loaded, cache = _sae_of(sae, sae_of_cache)
     subject = model_of(loaded, model or (cache.manifest.model if cache else None))
@@ -195,7 +195,7 @@ def _store(cache: Any, labels: list[Any]) -> str:
         store.add_labels(labels)
     shown = ", ".join(dict.fromkeys(f"{row.latent} {row.label}" for row in labels[:5]))
     what = f" (latent and what it detects: {shown}{', ...' if len(labels) > 5 else ''})" if labels else ""
-    return f"{len(labels)} labels written to the store of {cache.folder}{what}; `sae-italian browse` shows them"
+    return f"{len(labels)} labels written to the store of {cache.folder}{what}"
 
 
 def shift(
@@ -242,12 +242,10 @@ def shift(
         if by == "model":
             models = {"base": subject} | {key: load_model(value) for key, value in parts.items()}
             conditions = [Condition(key, value, text, split, column) for key, value in models.items()]
-        elif parts:
-            columns = _columns(column, parts)
-            conditions = [Condition(key, subject, value, split, columns[key]) for key, value in parts.items()]
         else:
-            found = genres(text, column)
-            conditions = [Condition(key, subject, where, split, column, own) for key, (where, own) in found.items()]
+            texts = {key: (value, None) for key, value in parts.items()} or genres(text, column)
+            columns = _columns(column, texts)
+            conditions = [Condition(key, subject, of, split, columns[key], own) for key, (of, own) in texts.items()]
         context = settings["context_size"] or None
         result = measure(loaded, conditions, by=by, n_tokens=tokens, context_size=context, name=name)
     result.save(out)
@@ -265,9 +263,7 @@ def _check_shift(by: str, buckets: list[str] | None, edges: str | None, settings
     if by == "context" and settings["context_size"]:
         raise UsageError("context_size is for whole windows; by context give --edges, the buckets' bounds.")
     if by == "language" and len(buckets or []) < 2:
-        raise UsageError(
-            "--by language needs --buckets NAME=CORPUS two times or more, e.g. it=notizie.jsonl en=news.jsonl."
-        )
+        raise UsageError("--by language needs --buckets NAME=CORPUS two times or more, e.g. it=testi en=texts.")
     if by == "model" and not buckets:
         raise UsageError("--by model needs --buckets NAME=MODEL, e.g. instruct=./tuned-model.")
     try:
@@ -294,7 +290,5 @@ def _columns(given: str, names: Iterable[str]) -> dict[str, str]:
     columns = dict.fromkeys(names, "text")
     named = _named([part.replace(":", "=", 1) for part in given.split(",")])
     if named.keys() - columns.keys():
-        raise UsageError(
-            f"text_column is {given!r}; a column, or {','.join(f'{n}:COLUMN' for n in columns)}, was expected."
-        )
+        raise UsageError(f"text_column is {given!r}; NAME:COLUMN was expected, each NAME of {', '.join(columns)}.")
     return columns | named

@@ -58,9 +58,8 @@ def ioi(
     if name_tokens != "any" and not name_tokens.isdecimal():
         raise UsageError(f"name_tokens is {name_tokens!r}; a number or any was expected.")
     loaded = load_model(model)
-    length = None if name_tokens == "any" else int(name_tokens)
-    texts = words_for(model, language)
-    pairs = ioi_pairs(max(check, n_pairs), loaded.tokenizer, texts, n_name_tokens=length, seed=seed)
+    drawn: dict[str, Any] = {"n_name_tokens": None if name_tokens == "any" else int(name_tokens), "seed": seed}
+    pairs = ioi_pairs(max(check, n_pairs), loaded.tokenizer, words_for(model, language), **drawn)
     skill = ioi_score(loaded, loaded.tokenizer, pairs[:check])
     value = {"model": model, "language": language, "example": plain(pairs[0]), "skill": plain(skill)}
     by_kind = ", ".join(f"{kind} {share.value:.1%}" for kind, share in skill.by_kind.items())
@@ -79,7 +78,7 @@ def agreement(
     /,
     *,
     pairs_file: Path | None = None,
-    check: int = 500,
+    check: Count = 500,
     sae: list[str] | None = None,
     n_pairs: Count = 50,
     thresholds: Count = 50,
@@ -106,10 +105,8 @@ def agreement(
     found = agreement_score(loaded, loaded.tokenizer, pairs)
     value = {"model": model, "pairs": str(pairs_file or "generated"), **plain(found)}
     rows = [(kind, f"{s.value:.1%}", f"{s.lo:.1%} to {s.hi:.1%}") for kind, s in found.by_kind.items()]
-    text, pictures = (
-        f"{found.text()}\n\n{table('agreement | right | 95 % interval', rows)}",
-        {"agreement": found.svg()},
-    )
+    text = f"{found.text()}\n\n{table('agreement | right | 95 % interval', rows)}"
+    pictures = {"agreement": found.svg()}
     if sae:
         patched = _patched(loaded, sae, number_pairs(n_pairs, loaded.tokenizer, seed=seed), thresholds, seed)
         value["patching"], pictures["number"] = patched.as_dict(), patched.svg()

@@ -90,7 +90,7 @@ def test_context_languages_and_models(folder, genres, tmp_path, capsys):
         (["--by", "genre", "--corpus", "TXT"], "are taken for documents, not for genres"),
         (
             ["text_column=a:testo,c:testo", "--by", "language", "--buckets", "a=x.jsonl", "b=y.jsonl"],
-            "a:COLUMN,b:COLUMN",
+            "each NAME of a, b",
         ),
         (["--by", "genre", "--buckets", "a"], "'a': NAME=VALUE was expected"),
         (["--by", "genre", "--buckets", "a=x", "a=y"], "each name once"),
