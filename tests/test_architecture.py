@@ -14,9 +14,9 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 28_860,  # 21_500
-    "statements": 18_795,  # 13_500
-    "files": 182,  # 150
+    "lines": 28_745,  # 21_500
+    "statements": 18_728,  # 13_500
+    "files": 178,  # 150
     "files under 60 lines": 15,
     "function median": 10,
     "function p90": 30,
@@ -33,13 +33,13 @@ ROOM_LINES = {
     "models": 889,  # 760
     "corpora": 1_720,  # 1_100
     "saes": 1_990,  # 1_300  # plugin with it
-    "training": 2_097,  # 1_500
-    "evaluation": 1_150,
+    "training": 2_087,  # 1_500
+    "evaluation": 1_107,
     "cache": 2_145,  # 1_650
-    "autointerp": 5_770,  # 3_900
-    "analysis": 3_326,  # 2_500
+    "autointerp": 5_767,  # 3_900
+    "analysis": 3_216,  # 2_500
     "papers": 1_676,  # 1_400
-    "browser": 3_395,  # 2_650
+    "browser": 3_389,  # 2_650
     "cli": 2_341,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
