@@ -30,7 +30,7 @@ def quickstart(
     continues with `resume=True`. Raises: UsageError as the steps do.
     """
     from sae_italian.autointerp import AutointerpConfig
-    from sae_italian.browser import open_source, write_browser
+    from sae_italian.browser import LatentSource, write_browser
     from sae_italian.cache import FeatureCache, build_cache
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
@@ -47,7 +47,7 @@ def quickstart(
     build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)
     cache = FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
     results = analyse(cache, sae, model, card_tokens=card_tokens, config=AutointerpConfig(latents=latents))
-    report = write_browser(out / "report", open_source(cache, model.tokenizer, sae=sae, model=model))
+    report = write_browser(out / "report", LatentSource(cache, model.tokenizer, sae=sae, model=model))
     results["report"] = str(report)
     write_json(out / "results.json", results)
     write_text(out / "results.md", table_of(results) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sae_italian.browser.source import LatentSource, open_source
+from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
 
-__all__ = ["LatentSource", "open_source", "write_browser"]
+__all__ = ["LatentSource", "write_browser"]

@@ -15,8 +15,8 @@ from sae_italian.base.errors import UsageError
 from sae_italian.browser.schema import check, check_card, check_rows
 
 if TYPE_CHECKING:
-    from sae_italian.browser.compare import Other
     from sae_italian.browser.live import Live
+    from sae_italian.browser.opening import Other
     from sae_italian.browser.source import LatentSource
 
 WORKS = ("tokens", "steer", "ablate", "explain")

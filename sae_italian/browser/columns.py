@@ -33,7 +33,7 @@ class Column(NamedTuple):
 
 
 def _gain(source: LatentSource, latent: int) -> float | None:
-    own, lookup = (source.score(explainer, "detection", latent) for explainer in (EXPLAINER, LOOKUP))
+    own, lookup = (source.score(explainer, "detection", latent).value for explainer in (EXPLAINER, LOOKUP))
     return None if own is None or lookup is None else own - lookup
 
 
@@ -78,11 +78,11 @@ COLUMNS: dict[str, Column] = {
     "kind": Column(str, _kind),  # token, previous, bigram, context, ...; empty when unexplained
     # balanced accuracy, 0 to 1, chance 0.5, and its 95 % interval
     "detection": Column(
-        FiniteFloat | None, lambda source, i: source.score(EXPLAINER, "detection", i), "score", range=True
+        FiniteFloat | None, lambda source, i: source.score(EXPLAINER, "detection", i).value, "score", range=True
     ),
-    "detection_lo": Column(FiniteFloat | None, lambda source, i: source.intervals.get(i, (None, None))[0]),
-    "detection_hi": Column(FiniteFloat | None, lambda source, i: source.intervals.get(i, (None, None))[1]),
-    "fuzzing": Column(FiniteFloat | None, lambda source, i: source.score(EXPLAINER, "fuzzing", i), "fixed"),
+    "detection_lo": Column(FiniteFloat | None, lambda source, i: source.score(EXPLAINER, "detection", i).lo),
+    "detection_hi": Column(FiniteFloat | None, lambda source, i: source.score(EXPLAINER, "detection", i).hi),
+    "fuzzing": Column(FiniteFloat | None, lambda source, i: source.score(EXPLAINER, "fuzzing", i).value, "fixed"),
     # detection minus that of the token lookup, -1 to 1
     "gain": Column(FiniteFloat | None, _gain, "signed", range=True),
     "top_tokens": Column(list[str], _tokens),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from itertools import islice, pairwise
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from sae_italian.browser.schema import Record
 from sae_italian.cache import FeatureCache, LatentActivations
@@ -17,8 +18,11 @@ SEGMENT = 32  # of the peaks in one stretch of so many tokens, the strongest sta
 ALIKE_BEFORE, ALIKE_AFTER = 6, 2  # passages are the same when these tokens around their peaks are
 N_TOP, PER_TENTH, TENTHS = 10, 2, 10
 CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
-_ORDINALS_IT = ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo")
-_ORDINALS_EN = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Last")
+_UNSTORABLE = re.compile("[\ud800-\udfff]")
+_ORDINALS = {
+    "it": ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo"),
+    "en": ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Last"),
+}
 
 
 class ContextMaker:
@@ -47,12 +51,13 @@ class ContextMaker:
         contexts = iter(self._contexts(latent, peaks.position[np.concatenate(kept)], before, after))
         groups = []
         for index, own in enumerate(kept):
-            names, lo, hi = ("Più forti", "Strongest"), None, None
+            group = Record(name_it="Più forti", name_en="Strongest", lo=None, hi=None)
             if index:
-                names = f"{_ORDINALS_IT[index - 1]} decimo", f"{_ORDINALS_EN[index - 1]} tenth"
-                lo, hi = float(peaks.value[tenths[index - 1][-1]]), float(peaks.value[tenths[index - 1][0]])
+                it, en = (_ORDINALS[language][index - 1] for language in ("it", "en"))
+                lo, hi = peaks.value[tenths[index - 1][[-1, 0]]].tolist()
+                group = Record(name_it=f"{it} decimo", name_en=f"{en} tenth", lo=lo, hi=hi)
             if shown := list(islice(contexts, len(own))):
-                groups.append(Record(name_it=names[0], name_en=names[1], lo=lo, hi=hi, contexts=shown))
+                groups.append({**group, "contexts": shown})
         return groups
 
     def _contexts(
@@ -86,29 +91,47 @@ def split_text(text: str, spans: Int[np.ndarray, "tokens 2"], values: np.ndarray
     """Return the text in pieces with the activation of each; the pieces joined are the text, character for character.
 
     Where tokens share characters (a letter of several bytes), the piece has the largest of their activations. Tokens
-    that are not given are silent.
+    that are not given are silent, and what is silent is one piece up to the next token that is not.
     """
-    tokens = list(zip(spans.tolist(), values.tolist(), strict=True))
+    edges = sorted({0, len(text), *spans.ravel().tolist()})
+    place = {edge: index for index, edge in enumerate(edges)}
+    strength = [0.0] * len(edges)
+    for (start, stop), value in zip(spans.tolist(), values.tolist(), strict=True):
+        for index in range(place[start], place[stop]):
+            strength[index] = max(strength[index], value)
     pieces: list[tuple[str, float]] = []
-    end = 0
-    for (start, stop), value in tokens:
-        if start < end or stop <= start or value <= 0:
-            return _split_shared(text, tokens)
-        if start > end:
-            pieces.append((text[end:start], 0.0))
-        pieces.append((text[start:stop], value))
-        end = stop
-    return [*pieces, (text[end:], 0.0)] if end < len(text) else pieces
-
-
-def _split_shared(text: str, tokens: list[tuple[list[int], float]]) -> list[tuple[str, float]]:
-    """Return the same for any tokens: those that overlap, are empty or silent, or are out of order."""
-    edges = sorted({0, len(text), *(edge for span, _ in tokens for edge in span)})
-    pieces: list[tuple[str, float]] = []
-    for start, end in pairwise(edges):
-        value = max([0.0, *(value for (first, last), value in tokens if first <= start and end <= last)])
+    for (start, stop), value in zip(pairwise(edges), strength, strict=False):
         if pieces and value == 0.0 == pieces[-1][1]:
-            pieces[-1] = (pieces[-1][0] + text[start:end], 0.0)
+            pieces[-1] = (pieces[-1][0] + text[start:stop], 0.0)
         else:
-            pieces.append((text[start:end], value))
+            pieces.append((text[start:stop], value))
     return pieces
+
+
+def pieces(
+    text: str, spans: Int[np.ndarray, "tokens 2"], values: Float[np.ndarray, " tokens"]
+) -> tuple[list[str], list[float], list[int]]:
+    """Return the text in pieces, their activations, and the piece of each token.
+
+    The pieces joined are the text. Tokens that share a letter (one of several bytes) are one piece, with the largest of
+    their activations; a gap between tokens belongs to the later one. No piece is empty.
+    """
+    ends: list[int] = []
+    strengths: list[float] = []
+    owner = []
+    for (start, end), value in zip(spans.tolist(), values.tolist(), strict=True):
+        if not ends or (0 < ends[-1] <= start and end > ends[-1]):
+            ends.append(end)
+            strengths.append(value)
+        else:
+            ends[-1], strengths[-1] = max(ends[-1], end), max(strengths[-1], value)
+        owner.append(len(ends) - 1)
+    if ends:
+        ends[-1] = len(text)
+    cut = [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    return [storable(piece) for piece in cut], strengths, owner
+
+
+def storable(text: str) -> str:
+    """Return a text that a database takes: a space for NUL (as Neuronpedia's importer), U+FFFD for half a surrogate."""
+    return _UNSTORABLE.sub("\ufffd", text.replace("\x00", " "))

@@ -25,9 +25,8 @@ from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 from sae_italian.base.report import plain
 from sae_italian.browser.answers import Refused
-from sae_italian.browser.exports.directions import rounded
-from sae_italian.browser.exports.latents import pieces, storable
-from sae_italian.browser.source import LatentSource, loaded, open_source
+from sae_italian.browser.contexts import pieces, storable
+from sae_italian.browser.directions import rounded
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.shards import encode_sparse
 from sae_italian.corpora.packing import special_mask
@@ -59,6 +58,8 @@ class Live:
         if not isinstance(arguments, dict) or set(arguments) != set(CALLS[name]):
             raise UsageError(f"{name} takes {', '.join(CALLS[name])}, all of them and nothing else.")
         checked = {key: CALLS[name][key](key, value) for key, value in arguments.items()}
+        if "latent" in checked:
+            self.cache.range_of(checked["latent"])
         return getattr(self, name)(**checked)
 
     # --- a sentence --------------------------------------------------------------------------------------------------
@@ -97,26 +98,22 @@ class Live:
 
     def _strongest(self, by_piece: Sequence[dict[int, float]]) -> list[dict[str, Any]]:
         """Return the latents with the largest activations, each with where it is largest and on how many pieces."""
-        best: dict[int, tuple[float, int]] = {}
-        count: dict[int, int] = {}
+        best: dict[int, tuple[float, int, int]] = {}
         for index, mine in enumerate(by_piece):
             for latent, value in mine.items():
-                count[latent] = count.get(latent, 0) + 1
-                if value > best.get(latent, (0.0, 0))[0]:
-                    best[latent] = value, index
+                known, place, count = best.get(latent, (0.0, 0, 0))
+                best[latent] = (value, index, count + 1) if value > known else (known, place, count + 1)
         found = []
         for latent in sorted(best, key=lambda latent: (-best[latent][0], latent))[:N_STRONGEST]:
-            value, index = best[latent]
+            value, place, count = best[latent]
             share = rounded(value / float(self.maximum[latent])) if self.maximum[latent] > 0 else None
-            places = {"token": index, "count": count[latent]}
-            found.append({"latent": latent, "value": rounded(value), "share": share, **places})
+            found.append({"latent": latent, "value": rounded(value), "share": share, "token": place, "count": count})
         return found
 
     # --- what it writes ----------------------------------------------------------------------------------------------
 
     def steer(self, latent: int, prompt: str, strengths: list[float]) -> dict[str, Any]:
         """Return continuations with and without the latent; a strength of 1 is its largest activation in the cache."""
-        self.cache.range_of(latent)
         self._fits(prompt, NEW_TOKENS)
         unit = float(self.maximum[latent]) or 1.0
         found = steer(self.model, self.tokenizer, self.sae, prompt, latent, strengths, NEW_TOKENS, unit=unit)
@@ -124,7 +121,6 @@ class Live:
 
     def ablate(self, latent: int, prompt: str) -> dict[str, Any]:
         """Return where the latent is active in the prompt, and the next tokens that change when it is taken away."""
-        self.cache.range_of(latent)
         self._fits(prompt)
         found = plain(ablate(self.model, self.tokenizer, self.sae, prompt, latent))
         positions = sorted(found["positions"], key=lambda position: -position["activation"])
@@ -155,14 +151,12 @@ class Live:
 
         They are kept beside the cache, the rule with its scores; `not_kept` says why where that was not possible.
         """
-        self.cache.range_of(latent)
-        store = self.cache.folder / STORE_FILE
         found = self._work.explain(latent).explanations
         rule = next(e for e in found if e.explainer == EXPLAINER)
         if self.llm is not None and rule.status == "ok":
             examples = self._work.examples(latent, n_test=0, promoted=self._work.promoted(latent))
             found.append(ask_llm(self.llm, examples, self._ledger))
-        not_kept = keep(store, self._work, found)
+        not_kept = keep(self.cache.folder / STORE_FILE, self._work, found)
         shown = [_shown(explanation) for explanation in found if explanation.explainer != LOOKUP]
         return {"latent": latent, "explanations": shown, "not_kept": not_kept}
 
@@ -199,8 +193,8 @@ def _strongest(mine: dict[int, float]) -> list[tuple[int, float]]:
 
 def _shown(explanation: Explanation) -> dict[str, Any]:
     rule, told = explanation.rule or {}, ("explainer", "kind", "status", "text_it", "text_en")
-    found = {name: getattr(explanation, name) for name in told}
     numbers = {name: rounded(rule[name]) if name in rule else None for name in ("precision", "recall")}
+    found = {name: getattr(explanation, name) for name in told}
     return {**found, **numbers, "problem": (explanation.notes or {}).get("problem")}
 
 
@@ -243,18 +237,3 @@ CALLS: dict[str, dict[str, Callable[[str, Any], Any]]] = {
     "ablate": {"latent": _latent, "prompt": _text},
     "explain": {"latent": _latent},
 }
-
-
-def open_with_live(
-    cache: FeatureCache, tokenizer: Any, *, llm: LLMSettings | None = None, **weights: Any
-) -> tuple[LatentSource, Live | None]:
-    """Return a cache's records and its live work, None where its SAE or its model is not at hand.
-
-    `weights` are `sae` and `model` where the caller holds them already.
-    """
-    if "sae" not in weights:
-        weights = loaded(cache)
-    source = open_source(cache, tokenizer, **weights)
-    if weights.get("sae") is None or weights.get("model") is None:
-        return source, None
-    return source, Live(cache, weights["sae"], weights["model"], llm)

@@ -50,7 +50,7 @@ def list_html(run: Record, columns: dict[str, list[Any]]) -> str:
         for i in sorted(range(len(columns["latent"])), key=rank)[:N_ROWS]
     ]
     facts = f"{run['d_sae']:,} latenti, {run['n_tokens']:,} token di {_text(run['corpus'])}"
-    table = _table(rows, "latente", "spiegazione", "detection", "densità", "token")
+    table = _table(rows, ("latente", "spiegazione", "detection", "densità", "token"))
     return _box(f"<h3>{_text(run['title'])}</h3><p>{facts}</p>", table)
 
 
@@ -85,17 +85,19 @@ def _box(*parts: str) -> str:
     return f'<div style="{_BOX}">{"".join(parts)}</div>'
 
 
-def _table(rows: list[tuple[str, ...]], *heads: str) -> str:
+def _table(rows: list[tuple[str, ...]], heads: tuple[str, ...] = ()) -> str:
     """Return a table of cells that are HTML already."""
-    head = "".join(f'<th style="{_CELL}">{name}</th>' for name in heads)
-    cells = ["".join(f'<td style="{_CELL}">{cell}</td>' for cell in row) for row in rows]
-    body = "".join(f"<tr>{row}</tr>" for row in cells)
-    return f"<table>{f'<thead><tr>{head}</tr></thead>' if heads else ''}<tbody>{body}</tbody></table>"
+
+    def line(cells: tuple[str, ...], kind: str) -> str:
+        return "<tr>" + "".join(f'<{kind} style="{_CELL}">{cell}</{kind}>' for cell in cells) + "</tr>"
+
+    head = f"<thead>{line(heads, 'th')}</thead>" if heads else ""
+    return f"<table>{head}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
 
 
 def _text(text: str) -> str:
     """Return a text as HTML that stays one: escaped, its direction isolated, cut where it is endless."""
-    return f'<bdi style="{_BIDI}">{_escaped(text if len(text) <= MAX_LETTERS else text[:MAX_LETTERS] + "…")}</bdi>'
+    return _marked([(text, 0.0)], 0.0)
 
 
 def _escaped(text: str) -> str:
@@ -105,15 +107,16 @@ def _escaped(text: str) -> str:
 
 
 def _marked(segments: list[tuple[str, float]], largest: float) -> str:
-    pieces, length = [], 0
+    """Return a passage as HTML, the stronger a piece the darker; escaped and cut as any text."""
+    parts, length = [], 0
     for text, activation in segments:
         part = _escaped(text[: max(0, MAX_LETTERS - length)])
         length += len(text)
         if activation > 0 and part:
             tint = f"background:rgba(11,107,80,{0.15 + 0.45 * (activation / largest if largest else 0.0):.2f})"
             part = f'<mark title="{activation:.3g}" style="{tint};color:inherit">{part}</mark>'
-        pieces.append(part)
-    return f'<bdi style="{_BIDI}">{"".join(pieces)}{"…" if length > MAX_LETTERS else ""}</bdi>'
+        parts.append(part)
+    return f'<bdi style="{_BIDI}">{"".join(parts)}{"…" if length > MAX_LETTERS else ""}</bdi>'
 
 
 def _number(value: float | None) -> str:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,18 +17,18 @@ from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Explanation, Store
-from sae_italian.base.errors import DataError, SaeItalianError, UsageError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import read_json, utc_now
 from sae_italian.browser.columns import COLUMNS, RowRecord
 from sae_italian.browser.contexts import ContextMaker
-from sae_italian.browser.decoder import Decoder
+from sae_italian.browser.directions import Decoder
 from sae_italian.browser.schema import Record, fields
 from sae_italian.browser.table import records
 from sae_italian.cache import FeatureCache, Manifest
-from sae_italian.models import parse_hook_name
+from sae_italian.models import parse_hook_name, resolve
 
-T = TypeVar("T")
 RESULTS = "results.json"
+EMPTY: dict[str, list[Any]] = {"edges": [], "counts": []}  # a histogram of nothing
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
 N_SOURCES = 12  # of a latent's sources, those with most documents: a corpus may have thousands
 GOLD_SHOWN = 0.5  # F1 from which a gold label is shown on a latent's card
@@ -40,23 +40,30 @@ _SCORES = f"""
     WHERE score.latent = ? AND control = '' AND judge NOT LIKE 'always-%'
       AND scorer IN {tuple(HEADLINE)} AND metric IN {SHOWN_METRICS}
     ORDER BY explainer, scorer, judge, negatives, metric"""
-_INTERVALS = """
-    SELECT score.latent, lo, hi FROM score JOIN explanation ON explanation.id = score.explanation_id
-    WHERE explainer = ? AND control = '' AND scorer = 'detection' AND metric = 'balanced_accuracy'
-      AND judge = 'rule' AND negatives = ?"""
+_HEADLINE = f"""
+    SELECT explainer, scorer, score.latent, value, lo, hi
+    FROM score JOIN explanation ON explanation.id = score.explanation_id
+    WHERE control = '' AND judge = 'rule' AND metric = 'balanced_accuracy' AND value IS NOT NULL
+      AND (scorer, negatives) IN (VALUES {", ".join(map(str, HEADLINE.items()))})"""
+
+
+class Score(NamedTuple):
+    """A headline score, 0 to 1, with its 95 % interval; None where it was not measured."""
+
+    value: float | None = None
+    lo: float | None = None
+    hi: float | None = None
 
 
 class LatentSource:
     """The records of one cache and of what lies beside it: its store and its results. Safe to use from several threads.
 
-    With `sae` (and `model`) the map and the histogram of logits come too.
+    With `sae` (and `model`) the map and the histogram of logits come too (opening.py finds them).
     """
 
-    def __init__(
-        self, cache: FeatureCache, tokenizer: Any, *, sae: Any = None, model: Any = None, model_note: str = ""
-    ):
+    def __init__(self, cache: FeatureCache, tokenizer: Any, *, sae: Any = None, model: Any = None):
         self.cache, self.tokenizer, self.stats = cache, tokenizer, cache.statistics
-        self.model_note, self.store_path = model_note, cache.folder / STORE_FILE
+        self.store_path = cache.folder / STORE_FILE
         self.strings = piece_texts(tokenizer, len(tokenizer))
         self.decoder = None if sae is None else Decoder(sae, model)
         self.contexts = ContextMaker(cache)
@@ -77,14 +84,8 @@ class LatentSource:
 
     def version(self) -> tuple[Any, ...]:
         """Return what changes whenever something is stored: time and size of the store and of its write-ahead log."""
-        found = []
-        for ending in ("", "-wal"):
-            try:
-                facts = self.store_path.with_name(self.store_path.name + ending).stat()
-                found.append((facts.st_mtime_ns, facts.st_size))
-            except OSError:
-                found.append(None)
-        return tuple(found)
+        files = (self.store_path.with_name(self.store_path.name + ending) for ending in ("", "-wal"))
+        return tuple((facts.st_mtime_ns, facts.st_size) for file in files if file.exists() for facts in [file.stat()])
 
     def update(self) -> None:
         """Read again what is stored where something new is."""
@@ -95,28 +96,17 @@ class LatentSource:
         """Read explanations, headline scores and labels again, after something new was stored."""
         self._version, store = self.version(), self.store()
         self.explanations: dict[str, dict[int, Explanation]] = {}
-        self.headline: dict[tuple[str, str], dict[int, float]] = {}
-        self.intervals: dict[int, tuple[float | None, float | None]] = {}
+        self.scores: dict[tuple[str, str], dict[int, Score]] = {}
         if store:
             stored = {n: {k: e for k, (_, e) in store.explanations(n).items()} for n in store.explainers()}
             ordered = sorted(with_now(stored).items(), key=lambda item: (item[0] != EXPLAINER, item[0] == LOOKUP))
             self.explanations = dict(ordered)
-            for explainer in (EXPLAINER, LOOKUP):
-                for scorer, negatives in HEADLINE.items():
-                    test = {"control": "", "scorer": scorer, "metric": "balanced_accuracy", "negatives": negatives}
-                    now = self._now(explainer, store.values(explainer=explainer + NOW, **test))
-                    self.headline[explainer, scorer] = store.values(explainer=explainer, **test) | now
-            intervals = [
-                {latent: (lo, hi) for latent, lo, hi in store.connection.execute(_INTERVALS, (name, negatives))}
-                for name, negatives in ((n, HEADLINE["detection"]) for n in (EXPLAINER, EXPLAINER + NOW))
-            ]
-            self.intervals = intervals[0] | self._now(EXPLAINER, intervals[1])
+            for explainer, scorer, latent, *score in store.connection.execute(_HEADLINE):
+                name = explainer.removesuffix(NOW)
+                shown = self.explained(name, latent)
+                if shown is not None and shown.explainer == explainer:  # one made on demand, where a run left room
+                    self.scores.setdefault((name, scorer), {})[latent] = Score(*score)
         self.labels = labels_of(store, self.gold)
-
-    def _now(self, explainer: str, values: dict[int, T]) -> dict[int, T]:
-        """Return the values of the latents whose explanation was made on demand."""
-        of = self.explanations.get(explainer, {})
-        return {k: value for k, value in values.items() if k in of and of[k].explainer.endswith(NOW)}
 
     def store(self) -> Store | None:
         """Return this thread's connection to the store, None without a store. One that cannot be written is read."""
@@ -135,13 +125,15 @@ class LatentSource:
 
     def run(self) -> Record:
         manifest = self.cache.manifest
-        own = ("model", "hook_name", "d_in", "d_sae", "k", "corpus", "context_size")
+        own, entry = ("hook_name", "d_in", "d_sae", "k", "context_size"), resolve(manifest.model).entry
         return {
             **{name: getattr(manifest, name) for name in own},
-            "title": f"{manifest.model} · {manifest.hook_name}",
+            "model": public_name(manifest.model),
+            "corpus": public_name(manifest.corpus),
+            "title": f"{public_name(manifest.model)} · {manifest.hook_name}",
             "created": utc_now(),
             "version": __version__,
-            "model_note": self.model_note,
+            "model_note": f"{entry.note} {entry.licence}." if entry else "",
             "sae": short_name(manifest),
             "n_tokens": self.cache.n_positions,
             "n_documents": self.cache.n_documents,
@@ -165,14 +157,11 @@ class LatentSource:
 
     def llm_explanation(self, latent: int) -> Explanation | None:
         """Return the first explanation with a text that is neither the rule nor the control."""
-        for name in self.explanations:
-            found = self.explained(name, latent)
-            if name not in (EXPLAINER, LOOKUP) and found is not None and (found.text_it or found.text_en):
-                return found
-        return None
+        found = (of.get(latent) for name, of in self.explanations.items() if name not in (EXPLAINER, LOOKUP))
+        return next((e for e in found if e and (e.text_it or e.text_en)), None)
 
-    def score(self, explainer: str, scorer: str, latent: int) -> float | None:
-        return self.headline.get((explainer, scorer), {}).get(latent)
+    def score(self, explainer: str, scorer: str, latent: int) -> Score:
+        return self.scores.get((explainer, scorer), {}).get(latent, Score())
 
     def place(self, latent: int, axis: int) -> float | None:
         """Return where the latent is on the map, -1 to 1; None without the decoder."""
@@ -196,11 +185,10 @@ class LatentSource:
             "latent": latent,
             "explanations": self._explanations(latent),
             "scores": self._scores(latent),
-            "histogram": {
-                "edges": np.linspace(0, largest, len(counts) + 1).tolist() if counts else [],
-                "counts": counts,
-            },
-            "logits": self.decoder.logits(latent) if self.decoder else {"edges": [], "counts": []},
+            "histogram": {"edges": np.linspace(0, largest, len(counts) + 1).tolist(), "counts": counts}
+            if counts
+            else EMPTY,
+            "logits": self.decoder.histogram(latent) if self.decoder else EMPTY,
             "positions": stats["position_profile"][latent].tolist() if largest else [],
             "promoted": self._tokens(latent, "promoted"),
             "suppressed": self._tokens(latent, "suppressed"),
@@ -216,12 +204,8 @@ class LatentSource:
 
     def _explanations(self, latent: int) -> list[Record]:
         told = ("kind", "status", "text_it", "text_en")
-        found = [(name, self.explained(name, latent)) for name in self.explanations]
-        return [
-            {"explainer": name, **{field: getattr(e, field) for field in told}, "now": made_now(e)}
-            for name, e in found
-            if e is not None
-        ]
+        found = [(name, of[latent]) for name, of in self.explanations.items() if latent in of]
+        return [{"explainer": n, **{name: getattr(e, name) for name in told}, "now": made_now(e)} for n, e in found]
 
     def wide(self, latent: int) -> list[Record]:
         """Return the card's passages, each with all that its window holds of its document."""
@@ -234,7 +218,7 @@ class LatentSource:
         store = self.store()
         rows = store.connection.execute(_SCORES, (latent,)) if store else ()
         found = [dict(zip(_SCORE_FIELDS, row, strict=True)) for row in rows]
-        names = {e.explainer: name for name, of in self.explanations.items() if (e := of.get(latent)) is not None}
+        names = {of[latent].explainer: name for name, of in self.explanations.items() if latent in of}
         return [{**score, "explainer": names[score["explainer"]]} for score in found if score["explainer"] in names]
 
     def _tokens(self, latent: int, which: str) -> list[Any]:
@@ -274,6 +258,11 @@ def _document_sources(cache: FeatureCache) -> Iterator[str]:
             yield data[begin:end].decode("utf-8", "replace")
 
 
+def public_name(name: str) -> str:
+    """Return a name that can be published: of a path on this machine its last part, any other as it is."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+
+
 def short_name(manifest: Manifest) -> str:
     """Return the SAE's name as in Llama Scope: layer, site and expansion, e.g. `L14R-32x`."""
     hook = parse_hook_name(manifest.hook_name)
@@ -297,62 +286,3 @@ def _shown_rule(rule: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     numbers = {name: round(rule[name], 4) for name in ("threshold", "precision", "recall")}
     return {"family": rule["family"], **numbers, "keys": rule["shown"][:N_KEYS]}
-
-
-# --- opening a cache with its SAE and its model ------------------------------------------------------------------------
-
-
-def open_source(
-    cache: FeatureCache, tokenizer: Any, *, decoder: bool = False, sae_name: str | None = None, **options: Any
-) -> LatentSource:
-    """Return the source of a cache's pages, with the catalogue's note on its model.
-
-    With `decoder`, the SAE and the model that the cache names are loaded too, for the map and the logits; where they
-    are not at hand the source goes without, unless the SAE is named here. `options` are those of `LatentSource`.
-
-    Raises: UsageError when the SAE that is named is not the one the cache was built with.
-    """
-    from sae_italian.models import resolve
-
-    entry = resolve(cache.manifest.model).entry
-    options.setdefault("model_note", f"{entry.note} {entry.licence}." if entry else "")
-    if decoder and options.get("sae") is None:
-        options |= loaded(cache, sae_name)
-    return LatentSource(cache, tokenizer, **options)
-
-
-def loaded(cache: FeatureCache, name: str | None = None, model: str | None = None) -> dict[str, Any]:
-    """Return the SAE and the model of a cache, where both are at hand and are the ones it was built with.
-
-    An SAE that is named has to be at hand; `model` is another name of the cache's model, such as a folder it was moved
-    to. Raises: UsageError when the SAE that is named is not the one the cache was built with.
-    """
-    from sae_italian.models import load_model
-
-    sae = loaded_sae(cache, name)
-    try:
-        return {} if sae is None else {"sae": sae, "model": load_model(model or cache.manifest.model)}
-    except (SaeItalianError, OSError):
-        if name is not None:
-            raise
-        return {}
-
-
-def loaded_sae(cache: FeatureCache, name: str | None = None) -> Any:
-    """Return the SAE of a cache, None where it is not at hand. One that is named has to be.
-
-    A cache that was moved together with its SAE (as a quickstart's folder is) still finds it: in `sae/` beside it.
-    Raises: UsageError when the SAE that is named is not the one the cache was built with.
-    """
-    from sae_italian.saes import load_sae
-
-    if name is not None:
-        sae = load_sae(name)
-        FeatureCache.open(cache.folder, sae=sae)
-        return sae
-    for place in (cache.manifest.sae, str(cache.folder.resolve().parent / "sae")):
-        try:
-            return loaded_sae(cache, place)
-        except (SaeItalianError, OSError):
-            continue
-    return None

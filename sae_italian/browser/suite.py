@@ -14,6 +14,7 @@ import numpy as np
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.labels import label
 from sae_italian.base.pictures import svg
+from sae_italian.base.report import table
 from sae_italian.base.storage import read_json, write_json, write_text
 from sae_italian.browser.page import static_text, style
 from sae_italian.browser.source import RESULTS
@@ -57,10 +58,9 @@ def read_suite(folder: Path, caches: Sequence[Path] = ()) -> list[Row]:
     for cache in caches:
         if not (cache / "manifest.json").is_file():
             raise UsageError(f"{cache} is not a feature cache; a suite's caches were expected after its folder.")
-    cards = sorted(folder.glob(f"*/{CARD}"))
-    if not cards:
+    rows = [_row(card.parent, *_results(card.parent, caches)) for card in folder.glob(f"*/{CARD}")]
+    if not rows:
         raise UsageError(f"{folder} holds no SAE with a {CARD}. Evaluate its SAEs: sae-italian evaluate {folder}/NAME")
-    rows = [_row(card.parent, *_results(card.parent, caches)) for card in cards]
     return sorted(rows, key=lambda row: (row["layer"], row["site"], row["d_sae"], row["name"]))
 
 
@@ -135,11 +135,10 @@ def _tints(rows: list[Row], number: Number) -> list[float | None]:
 
 def _cell(estimate: dict[str, Any], number: Number, tint: float | None) -> str:
     value, lo, hi = (number.text(estimate[end]) for end in ("value", "lo", "hi"))
-    if estimate["value"] is None:
-        return f'<td class="num muted">{value}</td>'
     interval = "" if "–" in (lo, hi) else f"<small>[{lo}, {hi}]</small>"
-    shade = "" if tint is None else f' style="--good: {tint:.2f}"'
-    return f'<td class="num{"" if tint is None else " tint"}"{shade}>{value}{interval}</td>'
+    if tint is None:
+        return f'<td class="num{" muted" if estimate["value"] is None else ""}">{value}{interval}</td>'
+    return f'<td class="num tint" style="--good: {tint:.2f}">{value}{interval}</td>'
 
 
 def _linked(row: Row, out: Path) -> str:
@@ -162,12 +161,13 @@ def picture(rows: list[Row]) -> str:
         for axis, number in zip(axes, shown, strict=True):
             grid = np.full((len(kinds), len(layers)), np.nan)
             for row in rows:
-                place = kinds.index((row["site"], row["d_sae"])), layers.index(row["layer"])
-                grid[place] = np.nan if row[number.key]["value"] is None else number.scale * row[number.key]["value"]
+                value, place = row[number.key]["value"], kinds.index((row["site"], row["d_sae"]))
+                if value is not None:
+                    grid[place, layers.index(row["layer"])] = number.scale * value
+                    axis.text(
+                        layers.index(row["layer"]), place, number.text(value), ha="center", va="center", fontsize=8
+                    )
             axis.imshow(grid, aspect="auto", alpha=0.6, cmap="YlGn" if number.good >= 0 else "YlOrBr")
-            for (down, across), value in np.ndenumerate(grid):
-                if not np.isnan(value):
-                    axis.text(across, down, f"{value:.{number.digits}f}", ha="center", va="center", fontsize=8)
             axis.set_title(label(f"suite.{number.key}"), fontsize=9)
             axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
             axis.set_yticks(range(len(kinds)), [f"{site} {width}" for site, width in kinds] if axis is axes[0] else [])
@@ -179,8 +179,5 @@ def picture(rows: list[Row]) -> str:
 def overview_text(rows: list[Row]) -> str:
     """Return the table as Markdown."""
     heads = " | ".join(label(f"suite.{number.key}") for number in NUMBERS)
-    lines = [f"| SAE | {heads} |", "|---" * (1 + len(NUMBERS)) + "|"]
-    for row in rows:
-        shown = [number.text(row[number.key]["value"]) for number in NUMBERS]
-        lines.append(f"| {row['name']} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    cells = ([row["name"], *(number.text(row[number.key]["value"]) for number in NUMBERS)] for row in rows)
+    return table(f"SAE | {heads}", cells)

@@ -6,26 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from sae_italian.base.labels import label
+from sae_italian.base.report import table
 from sae_italian.browser.schema import Record
 
-# What is shown: the number's place in the run's results, and its label.
+# What is shown: the number's place in the run's results, and its label, which ends with its name on the page.
 _TABLES = {
     "metrics": {
-        "card.l0": "card.l0",
-        "card.explained_variance": "card.explained_variance",
-        "card.explained_variance_uncentred": "card.explained_variance_uncentred",
+        **{f"card.{name}": f"card.{name}" for name in ("l0", "explained_variance", "explained_variance_uncentred")},
         "card.ce_loss_recovered": "card.ce_loss_recovered",
         "card.dead": "metrics.dead",
-        "autointerp.share_detected": "metrics.share_detected",
-        "autointerp.detection": "metrics.detection",
-        "autointerp.fuzzing": "metrics.fuzzing",
+        **{f"autointerp.{name}": f"metrics.{name}" for name in ("share_detected", "detection", "fuzzing")},
     },
     "controls": {
-        "autointerp.shuffled_detection": "controls.shuffled_detection",
-        "autointerp.lookup_share_detected": "controls.lookup_share_detected",
-        "autointerp.gain_over_lookup": "controls.gain_over_lookup",
-        "random.share_detected": "controls.random_share_detected",
-        "random.detection": "controls.random_detection",
+        **{
+            f"autointerp.{n}": f"controls.{n}"
+            for n in ("shuffled_detection", "lookup_share_detected", "gain_over_lookup")
+        },
+        **{f"random.{name}": f"controls.random_{name}" for name in ("share_detected", "detection")},
     },
 }
 _SHARES = ("explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "dead", "share_detected")
@@ -43,14 +40,11 @@ def records(results: dict[str, Any], which: str) -> list[Record]:
         if not estimate or estimate["value"] is None:
             continue
         name = words.split(".")[1]
-        share = name.endswith(_SHARES)
-        lo, hi = (None if end is None else end * (100 if share else 1) for end in (estimate["lo"], estimate["hi"]))
+        scale, unit = (100, "%") if name.endswith(_SHARES) else (1, "")
+        ends = {end: None if estimate[end] is None else estimate[end] * scale for end in ("value", "lo", "hi")}
+        labels = {f"label_{language}": label(words, language) for language in ("it", "en")}
         note_it, note_en = _note(name, results)
-        found.append(
-            {"name": name, "value": estimate["value"] * (100 if share else 1), "lo": lo, "hi": hi}
-            | {"label_it": label(words, "it"), "label_en": label(words, "en"), "unit": "%" if share else ""}
-            | {"note_it": note_it, "note_en": note_en}
-        )
+        found.append({"name": name, **ends, **labels, "unit": unit, "note_it": note_it, "note_en": note_en})
     return found
 
 
@@ -71,12 +65,10 @@ def _note(name: str, results: dict[str, Any]) -> tuple[str, str]:
 
 def text_table(metrics: Sequence[Record], extra: Sequence[tuple[str, str]] = ()) -> str:
     """Return a Markdown table of metrics with their intervals, in English, then rows of plain text."""
-    lines = ["| | value | 95 % interval |", "|---|---|---|"]
+    rows: list[tuple[str, ...]] = []
     for metric in metrics:
-        digits = 1 if metric["unit"] == "%" else 3
-        unit = f" {metric['unit']}" if metric["unit"] else ""
+        digits, unit = (1, " %") if metric["unit"] else (3, "")
         note = f" ({metric['note_en']})" if metric["note_en"] else ""
         interval = "" if metric["lo"] is None else f"{metric['lo']:.{digits}f} to {metric['hi']:.{digits}f}"
-        lines.append(f"| {metric['label_en']}{note} | {metric['value']:.{digits}f}{unit} | {interval} |")
-    lines += [f"| {name} | {value} | |" for name, value in extra]
-    return "\n".join(lines)
+        rows.append((metric["label_en"] + note, f"{metric['value']:.{digits}f}{unit}", interval))
+    return table(" | value | 95 % interval", [*rows, *((name, value, "") for name, value in extra)])

@@ -14,13 +14,11 @@ from typing import Any
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
 from sae_italian.browser.answers import PageAnswers, in_both
-from sae_italian.browser.compare import open_other
-from sae_italian.browser.live import open_with_live
+from sae_italian.browser.opening import open_pages
 from sae_italian.browser.page import module, notebook_style
 from sae_italian.browser.plain import card_html, list_html
-from sae_italian.browser.source import LatentSource, open_source
+from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
-from sae_italian.models import load_tokenizer
 
 
 def show(
@@ -40,19 +38,12 @@ def show(
     the caller holds them already. `compare` is the cache of another SAE, whose best match stands below a latent's card.
     Raises: UsageError when there is no such cache or latent, or the two SAEs cannot be compared.
     """
-    opened = FeatureCache.open(cache_path)
     if latent is not None:
-        opened.range_of(latent)
-    model = weights.get("model")
-    tokenizer = load_tokenizer(opened.manifest.model) if model is None else model.tokenizer
-    if plain or not has_anywidget():
-        return Plain(open_source(opened, tokenizer), latent)
-    if live:
-        source, working = open_with_live(opened, tokenizer, llm=llm, **weights)
-    else:
-        source, working = open_source(opened, tokenizer, decoder=compare is not None, **weights), None
-    other = None if compare is None else open_other(source, Path(compare), model=getattr(working, "model", model))
-    return widget_class()(PageAnswers(source, working, other), latent)
+        FeatureCache.open(cache_path).range_of(latent)
+    bare = plain or not has_anywidget()
+    given = weights if weights or bare or not (live or compare) else None
+    answers = open_pages(cache_path, weights=given, live=live and not bare, llm=llm, compare=None if bare else compare)
+    return Plain(answers.source, latent) if bare else widget_class()(answers, latent)
 
 
 def has_anywidget() -> bool:

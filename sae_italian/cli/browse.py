@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sae_italian.base.errors import UsageError
 from sae_italian.cli.options import Result
@@ -49,49 +49,36 @@ def browse(
         raise UsageError("--latent prints one card here; leave out --serve and --compare.")
     if other_sae and not compare:
         raise UsageError("other_sae= is the SAE of --compare CACHE, which is missing.")
+    which = {"sae_name": sae, "model_name": model, "compare": compare, "other_sae": other_sae}
     if serve:
-        llm = _llm_settings(endpoint, llm_model, language, settings)
-        return _serve(source, model, sae, compare, other_sae, port, llm)
+        return _serve(source, port, _llm_settings(endpoint, llm_model, language, settings), which)
     if settings or endpoint or llm_model:
         raise UsageError("an LLM explains only while the browser is served; add --serve, or leave its settings out.")
-    if latent is not None:
-        return _card(source, latent, model)
-    return _write(source, out, model, sae, compare, other_sae)
+    return _write(source, out, which) if latent is None else _card(source, latent, model)
 
 
 def _card(source: Path, latent: int, model: str | None) -> Result:
+    from sae_italian.browser.opening import open_pages
     from sae_italian.browser.plain import card_text
-    from sae_italian.browser.source import open_source
-    from sae_italian.cache import FeatureCache
-    from sae_italian.models import load_tokenizer
 
-    cache = FeatureCache.open(source)
-    cache.range_of(latent)
-    records = open_source(cache, load_tokenizer(model or cache.manifest.model))
+    records = open_pages(source, model_name=model, weights={}).source
     row, card = records.row(latent), records.card(latent)
     return Result({**row, **card}, card_text(row, card))
 
 
-def _write(
-    source: Path, out: Path | None, model: str | None, sae: str | None, compare: Path | None, other_sae: str | None
-) -> Result:
-    from sae_italian.browser.compare import open_other
-    from sae_italian.browser.source import open_source
+def _write(source: Path, out: Path | None, which: dict[str, Any]) -> Result:
+    from sae_italian.browser.opening import open_pages
     from sae_italian.browser.write import write_browser
-    from sae_italian.cache import FeatureCache
-    from sae_italian.models import load_tokenizer
 
-    cache = FeatureCache.open(source)
-    records = open_source(cache, load_tokenizer(model or cache.manifest.model), decoder=True, sae_name=sae)
-    other = open_other(records, compare, sae_name=other_sae) if compare else None
-    index = write_browser(out or source.resolve().with_name(f"{source.resolve().name}-report"), records, other=other)
-    if other is None:
+    answers = open_pages(source, **which)
+    out = out or source.resolve().with_name(f"{source.resolve().name}-report")
+    index = write_browser(out, answers.source, other=answers.other)
+    if answers.other is None:
         return Result({"report": str(index)}, f"Report: {index}")
-    facts = other.facts()
+    facts = answers.other.facts()
+    text = f"Best matches: mean cosine {facts['mean_cosine']:.2f}, {100 * facts['share_near']:.0f} % of 0.7 or more, "
     return Result(
-        {"report": str(index), **facts},
-        f"Best matches: mean cosine {facts['mean_cosine']:.2f}, {100 * facts['share_near']:.0f} % of 0.7 or more, "
-        f"{100 * facts['share_mutual']:.0f} % mutual.\nReport: {index}",
+        {"report": str(index), **facts}, f"{text}{100 * facts['share_mutual']:.0f} % mutual.\nReport: {index}"
     )
 
 
@@ -108,41 +95,31 @@ def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal
     return options.with_words([f"{name}={value}" for name, value in given.items()])
 
 
-def _serve(
-    folder: Path, model: str | None, sae: str | None, compare: Path | None, other_sae: str | None, port: int, llm
-) -> Result:
+def _serve(folder: Path, port: int, llm: Any, which: dict[str, Any]) -> Result:
     """Serve until Ctrl-C. The port is taken first: loading a model can take minutes."""
     from sae_italian.browser.server import run
 
     run.need_uvicorn()
     run.bind(port).close()
     from sae_italian.autointerp.llm.client import Client
-    from sae_italian.browser.compare import open_other
-    from sae_italian.browser.live import open_with_live
+    from sae_italian.browser.opening import open_pages
     from sae_italian.browser.server.app import create_app
-    from sae_italian.browser.source import loaded
-    from sae_italian.cache import FeatureCache
-    from sae_italian.models import load_tokenizer
 
     if llm is not None:
         Client(llm, folder)  # a wrong address or a missing key is said now
-    cache = FeatureCache.open(folder)
-    weights = loaded(cache, sae, model)
-    source, live = open_with_live(cache, load_tokenizer(model or cache.manifest.model), llm=llm, **weights)
-    other = open_other(source, compare, sae_name=other_sae, model=weights.get("model")) if compare else None
+    answers = open_pages(folder, live=True, llm=llm, **which)
 
     def ready(address: str) -> None:
-        extra = "" if live else "  (without live work: the SAE or its model is not on this machine)"
+        extra = "" if answers.live else "  (without live work: the SAE or its model is not on this machine)"
         print(f"{address}{extra}   Ctrl-C ends", flush=True)
 
-    run.serve(create_app(source, live, other=other), port, ready=ready)
+    run.serve(create_app(answers), port, ready=ready)
     return Result({"host": run.HOST, "port": port}, "stopped")
 
 
 def _suite(folder: Path, caches: list[Path], out: Path | None) -> Result:
     from sae_italian.browser.suite import overview_text, read_suite, write_overview
 
-    rows = read_suite(folder, caches)
-    name = folder.resolve().name
+    rows, name = read_suite(folder, caches), folder.resolve().name
     index = write_overview(rows, out or folder.resolve().with_name(f"{name}-overview"), f"Suite: {name}")
     return Result({"overview": str(index), "rows": rows}, f"{overview_text(rows)}\n\nOverview: {index}")

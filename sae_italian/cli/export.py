@@ -101,8 +101,9 @@ def _checked(to: str, known: str, options: dict[str, Any], words: tuple[str, ...
 
 
 def _latents(to: str, cache: Path, out: Path, settings: Settings) -> Result:
+    from sae_italian.base.report import plain
     from sae_italian.browser.exports import export as export_latents
-    from sae_italian.browser.source import loaded
+    from sae_italian.browser.opening import loaded
     from sae_italian.cache import FeatureCache
     from sae_italian.models import load_tokenizer
 
@@ -112,7 +113,8 @@ def _latents(to: str, cache: Path, out: Path, settings: Settings) -> Result:
     weights = {} if to == "circuit-tracer" else loaded(opened, sae, model)
     tokenizer = load_tokenizer(model or opened.manifest.model)
     done = export_latents(opened, tokenizer, out, to, **weights, names=names, **settings)
-    return Result(done.as_dict(), done.text())
+    offline = {"offline_run": str(done.folder)} if to == "wandb" and not settings.get("online") else {}
+    return Result({**plain(done), "folder": str(done.folder), **offline}, done.text())
 
 
 def _delphi(to: str, cache: Path, out: Path, settings: Settings) -> Result:

@@ -26,9 +26,8 @@ import torch
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.contexts import N_TOP, PER_TENTH, TENTHS
-from sae_italian.browser.pack import data_script
 from sae_italian.browser.source import LatentSource
-from sae_italian.browser.write import CARDS_PER_SHARD, MARKER, write_browser
+from sae_italian.browser.write import CARDS_PER_SHARD, MARKER, data_script, write_browser
 from sae_italian.cache import FeatureCache, build_cache
 from tests.browser.data_files import read_data
 
@@ -49,7 +48,7 @@ def measure_export(
         build_cache(sae, model, corpus, folder / "cache", n_tokens=n_tokens, sae_name=str(folder / "sae"))
         built = time.process_time()
         cache = FeatureCache.open(folder / "cache")
-        write_browser(folder / "out", LatentSource(cache, model.tokenizer, sae=sae, model=model), bar=False)
+        write_browser(folder / "out", LatentSource(cache, model.tokenizer, sae=sae, model=model))
         written = time.process_time()
         d_sae = cache.manifest.d_sae
         result: dict[str, Any] = {
@@ -170,7 +169,7 @@ def _export(folder: Path, d_sae: int) -> dict[str, Any]:
     held = source.rows()
     source.card(0)
     before, started = _peak(), time.process_time()
-    write_browser(folder / "out", source, bar=False)
+    write_browser(folder / "out", source)
     seconds = time.process_time() - started
     del held
     return {"cpu_seconds_per_latent": seconds / d_sae, "memory_growth_bytes": _peak() - before}

@@ -125,7 +125,7 @@ def explained_source(folder: Path, d_sae: int) -> Any:
 
     cache = FeatureCache.open(folder)
     sae, model = _stand_ins(d_sae, cache.manifest.d_in, 0)
-    return LatentSource(cache, _tokenizer(), sae=sae, model=model, model_note="synthetic")
+    return LatentSource(cache, _tokenizer(), sae=sae, model=model)
 
 
 def _tokenizer() -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_italian.browser.pack import BITS, FIRST
+from sae_italian.browser.write import BITS, FIRST
 
 
 def read_data(path: Path) -> Any:

@@ -12,9 +12,9 @@ from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.contexts import SEGMENT, split_text
-from sae_italian.browser.decoder import Decoder
+from sae_italian.browser.directions import Decoder
 from sae_italian.browser.schema import check, check_card, check_rows
-from sae_italian.browser.source import open_source
+from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
@@ -29,7 +29,7 @@ def cache(small_cache, tmp_path_factory) -> FeatureCache:
 @pytest.fixture(scope="module")
 def source(cache, mini, trained_sae):
     run_autointerp(cache, mini.tokenizer, AutointerpConfig(latents=60))
-    return open_source(cache, mini.tokenizer, sae=load_sae(trained_sae), model=mini)
+    return LatentSource(cache, mini.tokenizer, sae=load_sae(trained_sae), model=mini)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_decoder_matches_itself_and_its_shuffled_copy(trained_sae):
 def test_an_llms_explanation_and_its_judge_stand_beside_the_rule(source, cache):
     from sae_italian.autointerp.store import Explanation
 
-    latent = next(iter(source.headline["rules", "detection"]))
+    latent = next(iter(source.scores["rules", "detection"]))
     with Store(source.store_path, {}) as store:
         store.add_explanations([Explanation(latent, "llm:prova:it1", "ok", "plurale femminile", "", None, "llm")])
         number = store.explanations("llm:prova:it1")[latent][0]
@@ -153,7 +153,7 @@ def test_several_threads_may_ask(source, busiest):
 
 def test_a_latent_that_never_fired_has_an_empty_card(silent_latent, mini):
     folder, sae, latent = silent_latent
-    source = open_source(FeatureCache.open(folder), mini.tokenizer, sae=sae, model=mini)
+    source = LatentSource(FeatureCache.open(folder), mini.tokenizer, sae=sae, model=mini)
     card, row = source.card(latent), source.row(latent)
     assert row["dead"] and card["groups"] == [] and card["histogram"] == {"edges": [], "counts": []}
     assert card["positions"] == [] and card["sources"] == [] and card["promoted"]
@@ -179,7 +179,7 @@ def test_a_cache_without_explanations_still_has_a_report(small_cache, mini, tmp_
     bare = FeatureCache.open(
         shutil.copytree(small_cache, tmp_path / "bare", ignore=shutil.ignore_patterns("*.sqlite*", "results.json"))
     )
-    index = write_browser(tmp_path / "report", open_source(bare, mini.tokenizer))
+    index = write_browser(tmp_path / "report", LatentSource(bare, mini.tokenizer))
     rows = read_data(index.parent / "data" / "rows" / "0000.js")
     assert set(rows["status"]) == {"not explained"} and set(rows["x"]) == {None}
 
@@ -189,7 +189,7 @@ def test_results_that_are_cut_short_are_named(explained, mini, tmp_path, text):
     folder = shutil.copytree(explained.folder, tmp_path / "cache")
     (folder / "results.json").write_text(text)
     with pytest.raises(DataError, match="results.json is no run's results"):
-        open_source(FeatureCache.open(folder), mini.tokenizer)
+        LatentSource(FeatureCache.open(folder), mini.tokenizer)
 
 
 def test_peaks_are_the_strongest_of_every_stretch(source, cache, busiest):

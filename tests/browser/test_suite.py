@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.browser.compare import beside, match_latents
-from sae_italian.browser.source import open_source
+from sae_italian.browser.opening import beside, match_latents
+from sae_italian.browser.source import LatentSource
 from sae_italian.browser.suite import overview_text, read_suite, write_overview
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
@@ -91,7 +91,7 @@ def test_a_folder_without_cards_and_a_broken_card_are_named(suite: Path, tmp_pat
 
 def test_an_sae_beside_itself_matches_itself(small_cache: Path, trained_sae: Path, mini: Any, tmp_path: Path) -> None:
     cache = FeatureCache.open(shutil.copytree(small_cache, tmp_path / "cache"))
-    source, bare = open_source(cache, mini.tokenizer, sae=load_sae(trained_sae)), open_source(cache, mini.tokenizer)
+    source, bare = LatentSource(cache, mini.tokenizer, sae=load_sae(trained_sae)), LatentSource(cache, mini.tokenizer)
     matches = match_latents(source, source)
     assert matches["latent"] == matches["back"] == list(range(256))
     assert beside(source, source).facts() == {
@@ -109,7 +109,7 @@ def test_an_sae_beside_itself_matches_itself(small_cache: Path, trained_sae: Pat
 
 def test_the_command_tells_a_suite_from_a_cache(suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["browse", str(suite), str(suite.parent / "caches" / "a"), "--out", str(tmp_path / "out")]) == 0
-    assert "| L3R-8x |" in capsys.readouterr().out and (tmp_path / "out" / "index.html").is_file()
+    assert "\nL3R-8x  " in capsys.readouterr().out and (tmp_path / "out" / "index.html").is_file()
     assert main(["browse", str(suite), "missing", "--out", str(tmp_path / "out")]) == 2
     assert "missing is not a feature cache" in capsys.readouterr().err
     assert main(["browse-suite", str(suite)]) == 2 and "`browse SUITE" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 from sae_italian.base.errors import UsageError
 from sae_italian.browser import widget
 from sae_italian.browser.answers import PageAnswers
-from sae_italian.browser.compare import beside
+from sae_italian.browser.opening import beside
 from sae_italian.browser.plain import card_html
 from sae_italian.browser.schema import check, check_card
 from sae_italian.browser.widget import Plain, show

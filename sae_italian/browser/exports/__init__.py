@@ -6,7 +6,7 @@ files.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from sae_italian.base.storage import claim_folder, read_json
 from sae_italian.browser.exports import formats
 from sae_italian.browser.exports.fields import FieldCheck
 from sae_italian.browser.exports.latents import Facts, Latents, facts_of, model_facts, names_of
+from sae_italian.browser.source import LatentSource
+from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.models import load_model_config
 
@@ -37,9 +39,6 @@ class Export:
     folder: Path
     rows: dict[str, int]
     lost: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "folder": str(self.folder)}
 
     def text(self) -> str:
         counts = ", ".join(f"{n:,} {name}" for name, n in self.rows.items())
@@ -81,8 +80,8 @@ def export(
     facts, wanted = facts_of(manifest, called), range(first, last + 1)
     with tqdm(total=len(wanted), desc=to, unit="latent", disable=None) as bar:
         if to == "wandb":
-            folder, rows = _wandb(out, tokenizer, source, wanted, project, online)
-            return Export(to, folder, rows, [])
+            pages = LatentSource(cache, tokenizer, sae=sae, model=model)
+            return Export(to, *_wandb(out, pages, source, wanted, project, online), [])
         task = formats.ExportTask(_folder(out, to, facts, manifest), source, facts, wanted, bar)
         if to == "neuronpedia":
             formats.write_batches(task)
@@ -110,19 +109,13 @@ def _folder(out: Path, to: str, facts: Facts, manifest: Manifest) -> Path:
 
 
 def _wandb(
-    out: Path, tokenizer: Any, latents: Latents, wanted: range, project: str, online: bool
+    out: Path, source: LatentSource, latents: Latents, wanted: range, project: str, online: bool
 ) -> tuple[Path, dict[str, int]]:
-    from sae_italian.browser.source import open_source
-    from sae_italian.browser.write import write_browser
-
-    cache, weights = latents.cache, latents.directions
-    source = open_source(cache, tokenizer, sae=weights.sae, model=weights.model)
     table, checked = [], FieldCheck()
     for latent in wanted:
         table.append(formats.wandb_row(latents, source.row(latent)))
         checked("wandb_latent", table[-1])
     rows = checked.finish()
     write_browser(out / "browser", source)
-    name = f"{cache.manifest.model} {cache.manifest.hook_name}"
-    folder = formats.log_table(out, table, out / "browser", project=project, online=online, name=name)
+    folder = formats.log_table(out, table, out / "browser", project=project, online=online, name=source.run()["title"])
     return folder, rows

@@ -18,6 +18,8 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +28,10 @@ from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Store
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import atomic_path, read_json, write_text
-from sae_italian.browser.exports.directions import rounded
+from sae_italian.browser.contexts import storable
+from sae_italian.browser.directions import rounded
 from sae_italian.browser.exports.fields import FieldCheck, make_row, tables
-from sae_italian.browser.exports.latents import Facts, Latents, cantor, row_id, storable
+from sae_italian.browser.exports.latents import Facts, Latents, cantor, row_id
 
 BATCH, MAX_FILES = 128, 1000  # latents of a file; the bulk importer sees 1000 files of a folder
 ONE_LINE = ("release", "model", "sourceset", "source")
@@ -159,7 +162,12 @@ def _activations(task: ExportTask, batch: range) -> Iterator[Facts]:
 def _scores(store: Store) -> dict[str, dict[int, float]]:
     """Return the detection of every explainer's texts by latent, each by the judge that reads such texts."""
     llm = next((judge for judge in store.judges() if judge != "rule" and not judge.startswith("always-")), "rule")
-    test = {"control": "", "scorer": "detection", "metric": "balanced_accuracy", "negatives": HEADLINE["detection"]}
+    test: dict[str, Any] = {
+        "control": "",
+        "scorer": "detection",
+        "metric": "balanced_accuracy",
+        "negatives": HEADLINE["detection"],
+    }
     return {
         name: store.values(explainer=name, judge="rule" if name.removesuffix(NOW) == EXPLAINER else llm, **test)
         for name in store.explainers()
@@ -260,11 +268,10 @@ def write_features(task: ExportTask) -> None:
 
 def _circuit_feature(latents: Latents, latent: int) -> Facts:
     quantiles = []
-    for group in latents.groups(latent):
-        name = f"Activations from {group.lo:.3g} to {group.hi:.3g}" if group.lo >= 0 else "Top activations"
-        examples = [make_row("circuit_example", passage) for passage in group.passages]
-        if examples:
-            quantiles.append({"quantile_name": name, "examples": examples})
+    for (lo, hi), passages in groupby(latents.passages(latent, digits=17), key=itemgetter("lo", "hi")):
+        name = f"Activations from {lo:.3g} to {hi:.3g}" if lo >= 0 else "Top activations"
+        examples = [make_row("circuit_example", passage) for passage in passages]
+        quantiles.append({"quantile_name": name, "examples": examples})
     value = latents.cache.latent(latent).value
     bounds = {"smallest": rounded(value.min() if len(value) else 0.0), "largest": rounded(value.max(initial=0.0))}
     facts = {"latent": latent, **latents.logits(latent), **bounds, "examples_quantiles": quantiles}

@@ -11,15 +11,17 @@ import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import fingerprint
-from sae_italian.browser.exports.directions import DecoderSide, counted_tokens, histogram, rounded
+from sae_italian.browser.contexts import pieces, storable
+from sae_italian.browser.directions import Correlations, Decoder, NeuronTable, bars, rounded
 from sae_italian.browser.exports.fields import tables
+from sae_italian.browser.source import public_name
 from sae_italian.cache import FeatureCache, LatentActivations, Manifest
 from sae_italian.models import parse_hook_name
 from sae_italian.models.catalogue import config_facts
@@ -31,7 +33,6 @@ _SITES = {"R": "res", "A": "att", "M": "mlp", "TC": "transcoder", None: "pre"}
 _NAMESPACE = uuid.UUID("5d0f6d0e-6a53-5c1b-9a1e-0b9f3f6f5a11")
 BEFORE, AFTER = 31, 32  # tokens shown on either side of the strongest one
 N_TOP, N_INTERVALS, N_PER_INTERVAL = 20, 5, 5  # as SAEDashboard draws for Neuronpedia
-_UNSTORABLE = re.compile("[\ud800-\udfff]")
 
 
 # --- names and facts of a whole export -------------------------------------------------------------------------------
@@ -69,14 +70,14 @@ def names_of(
 def facts_of(manifest: Manifest, names: Facts) -> Facts:
     """Return what the rows of an export say of its names, its SAE and its corpus."""
     suffix = f"__{names['suffix']}" if names["suffix"] else ""
-    own = ("sae", "corpus", "hook_name", "n_windows", "context_size")
+    sae, corpus, model = (public_name(name) for name in (manifest.sae, manifest.corpus, manifest.model))
     return {
         **names,
-        **{name: getattr(manifest, name) for name in own},
+        **{name: getattr(manifest, name) for name in ("hook_name", "n_windows", "context_size")},
+        **{"sae": sae, "corpus": corpus, "base_model": model},
         "source": f"{names['layer']}-{names['source_set']}{suffix}",
         "layer_text": str(names["layer"]),
-        "base_model": manifest.model,
-        "what": f"SAE of {manifest.d_sae} latents at {manifest.hook_name} of {manifest.model}, on {manifest.corpus}",
+        "what": f"SAE of {manifest.d_sae} latents at {manifest.hook_name} of {model}, on {corpus}",
     }
 
 
@@ -106,29 +107,17 @@ def cantor(layer: int, latent: int) -> int:
 # --- the facts of a latent and of its passages -----------------------------------------------------------------------
 
 
-class Group(NamedTuple):
-    """Passages whose anchor's activation lies in (lo, hi]; `share` is that of all tokens whose activation does.
-
-    The strongest passages have no interval: there lo and share are -1, and hi is the latent's maximum.
-    """
-
-    lo: float
-    hi: float
-    share: float
-    passages: list[Facts]
-
-
 class Latents:
     """Reads one latent of a cache after the other; memory does not grow with their number. The same seed draws the same."""
 
     def __init__(self, cache: FeatureCache, strings: list[str], sae: Any = None, model: Any = None, *, seed: int = 0):
         self.cache, self.strings, self.stats, self.seed = cache, strings, cache.statistics, seed
-        self.directions = DecoderSide(cache, sae, model)
-        self.n_tokens = counted_tokens(cache)
+        self.decoder = None if sae is None else Decoder(sae, model)
+        self.correlations = Correlations(cache, model)
 
     def record(self, latent: int) -> Facts:
-        """Return names, tables, logits and histograms of a latent."""
-        directions = self.directions
+        """Return names, tables, logits and histograms of a latent; what needs an SAE or a model is empty without them."""
+        decoder, correlations = self.decoder, self.correlations
         found: Facts = {
             "latent": latent,
             "index": str(latent),
@@ -138,16 +127,17 @@ class Latents:
             "topkCosSimValues": _short(self.stats["decoder_cosines"][latent]),
             **self.logits(latent),
         }
+        whole = decoder is not None and correlations.model is not None
         for name, other, table in (
-            ("neuron_alignment", "values", directions.alignment(latent)),
-            ("correlated_neurons", "pearson", directions.correlated_neurons(latent)),
-            ("correlated_features", "pearson", directions.correlated_latents(latent)),
+            ("neuron_alignment", "values", decoder.alignment(latent) if decoder else NeuronTable()),
+            ("correlated_neurons", "pearson", correlations.neurons(latent) if whole else NeuronTable()),
+            ("correlated_features", "pearson", correlations.latents(latent)),
         ):
             found[f"{name}_indices"] = table.indices
             found[f"{name}_l1"], found[f"{name}_{other}"] = _short(table.l1), _short(table.other)
-        bars = {"freq": histogram(self.cache.latent(latent).value), "logits": directions.logits(latent)}
-        for name, (centres, heights) in bars.items():
-            found[f"{name}_hist_data_bar_values"], found[f"{name}_hist_data_bar_heights"] = centres, heights
+        logits = decoder.logits(latent).numpy() if decoder else np.empty(0)
+        for name, values in (("freq", self.cache.latent(latent).value), ("logits", logits)):
+            found[f"{name}_hist_data_bar_values"], found[f"{name}_hist_data_bar_heights"] = bars(values)
         return found
 
     def logits(self, latent: int) -> Facts:
@@ -161,29 +151,28 @@ class Latents:
             found[f"{theirs}_values"] = _short(values[order])
         return found
 
-    def groups(self, latent: int) -> Iterator[Group]:
+    def passages(self, latent: int, digits: int = 6) -> Iterator[Facts]:
         """Yield the strongest passages, then those of five equally wide intervals of (0, maximum], the strongest first.
 
-        Zeros are in no interval, and no text is shown twice.
+        `lo` and `hi` are the bounds of a passage's interval and `share` that of all tokens whose activation lies in it,
+        to so many digits; the strongest have none: -1, the latent's maximum, and -1. Zeros are in no interval, no text
+        is shown twice.
         """
         activations = self.cache.latent(latent)
         position, value = activations
         seen: set[str] = set()
         top = self._distinct(activations, activations.windows("top", N_TOP).anchor, N_TOP, seen)
-        yield Group(-1.0, float(self.stats["max"][latent]), -1.0, top)
+        bounds = {"lo": -1.0, "hi": rounded(self.stats["max"][latent], digits), "share": -1.0}
+        yield from (passage | bounds for passage in top)
         rng = np.random.default_rng([self.seed, latent])
         edges = np.linspace(0.0, float(value.max(initial=0.0)), N_INTERVALS + 1)
         for lo, hi in zip(edges[-2::-1], edges[:0:-1], strict=True):
             inside = position[(value > lo) & (value <= hi)]
             drawn = rng.permutation(inside)[: 4 * N_PER_INTERVAL]
-            passages = self._distinct(activations, drawn, N_PER_INTERVAL, seen)
-            yield Group(float(lo), float(hi), len(inside) / self.n_tokens, passages)
-
-    def passages(self, latent: int) -> Iterator[Facts]:
-        """Yield the facts of every passage with the bounds and the share of its group."""
-        for group in self.groups(latent):
-            bounds = {name: rounded(getattr(group, name)) for name in ("lo", "hi", "share")}
-            yield from (passage | bounds for passage in group.passages)
+            share = rounded(len(inside) / self.correlations.n_tokens, digits)
+            bounds = {"lo": rounded(lo, digits), "hi": rounded(hi, digits), "share": share}
+            for passage in self._distinct(activations, drawn, N_PER_INTERVAL, seen):
+                yield passage | bounds
 
     def strongest(self, latent: int) -> str:
         """Return the text of the strongest passage; empty for a latent that never fired."""
@@ -213,35 +202,6 @@ class Latents:
                     | {"maxValue": values[strongest], "maxValueTokenIndex": strongest, "minValue": min(values)}
                 )
         return kept
-
-
-def pieces(
-    text: str, spans: Int[np.ndarray, "tokens 2"], values: Float[np.ndarray, " tokens"]
-) -> tuple[list[str], list[float], list[int]]:
-    """Return the text in pieces, their activations, and the piece of each token.
-
-    The pieces joined are the text. Tokens that share a letter (one of several bytes) are one piece, with the largest of
-    their activations; a gap between tokens belongs to the later one. No piece is empty.
-    """
-    ends: list[int] = []
-    strengths: list[float] = []
-    owner = []
-    for (start, end), value in zip(spans.tolist(), values.tolist(), strict=True):
-        if not ends or (0 < ends[-1] <= start and end > ends[-1]):
-            ends.append(end)
-            strengths.append(value)
-        else:
-            ends[-1], strengths[-1] = max(ends[-1], end), max(strengths[-1], value)
-        owner.append(len(ends) - 1)
-    if ends:
-        ends[-1] = len(text)
-    cut = [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-    return [storable(piece) for piece in cut], strengths, owner
-
-
-def storable(text: str) -> str:
-    """Return a text that a database takes: a space for NUL (as Neuronpedia's importer), U+FFFD for half a surrogate."""
-    return _UNSTORABLE.sub("\ufffd", text.replace("\x00", " "))
 
 
 def _short(values: Any) -> list[float]:

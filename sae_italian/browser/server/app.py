@@ -1,16 +1,17 @@
 """The routes: the page, its script and style, the records of the cache, and live work.
 
-    GET  /                        the page
+    GET  /[?token=...]            the page; with the server's token it may ask for live work
     GET  /assets/app.js, app.css  its script and its style; no path leads to any file
     GET  /api/<name>[/<latent>]   the records: run, rows, card/3, wide/3, matches, other/card/3 (answers.py)
-    POST /api/live/<work>         tokens, steer, ablate, explain: JSON in, JSON out
+    POST /api/live/<work>         tokens, steer, ablate, explain: JSON in, JSON out; the header X-Token has the token
 
-Errors are {error_it, error_en}: 400 malformed or not from here, 403 another page, 404, 408, 409 the cache was replaced,
-413, 415, 422 an argument, 503 too much at once, 504 too slow.
+Errors are {error_it, error_en}: 400 malformed or not from here, 403 another page or no token, 404, 408, 409 the cache was
+replaced, 413, 415, 422 an argument, 503 too much at once, 504 too slow.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,22 +26,22 @@ from starlette.routing import Route
 
 from sae_italian.base.errors import SaeItalianError
 from sae_italian.browser.answers import WORKS, PageAnswers, Refused, in_both
-from sae_italian.browser.compare import Other
-from sae_italian.browser.live import Live
 from sae_italian.browser.page import page, script, style
 from sae_italian.browser.server.guard import LOOPBACK, Guard, Worker, as_json, read_json_body
-from sae_italian.browser.source import LatentSource
 from sae_italian.cache.layout import MANIFEST
 
 
-def create_app(
-    source: LatentSource, live: Live | None = None, *, other: Other | None = None, seconds: float = 60.0
-) -> Guard:
-    """Return the server of one cache, to be run on loopback. `seconds` is the longest that live work may take."""
-    server = Server(PageAnswers(source, live, other), seconds)
+def create_app(answers: PageAnswers, *, seconds: float = 60.0) -> Guard:
+    """Return the server of one cache, to be run on loopback. `seconds` is the longest that live work may take.
+
+    Its `token` is what live work asks for, which may cost money: it is known to whoever was told the address, and to no
+    other process or page of this machine.
+    """
+    server = Server(answers, seconds)
     routes = [
         Route("/", server.page),
-        Route("/assets/{name}", server.asset),
+        Route("/assets/app.js", _fixed(script("served"), "text/javascript")),
+        Route("/assets/app.css", _fixed(style(), "text/css")),
         Route("/api/live/{work}", server.work, methods=["POST"]),
         Route("/api/{name:path}", server.record),
     ]
@@ -51,17 +52,23 @@ def create_app(
     }
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=server.lifespan)
     app.router.redirect_slashes = False
-    return Guard(TrustedHostMiddleware(app, LOOPBACK))
+    return Guard(TrustedHostMiddleware(app, LOOPBACK), server.token)
+
+
+def _fixed(text: str, kind: str) -> Any:
+    async def answer(_: Request) -> Response:
+        return Response(text, media_type=kind)
+
+    return answer
 
 
 class Server:
     """What the routes share. Records are made in one thread and live work is done in another, so neither waits."""
 
     def __init__(self, answers: PageAnswers, seconds: float):
-        self.answers = answers
+        self.answers, self.token = answers, secrets.token_urlsafe(16)
         self.reader = Worker("reader", waiting=1024, seconds=60.0)
         self.worker = Worker("live", waiting=128, seconds=seconds)
-        self.assets = {"app.js": (script("served"), "text/javascript"), "app.css": (style(), "text/css")}
         sources = [answers.source, *([answers.other.source] if answers.other else [])]
         self.watches = [Watch(source.cache.folder) for source in sources]
         self._rows: tuple[Any, Response] | None = None
@@ -72,14 +79,11 @@ class Server:
         self.worker.close()
         self.reader.close()
 
-    async def page(self, _: Request) -> Response:
-        return Response(page(self.answers.source.run()).encode("utf-8", "replace"), media_type="text/html")
-
-    async def asset(self, request: Request) -> Response:
-        if request.path_params["name"] not in self.assets:
-            raise Refused("There is no file of that name.", "Non c'è nessun file con questo nome.", 404)
-        text, kind = self.assets[request.path_params["name"]]
-        return Response(text, media_type=kind)
+    async def page(self, request: Request) -> Response:
+        known = secrets.compare_digest(request.query_params.get("token", "").encode(), self.token.encode())
+        token = f'<meta name="token" content="{self.token}">' if known else ""
+        text = page(self.answers.source.run(), policy=token)
+        return Response(text.encode("utf-8", "replace"), media_type="text/html")
 
     async def record(self, request: Request) -> Response:
         name, _, last = request.path_params["name"].rpartition("/")
@@ -101,6 +105,12 @@ class Server:
         if name not in WORKS:
             ours = ", ".join(WORKS)
             raise Refused(f"There are: {ours}.", f"Lavoro sconosciuto. Ci sono: {ours}.", 404)
+        if not secrets.compare_digest(request.headers.get("x-token", "").encode(), self.token.encode()):
+            raise Refused(
+                "Live work needs the token: open the whole address that `sae-italian browse --serve` printed.",
+                "Serve il token: apri l’indirizzo intero stampato da `sae-italian browse --serve`.",
+                403,
+            )
         arguments = await read_json_body(request)
         return as_json(await self._answered(self.worker(self.answers, name, arguments)))
 
@@ -130,7 +140,7 @@ class Watch:
 
     def __init__(self, folder: Path):
         self.file = folder / MANIFEST
-        self._stamp, self._bytes = self._stamped(), self.file.read_bytes()
+        self.stamp, self.content = self._stamped(), self.file.read_bytes()
 
     def _stamped(self) -> tuple[int, int, int]:
         found = self.file.stat()
@@ -139,9 +149,9 @@ class Watch:
     def replaced(self) -> bool:
         try:
             now = self._stamped()
-            if now != self._stamp and self.file.read_bytes() != self._bytes:
+            if now != self.stamp and self.file.read_bytes() != self.content:
                 return True
         except OSError:
             return True
-        self._stamp = now
+        self.stamp = now
         return False

@@ -2,7 +2,7 @@
 
 The server listens on loopback, but any page that this machine's browser shows can send requests there. The Host header
 tells such requests apart when a foreign name was made to point here (DNS rebinding; Starlette's TrustedHostMiddleware),
-Origin tells the others; JSON as content type means that no plain form can post.
+Origin, which has to be the page's own, tells the others; JSON as content type means that no plain form can post.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def as_json(value: Any, status: int = 200) -> Response:
 class Guard:
     """ASGI middleware outside of everything: refuses other pages, and adds our headers to every answer."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, token: str):
+        self.app, self.token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,8 +61,8 @@ class Guard:
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        origins = [urlsplit(origin).netloc for origin in Headers(scope=scope).getlist("origin")]
-        foreign = any(origin.rpartition(":")[0] not in LOOPBACK and origin not in LOOPBACK for origin in origins)
+        headers = Headers(scope=scope)
+        foreign = any(urlsplit(origin).netloc != headers.get("host") for origin in headers.getlist("origin"))
         refused = in_both(Refused("The request comes from another page.", "Richiesta da un'altra pagina."))
         await (as_json(refused, 403) if foreign else self.app)(scope, receive, guarded)
 

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sae_italian.base.errors import UsageError
@@ -39,21 +40,15 @@ def bind(port: int) -> socket.socket:
     return found
 
 
-def serve(app: Any, port: int = PORT, *, ready: Callable[[str], None] | None = None) -> None:
-    """Serve until Ctrl-C; `ready` is told the address once the port is ours.
+def serve(app: Any, port: int, ready: Callable[[str], None]) -> None:
+    """Serve until Ctrl-C; `ready` is told the address, with the token, once the port is ours.
 
     Raises: UsageError without the packages of the extra `serve`, and as `bind`.
     """
     server = make_server(app)
-    found = bind(port)
-    try:
-        if ready:
-            ready(f"http://{HOST}:{found.getsockname()[1]}/")
+    with bind(port) as found, suppress(KeyboardInterrupt):  # uvicorn has closed in good order and passes the signal on
+        ready(f"http://{HOST}:{found.getsockname()[1]}/?token={app.token}")
         server.run(sockets=[found])
-    except KeyboardInterrupt:  # uvicorn has closed in good order and passes the signal on
-        return
-    finally:
-        found.close()
 
 
 def need_uvicorn() -> Any:
@@ -99,26 +94,26 @@ def _punctual() -> type:
     class Punctual(H11Protocol):
         waiting: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.waiting = self.loop.call_later(HEAD_SECONDS, self.too_late)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            at_work = self.cycle is not None and not self.cycle.response_complete
-            if at_work or self.timeout_keep_alive_task is not None:
-                self.stop()
-            elif self.waiting is None:
-                self.waiting = self.loop.call_later(HEAD_SECONDS, self.too_late)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self.stop()
-            super().connection_lost(exc)
+        def wait(self) -> None:
+            self.waiting = self.waiting or self.loop.call_later(HEAD_SECONDS, self.too_late)
 
         def stop(self) -> None:
             if self.waiting is not None:
                 self.waiting.cancel()
                 self.waiting = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            at_work = self.cycle is not None and not self.cycle.response_complete
+            (self.stop if at_work or self.timeout_keep_alive_task is not None else self.wait)()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.stop()
+            super().connection_lost(exc)
 
         def too_late(self) -> None:
             self.waiting = None

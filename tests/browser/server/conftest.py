@@ -8,16 +8,33 @@ import torch
 
 starlette = pytest.importorskip("starlette", reason="needs the serve extra")
 
-from starlette.testclient import TestClient  # noqa: E402
+from starlette.testclient import TestClient as Client  # noqa: E402
 
-from sae_italian.browser.compare import beside  # noqa: E402
-from sae_italian.browser.live import Live, open_with_live  # noqa: E402
-from sae_italian.browser.server.app import create_app  # noqa: E402
+from sae_italian.browser.answers import PageAnswers  # noqa: E402
+from sae_italian.browser.live import Live  # noqa: E402
+from sae_italian.browser.opening import beside  # noqa: E402
+from sae_italian.browser.server import app as server  # noqa: E402
+from sae_italian.browser.source import LatentSource  # noqa: E402
 from sae_italian.cache import FeatureCache, build_cache  # noqa: E402
 from sae_italian.saes import load_sae  # noqa: E402
 from tests.browser.nasty import nasty_corpus  # noqa: E402
 
 ADDRESS = "http://127.0.0.1:8765"
+
+
+def create_app(source, live=None, *, other=None):
+    return server.create_app(PageAnswers(source, live, other))
+
+
+def open_with_live(cache, tokenizer, *, sae, model):
+    return LatentSource(cache, tokenizer, sae=sae, model=model), Live(cache, sae, model)
+
+
+class TestClient(Client):
+    """A client that was told the whole address, with the token."""
+
+    def __init__(self, app, **options):
+        super().__init__(app, headers={"x-token": app.token}, **options)
 
 
 @pytest.fixture(scope="package")

@@ -11,6 +11,13 @@ from sae_italian.browser.server.run import HOST, bind, make_server
 
 
 @contextmanager
+def browsing(app: Any) -> Iterator[str]:
+    """Yield the address that a person is told: that of the page, with the token."""
+    with running(app) as address:
+        yield f"{address}/?token={app.token}"
+
+
+@contextmanager
 def running(app: Any) -> Iterator[str]:
     """Yield the address of a running server."""
     found = bind(0)

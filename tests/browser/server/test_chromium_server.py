@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 
 from sae_italian.browser.answers import PageAnswers
-from sae_italian.browser.live import open_with_live
 from sae_italian.browser.page import style
-from sae_italian.browser.server.app import create_app
 from sae_italian.cache import FeatureCache
 from tests.browser.chromium import NEEDS_CHROMIUM
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
 from tests.browser.test_chromium import LOW_CONTRAST, NAMELESS
 
-from .running import running
+from .conftest import create_app, open_with_live
+from .running import browsing
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is absent: pip install 'sae-italian[dev]'")
 pytestmark = NEEDS_CHROMIUM
@@ -27,7 +26,7 @@ SENTENCE = "Le ragazze italiane hanno letto un libro."
 
 @pytest.fixture(scope="module")
 def address(opened) -> Iterator[str]:
-    with running(create_app(*opened)) as found:
+    with browsing(create_app(*opened)) as found:
         yield found
 
 
@@ -49,7 +48,7 @@ def tab(chromium: Any) -> Iterator[Any]:
 
 
 def show(page: Any, address: str, latent: int | None = None) -> None:
-    page.goto(address + ("/" if latent is None else f"/#latent={latent}"))
+    page.goto(address + ("" if latent is None else f"#latent={latent}"))
     page.wait_for_selector(".latents tbody th a" if latent is None else '[data-part="explain"]')
     page.wait_for_selector('[data-part="sentence"]:visible')
 
@@ -137,7 +136,7 @@ def test_keys_language_theme_and_a_narrow_screen(tab: Any, address: str, active)
 
 @pytest.mark.parametrize("text", [SCRIPT, RTL, CONTROL, LONG_WORD[:10_000]], ids=["script", "rtl", "control", "long"])
 def test_nasty_texts_are_shown_and_harmless(tab: Any, nasty, text: str) -> None:
-    with running(create_app(*nasty)) as address:
+    with browsing(create_app(*nasty)) as address:
         show(tab, address)
         part = work(tab, "sentence", sentence=text)
         assert part.locator(".piece").count() > 3
@@ -153,13 +152,13 @@ def test_nasty_texts_are_shown_and_harmless(tab: Any, nasty, text: str) -> None:
 def test_a_replaced_cache_and_a_stopped_server_are_said_in_words(tab: Any, opened, tmp_path) -> None:
     folder = shutil.copytree(opened[0].cache.folder, tmp_path / "cache")
     source, _ = open_with_live(FeatureCache.open(folder), opened[1].tokenizer, sae=opened[1].sae, model=opened[1].model)
-    with running(create_app(source, opened[1])) as address:
+    with browsing(create_app(source, opened[1])) as address:
         show(tab, address)
         manifest = folder / "manifest.json"
         manifest.write_text(manifest.read_text(encoding="utf-8") + "\n", encoding="utf-8")
         part = work(tab, "sentence", sentence="ciao")
         assert "La cache è stata sostituita" in part.locator(".live-status").inner_text()
-        tab.goto(address + "/#latent=3")
+        tab.goto(address + "#latent=3")
         tab.wait_for_selector(".card-page .notice:has-text('La cache è stata sostituita')")
     part = work(tab, "sentence", sentence="ciao")
     assert "Il server non risponde" in part.locator(".live-status").inner_text()
@@ -167,7 +166,7 @@ def test_a_replaced_cache_and_a_stopped_server_are_said_in_words(tab: Any, opene
 
 
 def test_without_live_work_the_page_is_the_static_one(tab: Any, opened) -> None:
-    with running(create_app(opened[0])) as address:
+    with browsing(create_app(opened[0])) as address:
         tab.goto(address)
         tab.wait_for_selector(".latents tbody th a")
         assert tab.locator("[data-part]").count() == 0
@@ -175,7 +174,7 @@ def test_without_live_work_the_page_is_the_static_one(tab: Any, opened) -> None:
 
 
 def test_another_sae_is_compared_on_the_server(tab: Any, opened, compared, active) -> None:
-    with running(create_app(*opened, other=compared)) as address:
+    with browsing(create_app(*opened, other=compared)) as address:
         show(tab, address, active)
         tab.click(".compare summary")
         tab.wait_for_selector(".other-sae .card h2")
@@ -190,7 +189,7 @@ def test_an_explanation_made_now_goes_onto_the_card(tab: Any, opened, live, tmp_
     folder = shutil.copytree(live.cache.folder, tmp_path / "cache", ignore=shutil.ignore_patterns("*.sqlite*"))
     served = open_with_live(FeatureCache.open(folder), live.tokenizer, sae=live.sae, model=live.model)
     latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
-    with running(create_app(*served)) as address:
+    with browsing(create_app(*served)) as address:
         show(tab, address, latent)
         assert tab.inner_text(".card-head .lead") == "Nessuna spiegazione"
         part = work(tab, "explain")

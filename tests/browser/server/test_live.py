@@ -11,14 +11,16 @@ from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
 from sae_italian.browser.answers import Refused, in_both
 from sae_italian.browser.contexts import AFTER, BEFORE
-from sae_italian.browser.live import MAX_LETTERS, NEW_TOKENS, PER_TOKEN, Live, open_with_live
+from sae_italian.browser.live import MAX_LETTERS, NEW_TOKENS, PER_TOKEN, Live
 from sae_italian.browser.page import static_text
 from sae_italian.browser.schema import check, check_card
-from sae_italian.browser.source import open_source
+from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.models.activations import read_activations
 from tests.autointerp.llm.endpoint import FakeEndpoint
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
+
+from .conftest import open_with_live
 
 
 def asking(endpoint):
@@ -195,7 +197,7 @@ def test_an_explanation_made_now_is_there_after_a_restart(copied, opened):
     found = live.call("explain", {"latent": latent})
     assert found["not_kept"] == "" and [one["explainer"] for one in found["explanations"]] == ["rules"]
     source.update()
-    again = open_source(live.cache, live.tokenizer, sae=live.sae, model=live.model)  # as the static export reads it
+    again = LatentSource(live.cache, live.tokenizer, sae=live.sae, model=live.model)  # as the static export reads it
     for one in (source, again):
         row, card = check("row", one.row(latent)), check_card(one.card(latent))
         assert row["explanation_it"] == found["explanations"][0]["text_it"] and row["status"] == "" and row["kind"]

@@ -13,14 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient as Client
 
 from sae_italian.base.errors import UsageError
 from sae_italian.browser.answers import Refused
-from sae_italian.browser.live import open_with_live
 from sae_italian.browser.schema import check, check_card, check_rows
 from sae_italian.browser.server import guard
-from sae_italian.browser.server.app import create_app
 from sae_italian.browser.server.guard import HEADERS, MAX_BODY, Worker
 from sae_italian.browser.server.run import bind
 from sae_italian.cache import FeatureCache
@@ -28,7 +26,7 @@ from sae_italian.cli import main
 from sae_italian.saes import load_sae
 from tests.browser.nasty import SCRIPT
 
-from .conftest import ADDRESS
+from .conftest import ADDRESS, TestClient, create_app, open_with_live
 from .running import running
 
 CLIENTS = 50
@@ -186,6 +184,27 @@ def test_other_pages_and_forms_cannot_post(client):
         said(client.request(method, "/api/rows"), 405)
 
 
+def test_live_work_asks_for_the_token_of_the_address(opened, live, active, monkeypatch):
+    """It may cost money: no other process of this machine, and no page of another port, may ask for it."""
+    explained: list[object] = []
+    monkeypatch.setattr(type(live), "explain", lambda *_, **__: explained.append(1) or {})
+    app = create_app(*opened)
+    with Client(app, base_url=ADDRESS) as stranger:
+        for headers in ({}, {"x-token": ""}, {"x-token": "guess"}, {"x-token": "à".encode()}):
+            assert "token" in said(stranger.post("/api/live/explain", json={"latent": active}, headers=headers), 403)
+        assert explained == [] and stranger.get(f"/api/card/{active}").status_code == 200  # reading is free
+        for wrong in ("/", "/?token=guess", "/?token=%C3%A0"):
+            assert app.token not in stranger.get(wrong).text
+        assert f'<meta name="token" content="{app.token}">' in stranger.get(f"/?token={app.token}").text
+        known = {"x-token": app.token}
+        for origin in ("http://127.0.0.1:3000", "http://localhost:8765", "http://127.0.0.1"):
+            body = {"json": {"latent": active}, "headers": {**known, "origin": origin}}
+            said(stranger.post("/api/live/explain", **body), 403)
+        assert explained == []
+        assert stranger.post("/api/live/explain", json={"latent": active}, headers=known).status_code == 200
+    assert explained == [1] and create_app(*opened).token != app.token
+
+
 def test_no_path_leads_to_a_file(client, opened):
     folder = opened[0].cache.folder
     for path in (
@@ -230,8 +249,10 @@ def test_a_body_that_never_comes_is_not_waited_for(opened, monkeypatch):
 
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/api/live/tokens", "raw_path": b"", "query_string": b""}
+    app = create_app(*opened)
+    headers.append((b"x-token", app.token.encode()))
     scope |= {"headers": headers, "root_path": "", "scheme": "http", "http_version": "1.1", "server": ("127.0.0.1", 1)}
-    asyncio.run(create_app(*opened)(scope, never, send))
+    asyncio.run(app(scope, never, send))
     assert sent[0]["status"] == 408
 
 
@@ -271,7 +292,9 @@ def test_a_cache_replaced_while_serving_is_said_to_be(opened, tmp_path):
 
 def test_fifty_clients_at_once_are_all_answered(opened, active):
     """Counts answers, of live work, cards and the list at once; how long they take is not asked."""
-    with running(create_app(*opened)) as address, httpx.Client(base_url=address, timeout=120) as client:
+    app = create_app(*opened)
+    token = {"x-token": app.token}
+    with running(app) as address, httpx.Client(base_url=address, headers=token, timeout=120) as client:
 
         def ask(number: int) -> int:
             if number % 5 == 0:
@@ -405,7 +428,7 @@ def test_the_command_compares_and_refuses_what_does_not_go_together(cache, compa
 
     served = []
     monkeypatch.setattr(run, "serve", lambda app, port, ready: served.append(app))
-    monkeypatch.setattr("sae_italian.browser.compare.loaded_sae", lambda *_: load_sae(cache.manifest.sae))
+    monkeypatch.setattr("sae_italian.browser.opening.loaded_sae", lambda *_: load_sae(cache.manifest.sae))
     other = compared.source.cache.folder
     assert main(["browse", str(cache.folder), "--compare", str(other), "--serve", "--port", "0"]) == 0
     with TestClient(served[0], base_url=ADDRESS) as client:

@@ -1,0 +1,170 @@
+"""What is read off an SAE's decoder and its model: logits, a map, matches, and the neighbours that Neuronpedia shows."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.sparse import csc_matrix, csr_matrix
+
+from sae_italian.analysis.geometry.directions import map_of, nearest_directions
+from sae_italian.base.errors import UsageError
+from sae_italian.browser.schema import Record
+from sae_italian.cache import FeatureCache
+from sae_italian.cache.stats import final_gain
+from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.models.activations import read_activations
+
+BINS, BLOCK = 40, 64  # of the page's histogram; latents whose logits are made at a time
+N_BARS, N_TABLE = 50, 3  # Neuronpedia's
+SAMPLE_TOKENS = 32_768
+SAMPLE_FLOATS = 2**26  # of the model's activations held in memory
+FORWARD_WINDOWS = 16
+
+
+def rounded(value: float, digits: int = 6) -> float:
+    """Return a number with that many significant digits: a file of millions of them is a third of the size."""
+    return float(f"{float(value):.{digits}g}")
+
+
+def bars(values: np.ndarray) -> tuple[list[float], list[float]]:
+    """Return centres and heights of 50 equal bars over the values' range; none when there are no values."""
+    if len(values) == 0:
+        return [], []
+    heights, edges = np.histogram(values.astype(np.float64), bins=N_BARS)
+    return [rounded(value) for value in (edges[:-1] + edges[1:]) / 2], [rounded(value) for value in heights]
+
+
+class NeuronTable(NamedTuple):
+    """Three of Neuronpedia's neighbours: their ids, what it calls L1, and its second number."""
+
+    indices: list[int] = []
+    l1: list[float] = []
+    other: list[float] = []
+
+
+class Decoder:
+    """The decoder of an SAE, with the unembedding of its model where that is at hand."""
+
+    def __init__(self, sae: Any, model: Any = None):
+        self.directions: Float[torch.Tensor, "d_sae d_in"] = sae.W_dec.detach().float().cpu()
+        self.unembed = None if model is None else model.get_output_embeddings().weight.detach().float().cpu()
+        self.gain = 1.0 if model is None else torch.as_tensor(final_gain(model)).detach().cpu()
+        self._block = lru_cache(1)(self._logits)
+
+    @torch.no_grad()
+    def _logits(self, block: int) -> Float[torch.Tensor, "latents vocab"]:
+        assert self.unembed is not None
+        return (self.directions[block * BLOCK : (block + 1) * BLOCK] * self.gain) @ self.unembed.T
+
+    def logits(self, latent: int) -> Float[torch.Tensor, " vocab"]:
+        """Return what a latent adds to every token's logit; nothing without the model."""
+        return torch.empty(0) if self.unembed is None else self._block(latent // BLOCK)[latent % BLOCK]
+
+    def histogram(self, latent: int) -> Record:
+        """Return the histogram of these logits, in 40 equal bins; empty without the model."""
+        logits = self.logits(latent)
+        if len(logits) == 0:
+            return {"edges": [], "counts": []}
+        lo, hi = logits.min(), logits.max()
+        width = (hi - lo).clamp_min(1e-12)
+        index = ((logits - lo) * (BINS / width)).to(torch.int32).clamp_(0, BINS - 1)
+        edges = lo + width * torch.arange(BINS + 1) / BINS
+        return {"edges": edges.tolist(), "counts": torch.bincount(index, minlength=BINS).tolist()}
+
+    def alignment(self, latent: int) -> NeuronTable:
+        """Return the dimensions with the largest decoder weights: the weight, and its share of the L1 norm."""
+        direction = self.directions[latent]
+        value, index = direction.topk(min(N_TABLE, len(direction)))
+        return NeuronTable(index.tolist(), (value / direction.abs().sum()).tolist(), value.tolist())
+
+    @torch.no_grad()
+    def plane(self) -> Float[np.ndarray, "d_sae 2"]:
+        """Return the latents' map (`analysis.geometry`), each axis within -1 and 1."""
+        plane = map_of(torch.nn.functional.normalize(self.directions, dim=1))
+        return plane / np.abs(plane).max(axis=0).clip(min=1e-12)
+
+    @torch.no_grad()
+    def matches(self, other: Decoder) -> tuple[np.ndarray, np.ndarray]:
+        """Return for each direction the index of the nearest one of the other decoder, and their cosine.
+
+        Raises: UsageError when the two decoders do not write into spaces of the same size.
+        """
+        ours, theirs = (torch.nn.functional.normalize(d.directions, dim=1) for d in (self, other))
+        if ours.shape[1] != theirs.shape[1]:
+            raise UsageError(
+                f"the SAEs write {ours.shape[1]} and {theirs.shape[1]} numbers: only SAEs of one model can be compared."
+            )
+        found = nearest_directions(ours, theirs)
+        return found.index, found.cosine
+
+
+class Correlations:
+    """What goes with a latent of a cache: other latents, over the whole cache; neurons of the model, on a sample."""
+
+    def __init__(self, cache: FeatureCache, model: Any = None):
+        self.cache, self.model = cache, model
+        count, density = cache.statistics["count"], cache.statistics["density"]
+        most = int(np.argmax(count))
+        # what densities are shares of: the tokens of documents, not the special ones
+        self.n_tokens = round(float(count[most]) / float(density[most])) if count[most] else cache.n_positions
+
+    def latents(self, latent: int) -> NeuronTable:
+        """Return the latents that go with this one, with cosine and Pearson over the whole cache.
+
+        Candidates are the latents that fire on most of the same tokens, of all latents: not those of one batch.
+        """
+        position, value = self.cache.latent(latent)
+        found = []
+        for other in self.cache.statistics["cofiring_ids"][latent].tolist():
+            their_position, their_value = self.cache.latent(other)
+            _, mine, theirs = np.intersect1d(position, their_position, assume_unique=True, return_indices=True)
+            cross = value[mine].astype(np.float64) @ their_value[theirs].astype(np.float64)
+            found.append((*_similar(cross, _sums(value), _sums(their_value), self.n_tokens), other))
+        best = sorted(found, key=lambda row: (-row[1], row[2]))[:N_TABLE]
+        return NeuronTable([row[2] for row in best], [float(row[0]) for row in best], [float(row[1]) for row in best])
+
+    def neurons(self, latent: int) -> NeuronTable:
+        """Return the dimensions of the model's activation that go with the latent, with cosine and Pearson."""
+        x, sums, acts = self._sample
+        column = slice(acts.indptr[latent], acts.indptr[latent + 1])
+        row, value = acts.indices[column], acts.data[column].astype(np.float64)
+        if len(value) == 0:
+            return NeuronTable()
+        cosine, pearson = _similar(value @ x[row], _sums(value), sums, len(x))
+        best = np.argsort(-pearson, kind="stable")[:N_TABLE]
+        return NeuronTable(best.tolist(), cosine[best].tolist(), pearson[best].tolist())
+
+    @cached_property
+    def _sample(self) -> tuple[Float[np.ndarray, "n d_in"], tuple[np.ndarray, np.ndarray], csc_matrix]:
+        """The model's activations on the cache's first windows, their sums and the cache's latents there."""
+        manifest = self.cache.manifest
+        n = min(SAMPLE_TOKENS, SAMPLE_FLOATS // manifest.d_in, manifest.shards[0].n_windows * manifest.context_size)
+        n_windows = max(1, n // manifest.context_size)
+        n = n_windows * manifest.context_size
+        arrays, acts = self.cache.shard_tokens(0), self.cache.shard_acts(0)
+        tokens = torch.from_numpy(arrays["tokens"][:n].astype(np.int64)).reshape(n_windows, -1).to(self.model.device)
+        counted = arrays["doc"][:n] != NO_DOCUMENT
+        parts = [read_activations(self.model, part, manifest.hook_name) for part in tokens.split(FORWARD_WINDOWS)]
+        x = torch.cat(parts).flatten(0, 1).float().cpu().numpy()[counted]
+        indptr = acts["indptr"][: n + 1].astype(np.int64)
+        here = slice(0, int(indptr[-1]))
+        values = acts["value"][here].astype(np.float32), acts["latent"][here].astype(np.int32), indptr
+        sums = x.sum(axis=0, dtype=np.float64), np.einsum("ij,ij->j", x, x).astype(np.float64)
+        return x, sums, csr_matrix(values, shape=(n, manifest.d_sae))[counted].tocsc()
+
+
+def _sums(value: np.ndarray) -> tuple[float, float]:
+    wide = value.astype(np.float64)
+    return float(wide.sum()), float(wide @ wide)
+
+
+def _similar(cross: Any, one: tuple[Any, Any], two: tuple[Any, Any], n: int) -> tuple[Any, Any]:
+    """Return cosine and Pearson correlation from the sums of products, of values and of squares; 0 where undefined."""
+    spread = (one[1] - one[0] ** 2 / n) * (two[1] - two[0] ** 2 / n)
+    length = one[1] * two[1]
+    cosine = cross / np.sqrt(np.where(length > 0, length, np.inf))
+    return cosine, (cross - one[0] * two[0] / n) / np.sqrt(np.where(spread > 0, spread, np.inf))
