@@ -47,7 +47,7 @@ _HEADLINE = f"""
       AND (scorer, negatives) IN (VALUES {", ".join(map(str, HEADLINE.items()))})"""
 
 
-class Score(NamedTuple):
+class Headline(NamedTuple):
     """A headline score, 0 to 1, with its 95 % interval; None where it was not measured."""
 
     value: float | None = None
@@ -96,7 +96,7 @@ class LatentSource:
         """Read explanations, headline scores and labels again, after something new was stored."""
         self._version, store = self.version(), self.store()
         self.explanations: dict[str, dict[int, Explanation]] = {}
-        self.scores: dict[tuple[str, str], dict[int, Score]] = {}
+        self.scores: dict[tuple[str, str], dict[int, Headline]] = {}
         if store:
             stored = {n: {k: e for k, (_, e) in store.explanations(n).items()} for n in store.explainers()}
             ordered = sorted(with_now(stored).items(), key=lambda item: (item[0] != EXPLAINER, item[0] == LOOKUP))
@@ -105,7 +105,7 @@ class LatentSource:
                 name = explainer.removesuffix(NOW)
                 shown = self.explained(name, latent)
                 if shown is not None and shown.explainer == explainer:  # one made on demand, where a run left room
-                    self.scores.setdefault((name, scorer), {})[latent] = Score(*score)
+                    self.scores.setdefault((name, scorer), {})[latent] = Headline(*score)
         self.labels = labels_of(store, self.gold)
 
     def store(self) -> Store | None:
@@ -160,8 +160,8 @@ class LatentSource:
         found = (of.get(latent) for name, of in self.explanations.items() if name not in (EXPLAINER, LOOKUP))
         return next((e for e in found if e and (e.text_it or e.text_en)), None)
 
-    def score(self, explainer: str, scorer: str, latent: int) -> Score:
-        return self.scores.get((explainer, scorer), {}).get(latent, Score())
+    def score(self, explainer: str, scorer: str, latent: int) -> Headline:
+        return self.scores.get((explainer, scorer), {}).get(latent, Headline())
 
     def place(self, latent: int, axis: int) -> float | None:
         """Return where the latent is on the map, -1 to 1; None without the decoder."""
