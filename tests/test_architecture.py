@@ -28,19 +28,19 @@ AT_MOST = {
 }
 LEAST_AIR = 0.26  # share of docstrings and blank lines
 ROOM_LINES = {
-    "base": 935,  # 650
+    "base": 958,  # 650
     "micro_italiano": 1_434,  # 1_250
     "models": 889,  # 760
     "corpora": 1_720,  # 1_100
     "saes": 1_990,  # 1_300  # plugin with it
-    "training": 2_087,  # 1_500
+    "training": 2_170,  # 1_500
     "evaluation": 1_107,
     "cache": 2_145,  # 1_650
     "autointerp": 5_767,  # 3_900
     "analysis": 3_216,  # 2_500
     "papers": 1_676,  # 1_400
     "browser": 3_389,  # 2_650
-    "cli": 2_320,  # 1_400  # quickstart with it
+    "cli": 2_321,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 

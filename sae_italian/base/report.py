@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from math import isfinite, isnan
@@ -13,6 +14,8 @@ import numpy as np
 from sae_italian.base.labels import label
 from sae_italian.base.statistics import Estimate
 from sae_italian.base.storage import utc_now, write_json, write_text
+
+PIPED_SECONDS = 30  # between two lines of a bar that nobody watches move
 
 
 def table(head: str, rows: Iterable[Sequence[object]]) -> str:
@@ -59,3 +62,23 @@ def save_result(folder: Path, name: str, value: dict[str, Any], parts: Sequence[
         write_text(folder / f"{name}.md", "\n\n".join([*parts, *images, *legend]) + "\n")
     for picture, svg in pictures.items():
         write_text(folder / f"{picture}.svg", svg)
+
+
+class _Lines:
+    """What a pipe or a log file gets of a bar: whole lines, without what moves the cursor."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            sys.stderr.write(line + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(what: str, *, total: int, initial: int = 0, unit: str = "tok", leave: bool = True) -> Any:
+    """Return a `tqdm` bar with its rate: on a terminal it moves, elsewhere it is a line every PIPED_SECONDS."""
+    from tqdm import tqdm
+
+    piped: dict[str, Any] = {"file": _Lines(), "mininterval": PIPED_SECONDS, "delay": PIPED_SECONDS}
+    given = {"desc": what, "total": total, "initial": initial, "unit": unit, "unit_scale": True, "leave": leave}
+    return tqdm(**given, **({} if sys.stderr.isatty() else piped))

@@ -38,7 +38,8 @@ def quickstart(
 
     card, overrides = own_words(words, {"card_tokens": CARD_TOKENS})
     results = run(out, config, *overrides, cache_tokens=tokens, latents=n_latents, **card, **asdict(folder))
-    return Result(results, f"\n{table_of(results)}\n\nReport: {results['report']}")
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+    return Result(results, f"\n{table_of(results)}\n\nReport: {results['report']}\nAll of it, in {out}: {size:.0f} MB")
 
 
 def train(
@@ -91,7 +92,7 @@ def train(
 
 def recipes() -> Result:
     """List the training configs that come with the package."""
-    from sae_italian.training.config import recipes as shipped
+    from sae_italian.training import recipes as shipped
 
     known = shipped()
     return Result(known, "\n".join(f"{name:34} {line}" for name, line in known.items()))
@@ -213,4 +214,4 @@ def publish(
     from sae_italian.training.publish import publish as upload
 
     sent = upload(sae, repository, sae_id=id, licence=licence, private=private, dry_run=dry_run)
-    return Result(asdict(sent) | {"url": f"https://huggingface.co/{repository}/tree/main/{sent.sae_id}"}, sent.text())
+    return Result(sent._asdict() | {"url": f"https://huggingface.co/{repository}/tree/main/{sent.sae_id}"}, sent.text())

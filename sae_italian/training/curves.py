@@ -17,8 +17,9 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pictures import OURS, REFERENCE, svg
 from sae_italian.base.storage import read_json
 from sae_italian.evaluation.doctor import Finding
-from sae_italian.training.checkpoint import read_metrics
-from sae_italian.training.config import RunSpec, configs_folder
+from sae_italian.training.config import RunSpec
+from sae_italian.training.logging import METRICS_FILE, read_metrics
+from sae_italian.training.reading import configs_folder
 from sae_italian.training.run import WEIGHTS, read_run
 from sae_italian.training.sae_run import LOSS_KEYS
 
@@ -46,23 +47,15 @@ class Curve(NamedTuple):
         return {name: np.interp(share, self.share, values) for name, values in self.values.items()}
 
 
-class RecordedCurve(NamedTuple):
-    """What a recipe's file says: its curves, and the settings they were recorded with."""
-
-    recipe: str
-    spec: dict[str, Any]
-    full: Curve
-    short: Curve
-
-
 def read_curve(folder: Path) -> Curve:
     """Return the curve of a training's folder, finished or not. Raises: UsageError where there is none."""
     spec = read_run(folder).get("spec")
-    if not (folder / "metrics.jsonl").is_file() or not spec or "sae" not in spec:
+    file = folder / METRICS_FILE
+    if not file.is_file() or not spec or "sae" not in spec:
         raise UsageError(f"{folder} is not a training's folder: metrics.jsonl and run.json are expected there.")
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "losses/overall_loss" in row]
+    rows = [row for row in read_metrics(file) if "losses/overall_loss" in row]
     if not rows:
-        raise UsageError(f"{folder / 'metrics.jsonl'} holds no step yet; wait for the first steps.")
+        raise UsageError(f"{file} holds no step yet; wait for the first steps.")
     keys = ("details/n_training_samples", "metrics/l0", "metrics/explained_variance", "sparsity/dead_features")
     n_tokens, l0, explained, dead = (np.array([row[key] for row in rows], float) for key in keys)
     loss = np.array([next(row[key] for key in LOSS_KEYS if key in row) for row in rows], float)
@@ -70,16 +63,16 @@ def read_curve(folder: Path) -> Curve:
     return Curve((n_tokens / spec["training_tokens"]).clip(max=1.0), values)
 
 
-def recorded_curves() -> Iterator[RecordedCurve]:
-    """Yield the curves of all recipes that have one. Raises: DataError for a damaged file."""
+def recorded_curves(size: str = "full") -> Iterator[tuple[str, dict[str, Any], Curve]]:
+    """Yield recipe, settings and curve of all recipes that have one. Raises: DataError for a damaged file.
+
+    size: "full", or "short" for the recipe of seconds.
+    """
     for file in sorted(configs_folder().glob("*/curves/*.json")):
         try:
             plain = read_json(file)
-            full, short = (
-                Curve(np.array(plain[size]["share"]), {name: np.array(plain[size][name], float) for name in TITLES})
-                for size in ("full", "short")
-            )
-            yield RecordedCurve(plain["recipe"], plain["spec"], full, short)
+            values = {name: np.array(plain[size][name], float) for name in TITLES}
+            yield plain["recipe"], plain["spec"], Curve(np.array(plain[size]["share"]), values)
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(f"{file} is not a recorded curve ({error}). Install sae-italian again.") from error
 
@@ -104,39 +97,37 @@ def look_at_training(folder: Path) -> tuple[list[Finding], str]:
     no other run is judged. Raises: UsageError for a folder without a training.
     """
     curve, spec = read_curve(folder), read_run(folder)["spec"]
-    known = next((recorded for recorded in recorded_curves() if same_recipe(recorded.spec, spec)), None)
+    same = ((recipe, healthy) for recipe, other, healthy in recorded_curves() if same_recipe(other, spec))
+    recipe, healthy = next(same, ("", None))
     done = "finished" if (folder / WEIGHTS).is_file() else f"{100 * curve.share[-1]:.0f} % done"
-    beside = f"beside a healthy run of {known.recipe}" if known else "no curve of this recipe is recorded"
-    checks = [Finding("training", "pass", f"{done}; {beside}"), *_checks(curve, known, spec)]
-    return checks, _picture(curve, known, folder)
+    beside = f"beside a healthy run of {recipe}" if healthy else "no curve of this recipe is recorded"
+    checks = [Finding("training", "pass", f"{done}; {beside}"), *_checks(curve, healthy, spec)]
+    return checks, _picture(curve, healthy, f"healthy · sano ({recipe})", folder.name)
 
 
-def _checks(curve: Curve, known: RecordedCurve | None, spec: dict[str, Any]) -> Iterator[Finding]:
+def _checks(curve: Curve, healthy: Curve | None, spec: dict[str, Any]) -> Iterator[Finding]:
     """Yield divergence, L0, dead latents and explained variance, each judged on the last tenth of the rows."""
     n = max(1, len(curve.share) // 10)
     last = {name: float(values[-n:].mean()) for name, values in curve.values.items()}
-    healthy = known and {name: float(values.mean()) for name, values in known.full.at(curve.share[-n:]).items()}
     yield _loss_check(curve.values["loss"], last["loss"], spec["lr"])
     k, settled = spec["sae"].get("k"), curve.share[-n] > spec.get("k_anneal_share", 0.0)
     if k is not None:
-        good, remedy = (
-            not settled or abs(last["l0"] - k) <= 0.05 * k,
-            "look at the activations' scale and at the threshold",
-        )
-        yield _judged("l0", good, f"{last['l0']:.4g}, k = {k}", remedy)
-    if not healthy:
+        good = not settled or abs(last["l0"] - k) <= 0.05 * k
+        yield _judged("l0", good, f"{last['l0']:.4g}, k = {k}", "look at the activations' scale and at the threshold")
+    if healthy is None:
         return
+    at = {name: float(values.mean()) for name, values in healthy.at(curve.share[-n:]).items()}
     if k is None:
         key = next((key for key in ("l1_coefficient", "l0_coefficient") if key in spec["sae"]), "its coefficient")
-        remedy = f"{'raise' if last['l0'] > healthy['l0'] else 'lower'} sae.{key}"
-        good = healthy["l0"] / 2 <= last["l0"] <= healthy["l0"] * 2
-        yield _judged("l0", good, f"{last['l0']:.4g} where {healthy['l0']:.4g} is healthy", remedy)
+        remedy = f"{'raise' if last['l0'] > at['l0'] else 'lower'} sae.{key}"
+        good = at["l0"] / 2 <= last["l0"] <= at["l0"] * 2
+        yield _judged("l0", good, f"{last['l0']:.4g} where {at['l0']:.4g} is healthy", remedy)
     earlier = float(np.mean(curve.values["dead"][: max(1, len(curve.share) // 2)][-n:]))
     rising = " and rising" if last["dead"] > earlier + 0.01 else ""
-    good = last["dead"] <= band("dead", np.array([healthy["dead"]]))[1][0]
-    found = f"{100 * last['dead']:.1f} %{rising} where {100 * healthy['dead']:.1f} % is healthy"
+    found = f"{100 * last['dead']:.1f} %{rising} where {100 * at['dead']:.1f} % is healthy"
+    good = last["dead"] <= band("dead", np.array([at["dead"]]))[1][0]
     yield _judged("dead latents", good, found, "lower lr, warm up longer, or set sae.aux_loss_coefficient (TopK)")
-    explained, least = (x["explained_variance"] for x in (last, healthy))
+    explained, least = last["explained_variance"], at["explained_variance"]
     good = explained >= band("explained_variance", np.array([least]))[0][0]
     remedy = "look at lr, at the input scale (sae.normalize_activations) and at the hook"
     yield _judged("explained variance", good, f"{explained:.3f} where {least:.3f} is healthy", remedy)
@@ -147,28 +138,29 @@ def _judged(name: str, good: bool | np.bool_, found: str, remedy: str) -> Findin
 
 
 def _loss_check(values: Float[np.ndarray, " rows"], last: float, lr: float) -> Finding:
-    name, remedy = "training: loss", f"lower lr (now {lr})"
+    smallest, wrong = float(values.min()), ""
+    if len(values) >= 3:
+        smallest = float(np.convolve(values, np.ones(3) / 3, "valid").min())
     if not np.isfinite(values).all():
-        return Finding(name, "fail", "it is not finite any more", remedy)
-    smallest = np.convolve(values, np.ones(3) / 3, "valid").min() if len(values) >= 3 else values.min()
-    if last > 2 * smallest:
-        return Finding(name, "fail", f"it is diverging: {last:.4g} now, {smallest:.4g} before", remedy)
-    return Finding(name, "pass", f"{last:.4g}")
+        wrong = "it is not finite any more"
+    elif last > 2 * smallest:
+        wrong = f"it is diverging: {last:.4g} now, {smallest:.4g} before"
+    status = "fail" if wrong else "pass"
+    return Finding("training: loss", status, wrong or f"{last:.4g}", f"lower lr (now {lr})" if wrong else "")
 
 
-def _picture(curve: Curve, known: RecordedCurve | None, folder: Path) -> str:
+def _picture(curve: Curve, healthy: Curve | None, label: str, name: str) -> str:
     """Return the run's curves, over the bands of the recorded ones, as SVG."""
 
     def draw(axes: Any) -> None:
-        for axis, (name, words) in zip(axes, TITLES.items(), strict=True):
-            if known:
-                low, high = band(name, known.full.values[name])
-                label = f"healthy · sano ({known.recipe})"
-                axis.fill_between(known.full.share, low, high, color=REFERENCE, alpha=0.35, linewidth=0, label=label)
-            axis.plot(curve.share, curve.values[name], color=OURS, linewidth=1.5, label=folder.name)
+        for axis, (metric, words) in zip(axes, TITLES.items(), strict=True):
+            if healthy:
+                low, high = band(metric, healthy.values[metric])
+                axis.fill_between(healthy.share, low, high, color=REFERENCE, alpha=0.35, linewidth=0, label=label)
+            axis.plot(curve.share, curve.values[metric], color=OURS, linewidth=1.5, label=name)
             axis.set_title(words, fontsize=10)
             axis.set_xlabel("share of the training · quota dell'addestramento", fontsize=8)
         axes[0].legend(frameon=False, fontsize=8)
-        axes[0].figure.suptitle(folder.name, fontsize=10)
+        axes[0].figure.suptitle(name, fontsize=10)
 
     return svg(draw, len(TITLES), (3.4 * len(TITLES), 3.2))

@@ -1,8 +1,9 @@
-"""Where the rows of a run go besides its own metrics.jsonl: to W&B when asked for, offline without a login."""
+"""Where the rows of a run go: into its metrics.jsonl, and to W&B when asked for, offline without a login."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import uuid
@@ -10,28 +11,38 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_italian.base.storage import read_json, write_json
+from sae_italian.base.storage import read_json, write_json, write_text
 from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, EvaluationCard
 from sae_italian.training.config import RunSpec
 
+METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb.json"  # in a run's folder: the id of its W&B run, which a resumed training continues
 SWEEP_ID, SWEEP_RUN_ID = "WANDB_SWEEP_ID", "WANDB_RUN_ID"  # what `wandb agent` tells the commands it starts
 SAE_FILES = ("cfg.json", "sae_weights.safetensors")
 SAELENS_FILES = (*SAE_FILES, "sparsity.safetensors", "runner_cfg.json")  # of a finished SAE, what SAELens uploads
-OUR_FILES = ("run.json", "metrics.jsonl", CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE)  # and what we add
+OUR_FILES = ("run.json", METRICS_FILE, CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE)  # and what we add
 CHECKPOINT_FILES = (*SAE_FILES, "activation_scaler.json")
 
 
 class RunLog:
-    """What is told of a run while it goes on: everything to the W&B run `wandb_run`, or nothing where that is None."""
+    """The log of the run whose folder is `out`: every row goes into metrics.jsonl, and to `wandb_run` where there is one."""
 
-    def __init__(self, spec: RunSpec, wandb_run: Any = None):
-        self.spec, self.wandb_run = spec, wandb_run
+    def __init__(self, spec: RunSpec, out: Path, wandb_run: Any = None):
+        self.spec, self.out, self.wandb_run = spec, out, wandb_run
 
-    def __call__(self, row: Mapping[str, Any], step: int) -> None:
+    def __call__(self, row: dict[str, Any], step: int) -> None:
         """Tell the metrics of one step, in SAELens' names."""
+        with (self.out / METRICS_FILE).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, **row}) + "\n")
         if self.wandb_run:
-            self.wandb_run.log(dict(row), step=step)
+            self.wandb_run.log(row, step=step)
+
+    def cut(self, n_steps: int) -> None:
+        """Drop the rows of step `n_steps` and after, which a resumed run writes again."""
+        file = self.out / METRICS_FILE
+        if file.is_file():
+            rows = [row for row in read_metrics(file) if row["step"] < n_steps]
+            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def checkpoint(self, folder: Path, n_tokens: int) -> None:
         """Tell of the state of an SAE saved after `n_tokens`; `folder` is gone after the next one."""
@@ -39,20 +50,20 @@ class RunLog:
             aliases, metadata = ["latest", f"{n_tokens}-tokens"], {"n_tokens": n_tokens}
             self._send("-checkpoint", "sae-checkpoint", metadata, folder, CHECKPOINT_FILES, aliases)
 
-    def finish(self, folder: Path, card: EvaluationCard | None, cursor: Mapping[str, Any]) -> None:
-        """Tell of a finished SAE in `folder`, its card, and where the training ended in its corpus."""
-        if not self.wandb_run:
-            return
+    def finish(self, card: EvaluationCard | None, cursor: Mapping[str, Any]) -> None:
+        """Tell W&B of the finished SAE, its card, and where the training ended in its corpus."""
+        import wandb
+
         place = {key: value for key, value in cursor.items() if key != "packer"}  # the packer's is text and tokens
         self.wandb_run.summary.update({"corpus": {"name": self.spec.corpus, **place}})
         if card is not None:
             measured = {key: x for key, x in card.estimates().items() if x.value == x.value}
-            self.wandb_run.log({f"eval/{key}": x.value for key, x in measured.items()})
-            bounds = {f"eval/{key}_{end}": getattr(x, end) for key, x in measured.items() for end in ("lo", "hi")}
-            self.wandb_run.summary.update(
-                bounds | {"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents}
-            )
-        self._send("", "sae", self.spec.model_dump(mode="json"), folder, SAELENS_FILES + OUR_FILES, None)
+            rows: Any = [[key, *x] for key, x in measured.items()]
+            table = wandb.Table(columns=["metric", "value", "lo", "hi"], data=rows)
+            values = {f"eval/{key}": x.value for key, x in measured.items()}
+            self.wandb_run.log(values | {"eval/card": table})
+            self.wandb_run.summary.update({"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents})
+        self._send("", "sae", self.spec.model_dump(mode="json"), self.out, SAELENS_FILES + OUR_FILES, None)
 
     def _send(self, suffix: str, kind: str, metadata: Any, folder: Path, files: Any, aliases: Any) -> None:
         import wandb
@@ -64,31 +75,44 @@ class RunLog:
         self.wandb_run.log_artifact(artifact, aliases=aliases)
 
 
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl; a line that is cut short, or being written, is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 @contextlib.contextmanager
 def open_logger(spec: RunSpec, config: Any, out: Path) -> Iterator[RunLog]:
-    """Yield the log of a run whose folder is `out`: W&B when the spec asks for it, else one that tells nobody.
+    """Yield the log of a run whose folder is `out`, which tells W&B when the spec asks for it.
 
-    `wandb: online` without a login, or without the server in reach, becomes offline, which one line on stderr says;
-    `wandb sync` sends it later. A run that is resumed, and one of a sweep, goes on in its own W&B run.
+    `wandb: online` without a login, or without the server in reach, becomes offline, which one line on stderr says; so
+    does another, at the end, how to send it later. A run that is resumed, and one of a sweep, goes on in its own W&B run.
     """
     if spec.wandb == "off":
-        yield RunLog(spec)
+        yield RunLog(spec, out)
         return
     run = _start(spec, config, out)
     try:
-        yield RunLog(spec, run)
+        yield RunLog(spec, out, run)
     except BaseException:
         run.finish(exit_code=1)
         raise
     run.finish()
+    if run.offline:
+        sys.stderr.write(f"W&B holds this run offline; send it with: wandb sync {out}/wandb/offline-*\n")
 
 
 def _start(spec: RunSpec, config: Any, out: Path) -> Any:
     import wandb
     from wandb.errors import CommError
 
+    entity, _, project = spec.wandb_project.rpartition("/")
     given: dict[str, Any] = {
-        "project": spec.wandb_project,
+        "project": project,
+        "entity": entity or None,
         "name": config.logger.run_name,
         "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
         "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
@@ -97,15 +121,13 @@ def _start(spec: RunSpec, config: Any, out: Path) -> Any:
     if SWEEP_ID not in os.environ:
         given["id"] = _run_id(out)
     if spec.wandb == "online":
+        why = "nobody is logged in (`wandb login`)"
         if wandb.login(prompt=False, verify=False):
             try:
                 return wandb.init(mode="online", **given, resume="allow" if "id" in given else None)
             except CommError as error:
-                why = f"the server cannot be reached ({error})"
-        else:
-            why = "nobody is logged in (`wandb login`)"
-        line = f"wandb: online, but {why}; the run is kept offline, `wandb sync {out}/wandb/offline-*` sends it."
-        sys.stderr.write(" ".join(line.split()) + "\n")
+                why = f"the server cannot be reached ({' '.join(str(error).split())})"
+        sys.stderr.write(f"wandb: online, but {why}; the run is kept offline.\n")
     return wandb.init(mode="offline", **given)
 
 

@@ -3,76 +3,120 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from tqdm import tqdm
+import torch
+from safetensors import SafetensorError
 
-from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import disk_errors
-from sae_italian.training.checkpoint import Checkpoints, cut_metrics
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.report import progress
+from sae_italian.base.storage import atomic_path, disk_errors, remove
 from sae_italian.training.sae_run import SAERun
 from sae_italian.training.stream import ActivationStream
 
 LOG_EVERY_STEPS = 10
-# Ctrl-C, `kill`, a closed terminal, and Slurm's warning before the time is up.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+CHECKPOINTS, RANDOM_FILE = "checkpoints", "random.pt"
+UNREADABLE = (OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError)
+# Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+
+def clear_checkpoints(out: Path) -> None:
+    """Remove the checkpoints of a training that is done, and a folder that held nothing else."""
+    remove(out / CHECKPOINTS)
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
 
 
 class Loop:
     """Drives `runs`, by name, on the batches of one stream; all have the same training_tokens and batch size.
 
-    The state of the stream and of all runs is one checkpoint in `checkpoints`. Sizes and intervals are those of the first
-    run's spec.
+    The state of the stream and of all runs is one checkpoint, `out/checkpoints/<tokens>`, whole or absent; only the last
+    one is kept. Sizes and intervals are those of the first run's spec.
     """
 
-    def __init__(self, runs: Mapping[str, SAERun], stream: ActivationStream, checkpoints: Checkpoints):
-        self.runs, self.stream, self.checkpoints = dict(runs), stream, checkpoints
+    def __init__(self, runs: Mapping[str, SAERun], stream: ActivationStream, out: Path):
+        self.runs, self.stream, self.out = dict(runs), stream, out
         self.first = next(iter(self.runs.values()))
         self.spec = self.first.spec
         self.interrupted = False
         self.saved_at = time.monotonic()
 
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint, if there is one."""
+        saved = [path for path in (self.out / CHECKPOINTS).glob("*") if path.name.isdigit()]
+        return max(saved, key=lambda path: int(path.name), default=None)
+
+    def kept(self) -> str:
+        """Return the end of a message: which state is safe."""
+        last = self.last_checkpoint()
+        return f"The last good checkpoint is {last}." if last else "There was no checkpoint yet."
+
     def resume(self) -> bool:
-        """Restore the last checkpoint; False when there is none. Raises: DataError as `Checkpoints.load`."""
-
-        def read(folder: Path) -> None:
+        """Restore the last checkpoint; False when there is none. Raises: DataError when it cannot be read."""
+        last = self.last_checkpoint()
+        if last is None:
+            return False
+        try:
             for name, run in self.runs.items():
-                run.load(folder / name)
-            self.stream.load(folder)
-
-        return self.checkpoints.load(read)
+                run.load(last / name)
+            self.stream.load(last)
+            cpu, *gpus = torch.load(last / RANDOM_FILE)
+            torch.set_rng_state(cpu)
+            torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
+        except UNREADABLE as error:
+            why = " ".join(str(error).split())
+            raise DataError(
+                f"checkpoint {last} cannot be read ({why:.200}). Remove it, or start over with --overwrite."
+            ) from error
+        return True
 
     def fit(self) -> None:
         """Train to the end, or to the next signal, which saves the state and raises KeyboardInterrupt.
 
-        Raises: UsageError when the training diverges (the last good checkpoint is kept), the corpus ends early (the
-        state is saved) or the disk is full.
+        Raises: Diverged (the last good checkpoint is kept); UsageError when the corpus ends early (the state is saved) or
+        the disk is full.
         """
         for run in self.runs.values():
-            cut_metrics(run.metrics_file, run.n_steps)
+            run.log.cut(run.n_steps)
         what = "train SAE" if len(self.runs) == 1 else f"train {len(self.runs)} SAEs"
-        sizes: Any = {"total": self.spec.training_tokens, "initial": self.first.n_tokens, "unit": "tok"}
-        with self._signals(), tqdm(desc=what, unit_scale=True, disable=None, **sizes) as bar:
+        with self._signals():
+            with progress("first activations", total=len(self.stream.holes), leave=False) as bar:
+                self.stream.fill(bar.update)
             for run in self.runs.values():
                 run.prepare(self.stream)
             self.saved_at = time.monotonic()
-            while self.first.n_tokens < self.spec.training_tokens:
-                before = self.first.n_tokens
-                self._step()
-                self._record(bar)
-                bar.update(self.first.n_tokens - before)
-                if self._passed(self.spec.evaluate_every_tokens, before):
-                    for run in self.runs.values():
-                        run.evaluate(self.stream.model)
-                if self._checkpoint_is_due(before):
-                    self.save()
-                if self.interrupted:
-                    raise KeyboardInterrupt(f"saved at {self.first.n_tokens:,} tokens; --resume continues")
+            with progress(what, total=self.spec.training_tokens, initial=self.first.n_tokens) as bar:
+                while self.first.n_tokens < self.spec.training_tokens:
+                    self._advance(bar)
+
+    def _advance(self, bar: Any) -> None:
+        """Take one step, and do what is due after it."""
+        before = self.first.n_tokens
+        self._step()
+        if (self.first.n_steps - 1) % LOG_EVERY_STEPS == 0:
+            rows = [run.record() for run in self.runs.values()]
+            explained = sum(row["metrics/explained_variance"] for row in rows) / len(rows)
+            dead = sum(int(row["sparsity/dead_features"]) for row in rows)
+            bar.set_postfix(ev=f"{explained:.3f}", dead=dead, refresh=False)
+        bar.update(self.first.n_tokens - before)
+        if self._passed(self.spec.evaluate_every_tokens, before):
+            for run in self.runs.values():
+                run.evaluate(self.stream.model)
+        minutes = (time.monotonic() - self.saved_at) / 60
+        by_time = 0 < self.spec.checkpoint_every_minutes <= minutes
+        if self.interrupted or by_time or self._passed(self.spec.checkpoint_every_tokens, before):
+            self.save()
+        if self.interrupted:
+            raise KeyboardInterrupt(f"saved at {self.first.n_tokens:,} tokens; --resume continues")
 
     def _step(self) -> None:
         try:
@@ -88,57 +132,43 @@ class Loop:
         for run in self.runs.values():
             run.step(batch)
 
-    def _record(self, bar: Any) -> None:
-        if (self.first.n_steps - 1) % LOG_EVERY_STEPS:
-            return
-        with self._naming_what_is_safe():
-            rows = [run.record(run.row()) for run in self.runs.values()]
-        explained = sum(row["metrics/explained_variance"] for row in rows) / len(rows)
-        bar.set_postfix(ev=f"{explained:.3f}", dead=sum(int(row["sparsity/dead_features"]) for row in rows))
-
     def _passed(self, every: int, before: int) -> bool:
         """Return whether a multiple of `every` was passed, so a resumed run saves where an uninterrupted one would."""
         return every > 0 and self.first.n_tokens // every > before // every
 
-    def _checkpoint_is_due(self, before: int) -> bool:
-        minutes = (time.monotonic() - self.saved_at) / 60
-        by_time = 0 < self.spec.checkpoint_every_minutes <= minutes
-        return self.interrupted or by_time or self._passed(self.spec.checkpoint_every_tokens, before)
-
     def save(self) -> None:
-        """Save the state of everything, unless it is bad. Raises: UsageError when it is, or the disk is full."""
+        """Save the state of everything as the last checkpoint, then remove the one before.
 
-        def write(folder: Path) -> None:
-            for name, run in self.runs.items():
-                run.save(folder / name)
-            self.stream.save(folder)
-
-        with self._naming_what_is_safe():
-            for run in self.runs.values():
-                run.check()
-        self.checkpoints.save(self.first.n_tokens, write)
-        saved = self.checkpoints.last()
+        Raises: Diverged when the state is bad, UsageError when the disk is full; the earlier checkpoint is kept.
+        """
+        for run in self.runs.values():
+            run.check()
+        target = self.out / CHECKPOINTS / str(self.first.n_tokens)
+        if not target.exists():
+            with disk_errors(self.out, self.kept()), atomic_path(target) as temporary:
+                temporary.mkdir(parents=True)
+                for name, run in self.runs.items():
+                    run.save(temporary / name)
+                self.stream.save(temporary)
+                torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], temporary / RANDOM_FILE)
+                for file in (path for path in temporary.rglob("*") if path.is_file()):
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+        for old in target.parent.iterdir():
+            if old != target:
+                remove(old)
         for name, run in self.runs.items():
-            if saved:
-                run.log.checkpoint(saved / name, run.n_tokens)
+            run.log.checkpoint(target / name, run.n_tokens)
         self.saved_at = time.monotonic()
 
-    @contextlib.contextmanager
-    def _naming_what_is_safe(self) -> Iterator[None]:
-        try:
-            yield
-        except UsageError as error:
-            raise UsageError(f"{error} {self.checkpoints.kept()}") from error
-
     def finish(self) -> None:
-        """Write all SAEs, then drop the checkpoints. Raises: UsageError when one has diverged or the disk is full."""
-        with self._naming_what_is_safe():
-            for run in self.runs.values():
-                run.check()
-        with disk_errors(self.checkpoints.folder.parent, self.checkpoints.kept()):
+        """Write all SAEs, then drop the checkpoints. Raises: Diverged; UsageError when the disk is full."""
+        for run in self.runs.values():
+            run.check()
+        with disk_errors(self.out, self.kept()):
             for run in self.runs.values():
                 run.finish()
-        self.checkpoints.clear()
+        clear_checkpoints(self.out)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

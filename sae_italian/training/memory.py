@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-from sae_italian.models import load_model_config
+from sae_italian.models import load_model_config, load_tokenizer
 from sae_italian.training.config import RunSpec
+from sae_italian.training.text import check_length
 
 GB = 1e9
 COPIES = 4  # of the weights: themselves, the gradient, Adam's two averages
@@ -20,27 +20,11 @@ SPARSE = ("sparse_topk", "topk_transcoder")
 DENSE_MATRICES, SPARSE_MATRICES = 6, 1
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes / 10^9 by what they hold; SAEs are trained one after the other, so `step` is that of the largest."""
+def memory_of(specs: Sequence[RunSpec]) -> dict[str, float]:
+    """Return what training these SAEs on one pass of their model takes, in 10^9 bytes by what they hold.
 
-    saes_gb: float
-    step_gb: float
-    model_gb: float
-    forward_gb: float
-    buffer_gb: float
-
-    @property
-    def total_gb(self) -> float:
-        return sum(asdict(self).values())
-
-    def text(self) -> str:
-        parts = ", ".join(f"{name.removesuffix('_gb')} {value:.2f}" for name, value in asdict(self).items())
-        return f"{self.total_gb:.2f} GB ({parts})"
-
-
-def memory_of(specs: Sequence[RunSpec]) -> Memory:
-    """Return what training these SAEs on one pass of their model takes. Raises: UsageError as `RunSpec.sae_config`."""
+    SAEs are trained one after the other, so `step` is that of the largest. Raises: UsageError as `RunSpec.sae_config`.
+    """
     first, saes, steps = specs[0], 0, []
     for spec in specs:
         sae = spec.sae_config()
@@ -53,13 +37,19 @@ def memory_of(specs: Sequence[RunSpec]) -> Memory:
     hidden = getattr(model, "intermediate_size", None) or 4 * model.hidden_size
     hooks = {hook for spec in specs for hook in spec.hook_names}
     forward = first.store_batch_size_prompts * first.context_size * (6 * model.hidden_size + 3 * hidden)
-    return Memory(
-        saes_gb=saes / GB,
-        step_gb=max(steps) / GB,
-        model_gb=width * n_parameters(first.model) / GB,
-        forward_gb=width * forward / GB,
-        buffer_gb=width * len(hooks) * first.buffer_tokens * model.hidden_size / GB,
-    )
+    return {
+        "saes_gb": saes / GB,
+        "step_gb": max(steps) / GB,
+        "model_gb": width * n_parameters(first.model) / GB,
+        "forward_gb": width * forward / GB,
+        "buffer_gb": width * len(hooks) * first.buffer_tokens * model.hidden_size / GB,
+    }
+
+
+def memory_text(memory: dict[str, float]) -> str:
+    """Return `1.25 GB (saes 0.50, step 0.25, ...)`."""
+    parts = ", ".join(f"{name.removesuffix('_gb')} {value:.2f}" for name, value in memory.items())
+    return f"{sum(memory.values()):.2f} GB ({parts})"
 
 
 @cache
@@ -73,20 +63,19 @@ def n_parameters(model: str) -> int:
 
 
 def plan(groups: Sequence[Mapping[str, RunSpec]], limit_gb: float | None = None) -> tuple[dict[str, Any], str]:
-    """Return what training these groups takes, each on one pass of the model, as JSON and as text."""
-    rows, lines = [], []
+    """Return what training these groups takes, each on one pass of the model and of the text, as JSON and as text.
+
+    Raises: UsageError as `check_length`.
+    """
+    first = next(iter(groups[0].values()))
+    n_tokens, length = first.training_tokens, check_length(first, load_tokenizer(first.model))
+    rows, lines = [], [f"{n_tokens:,} tokens to train on; {length}"]
     for number, group in enumerate(groups):
-        memory, n_tokens = memory_of(list(group.values())), next(iter(group.values())).training_tokens
-        parts = {"memory": asdict(memory), "memory_gb": memory.total_gb}
-        rows.append({"names": list(group), "tokens": n_tokens, **parts})
-        lines.append(f"group {number}: {_count(len(group), 'SAE')}, {n_tokens:,} tokens, memory {memory.text()}")
-        lines.append(f"  {' '.join(group)}")
-    largest = max(row["memory_gb"] for row in rows)
+        memory = memory_of(list(group.values()))
+        total = {"memory": memory, "memory_gb": sum(memory.values())}
+        rows.append({"names": list(group), "tokens": n_tokens, **total})
+        lines += [f"group {number}: SAEs {len(group)}, memory {memory_text(memory)}", f"  {' '.join(group)}"]
     limit = "" if limit_gb is None else f" of {limit_gb:g} GB given"
-    n_saes = sum(len(group) for group in groups)
-    lines.append(f"{_count(n_saes, 'SAE')} in {_count(len(rows), 'group')}; largest group {largest:.2f} GB{limit}")
-    return {"groups": rows, "memory_gb": limit_gb}, "\n".join(lines)
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
+    largest = max(row["memory_gb"] for row in rows)
+    lines.append(f"SAEs {sum(map(len, groups))}, groups {len(groups)}; largest group {largest:.2f} GB{limit}")
+    return {"groups": rows, "memory_gb": limit_gb, "corpus": length}, "\n".join(lines)

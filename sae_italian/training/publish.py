@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.hub import explain
+from sae_italian.base.hub import TOKENS_PAGE, explain
 from sae_italian.base.labels import label
 from sae_italian.base.storage import read_json
 from sae_italian.evaluation.card import DENSITY_PICTURE, EvaluationCard, read_card
 from sae_italian.models import catalogue
 from sae_italian.training.curves import look_at_training
-from sae_italian.training.logging import OUR_FILES, SAE_FILES, SAELENS_FILES
+from sae_italian.training.logging import METRICS_FILE, OUR_FILES, SAE_FILES, SAELENS_FILES
 from sae_italian.training.run import read_run
 
 MODEL_CARD = "README.md"
@@ -23,8 +23,7 @@ MODEL_CARD = "README.md"
 RESULTS = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "delta_lm_loss", "dead")
 
 
-@dataclass(frozen=True)
-class Upload:
+class Upload(NamedTuple):
     """What is, or would be, uploaded: path in the repository and size in bytes."""
 
     repo_id: str
@@ -39,8 +38,7 @@ class Upload:
         lines = [f"{size:>14,}  {path}" for path, size in self.files.items()]
         total = f"{sum(self.files.values()):>14,}  bytes in {len(self.files)} files"
         notes = [f"note: {warning}" for warning in self.warnings]
-        use = [f'load it with: sae-italian evaluate "{self.repo_id}:{self.sae_id}"'] if self.done else []
-        return "\n".join([head + (" (private)" if self.private else ""), *lines, total, *notes, *use])
+        return "\n".join([head + (" (private)" if self.private else ""), *lines, total, *notes])
 
 
 def publish(
@@ -74,23 +72,22 @@ def publish(
         )
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
-        extras = _stage(folder, staging, model_card(folder, card, repo_id, sae_id, licence))
-        ours = [folder / name for name in SAELENS_FILES if (folder / name).is_file()]
-        files = {f"{sae_id}/{file.name}": file.stat().st_size for file in (*ours, *extras)}
+        _stage(folder, staging, model_card(folder, card, repo_id, sae_id, licence))
+        sent = [*(folder / name for name in SAELENS_FILES if (folder / name).is_file()), *sorted(staging.iterdir())]
+        files = {f"{sae_id}/{file.name}": file.stat().st_size for file in sent}
         if dry_run or _send(folder, staging, repo_id, sae_id, private):
             files[MODEL_CARD] = (staging / MODEL_CARD).stat().st_size
     return Upload(repo_id, sae_id, private, files, _warnings(folder), not dry_run)
 
 
-def _stage(folder: Path, staging: Path, readme: str) -> list[Path]:
-    """Write the model card, and copy card, picture and curves where they are; return the files."""
+def _stage(folder: Path, staging: Path, readme: str) -> None:
+    """Write the model card, and copy card, picture and curves where they are."""
     (staging / MODEL_CARD).write_text(readme, encoding="utf-8")
     for name in OUR_FILES:
         if (folder / name).is_file():
-            (staging / name).write_bytes((folder / name).read_bytes())
-    if (folder / "metrics.jsonl").is_file():
+            shutil.copy(folder / name, staging)
+    if (folder / METRICS_FILE).is_file():
         (staging / "curves.svg").write_text(look_at_training(folder)[1], encoding="utf-8")
-    return sorted(staging.iterdir())
 
 
 def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool) -> bool:
@@ -101,7 +98,7 @@ def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool)
     if get_token() is None:
         raise UsageError(
             "the hub needs to know who you are: run `hf auth login`, or set HF_TOKEN to a token that may write "
-            "(https://huggingface.co/settings/tokens)."
+            f"({TOKENS_PAGE})."
         )
     api: Any = HfApi()
     try:
@@ -117,20 +114,14 @@ def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool)
             path_or_fileobj=text.encode(), path_in_repo=MODEL_CARD, commit_message="Model card", repo_id=repo_id
         )
     except Exception as error:  # the hub's errors are of many kinds; each becomes one line
-        raise _refused(error, repo_id) from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise UsageError(
+                f"the hub does not let this token write to {repo_id} ({status}): run `hf auth login` with a token that "
+                f"has write access to it ({TOKENS_PAGE})."
+            ) from error
+        raise explain(error, repo_id) from error
     return True
-
-
-def _refused(error: Exception, repo_id: str) -> UsageError:
-    """Return the hub's refusal in one line, with what to do."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return UsageError(
-            f"the hub does not let this token write to {repo_id} ({status}): run `hf auth login` with a token that has "
-            "write access to it (https://huggingface.co/settings/tokens)."
-        )
-    known = explain(error, repo_id, None, repo_id=repo_id)
-    return known if isinstance(known, UsageError) else UsageError(f"{repo_id}: {error}")
 
 
 def _warnings(folder: Path) -> tuple[str, ...]:

@@ -9,50 +9,52 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import RUN_FILE, claim_folder, read_json, write_json
-from sae_italian.corpora import CorpusStream, Reader, iter_documents, pack
+from sae_italian.base.storage import RUN_FILE, claim_folder, locked, read_json, write_json
 from sae_italian.corpora.documents import check_corpus
-from sae_italian.corpora.packing import special_mask
-from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
+from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.models import load_model
-from sae_italian.training.checkpoint import Checkpoints
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import open_logger
-from sae_italian.training.loop import Loop
-from sae_italian.training.sae_run import SAERun
+from sae_italian.training.loop import Loop, clear_checkpoints
+from sae_italian.training.reading import load_spec
+from sae_italian.training.sae_run import Diverged, SAERun
 from sae_italian.training.stream import ActivationStream, kept_positions
 from sae_italian.training.suite import SuiteSpec
+from sae_italian.training.text import check_length, training_documents
 
 KIND, SUITE_KIND = "train", "suite"
 WEIGHTS = "sae_weights.safetensors"  # written last: where they are, the training is finished
 SAE_FOLDER = "sae"  # of a checkpoint that holds one SAE
-CHARACTERS_PER_TOKEN = 8  # more than any tokenizer packs into one on average
-COUNTED_CHARACTERS = 200_000_000  # of a corpus whose length is checked
 # Settings that decide nothing of what was trained so far: a run may be resumed with others.
 CHANGEABLE = {"repeat_corpus"} | {
     name for name in RunSpec.model_fields if name.startswith(("wandb", "checkpoint_every", "evaluate"))
 }
 
 
-def train(spec: RunSpec, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train the SAE of `spec` into the folder `out` and return it.
 
-    `out` then loads with `SAE.load_from_disk(out)`; beside the weights lie `run.json` (the spec), `metrics.jsonl` and
+    `spec` may also be a recipe's name, a YAML, an earlier run's folder, or SAELens' own runner config. `out` then loads
+    with `SAE.load_from_disk(out)`; beside the weights lie `run.json` (the spec), `metrics.jsonl` and
     `runner_cfg.json`. While training, `checkpoints/` holds the last full state; a run that was interrupted or killed
     continues from it with `resume=True` and ends with the weights of an uninterrupted run (CPU, same threads).
 
     Raises: UsageError for a setting that cannot work, before anything is written, for a folder that holds another
     run, and as `Loop.fit`; KeyboardInterrupt after a signal, once the state is saved.
     """
+    if isinstance(spec, str | Path):
+        spec = load_spec(spec)
+    elif not isinstance(spec, RunSpec):
+        spec = RunSpec.from_saelens(spec)
     out = Path(out)
     check_run(spec)
     model = _model_of(spec)
-    continuing = _claim(out, spec, resume=resume, overwrite=overwrite)
-    checkpoints = Checkpoints(out, _identity(spec))
-    if continuing and (out / WEIGHTS).is_file():
-        checkpoints.clear()
-    else:
-        _train_together({SAE_FOLDER: spec}, {SAE_FOLDER: out}, model, checkpoints)
+    with locked([out]):
+        continuing = _claim(out, spec, resume=resume, overwrite=overwrite)
+        if continuing and (out / WEIGHTS).is_file():
+            clear_checkpoints(out)
+        else:
+            _train_together({SAE_FOLDER: spec}, {SAE_FOLDER: out}, model, out)
     return out
 
 
@@ -72,9 +74,10 @@ def train_suite(
     """
     out, groups = Path(out), suite.groups()
     check_run(next(iter(groups[0].values())))
-    claim_folder(out, SUITE_KIND, suite.model_dump(mode="json"), resume=resume, overwrite=overwrite)
-    trained = run_units(partial(train_group, suite, out), range(len(groups)))
-    return [folder for folders in trained for folder in folders]
+    with locked([out]):
+        claim_folder(out, SUITE_KIND, suite.model_dump(mode="json"), resume=resume, overwrite=overwrite)
+        trained = run_units(partial(train_group, suite, out), range(len(groups)))
+        return [folder for folders in trained for folder in folders]
 
 
 def train_group(suite: SuiteSpec, out: Path, index: int) -> list[Path]:
@@ -84,30 +87,32 @@ def train_group(suite: SuiteSpec, out: Path, index: int) -> list[Path]:
     """
     specs = suite.groups()[index]
     folders = {name: out / name for name in specs}
-    checkpoints = Checkpoints(out / f"group-{index:03}", {name: _identity(spec) for name, spec in specs.items()})
+    own = out / f"group-{index:03}"  # of its checkpoints
     if all((folder / WEIGHTS).is_file() for folder in folders.values()):
-        checkpoints.clear()
-    else:
-        model = _model_of(next(iter(specs.values())))
+        clear_checkpoints(own)
+        return list(folders.values())
+    model = _model_of(next(iter(specs.values())))
+    with locked(list(folders.values())):
         for name, spec in specs.items():
             claim_folder(folders[name], KIND, spec.model_dump(mode="json"), resume=True)
-        _train_together(specs, folders, model, checkpoints)
+        _train_together(specs, folders, model, own)
     return list(folders.values())
 
 
-def _train_together(
-    specs: Mapping[str, RunSpec], folders: Mapping[str, Path], model: Any, checkpoints: Checkpoints
-) -> None:
-    """Train SAEs on one stream of batches, from their last checkpoint if there is one."""
+def _train_together(specs: Mapping[str, RunSpec], folders: Mapping[str, Path], model: Any, out: Path) -> None:
+    """Train SAEs on one stream of batches, from their last checkpoint in `out` if there is one."""
     runs = {name: SAERun(spec, model, folders[name]) for name, spec in specs.items()}
     hook_names = [hook for spec in specs.values() for hook in spec.hook_names]
-    loop = Loop(runs, open_stream(next(iter(specs.values())), model, hook_names), checkpoints)
+    loop = Loop(runs, open_stream(next(iter(specs.values())), model, hook_names), out)
     loop.resume()
     with contextlib.ExitStack() as stack:
         for run in runs.values():
             run.log = stack.enter_context(open_logger(run.spec, run.config, run.out))
-        loop.fit()
-        loop.finish()
+        try:
+            loop.fit()
+            loop.finish()
+        except Diverged as error:
+            raise UsageError(f"{error} {loop.kept()}") from error
         for run in runs.values():
             run.tell_finished(model, loop.stream.windows.state())
 
@@ -116,11 +121,6 @@ def _model_of(spec: RunSpec) -> Any:
     model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
     check_length(spec, model.tokenizer)
     return model
-
-
-def _identity(spec: RunSpec) -> dict[str, Any]:
-    """Return the settings that decide the result."""
-    return spec.model_dump(mode="json", exclude=CHANGEABLE)
 
 
 def _claim(out: Path, spec: RunSpec, *, resume: bool, overwrite: bool) -> bool:
@@ -151,12 +151,9 @@ def check_run(spec: RunSpec) -> None:
 
 def open_stream(spec: RunSpec, model: Any, hook_names: str | Sequence[str]) -> ActivationStream:
     """Return the stream of training activations that a spec describes, at the given hooks."""
-    corpus = spec.corpus
     return ActivationStream(
         model,
-        PretokenizedCorpus(corpus)
-        if is_pretokenized(corpus)
-        else lambda: CorpusStream(corpus, Reader(split="train", text_column=spec.text_column)),
+        training_documents(spec),
         hook_names,
         context_size=spec.context_size,
         batch_size=spec.train_batch_size_tokens,
@@ -167,39 +164,6 @@ def open_stream(spec: RunSpec, model: Any, hook_names: str | Sequence[str]) -> A
         seqpos_slice=spec.seqpos_slice,
         exclude_special_tokens=spec.exclude_special_tokens,
     )
-
-
-def check_length(spec: RunSpec, tokenizer: Any) -> None:
-    """Refuse a corpus with fewer training tokens than `training_tokens`, unless `repeat_corpus` is set.
-
-    Hub corpora and mixtures are taken as long enough. Raises: UsageError, with the number of tokens there are.
-    """
-    if spec.repeat_corpus:
-        return
-    if is_pretokenized(spec.corpus):
-        corpus = PretokenizedCorpus(spec.corpus)
-        n_tokens = len(corpus) * corpus.context_size
-    elif all(Path(part.strip()).expanduser().exists() for part in spec.corpus.split(",")):
-        n_tokens = _count_tokens(spec, tokenizer)
-    else:
-        return
-    if n_tokens < spec.training_tokens:
-        raise UsageError(
-            f"corpus {spec.corpus!r} has {n_tokens:,} training tokens, fewer than the {spec.training_tokens:,} of "
-            "training_tokens. Lower it, use more text, or set repeat_corpus=true to read the corpus more than once."
-        )
-
-
-def _count_tokens(spec: RunSpec, tokenizer: Any) -> int:
-    """Return the training tokens of a local corpus, or `training_tokens` as soon as its characters must hold so many."""
-    n_characters, enough = 0, min(CHARACTERS_PER_TOKEN * spec.training_tokens, COUNTED_CHARACTERS)
-    for document in iter_documents(spec.corpus, "train", text_column=spec.text_column):
-        n_characters += len(document.text)
-        if n_characters >= enough:
-            return spec.training_tokens
-    documents = iter_documents(spec.corpus, "train", text_column=spec.text_column)
-    blocks = pack(documents, tokenizer, spec.context_size)
-    return sum(int((~special_mask(block.tokens, tokenizer)).sum()) for block in blocks)
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import json
 import math
 import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,19 +19,27 @@ import torch
 from torch import Tensor
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import atomic_path, read_json, write_json
+from sae_italian.base.storage import atomic_path, read_json, remove, write_json
 from sae_italian.evaluation import EvaluationCard, evaluate
 from sae_italian.models import parse_hook_name
 from sae_italian.saes import load_sae
 from sae_italian.saes.sparse import tune
-from sae_italian.training.checkpoint import append_metrics
 from sae_italian.training.config import RunSpec
-from sae_italian.training.logging import RunLog
+from sae_italian.training.logging import SAE_FILES, RunLog
 from sae_italian.training.stream import ActivationStream
 
 DIVERGED = 10.0  # times the loss at the start, and times the variance of the activations
 # The reconstruction's own loss where it is told apart: the sparsity term grows by plan while its coefficient warms up.
 LOSS_KEYS = ("losses/mse_loss", "losses/overall_loss")
+# What SAELens' own runner writes from its config into the metadata.
+METADATA = (
+    *("model_name", "model_class_name", "hook_name", "hook_head_index", "dataset_path", "context_size", "seqpos_slice"),
+    *("prepend_bos", "exclude_special_tokens", "sequence_separator_token", "disable_concat_sequences"),
+)
+
+
+class Diverged(UsageError):
+    """A training whose state is not worth keeping."""
 
 
 class SAERun:
@@ -40,8 +51,7 @@ class SAERun:
     def __init__(self, spec: RunSpec, model: Any, out: Path):
         from sae_lens import SAETrainer, TrainingSAE
 
-        self.spec, self.out, self.metrics_file = spec, out, out / "metrics.jsonl"
-        self.config = spec.to_saelens()
+        self.spec, self.out, self.config = spec, out, spec.to_saelens()
         torch.manual_seed(spec.seed)
         self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict())
         self._describe(model)
@@ -54,7 +64,7 @@ class SAERun:
             from sae_italian.saes.architectures import PairScaler
 
             self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
-        self.log = RunLog(spec)  # to W&B, once `train` opens it
+        self.log = RunLog(spec, out)  # to W&B too, once `train` opens it
         self.output: Any = None  # of the last step
         self.start_loss = math.nan
 
@@ -68,14 +78,11 @@ class SAERun:
         return self.trainer.n_training_steps
 
     def _describe(self, model: Any) -> None:
-        """Write what SAELens' own runner writes, truthfully for a Hugging Face model."""
+        """Write the metadata that SAELens' own runner writes, truthfully for a Hugging Face model."""
         metadata, spec = self.sae.cfg.metadata, self.spec
-        same = "model_name hook_name hook_head_index context_size seqpos_slice prepend_bos exclude_special_tokens"
-        for field in (*same.split(), "sequence_separator_token", "disable_concat_sequences"):
+        for field in METADATA:
             setattr(metadata, field, getattr(self.config, field))
-        metadata.model_class_name = "HookedTransformer"  # what SAELens' tools load to run this SAE on the hook name
         metadata.model_from_pretrained_kwargs = {}
-        metadata.dataset_path = spec.corpus
         metadata.harvested_from = "hf"
         metadata.model_revision = getattr(model, "loaded_from", {}).get("revision")
         metadata.hf_hook_name = parse_hook_name(spec.hook_name).module_path(model.config)
@@ -93,10 +100,11 @@ class SAERun:
         if scaler.scaling_factor is not None or scaler.whitening is not None:
             return
         rows = iter([self._beside({name: stream.sample(name) for name in self.spec.hook_names})])
-        if cfg.normalize_activations == "expected_average_only_in":
-            scaler.estimate_scaling_factor(cfg.d_in, rows, 1)
-        elif cfg.normalize_activations == "covariance_whitening":
-            scaler.estimate_whitening(cfg.d_in, rows, 1)
+        with contextlib.redirect_stderr(io.StringIO()):  # SAELens shows a bar of one step
+            if cfg.normalize_activations == "expected_average_only_in":
+                scaler.estimate_scaling_factor(cfg.d_in, rows, 1)
+            elif cfg.normalize_activations == "covariance_whitening":
+                scaler.estimate_whitening(cfg.d_in, rows, 1)
 
     def step(self, batch: Mapping[str, Tensor]) -> None:
         """Take one training step. It counts as done at once: log it as step `n_steps` - 1."""
@@ -104,14 +112,8 @@ class SAERun:
         self.output = self.trainer.step(self._beside(batch))
         self.trainer.n_training_steps += 1
 
-    def record(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Write metrics of the last step, of `row()` or of an evaluation, and return them."""
-        append_metrics(self.metrics_file, self.n_steps - 1, row)
-        self.log(row, self.n_steps - 1)
-        return row
-
     def row(self) -> dict[str, Any]:
-        """Return the last step's metrics, in SAELens' names. Raises: UsageError when the training has diverged."""
+        """Return the last step's metrics, in SAELens' names. Raises: Diverged."""
         row = self.trainer.build_train_step_log_dict(self.output, self.n_tokens)
         losses = [row[key] for key in LOSS_KEYS if key in row]
         if math.isnan(self.start_loss):
@@ -122,69 +124,60 @@ class SAERun:
             raise self._diverged(f"the loss grew from {self.start_loss:.3g} to {losses[0]:.3g}")
         return row
 
+    def record(self) -> dict[str, Any]:
+        """Log the last step's metrics and return them. Raises: Diverged."""
+        row = self.row()
+        self.log(row, self.n_steps - 1)
+        return row
+
     def check(self) -> None:
-        """Raise UsageError when the state is not worth keeping: the loss has exploded, or a weight is not finite."""
+        """Raise Diverged when the loss has exploded, or a weight is not finite."""
         if self.output is not None:  # None where a run is resumed whose last step was done
             self.row()
         for name, weight in self.sae.named_parameters():
             if not torch.isfinite(weight).all():
                 raise self._diverged(f"{name} is no longer finite")
 
-    def _diverged(self, what: str) -> UsageError:
-        return UsageError(
-            f"{what} at step {self.n_steps - 1}: the training has diverged. Lower lr (now {self.spec.lr})."
-        )
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(f"{what} at step {self.n_steps - 1}: the training has diverged. Lower lr (now {self.spec.lr}).")
 
     def evaluate(self, model: Any) -> None:
-        """Judge the SAE as it would be saved now, and write the card's means as `eval/...`."""
-        means = {key: estimate.value for key, estimate in self.judge(self._inference_sae(), model).estimates().items()}
-        self.record({f"eval/{key}": value for key, value in means.items() if math.isfinite(value)})
+        """Judge the SAE as it would be saved now, and log the card's means as `eval/...`."""
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            self._folded().save_inference_model(folder)
+            sae = load_sae(folder, device=self.spec.device)
+        means = {key: x.value for key, x in self._judge(sae, model).estimates().items()}
+        self.log({f"eval/{key}": value for key, value in means.items() if math.isfinite(value)}, self.n_steps - 1)
 
-    def judge(self, sae: Any, model: Any) -> EvaluationCard:
+    def _judge(self, sae: Any, model: Any) -> EvaluationCard:
         """Return the evaluation card of an SAE on the run's held-out text."""
         spec = self.spec
-        return evaluate(
-            sae,
-            model,
-            spec.evaluate_corpus or spec.corpus,
-            n_tokens=spec.evaluate_tokens,
-            context_size=spec.context_size,
-            text_column=spec.text_column,
-            name=self.out.name,
-        )
+        text = {"context_size": spec.context_size, "text_column": spec.text_column}
+        corpus = spec.evaluate_corpus or spec.corpus
+        return evaluate(sae, model, corpus, n_tokens=spec.evaluate_tokens, name=self.out.name, **text)
 
     def tell_finished(self, model: Any, cursor: Mapping[str, Any]) -> None:
-        """Tell W&B of the finished SAE, with its card, which is kept in the folder too."""
+        """Tell W&B, if it listens, of the finished SAE, with its card, which is kept in the folder too."""
+        if not self.log.wandb_run:
+            return
         card = None
-        if self.log.wandb_run:
-            try:
-                card = self.judge(load_sae(self.out, device=self.spec.device), model)
-                card.save(self.out)
-            except UsageError as error:
-                sys.stderr.write(f"no evaluation card for W&B: {' '.join(str(error).split())}\n")
-        self.log.finish(self.out, card, cursor)
+        try:
+            card = self._judge(load_sae(self.out, device=self.spec.device), model)
+            card.save(self.out)
+        except UsageError as error:
+            sys.stderr.write(f"no evaluation card for W&B: {' '.join(str(error).split())}\n")
+        self.log.finish(card, cursor)
 
-    def _inference_sae(self) -> Any:
-        """Return a copy of the SAE as `finish` would save it, input scale folded."""
-        from sae_lens import SAE
-
-        sae = SAE.from_dict(self.sae.cfg.get_inference_sae_cfg_dict())
-        weights = {name: value.detach().clone() for name, value in self.sae.state_dict().items()}
-        self.sae.process_state_dict_for_saving_inference(weights)
-        sae.process_state_dict_for_loading(weights)
-        sae.load_state_dict(weights)
-        self._fold(sae)
-        return sae.to(self.spec.device).eval()
-
-    def _fold(self, sae: Any) -> None:
-        """Put the input scale into the weights, so the SAE takes raw activations."""
-        scaler = self.trainer.activation_scaler
+    def _folded(self) -> Any:
+        """Return a copy of the SAE in training with the input scale put into its weights: it takes raw activations."""
+        sae, scaler = copy.deepcopy(self.sae), self.trainer.activation_scaler
         if scaler.scaling_factor is not None:
             sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
         if (white := scaler.whitening) is not None:
             sae.fold_activation_whitening(
                 mean=white.mean, whitening_matrix=white.matrix, unwhitening_matrix=white.inverse_matrix
             )
+        return sae
 
     def save(self, folder: Path) -> None:
         """Write the whole state of this SAE's training into a new folder."""
@@ -201,14 +194,12 @@ class SAERun:
         """Fold the input scale and write the SAE in SAELens' format, the weights last."""
         from safetensors.torch import save_file
 
-        self._fold(self.sae)
-        self.trainer.activation_scaler.scaling_factor = self.trainer.activation_scaler.whitening = None
         self.trainer.set_final_sae_metadata()
         with atomic_path(self.out / "sparsity.safetensors") as temporary:
             save_file({"sparsity": self.trainer.log_feature_sparsity}, temporary)
         write_json(self.out / "runner_cfg.json", json.loads(json.dumps(self.config.to_dict(), default=str)))
         staging = self.out / ".final"
-        self.sae.save_inference_model(staging)
-        for name in ("cfg.json", "sae_weights.safetensors"):
+        self._folded().save_inference_model(staging)
+        for name in SAE_FILES:
             os.replace(staging / name, self.out / name)
-        shutil.rmtree(staging)
+        remove(staging)

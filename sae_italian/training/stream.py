@@ -8,7 +8,6 @@ one would have seen.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,12 +25,13 @@ from sae_italian.corpora import CorpusStream
 from sae_italian.corpora.packing import Packer, batched, check_context, layout_of, special_mask, tokenise_batches
 from sae_italian.corpora.pretokenize import PretokenizedCorpus
 from sae_italian.models.activations import read_many
+from sae_italian.training.cached import CachedActivations
 
-BLOCKS_AHEAD = 2
 DOCUMENTS_PER_BATCH = 64
 
-Rows = dict[str, Float[Tensor, "tokens d_in"]]  # by hook name, the same tokens at every hook
-Documents = Callable[[], CorpusStream] | PretokenizedCorpus  # called to start the corpus, or memory-mapped
+Rows = Float[Tensor, "hooks tokens d_in"]  # the same tokens at every hook
+Mapped = PretokenizedCorpus | CachedActivations
+Documents = Callable[[], CorpusStream] | Mapped  # called to start the corpus, or memory-mapped
 
 
 class _Place(NamedTuple):
@@ -42,43 +42,36 @@ class _Place(NamedTuple):
 
 
 class WindowBlocks:
-    """Yields blocks of windows [up to windows_per_block, context], read and packed ahead of their use in a thread.
+    """Yields blocks of windows [up to windows_per_block, context]; the next one is packed in a thread meanwhile.
 
-    The corpus is started again when it ends, unless `repeat` is False. Reading ahead changes nothing in what is
-    yielded. Raises: UsageError for a corpus without one full window, or pretokenised for something else.
+    The corpus is started again when it ends, unless `repeat` is False.
+    Raises: UsageError for a corpus without one full window, or pretokenised for something else.
     """
 
     def __init__(
-        self,
-        documents: Documents,
-        tokenizer: Any,
-        context_size: int,
-        windows_per_block: int,
-        *,
-        repeat: bool = True,
+        self, documents: Documents, tokenizer: Any, context_size: int, windows_per_block: int, *, repeat: bool = True
     ):
         check_context(context_size)
         if isinstance(documents, PretokenizedCorpus):
             check_pretokenized(documents, tokenizer, context_size)
         self.documents, self.tokenizer, self.context_size = documents, tokenizer, context_size
-        self.windows_per_block, self.repeat, self.ahead = windows_per_block, repeat, BLOCKS_AHEAD
+        self.windows_per_block, self.repeat = windows_per_block, repeat
         self.n_blocks = 0  # taken, over all epochs
         self.pool = ThreadPoolExecutor(1, "windows")
         self._start(_Place())
 
     def _start(self, place: _Place) -> None:
         self.place, self.blocks = place, self._blocks(place)
-        self.waiting: deque[Future[Any]] = deque()
+        self.coming: Future[Any] | None = None
 
     def __iter__(self) -> WindowBlocks:
         return self
 
     def __next__(self) -> Int[np.ndarray, "windows context"]:
-        while len(self.waiting) <= self.ahead:
-            self.waiting.append(self.pool.submit(next, self.blocks, None))
-        found = self.waiting.popleft().result()
+        found = (self.coming or self.pool.submit(next, self.blocks, None)).result()
         if found is None:
             raise StopIteration
+        self.coming = self.pool.submit(next, self.blocks, None)
         tokens, self.place = found
         self.n_blocks += 1
         return tokens
@@ -100,7 +93,7 @@ class WindowBlocks:
 
     def _epoch(self, place: _Place) -> Iterator[tuple[np.ndarray, _Place]]:
         """Yield the blocks from a place to the end of the corpus."""
-        if isinstance(self.documents, PretokenizedCorpus):
+        if isinstance(self.documents, Mapped):
             first = place.corpus or 0
             for number, tokens in enumerate(self.documents.blocks(self.windows_per_block, first), first + 1):
                 yield tokens, _Place(number)
@@ -128,8 +121,6 @@ class WindowBlocks:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, whatever was read before."""
-        for future in self.waiting:
-            future.cancel()
         packer = None
         if state["packer"] is not None:
             packer = self._packer()
@@ -190,14 +181,13 @@ class ActivationStream:
             raise UsageError(f"buffer_tokens is {buffer_tokens}, less than one batch of {batch_size}. Raise it.")
         self.positions = kept_positions(seqpos_slice, context_size)
         self.exclude_special_tokens = exclude_special_tokens
+        self.cached = documents if isinstance(documents, CachedActivations) else None
         self.windows = WindowBlocks(documents, self.tokenizer, context_size, forward_windows, repeat=repeat)
         self.device = torch.device(self.model.device)
         self.generator = torch.Generator().manual_seed(seed)
-        size = (buffer_tokens, self.model.config.hidden_size)  # the width of every hook in models/hooks.py
-        self.buffer: Rows = {
-            name: torch.empty(size, dtype=self.model.dtype, device=self.device) for name in self.hook_names
-        }
-        self.rest: Rows = {name: rows[:0].clone() for name, rows in self.buffer.items()}  # read, not in the buffer yet
+        size = (len(self.hook_names), buffer_tokens, self.model.config.hidden_size)  # that of every hook we know
+        self.buffer: Rows = torch.empty(size, dtype=self.model.dtype, device=self.device)
+        self.rest: Rows = self.buffer[:, :0].clone()  # read, not in the buffer yet
         self.holes: Int[Tensor, " holes"] = torch.arange(buffer_tokens)  # slots to be filled before the next batch
         self.order: Int[Tensor, " slots"] = self.holes[:0]  # slots still to be served before the next permutation
         self.n_tokens = 0  # rows read from the model
@@ -209,15 +199,22 @@ class ActivationStream:
             keep = self._kept(windows)
             if not keep.any():
                 continue
-            tokens, kept = (torch.from_numpy(array).to(self.model.device) for array in (windows, keep))
-            acts = read_many(self.model, tokens, self.hook_names)
-            rows = {name: acts[name][kept] for name in self.hook_names}
-            for name in self.hook_names:
-                if not torch.isfinite(rows[name].sum(dtype=torch.float32)):
-                    self._refuse_not_finite(name, acts[name], kept, windows)
+            tokens, kept = (torch.from_numpy(array).to(self.device) for array in (windows, keep))
+            acts = self._activations(tokens)
+            rows = torch.stack([acts[name][kept] for name in self.hook_names])
+            if not torch.isfinite(rows.sum(dtype=torch.float32)):
+                self._refuse_not_finite(acts, kept, windows)
             self.n_tokens += int(keep.sum())
-            return {name: found.to(self.device) for name, found in rows.items()}
+            return rows
         return None
+
+    def _activations(self, tokens: Int[Tensor, "windows context"]) -> dict[str, Float[Tensor, "windows context d_in"]]:
+        cached = self.cached
+        if cached is None:
+            return read_many(self.model, tokens, self.hook_names)
+        first = (self.windows.place.corpus - 1) * self.windows.windows_per_block  # the place is that of the next block
+        read = {name: cached.read(name, first, len(tokens)) for name in self.hook_names}
+        return {name: acts.to(self.device, self.model.dtype) for name, acts in read.items()}
 
     def _kept(self, windows: Int[np.ndarray, "windows context"]) -> Bool[np.ndarray, "windows context"]:
         keep = np.broadcast_to(self.positions, windows.shape)
@@ -225,33 +222,33 @@ class ActivationStream:
             return keep & ~special_mask(windows, self.tokenizer)
         return keep & ~np.isin(windows, list(self.exclude_special_tokens or ()))
 
-    def _refuse_not_finite(self, name: str, acts: Tensor, keep: Tensor, windows: np.ndarray) -> None:
-        bad = ((~torch.isfinite(acts)).any(-1) & keep).nonzero()
-        if len(bad) == 0:
-            return  # the sum alone was too large
-        window, position = bad[0].tolist()
-        number = (self.windows.n_blocks - 1) * self.windows.windows_per_block + window
-        raise UsageError(
-            f"the model's activations at {name!r} are not finite: window {number:,} of the corpus, position {position}, "
-            f"token {self.tokenizer.decode([int(windows[window, position])])!r}, dtype {acts.dtype}. "
-            "Use dtype float32 or bfloat16, or check the model's weights."
-        )
+    def _refuse_not_finite(self, acts: dict[str, Tensor], keep: Tensor, windows: np.ndarray) -> None:
+        for name, at_hook in acts.items():
+            bad = ((~torch.isfinite(at_hook)).any(-1) & keep).nonzero()
+            if len(bad) == 0:
+                continue  # the sum alone was too large
+            window, position = bad[0].tolist()
+            number = (self.windows.n_blocks - 1) * self.windows.windows_per_block + window
+            raise UsageError(
+                f"the model's activations at {name!r} are not finite: window {number:,} of the corpus, position "
+                f"{position}, token {self.tokenizer.decode([int(windows[window, position])])!r}, "
+                f"dtype {at_hook.dtype}. "
+                "Use dtype float32 or bfloat16, or check the model's weights."
+            )
 
-    def _fill(self) -> None:
-        """Put new rows into the holes of the buffer."""
+    def fill(self, told: Callable[[int], object] = lambda n: None) -> None:
+        """Put new rows into the holes of the buffer; `told` is called with the number of rows of each step."""
         while len(self.holes) and not self.ended:
-            if len(self.rest[self.hook_names[0]]) == 0:
+            if self.rest.shape[1] == 0:
                 found = self._read()
                 if found is None:
                     self._end()
                     return
                 self.rest = found
-            n = min(len(self.holes), len(self.rest[self.hook_names[0]]))
-            slots = self.holes[:n].to(self.device)
-            for name, rows in self.rest.items():
-                self.buffer[name].index_copy_(0, slots, rows[:n])
-            self.rest = {name: rows[n:] for name, rows in self.rest.items()}
-            self.holes = self.holes[n:]
+            n = min(len(self.holes), self.rest.shape[1])
+            self.buffer.index_copy_(1, self.holes[:n].to(self.device), self.rest[:, :n])
+            self.rest, self.holes = self.rest[:, n:], self.holes[n:]
+            told(n)
 
     def _end(self) -> None:
         """Keep for serving the slots that hold rows, in a new random order."""
@@ -269,7 +266,7 @@ class ActivationStream:
 
     def __next__(self) -> Any:
         """Return the next batch: a tensor for one hook given as a string, else {hook name: tensor}."""
-        self._fill()
+        self.fill()
         if not self.ended and len(self.order) == 0:
             n_batches = max(1, self.capacity // 2 // self.batch_size)
             self.order = torch.randperm(self.capacity, generator=self.generator)[: n_batches * self.batch_size]
@@ -278,33 +275,30 @@ class ActivationStream:
             raise UsageError(
                 f"the corpus ended after {self.n_tokens:,} tokens. Ask for fewer, use more text, or repeat the corpus."
             )
-        slots = taken.to(self.device)
-        batch = {name: rows.index_select(0, slots) for name, rows in self.buffer.items()}
+        batch = self.buffer.index_select(1, taken.to(self.device))
         if not self.ended:
             self.holes = taken
-        return batch[self.hook_names[0]] if self.single else batch
+        return batch[0] if self.single else dict(zip(self.hook_names, batch, strict=True))
 
     def sample(self, hook_name: str) -> Float[Tensor, "tokens d_in"]:
         """Return the rows the buffer holds now, to estimate scales from or to start weights at; nothing is taken."""
-        self._fill()
-        rows = self.buffer[hook_name]
+        self.fill()
+        rows = self.buffer[self.hook_names.index(hook_name)]
         return rows[self.order.to(self.device)] if self.ended else rows
 
     def save(self, folder: Path) -> None:
         """Write the state into an existing folder."""
         tensors = {"order": self.order, "holes": self.holes, "generator": self.generator.get_state()}
-        for name in self.hook_names:
-            tensors |= {f"buffer.{name}": self.buffer[name], f"rest.{name}": self.rest[name]}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "stream.safetensors")
+        tensors |= {"buffer": self.buffer, "rest": self.rest.contiguous()}
+        save_file(tensors, folder / "stream.safetensors")
         counts = {"n_tokens": self.n_tokens, "ended": self.ended}
         write_json(folder / "stream.json", {**counts, "windows": self.windows.state()})
 
     def load(self, folder: Path) -> None:
         """Continue from a saved state, without running the model on what was read before."""
         tensors = load_file(folder / "stream.safetensors")
-        for name in self.hook_names:
-            self.buffer[name].copy_(tensors[f"buffer.{name}"])
-            self.rest[name] = tensors[f"rest.{name}"].to(self.device)
+        self.buffer.copy_(tensors["buffer"])
+        self.rest = tensors["rest"].to(self.device)
         self.order, self.holes = tensors["order"], tensors["holes"]
         self.generator.set_state(tensors["generator"])
         counts = read_json(folder / "stream.json")

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.models import load_model_config
 from sae_italian.models.hooks import SITES, Site, parse_hook_name
-from sae_italian.training.config import RunSpec, first_refusal, read_values, spec_from_dict
-from sae_italian.training.memory import memory_of
+from sae_italian.training.config import RunSpec, first_refusal, spec_from_dict
+from sae_italian.training.memory import memory_of, memory_text
+from sae_italian.training.reading import read_values
 
 # The architecture that trains a transcoder as `sae.architecture` trains an SAE.
 TRANSCODES = {"topk": "topk_transcoder", "sparse_topk": "topk_transcoder", "standard": "transcoder"}
@@ -24,13 +25,13 @@ TRANSCODES = {"topk": "topk_transcoder", "sparse_topk": "topk_transcoder", "stan
 class SuiteSpec(BaseModel):
     """Every SAE of a suite. `settings` are the other keys of a run, the same for all."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     layers: list[int] | Literal["all"]
     """Numbers of layers, from 0, or all."""
     sites: list[Site] = Field(["R"], min_length=1)
     """R the residual stream after the block, A attention output, M MLP output, TC transcoder from MLP input to output."""
-    expansions: list[float] = Field(min_length=1)
+    expansions: list[Annotated[float, Field(gt=0, lt=1e6)]] = Field(min_length=1)
     """Latents per dimension; `sae.decoder_init_norm` is sqrt(2 / expansion), as in Llama Scope, unless it is given."""
     memory_gb: float = Field(gt=0)
     """What one group may take: its SAEs, their optimisers, the model and the shuffling buffer (10^9 bytes)."""
@@ -82,11 +83,11 @@ class SuiteSpec(BaseModel):
         """
         groups: list[dict[str, RunSpec]] = [{}]
         for name, spec in self.members().items():
-            if memory_of([*groups[-1].values(), spec]).total_gb > self.memory_gb:
+            if sum(memory_of([*groups[-1].values(), spec]).values()) > self.memory_gb:
                 alone = memory_of([spec])
-                if alone.total_gb > self.memory_gb:
+                if sum(alone.values()) > self.memory_gb:
                     raise UsageError(
-                        f"{name} alone needs {alone.text()}, more than memory_gb {self.memory_gb:g}. "
+                        f"{name} alone needs {memory_text(alone)}, more than memory_gb {self.memory_gb:g}. "
                         "Raise memory_gb, or lower expansions, train_batch_size_tokens or buffer_tokens."
                     )
                 groups.append({})
@@ -108,12 +109,6 @@ def suite_from_dict(values: dict[str, Any]) -> SuiteSpec:
         if key not in keys and key not in RunSpec.model_fields:
             raise UsageError(f"unknown key {key!r} in the suite. {nearest(key, [*keys, *RunSpec.model_fields])}")
     settings = {key: value for key, value in values.items() if key not in keys}
-    for key in ("model", "sae"):
-        if key not in settings:
-            raise UsageError(f"the suite lacks the key {key!r}.")
-    for given in values.get("sites") or ():
-        if given not in get_args(Site):
-            raise UsageError(f"site {given!r} is unknown. {nearest(str(given), get_args(Site))}")
     spec_from_dict({**settings, "hook_name": "blocks.0.hook_resid_post"})  # a wrong value is named before anything else
     try:
         return SuiteSpec(**{key: value for key, value in values.items() if key in keys}, settings=settings)

@@ -6,13 +6,35 @@ import torch
 from safetensors.torch import save_file
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.training.checkpoint import Checkpoints, append_metrics, cut_metrics, read_metrics
+from sae_italian.training.logging import RunLog, read_metrics
+from sae_italian.training.loop import Loop
 
 BIG = 4_000_000
 
 
 def write_small(folder):
+    folder.mkdir(exist_ok=True)
     (folder / "state.bin").write_text("good")
+
+
+class Part:
+    """A run, or the stream, that is what `write` writes and `read` reads."""
+
+    def __init__(self, write=write_small, read=lambda folder: None):
+        self.save, self.load = write, read
+        self.spec, self.n_tokens, self.log = None, 1, self
+
+    def check(self):
+        pass
+
+    def checkpoint(self, folder, n_tokens):
+        assert (folder / "state.bin").is_file()
+
+
+def loop_of(out, n_tokens=1, **part):
+    loop = Loop({"sae": Part(**part)}, Part(write=lambda folder: None), out)
+    loop.first.n_tokens = n_tokens
+    return loop
 
 
 @contextlib.contextmanager
@@ -37,13 +59,17 @@ def files_end_at(n_bytes):
     ids=["python", "torch", "torch by name", "safetensors"],
 )
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so_in_one_line(tmp_path, write):
-    checkpoints = Checkpoints(tmp_path, "spec")
-    checkpoints.save(1, write_small)
+    loop_of(tmp_path).save()
+
+    def write_big(folder):
+        folder.mkdir()
+        write(folder)
+
     with files_end_at(100_000), pytest.raises(UsageError, match="GiB free.*checkpoints/1. Make room") as error:
-        checkpoints.save(2, write)
+        loop_of(tmp_path, 2, write=write_big).save()
     assert "\n" not in str(error.value)
-    assert [path.name for path in checkpoints.folder.iterdir()] == ["1"]
-    assert (checkpoints.folder / "1" / "state.bin").read_text() == "good"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert (tmp_path / "checkpoints/1/sae/state.bin").read_text() == "good"
 
 
 def test_a_defect_is_not_called_a_full_disk(tmp_path):
@@ -51,47 +77,38 @@ def test_a_defect_is_not_called_a_full_disk(tmp_path):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
-        Checkpoints(tmp_path, "spec").save(1, broken)
+        loop_of(tmp_path, write=broken).save()
 
 
 def test_only_the_last_is_kept_and_read(tmp_path):
-    checkpoints = Checkpoints(tmp_path, {"lr": 1})
-    assert not checkpoints.load(lambda folder: None)
+    assert not loop_of(tmp_path).resume()
     for n in (9, 10, 100):
-        checkpoints.save(n, write_small)
-    assert [path.name for path in checkpoints.folder.iterdir()] == ["100"]
+        loop_of(tmp_path, n).save()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["100"]
     read = []
-    assert checkpoints.load(read.append) and read == [tmp_path / "checkpoints" / "100"]
-
-
-def test_a_checkpoint_of_another_config_is_refused(tmp_path):
-    Checkpoints(tmp_path, {"lr": 1}).save(1, write_small)
-    with pytest.raises(DataError, match="belongs to another config"):
-        Checkpoints(tmp_path, {"lr": 2}).load(lambda folder: None)
+    assert loop_of(tmp_path, read=read.append).resume() and read == [tmp_path / "checkpoints" / "100" / "sae"]
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
-    checkpoints = Checkpoints(tmp_path, "spec")
-    checkpoints.save(1, write_small)
+    loop_of(tmp_path).save()
     with pytest.raises(DataError, match="checkpoints/1 cannot be read"):
-        checkpoints.load(lambda folder: torch.load(folder / "state.bin"))
+        loop_of(tmp_path, read=lambda folder: torch.load(folder / "state.bin")).resume()
 
 
 def test_the_random_state_is_restored(tmp_path):
-    checkpoints = Checkpoints(tmp_path, "spec")
-    checkpoints.save(1, write_small)
+    loop_of(tmp_path).save()
     expected = torch.rand(3)
     torch.manual_seed(12345)
-    checkpoints.load(lambda folder: None)
+    loop_of(tmp_path).resume()
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_metrics_are_cut_at_the_step_that_is_continued_and_at_a_broken_line(tmp_path):
-    file = tmp_path / "metrics.jsonl"
+def test_metrics_are_cut_at_the_step_that_is_continued_and_at_a_broken_line(small_spec, tmp_path):
+    file, log = tmp_path / "metrics.jsonl", RunLog(small_spec, tmp_path)
     for step in (0, 10, 20, 30):
-        append_metrics(file, step, {"loss": 1.0})
+        log({"loss": 1.0}, step)
     with file.open("a") as handle:
         handle.write('{"step": 1')
     assert [row["step"] for row in read_metrics(file)] == [0, 10, 20, 30]
-    cut_metrics(file, 25)
+    log.cut(25)
     assert file.read_text() == "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (0, 10, 20))

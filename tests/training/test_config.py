@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import zipfile
@@ -8,15 +9,23 @@ import pytest
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.training import load_config, load_spec, recipes
-from sae_italian.training.config import configs_folder, find_config
+from sae_italian.training.reading import configs_folder, find_config
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_load_config_is_saelens_own_object():
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What `load_config` writes for SAELens' runner goes here, and is little."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return ("training_tokens=8k", "buffer_tokens=4_096", "train_batch_size_tokens=256")
+
+
+def test_load_config_is_saelens_own_object(own_cache):
     from sae_lens import LanguageModelSAERunnerConfig, TopKTrainingSAEConfig
 
-    config = load_config("mini/topk.yaml", "sae.k=64", "lr=2e-4")
+    config = load_config("mini/topk.yaml", *own_cache, "sae.k=64", "lr=2e-4")
+    assert config.training_tokens == 8000
     assert type(config) is LanguageModelSAERunnerConfig and type(config.sae) is TopKTrainingSAEConfig
     assert config.sae.k == 64 and config.lr == 2e-4
     assert config.sae.d_in == 128 and config.model_name == "sae-italian-mini"
@@ -37,7 +46,12 @@ def test_shipped_configs_are_found_by_name(path, tmp_path, monkeypatch):
         (["sae.kk=3"], "unknown key 'sae.kk'.*'k'"),
         (["sae.architecture=topkk"], "Did you mean 'topk'"),
         (["lr=viel"], "config key 'lr'"),
-        (["lr=-1"], "config key 'lr'"),
+        (["lr=-1"], "config key 'lr' is -1; it should be greater than 0"),
+        (["lr=.inf"], "config key 'lr' is inf; it should be a finite number"),
+        (["training_tokens=many"], "config key 'training_tokens' is 'many'; it should be a valid integer[.]"),
+        (["seed=9223372036854775808"], "config key 'seed'"),
+        (["wandb_project=a/b/c"], "config key 'wandb_project'"),
+        (["l1_coefficient=3"], "unknown key 'l1_coefficient'"),
         (["sae.k=banana"], "config key 'sae.k'.*banana"),
         (["sae.normalize_activations=no"], "config key 'sae.normalize_activations'"),
         (["context_size=1024"], "the model has 512 positions"),
@@ -71,13 +85,54 @@ def test_the_command_recipes_lists_all_with_one_line_each(capsys):
     assert len(lines) == len(recipes()) + 2 and any(line.startswith("mini/topk  ") and "TopK" in line for line in lines)
 
 
-def test_what_the_stock_runner_cannot_do_is_refused(tmp_path):
-    for arguments, message in (
-        (["mini/transcoder"], "no hook_name_out"),
-        (["mini/topk", "text_column=testo"], "no text_column"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            load_config(*arguments)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["mini/transcoder"], "SAELens' runner knows no hook_name_out"),
+        (["mini/topk", "training_tokens=6B"], "training_tokens is 6,000,000,000: .* as files, here up to 48 GB"),
+        (["mini/topk", "corpus=HERE"], "is pretokenised, .* override_dataset"),
+        (["mini/topk", "corpus=JSONL"], "training tokens, fewer than the 1,500,000"),
+    ],
+)
+def test_what_the_stock_runner_cannot_do_is_refused(given, message, own_cache, jsonl, tmp_path):
+    (tmp_path / "sae_lens.json").write_text("{}")
+    with pytest.raises(UsageError, match=message):
+        load_config(*[word.replace("HERE", str(tmp_path)).replace("JSONL", str(jsonl)) for word in given])
+
+
+def test_the_stock_runner_gets_our_documents_and_no_held_out_one(own_cache, tmp_path):
+    """Of a file of paragraphs, and of a column of another name: each training document once, in order."""
+    from datasets import load_dataset
+
+    from sae_italian.corpora import iter_documents
+
+    texts = [
+        f"Il paragrafo {i} è qui.\n" + "La casa di Anna è bella e grande, e il sole la scalda. " * 6 for i in range(200)
+    ]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"testo": text, "text": "no"}) + "\n" for text in texts))
+    for words in (["corpus=a.txt"], ["corpus=a.jsonl", "text_column=testo"]):
+        words = [word.replace("corpus=", f"corpus={tmp_path}/") for word in words]
+        config = load_config("mini/topk", *own_cache, *words)
+        rows = list(load_dataset(config.dataset_path, split="train", streaming=True))
+        ours = iter_documents(
+            words[0].removeprefix("corpus="), "train", text_column=words[-1].partition("=")[2] if words[1:] else "text"
+        )
+        assert [row["text"] for row in rows] == [document.text for document in ours] and 150 < len(rows) < 200
+
+
+def test_saelens_own_config_is_a_run(own_cache):
+    """`train(load_config(...))`: the same settings; what only SAELens' runner has is refused by its name."""
+    from sae_italian.training import RunSpec
+
+    config, spec = load_config("mini/topk", *own_cache), load_spec("mini/topk", *own_cache)
+    again = RunSpec.from_saelens(config)
+    assert again.to_saelens().sae == spec.to_saelens().sae and again.corpus == config.dataset_path
+    same = ("training_tokens", "lr", "lr_decay_steps", "context_size", "buffer_tokens", "hook_name", "seed", "device")
+    assert all(getattr(again, key) == getattr(spec, key) for key in same)
+    config.adam_beta1 = 0.5
+    with pytest.raises(UsageError, match="adam_beta1 is 0.5; training here has it at 0.9 alone"):
+        RunSpec.from_saelens(config)
 
 
 @pytest.mark.parametrize("text", ["model: [", "- a\n- b\n"])

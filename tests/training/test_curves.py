@@ -8,23 +8,25 @@ import pytest
 
 from sae_italian.cli import main
 from sae_italian.training import curves, load_spec, train
-from sae_italian.training.curves import TITLES, Curve, RecordedCurve, look_at_training, read_curve, recorded_curves
+from sae_italian.training.curves import TITLES, Curve, look_at_training, read_curve, recorded_curves
 from tests.bench.record_curves import mini_recipes, outside, plain, record, shortened
 
-RECORDED = {known.recipe: known for known in recorded_curves()}
+RECORDED, SHORT = (
+    {recipe: (spec, curve) for recipe, spec, curve in recorded_curves(size)} for size in ("full", "short")
+)
 
 
 def test_every_recipe_has_its_curve():
     """A recipe without a recorded curve fails here: `python -m tests.bench.record_curves mini/NAME` makes one."""
     assert "mini/topk" in mini_recipes() and set(RECORDED) == set(mini_recipes())
-    for recipe, known in RECORDED.items():
-        assert curves.same_recipe(known.spec, load_spec(recipe).model_dump(mode="json")), f"{recipe} has changed"
+    for recipe, (spec, _) in RECORDED.items():
+        assert curves.same_recipe(spec, load_spec(recipe).model_dump(mode="json")), f"{recipe} has changed"
 
 
 @pytest.mark.parametrize("recipe", mini_recipes())
 def test_a_shortened_recipe_trains_along_its_curve(recipe, tmp_path):
     curve = read_curve(train(shortened(load_spec(recipe)), tmp_path / "sae"))
-    short = RECORDED[recipe].short
+    _, short = SHORT[recipe]
     assert curve.share == pytest.approx(short.share) and len(curve.share) == 4
     assert outside(curve, short) == []
 
@@ -39,16 +41,16 @@ def findings(folder) -> dict[str, str]:
 @pytest.mark.parametrize("recipe", RECORDED)
 def test_a_recipe_trains_along_its_curve(recipe, tmp_path):
     folder = train(load_spec(recipe), tmp_path / "sae")
-    assert not findings(folder) and outside(read_curve(folder), RECORDED[recipe].full) == []
+    assert not findings(folder) and outside(read_curve(folder), RECORDED[recipe][1]) == []
     assert look_at_training(folder)[0][0].found == f"finished; beside a healthy run of {recipe}"
 
 
 @pytest.mark.parametrize("recipe", RECORDED)
 def test_the_recorded_run_itself_is_healthy(recipe, tmp_path):
-    known = RECORDED[recipe]
-    folder = written(tmp_path, known.full, known.spec)
+    spec, curve = RECORDED[recipe]
+    folder = written(tmp_path, curve, spec)
     assert not findings(folder) and recipe in look_at_training(folder)[0][0].found
-    assert known.full.values["explained_variance"][-1] > 0.5 and known.full.share[-1] > 0.95
+    assert curve.values["explained_variance"][-1] > 0.5 and curve.share[-1] > 0.95
 
 
 def written(folder, curve: Curve, spec: dict, **changes):
@@ -77,7 +79,7 @@ def healthy(monkeypatch, small_spec):
     share = np.linspace(0.02, 1, 50)
     values = {"loss": 100 * np.exp(-3 * share), "l0": 8 + 0 * share, "dead": 0.05 * share}
     curve, spec = Curve(share, {**values, "explained_variance": 0.9 * (1 - np.exp(-5 * share))}), {}
-    monkeypatch.setattr(curves, "recorded_curves", lambda: iter([RecordedCurve("r/own", spec, curve, curve)]))
+    monkeypatch.setattr(curves, "recorded_curves", lambda: iter([("r/own", spec, curve)]))
     spec |= small_spec.model_dump(mode="json")
     return curve, spec
 
@@ -165,9 +167,6 @@ def test_recording_writes_what_is_read(tmp_path, small_spec, monkeypatch):
     file = record(str(recipe))
     assert file == tmp_path / "r" / "curves" / "own.json"
     monkeypatch.setattr(curves, "configs_folder", lambda: tmp_path)
-    (known,) = recorded_curves()
-    assert known.recipe == "r/own"
-    assert record(str(recipe), full=False) == file
-    (again,) = recorded_curves()
-    assert plain(again.short) == plain(known.short)  # the seed decides
-    assert plain(again.full) == plain(known.full)
+    first = [plain(curve) for size in ("short", "full") for name, _, curve in recorded_curves(size) if name == "r/own"]
+    assert len(first) == 2 and record(str(recipe), full=False) == file
+    assert [plain(curve) for size in ("short", "full") for _, _, curve in recorded_curves(size)] == first  # by the seed

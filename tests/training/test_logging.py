@@ -11,8 +11,8 @@ from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.evaluation import read_card
 from sae_italian.training import load_spec, train
-from sae_italian.training.config import configs_folder
 from sae_italian.training.logging import RunLog, open_logger, sweep_folder
+from sae_italian.training.reading import configs_folder
 from tests.training.wandb_file import OfflineRun
 
 SWEEPS = sorted((configs_folder() / "sweeps").glob("*.yaml"))
@@ -58,8 +58,11 @@ def test_the_summary_holds_the_card_and_the_cursor(offline):
     for key, estimate in card.estimates().items():
         if estimate.value == estimate.value:
             assert logged[f"eval/{key}"] == estimate.value
-            assert run.summary[f"eval/{key}_lo"] == pytest.approx(estimate.lo, nan_ok=True)
     assert "eval/dead_in_1m" not in logged  # not measured, so not told
+    assert not [key for key in (*logged, *run.summary) if key.endswith(("_lo", "_hi"))], "intervals are in the table"
+    (table,) = offline.glob("wandb/offline-run-*/files/media/table/eval/card*.json")
+    rows = {row[0]: row[1:] for row in json.loads(table.read_text())["data"]}
+    assert rows["l0"] == [card.l0.value, card.l0.lo, card.l0.hi] and set(rows) <= set(card.estimates())
     corpus = run.summary["corpus"] if "corpus" in run.summary else {"n_blocks": run.summary["corpus/n_blocks"]}
     assert corpus["n_blocks"] > 0
 
@@ -78,8 +81,8 @@ def test_online_without_a_login_is_offline_and_says_so(small_spec, logged_out, t
     spec = small_spec.model_copy(update={"wandb": "online"})
     with open_logger(spec, spec.to_saelens(), tmp_path) as log:
         log({"metrics/l0": 8.0}, 0)
-    told = [line for line in capsys.readouterr().err.splitlines() if "nobody is logged in" in line]
-    assert len(told) == 1 and "wandb sync" in told[0]
+    told = [line for line in capsys.readouterr().err.splitlines() if "WARNING" not in line]  # wandb has its own
+    assert len(told) == 2 and "nobody is logged in" in told[0] and f"wandb sync {tmp_path}/wandb/offline-*" in told[1]
     assert OfflineRun(tmp_path).rows[0]["metrics/l0"] == 8
 
 
@@ -97,10 +100,10 @@ def test_a_resumed_run_keeps_its_id_and_a_failed_one_says_so(small_spec, logged_
 
 def test_off_is_silent(small_spec, tmp_path):
     with open_logger(small_spec, None, tmp_path) as log:
-        assert type(log) is RunLog
+        assert type(log) is RunLog and log.wandb_run is None
         log({}, 0)
-        log.finish(tmp_path, None, {})
-    assert not list(tmp_path.iterdir())
+        log.checkpoint(tmp_path, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_runs_of_a_sweep_do_not_share_a_folder(monkeypatch):

@@ -12,7 +12,8 @@ from sae_italian.base.errors import UsageError
 from sae_italian.models import resolve
 from sae_italian.saes import load_sae
 from sae_italian.training import load_spec, load_suite, read_values, train, train_suite
-from sae_italian.training.config import SUITE_KEY, configs_folder
+from sae_italian.training.config import SUITE_KEY
+from sae_italian.training.reading import configs_folder
 
 # Shapes of models that are neither in the catalogue nor reachable offline, from their papers.
 SHAPES = {
@@ -142,8 +143,12 @@ def test_commands_named_in_the_configs_exist():
 @pytest.mark.parametrize(
     ("config", "override", "message"),
     [
-        ("mini/topk", "hook_name_out=blocks.1.hook_mlp_out", "'topk' is no transcoder"),
-        ("mini/transcoder", "hook_name_out=null", "needs hook_name_out, e.g. blocks.1.hook_mlp_out"),
+        (
+            "mini/topk",
+            "hook_name_out=blocks.1.hook_mlp_out",
+            "'topk' does not go with hook_name_out 'blocks.1.hook_mlp_out'.*an SAE has none",
+        ),
+        ("mini/transcoder", "hook_name_out=null", "does not go with hook_name_out None.*e.g. blocks.1.hook_mlp_out"),
         ("mini/transcoder", "hook_name_out=blocks.0.hook_mlp_out", "comes before hook_name"),
         ("mini/transcoder", "hook_name_out=blocks.9.hook_mlp_out", "layers 0 to 3"),
         ("mini/topk", "k_anneal_share=1.5", "config key 'k_anneal_share'"),

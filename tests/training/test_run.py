@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sae_italian.base import report
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
 from sae_italian.training import load_config, load_spec, read_run, train
 from sae_italian.training import run as run_module
-from sae_italian.training.checkpoint import Checkpoints
 from sae_italian.training.logging import RunLog
-from sae_italian.training.loop import Loop
+from sae_italian.training.loop import STOP_SIGNALS, Loop
 from sae_italian.training.run import open_stream
 from sae_italian.training.sae_run import SAERun
 
@@ -60,23 +60,23 @@ def test_the_seed_is_honoured(small_spec, trained_sae, tmp_path):
     assert not torch.equal(weights(other)["W_enc"], weights(trained_sae)["W_enc"])
 
 
-def test_the_stock_runner_trains_from_load_config(tmp_path, monkeypatch):
-    """No override of any kind: model, corpus and SAE all come from the config object."""
+def test_the_stock_runner_trains_from_load_config_as_well_as_ours(mini, jsonl, tmp_path, monkeypatch):
+    """No override of any kind: model, documents, k and SAE all come from the config object. So do they in `train`."""
     from sae_lens import LanguageModelSAETrainingRunner
 
+    from sae_italian.evaluation import evaluate
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = load_config(
-        "mini/topk.yaml",
-        "training_tokens=8192",
-        "sae.d_sae=256",
-        "train_batch_size_tokens=1024",
-        "buffer_tokens=4096",
-        "lr_warm_up_steps=0",
-        "lr_decay_steps=0",
-    )
-    sae = LanguageModelSAETrainingRunner(config).run()
-    assert sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
-    assert sae.cfg.metadata.l0 == 8.0
+    settings = ("training_tokens=100k", "train_batch_size_tokens=512", "buffer_tokens=8192", "sae.d_sae=256")
+    short = ("lr_warm_up_steps=0", "lr_decay_steps=60", "dead_feature_window=20", "k_anneal_share=0.1")
+    config = load_config("mini/topk.yaml", *settings, *short)
+    theirs = LanguageModelSAETrainingRunner(config).run()
+    assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
+    theirs.save_inference_model(tmp_path / "theirs")
+    saes = [load_sae(folder) for folder in (tmp_path / "theirs", train(config, tmp_path / "ours"))]
+    cards = [evaluate(sae, mini, "micro-italiano", n_tokens=10_000, loss_tokens=500) for sae in saes]
+    assert [card.l0.value for card in cards] == [8, 8]
+    assert cards[0].explained_variance.value == pytest.approx(cards[1].explained_variance.value, abs=0.01)
 
 
 # --- runs that are killed --------------------------------------------------------------------------------------------
@@ -249,6 +249,46 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(small_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_state_that_is_bad_at_the_end_is_not_saved_as_finished(small_spec, tmp_path, monkeypatch):
+    poison(monkeypatch, 40, lambda sae: sae.W_dec[0].fill_(float("inf")))
+    spec, out = small_spec.model_copy(update={"checkpoint_every_tokens": 10**9}), tmp_path / "out"
+    with pytest.raises(UsageError, match="W_dec is no longer finite at step 39.*diverged.*There was no checkpoint yet"):
+        train(spec, out)
+    assert not (out / "sae_weights.safetensors").exists() and not (out / "cfg.json").exists()
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_every_signal_that_asks_to_stop_saves_the_state(small_spec, tmp_path, monkeypatch, number):
+    before = signal.getsignal(number)
+    poison(monkeypatch, 3, lambda sae: signal.raise_signal(number))
+    with pytest.raises(KeyboardInterrupt, match="saved at 1,536 tokens; --resume continues"):
+        train(small_spec, tmp_path / "out")
+    assert last_checkpoint(tmp_path / "out") == 1536 and signal.getsignal(number) == before
+    assert {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"} == {each.name for each in STOP_SIGNALS}
+
+
+def test_a_folder_that_is_being_trained_into_is_refused(small_spec, tmp_path, monkeypatch):
+    told = []
+
+    def again(sae):
+        with pytest.raises(UsageError, match="is being written by another"):
+            train(small_spec, tmp_path / "out", resume=True)
+        told.append(True)
+
+    poison(monkeypatch, 2, again)
+    train(small_spec.model_copy(update={"training_tokens": 2048}), tmp_path / "out")
+    assert told == [True]
+
+
+def test_a_pipe_gets_a_line_now_and_then_from_the_first_token(small_spec, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "PIPED_SECONDS", 0)
+    train(small_spec.model_copy(update={"training_tokens": 2048}), tmp_path / "out")
+    told = capsys.readouterr().err
+    lines = told.splitlines()
+    assert lines[0].startswith("first activations:") and "train SAE: 100%" in lines[-1] and "tok/s" in lines[-1]
+    assert "\r" not in told and "Estimating" not in told
+
+
 def test_checkpoints_by_time(small_spec, tmp_path, monkeypatch):
     def stop(sae):
         raise MemoryError
@@ -291,14 +331,14 @@ def test_several_saes_on_one_stream_are_what_each_is_alone(small_spec, mini, tra
         runs = {name: SAERun(spec.model_copy(update={"hook_name": name}), mini, tmp_path / name) for name in hooks}
         for run in runs.values():
             run.out.mkdir(exist_ok=True)
-        return Loop(runs, open_stream(spec, mini, hooks), Checkpoints(tmp_path, spec.model_dump()))
+        return Loop(runs, open_stream(spec, mini, hooks), tmp_path)
 
     class StopsAtStep20(RunLog):
         def __call__(self, row, step):
             first.interrupted = step >= 20
 
     first = group()
-    first.runs[hooks[0]].log = StopsAtStep20(spec)
+    first.runs[hooks[0]].log = StopsAtStep20(spec, tmp_path)
     with pytest.raises(KeyboardInterrupt, match="saved at 10,752 tokens"):
         first.fit()
     second = group()

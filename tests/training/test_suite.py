@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -52,23 +53,25 @@ def test_groups_are_as_large_as_fits_and_together_whole():
     suite = small()
     names = list(suite.members())
     assert [list(group) for group in suite.groups()] == [names], "all of it fits one GB"
-    one = max(memory_of([spec]).total_gb for spec in suite.members().values())
+    one = max(sum(memory_of([spec]).values()) for spec in suite.members().values())
     tight = small(f"memory_gb={1.5 * one}")
     groups = tight.groups()
     assert len(groups) > 1 and [name for group in groups for name in group] == names
     for group, after in zip(groups, [*groups[1:], None], strict=True):
         specs = list(group.values())
-        assert memory_of(specs).total_gb <= tight.memory_gb
+        assert sum(memory_of(specs).values()) <= tight.memory_gb
         if after:
-            assert memory_of([*specs, next(iter(after.values()))]).total_gb > tight.memory_gb, "one more would not fit"
+            assert sum(memory_of([*specs, next(iter(after.values()))]).values()) > tight.memory_gb, (
+                "one more would not fit"
+            )
 
 
 def test_memory_is_reckoned_from_shapes(mini):
     memory = memory_of([small().members()["L1TC-2x"]])
-    assert memory.saes_gb == pytest.approx(16 * 256 * (128 + 128 + 1) / 1e9)
-    assert memory.buffer_gb == pytest.approx(2 * 2048 * 128 * 4 / 1e9), "two hooks"
+    assert memory["saes_gb"] == pytest.approx(16 * 256 * (128 + 128 + 1) / 1e9)
+    assert memory["buffer_gb"] == pytest.approx(2 * 2048 * 128 * 4 / 1e9), "two hooks"
     n = sum(parameter.numel() for parameter in mini.parameters())
-    assert n_parameters("sae-italian-mini") == n and memory.model_gb == pytest.approx(4 * n / 1e9)
+    assert n_parameters("sae-italian-mini") == n and memory["model_gb"] == pytest.approx(4 * n / 1e9)
 
 
 def test_a_suite_trains_on_one_pass_and_each_sae_loads(tmp_path, capsys):
@@ -132,9 +135,23 @@ def test_the_dry_run_prints_groups_tokens_and_memory_and_writes_nothing(tmp_path
     assert 0 < group["memory_gb"] < plan["memory_gb"] == 1
     assert main(["train", "mini/gated", "sae.d_sae=128", "train_batch_size_tokens=512", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert "400,000 tokens" in text and "1 SAE in 1 group;" in text
+    assert "400,000 tokens" in text and "SAEs 1, groups 1;" in text
+    assert "corpus micro-italiano: its tokens are not counted" in text
     assert main(["train", "mini/gated", "corpus=nope.jsonl", "--dry-run"]) == 2, "the corpus is looked at too"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_dry_run_reads_the_corpus(jsonl, tmp_path, capsys):
+    """Its column, how many tokens it has, and how often the training reads it."""
+    words = [f"corpus={jsonl}", "train_batch_size_tokens=512", "--dry-run"]
+    assert main(["train", "mini/topk", *words, "text_column=testo"]) == 2 and "'testo'" in capsys.readouterr().err
+    assert main(["train", "mini/topk", *words, "training_tokens=1M"]) == 2
+    assert "fewer than the 1,000,000 of training_tokens" in capsys.readouterr().err
+    assert main(["train", "mini/topk", *words, "training_tokens=1M", "repeat_corpus=true", "--json"]) == 0
+    n_tokens, epochs = re.fullmatch(
+        rf"corpus {jsonl}: ([0-9,]+) training tokens, ([0-9.]+) epochs", json.loads(capsys.readouterr().out)["corpus"]
+    ).groups()
+    assert float(epochs) == pytest.approx(1e6 / int(n_tokens.replace(",", "")), abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +164,7 @@ def test_the_dry_run_prints_groups_tokens_and_memory_and_writes_nothing(tmp_path
         (["layers=[1, 2, 1]"], "L1R-1x comes twice"),
         (["expansions=[2, 2.0]"], "L1R-2x comes twice"),
         (["layers=[1, 4]"], "L4R-1x: .*layers 0 to 3"),
-        (["sites=[R, Q]"], "site 'Q' is unknown"),
+        (["sites=[R, Q]"], "config key 'sites.1' is 'Q'; it should be 'R', 'A', 'M' or 'TC'"),
         (["sae.architecture=gated", "sae={architecture: gated}"], "site TC: no transcoder.*'gated'"),
         (["hook_name=blocks.1.hook_resid_post"], "'hook_name' is not set in a suite"),
         (["expansion=[2]"], "unknown key 'expansion' in the suite. Did you mean 'expansions'"),
@@ -171,7 +188,7 @@ def test_a_run_is_no_suite_and_a_suite_no_run(tmp_path):
 
 def test_groups_trained_side_by_side_are_those_trained_one_by_one(tmp_path):
     """Two processes, one group each: the same files, and a finished suite is left alone."""
-    one = max(memory_of([spec]).total_gb for spec in small().members().values())
+    one = max(sum(memory_of([spec]).values()) for spec in small().members().values())
     suite = small("expansions=[1]", f"memory_gb={1.2 * one}")
     groups = suite.groups()
     assert len(groups) >= 2
