@@ -64,6 +64,13 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
     info = json.loads(out)
     assert info["complete"] and info["windows"] * 128 >= 30_000 and info["hook_name"] == "blocks.1.hook_resid_post"
     assert run(capsys, "cache", "info", cache, "--verify")[0] == 0
+    code, out, _ = run(capsys, "latents", cache, "La ragazza ha perso le chiavi.", "--json")
+    found = json.loads(out)
+    assert code == 0 and "".join(token["text"] for token in found["tokens"]) == "La ragazza ha perso le chiavi."
+    first = found["strongest"][0]
+    assert [first["latent"], first["value"]] in found["tokens"][first["token"]]["latents"]
+    code, out, _ = run(capsys, "latents", cache, "La ragazza ha perso le chiavi.")
+    assert out.splitlines()[2].split()[0] == str(first["latent"]) and f"browse {cache} --latent N" in out
     code, out, _ = run(capsys, "autointerp", cache, "--n-latents", 40, "--json")
     results = json.loads(out)
     assert code == 0 and results["autointerp"]["n_latents"] == 40
@@ -96,6 +103,7 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["train", "mini/topk.yaml", "training_tokens=5", "--out", "x"], "less than one batch"),
         (["evaluate", "nowhere"], "neither a folder nor"),
         (["cache", "info", "nowhere"], "not a feature cache"),
+        (["latents", "nowhere", "La casa"], "not a feature cache"),
         (["autointerp", "nowhere"], "not a feature cache"),
         (["autointerp", "nowhere", "--n-latents", "0"], "--n-latents is 0; it must be 1 or more"),
         (["cache", "build", "nowhere", "--out", "x", "--tokens", "0"], "--tokens is 0; it must be 1 or more"),

@@ -1,4 +1,4 @@
-"""Intervals: the bootstrap clustered by document, and Wilson's interval for shares."""
+"""Intervals: the bootstrap clustered by document, Wilson's interval for shares, and shares over few documents."""
 
 from __future__ import annotations
 
@@ -80,6 +80,40 @@ def wilson(successes: int, n: int) -> Estimate:
     lo = 0.0 if successes == 0 else float(centre - half)  # exact at the ends, where rounding would leave 1e-17
     hi = 1.0 if successes == n else float(centre + half)
     return Estimate(share, lo, hi)
+
+
+LEAST_DOCUMENTS = 5  # for an interval over documents: fewer say nothing of how documents differ
+
+
+def shares_by_document(
+    successes: Float[np.ndarray, "shares documents"], counts: Float[np.ndarray, "shares documents"]
+) -> Float[np.ndarray, "3 shares"]:
+    """Return several shares, each with its 95 % interval over documents: value, lo, hi; NaN bounds for few documents.
+
+    Wilson's interval with as many independent examples as the documents' spread leaves (the design effect, by a jackknife
+    over documents) and Student's quantile: never of zero width, and it covers 94 to 98 % at 10 to 100 documents, where
+    resampling documents covers 60 to 90 %, least near 1.
+    """
+    from scipy.special import stdtrit
+
+    n, s, held = counts.sum(axis=1), successes.sum(axis=1), counts > 0
+    g = held.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = s / n
+        without = np.where(held, (s[:, None] - successes) / (n[:, None] - counts), 0.0)
+        spread = (np.where(held, without - (without.sum(axis=1) / g)[:, None], 0.0) ** 2).sum(axis=1) * (g - 1) / g
+        alone = share * (1 - share) / n  # the variance of independent examples
+        n = n / np.where(alone > 0, np.maximum(1, spread / alone), 1)
+        z2 = np.where(g >= LEAST_DOCUMENTS, stdtrit(g - 1.0, 0.975) ** 2, np.nan)
+        centre, half = share + z2 / (2 * n), np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
+        lo, hi = ((centre + sign * half) / (1 + z2 / n) for sign in (-1, 1))
+    return np.stack([share, np.clip(lo, 0, share), np.clip(hi, share, 1)])
+
+
+def mean_of_two(a: Float[np.ndarray, "3 shares"], b: Float[np.ndarray, "3 shares"]) -> Float[np.ndarray, "3 shares"]:
+    """Return (a + b) / 2 of independent estimates (value, lo, hi) with its interval, by MOVER (Zou and Donner 2008)."""
+    value, half = (a[0] + b[0]) / 2, [np.hypot(a[0] - a[end], b[0] - b[end]) / 2 for end in (1, 2)]
+    return np.stack([value, value - half[0], value + half[1]])
 
 
 class StreamingBootstrap:

@@ -17,14 +17,16 @@ windows but the last. Token files of caches built together are hard links: each 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -39,6 +41,10 @@ FP16_TINY = np.finfo(np.float16).smallest_subnormal
 _DTYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 
 
+Size = Annotated[int, Field(ge=1, le=2**31)]
+Number = Annotated[int, Field(ge=0, le=2**62)]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -46,11 +52,11 @@ class _Record(BaseModel):
 class ShardRecord(_Record):
     """One shard: its tokens are written when the manifest names it, its activations when `sha256` names their file."""
 
-    index: int
-    n_windows: int
-    n_documents: int
-    nnz: int = 0
-    n_wide: int = 0  # values beyond fp16
+    index: Number
+    n_windows: Size
+    n_documents: Number
+    nnz: Number = 0
+    n_wide: Number = 0  # values beyond fp16
     sha256: dict[str, str]  # file, relative to the cache -> checksum
 
     @property
@@ -61,9 +67,9 @@ class ShardRecord(_Record):
 class LatentRange(_Record):
     """One finished file of the latent-major part; `last` is inclusive."""
 
-    first: int
-    last: int
-    nnz: int
+    first: Number
+    last: Number
+    nnz: Number
     sha256: str
 
     @property
@@ -82,16 +88,16 @@ class Manifest(_Record):
     sae_config_hash: str = ""
     tokenizer_hash: str
     hook_name: str
-    d_in: int
-    d_sae: int
+    d_in: Number
+    d_sae: Size
     k: int | None
     corpus: str
     corpus_hash: str = ""
     text_column: str
     split: str
     n_tokens_asked: int | None  # None: all of the split
-    context_size: int
-    windows_per_shard: int
+    context_size: Size
+    windows_per_shard: Size
     versions: dict[str, str]
     shards: list[ShardRecord] = []
     ranges: list[LatentRange] = []
@@ -145,10 +151,24 @@ class Manifest(_Record):
             values: dict[str, Any] = read_json(file)
             version = values.get("schema_version")
             if version == SCHEMA_VERSION:
-                return cls(**values)
-        except (ValueError, AttributeError, ValidationError) as error:
-            raise DataError(f"{file} is damaged: {str(error).splitlines()[0]}. Build the cache again.") from error
+                return cls(**values)._consistent()
+        except (ValueError, AttributeError, RecursionError) as error:
+            why = str(error)
+            if isinstance(error, ValidationError):
+                why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:2])
+            raise DataError(f"{file} is damaged: {why}. Build the cache again.") from error
         raise DataError(f"{file}: schema version {version!r}, this program reads {SCHEMA_VERSION}. Build it again.")
+
+    def _consistent(self) -> Manifest:
+        """Return itself. Raises: ValueError where its parts contradict each other, so that no reader trusts a wrong size."""
+        firsts, ends = [item.first for item in self.ranges], [item.last + 1 for item in self.ranges]
+        if self.complete and (not self.shards or [0, *ends] != [*firsts, self.d_sae]):
+            raise ValueError(f"its ranges do not hold latents 0 to {self.d_sae - 1} one after the other")
+        if [shard.index for shard in self.shards] != list(range(len(self.shards))):
+            raise ValueError("its shards are not numbered one after the other")
+        if {shard.n_windows for shard in self.shards[:-1]} - {self.windows_per_shard}:
+            raise ValueError(f"a shard before the last does not have {self.windows_per_shard} windows")
+        return self
 
     @classmethod
     def finished(cls, folder: Path) -> Manifest:
@@ -226,6 +246,10 @@ def map_arrays(path: Path, mend: str = "Build the cache again.") -> dict[str, np
             arrays[name] = flat.reshape(entry["shape"])
         return arrays
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise UsageError(
+                f"{path} cannot be opened: too many files are open. Allow more (ulimit -n 1024)."
+            ) from error
         raise DataError(f"{path} cannot be read ({error}). {mend}") from error
 
 
@@ -246,7 +270,20 @@ def verify(folder: Path, manifest: Manifest, *, contents: bool = True) -> None:
     for file, digest in manifest.files().items():
         if not (folder / file).is_file():
             raise DataError(f"{folder / file} is missing. Build the cache again, or restore the file.")
-        if contents and sha256_file(folder / file) != digest:
-            raise DataError(
-                f"{folder / file} is damaged: its checksum differs from the manifest. Build the cache again."
-            )
+        if contents:
+            check_file(folder / file, digest)
+
+
+def check_file(path: Path, digest: str) -> None:
+    """Compare a file with its checksum, once in a process until it is written to: a few milliseconds for 10 MB.
+
+    Raises: DataError when it differs.
+    """
+    about = path.stat()
+    if not _is_sound(path, digest, about.st_size, about.st_mtime_ns):
+        raise DataError(f"{path} is damaged: its checksum differs from the manifest. Build the cache again.")
+
+
+@lru_cache(maxsize=2**14)
+def _is_sound(path: Path, digest: str, _size: int, _written: int) -> bool:
+    return sha256_file(path) == digest

@@ -7,6 +7,7 @@ alone load one number per token of the whole cache, for work that needs all of t
 from __future__ import annotations
 
 import hashlib
+import resource
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -22,6 +23,7 @@ from sae_italian.cache.layout import (
     STATS,
     LatentRange,
     Manifest,
+    check_file,
     config_hash,
     full_values,
     map_arrays,
@@ -34,7 +36,7 @@ from sae_italian.corpora.documents import TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.saes import weights_hash
 
-MAPPED_FILES = 768  # held open at a time
+MAPPED_FILES = 768  # held open at a time, of those that a process may have open no more than a quarter
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
 SHARES = (0.5, 0.2, 0.3)
@@ -58,18 +60,33 @@ class FeatureCache:
         counts = [0, *(shard.n_documents for shard in manifest.shards)]
         self._document_base = np.cumsum(counts).tolist()
         self._shard_positions = manifest.windows_per_shard * manifest.context_size
-        self.map_file = lru_cache(MAPPED_FILES)(self._map)
+        self._digests = manifest.files() if manifest.complete else {}  # a build trusts what it has just written
+        self._lengths = {item.file: {"indptr": item.last - item.first + 2} for item in manifest.ranges}
+        for shard in manifest.shards:
+            sizes = {"tokens": shard.n_windows * manifest.context_size, "text_ptr": shard.n_documents + 1}
+            self._lengths[shard_file("tokens", shard.index)] = sizes
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.map_file = lru_cache(MAPPED_FILES if allowed < 0 else min(MAPPED_FILES, allowed // 4))(self._map)
 
     def _map(self, file: str) -> dict[str, np.ndarray]:
-        """Return the arrays of one file of the cache, flat."""
-        return {name: array.ravel() for name, array in map_arrays(self.folder / file).items()}
+        """Return the arrays of one file of the cache, flat. Raises: DataError for a file that is not as it was written."""
+        self._check(file)
+        arrays = {name: array.ravel() for name, array in map_arrays(self.folder / file).items()}
+        for name, length in self._lengths.get(file, {}).items():
+            if len(arrays.get(name, ())) != length:
+                raise DataError(f"{self.folder / file} does not hold {length:,} {name}, as the manifest says it does.")
+        return arrays
+
+    def _check(self, file: str) -> None:
+        if file in self._digests:
+            check_file(self.folder / file, self._digests[file])
 
     @classmethod
     def open(cls, folder: str | Path, *, sae: Any = None, tokenizer: Any = None, check: bool = False) -> FeatureCache:
         """Open a cache; with `sae` or `tokenizer`, refuse one that was built with another; with `check`, verify all files.
 
-        Raises: UsageError when `folder` is no finished cache or does not match, DataError naming a damaged file (one
-        that is missing or cut short always, one that was changed with `check`).
+        Raises: UsageError when `folder` is no finished cache or does not match, DataError naming a missing file, and with
+        `check` a damaged one; without, a damaged file is refused when it is first read.
         """
         folder = Path(folder)
         manifest = Manifest.finished(folder)
@@ -82,7 +99,9 @@ class FeatureCache:
         if tokenizer is not None and tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
             raise UsageError(f"{folder} was built with another tokenizer than that of the model given.")
         verify(folder, manifest, contents=check)
-        return cls(folder, manifest)
+        cache = cls(folder, manifest)
+        cache.shard_tokens(0)  # whose shape must be what every position is reckoned with
+        return cache
 
     # --- tokens and text ---------------------------------------------------------------------------------------------
 
@@ -96,7 +115,8 @@ class FeatureCache:
 
     def whole(self, name: str) -> Int[np.ndarray, " positions"]:
         """Return `tokens`, `doc`, `start`, `end` or `run` of every position."""
-        return np.concatenate([self.shard_tokens(shard.index)[name] for shard in self.manifest.shards])
+        # copies, because a view keeps its file open, and there may be more files than may be open
+        return np.concatenate([self.shard_tokens(shard.index)[name].copy() for shard in self.manifest.shards])
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, " positions"]:
@@ -146,6 +166,15 @@ class FeatureCache:
         if not 0 <= index < self.n_documents:
             raise UsageError(f"document {index} does not exist: this cache has documents 0 to {self.n_documents - 1}.")
         return TextDocument(*(self._string(name, index) for name in ("text", "doc_id", "source")))
+
+    def documents_read(self) -> int:
+        """Return how many documents have a token here: not those that are empty, or cut off with the last window."""
+        found, last = 0, -1
+        for shard in self.manifest.shards:
+            doc = self.shard_tokens(shard.index)["doc"]
+            here = np.unique(doc[doc != NO_DOCUMENT]).astype(np.int64)
+            found, last = found + int((here > last).sum()), int(here.max(initial=last))
+        return found
 
     def document_parts(self, seed: int = 0) -> Int[np.ndarray, " documents"]:
         """Return 0, 1 or 2 (train, val, test) per document, by a seeded hash of its text: copies fall on the same side.
@@ -206,7 +235,7 @@ class FeatureCache:
         for item in self.manifest.ranges:
             begin, end = max(first, item.first), min(last, item.last)
             if begin <= end:
-                arrays = map_arrays(self.folder / item.file)
+                arrays = self._map(item.file)
                 indptr = arrays["indptr"][begin - item.first : end - item.first + 2].astype(np.int64)
                 here = slice(*indptr[[0, -1]].tolist())
                 yield begin, indptr - indptr[0], arrays["position"][here], full_values(arrays, here.start, here.stop)
@@ -217,10 +246,14 @@ class FeatureCache:
         import pyarrow as pa
         import pyarrow.parquet
 
+        self._check(STATS)
         try:
-            return pyarrow.parquet.read_table(self.folder / STATS).combine_chunks()
+            table = pyarrow.parquet.read_table(self.folder / STATS).combine_chunks()
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.folder / STATS} cannot be read ({error}). Build the cache again.") from error
+        if len(table) != self.manifest.d_sae:
+            raise DataError(f"{self.folder / STATS} has {len(table)} rows, {self.manifest.d_sae} were expected.")
+        return table
 
     @cached_property
     def statistics(self) -> dict[str, np.ndarray]:

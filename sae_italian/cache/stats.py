@@ -75,7 +75,8 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     cache = FeatureCache(folder, manifest)
     parts: dict[str, list[Any]] = {}
     counts = np.concatenate([np.diff(cache.map_file(item.file)["indptr"]) for item in manifest.ranges]).astype(np.int64)
-    with _text_counts(cache) as text:
+    tokenizer = getattr(model, "tokenizer", None)
+    with _text_counts(cache, [] if tokenizer is None else tokenizer.all_special_ids) as text:
         for item in tqdm(manifest.ranges, desc="statistics", unit="range", disable=None):
             columns = _range_columns(cache, item, text) | cofiring_neighbours(cache, item, counts)
             for name, column in columns.items():
@@ -101,8 +102,11 @@ def arrow(array: np.ndarray, offsets: np.ndarray | None = None) -> Any:
 
 
 @contextmanager
-def _text_counts(cache: FeatureCache) -> Iterator[TextCounts]:
-    """Lay the tokens and documents of all shards end to end in two temporary files."""
+def _text_counts(cache: FeatureCache, special: list[int]) -> Iterator[TextCounts]:
+    """Lay the tokens and documents of all shards end to end in two temporary files.
+
+    Special tokens are not counted, where one is typed in a document neither: no latent is read there.
+    """
     files = {name: cache.folder / "runs" / f"{name}.bin" for name in ("tokens", "doc")}
     counts = np.zeros(0, dtype=np.int64)
     (cache.folder / "runs").mkdir(exist_ok=True)
@@ -112,7 +116,8 @@ def _text_counts(cache: FeatureCache) -> Iterator[TextCounts]:
                 arrays = cache.shard_tokens(shard.index)
                 arrays["tokens"].astype(np.uint32).tofile(tokens_out)
                 arrays["doc"].tofile(doc_out)
-                here = np.bincount(arrays["tokens"][arrays["doc"] != NO_DOCUMENT], minlength=len(counts))
+                counted = (arrays["doc"] != NO_DOCUMENT) & ~np.isin(arrays["tokens"], special)
+                here = np.bincount(arrays["tokens"][counted], minlength=len(counts))
                 here[: len(counts)] += counts
                 counts = here
         tokens, doc = (np.memmap(file, dtype=np.uint32, mode="r") for file in files.values())

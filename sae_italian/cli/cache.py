@@ -1,4 +1,4 @@
-"""The commands of the feature cache: build one, look into one, and make one of a cache that Delphi wrote."""
+"""The commands of the feature cache: build one, look into one, ask it about a sentence, make one of Delphi's."""
 
 from __future__ import annotations
 
@@ -67,27 +67,25 @@ def info(cache: Path, /, *, verify: bool = False) -> Result:
         cache: The cache's folder.
         verify: Compare every file with its checksum first.
     """
-    from sae_italian.cache import Manifest
+    from sae_italian.cache import FeatureCache, Manifest
     from sae_italian.cache import verify as verify_files
 
     manifest = Manifest.load(cache)
-    if verify:
-        verify_files(cache, manifest)
-    size = sum((cache / file).stat().st_size for file in manifest.files() if (cache / file).is_file())
+    verify_files(cache, manifest, contents=verify)
+    size = sum((cache / file).stat().st_size for file in manifest.files())
     latents = sum((cache / item.file).stat().st_size for item in manifest.ranges)
     facts = {
         **manifest.model_dump(exclude={"shards", "ranges", "versions"}),
         "shards": len(manifest.shards),
         "windows": manifest.n_windows,
         "tokens": manifest.n_positions,
-        "documents": manifest.n_documents,
+        "documents": FeatureCache(cache, manifest).documents_read(),
         "non_zeros": manifest.nnz,
         "values_beyond_fp16": manifest.n_wide,
         "latent_bytes_per_non_zero": round(latents / max(1, manifest.nnz), 3),
         "bytes": size,
     }
-    lines = [f"{key:18} {value}" for key, value in facts.items()]
-    return Result(facts, "\n".join([*lines, *(["every file is as the manifest says"] if verify else [])]))
+    return Result(facts | ({"checked": "every file is as the manifest says"} if verify else {}))
 
 
 def import_cache(
@@ -121,3 +119,30 @@ def import_cache(
     made, lost = import_delphi(source, out, **given)
     text = "\n".join([f"cache: {made}", "not in it:", *(f"  {line}" for line in lost)])
     return Result({"cache": str(made), "lost": lost}, text)
+
+
+def latents(cache: Path, sentence: str, /, *, sae: str | None = None, model: str | None = None) -> Result:
+    """Show which latents fire on a sentence, strongest first: on which of its tokens, and what explains them.
+
+    Args:
+        cache: The cache's folder.
+        sentence: The text, in quotes.
+        sae: The cache's SAE: a folder, or release:sae_id; default: the one that the cache names.
+        model: Name, hub id or folder of the model; default: the one that the cache was built with.
+    """
+    from sae_italian.base.report import table
+    from sae_italian.browser.opening import open_pages
+
+    pages = open_pages(cache, sae_name=sae, model_name=model, live=True)
+    if pages.live is None:
+        raise UsageError(f"the SAE of {cache} or its model is not here; give --sae and --model.")
+    found, rows = pages.live.tokens(sentence), []
+    for own in found["strongest"]:
+        own["explanation"] = pages.source.row(own["latent"])["explanation_it"]
+        share = "-" if own["share"] is None else f"{own['share']:.0%}"
+        place = f"«{found['tokens'][own['token']]['text'].strip()}»"
+        rows.append((own["latent"], f"{own['value']:.2f}", share, place, own["count"], own["explanation"] or "-"))
+    cut = f"\n\nread are its first {found['n_tokens']} tokens" if found["truncated"] else ""
+    return Result(
+        found, table("latent | activation | of its maximum | strongest on | tokens | explanation", rows) + cut
+    )

@@ -121,7 +121,7 @@ def top_positive(
     """Return, for every token that is not mute, how many of its k largest values are positive, which and what they are.
 
     Columns ascend within a token. The values are those `torch.topk` takes; where equal values compete for the last
-    place it is asked itself. NaN counts as positive, for the caller to refuse.
+    place it is asked itself. NaN and infinity count as positive, for the caller to refuse.
     """
     n_groups = pre.shape[1] // GROUP
     if pre.device.type == "cpu" and pre.dtype == torch.float32 and pre.shape[1] % GROUP == 0 and n_groups >= 2 * k:
@@ -153,7 +153,7 @@ def _bounded(
     bound[torch.from_numpy(mute)] = torch.inf
     flat = np.flatnonzero((pre >= bound).numpy())
     row, value = flat // d_sae, pre.numpy().ravel()[flat]
-    positive = (value > 0) & (value < np.inf)
+    positive = (value > 0) & ~mute[row]  # +inf reaches every bound, and is for the caller to refuse
     if not positive.all():
         row, value, flat = row[positive], value[positive], flat[positive]
     count = np.bincount(row, minlength=n)

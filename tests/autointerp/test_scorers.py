@@ -47,15 +47,22 @@ def binary_metrics(sets):
 
 
 def test_metrics_by_hand():
-    # 3 of 4 positives said yes, 1 of 4 negatives: TPR .75, TNR .75, F1 at equal sizes 2*.75/(1+.75+.25) = .75
-    p, q = np.array([0.9, 0.8, 0.6, 0.2]), np.array([0.1, 0.2, 0.4, 0.7])
-    metrics = binary_metrics([answers([1, 1, 1, 0], [0, 0, 0, 1], p, q)])[0]
+    # 6 of 8 positives said yes, 2 of 8 negatives: TPR .75, TNR .75, F1 at equal sizes 2*.75/(1+.75+.25) = .75
+    p, q = np.array([0.9, 0.8, 0.6, 0.2] * 2), np.array([0.1, 0.2, 0.4, 0.7] * 2)
+    metrics = binary_metrics([answers([1, 1, 1, 0] * 2, [0, 0, 0, 1] * 2, p, q)])[0]
     values = {name: estimate.value for name, estimate in metrics.items()}
     assert {values[name] for name in ("balanced_accuracy", "tpr", "tnr", "f1")} == {0.75}
     assert "accuracy" not in values
     assert values["auroc"] == pytest.approx((4 + 4 + 3 + 1.5) / 16)
     assert values["brier"] == pytest.approx((np.mean((1 - p) ** 2) + np.mean(q**2)) / 2)
-    assert metrics["balanced_accuracy"].lo < 0.75 < metrics["balanced_accuracy"].hi
+    # Wilson's interval by hand: the jackknife of 8 documents leaves 7 examples, t(7) = 2.365: centre .639, half .309;
+    # MOVER for the mean of two of them
+    assert metrics["tpr"] == pytest.approx((0.75, 0.330, 0.948), abs=2e-3)
+    balanced = metrics["balanced_accuracy"]
+    assert balanced == pytest.approx((0.75, 0.75 - (0.75 - 0.330) / 2**0.5, 0.75 + (0.948 - 0.75) / 2**0.5), abs=2e-3)
+    perfect = binary_metrics([answers([1] * 8, [0] * 8)])[0]["balanced_accuracy"]
+    assert perfect.lo < perfect.value == perfect.hi == 1
+    assert np.isnan(binary_metrics([answers([1] * 4, [0] * 8)])[0]["tpr"].lo)  # four documents say nothing
     assert metrics["auroc"].lo < values["auroc"] < metrics["auroc"].hi
 
 

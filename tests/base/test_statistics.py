@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sae_italian.base.statistics import bootstrap, mean_interval, wilson
+from sae_italian.base.statistics import bootstrap, mean_interval, mean_of_two, shares_by_document, wilson
 
 
 def test_wilson_known_value():
@@ -35,3 +35,41 @@ def test_clusters_widen_the_interval():
 def test_nothing_to_measure_is_nan_not_zero():
     assert np.isnan(mean_interval(np.array([])).value)
     assert bootstrap(np.empty((0, 2)), lambda s: s[:, 0]).as_dict() == {"value": None, "lo": None, "hi": None}
+
+
+def share_over_documents(rng, n_documents: int, share: float, trials: int = 400):
+    """Examples of documents, four of each on average, that agree within a document (correlation 0.2), many trials."""
+    counts = rng.poisson(4, (trials, n_documents)).clip(1)
+    strength = 1 / 0.2 - 1
+    of_document = rng.beta(share * strength, (1 - share) * strength, counts.shape)
+    return rng.binomial(counts, of_document), counts
+
+
+@pytest.mark.parametrize("n_documents", [10, 30, 100])
+@pytest.mark.parametrize("share", [0.7, 0.97])
+def test_a_share_of_few_documents_is_covered_as_often_as_is_said(n_documents, share):
+    """reference/benchmark.md F2: .937 to .976 there, and .595 for a bootstrap of 10 documents at .97."""
+    successes, counts = share_over_documents(np.random.default_rng(0), n_documents, share)
+    value, lo, hi = shares_by_document(successes, counts)
+    assert 0.92 <= np.mean((lo <= share) & (share <= hi)) <= 1
+    assert (lo <= value).all() and (value <= hi).all() and (hi > lo).all()
+
+
+def test_a_balanced_accuracy_has_an_interval_at_its_ends_too():
+    rng = np.random.default_rng(1)
+    a, b = (shares_by_document(*share_over_documents(rng, 20, share)) for share in (0.98, 0.995))
+    value, lo, hi = mean_of_two(a, b)
+    assert np.mean((lo <= 0.9875) & (hi >= 0.9875)) >= 0.92 and (hi > lo).all() and hi.max() <= 1 + 1e-12
+    all_right = shares_by_document(np.full((1, 20), 2), np.full((1, 20), 2))
+    # 40 of 40, t(19) = 2.093: Wilson's lower end is n / (n + t^2)
+    assert all_right[:, 0] == pytest.approx((1, 40 / (40 + 2.093**2), 1), abs=1e-3)
+
+
+def test_documents_that_repeat_themselves_count_once_and_few_have_no_interval():
+    right = np.array([[1.0, 0, 1, 1, 0, 1, 1, 1, 0, 1]])
+    _, lo, hi = shares_by_document(right, np.ones_like(right))
+    repeated = shares_by_document(50 * right, 50 * np.ones_like(right))
+    assert repeated[2] - repeated[1] > 0.9 * (hi - lo)
+    value, lo, hi = shares_by_document(np.ones((1, 4)), np.ones((1, 4)))
+    assert value == 1 and np.isnan(lo) and np.isnan(hi)
+    assert np.isnan(shares_by_document(np.zeros((1, 4)), np.zeros((1, 4)))).all()

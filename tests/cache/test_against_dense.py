@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import shards
 from sae_italian.cache.layout import FP16_MAX
 from sae_italian.cache.shards import encode_sparse
@@ -159,6 +159,21 @@ def test_the_bounded_top_k_is_torchs(seed, k, d_sae, shift, rounded):
     row, expected = dense.nonzero(as_tuple=True)
     assert np.array_equal(count, np.bincount(row.numpy(), minlength=20))
     assert np.array_equal(latent, expected.numpy()) and np.array_equal(values, dense[row, expected].numpy())
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("d_sae", [512, 300])
+def test_what_is_not_finite_is_refused_not_dropped(tmp_path, value, d_sae):
+    """Both ways of taking the k largest; a muted token's are nobody's."""
+    pre, mute = torch.randn(4, d_sae, generator=torch.Generator().manual_seed(0)), np.array([False, False, True, False])
+    pre[2, 5] = value
+    count, latent, values = top_positive(pre, 4, mute)
+    assert count.tolist() == [4, 4, 0, 4] and np.isfinite(values).all()
+    pre[1, 7] = value
+    sparse = shards.Sparse(*top_positive(pre, 4, mute))
+    assert not np.isfinite(sparse.value).all() and 7 in sparse.latent
+    with pytest.raises(DataError, match="gives NaN or infinity on shard 0"):
+        shards.write_activations(tmp_path, 0, sparse, d_sae)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "topk-rescaled", "jumprelu", "standard"])

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+import types
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,14 @@ from safetensors.numpy import load_file
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest, build_cache
+from sae_italian.cache.layout import map_arrays
+from sae_italian.cache.stats import write_statistics
+from sae_italian.cli import main
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
+from tests.cache.made import made_cache
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +193,100 @@ def test_a_truncated_file_is_named_when_it_is_read(small_cache, tmp_path):
         FeatureCache.open(folder).latent(0)
 
 
-@pytest.mark.parametrize("content", ["{", '{"schema_version": 99}', "[]"])
-def test_a_manifest_that_cannot_be_read(tmp_path, content):
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [
+        ("latents/00000_00255.safetensors", lambda cache: cache.latent(3)),
+        ("latents/00000_00255.safetensors", lambda cache: list(cache.entries(0, 9))),
+        ("tokens/00001.safetensors", lambda cache: cache.document(cache.manifest.shards[0].n_documents).text),
+        ("tokens/00001.safetensors", lambda cache: cache.doc),
+        ("acts/00000.safetensors", lambda cache: cache.shard_acts(0)),
+        ("stats.parquet", lambda cache: cache.statistics),
+    ],
+)
+def test_changed_bytes_are_refused_when_they_are_first_read(small_cache, tmp_path, file, read):
+    folder = copied(small_cache, tmp_path)
+    content = bytearray((folder / file).read_bytes())
+    content[-len(content) // 3] ^= 255
+    (folder / file).write_bytes(content)
+    cache = FeatureCache.open(folder)
+    with pytest.raises(DataError, match=f"{file} is damaged") as error:
+        read(cache)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cache_of_more_files_than_may_be_open_is_read(tmp_path):
+    """As with `ulimit -n 64`: fewer files are held open; where even one is too many, that is what is said."""
+    n = 60
+    acts = np.random.default_rng(0).random((n, 4, 3)).astype(np.float32)
+    doc = np.arange(n)[:, None] + np.zeros((1, 4), np.int64)
+    made_cache(tmp_path / "c", acts, doc, np.ones((n, 4), np.int64), per_shard=1)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = sum(1 for _ in Path("/proc/self/fd").iterdir()) + 24
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (room, before[1]))
+        cache = FeatureCache.open(tmp_path / "c")
+        assert cache.map_file.cache_info().maxsize == room // 4
+        cache.map_file = lru_cache(16)(cache._map)  # what is open beside us in a long test run is not ours
+        assert np.array_equal(cache.doc, doc.ravel()) and len(cache.latent(1)) == 4 * n
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+        with pytest.raises(UsageError, match="too many files are open"):
+            map_arrays(tmp_path / "c/tokens/00000.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_only_documents_with_a_token_are_counted(tmp_path, capsys):
+    """Three documents of which the last has no token: its window was cut off."""
+    doc = np.array([[NO_DOCUMENT, 0, 0], [NO_DOCUMENT, 0, 2]])
+    made_cache(tmp_path / "c", np.ones((2, 3, 2), np.float32), doc, np.ones((2, 3), np.int64), per_shard=1)
+    assert Manifest.load(tmp_path / "c").n_documents == 3
+    assert main(["cache", "info", str(tmp_path / "c"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")  # of the lift, as latents do fire on it here
+def test_a_special_token_typed_in_a_document_is_not_in_the_densitys_denominator(cache, mini, tmp_path):
+    """No latent is read there, so a latent that fires on all other tokens has a density of 1."""
+    folder, special = copied(cache.folder, tmp_path), mini.tokenizer.bos_token_id
+    opened = FeatureCache(folder, Manifest.load(folder))
+    counted = int((opened.doc != NO_DOCUMENT).sum())
+    inside = int(opened.tokens[opened.doc != NO_DOCUMENT][7])  # let this be a special token
+    n_inside = int((opened.tokens[opened.doc != NO_DOCUMENT] == inside).sum())
+    tokenizer = types.SimpleNamespace(all_special_ids=[special, inside])
+    model = types.SimpleNamespace(tokenizer=tokenizer, model=mini.model, get_submodule=mini.get_submodule)
+    model.get_output_embeddings = mini.get_output_embeddings
+    write_statistics(folder, opened.manifest, load_sae(opened.manifest.sae), model)
+    opened.manifest.save(folder)
+    found = FeatureCache.open(folder).statistics
+    assert n_inside > 0
+    assert np.allclose(found["density"] * (counted - n_inside), found["count"])
+
+
+DAMAGED = [
+    ("{", "damaged"), ('{"schema_version": 99}', "version 99"), ('{"schema_version": "x"}', "version 'x'"),
+    ("[]", "damaged"), ("[" * 100_000, "damaged"), ('{"schema_version": ' + "1" * 6000 + "}", "damaged"),
+]  # fmt: skip
+CHANGED = [
+    ({"d_sae": 1_000_000_000}, "its ranges do not hold latents 0 to 999999999"),
+    ({"d_sae": 0}, "d_sae: .*greater than or equal to 1"),
+    ({"context_size": 0}, "context_size: .*greater than or equal to 1"),
+    ({"context_size": "lots"}, "context_size: "),
+    ({"windows_per_shard": 7}, "a shard before the last does not have 7 windows"),
+    ({"ranges": []}, "its ranges do not hold"),
+    ({"shards": "none"}, "shards: "),
+    ({"colour": "red"}, "colour: "),
+]
+
+
+@pytest.mark.parametrize(("content", "said"), [*DAMAGED, *CHANGED])
+def test_a_manifest_that_cannot_be_read(small_cache, tmp_path, content, said):
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((small_cache / "manifest.json").read_text()) | content)
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(DataError, match="manifest.json"):
+    with pytest.raises(DataError, match=f"manifest.json.*{said}") as error:
         Manifest.load(tmp_path)
+    assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="not a feature cache"):
         FeatureCache.open(tmp_path / "nowhere")
 

@@ -116,7 +116,7 @@ def _labels(upos: str, features: dict[str, str]) -> frozenset[str]:
 
 
 class _Row(NamedTuple):
-    line: int
+    where: str  # file and line
     first: int  # word ids: the same for a word, a range for a multi-word token
     last: int
     form: str
@@ -139,13 +139,13 @@ def read_conllu(file: Path) -> Iterator[tuple[str, list[Word]]]:
         if line.startswith("# text ="):
             text = line.partition("=")[2].strip()
         elif line and not line.startswith("#"):
-            rows += _row(f"{file}, line {number}", number, line)
+            rows += _row(f"{file}, line {number}", line)
         elif rows and not line:
-            yield _sentence(file, text, rows)
+            yield _sentence(text, rows)
             text, rows = "", []
 
 
-def _row(where: str, number: int, line: str) -> list[_Row]:
+def _row(where: str, line: str) -> list[_Row]:
     """Return the row, none for an empty node (8.1), which has no surface."""
     columns = line.split("\t")
     if len(columns) != _COLUMNS or not all(columns):
@@ -155,26 +155,24 @@ def _row(where: str, number: int, line: str) -> list[_Row]:
     if "." in identifier:
         return []
     first, _, last = identifier.partition("-")
-    if not (first.isdigit() and (last or first).isdigit()) or int(last or first) < int(first):
+    if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) < int(first):
         raise DataError(f"{where}: {identifier!r} is no word id; 3, 3-4 or 3.1 was expected.")
-    pairs = {}
-    for pair in features.split("|") if features != "_" else ():
-        name, _, value = pair.partition("=")
+    pairs = [pair.partition("=") for pair in features.split("|") if features != "_"]
+    for name, _, value in pairs:
         if not (name and value):
-            raise DataError(f"{where}: feature {pair!r} is not of the form Name=Value.")
-        pairs[name] = value
-    labels = frozenset() if last else _labels(upos, pairs)
-    return [_Row(number, int(first), int(last or first), form, labels, "SpaceAfter=No" not in misc.split("|"))]
+            raise DataError(f"{where}: feature {name!r} is not of the form Name=Value.")
+    labels = frozenset() if last else _labels(upos, {name: value for name, _, value in pairs})
+    return [_Row(where, int(first), int(last or first), form, labels, "SpaceAfter=No" not in misc.split("|"))]
 
 
-def _sentence(file: Path, text: str, rows: list[_Row]) -> tuple[str, list[Word]]:
+def _sentence(text: str, rows: list[_Row]) -> tuple[str, list[Word]]:
     """Place the surface tokens in the text, which is put together from them where the file does not give it."""
     surface: list[_Row] = []
     expected, covered = 1, 0
     for row in rows:
         multi = row.last > row.first
         if row.first != expected or (multi and row.first <= covered):
-            raise DataError(f"{file}, line {row.line}: word {row.first} where word {expected} was expected.")
+            raise DataError(f"{row.where}: word {row.first} where word {expected} was expected.")
         if multi or row.first > covered:
             surface.append(row)
             covered = row.last
@@ -182,13 +180,13 @@ def _sentence(file: Path, text: str, rows: list[_Row]) -> tuple[str, list[Word]]
             surface[-1] = surface[-1]._replace(labels=surface[-1].labels | row.labels)
         expected += not multi
     if covered >= expected:
-        raise DataError(f"{file}, line {rows[-1].line}: the sentence ends before word {covered} of a multi-word token.")
+        raise DataError(f"{rows[-1].where}: the sentence ends before word {covered} of a multi-word token.")
     text = text or "".join(row.form + " " * row.space_after for row in surface).strip()
     words, place = [], 0
     for row in surface:
         start = text.find(row.form, place)
         if start < 0 or text[place:start].strip():
-            raise DataError(f"{file}, line {row.line}: {row.form!r} does not come next in the sentence's text.")
+            raise DataError(f"{row.where}: {row.form!r} does not come next in the sentence's text.")
         place = start + len(row.form)
         words.append(Word(start, place, row.labels))
     return text, words

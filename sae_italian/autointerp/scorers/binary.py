@@ -18,7 +18,7 @@ from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.choose import LOOKUP
 from sae_italian.autointerp.judges import Verdicts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.base.statistics import Estimate
+from sae_italian.base.statistics import Estimate, mean_of_two, shares_by_document
 
 GAIN = "gain_over_lookup"
 HEADLINE = {"detection": "random", "fuzzing": "silent-token"}  # the negatives behind a score named without any
@@ -170,21 +170,29 @@ class Resampled:
 
     def __init__(self, sets: Sequence[PairedAnswers], documents: ResampledDocuments):
         self.sets, self.documents = sets, documents
-        positive, negative = self._totals(0, 1.0), self._totals(1, 0.0)
+        (said, asked), positive = self._totals(0, 1.0)
+        (wrongly, others), negative = self._totals(1, 0.0)
+        tpr, tnr = shares_by_document(said, asked), shares_by_document(others - wrongly, others)
+        # resampling few documents gives too short an interval, none near 1; what is no share has no other
+        self.shares = {"balanced_accuracy": mean_of_two(tpr, tnr), "tpr": tpr, "tnr": tnr}
         with np.errstate(divide="ignore", invalid="ignore"):
             tpr, fpr = (total[1] / total[0] for total in (positive, negative))
             self.brier = (positive[2] / positive[0] + negative[2] / negative[0]) / 2
             # [sets, metrics, samples], the first sample being the data as they are
             self.rates = np.stack([(tpr + 1 - fpr) / 2, tpr, 1 - fpr, 2 * tpr / (1 + tpr + fpr)], axis=1)
 
-    def _totals(self, side: int, truth: float) -> Float[np.ndarray, "3 sets samples"]:
-        """Return the resampled number, sum of answers and sum of squared errors of the positives or the negatives."""
+    def _totals(
+        self, side: int, truth: float
+    ) -> tuple[Float[np.ndarray, "2 sets documents"], Float[np.ndarray, "3 sets samples"]]:
+        """Return of the positives or the negatives the answers and their number in each document; then, resampled, the
+        number, the sum of answers and that of squared errors.
+        """
         sums = np.zeros((3, len(self.sets), len(self.documents.known)))
         for number, ((said, probability), document, sides) in enumerate(self.sets):
             rows = sides[side]
             error = np.full(len(rows), _NAN) if probability is None else (truth - probability[rows]) ** 2
             sums[:, number] = self.documents.sums(document[rows], np.stack([np.ones(len(rows)), said[rows], error]))
-        return np.stack([self.documents.weights @ each.T for each in sums]).transpose(0, 2, 1)
+        return sums[1::-1], np.stack([self.documents.weights @ each.T for each in sums]).transpose(0, 2, 1)
 
     def gain(self, ours: int, theirs: int) -> Estimate:
         """Return by how much one set's balanced accuracy exceeds another's; both are of the same windows."""
@@ -202,7 +210,10 @@ class Resampled:
                 rows += [self._auroc(own, n_whole is None or i < n_whole)[None], self.brier[i][None]]
         found: list[dict[str, Estimate]] = [{} for _ in self.sets]
         for (i, name), estimate in zip(names, estimates(np.concatenate(rows)) if rows else (), strict=True):
-            found[i][name] = estimate
+            value, lo, hi = estimate
+            if name in self.shares:
+                lo, hi = self.shares[name][1:, i].tolist()
+            found[i][name] = Estimate(value, lo, hi)
         return found
 
     def _auroc(self, own: PairedAnswers, whole: bool) -> Float[np.ndarray, " samples"]:
