@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 from jaxtyping import Float
-from tqdm import tqdm
 
 from sae_italian import micro_italiano
 from sae_italian.base import pictures
 from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.report import progress
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
 from sae_italian.models.activations import check_context, continuation_log_probs
 from sae_italian.models.catalogue import resolve
@@ -97,7 +97,7 @@ def log_probs_after(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]
     """Return log p(rest | prefix) in nats for each (prefix, text) of which the text begins with the prefix's tokens."""
     split = [(len(tokenizer(prefix).input_ids), tokenizer(text).input_ids) for prefix, text in texts]
     check_context(max(len(tokens) for _, tokens in split), model.config)
-    with tqdm(total=len(split), desc="texts", unit="text", disable=None) as bar:
+    with progress("texts", total=len(split), unit="text") as bar:
 
         def forward(rows: Any) -> Any:
             bar.update(len(rows))
