@@ -101,6 +101,8 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["train", "mini/topk.yaml", "corpus=nope.jsonl", "--out", "x"], "corpus 'nope.jsonl'"),
         (["train", "mini/topk.yaml", "hook_name=blocks.2.hook_resid", "--out", "x"], "hook_name 'blocks.2.hook_resid'"),
         (["train", "mini/topk.yaml", "training_tokens=5", "--out", "x"], "less than one batch"),
+        (["train", "mini/topk.yaml", "--out", "x", "training_tokens=5"], "less than one batch"),  # anywhere
+        (["train", "--overwrite", "mini/topk.yaml", "--dry-run", "sae.kk=3"], "unknown key 'sae.kk'"),
         (["evaluate", "nowhere"], "neither a folder nor"),
         (["cache", "info", "nowhere"], "not a feature cache"),
         (["latents", "nowhere", "La casa"], "not a feature cache"),
@@ -163,6 +165,23 @@ def test_a_read_only_or_full_disk_is_no_traceback(capsys, trained_sae, tmp_path,
     assert code == 2 and "is full" in err and "--resume" in err and err.count("\n") == 1
     monkeypatch.undo()
     assert run(capsys, "cache", "build", trained_sae, "--tokens", 1000, "--out", tmp_path / "c", "--resume")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        (["autointerp", "CACHE"], "stopped; what is finished is kept, the same command continues."),
+        (["cache", "build", "SAE", "--out", "x"], "stopped; what is finished is kept, --resume continues."),
+        (["evaluate", "SAE"], "stopped."),
+    ],
+)
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(capsys, monkeypatch, command, kept):
+    def stop(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sae_italian.saes.load_sae", stop)
+    monkeypatch.setattr("sae_italian.cache.FeatureCache.open", stop)
+    assert run(capsys, *command) == (130, "", f"sae-italian: {kept}\n")
 
 
 def test_a_defect_of_ours_is_not_dressed_up(monkeypatch):

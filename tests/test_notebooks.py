@@ -1,5 +1,8 @@
 """Every notebook in notebooks/ runs from its first cell to the picture that it ends with."""
 
+import json
+import re
+
 import pytest
 
 from tests.notebooks import FOLDER, printed_by, run_notebook
@@ -19,3 +22,16 @@ def test_a_notebook_shows_its_result_and_the_browser(name, tmp_path, monkeypatch
     shown = [output.get("data", {}) for cell in cells[:-1] for output in cell.outputs]
     widget = "application/vnd.jupyter.widget-view+json"
     assert any(widget in data or "text/html" in data for data in shown)  # the browser, in one form or the other
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.ipynb")), ids=lambda file: file.stem)
+def test_notebooks_speak_italian(file):
+    """Of the words that both languages use all the time, the text has the Italian ones."""
+    text = " ".join("".join(cell["source"]) for cell in json.loads(file.read_text("utf-8"))["cells"] if is_text(cell))
+    words = re.findall(r"\w+", text.lower())
+    assert sum(word in {"il", "di", "che", "la", "un", "una", "si"} for word in words) > 0.08 * len(words)
+    assert not {"the", "which", "and", "of"} & set(words)
+
+
+def is_text(cell) -> bool:
+    return cell["cell_type"] == "markdown"

@@ -1,6 +1,6 @@
 """The browser in a notebook: a widget with live work where anywidget is, plain HTML everywhere.
 
-from sae_italian.browser.widget import show
+from sae_italian.browser import show
 show("quickstart/cache", latent=12)
 """
 

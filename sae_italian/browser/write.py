@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ POLICY = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'self' file:; "
     "style-src 'self' file:; img-src data:; base-uri 'none'; form-action 'none'\">"
 )
-OURS = {"index.html", MARKER, "assets", "data", "other"}
+OURS = r"index\.html|browser\.json|assets/app\.(js|css)|(data|other)/(run|rows|cards|matches)/\d+\.js"
 DESKTOP_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 FIRST, BITS = 0x3400, 15
 LEVEL = 6  # of deflate: 9 takes twice the time for 4 % fewer bytes
@@ -78,11 +79,12 @@ def _refuse_foreign(out: Path) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"{out} is a file; a folder for the browser was expected. Give another path.")
-    names = {child.name for child in out.iterdir()} - DESKTOP_LITTER
-    if names and not _is_browser(out):
+    files = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.name not in DESKTOP_LITTER]
+    if files and not _is_browser(out):
         raise UsageError(f"{out} is not empty and holds no latent browser. Give a new or an empty folder.")
-    if foreign := sorted(names - OURS):
-        raise UsageError(f"{out} holds {foreign[0]!r} beside the latent browser. Move it away, or give another folder.")
+    for name in files:
+        if not (out / name).is_dir() and not re.fullmatch(OURS, name):
+            raise UsageError(f"{out} holds {name!r} beside the latent browser. Move it away, or give another folder.")
 
 
 def _is_browser(folder: Path) -> bool:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import resources
+from inspect import signature
 from shlex import quote
 from typing import Any
 
@@ -23,6 +24,12 @@ from sae_italian.cli.options import Result, facts, readable
 _TABLE = resources.files("sae_italian.cli").joinpath("commands.yaml").read_text(encoding="utf-8")
 _TOLD = yaml.load(_TABLE, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 COMMANDS: dict[str, dict[str, Any]] = _TOLD["commands"]
+# What a command that is stopped leaves, by the first of these parameters that it has.
+KEPT = {
+    "folder": "what is finished is kept, --resume continues",
+    "overwrite": "what is finished is kept, the same command continues",
+    "llm": "paid answers are kept, the same command asks for the others",
+}
 OLD_COMMANDS: dict[str, str] = _TOLD["old_commands"]
 OLD_OPTIONS: dict[str, str] = _TOLD["old_options"] | {
     f"{command} --{word.partition('=')[0].replace('_', '-')}".removeprefix("every "): f"the word {word}"
@@ -54,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != "--json"]
+    command = None
     try:
         _quiet_libraries()
         if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
@@ -68,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         return _fail(_renamed(words) or _said(error), 2)
     except KeyboardInterrupt as stop:
-        return _fail(f"stopped; {stop or 'finished parts are kept, --resume continues'}", 130)
+        kept = str(stop) or next((KEPT[name] for name in signature(command or main).parameters if name in KEPT), "")
+        return _fail(f"stopped{'; ' * bool(kept)}{kept}.", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

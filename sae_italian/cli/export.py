@@ -49,8 +49,6 @@ class Chosen:
     """jumprelu: held-out tokens, of which four fifths set the threshold; default: 40,960."""
     project: str | None = None
     """wandb, wandb-tables: the project; default: sae-italian."""
-    online: bool = False
-    """wandb: send it now; without it `wandb sync` sends."""
     repository: str | None = None
     """model-card: where the SAE will be published; default: owner/name."""
 
@@ -69,7 +67,8 @@ def export(
     Args:
         source: A cache's folder; for jumprelu and model-card an SAE: a folder, or release:sae_id.
         words: Settings of one format as key=value: model_id, set, suffix, creator and creator_name (neuronpedia,
-            neuronpedia-bulk, circuit-tracer), splits and hookpoint (delphi).
+            neuronpedia-bulk, circuit-tracer), splits and hookpoint (delphi),
+            wandb=online (wandb: send it now, as in a training's settings; without it `wandb sync` sends).
         to: neuronpedia, neuronpedia-bulk, circuit-tracer or wandb (a cache's latents); delphi or datasets (all of a
             cache); parquet, jsonl or wandb-tables (explanations and scores); jumprelu or model-card (an SAE).
         out: Folder to write to; default of parquet, jsonl and wandb-tables: <cache>-autointerp beside the cache.
@@ -108,12 +107,14 @@ def _latents(to: str, cache: Path, out: Path, settings: Settings) -> Result:
     from sae_italian.models import load_tokenizer
 
     names = {ours: settings.pop(word) for word, ours in NAMES.items() if word in settings}
-    model, sae = settings.pop("model", None), settings.pop("sae", None)
+    model, sae, online = (settings.pop(name, None) for name in ("model", "sae", "wandb"))
+    if online not in (None, "online", "offline"):
+        raise UsageError(f"wandb={online}: online or offline was expected.")
     opened = FeatureCache.open(cache)
     weights = {} if to == "circuit-tracer" else loaded(opened, sae, model)
     tokenizer = load_tokenizer(model or opened.manifest.model)
-    done = export_latents(opened, tokenizer, out, to, **weights, names=names, **settings)
-    offline = {"offline_run": str(done.folder)} if to == "wandb" and not settings.get("online") else {}
+    done = export_latents(opened, tokenizer, out, to, **weights, names=names, online=online == "online", **settings)
+    offline = {"offline_run": str(done.folder)} if to == "wandb" and online != "online" else {}
     return Result({**plain(done), "folder": str(done.folder), **offline}, done.text())
 
 
@@ -188,7 +189,7 @@ FORMATS: dict[str, tuple[Callable[..., Result], str]] = {
     "neuronpedia": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
     "neuronpedia-bulk": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
     "circuit-tracer": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
-    "wandb": (_latents, f"{_LATENTS} project online"),
+    "wandb": (_latents, f"{_LATENTS} project wandb"),
     "delphi": (_delphi, "latents resume overwrite splits hookpoint"),
     "datasets": (_datasets, "latents resume overwrite"),
     "parquet": (_tables, ""),

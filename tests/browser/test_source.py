@@ -1,7 +1,9 @@
 """Records made from a real cache: the text is the documents' own, the numbers are the cache's."""
 
+import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.contexts import SEGMENT, split_text
 from sae_italian.browser.directions import Decoder
+from sae_italian.browser.exports.latents import facts_of, names_of
 from sae_italian.browser.schema import check, check_card, check_rows
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
@@ -211,6 +214,20 @@ def test_what_stands_at_positions_does_not_depend_on_their_order(cache):
     for where in (position, np.sort(position), position[:0]):
         tokens, doc = cache.gather("tokens", where), cache.gather("doc", where)
         assert (tokens == cache.tokens[where]).all() and (doc == cache.doc[where]).all()
+
+
+def test_no_path_of_this_machine_is_published(cache, source, mini, tmp_path, monkeypatch):
+    folder = shutil.copytree(cache.folder, tmp_path / "cache", ignore=shutil.ignore_patterns("*.sqlite*"))
+    text = (folder / "manifest.json").read_text(encoding="utf-8")
+    named = json.loads(text) | {"model": "/home/io/modelli/ita-5m", "corpus": "/home/io/testi", "sae": "/home/io/sae"}
+    (folder / "manifest.json").write_text(json.dumps(named), encoding="utf-8")
+    opened = FeatureCache.open(folder)
+    monkeypatch.setattr("sae_italian.browser.source.resolve", lambda _: SimpleNamespace(entry=None))
+    page = LatentSource(opened, mini.tokenizer).run()
+    hook = opened.manifest.hook_name
+    assert (page["title"], page["model"], page["corpus"]) == (f"ita-5m · {hook}", "ita-5m", "testi")
+    assert "/home/io" not in json.dumps([page, facts_of(opened.manifest, names_of(opened.manifest))])
+    assert source.run()["model"] == "sae-italian-mini"
 
 
 def test_only_the_sources_with_most_documents_are_listed(source, busiest, monkeypatch):

@@ -183,6 +183,10 @@ def test_a_note_left_in_a_browser_is_not_deleted(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds 'notes\.txt' beside"):
         write_browser(out, make_source(2))
     assert (out / "notes.txt").is_file()
+    (out / "notes.txt").rename(out / "data" / "notes.txt")  # nor one among the files that are ours
+    with pytest.raises(UsageError, match=r"holds 'data/notes\.txt' beside"):
+        write_browser(out, make_source(2))
+    assert (out / "data" / "notes.txt").is_file()
 
 
 def test_text_cannot_leave_its_string(tmp_path: Path) -> None:
