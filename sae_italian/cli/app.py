@@ -6,8 +6,10 @@ Exit codes: 0 done, 2 the user can fix it (one line), 1 a defect of ours, 130 st
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import resources
 from inspect import signature
@@ -74,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SaeItalianError as error:
         return _fail(error, error.exit_code)
     except CycloptsError as error:
-        return _fail(_renamed(words) or _said(error), 2)
+        said = _renamed(words) or str(error)
+        if isinstance(error, ValidationError) and error.argument:
+            said = f"{error.argument.name} is {error.argument.value}; {error.exception_message}"
+        return _fail(said, 2)
     except KeyboardInterrupt as stop:
         kept = str(stop) or next((KEPT[name] for name in signature(command or main).parameters if name in KEPT), "")
         return _fail(f"stopped{'; ' * bool(kept)}{kept}.", 130)
@@ -111,12 +116,6 @@ def _next_step(words: list[str], arguments: dict[str, Any], value: Any) -> str:
     return ""
 
 
-def _said(error: CycloptsError) -> str:
-    if isinstance(error, ValidationError) and error.argument:
-        return f"{error.argument.name} is {error.argument.value}; {error.exception_message}"
-    return str(error)
-
-
 def _fail(why: object, code: int) -> int:
     print(f"sae-italian: {' '.join(str(why).split())}", file=sys.stderr)
     return code
@@ -136,9 +135,6 @@ def _renamed(words: list[str]) -> str | None:
 
 def _quiet_libraries() -> None:
     """Keep other libraries' notices off a terminal that shows ours; what the environment asks for wins."""
-    import logging
-    import warnings
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

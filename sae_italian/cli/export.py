@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError, nearest
-from sae_italian.cli.options import Count, Folder, Result, latent_range
+from sae_italian.cli.options import Count, Folder, Result, key_values, latent_range
 
 Settings = dict[str, Any]
 
@@ -26,6 +26,7 @@ NAMES = {
     "creator": "creator",
     "creator_name": "creator_name",
 }
+WORDS = {**dict.fromkeys(NAMES, ""), "splits": 1, "hookpoint": "", "wandb": "offline"}
 _LATENTS = "latents model sae resume overwrite"
 
 
@@ -85,13 +86,9 @@ def export(
 
 def _checked(to: str, known: str, options: dict[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
     """Return the settings that were given. Raises: UsageError for one that the format does not take."""
-    given = {name: value for name, value in options.items() if value is not None and value is not False}
-    settings = dict(given)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not value:
-            raise UsageError(f"{word!r} is no setting; key=value was expected, as in set=res-it-16k.")
-        settings[name] = value
+    own = key_values(words, WORDS)
+    settings = {name: value for name, value in options.items() if value is not None and value is not False}
+    settings |= {name: own[name] for name in (word.partition("=")[0] for word in words)}
     for name in settings:
         if name not in known.split():
             spelled = f"--{name.replace('_', '-')}" if name in options else f"{name}="
@@ -122,10 +119,7 @@ def _delphi(to: str, cache: Path, out: Path, settings: Settings) -> Result:
     from sae_italian.cache.exports import export_delphi
 
     if "splits" in settings:
-        splits = settings.pop("splits")
-        if not splits.isdigit() or int(splits) < 1:
-            raise UsageError(f"splits={splits}: a number of files, 1 or more, was expected.")
-        settings["n_splits"] = int(splits)
+        settings["n_splits"] = settings.pop("splits")
     folder = export_delphi(cache, out, **settings)
     return _written(folder, f"LatentDataset({str(out)!r}, ..., modules=[{folder.name!r}])")
 

@@ -131,7 +131,8 @@ def write_bulk(task: ExportTask) -> None:
             if not files["features"].is_file():
                 _write_rows(files["explanations"], _explanations(task, opened, scores, batch) if opened else ())
                 _write_rows(files["activations"], _activations(task, batch))
-                _write_rows(files["features"], (_neuron(task, latent) for latent in batch))
+                records = ({**task.facts, **task.latents.record(latent)} for latent in batch)
+                _write_rows(files["features"], (make_row("neuron", record) for record in records))
 
 
 def _line(row: Facts) -> str:
@@ -146,10 +147,6 @@ def _write_rows(file: Path, rows: Iterable[Facts]) -> None:
     ):
         for row in rows:
             packed.write(_line(row).encode())
-
-
-def _neuron(task: ExportTask, latent: int) -> Facts:
-    return make_row("neuron", {**task.facts, **task.latents.record(latent)})
 
 
 def _activations(task: ExportTask, batch: range) -> Iterator[Facts]:
@@ -196,10 +193,15 @@ def check_bulk(folder: Path) -> dict[str, int]:
     Raises: DataError naming the first thing that does not fit.
     """
     checked = FieldCheck()
-    one = {name: json.loads((folder / f"{name}.jsonl").read_text(encoding="utf-8")) for name in ONE_LINE}
+    one = {name: next(read_rows(folder / f"{name}.jsonl")) for name in ONE_LINE}
     for name, row in one.items():
         checked(name, row)
-    _check_links(one)
+    for link, target in LINKS.items():
+        given, wanted = (one[table][name] for table, name in (link.split("."), target.split(".")))
+        if link == "source.id":
+            given = given.partition("-")[2].partition("__")[0]
+        if given != wanted:
+            raise DataError(f"{link} is {given!r}, which names nothing here; {wanted!r} was expected.")
     files = {name: sorted(path.name for path in (folder / name).glob("*.jsonl.gz")) for name in MANY}
     if not files["features"] == files["activations"] == files["explanations"]:
         raise DataError(f"{folder}: features, activations and explanations hold different batches. Write it again.")
@@ -208,15 +210,6 @@ def check_bulk(folder: Path) -> dict[str, int]:
     for file in files["features"]:
         _check_batch(checked, folder, file, one["source"])
     return checked.finish()
-
-
-def _check_links(one: dict[str, Facts]) -> None:
-    for link, target in LINKS.items():
-        given, wanted = (one[table][name] for table, name in (link.split("."), target.split(".")))
-        if link == "source.id":
-            given = given.partition("-")[2].partition("__")[0]
-        if given != wanted:
-            raise DataError(f"{link} is {given!r}, which names nothing here; {wanted!r} was expected.")
 
 
 def _check_batch(checked: FieldCheck, folder: Path, file: str, source: Facts) -> None:
@@ -230,13 +223,13 @@ def _check_batch(checked: FieldCheck, folder: Path, file: str, source: Facts) ->
                 raise DataError(f"{where}: {row['modelId']}/{row['layer']} is not the source of this export.")
             if row["index"] not in shown:
                 raise DataError(f"{where}: latent {row['index']} has no line in features/{file}.")
+            if name == "features" and row["sourceSetName"] != source["setName"]:
+                raise DataError(f"{where}: sourceSetName is {row['sourceSetName']!r}, not {source['setName']!r}.")
             if name == "activations":
                 shown[row["index"]].append(row)
     for row in rows["features"]:
         where = f"features/{file}, latent {row['index']}"
         _check_activity(where, row["frac_nonzero"], shown[row["index"]])
-        if row["sourceSetName"] != source["setName"]:
-            raise DataError(f"{where}: sourceSetName is {row['sourceSetName']!r}, not {source['setName']!r}.")
         for passage in shown[row["index"]]:
             _check_peak(f"{where}, activation {passage['id']}", passage)
 
@@ -251,9 +244,8 @@ def _check_peak(where: str, row: Facts) -> None:
 
 def read_rows(file: Path) -> Iterator[Facts]:
     """Yield the rows of one file."""
-    with gzip.open(file, "rt", encoding="utf-8") as handle:
-        for line in handle:
-            yield json.loads(line)
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as handle:
+        yield from map(json.loads, handle)
 
 
 # --- circuit-tracer's feature files ------------------------------------------------------------------------------------
