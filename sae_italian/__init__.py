@@ -24,10 +24,12 @@ _PUBLIC = {
     "build_cache": "sae_italian.cache",
     "FeatureCache": "sae_italian.cache",
     "run_autointerp": "sae_italian.autointerp",
+    "explain_latent": "sae_italian.autointerp",
 }
 __all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from sae_italian.autointerp import explain_latent as explain_latent
     from sae_italian.autointerp import run_autointerp as run_autointerp
     from sae_italian.cache import FeatureCache as FeatureCache
     from sae_italian.cache import build_cache as build_cache

@@ -9,6 +9,7 @@ from typing import Any
 
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain
+from sae_italian.base.statistics import Estimate, reaches
 from sae_italian.base.storage import claim_folder, read_json, write_json, write_text
 
 CARD_TOKENS = 50_000
@@ -124,26 +125,25 @@ def table_of(results: dict[str, Any]) -> str:
     auto, rows = results.get("autointerp") or {}, []
     for scorer, by_source in (auto.get("by_negatives") or {}).items():
         head = f"{label(f'scorer.{scorer}')}, negatives: "
-        rows += [(head + label(f"negatives.{source}"), _number(found)) for source, found in by_source.items()]
+        rows += [(head + label(f"negatives.{source}"), *_number(found)) for source, found in by_source.items()]
     for part, key in _ROWS:
         name = key.partition(".")[2].removeprefix("random_" if part == "random" else "")
-        rows.append((label(key), _number((results.get(part) or {}).get(name))))
+        rows.append((label(key), *_number((results.get(part) or {}).get(name))))
     deciles = [tenth["value"] for tenth in auto.get("by_decile") or [] if tenth["value"] is not None]
-    rows.append((label("metrics.by_decile"), " ".join(f"{value:.2f}" for value in deciles)))
+    rows.append((label("metrics.by_decile"), " ".join(f"{value:.2f}" for value in deciles), ""))
     if auto and not auto.get("enough", True):
-        rows.append(("Latents drawn", f"{auto['n_latents']}: fewer than 300 do not stand for the SAE"))
+        rows.append(("Latents drawn", f"{auto['n_latents']}: fewer than 300 do not stand for the SAE", ""))
     for part in ("gold", "random_gold"):
         gold = results.get(part) or []
-        detected = f"{sum(row['f1'] >= DETECTED for row in gold)} of {len(gold)}"
-        rows.append((f"{label(f'metrics.{part}')} ≥ {DETECTED}", detected if gold else ""))
+        detected = f"{sum(reaches(row['f1'], DETECTED) for row in gold)} of {len(gold)}"
+        rows.append((f"{label(f'metrics.{part}')} ≥ {DETECTED}", detected if gold else "", ""))
     shown = [row for row in rows if row[1]]
     return text_table(records(results, "metrics") + records(results, "controls"), shown)
 
 
-def _number(estimate: dict[str, float | None] | None) -> str:
-    """Return a number with its interval, empty where it was not measured."""
-    if not estimate or estimate["value"] is None:
-        return ""
-    if estimate["lo"] is None:
-        return f"{estimate['value']:.3f}"
-    return f"{estimate['value']:.3f} ({estimate['lo']:.3f} to {estimate['hi']:.3f})"
+def _number(estimate: dict[str, float | None] | None) -> tuple[str, str]:
+    """Return a number and its interval, each empty where it was not measured."""
+    value, lo, hi = (
+        f"{end:.3f}" if end is not None else "" for end in ((estimate or {}).get(n) for n in Estimate._fields)
+    )
+    return value, f"{lo} to {hi}" if lo else ""

@@ -54,6 +54,18 @@ def test_it_ends_with_a_report_and_a_table(done):
     assert results["autointerp"]["share_detected"]["value"] > 0.15
 
 
+def test_values_and_intervals_stand_in_their_own_columns(done):
+    """Every row of the table, the first as the last; and the share of latents is of those that its note counts."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table_of(done[1]).splitlines()[2:]]
+    assert all(len(row) == 3 and " to " not in row[1] for row in rows)
+    assert all(
+        " to " in row[2] for row in rows if row[0].startswith(("Detection", "Fuzzing", "Simulation", "Token lookup"))
+    )
+    auto = done[1]["autointerp"]
+    share = next(row for row in rows if "detection ≥ 0.8 (" in row[0])
+    assert f"({auto['n_scored']} scored of {auto['n_latents']})" in share[0].replace(",", "")
+
+
 def test_nothing_in_the_report_asks_for_the_network(done):
     out, _ = done
     for file in (out / "report").rglob("*"):

@@ -2,5 +2,13 @@
 
 from sae_italian.autointerp.run import AutointerpConfig, random_sae_control, run_autointerp
 from sae_italian.autointerp.summary import AutointerpSummary, summarise
+from sae_italian.autointerp.work import explain_latent
 
-__all__ = ["AutointerpConfig", "AutointerpSummary", "random_sae_control", "run_autointerp", "summarise"]
+__all__ = [
+    "AutointerpConfig",
+    "AutointerpSummary",
+    "explain_latent",
+    "random_sae_control",
+    "run_autointerp",
+    "summarise",
+]

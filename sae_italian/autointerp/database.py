@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 from urllib.parse import quote
 
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 
 SCHEMA_VERSION = 1  # kept as SQLite's own user_version; files from before the first release have 0
 CALLS_TABLE = "call"  # what was paid for: whatever else changes, it is carried over
@@ -32,10 +32,13 @@ R = TypeVar("R", bound=NamedTuple)
 class RecordTable(Generic[R]):
     """A record type (a NamedTuple) as a table: field by field its columns, a dict kept as JSON.
 
-    `key` names the columns that tell two rows apart; with `numbered` a row also has an `id` of its own.
+    `key` names the columns that tell two rows apart; with `numbered` a row also has an `id` of its own. A
+    `clustered` table is kept by its key instead of in the order the rows came: nothing is stored twice, which is half the file.
     """
 
-    def __init__(self, name: str, record: type[R], key: Sequence[str], *, numbered: bool = False):
+    def __init__(
+        self, name: str, record: type[R], key: Sequence[str], *, numbered: bool = False, clustered: bool = False
+    ):
         self.name, self.record = name, record
         kinds = {field: getattr(hint, "__args__", (hint,)) for field, hint in get_type_hints(record).items()}
         self.json_columns = {field for field, (kind, *_) in kinds.items() if kind not in _TYPES}
@@ -43,7 +46,7 @@ class RecordTable(Generic[R]):
         for field, (kind, *others) in kinds.items():
             columns.append(f"{field} {_TYPES.get(kind, 'TEXT')}{'' if type(None) in others else ' NOT NULL'}")
         columns.append(f"{'UNIQUE' if numbered else 'PRIMARY KEY'} ({', '.join(key)})")
-        self.create = f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(columns)})"
+        self.create = f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(columns)}){' WITHOUT ROWID' if clustered else ''}"
 
     def add(self, connection: sqlite3.Connection, records: Iterable[R], *, replace: bool = False) -> None:
         """Insert records; with `replace` in the place of those with the same key."""
@@ -58,7 +61,10 @@ class RecordTable(Generic[R]):
         """Yield each row's number and record; `rest` is what comes after FROM."""
         query = f"SELECT rowid, {', '.join(self.record._fields)} FROM {self.name} {rest}"
         for number, *values in connection.execute(query, parameters):
-            yield number, self.record._make(self._converted(values, json.loads))
+            try:
+                yield number, self.record._make(self._converted(values, json.loads))
+            except (ValueError, RecursionError) as error:
+                raise sqlite3.DatabaseError(f"row {number} of {self.name} is damaged: {error}") from error
 
     def _converted(self, values: Iterable[Any], convert: Callable[[Any], Any]) -> list[Any]:
         """Return the values of a row with those of the JSON columns converted."""
@@ -95,17 +101,14 @@ def connect(
 
 def connect_to_read(path: Path) -> sqlite3.Connection:
     """Open a file that cannot be written, or shall not be. Raises: as `connect`."""
-    name = f"file:{quote(str(path.resolve()))}?mode=ro"
+    address = f"file:{quote(str(path.resolve()))}?mode=ro"
     try:
-        return _connected_to_read(path, name)
+        with _opened(path, address, "read") as connection:
+            _tables_of(connection, path)
     except UsageError:
         # a store in WAL mode whose folder is read only opens as immutable, unless somebody else has it open
-        return _connected_to_read(path, f"{name}&immutable=1")
-
-
-def _connected_to_read(path: Path, address: str) -> sqlite3.Connection:
-    with _opened(path, address, "read") as connection:
-        _tables_of(connection, path)
+        with _opened(path, f"{address}&immutable=1", "read") as connection:
+            _tables_of(connection, path)
     return connection
 
 
@@ -122,9 +125,14 @@ def _opened(path: Path, address: str, doing: str) -> Iterator[sqlite3.Connection
             connection.close()
         if isinstance(error, UsageError):
             raise
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _ELSEWHERE:
-            raise UsageError(f"{path} cannot be {doing} now: {error}.") from error
-        raise DataError(f"{path} is not a store of explanations ({error}). Remove it or name another file.") from error
+        raise problem(path, error, doing) from error
+
+
+def problem(path: Path, error: sqlite3.DatabaseError, doing: str = "written") -> SaeItalianError:
+    """Return what is wrong with a file: UsageError where it is the folder or another process, else DataError."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _ELSEWHERE:
+        return UsageError(f"{path} cannot be {doing} now: {error}.")
+    return DataError(f"{path} is not a store of explanations ({error}). Remove it or name another file.")
 
 
 def _tables_of(connection: sqlite3.Connection, path: Path, *, carry_over: bool = False) -> set[str]:

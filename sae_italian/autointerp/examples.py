@@ -121,19 +121,10 @@ class ExampleSet(Sequence[Example]):
         segment = int(self.segments.segments[self.rows[i]])
         start, length = int(source.start[segment]), int(source.length[segment])
         text, spans = source.cache.spans(start, start + length)
-        return Example(
-            text=text,
-            spans=spans,
-            tokens=source.tokens[start : start + length],
-            activations=self.activations[i],
-            document=source.cache.document(int(source.doc[segment])).doc_id,
-            positive=not name,
-            negatives=name or None,
-            marks=None if self.marks is None else self.marks[i][:length],
-            first=start,
-            decile=int(self.decile[i]),
-            pair=int(self.pair[i]),
-        )
+        tokens, document = source.tokens[start : start + length], source.cache.document(int(source.doc[segment])).doc_id
+        kind = not name, name or None, None if self.marks is None else self.marks[i][:length]
+        where = start, int(self.decile[i]), int(self.pair[i])
+        return Example(text, spans, tokens, self.activations[i], document, *kind, *where)
 
     @cached_property
     def activations(self) -> list[Float[np.ndarray, " tokens"]]:

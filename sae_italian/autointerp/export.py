@@ -28,7 +28,7 @@ def export(path: Path, out: Path, to: str, *, project: str = "sae-italian") -> l
     files, tables = [], {}
     with Store(path, {}) as store:
         for name, table in TABLES.items():
-            cursor = store.connection.execute(f"SELECT * FROM {name} ORDER BY rowid")
+            cursor = store.connection.execute(f"SELECT * FROM {name}")
             names, rows = [column[0] for column in cursor.description], cursor.fetchall()
             tables[name] = pyarrow.table({key: [row[i] for row in rows] for i, key in enumerate(names)})
             files.append(out / f"{name}.{'jsonl' if to == 'jsonl' else 'parquet'}")

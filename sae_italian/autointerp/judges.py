@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,24 +23,16 @@ class Verdicts(NamedTuple):
     probability: Float[np.ndarray, " examples"] | None = None  # of yes, where the judge gives one (NaN where it failed)
 
 
-class Judge(Protocol):
-    """Answers scorers' questions from an explanation alone. `name` goes with every score, `concurrency` is an explainer's.
-
-    A judge has some of these methods, and is given to the scorers that need one of them, so that two judges differ in
-    their answers and in nothing else:
-    `detect(explanation, examples) -> Verdicts` (detection, fuzzing): is each example one of the latent's? Without marks
-    the question is whether the latent is active anywhere on it, with marks whether the marked tokens are those it is
-    active on. Nothing else of an example may be used but its text, its tokens and its marks.
-    `simulate(explanation, examples)` (simulation): the activation expected at each token of each example, in any unit;
-    None for an example without an answer.
-    `encode` (embedding), `forward` (surprisal, intervention): see these scorers.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def concurrency(self) -> int: ...
+Judge = Any
+"""What answers scorers' questions from an explanation alone. Its `name` goes with every score; `concurrency` is an
+explainer's. It has some of these methods, and is given to the scorers that need one of them, so that two judges differ
+in their answers and in nothing else:
+`detect(explanation, examples) -> Verdicts` (detection, fuzzing): is each example one of the latent's? Without marks the
+question is whether the latent is active anywhere on it, with marks whether the marked tokens are those it is active on.
+Nothing else of an example may be used but its text, its tokens and its marks.
+`simulate(explanation, examples)` (simulation): the activation expected at each token of each example, in any unit; None
+for an example without an answer.
+`encode` (embedding), `forward` (surprisal, intervention): see these scorers."""
 
 
 class RuleJudge:

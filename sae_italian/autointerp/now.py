@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from sae_italian.base.storage import utc_now
 
 
 def config_of(path: Path) -> AutointerpConfig:
-    """Return the settings of the run that a store holds, so that what is made now compares with it; else the defaults."""
+    """Return a store's settings, those of any latent, so that what is made now compares with the run; else the defaults."""
     try:
         with Store(path, {}, read_only=True) as store:
-            return stored_config(store)
+            return replace(stored_config(store), latents=None)
     except SaeItalianError:
         return AutointerpConfig()
 

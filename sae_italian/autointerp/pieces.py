@@ -42,6 +42,6 @@ def _metaspace(backend: Any) -> bool:
 
 def byte_letters() -> dict[str, int]:
     """Return the byte behind each letter of byte-level BPE (GPT-2's table: printable bytes are themselves)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from sae_italian.autointerp.examples import LatentExamples
@@ -20,11 +20,10 @@ from sae_italian.autointerp.judges import RULE, Judge
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.store import Explanation, Judgement, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Known, Work, explain_batch, score_batch
-from sae_italian.base.errors import SaeItalianError, UsageError
+from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.storage import fingerprint
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache, build_cache
-from sae_italian.cache.layout import tokenizer_hash
 from sae_italian.saes import random_twin
 
 STORE_FILE, TWIN_FOLDER = "autointerp.sqlite", "random-twin"
@@ -36,9 +35,13 @@ _BATCH = 16  # latents that are worked out and stored together
 
 
 def stored_config(store: Store) -> AutointerpConfig:
-    """Return the configuration that a store's explanations were made with, the defaults where it says nothing."""
-    known, names = store.notes(), AutointerpConfig.__dataclass_fields__
-    return AutointerpConfig(**{name: json.loads(known[name]) for name in names if name in known})
+    """Return the settings that a store's explanations were made with, the defaults where it says nothing. Raises: DataError."""
+    names = AutointerpConfig.__dataclass_fields__
+    settings = ", ".join(f'"{name}": {value}' for name, value in store.notes().items() if name in names)
+    try:
+        return TypeAdapter(AutointerpConfig).validate_json("{" + settings + "}")
+    except ValidationError as error:
+        raise DataError(f"{store.path} is not of a run ({settings}). Remove it or name another file.") from error
 
 
 def cache_identity(cache: FeatureCache) -> dict[str, str]:
@@ -70,9 +73,9 @@ def run_autointerp(
     """
     config = config or AutointerpConfig()
     store = store or cache.folder / STORE_FILE
-    check_tokenizer(cache, tokenizer)
+    work = Work(cache, tokenizer, config, sae)
     with Store(store, cache_identity(cache) | asdict(config)) as opened:
-        run = Run(cache, tokenizer, config, opened, sae=sae, workers=workers, run_units=run_units)
+        run = Run(work, opened, workers=workers, run_units=run_units)
         run.rules()
         for explainer in explainers:
             run.explain_with(explainer)
@@ -82,33 +85,13 @@ def run_autointerp(
     return store
 
 
-def check_tokenizer(cache: FeatureCache, tokenizer: Any) -> None:
-    """Raises: UsageError when the tokenizer is not the one that the cache was built with."""
-    if tokenizer_hash(tokenizer) != cache.manifest.tokenizer_hash:
-        raise UsageError(f"{cache.folder} was built with another tokenizer than the one given.")
-
-
 class Run:
-    """One cache, one configuration, one open store."""
+    """The work on one cache, and one open store."""
 
     def __init__(
-        self,
-        cache: FeatureCache,
-        tokenizer: Any,
-        config: AutointerpConfig,
-        store: Store,
-        *,
-        sae: Any = None,
-        workers: int = 1,
-        run_units: Callable[..., Iterator[Any]] | None = None,
+        self, work: Work, store: Store, *, workers: int = 1, run_units: Callable[..., Iterator[Any]] | None = None
     ):
-        self.cache, self.config, self.store = cache, config, store
-        self.workers, self.run_units = workers, run_units
-        self.latents = list(range(cache.manifest.d_sae))
-        if config.latents is not None:
-            live = np.flatnonzero(cache.statistics["count"] > 0)
-            self.latents = sorted(np.random.default_rng(config.seed).permutation(live)[: config.latents].tolist())
-        self.work = Work(cache, tokenizer, config, self.latents, sae)
+        self.work, self.store, self.workers, self.run_units = work, store, workers, run_units
 
     # --- rules -------------------------------------------------------------------------------------------------------
 
@@ -117,7 +100,7 @@ class Run:
         done = self.store.explained(EXPLAINER)
         if self.run_units is None:
             self.work.prepare()
-        for batch in self._map(explain_batch, [n for n in self.latents if n not in done], "explain"):
+        for batch in self._map(explain_batch, [n for n in self.work.latents if n not in done], "explain"):
             features, explanations = zip(*batch, strict=True)
             self.store.add_explanations(chain.from_iterable(explanations), features)
         for batch in self._map(score_batch, self._unscored(EXPLAINER, RULE), "score"):
@@ -145,8 +128,8 @@ class Run:
         own, lookup = self.store.explanations(explainer), self.store.explanations(LOOKUP)
         live = [latent for latent, (_, explanation) in own.items() if explanation.status == "ok"]
         if draw is not None:
-            live = np.random.default_rng(self.config.seed).permutation(sorted(live))[:draw].tolist()
-        stranger, done = strangers(live, self.config.seed), self.store.scored(explainer, judge)
+            live = np.random.default_rng(self.work.config.seed).permutation(sorted(live))[:draw].tolist()
+        stranger, done = strangers(live, self.work.config.seed), self.store.scored(explainer, judge)
         return [(own[n], lookup[n], own.get(stranger.get(n, -1))) for n in live if n not in done]
 
     # --- explainers and judges that are handed in ----------------------------------------------------------------------
@@ -228,12 +211,11 @@ def score_with_models(
     Raises: UsageError when the store belongs to another cache, the tokenizer is not the cache's, or the explainer
     explained nothing.
     """
-    check_tokenizer(cache, tokenizer)
     with Store(store, cache_identity(cache)) as opened:
         if not any(explanation.status == "ok" for _, explanation in opened.explanations(explainer).values()):
             known = ", ".join(opened.explainers()) or "none"
             raise UsageError(f"{store} has no explanations by {explainer!r}; there are those of: {known}.")
-        run = Run(cache, tokenizer, stored_config(opened), opened)
+        run = Run(Work(cache, tokenizer, stored_config(opened)), opened)
         for judge in judges:
             nothing = SAYS_NOTHING[getattr(judge, "language", "it")]
             few: dict[str, Any] = {"n_test": N_SEGMENTS, "sources": ("random", "same-token")}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sae_italian.autointerp.database import CALLS_TABLE, RecordTable, connect, connect_to_read
+from sae_italian.autointerp.database import CALLS_TABLE, RecordTable, connect, connect_to_read, problem
 from sae_italian.base.errors import DataError, UsageError
 
 NO_ANSWER = "no answer"  # status of what the endpoint failed on or refused: a rerun asks again
@@ -122,8 +123,8 @@ _WHERE = ("latent", "explanation_id", "control", "scorer", "judge")
 SETTINGS = RecordTable("run", Setting, ["key"])
 FEATURES = RecordTable("feature", Feature, ["latent"])
 EXPLANATIONS = RecordTable("explanation", Explanation, ["latent", "explainer"], numbered=True)
-SCORES = RecordTable("score", ScoreRow, [*_WHERE, "negatives", "metric"])
-JUDGEMENTS = RecordTable("judgement", Judgement, [*_WHERE, "example"])
+SCORES = RecordTable("score", ScoreRow, [*_WHERE, "negatives", "metric"], clustered=True)
+JUDGEMENTS = RecordTable("judgement", Judgement, [*_WHERE, "example"], clustered=True)
 CALLS = RecordTable(CALLS_TABLE, Call, ["request_hash"])
 LABELS = RecordTable("label", Label, ["latent", "label", "source"])
 TABLES = {table.name: table for table in (SETTINGS, FEATURES, EXPLANATIONS, SCORES, JUDGEMENTS, CALLS, LABELS)}
@@ -136,15 +137,21 @@ class Store:
         """Open or create. Raises: UsageError when the file belongs to another cache or configuration."""
         self.path = path
         self.connection = connect_to_read(path) if read_only else connect(path, TABLES.values())
-        known, wanted = self.notes(), {key: json.dumps(value) for key, value in identity.items()}
+        try:
+            self._hold_to({key: json.dumps(value) for key, value in identity.items()}, read_only)
+        except (sqlite3.DatabaseError, UsageError) as error:
+            self.__exit__(type(error), error, None)
+            raise
+
+    def _hold_to(self, wanted: dict[str, str], read_only: bool) -> None:
+        known = self.notes()
         unused = not self._any("SELECT 1 FROM explanation WHERE explainer NOT LIKE ?", "%" + NOW)
         for key, value in wanted.items():
             # labels, or what was asked on demand, may come first: what they did not say is claimed now
             if known.get(key) != value and not (unused and key not in known):
-                self.connection.close()
                 raise UsageError(
-                    f"{path} was made with another {key} ({known.get(key)} then, {value} now): its scores do not hold "
-                    "for this run. Use --overwrite, or name another file."
+                    f"{self.path} was made with another {key} ({known.get(key)} then, {value} now): its scores do not "
+                    "hold for this run. Use --overwrite, or name another file."
                 )
         if unused and not read_only:
             self.note(wanted)
@@ -152,8 +159,11 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Close the file. Raises: as `connect`, for what SQLite found while it was read and written."""
         self.connection.close()
+        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.IntegrityError):
+            raise problem(self.path, error) from error
 
     def _any(self, query: str, *parameters: Any) -> bool:
         return self.connection.execute(query, parameters).fetchone() is not None
@@ -289,8 +299,9 @@ class Store:
         return dict(self.connection.execute(query, where))
 
     def judges(self) -> list[str]:
-        """Return the judges that scored here, the first one first."""
-        return [name for (name,) in self.connection.execute("SELECT judge FROM score GROUP BY 1 ORDER BY min(rowid)")]
+        """Return the judges that scored here: by the first explanation that they did, then by name."""
+        query = "SELECT judge FROM score GROUP BY 1 ORDER BY min(explanation_id), judge"
+        return [name for (name,) in self.connection.execute(query)]
 
     # --- labels and calls ------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
 from sae_italian.autointerp.store import NOW, Store
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain, shown, table
-from sae_italian.base.statistics import Estimate, mean_interval, wilson
+from sae_italian.base.statistics import Estimate, mean_interval, reaches, wilson
 
 GOOD = 0.8  # balanced accuracy from which a latent counts as detected
 ENOUGH = 300  # latents from which a summary may stand for an SAE
@@ -32,14 +32,15 @@ _SOURCES = {"detection": SEGMENT_NEGATIVES, "fuzzing": FUZZING_NEGATIVES}
 class AutointerpSummary:
     """One explainer's explanations under one judge. Means are over explained latents, with 95 % intervals over latents.
 
-    Numbers named without a negative source are those with random negatives (detection) and with the silent tokens of the
-    same segments (fuzzing).
+    Numbers named without a negative source are those with random negatives (detection) and with marks on the same token
+    where it is silent (fuzzing). Shares of latents are of the `n_scored` whose detection could be scored.
     """
 
     explainer: str
     judge: str
     n_latents: int
     n_explained: int
+    n_scored: int
     n_too_few: int
     n_dead: int
     detection: Estimate
@@ -97,6 +98,7 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
             judge=judge,
             n_latents=len(statuses),
             n_explained=statuses.count("ok"),
+            n_scored=len(detected),
             n_too_few=statuses.count("too few activations"),
             n_dead=statuses.count("dead"),
             **means,
@@ -117,7 +119,7 @@ def _mean(values: dict[int, float]) -> Estimate:
 
 
 def _share(values: Sequence[float]) -> Estimate:
-    return wilson(sum(value >= GOOD for value in values), len(values))
+    return wilson(sum(reaches(value, GOOD) for value in values), len(values))
 
 
 # --- tables ------------------------------------------------------------------------------------------------------------
@@ -133,8 +135,8 @@ def side_by_side(path: Path) -> list[AutointerpSummary]:
             """SELECT explainer, judge FROM score JOIN explanation ON explanation.id = score.explanation_id
                WHERE control = '' AND judge NOT LIKE 'always-%' AND explainer != ? AND scorer = 'detection'
                  AND explainer NOT LIKE ?
-               GROUP BY explainer, judge ORDER BY min(score.rowid)""",
-            (LOOKUP, "%" + NOW),
+               GROUP BY explainer, judge ORDER BY min(explanation_id), judge != ?, judge""",
+            (LOOKUP, "%" + NOW, RULE),
         ).fetchall()
     return [summarise(path, explainer=explainer, judge=judge) for explainer, judge in pairs]
 
@@ -145,7 +147,7 @@ def comparison_table(summaries: list[AutointerpSummary], random: Sequence[Autoin
     A rule's score and an LLM's are different quantities: compare within a judge only.
     """
     named = [(one.explainer, one) for one in summaries] + [(f"{one.explainer}, random SAE", one) for one in random]
-    rows = [[name, one.judge, one.n_explained, *(shown(getattr(one, each)) for each in COLUMNS)] for name, one in named]
+    rows = [[name, one.judge, one.n_scored, *(shown(getattr(one, each)) for each in COLUMNS)] for name, one in named]
     return table(" | ".join(["explainer", "judge", "latents", *(name.replace("_", " ") for name in COLUMNS)]), rows)
 
 
@@ -155,12 +157,11 @@ def means(path: Path, explainer: str, judges: Sequence[str]) -> list[dict[str, A
     with Store(path, {}) as store:
         asked = store.connection.execute(
             """SELECT judge, scorer, negatives FROM score JOIN explanation ON explanation.id = score.explanation_id
-               WHERE control = '' AND explainer = ? GROUP BY judge, scorer, negatives ORDER BY min(score.rowid)""",
+               WHERE control = '' AND explainer = ? GROUP BY judge, scorer, negatives""",
             (explainer,),
         ).fetchall()
-        for judge, scorer, negatives in asked:
-            if judge not in judges:
-                continue
+        known, order = [row for row in asked if row[0] in judges], list(SCORERS)
+        for judge, scorer, negatives in sorted(known, key=lambda row: (judges.index(row[0]), order.index(row[1]))):
             where = {"judge": judge, "scorer": scorer, "metric": SCORERS[scorer].metric, "negatives": negatives}
             every = store.values(explainer=explainer, control="", failed=True, **where)
             own = {latent: value for latent, value in every.items() if value is not None}

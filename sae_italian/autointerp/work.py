@@ -5,11 +5,12 @@ A unit of work is a batch of latents; who does it elsewhere than in this process
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from sae_italian.autointerp.draws import ExampleSource, find_neighbours
 from sae_italian.autointerp.examples import LatentExamples, latent_examples, promoted_tokens
@@ -19,7 +20,11 @@ from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import Explanation, Feature
+from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache
+from sae_italian.cache.layout import tokenizer_hash
+from sae_italian.cache.passages import LatentActivations
+from sae_italian.models import load_tokenizer
 
 SHUFFLED = "shuffled"  # the control of another latent's explanation
 LEAST_POSITIVES = (10, 5, 10)  # segments of train, val and test
@@ -51,15 +56,20 @@ class Explained(NamedTuple):
 class Work:
     """Examples, rules and their scores of one cache's latents: all that needs no store, so that it can be done anywhere."""
 
-    def __init__(
-        self, cache: FeatureCache, tokenizer: Any, config: AutointerpConfig, latents: Sequence[int], sae: Any = None
-    ):
+    def __init__(self, cache: FeatureCache, tokenizer: Any, config: AutointerpConfig, sae: Any = None):
+        """Raises: UsageError when the tokenizer is not the one that the cache was built with."""
+        if tokenizer_hash(tokenizer) != cache.manifest.tokenizer_hash:
+            raise UsageError(f"{cache.folder} was built with another tokenizer than the one given.")
         self.cache, self.config = cache, config
-        neighbours = find_neighbours(cache, latents, sae)
+        self.latents = list(range(cache.manifest.d_sae))
+        if config.latents is not None:
+            live = np.flatnonzero(cache.statistics["count"] > 0)
+            self.latents = sorted(np.random.default_rng(config.seed).permutation(live)[: config.latents].tolist())
+        neighbours = find_neighbours(cache, self.latents, sae)
         self.source = ExampleSource(cache, neighbours, width=config.width, seed=config.seed)
         self.places = Places(self.source, tokenizer)
         self.explainer, self.judge = RuleExplainer(self.places, config.n_examples), RuleJudge(self.places)
-        self.opener = partial(open_work, cache.folder, tokenizer, config, latents, sae)
+        self.opener = partial(open_work, cache.folder, tokenizer, config, sae)
 
     def prepare(self) -> None:
         """Compute now what every latent needs, so that processes forked afterwards share it."""
@@ -93,6 +103,17 @@ class Work:
     def promoted(self, latent: int) -> tuple[str, ...]:
         """Return the tokens whose logits a latent raises most, those that the cache's text never has left out."""
         return promoted_tokens(self.cache, self.places.strings, latent)
+
+
+@lru_cache(maxsize=1)
+def _work_on(cache: FeatureCache) -> Work:
+    """Return the work on a cache, kept: to open it takes seconds."""
+    return Work(cache, load_tokenizer(cache.manifest.model), AutointerpConfig())
+
+
+def explain_latent(latent: LatentActivations) -> Explanation:
+    """Return the rule of one latent, made now and stored nowhere; its `status` says why where there is none."""
+    return _work_on(latent.cache).explain(latent.latent).explanations[0]
 
 
 def open_work(folder: Path, *arguments: Any) -> Work:

@@ -69,6 +69,11 @@ def mean_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Estimate
     return bootstrap(pairs, lambda total: total[:, 0] / total[:, 1], seed=seed)
 
 
+def reaches(share: float, threshold: float) -> bool:
+    """Return whether a share of counts is at least a threshold, as the counts say: a 0.7999999999999999 of sums is 0.8."""
+    return share >= threshold - 1e-9
+
+
 def wilson(successes: int, n: int) -> Estimate:
     """Return a share and Wilson's 95 % score interval (Wilson 1927)."""
     if n == 0:

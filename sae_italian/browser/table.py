@@ -54,8 +54,8 @@ def _note(name: str, results: dict[str, Any]) -> tuple[str, str]:
     if name == "dead":
         note = f"su {card['n_tokens']:,} token", f"in {card['n_tokens']:,} tokens"
     elif name == "share_detected":
-        explained, all_latents = f"{auto['n_explained']:,}", f"{auto['n_latents']:,}"
-        note = f"{explained} spiegati di {all_latents}", f"{explained} explained of {all_latents}"
+        scored, all_latents = f"{auto.get('n_scored', auto['n_explained']):,}", f"{auto['n_latents']:,}"
+        note = f"{scored} valutati di {all_latents}", f"{scored} scored of {all_latents}"
     elif name == "shuffled_detection":
         return "il caso dà 0,5", "chance is 0.5"
     else:
@@ -63,12 +63,12 @@ def _note(name: str, results: dict[str, Any]) -> tuple[str, str]:
     return note[0].replace(",", "."), note[1]
 
 
-def text_table(metrics: Sequence[Record], extra: Sequence[tuple[str, str]] = ()) -> str:
-    """Return a Markdown table of metrics with their intervals, in English, then rows of plain text."""
+def text_table(metrics: Sequence[Record], extra: Sequence[tuple[str, ...]] = ()) -> str:
+    """Return a Markdown table of metrics with their intervals, in English, then rows of a name, a value and an interval."""
     rows: list[tuple[str, ...]] = []
     for metric in metrics:
         digits, unit = (1, " %") if metric["unit"] else (3, "")
         note = f" ({metric['note_en']})" if metric["note_en"] else ""
         interval = "" if metric["lo"] is None else f"{metric['lo']:.{digits}f} to {metric['hi']:.{digits}f}"
         rows.append((metric["label_en"] + note, f"{metric['value']:.{digits}f}{unit}", interval))
-    return table(" | value | 95 % interval", [*rows, *((name, value, "") for name, value in extra)])
+    return table(" | value | 95 % interval", [*rows, *extra])

@@ -87,6 +87,12 @@ class LatentActivations:
         """Return this latent's row of the statistics."""
         return self.cache.table.slice(self.latent, 1).to_pylist()[0]
 
+    def explain(self) -> Any:
+        """Return this latent's rule, made now (an `Explanation`: `text_it`, `text_en`, `rule`); seconds for a cache's first."""
+        import sae_italian  # the public names: what explains stands above the cache
+
+        return sae_italian.explain_latent(self)
+
     def documents(self) -> dict[str, np.ndarray]:
         """Return the documents it is active in, strongest first: running index `doc`, `count`, `max`."""
         doc, first, count = np.unique(self.cache.gather("doc", self.position), return_index=True, return_counts=True)

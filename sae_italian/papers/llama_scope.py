@@ -144,7 +144,7 @@ def _scores(job: Reproduction, results: Results) -> dict[str, Any]:
     found = score_sae(sae, job, job.out / "cache", name=entry["folder"], random_control=True)
     auto = found["autointerp"]
     below = 100 * (1 - (auto["share_detected"]["value"] or 0.0))
-    text = f"{below:.0f} % of {auto['n_explained']} explained latents have a detection score below 0.8 (rule judge)"
+    text = f"{below:.0f} % of {auto['n_scored']} scored latents have a detection score below 0.8 (rule judge)"
     return {**found, "sae": entry["name"], "not_detected": text}
 
 

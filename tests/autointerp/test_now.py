@@ -27,7 +27,7 @@ def cache(small_cache, tmp_path):
 
 @pytest.fixture
 def work(cache, mini):
-    return Work(cache, mini.tokenizer, CONFIG, range(256))
+    return Work(cache, mini.tokenizer, CONFIG)
 
 
 @pytest.fixture
@@ -86,6 +86,13 @@ def test_what_a_run_says_already_is_not_kept_again(cache, work, mini):
         before = store.explainers()
     keep(path, work, work.explain(latent).explanations)
     assert names(path) == before
+
+
+def test_a_latent_of_a_cache_explains_itself(cache, explained, mini):
+    """The same rule as a run's, and nothing is stored."""
+    rule = cache.latent(explained[0].latent).explain()
+    expected = Work(cache, mini.tokenizer, AutointerpConfig()).explain(rule.latent).explanations[0]
+    assert rule == expected and rule.text_it and not (cache.folder / STORE_FILE).exists()
 
 
 def test_a_dead_latent_leaves_no_store(cache, work):

@@ -314,7 +314,7 @@ def test_a_local_encoder_is_read_and_a_missing_one_is_named(tmp_path):
     )
     BertModel(config).save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
-    encode = Encoder(tmp_path / "encoder", batch_size=2)
+    encode = Encoder(tmp_path / "encoder")
     vectors = encode(["la città", "il sole è tiepido e bello", "la città"])
     assert vectors.shape == (3, 16) and np.allclose(vectors[0], vectors[2], atol=1e-5)
     assert not np.allclose(vectors[0], vectors[1], atol=1e-3)

@@ -11,8 +11,11 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
+from sae_italian.autointerp.database import connect
 from sae_italian.autointerp.export import export
+from sae_italian.autointerp.run import stored_config
 from sae_italian.autointerp.store import CALLS, TABLES, Call, Explanation, Feature, Judgement, Label, Store, forget
+from sae_italian.autointerp.summary import summarise
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cli import main
 from tests.autointerp.llm.endpoint import FakeEndpoint
@@ -167,6 +170,47 @@ def test_forgetting_keeps_the_calls_that_were_paid(tmp_path):
     forget(tmp_path / "absent")
 
 
+def test_a_damaged_store_is_said_in_one_line(tmp_path):
+    """Half a row, pages of random bytes, settings that are none: each is the file's fault, and no traceback."""
+    path = filled(tmp_path / "row")
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE explanation SET notes = '{'")
+    with pytest.raises(DataError, match="row 1 of explanation is damaged.*Remove it"), Store(path, {}) as store:
+        store.explanations("llm:m:it1")
+    path = filled(tmp_path / "pages")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + os.urandom(len(whole) - 4096))
+    with pytest.raises(DataError, match="is not a store"), Store(path, {}) as store:
+        store.explanations("llm:m:it1")
+    path = filled(tmp_path / "settings")
+    with pytest.raises(DataError, match="is not of a run"), Store(path, {}) as store:
+        store.note({"width": "trentadue"})
+        stored_config(store)
+
+
+def test_a_full_disk_is_said_and_what_was_stored_stays(tmp_path):
+    path = filled(tmp_path / "s")
+    with pytest.raises(UsageError, match="cannot be written now: database or disk is full"), Store(path, {}) as store:
+        store.connection.execute("PRAGMA max_page_count = 1")
+        store.add_explanations([Explanation(n, "rules", "ok", "a" * 10_000, "", None) for n in range(20)])
+    with Store(path, {}) as store:
+        assert store.explainers() == ["llm:m:it1"]
+
+
+def test_a_paid_answer_is_on_the_disk_before_it_is_read(tmp_path):
+    """SQLite's `synchronous`: 2 is FULL, so that a commit survives a power failure; the rest of a run need not."""
+    ledger = connect(filled(tmp_path / "s"), TABLES.values(), durable=True)
+    assert ledger.execute("PRAGMA synchronous").fetchone() == (2,)
+    ledger.close()
+
+
+def test_score_rows_are_kept_once(tmp_path):
+    """By their key, without a second copy of it in an index: of 62 MB of a quickstart's store 19 were that copy."""
+    with Store(tmp_path / "s", {}) as store:
+        indexes = store.connection.execute("SELECT tbl_name FROM sqlite_master WHERE type = 'index'").fetchall()
+        assert not {("score",), ("judgement",)} & set(indexes)
+
+
 # --- exports -------------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +236,9 @@ def test_exports_to_parquet_and_jsonl_hold_every_row(tmp_path):
 def test_export_to_wandb_works_offline(tmp_path):
     """In a process of its own: W&B's service outlives the test otherwise."""
     path = filled(tmp_path / "s")
-    code = f"""from pathlib import Path; from sae_italian.autointerp.export import export
+    code = f"""from pathlib import Path; from sae_italian.autointerp.database import connect
+from sae_italian.autointerp.export import export
+from sae_italian.autointerp.run import stored_config
 print(export(Path({str(path)!r}), Path({str(tmp_path / "out")!r}), "wandb")[0])"""
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
@@ -201,3 +247,26 @@ print(export(Path({str(path)!r}), Path({str(tmp_path / "out")!r}), "wandb")[0])"
     assert list(folder.glob("offline-run-*/run-*.wandb")) and list(
         folder.glob("offline-run-*/files/media/table/*.json")
     )
+
+
+# --- what a summary makes of it ------------------------------------------------------------------------------------------
+
+
+def test_a_score_of_eight_tenths_counts_whatever_its_last_bit_and_the_share_is_of_the_scored(tmp_path):
+    """(35/50 + 1 - 5/50) / 2 is 0.7999999999999999 in floats; of 50 positives and 50 negatives it is 80 right of 100."""
+    values = [(35 / 50 + 1 - 5 / 50) / 2, (0.8 + 1 - 0.2) / 2, 0.79]
+    assert values[0] < 0.8 and values[1] == 0.8
+    with Store(tmp_path / "s", {}) as store:
+        store.add_explanations([Explanation(latent, "rules", "ok", "a", "a", None) for latent in range(4)])
+        rows = [
+            ("detection", "random", values),
+            ("fuzzing", "same-token", [0.6] * 3),
+            ("fuzzing", "silent-token", [0.9] * 3),
+        ]
+        for scorer, negatives, scores in rows:
+            where = (scorer, "rule", negatives, "balanced_accuracy")
+            store.add_scores((n + 1, n, "", *where, value, None, None, 50, 50) for n, value in enumerate(scores))
+    found = summarise(tmp_path / "s")
+    assert (found.n_latents, found.n_explained, found.n_scored) == (4, 4, 3)
+    assert found.share_detected.value == pytest.approx(2 / 3)
+    assert found.fuzzing.value == pytest.approx(0.6)  # the harder negatives lead

@@ -17,7 +17,7 @@ def measure(
 
     Every repetition explains and scores the same latents anew, into a store that is thrown away.
     """
-    from sae_italian.autointerp.run import AutointerpConfig, Run
+    from sae_italian.autointerp.run import AutointerpConfig, Run, Work
     from sae_italian.autointerp.store import Store
     from sae_italian.cache import FeatureCache
     from sae_italian.models.loading import load_tokenizer
@@ -29,11 +29,11 @@ def measure(
         for repeat in range(repeats):
             with Store(Path(temporary) / f"{repeat}.sqlite", {}) as store:
                 begun = time.perf_counter()
-                run = Run(cache, tokenizer, AutointerpConfig(latents=latents), store, workers=workers)
+                run = Run(Work(cache, tokenizer, AutointerpConfig(latents=latents)), store, workers=workers)
                 run.work.prepare()
                 opened = time.perf_counter()
                 run.rules()
-                rates.append(len(run.latents) / (time.perf_counter() - opened))
+                rates.append(len(run.work.latents) / (time.perf_counter() - opened))
                 opening.append(opened - begun)
                 n_scored = len(store.scored())
     manifest = cache.manifest
@@ -42,7 +42,7 @@ def measure(
         "n_tokens": cache.n_positions,
         "nnz": manifest.nnz,
         "d_sae": manifest.d_sae,
-        "n_latents": len(run.latents),
+        "n_latents": len(run.work.latents),
         "n_scored": n_scored,
         "workers": workers,
         "opening_seconds": float(np.median(opening)),

@@ -110,7 +110,7 @@ def write_explained(folder: Path, *, d_sae: int, n_non_zeros: int) -> None:
             store.add_explanations(Explanation(i, name, "ok", text, text, rule) for i, text in enumerate(texts))
             ids = {latent: number for latent, (number, _) in store.explanations(name).items()}
             scores = rng.uniform(0.5, 1.0, size=(d_sae, 2)).round(3).tolist()
-            kinds = (("detection", "random"), ("fuzzing", "silent-token"))
+            kinds = (("detection", "random"), ("fuzzing", "same-token"))
             store.add_scores(
                 (ids[i], i, "", scorer, "rule", negatives, "balanced_accuracy", value, value - 0.1, value + 0.1, 50, 50)
                 for i, row in enumerate(scores)

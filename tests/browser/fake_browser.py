@@ -172,7 +172,7 @@ def _contexts(planted: Planted, rng: random.Random, top: float, n: int) -> list[
 def _scores(rng: random.Random, detection: float, fuzzing: float, gain: float) -> list[Record]:
     scores: list[Record] = []
     for scorer, base in (("detection", detection), ("fuzzing", fuzzing)):
-        for negatives in ("random", "similar") if scorer == "detection" else ("silent-token",):
+        for negatives in ("random", "similar") if scorer == "detection" else ("same-token",):
             for explainer, centre in (("rules", base), ("token-lookup", base - gain)):
                 centre -= 0.07 if negatives == "similar" else 0.0
                 for metric, shift in (

@@ -95,7 +95,7 @@ def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[Row]:
     for name, (score, needs, metric) in SCORERS.items():
         able = [one for one in asked if hasattr(one.judge, needs) and (not one.only or name in one.only)]
         for one, found in score(able, examples) if able else ():
-            if one.only:
+            if one.only or one.control:  # what a control is there for
                 found = found._replace(metrics={metric: found.metrics[metric]})
             if one.row_id is not None:
                 rows += one.rows(examples.latent, name, found)

@@ -18,12 +18,13 @@ from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.choose import LOOKUP
 from sae_italian.autointerp.judges import Verdicts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.base.statistics import Estimate, mean_of_two, shares_by_document
+from sae_italian.base.statistics import NOTHING, Estimate, mean_of_two, shares_by_document
 
 GAIN = "gain_over_lookup"
-HEADLINE = {"detection": "random", "fuzzing": "silent-token"}  # the negatives behind a score named without any
+# The negatives behind a score named without any. Of fuzzing not the silent tokens of the same segment: a judge who
+# knows the context alone says no to nearly all of these, so that score is close to (share of positives found + 1) / 2.
+HEADLINE = {"detection": "random", "fuzzing": "same-token"}
 _RATES = ("balanced_accuracy", "tpr", "tnr", "f1")
-_NAN = float("nan")
 N_SAMPLES = 200  # resamples
 
 
@@ -94,7 +95,7 @@ def _by_decile(answers: PairedAnswers, deciles: Int[np.ndarray, " examples"]) ->
     decile = deciles[positive]
     for tenth in np.unique(decile[decile >= 0]).tolist():
         found = answers.verdicts.said[positive[decile == tenth]]
-        yield Score("random", {f"tpr_decile_{tenth}": Estimate(float(found.mean()), _NAN, _NAN)}, len(found))
+        yield Score("random", {f"tpr_decile_{tenth}": NOTHING._replace(value=float(found.mean()))}, len(found))
 
 
 def ranking(
@@ -190,7 +191,7 @@ class Resampled:
         sums = np.zeros((3, len(self.sets), len(self.documents.known)))
         for number, ((said, probability), document, sides) in enumerate(self.sets):
             rows = sides[side]
-            error = np.full(len(rows), _NAN) if probability is None else (truth - probability[rows]) ** 2
+            error = np.full(len(rows), np.nan) if probability is None else (truth - probability[rows]) ** 2
             sums[:, number] = self.documents.sums(document[rows], np.stack([np.ones(len(rows)), said[rows], error]))
         return sums[1::-1], np.stack([self.documents.weights @ each.T for each in sums]).transpose(0, 2, 1)
 

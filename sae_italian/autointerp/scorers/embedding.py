@@ -54,33 +54,21 @@ def embedding(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tupl
 class Encoder:
     """A local sentence encoder: any Hugging Face encoder's folder, mean of the last hidden states over the tokens."""
 
-    def __init__(self, folder: str | Path, *, batch_size: int = 32):
+    def __init__(self, folder: str | Path):
         """Raises: UsageError when the folder holds no model."""
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import pipeline
 
         if not (Path(folder) / "config.json").is_file():
             raise UsageError(
                 f"{folder} holds no sentence encoder (no config.json). Give the folder of a multilingual one, "
                 "such as a downloaded paraphrase-multilingual-mpnet-base-v2."
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).eval()
-        self.batch_size = batch_size
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
+        self.read: Any = pipeline("feature-extraction", model=str(folder), return_tensors=True)
 
     def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "texts d"]:
         """Return one vector per text; texts longer than the encoder's context are cut."""
-        import torch
-
-        limit = min(getattr(self.model.config, "max_position_embeddings", 512), 512)
-        form = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
-        vectors = []
-        for first in range(0, len(texts), self.batch_size):
-            part = list(texts[first : first + self.batch_size])
-            batch = self.tokenizer(part, return_token_type_ids=False, **form)
-            with torch.no_grad():
-                hidden = self.model(**batch).last_hidden_state
-            mask = batch["attention_mask"][:, :, None].to(hidden.dtype)
-            vectors.append(((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).float().numpy())
-        return np.concatenate(vectors) if vectors else np.zeros((0, self.model.config.hidden_size))
+        limit = min(getattr(self.read.model.config, "max_position_embeddings", 512), 512)
+        form = {"truncation": True, "max_length": limit, "return_token_type_ids": False}
+        return np.stack(
+            [hidden[0].mean(dim=0).float().numpy() for hidden in self.read(list(texts), tokenize_kwargs=form)]
+        )

@@ -64,8 +64,7 @@ def correlations(
         # differences of rounding size are no variance
         defined = (variance[0] > 1e-9 * aa / n) & (variance[1] > 1e-9 * ss / n)
         values = np.where(defined, (cross / n - a * s / n**2) / scale, 0.0).clip(-1, 1)
-    nan = float("nan")
     return [
-        {"correlation": estimate, "constant": Estimate(float(not known), nan, nan)}
+        {"correlation": estimate, "constant": NOTHING._replace(value=float(not known))}
         for estimate, known in zip(estimates(values), defined[:, 0].tolist(), strict=True)
     ]

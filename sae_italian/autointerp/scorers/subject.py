@@ -158,10 +158,7 @@ def effects(
     gains = {name: np.subtract(*(judge.of_text(text, rows) for rows in written)) for name, text in texts.items()}
     if any(np.isnan(gain).any() for gain in gains.values()):
         return nothing
-    at = {
-        name: Estimate(value, NOTHING.lo, NOTHING.hi)
-        for name, value in (("strength", strength), ("divergence", reached))
-    }
+    at = {"strength": NOTHING._replace(value=strength), "divergence": NOTHING._replace(value=reached)}
     return {name: {"log_probability_gain": mean_interval(gain), **at} for name, gain in gains.items()}
 
 

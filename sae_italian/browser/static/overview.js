@@ -85,7 +85,7 @@ function goldTable(ctx, gold, state) {
 
 function renderGold(ctx, gold, state) {
   if (!gold.length) return null;
-  const good = gold.filter((item) => item.f1 !== null && item.f1 >= GOOD_F1).length;
+  const good = gold.filter((item) => item.f1 !== null && item.f1 >= GOOD_F1 - 1e-9).length;
   const summary = ctx.t("gold.summary", { n: ctx.integer(gold.length), good: ctx.integer(good), bar: ctx.fixed(GOOD_F1, 1) });
   return h("details", { class: "panel gold", open: state.open, ontoggle: (event) => (state.open = event.target.open) },
     h("summary", {}, h("h2", {}, ctx.t("gold")), h("span", { class: "muted" }, summary)),

@@ -2,7 +2,7 @@
 
 const CONTROL = "token-lookup";
 const MAIN_METRIC = "balanced_accuracy";
-const HEADLINE = { detection: "random", fuzzing: "silent-token" }; // the negatives of the scores shown first
+const HEADLINE = { detection: "random", fuzzing: "same-token" }; // the negatives of the scores shown first
 const METRICS = [MAIN_METRIC, "tpr", "tnr", "f1", "auroc"];
 
 const NOW = "@now"; // ends the name of an explanation made on demand that says something else than the run's

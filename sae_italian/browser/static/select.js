@@ -5,7 +5,7 @@ const ULTRA = 0.1; // density from which a latent is ultra-active
 
 const FILTERS = {
   all: () => true,
-  explained: (row) => row.detection !== null && row.detection >= GOOD,
+  explained: (row) => row.detection !== null && row.detection >= GOOD - 1e-9, // as base/statistics.reaches
   better: (row) => row.gain !== null && row.gain > 0,
   llm: (row) => Boolean(row.llm_it || row.llm_en),
   gold: (row) => row.gold.length > 0,

@@ -78,7 +78,7 @@ def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
     rule, llm = result["summaries"]
     assert (rule["explainer"], rule["judge"], llm["explainer"]) == (EXPLAINER, "rule", "llm:prova:it1")
     assert llm["judge"] == "llm:prova:it1" and llm["n_explained"] == N
-    assert llm["detection"]["value"] > 0.95 and llm["fuzzing"]["value"] > 0.95
+    assert llm["detection"]["value"] > 0.95 and llm["by_negatives"]["fuzzing"]["silent-token"]["value"] > 0.95
     assert llm["simulation"]["value"] > 0.95 and llm["shuffled_detection"]["value"] < 0.7
     table = " ".join(text.split())
     assert f"{EXPLAINER} rule 4 " in table and "llm:prova:it1 llm:prova:it1 4 " in table
@@ -168,4 +168,4 @@ def test_judgements_that_are_all_unusable_leave_the_figures_empty(planted, capsy
         assert run(cache, endpoint, "--json") == 0
     rule, llm = json.loads(capsys.readouterr().out)["llm"]["summaries"]
     assert llm["n_explained"] == N and llm["detection"]["value"] is None and rule["detection"]["value"] is not None
-    assert "llm:prova:it1 llm:prova:it1 4 -" in " ".join(text.split())
+    assert "llm:prova:it1 llm:prova:it1 0 -" in " ".join(text.split())
