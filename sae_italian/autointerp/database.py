@@ -16,7 +16,7 @@ from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 SCHEMA_VERSION = 1  # kept as SQLite's own user_version; files from before the first release have 0
 CALLS_TABLE = "call"  # what was paid for: whatever else changes, it is carried over
 BUSY_S = 60  # a second connection (the call ledger) waits this long for the first one's commit
-_ELSEWHERE = {  # primary result codes of what is wrong with the folder or another process, not with the file
+_ELSEWHERE = {  # primary result codes of what is wrong with the folder or another process
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,

@@ -123,7 +123,7 @@ class ExampleSource:
     def _pools(self) -> dict[tuple[int, int], Int[np.ndarray, " n"]]:
         """The usable segments of each part and length."""
         kinds = [(part, length) for part in range(len(PARTS)) for length in np.unique(self.bucket).tolist()]
-        return {kind: np.flatnonzero((self.usable_part == kind[0]) & (self.bucket == kind[1])) for kind in kinds}
+        return {(part, n): np.flatnonzero((self.usable_part == part) & (self.bucket == n)) for part, n in kinds}
 
     @cached_property
     def _occurrences(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " keys"]]:

@@ -32,7 +32,7 @@ class Example:
     document: str
     positive: bool
     negatives: Negatives | None = None  # the source of a negative, None for a positive
-    marks: Bool[np.ndarray, " tokens"] | None = None  # the tokens shown marked; None: the question is about the whole
+    marks: Bool[np.ndarray, " tokens"] | None = None  # tokens shown marked; None: the whole is asked about
     first: int = -1  # position of the first token in the cache
     decile: int = -1  # of a positive among the latent's segments, 0 the weakest tenth, 9 the strongest
     pair: int = -1  # running number of a positive, and of the negatives that are matched with it
@@ -61,11 +61,11 @@ class LatentExamples:
 
     latent: int
     maximum: float  # largest activation in the training documents, to scale strengths by
-    train: Sequence[Example] = ()  # to explain: positives (marked from 0.3 of their maximum on) and random negatives
+    train: Sequence[Example] = ()  # to explain: positives with marks, and random negatives
     test: Sequence[Example] = ()  # to score: positives, then as many negatives per source as there are
-    marked: Sequence[Example] = ()  # to score by fuzzing: the test segments with marks, equally many in each class
+    marked: Sequence[Example] = ()  # to score by fuzzing: the test segments with marks
     simulation: Sequence[Example] = ()  # test positives: the strongest (decile -1), then random ones
-    promoted: tuple[str, ...] = ()  # the tokens whose logits the latent raises most: its output, not when it fires
+    promoted: tuple[str, ...] = ()  # tokens whose logits the latent raises most: its output
 
 
 class LatentSegments:

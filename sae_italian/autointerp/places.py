@@ -59,7 +59,7 @@ class Places:
         self.form_token = known // 2 % self.vocab
         self.form_word = known // 2 // self.vocab
         self.form_ends = (known % 2).astype(bool)
-        self._goes_on = np.append(self.source.linked[1:], False)  # the next position is of the same document and window
+        self._goes_on = np.append(self.source.linked[1:], False)  # into the same document and window
         self._table: dict[Family, np.ndarray] = {}
         self._lock = Lock()
 

@@ -56,7 +56,7 @@ class AutointerpSummary:
     lookup_simulation: Estimate
     lookup_share_detected: Estimate
     gain_over_lookup: Estimate  # mean of the paired differences
-    only_token: Estimate  # share of latents that the lookup detects and that the explanation explains no better
+    only_token: Estimate  # share that the lookup detects and the explanation explains no better
     always_yes: Estimate
     always_no: Estimate
     by_negatives: dict[str, dict[str, Estimate]]  # scorer -> negatives -> mean balanced accuracy

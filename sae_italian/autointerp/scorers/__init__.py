@@ -45,7 +45,7 @@ class Asked:
     control: str = ""  # which control it serves; "" for an explanation on its own latent's examples
     row_id: int | None = None
     only: Mapping[str, str] = field(default_factory=dict)
-    answers: dict[str, tuple[Sequence[Example], Verdicts]] = field(default_factory=dict)  # by scorer, once asked
+    answers: dict[str, tuple[Sequence[Example], Verdicts]] = field(default_factory=dict)  # by scorer
 
     def rows(self, latent: int, scorer: str, score: Score) -> Iterator[Row]:
         """Yield a score as rows of the store."""
@@ -61,7 +61,7 @@ class Asked:
             each = zip(examples, said.tolist(), probability.tolist(), strict=True)
             for i, (example, yes, p) in enumerate(each):
                 where = (self.row_id, latent, self.control, scorer, self.judge.name, i)
-                yield Judgement(*where, example.first, example.negatives or "", yes, p if p == p else None)  # NaN: none
+                yield Judgement(*where, example.first, example.negatives or "", yes, p if p == p else None)
 
 
 class Scorer(NamedTuple):

@@ -33,7 +33,7 @@ class PairedAnswers(NamedTuple):
 
     verdicts: Verdicts
     document: Int[np.ndarray, " examples"]
-    rows: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]  # which of the examples the positives and negatives are
+    rows: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]  # of the positives and the negatives
 
     def answered(self, other: PairedAnswers | None = None) -> PairedAnswers:
         """Return these answers without the examples on which these, or others on the same examples, failed."""
@@ -129,14 +129,14 @@ class ResampledDocuments:
         self.known = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *docs]))
         n = len(self.known)
         size = max(1 << max(n - 1, 0).bit_length(), 64)  # few sizes, so that the draws are made few times
-        self.weights = np.concatenate([np.ones((1, n)), _weights(size)[:, :n]])  # the first row is the data as it is
+        self.weights = np.concatenate([np.ones((1, n)), _weights(size)[:, :n]])  # first the data as it is
 
     def sums(
         self, docs: Int[np.ndarray, " n"], values: Float[np.ndarray, "quantities n"]
     ) -> Float[np.ndarray, "quantities documents"]:
         """Return the sums of several quantities over each document."""
         n = len(self.known)
-        cell = (np.arange(len(values)) * n)[:, None] + self.index(docs)  # one for each quantity and document
+        cell = (np.arange(len(values)) * n)[:, None] + self.index(docs)
         return np.bincount(cell.ravel(), weights=values.ravel(), minlength=len(values) * n).reshape(len(values), n)
 
     def index(self, docs: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

@@ -31,7 +31,7 @@ from sae_italian.saes import load_sae
 
 EMPTY = {"it": "Varie frasi senza legame fra loro.", "en": "Various unrelated sentences."}
 ASKS = {"it": "\nIn breve, si parla di:", "en": "\nIn short, this is about:"}
-PROMOTED = "promoted"  # in the place of the negatives: the latent's output by the logit lens was asked about
+PROMOTED = "promoted"  # in the negatives' place: the latent's output by the logit lens
 N_NEW, N_PROMPTS = 8, 30
 CONTEXT = 1024  # tokens, of a model whose configuration names none
 DIVERGENCE = 0.5  # nats: the strength of an intervention that all latents are compared at
@@ -121,7 +121,7 @@ def intervention(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[t
         return
     silent = sorted((e.tokens for e in examples.test if not e.positive), key=len, reverse=True)[:N_PROMPTS]
     texts = {(one, "none"): plain_text(one.explanation, judge.language) for one in asked}
-    own = [one for one in asked if one.explanation.explainer]  # a text that explains nothing promotes nothing
+    own = [one for one in asked if one.explanation.explainer]  # not what explains nothing
     texts |= {(one, PROMOTED): ", ".join(judge.promoted(one.explanation.latent)) for one in own}
     metrics = effects(judge, judge.directions[examples.latent].detach(), texts, silent)
     for (one, about), found in metrics.items():
