@@ -32,6 +32,10 @@ class Column(NamedTuple):
     """Whether the list can be narrowed to a range of it."""
 
 
+def _score(scorer: str, end: str) -> Callable[[LatentSource, int], float | None]:
+    return lambda source, latent: getattr(source.score(EXPLAINER, scorer, latent), end)
+
+
 def _gain(source: LatentSource, latent: int) -> float | None:
     own, lookup = (source.score(explainer, "detection", latent).value for explainer in (EXPLAINER, LOOKUP))
     return None if own is None or lookup is None else own - lookup
@@ -60,35 +64,30 @@ def _tokens(source: LatentSource, latent: int) -> list[str]:
     return [source.strings[token] for token in source.stats["token_ids"][latent][:TOKENS_SHOWN]]
 
 
+Number = FiniteFloat | None
 COLUMNS: dict[str, Column] = {
     "latent": Column(int, lambda _, i: i, "integer"),  # 0 to d_sae - 1, in order
-    # share of tokens on which it is active, 0 to 1
-    "density": Column(FiniteFloat, lambda source, i: float(source.stats["density"][i]), "density", range=True),
-    # largest activation seen; 0 when dead
-    "max": Column(FiniteFloat, lambda source, i: float(source.stats["max"][i]), "activation", range=True),
-    "n_active": Column(int, lambda source, i: int(source.stats["count"][i])),  # tokens on which it is active
-    "explanation_it": Column(
-        str, lambda source, i: _said(source.explained(EXPLAINER, i), "it")
-    ),  # the rule's, which the scores are of
-    "explanation_en": Column(str, lambda source, i: _said(source.explained(EXPLAINER, i), "en")),
-    "llm_it": Column(
-        str, lambda source, i: _said(source.llm_explanation(i), "it")
-    ),  # an LLM's explanation; empty without one
-    "llm_en": Column(str, lambda source, i: _said(source.llm_explanation(i), "en")),
+    # share of tokens on which it is active, 0 to 1; the largest activation seen, 0 when dead; tokens on which it is active
+    "density": Column(FiniteFloat, lambda s, i: float(s.stats["density"][i]), "density", range=True),
+    "max": Column(FiniteFloat, lambda s, i: float(s.stats["max"][i]), "activation", range=True),
+    "n_active": Column(int, lambda s, i: int(s.stats["count"][i])),
+    # the rule's, which the scores are of; an LLM's, empty without one
+    "explanation_it": Column(str, lambda s, i: _said(s.explained(EXPLAINER, i), "it")),
+    "explanation_en": Column(str, lambda s, i: _said(s.explained(EXPLAINER, i), "en")),
+    "llm_it": Column(str, lambda s, i: _said(s.llm_explanation(i), "it")),
+    "llm_en": Column(str, lambda s, i: _said(s.llm_explanation(i), "en")),
     "kind": Column(str, _kind),  # token, previous, bigram, context, ...; empty when unexplained
     # balanced accuracy, 0 to 1, chance 0.5, and its 95 % interval
-    "detection": Column(
-        FiniteFloat | None, lambda source, i: source.score(EXPLAINER, "detection", i).value, "score", range=True
-    ),
-    "detection_lo": Column(FiniteFloat | None, lambda source, i: source.score(EXPLAINER, "detection", i).lo),
-    "detection_hi": Column(FiniteFloat | None, lambda source, i: source.score(EXPLAINER, "detection", i).hi),
-    "fuzzing": Column(FiniteFloat | None, lambda source, i: source.score(EXPLAINER, "fuzzing", i).value, "fixed"),
+    "detection": Column(Number, _score("detection", "value"), "score", range=True),
+    "detection_lo": Column(Number, _score("detection", "lo")),
+    "detection_hi": Column(Number, _score("detection", "hi")),
+    "fuzzing": Column(Number, _score("fuzzing", "value"), "fixed"),
     # detection minus that of the token lookup, -1 to 1
-    "gain": Column(FiniteFloat | None, _gain, "signed", range=True),
+    "gain": Column(Number, _gain, "signed", range=True),
     "top_tokens": Column(list[str], _tokens),
     "gold": Column(list[str], _gold),  # labels that this latent detects
-    "dead": Column(bool, lambda source, i: not source.stats["count"][i]),
-    "x": Column(FiniteFloat | None, lambda source, i: source.place(i, 0)),  # on the map; None without the decoder
-    "y": Column(FiniteFloat | None, lambda source, i: source.place(i, 1)),
+    "dead": Column(bool, lambda s, i: not s.stats["count"][i]),
+    "x": Column(Number, lambda s, i: s.place(i, 0)),  # on the map; None without the decoder
+    "y": Column(Number, lambda s, i: s.place(i, 1)),
     "status": Column(str, _status),
 }

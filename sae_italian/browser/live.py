@@ -222,8 +222,8 @@ def _latent(name: str, value: Any) -> int:
 
 
 def _strengths(name: str, value: Any) -> list[float]:
-    numbers = isinstance(value, list) and all(isinstance(s, int | float) and not isinstance(s, bool) for s in value)
-    if not numbers or not 1 <= len(value) <= MAX_STRENGTHS or any(not abs(s) <= LARGEST_STRENGTH for s in value):
+    some = isinstance(value, list) and 1 <= len(value) <= MAX_STRENGTHS
+    if not some or not all(type(s) in (int, float) and abs(s) <= LARGEST_STRENGTH for s in value):
         raise Refused(
             f"{name}: 1 to {MAX_STRENGTHS} numbers between -{LARGEST_STRENGTH:g} and {LARGEST_STRENGTH:g}.",
             f"Intensità: da 1 a {MAX_STRENGTHS} numeri tra -{LARGEST_STRENGTH:g} e {LARGEST_STRENGTH:g}.",

@@ -43,8 +43,9 @@ def _type(told: str) -> Any:
         return _type(told[:-1]) | None
     if told.startswith("["):
         return list[_type(told[1:-1])]
-    if told == "row":
-        return _typed("row", {name: column.type for name, column in COLUMNS.items()})
+    if told in ("row", "rows"):
+        kinds = {name: column.type for name, column in COLUMNS.items()}
+        return _typed(told, kinds if told == "row" else {name: list[kind] for name, kind in kinds.items()})
     return _TYPES.get(told) or _typed(told, {name: _type(kind) for name, kind in fields()[told].items()})
 
 
@@ -54,7 +55,7 @@ def _adapter(told: str) -> TypeAdapter[Any]:
 
 
 def check(told: str, value: Any, where: str = "") -> Any:
-    """Return a record as plain JSON values; `told` is its type as in `records.yaml` (`run`, `[group]`), or `row`.
+    """Return a record as plain JSON values; `told` is its type as in `records.yaml` (`run`, `[group]`), `row` or `rows`.
 
     Raises: DataError, naming the first field that does not fit; `where` is what it calls the record.
     """
@@ -69,20 +70,12 @@ def check(told: str, value: Any, where: str = "") -> Any:
 
 def check_rows(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Return the columns of all rows as plain JSON values; row i is latent i. Raises: DataError, naming the place."""
-    if wrong := sorted(set(COLUMNS) ^ set(columns)):
-        what = "is missing" if wrong[0] in COLUMNS else "is not a field"
-        raise DataError(f"rows of latents: column {wrong[0]!r} {what}; the columns are those of columns.py.")
-    if len({len(values) for values in columns.values()}) != 1:
-        raise DataError("rows of latents: the columns differ in length.")
-    checked: dict[str, list[Any]] = {name: [] for name in columns}
-    for latent, values in enumerate(zip(*columns.values(), strict=True)):
-        row = dict(zip(columns, values, strict=True))
-        where = f"row of latent {row['latent']}"
-        row = check("row", row, where)
-        if row["latent"] != latent:
-            raise DataError(f"{where}: stands at place {latent}. Give every latent once, in order.")
-        for name, value in row.items():
-            checked[name].append(value)
+    where = "rows of latents"
+    checked = check("rows", columns, where)
+    if len(set(map(len, checked.values()))) != 1:
+        raise DataError(f"{where}: the columns differ in length.")
+    if checked["latent"] != list(range(len(checked["latent"]))):
+        raise DataError(f"{where}: give every latent once, in order.")
     return checked
 
 

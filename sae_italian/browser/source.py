@@ -85,7 +85,8 @@ class LatentSource:
     def version(self) -> tuple[Any, ...]:
         """Return what changes whenever something is stored: time and size of the store and of its write-ahead log."""
         files = (self.store_path.with_name(self.store_path.name + ending) for ending in ("", "-wal"))
-        return tuple((facts.st_mtime_ns, facts.st_size) for file in files if file.exists() for facts in [file.stat()])
+        facts = (file.stat() for file in files if file.exists())
+        return tuple((fact.st_mtime_ns, fact.st_size) for fact in facts)
 
     def update(self) -> None:
         """Read again what is stored where something new is."""
@@ -104,7 +105,7 @@ class LatentSource:
             for explainer, scorer, latent, *score in store.connection.execute(_HEADLINE):
                 name = explainer.removesuffix(NOW)
                 shown = self.explained(name, latent)
-                if shown is not None and shown.explainer == explainer:  # one made on demand, where a run left room
+                if shown is not None and shown.explainer == explainer:  # `@now` only where a run left room
                     self.scores.setdefault((name, scorer), {})[latent] = Headline(*score)
         self.labels = labels_of(store, self.gold)
 
@@ -267,17 +268,18 @@ def short_name(manifest: Manifest) -> str:
     """Return the SAE's name as in Llama Scope: layer, site and expansion, e.g. `L14R-32x`."""
     hook = parse_hook_name(manifest.hook_name)
     expansion = manifest.d_sae / manifest.d_in
-    return f"L{hook.layer}{hook.site or ''}-{expansion:g}x" if expansion >= 1 else f"L{hook.layer}{hook.site or ''}"
+    return f"L{hook.layer}{hook.site or ''}" + (f"-{expansion:g}x" if expansion >= 1 else "")
 
 
 def labels_of(store: Store | None, gold: Iterable[dict[str, Any]]) -> dict[int, list[Record]]:
     """Return the gold and UD labels that each latent detects, best first: the store's and those of the run's results."""
     rows = [row._asdict() for row in store.labels()] if store else []
-    rows += [{**row, "source": "gold"} for row in gold if row["latent"] is not None and (row["f1"] or 0) >= GOLD_SHOWN]
+    good = (row for row in gold if row["latent"] is not None and (row["f1"] or 0) >= GOLD_SHOWN)
+    rows += [{**row, "source": "gold"} for row in good]
     found: dict[int, list[Record]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -(row["f1"] or 0.0)):
         found.setdefault(row["latent"], []).append({name: row.get(name) for name in fields()["label"]})
-    return {latent: sorted(labels, key=lambda one: -(one["f1"] or 0.0))[:N_LABELS] for latent, labels in found.items()}
+    return {latent: labels[:N_LABELS] for latent, labels in found.items()}
 
 
 def _shown_rule(rule: dict[str, Any] | None) -> dict[str, Any] | None:

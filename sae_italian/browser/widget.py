@@ -42,7 +42,8 @@ def show(
         FeatureCache.open(cache_path).range_of(latent)
     bare = plain or not has_anywidget()
     given = weights if weights or bare or not (live or compare) else None
-    answers = open_pages(cache_path, weights=given, live=live and not bare, llm=llm, compare=None if bare else compare)
+    compare = None if bare else compare
+    answers = open_pages(cache_path, weights=given, live=live and not bare, llm=llm, compare=compare)
     return Plain(answers.source, latent) if bare else widget_class()(answers, latent)
 
 

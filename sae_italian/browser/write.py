@@ -129,7 +129,8 @@ def _write_source(folder: Path, source: Any, run: Record, more: dict[str, Any]) 
     sizes = {"rows_per_shard": ROWS_PER_SHARD, "cards_per_shard": CARDS_PER_SHARD}
     facts = {"rows": n_rows, "row_shards": len(starts), **sizes}
     _write_data(folder.parent, f"{folder.name}/run", 0, {"run": run, **facts, **more})
-    gc.freeze()  # a card's records hold each other in no circle: what was there before need not be searched again and again
+    # A card's records hold each other in no circle: what was there before need not be searched again and again.
+    gc.freeze()
     with tqdm(total=n_rows, desc="cards", unit="latent", disable=None) as progress:
         for index, start in enumerate(range(0, n_rows, CARDS_PER_SHARD)):
             documents: dict[tuple[str, str], int] = {}

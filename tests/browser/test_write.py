@@ -222,9 +222,9 @@ def test_a_number_that_is_not_finite_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"density": float("nan")}, r"row of latent 0, field 'density': .*finite"),
-        ({"gold": "gender=f"}, r"row of latent 0, field 'gold': .*list"),
-        ({"latent": 1}, r"row of latent 1: stands at place 0"),
+        ({"density": float("nan")}, r"rows of latents, field 'density\.0': .*finite"),
+        ({"gold": "gender=f"}, r"rows of latents, field 'gold\.0': .*list"),
+        ({"latent": 1}, r"every latent once, in order"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -247,8 +247,8 @@ def test_a_column_that_is_missing_or_short_is_named(tmp_path: Path) -> None:
     source = make_source(2)
     odd = Columns(source.run_record, source.row_records, {})
     for change, message in (
-        (lambda c: c.pop("max"), "column 'max' is missing"),
-        (lambda c: c.update(detecton=[1, 2]), "column 'detecton' is not a field"),
+        (lambda c: c.pop("max"), "field 'max': Field required"),
+        (lambda c: c.update(detecton=[1, 2]), "field 'detecton': Extra"),
         (lambda c: c["max"].pop(), "differ in length"),
     ):
         odd.change = change

@@ -117,5 +117,5 @@ def _wandb(
         checked("wandb_latent", table[-1])
     rows = checked.finish()
     write_browser(out / "browser", source)
-    folder = formats.log_table(out, table, out / "browser", project=project, online=online, name=source.run()["title"])
-    return folder, rows
+    where = {"project": project, "online": online, "name": source.run()["title"]}
+    return formats.log_table(out, table, out / "browser", **where), rows

@@ -244,7 +244,8 @@ def _check_peak(where: str, row: Facts) -> None:
 
 def read_rows(file: Path) -> Iterator[Facts]:
     """Yield the rows of one file."""
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as handle:
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8") as handle:
         yield from map(json.loads, handle)
 
 

@@ -46,7 +46,8 @@ def serve(app: Any, port: int, ready: Callable[[str], None]) -> None:
     Raises: UsageError without the packages of the extra `serve`, and as `bind`.
     """
     server = make_server(app)
-    with bind(port) as found, suppress(KeyboardInterrupt):  # uvicorn has closed in good order and passes the signal on
+    # uvicorn closes in good order and passes the signal on
+    with bind(port) as found, suppress(KeyboardInterrupt):
         ready(f"http://{HOST}:{found.getsockname()[1]}/?token={app.token}")
         server.run(sockets=[found])
 
