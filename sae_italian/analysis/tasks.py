@@ -348,9 +348,8 @@ def number_pairs(n: int, tokenizer: Any, *, seed: int = 0) -> list[tuple[str, st
             found.append((plural, singular) if len(found) % 2 else (singular, plural))
         if len(found) == n:
             return found
-    raise UsageError(
-        f"{len(found)} of {TRIES * n} subjects have as many tokens in both numbers, {n} wanted. Ask for fewer."
-    )
+    tried = f"{len(found)} of {TRIES * n} subjects have as many tokens in both numbers"
+    raise UsageError(f"{tried}, {n} wanted. Ask for fewer.")
 
 
 def read_minimal_pairs(path: Path) -> list[MinimalPair]:
@@ -365,8 +364,10 @@ def read_minimal_pairs(path: Path) -> list[MinimalPair]:
     pairs = []
     for line, row in _rows(path):
         if missing := {"sen", "wrong_sen"} - set(row):
-            raise DataError(f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(list(row)[:8])}.")
-        right, wrong = row["sen"] or "", row["wrong_sen"] or ""
+            raise DataError(
+                f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(map(str, row))[:99]}."
+            )
+        right, wrong = (str(row[name] or "") for name in ("sen", "wrong_sen"))
         if not right.strip() or not wrong.strip() or right == wrong:
             raise DataError(f"{path}, line {line}: two different sentences were expected, found {right!r}, {wrong!r}.")
         pairs.append(MinimalPair(right, wrong, str(row.get("phenomenon") or "agreement")))
@@ -376,23 +377,22 @@ def read_minimal_pairs(path: Path) -> list[MinimalPair]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, columns) of a file by its ending."""
-    if path.suffix == ".tsv":
-        with path.open(encoding="utf-8", newline="") as handle:
-            reader = csv.DictReader(handle, delimiter="\t")
-            yield from ((reader.line_num, row) for row in reader)
-    elif path.suffix == ".jsonl":
-        for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                yield line, dict(json.loads(text))
-            except ValueError as error:
-                raise DataError(f"{path}, line {line}: not a JSON object ({error}).") from error
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-    else:
+    """Yield (line, columns) of a file by its ending. Raises: DataError, naming the line, for what is no such file."""
+    if path.suffix not in (".tsv", ".jsonl", ".parquet"):
         raise UsageError(f"{path.name} ends in {path.suffix or 'nothing'}; .tsv, .jsonl or .parquet was expected.")
+    line = 0
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        tabs = csv.DictReader(lines, delimiter="\t")
+        for line, row in enumerate(tabs if path.suffix == ".tsv" else (dict(json.loads(text)) for text in lines), 1):
+            yield (tabs.line_num if path.suffix == ".tsv" else line), row
+    except (ValueError, TypeError, csv.Error) as error:
+        raise DataError(f"{path}, line {line + 1} cannot be read as {path.suffix} in UTF-8 ({error}).") from error
 
 
 def agreement_score(model: Any, tokenizer: Any, pairs: Sequence[MinimalPair]) -> TaskScore:

@@ -120,12 +120,16 @@ def test_multiblimp_is_read_as_tsv_jsonl_and_parquet(tmp_path):
         ("ita.tsv", "sen\twrong_sen\nuno\tdue\ntre\n", "line 3: two different sentences"),
         ("ita.tsv", "sen\twrong_sen\nuno\tuno\n", "line 2: two different sentences"),
         ("ita.tsv", "sen\twrong_sen\n", "holds no pairs"),
-        ("ita.jsonl", '{"sen": "a", "wrong_sen": "b"}\nnonsense\n', "line 2: not a JSON object"),
+        ("ita.jsonl", '{"sen": "a", "wrong_sen": "b"}\nnonsense\n', "line 2 cannot be read as .jsonl"),
+        ("ita.jsonl", "[1, 2]\n", "line 1 cannot be read as .jsonl"),
+        ("ita.tsv", b"sen\twrong_sen\nperch\xe9\tperche\n", "cannot be read as .tsv in UTF-8"),
+        ("ita.tsv", "sen\tx\nuno\tdue\ttre\n", "no column wrong_sen; it has sen, x, None"),
+        ("ita.parquet", "no table", "cannot be read as .parquet"),
     ],
 )
 def test_a_broken_file_is_refused_naming_the_line(tmp_path, name, text, said):
     path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=said) as error:
         read_minimal_pairs(path)
     assert "\n" not in str(error.value)
