@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 28_839,  # 21_500
-    "statements": 18_801,  # 13_500
+    "lines": 28_837,  # 21_500
+    "statements": 18_800,  # 13_500
     "files": 178,  # 150
     "files under 60 lines": 15,
     "function median": 10,

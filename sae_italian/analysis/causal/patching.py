@@ -59,8 +59,9 @@ def patch_inputs(tokenizer: Any, model: Any, pairs: Sequence[Any]) -> PatchInput
     sides = [[torch.tensor(tokenizer(pair[side]).input_ids) for pair in pairs] for side in (0, 1)]
     for pair, one, two in zip(pairs, *sides, strict=True):
         if len(one) != len(two):
-            counts = f"{pair[0]!r} has {len(one)} tokens, {pair[1]!r} {len(two)}"
-            raise UsageError(f"{counts}; both need as many. Use names with equally many tokens.")
+            raise UsageError(
+                f"{pair[0]!r} has {len(one)} tokens, {pair[1]!r} {len(two)}; both need as many. Use names of equal length."
+            )
     base, target = (torch.nn.utils.rnn.pad_sequence(side, batch_first=True) for side in sides)
     lengths = torch.tensor([len(tokens) for tokens in sides[0]])
     check_context(base.shape[1], model.config)

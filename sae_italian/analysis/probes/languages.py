@@ -135,8 +135,7 @@ def language_latents(
     rng = np.random.default_rng(seed)
     dealt = [owners(probability(rng.permutation(which))) for _ in range(SHUFFLES)]
     by_chance = {name: float(np.mean([(owner == i).sum() for owner in dealt])) for i, name in enumerate(corpora)}
-    sizes = np.bincount(which, weights=tokens).astype(int).tolist()
-    return Languages(list(corpora), sizes, probability(which), by_chance)
+    return Languages(list(corpora), [int(n.sum()) for _, n in found], probability(which), by_chance)
 
 
 @torch.no_grad()
