@@ -1,4 +1,8 @@
-"""Files that are whole or absent: atomic writes, content hashes, the folder of a run, its lock, and a full disk."""
+"""Files that are whole or absent: atomic writes, content hashes, the folder of a run, its lock, and a full disk.
+
+Every folder that is written is claimed by one function, `claimed`: it is locked, it says in `run.json` what it is, a
+stopped run goes on in it, and an overwritten one loses our own files and no other.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,64 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import DataError, UsageError
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
+# Names of the files that we and the libraries write into our folders. `--overwrite` removes these and nothing else.
+OURS = """
+    *.safetensors *.npy *.npz *.arrow *.parquet *.jsonl *.jsonl.gz *.sqlite *.sqlite-wal *.sqlite-shm *.svg *.js *.css
+    index.html map.html .*.tmp run.json run_settings.json cfg.json runner_cfg.json activation_scaler.json card.* results.*
+    report.* baselines.* overview.* language.* shift.* geometry.* layer.json manifest.json progress.json counts.json
+    state.json dataset_*.json sae_lens.json browser.json wandb.json config.json batch-*.json [0-9]*.json
+    skipped_indexes.json README.md
+"""
+OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it there when the block ends well, remove it otherwise."""
+    """Yield a temporary path beside `path`, for a file or a folder; rename it there when the block ends well.
+
+    What is renamed is on the disk, its name too, and has the rights that the umask gives. Otherwise it is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        if temporary.is_file():
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
+        give_rights(temporary)
+        for written in (temporary, *temporary.rglob("*")):
+            _sync(written)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         remove(temporary)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a folder, on a file system that cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def give_rights(path: Path) -> None:
+    """Give a file, or all files of a folder, the rights that the umask leaves: safetensors writes for its owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
+        if file.stat().st_uid == os.getuid():
+            file.chmod(0o666 & ~umask)
 
 
 def remove(path: Path) -> None:
@@ -56,15 +94,14 @@ def locked(folders: Sequence[Path]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for folder in folders:
-            if folder.exists() and not folder.is_dir():
-                raise UsageError(f"{folder} is a file; an output folder was expected. Give another path.")
+            _check_no_file(folder)
             lock = FileLock(folder / LOCK_FILE, timeout=0)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
             except Timeout as error:
                 raise UsageError(
-                    f"{folder} is being written by another build. Wait for it, or give another folder."
+                    f"{folder} is being written by another process. Wait for it, or give another folder."
                 ) from error
             except OSError as error:
                 raise UsageError(
@@ -73,6 +110,11 @@ def locked(folders: Sequence[Path]) -> Iterator[None]:
             stack.callback(lock.release)
             stack.callback(remove, folder / LOCK_FILE)
         yield
+
+
+def _check_no_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; an output folder was expected. Give another path.")
 
 
 def disk_full(error: BaseException) -> bool:
@@ -118,7 +160,36 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return what a JSON file holds. Raises: DataError for one that is damaged."""
+    with _readable(path, "JSON"):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_yaml(source: Path | str, name: str = "") -> Any:
+    """Return what a YAML file holds, or a text called `name`. Raises: DataError where it is damaged or repeats a key."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+                raise ValueError(f"line {node.start_mark.line + 1} and on: the key {twice!r} is there twice")
+            return super().construct_mapping(node, deep)
+
+    with _readable(name or source, "YAML"):
+        try:
+            return yaml.load(source if isinstance(source, str) else source.read_text(encoding="utf-8"), Strict)
+        except yaml.YAMLError as error:
+            raise ValueError(error) from error
+
+
+@contextmanager
+def _readable(what: Path | str, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RecursionError) as error:  # bad syntax, bytes, a number of thousands of digits; too deep
+        why = " ".join(str(error).split())
+        raise DataError(f"{what} cannot be read as {kind} ({why:.300}). Mend it, or make it again.") from error
 
 
 def sha256_file(path: Path) -> str:
@@ -152,41 +223,90 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str:
     return f"{path} was {old!r}, is now {new!r}"
 
 
-def _content(folder: Path) -> list[Path]:
-    return [child for child in folder.iterdir() if child.name != LOCK_FILE]
+@contextmanager
+def claimed(
+    out: Path,
+    kind: str,
+    spec: dict[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    changeable: Collection[str] = (),
+) -> Iterator[bool]:
+    """Hold `out` for this process alone while the block writes it; claim it, and yield whether an earlier run goes on.
+
+    Raises: UsageError as `locked` and `claim_folder`, and when the disk is full in the block.
+    """
+    with locked([out]), disk_errors(out):
+        yield claim_folder(out, kind, spec, resume=resume, overwrite=overwrite, changeable=changeable)
+        give_rights(out)
 
 
-def claim_folder(out: Path, kind: str, spec: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> bool:
+def claim_folder(
+    out: Path,
+    kind: str,
+    spec: dict[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    changeable: Collection[str] = (),
+) -> bool:
     """Make `out` the folder of the run described by `spec`; return True when it continues an earlier one.
 
-    A new or empty folder is claimed by writing `run.json`. A folder that holds the same run is continued with
-    `resume`; any run of ours is replaced with `overwrite`. Everything else is refused and left untouched.
+    A new or empty folder is claimed by writing `run.json`. With `resume`, a folder that holds the same run is continued;
+    the settings that are `changeable` may differ. With `overwrite`, a run of the same kind is replaced: its files go,
+    every other file stays. Everything else is refused and left untouched.
 
     Raises: UsageError, naming the first setting that differs when a resumed run is not the same one.
     """
+    _check_no_file(out)
     spec = json.loads(json.dumps(spec, default=str))
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; an output folder was expected. Give another path.")
-    existing = out / RUN_FILE
-    if out.exists() and any(not _is_temporary(child) for child in _content(out)):
-        if not existing.is_file():
-            raise UsageError(f"{out} is not empty and holds no run of ours. Give an empty or new folder.")
-        earlier = read_json(existing)
-        if resume and not overwrite:
-            if earlier["kind"] != kind:
-                raise UsageError(f"{out} holds a {earlier['kind']} run, not a {kind} run. Give another folder.")
-            if earlier["spec"] != spec:
-                difference = _first_difference(earlier["spec"], spec)
-                raise UsageError(f"{out} holds another {kind} run ({difference}). Undo that, or use --overwrite.")
-            for left in [path for path in out.rglob(".*.tmp") if _is_temporary(path)]:
-                remove(left)
-            return True
-        if not overwrite:
-            raise UsageError(
-                f"{out} already holds a {earlier['kind']} run of {earlier['created']}. "
-                "Add --resume to finish it, --overwrite to replace it, or give another folder."
-            )
-        for child in _content(out):
-            remove(child)
-    write_json(existing, {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()})
-    return False
+    record = {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
+    if not (out.is_dir() and any(not _is_temporary(child) and child.name != LOCK_FILE for child in out.iterdir())):
+        write_json(out / RUN_FILE, record)
+        return False
+    earlier = _claim_in(out)
+    if earlier["kind"] != kind:
+        raise UsageError(f"{out} holds a {earlier['kind']} run, not a {kind} run. Give another folder.")
+    if overwrite:
+        _remove_ours(out)
+        write_json(out / RUN_FILE, record)
+        return False
+    if not resume:
+        raise UsageError(
+            f"{out} already holds a {kind} run of {earlier['created']}. "
+            "Add --resume to finish it, --overwrite to replace it, or give another folder."
+        )
+    kept = {key: value for key, value in earlier["spec"].items() if key in changeable}
+    if earlier["spec"] != spec | kept:
+        difference = _first_difference(earlier["spec"], spec | kept)
+        raise UsageError(f"{out} holds another {kind} run ({difference}). Undo that, or use --overwrite.")
+    for left in [path for path in out.rglob(".*.tmp") if _is_temporary(path)]:
+        remove(left)
+    if kept and earlier["spec"] != spec:
+        write_json(out / RUN_FILE, earlier | {"spec": spec})
+    return True
+
+
+def _claim_in(out: Path) -> dict[str, Any]:
+    """Return the `run.json` of a folder. Raises: UsageError when there is none, or it is not one of ours."""
+    file = out / RUN_FILE
+    found = read_json(file) if file.is_file() else None
+    if (
+        not isinstance(found, dict)
+        or not isinstance(found.get("spec"), dict)
+        or not {"kind", "created"} <= found.keys()
+    ):
+        raise UsageError(f"{out} is not empty and holds no run of ours. Give an empty or new folder.")
+    return found
+
+
+def _remove_ours(out: Path) -> None:
+    """Remove the files that runs write, and the folders that are then empty; the lock and all else stay."""
+    for path in sorted(out.rglob("*"), reverse=True):  # what is in a folder before the folder
+        inside = path.relative_to(out).parent.parts
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif any(part in OUR_FOLDERS for part in inside) or any(fnmatchcase(path.name, name) for name in OURS.split()):
+            remove(path)

@@ -133,6 +133,10 @@ def stats(
     ]
     if tokenizer is not None:
         fertility = result["fertility"] if result["fertility"] is not None else float("nan")
+        if typed := result["typed_special_tokens"]:
+            lines.insert(
+                2, f"typed <s>       {typed:,} documents hold a special token's name; it is read as characters"
+            )
         lines.insert(2, f"tokens          {result['tokens']:,}, {fertility:.3f} a word ({model})")
     if out:
         write_text(out, draw_histogram(result))

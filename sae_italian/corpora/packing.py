@@ -2,6 +2,7 @@
 
 By default a BOS opens every window and separates documents, as in SAELens. A document's tokens and character offsets are
 those of the tokenizer on the whole document, so text can be rebuilt from them, whatever it does with spaces and accents.
+A `<s>` that is typed in a document is text as any other: its characters are tokenised, it is no control token.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from copy import copy
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 MAX_CALL = 2**20  # characters in one call; a token's encoding takes some hundred bytes until its numbers are taken out
 NO_DOCUMENT = np.iinfo(np.uint32).max  # the document index of BOS and separator tokens
+
+
+_backends: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()  # tokenizer: (its size, its backend for text)
 
 
 class TokenBatch(NamedTuple):
@@ -37,19 +42,23 @@ class TokenBatch(NamedTuple):
 
 
 def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the Rust tokenizer inside. Raises: UsageError when there is none, so no offsets either."""
+    """Return a copy of the Rust tokenizer inside that neither cuts nor pads, and takes typed special tokens for text.
+
+    Raises: UsageError when there is none, so no offsets either.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UsageError(
             f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; a fast one is needed."
         )
-    # A special token that is typed in a text becomes that token, as in SAELens; `encode_special_tokens = True` on a copy
-    # would make it characters.
-    if backend.truncation or backend.padding:  # left from an earlier call; documents are never cut
-        backend = type(backend).from_str(backend.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-    return backend
+    size, copied = _backends.get(tokenizer, (0, None))
+    if size != len(tokenizer):  # new, or tokens were added
+        copied = type(backend).from_str(backend.to_str())
+        copied.no_truncation()
+        copied.no_padding()
+        copied.encode_special_tokens = True
+        _backends[tokenizer] = (len(tokenizer), copied)
+    return copied
 
 
 def tokenise(backend: Any, texts: list[str]) -> TokenBatch:

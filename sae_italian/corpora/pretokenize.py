@@ -21,7 +21,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import atomic_path, claim_folder, disk_errors, fingerprint, read_json, utc_now, write_json
+from sae_italian.base.storage import atomic_path, claimed, disk_errors, fingerprint, read_json, utc_now, write_json
 from sae_italian.corpora.packing import PackedBlock, Packer, batched, check_context, layout_of, tokenise_batches
 from sae_italian.corpora.rows import MICRO_ITALIANO, PRETOKENIZED
 from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument
@@ -78,80 +78,75 @@ def pretokenize(
         "n_tokens": n_tokens,
         "windows_per_shard": windows_per_shard,
     }
-    run = _Writer(out, stream, Packer(context_size, layout), windows_per_shard, n_tokens)
-    if claim_folder(out, KIND, spec, resume=resume, overwrite=overwrite):
-        run.load()
-    if not run.finished:
+    with claimed(out, KIND, spec, resume=resume, overwrite=overwrite):
+        run = _Writer(out, stream, Packer(context_size, layout), windows_per_shard, n_tokens)
         run.write(tokenizer)
-    if not run.shards:
-        raise UsageError(
-            f"corpus {str(corpus)!r} does not fill one window of {context_size} tokens. {stream.counts.kept:,} "
-            "documents were kept; use a longer text or a smaller context."
-        )
-    run.describe(tokenizer.name_or_path, "bos" if prepend_bos else None, separator)
+        run.describe(tokenizer.name_or_path, "bos" if prepend_bos else None, separator)
     return out
 
 
 class _Writer:
-    """Writes shard after shard; its whole state is in progress.json."""
+    """Writes shard after shard; its whole state is in progress.json, from which it goes on where there is one."""
 
     def __init__(self, out: Path, stream: CorpusStream, packer: Packer, windows_per_shard: int, n_tokens: int | None):
         self.out, self.stream, self.packer = out, stream, packer
         self.windows_per_shard = windows_per_shard
-        self.n_windows = None if n_tokens is None else -(-n_tokens // packer.context_size)
+        self.n_windows = float("inf") if n_tokens is None else -(-n_tokens // packer.context_size)
         self.shards: list[dict[str, int]] = []
         self.finished = False
+        if (out / PRETOKENIZED).is_file():
+            progress = read_json(out / PRETOKENIZED)
+            self.shards, self.finished = progress["shards"], progress["finished"]
+            stream.load_state(progress["position"])
+            packer.load(progress["packer"])
+            if self.shards and stream.sieve.remembers and not self.finished:
+                stream.sieve.load(self._seen(len(self.shards) - 1))
 
-    def load(self) -> None:
-        """Go on after the last shard that progress.json names."""
-        if not (self.out / PRETOKENIZED).is_file():
-            return  # stopped before the first shard
-        progress = read_json(self.out / PRETOKENIZED)
-        self.shards, self.finished = progress["shards"], progress["finished"]
-        self.stream.load_state(progress["position"])
-        if self.shards and self.stream.sieve.remembers and not self.finished:
-            self.stream.sieve.load(self._seen(len(self.shards) - 1))
-        self.packer.load(progress["packer"])
-
-    def write(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write what is left of the corpus."""
-        with tqdm(desc="pretokenize", unit=" windows", unit_scale=True, disable=None, initial=self._written()) as bar:
-            for batch, tokens in tokenise_batches(batched(self.stream, DOCUMENTS_PER_BATCH), tokenizer):
-                self.packer.add(batch, tokens)
-                self.finished = self.n_windows is not None and self._written() + self.packer.n_windows >= self.n_windows
-                if self.finished or self.packer.n_windows >= self.windows_per_shard:
-                    bar.update(self._write_shard())
-                if self.finished:
-                    return
-            self.finished = True
-            self._write_shard()
-
-    def _written(self) -> int:
-        return sum(shard["windows"] for shard in self.shards)
+    def _left(self) -> float:
+        """Return how many windows are still wanted."""
+        return self.n_windows - sum(shard["windows"] for shard in self.shards)
 
     def _seen(self, number: int) -> Path:
         """Return the file of what duplicate removal remembered when a shard was finished."""
         return self.out / f"seen-{number:05d}.npz"
 
-    def _write_shard(self) -> int:
-        """Write the full windows as the next shard, then the progress; return how many there were."""
-        number, n_windows = len(self.shards), self.packer.n_windows
-        if self.n_windows is not None:
-            n_windows = min(n_windows, self.n_windows - self._written())
+    def write(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write what is left of the corpus. Raises: UsageError when it does not fill one window."""
+        if self.finished:
+            return
+        with tqdm(desc="pretokenize", unit=" windows", unit_scale=True, disable=None) as bar:
+            for batch, tokens in tokenise_batches(batched(self.stream, DOCUMENTS_PER_BATCH), tokenizer):
+                self.packer.add(batch, tokens)
+                self.finished = self.packer.n_windows >= self._left()
+                if self.finished or self.packer.n_windows >= self.windows_per_shard:
+                    self._write_shard()
+                    bar.update(self.shards[-1]["windows"])
+                if self.finished:
+                    return
+            self.finished = True
+            self._write_shard()
+        if not self.shards:
+            raise UsageError(
+                f"corpus {self.stream.corpus!r} does not fill one window of {self.packer.context_size} tokens. "
+                f"{self.stream.counts.kept:,} documents were kept; use a longer text or a smaller context."
+            )
+
+    def _write_shard(self) -> None:
+        """Write the full windows as the next shard, if there are any, then the progress."""
+        number = len(self.shards)
         with disk_errors(self.out, f"{number} finished shards are kept."):
-            if n_windows:
-                block = self.packer.take(n_windows)
+            if self.packer.n_windows:
+                block = self.packer.take(int(min(self.packer.n_windows, self._left())))
                 _write_block(self.out, number, block)
                 if self.stream.sieve.remembers:
                     with atomic_path(self._seen(number)) as temporary:
                         self.stream.sieve.save(temporary)
-                shard = {"windows": n_windows, "documents": len(block.documents), "first_document": block.first_doc}
-                self.shards.append(shard)
+                counts = {"windows": len(block.tokens), "documents": len(block.documents)}
+                self.shards.append(counts | {"first_document": block.first_doc})
             own = {"context_size": self.packer.context_size, "finished": self.finished, "updated": utc_now()}
             position = {"position": self.stream.state(), "packer": self.packer.state()}
             write_json(self.out / PRETOKENIZED, {**own, "shards": self.shards, **position})
         self._seen(number - 1).unlink(missing_ok=True)
-        return n_windows
 
     def describe(self, tokenizer_name: str, bos: str | None, separator: str | int | None) -> None:
         """Write what makes the folder a dataset for `datasets` and for SAELens; state.json comes last."""
@@ -171,11 +166,10 @@ class _Writer:
         names = [{"filename": f"data-{i:05d}.arrow"} for i in range(len(self.shards))]
         state = {"_data_files": names, "_fingerprint": fingerprint(self.shards), "_format_columns": ["input_ids"]}
         state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
-        with disk_errors(self.out):
-            write_json(self.out / SAELENS_FILE, metadata_from_config(config).__dict__)
-            write_json(self.out / "counts.json", read_json(self.out / PRETOKENIZED)["position"]["counts"])
-            write_json(self.out / "dataset_info.json", info)
-            write_json(self.out / "state.json", state)
+        write_json(self.out / SAELENS_FILE, metadata_from_config(config).__dict__)
+        write_json(self.out / "counts.json", read_json(self.out / PRETOKENIZED)["position"]["counts"])
+        write_json(self.out / "dataset_info.json", info)
+        write_json(self.out / "state.json", state)
 
 
 def _features() -> Any:
@@ -219,6 +213,8 @@ class PretokenizedCorpus:
     """
 
     def __init__(self, folder: str | Path):
+        from datasets import load_from_disk
+
         self.folder = Path(folder).expanduser()
         if not is_pretokenized(self.folder):
             raise UsageError(f"{folder} holds no pretokenised corpus; make one with `sae-italian corpora pretokenize`.")
@@ -226,8 +222,12 @@ class PretokenizedCorpus:
             raise DataError(f"{folder} is not finished: run the same `corpora pretokenize` with --resume.")
         self.metadata = read_json(self.folder / SAELENS_FILE)
         self.context_size: int = self.metadata["context_size"]
-        self.views = self._map_tokens()
-        self.first = np.cumsum([0, *map(len, self.views)])  # [views + 1]: number of the first window of each
+        try:
+            self.table: Any = load_from_disk(self.folder).with_format("numpy", columns=["input_ids"])
+            self.windows(0, min(1, len(self.table)))
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            why = " ".join(str(error).split())
+            raise DataError(f"{self.folder} cannot be read ({why:.200}). Make the folder again.") from error
         self.shards: list[dict[str, int]] = []
         self.split, self.tokenizer = "train", ""
         if (self.folder / PRETOKENIZED).is_file():
@@ -241,18 +241,7 @@ class PretokenizedCorpus:
                 )
 
     def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def _map_tokens(self) -> list[Int[np.ndarray, "windows context"]]:
-        """Return the record batches of the mapped files, in order."""
-        from datasets import load_from_disk
-
-        try:
-            chunks = load_from_disk(self.folder).data.column("input_ids").chunks  # pyright: ignore[reportAttributeAccessIssue]
-            return [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.context_size) for chunk in chunks]
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            why = " ".join(str(error).split())
-            raise DataError(f"{self.folder} cannot be read ({why:.200}). Make the folder again.") from error
+        return len(self.table)
 
     def is_made_for(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Return whether the tokens are this tokenizer's; of SAELens' folders only its name is known."""
@@ -262,11 +251,7 @@ class PretokenizedCorpus:
 
     def windows(self, start: int, stop: int) -> Int[np.ndarray, "windows context"]:
         """Return the tokens of windows [start, stop), as int64."""
-        held = range(np.searchsorted(self.first, start, "right") - 1, np.searchsorted(self.first, stop))
-        parts = [
-            self.views[i][max(start - self.first[i], 0) : stop - self.first[i]] for i in held if i < len(self.views)
-        ]
-        return np.concatenate([np.empty((0, self.context_size), np.int64), *parts])
+        return self.table[start:stop]["input_ids"].astype(np.int64).reshape(-1, self.context_size)
 
     def blocks(self, windows_per_block: int, first_block: int = 0) -> Iterator[np.ndarray]:
         """Yield blocks of tokens, as `pack` makes them, from a block on, the last block shorter."""

@@ -1,20 +1,23 @@
-"""The files of a corpus, local or on the hub, and their rows, from any row on.
+"""The files of a corpus, local or on the hub, and their rows, from any row on; MicroItaliano is a file without end.
 
 Read are txt, jsonl, csv, conllu (plain, gzip, zstandard), parquet, and the arrow files of a `save_to_disk` folder.
 
-A line is held as a whole up to 128 MB, a parquet file is read by row groups, a file of the hub by blocks. A row is
-numbered by its place among the rows of its file, broken ones included, so (file, row) is a position.
+A line is held as a whole up to 128 M characters, a parquet file is read by row groups, a file of the hub by blocks. A row
+is numbered by its place among the rows of its file, broken ones included, so (file, row) is a position.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
+import hashlib
 import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import lru_cache
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +29,12 @@ from sae_italian.base.storage import read_json
 from sae_italian.corpora import hub
 from sae_italian.corpora.catalogue import Route, catalogue
 
-MICRO_ITALIANO = "micro-italiano"
+MICRO_ITALIANO, HELD_OUT_MICRO = "micro-italiano", "micro-italiano, held out"
 PRETOKENIZED = "progress.json"  # the file that tells a pretokenised folder of ours
-MAX_LINE = 2**27  # bytes; 20 million characters, six bytes each as JSON may write them. A longer line is cut, so broken
+MAX_LINE = 2**27  # characters; 20 million, as JSON may write them in six each. A longer line is cut, so broken
 ROWS_PER_BATCH = 256
+HASHED_WHOLE, HASHED_PARTS = 2**22, 16  # bytes of a file; of a longer one as many, in parts
+HELD_OUT_PERMILLE = 50
 AGAIN = "Get it again and resume, or skip it (on_broken=skip)."
 
 
@@ -38,6 +43,9 @@ class Broken(NamedTuple):
 
     reason: str
     message: str
+
+
+OTHER_SPLIT = Broken("other_split", "")  # of a document that is known not to be of the split that is read
 
 
 class Row(NamedTuple):
@@ -52,15 +60,33 @@ class TextFile(NamedTuple):
     """One file of a corpus. `name` is unique in the corpus and part of its documents' ids."""
 
     name: str
-    path: str  # local, or hf://datasets/owner/name@commit/path
-    kind: str  # an ending of READERS
+    path: str  # local, or hf://datasets/owner/name@commit/path; of MicroItaliano the seed
+    kind: str  # a key of READERS
     source: str
-    identity: Any  # what makes it this very file: its size, and the commit on the hub
+    version: Any = None  # what makes a file of the hub this very one: its size and commit
     corpus: str = ""  # the name to use in messages about the hub
 
     @property
     def is_local(self) -> bool:
         return not self.path.startswith(hub.PREFIX)
+
+    def identity(self) -> Any:
+        """Return what makes it this very file: of a local one the size and a hash of its content.
+
+        Of more than 4 MiB, evenly spaced parts are hashed, and the date of the last change with them.
+        """
+        if not self.is_local:
+            return self.version
+        file, digest = Path(self.path), hashlib.blake2b(digest_size=8)
+        size, step = file.stat().st_size, HASHED_WHOLE // HASHED_PARTS
+        with file.open("rb") as handle:
+            for part in range(HASHED_PARTS):
+                if size > HASHED_WHOLE:
+                    handle.seek((size - step) * part // (HASHED_PARTS - 1))
+                digest.update(handle.read(step))
+        if size > HASHED_WHOLE:
+            digest.update(b"%d" % file.stat().st_mtime_ns)
+        return [size, digest.hexdigest()]
 
     def open(self) -> Any:
         """Return the file's bytes, decompressed."""
@@ -72,15 +98,37 @@ class TextFile(NamedTuple):
         return raw
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines with their ends; bytes that are not UTF-8 become U+FFFD, which the document stream counts."""
+        """Yield the lines with their ends; bytes that are not of the encoding become U+FFFD, which the stream counts."""
+        head = b""  # a file of the hub is UTF-8, and opened once
+        if self.is_local:
+            with self.open() as handle, suppress(EOFError, zlib.error):
+                head = handle.read(2**20)
         with self.open() as handle:
-            line = handle.readline(MAX_LINE).removeprefix(b"\xef\xbb\xbf")
-            while line:
-                yield line.decode("utf-8", "replace")
-                line = handle.readline(MAX_LINE)
+            text = io.TextIOWrapper(handle, encoding_of(head), "replace", newline="\n")
+            while line := text.readline(MAX_LINE):
+                yield line
 
     def __str__(self) -> str:
         return self.path.removeprefix(hub.PREFIX)
+
+
+def encoding_of(head: bytes) -> str:
+    """Return the encoding of a file from its beginning: UTF-8, UTF-16 with its mark, or Windows' Latin-1.
+
+    Latin-1 it is when ten times more letters are no UTF-8 than are: the odd broken byte in UTF-8 stays one.
+    """
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
+    broken = text.count("\ufffd")
+    good = sum(not letter.isascii() for letter in text) - broken if broken else 0
+    return "cp1252" if broken > 10 * good else "utf-8-sig"
+
+
+def is_held_out(text: str) -> bool:
+    """Return whether a document belongs to the held-out 5 %, by the hash of its text alone."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 1000 < HELD_OUT_PERMILLE
 
 
 class _NoText(Exception):
@@ -110,8 +158,9 @@ def _broken(reason: str, where: str, why: str) -> Broken:
     return Broken(reason, f"{where}: {why}. Mend or remove it, or skip what is broken (on_broken=skip).")
 
 
-def _no_column(columns: Sequence[str], found: Sequence[object]) -> _NoText:
-    return _NoText(f" has no column {columns[0]!r}. {nearest(columns[0], map(str, found))}")
+def _no_column(columns: Sequence[str], found: Iterable[object]) -> _NoText:
+    named = ", ".join(repr(str(name)) for name in islice(found, 20))
+    return _NoText(f" has no column {columns[0]!r}; it has {named}. Say which one holds the text: --text-column NAME.")
 
 
 def _jsonl(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
@@ -142,7 +191,11 @@ def _from_columns(number: int, row: dict[str, Any], columns: Sequence[str]) -> R
 
 def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
-    table = csv.DictReader(shard.lines())
+    lines = shard.lines()
+    head = next(lines, "")
+    headers = {mark: next(csv.reader([head], delimiter=mark), []) for mark in ",;\t|"}  # Excel writes ; in Italy
+    mark = max(headers, key=lambda mark: (bool(set(columns) & set(headers[mark])), len(headers[mark])))
+    table = csv.DictReader(chain([head], lines), delimiter=mark)
     for number in count():
         try:
             row = next(table, None)
@@ -222,6 +275,24 @@ def _table_rows(batch: pa.RecordBatch, names: list[str], first: int, start: int)
         yield Row(number, "" if text is None else text, *source)
 
 
+def _micro(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
+    for index in count(start):
+        yield (_held_out_micro if shard.kind == HELD_OUT_MICRO else _micro_row)(int(shard.path), index)
+
+
+@lru_cache(maxsize=500_000)  # about 60 MB; twenty documents are made for each that is held out, and evaluations reread
+def _held_out_micro(seed: int, index: int) -> Row:
+    row = _micro_row(seed, index)
+    return row if is_held_out(row.text) else Row(index, OTHER_SPLIT)
+
+
+def _micro_row(seed: int, index: int) -> Row:
+    from sae_italian import micro_italiano
+
+    document = micro_italiano.document(index, seed)
+    return Row(index, document.text, document.register)
+
+
 READERS: dict[str, Callable[[TextFile, Sequence[str], int], Iterator[Row]]] = {
     **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"), _jsonl),
     **dict.fromkeys((".csv", ".csv.gz"), _csv),
@@ -229,11 +300,20 @@ READERS: dict[str, Callable[[TextFile, Sequence[str], int], Iterator[Row]]] = {
     ".conllu": _conllu,
     ".parquet": _parquet,
     ".arrow": _arrow,
+    MICRO_ITALIANO: _micro,
+    HELD_OUT_MICRO: _micro,
 }
-LOCAL_ENDINGS = tuple(ending for ending in READERS if ending not in (".arrow", ".json.gz"))
+HUB_ENDINGS = tuple(ending for ending in READERS if ending.startswith("."))
+LOCAL_ENDINGS = tuple(ending for ending in HUB_ENDINGS if ending not in (".arrow", ".json.gz"))
 
 
 # --- the files of a corpus ----------------------------------------------------------------------------------------------
+
+
+def micro_shard(seed: int, held_out: bool) -> TextFile:
+    """Return MicroItaliano as a file."""
+    kind = HELD_OUT_MICRO if held_out else MICRO_ITALIANO
+    return TextFile(f"{MICRO_ITALIANO}/{seed}", str(seed), kind, MICRO_ITALIANO)
 
 
 def hub_shards(route: Route, name: str, source: str) -> list[TextFile]:
@@ -241,7 +321,7 @@ def hub_shards(route: Route, name: str, source: str) -> list[TextFile]:
     commit, sizes = hub.list_files(route, name)
     root = f"{hub.PREFIX}{route.hub}@{commit}"
     return [
-        TextFile(path, f"{root}/{path}", _kind(path, READERS, path), source, [size, commit], name)
+        TextFile(path, f"{root}/{path}", _kind(path, HUB_ENDINGS, path), source, [size, commit], name)
         for path, size in sizes.items()
     ]
 
@@ -269,7 +349,7 @@ def local_shards(path: Path) -> list[TextFile]:
 
 
 def _kind(name: str, endings: Iterable[str], shown: str) -> str:
-    found = next((ending for ending in READERS if ending in endings and name.lower().endswith(ending)), None)
+    found = next((ending for ending in endings if name.lower().endswith(ending)), None)
     if found is None:
         raise UsageError(f"corpus file {shown!r} has an unknown ending; expected one of {', '.join(endings)}.")
     return found
@@ -277,7 +357,7 @@ def _kind(name: str, endings: Iterable[str], shown: str) -> str:
 
 def _local(file: Path, root: Path) -> TextFile:
     kind = _kind(file.name, LOCAL_ENDINGS, str(file))
-    return TextFile(file.relative_to(root).as_posix(), str(file), kind, file.name.split(".")[0], file.stat().st_size)
+    return TextFile(file.relative_to(root).as_posix(), str(file), kind, file.name.split(".")[0])
 
 
 def _saved_to_disk(path: Path) -> list[TextFile]:
@@ -294,4 +374,4 @@ def _saved_to_disk(path: Path) -> list[TextFile]:
     else:
         return []
     files, source = [path / name for name in names], path.resolve().name
-    return [TextFile(file.name, str(file), file.suffix, source, file.stat().st_size) for file in files]
+    return [TextFile(file.name, str(file), file.suffix, source) for file in files]

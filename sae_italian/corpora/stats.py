@@ -30,7 +30,8 @@ def corpus_stats(
     """Return the numbers of the first `n` kept documents (None: all).
 
     `fertility` is tokens per word, BOS not counted, None without a tokenizer; a word is a run of letters and digits, an
-    elided one (`l'aria`) is one word. `italian_share` is the share of every tenth document that py3langid calls Italian.
+    elided one (`l'aria`) is one word. `typed_special_tokens` counts documents in which a special token such as `<s>` is
+    typed; it is tokenised as the characters it is. `italian_share` is the share of every tenth document that py3langid calls Italian.
     `histogram` counts documents by characters, in bins of a quarter of a power of ten.
     Raises: UsageError when no document is kept.
     """
@@ -38,7 +39,9 @@ def corpus_stats(
     backend = fast_backend(tokenizer) if tokenizer is not None else None
     lengths: list[int] = []
     sources, languages = Counter[str](), Counter[str]()
-    n_words = n_tokens = 0
+    n_words = n_tokens = n_typed = 0
+    special = "|".join(map(re.escape, tokenizer.all_special_tokens)) if tokenizer is not None else ""
+    typed = re.compile(special or "(?!)")
     for batch in batched(islice(stream, n), 128):
         for document in batch:
             if len(lengths) % LANGUAGE_EVERY == 0:
@@ -46,6 +49,7 @@ def corpus_stats(
             lengths.append(len(document.text))
             sources[document.source] += 1
             n_words += sum(1 for _ in _WORD.finditer(document.text))
+            n_typed += typed.search(document.text) is not None
         if backend is not None:
             n_tokens += len(tokenise(backend, [document.text for document in batch]).flat)
     if not lengths:
@@ -56,6 +60,7 @@ def corpus_stats(
         "documents": len(lengths),
         "words": n_words,
         "tokens": n_tokens if backend else None,
+        "typed_special_tokens": n_typed if backend else None,
         "fertility": n_tokens / n_words if backend and n_words else None,
         "characters": {"mean": float(np.mean(lengths)), **{name: float(mark) for name, mark in marks}},
         "italian_share": languages["it"] / languages.total(),

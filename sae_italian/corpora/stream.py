@@ -15,7 +15,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,11 +23,21 @@ from sae_italian.base.labels import labels
 from sae_italian.base.storage import fingerprint
 from sae_italian.corpora import catalogue, hub
 from sae_italian.corpora.filters import Filters, Sieve
-from sae_italian.corpora.rows import MICRO_ITALIANO, Broken, Row, TextFile, hub_shards, local_shards, rows
+from sae_italian.corpora.rows import (
+    MICRO_ITALIANO,
+    OTHER_SPLIT,
+    Broken,
+    Row,
+    TextFile,
+    hub_shards,
+    is_held_out,
+    local_shards,
+    micro_shard,
+    rows,
+)
 
 Split = Literal["train", "heldout", "all"]
 SPLITS = ("train", "heldout", "all")
-HELD_OUT_PERMILLE = 50
 MAX_DOCUMENT_CHARS = 20_000_000  # a long novel has 1.5 million; more is a broken file
 
 
@@ -36,15 +45,6 @@ class TextDocument(NamedTuple):
     text: str
     doc_id: str
     source: str
-
-
-OTHER_SPLIT = TextDocument("", "", "")  # a document that is known not to be of the split that is read
-
-
-def is_held_out(text: str) -> bool:
-    """Return whether a document belongs to the held-out 5 %, by the hash of its text alone."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % 1000 < HELD_OUT_PERMILLE
 
 
 class DocumentCounts:
@@ -107,40 +107,6 @@ class Reader(Filters):
             raise UsageError(f"max_chars is {self.max_chars}; it must be 1 or more.")
 
 
-def _micro(seed: int, index: int) -> TextDocument:
-    from sae_italian import micro_italiano
-
-    document = micro_italiano.document(index, seed)
-    return TextDocument(document.text, document.doc_id, document.register)
-
-
-@lru_cache(maxsize=500_000)  # about 60 MB; twenty documents are made for each that is held out, and evaluations reread
-def _held_out_micro(seed: int, index: int) -> TextDocument:
-    document = _micro(seed, index)
-    return document if is_held_out(document.text) else OTHER_SPLIT
-
-
-class _MicroItaliano:
-    """MicroItaliano without end; `index` is that of the next document."""
-
-    def __init__(self, seed: int, split: Split):
-        self.seed, self.index = seed, 0
-        self.make = _held_out_micro if split == "heldout" else _micro
-
-    def __next__(self) -> TextDocument:
-        self.index += 1
-        return self.make(self.seed, self.index - 1)
-
-    def state(self) -> dict[str, Any]:
-        return {"index": self.index}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.index = state["index"]
-
-    def spec(self) -> Any:
-        return {"name": MICRO_ITALIANO, "seed": self.seed}
-
-
 class _Files:
     """The documents of some shards, one shard after the other; rows without text are dropped and counted."""
 
@@ -153,7 +119,8 @@ class _Files:
         self.shard = self.row = 0  # of the next document
         self._rows: Iterator[Row] | None = None
 
-    def __next__(self) -> TextDocument:
+    def next(self) -> TextDocument | None:
+        """Return the next document, without text when it is of another split; None at the end."""
         while self.shard < len(self.shards):
             shard = self.shards[self.shard]
             self._rows = self._rows or rows(shard, self.columns, self.row)
@@ -164,11 +131,12 @@ class _Files:
                 self.shard, self.row, self._rows = self.shard + 1, 0, None
                 continue
             self.row = row.number + 1
-            text = self._text(shard, row)
+            text = "" if row.text is OTHER_SPLIT else self._text(shard, row)
             if text is not None:
                 source = row.source if row.source and isinstance(row.source, str) else shard.source
-                return TextDocument(text, f"{shard.name}:{row.number}", source)
-        raise StopIteration
+                mark = "/" if self.name == MICRO_ITALIANO else ":"
+                return TextDocument(text, f"{shard.name}{mark}{row.number}", source)
+        return None
 
     def _broken(self, broken: Broken, documents: int = 1) -> None:
         if not self.skip_broken:
@@ -203,24 +171,26 @@ class _Files:
 
     def load(self, state: dict[str, Any]) -> None:
         names = [*(shard.name for shard in self.shards), None]
-        if state["shard"] not in names:
+        if state.get("shard", "") not in names:
             raise DataError(
-                f"corpus {self.name!r} has no shard {state['shard']!r} any more, where the reading stopped."
+                f"corpus {self.name!r} has no shard {state.get('shard')!r} any more, where reading stopped."
             )
         self.shard, self.row, self._rows = names.index(state["shard"]), state["row"], None
 
     def spec(self) -> Any:
-        return {"name": self.name, "shards": [[shard.name, shard.identity] for shard in self.shards]}
+        if self.name == MICRO_ITALIANO:
+            return {"name": self.name, "seed": int(self.shards[0].path)}
+        return {"name": self.name, "shards": [[shard.name, shard.identity()] for shard in self.shards]}
 
 
-def _open(name: str, reader: Reader, counts: DocumentCounts) -> _MicroItaliano | _Files:
+def _open(name: str, reader: Reader, counts: DocumentCounts) -> _Files:
     """Return the raw documents of one corpus."""
-    if name == MICRO_ITALIANO:
-        return _MicroItaliano(reader.seed, reader.split)
     found = _Files(name, [], reader, counts, (reader.text_column,))
     shuffled = reader.shuffle_shards
     located = None if Path(name).expanduser().exists() else catalogue.find(name)
-    if located is not None:
+    if name == MICRO_ITALIANO:
+        found.shards = [micro_shard(reader.seed, reader.split == "heldout")]
+    elif located is not None:
         entry, route = located
         found.shards = hub_shards(route, entry.name, entry.name)
         if reader.text_column == "text":
@@ -280,10 +250,10 @@ class CorpusStream:
         split = self.reader.split
         while not all(self.ended):
             part = self._pick()
-            document = next(self.parts[part], None)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            document = self.parts[part].next()
             if document is None:
                 self.ended[part] = True
-            elif document is OTHER_SPLIT or split != "all" and is_held_out(document.text) != (split == "heldout"):
+            elif not document.text or split != "all" and is_held_out(document.text) != (split == "heldout"):
                 self.counts.drop("other_split")
             elif reason := self.sieve.reason_against(document.text):
                 self.counts.drop(reason)

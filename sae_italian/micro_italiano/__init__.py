@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import count
-from typing import Any
 
 from sae_italian.micro_italiano.grammar import load_grammar
 from sae_italian.micro_italiano.prompts import agreement_pairs, ioi_prompts
@@ -25,7 +22,6 @@ __all__ = [
     "document",
     "documents",
     "ioi_prompts",
-    "vocabulary",
 ]
 
 REGISTER_WEIGHTS = {"narrative": 0.32, "news": 0.17, "recipe": 0.11, "law": 0.11, "dialogue": 0.17, "exercise": 0.12}
@@ -46,25 +42,3 @@ def documents(n: int | None = None, seed: int = 0, start: int = 0) -> Iterator[G
     """Yield `n` documents from index `start` on, or without end when `n` is None."""
     for index in count(start) if n is None else range(start, start + n):
         yield document(index, seed)
-
-
-@lru_cache(maxsize=4)
-def vocabulary(n: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Return what `n` documents hold: counts of forms (lower case), labels, constructions and registers.
-
-    Keys: documents, sentences, words, forms, labels ("gender=Fem" style), constructions, registers.
-    """
-    forms, labels, constructions, registers = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    for doc in documents(n, seed):
-        registers[doc.register] += 1
-        constructions.update(span.labels["construction"] for span in doc.constructions)
-        for span in doc.words:
-            forms[doc.text[span.start : span.end].lower()] += 1
-            labels.update(f"{key}={value}" for key, value in span.labels.items() if key != "lemma")
-    sentences = sum(forms[end] for end in ".?!")
-    for mark in [form for form in forms if not any(map(str.isalnum, form))]:
-        del forms[mark]
-    report: dict[str, Any] = {"documents": n, "sentences": sentences, "words": forms.total()}
-    for key, counts in (("forms", forms), ("labels", labels), ("constructions", constructions)):
-        report[key] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-    return report | {"registers": dict(registers)}

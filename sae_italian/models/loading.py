@@ -63,6 +63,8 @@ def load_model(
     tokenizer = load_tokenizer(name)
     model: Any = _fetch(AutoModelForCausalLM.from_pretrained, resolved, dtype=getattr(torch, dtype)).eval()
     facts = _loaded_from(resolved, model, backend, dtype)
+    if backend != "hf":
+        tokenizer.split_special_tokens = False  # TransformerLens types the BOS before a text
     if backend == "bridge":
         from sae_italian.models.loud import LoudBridge
 
@@ -95,6 +97,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer = _fetch(AutoTokenizer.from_pretrained, resolved)
     if not tokenizer.is_fast:
         raise UsageError(f"model {name!r} has no fast tokenizer (tokenizer.json); character offsets need one.")
+    tokenizer.split_special_tokens = True  # text is text: a typed `<s>` is characters
     return tokenizer
 
 

@@ -1,9 +1,21 @@
 import errno
+import os
+from pathlib import Path
 
 import pytest
 
-from sae_italian.base.errors import UsageError, nearest
-from sae_italian.base.storage import atomic_path, claim_folder, disk_errors, fingerprint, locked, write_text
+from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.storage import (
+    atomic_path,
+    claim_folder,
+    claimed,
+    disk_errors,
+    fingerprint,
+    locked,
+    read_json,
+    read_yaml,
+    write_text,
+)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -23,9 +35,9 @@ def test_claiming(tmp_path):
         claim_folder(out, "train", {"lr": 1, "sae": {"k": 5}}, resume=True)
     with pytest.raises(UsageError, match="not a cache run"):
         claim_folder(out, "cache", {}, resume=True)
-    (out / "old.bin").write_text("x")
+    (out / "old.safetensors").write_text("x")
     assert claim_folder(out, "train", {"lr": 2}, overwrite=True) is False
-    assert not (out / "old.bin").exists()
+    assert not (out / "old.safetensors").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         claim_folder(tmp_path / "file", "train", {})
@@ -57,10 +69,10 @@ def test_a_locked_folder_is_claimed_as_any_other_and_the_lock_leaves_nothing(tmp
     out = tmp_path / "out"
     with locked([out]):
         assert claim_folder(out, "cache", {}) is False
-        with pytest.raises(UsageError, match="another build"), locked([out]):
+        with pytest.raises(UsageError, match="another process"), locked([out]):
             pass
         assert claim_folder(out, "cache", {}, overwrite=True) is False
-        with pytest.raises(UsageError, match="another build"), locked([out]):
+        with pytest.raises(UsageError, match="another process"), locked([out]):
             pass
     assert [path.name for path in out.iterdir()] == ["run.json"]
 
@@ -70,3 +82,84 @@ def test_a_full_disk_is_told_from_a_defect(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="denied"), disk_errors(tmp_path):
         raise OSError(errno.EACCES, "denied")
+
+
+def test_overwriting_takes_our_own_files_of_the_same_kind_and_no_other(tmp_path):
+    out = tmp_path / "out"
+    ours = ["sae_weights.safetensors", "checkpoints/64/trainer.pt", "card.md", "checkpoints/.5.tmp"]
+    others = ["thesis.txt", "notes/chapter.md", "tabella.json", "autointerp/readme.txt"]
+    with claimed(out, "train", {"lr": 1}):
+        for name in (*ours, *others):
+            write_text(out / name, name)
+    with (
+        pytest.raises(UsageError, match="holds a train run, not a cache run"),
+        claimed(out, "cache", {}, overwrite=True),
+    ):
+        pass
+    assert all((out / name).is_file() for name in (*ours, *others))
+    with claimed(out, "train", {"lr": 2}, overwrite=True) as continuing:
+        assert not continuing
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert left == {"run.json", *others} and not (out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("content", ['{"name": "my own"}', "[]", '{"kind": "train"}', "{", "9" * 6000, "[" * 100_000])
+def test_a_foreign_run_json_is_one_line_and_is_kept(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UsageError, match="holds no run of ours|cannot be read as JSON") as error:
+            claim_folder(tmp_path, "train", {}, **how)
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "run.json").read_text() == content
+
+
+def test_two_writers_of_one_folder_are_refused_and_a_changeable_setting_may_change(tmp_path):
+    out = tmp_path / "out"
+    with claimed(out, "train", {"lr": 1, "device": "cpu"}) as continuing:
+        assert not continuing
+        with pytest.raises(UsageError, match=f"{out} is being written by another process"), claimed(out, "train", {}):
+            pass
+    with claimed(out, "train", {"lr": 1, "device": "cuda"}, resume=True, changeable=("device",)) as continuing:
+        assert continuing and read_json(out / "run.json")["spec"] == {"lr": 1, "device": "cuda"}
+    with (
+        pytest.raises(UsageError, match="device was .cuda., is now None"),
+        claimed(out, "train", {"lr": 1}, resume=True),
+    ):
+        pass
+
+
+def test_what_is_written_is_on_the_disk_with_its_name_and_has_the_umasks_rights(tmp_path, monkeypatch):
+    from safetensors.numpy import save_file
+
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(Path(f"/proc/self/fd/{handle}").readlink()))
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            save_file({}, temporary / "a.safetensors")
+        assert [path.name for path in synced] == [temporary.name, "a.safetensors", tmp_path.name]
+        assert (tmp_path / "folder" / "a.safetensors").stat().st_mode & 0o777 == 0o640
+        with claimed(tmp_path / "out", "train", {}):
+            save_file({}, tmp_path / "out" / "b.safetensors")
+        assert (tmp_path / "out" / "b.safetensors").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: 1\nb: 2\na: 3\n", "'a' is there twice"), ("s: {k: 1, k: 2}", "'k' is there twice"), ("a: [", "YAML")],
+)
+def test_yaml_that_repeats_a_key_or_is_damaged_is_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, "a: " + "9" * 6000, "\x00"])
+def test_deep_yaml_and_endless_numbers_are_one_line(text):
+    with pytest.raises(DataError, match="lr= cannot be read as YAML") as error:
+        read_yaml(text, "lr=")
+    assert "\n" not in str(error.value)
+    assert read_yaml("a: {b: [1]}", "lr=") == {"a": {"b": [1]}}

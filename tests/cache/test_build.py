@@ -112,7 +112,7 @@ def test_a_second_builder_is_refused_and_a_dead_one_holds_nothing(mini, alone, t
     out = tmp_path / "c"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match="another build"):
+        with pytest.raises(UsageError, match="another process"):
             build_cache(topk(1), mini, "micro-italiano", out, **OPTIONS)
         holder.kill()
     assert digests(build_cache(topk(1), mini, "micro-italiano", out, **OPTIONS)) == digests(alone)

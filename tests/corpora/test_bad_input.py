@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import datasets
 import pytest
@@ -34,9 +35,9 @@ def test_empty_texts_are_counted_in_the_message(tmp_path):
 
 
 def test_broken_utf8_and_nul_bytes_are_mended_and_counted(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"perch\xe9 no\n\nun\x00 byte\n\nsano e salvo\n")
+    (tmp_path / "a.txt").write_bytes("così: ".encode() + b"perch\xe9 no\n\nun\x00 byte\n\nsano e salvo\n")
     found, counts = read(tmp_path / "a.txt")
-    assert found == ["perch\ufffd no", "un byte", "sano e salvo"]
+    assert found == ["così: perch\ufffd no", "un byte", "sano e salvo"]
     assert counts.mended == {"broken_utf8": 1, "nul_bytes": 1} and counts.kept == 3
     assert "NUL characters, removed" in counts.lines()
 
@@ -94,7 +95,7 @@ def test_parquet_of_another_schema_and_no_parquet_at_all(tmp_path):
     (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="b.parquet: column 'text' holds list.*strings were expected"):
         read(tmp_path)
-    with pytest.raises(UsageError, match="Did you mean 'testo'"):
+    with pytest.raises(UsageError, match="it has 'testo'"):
         read(tmp_path / "c.parquet")
     with pytest.raises(DataError, match="no whole parquet file"):
         read(tmp_path / "d.parquet")
@@ -162,3 +163,51 @@ def test_a_dataset_that_is_not_streamed_follows_its_files(tmp_path):
     file.write_text(GOOD + '{"text": "Un altro."}\n')
     table = load_corpus(file, "all", streaming=False)
     assert table["text"][:] == ["La città è bella.", "Un altro."]
+
+
+ITALIAN = ["Perché la città è più bella?", "Così è, se vi pare: «già».", "È l'università dell'Aquila; però..."]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+def test_csv_as_excel_writes_it(tmp_path, mark, encoding):
+    lines = [mark.join(["n", "text"]), *(f'{i}{mark}"{text}"' for i, text in enumerate(ITALIAN))]
+    (tmp_path / "a.csv").write_text("\r\n".join(lines), encoding=encoding, newline="")
+    found, counts = read(tmp_path / "a.csv")
+    assert found == ITALIAN and counts.mended == {}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_latin_1_text_is_read_and_an_odd_byte_in_utf_8_stays_one(tmp_path, name):
+    latin = [text.replace("«", '"').replace("»", '"') for text in ITALIAN]
+    text = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in latin)
+    data = (text if name == "a.jsonl" else "\n\n".join(latin)).encode("latin-1")
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert read(tmp_path / name)[0] == latin
+    (tmp_path / "b.txt").write_bytes("Perché? ".encode() + b"\xe8")
+    assert read(tmp_path / "b.txt")[0] == ["Perché? \ufffd"]
+
+
+def test_a_csv_without_the_text_column_lists_its_columns_and_names_the_option(tmp_path):
+    (tmp_path / "a.csv").write_text("Titolo;Note\nuno;due, tre\n")
+    with pytest.raises(UsageError, match="no column 'text'; it has 'Titolo', 'Note'. .*--text-column") as error:
+        check_corpus(tmp_path / "a.csv")
+    assert "Did you mean" not in str(error.value)
+    assert read(tmp_path / "a.csv", text_column="Note")[0] == ["due, tre"]
+
+
+@pytest.mark.parametrize("size", [30, 5_000_000])
+def test_a_file_rewritten_with_the_same_size_is_another_corpus(tmp_path, size):
+    """And the same text with another date is the same one, where the whole of it is read to know."""
+    file = tmp_path / "a.txt"
+
+    def written(text):
+        file.write_text(text * (size // len(text)))
+        os.utime(file, ns=(10**18, 10**18))
+        return CorpusStream(file).spec(), load_corpus(file, "all", streaming=False, limit=1)["text"][0][:4]
+
+    (old, old_text), (new, new_text) = written("uno "), written("due ")
+    assert old != new and (old_text, new_text) == ("uno ", "due ")
+    assert written("due ")[0] == new
+    os.utime(file, ns=(10**18 + 1, 10**18 + 1))
+    assert (CorpusStream(file).spec() == new) == (size == 30)

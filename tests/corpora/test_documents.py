@@ -70,7 +70,7 @@ def test_load_corpus_streams_rows_for_datasets(tmp_path):
     [
         ("rotto.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("lista.jsonl", "[1]\n", "a JSON object was expected"),
-        ("titolo.jsonl", '{"testo": "a"}\n', "no column 'text'.*Did you mean 'testo'"),
+        ("titolo.jsonl", '{"testo": "a"}\n', "no column 'text'.*it has 'testo'"),
         ("vuoto.jsonl", "", "no document"),
         ("foto.png", "", "unknown ending"),
     ],
@@ -100,9 +100,9 @@ def test_held_out_micro_italiano_is_the_same_when_it_is_read_again():
     """It is made once in a process; positions and counts must not show it."""
     from itertools import islice
 
-    from sae_italian.corpora import stream
+    from sae_italian.corpora import rows, stream
 
-    stream._held_out_micro.cache_clear()
+    rows._held_out_micro.cache_clear()
     reader = stream.Reader(split="heldout", seed=3)
     made = stream.CorpusStream("micro-italiano", reader)
     first = list(islice(made, 4))
@@ -116,5 +116,5 @@ def test_held_out_micro_italiano_is_the_same_when_it_is_read_again():
     assert list(islice(resumed, 3)) == rest
     everything = stream.CorpusStream("micro-italiano", stream.Reader(seed=3))
     assert [
-        d for d in islice(everything, made.state()["parts"][0]["index"]) if stream.is_held_out(d.text)
+        d for d in islice(everything, made.state()["parts"][0]["row"]) if stream.is_held_out(d.text)
     ] == first + rest

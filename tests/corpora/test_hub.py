@@ -221,7 +221,7 @@ def test_a_shard_of_another_schema(server):
         texts("wikipedia-it")
     server.repositories[WIKI][path] = parquet([{"testo": "ciao"}])
     huggingface_hub.HfFileSystem.clear_instance_cache()  # it remembers the size the file had, as a commit's do not change
-    with pytest.raises(UsageError, match="has no column 'text'. Did you mean 'testo'"):
+    with pytest.raises(UsageError, match="has no column 'text'; it has 'testo'"):
         texts("wikipedia-it")
     stream = CorpusStream("wikipedia-it", Reader(on_broken="skip"))
     assert len(list(stream)) == 60 and stream.counts.dropped == {"other_schema": 1}

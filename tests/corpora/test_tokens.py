@@ -1,13 +1,15 @@
 """Many documents in one call give each the tokens and offsets that it has alone."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sae_italian.base.errors import UsageError
-from sae_italian.corpora import packing
-from sae_italian.corpora.packing import fast_backend, tokenise
+from sae_italian.corpora import TextDocument, pack, packing
+from sae_italian.corpora.packing import NO_DOCUMENT, fast_backend, special_mask, tokenise
+from sae_italian.corpora.stats import corpus_stats
 from tests.corpora.test_packing import HARD, TOKENIZERS
 
 ALPHABET = "aàeé'’ ,.  \n\t\u00a0\u200be\u03016«»🙂日▁Ġ-"
@@ -29,7 +31,7 @@ def assert_whole(tokenizer, texts):
     batch = tokenise(fast_backend(tokenizer), texts)
     assert len(batch.bounds) == len(texts) + 1 and batch.flat.shape == (batch.bounds[-1], 3)
     for text, (ids, start, end) in zip(texts, batch.documents(), strict=True):
-        whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
         assert ids.tolist() == whole["input_ids"]
         assert list(zip(start.tolist(), end.tolist(), strict=True)) == whole["offset_mapping"]
 
@@ -56,3 +58,32 @@ def test_truncation_and_padding_left_from_an_earlier_call_are_not_used():
     assert len(tokenise(fast_backend(tokenizer), [HARD[0], "x"]).flat) > 10
     with pytest.raises(UsageError, match="a slow tokenizer"):
         fast_backend(object())  # pyright: ignore
+
+
+TYPED = "Un testo <s>barrato</s> e <|endoftext|> di nuovo."
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_special_token_that_is_typed_is_characters(kind):
+    """In a corpus, in what a loaded model's tokenizer is given, and in the statistics."""
+    tokenizer = TOKENIZERS[kind]
+    (ids, start, end), *_ = tokenise(fast_backend(tokenizer), [TYPED]).documents()
+    assert not set(ids.tolist()) & set(tokenizer.all_special_ids)
+    assert min(start) == 0 and max(end) == len(TYPED)
+    block = next(pack([TextDocument(TYPED * 9, "0", "t")], tokenizer, 32))
+    assert np.array_equal(special_mask(block.tokens, tokenizer), block.doc == NO_DOCUMENT)
+
+
+def test_the_tokenizer_of_a_model_takes_text_as_text_and_text_without_it_as_before(mini):
+    from transformers import AutoTokenizer
+
+    bos, *rest = mini.tokenizer(TYPED).input_ids
+    assert bos == mini.tokenizer.bos_token_id and not set(rest) & set(mini.tokenizer.all_special_ids)
+    stock = AutoTokenizer.from_pretrained(mini.tokenizer.name_or_path)
+    assert all(mini.tokenizer(text).input_ids == stock(text).input_ids for text in HARD + SPACES[:-1])
+
+
+def test_typed_special_tokens_are_counted(mini, tmp_path):
+    (tmp_path / "a.txt").write_text("<s>uno</s> e <s>\n\ndue\n\ntre </s>\n")
+    stats = corpus_stats(tmp_path / "a.txt", mini.tokenizer)
+    assert stats["typed_special_tokens"] == 2 and corpus_stats(tmp_path / "a.txt", None)["typed_special_tokens"] is None
