@@ -48,4 +48,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'sae_italian' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]
+
+
 plugin.install()

@@ -14,9 +14,8 @@ from sae_italian.analysis.geometry.directions import map_of, nearest_directions
 from sae_italian.base.errors import UsageError
 from sae_italian.browser.schema import Record
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.stats import final_gain
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.models.activations import read_activations
+from sae_italian.models.activations import final_gain, read_activations
 
 BINS, BLOCK = 40, 64  # of the page's histogram; latents whose logits are made at a time
 N_BARS, N_TABLE = 50, 3  # Neuronpedia's

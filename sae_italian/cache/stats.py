@@ -23,6 +23,7 @@ from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values
 from sae_italian.cache.read import FeatureCache
 from sae_italian.cache.shards import places
 from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.models.activations import final_gain
 
 TOP_TOKENS = 10
 N_BINS = 20
@@ -341,13 +342,3 @@ def _blocks(directions: Tensor, width: int) -> list[tuple[int, Tensor]]:
 def _append(lists: dict[str, list[Tensor]], ids: str, values: str, top: Any) -> None:
     lists.setdefault(ids, []).append(top.indices.cpu())
     lists.setdefault(values, []).append(top.values.cpu())
-
-
-def final_gain(model: Any) -> Tensor | float:
-    """Return the gain of the norm before the unembedding, 1 where the family keeps it elsewhere."""
-    for path in ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm"):
-        try:
-            return model.get_submodule(path).weight.float()
-        except AttributeError:
-            continue
-    return 1.0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import resources
+from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, model_validator
 
 from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.storage import read_yaml
 
 
 class Route(BaseModel, extra="forbid", frozen=True):
@@ -59,8 +59,8 @@ class CorpusEntry(BaseModel, extra="forbid", frozen=True):
 @cache
 def catalogue() -> dict[str, CorpusEntry]:
     """Return the catalogue by name, in the order of catalogue.yaml."""
-    text = resources.files("sae_italian.corpora").joinpath("catalogue.yaml").read_text(encoding="utf-8")
-    return {name: CorpusEntry(name=name, **fields) for name, fields in yaml.safe_load(text).items()}
+    entries = read_yaml(Path(__file__).with_name("catalogue.yaml"))
+    return {name: CorpusEntry(name=name, **fields) for name, fields in entries.items()}
 
 
 def find(name: str) -> tuple[CorpusEntry, Route] | None:

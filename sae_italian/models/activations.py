@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_italian.base.errors import UsageError
-from sae_italian.models.hooks import Hook, parse_hook_name
+from sae_italian.models.hooks import Hook, adapter_of, parse_hook_name
 
 Acts = Float[Tensor, "batch pos d_in"]
 
@@ -78,6 +78,19 @@ def replaced(model: nn.Module, hook_name: str, function: Callable[[Tensor], Tens
         yield
     finally:
         handle.remove()
+
+
+def final_gain(model: nn.Module) -> Float[Tensor, " d_model"]:
+    """Return the gain of the norm before the unembedding, as the model's family has it: the weight w, Gemma's 1 + w.
+
+    Raises: UsageError for a family that TransformerLens does not know, or whose last norm has no weight.
+    """
+    adapter = adapter_of(model.config)
+    norm = adapter.component_mapping.get("ln_final")
+    weight = None if norm is None else getattr(model.get_submodule(norm.name), "weight", None)
+    if weight is None:
+        raise UsageError(f"{type(model).__name__} has no weight in its last norm, so its logits cannot be read off.")
+    return weight.float() + getattr(adapter.cfg, "rmsnorm_uses_offset", False)
 
 
 def _never_fired(model: nn.Module, name: str) -> UsageError:

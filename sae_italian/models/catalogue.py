@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module, resources
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.storage import read_yaml
 
 # The catalogue's name of a dimension, and where transformers' configs keep it (the first that is there).
 CONFIG_KEYS = {
@@ -30,7 +31,7 @@ class ModelEntry:
     """One model of the catalogue; dimensions are None where only the loaded config knows them."""
 
     name: str  # hub id, or the model's own name when it lives in this package
-    aliases: tuple[str, ...]
+    aliases: Sequence[str]
     architecture: str
     licence: str
     gated: bool | str
@@ -67,13 +68,8 @@ class ResolvedModel:
 @cache
 def catalogue() -> dict[str, ModelEntry]:
     """Return the catalogue by name, in the order of catalogue.yaml."""
-    import yaml
-
-    text = resources.files("sae_italian.models").joinpath("catalogue.yaml").read_text(encoding="utf-8")
-    entries = {}
-    for name, fields in yaml.safe_load(text).items():
-        entries[name] = ModelEntry(name=name, **{**fields, "aliases": tuple(fields["aliases"])})
-    return entries
+    entries = read_yaml(Path(__file__).with_name("catalogue.yaml"))
+    return {name: ModelEntry(name=name, **fields) for name, fields in entries.items()}
 
 
 def resolve(name: str) -> ResolvedModel:

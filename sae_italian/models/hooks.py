@@ -79,7 +79,7 @@ class Hook:
 
         Raises: UsageError for a family that TransformerLens does not know, or that has no single module there.
         """
-        adapter = _adapter(config)
+        adapter = adapter_of(config)
         aliases = adapter.component_mapping["blocks"].hook_aliases
         # The attention's and the MLP's output are where the family's block says, which may be a norm behind them.
         where = aliases.get(self.legacy, "") if self.site in ("R", "A", "M") else _LEGACY[self.legacy].bridge
@@ -94,7 +94,7 @@ class Hook:
             ) from error
 
 
-def _adapter(config: Any) -> Any:
+def adapter_of(config: Any) -> Any:
     """Return TransformerLens' architecture adapter for a model's config. Raises: UsageError for an unknown family."""
     if id(config) not in _adapters:
         from transformer_lens.config import TransformerBridgeConfig

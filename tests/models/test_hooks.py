@@ -1,9 +1,12 @@
 import pytest
+import torch
 from transformers import AutoConfig
 
 from sae_italian.base.errors import UsageError
 from sae_italian.models import parse_hook_name
+from sae_italian.models.activations import final_gain
 from sae_italian.models.hooks import SITES
+from tests.models.hub import random_model
 
 
 @pytest.mark.parametrize(
@@ -69,3 +72,39 @@ def test_a_site_that_is_no_single_module_is_refused():
     config = AutoConfig.for_model("granite", architectures=["GraniteForCausalLM"])
     with pytest.raises(UsageError, match="blocks.1.hook_mlp_out' is no single module of 'granite'"):
         parse_hook_name("blocks.1.hook_mlp_out").module_path(config)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "qwen3", "gpt2", "gpt_neox"])
+def test_the_last_norms_gain_is_what_the_norm_multiplies_by(family):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 64, "vocab_size": 300, "head_dim": 16, "pad_token_id": 0}
+    if family == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 300}
+    if family == "gpt_neox":
+        del sizes["num_key_value_heads"], sizes["head_dim"]
+    model = random_model({"model_type": family, **sizes})
+    norm = model.get_submodule(
+        {"gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm"}.get(family, "model.norm")
+    )
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(1, 1, 32)
+    x = (x - x.mean()) / x.std(correction=0)  # normalised already, so the norm only multiplies
+    assert torch.allclose(norm(x), x * final_gain(model), atol=1e-4)
+
+
+def test_the_gain_of_an_unknown_family_and_of_a_norm_without_a_weight_is_refused(mini):
+    class Unknown(torch.nn.Module):
+        config = AutoConfig.for_model("biogpt", architectures=["BioGptForCausalLM"])
+
+    with pytest.raises(UsageError, match="none that TransformerLens knows"):
+        final_gain(Unknown())
+
+    class Plain(torch.nn.Module):
+        config = mini.config
+
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.ModuleDict({"norm": torch.nn.Identity()})
+
+    with pytest.raises(UsageError, match="no weight in its last norm"):
+        final_gain(Plain())

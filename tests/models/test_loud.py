@@ -8,6 +8,7 @@ import torch
 from sae_italian.base.errors import UsageError
 from sae_italian.models import load_model
 from sae_italian.models.activations import logits_with_replacement, read_activations
+from sae_italian.models.loud import LoudHooked
 
 NAME, OTHER_NAME = "blocks.2.hook_resid_post", "blocks.2.hook_out"
 TOKENS = torch.randint(3, 500, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -55,6 +56,18 @@ def test_run_with_saes_is_what_replacing_by_the_sae_is(model, mini, topk_sae):
         exact = model.run_with_saes(TOKENS, saes=[topk_sae], use_error_term=True)
         assert (exact - mini(TOKENS).logits).abs().max() < 1e-3
         assert (model(TOKENS) - mini(TOKENS).logits).abs().max() < 1e-4  # and taken off again
+
+
+def test_hooks_fire_after_an_sae_was_there(model, mini, topk_sae):
+    with torch.no_grad():
+        model.run_with_saes(TOKENS, saes=[topk_sae])
+        for name in [NAME] if isinstance(model, LoudHooked) else [NAME, OTHER_NAME]:
+            out = model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda x, hook: torch.zeros_like(x))])
+            assert (out - logits_with_replacement(mini, TOKENS, NAME, torch.zeros_like)).abs().max() < 1e-4
+        with model.saes(saes=[topk_sae]):
+            model.run_with_saes(TOKENS, saes=[topk_sae])  # and puts the one before back
+            assert list(model.acts_to_saes) == [NAME]
+        model.run_with_hooks(TOKENS, fwd_hooks=[(NAME, lambda x, hook: x)])
 
 
 def test_latents_are_cached_under_the_legacy_name(model, mini, topk_sae):

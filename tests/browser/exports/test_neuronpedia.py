@@ -14,8 +14,8 @@ from sae_italian.browser.exports import export
 from sae_italian.browser.exports.fields import tables
 from sae_italian.browser.exports.formats import MANY, check_bulk, read_batches, read_rows
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.stats import final_gain
 from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.models.activations import final_gain
 
 from .conftest import LATENTS
 
