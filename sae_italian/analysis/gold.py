@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from sae_italian import micro_italiano
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.read import PARTS
-from sae_italian.corpora.documents import MICRO_ITALIANO
 from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.corpora.stream import MICRO_ITALIANO
 
 THRESHOLDS = (0.0, 0.25, 0.5)
 DETECTED = 0.8  # F1 on the test documents from which a label counts as detected

@@ -28,8 +28,7 @@ from sae_italian.cache.shards import (
 )
 from sae_italian.cache.stats import write_statistics
 from sae_italian.corpora import Split
-from sae_italian.corpora.documents import check_corpus
-from sae_italian.corpora.stream import CorpusStream, Reader
+from sae_italian.corpora.stream import CorpusStream, Reader, check_corpus
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, weights_hash
 

@@ -32,8 +32,8 @@ from sae_italian.cache.layout import (
     verify,
 )
 from sae_italian.cache.passages import LatentActivations
-from sae_italian.corpora.documents import TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.corpora.stream import TextDocument
 from sae_italian.saes import weights_hash
 
 MAPPED_FILES = 768  # held open at a time, of those that a process may have open no more than a quarter

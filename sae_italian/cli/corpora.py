@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import Count, Folder, Result, Seed, key_values
+from sae_italian.cli.options import Count, Folder, Result, Seed, facts, key_values
 
 if TYPE_CHECKING:
     from sae_italian.corpora import Reader
@@ -68,7 +68,7 @@ def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_
 
     located = find(corpus)
     value: dict[str, Any] = {"facts": located[0].model_dump(mode="json") if located else None, "documents": []}
-    parts = [_facts(located[0])] if located else []
+    parts = [facts(value["facts"])] if located else []
     if documents or not located:
         stream = CorpusStream(corpus, _reader(words, text_column=text_column)[0])
         found = list(islice(stream, documents or 3))
@@ -76,24 +76,6 @@ def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_
         parts += [f"[{document.doc_id} · {document.source}]\n{document.text}" for document in found]
         parts += [] if found else [f"no document is kept.\n{stream.counts.lines()}"]
     return Result(value, "\n\n".join(parts))
-
-
-def _facts(entry: Any) -> str:
-    facts = {
-        "name": entry.name,
-        "hub": f"https://huggingface.co/datasets/{entry.hub}",
-        "licence": entry.licence,
-        "gated": "yes: agree on the hub, then `hf auth login`" if entry.gated else "no",
-        "size": _size(entry) + (f", {entry.documents:,} documents" if entry.documents else ""),
-        "split": entry.split,
-        "text column": " or ".join(entry.text_columns),
-        "shards": "in an order drawn by the seed" if entry.shuffle_shards else "in their own order",
-        "note": entry.note,
-    }
-    lines = [f"{key:12} {value}" for key, value in facts.items()]
-    for name, route in entry.routes.items():
-        lines.append(f"route {name:6} {route.hub}@{route.revision}: {' or '.join(route.files)} {route.note}".rstrip())
-    return "\n".join([*lines, *(f"trap         {trap}" for trap in entry.traps)])
 
 
 def stats(

@@ -40,7 +40,7 @@ def show_model(name: Name, /) -> Result:
         facts["bos"] = f"the tokenizer adds {bos_count(load_tokenizer(name))}"
     except UsageError as error:
         facts["weights"] = str(error)
-    return Result(facts, "\n".join(f"{key:14} {value}" for key, value in facts.items()))
+    return Result(facts)
 
 
 def check_model(
@@ -95,5 +95,4 @@ def show_sae(
     """An SAE's configuration: architecture, k, width, hook, what it was trained on."""
     from sae_italian.saes.releases import sae_facts
 
-    facts = sae_facts(sae)
-    return Result(facts, "\n".join(f"{key:28} {value}" for key, value in facts.items()))
+    return Result(sae_facts(sae))

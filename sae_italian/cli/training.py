@@ -177,7 +177,7 @@ def _examine(name: str, sae: Any, n_tokens: int, source: Source) -> Any:
 
 def _corpus_of(sae: Any, text_column: str) -> str:
     """Return the SAE's own corpus where it can be read here, else MicroItaliano, and say so."""
-    from sae_italian.corpora.documents import MICRO_ITALIANO, check_corpus
+    from sae_italian.corpora.stream import MICRO_ITALIANO, check_corpus
 
     named = sae.cfg.metadata.dataset_path
     if named:

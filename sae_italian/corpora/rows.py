@@ -193,8 +193,8 @@ def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     lines = shard.lines()
     head = next(lines, "")
-    headers = {mark: next(csv.reader([head], delimiter=mark), []) for mark in ",;\t|"}  # Excel writes ; in Italy
-    mark = max(headers, key=lambda mark: (bool(set(columns) & set(headers[mark])), len(headers[mark])))
+    names = {mark: [name.strip('" \r\n') for name in head.split(mark)] for mark in ",;\t|"}  # Excel writes ; in Italy
+    mark = max(names, key=lambda mark: (bool(set(columns) & set(names[mark])), len(names[mark])))
     table = csv.DictReader(chain([head], lines), delimiter=mark)
     for number in count():
         try:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import read_json, utc_now, write_json
-from sae_italian.corpora.documents import MICRO_ITALIANO
+from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model, parse_hook_name, resolve
 from sae_italian.models.activations import check_context
 from sae_italian.papers.paper import SKIPPED, Paper

@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import UsageError
+<<<<<<< HEAD
 from sae_italian.base.storage import RUN_FILE, claim_folder, locked, read_json, write_json
 from sae_italian.corpora.documents import check_corpus
 from sae_italian.corpora.pretokenize import is_pretokenized
+=======
+from sae_italian.base.storage import RUN_FILE, claim_folder, read_json, write_json
+from sae_italian.corpora import CorpusStream, Reader, iter_documents, pack
+from sae_italian.corpora.packing import special_mask
+from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
+from sae_italian.corpora.stream import check_corpus
+>>>>>>> 018febc (Corpora: one file opens a corpus and reads it; commands print facts as they are)
 from sae_italian.models import load_model
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import open_logger

@@ -9,8 +9,7 @@ import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import iter_documents, load_corpus
-from sae_italian.corpora.documents import check_corpus
-from sae_italian.corpora.stream import CorpusStream, Reader
+from sae_italian.corpora.stream import CorpusStream, Reader, check_corpus
 from tests.corpora.hub_stand_in import parquet
 
 GOOD = '{"text": "La città è bella."}\n'

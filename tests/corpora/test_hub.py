@@ -9,8 +9,7 @@ import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import catalogue, hub
-from sae_italian.corpora.documents import load_corpus
-from sae_italian.corpora.stream import CorpusStream, Reader
+from sae_italian.corpora.stream import CorpusStream, Reader, load_corpus
 from tests.corpora import hub_stand_in
 from tests.corpora.hub_stand_in import gz, jsonl, parquet
 
