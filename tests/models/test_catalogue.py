@@ -42,7 +42,7 @@ def test_the_loaded_config_wins_and_the_difference_is_reported(cached_hub, capsy
     assert model.config.hidden_size == 288 and any("288" in line for line in model.loaded_from["differences"])
     assert main(["models", "show", "minerva-350m"]) == 0
     out = capsys.readouterr().out
-    assert "d_model        288" in out and "1152 in the catalogue" in out and "the tokenizer adds 1" in out
+    assert "d_model       288" in out and "1152 in the catalogue" in out and "the tokenizer adds 1" in out
 
 
 def test_a_revision_can_be_pinned_and_is_recorded(cached_hub, tmp_path):
