@@ -13,12 +13,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sae_italian.base.errors import UsageError, nearest
-<<<<<<< HEAD
-from sae_italian.corpora.documents import MICRO_ITALIANO
-=======
-from sae_italian.base.storage import RUN_FILE, read_json, write_text
 from sae_italian.corpora.stream import MICRO_ITALIANO
->>>>>>> 018febc (Corpora: one file opens a corpus and reads it; commands print facts as they are)
 
 SUITE_KEY = "layers"  # what only a suite's config has
 NORM_ESTIMATE_BATCHES = 16  # of the stock runner; ours estimates from its buffer

@@ -7,10 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import RUN_FILE, read_json
+from sae_italian.base.storage import RUN_FILE, read_json, read_yaml
 from sae_italian.training.config import RunSpec, spec_from_dict
 from sae_italian.training.text import written_for_saelens
 
@@ -56,10 +54,7 @@ def read_values(path: str | Path, *overrides: str) -> dict[str, Any]:
         values |= settings  # a suite's
     else:
         file = find_config(path)
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        values = read_yaml(file)
         if not isinstance(values, dict):
             raise UsageError(f"{file} must hold `key: value` lines; found {type(values).__name__}.")
     for override in overrides:
@@ -76,7 +71,7 @@ def _set(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UsageError(f"override {override!r}: {parent!r} is a value, not a group of keys.")
-    values[last] = yaml.safe_load(text)
+    values[last] = read_yaml(text, override)
 
 
 def configs_folder() -> Path:

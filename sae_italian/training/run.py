@@ -9,17 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import UsageError
-<<<<<<< HEAD
-from sae_italian.base.storage import RUN_FILE, claim_folder, locked, read_json, write_json
-from sae_italian.corpora.documents import check_corpus
+from sae_italian.base.storage import RUN_FILE, claim_folder, claimed, locked, read_json
 from sae_italian.corpora.pretokenize import is_pretokenized
-=======
-from sae_italian.base.storage import RUN_FILE, claim_folder, read_json, write_json
-from sae_italian.corpora import CorpusStream, Reader, iter_documents, pack
-from sae_italian.corpora.packing import special_mask
-from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
 from sae_italian.corpora.stream import check_corpus
->>>>>>> 018febc (Corpora: one file opens a corpus and reads it; commands print facts as they are)
 from sae_italian.models import load_model
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import open_logger
@@ -57,8 +49,8 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
     out = Path(out)
     check_run(spec)
     model = _model_of(spec)
-    with locked([out]):
-        continuing = _claim(out, spec, resume=resume, overwrite=overwrite)
+    how: Any = {"resume": resume, "overwrite": overwrite, "changeable": CHANGEABLE}
+    with claimed(out, KIND, spec.model_dump(mode="json"), **how) as continuing:
         if continuing and (out / WEIGHTS).is_file():
             clear_checkpoints(out)
         else:
@@ -82,8 +74,7 @@ def train_suite(
     """
     out, groups = Path(out), suite.groups()
     check_run(next(iter(groups[0].values())))
-    with locked([out]):
-        claim_folder(out, SUITE_KIND, suite.model_dump(mode="json"), resume=resume, overwrite=overwrite)
+    with claimed(out, SUITE_KIND, suite.model_dump(mode="json"), resume=resume, overwrite=overwrite):
         trained = run_units(partial(train_group, suite, out), range(len(groups)))
         return [folder for folders in trained for folder in folders]
 
@@ -129,16 +120,6 @@ def _model_of(spec: RunSpec) -> Any:
     model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
     check_length(spec, model.tokenizer)
     return model
-
-
-def _claim(out: Path, spec: RunSpec, *, resume: bool, overwrite: bool) -> bool:
-    """Claim the folder as `claim_folder` does, but let a resumed run differ in what is CHANGEABLE."""
-    earlier, given = read_run(out), spec.model_dump(mode="json")
-    kept = {key: value for key, value in earlier.get("spec", {}).items() if key in CHANGEABLE}
-    continuing = claim_folder(out, KIND, given | (kept if resume else {}), resume=resume, overwrite=overwrite)
-    if continuing:
-        write_json(out / RUN_FILE, earlier | {"spec": given})
-    return continuing
 
 
 def check_run(spec: RunSpec) -> None:
