@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 28_837,  # 21_500
-    "statements": 18_800,  # 13_500
+    "lines": 28_951,  # 21_500
+    "statements": 18_853,  # 13_500
     "files": 178,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -28,19 +28,19 @@ AT_MOST = {
 }
 LEAST_AIR = 0.26  # share of docstrings and blank lines
 ROOM_LINES = {
-    "base": 997,  # 650
-    "micro_italiano": 1_434,  # 1_250
-    "models": 889,  # 760
-    "corpora": 1_720,  # 1_100
+    "base": 1_117,  # 650
+    "micro_italiano": 1_408,  # 1_250
+    "models": 910,  # 760
+    "corpora": 1_757,  # 1_100
     "saes": 1_990,  # 1_300  # plugin with it
-    "training": 2_170,  # 1_500
+    "training": 2_154,  # 1_500
     "evaluation": 1_107,
-    "cache": 2_226,  # 1_650
+    "cache": 2_216,  # 1_650
     "autointerp": 5_777,  # 3_900
     "analysis": 3_214,  # 2_500
     "papers": 1_676,  # 1_400
-    "browser": 3_240,  # 2_650
-    "cli": 2_346,  # 1_400  # quickstart with it
+    "browser": 3_239,  # 2_650
+    "cli": 2_331,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 
