@@ -36,13 +36,15 @@ def register_saes() -> None:
     from sae_lens.loading import pretrained_sae_loaders as loaders
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup, get_pretrained_saes_directory
 
-    from sae_italian.saes.releases import CONFIG_GETTERS, LOADERS, releases
+    from sae_italian.saes.releases import loaders as our_loaders
+    from sae_italian.saes.releases import releases
 
     # One of these may be what imported SAELens: it is then only half there, and registers itself when it is whole.
-    for module in ("architectures", "annealing", "tied"):
+    for module in ("architectures", "tied"):
         import_module(f"sae_italian.saes.{module}")
-    _add("loader", loaders.NAMED_PRETRAINED_SAE_LOADERS, LOADERS)
-    _add("config getter", loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS, CONFIG_GETTERS)
+    readers, config_readers = our_loaders()
+    _add("loader", loaders.NAMED_PRETRAINED_SAE_LOADERS, readers)
+    _add("config getter", loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS, config_readers)
     lookups = {
         release.name: PretrainedSAELookup(
             release=release.name,

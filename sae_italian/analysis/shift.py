@@ -24,18 +24,16 @@ from sae_italian.base.statistics import Estimate, interval
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
 from sae_italian.corpora.rows import local_shards
-from sae_italian.evaluation.diagnosis import hooks_of
 from sae_italian.evaluation.evaluate import (
     STATISTICS,
     TOKENS_PER_BATCH,
     TokenSums,
     Windows,
-    check_output,
     measure,
     windows_until,
 )
 from sae_italian.models.activations import check_context
-from sae_italian.saes import check_fits
+from sae_italian.saes import check_fits, hooks_of
 
 DOCUMENTS_FOR_SOURCES = 10_000  # looked at for the values of `source`
 LONGEST = 8  # contexts of the training: how far beyond it the buckets go by default
@@ -237,8 +235,7 @@ def default_edges(trained: int, longest: int | None) -> list[int]:
 
 
 def _check(sae: Any, model: Any, context: int) -> None:
-    check_fits(sae, model)
-    check_output(sae, model, hooks_of(sae)[1])
+    check_fits(sae, model, writes=True)
     check_context(context, model.config)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 from tqdm import tqdm
 
 from sae_italian.autointerp.examples import LatentExamples
@@ -24,7 +26,8 @@ from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.storage import fingerprint
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache, build_cache
-from sae_italian.saes import random_twin
+from sae_italian.evaluation.diagnosis import activations
+from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
 
 STORE_FILE, TWIN_FOLDER = "autointerp.sqlite", "random-twin"
 NOTHING_SAID = "empty"  # the control of a text that explains nothing
@@ -227,7 +230,8 @@ def random_sae_control(cache: FeatureCache, sae: Any, model: Any, config: Autoin
 
     `others` are those of `run_autointerp`: explainers and judges do for the twin what they did for the trained SAE.
     """
-    manifest, twin = cache.manifest, random_twin(sae, seed=config.seed)
+    manifest = cache.manifest
+    twin = random_twin(sae, config.seed, lambda: cached_activations(cache, sae, model))
     folder = build_cache(
         twin,
         model,
@@ -242,6 +246,16 @@ def random_sae_control(cache: FeatureCache, sae: Any, model: Any, config: Autoin
         resume=(cache.folder / TWIN_FOLDER).is_dir(),
     )
     return run_autointerp(FeatureCache.open(folder), model.tokenizer, config, sae=twin, **others)
+
+
+def cached_activations(cache: FeatureCache, sae: Any, model: Any) -> Float[Tensor, "tokens d_in"]:
+    """Return the SAE's input on the first tokens of its cache, on which a random twin is calibrated."""
+    manifest = cache.manifest
+    enough = 1 + CALIBRATION_TOKENS // (manifest.windows_per_shard * manifest.context_size)
+    shards = [cache.shard_tokens(i)["tokens"] for i in range(min(enough, len(manifest.shards)))]
+    windows = np.concatenate(shards).astype(np.int64).reshape(-1, manifest.context_size)
+    some = windows[: CALIBRATION_TOKENS // manifest.context_size]
+    return activations(sae, model, np.array_split(some, max(1, len(some) // 16)))[0]
 
 
 def twin_cache(cache: FeatureCache, sae: Any, seed: int = 0) -> tuple[FeatureCache, Any] | None:

@@ -167,22 +167,26 @@ def _sae_of(given: str, of_cache: str | None) -> tuple[Any, Any]:
 
 
 def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str], against: list[str], seed: int) -> Any:
+    from torch import from_numpy
+
     from sae_italian.analysis.probes.detect import probe
     from sae_italian.analysis.probes.treebank import label_names, read_treebank, read_words
-    from sae_italian.saes import check_fits, load_sae, random_twin
+    from sae_italian.saes import check_fits, load_sae
+    from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
 
     hook_name = check_fits(sae, model)
     banks = [read_treebank(path) for path in treebanks]
     if len({bank.name for bank in banks}) < len(banks):
         raise UsageError(f"two treebanks are called {banks[0].name}; give each once, or rename a folder.")
     others = {short: load_sae(given) for short, given in short_names(against).items()}
-    others = {"random twin": random_twin(sae, seed)} | others
     for other_name, other in others.items():  # d_in is checked where words are encoded
         here, there = (each.cfg.metadata.hook_name for each in (other, sae))
         if here != there:
             raise UsageError(f"{other_name} has hook_name {here!r}, the SAE {there!r}: compare SAEs of one site.")
     labels = label_names(banks)
     words = [read_words(model, hook_name, bank, labels, context_size=context) for bank in banks]
+    seen = words[0].x[words[0].train][:CALIBRATION_TOKENS]
+    others = {"random twin": random_twin(sae, seed, lambda: from_numpy(seen))} | others
     return probe(sae, words, name=Path(name).name or "SAE", others=others, seed=seed)
 
 

@@ -146,6 +146,7 @@ def _tables(to: str, cache: Path, out: Path | None, settings: Settings) -> Resul
 
 
 def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
+    from sae_italian.base.report import plain
     from sae_italian.cli.options import Source
     from sae_italian.evaluation.diagnosis import export_jumprelu
 
@@ -153,7 +154,7 @@ def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
     source = Source(**settings)
     sae, model, corpus = source.load(name)
     report = export_jumprelu(sae, model, corpus, out, **source.reading, **size)
-    return Result({"sae": str(out), **report.as_dict()}, f"{report.text()}\nSAE: {out}")
+    return Result({"sae": str(out), **plain(report)}, f"{report.text()}\nSAE: {out}")
 
 
 def _model_card(to: str, folder: Path, out: Path, settings: Settings) -> Result:

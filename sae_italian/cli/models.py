@@ -74,8 +74,6 @@ def list_saes(*, ids: bool = False) -> Result:
     Args:
         ids: Name every SAE, not only the releases.
     """
-    import sae_lens  # noqa: F401  # our releases are registered when it is imported
-
     from sae_italian.saes.releases import known_releases
 
     rows = known_releases()
@@ -93,6 +91,6 @@ def show_sae(
     sae: Annotated[str, Parameter(help="A folder, or release:sae_id: only its configuration is fetched.")], /
 ) -> Result:
     """An SAE's configuration: architecture, k, width, hook, what it was trained on."""
-    from sae_italian.saes.releases import sae_facts
+    from sae_italian.saes.loading import sae_facts
 
     return Result(sae_facts(sae))

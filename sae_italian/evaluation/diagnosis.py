@@ -8,11 +8,11 @@ Shapes: x [tokens, d_in] the SAE's input, y [tokens, d_out] its target (x itself
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -21,12 +21,12 @@ from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import special_mask, take_tokens
 from sae_italian.models.activations import check_context, read_many
 from sae_italian.models.hooks import parse_hook_name
-from sae_italian.saes import check_fits
+from sae_italian.saes.fit import Fit, decoded, explained, fit
 from sae_italian.saes.jumprelu_export import JumpReLUExport, check_exportable, check_free, save_sae, to_jumprelu
+from sae_italian.saes.loading import check_hooks, check_weights, hooks_of
 
 SCALES = tuple(2.0**power for power in range(-7, 8))
 JUMPRELU_TOKENS = 40_960  # four fifths of them, 32,768 as Llama Scope took, set the threshold; the rest checks it
-CHUNK = 256  # tokens encoded at once: 65,536 latents of them are 67 MB
 
 
 class Sample(NamedTuple):
@@ -38,21 +38,6 @@ class Sample(NamedTuple):
     y: Float[Tensor, "tokens d_out"]
 
 
-class Fit(NamedTuple):
-    """How well y is explained; means over the tokens of the sample."""
-
-    explained_variance: float  # centred: 1 - sum|y - y^|^2 / sum|y - mean|^2
-    explained_variance_uncentred: float  # 1 - sum|y - y^|^2 / sum|y|^2
-    l0: float
-    dead: float  # share of latents that never fired
-
-
-def hooks_of(sae: Any) -> tuple[str, str]:
-    """Return the hook the SAE reads and the one it writes; the same for all but transcoders."""
-    metadata = sae.cfg.metadata
-    return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
-
-
 @torch.no_grad()
 def take_sample(sae: Any, model: Any, tokens: Int[Tensor, "windows context"], keep: Tensor) -> Sample:
     hook_in, hook_out = hooks_of(sae)
@@ -60,20 +45,30 @@ def take_sample(sae: Any, model: Any, tokens: Int[Tensor, "windows context"], ke
     return Sample(tokens, keep, acts[hook_in][keep].to(sae.dtype), acts[hook_out][keep].to(sae.dtype))
 
 
+def activations(
+    sae: Any, model: Any, blocks: Iterable[Int[np.ndarray, "windows context"]]
+) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"]]:
+    """Return the SAE's input and target on windows, no special tokens. Raises: UsageError where SAE and model do not fit."""
+    check_weights(sae)
+    check_hooks(sae, model)
+    x, y = [], []
+    for tokens in blocks:
+        keep = torch.from_numpy(~special_mask(tokens, model.tokenizer))
+        sample = take_sample(sae, model, torch.from_numpy(tokens), keep)
+        x.append(sample.x.cpu())
+        y.append(sample.y.cpu())
+    return torch.cat(x), torch.cat(y)
+
+
 def held_out_activations(
     sae: Any, model: Any, corpus: str, n_tokens: int, *, context_size: int | None = None, text_column: str = "text"
 ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"]]:
     """Return the SAE's input and target on text it was not trained on, no special tokens. Raises: UsageError."""
-    check_fits(sae, model)
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
     packed = pack(iter_documents(corpus, "heldout", text_column=text_column), model.tokenizer, context)
-    x, y = [], []
-    for block in take_tokens(packed, n_tokens, f"the heldout split of {corpus}"):
-        keep = torch.from_numpy(~special_mask(block.tokens, model.tokenizer))
-        sample = take_sample(sae, model, torch.from_numpy(block.tokens), keep)
-        x.append(sample.x.cpu())
-        y.append(sample.y.cpu())
-    return torch.cat(x)[:n_tokens], torch.cat(y)[:n_tokens]
+    blocks = take_tokens(packed, n_tokens, f"the heldout split of {corpus}")
+    x, y = activations(sae, model, (block.tokens for block in blocks))
+    return x[:n_tokens], y[:n_tokens]
 
 
 def export_jumprelu(
@@ -95,33 +90,6 @@ def subset(sample: Sample, n_tokens: int) -> Sample:
     """Return the sample with n_tokens of its activations, spread evenly; repairs are tried on these."""
     step = max(1, len(sample.x) // n_tokens)
     return sample._replace(x=sample.x[::step][:n_tokens], y=sample.y[::step][:n_tokens])
-
-
-@torch.no_grad()
-def fit(sae: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> Fit:
-    """Return how well sae(scale * x) / scale explains y; a transcoder's output is not scaled back."""
-    out_scale = scale if x.shape == y.shape and hooks_of(sae)[0] == hooks_of(sae)[1] else 1.0
-    error = l0 = 0.0
-    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
-    for part_x, part_y in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        z = sae.encode(part_x * scale)
-        y_hat = decoded(sae, z, part_x * scale) / out_scale
-        error += (part_y - y_hat).double().pow(2).sum().item()
-        l0 += (z != 0).sum().item()
-        fired |= (z != 0).any(0)
-    return Fit(*explained(error, y), l0 / len(x), 1 - fired.double().mean().item())
-
-
-def explained(error: float, y: Float[Tensor, "tokens d_out"]) -> tuple[float, float]:
-    """Return centred and uncentred explained variance of an error, the squares summed over all of y."""
-    wide = y.double()
-    return 1 - error / (wide - wide.mean(0)).pow(2).sum().item(), 1 - error / wide.pow(2).sum().item()
-
-
-def decoded(sae: Any, z: Tensor, x: Tensor) -> Tensor:
-    """Return what the SAE writes for latents z read from x: decode, and a transcoder's skip connection where it has one."""
-    skip = getattr(sae, "W_skip", None)
-    return sae.decode(z) if skip is None else sae.decode(z) + x @ skip.T
 
 
 def unigram_entropy(sample: Sample) -> float:
@@ -171,22 +139,21 @@ def fit_by_layer(sae: Any, model: Any, sample: Sample, n_tokens: int) -> dict[in
     return found
 
 
-@contextmanager
-def repaired(sae: Any) -> Iterator[Any]:
-    """Yield a shallow copy whose parameters can be replaced without touching the SAE."""
+def _repaired(sae: Any) -> Any:
+    """Return a shallow copy whose parameters and settings can be replaced without touching the SAE."""
     twin = copy.copy(sae)
     twin._parameters = dict(sae._parameters)
     twin.cfg = copy.copy(sae.cfg)
-    yield twin
+    return twin
 
 
 @torch.no_grad()
 def fit_relaid(sae: Any, sample: Sample) -> Fit:
     """Return the fit with the decoder's numbers read in the other order: what undoes a transposed W_dec."""
-    with repaired(sae) as twin:
-        d_sae, d_out = sae.W_dec.shape
-        twin.W_dec = torch.nn.Parameter(sae.W_dec.detach().reshape(d_out, d_sae).T.contiguous(), requires_grad=False)
-        return fit(twin, sample.x, sample.y)
+    twin = _repaired(sae)
+    relaid = sae.W_dec.detach().reshape(sae.W_dec.T.shape).T.contiguous()
+    twin.W_dec = torch.nn.Parameter(relaid, requires_grad=False)
+    return fit(twin, sample.x, sample.y)
 
 
 @torch.no_grad()
@@ -194,9 +161,9 @@ def fit_reselected(sae: Any, sample: Sample) -> Fit | None:
     """Return the fit when a TopK's selection (not) counts the decoder's norm, the opposite of now; None otherwise."""
     if not hasattr(sae.cfg, "rescale_acts_by_decoder_norm"):
         return None
-    with repaired(sae) as twin:
-        twin.cfg.rescale_acts_by_decoder_norm = not sae.cfg.rescale_acts_by_decoder_norm
-        return fit(twin, sample.x, sample.y)
+    twin = _repaired(sae)
+    twin.cfg.rescale_acts_by_decoder_norm = not sae.cfg.rescale_acts_by_decoder_norm
+    return fit(twin, sample.x, sample.y)
 
 
 @torch.no_grad()
@@ -210,8 +177,9 @@ def best_gains(sae: Any, sample: Sample, steps: int = 30) -> tuple[Float[Tensor,
     base = decoded(sae, torch.zeros_like(z), x)
     active = (z != 0).sum(0) >= 2
     z_active = z[:, active].contiguous()
-    unit = torch.zeros(1, z.shape[1], dtype=z.dtype, device=z.device)
-    directions = sae.W_dec[active] * (_decoder_factor(sae, unit)[active, None])
+    directions = sae.W_dec[active]
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # decode divides by the norms
+        directions = directions / directions.norm(dim=-1, keepdim=True)
     gains = torch.ones(int(active.sum()), dtype=z.dtype, device=z.device)
 
     def forward(g: Tensor) -> Tensor:
@@ -232,18 +200,3 @@ def best_gains(sae: Any, sample: Sample, steps: int = 30) -> tuple[Float[Tensor,
         direction, power = gradient + new_power / power.clamp_min(1e-12) * direction, new_power
     error = residual.double().pow(2).sum().item()
     return gains, Fit(*explained(error, y), float("nan"), float("nan"))
-
-
-def _decoder_factor(sae: Any, like: Tensor) -> Float[Tensor, " d_sae"]:
-    """Return what decode multiplies each latent with before W_dec."""
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        return 1 / sae.W_dec.norm(dim=-1)
-    return torch.ones_like(like[0])
-
-
-@torch.no_grad()
-def threshold_for(sae: Any, sample: Sample, k: float) -> float:
-    """Return the one threshold at which the sample has k active latents per token on average."""
-    pre = sae.process_sae_in(sample.x) @ sae.W_enc + sae.b_enc
-    n = max(1, min(pre.numel() - 1, round(k * len(pre))))
-    return pre.flatten().topk(n).values[-1].item()

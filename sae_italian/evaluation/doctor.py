@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import bos_id, special_mask, take_tokens
 from sae_italian.evaluation import diagnosis as measure
 from sae_italian.evaluation.evaluate import Windows
 from sae_italian.evaluation.evaluate import measure as measure_windows
-from sae_italian.models import resolve
+from sae_italian.models import parse_hook_name, resolve
 from sae_italian.models.loading import bos_count
-from sae_italian.saes import check_fits
+from sae_italian.saes import hooks_of
+from sae_italian.saes.fit import Fit, fit, threshold_for
+from sae_italian.saes.loading import check_hooks, check_weights
 
 Status = Literal["pass", "warn", "fail"]
 CLEARLY = 0.03  # of explained variance: a repair that gains more names a fault
@@ -93,11 +95,10 @@ def examine(
     report = Diagnosis(name or str(metadata.model_name), str(facts.get("name", metadata.model_name)), str(corpus))
     report.checks += _model_checks(sae, facts)
     try:
-        check_fits(sae, model)
+        check_weights(sae)
+        check_hooks(sae, model)
     except UsageError as error:
-        report.checks.append(
-            Finding("hook and layer", "fail", str(error), "use the model and the hook it was trained on")
-        )
+        report.checks.append(_refusal(error))
         return report
     if tokens is None:
         tokens = _windows(
@@ -121,8 +122,14 @@ def examine(
 
 def unreadable(name: str, error: UsageError) -> Diagnosis:
     """Return the report on an SAE whose files do not make an SAE."""
+    return Diagnosis(name, "-", "-", checks=[_refusal(error)])
+
+
+def _refusal(error: UsageError) -> Finding:
+    if not isinstance(error, DataError):
+        return Finding("hook and layer", "fail", str(error), "use the model and the hook it was trained on")
     remedy = "store W_dec as [d_sae, d_in]: transpose it" if "transposed" in str(error) else "write its files anew"
-    return Diagnosis(name, "-", "-", checks=[Finding("weights", "fail", str(error), remedy)])
+    return Finding("weights", "fail", str(error), remedy)
 
 
 def _windows(model: Any, corpus: str, split: Split, n_tokens: int, context: int, text_column: str) -> Tensor:
@@ -194,7 +201,7 @@ def _loss_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[st
         tokens, keep = (rows[first : first + WINDOWS_AT_ONCE] for rows in (sample.tokens, sample.keep))
         if len(tokens):
             some = Windows(tokens, keep, np.zeros(int(keep.sum()), int))
-            rows, _, _ = measure_windows(sae, model, *measure.hooks_of(sae), some, with_loss=True)
+            rows, _, _ = measure_windows(sae, model, *hooks_of(sae), some, with_loss=True)
             sums.update({name: float(column.sum()) for name, column in rows.items()})
     clean, with_sae, ablated = (sums[name] / sums["n_loss"] for name in ("ce", "ce_sae", "ce_zero"))
     recovered, unigram = (ablated - with_sae) / (ablated - clean), measure.unigram_entropy(sample)
@@ -213,16 +220,16 @@ def _loss_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[st
 
 
 def _fit_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Finding]:
-    fit = measure.fit(sae, sample.x, sample.y)
-    measures["fit"] = fit._asdict()
+    found = fit(sae, sample.x, sample.y)
+    measures["fit"] = found._asdict()
     remedy = "see the failed checks, else train longer, or with more latents or a higher k"
     yield _graded(
-        "explained variance", fit.explained_variance, 0.5, 0.2, remedy, f"{fit.explained_variance:.4f} (centred)"
+        "explained variance", found.explained_variance, 0.5, 0.2, remedy, f"{found.explained_variance:.4f} (centred)"
     )
-    shown = f"{fit.explained_variance_uncentred:.4f} (uncentred, as Llama Scope)"
-    yield _graded("explained variance u", fit.explained_variance_uncentred, 0.5, 0.2, remedy, shown)
-    yield _l0_check(sae, sample, fit.l0)
-    yield _dead_check(sae, sample, fit)
+    shown = f"{found.explained_variance_uncentred:.4f} (uncentred, as Llama Scope)"
+    yield _graded("explained variance u", found.explained_variance_uncentred, 0.5, 0.2, remedy, shown)
+    yield _l0_check(sae, sample, found.l0)
+    yield _dead_check(sae, sample, found)
 
 
 def _l0_check(sae: Any, sample: measure.Sample, l0: float) -> Finding:
@@ -233,7 +240,7 @@ def _l0_check(sae: Any, sample: measure.Sample, l0: float) -> Finding:
     fix = "retrain, or look at the failed checks"
     if threshold is not None:
         wanted = k or d_sae / 100
-        better = measure.threshold_for(sae, sample, wanted)
+        better = threshold_for(sae, sample.x, wanted)
         fix = f"set every threshold to {better:.4g} (L0 {wanted:.0f} on this sample)"
         if not bool((threshold > 0).any()):
             return Finding("l0", "fail", f"{l0:.1f} latents per token; the JumpReLU has no threshold (all 0)", fix)
@@ -246,10 +253,10 @@ def _l0_check(sae: Any, sample: measure.Sample, l0: float) -> Finding:
     return Finding("l0", "warn" if 0.5 <= off <= 2 else "fail", found, fix)
 
 
-def _dead_check(sae: Any, sample: measure.Sample, fit: measure.Fit) -> Finding:
-    share, n = fit.dead, len(sample.x)
+def _dead_check(sae: Any, sample: measure.Sample, fitted: Fit) -> Finding:
+    share, n = fitted.dead, len(sample.x)
     found = f"{share:.1%} of {sae.cfg.d_sae:,} latents never fired in {n:,} tokens"
-    if n * fit.l0 / sae.cfg.d_sae < 20:
+    if n * fitted.l0 / sae.cfg.d_sae < 20:
         return Finding("dead latents", "pass", found + " (too few to judge; a larger --tokens would)")
     status: Status = "pass" if share < 0.5 else "warn" if share < 0.9 else "fail"
     return Finding(
@@ -259,7 +266,7 @@ def _dead_check(sae: Any, sample: measure.Sample, fit: measure.Fit) -> Finding:
 
 def _repair_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Finding]:
     few = measure.subset(sample, N_REPAIR_TOKENS)
-    now = measure.fit(sae, few.x, few.y).explained_variance
+    now = fit(sae, few.x, few.y).explained_variance
     yield _scale_check(sae, few, now, measures)
     yield _layer_check(sae, model, sample, measures)
     yield _decoder_check(sae, few, now, measures)
@@ -298,7 +305,7 @@ def _scale_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, 
 
 
 def _layer_check(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Finding:
-    hook_in = measure.parse_hook_name(sae.cfg.metadata.hook_name)
+    hook_in = parse_hook_name(sae.cfg.metadata.hook_name)
     by_layer = measure.fit_by_layer(sae, model, sample, 4 * N_REPAIR_TOKENS)
     measures["explained_variance_by_layer"] = by_layer
     best, here = max(by_layer, key=lambda layer: by_layer[layer]), hook_in.layer

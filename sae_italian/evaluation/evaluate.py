@@ -28,9 +28,9 @@ from sae_italian.base.storage import utc_now
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, PackedBlock, special_mask
 from sae_italian.evaluation.card import ULTRA_ACTIVE, DensityBin, EvaluationCard
-from sae_italian.evaluation.diagnosis import decoded, hooks_of
-from sae_italian.models.activations import check_context, logits_with_replacement, read_many, resolve_hook
-from sae_italian.saes import check_fits
+from sae_italian.models.activations import check_context, logits_with_replacement, read_many
+from sae_italian.saes import check_fits, hooks_of
+from sae_italian.saes.fit import decoded
 
 TOKENS_PER_BATCH = 2048
 LATENT_RESAMPLES = 200  # each holds a count per latent: 200 of 65,536 latents are 52 MB
@@ -65,11 +65,10 @@ def evaluate(
     Special tokens count nowhere, and the SAE is not applied to them. Losses and KL take three more forward passes; with
     `loss_tokens` they are measured on the first so many tokens only. A transcoder reads one hook and is measured, and
     put in place, at the other.
-    Raises: UsageError when SAE and model do not fit, or the corpus is too short for `n_tokens` (the message says how
-    many there are).
+    Raises: UsageError when SAE and model do not fit (`check_fits`), or the corpus is too short for `n_tokens` (the message
+    says how many there are).
     """
-    hook_in, hook_out = check_fits(sae, model), hooks_of(sae)[1]
-    check_output(sae, model, hook_out)
+    hook_in, hook_out = check_fits(sae, model, writes=True), hooks_of(sae)[1]
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
     documents = iter_documents(corpus, split, text_column=text_column)
     blocks = pack(documents, model.tokenizer, context, windows_per_block=max(1, TOKENS_PER_BATCH // context))
@@ -103,21 +102,6 @@ def evaluate(
         d_sae=sae.cfg.d_sae,
         created=utc_now(),
     )
-
-
-def check_output(sae: Any, model: Any, hook_out: str) -> None:
-    """Refuse a transcoder whose output does not fit the hook it is put in at. Raises: UsageError."""
-    hook, _ = resolve_hook(model, hook_out)
-    d_out, d_model = getattr(sae.cfg, "d_out", sae.cfg.d_in), model.config.hidden_size
-    if d_out != d_model:
-        raise UsageError(
-            f"the transcoder writes {d_out} dimensions (d_out), but the model has {d_model} at {hook_out}; "
-            f"it was trained on {sae.cfg.metadata.model_name!r}. Use that model."
-        )
-    if hook.normalised:
-        raise UsageError(
-            f"the SAE writes at {hook_out}, which can be read but not replaced; losses cannot be measured."
-        )
 
 
 def windows_until(

@@ -100,7 +100,7 @@ def _jumprelu(job: Reproduction, results: Results) -> dict[str, Any]:
         f"L0 {report.l0_before:.2f} to {report.l0:.2f}, explained variance {report.explained_variance_before:.4f} to "
         f"{report.explained_variance:.4f}"
     )
-    return {**report.as_dict(), "sae": entry["name"], "text": text}
+    return {**plain(report), "sae": entry["name"], "text": text}
 
 
 def _compared(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +19,8 @@ from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.evaluation import evaluate
 from sae_italian.evaluation.diagnosis import held_out_activations
 from sae_italian.papers.job import Reproduction, Subject
-from sae_italian.saes.baselines import mean_l0, rescaled, with_top_k
+from sae_italian.saes.baselines import rescaled, with_top_k
+from sae_italian.saes.fit import fit
 
 WIDTH = 32  # tokens of a shown example
 FIT_SHARE = 0.5  # of the tokens of a curve, for the one factor of random directions
@@ -166,14 +166,6 @@ def curves(dictionaries: dict[str, Any], subject: Subject, n_tokens: int) -> dic
         for power in range(min(sae.cfg.d_sae, sae.cfg.d_in).bit_length()):
             kept = with_top_k(sae, 2**power)
             kept = rescaled(kept, fitted) if name == "random" else kept
-            point = {"l0": mean_l0(kept, others), "explained_variance": explained_variance(kept, others)}
-            found[name].append({"k": 2**power, **point})
+            fitted_to = fit(kept, others, others)
+            found[name].append({"k": 2**power, "l0": fitted_to.l0, "explained_variance": fitted_to.explained_variance})
     return found
-
-
-@torch.no_grad()
-def explained_variance(sae: Any, rows: Float[Tensor, "tokens d_in"], batch: int = 4096) -> float:
-    """Return 1 - sum|x - x^|^2 / sum|x - mean|^2 over all tokens, as the evaluation card does."""
-    rows = rows.to(sae.device, sae.dtype)
-    error = sum(float((sae(part) - part).double().square().sum()) for part in rows.split(batch))
-    return 1 - error / float((rows - rows.mean(0)).double().square().sum())

@@ -5,6 +5,7 @@
 | `sparse_topk` | SAELens' `topk` with the same losses and gradients, several times faster (`sparse.py`) | `topk` |
 | `topk_transcoder` | latents of one activation that reconstruct another, TopK | `topk_transcoder` |
 | `transcoder` | the same with ReLU and an L1 penalty | SAELens' `transcoder` |
+| `annealed_topk`, ... | SAELens' own architectures with a k, which falls during the first steps | what SAELens saves |
 
 SAELens' trainer hands a training SAE one tensor per step, so a transcoder's input and target come side by side,
 [tokens, d_in + d_out]; `PairScaler` scales each half by its own factor, as Llama Scope does. What the step returns as
@@ -14,23 +15,21 @@ SAELens' trainer hands a training SAE one tensor per step, so a transcoder's inp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from sae_lens import register_sae_class, register_sae_training_class
-from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.registry import get_sae_class, get_sae_training_class
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
-from sae_lens.saes.topk_sae import TopK, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, TranscoderConfig
+from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor, nn
 
 from sae_italian.saes.sparse import decode, encode_rows, set_k
-from sae_italian.saes.sparse_products import Workspace
-
-SPARSE_TOPK, TOPK_TRANSCODER, TRANSCODER = "sparse_topk", "topk_transcoder", "transcoder"
 
 
 @dataclass
@@ -42,13 +41,6 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
 
     k_anneal_steps: int = 0
 
-    @classmethod
-    def architecture(cls) -> str:
-        return SPARSE_TOPK
-
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        return TopKSAEConfig
-
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
     """SAELens' `TopKTrainingSAE`, with the training step on the k kept latents only.
@@ -59,10 +51,6 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     """
 
     cfg: SparseTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __init__(self, cfg: SparseTopKTrainingSAEConfig, use_error_term: bool = False):
-        super().__init__(cfg, use_error_term)
-        self._workspace = Workspace()
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return TopK(self.cfg.k, use_sparse_activations=False)
@@ -90,8 +78,8 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         rows = self.W_enc.T
         encoder: dict[str, Any] = {"input_bias": input_bias, "norm": norm}
         k: int = self.activation_fn.k  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
-        values, indices = encode_rows(sae_in, rows, self.b_enc, k, workspace=self._workspace, **encoder)
-        out = self.hook_sae_recons(decode(values, indices, self.W_dec, workspace=self._workspace) + self.b_dec)
+        values, indices = encode_rows(sae_in, rows, self.b_enc, k, **encoder)
+        out = self.hook_sae_recons(decode(values, indices, self.W_dec) + self.b_dec)
         out = self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
         losses = {"mse_loss": self.mse_loss_fn(out, target).sum(dim=-1).mean()}
         losses["auxiliary_reconstruction_loss"] = self._auxiliary_loss(sae_in, rows, encoder, target - out, dead)
@@ -168,7 +156,7 @@ class TopKTranscoderConfig(SkipTranscoderConfig):
 
     @classmethod
     def architecture(cls) -> str:
-        return TOPK_TRANSCODER
+        return "topk_transcoder"
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "k": self.k}
@@ -239,13 +227,6 @@ class TopKTranscoderTrainingConfig(SparseTopKTrainingSAEConfig):
     d_out: int
     apply_b_dec_to_input: bool = False
 
-    @classmethod
-    def architecture(cls) -> str:
-        return TOPK_TRANSCODER
-
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        return TopKTranscoderConfig
-
 
 class TopKTranscoderTraining(_Transcodes, SparseTopKTrainingSAE):
     """A transcoder with TopK latents and sparse gradients: y^ = TopK(x W_enc + b_enc) W_dec + b_dec."""
@@ -274,13 +255,6 @@ class TranscoderTrainingConfig(StandardTrainingSAEConfig):
 
     d_out: int
     apply_b_dec_to_input: bool = False
-
-    @classmethod
-    def architecture(cls) -> str:
-        return TRANSCODER
-
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        return TranscoderConfig
 
 
 class TranscoderTraining(_Transcodes, StandardTrainingSAE):
@@ -332,7 +306,41 @@ class PairScaler(ActivationScaler):
         self.scaling_factor = (d_in**0.5 * n / sums[0], d_out**0.5 * n / sums[1])
 
 
-register_sae_class(TOPK_TRANSCODER, TopKTranscoder, TopKTranscoderConfig)
-register_sae_training_class(SPARSE_TOPK, SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig)
-register_sae_training_class(TOPK_TRANSCODER, TopKTranscoderTraining, TopKTranscoderTrainingConfig)
-register_sae_training_class(TRANSCODER, TranscoderTraining, TranscoderTrainingConfig)
+# --- registering ------------------------------------------------------------------------------------------------------
+
+
+class _Anneals:
+    """A training SAE of SAELens whose k falls in the first `cfg.k_anneal_steps` steps, whichever trainer counts them."""
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        set_k(self, step_input)
+        return super().training_forward_pass(step_input)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _register(name: str, sae_class: type, config_class: Any, saved_as: str) -> None:
+    """Register a training architecture that is saved as another, by both names."""
+    config_class.architecture = classmethod(lambda _cls: name)
+    config_class.get_inference_config_class = lambda _self: get_sae_class(saved_as)[1]
+    register_sae_training_class(name, sae_class, config_class)
+
+
+def _register_annealed(name: str, saved_as: str) -> None:
+    """Register the twin `annealed_NAME` of one of SAELens' own, with one field more: `k_anneal_steps`."""
+    sae_class, config_class = get_sae_training_class(name)
+    fields = [("k_anneal_steps", int, 0)]
+    config = make_dataclass(f"Annealed{config_class.__name__}", fields, bases=(config_class,))
+    twin = type(f"Annealed{sae_class.__name__}", (_Anneals, sae_class), {})
+    _register(f"annealed_{name}", twin, config, saved_as)
+
+
+register_sae_class("topk_transcoder", TopKTranscoder, TopKTranscoderConfig)
+_register("sparse_topk", SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, "topk")
+_register("topk_transcoder", TopKTranscoderTraining, TopKTranscoderTrainingConfig, "topk_transcoder")
+_register("transcoder", TranscoderTraining, TranscoderTrainingConfig, "transcoder")
+for _name, _saved_as in (
+    ("topk", "topk"),
+    ("abstopk", "abstopk"),
+    ("batchtopk", "jumprelu"),
+    ("matryoshka_batchtopk", "jumprelu"),
+):
+    _register_annealed(_name, _saved_as)

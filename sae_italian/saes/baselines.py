@@ -4,7 +4,7 @@ Fitted on a stream of activations, as in Cunningham et al. 2023 (arXiv 2309.0860
 
 | kind | latents | encoder and decoder |
 |---|---|---|
-| `pca` | 2 d_in | principal components and their negatives, centred; IncrementalPCA, so any number of tokens |
+| `pca` | 2 d_in | principal components and their negatives, centred; of any number of tokens |
 | `ica` | 2 d_in | FastICA's unmixing and mixing directions and their negatives, centred |
 | `nmf` | d_in | MiniBatchNMF's components H, encoder the pseudo-inverse of H; only where activations are non-negative |
 | `random` | d_sae of the SAE | unit directions, tied; the decoder times the one factor that reconstructs best |
@@ -12,13 +12,14 @@ Fitted on a stream of activations, as in Cunningham et al. 2023 (arXiv 2309.0860
 
 Each is there twice: with ReLU alone, as the paper's autointerp compares them, and as `KIND-topk` with top-k at the SAE's
 own mean L0 (appendix G). With ReLU alone PCA and ICA reconstruct exactly but have d_in latents on at every token.
+The random twin of an SAE is the other control: its own architecture with random weights, whose latents fire as often.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,13 +28,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_italian.base.errors import UsageError, nearest
+from sae_italian.saes.fit import encoded, firing_counts, mean_l0
 from sae_italian.saes.loading import weights_hash
 
 TOPK = "-topk"
 KINDS = ("pca", "ica", "nmf", "random", "identity")
 DEFAULT_KINDS = ("pca", "ica", "random", "identity")
 FIT_TOKENS, ICA_TOKENS = 200_000, 20_000
+CALIBRATION_TOKENS = 16_384  # on which the random twin is made to fire as often as the SAE
 _LEAST = 2  # tokens per dimension
+_LATENTS = 1024  # whose pre-activations on all calibration tokens are held at a time
 _EARLIER = ("random_twin_of", "baseline", "baseline_of", "top_k_of")  # metadata of what an SAE was made from
 Rows = Float[Tensor, "tokens d_in"]
 
@@ -69,26 +73,16 @@ def fit_baselines(
             raise UsageError(f"baseline {kind!r} is unknown. {nearest(kind, KINDS)}")
     if getattr(sae.cfg, "d_out", sae.cfg.d_in) != sae.cfg.d_in or getattr(sae.cfg.metadata, "hook_name_out", None):
         raise UsageError("baselines decompose the activations of one hook; a transcoder has two. Give an SAE.")
-    sample, pca = _read(activations, n_tokens, ica_tokens, "pca" in kinds, sae.cfg.d_in, seed)
+    sample, mean, covariance = _read(activations, n_tokens, ica_tokens, sae.cfg.d_in, seed)
     k = k if k is not None else max(1, round(mean_l0(sae, sample)))
     found: dict[str, Any] = {}
     for kind in kinds:
-        directions, converged = _fitted(kind, sample, pca, sae, seed)
+        directions, converged = _fitted(kind, sample, mean, covariance, sae, seed)
         for name, kept in ((kind, None), (kind + TOPK, k)):
             baseline = _as_sae(directions, sae, name, kept)
             baseline.cfg.metadata.converged = converged
             found[name] = rescaled(baseline, sample) if kind == "random" else baseline
     return found
-
-
-@torch.no_grad()
-def mean_l0(sae: Any, rows: Rows, batch: int = 4096) -> float:
-    """Return how many latents of an SAE are active on a token, on average."""
-    active = 0
-    for part in rows.split(batch):
-        latents = sae.encode(part.to(sae.device, sae.dtype))
-        active += int((latents.to_dense() if latents.is_sparse else latents).count_nonzero())
-    return active / max(len(rows), 1)
 
 
 @torch.no_grad()
@@ -98,9 +92,8 @@ def rescaled(sae: Any, sample: Rows) -> Any:
     Tied random directions overshoot by far without.
     """
     product = square = 0.0
-    for part in sample.split(4096):
-        x = part.to(sae.device, sae.dtype)
-        x_hat = sae.decode(sae.encode(x))
+    for x, z in encoded(sae, sample):
+        x_hat = sae.decode(z)
         product += float((x * x_hat).sum())
         square += float(x_hat.square().sum())
     sae.W_dec *= product / max(square, 1e-12)
@@ -116,65 +109,107 @@ def with_top_k(sae: Any, k: int) -> Any:
     cfg = sae.cfg
     metadata = copy.deepcopy(cfg.metadata)
     metadata.top_k_of = weights_hash(sae)
-    settings = {"apply_b_dec_to_input": cfg.apply_b_dec_to_input, "normalize_activations": cfg.normalize_activations}
+    settings = {key: getattr(cfg, key) for key in ("apply_b_dec_to_input", "normalize_activations")}
     # SAELens' rescaling multiplies activations by the norms and divides by them when it decodes: the function is the same
     settings |= {"k": min(k, cfg.d_sae), "rescale_acts_by_decoder_norm": True}
     return _sae(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, sae, metadata, settings)
+
+
+# --- the random twin --------------------------------------------------------------------------------------------------
+
+
+def random_twin(sae: Any, seed: int = 0, activations: Callable[[], Rows] | None = None) -> Any:
+    """Return an SAE of the same class and configuration with random weights: the untrained control.
+
+    Encoder and decoder are tied random unit directions; the decoder bias is kept, so that inputs are centred alike. Where
+    a threshold or a bias decides what fires, each latent gets the bias with which it fires as often as the same latent of
+    the SAE on `activations` [tokens, d_in] at its hook; a top-k needs none, and they are not asked for.
+    Raises: UsageError where they are needed and not given.
+    """
+    twin = copy.deepcopy(sae)
+    generator = torch.Generator().manual_seed(seed)
+
+    def directions(d: int) -> Float[Tensor, "d_sae d"]:
+        return torch.nn.functional.normalize(torch.randn(sae.cfg.d_sae, d, generator=generator), dim=-1)
+
+    with torch.no_grad():
+        tied, d_out = directions(sae.cfg.d_in), twin.W_dec.shape[1]
+        twin.W_enc.copy_(tied.T)
+        twin.W_dec.copy_(tied if d_out == sae.cfg.d_in else directions(d_out))
+        if hasattr(sae.cfg, "k"):
+            twin.b_enc.zero_()
+        else:
+            if activations is None:
+                raise UsageError(
+                    f"the random twin of a {sae.cfg.architecture()} SAE is calibrated on activations; none are given."
+                )
+            _fire_alike(twin, sae, activations())
+    twin.cfg.metadata.random_twin_of = weights_hash(sae)
+    return twin
+
+
+def _fire_alike(twin: Any, sae: Any, x: Rows) -> None:
+    """Set the twin's biases so that each latent fires on as many of the tokens as the SAE's."""
+    counts, bias = firing_counts(sae, x), torch.zeros(sae.cfg.d_sae)
+    x = torch.cat([twin.process_sae_in(part.to(sae.device)) for part in x.split(4096)])
+    for some in torch.arange(len(bias)).split(_LATENTS):
+        bias[some] = -_cutoff(x @ twin.W_enc[:, some], counts[some]).float().cpu()
+    above = getattr(twin, "threshold", torch.zeros(1)).clamp(min=0).cpu()
+    # a gated SAE has no b_enc; where a gate opens, its magnitude is the same pre-activation
+    values = {"b_enc": bias + above, "b_gate": bias, "b_mag": bias, "r_mag": torch.zeros_like(bias)}
+    for name, value in values.items():
+        if getattr(twin, name, None) is not None:
+            getattr(twin, name).copy_(value)
+
+
+def _cutoff(values: Float[Tensor, "tokens n"], counts: Tensor) -> Float[Tensor, " n"]:
+    """Return for each column a number above which `counts` of its values lie: just under the last of them.
+
+    On other tokens a share of about counts / tokens is above it. Above all of them, by their spread, where it is 0.
+    """
+    ordered, n = values.sort(dim=0, descending=True).values, len(values)
+    last, after = (ordered.gather(0, at.clamp(0, n - 1)[None])[0] for at in (counts - 1, counts))
+    below = torch.where(counts < n, 0.9 * last + 0.1 * after, 2 * last - ordered[n // 2])
+    return torch.where(counts > 0, below, 2 * last - ordered[n // 2])
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
 def _read(
-    activations: Rows | Iterable[Rows], n_tokens: int, n_sample: int, with_pca: bool, d_in: int, seed: int
-) -> tuple[Rows, Any]:
-    """Return the first tokens as they are, and the PCA of all that were read."""
-    from sklearn.decomposition import IncrementalPCA
-
+    activations: Rows | Iterable[Rows], n_tokens: int, n_sample: int, d_in: int, seed: int
+) -> tuple[Rows, Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
+    """Return the first tokens as they are, and mean and covariance of all that were read."""
     if isinstance(activations, Tensor):
         order = torch.randperm(len(activations), generator=torch.Generator().manual_seed(seed))
         activations = activations[order.to(activations.device)].split(8192)
-    pca = IncrementalPCA(n_components=d_in)
     sample: list[Tensor] = []
-    n_sampled = n_read = 0
-    for chunk in _chunks(activations, n_tokens, 8 * d_in):
-        if chunk.shape[-1] != d_in:
-            raise UsageError(f"the activations have {chunk.shape[-1]} dimensions, but the SAE reads {d_in}.")
-        n_read += len(chunk)
-        if n_sampled < n_sample:
-            sample.append(chunk[: n_sample - n_sampled])
-            n_sampled += len(sample[-1])
-        if with_pca and n_read >= _LEAST * d_in:
-            pca.partial_fit(chunk.double().numpy())
-    if n_read < _LEAST * d_in:
-        raise UsageError(
-            f"{n_read:,} tokens are too few to fit baselines of {d_in} dimensions; give {_LEAST * d_in:,} or more."
-        )
-    return torch.cat(sample), pca
-
-
-def _chunks(batches: Iterable[Rows], n_tokens: int, size: int) -> Iterator[Rows]:
-    """Yield the first `n_tokens` rows in chunks of at least `size`; only the whole may be smaller than that."""
-    ready, waiting, n_read = None, [], 0
-    for batch in batches:
-        waiting.append(batch[: n_tokens - n_read].detach().float().cpu())
-        n_read += len(waiting[-1])
-        if sum(map(len, waiting)) >= size:
-            if ready is not None:
-                yield ready
-            ready, waiting = torch.cat(waiting), []
-        if n_read >= n_tokens:
+    total, products, n = torch.zeros(d_in).double(), torch.zeros(d_in, d_in).double(), 0
+    for batch in activations:
+        rows = batch[: n_tokens - n].detach().float().cpu()
+        if rows.shape[-1] != d_in:
+            raise UsageError(f"the activations have {rows.shape[-1]} dimensions, but the SAE reads {d_in}.")
+        sample.append(rows[: max(0, n_sample - n)])
+        n += len(rows)
+        total += rows.double().sum(0)
+        products += rows.double().T @ rows.double()
+        if n >= n_tokens:
             break
-    rest = ([ready] if ready is not None else []) + waiting
-    if rest:
-        yield torch.cat(rest)
+    if n < _LEAST * d_in:
+        raise UsageError(
+            f"{n:,} tokens are too few to fit baselines of {d_in} dimensions; give {_LEAST * d_in:,} or more."
+        )
+    mean = total / n
+    return torch.cat(sample), mean.float(), products / n - mean.outer(mean)
 
 
-def _fitted(kind: str, sample: Rows, pca: Any, sae: Any, seed: int) -> tuple[Directions, bool]:
+def _fitted(kind: str, sample: Rows, mean: Tensor, spread: Tensor, sae: Any, seed: int) -> tuple[Directions, bool]:
     """Return the directions of a kind, and whether its fit converged."""
     d_in, zero = sae.cfg.d_in, torch.zeros(sae.cfg.d_in)
     if kind == "pca":
-        components, mean = _tensors(pca.components_, pca.mean_)
+        components = torch.linalg.eigh(spread).eigenvectors.flip(1).T.float()
+        # the sign is that which makes the largest entry positive, as scikit-learn's
+        components *= components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
         return _signed(components.T, components, mean), True
     if kind == "ica":
         return _ica(sample, seed)

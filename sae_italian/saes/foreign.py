@@ -1,4 +1,4 @@
-"""SAEs of two other programs, read from disk so that they compute on raw activations exactly what theirs compute.
+"""SAEs of other programs, read from disk so that they compute on raw activations exactly what theirs compute.
 
 **sparsify** (EleutherAI, https://github.com/EleutherAI/sparsify): a folder per hookpoint holds `cfg.json` and
 `sae.safetensors` with `encoder.weight` [d_sae, d_in], `encoder.bias` [d_sae], `W_dec` [d_sae, d_in], `b_dec` [d_in];
@@ -13,6 +13,9 @@ likewise; the two differ for transcoders, and folding the decoder with s_in infl
 the encoder's own scale is reached it is multiplied by s_out / |W_dec|. For SAEs with unit decoder columns this is
 SAELens' rule (its issue 482); for transcoders it is what makes the stored thresholds of all sites agree (about 2 after
 scaling); the weights could not be fetched here, and `sae-italian saes doctor` shows it on yours (L0 against k).
+
+What SAELens reads, but only from the hub (dictionary_learning's `ae.pt`, Gemma Scope's `params.npz`, OpenMOSS' later
+`config.json` and `sae_weights.safetensors`), is read by its own loaders.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -31,25 +35,26 @@ from sae_italian.models.hooks import parse_hook_name
 
 Config = dict[str, Any]
 State = dict[str, Tensor]
+Given = Config | None
 
 
 class Format(NamedTuple):
-    """One format: its two files, the tensors that must be there, and how config and tensors become SAELens'."""
+    """One format: its two files, and how config and tensors become SAELens'."""
 
     config: str
     weights: str
-    needed: tuple[str, ...]
     config_of: Callable[[Path], Config]
     state_of: Callable[[Path, Config, State], State]
 
     def is_in(self, folder: Path) -> bool:
         """Return whether a folder holds one SAE of this format."""
-        return (folder / self.config).is_file() and (folder / self.weights).is_file()
+        weights = folder / self.weights
+        return (folder / self.config).is_file() and (weights.is_file() or index_of(weights).is_file())
 
-    def read_config(self, path: str | Path, device: str | None = None, cfg_overrides: Config | None = None) -> Config:
+    def read_config(self, path: str | Path, device: str | None = None, cfg_overrides: Given = None) -> Config:
         """Return SAELens' config of the SAE in a folder; an override that is none of its fields goes to the metadata.
 
-        Raises: UsageError for what SAELens cannot express.
+        Raises: UsageError for what SAELens cannot express, KeyError for a setting that is not there.
         """
         from sae_lens import __version__
 
@@ -61,33 +66,104 @@ class Format(NamedTuple):
             (config if key in config else config["metadata"])[key] = value
         return config
 
-    def read(self, path: str | Path, device: str = "cpu", cfg_overrides: Config | None = None) -> tuple[Config, State]:
+    def read(self, path: str | Path, device: str = "cpu", cfg_overrides: Given = None) -> tuple[Config, State]:
         """Return (config, state dict) for `SAE.load_from_disk(path, converter=...)`.
 
-        Raises: UsageError as `read_config`, DataError when a tensor is missing or has another shape than the config says.
+        Raises: as `read_config`, KeyError also for a tensor, DataError when one has another shape than the config says.
         """
-        from safetensors.torch import load_file
-
         config, file = self.read_config(path, device, cfg_overrides), Path(path) / self.weights
-        tensors = load_file(file, device)
-        missing = [name for name in self.needed if name not in tensors]
-        if missing:
-            raise DataError(f"{file} has no {', '.join(missing)}; it holds {', '.join(sorted(tensors))}.")
+        tensors = read_tensors(file, device)
         dtype = getattr(torch, config["dtype"].removeprefix("torch."))
         state = self.state_of(Path(path), config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
-        d_in, d_sae, d_out = config["d_in"], config["d_sae"], config.get("d_out", config["d_in"])
-        shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-        for name, shape in (shapes | ({"W_skip": (d_out, d_in)} if "W_skip" in state else {})).items():
-            found = tuple(state[name].shape)
-            if found != shape:
-                hint = " It is transposed: transpose it in the file." if found == shape[::-1] else ""
-                raise DataError(f"{name} in {file} is {list(found)}, but its config says {list(shape)}.{hint}")
+        check_shapes(state, config, file)
         return config, state
 
 
-def hookpoints(folder: Path) -> list[str]:
-    """Return the hookpoints of a run's folder (sparsify's, or the SAE folder that Delphi is given), sorted."""
-    return sorted(child.name for child in folder.iterdir() if child.is_dir() and SPARSIFY.is_in(child))
+def read_saelens(path: str | Path, device: str = "cpu", cfg_overrides: Given = None) -> tuple[Config, State]:
+    """Return (config, state dict) of SAELens' own format, of any of its versions, whole or sharded. Raises: as `Format.read`."""
+    from sae_lens.loading.pretrained_sae_loaders import get_sae_lens_config_from_disk, sae_lens_disk_loader
+
+    file = Path(path) / SAELENS_WEIGHTS
+    if file.is_file():
+        config, state = sae_lens_disk_loader(path, device, cfg_overrides)
+    else:
+        config = get_sae_lens_config_from_disk(path, device, cfg_overrides)
+        state = read_tensors(file, device)
+    check_shapes(state, config, file)
+    return config, state
+
+
+def read_tensors(file: Path, device: str = "cpu") -> State:
+    """Return the tensors of a safetensors file, whole or in shards."""
+    from safetensors.torch import load_file
+
+    files = [file]
+    if not file.is_file():
+        names = set(read_json(index_of(file))["weight_map"].values())
+        files = [file.with_name(name) for name in sorted(names)]
+    return {name: tensor for each in files for name, tensor in load_file(each, device).items()}
+
+
+def index_of(file: Path) -> Path:
+    """Return where the index of a safetensors file lies that was cut into shards."""
+    return file.with_name(f"{file.name}.index.json")
+
+
+def check_shapes(state: State, config: Config, file: object) -> None:
+    """Compare encoder and decoder with the sizes in the config. Raises: DataError, which names a tensor that is transposed."""
+    d_in, d_sae, d_out = config["d_in"], config["d_sae"], config.get("d_out", config["d_in"])
+    sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out, "k": config.get("k", 1)}
+    for name, size in sizes.items():
+        if not isinstance(size, int | float if name == "k" else int) or size <= 0:
+            raise DataError(f"the configuration of {file} has {name} {size!r}; it must be a number above 0.")
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    for name, shape in (shapes | {"W_skip": (d_out, d_in), "threshold": (d_sae,)}).items():
+        found = tuple(state[name].shape) if name in state else shape
+        if found != shape:
+            hint = f" {name} is transposed: transpose it in the file." if found == shape[::-1] else ""
+            raise DataError(f"{name} in {file} is {list(found)}, but its config says {list(shape)}.{hint}")
+
+
+def sae_folders(folder: Path) -> list[str]:
+    """Return the folders right inside one that hold an SAE of a known format (a run of sparsify, a suite), sorted."""
+    return sorted(
+        child.name for child in folder.iterdir() if child.is_dir() and (is_saelens(child) or format_of(child))
+    )
+
+
+def is_saelens(folder: Path) -> bool:
+    """Return whether a folder holds one SAE of SAELens' own format."""
+    file = folder / SAELENS_WEIGHTS
+    return (folder / "cfg.json").is_file() and (file.is_file() or index_of(file).is_file())
+
+
+def format_of(folder: Path) -> Format | HubFormat | None:
+    """Return the format, other than SAELens' own, of the SAE that a folder holds; None where it is none that is read."""
+    return next((form for form in FORMATS if form.is_in(folder)), None)
+
+
+def what_is_missing(folder: Path) -> str:
+    """Return what a folder is that holds no SAE in a format that is read, and what to do about it."""
+    for pattern, said in _SIGNS:
+        if found := sorted(folder.glob(pattern)):
+            return said.format(file=found[0].name)
+    return "give the folder of one SAE"
+
+
+_SAVE = "load it with the program that wrote it, and save it with SAELens' save_model"
+# What is in a folder, the first that is there, and what to say of it.
+_SIGNS = (
+    ("run.json", "its training has not finished: run it again with --resume"),
+    ("*.pt", "{file} is a PyTorch file without the config.json of dictionary_learning beside it: " + _SAVE),
+    ("*.pkl", "{file} is a pickle, which can run code and is not read: " + _SAVE),
+    ("hyperparams.json", "it is an SAE of OpenMOSS without checkpoints/final.safetensors: download that file too"),
+    ("cfg.json", "its weights (sae_weights.safetensors or sae.safetensors) are missing: download or copy them too"),
+    ("*.safetensors", "{file} has no configuration beside it: download or copy cfg.json too"),
+    ("*.np[yz]", "{file} is no params.npz of Gemma Scope: " + _SAVE),
+)
+
+
+# --- sparsify ---------------------------------------------------------------------------------------------------------
 
 
 def _sparsify_config(folder: Path) -> Config:
@@ -139,6 +215,9 @@ def _sparsify_state(_folder: Path, config: Config, tensors: State) -> State:
     return state
 
 
+# --- OpenMOSS ---------------------------------------------------------------------------------------------------------
+
+
 def _llama_scope_config(folder: Path) -> Config:
     theirs = read_json(folder / "hyperparams.json")
     if theirs.get("act_fn", "jumprelu") != "jumprelu":
@@ -158,36 +237,80 @@ def _llama_scope_config(folder: Path) -> Config:
         "source_format": "llama_scope",
         "k": theirs.get("top_k"),
     }
-    sizes = {"d_in": theirs["d_model"], "d_sae": theirs["d_sae"], "apply_b_dec_to_input": False}
+    config = {
+        "architecture": "jumprelu",
+        "d_in": theirs["d_model"],
+        "apply_b_dec_to_input": False,
+        "metadata": metadata,
+    }
+    config["d_sae"] = theirs["d_sae"]
     if hook_in == hook_out:
-        return {"architecture": "jumprelu", **sizes, "metadata": metadata}
+        return config
     metadata["hook_name_out"] = hook_out
-    return {"architecture": "jumprelu_transcoder", **sizes, "d_out": theirs["d_model"], "metadata": metadata}
+    return {**config, "architecture": "jumprelu_transcoder", "d_out": theirs["d_model"]}
 
 
 def _llama_scope_state(folder: Path, config: Config, tensors: State) -> State:
+    W_enc, W_dec = (tensors[f"{side}.weight"].T.contiguous() for side in ("encoder", "decoder"))
+    b_enc, b_dec = (tensors[f"{side}.bias"] for side in ("encoder", "decoder"))
     theirs = read_json(folder / "hyperparams.json")
     norms, root = theirs["dataset_average_activation_norm"], config["d_in"] ** 0.5
     scale_in, scale_out = root / norms["in"], root / norms.get("out", norms["in"])
     if theirs.get("norm_activation", "dataset-wise") != "dataset-wise":
         scale_in = scale_out = 1.0  # already folded
-    W_dec, b_enc = tensors["decoder.weight"].T.contiguous(), tensors["encoder.bias"]
     decoder_norm = W_dec.norm(dim=-1) if theirs.get("sparsity_include_decoder_norm", True) else 1.0
-    return {
-        "W_enc": tensors["encoder.weight"].T.contiguous() * scale_in,
-        "b_enc": b_enc,
-        "W_dec": W_dec / scale_out,
-        "b_dec": tensors["decoder.bias"] / scale_out,
-        "threshold": b_enc.new_ones(config["d_sae"]) * theirs["jump_relu_threshold"] * scale_out / decoder_norm,
-    }
+    threshold = b_enc.new_ones(config["d_sae"]) * theirs["jump_relu_threshold"] * scale_out / decoder_norm
+    decoder = {"W_dec": W_dec / scale_out, "b_dec": b_dec / scale_out}
+    return {"W_enc": W_enc * scale_in, "b_enc": b_enc, **decoder, "threshold": threshold}
 
 
-_ENCODER = ("encoder.weight", "encoder.bias")
-SPARSIFY = Format("cfg.json", "sae.safetensors", (*_ENCODER, "W_dec", "b_dec"), _sparsify_config, _sparsify_state)
-LLAMA_SCOPE = Format(
-    "hyperparams.json",
-    "checkpoints/final.safetensors",
-    (*_ENCODER, "decoder.weight", "decoder.bias"),
-    _llama_scope_config,
-    _llama_scope_state,
+# --- what SAELens reads from the hub ----------------------------------------------------------------------------------
+
+
+class HubFormat(NamedTuple):
+    """A format that SAELens reads, if only from the hub: the files that mark it, SAELens' loader, what to do if it fails."""
+
+    files: tuple[str, ...]
+    loader: str
+    hint: str = ""
+
+    def is_in(self, folder: Path) -> bool:
+        return all((folder / name).is_file() for name in self.files)
+
+    def read(self, path: str | Path, device: str = "cpu", cfg_overrides: Given = None) -> tuple[Config, State]:
+        """Return (config, state dict) as SAELens' loader makes them of the files in a folder. Raises: as `Format.read`."""
+        from sae_lens.loading import pretrained_sae_loaders as saelens
+
+        folder = Path(path).resolve()
+        # Gemma Scope's loader takes model, site and layer from the names of repository and folder
+        at = next((i for i, part in enumerate(folder.parts) if "gemma-scope" in part), len(folder.parts) - 1)
+        names = folder.parts[at], "/".join(folder.parts[at + 1 :])
+
+        def beside(_repo_id: str = "", filename: str = "", **_: Any) -> str:
+            return str(folder / Path(filename).name)
+
+        # all that keeps the loaders from files on disk is that they ask the hub where these are
+        with patch.object(saelens, "hf_hub_download", beside):
+            load = getattr(saelens, self.loader)
+            config, state, _ = load(*names, device=device, cfg_overrides=cfg_overrides)
+        config["d_in"], config["d_sae"] = state["W_enc"].shape  # Gemma Scope's names say them only roughly
+        if self is OPENMOSS and read_json(folder / "config.json").get("norm_activation") == "inference":
+            config["normalize_activations"] = "none"  # folded in already
+        return config, state
+
+
+SAELENS_WEIGHTS = "sae_weights.safetensors"
+SPARSIFY = Format("cfg.json", "sae.safetensors", _sparsify_config, _sparsify_state)
+LLAMA_SCOPE = Format("hyperparams.json", "checkpoints/final.safetensors", _llama_scope_config, _llama_scope_state)
+OPENMOSS = HubFormat(("config.json", SAELENS_WEIGHTS), "llama_scope_r1_distill_sae_huggingface_loader")
+FORMATS = (
+    SPARSIFY,
+    LLAMA_SCOPE,
+    OPENMOSS,
+    HubFormat(("config.json", "ae.pt"), "dictionary_learning_sae_huggingface_loader_1"),
+    HubFormat(
+        ("params.npz",),
+        "gemma_2_sae_huggingface_loader",
+        " Keep Gemma Scope's names: gemma-scope-2b-pt-res/layer_12/width_16k/...",
+    ),
 )

@@ -1,157 +1,192 @@
-"""Load an SAE from any known format and check that it fits the model it is used on."""
+"""Load an SAE from any known format, and the one check that it is fit for use on a model, made at every door."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.hub import explain
-from sae_italian.saes.foreign import LLAMA_SCOPE, SPARSIFY, hookpoints
+from sae_italian.saes.releases import Place, find_sae
 
 
 def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
     """Return a SAELens SAE from a folder or from `release:sae_id`, whatever of the known formats its files have.
 
-    A folder may hold SAELens' format, sparsify's (also a whole run with one hookpoint, as Delphi is given), or Llama
-    Scope's. `release` is one of `sae-italian saes list`, any release of SAELens, or a hub repository `owner/name`;
-    `release:sae_id@revision` pins a revision. What was loaded is recorded as `metadata.revision` where the hub knows.
-    Raises: UsageError when there is no such folder or release, DataError when its files cannot be read.
+    A folder may hold SAELens' format (of any of its versions), or one of `foreign.py`; also a whole run with one SAE in
+    it, as Delphi is given. `release` is one of `sae-italian saes list`, any release of SAELens, or a hub repository
+    `owner/name`; `release:sae_id@revision` pins a revision. What was loaded is recorded as `metadata.revision` where the
+    hub knows.
+    Raises: UsageError when there is no such folder or release, DataError when its files cannot be read or hold numbers
+    that are not finite.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _from_folder(folder, device)
-    release, colon, sae_id = str(name).partition(":")
-    if not colon:
-        raise UsageError(f"SAE {str(name)!r} is neither a folder nor of the form release:sae_id.")
-    return _from_release(release, sae_id, device)
+    sae = _from_folder(folder, device) if folder.is_dir() else _from_release(str(name), device)
+    check_weights(sae, f"the SAE {name}")
+    return sae.eval()
 
 
 def _from_folder(folder: Path, device: str) -> Any:
     from sae_lens import SAE
 
-    foreign = next((form for form in (SPARSIFY, LLAMA_SCOPE) if form.is_in(folder)), None)
-    if foreign is None and not (folder / "sae_weights.safetensors").is_file():
-        return _from_folder(_only_hookpoint(folder), device)
-    converter: dict[str, Any] = {"converter": foreign.read} if foreign else {}
+    from sae_italian.saes.foreign import format_of, is_saelens, read_saelens
+
+    foreign = None if is_saelens(folder) else format_of(folder)
+    if foreign is None and not is_saelens(folder):
+        return _from_folder(_only_sae(folder), device)
     try:
-        return SAE.load_from_disk(folder, device=device, **converter).eval()
-    except UsageError:
+        return SAE.load_from_disk(folder, device=device, converter=foreign.read if foreign else read_saelens)
+    except SaeItalianError:
         raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"the SAE in {folder} cannot be read: {reason}{_transposed(reason)}") from error
+    except Exception as error:  # whatever SAELens, PyTorch and safetensors make of odd files
+        reason = f"its files lack {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise DataError(f"the SAE in {folder} cannot be read: {reason}.{getattr(foreign, 'hint', '')}") from error
 
 
-def _only_hookpoint(folder: Path) -> Path:
-    """Return the one hookpoint of a sparsify run. Raises UsageError when there is none, or a choice to make."""
-    names = hookpoints(folder)
+def _only_sae(folder: Path) -> Path:
+    """Return the one folder with an SAE in a folder without. Raises UsageError when there is none, or a choice to make."""
+    from sae_italian.saes.foreign import sae_folders, what_is_missing
+
+    names = sae_folders(folder)
     if len(names) == 1:
         return folder / names[0]
     if names:
         raise UsageError(f"{folder} holds {len(names)} SAEs; give one of its folders: {', '.join(names[:8])}.")
-    unfinished = (folder / "run.json").is_file()
-    hint = "its training has not finished: run it again with --resume" if unfinished else "give an SAE's folder"
-    raise UsageError(f"{folder} holds no sae_weights.safetensors; {hint}.")
+    raise UsageError(f"{folder} holds no SAE that can be read; {what_is_missing(folder)}.")
 
 
-def _from_release(release: str, sae_id: str, device: str) -> Any:
-    from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+def _from_release(name: str, device: str) -> Any:
+    place = find_sae(name)
+    from sae_lens import SAE  # takes seconds; a name that is not there is told before
 
-    known = get_pretrained_saes_directory()
-    sae_id, _, revision = sae_id.partition("@")
-    if release not in known and "/" not in release:
-        raise UsageError(f"SAE release {release!r} is unknown. {nearest(release, known)}")
-    if release in known:
-        lookup = known[release]
-        if sae_id not in lookup.saes_map:
-            raise UsageError(f"release {release!r} has no SAE {sae_id!r}. {nearest(sae_id, lookup.saes_map)}")
-        repo_id, path = lookup.repo_id, lookup.saes_map[sae_id]
-    else:
-        repo_id, path = release, sae_id
     try:
-        if release in known and not revision:
-            return SAE.from_pretrained(release, sae_id, device=device).eval()
-        return _from_folder(_snapshot(repo_id, path, revision or None), device)
-    except (UsageError, KeyError):
+        if place.known and not place.revision:
+            return SAE.from_pretrained(place.release, place.sae_id, device=device)
+        return _from_folder(_snapshot(place), device)
+    except SaeItalianError:
         raise
+    except KeyError as error:
+        raise DataError(f"the SAE {name} cannot be read: its files lack {error}.") from error
     except Exception as error:
-        raise explain(error, f"{release}:{sae_id}", revision or None, repo_id=repo_id) from error
+        raise explain(error, f"{place.release}:{place.sae_id}", place.revision, repo_id=place.repo_id) from error
 
 
-def _snapshot(repo_id: str, path: str, revision: str | None) -> Path:
-    """Return the local folder `path` of a hub repository, downloading it where needed."""
+def _snapshot(place: Place) -> Path:
+    """Return the local folder of a published SAE, downloading it where needed."""
     from huggingface_hub import snapshot_download
 
-    root = snapshot_download(repo_id, revision=revision, allow_patterns=[f"{path}/*", "config.json"])
+    repo_id, path = place.repo_id, place.path
+    root = snapshot_download(repo_id, revision=place.revision, allow_patterns=[f"{path}/*", "config.json"])
     folder = Path(root) / path
     if not folder.is_dir():
         raise UsageError(f"{repo_id} has no folder {path!r}; see https://huggingface.co/{repo_id}/tree/main.")
     return folder
 
 
-def _transposed(reason: str) -> str:
-    """Return a hint when a load failed because W_enc or W_dec has its two axes the other way round."""
-    match = re.search(
-        r"(W_(?:enc|dec)): copying a param with shape torch\.Size\(\[(\d+), (\d+)\]\) from checkpoint, "
-        r"the shape in current model is torch\.Size\(\[(\d+), (\d+)\]\)",
-        reason,
-    )
-    if match and (match[2], match[3]) == (match[5], match[4]):
-        return f"; {match[1]} is transposed, store it as [{match[4]}, {match[5]}]"
-    return ""
+def sae_facts(name: str | Path) -> dict[str, Any]:
+    """Return the configuration and metadata of an SAE in one level, what matters most first.
 
-
-def check_fits(sae: Any, model: Any) -> str:
-    """Return the SAE's hook name if model and SAE belong together.
-
-    Raises: UsageError when the hook name is missing or unknown to the model, or d_in is not the model's width there.
+    Of a release of `sae-italian saes list` or of SAELens only the configuration is fetched. Raises: as `load_sae`.
     """
+    place = None if Path(name).expanduser().is_dir() else find_sae(str(name))
+    if place is None or place.revision or not place.known:
+        config = load_sae(name).cfg.to_dict()
+    else:
+        from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
+
+        try:
+            config = dict(load_sae_config_from_huggingface(place.release, place.sae_id))
+        except (OSError, ValueError) as error:
+            raise explain(error, str(name), None, repo_id=place.repo_id) from error
+    metadata = config.pop("metadata", {})
+    facts = config | {key: value for key, value in metadata.items() if key not in config}
+    first = ["architecture", "d_in", "d_sae", "d_out", "k", "hook_name", "hook_name_out", "model_name", "dataset_path"]
+    return {key: facts[key] for key in dict.fromkeys((*first, *facts)) if key in facts}
+
+
+# --- the doors --------------------------------------------------------------------------------------------------------
+
+
+def hooks_of(sae: Any) -> tuple[str, str]:
+    """Return the hook the SAE reads and the one it writes; the same for all but transcoders. Raises: UsageError."""
+    metadata = sae.cfg.metadata
+    names = metadata.hook_name, metadata.hook_name_out or metadata.hook_name
+    if not all(isinstance(name, str) and name for name in names):
+        raise UsageError("the SAE's metadata holds no hook_name; write it into its cfg.json under metadata.hook_name.")
+    return names
+
+
+def check_fits(sae: Any, model: Any, *, writes: bool = False) -> str:
+    """Return the SAE's hook name if it can be used on the model as it is; with `writes`, also if its output can be put in.
+
+    Checked are its weights (finite, of the shapes that the config says), that the scale of its input is folded in, its
+    hooks with their widths, and that the tokenizer has no more tokens than the model.
+    Raises: UsageError, with what to do.
+    """
+    check_weights(sae)
+    mode = getattr(sae.cfg, "normalize_activations", "none")
+    if mode in ("expected_average_only_in", "covariance_whitening"):
+        raise UsageError(
+            f"the SAE was trained on normalised activations ({mode}) and its scale is not folded in: on raw ones its "
+            "latents are wrong. Fold it once, sae.fold_activation_norm_scaling_factor(sqrt(d_in) / mean norm), and save it; "
+            "`sae-italian saes doctor` gives the factor."
+        )
+    return check_hooks(sae, model, writes=writes)
+
+
+def check_weights(sae: Any, name: str = "the SAE") -> None:
+    """Refuse weights that make no SAE. Raises: DataError naming the tensor that is not finite or has another shape."""
+    from sae_italian.saes.foreign import check_shapes
+
+    tensors = getattr(sae, "state_dict", dict)()  # what only acts like an SAE has none
+    for key, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            n = int((~tensor.isfinite()).sum())
+            raise DataError(
+                f"{name} cannot be used: {n:,} numbers of {key} are not finite. Its training diverged, or the file is "
+                "damaged: train it again with a lower lr, or take an earlier checkpoint."
+            )
+    check_shapes(tensors, vars(sae.cfg), name)
+
+
+def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:
+    """Return the SAE's hook name if model and SAE belong together there. Raises: UsageError."""
     from sae_italian.models.activations import resolve_hook
 
-    hook_name = sae.cfg.metadata.hook_name
-    if not hook_name:
-        raise UsageError("the SAE's metadata holds no hook_name; write it into its cfg.json under metadata.hook_name.")
-    path, trained_at = resolve_hook(model, hook_name)[0].module_path(model.config), sae.cfg.metadata.hf_hook_name
-    if sae.cfg.metadata.source_format == "sparsify" and not path.endswith(trained_at):
+    hook_name, hook_out = hooks_of(sae)
+    cfg, d_model = sae.cfg, model.config.hidden_size
+    path, trained_at = resolve_hook(model, hook_name)[0].module_path(model.config), cfg.metadata.hf_hook_name
+    if cfg.metadata.source_format == "sparsify" and not path.endswith(trained_at):
         raise UsageError(
             f"the SAE was trained on the output of {trained_at!r}, but {hook_name} of this model is {path!r}."
         )
-    d_model = model.config.hidden_size
-    if sae.cfg.d_in != d_model:
+    there = f"it was trained on {cfg.metadata.model_name!r}. Use that model."
+    if cfg.d_in != d_model:
         raise UsageError(
-            f"the SAE reads {sae.cfg.d_in} dimensions (d_in), but the model has {d_model} at {hook_name}; "
-            f"it was trained on {sae.cfg.metadata.model_name!r}. Use that model."
+            f"the SAE reads {cfg.d_in} dimensions (d_in), but the model has {d_model} at {hook_name}; {there}"
+        )
+    if writes and (d_out := getattr(cfg, "d_out", cfg.d_in)) != d_model:
+        message = (
+            f"the transcoder writes {d_out} dimensions (d_out), but the model has {d_model} at {hook_out}; {there}"
+        )
+        raise UsageError(message)
+    if writes and resolve_hook(model, hook_out)[0].normalised:
+        raise UsageError(
+            f"the SAE writes at {hook_out}, which can be read but not replaced: no losses, nothing can be edited there."
+        )
+    if getattr(model.tokenizer, "vocab_size", 0) > model.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {model.tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,} rows: it is "
+            "that of another model. Load this model's own."
         )
     return hook_name
 
 
-def random_twin(sae: Any, seed: int = 0) -> Any:
-    """Return an SAE of the same class and configuration with random weights: the untrained control.
-
-    Encoder and decoder are tied random unit directions; the decoder bias is kept, so that inputs are centred alike.
-    """
-    twin = copy.deepcopy(sae)
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=generator)
-    directions /= directions.norm(dim=-1, keepdim=True)
-    with torch.no_grad():
-        twin.W_dec.copy_(directions)
-        twin.W_enc.copy_(directions.T)
-        if getattr(twin, "b_enc", None) is not None:
-            twin.b_enc.zero_()
-    twin.cfg.metadata.random_twin_of = weights_hash(sae)
-    return twin
-
-
 def weights_hash(sae: Any) -> str:
     """Return a SHA-256 over all parameters and buffers, by name."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(name.encode())

@@ -1,134 +1,167 @@
 """Published SAEs: those we add to SAELens' tables, the loaders they need, and the list of all that concern Italian.
 
 A repository `owner/name@revision` pins a revision; the commit that was loaded is recorded as `metadata.revision`.
+What SAELens knows is read from its own YAML, release by release: importing it and parsing the whole takes 8 s.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
-
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import explain
 from sae_italian.models.catalogue import catalogue
-from sae_italian.saes.foreign import LLAMA_SCOPE, SPARSIFY, Format
+
+if TYPE_CHECKING:
+    from sae_italian.saes.foreign import Format
 
 LLAMA_SCOPE_MODEL = "meta-llama/Llama-3.1-8B"
 
 
 @dataclass(frozen=True)
 class Release:
-    """One published release: its SAEs by id, each with the folder of the repository it lies in."""
+    """One published release: its SAEs by id, each with the folder of the repository it lies in; None is not known."""
 
     name: str
     repo_id: str
     model: str
-    loader: str
     saes: dict[str, str]
-    d_sae: int
-    k: int | None
-    site: str
-    licence: str
-    note: str
+    loader: str = ""
+    d_sae: int | None = None
+    k: int | None = None
+    site: str | None = None
+    licence: str = "see its page"
+    note: str = "as SAELens loads it"
+
+    def row(self) -> dict[str, Any]:
+        """Return what `saes list` shows."""
+        keys = ("d_sae", "k", "site", "licence", "note")
+        ids = list(self.saes)
+        row = {"release": self.name, "model": self.model, "repo": self.repo_id, "saes": len(ids), "ids": ids}
+        return row | {key: getattr(self, key) for key in keys}
+
+
+def _yaml(text: str) -> dict[str, Any]:
+    import yaml
+
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 @cache
 def releases() -> dict[str, Release]:
     """Return the releases of releases.yaml by name."""
-    import yaml
-
     text = resources.files("sae_italian.saes").joinpath("releases.yaml").read_text(encoding="utf-8")
     found = {}
-    for name, fields in yaml.safe_load(text).items():
+    for name, fields in _yaml(text).items():
         id_, path = fields.pop("id"), fields.pop("path")
         saes = {id_.format(layer=layer): path.format(layer=layer) for layer in range(fields.pop("layers"))}
         found[name] = Release(name=name, saes=saes, **fields)
     return found
 
 
-def known_releases() -> list[dict[str, Any]]:
-    """Return one row per release for `saes list`: ours, and SAELens' own for a model that we know or Llama Scope's."""
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    models = {entry.name for entry in catalogue().values()} | {LLAMA_SCOPE_MODEL}
-    rows = []
-    for name, lookup in get_pretrained_saes_directory().items():
-        if lookup.model in models:
-            ids = list(lookup.saes_map)
-            row = {"release": name, "model": lookup.model, "repo": lookup.repo_id, "saes": len(ids), "ids": ids}
-            mine = releases().get(name)
-            keys = ("d_sae", "k", "site", "licence", "note")
-            rows.append(row | ({key: getattr(mine, key) for key in keys} if mine else _facts_of_saelens(name)))
-    return rows
+@cache
+def _of_saelens() -> dict[str, str]:
+    """Return the YAML of each of SAELens' own releases by name."""
+    spec = find_spec("sae_lens")
+    assert spec is not None and spec.origin is not None
+    text = Path(spec.origin).with_name("pretrained_saes.yaml").read_text(encoding="utf-8")
+    parts = re.split(r"^(?=[^\s#])", text, flags=re.MULTILINE)
+    return {part.partition(":")[0]: part for part in parts if part.strip()}
 
 
-def _facts_of_saelens(name: str) -> dict[str, Any]:
+def find_release(name: str) -> Release:
+    """Return a release of ours or of SAELens. Raises: UsageError, with the nearest name, for another."""
+    if name in releases():
+        return releases()[name]
+    if name not in _of_saelens():
+        raise UsageError(f"SAE release {name!r} is unknown. {nearest(name, [*releases(), *_of_saelens()])}")
+    fields = _yaml(_of_saelens()[name])[name]
+    saes = {sae["id"]: str(sae["path"]) for sae in fields["saes"]}
+    return Release(name, fields["repo_id"], fields["model"], saes, **_llama_scope(name))
+
+
+def _llama_scope(name: str) -> dict[str, Any]:
     """Return width, k, site and licence of SAELens' Llama Scope releases, named `llama_scope_lx{r,a,m}_{8,32}x`."""
     site, _, width = name.removeprefix("llama_scope_lx").partition("_")
     if width not in ("8x", "32x"):
-        return {"d_sae": None, "k": None, "site": None, "licence": "see its page", "note": "as SAELens loads it"}
-    bad = (site, width) == ("a", "32x")
-    note = "not recommended by its authors: many inactive latents" if bad else "as SAELens loads it"
-    d_sae = 4096 * int(width.removesuffix("x"))
-    return {"d_sae": d_sae, "k": 50, "site": site.upper(), "licence": "Apache-2.0", "note": note}
+        return {}
+    facts = {"d_sae": 4096 * int(width[:-1]), "k": 50, "site": site.upper(), "licence": "Apache-2.0"}
+    if (site, width) == ("a", "32x"):
+        facts["note"] = "not recommended by its authors: many inactive latents"
+    return facts
 
 
-def sae_facts(name: str | Path) -> dict[str, Any]:
-    """Return the configuration and metadata of an SAE in one level, what matters most first.
+def known_releases() -> list[dict[str, Any]]:
+    """Return one row per release for `saes list`: ours, and SAELens' own for a model that we know or Llama Scope's."""
+    models = {entry.name for entry in catalogue().values()} | {LLAMA_SCOPE_MODEL}
+    theirs = [name for name, text in _of_saelens().items() if any(f"model: {model}\n" in text for model in models)]
+    return [find_release(name).row() for name in (*theirs, *releases())]
 
-    Of a release of `sae-italian saes list` or of SAELens only the configuration is fetched. Raises: as `load_sae`.
+
+class Place(NamedTuple):
+    """Where a published SAE lies; `known` where its release is one of ours or of SAELens."""
+
+    release: str
+    sae_id: str
+    repo_id: str
+    path: str
+    revision: str | None
+    known: bool
+
+
+def find_sae(name: str) -> Place:
+    """Return where `release:sae_id[@revision]` lies; a release may be any repository, owner/name.
+
+    Raises: UsageError for what names no SAE, with the nearest that does.
     """
-    from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    from sae_italian.saes.loading import load_sae
-
-    release, _, sae_id = str(name).partition(":")
-    known = get_pretrained_saes_directory().get(release)
-    if Path(name).expanduser().is_dir() or known is None or sae_id not in known.saes_map:
-        config = load_sae(name).cfg.to_dict()
-    else:
-        try:
-            config = dict(load_sae_config_from_huggingface(release, sae_id))
-        except (OSError, ValueError) as error:
-            raise explain(error, str(name), None, repo_id=known.repo_id) from error
-    metadata = config.pop("metadata", {})
-    facts = config | {key: value for key, value in metadata.items() if key not in config}
-    first = ("architecture", "d_in", "d_sae", "d_out", "k", "hook_name", "hook_name_out", "model_name", "dataset_path")
-    return {key: facts[key] for key in (*(key for key in first if key in facts), *(k for k in facts if k not in first))}
+    release, colon, sae_id = name.partition(":")
+    if not colon:
+        raise UsageError(f"SAE {name!r} is neither a folder nor of the form release:sae_id.")
+    sae_id, _, revision = sae_id.partition("@")
+    if "/" in release and release not in {*releases(), *_of_saelens()}:
+        return Place(release, sae_id, release, sae_id, revision or None, False)
+    found = find_release(release)
+    if sae_id not in found.saes:
+        raise UsageError(f"release {release!r} has no SAE {sae_id!r}. {nearest(sae_id, found.saes)}")
+    return Place(release, sae_id, found.repo_id, found.saes[sae_id], revision or None, True)
 
 
 # --- loaders, as SAELens calls them -------------------------------------------------------------------------------------
 
 
+@cache
+def loaders() -> list[dict[str, Callable[..., Any]]]:
+    """Return the loaders that releases.yaml names, and what reads only the configuration, by name."""
+    from sae_italian.saes.foreign import LLAMA_SCOPE, SPARSIFY
+
+    formats = {"sae_italian_sparsify": SPARSIFY, "sae_italian_llama_scope": LLAMA_SCOPE}
+    return [{name: partial(_load, form, whole) for name, form in formats.items()} for whole in (True, False)]
+
+
 def _load(
     form: Format,
+    whole: bool,
     repo_id: str,
     folder_name: str,
     device: str = "cpu",
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, Tensor], None]:
-    folder = _fetch(repo_id, folder_name, (form.config, form.weights), force_download)
+) -> Any:
+    """Return (config, state dict, None), or the config alone where not the `whole` is asked for."""
+    files = (form.config, form.weights) if whole else (form.config,)
+    folder = _fetch(repo_id, folder_name, files, force_download)
+    if not whole:
+        return _described(form.read_config(folder, device, cfg_overrides), repo_id, folder)
     config, state = form.read(folder, device, cfg_overrides)
     return _described(config, repo_id, folder), state, None
-
-
-def _load_config(
-    form: Format,
-    repo_id: str,
-    folder_name: str,
-    device: str = "cpu",
-    force_download: bool = False,
-    cfg_overrides: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    folder = _fetch(repo_id, folder_name, (form.config,), force_download)
-    return _described(form.read_config(folder, device, cfg_overrides), repo_id, folder)
 
 
 def _fetch(repo_id: str, folder_name: str, files: tuple[str, ...], force_download: bool) -> Path:
@@ -156,8 +189,3 @@ def _described(config: dict[str, Any], repo_id: str, folder: Path) -> dict[str, 
     if not metadata.get("model_name"):
         metadata["model_name"] = next((r.model for r in releases().values() if r.repo_id == repo_id), None)
     return config
-
-
-_FORMATS = {"sae_italian_sparsify": SPARSIFY, "sae_italian_llama_scope": LLAMA_SCOPE}
-LOADERS = {name: partial(_load, form) for name, form in _FORMATS.items()}
-CONFIG_GETTERS = {name: partial(_load_config, form) for name, form in _FORMATS.items()}

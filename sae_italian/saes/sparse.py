@@ -15,14 +15,21 @@ Source: Gao et al. 2024, appendix D, arXiv:2406.04093 (sparse kernels); SAELens'
 
 from __future__ import annotations
 
+import math
+import warnings
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_italian.saes.sparse_products import Workspace, exact, latent_sums, row_dots, select_topk, weighted_rows
+DENSE_ABOVE = 1 / 32  # k / n from which dense products win, measured on CPU at d 1152
+BLOCKS_FROM = 16  # d_sae / k from which two small top-k are faster than one
+CHUNK_ELEMENTS = 2**24  # of a scratch matrix [some rows, n]: 64 MiB in float32; fewer rows slow the product down
 
 
 def encode_rows(
@@ -35,7 +42,6 @@ def encode_rows(
     input_bias: Float[Tensor, " d_in"] | None = None,
     latents: Int[Tensor, " n"] | None = None,
     relu: bool = True,
-    workspace: Workspace | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """Return ReLU of the k largest pre-activations x W_enc + b_enc of each row, and their latents, in no order.
 
@@ -53,7 +59,7 @@ def encode_rows(
     device = x.device.type
     matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with exact(x):
-        return _Encode.apply(x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace)
+        return _Encode.apply(x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype)
 
 
 def decode(
@@ -62,27 +68,26 @@ def decode(
     W_dec: Float[Tensor, "d_sae d_out"],
     *,
     latents: Int[Tensor, " n"] | None = None,
-    workspace: Workspace | None = None,
 ) -> Float[Tensor, "batch d_out"]:
     """Return the sum over the k latents of value times row of W_dec; differentiable in values and W_dec.
 
     latents: the indices count within these, as `encode_rows` returns them; the gradient of W_dec is then sparse in them.
     """
     with exact(values):
-        return _Decode.apply(values, indices, W_dec, latents, workspace)
+        return _Decode.apply(values, indices, W_dec, latents)
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype, workspace):  # pyright: ignore
+    def forward(ctx, x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype):  # pyright: ignore
         some = rows if latents is None else rows[latents]
         bias = b_enc if latents is None else b_enc[latents]
-        values, indices = select_topk(x, some, bias, k, norm, matmul_dtype, workspace)
+        values, indices = select_topk(x, some, bias, k, norm, matmul_dtype)
         if relu:
             values = values.relu_()
         # the rows themselves are needed for the gradients of the input and of its bias only
         ctx.save_for_backward(x, some, values, indices, latents)
-        ctx.relu, ctx.n_latents, ctx.workspace = relu, len(rows), workspace
+        ctx.relu, ctx.n_latents = relu, len(rows)
         ctx.mark_non_differentiable(indices)
         return values, indices
 
@@ -98,21 +103,21 @@ class _Encode(torch.autograd.Function):
             if need_x:
                 grad_x = weighted_rows(grad, indices, some)
             if need_rows:
-                grad_rows = latent_sums(grad, indices, x, len(some), ctx.workspace, "W_enc")
+                grad_rows = latent_sums(grad, indices, x, len(some))
                 grad_rows = _spread(grad_rows, latents, ctx.n_latents)
             if need_b:
                 grad_b = sums if latents is None else sums.new_zeros(ctx.n_latents).index_copy_(0, latents, sums)
             if need_bias:
                 grad_bias = -torch.mv(some.T, sums)
-        return grad_x, grad_rows, grad_b, grad_bias, *[None] * 6
+        return grad_x, grad_rows, grad_b, grad_bias, *[None] * 5
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, indices, W_dec, latents, workspace):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, values, indices, W_dec, latents):  # pyright: ignore[reportIncompatibleMethodOverride]
         some = W_dec if latents is None else W_dec[latents]
         ctx.save_for_backward(values, indices, some, latents)
-        ctx.n_latents, ctx.workspace = len(W_dec), workspace
+        ctx.n_latents = len(W_dec)
         return weighted_rows(values, indices, some)
 
     @staticmethod
@@ -125,9 +130,9 @@ class _Decode(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_values = row_dots(indices, some, grad)
             if ctx.needs_input_grad[2]:
-                grad_W = latent_sums(values, indices, grad, len(some), ctx.workspace, "W_dec")
+                grad_W = latent_sums(values, indices, grad, len(some))
                 grad_W = _spread(grad_W, latents, ctx.n_latents)
-        return grad_values, None, grad_W, None, None
+        return grad_values, None, grad_W, None
 
 
 def _spread(some: Tensor, latents: Tensor | None, n_latents: int) -> Tensor:
@@ -165,3 +170,165 @@ def tune(trainer: Any) -> Any:
     for group in trainer.optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
     return trainer
+
+
+# --- the k largest, and the three products over k latents per token ----------------------------------------------------
+# A product goes by index where that is faster, dense a few rows at a time elsewhere, with the same result; indices may
+# repeat within a row. Shapes: weights and indices [batch, k], rows [n, d], other [batch, d].
+
+
+def exact(tensor: Tensor) -> Any:
+    """Return a context without autocast: what follows runs in its tensors' own precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def chunks(n_rows: int, width: int) -> list[slice]:
+    """Return slices over `n_rows` rows so that a matrix of that many rows and `width` columns stays small."""
+    size = min(512, max(64, CHUNK_ELEMENTS // max(width, 1)))  # 512 rows are enough for the product
+    return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+
+
+def select_topk(
+    x: Tensor,
+    rows: Tensor,
+    bias: Tensor,
+    k: int,
+    norm: Tensor | None,
+    matmul_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return values and indices [batch, k] of the k largest (x rows.T + bias) * norm; the values are without the norm.
+
+    The product runs in `matmul_dtype` (autocast), all else in x's own. Ties go to any of the equal latents.
+    """
+    values = x.new_empty(len(x), k)
+    indices = torch.empty(len(x), k, dtype=torch.long, device=x.device)
+    x, columns = x.to(matmul_dtype), rows.to(matmul_dtype).T
+    scaled_bias = bias if norm is None else bias * norm
+    parts = chunks(len(x), len(rows))
+    scratch = x.new_empty(
+        parts[0].stop if parts else 0, len(rows)
+    )  # one for all: fresh memory costs as much as the sums
+    for part in parts:
+        raw = torch.mm(x[part], columns, out=scratch[: part.stop - part.start])
+        scores = raw if raw.dtype == values.dtype else raw.to(values.dtype)
+        scores = scores.add_(bias) if norm is None else torch.addcmul(scaled_bias, scores, norm, out=scores)
+        top = largest(scores, k)
+        indices[part] = top
+        values[part] = scores.gather(1, top)
+    return (values if norm is None else values / norm[indices]), indices
+
+
+def largest(scores: Float[Tensor, "rows n"], k: int) -> Int[Tensor, "rows k"]:
+    """Return the indices of the k largest of each row, in no order; of equal values any may be taken.
+
+    The columns are cut into blocks (column j is in block j modulo their number). The k blocks of largest maximum hold
+    the k largest values: a value outside them is at most k block maxima. So a top-k over the maxima and one over these
+    blocks do it, which reads the matrix once.
+    """
+    n_rows, n = scores.shape
+    if n < BLOCKS_FROM * k:
+        return scores.topk(k, dim=-1, sorted=False).indices
+    depth = math.isqrt(n // k)
+    n_blocks = n // depth
+    whole = n_blocks * depth
+    table = scores[:, :whole].unflatten(1, (depth, n_blocks))
+    blocks = table.amax(1).topk(k, dim=-1, sorted=False).indices
+    candidates = table.gather(2, blocks[:, None].expand(-1, depth, -1)).flatten(1)
+    columns = (torch.arange(0, whole, n_blocks, device=scores.device)[:, None] + blocks[:, None]).flatten(1)
+    if whole < n:
+        candidates = torch.cat([candidates, scores[:, whole:]], dim=1)
+        tail = torch.arange(whole, n, device=scores.device).expand(n_rows, -1)
+        columns = torch.cat([columns, tail], dim=1)
+    return columns.gather(1, candidates.topk(k, dim=-1, sorted=False).indices)
+
+
+def top_positive(
+    pre: Float[Tensor, "tokens d_sae"], k: int, mute: Bool[np.ndarray, " tokens"]
+) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " nnz"], Float[np.ndarray, " nnz"]]:
+    """Return, for every token that is not mute, how many of its k largest values are positive, which and what they are.
+
+    Columns ascend within a token. The values are those `torch.topk` takes, also where equal ones compete for the last
+    place. NaN and infinity count as positive, for the caller to refuse.
+    """
+    values, columns = pre.topk(k, dim=-1, sorted=False)
+    columns, order = columns.sort(dim=-1)
+    value, column = values.gather(-1, order).float().cpu().numpy(), columns.cpu().numpy()
+    keep = ~(value <= 0)
+    keep[mute] = False
+    return keep.sum(axis=1), column[keep], value[keep]
+
+
+def weighted_rows(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """Return [batch, d]: the sum over k of weight times row."""
+    if not _is_dense(indices, rows):
+        return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
+    out = rows.new_empty(len(indices), rows.shape[1])
+    for part in chunks(len(indices), len(rows)):
+        torch.mm(_scattered(weights[part], indices[part], rows), rows, out=out[part])
+    return out
+
+
+def row_dots(indices: Tensor, rows: Tensor, other: Tensor) -> Tensor:
+    """Return [batch, k]: the dot products of each row of `other` with the k rows of its indices."""
+    batch, k = indices.shape
+    other = other.to(rows.dtype)
+    if _is_dense(indices, rows):
+        parts = chunks(batch, len(rows))
+        return torch.cat([(other[part] @ rows.T).gather(1, indices[part]) for part in parts])
+    if _has_csr(rows):
+        starts = torch.arange(0, batch * k + 1, k)
+        pattern = _csr(starts, indices.flatten(), rows.new_zeros(batch * k), (batch, len(rows)))
+        return torch.sparse.sampled_addmm(pattern, other, rows.T, beta=0.0).values().view(batch, k)
+    offsets = torch.arange(0, batch * k, k, device=rows.device)
+    bag_of = torch.arange(batch, device=rows.device).repeat_interleave(k)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        other, rows, indices.flatten(), offsets, bag_of, 0, -1
+    ).view(batch, k)
+
+
+def latent_sums(weights: Tensor, indices: Tensor, other: Tensor, n: int) -> Tensor:
+    """Return [n, d]: for each latent the sum, over the tokens that kept it, of weight times row of `other`."""
+    k = indices.shape[1]
+    out = other.new_zeros(n, other.shape[1])
+    if k > DENSE_ABOVE * n:
+        for part in chunks(len(indices), n):
+            out.addmm_(_scattered(weights[part], indices[part], out).T, other[part])
+        return out
+    latents, order = indices.flatten().sort(stable=True)
+    tokens = order.div(k, rounding_mode="floor")
+    weights = weights.to(other.dtype).flatten()[order]
+    starts = torch.searchsorted(latents, torch.arange(n + 1, device=latents.device))
+    if _has_csr(other):
+        return torch.addmm(out, _csr(starts, tokens, weights, (n, len(other))), other, beta=0.0, out=out)
+    return F.embedding_bag(tokens, other, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def _is_dense(indices: Tensor, rows: Tensor) -> bool:
+    return indices.shape[1] > DENSE_ABOVE * len(rows)
+
+
+def _scattered(weights: Tensor, indices: Tensor, like: Tensor) -> Tensor:
+    dense = like.new_zeros(len(indices), len(like))
+    return dense.scatter_add_(1, indices, weights.to(like.dtype))
+
+
+def _has_csr(tensor: Tensor) -> bool:
+    """Whether PyTorch has sparse matrix products for this tensor that are faster than its embedding bags."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.float64)
+        and torch.backends.mkl.is_available()
+    )
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    _say_beta_once()
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+@cache
+def _say_beta_once() -> None:
+    """Let PyTorch give its one warning per process about compressed sparse tensors where nobody sees it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1), check_invariants=False)

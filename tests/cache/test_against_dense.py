@@ -14,7 +14,7 @@ from sae_italian.cache import shards
 from sae_italian.cache.layout import FP16_MAX
 from sae_italian.cache.shards import encode_sparse
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.saes.sparse_products import top_positive
+from sae_italian.saes.sparse import top_positive
 from tests.cache.made import VOCABULARY, made_cache
 
 

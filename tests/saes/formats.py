@@ -85,3 +85,54 @@ def llama_scope_forward(w: dict[str, torch.Tensor], x: torch.Tensor, norm_in: fl
     on_output_scale = pre * w["decoder.weight"].norm(dim=0) * norm_out / root
     z = pre.relu() * (on_output_scale > theta)
     return z, (z @ w["decoder.weight"].T + w["decoder.bias"]) * norm_out / root
+
+
+def dictionary_weights(kind: str, d_in: int, d_sae: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The state dict of one of dictionary_learning's classes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    encoder, decoder, b_enc, b_dec = normal(d_sae, d_in) / d_in**0.5, normal(d_in, d_sae), normal(d_sae), normal(d_in)
+    if kind == "JumpReluAutoEncoder":
+        theta = normal(d_sae).abs()
+        return {"W_enc": encoder.T, "W_dec": decoder.T, "b_enc": b_enc, "b_dec": b_dec, "threshold": theta}
+    weights = {"encoder.weight": encoder, "decoder.weight": decoder}
+    if kind == "GatedAutoEncoder":
+        return weights | {"decoder_bias": b_dec, "r_mag": normal(d_sae), "gate_bias": b_enc, "mag_bias": normal(d_sae)}
+    weights["encoder.bias"] = b_enc
+    if kind == "AutoEncoder":
+        return weights | {"bias": b_dec}
+    return weights | {"b_dec": b_dec, "threshold": torch.tensor(0.4)}
+
+
+def dictionary_forward(kind: str, w: dict[str, torch.Tensor], k: int, x: torch.Tensor) -> tuple[Any, Any]:
+    """dictionary_learning's own maths, class by class (its dictionary.py and trainers/)."""
+    if kind == "JumpReluAutoEncoder":
+        pre = x @ w["W_enc"] + w["b_enc"]
+        z = pre.relu() * (pre > w["threshold"])
+        return z, z @ w["W_dec"] + w["b_dec"]
+    b_dec = next(w[name] for name in ("b_dec", "bias", "decoder_bias") if name in w)
+    pre = (x - b_dec) @ w["encoder.weight"].T
+    if kind == "GatedAutoEncoder":
+        z = ((pre + w["gate_bias"]) > 0) * (w["r_mag"].exp() * pre + w["mag_bias"]).relu()
+    else:
+        z = (pre + w["encoder.bias"]).relu()
+        if kind == "AutoEncoderTopK":
+            top = z.topk(k, dim=-1)
+            z = torch.zeros_like(z).scatter(-1, top.indices, top.values)
+        elif kind == "BatchTopKSAE":
+            z = z * (z > w["threshold"])
+    return z, z @ w["decoder.weight"].T + b_dec
+
+
+def write_dictionary(folder: Path, kind: str, weights: dict[str, torch.Tensor], k: int, **trainer: Any) -> Path:
+    """`config.json` and `ae.pt`, as dictionary_learning's training writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    matrix = weights["W_enc"].T if "W_enc" in weights else weights["encoder.weight"]
+    config = {"dict_class": kind, "activation_dim": matrix.shape[1], "dict_size": matrix.shape[0], "layer": 3, "k": k}
+    config |= {"lm_name": "EleutherAI/pythia-160m-deduped", "submodule_name": "resid_post_layer_3"} | trainer
+    (folder / "config.json").write_text(json.dumps({"trainer": config, "buffer": {"ctx_len": 1024}}))
+    torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "ae.pt")
+    return folder

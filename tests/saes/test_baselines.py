@@ -7,7 +7,8 @@ import torch
 from sae_lens import SAE, StandardSAE, TopKSAE
 
 from sae_italian.base.errors import UsageError
-from sae_italian.saes.baselines import KINDS, fit_baselines, mean_l0, with_top_k
+from sae_italian.saes.baselines import KINDS, fit_baselines, with_top_k
+from sae_italian.saes.fit import mean_l0
 from tests.conftest import described
 
 D_IN = 16

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_italian.saes import sparse_products
-from sae_italian.saes.sparse import decode, encode_rows
-from sae_italian.saes.sparse_products import largest, latent_sums, row_dots, weighted_rows
+from sae_italian.saes import sparse
+from sae_italian.saes.sparse import decode, encode_rows, largest, latent_sums, row_dots, weighted_rows
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -56,7 +55,7 @@ def test_products_are_the_dense_ones(dtype, n):
 @pytest.mark.parametrize("chunk", [1, 2**22])
 @pytest.mark.parametrize("d_sae, k", [(12, 3), (150, 2)])
 def test_gradients_by_finite_differences(monkeypatch, chunk, d_sae, k):
-    monkeypatch.setattr(sparse_products, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(sparse, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(0)
     double: dict[str, Any] = {"dtype": torch.float64, "requires_grad": True}
     x, W_enc, b_enc = torch.randn(66, 4, **double), torch.randn(4, d_sae, **double), torch.randn(d_sae, **double)

@@ -17,8 +17,7 @@ from torch import Tensor
 from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora.packing import special_mask
-from sae_italian.models.activations import resolve_hook
-from sae_italian.saes import check_fits
+from sae_italian.saes import check_fits, hooks_of
 
 _AFFINE = ("none", "expected_average_only_in")
 
@@ -29,19 +28,14 @@ def edit_hooks(sae: Any, model: Any) -> tuple[str, str]:
     Raises: UsageError when SAE and model do not fit, when the hook can only be read, and for an SAE that rescales each
     activation by its own norm, whose latents write no fixed direction.
     """
-    hook_in = check_fits(sae, model)
-    hook_out = sae.cfg.metadata.hook_name_out or hook_in
-    if resolve_hook(model, hook_out)[0].normalised:
-        raise UsageError(
-            f"the SAE writes at {hook_out}, which can be read but not replaced: nothing can be edited there."
-        )
+    check_fits(sae, model, writes=True)
     normalise = getattr(sae.cfg, "normalize_activations", "none")
     if normalise not in _AFFINE:
         raise UsageError(
             f"the SAE has normalize_activations {normalise!r}, so a latent writes another direction for each token. "
             f"Use an SAE with one of: {', '.join(_AFFINE)}."
         )
-    return hook_in, hook_out
+    return hooks_of(sae)
 
 
 def codes(sae: Any, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:

@@ -11,7 +11,7 @@ from sae_italian.analysis.causal.patching import Patcher, PatchInputs, eliminate
 from sae_italian.analysis.tasks import default_words, ioi_pairs
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import logits_with_replacement, read_activations
-from sae_italian.saes import random_twin
+from sae_italian.saes.baselines import random_twin
 from tests.analysis.causal.planted import Pca, name_carrier
 
 PLANTED = 17

@@ -1,0 +1,277 @@
+"""Other programs' files: read with their own maths, or named for what they are with what to do; damaged ones in one line."""
+
+import copy
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.saes import check_fits, load_sae
+from tests.saes.formats import (
+    dictionary_forward,
+    dictionary_weights,
+    llama_scope_weights,
+    sparsify_forward,
+    sparsify_weights,
+    write_dictionary,
+    write_llama_scope,
+    write_sparsify,
+)
+from tests.saes.test_releases import assert_is
+
+
+def sharded(file) -> None:
+    """Cut a safetensors file into one shard a tensor, with the index that transformers writes."""
+    tensors, index = load_file(file), {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        index[name] = f"{file.stem}-{i + 1:05d}-of-{len(tensors):05d}.safetensors"
+        save_file({name: tensor}, file.with_name(index[name]))
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": index}))
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    "kind", ["AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder", "GatedAutoEncoder"]
+)
+def test_dictionary_learning(tmp_path, kind):
+    weights, x = dictionary_weights(kind, 16, 64), 2 * torch.randn(40, 16)
+    sae = load_sae(write_dictionary(tmp_path / "trainer_0", kind, weights, 5))
+    z, y = dictionary_forward(kind, weights, 5, x)
+    assert 0 < (z != 0).sum(-1).float().mean() < 64
+    assert_is(sae, z, y, x)
+    metadata = sae.cfg.metadata
+    assert metadata.hook_name == "blocks.3.hook_resid_post" and metadata.context_size == 1024
+    assert metadata.model_name == "pythia-160m-deduped"
+
+
+def test_what_is_not_read_of_dictionary_learning_is_named(tmp_path):
+    folder = write_dictionary(tmp_path / "b", "AutoEncoder", dictionary_weights("AutoEncoder", 16, 64), 5)
+    (folder / "config.json").write_text('{"trainer": {}, "buffer": {}}')
+    with pytest.raises(DataError, match="cannot be read: its files lack 'layer'"):
+        load_sae(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UsageError, match="ae.pt is a PyTorch file without the config.json .* save_model"):
+        load_sae(folder)
+
+
+def test_a_pickle_runs_no_code(tmp_path):
+    """An ae.pt that would write a file when unpickled is refused, and the file is not written."""
+    folder = write_dictionary(tmp_path / "x", "AutoEncoder", dictionary_weights("AutoEncoder", 16, 64), 5)
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    torch.save({"encoder.weight": Bomb()}, folder / "ae.pt")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_sae(folder)
+    assert not (tmp_path / "written").exists()
+
+
+def test_gemma_scope(tmp_path):
+    """Keys in either spelling; model, layer and site are in the names of the folders."""
+    rng = np.random.default_rng(0)
+    W_enc, W_dec = rng.normal(size=(16, 64)), rng.normal(size=(64, 16))
+    arrays = {"b_enc": rng.normal(size=64), "b_dec": rng.normal(size=16), "threshold": np.abs(rng.normal(size=64))}
+    arrays = {name: array.astype(np.float32) for name, array in (arrays | {"W_enc": W_enc, "w_dec": W_dec}).items()}
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
+    bare = tmp_path / "downloaded"
+    for path in (folder, bare):
+        path.mkdir(parents=True)
+        np.savez(path / "params.npz", **arrays)
+    sae, x = load_sae(folder), torch.randn(30, 16)
+    w = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    pre = x @ w["W_enc"] + w["b_enc"]
+    z = pre.relu() * (pre > w["threshold"])
+    assert_is(sae, z, z @ w["w_dec"] + w["b_dec"], x)
+    assert sae.cfg.metadata.hook_name == "blocks.12.hook_resid_post" and sae.cfg.metadata.model_name == "gemma-2-2b"
+    with pytest.raises(UsageError, match="not found.*Keep Gemma Scope's names"):
+        load_sae(bare)
+
+
+def test_openmoss_as_it_writes_now(tmp_path):
+    """config.json, sae_weights.safetensors, a threshold per latent; the data's norm is not in the files."""
+    weights = llama_scope_weights(16, 64)
+    log_threshold = torch.randn(64, generator=torch.Generator().manual_seed(1)) - 1
+    folder = tmp_path / "L15R"
+    folder.mkdir()
+    config = {"hook_point_in": "blocks.15.hook_resid_post", "d_model": 16, "expansion_factor": 4}
+    (folder / "config.json").write_text(json.dumps(config | {"norm_activation": "inference"}))
+    tensors = weights | {"log_jumprelu_threshold": log_threshold}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "sae_weights.safetensors")
+    x = torch.randn(30, 16)
+    pre = x @ weights["encoder.weight"].T + weights["encoder.bias"]
+    z = pre.relu() * (pre > log_threshold.exp())
+    assert_is(load_sae(folder), z, z @ weights["decoder.weight"].T + weights["decoder.bias"], x)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_sae(folder).cfg.normalize_activations == "expected_average_only_in"
+
+
+def test_llama_scope_without_its_hook_is_named(tmp_path):
+    folder = write_llama_scope(tmp_path / "x", llama_scope_weights(16, 64), "blocks.8.hook_resid_post", "")
+    theirs = json.loads((folder / "hyperparams.json").read_text())
+    del theirs["hook_point_in"]
+    (folder / "hyperparams.json").write_text(json.dumps(theirs))
+    with pytest.raises(DataError, match="cannot be read: its files lack 'hook_point_in'"):
+        load_sae(folder)
+
+
+def test_sharded_safetensors(tmp_path, topk_sae):
+    weights, x = sparsify_weights(16, 64), torch.randn(20, 16)
+    folder = write_sparsify(tmp_path / "layers.3", weights, 4)
+    sharded(folder / "sae.safetensors")
+    assert_is(load_sae(folder), *sparsify_forward(weights, 4, x), x)
+    topk_sae.save_model(tmp_path / "ours")
+    sharded(tmp_path / "ours" / "sae_weights.safetensors")
+    loaded, x = load_sae(tmp_path / "ours"), torch.randn(20, topk_sae.cfg.d_in)
+    assert torch.equal(loaded(x), topk_sae(x))
+
+
+# What SAELens 3 to 5 wrote: one level, and the older names of some settings.
+OLDER = {
+    3: {"hook_point": "blocks.2.hook_resid_post", "normalize_activations": False, "sae_lens_version": None},
+    4: {"hook_name": "blocks.2.hook_resid_post", "normalize_activations": "none", "sae_lens_version": "4.4.5"},
+    5: {"hook_name": "blocks.2.hook_resid_post", "normalize_activations": "none", "sae_lens_version": "5.11.0"},
+}
+
+
+@pytest.mark.parametrize("version", OLDER)
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+def test_older_versions_of_saelens(tmp_path, version, activation):
+    torch.manual_seed(0)
+    weights = {
+        "W_enc": torch.randn(16, 64),
+        "b_enc": torch.randn(64),
+        "W_dec": torch.randn(64, 16),
+        "b_dec": torch.randn(16),
+    }
+    if version == 3:
+        weights["scaling_factor"] = torch.ones(64)
+    config = {"architecture": "standard", "d_in": 16, "d_sae": 64, "dtype": "torch.float32", "device": "cpu"}
+    config |= {"activation_fn_str": activation, "activation_fn_kwargs": {"k": 4} if activation == "topk" else {}}
+    config |= {"model_name": "gpt2-small", "context_size": 128, "prepend_bos": True, "apply_b_dec_to_input": True}
+    (tmp_path / "cfg.json").write_text(json.dumps(config | OLDER[version]))
+    save_file(weights, tmp_path / "sae_weights.safetensors")
+    sae, x = load_sae(tmp_path), torch.randn(20, 16)
+    z = ((x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]).relu()
+    if activation == "topk":
+        z = z * (z >= z.topk(4, dim=-1).values[:, -1:])
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            pytest.fail("the norm of the decoder did not count before SAELens 6")
+    assert_is(sae, z, z @ weights["W_dec"] + weights["b_dec"], x)
+    assert sae.cfg.metadata.hook_name == "blocks.2.hook_resid_post" and sae.cfg.metadata.model_name == "gpt2-small"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"run.json": "{}"}, "not finished: run it again with --resume"),
+        ({"final_sae.pkl": ""}, "final_sae.pkl is a pickle, which can run code"),
+        ({"hyperparams.json": "{}"}, "download that file too"),
+        ({"cfg.json": "{}"}, "its weights .* are missing"),
+        ({"model.safetensors": ""}, "model.safetensors has no configuration beside it"),
+        ({"weights.npz": ""}, "weights.npz is no params.npz of Gemma Scope"),
+        ({}, "give the folder of one SAE"),
+    ],
+)
+def test_a_folder_without_an_sae_is_named_for_what_it_is(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=f"holds no SAE that can be read; .*{message}") as error:
+        load_sae(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"d_in": "128"}, {"d_sae": 2.5}, {"d_sae": 10**9}, {"d_in": 0}, {"k": "8"}, {"k": -1}, {"k": None}, {"metadata": []},
+        {"metadata": {"hook_name": 5}}, {"architecture": "nothing"}, {"architecture": 3}, {"dtype": "float33"}, {"dtype": 7},
+        [], 5, "x", None, "6000 digits", "deep", "bytes", "cut",
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_cfg_json_is_one_line(tmp_path, topk_sae, mini, damage):
+    topk_sae.save_model(tmp_path)
+    file = tmp_path / "cfg.json"
+    config = json.loads(file.read_text())
+    written = json.dumps(config | damage if isinstance(damage, dict) else damage).encode()
+    special = {"6000 digits": b'{"d_in": ' + b"9" * 6000 + b"}", "deep": b"[" * 100_000, "bytes": b"\xff\xfe\x00"}
+    file.write_bytes(special.get(str(damage), file.read_bytes()[:40] if damage == "cut" else written))
+    with pytest.raises(UsageError) as error:
+        check_fits(load_sae(tmp_path), mini)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+# --- the doors --------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_that_are_not_finite_are_refused_at_every_door(tmp_path, topk_sae, mini, capsys):
+    from sae_italian.cache import build_cache
+    from sae_italian.cli import main
+    from sae_italian.evaluation import evaluate
+    from sae_italian.evaluation.diagnosis import export_jumprelu
+
+    broken = copy.deepcopy(topk_sae)
+    with torch.no_grad():
+        broken.W_dec[3, :2] = torch.nan
+    for door in (
+        lambda: evaluate(broken, mini, "micro-italiano", n_tokens=100),
+        lambda: build_cache(broken, mini, "micro-italiano", tmp_path / "cache", n_tokens=100),
+        lambda: export_jumprelu(broken, mini, "micro-italiano", tmp_path / "jumprelu", n_tokens=100),
+    ):
+        with pytest.raises(DataError, match="2 numbers of W_dec are not finite. .*lower lr"):
+            door()
+    broken.save_model(tmp_path / "sae")
+    for command in (["evaluate"], ["saes", "doctor"], ["saes", "show"]):
+        assert main([*command, str(tmp_path / "sae")]) == 2
+        said = capsys.readouterr()
+        assert "2 numbers of W_dec are not finite" in said.out + said.err
+
+
+def test_a_scale_that_is_not_folded_in_is_refused_at_every_door(tmp_path, topk_sae, mini):
+    from sae_italian.analysis.causal.splice import edit_hooks
+    from sae_italian.cache import build_cache
+    from sae_italian.evaluation import evaluate
+
+    unfolded = copy.deepcopy(topk_sae)
+    unfolded.cfg.normalize_activations = "expected_average_only_in"
+    for door in (
+        lambda: evaluate(unfolded, mini, "micro-italiano", n_tokens=100),
+        lambda: build_cache(unfolded, mini, "micro-italiano", tmp_path / "cache", n_tokens=100),
+        lambda: edit_hooks(unfolded, mini),
+    ):
+        with pytest.raises(UsageError, match="its scale is not folded in.*fold_activation_norm_scaling_factor"):
+            door()
+    unfolded.fold_activation_norm_scaling_factor(1.5)
+    assert check_fits(unfolded, mini) == unfolded.cfg.metadata.hook_name
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_rows_is_refused(topk_sae, mini, monkeypatch):
+    monkeypatch.setattr(mini.config, "vocab_size", 100)
+    with pytest.raises(UsageError, match="tokenizer has .* tokens, the model 100 rows"):
+        check_fits(topk_sae, mini)
+
+
+@pytest.mark.parametrize(
+    "command", [["saes", "list"], ["saes", "show", "typo"], ["saes", "show", "llama_scope_lxr:l0"]]
+)
+def test_names_are_answered_within_a_second(command):
+    """Neither torch nor SAELens is imported for them; 8 and 12 s before."""
+    code = (
+        f"import sys; from sae_italian.cli import main; main({command!r});"
+        "assert not {'torch', 'sae_lens', 'transformer_lens'} & set(sys.modules)"
+    )
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 1
