@@ -22,7 +22,7 @@ from sae_italian.autointerp.now import config_of, keep
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.work import Work
-from sae_italian.base.errors import SaeItalianError, UsageError, nearest
+from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.browser.answers import Refused
 from sae_italian.browser.contexts import pieces, storable
@@ -51,10 +51,8 @@ class Live:
     def call(self, name: str, arguments: Any) -> dict[str, Any]:
         """Do one piece of work by name with plain JSON arguments, from whoever asks.
 
-        Raises: UsageError for another name, arguments of the wrong kind, and as the work itself.
+        Raises: UsageError for arguments of the wrong kind, and as the work itself.
         """
-        if name not in CALLS:
-            raise UsageError(f"live work {str(name)[:40]!r} is unknown. {nearest(str(name)[:40], CALLS)}")
         if not isinstance(arguments, dict) or set(arguments) != set(CALLS[name]):
             raise UsageError(f"{name} takes {', '.join(CALLS[name])}, all of them and nothing else.")
         checked = {key: CALLS[name][key](key, value) for key, value in arguments.items()}

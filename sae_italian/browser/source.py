@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Explanation, Store
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.report import plain
 from sae_italian.base.storage import read_json, utc_now
 from sae_italian.browser.columns import COLUMNS, RowRecord
 from sae_italian.browser.contexts import ContextMaker
@@ -25,6 +27,7 @@ from sae_italian.browser.directions import Decoder
 from sae_italian.browser.schema import Record, fields
 from sae_italian.browser.table import records
 from sae_italian.cache import FeatureCache, Manifest
+from sae_italian.evaluation.card import read_card
 from sae_italian.models import parse_hook_name, resolve
 
 RESULTS = "results.json"
@@ -74,6 +77,9 @@ class LatentSource:
     def _read_results(self, file: Path) -> None:
         try:
             results = read_json(file) if file.is_file() else {}
+            if "card" not in results:  # `evaluate` leaves it with the SAE; one of an older version is not shown
+                with suppress(DataError):
+                    results["card"] = plain(read_card(Path(self.cache.manifest.sae)))
             self.metrics: list[Record] = records(results, "metrics")
             self.controls: list[Record] = records(results, "controls")
             self.gold: list[dict[str, Any]] = list(results.get("gold") or [])

@@ -22,6 +22,7 @@ from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
 from tests.browser.data_files import read_data
+from tests.browser.exports.test_others import a_card
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,20 @@ def test_split_text_loses_no_character(text, cuts):
 def test_a_letter_of_several_byte_tokens_shows_once_with_the_strongest():
     pieces = split_text("a🙂b", np.array([[0, 1], [1, 2], [1, 2], [1, 2], [2, 3]]), np.array([0, 1.0, 3.0, 2.0, 0]))
     assert pieces == [("a", 0.0), ("🙂", 3.0), ("b", 0.0)]
+
+
+def test_the_saes_card_is_shown_where_the_cache_has_no_results(small_cache, trained_sae, mini, tmp_path):
+    sae = shutil.copytree(trained_sae, tmp_path / "sae", ignore=shutil.ignore_patterns("card.*"))
+    folder = shutil.copytree(
+        small_cache, tmp_path / "cache", ignore=shutil.ignore_patterns("*.sqlite*", "results.json")
+    )
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8")) | {"sae": str(sae)}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    bare = FeatureCache.open(folder)
+    assert LatentSource(bare, mini.tokenizer).run()["metrics"] == []
+    a_card().save(sae)
+    metrics = {metric["name"]: metric["value"] for metric in LatentSource(bare, mini.tokenizer).run()["metrics"]}
+    assert metrics["l0"] == 0.5 and metrics["explained_variance"] == 50.0 and metrics["dead"] == 50.0
 
 
 def test_a_cache_without_explanations_still_has_a_report(small_cache, mini, tmp_path):

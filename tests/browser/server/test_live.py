@@ -136,7 +136,6 @@ def test_an_llm_explains_beside_the_rule_where_one_is_configured(live, opened, t
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
-        ("explode", {}, "unknown"),
         ("tokens", {}, "takes sentence"),
         ("tokens", {"sentence": "a", "file": "/etc/passwd"}, "nothing else"),
         ("tokens", ["a"], "takes"),
