@@ -76,7 +76,7 @@ def _explained(
     from sae_italian.autointerp import AutointerpConfig
     from sae_italian.autointerp.explainers.choose import EXPLAINER
     from sae_italian.autointerp.judges import RULE
-    from sae_italian.autointerp.llm.beside import beside_text, estimate_beside, run_beside
+    from sae_italian.autointerp.llm.beside import estimate_beside, run_beside
     from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.autointerp.summary import means, means_table
     from sae_italian.models import load_model
@@ -89,7 +89,7 @@ def _explained(
         forget_scores(cache)
     if settings.wants_llm and settings.estimate:
         found = estimate_beside(cache, model.tokenizer, config, sae, settings, control=control)
-        return Result(asdict(found), found.text())
+        return Result(asdict(found))
     units = where.map(cache.folder) if where.engine == "ray" else None
     others: dict[str, Any] = {"card_tokens": None, "workers": where.workers or 1, "run_units": units}
     results = analyse(cache, sae, model, config=config, random_control=control, **others)
@@ -97,8 +97,8 @@ def _explained(
     if others_told := [row for row in means(cache.folder / STORE_FILE, EXPLAINER, [RULE]) if row["scorer"] not in TOLD]:
         text += f"\n\n{means_table(others_told)}"
     if settings.wants_llm:
-        results["llm"] = run_beside(cache, model, config, sae, settings, control=control)
-        text += f"\n\n{beside_text(results['llm'], cache.folder / STORE_FILE)}"
+        results["llm"], told = run_beside(cache, model, config, sae, settings, control=control)
+        text += f"\n\n{told}"
     return Result({**results, "cache": str(cache.folder)}, text)
 
 

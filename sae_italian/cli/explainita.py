@@ -86,15 +86,16 @@ def predict(
         dry = DryClient(settings)
         _predicted(latents, task, settings, dry)
         found = dry.estimate(len(latents), len(latents))
-        return Result(asdict(found), found.text())
+        return Result(asdict(found))
     else:
         from sae_italian.autointerp.llm.client import Client
 
         ledger = out.with_suffix(".calls.sqlite")
         with Client(settings, ledger) as client:
             answers, unanswered = _predicted(latents, task, settings, client)
+        client.must_have_answered()
         result |= {"by": f"llm:{settings.llm_model}", "unanswered": unanswered, "calls": client.counts}
-        result["ledger"] = str(ledger)
+        result |= {"why": client.told()[1:], "ledger": str(ledger)}
     write_submission(data, out, task, answers, split or "test")
     return Result(result)
 

@@ -46,16 +46,11 @@ def reproduce(
     if paper == "baselines":
         return _baselines(words, out or Path("baselines"), sae, flags, {"model": model, **text})
     if out is None:
-        out = Path("reports") / f"{paper}-{_folder_name(sae or model or papers.MINI)}"
+        out = Path("reports") / f"{paper}-{Path(sae or model or papers.MINI).name.replace(':', '-')}"
     report = papers.reproduce(paper, out, *words, model=model, sae=sae, **text, **flags)
     rows = [(row["what"], row["where"], row["paper"], row["ours"]) for row in report["figures"]]
     figures = markdown_table(ReportTable("", FIGURES_HEAD, rows))
     return Result(report, f"{figures}\n\nReport: {out / 'report.html'}, {out / 'report.md'}")
-
-
-def _folder_name(name: str) -> str:
-    """Return a name of a model or SAE that is fit for a folder."""
-    return name.rstrip("/").split("/")[-1].replace(":", "-")
 
 
 def _baselines(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sae_italian.base.storage import claim_folder, read_json, remove, write_json
 from sae_italian.cache import FeatureCache, build_caches
 from sae_italian.corpora import CorpusStream, Reader
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
-from sae_italian.papers.job import Subject, full_name, layer_of, open_subject
+from sae_italian.papers.job import Subject, full_name, kept, layer_of, open_subject
 from sae_italian.papers.measure import card_of, curves
 from sae_italian.papers.pictures import baselines_svg, dictionary_name
 from sae_italian.papers.report import markdown_table, shown, tables_of
@@ -33,7 +34,18 @@ from sae_italian.training import ActivationStream
 KIND = "baselines"
 SAE = "sae"
 BATCH = 2048  # activations that baselines are fitted on at a time
-_SUMMARY = ("simulation", "simulation_random", "shuffled_simulation", "detection", "fuzzing")
+_CARD = (
+    "d_sae",
+    "l0",
+    "explained_variance",
+    "explained_variance_uncentred",
+    "ce_loss_recovered",
+    "delta_lm_loss",
+    "dead",
+)
+_PERPLEXITIES = {"perplexity": "ce_loss_with_sae", "perplexity_of_model": "ce_loss"}
+_SCORES = ("simulation", "simulation_random", "shuffled_simulation", "detection", "fuzzing")
+_SUMMARY = ("explainer", "judge", "n_latents", "n_explained", *_SCORES)
 
 
 @dataclass(frozen=True)
@@ -106,22 +118,25 @@ def compare_layer(sae: Any, subject: Subject, out: Path, settings: Settings, *, 
     Keys: `hook_name`, `layer`, `rows` (one a dictionary, the SAE first), `curves` (explained variance against L0).
     """
     check_fits(sae, subject.model)
-    if (out / "layer.json").is_file():
-        return read_json(out / "layer.json")
-    hook_name = sae.cfg.metadata.hook_name
+    return kept(out / "layer.json", lambda: _compared(sae, subject, out, settings, sae_name))
+
+
+def _compared(sae: Any, subject: Subject, out: Path, settings: Settings, sae_name: str) -> dict[str, Any]:
     baselines = _fitted(sae, subject, out / "dictionaries", settings)
     dictionaries = {SAE: sae, **baselines}
-    cards = _cards(dictionaries, subject, out, settings)
-    scores = _scores(dictionaries, subject, out, settings, sae_name)
     rows = []
-    for name in dictionaries:
-        row = {"dictionary": name, **cards[name], **scores[name]}
+    scores = _scores(dictionaries, subject, out, settings, sae_name)
+    for name, one in tqdm(dictionaries.items(), desc="evaluate dictionaries", disable=None):
+        card = kept(out / "cards" / f"{name}.json", partial(card_of, one, subject, settings.card_tokens, name))
+        row = {"dictionary": name, **{key: card[key] for key in _CARD}, **scores[name]}
+        row |= {key: perplexity(card[loss]) for key, loss in _PERPLEXITIES.items()}
+        row["converged"] = getattr(one.cfg.metadata, "converged", None)
         row["name"] = dictionary_name(name) + ("" if row["converged"] is not False else " (not converged)")
         row["scored"] = f"{row['n_explained']} of {row['n_latents']}"
         rows.append(row)
     families = {name: dictionary for name, dictionary in dictionaries.items() if not name.endswith(TOPK)}
-    result = {
-        "hook_name": hook_name,
+    return {
+        "hook_name": sae.cfg.metadata.hook_name,
         "layer": layer_of(sae),
         "sae": sae_name,
         "architecture": sae.cfg.architecture(),
@@ -131,8 +146,6 @@ def compare_layer(sae: Any, subject: Subject, out: Path, settings: Settings, *, 
         "rows": rows,
         "curves": curves(families, subject, settings.card_tokens),
     }
-    write_json(out / "layer.json", result)
-    return result
 
 
 def _fitted(sae: Any, subject: Subject, folder: Path, settings: Settings) -> dict[str, Any]:
@@ -160,26 +173,6 @@ def _fitted(sae: Any, subject: Subject, folder: Path, settings: Settings) -> dic
     return found
 
 
-def _cards(dictionaries: dict[str, Any], subject: Subject, out: Path, settings: Settings) -> dict[str, Any]:
-    """Return what each dictionary keeps of the activations and of the model's predictions."""
-    found = {}
-    for name, sae in tqdm(dictionaries.items(), desc="evaluate dictionaries", disable=None):
-        file = out / "cards" / f"{name}.json"
-        if not file.is_file():
-            write_json(file, card_of(sae, subject, settings.card_tokens, name))
-        card = read_json(file)
-        keys = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "delta_lm_loss")
-        found[name] = {
-            "d_sae": card["d_sae"],
-            **{key: card[key] for key in keys},
-            "dead": card["dead"],
-            "perplexity": perplexity(card["ce_loss_with_sae"]),
-            "perplexity_of_model": perplexity(card["ce_loss"]),
-            "converged": getattr(sae.cfg.metadata, "converged", None),
-        }
-    return found
-
-
 def perplexity(loss: dict[str, float | None]) -> dict[str, float | None]:
     """Return exp of a loss in nats and of its interval's ends."""
     return {key: None if value is None else math.exp(value) for key, value in loss.items()}
@@ -189,34 +182,30 @@ def _scores(
     dictionaries: dict[str, Any], subject: Subject, out: Path, settings: Settings, sae_name: str
 ) -> dict[str, Any]:
     """Return each dictionary's simulation scores; caches but the SAE's own, dense with ReLU alone, go when they are scored."""
-    folders = {name: out / "caches" / name for name in dictionaries}
-    todo = [name for name in dictionaries if not (out / "scores" / f"{name}.json").is_file()]
+    files = {name: out / "scores" / f"{name}.json" for name in dictionaries}
+    todo = [name for name, file in files.items() if not file.is_file()]
     if todo:
         caches = build_caches(
             [dictionaries[name] for name in todo],
             subject.model,
             subject.corpus,
-            [folders[name] for name in todo],
+            [out / "caches" / name for name in todo],
             n_tokens=settings.cache_tokens,
             split="heldout",
             **subject.reading,
             sae_names=[sae_name if name == SAE and sae_name else name for name in todo],
             resume=True,
         )
+        config = AutointerpConfig(latents=settings.latents, seed=settings.seed)
         for name, folder in zip(todo, caches, strict=True):
-            store = run_autointerp(
-                FeatureCache.open(folder),
-                subject.model.tokenizer,
-                AutointerpConfig(latents=settings.latents, seed=settings.seed),
-                sae=dictionaries[name],
-            )
+            cache = FeatureCache.open(folder)
+            store = run_autointerp(cache, subject.model.tokenizer, config, sae=dictionaries[name])
             summary = summarise(store).as_dict()
-            kept = {key: summary[key] for key in ("explainer", "judge", "n_latents", "n_explained", *_SUMMARY)}
-            write_json(out / "scores" / f"{name}.json", kept)
+            write_json(files[name], {key: summary[key] for key in _SUMMARY})
     for name in dictionaries:
         if name != SAE:
-            remove(folders[name])
-    return {name: read_json(out / "scores" / f"{name}.json") for name in dictionaries}
+            remove(out / "caches" / name)
+    return {name: read_json(file) for name, file in files.items()}
 
 
 def baselines_markdown(result: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ def _sae(job: Reproduction, _: Results) -> dict[str, Any]:
     folder = job.sae
     if folder is None:
         layer = budget["layer"] if budget["layer"] is not None else max(0, subject.n_layers - 2)
-        d_sae = budget["expansion"] * subject.d_in
-        folder = str(job.train("sae", f"blocks.{layer}.hook_resid_post", d_sae, budget["train_tokens"]))
+        sizes = budget["expansion"] * subject.d_in, budget["train_tokens"]
+        folder = str(job.train("sae", f"blocks.{layer}.hook_resid_post", *sizes))
     sae = load_sae(folder)
     cfg = sae.cfg
     return {

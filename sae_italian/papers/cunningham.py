@@ -31,6 +31,7 @@ from sae_italian.training import read_values
 
 MOST_LAYERS = 3
 CHANCE = 0.5
+_RATIO_SCORES = ("simulation", "simulation_random", "n_explained", "n_latents")
 
 
 def _saes(job: Reproduction, _: Results) -> dict[str, Any]:
@@ -46,8 +47,8 @@ def _saes(job: Reproduction, _: Results) -> dict[str, Any]:
     found = []
     for layer, folder in folders.items():
         cfg = load_sae(folder).cfg
-        facts = {"hook_name": cfg.metadata.hook_name, "architecture": cfg.architecture()}
-        found.append({"layer": layer, "folder": folder, **facts, "d_in": cfg.d_in, "d_sae": cfg.d_sae})
+        sizes = {"d_in": cfg.d_in, "d_sae": cfg.d_sae, "architecture": cfg.architecture()}
+        found.append({"layer": layer, "folder": folder, "hook_name": cfg.metadata.hook_name, **sizes})
     return {"saes": found, "given": job.sae is not None}
 
 
@@ -140,9 +141,8 @@ def _ratios(job: Reproduction, results: Results) -> dict[str, Any]:
         sae = load_sae(_variant(job, entry, 1.0, ratio))
         card = card_of(sae, job.subject, job.budget["card_tokens"], name)
         scores = score_sae(sae, job, job.out / "ratios" / name, name=name)["autointerp"]
-        row = {"ratio": ratio, "d_sae": sae.cfg.d_sae}
-        row |= {key: card[key] for key in ("l0", "explained_variance", "dead")}
-        rows.append(row | {k: scores[k] for k in ("simulation", "simulation_random", "n_explained", "n_latents")})
+        both = ((card, ("l0", "explained_variance", "dead")), (scores, _RATIO_SCORES))
+        rows.append({"ratio": ratio, "d_sae": sae.cfg.d_sae} | {key: part[key] for part, keys in both for key in keys})
     said = "; ".join(f"R = {row['ratio']:g}: {shown(row['simulation']['value'])}" for row in rows)
     alive = "; ".join(f"R = {row['ratio']:g}: {row['ratio'] * (1 - row['dead']['value']):.2f} d_in" for row in rows)
     return {"layer": entry["layer"], "rows": rows, "scores": said, "alive": alive}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import read_json, utc_now, write_json
+from sae_italian.base.storage import read_json, remove, utc_now, write_json
 from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model, parse_hook_name, resolve
 from sae_italian.models.activations import check_context
@@ -60,7 +61,7 @@ def open_subject(
     Raises: UsageError when no text is known, or the context exceeds the model's.
     """
     metadata = sae.cfg.metadata if sae is not None else None
-    corpus = corpus or (str(metadata.dataset_path) if metadata is not None and metadata.dataset_path else None)
+    corpus = corpus or (str(metadata.dataset_path) if metadata and metadata.dataset_path else None)
     model = load_model(name)
     saved = resolve(name).saved_name
     corpus = corpus or (MICRO_ITALIANO if saved == MINI else None)
@@ -78,6 +79,13 @@ def layer_of(sae: Any) -> int:
 def full_name(sae: str | Path) -> str:
     """Return the name under which an SAE is remembered: a folder's whole path, or release:sae_id as given."""
     return str(Path(sae).resolve()) if Path(sae).is_dir() else str(sae)
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """Return what a JSON file holds, made and written first where it is not there."""
+    if not file.is_file():
+        write_json(file, make())
+    return read_json(file)  # the same types whether it was there or not
 
 
 @dataclass(frozen=True)
@@ -184,17 +192,19 @@ def run_steps(job: Reproduction, steps: Sequence[Step]) -> tuple[Results, dict[s
     for i, step in enumerate(bar):
         bar.set_postfix_str(step.name)
         file = job.out / "steps" / f"{i:02}-{step.name}.json"
-        kept = read_json(file) if file.is_file() else None
-        if kept is None or SKIPPED in kept["result"]:
-            started = time.monotonic()
-            try:
-                result = step.run(job, results)
-            except UsageError as error:
-                if not step.optional:
-                    raise
-                result = {SKIPPED: " ".join(str(error).split())}
-            kept = {"step": step.name, "created": utc_now(), "seconds": time.monotonic() - started, "result": result}
-            write_json(file, kept)
-            kept = read_json(file)  # the same types as in a run that is resumed
-        results[step.name], seconds[step.name] = kept["result"], kept["seconds"]
+        if file.is_file() and SKIPPED in read_json(file)["result"]:
+            remove(file)
+        done = kept(file, partial(_done, step, job, results))
+        results[step.name], seconds[step.name] = done["result"], done["seconds"]
     return results, seconds
+
+
+def _done(step: Step, job: Reproduction, results: Results) -> dict[str, Any]:
+    started = time.monotonic()
+    try:
+        result = step.run(job, results)
+    except UsageError as error:
+        if not step.optional:
+            raise
+        result = {SKIPPED: " ".join(str(error).split())}
+    return {"step": step.name, "created": utc_now(), "seconds": time.monotonic() - started, "result": result}

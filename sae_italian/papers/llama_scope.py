@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sae_italian.analysis.geometry.report import geometry, matches_svg
@@ -16,8 +17,10 @@ from sae_italian.saes import load_sae
 from sae_italian.saes.jumprelu_export import to_jumprelu
 
 L1 = (0.5, 2.0, 8.0)  # coefficients of the L1 SAEs, times the square root of d_in / 128
+NORMALISED = "expected_average_only_in"  # what the L1 SAEs read, as SAELens calls it
 SAMPLE = 4096  # latents of each SAE whose directions are compared
 MOST = 4  # SAEs whose directions are compared
+_NAME = re.compile(r"L(\d+)([A-Z]+)-(.+)x")  # of an SAE of a suite
 _KEPT = ("l0", "explained_variance", "explained_variance_uncentred", "delta_lm_loss", "dead", "ultra_active")
 
 
@@ -26,16 +29,13 @@ def _saes(job: Reproduction, _: Results) -> dict[str, Any]:
     if job.sae is not None:
         sae = load_sae(job.sae)
         layer, expansion = layer_of(sae), sae.cfg.d_sae / sae.cfg.d_in
-        name = f"L{layer}R-{expansion:g}x"
-        row = {"name": name, "folder": job.sae, "site": "R", "layer": layer, "expansion": expansion}
-        return {"saes": [row], "given": True}
+        place = {"site": "R", "layer": layer, "expansion": expansion}
+        return {"saes": [{"name": f"L{layer}R-{expansion:g}x", "folder": job.sae, **place}], "given": True}
     rows = []
     for name, folder in job.train_suite(job.layers(1)).items():
-        place, width = name.split("-")
-        site = place.lstrip("L0123456789")
-        layer = int(place[1 : len(place) - len(site)])
-        row = {"name": name, "folder": str(folder), "site": site, "layer": layer, "expansion": float(width[:-1])}
-        rows.append(row)
+        layer, site, width = _NAME.fullmatch(name).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        place = {"site": site, "layer": int(layer), "expansion": float(width)}
+        rows.append({"name": name, "folder": str(folder), **place})
     return {"saes": rows, "given": False}
 
 
@@ -96,10 +96,8 @@ def _range(rows: list[dict[str, Any]], key: str) -> str:
 def _jumprelu(job: Reproduction, results: Results) -> dict[str, Any]:
     entry, sae = _reference(results)
     _, report = to_jumprelu(sae, *held_out(sae, job.subject, job.budget["card_tokens"]))
-    text = (
-        f"L0 {report.l0_before:.2f} to {report.l0:.2f}, explained variance {report.explained_variance_before:.4f} to "
-        f"{report.explained_variance:.4f}"
-    )
+    variance = f"{report.explained_variance_before:.4f} to {report.explained_variance:.4f}"
+    text = f"L0 {report.l0_before:.2f} to {report.l0:.2f}, explained variance {variance}"
     return {**plain(report), "sae": entry["name"], "text": text}
 
 
@@ -128,11 +126,11 @@ def _vanilla(job: Reproduction, results: Results) -> dict[str, Any]:
     scale = (job.subject.d_in / 128) ** 0.5
     rows: list[dict[str, Any]] = [_compared(job, "annealed", results, "0.1") | {"name": "TopK"}]
     for factor in L1:
-        settings: dict[str, Any] = {"architecture": "standard", "l1_coefficient": factor * scale}
-        settings |= {"normalize_activations": "expected_average_only_in"}
-        row = _compared(job, f"vanilla-{factor:g}", results, "0", settings)
+        l1 = {"architecture": "standard", "l1_coefficient": factor * scale, "normalize_activations": NORMALISED}
+        row = _compared(job, f"vanilla-{factor:g}", results, "0", l1)
         rows.append(row | {"name": f"L1, {factor * scale:.3g}"})
-    numbers = [(row["name"], row["l0"]["value"], row["explained_variance_uncentred"]["value"]) for row in rows]
+    keys = ("l0", "explained_variance_uncentred")
+    numbers = [(row["name"], *(row[key]["value"] for key in keys)) for row in rows]
     return {"rows": rows, "text": "; ".join(f"{name}: L0 {l0:.1f}, {variance:.3f}" for name, l0, variance in numbers)}
 
 

@@ -24,23 +24,15 @@ from sae_italian.saes.fit import fit
 
 WIDTH = 32  # tokens of a shown example
 FIT_SHARE = 0.5  # of the tokens of a curve, for the one factor of random directions
-_SIMULATION = {"scorer": "simulation", "metric": "correlation", "negatives": "top-and-random"}
-_DETECTION = {"scorer": "detection", "metric": "balanced_accuracy", "negatives": "random"}
+_SIMULATION: dict[str, Any] = {"scorer": "simulation", "metric": "correlation", "negatives": "top-and-random"}
+_DETECTION: dict[str, Any] = {"scorer": "detection", "metric": "balanced_accuracy", "negatives": "random"}
 _PLAIN = ("standard", "topk", "jumprelu")  # architectures of one encoder and one decoder matrix
 
 
 def card_of(sae: Any, subject: Subject, n_tokens: int, name: str, loss_tokens: int | None = None) -> dict[str, Any]:
     """Return the evaluation card of an SAE on held-out text of the subject, as JSON has it."""
-    card = evaluate(
-        sae,
-        subject.model,
-        subject.corpus,
-        n_tokens=n_tokens,
-        loss_tokens=loss_tokens,
-        name=name,
-        **subject.reading,
-    )
-    return plain(card)
+    sizes = {"n_tokens": n_tokens, "loss_tokens": loss_tokens, **subject.reading}
+    return plain(evaluate(sae, subject.model, subject.corpus, name=name, **sizes))
 
 
 def held_out(sae: Any, subject: Subject, n_tokens: int) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ class Paper:
         for override in overrides:
             key, equals, text = override.partition("=")
             if not equals or key not in budget:
-                raise UsageError(f"unknown key {key!r} in the budget of {self.name}. {nearest(key, budget)}")
+                raise UsageError(f"unknown key {key!r} in {self.name}'s budget. {nearest(key, budget)}")
             value = yaml.safe_load(text)
             default = budget[key]
             if default is not None and isinstance(value, list) != isinstance(default, list):

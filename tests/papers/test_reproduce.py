@@ -238,8 +238,9 @@ def test_the_command_compares_an_sae_with_what_it_is_asked_for(tmp_path, trained
     command = ["reproduce", "baselines", str(trained_sae), *sizes, "--out", str(out)]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "| neurons, top-k |" in said and "| SAE |" in said and "PCA" not in said
-    assert (out / "baselines.md").read_text() in said and (out / "baselines.svg").read_text().startswith("<?xml")
+    written = (out / "baselines.md").read_text()
+    assert "| neurons, top-k |" in written and "| SAE |" in written and "PCA" not in written
+    assert "\nneurons, top-k  " in said and (out / "baselines.svg").read_text().startswith("<?xml")
     rows = json.loads((out / "baselines.json").read_text())["layers"][0]["rows"]
     assert [row["d_sae"] for row in rows] == [256, 128, 128] and all(row["n_latents"] == 6 for row in rows)
     assert main(command) == 2 and "--resume" in capsys.readouterr().err

@@ -1,11 +1,7 @@
-"""Read ExplainITA's two data sets and write submission files.
+"""Read ExplainITA's two data sets and write submission files; docs/explainita.md has the format.
 
-Task 1 (`colinglab/EXPLAINITA-task1`): rows of `Latent ID`, `examples` and, except in `test`, `explanation`; an example is
-`text` with `<<marked tokens>>`, `tokens`, and `activations`, a list of {token, strength 0 to 10}. The card does not say
-whether that list has every token or only the active ones: both are read (equal length means every token).
-Task 2 (`colinglab/EXPLAINITA-task2`): rows of `Latent ID`, `explanation` and `examples`; an example is `str_tokens`,
-`activations` (floats, 0 for off, -1 throughout in `test`) and `activating`, which `test` hides behind a default.
-A `Latent ID` is `layers.14_latent8`, or the number alone.
+Of task 1's activations the data card does not say whether they are of every token or of the active ones only: both are
+read (equal length means every token).
 """
 
 from __future__ import annotations
@@ -91,7 +87,7 @@ def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
             held = {re.sub(r"-\d+-of-\d+$", "", file.stem) for file in [*path.glob("data/*"), *path.glob("*.*")]}
             raise UsageError(f"{path} has no split {split!r}. {nearest(split, sorted(held) or SPLITS)}")
     elif not path.is_file():
-        raise UsageError(f"{path} does not exist; a .parquet or .jsonl file, a folder, or {HUB} was expected.")
+        raise UsageError(f"{path} does not exist; a .parquet or .jsonl file, a folder or {HUB} was expected.")
     rows = []
     for file in files:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +14,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import bootstrap, mean_interval
 
 DEFAULT_MODEL, DEFAULT_LAYER = "bert-base-multilingual-cased", 9  # the layer is bert-score's own choice for that model
-Sums = Float[np.ndarray, "samples 4"]  # true positives, positives, false positives, negatives
+Sums = Float[np.ndarray, "samples 4"]  # positives found and missed, negatives called active and not
 
 
 def evaluate_explanations(
@@ -59,44 +59,37 @@ def evaluate_sequences(predicted: Sequence[Latent], gold: Sequence[Latent]) -> d
     if everything and all(one.strengths is None and not one.activating for one in everything):
         raise UsageError("the gold file is the test split with its labels hidden (activations -1, none activating).")
     sums = np.zeros((len(ours), 4))
-    per_latent = []
     for row, (mine, truth) in enumerate(zip(ours, theirs, strict=True)):
-        if len(mine.sequences) != len(truth.sequences):
-            raise UsageError(f"{mine.id} has {len(truth.sequences)} sequences and {len(mine.sequences)} answers.")
-        for i, (one, other) in enumerate(zip(mine.sequences, truth.sequences, strict=True)):
-            if one.tokens != other.tokens:
-                raise UsageError(f"sequence {i} of {mine.id} is another one in the submission than in the gold file.")
-            for side, sequence in (("the submission", one), ("the gold file", other)):
-                if sequence.activating is None:
-                    raise UsageError(f"{side} has no label for sequence {i} of {mine.id}.")
-        yes, positive = (np.array([s.activating for s in one.sequences], dtype=bool) for one in (mine, truth))
-        sums[row] = (yes & positive).sum(), positive.sum(), (yes & ~positive).sum(), (~positive).sum()
-        if positive.any() and not positive.all():
-            per_latent.append((yes[positive].mean() + 1 - yes[~positive].mean()) / 2)
-    metrics = {name: bootstrap(sums, function) for name, function in _METRICS.items()}
-    metrics["balanced_accuracy_by_latent"] = mean_interval(np.array(per_latent))
-    positives = int(sums[:, 1].sum())
-    counts = {"latents": len(ours), "sequences": positives + int(sums[:, 3].sum()), "positive": positives}
+        _same_sequences(mine, truth)
+        yes, positive = (np.array([s.activating for s in one.sequences], bool) for one in (mine, truth))
+        sums[row] = [(said & true).sum() for true in (positive, ~positive) for said in (yes, ~yes)]
+    metrics = {name: bootstrap(sums, lambda total, name=name: _rates(total)[name]) for name in _rates(sums)}
+    both = (sums[:, :2].sum(1) > 0) & (sums[:, 2:].sum(1) > 0)
+    metrics["balanced_accuracy_by_latent"] = mean_interval(_rates(sums[both])["balanced_accuracy"])
+    counts = {"latents": len(ours), "sequences": int(sums.sum()), "positive": int(sums[:, :2].sum())}
     return {"task": 2, **counts, **{name: metric.as_dict() for name, metric in metrics.items()}}
 
 
-def _f1_positive(sums: Sums) -> np.ndarray:
-    return 2 * sums[:, 0] / (sums[:, 0] + sums[:, 2] + sums[:, 1])
+def _same_sequences(mine: Latent, truth: Latent) -> None:
+    """Raise UsageError unless both have the same sequences, each with its label."""
+    if len(mine.sequences) != len(truth.sequences):
+        raise UsageError(f"{mine.id} has {len(truth.sequences)} sequences, {len(mine.sequences)} answers.")
+    for i, (one, other) in enumerate(zip(mine.sequences, truth.sequences, strict=True)):
+        if one.tokens != other.tokens:
+            raise UsageError(f"sequence {i} of {mine.id} is another one in the submission than in the gold file.")
+        for side, sequence in (("the submission", one), ("the gold file", other)):
+            if sequence.activating is None:
+                raise UsageError(f"{side} has no label for sequence {i} of {mine.id}.")
 
 
-def _f1_negative(sums: Sums) -> np.ndarray:
-    right = sums[:, 3] - sums[:, 2]
-    return 2 * right / (right + sums[:, 1] - sums[:, 0] + sums[:, 3])
-
-
-_METRICS: dict[str, Callable[[Sums], np.ndarray]] = {
-    "balanced_accuracy": lambda sums: (sums[:, 0] / sums[:, 1] + 1 - sums[:, 2] / sums[:, 3]) / 2,
-    "tpr": lambda sums: sums[:, 0] / sums[:, 1],
-    "tnr": lambda sums: 1 - sums[:, 2] / sums[:, 3],
-    "precision": lambda sums: sums[:, 0] / (sums[:, 0] + sums[:, 2]),
-    "f1": _f1_positive,
-    "f1_macro": lambda sums: (_f1_positive(sums) + _f1_negative(sums)) / 2,
-}
+def _rates(sums: Sums) -> dict[str, np.ndarray]:
+    found, missed, false, right = sums.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tpr, tnr = found / (found + missed), right / (right + false)
+        f1, f1_negative = (2 * n / (2 * n + missed + false) for n in (found, right))
+        precision = found / (found + false)
+    rates = {"balanced_accuracy": (tpr + tnr) / 2, "tpr": tpr, "tnr": tnr, "precision": precision}
+    return rates | {"f1": f1, "f1_macro": (f1 + f1_negative) / 2}
 
 
 def _paired(predicted: Sequence[Latent], gold: Sequence[Latent]) -> tuple[list[Latent], list[Latent]]:

@@ -71,9 +71,6 @@ def predict(
     return Predicted({name: given for name, given, _ in done}, sum(failed for *_, failed in done))
 
 
-# --- task 1 ----------------------------------------------------------------------------------------------------------
-
-
 def _explained(latent: Latent, explainer: Explainer | None, language: Language) -> tuple[str, int]:
     if explainer is not None:
         found = explainer.explain(as_examples(latent))[0]
@@ -112,8 +109,7 @@ def keys_at(example: Example, i: int) -> dict[Family, str]:
     word = example.text[first:last] if end == last else ""  # "": it goes on
     found["shape"] = shape_of(word)
     if word:
-        found["word"] = word.lower()
-        letters = word.lower()
+        letters = found["word"] = word.lower()
         found |= {f: letters[-n:] for f, n in SUFFIXES.items() if len(letters) > n and letters[-n:].isalpha()}
     if here > 0:
         before = words[here - 1]
@@ -125,14 +121,10 @@ def keys_at(example: Example, i: int) -> dict[Family, str]:
 
 def _fit(family: Family, keys: list[str | None], value: np.ndarray) -> tuple[float, KeyRule]:
     """Return the worth of a family's best rule, and the rule: keys in order of their rate as long as F1 grows."""
-    names = sorted({key for key in keys if key is not None})
-    number = {name: n for n, name in enumerate(names)}
-    at = np.array([-1 if key is None else number[key] for key in keys])
-    keyed, on = at >= 0, value > 0
-    total, active, mass = (
-        np.bincount(at[keyed], weights=w[keyed], minlength=len(names)) for w in (np.ones(len(at)), on, value)
-    )
-    base, n_active = float(on.mean()), int(on.sum())
+    base, n_active = float((value > 0).mean()), int((value > 0).sum())
+    value = value[[key is not None for key in keys]]
+    names, at = np.unique([key for key in keys if key is not None], return_inverse=True)
+    total, active, mass = (np.bincount(at, weights) for weights in (np.ones(len(at)), value > 0, value))
     tally = Tally(np.arange(len(names)), active, mass, total)
     order = np.flatnonzero(active > 0)
     order = order[np.lexsort((-active[order], -tally.rates(base)[order]))][:MOST_KEYS]
@@ -140,11 +132,8 @@ def _fit(family: Family, keys: list[str | None], value: np.ndarray) -> tuple[flo
     worth = f1 - WORTH * np.log2(np.arange(1, len(order) + 1))
     best = int(np.argmax(worth)) if len(order) else -1
     chosen = np.sort(order[: best + 1])
-    rule = tally.take(chosen).rule(family, [names[n] for n in chosen], n_active, base, float(mass.sum()) or 1.0)
+    rule = tally.take(chosen).rule(family, names[chosen].tolist(), n_active, base, float(mass.sum()) or 1.0)
     return (float(worth[best]) if len(order) else -1.0), rule
-
-
-# --- task 2 ----------------------------------------------------------------------------------------------------------
 
 
 def _judged(latent: Latent, judge: Any | None) -> tuple[list[bool], int]:

@@ -18,6 +18,7 @@ from sae_italian.autointerp.explainita.data import Excerpt, Latent, as_example
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import read_activations
 
+_MEASURES = ("correlation", "on_and_off_agree", "relative_error")
 AGREES = 0.9  # correlation from which a latent counts as replayed
 
 
@@ -55,14 +56,14 @@ def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
             f"none of {n_sequences} sequences with activations could be tokenised again into its own tokens, so nothing "
             "can be compared: is this the model's tokenizer, and the split not `test`?"
         )
-    result: dict[str, Any] = {"latents": len(found["without BOS"]), "sequences": n_sequences}
-    result["tokenised_again"] = n_aligned
-    for name, rows in found.items():
-        correlation, agree, error = np.array(rows).T
-        medians = {"correlation": correlation, "on_and_off_agree": agree, "relative_error": error}
-        result[name] = {"replayed": float((correlation >= AGREES).mean())}
-        result[name] |= {key: float(np.median(values)) for key, values in medians.items()}
-    return result
+    counts = {"latents": len(found["without BOS"]), "sequences": n_sequences, "tokenised_again": n_aligned}
+    return counts | {name: _summary(rows) for name, rows in found.items()}
+
+
+def _summary(rows: list[tuple[float, float, float]]) -> dict[str, float]:
+    replayed = float(np.mean([correlation >= AGREES for correlation, *_ in rows]))
+    medians = dict(zip(_MEASURES, np.median(rows, axis=0).tolist(), strict=True))
+    return {"replayed": replayed, **medians}
 
 
 def token_ids(tokenizer: Any, sequence: Excerpt) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""Read what a model answered: strictly where it kept to the form, leniently where it nearly did.
+"""Ask, and read what a model answered: strictly where it kept to the form, leniently where it nearly did.
 
 What a model thought aloud is left out, and of several answers the last complete one counts. Every reader returns what it
 found, or raises `Unusable` with a reason. Nothing is guessed: a list of the wrong length is not cut to fit, and a word
@@ -12,14 +12,17 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.llm.ledger import Reply, TokenLogprobs
+from sae_italian.autointerp.llm.client import Client
+from sae_italian.autointerp.llm.cost import DryClient
+from sae_italian.autointerp.llm.ledger import Reply, Request, TokenLogprobs
+from sae_italian.autointerp.llm.prompts import load_prompts
 
 LONGEST_EXPLANATION = 600  # characters
 LONGEST_LINE = 100  # of a numbered yes or no
@@ -27,13 +30,23 @@ EXPLANATION_KEYS = ("spiegazione", "explanation")
 _YES = {"1", "true", "yes", "sì", "si", "y", "s"}
 _NO = {"0", "false", "no", "n"}
 _THOUGHT = r"think|thinking|thoughts?|reason|reasoning|analysis|reflection|scratchpad"
-_TAGS = re.compile(rf"<(/?)(?:{_THOUGHT})(?:\s[^<>]{{0,200}})?>|\[(/?)(?:{_THOUGHT})\]", re.IGNORECASE)
+_TAG = rf"[<◁\[]\|?(/|end_(?:of_)?)?(?:begin_of_|start_|seed:)?(?:{_THOUGHT})(?:\s[^<>]{{0,200}})?\|?[>▷\]]"
+_TAGS = re.compile(_TAG, re.IGNORECASE)
 _CLOSING = {"}": "{", "]": "["}
+
+
+PROBLEMS = {  # why an answer cannot be used
+    "length": "cut at the token limit (finish_reason length); max_output_tokens=N gives more room",
+    "empty": "nothing is said",
+    "json": "the form asked for cannot be found in it",
+    "count": "another number of values than asked for",
+    "value": "a value that was not asked for",
+}
 
 
 @dataclass
 class Unusable(Exception):  # noqa: N818
-    """`name` is the problem's name in the prompts, or `length`; `values` is what goes into its text."""
+    """`name` is one of PROBLEMS, which but for `length` the prompts know too; `values` go into the text there."""
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -41,13 +54,8 @@ class Unusable(Exception):  # noqa: N818
 
 def schema(key: str, n: int | None = None, top: int = 0) -> dict[str, Any]:
     """Return the JSON schema of an object with one text, or with n whole numbers from 0 to `top`."""
-    numbers = {
-        "type": "array",
-        "items": {"type": "integer", "minimum": 0, "maximum": top},
-        "minItems": n,
-        "maxItems": n,
-    }
-    value = {"type": "string"} if n is None else numbers
+    whole = {"type": "integer", "minimum": 0, "maximum": top}
+    value = {"type": "string"} if n is None else {"type": "array", "items": whole, "minItems": n, "maxItems": n}
     return {"type": "object", "properties": {key: value}, "required": [key], "additionalProperties": False}
 
 
@@ -66,7 +74,7 @@ def read_explanation(reply: Reply) -> str:
         text = named[0]
     text = re.sub(rf"^\W*({'|'.join(EXPLANATION_KEYS)})\W*:\s*", "", text.strip(), flags=re.IGNORECASE)
     text = " ".join(text.split()).strip(" *`")
-    if not text:
+    if not any(letter.isalpha() for letter in text):
         raise Unusable("empty")
     if len(text) > LONGEST_EXPLANATION:
         raise Unusable("json")
@@ -88,7 +96,7 @@ def read_numbers(reply: Reply, n: int, top: int) -> Int[np.ndarray, " n"]:
 def _answer(reply: Reply) -> str:
     """Return what was said after any thinking. Raises: Unusable for nothing, and for what the token limit cut off."""
     text = _without_thoughts(reply.text).strip()
-    if reply.finish == "length" and not text.endswith(("}", "]")):
+    if reply.finish == "length" and _decoded(text) is None:  # what stands before the cut may be a draft
         raise Unusable("length")
     if not text:
         raise Unusable("empty")
@@ -107,7 +115,7 @@ def _without_thoughts(text: str) -> str:
         return re.split(r"<\|\w+\|>", said)[0] if name.strip().startswith("final") else ""
     start, stop = 0, len(text)
     for tag in _TAGS.finditer(text):
-        if tag[1] or tag[2]:
+        if tag[1]:
             start, stop = tag.end(), len(text)
         else:
             stop = min(stop, tag.start())
@@ -198,6 +206,70 @@ def _numbered_lines(text: str) -> list[str] | None:
     answers = [(match[1], match[2]) for match in found if match]
     counted = [number for number, _ in answers] == [str(number) for number in range(1, len(answers) + 1)]
     return [answer for _, answer in answers] if answers and counted else None
+
+
+# --- asking, and asking once more -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a question came to: the value that was read, or the problem with it."""
+
+    reply: Reply
+    value: Any = None
+    problem: Unusable | None = None
+    repaired: str = ""  # the problem that the answer before this one had
+
+    @property
+    def again(self) -> bool:
+        """Return whether a rerun asks again: the server failed, or left no room to answer."""
+        return not self.reply.ok or self.problem is not None and self.problem.name == "length"
+
+    @property
+    def why(self) -> str:
+        """Return why there is no value."""
+        if not self.reply.ok:
+            return self.reply.status
+        if self.reply.refusal:
+            return f"refused: {self.reply.refusal}"
+        return "" if self.problem is None else PROBLEMS[self.problem.name]
+
+
+class Asker:
+    """One who asks a model through a client. Safe to use from several threads."""
+
+    def __init__(self, client: Client | DryClient):
+        self.client, self.config, self.concurrency = client, client.settings, client.concurrency
+        self.prompts = load_prompts(self.config.language)
+        self.name = f"llm:{client.model}:{self.prompts.name}"
+        self.prompt = f"{self.prompts.name}-{self.prompts.hash}"
+
+    def answers(self, requests: Sequence[Request], readers: Sequence[Callable[[Reply], Any]]) -> list[Answer]:
+        """Ask all at once, and once more, with what is wrong with it, what is answered and cannot be read."""
+        found = [_read(*both) for both in zip(self.client.ask(requests), readers, strict=True)]
+        todo = {
+            i: one.problem for i, one in enumerate(found) if not one.again and not one.reply.refusal and one.problem
+        }
+        repairs = [self._repair(requests[i], found[i].reply, problem) for i, problem in todo.items()]
+        for (i, problem), reply in zip(todo.items(), self.client.ask(repairs), strict=True):
+            found[i] = replace(_read(reply, readers[i]), repaired=problem.name)
+        for one in found:
+            if one.problem is not None and one.reply.ok and isinstance(self.client, Client):
+                self.client.count("unreadable", one.why)
+        return found
+
+    def _repair(self, request: Request, reply: Reply, problem: Unusable) -> Request:
+        ((key, value),) = (request.schema or {})["properties"].items()
+        form = f'{{"{key}": [...]}}' if value["type"] == "array" else f'{{"{key}": "..."}}'
+        messages = self.prompts.repair(request.messages, reply.text, form, problem.name, **problem.values)
+        return replace(request, messages=messages, purpose="repair")
+
+
+def _read(reply: Reply, reader: Callable[[Reply], Any]) -> Answer:
+    try:
+        return Answer(reply, reader(reply))
+    except Unusable as problem:
+        return Answer(reply, problem=problem)
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------

@@ -10,41 +10,37 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 
-from sae_italian.autointerp.llm.cost import Price, TokenCounter, price_of
-from sae_italian.autointerp.llm.ledger import (
-    Account,
-    Ledger,
-    Reply,
-    Request,
-    is_completion,
-    parsed,
-    reply_of,
-    usage_of,
-)
+from sae_italian.autointerp.llm import ledger as kept
+from sae_italian.autointerp.llm.cost import Budget, EndpointError, Price, TokenCounter, price_of
+from sae_italian.autointerp.llm.ledger import NO_ANSWER, REJECTED, TOO_LONG, Account, Ledger, Reply, Request
+from sae_italian.autointerp.llm.prompts import without_system
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
 
 KEY_VARIABLE = "LLM_API_KEY"
-NO_ANSWER, TOO_LONG, REJECTED = "no answer", "prompt too long", "rejected"
 UNREACHED_ATTEMPTS = 3  # without any response so far: a wrong address is told soon
 GIVE_UP_AFTER = 3  # questions in a row that came to nothing
 TOP_LOGPROBS = 20
+MOST_REASONS = 8
 # What a server may refuse and an answer can do without -> its parameters, and words that a refusal has for it.
 OPTIONAL = {
     "schema": (("response_format",), ("response_format", "json_schema", "grammar", "guided", "structured")),
     "logprobs": (("logprobs", "top_logprobs"), ("logprob",)),
-    "max_tokens": (("max_tokens",), ("max_tokens", "max_completion_tokens")),  # sent by its newer name instead
+    "max_tokens": (("max_tokens",), ("max_tokens", "max_completion_tokens")),  # sent by its newer name
     "temperature": (("temperature",), ("temperature",)),
     "seed": (("seed",), ("seed",)),
+    # sent at the head of the first question instead: the templates of Gemma and of older Mistral models have no such role
+    "system": (("messages",), ("system role", "system message", "only user and assistant", "must alternate")),
 }
 HOPELESS = {  # statuses that no later question will fare better with
     401: "refuses the key",
@@ -54,66 +50,16 @@ HOPELESS = {  # statuses that no later question will fare better with
 }
 
 
-class EndpointError(UsageError, openai.OpenAIError):
-    """The endpoint does not answer, or will not answer anything. What was answered is kept.
-
-    It is one of openai's errors too: these alone pass through the library without another attempt.
-    """
-
-
-class BudgetReached(EndpointError):
-    """The next call might cost more than what is left. What was answered is kept, and a rerun goes on from there."""
-
-
-class Budget:
-    """Dollars spent, set aside for the calls in flight, and possibly spent on lost answers. For any thread."""
-
-    def __init__(self, limit: float | None):
-        self.limit = limit
-        self.spent = self.uncertain = self._reserved = 0.0
-        self._in_flight = 0
-        self._changed = threading.Condition()
-
-    def reserve(self, usd: float) -> None:
-        """Set `usd` aside, waiting for calls in flight to give back what they did not use.
-
-        Raises: BudgetReached when nothing is in flight and there is still too little left.
-        """
-        with self._changed:
-            while self.limit is not None and self.spent + self.uncertain + self._reserved + usd > self.limit:
-                if not self._in_flight:
-                    raise BudgetReached(
-                        f"the next call may cost ${usd:.4f} and ${self.spent + self.uncertain:.4f} of the ${self.limit:g} "
-                        "of --max-usd are gone. What was answered is kept: run again with a higher --max-usd to go on."
-                    )
-                self._changed.wait()
-            self._reserved += usd
-            self._in_flight += 1
-
-    def settle(self, reserved: float, *, spent: float = 0.0, uncertain: float = 0.0) -> None:
-        """Give a reservation back and book what the call took."""
-        with self._changed:
-            self._reserved -= reserved
-            self._in_flight -= 1
-            self.spent += spent
-            self.uncertain += uncertain
-            self._changed.notify_all()
-
-
-@dataclass
-class _Call:
-    """A question on its way: the most an attempt costs, whether one is under way, and the body that came back."""
-
-    worst: float
-    account: Account = field(default_factory=Account)
-    open: bool = False
-    body: Any = None
+# Questions sent, and of these what was answered, refused by the server, and failed; answers that an earlier run paid for;
+# of the answers of both kinds, which could not be used, and which were cut at the token limit; attempts after the first.
+COUNTED = ("asked", "answered", "refused", "failed", "from ledger", "unreadable", "cut", "retries")
 
 
 class Client:
     """One model behind one endpoint. Use as a context manager.
 
-    `counts` says what happened so far, `missing` which parameters the server was found to do without, and why.
+    `counts` says what became of the questions so far and `reasons` why, each reason with its number; `missing` which
+    parameters the server was found to do without, and why.
     Raises: UsageError for settings that cannot hold (a budget for a model without a price among them).
     """
 
@@ -129,8 +75,8 @@ class Client:
             )
         self.counter, self.budget = TokenCounter.of(settings), Budget(settings.max_usd)
         self.missing: dict[str, str] = {}
-        self.counts = {"asked": 0, "from ledger": 0, "retries": 0, "failed": 0, "cut": 0}
-        self.problem = ""  # the last one, in the server's words
+        self.counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
+        self.reasons: Counter[str] = Counter()
         self._key, self._ledger_path = _key(settings.key_env), ledger
         self._lock, self._local = threading.Lock(), threading.local()
         self._pending: dict[str, Future[Reply]] = {}
@@ -181,12 +127,16 @@ class Client:
             reply = self._ledger.find(key)
             if reply is None:
                 tokens = self.counter.messages(request.messages)
-                call = _Call(0.0 if self.price is None else self.price.usd(tokens, request.max_tokens))
-                reply = self._asked(request, call)
-                self._ledger.add(key, self.model, request, reply, call.account)
-                self._count("retries", max(0, call.account.attempts - 1))
-            self._count("from ledger" if reply.from_ledger else "asked" if reply.ok else "failed")
-            self._count("cut", reply.finish == "length")
+                account = Account(worst=0.0 if self.price is None else self.price.usd(tokens, request.max_tokens))
+                reply = self._asked(request, account)
+                self._ledger.add(key, self.model, request, reply, account)
+                self.count("retries", n=max(0, account.attempts - 1))
+                self.count("asked")
+                failure = "failed" if reply.status.startswith(NO_ANSWER) else "refused"
+                self.count("answered" if reply.ok else failure, "" if reply.ok else reply.status)
+            else:
+                self.count("from ledger")
+            self.count("cut", n=reply.finish == "length")
             if request.logprobs and reply.text and reply.logprobs is None:
                 self.missing.setdefault("logprobs", "the answers carry none")
             return reply
@@ -194,38 +144,49 @@ class Client:
             with self._lock:
                 del self._pending[key]
 
-    def _count(self, name: str, n: int = 1) -> None:
+    def count(self, name: str, why: str = "", n: int = 1) -> None:
+        """Count what became of a question or an answer, and why."""
         with self._lock:
             self.counts[name] += n
+            self.reasons.update([f"{name}: {why}"] if why else [])
 
-    def _asked(self, request: Request, call: _Call) -> Reply:
+    def must_have_answered(self) -> None:
+        """Raise EndpointError when there was something to ask and not one answer."""
+        if self.counts["asked"] and not self.counts["answered"] + self.counts["from ledger"]:
+            raise EndpointError(f"{self.url} answered none of {self.counts['asked']} questions: {self.told()[1]}.")
+
+    def told(self) -> list[str]:
+        """Return what became of the questions in a line, and each reason with its number, the commonest first."""
+        counts = ", ".join(f"{n} {name}" for name, n in self.counts.items())
+        return [f"calls: {counts}", *(f"{n} x {why}" for why, n in self.reasons.most_common(MOST_REASONS))]
+
+    def _asked(self, request: Request, account: Account) -> Reply:
         """Return what the server answers, after doing without what it refuses. Raises: BudgetReached, EndpointError."""
-        self._local.call, started = call, time.monotonic()
+        self._local.account, started = account, time.monotonic()
         blamed: list[str] = []
         while True:
             wanted = self._wanted(request)
-            retries = max(0, self.settings.attempts - call.account.attempts - 1)
+            retries = max(0, self.settings.attempts - account.attempts - 1)
             try:
                 client = self._openai.with_options(max_retries=retries)
                 client.post("/chat/completions", body=wanted, cast_to=object)
-                call.account.latency, self._in_vain = time.monotonic() - started, 0
-                return self._book(request, call)
+                account.latency, self._in_vain = time.monotonic() - started, 0
+                return self._book(request, account)
             except openai.APIStatusError as error:
-                said = self._said(error.response.text)
+                said = kept.sentence_of(error.response.text, self._key)
                 if self._do_without(wanted, error.status_code, said, blamed):
                     continue
-                reply = self._refused(error, said, call)
+                for name in blamed:  # without these it was refused all the same: they were not the reason
+                    self.missing.pop(name, None)
+                return self._refused(error, said, account)
             except openai.APIConnectionError as error:
                 cause = error.__cause__ or error
                 why = f"{type(cause).__name__}: {cause}"
                 if isinstance(error, openai.APITimeoutError):
                     why = f"no answer within {self.settings.timeout:g} s"
-                reply = self._failed(NO_ANSWER, self._said(why), call)
+                return self._failed(NO_ANSWER, kept.sentence_of(why, self._key), account)
             finally:
-                self._close(call, lost=True)
-            for name in blamed:  # without these it was refused all the same: they were not the reason
-                self.missing.pop(name, None)
-            return reply
+                self._close(account, lost=True)
 
     def _wanted(self, request: Request) -> dict[str, Any]:
         """Return the parameters of a request, without those that the server was found to refuse."""
@@ -237,9 +198,11 @@ class Client:
         if request.logprobs:
             wanted |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         for name in list(self.missing):
-            for parameter in OPTIONAL[name][0]:
-                if wanted.pop(parameter, None) is not None and parameter == "max_tokens":
-                    wanted["max_completion_tokens"] = request.max_tokens
+            without = {parameter: wanted.pop(parameter, None) for parameter in OPTIONAL[name][0]}
+            if "max_tokens" in without:
+                wanted["max_completion_tokens"] = request.max_tokens
+            if "messages" in without:
+                wanted["messages"] = without_system(request.messages)
         return wanted
 
     def _do_without(self, wanted: dict[str, Any], status: int, said: str, blamed: list[str]) -> bool:
@@ -251,7 +214,7 @@ class Client:
         lower = said.lower()
         if status in HOPELESS or 300 <= status < 400 or status == 429 or _too_long(status, lower):
             return False
-        named = [name for name in sent if any(word in lower for word in OPTIONAL[name][1])]
+        named = [name for name in sent if name not in self.missing and any(w in lower for w in OPTIONAL[name][1])]
         unnamed = [name for name in ("schema", "logprobs") if name in sent][: 1 if status >= 500 else 2]
         for name in [*named, *unnamed]:
             if name not in blamed:
@@ -260,7 +223,7 @@ class Client:
                 return True
         return False
 
-    def _refused(self, error: openai.APIStatusError, said: str, call: _Call) -> Reply:
+    def _refused(self, error: openai.APIStatusError, said: str, account: Account) -> Reply:
         """Return the reply that a refusal amounts to. Raises: EndpointError where no other question would fare better."""
         status, headers = error.status_code, error.response.headers
         why = f"HTTP {status}{': ' + said if said else ''}"
@@ -273,21 +236,20 @@ class Client:
             raise self._stop(f"{self.url}: {what}. Check --endpoint, --llm-model and the key's variable.")
         if status in (408, 409, 429) or status >= 500 and status != 501:
             asks = f", asks to wait {headers['Retry-After']} s" if "Retry-After" in headers else ""
-            return self._failed(NO_ANSWER, f"{why}{asks}", call)
+            return self._failed(NO_ANSWER, f"{why}{asks}", account)
         if _too_long(status, said.lower()):
             return Reply(f"{TOO_LONG}: {why}")
-        return self._failed(REJECTED, why, call)
+        return self._failed(REJECTED, why, account)
 
-    def _failed(self, kind: str, why: str, call: _Call) -> Reply:
+    def _failed(self, kind: str, why: str, account: Account) -> Reply:
         """Return the reply to a question that came to nothing. Raises: EndpointError where others would fare no better."""
-        self.problem = why
         self._in_vain += 1
-        enough, answered = self._in_vain >= GIVE_UP_AFTER, bool(self.counts["asked"])
+        enough, answered = self._in_vain >= GIVE_UP_AFTER, bool(self.counts["answered"])
         if kind == REJECTED and enough and not answered:
             raise self._stop(f"{self.url} refuses every question ({why}).")
         if kind == NO_ANSWER and (enough or not answered):
             raise self._stop(
-                f"{self.url} does not answer: {call.account.attempts} attempts each at {self._in_vain} questions, the "
+                f"{self.url} does not answer: {account.attempts} attempts each at {self._in_vain} questions, the "
                 f"last: {why}. What was answered is kept; run again when it is back."
             )
         return Reply(f"{kind}: {why}")
@@ -297,66 +259,60 @@ class Client:
         self._stopped = self._stopped or EndpointError(message)
         return self._stopped
 
-    def _said(self, text: str) -> str:
-        """Return a server's own sentence out of the body of a failure, without the key, which some quote back."""
-        value = parsed(text)
-        for name in ("error", "message", "detail"):
-            value = value.get(name, value) if isinstance(value, dict) else value
-        said = " ".join((value if isinstance(value, str) else text).split())[:300]
-        return said.replace(self._key, "<key>") if self._key else said
-
-    def _book(self, request: Request, call: _Call) -> Reply:
+    def _book(self, request: Request, account: Account) -> Reply:
         """Settle an attempt that was answered, and return the answer."""
-        body, account = call.body or {}, call.account
+        body = self._local.body
         most = 10 * self.counter.messages(request.messages) + 1000, 10 * request.max_tokens + 1000
-        account.tokens_in, account.tokens_cached, account.tokens_out = usage_of(body, *most)
-        if account.tokens_in is None or account.tokens_out is None:
-            self._close(call, lost=True)  # it cost at most what was set aside
-        else:
-            call.open, tokens = False, (account.tokens_in, account.tokens_out, account.tokens_cached or 0)
-            account.usd = None if self.price is None else self.price.usd(*tokens)
-            self.budget.settle(call.worst, spent=account.usd or 0.0)
-        reply = reply_of(body)
+        account.tokens_in, account.tokens_cached, account.tokens_out = kept.usage_of(body, *most)
+        known = account.tokens_in is not None and account.tokens_out is not None
+        if known and self.price is not None:
+            tokens = account.tokens_in or 0, account.tokens_out or 0, account.tokens_cached or 0
+            account.usd = self.price.usd(*tokens)
+        self._close(account, spent=account.usd or 0.0, lost=not known)  # unknown: what was set aside
+        reply = kept.reply_of(body)
         return replace(reply, text=reply.text.replace(self._key, "<key>")) if self._key else reply
 
     # --- what openai calls around each attempt, in the thread that asks ------------------------------------------------
 
     def _attempt(self, _: Any) -> None:
         """Set aside what the attempt may cost. Raises: EndpointError when nothing is to be sent any more."""
-        call: _Call = self._local.call
-        self._close(call, lost=True)  # the attempt before this one
-        if call.account.attempts >= UNREACHED_ATTEMPTS and not self._reached:
+        account: Account = self._local.account
+        self._close(account, lost=True)  # the attempt before this one
+        if account.attempts >= UNREACHED_ATTEMPTS and not self._reached:
             self._stop(f"no server answers at {self.url}. Start it, or give another --endpoint.")
         if self._stopped is not None:
             raise self._stopped
-        self.budget.reserve(call.worst)
-        call.open = True
-        call.account.attempts += 1
+        self.budget.reserve(account.worst)
+        account.open = True
+        account.attempts += 1
 
     def _response(self, response: Any) -> None:
         """Take the body of an answer. Raises: httpx's DecodingError for what is none, so that it is asked again."""
-        self._reached, call = True, self._local.call
+        self._reached = True
+        response.stream = kept.WholeInTime(response.stream, self.settings.timeout)
         if not response.is_success:
-            self._close(call)
+            self._close(self._local.account)  # a refusal is not billed
             return
         response.read()
-        call.body = parsed(response.text)
-        if not is_completion(call.body):
-            raise httpx2.DecodingError(f"the answer is no chat completion: {self._said(response.text)}")
+        self._local.body = kept.parsed(response.text)
+        if not kept.is_completion(self._local.body):
+            raise httpx2.DecodingError(
+                f"the answer is no chat completion: {kept.sentence_of(response.text, self._key)}"
+            )
 
-    def _close(self, call: _Call, *, lost: bool = False) -> None:
-        """Settle an attempt that brought nothing; where it was lost on the way it may have been billed all the same."""
-        if call.open:
-            call.open, uncertain = False, call.worst if lost else 0.0
-            call.account.usd_uncertain += uncertain
-            self.budget.settle(call.worst, uncertain=uncertain)
+    def _close(self, account: Account, *, spent: float = 0.0, lost: bool = False) -> None:
+        """Settle an attempt; where it was lost on the way it may have been billed all the same."""
+        if account.open:
+            account.open, uncertain = False, account.worst if lost else 0.0
+            account.usd_uncertain += uncertain
+            self.budget.settle(account.worst, spent=spent, uncertain=uncertain)
 
 
 def _key(variable: str | None) -> str | None:
     """Return the key that the environment holds. Raises: UsageError when the variable that was named is not set."""
     key = os.environ.get(variable or KEY_VARIABLE)
     if variable and not key:
-        raise UsageError(f"the environment has no {variable}; keys are read from there and from nowhere else.")
+        raise UsageError(f"the environment has no {variable}; keys are read from there alone.")
     return key
 
 

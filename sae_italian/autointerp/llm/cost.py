@@ -1,13 +1,15 @@
-"""What calls cost: a dated price file, a count of tokens that says how it counts, and a run's estimate beforehand."""
+"""What calls cost: a dated price file, a count of tokens, a budget that holds, and a run's estimate beforehand."""
 
 from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import openai
 
 from sae_italian.autointerp.llm.ledger import Reply, Request
 from sae_italian.autointerp.llm.settings import LLMSettings
@@ -49,13 +51,13 @@ def price_of(settings: LLMSettings) -> Price | None:
             return None
         figures = (float(entry["in"]), float(entry["out"]), float(entry.get("cached", entry["in"])))
         source = f"prices of {entry.get('date', table['version'])}, {entry.get('source', file.name)}"
+        if min(figures) < 0:
+            raise ValueError(f"{model} has a price below 0")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{file} is no price file ({type(error).__name__}: {error}): expected "
             '{"version": ..., "models": {NAME: {"in": USD, "out": USD per million tokens}}}.'
         ) from error
-    if min(figures) < 0:
-        raise UsageError(f"{file} gives {model} a price below 0.")
     return Price(*figures, source)
 
 
@@ -82,6 +84,52 @@ class TokenCounter:
         return sum(count(message["content"]) + MESSAGE_TOKENS for message in messages)
 
 
+class EndpointError(UsageError, openai.OpenAIError):
+    """The endpoint does not answer, or will not answer anything. What was answered is kept.
+
+    It is one of openai's errors too: these alone pass through the library without another attempt.
+    """
+
+
+class BudgetReached(EndpointError):
+    """The next call might cost more than what is left. What was answered is kept, and a rerun goes on from there."""
+
+
+class Budget:
+    """Dollars spent, set aside for the calls in flight, and possibly spent on lost answers. For any thread."""
+
+    def __init__(self, limit: float | None):
+        self.limit = limit
+        self.spent = self.uncertain = self._reserved = 0.0
+        self._in_flight = 0
+        self._changed = threading.Condition()
+
+    def reserve(self, usd: float) -> None:
+        """Set `usd` aside, waiting for calls in flight to give back what they did not use.
+
+        Raises: BudgetReached when nothing is in flight and there is still too little left.
+        """
+        with self._changed:
+            while self.limit is not None and self.spent + self.uncertain + self._reserved + usd > self.limit:
+                if not self._in_flight:
+                    raise BudgetReached(
+                        f"the next call may cost ${usd:.4f} and ${self.spent + self.uncertain:.4f} of the ${self.limit:g} "
+                        "of --max-usd are gone. What was answered is kept: run again with a higher --max-usd to go on."
+                    )
+                self._changed.wait()
+            self._reserved += usd
+            self._in_flight += 1
+
+    def settle(self, reserved: float, *, spent: float = 0.0, uncertain: float = 0.0) -> None:
+        """Give a reservation back and book what the call took."""
+        with self._changed:
+            self._reserved -= reserved
+            self._in_flight -= 1
+            self.spent += spent
+            self.uncertain += uncertain
+            self._changed.notify_all()
+
+
 @dataclass(frozen=True)
 class CostEstimate:
     """Calls, tokens and dollars of a whole run. `usd` is None where the price is not known."""
@@ -98,29 +146,6 @@ class CostEstimate:
     counted_with: str
     price: str
     of_random: int = 0  # of the latents: the randomly initialised SAE's
-
-    def with_control(self, other: CostEstimate) -> CostEstimate:
-        """Return what this run and the same one on the randomly initialised SAE take together."""
-        ours, theirs = asdict(self), asdict(other)
-        names = ("latents", "sampled", "calls", "tokens_in", "tokens_constant", "tokens_out", "usd", "usd_at_most")
-        sums: dict[str, Any] = {name: None if ours[name] is None else ours[name] + theirs[name] for name in names}
-        return replace(self, **sums, of_random=other.latents)
-
-    def text(self) -> str:
-        cost = "not known (no price in the price file)"
-        if self.usd is not None and self.usd_at_most is not None:
-            cost = f"about ${self.usd:.2f}, at most ${self.usd_at_most:.2f} ({self.price})"
-        random = f", {self.of_random} of them of the random SAE" if self.of_random else ""
-        return "\n".join(
-            (
-                f"model      {self.model}",
-                f"latents    {self.latents}{random} (worked out on {self.sampled})",
-                f"calls      {self.calls:,}",
-                f"tokens in  {self.tokens_in:,}, of which {self.tokens_constant:,} constant; by {self.counted_with}",
-                f"tokens out {self.tokens_out:,}",
-                f"cost       {cost}",
-            )
-        )
 
 
 class DryClient:
@@ -145,7 +170,7 @@ class DryClient:
         answer = [0] * n if n else f"{EXPLANATION} {len(self.asked)}"  # no two explanations are the same
         return Reply("ok", json.dumps({key: answer}), "stop")
 
-    def estimate(self, latents: int, sampled: int) -> CostEstimate:
+    def estimate(self, latents: int, sampled: int, of_random: int = 0) -> CostEstimate:
         """Return what `latents` take when `sampled` of them took what was asked so far."""
         scale, price = latents / max(1, sampled), price_of(self.settings)
         sums = [round(scale * sum(column)) for column in zip(*self.asked.values(), strict=True)] or [0] * 4
@@ -159,4 +184,5 @@ class DryClient:
             usd_at_most=None if price is None else 2 * price.usd(sums[0], sums[3]),
             counted_with=self.counter.how,
             price="" if price is None else price.source,
+            of_random=of_random,
         )

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from sae_italian.autointerp.database import connect
 from sae_italian.autointerp.store import CALLS, TABLES, Call
 from sae_italian.base.storage import utc_now
+
+NO_ANSWER, TOO_LONG, REJECTED = "no answer", "prompt too long", "rejected"  # how a status begins that is not ok
+LONGEST_BODY = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,6 @@ class Reply:
     finish: str = ""
     refusal: str = ""
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    from_ledger: bool = False
 
     @property
     def ok(self) -> bool:
@@ -66,13 +73,14 @@ class Account:
     usd_uncertain: float = 0.0  # upper bound for attempts whose answer was lost, and for answers without a true usage
     latency: float = 0.0  # seconds, its attempts and the waits between them
     attempts: int = 0
+    worst: float = 0.0  # dollars that one attempt may cost at most
+    open: bool = False  # an attempt is under way
 
 
 class Ledger:
-    """The table `call` of a store. A reply is on disk before anybody reads it. For any thread."""
+    """The table `call` of a store. A reply is on disk, through a power cut too, before anybody reads it. For any thread."""
 
     def __init__(self, path: Path):
-        # a paid answer is on the disk itself before anybody reads it
         self._connection, self._lock = connect(path, TABLES.values(), durable=True), threading.Lock()
 
     def find(self, key: str) -> Reply | None:
@@ -85,13 +93,14 @@ class Ledger:
         values = json.loads(row[0])
         logprobs = values.pop("logprobs")
         tokens = None if logprobs is None else tuple(TokenLogprobs(**token) for token in logprobs)
-        return Reply(status="ok", logprobs=tokens, from_ledger=True, **values)
+        return Reply(status="ok", logprobs=tokens, **values)
 
     def add(self, key: str, model: str, request: Request, reply: Reply, account: Account) -> None:
         """Keep a reply; it takes the place of an earlier failure, whose attempts and uncertain cost are added."""
         values = asdict(reply)
         kept = {name: values[name] for name in ("text", "finish", "refusal", "logprobs")} if reply.ok else None
-        call = Call(key, model, request.purpose, reply.status, kept, **asdict(account), created=utc_now())
+        took = {name: value for name, value in asdict(account).items() if name in Call._fields}
+        call = Call(key, model, request.purpose, reply.status, kept, **took, created=utc_now())
         query = "SELECT attempts, usd_uncertain FROM call WHERE request_hash = ?"
         with self._lock, self._connection:
             if failed := self._connection.execute(query, (key,)).fetchone():
@@ -105,12 +114,46 @@ class Ledger:
 # --- a server's body, whatever stands in it ---------------------------------------------------------------------------
 
 
+class WholeInTime(httpx2.SyncByteStream):
+    """A body that must be whole in time: httpx bounds each wait alone, and a server may drip for hours."""
+
+    def __init__(self, stream: Any, seconds: float):
+        self.stream, self.until = stream, time.monotonic() + seconds
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for part in self.stream:
+            size += len(part)
+            if time.monotonic() > self.until:
+                raise httpx2.ReadTimeout("the answer came by drops")
+            if size > LONGEST_BODY:
+                raise httpx2.DecodingError(f"the answer is longer than {LONGEST_BODY:,} bytes")
+            yield part
+
+    def close(self) -> None:
+        self.stream.close()
+
+
 def parsed(text: str) -> Any:
     """Return the JSON of a text, None where it is none."""
     try:
-        return json.loads(text)
+        return json.loads(text.lstrip("\ufeff"))
     except (ValueError, RecursionError):
         return None
+
+
+def sentence_of(text: str, key: str | None) -> str:
+    """Return a server's own sentence out of the body of a failure: of JSON its message, of a page its words.
+
+    The key, which some quote back, is left out.
+    """
+    value = parsed(text)
+    for name in ("error", "message", "detail"):
+        value = value.get(name, value) if isinstance(value, dict) else value
+    said = value if isinstance(value, str) else text
+    if said.lstrip().startswith("<"):
+        said = re.sub(r"<(style|script)\b.*?</\1\s*>|<[^<>]*>", " ", said[:5000], flags=re.DOTALL | re.IGNORECASE)
+    return " ".join((said.replace(key, "<key>") if key else said).split())[:300]
 
 
 def is_completion(body: Any) -> bool:
@@ -145,9 +188,15 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """Return a text, or the texts of a list of parts, as something that can be written: no lone surrogates."""
+    """Return a text, or those of a list of parts without what was thought, as something that can be written.
+
+    There are no lone surrogates in it then.
+    """
     if isinstance(value, list):
-        value = "".join(_text(part.get("text")) for part in value if isinstance(part, dict))
+        parts = [
+            part for part in value if isinstance(part, dict) and part.get("type", "text") in ("text", "output_text")
+        ]
+        value = "".join(_text(part.get("text")) for part in parts)
     return "" if value is None else str(value).encode("utf-8", "replace").decode()
 
 

@@ -15,11 +15,9 @@ from typing import Any, Literal
 import yaml
 
 from sae_italian.autointerp.examples import Example
-from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import fingerprint
 
 FOLDER = Path(__file__).parent / "data" / "prompts"
-LANGUAGES = ("it", "en")
 LONGEST_QUOTE = 1000  # characters of a bad answer that are sent back
 Question = Literal["detection", "fuzzing"]
 Messages = tuple[dict[str, str], ...]
@@ -44,8 +42,6 @@ class Prompts:
             messages.append({"role": "assistant", "content": shot["assistant"]})
         return (*messages, {"role": "user", "content": user.strip()})
 
-    # --- explaining ----------------------------------------------------------------------------------------------------
-
     def explain(self, examples: Sequence[Example], maximum: float, promoted: Sequence[str] = ()) -> Messages:
         """Ask for an explanation from marked examples with strengths 0 to 10; `promoted` is the latent's output."""
         texts = self._texts["explain"]
@@ -63,8 +59,6 @@ class Prompts:
         shown = fill(self._texts["explain"]["strengths"], strengths=listed)
         return f"{number}. {one_line(example.marked_text())}\n{shown}"
 
-    # --- judging -------------------------------------------------------------------------------------------------------
-
     def judge(self, question: Question, explanation: str, examples: Sequence[Example]) -> Messages:
         """Ask for yes or no on each example; `fuzzing` shows its marks, `detection` does not."""
         shown = [example.marked_text() if question == "fuzzing" else example.text for example in examples]
@@ -79,15 +73,18 @@ class Prompts:
         values = {"explanation": one_line(explanation), "n": len(pieces), "text": one_line(example.text)}
         return self._messages("simulation", fill(self._texts["simulation"]["user"], tokens=listed, **values))
 
-    def repair(self, messages: Messages, answer: str, problem: str, form: str) -> Messages:
-        """Ask once more after an answer that cannot be used; of a long one only the start is sent back."""
-        text = fill(self._texts["repair"].strip(), problem=problem, form=form)
+    def repair(self, messages: Messages, answer: str, form: str, problem: str, **values: object) -> Messages:
+        """Ask once more after an answer with a problem, with its values; of a long one only the start is sent back."""
+        text = fill(self._texts["repair"].strip(), problem=fill(self._texts["problems"][problem], **values), form=form)
         shown = answer.strip()[:LONGEST_QUOTE] or "..."
         return (*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": text})
 
-    def problem(self, name: str, **values: object) -> str:
-        """Return what is wrong with an answer, in words for the model."""
-        return fill(self._texts["problems"][name], **values)
+
+def without_system(messages: Messages) -> list[dict[str, str]]:
+    """Return messages with what the system says at the head of the first question."""
+    said = "".join(f"{message['content']}\n\n" for message in messages if message["role"] == "system")
+    first, *rest = [message for message in messages if message["role"] != "system"]
+    return [{**first, "content": said + first["content"]}, *rest]
 
 
 def fill(template: str, **values: object) -> str:
@@ -102,7 +99,5 @@ def one_line(text: str) -> str:
 
 @lru_cache
 def load_prompts(language: str) -> Prompts:
-    """Return the prompts of a language. Raises: UsageError for one there is none of."""
-    if language not in LANGUAGES:
-        raise UsageError(f"there are no prompts in {language!r}. {nearest(language, LANGUAGES)}")
+    """Return the prompts of a language, it or en."""
     return Prompts(yaml.safe_load((FOLDER / f"{language}.yaml").read_text(encoding="utf-8")))

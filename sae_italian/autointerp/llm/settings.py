@@ -5,16 +5,17 @@ Commands take the frequent settings as options (`LLMOptions`) and the rare ones 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
 from sae_italian.base.errors import UsageError, nearest
+
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class LLMOptions:
         Raises: UsageError for an unknown key, a value of the wrong kind, or settings that cannot go together.
         """
         given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(LLMOptions)}
+        options = {name: f"--{name.replace('_', '-')}" for name in given}
         rare = [field.name for field in fields(LLMSettings) if field.name not in given]
         for word in words:
             key, equals, value = word.partition("=")
@@ -54,7 +56,8 @@ class LLMOptions:
             settings = TypeAdapter(LLMSettings).validate_python(given)
         except ValidationError as error:
             first = error.errors()[0]
-            raise UsageError(f"{first['loc'][0]}={first['input']!r}: {first['msg'].lower()}.") from error
+            name = str(first["loc"][0])
+            raise UsageError(f"{options.get(name, name)} is {first['input']!r}: {first['msg'].lower()}.") from error
         settings.check()
         return settings
 
@@ -63,13 +66,15 @@ class LLMOptions:
 class LLMSettings(LLMOptions):
     """All settings of a language model. What decides an answer is part of the key it is kept under."""
 
-    concurrency: int = 8
+    n_shown: PositiveInt = LLMOptions.n_shown
+    max_usd: AboveZero | None = None
+    concurrency: Annotated[int, Field(ge=1, le=100)] = 8
     """Calls in flight at once, 1 to 100."""
     key_env: str | None = None
     """Environment variable that holds the server's key; default: LLM_API_KEY, if it is set."""
     prices: Path | None = None
     """Price file (US dollars per million tokens); default: the one that comes with the package."""
-    context_tokens: int | None = None
+    context_tokens: PositiveInt | None = None
     """Tokens that prompt and answer may take together: examples are left out until they fit; default: no bound."""
     shown: Literal["deciles", "top"] = "deciles"
     """Which examples are shown: equally many of each tenth of the activations, or the strongest."""
@@ -77,13 +82,13 @@ class LLMSettings(LLMOptions):
     """Show the tokens that the latent promotes as well: its output, not when it is active."""
     llm_tokenizer: str | None = None
     """Folder or name of a model whose tokenizer counts the prompts' tokens; default: 3 characters a token."""
-    timeout: float = 120.0
+    timeout: AboveZero = 120.0
     """Seconds to wait for one answer."""
-    attempts: int = 6
+    attempts: PositiveInt = 6
     """Times that a call is tried when the server is busy or does not answer."""
-    max_output_tokens: int | None = None
+    max_output_tokens: PositiveInt | None = None
     """Tokens an answer may have, thinking included; default: what the answer alone needs (160 to explain)."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Sampling temperature; 0: always the likeliest token."""
     seed: int | None = 0
     """Seed that is sent to the server; null: none."""
@@ -100,12 +105,12 @@ class LLMSettings(LLMOptions):
     @property
     def sampling(self) -> dict[str, Any]:
         """Return what decides an answer besides its prompt, by the names of the OpenAI API."""
-        seed = {} if self.seed is None else {"seed": self.seed}
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return {"temperature": self.temperature, **seed, **effort, **(self.extra_body or {})}
+        names = ("temperature", "seed", "reasoning_effort")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given | (self.extra_body or {})
 
     def check(self) -> None:
-        """Raise UsageError, naming the option, for what cannot hold."""
+        """Raise UsageError, naming the option, for settings that cannot go together."""
         if not self.wants_llm:
             if self.endpoint or self.llm_model or self.estimate:
                 raise UsageError(
@@ -118,16 +123,3 @@ class LLMSettings(LLMOptions):
             raise UsageError("an LLM needs --endpoint URL and --llm-model NAME.")
         if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
             raise UsageError(f"--endpoint is {self.endpoint!r}; a URL such as http://localhost:8000/v1 was expected.")
-        if not 1 <= self.concurrency <= 100:
-            raise UsageError(f"concurrency is {self.concurrency}; it must be from 1 to 100.")
-        above_0 = {
-            "--n-shown": self.n_shown,
-            "--max-usd": self.max_usd,
-            "timeout": self.timeout,
-            "attempts": self.attempts,
-            "context_tokens": self.context_tokens,
-            "max_output_tokens": self.max_output_tokens,
-        }
-        for name, value in above_0.items():
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UsageError(f"{name} is {value:g}; it must be above 0.")

@@ -72,8 +72,6 @@ def test_english_prompts_and_the_other_field(client_of):
         explanation.text_it == "" and explanation.text_en.startswith("words") and explanation.explainer.endswith(":en1")
     )
     assert explanation.text("it") == explanation.text_en
-    with pytest.raises(UsageError, match="no prompts in 'fr'"):
-        load_prompts("fr")
 
 
 def test_an_explanation_in_the_wrong_language_is_flagged(client_of):
@@ -101,7 +99,7 @@ def test_a_broken_answer_is_repaired_once(client_of):
 @pytest.mark.parametrize(
     ("answer", "calls", "problem"),
     [
-        ("{}", 2, "non contiene un oggetto JSON leggibile"),
+        ("{}", 2, "the form asked for cannot be found in it"),
         ({"role": "assistant", "content": None, "refusal": "I cannot help with that"}, 1, "refused: I cannot help"),
     ],
 )

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp.llm.answers import Unusable, distributions, read_explanation, read_numbers
-from sae_italian.autointerp.llm.client import BudgetReached, EndpointError
-from sae_italian.autointerp.llm.cost import TokenCounter
+from sae_italian.autointerp.llm.cost import BudgetReached, EndpointError, TokenCounter
 from sae_italian.autointerp.llm.explainer import LLMExplainer
 from sae_italian.autointerp.llm.judge import LLMJudge
 from sae_italian.autointerp.llm.ledger import Reply, Request

@@ -169,3 +169,7 @@ def test_judgements_that_are_all_unusable_leave_the_figures_empty(planted, capsy
     rule, llm = json.loads(capsys.readouterr().out)["llm"]["summaries"]
     assert llm["n_explained"] == N and llm["detection"]["value"] is None and rule["detection"]["value"] is not None
     assert "llm:prova:it1 llm:prova:it1 0 -" in " ".join(text.split())
+    # what became of the questions, and why
+    told = re.search(r"^calls: (.*)$", text, flags=re.MULTILINE)[1]
+    assert re.match(r"(\d+) asked, \1 answered, 0 refused, 0 failed, \d+ from ledger, [1-9]\d* unreadable, 0 cut", told)
+    assert re.search(r"^[1-9]\d* x unreadable: the form asked for cannot be found in it$", text, flags=re.MULTILINE)

@@ -80,5 +80,5 @@ def test_a_real_server_answers_explainer_and_judge(served, mini, tmp_path):
         asked = client.counts["asked"]
         assert asked >= 3 and client.counts["failed"] == 0
     with Client(settings, tmp_path / "s.sqlite") as client:
-        assert client.ask([question])[0] == type(reply)("ok", reply.text, reply.finish, from_ledger=True)
+        assert client.ask([question])[0] == type(reply)("ok", reply.text, reply.finish)
         assert client.counts["asked"] == 0

@@ -1,0 +1,130 @@
+"""Every behaviour of a server ends in one of three ways: the right answer, a verdict with its reason, one line and exit 2.
+
+`python -m tests.autointerp.llm.test_conformance > docs/endpoints.md` writes the table that people read.
+"""
+
+import asyncio
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sae_italian.autointerp.explainita import read_split
+from sae_italian.cli import main
+from tests.autointerp.explainita.test_explainita import jsonl_of
+from tests.autointerp.explainita.test_predict import marked_row
+from tests.autointerp.llm.behaviours import BEHAVIOURS, RIGHT, Behaviour
+from tests.autointerp.llm.endpoint import FakeEndpoint
+
+PAGE = Path(__file__).parents[3] / "docs" / "endpoints.md"
+SAID = {
+    "answered": "the right answer",
+    "unreadable": "kept as unreadable: {words}",
+    "stopped": "stops in one line, exit code 2: … {words} …",
+}
+HEAD = """# What servers do, and what becomes of it
+
+Any OpenAI-compatible server will do (`--endpoint URL --llm-model NAME`). Each row is a habit of real servers, played by
+a server of the tests; what becomes of it is tested (tests/autointerp/llm/test_conformance.py prints this page). There
+are three ends: the right answer; a verdict that the answer is unreadable, kept with its reason, while the run goes on;
+one line with the server's own sentence, and exit code 2. What was answered is kept and never paid for twice: a rerun goes
+on from there, and asks again only what failed, what was refused and, with more room, what the token limit cut off.
+
+The commands print how many questions were asked, answered, refused and failed, how many answers could not be used or were
+cut, and why. Exit codes: 0 done; 1 a fault of ours; 2 something you can mend, said in one line; 130 stopped by Ctrl-C.
+
+| the server | what becomes of it | requests |
+|---|---|---:|
+"""
+
+
+class Playing(FakeEndpoint):
+    """Plays one behaviour."""
+
+    def __init__(self, behaviour: Behaviour):
+        super().__init__()
+        self.behaviour = behaviour
+
+    async def _respond(self, body, writer):
+        number = len(self.requests)
+        self.requests.append(body)
+        sent = self.behaviour.serve(number, body)
+        if sent is None:
+            return False
+        await asyncio.sleep(sent.late)
+        head = [f"HTTP/1.1 {sent.status} X", *sent.headers, *[f"Content-Length: {len(sent.body)}"][: sent.length]]
+        writer.write("\r\n".join([*head, "Connection: close", "", ""]).encode())
+        shown = sent.body[: len(sent.body) - sent.cut]
+        for i in range(len(shown)) if sent.drip else ():
+            writer.write(shown[i : i + 1])
+            await writer.drain()
+            await asyncio.sleep(sent.drip)
+        if not sent.drip:
+            writer.write(shown)
+            await writer.drain()
+        return False
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rows = [marked_row(1, [f"gli amici <<{verb}>> domani" for verb in ("partiranno", "canteranno", "vedranno")])]
+    return jsonl_of(tmp_path_factory.mktemp("data") / "one.jsonl", rows)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
+def test_what_becomes_of(behaviour, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
+    out = tmp_path / "out.jsonl"
+    with Playing(behaviour) as endpoint:
+        words = ["timeout=0.6", "attempts=2", "concurrency=1", *behaviour.settings]
+        where = ["--task", "1", "--explainer", "llm", "--llm-model", "m", "--endpoint", endpoint.url, "--json"]
+
+        def run():
+            code = main(["explainita", "predict", str(data), str(out), *words, *where])
+            return code, *capsys.readouterr()
+
+        code, told, error = run()
+        asked = len(endpoint.requests)
+        if behaviour.asked is not None:
+            assert asked == behaviour.asked
+        if behaviour.outcome == "stopped":
+            assert code == 2 and told == "" and not out.exists()
+            assert behaviour.words in error and error.count("\n") == 1
+            return
+        assert code == 0, error
+        result = json.loads(told)
+        (latent,) = read_split(out, 1)
+        counts = result["calls"]
+        assert counts["answered"] >= 1 and counts["asked"] == counts["answered"] + counts["refused"] + counts["failed"]
+        if behaviour.outcome == "answered":
+            assert latent.explanation == RIGHT and (result["unanswered"], result["why"]) == (0, [])
+        else:
+            assert latent.explanation != "nomi" and result["unanswered"] == 1 == counts["unreadable"]
+            assert behaviour.words in result["why"][0]
+        assert run()[0] == 0 and len(endpoint.requests) == asked  # what was paid for is not asked again
+
+
+def printed() -> str:
+    rows = [
+        (one.name, SAID[one.outcome].format(words=one.words), "" if one.asked is None else one.asked)
+        for one in BEHAVIOURS
+        if "GMT" not in one.words
+    ]
+    text = "".join(f"| {' | '.join(str(cell).replace('|', '¦') for cell in row)} |\n" for row in rows)
+    return HEAD + text.replace("<", "\\<")
+
+
+def test_the_page_says_what_the_table_holds():
+    assert PAGE.read_text(encoding="utf-8") == printed()
+
+
+def test_there_is_enough_of_each():
+    assert len(BEHAVIOURS) >= 60 and max(Counter(one.name for one in BEHAVIOURS).values()) == 1
+    assert min(Counter(one.outcome for one in BEHAVIOURS).values()) >= 15
+
+
+if __name__ == "__main__":
+    sys.stdout.write(printed())
