@@ -51,7 +51,7 @@ def test_it_ends_with_a_report_and_a_table(done):
     assert results["card"]["l0"]["value"] == 8
     assert results["autointerp"]["shuffled_detection"]["value"] == pytest.approx(0.5, abs=0.06)
     # an SAE of 40 k training tokens; thresholds also face silent segments with the same token, so this is no high mark
-    assert results["autointerp"]["share_detected"]["value"] > 0.15
+    assert results["autointerp"]["share_detected"]["value"] > 0.1
 
 
 def test_values_and_intervals_stand_in_their_own_columns(done):

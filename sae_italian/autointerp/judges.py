@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sae_italian.autointerp.explainers.rules import LatentRule, rule_of
+from sae_italian.autointerp.explainers.text import displayed
 from sae_italian.autointerp.places import Places, View
 from sae_italian.autointerp.store import Explanation
 
@@ -41,8 +42,9 @@ class RuleJudge:
     name = RULE
     concurrency = 1
 
-    def __init__(self, places: Places):
-        self.places = places
+    def __init__(self, places: Places, whole: bool = False):
+        """What is executed is what the rule's text says, or with `whole` the rule as it was fitted."""
+        self.places, self.whole = places, whole
 
     def detect(self, explanation: Explanation, examples: Any) -> Verdicts:
         """Say yes where the rule fires on any token, on every marked one where there are marks."""
@@ -68,7 +70,7 @@ class RuleJudge:
             known[self] = View(self.places, examples.segments.grid)
         if key not in known:
             assert explanation.rule is not None
-            rule = rule_of(explanation.rule)
+            rule = rule_of(explanation.rule) if self.whole else displayed(rule_of(explanation.rule))
             known[key] = rule, rule.at(known[self], "rate"), explanation  # held, so that its id stays its own
         return known[key][:2]
 

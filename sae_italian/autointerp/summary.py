@@ -17,6 +17,7 @@ from sae_italian.autointerp.scorers import SCORERS
 from sae_italian.autointerp.scorers.binary import GAIN, HEADLINE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
 from sae_italian.autointerp.store import NOW, Store
+from sae_italian.autointerp.work import WHOLE
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain, shown, table
 from sae_italian.base.statistics import Estimate, mean_interval, reaches, wilson
@@ -55,6 +56,7 @@ class AutointerpSummary:
     lookup_fuzzing: Estimate
     lookup_simulation: Estimate
     lookup_share_detected: Estimate
+    whole_detection: Estimate  # of the rules as they were fitted, of which the texts display a part
     gain_over_lookup: Estimate  # mean of the paired differences
     only_token: Estimate  # share that the lookup detects and the explanation explains no better
     always_yes: Estimate
@@ -87,6 +89,7 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
         means = {name: _mean(values(name)) for name in _HEADLINE}
         means |= {f"shuffled_{name}": _mean(values(name, control=SHUFFLED)) for name in _HEADLINE}
         means |= {f"lookup_{name}": _mean(values(name, **lookup)) for name in _HEADLINE}
+        means["whole_detection"] = _mean(values("detection", control=WHOLE))
         for answer in ("yes", "no"):
             means[f"always_{answer}"] = _mean(values("detection", explainer=EXPLAINER, judge=f"always-{answer}"))
         detected, looked_up = values("detection"), values("detection", **lookup)

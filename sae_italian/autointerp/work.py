@@ -27,6 +27,7 @@ from sae_italian.cache.passages import LatentActivations
 from sae_italian.models import load_tokenizer
 
 SHUFFLED = "shuffled"  # the control of another latent's explanation
+WHOLE = "whole rule"  # the rule as it was fitted, of which the explanation displays a part
 LEAST_POSITIVES = (10, 5, 10)  # segments of train, val and test
 
 Known = tuple[int, Explanation]  # an explanation with its id in the store
@@ -89,8 +90,9 @@ class Work:
         return Explained(feature, self.explainer.explain_activity(activity))
 
     def score(self, own: Known, lookup: Known, stranger: Known | None = None) -> list[Row]:
-        """Return the score rows of a latent's rule, of its token lookup, and of another latent's rule as control."""
+        """Return the score rows of a latent's rule, its token lookup, the whole rule, and another latent's as control."""
         asked = [Asked(self.judge, known[1], row_id=known[0]) for known in (own, lookup)]
+        asked.append(Asked(RuleJudge(self.places, whole=True), own[1], WHOLE, own[0]))
         if stranger is not None:
             asked.append(Asked(self.judge, stranger[1], SHUFFLED, stranger[0]))
         always = [Asked(ConstantJudge(answer), own[1], row_id=own[0], only=HEADLINE) for answer in (True, False)]

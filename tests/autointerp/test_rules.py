@@ -1,5 +1,7 @@
 """Rules by hand: words put together from pieces, families, the trie, the tree, and what their texts say."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,8 +19,8 @@ from sae_italian.autointerp.explainers.choose import (
     fit_trie,
 )
 from sae_italian.autointerp.explainers.counts import LEAST_Z, Counts, grouped
-from sae_italian.autointerp.explainers.rules import KeyRule, Path, TreeRule, rule_of
-from sae_italian.autointerp.explainers.text import describe, statement
+from sae_italian.autointerp.explainers.rules import KeyRule, Path, TreeRule, TrieRule, rule_of
+from sae_italian.autointerp.explainers.text import describe, displayed, explanation_of, plain_text, statement
 from sae_italian.autointerp.pieces import piece_bytes, piece_texts
 from sae_italian.autointerp.places import View, enclitic, shape_of
 from sae_italian.base.report import plain
@@ -30,7 +32,7 @@ def a_rule(family, names, mass, active=10, total=10, **others) -> KeyRule:
     n = len(names)
     return KeyRule(
         family=family,
-        keys=np.arange(n),
+        keys=others.pop("keys", np.arange(n)),
         names=names,
         rates=np.full(n, active / total),
         weights=np.ones(n),
@@ -312,3 +314,35 @@ def test_a_tree_says_what_must_hold_and_what_must_not():
         "alla fine di parole in -are, ma non sulla parola dopo «di» (90 % dell'attivazione negli esempi, precisione 0,90)"
     )
     assert "but not on the word after «di»" in describe(tree, "en")
+
+
+def test_what_is_judged_is_what_the_text_says(places, source):
+    """A rule of a hundred words displays six: the judge knows these, the text holds 120 letters, and its figures are theirs."""
+    words = places.tables["word"]
+    heavy = np.argsort(-places.totals["word"])[40:140]
+    keys, names = np.sort(heavy), [words.names[key] for key in np.sort(heavy).tolist()]
+    rule = a_rule("word", names, np.linspace(0.1, 1, 100) / 55, keys=keys)
+    text = displayed(rule)
+    said = re.findall("«(.+?)»", statement(text, "it"))
+    assert set(said) == set(text.names) == set(names[-len(said) :]) and 1 <= len(said) <= 6
+    assert len(statement(text, "it")) <= 120 and text.figures().mass < rule.figures().mass
+    explanation = explanation_of(0, "rules", rule)
+    assert explanation.text_it == describe(text, "it") and "altri" not in explanation.text_it
+    assert plain_text(explanation, "it") == statement(text, "it") and len(explanation.rule["keys"]) == 100
+    view = View(places, source.grid(np.arange(len(source.start))))
+    spoken = {words.names[key] for key in np.unique(view.keys("word")[text.at(view, "rate") > 0]).tolist()}
+    assert spoken <= set(said) and (rule.at(view, "rate") > 0).sum() > (text.at(view, "rate") > 0).sum()
+
+
+def test_a_trie_and_a_tree_are_cut_to_what_they_say(places, source):
+    levels = tuple(
+        a_rule(family, [f"{family} {i}" for i in range(9)], np.full(9, 0.1)) for family in ("token", "bigram")
+    )
+    for rule in (
+        TrieRule(levels=levels),
+        TreeRule(conditions=levels, paths=(Path((0, 1), (), 0.9, 1.0, 9, 10, 0.9),), n_active=10, base=0.01),
+    ):
+        text = displayed(rule)
+        said = re.findall("«(.+?)»", statement(text, "en"))
+        assert len(statement(text, "it")) <= 120 and said == [name for table in text.tables for name in table.names]
+        assert displayed(rule_of(plain(rule))).figures() == text.figures()

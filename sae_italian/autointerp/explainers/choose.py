@@ -22,7 +22,7 @@ from sae_italian.autointerp.draws import Activity, Draw, Negatives
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.counts import Counts, Tally
 from sae_italian.autointerp.explainers.rules import KeyRule, LatentRule, Path, TreeRule, TrieRule
-from sae_italian.autointerp.explainers.text import explanation_of
+from sae_italian.autointerp.explainers.text import displayed, explanation_of
 from sae_italian.autointerp.places import Family, Places, View
 from sae_italian.autointerp.store import Explanation
 
@@ -72,21 +72,27 @@ class RuleExplainer:
         val = self.source.draw(activity, "val", self.n_examples, CHOSEN_ON)
         view, n_positive = self._view(val), len(val.positive)
 
-        def tuned(rule: LatentRule) -> tuple[float, LatentRule]:
+        def tuned(rule: LatentRule) -> tuple[float, float, LatentRule]:
+            """Return the accuracy of what is displayed of the rule, that less what it costs, and the rule."""
             strength = rule.at(view, "rate").max(axis=1, initial=0.0)
-            threshold, accuracy = best_threshold(strength[:n_positive], strength[n_positive:])
-            return accuracy, replace(rule, threshold=threshold)  # pyright: ignore[reportArgumentType]
+            threshold, _ = best_threshold(strength[:n_positive], strength[n_positive:])
+            rule = replace(rule, threshold=threshold)  # pyright: ignore[reportArgumentType]
+            text = displayed(rule)
+            strength = text.at(view, "rate").max(axis=1, initial=0.0)
+            said = (strength > 0) & (strength >= threshold)
+            accuracy = (said[:n_positive].mean() + 1 - said[n_positive:].mean()) / 2 if len(said) > n_positive else 0.5
+            return accuracy, accuracy - cost(text), rule
 
         fitted = {family: fit_keys(counts, family) for family in FAMILIES}
         candidates = [tuned(rule) for rule in fitted.values() if len(rule.keys)]
-        lookup = tuned(fitted["token"])[1]
-        if max((score for score, _ in candidates), default=0.0) < GOOD_ENOUGH:
+        lookup = tuned(fitted["token"])[2]
+        if max((accuracy for accuracy, *_ in candidates), default=0.0) < GOOD_ENOUGH:
             candidates.append(tuned(fit_trie(counts)))
             train = self._view(self.source.draw(activity, "train", self.n_examples, CHOSEN_ON))
             values = self.source.values(activity, train.grid)
             tree = fit_tree(list(fitted.values()), train, values, counts.base, seed=self.source.seed)
             candidates += [] if tree is None else [tuned(tree)]
-        best = max(candidates, key=lambda scored: scored[0] - cost(scored[1]), default=(0.0, lookup))[1]
+        best = max(candidates, key=lambda scored: scored[1], default=(0.0, 0.0, lookup))[2]
         if isinstance(best, KeyRule) and best.family in ("token", "word"):  # say what often stands beside these
             beside = {"after": counts.frequent("previous-word"), "before": counts.frequent("next")}
             best = replace(best, notes={where: name for where, name in beside.items() if name})

@@ -6,7 +6,7 @@ A rule fires on a token whose rate, the share of such training tokens on which t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from sae_italian.autointerp.places import Family, View
 
 Value = Literal["rate", "weight"]
+PATHS = 3  # of a tree that its text names
 
 
 class Figures(NamedTuple):
@@ -48,6 +49,10 @@ class LatentRule(ABC):
     def fired(self, name: str) -> float:
         """Return the sum over what fires of the training tokens on which the latent does too (`active`), of all training
         tokens there (`total`), or of the share of the latent's activation (`mass`)."""
+
+    @abstractmethod
+    def cut(self, n: int) -> LatentRule:
+        """Return the rule that knows of each table only the n heaviest keys that fire (a tree: half as many, and n paths)."""
 
     @abstractmethod
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
@@ -98,6 +103,12 @@ class KeyRule(_Tables):
     def tables(self) -> tuple[KeyRule, ...]:
         return (self,)
 
+    def cut(self, n: int) -> KeyRule:
+        there = np.flatnonzero(self.firing(self))
+        there = np.sort(there[np.argsort(-self.mass[there], kind="stable")][:n])
+        arrays = {name: getattr(self, name)[there] for name in _ARRAYS}
+        return replace(self, **arrays, names=[self.names[i] for i in there.tolist()])
+
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
         return view.places.look_up(self.family, self.keys, getattr(self, f"{what}s"), view.keys(self.family))
 
@@ -117,6 +128,9 @@ class TrieRule(_Tables):
     @property
     def tables(self) -> tuple[KeyRule, ...]:
         return self.levels
+
+    def cut(self, n: int) -> TrieRule:
+        return replace(self, levels=tuple(replace(level, threshold=self.threshold).cut(n) for level in self.levels))
 
     @property
     def n_active(self) -> int:
@@ -160,6 +174,14 @@ class TreeRule(LatentRule):
     @property
     def tables(self) -> tuple[KeyRule, ...]:
         return self.conditions
+
+    def cut(self, n: int) -> TreeRule:
+        conditions = tuple(condition.cut(max(n // 2, 1)) for condition in self.conditions)
+        return replace(self, conditions=conditions, paths=tuple(self.heaviest()[:n]))
+
+    def heaviest(self) -> list[Path]:
+        """Return the paths that a text names."""
+        return sorted(self.firing, key=lambda path: -path.mass)[:PATHS]
 
     @property
     def firing(self) -> list[Path]:

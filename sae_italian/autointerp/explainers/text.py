@@ -13,24 +13,31 @@ from sae_italian.autointerp.store import Explanation
 from sae_italian.base.labels import Language, label
 from sae_italian.base.report import plain
 
-SHOWN = 6  # keys named in the text
+SHOWN = 6  # keys named in the text, if they fit
+MOST_LETTERS = 120  # of a text without its figures
 LISTED = 20  # keys kept for a reader beside the text
-_PATHS = 3  # paths of a tree named in the text
 
 
 def explanation_of(latent: int, explainer: str, rule: LatentRule) -> Explanation:
-    """Return a rule as the store keeps it: its two texts, itself, its figures, and its heaviest keys."""
-    figures = rule.figures()
+    """Return a rule as the store keeps it: itself, its two texts and their figures, and its heaviest keys."""
+    text = displayed(rule)
+    figures = text.figures()
     numbers = {"precision": figures.precision, "recall": figures.recall, "lift": figures.lift}
     stored = {**plain(rule), **numbers, "shown": shown_keys(rule)}
-    return Explanation(latent, explainer, "ok", describe(rule, "it", figures), describe(rule, "en", figures), stored)
+    return Explanation(latent, explainer, "ok", describe(text, "it", figures), describe(text, "en", figures), stored)
+
+
+def displayed(rule: LatentRule) -> LatentRule:
+    """Return as much of a rule as its text names: a score is of this, as the whole rule often knows far more."""
+    cuts = (rule.cut(n) for n in range(SHOWN, 0, -1))
+    return next((cut for cut in cuts if len(statement(cut, "it")) <= MOST_LETTERS), rule.cut(1))
 
 
 def plain_text(explanation: Explanation, language: Language) -> str:
     """Return what an explanation says, of a rule without its figures: for readers that are language models."""
     if explanation.rule is None:
         return explanation.text(language)
-    return statement(rule_of(explanation.rule), language)
+    return statement(displayed(rule_of(explanation.rule)), language)
 
 
 def describe(rule: LatentRule, language: Language, figures: Figures | None = None) -> str:
@@ -56,8 +63,7 @@ def statement(rule: LatentRule, language: Language, shown: int = SHOWN) -> str:
         ]
         return ", ".join([text, *beside])
     if isinstance(rule, TreeRule):
-        paths = sorted(rule.firing, key=lambda path: -path.mass)[:_PATHS]
-        parts = [_path(rule, path, language, max(shown // 2, 1)) for path in paths]
+        parts = [_path(rule, path, language, max(shown // 2, 1)) for path in rule.heaviest()]
     else:  # a trie: the tokens that suffice, then the longest contexts
         assert isinstance(rule, TrieRule)
         parts = [_on(level, rule.firing(level), language, shown) for level in rule.levels]
