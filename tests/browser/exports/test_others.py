@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sae_italian.base.errors import DataError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.exports import export
 from sae_italian.browser.exports.fields import tables
 from sae_italian.browser.exports.formats import check_features
@@ -76,3 +76,20 @@ def test_the_model_card_is_that_of_publishing(trained_sae, tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--to", "model-card", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_only_what_an_export_wrote_is_replaced(cache, mini, tmp_path):
+    out, wanted = tmp_path / "out", {"latents": (3, 5)}
+    first = export(cache, mini.tokenizer, out, "circuit-tracer", **wanted)
+    thesis = first.folder / "tesi.txt"
+    thesis.write_text("mia", encoding="utf-8")
+    again = export(cache, mini.tokenizer, out, "circuit-tracer", latents=(3, 3), overwrite=True)
+    assert thesis.read_text(encoding="utf-8") == "mia"
+    assert [file.name for file in again.folder.glob("*.json")] == [f"{cantor(1, 3)}.json"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run.json").write_text('{"name": "not ours"}', encoding="utf-8")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="no run of ours"):
+            export(cache, mini.tokenizer, other, "circuit-tracer", **wanted, overwrite=overwrite)
+    assert [file.name for file in other.iterdir()] == ["run.json"]
