@@ -23,11 +23,12 @@ from sae_italian.base.errors import DataError, UsageError
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 # Names of the files that we and the libraries write into our folders. `--overwrite` removes these and nothing else.
 OURS = """
-    *.safetensors *.npy *.npz *.arrow *.parquet *.jsonl *.jsonl.gz *.sqlite *.sqlite-wal *.sqlite-shm *.svg *.js *.css
-    index.html map.html .*.tmp run.json run_settings.json cfg.json runner_cfg.json activation_scaler.json card.* results.*
-    report.* baselines.* overview.* language.* shift.* geometry.* layer.json manifest.json progress.json counts.json
-    state.json dataset_*.json sae_lens.json browser.json wandb.json config.json batch-*.json [0-9]*.json
-    skipped_indexes.json README.md
+    *.safetensors spans-*.npy seen-*.npz data-*.arrow documents-*.parquet stats.parquet matches.parquet metrics.jsonl
+    release.jsonl model.jsonl sourceset.jsonl source.jsonl batch-*.jsonl.gz autointerp.sqlite* *.calls.sqlite* .*.tmp
+    index.html map.html assets/app.js assets/app.css data/*.js other/*.js pictures/*.svg curves.svg density.svg run.json
+    cfg.json runner_cfg.json activation_scaler.json card.* results.* report.* baselines.* overview.* language.* shift.*
+    geometry.* layer.json manifest.json progress.json counts.json state.json dataset_*.json sae_lens.json browser.json
+    wandb.json config.json run_settings.json skipped_indexes.json batch-*.json [0-9]*.json README.md
 """
 OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
 
@@ -303,10 +304,10 @@ def _claim_in(out: Path) -> dict[str, Any]:
 
 def _remove_ours(out: Path) -> None:
     """Remove the files that runs write, and the folders that are then empty; the lock and all else stay."""
+    names = [f"*/{name}" for name in OURS.split()] + [f"*/{name}/*" for name in OUR_FOLDERS]
     for path in sorted(out.rglob("*"), reverse=True):  # what is in a folder before the folder
-        inside = path.relative_to(out).parent.parts
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif any(part in OUR_FOLDERS for part in inside) or any(fnmatchcase(path.name, name) for name in OURS.split()):
+        elif any(fnmatchcase(f"/{path.relative_to(out)}", name) for name in names):
             remove(path)

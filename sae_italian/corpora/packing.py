@@ -109,6 +109,10 @@ class PackedBlock(NamedTuple):
     documents: list[TextDocument]
     first_doc: int  # running index of documents[0]
 
+    def __repr__(self) -> str:
+        n_windows, context = self.tokens.shape
+        return f"PackedBlock({n_windows} windows of {context} tokens, {len(self.documents)} documents)"
+
 
 class Layout(NamedTuple):
     """What stands between documents, by id: `bos` opens every window, `separator` comes between two documents."""

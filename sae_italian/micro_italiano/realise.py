@@ -30,6 +30,9 @@ class GoldDocument(NamedTuple):
     words: list[Span]
     constructions: list[Span]
 
+    def __repr__(self) -> str:
+        return f"GoldDocument({self.doc_id!r}, {self.register}, {len(self.words)} words: {self.text[:60]!r}...)"
+
 
 class IoiPrompt(NamedTuple):
     """An indirect-object prompt: `text` ends right before " " + `io`; `order` is "ABBA" or "BABA"."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -138,6 +141,14 @@ class _Aliases(list):
         return any(str(name).lower() == alias.lower() for alias in self)
 
 
+def _not_about_ours(record: logging.LogRecord) -> bool:
+    """Keep back that an alias of ours is deprecated: TransformerLens says it of every alias, and names a folder."""
+    tables = sys.modules.get(_TABLES)
+    ours = [its for its in getattr(tables, "MODEL_ALIASES", {}).values() if isinstance(its, _Aliases)]
+    found = re.search(r"deprecated, model_name alias '(.*?)'", str(record.msg))
+    return not (found and any(found[1] in its for its in ours))
+
+
 def register_model(official: str, aliases: Sequence[str]) -> None:
     """Add one model name and its aliases to TransformerLens' tables; calling it again changes nothing.
 
@@ -152,6 +163,7 @@ def register_model(official: str, aliases: Sequence[str]) -> None:
         owner = owners.get(alias.lower(), official)
         if owner != official:
             raise ValueError(f"alias {alias!r} already means {owner!r} in TransformerLens; it was not taken over")
+    logging.getLogger().addFilter(_not_about_ours)
     if official not in names:
         names.append(official)
     current = known.setdefault(official, _Aliases())

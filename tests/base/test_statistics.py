@@ -23,6 +23,16 @@ def test_bootstrap_of_a_ratio_covers_the_truth_about_as_often_as_it_says():
     assert 0.88 <= hits / 200 <= 0.99
 
 
+def test_the_seed_draws_the_resamples():
+    sums = np.random.default_rng(0).random((30, 2)) + 1
+
+    def drawn(seed):
+        return bootstrap(sums, lambda s: s[:, 0] / s[:, 1], seed=seed)
+
+    assert drawn(3) == drawn(3) != drawn(4) and drawn(3).value == drawn(4).value
+    assert mean_interval(sums[:, 0], seed=3) != mean_interval(sums[:, 0], seed=4)
+
+
 def test_clusters_widen_the_interval():
     """Ten documents that repeat themselves a hundred times say no more than ten."""
     rng = np.random.default_rng(1)

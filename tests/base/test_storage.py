@@ -86,8 +86,14 @@ def test_a_full_disk_is_told_from_a_defect(tmp_path):
 
 def test_overwriting_takes_our_own_files_of_the_same_kind_and_no_other(tmp_path):
     out = tmp_path / "out"
-    ours = ["sae_weights.safetensors", "checkpoints/64/trainer.pt", "card.md", "checkpoints/.5.tmp"]
-    others = ["thesis.txt", "notes/chapter.md", "tabella.json", "autointerp/readme.txt"]
+    ours = [
+        "sae_weights.safetensors",
+        "checkpoints/64/trainer.pt",
+        "card.md",
+        "checkpoints/.5.tmp",
+        "report/data/cards/0001.js",
+    ]
+    others = ["thesis.txt", "notes/chapter.md", "tabella.json", "dati.jsonl", "figura.svg", "saes/tool.js"]
     with claimed(out, "train", {"lr": 1}):
         for name in (*ours, *others):
             write_text(out / name, name)

@@ -1,5 +1,7 @@
 """The catalogue is complete, says nothing twice, and never overrules a loaded config."""
 
+from dataclasses import replace
+
 import pytest
 
 from sae_italian.base.errors import UsageError
@@ -34,6 +36,14 @@ def test_the_mini_models_entry_is_its_config():
     entry = catalogue()["sae-italian-mini"]
     assert config_differences(entry, load_model_config("mini")) == []
     assert config_facts(load_model_config("mini"))["d_head"] == entry.d_head
+
+
+def test_a_window_that_the_catalogue_does_not_know_is_a_difference():
+    """None means no window where the entry states its sizes, and nothing where it states none."""
+    entry, config = catalogue()["sapienzanlp/Minerva-7B-base-v1.0"], load_model_config("mini")
+    assert entry.window is None and entry.d_model is not None and config.sliding_window == 64
+    assert "window is 64 in the loaded config, None in the catalogue" in config_differences(entry, config)
+    assert not any("window" in each for each in config_differences(replace(entry, d_model=None), config))
 
 
 def test_the_loaded_config_wins_and_the_difference_is_reported(cached_hub, capsys):

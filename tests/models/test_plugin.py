@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +114,21 @@ widths += [load_model('AutoModelForCausalLM', resolve(name).saved_name, device='
            for name in ('MINERVA-350M', official)]
 print(*widths)"""
     assert run(code, HF_HUB_CACHE=str(hub_cache), HF_HUB_OFFLINE="1").split() == ["288"] * 7
+
+
+def test_our_aliases_are_taken_without_a_warning_or_a_path():
+    code = """import logging, sae_italian
+from transformer_lens.model_bridge import TransformerBridge
+logging.basicConfig(format="%(message)s")
+assert TransformerBridge.boot_transformers("SAE-Italian-Mini").cfg.n_layers == 4
+logging.warning("DEPRECATED: You are using a deprecated, model_name alias 'gpt2-small'")"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "Mini" not in done.stderr and "models/mini" not in done.stderr
+    assert "alias 'gpt2-small'" in done.stderr  # others' are told as before
+
+
+def test_the_public_names_are_listed_and_typed():
+    import sae_italian
+
+    assert set(sae_italian.__all__) <= set(dir(sae_italian)) and {"load_model", "train"} <= set(sae_italian.__all__)
+    assert (Path(sae_italian.__file__).parent / "py.typed").is_file()
