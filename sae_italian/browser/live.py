@@ -37,7 +37,7 @@ PER_TOKEN, N_STRONGEST = 10, 20
 MAX_STRENGTHS, LARGEST_STRENGTH = 6, 100.0
 NEW_TOKENS = 24
 ABLATED_SHOWN = 24  # positions of a prompt
-EMPTY = "the text is empty. Type some.", "Il testo è vuoto: scrivine uno."
+EMPTY = "the text is empty. Type some.", "Scrivi un testo."
 
 
 class Live:
