@@ -188,11 +188,18 @@ class Resampled:
         """Return of the positives or the negatives the answers and their number in each document; then, resampled, the
         number, the sum of answers and that of squared errors.
         """
-        sums = np.zeros((3, len(self.sets), len(self.documents.known)))
-        for number, ((said, probability), document, sides) in enumerate(self.sets):
-            rows = sides[side]
-            error = np.full(len(rows), np.nan) if probability is None else (truth - probability[rows]) ** 2
-            sums[:, number] = self.documents.sums(document[rows], np.stack([np.ones(len(rows)), said[rows], error]))
+        shape = 3, len(self.sets), len(self.documents.known)
+        known = {id(own.document): own.document for own in self.sets}  # the same for all questions about some examples
+        index = {key: self.documents.index(document) for key, document in known.items()}
+        cells, said, errors = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
+        for number, own in enumerate(self.sets):
+            rows, probability = own.rows[side], own.verdicts.probability
+            cells.append(number * shape[2] + index[id(own.document)][rows])
+            said.append(own.verdicts.said[rows])
+            errors.append(np.full(len(rows), np.nan) if probability is None else (truth - probability[rows]) ** 2)
+        cell = np.concatenate(cells)
+        weights = np.ones(len(cell)), np.concatenate(said), np.concatenate(errors)
+        sums = np.stack([np.bincount(cell, each, shape[1] * shape[2]) for each in weights]).reshape(shape)
         return sums[1::-1], np.stack([self.documents.weights @ each.T for each in sums]).transpose(0, 2, 1)
 
     def gain(self, ours: int, theirs: int) -> Estimate:
