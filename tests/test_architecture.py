@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 29_088,  # 21_500
-    "statements": 18_956,  # 13_500
+    "lines": 29_095,  # 21_500
+    "statements": 18_963,  # 13_500
     "files": 176,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -36,7 +36,7 @@ ROOM_LINES = {
     "training": 2_154,  # 1_500
     "evaluation": 1_051,
     "cache": 2_216,  # 1_650
-    "autointerp": 5_829,  # 3_900
+    "autointerp": 5_836,  # 3_900
     "analysis": 3_205,  # 2_500
     "papers": 1_657,  # 1_400
     "browser": 3_239,  # 2_650
