@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from math import isfinite, isnan
 from pathlib import Path
@@ -82,3 +83,18 @@ def progress(what: str, *, total: int, initial: int = 0, unit: str = "tok", leav
     piped: dict[str, Any] = {"file": _Lines(), "mininterval": PIPED_SECONDS, "delay": PIPED_SECONDS}
     given = {"desc": what, "total": total, "initial": initial, "unit": unit, "unit_scale": True, "leave": leave}
     return tqdm(**given, **({} if sys.stderr.isatty() else piped))
+
+
+@contextlib.contextmanager
+def no_bars_in_a_pipe() -> Iterator[None]:
+    """Keep transformers' progress bars for terminals: in a log file they are noise."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

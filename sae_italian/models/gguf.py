@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.report import no_bars_in_a_pipe
 from sae_italian.base.storage import (
     atomic_path,
     disk_errors,
@@ -139,8 +140,9 @@ def _convert(file: Path, folder: Path) -> None:
 
     source: Any = {"gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
+        with no_bars_in_a_pipe():
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
+            model: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
     except _DAMAGED as error:
         if "not supported" in str(error):
             raise UsageError(

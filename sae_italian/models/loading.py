@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import explain
+from sae_italian.base.report import no_bars_in_a_pipe
 from sae_italian.models.catalogue import ResolvedModel, config_differences, register_model, resolve, unregister_model
 from sae_italian.models.gguf import record_of
 from sae_italian.models.hooks import SITES
@@ -149,7 +149,7 @@ def _fetch(loader: Any, resolved: ResolvedModel, **arguments: Any) -> Any:
     if resolved.revision:
         arguments["revision"] = resolved.revision
     try:
-        with _no_bars_in_a_pipe():
+        with no_bars_in_a_pipe():
             return loader(resolved.load_from, **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise explain(error, resolved.saved_name, resolved.revision) from error
@@ -221,21 +221,6 @@ def _plain_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _no_bars_in_a_pipe() -> Iterator[None]:
-    """Keep transformers' progress bars for terminals: in a log file they are noise."""
-    from transformers.utils import logging
-
-    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
 
 
 # --- do the three backends agree? ---------------------------------------------------------------------------------------
