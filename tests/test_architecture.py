@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 29_386,  # 21_500
-    "statements": 19_131,  # 13_500
+    "lines": 29_393,  # 21_500
+    "statements": 19_138,  # 13_500
     "files": 177,  # 150
     "files under 60 lines": 15,
     "function median": 10,
