@@ -10,7 +10,7 @@ from typing import Any
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import Estimate, reaches
-from sae_italian.base.storage import claim_folder, read_json, write_json, write_text
+from sae_italian.base.storage import claimed, read_json, write_json, write_text
 
 CARD_TOKENS = 50_000
 
@@ -40,18 +40,18 @@ def quickstart(
     out = Path(out)
     spec = load_spec(config, *overrides)
     settings = {"cache_tokens": cache_tokens, "card_tokens": card_tokens, "latents": latents}
-    claim_folder(out, "quickstart", {**spec.model_dump(), **settings}, resume=resume, overwrite=overwrite)
-    sae_folder = train(spec, out / "sae", resume=(out / "sae").is_dir())
-    model, sae = load_model(spec.model, device=spec.device), load_sae(sae_folder)
-    text = {"n_tokens": cache_tokens, "split": "heldout", "text_column": spec.text_column}
-    kept = {"sae_name": str(sae_folder.resolve()), "resume": (out / "cache").is_dir()}
-    build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)
-    cache = FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
-    results = analyse(cache, sae, model, card_tokens=card_tokens, config=AutointerpConfig(latents=latents))
-    report = write_browser(out / "report", LatentSource(cache, model.tokenizer, sae=sae, model=model))
-    results["report"] = str(report)
-    write_json(out / "results.json", results)
-    write_text(out / "results.md", table_of(results) + "\n")
+    with claimed(out, "quickstart", {**spec.model_dump(), **settings}, resume=resume, overwrite=overwrite):
+        sae_folder = train(spec, out / "sae", resume=(out / "sae").is_dir())
+        model, sae = load_model(spec.model, device=spec.device), load_sae(sae_folder)
+        text = {"n_tokens": cache_tokens, "split": "heldout", "text_column": spec.text_column}
+        kept = {"sae_name": str(sae_folder.resolve()), "resume": (out / "cache").is_dir()}
+        build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)
+        cache = FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
+        results = analyse(cache, sae, model, card_tokens=card_tokens, config=AutointerpConfig(latents=latents))
+        report = write_browser(out / "report", LatentSource(cache, model.tokenizer, sae=sae, model=model))
+        results["report"] = str(report)
+        write_json(out / "results.json", results)
+        write_text(out / "results.md", table_of(results) + "\n")
     return results
 
 

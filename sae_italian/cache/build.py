@@ -31,6 +31,7 @@ from sae_italian.corpora import Split
 from sae_italian.corpora.stream import CorpusStream, Reader, check_corpus
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, weights_hash
+from sae_italian.saes.opening import full_name, open_sae
 
 KIND = "cache"
 WINDOWS_PER_SHARD, TOKENS_PER_SHARD = 512, 2**17
@@ -41,14 +42,25 @@ UnitMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 def build_cache(
-    sae: Any, model: Any, corpus: str, out: str | Path, *, n_tokens: int | None, sae_name: str = "", **options: Any
+    sae: Any,
+    model: Any = None,
+    corpus: str | None = None,
+    out: str | Path | None = None,
+    *,
+    n_tokens: int | None = 300_000,
+    sae_name: str = "",
+    **options: Any,
 ) -> Path:
     """Cache the latents of `sae` on `n_tokens` tokens of a corpus (None: all) in the folder `out`; return it.
 
-    `model` is a Hugging Face model with its tokenizer (`load_model(name)`). Options and errors as `build_caches`.
+    An SAE is given as it is, as a folder or as release:sae_id; a Hugging Face model as it is or by name; model and corpus
+    are, if they are not given, those that the SAE names, and `out` is caches/<name of the SAE>: `build_cache("runs/x")`.
+    Options and errors as `build_caches`.
     """
-    names = [sae_name] if sae_name else None
-    return build_caches([sae], model, corpus, [out], n_tokens=n_tokens, sae_names=names, **options)[0]
+    loaded, model, corpus = open_sae(sae, model, corpus)
+    name = sae_name or full_name(sae)
+    folder = out or Path("caches") / Path(name.replace(" ", "-")).name
+    return build_caches([loaded], model, corpus, [folder], n_tokens=n_tokens, sae_names=[name], **options)[0]
 
 
 def build_caches(

@@ -17,8 +17,6 @@ from sae_italian.cli.options import (
     Seed,
     Source,
     key_values,
-    model_of,
-    remembered_name,
     short_names,
 )
 
@@ -110,6 +108,7 @@ def language(
     from sae_italian.analysis.probes.languages import language_latents
     from sae_italian.base.storage import write_json
     from sae_italian.models.activations import check_context
+    from sae_italian.saes.opening import model_of
 
     settings = key_values(words, {"context_size": 0, "text_column": "text"})
     corpora = _languages(ud, languages, against)
@@ -233,12 +232,13 @@ def shift(
     from sae_italian.analysis.shift import Condition, context_shift, genres
     from sae_italian.analysis.shift import shift as measure
     from sae_italian.models import load_model
+    from sae_italian.saes.opening import full_name
 
     settings = key_values(words, {"packed": False, "context_size": 0, "text_column": "text"})
     bounds = _check_shift(by, buckets, edges, settings)
     parts = _named(buckets or [])
     loaded, subject, text = Source(model=model, corpus=corpus).load(sae)
-    column, name = settings["text_column"], remembered_name(sae)
+    column, name = settings["text_column"], full_name(sae)
     if by == "context":
         where: dict[str, Any] = {"edges": bounds, "split": split, "packed": settings["packed"], "text_column": column}
         result = context_shift(loaded, subject, text, n_tokens=tokens, name=name, **where)

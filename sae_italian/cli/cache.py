@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import POSITIVE, Folder, Result, Source, Workers, own_words, remembered_name
+from sae_italian.cli.options import POSITIVE, Folder, Result, Source, Workers, own_words
 
 
 def build(
@@ -31,6 +31,7 @@ def build(
     """
     from sae_italian.cache import build_caches
     from sae_italian.saes import load_sae, weights_hash
+    from sae_italian.saes.opening import full_name
 
     settings, names = own_words(saes, {"split": "heldout", "windows_per_shard": 0})
     if settings["windows_per_shard"] < 0:
@@ -51,7 +52,7 @@ def build(
         n_tokens=None if tokens == "all" else tokens,
         split=settings["split"],
         windows_per_shard=settings["windows_per_shard"] or None,
-        sae_names=[remembered_name(name) for name in names],
+        sae_names=[full_name(name) for name in names],
         **source.reading,
         **asdict(folder),
         run_units=workers.map(out, gpus=float(model.device.type == "cuda")),
@@ -108,12 +109,13 @@ def import_cache(
     from sae_italian.cache.imports import import_delphi
     from sae_italian.models import load_model, load_tokenizer
     from sae_italian.saes import load_sae
+    from sae_italian.saes.opening import full_name
 
     if sae and not model:
         raise UsageError("--sae is given without --model: decoder statistics need both. Add --model, or leave it out.")
     given: dict[str, Any] = asdict(folder)
     if sae:
-        given |= {"sae": load_sae(sae), "model": load_model(model), "sae_name": remembered_name(sae)}  # pyright: ignore[reportArgumentType]
+        given |= {"sae": load_sae(sae), "model": load_model(model), "sae_name": full_name(sae)}  # pyright: ignore[reportArgumentType]
     elif model:
         given["tokenizer"] = load_tokenizer(model)
     made, lost = import_delphi(source, out, **given)

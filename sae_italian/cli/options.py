@@ -114,23 +114,9 @@ class Source:
 
     def load(self, name: str) -> tuple[Any, Any, str]:
         """Return SAE, model and corpus. Raises: UsageError when neither the options nor the metadata say which."""
-        from sae_italian.saes import load_sae
+        from sae_italian.saes.opening import open_sae
 
-        sae = load_sae(name)
-        corpus = self.corpus or sae.cfg.metadata.dataset_path
-        if not corpus:
-            raise UsageError("the SAE's metadata does not name its corpus; give --corpus.")
-        return sae, model_of(sae, self.model), corpus
-
-
-def model_of(sae: Any, name: str | None = None) -> Any:
-    """Return the model of that name, or the one that an SAE names. Raises: UsageError when it names none."""
-    from sae_italian.models import load_model
-
-    name = name or sae.cfg.metadata.model_name
-    if not name:
-        raise UsageError("the SAE's metadata does not name its model; give --model.")
-    return load_model(name)
+        return open_sae(name, self.model, self.corpus)
 
 
 @Parameter(name="*")
@@ -199,8 +185,3 @@ def short_names(given: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"{name} was given twice; give each SAE once.")
     short = [Path(name).name for name in given]
     return dict(zip(short if len(set(short)) == len(short) else given, given, strict=True))
-
-
-def remembered_name(given: str) -> str:
-    """Return the name under which an SAE is remembered: a folder's whole path, or release:sae_id as given."""
-    return str(Path(given).resolve()) if Path(given).is_dir() else given

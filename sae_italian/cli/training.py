@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import RUN_FILE, write_text
-from sae_italian.cli.options import Count, Folder, Result, Source, Workers, model_of, own_words
+from sae_italian.cli.options import Count, Folder, Result, Source, Workers, own_words
 
 
 def quickstart(
@@ -169,6 +169,7 @@ def doctor(
 
 def _examine(name: str, sae: Any, n_tokens: int, source: Source) -> Any:
     from sae_italian.evaluation.doctor import examine
+    from sae_italian.saes.opening import model_of
 
     model = model_of(sae, source.model)
     corpus = source.corpus or _corpus_of(sae, source.text_column)

@@ -14,6 +14,7 @@ because it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from sae_italian.evaluation.card import ULTRA_ACTIVE, DensityBin, EvaluationCard
 from sae_italian.models.activations import check_context, logits_with_replacement, read_many
 from sae_italian.saes import check_fits, hooks_of
 from sae_italian.saes.fit import decoded
+from sae_italian.saes.opening import open_sae
 
 TOKENS_PER_BATCH = 2048
 LATENT_RESAMPLES = 200  # each holds a count per latent: 200 of 65,536 latents are 52 MB
@@ -50,8 +52,8 @@ class Windows(NamedTuple):
 @torch.no_grad()
 def evaluate(
     sae: Any,
-    model: Any,
-    corpus: str,
+    model: Any = None,
+    corpus: str | None = None,
     *,
     split: Split = "heldout",
     n_tokens: int = 50_000,
@@ -62,12 +64,16 @@ def evaluate(
 ) -> EvaluationCard:
     """Return the evaluation card of `sae` on `model` (backend `hf`) over `n_tokens` tokens of a corpus.
 
+    An SAE is given as it is, as a folder or as release:sae_id; a model as it is or by name; model and corpus are, if they
+    are not given, those that the SAE names: `evaluate("runs/x")`.
     Special tokens count nowhere, and the SAE is not applied to them. Losses and KL take three more forward passes; with
     `loss_tokens` they are measured on the first so many tokens only. A transcoder reads one hook and is measured, and
     put in place, at the other.
     Raises: UsageError when SAE and model do not fit (`check_fits`), or the corpus is too short for `n_tokens` (the message
     says how many there are).
     """
+    name = name or (str(sae) if isinstance(sae, str | Path) else "")
+    sae, model, corpus = open_sae(sae, model, corpus)
     hook_in, hook_out = check_fits(sae, model, writes=True), hooks_of(sae)[1]
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
     documents = iter_documents(corpus, split, text_column=text_column)

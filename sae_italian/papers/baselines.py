@@ -23,12 +23,13 @@ from sae_italian.base.storage import claim_folder, read_json, remove, write_json
 from sae_italian.cache import FeatureCache, build_caches
 from sae_italian.corpora import CorpusStream, Reader
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
-from sae_italian.papers.job import Subject, full_name, kept, layer_of, open_subject
+from sae_italian.papers.job import Subject, kept, layer_of, open_subject
 from sae_italian.papers.measure import card_of, curves
 from sae_italian.papers.pictures import baselines_svg, dictionary_name
 from sae_italian.papers.report import markdown_table, shown, tables_of
 from sae_italian.saes import check_fits, load_sae, weights_hash
 from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines
+from sae_italian.saes.opening import full_name
 from sae_italian.training import ActivationStream
 
 KIND = "baselines"

@@ -21,12 +21,13 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
 from sae_italian.cache import FeatureCache
 from sae_italian.papers.baselines import SAE, Settings, compare_layer, perplexity
-from sae_italian.papers.job import RATIO, Reproduction, Results, Step, full_name, layer_of
+from sae_italian.papers.job import RATIO, Reproduction, Results, Step, layer_of
 from sae_italian.papers.measure import card_of, correlation, moments, score_sae, simulation_scores
 from sae_italian.papers.pictures import baselines_svg, dictionary_name, sweep_svg
 from sae_italian.papers.report import shown
 from sae_italian.saes import load_sae
 from sae_italian.saes.baselines import TOPK
+from sae_italian.saes.opening import full_name
 from sae_italian.training import read_values
 
 MOST_LAYERS = 3

@@ -76,11 +76,6 @@ def layer_of(sae: Any) -> int:
     return parse_hook_name(sae.cfg.metadata.hook_name).layer
 
 
-def full_name(sae: str | Path) -> str:
-    """Return the name under which an SAE is remembered: a folder's whole path, or release:sae_id as given."""
-    return str(Path(sae).resolve()) if Path(sae).is_dir() else str(sae)
-
-
 def kept(file: Path, make: Callable[[], Any]) -> Any:
     """Return what a JSON file holds, made and written first where it is not there."""
     if not file.is_file():

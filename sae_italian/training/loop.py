@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -151,9 +150,6 @@ class Loop:
                     run.save(temporary / name)
                 self.stream.save(temporary)
                 torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], temporary / RANDOM_FILE)
-                for file in (path for path in temporary.rglob("*") if path.is_file()):
-                    with file.open("rb") as handle:
-                        os.fsync(handle.fileno())
         for old in target.parent.iterdir():
             if old != target:
                 remove(old)

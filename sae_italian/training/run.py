@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import RUN_FILE, claim_folder, claimed, locked, read_json
+from sae_italian.base.storage import RUN_FILE, claimed, read_json
 from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.models import load_model
@@ -91,9 +91,9 @@ def train_group(suite: SuiteSpec, out: Path, index: int) -> list[Path]:
         clear_checkpoints(own)
         return list(folders.values())
     model = _model_of(next(iter(specs.values())))
-    with locked(list(folders.values())):
+    with contextlib.ExitStack() as stack:
         for name, spec in specs.items():
-            claim_folder(folders[name], KIND, spec.model_dump(mode="json"), resume=True)
+            stack.enter_context(claimed(folders[name], KIND, spec.model_dump(mode="json"), resume=True))
         _train_together(specs, folders, model, own)
     return list(folders.values())
 

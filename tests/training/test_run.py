@@ -175,6 +175,24 @@ def test_a_folder_with_another_run_is_refused_and_untouched(trained_sae, small_s
     assert torch.equal(before["W_enc"], weights(trained_sae)["W_enc"])
 
 
+def test_overwriting_takes_a_run_of_the_same_kind_and_leaves_what_is_not_ours(small_spec, tmp_path):
+    spec, out = small_spec.model_copy(update={"training_tokens": 1024}), tmp_path / "out"
+    train(spec, out)
+    (out / "tesi.txt").write_text("mia")
+    train(spec.model_copy(update={"seed": 1}), out, overwrite=True)
+    assert (out / "tesi.txt").read_text() == "mia" and read_run(out)["spec"]["seed"] == 1
+    for text, message in (
+        ('{"nome": "di un altro programma"}', "holds no run of ours"),
+        ('{"kind": "cache", "created": "2026", "spec": {}}', "holds a cache run, not a train run"),
+    ):
+        (out / "run.json").write_text(text)
+        before = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+        with pytest.raises(UsageError, match=message) as error:
+            train(spec, out, overwrite=True)
+        assert "\n" not in str(error.value)
+        assert before == {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+
+
 def test_resuming_a_finished_run_changes_nothing(trained_sae, small_spec):
     stamp = (trained_sae / "sae_weights.safetensors").stat().st_mtime_ns
     assert train(small_spec, trained_sae, resume=True) == trained_sae
