@@ -210,3 +210,20 @@ def test_a_file_rewritten_with_the_same_size_is_another_corpus(tmp_path, size):
     assert written("due ")[0] == new
     os.utime(file, ns=(10**18 + 1, 10**18 + 1))
     assert (CorpusStream(file).spec() == new) == (size == 30)
+
+
+@pytest.mark.parametrize("line", ['{"text": "a", "n": ' + "9" * 6000 + "}", "[" * 100_000, '{"text": "a\x00'])
+def test_endless_numbers_and_deep_brackets_are_a_broken_line(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(GOOD + line + "\n" + GOOD)
+    with pytest.raises(DataError, match="a.jsonl, line 2: not JSON") as error:
+        read(tmp_path / "a.jsonl")
+    assert "\n" not in str(error.value)
+    found, counts = read(tmp_path / "a.jsonl", on_broken="skip")
+    assert len(found) == 2 and counts.dropped == {"broken_json": 1}
+
+
+def test_saelens_tokens_are_named_where_text_is_asked_for(tmp_path):
+    """A folder of its PretokenizeRunner is read by the trainer (tests/corpora/test_pretokenize.py); it holds no text."""
+    datasets.Dataset.from_dict({"input_ids": [[1, 2]]}).save_to_disk(tmp_path / "theirs")
+    with pytest.raises(UsageError, match="no column 'text'; it has 'input_ids'"):
+        check_corpus(tmp_path / "theirs")
