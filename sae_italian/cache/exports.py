@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import atomic_path, claim_folder, write_text
+from sae_italian.base.storage import atomic_path, claimed, write_text
 from sae_italian.cache.layout import FP16_MAX, write_arrays
 from sae_italian.cache.read import FeatureCache
 from sae_italian.cache.stats import arrow
@@ -72,24 +72,24 @@ def export_delphi(
     bounds = split_bounds(first, last, n_splits or default)
     folder = Path(out) / (hookpoint or _hookpoint(manifest.hook_name))
     spec = {"manifest": manifest.identity(), "latents": [first, last], "splits": bounds}
-    claim_folder(folder, "Delphi export", spec, resume=resume, overwrite=overwrite)
-    for begin, end in tqdm(bounds, desc="Delphi splits", unit="split", disable=None):
-        file = f"{begin}_{end}.safetensors"
-        if not (folder / file).is_file():
-            write_arrays(folder, file, _split(opened, begin, end))
-    config = {  # Delphi's CacheConfig, in its order, with the model's name
-        "dataset_repo": manifest.corpus,
-        "dataset_split": manifest.split,
-        "dataset_name": "",
-        "dataset_column": manifest.text_column,
-        "batch_size": 32,
-        "cache_ctx_len": manifest.context_size,
-        "n_tokens": manifest.n_positions,
-        "n_splits": len(bounds),
-        "model_name": manifest.model,
-    }
-    write_text(folder / "config.json", json.dumps(config, indent=4))
-    return folder
+    with claimed(folder, "Delphi export", spec, resume=resume, overwrite=overwrite):
+        for begin, end in tqdm(bounds, desc="Delphi splits", unit="split", disable=None):
+            file = f"{begin}_{end}.safetensors"
+            if not (folder / file).is_file():
+                write_arrays(folder, file, _split(opened, begin, end))
+        config = {  # Delphi's CacheConfig, in its order, with the model's name
+            "dataset_repo": manifest.corpus,
+            "dataset_split": manifest.split,
+            "dataset_name": "",
+            "dataset_column": manifest.text_column,
+            "batch_size": 32,
+            "cache_ctx_len": manifest.context_size,
+            "n_tokens": manifest.n_positions,
+            "n_splits": len(bounds),
+            "model_name": manifest.model,
+        }
+        write_text(folder / "config.json", json.dumps(config, indent=4))
+        return folder
 
 
 def _hookpoint(hook_name: str) -> str:
@@ -150,13 +150,17 @@ def export_rows(
     manifest = opened.manifest
     first, last = manifest.latent_bounds(latents)
     spec = {"manifest": manifest.identity(), "latents": [first, last]}
-    claim_folder(out, "datasets export", spec, resume=resume, overwrite=overwrite)
-    tables = {"documents": _documents(opened), "windows": _windows(opened), "latents": _latents(opened, first, last)}
-    for name, batches in tables.items():
-        if not (out / name).is_dir():
-            _write_dataset(out / name, batches)
-    manifest.save(out)
-    return out
+    with claimed(out, "datasets export", spec, resume=resume, overwrite=overwrite):
+        tables = {
+            "documents": _documents(opened),
+            "windows": _windows(opened),
+            "latents": _latents(opened, first, last),
+        }
+        for name, batches in tables.items():
+            if not (out / name).is_dir():
+                _write_dataset(out / name, batches)
+        manifest.save(out)
+        return out
 
 
 def _write_dataset(folder: Path, batches: Iterator[Any]) -> None:

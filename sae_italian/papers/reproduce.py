@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import claim_folder, write_json
+from sae_italian.base.storage import claimed, write_json
 from sae_italian.papers import clic_it, cunningham, llama_scope
 from sae_italian.papers.job import MINI, Reproduction, Step, open_subject, run_steps
 from sae_italian.papers.paper import SKIPPED, Paper, paper
@@ -54,23 +54,23 @@ def reproduce(
         check_fits(loaded, subject.model)
     spec = {key: value for key, value in subject._asdict().items() if key != "model"}
     spec |= {"paper": name, "sae": weights_hash(loaded) if loaded is not None else None, "budget": budget}
-    claim_folder(out, KIND, spec, resume=resume, overwrite=overwrite)
-    job = Reproduction(chosen, subject, budget, out, sae)
-    results, seconds = run_steps(job, STEPS[name])
-    report = {
-        "paper": {"name": name, "title": chosen.title, "authors": chosen.authors, "link": chosen.link},
-        "model": subject.name,
-        "corpus": subject.corpus,
-        "context_size": subject.context_size,
-        "sae": sae,
-        "budget": budget,
-        "figures": [figure.beside(results) for figure in chosen.figures],
-        "steps": results,
-        "seconds": seconds,
-    }
-    write_json(out / "report.json", without_pictures(report))
-    document(chosen, report).write(out)
-    return without_pictures(report)
+    with claimed(out, KIND, spec, resume=resume, overwrite=overwrite):
+        job = Reproduction(chosen, subject, budget, out, sae)
+        results, seconds = run_steps(job, STEPS[name])
+        report = {
+            "paper": {"name": name, "title": chosen.title, "authors": chosen.authors, "link": chosen.link},
+            "model": subject.name,
+            "corpus": subject.corpus,
+            "context_size": subject.context_size,
+            "sae": sae,
+            "budget": budget,
+            "figures": [figure.beside(results) for figure in chosen.figures],
+            "steps": results,
+            "seconds": seconds,
+        }
+        write_json(out / "report.json", without_pictures(report))
+        document(chosen, report).write(out)
+        return without_pictures(report)
 
 
 def without_pictures(value: Any) -> Any:

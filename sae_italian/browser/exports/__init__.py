@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.base.errors import UsageError, nearest
-from sae_italian.base.storage import claim_folder, read_json
+from sae_italian.base.storage import claimed, read_json
 from sae_italian.browser.exports import formats
 from sae_italian.browser.exports.fields import FieldCheck
 from sae_italian.browser.exports.latents import Facts, Latents, facts_of, model_facts, names_of
@@ -75,28 +75,28 @@ def export(
     called = names_of(manifest, **(names or {}))
     here = sae is not None and model is not None
     spec = {"to": to, "manifest": manifest.identity(), "latents": [first, last], "names": called, "with_sae": here}
-    claim_folder(out, "export", spec, resume=resume, overwrite=overwrite)
-    source = Latents(cache, piece_texts(tokenizer, len(tokenizer)), sae, model)
-    facts, wanted = facts_of(manifest, called), range(first, last + 1)
-    with tqdm(total=len(wanted), desc=to, unit="latent", disable=None) as bar:
-        if to == "wandb":
-            pages = LatentSource(cache, tokenizer, sae=sae, model=model)
-            return Export(to, *_wandb(out, pages, source, wanted, project, online), [])
-        task = formats.ExportTask(_folder(out, to, facts, manifest), source, facts, wanted, bar)
-        if to == "neuronpedia":
-            formats.write_batches(task)
-            rows = formats.check_batches(task.folder)
-        elif to == "neuronpedia-bulk":
-            config = load_model_config(manifest.model) if model is None else model.config
-            created = read_json(out / "run.json")["created"]  # a resumed export keeps its date
-            facts |= {**model_facts(manifest, called, config, sae), "created": created}
-            formats.write_bulk(task)
-            rows = formats.check_bulk(task.folder)
-        else:
-            formats.write_features(task)
-            rows = formats.check_features(task.folder, facts["layer"], wanted)
-    lost = [NO_DECODER] if to != "circuit-tracer" and not here else []
-    return Export(to, task.folder, rows, lost)
+    with claimed(out, "export", spec, resume=resume, overwrite=overwrite):
+        source = Latents(cache, piece_texts(tokenizer, len(tokenizer)), sae, model)
+        facts, wanted = facts_of(manifest, called), range(first, last + 1)
+        with tqdm(total=len(wanted), desc=to, unit="latent", disable=None) as bar:
+            if to == "wandb":
+                pages = LatentSource(cache, tokenizer, sae=sae, model=model)
+                return Export(to, *_wandb(out, pages, source, wanted, project, online), [])
+            task = formats.ExportTask(_folder(out, to, facts, manifest), source, facts, wanted, bar)
+            if to == "neuronpedia":
+                formats.write_batches(task)
+                rows = formats.check_batches(task.folder)
+            elif to == "neuronpedia-bulk":
+                config = load_model_config(manifest.model) if model is None else model.config
+                created = read_json(out / "run.json")["created"]  # a resumed export keeps its date
+                facts |= {**model_facts(manifest, called, config, sae), "created": created}
+                formats.write_bulk(task)
+                rows = formats.check_bulk(task.folder)
+            else:
+                formats.write_features(task)
+                rows = formats.check_features(task.folder, facts["layer"], wanted)
+        lost = [NO_DECODER] if to != "circuit-tracer" and not here else []
+        return Export(to, task.folder, rows, lost)
 
 
 def _folder(out: Path, to: str, facts: Facts, manifest: Manifest) -> Path:
