@@ -5,7 +5,7 @@
 | `sparse_topk` | SAELens' `topk` with the same losses and gradients, several times faster (`sparse.py`) | `topk` |
 | `topk_transcoder` | latents of one activation that reconstruct another, TopK | `topk_transcoder` |
 | `transcoder` | the same with ReLU and an L1 penalty | SAELens' `transcoder` |
-| `annealed_topk`, ... | SAELens' own architectures with a k, which falls during the first steps | what SAELens saves |
+| `started_topk`, ... | SAELens' own, with a `start` at the mean and a k that falls during the first steps | what SAELens saves |
 
 SAELens' trainer hands a training SAE one tensor per step, so a transcoder's input and target come side by side,
 [tokens, d_in + d_out]; `PairScaler` scales each half by its own factor, as Llama Scope does. What the step returns as
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, make_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -31,15 +31,50 @@ from torch import Tensor, nn
 
 from sae_italian.saes.sparse import decode, encode_rows, set_k
 
+Start = Literal["zero", "mean", "geometric_median"]
+
+
+@torch.no_grad()
+def start_at(sae: Any, step_input: TrainStepInput, target: Tensor | None = None) -> None:
+    """Let an SAE in training start at the centre of its first batch, as `cfg.start` says; in later steps do nothing.
+
+    Activations of real models are nearly all mean: at layer 8 of Gemma 3 270M the mean's norm is 5,158 where a vector's is
+    5,187. From `b_dec` = 0 the latents must first build that mean, and 97 % of them die of it; from the mean they describe
+    what differs. The encoder reads x - b_dec, or gets the same shift by its bias where it reads x itself:
+    b_enc = -centre W_enc. As in sparsify (`SparseCoder`, its first batch) and Bricken et al. 2023 (geometric median).
+    target: a transcoder's, whose centre `b_dec` is.
+    """
+    if sae.cfg.start == "zero" or step_input.n_training_steps > 0:
+        return
+    x = sae.process_sae_in(step_input.sae_in if target is None else step_input.sae_in[:, : sae.cfg.d_in])
+    centre = _centre(x, sae.cfg.start)
+    if not sae.cfg.apply_b_dec_to_input:
+        if not hasattr(sae, "b_enc"):
+            raise ValueError(f"start {sae.cfg.start!r} needs apply_b_dec_to_input=true in {type(sae).__name__}")
+        sae.b_enc -= centre @ sae.W_enc
+    sae.b_dec += centre if target is None else _centre(target, sae.cfg.start)
+
+
+def _centre(rows: Float[Tensor, "batch d"], start: Start, n_steps: int = 20) -> Float[Tensor, " d"]:
+    """Return the mean, or the point of least summed distance to the rows by Weiszfeld's steps: outliers weigh less."""
+    centre = rows.mean(0)
+    if start == "geometric_median":
+        for _ in range(n_steps):
+            weights = 1 / (rows - centre).norm(dim=-1, keepdim=True).clamp_min(1e-6)
+            centre = (rows * weights).sum(0) / weights.sum()
+    return centre
+
 
 @dataclass
 class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
     """The fields of SAELens' `topk`; `use_sparse_activations` says nothing here, they always are.
 
     k_anneal_steps: the first training steps, in which the number of latents that may fire falls to k (`sparse.annealed_k`).
+    start: where `b_dec` starts: at `zero`, at the `mean` or the `geometric_median` of the first batch (`start_at`).
     """
 
     k_anneal_steps: int = 0
+    start: Start = "zero"
 
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
@@ -62,6 +97,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Return losses and reconstruction as SAELens' own does, with sparse `feature_acts`."""
         set_k(self, step_input)
+        start_at(self, step_input)
         hooks = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
         if any(hook._forward_hooks or hook._backward_hooks for hook in hooks):
             return super().training_forward_pass(step_input)
@@ -241,6 +277,7 @@ class TopKTranscoderTraining(_Transcodes, SparseTopKTrainingSAE):
         """Return losses and sparse activations of one step; `step_input.sae_in` is [tokens, d_in + d_out]."""
         set_k(self, step_input)
         x, y = self.halves(step_input)
+        start_at(self, step_input, y)
         return self.sparse_step(x, y, step_input.dead_neuron_mask)
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
@@ -251,10 +288,11 @@ class TopKTranscoderTraining(_Transcodes, SparseTopKTrainingSAE):
 
 @dataclass(kw_only=True)
 class TranscoderTrainingConfig(StandardTrainingSAEConfig):
-    """SAELens' L1 training config with the width of the target; saved as SAELens' `transcoder`."""
+    """SAELens' L1 training config with the width of the target and `start`; saved as SAELens' `transcoder`."""
 
     d_out: int
     apply_b_dec_to_input: bool = False
+    start: Start = "zero"
 
 
 class TranscoderTraining(_Transcodes, StandardTrainingSAE):
@@ -265,6 +303,7 @@ class TranscoderTraining(_Transcodes, StandardTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Return losses and activations of one step; `step_input.sae_in` is [tokens, d_in + d_out]."""
         x, y = self.halves(step_input)
+        start_at(self, step_input, y)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
         y_hat = self.decode(feature_acts)
         losses = {"mse_loss": self.mse_loss_fn(y_hat, y).sum(dim=-1).mean()}
@@ -309,11 +348,13 @@ class PairScaler(ActivationScaler):
 # --- registering ------------------------------------------------------------------------------------------------------
 
 
-class _Anneals:
-    """A training SAE of SAELens whose k falls in the first `cfg.k_anneal_steps` steps, whichever trainer counts them."""
+class _Starts:
+    """A training SAE of SAELens that starts where `cfg.start` says, and whose k, if it has one, falls in the first
+    `cfg.k_anneal_steps` steps; whichever trainer counts the steps."""
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         set_k(self, step_input)
+        start_at(self, step_input)
         return super().training_forward_pass(step_input)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -324,13 +365,12 @@ def _register(name: str, sae_class: type, config_class: Any, saved_as: str) -> N
     register_sae_training_class(name, sae_class, config_class)
 
 
-def _register_annealed(name: str, saved_as: str) -> None:
-    """Register the twin `annealed_NAME` of one of SAELens' own, with one field more: `k_anneal_steps`."""
+def _register_twin(name: str, saved_as: str) -> None:
+    """Register the twin `started_NAME` of one of SAELens' own, with two fields more: `start` and `k_anneal_steps`."""
     sae_class, config_class = get_sae_training_class(name)
-    fields = [("k_anneal_steps", int, 0)]
-    config = make_dataclass(f"Annealed{config_class.__name__}", fields, bases=(config_class,))
-    twin = type(f"Annealed{sae_class.__name__}", (_Anneals, sae_class), {})
-    _register(f"annealed_{name}", twin, config, saved_as)
+    more: list[Any] = [("k_anneal_steps", int, 0), ("start", Start, "zero")]
+    config = make_dataclass(f"Started{config_class.__name__}", more, bases=(config_class,))
+    _register(f"started_{name}", type(f"Started{sae_class.__name__}", (_Starts, sae_class), {}), config, saved_as)
 
 
 register_sae_class("topk_transcoder", TopKTranscoder, TopKTranscoderConfig)
@@ -342,5 +382,8 @@ for _name, _saved_as in (
     ("abstopk", "abstopk"),
     ("batchtopk", "jumprelu"),
     ("matryoshka_batchtopk", "jumprelu"),
+    ("standard", "standard"),
+    ("jumprelu", "jumprelu"),
+    ("gated", "gated"),
 ):
-    _register_annealed(_name, _saved_as)
+    _register_twin(_name, _saved_as)

@@ -154,8 +154,8 @@ class RunSpec(BaseModel):
         architecture = given.pop("architecture", None)
         if not isinstance(architecture, str) or architecture not in KNOWN:
             raise UsageError(f"sae.architecture {architecture!r} is unknown. {nearest(str(architecture), KNOWN)}")
-        # SAELens' own architectures anneal as their twins; ours have the field themselves
-        twin = f"annealed_{architecture}" if self.k_anneal_share else architecture
+        # SAELens' own architectures start at the mean and anneal as their twins; ours have the fields themselves
+        twin = f"started_{architecture}" if self.k_anneal_share or "start" in given else architecture
         config_class = KNOWN.get(twin, KNOWN[architecture])[1]
         kinds = get_type_hints(config_class)
         valid = sorted(field.name for field in fields(config_class) if field.name != "metadata")
@@ -168,7 +168,7 @@ class RunSpec(BaseModel):
             except ValidationError as error:
                 raise first_refusal(error, f"sae.{key}", value) from error
         if self.k_anneal_share:
-            if "k_anneal_steps" not in valid:
+            if not {"k", "k_anneal_steps"} <= set(valid):
                 raise UsageError(
                     f"k_anneal_share needs an SAE with a k, such as topk; sae.architecture is {architecture!r}."
                 )

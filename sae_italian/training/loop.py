@@ -21,6 +21,7 @@ from sae_italian.training.sae_run import SAERun
 from sae_italian.training.stream import ActivationStream
 
 LOG_EVERY_STEPS = 10
+HOPELESS_AFTER = 30  # steps: a start that suits explains more than the mean does by then
 CHECKPOINTS, RANDOM_FILE = "checkpoints", "random.pt"
 UNREADABLE = (OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError)
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
@@ -47,6 +48,7 @@ class Loop:
         self.first = next(iter(self.runs.values()))
         self.spec = self.first.spec
         self.interrupted = False
+        self.warned = False  # that the start is wrong
         self.saved_at = time.monotonic()
 
     def last_checkpoint(self) -> Path | None:

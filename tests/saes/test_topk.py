@@ -247,7 +247,7 @@ def test_saelens_own_trainer_anneals_k_and_a_saved_sae_says_nothing_of_it(tmp_pa
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_saelens_own_architectures_have_an_annealed_twin(architecture):
     config = {"d_in": 16, "d_sae": 64, "k": 4, "k_anneal_steps": 10, "rescale_acts_by_decoder_norm": True}
-    sae: Any = TrainingSAE.from_dict({"architecture": f"annealed_{architecture}", **config})
+    sae: Any = TrainingSAE.from_dict({"architecture": f"started_{architecture}", **config})
     with torch.no_grad():
         sae.b_enc.fill_(5.0)  # all are positive
     for step, k in ((0, 16), (5, 10), (10, 4)):

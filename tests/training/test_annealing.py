@@ -40,7 +40,7 @@ def test_k_falls_linearly_from_d_in_to_k():
     assert load_spec("llama-scope/minerva-1b").n_steps * 0.1 == pytest.approx(39_062, abs=1)
 
 
-@pytest.mark.parametrize("architecture", ["annealed_topk", "annealed_abstopk", "sparse_topk", "annealed_batchtopk"])
+@pytest.mark.parametrize("architecture", ["started_topk", "started_abstopk", "sparse_topk", "started_batchtopk"])
 def test_as_many_latents_fire_as_the_step_says(architecture):
     values = {"architecture": architecture, "d_in": 16, "d_sae": 64, "k": 4, "k_anneal_steps": 10}
     sae = TrainingSAE.from_dict({**values, "rescale_acts_by_decoder_norm": True})

@@ -1,0 +1,79 @@
+"""Where an SAE starts: at zero, or at the centre of its first batch."""
+
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import TrainingSAE
+from sae_lens.saes.sae import TrainStepInput
+
+from sae_italian.saes.architectures import _centre
+
+D = 16
+ARCHITECTURES = {
+    "sparse_topk": {"k": 4}, "started_topk": {"k": 4}, "started_batchtopk": {"k": 4}, "started_standard": {},
+    "started_jumprelu": {}, "started_gated": {}, "started_matryoshka_batchtopk": {"k": 4, "matryoshka_widths": [16, 64]},
+}  # fmt: skip
+
+
+def rows(seed: int = 0) -> torch.Tensor:
+    """Rows far from zero: their mean has a norm of about 40, what differs of about 4."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(512, D, generator=generator) + 10
+
+
+def step(sae: Any, x: torch.Tensor, n: int = 0) -> Any:
+    return sae.training_forward_pass(TrainStepInput(x, {"l1": 0.1, "l0": 0.1}, None, n, False))
+
+
+def sae_of(architecture: str, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    return TrainingSAE.from_dict({"architecture": architecture, "d_in": D, "d_sae": 64, **fields})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_starts_at_the_mean_of_its_first_batch_alone(architecture):
+    sae = sae_of(architecture, start="mean", **ARCHITECTURES[architecture])
+    x = rows()
+    step(sae, x)
+    assert torch.allclose(sae.b_dec, x.mean(0), atol=1e-5)
+    step(sae, rows(1), 1)
+    assert torch.allclose(sae.b_dec, x.mean(0), atol=1e-5)
+    zero = sae_of(architecture, **ARCHITECTURES[architecture])
+    step(zero, x)
+    assert not zero.b_dec.any()
+
+
+@pytest.mark.parametrize("start", ["mean", "geometric_median"])
+def test_the_encoder_is_centred_either_way(start):
+    """With x - b_dec as its input or with a bias that does the same, the latents of a row are the same."""
+    inside, beside = (sae_of("sparse_topk", k=4, start=start, apply_b_dec_to_input=given) for given in (True, False))
+    one, other = (step(sae, rows()) for sae in (inside, beside))
+    assert torch.allclose(one.feature_acts.to_dense(), other.feature_acts.to_dense(), atol=1e-4)
+    assert torch.allclose(one.sae_out, other.sae_out, atol=1e-4)
+    assert one.losses["mse_loss"] < 0.05 * step(sae_of("sparse_topk", k=4), rows()).losses["mse_loss"]
+
+
+def test_a_transcoder_starts_at_the_mean_of_its_target():
+    sae = sae_of("topk_transcoder", k=4, d_out=8, start="mean")
+    x, y = rows(), rows(1)[:, :8] * 3
+    output = step(sae, torch.cat([x, y], dim=-1))
+    assert torch.allclose(sae.b_dec, y.mean(0), atol=1e-4)
+    assert torch.allclose(sae.b_enc, -x.mean(0) @ sae.W_enc, atol=1e-4)
+    assert output.losses["mse_loss"] < 0.2 * (y**2).sum(-1).mean()
+
+
+def test_the_geometric_median_does_not_follow_an_outlier():
+    x = rows()
+    x[0] = 1e5  # as a BOS that was not left out
+    assert (x.mean(0) - 10).abs().min() > 100
+    median = _centre(x, "geometric_median")
+    assert (median - 10).abs().max() < 0.3
+    # the point of least summed distance: the unit vectors towards the rows cancel
+    towards = torch.nn.functional.normalize(x - median, dim=-1)
+    assert towards.sum(0).norm() < 0.02 * len(x)
+
+
+def test_a_gated_sae_that_reads_x_itself_cannot_be_centred():
+    with pytest.raises(ValueError, match="apply_b_dec_to_input"):
+        step(sae_of("started_gated", start="mean", apply_b_dec_to_input=False), rows())
