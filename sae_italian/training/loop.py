@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -108,6 +109,7 @@ class Loop:
             explained = sum(row["metrics/explained_variance"] for row in rows) / len(rows)
             dead = sum(int(row["sparsity/dead_features"]) for row in rows)
             bar.set_postfix(ev=f"{explained:.3f}", dead=dead, refresh=False)
+            self._warn_of_the_start(bar, explained, dead)
         bar.update(self.first.n_tokens - before)
         if self._passed(self.spec.evaluate_every_tokens, before):
             for run in self.runs.values():
@@ -118,6 +120,18 @@ class Loop:
             self.save()
         if self.interrupted:
             raise KeyboardInterrupt(f"saved at {self.first.n_tokens:,} tokens; --resume continues")
+
+    def _warn_of_the_start(self, bar: Any, explained: float, dead: int) -> None:
+        """Say once, while the run is still cheap, that it explains less than the mean alone would."""
+        if explained >= 0 or self.warned or self.first.n_steps <= max(self.spec.lr_warm_up_steps, HOPELESS_AFTER):
+            return
+        self.warned = True
+        remedy = "Set sae.start=mean." if self.spec.sae.get("start", "zero") == "zero" else "Try another lr."
+        bar.write(
+            f"sae-italian: after {self.first.n_steps} steps the SAE explains less than nothing (explained variance "
+            f"{explained:.2f}, {dead:,} latents dead): it starts too far from these activations. {remedy}",
+            file=sys.stderr,
+        )
 
     def _step(self) -> None:
         try:

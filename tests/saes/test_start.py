@@ -77,3 +77,22 @@ def test_the_geometric_median_does_not_follow_an_outlier():
 def test_a_gated_sae_that_reads_x_itself_cannot_be_centred():
     with pytest.raises(ValueError, match="apply_b_dec_to_input"):
         step(sae_of("started_gated", start="mean", apply_b_dec_to_input=False), rows())
+
+
+def test_a_start_that_is_too_far_is_said_once_and_while_it_is_cheap():
+    from types import SimpleNamespace
+
+    from sae_italian.training.loop import HOPELESS_AFTER, Loop
+
+    said: list[str] = []
+    bar = SimpleNamespace(write=lambda text, file: said.append(text))
+    spec = SimpleNamespace(lr_warm_up_steps=0, sae={"architecture": "topk"})
+    loop: Any = SimpleNamespace(warned=False, spec=spec, first=SimpleNamespace(n_steps=HOPELESS_AFTER))
+    Loop._warn_of_the_start(loop, bar, -12.1, 40)
+    assert not said  # too early to tell
+    loop.first.n_steps += 1
+    Loop._warn_of_the_start(loop, bar, 0.3, 40)
+    assert not said
+    for _ in range(2):
+        Loop._warn_of_the_start(loop, bar, -2.8, 3_765)
+    assert len(said) == 1 and "3,765 latents dead" in said[0] and "sae.start=mean" in said[0]

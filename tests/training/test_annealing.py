@@ -58,15 +58,15 @@ def test_an_sae_without_k_is_refused_before_training():
         load_spec("mini/cunningham-2023", "k_anneal_share=0.1").to_saelens()
 
 
-def test_the_stock_runner_anneals_too(tmp_path, monkeypatch):
+def test_the_stock_runner_starts_and_anneals_too(tmp_path, monkeypatch):
     """SAELens' own runner, from `load_config` alone; what it saves is a plain topk with the last k."""
     from sae_lens import SAE, LanguageModelSAETrainingRunner
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = load_config("mini/llama-scope", *SMALL)
+    config = load_config("mini/llama-scope", *SMALL, "sae.start=mean")
     config.output_path = str(tmp_path / "out")
     sae = LanguageModelSAETrainingRunner(config).run()
-    assert sae.cfg.k_anneal_steps == 20 and sae.activation_fn.k == 8
+    assert sae.cfg.k_anneal_steps == 20 and sae.activation_fn.k == 8 and sae.cfg.start == "mean"
     saved = SAE.load_from_disk(tmp_path / "out")
     assert saved.cfg.architecture() == "topk" and saved.cfg.k == 8
 

@@ -29,8 +29,11 @@ def explanation_of(latent: int, explainer: str, rule: LatentRule) -> Explanation
 
 def displayed(rule: LatentRule) -> LatentRule:
     """Return as much of a rule as its text names: a score is of this, as the whole rule often knows far more."""
-    cuts = (rule.cut(n) for n in range(SHOWN, 0, -1))
-    return next((cut for cut in cuts if len(statement(cut, "it")) <= MOST_LETTERS), rule.cut(1))
+    for n in range(SHOWN, 0, -1):
+        rule = rule.cut(n)
+        if len(statement(rule, "it")) <= MOST_LETTERS:
+            break
+    return rule
 
 
 def plain_text(explanation: Explanation, language: Language) -> str:
