@@ -55,14 +55,19 @@ def _stand_ins(d_sae: int, d_in: int, seed: int) -> tuple[Any, Any]:
 
 
 class _Model:
+    """A model of Mistral's family whose last norm changes nothing."""
+
     def __init__(self, unembed: Any):
+        from transformers import MistralConfig
+
         self._unembed = unembed
+        self.config = MistralConfig(architectures=["MistralForCausalLM"])
 
     def get_output_embeddings(self) -> Any:
         return self._unembed
 
-    def get_submodule(self, path: str) -> Any:
-        raise AttributeError(path)
+    def get_submodule(self, _path: str) -> Any:
+        return types.SimpleNamespace(weight=torch.ones(self._unembed.weight.shape[1]))
 
 
 def _ranks(rng: np.random.Generator, n: int, size: tuple[int, ...]) -> np.ndarray:

@@ -254,7 +254,7 @@ def test_a_special_token_typed_in_a_document_is_not_in_the_densitys_denominator(
     inside = int(opened.tokens[opened.doc != NO_DOCUMENT][7])  # let this be a special token
     n_inside = int((opened.tokens[opened.doc != NO_DOCUMENT] == inside).sum())
     tokenizer = types.SimpleNamespace(all_special_ids=[special, inside])
-    model = types.SimpleNamespace(tokenizer=tokenizer, model=mini.model, get_submodule=mini.get_submodule)
+    model = types.SimpleNamespace(tokenizer=tokenizer, config=mini.config, get_submodule=mini.get_submodule)
     model.get_output_embeddings = mini.get_output_embeddings
     write_statistics(folder, opened.manifest, load_sae(opened.manifest.sae), model)
     opened.manifest.save(folder)
