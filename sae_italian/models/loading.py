@@ -152,6 +152,9 @@ def _fetch(loader: Any, resolved: ResolvedModel, **arguments: Any) -> Any:
         with no_bars_in_a_pipe():
             return loader(resolved.load_from, **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if resolved.entry is not None and resolved.entry.wheels and not Path(resolved.load_from).is_dir():
+            fetch = f"sae-italian models fetch {resolved.entry.aliases[0]}"
+            raise UsageError(f"{resolved.saved_name} is not on this machine. `{fetch}` fetches it.") from error
         raise explain(error, resolved.saved_name, resolved.revision) from error
 
 

@@ -1,6 +1,6 @@
 """Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
 
-python -m tests.bench training|corpora|cache|autointerp|browser --help
+python -m tests.bench training|start|corpora|cache|autointerp|browser --help
 """
 
 from __future__ import annotations
@@ -44,6 +44,18 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--characters", type=int, default=20_000_000, help="of text to read")
     sub.add_argument("--repeats", type=int, default=3)
     sub.add_argument("--memory-bytes", type=int, default=0, help="also measure the memory over a stream this long")
+    sub = add(
+        "start", _bench_start, "an SAE that starts at zero against one that starts at the mean, on real activations"
+    )
+    sub.add_argument("corpus", help="a local corpus of Italian text")
+    sub.add_argument("--model", default="gemma-3-270m")
+    sub.add_argument("--hook-name", default="blocks.8.hook_resid_post")
+    sub.add_argument("--d-sae", type=int, default=4_096)
+    sub.add_argument("--k", type=int, default=32)
+    sub.add_argument("--lr", type=float, default=4e-3)
+    sub.add_argument("--steps", type=int, default=120, help="of 2,048 tokens")
+    sub.add_argument("--seeds", type=int, nargs="*", default=[42])
+    sub.add_argument("--stock", action="store_true", help="also SAELens' own topk, five times slower")
     sub = add("cache", _bench_cache, "building and reading a feature cache, against Delphi's way of building it")
     sub.add_argument("sae", nargs="?", help="an SAE's folder, or release:sae_id; without it only reading is measured")
     sub.add_argument("--model", help="default: the model in the SAE's metadata")
@@ -109,6 +121,12 @@ def _bench_browser(options: argparse.Namespace) -> Result:
         if options.d_sae:
             result["page"] = measure_page(folder / str(options.d_sae[-1]) / "out", repeats=options.repeats)
     return result, table_of(result)
+
+
+def _bench_start(options: argparse.Namespace) -> Result:
+    from tests.bench.start import bench_start
+
+    return bench_start(options)
 
 
 def _bench_cache(options: argparse.Namespace) -> Result:

@@ -247,3 +247,9 @@ def test_a_small_disk_and_a_model_of_the_hub_are_said(registry, monkeypatch):
     monkeypatch.setattr(ours, "FETCH_BYTES", 1e18)
     with pytest.raises(UsageError, match="are free"):
         ours.fetch_model(catalogue()["chi/modello-finto"])
+
+
+def test_a_model_that_was_not_fetched_says_how_to(registry, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match="`sae-italian models fetch modello-finto` fetches it"):
+        load_model("modello-finto")
