@@ -47,7 +47,9 @@ def bench_start(options: argparse.Namespace) -> tuple[Any, str]:
             _train_together(specs, folders, model, Path(scratch))
             for name, folder in folders.items():
                 last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-                card = evaluate(load_sae(folder), model, options.corpus, n_tokens=8_000, context_size=128).estimates()
+                card = evaluate(
+                    load_sae(folder), model, options.corpus, n_tokens=8_000, n_loss_tokens=2_000, context_size=128
+                ).estimates()
                 found = {key: card[key].value for key in ("explained_variance", "ce_loss_recovered", "kl_recovered")}
                 rows.append(
                     {"sae": name, "seed": seed, **found, "dead": last["sparsity/dead_features"] / options.d_sae}
