@@ -48,7 +48,7 @@ def bench_start(options: argparse.Namespace) -> tuple[Any, str]:
             for name, folder in folders.items():
                 last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
                 card = evaluate(
-                    load_sae(folder), model, options.corpus, n_tokens=8_000, n_loss_tokens=2_000, context_size=128
+                    load_sae(folder), model, options.corpus, n_tokens=8_000, loss_tokens=2_000, context_size=128
                 ).estimates()
                 found = {key: card[key].value for key in ("explained_variance", "ce_loss_recovered", "kl_recovered")}
                 rows.append(
