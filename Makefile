@@ -13,8 +13,9 @@ quickstart: install  ## train, cache, explain, score, report: the whole way on t
 bench: install  ## speed beside other libraries: TABLE=training|start|corpora|cache|autointerp|browser, ARGS for its options
 	$(BIN)/python -m tests.bench $(TABLE) $(ARGS)
 
-# One process a core, one file at a time in each; torch then needs no threads of its own.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# One process a core, one file at a time in each; torch then needs no threads of its own. A process that dies ends the run:
+# pytest-xdist would wait for its replacement for ever.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=0
 
 test: install  ## the default test suite
 	$(PYTEST) -m "not slow and not real"

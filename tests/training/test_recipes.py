@@ -21,7 +21,7 @@ SHAPES = {
     "EleutherAI/pythia-410m-deduped": ("gpt_neox", 1024, 24, 2048),
     "meta-llama/Llama-3.1-8B": ("llama", 4096, 32, 131_072),
 }
-FAMILIES = {"MistralForCausalLM": "mistral", "LlamaForCausalLM": "llama"}
+FAMILIES = {"MistralForCausalLM": "mistral", "LlamaForCausalLM": "llama", "Gemma3ForCausalLM": "gemma3_text"}
 RECIPES = sorted(
     file.relative_to(configs_folder()).as_posix()
     for file in configs_folder().rglob("*.yaml")
@@ -40,6 +40,7 @@ def shape_of(name: str) -> types.SimpleNamespace:
         family, d_model, layers, context = SHAPES[name]
     return types.SimpleNamespace(
         model_type=family,
+        architectures=None if entry is None else [entry.architecture],
         hidden_size=d_model,
         num_hidden_layers=layers,
         max_position_embeddings=context,
