@@ -225,21 +225,14 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str:
 
 
 @contextmanager
-def claimed(
-    out: Path,
-    kind: str,
-    spec: dict[str, Any],
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    changeable: Collection[str] = (),
-) -> Iterator[bool]:
+def claimed(out: Path, kind: str, spec: dict[str, Any], **how: Any) -> Iterator[bool]:
     """Hold `out` for this process alone while the block writes it; claim it, and yield whether an earlier run goes on.
 
+    how: `resume`, `overwrite` and `changeable`, as `claim_folder` takes them.
     Raises: UsageError as `locked` and `claim_folder`, and when the disk is full in the block.
     """
     with locked([out]), disk_errors(out):
-        yield claim_folder(out, kind, spec, resume=resume, overwrite=overwrite, changeable=changeable)
+        yield claim_folder(out, kind, spec, **how)
         give_rights(out)
 
 

@@ -85,9 +85,14 @@ def import_model(
         name: The model's name from now on; default: the file's.
         overwrite: Replace a model imported under the same name.
     """
+    from sae_italian.models import catalogue
     from sae_italian.models.gguf import import_gguf, record_of
 
     name = name or file.stem
+    if any(name.lower() in (entry.name.lower(), *entry.aliases) for entry in catalogue().values()):
+        raise UsageError(
+            f"{name!r} is a model of the catalogue, which a file must not stand in for. Give another --as."
+        )
     folder = import_gguf(file, name, overwrite=overwrite)
     return Result({"name": name, "folder": str(folder), **(record_of(folder) or {})})
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import claim_folder, read_json, remove, write_json, write_text
+from sae_italian.base.storage import claim_folder, give_rights, read_json, remove, write_json, write_text
 from sae_italian.cache import FeatureCache, build_caches
 from sae_italian.corpora import CorpusStream, Reader
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
@@ -171,6 +171,7 @@ def _fitted(sae: Any, subject: Subject, folder: Path, settings: Settings) -> dic
     found = fit_baselines(stream, sae, settings.kinds, **sizes, seed=settings.seed)
     for name, baseline in found.items():
         baseline.save_model(folder / name)
+    give_rights(folder)
     return found
 
 

@@ -54,7 +54,7 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
         if continuing and (out / WEIGHTS).is_file():
             clear_checkpoints(out)
         else:
-            _train_together({SAE_FOLDER: spec}, {SAE_FOLDER: out}, model, out)
+            train_together({SAE_FOLDER: spec}, {SAE_FOLDER: out}, model, out)
     return out
 
 
@@ -94,11 +94,11 @@ def train_group(suite: SuiteSpec, out: Path, index: int) -> list[Path]:
     with contextlib.ExitStack() as stack:
         for name, spec in specs.items():
             stack.enter_context(claimed(folders[name], KIND, spec.model_dump(mode="json"), resume=True))
-        _train_together(specs, folders, model, own)
+        train_together(specs, folders, model, own)
     return list(folders.values())
 
 
-def _train_together(specs: Mapping[str, RunSpec], folders: Mapping[str, Path], model: Any, out: Path) -> None:
+def train_together(specs: Mapping[str, RunSpec], folders: Mapping[str, Path], model: Any, out: Path) -> None:
     """Train SAEs on one stream of batches, from their last checkpoint in `out` if there is one."""
     runs = {name: SAERun(spec, model, folders[name]) for name, spec in specs.items()}
     hook_names = [hook for spec in specs.values() for hook in spec.hook_names]

@@ -10,9 +10,10 @@ from typing import Any
 
 from sae_italian.base.report import table
 from sae_italian.evaluation import evaluate
+from sae_italian.models import load_model
 from sae_italian.saes import load_sae
 from sae_italian.training import load_spec
-from sae_italian.training.run import _model_of, _train_together
+from sae_italian.training.run import train_together
 
 SAES = {
     "sparse_topk, zero": ("sparse_topk", "zero"),
@@ -39,12 +40,12 @@ def bench_start(options: argparse.Namespace) -> tuple[Any, str]:
                 {"start": start} if start else {}
             )
             specs[name] = spec.model_copy(update={"sae": sae})
-        model = _model_of(next(iter(specs.values())))
+        model = load_model(options.model)
         with tempfile.TemporaryDirectory() as scratch:
             folders = {name: Path(scratch) / str(number) for number, name in enumerate(which)}
             for folder in folders.values():
                 folder.mkdir()
-            _train_together(specs, folders, model, Path(scratch))
+            train_together(specs, folders, model, Path(scratch))
             for name, folder in folders.items():
                 last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
                 card = evaluate(

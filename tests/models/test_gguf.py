@@ -1,6 +1,7 @@
 """GGUF files: dequantised once, tokenizer and record beside the weights; and models that come as wheels."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from sae_italian.models import gguf as ours
 from sae_italian.models.catalogue import ModelEntry
 
 gguf = pytest.importorskip("gguf")
+UMASK = os.umask(0)
+os.umask(UMASK)
 D, LAYERS, HEADS, KV, MLP = 32, 2, 4, 2, 64
 
 
@@ -90,6 +93,8 @@ def test_weights_tokenizer_and_record_come_through(quantised, tmp_path, home):
     assert main(["models", "import", str(file), "--as", "mio/piccolo", "--json"]) == 0
     record = json.loads((home / "mio--piccolo" / "gguf.json").read_text())
     assert record["sha256"] == sha256_file(file) and record["licence"] == "apache-2.0"
+    rights = {path.name: path.stat().st_mode & 0o777 for path in (home / "mio--piccolo").iterdir()}
+    assert set(rights.values()) == {0o666 & ~UMASK}, rights
     assert record["quantisation"] == ("MOSTLY_Q8_0" if quantised else "ALL_F32")
     assert record["tensors"].get("Q8_0", 0) == (2 + 7 * LAYERS if quantised else 0)
     model = load_model("mio/piccolo")
@@ -165,6 +170,7 @@ def test_names_are_taken_once_and_nothing_foreign_is_replaced(tmp_path, home):
     with pytest.raises(UsageError, match="was not written by"):
         ours.import_gguf(file, "tesi", overwrite=True)
     assert (home / "tesi" / "tesi.txt").read_text() == "mia"
+    assert main(["models", "import", str(file), "--as", "Minerva-1B"]) == 2  # it would hide the one of the catalogue
     for name in ("../su", "/via", ""):
         with pytest.raises(UsageError, match="no name for a model"):
             ours.import_gguf(file, name)

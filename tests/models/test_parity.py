@@ -96,6 +96,18 @@ def test_every_family_reads_the_same(family, mini, tmp_path):
             assert difference < TOLERANCE, (backend, what, difference)
 
 
+def test_a_difference_is_seen_where_it_is():
+    """Power of the tests above: the last layer's MLP a thousandth larger shows behind it, and not before it."""
+    other = load_model("sae-italian-mini", "bridge")
+    tokens = torch.randint(3, 500, (1, 40))
+    changed = load_model("sae-italian-mini")
+    with torch.no_grad():
+        changed.get_submodule("model.layers.3.mlp.down_proj").weight.mul_(1.001)
+    found = largest_differences(changed, other, tokens)
+    seen = {what.split()[0] for what, difference in found.items() if difference > TOLERANCE}
+    assert seen == {"logits", "R", "M"}, found
+
+
 @pytest.mark.slow
 def test_minerva_350m_whole(tmp_path, monkeypatch):
     """Random weights in the real geometry, 351.57 M parameters, shorter and longer than the window of 2048."""
