@@ -15,7 +15,7 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.labels import label
 from sae_italian.base.pictures import svg
 from sae_italian.base.report import table
-from sae_italian.base.storage import read_json, write_json, write_text
+from sae_italian.base.storage import LOCK_FILE, locked, read_json, write_json, write_text
 from sae_italian.browser.page import static_text, style
 from sae_italian.browser.source import RESULTS
 from sae_italian.models import parse_hook_name
@@ -92,14 +92,14 @@ def _row(sae: Path, cache: Path | None, results: dict[str, Any]) -> Row:
 def write_overview(rows: list[Row], out: Path, title: str) -> Path:
     """Write `index.html`, `overview.svg` and `overview.json` into `out`, each whole; return the page's path.
 
-    Raises: UsageError if `out` holds anything else.
+    Raises: UsageError if `out` holds anything else, or another process writes it.
     """
-    ours = {"index.html", "overview.svg", OVERVIEW}
-    if out.exists() and (not out.is_dir() or {child.name for child in out.iterdir()} - ours):
-        raise UsageError(f"{out} holds something else than an overview. Give a new or an empty folder.")
-    write_json(out / OVERVIEW, {"title": title, "rows": rows})
-    write_text(out / "overview.svg", picture(rows))
-    write_text(out / "index.html", overview_page(rows, title, out))
+    with locked([out]):
+        if {child.name for child in out.iterdir()} - {"index.html", "overview.svg", OVERVIEW, LOCK_FILE}:
+            raise UsageError(f"{out} holds something else than an overview. Give a new or an empty folder.")
+        write_json(out / OVERVIEW, {"title": title, "rows": rows})
+        write_text(out / "overview.svg", picture(rows))
+        write_text(out / "index.html", overview_page(rows, title, out))
     return out / "index.html"
 
 

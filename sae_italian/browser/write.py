@@ -15,7 +15,6 @@ import gc
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import read_json, write_json
+from sae_italian.base.storage import LOCK_FILE, atomic_path, locked, read_json, remove, write_json
 from sae_italian.browser.page import page, script, style
 from sae_italian.browser.schema import Record, check, check_card, check_rows, fields
 
@@ -40,7 +39,6 @@ POLICY = (
     "style-src 'self' file:; img-src data:; base-uri 'none'; form-action 'none'\">"
 )
 OURS = r"index\.html|browser\.json|assets/app\.(js|css)|(data|other)/(run|rows|cards|matches)/\d+\.js"
-DESKTOP_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 FIRST, BITS = 0x3400, 15
 LEVEL = 6  # of deflate: 9 takes twice the time for 4 % fewer bytes
 LEVELS = 999  # activations of a passage are kept as so many parts of its largest
@@ -54,10 +52,10 @@ def write_browser(out: Path, source: Any, *, other: tuple[str, Any, dict[str, li
     may be new, empty or a browser written earlier, which is replaced as a whole at the end: until then, and after any
     error, it stays as it was.
 
-    Raises: UsageError if `out` holds anything that is not ours; DataError if a record does not fit its schema.
+    Raises: UsageError if `out` holds anything that is not ours, or another process writes it; DataError if a record does
+    not fit its schema.
     """
     out = Path(out).resolve()
-    _refuse_foreign(out)
     with _replaced_folder(out) as folder:
         run = check("run", source.run())
         (folder / "assets").mkdir()
@@ -74,12 +72,30 @@ def write_browser(out: Path, source: Any, *, other: tuple[str, Any, dict[str, li
     return out / "index.html"
 
 
+@contextmanager
+def _replaced_folder(out: Path) -> Iterator[Path]:
+    """Hold `out`; yield a new folder beside it, put it in the place of `out` when the block ends well, else remove it."""
+    is_new, aside = not out.exists(), out.with_name(f".{out.name}.{os.getpid()}.old")
+    try:
+        with locked([out]):
+            _refuse_foreign(out)
+            try:
+                with atomic_path(out) as fresh:
+                    fresh.mkdir()
+                    yield fresh
+                    out.rename(aside)
+            finally:
+                if not out.exists():
+                    aside.rename(out)
+                remove(aside)
+    finally:
+        if is_new and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+
+
 def _refuse_foreign(out: Path) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UsageError(f"{out} is a file; a folder for the browser was expected. Give another path.")
-    files = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.name not in DESKTOP_LITTER]
+    litter = {".DS_Store", "Thumbs.db", "desktop.ini", LOCK_FILE}
+    files = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.name not in litter]
     if files and not _is_browser(out):
         raise UsageError(f"{out} is not empty and holds no latent browser. Give a new or an empty folder.")
     for name in files:
@@ -92,28 +108,6 @@ def _is_browser(folder: Path) -> bool:
         return read_json(folder / MARKER)["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-@contextmanager
-def _replaced_folder(out: Path) -> Iterator[Path]:
-    """Yield a new sibling folder; put it in the place of `out` when the block ends well, remove it otherwise."""
-    fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        if out.exists():
-            out.rename(aside)
-        try:
-            fresh.rename(out)
-        except OSError:
-            if aside.exists():
-                aside.rename(out)
-            raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_source(folder: Path, source: Any, run: Record, more: dict[str, Any]) -> dict[str, Any]:

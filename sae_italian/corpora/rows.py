@@ -33,7 +33,8 @@ MICRO_ITALIANO, HELD_OUT_MICRO = "micro-italiano", "micro-italiano, held out"
 PRETOKENIZED = "progress.json"  # the file that tells a pretokenised folder of ours
 MAX_LINE = 2**27  # characters; 20 million, as JSON may write them in six each. A longer line is cut, so broken
 ROWS_PER_BATCH = 256
-HASHED_WHOLE, HASHED_PARTS = 2**22, 16  # bytes of a file; of a longer one as many, in parts
+HASHED_WHOLE = 2**28  # bytes of a corpus, about half a second
+HASHED_PARTS, HASHED_PART = 16, 2**18  # of each file of a larger one: parts, and bytes of a part
 HELD_OUT_PERMILLE = 50
 AGAIN = "Get it again and resume, or skip it (on_broken=skip)."
 
@@ -70,23 +71,24 @@ class TextFile(NamedTuple):
     def is_local(self) -> bool:
         return not self.path.startswith(hub.PREFIX)
 
-    def identity(self) -> Any:
+    def identity(self, whole: bool = True) -> Any:
         """Return what makes it this very file: of a local one the size and a hash of its content.
 
-        Of more than 4 MiB, evenly spaced parts are hashed, and the date of the last change with them.
+        Of a file that is not to be read as a `whole`, evenly spaced parts are hashed, and the date of the last change
+        with them: an edit between the parts with the date put back is not seen.
         """
         if not self.is_local:
             return self.version
         file, digest = Path(self.path), hashlib.blake2b(digest_size=8)
-        size, step = file.stat().st_size, HASHED_WHOLE // HASHED_PARTS
+        facts = file.stat()
         with file.open("rb") as handle:
+            if whole or facts.st_size <= HASHED_PARTS * HASHED_PART:
+                return [facts.st_size, hashlib.file_digest(handle, lambda: digest).hexdigest()]
             for part in range(HASHED_PARTS):
-                if size > HASHED_WHOLE:
-                    handle.seek((size - step) * part // (HASHED_PARTS - 1))
-                digest.update(handle.read(step))
-        if size > HASHED_WHOLE:
-            digest.update(b"%d" % file.stat().st_mtime_ns)
-        return [size, digest.hexdigest()]
+                handle.seek((facts.st_size - HASHED_PART) * part // (HASHED_PARTS - 1))
+                digest.update(handle.read(HASHED_PART))
+        digest.update(b"%d" % facts.st_mtime_ns)
+        return [facts.st_size, digest.hexdigest()]
 
     def open(self) -> Any:
         """Return the file's bytes, decompressed."""

@@ -25,6 +25,7 @@ from sae_italian.base.storage import fingerprint
 from sae_italian.corpora import catalogue, hub
 from sae_italian.corpora.filters import Filters, Sieve
 from sae_italian.corpora.rows import (
+    HASHED_WHOLE,
     MICRO_ITALIANO,
     OTHER_SPLIT,
     Broken,
@@ -184,7 +185,9 @@ class _Files:
     def spec(self) -> Any:
         if self.name == MICRO_ITALIANO:
             return {"name": self.name, "seed": int(self.shards[0].path)}
-        return {"name": self.name, "shards": [[shard.name, shard.identity()] for shard in self.shards]}
+        local = sum(Path(shard.path).stat().st_size for shard in self.shards if shard.is_local)
+        identities = [[shard.name, shard.identity(whole=local <= HASHED_WHOLE)] for shard in self.shards]
+        return {"name": self.name, "shards": identities}
 
 
 def _open(name: str, reader: Reader, counts: DocumentCounts) -> _Files:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import locked
 from sae_italian.browser.opening import beside, match_latents
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.suite import overview_text, read_suite, write_overview
@@ -74,6 +75,8 @@ def test_the_overview_is_a_table_a_picture_and_json(suite: Path, tmp_path: Path)
     assert (tmp_path / "out" / "overview.svg").read_text().count("layer") >= 1
     assert json.loads((tmp_path / "out" / "overview.json").read_text())["rows"] == rows
     write_overview(rows, tmp_path / "out", "again")
+    with locked([tmp_path / "out"]), pytest.raises(UsageError, match="out is being written by another process"):
+        write_overview(rows, tmp_path / "out", "again")
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(UsageError, match="something else"):
         write_overview(rows, tmp_path / "out", "again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import textwrap
 import tracemalloc
@@ -123,14 +124,14 @@ def titled(n: int, title: str) -> FakeSource:
 def test_a_failed_last_step_puts_the_earlier_browser_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     write_browser(out, titled(3, "first"))
-    rename = Path.rename
+    replace = os.replace
 
-    def refuse(self: Path, target: Path) -> Path:
-        if self.name.endswith(".tmp"):
+    def refuse(source: Any, target: Any) -> None:
+        if Path(target) == out:
             raise OSError("disk full")
-        return rename(self, target)
+        replace(source, target)
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="disk full"):
         write_browser(out, titled(3, "second"))
     assert read_data(out / "data" / "run" / "0000.js")["run"]["title"] == "first"
@@ -174,6 +175,27 @@ def test_foreign_folders_are_refused_before_a_card_is_read(tmp_path: Path) -> No
     (other / "browser.json").write_text('{"format": "something else"}')
     with pytest.raises(UsageError, match="holds no latent browser"):
         write_browser(other, never)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_two_writers_of_one_browser_are_refused_by_name(tmp_path: Path, is_there: bool) -> None:
+    out = tmp_path / "out"
+    if is_there:
+        write_browser(out, make_source(2))
+
+    class Second(FakeSource):
+        """While the first writes its cards, a second one begins."""
+
+        def card(self, latent: int) -> Record:
+            with pytest.raises(UsageError, match=f"{out} is being written by another process"):
+                write_browser(out, make_source(2))
+            return super().card(latent)
+
+    source = make_source(3)
+    write_browser(out, Second(source.run_record, source.row_records, {}))
+    assert read_data(out / "data" / "run" / "0000.js")["rows"] == 3
+    assert {path.name for path in out.iterdir()} == {"index.html", "browser.json", "assets", "data"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_note_left_in_a_browser_is_not_deleted(tmp_path: Path) -> None:

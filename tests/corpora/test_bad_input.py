@@ -196,8 +196,10 @@ def test_a_csv_without_the_text_column_lists_its_columns_and_names_the_option(tm
 
 
 @pytest.mark.parametrize("size", [30, 5_000_000])
-def test_a_file_rewritten_with_the_same_size_is_another_corpus(tmp_path, size):
+@pytest.mark.parametrize("whole", [2**28, 0])
+def test_a_file_rewritten_with_the_same_size_is_another_corpus(tmp_path, monkeypatch, size, whole):
     """And the same text with another date is the same one, where the whole of it is read to know."""
+    monkeypatch.setattr("sae_italian.corpora.stream.HASHED_WHOLE", whole)
     file = tmp_path / "a.txt"
 
     def written(text):
@@ -209,7 +211,20 @@ def test_a_file_rewritten_with_the_same_size_is_another_corpus(tmp_path, size):
     assert old != new and (old_text, new_text) == ("uno ", "due ")
     assert written("due ")[0] == new
     os.utime(file, ns=(10**18 + 1, 10**18 + 1))
-    assert (CorpusStream(file).spec() == new) == (size == 30)
+    assert (CorpusStream(file).spec() == new) == (size == 30 or whole > 0)
+
+
+def test_one_letter_changed_anywhere_with_the_date_put_back_is_another_corpus(tmp_path):
+    """Of 5 MB, parts of 256 KiB were hashed with 71 KB between them: letter 300,000 was in none."""
+    file = tmp_path / "a.txt"
+    text = bytearray(b"uno due tre " * 420_000)
+    seen = set()
+    for place in (0, 300_000, 2_500_000, len(text) - 1):
+        text[place] ^= 1
+        file.write_bytes(text)
+        os.utime(file, ns=(10**18, 10**18))
+        seen.add(json.dumps(CorpusStream(file).spec()))
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("line", ['{"text": "a", "n": ' + "9" * 6000 + "}", "[" * 100_000, '{"text": "a\x00'])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import locked
 from sae_italian.corpora import CorpusStream, TextDocument, iter_documents, pack, pretokenize
 from sae_italian.corpora.packing import NO_DOCUMENT, layout_of
 from sae_italian.corpora.pretokenize import PretokenizedCorpus
@@ -103,6 +104,17 @@ def test_a_full_disk_keeps_finished_shards_and_resumes_to_the_same_files(corpus,
         make(corpus, TOKENIZER, out, **settings)
     make(corpus, TOKENIZER, out, **settings, resume=True)
     assert all_files(out) == all_files(whole)
+
+
+def test_two_writers_of_one_folder_are_refused_by_name(corpus, tmp_path):
+    out = tmp_path / "out"
+    with locked([out]), pytest.raises(UsageError, match=f"{out} is being written by another process"):
+        make(corpus, TOKENIZER, out, context_size=16, n_tokens=1000)
+    assert list(out.iterdir()) == []
+    made = PretokenizedCorpus(make(corpus, TOKENIZER, out, context_size=16, n_tokens=1000))
+    with locked([out]), pytest.raises(UsageError, match="is being written by another process"):
+        make(corpus, TOKENIZER, out, context_size=16, n_tokens=1000, overwrite=True)
+    assert len(made) == 63 and (out / "data-00000.arrow").is_file()
 
 
 def test_another_run_in_the_folder_and_bad_settings_are_refused(corpus, tmp_path):
