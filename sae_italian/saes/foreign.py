@@ -268,10 +268,14 @@ def _llama_scope_state(folder: Path, config: Config, tensors: State) -> State:
 
 
 class HubFormat(NamedTuple):
-    """A format that SAELens reads, if only from the hub: the files that mark it, SAELens' loader, what to do if it fails."""
+    """A format that SAELens reads, if only from the hub: the files that mark it, SAELens' loader, what to do if it fails.
+
+    facts: what the files in a folder say and the loader does not read.
+    """
 
     files: tuple[str, ...]
     loader: str
+    facts: Callable[[Path], Config] = lambda _folder: {}
     hint: str = ""
 
     def is_in(self, folder: Path) -> bool:
@@ -289,28 +293,75 @@ class HubFormat(NamedTuple):
         def beside(_repo_id: str = "", filename: str = "", **_: Any) -> str:
             return str(folder / Path(filename).name)
 
+        overrides = self.facts(folder) | (cfg_overrides or {})
         # all that keeps the loaders from files on disk is that they ask the hub where these are
         with patch.object(saelens, "hf_hub_download", beside):
             load = getattr(saelens, self.loader)
-            config, state, _ = load(*names, device=device, cfg_overrides=cfg_overrides)
+            config, state, _ = load(*names, device=device, cfg_overrides=overrides)
         config["d_in"], config["d_sae"] = state["W_enc"].shape  # Gemma Scope's names say them only roughly
-        if self is OPENMOSS and read_json(folder / "config.json").get("norm_activation") == "inference":
-            config["normalize_activations"] = "none"  # folded in already
         return config, state
 
 
+def _openmoss_facts(folder: Path) -> Config:
+    folded = read_json(folder / "config.json").get("norm_activation") == "inference"
+    return {"normalize_activations": "none"} if folded else {}
+
+
+def _dictionary_facts(folder: Path) -> Config:
+    """Return the hook of an SAE of dictionary_learning, of which SAELens reads the layer alone.
+
+    `trainer.submodule_name` names the module: as in its demo and pages (`resid_post_layer_3`, `mlp_out_layer1`), by path or
+    as a hook; `buffer.io` says whether the module's input or output was read. Raises: UsageError for what is neither.
+    """
+    theirs = read_json(folder / "config.json")
+    trainer, io = theirs["trainer"], theirs["buffer"].get("io", "out")
+    layer, name, kind = trainer["layer"], trainer.get("submodule_name"), trainer["dict_class"]
+    if kind not in DICTIONARIES:
+        raise UsageError(f"{folder} has the dict_class {kind!r}; only {', '.join(DICTIONARIES)} can be loaded.")
+    hook_name = _dictionary_hook(str(name), io, layer)
+    if hook_name is None:
+        raise UsageError(
+            f"{folder}: submodule_name {name!r} with io {io!r} and layer {layer!r} names no hook that is known. Write the "
+            f"hook into config.json as trainer.submodule_name, e.g. 'blocks.{layer}.hook_resid_post'."
+        )
+    return {"hook_name": hook_name}
+
+
+def _dictionary_hook(name: str, io: str, layer: int) -> str | None:
+    if said := SUBMODULE.fullmatch(name):
+        part, side, number = said.groups()
+        if side and io != ("in" if side in ("pre", "in") else "out"):
+            return None
+        name = f"layers.{number}{'' if part == 'resid' else f'.{part}'}"
+    try:
+        hook = parse_hook_name(name)
+    except UsageError:
+        return None
+    if io == "in" and not name.startswith("blocks."):
+        name = f"blocks.{hook.layer}.{INPUTS[hook.legacy]}" if hook.legacy in INPUTS else None
+    else:
+        name = hook.name if io in ("in", "out") else None
+    return name if hook.layer == layer else None
+
+
+DICTIONARIES = (
+    *("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"),
+    *("JumpReluAutoEncoder", "GatedAutoEncoder"),
+)
+SUBMODULE = re.compile(r"(resid|mlp|attn|attention)_?(pre|in|post|out)?_?(?:layer_?)?(\d+)")
+INPUTS = {"hook_resid_post": "hook_resid_pre", "hook_mlp_out": "mlp.hook_in"}  # by the hook of the module's output
 SAELENS_WEIGHTS = "sae_weights.safetensors"
 SPARSIFY = Format("cfg.json", "sae.safetensors", _sparsify_config, _sparsify_state)
 LLAMA_SCOPE = Format("hyperparams.json", "checkpoints/final.safetensors", _llama_scope_config, _llama_scope_state)
-OPENMOSS = HubFormat(("config.json", SAELENS_WEIGHTS), "llama_scope_r1_distill_sae_huggingface_loader")
+OPENMOSS = HubFormat(("config.json", SAELENS_WEIGHTS), "llama_scope_r1_distill_sae_huggingface_loader", _openmoss_facts)
 FORMATS = (
     SPARSIFY,
     LLAMA_SCOPE,
     OPENMOSS,
-    HubFormat(("config.json", "ae.pt"), "dictionary_learning_sae_huggingface_loader_1"),
+    HubFormat(("config.json", "ae.pt"), "dictionary_learning_sae_huggingface_loader_1", _dictionary_facts),
     HubFormat(
         ("params.npz",),
         "gemma_2_sae_huggingface_loader",
-        " Keep Gemma Scope's names: gemma-scope-2b-pt-res/layer_12/width_16k/...",
+        hint=" Keep Gemma Scope's names: gemma-scope-2b-pt-res/layer_12/width_16k/...",
     ),
 )

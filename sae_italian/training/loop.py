@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,13 +17,14 @@ from safetensors import SafetensorError
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import progress
 from sae_italian.base.storage import atomic_path, disk_errors, remove
+from sae_italian.saes.loading import tensors_alone
 from sae_italian.training.sae_run import SAERun
 from sae_italian.training.stream import ActivationStream
 
 LOG_EVERY_STEPS = 10
 HOPELESS_AFTER = 30  # steps: a start that suits explains more than the mean does by then
 CHECKPOINTS, RANDOM_FILE = "checkpoints", "random.pt"
-UNREADABLE = (OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError)
+UNREADABLE = (DataError, OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError)
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
 STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
@@ -68,10 +68,11 @@ class Loop:
         if last is None:
             return False
         try:
-            for name, run in self.runs.items():
-                run.load(last / name)
-            self.stream.load(last)
-            cpu, *gpus = torch.load(last / RANDOM_FILE)
+            with tensors_alone():
+                for name, run in self.runs.items():
+                    run.load(last / name)
+                self.stream.load(last)
+                cpu, *gpus = torch.load(last / RANDOM_FILE)
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
         except UNREADABLE as error:

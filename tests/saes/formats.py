@@ -127,12 +127,14 @@ def dictionary_forward(kind: str, w: dict[str, torch.Tensor], k: int, x: torch.T
     return z, z @ w["decoder.weight"].T + b_dec
 
 
-def write_dictionary(folder: Path, kind: str, weights: dict[str, torch.Tensor], k: int, **trainer: Any) -> Path:
+def write_dictionary(
+    folder: Path, kind: str, weights: dict[str, torch.Tensor], k: int, io: str = "out", **trainer: Any
+) -> Path:
     """`config.json` and `ae.pt`, as dictionary_learning's training writes them."""
     folder.mkdir(parents=True, exist_ok=True)
     matrix = weights["W_enc"].T if "W_enc" in weights else weights["encoder.weight"]
     config = {"dict_class": kind, "activation_dim": matrix.shape[1], "dict_size": matrix.shape[0], "layer": 3, "k": k}
     config |= {"lm_name": "EleutherAI/pythia-160m-deduped", "submodule_name": "resid_post_layer_3"} | trainer
-    (folder / "config.json").write_text(json.dumps({"trainer": config, "buffer": {"ctx_len": 1024}}))
+    (folder / "config.json").write_text(json.dumps({"trainer": config, "buffer": {"ctx_len": 1024, "io": io}}))
     torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "ae.pt")
     return folder

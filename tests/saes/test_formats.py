@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.saes import check_fits, load_sae
+from sae_italian.training.loop import Loop
 from tests.saes.formats import (
     dictionary_forward,
     dictionary_weights,
@@ -50,28 +53,88 @@ def test_dictionary_learning(tmp_path, kind):
     assert metadata.model_name == "pythia-160m-deduped"
 
 
+@pytest.mark.parametrize(
+    ("submodule", "io", "hook_name"),
+    [
+        ("resid_post_layer_3", "out", "blocks.3.hook_resid_post"),
+        ("resid_out_layer3", "out", "blocks.3.hook_resid_post"),
+        ("resid_pre_layer_3", "in", "blocks.3.hook_resid_pre"),
+        ("mlp_out_layer3", "out", "blocks.3.hook_mlp_out"),
+        ("mlp_layer_3", "in", "blocks.3.mlp.hook_in"),
+        ("attn_out_layer3", "out", "blocks.3.hook_attn_out"),
+        ("gpt_neox.layers.3.mlp", "out", "blocks.3.hook_mlp_out"),
+        ("model.layers.3", "in", "blocks.3.hook_resid_pre"),
+        ("blocks.3.hook_attn_out", "in", "blocks.3.hook_attn_out"),
+        ("resid_post_layer_4", "out", None),
+        ("resid_pre_layer_3", "out", None),
+        ("attn_layer_3", "in", None),
+        ("mlp_out_layer3", "in_and_out", None),
+        ("embed", "out", None),
+        (None, "out", None),
+    ],
+)
+def test_where_an_sae_of_dictionary_learning_reads(tmp_path, submodule, io, hook_name):
+    """What its config says of the module and of its side, else refused: not the residual stream whatever it says."""
+    weights = dictionary_weights("AutoEncoder", 16, 64)
+    folder = write_dictionary(tmp_path / "a", "AutoEncoder", weights, 5, io=io, submodule_name=submodule)
+    if hook_name:
+        assert load_sae(folder).cfg.metadata.hook_name == hook_name
+    else:
+        with pytest.raises(UsageError, match=f"submodule_name {submodule!r} with io '{io}' and layer 3 names no hook"):
+            load_sae(folder)
+
+
 def test_what_is_not_read_of_dictionary_learning_is_named(tmp_path):
     folder = write_dictionary(tmp_path / "b", "AutoEncoder", dictionary_weights("AutoEncoder", 16, 64), 5)
     (folder / "config.json").write_text('{"trainer": {}, "buffer": {}}')
     with pytest.raises(DataError, match="cannot be read: its files lack 'layer'"):
+        load_sae(folder)
+    write_dictionary(folder, "AutoEncoderNew", dictionary_weights("AutoEncoder", 16, 64), 5)
+    with pytest.raises(UsageError, match="has the dict_class 'AutoEncoderNew'; only AutoEncoder, "):
         load_sae(folder)
     (folder / "config.json").unlink()
     with pytest.raises(UsageError, match="ae.pt is a PyTorch file without the config.json .* save_model"):
         load_sae(folder)
 
 
-def test_a_pickle_runs_no_code(tmp_path):
-    """An ae.pt that would write a file when unpickled is refused, and the file is not written."""
-    folder = write_dictionary(tmp_path / "x", "AutoEncoder", dictionary_weights("AutoEncoder", 16, 64), 5)
+@pytest.mark.parametrize("door", ["dictionary_learning", "release", "old SAELens", "ae.pt alone", "checkpoint"])
+def test_a_pickle_runs_no_code(tmp_path, monkeypatch, door):
+    """A PyTorch file that would write a file when unpickled is refused, and the file is not written.
+
+    Whatever the environment allows: PyTorch's own switch makes its plain `torch.load` run it.
+    """
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    folder, written = tmp_path / "x", tmp_path / "written"
+    folder.mkdir()
 
     class Bomb:
         def __reduce__(self):
-            return (open, (str(tmp_path / "written"), "w"))
+            return (open, (str(written), "w"))
 
-    torch.save({"encoder.weight": Bomb()}, folder / "ae.pt")
-    with pytest.raises(DataError, match="cannot be read"):
-        load_sae(folder)
-    assert not (tmp_path / "written").exists()
+    def read() -> object:
+        return load_sae(folder)
+
+    file = folder / "ae.pt"
+    if door == "dictionary_learning":
+        write_dictionary(folder, "AutoEncoder", dictionary_weights("AutoEncoder", 16, 64), 5)
+    elif door == "release":  # one of SAELens' own, whose loader asks torch.load for everything
+        from sae_lens.loading import pretrained_sae_loaders
+
+        monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", lambda **_: str(file))
+        read = lambda: load_sae("deepseek-r1-distill-llama-8b-qresearch:blocks.19.hook_resid_post")  # noqa: E731
+    elif door == "old SAELens":  # before version 2 an SAE was one such file
+        file = folder / "final_sparse_autoencoder_gpt2_blocks.2.hook_resid_pre_64.pt"
+        (folder / "cfg.json").write_text("{}")
+    elif door == "checkpoint":
+        file = folder / "checkpoints" / "1" / "random.pt"
+        file.parent.mkdir(parents=True)
+        loop: Any = Loop.__new__(Loop)
+        loop.out, loop.runs, loop.stream = folder, {}, SimpleNamespace(load=lambda _: None)
+        read = loop.resume
+    torch.save({"encoder.weight": Bomb()}, file)
+    with pytest.raises(UsageError, match="cannot be read|holds no SAE"):
+        read()
+    assert not written.exists()
 
 
 def test_gemma_scope(tmp_path):

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -60,21 +61,26 @@ def test_the_seed_is_honoured(small_spec, trained_sae, tmp_path):
     assert not torch.equal(weights(other)["W_enc"], weights(trained_sae)["W_enc"])
 
 
-def test_the_stock_runner_trains_from_load_config_as_well_as_ours(mini, jsonl, tmp_path, monkeypatch):
-    """No override of any kind: model, documents, k and SAE all come from the config object. So do they in `train`."""
+def test_the_stock_runner_trains_from_load_config_as_well_as_ours(mini, tmp_path, monkeypatch):
+    """No override of any kind: model, documents, column, held-out split, annealing and SAE come from the config object."""
     from sae_lens import LanguageModelSAETrainingRunner
 
+    from sae_italian.corpora import iter_documents
     from sae_italian.evaluation import evaluate
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    documents = itertools.islice(iter_documents("micro-italiano", "all"), 12_000)
+    rows = [json.dumps({"text": "no " * 40, "testo": document.text}) for document in documents]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
     settings = ("training_tokens=100k", "train_batch_size_tokens=512", "buffer_tokens=8192", "sae.d_sae=256")
     short = ("lr_warm_up_steps=0", "lr_decay_steps=60", "dead_feature_window=20", "k_anneal_share=0.1")
-    config = load_config("mini/topk.yaml", *settings, *short)
-    theirs = LanguageModelSAETrainingRunner(config).run()
+    words = ("mini/topk.yaml", *settings, *short, f"corpus={tmp_path}/a.jsonl", "text_column=testo")
+    theirs = LanguageModelSAETrainingRunner(load_config(*words)).run()
     assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     theirs.save_inference_model(tmp_path / "theirs")
-    saes = [load_sae(folder) for folder in (tmp_path / "theirs", train(config, tmp_path / "ours"))]
-    cards = [evaluate(sae, mini, "micro-italiano", n_tokens=10_000, loss_tokens=500) for sae in saes]
+    saes = [load_sae(folder) for folder in (tmp_path / "theirs", train(load_spec(*words), tmp_path / "ours"))]
+    text = {"n_tokens": 10_000, "loss_tokens": 500, "text_column": "testo"}
+    cards = [evaluate(sae, mini, str(tmp_path / "a.jsonl"), **text) for sae in saes]
     assert [card.l0.value for card in cards] == [8, 8]
     assert cards[0].explained_variance.value == pytest.approx(cards[1].explained_variance.value, abs=0.01)
 
