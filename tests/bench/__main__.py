@@ -1,6 +1,6 @@
 """Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
 
-python -m tests.bench training|start|corpora|cache|autointerp|browser --help
+python -m tests.bench training|start|corpora|cache|autointerp|browser|mutants --help
 """
 
 from __future__ import annotations
@@ -56,6 +56,12 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=120, help="of 2,048 tokens")
     sub.add_argument("--seeds", type=int, nargs="*", default=[42])
     sub.add_argument("--stock", action="store_true", help="also SAELens' own topk, five times slower")
+    sub = add("mutants", _bench_mutants, "how many seeded mutants of a room its tests kill (needs mutmut)")
+    sub.add_argument("room", help="statistics, scorers, cache or training")
+    sub.add_argument("--n", type=int, default=200, help="mutants, drawn at random")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--processes", type=int, default=2)
+    sub.add_argument("--folder", type=Path, default=Path("mutation"), help="where it works; the same command goes on")
     sub = add("cache", _bench_cache, "building and reading a feature cache, against Delphi's way of building it")
     sub.add_argument("sae", nargs="?", help="an SAE's folder, or release:sae_id; without it only reading is measured")
     sub.add_argument("--model", help="default: the model in the SAE's metadata")
@@ -127,6 +133,13 @@ def _bench_start(options: argparse.Namespace) -> Result:
     from tests.bench.start import bench_start
 
     return bench_start(options)
+
+
+def _bench_mutants(options: argparse.Namespace) -> Result:
+    from tests.bench.mutants import bench_mutants
+
+    positive("--n", options.n)
+    return bench_mutants(options)
 
 
 def _bench_cache(options: argparse.Namespace) -> Result:

@@ -1,0 +1,99 @@
+"""Each interval beside a slow plain twin of it, written with loops from the formula."""
+
+from math import isnan, nan, sqrt
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from sae_italian.base import statistics
+from sae_italian.base.statistics import Estimate, StreamingBootstrap, bootstrap, interval, shares_by_document
+
+
+def ratio(sums):
+    return sums[:, 0] / sums[:, 1]
+
+
+def test_an_estimate_is_written_with_none_for_what_json_cannot_say():
+    found = Estimate(np.float32(0.5), nan, float("inf"))
+    assert found.finite() == (0.5, None, None) and type(found.finite()[0]) is float
+    assert found.as_dict() == {"value": 0.5, "lo": None, "hi": None}
+
+
+def test_the_interval_is_the_quantiles_of_what_is_finite():
+    resampled = np.array([nan, *range(101), np.inf])
+    assert interval(7.0, resampled) == (7.0, 2.5, 97.5)
+    assert interval(60.0, resampled, centre=True) == (60.0, 12.5, 107.5)  # their mean, 50, is moved to the value
+    assert interval(40.0, resampled, centre=True) == (40.0, -7.5, 87.5)
+    assert interval(3.0, np.array([5.0])) == (3.0, 5.0, 5.0)
+    value, lo, hi = interval(7.0, np.array([nan]))
+    assert value == 7.0 and isnan(lo) and isnan(hi)
+
+
+@pytest.mark.parametrize("kept", [statistics.KEPT_WEIGHTS, 0])  # the weights kept for the next call, or drawn anew
+def test_the_bootstrap_draws_clusters_with_replacement(kept, monkeypatch):
+    monkeypatch.setattr(statistics, "KEPT_WEIGHTS", kept)
+    sums = np.array([[1, 2], [3, 4], [0, 5], [7, 7], [2, 9]])
+    counts = np.random.default_rng(5).multinomial(5, [0.2] * 5, size=200)
+    plain = [sum(c * row[0] for c, row in zip(draw, sums, strict=True)) for draw in counts]
+    plain = np.array(plain) / [sum(c * row[1] for c, row in zip(draw, sums, strict=True)) for draw in counts]
+    found = bootstrap(sums, ratio, n_samples=200, seed=5)
+    assert found == pytest.approx((13 / 27, *np.quantile(plain, (0.025, 0.975))), rel=1e-12)
+    small = bootstrap(sums.astype(np.int8), lambda s: 100 * ratio(s), n_samples=200, seed=5)  # sums of bytes overflow
+    assert small == pytest.approx([100 * x for x in found], rel=1e-12)
+    assert bootstrap(sums, ratio, n_samples=200) == bootstrap(sums, ratio, n_samples=200, seed=0)
+    assert isnan(bootstrap(np.zeros((3, 2)), ratio).value)  # 0/0 without a warning
+
+
+def plain_share(successes, counts):
+    """Wilson's interval at n / design effect, with Student's quantile, of one share: the docstring's words in loops."""
+    pairs = [(s, n) for s, n in zip(successes, counts, strict=True) if n > 0]
+    g, s, n = len(pairs), sum(s for s, _ in pairs), sum(n for _, n in pairs)
+    share = s / n
+    without = [(s - a) / (n - b) for a, b in pairs]
+    mean = sum(without) / g
+    spread = (g - 1) / g * sum((x - mean) ** 2 for x in without)
+    alone = share * (1 - share) / n
+    effective = n / max(1, spread / alone) if alone > 0 else n
+    z2 = student.ppf(0.975, g - 1) ** 2
+    centre = share + z2 / (2 * effective)
+    half = sqrt(z2 * (share * (1 - share) / effective + z2 / (4 * effective**2)))
+    return share, (centre - half) / (1 + z2 / effective), (centre + half) / (1 + z2 / effective)
+
+
+def test_shares_over_documents_are_those_of_the_plain_formula():
+    rng = np.random.default_rng(2)
+    counts = rng.poisson(3, (40, 12))
+    counts[0] = [50, *[1] * 11]  # one document weighs more than all others
+    of_document = rng.beta(0.6, 0.4, counts.shape)
+    successes = rng.binomial(counts, of_document)
+    found = shares_by_document(successes, counts)
+    for number, (mine, of) in enumerate(zip(successes, counts, strict=True)):
+        share, lo, hi = plain_share(mine, of)
+        expected = (share, min(max(lo, 0), share), max(min(hi, 1), share))
+        assert found[:, number] == pytest.approx(expected, rel=1e-9)
+    assert (found >= 0).all() and (found <= 1).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_stream_of_documents_is_resampled_as_if_it_stood_in_one_table(dtype):
+    sums = np.random.default_rng(3).integers(1, 9, (7, 2)).astype(np.float64)
+    stream = StreamingBootstrap(2, n_samples=300, seed=4, dtype=dtype)
+    for rows in ([0, 1, 2], [3], [4, 5, 6], []):
+        stream.add(np.array(rows, dtype=np.int64), sums[rows])
+    weights = np.array([np.random.default_rng((4, cluster)).poisson(1.0, 300) for cluster in range(7)]).T
+    plain = weights @ sums
+    assert stream.total.dtype == stream.resampled.dtype == dtype
+    with np.errstate(invalid="ignore", divide="ignore"):
+        quantiles = np.nanquantile(plain[:, 0] / plain[:, 1], (0.025, 0.975))
+    assert stream.estimate(ratio) == pytest.approx((sums[:, 0].sum() / sums[:, 1].sum(), *quantiles), rel=1e-6)
+    assert isnan(StreamingBootstrap(2, n_samples=5).estimate(ratio).value)  # 0/0 without a warning
+    assert len(StreamingBootstrap(2).resampled) == 1000
+
+
+def test_a_document_in_two_parts_counts_as_in_one():
+    whole, parts = (StreamingBootstrap(1, n_samples=50) for _ in range(2))
+    whole.add(np.array([3, 8]), np.array([[5.0], [2.0]]))
+    parts.add(np.array([8, 3]), np.array([[2.0], [1.0]]))
+    parts.add(np.array([3]), np.array([[4.0]]))
+    assert (whole.total == parts.total).all() and (whole.resampled == parts.resampled).all()
