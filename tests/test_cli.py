@@ -180,7 +180,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(capsys, monkeypatch, command,
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sae_italian.saes.load_sae", stop)
-    monkeypatch.setattr("sae_italian.saes.opening.load_sae", stop)
+    monkeypatch.setattr("sae_italian.saes.loading.load_sae", stop)
     monkeypatch.setattr("sae_italian.cache.FeatureCache.open", stop)
     assert run(capsys, *command) == (130, "", f"sae-italian: {kept}\n")
 

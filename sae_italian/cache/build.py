@@ -31,7 +31,7 @@ from sae_italian.corpora import Split
 from sae_italian.corpora.stream import CorpusStream, Reader, check_corpus
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, weights_hash
-from sae_italian.saes.opening import full_name, open_sae
+from sae_italian.saes.loading import full_name, open_sae
 
 KIND = "cache"
 WINDOWS_PER_SHARD, TOKENS_PER_SHARD = 512, 2**17

@@ -108,7 +108,7 @@ def language(
     from sae_italian.analysis.probes.languages import language_latents
     from sae_italian.base.storage import write_json
     from sae_italian.models.activations import check_context
-    from sae_italian.saes.opening import model_of
+    from sae_italian.saes.loading import model_of
 
     settings = key_values(words, {"context_size": 0, "text_column": "text"})
     corpora = _languages(ud, languages, against)
@@ -232,7 +232,7 @@ def shift(
     from sae_italian.analysis.shift import Condition, context_shift, genres
     from sae_italian.analysis.shift import shift as measure
     from sae_italian.models import load_model
-    from sae_italian.saes.opening import full_name
+    from sae_italian.saes.loading import full_name
 
     settings = key_values(words, {"packed": False, "context_size": 0, "text_column": "text"})
     bounds = _check_shift(by, buckets, edges, settings)

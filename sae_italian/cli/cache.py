@@ -31,7 +31,7 @@ def build(
     """
     from sae_italian.cache import build_caches
     from sae_italian.saes import load_sae, weights_hash
-    from sae_italian.saes.opening import full_name
+    from sae_italian.saes.loading import full_name
 
     settings, names = own_words(saes, {"split": "heldout", "windows_per_shard": 0})
     if settings["windows_per_shard"] < 0:
@@ -109,7 +109,7 @@ def import_cache(
     from sae_italian.cache.imports import import_delphi
     from sae_italian.models import load_model, load_tokenizer
     from sae_italian.saes import load_sae
-    from sae_italian.saes.opening import full_name
+    from sae_italian.saes.loading import full_name
 
     if sae and not model:
         raise UsageError("--sae is given without --model: decoder statistics need both. Add --model, or leave it out.")

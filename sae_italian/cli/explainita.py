@@ -114,7 +114,7 @@ def _replay(data: str, task: Task, split: str, name: str, model: str | None, wor
     """Play the data's tokens through a model and an SAE again, and compare the activations."""
     from sae_italian.autointerp.explainita import read_split, replay
     from sae_italian.saes import load_sae
-    from sae_italian.saes.opening import model_of
+    from sae_italian.saes.loading import model_of
 
     limit = words[0].removeprefix("n_latents=") if words else None
     if len(words) > 1 or limit is not None and not (limit.isdigit() and int(limit) > 0):

@@ -114,7 +114,7 @@ class Source:
 
     def load(self, name: str) -> tuple[Any, Any, str]:
         """Return SAE, model and corpus. Raises: UsageError when neither the options nor the metadata say which."""
-        from sae_italian.saes.opening import open_sae
+        from sae_italian.saes.loading import open_sae
 
         return open_sae(name, self.model, self.corpus)
 

@@ -169,7 +169,7 @@ def doctor(
 
 def _examine(name: str, sae: Any, n_tokens: int, source: Source) -> Any:
     from sae_italian.evaluation.doctor import examine
-    from sae_italian.saes.opening import model_of
+    from sae_italian.saes.loading import model_of
 
     model = model_of(sae, source.model)
     corpus = source.corpus or _corpus_of(sae, source.text_column)

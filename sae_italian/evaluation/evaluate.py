@@ -32,7 +32,7 @@ from sae_italian.evaluation.card import ULTRA_ACTIVE, DensityBin, EvaluationCard
 from sae_italian.models.activations import check_context, logits_with_replacement, read_many
 from sae_italian.saes import check_fits, hooks_of
 from sae_italian.saes.fit import decoded
-from sae_italian.saes.opening import open_sae
+from sae_italian.saes.loading import open_sae
 
 TOKENS_PER_BATCH = 2048
 LATENT_RESAMPLES = 200  # each holds a count per latent: 200 of 65,536 latents are 52 MB

@@ -29,7 +29,7 @@ from sae_italian.papers.pictures import baselines_svg, dictionary_name
 from sae_italian.papers.report import markdown_table, shown, tables_of
 from sae_italian.saes import check_fits, load_sae, weights_hash
 from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines
-from sae_italian.saes.opening import full_name
+from sae_italian.saes.loading import full_name
 from sae_italian.training import ActivationStream
 
 KIND = "baselines"

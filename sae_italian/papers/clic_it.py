@@ -8,7 +8,7 @@ from sae_italian.papers.job import Reproduction, Results, Step, layer_of
 from sae_italian.papers.measure import card_of, examples, score_sae
 from sae_italian.papers.pictures import scores_svg
 from sae_italian.saes import load_sae
-from sae_italian.saes.opening import full_name
+from sae_italian.saes.loading import full_name
 
 
 def _sae(job: Reproduction, _: Results) -> dict[str, Any]:

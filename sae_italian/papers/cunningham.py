@@ -27,7 +27,7 @@ from sae_italian.papers.pictures import baselines_svg, dictionary_name, sweep_sv
 from sae_italian.papers.report import shown
 from sae_italian.saes import load_sae
 from sae_italian.saes.baselines import TOPK
-from sae_italian.saes.opening import full_name
+from sae_italian.saes.loading import full_name
 from sae_italian.training import read_values
 
 MOST_LAYERS = 3

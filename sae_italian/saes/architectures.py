@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from sae_lens import register_sae_class, register_sae_training_class
 from sae_lens.registry import get_sae_class, get_sae_training_class
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig
@@ -94,20 +94,21 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         super().initialize_weights()
         self.W_enc.data = latents_first(self.W_enc.data)
 
+    def target(self, sae_in: Tensor) -> Tensor:
+        """Return what is reconstructed, [batch, d_out], of what the trainer gives; for an SAE it is all of it."""
+        return sae_in
+
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """Return losses and reconstruction as SAELens' own does, with sparse `feature_acts`."""
-        set_k(self, step_input)
-        start_at(self, step_input)
-        hooks = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
-        if any(hook._forward_hooks or hook._backward_hooks for hook in hooks):
-            return super().training_forward_pass(step_input)
-        return self.sparse_step(step_input.sae_in, step_input.sae_in, step_input.dead_neuron_mask)
+        """Return losses and reconstruction as SAELens' own does, with sparse `feature_acts`.
 
-    def sparse_step(self, x: Tensor, target: Tensor, dead: Tensor | None) -> TrainStepOutput:
-        """Return the losses of reconstructing `target` [batch, d_out] from x [batch, d_in]; for an SAE they are one.
-
-        dead: boolean [d_sae], the latents that the auxiliary loss trains. Raises: ValueError as SAELens' auxiliary loss.
+        Raises: ValueError as SAELens' auxiliary loss, which trains the latents of `dead_neuron_mask`.
         """
+        x, target = step_input.sae_in, self.target(step_input.sae_in)
+        set_k(self, step_input)
+        start_at(self, step_input, None if target is x else target)
+        hooks = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
+        if target is x and any(hook._forward_hooks or hook._backward_hooks for hook in hooks):
+            return super().training_forward_pass(step_input)
         sae_in, input_bias = self._sparse_input(x)
         norm = self.get_W_dec_norm() if self.cfg.rescale_acts_by_decoder_norm else None
         # one view of the encoder for both encodings, so that autograd adds the second's sparse gradient in place
@@ -118,6 +119,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         out = self.hook_sae_recons(decode(values, indices, self.W_dec) + self.b_dec)
         out = self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
         losses = {"mse_loss": self.mse_loss_fn(out, target).sum(dim=-1).mean()}
+        dead = step_input.dead_neuron_mask
         losses["auxiliary_reconstruction_loss"] = self._auxiliary_loss(sae_in, rows, encoder, target - out, dead)
         acts = values.detach() if norm is None else values.detach() * norm[indices]
         return TrainStepOutput(
@@ -194,9 +196,6 @@ class TopKTranscoderConfig(SkipTranscoderConfig):
     def architecture(cls) -> str:
         return "topk_transcoder"
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "k": self.k}
-
 
 class TopKTranscoder(SkipTranscoder):
     """y = TopK(ReLU(x W_enc + b_enc)) W_dec + b_dec + W_skip x; W_skip is zero where there is no skip connection."""
@@ -216,7 +215,7 @@ class TopKTranscoder(SkipTranscoder):
 
 
 class _Transcodes:
-    """What a transcoder changes in a training SAE of SAELens: shapes, the target of the loss, the folding of scales."""
+    """What a transcoder changes in a training SAE of SAELens: shapes, what it reads and writes, the folding of scales."""
 
     cfg: Any
     dtype: torch.dtype
@@ -238,13 +237,12 @@ class _Transcodes:
         self.b_dec, self.b_enc = (nn.Parameter(torch.zeros(d, **place)) for d in (cfg.d_out, cfg.d_sae))
         self.W_enc = nn.Parameter(directions(cfg.d_in).T.contiguous())
 
-    def process_sae_in(self, sae_in: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
-        return self.hook_sae_input(sae_in.to(self.dtype))  # pyright: ignore[reportAttributeAccessIssue]
+    def process_sae_in(self, sae_in: Float[Tensor, "... d_in_or_both"]) -> Float[Tensor, "... d_in"]:
+        rows = sae_in[..., : self.cfg.d_in].to(self.dtype)
+        return self.hook_sae_input(rows)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def halves(self, step_input: TrainStepInput) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"]]:
-        """Return input and target of a step; `step_input.sae_in` is [tokens, d_in + d_out]."""
-        x, y = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
-        return x, y.to(self.dtype)
+    def target(self, sae_in: Float[Tensor, "tokens both"]) -> Float[Tensor, "tokens d_out"]:
+        return sae_in[..., self.cfg.d_in :].to(self.dtype)
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: tuple[float, float]) -> None:
@@ -273,13 +271,6 @@ class TopKTranscoderTraining(_Transcodes, SparseTopKTrainingSAE):
         super().initialize_weights()
         self.W_enc.data = latents_first(self.W_enc.data)
 
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """Return losses and sparse activations of one step; `step_input.sae_in` is [tokens, d_in + d_out]."""
-        set_k(self, step_input)
-        x, y = self.halves(step_input)
-        start_at(self, step_input, y)
-        return self.sparse_step(x, y, step_input.dead_neuron_mask)
-
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         """Fold the decoder's norms as SAELens' TopK does, and add the skip connection of the saved class: zero."""
         super().process_state_dict_for_saving_inference(state_dict)
@@ -302,20 +293,10 @@ class TranscoderTraining(_Transcodes, StandardTrainingSAE):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Return losses and activations of one step; `step_input.sae_in` is [tokens, d_in + d_out]."""
-        x, y = self.halves(step_input)
+        y = self.target(step_input.sae_in)
         start_at(self, step_input, y)
-        feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
-        y_hat = self.decode(feature_acts)
-        losses = {"mse_loss": self.mse_loss_fn(y_hat, y).sum(dim=-1).mean()}
-        losses |= self.calculate_aux_loss(replace(step_input, sae_in=y), feature_acts, hidden_pre, y_hat)
-        return TrainStepOutput(
-            sae_in=y,
-            sae_out=y_hat,
-            feature_acts=feature_acts,
-            hidden_pre=hidden_pre,
-            loss=sum(losses.values(), start=y_hat.new_zeros(())),
-            losses=losses,
-        )
+        self.mse_loss_fn = lambda y_hat, _: mse_loss(y_hat, y)
+        return replace(super().training_forward_pass(step_input), sae_in=y)
 
 
 class PairScaler(ActivationScaler):
@@ -330,19 +311,17 @@ class PairScaler(ActivationScaler):
     def scale(self, acts: Float[Tensor, "tokens both"]) -> Float[Tensor, "tokens both"]:
         if self.scaling_factor is None:
             return acts
-        scale_in, scale_out = self.scaling_factor
-        return torch.cat([acts[:, : self.d_in] * scale_in, acts[:, self.d_in :] * scale_out], dim=-1)
+        halves = zip(acts.tensor_split([self.d_in], dim=-1), self.scaling_factor, strict=True)
+        return torch.cat([half * factor for half, factor in halves], dim=-1)
 
     @torch.no_grad()
     def estimate_scaling_factor(
         self, d_in: int, data_provider: Iterator[Tensor], n_batches_for_norm_estimate: int = 16
     ) -> None:
-        sums, n, d_out = [0.0, 0.0], 0, 0
-        for _ in range(n_batches_for_norm_estimate):
-            halves = next(data_provider).float().tensor_split([d_in], dim=-1)
-            n, d_out = n + len(halves[0]), halves[1].shape[-1]
-            sums = [total + half.norm(dim=-1).sum().item() for total, half in zip(sums, halves, strict=True)]
-        self.scaling_factor = (d_in**0.5 * n / sums[0], d_out**0.5 * n / sums[1])
+        rows = torch.cat([next(data_provider).float() for _ in range(n_batches_for_norm_estimate)])
+        halves = rows.tensor_split([d_in], dim=-1)
+        x, y = (half.shape[-1] ** 0.5 * len(rows) / half.norm(dim=-1).sum().item() for half in halves)
+        self.scaling_factor = (x, y)
 
 
 # --- registering ------------------------------------------------------------------------------------------------------
@@ -377,13 +356,5 @@ register_sae_class("topk_transcoder", TopKTranscoder, TopKTranscoderConfig)
 _register("sparse_topk", SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, "topk")
 _register("topk_transcoder", TopKTranscoderTraining, TopKTranscoderTrainingConfig, "topk_transcoder")
 _register("transcoder", TranscoderTraining, TranscoderTrainingConfig, "transcoder")
-for _name, _saved_as in (
-    ("topk", "topk"),
-    ("abstopk", "abstopk"),
-    ("batchtopk", "jumprelu"),
-    ("matryoshka_batchtopk", "jumprelu"),
-    ("standard", "standard"),
-    ("jumprelu", "jumprelu"),
-    ("gated", "gated"),
-):
-    _register_twin(_name, _saved_as)
+for _name in ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "standard", "jumprelu", "gated"):
+    _register_twin(_name, "jumprelu" if "batch" in _name else _name)

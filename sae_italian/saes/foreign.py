@@ -1,4 +1,4 @@
-"""SAEs of other programs, read from disk so that they compute on raw activations exactly what theirs compute.
+"""SAEs on disk, of SAELens and of other programs, read so that they compute on raw activations exactly what theirs compute.
 
 **sparsify** (EleutherAI, https://github.com/EleutherAI/sparsify): a folder per hookpoint holds `cfg.json` and
 `sae.safetensors` with `encoder.weight` [d_sae, d_in], `encoder.bias` [d_sae], `W_dec` [d_sae, d_in], `b_dec` [d_in];
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -35,111 +36,40 @@ from sae_italian.models.hooks import parse_hook_name
 
 Config = dict[str, Any]
 State = dict[str, Tensor]
-Given = Config | None
+Found = tuple[Config, State]
 
 
 class Format(NamedTuple):
-    """One format: its two files, and how config and tensors become SAELens'."""
+    """One format: the files that mark it, the weights last; how (folder, device, overrides) becomes SAELens' config and state."""
 
-    config: str
-    weights: str
-    config_of: Callable[[Path], Config]
-    state_of: Callable[[Path, Config, State], State]
+    files: tuple[str, ...]
+    reader: Callable[[Path, str, Config], Found]
+    config_of: Callable[[Path, str, Config], Config] = lambda *_: {}  # the config alone, of what is on the hub
+    hint: str = ""  # what to do where it cannot be read
 
     def is_in(self, folder: Path) -> bool:
-        """Return whether a folder holds one SAE of this format."""
-        weights = folder / self.weights
-        return (folder / self.config).is_file() and (weights.is_file() or index_of(weights).is_file())
+        """Return whether a folder holds one SAE of this format, its weights whole or in shards."""
+        return all((folder / name).is_file() or _index_of(folder / name).is_file() for name in self.files)
 
-    def read_config(self, path: str | Path, device: str | None = None, cfg_overrides: Given = None) -> Config:
-        """Return SAELens' config of the SAE in a folder; an override that is none of its fields goes to the metadata.
-
-        Raises: UsageError for what SAELens cannot express, KeyError for a setting that is not there.
-        """
-        from sae_lens import __version__
-
-        shared = {"dtype": "float32", "normalize_activations": "none", "reshape_activations": "none"}
-        config = {**self.config_of(Path(path)), **shared, "device": device or "cpu"}
-        config["metadata"] |= {"prepend_bos": True, "model_class_name": "HookedTransformer"}
-        config["metadata"].setdefault("sae_lens_version", __version__)
-        for key, value in (cfg_overrides or {}).items():
-            (config if key in config else config["metadata"])[key] = value
-        return config
-
-    def read(self, path: str | Path, device: str = "cpu", cfg_overrides: Given = None) -> tuple[Config, State]:
+    def read(self, path: str | Path, device: str = "cpu", cfg_overrides: Config | None = None) -> Found:
         """Return (config, state dict) for `SAE.load_from_disk(path, converter=...)`.
 
-        Raises: as `read_config`, KeyError also for a tensor, DataError when one has another shape than the config says.
+        Raises: UsageError for what SAELens cannot express, KeyError for a setting or tensor that is not there, DataError
+        when a tensor has another shape than the config says.
         """
-        config, file = self.read_config(path, device, cfg_overrides), Path(path) / self.weights
-        tensors = read_tensors(file, device)
-        dtype = getattr(torch, config["dtype"].removeprefix("torch."))
-        state = self.state_of(Path(path), config, {name: tensor.to(dtype) for name, tensor in tensors.items()})
-        check_shapes(state, config, file)
+        config, state = self.reader(Path(path), device, cfg_overrides or {})
+        check_shapes(state, config, Path(path) / self.files[-1])
         return config, state
 
 
-def read_saelens(path: str | Path, device: str = "cpu", cfg_overrides: Given = None) -> tuple[Config, State]:
-    """Return (config, state dict) of SAELens' own format, of any of its versions, whole or sharded. Raises: as `Format.read`."""
-    from sae_lens.loading.pretrained_sae_loaders import get_sae_lens_config_from_disk, sae_lens_disk_loader
-
-    file = Path(path) / SAELENS_WEIGHTS
-    if file.is_file():
-        config, state = sae_lens_disk_loader(path, device, cfg_overrides)
-    else:
-        config = get_sae_lens_config_from_disk(path, device, cfg_overrides)
-        state = read_tensors(file, device)
-    check_shapes(state, config, file)
-    return config, state
-
-
-def read_tensors(file: Path, device: str = "cpu") -> State:
-    """Return the tensors of a safetensors file, whole or in shards."""
-    from safetensors.torch import load_file
-
-    files = [file]
-    if not file.is_file():
-        names = set(read_json(index_of(file))["weight_map"].values())
-        files = [file.with_name(name) for name in sorted(names)]
-    return {name: tensor for each in files for name, tensor in load_file(each, device).items()}
-
-
-def index_of(file: Path) -> Path:
-    """Return where the index of a safetensors file lies that was cut into shards."""
-    return file.with_name(f"{file.name}.index.json")
-
-
-def check_shapes(state: State, config: Config, file: object) -> None:
-    """Compare encoder and decoder with the sizes in the config. Raises: DataError, which names a tensor that is transposed."""
-    d_in, d_sae, d_out = config["d_in"], config["d_sae"], config.get("d_out", config["d_in"])
-    sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out, "k": config.get("k", 1)}
-    for name, size in sizes.items():
-        if not isinstance(size, int | float if name == "k" else int) or size <= 0:
-            raise DataError(f"the configuration of {file} has {name} {size!r}; it must be a number above 0.")
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-    for name, shape in (shapes | {"W_skip": (d_out, d_in), "threshold": (d_sae,)}).items():
-        found = tuple(state[name].shape) if name in state else shape
-        if found != shape:
-            hint = f" {name} is transposed: transpose it in the file." if found == shape[::-1] else ""
-            raise DataError(f"{name} in {file} is {list(found)}, but its config says {list(shape)}.{hint}")
+def format_of(folder: Path) -> Format | None:
+    """Return the format of the SAE that a folder holds; None where it is none that is read."""
+    return next((form for form in FORMATS if form.is_in(folder)), None)
 
 
 def sae_folders(folder: Path) -> list[str]:
     """Return the folders right inside one that hold an SAE of a known format (a run of sparsify, a suite), sorted."""
-    return sorted(
-        child.name for child in folder.iterdir() if child.is_dir() and (is_saelens(child) or format_of(child))
-    )
-
-
-def is_saelens(folder: Path) -> bool:
-    """Return whether a folder holds one SAE of SAELens' own format."""
-    file = folder / SAELENS_WEIGHTS
-    return (folder / "cfg.json").is_file() and (file.is_file() or index_of(file).is_file())
-
-
-def format_of(folder: Path) -> Format | HubFormat | None:
-    """Return the format, other than SAELens' own, of the SAE that a folder holds; None where it is none that is read."""
-    return next((form for form in FORMATS if form.is_in(folder)), None)
+    return sorted(child.name for child in folder.iterdir() if child.is_dir() and format_of(child))
 
 
 def what_is_missing(folder: Path) -> str:
@@ -163,10 +93,134 @@ _SIGNS = (
 )
 
 
-# --- sparsify ---------------------------------------------------------------------------------------------------------
+def read_tensors(file: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> State:
+    """Return the tensors of a safetensors file, whole or in shards."""
+    from safetensors.torch import load_file
+
+    files = [file]
+    if not file.is_file():
+        files = [file.with_name(name) for name in sorted(set(read_json(_index_of(file))["weight_map"].values()))]
+    return {name: tensor.to(dtype=dtype) for each in files for name, tensor in load_file(each, device).items()}
 
 
-def _sparsify_config(folder: Path) -> Config:
+def _index_of(file: Path) -> Path:
+    """Return where the index of a safetensors file lies that was cut into shards."""
+    return file.with_name(f"{file.name}.index.json")
+
+
+def check_shapes(state: State, config: Config, file: object) -> None:
+    """Compare encoder and decoder with the sizes in the config. Raises: DataError, which names a tensor that is transposed."""
+    d_in, d_sae, d_out = config["d_in"], config["d_sae"], config.get("d_out", config["d_in"])
+    sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out, "k": config.get("k", 1)}
+    for name, size in sizes.items():
+        if not isinstance(size, int | float if name == "k" else int) or size <= 0:
+            raise DataError(f"the configuration of {file} has {name} {size!r}; it must be a number above 0.")
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    for name, shape in (shapes | {"W_skip": (d_out, d_in), "threshold": (d_sae,)}).items():
+        found = tuple(state[name].shape) if name in state else shape
+        if found != shape:
+            hint = f" {name} is transposed: transpose it in the file." if found == shape[::-1] else ""
+            raise DataError(f"{name} in {file} is {list(found)}, but its config says {list(shape)}.{hint}")
+
+
+# --- SAELens, and what it reads from the hub --------------------------------------------------------------------------
+
+
+def _own(folder: Path, device: str, overrides: Config) -> Found:
+    """Read SAELens' own format, of any of its versions, whole or sharded."""
+    from sae_lens.loading.pretrained_sae_loaders import get_sae_lens_config_from_disk, sae_lens_disk_loader
+
+    if (folder / SAELENS_WEIGHTS).is_file():
+        return sae_lens_disk_loader(folder, device, overrides)
+    return get_sae_lens_config_from_disk(folder, device, overrides), read_tensors(folder / SAELENS_WEIGHTS, device)
+
+
+def _by_saelens(loader: str, facts: Callable[[Path], Config], folder: Path, device: str, overrides: Config) -> Found:
+    """Read with SAELens' loader; `facts` are what the files say and the loader does not read."""
+    from sae_lens.loading import pretrained_sae_loaders as saelens
+
+    folder = folder.resolve()
+    # Gemma Scope's loader takes model, site and layer from the names of repository and folder
+    at = next((i for i, part in enumerate(folder.parts) if "gemma-scope" in part), len(folder.parts) - 1)
+    names = folder.parts[at], "/".join(folder.parts[at + 1 :])
+
+    def beside(_repo_id: str = "", filename: str = "", **_: Any) -> str:
+        return str(folder / Path(filename).name)
+
+    # all that keeps the loaders from files on disk is that they ask the hub where these are
+    with patch.object(saelens, "hf_hub_download", beside):
+        load = getattr(saelens, loader)
+        config, state, _ = load(*names, device=device, cfg_overrides=facts(folder) | overrides)
+    config["d_in"], config["d_sae"] = state["W_enc"].shape  # Gemma Scope's names say them only roughly
+    return config, state
+
+
+def _openmoss_facts(folder: Path) -> Config:
+    folded = read_json(folder / "config.json").get("norm_activation") == "inference"
+    return {"normalize_activations": "none"} if folded else {}
+
+
+def _dictionary_facts(folder: Path) -> Config:
+    """Return the hook of an SAE of dictionary_learning, of which SAELens reads the layer alone.
+
+    `trainer.submodule_name` names the module: as in its demo and pages (`resid_post_layer_3`, `mlp_out_layer1`), by path or
+    as a hook; `buffer.io` says whether the module's input or output was read. Raises: UsageError for what is neither.
+    """
+    theirs = read_json(folder / "config.json")
+    trainer, io = theirs["trainer"], theirs["buffer"].get("io", "out")
+    layer, name, kind = trainer["layer"], trainer.get("submodule_name"), trainer["dict_class"]
+    if kind not in _DICTIONARIES:
+        raise UsageError(f"{folder} has the dict_class {kind!r}; only {', '.join(_DICTIONARIES)} can be loaded.")
+    hook_name = _dictionary_hook(str(name), io, layer)
+    if hook_name is None:
+        raise UsageError(
+            f"{folder}: submodule_name {name!r} with io {io!r} and layer {layer!r} names no hook that is known. Write the "
+            f"hook into config.json as trainer.submodule_name, e.g. 'blocks.{layer}.hook_resid_post'."
+        )
+    return {"hook_name": hook_name}
+
+
+def _dictionary_hook(name: str, io: str, layer: int) -> str | None:
+    if said := _SUBMODULE.fullmatch(name):
+        part, side, number = said.groups()
+        if side and io != ("in" if side in ("pre", "in") else "out"):
+            return None
+        name = f"layers.{number}{'' if part == 'resid' else f'.{part}'}"
+    try:
+        hook = parse_hook_name(name)
+    except UsageError:
+        return None
+    found = hook.name if io in ("in", "out") else None
+    if io == "in" and not name.startswith("blocks."):
+        found = f"blocks.{layer}.{_INPUTS[hook.legacy]}" if hook.legacy in _INPUTS else None
+    return found if hook.layer == layer else None
+
+
+_DICTIONARIES = (
+    *("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"),
+    *("JumpReluAutoEncoder", "GatedAutoEncoder"),
+)
+_SUBMODULE = re.compile(r"(resid|mlp|attn|attention)_?(pre|in|post|out)?_?(?:layer_?)?(\d+)")
+_INPUTS = {"hook_resid_post": "hook_resid_pre", "hook_mlp_out": "mlp.hook_in"}  # by the hook of the module's output
+
+
+# --- sparsify and Llama Scope -----------------------------------------------------------------------------------------
+
+
+def _completed(config: Config, device: str, overrides: Config) -> Config:
+    """Return a config with what SAELens asks for; an override that is none of its fields goes to the metadata."""
+    from sae_lens import __version__
+
+    shared = {"dtype": "float32", "normalize_activations": "none", "reshape_activations": "none", "device": device}
+    more = {"prepend_bos": True, "model_class_name": "HookedTransformer", "sae_lens_version": __version__}
+    config = config | shared | {"metadata": {**config["metadata"], **more}}
+    for key, value in overrides.items():
+        (config if key in config else config["metadata"])[key] = value
+    return config
+
+
+def _sparsify_config(folder: Path, device: str, overrides: Config) -> Config:
+    """Return SAELens' config of an SAE of sparsify. Raises: UsageError for what SAELens cannot express."""
     theirs = read_json(folder / "cfg.json")
     run = next((read_json(p / "config.json") for p in (folder, folder.parent) if (p / "config.json").is_file()), {})
     if theirs.get("signed"):
@@ -199,26 +253,30 @@ def _sparsify_config(folder: Path) -> Config:
         "metadata": metadata,
     }
     if not transcodes:
-        return config | {"rescale_acts_by_decoder_norm": False}
+        return _completed(config | {"rescale_acts_by_decoder_norm": False}, device, overrides)
     if not hook_name.endswith("hook_mlp_out"):
         raise UsageError(f"{folder} is a transcoder of {folder.name!r}; only those of an MLP can be loaded.")
     metadata |= {"hook_name": hook_name.replace("hook_mlp_out", "mlp.hook_in"), "hook_name_out": hook_name}
-    return config | {"d_out": theirs["d_in"]}
+    return _completed(config | {"d_out": theirs["d_in"]}, device, overrides)
 
 
-def _sparsify_state(_folder: Path, config: Config, tensors: State) -> State:
+def _sparsify(folder: Path, device: str, overrides: Config) -> Found:
+    config = _sparsify_config(folder, device, overrides)
+    tensors = read_tensors(folder / SPARSIFY.files[-1], device, _dtype_of(config))
     state = {"W_enc": tensors["encoder.weight"].T.contiguous(), "b_enc": tensors["encoder.bias"]}
     state |= {"W_dec": tensors["W_dec"], "b_dec": tensors["b_dec"]}
     if config["architecture"] == "topk_transcoder":
         config["d_out"] = d_out = len(state["b_dec"])
         state["W_skip"] = tensors.get("W_skip", state["b_dec"].new_zeros(d_out, config["d_in"]))
-    return state
+    return config, state
 
 
-# --- OpenMOSS ---------------------------------------------------------------------------------------------------------
+def _dtype_of(config: Config) -> torch.dtype:
+    return getattr(torch, config["dtype"].removeprefix("torch."))
 
 
-def _llama_scope_config(folder: Path) -> Config:
+def _llama_scope_config(folder: Path, device: str, overrides: Config) -> Config:
+    """Return SAELens' config of an SAE of Llama Scope. Raises: UsageError for what its published SAEs do not have."""
     theirs = read_json(folder / "hyperparams.json")
     if theirs.get("act_fn", "jumprelu") != "jumprelu":
         raise UsageError(
@@ -237,23 +295,19 @@ def _llama_scope_config(folder: Path) -> Config:
         "source_format": "llama_scope",
         "k": theirs.get("top_k"),
     }
-    config = {
-        "architecture": "jumprelu",
-        "d_in": theirs["d_model"],
-        "apply_b_dec_to_input": False,
-        "metadata": metadata,
-    }
-    config["d_sae"] = theirs["d_sae"]
-    if hook_in == hook_out:
-        return config
-    metadata["hook_name_out"] = hook_out
-    return {**config, "architecture": "jumprelu_transcoder", "d_out": theirs["d_model"]}
+    widths = {"d_in": theirs["d_model"], "d_sae": theirs["d_sae"]}
+    config: Config = {"architecture": "jumprelu", **widths, "apply_b_dec_to_input": False, "metadata": metadata}
+    if hook_in != hook_out:
+        metadata["hook_name_out"] = hook_out
+        config |= {"architecture": "jumprelu_transcoder", "d_out": theirs["d_model"]}
+    return _completed(config, device, overrides)
 
 
-def _llama_scope_state(folder: Path, config: Config, tensors: State) -> State:
+def _llama_scope(folder: Path, device: str, overrides: Config) -> Found:
+    config, theirs = _llama_scope_config(folder, device, overrides), read_json(folder / "hyperparams.json")
+    tensors = read_tensors(folder / LLAMA_SCOPE.files[-1], device, _dtype_of(config))
     W_enc, W_dec = (tensors[f"{side}.weight"].T.contiguous() for side in ("encoder", "decoder"))
     b_enc, b_dec = (tensors[f"{side}.bias"] for side in ("encoder", "decoder"))
-    theirs = read_json(folder / "hyperparams.json")
     norms, root = theirs["dataset_average_activation_norm"], config["d_in"] ** 0.5
     scale_in, scale_out = root / norms["in"], root / norms.get("out", norms["in"])
     if theirs.get("norm_activation", "dataset-wise") != "dataset-wise":
@@ -261,107 +315,22 @@ def _llama_scope_state(folder: Path, config: Config, tensors: State) -> State:
     decoder_norm = W_dec.norm(dim=-1) if theirs.get("sparsity_include_decoder_norm", True) else 1.0
     threshold = b_enc.new_ones(config["d_sae"]) * theirs["jump_relu_threshold"] * scale_out / decoder_norm
     decoder = {"W_dec": W_dec / scale_out, "b_dec": b_dec / scale_out}
-    return {"W_enc": W_enc * scale_in, "b_enc": b_enc, **decoder, "threshold": threshold}
+    return config, {"W_enc": W_enc * scale_in, "b_enc": b_enc, **decoder, "threshold": threshold}
 
 
-# --- what SAELens reads from the hub ----------------------------------------------------------------------------------
-
-
-class HubFormat(NamedTuple):
-    """A format that SAELens reads, if only from the hub: the files that mark it, SAELens' loader, what to do if it fails.
-
-    facts: what the files in a folder say and the loader does not read.
-    """
-
-    files: tuple[str, ...]
-    loader: str
-    facts: Callable[[Path], Config] = lambda _folder: {}
-    hint: str = ""
-
-    def is_in(self, folder: Path) -> bool:
-        return all((folder / name).is_file() for name in self.files)
-
-    def read(self, path: str | Path, device: str = "cpu", cfg_overrides: Given = None) -> tuple[Config, State]:
-        """Return (config, state dict) as SAELens' loader makes them of the files in a folder. Raises: as `Format.read`."""
-        from sae_lens.loading import pretrained_sae_loaders as saelens
-
-        folder = Path(path).resolve()
-        # Gemma Scope's loader takes model, site and layer from the names of repository and folder
-        at = next((i for i, part in enumerate(folder.parts) if "gemma-scope" in part), len(folder.parts) - 1)
-        names = folder.parts[at], "/".join(folder.parts[at + 1 :])
-
-        def beside(_repo_id: str = "", filename: str = "", **_: Any) -> str:
-            return str(folder / Path(filename).name)
-
-        overrides = self.facts(folder) | (cfg_overrides or {})
-        # all that keeps the loaders from files on disk is that they ask the hub where these are
-        with patch.object(saelens, "hf_hub_download", beside):
-            load = getattr(saelens, self.loader)
-            config, state, _ = load(*names, device=device, cfg_overrides=overrides)
-        config["d_in"], config["d_sae"] = state["W_enc"].shape  # Gemma Scope's names say them only roughly
-        return config, state
-
-
-def _openmoss_facts(folder: Path) -> Config:
-    folded = read_json(folder / "config.json").get("norm_activation") == "inference"
-    return {"normalize_activations": "none"} if folded else {}
-
-
-def _dictionary_facts(folder: Path) -> Config:
-    """Return the hook of an SAE of dictionary_learning, of which SAELens reads the layer alone.
-
-    `trainer.submodule_name` names the module: as in its demo and pages (`resid_post_layer_3`, `mlp_out_layer1`), by path or
-    as a hook; `buffer.io` says whether the module's input or output was read. Raises: UsageError for what is neither.
-    """
-    theirs = read_json(folder / "config.json")
-    trainer, io = theirs["trainer"], theirs["buffer"].get("io", "out")
-    layer, name, kind = trainer["layer"], trainer.get("submodule_name"), trainer["dict_class"]
-    if kind not in DICTIONARIES:
-        raise UsageError(f"{folder} has the dict_class {kind!r}; only {', '.join(DICTIONARIES)} can be loaded.")
-    hook_name = _dictionary_hook(str(name), io, layer)
-    if hook_name is None:
-        raise UsageError(
-            f"{folder}: submodule_name {name!r} with io {io!r} and layer {layer!r} names no hook that is known. Write the "
-            f"hook into config.json as trainer.submodule_name, e.g. 'blocks.{layer}.hook_resid_post'."
-        )
-    return {"hook_name": hook_name}
-
-
-def _dictionary_hook(name: str, io: str, layer: int) -> str | None:
-    if said := SUBMODULE.fullmatch(name):
-        part, side, number = said.groups()
-        if side and io != ("in" if side in ("pre", "in") else "out"):
-            return None
-        name = f"layers.{number}{'' if part == 'resid' else f'.{part}'}"
-    try:
-        hook = parse_hook_name(name)
-    except UsageError:
-        return None
-    if io == "in" and not name.startswith("blocks."):
-        name = f"blocks.{hook.layer}.{INPUTS[hook.legacy]}" if hook.legacy in INPUTS else None
-    else:
-        name = hook.name if io in ("in", "out") else None
-    return name if hook.layer == layer else None
-
-
-DICTIONARIES = (
-    *("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"),
-    *("JumpReluAutoEncoder", "GatedAutoEncoder"),
-)
-SUBMODULE = re.compile(r"(resid|mlp|attn|attention)_?(pre|in|post|out)?_?(?:layer_?)?(\d+)")
-INPUTS = {"hook_resid_post": "hook_resid_pre", "hook_mlp_out": "mlp.hook_in"}  # by the hook of the module's output
 SAELENS_WEIGHTS = "sae_weights.safetensors"
-SPARSIFY = Format("cfg.json", "sae.safetensors", _sparsify_config, _sparsify_state)
-LLAMA_SCOPE = Format("hyperparams.json", "checkpoints/final.safetensors", _llama_scope_config, _llama_scope_state)
-OPENMOSS = HubFormat(("config.json", SAELENS_WEIGHTS), "llama_scope_r1_distill_sae_huggingface_loader", _openmoss_facts)
+SPARSIFY = Format(("cfg.json", "sae.safetensors"), _sparsify, _sparsify_config)
+LLAMA_SCOPE = Format(("hyperparams.json", "checkpoints/final.safetensors"), _llama_scope, _llama_scope_config)
+_OPENMOSS = partial(_by_saelens, "llama_scope_r1_distill_sae_huggingface_loader", _openmoss_facts)
+_DICTIONARY = partial(_by_saelens, "dictionary_learning_sae_huggingface_loader_1", _dictionary_facts)
+_GEMMA_SCOPE = partial(_by_saelens, "gemma_2_sae_huggingface_loader", lambda _: {})
 FORMATS = (
+    Format(("cfg.json", SAELENS_WEIGHTS), _own),
     SPARSIFY,
     LLAMA_SCOPE,
-    OPENMOSS,
-    HubFormat(("config.json", "ae.pt"), "dictionary_learning_sae_huggingface_loader_1", _dictionary_facts),
-    HubFormat(
-        ("params.npz",),
-        "gemma_2_sae_huggingface_loader",
-        hint=" Keep Gemma Scope's names: gemma-scope-2b-pt-res/layer_12/width_16k/...",
+    Format(("config.json", SAELENS_WEIGHTS), _OPENMOSS),
+    Format(("config.json", "ae.pt"), _DICTIONARY),
+    Format(
+        ("params.npz",), _GEMMA_SCOPE, hint=" Keep Gemma Scope's names: gemma-scope-2b-pt-res/layer_12/width_16k/..."
     ),
 )

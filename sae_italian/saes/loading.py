@@ -1,4 +1,4 @@
-"""Load an SAE from any known format, and the one check that it is fit for use on a model, made at every door."""
+"""Load an SAE from any known format, with its model and its text; and the one check of its fitness, made at every door."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from unittest.mock import patch
 
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.hub import explain
-from sae_italian.saes.releases import Place, find_sae
+from sae_italian.models import load_model
+from sae_italian.saes.releases import find_sae, snapshot
 
 
 def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
@@ -51,58 +52,40 @@ def tensors_alone() -> Iterator[None]:
 def _from_folder(folder: Path, device: str) -> Any:
     from sae_lens import SAE
 
-    from sae_italian.saes.foreign import format_of, is_saelens, read_saelens
+    from sae_italian.saes.foreign import format_of, sae_folders, what_is_missing
 
-    foreign = None if is_saelens(folder) else format_of(folder)
-    if foreign is None and not is_saelens(folder):
-        return _from_folder(_only_sae(folder), device)
+    form = format_of(folder)
+    if form is None:  # a whole run with one SAE in it, or nothing
+        names = sae_folders(folder)
+        if len(names) == 1:
+            return _from_folder(folder / names[0], device)
+        what = f"no SAE that can be read; {what_is_missing(folder)}"
+        if names:
+            what = f"{len(names)} SAEs; give one of its folders: {', '.join(names[:8])}"
+        raise UsageError(f"{folder} holds {what}.")
     try:
-        return SAE.load_from_disk(folder, device=device, converter=foreign.read if foreign else read_saelens)
+        return SAE.load_from_disk(folder, device=device, converter=form.read)
     except SaeItalianError:
         raise
     except Exception as error:  # whatever SAELens, PyTorch and safetensors make of odd files
         reason = f"its files lack {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
-        raise DataError(f"the SAE in {folder} cannot be read: {reason}.{getattr(foreign, 'hint', '')}") from error
-
-
-def _only_sae(folder: Path) -> Path:
-    """Return the one folder with an SAE in a folder without. Raises UsageError when there is none, or a choice to make."""
-    from sae_italian.saes.foreign import sae_folders, what_is_missing
-
-    names = sae_folders(folder)
-    if len(names) == 1:
-        return folder / names[0]
-    if names:
-        raise UsageError(f"{folder} holds {len(names)} SAEs; give one of its folders: {', '.join(names[:8])}.")
-    raise UsageError(f"{folder} holds no SAE that can be read; {what_is_missing(folder)}.")
+        raise DataError(f"the SAE in {folder} cannot be read: {reason}.{form.hint}") from error
 
 
 def _from_release(name: str, device: str) -> Any:
     place = find_sae(name)
     from sae_lens import SAE  # takes seconds; a name that is not there is told before
 
+    if not place.known or place.revision:
+        return _from_folder(snapshot(place.repo_id, place.path, place.revision), device)
     try:
-        if place.known and not place.revision:
-            return SAE.from_pretrained(place.release, place.sae_id, device=device)
-        return _from_folder(_snapshot(place), device)
+        return SAE.from_pretrained(place.release, place.sae_id, device=device)
     except SaeItalianError:
         raise
     except KeyError as error:
         raise DataError(f"the SAE {name} cannot be read: its files lack {error}.") from error
     except Exception as error:
         raise explain(error, f"{place.release}:{place.sae_id}", place.revision, repo_id=place.repo_id) from error
-
-
-def _snapshot(place: Place) -> Path:
-    """Return the local folder of a published SAE, downloading it where needed."""
-    from huggingface_hub import snapshot_download
-
-    repo_id, path = place.repo_id, place.path
-    root = snapshot_download(repo_id, revision=place.revision, allow_patterns=[f"{path}/*", "config.json"])
-    folder = Path(root) / path
-    if not folder.is_dir():
-        raise UsageError(f"{repo_id} has no folder {path!r}; see https://huggingface.co/{repo_id}/tree/main.")
-    return folder
 
 
 def sae_facts(name: str | Path) -> dict[str, Any]:
@@ -124,6 +107,48 @@ def sae_facts(name: str | Path) -> dict[str, Any]:
     facts = config | {key: value for key, value in metadata.items() if key not in config}
     first = ["architecture", "d_in", "d_sae", "d_out", "k", "hook_name", "hook_name_out", "model_name", "dataset_path"]
     return {key: facts[key] for key in dict.fromkeys((*first, *facts)) if key in facts}
+
+
+# --- with its model and its text --------------------------------------------------------------------------------------
+
+
+def open_sae(sae: Any, model: Any = None, corpus: str | Path | None = None) -> tuple[Any, Any, str]:
+    """Return SAE, Hugging Face model and corpus. An SAE and a model may be names; None is what the metadata says.
+
+    Raises: UsageError when the metadata does not say, and as `load_sae` and `load_model`.
+    """
+    if isinstance(sae, str | Path):
+        sae = load_sae(sae)
+    corpus = corpus or sae.cfg.metadata.dataset_path
+    if not corpus:
+        raise UsageError("the SAE's metadata does not name its corpus; give one (--corpus).")
+    return sae, model_of(sae, model), str(corpus)
+
+
+def model_of(sae: Any, model: Any = None) -> Any:
+    """Return a model: itself, the one of that name, or the one the SAE names. Raises: UsageError when it names none."""
+    model = model or sae.cfg.metadata.model_name
+    if not model:
+        raise UsageError("the SAE's metadata does not name its model; give one (--model).")
+    return load_model(model) if isinstance(model, str) else model
+
+
+def full_name(sae: Any) -> str:
+    """Return the name under which an SAE is remembered: a folder's whole path, or release:sae_id as given."""
+    if not isinstance(sae, str | Path):
+        return "in memory"
+    return str(Path(sae).resolve()) if Path(sae).is_dir() else str(sae)
+
+
+def weights_hash(sae: Any) -> str:
+    """Return a SHA-256 over all parameters and buffers, by name."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 # --- the doors --------------------------------------------------------------------------------------------------------
@@ -178,38 +203,23 @@ def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:
     hook_name, hook_out = hooks_of(sae)
     cfg, d_model = sae.cfg, model.config.hidden_size
     path, trained_at = resolve_hook(model, hook_name)[0].module_path(model.config), cfg.metadata.hf_hook_name
-    if cfg.metadata.source_format == "sparsify" and not path.endswith(trained_at):
-        raise UsageError(
-            f"the SAE was trained on the output of {trained_at!r}, but {hook_name} of this model is {path!r}."
-        )
     there = f"it was trained on {cfg.metadata.model_name!r}. Use that model."
-    if cfg.d_in != d_model:
-        raise UsageError(
-            f"the SAE reads {cfg.d_in} dimensions (d_in), but the model has {d_model} at {hook_name}; {there}"
-        )
-    if writes and (d_out := getattr(cfg, "d_out", cfg.d_in)) != d_model:
-        message = (
-            f"the transcoder writes {d_out} dimensions (d_out), but the model has {d_model} at {hook_out}; {there}"
-        )
-        raise UsageError(message)
-    if writes and resolve_hook(model, hook_out)[0].normalised:
-        raise UsageError(
+    wrong = ""
+    if cfg.metadata.source_format == "sparsify" and not path.endswith(trained_at):
+        wrong = f"the SAE was trained on the output of {trained_at!r}, but {hook_name} of this model is {path!r}."
+    elif cfg.d_in != d_model:
+        wrong = f"the SAE reads {cfg.d_in} dimensions (d_in), but the model has {d_model} at {hook_name}; {there}"
+    elif writes and (d_out := getattr(cfg, "d_out", cfg.d_in)) != d_model:
+        wrong = f"the transcoder writes {d_out} dimensions (d_out), but the model has {d_model} at {hook_out}; {there}"
+    elif writes and resolve_hook(model, hook_out)[0].normalised:
+        wrong = (
             f"the SAE writes at {hook_out}, which can be read but not replaced: no losses, nothing can be edited there."
         )
-    if getattr(model.tokenizer, "vocab_size", 0) > model.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {model.tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,} rows: it is "
-            "that of another model. Load this model's own."
+    elif (n_tokens := getattr(model.tokenizer, "vocab_size", 0)) > model.config.vocab_size:
+        wrong = (
+            f"the tokenizer has {n_tokens:,} tokens, the model {model.config.vocab_size:,} rows: it is that of another "
+            "model. Load this model's own."
         )
+    if wrong:
+        raise UsageError(wrong)
     return hook_name
-
-
-def weights_hash(sae: Any) -> str:
-    """Return a SHA-256 over all parameters and buffers, by name."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import resources
@@ -40,13 +39,6 @@ class Release:
     site: str | None = None
     licence: str = "see its page"
     note: str = "as SAELens loads it"
-
-    def row(self) -> dict[str, Any]:
-        """Return what `saes list` shows."""
-        keys = ("d_sae", "k", "site", "licence", "note")
-        ids = list(self.saes)
-        row = {"release": self.name, "model": self.model, "repo": self.repo_id, "saes": len(ids), "ids": ids}
-        return row | {key: getattr(self, key) for key in keys}
 
 
 def _yaml(text: str) -> dict[str, Any]:
@@ -103,7 +95,13 @@ def known_releases() -> list[dict[str, Any]]:
     """Return one row per release for `saes list`: ours, and SAELens' own for a model that we know or Llama Scope's."""
     models = {entry.name for entry in catalogue().values()} | {LLAMA_SCOPE_MODEL}
     theirs = [name for name, text in _of_saelens().items() if any(f"model: {model}\n" in text for model in models)]
-    return [find_release(name).row() for name in (*theirs, *releases())]
+    rows = []
+    for name in (*theirs, *releases()):
+        found = find_release(name)
+        ids = list(found.saes)
+        row = {"release": name, "model": found.model, "repo": found.repo_id, "saes": len(ids), "ids": ids}
+        rows.append(row | {key: getattr(found, key) for key in ("d_sae", "k", "site", "licence", "note")})
+    return rows
 
 
 class Place(NamedTuple):
@@ -134,6 +132,23 @@ def find_sae(name: str) -> Place:
     return Place(release, sae_id, found.repo_id, found.saes[sae_id], revision or None, True)
 
 
+def snapshot(repo_id: str, path: str, revision: str | None = None, *, only: str = "", **how: Any) -> Path:
+    """Return the local folder of a published SAE, with all its files or `only` one, downloading what is not there.
+
+    It lies in the hub's cache, in a folder named after the revision. Raises: UsageError that says what to do.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"{path}/{only or '*'}", "config.json"]  # the run's own config; not every repository has one
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, **how)) / path
+    except (OSError, ValueError) as error:
+        raise explain(error, f"{repo_id}/{path}", revision, repo_id=repo_id) from error
+    if not (folder / only).exists():
+        raise UsageError(f"{repo_id} has no folder {path!r}; see https://huggingface.co/{repo_id}/tree/main.")
+    return folder
+
+
 # --- loaders, as SAELens calls them -------------------------------------------------------------------------------------
 
 
@@ -151,41 +166,21 @@ def _load(
     whole: bool,
     repo_id: str,
     folder_name: str,
-    device: str = "cpu",
-    force_download: bool = False,
-    cfg_overrides: dict[str, Any] | None = None,
+    device: str,
+    force_download: bool,
+    cfg_overrides: dict[str, Any] | None,
 ) -> Any:
     """Return (config, state dict, None), or the config alone where not the `whole` is asked for."""
-    files = (form.config, form.weights) if whole else (form.config,)
-    folder = _fetch(repo_id, folder_name, files, force_download)
-    if not whole:
-        return _described(form.read_config(folder, device, cfg_overrides), repo_id, folder)
-    config, state = form.read(folder, device, cfg_overrides)
-    return _described(config, repo_id, folder), state, None
-
-
-def _fetch(repo_id: str, folder_name: str, files: tuple[str, ...], force_download: bool) -> Path:
-    """Return the local folder of one SAE, downloading its files where needed. Raises UsageError that says what to do."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
     repo_id, _, revision = repo_id.partition("@")
-    fetch = partial(hf_hub_download, repo_id, revision=revision or None, force_download=force_download)
-    try:
-        paths = [fetch(f"{folder_name}/{file}") for file in files]
-        with suppress(EntryNotFoundError):  # the run's own config; not every repository has one
-            fetch("config.json")
-    except (OSError, ValueError) as error:
-        raise explain(error, f"{repo_id}/{folder_name}", revision or None, repo_id=repo_id) from error
-    return Path(paths[0]).parent
-
-
-def _described(config: dict[str, Any], repo_id: str, folder: Path) -> dict[str, Any]:
-    """Write into the metadata where the SAE came from, and its model where the files do not say."""
-    metadata, repo_id = config["metadata"], repo_id.partition("@")[0]
-    metadata["repo_id"] = repo_id
-    if "snapshots" in folder.parts:
-        metadata["revision"] = folder.parts[folder.parts.index("snapshots") + 1]
+    only = "" if whole else form.files[0]
+    folder = snapshot(repo_id, folder_name, revision or None, only=only, force_download=force_download)
+    state: Any = None
+    if whole:
+        config, state = form.read(folder, device, cfg_overrides)
+    else:
+        config = form.config_of(folder, device, cfg_overrides or {})
+    metadata = config["metadata"]
+    metadata |= {"repo_id": repo_id, "revision": folder.parents[folder_name.count("/")].name}
     if not metadata.get("model_name"):
         metadata["model_name"] = next((r.model for r in releases().values() if r.repo_id == repo_id), None)
-    return config
+    return (config, state, None) if whole else config

@@ -17,8 +17,6 @@ from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainingSAE, Tr
 from sae_lens.saes.standard_sae import StandardSAEConfig
 from torch import Tensor, nn
 
-TIED = "tied"
-
 
 @dataclass(kw_only=True)
 class TiedTrainingSAEConfig(TrainingSAEConfig):
@@ -31,7 +29,7 @@ class TiedTrainingSAEConfig(TrainingSAEConfig):
 
     @classmethod
     def architecture(cls) -> str:
-        return TIED
+        return "tied"
 
     def get_inference_config_class(self) -> type[SAEConfig]:
         return StandardSAEConfig
@@ -52,9 +50,7 @@ class TiedTrainingSAE(TrainingSAE[TiedTrainingSAEConfig]):
         """Return the rows of W at unit norm; the gradient passes through the normalisation."""
         return torch.nn.functional.normalize(self.W_dec, dim=-1, eps=1e-8)
 
-    def encode_with_hidden_pre(
-        self, x: Float[Tensor, "... d_in"]
-    ) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "... d_sae"]]:
+    def encode_with_hidden_pre(self, x: Float[Tensor, "... d_in"]) -> tuple[Tensor, Tensor]:
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.directions().T + self.b_enc)
         return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
 
@@ -64,13 +60,7 @@ class TiedTrainingSAE(TrainingSAE[TiedTrainingSAEConfig]):
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {"l1": TrainCoefficientConfig(value=self.cfg.l1_coefficient, warm_up_steps=self.cfg.l1_warm_up_steps)}
 
-    def calculate_aux_loss(
-        self,
-        step_input: TrainStepInput,
-        feature_acts: Tensor,
-        hidden_pre: Tensor,
-        sae_out: Tensor,
-    ) -> dict[str, Tensor]:
+    def calculate_aux_loss(self, step_input: TrainStepInput, feature_acts: Tensor, **_: Tensor) -> dict[str, Tensor]:
         return {"l1_loss": step_input.coefficients["l1"] * feature_acts.sum(-1).mean()}
 
     @torch.no_grad()
@@ -90,4 +80,4 @@ class TiedTrainingSAE(TrainingSAE[TiedTrainingSAEConfig]):
         state_dict["W_enc"] = directions.T.contiguous().clone()
 
 
-register_sae_training_class(TIED, TiedTrainingSAE, TiedTrainingSAEConfig)
+register_sae_training_class("tied", TiedTrainingSAE, TiedTrainingSAEConfig)
