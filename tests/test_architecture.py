@@ -14,9 +14,9 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 29_568,  # 21_500
-    "statements": 19_247,  # 13_500
-    "files": 178,  # 150
+    "lines": 29_465,  # 21_500
+    "statements": 19_199,  # 13_500
+    "files": 177,  # 150
     "files under 60 lines": 15,
     "function median": 10,
     "function p90": 30,
@@ -32,7 +32,7 @@ ROOM_LINES = {
     "micro_italiano": 1_411,  # 1_250
     "models": 1_152,  # 760, and issue 16's GGUF files
     "corpora": 1_766,  # 1_100
-    "saes": 2_293,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
+    "saes": 2_190,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 2_167,  # 1_500
     "evaluation": 1_057,
     "cache": 2_232,  # 1_650
