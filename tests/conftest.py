@@ -118,6 +118,21 @@ def trained_sae(small_spec, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cached_activations(tmp_path_factory) -> Path:
+    """20,480 tokens of the mini model at layer 1, kept by SAELens' own runner as docs/activation-cache.md says."""
+    folder = tmp_path_factory.mktemp("cached")
+    page = (Path(__file__).parents[1] / "docs" / "activation-cache.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    for written, here in (("1M", "20480"), ('"activations"', repr(str(folder / "activations"))), ("0.1", "0.0105")):
+        assert written in code
+        code = code.replace(written, here)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        exec(code, {})
+    return folder / "activations"
+
+
+@pytest.fixture(scope="session")
 def small_cache(mini, trained_sae, tmp_path_factory) -> Path:
     """A cache of 40 k tokens of MicroItaliano, three shards and more."""
     from sae_italian.cache import build_cache

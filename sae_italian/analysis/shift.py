@@ -250,19 +250,16 @@ class _Sums(TokenSums):
         self.name, self.n_tokens = name, 0
 
     def estimates(self, reference: _Sums | None = None) -> dict[str, Estimate]:
-        """Return the numbers, or their difference from the reference's: documents that both hold are resampled together.
-
-        Where either has one document alone there is no interval: it says nothing of how documents differ.
-        """
+        """Return the numbers, or their difference from the reference's: documents that both hold are resampled together."""
         found = {}
         for key in KEYS:
             with np.errstate(divide="ignore", invalid="ignore"):
-                value, resampled = (STATISTICS[key](b) for b in (self.bootstrap.total, self.bootstrap.resampled))
+                value, resampled = (STATISTICS[key](b) for b in (self.total, self.resampled))
                 if reference is not None:
-                    value = value - STATISTICS[key](reference.bootstrap.total)
-                    resampled = resampled - STATISTICS[key](reference.bootstrap.resampled)
-            n_documents = min(self.n_documents, (reference or self).n_documents)
-            found[key] = interval(float(value[0]), resampled if n_documents > 1 else resampled[:0])
+                    value = value - STATISTICS[key](reference.total)
+                    resampled = resampled - STATISTICS[key](reference.resampled)
+            n_documents = min(self.n_clusters, (reference or self).n_clusters)
+            found[key] = interval(float(value[0]), resampled, n_documents)
         return found
 
 
@@ -286,7 +283,7 @@ def _summed(
 
 def _result(by: str, sae: Any, corpus: str, context: int, name: str, sums: Sequence[_Sums], reference: _Sums) -> Shift:
     buckets = [
-        Bucket(b.name, b.n_tokens, b.n_documents, b.estimates(), {} if b is reference else b.estimates(reference))
+        Bucket(b.name, b.n_tokens, b.n_clusters, b.estimates(), {} if b is reference else b.estimates(reference))
         for b in sums
     ]
     return Shift(by, name, str(sae.cfg.metadata.model_name), corpus, context, reference.name, buckets)

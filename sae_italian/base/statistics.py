@@ -29,28 +29,36 @@ class Estimate(NamedTuple):
 
 
 KEPT_WEIGHTS = 2**21  # numbers: 16 MB
+LEAST_DOCUMENTS = 5  # for an interval over documents: fewer say nothing of how documents differ
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
+Statistic = Callable[[Float[np.ndarray, "samples quantities"]], Float[np.ndarray, " samples"]]
 
 
 def bootstrap(
-    sums: Float[np.ndarray, "clusters quantities"],
-    statistic: Callable[[Float[np.ndarray, "samples quantities"]], Float[np.ndarray, " samples"]],
-    *,
-    n_samples: int = 1000,
-    seed: int = 0,
+    sums: Float[np.ndarray, "clusters quantities"], statistic: Statistic, *, n_samples: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Return `statistic` of the summed quantities and its percentile interval, resampling clusters (documents).
+    """Return `statistic` of the summed quantities and its `interval`, resampling clusters (documents).
 
     The quantities are sums within a cluster, so any ratio of sums is resampled exactly by weighting the rows.
     """
+    return interval(*_resampled(sums, statistic, n_samples, seed), len(sums)) if len(sums) else NOTHING
+
+
+def mean_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Estimate:
+    """Return the mean of independent values (latents, of which there are many) with its percentile interval."""
+    values = np.asarray(values, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    pairs = np.stack([values, np.ones_like(values)], axis=1)
+    return interval(*_resampled(pairs, lambda total: total[:, 0] / total[:, 1], 1000, seed)) if len(pairs) else NOTHING
+
+
+def _resampled(
+    sums: np.ndarray, statistic: Statistic, n_samples: int, seed: int
+) -> tuple[float, Float[np.ndarray, " samples"]]:
     sums = np.asarray(sums, dtype=np.float64)
-    if len(sums) == 0:
-        return NOTHING
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(statistic(sums.sum(axis=0, keepdims=True))[0])
         draw = _weights if n_samples * len(sums) <= KEPT_WEIGHTS else _weights.__wrapped__
-        resampled = statistic(draw(len(sums), n_samples, seed) @ sums)
-    return interval(value, resampled)
+        return float(statistic(sums.sum(axis=0, keepdims=True))[0]), statistic(draw(len(sums), n_samples, seed) @ sums)
 
 
 @lru_cache(maxsize=4)
@@ -59,14 +67,6 @@ def _weights(n: int, n_samples: int, seed: int) -> Int[np.ndarray, "samples clus
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_samples)
     weights.setflags(write=False)
     return weights
-
-
-def mean_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Estimate:
-    """Return the mean of independent values (latents) with its bootstrap interval."""
-    values = np.asarray(values, dtype=np.float64)
-    values = values[np.isfinite(values)]
-    pairs = np.stack([values, np.ones_like(values)], axis=1)
-    return bootstrap(pairs, lambda total: total[:, 0] / total[:, 1], seed=seed)
 
 
 def reaches(share: float, threshold: float) -> bool:
@@ -85,9 +85,6 @@ def wilson(successes: int, n: int) -> Estimate:
     lo = 0.0 if successes == 0 else float(centre - half)  # exact at the ends, where rounding would leave 1e-17
     hi = 1.0 if successes == n else float(centre + half)
     return Estimate(share, lo, hi)
-
-
-LEAST_DOCUMENTS = 5  # for an interval over documents: fewer say nothing of how documents differ
 
 
 def shares_by_document(
@@ -132,33 +129,46 @@ class StreamingBootstrap:
         self.seed, self.n_samples, self.dtype = seed, n_samples, dtype
         self.total = np.zeros((1, width), dtype)
         self.resampled = np.zeros((n_samples, width), dtype)
+        self.n_clusters, self.last = 0, -1
 
     def weights(self, clusters: Int[np.ndarray, " clusters"]) -> Float[np.ndarray, "samples clusters"]:
         """Return how often each resample holds each of the clusters, which are named by their numbers."""
         rows = [np.random.default_rng((self.seed, int(cluster))).poisson(1.0, self.n_samples) for cluster in clusters]
         return np.array(rows, dtype=self.dtype).T.reshape(self.n_samples, len(rows))
 
-    def add(self, clusters: Int[np.ndarray, " clusters"], sums: Float[np.ndarray, "clusters width"]) -> None:
-        """Add sums of some clusters, each named once per call."""
+    def add_sums(self, clusters: Int[np.ndarray, " clusters"], sums: Float[np.ndarray, "clusters width"]) -> None:
+        """Add sums of some clusters, each named once per call; they come in order of their numbers, a cluster in parts."""
         self.total += sums.sum(axis=0)
         self.resampled += self.weights(clusters) @ sums
+        self.n_clusters += int((clusters > self.last).sum())
+        self.last = max(self.last, int(clusters.max(initial=-1)))
 
-    def estimate(
-        self, statistic: Callable[[Float[np.ndarray, "samples width"]], Float[np.ndarray, " samples"]]
-    ) -> Estimate:
-        """Return `statistic` of the sums with its percentile interval; NaN where it is 0/0."""
+    def estimate(self, statistic: Statistic, *, n_clusters: int | None = None, centre: bool = False) -> Estimate:
+        """Return `statistic` of the sums with its `interval`, of all clusters or of `n_clusters`; NaN where it is 0/0."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            return interval(float(statistic(self.total)[0]), statistic(self.resampled))
+            value, resampled = float(statistic(self.total)[0]), statistic(self.resampled)
+        return interval(value, resampled, self.n_clusters if n_clusters is None else n_clusters, centre=centre)
 
 
-def interval(value: float, resampled: Float[np.ndarray, " samples"], *, centre: bool = False) -> Estimate:
-    """Return a value with the 2.5 and 97.5 % quantiles of its finite resamples; NaN bounds when there are none.
+def interval(
+    value: float, resampled: Float[np.ndarray, " samples"], n_clusters: int | None = None, *, centre: bool = False
+) -> Estimate:
+    """Return a value with its 95 % interval from the quantiles of its finite resamples; NaN bounds when there are none.
+
+    Of `n_clusters` resampled clusters the quantiles are Phi(-+ t sqrt(n / (n - 1))), t Student's of n - 1 degrees: the
+    expanded percentile interval (Hesterberg 2015, doi:10.1080/00031305.2015.1089789), which covers 92 to 96 % of ratios
+    over 6 to 30 documents, where 2.5 and 97.5 % cover 86 to 93 %. Fewer than LEAST_DOCUMENTS have no interval.
 
     `centre` moves the quantiles so that the resamples' mean is the value: for shares that resampling itself shifts, as
     that of latents which never fired (a resample leaves a third of the documents out, so more of them never fire there).
     """
+    from scipy.special import ndtr, stdtrit
+
     resampled = resampled[np.isfinite(resampled)]
-    if len(resampled) == 0:
+    tail = 0.025
+    if n_clusters is not None and n_clusters >= LEAST_DOCUMENTS:
+        tail = ndtr(stdtrit(n_clusters - 1.0, tail) * np.sqrt(n_clusters / (n_clusters - 1)))
+    if len(resampled) == 0 or (n_clusters is not None and n_clusters < LEAST_DOCUMENTS):
         return Estimate(value, float("nan"), float("nan"))
-    lo, hi = np.quantile(resampled, (0.025, 0.975)) + (value - resampled.mean() if centre else 0.0)
+    lo, hi = np.quantile(resampled, (tail, 1 - tail)) + (value - resampled.mean() if centre else 0.0)
     return Estimate(value, float(lo), float(hi))

@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -43,7 +43,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        give_rights(temporary)
+        _give_rights(temporary)
         for written in (temporary, *temporary.rglob("*")):
             _sync(written)
         os.replace(temporary, path)
@@ -63,7 +63,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def give_rights(path: Path) -> None:
+def _give_rights(path: Path) -> None:
     """Give a file, or all files of a folder, the rights that the umask leaves: safetensors writes for its owner alone."""
     umask = os.umask(0o077)
     os.umask(umask)
@@ -86,36 +86,29 @@ def _is_temporary(path: Path) -> bool:
 
 
 @contextmanager
-def locked(folders: Sequence[Path]) -> Iterator[None]:
-    """Hold the folders, which are made where missing, for this process alone. A process that dies holds nothing.
-
-    Raises: UsageError when another process holds one, or it cannot be made or written to.
-    """
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made where missing, for this process alone. A process that dies holds nothing."""
     from filelock import FileLock, Timeout
 
-    with ExitStack() as stack:
-        for folder in folders:
-            _check_no_file(folder)
-            lock = FileLock(folder / LOCK_FILE, timeout=0)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
-            except Timeout as error:
-                raise UsageError(
-                    f"{folder} is being written by another process. Wait for it, or give another folder."
-                ) from error
-            except OSError as error:
-                raise UsageError(
-                    f"{folder} cannot be written to ({error.strerror}). Give a folder you may write to."
-                ) from error
-            stack.callback(lock.release)
-            stack.callback(remove, folder / LOCK_FILE)
-        yield
-
-
-def _check_no_file(folder: Path) -> None:
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; an output folder was expected. Give another path.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(
+            f"{folder} is being written by another process. Wait for it, or give another folder."
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written to ({error.strerror}). Give a folder you may write to."
+        ) from error
+    try:
+        yield
+    finally:
+        remove(folder / LOCK_FILE)
+        lock.release()
 
 
 def disk_full(error: BaseException) -> bool:
@@ -225,18 +218,7 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str:
 
 
 @contextmanager
-def claimed(out: Path, kind: str, spec: dict[str, Any], **how: Any) -> Iterator[bool]:
-    """Hold `out` for this process alone while the block writes it; claim it, and yield whether an earlier run goes on.
-
-    how: `resume`, `overwrite` and `changeable`, as `claim_folder` takes them.
-    Raises: UsageError as `locked` and `claim_folder`, and when the disk is full in the block.
-    """
-    with locked([out]), disk_errors(out):
-        yield claim_folder(out, kind, spec, **how)
-        give_rights(out)
-
-
-def claim_folder(
+def claimed(
     out: Path,
     kind: str,
     spec: dict[str, Any],
@@ -244,28 +226,36 @@ def claim_folder(
     resume: bool = False,
     overwrite: bool = False,
     changeable: Collection[str] = (),
-) -> bool:
-    """Make `out` the folder of the run described by `spec`; return True when it continues an earlier one.
+) -> Iterator[bool]:
+    """Hold `out` for this process while the block writes the run described by `spec`; yield whether it goes on.
 
-    A new or empty folder is claimed by writing `run.json`. With `resume`, a folder that holds the same run is continued;
-    the settings that are `changeable` may differ. With `overwrite`, a run of the same kind is replaced: its files go,
-    every other file stays. Everything else is refused and left untouched.
+    A new or empty folder gets a `run.json`. With `resume`, a folder that holds the same run is continued; the settings
+    that are `changeable` may differ. With `overwrite`, a run of the same kind is replaced: its files go, every other file
+    stays. Everything else is refused and left untouched.
 
-    Raises: UsageError, naming the first setting that differs when a resumed run is not the same one.
+    Raises: UsageError when another process holds the folder, or it cannot be written to, or holds something else, naming
+    the first setting that differs; and when the disk is full in the block.
     """
-    _check_no_file(out)
-    spec = json.loads(json.dumps(spec, default=str))
-    record = {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
-    if not (out.is_dir() and any(not _is_temporary(child) and child.name != LOCK_FILE for child in out.iterdir())):
-        write_json(out / RUN_FILE, record)
-        return False
-    earlier = _claim_in(out)
-    if earlier["kind"] != kind:
-        raise UsageError(f"{out} holds a {earlier['kind']} run, not a {kind} run. Give another folder.")
-    if overwrite:
-        _remove_ours(out)
-        write_json(out / RUN_FILE, record)
-        return False
+    with _locked(out), disk_errors(out):
+        spec = json.loads(json.dumps(spec, default=str))
+        record = {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
+        found = any(not _is_temporary(child) and child.name != LOCK_FILE for child in out.iterdir())
+        earlier = _claim_in(out, kind) if found else {}
+        if continuing := bool(earlier) and not overwrite:
+            record = _continued(out, earlier, spec, resume, changeable)
+        elif earlier:
+            _remove_ours(out)
+        if not continuing or record != earlier:
+            write_json(out / RUN_FILE, record)
+        yield continuing
+        _give_rights(out)
+
+
+def _continued(
+    out: Path, earlier: dict[str, Any], spec: dict[str, Any], resume: bool, changeable: Collection[str]
+) -> dict[str, Any]:
+    """Return the record of a run that goes on, and sweep what it left half written. Raises: UsageError as `claimed`."""
+    kind = earlier["kind"]
     if not resume:
         raise UsageError(
             f"{out} already holds a {kind} run of {earlier['created']}. "
@@ -277,13 +267,11 @@ def claim_folder(
         raise UsageError(f"{out} holds another {kind} run ({difference}). Undo that, or use --overwrite.")
     for left in [path for path in out.rglob(".*.tmp") if _is_temporary(path)]:
         remove(left)
-    if kept and earlier["spec"] != spec:
-        write_json(out / RUN_FILE, earlier | {"spec": spec})
-    return True
+    return {**earlier, "spec": spec}
 
 
-def _claim_in(out: Path) -> dict[str, Any]:
-    """Return the `run.json` of a folder. Raises: UsageError when there is none, or it is not one of ours."""
+def _claim_in(out: Path, kind: str) -> dict[str, Any]:
+    """Return a folder's `run.json`. Raises: UsageError when there is none, or it is not one of ours, of that kind."""
     file = out / RUN_FILE
     found = read_json(file) if file.is_file() else None
     if (
@@ -292,6 +280,8 @@ def _claim_in(out: Path) -> dict[str, Any]:
         or not {"kind", "created"} <= found.keys()
     ):
         raise UsageError(f"{out} is not empty and holds no run of ours. Give an empty or new folder.")
+    if found["kind"] != kind:
+        raise UsageError(f"{out} holds a {found['kind']} run, not a {kind} run. Give another folder.")
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import claim_folder, disk_errors, fingerprint, locked, package_versions, remove
+from sae_italian.base.storage import claimed, fingerprint, package_versions, remove
 from sae_italian.cache.layout import MANIFEST, Manifest, config_hash, tokenizer_hash
 from sae_italian.cache.shards import (
     EncodeJob,
@@ -30,6 +31,7 @@ from sae_italian.cache.stats import write_statistics
 from sae_italian.corpora import Split
 from sae_italian.corpora.stream import CorpusStream, Reader, check_corpus
 from sae_italian.models.activations import check_context
+from sae_italian.models.cached import CachedActivations, holds_activations
 from sae_italian.saes import check_fits, weights_hash
 from sae_italian.saes.loading import full_name, open_sae
 
@@ -81,7 +83,9 @@ def build_caches(
 ) -> list[Path]:
     """Cache the latents of several SAEs of one model on the same text, with one forward pass for all; return the folders.
 
-    BOS and other special tokens have no latents. `run_units` does the work on them.
+    BOS and other special tokens have no latents. `corpus` may be a folder of SAELens' CacheActivationsRunner: then its
+    windows and activations are read, all of them or the first `n_tokens`, and the model is not run. `run_units` does
+    the work.
     Raises: UsageError when SAE and model do not fit, the corpus is too short, or a folder of `outs` holds another run
     or is being written by another process; DataError for a row without text.
     """
@@ -91,16 +95,23 @@ def build_caches(
         raise UsageError(f"{len(saes)} SAEs need as many different folders; {len(set(folders))} were given.")
     if n_tokens is None and "micro-italiano" in str(corpus):
         raise UsageError("micro-italiano has no end: say how many tokens (--tokens).")
+    for sae in saes:
+        check_fits(sae, model)
+    cached, corpus_hash = None, ""
+    if holds_activations(corpus):
+        hooks = [sae.cfg.metadata.hook_name for sae in saes]
+        cached = CachedActivations(corpus, hooks, model.config.hidden_size, context_size)
+        context_size, split, corpus_hash = cached.context_size, "all", cached.identity
     contexts = {int(context_size or sae.cfg.metadata.context_size or 128) for sae in saes}
     if len(contexts) > 1:
         raise UsageError(f"the SAEs were trained on contexts of {sorted(contexts)} tokens; choose with --context-size.")
     context = check_context(contexts.pop(), model.config)
-    for sae in saes:
-        check_fits(sae, model)
-    check_corpus(corpus, text_column=text_column)
+    if cached is None:
+        check_corpus(corpus, text_column=text_column)
+        corpus_hash = fingerprint(CorpusStream(corpus, Reader(split=split, text_column=text_column)).spec())
     shared = {
         "corpus": str(corpus),
-        "corpus_hash": fingerprint(CorpusStream(corpus, Reader(split=split, text_column=text_column)).spec()),
+        "corpus_hash": corpus_hash,
         "model_revision": getattr(model, "loaded_from", {}).get("revision"),
         "tokenizer_hash": tokenizer_hash(model.tokenizer),
         "text_column": text_column,
@@ -112,15 +123,14 @@ def build_caches(
     }
     named = zip(saes, sae_names, strict=True)
     manifests = [_manifest(sae.cfg.metadata, sae=name, **sae_facts(sae), **shared) for sae, name in named]
-    with locked(folders), disk_errors(folders[0]):
+    with ExitStack() as stack:
         for i, folder in enumerate(folders):
-            manifests[i] = claim_cache(folder, manifests[i], resume=resume, overwrite=overwrite)
-        _tokens(folders, manifests, model.tokenizer)
-        _encode(folders, manifests, saes, model, run_units)
+            manifests[i] = stack.enter_context(claimed_cache(folder, manifests[i], resume=resume, overwrite=overwrite))
+        _tokens(folders, manifests, model.tokenizer, cached)
+        _encode(folders, manifests, saes, model, cached, run_units)
         for sae, folder, manifest in zip(saes, folders, manifests, strict=True):
             if not manifest.complete:
                 finish_cache(folder, manifest, sae, model, run_units)
-            remove(folder / "runs")
     return folders
 
 
@@ -144,29 +154,37 @@ def sae_facts(sae: Any) -> dict[str, Any]:
     }
 
 
-def claim_cache(folder: Path, manifest: Manifest, *, resume: bool, overwrite: bool) -> Manifest:
-    """Make `folder` that of the cache; return the manifest, as an earlier build left it where one is continued."""
-    earlier = claim_folder(folder, KIND, manifest.identity(), resume=resume, overwrite=overwrite)
-    return Manifest.load(folder) if earlier and (folder / MANIFEST).is_file() else manifest
+@contextmanager
+def claimed_cache(folder: Path, manifest: Manifest, *, resume: bool, overwrite: bool) -> Iterator[Manifest]:
+    """Hold `folder` while the block builds a cache there; yield its manifest, as an earlier build left it."""
+    with claimed(folder, KIND, manifest.identity(), resume=resume, overwrite=overwrite) as continued:
+        yield Manifest.load(folder) if continued and (folder / MANIFEST).is_file() else manifest
+        remove(folder / "runs")
 
 
-def _tokens(folders: list[Path], manifests: list[Manifest], tokenizer: Any) -> None:
+def _tokens(folders: list[Path], manifests: list[Manifest], tokenizer: Any, cached: CachedActivations | None) -> None:
     """Write the token shards once, and give them to every cache."""
     source = next((i for i, manifest in enumerate(manifests) if manifest.tokens_complete), 0)
     if not manifests[source].tokens_complete:
-        write_token_shards(folders[source], manifests[source], tokenizer)
+        write_token_shards(folders[source], manifests[source], tokenizer, cached)
     for folder, manifest in zip(folders, manifests, strict=True):
         share_tokens(folders[source], manifests[source].shards, folder, manifest)
 
 
 def _encode(
-    folders: list[Path], manifests: list[Manifest], saes: Sequence[Any], model: Any, run_units: UnitMap
+    folders: list[Path],
+    manifests: list[Manifest],
+    saes: Sequence[Any],
+    model: Any,
+    cached: CachedActivations | None,
+    run_units: UnitMap,
 ) -> None:
     """Encode the shards that some cache lacks, for all the caches that lack any."""
     todo = [i for i, manifest in enumerate(manifests) if not all(shard.encoded for shard in manifest.shards)]
     if not todo:
         return
-    job = EncodeJob(tuple(folders[i] for i in todo), tuple(saes[i] for i in todo), model)
+    places, its = tuple(folders[i] for i in todo), tuple(saes[i] for i in todo)
+    job = EncodeJob(places, its, model, manifests[todo[0]].windows_per_shard, cached)
     of_folder = {folders[i]: manifests[i] for i in todo}
     n_shards = len(manifests[todo[0]].shards)
     missing = [n for n in range(n_shards) if not all(manifests[i].shards[n].encoded for i in todo)]

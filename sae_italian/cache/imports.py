@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import fingerprint, locked, package_versions, remove
-from sae_italian.cache.build import as_they_come, claim_cache, default_windows, finish_cache, sae_facts
+from sae_italian.base.storage import fingerprint, package_versions
+from sae_italian.cache.build import as_they_come, claimed_cache, default_windows, finish_cache, sae_facts
+from sae_italian.cache.decoded import decoded_blocks
 from sae_italian.cache.layout import FP16_MAX, Manifest, map_arrays, tokenizer_hash
 from sae_italian.cache.shards import Sparse, write_activations, write_token_shard
-from sae_italian.corpora import PackedBlock, TextDocument
-from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
 from sae_italian.models.hooks import parse_hook_name
 
 LOST = (
@@ -26,7 +24,6 @@ LOST = (
     "activations at or below 1e-5",
     "the corpus's revision, and for values beyond fp16 their size",
 )
-UNFINISHED = "\ufffd"  # what decoding gives for a part of a character
 _INTEGERS = ("int64", "int32", "uint32", "uint16")
 
 
@@ -113,11 +110,12 @@ def import_delphi(
     manifest = _manifest(source, config, tokens, d_sae, sae, sae_name, tokenizer)
     n_windows, context = tokens.shape
     checked = [split.check(n_windows, context, manifest.windows_per_shard) for split in splits]
-    with locked([out]):
-        manifest = claim_cache(out, manifest, resume=resume, overwrite=overwrite)
+    with claimed_cache(out, manifest, resume=resume, overwrite=overwrite) as manifest:
         if not manifest.complete:
             if not manifest.tokens_complete:
-                blocks = enumerate(decoded_blocks(tokens, manifest.windows_per_shard, tokenizer))
+                size = manifest.windows_per_shard
+                parts = (tokens[first : first + size] for first in range(0, n_windows, size))
+                blocks = enumerate(decoded_blocks(parts, tokenizer))
                 manifest.shards = [write_token_shard(out, index, block) for index, block in blocks]
                 manifest.tokens_complete = True
                 manifest.save(out)
@@ -126,7 +124,6 @@ def import_delphi(
             for record in as_they_come(written, "activations", "shard", len(missing), {out: manifest}):
                 record.enter(manifest.shards[record.index])
             finish_cache(out, manifest, sae, model)
-        remove(out / "runs")
     return Imported(out, _lost(checked, sae, tokenizer))
 
 
@@ -228,62 +225,3 @@ def _manifest(
         windows_per_shard=default_windows(tokens.shape[1]),
         versions=package_versions(),
     )
-
-
-# --- text and offsets of windows of which only the tokens are known --------------------------------------------------
-
-
-def decoded_blocks(
-    tokens: Int[np.ndarray, "windows context"], windows_per_block: int, tokenizer: Any
-) -> Iterator[PackedBlock]:
-    """Yield blocks whose documents are the stretches between special tokens of a window, decoded as a whole.
-
-    Without a tokenizer every window is a document without text.
-    """
-    n_documents = 0
-    for first in range(0, len(tokens), windows_per_block):
-        here = tokens[first : first + windows_per_block]
-        doc = np.full(here.shape, NO_DOCUMENT, dtype=np.int64)
-        spans = np.zeros((*here.shape, 2), dtype=np.int64)
-        special = np.zeros(here.shape, dtype=bool) if tokenizer is None else special_mask(here, tokenizer)
-        places, documents = list(_stretches(special)), []
-        texts = _decoded([here[row, begin:stop].tolist() for row, begin, stop in places], tokenizer)
-        for (row, begin, stop), (text, own) in zip(places, texts, strict=True):
-            doc[row, begin:stop], spans[row, begin:stop] = n_documents + len(documents), own
-            name = f"window {first + row}" if tokenizer is None else f"window {first + row}, token {begin}"
-            documents.append(TextDocument(text, name, ""))
-        yield PackedBlock(here, doc, spans[..., 0], spans[..., 1], documents, n_documents)
-        n_documents += len(documents)
-
-
-def _stretches(special: Bool[np.ndarray, "windows context"]) -> Iterator[tuple[int, int, int]]:
-    """Yield (window, first token, end) of every stretch without special tokens."""
-    for row, mask in enumerate(special):
-        edges = np.flatnonzero(np.diff(np.concatenate([[True], mask, [True]])))
-        for begin, stop in edges.reshape(-1, 2).tolist():
-            yield row, begin, stop
-
-
-def _decoded(stretches: list[list[int]], tokenizer: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each stretch's text and its tokens' spans: the tokenizer's own where it gives the same tokens again."""
-    if tokenizer is None or not stretches:
-        yield from [("", 0)] * len(stretches)
-        return
-    texts = tokenizer.batch_decode(stretches, clean_up_tokenization_spaces=False)
-    again = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    for ids, text, found, spans in zip(stretches, texts, again["input_ids"], again["offset_mapping"], strict=True):
-        yield text, np.array(spans) if found == ids else spans_by_prefixes(ids, text, tokenizer)
-
-
-def spans_by_prefixes(ids: list[int], text: str, tokenizer: Any) -> Int[np.ndarray, "tokens 2"]:
-    """Return the span of each token: what the decoded text grows by with it.
-
-    The tokens of one character that is split over several share its span.
-    """
-    prefixes = tokenizer.batch_decode([ids[: i + 1] for i in range(len(ids))], clean_up_tokenization_spaces=False)
-    ends = np.array([len(prefix.rstrip(UNFINISHED)) for prefix in prefixes])
-    ends = np.minimum(np.maximum.accumulate(ends), len(text))
-    starts = np.concatenate([[0], ends[:-1]])
-    unfinished = [i for i, prefix in enumerate(prefixes) if prefix.endswith(UNFINISHED) and ends[i] < len(text)]
-    ends[unfinished] += 1
-    return np.stack([starts, ends], axis=1)

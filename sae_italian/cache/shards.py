@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import remove
+from sae_italian.cache.decoded import decoded_blocks
 from sae_italian.cache.layout import (
     LatentRange,
     Manifest,
@@ -37,6 +38,7 @@ from sae_italian.cache.layout import (
 from sae_italian.corpora import PackedBlock, TextDocument, iter_documents, pack
 from sae_italian.corpora.packing import special_mask, take_tokens
 from sae_italian.models.activations import read_many
+from sae_italian.models.cached import CachedActivations
 from sae_italian.saes.sparse import top_positive
 
 FORWARD_WINDOWS = 32
@@ -46,14 +48,17 @@ LATENTS_PER_RANGE = 512
 NON_ZEROS_PER_RANGE = 2**22  # unless one latent alone has more; the statistics need about 70 bytes of memory for each
 
 
-def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any) -> None:
-    """Write the token shards that the manifest does not name yet, and name them.
+def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any, cached: CachedActivations | None = None) -> None:
+    """Write the token shards that the manifest does not name yet, and name them; `cached` has windows of its own.
 
     Packing starts from the first document again: it is a small part of the work, and the same each time.
     Raises: UsageError when the corpus is shorter than asked for, or holds no full window.
     """
-    documents = iter_documents(manifest.corpus, manifest.split, text_column=manifest.text_column)  # pyright: ignore[reportArgumentType]
-    blocks = pack(documents, tokenizer, manifest.context_size, windows_per_block=manifest.windows_per_shard)
+    if cached is None:
+        documents = iter_documents(manifest.corpus, manifest.split, text_column=manifest.text_column)  # pyright: ignore[reportArgumentType]
+        blocks = pack(documents, tokenizer, manifest.context_size, windows_per_block=manifest.windows_per_shard)
+    else:
+        blocks = decoded_blocks(cached.blocks(manifest.windows_per_shard), tokenizer)
     if manifest.n_tokens_asked is not None:
         blocks = take_tokens(blocks, manifest.n_tokens_asked, f"the {manifest.split} split of {manifest.corpus}")
     done = len(manifest.shards)
@@ -145,24 +150,29 @@ class ActsRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What all shards of a build share: the cache folders, the SAE of each, and the model. It can be pickled."""
+    """What all shards of a build share: the cache folders, the SAE of each, the model. It can be pickled.
+
+    Where the activations are `cached`, the model is not run.
+    """
 
     folders: tuple[Path, ...]
     saes: tuple[Any, ...]
     model: Any
+    windows_per_shard: int
+    cached: CachedActivations | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         parts = [(type(sae), sae.cfg, sae.state_dict()) for sae in self.saes]  # the object itself holds a lambda
-        return _unpickled, (self.folders, parts, self.model)
+        return _unpickled, (self.folders, parts, self.model, self.windows_per_shard, self.cached)
 
 
-def _unpickled(folders: tuple[Path, ...], parts: list[tuple[Any, Any, Any]], model: Any) -> EncodeJob:
+def _unpickled(folders: tuple[Path, ...], parts: list[tuple[Any, Any, Any]], *rest: Any) -> EncodeJob:
     saes = []
     for kind, config, weights in parts:
         sae = kind(config)
         sae.load_state_dict(weights)
         saes.append(sae.eval())
-    return EncodeJob(folders, tuple(saes), model)
+    return EncodeJob(folders, tuple(saes), *rest)
 
 
 class Sparse(NamedTuple):
@@ -186,7 +196,11 @@ def encode_shard(job: EncodeJob, index: int) -> list[ActsRecord]:
     step = max(1, min(FORWARD_WINDOWS, FORWARD_TOKENS // tokens.shape[1]))
     for first in range(0, len(tokens), step):
         here = slice(first, first + step)
-        acts = read_many(job.model, torch.from_numpy(tokens[here]).to(job.model.device), hooks)
+        if job.cached is None:
+            acts = read_many(job.model, torch.from_numpy(tokens[here]).to(job.model.device), hooks)
+        else:
+            start = index * job.windows_per_shard + first
+            acts = {hook: job.cached.read(hook, start, len(tokens[here])) for hook in hooks}
         silent = special[here].ravel()
         for hook, sae, found in zip(hooks, job.saes, parts, strict=True):
             found.append(encode_sparse(sae, acts[hook].flatten(0, 1), silent))

@@ -7,6 +7,7 @@ source, the folder and those settings that were given, and returns a Result.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,7 +160,7 @@ def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
 
 def _model_card(to: str, folder: Path, out: Path, settings: Settings) -> Result:
     """Write the README.md that `saes publish` would, and the evaluation card's files beside it."""
-    from sae_italian.base.storage import write_text
+    from sae_italian.base.storage import claimed, write_text
     from sae_italian.cache import Manifest
     from sae_italian.evaluation.card import read_card
     from sae_italian.training.publish import model_card
@@ -171,11 +172,14 @@ def _model_card(to: str, folder: Path, out: Path, settings: Settings) -> Result:
     card = read_card(folder)
     if card is None:
         raise UsageError(f"{folder} has no evaluation card. Make it: sae-italian evaluate {folder}")
-    file = out / "README.md"
-    if file.exists() and not settings.get("overwrite"):
+    file, repository = out / "README.md", settings.get("repository", "owner/name")
+    overwrite, own = bool(settings.get("overwrite")), out.resolve() == folder.resolve()
+    if own and file.exists() and not overwrite:
         raise UsageError(f"{file} exists. Add --overwrite to replace it, or give another folder.")
-    write_text(file, model_card(folder, card, settings.get("repository", "owner/name"), folder.resolve().name))
-    card.save(out)
+    spec = {"sae": str(folder.resolve()), "repository": repository}
+    with nullcontext() if own else claimed(out, "model card", spec, overwrite=overwrite):
+        write_text(file, model_card(folder, card, repository, folder.resolve().name))
+        card.save(out)
     return Result({"card": str(file)}, f"model card: {file}")
 
 

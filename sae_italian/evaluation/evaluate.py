@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.statistics import NOTHING, Estimate, StreamingBootstrap, interval
+from sae_italian.base.statistics import NOTHING, Estimate, StreamingBootstrap
 from sae_italian.base.storage import utc_now
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, PackedBlock, special_mask
@@ -101,7 +101,7 @@ def evaluate(
         context_size=context,
         n_tokens=latents.n_tokens,
         n_loss_tokens=n_loss,
-        n_documents=sums.n_documents,
+        n_documents=sums.n_clusters,
         **sums.estimates(),
         **latents.estimates(),
         density=latents.density(),
@@ -197,31 +197,28 @@ def _losses(
     return found
 
 
-class TokenSums:
+class TokenSums(StreamingBootstrap):
     """Sums over the tokens of documents, with their resamples: scalars per token, and the activation itself."""
 
     def __init__(self, d_out: int, seed: int = 0):
-        self.bootstrap = StreamingBootstrap(len(_SUMS) + d_out, seed=seed)
-        self.n_documents = 0
-        self.last_document = -1
+        super().__init__(len(_SUMS) + d_out, seed=seed)
+        self.n_with_loss = 0  # documents on which losses were measured
 
     def add(
         self, doc: Int[np.ndarray, " kept"], rows: dict[str, np.ndarray], y: Float[np.ndarray, "kept d_out"]
     ) -> None:
         documents, index = np.unique(doc, return_inverse=True)
-        values = np.zeros((len(doc), len(_SUMS)))
-        for column, name in enumerate(_SUMS):
-            if name in rows:
-                values[:, column] = rows[name]
+        columns = [rows.get(name, np.zeros(len(doc))) for name in _SUMS]
         sums = np.zeros((len(documents), len(_SUMS) + y.shape[1]))
-        np.add.at(sums, index, np.concatenate([values, y], axis=1))
-        self.bootstrap.add(documents, sums)
-        self.n_documents += int((documents > self.last_document).sum())  # documents come in order, in parts
-        self.last_document = max(self.last_document, int(documents.max(initial=-1)))
+        np.add.at(sums, index, np.column_stack([*columns, y]))
+        self.add_sums(documents, sums)
+        if "n_loss" in rows:
+            self.n_with_loss = self.n_clusters
 
     def estimates(self) -> dict[str, Estimate]:
         """Return every number of the card that is a ratio of sums over tokens."""
-        return {key: self.bootstrap.estimate(statistic) for key, statistic in STATISTICS.items()}
+        n_clusters = {key: self.n_with_loss for key in STATISTICS if key.startswith(("ce_", "kl_", "delta_"))}
+        return {key: self.estimate(what, n_clusters=n_clusters.get(key)) for key, what in STATISTICS.items()}
 
 
 def _column(sums: Float[np.ndarray, "samples width"], name: str) -> Float[np.ndarray, " samples"]:
@@ -262,12 +259,12 @@ STATISTICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-class LatentCounts:
+class LatentCounts(StreamingBootstrap):
     """How often each latent fired, with resamples; what was dead after 100,000 and 1,000,000 tokens exactly."""
 
     def __init__(self, d_sae: int):
         # one count per latent, and the number of tokens itself
-        self.bootstrap = StreamingBootstrap(d_sae + 1, n_samples=LATENT_RESAMPLES, dtype=np.float32)
+        super().__init__(d_sae + 1, n_samples=LATENT_RESAMPLES, dtype=np.float32)
         self.n_tokens = 0
         self.dead_after: dict[int, Estimate] = {100_000: NOTHING, 1_000_000: NOTHING}
 
@@ -281,14 +278,12 @@ class LatentCounts:
         self._add(doc, active)
 
     def _add(self, doc: Int[np.ndarray, " kept"], active: Bool[Tensor, "kept d_sae"]) -> None:
-        if len(doc) == 0:
-            return
         documents, index = np.unique(doc, return_inverse=True)
         counts = torch.zeros(len(documents), active.shape[1] + 1, device=active.device)
         on = torch.from_numpy(index).to(active.device)
         counts[:, :-1].index_add_(0, on, active.float())
         counts[:, -1].index_add_(0, on, torch.ones(len(doc), device=active.device))
-        self.bootstrap.add(documents, counts.cpu().numpy())
+        self.add_sums(documents, counts.cpu().numpy())
         self.n_tokens += len(doc)
 
     def _share(self, which: Callable[[np.ndarray], np.ndarray]) -> Estimate:
@@ -297,9 +292,8 @@ class LatentCounts:
         def shares(counts: np.ndarray) -> np.ndarray:
             return which(counts[:, :-1] / np.maximum(counts[:, -1:], 1)).mean(axis=1)
 
-        value = float(shares(self.bootstrap.total)[0])
-        found = interval(value, shares(self.bootstrap.resampled), centre=True)
-        return Estimate(value, max(0.0, found.lo), min(1.0, found.hi))
+        value, lo, hi = self.estimate(shares, centre=True)
+        return Estimate(value, max(0.0, lo), min(1.0, hi)) if lo == lo else Estimate(value, lo, hi)
 
     def dead(self) -> Estimate:
         return self._share(lambda density: density == 0)

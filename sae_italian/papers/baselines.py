@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import claim_folder, give_rights, read_json, remove, write_json, write_text
+from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
 from sae_italian.cache import FeatureCache, build_caches
 from sae_italian.corpora import CorpusStream, Reader
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
@@ -91,15 +91,15 @@ def compare_baselines(
     names = [full_name(sae) for sae in saes]
     spec = {**subject._asdict(), **asdict(settings), "saes": [weights_hash(sae) for sae in loaded]}
     del spec["model"]
-    claim_folder(out, KIND, spec, resume=resume, overwrite=overwrite)
-    layers = [
-        compare_layer(sae, subject, out / str(i), settings, sae_name=name)
-        for i, (sae, name) in enumerate(zip(loaded, names, strict=True))
-    ]
-    result = {"model": subject.name, "corpus": subject.corpus, "settings": asdict(settings), "layers": layers}
-    write_json(out / "baselines.json", result)
-    write_text(out / "baselines.md", baselines_markdown(result))
-    write_text(out / "baselines.svg", baselines_svg(result))
+    with claimed(out, KIND, spec, resume=resume, overwrite=overwrite):
+        layers = [
+            compare_layer(sae, subject, out / str(i), settings, sae_name=name)
+            for i, (sae, name) in enumerate(zip(loaded, names, strict=True))
+        ]
+        result = {"model": subject.name, "corpus": subject.corpus, "settings": asdict(settings), "layers": layers}
+        write_json(out / "baselines.json", result)
+        write_text(out / "baselines.md", baselines_markdown(result))
+        write_text(out / "baselines.svg", baselines_svg(result))
     return result
 
 
@@ -171,7 +171,6 @@ def _fitted(sae: Any, subject: Subject, folder: Path, settings: Settings) -> dic
     found = fit_baselines(stream, sae, settings.kinds, **sizes, seed=settings.seed)
     for name, baseline in found.items():
         baseline.save_model(folder / name)
-    give_rights(folder)
     return found
 
 

@@ -25,7 +25,7 @@ from sae_italian.corpora import CorpusStream
 from sae_italian.corpora.packing import Packer, batched, check_context, layout_of, special_mask, tokenise_batches
 from sae_italian.corpora.pretokenize import PretokenizedCorpus
 from sae_italian.models.activations import read_many
-from sae_italian.training.cached import CachedActivations
+from sae_italian.models.cached import CachedActivations
 
 DOCUMENTS_PER_BATCH = 64
 

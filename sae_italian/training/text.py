@@ -13,7 +13,7 @@ from sae_italian.corpora import CorpusStream, Reader, pack
 from sae_italian.corpora.packing import special_mask
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
 from sae_italian.models import load_model_config, load_tokenizer
-from sae_italian.training.cached import CachedActivations
+from sae_italian.models.cached import CachedActivations
 from sae_italian.training.config import NORM_ESTIMATE_BATCHES, RunSpec
 from sae_italian.training.stream import Documents, Mapped
 
@@ -34,7 +34,7 @@ def training_documents(spec: RunSpec) -> Documents:
     if not spec.use_cached_activations:
         return documents_of(spec.corpus, spec.text_column)
     d_in = load_model_config(spec.model).hidden_size
-    return CachedActivations(str(spec.cached_activations_path), spec.hook_names, spec.context_size, d_in)
+    return CachedActivations(str(spec.cached_activations_path), spec.hook_names, d_in, spec.context_size)
 
 
 def count_tokens(spec: RunSpec, tokenizer: Any) -> int | None:

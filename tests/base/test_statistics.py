@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from sae_italian.base.statistics import bootstrap, mean_interval, mean_of_two, shares_by_document, wilson
+from sae_italian.base.statistics import (
+    StreamingBootstrap,
+    bootstrap,
+    mean_interval,
+    mean_of_two,
+    shares_by_document,
+    wilson,
+)
 
 
 def test_wilson_known_value():
@@ -21,6 +28,40 @@ def test_bootstrap_of_a_ratio_covers_the_truth_about_as_often_as_it_says():
         estimate = bootstrap(sums, lambda s: s[:, 0] / s[:, 1], seed=trial, n_samples=400)
         hits += estimate.lo <= 0.3 <= estimate.hi
     assert 0.88 <= hits / 200 <= 0.99
+
+
+def ratios_by_document(rng, n_documents: int, of_what: str) -> np.ndarray:
+    """Sums of a made evaluation: documents of very different lengths that differ in what is measured."""
+    tokens = rng.lognormal(5, 0.8, n_documents).astype(int).clip(5)
+    if of_what == "l0":
+        return np.stack([60 * np.exp(rng.normal(0, 0.3, n_documents)) * tokens, tokens], axis=1)
+    power = tokens * np.exp(rng.normal(0, 0.4, n_documents))
+    return np.stack([power / (1 + np.exp(-rng.normal(-1.2, 0.5, n_documents))), power], axis=1)
+
+
+@pytest.mark.parametrize("n_documents", [6, 10, 20, 30])
+@pytest.mark.parametrize("of_what", ["l0", "fvu"])
+def test_the_cards_ratios_over_few_documents_are_covered_as_often_as_is_said(n_documents, of_what):
+    """600 evaluations each; plain percentiles cover 86 to 93 % of them, 87 to 89 % at 6 and 10 documents."""
+    rng, hits = np.random.default_rng(0), 0
+
+    def ratio(sums):
+        return sums[:, 0] / sums[:, 1]
+
+    truth = ratio(ratios_by_document(rng, 10**6, of_what).sum(axis=0, keepdims=True))[0]
+    for seed in range(600):
+        streamed = StreamingBootstrap(2, seed=seed)
+        streamed.add_sums(np.arange(n_documents), ratios_by_document(rng, n_documents, of_what))
+        _, lo, hi = streamed.estimate(ratio)
+        hits += lo <= truth <= hi
+    assert 0.925 <= hits / 600 <= 0.98
+
+
+def test_fewer_than_five_documents_have_no_interval():
+    sums = np.random.default_rng(0).random((5, 2)) + 1
+    for n_documents, known in ((4, False), (5, True)):
+        found = bootstrap(sums[:n_documents], lambda s: s[:, 0] / s[:, 1])
+        assert found.value == found.value and (found.lo == found.lo) == (found.hi == found.hi) == known
 
 
 def test_the_seed_draws_the_resamples():

@@ -7,11 +7,9 @@ import pytest
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.storage import (
     atomic_path,
-    claim_folder,
     claimed,
     disk_errors,
     fingerprint,
-    locked,
     read_json,
     read_yaml,
     write_text,
@@ -27,20 +25,25 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
 
 
+def claim(out, kind, spec, **how) -> bool:
+    with claimed(out, kind, spec, **how) as continuing:
+        return continuing
+
+
 def test_claiming(tmp_path):
     out = tmp_path / "out"
-    assert claim_folder(out, "train", {"lr": 1, "sae": {"k": 4}}) is False
-    assert claim_folder(out, "train", {"lr": 1, "sae": {"k": 4}}, resume=True) is True
+    assert claim(out, "train", {"lr": 1, "sae": {"k": 4}}) is False
+    assert claim(out, "train", {"lr": 1, "sae": {"k": 4}}, resume=True) is True
     with pytest.raises(UsageError, match="sae.k was 4, is now 5"):
-        claim_folder(out, "train", {"lr": 1, "sae": {"k": 5}}, resume=True)
+        claim(out, "train", {"lr": 1, "sae": {"k": 5}}, resume=True)
     with pytest.raises(UsageError, match="not a cache run"):
-        claim_folder(out, "cache", {}, resume=True)
+        claim(out, "cache", {}, resume=True)
     (out / "old.safetensors").write_text("x")
-    assert claim_folder(out, "train", {"lr": 2}, overwrite=True) is False
+    assert claim(out, "train", {"lr": 2}, overwrite=True) is False
     assert not (out / "old.safetensors").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
-        claim_folder(tmp_path / "file", "train", {})
+        claim(tmp_path / "file", "train", {})
 
 
 def test_fingerprint_ignores_order_only():
@@ -58,23 +61,19 @@ def test_what_a_killed_write_left_is_cleared_and_stops_nothing(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".run.json.123.tmp").write_text("{")
-    assert claim_folder(out, "train", {}) is False
+    assert claim(out, "train", {}) is False
     (out / "acts").mkdir()
     (out / "acts" / ".00000.safetensors.9.tmp").write_text("half")
-    assert claim_folder(out, "train", {}, resume=True) is True
+    assert claim(out, "train", {}, resume=True) is True
     assert not list(out.rglob("*.tmp"))
 
 
-def test_a_locked_folder_is_claimed_as_any_other_and_the_lock_leaves_nothing(tmp_path):
+def test_a_folder_is_held_while_it_is_written_and_the_lock_leaves_nothing(tmp_path):
     out = tmp_path / "out"
-    with locked([out]):
-        assert claim_folder(out, "cache", {}) is False
-        with pytest.raises(UsageError, match="another process"), locked([out]):
-            pass
-        assert claim_folder(out, "cache", {}, overwrite=True) is False
-        with pytest.raises(UsageError, match="another process"), locked([out]):
-            pass
-    assert [path.name for path in out.iterdir()] == ["run.json"]
+    for how in ({}, {"overwrite": True}, {"resume": True}):
+        with claimed(out, "cache", {}, **how), pytest.raises(UsageError, match="another process"):
+            claim(out, "cache", {}, overwrite=True)
+        assert [path.name for path in out.iterdir()] == ["run.json"]
 
 
 def test_a_full_disk_is_told_from_a_defect(tmp_path):
@@ -114,7 +113,7 @@ def test_a_foreign_run_json_is_one_line_and_is_kept(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(UsageError, match="holds no run of ours|cannot be read as JSON") as error:
-            claim_folder(tmp_path, "train", {}, **how)
+            claim(tmp_path, "train", {}, **how)
         assert "\n" not in str(error.value)
     assert (tmp_path / "run.json").read_text() == content
 

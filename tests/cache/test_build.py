@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest, build_cache, build_caches, layout, shards
 from sae_italian.cache import build as build_module
 from sae_italian.cli import main
+from sae_italian.corpora import iter_documents
+from sae_italian.corpora.packing import NO_DOCUMENT
 from tests.cache.test_cache import digests
 from tests.conftest import described
 
@@ -56,8 +60,6 @@ def test_several_saes_share_a_forward_pass_and_their_tokens(mini, alone, tmp_pat
 
 
 def test_units_of_work_give_the_same_bytes_in_any_order_and_place(mini, alone, tmp_path):
-    import pickle
-
     def scattered(function, units):
         function = pickle.loads(pickle.dumps(function))  # as for another process
         for unit in random.Random(0).sample(list(units), len(units)):
@@ -103,8 +105,9 @@ def test_a_read_only_folder(mini, tmp_path):
 
 
 HOLD = """import sys, time; from pathlib import Path
-from sae_italian.base.storage import locked
-with locked([Path(sys.argv[1])]):
+from filelock import FileLock
+folder = Path(sys.argv[1]); folder.mkdir()
+with FileLock(folder / ".lock"):
     print("held", flush=True); time.sleep(60)"""
 
 
@@ -205,3 +208,48 @@ def test_kill_at_random_moments(alone, tmp_path, kills):
     assert not list(out.rglob("*.tmp")) and not (out / "runs").exists()
     assert FeatureCache.open(out, check=True).manifest.complete
     assert build_module.SAVE_EVERY < 10
+
+
+def test_activations_that_saelens_kept_are_cached_without_the_model(mini, cached_activations, tmp_path, monkeypatch):
+    """Each token's latents are those of the row kept for it; units in other processes and a resumed build the same."""
+    from datasets import load_from_disk
+
+    monkeypatch.setattr(shards, "read_many", None)
+    sae, rows = topk(1, "blocks.1.hook_resid_post"), load_from_disk(str(cached_activations)).with_format("torch")
+    how: dict[str, Any] = {"n_tokens": None, "windows_per_shard": 64}
+    cache = FeatureCache.open(build_cache(sae, mini, str(cached_activations), tmp_path / "c", **how), check=True)
+    tokens, acts = rows[:]["token_ids"], rows[:]["blocks.1.hook_resid_post"]
+    assert (cache.tokens == tokens.flatten().numpy()).all() and cache.manifest.split == "all"
+    expected = sae.encode(acts.flatten(0, 1))
+    expected[torch.from_numpy(cache.doc == NO_DOCUMENT)] = 0
+    for latent in (0, 17, 200):
+        position, value = cache.latent(latent)
+        assert position.tolist() == expected[:, latent].nonzero()[:, 0].tolist()
+        assert value == pytest.approx(expected[position, latent].detach().numpy(), rel=1e-3)
+    assert any(
+        cache.document(0).text in document.text for document in islice(iter_documents("micro-italiano", "train"), 9)
+    )
+
+    def elsewhere(function, units):
+        return map(pickle.loads(pickle.dumps(function)), units)
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(build_module, "transpose", stopped)
+        build_cache(sae, mini, str(cached_activations), tmp_path / "d", run_units=elsewhere, **how)
+    assert digests(build_cache(sae, mini, str(cached_activations), tmp_path / "d", resume=True, **how)) == digests(
+        cache.folder
+    )
+
+
+def stopped(*_):
+    raise KeyboardInterrupt
+
+
+def test_cached_activations_that_do_not_fit_are_named(mini, cached_activations, tmp_path):
+    for sae, how, message in (
+        (topk(1), {}, "has no 'blocks.2.hook_resid_post', only blocks.1.hook_resid_post, token_ids"),
+        (topk(1, "blocks.1.hook_resid_post"), {"context_size": 64}, "windows of 128 tokens .* context_size is 64"),
+        (topk(1, "blocks.1.hook_resid_post"), {"n_tokens": 30_000}, "has about 20,480 tokens, fewer than the 30,000"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            build_cache(sae, mini, str(cached_activations), tmp_path / "c", **{"n_tokens": None, **how})

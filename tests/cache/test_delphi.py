@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save, save_file
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest
+from sae_italian.cache.decoded import spans_by_prefixes
 from sae_italian.cache.exports import export_delphi, split_bounds
-from sae_italian.cache.imports import find_splits, import_delphi, spans_by_prefixes
+from sae_italian.cache.imports import find_splits, import_delphi
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae

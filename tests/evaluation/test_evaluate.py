@@ -253,7 +253,7 @@ def test_the_streaming_intervals_are_those_of_the_bootstrap(trained_sae, mini):
     stream = StreamingBootstrap(2)
     for half in (sums / 3, 2 * sums / 3):  # every document arrives in two parts
         for first in range(0, 300, 7):
-            stream.add(np.arange(first, min(first + 7, 300)), half[first : first + 7])
+            stream.add_sums(np.arange(first, min(first + 7, 300)), half[first : first + 7])
     streamed = stream.estimate(lambda s: s[:, 0] / s[:, 1])
     assert streamed.value == pytest.approx(whole.value)
     assert streamed.lo == pytest.approx(whole.lo, rel=0.02) and streamed.hi == pytest.approx(whole.hi, rel=0.02)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from sae_italian.base.errors import UsageError
-from sae_italian.corpora import iter_documents
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
 from sae_italian.training import load_config, load_spec, train
@@ -13,36 +12,22 @@ from sae_italian.training.run import open_stream
 HOOK = "blocks.1.hook_resid_post"
 
 
-@pytest.fixture(scope="module")
-def cached(mini, tmp_path_factory):
-    """20,480 tokens of the mini model, kept by SAELens' own runner."""
-    from datasets import Dataset
-    from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
-
-    folder = tmp_path_factory.mktemp("cached") / "activations"
-    config = CacheActivationsRunnerConfig(
-        dataset_path="", model_name="sae-italian-mini", model_batch_size=8, hook_name=HOOK, d_in=128, context_size=128,
-        training_tokens=20_480, new_cached_activations_path=str(folder), device="cpu", shuffle=False,
-        buffer_size_gb=20_480 * 128 * 4 / 1e9,
-    )  # fmt: skip
-    documents = iter_documents("micro-italiano", "train")
-    texts = Dataset.from_list([{"text": next(documents).text} for _ in range(600)])
-    CacheActivationsRunner(config, override_dataset=texts).run()
-    return folder
-
-
 @pytest.fixture
-def spec(cached, small_spec):
-    changes = {"use_cached_activations": True, "cached_activations_path": str(cached), "training_tokens": 10_240}
+def spec(cached_activations, small_spec):
+    changes = {
+        "use_cached_activations": True,
+        "cached_activations_path": str(cached_activations),
+        "training_tokens": 10_240,
+    }
     return small_spec.model_copy(update=changes)
 
 
-def test_batches_are_the_cached_rows_and_a_saved_stream_goes_on(spec, mini, cached, tmp_path):
+def test_batches_are_the_cached_rows_and_a_saved_stream_goes_on(spec, mini, cached_activations, tmp_path):
     from datasets import load_from_disk
 
     stream = open_stream(spec, mini, HOOK)
     served = [next(stream) for _ in range(6)]
-    tokens = torch.tensor(load_from_disk(str(cached))[:40]["token_ids"])
+    tokens = torch.tensor(load_from_disk(str(cached_activations))[:40]["token_ids"])
     acts = read_activations(mini, tokens, HOOK)[tokens != mini.tokenizer.bos_token_id]
     exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
     assert torch.cdist(torch.cat(served)[:50], acts, **exact).min(dim=1).values.max() < 1e-3
@@ -53,14 +38,14 @@ def test_batches_are_the_cached_rows_and_a_saved_stream_goes_on(spec, mini, cach
     assert all(torch.equal(next(again), batch) for batch in expected)
 
 
-def test_it_trains_here_and_from_saelens_own_config(spec, cached, tmp_path, monkeypatch):
+def test_it_trains_here_and_from_saelens_own_config(spec, cached_activations, tmp_path, monkeypatch):
     """The same keys as SAELens'; `load_config` hands them on, and `train` takes them back."""
     sae = load_sae(train(spec, tmp_path / "sae"))
     assert sae.cfg.metadata.hook_name == HOOK
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    words = ("use_cached_activations=true", f"cached_activations_path={cached}", "training_tokens=10k")
+    words = ("use_cached_activations=true", f"cached_activations_path={cached_activations}", "training_tokens=10k")
     config = load_config("mini/topk", *words, "train_batch_size_tokens=512", "buffer_tokens=4096", "sae.d_sae=256")
-    assert config.use_cached_activations and config.cached_activations_path == str(cached)
+    assert config.use_cached_activations and config.cached_activations_path == str(cached_activations)
     assert (train(config, tmp_path / "theirs") / "sae_weights.safetensors").is_file()
 
 

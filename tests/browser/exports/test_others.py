@@ -76,6 +76,11 @@ def test_the_model_card_is_that_of_publishing(trained_sae, tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--to", "model-card", "--out", str(tmp_path / "x")]) == 2
+    assert main([*arguments, "--overwrite"]) == 0
+    (own := tmp_path / "mine" / "README.md").parent.mkdir()
+    own.write_text("my thesis")
+    assert main([*arguments[:-1], str(own.parent), "--overwrite"]) == 2 and own.read_text() == "my thesis"
+    assert main([*arguments[:-1], str(folder)]) == 0 and main([*arguments[:-1], str(folder)]) == 2
 
 
 def test_only_what_an_export_wrote_is_replaced(cache, mini, tmp_path):

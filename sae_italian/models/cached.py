@@ -1,7 +1,7 @@
-"""Activations that SAELens' CacheActivationsRunner kept on disk, as one more door of the activation stream.
+"""Activations that SAELens' CacheActivationsRunner kept on disk, read in place of a model's forward pass.
 
 A cache is a saved `datasets` folder: a row for each window, with a column named after the hook, [context, d_in], and
-`token_ids`, [context]. It has no held-out split of ours: what was cached is trained on.
+`token_ids`, [context]. It knows no documents, and has no held-out split of ours.
 """
 
 from __future__ import annotations
@@ -16,17 +16,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import read_json
 
 TOKENS = "token_ids"
+
+
+def holds_activations(folder: str | Path) -> bool:
+    """Return whether a path is a folder that CacheActivationsRunner wrote."""
+    file = Path(folder).expanduser() / "dataset_info.json"
+    return file.is_file() and TOKENS in (read_json(file).get("features") or {})
 
 
 class CachedActivations:
     """The windows of a cache and their activations, memory-mapped.
 
-    Raises: UsageError for a folder that holds none, or those of other hooks, windows or widths.
+    Raises: UsageError for a folder that holds none, or those of other hooks, windows (of `context_size` tokens, where it is
+    given) or widths.
     """
 
-    def __init__(self, folder: str | Path, hook_names: Sequence[str], context_size: int, d_in: int):
+    def __init__(self, folder: str | Path, hook_names: Sequence[str], d_in: int, context_size: int | None = None):
         from datasets import load_from_disk
 
         where, made = f"cached_activations_path {str(folder)!r}", "SAELens' CacheActivationsRunner makes them."
@@ -39,6 +47,7 @@ class CachedActivations:
             if name not in rows.column_names:
                 found = ", ".join(map(str, rows.column_names))
                 raise UsageError(f"{where} has no {name!r}, only {found}. {made}")
+        context_size = context_size or rows.features[hook_names[0]].shape[0]
         for name in hook_names:
             context, width = rows.features[name].shape
             if (context, width) != (context_size, d_in):
@@ -47,7 +56,8 @@ class CachedActivations:
                     f"{context_size}, the model has {d_in}. Set context_size to that, or take its model."
                 )
         self.rows: Any = rows.with_format("numpy")
-        self.context_size = context_size
+        self.context_size: int = context_size
+        self.identity = rows._fingerprint  # of datasets: it changes with every change of the rows
 
     def __len__(self) -> int:
         return len(self.rows)
