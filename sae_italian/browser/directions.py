@@ -127,7 +127,9 @@ class Correlations:
         return NeuronTable([row[2] for row in best], [float(row[0]) for row in best], [float(row[1]) for row in best])
 
     def neurons(self, latent: int) -> NeuronTable:
-        """Return the dimensions of the model's activation that go with the latent, with cosine and Pearson."""
+        """Return the dimensions of the model's activation that go with the latent, with cosine and Pearson; none without it."""
+        if self.model is None:
+            return NeuronTable()
         x, sums, acts = self._sample
         column = slice(acts.indptr[latent], acts.indptr[latent + 1])
         row, value = acts.indices[column], acts.data[column].astype(np.float64)

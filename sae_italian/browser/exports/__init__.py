@@ -6,18 +6,16 @@ files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import claimed, read_json
 from sae_italian.browser.exports import formats
 from sae_italian.browser.exports.fields import FieldCheck
-from sae_italian.browser.exports.latents import Facts, Latents, facts_of, model_facts, names_of
+from sae_italian.browser.exports.latents import Facts, Latents, facts_of, names_of
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache, Manifest
@@ -25,14 +23,18 @@ from sae_italian.models import load_model_config
 
 __all__ = ["FORMATS", "Export", "export"]
 
-FORMATS = ("neuronpedia", "neuronpedia-bulk", "circuit-tracer", "wandb")
+WRITERS = {
+    "neuronpedia": formats.write_batches,
+    "neuronpedia-bulk": formats.write_bulk,
+    "circuit-tracer": formats.write_features,
+}
+FORMATS = (*WRITERS, "wandb")
 NO_DECODER = (
     "logit histograms, neuron alignment and correlated neurons: the SAE or its model is not at hand (give --sae)"
 )
 
 
-@dataclass(frozen=True)
-class Export:
+class Export(NamedTuple):
     """What was written: the folder, how many rows of each table fit, and what could not be filled."""
 
     to: str
@@ -72,31 +74,21 @@ def export(
         raise UsageError(f"{to!r} is no format for an export. {nearest(to, FORMATS)}")
     out, manifest = Path(out), cache.manifest
     first, last = manifest.latent_bounds(latents)
-    called = names_of(manifest, **(names or {}))
+    called, wanted = names_of(manifest, **(names or {})), range(first, last + 1)
     here = sae is not None and model is not None
     spec = {"to": to, "manifest": manifest.identity(), "latents": [first, last], "names": called, "with_sae": here}
     with claimed(out, "export", spec, resume=resume, overwrite=overwrite):
-        source = Latents(cache, piece_texts(tokenizer, len(tokenizer)), sae, model)
-        facts, wanted = facts_of(manifest, called), range(first, last + 1)
+        source = Latents(LatentSource(cache, tokenizer, sae=sae, model=model), model)
         with tqdm(total=len(wanted), desc=to, unit="latent", disable=None) as bar:
             if to == "wandb":
-                pages = LatentSource(cache, tokenizer, sae=sae, model=model)
-                return Export(to, *_wandb(out, pages, source, wanted, project, online), [])
-            task = formats.ExportTask(_folder(out, to, facts, manifest), source, facts, wanted, bar)
-            if to == "neuronpedia":
-                formats.write_batches(task)
-                rows = formats.check_batches(task.folder)
-            elif to == "neuronpedia-bulk":
-                config = load_model_config(manifest.model) if model is None else model.config
-                created = read_json(out / "run.json")["created"]  # a resumed export keeps its date
-                facts |= {**model_facts(manifest, called, config, sae), "created": created}
-                formats.write_bulk(task)
-                rows = formats.check_bulk(task.folder)
-            else:
-                formats.write_features(task)
-                rows = formats.check_features(task.folder, facts["layer"], wanted)
-        lost = [NO_DECODER] if to != "circuit-tracer" and not here else []
-        return Export(to, task.folder, rows, lost)
+                return Export(to, *_wandb(out, source, wanted, project, online), [])
+            config = None if to != "neuronpedia-bulk" else model.config if model else load_model_config(manifest.model)
+            facts = facts_of(manifest, called, config, sae)
+            facts["created"] = read_json(out / "run.json")["created"]  # a resumed export keeps its date
+            folder = _folder(out, to, facts, manifest)
+            WRITERS[to](formats.ExportTask(folder, source, facts, wanted, bar))
+        rows = formats.check_folder(folder, to, len(wanted))
+        return Export(to, folder, rows, [] if here or to == "circuit-tracer" else [NO_DECODER])
 
 
 def _folder(out: Path, to: str, facts: Facts, manifest: Manifest) -> Path:
@@ -108,14 +100,11 @@ def _folder(out: Path, to: str, facts: Facts, manifest: Manifest) -> Path:
     return out / "features" / facts["release"]
 
 
-def _wandb(
-    out: Path, source: LatentSource, latents: Latents, wanted: range, project: str, online: bool
-) -> tuple[Path, dict[str, int]]:
-    table, checked = [], FieldCheck()
-    for latent in wanted:
-        table.append(formats.wandb_row(latents, source.row(latent)))
-        checked("wandb_latent", table[-1])
+def _wandb(out: Path, latents: Latents, wanted: range, project: str, online: bool) -> tuple[Path, dict[str, int]]:
+    table, checked = [formats.wandb_row(latents, latent) for latent in wanted], FieldCheck()
+    for row in table:
+        checked("wandb_latent", row)
     rows = checked.finish()
-    write_browser(out / "browser", source)
-    where = {"project": project, "online": online, "name": source.run()["title"]}
+    write_browser(out / "browser", latents.source)
+    where = {"project": project, "online": online, "name": latents.source.run()["title"]}
     return formats.log_table(out, table, out / "browser", **where), rows

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -19,11 +18,11 @@ from sae_italian.base.errors import DataError
 
 MOJIBAKE_ALLOWED = 0.02  # of an export's token strings: text from the web holds some of its own
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
-_INT = 2**31
-_TYPES: dict[str, Callable[[Any], bool]] = {
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+_TYPES: dict[str, Any] = {
     "text": lambda value: isinstance(value, str),
-    "int": lambda value: isinstance(value, int) and not isinstance(value, bool) and -_INT <= value < _INT,
-    "float": lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+    "int": lambda value: type(value) is int and -(2**31) <= value < 2**31,
+    "float": lambda value: type(value) in (int, float) and math.isfinite(value),
     "bool": lambda value: isinstance(value, bool),
     "time": lambda value: isinstance(value, str) and _TIME.fullmatch(value) is not None,
     "json": lambda value: isinstance(value, dict | list),
@@ -79,32 +78,31 @@ def is_mojibake(text: str) -> bool:
     return False
 
 
-@dataclass
 class FieldCheck:
-    """One export under check. Call it with each row; ask `finish` in the end.
+    """One export under check. Call it with each row and where that stands; ask `finish` in the end.
 
     Raises: DataError naming table, row and field of the first thing that does not fit.
     """
 
-    seen: set[tuple[Any, ...]] = field(default_factory=set)
-    n_rows: dict[str, int] = field(default_factory=dict)
-    n_strings: int = 0
-    n_mojibake: int = 0
-    example: str = ""
+    def __init__(self) -> None:
+        self.n_rows: Counter[str] = Counter()
+        self.seen: set[tuple[Any, ...]] = set()
+        self.n_strings = self.n_mangled = 0
+        self.mangled = ""  # an example
 
     def __call__(self, name: str, row: dict[str, Any], where: str = "") -> None:
-        table = tables()[name]
-        where = where or str(self.n_rows.get(name, 0))
-        here = f"{name} {where}"
+        table, here = tables()[name], f"{name} {where}"
         if list(row) != list(table["fields"]):
             wrong = sorted(set(row) ^ set(table["fields"])) or ["their order"]
             raise DataError(f"{here}: the keys differ from the table of fields in {', '.join(map(repr, wrong))}.")
         for key, one in table["fields"].items():
             self._value(f"{here}, field {key!r}", one.kind, row[key])
         _check_rules(here, table, row)
-        if "key" in table:
-            self._unique(here, name, table["key"], row)
-        self.n_rows[name] = self.n_rows.get(name, 0) + 1
+        key = (name, *(row[part] for part in table.get("key", ())))
+        if len(key) > 1 and key in self.seen:
+            raise DataError(f"{here}: {', '.join(table['key'])} = {key[1:]} is there twice; it must be unique.")
+        self.seen.add(key)
+        self.n_rows[name] += 1
         for key, inner in table.get("rows", {}).items():
             for index, value in enumerate(row[key]):
                 self(inner, value, f"{where}.{key}.{index}")
@@ -117,37 +115,30 @@ class FieldCheck:
         if not isinstance(values, list) or not all(map(_TYPES[plain.removesuffix("[]")], values)):
             raise DataError(f"{here}: {kind} was expected, found {repr(value)[:80]}.")
         for text in (item for item in values if isinstance(item, str)):
-            if "\x00" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            if _UNSTORABLE.search(text):
                 raise DataError(f"{here}: a NUL or half a surrogate pair, which a database refuses.")
             self.n_strings += 1
             if is_mojibake(text):
-                self.n_mojibake += 1
-                self.example = text
-
-    def _unique(self, here: str, name: str, key: list[str], row: dict[str, Any]) -> None:
-        found = (name, *(row[part] for part in key))
-        if found in self.seen:
-            raise DataError(f"{here}: {', '.join(key)} = {found[1:]} is there twice; it must be unique.")
-        self.seen.add(found)
+                self.n_mangled, self.mangled = self.n_mangled + 1, text
 
     def finish(self) -> dict[str, int]:
         """Return how many rows of each table fit. Raises: DataError when the strings are mangled."""
-        if self.n_mojibake > MOJIBAKE_ALLOWED * self.n_strings:
+        if self.n_mangled > MOJIBAKE_ALLOWED * self.n_strings:
             raise DataError(
-                f"{self.n_mojibake} of {self.n_strings} strings are mangled, such as {self.example!r}: bytes were taken "
-                "for letters. Text has to come from character offsets, not from the vocabulary."
+                f"{self.n_mangled} of {self.n_strings} strings are mangled, such as {self.mangled!r}: "
+                "bytes were taken for letters. Text has to come from character offsets, not from the vocabulary."
             )
         return dict(self.n_rows)
 
 
 def _check_rules(here: str, table: dict[str, Any], row: dict[str, Any]) -> None:
+    """Raise DataError for a row that breaks a rule of its table."""
     for group in table["same_length"]:
-        lengths = [len(row[key]) for key in group]
-        if len(set(lengths)) > 1:
-            raise DataError(f"{here}: {', '.join(group)} have the lengths {lengths}; equal ones were expected.")
-    for rule, sign in (("ascending", 1), ("descending", -1)):
+        if len({len(row[key]) for key in group}) > 1:
+            raise DataError(f"{here}: {', '.join(group)} differ in length; equal lengths were expected.")
+    for rule, reverse in (("ascending", False), ("descending", True)):
         for key in table.get(rule, ()):
-            if any(sign * (b - a) < 0 for a, b in zip(row[key], row[key][1:], strict=False)):
+            if row[key] != sorted(row[key], reverse=reverse):
                 raise DataError(f"{here}, field {key!r} is not {rule}: {row[key][:6]}.")
     for key, (low, high) in table.get("range", {}).items():
         if row[key] is not None and not low <= row[key] <= high:

@@ -1,4 +1,4 @@
-"""The formats: what each writes for some latents, and what its check reads back.
+"""The formats: what each writes for some latents, and the check of what was written.
 
 neuronpedia        <out>/<model>_<set>_<hook_name>_<d_sae>[_<suffix>]/batch-<k>.json, run_settings.json,
                    skipped_indexes.json: the folder that SAEDashboard's runner writes, without its pickle of tokens.
@@ -17,13 +17,12 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_italian.autointerp.run import EXPLAINER, LOOKUP, STORE_FILE
+from sae_italian.autointerp.run import EXPLAINER, LOOKUP
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Store
 from sae_italian.base.errors import DataError, UsageError
@@ -35,14 +34,18 @@ from sae_italian.browser.exports.latents import Facts, Latents, cantor, row_id
 
 BATCH, MAX_FILES = 128, 1000  # latents of a file; the bulk importer sees 1000 files of a folder
 ONE_LINE = ("release", "model", "sourceset", "source")
-MANY = {"features": "neuron", "activations": "activation", "explanations": "explanation"}
-LINKS = {
-    "sourceset.releaseName": "release.name",
-    "sourceset.modelId": "model.id",
-    "source.modelId": "model.id",
-    "source.setName": "sourceset.name",
-    "source.id": "sourceset.name",  # between the layer and the suffix
-    "release.defaultSourceId": "source.id",
+# The tables of each format by the files that hold their rows, and the one that has a row for each latent.
+TABLES = {
+    "neuronpedia": (
+        {"batch-*": "batch", "run_settings": "run_settings", "skipped_indexes": "skipped_indexes"},
+        "batch_feature",
+    ),
+    "neuronpedia-bulk": (
+        {name: name for name in ONE_LINE}
+        | {"features/*": "neuron", "activations/*": "activation", "explanations/*": "explanation"},
+        "neuron",
+    ),
+    "circuit-tracer": ({"[0-9]*": "circuit_feature"}, "circuit_feature"),
 }
 
 
@@ -66,13 +69,29 @@ def _json(value: Any, **how: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, **how)
 
 
-def _check_activity(where: str, density: float, activations: list[Facts]) -> None:
-    """Raise DataError for a latent that is active but shows nothing, and for a passage in which it is silent."""
-    if density > 0 and not activations:
-        raise DataError(f"{where}: it is active but has no passage.")
-    for row in activations:
-        if max(row["values"], default=0.0) <= 0:
-            raise DataError(f"{where}: a passage in which it is silent: {''.join(row['tokens'])[:60]!r}.")
+def check_folder(folder: Path, to: str, n_latents: int) -> dict[str, int]:
+    """Check every row of an export against the table of fields; return the rows of each table.
+
+    Raises: DataError at the first that does not fit, and when a latent is missing.
+    """
+    (names, latents), checked = TABLES[to], FieldCheck()
+    for pattern, table in names.items():
+        for file in sorted(folder.glob(f"{pattern}.json*")):
+            for number, row in enumerate(read_rows(file), 1):
+                checked(table, row, f"{file.relative_to(folder)}, line {number}")
+    found = checked.finish()
+    if found.get(latents) != n_latents:
+        raise DataError(f"{folder} holds {found.get(latents, 0)} of {n_latents} latents. Write the export again.")
+    return found
+
+
+def read_rows(file: Path) -> Iterator[Facts]:
+    """Yield the rows of one file."""
+    if file.suffix == ".json":
+        yield read_json(file)
+        return
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as handle:
+        yield from map(json.loads, handle)
 
 
 # --- Neuronpedia's batch JSON ----------------------------------------------------------------------------------------
@@ -96,43 +115,23 @@ def _feature(task: ExportTask, latent: int) -> Facts:
     return make_row("batch_feature", {**task.facts, **record, "activations": activations})
 
 
-def check_batches(folder: Path) -> dict[str, int]:
-    """Check every file against the table of fields; return the rows of each table. Raises: DataError."""
-    checked = FieldCheck()
-    for file, batch in read_batches(folder):
-        checked("batch", batch, file.name)
-        for row in batch["features"]:
-            _check_activity(f"{file.name}, feature {row['feature_index']}", row["frac_nonzero"], row["activations"])
-    for name in ("run_settings", "skipped_indexes"):
-        checked(name, read_json(folder / f"{name}.json"))
-    return checked.finish()
-
-
-def read_batches(folder: Path) -> Iterator[tuple[Path, Facts]]:
-    """Yield every batch of a folder with its file, in order. Raises: DataError when one is missing."""
-    n = read_json(folder / "run_settings.json")["end_batch"]
-    for file in (folder / f"batch-{number}.json" for number in range(n)):
-        if not file.is_file():
-            raise DataError(f"{file} is missing; the export has {n} batches. Write it again.")
-        yield file, read_json(file)
-
-
 # --- Neuronpedia's bulk-import folder ----------------------------------------------------------------------------------
 
 
 def write_bulk(task: ExportTask) -> None:
     for name in ONE_LINE:
         write_text(task.folder / f"{name}.jsonl", _line(make_row(name, task.facts)))
-    store = task.latents.cache.folder / STORE_FILE
-    with Store(store, {}) if store.is_file() else nullcontext() as opened:
-        scores = _scores(opened) if opened else {}
-        for number, batch in task.batches(max(BATCH, -(-len(task.wanted) // MAX_FILES))):
-            files = {name: task.folder / name / f"batch-{number}.jsonl.gz" for name in MANY}
-            if not files["features"].is_file():
-                _write_rows(files["explanations"], _explanations(task, opened, scores, batch) if opened else ())
-                _write_rows(files["activations"], _activations(task, batch))
-                records = ({**task.facts, **task.latents.record(latent)} for latent in batch)
-                _write_rows(files["features"], (make_row("neuron", record) for record in records))
+    store = task.latents.source.store()
+    scores = _scores(store) if store else {}
+    for number, batch in task.batches(max(BATCH, -(-len(task.wanted) // MAX_FILES))):
+        explanations, activations, features = (
+            task.folder / name / f"batch-{number}.jsonl.gz" for name in ("explanations", "activations", "features")
+        )
+        if not features.is_file():
+            _write_rows(explanations, _explanations(task, store, scores, batch) if store else ())
+            _write_rows(activations, _activations(task, batch))
+            records = ({**task.facts, **task.latents.record(latent)} for latent in batch)
+            _write_rows(features, (make_row("neuron", record) for record in records))
 
 
 def _line(row: Facts) -> str:
@@ -159,14 +158,14 @@ def _activations(task: ExportTask, batch: range) -> Iterator[Facts]:
 def _scores(store: Store) -> dict[str, dict[int, float]]:
     """Return the detection of every explainer's texts by latent, each by the judge that reads such texts."""
     llm = next((judge for judge in store.judges() if judge != "rule" and not judge.startswith("always-")), "rule")
-    test: dict[str, Any] = {
-        "control": "",
-        "scorer": "detection",
-        "metric": "balanced_accuracy",
-        "negatives": HEADLINE["detection"],
-    }
+    test: dict[str, Any] = {"control": "", "scorer": "detection", "metric": "balanced_accuracy"}
     return {
-        name: store.values(explainer=name, judge="rule" if name.removesuffix(NOW) == EXPLAINER else llm, **test)
+        name: store.values(
+            explainer=name,
+            judge="rule" if name.removesuffix(NOW) == EXPLAINER else llm,
+            negatives=HEADLINE["detection"],
+            **test,
+        )
         for name in store.explainers()
         if name.removesuffix(NOW) != LOOKUP
     }
@@ -185,68 +184,6 @@ def _explanations(task: ExportTask, store: Store, scores: dict[str, dict[int, fl
                 facts = {"index": str(latent), "description": storable(text), "notes": _json(notes)}
                 facts["row_id"] = row_id(task.facts, "explanation", latent, explainer, language)
                 yield make_row("explanation", {**task.facts, **facts})
-
-
-def check_bulk(folder: Path) -> dict[str, int]:
-    """Check every line: the table of fields, foreign keys, neighbours, and that nothing active is bare.
-
-    Raises: DataError naming the first thing that does not fit.
-    """
-    checked = FieldCheck()
-    one = {name: next(read_rows(folder / f"{name}.jsonl")) for name in ONE_LINE}
-    for name, row in one.items():
-        checked(name, row)
-    for link, target in LINKS.items():
-        given, wanted = (one[table][name] for table, name in (link.split("."), target.split(".")))
-        if link == "source.id":
-            given = given.partition("-")[2].partition("__")[0]
-        if given != wanted:
-            raise DataError(f"{link} is {given!r}, which names nothing here; {wanted!r} was expected.")
-    files = {name: sorted(path.name for path in (folder / name).glob("*.jsonl.gz")) for name in MANY}
-    if not files["features"] == files["activations"] == files["explanations"]:
-        raise DataError(f"{folder}: features, activations and explanations hold different batches. Write it again.")
-    if not 0 < len(files["features"]) <= MAX_FILES:
-        raise DataError(f"{folder}/features holds {len(files['features'])} files; the importer sees 1 to {MAX_FILES}.")
-    for file in files["features"]:
-        _check_batch(checked, folder, file, one["source"])
-    return checked.finish()
-
-
-def _check_batch(checked: FieldCheck, folder: Path, file: str, source: Facts) -> None:
-    rows = {name: list(read_rows(folder / name / file)) for name in MANY}
-    shown: dict[str, list[Facts]] = {row["index"]: [] for row in rows["features"]}
-    for name, table in MANY.items():
-        for number, row in enumerate(rows[name]):
-            where = f"{name}/{file}, line {number + 1}"
-            checked(table, row, where)
-            if (row["modelId"], row["layer"]) != (source["modelId"], source["id"]):
-                raise DataError(f"{where}: {row['modelId']}/{row['layer']} is not the source of this export.")
-            if row["index"] not in shown:
-                raise DataError(f"{where}: latent {row['index']} has no line in features/{file}.")
-            if name == "features" and row["sourceSetName"] != source["setName"]:
-                raise DataError(f"{where}: sourceSetName is {row['sourceSetName']!r}, not {source['setName']!r}.")
-            if name == "activations":
-                shown[row["index"]].append(row)
-    for row in rows["features"]:
-        where = f"features/{file}, latent {row['index']}"
-        _check_activity(where, row["frac_nonzero"], shown[row["index"]])
-        for passage in shown[row["index"]]:
-            _check_peak(f"{where}, activation {passage['id']}", passage)
-
-
-def _check_peak(where: str, row: Facts) -> None:
-    largest = max(row["values"])
-    if row["maxValue"] != largest or row["values"][row["maxValueTokenIndex"]] != largest:
-        raise DataError(f"{where}: maxValue or maxValueTokenIndex is not that of its values.")
-    if row["qualifyingTokenIndex"] >= len(row["values"]):
-        raise DataError(f"{where}: qualifyingTokenIndex is beyond its {len(row['values'])} tokens.")
-
-
-def read_rows(file: Path) -> Iterator[Facts]:
-    """Yield the rows of one file."""
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8") as handle:
-        yield from map(json.loads, handle)
 
 
 # --- circuit-tracer's feature files ------------------------------------------------------------------------------------
@@ -271,31 +208,15 @@ def _circuit_feature(latents: Latents, latent: int) -> Facts:
     return make_row("circuit_feature", facts)
 
 
-def check_features(folder: Path, layer: int, wanted: range) -> dict[str, int]:
-    """Check the file of each wanted latent; return the rows of each table. Raises: DataError at the first that is wrong."""
-    checked = FieldCheck()
-    for latent in wanted:
-        file = folder / f"{cantor(layer, latent)}.json"
-        if not file.is_file():
-            raise DataError(f"{file} is missing: the file of latent {latent}. Write the export again.")
-        row = read_json(file)
-        checked("circuit_feature", row, file.name)
-        if row["index"] != latent:
-            raise DataError(f"{file} holds latent {row['index']}, not {latent}.")
-        if row["act_max"] > 0 and not row["examples_quantiles"]:
-            raise DataError(f"{file}: the latent is active but has no example.")
-    return checked.finish()
-
-
 # --- W&B ---------------------------------------------------------------------------------------------------------------
 
 
-def wandb_row(latents: Latents, record: Any) -> Facts:
+def wandb_row(latents: Latents, latent: int) -> Facts:
     """Return a row of the table: the latent's row in the browser's list, its logits, and its strongest passage."""
-    logits = latents.logits(record["latent"])
+    record, logits = latents.source.row(latent), latents.logits(latent)
     lists = {"top_tokens": record["top_tokens"], "promoted": logits["pos_str"], "suppressed": logits["neg_str"]}
     joined = {name: " ".join(f"«{token.strip()}»" for token in tokens) for name, tokens in lists.items()}
-    return make_row("wandb_latent", {**record, **joined, "example": latents.strongest(record["latent"])})
+    return make_row("wandb_latent", {**record, **joined, "example": latents.strongest(latent)})
 
 
 def log_table(out: Path, table: list[Facts], browser: Path, *, project: str, online: bool, name: str) -> Path:

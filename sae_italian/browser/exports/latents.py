@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import fingerprint
 from sae_italian.browser.contexts import pieces, storable
-from sae_italian.browser.directions import Correlations, Decoder, NeuronTable, bars, rounded
+from sae_italian.browser.directions import Correlations, NeuronTable, bars, rounded
 from sae_italian.browser.exports.fields import tables
-from sae_italian.browser.source import public_name
-from sae_italian.cache import FeatureCache, LatentActivations, Manifest
+from sae_italian.browser.source import LatentSource, public_name
+from sae_italian.cache import LatentActivations, Manifest
 from sae_italian.models import parse_hook_name
 from sae_italian.models.catalogue import config_facts
 
@@ -33,9 +33,6 @@ _SITES = {"R": "res", "A": "att", "M": "mlp", "TC": "transcoder", None: "pre"}
 _NAMESPACE = uuid.UUID("5d0f6d0e-6a53-5c1b-9a1e-0b9f3f6f5a11")
 BEFORE, AFTER = 31, 32  # tokens shown on either side of the strongest one
 N_TOP, N_INTERVALS, N_PER_INTERVAL = 20, 5, 5  # as SAEDashboard draws for Neuronpedia
-
-
-# --- names and facts of a whole export -------------------------------------------------------------------------------
 
 
 def names_of(
@@ -67,26 +64,19 @@ def names_of(
     return names | {"cache": fingerprint(manifest.identity())}
 
 
-def facts_of(manifest: Manifest, names: Facts) -> Facts:
-    """Return what the rows of an export say of its names, its SAE and its corpus."""
+def facts_of(manifest: Manifest, names: Facts, config: Any = None, sae: Any = None) -> Facts:
+    """Return what the rows of an export say of its names, its model with that one's configuration, its SAE, its corpus."""
     suffix = f"__{names['suffix']}" if names["suffix"] else ""
-    sae, corpus, model = (public_name(name) for name in (manifest.sae, manifest.corpus, manifest.model))
+    name, corpus, model = (public_name(name) for name in (manifest.sae, manifest.corpus, manifest.model))
     return {
         **names,
+        **(config_facts(config) if config else {}),
         **{name: getattr(manifest, name) for name in ("hook_name", "n_windows", "context_size")},
-        **{"sae": sae, "corpus": corpus, "base_model": model},
+        **{"sae": name, "corpus": corpus, "base_model": model},
         "source": f"{names['layer']}-{names['source_set']}{suffix}",
         "layer_text": str(names["layer"]),
         "what": f"SAE of {manifest.d_sae} latents at {manifest.hook_name} of {model}, on {corpus}",
-    }
-
-
-def model_facts(manifest: Manifest, names: Facts, config: Any, sae: Any) -> Facts:
-    """Return what the bulk rows say of the model's configuration and of the SAE's, None without an SAE."""
-    owner = manifest.model.split("/")[0] if manifest.model.count("/") == 1 else ""
-    return {
-        **config_facts(config),
-        "owner": owner or names["creator_name"],
+        "owner": manifest.model.split("/")[0] if manifest.model.count("/") == 1 else names["creator_name"],
         "display_name": manifest.model.rstrip("/").split("/")[-1],
         "tlens_id": None if Path(manifest.model).is_absolute() else manifest.model,
         "sae_config": None if sae is None else json.loads(json.dumps(sae.cfg.to_dict(), default=str)),
@@ -104,20 +94,16 @@ def cantor(layer: int, latent: int) -> int:
     return (layer + latent) * (layer + latent + 1) // 2 + latent
 
 
-# --- the facts of a latent and of its passages -----------------------------------------------------------------------
-
-
 class Latents:
-    """Reads one latent of a cache after the other; memory does not grow with their number. The same seed draws the same."""
+    """Reads one latent of a source after the other; memory does not grow with their number."""
 
-    def __init__(self, cache: FeatureCache, strings: list[str], sae: Any = None, model: Any = None, *, seed: int = 0):
-        self.cache, self.strings, self.stats, self.seed = cache, strings, cache.statistics, seed
-        self.decoder = None if sae is None else Decoder(sae, model)
-        self.correlations = Correlations(cache, model)
+    def __init__(self, source: LatentSource, model: Any = None):
+        self.source, self.cache, self.stats = source, source.cache, source.stats
+        self.correlations = Correlations(source.cache, None if source.decoder is None else model)
 
     def record(self, latent: int) -> Facts:
         """Return names, tables, logits and histograms of a latent; what needs an SAE or a model is empty without them."""
-        decoder, correlations = self.decoder, self.correlations
+        decoder, correlations = self.source.decoder, self.correlations
         found: Facts = {
             "latent": latent,
             "index": str(latent),
@@ -127,10 +113,9 @@ class Latents:
             "topkCosSimValues": _short(self.stats["decoder_cosines"][latent]),
             **self.logits(latent),
         }
-        whole = decoder is not None and correlations.model is not None
         for name, other, table in (
             ("neuron_alignment", "values", decoder.alignment(latent) if decoder else NeuronTable()),
-            ("correlated_neurons", "pearson", correlations.neurons(latent) if whole else NeuronTable()),
+            ("correlated_neurons", "pearson", correlations.neurons(latent)),
             ("correlated_features", "pearson", correlations.latents(latent)),
         ):
             found[f"{name}_indices"] = table.indices
@@ -147,7 +132,7 @@ class Latents:
             values = np.asarray(self.stats[f"{ours}_values"][latent], dtype=np.float64)
             order = np.argsort(sign * values, kind="stable")
             ids = np.asarray(self.stats[f"{ours}_ids"][latent])[order]
-            found[f"{theirs}_str"] = [storable(self.strings[token]) for token in ids.tolist()]
+            found[f"{theirs}_str"] = [storable(self.source.strings[token]) for token in ids.tolist()]
             found[f"{theirs}_values"] = _short(values[order])
         return found
 
@@ -156,15 +141,17 @@ class Latents:
 
         `lo` and `hi` are the bounds of a passage's interval and `share` that of all tokens whose activation lies in it,
         to so many digits; the strongest have none: -1, the latent's maximum, and -1. Zeros are in no interval, no text
-        is shown twice.
+        is shown twice. Raises: DataError for an active latent in a cache without text.
         """
         activations = self.cache.latent(latent)
         position, value = activations
         seen: set[str] = set()
         top = self._distinct(activations, activations.windows("top", N_TOP).anchor, N_TOP, seen)
+        if len(value) and not top:
+            raise DataError(f"latent {latent} is active but has no passage: {self.cache.folder} holds no text.")
         bounds = {"lo": -1.0, "hi": rounded(self.stats["max"][latent], digits), "share": -1.0}
         yield from (passage | bounds for passage in top)
-        rng = np.random.default_rng([self.seed, latent])
+        rng = np.random.default_rng([0, latent])
         edges = np.linspace(0.0, float(value.max(initial=0.0)), N_INTERVALS + 1)
         for lo, hi in zip(edges[-2::-1], edges[:0:-1], strict=True):
             inside = position[(value > lo) & (value <= hi)]
