@@ -120,7 +120,7 @@ _ROWS = (
 def table_of(results: dict[str, Any]) -> str:
     """Return the short table of a run as Markdown: the metrics and controls, then what each number rests on."""
     from sae_italian.analysis.gold import DETECTED
-    from sae_italian.browser.table import records, text_table
+    from sae_italian.browser.columns import records, text_table
 
     auto, rows = results.get("autointerp") or {}, []
     for scorer, by_source in (auto.get("by_negatives") or {}).items():

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.browser.schema import Record
-from sae_italian.cache import FeatureCache, LatentActivations
+from sae_italian.browser.columns import Record
+from sae_italian.cache import LatentActivations
 from sae_italian.cache.passages import contents, first_new
+from sae_italian.corpora import TextDocument
 
 BEFORE, AFTER = 23, 12  # tokens shown around the strongest one
 SEGMENT = 32  # of the peaks in one stretch of so many tokens, the strongest stands for all
 ALIKE_BEFORE, ALIKE_AFTER = 6, 2  # passages are the same when these tokens around their peaks are
 N_TOP, PER_TENTH, TENTHS = 10, 2, 10
 CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
+Document = Callable[[int], TextDocument]
 _UNSTORABLE = re.compile("[\ud800-\udfff]")
 _ORDINALS = {
     "it": ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo"),
@@ -25,58 +27,52 @@ _ORDINALS = {
 }
 
 
-class ContextMaker:
-    """Makes the passages of any latent of one cache."""
+def passages_of(
+    latent: LatentActivations, document: Document, before: int = BEFORE, after: int = AFTER
+) -> list[Record]:
+    """Return the strongest passages, then two from each tenth of the active segments, strongest tenth first.
 
-    def __init__(self, cache: FeatureCache):
-        self.cache = cache
-        self._document = lru_cache(8192)(cache.document)
+    A passage reaches so many tokens before and after its strongest one, inside its window and its document, which
+    `document` returns by its number.
+    """
+    peaks = latent.peaks(SEGMENT)
+    if len(peaks.position) == 0:
+        return []
+    ranks = np.arange(len(peaks.position))
+    tenths = [tenth for tenth in np.array_split(ranks, TENTHS) if len(tenth)]
+    candidates = [ranks[: CANDIDATES * N_TOP], *(_spread(tenth, PER_TENTH) for tenth in tenths)]
+    alike = iter(contents(latent.cache, peaks.position[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER))
+    seen: set[bytes] = set()
+    kept = []
+    for index, group in enumerate(candidates):
+        kept.append(group[first_new(islice(alike, len(group)), PER_TENTH if index else N_TOP, seen)])
+    contexts = iter(_contexts(latent, document, peaks.position[np.concatenate(kept)], before, after))
+    groups = []
+    for index, own in enumerate(kept):
+        group = Record(name_it="Più forti", name_en="Strongest", lo=None, hi=None)
+        if index:
+            it, en = (_ORDINALS[language][index - 1] for language in ("it", "en"))
+            lo, hi = peaks.value[tenths[index - 1][[-1, 0]]].tolist()
+            group = Record(name_it=f"{it} decimo", name_en=f"{en} tenth", lo=lo, hi=hi)
+        if shown := list(islice(contexts, len(own))):
+            groups.append({**group, "contexts": shown})
+    return groups
 
-    def groups(self, latent: LatentActivations, before: int = BEFORE, after: int = AFTER) -> list[Record]:
-        """Return the strongest passages, then `per_tenth` from each tenth of the active segments, strongest tenth first.
 
-        A passage reaches so many tokens before and after its strongest one, inside its window and its document.
-        """
-        peaks = latent.peaks(SEGMENT)
-        if len(peaks.position) == 0:
-            return []
-        ranks = np.arange(len(peaks.position))
-        tenths = [tenth for tenth in np.array_split(ranks, TENTHS) if len(tenth)]
-        candidates = [ranks[: CANDIDATES * N_TOP], *(_spread(tenth, PER_TENTH) for tenth in tenths)]
-        alike = iter(contents(self.cache, peaks.position[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER))
-        seen: set[bytes] = set()
-        kept = []
-        for index, group in enumerate(candidates):
-            kept.append(group[first_new(islice(alike, len(group)), PER_TENTH if index else N_TOP, seen)])
-        contexts = iter(self._contexts(latent, peaks.position[np.concatenate(kept)], before, after))
-        groups = []
-        for index, own in enumerate(kept):
-            group = Record(name_it="Più forti", name_en="Strongest", lo=None, hi=None)
-            if index:
-                it, en = (_ORDINALS[language][index - 1] for language in ("it", "en"))
-                lo, hi = peaks.value[tenths[index - 1][[-1, 0]]].tolist()
-                group = Record(name_it=f"{it} decimo", name_en=f"{en} tenth", lo=lo, hi=hi)
-            if shown := list(islice(contexts, len(own))):
-                groups.append({**group, "contexts": shown})
-        return groups
-
-    def _contexts(
-        self, latent: LatentActivations, peak: Int[np.ndarray, " n"], before: int, after: int
-    ) -> list[Record]:
-        """Return the passages around some peaks; what stands at all of their tokens is read from the cache at once."""
-        passages = latent.around(peak, before, after)
-        active = [latent.position[here] for here in passages.active]
-        place = np.concatenate([*active, passages.start, passages.start + passages.length - 1])
-        begin, end = self.cache.gather_all(("start", "end"), place)
-        first, last = begin[-2 * len(peak) : -len(peak)].tolist(), end[-len(peak) :].tolist()
-        spans = np.split(np.stack([begin, end], axis=1), np.cumsum([len(own) for own in active]))
-        contexts = []
-        for index, (low, high) in enumerate(zip(first, last, strict=True)):
-            document = self._document(int(passages.doc[index]))
-            segments = split_text(document.text[low:high], spans[index] - low, latent.value[passages.active[index]])
-            largest = float(passages.maximum[index])
-            contexts.append(Record(doc_id=document.doc_id, source=document.source, max=largest, segments=segments))
-        return contexts
+def _contexts(
+    latent: LatentActivations, document: Document, peak: Int[np.ndarray, " n"], before: int, after: int
+) -> Iterator[Record]:
+    """Yield the passages around some peaks; what stands at all of their tokens is read from the cache at once."""
+    passages = latent.around(peak, before, after)
+    active = [latent.position[here] for here in passages.active]
+    place = np.concatenate([*active, passages.start, passages.start + passages.length - 1])
+    begin, end = latent.cache.gather_all(("start", "end"), place)
+    first, last = begin[-2 * len(peak) : -len(peak)].tolist(), end[-len(peak) :].tolist()
+    spans = np.split(np.stack([begin, end], axis=1), np.cumsum([len(own) for own in active]))
+    for index, (low, high) in enumerate(zip(first, last, strict=True)):
+        text, doc_id, source = document(int(passages.doc[index]))
+        segments = split_text(text[low:high], spans[index] - low, latent.value[passages.active[index]])
+        yield Record(doc_id=doc_id, source=source, max=float(passages.maximum[index]), segments=segments)
 
 
 def _spread(ranks: Int[np.ndarray, " n"], wanted: int) -> Int[np.ndarray, " m"]:

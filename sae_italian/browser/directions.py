@@ -1,4 +1,4 @@
-"""What is read off an SAE's decoder and its model: logits, a map, matches, and the neighbours that Neuronpedia shows."""
+"""What is read off an SAE's decoder and its model: logits, a map, and the neighbours that Neuronpedia shows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from scipy.sparse import csc_matrix, csr_matrix
 
-from sae_italian.analysis.geometry.directions import map_of, nearest_directions
-from sae_italian.base.errors import UsageError
-from sae_italian.browser.schema import Record
+from sae_italian.analysis.geometry.directions import map_of
+from sae_italian.browser.columns import Record
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import final_gain, read_activations
@@ -50,6 +49,7 @@ class Decoder:
 
     def __init__(self, sae: Any, model: Any = None):
         self.directions: Float[torch.Tensor, "d_sae d_in"] = sae.W_dec.detach().float().cpu()
+        self.units = torch.nn.functional.normalize(self.directions, dim=1)
         self.unembed = None if model is None else model.get_output_embeddings().weight.detach().float().cpu()
         self.gain = 1.0 if model is None else torch.as_tensor(final_gain(model)).detach().cpu()
         self._block = lru_cache(1)(self._logits)
@@ -83,22 +83,8 @@ class Decoder:
     @torch.no_grad()
     def plane(self) -> Float[np.ndarray, "d_sae 2"]:
         """Return the latents' map (`analysis.geometry`), each axis within -1 and 1."""
-        plane = map_of(torch.nn.functional.normalize(self.directions, dim=1))
+        plane = map_of(self.units)
         return plane / np.abs(plane).max(axis=0).clip(min=1e-12)
-
-    @torch.no_grad()
-    def matches(self, other: Decoder) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each direction the index of the nearest one of the other decoder, and their cosine.
-
-        Raises: UsageError when the two decoders do not write into spaces of the same size.
-        """
-        ours, theirs = (torch.nn.functional.normalize(d.directions, dim=1) for d in (self, other))
-        if ours.shape[1] != theirs.shape[1]:
-            raise UsageError(
-                f"the SAEs write {ours.shape[1]} and {theirs.shape[1]} numbers: only SAEs of one model can be compared."
-            )
-        found = nearest_directions(ours, theirs)
-        return found.index, found.cosine
 
 
 class Correlations:
@@ -122,20 +108,24 @@ class Correlations:
             their_position, their_value = self.cache.latent(other)
             _, mine, theirs = np.intersect1d(position, their_position, assume_unique=True, return_indices=True)
             cross = value[mine].astype(np.float64) @ their_value[theirs].astype(np.float64)
-            found.append((*_similar(cross, _sums(value), _sums(their_value), self.n_tokens), other))
-        best = sorted(found, key=lambda row: (-row[1], row[2]))[:N_TABLE]
-        return NeuronTable([row[2] for row in best], [float(row[0]) for row in best], [float(row[1]) for row in best])
+            cosine, pearson = _similar(cross, _sums(value), _sums(their_value), self.n_tokens)
+            found.append((-float(pearson), other, float(cosine)))
+        best = sorted(found)[:N_TABLE]
+        return NeuronTable([other for _, other, _ in best], [row[2] for row in best], [-row[0] for row in best])
 
     def neurons(self, latent: int) -> NeuronTable:
-        """Return the dimensions of the model's activation that go with the latent, with cosine and Pearson; none without it."""
+        """Return the dimensions of the model's activation that go with the latent, with cosine and Pearson.
+
+        There are none without the model, nor for a latent that is silent on the sample.
+        """
         if self.model is None:
             return NeuronTable()
         x, sums, acts = self._sample
-        column = slice(acts.indptr[latent], acts.indptr[latent + 1])
-        row, value = acts.indices[column], acts.data[column].astype(np.float64)
-        if len(value) == 0:
+        column = acts[:, latent]
+        if column.nnz == 0:
             return NeuronTable()
-        cosine, pearson = _similar(value @ x[row], _sums(value), sums, len(x))
+        value = column.data.astype(np.float64)
+        cosine, pearson = _similar(value @ x[column.indices], _sums(value), sums, len(x))
         best = np.argsort(-pearson, kind="stable")[:N_TABLE]
         return NeuronTable(best.tolist(), cosine[best].tolist(), pearson[best].tolist())
 

@@ -5,7 +5,8 @@ The same object serves the server and the notebook. One call at a time: whoever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,6 @@ from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import plain
-from sae_italian.browser.answers import Refused
 from sae_italian.browser.contexts import pieces, storable
 from sae_italian.browser.directions import rounded
 from sae_italian.cache import FeatureCache
@@ -37,6 +37,22 @@ PER_TOKEN, N_STRONGEST = 10, 20
 MAX_STRENGTHS, LARGEST_STRENGTH = 6, 100.0
 NEW_TOKENS = 24
 ABLATED_SHOWN = 24  # positions of a prompt
+
+
+class Refused(UsageError):
+    """What is not answered: why, in English and Italian, and the HTTP status."""
+
+    def __init__(self, english: str, italian: str, status: int = 422):
+        super().__init__(english)
+        self.italian, self.status = italian, status
+
+
+def in_both(error: Exception | str) -> dict[str, str]:
+    """Return what to say of an error on the page, a line in each language; what has no Italian is said in English."""
+    italian = getattr(error, "italian", str(error))
+    return {"error_it": " ".join(italian.split())[:1000], "error_en": " ".join(str(error).split())[:1000]}
+
+
 EMPTY = "the text is empty. Type some.", "Scrivi un testo."
 
 
@@ -47,6 +63,7 @@ class Live:
         self.cache, self.sae, self.model, self.llm = cache, sae, model, llm
         self.tokenizer = model.tokenizer
         self.maximum = cache.statistics["max"]
+        self.positions = getattr(model.config, "max_position_embeddings", MAX_TOKENS)
 
     def call(self, name: str, arguments: Any) -> dict[str, Any]:
         """Do one piece of work by name with plain JSON arguments, from whoever asks.
@@ -60,16 +77,15 @@ class Live:
             self.cache.range_of(checked["latent"])
         return getattr(self, name)(**checked)
 
-    # --- a sentence --------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def tokens(self, sentence: str) -> dict[str, Any]:
         """Return a sentence in pieces with the strongest latents of each, and the strongest latents of all.
 
         A piece is a token, or the tokens that share a letter; the pieces joined are the sentence. `share` is the
-        activation over the latent's largest one in the cache. Special tokens are read past, as in the cache.
+        activation over the latent's largest one in the cache, `token` the piece where it is largest, `count` the number
+        of pieces on which it is active. Special tokens are read past, as in the cache.
         """
-        limit = min(MAX_TOKENS, self._positions)
+        limit = min(MAX_TOKENS, self.positions)
         sentence = storable(sentence)
         encoded = self.tokenizer(sentence, return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"][:limit], dtype=np.int64)
@@ -80,35 +96,25 @@ class Live:
         x = read_activations(self.model, batch, self.sae.cfg.metadata.hook_name)
         found = encode_sparse(self.sae, x[0], silent)
         spans = np.array(encoded["offset_mapping"][:limit])[~silent]
-        text = sentence[: int(spans[:, 1].max())]
-        cut, _, owner = pieces(text, spans, np.zeros(len(spans)))
-        by_piece: list[dict[int, float]] = [{} for _ in cut]
-        rows = np.repeat(np.cumsum(~silent) - 1, found.counts)
-        for row, latent, value in zip(rows.tolist(), found.latent.tolist(), found.value.tolist(), strict=True):
-            mine = by_piece[owner[row]]
-            mine[latent] = max(value, mine.get(latent, 0.0))
+        cut, _, owner = pieces(sentence[: int(spans[:, 1].max())], spans, np.zeros(len(spans)))
+        piece = np.array(owner)[np.repeat(np.cumsum(~silent) - 1, found.counts)]
+        order = np.lexsort((piece, found.latent, -found.value))
+        # of the tokens of one piece, the strongest counts
+        _, first = np.unique(found.latent[order].astype(np.int64) * len(cut) + piece[order], return_index=True)
+        order = order[np.sort(first)]
+        ranked = list(zip(*(a[order].tolist() for a in (piece, found.latent, found.value)), strict=True))
+        n_pieces, shown, strongest = Counter(latent for _, latent, _ in ranked), [[] for _ in cut], {}
+        for place, latent, value in ranked:
+            shown[place].append((latent, rounded(value)))
+            most = float(self.maximum[latent])
+            facts = {"latent": latent, "value": rounded(value), "share": rounded(value / most) if most > 0 else None}
+            strongest.setdefault(latent, {**facts, "token": place, "count": n_pieces[latent]})
         return {
-            "tokens": [{"text": piece, "latents": _strongest(mine)} for piece, mine in zip(cut, by_piece, strict=True)],
-            "strongest": self._strongest(by_piece),
+            "tokens": [{"text": text, "latents": own[:PER_TOKEN]} for text, own in zip(cut, shown, strict=True)],
+            "strongest": list(strongest.values())[:N_STRONGEST],
             "n_tokens": int((~silent).sum()),
             "truncated": len(encoded["input_ids"]) > limit,
         }
-
-    def _strongest(self, by_piece: Sequence[dict[int, float]]) -> list[dict[str, Any]]:
-        """Return the latents with the largest activations, each with where it is largest and on how many pieces."""
-        best: dict[int, tuple[float, int, int]] = {}
-        for index, mine in enumerate(by_piece):
-            for latent, value in mine.items():
-                known, place, count = best.get(latent, (0.0, 0, 0))
-                best[latent] = (value, index, count + 1) if value > known else (known, place, count + 1)
-        found = []
-        for latent in sorted(best, key=lambda latent: (-best[latent][0], latent))[:N_STRONGEST]:
-            value, place, count = best[latent]
-            share = rounded(value / float(self.maximum[latent])) if self.maximum[latent] > 0 else None
-            found.append({"latent": latent, "value": rounded(value), "share": share, "token": place, "count": count})
-        return found
-
-    # --- what it writes ----------------------------------------------------------------------------------------------
 
     def steer(self, latent: int, prompt: str, strengths: list[float]) -> dict[str, Any]:
         """Return continuations with and without the latent; a strength of 1 is its largest activation in the cache."""
@@ -124,13 +130,9 @@ class Live:
         positions = sorted(found["positions"], key=lambda position: -position["activation"])
         return {**found, "positions": positions[:ABLATED_SHOWN], "n_active": len(positions)}
 
-    @property
-    def _positions(self) -> int:
-        return getattr(self.model.config, "max_position_embeddings", MAX_TOKENS)
-
     def _fits(self, prompt: str, more: int = 0) -> None:
         """Raises: Refused for a text that does not fit into the model together with so many tokens more."""
-        n, most = len(self.tokenizer(prompt)["input_ids"]), min(MAX_TOKENS, self._positions - more)
+        n, most = len(self.tokenizer(prompt)["input_ids"]), min(MAX_TOKENS, self.positions - more)
         if n > most:
             raise Refused(
                 f"the text has {n:,} tokens; at most {most:,} are taken. Shorten it.",
@@ -182,11 +184,6 @@ def ask_llm(settings: LLMSettings, examples: LatentExamples, ledger: Path) -> Ex
         except UsageError as error:  # the server is down: the rule beside it is shown all the same
             notes = {"problem": str(error)}
             return Explanation(examples.latent, explainer.name, "no answer", "", "", None, "llm", "", notes)
-
-
-def _strongest(mine: dict[int, float]) -> list[tuple[int, float]]:
-    best = sorted(mine.items(), key=lambda item: (-item[1], item[0]))[:PER_TOKEN]
-    return [(latent, rounded(value)) for latent, value in best]
 
 
 def _shown(explanation: Explanation) -> dict[str, Any]:

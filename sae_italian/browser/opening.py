@@ -1,4 +1,13 @@
-"""Open a cache with its SAE and its model, and another SAE beside it: every latent with the nearest one of the other."""
+"""Open what a page may ask for: a cache with its SAE and its model, and another SAE beside it.
+
+Server and notebook answer alike, by name:
+
+run                      the run, the live work there is, and the name of an SAE to compare with
+rows                     the list of latents by column
+card, wide               one latent; its passages, each as wide as its window
+matches, other/...       every latent with the nearest one of the other SAE, and that one's own run, rows, cards
+tokens, steer, ablate, explain      live work (live.py)
+"""
 
 from __future__ import annotations
 
@@ -7,16 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_italian.analysis.geometry.directions import ALIKE, nearest_directions
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
-from sae_italian.browser.answers import PageAnswers
-from sae_italian.browser.live import Live
+from sae_italian.browser.live import CALLS, Live, Refused
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.models import load_model, load_tokenizer
 from sae_italian.saes import load_sae
-
-NEAR = 0.7  # cosine from which two latents count as the same direction
 
 
 class Other(NamedTuple):
@@ -31,9 +38,45 @@ class Other(NamedTuple):
         latent, back, cosine = (np.array(self.matches[name]) for name in ("latent", "back", "cosine"))
         return {
             "mean_cosine": float(cosine.mean()),
-            "share_near": float((cosine >= NEAR).mean()),
+            "share_near": float((cosine >= ALIKE).mean()),
             "share_mutual": float((back[latent] == np.arange(len(latent))).mean()),
         }
+
+
+class PageAnswers:
+    """Call it with a name and an argument; the answer is plain JSON.
+
+    Raises: Refused for what is not there, and as live work itself.
+    """
+
+    def __init__(self, source: LatentSource, live: Live | None = None, other: Other | None = None):
+        self.source, self.live, self.other = source, live, other
+
+    def __call__(self, name: Any, argument: Any = None) -> Any:
+        name, source = str(name), self.source
+        if name in CALLS:
+            if self.live is None:
+                raise Refused(
+                    "No live work: this cache's SAE or its model is not on this machine.",
+                    "Nessun lavoro dal vivo: la SAE o il modello di questa cache non sono su questa macchina.",
+                    404,
+                )
+            return self.live.call(name, argument)
+        if name == "run":
+            live = None if self.live is None else {"works": list(CALLS), "llm": self.live.llm is not None}
+            return {"run": source.run(), "live": live, "compare": self.other.name if self.other else None}
+        if self.other is not None and name.startswith("other/"):
+            return PageAnswers(self.other.source)(name.removeprefix("other/"), argument)
+        if self.other is not None and name == "matches":
+            return self.other.matches
+        source.update()
+        if name == "rows":
+            return source.rows()
+        if name not in ("card", "wide"):
+            raise Refused(f"There is no {name[:40]!r} here.", f"Qui non c'è {name[:40]!r}.", 404)
+        if not isinstance(argument, int) or isinstance(argument, bool) or not 0 <= argument < source.d_sae:
+            raise Refused(f"There is no latent {str(argument)[:40]}.", f"Non c'è il latente {str(argument)[:40]}.", 404)
+        return source.card(argument) if name == "card" else source.wide(argument)
 
 
 def open_pages(
@@ -90,15 +133,14 @@ def loaded_sae(cache: FeatureCache, name: str | None = None) -> Any:
     A cache that was moved together with its SAE (as a quickstart's folder is) still finds it: in `sae/` beside it.
     Raises: UsageError when the SAE that is named is not the one the cache was built with.
     """
-    if name is not None:
-        sae = load_sae(name)
-        FeatureCache.open(cache.folder, sae=sae)
-        return sae
-    for place in (cache.manifest.sae, str(cache.folder.resolve().parent / "sae")):
+    for place in [name] if name else (cache.manifest.sae, str(cache.folder.resolve().parent / "sae")):
         try:
-            return loaded_sae(cache, place)
+            sae = load_sae(place)
+            FeatureCache.open(cache.folder, sae=sae)
+            return sae
         except (SaeItalianError, OSError):
-            continue
+            if name:
+                raise
     return None
 
 
@@ -116,15 +158,18 @@ def match_latents(source: LatentSource, other: LatentSource) -> dict[str, list[A
     Keys: `latent` and `cosine` by latent of the first, `back` and `back_cosine` by latent of the second.
     Raises: UsageError when an SAE is not at hand, or the two do not write into the same space.
     """
-    decoders = []
+    units = []
     for one in (source, other):
         if one.decoder is None:
             raise UsageError(
                 f"the SAE of {one.cache.folder} ({one.cache.manifest.sae}) is not at hand; comparing needs both decoders."
             )
-        decoders.append(one.decoder)
+        units.append(one.decoder.units)
+    if units[0].shape[1] != units[1].shape[1]:
+        sizes = " and ".join(str(each.shape[1]) for each in units)
+        raise UsageError(f"the SAEs write {sizes} numbers: only SAEs of one model can be compared.")
     found: dict[str, list[Any]] = {}
-    for names, (mine, theirs) in ((("latent", "cosine"), decoders), (("back", "back_cosine"), decoders[::-1])):
-        index, cosine = mine.matches(theirs)
-        found |= {names[0]: index.tolist(), names[1]: np.round(cosine.astype(float), 4).tolist()}
+    for index, cosine, pair in (("latent", "cosine", units), ("back", "back_cosine", units[::-1])):
+        nearest = nearest_directions(*pair)
+        found |= {index: nearest.index.tolist(), cosine: np.round(nearest.cosine.astype(float), 4).tolist()}
     return found

@@ -5,8 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from sae_italian.browser.columns import RowRecord
-from sae_italian.browser.schema import Record
+from sae_italian.browser.columns import Record
 
 N_ROWS, N_CONTEXTS, MAX_LETTERS = 50, 8, 400
 STRONG = 0.5  # share of the latent's maximum from which a token is marked in a terminal
@@ -15,7 +14,7 @@ _CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0"
 _BIDI = "unicode-bidi:isolate;overflow-wrap:anywhere;white-space:pre-wrap"
 
 
-def card_text(row: RowRecord, card: Record, *, contexts: int = 4) -> str:
+def card_text(row: Record, card: Record, *, contexts: int = 4) -> str:
     """Return explanation, scores and some passages, from the strongest to the weakest; **strong** tokens are marked."""
     lines = [f"latent {row['latent']}: {row['explanation_it'] or row['status'] or 'dead'}"]
     lines.append(f"density {100 * row['density']:.2f} %, max {row['max']:.2f}, {row['n_active']:,} active tokens")
@@ -35,26 +34,24 @@ def card_text(row: RowRecord, card: Record, *, contexts: int = 4) -> str:
 
 def list_html(run: Record, columns: dict[str, list[Any]]) -> str:
     """Return the latents with the best scores (the densest where there are none) as a table."""
-
-    def rank(i: int) -> tuple[float, int, int]:
-        return -(columns["detection"][i] or 0.0), -columns["n_active"][i], columns["latent"][i]
-
-    rows = [
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows.sort(key=lambda row: (-(row["detection"] or 0.0), -row["n_active"], row["latent"]))
+    cells = [
         (
-            _text(str(columns["latent"][i])),
-            _text(columns["explanation_it"][i] or columns["status"][i]),
-            _number(columns["detection"][i]),
-            f"{100 * columns['density'][i]:.2g} %",
-            _text(" ".join(f"«{token.strip()}»" for token in columns["top_tokens"][i])),
+            _text(str(row["latent"])),
+            _text(row["explanation_it"] or row["status"]),
+            _number(row["detection"]),
+            f"{100 * row['density']:.2g} %",
+            _text(" ".join(f"«{token.strip()}»" for token in row["top_tokens"])),
         )
-        for i in sorted(range(len(columns["latent"])), key=rank)[:N_ROWS]
+        for row in rows[:N_ROWS]
     ]
     facts = f"{run['d_sae']:,} latenti, {run['n_tokens']:,} token di {_text(run['corpus'])}"
-    table = _table(rows, ("latente", "spiegazione", "detection", "densità", "token"))
+    table = _table(cells, ("latente", "spiegazione", "detection", "densità", "token"))
     return _box(f"<h3>{_text(run['title'])}</h3><p>{facts}</p>", table)
 
 
-def card_html(row: RowRecord, card: Record) -> str:
+def card_html(row: Record, card: Record) -> str:
     """Return one latent: explanations, scores, what it promotes, its strongest passages."""
     parts = [f"<h3>Latente {row['latent']}</h3>"]
     parts.append(f"<p>{_text(row['explanation_it'] or row['status'] or 'morto: mai attivo in questa cache')}</p>")
@@ -100,17 +97,16 @@ def _text(text: str) -> str:
     return _marked([(text, 0.0)], 0.0)
 
 
-def _escaped(text: str) -> str:
-    """Return escaped text with control characters as their pictures (U+2400) and half surrogates replaced."""
-    shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
-    return escape(shown.encode("utf-8", "replace").decode())
-
-
 def _marked(segments: list[tuple[str, float]], largest: float) -> str:
-    """Return a passage as HTML, the stronger a piece the darker; escaped and cut as any text."""
+    """Return a passage as HTML, the stronger a piece the darker; escaped and cut as any text.
+
+    Control characters become their pictures (U+2400), half surrogates a question mark.
+    """
     parts, length = [], 0
     for text, activation in segments:
-        part = _escaped(text[: max(0, MAX_LETTERS - length)])
+        cut = text[: max(0, MAX_LETTERS - length)]
+        shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in cut)
+        part = escape(shown.encode("utf-8", "replace").decode())
         length += len(text)
         if activation > 0 and part:
             tint = f"background:rgba(11,107,80,{0.15 + 0.45 * (activation / largest if largest else 0.0):.2f})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,22 +21,21 @@ from sae_italian.autointerp.store import NOW, Explanation, Store
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import read_json, utc_now
-from sae_italian.browser.columns import COLUMNS, RowRecord
-from sae_italian.browser.contexts import ContextMaker
+from sae_italian.browser.columns import COLUMNS, Record, records
+from sae_italian.browser.contexts import passages_of
 from sae_italian.browser.directions import Decoder
-from sae_italian.browser.schema import Record, fields
-from sae_italian.browser.table import records
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.evaluation.card import read_card
 from sae_italian.models import parse_hook_name, resolve
 
 RESULTS = "results.json"
-EMPTY: dict[str, list[Any]] = {"edges": [], "counts": []}  # a histogram of nothing
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
 N_SOURCES = 12  # of a latent's sources, those with most documents: a corpus may have thousands
 GOLD_SHOWN = 0.5  # F1 from which a gold label is shown on a latent's card
 N_LABELS, N_KEYS = 10, 20  # labels of a latent, best first; keys of its rule, heaviest first
-_SCORE_FIELDS = ("scorer", "judge", "negatives", "metric", "value", "lo", "hi", "n_pos", "n_neg", "explainer")
+SCORE_FIELDS = ("scorer", "judge", "negatives", "metric", "value", "lo", "hi", "n_pos", "n_neg", "explainer")
+GOLD_FIELDS = ("label", "category", "n", "latent", "f1", "precision", "recall")
+LABEL_FIELDS = ("label", "source", "f1", "lo", "hi", "precision", "recall", "n")
 _SCORES = f"""
     SELECT scorer, judge, negatives, metric, value, lo, hi, n_positive, n_negative, explainer
     FROM score JOIN explanation ON explanation.id = score.explanation_id
@@ -69,7 +68,7 @@ class LatentSource:
         self.store_path = cache.folder / STORE_FILE
         self.strings = piece_texts(tokenizer, len(tokenizer))
         self.decoder = None if sae is None else Decoder(sae, model)
-        self.contexts = ContextMaker(cache)
+        self._document = lru_cache(8192)(cache.document)
         self._read_results(cache.folder / RESULTS)
         self._local = threading.local()
         self.refresh()
@@ -102,12 +101,12 @@ class LatentSource:
     def refresh(self) -> None:
         """Read explanations, headline scores and labels again, after something new was stored."""
         self._version, store = self.version(), self.store()
-        self.explanations: dict[str, dict[int, Explanation]] = {}
+        self.explanations: dict[str, dict[int, Explanation]] = {}  # by explainer: the rules first, the control last
         self.scores: dict[tuple[str, str], dict[int, Headline]] = {}
         if store:
             stored = {n: {k: e for k, (_, e) in store.explanations(n).items()} for n in store.explainers()}
-            ordered = sorted(with_now(stored).items(), key=lambda item: (item[0] != EXPLAINER, item[0] == LOOKUP))
-            self.explanations = dict(ordered)
+            stored, order = with_now(stored), (lambda name: (name != EXPLAINER, name == LOOKUP))
+            self.explanations = {name: stored[name] for name in sorted(stored, key=order)}
             for explainer, scorer, latent, *score in store.connection.execute(_HEADLINE):
                 name = explainer.removesuffix(NOW)
                 shown = self.explained(name, latent)
@@ -146,7 +145,7 @@ class LatentSource:
             "n_documents": self.cache.n_documents,
             "metrics": self.metrics,
             "controls": self.controls,
-            "gold": [{name: result[name] for name in fields()["gold"]} for result in self.gold],
+            "gold": [{name: result[name] for name in GOLD_FIELDS} for result in self.gold],
         }
 
     def rows(self) -> dict[str, list[Any]]:
@@ -154,7 +153,7 @@ class LatentSource:
         latents = range(self.d_sae)
         return {name: [column.value(self, latent) for latent in latents] for name, column in COLUMNS.items()}
 
-    def row(self, latent: int) -> RowRecord:
+    def row(self, latent: int) -> Record:
         """Return one latent's row of the list. Raises: UsageError when there is no such latent."""
         self.cache.range_of(latent)
         return {name: column.value(self, latent) for name, column in COLUMNS.items()}
@@ -185,24 +184,22 @@ class LatentSource:
         stats, activations = self.stats, self.cache.latent(latent)
         largest = float(stats["max"][latent])
         counts = stats["histogram"][latent].tolist() if largest else []
-        shares = zip(stats["token_ids"][latent], stats["token_shares"][latent], strict=True)
+        edges = np.linspace(0, largest, len(counts) + 1).tolist() if counts else []
         sources, more_sources = self._sources(activations.position)
         rule = self.explained(EXPLAINER, latent)
         return {
             "latent": latent,
             "explanations": self._explanations(latent),
             "scores": self._scores(latent),
-            "histogram": {"edges": np.linspace(0, largest, len(counts) + 1).tolist(), "counts": counts}
-            if counts
-            else EMPTY,
-            "logits": self.decoder.histogram(latent) if self.decoder else EMPTY,
+            "histogram": {"edges": edges, "counts": counts},
+            "logits": self.decoder.histogram(latent) if self.decoder else {"edges": [], "counts": []},
             "positions": stats["position_profile"][latent].tolist() if largest else [],
-            "promoted": self._tokens(latent, "promoted"),
-            "suppressed": self._tokens(latent, "suppressed"),
+            "promoted": self._tokens(latent, "promoted_ids", "promoted_values"),
+            "suppressed": self._tokens(latent, "suppressed_ids", "suppressed_values"),
             "decoder": self._neighbours(latent, "decoder_ids", "decoder_cosines"),
             "cofiring": self._neighbours(latent, "cofiring_ids", "cofiring_jaccard"),
-            "groups": self.contexts.groups(activations),
-            "tokens": [{"token": self.strings[token], "share": float(share)} for token, share in shares],
+            "groups": passages_of(activations, self._document),
+            "tokens": self._tokens(latent, "token_ids", "token_shares", "share"),
             "sources": sources,
             "more_sources": more_sources,
             "labels": self.labels.get(latent, []),
@@ -218,23 +215,24 @@ class LatentSource:
         """Return the card's passages, each with all that its window holds of its document."""
         self.cache.range_of(latent)
         size = self.cache.manifest.context_size
-        return self.contexts.groups(self.cache.latent(latent), size, size)
+        return passages_of(self.cache.latent(latent), self._document, size, size)
 
     def _scores(self, latent: int) -> list[Any]:
         """Return the scores of the latent's own explanations, detection and fuzzing, by every judge."""
         store = self.store()
         rows = store.connection.execute(_SCORES, (latent,)) if store else ()
-        found = [dict(zip(_SCORE_FIELDS, row, strict=True)) for row in rows]
         names = {of[latent].explainer: name for name, of in self.explanations.items() if latent in of}
-        return [{**score, "explainer": names[score["explainer"]]} for score in found if score["explainer"] in names]
+        shown = ((*row[:-1], names[row[-1]]) for row in rows if row[-1] in names)
+        return [dict(zip(SCORE_FIELDS, row, strict=True)) for row in shown]
 
-    def _tokens(self, latent: int, which: str) -> list[Any]:
-        pairs = zip(self.stats[f"{which}_ids"][latent], self.stats[f"{which}_values"][latent], strict=True)
-        return [{"token": self.strings[token], "value": float(value)} for token, value in pairs]
+    def _pairs(self, latent: int, ids: str, values: str) -> Iterator[tuple[int, float]]:
+        return zip(self.stats[ids][latent].tolist(), self.stats[values][latent].tolist(), strict=True)
 
-    def _neighbours(self, latent: int, ids: str, values: str) -> list[Any]:
-        pairs = zip(self.stats[ids][latent].tolist(), self.stats[values][latent].tolist(), strict=True)
-        return [{"latent": other, "value": value} for other, value in pairs]
+    def _tokens(self, latent: int, ids: str, values: str, name: str = "value") -> list[Record]:
+        return [{"token": self.strings[token], name: value} for token, value in self._pairs(latent, ids, values)]
+
+    def _neighbours(self, latent: int, ids: str, values: str) -> list[Record]:
+        return [{"latent": other, "value": value} for other, value in self._pairs(latent, ids, values)]
 
     @cached_property
     def _source_of(self) -> tuple[list[str], np.ndarray]:
@@ -284,7 +282,7 @@ def labels_of(store: Store | None, gold: Iterable[dict[str, Any]]) -> dict[int, 
     rows += [{**row, "source": "gold"} for row in good]
     found: dict[int, list[Record]] = {}
     for row in sorted(rows, key=lambda row: -(row["f1"] or 0.0)):
-        found.setdefault(row["latent"], []).append({name: row.get(name) for name in fields()["label"]})
+        found.setdefault(row["latent"], []).append({name: row.get(name) for name in LABEL_FIELDS})
     return {latent: labels[:N_LABELS] for latent, labels in found.items()}
 
 

@@ -36,6 +36,14 @@ class Number(NamedTuple):
     def text(self, value: float | None) -> str:
         return "–" if value is None else f"{self.scale * value:.{self.digits}f}"
 
+    def tints(self, rows: Sequence[Row]) -> list[float]:
+        """Return how good each row is, 0 the worst of the suite and 1 the best; NaN where nothing was measured."""
+        values = np.array([row[self.key]["value"] for row in rows], dtype=float) * self.good
+        if not self.good or np.isnan(values).all():
+            return [np.nan] * len(rows)
+        lo, hi = np.nanmin(values), np.nanmax(values)
+        return ((values - lo) / (hi - lo if hi > lo else np.nan)).tolist()
+
 
 NUMBERS = (
     Number("l0", "card", 1, 1, 0),
@@ -105,11 +113,10 @@ def write_overview(rows: list[Row], out: Path, title: str) -> Path:
 
 def overview_page(rows: list[Row], title: str, out: Path) -> str:
     """Return the page: a table without a script, in both languages, the better the cell the stronger its tint."""
-    tints = {number: _tints(rows, number) for number in NUMBERS}
     heads = [(label(f"suite.{n.key}", "it"), label(f"suite.{n.key}", "en")) for n in NUMBERS]
     body = []
-    for index, row in enumerate(rows):
-        cells = "".join(_cell(row[number.key], number, tints[number][index]) for number in NUMBERS)
+    for row, tints in zip(rows, zip(*(number.tints(rows) for number in NUMBERS), strict=True), strict=True):
+        cells = "".join(_cell(row[n.key], n, tint) for n, tint in zip(NUMBERS, tints, strict=True))
         body.append(
             f'<tr><th scope="row">{_linked(row, out)}</th><td class="num">{row["layer"]}</td>'
             f'<td>{escape(row["site"])}</td><td class="num">{row["d_sae"]}</td>{cells}</tr>'
@@ -123,20 +130,10 @@ def overview_page(rows: list[Row], title: str, out: Path) -> str:
     )
 
 
-def _tints(rows: list[Row], number: Number) -> list[float | None]:
-    """Return how good each row is in a column, 0 the worst of the suite and 1 the best; None where nothing was measured."""
-    values = [row[number.key]["value"] for row in rows]
-    known = [number.good * value for value in values if value is not None]
-    if not number.good or not known or max(known) == min(known):
-        return [None] * len(rows)
-    lo, hi = min(known), max(known)
-    return [None if value is None else (number.good * value - lo) / (hi - lo) for value in values]
-
-
-def _cell(estimate: dict[str, Any], number: Number, tint: float | None) -> str:
+def _cell(estimate: dict[str, Any], number: Number, tint: float) -> str:
     value, lo, hi = (number.text(estimate[end]) for end in ("value", "lo", "hi"))
     interval = "" if "–" in (lo, hi) else f"<small>[{lo}, {hi}]</small>"
-    if tint is None:
+    if np.isnan(tint):
         return f'<td class="num{" muted" if estimate["value"] is None else ""}">{value}{interval}</td>'
     return f'<td class="num tint" style="--good: {tint:.2f}">{value}{interval}</td>'
 
@@ -164,9 +161,8 @@ def picture(rows: list[Row]) -> str:
                 value, place = row[number.key]["value"], kinds.index((row["site"], row["d_sae"]))
                 if value is not None:
                     grid[place, layers.index(row["layer"])] = number.scale * value
-                    axis.text(
-                        layers.index(row["layer"]), place, number.text(value), ha="center", va="center", fontsize=8
-                    )
+                    where = layers.index(row["layer"]), place
+                    axis.text(*where, number.text(value), ha="center", va="center", fontsize=8)
             axis.imshow(grid, aspect="auto", alpha=0.6, cmap="YlGn" if number.good >= 0 else "YlOrBr")
             axis.set_title(label(f"suite.{number.key}"), fontsize=9)
             axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])

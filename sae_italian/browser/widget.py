@@ -13,8 +13,8 @@ from typing import Any
 
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.answers import PageAnswers, in_both
-from sae_italian.browser.opening import open_pages
+from sae_italian.browser.live import in_both
+from sae_italian.browser.opening import PageAnswers, open_pages
 from sae_italian.browser.page import module, notebook_style
 from sae_italian.browser.plain import card_html, list_html
 from sae_italian.browser.source import LatentSource

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import LOCK_FILE, atomic_path, locked, read_json, remove, write_json
+from sae_italian.browser.columns import Record
 from sae_italian.browser.page import page, script, style
-from sae_italian.browser.schema import Record, check, check_card, check_rows, fields
+from sae_italian.browser.source import SCORE_FIELDS
 
 MARKER = "browser.json"
 FORMAT = "sae-italian-browser"
@@ -52,21 +53,19 @@ def write_browser(out: Path, source: Any, *, other: tuple[str, Any, dict[str, li
     may be new, empty or a browser written earlier, which is replaced as a whole at the end: until then, and after any
     error, it stays as it was.
 
-    Raises: UsageError if `out` holds anything that is not ours, or another process writes it; DataError if a record does
-    not fit its schema.
+    Raises: UsageError if `out` holds anything that is not ours, or another process writes it; DataError if a number
+    is not finite.
     """
     out = Path(out).resolve()
     with _replaced_folder(out) as folder:
-        run = check("run", source.run())
+        run, facts = _write_source(folder, "data", source, other[0] if other else None)
         (folder / "assets").mkdir()
         (folder / "assets" / "app.js").write_text(script("disk"), encoding="utf-8")
         (folder / "assets" / "app.css").write_text(style(), encoding="utf-8")
         (folder / "index.html").write_text(page(run, policy=POLICY), encoding="utf-8", errors="replace")
-        facts = _write_source(folder / "data", source, run, {"compare": other[0] if other else None})
         if other:
-            _, second, matches = other
-            _write_source(folder / "other", second, check("run", second.run()), {"compare": None})
-            _write_data(folder, "data/matches", 0, matches)
+            _write_source(folder, "other", other[1])
+            _write_data(folder, "data/matches", 0, other[2])
         marker = {"format": FORMAT, "schema": SCHEMA_VERSION, "title": run["title"], "created": run["created"], **facts}
         write_json(folder / MARKER, marker)
     return out / "index.html"
@@ -96,45 +95,40 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
 def _refuse_foreign(out: Path) -> None:
     litter = {".DS_Store", "Thumbs.db", "desktop.ini", LOCK_FILE}
     files = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.name not in litter]
-    if files and not _is_browser(out):
+    try:
+        ours = not files or read_json(out / MARKER)["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
         raise UsageError(f"{out} is not empty and holds no latent browser. Give a new or an empty folder.")
     for name in files:
         if not (out / name).is_dir() and not re.fullmatch(OURS, name):
             raise UsageError(f"{out} holds {name!r} beside the latent browser. Move it away, or give another folder.")
 
 
-def _is_browser(folder: Path) -> bool:
-    try:
-        return read_json(folder / MARKER)["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _write_source(folder: Path, source: Any, run: Record, more: dict[str, Any]) -> dict[str, Any]:
-    """Write one source's run, rows and cards; return what the marker says of them."""
-    columns = check_rows(source.rows())
+def _write_source(folder: Path, part: str, source: Any, compare: str | None = None) -> tuple[Record, Record]:
+    """Write one source's run, rows and cards into a part of the folder; return the run, and what the marker says."""
+    run, columns = source.run(), source.rows()
     n_rows = len(columns["latent"])
     starts = range(0, n_rows, ROWS_PER_SHARD)
     for index, start in enumerate(starts):
-        end = start + ROWS_PER_SHARD
-        part = {name: values[start:end] for name, values in columns.items()}
-        _write_data(folder.parent, f"{folder.name}/rows", index, short(part, 4))
+        rows = {name: values[start : start + ROWS_PER_SHARD] for name, values in columns.items()}
+        _write_data(folder, f"{part}/rows", index, short(rows, 4))
     del columns
     sizes = {"rows_per_shard": ROWS_PER_SHARD, "cards_per_shard": CARDS_PER_SHARD}
     facts = {"rows": n_rows, "row_shards": len(starts), **sizes}
-    _write_data(folder.parent, f"{folder.name}/run", 0, {"run": run, **facts, **more})
+    _write_data(folder, f"{part}/run", 0, {"run": run, **facts, "compare": compare})
     # A card's records hold each other in no circle: what was there before need not be searched again and again.
     gc.freeze()
     with tqdm(total=n_rows, desc="cards", unit="latent", disable=None) as progress:
         for index, start in enumerate(range(0, n_rows, CARDS_PER_SHARD)):
             documents: dict[tuple[str, str], int] = {}
             latents = range(start, min(n_rows, start + CARDS_PER_SHARD))
-            cards = {latent: pack_card(check_card(source.card(latent)), documents) for latent in latents}
-            part = {"documents": list(documents), "cards": cards}
-            _write_data(folder.parent, f"{folder.name}/cards", index, part)
+            cards = {latent: pack_card(source.card(latent), documents) for latent in latents}
+            _write_data(folder, f"{part}/cards", index, {"documents": list(documents), "cards": cards})
             progress.update(len(latents))
     gc.unfreeze()
-    return facts
+    return run, facts
 
 
 def _write_data(folder: Path, kind: str, index: int, value: Any) -> None:
@@ -179,7 +173,7 @@ def pack_card(card: Record, documents: dict[tuple[str, str], int]) -> dict[str, 
         **card,
         **{name: short(card[name]) for name in lists},
         **{name: short(card[name], 4) for name in ("histogram", "logits")},
-        "scores": {name: [short(score[name]) for score in card["scores"]] for name in fields()["score"]},
+        "scores": {name: [short(score[name]) for score in card["scores"]] for name in SCORE_FIELDS},
         "groups": groups,
     }
 

@@ -7,8 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sae_italian.browser.columns import COLUMNS, RowRecord
-from sae_italian.browser.schema import Record
+from sae_italian.browser.columns import COLUMNS, Record
 
 SENTENCES = """Perché la città di Torino cambia volto ogni volta che una fabbrica chiude e un museo apre?
 Le ragazze sono arrivate tardi alla stazione, stanche ma contente della gita al lago di Como.
@@ -201,12 +200,12 @@ def _scores(rng: random.Random, detection: float, fuzzing: float, gain: float) -
     return scores
 
 
-def make_row(latent: int, seed: int = 0) -> RowRecord:
+def make_row(latent: int, seed: int = 0) -> Record:
     rng = random.Random(f"{seed}-{latent}")
     planted = PLANTED[latent % len(PLANTED)]
     fate = rng.random() if latent >= len(PLANTED) else 1.0
     dead, few = fate < SHARE_DEAD, SHARE_DEAD <= fate < SHARE_DEAD + SHARE_FEW
-    row: RowRecord = {
+    row: Record = {
         "latent": latent,
         "density": 0.0,
         "max": 0.0,
@@ -254,7 +253,7 @@ def make_row(latent: int, seed: int = 0) -> RowRecord:
     return row
 
 
-def make_card(row: RowRecord, seed: int = 0) -> Record:
+def make_card(row: Record, seed: int = 0) -> Record:
     rng = random.Random(f"card-{seed}-{row['latent']}")
     planted = PLANTED[row["latent"] % len(PLANTED)]
     top = row["max"]
@@ -322,7 +321,7 @@ def make_card(row: RowRecord, seed: int = 0) -> Record:
     }
 
 
-def _explanations(row: RowRecord, planted: Planted) -> list[Record]:
+def _explanations(row: Record, planted: Planted) -> list[Record]:
     texts = [
         ("rules", "rule", planted.it, planted.en),
         ("llm:qwen:it1", "llm", "parole italiane", "Italian words"),
@@ -407,7 +406,7 @@ class FakeSource:
     """A source of made-up records; `rows` and `cards` may be changed before it is written."""
 
     run_record: Record
-    row_records: list[RowRecord]
+    row_records: list[Record]
     cards: dict[int, Record]  # those that are not made from their row
 
     def run(self) -> Record:

@@ -16,13 +16,14 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.contexts import SEGMENT, split_text
 from sae_italian.browser.directions import Decoder
 from sae_italian.browser.exports.latents import facts_of, names_of
-from sae_italian.browser.schema import check, check_card, check_rows
+from sae_italian.browser.opening import match_latents
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
 from tests.browser.data_files import read_data
 from tests.browser.exports.test_others import a_card
+from tests.browser.schema import check, check_card, check_rows
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +111,21 @@ def test_logits_are_counted_over_the_whole_vocabulary(source, cache, mini, busie
 
 
 def test_a_decoder_matches_itself_and_its_shuffled_copy(trained_sae):
-    import types
-
     import torch
 
     decoder = Decoder(load_sae(trained_sae))
+
+    def source_of(decoder):
+        return SimpleNamespace(decoder=decoder)
+
     order = torch.randperm(len(decoder.directions), generator=torch.Generator().manual_seed(0))
-    shuffled = Decoder(types.SimpleNamespace(W_dec=3 * decoder.directions[order]))
-    found, cosine = shuffled.matches(decoder)
-    assert found.tolist() == order.tolist() and cosine == pytest.approx(1, abs=1e-5)
+    shuffled = Decoder(SimpleNamespace(W_dec=3 * decoder.directions[order]))
+    found = match_latents(*map(source_of, (shuffled, decoder)))
+    assert found["latent"] == order.tolist() and found["cosine"] == pytest.approx([1] * len(order), abs=1e-4)
+    assert found["back"] == torch.argsort(order).tolist()
     assert np.abs(decoder.plane()).max() == pytest.approx(1)
     with pytest.raises(UsageError, match="only SAEs of one model"):
-        decoder.matches(Decoder(types.SimpleNamespace(W_dec=torch.ones(3, 5))))
+        match_latents(source_of(decoder), source_of(Decoder(SimpleNamespace(W_dec=torch.ones(3, 5)))))
 
 
 def test_an_llms_explanation_and_its_judge_stand_beside_the_rule(source, cache):

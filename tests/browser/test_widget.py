@@ -7,14 +7,13 @@ import pytest
 
 from sae_italian.base.errors import UsageError
 from sae_italian.browser import widget
-from sae_italian.browser.answers import PageAnswers
-from sae_italian.browser.opening import beside
+from sae_italian.browser.opening import PageAnswers, beside
 from sae_italian.browser.plain import card_html
-from sae_italian.browser.schema import check, check_card
 from sae_italian.browser.widget import Plain, show
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
+from tests.browser.schema import check, check_card
 
 
 @pytest.fixture(scope="module")

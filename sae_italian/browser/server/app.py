@@ -2,33 +2,58 @@
 
     GET  /[?token=...]            the page; with the server's token it may ask for live work
     GET  /assets/app.js, app.css  its script and its style; no path leads to any file
-    GET  /api/<name>[/<latent>]   the records: run, rows, card/3, wide/3, matches, other/card/3 (answers.py)
+    GET  /api/<name>[/<latent>]   the records: run, rows, card/3, wide/3, matches, other/card/3 (opening.py)
     POST /api/live/<work>         tokens, steer, ablate, explain: JSON in, JSON out; the header X-Token has the token
 
 Errors are {error_it, error_en}: 400 malformed or not from here, 403 another page or no token, 404, 408, 409 the cache was
 replaced, 413, 415, 422 an argument, 503 too much at once, 504 too slow.
+
+The server listens on loopback, but any page that this machine's browser shows can send requests there. The Host header
+tells such requests apart when a foreign name was made to point here (DNS rebinding; Starlette's TrustedHostMiddleware),
+Origin, which has to be the page's own, tells the others; JSON as content type means that no plain form can post.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sae_italian.base.errors import SaeItalianError
-from sae_italian.browser.answers import PageAnswers, Refused, in_both
+from sae_italian.browser.live import Refused, in_both
+from sae_italian.browser.opening import PageAnswers
 from sae_italian.browser.page import page, script, style
-from sae_italian.browser.server.guard import LOOPBACK, Guard, Worker, as_json, read_json_body
 from sae_italian.cache.layout import MANIFEST
+
+T = TypeVar("T")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+MAX_BODY = 64 * 1024  # bytes
+BODY_SECONDS = 10.0
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
 
 
 def create_app(answers: PageAnswers, *, seconds: float = 60.0) -> Guard:
@@ -37,11 +62,11 @@ def create_app(answers: PageAnswers, *, seconds: float = 60.0) -> Guard:
     Its `token` is what live work asks for, which may cost money: it is known to whoever was told the address, and to no
     other process or page of this machine.
     """
-    server = Server(answers, seconds)
+    server, js, css = Server(answers, seconds), script("served"), style()
     routes = [
         Route("/", server.page),
-        Route("/assets/app.js", _fixed(script("served"), "text/javascript")),
-        Route("/assets/app.css", _fixed(style(), "text/css")),
+        Route("/assets/app.js", lambda _: Response(js, media_type="text/javascript")),
+        Route("/assets/app.css", lambda _: Response(css, media_type="text/css")),
         Route("/api/live/{work}", server.work, methods=["POST"]),
         Route("/api/{name:path}", server.record),
     ]
@@ -55,11 +80,33 @@ def create_app(answers: PageAnswers, *, seconds: float = 60.0) -> Guard:
     return Guard(TrustedHostMiddleware(app, LOOPBACK), server.token)
 
 
-def _fixed(text: str, kind: str) -> Any:
-    async def answer(_: Request) -> Response:
-        return Response(text, media_type=kind)
+def as_json(value: Any, status: int = 200) -> Response:
+    """Return a JSON answer; half a surrogate pair becomes a question mark."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    headers = {"retry-after": "2"} if status == 503 else {}
+    return Response(text.encode("utf-8", "replace"), status, headers, "application/json")
 
-    return answer
+
+class Guard:
+    """ASGI middleware outside of everything: refuses other pages, and adds our headers to every answer."""
+
+    def __init__(self, app: ASGIApp, token: str):
+        self.app, self.token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        headers = Headers(scope=scope)
+        foreign = any(urlsplit(origin).netloc != headers.get("host") for origin in headers.getlist("origin"))
+        refused = in_both(Refused("The request comes from another page.", "Richiesta da un'altra pagina."))
+        await (as_json(refused, 403) if foreign else self.app)(scope, receive, guarded)
 
 
 class Server:
@@ -67,10 +114,11 @@ class Server:
 
     def __init__(self, answers: PageAnswers, seconds: float):
         self.answers, self.token = answers, secrets.token_urlsafe(16)
-        self.reader = Worker("reader", waiting=1024, seconds=60.0)
-        self.worker = Worker("live", waiting=128, seconds=seconds)
+        self.reader = Worker("reader", waiting=1024)
+        self.worker = Worker("live", seconds=seconds)
         sources = [answers.source, *([answers.other.source] if answers.other else [])]
-        self.watches = [Watch(source.cache.folder) for source in sources]
+        files = [source.cache.folder / MANIFEST for source in sources]
+        self.manifests = [(file, file.read_bytes()) for file in files]
         self._rows: tuple[Any, Response] | None = None
 
     @asynccontextmanager
@@ -79,17 +127,21 @@ class Server:
         self.worker.close()
         self.reader.close()
 
+    def _knows(self, token: str) -> bool:
+        return secrets.compare_digest(token.encode(), self.token.encode())
+
     async def page(self, request: Request) -> Response:
-        known = secrets.compare_digest(request.query_params.get("token", "").encode(), self.token.encode())
+        known = self._knows(request.query_params.get("token", ""))
         token = f'<meta name="token" content="{self.token}">' if known else ""
         text = page(self.answers.source.run(), policy=token)
         return Response(text.encode("utf-8", "replace"), media_type="text/html")
 
     async def record(self, request: Request) -> Response:
-        name, _, last = request.path_params["name"].rpartition("/")
-        if not (name and last.isascii() and last.isdigit()):
-            return await self._answered(self.reader(self._record, request.path_params["name"], None))
-        return await self._answered(self.reader(self._record, name, int(last[:10])))
+        whole = request.path_params["name"]
+        name, _, last = whole.rpartition("/")
+        if name and last.isascii() and last.isdigit():
+            return await self._answered(self.reader(self._record, name, int(last[:10])))
+        return await self._answered(self.reader(self._record, whole, None))
 
     def _record(self, name: str, argument: Any) -> Response:
         """Return an answer; the list is made once, and again when explanations or scores were stored since."""
@@ -101,7 +153,7 @@ class Server:
         return self._rows[1]
 
     async def work(self, request: Request) -> Response:
-        if not secrets.compare_digest(request.headers.get("x-token", "").encode(), self.token.encode()):
+        if not self._knows(request.headers.get("x-token", "")):
             raise Refused(
                 "Live work needs the token: open the whole address that `sae-italian browse --serve` printed.",
                 "Serve il token: apri l’indirizzo intero stampato da `sae-italian browse --serve`.",
@@ -113,41 +165,73 @@ class Server:
     async def _answered(self, work: Awaitable[Any]) -> Any:
         """Wait for work on the cache; what fails because the cache was replaced meanwhile is said to be that."""
         try:
-            found = await work
-        except Refused:
-            raise
-        except Exception:
-            self._check()
-            raise
-        self._check()
-        return found
+            return await work
+        finally:
+            if self._replaced():
+                raise Refused(
+                    "The cache was replaced or removed while it was open: stop `sae-italian browse --serve` and start it again.",
+                    "La cache è stata sostituita o tolta mentre era aperta: ferma `sae-italian browse --serve` e riavvialo.",
+                    409,
+                )
 
-    def _check(self) -> None:
-        if any(watch.replaced() for watch in self.watches):
-            raise Refused(
-                "The cache was replaced or removed while it was open: stop `sae-italian browse --serve` and start it again.",
-                "La cache è stata sostituita o tolta mentre era aperta: ferma `sae-italian browse --serve` e riavvialo.",
-                409,
-            )
-
-
-class Watch:
-    """Compares a cache's manifest with the one that was opened. A file that was only touched counts as the same."""
-
-    def __init__(self, folder: Path):
-        self.file = folder / MANIFEST
-        self.stamp, self.content = self._stamped(), self.file.read_bytes()
-
-    def _stamped(self) -> tuple[int, int, int]:
-        found = self.file.stat()
-        return found.st_mtime_ns, found.st_size, found.st_ino
-
-    def replaced(self) -> bool:
+    def _replaced(self) -> bool:
+        """Return whether a cache's manifest is another one than what was opened."""
         try:
-            now = self._stamped()
-            if now != self.stamp and self.file.read_bytes() != self.content:
-                return True
+            return any(file.read_bytes() != content for file, content in self.manifests)
         except OSError:
             return True
-        self.stamp = now
-        return False
+
+
+async def read_json_body(request: Request) -> Any:
+    """Return the JSON of a request. Raises: Refused for another content type, too much, too slow, and no JSON."""
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise Refused("application/json is expected.", "Serve application/json.", 415)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise Refused(f"The request is larger than {MAX_BODY:,} bytes.", "Richiesta troppo grande.", 413)
+        return json.loads(bytes(body))
+    except TimeoutError:
+        raise Refused("The request took too long to arrive.", "Richiesta troppo lenta.", 408) from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Refused):
+            raise
+        raise Refused("The request's body is not JSON.", "Il corpo della richiesta non è JSON.", 400) from None
+
+
+class Worker:
+    """One thread that does one thing at a time, so a model is never used twice at once and memory stays bounded.
+
+    At most `waiting` calls are held; more are turned away at once (503). A call that is not done after `seconds` is
+    given up (504): if it has not begun it never does; if it has, it ends in its own time and the next one follows.
+    """
+
+    def __init__(self, name: str, *, waiting: int = 128, seconds: float = 60.0):
+        self.waiting, self.seconds = waiting, seconds
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._held = 0
+
+    async def __call__(self, function: Callable[..., T], *arguments: object) -> T:
+        """Return the function's result. Raises: Refused, and what the function raises."""
+        if self._held >= self.waiting:
+            raise Refused(
+                "Too much work is queued; try again shortly.", "Troppo lavoro in coda: riprova tra poco.", 503
+            )
+        self._held += 1
+        try:
+            done = self._executor.submit(function, *arguments)
+            return await asyncio.wait_for(asyncio.wrap_future(done), self.seconds)
+        except TimeoutError:
+            raise Refused(
+                f"No answer within {self.seconds:g} seconds; try a shorter text.",
+                f"Nessuna risposta in {self.seconds:g} secondi: prova con un testo più corto.",
+                504,
+            ) from None
+        finally:
+            self._held -= 1
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)

@@ -9,7 +9,7 @@ import pytest
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.exports import export
 from sae_italian.browser.exports.fields import tables
-from sae_italian.browser.exports.formats import check_features
+from sae_italian.browser.exports.formats import check_folder
 from sae_italian.browser.exports.latents import cantor
 from sae_italian.cli import main
 from sae_italian.evaluation.card import NUMBERS, EvaluationCard
@@ -28,8 +28,11 @@ def test_circuit_tracer_finds_each_latent_by_its_cantor_pair(cache, mini, tmp_pa
                 assert example["tokens_acts_list"][example["train_token_ind"]] > 0
     file = done.folder / f"{cantor(1, 4)}.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"index": 4', '"index": 5'), encoding="utf-8")
-    with pytest.raises(DataError, match="latent 5, not 4"):
-        check_features(done.folder, 1, range(3, 10))
+    with pytest.raises(DataError, match="twice"):
+        check_folder(done.folder, "circuit-tracer", 7)
+    file.unlink()
+    with pytest.raises(DataError, match="6 of 7 latents"):
+        check_folder(done.folder, "circuit-tracer", 7)
 
 
 def test_wandb_gets_the_table_and_the_browser_offline(cache, mini, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sae_italian.browser.answers import PageAnswers
+from sae_italian.browser.opening import PageAnswers
 from sae_italian.browser.page import style
 from sae_italian.cache import FeatureCache
 from tests.browser.chromium import NEEDS_CHROMIUM

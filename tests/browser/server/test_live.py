@@ -9,16 +9,15 @@ import torch
 
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.answers import Refused, in_both
 from sae_italian.browser.contexts import AFTER, BEFORE
-from sae_italian.browser.live import MAX_LETTERS, NEW_TOKENS, PER_TOKEN, Live
+from sae_italian.browser.live import MAX_LETTERS, NEW_TOKENS, PER_TOKEN, Live, Refused, in_both
 from sae_italian.browser.page import static_text
-from sae_italian.browser.schema import check, check_card
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.models.activations import read_activations
 from tests.autointerp.llm.endpoint import FakeEndpoint
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
+from tests.browser.schema import check, check_card
 
 from .conftest import open_with_live
 

@@ -16,15 +16,15 @@ import pytest
 from starlette.testclient import TestClient as Client
 
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.answers import Refused
-from sae_italian.browser.schema import check, check_card, check_rows
-from sae_italian.browser.server import guard
-from sae_italian.browser.server.guard import HEADERS, MAX_BODY, Worker
+from sae_italian.browser.live import Refused
+from sae_italian.browser.server import app as server
+from sae_italian.browser.server.app import HEADERS, MAX_BODY, Worker
 from sae_italian.browser.server.run import bind
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
 from tests.browser.nasty import SCRIPT
+from tests.browser.schema import check, check_card, check_rows
 
 from .conftest import ADDRESS, TestClient, create_app, open_with_live
 from .running import running
@@ -66,7 +66,7 @@ def test_records_are_those_of_the_source(client, opened, active):
     rows = check_rows(client.get("/api/rows").json())
     assert rows["latent"] == list(range(256))
     card = client.get(f"/api/card/{active}").json()
-    assert check_card(card) == check_card(source.card(active))
+    assert check_card(card) == json.loads(json.dumps(source.card(active)))
 
 
 @pytest.mark.parametrize("latent", ["256", "-1", "abc", "１２", "1e3", "99999999999", "..", "%2e%2e%2fmanifest.json"])
@@ -237,7 +237,7 @@ def test_bodies_are_small_and_json(client):
 
 
 def test_a_body_that_never_comes_is_not_waited_for(opened, monkeypatch):
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.01)
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.01)
     sent: list[dict] = []
 
     async def never() -> dict:
@@ -343,7 +343,7 @@ def test_a_full_queue_turns_away_and_then_answers_again():
         await asyncio.to_thread(begun.wait, 60)
         with pytest.raises(Refused) as refused:
             await worker(wait)
-        assert refused.value.status == 503 and guard.as_json({}, 503).headers["retry-after"]
+        assert refused.value.status == 503 and server.as_json({}, 503).headers["retry-after"]
         release.set()
         assert await asyncio.gather(*held) == ["done", "done"] and await worker(lambda: 5) == 5
         worker.close()
