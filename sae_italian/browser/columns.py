@@ -15,9 +15,7 @@ from sae_italian.base.report import table
 if TYPE_CHECKING:
     from sae_italian.browser.source import LatentSource
 
-Record = dict[
-    str, Any
-]  # of the page: plain JSON, None where nothing was measured (tests/browser/records.yaml has them all)
+Record = dict[str, Any]  # of the page, plain JSON: None is "not measured"; tests/browser/records.yaml has them all
 LABEL_SHOWN = 0.5  # F1 from which a label is shown on a latent's row
 TOKENS_SHOWN = 5
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_a_decoder_matches_itself_and_its_shuffled_copy(trained_sae):
 
     decoder = Decoder(load_sae(trained_sae))
 
-    def source_of(decoder):
+    def source_of(decoder) -> Any:
         return SimpleNamespace(decoder=decoder)
 
     order = torch.randperm(len(decoder.directions), generator=torch.Generator().manual_seed(0))
