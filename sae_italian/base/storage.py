@@ -86,7 +86,7 @@ def _is_temporary(path: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a folder, which is made where missing, for this process alone. A process that dies holds nothing."""
     from filelock import FileLock, Timeout
 
@@ -236,7 +236,7 @@ def claimed(
     Raises: UsageError when another process holds the folder, or it cannot be written to, or holds something else, naming
     the first setting that differs; and when the disk is full in the block.
     """
-    with _locked(out), disk_errors(out):
+    with locked(out), disk_errors(out):
         spec = json.loads(json.dumps(spec, default=str))
         record = {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
         found = any(not _is_temporary(child) and child.name != LOCK_FILE for child in out.iterdir())

@@ -102,7 +102,7 @@ def write_overview(rows: list[Row], out: Path, title: str) -> Path:
 
     Raises: UsageError if `out` holds anything else, or another process writes it.
     """
-    with locked([out]):
+    with locked(out):
         if {child.name for child in out.iterdir()} - {"index.html", "overview.svg", OVERVIEW, LOCK_FILE}:
             raise UsageError(f"{out} holds something else than an overview. Give a new or an empty folder.")
         write_json(out / OVERVIEW, {"title": title, "rows": rows})

@@ -76,7 +76,7 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
     """Hold `out`; yield a new folder beside it, put it in the place of `out` when the block ends well, else remove it."""
     is_new, aside = not out.exists(), out.with_name(f".{out.name}.{os.getpid()}.old")
     try:
-        with locked([out]):
+        with locked(out):
             _refuse_foreign(out)
             try:
                 with atomic_path(out) as fresh:

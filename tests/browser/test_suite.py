@@ -75,7 +75,7 @@ def test_the_overview_is_a_table_a_picture_and_json(suite: Path, tmp_path: Path)
     assert (tmp_path / "out" / "overview.svg").read_text().count("layer") >= 1
     assert json.loads((tmp_path / "out" / "overview.json").read_text())["rows"] == rows
     write_overview(rows, tmp_path / "out", "again")
-    with locked([tmp_path / "out"]), pytest.raises(UsageError, match="out is being written by another process"):
+    with locked(tmp_path / "out"), pytest.raises(UsageError, match="out is being written by another process"):
         write_overview(rows, tmp_path / "out", "again")
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(UsageError, match="something else"):

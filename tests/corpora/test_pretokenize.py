@@ -108,11 +108,11 @@ def test_a_full_disk_keeps_finished_shards_and_resumes_to_the_same_files(corpus,
 
 def test_two_writers_of_one_folder_are_refused_by_name(corpus, tmp_path):
     out = tmp_path / "out"
-    with locked([out]), pytest.raises(UsageError, match=f"{out} is being written by another process"):
+    with locked(out), pytest.raises(UsageError, match=f"{out} is being written by another process"):
         make(corpus, TOKENIZER, out, context_size=16, n_tokens=1000)
     assert list(out.iterdir()) == []
     made = PretokenizedCorpus(make(corpus, TOKENIZER, out, context_size=16, n_tokens=1000))
-    with locked([out]), pytest.raises(UsageError, match="is being written by another process"):
+    with locked(out), pytest.raises(UsageError, match="is being written by another process"):
         make(corpus, TOKENIZER, out, context_size=16, n_tokens=1000, overwrite=True)
     assert len(made) == 63 and (out / "data-00000.arrow").is_file()
 
