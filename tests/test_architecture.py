@@ -14,9 +14,9 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 29_513,  # 21_500
-    "statements": 19_233,  # 13_500
-    "files": 178,  # 150
+    "lines": 29_193,  # 21_500
+    "statements": 18_995,  # 13_500
+    "files": 174,  # 150
     "files under 60 lines": 15,
     "function median": 10,
     "function p90": 30,
@@ -39,7 +39,7 @@ ROOM_LINES = {
     "autointerp": 5_839,  # 3_900
     "analysis": 3_202,  # 2_500
     "papers": 1_655,  # 1_400
-    "browser": 3_233,  # 2_650
+    "browser": 2_913,  # 2_650
     "cli": 2_379,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
