@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,25 +94,20 @@ def build_caches(
     sae_names = sae_names or ["in memory"] * len(saes)
     if not saes or not len(saes) == len(folders) == len(sae_names) == len({path.resolve() for path in folders}):
         raise UsageError(f"{len(saes)} SAEs need as many different folders; {len(set(folders))} were given.")
-    if n_tokens is None and "micro-italiano" in str(corpus):
-        raise UsageError("micro-italiano has no end: say how many tokens (--tokens).")
     for sae in saes:
         check_fits(sae, model)
-    cached, corpus_hash = None, ""
+    cached = None
     if holds_activations(corpus):
-        hooks = [sae.cfg.metadata.hook_name for sae in saes]
-        cached = CachedActivations(corpus, hooks, model.config.hidden_size, context_size)
-        context_size, split, corpus_hash = cached.context_size, "all", cached.identity
+        hooks, d_in = [sae.cfg.metadata.hook_name for sae in saes], model.config.hidden_size
+        cached = CachedActivations(corpus, hooks, d_in, context_size)
+        context_size, split = cached.context_size, "all"
     contexts = {int(context_size or sae.cfg.metadata.context_size or 128) for sae in saes}
     if len(contexts) > 1:
         raise UsageError(f"the SAEs were trained on contexts of {sorted(contexts)} tokens; choose with --context-size.")
     context = check_context(contexts.pop(), model.config)
-    if cached is None:
-        check_corpus(corpus, text_column=text_column)
-        corpus_hash = fingerprint(CorpusStream(corpus, Reader(split=split, text_column=text_column)).spec())
     shared = {
         "corpus": str(corpus),
-        "corpus_hash": corpus_hash,
+        "corpus_hash": cached.identity if cached else _identity(corpus, split, text_column, n_tokens),
         "model_revision": getattr(model, "loaded_from", {}).get("revision"),
         "tokenizer_hash": tokenizer_hash(model.tokenizer),
         "text_column": text_column,
@@ -121,17 +117,24 @@ def build_caches(
         "windows_per_shard": windows_per_shard or default_windows(context),
         "versions": package_versions(),
     }
-    named = zip(saes, sae_names, strict=True)
-    manifests = [_manifest(sae.cfg.metadata, sae=name, **sae_facts(sae), **shared) for sae, name in named]
+    manifests = [Manifest(sae=name, **sae_facts(sae), **shared) for sae, name in zip(saes, sae_names, strict=True)]
     with ExitStack() as stack:
-        for i, folder in enumerate(folders):
-            manifests[i] = stack.enter_context(claimed_cache(folder, manifests[i], resume=resume, overwrite=overwrite))
-        _tokens(folders, manifests, model.tokenizer, cached)
-        _encode(folders, manifests, saes, model, cached, run_units)
-        for sae, folder, manifest in zip(saes, folders, manifests, strict=True):
-            if not manifest.complete:
-                finish_cache(folder, manifest, sae, model, run_units)
+        claims = [
+            claimed_cache(*one, resume=resume, overwrite=overwrite) for one in zip(folders, manifests, strict=True)
+        ]
+        manifests = [stack.enter_context(claim) for claim in claims]
+        _build(
+            EncodeJob(tuple(folders), tuple(saes), model, manifests[0].windows_per_shard, cached), manifests, run_units
+        )
     return folders
+
+
+def _identity(corpus: str, split: Split, text_column: str, n_tokens: int | None) -> str:
+    """Return a hash of what decides the documents. Raises: UsageError, DataError for a corpus that cannot be cached."""
+    if n_tokens is None and "micro-italiano" in str(corpus):
+        raise UsageError("micro-italiano has no end: say how many tokens (--tokens).")
+    check_corpus(corpus, text_column=text_column)
+    return fingerprint(CorpusStream(corpus, Reader(split=split, text_column=text_column)).spec())
 
 
 def default_windows(context_size: int) -> int:
@@ -139,13 +142,11 @@ def default_windows(context_size: int) -> int:
     return max(1, min(WINDOWS_PER_SHARD, TOKENS_PER_SHARD // context_size))
 
 
-def _manifest(metadata: Any, **facts: Any) -> Manifest:
-    return Manifest(model=str(metadata.model_name), hook_name=metadata.hook_name, **facts)
-
-
 def sae_facts(sae: Any) -> dict[str, Any]:
     """Return what the manifest says of the SAE itself."""
     return {
+        "model": str(sae.cfg.metadata.model_name),
+        "hook_name": sae.cfg.metadata.hook_name,
         "sae_hash": weights_hash(sae),
         "sae_config_hash": config_hash(sae),
         "d_in": sae.cfg.d_in,
@@ -162,36 +163,28 @@ def claimed_cache(folder: Path, manifest: Manifest, *, resume: bool, overwrite: 
         remove(folder / "runs")
 
 
-def _tokens(folders: list[Path], manifests: list[Manifest], tokenizer: Any, cached: CachedActivations | None) -> None:
-    """Write the token shards once, and give them to every cache."""
+def _build(job: EncodeJob, manifests: list[Manifest], run_units: UnitMap) -> None:
+    """Do all four passes: tokens once for all caches; the shards that some cache lacks for all that lack any."""
     source = next((i for i, manifest in enumerate(manifests) if manifest.tokens_complete), 0)
     if not manifests[source].tokens_complete:
-        write_token_shards(folders[source], manifests[source], tokenizer, cached)
-    for folder, manifest in zip(folders, manifests, strict=True):
-        share_tokens(folders[source], manifests[source].shards, folder, manifest)
-
-
-def _encode(
-    folders: list[Path],
-    manifests: list[Manifest],
-    saes: Sequence[Any],
-    model: Any,
-    cached: CachedActivations | None,
-    run_units: UnitMap,
-) -> None:
-    """Encode the shards that some cache lacks, for all the caches that lack any."""
+        write_token_shards(job.folders[source], manifests[source], job.model.tokenizer, job.cached)
+    for folder, manifest in zip(job.folders, manifests, strict=True):
+        share_tokens(job.folders[source], manifests[source].shards, folder, manifest)
     todo = [i for i, manifest in enumerate(manifests) if not all(shard.encoded for shard in manifest.shards)]
-    if not todo:
-        return
-    places, its = tuple(folders[i] for i in todo), tuple(saes[i] for i in todo)
-    job = EncodeJob(places, its, model, manifests[todo[0]].windows_per_shard, cached)
-    of_folder = {folders[i]: manifests[i] for i in todo}
-    n_shards = len(manifests[todo[0]].shards)
-    missing = [n for n in range(n_shards) if not all(manifests[i].shards[n].encoded for i in todo)]
-    with_bar = as_they_come(run_units(partial(encode_shard, job), missing), "encode", "shard", len(missing), of_folder)
-    for records in with_bar:
+    of_folder = {job.folders[i]: manifests[i] for i in todo}
+    missing = [
+        shard.index
+        for shard in manifests[source].shards
+        if not all(manifest.shards[shard.index].encoded for manifest in of_folder.values())
+    ]
+    part = replace(job, folders=tuple(of_folder), saes=tuple(job.saes[i] for i in todo))
+    found = run_units(partial(encode_shard, part), missing) if missing else ()
+    for records in as_they_come(found, "encode", "shard", len(missing), of_folder):
         for record in records:
             record.enter(of_folder[record.folder].shards[record.index])
+    for sae, folder, manifest in zip(job.saes, job.folders, manifests, strict=True):
+        if not manifest.complete:
+            finish_cache(folder, manifest, sae, job.model, run_units)
 
 
 def transpose(out: Path, manifest: Manifest, run_units: UnitMap = map) -> None:
@@ -224,11 +217,8 @@ def as_they_come(
             yield record
             if time.monotonic() - saved > SAVE_EVERY:
                 saved = time.monotonic()
-                _save(manifests)
+                for folder, manifest in manifests.items():
+                    manifest.save(folder)
     finally:
-        _save(manifests)
-
-
-def _save(manifests: dict[Path, Manifest]) -> None:
-    for folder, manifest in manifests.items():
-        manifest.save(folder)
+        for folder, manifest in manifests.items():
+            manifest.save(folder)

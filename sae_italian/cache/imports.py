@@ -99,11 +99,6 @@ def import_delphi(
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     splits, config = find_splits(source), _config(source)
     tokens = _tokens(splits, config, source)
-    if tokenizer is not None and int(tokens.max(initial=0)) >= len(tokenizer):
-        raise UsageError(
-            f"{source} holds token {int(tokens.max())}, the tokenizer has {len(tokenizer)}: it is another model's. "
-            f"Give that of {config['model_name']}."
-        )
     d_sae = splits[-1].last + 1
     if sae is not None and sae.cfg.d_sae != d_sae:
         raise UsageError(f"{source} holds {d_sae} latents, the SAE {sae.cfg.d_sae}: it is another SAE.")
@@ -209,13 +204,11 @@ def _manifest(
     except UsageError:
         hook_name = source.name
     said = {"tokens": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(), "config": config}
-    unknown = {"sae_hash": "", "d_in": 0, "d_sae": d_sae, "k": None}
+    facts = {"sae_hash": "", "d_in": 0, "d_sae": d_sae, "k": None} if sae is None else sae_facts(sae)
     return Manifest(
-        model=config["model_name"],
+        **{**facts, "model": config["model_name"], "hook_name": hook_name},
         sae=sae_name or f"Delphi's cache {source.resolve()}",
-        **(unknown if sae is None else sae_facts(sae)),
         tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer is not None else "",
-        hook_name=hook_name,
         corpus=str(config.get("dataset_repo", "")),
         corpus_hash=fingerprint(said),
         text_column=str(config.get("dataset_column", "text")),

@@ -47,16 +47,15 @@ class CachedActivations:
             if name not in rows.column_names:
                 found = ", ".join(map(str, rows.column_names))
                 raise UsageError(f"{where} has no {name!r}, only {found}. {made}")
-        context_size = context_size or rows.features[hook_names[0]].shape[0]
+        self.context_size: int = context_size or rows.features[hook_names[0]].shape[0]
         for name in hook_names:
             context, width = rows.features[name].shape
-            if (context, width) != (context_size, d_in):
+            if (context, width) != (self.context_size, d_in):
                 raise UsageError(
                     f"{where} has windows of {context} tokens and {width} dimensions at {name}; context_size is "
-                    f"{context_size}, the model has {d_in}. Set context_size to that, or take its model."
+                    f"{self.context_size}, the model has {d_in}. Set context_size to that, or take its model."
                 )
         self.rows: Any = rows.with_format("numpy")
-        self.context_size: int = context_size
         self.identity = rows._fingerprint  # of datasets: it changes with every change of the rows
 
     def __len__(self) -> int:
