@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label
+from sae_italian.base.pace import one_of, paced
 from sae_italian.base.pictures import OURS, REFERENCE, svg
 from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import Estimate, interval
@@ -161,10 +161,11 @@ def shift(
         _check(sae, condition.model, context)
     texts = list(dict.fromkeys((condition.corpus, condition.source) for condition in conditions))
     buckets = []
-    for bucket, model, corpus, split, column, source in conditions:
+    for number, (bucket, model, corpus, split, column, source) in enumerate(conditions):
         batches = corpus_windows(model, corpus, context, n_tokens, split, column, source)
         seed = texts.index((corpus, source))  # documents of one text are resampled alike
-        buckets += _summed(sae, model, batches, {bucket: (0, context)}, seed, n_tokens)
+        with one_of(len(conditions) - number):
+            buckets += _summed(sae, model, batches, {bucket: (0, context)}, seed, n_tokens)
     corpora = ", ".join(dict.fromkeys(corpus for corpus, _ in texts))
     return _result(by, sae, corpora, context, name, buckets, buckets[0])
 
@@ -268,16 +269,15 @@ def _summed(
 ) -> list[_Sums]:
     """Return what is summed up over windows, by span of positions: from the first number to before the second."""
     sums = [_Sums(name, getattr(sae.cfg, "d_out", sae.cfg.d_in), seed) for name in spans]
-    with tqdm(total=n_tokens, desc=f"shift, {', '.join(spans)}", unit="tok", unit_scale=True, disable=None) as bar:
-        for windows in batches:
-            rows, _, y = measure(sae, model, *hooks_of(sae), windows, with_loss=True)
-            position = windows.keep.nonzero()[:, 1].numpy()
-            for bucket, (low, high) in zip(sums, spans.values(), strict=True):
-                here = (low <= position) & (position < high)
-                if here.any():
-                    bucket.add(windows.doc[here], {key: column[here] for key, column in rows.items()}, y[here])
-                    bucket.n_tokens += int(here.sum())
-            bar.update(len(position))
+    what = f"shift, {', '.join(spans)}"
+    for windows in paced(batches, what, n_tokens, "token", size=lambda windows: len(windows.doc)):
+        rows, _, y = measure(sae, model, *hooks_of(sae), windows, with_loss=True)
+        position = windows.keep.nonzero()[:, 1].numpy()
+        for bucket, (low, high) in zip(sums, spans.values(), strict=True):
+            here = (low <= position) & (position < high)
+            if here.any():
+                bucket.add(windows.doc[here], {key: column[here] for key, column in rows.items()}, y[here])
+                bucket.n_tokens += int(here.sum())
     return sums
 
 

@@ -14,7 +14,7 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 from random import Random
@@ -27,12 +27,13 @@ from jaxtyping import Float
 from sae_italian import micro_italiano
 from sae_italian.base import pictures
 from sae_italian.base.errors import DataError, UsageError, nearest
-from sae_italian.base.report import progress
+from sae_italian.base.pace import paced
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
-from sae_italian.models.activations import check_context, continuation_log_probs
+from sae_italian.models.activations import check_context, continuation_log_probs, logits_at
 from sae_italian.models.catalogue import resolve
 
 CHANCE = 0.5
+BATCH = 32  # pairs of texts
 LEAST_NAMES = 3  # giver, indirect object, and who replaces the latter
 KINDS = ("gender", "gender, attractor", "number", "subject-verb", "subject-verb, attractor")
 TRIES = 50  # subjects made for each that is wanted
@@ -80,30 +81,28 @@ def score(differences: Float[np.ndarray, " n"], kinds: Sequence[str]) -> TaskSco
     return TaskScore(len(right), wilson(int(right.sum()), len(right)), mean_interval(differences), shares)
 
 
-def score_choices(model: Any, tokenizer: Any, items: Sequence[tuple[str, str, str, str]]) -> TaskScore:
-    """Return how often the right text is likelier than the wrong one, of items (prefix, right text, wrong text, kind).
+def score_choices(model: Any, tokenizer: Any, items: Sequence[tuple[str, str, str]]) -> TaskScore:
+    """Return how often the right text is likelier than the wrong one, of items (right text, wrong text, kind).
 
-    Both texts begin with the prefix; with "" they are compared as a whole.
+    Run are only the tokens up to where the two differ, and logits computed from there on: what lies before is the same.
     Raises: UsageError for none, and for a text beyond the model's positions.
     """
     if not items:
         raise UsageError("there is no sentence to be scored; ask for 1 or more.")
-    texts = [(prefix, text) for prefix, right, wrong, _ in items for text in (right, wrong)]
-    log_p = log_probs_after(model, tokenizer, texts).reshape(-1, 2)
-    return score(log_p[:, 0] - log_p[:, 1], [kind for *_, kind in items])
-
-
-def log_probs_after(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Float[np.ndarray, " n"]:
-    """Return log p(rest | prefix) in nats for each (prefix, text) of which the text begins with the prefix's tokens."""
-    split = [(len(tokenizer(prefix).input_ids), tokenizer(text).input_ids) for prefix, text in texts]
-    check_context(max(len(tokens) for _, tokens in split), model.config)
-    with progress("texts", total=len(split), unit="text") as bar:
-
-        def forward(rows: Any) -> Any:
-            bar.update(len(rows))
-            return model(rows.to(model.device), use_cache=False).logits
-
-        return continuation_log_probs(forward, [(tokens[:n], tokens[n:]) for n, tokens in split])
+    texts = [[tokenizer(text).input_ids for text in item[:2]] for item in items]
+    check_context(max(len(tokens) for two in texts for tokens in two), model.config)
+    found: list[Float[np.ndarray, "some 2"]] = []
+    for first in paced(
+        range(0, len(texts), BATCH), "pairs of texts", len(texts), "pair", size=lambda _: len(found[-1])
+    ):
+        pairs = []
+        for two in texts[first : first + BATCH]:
+            differ = (place for place, (one, other) in enumerate(zip(*two, strict=False)) if one != other)
+            shared = max(1, next(differ, min(map(len, two))))
+            pairs += [(tokens[:shared], tokens[shared:]) for tokens in two]
+        found.append(continuation_log_probs(partial(logits_at, model), pairs).reshape(-1, 2))
+    log_p = np.concatenate(found)
+    return score(log_p[:, 0] - log_p[:, 1], [kind for *_, kind in items[: len(log_p)]])
 
 
 def check_able(found: TaskScore, task: str, model: str) -> TaskScore:
@@ -124,7 +123,7 @@ def micro_italiano_scores(model: Any, *, n: int = 300, seed: int = 1001) -> tupl
     """Return what a model knows of MicroItaliano on n items each: agreement, by kind; the indirect object, by order."""
     prompts = [(p.text, p.io, p.subject, p.order) for p in micro_italiano.ioi_prompts(n, seed=seed)]
     items = [*micro_italiano.agreement_pairs(n, seed=seed), *prompts]
-    choices = [(text, f"{text} {right}", f"{text} {wrong}", kind) for text, right, wrong, kind in items]
+    choices = [(f"{text} {right}", f"{text} {wrong}", kind) for text, right, wrong, kind in items]
     agreement, ioi = (score_choices(model, model.tokenizer, some) for some in (choices[:n], choices[n:]))
     return agreement, ioi
 
@@ -266,8 +265,7 @@ def ioi_score(model: Any, tokenizer: Any, pairs: Sequence[IoiPair]) -> TaskScore
 
     The difference is log p(name) - log p(name), over all tokens of a name: for names of one token, that of the logits.
     """
-    choices = [(p.base, f"{p.base} {p.io}", f"{p.base} {p.subject}", p.order) for p in pairs]
-    return score_choices(model, tokenizer, choices)
+    return score_choices(model, tokenizer, [(f"{p.base} {p.io}", f"{p.base} {p.subject}", p.order) for p in pairs])
 
 
 # --- agreement ----------------------------------------------------------------------------------------------------------
@@ -397,4 +395,4 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def agreement_score(model: Any, tokenizer: Any, pairs: Sequence[MinimalPair]) -> TaskScore:
     """Return the share of pairs whose right text the model finds likelier as a whole, and the mean difference."""
-    return score_choices(model, tokenizer, [("", pair.right, pair.wrong, pair.kind) for pair in pairs])
+    return score_choices(model, tokenizer, pairs)

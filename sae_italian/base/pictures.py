@@ -17,7 +17,14 @@ OURS, REFERENCE = "#0b6e4f", "#8a8f98"
 WARNING = "#b3261e"
 
 
-def svg(draw: Callable[[Any], None], n_panels: int, size: tuple[float, float]) -> str:
+class Picture(str):
+    """SVG text, which a notebook shows as a picture."""
+
+    def _repr_svg_(self) -> str:
+        return str(self)
+
+
+def svg(draw: Callable[[Any], None], n_panels: int, size: tuple[float, float]) -> Picture:
     """Return what `draw` draws on its axes; the same numbers give the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -27,4 +34,4 @@ def svg(draw: Callable[[Any], None], n_panels: int, size: tuple[float, float]) -
         draw(figure.subplots(1, n_panels, squeeze=False)[0])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return Picture(buffer.getvalue())

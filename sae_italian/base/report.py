@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from sae_italian.base.labels import label
+from sae_italian.base.pace import cut_short
 from sae_italian.base.statistics import Estimate
 from sae_italian.base.storage import utc_now, write_json, write_text
-
-PIPED_SECONDS = 30  # between two lines of a bar that nobody watches move
 
 
 def table(head: str, rows: Iterable[Sequence[object]]) -> str:
@@ -55,34 +54,18 @@ def save_result(folder: Path, name: str, value: dict[str, Any], parts: Sequence[
     """Write `name`.json with the time of writing, and each picture as its name.svg.
 
     With the parts of a text, `name`.md holds these, the pictures, and the legend that `labels.yaml` has under the name.
+    Both say what a time bound has cut short.
     """
-    write_json(folder / f"{name}.json", {**value, "created": utc_now()})
+    cut = cut_short()
+    write_json(folder / f"{name}.json", {**value, "created": utc_now(), **({"cut_short": cut} if cut else {})})
     if parts:
         images = [f"![{picture}]({picture}.svg)" for picture in pictures]
         legend = [label(f"legends.{name}", language) for language in ("en", "it")]
-        write_text(folder / f"{name}.md", "\n\n".join([*parts, *images, *legend]) + "\n")
+        write_text(
+            folder / f"{name}.md", "\n\n".join([*parts, *(f"Note: {what}." for what in cut), *images, *legend]) + "\n"
+        )
     for picture, svg in pictures.items():
         write_text(folder / f"{picture}.svg", svg)
-
-
-class _Lines:
-    """What a pipe or a log file gets of a bar: whole lines, without what moves the cursor."""
-
-    def write(self, text: str) -> None:
-        if line := text.strip("\r\n "):
-            sys.stderr.write(line + "\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def progress(what: str, *, total: int, initial: int = 0, unit: str = "tok", leave: bool = True) -> Any:
-    """Return a `tqdm` bar with its rate: on a terminal it moves, elsewhere it is a line every PIPED_SECONDS."""
-    from tqdm import tqdm
-
-    piped: dict[str, Any] = {"file": _Lines(), "mininterval": PIPED_SECONDS, "delay": PIPED_SECONDS}
-    given = {"desc": what, "total": total, "initial": initial, "unit": unit, "unit_scale": True, "leave": leave}
-    return tqdm(**given, **({} if sys.stderr.isatty() else piped))
 
 
 @contextlib.contextmanager

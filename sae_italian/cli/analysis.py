@@ -10,19 +10,23 @@ from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
 from sae_italian.cli.options import (
+    MINUTES,
     Count,
     Model,
     Result,
     Sae,
     Seed,
     Source,
+    bounded,
     key_values,
+    own_words,
     short_names,
 )
 
 Many = Parameter(consume_multiple=True)
 
 
+@bounded
 def geometry(
     *saes: str,
     out: Path,
@@ -35,7 +39,8 @@ def geometry(
     """Measure how near decoder directions lie within SAEs and between them, what is new, what splits, and map them.
 
     Args:
-        saes: SAEs' folders, or release:sae_id; all of one model's width.
+        saes: SAEs' folders, or release:sae_id; all of one model's width; then
+            minutes=N, after which it ends with what it has (default: no bound).
         out: Folder for geometry.json, its pictures and the map.
         cache: A cache of one of the SAEs: dead latents are left out, explanations shown in the map; again for more; default: none.
         map: How the map is made; umap needs umap-learn.
@@ -48,7 +53,8 @@ def geometry(
 
     if above is not None and not 0 < above <= 1:
         raise UsageError(f"--above is {above}; a cosine above 0 and at most 1 was expected.")
-    loaded = {short: load_sae(name) for short, name in short_names(saes).items()}
+    _, names = own_words(saes, MINUTES)
+    loaded = {short: load_sae(name) for short, name in short_names(names).items()}
     alive, texts = _known(loaded, cache or [])
     result = measure(loaded, alive=alive, texts=texts, sample=sample, above=above, method=map, seed=seed)
     result.save(out)
@@ -78,6 +84,7 @@ def _known(saes: dict[str, Any], caches: list[Path]) -> tuple[dict[str, Any], di
     return alive, texts
 
 
+@bounded
 def language(
     sae: str,
     /,
@@ -95,7 +102,8 @@ def language(
 
     Args:
         sae: An SAE's folder, release:sae_id, or a cache: then labels go into its store too.
-        words: context_size=N, tokens of a window (default: as the SAE was trained), and text_column=NAME (default: text;
+        words: minutes=N, after which it ends with what it has (default: no bound);
+            context_size=N, tokens of a window (default: as the SAE was trained); text_column=NAME (default: text;
             NAME:COLUMN,NAME:COLUMN where the languages' differ).
         out: Folder for language.json, language.md and language.svg, and languages.json with --languages.
         ud: Treebanks: CoNLL-U files or folders of them, ISDT for UD_Italian-ISDT, or micro-italiano; two or more are
@@ -106,11 +114,12 @@ def language(
         tokens: Tokens of each language.
     """
     from sae_italian.analysis.probes.languages import language_latents
+    from sae_italian.base.pace import cut_short
     from sae_italian.base.storage import write_json
     from sae_italian.models.activations import check_context
     from sae_italian.saes.loading import model_of
 
-    settings = key_values(words, {"context_size": 0, "text_column": "text"})
+    settings = key_values(words, MINUTES | {"context_size": 0, "text_column": "text"})
     corpora = _languages(ud, languages, against)
     columns = _columns(settings["text_column"], corpora)
     loaded, cache = _sae_of(sae, sae_of_cache)
@@ -128,7 +137,8 @@ def language(
     if corpora:
         where: dict[str, Any] = {"context_size": context, "text_columns": columns, "seed": seed}
         found = language_latents(loaded, subject, corpora, n_tokens=tokens, **where)
-        write_json(out / "languages.json", found.as_dict())
+        cut = cut_short()  # no further key where nothing is cut: the others are languages
+        write_json(out / "languages.json", found.as_dict() | ({"cut_short": cut} if cut else {}))
         labels += found.labels()
         value["languages"] = found.as_dict()
         parts.append(found.table())
@@ -201,6 +211,7 @@ def _store(cache: Any, labels: list[Any]) -> str:
     return f"{len(labels)} labels written to the store of {cache.folder}{what}"
 
 
+@bounded
 def shift(
     sae: Sae,
     /,
@@ -217,8 +228,9 @@ def shift(
     """Measure L0, explained variance and loss beyond the training's context, on other texts, languages or models.
 
     Args:
-        words: packed=true (context: fill windows with short documents), context_size=N, tokens of a window (default: as
-            the SAE was trained), and text_column=NAME (default: text; NAME:COLUMN,NAME:COLUMN where the buckets' differ).
+        words: minutes=N, after which it ends with what it has (default: no bound); packed=true
+            (context: fill windows with short documents); context_size=N, tokens of a window (default: as the SAE was
+            trained); text_column=NAME (default: text; NAME:COLUMN,NAME:COLUMN where the buckets' differ).
         by: What the buckets differ in.
         out: Folder for shift.json, shift.md and shift.svg.
         buckets: genre and language: NAME=CORPUS for each, the first the reference (genre: default, each subfolder of the
@@ -234,7 +246,7 @@ def shift(
     from sae_italian.models import load_model
     from sae_italian.saes.loading import full_name
 
-    settings = key_values(words, {"packed": False, "context_size": 0, "text_column": "text"})
+    settings = key_values(words, MINUTES | {"packed": False, "context_size": 0, "text_column": "text"})
     bounds = _check_shift(by, buckets, edges, settings)
     parts = _named(buckets or [])
     loaded, subject, text = Source(model=model, corpus=corpus).load(sae)

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from sae_italian.base.errors import UsageError
 from sae_italian.cli.options import (
+    MINUTES,
     Count,
     Language,
     Model,
@@ -16,6 +17,7 @@ from sae_italian.cli.options import (
     Sae,
     Seed,
     Source,
+    bounded,
     key_values,
     own_words,
     short_names,
@@ -24,6 +26,7 @@ from sae_italian.cli.options import (
 Many = Parameter(consume_multiple=True)
 
 
+@bounded
 def ioi(
     model: str,
     /,
@@ -41,7 +44,8 @@ def ioi(
 
     Args:
         model: Name, hub id or folder of the model.
-        words: name_tokens=N, the tokens that every name has, or name_tokens=any; default: 1.
+        words: minutes=N, after which it ends with what it has (default: no bound);
+            name_tokens=N, the tokens that every name has, or name_tokens=any; default: 1.
         sae: An SAE to patch; again for each to compare with; default: none is patched.
         language: Language of the sentences: it or en.
         n_pairs: Pairs of sentences that are patched.
@@ -54,7 +58,7 @@ def ioi(
     from sae_italian.base.report import plain
     from sae_italian.models import load_model
 
-    name_tokens = key_values(words, {"name_tokens": "1"})["name_tokens"]
+    name_tokens = key_values(words, MINUTES | {"name_tokens": "1"})["name_tokens"]
     if name_tokens != "any" and not name_tokens.isdecimal():
         raise UsageError(f"name_tokens is {name_tokens!r}; a number or any was expected.")
     loaded = load_model(model)
@@ -73,10 +77,11 @@ def ioi(
     return _written(out, "ioi", value, text, pictures)
 
 
+@bounded
 def agreement(
     model: str,
     /,
-    *,
+    *words: str,
     pairs_file: Path | None = None,
     check: Count = 500,
     sae: list[str] | None = None,
@@ -89,6 +94,7 @@ def agreement(
 
     Args:
         model: Name, hub id or folder of the model.
+        words: minutes=N, after which it ends with what it has (default: no bound).
         pairs_file: Pairs in MultiBLiMP's layout (ita.tsv, or the same as .jsonl or .parquet); default: pairs made here.
         check: Pairs that are made, in turn of each kind.
         sae: An SAE to patch on the subject's number; again for each to compare with; default: none.
@@ -100,6 +106,7 @@ def agreement(
     from sae_italian.base.report import plain, table
     from sae_italian.models import load_model
 
+    key_values(words, MINUTES)  # refuses any other
     pairs = read_minimal_pairs(pairs_file) if pairs_file else agreement_pairs(check, seed=seed)
     loaded = load_model(model)
     found = agreement_score(loaded, loaded.tokenizer, pairs)
@@ -133,11 +140,12 @@ def _written(out: Path | None, name: str, value: dict[str, Any], text: str, pict
     return Result(value, text)
 
 
+@bounded
 def steer(
     sae: Sae,
     prompt: str,
     /,
-    *,
+    *words: str,
     latent: int,
     strengths: Annotated[list[float], Many] = [5.0, 10.0, 20.0],  # noqa: B006
     new_tokens: int = 24,
@@ -151,6 +159,7 @@ def steer(
 
     Args:
         prompt: The text that the model goes on from.
+        words: minutes=N, after which it ends with what it has (default: no bound).
         latent: Number of the latent.
         strengths: How much of the direction is added, in units of the latent's activation; one text for each.
         new_tokens: Tokens that are written.
@@ -161,6 +170,7 @@ def steer(
     from sae_italian.analysis.causal import latent as effects
     from sae_italian.base.report import plain
 
+    key_values(words, MINUTES)  # refuses any other
     loaded, subject, _ = Source(model=model, corpus="none").load(sae)
     start = subject, subject.tokenizer, loaded, prompt, latent
     if ablate:
@@ -170,6 +180,7 @@ def steer(
     return Result(plain(found), found.table())
 
 
+@bounded
 def tree(
     *saes: str,
     latent: int,
@@ -184,7 +195,8 @@ def tree(
 
     Args:
         saes: SAEs in the order of their layers, the latent is the last one's; then branches=N, children of a latent that
-            are followed (default: 3), and contexts=N, in which each is looked at (default: 20).
+            are followed (default: 3), contexts=N, in which each is looked at (default: 20), and minutes=N, after which it
+            ends with what it has (default: no bound).
         latent: Number of the latent.
         tokens: Tokens of the corpus among which contexts are drawn.
         context_size: Tokens of a context.
@@ -195,7 +207,7 @@ def tree(
     from sae_italian.base.report import plain
     from sae_italian.saes import load_sae
 
-    sizes, names = own_words(saes, {"branches": 3, "contexts": 20})
+    sizes, names = own_words(saes, MINUTES | {"branches": 3, "contexts": 20})
     if not names:
         raise UsageError("a tree needs the SAEs of at least two layers, in order; none given.")
     last, subject, text = Source(model=model, corpus=corpus).load(names[-1])

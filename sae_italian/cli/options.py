@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -170,6 +170,25 @@ def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]
         if kind is int and found[key] < 1 <= defaults[key]:
             raise UsageError(f"{key}={value}: a whole number of 1 or more was expected.")
     return found
+
+
+MINUTES = {"minutes": float("inf")}  # of a command that is `bounded`, among its words
+
+
+def bounded(command: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a command that takes `minutes=N` among its words: it then ends with what it has, and says so."""
+
+    @wraps(command)
+    def run(*given: Any, **options: Any) -> Result:
+        from sae_italian.base.pace import time_bound
+
+        with time_bound(own_words(given, MINUTES)[0]["minutes"]) as cut:
+            value, text, failure = command(*given, **options)
+        if cut:
+            value, text = {**value, "cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])
+        return Result(value, text, failure)
+
+    return run
 
 
 def own_words(words: Sequence[str], defaults: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

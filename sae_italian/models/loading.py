@@ -64,8 +64,6 @@ def load_model(
     tokenizer = load_tokenizer(name)
     model: Any = _fetch(AutoModelForCausalLM.from_pretrained, resolved, dtype=getattr(torch, dtype)).eval()
     facts = _loaded_from(resolved, model, backend, dtype)
-    if backend != "hf":
-        tokenizer.split_special_tokens = False  # TransformerLens types the BOS before a text
     if backend == "bridge":
         from sae_italian.models.loud import LoudBridge
 
@@ -79,6 +77,7 @@ def load_model(
     else:
         model.tokenizer = tokenizer
         model = model.to(device)
+    model.tokenizer.split_special_tokens = True  # TransformerLens may have made another tokenizer of it
     model.loaded_from = facts
     return model
 

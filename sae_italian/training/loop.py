@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.report import progress
+from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, disk_errors, remove
 from sae_italian.saes.loading import tensors_alone
 from sae_italian.training.sae_run import SAERun

@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from sae_italian.base.statistics import (
     StreamingBootstrap,
+    auroc_by_document,
     bootstrap,
+    f1_by_document,
     mean_interval,
     mean_of_two,
     shares_by_document,
@@ -124,3 +127,53 @@ def test_documents_that_repeat_themselves_count_once_and_few_have_no_interval():
     value, lo, hi = shares_by_document(np.ones((1, 4)), np.ones((1, 4)))
     assert value == 1 and np.isnan(lo) and np.isnan(hi)
     assert np.isnan(shares_by_document(np.zeros((1, 4)), np.zeros((1, 4)))).all()
+
+
+def words_of_sentences(rng, n_sentences: int, share: float):
+    """Words of sentences that bear a label, and a sentence's own shift of what is said of it (correlation 0.3)."""
+    sentence = np.repeat(np.arange(n_sentences), 10)
+    return sentence, rng.random(len(sentence)) < share, np.sqrt(0.3) * rng.normal(size=n_sentences)[sentence]
+
+
+@pytest.mark.parametrize("n_sentences", [10, 30, 100])
+@pytest.mark.parametrize(("recall", "false"), [(0.7, 0.05), (0.97, 0.005), (0.995, 0.001)])
+def test_f1_of_few_sentences_is_covered_as_often_as_is_said(n_sentences, recall, false):
+    """Resampling sentences covers 10 % where F1 is 0.995 and the sentences ten."""
+    rng, hits, widths = np.random.default_rng(2), [], []
+    truth = 2 * 0.2 * recall / (0.2 * recall + 0.8 * false + 0.2)
+    for _ in range(300):
+        sentence, label, _ = words_of_sentences(rng, n_sentences, 0.2)
+        said = rng.random(len(label)) < np.where(label, recall, false)
+        counts = (np.bincount(sentence, each, n_sentences) for each in (label & said, said, label))
+        estimate = f1_by_document(*counts)
+        hits.append(estimate.lo <= truth <= estimate.hi)
+        widths.append(estimate.hi - estimate.lo)
+    assert np.mean(hits) >= 0.92 and min(widths) > 0
+    assert max(widths) < 0.7
+
+
+@pytest.mark.parametrize("n_sentences", [15, 30, 100])
+@pytest.mark.parametrize("distance", [1.0, 2.3, 3.5])
+def test_auroc_of_few_sentences_is_covered_as_often_as_is_said(n_sentences, distance):
+    """Two normal distributions: the area is Phi(distance / sqrt 2), 0.76, 0.95 and 0.99."""
+    rng, hits, widths = np.random.default_rng(3), [], []
+    truth = norm.cdf(distance / np.sqrt(2))
+    for _ in range(300):
+        sentence, label, own = words_of_sentences(rng, n_sentences, 0.3)
+        score = distance * label + own + np.sqrt(0.7) * rng.normal(size=len(label))
+        estimate = auroc_by_document(score, label, sentence)
+        hits.append(estimate.lo <= truth <= estimate.hi)
+        widths.append(estimate.hi - estimate.lo)
+    assert np.mean(hits) >= 0.93 and min(widths) > 0
+    assert np.mean(widths) < 0.25 and (n_sentences < 100 or np.mean(widths) < 0.09)
+
+
+def test_f1_and_auroc_by_hand():
+    # 3 of 4 said are true, of 5 true: F1 = 2 * 3 / 9
+    assert f1_by_document(np.array([2, 1]), np.array([2, 2]), np.array([3, 2])).value == pytest.approx(6 / 9)
+    # pairs (positive, negative): 0.9 beats both, 0.4 beats one and ties none, 0.5 ties one and beats one
+    found = auroc_by_document(np.array([0.9, 0.4, 0.5, 0.5, 0.1]), np.array([1, 1, 1, 0, 0], bool), np.arange(5))
+    assert found.value == pytest.approx((2 + 1 + 1.5) / 6) and np.isnan(found.lo)  # two negatives: no interval
+    perfect = auroc_by_document(np.arange(40.0), np.arange(40) >= 20, np.arange(40))
+    assert perfect.value == 1 == perfect.hi and 0.8 < perfect.lo < 0.97
+    assert np.isnan(auroc_by_document(np.arange(3.0), np.ones(3, bool), np.arange(3)).value)

@@ -106,6 +106,17 @@ def test_a_latent_that_does_not_exist(cache):
             cache.latent(latent)
 
 
+def test_a_latent_is_plotted_as_a_notebook_shows_it(small_cache):
+    cache = FeatureCache.open(small_cache)
+    live, dead = int(cache.statistics["count"].argmax()), int(cache.statistics["count"].argmin())
+    picture = cache.latent(live).plot()
+    share = cache.statistics["count"][live] / cache.n_positions
+    assert picture._repr_svg_() == picture and picture.rstrip().endswith("</svg>")
+    assert f"latent {live}: active on {share:.2%} of tokens" in picture and "activation" in picture
+    assert picture == cache.latent(live).plot()
+    assert f"latent {dead}: active on" in cache.latent(dead).plot()
+
+
 def digests(folder: Path) -> dict[str, str]:
     files = [file for kind in ("tokens", "acts", "latents") for file in (folder / kind).iterdir()]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -97,6 +97,23 @@ def test_a_folder_without_a_model(tmp_path):
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("backend", ["bridge", "hooked"])
+def test_a_control_token_typed_in_a_document_is_characters_in_every_backend(backends, backend):
+    """One BOS, that of the model's own rule, and the typed `<s>` and `</s>` spelled out: the tokens of `hf`."""
+    model, plain = backends[backend], backends["hf"].tokenizer
+    text = "Il <s>barrato</s> resta testo."
+    tokens = model.to_tokens(text)
+    assert tokens.tolist() == [plain(text).input_ids] == [model.tokenizer(text).input_ids]
+    special = [plain.bos_token_id, plain.eos_token_id]
+    assert sum(int(token) in special for token in tokens[0]) == 1 and tokens[0, 0] == plain.bos_token_id
+    assert model.to_tokens(text, prepend_bos=False).tolist() == [plain(text, add_special_tokens=False).input_ids]
+    assert model.to_string(tokens[0, 1:]) == text and len(model.to_str_tokens(text)) == tokens.shape[1]
+    many = model.to_tokens([text, "Ciao."], padding_side="left")
+    assert many.shape == (2, tokens.shape[1]) and many[1, -3:].tolist() == plain("Ciao.").input_ids[-3:]
+    assert (model(text) - model(tokens)).abs().max() < 1e-6
+    assert model.to_tokens("a " * 9000).shape[1] == model.cfg.n_ctx
+
+
 def test_unknown_backend():
     with pytest.raises(UsageError, match="hooked"):
         load_model("mini", "hoked")  # pyright: ignore

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_italian.base import report
+from sae_italian.base import pace
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
@@ -305,7 +305,7 @@ def test_a_folder_that_is_being_trained_into_is_refused(small_spec, tmp_path, mo
 
 
 def test_a_pipe_gets_a_line_now_and_then_from_the_first_token(small_spec, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "PIPED_SECONDS", 0)
+    monkeypatch.setattr(pace, "PIPED_SECONDS", 0)
     train(small_spec.model_copy(update={"training_tokens": 2048}), tmp_path / "out")
     told = capsys.readouterr().err
     lines = told.splitlines()

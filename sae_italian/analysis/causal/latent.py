@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from sae_italian.analysis.causal.splice import codes, edit_hooks, special, token_text, written_directions
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import Pace
 from sae_italian.base.report import table
 from sae_italian.models.activations import (
     check_context,
     continuation_log_probs,
-    logits_with_replacement,
+    logits_at,
     read_activations,
     replaced,
 )
@@ -104,11 +106,13 @@ def _start(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, n_new
 
 
 def _logits_with(
-    model: Any, start: _Start, added: Float[Tensor, "batch pos d_out"]
-) -> Float[Tensor, "batch pos vocab"]:
-    """Return the logits of the prompt with each row of `added` added to the activation."""
+    model: Any, start: _Start, added: Float[Tensor, "batch pos d_out"], positions: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch vocab"]:
+    """Return the logits at a position of the prompt for each row of `added`, which is added to the activation."""
     rows = start.tokens.expand(len(added), -1)
-    return logits_with_replacement(model, rows, start.hook_out, lambda x: x + added.to(x)).float()
+    wanted = torch.arange(rows.shape[1], device=rows.device) == positions[:, None]
+    with replaced(model, start.hook_out, lambda x: x + added.to(x)):
+        return logits_at(model, rows, wanted).float()
 
 
 @torch.no_grad()
@@ -130,9 +134,10 @@ def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: 
             amount, silenced = _silencing(sae, start.x[active], latent, start.direction)
         added = torch.zeros(len(active), len(texts), len(start.direction), device=own.device)
         added[torch.arange(len(active)), active] = -amount[:, None] * start.direction
-        clean, edited = model(start.tokens, use_cache=False).logits[0].float(), _logits_with(model, start, added)
+        here = torch.zeros_like(start.tokens, dtype=torch.bool).index_fill_(1, active, True)
+        clean, edited = logits_at(model, start.tokens, here).float(), _logits_with(model, start, added, active)
         for row, position in enumerate(active.tolist()):
-            before, after = clean[position], edited[row, position]
+            before, after = clean[row], edited[row]
             log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
             divergence = float((log_p.exp() * (log_p - log_q)).sum())
             moves = [_moves(tokenizer, before, after, top, rising=rising) for rising in (False, True)]
@@ -240,18 +245,20 @@ def steer(
     start = _start(model, tokenizer, sae, prompt, latent, n_new_tokens)
     all_strengths = [0.0, *map(float, strengths)]
     added = torch.tensor(all_strengths, device=model.device)[:, None, None] * unit * start.direction
-    first = _logits_with(model, start, added * ~special(start.tokens, tokenizer)[..., None])[:, -1].log_softmax(-1)
+    everywhere = added * ~special(start.tokens, tokenizer)[..., None]
+    last = torch.full((len(added),), start.tokens.shape[1] - 1, device=added.device)
+    first = _logits_with(model, start, everywhere, last).log_softmax(-1)
     divergence = (first.exp() * (first - first[0])).sum(-1).tolist()
     settings: dict[str, Any] = {"max_new_tokens": n_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     # rows that are sampled are written one at a time, so that each has the draws that it would have alone
     rows = added.split(1 if temperature > 0 else len(added))
-    written = [new for part in rows for new in _write(model, tokenizer, start, part, seed, **settings)]
+    pace = Pace("texts", n_new_tokens * len(rows), "step")
+    with pace.bar:
+        written = [new for part in rows for new in _write(model, tokenizer, start, part, seed, pace, **settings)]
     before = start.tokens[0].tolist()
-    log_p = continuation_log_probs(
-        lambda some: model(some.to(model.device), use_cache=False).logits, [(before, new) for new in written]
-    )
+    log_p = continuation_log_probs(partial(logits_at, model), [(before, new) for new in written])
 
     def decoded(ids: list[int]) -> str:  # always the whole: joined pieces would lose spaces
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -266,7 +273,13 @@ def steer(
 
 
 def _write(
-    model: Any, tokenizer: Any, start: _Start, added: Float[Tensor, "batch 1 d_out"], seed: int, **settings: Any
+    model: Any,
+    tokenizer: Any,
+    start: _Start,
+    added: Float[Tensor, "batch 1 d_out"],
+    seed: int,
+    pace: Pace,
+    **settings: Any,
 ) -> list[list[int]]:
     """Return the new tokens of each row, up to the EOS, which counts as written; `settings` are those of `generate`."""
     keep, eos = ~special(start.tokens, tokenizer)[..., None], tokenizer.eos_token_id
@@ -274,11 +287,14 @@ def _write(
     def add(x: Tensor) -> Tensor:  # the prompt at once, then a token at a time
         return x + (added * keep if x.shape[1] == keep.shape[1] else added).to(x)
 
+    def over(some: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.full((len(some),), pace.step(), device=some.device)
+
     rows = start.tokens.expand(len(added), -1)
     with replaced(model, start.hook_out, add), torch.random.fork_rng():
         torch.manual_seed(seed)
-        mask = torch.ones_like(rows)
-        written = model.generate(rows, attention_mask=mask, eos_token_id=eos, pad_token_id=eos or 0, **settings)
+        settings |= {"attention_mask": torch.ones_like(rows), "eos_token_id": eos, "pad_token_id": eos or 0}
+        written = model.generate(rows, stopping_criteria=[over], **settings)
     new = written[:, rows.shape[1] :].tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in new]
 

@@ -24,14 +24,14 @@ import scipy.stats
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_italian.analysis.causal.splice import codes, edit_hooks, written_directions
 from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import Pace, one_of, paced
 from sae_italian.base.report import plain, table
 from sae_italian.base.statistics import Estimate, mean_interval
-from sae_italian.models.activations import begun_at, check_context, entry_and_edit, read_many, replaced
+from sae_italian.models.activations import begun_at, check_context, entry_and_edit, logits_at, read_many, replaced
 
 BATCH_ROWS = 128
 LEAST_ROWS = 16  # of a guessed path after wrong guesses
@@ -106,10 +106,9 @@ class Patcher:
         return torch.from_numpy(candidates), diff.to(self.model.device)
 
     def _last_log_p(self, tokens: Int[Tensor, "rows pos"], lengths: Tensor) -> Float[Tensor, "rows vocab"]:
-        """Return the log-probabilities after each row's last token; the vocabulary is computed there alone."""
-        hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(tokens), device=hidden.device), lengths.to(hidden.device) - 1]
-        return self.model.get_output_embeddings()(last).float().log_softmax(-1)
+        """Return the log-probabilities after each row's last token."""
+        last = torch.arange(tokens.shape[1]) == lengths[:, None] - 1
+        return logits_at(self.model, tokens, last).float().log_softmax(-1)
 
     def kl(self, rows: Int[Tensor, " rows"], delta: Float[Tensor, "rows pos d_out"]) -> Float[Tensor, " rows"]:
         """Return D_KL(edited || target) in nats of pair `rows[r]` with `delta[r]` added; gradients pass."""
@@ -140,11 +139,15 @@ class Patcher:
     def effects(self) -> Float[Tensor, " n"]:
         """Return by how many nats patching each candidate alone brings the base run nearer: the mean fall of the KL."""
         rows, columns = self.in_play.nonzero(as_tuple=True)
-        total = torch.zeros(len(self.candidates))
-        for some, these in zip(rows.split(self.batch_rows), columns.split(self.batch_rows), strict=True):
-            fall = self.unpatched[some] - self.kl(some, self.one(some, these))
-            total.index_add_(0, these.cpu(), fall.cpu())
-        return total / self.n_pairs
+        falls = torch.zeros(0)
+        parts = zip(rows.split(self.batch_rows), columns.split(self.batch_rows), strict=True)
+        for some, these in paced(parts, "latents one by one", len(rows), "run", size=lambda part: len(part[0])):
+            falls = torch.cat([falls, (self.unpatched[some] - self.kl(some, self.one(some, these))).cpu()])
+        # where the time was over, the mean is over the pairs of which all was run
+        n_pairs = self.n_pairs if len(falls) == len(rows) else max(1, int(rows[len(falls)]))
+        whole = rows[: len(falls)] < n_pairs
+        total = torch.zeros(len(self.candidates)).index_add_(0, columns[: len(falls)][whole], falls[whole])
+        return total / n_pairs
 
     def attribution(self, at: Float[Tensor, "pairs pos d_out"] | None = None) -> Float[Tensor, " n"]:
         """Return the first-order estimate of `effects`: minus the KL's gradient times each latent's difference.
@@ -257,17 +260,24 @@ def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -
     rng = np.random.default_rng(seed)
     state = _State(patcher)
     left = list(range(len(patcher.candidates)))
-    points, most_rows = [state.point(0.0, len(left))], patcher.batch_rows
-    for threshold in tqdm(thresholds, desc="thresholds", disable=None):
+    points, most_rows, over = [state.point(0.0, len(left))], patcher.batch_rows, False
+    pace = Pace("elimination", len(left) * len(thresholds), "visit", "at most")
+    for number, threshold in enumerate(thresholds, 1):
         order = rng.permutation(left).tolist()
-        while order:
+        while order and not over:
             steps = state.path(order, threshold, most_rows)
             n_right = state.replay(steps, threshold)
             all_right = n_right == len(steps)
-            order = order[n_right if all_right else n_right + 1 :]
+            n_visited = n_right if all_right else n_right + 1
+            order = order[n_visited:]
             most_rows = min(patcher.batch_rows, 2 * most_rows) if all_right else max(LEAST_ROWS, most_rows // 2)
+            over = pace.step(n_visited)
         left = sorted({*left} - {*state.removed})
         points.append(state.point(float(threshold), len(left)))
+        if over:
+            break
+        pace.skip(number * len(patcher.candidates))
+    pace.bar.close()
     order = sorted(left, key=lambda column: -float(state.rise[column])) + state.removed[::-1]
     return points, patcher.candidates[torch.tensor(order, dtype=torch.int64)].tolist()
 
@@ -377,12 +387,16 @@ def patch_saes(
         places = ", ".join(f"{name} writes at {hook}" for name, hook in hooks.items())
         raise UsageError(f"{places}; edits compare at one place only. Give SAEs of one hook, or run once for each.")
     inputs = patch_inputs(tokenizer, model, pairs)
-    curves = [_curve(name, Patcher(model, sae, inputs), thresholds, seed) for name, sae in saes.items()]
+    curves = []
+    for number, (name, sae) in enumerate(saes.items()):
+        with one_of(len(saes) - number):
+            curves.append(_curve(name, Patcher(model, sae, inputs), thresholds, seed))
     return Patching(len(inputs.base), curves)
 
 
 def _curve(name: str, patcher: Patcher, thresholds: Sequence[float], seed: int) -> PatchingCurve:
-    exact, attribution = patcher.effects().numpy(), patcher.attribution().numpy()
+    with one_of(2, alike=False):
+        exact, attribution = patcher.effects().numpy(), patcher.attribution().numpy()
     points, order = eliminate(patcher, thresholds, seed=seed)
     largest = np.argsort(-exact, kind="stable")[:TOP]
     varies = len(exact) > 1 and np.ptp(exact) > 0 and np.ptp(attribution) > 0

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_italian.analysis.causal.splice import codes, edit_hooks, special, token_text, written_directions
 from sae_italian.analysis.shift import corpus_windows
 from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import one_of, paced
 from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.models.activations import (
     begun_at,
@@ -129,9 +129,7 @@ def causal_tree(
     tokens = torch.cat([some.tokens for some in corpus_windows(model, corpus, context, n_tokens, "heldout")])
     reads = [read_many(model, some.to(model.device), hooks) for some in tokens.split(ROWS)]
     acts = {hook: torch.cat([read[hook].cpu() for read in reads]) for hook in hooks}
-    with tqdm(desc="ablations", unit="prompt", disable=None) as bar:
-        grow = _Growth(model, saes, hooks, tokens, acts, branches, n_contexts, seed, bar)
-        root = grow.node(len(saes) - 1, latent, None)
+    root = _Growth(model, saes, hooks, tokens, acts, branches, n_contexts, seed).node(len(saes) - 1, latent, None)
     if not root.n_contexts:
         raise UsageError(
             f"latent {latent} of {saes[-1][0]} is never active in {tokens.numel():,} tokens of {corpus}. "
@@ -152,7 +150,6 @@ class _Growth:
     branches: int
     n_contexts: int
     seed: int
-    bar: Any
 
     def node(self, level: int, latent: int, drop: Estimate | None) -> Node:
         name, sae = self.saes[level]
@@ -160,7 +157,13 @@ class _Growth:
         found = torch.cat([codes(sae, part)[:, latent].cpu() for part in x.split(CHUNK)]).reshape(self.tokens.shape)
         activation = found.float() * ~special(self.tokens, self.model.tokenizer)
         contexts = self._contexts(activation)
-        children = [self.node(level - 1, other, fall) for other, fall in self._causes(level, latent, contexts)]
+        # the time is that of one ablation per context of every node that has an SAE before it
+        with one_of(sum(self.branches**depth for depth in range(level)) or 1):
+            causes = self._causes(level, latent, contexts)
+        children = []
+        for number, (other, fall) in enumerate(causes):
+            with one_of(len(causes) - number):
+                children.append(self.node(level - 1, other, fall))
         examples = tuple(_shown(self.model.tokenizer, context.tokens) for context in contexts[:3])
         maximum = float(activation.max())
         return Node(name, self.hooks[level], latent, maximum, len(contexts), drop, examples, tuple(children))
@@ -180,11 +183,14 @@ class _Growth:
         if level == 0:
             return []
         falls: dict[int, Float[np.ndarray, " contexts"]] = {}
-        for index, context in enumerate(contexts):
+        what, n = f"{self.saes[level][0]} {latent}", 0
+        for context in paced(contexts, what, len(contexts), "context"):
             for other, fall in self._falls(level, latent, context):
-                falls.setdefault(other, np.zeros(len(contexts)))[index] = fall
-        ranked = sorted(falls, key=lambda other: (-falls[other].mean(), other))[: self.branches]
-        return [(other, mean_interval(falls[other])) for other in ranked if falls[other].mean() > LEAST_DROP]
+                falls.setdefault(other, np.zeros(len(contexts)))[n] = fall
+            n += 1  # contexts looked at
+        means = {other: fall[:n].mean() for other, fall in falls.items()}
+        ranked = sorted(falls, key=lambda other: (-means[other], other))[: self.branches]
+        return [(other, mean_interval(falls[other][:n])) for other in ranked if means[other] > LEAST_DROP]
 
     def _falls(self, level: int, latent: int, context: _Context) -> list[tuple[int, float]]:
         """Return for each latent of the level before that is active in the context the share by which the target falls."""
@@ -204,7 +210,6 @@ class _Growth:
             with begun, replaced(self.model, edit, lambda x, r=removed: x - r.to(x)):
                 x = read_activations(self.model, tokens.expand(len(some), -1), self.hooks[level])
             after += codes(self.saes[level][1], x[:, -1])[:, latent].tolist()
-            self.bar.update(len(some))
         return [(int(other), 1 - value / context.activation) for other, value in zip(active, after, strict=True)]
 
 

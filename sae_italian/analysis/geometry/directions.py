@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.pace import progress
 from sae_italian.base.statistics import Estimate, wilson
 
 BLOCK_ELEMENTS = 2**24  # cosines held at once: 64 MB
@@ -71,7 +71,7 @@ def nearest_directions(
     *,
     above: float = 1.0,
     itself: Int[Tensor, " n"] | None = None,
-    desc: str | None = None,
+    what: str = "directions",
 ) -> Nearest:
     """Return for each row the nearest of the others by cosine, and how many have a cosine of `above` or more.
 
@@ -79,12 +79,14 @@ def nearest_directions(
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     size = max(1, BLOCK_ELEMENTS // len(others))
-    for first in tqdm(range(0, len(rows), size), desc=desc, disable=None if desc else True):
-        cosine = rows[first : first + size].to(others.device) @ others.T
-        if itself is not None:
-            cosine[torch.arange(len(cosine)), itself[first : first + size]] = -2.0
-        best, index = cosine.max(dim=1)
-        parts.append((best.cpu(), index.cpu(), (cosine >= above - 1e-6).sum(dim=1).cpu()))
+    with progress(what, total=len(rows), unit="latent", leave=False) as bar:
+        for first in range(0, len(rows), size):
+            cosine = rows[first : first + size].to(others.device) @ others.T
+            if itself is not None:
+                cosine[torch.arange(len(cosine)), itself[first : first + size]] = -2.0
+            best, index = cosine.max(dim=1)
+            parts.append((best.cpu(), index.cpu(), (cosine >= above - 1e-6).sum(dim=1).cpu()))
+            bar.update(len(cosine))
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
     return Nearest(np.clip(columns[0], -1, 1), columns[1], columns[2])
 
@@ -233,7 +235,7 @@ def compare(
     random = _by_chance(source, target, n, seed, covariance=False)
     used = above if above is not None else theory if theory < 1 else random.largest
     # a latent of a sample may have its neighbours among all
-    found = _nearest(source, rows, target, above=used, desc=f"{source.name} to {target.name}")
+    found = _nearest(source, rows, target, above=used, what=f"{source.name} to {target.name}")
     splits = [] if source is target else _splits(found, used, target.latent, source.latent[rows])
     near = found.cosine >= used - 1e-6
     order = np.argsort(found.cosine, kind="stable")

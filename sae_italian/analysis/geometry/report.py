@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 
 from sae_italian.analysis.geometry.directions import EDGES, Comparison, MapMethod, Set, compare, map_of
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import paced
 from sae_italian.base.pictures import OURS, REFERENCE, WARNING, svg
 from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.storage import atomic_path, write_text
@@ -112,7 +113,8 @@ def geometry(
     """
     notes = _check(saes)
     sets = [Set.of(name, sae, (alive or {}).get(name)) for name, sae in saes.items()]
-    found = [compare(a, b, sample=sample, above=above, seed=seed) for a, b in product(sets, repeat=2)]
+    pairs = paced(product(sets, repeat=2), "geometry", len(sets) ** 2, "pair of SAE")
+    found = [compare(a, b, sample=sample, above=above, seed=seed) for a, b in pairs]
     within = [item for item in found if item.within]
     between = [item for item in found if not item.within]
     width = {name: sae.W_dec.shape[0] for name, sae in saes.items()}

@@ -1,7 +1,7 @@
 """Which latents detect a label, and how well: a single latent, a few of them in a probe, or the activations whole.
 
 Everything is chosen on training words (the latents, the threshold, the probe's weights) and reported on test words, with
-an interval bootstrapped over sentences. As controls: the same with labels dealt out at random, and other SAEs. `probe`
+an interval over sentences. As controls: the same with labels dealt out at random, and other SAEs. `probe`
 does it for every method, label and treebank.
 """
 
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
 
 from sae_italian.analysis.gold import THRESHOLDS, detection_counts, firing
 from sae_italian.analysis.probes.treebank import Words, category, encode_words
 from sae_italian.autointerp.store import Label
+from sae_italian.base.pace import paced
 from sae_italian.base.pictures import OURS, REFERENCE, svg
 from sae_italian.base.report import plain, save_result, shown, table
-from sae_italian.base.statistics import Estimate, bootstrap, mean_interval
+from sae_italian.base.statistics import Estimate, auroc_by_document, f1_by_document, mean_interval
 
 LEAST_WORDS = 30  # that bear the label, in training and in test
 SIZES = (1, 5, 20)  # latents of a sparse probe
@@ -51,6 +51,8 @@ class Detection:
     shuffled: bool
     f1: Estimate
     auroc: float
+    auroc_lo: float
+    auroc_hi: float
     precision: float
     recall: float
     n: int  # test words that bear the label
@@ -146,20 +148,20 @@ def _detection(
     task: ProbeTask, column: int, said: Bool[np.ndarray, " m"], score: Float[np.ndarray, " m"], **described: Any
 ) -> Detection:
     """Compare what was said of the test words, and how strongly, with the truth; the rest describes how it came about."""
-    from sklearn.metrics import roc_auc_score
-
     truth = task.truth[:, column]
-    sentences, index = np.unique(task.test.sentence[task.rows[1]], return_inverse=True)
-    sums = np.zeros((len(sentences), 3))
-    np.add.at(sums, index, np.stack([truth & said, said, truth], axis=1).astype(float))
-    both, fired, present = sums.sum(axis=0).tolist()
+    _, sentence = np.unique(task.test.sentence[task.rows[1]], return_inverse=True)
+    sums = [np.bincount(sentence, each) for each in (truth & said, said, truth)]
+    both, fired, present = (float(each.sum()) for each in sums)
+    auroc, auroc_lo, auroc_hi = auroc_by_document(score, truth, sentence)
     return Detection(
         label=task.train.names[column],
         trained=task.train.source,
         tested=task.test.source,
         shuffled=task.shuffled,
-        f1=bootstrap(sums, lambda total: 2 * total[:, 0] / (total[:, 1] + total[:, 2])),
-        auroc=float(roc_auc_score(truth, score)),
+        f1=f1_by_document(*sums),
+        auroc=auroc,
+        auroc_lo=auroc_lo,
+        auroc_hi=auroc_hi,
         precision=both / fired if fired else 0.0,
         recall=both / present,
         n=int(present),
@@ -241,16 +243,18 @@ class Probes:
         return {(d.label, d.method): d for d in mine}
 
     def means(self) -> list[dict[str, Any]]:
-        """Return the mean F1 and AUROC over labels by method, features and pair of treebanks; F1's interval over labels."""
+        """Return the mean F1 and AUROC over labels by method, features and pair of treebanks, with intervals over labels."""
         names = ("trained", "tested", "shuffled", "features", "method")
         groups: dict[tuple[Any, ...], list[Detection]] = {}
         for item in self.detections:
             groups.setdefault(tuple(getattr(item, name) for name in names), []).append(item)
         rows = []
         for key, items in groups.items():
-            f1 = mean_interval(np.array([item.f1.value for item in items]))
-            auroc = float(np.mean([item.auroc for item in items]))
-            rows.append({**dict(zip(names, key, strict=True)), "f1": f1, "auroc": auroc, "labels": len(items)})
+            f1, auroc = (
+                mean_interval(np.array(some)) for some in zip(*((d.f1.value, d.auroc) for d in items), strict=True)
+            )
+            bounds = {"auroc": auroc.value, "auroc_lo": auroc.lo, "auroc_hi": auroc.hi}
+            rows.append({**dict(zip(names, key, strict=True)), "f1": f1, **bounds, "labels": len(items)})
         return sorted(rows, key=lambda r: (r["trained"], r["trained"] != r["tested"], r["tested"], r["shuffled"]))
 
     def labels(self) -> list[Label]:
@@ -276,7 +280,8 @@ class Probes:
         rows = []
         for row in self.means():
             method = row["method"] + (", shuffled labels" if row["shuffled"] else "")
-            numbers = shown(row["f1"]), f"{row['auroc']:.3f}", row["labels"]
+            auroc = Estimate(row["auroc"], row["auroc_lo"], row["auroc_hi"])
+            numbers = shown(row["f1"]), shown(auroc, ".3f"), row["labels"]
             rows.append((row["trained"], row["tested"], row["features"], method, *numbers))
         return table(_HEAD, rows)
 
@@ -301,14 +306,14 @@ class Probes:
                     found = self.within(name, method)
                     for place, f1 in ((here.index(label), d.f1) for (label, _), d in found.items()):
                         axis.plot([f1.lo, f1.hi], [place, place], color=colour, linewidth=1, alpha=0.6)
-                        axis.plot([f1.value], [place], marker, color=colour, markersize=4)
+                        axis.plot([f1.value], [place], marker, color=colour, markersize=4, clip_on=False)
                     axis.plot([], [], marker, color=colour, label=method)
                 axis.set_yticks(range(len(here)), here, fontsize=7)
                 axis.set(xlim=(0, 1), xlabel="F1")
                 axis.set_title(name, fontsize=10)
-            axes[0].legend(frameon=False, fontsize=7, loc="lower left")
+            axes[0].figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, fontsize=7, loc="outside lower center")
 
-        return svg(draw, len(labels), (5.2 * len(labels), 1.2 + 0.17 * max(map(len, labels.values()))))
+        return svg(draw, len(labels), (5.2 * len(labels), 1.5 + 0.17 * max(map(len, labels.values()))))
 
     def save(self, folder: Path) -> None:
         """Write language.json, language.md and language.svg."""
@@ -332,11 +337,14 @@ def probe(
     found: list[Detection] = []
     tasks = [ProbeTask(a, b, seed) for a, b in product(words, repeat=2)]
     tasks += [ProbeTask(item, item, seed, shuffled=True) for item in words]
-    for task in tqdm([task for task in tasks if task.usable], desc="probes", unit="task", disable=None):
-        for key in [name] if task.shuffled else saes:
+    # of each task first the SAE that is asked about, then the others, then the activations (None)
+    units = [(task, key) for task in tasks if task.usable for key in (*([name] if task.shuffled else saes), None)]
+    for task, key in paced(units, "probes", len(units), "set"):
+        if key is None:
+            found += dense_probes(task)
+        else:
             train, test = acts[key, task.train.source], acts[key, task.test.source]
             found += [*single_latents(task, train, test, key), *sparse_probes(task, train, test, key)]
-        found += dense_probes(task)
     detectors = [d for item in words for d in _detectors(ProbeTask(item, item, seed), acts[name, item.source], name)]
     probed = {d.tested for d in found if d.trained == d.tested}
     counted = {w.source: (int(w.train.sum()), int((~w.train).sum())) for w in words if w.source in probed}

@@ -16,13 +16,13 @@ import scipy.sparse
 import scipy.stats
 import torch
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from sae_italian.analysis.causal.splice import codes
 from sae_italian.analysis.gold import zeros_and_ones
 from sae_italian.analysis.shift import corpus_windows
 from sae_italian.autointerp.store import Label
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import one_of, paced
 from sae_italian.base.report import plain, shown, table
 from sae_italian.base.statistics import Estimate, wilson
 from sae_italian.models.activations import check_context, read_activations
@@ -122,9 +122,11 @@ def language_latents(
     hook_name = check_fits(sae, model)
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
     found = []
-    for name, corpus in corpora.items():
+    for number, (name, corpus) in enumerate(corpora.items()):
         batches = corpus_windows(model, corpus, context, n_tokens, text_column=(text_columns or {}).get(name, "text"))
-        found.append(_count(sae, model, hook_name, tqdm(batches, desc=name, unit="batch", disable=None)))
+        with one_of(len(corpora) - number):
+            some = paced(batches, name, n_tokens, "token", size=lambda windows: len(windows.doc))
+            found.append(_count(sae, model, hook_name, some))
     which = np.repeat(np.arange(len(corpora)), [len(tokens) for _, tokens in found])
     counts, tokens = (np.concatenate(parts) for parts in zip(*found, strict=True))
 

@@ -16,12 +16,12 @@ import scipy.sparse
 import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from sae_italian import micro_italiano
 from sae_italian.analysis.causal.splice import codes
 from sae_italian.analysis.gold import zeros_and_ones
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.pace import paced
 from sae_italian.corpora import TextDocument
 from sae_italian.corpora.packing import bos_id, tokenise_batches
 from sae_italian.corpora.stream import MICRO_ITALIANO, is_held_out
@@ -218,31 +218,34 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
     """Return a treebank's words with the activations of a model (backend `hf`) at a hook.
 
     Each sentence is read alone after a BOS, so that no word is seen through another sentence. Words that begin beyond the
-    context are counted and left out.
+    context are counted and left out. Batches are read in a random order: a time bound leaves sentences of all lengths.
     Raises: UsageError when no word is left, or the model has no such hook.
     """
     tokens, spans = _tokenised(treebank.sentences, model.tokenizer, context_size)
     column = {name: i for i, name in enumerate(names)}
-    pairs, sentence, n_cut, parts = [], [], 0, []
+    pairs, sentence, n_cut, parts = [], [], 0, {}
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    with tqdm(total=len(order), desc=treebank.name, unit="sentence", disable=None) as bar:
-        for batch in _batches(order, tokens):
-            # what fills the shorter sentences is never looked back at
-            padded = pad_sequence([torch.from_numpy(tokens[i]) for i in batch], batch_first=True)
-            acts = read_activations(model, padded.to(model.device), hook_name)
-            for place, i in enumerate(batch):
-                words, last = treebank.sentences[i].words, last_tokens(treebank.sentences[i], spans[i])
-                for at in np.flatnonzero(last >= 0).tolist():
-                    pairs += [(len(sentence), column[label]) for label in words[at].labels if label in column]
-                    sentence.append(i)
-                n_cut += int((last < 0).sum())
-                parts.append(acts[place, last[last >= 0] + 1].float().cpu().numpy())  # the BOS comes first
-            bar.update(len(batch))
+    batches = _batches(order, tokens)
+    random = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
+    for batch in paced(random, treebank.name, len(order), "sentence", size=len):
+        # what fills the shorter sentences is never looked back at
+        padded = pad_sequence([torch.from_numpy(tokens[i]) for i in batch], batch_first=True)
+        acts = read_activations(model, padded.to(model.device), hook_name)
+        for i, own in zip(batch, acts, strict=True):
+            last = last_tokens(treebank.sentences[i], spans[i])
+            parts[i] = last, own[last[last >= 0] + 1].float().cpu().numpy()  # the BOS comes first
+    for i in (i for i in order if i in parts):
+        last, words = parts[i][0], treebank.sentences[i].words
+        for at in np.flatnonzero(last >= 0).tolist():
+            pairs += [(len(sentence), column[label]) for label in words[at].labels if label in column]
+            sentence.append(i)
+        n_cut += int((last < 0).sum())
     if not sentence:
         raise UsageError(f"treebank {treebank.name} has no word within {context_size} tokens.")
     labels = zeros_and_ones(pairs, (len(sentence), len(names)))
     train = np.array([treebank.sentences[i].train for i in sentence])
-    return Words(treebank.name, list(names), labels, np.array(sentence), train, np.concatenate(parts), n_cut)
+    x = np.concatenate([parts[i][1] for i in order if i in parts])
+    return Words(treebank.name, list(names), labels, np.array(sentence), train, x, n_cut)
 
 
 def _tokenised(

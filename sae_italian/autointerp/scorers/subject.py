@@ -64,7 +64,7 @@ class SubjectJudge:
         """
         if max((len(prefix) + len(rest) for prefix, rest in pairs), default=0) > self.context:
             return np.full(len(pairs), np.nan)
-        return continuation_log_probs(self.forward, pairs, batch_size=_BATCH)
+        return continuation_log_probs(lambda rows, at: self.forward(rows)[at], pairs, batch_size=_BATCH)
 
     def after_text(self, text: str, segments: Sequence[np.ndarray]) -> Float[np.ndarray, " n"]:
         """Return the log-likelihood of each segment after a text."""

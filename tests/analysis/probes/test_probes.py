@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -50,7 +51,11 @@ def test_a_planted_latent_is_found_and_reaches_one(planted):
     words, acts = planted
     found = by_label(single_latents(ProbeTask(words, words), acts, acts, "sae"))
     best = found["Gender=Fem", "single latent"]
-    assert best.latents == [3] and best.f1 == (1, 1, 1) and (best.auroc, best.precision, best.recall) == (1, 1, 1)
+    assert (
+        best.latents == [3]
+        and best.f1.value == 1 == best.f1.hi
+        and (best.auroc, best.precision, best.recall) == (1, 1, 1)
+    )
     assert best.n == int(column(words, "Gender=Fem")[~words.train].sum())
     assert ("UPOS=X", "single latent") not in found  # too few words
     split = found["Number=Plur", "single latent"]
@@ -165,6 +170,22 @@ def test_one_result_of_all_with_rows_for_the_store(planted, tmp_path):
     assert all(row.label == "Gender=Fem" for row in rows.values())  # the others are not better than yes to all
     features = {(d.features, d.shuffled) for d in result.detections}
     assert features == {("sae", False), ("other", False), ("activations", False), ("sae", True), ("activations", True)}
+    assert all(d.auroc_lo <= d.auroc <= d.auroc_hi for d in result.detections)
+    assert all(row["auroc_lo"] <= row["auroc"] <= row["auroc_hi"] for row in result.means())
     result.save(tmp_path)
     assert "| Gender=Fem | 0 |" in (tmp_path / "language.md").read_text()
-    assert (tmp_path / "language.svg").read_text().rstrip().endswith("</svg>")
+    drawn = ElementTree.fromstring((tmp_path / "language.svg").read_text())
+    parents = {child: parent for parent in drawn.iter() for child in parent}
+    (axes,) = (group for group in drawn.iter() if group.get("id") == "axes_1")
+    rows = [group for group in drawn.iter() if (group.get("id") or "").startswith("line2d")]
+    dots = [use for line in rows if parents[line] is axes for use in line.iter() if use.tag.endswith("use")]
+    assert dots and not any(parents[dot].get("clip-path") for dot in dots)  # a dot at 1.0 is whole
+    (legend,) = (group for group in drawn.iter() if group.get("id") == "legend_1")
+    assert parents[legend] is not axes
+    heights = [float(text.get("y") or text.get("transform").split()[-1].strip(")")) for text in texts(legend)]
+    ticks = [float(text.get("y") or text.get("transform").split()[-1].strip(")")) for text in texts(axes)]
+    assert min(heights) > max(ticks)  # below the rows and the axis' title
+
+
+def texts(group):
+    return [item for item in group.iter() if item.tag.endswith("text")]

@@ -12,9 +12,9 @@ from sae_italian.analysis.tasks import (
     default_words,
     ioi_pairs,
     ioi_score,
-    log_probs_after,
     name_tokens,
     score,
+    score_choices,
     words_for,
 )
 from sae_italian.base.errors import UsageError
@@ -126,17 +126,21 @@ def test_another_language_is_refused():
         default_words("zulu")  # pyright: ignore[reportArgumentType]
 
 
-def test_batches_give_the_log_probability_of_one_text_at_a_time(mini, pairs):
-    prefixes = [pair.base for pair in pairs[:5]]
-    names = [pair.io for pair in pairs[:5]]
-    texts = [(prefix, f"{prefix} {name}") for prefix, name in zip(prefixes, names, strict=True)]
-    alone = []
-    for prefix, text in texts:
-        tokens, n = mini.tokenizer(text, return_tensors="pt").input_ids, len(mini.tokenizer(prefix).input_ids)
+def test_batches_give_the_log_probabilities_of_whole_texts_one_at_a_time(mini, pairs):
+    def alone(text):
+        tokens = mini.tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
             log_p = mini(tokens).logits[0].log_softmax(-1)
-        alone.append(log_p[n - 1 : -1].gather(1, tokens[0, n:, None]).sum().item())
-    assert log_probs_after(mini, mini.tokenizer, texts) == pytest.approx(alone, abs=1e-4)
+        return log_p[:-1].gather(1, tokens[0, 1:, None]).sum().item()
+
+    items = [(f"{pair.base} {pair.io}", f"{pair.base} {pair.subject} poi", pair.order) for pair in pairs[:5]]
+    items += [("Il libro è", "Le libro è", "early"), ("Il libro è nuovo", "Il libro è", "longer")]
+    for item in items:
+        found = score_choices(mini, mini.tokenizer, [item]).difference.value
+        assert found == pytest.approx(alone(item[0]) - alone(item[1]), abs=1e-4)
+    together = score_choices(mini, mini.tokenizer, items).difference.value
+    each = [score_choices(mini, mini.tokenizer, [item]).difference.value for item in items]
+    assert together == pytest.approx(sum(each) / len(each), abs=1e-4)
 
 
 def test_the_embedded_model_does_the_task_in_both_orders(mini, pairs):
