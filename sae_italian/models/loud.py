@@ -20,32 +20,33 @@ from transformer_lens.hook_points import HookPoint
 from sae_italian.base.errors import UsageError, nearest
 
 
+def text_as_tokens(
+    self: Any,
+    input: str | list[str],
+    prepend_bos: bool | None = None,
+    padding_side: Any = None,
+    move_to_device: bool = True,
+    truncate: bool = True,
+) -> torch.Tensor:
+    """Return the tokens of texts, [batch, pos], in which a typed `<s>` is characters; the BOS is put first by its id.
+
+    TransformerLens types it before the text, which only works where typed control tokens are read as such.
+    """
+    tokenizer, first = self.tokenizer, self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+    bos = [tokenizer.bos_token_id] if first and tokenizer.bos_token_id is not None else []
+    texts = tokenizer([input] if isinstance(input, str) else input, add_special_tokens=False).input_ids
+    rows = [torch.tensor([*bos, *ids][: self.cfg.n_ctx if truncate else None], dtype=torch.int64) for ids in texts]
+    side, fill = padding_side or tokenizer.padding_side, tokenizer.pad_token_id or 0
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
+    return tokens.to(self.cfg.device) if move_to_device else tokens
+
+
 class _LoudHooks:
     """Mixin: the three ways of hooking, with names checked before and firing checked after the forward pass."""
 
     hook_dict: Any
     cfg: Any
-    tokenizer: Any
-
-    def to_tokens(
-        self,
-        input: str | list[str],
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        move_to_device: bool = True,
-        truncate: bool = True,
-    ) -> torch.Tensor:
-        """Return the tokens of texts, [batch, pos], in which a typed `<s>` is characters; the BOS is put first by its id.
-
-        TransformerLens types it before the text, which only works where typed control tokens are read as such.
-        """
-        tokenizer, first = self.tokenizer, self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
-        bos = [tokenizer.bos_token_id] if first and tokenizer.bos_token_id is not None else []
-        texts = tokenizer([input] if isinstance(input, str) else input, add_special_tokens=False).input_ids
-        rows = [torch.tensor([*bos, *ids][: self.cfg.n_ctx if truncate else None], dtype=torch.int64) for ids in texts]
-        side, fill = padding_side or tokenizer.padding_side, tokenizer.pad_token_id or 0
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
-        return tokens.to(self.cfg.device) if move_to_device else tokens
+    to_tokens = text_as_tokens
 
     def run_with_cache(self, *args: Any, names_filter: Any = None, **kwargs: Any) -> Any:
         names = [names_filter] if isinstance(names_filter, str) else names_filter

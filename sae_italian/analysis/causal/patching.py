@@ -6,10 +6,9 @@ logits at the last token.
 
 `eliminate` is ACDC on a flat graph (Conmy et al. 2023, algorithm 4.1), several steps at a time. Start with every latent
 patched; for each threshold, visit the latents still patched in random order and un-patch one if the KL to the target rises
-by less than the threshold. Each step depends on the one before, so the original runs all prompts once per visit. Here the
-outcomes are guessed (first from one gradient, then from each latent's last measured rise), the steps along the guessed path
-run as one batch, and what lies behind the first wrong guess is thrown away: the decisions are those of the original. A latent
-is run on those prompts alone in which it differs at all, and not again where nothing has changed since.
+by less than the threshold. Each step depends on the one before; here the outcomes are guessed (first from one gradient, then
+from each latent's last measured rise), the steps along the guessed path run as one batch, and what lies behind the first wrong
+guess is thrown away: the decisions are those of the original. A latent is run only where it differs and something has changed.
 """
 
 from __future__ import annotations
@@ -71,10 +70,7 @@ def patch_inputs(tokenizer: Any, model: Any, pairs: Sequence[Any]) -> PatchInput
 
 
 class Patcher:
-    """One SAE's latents on some pairs, and the model's answer to any edit of them.
-
-    Only the blocks from the edit on are run: what lies before it is the base run's, whatever is patched.
-    """
+    """One SAE's latents on some pairs, and the model's answer to any edit of them; only the blocks from there on are run."""
 
     candidates: Int[Tensor, " n"]  # the latents that differ anywhere between the two runs
     diff: Float[Tensor, "pairs pos n"]  # c' - c of these
@@ -97,8 +93,8 @@ class Patcher:
         """Return the latents that differ between activations [pairs, pos, d_in], and by how much, from the first token on."""
         differ, parts = self.inputs.differ, []
         for pair, here in enumerate(differ):  # one by one: the codes of all would not fit for a wide SAE
-            change = codes(self.sae, target[pair, here]) - codes(self.sae, base[pair, here])
-            parts.append(scipy.sparse.csr_array(change.float().cpu().numpy()))
+            before, after = (codes(self.sae, x[pair, here]) for x in (base, target))
+            parts.append(scipy.sparse.csr_array((after - before).float().cpu().numpy()))
         found = scipy.sparse.csc_array(scipy.sparse.vstack(parts))
         candidates = np.flatnonzero(np.diff(found.indptr))
         diff = torch.zeros(*differ.shape, len(candidates))
@@ -106,7 +102,6 @@ class Patcher:
         return torch.from_numpy(candidates), diff.to(self.model.device)
 
     def _last_log_p(self, tokens: Int[Tensor, "rows pos"], lengths: Tensor) -> Float[Tensor, "rows vocab"]:
-        """Return the log-probabilities after each row's last token."""
         last = torch.arange(tokens.shape[1]) == lengths[:, None] - 1
         return logits_at(self.model, tokens, last).float().log_softmax(-1)
 
@@ -150,10 +145,9 @@ class Patcher:
         return total / n_pairs
 
     def attribution(self, at: Float[Tensor, "pairs pos d_out"] | None = None) -> Float[Tensor, " n"]:
-        """Return the first-order estimate of `effects`: minus the KL's gradient times each latent's difference.
+        """Return the first-order estimate of `effects`, minus the KL's gradient times each latent's difference.
 
-        With `at`, the gradient is taken where that has been added: minus the estimate is the rise of the KL when a
-        candidate is taken out of it. One forward and one backward pass for all candidates.
+        With `at`, the gradient is taken where that has been added: the rise of the KL when a candidate is taken out.
         """
         point = (torch.zeros_like(self.delta()) if at is None else at.clone()).requires_grad_()
         with torch.enable_grad():
@@ -208,8 +202,7 @@ class _State:
 
         Where nothing has to be measured, the guess is certain.
         """
-        steps: list[_Step] = []
-        delta, version, n_rows = self.delta.clone(), self.version.clone(), 0
+        steps, n_rows, delta, version = [], 0, self.delta.clone(), self.version.clone()
         for column in columns:
             rows = self.rows[column]
             stale = self.known_at[rows, column] != version[rows]
@@ -253,13 +246,8 @@ class _State:
 
 @torch.no_grad()
 def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -> tuple[list[Point], list[int]]:
-    """Return the curve over rising thresholds (nats), and the latents in their order of importance.
-
-    The later a latent is un-patched the more it matters; those that are still patched at the end come first.
-    """
-    rng = np.random.default_rng(seed)
-    state = _State(patcher)
-    left = list(range(len(patcher.candidates)))
+    """Return the curve over rising thresholds (nats), and the latents: first those un-patched never, or last."""
+    rng, state, left = np.random.default_rng(seed), _State(patcher), list(range(len(patcher.candidates)))
     points, most_rows, over = [state.point(0.0, len(left))], patcher.batch_rows, False
     pace = Pace("elimination", len(left) * len(thresholds), "visit", "at most")
     for number, threshold in enumerate(thresholds, 1):
@@ -288,11 +276,11 @@ def thresholds(n: int = 50) -> tuple[float, ...]:
 
 
 class Effect(NamedTuple):
-    """By how many nats patching one latent alone lowers the mean KL, measured and by gradient times difference."""
+    """By how many nats patching one latent alone lowers the mean KL."""
 
     latent: int
     exact: float
-    attribution: float
+    attribution: float  # gradient times difference
 
 
 @dataclass(frozen=True)
@@ -312,7 +300,7 @@ class PatchingCurve:
 
     def reached(self, share: float) -> Point | None:
         """Return the point with the fewest patches whose KL is at most `share` of the unpatched one."""
-        enough = [point for point in self.points if point.kl.value <= share * self.unpatched.value]
+        enough = (point for point in self.points if point.kl.value <= share * self.unpatched.value)
         return min(enough, key=lambda point: point.n_patched, default=None)
 
 
@@ -386,8 +374,7 @@ def patch_saes(
     if len(set(hooks.values())) > 1:
         places = ", ".join(f"{name} writes at {hook}" for name, hook in hooks.items())
         raise UsageError(f"{places}; edits compare at one place only. Give SAEs of one hook, or run once for each.")
-    inputs = patch_inputs(tokenizer, model, pairs)
-    curves = []
+    inputs, curves = patch_inputs(tokenizer, model, pairs), []
     for number, (name, sae) in enumerate(saes.items()):
         with one_of(len(saes) - number):
             curves.append(_curve(name, Patcher(model, sae, inputs), thresholds, seed))

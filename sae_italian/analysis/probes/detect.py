@@ -150,7 +150,7 @@ def _detection(
     """Compare what was said of the test words, and how strongly, with the truth; the rest describes how it came about."""
     truth = task.truth[:, column]
     _, sentence = np.unique(task.test.sentence[task.rows[1]], return_inverse=True)
-    sums = [np.bincount(sentence, each) for each in (truth & said, said, truth)]
+    sums = [np.bincount(sentence, each).astype(float) for each in (truth & said, said, truth)]
     both, fired, present = (float(each.sum()) for each in sums)
     auroc, auroc_lo, auroc_hi = auroc_by_document(score, truth, sentence)
     return Detection(
