@@ -256,8 +256,7 @@ def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -
             steps = state.path(order, threshold, most_rows)
             n_right = state.replay(steps, threshold)
             all_right = n_right == len(steps)
-            n_visited = n_right if all_right else n_right + 1
-            order = order[n_visited:]
+            order = order[(n_visited := n_right + (not all_right)) :]
             most_rows = min(patcher.batch_rows, 2 * most_rows) if all_right else max(LEAST_ROWS, most_rows // 2)
             over = pace.step(n_visited)
         left = sorted({*left} - {*state.removed})
@@ -315,8 +314,8 @@ class Patching:
         """Return everything for JSON, with the number of patches and the edit's size at which a share is reached."""
         value = plain(self)
         for found, curve in zip(value["curves"], self.curves, strict=True):
-            points = {str(share): curve.reached(share) for share in REACHED}
-            found["reached"] = {share: point and [point.n_patched, point.magnitude] for share, point in points.items()}
+            points = ((str(share), curve.reached(share)) for share in REACHED)
+            found["reached"] = {share: point and [point.n_patched, point.magnitude] for share, point in points}
         return value
 
     def table(self) -> str:
