@@ -84,14 +84,12 @@ def build_caches(
 ) -> list[Path]:
     """Cache the latents of several SAEs of one model on the same text, with one forward pass for all; return the folders.
 
-    BOS and other special tokens have no latents. `corpus` may be a folder of SAELens' CacheActivationsRunner: then its
-    windows and activations are read, all of them or the first `n_tokens`, and the model is not run. `run_units` does
-    the work.
+    BOS and other special tokens have no latents. Where `corpus` is a folder of SAELens' CacheActivationsRunner, its windows
+    and activations are read and the model is not run. `run_units` does the work.
     Raises: UsageError when SAE and model do not fit, the corpus is too short, or a folder of `outs` holds another run
     or is being written by another process; DataError for a row without text.
     """
-    folders = [Path(out) for out in outs]
-    sae_names = sae_names or ["in memory"] * len(saes)
+    folders, sae_names = [Path(out) for out in outs], sae_names or ["in memory"] * len(saes)
     if not saes or not len(saes) == len(folders) == len(sae_names) == len({path.resolve() for path in folders}):
         raise UsageError(f"{len(saes)} SAEs need as many different folders; {len(set(folders))} were given.")
     for sae in saes:
