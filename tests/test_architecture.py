@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 29_490,  # 21_500
-    "statements": 19_176,  # 13_500
+    "lines": 29_488,  # 21_500
+    "statements": 19_175,  # 13_500
     "files": 175,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -35,7 +35,7 @@ ROOM_LINES = {
     "saes": 2_190,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 2_105,  # 1_500
     "evaluation": 1_051,
-    "cache": 2_273,  # 1_650
+    "cache": 2_271,  # 1_650
     "autointerp": 5_839,  # 3_900
     "analysis": 3_238,  # 2_500
     "papers": 1_655,  # 1_400
