@@ -173,3 +173,25 @@ def ray_cluster():
     connect(None, 2)
     yield ray
     ray.shutdown()
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave out what needs the hub, unless it is asked for by its mark."""
+    if "hub" not in config.getoption("markexpr"):
+        hub = [item for item in items if item.get_closest_marker("hub")]
+        items[:] = [item for item in items if item not in hub]
+        config.hook.pytest_deselected(items=hub)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """End `make test-hub` with one table of what passed and failed, and the figures that were found."""
+    rows = []
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if "hub" not in getattr(report, "keywords", ()):
+                continue
+            found = ", ".join(f"{name} {value}" for name, value in report.user_properties)
+            why = "" if outcome == "passed" else report.longreprtext.strip().splitlines()[-1]
+            rows.append(f"| {report.nodeid.partition('::')[2]} | {outcome} | {' '.join((found, why)).strip():.300} |")
+    if rows:
+        terminalreporter.write_line("\n".join(["", "| test | result | found |", "|---|---|---|", *rows]))

@@ -271,7 +271,7 @@ def _summed(
     sums = [_Sums(name, getattr(sae.cfg, "d_out", sae.cfg.d_in), seed) for name in spans]
     what = f"shift, {', '.join(spans)}"
     for windows in paced(batches, what, n_tokens, "token", size=lambda windows: len(windows.doc)):
-        rows, _, y = measure(sae, model, *hooks_of(sae), windows, with_loss=True)
+        rows, _, y, _ = measure(sae, model, *hooks_of(sae), windows, with_loss=True)
         position = windows.keep.nonzero()[:, 1].numpy()
         for bucket, (low, high) in zip(sums, spans.values(), strict=True):
             here = (low <= position) & (position < high)

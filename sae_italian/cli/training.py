@@ -57,7 +57,8 @@ def train(
         config: A YAML file, a recipe of `sae-italian recipes`, or the folder of an earlier run; a suite has `layers`.
         words: Settings that replace the config's, as key=value, e.g. sae.k=64 training_tokens=2_000_000.
         out: Output folder; default: runs/<config's name>, or the run's own folder.
-        dry_run: Check the settings and print groups, tokens and memory (10^9 bytes); train nothing.
+        dry_run: Check the settings and print groups, tokens, memory (10^9 bytes) and what stands out in the activations of a
+            model that is here; train nothing.
     """
     from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train_suite
     from sae_italian.training import train as train_sae

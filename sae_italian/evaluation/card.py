@@ -12,6 +12,7 @@ from sae_italian.base.pictures import OURS, WARNING, svg
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import NOTHING, Estimate
 from sae_italian.base.storage import read_json, write_json, write_text
+from sae_italian.evaluation.outliers import Outliers
 
 CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE = "card.json", "card.md", "density.svg"
 ULTRA_ACTIVE = 0.1  # of the tokens (Llama Scope, fig. 4)
@@ -51,6 +52,7 @@ class EvaluationCard:
     l0: Estimate
     explained_variance: Estimate  # centred, as SAELens: 1 - sum|x - x^|^2 / sum|x - mean|^2 over all tokens
     explained_variance_uncentred: Estimate  # as Llama Scope: 1 - sum|x - x^|^2 / sum|x|^2
+    explained_variance_per_dimension: Estimate  # mean over dimensions, each scaled to variance 1
     fvu: Estimate  # 1 - explained_variance
     cossim: Estimate
     l2_ratio: Estimate
@@ -69,6 +71,7 @@ class EvaluationCard:
     density: tuple[DensityBin, ...]
     d_sae: int
     created: str
+    outliers: Outliers | None = None  # of hook_name_out, in the first windows
 
     def estimates(self) -> dict[str, Estimate]:
         """Return the numbers with intervals by key, in the card's order."""
@@ -76,9 +79,15 @@ class EvaluationCard:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EvaluationCard:
-        """Return the card of which `report.plain` made these values. Raises: KeyError for a card of an earlier version."""
+        """Return the card of which `report.plain` made these values. Raises: KeyError for what is no card.
+
+        What cards did not have before 0.1.0 was finished is not a number in them.
+        """
+        later = {"outliers": None, "explained_variance_per_dimension": plain(NOTHING)}
+        values = later | values
         given = {field.name: values[field.name] for field in fields(cls)}
         given |= {key: _estimate(values[key]) for key in NUMBERS}
+        given["outliers"] = values["outliers"] and Outliers.from_dict(values["outliers"])
         given["density"] = tuple(DensityBin(b["lo"], b["hi"], _estimate(b["share"])) for b in values["density"])
         return cls(**given)
 
@@ -101,6 +110,7 @@ class EvaluationCard:
             "",
             *self.table(),
             "",
+            *([f"Activations at `{self.hook_name_out}`: {self.outliers.text()}.", ""] if self.outliers else []),
             f"![density of the latents]({DENSITY_PICTURE})",
             "",
             *(paragraph + "\n" for paragraph in _LEGEND),

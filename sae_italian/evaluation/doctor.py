@@ -201,7 +201,7 @@ def _loss_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[st
         tokens, keep = (rows[first : first + WINDOWS_AT_ONCE] for rows in (sample.tokens, sample.keep))
         if len(tokens):
             some = Windows(tokens, keep, np.zeros(int(keep.sum()), int))
-            rows, _, _ = measure_windows(sae, model, *hooks_of(sae), some, with_loss=True)
+            rows, *_ = measure_windows(sae, model, *hooks_of(sae), some, with_loss=True)
             sums.update({name: float(column.sum()) for name, column in rows.items()})
     clean, with_sae, ablated = (sums[name] / sums["n_loss"] for name in ("ce", "ce_sae", "ce_zero"))
     recovered, unigram = (ablated - with_sae) / (ablated - clean), measure.unigram_entropy(sample)

@@ -29,6 +29,7 @@ from sae_italian.base.storage import utc_now
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, PackedBlock, special_mask
 from sae_italian.evaluation.card import ULTRA_ACTIVE, DensityBin, EvaluationCard
+from sae_italian.evaluation.outliers import Outliers, outliers_of
 from sae_italian.models.activations import check_context, logits_with_replacement, read_many
 from sae_italian.saes import check_fits, hooks_of
 from sae_italian.saes.fit import decoded
@@ -36,6 +37,8 @@ from sae_italian.saes.loading import open_sae
 
 TOKENS_PER_BATCH = 2048
 LATENT_RESAMPLES = 200  # each holds a count per latent: 200 of 65,536 latents are 52 MB
+LOGITS_AT_ONCE = 2**25  # of one forward pass for losses: 134 MB in float32, one window of 128 with Gemma's vocabulary
+LOGITS_IN_A_SOFTMAX = 2**21  # larger blocks leave the processor's cache, and every copy of them is new memory
 DENSITY_EDGES = np.linspace(-6, 0, 25)  # log10 of the share of tokens
 # What is summed over the tokens of a document, before the components of the activation itself.
 _SUMS = ("n", "l0", "sse", "sq", "cos", "norm", "n_loss", "ce", "ce_sae", "ce_zero", "n_kl", "kl_sae", "kl_zero")
@@ -79,16 +82,18 @@ def evaluate(
     documents = iter_documents(corpus, split, text_column=text_column)
     blocks = pack(documents, model.tokenizer, context, windows_per_block=max(1, TOKENS_PER_BATCH // context))
     sums = TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in))
-    latents = LatentCounts(sae.cfg.d_sae)
-    n_loss = 0
+    latents, dimensions = LatentCounts(sae.cfg.d_sae), DimensionSums(sums.d_out)
+    n_loss, outliers = 0, None
     bar = tqdm(total=n_tokens, desc="evaluate", unit="tok", unit_scale=True, disable=None)
     with bar:
         marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
         for windows in windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}"):
             with_loss = loss_tokens is None or n_loss < loss_tokens
-            rows, active, y = measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
+            outliers = outliers or (_outliers(model, hook_out, windows) if len(windows.doc) > 1 else None)
+            rows, active, y, error = measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
             sums.add(windows.doc, rows, y)
             latents.add(windows.doc, active)
+            dimensions.add(windows.doc, y, error)
             n_loss += len(windows.doc) * with_loss
             bar.update(len(windows.doc))
     return EvaluationCard(
@@ -104,6 +109,8 @@ def evaluate(
         n_documents=sums.n_clusters,
         **sums.estimates(),
         **latents.estimates(),
+        explained_variance_per_dimension=dimensions.estimate(_explained_per_dimension),
+        outliers=outliers,
         density=latents.density(),
         d_sae=sae.cfg.d_sae,
         created=utc_now(),
@@ -144,8 +151,8 @@ def windows_until(
 @torch.no_grad()
 def measure(
     sae: Any, model: Any, hook_in: str, hook_out: str, windows: Windows, *, with_loss: bool
-) -> tuple[dict[str, np.ndarray], Bool[Tensor, "kept d_sae"], Float[np.ndarray, "kept d_out"]]:
-    """Return the summands per kept token, the latents that fired there, and the activation to be reconstructed."""
+) -> tuple[dict[str, np.ndarray], Bool[Tensor, "kept d_sae"], Float[np.ndarray, "kept d"], Float[np.ndarray, "kept d"]]:
+    """Return the summands per kept token, the latents that fired there, the activation to be reconstructed, and the error."""
     tokens, keep = windows.tokens.to(model.device), windows.keep.to(model.device)
     acts = read_many(model, tokens, [hook_in, hook_out])
     x = acts[hook_in][keep].to(sae.device, sae.dtype)
@@ -163,38 +170,65 @@ def measure(
         "norm": norm_hat / norm.clamp_min(1e-4),
     }
     if with_loss:
-        columns |= _losses(model, tokens, keep, hook_out, y_hat.to(model.device))
-    return {name: column.cpu().numpy() for name, column in columns.items()}, latents != 0, y.numpy()
+        n_windows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * model.config.get_text_config().vocab_size))
+        kept = (part.sum().item() for part in keep.split(n_windows))
+        parts = zip(tokens.split(n_windows), keep.split(n_windows), y_hat.split(list(kept)), strict=True)
+        losses = [_losses(model, *part, hook_out) for part in parts]
+        columns |= {name: torch.cat([part[name] for part in losses]) for name in losses[0]}
+    rows = {name: column.cpu().numpy() for name, column in columns.items()}
+    return rows, latents != 0, y.numpy(), (y - wide_hat).numpy()
+
+
+def _outliers(model: Any, hook_name: str, windows: Windows) -> Outliers:
+    tokens, keep = windows.tokens.to(model.device), windows.keep.to(model.device)
+    return outliers_of(read_many(model, tokens, [hook_name])[hook_name], tokens, keep, model.tokenizer)
 
 
 def _losses(
-    model: Any, tokens: Int[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"], hook_out: str, y_hat: Tensor
+    model: Any, tokens: Int[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"], y_hat: Tensor, hook_out: str
 ) -> dict[str, Tensor]:
-    """Return loss and KL per kept token, of the model as it is, with y_hat in place, and with zeros in place."""
+    """Return loss and KL per kept token, of the model as it is, with y_hat in place, and with zeros in place.
+
+    The logits of the three passes are held at once, but go through the softmax a few rows at a time: with a vocabulary of
+    262,144 whole copies of them would cost more than the passes.
+    """
 
     def with_sae(activation: Tensor) -> Tensor:
         new = activation.clone()
-        new[keep] = y_hat.to(activation.dtype)
+        new[keep] = y_hat.to(activation.device, activation.dtype)
         return new
 
     def zero(activation: Tensor) -> Tensor:
         return torch.where(keep[..., None], 0.0, activation)
 
+    passes = [model(tokens, use_cache=False).logits]
+    passes += [logits_with_replacement(model, tokens, hook_out, replace) for replace in (with_sae, zero)]
+    logits = [each.flatten(0, 1) for each in passes]
     has_next = torch.ones_like(keep)
     has_next[:, -1] = False
-    target = tokens.roll(-1, dims=1)[keep]
-    has_loss = has_next[keep]
+    has_loss, target = has_next[keep], tokens.roll(-1, dims=1)[keep]
+    n_rows = max(1, LOGITS_IN_A_SOFTMAX // logits[0].shape[-1])
+    blocks = zip(keep.flatten().nonzero()[:, 0].split(n_rows), target.split(n_rows), strict=True)
+    found = [_losses_of([each[rows] for each in logits], following) for rows, following in blocks]
+    sums = {name: torch.cat([block[name] for block in found]) for name in found[0]}
+    for name in ("ce", "ce_sae", "ce_zero"):
+        sums[name] = torch.where(has_loss, sums[name], 0.0)
+    return {"n_loss": has_loss, "n_kl": torch.ones(len(target)), **sums}
 
-    def loss(log_probabilities: Float[Tensor, "kept vocab"]) -> Float[Tensor, " kept"]:
-        return torch.where(has_loss, -log_probabilities.gather(-1, target[:, None])[:, 0], 0.0)
 
-    log_p = model(tokens, use_cache=False).logits[keep].float().log_softmax(-1)
-    found = {"n_loss": has_loss, "ce": loss(log_p), "n_kl": torch.ones(len(target))}
-    for name, replace in (("sae", with_sae), ("zero", zero)):
-        log_q = logits_with_replacement(model, tokens, hook_out, replace)[keep].float().log_softmax(-1)
-        found[f"ce_{name}"] = loss(log_q)
-        found[f"kl_{name}"] = (log_p.exp() * (log_p - log_q)).sum(-1)
+def _losses_of(logits: list[Float[Tensor, "rows vocab"]], following: Int[Tensor, " rows"]) -> dict[str, Tensor]:
+    """Return the loss of each of three predictions, and the KL divergence from the first to the other two."""
+    log_p, *others = (each.float().log_softmax(-1) for each in logits)
+    p = log_p.exp()
+    found = {"ce": _negative(log_p, following)}
+    for name, log_q in zip(("sae", "zero"), others, strict=True):
+        found[f"ce_{name}"] = _negative(log_q, following)
+        found[f"kl_{name}"] = (p * (log_p - log_q)).sum(-1)
     return found
+
+
+def _negative(log_probabilities: Float[Tensor, "rows vocab"], following: Int[Tensor, " rows"]) -> Tensor:
+    return -log_probabilities.gather(-1, following[:, None])[:, 0]
 
 
 class TokenSums(StreamingBootstrap):
@@ -202,6 +236,7 @@ class TokenSums(StreamingBootstrap):
 
     def __init__(self, d_out: int, seed: int = 0):
         super().__init__(len(_SUMS) + d_out, seed=seed)
+        self.d_out = d_out
         self.n_with_loss = 0  # documents on which losses were measured
 
     def add(
@@ -257,6 +292,32 @@ STATISTICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "kl_div_with_ablation": _ratio("kl_zero", "n_kl"),
     "kl_recovered": lambda s: 1 - _column(s, "kl_sae") / _column(s, "kl_zero"),
 }
+
+
+class DimensionSums(StreamingBootstrap):
+    """Explained variance of each dimension on its own, averaged: no dimension of great variance hides the others.
+
+    1 - mean_j (sum_t (y - y^)_tj^2 / sum_t (y_tj - mean_j)^2), over the dimensions that vary.
+    """
+
+    def __init__(self, d_out: int):
+        super().__init__(1 + 3 * d_out, n_samples=LATENT_RESAMPLES)
+
+    def add(
+        self, doc: Int[np.ndarray, " kept"], y: Float[np.ndarray, "kept d"], error: Float[np.ndarray, "kept d"]
+    ) -> None:
+        documents, index = np.unique(doc, return_inverse=True)
+        of_document = np.zeros((len(documents), len(doc)))
+        of_document[index, np.arange(len(doc))] = 1.0
+        columns = (np.ones((len(doc), 1)), y, y**2, error**2)
+        self.add_sums(documents, np.concatenate([of_document @ each for each in columns], axis=1))
+
+
+def _explained_per_dimension(sums: Float[np.ndarray, "samples width"]) -> Float[np.ndarray, " samples"]:
+    """Return the statistic of `DimensionSums`, of its sums."""
+    total, square, error = np.split(sums[:, 1:], 3, axis=1)
+    variance = square - total**2 / sums[:, :1]
+    return 1 - np.mean(error / variance, axis=1, where=variance > 1e-9 * square)
 
 
 class LatentCounts(StreamingBootstrap):

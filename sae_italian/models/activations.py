@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from sae_italian.base.errors import UsageError
 from sae_italian.models.hooks import Hook, adapter_of, parse_hook_name
 
 Acts = Float[Tensor, "batch pos d_in"]
+
+
+_in_one_place: WeakSet[nn.Module] = WeakSet()  # hooked modules that a model uses under one name
 
 
 class _StopForward(Exception):
@@ -31,10 +35,23 @@ def check_context(context_size: int, config: Any) -> int:
 
 
 def resolve_hook(model: nn.Module, hook_name: str) -> tuple[Hook, nn.Module]:
-    """Return the Hook and its Hugging Face module. Raises UsageError for a name or layer the model does not have."""
+    """Return the Hook and its Hugging Face module.
+
+    Raises: UsageError for a name or layer the model does not have, and for a module that several layers share: it fires
+    once for each of them, and which time is meant no name says.
+    """
     config: Any = model.config
     hook = parse_hook_name(hook_name, config.num_hidden_layers)
-    return hook, model.get_submodule(hook.module_path(config))
+    module = model.get_submodule(hook.module_path(config))
+    if module not in _in_one_place:
+        places = [name for name, each in model.named_modules(remove_duplicate=False) if each is module]
+        if len(places) > 1:
+            raise UsageError(
+                f"hook {hook.name!r}: this model uses one module as {', '.join(places[:4])}, so its layers cannot be told "
+                "apart. Use a model whose layers are their own."
+            )
+        _in_one_place.add(module)
+    return hook, module
 
 
 def _normalised(x: Acts, norm: Any) -> Acts:
@@ -101,12 +118,19 @@ def _never_fired(model: nn.Module, name: str) -> UsageError:
 def read_many(model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_names: Sequence[str]) -> dict[str, Acts]:
     """Return the activations at several hooks of one forward pass, which stops after the last of them.
 
-    Raises: UsageError for an unknown hook, and when a hook did not fire.
+    Raises: UsageError for an unknown hook, when a hook did not fire, or is not as wide as the model.
     """
     caught: dict[str, Tensor] = {}
     wanted = list(dict.fromkeys(hook_names))
 
+    config: Any = model.config
+
     def catch(name: str, activation: Tensor) -> None:
+        if activation.shape[-1] != config.hidden_size:
+            raise UsageError(
+                f"hook {name!r} has {activation.shape[-1]} dimensions, but the model's config says {config.hidden_size}: "
+                "a model whose width differs from layer to layer is not supported."
+            )
         caught[name] = activation
         if len(caught) == len(wanted):
             raise _StopForward

@@ -83,10 +83,32 @@ def load_model(
 
 
 def load_model_config(name: str) -> PreTrainedConfig:
-    """Return the model's configuration without its weights. Raises UsageError as `load_model`."""
+    """Return the model's configuration without its weights.
+
+    Raises: UsageError as `load_model`, and for a model that has no one width.
+    """
     from transformers import AutoConfig
 
-    return _fetch(AutoConfig.from_pretrained, resolve(name))
+    config = _fetch(AutoConfig.from_pretrained, resolve(name))
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise UsageError(
+            f"{name} has no one hidden_size (its config says {width}), so no SAE fits all of its layers. "
+            "Use a language model of one width; of one that also sees, its text model."
+        )
+    return config
+
+
+def weights_are_here(name: str) -> bool:
+    """Return whether a model's weights lie on this machine, in a folder or the hub's cache. Raises UsageError as `resolve`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    resolved, whole = resolve(name), "model.safetensors"
+    files = (whole, f"{whole}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    if Path(resolved.load_from).is_dir():
+        return any((Path(resolved.load_from) / file).is_file() for file in files)
+    found = (try_to_load_from_cache(resolved.load_from, file, revision=resolved.revision) for file in files)
+    return any(isinstance(file, str) for file in found)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from sae_italian.saes.sparse import decode, encode_rows, set_k
 
 Start = Literal["zero", "mean", "geometric_median"]
+MASSIVE = 4  # times the median norm: such a row is left out of the centre (Gemma 3's BOS has 4.5 to 16 times)
 
 
 @torch.no_grad()
@@ -42,7 +43,8 @@ def start_at(sae: Any, step_input: TrainStepInput, target: Tensor | None = None)
     5,187. From `b_dec` = 0 the latents must first build that mean, and 97 % of them die of it; from the mean they describe
     what differs. The encoder reads x - b_dec, or gets the same shift by its bias where it reads x itself:
     b_enc = -centre W_enc. As in sparsify (`SparseCoder`, its first batch) and Bricken et al. 2023 (geometric median).
-    target: a transcoder's, whose centre `b_dec` is.
+    Rows of massive activations, such as a BOS that was not left out, do not count. target: a transcoder's, whose centre
+    `b_dec` is.
     """
     if sae.cfg.start == "zero" or step_input.n_training_steps > 0:
         return
@@ -50,13 +52,17 @@ def start_at(sae: Any, step_input: TrainStepInput, target: Tensor | None = None)
     centre = _centre(x, sae.cfg.start)
     if not sae.cfg.apply_b_dec_to_input:
         if not hasattr(sae, "b_enc"):
-            raise ValueError(f"start {sae.cfg.start!r} needs apply_b_dec_to_input=true in {type(sae).__name__}")
+            raise ValueError(
+                f"start {sae.cfg.start!r} needs apply_b_dec_to_input=true in {type(sae).__name__}; or set start=zero."
+            )
         sae.b_enc -= centre @ sae.W_enc
     sae.b_dec += centre if target is None else _centre(target, sae.cfg.start)
 
 
 def _centre(rows: Float[Tensor, "batch d"], start: Start, n_steps: int = 20) -> Float[Tensor, " d"]:
     """Return the mean, or the point of least summed distance to the rows by Weiszfeld's steps: outliers weigh less."""
+    norms = rows.norm(dim=-1)
+    rows = rows[norms <= MASSIVE * norms.median()]
     centre = rows.mean(0)
     if start == "geometric_median":
         for _ in range(n_steps):

@@ -58,7 +58,8 @@ class RunSpec(BaseModel):
     repeat_corpus: bool = False
     """Read a corpus again when it has fewer tokens than the training asks for, instead of refusing it."""
     sae: dict[str, Any]
-    """`architecture` and the fields of SAELens' training config for it; `d_in` is read from the model."""
+    """`architecture` and the fields of SAELens' training config for it; `d_in` is read from the model. `start`, where b_dec
+    starts, is `mean` unless it says `zero` or `geometric_median`."""
     k_anneal_share: float = Field(0.0, ge=0, lt=1)
     """Share of the steps in which k falls linearly from d_in to `sae.k`; 0: k from the start."""
     training_tokens: Count
@@ -154,9 +155,7 @@ class RunSpec(BaseModel):
         architecture = given.pop("architecture", None)
         if not isinstance(architecture, str) or architecture not in KNOWN:
             raise UsageError(f"sae.architecture {architecture!r} is unknown. {nearest(str(architecture), KNOWN)}")
-        # SAELens' own architectures start at the mean and anneal as their twins; ours have the fields themselves
-        twin = f"started_{architecture}" if self.k_anneal_share or "start" in given else architecture
-        config_class = KNOWN.get(twin, KNOWN[architecture])[1]
+        config_class = self._config_class(KNOWN, architecture, given)
         kinds = get_type_hints(config_class)
         valid = sorted(field.name for field in fields(config_class) if field.name != "metadata")
         for key, value in given.items():
@@ -174,6 +173,22 @@ class RunSpec(BaseModel):
                 )
             given["k_anneal_steps"] = round(self.k_anneal_share * self.n_steps)
         return config_class, given
+
+    def _config_class(self, known: Any, architecture: str, given: dict[str, Any]) -> Any:
+        """Return the config class, and put the start into `given`: where nothing is said, the mean of the first batch.
+
+        SAELens' own architectures start elsewhere than at zero, and anneal, as their twins `started_...`; ours have the
+        fields themselves. What has no `start`, such as the tied SAE without b_dec, is as it is.
+        """
+        plain, twin = (known.get(name, (None, None))[1] for name in (architecture, f"started_{architecture}"))
+        started = twin or plain
+        if "start" not in started.__dataclass_fields__:
+            return plain
+        if given.get("start") == "zero" and twin is not None and not self.k_anneal_share:
+            del given["start"]
+            return plain
+        given.setdefault("start", "mean")
+        return started
 
     def _check_hooks(self, model_config: Any, transcodes: bool) -> None:
         """Refuse hooks that the model does not have, or that do not go with the architecture."""
@@ -224,7 +239,11 @@ class RunSpec(BaseModel):
 
         Raises: UsageError, naming it, for a setting that decides the result and that our training does not have.
         """
+        from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
         sae = {key: value for key, value in config.sae.to_dict().items() if key not in ("metadata", "device", "d_in")}
+        if f"started_{sae['architecture']}" in SAE_TRAINING_CLASS_REGISTRY:
+            sae["start"] = "zero"  # where SAELens' own start; here the mean is the default
         values: dict[str, Any] = {
             **{name: getattr(config, name) for name in cls.model_fields if hasattr(config, name)},
             "sae": sae,

@@ -23,6 +23,7 @@ from sae_italian.training.stream import ActivationStream
 
 LOG_EVERY_STEPS = 10
 HOPELESS_AFTER = 30  # steps: a start that suits explains more than the mean does by then
+MOSTLY_DEAD = 2 / 3  # of the latents: from zero, 94 to 97 % of them die on a real model (docs/results/gemma-3-270m.md)
 CHECKPOINTS, RANDOM_FILE = "checkpoints", "random.pt"
 UNREADABLE = (DataError, OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError)
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
@@ -49,7 +50,8 @@ class Loop:
         self.first = next(iter(self.runs.values()))
         self.spec = self.first.spec
         self.interrupted = False
-        self.warned = False  # that the start is wrong
+        self.dead: dict[str, int] = {}  # latents of each run at the last look
+        self.warned: set[str] = set()  # runs whose start is wrong
         self.saved_at = time.monotonic()
 
     def last_checkpoint(self) -> Path | None:
@@ -110,7 +112,10 @@ class Loop:
             explained = sum(row["metrics/explained_variance"] for row in rows) / len(rows)
             dead = sum(int(row["sparsity/dead_features"]) for row in rows)
             bar.set_postfix(ev=f"{explained:.3f}", dead=dead, refresh=False)
-            self._warn_of_the_start(bar, explained, dead)
+            for name, row in zip(self.runs, rows, strict=True):
+                self._warn_of_the_start(
+                    bar, name, row["metrics/explained_variance"], int(row["sparsity/dead_features"])
+                )
         bar.update(self.first.n_tokens - before)
         if self._passed(self.spec.evaluate_every_tokens, before):
             for run in self.runs.values():
@@ -122,15 +127,22 @@ class Loop:
         if self.interrupted:
             raise KeyboardInterrupt(f"saved at {self.first.n_tokens:,} tokens; --resume continues")
 
-    def _warn_of_the_start(self, bar: Any, explained: float, dead: int) -> None:
-        """Say once, while the run is still cheap, that it explains less than the mean alone would."""
-        if explained >= 0 or self.warned or self.first.n_steps <= max(self.spec.lr_warm_up_steps, HOPELESS_AFTER):
+    def _warn_of_the_start(self, bar: Any, name: str, explained: float, dead: int) -> None:
+        """Say once a run, while it is still cheap, that it explains less than the mean alone would, or that its latents die."""
+        spec, steps, before = self.runs[name].spec, self.first.n_steps, self.dead.get(name, dead)
+        self.dead[name] = dead
+        dying = dead > MOSTLY_DEAD * spec.sae["d_sae"] and dead >= before
+        early = steps <= max(spec.lr_warm_up_steps, HOPELESS_AFTER)
+        if early or name in self.warned or not (dying or explained < 0):
             return
-        self.warned = True
-        remedy = "Set sae.start=mean." if self.spec.sae.get("start", "zero") == "zero" else "Try another lr."
+        self.warned.add(name)
+        remedy = "Lower lr, or raise sae.aux_loss_coefficient (TopK)."
+        if spec.sae.get("start") == "zero":
+            remedy = "Set sae.start=mean."
         bar.write(
-            f"sae-italian: after {self.first.n_steps} steps the SAE explains less than nothing (explained variance "
-            f"{explained:.2f}, {dead:,} latents dead): it starts too far from these activations. {remedy}",
+            f"sae-italian: {name} after {steps} steps: explained variance {explained:.2f}, {dead:,} of "
+            f"{spec.sae['d_sae']:,} latents dead{' and more with every step' if dying else ''}. It does not fit these "
+            f"activations. {remedy}",
             file=sys.stderr,
         )
 

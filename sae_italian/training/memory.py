@@ -1,4 +1,4 @@
-"""What a training takes of memory, reckoned from shapes before anything is allocated: `train --dry-run`."""
+"""What a training takes of memory, reckoned from shapes, and what stands out in its activations: `train --dry-run`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from typing import Any
 
 import torch
 
-from sae_italian.models import load_model_config, load_tokenizer
+from sae_italian.base.errors import UsageError
+from sae_italian.base.report import plain
+from sae_italian.corpora.packing import special_mask
+from sae_italian.evaluation.outliers import Outliers, outliers_of
+from sae_italian.models import load_model, load_model_config, load_tokenizer
+from sae_italian.models.activations import read_many
+from sae_italian.models.loading import weights_are_here
 from sae_italian.training.config import RunSpec
-from sae_italian.training.text import check_length
+from sae_italian.training.stream import WindowBlocks
+from sae_italian.training.text import check_length, training_documents
 
 GB = 1e9
 COPIES = 4  # of the weights: themselves, the gradient, Adam's two averages
 FLOAT = 4  # bytes; SAEs train in float32
 SPARSE = ("sparse_topk", "topk_transcoder")
+LOOKED_AT = 2048  # tokens whose activations a dry run reads
 # [batch, d_sae] matrices that are alive at once: pre-activations, activations, and their gradients and masks.
 DENSE_MATRICES, SPARSE_MATRICES = 6, 1
 
@@ -78,4 +86,30 @@ def plan(groups: Sequence[Mapping[str, RunSpec]], limit_gb: float | None = None)
     limit = "" if limit_gb is None else f" of {limit_gb:g} GB given"
     largest = max(row["memory_gb"] for row in rows)
     lines.append(f"SAEs {sum(map(len, groups))}, groups {len(groups)}; largest group {largest:.2f} GB{limit}")
-    return {"groups": rows, "memory_gb": limit_gb, "corpus": length}, "\n".join(lines)
+    hooks = dict.fromkeys(hook for group in groups for spec in group.values() for hook in spec.hook_names)
+    try:
+        found = look_at(first, list(hooks))
+    except UsageError as error:
+        found = {}
+        lines.append(f"activations were not looked at: {error}")
+    lines += [f"activations at {hook}: {outliers.text()}" for hook, outliers in found.items()]
+    result = {"groups": rows, "memory_gb": limit_gb, "corpus": length, "activations": plain(found)}
+    return result, "\n".join(lines)
+
+
+def look_at(spec: RunSpec, hook_names: list[str]) -> dict[str, Outliers]:
+    """Return what stands out at some hooks in the first windows of the training text.
+
+    Raises: UsageError when the model's weights would have to be fetched first, or its device is not here.
+    """
+    if not weights_are_here(spec.model):
+        raise UsageError(f"the weights of {spec.model} are not on this machine.")
+    if spec.use_cached_activations:
+        raise UsageError("they are read from a folder.")
+    model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
+    n_windows = max(1, LOOKED_AT // spec.context_size)
+    windows = next(WindowBlocks(training_documents(spec), model.tokenizer, spec.context_size, n_windows))
+    tokens = torch.from_numpy(windows).to(model.device)
+    keep = torch.from_numpy(~special_mask(windows, model.tokenizer)).to(model.device)
+    acts = read_many(model, tokens, hook_names)
+    return {name: outliers_of(acts[name], tokens, keep, model.tokenizer) for name in hook_names}

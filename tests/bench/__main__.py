@@ -54,8 +54,14 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--k", type=int, default=32)
     sub.add_argument("--lr", type=float, default=4e-3)
     sub.add_argument("--steps", type=int, default=120, help="of 2,048 tokens")
-    sub.add_argument("--seeds", type=int, nargs="*", default=[42])
-    sub.add_argument("--stock", action="store_true", help="also SAELens' own topk, five times slower")
+    sub.add_argument("--toy", default="", help="a second, small model, e.g. ../shared/models/ita-5m")
+    sub.add_argument("--toy-hook-name", default="blocks.2.hook_resid_post")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    sub.add_argument(
+        "--stock-seeds", type=int, default=1, help="how many of them for SAELens' own topk, five times slower"
+    )
+    sub.add_argument("--tokens", type=int, default=8_000, help="held out, for the explained variance")
+    sub.add_argument("--loss-tokens", type=int, default=1_000, help="held out, for losses; 0: none")
     sub = add("mutants", _bench_mutants, "how many seeded mutants of a room its tests kill (needs mutmut)")
     sub.add_argument("room", help="statistics, scorers, cache or training")
     sub.add_argument("--n", type=int, default=200, help="mutants, drawn at random")

@@ -1,65 +1,141 @@
-"""Where an SAE starts, on real activations: from zero or from the mean, ours and SAELens' own, on one stream of one model."""
+"""Where an SAE starts, on the activations of a real and of a toy model: from zero or from the mean, ours and SAELens' own.
+
+All SAEs and seeds of a model train side by side on one stream, so they see the same batches, and one pass over held-out text
+judges them all. `median` rows are over the seeds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from sae_italian.base.report import table
+from sae_italian.corpora import iter_documents, pack
+from sae_italian.corpora.packing import special_mask
 from sae_italian.evaluation import evaluate
 from sae_italian.models import load_model
+from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
-from sae_italian.training import load_spec
+from sae_italian.training import RunSpec, load_spec
 from sae_italian.training.run import train_together
 
 SAES = {
     "sparse_topk, zero": ("sparse_topk", "zero"),
     "sparse_topk, mean": ("sparse_topk", "mean"),
-    "SAELens' topk, zero": ("topk", None),
+    "SAELens' topk, zero": ("topk", "zero"),
     "SAELens' topk, mean": ("topk", "mean"),
+}
+BATCH, CONTEXT = 2048, 128
+FIGURES = {
+    "explained_variance": "explained variance, centred",
+    "per_dimension": "mean over dimensions",
+    "dead": "dead for 30 steps",
+    "ce_loss_recovered": "CE recovered",
+    "kl_recovered": "KL recovered",
 }
 
 
 def bench_start(options: argparse.Namespace) -> tuple[Any, str]:
-    """Train the SAEs of a table side by side, and judge each on held-out text."""
-    which = list(SAES)[: 4 if options.stock else 2]
-    sizes = (
-        f"model={options.model}", f"corpus={options.corpus}", f"hook_name={options.hook_name}", f"sae.d_sae={options.d_sae}",
-        f"sae.k={options.k}", f"training_tokens={2048 * options.steps}", f"lr={options.lr}", "repeat_corpus=true",
+    """Train the SAEs of each model, judge them on held-out text, and return rows and tables."""
+    rows, texts = [], []
+    for name, hook_name in ((options.model, options.hook_name), (options.toy, options.toy_hook_name)):
+        if name:
+            found = _of_one_model(name, hook_name, options)
+            rows += found
+            texts.append(f"{name}, {hook_name}\n\n{_table(found)}")
+    return rows, "\n\n".join(texts)
+
+
+def mixed(corpus: str) -> str:
+    """Return a folder's files as a mixture, a document of each in turn, so that a short training sees all of them."""
+    files = sorted(Path(corpus).glob("*.jsonl*")) if Path(corpus).is_dir() else []
+    return ",".join(map(str, files)) or corpus
+
+
+def _of_one_model(name: str, hook_name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    corpus = mixed(options.corpus)
+    # the last step that is logged is then step `steps`
+    words = (
+        f"model={name}", f"corpus={corpus}", f"hook_name={hook_name}", f"sae.d_sae={options.d_sae}", f"sae.k={options.k}",
+        f"training_tokens={BATCH * (options.steps + 1)}", f"train_batch_size_tokens={BATCH}", f"lr={options.lr}",
+        f"context_size={CONTEXT}", "repeat_corpus=true",
     )  # fmt: skip
-    rows = []
-    for seed in options.seeds:
-        specs = {}
-        for name in which:
-            architecture, start = SAES[name]
-            spec = load_spec("gemma-3-270m", *sizes, f"sae.architecture={architecture}", f"seed={seed}")
-            sae = {key: value for key, value in spec.sae.items() if key != "start"} | (
-                {"start": start} if start else {}
-            )
-            specs[name] = spec.model_copy(update={"sae": sae})
-        model = load_model(options.model)
-        with tempfile.TemporaryDirectory() as scratch:
-            folders = {name: Path(scratch) / str(number) for number, name in enumerate(which)}
-            for folder in folders.values():
-                folder.mkdir()
-            train_together(specs, folders, model, Path(scratch))
-            for name, folder in folders.items():
-                last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-                card = evaluate(
-                    load_sae(folder), model, options.corpus, n_tokens=8_000, loss_tokens=2_000, context_size=128
-                ).estimates()
-                found = {key: card[key].value for key in ("explained_variance", "ce_loss_recovered", "kl_recovered")}
-                rows.append(
-                    {"sae": name, "seed": seed, **found, "dead": last["sparsity/dead_features"] / options.d_sae}
-                )
-    text = table(
-        "SAE | seed | explained variance, centred | CE recovered | KL recovered | dead (30 steps)",
-        [
-            [r["sae"], r["seed"], *(f"{value:.3f}" for key, value in r.items() if key not in ("sae", "seed"))]
-            for r in rows
-        ],
-    )
-    return rows, text
+    specs: dict[str, RunSpec] = {}
+    for which, (architecture, start) in SAES.items():
+        seeds = options.seeds if architecture == "sparse_topk" else options.seeds[: options.stock_seeds]
+        for seed in seeds:
+            own = (f"sae.architecture={architecture}", f"sae.start={start}", f"seed={seed}")
+            specs[f"{which} | {seed}"] = load_spec("gemma-3-270m", *words, *own)
+    model = load_model(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {label: Path(scratch) / str(number) for number, label in enumerate(specs)}
+        for folder in folders.values():
+            folder.mkdir()
+        train_together(specs, folders, model, Path(scratch))
+        return _judged(model, hook_name, corpus, folders, options)
+
+
+def _judged(
+    model: Any, hook_name: str, corpus: str, folders: Mapping[str, Path], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return a row for each SAE; losses, which cost three passes of the whole model each, of the first seed's alone."""
+    x, rows = _held_out(model, hook_name, corpus, options.tokens), []
+    for label, folder in folders.items():
+        which, seed = label.split(" | ")
+        sae: Any = load_sae(folder)
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        row = {"sae": which, "seed": int(seed), "dead": last["sparsity/dead_features"] / options.d_sae, **_fit(sae, x)}
+        if int(seed) == options.seeds[0] and options.loss_tokens:
+            card = evaluate(sae, model, corpus, n_tokens=options.loss_tokens, context_size=CONTEXT).estimates()
+            row |= {key: card[key].value for key in ("ce_loss_recovered", "kl_recovered")}
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def _held_out(model: Any, hook_name: str, corpus: str, n_tokens: int) -> Float[Tensor, "tokens d_in"]:
+    """Return activations of held-out text, special tokens left out."""
+    found: list[Tensor] = []
+    for block in pack(iter_documents(corpus, "heldout"), model.tokenizer, CONTEXT, windows_per_block=16):
+        keep = torch.from_numpy(~special_mask(block.tokens, model.tokenizer))
+        found.append(read_activations(model, torch.from_numpy(block.tokens), hook_name)[keep])
+        if sum(map(len, found)) >= n_tokens:
+            break
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def _fit(sae: Any, x: Float[Tensor, "tokens d_in"]) -> dict[str, float]:
+    """Return the centred explained variance, whole and as the mean over dimensions."""
+    error = torch.cat([sae(part) - part for part in x.split(BATCH)]).double().pow(2).sum(0)
+    variance = (x.double() - x.double().mean(0)).pow(2).sum(0)
+    per_dimension = 1 - error / variance
+    return {
+        "explained_variance": float(1 - error.sum() / variance.sum()),
+        "per_dimension": float(per_dimension[variance > 0].mean()),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    cells = [[row["sae"], row["seed"], *(_shown(row, key) for key in FIGURES)] for row in rows]
+    for which in dict.fromkeys(row["sae"] for row in rows):
+        its = [row for row in rows if row["sae"] == which]
+        if len(its) > 1:
+            middle = {key: median(row[key] for row in its) for key in ("explained_variance", "per_dimension", "dead")}
+            cells.append([which, "median", *(_shown(middle, key) for key in FIGURES)])
+    return table(f"SAE | seed | {' | '.join(FIGURES.values())}", cells)
+
+
+def _shown(row: Mapping[str, Any], key: str) -> str:
+    if key not in row:
+        return "-"
+    return f"{100 * row[key]:.1f} %" if key == "dead" else f"{row[key]:.3f}"

@@ -328,3 +328,74 @@ def test_a_random_twin_is_another_sae_of_the_same_kind(topk_sae):
     assert weights_hash(twin) != before == weights_hash(topk_sae)
     assert weights_hash(random_twin(topk_sae, seed=1)) == weights_hash(twin)
     assert torch.allclose(twin.W_dec.norm(dim=-1), torch.ones(topk_sae.cfg.d_sae))
+
+
+def test_losses_are_those_of_whole_logits_however_they_are_cut(trained_sae, mini, monkeypatch):
+    """A few rows at a time, a window at a time: as from whole copies of the logits, to 1e-6."""
+    sae, tokens = load_sae(trained_sae), first_windows(mini, 6)
+    keep = tokens != mini.tokenizer.bos_token_id
+    windows = module.Windows(tokens, keep, np.zeros(int(keep.sum()), int))
+    hook = "blocks.1.hook_resid_post"
+    whole, *_ = module.measure(sae, mini, hook, hook, windows, with_loss=True)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(module, "LOGITS_IN_A_SOFTMAX", 7 * mini.config.vocab_size)
+    cut, *_ = module.measure(sae, mini, hook, hook, windows, with_loss=True)
+    assert all(np.allclose(cut[name], values, rtol=1e-5, atol=2e-6) for name, values in whole.items())
+
+    with torch.no_grad():
+        y_hat = sae(read_activations(mini, tokens, hook)[keep])
+        log_p = mini(tokens).logits.double().log_softmax(-1)
+        log_q = (
+            logits_with_replacement(mini, tokens, hook, lambda x: x.masked_scatter(keep[..., None], y_hat))
+            .double()
+            .log_softmax(-1)
+        )
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[keep]
+    loss = -log_q[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    assert cut["kl_sae"].sum() == pytest.approx(float(kl.sum()), rel=1e-5)
+    assert cut["ce_sae"].sum() == pytest.approx(float(loss[keep[:, :-1]].sum()), rel=1e-6)
+    assert cut["n_loss"].sum() == keep[:, :-1].sum() and cut["n_kl"].sum() == keep.sum()
+
+
+def test_one_dimension_of_great_variance_does_not_hide_the_others():
+    """Dimension 0 has a million times the variance and is right, three others are half right, the last is constant."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(4000, 5)) * [1000, 1, 1, 1, 0] + 7
+    error = (y - y.mean(0)) * [0, 0.5**0.5, 0.5**0.5, 0.5**0.5, 0]
+    sums = module.DimensionSums(5)
+    for first in range(0, 4000, 500):
+        here = slice(first, first + 500)
+        sums.add(np.arange(first, first + 500) // 50, y[here], error[here])
+    found = sums.estimate(module._explained_per_dimension)
+    assert found.value == pytest.approx((1 + 3 * 0.5) / 4) and found.lo <= found.hi
+    assert 1 - (error**2).sum() / ((y - y.mean(0)) ** 2).sum() > 0.999
+
+
+def test_the_card_names_what_stands_out(mini):
+    from sae_italian.evaluation.outliers import outliers_of
+
+    generator = torch.Generator().manual_seed(0)
+    acts = torch.randn(4, 64, 32, generator=generator) + 3
+    acts[..., 5] *= 40
+    tokens = torch.full((4, 64), 50)
+    tokens[:, 0] = mini.tokenizer.bos_token_id
+    acts[:, 0], acts[2, 7], tokens[2, 7] = 1000, 300, 60
+    keep = tokens != mini.tokenizer.bos_token_id
+    found = outliers_of(acts, tokens, keep, mini.tokenizer)
+    assert [outlier.name for outlier in found.tokens] == mini.tokenizer.convert_ids_to_tokens([int(tokens[0, 0]), 60])
+    assert found.bos_norm == pytest.approx(1000 * 32**0.5)
+    assert [outlier.name for outlier in found.dimensions] == ["5"] and found.dimensions[0].times > 100
+    assert "outlier dimensions 5 " in found.text() and "BOS norm 5,657" in found.text()
+    calm = outliers_of(torch.randn(4, 64, 32, generator=generator), tokens, keep, mini.tokenizer)
+    assert calm.tokens == () == calm.dimensions and calm.text().endswith("outlier dimensions none")
+
+
+def test_a_card_of_before_opens_without_what_it_lacks(trained_sae, mini):
+    card = evaluate(load_sae(trained_sae), mini, "micro-italiano", n_tokens=500)
+    assert card.outliers is not None and card.outliers.median_norm > 0
+    values = plain(card)
+    assert EvaluationCard.from_dict(values).outliers == card.outliers
+    del values["outliers"], values["explained_variance_per_dimension"]
+    earlier = EvaluationCard.from_dict(values)
+    assert earlier.outliers is None and earlier.l0 == card.l0
+    assert "| Explained variance, mean over dimensions | - |" in earlier.markdown()

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig
 
 from sae_italian.base.errors import UsageError
 from sae_italian.models import parse_hook_name
-from sae_italian.models.activations import final_gain
+from sae_italian.models.activations import final_gain, read_activations
 from sae_italian.models.hooks import SITES
 from tests.models.hub import random_model
 
@@ -109,3 +111,34 @@ def test_the_gain_of_an_unknown_family_and_of_a_norm_without_a_weight_is_refused
 
     with pytest.raises(UsageError, match="no weight in its last norm"):
         final_gain(Plain())
+
+
+def tiny() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = random_model({"model_type": "llama", "intermediate_size": 64, "vocab_size": 300, **sizes})
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def test_a_layer_that_is_used_twice_is_refused():
+    """As ALBERT shares its layers: the hook fires once for each, and the first would pass for all."""
+    model, tokens = tiny(), torch.arange(6)[None]
+    assert read_activations(model, tokens, "blocks.2.hook_resid_post").shape == (1, 6, 32)
+    model.model.layers[2] = model.model.layers[0]
+    for hook in ("blocks.0.hook_resid_post", "blocks.2.hook_mlp_out"):
+        with pytest.raises(UsageError, match=r"uses one module as model.layers.0.*, model.layers.2"):
+            read_activations(model, tokens, hook)
+    assert read_activations(model, tokens, "blocks.1.hook_resid_post").shape == (1, 6, 32)
+
+
+def test_a_layer_of_another_width_is_refused(tmp_path):
+    from sae_italian.models import load_model_config
+
+    model, tokens = tiny(), torch.arange(6)[None]
+    model.model.layers[2].mlp = torch.nn.Sequential(model.model.layers[2].mlp, torch.nn.Linear(32, 48))
+    with pytest.raises(UsageError, match="'blocks.2.hook_mlp_out' has 48 dimensions.*config says 32"):
+        read_activations(model, tokens, "blocks.2.hook_mlp_out")
+    config = AutoConfig.for_model("gemma3")  # a model that sees has its width one level down
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="no one hidden_size"):
+        load_model_config(str(tmp_path))

@@ -137,8 +137,19 @@ def test_the_dry_run_prints_groups_tokens_and_memory_and_writes_nothing(tmp_path
     text = capsys.readouterr().out
     assert "400,000 tokens" in text and "SAEs 1, groups 1;" in text
     assert "corpus micro-italiano: its tokens are not counted" in text
+    assert "activations at blocks.1.hook_resid_post: BOS norm " in text and "outlier dimensions" in text
+    assert set(plan["activations"]) == {hook for spec in small().members().values() for hook in spec.hook_names}
     assert main(["train", "mini/gated", "corpus=nope.jsonl", "--dry-run"]) == 2, "the corpus is looked at too"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_dry_run_fetches_no_model(capsys, monkeypatch):
+    from sae_italian.models.loading import weights_are_here
+
+    assert weights_are_here("sae-italian-mini") and not weights_are_here("nessuno/modello-che-non-esiste")
+    monkeypatch.setattr("sae_italian.training.memory.weights_are_here", lambda name: False)
+    assert main(["train", "mini/gated", "--dry-run"]) == 0
+    assert "not looked at: the weights of sae-italian-mini are not on this machine" in capsys.readouterr().out
 
 
 def test_the_dry_run_reads_the_corpus(jsonl, tmp_path, capsys):
