@@ -70,8 +70,7 @@ def evaluate(
     An SAE is given as it is, as a folder or as release:sae_id; a model as it is or by name; model and corpus are, if they
     are not given, those that the SAE names: `evaluate("runs/x")`.
     Special tokens count nowhere, and the SAE is not applied to them. Losses and KL take three more forward passes; with
-    `loss_tokens` they are measured on the first so many tokens only. A transcoder reads one hook and is measured, and
-    put in place, at the other.
+    `loss_tokens` on the first so many tokens only. A transcoder is measured, and put in place, at the hook it writes.
     Raises: UsageError when SAE and model do not fit (`check_fits`), or the corpus is too short for `n_tokens` (the message
     says how many there are).
     """
@@ -84,8 +83,7 @@ def evaluate(
     sums = TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in))
     latents, dimensions = LatentCounts(sae.cfg.d_sae), DimensionSums(sums.d_out)
     n_loss, outliers = 0, None
-    bar = tqdm(total=n_tokens, desc="evaluate", unit="tok", unit_scale=True, disable=None)
-    with bar:
+    with tqdm(total=n_tokens, desc="evaluate", unit="tok", unit_scale=True, disable=None) as bar:
         marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
         for windows in windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}"):
             with_loss = loss_tokens is None or n_loss < loss_tokens
