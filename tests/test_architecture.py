@@ -60,8 +60,6 @@ ROWS = (
 )
 BESIDE = {"saes": {"models"}}
 BELOW = {room: set().union(*ROWS[:row]) | BESIDE.get(room, set()) for row, rooms in enumerate(ROWS) for room in rooms}
-# A script of a room that needs more than the room itself may: it is run, never imported by the package.
-SCRIPTS = {"micro_italiano/train_mini.py": {"corpora"}}
 # Words that say what a number counts or is measured in.
 UNITS = set(
     re.findall(
@@ -116,17 +114,11 @@ def test_every_file_is_in_a_room():
 
 @pytest.mark.parametrize("file", house.FILES, ids=lambda file: str(file.relative_to(house.PACKAGE)))
 def test_arrows_point_down(file):
-    room, name = house.room(file), file.relative_to(house.PACKAGE).as_posix()
+    room = house.room(file)
     if room == "__init__":
         return  # the public names
     rooms = {(imported.split(".") + ["__init__"])[1] for imported in house.imports(file)}
-    assert rooms <= BELOW[room] | SCRIPTS.get(name, set()) | {room, "__init__"}
-
-
-def test_scripts_are_imported_by_nobody():
-    for script in SCRIPTS:
-        name = script.removesuffix(".py").replace("/", ".")
-        assert not [file for file in house.FILES if f"sae_italian.{name}" in house.imports(file)]
+    assert rooms <= BELOW[room] | {room, "__init__"}
 
 
 @pytest.mark.parametrize("file", house.FILES, ids=lambda file: str(file.relative_to(house.PACKAGE)))

@@ -121,7 +121,7 @@ def test_what_the_user_can_fix_is_one_line_and_exit_code_2(capsys, tmp_path, mon
 
 
 def test_an_sae_of_another_width(capsys, trained_sae, tmp_path):
-    from sae_italian.micro_italiano.train_mini import Recipe, build_model
+    from tests.bench.train_mini import Recipe, build_model
     from tests.corpora.test_packing import TOKENIZERS
 
     build_model(Recipe(d_model=64, n_heads=2, d_mlp=64, vocab_size=400)).save_pretrained(tmp_path / "small")

@@ -19,20 +19,20 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.pool import ExceptionWithTraceback  # pyright: ignore[reportAttributeAccessIssue]
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 
 Engine = Literal["local", "ray"]
-ENGINES: tuple[Engine, ...] = ("local", "ray")
 RETRIES = 3  # how often a unit whose worker died is done again
 AHEAD = 2  # units handed out for each worker before the first result is taken
 PATIENCE = 5.0  # seconds until a network file system must have shown a new file
@@ -55,26 +55,27 @@ def map_units(
     """Yield `function(unit)` of every unit, in order; with `setup`, `function(setup(), unit)`, set up once a worker.
 
     `local` works in this process with one worker (the default), else in that many spawned processes, so function, setup
-    and units must be picklable and a script needs `if __name__ == "__main__":`. With `fork` (Linux; elsewhere the work is
-    done here) the processes share this one's memory instead, with one thread each. `ray` uses the cluster at `address`
-    (None: the one this process is connected to, else a new one on this machine with `workers` CPUs); each unit takes one
-    CPU there and `gpus` GPUs. Units are read as they are needed, AHEAD a worker. `folder` is where the units write: on
+    and units must be picklable (function and setup go to a worker once) and a script needs `if __name__ == "__main__":`. With
+    `fork` (Linux; elsewhere the work is done here) the processes share this one's memory, with one thread each. `ray` uses
+    the cluster at `address` (None: the one this process is connected to, else a new one here with `workers` CPUs); a unit
+    takes one CPU there and `gpus` GPUs. Units are read as they are needed, AHEAD a worker. `folder` is where they write: on
     Ray, a worker that does not see it is refused. A worker that dies costs the units it had, which are done again.
 
     Raises: UsageError for an engine that is unknown, not installed or not reached, for a folder that is not shared, and
     when workers keep dying; what a unit raises, unchanged, with the worker's traceback as its cause unless it is ours.
     """
-    if engine not in ENGINES:
-        raise UsageError(f"engine {engine!r} is unknown. {nearest(engine, ENGINES)}")
+    if engine not in get_args(Engine):
+        raise UsageError(f"engine {engine!r} is unknown. {nearest(engine, get_args(Engine))}")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}; it must be 1 or more.")
     if engine == "local" and address is not None:
         raise UsageError(f"--address {address} is that of a Ray cluster; add --engine ray, or leave it out.")
+    function = function if setup is None else _SetUp(function, setup)
     if engine == "ray":
-        return _in_order(_Ray(Job(function, setup, _probe(folder)), address, workers, gpus), units)
-    if workers is None or workers == 1 or (fork and not sys.platform.startswith("linux")):
-        return _here(Job(function, setup), units)
-    return _in_order(_Processes(Job(function, setup), workers, fork), units)
+        return _in_order(_Ray(Job(function, _probe(folder)), address, workers, gpus), units)
+    if workers in (None, 1) or (fork and not sys.platform.startswith("linux")):
+        return map(function, units)
+    return _in_order(_Processes(function, workers or 1, fork), units)
 
 
 def in_threads(function: Callable[[Item], Found], items: Iterable[Item], concurrency: int) -> Iterator[Found]:
@@ -98,13 +99,6 @@ def in_threads(function: Callable[[Item], Found], items: Iterable[Item], concurr
             yield from (each.result() for each in done if each.exception() is None)
     if failure is not None:
         raise failure
-
-
-def _here(job: Job, units: Iterable[Any]) -> Iterator[Any]:
-    do: Callable[[Any], Any] | None = None
-    for unit in units:
-        do = do or job.open()
-        yield do(unit)
 
 
 def _in_order(pool: _Processes | _Ray, units: Iterable[Any]) -> Iterator[Any]:
@@ -140,12 +134,24 @@ def _in_order(pool: _Processes | _Ray, units: Iterable[Any]) -> Iterator[Any]:
         pool.stop(promised)
 
 
+@dataclass
+class _SetUp:
+    """A function of what is set up once in a process, and a unit."""
+
+    function: Callable[[Any, Any], Any]
+    setup: Callable[[], Any]
+    made: tuple[Any, ...] = ()
+
+    def __call__(self, unit: Any) -> Any:
+        self.made = self.made or (self.setup(),)
+        return self.function(self.made[0], unit)
+
+
 class Job(NamedTuple):
-    """What every unit of one call has in common; a worker opens it once."""
+    """What a worker on Ray gets once: the function, and what shows that the worker can do its units."""
 
     function: Callable[..., Any]
-    setup: Callable[[], Any] | None
-    probe: Path | None = None  # a file that a worker must see
+    probe: Path | None = None  # a file that it must see
     version: str = sae_italian.__version__
 
     def open(self) -> Callable[[Any], Any]:
@@ -164,10 +170,7 @@ class Job(NamedTuple):
                     "Give a folder on a file system that every machine of the cluster mounts at the same path."
                 )
             time.sleep(0.2)
-        if self.setup is None:
-            return self.function
-        state = self.setup()
-        return lambda unit: self.function(state, unit)
+        return self.function
 
 
 def _probe(folder: Path | None) -> Path | None:
@@ -185,9 +188,10 @@ class _Processes:
 
     deaths = BrokenProcessPool
 
-    def __init__(self, job: Job, workers: int, fork: bool):
+    def __init__(self, function: Callable[..., Any], workers: int, fork: bool):
         self.workers, self.fork, self.n_deaths = workers, fork, 0
-        self.job = job if fork else pickle.dumps(job)  # a forked process inherits the job with all that it refers to
+        # a forked process inherits the function with all that it refers to
+        self.function = function if fork else pickle.dumps(function)
         self.executor: ProcessPoolExecutor | None = None
 
     def submit(self, unit: Any) -> Future[tuple[Any, Any]]:
@@ -197,7 +201,7 @@ class _Processes:
                 gc.freeze()  # what the processes share is neither searched for garbage nor copied for it
             threads = 1 if self.fork else max(1, (os.cpu_count() or 1) // self.workers)
             context = get_context("fork" if self.fork else "spawn")
-            self.executor = ProcessPoolExecutor(self.workers, context, _start_worker, (self.job, threads))
+            self.executor = ProcessPoolExecutor(self.workers, context, _start_worker, (self.function, threads))
         return self.executor.submit(_do, unit)
 
     def result(self, future: Future[tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -208,18 +212,14 @@ class _Processes:
     def mend(self) -> bool:
         """Make new processes at the next unit; False after RETRIES deaths without a result between them."""
         self.n_deaths += 1
-        self._end()
+        self.stop(())
         return self.n_deaths <= RETRIES
 
     def stop(self, promised: Iterable[Any]) -> None:
         """End the workers, those in the middle of a unit too: each removes the file it was writing."""
-        if promised and self.executor is not None:
-            for process in list((self.executor._processes or {}).values()):
-                process.terminate()
-        self._end()
-
-    def _end(self) -> None:
         if self.executor is not None:
+            for process in list((self.executor._processes or {}).values()) if promised else ():
+                process.terminate()
             self.executor.shutdown(wait=True, cancel_futures=True)
             self.executor = None
             gc.unfreeze()
@@ -232,12 +232,12 @@ class _Ray:
         self.ray, self.probe, self.key = connect(address, workers), job.probe, uuid.uuid4().hex
         died = self.ray.exceptions
         self.deaths = (died.WorkerCrashedError, died.NodeDiedError, died.OutOfMemoryError)
-        self.task = self.ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_do_on_ray)
+        self.task = self.ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_do)
         self.workers = max(1, int(self.ray.cluster_resources().get("CPU", 1)))
         self.shared = [self.ray.put(job)]  # in a list, Ray hands over the reference: a worker opens the job once
 
     def submit(self, unit: Any) -> Any:
-        return self.task.remote(self.key, self.shared, unit)
+        return self.task.remote(unit, self.key, self.shared)
 
     def result(self, reference: Any) -> tuple[Any, Any]:
         return self.ray.get(reference)
@@ -260,9 +260,9 @@ def connect(address: str | None, workers: int | None) -> Any:
 
     Raises: UsageError when Ray is not installed or nothing answers at `address`.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster started here: as quick as local work
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"USAGE_STATS_ENABLED": "0", "worker_niceness": "0", "ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    for name, value in quiet.items():  # a cluster started here is as quick as local work
+        os.environ.setdefault(f"RAY_{name}", value)
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -272,13 +272,12 @@ def connect(address: str | None, workers: int | None) -> Any:
         if address not in (None, "auto", here):
             raise UsageError(f"this process is connected to the Ray cluster at {here}, not {address}. End it first.")
         return ray
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
         if host and port.isdigit():  # an address where nobody answers, Ray would try for two minutes
             socket.create_connection((host, int(port)), timeout=5).close()
         here = {"num_cpus": workers, "include_dashboard": False} if address is None else {}
-        ray.init(address=address or "local", **here, **quiet)
+        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **here)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         if "InvalidAuthToken" in f"{error}{error.__cause__}":
@@ -292,18 +291,17 @@ def connect(address: str | None, workers: int | None) -> Any:
 
 # --- in a worker -----------------------------------------------------------------------------------------------------
 
-_job: tuple[str, Job] | None = None  # the one job of this process, and its key
-_work: Callable[[Any], Any] | None = None  # the same, opened
+_work: tuple[str, Callable[..., Any]] | None = None  # the one function of this process, and its job's key
 
 
-def _start_worker(job: Job | bytes, threads: int) -> None:
-    global _job
+def _start_worker(function: Callable[..., Any] | bytes, threads: int) -> None:
+    global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raised in the middle of a unit, so that it can clean up
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))
-    _job = ("", pickle.loads(job) if isinstance(job, bytes) else job)
-    if isinstance(job, Job):  # forked: its libraries have started their threads, which would slow one another down
+    _work = ("", pickle.loads(function) if isinstance(function, bytes) else function)
+    if not isinstance(function, bytes):  # forked: its libraries have started threads, which would slow one another down
         from threadpoolctl import threadpool_limits
 
         threadpool_limits(1)
@@ -318,14 +316,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _do(unit: Any) -> tuple[Any, Any]:
+def _do(unit: Any, key: str = "", shared: Sequence[Any] = ()) -> tuple[Any, Any]:
     """Return the unit's value and None, or None and what it raised, with its traceback, in a form that can be pickled."""
     global _work
     try:
-        if _work is None:
-            assert _job is not None
-            _work = _job[1].open()
-        return _work(unit), None
+        if _work is None or _work[0] != key:
+            import ray
+
+            job: Any = ray.get(shared[0])
+            _work = (key, job.open())
+        return _work[1](unit), None
     except SystemExit:
         os._exit(143)
     except Exception as error:
@@ -335,12 +335,3 @@ def _do(unit: Any) -> tuple[Any, Any]:
         except Exception:
             error = RuntimeError(f"{type(error).__name__}: {error}")
         return None, ExceptionWithTraceback(error, trace)
-
-
-def _do_on_ray(key: str, shared: list[Any], unit: Any) -> tuple[Any, Any]:
-    global _job, _work
-    if _job is None or _job[0] != key:
-        import ray
-
-        _job, _work = (key, ray.get(shared[0])), None
-    return _do(unit)

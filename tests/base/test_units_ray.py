@@ -63,7 +63,7 @@ def test_another_cluster_than_the_connected_one_is_refused(ray_cluster):
 
 
 def test_another_version_on_a_worker_is_refused():
-    job = units.Job(work.square, None, version="0.0.1")
+    job = units.Job(work.square, version="0.0.1")
     with pytest.raises(UsageError, match="this machine 0.0.1. Install the same version"):
         job.open()
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora import TextDocument, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, take_tokens
-from sae_italian.micro_italiano.train_mini import train_tokenizer
+from tests.bench.train_mini import train_tokenizer
 
 HARD = [
     "Perché la città è più bella? L'università dell'Aquila, un'altra «cosa» c'è già.",

@@ -229,7 +229,7 @@ def test_a_threshold_missing_after_topk_to_jumprelu(sae, mini):
 
 def test_the_tokenizer_of_another_model(sae, mini, jsonl):
     from sae_italian.corpora import iter_documents
-    from sae_italian.micro_italiano.train_mini import train_tokenizer
+    from tests.bench.train_mini import train_tokenizer
 
     model = load_model("mini")
     texts = [document.text[::-1] for document in iter_documents(str(jsonl), "all")]

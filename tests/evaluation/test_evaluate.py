@@ -18,10 +18,10 @@ from sae_italian.base.statistics import bootstrap
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.evaluation import EvaluationCard, evaluate, read_card
 from sae_italian.evaluation.evaluate import LatentCounts
-from sae_italian.micro_italiano.train_mini import Recipe, build_model
 from sae_italian.models.activations import logits_with_replacement, read_activations
 from sae_italian.saes import load_sae, weights_hash
 from sae_italian.saes.baselines import random_twin
+from tests.bench.train_mini import Recipe, build_model
 from tests.conftest import described
 
 module = sys.modules["sae_italian.evaluation.evaluate"]  # the room has a function of that name

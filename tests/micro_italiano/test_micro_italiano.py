@@ -19,8 +19,7 @@ from sae_italian.micro_italiano import (
     ioi_prompts,
 )
 from sae_italian.micro_italiano.grammar import load_grammar
-from sae_italian.micro_italiano.lexicon import in_words, load_lexicon
-from sae_italian.micro_italiano.morphology import adjective, enclitic, plural
+from sae_italian.micro_italiano.lexicon import adjective, enclitic, in_words, load_lexicon, plural
 from sae_italian.micro_italiano.realise import onset, sandhi
 
 REGISTERS = {"news", "recipe", "law", "dialogue", "narrative", "exercise"}

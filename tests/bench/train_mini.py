@@ -1,4 +1,4 @@
-"""Train the embedded mini model on MicroItaliano, tokenizer first: `python -m sae_italian.micro_italiano.train_mini`.
+"""Train the embedded mini model on MicroItaliano, tokenizer first: `python -m tests.bench.train_mini`.
 
 The model is Minerva in small: MistralForCausalLM with grouped-query attention, a sliding window shorter than the
 context, untied embeddings, and a Llama-style BPE tokenizer with byte fallback that puts one BOS in front. Everything is
@@ -153,7 +153,11 @@ def train(recipe: Recipe) -> tuple[MistralForCausalLM, PreTrainedTokenizerFast, 
 
 
 def main(
-    *, out: Path = Path(__file__).parents[1] / "models" / "mini", steps: int = 3_000, seed: int = 0, threads: int = 2
+    *,
+    out: Path = Path(__file__).parents[2] / "sae_italian" / "models" / "mini",
+    steps: int = 3_000,
+    seed: int = 0,
+    threads: int = 2,
 ) -> None:
     """Train the embedded model and write its weights in half precision, its tokenizer and the training record.
 
@@ -168,7 +172,7 @@ def main(
     started = time.time()
     model, tokenizer, curve = train(recipe)
     record = {
-        "command": " ".join(["python -m sae_italian.micro_italiano.train_mini", *sys.argv[1:]]),
+        "command": " ".join(["python -m tests.bench.train_mini", *sys.argv[1:]]),
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": steps * recipe.batch_windows * recipe.context_size,
