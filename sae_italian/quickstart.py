@@ -10,7 +10,7 @@ from typing import Any
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import Estimate, reaches
-from sae_italian.base.storage import claimed, read_json, write_json, write_text
+from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
 
 CARD_TOKENS = 50_000
 
@@ -27,10 +27,12 @@ def quickstart(
 ) -> dict[str, Any]:
     """Run every step into `out` (sae/, cache/, report/) and return the results, also written to `out/results.json`.
 
-    The cache is built on held-out text, so nothing that is explained or scored was trained on. A run that was stopped
-    continues with `resume=True`. Raises: UsageError as the steps do.
+    The cache is built on held-out text, so nothing that is explained or scored was trained on. The random twin's cache,
+    as large as the SAE's own, goes once its numbers are read. A run that was stopped continues with `resume=True`.
+    Raises: UsageError as the steps do.
     """
     from sae_italian.autointerp import AutointerpConfig
+    from sae_italian.autointerp.run import TWIN_FOLDER
     from sae_italian.browser import LatentSource, write_browser
     from sae_italian.cache import FeatureCache, build_cache
     from sae_italian.models import load_model
@@ -48,6 +50,7 @@ def quickstart(
         build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)
         cache = FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
         results = analyse(cache, sae, model, card_tokens=card_tokens, config=AutointerpConfig(latents=latents))
+        remove(cache.folder / TWIN_FOLDER)
         report = write_browser(out / "report", LatentSource(cache, model.tokenizer, sae=sae, model=model))
         results["report"] = str(report)
         write_json(out / "results.json", results)
@@ -68,7 +71,8 @@ def analyse(
 ) -> dict[str, Any]:
     """Measure, explain and score what a cache holds; return the results, also kept in the cache's folder.
 
-    Parts: `card` (unless `card_tokens` is None), `autointerp`, `random` (unless turned off), `gold`.
+    Parts: `card` (unless `card_tokens` is None), `autointerp`, `random` (unless turned off), `gold`. The random twin's
+    numbers are measured once for a configuration: its cache may be removed.
     """
     from sae_italian.analysis import gold_table
     from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
@@ -89,10 +93,11 @@ def analyse(
     store = run_autointerp(cache, model.tokenizer, config, sae=sae, workers=workers, run_units=run_units)
     results["autointerp"] = summarise(store).as_dict()
     results["gold"] = [asdict(result) for result in gold_table(cache)]
-    if random_control:
+    if random_control and results.get("random_of") != asdict(config):
         twin = random_sae_control(cache, sae, model, config, workers=workers)
         results["random"] = summarise(twin).as_dict()
         results["random_gold"] = [asdict(result) for result in gold_table(FeatureCache.open(twin.parent))]
+        results["random_of"] = asdict(config)
     write_json(file, results)
     return results
 
@@ -101,9 +106,13 @@ def forget_scores(cache: Any) -> None:
     """Drop the explanations and scores of a cache, those of its random twin too; activations and paid calls stay."""
     from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER
     from sae_italian.autointerp.store import forget
+    from sae_italian.browser.source import RESULTS
 
     for folder in (cache.folder, cache.folder / TWIN_FOLDER):
         forget(folder / STORE_FILE)
+    if (cache.folder / RESULTS).is_file():
+        kept = {key: part for key, part in read_json(cache.folder / RESULTS).items() if not key.startswith("random")}
+        write_json(cache.folder / RESULTS, kept)
 
 
 # Rows that follow the short list of metrics: the part of the results, and the label, which ends with the number's name.

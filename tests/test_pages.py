@@ -2,9 +2,10 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,124 @@ def test_the_pages_are_read_as_they_are_written():
         *("sae-italian browse CACHE", "sae-italian train X")
     ]
     assert as_typed("sae-italian a b | c [--n N] ...") == [["a", "b", "--n", "3"], ["a", "c", "--n", "3"]]
+
+
+# --- the pages' lines, run on the mini model ---------------------------------------------------------------------------
+
+# What a page's words stand for here; what follows --out is a new folder, SAE and SAE_A another folder of the same kind
+# when it comes again.
+STANDS_FOR = {
+    **dict.fromkeys(("MODEL", "NAME", "owner/name", "minerva-1b", "../shared/models/ita-5m"), "sae-italian-mini"),
+    **dict.fromkeys(("SAE", "RUN", "SAE_A"), "sae"),
+    **dict.fromkeys(("CACHE", "A"), "cache"),
+    "SAE_B": "sae2",
+    "B": "cache2",
+    "CONFIG": "mini/topk",
+}
+TINY = "training_tokens=4096 sae.d_sae=256 train_batch_size_tokens=512 buffer_tokens=4096 lr_warm_up_steps=1 lr_decay_steps=2"
+SMALLER = {
+    "agreement": "--check 40 --n-pairs 2 --thresholds 2",
+    "autointerp": "--n-latents 8 n_scored=2",
+    "cache build": "--tokens 2000",
+    "corpora pretokenize": "--tokens 5000 --context-size 64",
+    "corpora stats": "--documents 50",
+    "evaluate": "--tokens 2000",
+    "ioi": "--check 40 --n-pairs 2 --thresholds 2",
+    "saes doctor": "--tokens 512",
+    "shift": "--tokens 2000",
+    "train CONFIG": f"{TINY} --out new",
+}
+GIVEN = {"export SAE --to jumprelu": "--tokens 2000 --out new", "export CACHE": "--latents 0-3 --out new"}
+SLOW = ("autointerp CACHE --subject", "ioi", "agreement", "models check", "shift")
+NOT_RUN = {
+    "autointerp CACHE --explainer llm --n-shown": "needs a language model; tests/autointerp/llm",
+    "reproduce": "minutes; tests/papers/test_reproduce.py",
+    "explainita": "needs data; tests/autointerp/explainita",
+    "language": "needs treebanks; tests/analysis/probes",
+    "models fetch": "needs a registry; tests/models/test_gguf.py",
+    "models import": "needs a GGUF file; tests/models/test_gguf.py",
+    "corpora show wikipedia-it": "needs the hub",
+    "evaluate runs/ita": "needs ../shared, minutes; `evaluate SAE` stands for it",
+    "train mini/topk model=../shared": "needs ../shared, minutes; `train CONFIG` stands for it",
+}
+
+
+def starts(command: str, table) -> str | None:
+    """Return the key of a table that a command begins with, its first word `sae-italian` apart."""
+    return next((key for key in table if command.removeprefix("sae-italian ").startswith(key)), None)
+
+
+def to_run() -> list:
+    """Return each way to type each line of a page, without what stands in brackets, once."""
+    found = {}
+    for _, command in WRITTEN:
+        if starts(command, NOT_RUN):
+            continue
+        for words in as_typed(re.sub(r"\[[^]]*\]", "", command)):
+            if words[0] == "shift" and "context" not in words or words[-1] == "model-card":
+                continue  # by genre, language and model they need corpora; a model card is an SAE's
+            slow = [pytest.mark.slow] if starts(command, SLOW) else []
+            found[" ".join(words)] = pytest.param(command, words, marks=slow, id=" ".join(words))
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def place(trained_sae, small_cache, jsonl, tmp_path_factory):
+    """A folder like that of a quickstart: two SAEs, their caches with explanations, a folder of texts."""
+    folder = tmp_path_factory.mktemp("pages")
+    for name in ("sae", "sae2"):
+        shutil.copytree(trained_sae, folder / name)
+    for name in ("cache", "cache2"):
+        shutil.copytree(small_cache, folder / name, ignore=shutil.ignore_patterns("autointerp*", "random-twin"))
+    shutil.copytree(jsonl.parent, folder / "testi")
+    (folder / "quickstart").symlink_to(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert app.main(["autointerp", "cache", "--n-latents", "8", "--no-random-control"]) == 0
+    return folder
+
+
+def filled_in(command: str, words: list[str], new: Path) -> list[str]:
+    """Return a page's words with files that are here, and its sizes as small as they go."""
+    typed, outs = [], count()
+    for word in words:
+        name = "mini/topk" if words[0] == "train" and word == "NAME" else STANDS_FOR.get(word, word)
+        if typed and typed[-1] == "--out" or word == "new":
+            name = f"{new}{next(outs)}" + Path(word).suffix
+        elif word == "SAE" and "sae" in typed:
+            name = "sae2"
+        typed.append(name)
+    for table in (SMALLER, GIVEN):
+        more = table.get(starts(command, table) or "", "").split()
+        given = [word for word in more if word.startswith("--") and word in typed]  # a size of the page's own
+        for option in given:
+            typed[typed.index(option) + 1] = more.pop(more.index(option) + 1)
+            more.remove(option)
+        typed += [f"{new}{next(outs)}" if word == "new" else word for word in more]
+    return typed
+
+
+@pytest.mark.parametrize(("command", "words"), to_run())
+def test_a_command_on_a_page_does_what_it_says(command, words, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    code = app.main(filled_in(command, words, tmp_path / "new"))
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    assert told.out.strip()
+
+
+def test_what_is_not_run_is_on_a_page():
+    commands = [command.removeprefix("sae-italian ") for _, command in WRITTEN]
+    for told in (*NOT_RUN, *SMALLER, *GIVEN, *SLOW):
+        assert any(command.startswith(told) for command in commands), told
+    assert len(to_run()) > 20
+
+
+def test_the_first_snippet_runs_but_for_what_needs_the_hub_and_minutes(place, monkeypatch):
+    """Lines that load Minerva or train are left out; the stock runner is tests/training/test_run.py's."""
+    monkeypatch.chdir(place)
+    code = "\n".join(re.findall(r"(?ms)^```python\n(.*?)^```", PAGES[0].read_text(encoding="utf-8")))
+    kept = [line for line in code.splitlines() if not re.search(r"minerva|mc4|\.run\(|load_config\(", line)]
+    names: dict = {}
+    exec("\n".join(kept), names)
+    assert len(names["position"]) == len(names["value"]) and names["latent"].windows("top", 40).shown()

@@ -80,6 +80,8 @@ def test_a_second_run_is_refused_and_resuming_gives_the_same(done):
         quickstart(out, "mini/topk.yaml", *SMALL, cache_tokens=40_000, card_tokens=10_000)
     again = quickstart(out, "mini/topk.yaml", *SMALL, cache_tokens=40_000, card_tokens=10_000, resume=True)
     assert json.dumps(again["autointerp"]) == json.dumps(results["autointerp"])
+    assert again["random"] == results["random"] and again["random_gold"] == results["random_gold"]
+    assert not (out / "cache" / "random-twin").exists()  # its numbers are kept, its cache is not made again
     assert again["card"]["explained_variance"] == results["card"]["explained_variance"]
 
 

@@ -1,6 +1,24 @@
-"""Analyses of a cache, an SAE or a model: gold labels that single latents detect, what a model knows of the language."""
+"""Analyses of a cache, an SAE or a model: gold labels, what a model knows of the language, and what single latents cause."""
 
+from sae_italian.analysis.causal.latent import ablate, steer
+from sae_italian.analysis.causal.patching import Patcher, patch_inputs, patch_saes, thresholds
 from sae_italian.analysis.gold import GoldResult, gold_table
-from sae_italian.analysis.tasks import italian_skills
+from sae_italian.analysis.tasks import check_able, ioi_pairs, ioi_score, italian_skills, words_for
+from sae_italian.saes.baselines import random_twin
 
-__all__ = ["GoldResult", "gold_table", "italian_skills"]
+__all__ = [
+    "GoldResult",
+    "Patcher",
+    "ablate",
+    "check_able",
+    "gold_table",
+    "ioi_pairs",
+    "ioi_score",
+    "italian_skills",
+    "patch_inputs",
+    "patch_saes",
+    "random_twin",
+    "steer",
+    "thresholds",
+    "words_for",
+]

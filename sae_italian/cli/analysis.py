@@ -8,22 +8,15 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+import sae_italian
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import (
-    MINUTES,
-    Count,
-    Model,
-    Result,
-    Sae,
-    Seed,
-    Source,
-    bounded,
-    key_values,
-    own_words,
-    short_names,
-)
+from sae_italian.base.report import plain
+from sae_italian.base.storage import write_json
+from sae_italian.cli.options import MINUTES, Count, Model, Result, Sae, Seed, bounded, key_values, own_words, short_names
 
 Many = Parameter(consume_multiple=True)
+WHOLE_TEXTS = "genre, language, model"
+USED_BY = {"--buckets": WHOLE_TEXTS, "context_size": WHOLE_TEXTS, "--edges": "context", "packed": "context"}
 
 
 @bounded
@@ -48,13 +41,11 @@ def geometry(
         above: Cosine that makes a neighbour, above 0 and at most 1; default: sqrt(12 ln F / D).
     """
     from sae_italian.analysis.geometry.report import geometry as measure
-    from sae_italian.base.report import plain
-    from sae_italian.saes import load_sae
 
     if above is not None and not 0 < above <= 1:
         raise UsageError(f"--above is {above}; a cosine above 0 and at most 1 was expected.")
-    _, names = own_words(saes, MINUTES)
-    loaded = {short: load_sae(name) for short, name in short_names(names).items()}
+    names = short_names(own_words(saes, MINUTES)[1])
+    loaded = {short: sae_italian.load_sae(name) for short, name in names.items()}
     alive, texts = _known(loaded, cache or [])
     result = measure(loaded, alive=alive, texts=texts, sample=sample, above=above, method=map, seed=seed)
     result.save(out)
@@ -66,13 +57,12 @@ def _known(saes: dict[str, Any], caches: list[Path]) -> tuple[dict[str, Any], di
     """Return by SAE which latents are alive and their explanations, as far as caches know them."""
     from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
     from sae_italian.autointerp.store import Store
-    from sae_italian.cache import FeatureCache
     from sae_italian.saes import weights_hash
 
     alive, texts = {}, {}
     hashes = {weights_hash(sae): name for name, sae in saes.items()}
     for folder in caches:
-        cache = FeatureCache.open(folder)
+        cache = sae_italian.FeatureCache.open(folder)
         name = hashes.get(cache.manifest.sae_hash)
         if name is None:
             raise UsageError(f"{folder} was built with another SAE ({cache.manifest.sae}) than those given.")
@@ -115,12 +105,15 @@ def language(
     """
     from sae_italian.analysis.probes.languages import language_latents
     from sae_italian.base.pace import cut_short
-    from sae_italian.base.storage import write_json
     from sae_italian.models.activations import check_context
-    from sae_italian.saes.loading import model_of
+    from sae_italian.saes import model_of
 
     settings = key_values(words, MINUTES | {"context_size": 0, "text_column": "text"})
-    corpora = _languages(ud, languages, against)
+    if not ud and not languages:
+        raise UsageError("nothing to look for: give --ud with treebanks, --languages with corpora, or both.")
+    corpora = _named("--languages NAME=CORPUS", languages, 2 if languages else 0)
+    if against and not ud:
+        raise UsageError("--against compares probes on treebanks; give --ud too, or leave it out.")
     columns = _columns(settings["text_column"], corpora)
     loaded, cache = _sae_of(sae, sae_of_cache)
     subject = model_of(loaded, model or (cache.manifest.model if cache else None))
@@ -147,32 +140,17 @@ def language(
     return Result(value, "\n\n".join([*parts, f"results: {out}"]))
 
 
-def _languages(ud: list[str] | None, languages: list[str] | None, against: list[str] | None) -> dict[str, str]:
-    """Return the corpora by language. Raises: UsageError for options that do not go together."""
-    if not ud and not languages:
-        raise UsageError("nothing to look for: give --ud with treebanks, --languages with corpora, or both.")
-    corpora = _named(languages or [])
-    if len(corpora) == 1:
-        raise UsageError("--languages needs NAME=CORPUS two times or more, e.g. it=notizie.jsonl en=news.jsonl.")
-    if against and not ud:
-        raise UsageError("--against compares probes on treebanks; give --ud too, or leave it out.")
-    return corpora
-
-
 def _sae_of(given: str, of_cache: str | None) -> tuple[Any, Any]:
     """Return the SAE, and the cache where one was given. Raises: UsageError when the cache is of another SAE."""
-    from sae_italian.cache import FeatureCache
-    from sae_italian.saes import load_sae
-
     if not (Path(given) / "manifest.json").is_file():
         if of_cache:
             raise UsageError(f"--sae {of_cache} is the SAE of a cache, but {given} is no cache. Leave it out.")
-        return load_sae(given), None
-    name = of_cache or FeatureCache.open(given).manifest.sae
+        return sae_italian.load_sae(given), None
+    name = of_cache or sae_italian.FeatureCache.open(given).manifest.sae
     if not of_cache and ":" not in name and not Path(name).is_dir():
         raise UsageError(f"{given} was built with the SAE {name!r}, which is not here. Give it as --sae.")
-    sae = load_sae(name)
-    return sae, FeatureCache.open(given, sae=sae)
+    sae = sae_italian.load_sae(name)
+    return sae, sae_italian.FeatureCache.open(given, sae=sae)
 
 
 def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str], against: list[str], seed: int) -> Any:
@@ -180,18 +158,17 @@ def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str],
 
     from sae_italian.analysis.probes.detect import probe
     from sae_italian.analysis.probes.treebank import label_names, read_treebank, read_words
-    from sae_italian.saes import check_fits, load_sae
+    from sae_italian.saes import check_fits
     from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
 
     hook_name = check_fits(sae, model)
     banks = [read_treebank(path) for path in treebanks]
     if len({bank.name for bank in banks}) < len(banks):
         raise UsageError(f"two treebanks are called {banks[0].name}; give each once, or rename a folder.")
-    others = {short: load_sae(given) for short, given in short_names(against).items()}
+    others = {short: sae_italian.load_sae(given) for short, given in short_names(against).items()}
     for other_name, other in others.items():  # d_in is checked where words are encoded
-        here, there = (each.cfg.metadata.hook_name for each in (other, sae))
-        if here != there:
-            raise UsageError(f"{other_name} has hook_name {here!r}, the SAE {there!r}: compare SAEs of one site.")
+        if (there := other.cfg.metadata.hook_name) != (here := sae.cfg.metadata.hook_name):
+            raise UsageError(f"{other_name} has hook_name {there!r}, the SAE {here!r}: compare SAEs of one site.")
     labels = label_names(banks)
     words = [read_words(model, hook_name, bank, labels, context_size=context) for bank in banks]
     seen = words[0].x[words[0].train][:CALIBRATION_TOKENS]
@@ -243,20 +220,21 @@ def shift(
     """
     from sae_italian.analysis.shift import Condition, context_shift, genres
     from sae_italian.analysis.shift import shift as measure
-    from sae_italian.models import load_model
-    from sae_italian.saes.loading import full_name
+    from sae_italian.saes import full_name
 
     settings = key_values(words, MINUTES | {"packed": False, "context_size": 0, "text_column": "text"})
-    bounds = _check_shift(by, buckets, edges, settings)
-    parts = _named(buckets or [])
-    loaded, subject, text = Source(model=model, corpus=corpus).load(sae)
+    _check_kind(by, {"--buckets": buckets, "--edges": edges} | settings)
+    bounds = None if edges is None else _numbers(edges)
+    least = {"language": 2, "model": 1}.get(by, 0)
+    parts = _named(f"--by {by} --buckets NAME={'MODEL' if by == 'model' else 'CORPUS'}", buckets, least)
+    loaded, subject, text = sae_italian.open_sae(sae, model, corpus)
     column, name = settings["text_column"], full_name(sae)
     if by == "context":
         where: dict[str, Any] = {"edges": bounds, "split": split, "packed": settings["packed"], "text_column": column}
         result = context_shift(loaded, subject, text, n_tokens=tokens, name=name, **where)
     else:
         if by == "model":
-            models = {"base": subject} | {key: load_model(value) for key, value in parts.items()}
+            models = {"base": subject} | {key: sae_italian.load_model(value) for key, value in parts.items()}
             conditions = [Condition(key, value, text, split, column) for key, value in models.items()]
         else:
             texts = {key: (value, None) for key, value in parts.items()} or genres(text, column)
@@ -269,33 +247,31 @@ def shift(
     return Result(result.as_dict(), "\n".join([*lines, f"picture: {out / 'shift.svg'}"]))
 
 
-def _check_shift(by: str, buckets: list[str] | None, edges: str | None, settings: dict[str, Any]) -> list[int] | None:
-    """Return the edges. Raises: UsageError for what the kind of shift does not use, and for what it lacks."""
-    if by == "context" and buckets:
-        raise UsageError("--buckets is for --by genre, language or model, not for --by context. Leave it out.")
-    for what, value in (("--edges", edges), ("packed", settings["packed"])):
-        if by != "context" and value:
-            raise UsageError(f"{what} is for --by context, not for --by {by}. Leave it out.")
-    if by == "context" and settings["context_size"]:
-        raise UsageError("context_size is for whole windows; by context give --edges, the buckets' bounds.")
-    if by == "language" and len(buckets or []) < 2:
-        raise UsageError("--by language needs --buckets NAME=CORPUS two times or more, e.g. it=testi en=texts.")
-    if by == "model" and not buckets:
-        raise UsageError("--by model needs --buckets NAME=MODEL, e.g. instruct=./tuned-model.")
+def _check_kind(by: str, given: dict[str, Any]) -> None:
+    """Raise UsageError for a setting that this kind of shift does not use."""
+    for name, value in given.items():
+        kinds = USED_BY.get(name, by)
+        if value and by not in kinds:
+            raise UsageError(f"{name} is for --by {kinds}, not for --by {by}. Leave it out.")
+
+
+def _numbers(given: str) -> list[int]:
     try:
-        return None if edges is None else [int(part) for part in edges.split(",")]
+        return [int(part) for part in given.split(",")]
     except ValueError as error:
-        raise UsageError(f"--edges is {edges!r}; numbers with commas were expected, e.g. 0,128,256,512.") from error
+        raise UsageError(f"--edges is {given!r}; numbers with commas were expected, e.g. 0,128,256,512.") from error
 
 
-def _named(pairs: list[str]) -> dict[str, str]:
-    """Return name and value of each NAME=VALUE. Raises: UsageError for another form, or a name given twice."""
+def _named(what: str, pairs: list[str] | None, least: int = 0) -> dict[str, str]:
+    """Return name and value of each NAME=VALUE. Raises: UsageError for another form, a name given twice, too few."""
     found: dict[str, str] = {}
-    for pair in pairs:
+    for pair in pairs or ():
         name, equals, value = pair.partition("=")
         if not (name and equals and value) or name in found:
             raise UsageError(f"{pair!r}: NAME=VALUE was expected, each name once.")
         found[name] = value
+    if len(found) < least:
+        raise UsageError(f"{what} is needed, {least} or more; {len(found)} given. For example it=testi en=texts.")
     return found
 
 
@@ -304,7 +280,7 @@ def _columns(given: str, names: Iterable[str]) -> dict[str, str]:
     if ":" not in given:
         return dict.fromkeys(names, given)
     columns = dict.fromkeys(names, "text")
-    named = _named([part.replace(":", "=", 1) for part in given.split(",")])
+    named = _named("", [part.replace(":", "=", 1) for part in given.split(",")])
     if named.keys() - columns.keys():
         raise UsageError(f"text_column is {given!r}; NAME:COLUMN was expected, each NAME of {', '.join(columns)}.")
     return columns | named

@@ -21,7 +21,7 @@ from cyclopts import App, CycloptsError, Parameter, ValidationError
 
 import sae_italian
 from sae_italian.base.errors import SaeItalianError
-from sae_italian.cli.options import Result, facts, readable
+from sae_italian.cli.options import Result, as_result, facts, readable
 
 _TABLE = resources.files("sae_italian.cli").joinpath("commands.yaml").read_text(encoding="utf-8")
 _TOLD = yaml.load(_TABLE, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -55,7 +55,7 @@ def build() -> App:
         app.command(group)
     for name, told in COMMANDS.items():
         *group, verb = name.split()
-        (groups[group[0]] if group else app).command(f"sae_italian.cli.{told['run']}", name=verb, help=told["help"])
+        (groups[group[0]] if group else app).command(f"sae_italian.{told['run']}", name=verb, help=told["help"])
     return app
 
 
@@ -69,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
             return _fail(_renamed(words), 2)
         command, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
-        result = command(*bound.args, **bound.kwargs)
-        if isinstance(result, Result):
+        found = command(*bound.args, **bound.kwargs)
+        if found is not None:  # --help and --version give nothing
+            result = as_result(found)
             _show(result, None if "--json" in given else _next_step(words, bound.arguments, result.value))
         return 0
     except SaeItalianError as error:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+import sae_italian
 from sae_italian.autointerp.llm.settings import LLMOptions, LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.cli.options import Count, Model, Result, Seed, Workers, own_words
@@ -46,12 +47,11 @@ def autointerp(
     """
     from sae_italian.autointerp import AutointerpConfig
     from sae_italian.autointerp.run import STORE_FILE
-    from sae_italian.cache import FeatureCache
 
     sizes = {"width": AutointerpConfig.width, "n_examples": AutointerpConfig.n_examples, "n_scored": 20}
     own, others = own_words(words, sizes)
     settings = (llm or LLMOptions()).with_words(others)
-    opened = FeatureCache.open(cache)
+    opened = sae_italian.FeatureCache.open(cache)
     n_scored = own.pop("n_scored")
     if encoder is not None or subject:
         return _scored(opened, model, settings, encoder, subject, n_scored)
@@ -79,17 +79,15 @@ def _explained(
     from sae_italian.autointerp.llm.beside import estimate_beside, run_beside
     from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.autointerp.summary import means, means_table
-    from sae_italian.models import load_model
     from sae_italian.quickstart import analyse, forget_scores, table_of
 
     config = AutointerpConfig(**numbers)
-    model = load_model(name or cache.manifest.model)
+    model = sae_italian.load_model(name or cache.manifest.model)
     sae = _sae_of(cache, needed=control)
     if overwrite:
         forget_scores(cache)
     if settings.wants_llm and settings.estimate:
-        found = estimate_beside(cache, model.tokenizer, config, sae, settings, control=control)
-        return Result(asdict(found))
+        return Result(asdict(estimate_beside(cache, model.tokenizer, config, sae, settings, control=control)))
     units = where.map(cache.folder) if where.engine == "ray" else None
     others: dict[str, Any] = {"card_tokens": None, "workers": where.workers or 1, "run_units": units}
     results = analyse(cache, sae, model, config=config, random_control=control, **others)
@@ -113,13 +111,12 @@ def _scored(
     from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge
     from sae_italian.autointerp.scorers.subject import subject_judge
     from sae_italian.autointerp.summary import means, means_table
-    from sae_italian.models import load_model
 
     store = cache.folder / STORE_FILE
     if not store.is_file():
         raise UsageError(f"{cache.folder} has no explanations yet; run `sae-italian autointerp {cache.folder}` first.")
     explainer = LLMExplainer(DryClient(settings)).name if settings.explainer == "llm" else EXPLAINER
-    model = load_model(name or cache.manifest.model)
+    model = sae_italian.load_model(name or cache.manifest.model)
     judges: list[Any] = []
     if encoder is not None:
         judges.append(EncoderJudge(Encoder(encoder), settings.language))
@@ -132,10 +129,8 @@ def _scored(
 
 def _sae_of(cache: Any, needed: bool) -> Any:
     """Return the cache's SAE: for the random control, and for the decoder neighbours where it is still at hand."""
-    from sae_italian.saes import load_sae
-
     try:
-        return load_sae(cache.manifest.sae)
+        return sae_italian.load_sae(cache.manifest.sae)
     except SaeItalianError:
         if needed:
             raise

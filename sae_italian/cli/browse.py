@@ -54,32 +54,28 @@ def browse(
         return _serve(source, port, _llm_settings(endpoint, llm_model, language, settings), which)
     if settings or endpoint or llm_model:
         raise UsageError("an LLM explains only while the browser is served; add --serve, or leave its settings out.")
-    return _write(source, out, which) if latent is None else _card(source, latent, model)
+    return _shown(source, out, latent, which)
 
 
-def _card(source: Path, latent: int, model: str | None) -> Result:
+def _shown(source: Path, out: Path | None, latent: int | None, which: dict[str, Any]) -> Result:
+    """Write the folder of pages, or return one latent's card."""
     from sae_italian.browser.opening import open_pages
     from sae_italian.browser.plain import card_text
-
-    records = open_pages(source, model_name=model, weights={}).source
-    row, card = records.row(latent), records.card(latent)
-    return Result({**row, **card}, card_text(row, card))
-
-
-def _write(source: Path, out: Path | None, which: dict[str, Any]) -> Result:
-    from sae_italian.browser.opening import open_pages
     from sae_italian.browser.write import write_browser
 
+    if latent is not None:
+        records = open_pages(source, model_name=which["model_name"], weights={}).source
+        row, card = records.row(latent), records.card(latent)
+        return Result({**row, **card}, card_text(row, card))
     answers = open_pages(source, **which)
     out = out or source.resolve().with_name(f"{source.resolve().name}-report")
-    index = write_browser(out, answers.source, other=answers.other)
-    if answers.other is None:
-        return Result({"report": str(index)}, f"Report: {index}")
-    facts = answers.other.facts()
-    text = f"Best matches: mean cosine {facts['mean_cosine']:.2f}, {100 * facts['share_near']:.0f} % of 0.7 or more, "
-    return Result(
-        {"report": str(index), **facts}, f"{text}{100 * facts['share_mutual']:.0f} % mutual.\nReport: {index}"
-    )
+    value, text = {"report": str(write_browser(out, answers.source, other=answers.other))}, ""
+    if answers.other is not None:
+        facts = answers.other.facts()
+        near, mutual = (f"{100 * facts[key]:.0f} %" for key in ("share_near", "share_mutual"))
+        text = f"Best matches: mean cosine {facts['mean_cosine']:.2f}, {near} of 0.7 or more, {mutual} mutual.\n"
+        value |= facts
+    return Result(value, f"{text}Report: {value['report']}")
 
 
 def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal["it", "en"], rare: dict[str, str]):

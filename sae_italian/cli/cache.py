@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
-
+import sae_italian
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import table
 from sae_italian.cli.options import POSITIVE, Folder, Result, Source, Workers, own_words
 
 
@@ -16,9 +16,9 @@ def build(
     *saes: str,
     out: Path,
     tokens: Annotated[int | Literal["all"], POSITIVE] = 300_000,
-    source: Annotated[Source, Parameter(name="*")] = Source(),  # noqa: B008
-    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
-    workers: Annotated[Workers, Parameter(name="*")] = Workers(),  # noqa: B008
+    source: Source = Source(),
+    folder: Folder = Folder(),
+    workers: Workers = Workers(),
 ) -> Result:
     """Cache the latents of an SAE over a corpus, or of several SAEs of one model with one forward pass.
 
@@ -29,22 +29,18 @@ def build(
         out: The cache's folder; of several SAEs, the folder that theirs go into.
         tokens: How many tokens of the split, or all of it.
     """
-    from sae_italian.cache import build_caches
-    from sae_italian.saes import load_sae, weights_hash
-    from sae_italian.saes.loading import full_name
+    from sae_italian.saes import full_name, weights_hash
 
     settings, names = own_words(saes, {"split": "heldout", "windows_per_shard": 0})
-    if settings["windows_per_shard"] < 0:
-        raise UsageError(f"windows_per_shard={settings['windows_per_shard']}: a number of 1 or more was expected.")
     if not names:
         raise UsageError("an SAE was expected: a folder, or release:sae_id.")
     sae, model, corpus = source.load(names[0])
-    loaded = [sae, *(load_sae(name) for name in names[1:])]
+    loaded = [sae, *map(sae_italian.load_sae, names[1:])]
     out = out.resolve()  # a worker may have another working directory
     outs = [out]
     if len(loaded) > 1:
         outs = [out / f"{each.cfg.metadata.hook_name}-{each.cfg.d_sae}-{weights_hash(each)[:8]}" for each in loaded]
-    build_caches(
+    sae_italian.build_caches(
         loaded,
         model,
         corpus,
@@ -61,14 +57,14 @@ def build(
     return Result({"cache": paths[0], "caches": paths}, "\n".join(f"cache: {path}" for path in paths))
 
 
-def info(cache: Path, /, *, verify: bool = False) -> Result:
+def info(cache: Path, /, *, verify: bool = False) -> dict[str, Any]:
     """Show what a cache holds.
 
     Args:
         cache: The cache's folder.
         verify: Compare every file with its checksum first.
     """
-    from sae_italian.cache import FeatureCache, Manifest
+    from sae_italian.cache import Manifest
     from sae_italian.cache import verify as verify_files
 
     manifest = Manifest.load(cache)
@@ -80,13 +76,13 @@ def info(cache: Path, /, *, verify: bool = False) -> Result:
         "shards": len(manifest.shards),
         "windows": manifest.n_windows,
         "tokens": manifest.n_positions,
-        "documents": FeatureCache(cache, manifest).documents_read(),
+        "documents": sae_italian.FeatureCache(cache, manifest).documents_read(),
         "non_zeros": manifest.nnz,
         "values_beyond_fp16": manifest.n_wide,
         "latent_bytes_per_non_zero": round(latents / max(1, manifest.nnz), 3),
         "bytes": size,
     }
-    return Result(facts | ({"checked": "every file is as the manifest says"} if verify else {}))
+    return facts | ({"checked": "every file is as the manifest says"} if verify else {})
 
 
 def import_cache(
@@ -96,7 +92,7 @@ def import_cache(
     out: Path,
     model: str | None = None,
     sae: str | None = None,
-    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
+    folder: Folder = Folder(),
 ) -> Result:
     """Make a feature cache of one that Delphi wrote; what Delphi does not keep is listed.
 
@@ -107,17 +103,16 @@ def import_cache(
         sae: The SAE's folder or release:sae_id, for decoder statistics; without it there are none.
     """
     from sae_italian.cache.imports import import_delphi
-    from sae_italian.models import load_model, load_tokenizer
-    from sae_italian.saes import load_sae
-    from sae_italian.saes.loading import full_name
+    from sae_italian.saes import full_name
 
     if sae and not model:
         raise UsageError("--sae is given without --model: decoder statistics need both. Add --model, or leave it out.")
     given: dict[str, Any] = asdict(folder)
     if sae:
-        given |= {"sae": load_sae(sae), "model": load_model(model), "sae_name": full_name(sae)}  # pyright: ignore[reportArgumentType]
+        loaded, subject, _ = sae_italian.open_sae(sae, model, "none")
+        given |= {"sae": loaded, "model": subject, "sae_name": full_name(sae)}
     elif model:
-        given["tokenizer"] = load_tokenizer(model)
+        given["tokenizer"] = sae_italian.load_tokenizer(model)
     made, lost = import_delphi(source, out, **given)
     text = "\n".join([f"cache: {made}", "not in it:", *(f"  {line}" for line in lost)])
     return Result({"cache": str(made), "lost": lost}, text)
@@ -132,7 +127,6 @@ def latents(cache: Path, sentence: str, /, *, sae: str | None = None, model: str
         sae: The cache's SAE: a folder, or release:sae_id; default: the one that the cache names.
         model: Name, hub id or folder of the model; default: the one that the cache was built with.
     """
-    from sae_italian.base.report import table
     from sae_italian.browser.opening import open_pages
 
     pages = open_pages(cache, sae_name=sae, model_name=model, live=True)
@@ -145,6 +139,5 @@ def latents(cache: Path, sentence: str, /, *, sae: str | None = None, model: str
         place = f"«{found['tokens'][own['token']]['text'].strip()}»"
         rows.append((own["latent"], f"{own['value']:.2f}", share, place, own["count"], own["explanation"] or "-"))
     cut = f"\n\nread are its first {found['n_tokens']} tokens" if found["truncated"] else ""
-    return Result(
-        found, table("latent | activation | of its maximum | strongest on | tokens | explanation", rows) + cut
-    )
+    head = "latent | activation | of its maximum | strongest on | tokens | explanation"
+    return Result(found, table(head, rows) + cut)

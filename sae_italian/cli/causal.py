@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from pydantic import PositiveInt
 
+import sae_italian
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import (
-    MINUTES,
-    Count,
-    Language,
-    Model,
-    Result,
-    Sae,
-    Seed,
-    Source,
-    bounded,
-    key_values,
-    own_words,
-    short_names,
-)
+from sae_italian.base.report import plain, save_result, table
+from sae_italian.base.words import read_words
+from sae_italian.cli.options import MINUTES, Count, Language, Model, Result, Sae, Seed
+from sae_italian.cli.options import bounded, key_values, own_words, short_names
 
 Many = Parameter(consume_multiple=True)
 
@@ -54,15 +46,12 @@ def ioi(
         anyway: Patch also where the model does not do the task.
         out: Folder for ioi.json and ioi.svg; nothing is written without it.
     """
-    from sae_italian.analysis.tasks import check_able, ioi_pairs, ioi_score, words_for
-    from sae_italian.base.report import plain
-    from sae_italian.models import load_model
+    from sae_italian.analysis import check_able, ioi_pairs, ioi_score, words_for
 
-    name_tokens = key_values(words, MINUTES | {"name_tokens": "1"})["name_tokens"]
-    if name_tokens != "any" and not name_tokens.isdecimal():
-        raise UsageError(f"name_tokens is {name_tokens!r}; a number or any was expected.")
-    loaded = load_model(model)
-    drawn: dict[str, Any] = {"n_name_tokens": None if name_tokens == "any" else int(name_tokens), "seed": seed}
+    _, others = own_words(words, MINUTES)
+    name_tokens = read_words(others, {"name_tokens": PositiveInt | Literal["any"]}).get("name_tokens", 1)
+    loaded = sae_italian.load_model(model)
+    drawn: dict[str, Any] = {"n_name_tokens": None if name_tokens == "any" else name_tokens, "seed": seed}
     pairs = ioi_pairs(max(check, n_pairs), loaded.tokenizer, words_for(model, language), **drawn)
     skill = ioi_score(loaded, loaded.tokenizer, pairs[:check])
     value = {"model": model, "language": language, "example": plain(pairs[0]), "skill": plain(skill)}
@@ -103,12 +92,10 @@ def agreement(
         out: Folder for agreement.json, agreement.svg, and number.svg with --sae; nothing is written without it.
     """
     from sae_italian.analysis.tasks import agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
-    from sae_italian.base.report import plain, table
-    from sae_italian.models import load_model
 
     key_values(words, MINUTES)  # refuses any other
     pairs = read_minimal_pairs(pairs_file) if pairs_file else agreement_pairs(check, seed=seed)
-    loaded = load_model(model)
+    loaded = sae_italian.load_model(model)
     found = agreement_score(loaded, loaded.tokenizer, pairs)
     value = {"model": model, "pairs": str(pairs_file or "generated"), **plain(found)}
     rows = [(kind, f"{s.value:.1%}", f"{s.lo:.1%} to {s.hi:.1%}") for kind, s in found.by_kind.items()]
@@ -123,17 +110,14 @@ def agreement(
 
 def _patched(model: Any, names: list[str], pairs: Any, n_thresholds: int, seed: int) -> Any:
     """Patch the SAEs of --sae on the pairs."""
-    from sae_italian.analysis.causal.patching import patch_saes, thresholds
-    from sae_italian.saes import load_sae
+    from sae_italian.analysis import patch_saes, thresholds
 
-    saes = {short: load_sae(name) for short, name in short_names(names).items()}
+    saes = {short: sae_italian.load_sae(name) for short, name in short_names(names).items()}
     return patch_saes(model, model.tokenizer, saes, pairs, thresholds=thresholds(n_thresholds), seed=seed)
 
 
 def _written(out: Path | None, name: str, value: dict[str, Any], text: str, pictures: dict[str, str]) -> Result:
     """Return the result; written to the folder where one is asked for."""
-    from sae_italian.base.report import save_result
-
     if out is not None:
         save_result(out, name, value, **pictures)
         text += f"\n\n{out}/{', '.join([f'{name}.json', *(f'{picture}.svg' for picture in pictures)])}"
@@ -154,7 +138,7 @@ def steer(
     top: Count = 10,
     model: Model = None,
     seed: Seed = 0,
-) -> Result:
+) -> Any:
     """Show what a model writes with a latent's direction added, or which logits move when the latent is silenced.
 
     Args:
@@ -167,17 +151,14 @@ def steer(
         ablate: Silence the latent wherever the prompt makes it active, instead of adding it.
         top: With --ablate: logits shown that fall, and as many that rise.
     """
-    from sae_italian.analysis.causal import latent as effects
-    from sae_italian.base.report import plain
+    from sae_italian import analysis
 
     key_values(words, MINUTES)  # refuses any other
-    loaded, subject, _ = Source(model=model, corpus="none").load(sae)
+    loaded, subject, _ = sae_italian.open_sae(sae, model, "none")
     start = subject, subject.tokenizer, loaded, prompt, latent
     if ablate:
-        found = effects.ablate(*start, top)
-    else:
-        found = effects.steer(*start, strengths, new_tokens, temperature=temperature, seed=seed)
-    return Result(plain(found), found.table())
+        return analysis.ablate(*start, top)
+    return analysis.steer(*start, strengths, new_tokens, temperature=temperature, seed=seed)
 
 
 @bounded
@@ -204,14 +185,12 @@ def tree(
         out: Folder for tree.json and tree.svg; nothing is written without it.
     """
     from sae_italian.analysis.causal.tree import causal_tree
-    from sae_italian.base.report import plain
-    from sae_italian.saes import load_sae
 
     sizes, names = own_words(saes, MINUTES | {"branches": 3, "contexts": 20})
     if not names:
         raise UsageError("a tree needs the SAEs of at least two layers, in order; none given.")
-    last, subject, text = Source(model=model, corpus=corpus).load(names[-1])
-    named = [(Path(name).name, load_sae(name)) for name in names[:-1]] + [(Path(names[-1]).name, last)]
-    drawn: dict[str, Any] = {"n_tokens": tokens, "context_size": context_size, "seed": seed}
-    root = causal_tree(subject, named, latent, text, branches=sizes["branches"], n_contexts=sizes["contexts"], **drawn)
+    last, subject, text = sae_italian.open_sae(names[-1], model, corpus)
+    named = [*((Path(name).name, sae_italian.load_sae(name)) for name in names[:-1]), (Path(names[-1]).name, last)]
+    drawn = {"n_tokens": tokens, "context_size": context_size, "seed": seed, "n_contexts": sizes["contexts"]}
+    root = causal_tree(subject, named, latent, text, branches=sizes["branches"], **drawn)
     return _written(out, "tree", plain(root), root.text(), {"tree": root.svg()})

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+import sae_italian
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import table
+from sae_italian.base.storage import write_text
 from sae_italian.cli.options import Count, Folder, Result, Seed, facts, key_values
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ def _reader(words: tuple[str, ...], *, deduplicate: str = "no", **given: Any) ->
     """
     from sae_italian.corpora import Reader
 
-    reader = {name: value for name, value in vars(Reader()).items() if name != "shuffle_shards"}
+    reader = {name: value for name, value in vars(Reader()).items() if value is not None}
     packing = {"prepend_bos": True, "windows_per_shard": 16_384}
     options = given | {"duplicates": deduplicate != "no", "near_duplicates": deduplicate == "near"}
     settings = key_values(words, reader | packing | options)
@@ -44,17 +47,13 @@ def list_corpora() -> Result:
     from sae_italian.corpora.catalogue import catalogue
 
     entries = catalogue().values()
-    lines = [f"{MICRO:22} {'no end':16} {'MIT':38} gated: no   in this package (gold labels)"]
+    rows = [(MICRO, "no end", "MIT", "no", "in this package (gold labels)")]
     for entry in entries:
-        gate = "yes" if entry.gated else "no "
-        lines.append(f"{entry.name:22} {_size(entry):16} {entry.licence:38} gated: {gate}  {', '.join(entry.routes)}")
-    return Result([entry.model_dump(mode="json") for entry in entries], "\n".join(lines))
-
-
-def _size(entry: Any) -> str:
-    if entry.words:
-        return f"{entry.words / 1e9:.1f} G words"
-    return f"{entry.bytes / 1e9:.1f} GB" if entry.bytes else "size not stated"
+        size = f"{entry.bytes / 1e9:.1f} GB" if entry.bytes else "size not stated"
+        size = f"{entry.words / 1e9:.1f} G words" if entry.words else size
+        rows.append((entry.name, size, entry.licence, "yes" if entry.gated else "no", ", ".join(entry.routes)))
+    values = [entry.model_dump(mode="json") for entry in entries]
+    return Result(values, table("name | size | licence | gated | routes", rows))
 
 
 def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_column: TextColumn = "text") -> Result:
@@ -96,35 +95,29 @@ def stats(
         model: The model whose tokenizer counts tokens; default: none are counted.
         out: File to draw the histogram of lengths into, as SVG; default: none.
     """
-    from sae_italian.base.storage import write_text
     from sae_italian.corpora.stats import corpus_stats, draw_histogram, text_histogram
     from sae_italian.corpora.stream import DocumentCounts
-    from sae_italian.models import load_tokenizer
 
     if not documents and corpus == MICRO:
         raise UsageError(f"{MICRO} has no end: say how many documents (--documents).")
-    tokenizer = load_tokenizer(model) if model else None
+    tokenizer = sae_italian.load_tokenizer(model) if model else None
     reader, _ = _reader(words, text_column=text_column, italian=italian, deduplicate=deduplicate)
     result = corpus_stats(corpus, tokenizer, n=documents or None, reader=reader)
     lengths = result["characters"]
-    lines = [
-        f"documents       {result['documents']:,}",
-        f"words           {result['words']:,}",
-        f"italian         {result['italian_share']:.1%} of every tenth document ({result['languages']})",
-        f"characters      median {lengths['median']:,.0f}, 10 % under {lengths['p10']:,.0f}, 10 % over {lengths['p90']:,.0f}",
-    ]
+    told = {"documents": f"{result['documents']:,}", "words": f"{result['words']:,}"}
     if tokenizer is not None:
         fertility = result["fertility"] if result["fertility"] is not None else float("nan")
+        told["tokens"] = f"{result['tokens']:,}, {fertility:.3f} a word ({model})"
         if typed := result["typed_special_tokens"]:
-            lines.insert(
-                2, f"typed <s>       {typed:,} documents hold a special token's name; it is read as characters"
-            )
-        lines.insert(2, f"tokens          {result['tokens']:,}, {fertility:.3f} a word ({model})")
+            told["typed <s>"] = f"{typed:,} documents hold a special token's name; it is read as characters"
+    told["italian"] = f"{result['italian_share']:.1%} of every tenth document ({result['languages']})"
+    ends = f"10 % under {lengths['p10']:,.0f}, 10 % over {lengths['p90']:,.0f}"
+    told["characters"] = f"median {lengths['median']:,.0f}, {ends}"
     if out:
         write_text(out, draw_histogram(result))
-        lines.append(f"picture         {out}")
+        told["picture"] = str(out)
     counts = DocumentCounts(result["counts"]).lines()
-    return Result(result, "\n".join([*lines, "", text_histogram(result), "", counts]))
+    return Result(result, "\n\n".join([facts(told), text_histogram(result), counts]))
 
 
 def pretokenize(
@@ -140,7 +133,7 @@ def pretokenize(
     text_column: TextColumn = "text",
     italian: Italian = False,
     deduplicate: Deduplicate = "no",
-    folder: Folder = Folder(),  # noqa: B008
+    folder: Folder = Folder(),
 ) -> Result:
     """Write packed tokens that SAELens and our trainer read, and the text beside them; the split is train.
 
@@ -154,13 +147,12 @@ def pretokenize(
     """
     from sae_italian.corpora.pretokenize import PretokenizedCorpus
     from sae_italian.corpora.pretokenize import pretokenize as write
-    from sae_italian.models import load_tokenizer
 
     options = {"text_column": text_column, "italian": italian, "deduplicate": deduplicate}
     reader, packing = _reader(words, split="train", seed=seed, **options)
     write(
         corpus,
-        load_tokenizer(model),
+        sae_italian.load_tokenizer(model),
         out,
         context_size=context_size,
         reader=reader,

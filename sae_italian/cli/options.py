@@ -16,7 +16,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
-from sae_italian.base.errors import SaeItalianError, UsageError, nearest
+import sae_italian
+from sae_italian.base.errors import SaeItalianError, UsageError
+from sae_italian.base.report import plain
+from sae_italian.base.words import kinds_of, read_words
 
 
 class Result(NamedTuple):
@@ -28,6 +31,13 @@ class Result(NamedTuple):
     value: Any
     text: str | None = None
     failure: SaeItalianError | None = None
+
+
+def as_result(found: Any) -> Result:
+    """Return what a command returned as a Result; a record of the rooms is told by its own words."""
+    if isinstance(found, Result | dict | list):
+        return found if isinstance(found, Result) else Result(found)
+    return Result(plain(found), (found.text if hasattr(found, "text") else found.table)())
 
 
 def facts(value: Any) -> str:
@@ -114,9 +124,7 @@ class Source:
 
     def load(self, name: str) -> tuple[Any, Any, str]:
         """Return SAE, model and corpus. Raises: UsageError when neither the options nor the metadata say which."""
-        from sae_italian.saes.loading import open_sae
-
-        return open_sae(name, self.model, self.corpus)
+        return sae_italian.open_sae(name, self.model, self.corpus)
 
 
 @Parameter(name="*")
@@ -152,30 +160,14 @@ def latent_range(given: str | None) -> tuple[int, int] | None:
 
 
 def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return settings given as `key=value` words over their defaults; a value is read as what its default is.
-
-    Raises: UsageError for another word, an unknown key, a value of another kind, and a size below 1.
-    """
-    found = dict(defaults)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in defaults:
-            raise UsageError(f"{word!r} is no setting here; key=value was expected. {nearest(key, defaults)}")
-        kind = type(defaults[key])
-        try:
-            found[key] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError) as error:
-            expected = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
-            raise UsageError(f"{key} is {value!r}; {expected} was expected.") from error
-        if kind is int and found[key] < 1 <= defaults[key]:
-            raise UsageError(f"{key}={value}: a whole number of 1 or more was expected.")
-    return found
+    """Return settings given as `key=value` words over their defaults. Raises: UsageError as `read_words`."""
+    return defaults | read_words(words, kinds_of(defaults))
 
 
 MINUTES = {"minutes": float("inf")}  # of a command that is `bounded`, among its words
 
 
-def bounded(command: Callable[..., Result]) -> Callable[..., Result]:
+def bounded(command: Callable[..., Any]) -> Callable[..., Result]:
     """Return a command that takes `minutes=N` among its words: it then ends with what it has, and says so."""
 
     @wraps(command)
@@ -183,7 +175,7 @@ def bounded(command: Callable[..., Result]) -> Callable[..., Result]:
         from sae_italian.base.pace import time_bound
 
         with time_bound(own_words(given, MINUTES)[0]["minutes"]) as cut:
-            value, text, failure = command(*given, **options)
+            value, text, failure = as_result(command(*given, **options))
         if cut:
             value, text = {**value, "cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])
         return Result(value, text, failure)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import table
+from sae_italian.base.words import read_words
 from sae_italian.cli.options import Folder, Model, Out, Result
 
 
@@ -20,7 +22,7 @@ def reproduce(
     text_column: str = "text",
     context_size: int | None = None,
     out: Out = None,
-    folder: Folder | None = None,
+    folder: Folder = Folder(),
 ) -> Result:
     """Run a paper's whole evaluation on any model, with the paper's own figures beside ours; or compare baselines.
 
@@ -37,19 +39,16 @@ def reproduce(
         out: Folder to write to; default: reports/PAPER-MODEL, or baselines.
     """
     from sae_italian import papers
-    from sae_italian.papers.report import ReportTable, markdown_table
-    from sae_italian.papers.reproduce import FIGURES_HEAD
 
-    folder = folder or Folder()
     text: dict[str, Any] = {"corpus": corpus, "text_column": text_column, "context_size": context_size}
-    flags: dict[str, Any] = {"resume": folder.resume, "overwrite": folder.overwrite}
+    flags: dict[str, Any] = asdict(folder)
     if paper == "baselines":
         return _baselines(words, out or Path("baselines"), sae, flags, {"model": model, **text})
     if out is None:
         out = Path("reports") / f"{paper}-{Path(sae or model or papers.MINI).name.replace(':', '-')}"
     report = papers.reproduce(paper, out, *words, model=model, sae=sae, **text, **flags)
-    rows = [(row["what"], row["where"], row["paper"], row["ours"]) for row in report["figures"]]
-    figures = markdown_table(ReportTable("", FIGURES_HEAD, rows))
+    rows = [[row[key].replace("|", "\\|") for key in ("what", "where", "paper", "ours")] for row in report["figures"]]
+    figures = table("figure | in the paper | the paper's | ours", rows)
     return Result(report, f"{figures}\n\nReport: {out / 'report.html'}, {out / 'report.md'}")
 
 
@@ -57,20 +56,13 @@ def _baselines(
     words: tuple[str, ...], out: Path, sae: str | None, flags: dict[str, Any], read: dict[str, Any]
 ) -> Result:
     """Compare SAEs with their baselines."""
-    from pydantic import TypeAdapter, ValidationError
-    from yaml import safe_load
-
     from sae_italian.papers import Settings, compare_baselines
     from sae_italian.papers.baselines import baselines_markdown
 
-    known = {field.name for field in fields(Settings)}
-    others = [word for word in words if word.partition("=")[0] not in known]
-    given = {key: safe_load(value) for key, _, value in (word.partition("=") for word in words) if key in known}
-    try:
-        settings = TypeAdapter(Settings).validate_python(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}.") from error
+    known = get_type_hints(Settings, include_extras=True)
+    own = [word for word in words if word.partition("=")[0] in known]
+    others = [word for word in words if word not in own]
+    settings = Settings(**read_words(own, known))
     saes = _saes(others + ([sae] if sae else []), out, flags)
     result = compare_baselines(saes, out, settings=settings, **read, **flags)
     return Result(result, f"{baselines_markdown(result)}\nwritten: {out}")

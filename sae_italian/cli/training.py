@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
+import sae_italian
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.report import plain
 from sae_italian.base.storage import RUN_FILE, write_text
-from sae_italian.cli.options import Count, Folder, Result, Source, Workers, own_words
+from sae_italian.cli.options import Count, Folder, Result, Sae, Source, Workers, own_words
 
 
 def quickstart(
@@ -21,7 +21,7 @@ def quickstart(
     out: Path = Path("quickstart"),
     tokens: Count = 300_000,
     n_latents: Count | None = None,
-    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
+    folder: Folder = Folder(),
 ) -> Result:
     """Go the whole way on the embedded model: train, cache, explain, score, report.
 
@@ -48,8 +48,8 @@ def train(
     *words: str,
     out: Path | None = None,
     dry_run: bool = False,
-    folder: Annotated[Folder, Parameter(name="*")] = Folder(),  # noqa: B008
-    where: Annotated[Workers, Parameter(name="*")] = Workers(),  # noqa: B008
+    folder: Folder = Folder(),
+    where: Workers = Workers(),
 ) -> Result:
     """Train one SAE, a transcoder, or a suite of them; the result loads with SAELens.
 
@@ -60,8 +60,7 @@ def train(
         dry_run: Check the settings and print groups, tokens, memory (10^9 bytes) and what stands out in the activations of a
             model that is here; train nothing.
     """
-    from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train_suite
-    from sae_italian.training import train as train_sae
+    from sae_italian.training import read_values, spec_from_dict, suite_from_dict
     from sae_italian.training.config import SUITE_KEY
     from sae_italian.training.logging import sweep_folder
 
@@ -76,63 +75,36 @@ def train(
         return Result(*plan(groups, None if suite is None else suite.memory_gb))
     earlier = Path(config) if (Path(config) / RUN_FILE).is_file() else None
     out = out or earlier or sweep_folder(Path("runs") / Path(config).name.removesuffix(".yaml"))
-    flags = asdict(folder)
     if suite is None:
         if where.engine != "local" or where.workers:
             raise UsageError("--engine and --workers are for suites, whose groups are independent; this is one SAE.")
-        train_sae(spec_from_dict(values), out, **flags)
+        sae_italian.train(spec_from_dict(values), out, **asdict(folder))
         return Result({"sae": str(out)}, f"SAE: {out}")
     out = out.resolve()  # a worker may have another working directory
     elsewhere = where.engine != "local" or (where.workers or 1) > 1
     run_units: dict[str, Any] = {"run_units": where.map(out, gpus=float(suite.on_gpu))} if elsewhere else {}
-    folders = train_suite(suite, out, **flags, **run_units)
-    return Result(
-        {"suite": str(out), "saes": [str(each) for each in folders]}, "\n".join(f"SAE: {each}" for each in folders)
-    )
-
-
-def recipes() -> Result:
-    """List the training configs that come with the package."""
-    from sae_italian.training import recipes as shipped
-
-    known = shipped()
-    return Result(known, "\n".join(f"{name:34} {line}" for name, line in known.items()))
+    saes = [str(each) for each in sae_italian.train_suite(suite, out, **asdict(folder), **run_units)]
+    return Result({"suite": str(out), "saes": saes}, "\n".join(f"SAE: {each}" for each in saes))
 
 
 def evaluate(
-    sae: str,
-    /,
-    *,
-    tokens: Count = 100_000,
-    loss_tokens: Count | None = None,
-    source: Annotated[Source, Parameter(name="*")] = Source(),  # noqa: B008
+    sae: Sae, /, *, tokens: Count = 100_000, loss_tokens: Count | None = None, source: Source = Source()
 ) -> Result:
     """Measure an SAE on held-out text: its evaluation card, kept in its folder.
 
     Args:
-        sae: The SAE: a folder, or release:sae_id.
         tokens: Held-out tokens, special ones not counted.
         loss_tokens: Measure losses and KL on the first so many tokens only; default: on all.
     """
-    from sae_italian.base.report import plain
-    from sae_italian.evaluation import evaluate as measure
-
     loaded, model, corpus = source.load(sae)
     size = {"n_tokens": tokens, "loss_tokens": loss_tokens}
-    card = measure(loaded, model, corpus, name=sae, **size, **source.reading)
+    card = sae_italian.evaluate(loaded, model, corpus, name=sae, **size, **source.reading)
     if Path(sae).is_dir():
         card.save(Path(sae))
     return Result(plain(card), card.markdown())
 
 
-def doctor(
-    sae: str,
-    /,
-    *,
-    tokens: int = 8192,
-    out: Path | None = None,
-    source: Annotated[Source, Parameter(name="*")] = Source(),  # noqa: B008
-) -> Result:
+def doctor(sae: Sae, /, *, tokens: int = 8192, out: Path | None = None, source: Source = Source()) -> Result:
     """Say whether an SAE fits its model and whether its training is healthy, and name what is wrong.
 
     Args:
@@ -140,9 +112,8 @@ def doctor(
         tokens: Size of the sample, in tokens.
         out: File for the picture of a training's curves; default: curves.svg in its folder.
     """
-    from sae_italian.base.report import plain
-    from sae_italian.evaluation.doctor import Diagnosis, unreadable
-    from sae_italian.saes import load_sae
+    from sae_italian.evaluation.doctor import Diagnosis, examine, unreadable
+    from sae_italian.saes import model_of
     from sae_italian.training.curves import look_at_training
     from sae_italian.training.run import WEIGHTS, read_run
 
@@ -154,7 +125,9 @@ def doctor(
         report = Diagnosis(sae, "-", "-")
     else:
         try:
-            report = _examine(sae, load_sae(sae), tokens, source)
+            loaded = sae_italian.load_sae(sae)
+            model, corpus = model_of(loaded, source.model), source.corpus or _corpus_of(loaded, source.text_column)
+            report = examine(loaded, model, corpus, n_tokens=tokens, name=sae, **source.reading)
         except DataError as error:
             report = unreadable(sae, error)
     if trained_here:
@@ -166,15 +139,6 @@ def doctor(
     failure = UsageError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
     text = report.text() + (f"\ncurves: {picture}" if picture else "")
     return Result({**plain(report), "status": report.status, "picture": picture}, text, failure if failed else None)
-
-
-def _examine(name: str, sae: Any, n_tokens: int, source: Source) -> Any:
-    from sae_italian.evaluation.doctor import examine
-    from sae_italian.saes.loading import model_of
-
-    model = model_of(sae, source.model)
-    corpus = source.corpus or _corpus_of(sae, source.text_column)
-    return examine(sae, model, corpus, n_tokens=n_tokens, name=name, **source.reading)
 
 
 def _corpus_of(sae: Any, text_column: str) -> str:

@@ -21,28 +21,21 @@ from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
 from sae_italian.cache import FeatureCache, build_caches
-from sae_italian.corpora import CorpusStream, Reader
-from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
 from sae_italian.papers.job import Subject, kept, layer_of, open_subject
 from sae_italian.papers.measure import card_of, curves
 from sae_italian.papers.pictures import baselines_svg, dictionary_name
 from sae_italian.papers.report import markdown_table, shown, tables_of
-from sae_italian.saes import check_fits, load_sae, weights_hash
+from sae_italian.saes import check_fits, full_name, load_sae, weights_hash
 from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines
-from sae_italian.saes.loading import full_name
 from sae_italian.training import ActivationStream
+from sae_italian.training.text import documents_of
 
 KIND = "baselines"
 SAE = "sae"
 BATCH = 2048  # activations that baselines are fitted on at a time
 _CARD = (
-    "d_sae",
-    "l0",
-    "explained_variance",
-    "explained_variance_uncentred",
-    "ce_loss_recovered",
-    "delta_lm_loss",
-    "dead",
+    *("d_sae", "l0", "explained_variance", "explained_variance_uncentred"),
+    *("ce_loss_recovered", "delta_lm_loss", "dead"),
 )
 _PERPLEXITIES = {"perplexity": "ce_loss_with_sae", "perplexity_of_model": "ce_loss"}
 _SCORES = ("simulation", "simulation_random", "shuffled_simulation", "detection", "fuzzing")
@@ -83,10 +76,9 @@ def compare_baselines(
     The baselines are kept in `out/<n>/dictionaries` as SAELens SAEs, with their evaluation cards.
     Raises: UsageError for SAEs of different models, and as the steps do.
     """
-    loaded = [load_sae(sae) for sae in saes]
-    subject = open_subject(
-        _model_of(loaded, model), sae=loaded[0], corpus=corpus, text_column=text_column, context_size=context_size
-    )
+    loaded = list(map(load_sae, saes))
+    read: dict[str, Any] = {"corpus": corpus, "text_column": text_column, "context_size": context_size}
+    subject = open_subject(_model_of(loaded, model), sae=loaded[0], **read)
     out, settings = Path(out), settings or Settings()
     names = [full_name(sae) for sae in saes]
     spec = {**subject._asdict(), **asdict(settings), "saes": [weights_hash(sae) for sae in loaded]}
@@ -154,12 +146,9 @@ def _fitted(sae: Any, subject: Subject, folder: Path, settings: Settings) -> dic
     names = [kind + suffix for kind in settings.kinds for suffix in ("", TOPK)]
     if all((folder / name / "cfg.json").is_file() for name in names):
         return {name: load_sae(folder / name) for name in names}
-    corpus, column = subject.corpus, subject.text_column
     stream = ActivationStream(
         subject.model,
-        PretokenizedCorpus(corpus)
-        if is_pretokenized(corpus)
-        else lambda: CorpusStream(corpus, Reader(split="train", text_column=column)),
+        documents_of(subject.corpus, subject.text_column),
         sae.cfg.metadata.hook_name,
         context_size=subject.context_size,
         batch_size=BATCH,

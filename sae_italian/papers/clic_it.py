@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_italian.papers.job import Reproduction, Results, Step, layer_of
+from sae_italian.papers.job import Reproduction, Results, Step, facts_of
 from sae_italian.papers.measure import card_of, examples, score_sae
 from sae_italian.papers.pictures import scores_svg
-from sae_italian.saes import load_sae
-from sae_italian.saes.loading import full_name
+from sae_italian.saes import full_name, load_sae
 
 
 def _sae(job: Reproduction, _: Results) -> dict[str, Any]:
@@ -19,19 +18,9 @@ def _sae(job: Reproduction, _: Results) -> dict[str, Any]:
         layer = budget["layer"] if budget["layer"] is not None else max(0, subject.n_layers - 2)
         sizes = budget["expansion"] * subject.d_in, budget["train_tokens"]
         folder = str(job.train("sae", f"blocks.{layer}.hook_resid_post", *sizes))
-    sae = load_sae(folder)
-    cfg = sae.cfg
-    return {
-        "folder": folder,
-        "given": job.sae is not None,
-        "layer": layer_of(sae),
-        "hook_name": cfg.metadata.hook_name,
-        "architecture": cfg.architecture(),
-        "d_in": cfg.d_in,
-        "d_sae": cfg.d_sae,
-        "k": getattr(cfg, "k", None),
-        "expansion": f"{cfg.d_sae / cfg.d_in:g} ({cfg.d_sae:,} latents)",
-    }
+    facts, k = facts_of(folder), getattr(load_sae(folder).cfg, "k", None)
+    expansion = f"{facts['d_sae'] / facts['d_in']:g} ({facts['d_sae']:,} latents)"
+    return {**facts, "given": job.sae is not None, "k": k, "expansion": expansion}
 
 
 def _card(job: Reproduction, results: Results) -> dict[str, Any]:

@@ -14,20 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from sae_italian.analysis.causal.patching import patch_saes, thresholds
-from sae_italian.analysis.tasks import ioi_pairs, ioi_score, words_for
+from sae_italian.analysis import ioi_pairs, ioi_score, patch_saes, thresholds, words_for
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
 from sae_italian.cache import FeatureCache
 from sae_italian.papers.baselines import SAE, Settings, compare_layer, perplexity
-from sae_italian.papers.job import RATIO, Reproduction, Results, Step, layer_of
+from sae_italian.papers.job import RATIO, Reproduction, Results, Step, facts_of
 from sae_italian.papers.measure import card_of, correlation, moments, score_sae, simulation_scores
 from sae_italian.papers.pictures import baselines_svg, dictionary_name, sweep_svg
 from sae_italian.papers.report import shown
-from sae_italian.saes import load_sae
+from sae_italian.saes import full_name, load_sae
 from sae_italian.saes.baselines import TOPK
-from sae_italian.saes.loading import full_name
 from sae_italian.training import read_values
 
 MOST_LAYERS = 3
@@ -37,20 +35,13 @@ _RATIO_SCORES = ("simulation", "simulation_random", "n_explained", "n_latents")
 
 def _saes(job: Reproduction, _: Results) -> dict[str, Any]:
     """Train a tied L1 SAE at each layer, or take the one that was given."""
-    if job.sae is not None:
-        folders = {layer_of(load_sae(job.sae)): job.sae}
-    else:
-        d_sae, n_tokens = RATIO * job.subject.d_in, job.budget["train_tokens"]
-        folders = {
-            layer: str(job.train(f"L{layer}", f"blocks.{layer}.hook_resid_post", d_sae, n_tokens))
-            for layer in job.layers(MOST_LAYERS)
-        }
-    found = []
-    for layer, folder in folders.items():
-        cfg = load_sae(folder).cfg
-        sizes = {"d_in": cfg.d_in, "d_sae": cfg.d_sae, "architecture": cfg.architecture()}
-        found.append({"layer": layer, "folder": folder, "hook_name": cfg.metadata.hook_name, **sizes})
-    return {"saes": found, "given": job.sae is not None}
+    sizes, layers = (RATIO * job.subject.d_in, job.budget["train_tokens"]), job.layers(MOST_LAYERS)
+    folders = (
+        [job.sae]
+        if job.sae is not None
+        else [str(job.train(f"L{layer}", f"blocks.{layer}.hook_resid_post", *sizes)) for layer in layers]
+    )
+    return {"saes": list(map(facts_of, folders)), "given": job.sae is not None}
 
 
 def middle(results: Results) -> dict[str, Any]:
@@ -61,9 +52,8 @@ def middle(results: Results) -> dict[str, Any]:
 
 def _baselines(job: Reproduction, results: Results) -> dict[str, Any]:
     """Set each SAE beside its baselines."""
-    names = {field.name for field in fields(Settings)}
-    given = {key: value for key, value in job.budget.items() if key in names}
-    settings = Settings(**{**given, "kinds": tuple(given["kinds"])})
+    given = {field.name: job.budget[field.name] for field in fields(Settings) if field.name in job.budget}
+    settings = Settings(**given | {"kinds": tuple(given["kinds"])})
     layers = []
     for entry in results["saes"]["saes"]:
         folder, out = entry["folder"], job.out / "baselines" / f"L{entry['layer']}"

@@ -16,11 +16,13 @@ from sae_italian.base.storage import read_json, remove, utc_now, write_json
 from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model, parse_hook_name, resolve
 from sae_italian.models.activations import check_context
-from sae_italian.papers.paper import SKIPPED, Paper
+from sae_italian.papers.paper import Paper
+from sae_italian.saes import load_sae
 from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
 
 MINI = "sae-italian-mini"
 MINI_WIDTH = 128  # d_in of the model that the recipes in configs/mini are for
+SKIPPED = "skipped"  # key of the result of a step that could not be done, with the reason
 RATIO = 2  # d_sae / d_in in figure 2 of Cunningham et al. 2023
 Results = dict[str, Any]
 
@@ -61,19 +63,25 @@ def open_subject(
     Raises: UsageError when no text is known, or the context exceeds the model's.
     """
     metadata = sae.cfg.metadata if sae is not None else None
-    corpus = corpus or (str(metadata.dataset_path) if metadata and metadata.dataset_path else None)
-    model = load_model(name)
-    saved = resolve(name).saved_name
-    corpus = corpus or (MICRO_ITALIANO if saved == MINI else None)
+    model, saved = load_model(name), resolve(name).saved_name
+    corpus = corpus or getattr(metadata, "dataset_path", None) or (MICRO_ITALIANO if saved == MINI else None)
     if corpus is None:
         raise UsageError(f"which text should {name} read? Give --corpus, a local file or a name of `corpora list`.")
-    context = int(context_size or (metadata.context_size if metadata is not None else None) or 128)
-    return Subject(model, saved, corpus, text_column, check_context(context, model.config))
+    context = int(context_size or getattr(metadata, "context_size", None) or 128)
+    return Subject(model, saved, str(corpus), text_column, check_context(context, model.config))
 
 
 def layer_of(sae: Any) -> int:
     """Return the layer an SAE reads at."""
     return parse_hook_name(sae.cfg.metadata.hook_name).layer
+
+
+def facts_of(folder: str) -> dict[str, Any]:
+    """Return what a report says of an SAE in a folder, or release:sae_id."""
+    sae = load_sae(folder)
+    cfg = sae.cfg
+    place = {"folder": folder, "layer": layer_of(sae), "hook_name": cfg.metadata.hook_name}
+    return place | {"architecture": cfg.architecture(), "d_in": cfg.d_in, "d_sae": cfg.d_sae}
 
 
 def kept(file: Path, make: Callable[[], Any]) -> Any:
@@ -155,12 +163,10 @@ class Reproduction:
         """
         if self.budget["layers"]:
             return list(self.budget["layers"])
-        n = self.subject.n_layers
+        last = self.subject.n_layers - 1
         if at_most == 1:
-            return [(n - 1) // 2]
-        if n <= at_most:
-            return list(range(n))
-        return [round(i * (n - 1) / (at_most - 1)) for i in range(at_most)]
+            return [last // 2]
+        return list(range(last + 1)) if last < at_most else [round(i * last / (at_most - 1)) for i in range(at_most)]
 
 
 class Step(NamedTuple):

@@ -159,16 +159,8 @@ def _shift(job: Reproduction, results: Results) -> dict[str, Any]:
         raise UsageError(f"{subject.name} has {longest} positions, no more than the training's context.")
     if sae.cfg.architecture() == "topk":
         sae = to_jumprelu(sae, *held_out(sae, subject, job.budget["card_tokens"]))[0]
-    shift = context_shift(
-        sae,
-        subject.model,
-        subject.corpus,
-        edges=edges,
-        n_tokens=job.budget["shift_tokens"],
-        packed=True,
-        text_column=subject.text_column,
-        name=entry["name"],
-    )
+    read: dict[str, Any] = {"text_column": subject.text_column, "n_tokens": job.budget["shift_tokens"], "packed": True}
+    shift = context_shift(sae, subject.model, subject.corpus, edges=edges, name=entry["name"], **read)
     known, last = shift.bucket(shift.reference), shift.buckets[-1]
     fvu = [1 - bucket.numbers["explained_variance"].value for bucket in (known, last)]
     l0 = [bucket.numbers["l0"].value for bucket in (known, last)]

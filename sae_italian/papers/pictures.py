@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from sae_italian.base.pictures import OURS, REFERENCE, WARNING, svg
 from sae_italian.saes.baselines import TOPK
 
@@ -31,22 +33,20 @@ def colour(name: str) -> str:
 def baselines_svg(result: dict[str, Any]) -> str:
     """Return scores by layer (top and random, random only), the curve of the middle layer, perplexity by layer."""
     layers = sorted(result["layers"], key=lambda layer: layer["layer"])
+    small: dict[str, Any] = {"frameon": False, "fontsize": 8}
 
     def draw(axes: Any) -> None:
-        _by_layer(axes[0], layers, "simulation", "simulation, top and random · simulazione, forti e casuali")
-        _by_layer(axes[1], layers, "simulation_random", "simulation, random only · solo casuali")
-        middle = layers[len(layers) // 2]
-        _curves(axes[2], middle)
-        _by_layer(axes[3], layers, "perplexity", "perplexity · perplessità")
-        own = [layer["rows"][0]["perplexity_of_model"]["value"] for layer in layers]
-        places = range(len(layers))
-        low, high = [place - 0.45 for place in places], [place + 0.45 for place in places]
-        line = axes[3].hlines(own, low, high, color="#222222", linestyle=":", label="the model · il modello")
-        axes[3].set_yscale("log")
-        axes[3].legend(handles=[line], frameon=False, fontsize=8)
-        axes[0].figure.legend(
-            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8
-        )
+        first, second, third, last = axes
+        _by_layer(first, layers, "simulation", "simulation, top and random · simulazione, forti e casuali")
+        _by_layer(second, layers, "simulation_random", "simulation, random only · solo casuali")
+        _curves(third, layers[len(layers) // 2])
+        _by_layer(last, layers, "perplexity", "perplexity · perplessità")
+        own, places = [layer["rows"][0]["perplexity_of_model"]["value"] for layer in layers], np.arange(len(layers))
+        look = {"color": "#222222", "linestyle": ":", "label": "the model · il modello"}
+        line = last.hlines(own, places - 0.45, places + 0.45, **look)
+        last.set_yscale("log")
+        last.legend(handles=[line], **small)
+        first.figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5, **small)
 
     return svg(draw, 4, (15.0, 4.4))
 
@@ -59,17 +59,9 @@ def _by_layer(axis: Any, layers: Sequence[dict[str, Any]], key: str, title: str)
         known = {j: row[key] for j, row in enumerate(found) if row is not None and row[key]["value"] is not None}
         values, around = _bars(known.values())
         hollow = name.endswith(TOPK)
-        axis.errorbar(
-            [j + 0.7 * (i / max(len(names) - 1, 1) - 0.5) for j in known],
-            values,
-            yerr=around,
-            fmt="s" if hollow else "o",
-            markersize=4.5,
-            color=colour(name),
-            markerfacecolor="white" if hollow else colour(name),
-            elinewidth=1,
-            label=dictionary_name(name),
-        )
+        marks = {"fmt": "s", "markerfacecolor": "white"} if hollow else {"fmt": "o", "markerfacecolor": colour(name)}
+        look = {"markersize": 4.5, "elinewidth": 1, "color": colour(name), "label": dictionary_name(name), **marks}
+        axis.errorbar([j + 0.7 * (i / max(len(names) - 1, 1) - 0.5) for j in known], values, yerr=around, **look)
     axis.set_xticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
     axis.set_xlabel("layer · strato")
     axis.set_title(title, fontsize=9)
@@ -91,13 +83,8 @@ def _beside(axis: Any, found: dict[int, dict[str, Any]], i: int, n: int, **look:
 
 def _curves(axis: Any, layer: dict[str, Any]) -> None:
     for name, points in layer["curves"].items():
-        axis.plot(
-            [point["l0"] for point in points],
-            [point["explained_variance"] for point in points],
-            color=colour(name),
-            marker=".",
-            linewidth=1.2,
-        )
+        x, y = ([point[key] for point in points] for key in ("l0", "explained_variance"))
+        axis.plot(x, y, color=colour(name), marker=".", linewidth=1.2)
     row = layer["rows"][0]
     axis.plot(row["l0"]["value"], row["explained_variance"]["value"], "*", color=colour("sae"), markersize=11)
     axis.set_xscale("log", base=2)
@@ -115,8 +102,7 @@ def sweep_svg(points: Sequence[dict[str, Any]], layer: dict[str, Any]) -> str:
             x, y = [p["l0"] for p in curve], [1 - p["explained_variance"] for p in curve]
             label = dictionary_name(name) + (", k strongest · i k più forti" if name == "sae" else "")
             axis.plot(x, y, color=colour(name), marker=".", linewidth=1, alpha=0.8, label=label)
-        x = [point["l0"]["value"] for point in points]
-        y = [point["fvu"]["value"] for point in points]
+        x, y = ([point[key]["value"] for point in points] for key in ("l0", "fvu"))
         axis.plot(x, y, color=colour("sae"), marker="*", markersize=10, linewidth=1.6, label="SAE, L1")
         axis.set_xscale("log", base=2)
         axis.set_ylim(-0.02, min(1.1, max(1.0, *y)))
@@ -154,14 +140,14 @@ def suite_svg(rows: Sequence[dict[str, Any]]) -> str:
     sites = list(dict.fromkeys(f"L{row['layer']}{row['site']}" for row in rows))
     widths = sorted({row["expansion"] for row in rows})
     shades = ("#0b6e4f", "#5fb48f", "#3b6fb6", "#c77800")
+    panels = {
+        "explained_variance_uncentred": "explained variance · varianza spiegata",
+        "delta_lm_loss": "delta LM loss (nats)",
+        "dead": "dead latents · latenti morti",
+    }
 
     def draw(axes: Any) -> None:
-        panels = (
-            ("explained_variance_uncentred", "explained variance · varianza spiegata"),
-            ("delta_lm_loss", "delta LM loss (nats)"),
-            ("dead", "dead latents · latenti morti"),
-        )
-        for axis, (key, title) in zip(axes, panels, strict=True):
+        for axis, (key, title) in zip(axes, panels.items(), strict=True):
             for i, width in enumerate(widths):
                 own = [row for row in rows if row["expansion"] == width]
                 found = {sites.index(f"L{row['layer']}{row['site']}"): row[key] for row in own}

@@ -5,18 +5,18 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
 from sae_italian.base import report
 from sae_italian.base.labels import label
-from sae_italian.base.storage import write_text
+from sae_italian.base.storage import read_yaml, write_text
 
+NOT_DONE = "Not done · Non svolto"
 LONGEST = 240  # characters of a cell in the form `short`; report.json has the whole
+_LANGUAGE = {"en": "", "it": ' class="it" lang="it"'}
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1, h2 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-top: 1px solid #d7dbe0; padding-top: 1rem; }
@@ -40,58 +40,51 @@ class ReportTable(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a report; titles and texts are (English, Italian)."""
+class Section(NamedTuple):
+    """A part of a report; titles and texts are in English (`en`) and Italian (`it`)."""
 
-    title: tuple[str, str]
-    text: tuple[str, str] = ("", "")
+    title: dict[str, str]
+    text: dict[str, str] = {}
     tables: Sequence[ReportTable] = ()
-    pictures: Sequence[tuple[str, str]] = ()  # file name without .svg, and the SVG
+    pictures: dict[str, str] = {}  # SVGs by their file's name without .svg
     skipped: str = ""  # why there is nothing else
 
 
-@dataclass(frozen=True)
-class ReportPages:
-    title: tuple[str, str]
-    text: tuple[str, str]
-    sections: Sequence[Section] = field(default_factory=tuple)
+def write_report(out: Path, sections: Sequence[Section]) -> None:
+    """Write report.md, report.html and pictures/*.svg into `out`; the first section is the report's head."""
+    for section in sections:
+        for name, svg in section.pictures.items():
+            write_text(out / "pictures" / f"{name}.svg", svg)
+    write_text(out / "report.md", _markdown(sections))
+    write_text(out / "report.html", _page(sections))
 
-    def write(self, out: Path) -> None:
-        """Write report.md, report.html and pictures/*.svg into `out`."""
-        for section in self.sections:
-            for name, svg in section.pictures:
-                write_text(out / "pictures" / f"{name}.svg", svg)
-        write_text(out / "report.md", self.markdown())
-        write_text(out / "report.html", self.html())
 
-    def markdown(self) -> str:
-        parts = [f"# {self.title[0]}", f"*{self.title[1]}*"]
-        for section in (Section(("", ""), self.text), *self.sections):
-            parts += [f"## {section.title[0]} · {section.title[1]}"] if section.title[0] else []
-            parts += [paragraph for paragraph in section.text if paragraph]
-            parts += [f"Not done · Non svolto: {section.skipped}"] if section.skipped else []
-            parts += [markdown_table(table) for table in section.tables]
-            parts += [f"![{name}](pictures/{name}.svg)" for name, _ in section.pictures]
-        return "\n\n".join(parts) + "\n"
+def _markdown(sections: Sequence[Section]) -> str:
+    parts = []
+    for i, section in enumerate(sections):
+        english, italian = section.title["en"], section.title["it"]
+        parts += [f"## {english} · {italian}"] if i else [f"# {english}", f"*{italian}*"]
+        parts += section.text.values()
+        parts += [f"{NOT_DONE}: {section.skipped}"] if section.skipped else []
+        parts += map(markdown_table, section.tables)
+        parts += [f"![{name}](pictures/{name}.svg)" for name in section.pictures]
+    return "\n\n".join(parts) + "\n"
 
-    def html(self) -> str:
-        safe = html.escape
-        parts = [f"<h1>{safe(self.title[0])}</h1>", f'<p class="it" lang="it">{safe(self.title[1])}</p>']
-        for section in (Section(("", ""), self.text), *self.sections):
-            (english, italian), text = section.title, section.text
-            if english:
-                parts.append(f"<h2>{safe(english)} · <span lang='it'>{safe(italian)}</span></h2>")
-            parts += [f"<p>{safe(text[0])}</p>"] if text[0] else []
-            parts += [f'<p class="it" lang="it">{safe(text[1])}</p>'] if text[1] else []
-            if section.skipped:
-                parts.append(f'<p class="skipped">Not done · Non svolto: {safe(section.skipped)}</p>')
-            parts += [_html_table(table) for table in section.tables]
-            parts += [f"<figure>{svg[svg.index('<svg') :]}</figure>" for _, svg in section.pictures]
-        head = f'<meta charset="utf-8"><title>{safe(self.title[0])}</title><style>{_STYLE}</style>'
-        head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        body = "\n".join(parts)
-        return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+def _page(sections: Sequence[Section]) -> str:
+    parts = []
+    for i, section in enumerate(sections):
+        (english, italian), text = map(html.escape, section.title.values()), section.text
+        head = f'<h1>{english}</h1>\n<p class="it" lang="it">{italian}</p>'
+        parts.append(f"<h2>{english} · <span lang='it'>{italian}</span></h2>" if i else head)
+        parts += [f"<p{_LANGUAGE[key]}>{html.escape(words)}</p>" for key, words in text.items()]
+        parts += [f'<p class="skipped">{NOT_DONE}: {html.escape(section.skipped)}</p>'] if section.skipped else []
+        parts += map(_html_table, section.tables)
+        parts += [f"<figure>{svg[svg.index('<svg') :]}</figure>" for svg in section.pictures.values()]
+    head = f'<meta charset="utf-8"><title>{html.escape(sections[0].title["en"])}</title><style>{_STYLE}</style>'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    body = "\n".join(parts)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
 def markdown_table(table: ReportTable) -> str:
@@ -115,11 +108,17 @@ def _html_table(table: ReportTable) -> str:
 
 
 @cache
-def shared_tables() -> dict[str, Any]:
-    """Return the descriptions of tables that several reports have, by name."""
-    import yaml
+def shared_words() -> dict[str, Any]:
+    """Return the tables and the sections that several reports have, by name."""
+    return read_yaml(Path(__file__).with_name("shared.yaml"))
 
-    return yaml.safe_load(resources.files("sae_italian.papers").joinpath("tables.yaml").read_text(encoding="utf-8"))
+
+def section_of(words: dict[str, Any], result: dict[str, Any], pictures: dict[str, str] | None = None) -> Section:
+    """Return a section in the words of a YAML, their {names} filled in from a result; `text_given`: an SAE was given."""
+    text = words["text_given"] if result.get("given") and "text_given" in words else words["text"]
+    filled = [{key: said.format_map(result) for key, said in each.items()} for each in (words["title"], text)]
+    tables = [table for described in words.get("tables", ()) for table in tables_of(described, result)]
+    return Section(*filled, tables, pictures or {})
 
 
 def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[ReportTable]:
@@ -130,30 +129,27 @@ def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[R
     part that is not there has none). Or `markdown` is the path to a table's lines. `each` repeats the table for every item
     of a list; `shared` names a shared table to repeat.
     """
-    spec = shared_tables()[described] if isinstance(described, str) else described
-    spec = spec | shared_tables()[spec["shared"]] if "shared" in spec else spec
-    found = []
-    for part in lookup(result, spec["each"]) if "each" in spec else [result]:
-        caption = spec.get("caption", "").format_map(part)
-        if "markdown" in spec:
-            lines = [
-                [cell.strip().strip("*") for cell in line.strip().strip("|").split("|")]
-                for line in lookup(part, spec["markdown"])
-            ]
-            found.append(ReportTable(caption, lines[0], lines[2:]))
-        elif "facts" in spec:
-            parts = {name: lookup(part, path) for name, path in spec["of"].items()}
-            parts = {name: value for name, value in parts.items() if value is not None}
-            rows = [
-                (label(name) if name.startswith("card.") else name, *(cell(value, path) for value in parts.values()))
-                for name, path in spec["facts"].items()
-            ]
-            found.append(ReportTable(caption, (spec.get("head", ""), *parts), rows))
-        else:
-            rows = lookup(part, spec["rows"]) if spec["rows"] else [part]
-            rows = [[cell(row, path) for path in spec["columns"].values()] for row in rows]
-            found.append(ReportTable(caption, list(spec["columns"]), rows))
-    return found
+    spec = shared_words()[described] if isinstance(described, str) else described
+    spec = spec | shared_words()[spec["shared"]] if "shared" in spec else spec
+    return [_table_of(spec, part) for part in (lookup(result, spec["each"]) if "each" in spec else [result])]
+
+
+def _table_of(spec: dict[str, Any], part: Any) -> ReportTable:
+    caption = spec.get("caption", "").format_map(part)
+    if "markdown" in spec:
+        lines = [line.strip().strip("|").split("|") for line in lookup(part, spec["markdown"])]
+        head, _, *rows = [[cell.strip().strip("*") for cell in line] for line in lines]
+        return ReportTable(caption, head, rows)
+    if "facts" in spec:
+        parts = {name: lookup(part, path) for name, path in spec["of"].items()}
+        parts = {name: value for name, value in parts.items() if value is not None}
+        names = {name: label(name) if name.startswith("card.") else name for name in spec["facts"]}
+        rows = [(names[name], *(cell(value, path) for value in parts.values())) for name, path in spec["facts"].items()]
+        return ReportTable(caption, (spec.get("head", ""), *parts), rows)
+    rows = lookup(part, spec["rows"]) if spec["rows"] else [part]
+    return ReportTable(
+        caption, list(spec["columns"]), [[cell(row, path) for path in spec["columns"].values()] for row in rows]
+    )
 
 
 def lookup(results: Any, path: str) -> Any:

@@ -88,10 +88,13 @@ def _from_release(name: str, device: str) -> Any:
         raise explain(error, f"{place.release}:{place.sae_id}", place.revision, repo_id=place.repo_id) from error
 
 
-def sae_facts(name: str | Path) -> dict[str, Any]:
+def sae_facts(name: str | Path, /) -> dict[str, Any]:
     """Return the configuration and metadata of an SAE in one level, what matters most first.
 
-    Of a release of `sae-italian saes list` or of SAELens only the configuration is fetched. Raises: as `load_sae`.
+    Raises: as `load_sae`.
+
+    Args:
+        name: A folder, or release:sae_id, of which only the configuration is fetched.
     """
     place = None if Path(name).expanduser().is_dir() else find_sae(str(name))
     if place is None or place.revision or not place.known:

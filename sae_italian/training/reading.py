@@ -9,6 +9,7 @@ from typing import Any
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import RUN_FILE, read_json, read_yaml
+from sae_italian.base.words import read_word
 from sae_italian.training.config import RunSpec, spec_from_dict
 from sae_italian.training.text import written_for_saelens
 
@@ -63,15 +64,13 @@ def read_values(path: str | Path, *overrides: str) -> dict[str, Any]:
 
 
 def _set(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UsageError(f"override {override!r} is not of the form key=value, e.g. sae.k=64.")
-    *parents, last = key.strip().split(".")
+    key, value = read_word(override)
+    *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise UsageError(f"override {override!r}: {parent!r} is a value, not a group of keys.")
-    values[last] = read_yaml(text, override)
+            raise UsageError(f"{override!r:.80}: {parent!r} is a value, not a group of keys.")
+    values[last] = value
 
 
 def configs_folder() -> Path:

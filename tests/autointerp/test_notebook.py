@@ -3,8 +3,9 @@
 from tests.notebooks import printed_by, run_notebook
 
 
-def test_one_latent_is_explained_by_hand(tmp_path, monkeypatch):
-    printed = [printed_by(cell) for cell in run_notebook("un_latente_a_mano", tmp_path, monkeypatch)]
-    assert "<<" in printed[1] and "same-token" in printed[2] and "it:" in printed[4]
-    always = next(line for line in printed[5].splitlines() if line.startswith("always yes"))
-    assert "detection/random 0.50" in always
+def test_one_latent_is_explained_by_hand(tmp_path):
+    printed = [printed_by(cell) for cell in run_notebook("un_latente_a_mano", tmp_path)]
+    assert "«" in printed[1] and "regola a mano" in printed[2] and "in italiano:" in printed[3]
+    assert "same-token" in printed[4] and "solo il token" in printed[4]
+    shuffled = float(printed[4].split()[-1])
+    assert abs(shuffled - 0.5) < 0.06  # another latent's explanation says nothing

@@ -35,7 +35,7 @@ def test_show_prints_documents_and_refuses_what_is_broken(capsys, jsonl, tmp_pat
     assert code == 0 and "Addio." in out
     for word, message in (
         ("splitt=all", "Did you mean 'split'"),
-        ("seed=due", "seed is 'due'; a whole number"),
+        ("seed=due", "seed is 'due'; it should be a valid integer"),
         ("x", "key=value"),
     ):
         code, _, err = run(capsys, "corpora", "show", jsonl, word)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-import yaml
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError
+from sae_italian.base.words import read_words, refusal
 
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -40,24 +40,18 @@ class LLMOptions:
     """Stop before this run's calls can cost more US dollars; default: no limit."""
 
     def with_words(self, words: Sequence[str] = ()) -> LLMSettings:
-        """Return the whole settings, the rare ones from `key=value` words (values are read as YAML).
+        """Return the whole settings, the rare ones from `key=value` words.
 
         Raises: UsageError for an unknown key, a value of the wrong kind, or settings that cannot go together.
         """
         given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(LLMOptions)}
         options = {name: f"--{name.replace('_', '-')}" for name in given}
-        rare = [field.name for field in fields(LLMSettings) if field.name not in given]
-        for word in words:
-            key, equals, value = word.partition("=")
-            if not equals or key not in rare:
-                raise UsageError(f"{word!r} is no setting of the language model. {nearest(key, rare, 20)}")
-            given[key] = yaml.safe_load(value)
+        hints = get_type_hints(LLMSettings, include_extras=True)
+        given |= read_words(words, {name: hint for name, hint in hints.items() if name not in given})
         try:
             settings = TypeAdapter(LLMSettings).validate_python(given)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            raise UsageError(f"{options.get(name, name)} is {first['input']!r}: {first['msg'].lower()}.") from error
+            raise refusal(error, options[str(error.errors()[0]["loc"][0])]) from error
         settings.check()
         return settings
 

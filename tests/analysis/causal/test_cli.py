@@ -76,7 +76,7 @@ def test_ioi_refuses_what_cannot_be_measured(capsys, folder, later):
         (("ioi", "mini", "--pairs", 2), "--pairs is now --n-pairs"),
         (("tree", folder, "--latent", 1), "at least two layers"),
         (("agreement", "mini", "--pairs-file", "none.tsv"), "is not a file"),
-        (("tree", folder, later, "branches=x", "--latent", 1), "branches is 'x'; a whole number was expected"),
+        (("tree", folder, later, "branches=x", "--latent", 1), "branches is 'x'; it should be a valid integer"),
         (("ioi", "mini", "name_token=2"), "no setting here.*Did you mean 'name_tokens'"),
         (("ioi", "mini", "--sae", folder, "--sae", folder, "--check", 30), "given twice"),
     ]

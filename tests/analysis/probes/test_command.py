@@ -40,7 +40,7 @@ def test_labels_and_languages_of_a_cache_go_into_its_store(
     ("options", "message"),
     [
         ([], "nothing to look for: give --ud"),
-        (["--languages", "it=x.jsonl"], "--languages needs NAME=CORPUS two times"),
+        (["--languages", "it=x.jsonl"], "--languages NAME=CORPUS is needed, 2 or more; 1 given"),
         (["--against", "SAE", "--languages", "a=x", "b=y"], "give --ud too"),
         (["--sae", "x", "--ud", "micro-italiano"], "is no cache. Leave it out"),
         (["--ud", "no-such.conllu"], "treebank no-such.conllu does not exist"),

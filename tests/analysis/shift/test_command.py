@@ -80,12 +80,12 @@ def test_context_languages_and_models(folder, genres, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--by", "language"], "--by language needs --buckets"),
-        (["--by", "model"], "--by model needs --buckets"),
+        (["--by", "language"], "--by language --buckets NAME=CORPUS is needed, 2 or more; 0 given"),
+        (["--by", "model"], "--by model --buckets NAME=MODEL is needed"),
         (["packed=true", "--by", "genre"], "packed is for --by context, not for --by genre"),
-        (["--by", "context", "--buckets", "a=b"], "--buckets is for --by genre, language or model"),
+        (["--by", "context", "--buckets", "a=b"], "--buckets is for --by genre, language, model, not for --by context"),
         (["--by", "context", "--edges", "0,x"], "--edges is '0,x'"),
-        (["context_size=64", "--by", "context"], "by context give --edges"),
+        (["context_size=64", "--by", "context"], "context_size is for --by genre, language, model"),
         (["--by", "genre", "--corpus", "ONE"], "has no genres: a folder with a subfolder or table for each"),
         (["--by", "genre", "--corpus", "TXT"], "are taken for documents, not for genres"),
         (
