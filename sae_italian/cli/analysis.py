@@ -12,7 +12,18 @@ import sae_italian
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import write_json
-from sae_italian.cli.options import MINUTES, Count, Model, Result, Sae, Seed, bounded, key_values, own_words, short_names
+from sae_italian.cli.options import (
+    MINUTES,
+    Count,
+    Model,
+    Result,
+    Sae,
+    Seed,
+    bounded,
+    key_values,
+    own_words,
+    short_names,
+)
 
 Many = Parameter(consume_multiple=True)
 WHOLE_TEXTS = "genre, language, model"

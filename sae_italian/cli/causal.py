@@ -12,8 +12,19 @@ import sae_italian
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain, save_result, table
 from sae_italian.base.words import read_words
-from sae_italian.cli.options import MINUTES, Count, Language, Model, Result, Sae, Seed
-from sae_italian.cli.options import bounded, key_values, own_words, short_names
+from sae_italian.cli.options import (
+    MINUTES,
+    Count,
+    Language,
+    Model,
+    Result,
+    Sae,
+    Seed,
+    bounded,
+    key_values,
+    own_words,
+    short_names,
+)
 
 Many = Parameter(consume_multiple=True)
 
