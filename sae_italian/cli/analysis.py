@@ -120,11 +120,7 @@ def language(
     from sae_italian.saes import model_of
 
     settings = key_values(words, MINUTES | {"context_size": 0, "text_column": "text"})
-    if not ud and not languages:
-        raise UsageError("nothing to look for: give --ud with treebanks, --languages with corpora, or both.")
-    corpora = _named("--languages NAME=CORPUS", languages, 2 if languages else 0)
-    if against and not ud:
-        raise UsageError("--against compares probes on treebanks; give --ud too, or leave it out.")
+    corpora = _languages(ud, languages, against)
     columns = _columns(settings["text_column"], corpora)
     loaded, cache = _sae_of(sae, sae_of_cache)
     subject = model_of(loaded, model or (cache.manifest.model if cache else None))
@@ -149,6 +145,15 @@ def language(
     if cache is not None:
         parts.append(_store(cache, labels))
     return Result(value, "\n\n".join([*parts, f"results: {out}"]))
+
+
+def _languages(ud: list[str] | None, languages: list[str] | None, against: list[str] | None) -> dict[str, str]:
+    """Return the corpora by language. Raises: UsageError for options that do not go together."""
+    if not ud and not languages:
+        raise UsageError("nothing to look for: give --ud with treebanks, --languages with corpora, or both.")
+    if against and not ud:
+        raise UsageError("--against compares probes on treebanks; give --ud too, or leave it out.")
+    return _named("--languages NAME=CORPUS", languages, 2 if languages else 0)
 
 
 def _sae_of(given: str, of_cache: str | None) -> tuple[Any, Any]:

@@ -53,7 +53,8 @@ def middle(results: Results) -> dict[str, Any]:
 def _baselines(job: Reproduction, results: Results) -> dict[str, Any]:
     """Set each SAE beside its baselines."""
     given = {field.name: job.budget[field.name] for field in fields(Settings) if field.name in job.budget}
-    settings = Settings(**given | {"kinds": tuple(given["kinds"])})
+    given["kinds"] = tuple(given["kinds"])
+    settings = Settings(**given)
     layers = []
     for entry in results["saes"]["saes"]:
         folder, out = entry["folder"], job.out / "baselines" / f"L{entry['layer']}"

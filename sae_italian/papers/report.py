@@ -116,9 +116,9 @@ def shared_words() -> dict[str, Any]:
 def section_of(words: dict[str, Any], result: dict[str, Any], pictures: dict[str, str] | None = None) -> Section:
     """Return a section in the words of a YAML, their {names} filled in from a result; `text_given`: an SAE was given."""
     text = words["text_given"] if result.get("given") and "text_given" in words else words["text"]
-    filled = [{key: said.format_map(result) for key, said in each.items()} for each in (words["title"], text)]
+    title, text = ({key: said.format_map(result) for key, said in each.items()} for each in (words["title"], text))
     tables = [table for described in words.get("tables", ()) for table in tables_of(described, result)]
-    return Section(*filled, tables, pictures or {})
+    return Section(title, text, tables, pictures or {})
 
 
 def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[ReportTable]:

@@ -68,7 +68,7 @@ def test_ioi_refuses_what_cannot_be_measured(capsys, folder, later):
             "one writes at .* later writes at",
         ),
         (("ioi", "mini", "name_tokens=7"), "names by number of tokens"),
-        (("ioi", "mini", "name_tokens=many"), "a number or any"),
+        (("ioi", "mini", "name_tokens=many"), "name_tokens is 'many'; it should be a valid integer"),
         (("ioi", "mini", "--n-pairs", 0), "--n-pairs is 0"),
         (("steer", folder, PROMPT, "--latent", 999), "latents 0 to 299"),
         (("steer", folder, " ", "--latent", 1, "--ablate"), "prompt is empty"),
