@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import read_yaml
@@ -49,18 +49,15 @@ class CorpusEntry(BaseModel, extra="forbid", frozen=True):
     min_chars: int = 0
     max_chars: int | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _routes_know_their_repository(cls, fields: dict) -> dict:
-        routes = {key: {"hub": fields["hub"], **route} for key, route in fields["routes"].items()}
-        return {**fields, "routes": routes}
-
 
 @cache
 def catalogue() -> dict[str, CorpusEntry]:
-    """Return the catalogue by name, in the order of catalogue.yaml."""
+    """Return the catalogue by name, in the order of catalogue.yaml; a route's repository is the entry's by default."""
     entries = read_yaml(Path(__file__).with_name("catalogue.yaml"))
-    return {name: CorpusEntry(name=name, **fields) for name, fields in entries.items()}
+    for name, entry in entries.items():
+        routes = {key: {"hub": entry["hub"], **route} for key, route in entry["routes"].items()}
+        entries[name] = CorpusEntry(name=name, **{**entry, "routes": routes})
+    return entries
 
 
 def find(name: str) -> tuple[CorpusEntry, Route] | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -49,8 +50,8 @@ class Filters:
     """Documents that duplicate removal remembers, at the least."""
 
     def __post_init__(self) -> None:
-        for name, least in (("min_chars", 0), ("capacity", 1)):
-            if getattr(self, name) < least:
+        for name, least in (("min_chars", 0), ("capacity", 1), ("max_chars", 1)):
+            if getattr(self, name, least) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
 
 
@@ -80,16 +81,15 @@ class BloomFilter:
         return found
 
 
-def _keys(*parts: bytes) -> UInt64[np.ndarray, " parts"]:
+def _keys(parts: Iterable[bytes]) -> UInt64[np.ndarray, " parts"]:
     """Return a 64-bit hash of each part and its place."""
-    return np.frombuffer(
-        b"".join(blake2b(b"%d/" % i + part, digest_size=8).digest() for i, part in enumerate(parts)), np.uint64
-    )
+    hashes = (blake2b(b"%d/" % i + part, digest_size=8).digest() for i, part in enumerate(parts))
+    return np.frombuffer(b"".join(hashes), np.uint64)
 
 
 def exact_keys(text: str) -> UInt64[np.ndarray, " 1"]:
     """Return the key of a text, the same once white space is one space."""
-    return _keys(" ".join(text.split()).encode("utf-8", "surrogatepass"))
+    return _keys([" ".join(text.split()).encode("utf-8", "surrogatepass")])
 
 
 def near_keys(text: str) -> UInt64[np.ndarray, " bands"]:
@@ -101,11 +101,11 @@ def near_keys(text: str) -> UInt64[np.ndarray, " bands"]:
     sketch = MinHash(BANDS * HASHES_PER_BAND, seed=1, scheme="affine32")
     shingles = (" ".join(words[start : start + SHINGLE_WORDS]) for start in starts)
     sketch.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles])
-    return _keys(*(band.tobytes() for band in sketch.hashvalues.reshape(BANDS, HASHES_PER_BAND)))
+    return _keys(band.tobytes() for band in sketch.hashvalues.reshape(BANDS, HASHES_PER_BAND))
 
 
 class Sieve:
-    """Filters at work; remembers what it has seen."""
+    """Filters at work; `blooms` are what it has seen, for each kind of duplicate that is asked for."""
 
     def __init__(self, filters: Filters):
         self.filters = filters
@@ -123,10 +123,6 @@ class Sieve:
         if self.filters.near_duplicates and self.blooms["near"].seen(near_keys(text)):
             return "near_duplicate"
         return None
-
-    @property
-    def remembers(self) -> bool:
-        return bool(self.blooms)
 
     def save(self, path: Path) -> None:
         """Write what was seen."""

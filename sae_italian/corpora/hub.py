@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import explain
@@ -18,15 +18,8 @@ from sae_italian.corpora.catalogue import Route, catalogue
 PREFIX = "hf://datasets/"
 
 
-class Listing(NamedTuple):
-    """The files of a route, in the order of their names, with their sizes in bytes, at one commit."""
-
-    commit: str
-    sizes: dict[str, int]
-
-
-def list_files(route: Route, name: str) -> Listing:
-    """Return the files of a route of the corpus `name`.
+def list_files(route: Route, name: str) -> tuple[str, dict[str, int]]:
+    """Return a commit, and the files of a route of the corpus `name` there, by name with their sizes in bytes.
 
     Raises: UsageError when the hub cannot be reached, refuses, or holds no such file; the message says what to do.
     """
@@ -37,18 +30,15 @@ def list_files(route: Route, name: str) -> Listing:
     with explained(name, route.hub, route.revision):
         commit = api.dataset_info(route.hub, revision=route.revision).sha or route.revision
         tree = list(api.list_repo_tree(route.hub, repo_type="dataset", revision=commit, recursive=True))
-    files = dict(sorted((item.path, item.size) for item in tree if isinstance(item, RepoFile)))
-
-    def matches(path: str, patterns: tuple[str, ...]) -> bool:
-        return any(fnmatchcase(path, pattern) for pattern in patterns)
-
-    chosen = [path for path in files if matches(path, route.files) and not matches(path, route.exclude)]
+    files = {item.path: item.size for item in tree if isinstance(item, RepoFile)}
+    chosen = sorted({path for pattern in route.files for path in files if fnmatchcase(path, pattern)})
+    chosen = [path for path in chosen if not any(fnmatchcase(path, pattern) for pattern in route.exclude)]
     if not chosen:
         raise UsageError(
             f"corpus {name!r}: {route.hub}@{route.revision} holds {len(files)} files, none of them "
             f"{' or '.join(route.files)}. Its layout has changed: give the files, as {PREFIX}owner/name/pattern."
         )
-    return Listing(commit, {path: files[path] for path in chosen[: route.first]})
+    return commit, {path: files[path] for path in chosen[: route.first]}
 
 
 def route_of_url(url: str) -> Route:

@@ -8,23 +8,21 @@ A `<s>` that is typed in a document is text as any other: its characters are tok
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from copy import copy
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.corpora.stream import TextDocument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_CALL = 2**20  # characters in one call; a token's encoding takes some hundred bytes until its numbers are taken out
+MAX_BATCH = 2**20  # characters; a token's encoding takes some hundred bytes until its numbers are taken out
 NO_DOCUMENT = np.iinfo(np.uint32).max  # the document index of BOS and separator tokens
-
 
 _backends: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()  # tokenizer: (its size, its backend for text)
 
@@ -41,11 +39,8 @@ class TokenBatch(NamedTuple):
             yield self.flat[begin:end].T
 
 
-def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return a copy of the Rust tokenizer inside that neither cuts nor pads, and takes typed special tokens for text.
-
-    Raises: UsageError when there is none, so no offsets either.
-    """
+def _backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return a copy of the Rust tokenizer inside that neither cuts nor pads, and takes typed special tokens for text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UsageError(
@@ -61,39 +56,38 @@ def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     return copied
 
 
-def tokenise(backend: Any, texts: list[str]) -> TokenBatch:
-    """Return the tokens of each text, without those that a tokenizer adds around it."""
-    parts, counts = [], [0]
-    for call in _calls(texts):
-        encodings = backend.encode_batch(call, add_special_tokens=False)
-        counts += map(len, encodings)
-        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32)
-        offsets = np.fromiter(chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int32)
-        parts.append(np.column_stack([ids, offsets.reshape(-1, 2)]))
-    return TokenBatch(np.concatenate(parts or [np.empty((0, 3), np.int32)]), np.cumsum(counts))
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TokenBatch:
+    """Return the tokens of each text, without those that a tokenizer adds around it.
+
+    Raises: UsageError for a slow tokenizer, which has no offsets.
+    """
+    encodings = _backend_of(tokenizer).encode_batch(texts, add_special_tokens=False)
+    ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32)
+    offsets = np.fromiter(chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int32)
+    bounds = np.cumsum([0, *map(len, encodings)])
+    return TokenBatch(np.column_stack([ids, offsets.reshape(-1, 2)]), bounds)
 
 
-def _calls(texts: list[str]) -> Iterator[list[str]]:
-    """Yield the texts in runs of at most MAX_CALL characters, or one longer text."""
-    run: list[str] = []
-    size = 0
-    for text in texts:
-        if run and size + len(text) > MAX_CALL:
-            yield run
-            run, size = [], 0
-        run.append(text)
-        size += len(text)
-    if run:
-        yield run
+def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextDocument]]:
+    """Yield lists of `size` documents, shorter ones where these are long, and at the end."""
+    batch: list[TextDocument] = []
+    n_characters = 0
+    for document in documents:
+        batch.append(document)
+        n_characters += len(document.text)
+        if len(batch) == size or n_characters >= MAX_BATCH:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
+        yield batch
 
 
-def tokenise_batches(
-    batches: Iterable[list[TextDocument]], tokenizer: PreTrainedTokenizerBase
+def tokenised(
+    documents: Iterable[TextDocument], tokenizer: PreTrainedTokenizerBase, size: int = 128
 ) -> Iterator[tuple[list[TextDocument], TokenBatch]]:
-    """Yield each batch of documents with its tokens."""
-    backend = fast_backend(tokenizer)
-    for batch in batches:
-        yield batch, tokenise(backend, [document.text for document in batch])
+    """Yield documents in batches of at most `size`, each with its tokens."""
+    for batch in batched(documents, size):
+        yield batch, tokenise(tokenizer, [document.text for document in batch])
 
 
 # --- windows ------------------------------------------------------------------------------------------------------------
@@ -154,17 +148,14 @@ def pack(
     context_size: int,
     *,
     windows_per_block: int = 256,
-    documents_per_batch: int = 256,
     layout: Layout | None = None,
 ) -> Iterator[PackedBlock]:
     """Yield blocks of `windows_per_block` full windows, the last block shorter; a window that is not full is dropped.
 
-    `documents_per_batch`, tokenised together, decides nothing of the result.
     Raises: UsageError when context_size leaves no room for text.
     """
-    check_context(context_size)
     packer = Packer(context_size, layout or layout_of(tokenizer))
-    for batch, tokens in tokenise_batches(batched(documents, documents_per_batch), tokenizer):
+    for batch, tokens in tokenised(documents, tokenizer):
         packer.add(batch, tokens)
         while packer.n_windows >= windows_per_block:
             yield packer.take(windows_per_block)
@@ -172,33 +163,23 @@ def pack(
         yield packer.take(packer.n_windows)
 
 
-def check_context(context_size: int) -> None:
-    """Raise UsageError for a context that leaves no room for text."""
-    if context_size < 2:
-        raise UsageError(f"context_size is {context_size}; at least 2 is needed, one token of it is the BOS.")
-
-
-def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextDocument]]:
-    """Yield lists of `size` documents, the last one shorter."""
-    iterator = iter(documents)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
 class Packer:
     """Fills windows one after the other, a batch of documents at a time.
 
     `body` holds what windows hold besides the BOS that opens them (tokens, documents, starts, ends): window i is
-    body[:, i * room : (i + 1) * room].
+    body[:, i * room : (i + 1) * room]. What it holds is replaced, never changed: `copy.copy` stays as it is now.
+    Raises: UsageError for a context that leaves no room for text.
     """
 
     def __init__(self, context_size: int, layout: Layout):
+        if context_size < 2:
+            raise UsageError(f"context_size is {context_size}; at least 2 is needed, one token of it is the BOS.")
         self.context_size, self.layout = context_size, layout
         self.opening = 0 if layout.bos is None else 1
         self.room = context_size - self.opening
         self.body = np.zeros((4, 0), np.uint32)
         self.documents: list[tuple[int, TextDocument]] = []  # (number of the window of its first token, document)
-        self.n_documents = self.n_taken = self.documents_taken = 0
+        self.n_documents = self.n_taken = 0  # documents added, windows taken
 
     @property
     def n_windows(self) -> int:
@@ -210,12 +191,13 @@ class Packer:
         sizes = np.diff(tokens.bounds)
         filled = position = self.body.shape[1]
         begins = []
-        for document, size in zip(documents, sizes.tolist(), strict=True):
+        for size in sizes.tolist():
             if self.layout.separator is not None and position % self.room:
                 position += 1
-            self.documents.append((self.n_taken + position // self.room, document))
             begins.append(position)
             position += size
+        windows = (self.n_taken + begin // self.room for begin in begins)
+        self.documents = [*self.documents, *zip(windows, documents, strict=True)]
         added = np.zeros((4, position - filled), np.uint32)  # separators, where no document's token comes
         added[0], added[1] = self.layout.separator or 0, NO_DOCUMENT
         # from a token's place in the batch to its place here
@@ -235,32 +217,22 @@ class Packer:
         block[:, :, self.opening :] = self.body[:, :used].reshape(4, n_windows, self.room)
         self.body = self.body[:, used:].copy()
         self.n_taken += n_windows
+        first = self.n_documents - len(self.documents)
         documents = [document for window, document in self.documents if window < self.n_taken]
-        del self.documents[: len(documents)]  # they are in the order of their windows
-        first = self.documents_taken
-        self.documents_taken += len(documents)
+        self.documents = self.documents[len(documents) :]  # they are in the order of their windows
         return PackedBlock(block[0], block[1], block[2], block[3], documents, first)
-
-    def copy(self) -> Packer:
-        """Return a packer that stays as this one is now."""
-        twin = copy(self)
-        twin.documents = list(self.documents)
-        return twin
 
     def state(self) -> dict[str, Any]:
         """Return what is left between two shards: tokens not taken, and documents whose window is not full."""
         documents = [[window, *document] for window, document in self.documents]
-        numbers = {key: getattr(self, key) for key in ("n_documents", "n_taken", "documents_taken")}
+        numbers = {"n_documents": self.n_documents, "n_taken": self.n_taken}
         return {"body": self.body.tolist(), "documents": documents, **numbers}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state. Raises: DataError for one of another version."""
-        if "body" not in state:
-            raise DataError("the unfinished folder was made by another version of sae_italian. Use --overwrite.")
+        """Continue from a state."""
         self.body = np.array(state["body"], np.uint32)
         self.documents = [(window, TextDocument(*document)) for window, *document in state["documents"]]
         self.n_documents, self.n_taken = state["n_documents"], state["n_taken"]
-        self.documents_taken = state["documents_taken"]
 
 
 def special_mask(tokens: Int[np.ndarray, "*shape"], tokenizer: PreTrainedTokenizerBase) -> Bool[np.ndarray, "*shape"]:
@@ -277,8 +249,8 @@ def take_tokens(blocks: Iterator[PackedBlock], n_tokens: int, what: str) -> Iter
     for block in blocks:
         wanted = -(-(n_tokens - seen) // block.tokens.shape[1])
         if wanted < len(block.tokens):
-            arrays = ("tokens", "doc", "start", "end")
-            block = block._replace(**{key: getattr(block, key)[:wanted] for key in arrays})
+            arrays = {name: getattr(block, name)[:wanted] for name in ("tokens", "doc", "start", "end")}
+            block = block._replace(**arrays)
         seen += block.tokens.size
         yield block
         if seen >= n_tokens:

@@ -22,16 +22,14 @@ from tqdm import tqdm
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import atomic_path, claimed, disk_errors, fingerprint, read_json, utc_now, write_json
-from sae_italian.corpora.packing import PackedBlock, Packer, batched, check_context, layout_of, tokenise_batches
+from sae_italian.corpora.packing import PackedBlock, Packer, layout_of, tokenised
 from sae_italian.corpora.rows import MICRO_ITALIANO, PRETOKENIZED
 from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KIND = "pretokenize"
 SAELENS_FILE = "sae_lens.json"
-DOCUMENTS_PER_BATCH = 128
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -62,114 +60,95 @@ def pretokenize(
     window, and a full disk, in which case the finished shards are kept and `resume=True` goes on.
     """
     out = Path(out)
-    check_context(context_size)
     for name, value in (("n_tokens", n_tokens), ("windows_per_shard", windows_per_shard)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; it must be 1 or more.")
     if n_tokens is None and MICRO_ITALIANO in str(corpus):
         raise UsageError(f"{MICRO_ITALIANO} has no end: say how many tokens (--tokens).")
     stream = CorpusStream(corpus, reader or Reader(split="train"))
-    layout = layout_of(tokenizer, prepend_bos=prepend_bos, separator=separator)
+    packer = Packer(context_size, layout_of(tokenizer, prepend_bos=prepend_bos, separator=separator))
     spec = {
         "corpus": stream.spec(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "context_size": context_size,
-        "layout": layout._asdict(),
+        "layout": packer.layout._asdict(),
         "n_tokens": n_tokens,
         "windows_per_shard": windows_per_shard,
     }
-    with claimed(out, KIND, spec, resume=resume, overwrite=overwrite):
-        run = _Writer(out, stream, Packer(context_size, layout), windows_per_shard, n_tokens)
-        run.write(tokenizer)
-        run.describe(tokenizer.name_or_path, "bos" if prepend_bos else None, separator)
+    with claimed(out, "pretokenize", spec, resume=resume, overwrite=overwrite):
+        shards = _write(out, stream, packer, tokenizer, windows_per_shard, n_tokens)
+        described = {
+            "begin_batch_token": "bos" if prepend_bos else None,
+            "context_size": context_size,
+            "sequence_separator_token": separator,
+        }
+        _describe(out, stream, tokenizer.name_or_path, shards, described)
     return out
 
 
-class _Writer:
-    """Writes shard after shard; its whole state is in progress.json, from which it goes on where there is one."""
+def _write(
+    out: Path, stream: CorpusStream, packer: Packer, tokenizer: Any, windows_per_shard: int, n_tokens: int | None
+) -> list[dict[str, int]]:
+    """Write what is left of the corpus, shard after shard, and return the shards; progress.json is the whole state.
 
-    def __init__(self, out: Path, stream: CorpusStream, packer: Packer, windows_per_shard: int, n_tokens: int | None):
-        self.out, self.stream, self.packer = out, stream, packer
-        self.windows_per_shard = windows_per_shard
-        self.n_windows = float("inf") if n_tokens is None else -(-n_tokens // packer.context_size)
-        self.shards: list[dict[str, int]] = []
-        self.finished = False
-        if (out / PRETOKENIZED).is_file():
-            progress = read_json(out / PRETOKENIZED)
-            self.shards, self.finished = progress["shards"], progress["finished"]
-            stream.load_state(progress["position"])
-            packer.load(progress["packer"])
-            if self.shards and stream.sieve.remembers and not self.finished:
-                stream.sieve.load(self._seen(len(self.shards) - 1))
-
-    def _left(self) -> float:
-        """Return how many windows are still wanted."""
-        return self.n_windows - sum(shard["windows"] for shard in self.shards)
-
-    def _seen(self, number: int) -> Path:
-        """Return the file of what duplicate removal remembered when a shard was finished."""
-        return self.out / f"seen-{number:05d}.npz"
-
-    def write(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write what is left of the corpus. Raises: UsageError when it does not fill one window."""
-        if self.finished:
-            return
-        with tqdm(desc="pretokenize", unit=" windows", unit_scale=True, disable=None) as bar:
-            for batch, tokens in tokenise_batches(batched(self.stream, DOCUMENTS_PER_BATCH), tokenizer):
-                self.packer.add(batch, tokens)
-                self.finished = self.packer.n_windows >= self._left()
-                if self.finished or self.packer.n_windows >= self.windows_per_shard:
-                    self._write_shard()
-                    bar.update(self.shards[-1]["windows"])
-                if self.finished:
-                    return
-            self.finished = True
-            self._write_shard()
-        if not self.shards:
-            raise UsageError(
-                f"corpus {self.stream.corpus!r} does not fill one window of {self.packer.context_size} tokens. "
-                f"{self.stream.counts.kept:,} documents were kept; use a longer text or a smaller context."
-            )
-
-    def _write_shard(self) -> None:
-        """Write the full windows as the next shard, if there are any, then the progress."""
-        number = len(self.shards)
-        with disk_errors(self.out, f"{number} finished shards are kept."):
-            if self.packer.n_windows:
-                block = self.packer.take(int(min(self.packer.n_windows, self._left())))
-                _write_block(self.out, number, block)
-                if self.stream.sieve.remembers:
-                    with atomic_path(self._seen(number)) as temporary:
-                        self.stream.sieve.save(temporary)
-                counts = {"windows": len(block.tokens), "documents": len(block.documents)}
-                self.shards.append(counts | {"first_document": block.first_doc})
-            own = {"context_size": self.packer.context_size, "finished": self.finished, "updated": utc_now()}
-            position = {"position": self.stream.state(), "packer": self.packer.state()}
-            write_json(self.out / PRETOKENIZED, {**own, "shards": self.shards, **position})
-        self._seen(number - 1).unlink(missing_ok=True)
-
-    def describe(self, tokenizer_name: str, bos: str | None, separator: str | int | None) -> None:
-        """Write what makes the folder a dataset for `datasets` and for SAELens; state.json comes last."""
-        from sae_lens.pretokenize_runner import PretokenizeRunnerConfig, metadata_from_config
-
-        config = PretokenizeRunnerConfig(
-            tokenizer_name=tokenizer_name,
-            dataset_path=self.stream.corpus,
-            split=self.stream.reader.split,
-            context_size=self.packer.context_size,
-            shuffle=False,
-            seed=self.stream.reader.seed,
-            begin_batch_token=bos,  # pyright: ignore[reportArgumentType]
-            sequence_separator_token=separator,  # pyright: ignore[reportArgumentType]
+    seen-<shard>.npz is what duplicate removal remembered when the last shard was finished.
+    Raises: UsageError when the corpus does not fill one window.
+    """
+    progress: dict[str, Any] = {"shards": [], "finished": False}
+    if (out / PRETOKENIZED).is_file():
+        progress = read_json(out / PRETOKENIZED)
+        stream.load_state(progress["position"])
+        packer.load(progress["packer"])
+        if progress["shards"] and stream.sieve.blooms and not progress["finished"]:
+            stream.sieve.load(out / f"seen-{len(progress['shards']) - 1:05d}.npz")
+    shards: list[dict[str, int]] = progress["shards"]
+    wanted = float("inf") if n_tokens is None else -(-n_tokens // packer.context_size)
+    batches, finished = tokenised(stream, tokenizer), progress["finished"]
+    with tqdm(desc="pretokenize", unit=" windows", unit_scale=True, disable=None) as bar:
+        while not finished:
+            batch, number = next(batches, None), len(shards)
+            if batch is not None:
+                packer.add(*batch)
+            left = wanted - sum(shard["windows"] for shard in shards)
+            n_windows = int(min(packer.n_windows, left))
+            finished = batch is None or n_windows == left
+            if not finished and n_windows < windows_per_shard:
+                continue
+            with disk_errors(out, f"{number} finished shards are kept."):
+                if n_windows:
+                    shards.append(_write_block(out, number, packer.take(n_windows)))
+                    if stream.sieve.blooms:
+                        with atomic_path(out / f"seen-{number:05d}.npz") as temporary:
+                            stream.sieve.save(temporary)
+                    bar.update(n_windows)
+                progress = {"context_size": packer.context_size, "finished": finished, "updated": utc_now()}
+                position = {"shards": shards, "position": stream.state(), "packer": packer.state()}
+                write_json(out / PRETOKENIZED, progress | position)
+                (out / f"seen-{number - 1:05d}.npz").unlink(missing_ok=True)
+    if not shards:
+        raise UsageError(
+            f"corpus {stream.corpus!r} does not fill one window of {packer.context_size} tokens. "
+            f"{stream.counts.kept:,} documents were kept; use a longer text or a smaller context."
         )
-        info = {"citation": "", "description": "", "features": _features().to_dict(), "homepage": "", "license": ""}
-        names = [{"filename": f"data-{i:05d}.arrow"} for i in range(len(self.shards))]
-        state = {"_data_files": names, "_fingerprint": fingerprint(self.shards), "_format_columns": ["input_ids"]}
-        state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
-        write_json(self.out / SAELENS_FILE, metadata_from_config(config).__dict__)
-        write_json(self.out / "counts.json", read_json(self.out / PRETOKENIZED)["position"]["counts"])
-        write_json(self.out / "dataset_info.json", info)
-        write_json(self.out / "state.json", state)
+    return shards
+
+
+def _describe(
+    out: Path, stream: CorpusStream, tokenizer_name: str, shards: list[dict[str, int]], described: dict[str, Any]
+) -> None:
+    """Write what makes the folder a dataset for `datasets` and for SAELens; state.json comes last."""
+    from sae_lens.pretokenize_runner import PretokenizeRunnerConfig, metadata_from_config
+
+    reader, names = stream.reader, {"tokenizer_name": tokenizer_name, "dataset_path": stream.corpus}
+    config = PretokenizeRunnerConfig(**names, split=reader.split, shuffle=False, seed=reader.seed, **described)
+    info = {"citation": "", "description": "", "features": _features().to_dict(), "homepage": "", "license": ""}
+    files = [{"filename": f"data-{i:05d}.arrow"} for i in range(len(shards))]
+    state = {"_data_files": files, "_fingerprint": fingerprint(shards), "_format_columns": ["input_ids"]}
+    state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
+    write_json(out / SAELENS_FILE, metadata_from_config(config).__dict__)
+    write_json(out / "counts.json", stream.counts.as_dict())
+    write_json(out / "dataset_info.json", info)
+    write_json(out / "state.json", state)
 
 
 def _features() -> Any:
@@ -178,8 +157,11 @@ def _features() -> Any:
     return Features({"input_ids": List(Value("int32"))})
 
 
-def _write_block(out: Path, number: int, block: PackedBlock) -> None:
-    """Write the three files of a shard; the tokens as an Arrow stream that `datasets` maps, a list of int32 a row."""
+def _write_block(out: Path, number: int, block: PackedBlock) -> dict[str, int]:
+    """Write the three files of a shard, and return what is to be known of it.
+
+    The tokens are an Arrow stream that `datasets` maps, a list of int32 a row.
+    """
     import pyarrow.parquet as pq
 
     offsets = np.arange(len(block.tokens) + 1, dtype=np.int32) * block.tokens.shape[1]
@@ -196,6 +178,7 @@ def _write_block(out: Path, number: int, block: PackedBlock) -> None:
     columns = {key: pa.array([getattr(d, key) for d in block.documents], pa.string()) for key in TextDocument._fields}
     with atomic_path(out / f"documents-{number:05d}.parquet") as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd", row_group_size=1024)
+    return {"windows": len(block.tokens), "documents": len(block.documents), "first_document": block.first_doc}
 
 
 def is_pretokenized(corpus: str | Path) -> bool:
@@ -228,17 +211,13 @@ class PretokenizedCorpus:
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             why = " ".join(str(error).split())
             raise DataError(f"{self.folder} cannot be read ({why:.200}). Make the folder again.") from error
-        self.shards: list[dict[str, int]] = []
         self.split, self.tokenizer = "train", ""
         if (self.folder / PRETOKENIZED).is_file():
-            self.shards = read_json(self.folder / PRETOKENIZED)["shards"]
             spec = read_json(self.folder / "run.json")["spec"]
             self.split, self.tokenizer = spec["corpus"]["split"], spec["tokenizer"]
-            said = sum(shard["windows"] for shard in self.shards)
+            said = sum(shard["windows"] for shard in read_json(self.folder / PRETOKENIZED)["shards"])
             if said != len(self):
-                raise DataError(
-                    f"{folder} holds {len(self)} windows, progress.json says {said}. Make the folder again."
-                )
+                raise DataError(f"{folder} holds {len(self)} windows; it had {said}. Make the folder again.")
 
     def __len__(self) -> int:
         return len(self.table)

@@ -168,17 +168,16 @@ def _no_column(columns: Sequence[str], found: Iterable[object]) -> _NoText:
 def _jsonl(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     lines = ((number, line) for number, line in enumerate(shard.lines(), 1) if line.strip())
     for number, (line_number, line) in islice(enumerate(lines), start, None):
-        where = f"{shard}, line {line_number}"
         try:
-            row = json.loads(line)
+            row, why = json.loads(line), ""
+            if not isinstance(row, dict):
+                why = f"a JSON object was expected, found {type(row).__name__}"
         except (ValueError, RecursionError) as error:
-            yield Row(number, _broken("broken_json", where, f"not JSON ({getattr(error, 'msg', error)})"))
-            continue
-        if isinstance(row, dict):
-            yield _from_columns(number, row, columns)
+            row, why = {}, f"not JSON ({getattr(error, 'msg', error)})"
+        if why:
+            yield Row(number, _broken("broken_json", f"{shard}, line {line_number}", why))
         else:
-            why = f"a JSON object was expected, found {type(row).__name__}"
-            yield Row(number, _broken("broken_json", where, why))
+            yield _from_columns(number, row, columns)
 
 
 def _from_columns(number: int, row: dict[str, Any], columns: Sequence[str]) -> Row:
@@ -202,13 +201,11 @@ def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
         try:
             row = next(table, None)
         except csv.Error as error:
-            if number >= start:
-                yield Row(number, _broken("broken_csv", f"{shard}, line {table.line_num}", f"not CSV ({error})"))
-            continue
+            row = _broken("broken_csv", f"{shard}, line {table.line_num}", f"not CSV ({error})")
         if row is None:
             return
         if number >= start:
-            yield _from_columns(number, row, columns)
+            yield Row(number, row) if isinstance(row, Broken) else _from_columns(number, row, columns)
 
 
 def _txt(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
@@ -235,24 +232,21 @@ def _parquet(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Ro
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(shard.path if shard.is_local else shard.open(), pre_buffer=False)
-    names = _table_columns(file.schema_arrow, columns)
-    first = 0
+    names, first = _table_columns(file.schema_arrow, columns), 0
     for group in range(file.num_row_groups):
-        if first + file.metadata.row_group(group).num_rows <= start:
-            first += file.metadata.row_group(group).num_rows  # a group before the start is not read at all
-            continue
-        for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=names):
-            yield from _table_rows(batch, names, first, start)
-            first += len(batch)
+        n_rows = file.metadata.row_group(group).num_rows
+        if first + n_rows > start:  # a group before the start is not read at all
+            batches = file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=names)
+            yield from _table_rows(batches, names, first, start)
+        first += n_rows
 
 
 def _arrow(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     """A shard of a `save_to_disk` folder, memory-mapped."""
     with pa.memory_map(shard.path) as source, pa.ipc.open_stream(source) as stream:
-        names, first = _table_columns(stream.schema, columns), 0
-        for batch in stream:
-            yield from _table_rows(batch.select(list({name.split(".")[0] for name in names})), names, first, start)
-            first += len(batch)
+        names = _table_columns(stream.schema, columns)
+        whole = list({name.split(".")[0] for name in names})
+        yield from _table_rows((batch.select(whole) for batch in stream), names, 0, start)
 
 
 def _table_columns(schema: pa.Schema, columns: Sequence[str]) -> list[str]:
@@ -268,13 +262,15 @@ def _table_columns(schema: pa.Schema, columns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys((column, "source"))) if "source" in flat.names else [column]
 
 
-def _table_rows(batch: pa.RecordBatch, names: list[str], first: int, start: int) -> Iterator[Row]:
-    """Yield the rows of a batch that begins at row `first`, from row `start` on."""
-    skip = max(start - first, 0)
-    table = pa.Table.from_batches([batch.slice(skip)]).flatten()
-    values = [table[name].to_pylist() for name in names]
-    for number, (text, *source) in enumerate(zip(*values, strict=True), first + skip):
-        yield Row(number, "" if text is None else text, *source)
+def _table_rows(batches: Iterable[pa.RecordBatch], names: list[str], first: int, start: int) -> Iterator[Row]:
+    """Yield the rows of batches that begin at row `first`, from row `start` on."""
+    for batch in batches:
+        skip = max(start - first, 0)
+        table = pa.Table.from_batches([batch.slice(skip)]).flatten()
+        values = [table[name].to_pylist() for name in names]
+        for number, (text, *source) in enumerate(zip(*values, strict=True), first + skip):
+            yield Row(number, "" if text is None else text, *source)
+        first += len(batch)
 
 
 def _micro(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
@@ -323,7 +319,7 @@ def hub_shards(route: Route, name: str, source: str) -> list[TextFile]:
     commit, sizes = hub.list_files(route, name)
     root = f"{hub.PREFIX}{route.hub}@{commit}"
     return [
-        TextFile(path, f"{root}/{path}", _kind(path, HUB_ENDINGS, path), source, [size, commit], name)
+        TextFile(path, f"{root}/{path}", _kind(path, HUB_ENDINGS), source, [size, commit], name)
         for path, size in sizes.items()
     ]
 
@@ -333,33 +329,33 @@ def local_shards(path: Path) -> list[TextFile]:
 
     Raises: UsageError when the path is neither a file, a folder with text files, nor a `save_to_disk` folder.
     """
-    endings = ", ".join(LOCAL_ENDINGS)
     if path.is_file():
-        return [_local(path, path.parent)]
-    if path.is_dir():
-        saved = _saved_to_disk(path)
-        files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(LOCAL_ENDINGS) and file.is_file())
-        if not saved and not files:
-            raise UsageError(f"corpus folder {str(path)!r} holds no file ending in {endings}.")
-        return saved or [_local(file, path) for file in files]
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    in_a_folder = siblings and path.parent != Path()
-    hint = nearest(path.name, siblings) if in_a_folder else nearest(str(path), [MICRO_ITALIANO, *catalogue()])
-    raise UsageError(
-        f"corpus {str(path)!r} is neither {MICRO_ITALIANO!r}, a name of the catalogue, nor a local file or folder. {hint}"
-    )
+        files, root = [path], path.parent
+    elif path.is_dir():
+        if saved := _saved_to_disk(path):
+            return saved
+        texts = (file for file in path.rglob("*") if file.name.lower().endswith(LOCAL_ENDINGS) and file.is_file())
+        files, root = sorted(texts), path
+        if not files:
+            raise UsageError(f"corpus folder {str(path)!r} holds no file ending in {', '.join(LOCAL_ENDINGS)}.")
+    else:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        in_a_folder = siblings and path.parent != Path()
+        hint = nearest(path.name, siblings) if in_a_folder else nearest(str(path), [MICRO_ITALIANO, *catalogue()])
+        raise UsageError(
+            f"corpus {str(path)!r} is neither {MICRO_ITALIANO!r}, a name of the catalogue, nor a local file or folder. {hint}"
+        )
+    return [
+        TextFile(file.relative_to(root).as_posix(), str(file), _kind(str(file), LOCAL_ENDINGS), file.name.split(".")[0])
+        for file in files
+    ]
 
 
-def _kind(name: str, endings: Iterable[str], shown: str) -> str:
+def _kind(name: str, endings: Iterable[str]) -> str:
     found = next((ending for ending in endings if name.lower().endswith(ending)), None)
     if found is None:
-        raise UsageError(f"corpus file {shown!r} has an unknown ending; expected one of {', '.join(endings)}.")
+        raise UsageError(f"corpus file {name!r} has an unknown ending; expected one of {', '.join(endings)}.")
     return found
-
-
-def _local(file: Path, root: Path) -> TextFile:
-    kind = _kind(file.name, LOCAL_ENDINGS, str(file))
-    return TextFile(file.relative_to(root).as_posix(), str(file), kind, file.name.split(".")[0])
 
 
 def _saved_to_disk(path: Path) -> list[TextFile]:

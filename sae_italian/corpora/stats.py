@@ -13,7 +13,7 @@ import numpy as np
 
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora.filters import language_of
-from sae_italian.corpora.packing import batched, fast_backend, tokenise
+from sae_italian.corpora.packing import batched, tokenise
 from sae_italian.corpora.stream import CorpusStream, Reader
 
 if TYPE_CHECKING:
@@ -36,22 +36,19 @@ def corpus_stats(
     Raises: UsageError when no document is kept.
     """
     stream = CorpusStream(corpus, reader)
-    backend = fast_backend(tokenizer) if tokenizer is not None else None
     lengths: list[int] = []
     sources, languages = Counter[str](), Counter[str]()
     n_words = n_tokens = n_typed = 0
     special = "|".join(map(re.escape, tokenizer.all_special_tokens)) if tokenizer is not None else ""
     typed = re.compile(special or "(?!)")
     for batch in batched(islice(stream, n), 128):
-        for document in batch:
-            if len(lengths) % LANGUAGE_EVERY == 0:
-                languages[language_of(document.text)] += 1
-            lengths.append(len(document.text))
-            sources[document.source] += 1
-            n_words += sum(1 for _ in _WORD.finditer(document.text))
-            n_typed += typed.search(document.text) is not None
-        if backend is not None:
-            n_tokens += len(tokenise(backend, [document.text for document in batch]).flat)
+        texts = [document.text for document in batch]
+        languages.update(map(language_of, texts[-len(lengths) % LANGUAGE_EVERY :: LANGUAGE_EVERY]))
+        lengths += map(len, texts)
+        sources.update(document.source for document in batch)
+        n_words += sum(len(_WORD.findall(text)) for text in texts)
+        n_typed += sum(typed.search(text) is not None for text in texts)
+        n_tokens += 0 if tokenizer is None else len(tokenise(tokenizer, texts).flat)
     if not lengths:
         raise UsageError(f"corpus {str(corpus)!r} has no document to measure.\n{stream.counts.lines()}")
     marks = zip(("min", "p10", "median", "p90", "max"), np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]), strict=True)
@@ -59,9 +56,9 @@ def corpus_stats(
         "corpus": str(corpus),
         "documents": len(lengths),
         "words": n_words,
-        "tokens": n_tokens if backend else None,
-        "typed_special_tokens": n_typed if backend else None,
-        "fertility": n_tokens / n_words if backend and n_words else None,
+        "tokens": n_tokens if tokenizer else None,
+        "typed_special_tokens": n_typed if tokenizer else None,
+        "fertility": n_tokens / n_words if tokenizer and n_words else None,
         "characters": {"mean": float(np.mean(lengths)), **{name: float(mark) for name, mark in marks}},
         "italian_share": languages["it"] / languages.total(),
         "languages": dict(languages.most_common(5)),

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.labels import labels
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 Split = Literal["train", "heldout", "all"]
-SPLITS = ("train", "heldout", "all")
-MAX_DOCUMENT_CHARS = 20_000_000  # a long novel has 1.5 million; more is a broken file
 
 
 class TextDocument(NamedTuple):
@@ -56,10 +54,12 @@ class DocumentCounts:
     """Documents read and kept, characters kept; documents or files dropped, by reason; documents mended."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
-        self.read = self.kept = self.characters = 0
-        self.dropped: Counter[str] = Counter()
-        self.mended: Counter[str] = Counter()
-        self.load(state or self.as_dict())
+        self.load(state or {})
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `as_dict` returned."""
+        self.read, self.kept, self.characters = (state.get(name, 0) for name in ("read", "kept", "characters"))
+        self.dropped, self.mended = Counter[str](state.get("dropped")), Counter[str](state.get("mended"))
 
     def drop(self, reason: str, documents: int = 1) -> None:
         """Count what is dropped for a reason of the labels "dropped": a document, or a file (0 documents)."""
@@ -70,11 +70,6 @@ class DocumentCounts:
         """Return everything, as JSON."""
         totals = {"read": self.read, "kept": self.kept, "characters": self.characters}
         return {**totals, "dropped": dict(sorted(self.dropped.items())), "mended": dict(sorted(self.mended.items()))}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `as_dict` returned."""
-        self.read, self.kept, self.characters = state["read"], state["kept"], state["characters"]
-        self.dropped, self.mended = Counter(state["dropped"]), Counter(state["mended"])
 
     def lines(self) -> str:
         """Return one line a count, with what each reason means."""
@@ -99,49 +94,57 @@ class Reader(Filters):
     """Order the shards by seed; None: what the catalogue says, for a local corpus by name."""
     on_broken: Literal["refuse", "skip"] = "refuse"
     """A broken line or shard stops the reading with a message, or is counted and skipped."""
-    max_chars: int = MAX_DOCUMENT_CHARS
+    max_chars: int = 20_000_000  # a long novel has 1.5 million; more is a broken file
     """The longest document, in characters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.split not in SPLITS:
-            raise UsageError(f"split {self.split!r} is unknown. {nearest(self.split, SPLITS)}")
-        if self.on_broken not in ("refuse", "skip"):
-            raise UsageError(f"on_broken is {self.on_broken!r}; it must be 'refuse' or 'skip'.")
-        if self.max_chars < 1:
-            raise UsageError(f"max_chars is {self.max_chars}; it must be 1 or more.")
+        for name, known in (("split", get_args(Split)), ("on_broken", ("refuse", "skip"))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} {getattr(self, name)!r} is unknown. {nearest(getattr(self, name), known)}")
 
 
-class _Files:
-    """The documents of some shards, one shard after the other; rows without text are dropped and counted."""
+class _Part:
+    """The documents of one corpus, one shard after the other; rows without text are dropped and counted."""
 
-    def __init__(
-        self, name: str, shards: list[TextFile], reader: Reader, counts: DocumentCounts, columns: tuple[str, ...]
-    ):
-        self.name, self.shards, self.columns = name, shards, columns
-        self.skip_broken, self.counts = reader.on_broken == "skip", counts
-        self.min_chars, self.max_chars = 0, reader.max_chars
-        self.shard = self.row = 0  # of the next document
-        self._rows: Iterator[Row] | None = None
+    def __init__(self, name: str, reader: Reader, counts: DocumentCounts):
+        self.name, self.skip_broken, self.counts = name, reader.on_broken == "skip", counts
+        self.columns: tuple[str, ...] = (reader.text_column,)
+        self.min_chars, self.max_chars, shuffled = 0, reader.max_chars, reader.shuffle_shards
+        located = None if Path(name).expanduser().exists() else catalogue.find(name)
+        if name == MICRO_ITALIANO:
+            self.shards = [micro_shard(reader.seed, reader.split == "heldout")]
+        elif located is not None:
+            entry, route = located
+            self.shards = hub_shards(route, entry.name, entry.name)
+            if reader.text_column == "text":
+                self.columns = route.text_columns or entry.text_columns
+            self.min_chars, self.max_chars = entry.min_chars, min(self.max_chars, entry.max_chars or self.max_chars)
+            shuffled = entry.shuffle_shards if shuffled is None else shuffled
+        elif name.startswith(hub.PREFIX):
+            route = hub.route_of_url(name)
+            self.shards = hub_shards(route, name, route.hub.rpartition("/")[2])
+        else:
+            self.shards = local_shards(Path(name).expanduser())
+        if shuffled:
+            self.shards.sort(key=lambda shard: fingerprint([reader.seed, shard.name]))
+        self.load({"shard": self.shards[0].name if self.shards else None, "row": 0})
 
-    def next(self) -> TextDocument | None:
-        """Return the next document, without text when it is of another split; None at the end."""
+    def _documents(self) -> Iterator[TextDocument]:
+        """Yield the documents from the position on, without text when they are known to be of another split."""
+        mark = "/" if self.name == MICRO_ITALIANO else ":"
         while self.shard < len(self.shards):
             shard = self.shards[self.shard]
-            self._rows = self._rows or rows(shard, self.columns, self.row)
-            row = next(self._rows, None)
-            if row is None or row.number is None:
-                if row is not None:
+            for row in rows(shard, self.columns, self.row):
+                if row.number is None:  # the file is broken from here on
                     self._broken(row.text, documents=0)
-                self.shard, self.row, self._rows = self.shard + 1, 0, None
-                continue
-            self.row = row.number + 1
-            text = "" if row.text is OTHER_SPLIT else self._text(shard, row)
-            if text is not None:
-                source = row.source if row.source and isinstance(row.source, str) else shard.source
-                mark = "/" if self.name == MICRO_ITALIANO else ":"
-                return TextDocument(text, f"{shard.name}{mark}{row.number}", source)
-        return None
+                    break
+                self.row = row.number + 1
+                text = "" if row.text is OTHER_SPLIT else self._text(shard, row)
+                if text is not None:
+                    source = row.source if row.source and isinstance(row.source, str) else shard.source
+                    yield TextDocument(text, f"{shard.name}{mark}{row.number}", source)
+            self.shard, self.row = self.shard + 1, 0
 
     def _broken(self, broken: Broken, documents: int = 1) -> None:
         if not self.skip_broken:
@@ -176,11 +179,10 @@ class _Files:
 
     def load(self, state: dict[str, Any]) -> None:
         names = [*(shard.name for shard in self.shards), None]
-        if state.get("shard", "") not in names:
-            raise DataError(
-                f"corpus {self.name!r} has no shard {state.get('shard')!r} any more, where reading stopped."
-            )
-        self.shard, self.row, self._rows = names.index(state["shard"]), state["row"], None
+        if state["shard"] not in names:
+            raise DataError(f"corpus {self.name!r} has no shard {state['shard']!r} any more, where reading stopped.")
+        self.shard, self.row = names.index(state["shard"]), state["row"]  # of the next document
+        self.documents = self._documents()
 
     def spec(self) -> Any:
         if self.name == MICRO_ITALIANO:
@@ -188,30 +190,6 @@ class _Files:
         local = sum(Path(shard.path).stat().st_size for shard in self.shards if shard.is_local)
         identities = [[shard.name, shard.identity(whole=local <= HASHED_WHOLE)] for shard in self.shards]
         return {"name": self.name, "shards": identities}
-
-
-def _open(name: str, reader: Reader, counts: DocumentCounts) -> _Files:
-    """Return the raw documents of one corpus."""
-    found = _Files(name, [], reader, counts, (reader.text_column,))
-    shuffled = reader.shuffle_shards
-    located = None if Path(name).expanduser().exists() else catalogue.find(name)
-    if name == MICRO_ITALIANO:
-        found.shards = [micro_shard(reader.seed, reader.split == "heldout")]
-    elif located is not None:
-        entry, route = located
-        found.shards = hub_shards(route, entry.name, entry.name)
-        if reader.text_column == "text":
-            found.columns = route.text_columns or entry.text_columns
-        found.min_chars, found.max_chars = entry.min_chars, min(reader.max_chars, entry.max_chars or reader.max_chars)
-        shuffled = entry.shuffle_shards if shuffled is None else shuffled
-    elif name.startswith("hf://"):
-        route = hub.route_of_url(name)
-        found.shards = hub_shards(route, name, route.hub.rpartition("/")[2])
-    else:
-        found.shards = local_shards(Path(name).expanduser())
-    if shuffled:
-        found.shards.sort(key=lambda shard: fingerprint([reader.seed, shard.name]))
-    return found
 
 
 def _weighted(corpus: str) -> tuple[list[str], list[float] | None]:
@@ -245,7 +223,7 @@ class CorpusStream:
     def __init__(self, corpus: str | Path, reader: Reader | None = None):
         self.corpus, self.reader, self.counts = str(corpus), reader or Reader(), DocumentCounts()
         names, self.weights = _weighted(self.corpus)
-        self.parts = [_open(name, self.reader, self.counts) for name in names]
+        self.parts = [_Part(name, self.reader, self.counts) for name in names]
         self.sieve = Sieve(self.reader)
         self.n_picks = self.turn = 0
         self.ended = [False] * len(self.parts)
@@ -257,7 +235,7 @@ class CorpusStream:
         split = self.reader.split
         while not all(self.ended):
             part = self._pick()
-            document = self.parts[part].next()
+            document = next(self.parts[part].documents, None)
             if document is None:
                 self.ended[part] = True
             elif not document.text or split != "all" and is_held_out(document.text) != (split == "heldout"):

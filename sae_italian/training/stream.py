@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import read_json, write_json
 from sae_italian.corpora import CorpusStream
-from sae_italian.corpora.packing import Packer, batched, check_context, layout_of, special_mask, tokenise_batches
+from sae_italian.corpora.packing import Packer, layout_of, special_mask, tokenised
 from sae_italian.corpora.pretokenize import PretokenizedCorpus
 from sae_italian.models.activations import read_many
 from sae_italian.models.cached import CachedActivations
@@ -51,7 +52,6 @@ class WindowBlocks:
     def __init__(
         self, documents: Documents, tokenizer: Any, context_size: int, windows_per_block: int, *, repeat: bool = True
     ):
-        check_context(context_size)
         if isinstance(documents, PretokenizedCorpus):
             check_pretokenized(documents, tokenizer, context_size)
         self.documents, self.tokenizer, self.context_size = documents, tokenizer, context_size
@@ -101,15 +101,15 @@ class WindowBlocks:
         stream, read, packer = self.documents(), place.corpus, self._packer()
         if place.packer is not None:
             stream.load_state(read)
-            packer = place.packer.copy()
-        for batch, pieces in tokenise_batches(batched(stream, DOCUMENTS_PER_BATCH), self.tokenizer):
+            packer = copy(place.packer)
+        for batch, pieces in tokenised(stream, self.tokenizer, DOCUMENTS_PER_BATCH):
             packer.add(batch, pieces)
             read = stream.state()
             while packer.n_windows >= self.windows_per_block:
-                yield packer.take(self.windows_per_block).tokens, _Place(read, packer.copy())
+                yield packer.take(self.windows_per_block).tokens, _Place(read, copy(packer))
         while packer.n_windows:
             n_windows = min(packer.n_windows, self.windows_per_block)
-            yield packer.take(n_windows).tokens, _Place(read, packer.copy())
+            yield packer.take(n_windows).tokens, _Place(read, copy(packer))
 
     def _packer(self) -> Packer:
         return Packer(self.context_size, layout_of(self.tokenizer))

@@ -149,7 +149,7 @@ def test_mixtures_are_drawn_by_weight_with_the_seed(tmp_path):
 def test_settings_that_do_not_exist(tmp_path):
     with pytest.raises(UsageError, match="Did you mean 'heldout'"):
         Reader(split="held-out")  # pyright: ignore
-    with pytest.raises(UsageError, match="'refuse' or 'skip'"):
+    with pytest.raises(UsageError, match="Valid: refuse, skip"):
         Reader(on_broken="ignore")  # pyright: ignore
     with pytest.raises(UsageError, match="has no end"):
         load_corpus("micro-italiano", streaming=False)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sae_italian.base.errors import UsageError
-from sae_italian.corpora import TextDocument, pack
+from sae_italian.corpora import TextDocument, pack, packing
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, take_tokens
 from tests.bench.train_mini import train_tokenizer
 
@@ -82,13 +82,13 @@ def test_packing_is_the_documents_in_order_with_a_bos_before_each(kind, texts, c
     assert names == texts[: len(names)]
 
 
-def test_the_result_does_not_depend_on_how_it_is_batched():
+def test_the_result_does_not_depend_on_how_it_is_batched(monkeypatch):
     def packed(windows, n):
-        settings = {"windows_per_block": windows, "documents_per_batch": n}
-        blocks = pack(documents(HARD * 30), TOKENIZERS["metaspace"], 16, **settings)
+        monkeypatch.setattr(packing, "MAX_BATCH", n)
+        blocks = pack(documents(HARD * 30), TOKENIZERS["metaspace"], 16, windows_per_block=windows)
         return np.concatenate([block.tokens for block in blocks])
 
-    assert np.array_equal(packed(5, 3), packed(64, 100))
+    assert np.array_equal(packed(5, 30), packed(64, 10_000))
 
 
 def test_special_mask_is_the_bos():

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora import TextDocument, pack, packing
-from sae_italian.corpora.packing import NO_DOCUMENT, fast_backend, special_mask, tokenise
+from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, tokenise, tokenised
 from sae_italian.corpora.stats import corpus_stats
 from tests.corpora.test_packing import HARD, TOKENIZERS
 
@@ -28,7 +28,10 @@ SPACES = [
 
 
 def assert_whole(tokenizer, texts):
-    batch = tokenise(fast_backend(tokenizer), texts)
+    assert_same(tokenizer, texts, tokenise(tokenizer, texts))
+
+
+def assert_same(tokenizer, texts, batch):
     assert len(batch.bounds) == len(texts) + 1 and batch.flat.shape == (batch.bounds[-1], 3)
     for text, (ids, start, end) in zip(texts, batch.documents(), strict=True):
         whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
@@ -40,8 +43,12 @@ def assert_whole(tokenizer, texts):
 def test_a_batch_is_its_documents_one_by_one(kind, monkeypatch):
     assert_whole(TOKENIZERS[kind], HARD + SPACES + [" ".join(HARD)])
     assert_whole(TOKENIZERS[kind], [])
-    monkeypatch.setattr(packing, "MAX_CALL", 100)  # several calls, some for one long document
-    assert_whole(TOKENIZERS[kind], ["", "x", *HARD, " ".join(HARD), "a" * 99, "b" * 101, "", "fine"])
+    monkeypatch.setattr(packing, "MAX_BATCH", 100)  # several batches, some of one long document
+    texts = ["", "x", *HARD, " ".join(HARD), "a" * 99, "b" * 101, "", "fine"]
+    found = list(tokenised((TextDocument(text, "", "") for text in texts), TOKENIZERS[kind], 4))
+    assert [document.text for batch, _ in found for document in batch] == texts and len(found) > len(texts) / 4
+    for batch, tokens in found:
+        assert_same(TOKENIZERS[kind], [document.text for document in batch], tokens)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -55,9 +62,9 @@ def test_truncation_and_padding_left_from_an_earlier_call_are_not_used():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["metaspace"].backend_tokenizer, pad_token="</s>")
     tokenizer(HARD, truncation=True, max_length=2, padding="max_length")
     assert tokenizer.backend_tokenizer.truncation
-    assert len(tokenise(fast_backend(tokenizer), [HARD[0], "x"]).flat) > 10
+    assert len(tokenise(tokenizer, [HARD[0], "x"]).flat) > 10
     with pytest.raises(UsageError, match="a slow tokenizer"):
-        fast_backend(object())  # pyright: ignore
+        tokenise(object(), ["x"])  # pyright: ignore
 
 
 TYPED = "Un testo <s>barrato</s> e <|endoftext|> di nuovo."
@@ -67,7 +74,7 @@ TYPED = "Un testo <s>barrato</s> e <|endoftext|> di nuovo."
 def test_a_special_token_that_is_typed_is_characters(kind):
     """In a corpus, in what a loaded model's tokenizer is given, and in the statistics."""
     tokenizer = TOKENIZERS[kind]
-    (ids, start, end), *_ = tokenise(fast_backend(tokenizer), [TYPED]).documents()
+    (ids, start, end), *_ = tokenise(tokenizer, [TYPED]).documents()
     assert not set(ids.tolist()) & set(tokenizer.all_special_ids)
     assert min(start) == 0 and max(end) == len(TYPED)
     block = next(pack([TextDocument(TYPED * 9, "0", "t")], tokenizer, 32))

@@ -22,8 +22,7 @@ from sae_italian.analysis.causal.splice import codes
 from sae_italian.analysis.gold import zeros_and_ones
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import paced
-from sae_italian.corpora import TextDocument
-from sae_italian.corpora.packing import bos_id, tokenise_batches
+from sae_italian.corpora.packing import bos_id, tokenise
 from sae_italian.corpora.stream import MICRO_ITALIANO, is_held_out
 from sae_italian.models.activations import read_activations
 
@@ -252,10 +251,8 @@ def _tokenised(
     sentences: Sequence[Sentence], tokenizer: Any, context_size: int
 ) -> tuple[list[np.ndarray], list[Int[np.ndarray, "tokens 2"]]]:
     """Return each sentence's ids, BOS first, and the spans of the tokens after it, cut to the context."""
-    documents = [TextDocument(sentence.text, str(i), "") for i, sentence in enumerate(sentences)]
-    ((_, batch),) = tokenise_batches([documents], tokenizer)
     ids, spans = [], []
-    for found in batch.documents():
+    for found in tokenise(tokenizer, [sentence.text for sentence in sentences]).documents():
         token, start, end = (np.asarray(part)[: context_size - 1] for part in found)
         ids.append(np.concatenate([[bos_id(tokenizer)], token]).astype(np.int64))
         spans.append(np.stack([start, end], axis=1))
