@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 29_401,  # 21_500
-    "statements": 19_157,  # 13_500
+    "lines": 29_303,  # 21_500
+    "statements": 19_082,  # 13_500
     "files": 174,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -31,13 +31,13 @@ ROOM_LINES = {
     "base": 1_363,  # 650
     "micro_italiano": 1_202,  # 1_250
     "models": 1_313,  # 760, and issue 16's GGUF files
-    "corpora": 1_766,  # 1_100
+    "corpora": 1_671,  # 1_100
     "saes": 2_199,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 2_169,  # 1_500
     "evaluation": 1_212,
     "cache": 2_271,  # 1_650
     "autointerp": 5_833,  # 3_900
-    "analysis": 3_256,  # 2_500
+    "analysis": 3_253,  # 2_500
     "papers": 1_555,  # 1_400
     "browser": 2_913,  # 2_650
     "cli": 2_293,  # 1_400  # quickstart with it
