@@ -86,3 +86,25 @@ def test_the_final_gain_is_that_of_the_family(gemma):
     cap = gemma.config.final_logit_softcapping
     found = found if cap is None else cap * torch.tanh(found / cap)
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_a_dry_run_names_what_stands_out(gemma, jsonl, capsys):
+    """BOS has 16 times the norm of a token, the mean nearly all of it, one dimension a thousand times the variance."""
+    import json
+
+    from sae_italian.cli import main
+
+    words = [
+        f"corpus={jsonl}",
+        "training_tokens=20_480",
+        "buffer_tokens=4_096",
+        "repeat_corpus=true",
+        "--dry-run",
+        "--json",
+    ]
+    assert main(["train", "gemma-3-270m", *words]) == 0
+    found = json.loads(capsys.readouterr().out)["activations"]["blocks.8.hook_resid_post"]
+    assert 70_000 < found["bos_norm"] < 95_000 and 4_500 < found["median_norm"] < 6_000
+    assert 0.9 < found["mean_norm"] / found["median_norm"] < 1.1
+    assert found["tokens"][0]["name"] == "<bos>" and found["tokens"][0]["times"] > 10
+    assert found["dimensions"][0]["times"] > 500
