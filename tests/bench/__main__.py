@@ -58,8 +58,10 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--toy-hook-name", default="blocks.2.hook_resid_post")
     sub.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     sub.add_argument(
-        "--stock-seeds", type=int, default=1, help="how many of them for SAELens' own topk, five times slower"
+        "--other-seeds", type=int, default=1, help="how many of them for all but sparse_topk from the mean"
     )
+    sub.add_argument("--twin", action="store_true", help="also SAELens' topk started at the mean, by our twin of it")
+    sub.add_argument("--train-tokens", type=int, default=147_456, help="whose activations are read, once")
     sub.add_argument("--tokens", type=int, default=8_000, help="held out, for the explained variance")
     sub.add_argument("--loss-tokens", type=int, default=1_000, help="held out, for losses; 0: none")
     sub = add("mutants", _bench_mutants, "how many seeded mutants of a room its tests kill (needs mutmut)")

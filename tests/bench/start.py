@@ -1,7 +1,8 @@
 """Where an SAE starts, on the activations of a real and of a toy model: from zero or from the mean, ours and SAELens' own.
 
-All SAEs and seeds of a model train side by side on one stream, so they see the same batches, and one pass over held-out text
-judges them all. `median` rows are over the seeds.
+The activations of a model are read once; all SAEs and seeds are trained on the same batches of them, side by side, and judged
+on the same held-out text. The start at the mean has all seeds, the others so many as are asked for: from zero latents die by
+the thousand, and the auxiliary loss of dead latents is what takes the time. `median` rows are over the seeds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_italian.base.pace import progress
 from sae_italian.base.report import table
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import special_mask
@@ -26,14 +28,16 @@ from sae_italian.models import load_model
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
 from sae_italian.training import RunSpec, load_spec
-from sae_italian.training.run import train_together
+from sae_italian.training.run import open_stream
+from sae_italian.training.sae_run import SAERun
 
 SAES = {
     "sparse_topk, zero": ("sparse_topk", "zero"),
     "sparse_topk, mean": ("sparse_topk", "mean"),
     "SAELens' topk, zero": ("topk", "zero"),
-    "SAELens' topk, mean": ("topk", "mean"),
+    "SAELens' topk, mean": ("topk", "mean"),  # SAELens has no such start: it is our twin of its topk
 }
+TWIN = "SAELens' topk, mean"
 BATCH, CONTEXT = 2048, 128
 FIGURES = {
     "explained_variance": "explained variance, centred",
@@ -63,7 +67,6 @@ def mixed(corpus: str) -> str:
 
 def _of_one_model(name: str, hook_name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     corpus = mixed(options.corpus)
-    # the last step that is logged is then step `steps`
     words = (
         f"model={name}", f"corpus={corpus}", f"hook_name={hook_name}", f"sae.d_sae={options.d_sae}", f"sae.k={options.k}",
         f"training_tokens={BATCH * (options.steps + 1)}", f"train_batch_size_tokens={BATCH}", f"lr={options.lr}",
@@ -71,8 +74,8 @@ def _of_one_model(name: str, hook_name: str, options: argparse.Namespace) -> lis
     )  # fmt: skip
     specs: dict[str, RunSpec] = {}
     for which, (architecture, start) in SAES.items():
-        seeds = options.seeds if architecture == "sparse_topk" else options.seeds[: options.stock_seeds]
-        for seed in seeds:
+        seeds = options.seeds if which == "sparse_topk, mean" else options.seeds[: options.other_seeds]
+        for seed in seeds if which != TWIN or options.twin else []:
             own = (f"sae.architecture={architecture}", f"sae.start={start}", f"seed={seed}")
             specs[f"{which} | {seed}"] = load_spec("gemma-3-270m", *words, *own)
     model = load_model(name)
@@ -80,8 +83,32 @@ def _of_one_model(name: str, hook_name: str, options: argparse.Namespace) -> lis
         folders = {label: Path(scratch) / str(number) for number, label in enumerate(specs)}
         for folder in folders.values():
             folder.mkdir()
-        train_together(specs, folders, model, Path(scratch))
+        _train(specs, folders, model, options)
         return _judged(model, hook_name, corpus, folders, options)
+
+
+def _train(specs: Mapping[str, RunSpec], folders: Mapping[str, Path], model: Any, options: argparse.Namespace) -> None:
+    """Train all SAEs on the same activations, read again in another order as often as the steps ask for."""
+    first = next(iter(specs.values()))
+    stream = open_stream(first.model_copy(update={"buffer_tokens": options.train_tokens}), model, first.hook_name)
+    with progress("activations", total=options.train_tokens) as bar:
+        stream.fill(bar.update)
+    x = stream.sample(first.hook_name)
+    runs = {label: SAERun(spec, model, folders[label]) for label, spec in specs.items()}
+    for run in runs.values():
+        run.prepare(stream)
+    n_times = -(-BATCH * (options.steps + 1) // len(x))
+    orders = torch.cat([torch.randperm(len(x), generator=torch.Generator().manual_seed(n)) for n in range(n_times)])
+    with progress("steps", total=options.steps, unit="step") as bar:
+        for step in range(options.steps + 1):
+            batch = {first.hook_name: x[orders[step * BATCH : (step + 1) * BATCH]]}
+            for run in runs.values():
+                run.step(batch)
+                if step % 10 == 0:
+                    run.record()
+            bar.update(1)
+    for run in runs.values():
+        run.finish()
 
 
 def _judged(
