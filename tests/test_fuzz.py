@@ -245,7 +245,7 @@ def fuzz_file(name: str, tmp_path: Path, n: int) -> None:
 
 def fuzz_answer(n: int) -> None:
     from sae_italian.autointerp.llm.answers import Unusable, read_explanation, read_numbers
-    from sae_italian.autointerp.llm.ledger import Reply
+    from sae_italian.autointerp.llm.calls import Reply
 
     bits = st.sampled_from(
         ["<think>", "</think>", "[THINK]", '{"explanation": "', '"}', "[1, 0, 1]", "[", "]", "{", "}", "'", '\\"', "```json\n",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 from urllib.parse import quote
@@ -30,16 +29,14 @@ R = TypeVar("R", bound=NamedTuple)
 
 
 class RecordTable(Generic[R]):
-    """A record type (a NamedTuple) as a table: field by field its columns, a dict kept as JSON.
+    """A record type (a NamedTuple) as a table; a dict is kept as JSON.
 
-    `key` names the columns that tell two rows apart; with `numbered` a row also has an `id` of its own. A
-    `clustered` table is kept by its key instead of in the order the rows came: nothing is stored twice, which is half the file.
+    `key` names the columns that tell two rows apart. With `numbered` a row also has an `id` of its own; a `clustered` table
+    is kept by its key instead of in the order the rows came: nothing is stored twice, which is half the file.
     """
 
-    def __init__(
-        self, name: str, record: type[R], key: Sequence[str], *, numbered: bool = False, clustered: bool = False
-    ):
-        self.name, self.record = name, record
+    def __init__(self, name: str, record: type[R], *key: str, numbered: bool = False, clustered: bool = False):
+        self.name, self.record, self.fields = name, record, ", ".join(record._fields)
         kinds = {field: getattr(hint, "__args__", (hint,)) for field, hint in get_type_hints(record).items()}
         self.json_columns = {field for field, (kind, *_) in kinds.items() if kind not in _TYPES}
         columns = ["id INTEGER PRIMARY KEY"] if numbered else []
@@ -50,28 +47,26 @@ class RecordTable(Generic[R]):
 
     def add(self, connection: sqlite3.Connection, records: Iterable[R], *, replace: bool = False) -> None:
         """Insert records; with `replace` in the place of those with the same key."""
-        fields, verb = self.record._fields, "INSERT OR REPLACE" if replace else "INSERT"
-        statement = f"{verb} INTO {self.name} ({', '.join(fields)}) VALUES ({', '.join('?' * len(fields))})"
-        written = partial(json.dumps, ensure_ascii=False)
-        connection.executemany(statement, (self._converted(record, written) for record in records))
+        verb, places = "INSERT OR REPLACE" if replace else "INSERT", ", ".join("?" * len(self.record._fields))
+        rows: Iterable[Sequence[Any]] = records
+        if self.json_columns:
+            rows = ([self._written(*each) for each in zip(self.record._fields, row, strict=True)] for row in records)
+        connection.executemany(f"{verb} INTO {self.name} ({self.fields}) VALUES ({places})", rows)
+
+    def _written(self, field: str, value: Any) -> Any:
+        return json.dumps(value, ensure_ascii=False) if field in self.json_columns and value is not None else value
 
     def select(
         self, connection: sqlite3.Connection, rest: str = "", parameters: Sequence[Any] = ()
     ) -> Iterator[tuple[int, R]]:
         """Yield each row's number and record; `rest` is what comes after FROM."""
-        query = f"SELECT rowid, {', '.join(self.record._fields)} FROM {self.name} {rest}"
-        for number, *values in connection.execute(query, parameters):
+        for number, *values in connection.execute(f"SELECT rowid, {self.fields} FROM {self.name} {rest}", parameters):
+            record = self.record._make(values)
             try:
-                yield number, self.record._make(self._converted(values, json.loads))
+                told = {name: getattr(record, name) for name in self.json_columns}
+                yield number, record._replace(**{name: value and json.loads(value) for name, value in told.items()})
             except (ValueError, RecursionError) as error:
                 raise sqlite3.DatabaseError(f"row {number} of {self.name} is damaged: {error}") from error
-
-    def _converted(self, values: Iterable[Any], convert: Callable[[Any], Any]) -> list[Any]:
-        """Return the values of a row with those of the JSON columns converted."""
-        return [
-            convert(value) if field in self.json_columns and value is not None else value
-            for field, value in zip(self.record._fields, values, strict=True)
-        ]
 
 
 def connect(
@@ -83,7 +78,7 @@ def connect(
     store, UsageError when another version of sae_italian wrote it or it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _opened(path, f"file:{quote(str(path.resolve()))}", "written") as connection:
+    with _opened(path, "rwc", "written") as connection:
         connection.execute("PRAGMA journal_mode=WAL")
         # NORMAL loses no commit when the process is killed, but may when the power fails
         connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
@@ -101,22 +96,22 @@ def connect(
 
 def connect_to_read(path: Path) -> sqlite3.Connection:
     """Open a file that cannot be written, or shall not be. Raises: as `connect`."""
-    address = f"file:{quote(str(path.resolve()))}?mode=ro"
     try:
-        with _opened(path, address, "read") as connection:
+        with _opened(path, "ro", "read") as connection:
             _tables_of(connection, path)
     except UsageError:
         # a store in WAL mode whose folder is read only opens as immutable, unless somebody else has it open
-        with _opened(path, f"{address}&immutable=1", "read") as connection:
+        with _opened(path, "ro&immutable=1", "read") as connection:
             _tables_of(connection, path)
     return connection
 
 
 @contextmanager
-def _opened(path: Path, address: str, doing: str) -> Iterator[sqlite3.Connection]:
+def _opened(path: Path, mode: str, doing: str) -> Iterator[sqlite3.Connection]:
     """Open a file for what is done with it first; where that fails nothing stays open. Raises: as `connect`."""
     connection = None
     try:
+        address = f"file:{quote(str(path.resolve()))}?mode={mode}"
         # the call ledger is opened in one thread and used in others, never in two at once
         connection = sqlite3.connect(address, BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
         yield connection

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,9 +20,8 @@ from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.judges import RULE, Judge
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.store import Explanation, Judgement, Store
-from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Known, Work, explain_batch, score_batch
-from sae_italian.base.errors import DataError, SaeItalianError, UsageError
-from sae_italian.base.storage import fingerprint
+from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Known, Work, cache_identity, do_batch, stored_config
+from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.evaluation.diagnosis import activations
@@ -35,21 +33,6 @@ SAYS_NOTHING = {"it": "Un testo qualsiasi.", "en": "Any text at all."}
 N_SEGMENTS = 20  # positives of a latent that a model reads, and as many negatives of each source
 N_TRAIN = 40  # training positives drawn for explainers that do not say how many they want
 _BATCH = 16  # latents that are worked out and stored together
-
-
-def stored_config(store: Store) -> AutointerpConfig:
-    """Return the settings that a store's explanations were made with, the defaults where it says nothing. Raises: DataError."""
-    names = AutointerpConfig.__dataclass_fields__
-    settings = ", ".join(f'"{name}": {value}' for name, value in store.notes().items() if name in names)
-    try:
-        return TypeAdapter(AutointerpConfig).validate_json("{" + settings + "}")
-    except ValidationError as error:
-        raise DataError(f"{store.path} is not of a run ({settings}). Remove it or name another file.") from error
-
-
-def cache_identity(cache: FeatureCache) -> dict[str, str]:
-    """Return what a store remembers of the cache it belongs to."""
-    return {"cache": fingerprint(cache.manifest.model_dump(exclude={"versions", "sae"}))}
 
 
 def run_autointerp(
@@ -96,31 +79,29 @@ class Run:
     ):
         self.work, self.store, self.workers, self.run_units = work, store, workers, run_units
 
-    # --- rules -------------------------------------------------------------------------------------------------------
-
     def rules(self) -> None:
         """Explain every latent by a rule and by token lookup, then score these with the rule judge."""
         done = self.store.explained(EXPLAINER)
         if self.run_units is None:
             self.work.prepare()
-        for batch in self._map(explain_batch, [n for n in self.work.latents if n not in done], "explain"):
+        for batch in self._map("explain", [(n,) for n in self.work.latents if n not in done]):
             features, explanations = zip(*batch, strict=True)
             self.store.add_explanations(chain.from_iterable(explanations), features)
-        for batch in self._map(score_batch, self._unscored(EXPLAINER, RULE), "score"):
+        for batch in self._map("score", self._unscored(EXPLAINER, RULE)):
             self.store.add_scores(chain.from_iterable(batch))
 
-    def _map(self, function: Callable[[Work, list[Any]], Any], items: list[Any], desc: str) -> Iterator[Any]:
-        """Yield the function's result for each batch of items, in order, wherever the work is done."""
-        units = [items[first : first + _BATCH] for first in range(0, len(items), _BATCH)]
+    def _map(self, what: str, items: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
+        """Yield what comes of each batch of items, in order, wherever the work is done."""
+        units = [(what, items[first : first + _BATCH]) for first in range(0, len(items), _BATCH)]
         if self.run_units is not None:
-            results = self.run_units(function, units, setup=self.work.opener)
+            results = self.run_units(do_batch, units, setup=self.work.opener)
         else:
             # forked, so that the processes share what this one has prepared
             workers = min(self.workers, max(1, len(units)))
-            results = map_units(partial(function, self.work), units, workers=workers, fork=True)
-        with tqdm(total=len(items), desc=desc, unit="latent", disable=None) as bar:
-            for unit, result in zip(units, results, strict=True):
-                bar.update(len(unit))
+            results = map_units(partial(do_batch, self.work), units, workers=workers, fork=True)
+        with tqdm(total=len(items), desc=what, unit="latent", disable=None) as bar:
+            for result in results:
+                bar.update(len(result))
                 yield result
 
     def _unscored(self, explainer: str, judge: str, draw: int | None = None) -> list[tuple[Known, Known, Known | None]]:
@@ -135,16 +116,14 @@ class Run:
         stranger, done = strangers(live, self.work.config.seed), self.store.scored(explainer, judge)
         return [(own[n], lookup[n], own.get(stranger.get(n, -1))) for n in live if n not in done]
 
-    # --- explainers and judges that are handed in ----------------------------------------------------------------------
-
     def explain_with(self, explainer: Explainer) -> None:
         """Explain with another explainer the latents that have a rule; the others keep their status under its name."""
         self._claim(explainer)
         rules, done = self.store.explanations(EXPLAINER), self.store.explained(explainer.name)
-        left = {latent: explanation for latent, (_, explanation) in rules.items() if latent not in done}
-        unexplained = [e._replace(explainer=explainer.name) for e in left.values() if e.status != "ok"]
+        left = {latent: rule for latent, (_, rule) in rules.items() if latent not in done}
+        unexplained = [rule._replace(explainer=explainer.name) for rule in left.values() if rule.status != "ok"]
         self.store.add_explanations(unexplained)
-        todo = [latent for latent, explanation in left.items() if explanation.status == "ok"]
+        todo = [latent for latent, rule in left.items() if rule.status == "ok"]
         n_train = getattr(explainer, "n_train", N_TRAIN)
         shown = (self.work.examples(n, n_train=n_train, promoted=self.work.promoted(n)) for n in todo)
         found = in_threads(explainer.explain, shown, explainer.concurrency)
@@ -153,8 +132,7 @@ class Run:
 
     def _claim(self, who: Explainer | Judge) -> None:
         """Hold an explainer or judge to the settings (prompts, examples) that its earlier work here had."""
-        settings = getattr(who, "settings", None)
-        if settings is not None:
+        if (settings := getattr(who, "settings", None)) is not None:
             self.store.claim(f"{type(who).__name__} {who.name}", settings)
 
     def score_with(
@@ -174,9 +152,8 @@ class Run:
             if stranger is not None:
                 asked.append(Asked(judge, stranger[1], SHUFFLED, stranger[0]))
             if nothing:
-                asked.append(
-                    Asked(judge, Explanation(own.latent, "", "ok", nothing, nothing, None), NOTHING_SAID, row_id)
-                )
+                empty = Explanation(own.latent, "", "ok", nothing, nothing, None)
+                asked.append(Asked(judge, empty, NOTHING_SAID, row_id))
             rows = score_rows([*asked, Asked(self.work.judge, lookup)], examples)
             return rows, [judgement for one in asked for judgement in one.judgements(own.latent)]
 
@@ -219,10 +196,9 @@ def score_with_models(
             known = ", ".join(opened.explainers()) or "none"
             raise UsageError(f"{store} has no explanations by {explainer!r}; there are those of: {known}.")
         run = Run(Work(cache, tokenizer, stored_config(opened)), opened)
+        few: dict[str, Any] = {"draw": latents, "n_test": N_SEGMENTS, "sources": ("random", "same-token")}
         for judge in judges:
-            nothing = SAYS_NOTHING[getattr(judge, "language", "it")]
-            few: dict[str, Any] = {"n_test": N_SEGMENTS, "sources": ("random", "same-token")}
-            run.score_with(judge, explainer, draw=latents, nothing=nothing, **few)
+            run.score_with(judge, explainer, nothing=SAYS_NOTHING[getattr(judge, "language", "it")], **few)
 
 
 def random_sae_control(cache: FeatureCache, sae: Any, model: Any, config: AutointerpConfig, **others: Any) -> Path:
@@ -230,32 +206,29 @@ def random_sae_control(cache: FeatureCache, sae: Any, model: Any, config: Autoin
 
     `others` are those of `run_autointerp`: explainers and judges do for the twin what they did for the trained SAE.
     """
-    manifest = cache.manifest
+    manifest, folder = cache.manifest, cache.folder / TWIN_FOLDER
     twin = random_twin(sae, config.seed, lambda: cached_activations(cache, sae, model))
-    folder = build_cache(
+    build_cache(
         twin,
         model,
         manifest.corpus,
-        cache.folder / TWIN_FOLDER,
+        folder,
         n_tokens=manifest.n_tokens_asked,
         split=manifest.split,  # pyright: ignore[reportArgumentType]
         context_size=manifest.context_size,
         windows_per_shard=manifest.windows_per_shard,
         text_column=manifest.text_column,
         sae_name=f"random twin of {manifest.sae}",
-        resume=(cache.folder / TWIN_FOLDER).is_dir(),
+        resume=folder.is_dir(),
     )
     return run_autointerp(FeatureCache.open(folder), model.tokenizer, config, sae=twin, **others)
 
 
 def cached_activations(cache: FeatureCache, sae: Any, model: Any) -> Float[Tensor, "tokens d_in"]:
     """Return the SAE's input on the first tokens of its cache, on which a random twin is calibrated."""
-    manifest = cache.manifest
-    enough = 1 + CALIBRATION_TOKENS // (manifest.windows_per_shard * manifest.context_size)
-    shards = [cache.shard_tokens(i)["tokens"] for i in range(min(enough, len(manifest.shards)))]
-    windows = np.concatenate(shards).astype(np.int64).reshape(-1, manifest.context_size)
-    some = windows[: CALIBRATION_TOKENS // manifest.context_size]
-    return activations(sae, model, np.array_split(some, max(1, len(some) // 16)))[0]
+    context, n = cache.manifest.context_size, CALIBRATION_TOKENS // cache.manifest.context_size
+    windows = np.asarray(cache.tokens[: n * context], dtype=np.int64).reshape(-1, context)
+    return activations(sae, model, np.array_split(windows, max(1, len(windows) // 16)))[0]
 
 
 def twin_cache(cache: FeatureCache, sae: Any, seed: int = 0) -> tuple[FeatureCache, Any] | None:

@@ -13,7 +13,7 @@ from sae_italian.base.errors import DataError, UsageError
 
 NO_ANSWER = "no answer"  # status of what the endpoint failed on or refused: a rerun asks again
 UNANSWERED = -2  # what a judge `said` where the endpoint failed: a rerun judges the latent again
-NOW = "@now"  # ends the explainer's name of what was made on demand (now.py), which belongs to no run
+NOW = "@now"  # ends the explainer's name of what was made on demand (work.py), which belongs to no run
 
 
 class Setting(NamedTuple):
@@ -120,41 +120,38 @@ class Label(NamedTuple):
 
 
 _WHERE = ("latent", "explanation_id", "control", "scorer", "judge")
-SETTINGS = RecordTable("run", Setting, ["key"])
-FEATURES = RecordTable("feature", Feature, ["latent"])
-EXPLANATIONS = RecordTable("explanation", Explanation, ["latent", "explainer"], numbered=True)
-SCORES = RecordTable("score", ScoreRow, [*_WHERE, "negatives", "metric"], clustered=True)
-JUDGEMENTS = RecordTable("judgement", Judgement, [*_WHERE, "example"], clustered=True)
-CALLS = RecordTable(CALLS_TABLE, Call, ["request_hash"])
-LABELS = RecordTable("label", Label, ["latent", "label", "source"])
+SETTINGS = RecordTable("run", Setting, "key")
+FEATURES = RecordTable("feature", Feature, "latent")
+EXPLANATIONS = RecordTable("explanation", Explanation, "latent", "explainer", numbered=True)
+SCORES = RecordTable("score", ScoreRow, *_WHERE, "negatives", "metric", clustered=True)
+JUDGEMENTS = RecordTable("judgement", Judgement, *_WHERE, "example", clustered=True)
+CALLS = RecordTable(CALLS_TABLE, Call, "request_hash")
+LABELS = RecordTable("label", Label, "latent", "label", "source")
 TABLES = {table.name: table for table in (SETTINGS, FEATURES, EXPLANATIONS, SCORES, JUDGEMENTS, CALLS, LABELS)}
 
 
 class Store:
     """The store of one cache and one configuration. Use as a context manager."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, read_only: bool = False):
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, read_only: bool = False):
         """Open or create. Raises: UsageError when the file belongs to another cache or configuration."""
         self.path = path
         self.connection = connect_to_read(path) if read_only else connect(path, TABLES.values())
+        wanted = {key: json.dumps(value) for key, value in identity.items()}
         try:
-            self._hold_to({key: json.dumps(value) for key, value in identity.items()}, read_only)
+            known, unused = self.notes(), not self._any("explanation WHERE explainer NOT LIKE ?", "%" + NOW)
+            for key, value in wanted.items():
+                # labels, or what was asked on demand, may come first: what they did not say is claimed now
+                if known.get(key) != value and not (unused and key not in known):
+                    raise UsageError(
+                        f"{path} was made with another {key} ({known.get(key)} then, {value} now): its scores do not hold "
+                        "for this run. Use --overwrite, or name another file."
+                    )
+            if unused and not read_only:
+                self.note(wanted)
         except (sqlite3.DatabaseError, UsageError) as error:
             self.__exit__(type(error), error, None)
             raise
-
-    def _hold_to(self, wanted: dict[str, str], read_only: bool) -> None:
-        known = self.notes()
-        unused = not self._any("SELECT 1 FROM explanation WHERE explainer NOT LIKE ?", "%" + NOW)
-        for key, value in wanted.items():
-            # labels, or what was asked on demand, may come first: what they did not say is claimed now
-            if known.get(key) != value and not (unused and key not in known):
-                raise UsageError(
-                    f"{self.path} was made with another {key} ({known.get(key)} then, {value} now): its scores do not "
-                    "hold for this run. Use --overwrite, or name another file."
-                )
-        if unused and not read_only:
-            self.note(wanted)
 
     def __enter__(self) -> Store:
         return self
@@ -165,10 +162,8 @@ class Store:
         if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.IntegrityError):
             raise problem(self.path, error) from error
 
-    def _any(self, query: str, *parameters: Any) -> bool:
-        return self.connection.execute(query, parameters).fetchone() is not None
-
-    # --- who did what --------------------------------------------------------------------------------------------------
+    def _any(self, rows: str, *parameters: Any) -> bool:
+        return self.connection.execute(f"SELECT 1 FROM {rows}", parameters).fetchone() is not None
 
     def claim(self, name: str, settings: dict[str, Any]) -> None:
         """Remember the settings of an explainer or a judge, named by its class and its name.
@@ -177,10 +172,8 @@ class Store:
         """
         key, value = f"settings of {name}", json.dumps(settings, sort_keys=True, ensure_ascii=False)
         known, who = self.notes().get(key), name.partition(" ")[2]
-        if known == value:
-            return
-        worked = self._any("SELECT 1 FROM explanation WHERE explainer = ? AND status IN ('ok', 'failed')", who)
-        if known is not None and (worked or self._any("SELECT 1 FROM score WHERE judge = ?", who)):
+        worked = ("explanation WHERE explainer = ? AND status IN ('ok', 'failed')", "score WHERE judge = ?")
+        if known not in (None, value) and any(self._any(rows, who) for rows in worked):
             then, now = json.loads(known), json.loads(value)
             changed = ", ".join(sorted(k for k in then | now if then.get(k) != now.get(k)))
             raise UsageError(
@@ -196,26 +189,17 @@ class Store:
     def notes(self) -> dict[str, str]:
         return dict(self.connection.execute("SELECT key, value FROM run"))
 
-    # --- explanations --------------------------------------------------------------------------------------------------
-
     def add_explanations(self, explanations: Iterable[Explanation], features: Iterable[Feature] = ()) -> None:
-        """Add explanations and what they were made from, together or not at all.
-
-        An explanation that there was no answer for gives way to a later one.
-        """
+        """Add explanations and what they were made from, all or nothing; one that had no answer gives way to a later one."""
         rows = list(explanations)
-        unanswered = [(row.latent, row.explainer, NO_ANSWER) for row in rows]
+        query = "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?"
         with self.connection:
             FEATURES.add(self.connection, features, replace=True)
-            query = "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?"
-            self.connection.executemany(query, unanswered)
+            self.connection.executemany(query, [(row.latent, row.explainer, NO_ANSWER) for row in rows])
             EXPLANATIONS.add(self.connection, rows)
 
     def replace_explanations(self, explanations: Sequence[Explanation]) -> dict[str, int]:
-        """Put explanations in the place of their explainer's earlier ones of the latent; return their ids by explainer.
-
-        The scores of the earlier ones go with them.
-        """
+        """Put explanations in the place of their explainers' earlier ones, whose scores go too; return ids by explainer."""
         old = "SELECT id FROM explanation WHERE latent = ? AND explainer = ?"
         with self.connection:
             for where in ("judgement WHERE explanation_id", "score WHERE explanation_id", "explanation WHERE id"):
@@ -233,9 +217,9 @@ class Store:
         found = EXPLANATIONS.select(self.connection, "WHERE explainer = ? ORDER BY latent", (explainer,))
         return {row[1].latent: row for row in found}
 
-    def explained(self, explainer: str | None = None) -> set[int]:
-        """Return the latents that are done, by that explainer or by any."""
-        query = "SELECT DISTINCT latent FROM explanation WHERE explainer = coalesce(?, explainer) AND status != ?"
+    def explained(self, explainer: str) -> set[int]:
+        """Return the latents that this explainer is done with."""
+        query = "SELECT latent FROM explanation WHERE explainer = ? AND status != ?"
         return {latent for (latent,) in self.connection.execute(query, (explainer, NO_ANSWER))}
 
     def explainers(self) -> list[str]:
@@ -243,74 +227,52 @@ class Store:
         query = "SELECT explainer FROM explanation GROUP BY 1 ORDER BY min(id)"
         return [name for (name,) in self.connection.execute(query)]
 
-    # --- scores --------------------------------------------------------------------------------------------------------
-
-    def scored(self, explainer: str | None = None, judge: str | None = None) -> set[int]:
-        """Return the latents with scores, of that explainer's explanations or of any, by that judge or by any.
-
-        Those on which the judge's endpoint failed are not among them.
-        """
-        query = """SELECT DISTINCT score.latent FROM score JOIN explanation ON explanation.id = score.explanation_id
-                   WHERE explainer = coalesce(?, explainer) AND judge = coalesce(?, judge)
-                   EXCEPT
-                   SELECT judgement.latent FROM judgement JOIN explanation ON explanation.id = explanation_id
-                   WHERE explainer = coalesce(?, explainer) AND judge = coalesce(?, judge) AND said = ?"""
-        who = (explainer, judge)
-        return {latent for (latent,) in self.connection.execute(query, (*who, *who, UNANSWERED))}
+    def scored(self, explainer: str, judge: str) -> set[int]:
+        """Return the latents whose explanations by this explainer the judge has scored, but those its endpoint failed on."""
+        query = """SELECT latent FROM {0} WHERE judge = ?
+                   AND explanation_id IN (SELECT id FROM explanation WHERE explainer = ?) {1}"""
+        sets = query.format("score", "EXCEPT ") + query.format("judgement", "AND said = ?")
+        found = self.connection.execute(sets, (judge, explainer, judge, explainer, UNANSWERED))
+        return {latent for (latent,) in found}
 
     def add_scores(self, rows: Iterable[Sequence[Any]], judgements: Iterable[Judgement] = ()) -> None:
-        """Add all score rows of one latent at once, and what they rest on: a latent is scored whole or not at all.
-
-        A row has `ScoreRow`'s fields. Scores that rest on missing answers give way to later ones.
-        """
+        """Add scores (fields of `ScoreRow`) and what they rest on, all or nothing; those on missing answers give way."""
         judged = list(judgements)
         ids = ", ".join(str(number) for number in {row.explanation_id for row in judged})
         where = f"latent = ? AND judge = ? AND explanation_id IN ({ids})"
         with self.connection:
             for key in {(row.latent, row.judge) for row in judged}:
-                if self._any(f"SELECT 1 FROM judgement WHERE {where} AND said = ?", *key, UNANSWERED):
+                if self._any(f"judgement WHERE {where} AND said = ?", *key, UNANSWERED):
                     for table in ("score", "judgement"):
                         self.connection.execute(f"DELETE FROM {table} WHERE {where}", key)
             SCORES.add(self.connection, (ScoreRow(*row) for row in rows))
             JUDGEMENTS.add(self.connection, judged)
 
     def values(
-        self,
-        *,
-        explainer: str,
-        control: str,
-        scorer: str,
-        metric: str,
-        judge: str = "rule",
-        negatives: str | None = None,
-        failed: bool = False,
-        column: Literal["value", "lo"] = "value",
+        self, column: Literal["value", "lo"] = "value", *, failed: bool = False, judge: str = "rule", **where: str
     ) -> dict[int, float]:
-        """Return one metric by latent, where it has a value. A rule's score and an LLM's are different: never both at once.
+        """Return one metric by latent, where it has a value; `where` are explainer, control, scorer, metric and negatives.
 
-        With `failed` those that could not be scored are there too, with None. `lo` is the interval's lower end, the value
-        where there is none.
+        A rule's score and an LLM's are different: never both at once. With `failed` those that could not be scored are
+        there too, with None. `lo` is the interval's lower end, the value where there is none.
         """
-        query = f"""SELECT score.latent, coalesce(score.{column}, score.value)
-                    FROM score JOIN explanation ON explanation.id = score.explanation_id
-                    WHERE explainer = ? AND control = ? AND scorer = ? AND metric = ? AND judge = ?
-                      AND negatives = coalesce(?, negatives) AND (? OR value IS NOT NULL) ORDER BY score.latent"""
-        where = (explainer, control, scorer, metric, judge, negatives, failed)
-        return dict(self.connection.execute(query, where))
+        where = {"judge": judge, **where}
+        query = f"""SELECT score.latent, coalesce(score.{column}, value)
+                    FROM score JOIN explanation ON explanation.id = explanation_id
+                    WHERE {" AND ".join(f"{name} = ?" for name in where)} AND (? OR value IS NOT NULL)
+                    ORDER BY score.latent"""
+        return dict(self.connection.execute(query, (*where.values(), failed)))
 
     def judges(self) -> list[str]:
-        """Return the judges that scored here: by the first explanation that they did, then by name."""
+        """Return the judges that scored here, in the order of the first explanation that they did."""
         query = "SELECT judge FROM score GROUP BY 1 ORDER BY min(explanation_id), judge"
         return [name for (name,) in self.connection.execute(query)]
 
-    # --- labels and calls ------------------------------------------------------------------------------------------------
-
-    def add_labels(self, labels: Iterable[Label]) -> None:
+    def add_labels(self, labels: Sequence[Label]) -> None:
         """Add labels at once; earlier ones of the same sources give way."""
-        rows = list(labels)
         with self.connection:
-            self.connection.executemany("DELETE FROM label WHERE source = ?", {(row.source,) for row in rows})
-            LABELS.add(self.connection, rows)
+            self.connection.executemany("DELETE FROM label WHERE source = ?", {(row.source,) for row in labels})
+            LABELS.add(self.connection, labels)
 
     def labels(self) -> list[Label]:
         """Return all labels, the best F1 first."""
@@ -327,10 +289,9 @@ class Store:
 
 def forget(path: Path) -> None:
     """Drop all of a store but its calls, which were paid for and answer a rerun; a file that is no store is removed."""
-    if not path.is_file():
-        return
     try:
-        connect(path, TABLES.values(), forget=True).close()
+        if path.is_file():
+            connect(path, TABLES.values(), forget=True).close()
     except DataError:
         for ending in ("", "-wal", "-shm"):
             path.with_name(path.name + ending).unlink(missing_ok=True)

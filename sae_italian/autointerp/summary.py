@@ -1,7 +1,8 @@
-"""Tables of a store: how well latents are explained, what the same numbers are for the controls, who does better."""
+"""Tables of a store: how well latents are explained beside the same numbers of the controls; and all of it for others."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +13,21 @@ import numpy as np
 from sae_italian.autointerp.draws import FUZZING_NEGATIVES, SEGMENT_NEGATIVES
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.judges import RULE
-from sae_italian.autointerp.run import NOTHING_SAID, SHUFFLED, stored_config
+from sae_italian.autointerp.run import NOTHING_SAID
 from sae_italian.autointerp.scorers import SCORERS
 from sae_italian.autointerp.scorers.binary import GAIN, HEADLINE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
-from sae_italian.autointerp.store import NOW, Store
-from sae_italian.autointerp.work import WHOLE
+from sae_italian.autointerp.store import NOW, TABLES, Store
+from sae_italian.autointerp.work import SHUFFLED, WHOLE, stored_config
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain, shown, table
 from sae_italian.base.statistics import Estimate, mean_interval, reaches, wilson
+from sae_italian.base.storage import atomic_path, write_text
 
 GOOD = 0.8  # balanced accuracy from which a latent counts as detected
 ENOUGH = 300  # latents from which a summary may stand for an SAE
+FORMATS = ("parquet", "jsonl", "wandb")  # of an export
 COLUMNS = ("detection", "fuzzing", "simulation", "shuffled_detection", "lookup_detection", "gain_over_lookup")
 _HEADLINE = {**HEADLINE, "simulation": TOP}
 _SOURCES = {"detection": SEGMENT_NEGATIVES, "fuzzing": FUZZING_NEGATIVES}
@@ -194,3 +198,48 @@ def means_table(rows: Sequence[dict[str, Any]]) -> str:
         over = cell(row[f"over_{SHUFFLED}"], "+.3f")
         lines.append([name, label("negatives." + row["negatives"]), *values, over, f"{row['n']}{failed}"])
     return table("score | negatives | explanation | another's | empty | over another's | latents", lines)
+
+
+# --- for others --------------------------------------------------------------------------------------------------------
+
+
+def export(path: Path, out: Path, to: str, *, project: str = "sae-italian") -> list[Path]:
+    """Write every table of a store into the folder `out`; return the files (for `wandb` the run's folder).
+
+    `wandb` logs one table per table, with the Parquet files as an artifact; with WANDB_MODE=offline nothing leaves the
+    machine until `wandb sync`. Raises: UsageError for an unknown format or when there is no store.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    if to not in FORMATS:
+        raise UsageError(f"{to!r} is no format for an export. {nearest(to, FORMATS)}")
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist: run `sae-italian autointerp` on the cache first.")
+    files, tables = [], {}
+    with Store(path, {}) as store:
+        for name, table in TABLES.items():
+            cursor = store.connection.execute(f"SELECT * FROM {name}")
+            names, columns = [column[0] for column in cursor.description], zip(*cursor.fetchall(), strict=True)
+            tables[name] = pyarrow.table(dict(zip(names, list(columns) or [()] * len(names), strict=True)))
+            files.append(out / f"{name}.{'jsonl' if to == 'jsonl' else 'parquet'}")
+            if to == "jsonl":
+                rows = tables[name].to_pylist()
+                for row in rows:
+                    row |= {key: row[key] and json.loads(row[key]) for key in table.json_columns}
+                write_text(files[-1], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            else:
+                with atomic_path(files[-1]) as temporary:
+                    pyarrow.parquet.write_table(tables[name], temporary)
+    if to != "wandb":
+        return files
+    import wandb
+
+    with wandb.init(project=project, job_type="autointerp", dir=str(out), config={"store": path.name}) as run:
+        for name in ("explanation", "score"):
+            run.log({name: wandb.Table(dataframe=tables[name].to_pandas())})
+        artifact = wandb.Artifact("autointerp", type="autointerp")
+        for file in files:
+            artifact.add_file(str(file))
+        run.log_artifact(artifact)
+        return [Path(run.dir).parent]

@@ -1,16 +1,23 @@
-"""Explaining and scoring one latent by rule: all that needs a cache and no store, so that it can be done anywhere.
+"""Explaining and scoring one latent by rule: all that needs a cache and no run, so that it can be done anywhere.
 
 A unit of work is a batch of latents; who does it elsewhere than in this process opens the cache there with `open_work`.
+
+A latent may also be explained while somebody waits. What a reader happened to ask about is no random draw: no summary, no
+control and no resumed run may count it. So it is kept in the same store under its explainer's name with `@now` behind it,
+says in its notes when and how it was made, and gives way to the next one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from sae_italian.autointerp.draws import ExampleSource, find_neighbours
 from sae_italian.autointerp.examples import LatentExamples, latent_examples, promoted_tokens
@@ -19,8 +26,9 @@ from sae_italian.autointerp.judges import ConstantJudge, RuleJudge
 from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.scorers.binary import HEADLINE
-from sae_italian.autointerp.store import Explanation, Feature
-from sae_italian.base.errors import UsageError
+from sae_italian.autointerp.store import NOW, Explanation, Feature, Store
+from sae_italian.base.errors import DataError, SaeItalianError, UsageError
+from sae_italian.base.storage import fingerprint, utc_now
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.layout import tokenizer_hash
 from sae_italian.cache.passages import LatentActivations
@@ -47,6 +55,21 @@ class AutointerpConfig:
     """Seed of every random draw."""
 
 
+def stored_config(store: Store) -> AutointerpConfig:
+    """Return the settings that a store's explanations were made with, the defaults where it says nothing. Raises: DataError."""
+    names = AutointerpConfig.__dataclass_fields__
+    settings = ", ".join(f'"{name}": {value}' for name, value in store.notes().items() if name in names)
+    try:
+        return TypeAdapter(AutointerpConfig).validate_json("{" + settings + "}")
+    except ValidationError as error:
+        raise DataError(f"{store.path} is not of a run ({settings}). Remove it or name another file.") from error
+
+
+def cache_identity(cache: FeatureCache) -> dict[str, str]:
+    """Return what a store remembers of the cache it belongs to."""
+    return {"cache": fingerprint(cache.manifest.model_dump(exclude={"versions", "sae"}))}
+
+
 class Explained(NamedTuple):
     """One latent's explanations, and how much there was to see of it."""
 
@@ -55,7 +78,7 @@ class Explained(NamedTuple):
 
 
 class Work:
-    """Examples, rules and their scores of one cache's latents: all that needs no store, so that it can be done anywhere."""
+    """Examples, rules and their scores of one cache's latents."""
 
     def __init__(self, cache: FeatureCache, tokenizer: Any, config: AutointerpConfig, sae: Any = None):
         """Raises: UsageError when the tokenizer is not the one that the cache was built with."""
@@ -107,6 +130,22 @@ class Work:
         return promoted_tokens(self.cache, self.places.strings, latent)
 
 
+def open_work(folder: Path, *arguments: Any) -> Work:
+    """Return the work on the cache in a folder, ready."""
+    work = Work(FeatureCache.open(folder), *arguments)
+    work.prepare()
+    return work
+
+
+def do_batch(work: Work, unit: tuple[Literal["explain", "score"], list[tuple[Any, ...]]]) -> list[Any]:
+    """Explain or score a batch of latents, each by its arguments: a unit of work."""
+    what, batch = unit
+    return [getattr(work, what)(*arguments) for arguments in batch]
+
+
+# --- one latent, while somebody waits --------------------------------------------------------------------------------
+
+
 @lru_cache(maxsize=1)
 def _work_on(cache: FeatureCache) -> Work:
     """Return the work on a cache, kept: to open it takes seconds."""
@@ -118,18 +157,65 @@ def explain_latent(latent: LatentActivations) -> Explanation:
     return _work_on(latent.cache).explain(latent.latent).explanations[0]
 
 
-def open_work(folder: Path, *arguments: Any) -> Work:
-    """Return the work on the cache in a folder, ready."""
-    work = Work(FeatureCache.open(folder), *arguments)
-    work.prepare()
-    return work
+def config_of(path: Path) -> AutointerpConfig:
+    """Return a store's settings, those of any latent, so that what is made now compares with the run; else the defaults."""
+    try:
+        with Store(path, {}, read_only=True) as store:
+            return replace(stored_config(store), latents=None)
+    except SaeItalianError:
+        return AutointerpConfig()
 
 
-def explain_batch(work: Work, latents: list[int]) -> list[Explained]:
-    """Explain a batch of latents: a unit of work."""
-    return [work.explain(latent) for latent in latents]
+def keep(path: Path, work: Work, found: Sequence[Explanation]) -> str:
+    """Keep explanations of one latent made on demand, a rule with its scores; return why that was not possible, or "".
+
+    `found` are a rule, the token lookup, and others. Those without a text, and those that a run's say word for word
+    already, are not kept again.
+    """
+    new = {explanation.explainer: explanation for explanation in found if explanation.status == "ok"}
+    if not new:
+        return ""
+    settings = {name: value for name, value in asdict(work.config).items() if name != "latents"}
+    now = {"when": utc_now(), "settings": settings}
+    try:
+        with Store(path, cache_identity(work.cache)) as store:
+            known = store.explanations_of(found[0].latent)
+            fresh = {name for name, explanation in new.items() if not _same(known.get(name), explanation)}
+            # the lookup is only there for a rule to be set against
+            fresh = fresh | {LOOKUP} if EXPLAINER in fresh else fresh - {LOOKUP}
+            kept = [e for name, e in new.items() if name in fresh]
+            marked = [e._replace(explainer=e.explainer + NOW, notes={**(e.notes or {}), "now": now}) for e in kept]
+            ids = store.replace_explanations(marked)
+            if {EXPLAINER, LOOKUP} <= fresh & set(new):
+                store.add_scores(work.score(*((ids[name + NOW], new[name]) for name in (EXPLAINER, LOOKUP))))
+    except (SaeItalianError, sqlite3.Error, OSError) as error:
+        return " ".join(str(error).split())
+    return ""
 
 
-def score_batch(work: Work, known: list[tuple[Known, Known, Known | None]]) -> list[list[Row]]:
-    """Score a batch of latents' own rules, lookups and strangers: a unit of work."""
-    return [work.score(*each) for each in known]
+def _same(known: Explanation | None, other: Explanation) -> bool:
+    return known is not None and (known.status, known.text_it, known.text_en) == ("ok", other.text_it, other.text_en)
+
+
+def with_now(found: dict[str, dict[int, Explanation]]) -> dict[str, dict[int, Explanation]]:
+    """Return explanations by explainer and latent with those made on demand in the places that a run left empty.
+
+    They are told by their `explainer`, which keeps its `@now`. One that says something else than the run's stays under
+    its own name; one that says the same is left out.
+    """
+    merged = {name: dict(own) for name, own in found.items() if not name.endswith(NOW)}
+    for name in (name for name in found if name.endswith(NOW)):
+        of_run = merged.setdefault(name.removesuffix(NOW), {})
+        for latent, explanation in found[name].items():
+            known = of_run.get(latent)
+            if known is None or known.status != "ok":
+                of_run[latent] = explanation
+            elif not _same(known, explanation):
+                merged.setdefault(name, {})[latent] = explanation
+    return merged
+
+
+def made_now(explanation: Explanation) -> str:
+    """Return when an explanation was made on demand (ISO 8601), empty for a run's."""
+    now: Any = (explanation.notes or {}).get("now")
+    return now["when"] if explanation.explainer.endswith(NOW) and now else ""

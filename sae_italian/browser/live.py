@@ -19,10 +19,9 @@ from sae_italian.analysis.causal.latent import ablate, steer
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.llm.settings import LLMSettings
-from sae_italian.autointerp.now import config_of, keep
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
-from sae_italian.autointerp.work import Work
+from sae_italian.autointerp.work import Work, config_of, keep
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.browser.contexts import pieces, storable
@@ -174,8 +173,8 @@ class Live:
 
 def ask_llm(settings: LLMSettings, examples: LatentExamples, ledger: Path) -> Explanation:
     """Return one explanation; the call is kept in the ledger, which answers when it is asked again."""
+    from sae_italian.autointerp.llm.askers import LLMExplainer
     from sae_italian.autointerp.llm.client import Client
-    from sae_italian.autointerp.llm.explainer import LLMExplainer
 
     with Client(settings, ledger) as client:
         explainer = LLMExplainer(client)

@@ -13,11 +13,11 @@ import numpy as np
 
 from sae_italian import __version__
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
-from sae_italian.autointerp.now import made_now, with_now
 from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Explanation, Store
+from sae_italian.autointerp.work import made_now, with_now
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import read_json, utc_now

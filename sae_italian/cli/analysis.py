@@ -194,8 +194,9 @@ def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str],
 
 def _store(cache: Any, labels: list[Any]) -> str:
     """Write the labels beside the cache's explanations; return what was written."""
-    from sae_italian.autointerp.run import STORE_FILE, cache_identity
+    from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.autointerp.store import Store
+    from sae_italian.autointerp.work import cache_identity
 
     with Store(cache.folder / STORE_FILE, cache_identity(cache)) as store:
         store.add_labels(labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +87,7 @@ def _explained(
     if overwrite:
         forget_scores(cache)
     if settings.wants_llm and settings.estimate:
-        return Result(asdict(estimate_beside(cache, model.tokenizer, config, sae, settings, control=control)))
+        return Result(estimate_beside(cache, model.tokenizer, config, sae, settings, control=control))
     units = where.map(cache.folder) if where.engine == "ray" else None
     others: dict[str, Any] = {"card_tokens": None, "workers": where.workers or 1, "run_units": units}
     results = analyse(cache, sae, model, config=config, random_control=control, **others)
@@ -105,8 +105,8 @@ def _scored(
 ) -> Result:
     """Score explanations that are there with models that read them: the rules', or the language model's."""
     from sae_italian.autointerp.explainers.choose import EXPLAINER
-    from sae_italian.autointerp.llm.cost import DryClient
-    from sae_italian.autointerp.llm.explainer import LLMExplainer
+    from sae_italian.autointerp.llm.askers import LLMExplainer
+    from sae_italian.autointerp.llm.calls import DryClient
     from sae_italian.autointerp.run import STORE_FILE, score_with_models
     from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge
     from sae_italian.autointerp.scorers.subject import subject_judge

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,11 +83,11 @@ def predict(
         answers = _predicted(latents, task, settings, None).answers
         result["by"] = "rules on the examples" if task == 1 else "words of the explanation"
     elif settings.estimate:
-        from sae_italian.autointerp.llm.cost import DryClient
+        from sae_italian.autointerp.llm.calls import DryClient
 
         dry = DryClient(settings)
         _predicted(latents, task, settings, dry)
-        return asdict(dry.estimate(len(latents), len(latents)))
+        return dry.estimate(len(latents), len(latents))
     else:
         from sae_italian.autointerp.llm.client import Client
 
@@ -105,8 +104,7 @@ def predict(
 def _predicted(latents: Any, task: Task, settings: Any, client: Any) -> Any:
     """Return the answers to a task, those of a client's model where there is one."""
     from sae_italian.autointerp.explainita import predict as answer
-    from sae_italian.autointerp.llm.explainer import LLMExplainer
-    from sae_italian.autointerp.llm.judge import LLMJudge
+    from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
 
     asked = (LLMExplainer(client), LLMJudge(client)) if client else (None, None)
     return answer(latents, task, explainer=asked[0], judge=asked[1], language=settings.language)

@@ -124,8 +124,8 @@ def _rows(to: str, cache: Path, out: Path, settings: Settings) -> Result:
 
 
 def _tables(to: str, cache: Path, out: Path | None, settings: Settings) -> Result:
-    from sae_italian.autointerp.export import export as export_tables
     from sae_italian.autointerp.run import STORE_FILE
+    from sae_italian.autointerp.summary import export as export_tables
 
     cache = cache.resolve()
     out = out or cache.with_name(f"{cache.name}-autointerp")

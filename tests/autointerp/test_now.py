@@ -8,11 +8,10 @@ import sqlite3
 import pytest
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp
-from sae_italian.autointerp.now import config_of, keep, made_now, with_now
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.summary import side_by_side, summarise
-from sae_italian.autointerp.work import Work
+from sae_italian.autointerp.work import Work, config_of, keep, made_now, with_now
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache
 

@@ -12,10 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from sae_italian.autointerp.database import connect
-from sae_italian.autointerp.export import export
-from sae_italian.autointerp.run import stored_config
 from sae_italian.autointerp.store import CALLS, TABLES, Call, Explanation, Feature, Judgement, Label, Store, forget
-from sae_italian.autointerp.summary import summarise
+from sae_italian.autointerp.summary import export, summarise
+from sae_italian.autointerp.work import stored_config
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cli import main
 from tests.autointerp.llm.endpoint import FakeEndpoint
@@ -57,7 +56,7 @@ def test_answers_that_were_paid_for_are_carried_over_from_an_earlier_version(tmp
     forget(path)
     with Store(path, {"cache": "any"}) as store:
         assert store.connection.execute("SELECT * FROM call ORDER BY request_hash").fetchall() == paid
-        assert store.explained() == set() and store.spending()["prova"]["calls"] == len(paid) == 25
+        assert store.explainers() == [] and store.spending()["prova"]["calls"] == len(paid) == 25
 
 
 def test_a_run_on_an_earlier_store_is_answered_by_what_was_paid(tmp_path, capsys):
@@ -155,14 +154,14 @@ def test_scores_and_judgements_go_in_together_or_not_at_all(tmp_path):
         again = Judgement(1, 5, "", "detection", "llm:m:it1", 0, 77, "", 1, 0.75)  # judged twice
         with pytest.raises(sqlite3.IntegrityError):
             store.add_scores([ROW], [again])
-        assert store.judges() == ["llm:m:it1"] and store.scored(judge="rule") == set()
+        assert store.judges() == ["llm:m:it1"]
 
 
 def test_forgetting_keeps_the_calls_that_were_paid(tmp_path):
     path = filled(tmp_path / "s")
     forget(path)
     with Store(path, {"cache": "another"}) as store:
-        assert store.explained() == set() and store.scored() == set()
+        assert store.explainers() == store.judges() == []
         assert store.spending()["m"]["usd"] == 0.01
     (tmp_path / "broken").write_bytes(b"x" * 200)
     forget(tmp_path / "broken")
@@ -236,9 +235,8 @@ def test_exports_to_parquet_and_jsonl_hold_every_row(tmp_path):
 def test_export_to_wandb_works_offline(tmp_path):
     """In a process of its own: W&B's service outlives the test otherwise."""
     path = filled(tmp_path / "s")
-    code = f"""from pathlib import Path; from sae_italian.autointerp.database import connect
-from sae_italian.autointerp.export import export
-from sae_italian.autointerp.run import stored_config
+    code = f"""from pathlib import Path
+from sae_italian.autointerp.summary import export
 print(export(Path({str(path)!r}), Path({str(tmp_path / "out")!r}), "wandb")[0])"""
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)

@@ -9,6 +9,7 @@ from sae_italian.base.statistics import (
     f1_by_document,
     mean_interval,
     mean_of_two,
+    reaches,
     shares_by_document,
     wilson,
 )
@@ -177,3 +178,20 @@ def test_f1_and_auroc_by_hand():
     perfect = auroc_by_document(np.arange(40.0), np.arange(40) >= 20, np.arange(40))
     assert perfect.value == 1 == perfect.hi and 0.8 < perfect.lo < 0.97
     assert np.isnan(auroc_by_document(np.arange(3.0), np.ones(3, bool), np.arange(3)).value)
+
+
+@pytest.mark.parametrize(("top", "bottom"), [(4, 5), (7, 10), (1, 2)])
+def test_a_share_reaches_a_threshold_exactly_when_its_counts_do(top, bottom):
+    """Balanced accuracy of a of n and b of m, for all n, m up to 50 as autointerp draws them, in either order of summing."""
+    a, n, b, m = np.ogrid[0:51, 1:51, 0:51, 1:51]
+    counted = bottom * (a * m + b * n) >= 2 * top * n * m  # in whole numbers
+    possible = np.broadcast_to((a <= n) & (b <= m), counted.shape)
+    for share in ((a / n + b / m) / 2, (a / n + 1 - (m - b) / m) / 2):
+        assert (reaches(share, top / bottom) == counted)[possible].all()
+    assert (((a / n + 1 - (m - b) / m) / 2 >= top / bottom) != counted)[
+        possible
+    ].any() or top != 4  # floats alone do not
+    # the nearest that two such shares come to one another
+    some = np.unique(np.arange(51)[:, None] / 50 + np.arange(50) / 49)
+    gaps = np.diff(some)
+    assert gaps[gaps > 1e-12].min() / 2 > 1e-9

@@ -35,7 +35,7 @@ def measure(
                 run.rules()
                 rates.append(len(run.work.latents) / (time.perf_counter() - opened))
                 opening.append(opened - begun)
-                n_scored = len(store.scored())
+                n_scored = len(store.scored("rules", "rule"))
     manifest = cache.manifest
     return {
         "cache": str(folder),

@@ -48,7 +48,7 @@ def measure_llm(
 
 
 def _request(system: dict[str, str], question: str) -> Any:
-    from sae_italian.autointerp.llm.ledger import Request
+    from sae_italian.autointerp.llm.calls import Request
 
     return Request((system, {"role": "user", "content": question}))
 

@@ -59,10 +59,9 @@ def read_split(source: str | Path, task: Task, split: str = "test") -> list[Late
 
     Raises: UsageError when it is not there, DataError naming the row and field that are not as described.
     """
-    latents = []
+    latents, read = [], _marked_passage if task == 1 else _raw_passage
     for number, row in enumerate(_rows(source, split)):
         try:
-            read = _marked_passage if task == 1 else _raw_passage
             sequences = tuple(read(example) for example in row["examples"])
             latents.append(Latent(str(row[ID]), row.get("explanation") or None, sequences))
         except (KeyError, TypeError, ValueError) as error:
@@ -79,7 +78,15 @@ def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
     path = Path(source)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in FORMATS and not path.parent.is_dir()
     if on_hub and not path.exists():
-        path = _downloaded(str(source))
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(str(source), repo_type="dataset", allow_patterns=["data/*.parquet"]))
+        except Exception as error:  # offline, gated, gone: many classes, one remedy
+            raise UsageError(
+                f"{source} cannot be fetched from the hub here ({type(error).__name__}). Download it where you can, and "
+                "give the folder."
+            ) from error
     files = [path]
     if path.is_dir():
         files = sorted(path.glob(f"data/{split}-*.parquet")) or sorted(path.glob(f"{split}.*"))
@@ -100,18 +107,6 @@ def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _downloaded(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["data/*.parquet"]))
-    except Exception as error:  # offline, gated, gone: many classes, one remedy
-        raise UsageError(
-            f"{name} cannot be fetched from the hub here ({type(error).__name__}). Download it where you can, and give "
-            "the folder."
-        ) from error
-
-
 def _marked_passage(example: dict[str, Any]) -> Excerpt:
     tokens = tuple(example["tokens"])
     listed = [(str(item["token"]), float(item["strength"])) for item in example["activations"]]
@@ -119,14 +114,12 @@ def _marked_passage(example: dict[str, Any]) -> Excerpt:
     if len(listed) == len(tokens):
         strengths[:] = [strength for _, strength in listed]
     else:  # only the active ones: in order, each at its next occurrence
-        place = 0
+        bare, place = [token.strip() for token in tokens], -1
         for token, strength in listed:
-            while place < len(tokens) and tokens[place].strip() != token.strip():
-                place += 1
-            if place == len(tokens):
+            if token.strip() not in bare[place + 1 :]:
                 raise ValueError(f"active token {token!r} is not among the tokens")
+            place = bare.index(token.strip(), place + 1)
             strengths[place] = strength
-            place += 1
     return Excerpt(tokens, strengths, re.sub(r"<<|>>", "", example["text"]))
 
 
@@ -151,21 +144,20 @@ def as_examples(latent: Latent) -> LatentExamples:
 
 def as_example(sequence: Excerpt, *, mark: bool = False) -> Example:
     """Return one sequence; tokens that cannot be found in its text (or that have none) are joined as they are."""
-    joined = _joined(sequence.tokens)
-    text, spans = next(
-        (text, spans)
-        for text in (joined if sequence.text is None else sequence.text, joined)
-        if (spans := _spans(text, sequence.tokens)) is not None
-    )
-    values = np.zeros(len(sequence.tokens)) if sequence.strengths is None else sequence.strengths
+    bare = [token.replace("▁", " ") for token in sequence.tokens]
+    text = sequence.text or ""
+    if sequence.text is None or (spans := _spans(text, bare)) is None:
+        text = _joined(bare)
+        spans = _spans(text, bare)
+    values = np.zeros(len(bare)) if sequence.strengths is None else sequence.strengths
     marks = (values > 0) & (values >= 0.3 * values.max(initial=0.0)) if mark else None
     positive = bool(values.any()) if sequence.activating is None else sequence.activating
+    spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
     return Example(text, spans, np.arange(len(values)), values, "", positive, None, marks)
 
 
-def _joined(tokens: Sequence[str]) -> str:
+def _joined(pieces: Sequence[str]) -> str:
     """Return tokens as text: with the spaces they carry, else with one between words."""
-    pieces = [token.replace("▁", " ") for token in tokens]
     if any(piece.startswith(" ") for piece in pieces):
         return "".join(pieces)
     text = ""
@@ -175,17 +167,16 @@ def _joined(tokens: Sequence[str]) -> str:
     return text
 
 
-def _spans(text: str, tokens: Sequence[str]) -> np.ndarray | None:
+def _spans(text: str, tokens: Sequence[str]) -> list[tuple[int, int]] | None:
     """Return the characters at which each token begins and ends, None when one is not found after the one before."""
     spans, place = [], 0
-    for token in tokens:
-        bare = token.replace("▁", " ").strip()
+    for bare in map(str.strip, tokens):
         start = text.find(bare, place)
         if start < 0:
             return None
         place = start + len(bare)
         spans.append((start, place))
-    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+    return spans
 
 
 # --- submissions -----------------------------------------------------------------------------------------------------
@@ -232,7 +223,6 @@ def by_id(latents: Iterable[Latent]) -> dict[str, Latent]:
     """Return latents by id. Raises: DataError for one that is there twice."""
     found: dict[str, Latent] = {}
     for latent in latents:
-        if latent.id in found:
+        if found.setdefault(latent.id, latent) is not latent:
             raise DataError(f"latent {latent.id} is there twice.")
-        found[latent.id] = latent
     return found

@@ -1,19 +1,28 @@
-"""Score submissions: BERTScore for explanations, detection metrics for sequences; intervals over latents."""
+"""Score submissions (BERTScore for explanations, detection metrics for sequences; intervals over latents); replay the data.
+
+The data holds windows cut from longer contexts, and not the beginning of these, so a token's activation can differ from
+the one stored where it depended on what was cut away; nor is it said whether a BOS came first. So both readings, with and
+without BOS, are played, and agreement is reported rather than equality: on a window that began its context it is exact.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
-from sae_italian.autointerp.explainita.data import Latent, by_id
+from sae_italian.autointerp.explainita.data import Excerpt, Latent, as_example, by_id
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import bootstrap, mean_interval
+from sae_italian.models.activations import read_activations
 
 DEFAULT_MODEL, DEFAULT_LAYER = "bert-base-multilingual-cased", 9  # the layer is bert-score's own choice for that model
+_MEASURES = ("correlation", "on_and_off_agree", "relative_error")
+AGREES = 0.9  # correlation from which a latent counts as replayed
 Sums = Float[np.ndarray, "samples 4"]  # positives found and missed, negatives called active and not
 
 
@@ -59,9 +68,8 @@ def evaluate_sequences(predicted: Sequence[Latent], gold: Sequence[Latent]) -> d
     if everything and all(one.strengths is None and not one.activating for one in everything):
         raise UsageError("the gold file is the test split with its labels hidden (activations -1, none activating).")
     sums = np.zeros((len(ours), 4))
-    for row, (mine, truth) in enumerate(zip(ours, theirs, strict=True)):
-        _same_sequences(mine, truth)
-        yes, positive = (np.array([s.activating for s in one.sequences], bool) for one in (mine, truth))
+    for row, both in enumerate(zip(ours, theirs, strict=True)):
+        yes, positive = _labels(*both)
         sums[row] = [(said & true).sum() for true in (positive, ~positive) for said in (yes, ~yes)]
     metrics = {name: bootstrap(sums, lambda total, name=name: _rates(total)[name]) for name in _rates(sums)}
     both = (sums[:, :2].sum(1) > 0) & (sums[:, 2:].sum(1) > 0)
@@ -70,16 +78,18 @@ def evaluate_sequences(predicted: Sequence[Latent], gold: Sequence[Latent]) -> d
     return {"task": 2, **counts, **{name: metric.as_dict() for name, metric in metrics.items()}}
 
 
-def _same_sequences(mine: Latent, truth: Latent) -> None:
-    """Raise UsageError unless both have the same sequences, each with its label."""
+def _labels(mine: Latent, truth: Latent) -> tuple[np.ndarray, np.ndarray]:
+    """Return both sides' labels. Raises: UsageError unless both have the same sequences, each with its label."""
     if len(mine.sequences) != len(truth.sequences):
         raise UsageError(f"{mine.id} has {len(truth.sequences)} sequences, {len(mine.sequences)} answers.")
     for i, (one, other) in enumerate(zip(mine.sequences, truth.sequences, strict=True)):
         if one.tokens != other.tokens:
             raise UsageError(f"sequence {i} of {mine.id} is another one in the submission than in the gold file.")
-        for side, sequence in (("the submission", one), ("the gold file", other)):
-            if sequence.activating is None:
-                raise UsageError(f"{side} has no label for sequence {i} of {mine.id}.")
+        if None in (one.activating, other.activating):
+            side = "the submission" if one.activating is None else "the gold file"
+            raise UsageError(f"{side} has no label for sequence {i} of {mine.id}.")
+    yes, positive = (np.array([one.activating for one in side.sequences], bool) for side in (mine, truth))
+    return yes, positive
 
 
 def _rates(sums: Sums) -> dict[str, np.ndarray]:
@@ -99,3 +109,76 @@ def _paired(predicted: Sequence[Latent], gold: Sequence[Latent]) -> tuple[list[L
         if missing := sorted(set(one) - set(other)):
             raise UsageError(f"the {where} lacks {len(missing)} latents, {missing[0]} first; both need the same ones.")
     return [ours[key] for key in theirs], list(theirs.values())
+
+
+# --- are the data's activations those of an SAE? ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
+    """Return how far the data's activations are those of `sae` on `model`, read with and without a BOS.
+
+    Per latent the correlation over all its tokens, and whether on and off agree; then their medians, and the share of
+    latents that are replayed. Task 1's strengths are whole numbers, so its correlation cannot be exactly 1.
+
+    Raises: UsageError when no sequence has activations or could be tokenised again, or a latent is not the SAE's.
+    """
+    width, tokenizer = int(sae.cfg.d_sae), model.tokenizer
+    prefixes = {"without BOS": []} | ({} if tokenizer.bos_token_id is None else {"with BOS": [tokenizer.bos_token_id]})
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in prefixes}
+    n_sequences = n_aligned = 0
+    for latent in latents:
+        if latent.index >= width:
+            raise UsageError(f"{latent.id} is not a latent of this SAE, which has {width}. Give the released one.")
+        known = [(one.strengths, token_ids(tokenizer, one)) for one in latent.sequences if one.strengths is not None]
+        aligned = [(strengths, ids) for strengths, ids in known if ids is not None]
+        n_sequences, n_aligned = n_sequences + len(known), n_aligned + len(aligned)
+        if not any(strengths.any() for strengths, _ in aligned):
+            continue
+        stored = np.concatenate([strengths for strengths, _ in aligned])
+        for name, prefix in prefixes.items():
+            ours = []
+            for _, ids in aligned:
+                x = read_activations(model, torch.tensor([[*prefix, *ids]]), sae.cfg.metadata.hook_name)
+                encoded = sae.encode(x.to(sae.W_dec.dtype))[0, len(prefix) :, latent.index]
+                ours.append(encoded.float().cpu().numpy())
+            found[name].append(_agreement(stored, np.concatenate(ours)))
+    if not any(found.values()):
+        raise UsageError(
+            f"none of {n_sequences} sequences with activations could be tokenised again into its own tokens, so nothing "
+            "can be compared: is this the model's tokenizer, and the split not `test`?"
+        )
+    result: dict[str, Any] = {"latents": len(found["without BOS"])}
+    result |= {"sequences": n_sequences, "tokenised_again": n_aligned}
+    for name, rows in found.items():
+        medians = dict(zip(_MEASURES, np.median(rows, axis=0).tolist(), strict=True))
+        result[name] = {"replayed": float(np.mean([row[0] >= AGREES for row in rows])), **medians}
+    return result
+
+
+def token_ids(tokenizer: Any, sequence: Excerpt) -> list[int] | None:
+    """Return the ids that stand behind a sequence's strings: of its text, tokenised again, when that gives its tokens.
+
+    None when it does not (a window that begins within a word, strings that lost their spaces): it is left out, not
+    guessed at.
+    """
+
+    def bare(tokens: Iterable[str]) -> list[str]:
+        return [token.replace("▁", " ").replace("Ġ", " ").strip() for token in tokens]
+
+    wanted = bare(sequence.tokens)
+    text = sequence.text if sequence.text is not None else as_example(sequence).text
+    for candidate in (text, f" {text}", text.lstrip()):
+        ids = tokenizer(candidate, add_special_tokens=False)["input_ids"]
+        if wanted in (bare(tokenizer.convert_ids_to_tokens(ids)), bare(tokenizer.decode([one]) for one in ids)):
+            return list(ids)
+    return None
+
+
+def _agreement(stored: Float[np.ndarray, " tokens"], ours: Float[np.ndarray, " tokens"]) -> tuple[float, float, float]:
+    """Return the correlation, the share of tokens on which both are on or both off, and the median relative error."""
+    correlation = float(np.corrcoef(stored, ours)[0, 1]) if stored.std() > 0 and ours.std() > 0 else 0.0
+    on = stored > 0
+    scale = float(stored.max() / ours.max()) if ours.max() > 0 and float(stored.max()).is_integer() else 1.0
+    error = float(np.median(np.abs(ours[on] * scale - stored[on]) / stored[on]))
+    return correlation, float((on == (ours > 0)).mean()), error

@@ -55,20 +55,16 @@ def predict(
     What an explainer or a judge gives no usable answer to is answered as without one, and counted. Raises: UsageError
     without any latent, DataError for one that is there twice.
     """
-    if not latents:
+    if not by_id(latents):
         raise UsageError("the file holds no rows: there is nothing to predict.")
-    by_id(latents)  # each once
-    asked = explainer if task == 1 else judge
-    concurrency = 1 if asked is None else asked.concurrency
 
-    def answer(latent: Latent) -> tuple[str, Any, int]:
-        if task == 1:
-            return latent.id, *_explained(latent, explainer, language)
-        return latent.id, *_judged(latent, judge)
+    def answer(latent: Latent) -> tuple[str, tuple[Any, int]]:
+        return latent.id, _explained(latent, explainer, language) if task == 1 else _judged(latent, judge)
 
+    concurrency = getattr(explainer if task == 1 else judge, "concurrency", 1)
     under_way = in_threads(answer, latents, concurrency)
     done = list(tqdm(under_way, total=len(latents), desc="predict", unit="latent", disable=None))
-    return Predicted({name: given for name, given, _ in done}, sum(failed for *_, failed in done))
+    return Predicted({name: given for name, (given, _) in done}, sum(failed for _, (_, failed) in done))
 
 
 def _explained(latent: Latent, explainer: Explainer | None, language: Language) -> tuple[str, int]:

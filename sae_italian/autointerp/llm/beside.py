@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
+from sae_italian.autointerp.llm.calls import DryClient
 from sae_italian.autointerp.llm.client import Client
-from sae_italian.autointerp.llm.cost import CostEstimate, DryClient
-from sae_italian.autointerp.llm.explainer import LLMExplainer
-from sae_italian.autointerp.llm.judge import LLMJudge
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.autointerp.run import STORE_FILE, random_sae_control, run_autointerp, twin_cache
 from sae_italian.autointerp.store import Store
 from sae_italian.autointerp.summary import comparison_table, side_by_side
 from sae_italian.autointerp.work import AutointerpConfig
+from sae_italian.base.report import plain
 from sae_italian.cache import FeatureCache
 
 SAMPLE = 5  # latents that an estimate is worked out on; the rest is taken to be like them
@@ -23,29 +23,23 @@ SAMPLE = 5  # latents that an estimate is worked out on; the rest is taken to be
 
 def estimate_beside(
     cache: FeatureCache, tokenizer: Any, config: AutointerpConfig, sae: Any, settings: LLMSettings, *, control: bool
-) -> CostEstimate:
+) -> dict[str, Any]:
     """Return what a run from nothing would take, from a few of its latents; nothing is sent and nothing kept.
 
     With `control` the random SAE's part is worked out on its cache, and taken to be as much as the trained one's before
     there is one.
     """
     client, twin = DryClient(settings), twin_cache(cache, sae, config.seed) if control else None
-    counted = [_dry_run(client, *each, tokenizer, config) for each in ((cache, sae), *([] if twin is None else [twin]))]
-    of_random = 0 if not control else counted[-1][0]
+    counted = []  # latents, and of these those that are asked about here
+    for one, its_sae in ((cache, sae), *([] if twin is None else [twin])):
+        live = int((one.statistics["count"] > 0).sum())
+        wanted = live if config.latents is None else min(config.latents, live)
+        counted.append((wanted, min(SAMPLE, wanted)))
+        with tempfile.TemporaryDirectory() as folder:
+            few, store = replace(config, latents=min(SAMPLE, wanted)), Path(folder) / STORE_FILE
+            run_autointerp(one, tokenizer, few, store=store, sae=its_sae, **_askers(client))
+    of_random = counted[-1][0] if control else 0
     return client.estimate(counted[0][0] + of_random, sum(sampled for _, sampled in counted), of_random)
-
-
-def _dry_run(
-    client: DryClient, cache: FeatureCache, sae: Any, tokenizer: Any, config: AutointerpConfig
-) -> tuple[int, int]:
-    """Let the client count what is asked about a few latents; return how many there are, and how many these were."""
-    live = int((cache.statistics["count"] > 0).sum())
-    wanted = live if config.latents is None else min(config.latents, live)
-    sampled = min(SAMPLE, wanted)
-    with tempfile.TemporaryDirectory() as folder:
-        asked = {"store": Path(folder) / STORE_FILE, "sae": sae, **_askers(client)}
-        run_autointerp(cache, tokenizer, replace(config, latents=sampled), **asked)
-    return wanted, sampled
 
 
 def _askers(client: Client | DryClient) -> dict[str, Any]:
@@ -74,22 +68,21 @@ def run_beside(
         store.note({f"endpoint without {name}": f"{client.model}: {why}" for name, why in client.missing.items()})
         found = [e for explainer in askers["explainers"] for _, e in store.explanations(explainer.name).values()]
         spending = store.spending()
-    summaries = side_by_side(path)
     n_foreign = sum(bool((explanation.notes or {}).get("wrong_language")) for explanation in found)
-    lines = [comparison_table(summaries, random), "", *client.told()]
-    for name, row in spending.items():
-        usd = "cost not known" if row["usd"] is None else f"${row['usd']:.4f}"
-        lines.append(f"{name}, ever: {row['tokens_in'] or 0:,} tokens in, {row['tokens_out'] or 0:,} out, {usd}")
-    lines += [f"the endpoint does without {feature}: {why}" for feature, why in client.missing.items()]
-    if n_foreign:
-        lines.append(f"{n_foreign} explanations are in another language than asked for (flagged)")
     facts = {
-        "summaries": [summary.as_dict() for summary in summaries],
-        "random": [summary.as_dict() for summary in random],
+        "summaries": side_by_side(path),
+        "random": random,
         "calls": client.counts,
         "why": client.told()[1:],
         "endpoint_without": client.missing,
         "wrong_language": n_foreign,
         "spending": spending,
     }
-    return facts, "\n".join(lines)
+    lines = [comparison_table(facts["summaries"], random), "", *client.told()]
+    for name, row in spending.items():
+        usd = "cost not known" if row["usd"] is None else f"${row['usd']:.4f}"
+        lines.append(f"{name}, ever: {row['tokens_in'] or 0:,} tokens in, {row['tokens_out'] or 0:,} out, {usd}")
+    lines += [f"the endpoint does without {feature}: {why}" for feature, why in client.missing.items()]
+    if n_foreign:
+        lines.append(f"{n_foreign} explanations are in another language than asked for (flagged)")
+    return plain(facts), "\n".join(lines)

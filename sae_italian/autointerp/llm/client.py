@@ -7,12 +7,12 @@ end where no answer is to be had. `ask` may be called from several threads at on
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,16 @@ from typing import Any
 import httpx2
 import openai
 
-from sae_italian.autointerp.llm import ledger as kept
-from sae_italian.autointerp.llm.cost import Budget, EndpointError, Price, TokenCounter, price_of
-from sae_italian.autointerp.llm.ledger import NO_ANSWER, REJECTED, TOO_LONG, Account, Ledger, Reply, Request
-from sae_italian.autointerp.llm.prompts import without_system
+from sae_italian.autointerp.llm import calls
+from sae_italian.autointerp.llm.calls import Account, EndpointError, Reply, Request
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
 
-KEY_VARIABLE = "LLM_API_KEY"
 UNREACHED_ATTEMPTS = 3  # without any response so far: a wrong address is told soon
 GIVE_UP_AFTER = 3  # questions in a row that came to nothing
 TOP_LOGPROBS = 20
 MOST_REASONS = 8
+LONGEST_BODY = 2**24  # bytes
 # What a server may refuse and an answer can do without -> its parameters, and words that a refusal has for it.
 OPTIONAL = {
     "schema": (("response_format",), ("response_format", "json_schema", "grammar", "guided", "structured")),
@@ -48,8 +46,6 @@ HOPELESS = {  # statuses that no later question will fare better with
     403: "refuses the key",
     404: "has no such model or path",
 }
-
-
 # Questions sent, and of these what was answered, refused by the server, and failed; answers that an earlier run paid for;
 # of the answers of both kinds, which could not be used, and which were cut at the token limit; attempts after the first.
 COUNTED = ("asked", "answered", "refused", "failed", "from ledger", "unreadable", "cut", "retries")
@@ -66,31 +62,27 @@ class Client:
     def __init__(self, settings: LLMSettings, ledger: Path):
         settings.check()
         self.settings, self.model, self.concurrency = settings, settings.llm_model or "", settings.concurrency
-        self.url = settings.endpoint or ""
-        self.price: Price | None = price_of(settings)
+        self.url, self.price = settings.endpoint or "", calls.price_of(settings)
         if settings.max_usd is not None and self.price is None:
             raise UsageError(
                 f"there is no price for {self.model!r}, so --max-usd cannot be kept. Give prices=FILE with its price (0 "
                 "for a server of your own), or leave --max-usd out."
             )
-        self.counter, self.budget = TokenCounter.of(settings), Budget(settings.max_usd)
+        self.counter, self.budget = calls.TokenCounter.of(settings), calls.Budget(settings.max_usd)
         self.missing: dict[str, str] = {}
         self.counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
         self.reasons: Counter[str] = Counter()
-        self._key, self._ledger_path = _key(settings.key_env), ledger
+        self._key, self._ledger_path = settings.key(), ledger
         self._lock, self._local = threading.Lock(), threading.local()
         self._pending: dict[str, Future[Reply]] = {}
         self._stopped: EndpointError | None = None
         self._reached, self._in_vain = False, 0  # whether any response came, questions in a row without an answer
 
     def __enter__(self) -> Client:
-        # A redirect could carry prompts and key to another host: it is refused, and its target named.
-        hooks = {"request": [self._attempt], "response": [self._response]}
-        http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks)
         # Without a key nothing of the environment (OPENAI_API_KEY, the Hub's token) may reach the server.
-        key, timeout = self._key or "none", self.settings.timeout
-        self._openai = openai.OpenAI(base_url=self.url, api_key=key, timeout=timeout, http_client=http)
-        self._ledger = Ledger(self._ledger_path)
+        where = {"base_url": self.url, "api_key": self._key or "none", "timeout": self.settings.timeout}
+        self._openai = openai.OpenAI(**where, http_client=_Http(self._attempt, self.settings.timeout))
+        self._ledger = calls.Ledger(self._ledger_path)
         self._pool = ThreadPoolExecutor(self.concurrency, "llm")
         return self
 
@@ -99,8 +91,6 @@ class Client:
         self._pool.shutdown()
         self._openai.close()
         self._ledger.close()
-
-    # --- asking --------------------------------------------------------------------------------------------------------
 
     def ask(self, requests: Sequence[Request]) -> list[Reply]:
         """Return one reply per request, in order; equal requests are asked once.
@@ -127,12 +117,12 @@ class Client:
             reply = self._ledger.find(key)
             if reply is None:
                 tokens = self.counter.messages(request.messages)
-                account = Account(worst=0.0 if self.price is None else self.price.usd(tokens, request.max_tokens))
+                account = Account(0.0 if self.price is None else self.price.usd(tokens, request.max_tokens))
                 reply = self._asked(request, account)
                 self._ledger.add(key, self.model, request, reply, account)
                 self.count("retries", n=max(0, account.attempts - 1))
                 self.count("asked")
-                failure = "failed" if reply.status.startswith(NO_ANSWER) else "refused"
+                failure = "failed" if reply.status.startswith(calls.NO_ANSWER) else "refused"
                 self.count("answered" if reply.ok else failure, "" if reply.ok else reply.status)
             else:
                 self.count("from ledger")
@@ -162,31 +152,60 @@ class Client:
 
     def _asked(self, request: Request, account: Account) -> Reply:
         """Return what the server answers, after doing without what it refuses. Raises: BudgetReached, EndpointError."""
-        self._local.account, started = account, time.monotonic()
+        self._local.asked, started = (request, account), time.monotonic()
         blamed: list[str] = []
         while True:
             wanted = self._wanted(request)
-            retries = max(0, self.settings.attempts - account.attempts - 1)
+            attempts = self.settings.attempts if self._reached else min(self.settings.attempts, UNREACHED_ATTEMPTS)
             try:
-                client = self._openai.with_options(max_retries=retries)
+                client = self._openai.with_options(max_retries=max(0, attempts - account.attempts - 1))
                 client.post("/chat/completions", body=wanted, cast_to=object)
-                account.latency, self._in_vain = time.monotonic() - started, 0
-                return self._book(request, account)
             except openai.APIStatusError as error:
-                said = kept.sentence_of(error.response.text, self._key)
-                if self._do_without(wanted, error.status_code, said, blamed):
-                    continue
-                for name in blamed:  # without these it was refused all the same: they were not the reason
-                    self.missing.pop(name, None)
-                return self._refused(error, said, account)
+                said = calls.sentence_of(error.response.text, self._key)
+                if not self._do_without(wanted, error.status_code, said, blamed):
+                    for name in blamed:  # without these it was refused all the same: they were not the reason
+                        self.missing.pop(name, None)
+                    return self._refused(error.response, said, account)
             except openai.APIConnectionError as error:
-                cause = error.__cause__ or error
-                why = f"{type(cause).__name__}: {cause}"
-                if isinstance(error, openai.APITimeoutError):
-                    why = f"no answer within {self.settings.timeout:g} s"
-                return self._failed(NO_ANSWER, kept.sentence_of(why, self._key), account)
-            finally:
-                self._close(account, lost=True)
+                cause, late = error.__cause__ or error, isinstance(error, openai.APITimeoutError)
+                why = f"no answer within {self.settings.timeout:g} s" if late else f"{type(cause).__name__}: {cause}"
+                return self._failed(calls.NO_ANSWER, calls.sentence_of(why, self._key), account)
+            else:
+                account.latency, self._in_vain = time.monotonic() - started, 0
+                reply = calls.reply_of(self._local.body)
+                return replace(reply, text=reply.text.replace(self._key, "<key>")) if self._key else reply
+
+    def _attempt(self, send: Callable[[], httpx2.Response]) -> httpx2.Response:
+        """Send what openai sends, each time it tries, and book it.
+
+        Raises: EndpointError when nothing is to be sent any more, httpx's DecodingError for an answer that is none, which
+        openai then asks for again.
+        """
+        request, account = self._local.asked
+        if self._stopped is not None:
+            raise self._stopped
+        with self.budget.attempt(account):
+            response = send()
+            self._reached = True
+            if not response.is_success:
+                account.lost = False  # a refusal is not billed
+                return response
+            self._local.body = body = calls.completion(response.text)
+            if body is None:
+                raise httpx2.DecodingError(
+                    f"the answer is no chat completion: {calls.sentence_of(response.text, self._key)}"
+                )
+            most = 10 * self.counter.messages(request.messages) + 1000, 10 * request.max_tokens + 1000
+            account.tokens_in, account.tokens_cached, account.tokens_out = calls.usage_of(body, *most)
+            if account.tokens_in is not None and account.tokens_out is not None:
+                account.lost, cached = False, account.tokens_cached or 0
+                account.usd = self.price and self.price.usd(account.tokens_in, account.tokens_out, cached)
+            return response
+
+    def _stop(self, message: str) -> EndpointError:
+        """Let nothing more be sent, and return the error to raise."""
+        self._stopped = self._stopped or EndpointError(message)
+        return self._stopped
 
     def _wanted(self, request: Request) -> dict[str, Any]:
         """Return the parameters of a request, without those that the server was found to refuse."""
@@ -197,23 +216,20 @@ class Client:
             wanted["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         if request.logprobs:
             wanted |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        for name in list(self.missing):
-            without = {parameter: wanted.pop(parameter, None) for parameter in OPTIONAL[name][0]}
-            if "max_tokens" in without:
-                wanted["max_completion_tokens"] = request.max_tokens
-            if "messages" in without:
-                wanted["messages"] = without_system(request.messages)
-        return wanted
+        refused = [parameter for name in list(self.missing) for parameter in OPTIONAL[name][0]]
+        instead = {"max_completion_tokens": request.max_tokens} if "max_tokens" in refused else {}
+        instead |= {"messages": calls.without_system(request.messages)} if "messages" in refused else {}
+        return {name: value for name, value in wanted.items() if name not in refused} | instead
 
     def _do_without(self, wanted: dict[str, Any], status: int, said: str, blamed: list[str]) -> bool:
         """Find what the next try leaves out: what a refusal names, else schema and log-probabilities; False for nothing.
 
         Some servers answer 500 to a schema, so a question with one is asked once more without before it is given up.
         """
-        sent = [name for name, (parameters, _) in OPTIONAL.items() if wanted.keys() & set(parameters)]
         lower = said.lower()
         if status in HOPELESS or 300 <= status < 400 or status == 429 or _too_long(status, lower):
             return False
+        sent = [name for name, (parameters, _) in OPTIONAL.items() if wanted.keys() & set(parameters)]
         named = [name for name in sent if name not in self.missing and any(w in lower for w in OPTIONAL[name][1])]
         unnamed = [name for name in ("schema", "logprobs") if name in sent][: 1 if status >= 500 else 2]
         for name in [*named, *unnamed]:
@@ -223,9 +239,9 @@ class Client:
                 return True
         return False
 
-    def _refused(self, error: openai.APIStatusError, said: str, account: Account) -> Reply:
+    def _refused(self, response: httpx2.Response, said: str, account: Account) -> Reply:
         """Return the reply that a refusal amounts to. Raises: EndpointError where no other question would fare better."""
-        status, headers = error.status_code, error.response.headers
+        status, headers = response.status_code, response.headers
         why = f"HTTP {status}{': ' + said if said else ''}"
         if 300 <= status < 400:
             raise self._stop(
@@ -234,87 +250,66 @@ class Client:
         if status in HOPELESS:
             what = f"the endpoint {HOPELESS[status]} ({why})"
             raise self._stop(f"{self.url}: {what}. Check --endpoint, --llm-model and the key's variable.")
-        if status in (408, 409, 429) or status >= 500 and status != 501:
-            asks = f", asks to wait {headers['Retry-After']} s" if "Retry-After" in headers else ""
-            return self._failed(NO_ANSWER, f"{why}{asks}", account)
-        if _too_long(status, said.lower()):
-            return Reply(f"{TOO_LONG}: {why}")
-        return self._failed(REJECTED, why, account)
+        busy = status in (408, 409, 429) or status >= 500 and status != 501
+        if not busy and _too_long(status, said.lower()):
+            return Reply(f"{calls.TOO_LONG}: {why}")
+        asks = f", asks to wait {headers['Retry-After']} s" if busy and "Retry-After" in headers else ""
+        return self._failed(calls.NO_ANSWER if busy else calls.REJECTED, why + asks, account)
 
     def _failed(self, kind: str, why: str, account: Account) -> Reply:
         """Return the reply to a question that came to nothing. Raises: EndpointError where others would fare no better."""
         self._in_vain += 1
         enough, answered = self._in_vain >= GIVE_UP_AFTER, bool(self.counts["answered"])
-        if kind == REJECTED and enough and not answered:
+        if kind == calls.REJECTED and enough and not answered:
             raise self._stop(f"{self.url} refuses every question ({why}).")
-        if kind == NO_ANSWER and (enough or not answered):
+        if kind == calls.NO_ANSWER and (enough or not answered):
             raise self._stop(
                 f"{self.url} does not answer: {account.attempts} attempts each at {self._in_vain} questions, the "
-                f"last: {why}. What was answered is kept; run again when it is back."
+                f"last: {why}. What was answered is kept; run again when it is back, or give another --endpoint."
             )
         return Reply(f"{kind}: {why}")
-
-    def _stop(self, message: str) -> EndpointError:
-        """Let nothing more be sent, and return the error to raise."""
-        self._stopped = self._stopped or EndpointError(message)
-        return self._stopped
-
-    def _book(self, request: Request, account: Account) -> Reply:
-        """Settle an attempt that was answered, and return the answer."""
-        body = self._local.body
-        most = 10 * self.counter.messages(request.messages) + 1000, 10 * request.max_tokens + 1000
-        account.tokens_in, account.tokens_cached, account.tokens_out = kept.usage_of(body, *most)
-        known = account.tokens_in is not None and account.tokens_out is not None
-        if known and self.price is not None:
-            tokens = account.tokens_in or 0, account.tokens_out or 0, account.tokens_cached or 0
-            account.usd = self.price.usd(*tokens)
-        self._close(account, spent=account.usd or 0.0, lost=not known)  # unknown: what was set aside
-        reply = kept.reply_of(body)
-        return replace(reply, text=reply.text.replace(self._key, "<key>")) if self._key else reply
-
-    # --- what openai calls around each attempt, in the thread that asks ------------------------------------------------
-
-    def _attempt(self, _: Any) -> None:
-        """Set aside what the attempt may cost. Raises: EndpointError when nothing is to be sent any more."""
-        account: Account = self._local.account
-        self._close(account, lost=True)  # the attempt before this one
-        if account.attempts >= UNREACHED_ATTEMPTS and not self._reached:
-            self._stop(f"no server answers at {self.url}. Start it, or give another --endpoint.")
-        if self._stopped is not None:
-            raise self._stopped
-        self.budget.reserve(account.worst)
-        account.open = True
-        account.attempts += 1
-
-    def _response(self, response: Any) -> None:
-        """Take the body of an answer. Raises: httpx's DecodingError for what is none, so that it is asked again."""
-        self._reached = True
-        response.stream = kept.WholeInTime(response.stream, self.settings.timeout)
-        if not response.is_success:
-            self._close(self._local.account)  # a refusal is not billed
-            return
-        response.read()
-        self._local.body = kept.parsed(response.text)
-        if not kept.is_completion(self._local.body):
-            raise httpx2.DecodingError(
-                f"the answer is no chat completion: {kept.sentence_of(response.text, self._key)}"
-            )
-
-    def _close(self, account: Account, *, spent: float = 0.0, lost: bool = False) -> None:
-        """Settle an attempt; where it was lost on the way it may have been billed all the same."""
-        if account.open:
-            account.open, uncertain = False, account.worst if lost else 0.0
-            account.usd_uncertain += uncertain
-            self.budget.settle(account.worst, spent=spent, uncertain=uncertain)
-
-
-def _key(variable: str | None) -> str | None:
-    """Return the key that the environment holds. Raises: UsageError when the variable that was named is not set."""
-    key = os.environ.get(variable or KEY_VARIABLE)
-    if variable and not key:
-        raise UsageError(f"the environment has no {variable}; keys are read from there alone.")
-    return key
 
 
 def _too_long(status: int, said: str) -> bool:
     return status == 413 or "context" in said and ("length" in said or "window" in said or "token" in said)
+
+
+class _Http(openai.DefaultHttpxClient):
+    """Does each attempt of openai's through `attempt`, and has its answer whole in time and of a bounded size."""
+
+    def __init__(self, attempt: Callable[[Callable[[], httpx2.Response]], httpx2.Response], seconds: float):
+        # A redirect could carry prompts and key to another host: it is refused, and its target named.
+        super().__init__(follow_redirects=False)
+        self.attempt, self.seconds = attempt, seconds
+
+    def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        return self.attempt(lambda: self._in_time(request, options | {"stream": True}))
+
+    def _in_time(self, request: httpx2.Request, options: dict[str, Any]) -> httpx2.Response:
+        """httpx bounds each wait alone, and a server may drip for hours, the headers too: a thread waits for these."""
+        found: Future[httpx2.Response] = Future()
+        late = httpx2.ReadTimeout(f"no answer within {self.seconds:g} s", request=request)
+        until = time.monotonic() + self.seconds
+
+        def whole() -> None:
+            try:
+                response, body = super(_Http, self).send(request, **options), bytearray()
+                with closing(response):
+                    for part in response.iter_bytes():
+                        body += part
+                        if len(body) > LONGEST_BODY:
+                            raise httpx2.DecodingError(f"the answer is longer than {LONGEST_BODY:,} bytes")
+                        if time.monotonic() > until:
+                            raise late
+                coded = ("content-encoding", "content-length", "transfer-encoding")
+                told = [header for header in response.headers.multi_items() if header[0] not in coded]
+                answer = httpx2.Response(response.status_code, headers=told, content=bytes(body), request=request)
+                found.set_result(answer)
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=whole, daemon=True).start()
+        try:
+            return found.result(self.seconds)
+        except TimeoutError:
+            raise late from None

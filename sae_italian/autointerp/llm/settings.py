@@ -5,6 +5,7 @@ Commands take the frequent settings as options (`LLMOptions`) and the rare ones 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from sae_italian.base.errors import UsageError
 from sae_italian.base.words import read_words, refusal
 
+KEY_VARIABLE = "LLM_API_KEY"
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -99,9 +101,15 @@ class LLMSettings(LLMOptions):
     @property
     def sampling(self) -> dict[str, Any]:
         """Return what decides an answer besides its prompt, by the names of the OpenAI API."""
-        names = ("temperature", "seed", "reasoning_effort")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return given | (self.extra_body or {})
+        given = {"temperature": self.temperature, "seed": self.seed, "reasoning_effort": self.reasoning_effort}
+        return {name: value for name, value in given.items() if value is not None} | (self.extra_body or {})
+
+    def key(self) -> str | None:
+        """Return the server's key, of the environment alone. Raises: UsageError when the variable named is not set."""
+        key = os.environ.get(self.key_env or KEY_VARIABLE)
+        if self.key_env and not key:
+            raise UsageError(f"the environment has no {self.key_env}; keys are read from there alone.")
+        return key
 
     def check(self) -> None:
         """Raise UsageError, naming the option, for settings that cannot go together."""

@@ -5,6 +5,8 @@
     GET  /api/<name>[/<latent>]   the records: run, rows, card/3, wide/3, matches, other/card/3 (opening.py)
     POST /api/live/<work>         tokens, steer, ablate, explain: JSON in, JSON out; the header X-Token has the token
 
+Reading needs no token: it shows what the cache's folder holds and costs nothing, so a link to a card can be passed on.
+
 Errors are {error_it, error_en}: 400 malformed or not from here, 403 another page or no token, 404, 408, 409 the cache was
 replaced, 413, 415, 422 an argument, 503 too much at once, 504 too slow.
 

@@ -6,8 +6,9 @@ import shutil
 import pyarrow.parquet
 import pytest
 
-from sae_italian.autointerp.run import EXPLAINER, STORE_FILE, cache_identity
+from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.work import cache_identity
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
 

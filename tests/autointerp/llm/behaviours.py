@@ -21,7 +21,9 @@ Outcome = str  # answered, unreadable or stopped
 
 
 class Sent(NamedTuple):
-    """What a server sends back. `drip` is the seconds between bytes of the body, `cut` how many of them are kept back."""
+    """What a server sends back. `drip` is the seconds between bytes of the body, or of the headers (`slow_head`); `cut` how
+    many bytes are kept back.
+    """
 
     body: bytes
     status: int = 200
@@ -30,10 +32,14 @@ class Sent(NamedTuple):
     cut: int = 0
     late: float = 0.0  # seconds before anything is sent
     length: bool = True  # Content-Length is told
+    slow_head: bool = False
 
 
 class Behaviour(NamedTuple):
-    """`words` is what the reason or the line must hold; `asked` how many requests it takes, None where that is open."""
+    """`words` is what the reason or the line must hold; `asked` how many requests it takes, None where that is open.
+
+    `question` is what the server is asked for: an explanation, yes or no on three passages, or numbers on three tokens.
+    """
 
     name: str
     serve: Callable[[int, dict[str, Any]], Sent | None]  # None: the line is cut
@@ -41,6 +47,7 @@ class Behaviour(NamedTuple):
     words: str = ""
     asked: int | None = 1
     settings: tuple[str, ...] = ()
+    question: str = "explanation"
 
 
 def completion(message: Any, finish: str = "stop", usage: Any = None, **more: Any) -> dict[str, Any]:
@@ -62,6 +69,14 @@ FINE = as_json(completion({"role": "assistant", "content": GOOD}))
 
 def says(content: Any, finish: str = "stop", **message: Any) -> Callable[[int, Any], Sent]:
     return always(as_json(completion({"role": "assistant", "content": content, **message}, finish)))
+
+
+def numbers(name: str, content: Any, outcome: Outcome = "answered", words: str = "", asked: int = 1) -> list[Behaviour]:
+    """Behaviours of a server that is asked for yes or no, and for numbers; `content` has 1, 0, 1 somewhere."""
+    return [
+        Behaviour(f"{question}: {name}", says(content), outcome, words, asked, question=question)
+        for question in ("detection", "simulation")
+    ]
 
 
 def always(sent: Sent | None) -> Callable[[int, Any], Sent | None]:
@@ -275,6 +290,14 @@ BEHAVIOURS = [
     Behaviour("broken JSON once", once(Sent(b'{"choices": [{"index"')), "answered", asked=2),
     Behaviour("late once", once(FINE._replace(late=3.0)), "answered", asked=2),
     Behaviour("late always", always(FINE._replace(late=3.0)), "stopped", "no answer within 0.6 s", 2),
+    Behaviour("headers by drops, in time", always(FINE._replace(drip=0.001, slow_head=True)), "answered"),
+    Behaviour(
+        "headers by drops, without an end",
+        always(FINE._replace(drip=0.05, slow_head=True)),
+        "stopped",
+        "no answer within 0.6 s",
+        2,
+    ),
     Behaviour("by drops, in time", always(FINE._replace(drip=0.001)), "answered"),
     Behaviour("by drops, without an end", always(FINE._replace(drip=0.05)), "stopped", "no answer within 0.6 s", 2),
     # --- how a body is wrapped -----------------------------------------------------------------------------------------------
@@ -287,4 +310,22 @@ BEHAVIOURS = [
     Behaviour("Content-Type text/plain", always(FINE._replace(headers=("Content-Type: text/plain",))), "answered"),
     Behaviour("a byte order mark", always(FINE._replace(body=b"\xef\xbb\xbf" + FINE.body)), "answered"),
     Behaviour("blank lines before it", always(FINE._replace(body=b"\n \n" + FINE.body)), "answered"),
+    # --- other questions ---------------------------------------------------------------------------------------------------
+    *numbers("the object asked for", '{"risposte": [1, 0, 1]}'),
+    *numbers("after thinking", '<think>{"risposte": [0, 0, 0]}?</think>{"risposte": [1, 0, 1]}'),
+    *numbers("a fence, single quotes, a comma too many", "```json\n{'valori': [1, 0, 1,]}\n```"),
+    *numbers("by number", '{"1": 1, "2": 0, "3": 1}'),
+    *numbers("one object for each", '[{"1": 1}, {"2": 0}, {"3": 1}]'),
+    *numbers("numbered lines", "1. 1\n2. 0\n3. 1"),
+    *numbers("numbers as texts", '["1", "0", "1.0"]'),
+    Behaviour("detection: yes and no", says('["sì", "no", "Sì."]'), "answered", question="detection"),
+    Behaviour("detection: true and false", says("[true, false, true]"), "answered", question="detection"),
+    *numbers("one too few", "[1, 0]", "unreadable", PROBLEMS["count"], 2),
+    *numbers("one too many", "[1, 0, 1, 1]", "unreadable", PROBLEMS["count"], 2),
+    *numbers("a number that was not asked for", "[1, 0, 11]", "unreadable", PROBLEMS["value"], 2),
+    *numbers("a fraction", "[1, 0, 0.5]", "unreadable", PROBLEMS["value"], 2),
+    *numbers("nothing for one", "[1, 0, null]", "unreadable", PROBLEMS["value"], 2),
+    *numbers("prose", "Mi dispiace, non posso.", "unreadable", FORM, 2),
+    *numbers("a list that does not end", "[1, 0,", "unreadable", FORM, 2),
+    *numbers("nothing", None, "unreadable", EMPTY, 2),
 ]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_italian.autointerp.llm.answers import Unusable, distributions, read_explanation, read_numbers
-from sae_italian.autointerp.llm.ledger import Reply, TokenLogprobs
+from sae_italian.autointerp.llm.calls import Reply, TokenLogprobs
 
 
 def reply(text, finish="stop"):
@@ -96,7 +96,7 @@ def test_broken_explanations_are_refused(text):
 
 def tokens_of(*pieces):
     return [
-        TokenLogprobs(text, math.log(top.get(text, 0.5)), {t: math.log(p) for t, p in top.items()})
+        TokenLogprobs(token=text, logprob=math.log(top.get(text, 0.5)), top={t: math.log(p) for t, p in top.items()})
         for text, top in pieces
     ]
 

@@ -12,8 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from sae_italian.autointerp.llm.cost import Budget, BudgetReached, EndpointError, TokenCounter, price_of
-from sae_italian.autointerp.llm.ledger import Ledger, Request
+from sae_italian.autointerp.llm.calls import (
+    Account,
+    Budget,
+    BudgetReached,
+    EndpointError,
+    Ledger,
+    Request,
+    TokenCounter,
+    price_of,
+)
 from sae_italian.autointerp.llm.settings import LLMOptions, LLMSettings
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import UsageError
@@ -133,7 +141,10 @@ def test_one_question_that_always_fails_is_a_row_and_not_the_end(client_of, tmp_
 def test_an_endpoint_that_is_down_stops_the_run_in_one_line(client_of, tmp_path):
     with FakeEndpoint(echo) as endpoint:
         url = endpoint.url
-    with client_of(url) as client, pytest.raises(EndpointError, match="no server answers at http.*Start it"):
+    with (
+        client_of(url) as client,
+        pytest.raises(EndpointError, match="http.*does not answer: 3 attempts.*Connect.*or give another --endpoint"),
+    ):
         client.ask(requests_of(50))
     with FakeEndpoint(echo, lambda n, body: "500" if n >= 10 else None) as endpoint:
         with client_of(endpoint, "two.sqlite", attempts=2, concurrency=2) as client:
@@ -249,17 +260,21 @@ def test_the_budget_is_never_passed_and_what_was_paid_is_kept(client_of, prices,
 
 def test_what_is_in_flight_is_set_aside():
     budget = Budget(1.0)
-    budget.reserve(0.6)
-    second = threading.Thread(target=budget.reserve, args=(0.6,))
-    second.start()
-    second.join(0.05)
-    assert second.is_alive()  # both together might pass the limit
-    budget.settle(0.6, spent=0.3)
+
+    def attempt(spent):
+        with budget.attempt(account := Account(0.6)):
+            account.usd, account.lost = spent, False
+
+    second = threading.Thread(target=attempt, args=(0.6,))
+    with budget.attempt(first := Account(0.6)):
+        second.start()
+        second.join(0.05)
+        assert second.is_alive() and budget.spent == 0  # both together might pass the limit
+        first.usd, first.lost = 0.3, False
     second.join(5)
-    assert not second.is_alive()
-    budget.settle(0.6, spent=0.6)
+    assert not second.is_alive() and budget.spent == pytest.approx(0.9)
     with pytest.raises(BudgetReached):
-        budget.reserve(0.2)
+        attempt(0.2)
 
 
 def test_lost_answers_count_against_the_budget(client_of, prices):

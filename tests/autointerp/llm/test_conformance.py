@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from sae_italian.autointerp.explainita import read_split
+from sae_italian.autointerp.llm.askers import LLMJudge
 from sae_italian.cli import main
-from tests.autointerp.explainita.test_explainita import jsonl_of
+from tests.autointerp.explainita.test_explainita import jsonl_of, task2_row
 from tests.autointerp.explainita.test_predict import marked_row
-from tests.autointerp.llm.behaviours import BEHAVIOURS, RIGHT, Behaviour
+from tests.autointerp.llm.behaviours import BEHAVIOURS, RIGHT, Behaviour, as_json, completion
+from tests.autointerp.llm.conftest import an_example, an_explanation
 from tests.autointerp.llm.endpoint import FakeEndpoint
 
 PAGE = Path(__file__).parents[3] / "docs" / "endpoints.md"
@@ -33,7 +35,8 @@ one line with the server's own sentence, and exit code 2. What was answered is k
 on from there, and asks again only what failed, what was refused and, with more room, what the token limit cut off.
 
 The commands print how many questions were asked, answered, refused and failed, how many answers could not be used or were
-cut, and why. Exit codes: 0 done; 1 a fault of ours; 2 something you can mend, said in one line; 130 stopped by Ctrl-C.
+cut, and why. docs/exit-codes.md has the exit codes. Rows that begin with `detection` or `simulation` are of a judge's
+questions, three passages or three tokens; a judge asks about the passages of an unreadable answer once more, one by one.
 
 | the server | what becomes of it | requests |
 |---|---|---:|
@@ -55,15 +58,12 @@ class Playing(FakeEndpoint):
             return False
         await asyncio.sleep(sent.late)
         head = [f"HTTP/1.1 {sent.status} X", *sent.headers, *[f"Content-Length: {len(sent.body)}"][: sent.length]]
-        writer.write("\r\n".join([*head, "Connection: close", "", ""]).encode())
-        shown = sent.body[: len(sent.body) - sent.cut]
-        for i in range(len(shown)) if sent.drip else ():
-            writer.write(shown[i : i + 1])
-            await writer.drain()
-            await asyncio.sleep(sent.drip)
-        if not sent.drip:
-            writer.write(shown)
-            await writer.drain()
+        parts = ["\r\n".join([*head, "Connection: close", "", ""]).encode(), sent.body[: len(sent.body) - sent.cut]]
+        for part, slow in zip(parts, (sent.slow_head, not sent.slow_head), strict=True):
+            for piece in [part[i : i + 1] for i in range(len(part))] if sent.drip and slow else [part]:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(sent.drip)
         return False
 
 
@@ -73,10 +73,18 @@ def data(tmp_path_factory):
     return jsonl_of(tmp_path_factory.mktemp("data") / "one.jsonl", rows)
 
 
-@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
-def test_what_becomes_of(behaviour, data, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def without_long_waits(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
+
+
+def of(question: str) -> list[Behaviour]:
+    return [behaviour for behaviour in BEHAVIOURS if behaviour.question == question]
+
+
+@pytest.mark.parametrize("behaviour", of("explanation"), ids=lambda behaviour: behaviour.name)
+def test_what_becomes_of(behaviour, data, tmp_path, capsys, without_long_waits):
     out = tmp_path / "out.jsonl"
     with Playing(behaviour) as endpoint:
         words = ["timeout=0.6", "attempts=2", "concurrency=1", *behaviour.settings]
@@ -105,6 +113,44 @@ def test_what_becomes_of(behaviour, data, tmp_path, capsys, monkeypatch):
             assert latent.explanation != "nomi" and result["unanswered"] == 1 == counts["unreadable"]
             assert behaviour.words in result["why"][0]
         assert run()[0] == 0 and len(endpoint.requests) == asked  # what was paid for is not asked again
+
+
+@pytest.mark.parametrize("behaviour", of("detection"), ids=lambda behaviour: behaviour.name)
+def test_what_becomes_of_yes_and_no(behaviour, tmp_path, capsys, without_long_waits):
+    """Through the command. An answer that stays unreadable has its passages asked one by one, which this server answers."""
+    row, out = task2_row(1, [True, False, True]), tmp_path / "out.jsonl"
+    for example, word in zip(row["examples"], ("libri", "case", "pere"), strict=True):
+        example["str_tokens"][2] = word
+    data = jsonl_of(tmp_path / "two.jsonl", [row])
+    alone = as_json(completion({"role": "assistant", "content": "[1]"}))
+    playing = behaviour._replace(
+        serve=lambda n, body: behaviour.serve(n, body) if n < (behaviour.asked or 0) else alone
+    )
+    with Playing(playing) as endpoint:
+        command = ["explainita", "predict", str(data), str(out), "--task", "2", "--judge", "llm", "--llm-model", "m"]
+        command += ["--explainer", "llm", "--endpoint", endpoint.url, "concurrency=1", "--json"]
+        assert main(command) == 0
+        result = json.loads(capsys.readouterr().out)
+        unreadable = behaviour.outcome == "unreadable"
+        said = [sequence.activating for sequence in read_split(out, 2)[0].sequences]
+        assert said == ([True] * 3 if unreadable else [False, True, True])  # the judge mixes the order: 2, 0, 1
+        assert result["calls"]["unreadable"] == unreadable and (not unreadable or behaviour.words in result["why"][0])
+        asked = len(endpoint.requests)
+        assert asked == (behaviour.asked or 0) + 3 * unreadable
+        assert main(command) == 0 and len(endpoint.requests) == asked
+
+
+@pytest.mark.parametrize("behaviour", of("simulation"), ids=lambda behaviour: behaviour.name)
+def test_what_becomes_of_numbers(behaviour, client_of, without_long_waits):
+    with Playing(behaviour) as endpoint:
+        for _ in range(2):
+            with client_of(endpoint, concurrency=1) as client:
+                (found,) = LLMJudge(client).simulate(an_explanation(), [an_example("due pere rosse", {"pere": 1.0})])
+                if behaviour.outcome == "answered":
+                    assert found.tolist() == [1, 0, 1]
+                else:
+                    assert found is None and behaviour.words in next(iter(client.reasons))
+        assert len(endpoint.requests) == behaviour.asked  # once
 
 
 def printed() -> str:

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp.llm.answers import Unusable, distributions, read_explanation, read_numbers
-from sae_italian.autointerp.llm.cost import BudgetReached, EndpointError, TokenCounter
-from sae_italian.autointerp.llm.explainer import LLMExplainer
-from sae_italian.autointerp.llm.judge import LLMJudge
-from sae_italian.autointerp.llm.ledger import Reply, Request
+from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
+from sae_italian.autointerp.llm.calls import BudgetReached, EndpointError, Reply, Request, TokenCounter, TokenLogprobs
 from sae_italian.autointerp.store import Explanation, Judgement, Store
 from tests.autointerp.llm.conftest import a_latent, an_example, an_explanation
 from tests.autointerp.llm.endpoint import FakeEndpoint
@@ -24,6 +22,12 @@ DRAFT = '{"spiegazione": "nomi"}'
 def ask(client, n=1, **settings):
     questions = [Request(({"role": "user", "content": f"domanda {i}"},), "prova", 20, **settings) for i in range(n)]
     return client.ask(questions)
+
+
+def one_by_one(client):
+    judge = LLMJudge(client)
+    judge.batch = 1
+    return judge
 
 
 def refusing(needle, message, answer=None, status=400):
@@ -161,10 +165,10 @@ def test_what_was_refused_is_asked_again_when_the_server_is_mended(client_of, tm
     with refusing(poison, "policy") as endpoint, client_of(endpoint, concurrency=1) as client:
         ask(client)
         assert LLMExplainer(client).explain(a_latent())[0].status == "no answer"
-        assert LLMJudge(client, batch=1).detect(an_explanation(), examples).said.tolist() == [0, -2, 0]
+        assert one_by_one(client).detect(an_explanation(), examples).said.tolist() == [0, -2, 0]
     with FakeEndpoint() as endpoint, client_of(endpoint) as client:
         assert LLMExplainer(client).explain(a_latent())[0].status == "ok"
-        assert LLMJudge(client, batch=1).detect(an_explanation(), examples).said.tolist() == [0, 0, 0]
+        assert one_by_one(client).detect(an_explanation(), examples).said.tolist() == [0, 0, 0]
         assert len(endpoint.requests) == 2  # the rest is in the ledger
 
 
@@ -178,7 +182,7 @@ def test_a_latent_that_the_endpoint_failed_on_is_judged_again(tmp_path):
         store.add_scores(*scored([1, -2, -1]))
         assert store.scored("llm:m", "llm:m") == set()
         store.add_scores(*scored([1, 0, -1]))
-        assert store.scored("llm:m", "llm:m") == {5} == store.scored()
+        assert store.scored("llm:m", "llm:m") == {5}
 
 
 def test_the_servers_words_are_shown_when_200_holds_an_error(client_of):
@@ -232,7 +236,7 @@ def test_an_odd_answer_is_booked_and_is_a_verdict(client_of, tmp_path, content):
     with raw(body) as endpoint:
         for _ in range(2):
             with client_of(endpoint) as client:
-                judge = LLMJudge(client, batch=1)
+                judge = one_by_one(client)
                 assert judge.detect(an_explanation(), [an_example("la pera", marked=False)]).said.tolist() in (
                     [-1],
                     [1],
@@ -249,13 +253,11 @@ def test_a_list_of_parts_is_the_text_in_them(client_of):
 
 
 def test_log_probabilities_that_are_none_give_no_distribution():
-    from sae_italian.autointerp.llm.ledger import TokenLogprobs
+    def token(text, logprob=0.0, **top):
+        return TokenLogprobs(token=text, logprob=logprob, top=top)
 
-    assert (
-        distributions([TokenLogprobs("[", 0.0), TokenLogprobs("1", float("-inf")), TokenLogprobs("]", 0.0)], [1], 1)
-        is None
-    )
-    (weights,) = distributions([TokenLogprobs("[1]", 800.0, {"[0]": -1.0})], [1], 1)
+    assert distributions([token("["), token("1", float("-inf")), token("]")], [1], 1) is None
+    (weights,) = distributions([token("[1]", 800.0, **{"[0]": -1.0})], [1], 1)
     assert np.isfinite(weights).all()
 
 

@@ -86,7 +86,7 @@ def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
     with Store(planted.folder / STORE_FILE, {}) as store:
         explanations = store.explanations("llm:prova:it1")
         assert [explanation.status for _, explanation in explanations.values()] == ["ok"] * N + ["dead"]
-        assert N not in store.scored() and "endpoint without logprobs" in store.notes()
+        assert N not in store.scored("llm:prova:it1", "llm:prova:it1") and "endpoint without logprobs" in store.notes()
         judgements = store.connection.execute(
             "SELECT latent, negatives, count(*), count(DISTINCT example), count(DISTINCT first), sum(said < 0) FROM judgement "
             "WHERE scorer = 'detection' AND control = '' AND negatives IN ('', 'random') GROUP BY latent, negatives"

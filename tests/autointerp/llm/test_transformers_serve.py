@@ -11,10 +11,9 @@ import urllib.request
 
 import pytest
 
+from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
+from sae_italian.autointerp.llm.calls import Request
 from sae_italian.autointerp.llm.client import Client
-from sae_italian.autointerp.llm.explainer import LLMExplainer
-from sae_italian.autointerp.llm.judge import LLMJudge
-from sae_italian.autointerp.llm.ledger import Request
 from sae_italian.autointerp.llm.settings import LLMSettings
 from tests.autointerp.llm.conftest import a_latent, an_example, an_explanation
 
@@ -75,7 +74,7 @@ def test_a_real_server_answers_explainer_and_judge(served, mini, tmp_path):
         (explanation,) = LLMExplainer(client).explain(a_latent())
         # Usable, unusable, or cut off by the limit of its length: then a rerun with more room asks again.
         assert explanation.status in ("ok", "failed", "no answer") and explanation.notes["examples"] == 3
-        verdicts = LLMJudge(client, batch=2).detect(an_explanation(), [an_example("la pera", marked=False)])
+        verdicts = LLMJudge(client).detect(an_explanation(), [an_example("la pera", marked=False)])
         assert verdicts.said.tolist()[0] in (-2, -1, 0, 1)  # -2: cut off, to be asked again
         asked = client.counts["asked"]
         assert asked >= 3 and client.counts["failed"] == 0
