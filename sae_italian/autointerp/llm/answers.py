@@ -24,8 +24,7 @@ from sae_italian.autointerp.llm.calls import Reply, TokenLogprobs
 LONGEST_EXPLANATION = 600  # characters
 LONGEST_LINE = 100  # of a numbered yes or no
 EXPLANATION_KEYS = ("spiegazione", "explanation")
-_WORDS = dict.fromkeys(("1", "true", "yes", "sì", "si", "y", "s"), 1)
-_WORDS |= dict.fromkeys(("0", "false", "no", "n"), 0)
+_WORDS = dict(zip(["1", "true", "yes", "sì", "si", "y", "s", "0", "false", "no", "n"], [1] * 7 + [0] * 4, strict=True))
 _THOUGHT = r"think|thinking|thoughts?|reason|reasoning|analysis|reflection|scratchpad"
 _TAG = rf"[<◁\[]\|?(/|end_(?:of_)?)?(?:begin_of_|start_|seed:)?(?:{_THOUGHT})(?:\s[^<>]{{0,200}})?\|?[>▷\]]"
 _TAGS = re.compile(_TAG, re.IGNORECASE)
