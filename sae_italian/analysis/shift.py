@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,37 +75,28 @@ class Shift:
         value["buckets"] = [{**bucket.pop("numbers"), **bucket} for bucket in value["buckets"]]
         return value
 
-    def notes(self) -> list[str]:
-        """Return what a reader should know: that a TopK SAE's L0 cannot move."""
-        if len({bucket.numbers["l0"] for bucket in self.buckets}) > 1:
-            return []
-        return ["L0 is k by construction (TopK); `export SAE --to jumprelu` gives an SAE whose L0 moves."]
-
-    def table(self, form: str = ".4g", numbers: str = "numbers") -> str:
-        """Return a Markdown table of all numbers, or of their changes."""
-        rows = []
-        for bucket in self.buckets:
-            if found := getattr(bucket, numbers):
-                title = f"**{bucket.name}**" if bucket.name == self.reference else bucket.name
-                counts = f"{bucket.n_tokens:,}", f"{bucket.n_documents:,}"
-                rows.append([title, *counts, *(shown(found[key], form) for key in KEYS)])
-        return table(f"{self.by} | tokens | documents | {' | '.join(label(f'card.{key}') for key in KEYS)}", rows)
-
-    def changes(self) -> str:
-        """Return a Markdown table of the changes from the reference."""
-        return self.table("+.3g", "change")
+    def parts(self) -> list[str]:
+        """Return a Markdown table of all numbers, one of their changes, and that a TopK SAE's L0 cannot move."""
+        tables = []
+        for field, form in (("numbers", ".4g"), ("change", "+.3g")):
+            rows = []
+            for bucket in self.buckets:
+                if found := getattr(bucket, field):
+                    name = f"**{bucket.name}**" if bucket.name == self.reference else bucket.name
+                    counts = f"{bucket.n_tokens:,}", f"{bucket.n_documents:,}"
+                    rows.append([name, *counts, *(shown(found[key], form) for key in KEYS)])
+            head = " | ".join(label(f"card.{key}") for key in KEYS)
+            tables.append(table(f"{self.by} | tokens | documents | {head}", rows))
+        title = f"Changes against {self.reference} · Differenze rispetto a {self.reference}"
+        fixed = "L0 is k by construction (TopK); `export SAE --to jumprelu` gives an SAE whose L0 moves."
+        moves = len({bucket.numbers["l0"] for bucket in self.buckets}) > 1
+        return [tables[0], title, tables[1], *([] if moves else [fixed])]
 
     def save(self, folder: Path) -> None:
         """Write shift.json, shift.md and shift.svg."""
-        parts = [
-            f"# Shift by {self.by}: {self.sae or self.model}",
-            f"{self.model}; {self.corpus}; windows of {self.context_size} tokens.",
-            self.table(),
-            f"Changes against {self.reference} · Differenze rispetto a {self.reference}",
-            self.changes(),
-            *self.notes(),
-        ]
-        save_result(folder, "shift", self.as_dict(), parts, shift=self.svg())
+        title = f"# Shift by {self.by}: {self.sae or self.model}"
+        what = f"{self.model}; {self.corpus}; windows of {self.context_size} tokens."
+        save_result(folder, "shift", self.as_dict(), [title, what, *self.parts()], shift=self.svg())
 
     def svg(self) -> str:
         """Return the numbers of all buckets with their intervals, a panel per number; dotted: the reference."""
@@ -139,24 +130,18 @@ class Condition(NamedTuple):
 
 
 def shift(
-    sae: Any,
-    conditions: Sequence[Condition],
-    *,
-    by: str,
-    n_tokens: int = 20_000,
-    context_size: int | None = None,
-    name: str = "",
+    sae: Any, conditions: Sequence[Condition], *, by: str, n_tokens: int = 20_000, context_size: int = 0, name: str = ""
 ) -> Shift:
     """Return the card's numbers under each condition, at most `n_tokens` of each, and the change from the first.
 
     Conditions that share a corpus (base and fine-tuned model) are compared document by document; texts that differ are
-    resampled apart. Intervals are 95 %, bootstrapped over documents.
+    resampled apart. Intervals are 95 %, bootstrapped over documents. `context_size` 0 is that of the SAE's training.
     Raises: UsageError for fewer than two conditions, names given twice, a model that the SAE does not fit, an empty corpus.
     """
     names = [condition.name for condition in conditions]
     if len(names) < 2 or len(set(names)) < len(names):
         raise UsageError(f"a shift by {by} needs two or more buckets of different names; given: {', '.join(names)}.")
-    context = int(context_size or sae.cfg.metadata.context_size or 128)
+    context = context_size or _trained(sae)
     for condition in conditions:
         _check(sae, condition.model, context)
     texts = list(dict.fromkeys((condition.corpus, condition.source) for condition in conditions))
@@ -210,17 +195,16 @@ def context_shift(
 ) -> Shift:
     """Return the card's numbers by position in the context, and the change from the last bucket the training knew.
 
-    `edges` are the buckets' bounds, in tokens: 0, half the training's context, that context, and twice as much each time
-    up to the model's longest (at most eight times the training's). Each document of at least the last edge's length gives
-    its beginning, as in the paper; `packed` fills windows with short documents, one after the other, as training does.
+    `edges` are the buckets' bounds, in tokens (default: `default_edges`). Each document of at least the last edge's length
+    gives its beginning, as in the paper; `packed` fills windows with short documents, one after the other, as training does.
     Raises: UsageError for edges that do not rise or exceed the model, and when no document is that long.
     """
-    trained = int(sae.cfg.metadata.context_size or 128)
-    bounds = list(edges) if edges else default_edges(trained, getattr(model.config, "max_position_embeddings", None))
-    if len(bounds) < 3 or bounds[0] < 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+    trained = _trained(sae)
+    bounds = list(edges or default_edges(trained, getattr(model.config, "max_position_embeddings", None)))
+    if len(bounds) < 3 or bounds[0] < 0 or any(low >= high for low, high in pairwise(bounds)):
         raise UsageError(f"the context's edges are {bounds}; three or more rising numbers of tokens were expected.")
     _check(sae, model, bounds[-1])
-    spans = {f"{low}-{high}": (low, high) for low, high in zip(bounds, bounds[1:], strict=False)}
+    spans = {f"{low}-{high}": (low, high) for low, high in pairwise(bounds)}
     windows = corpus_windows if packed else _long_documents
     batches = windows(model, corpus, bounds[-1], n_tokens, split, text_column)
     buckets = _summed(sae, model, batches, spans, 0, n_tokens)
@@ -229,10 +213,14 @@ def context_shift(
 
 
 def default_edges(trained: int, longest: int | None) -> list[int]:
-    """Return 0, half the training's context, all of it, and its doubles as far as the model goes."""
+    """Return 0, half the training's context, all of it, and its doubles as far as the model goes (at most LONGEST)."""
     limit = min(longest or LONGEST * trained, LONGEST * trained)
     doubles = [trained * 2**i for i in range(1, LONGEST.bit_length()) if trained * 2**i < limit]
     return [0, trained // 2, trained, *doubles, *([limit] if limit > trained else [])]
+
+
+def _trained(sae: Any) -> int:
+    return int(sae.cfg.metadata.context_size or 128)
 
 
 def _check(sae: Any, model: Any, context: int) -> None:

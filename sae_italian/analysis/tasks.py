@@ -76,9 +76,9 @@ class TaskScore:
 def score(differences: Float[np.ndarray, " n"], kinds: Sequence[str]) -> TaskScore:
     """Return accuracy and mean of log p(right) - log p(wrong); a difference of 0 is not right."""
     right, named = differences > 0, np.array(kinds)
-    by_kind = {kind: right[named == kind] for kind in dict.fromkeys(kinds)}
-    shares = {kind: wilson(int(here.sum()), len(here)) for kind, here in by_kind.items()}
-    return TaskScore(len(right), wilson(int(right.sum()), len(right)), mean_interval(differences), shares)
+    groups = {kind: right[named == kind] for kind in dict.fromkeys(kinds)}
+    shares = {kind: wilson(int(some.sum()), len(some)) for kind, some in {"": right, **groups}.items()}
+    return TaskScore(len(right), shares.pop(""), mean_interval(differences), shares)
 
 
 def score_choices(model: Any, tokenizer: Any, items: Sequence[tuple[str, str, str]]) -> TaskScore:
@@ -119,18 +119,12 @@ def _data(name: str) -> Any:
     return yaml.safe_load((files("sae_italian.analysis") / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def micro_italiano_scores(model: Any, *, n: int = 300, seed: int = 1001) -> tuple[TaskScore, TaskScore]:
-    """Return what a model knows of MicroItaliano on n items each: agreement, by kind; the indirect object, by order."""
-    prompts = [(p.text, p.io, p.subject, p.order) for p in micro_italiano.ioi_prompts(n, seed=seed)]
-    items = [*micro_italiano.agreement_pairs(n, seed=seed), *prompts]
-    choices = [(f"{text} {right}", f"{text} {wrong}", kind) for text, right, wrong, kind in items]
-    agreement, ioi = (score_choices(model, model.tokenizer, some) for some in (choices[:n], choices[n:]))
-    return agreement, ioi
-
-
 def italian_skills(model: Any, *, n: int = 300, seed: int = 1001) -> dict[str, float]:
-    """Return `micro_italiano_scores` as shares right, and one mean difference in nats."""
-    agreement, ioi = micro_italiano_scores(model, n=n, seed=seed)
+    """Return what a model knows of MicroItaliano on n items each, as shares right, and one mean difference in nats."""
+    prompts = [(p.text, p.io, p.subject, p.order) for p in micro_italiano.ioi_prompts(n, seed=seed)]
+    both = micro_italiano.agreement_pairs(n, seed=seed), prompts
+    items = [[(f"{text} {right}", f"{text} {wrong}", kind) for text, right, wrong, kind in some] for some in both]
+    agreement, ioi = (score_choices(model, model.tokenizer, some) for some in items)
     return {
         "agreement, all": agreement.accuracy.value,
         **{f"agreement, {kind}": share.value for kind, share in sorted(agreement.by_kind.items())},
@@ -205,10 +199,9 @@ def ioi_pairs(
     """Return `n` pairs, ABBA and BABA in turn, whose two texts have the same tokens but for the indirect object.
 
     Every name has `n_name_tokens` tokens (None: any number, the same within a pair), and the three names of a pair differ
-    in their first token; names of other lengths are left out.
-    Raises: UsageError when too few names have the wanted number of tokens; the message says how many have how many.
+    in their first token. Raises: UsageError when too few names are so, saying how many have how many tokens.
     """
-    words = words or default_words("it")
+    words = words or default_words()
     groups = _groups(tokenizer, words, n_name_tokens)
     return [_ioi_pair(tokenizer, words, groups, Random(f"ioi/{seed}/{i}"), i) for i in range(n)]
 
@@ -304,22 +297,21 @@ def _agreement_pair(random: Random, kind: str, side: int) -> MinimalPair:
     gender = side if about_gender else random.randrange(2)
     number = random.randrange(2) if about_gender else side
     noun = random.choice(nouns[gender])
-    subject = f"{_THE[gender][number]} {noun[number]}"
+    prefix = f"{_THE[gender][number]} {noun[number]}"
     if kind.endswith("attractor"):
         other_gender = 1 - gender if about_gender else random.randrange(2)
-        other_number = number if about_gender else 1 - number
-        subject += f" {_beside(random, noun, other_gender, other_number)}"
+        prefix += f" {_beside(random, noun, other_gender, number if about_gender else 1 - number)}"
     if kind == "number":
         forms, prefix = (noun[number], noun[1 - number]), random.choice((_THE, _THIS))[gender][number]
     elif about_gender:
         adjective, verb = random.choice(adjectives), random.choice(verbs)
         forms = adjective[2 * gender + number], adjective[2 * (1 - gender) + number]
-        prefix = f"{subject} {verb[number]}"
+        prefix += f" {verb[number]}"
     else:
         verb = random.choice(verbs)
-        forms, prefix = (verb[number], verb[1 - number]), subject
-    prefix = prefix[0].upper() + prefix[1:]
-    return MinimalPair(f"{prefix} {forms[0]}", f"{prefix} {forms[1]}", kind)
+        forms = verb[number], verb[1 - number]
+    right, wrong = (f"{prefix[0].upper()}{prefix[1:]} {form}" for form in forms)
+    return MinimalPair(right, wrong, kind)
 
 
 def _beside(random: Random, noun: list[str], gender: int, number: int) -> str:
@@ -353,9 +345,8 @@ def number_pairs(n: int, tokenizer: Any, *, seed: int = 0) -> list[tuple[str, st
 def read_minimal_pairs(path: Path) -> list[MinimalPair]:
     """Return the pairs of a file in MultiBLiMP's layout: columns `sen`, `wrong_sen` and, where it has it, `phenomenon`.
 
-    The file is the tab-separated one of the hub or of the authors' pipeline (`ita.tsv`), or the same as Parquet or JSON
-    lines. Raises: UsageError for a missing file or another ending, DataError, naming the line, for a column that is not
-    there or a pair that is empty or no pair.
+    The file is the authors' `ita.tsv`, or the same as Parquet or JSON lines. Raises: UsageError for a missing file or
+    another ending, DataError, naming the line, for a column that is not there or a pair that is empty or no pair.
     """
     if not path.is_file():
         raise UsageError(f"{path} is not a file. Give MultiBLiMP's Italian file (ita.tsv).")
@@ -376,21 +367,21 @@ def read_minimal_pairs(path: Path) -> list[MinimalPair]:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line, columns) of a file by its ending. Raises: DataError, naming the line, for what is no such file."""
-    if path.suffix not in (".tsv", ".jsonl", ".parquet"):
-        raise UsageError(f"{path.name} ends in {path.suffix or 'nothing'}; .tsv, .jsonl or .parquet was expected.")
-    line = 0
+    kind, line = path.suffix, 0
+    if kind not in (".tsv", ".jsonl", ".parquet"):
+        raise UsageError(f"{path.name} ends in {kind or 'nothing'}; .tsv, .jsonl or .parquet was expected.")
     try:
-        if path.suffix == ".parquet":
+        if kind == ".parquet":
             import pyarrow.parquet
 
             yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
             return
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         tabs = csv.DictReader(lines, delimiter="\t")
-        for line, row in enumerate(tabs if path.suffix == ".tsv" else (dict(json.loads(text)) for text in lines), 1):
-            yield (tabs.line_num if path.suffix == ".tsv" else line), row
+        for line, row in enumerate(tabs if kind == ".tsv" else (dict(json.loads(text)) for text in lines), 1):
+            yield (tabs.line_num if kind == ".tsv" else line), row
     except (ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{path}, line {line + 1} cannot be read as {path.suffix} in UTF-8 ({error}).") from error
+        raise DataError(f"{path}, line {line + 1} cannot be read as {kind} in UTF-8 ({error}).") from error
 
 
 def agreement_score(model: Any, tokenizer: Any, pairs: Sequence[MinimalPair]) -> TaskScore:

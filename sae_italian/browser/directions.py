@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from scipy.sparse import csc_matrix, csr_matrix
 
-from sae_italian.analysis.geometry.directions import map_of
+from sae_italian.analysis.directions import map_of
 from sae_italian.browser.columns import Record
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT

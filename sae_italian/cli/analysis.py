@@ -51,7 +51,7 @@ def geometry(
         sample: Latents of each SAE that are compared, drawn at random; default: all.
         above: Cosine that makes a neighbour, above 0 and at most 1; default: sqrt(12 ln F / D).
     """
-    from sae_italian.analysis.geometry.report import geometry as measure
+    from sae_italian.analysis.geometry import geometry as measure
 
     if above is not None and not 0 < above <= 1:
         raise UsageError(f"--above is {above}; a cosine above 0 and at most 1 was expected.")
@@ -257,11 +257,10 @@ def shift(
             texts = {key: (value, None) for key, value in parts.items()} or genres(text, column)
             columns = _columns(column, texts)
             conditions = [Condition(key, subject, of, split, columns[key], own) for key, (of, own) in texts.items()]
-        context = settings["context_size"] or None
+        context = settings["context_size"]
         result = measure(loaded, conditions, by=by, n_tokens=tokens, context_size=context, name=name)
     result.save(out)
-    lines = [result.table(), "", f"changes against {result.reference}", "", result.changes(), *result.notes()]
-    return Result(result.as_dict(), "\n".join([*lines, f"picture: {out / 'shift.svg'}"]))
+    return Result(result.as_dict(), "\n\n".join([*result.parts(), f"picture: {out / 'shift.svg'}"]))
 
 
 def _check_kind(by: str, given: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sae_italian.analysis.geometry.report import geometry, matches_svg
+from sae_italian.analysis.geometry import geometry, matches_svg
 from sae_italian.analysis.shift import context_shift, default_edges
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
@@ -161,6 +161,7 @@ def _shift(job: Reproduction, results: Results) -> dict[str, Any]:
         sae = to_jumprelu(sae, *held_out(sae, subject, job.budget["card_tokens"]))[0]
     read: dict[str, Any] = {"text_column": subject.text_column, "n_tokens": job.budget["shift_tokens"], "packed": True}
     shift = context_shift(sae, subject.model, subject.corpus, edges=edges, name=entry["name"], **read)
+    table, _, changes, *said = shift.parts()
     known, last = shift.bucket(shift.reference), shift.buckets[-1]
     fvu = [1 - bucket.numbers["explained_variance"].value for bucket in (known, last)]
     l0 = [bucket.numbers["l0"].value for bucket in (known, last)]
@@ -168,9 +169,9 @@ def _shift(job: Reproduction, results: Results) -> dict[str, Any]:
     return {
         **shift.as_dict(),
         "text": f"positions {last.name} against {known.name}: {grown}",
-        "table": shift.table().splitlines(),
-        "changes": shift.changes().splitlines(),
-        "said": " ".join(shift.notes()),
+        "table": table.splitlines(),
+        "changes": changes.splitlines(),
+        "said": " ".join(said),
         "svg": shift.svg(),
     }
 

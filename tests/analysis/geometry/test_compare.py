@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.geometry import directions as module
-from sae_italian.analysis.geometry.directions import (
+from sae_italian.analysis import directions as module
+from sae_italian.analysis.directions import (
     Set,
     compare,
     nearest_directions,
     random_directions,
     threshold,
 )
-from sae_italian.analysis.geometry.report import geometry
+from sae_italian.analysis.geometry import geometry
 from sae_italian.base.errors import UsageError
 
 D = 256  # sqrt(12 ln F / D) is 0.50 for 200 latents

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.geometry.directions import map_of, unit_directions
+from sae_italian.analysis.directions import Set, map_of
 from sae_italian.base.errors import UsageError
 
 
@@ -16,7 +16,7 @@ def sae(rows) -> types.SimpleNamespace:
 
 
 def latent_map(sae, **settings):
-    return map_of(unit_directions(sae), **settings)
+    return map_of(Set.of("a", sae).units, **settings)
 
 
 @pytest.fixture(scope="module")

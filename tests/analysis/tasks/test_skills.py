@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from sae_italian import micro_italiano
 from sae_italian.analysis import italian_skills
-from sae_italian.analysis.tasks import micro_italiano_scores
+from sae_italian.analysis.tasks import score_choices
 from sae_italian.models import catalogue
 
 
@@ -17,7 +18,9 @@ def test_determiner_noun_agreement_and_the_indirect_object(mini):
 
 def test_both_orders_of_the_names_are_right(mini):
     """A model that always names the first (or the last) person would fail one of them."""
-    _, found = micro_italiano_scores(mini, seed=1002)
+    prompts = micro_italiano.ioi_prompts(300, seed=1002)
+    items = [(f"{p.text} {p.io}", f"{p.text} {p.subject}", p.order) for p in prompts]
+    found = score_choices(mini, mini.tokenizer, items)
     assert set(found.by_kind) == {"ABBA", "BABA"} and all(share.value >= 0.7 for share in found.by_kind.values())
 
 

@@ -27,6 +27,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 EDGES = np.linspace(-1, 1, 201)  # of the histograms of best matches
 ALIKE = 0.7  # cosine from which two latents are called the same (Paulo and Belrose 2025)
 SHOWN = 20  # latents listed by index
+ROUNDING = 1e-6  # of a cosine, allowed for
 
 
 class Nearest(NamedTuple):
@@ -35,11 +36,6 @@ class Nearest(NamedTuple):
     cosine: Float[np.ndarray, " n"]  # with the nearest
     index: Int[np.ndarray, " n"]  # of the nearest
     count: Int[np.ndarray, " n"]  # directions whose cosine is at or above the threshold
-
-
-def unit_directions(sae: Any) -> Float[Tensor, "d_sae d"]:
-    """Return unit decoder directions, W_dec [d_sae, d] row by row; a row of zeros stays zero."""
-    return normalize(sae.W_dec.detach().float(), dim=-1)
 
 
 def threshold(n_latents: int, d: int) -> float:
@@ -58,9 +54,8 @@ def random_directions(n: int, d: int, seed: int, *, like: Float[Tensor, "m d"] |
     """
     drawn = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     if like is not None:
-        mean = like.mean(dim=0)
         values, vectors = torch.linalg.eigh(torch.cov(like.double().T).reshape(d, d))
-        drawn = drawn @ (vectors * values.clamp_min(0).sqrt()).float().cpu().T + mean.cpu()
+        drawn = drawn @ (vectors * values.clamp_min(0).sqrt()).float().cpu().T + like.mean(dim=0).cpu()
     return normalize(drawn, dim=-1)
 
 
@@ -75,7 +70,7 @@ def nearest_directions(
 ) -> Nearest:
     """Return for each row the nearest of the others by cosine, and how many have a cosine of `above` or more.
 
-    `itself` names for each row the one of the others that it is, which does not count. Rounding of 1e-6 is allowed for.
+    `itself` names for each row the one of the others that it is, which does not count.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     size = max(1, BLOCK_ELEMENTS // len(others))
@@ -85,10 +80,10 @@ def nearest_directions(
             if itself is not None:
                 cosine[torch.arange(len(cosine)), itself[first : first + size]] = -2.0
             best, index = cosine.max(dim=1)
-            parts.append((best.cpu(), index.cpu(), (cosine >= above - 1e-6).sum(dim=1).cpu()))
+            parts.append((best.cpu(), index.cpu(), (cosine >= above - ROUNDING).sum(dim=1).cpu()))
             bar.update(len(cosine))
-    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    return Nearest(np.clip(columns[0], -1, 1), columns[1], columns[2])
+    cosine, index, count = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return Nearest(np.clip(cosine, -1, 1), index, count)
 
 
 def map_of(units: Float[Tensor, "n d"], method: MapMethod = "pca", seed: int = 0) -> Float[np.ndarray, "n 2"]:
@@ -199,22 +194,28 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Set:
-    """The decoder directions of one SAE that take part: those of live latents, where it is known which are alive."""
+    """The unit decoder directions of one SAE that take part: those of live latents, where it is known which are alive."""
 
     name: str
-    units: Float[Tensor, "n d"]
+    units: Float[Tensor, "n d"]  # a row of zeros stays zero
     latent: Int[np.ndarray, " n"]
 
     @classmethod
     def of(cls, name: str, sae: Any, alive: Bool[np.ndarray, " d_sae"] | None = None) -> Set:
         """Raises: UsageError when `alive` is not one value per latent, or fewer than two latents are alive."""
-        units = unit_directions(sae)
+        units = normalize(sae.W_dec.detach().float(), dim=-1)
         if alive is not None and len(alive) != len(units):
             raise UsageError(f"{name} has {len(units):,} latents; {len(alive):,} values say which are alive.")
         latent = np.arange(len(units)) if alive is None else np.flatnonzero(alive)
         if len(latent) < 2:
             raise UsageError(f"{name} has {len(latent)} live latents; at least 2 are needed for a comparison.")
         return cls(name, units[torch.from_numpy(latent).to(units.device)], latent)
+
+    def nearest(self, rows: Int[np.ndarray, " n"], target: Set, **settings: Any) -> Nearest:
+        """Return what is nearest in the target to some rows of this set; a direction is not its own neighbour."""
+        chosen = torch.from_numpy(rows)
+        itself = chosen if self is target else None
+        return nearest_directions(self.units[chosen.to(self.units.device)], target.units, itself=itself, **settings)
 
 
 def compare(
@@ -232,17 +233,21 @@ def compare(
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:sample])
     n, m, d = len(rows), len(target.latent), target.units.shape[1]
     theory = threshold(max(len(source.latent), m), d)
-    random = _by_chance(source, target, n, seed, covariance=False)
+    random, random_like = (_by_chance(source, target, n, seed, covariance=like) for like in (False, True))
     used = above if above is not None else theory if theory < 1 else random.largest
     # a latent of a sample may have its neighbours among all
-    found = _nearest(source, rows, target, above=used, what=f"{source.name} to {target.name}")
-    splits = [] if source is target else _splits(found, used, target.latent, source.latent[rows])
-    near = found.cosine >= used - 1e-6
-    order = np.argsort(found.cosine, kind="stable")
-
-    def share(which: Bool[np.ndarray, " n"]) -> Estimate:
-        return wilson(int(which.sum()), n)
-
+    found = source.nearest(rows, target, above=used, what=f"{source.name} to {target.name}")
+    asked, back = np.unique(found.index, return_inverse=True)
+    near = found.cosine >= used - ROUNDING
+    splits = [] if source is target else _splits(found, near, target.latent, source.latent[rows])
+    shares = {
+        "neighbours": near,
+        "new": ~near,
+        "above_random": found.cosine > random.largest,
+        "alike": found.cosine >= ALIKE,
+        "mutual": target.nearest(asked, source).index[back] == rows,
+        "several": found.count >= 2,
+    }
     return Comparison(
         source=source.name,
         target=target.name,
@@ -253,25 +258,13 @@ def compare(
         used=used,
         matches=Distribution.of(found.cosine),
         random=random,
-        random_like=_by_chance(source, target, n, seed, covariance=True),
-        neighbours=share(near),
-        new=share(~near),
-        above_random=share(found.cosine > random.largest),
-        alike=share(found.cosine >= ALIKE),
-        mutual=share(_mutual(found, rows, source, target)),
-        several=share(found.count >= 2),
+        random_like=random_like,
+        **{name: wilson(int(which.sum()), n) for name, which in shares.items()},
         split=wilson(len(splits), m),
         splits=sorted(splits, key=lambda split: (-len(split.into), -split.cosines[0], split.latent))[:SHOWN],
-        newest=[int(source.latent[rows[place]]) for place in order[:SHOWN] if not near[place]],
+        newest=[int(source.latent[rows[i]]) for i in np.argsort(found.cosine, kind="stable")[:SHOWN] if not near[i]],
         rows=Rows(source.latent[rows], target.latent[found.index], found.cosine, found.count),
     )
-
-
-def _nearest(source: Set, rows: Int[np.ndarray, " n"], target: Set, **settings: Any) -> Nearest:
-    """Return what is nearest in the target to some rows of the source; a direction is not its own neighbour."""
-    chosen = torch.from_numpy(rows)
-    itself = chosen if source is target else None
-    return nearest_directions(source.units[chosen.to(source.units.device)], target.units, itself=itself, **settings)
 
 
 def _by_chance(source: Set, target: Set, n: int, seed: int, *, covariance: bool) -> Distribution:
@@ -279,30 +272,24 @@ def _by_chance(source: Set, target: Set, n: int, seed: int, *, covariance: bool)
 
     With `covariance` they are drawn like the directions in whose place they stand.
     """
-
-    def draw(units: Tensor, size: int, own_seed: int) -> Tensor:
-        return random_directions(size, units.shape[1], own_seed, like=units if covariance else None)
-
-    others = draw(target.units, len(target.latent), 2 * seed + 1)
+    here, there = (
+        random_directions(size, units.shape[1], own_seed, like=units if covariance else None)
+        for units, size, own_seed in ((source.units, n, 2 * seed), (target.units, len(target.latent), 2 * seed + 1))
+    )
     if source is target:
-        return Distribution.of(nearest_directions(others[:n], others, itself=torch.arange(n)).cosine)
-    return Distribution.of(nearest_directions(draw(source.units, n, 2 * seed), others).cosine)
+        return Distribution.of(nearest_directions(there[:n], there, itself=torch.arange(n)).cosine)
+    return Distribution.of(nearest_directions(here, there).cosine)
 
 
-def _mutual(found: Nearest, rows: Int[np.ndarray, " n"], source: Set, target: Set) -> Bool[np.ndarray, " n"]:
-    """Return for each row whether the nearest of its nearest is the row itself."""
-    asked, back = np.unique(found.index, return_inverse=True)
-    return _nearest(target, asked, source).index[back] == rows
-
-
-def _splits(found: Nearest, used: float, target: Int[np.ndarray, " m"], source: Int[np.ndarray, " n"]) -> list[Split]:
+def _splits(
+    found: Nearest, near: Bool[np.ndarray, " n"], target: Int[np.ndarray, " m"], source: Int[np.ndarray, " n"]
+) -> list[Split]:
     """Return the target's latents that are the nearest, and a neighbour, of two or more of the source."""
-    near = np.flatnonzero(found.cosine >= used - 1e-6)
-    near = near[np.lexsort((-found.cosine[near], found.index[near]))]
-    parents, first = np.unique(found.index[near], return_index=True)
-    groups = zip(parents.tolist(), np.split(near, first[1:]) if len(near) else [], strict=True)
+    children: dict[int, list[int]] = {}
+    for row in sorted(np.flatnonzero(near).tolist(), key=lambda row: -found.cosine[row]):
+        children.setdefault(int(found.index[row]), []).append(row)
     return [
-        Split(int(target[parent]), source[children].tolist(), [float(c) for c in found.cosine[children]])
-        for parent, children in groups
-        if len(children) >= 2
+        Split(int(target[parent]), source[rows].tolist(), found.cosine[rows].tolist())
+        for parent, rows in children.items()
+        if len(rows) >= 2
     ]

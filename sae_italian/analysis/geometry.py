@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from sae_italian.analysis.geometry.directions import EDGES, Comparison, MapMethod, Set, compare, map_of
+from sae_italian.analysis.directions import EDGES, Comparison, MapMethod, Set, compare, map_of
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.pictures import OURS, REFERENCE, WARNING, svg
@@ -40,7 +40,7 @@ class Geometry:
     map: MapMethod
     sets: list[Set] = field(repr=False)
     points: list[Float[np.ndarray, "n 2"]] = field(repr=False)
-    texts: dict[str, dict[int, str]] = field(repr=False)
+    texts: Mapping[str, dict[int, str]] = field(repr=False)
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -78,11 +78,11 @@ class Geometry:
             pyarrow.parquet.write_table(pa.concat_tables(rows), temporary)
 
 
-def _cells(item: Comparison) -> tuple[str, ...]:
+def _cells(item: Comparison) -> tuple[object, ...]:
     return (
         f"{item.source} ({item.n_source:,})",
         "itself" if item.within else f"{item.target} ({item.n_target:,})",
-        f"{item.d}",
+        item.d,
         f"{item.threshold:.3f}" + ("" if item.used == item.threshold else f" (used {item.used:.3f})"),
         f"{item.random.largest:.3f}",
         f"{item.matches.quantiles['50 %']:.3f}",
@@ -100,28 +100,26 @@ def geometry(
     *,
     alive: Mapping[str, Bool[np.ndarray, " d_sae"]] | None = None,
     texts: Mapping[str, dict[int, str]] | None = None,
-    sample: int | None = None,
-    above: float | None = None,
     method: MapMethod = "pca",
     seed: int = 0,
+    **settings: Any,
 ) -> Geometry:
     """Return the geometry of some SAEs by name: each within itself, each ordered pair, and one map of all.
 
     `alive` says per SAE which latents take part (default: all; a dead latent keeps its random start and counts as new),
-    `texts` what is known of latents, for the map. `sample`, `above` and `seed` as in `compare`, `method` as in `map_of`.
+    `texts` what is known of latents, for the map; `method` as in `map_of`, `seed` and the other settings as in `compare`.
     Raises: UsageError when there is no SAE, or their decoders write into spaces of different dimensions.
     """
     notes = _check(saes)
     sets = [Set.of(name, sae, (alive or {}).get(name)) for name, sae in saes.items()]
     pairs = paced(product(sets, repeat=2), "geometry", len(sets) ** 2, "pair of SAE")
-    found = [compare(a, b, sample=sample, above=above, seed=seed) for a, b in pairs]
-    within = [item for item in found if item.within]
-    between = [item for item in found if not item.within]
+    found = [compare(a, b, seed=seed, **settings) for a, b in pairs]
+    within, between = ([item for item in found if item.within == own] for own in (True, False))
     width = {name: sae.W_dec.shape[0] for name, sae in saes.items()}
     seeds = _means([item for item in between if width[item.source] == width[item.target]])
     places = map_of(torch.cat([item.units.cpu() for item in sets]), method, seed)
     points = np.split(places, np.cumsum([len(item.latent) for item in sets])[:-1])
-    return Geometry(within, between, seeds, notes, method, sets, points, dict(texts or {}))
+    return Geometry(within, between, seeds, notes, method, sets, points, texts or {})
 
 
 def _check(saes: Mapping[str, Any]) -> list[str]:
@@ -148,13 +146,11 @@ def _means(pairs: Sequence[Comparison]) -> dict[str, float]:
     """Return means over ordered pairs of SAEs: the share of latents that another seed finds again, and how."""
     if not pairs:
         return {}
-    found = {
-        name: [getattr(item, name).value for item in pairs]
-        for name in ("neighbours", "above_random", "alike", "mutual")
-    }
-    found |= {"mean_cosine": [item.matches.mean for item in pairs]}
-    found |= {"mean_cosine_random": [item.random.mean for item in pairs]}
-    return {"pairs": len(pairs), **{name: float(np.mean(values)) for name, values in found.items()}}
+    shares = ("neighbours", "above_random", "alike", "mutual")
+    found = {name: np.mean([getattr(item, name).value for item in pairs]) for name in shares}
+    found |= {"mean_cosine": np.mean([item.matches.mean for item in pairs])}
+    found |= {"mean_cosine_random": np.mean([item.random.mean for item in pairs])}
+    return {"pairs": len(pairs), **{name: float(value) for name, value in found.items()}}
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -201,20 +197,17 @@ def map_html(found: Geometry) -> str:
     """Return the explorable map as one HTML file that needs nothing else: move, zoom, search, read what a point is."""
     groups = []
     for item, points in zip(found.sets, found.points, strict=True):
-        latents, texts = item.latent.tolist(), found.texts.get(item.name, {})
+        latents, texts, nearest = item.latent.tolist(), found.texts.get(item.name, {}), []
+        for other in (other for other in found.comparisons if other.source == item.name):
+            rows = zip(*(column.tolist() for column in other.rows[:3]), strict=True)
+            known = {latent: (index, round(cosine, 3)) for latent, index, cosine in rows}
+            own = [known.get(latent) for latent in latents]  # None: not compared
+            nearest.append({"target": other.target, "used": other.used, "rows": own})
         x, y = np.round(points.T, 4).tolist()
         text = [texts.get(latent, "") for latent in latents] if texts else []
-        nearest = [_nearest_rows(c, latents) for c in found.comparisons if c.source == item.name]
         groups.append({"name": item.name, "latent": latents, "x": x, "y": y, "text": text, "nearest": nearest})
     page = {"method": found.map, "groups": groups, "colours": COLOURS}
     data = json.dumps(page, ensure_ascii=False, separators=(",", ":"))
     safe = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    template = (files("sae_italian.analysis.geometry") / "map.html").read_text(encoding="utf-8")
+    template = (files("sae_italian.analysis") / "data" / "map.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/null", safe)
-
-
-def _nearest_rows(item: Comparison, latents: Sequence[int]) -> dict[str, Any]:
-    """Return the nearest latent and its cosine for each latent of the source; None for those that were not compared."""
-    rows = zip(item.rows.latent.tolist(), item.rows.nearest.tolist(), item.rows.cosine.tolist(), strict=True)
-    known = {latent: (index, round(cosine, 3)) for latent, index, cosine in rows}
-    return {"target": item.target, "used": item.used, "rows": [known.get(latent) for latent in latents]}

@@ -1,1 +1,0 @@
-"""The geometry of decoder directions, within an SAE and between SAEs (Llama Scope, section 5)."""
