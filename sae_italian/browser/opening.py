@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_italian.analysis.geometry.directions import ALIKE, nearest_directions
+from sae_italian.analysis.directions import ALIKE, nearest_directions
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.browser.live import CALLS, Live, Refused

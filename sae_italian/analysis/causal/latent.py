@@ -1,5 +1,9 @@
 """What one latent does to a prompt: the logits that move when it is ablated, the text that is written when it is added.
 
+The SAE is put into the model with its reconstruction error added back, so that only edits of latents have an effect:
+x' = decode(z') + x - decode(z) = x + (z' - z) F, where F holds a row per latent, the direction that one unit of it writes.
+A transcoder's z is read at one hook and its edit written at another.
+
 Ablation is that of Cunningham et al. 2023, section 5.2: the activation x is lowered along the latent's direction f only
 until the latent is inactive ("less than rank-one"): x' = x - t f with the least t >= 0 for which it does not fire.
 """
@@ -8,28 +12,79 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.analysis.causal.splice import codes, edit_hooks, special, token_text, written_directions
+from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import Pace
 from sae_italian.base.report import table
-from sae_italian.models.activations import (
-    check_context,
-    continuation_log_probs,
-    logits_at,
-    read_activations,
-    replaced,
-)
+from sae_italian.corpora.packing import special_mask
+from sae_italian.models.activations import check_context, continuation_log_probs, logits_at, read_activations, replaced
+from sae_italian.saes import check_fits, hooks_of
 
+_AFFINE = ("none", "expected_average_only_in")
 HALVINGS = 24
 FARTHEST = 64.0  # how many times its own activation a latent is pushed down before we say that it cannot be silenced
 NGRAM = 3  # of the repeat rate
+
+
+def edit_hooks(sae: Any, model: Any) -> tuple[str, str]:
+    """Return the hook the SAE reads and the one it writes, the same for all but transcoders.
+
+    Raises: UsageError when SAE and model do not fit, when the hook can only be read, and for an SAE that rescales each
+    activation by its own norm, whose latents write no fixed direction.
+    """
+    check_fits(sae, model, writes=True)
+    normalise = getattr(sae.cfg, "normalize_activations", "none")
+    if normalise not in _AFFINE:
+        raise UsageError(
+            f"the SAE has normalize_activations {normalise!r}, so a latent writes another direction for each token. "
+            f"Use an SAE with one of: {', '.join(_AFFINE)}."
+        )
+    return hooks_of(sae)
+
+
+def codes(sae: Any, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+    """Return the SAE's latents of x, dense, where x is."""
+    z = sae.encode(x.to(sae.device, sae.dtype))
+    return (z.to_dense() if z.is_sparse else z).to(x.device)
+
+
+@torch.no_grad()
+def written_directions(sae: Any, latents: Sequence[int] | Int[Tensor, " n"]) -> Float[Tensor, "n d_out"]:
+    """Return what one unit of each latent adds to the reconstruction: decode is affine, so decode(unit) - decode(0).
+
+    Raises: UsageError when the SAE has no such latent.
+    """
+    wanted = torch.as_tensor(latents, dtype=torch.int64, device=sae.device)
+    for latent in wanted[(wanted < 0) | (wanted >= sae.cfg.d_sae)].tolist():
+        raise UsageError(f"latent {latent} does not exist; the SAE has latents 0 to {sae.cfg.d_sae - 1}.")
+    units = torch.zeros(len(wanted) + 1, sae.cfg.d_sae, dtype=sae.dtype, device=sae.device)
+    units[torch.arange(len(wanted)), wanted] = 1
+    written = sae.decode(units)
+    return written[:-1] - written[-1]
+
+
+def special(tokens: Int[Tensor, "batch pos"], tokenizer: Any) -> Bool[Tensor, "batch pos"]:
+    """Return where the special tokens are, to which an SAE is not applied."""
+    return torch.from_numpy(special_mask(tokens.cpu().numpy(), tokenizer)).to(tokens.device)
+
+
+_strings = lru_cache(maxsize=4)(piece_texts)
+
+
+def token_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text of each id by itself, a leading space kept."""
+    strings = _strings(tokenizer, len(tokenizer))
+    return [strings[int(i)] for i in ids]
+
+
+# --- ablation --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -95,11 +150,10 @@ def _start(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, n_new
     """Raises: UsageError for an unknown latent, an empty prompt, one beyond the model's positions, and as `edit_hooks`."""
     hook_in, hook_out = edit_hooks(sae, model)
     direction = written_directions(sae, [latent])[0].to(model.device, torch.float32)
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids  # BOS by the tokenizer's own rule
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)  # BOS by the tokenizer's own rule
     if not prompt.strip() or tokens.numel() == 0:
         raise UsageError("the prompt is empty. Give some text.")
     check_context(tokens.shape[1] + n_new_tokens, model.config)
-    tokens = tokens.to(model.device)
     x = read_activations(model, tokens, hook_in)[0]
     activation = torch.where(special(tokens, tokenizer)[0], 0.0, codes(sae, x)[:, latent])
     return _Start(hook_in, hook_out, direction, tokens, x, activation)
@@ -110,9 +164,8 @@ def _logits_with(
 ) -> Float[Tensor, "batch vocab"]:
     """Return the logits at a position of the prompt for each row of `added`, which is added to the activation."""
     rows = start.tokens.expand(len(added), -1)
-    wanted = torch.arange(rows.shape[1], device=rows.device) == positions[:, None]
     with replaced(model, start.hook_out, lambda x: x + added.to(x)):
-        return logits_at(model, rows, wanted).float()
+        return logits_at(model, rows, torch.arange(rows.shape[1], device=rows.device) == positions[:, None]).float()
 
 
 @torch.no_grad()
@@ -128,20 +181,20 @@ def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: 
     texts, activations = token_text(tokenizer, start.tokens[0].tolist()), start.activation.tolist()
     positions: list[AblatedPosition] = []
     if len(active):
-        own = start.activation[active]
-        amount, silenced = own, own != 0
+        amount = start.activation[active]
+        silenced = amount != 0
         if start.hook_in == start.hook_out:
             amount, silenced = _silencing(sae, start.x[active], latent, start.direction)
-        added = torch.zeros(len(active), len(texts), len(start.direction), device=own.device)
+        added = torch.zeros(len(active), len(texts), len(start.direction), device=amount.device)
         added[torch.arange(len(active)), active] = -amount[:, None] * start.direction
         here = torch.zeros_like(start.tokens, dtype=torch.bool).index_fill_(1, active, True)
         clean, edited = logits_at(model, start.tokens, here).float(), _logits_with(model, start, added, active)
+        log_p, log_q = clean.log_softmax(-1), edited.log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
         for row, position in enumerate(active.tolist()):
-            before, after = clean[row], edited[row]
-            log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
-            divergence = float((log_p.exp() * (log_p - log_q)).sum())
-            moves = [_moves(tokenizer, before, after, top, rising=rising) for rising in (False, True)]
-            numbers = activations[position], float(amount[row]), bool(silenced[row]), divergence
+            changes = edited[row] - clean[row], log_q[row] - log_p[row], log_p[row].exp()
+            moves = (_moves(tokenizer, *changes, top, rising=rising) for rising in (False, True))
+            numbers = activations[position], float(amount[row]), bool(silenced[row]), divergence[row]
             positions.append(AblatedPosition(position, texts[position], *numbers, *moves))
     return Ablated(prompt, latent, start.hook_out, tuple(texts), tuple(activations), tuple(positions))
 
@@ -168,17 +221,15 @@ def _silencing(
 
 
 def _moves(
-    tokenizer: Any, before: Float[Tensor, " vocab"], after: Float[Tensor, " vocab"], top: int, *, rising: bool
+    tokenizer: Any, logit: Tensor, log_prob: Tensor, prob: Tensor, top: int, *, rising: bool
 ) -> tuple[TokenMove, ...]:
-    """Return the tokens whose logits rise (or fall) most, the largest change first."""
-    change, log_p = after - before, before.log_softmax(-1)
-    log_change = after.log_softmax(-1) - log_p
-    ids = change.topk(min(top, len(change)), largest=rising).indices.tolist()
-    return tuple(
-        TokenMove(text, i, float(change[i]), float(log_change[i]), float(log_p[i].exp()))
+    """Return the tokens whose logits rise (or fall) most, the largest change first; all tensors are [vocab]."""
+    ids = logit.topk(min(top, len(logit)), largest=rising).indices.tolist()
+    moves = (
+        TokenMove(text, i, float(logit[i]), float(log_prob[i]), float(prob[i]))
         for i, text in zip(ids, token_text(tokenizer, ids), strict=True)
-        if (change[i] > 0) == rising and change[i] != 0
     )
+    return tuple(move for move in moves if move.logit and (move.logit > 0) == rising)
 
 
 # --- steering --------------------------------------------------------------------------------------------------------
@@ -211,11 +262,10 @@ class Steered:
 
     def table(self) -> str:
         """Return a Markdown table, the unsteered text first."""
-        rows = [
-            (f"{c.strength:g}", f"{c.log_prob:.2f}", f"{c.cost:+.2f}", f"{c.repeat_rate:.0%}", f"{c.divergence:.2f}")
-            + (" ".join(c.text.split()),)
-            for c in (self.unsteered, *self.steered)
-        ]
+        rows = []
+        for c in (self.unsteered, *self.steered):
+            numbers = f"{c.log_prob:.2f}", f"{c.cost:+.2f}", f"{c.repeat_rate:.0%}", f"{c.divergence:.2f}"
+            rows.append((f"{c.strength:g}", *numbers, " ".join(c.text.split())))
         return table("strength | nats per token | cost | repeats | KL of first | text", rows)
 
 
@@ -258,28 +308,22 @@ def steer(
     with pace.bar:
         written = [new for part in rows for new in _write(model, tokenizer, start, part, seed, pace, **settings)]
     before = start.tokens[0].tolist()
-    log_p = continuation_log_probs(partial(logits_at, model), [(before, new) for new in written])
+    log_p = continuation_log_probs(partial(logits_at, model), [(before, new) for new in written]).tolist()
 
     def decoded(ids: list[int]) -> str:  # always the whole: joined pieces would lose spaces
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    means = [total / len(new) for new, total in zip(written, log_p, strict=True)]
     found = []
-    for strength, new, total, kl in zip(all_strengths, written, log_p.tolist(), divergence, strict=True):
-        cost = float(log_p[0]) / len(written[0]) - total / len(new)
+    for strength, new, mean, kl in zip(all_strengths, written, means, divergence, strict=True):
         text, pieces = decoded(before + new)[len(decoded(before)) :], tuple(token_text(tokenizer, new))
-        found.append(Continuation(strength, text, pieces, total / len(new), cost, repeat_rate(new), kl))
+        found.append(Continuation(strength, text, pieces, mean, means[0] - mean, repeat_rate(new), kl))
     activation = float(start.activation.max())
     return Steered(prompt, latent, start.hook_out, float(unit), activation, found[0], tuple(found[1:]))
 
 
 def _write(
-    model: Any,
-    tokenizer: Any,
-    start: _Start,
-    added: Float[Tensor, "batch 1 d_out"],
-    seed: int,
-    pace: Pace,
-    **settings: Any,
+    model: Any, tokenizer: Any, start: _Start, added: Float[Tensor, "batch 1 d"], seed: int, pace: Pace, **settings: Any
 ) -> list[list[int]]:
     """Return the new tokens of each row, up to the EOS, which counts as written; `settings` are those of `generate`."""
     keep, eos = ~special(start.tokens, tokenizer)[..., None], tokenizer.eos_token_id
@@ -299,7 +343,7 @@ def _write(
     return [row[: row.index(eos) + 1] if eos in row else row for row in new]
 
 
-def repeat_rate(tokens: Sequence[int], n: int = NGRAM) -> float:
-    """Return the share of the n-grams that stood in the sequence before; 0 for fewer than n tokens."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+def repeat_rate(tokens: Sequence[int]) -> float:
+    """Return the share of the trigrams that stood in the sequence before; 0 for fewer than three tokens."""
+    grams = list(zip(*(tokens[i:] for i in range(NGRAM)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

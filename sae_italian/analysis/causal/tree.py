@@ -7,35 +7,32 @@ go on with those that matter most. Reconstruction errors stay in place, so the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_italian.analysis.causal.splice import codes, edit_hooks, special, token_text, written_directions
+from sae_italian.analysis.causal.latent import codes, edit_hooks, special, token_text, written_directions
 from sae_italian.analysis.shift import corpus_windows
 from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of, paced
 from sae_italian.base.statistics import Estimate, mean_interval
-from sae_italian.models.activations import (
-    begun_at,
-    check_context,
-    entry_and_edit,
-    read_activations,
-    read_many,
-    replaced,
-    resolve_hook,
-)
+from sae_italian.models import activations
+from sae_italian.models.activations import entry_and_edit, read_many, replaced
 
 ROWS = 128  # prompts of a batch
 CHUNK = 1024  # tokens encoded at once
 LEAST_DROP = 1e-3  # of the target's activation; less is rounding
 EXAMPLE_TOKENS, EXAMPLE = 9, 34  # tokens of an example, and its letters in the picture
+Context = tuple[
+    Int[Tensor, " pos"], float
+]  # tokens up to the one on which a latent is active, and its activation there
 
 
 @dataclass(frozen=True)
@@ -79,9 +76,9 @@ class Node:
 def _draw(axis: Any, node: Node, x: int, row: int) -> float:
     """Draw a node with its children, the first of which stands in that row; return its height."""
     heights = []
-    for place, child in enumerate(node.children):
-        before = sum(other.leaves() for other in node.children[:place])
-        heights.append(_draw(axis, child, x - 1, row + before))
+    for child in node.children:
+        heights.append(_draw(axis, child, x - 1, row))
+        row += child.leaves()
     y = sum(heights) / len(heights) if heights else float(row)
     for child, height in zip(node.children, heights, strict=True):
         share = 0.0 if child.drop is None else min(1.0, child.drop.value)
@@ -90,11 +87,6 @@ def _draw(axis: Any, node: Node, x: int, row: int) -> float:
     axis.text(x, y - 0.12, f"{node.sae} {node.latent}", fontsize=9, fontweight="bold", va="center")
     axis.text(x, y + 0.16, node.examples[0][-EXAMPLE:] if node.examples else "", fontsize=7, va="center")
     return y
-
-
-class _Context(NamedTuple):
-    tokens: Int[Tensor, " pos"]  # up to the token on which the latent is active
-    activation: float
 
 
 @torch.no_grad()
@@ -119,13 +111,13 @@ def causal_tree(
     if len(saes) < 2:
         raise UsageError(f"a tree needs the SAEs of at least two layers, in order; {len(saes)} given.")
     hooks = [edit_hooks(sae, model)[0] for _, sae in saes]
-    layers = [resolve_hook(model, hook)[0].layer for hook in hooks]
-    if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
+    layers = [activations.resolve_hook(model, hook)[0].layer for hook in hooks]
+    if any(later <= earlier for earlier, later in pairwise(layers)):
         raise UsageError(
             f"the SAEs read at {', '.join(hooks)}; give them in the order of their layers, the target last."
         )
     written_directions(saes[-1][1], [latent])  # refuses a latent that there is not, before any text is read
-    context = check_context(context_size, model.config)
+    context = activations.check_context(context_size, model.config)
     tokens = torch.cat([some.tokens for some in corpus_windows(model, corpus, context, n_tokens, "heldout")])
     reads = [read_many(model, some.to(model.device), hooks) for some in tokens.split(ROWS)]
     acts = {hook: torch.cat([read[hook].cpu() for read in reads]) for hook in hooks}
@@ -159,60 +151,52 @@ class _Growth:
         contexts = self._contexts(activation)
         # the time is that of one ablation per context of every node that has an SAE before it
         with one_of(sum(self.branches**depth for depth in range(level)) or 1):
-            causes = self._causes(level, latent, contexts)
+            causes = self._causes(level, latent, contexts) if level else []
         children = []
         for number, (other, fall) in enumerate(causes):
             with one_of(len(causes) - number):
                 children.append(self.node(level - 1, other, fall))
-        examples = tuple(_shown(self.model.tokenizer, context.tokens) for context in contexts[:3])
+        examples = []
+        for ids, _ in contexts[:3]:
+            *before, last = token_text(self.model.tokenizer, ids[-EXAMPLE_TOKENS:].tolist())
+            examples.append("".join(before).strip() + f" «{last.strip()}»")
         maximum = float(activation.max())
-        return Node(name, self.hooks[level], latent, maximum, len(contexts), drop, examples, tuple(children))
+        return Node(name, self.hooks[level], latent, maximum, len(contexts), drop, tuple(examples), tuple(children))
 
-    def _contexts(self, activation: Float[Tensor, "windows pos"]) -> list[_Context]:
+    def _contexts(self, activation: Float[Tensor, "windows pos"]) -> list[Context]:
         """Return contexts, of different windows, in which the latent is active between M/2 and M."""
-        rng = np.random.default_rng(self.seed)
         window, position = ((activation >= activation.max() / 2) & (activation > 0)).nonzero(as_tuple=True)
         chosen: dict[int, int] = {}
-        for index in rng.permutation(len(window)).tolist():
+        for index in np.random.default_rng(self.seed).permutation(len(window)).tolist():
             if len(chosen) < self.n_contexts:
                 chosen.setdefault(int(window[index]), int(position[index]))
-        return [_Context(self.tokens[w, : p + 1], float(activation[w, p])) for w, p in sorted(chosen.items())]
+        return [(self.tokens[w, : p + 1], float(activation[w, p])) for w, p in sorted(chosen.items())]
 
-    def _causes(self, level: int, latent: int, contexts: list[_Context]) -> list[tuple[int, Estimate]]:
+    def _causes(self, level: int, latent: int, contexts: list[Context]) -> list[tuple[int, Estimate]]:
         """Return the latents of the level before that lower this one most, and their mean drop over the contexts."""
-        if level == 0:
-            return []
         falls: dict[int, Float[np.ndarray, " contexts"]] = {}
-        what, n = f"{self.saes[level][0]} {latent}", 0
-        for context in paced(contexts, what, len(contexts), "context"):
-            for other, fall in self._falls(level, latent, context):
+        n = 0  # contexts looked at
+        for context in paced(contexts, f"{self.saes[level][0]} {latent}", len(contexts), "context"):
+            for other, fall in self._falls(level, latent, *context):
                 falls.setdefault(other, np.zeros(len(contexts)))[n] = fall
-            n += 1  # contexts looked at
+            n += 1
         means = {other: fall[:n].mean() for other, fall in falls.items()}
         ranked = sorted(falls, key=lambda other: (-means[other], other))[: self.branches]
         return [(other, mean_interval(falls[other][:n])) for other in ranked if means[other] > LEAST_DROP]
 
-    def _falls(self, level: int, latent: int, context: _Context) -> list[tuple[int, float]]:
-        """Return for each latent of the level before that is active in the context the share by which the target falls."""
-        earlier = self.saes[level - 1][1]
-        hook_in, hook_out = edit_hooks(earlier, self.model)
-        tokens = context.tokens[None].to(self.model.device)
-        entry, edit = entry_and_edit(self.model, hook_out)
-        read = read_many(self.model, tokens, [hook_in, entry])
-        z = codes(earlier, read[hook_in])[0]
-        z = z * ~special(tokens, self.model.tokenizer)[0][:, None]
-        active = (z != 0).any(0).nonzero()[:, 0]
-        written = written_directions(earlier, active).to(z)
-        after: list[float] = []
-        for some, rows in zip(active.split(ROWS), written.split(ROWS), strict=True):
-            removed = torch.einsum("pr,rd->rpd", z[:, some], rows)
-            begun = begun_at(self.model, entry, read[entry].expand(len(some), -1, -1))
-            with begun, replaced(self.model, edit, lambda x, r=removed: x - r.to(x)):
-                x = read_activations(self.model, tokens.expand(len(some), -1), self.hooks[level])
-            after += codes(self.saes[level][1], x[:, -1])[:, latent].tolist()
-        return [(int(other), 1 - value / context.activation) for other, value in zip(active, after, strict=True)]
-
-
-def _shown(tokenizer: Any, tokens: Int[Tensor, " pos"]) -> str:
-    pieces = token_text(tokenizer, tokens[-EXAMPLE_TOKENS:].tolist())
-    return "".join(pieces[:-1]).strip() + f" «{pieces[-1].strip()}»"
+    def _falls(
+        self, level: int, latent: int, tokens: Int[Tensor, " pos"], activation: float
+    ) -> Iterator[tuple[int, float]]:
+        """Yield for each latent of the level before that is active in the context the share by which the target falls."""
+        model, earlier, rows = self.model, self.saes[level - 1][1], tokens[None].to(self.model.device)
+        hook_in, hook_out = edit_hooks(earlier, model)
+        entry, edit = entry_and_edit(model, hook_out)
+        read = read_many(model, rows, [hook_in, entry])
+        z = codes(earlier, read[hook_in])[0] * ~special(rows, model.tokenizer)[0][:, None]
+        for some in (z != 0).any(0).nonzero()[:, 0].split(ROWS):
+            removed = torch.einsum("pr,rd->rpd", z[:, some], written_directions(earlier, some).to(z))
+            begun = activations.begun_at(model, entry, read[entry].expand(len(some), -1, -1))
+            with begun, replaced(model, edit, lambda x, r=removed: x - r.to(x)):
+                x = activations.read_activations(model, rows.expand(len(some), -1), self.hooks[level])
+            after = codes(self.saes[level][1], x[:, -1])[:, latent].tolist()
+            yield from zip(some.tolist(), (1 - value / activation for value in after), strict=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,8 @@ class ProbeTask:
     @cached_property
     def usable(self) -> list[int]:
         """The labels with enough words that bear them, and that do not, in both parts."""
-        bearing = [(labels.sum(axis=0), len(rows)) for labels, rows in zip(self.labels, self.rows, strict=True)]
-        least = [np.minimum(count, n - count) for count, n in bearing]
-        return np.flatnonzero(np.minimum(*least) >= LEAST_WORDS).tolist()
+        counts = [(labels.sum(axis=0), labels.shape[0]) for labels in self.labels]
+        return np.flatnonzero(np.min([(n, size - n) for n, size in counts], axis=(0, 1)) >= LEAST_WORDS).tolist()
 
     @cached_property
     def sample(self) -> Int[np.ndarray, " n"]:
@@ -113,35 +113,28 @@ def single_latents(
 ) -> list[Detection]:
     """Return for each label its best latent (with `most`, so many, each with a training F1 of at least `least`).
 
-    A latent says yes above 0, a quarter or a half of its maximum, whichever did best in training. `train` and `test` are
-    the latents' activations on all words of the task's treebanks, [words, d_sae].
+    A latent says yes above 0, a quarter or a half of its maximum, whichever did best in training; one that fires on most
+    words without the label is no detector. `train` and `test` are the latents' activations on all words of the treebanks.
     """
-    a, b = task.rows
-    train, columns = train[a], test[b].tocsc()
+    train, columns = train[task.rows[0]], test[task.rows[1]].tocsc()
     maxima = np.asarray(train.max(axis=0).todense()).ravel()
-    best_f1 = np.full((len(maxima), len(task.usable)), -1.0)
-    best_threshold = np.zeros_like(best_f1)
+    labels, n_words = task.labels[0][:, task.usable], len(task.rows[0])
+    best = np.full((2, len(maxima), len(task.usable)), -1.0)  # F1, and its threshold
     for threshold in THRESHOLDS:
-        f1 = _f1(firing(train, threshold * maxima), task.labels[0][:, task.usable])
-        best_threshold[f1 > best_f1] = threshold
-        best_f1 = np.maximum(best_f1, f1)
+        fired = firing(train, threshold * maxima)
+        f1, _, recall = detection_counts(fired, labels)
+        n_fired, present = fired.sum(axis=0)[:, None], labels.sum(axis=0)[None, :]
+        f1 = np.where(n_fired - recall * present <= MOST_FALSE * (n_words - present), f1, -1.0)
+        best = np.where(f1 > best[0], [f1, np.full_like(f1, threshold)], best)
     found = []
     for place, column in enumerate(task.usable):
-        for latent in np.argsort(-best_f1[:, place], kind="stable")[:most].tolist():
-            if best_f1[latent, place] >= least:
-                threshold = float(best_threshold[latent, place])
+        for latent in np.argsort(-best[0, :, place], kind="stable")[:most].tolist():
+            f1, threshold = best[:, latent, place].tolist()
+            if f1 >= least:
                 value = columns[:, [latent]].toarray().ravel()
-                said = value > threshold * maxima[latent]
                 how = {"method": SINGLE, "features": features, "latents": [latent], "threshold": threshold}
-                found.append(_detection(task, column, said, value, **how))
+                found.append(_detection(task, column, value > threshold * maxima[latent], value, **how))
     return found
-
-
-def _f1(fired: scipy.sparse.csr_array, labels: scipy.sparse.csr_array) -> Float[np.ndarray, "d_sae labels"]:
-    """Return F1, but -1 for a latent that fires on most words without the label: saying yes to all is no detection."""
-    f1, _, recall = detection_counts(fired, labels)
-    n_fired, present = fired.sum(axis=0)[:, None], labels.sum(axis=0)[None, :]
-    return np.where(n_fired - recall * present <= MOST_FALSE * (len(fired.indptr) - 1 - present), f1, -1.0)
 
 
 def _detection(
@@ -170,19 +163,14 @@ def _detection(
     )
 
 
-# --- probes ----------------------------------------------------------------------------------------------------------
-
-
 def sparse_probes(task: ProbeTask, train: Acts, test: Acts, features: str) -> Iterator[Detection]:
     """Yield logistic probes on the k latents of largest absolute correlation with each label, for each k of SIZES."""
-    a, b = task.rows
-    fit, judge = train[a][task.sample].tocsc(), test[b].tocsc()
+    fit, judge = train[task.rows[0]][task.sample].tocsc(), test[task.rows[1]].tocsc()
     order = np.argsort(-np.abs(_correlations(fit, task.labels[0][task.sample].toarray())), axis=0, kind="stable")
-    for column in task.usable:
-        for k in SIZES:
-            chosen = order[:k, column]
-            x, w = fit[:, chosen].toarray(), judge[:, chosen].toarray()
-            yield _probe(task, column, x, w, method=f"sparse {k}", features=features, latents=chosen.tolist())
+    for column, k in product(task.usable, SIZES):
+        chosen = order[:k, column]
+        x, w = fit[:, chosen].toarray(), judge[:, chosen].toarray()
+        yield _probe(task, column, x, w, method=f"sparse {k}", features=features, latents=chosen.tolist())
 
 
 def dense_probes(task: ProbeTask) -> Iterator[Detection]:
@@ -238,21 +226,18 @@ class Probes:
 
     def within(self, treebank: str, method: str | None = None) -> dict[tuple[str, str], Detection]:
         """Return by label and method what the SAE and the activations do within one treebank, labels unshuffled."""
-        found = [d for d in self.detections if d.trained == treebank == d.tested and not d.shuffled]
-        mine = [d for d in found if d.features in (self.sae, "activations") and method in (None, d.method)]
-        return {(d.label, d.method): d for d in mine}
+        mine = (d for d in self.detections if d.features in (self.sae, "activations") and method in (None, d.method))
+        return {(d.label, d.method): d for d in mine if d.trained == treebank == d.tested and not d.shuffled}
 
     def means(self) -> list[dict[str, Any]]:
         """Return the mean F1 and AUROC over labels by method, features and pair of treebanks, with intervals over labels."""
         names = ("trained", "tested", "shuffled", "features", "method")
-        groups: dict[tuple[Any, ...], list[Detection]] = {}
-        for item in self.detections:
-            groups.setdefault(tuple(getattr(item, name) for name in names), []).append(item)
+        groups: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+        for d in self.detections:
+            groups.setdefault(attrgetter(*names)(d), []).append((d.f1.value, d.auroc))
         rows = []
         for key, items in groups.items():
-            f1, auroc = (
-                mean_interval(np.array(some)) for some in zip(*((d.f1.value, d.auroc) for d in items), strict=True)
-            )
+            f1, auroc = map(mean_interval, np.transpose(items))
             bounds = {"auroc": auroc.value, "auroc_lo": auroc.lo, "auroc_hi": auroc.hi}
             rows.append({**dict(zip(names, key, strict=True)), "f1": f1, **bounds, "labels": len(items)})
         return sorted(rows, key=lambda r: (r["trained"], r["trained"] != r["tested"], r["tested"], r["shuffled"]))
@@ -355,6 +340,6 @@ def probe(
 def _detectors(task: ProbeTask, acts: Acts, name: str) -> Iterator[Detection]:
     """Yield each label's best latent, and others of a good training F1, if they do better than saying yes to all."""
     if task.usable:
-        best = single_latents(task, acts, acts, name)
-        others = single_latents(task, acts, acts, name, most=DETECTORS, least=LEAST_F1)
-        yield from (d for d in [*best, *others] if d.f1.lo > d.always_yes)
+        many = ({}, {"most": DETECTORS, "least": LEAST_F1})
+        found = (d for settings in many for d in single_latents(task, acts, acts, name, **settings))
+        yield from (d for d in found if d.f1.lo > d.always_yes)

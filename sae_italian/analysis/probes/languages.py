@@ -17,7 +17,7 @@ import scipy.stats
 import torch
 from jaxtyping import Float, Int
 
-from sae_italian.analysis.causal.splice import codes
+from sae_italian.analysis.causal.latent import codes
 from sae_italian.analysis.gold import zeros_and_ones
 from sae_italian.analysis.shift import corpus_windows
 from sae_italian.autointerp.store import Label
@@ -56,27 +56,25 @@ class Languages:
 
     def labels(self) -> list[Label]:
         """Return rows for the store: precision is the language's share of the probability, recall the probability."""
-        found = []
-        for place, name in enumerate(self.names):
+        found, source = [], f"LAPE {', '.join(self.names)}"
+        for name, n_tokens, probability in zip(self.names, self.n_tokens, self.probability, strict=True):
             for latent in self.latents(name)[:WRITTEN].tolist():
-                recall = float(self.probability[place, latent])
+                recall = float(probability[latent])
                 precision = recall / float(self.probability[:, latent].sum())
                 numbers = 2 * precision * recall / (precision + recall), None, None, precision, recall
-                source = f"LAPE {', '.join(self.names)}"
-                found.append(Label(latent, f"Language={name}", source, *numbers, self.n_tokens[place]))
+                found.append(Label(latent, f"Language={name}", source, *numbers, n_tokens))
         return found
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything for JSON, by language."""
         entropy, found = entropies(self.probability), {}
-        for place, name in enumerate(self.names):
+        for name, n_tokens, probability in zip(self.names, self.n_tokens, self.probability, strict=True):
             own = self.latents(name)
-            strongest = [
-                {"latent": latent, "probability": self.probability[place, latent], "entropy": entropy[latent]}
-                for latent in own[:WRITTEN].tolist()
+            first = [
+                {"latent": i, "probability": probability[i], "entropy": entropy[i]} for i in own[:WRITTEN].tolist()
             ]
-            numbers = {"n_tokens": self.n_tokens[place], "n_latents": len(own), "share": self.share(name)}
-            found[name] = numbers | {"by_chance": self.by_chance[name], "latents": strongest}
+            numbers = {"n_tokens": n_tokens, "n_latents": len(own), "share": self.share(name)}
+            found[name] = numbers | {"by_chance": self.by_chance[name], "latents": first}
         return plain(found)
 
     def table(self) -> str:
@@ -131,7 +129,7 @@ def language_latents(
     counts, tokens = (np.concatenate(parts) for parts in zip(*found, strict=True))
 
     def probability(language: Int[np.ndarray, " documents"]) -> Float[np.ndarray, "languages d_sae"]:
-        here = [language == place for place in range(len(corpora))]
+        here = (language == place for place in range(len(corpora)))
         return np.stack([counts[some].sum(axis=0) / max(tokens[some].sum(), 1) for some in here])
 
     rng = np.random.default_rng(seed)
