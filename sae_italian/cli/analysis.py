@@ -10,8 +10,8 @@ from cyclopts import Parameter
 
 import sae_italian
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import one_of
 from sae_italian.base.report import plain
-from sae_italian.base.storage import write_json
 from sae_italian.cli.options import (
     MINUTES,
     Count,
@@ -115,7 +115,6 @@ def language(
         tokens: Tokens of each language.
     """
     from sae_italian.analysis.probes.languages import language_latents
-    from sae_italian.base.pace import cut_short
     from sae_italian.models.activations import check_context
     from sae_italian.saes import model_of
 
@@ -128,7 +127,8 @@ def language(
     value: dict[str, Any] = {}
     parts, labels = [], []
     if ud:
-        result = _probes(sae, loaded, subject, context, ud, against or [], seed)
+        with one_of(2 if corpora else 1, alike=False):
+            result = _probes(sae, loaded, subject, context, ud, against or [], seed)
         result.save(out)
         labels += result.labels()
         value |= result.as_dict()
@@ -137,8 +137,7 @@ def language(
     if corpora:
         where: dict[str, Any] = {"context_size": context, "text_columns": columns, "seed": seed}
         found = language_latents(loaded, subject, corpora, n_tokens=tokens, **where)
-        cut = cut_short()  # no further key where nothing is cut: the others are languages
-        write_json(out / "languages.json", found.as_dict() | ({"cut_short": cut} if cut else {}))
+        found.save(out)
         labels += found.labels()
         value["languages"] = found.as_dict()
         parts.append(found.table())
@@ -186,7 +185,10 @@ def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str],
         if (there := other.cfg.metadata.hook_name) != (here := sae.cfg.metadata.hook_name):
             raise UsageError(f"{other_name} has hook_name {there!r}, the SAE {here!r}: compare SAEs of one site.")
     labels = label_names(banks)
-    words = [read_words(model, hook_name, bank, labels, context_size=context) for bank in banks]
+    words = []
+    for number, bank in enumerate(banks):
+        with one_of(len(banks) - number + 1, alike=False):  # the last part of the time is that of the probes
+            words.append(read_words(model, hook_name, bank, labels, context_size=context))
     seen = words[0].x[words[0].train][:CALIBRATION_TOKENS]
     others = {"random twin": random_twin(sae, seed, lambda: from_numpy(seen))} | others
     return probe(sae, words, name=Path(name).name or "SAE", others=others, seed=seed)

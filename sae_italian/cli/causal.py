@@ -10,6 +10,7 @@ from pydantic import PositiveInt
 
 import sae_italian
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import one_of
 from sae_italian.base.report import plain, save_result, table
 from sae_italian.base.words import read_words
 from sae_italian.cli.options import (
@@ -64,7 +65,8 @@ def ioi(
     loaded = sae_italian.load_model(model)
     drawn: dict[str, Any] = {"n_name_tokens": None if name_tokens == "any" else name_tokens, "seed": seed}
     pairs = ioi_pairs(max(check, n_pairs), loaded.tokenizer, words_for(model, language), **drawn)
-    skill = ioi_score(loaded, loaded.tokenizer, pairs[:check])
+    with one_of(2 if sae else 1, alike=False):
+        skill = ioi_score(loaded, loaded.tokenizer, pairs[:check])
     value = {"model": model, "language": language, "example": plain(pairs[0]), "skill": plain(skill)}
     by_kind = ", ".join(f"{kind} {share.value:.1%}" for kind, share in skill.by_kind.items())
     text, pictures = f"{pairs[0].base} … {pairs[0].io}\n{skill.text()}; {by_kind}", {}
@@ -107,7 +109,8 @@ def agreement(
     key_values(words, MINUTES)  # refuses any other
     pairs = read_minimal_pairs(pairs_file) if pairs_file else agreement_pairs(check, seed=seed)
     loaded = sae_italian.load_model(model)
-    found = agreement_score(loaded, loaded.tokenizer, pairs)
+    with one_of(2 if sae else 1, alike=False):
+        found = agreement_score(loaded, loaded.tokenizer, pairs)
     value = {"model": model, "pairs": str(pairs_file or "generated"), **plain(found)}
     rows = [(kind, f"{s.value:.1%}", f"{s.lo:.1%} to {s.hi:.1%}") for kind, s in found.by_kind.items()]
     text = f"{found.text()}\n\n{table('agreement | right | 95 % interval', rows)}"

@@ -261,14 +261,13 @@ def compare_backends(name: str, prompt: str) -> dict[str, Any]:
     left_out: dict[str, str] = {}
     for backend in ("bridge", "hooked"):
         try:
-            other = load_model(name, backend)
+            found = largest_differences(hf, load_model(name, backend), tokens)
         except UsageError as error:
             if backend == "bridge":
                 raise
             left_out[backend] = str(error)
-            continue
-        found = largest_differences(hf, other, tokens)
-        differences |= {f"{backend} {what}": value for what, value in found.items()}
+        else:
+            differences |= {f"{backend} {what}": value for what, value in found.items()}
     return {
         "model": name,
         "revision": hf.loaded_from["revision"],
@@ -293,18 +292,14 @@ def largest_differences(hf: Any, other: Any, tokens: Any) -> dict[str, float]:
 
     from sae_italian.models.activations import read_many
 
-    layers = range(hf.config.num_hidden_layers)
-    hook_names = [f"blocks.{layer}.{hook}" for layer in layers for hook in SITES.values()]
-    expected = read_many(hf, tokens, hook_names)
+    names = {site: [f"blocks.{i}.{hook}" for i in range(hf.config.num_hidden_layers)] for site, hook in SITES.items()}
+    every = [name for some in names.values() for name in some]
     with torch.no_grad():
-        logits, cache = other.run_with_cache(tokens, names_filter=hook_names)
+        expected = read_many(hf, tokens, every)
+        logits, cache = other.run_with_cache(tokens, names_filter=every)
         differences = {"logits": (logits - hf(tokens).logits).abs().max().item()}
-    for site, hook in SITES.items():
-        at_site = [name for name in hook_names if name.endswith(hook)]
-        largest = max(_relative(cache[name] - expected[name], expected[name]) for name in at_site)
-        differences[f"{site} ({hook}), all layers"] = largest
+        for site, some in names.items():
+            a, b = (torch.stack([found[name] for name in some]) for found in (expected, cache))
+            relative = (b - a).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-9)
+            differences[f"{site} ({SITES[site]}), all layers"] = relative.max().item()
     return differences
-
-
-def _relative(difference: Any, of: Any) -> float:
-    return (difference.norm(dim=-1) / of.norm(dim=-1).clamp_min(1e-9)).max().item()

@@ -76,8 +76,8 @@ class Patcher:
     diff: Float[Tensor, "pairs pos n"]  # c' - c of these
 
     @torch.no_grad()
-    def __init__(self, model: Any, sae: Any, inputs: PatchInputs, batch_rows: int = BATCH_ROWS):
-        self.model, self.sae, self.inputs, self.batch_rows = model, sae, inputs, batch_rows
+    def __init__(self, model: Any, sae: Any, inputs: PatchInputs):
+        self.model, self.sae, self.inputs = model, sae, inputs
         self.hook_in, self.hook_out = edit_hooks(sae, model)
         self.entry, self.edit = entry_and_edit(model, self.hook_out)
         self.n_pairs = len(inputs.base)
@@ -108,7 +108,7 @@ class Patcher:
     def kl(self, rows: Int[Tensor, " rows"], delta: Float[Tensor, "rows pos d_out"]) -> Float[Tensor, " rows"]:
         """Return D_KL(edited || target) in nats of pair `rows[r]` with `delta[r]` added; gradients pass."""
         parts = []
-        for pairs, added in zip(rows.split(self.batch_rows), delta.split(self.batch_rows), strict=True):
+        for pairs, added in zip(rows.split(BATCH_ROWS), delta.split(BATCH_ROWS), strict=True):
             lengths = self.inputs.lengths[pairs]
             longest = int(lengths.max())
             begun = begun_at(self.model, self.entry, self.residual[pairs, :longest])
@@ -135,7 +135,7 @@ class Patcher:
         """Return by how many nats patching each candidate alone brings the base run nearer: the mean fall of the KL."""
         rows, columns = self.in_play.nonzero(as_tuple=True)
         falls = torch.zeros(0)
-        parts = zip(rows.split(self.batch_rows), columns.split(self.batch_rows), strict=True)
+        parts = zip(rows.split(BATCH_ROWS), columns.split(BATCH_ROWS), strict=True)
         for some, these in paced(parts, "latents one by one", len(rows), "run", size=lambda part: len(part[0])):
             falls = torch.cat([falls, (self.unpatched[some] - self.kl(some, self.one(some, these))).cpu()])
         # where the time was over, the mean is over the pairs of which all was run
@@ -170,16 +170,6 @@ class Point(NamedTuple):
     magnitude: float
 
 
-class _Step(NamedTuple):
-    """One candidate taken out, on the prompts in which it differs."""
-
-    column: int
-    rows: Int[Tensor, " rows"]
-    stale: Int[Tensor, " stale"]  # those whose KL has to be measured: something was taken out of them since last time
-    edit: Float[Tensor, "stale pos d_out"]  # what these are then patched with
-    guess: bool  # that it will be un-patched
-
-
 class _State:
     """The patched set: what it adds to each pair, each pair's KL, and every KL measured so far.
 
@@ -191,16 +181,21 @@ class _State:
         self.delta = patcher.delta()
         self.kl = patcher.patched_kl().cpu()
         self.rise = patcher.attribution(self.delta)  # of the mean KL when a candidate is taken out, as last seen
-        self.rows = [column.nonzero()[:, 0] for column in patcher.in_play.T]
+        self.rows = [column.nonzero()[:, 0] for column in patcher.in_play.T]  # the prompts in which a candidate differs
         self.version = torch.zeros(patcher.n_pairs, dtype=torch.int32)
         self.known = torch.zeros(patcher.in_play.shape)  # KL with the candidate taken out
         self.known_at = torch.full(patcher.in_play.shape, -1, dtype=torch.int32)
         self.removed: list[int] = []
 
-    def path(self, columns: Sequence[int], threshold: float, most_rows: int) -> list[_Step]:
-        """Return the next steps as they will be if every guess is right, until their prompts fill a batch.
+    def change(self, rows: Int[Tensor, " rows"], column: int) -> float:
+        """Return by how much the mean KL over all pairs rises with the candidate taken out of these, as it is known."""
+        return float((self.known[rows, column].double() - self.kl[rows].double()).sum()) / self.patcher.n_pairs
 
-        Where nothing has to be measured, the guess is certain.
+    def visit(self, columns: Sequence[int], threshold: float, most_rows: int) -> tuple[int, bool]:
+        """Visit the next candidates, as many as fill a batch, up to and with the first whose outcome was guessed wrong.
+
+        Returns how many were visited, and whether all guesses were right. Where nothing has to be measured, the guess is
+        certain.
         """
         steps, n_rows, delta, version = [], 0, self.delta.clone(), self.version.clone()
         for column in columns:
@@ -209,36 +204,28 @@ class _State:
             n_stale = int(stale.sum())
             if n_rows and n_rows + n_stale > most_rows:
                 break
-            rise = float(self.rise[column]) if n_stale else self.change(rows, self.known[rows, column])
+            out = (float(self.rise[column]) if n_stale else self.change(rows, column)) < threshold
             without = delta[rows] - self.patcher.one(rows, column)
-            steps.append(_Step(column, rows, rows[stale], without[stale], rise < threshold))
-            if rise < threshold:
+            steps.append((column, rows, out, rows[stale], without[stale]))
+            if out:
                 delta[rows] = without
                 version[rows] += 1
             n_rows += n_stale
-        return steps
-
-    def change(self, rows: Tensor, kl: Float[Tensor, " rows"]) -> float:
-        """Return by how much the mean KL over all pairs rises when those of `rows` become `kl`."""
-        return float((kl.double() - self.kl[rows].double()).sum()) / self.patcher.n_pairs
-
-    def replay(self, steps: list[_Step], threshold: float) -> int:
-        """Run the guessed steps as one batch, take them up to and with the first wrong guess; return how many were right."""
-        rows, edits = (torch.cat(parts) for parts in zip(*((step.stale, step.edit) for step in steps), strict=True))
-        measured = self.patcher.kl(rows, edits).cpu() if len(rows) else torch.zeros(0)
-        for number, (step, kl) in enumerate(zip(steps, measured.split([len(s.stale) for s in steps]), strict=True)):
-            self.known[step.stale, step.column] = kl
-            self.known_at[step.stale, step.column] = self.version[step.stale]
-            found = self.known[step.rows, step.column]
-            self.rise[step.column] = change = self.change(step.rows, found)
+        stale, edits = ([step[part] for step in steps] for part in (3, 4))
+        kl = self.patcher.kl(torch.cat(stale), torch.cat(edits)).cpu() if n_rows else torch.zeros(0)
+        measured = kl.split([len(some) for some in stale])
+        for number, ((column, rows, guess, some, _), found) in enumerate(zip(steps, measured, strict=True), 1):
+            self.known[some, column] = found
+            self.known_at[some, column] = self.version[some]
+            self.rise[column] = change = self.change(rows, column)
             if change < threshold:
-                self.delta[step.rows] -= self.patcher.one(step.rows, step.column)
-                self.kl[step.rows] = found
-                self.version[step.rows] += 1
-                self.removed.append(step.column)
-            if (change < threshold) != step.guess:
-                return number
-        return len(steps)
+                self.delta[rows] -= self.patcher.one(rows, column)
+                self.kl[rows] = self.known[rows, column]
+                self.version[rows] += 1
+                self.removed.append(column)
+            if (change < threshold) != guess:
+                return number, False
+        return len(steps), True
 
     def point(self, threshold: float, n_patched: int) -> Point:
         return Point(threshold, n_patched, mean_interval(self.kl.double().numpy()), self.patcher.magnitude(self.delta))
@@ -248,16 +235,14 @@ class _State:
 def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -> tuple[list[Point], list[int]]:
     """Return the curve over rising thresholds (nats), and the latents: first those un-patched never, or last."""
     rng, state, left = np.random.default_rng(seed), _State(patcher), list(range(len(patcher.candidates)))
-    points, most_rows, over = [state.point(0.0, len(left))], patcher.batch_rows, False
+    points, most_rows, over = [state.point(0.0, len(left))], BATCH_ROWS, False
     pace = Pace("elimination", len(left) * len(thresholds), "visit", "at most")
     for number, threshold in enumerate(thresholds, 1):
         order = rng.permutation(left).tolist()
         while order and not over:
-            steps = state.path(order, threshold, most_rows)
-            n_right = state.replay(steps, threshold)
-            all_right = n_right == len(steps)
-            order = order[(n_visited := n_right + (not all_right)) :]
-            most_rows = min(patcher.batch_rows, 2 * most_rows) if all_right else max(LEAST_ROWS, most_rows // 2)
+            n_visited, all_right = state.visit(order, threshold, most_rows)
+            order = order[n_visited:]
+            most_rows = min(BATCH_ROWS, 2 * most_rows) if all_right else max(LEAST_ROWS, most_rows // 2)
             over = pace.step(n_visited)
         left = sorted({*left} - {*state.removed})
         points.append(state.point(float(threshold), len(left)))
@@ -331,26 +316,28 @@ class Patching:
 
     def svg(self) -> str:
         """Return the paper's figure 3: KL against the number of patches and against the edit's size, and the effects."""
-        return pictures.svg(self._draw, 3, (13, 4))
 
-    def _draw(self, axes: Any) -> None:
-        for number, curve in enumerate(self.curves):
-            colour = f"C{number}" if number else pictures.OURS
-            points = [point for point in curve.points if point.n_patched]
-            kl, low, high = np.array([point.kl for point in points]).reshape(-1, 3).T
-            for axis, x in zip(axes[:2], ([p.n_patched for p in points], [p.magnitude for p in points]), strict=True):
-                axis.plot(x, kl, "o-", markersize=3, color=colour, label=curve.name)
-                axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-            label = curve.name if curve.spearman is None else f"{curve.name}: {curve.spearman:.2f}"
-            _, exact, attribution = np.reshape(curve.effects, (-1, 3)).T
-            axes[2].scatter(attribution, exact, s=10, color=colour, label=label)
-        for axis, label in zip(axes, ("patched latents", "mean edit |x' - x|"), strict=False):
-            axis.axhline(self.curves[0].unpatched.value, color=pictures.REFERENCE, linestyle=":", linewidth=1)
-            axis.set(xlabel=label, ylabel="KL(patched || counterfactual), nats")
-        axes[0].set_xscale("log")
-        axes[0].legend(frameon=False, fontsize=8)
-        axes[2].set(xlabel="gradient times difference, nats", ylabel="exact fall of the KL, nats")
-        axes[2].legend(frameon=False, fontsize=8, title="Spearman, all latents", title_fontsize=8)
+        def draw(axes: Any) -> None:
+            for number, curve in enumerate(self.curves):
+                colour = f"C{number}" if number else pictures.OURS
+                points = [point for point in curve.points if point.n_patched]
+                kl, low, high = np.array([point.kl for point in points]).reshape(-1, 3).T
+                for axis, field in zip(axes, ("n_patched", "magnitude"), strict=False):
+                    x = [getattr(point, field) for point in points]
+                    axis.plot(x, kl, "o-", markersize=3, color=colour, label=curve.name)
+                    axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+                label = curve.name if curve.spearman is None else f"{curve.name}: {curve.spearman:.2f}"
+                _, exact, attribution = np.reshape(curve.effects, (-1, 3)).T
+                axes[2].scatter(attribution, exact, s=10, color=colour, label=label)
+            for axis, label in zip(axes, ("patched latents", "mean edit |x' - x|"), strict=False):
+                axis.axhline(self.curves[0].unpatched.value, color=pictures.REFERENCE, linestyle=":", linewidth=1)
+                axis.set(xlabel=label, ylabel="KL(patched || counterfactual), nats")
+            axes[0].set_xscale("log")
+            axes[0].legend(frameon=False, fontsize=8)
+            axes[2].set(xlabel="gradient times difference, nats", ylabel="exact fall of the KL, nats")
+            axes[2].legend(frameon=False, fontsize=8, title="Spearman, all latents", title_fontsize=8)
+
+        return pictures.svg(draw, 3, (13, 4))
 
 
 def patch_saes(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from sae_italian.analysis.gold import zeros_and_ones
 from sae_italian.analysis.shift import corpus_windows
 from sae_italian.autointerp.store import Label
 from sae_italian.base.errors import UsageError
-from sae_italian.base.pace import one_of, paced
+from sae_italian.base.pace import cut_short, one_of, paced
 from sae_italian.base.report import plain, shown, table
 from sae_italian.base.statistics import Estimate, wilson
+from sae_italian.base.storage import write_json
 from sae_italian.models.activations import check_context, read_activations
 from sae_italian.saes import check_fits
 
@@ -76,6 +78,11 @@ class Languages:
             numbers = {"n_tokens": n_tokens, "n_latents": len(own), "share": self.share(name)}
             found[name] = numbers | {"by_chance": self.by_chance[name], "latents": first}
         return plain(found)
+
+    def save(self, folder: Path) -> None:
+        """Write languages.json: the languages, and only where a time bound has cut something short, that beside them."""
+        cut = cut_short()
+        write_json(folder / "languages.json", self.as_dict() | ({"cut_short": cut} if cut else {}))
 
     def table(self) -> str:
         """Return a Markdown table, one row per language."""
