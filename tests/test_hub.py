@@ -132,7 +132,6 @@ def test_the_card_on_italian_text(whose, gemma, request, record_property):
 def test_what_an_sae_trained_on_italian_finds_that_theirs_does_not(ours, record_property):
     """The nearest decoder directions between the two: how much of ours is in theirs, and of theirs in ours."""
     from sae_italian.analysis.geometry import geometry
-
     from sae_italian.saes import load_sae
 
     found = geometry({"ours": load_sae(ours), "theirs": load_sae(GEMMA_SCOPE)}, sample=2000)
