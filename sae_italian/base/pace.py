@@ -37,7 +37,8 @@ def progress(what: str, *, total: int, initial: int = 0, unit: str = "tok", leav
     """Return a `tqdm` bar with its rate: on a terminal it moves, elsewhere it is a line every PIPED_SECONDS."""
     from tqdm import tqdm
 
-    piped: dict[str, Any] = {"file": _Lines(), "mininterval": PIPED_SECONDS, "delay": PIPED_SECONDS}
+    every = {"mininterval": PIPED_SECONDS, "delay": PIPED_SECONDS, "maxinterval": 2 * PIPED_SECONDS}
+    piped: dict[str, Any] = {"file": _Lines(), **every}
     given = {"desc": what, "total": total, "initial": initial, "unit": unit, "unit_scale": True, "leave": leave}
     return tqdm(**given, **({} if sys.stderr.isatty() else piped))
 

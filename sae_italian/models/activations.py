@@ -196,7 +196,7 @@ def continuation_log_probs(
     right, where a causal model never looks back from; the first part must hold a token (the BOS) for every token of the
     second to have a probability.
     """
-    totals = [np.zeros(0)]
+    totals: list[Any] = [np.zeros(0)]
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
         fed = [(*before, *after)[:-1] for before, after in batch]

@@ -298,8 +298,8 @@ def largest_differences(hf: Any, other: Any, tokens: Any) -> dict[str, float]:
         expected = read_many(hf, tokens, every)
         logits, cache = other.run_with_cache(tokens, names_filter=every)
         differences = {"logits": (logits - hf(tokens).logits).abs().max().item()}
-        for site, some in names.items():
-            a, b = (torch.stack([found[name] for name in some]) for found in (expected, cache))
+        for site, hook in SITES.items():
+            a, b = (torch.stack([found[name] for name in names[site]]) for found in (expected, cache))
             relative = (b - a).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-9)
-            differences[f"{site} ({SITES[site]}), all layers"] = relative.max().item()
+            differences[f"{site} ({hook}), all layers"] = relative.max().item()
     return differences

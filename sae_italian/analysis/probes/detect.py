@@ -95,7 +95,7 @@ class ProbeTask:
     @cached_property
     def usable(self) -> list[int]:
         """The labels with enough words that bear them, and that do not, in both parts."""
-        counts = [(labels.sum(axis=0), labels.shape[0]) for labels in self.labels]
+        counts = [(labels.sum(axis=0), len(rows)) for labels, rows in zip(self.labels, self.rows, strict=True)]
         return np.flatnonzero(np.min([(n, size - n) for n, size in counts], axis=(0, 1)) >= LEAST_WORDS).tolist()
 
     @cached_property
