@@ -22,7 +22,7 @@ from sae_italian.base.statistics import Estimate, wilson
 
 BLOCK_ELEMENTS = 2**24  # cosines held at once: 64 MB
 MapMethod = Literal["pca", "umap"]
-UMAP_SETTINGS = {"metric": "cosine", "n_neighbors": 30, "min_dist": 0.1}  # those of Tozzi and Bondielli 2026
+UMAP_SETTINGS = {"metric": "cosine", "n_neighbors": 30, "min_dist": 0.1}  # of Tozzi and Bondielli 2026
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 EDGES = np.linspace(-1, 1, 201)  # of the histograms of best matches
 ALIKE = 0.7  # cosine from which two latents are called the same (Paulo and Belrose 2025)
@@ -104,7 +104,7 @@ def _pca(units: Float[Tensor, "n d"]) -> Float[np.ndarray, "n 2"]:
     axes = vectors[:, values.argsort(descending=True)[:2]]
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
     found = torch.zeros(len(units), 2, dtype=torch.float64)
-    found[:, : axes.shape[1]] = (centred.double() @ axes).cpu()  # one dimension only: the second coordinate is 0
+    found[:, : axes.shape[1]] = (centred.double() @ axes).cpu()  # of one dimension: the second is 0
     return found.float().numpy()
 
 
@@ -205,10 +205,10 @@ class Set:
         """Raises: UsageError when `alive` is not one value per latent, or fewer than two latents are alive."""
         units = normalize(sae.W_dec.detach().float(), dim=-1)
         if alive is not None and len(alive) != len(units):
-            raise UsageError(f"{name} has {len(units):,} latents; {len(alive):,} values say which are alive.")
+            raise UsageError(f"{name} has {len(units):,} latents; {len(alive):,} values say which live.")
         latent = np.arange(len(units)) if alive is None else np.flatnonzero(alive)
         if len(latent) < 2:
-            raise UsageError(f"{name} has {len(latent)} live latents; at least 2 are needed for a comparison.")
+            raise UsageError(f"{name} has {len(latent)} live latents; a comparison needs 2 or more.")
         return cls(name, units[torch.from_numpy(latent).to(units.device)], latent)
 
     def nearest(self, rows: Int[np.ndarray, " n"], target: Set, **settings: Any) -> Nearest:

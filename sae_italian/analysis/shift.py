@@ -202,7 +202,7 @@ def context_shift(
     trained = _trained(sae)
     bounds = list(edges or default_edges(trained, getattr(model.config, "max_position_embeddings", None)))
     if len(bounds) < 3 or bounds[0] < 0 or any(low >= high for low, high in pairwise(bounds)):
-        raise UsageError(f"the context's edges are {bounds}; three or more rising numbers of tokens were expected.")
+        raise UsageError(f"the context's edges are {bounds}; three or more rising numbers were expected.")
     _check(sae, model, bounds[-1])
     spans = {f"{low}-{high}": (low, high) for low, high in pairwise(bounds)}
     windows = corpus_windows if packed else _long_documents

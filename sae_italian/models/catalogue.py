@@ -42,7 +42,7 @@ class ModelEntry:
     note: str
     tokenizer: str  # family: models of one family have the same token ids
     package: str | None = None  # folder beside this file
-    wheels: dict[str, str] | None = None  # where Python's package registry has it: package, module, sha256, terms
+    wheels: dict[str, str] | None = None  # of Python's package registry: package, module, sha256, terms
     bos: bool | None = None  # None: read at load
     d_model: int | None = None
     n_layers: int | None = None

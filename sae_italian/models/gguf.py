@@ -71,14 +71,12 @@ def import_gguf(file: str | Path, name: str, *, overwrite: bool = False, licence
     """
     file = Path(file).expanduser()
     if not name.strip() or name.startswith((".", "/", "~")) or ".." in name:
-        raise UsageError(f"--as {name!r} is no name for a model; use letters, figures, '-', and at most one '/'.")
+        raise UsageError(f"--as {name!r} is no name for a model; use letters, figures, '-' and one '/'.")
     folder = folder_of(name)
     if folder.exists() and not overwrite:
         raise UsageError(f"the name {name!r} is taken ({folder}). Use another, or --overwrite.")
     if folder.exists() and not (folder / RECORD).is_file():
-        raise UsageError(
-            f"{folder} was not written by `models import` (no {RECORD}), so it is not replaced. Move it away."
-        )
+        raise UsageError(f"{folder} was not written by `models import` (no {RECORD}), so it stays. Move it away.")
     record = {**_facts(file), "written": utc_now(), "versions": package_versions()}
     record["licence"] = record["licence"] or licence or "not stated in the file: see where you got it"
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ SITES: dict[Site, str] = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "ho
 # What Hugging Face models call a block's container and its parts: how sparsify, Delphi and people name a module's output.
 _PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.(\d+)(?:\.(self_attn|attn|attention|mlp))?")
 _LLAMA = {"": "", "attn": ".self_attn", "mlp": ".mlp", "ln2": ".post_attention_layernorm"}
-_adapters: dict[int, tuple[Any, Any]] = {}  # id of a config -> (the config, which keeps its id its own; its adapter)
+_adapters: dict[int, tuple[Any, Any]] = {}  # by a config's id: the config, which keeps it, its adapter
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def adapter_of(config: Any) -> Any:
         except ValueError as error:
             raise UsageError(
                 f"model type {config.model_type!r} ({', '.join(config.architectures or ['no architecture named'])}) is "
-                "none that TransformerLens knows, so its hooks cannot be placed. Use a model of a family it knows."
+                "none that TransformerLens knows, so its hooks cannot be placed. Use one that it knows."
             ) from error
         facts = dict(source.map_default_transformer_lens_config(config).__dict__)
         bridge = TransformerBridgeConfig.from_dict(facts)
@@ -134,5 +134,5 @@ def parse_hook_name(name: str, n_layers: int | None = None) -> Hook:
         examples = [f"blocks.{layer}.{option}" for option in _LEGACY]
         raise UsageError(f"hook_name {name!r} is unknown. {nearest(name, examples)}")
     if n_layers is not None and hook.layer >= n_layers:
-        raise UsageError(f"hook_name {name!r}: the model has layers 0 to {n_layers - 1}. Use a layer in that range.")
+        raise UsageError(f"hook_name {name!r}: the model has layers 0 to {n_layers - 1}. Use one of these.")
     return hook

@@ -28,7 +28,7 @@ Backend = Literal["hf", "bridge", "hooked"]
 BACKENDS = ("hf", "bridge", "hooked")
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = 1e-4  # largest difference between backends, in float32
-HOOKED_CONTEXT = 4096  # TransformerLens would cap Mistral at 2048; its masks grow with the square of what is used
+HOOKED_CONTEXT = 4096  # TransformerLens would cap Mistral at 2048; its masks grow with the square
 
 # TransformerLens guesses the architecture from these pieces of a path (reference/transformerlens.md 1.1).
 _MISLEADING_PATHS = ("llama", "gemma", "bert", "t5", "wav2vec2")
@@ -159,7 +159,7 @@ def _loaded_from(resolved: ResolvedModel, model: Any, backend: str, dtype: str) 
         "backend": backend,
         "dtype": dtype,
         "differences": differences,
-        "quantisation": (record_of(resolved.load_from) or {}).get("quantisation"),  # of the GGUF file it came from
+        "quantisation": (record_of(resolved.load_from) or {}).get("quantisation"),  # of a GGUF file
     }
 
 
@@ -189,11 +189,11 @@ def _load_hooked(resolved: ResolvedModel, model: Any, tokenizer: Any, device: st
 
     with _plain_folder() as folder:
         config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-        config.setdefault("n_ctx", getattr(model.config, "max_position_embeddings", context))  # GPT-2: asked for
+        config.setdefault("n_ctx", getattr(model.config, "max_position_embeddings", context))  # GPT-2
         (folder / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
         register_model(str(folder), [])
         try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # TransformerLens prints
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints
                 warnings.simplefilter("ignore", DeprecationWarning)
                 hooked = LoudHooked.from_pretrained_no_processing(
                     str(folder), hf_model=model, tokenizer=tokenizer, device=device, dtype=model.dtype, n_ctx=context
@@ -223,7 +223,7 @@ def _copy_rotary(model: Any, hooked: Any, context: int) -> None:
     angles = torch.cat([angles, angles], dim=-1)
     for block in hooked.blocks:
         for name, values in (("rotary_sin", angles.sin()), ("rotary_cos", angles.cos())):
-            old = getattr(block.attn, name)  # [positions, rotary_dim]; TransformerLens keeps 2048 and grows them itself
+            old = getattr(block.attn, name)  # [positions, rotary_dim], which TransformerLens grows
             if old.shape[1] != values.shape[1]:
                 raise UsageError(f"RoPE turns {old.shape[1]} dimensions here, {values.shape[1]} there; use 'bridge'.")
             setattr(block.attn, name, (values * rotary.attention_scaling).to(old))
@@ -239,7 +239,7 @@ def _plain_folder() -> Iterator[Path]:
         raise UsageError(
             f"the backend 'hooked' needs a scratch folder without {', '.join(_MISLEADING_PATHS)} in its path. Set TMPDIR."
         )
-    folder = place / f"model-{os.getpid()}-{time.monotonic_ns()}"  # figures alone: letters at random can be unlucky
+    folder = place / f"model-{os.getpid()}-{time.monotonic_ns()}"  # letters at random can be unlucky
     folder.mkdir()
     try:
         yield folder

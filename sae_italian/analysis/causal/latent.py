@@ -29,7 +29,7 @@ from sae_italian.saes import check_fits, hooks_of
 
 _AFFINE = ("none", "expected_average_only_in")
 HALVINGS = 24
-FARTHEST = 64.0  # how many times its own activation a latent is pushed down before we say that it cannot be silenced
+FARTHEST = 64.0  # times its own activation that a latent is pushed down before it is given up
 NGRAM = 3  # of the repeat rate
 
 
@@ -106,7 +106,7 @@ class AblatedPosition:
     token: str
     activation: float
     amount: float  # how far the activation was lowered along the latent's direction
-    silenced: bool  # False where no amount makes the latent inactive; then its own contribution was taken away
+    silenced: bool  # False: no amount makes it inactive, and its own contribution was taken away
     divergence: float  # KL(clean || ablated), in nats
     lowered: tuple[TokenMove, ...]
     raised: tuple[TokenMove, ...]
@@ -291,7 +291,7 @@ def steer(
     Raises: UsageError for an unknown latent, no strengths, an empty or too long prompt, and as `edit_hooks`.
     """
     if not strengths or n_new_tokens < 1 or temperature < 0:
-        raise UsageError("steering needs at least one strength, one new token, and a temperature of 0 or more.")
+        raise UsageError("steering needs at least one strength, one new token, a temperature of 0 or more.")
     start = _start(model, tokenizer, sae, prompt, latent, n_new_tokens)
     all_strengths = [0.0, *map(float, strengths)]
     added = torch.tensor(all_strengths, device=model.device)[:, None, None] * unit * start.direction

@@ -45,7 +45,7 @@ class PatchInputs(NamedTuple):
     base: Int[Tensor, "pairs pos"]
     target: Int[Tensor, "pairs pos"]
     lengths: Int[Tensor, " pairs"]
-    differ: Bool[Tensor, "pairs pos"]  # from the first token in which the two differ to the last of the prompt
+    differ: Bool[Tensor, "pairs pos"]  # from the first token in which the two differ to the prompt's last
 
 
 def patch_inputs(tokenizer: Any, model: Any, pairs: Sequence[Any]) -> PatchInputs:
@@ -180,8 +180,8 @@ class _State:
         self.patcher = patcher
         self.delta = patcher.delta()
         self.kl = patcher.patched_kl().cpu()
-        self.rise = patcher.attribution(self.delta)  # of the mean KL when a candidate is taken out, as last seen
-        self.rows = [column.nonzero()[:, 0] for column in patcher.in_play.T]  # the prompts in which a candidate differs
+        self.rise = patcher.attribution(self.delta)  # of the mean KL when one is taken out, as last seen
+        self.rows = [column.nonzero()[:, 0] for column in patcher.in_play.T]  # prompts in which it differs
         self.version = torch.zeros(patcher.n_pairs, dtype=torch.int32)
         self.known = torch.zeros(patcher.in_play.shape)  # KL with the candidate taken out
         self.known_at = torch.full(patcher.in_play.shape, -1, dtype=torch.int32)
@@ -280,7 +280,7 @@ class PatchingCurve:
     points: list[Point]
     order: list[int]  # latents, the most important first
     effects: list[Effect]  # the largest exact ones
-    spearman: float | None  # of exact effects and attributions over all candidates; None where one of them is constant
+    spearman: float | None  # of exact effects and attributions, all candidates; None where one is constant
 
     def reached(self, share: float) -> Point | None:
         """Return the point with the fewest patches whose KL is at most `share` of the unpatched one."""
@@ -359,7 +359,7 @@ def patch_saes(
     hooks = {name: edit_hooks(sae, model)[1] for name, sae in saes.items()}
     if len(set(hooks.values())) > 1:
         places = ", ".join(f"{name} writes at {hook}" for name, hook in hooks.items())
-        raise UsageError(f"{places}; edits compare at one place only. Give SAEs of one hook, or run once for each.")
+        raise UsageError(f"{places}; edits compare at one place only. Give SAEs of one hook.")
     inputs, curves = patch_inputs(tokenizer, model, pairs), []
     for number, (name, sae) in enumerate(saes.items()):
         with one_of(len(saes) - number):

@@ -43,7 +43,7 @@ class Languages:
     names: list[str]
     n_tokens: list[int]
     probability: Float[np.ndarray, "languages d_sae"]
-    by_chance: dict[str, float]  # latents per language when documents are dealt to languages at random, mean
+    by_chance: dict[str, float]  # latents per language when documents are dealt at random, mean
 
     def latents(self, name: str) -> Int[np.ndarray, " n"]:
         """Return the latents of a language, the ones that fire most first."""
