@@ -14,7 +14,7 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 28_956,  # 21_500
+    "lines": 28_954,  # 21_500
     "statements": 18_889,  # 13_500
     "files": 166,  # 150
     "files under 60 lines": 15,
@@ -30,7 +30,7 @@ LEAST_AIR = 0.26  # share of docstrings and blank lines
 ROOM_LINES = {
     "base": 1_367,  # 650
     "micro_italiano": 1_202,  # 1_250
-    "models": 1_308,  # 760, and issue 16's GGUF files
+    "models": 1_306,  # 760, and issue 16's GGUF files
     "corpora": 1_671,  # 1_100
     "saes": 2_199,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 2_169,  # 1_500
