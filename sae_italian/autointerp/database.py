@@ -43,28 +43,30 @@ class RecordTable(Generic[R]):
         for field, (kind, *others) in kinds.items():
             columns.append(f"{field} {_TYPES.get(kind, 'TEXT')}{'' if type(None) in others else ' NOT NULL'}")
         columns.append(f"{'UNIQUE' if numbered else 'PRIMARY KEY'} ({', '.join(key)})")
-        self.create = f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(columns)}){' WITHOUT ROWID' if clustered else ''}"
+        ending = " WITHOUT ROWID" if clustered else ""
+        self.create = f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(columns)}){ending}"
 
     def add(self, connection: sqlite3.Connection, records: Iterable[R], *, replace: bool = False) -> None:
         """Insert records; with `replace` in the place of those with the same key."""
         verb, places = "INSERT OR REPLACE" if replace else "INSERT", ", ".join("?" * len(self.record._fields))
-        rows: Iterable[Sequence[Any]] = records
-        if self.json_columns:
-            rows = ([self._written(*each) for each in zip(self.record._fields, row, strict=True)] for row in records)
+        rows = map(self._written, records) if self.json_columns else records
         connection.executemany(f"{verb} INTO {self.name} ({self.fields}) VALUES ({places})", rows)
 
-    def _written(self, field: str, value: Any) -> Any:
-        return json.dumps(value, ensure_ascii=False) if field in self.json_columns and value is not None else value
+    def _written(self, record: R) -> R:
+        told = {name: getattr(record, name) for name in self.json_columns}
+        texts = {name: json.dumps(value, ensure_ascii=False) for name, value in told.items() if value is not None}
+        return record._replace(**texts)
 
     def select(
         self, connection: sqlite3.Connection, rest: str = "", parameters: Sequence[Any] = ()
     ) -> Iterator[tuple[int, R]]:
         """Yield each row's number and record; `rest` is what comes after FROM."""
-        for number, *values in connection.execute(f"SELECT rowid, {self.fields} FROM {self.name} {rest}", parameters):
+        query = f"SELECT rowid, {self.fields} FROM {self.name} {rest}"
+        for number, *values in connection.execute(query, parameters):
             record = self.record._make(values)
             try:
-                told = {name: getattr(record, name) for name in self.json_columns}
-                yield number, record._replace(**{name: value and json.loads(value) for name, value in told.items()})
+                texts = {name: text for name in self.json_columns if (text := getattr(record, name)) is not None}
+                yield number, record._replace(**{name: json.loads(text) for name, text in texts.items()})
             except (ValueError, RecursionError) as error:
                 raise sqlite3.DatabaseError(f"row {number} of {self.name} is damaged: {error}") from error
 

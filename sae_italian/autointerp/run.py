@@ -20,7 +20,7 @@ from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.judges import RULE, Judge
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.store import Explanation, Judgement, Store
-from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Known, Work, cache_identity, do_batch, stored_config
+from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Trio, Work, cache_identity, do_batch, stored_config
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache, build_cache
@@ -104,7 +104,7 @@ class Run:
                 bar.update(len(result))
                 yield result
 
-    def _unscored(self, explainer: str, judge: str, draw: int | None = None) -> list[tuple[Known, Known, Known | None]]:
+    def _unscored(self, explainer: str, judge: str, draw: int | None = None) -> list[Trio]:
         """Return an explainer's explanations that a judge has not scored, each with the latent's lookup and a stranger's.
 
         With `draw` only those of so many latents are looked at, drawn at random.
@@ -146,7 +146,7 @@ class Run:
         self._claim(judge)
         todo = self._unscored(name, judge.name, draw)
 
-        def score(item: tuple[LatentExamples, tuple[Known, Known, Known | None]]) -> tuple[list[Row], list[Judgement]]:
+        def score(item: tuple[LatentExamples, Trio]) -> tuple[list[Row], list[Judgement]]:
             examples, ((row_id, own), (_, lookup), stranger) = item
             asked = [Asked(judge, own, row_id=row_id)]
             if stranger is not None:

@@ -86,8 +86,12 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
             return store.values(scorer=scorer, negatives=negatives, metric=metric, **where)
 
         def by_source(metric: str = "") -> dict[str, dict[str, Estimate]]:
-            found = {scorer: {name: values(scorer, name, metric) for name in own} for scorer, own in _SOURCES.items()}
-            return {scorer: {name: _mean(each) for name, each in own.items() if each} for scorer, own in found.items()}
+            asked = [(scorer, name) for scorer, own in _SOURCES.items() for name in own]
+            found: dict[str, dict[str, Estimate]] = {scorer: {} for scorer in _SOURCES}
+            for scorer, name in asked:
+                if each := values(scorer, name, metric):
+                    found[scorer][name] = _mean(each)
+            return found
 
         lookup = {"explainer": LOOKUP, "judge": RULE}
         means = {name: _mean(values(name)) for name in _HEADLINE}
@@ -153,9 +157,12 @@ def comparison_table(summaries: list[AutointerpSummary], random: Sequence[Autoin
 
     A rule's score and an LLM's are different quantities: compare within a judge only.
     """
-    named = [(one.explainer, one) for one in summaries] + [(f"{one.explainer}, random SAE", one) for one in random]
-    rows = [[name, one.judge, one.n_scored, *(shown(getattr(one, each)) for each in COLUMNS)] for name, one in named]
-    return table(" | ".join(["explainer", "judge", "latents", *(name.replace("_", " ") for name in COLUMNS)]), rows)
+    rows = []
+    for whose, some in (("", summaries), (", random SAE", random)):
+        for one in some:
+            figures = (shown(getattr(one, each)) for each in COLUMNS)
+            rows.append([one.explainer + whose, one.judge, one.n_scored, *figures])
+    return table(" | ".join(["explainer | judge | latents", *(name.replace("_", " ") for name in COLUMNS)]), rows)
 
 
 def means(path: Path, explainer: str, judges: Sequence[str]) -> list[dict[str, Any]]:

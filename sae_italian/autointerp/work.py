@@ -39,6 +39,7 @@ WHOLE = "whole rule"  # the rule as it was fitted, of which the explanation disp
 LEAST_POSITIVES = (10, 5, 10)  # segments of train, val and test
 
 Known = tuple[int, Explanation]  # an explanation with its id in the store
+Trio = tuple[Known, Known, Known | None]  # a latent's own, its lookup's, and another latent's
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Work:
         feature = Feature(latent, int(statistics["count"][latent]), float(statistics["max"][latent]), *n)
         if any(found < least for found, least in zip(n, LEAST_POSITIVES, strict=True)):
             status = "too few activations" if len(activity.position) else "dead"
-            return Explained(feature, [Explanation(latent, name, status, "", "", None) for name in (EXPLAINER, LOOKUP)])
+            both = [Explanation(latent, name, status, "", "", None) for name in (EXPLAINER, LOOKUP)]
+            return Explained(feature, both)
         return Explained(feature, self.explainer.explain_activity(activity))
 
     def score(self, own: Known, lookup: Known, stranger: Known | None = None) -> list[Row]:
@@ -184,8 +186,8 @@ def keep(path: Path, work: Work, found: Sequence[Explanation]) -> str:
             # the lookup is only there for a rule to be set against
             fresh = fresh | {LOOKUP} if EXPLAINER in fresh else fresh - {LOOKUP}
             kept = [e for name, e in new.items() if name in fresh]
-            marked = [e._replace(explainer=e.explainer + NOW, notes={**(e.notes or {}), "now": now}) for e in kept]
-            ids = store.replace_explanations(marked)
+            noted = [e._replace(explainer=e.explainer + NOW, notes=(e.notes or {}) | {"now": now}) for e in kept]
+            ids = store.replace_explanations(noted)
             if {EXPLAINER, LOOKUP} <= fresh & set(new):
                 store.add_scores(work.score(*((ids[name + NOW], new[name]) for name in (EXPLAINER, LOOKUP))))
     except (SaeItalianError, sqlite3.Error, OSError) as error:
@@ -194,7 +196,9 @@ def keep(path: Path, work: Work, found: Sequence[Explanation]) -> str:
 
 
 def _same(known: Explanation | None, other: Explanation) -> bool:
-    return known is not None and (known.status, known.text_it, known.text_en) == ("ok", other.text_it, other.text_en)
+    if known is None or known.status != "ok":
+        return False
+    return (known.text_it, known.text_en) == (other.text_it, other.text_en)
 
 
 def with_now(found: dict[str, dict[int, Explanation]]) -> dict[str, dict[int, Explanation]]:

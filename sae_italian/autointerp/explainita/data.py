@@ -76,8 +76,8 @@ def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     path = Path(source)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in FORMATS and not path.parent.is_dir()
-    if on_hub and not path.exists():
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in FORMATS
+    if on_hub and not path.parent.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
@@ -94,7 +94,7 @@ def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
             held = {re.sub(r"-\d+-of-\d+$", "", file.stem) for file in [*path.glob("data/*"), *path.glob("*.*")]}
             raise UsageError(f"{path} has no split {split!r}. {nearest(split, sorted(held) or SPLITS)}")
     elif not path.is_file():
-        raise UsageError(f"{path} does not exist; a .parquet or .jsonl file, a folder or {HUB} was expected.")
+        raise UsageError(f"{path} does not exist; expected a .parquet or .jsonl file, a folder or {HUB}.")
     rows = []
     for file in files:
         try:
@@ -196,7 +196,8 @@ def write_submission(source: str | Path, out: Path, task: Task, answers: dict[st
     missing, unknown = [name for name in ids if name not in answers], sorted(set(answers) - set(ids))
     if missing or unknown:
         what = f"no answer for {missing[0]}" if missing else f"an answer for {unknown[0]}, which is not there"
-        raise UsageError(f"a submission has one answer per latent of {split}: {what} ({len(missing)}, {len(unknown)}).")
+        counts = f"({len(missing)}, {len(unknown)})"
+        raise UsageError(f"a submission has one answer per latent of {split}: {what} {counts}.")
     for name, row in zip(ids, rows, strict=True):
         if task == 1:
             row["explanation"] = str(answers[name])

@@ -20,7 +20,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import bootstrap, mean_interval
 from sae_italian.models.activations import read_activations
 
-DEFAULT_MODEL, DEFAULT_LAYER = "bert-base-multilingual-cased", 9  # the layer is bert-score's own choice for that model
+DEFAULT_MODEL, DEFAULT_LAYER = "bert-base-multilingual-cased", 9  # bert-score's own choice of the layer
 _MEASURES = ("correlation", "on_and_off_agree", "relative_error")
 AGREES = 0.9  # correlation from which a latent counts as replayed
 Sums = Float[np.ndarray, "samples 4"]  # positives found and missed, negatives called active and not
@@ -124,14 +124,16 @@ def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
     Raises: UsageError when no sequence has activations or could be tokenised again, or a latent is not the SAE's.
     """
     width, tokenizer = int(sae.cfg.d_sae), model.tokenizer
-    prefixes = {"without BOS": []} | ({} if tokenizer.bos_token_id is None else {"with BOS": [tokenizer.bos_token_id]})
+    prefixes: dict[str, list[int]] = {"without BOS": []}
+    prefixes |= {} if tokenizer.bos_token_id is None else {"with BOS": [tokenizer.bos_token_id]}
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in prefixes}
     n_sequences = n_aligned = 0
     for latent in latents:
         if latent.index >= width:
             raise UsageError(f"{latent.id} is not a latent of this SAE, which has {width}. Give the released one.")
-        known = [(one.strengths, token_ids(tokenizer, one)) for one in latent.sequences if one.strengths is not None]
-        aligned = [(strengths, ids) for strengths, ids in known if ids is not None]
+        known = [one for one in latent.sequences if one.strengths is not None]
+        both = [(one.strengths, token_ids(tokenizer, one)) for one in known]
+        aligned = [(strengths, ids) for strengths, ids in both if strengths is not None and ids is not None]
         n_sequences, n_aligned = n_sequences + len(known), n_aligned + len(aligned)
         if not any(strengths.any() for strengths, _ in aligned):
             continue
@@ -145,8 +147,8 @@ def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
             found[name].append(_agreement(stored, np.concatenate(ours)))
     if not any(found.values()):
         raise UsageError(
-            f"none of {n_sequences} sequences with activations could be tokenised again into its own tokens, so nothing "
-            "can be compared: is this the model's tokenizer, and the split not `test`?"
+            f"none of {n_sequences} sequences with activations could be tokenised again into its own tokens: is this "
+            "the model's tokenizer, and the split not `test`?"
         )
     result: dict[str, Any] = {"latents": len(found["without BOS"])}
     result |= {"sequences": n_sequences, "tokenised_again": n_aligned}

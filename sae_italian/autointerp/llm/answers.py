@@ -24,13 +24,13 @@ from sae_italian.autointerp.llm.calls import Reply, TokenLogprobs
 LONGEST_EXPLANATION = 600  # characters
 LONGEST_LINE = 100  # of a numbered yes or no
 EXPLANATION_KEYS = ("spiegazione", "explanation")
-_WORDS = dict(zip(["1", "true", "yes", "sì", "si", "y", "s", "0", "false", "no", "n"], [1] * 7 + [0] * 4, strict=True))
+_YES, _NO = {"1", "true", "yes", "sì", "si", "y", "s"}, {"0", "false", "no", "n"}
 _THOUGHT = r"think|thinking|thoughts?|reason|reasoning|analysis|reflection|scratchpad"
 _TAG = rf"[<◁\[]\|?(/|end_(?:of_)?)?(?:begin_of_|start_|seed:)?(?:{_THOUGHT})(?:\s[^<>]{{0,200}})?\|?[>▷\]]"
 _TAGS = re.compile(_TAG, re.IGNORECASE)
 _PARTNER = {"}": "{", "]": "["}
 _BRACKETS = r"[{}\[\]]"
-_QUOTED_OR_BRACKETS = r'"(?:[^"\\]|\\.){0,1000}"|' + _BRACKETS  # bounded, so that quotes without an end cost little
+_QUOTED_OR_BRACKETS = r'"(?:[^"\\]|\\.){0,1000}"|' + _BRACKETS  # bounded: quotes may have no end
 PROBLEMS = {  # why an answer cannot be used
     "length": "cut at the token limit (finish_reason length); max_output_tokens=N gives more room",
     "empty": "nothing is said",
@@ -164,11 +164,14 @@ def _number(value: Any, top: int) -> int:
     if isinstance(value, dict):
         numbers = [one for one in value.values() if isinstance(one, int | float)]
         value = numbers[0] if len(numbers) == 1 else None
-    if top == 1 and isinstance(value, bool | str):
-        value = _WORDS.get(str(value).strip().strip(".").lower(), value)
+    word = str(value).strip().strip(".").lower() if top == 1 and isinstance(value, bool | str) else ""
+    if word in _YES | _NO:
+        return int(word in _YES)
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,4}(\.0{1,4})?\s*", value):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= top or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        value = math.nan
+    if not 0 <= value <= top or value != int(value):
         raise Unusable("value", {"allowed": f"0-{top}"})
     return int(value)
 
@@ -203,7 +206,8 @@ def _distribution(token: TokenLogprobs, inside: int, value: int, top: int) -> Fl
     lead = said[:inside]
     for text, logprob in ({said: token["logprob"]} | token["top"]).items():
         match = re.match(r"\s*([0-9]{1,9})", text.removeprefix(lead))
-        number = value if text == said else int(match[1]) if match else -1  # what was said may go on in the next (1|0)
+        number = int(match[1]) if match else -1
+        number = value if text == said else number  # what was said may go on in the next token (1|0)
         if 0 <= number <= top:
             weights[number] += math.exp(min(logprob, 0.0))
     with np.errstate(invalid="ignore"):

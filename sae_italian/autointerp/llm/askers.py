@@ -29,7 +29,7 @@ from sae_italian.base.storage import fingerprint
 
 FOLDER = Path(__file__).parent / "data" / "prompts"
 LONGEST_QUOTE = 1000  # characters of a bad answer that are sent back
-KEYS = {"it": ("spiegazione", "risposte", "valori"), "en": ("explanation", "answers", "values")}  # of the answers
+KEYS = {"it": ("spiegazione", "risposte", "valori"), "en": ("explanation", "answers", "values")}
 EXPLANATION_TOKENS = 160
 LEAST_EXAMPLES = 3
 LANGUAGE_LETTERS = 20  # shorter texts are too short to tell a language
@@ -83,12 +83,15 @@ class Prompts:
     def simulate(self, explanation: str, example: Example) -> Messages:
         """Ask for a number 0 to 10 on each token of one example."""
         pieces = [f"«{one_line(example.text[start:end])}»" for start, end in example.spans.tolist()]
-        values = {"explanation": one_line(explanation), "n": len(pieces), "text": one_line(example.text)}
-        return self._messages("simulation", fill(self._texts["simulation"]["user"], tokens=numbered(pieces), **values))
+        values: dict[str, Any] = {"explanation": one_line(explanation), "text": one_line(example.text)}
+        values["n"] = len(pieces)
+        values["tokens"] = numbered(pieces)
+        return self._messages("simulation", fill(self._texts["simulation"]["user"], **values))
 
     def repair(self, messages: Messages, answer: str, form: str, problem: str, **values: object) -> Messages:
         """Ask once more after an answer with a problem, with its values; of a long one only the start is sent back."""
-        text = fill(self._texts["repair"].strip(), problem=fill(self._texts["problems"][problem], **values), form=form)
+        named = fill(self._texts["problems"][problem], **values)
+        text = fill(self._texts["repair"].strip(), problem=named, form=form)
         shown = answer.strip()[:LONGEST_QUOTE] or "..."
         return (*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": text})
 
@@ -187,7 +190,7 @@ def _read(reply: Reply, reader: Callable[[Reply], Any]) -> Answer:
 class LLMExplainer(Asker):
     """One explanation per latent, in the language of the client's settings."""
 
-    n_train = property(lambda self: 2 * self.config.n_shown)  # training positives that the shown ones are chosen from
+    n_train = property(lambda self: 2 * self.config.n_shown)  # that the shown ones are chosen from
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -204,10 +207,11 @@ class LLMExplainer(Asker):
         if not shown:
             return [explained("too few activations", "", "")]
         answer, n = self._asked(examples, shown)
-        notes: dict[str, Any] = {"examples": n} | ({"examples_dropped": len(shown) - n} if n < len(shown) else {})
-        notes |= {"repaired": answer.repaired} if answer.repaired else {}
+        facts = {"examples_dropped": len(shown) - n, "repaired": answer.repaired}
+        notes: dict[str, Any] = {"examples": n} | {name: fact for name, fact in facts.items() if fact}
         if answer.value is None:
-            notes |= {"problem": answer.why} | ({"answer": answer.reply.text[:500]} if answer.reply.ok else {})
+            notes["problem"] = answer.why
+            notes |= {"answer": answer.reply.text[:500]} if answer.reply.ok else {}
             return [explained(NO_ANSWER if answer.again else "failed", "", "", notes=notes)]
         if other := other_language(answer.value, self.config.language):
             notes["wrong_language"] = other
@@ -300,8 +304,10 @@ class LLMJudge(Asker):
         for size in dict.fromkeys((self.batch, 1)):
             todo = [i for i in order if said[i] < 0]
             batches = [todo[start : start + size] for start in range(0, len(todo), size)]
-            asked = [(self.prompts.judge(question, text, [examples[i] for i in own]), len(own)) for own in batches]
-            for batch, one in zip(batches, self._numbers(asked, question, self.prompts.list_key, 1), strict=True):
+            shown = [[examples[i] for i in batch] for batch in batches]
+            asked = [(self.prompts.judge(question, text, own), len(own)) for own in shown]
+            answers = self._numbers(asked, question, self.prompts.list_key, 1)
+            for batch, one in zip(batches, answers, strict=True):
                 said[batch], spread = one.value or (UNANSWERED if one.again else -1, None)
                 if spread is not None:
                     probability[batch] = [weights[1] for weights in spread]

@@ -21,7 +21,7 @@ from sae_italian.autointerp.store import CALLS, TABLES, Call
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import utc_now
 
-NO_ANSWER, TOO_LONG, REJECTED = "no answer", "prompt too long", "rejected"  # how a status begins that is not ok
+NO_ANSWER, TOO_LONG, REJECTED = "no answer", "prompt too long", "rejected"  # begin a status
 PRICE_FILE = Path(__file__).parent / "data" / "prices.json"
 CHARACTERS_PER_TOKEN = 3.0
 MESSAGE_TOKENS = 8  # what a chat template adds around a message
@@ -88,7 +88,7 @@ class Account:
     tokens_cached: int | None = None
     tokens_out: int | None = None
     usd: float | None = None
-    usd_uncertain: float = 0.0  # upper bound for attempts whose answer was lost, and for answers without a true usage
+    usd_uncertain: float = 0.0  # at most, of attempts whose answer or bill was lost
     latency: float = 0.0  # seconds, its attempts and the waits between them
     attempts: int = 0
     lost: bool = False  # whether the last attempt may have been billed without its bill being known
@@ -115,7 +115,8 @@ class Ledger:
         query = "SELECT attempts, usd_uncertain FROM call WHERE request_hash = ?"
         with self._lock, self._connection:
             if failed := self._connection.execute(query, (key,)).fetchone():
-                call = call._replace(attempts=call.attempts + failed[0], usd_uncertain=call.usd_uncertain + failed[1])
+                attempts, uncertain = call.attempts + failed[0], call.usd_uncertain + failed[1]
+                call = call._replace(attempts=attempts, usd_uncertain=uncertain)
             CALLS.add(self._connection, [call], replace=True)
 
     def close(self) -> None:
@@ -209,8 +210,8 @@ class Price:
 
     def usd(self, tokens_in: int, tokens_out: int, tokens_cached: int = 0) -> float:
         """Return the cost of a call; `tokens_cached` of its input tokens came from the server's prefix cache."""
-        fresh = tokens_in - tokens_cached
-        return (fresh * self.tokens_in + tokens_cached * self.tokens_cached + tokens_out * self.tokens_out) / 1e6
+        read = (tokens_in - tokens_cached) * self.tokens_in + tokens_cached * self.tokens_cached
+        return (read + tokens_out * self.tokens_out) / 1e6
 
 
 def price_of(settings: LLMSettings) -> Price | None:
@@ -284,12 +285,12 @@ class Budget:
         none is in flight.
         """
         with self._changed:
-            while self.limit is not None and self.spent + self.uncertain + self._reserved + account.worst > self.limit:
+            limit = math.inf if self.limit is None else self.limit
+            while (gone := self.spent + self.uncertain) + self._reserved + account.worst > limit:
                 if not self._in_flight:
                     raise BudgetReached(
-                        f"the next call may cost ${account.worst:.4f} and ${self.spent + self.uncertain:.4f} of the "
-                        f"${self.limit:g} of --max-usd are gone. What was answered is kept: run again with a higher "
-                        "--max-usd to go on."
+                        f"the next call may cost ${account.worst:.4f} and ${gone:.4f} of the ${limit:g} of --max-usd "
+                        "are gone. What was answered is kept: run again with a higher --max-usd to go on."
                     )
                 self._changed.wait()
             self._reserved += account.worst

@@ -61,12 +61,13 @@ class Client:
 
     def __init__(self, settings: LLMSettings, ledger: Path):
         settings.check()
-        self.settings, self.model, self.concurrency = settings, settings.llm_model or "", settings.concurrency
-        self.url, self.price = settings.endpoint or "", calls.price_of(settings)
+        self.settings, self.concurrency = settings, settings.concurrency
+        self.model, self.url = settings.llm_model or "", settings.endpoint or ""
+        self.price = calls.price_of(settings)
         if settings.max_usd is not None and self.price is None:
             raise UsageError(
-                f"there is no price for {self.model!r}, so --max-usd cannot be kept. Give prices=FILE with its price (0 "
-                "for a server of your own), or leave --max-usd out."
+                f"there is no price for {self.model!r}, so --max-usd cannot be kept. Give prices=FILE with its price "
+                "(0 for a server of your own), or leave --max-usd out."
             )
         self.counter, self.budget = calls.TokenCounter.of(settings), calls.Budget(settings.max_usd)
         self.missing: dict[str, str] = {}
@@ -76,7 +77,8 @@ class Client:
         self._lock, self._local = threading.Lock(), threading.local()
         self._pending: dict[str, Future[Reply]] = {}
         self._stopped: EndpointError | None = None
-        self._reached, self._in_vain = False, 0  # whether any response came, questions in a row without an answer
+        self._reached = False  # whether any response came
+        self._in_vain = 0  # questions in a row without an answer
 
     def __enter__(self) -> Client:
         # Without a key nothing of the environment (OPENAI_API_KEY, the Hub's token) may reach the server.
@@ -156,20 +158,21 @@ class Client:
         blamed: list[str] = []
         while True:
             wanted = self._wanted(request)
-            attempts = self.settings.attempts if self._reached else min(self.settings.attempts, UNREACHED_ATTEMPTS)
+            most = self.settings.attempts if self._reached else min(self.settings.attempts, UNREACHED_ATTEMPTS)
             try:
-                client = self._openai.with_options(max_retries=max(0, attempts - account.attempts - 1))
+                client = self._openai.with_options(max_retries=max(0, most - account.attempts - 1))
                 client.post("/chat/completions", body=wanted, cast_to=object)
             except openai.APIStatusError as error:
                 said = calls.sentence_of(error.response.text, self._key)
                 if not self._do_without(wanted, error.status_code, said, blamed):
-                    for name in blamed:  # without these it was refused all the same: they were not the reason
+                    for name in blamed:  # refused without these all the same: they were not the reason
                         self.missing.pop(name, None)
                     return self._refused(error.response, said, account)
             except openai.APIConnectionError as error:
                 cause, late = error.__cause__ or error, isinstance(error, openai.APITimeoutError)
-                why = f"no answer within {self.settings.timeout:g} s" if late else f"{type(cause).__name__}: {cause}"
-                return self._failed(calls.NO_ANSWER, calls.sentence_of(why, self._key), account)
+                why = calls.sentence_of(f"{type(cause).__name__}: {cause}", self._key)
+                why = f"no answer within {self.settings.timeout:g} s" if late else why
+                return self._failed(calls.NO_ANSWER, why, account)
             else:
                 account.latency, self._in_vain = time.monotonic() - started, 0
                 reply = calls.reply_of(self._local.body)
@@ -264,8 +267,8 @@ class Client:
             raise self._stop(f"{self.url} refuses every question ({why}).")
         if kind == calls.NO_ANSWER and (enough or not answered):
             raise self._stop(
-                f"{self.url} does not answer: {account.attempts} attempts each at {self._in_vain} questions, the "
-                f"last: {why}. What was answered is kept; run again when it is back, or give another --endpoint."
+                f"{self.url} does not answer: {account.attempts} attempts each at {self._in_vain} questions, the last: "
+                f"{why}. What was answered is kept; run again when it is back, or give another --endpoint."
             )
         return Reply(f"{kind}: {why}")
 

@@ -120,8 +120,8 @@ class LLMSettings(LLMOptions):
                 )
             return
         if self.judge == "rule":
-            raise UsageError("the rule judge executes rules and cannot read a text: --explainer llm needs --judge llm.")
+            raise UsageError("the rule judge cannot read a text: --explainer llm needs --judge llm.")
         if not self.llm_model or not (self.endpoint or self.estimate):
             raise UsageError("an LLM needs --endpoint URL and --llm-model NAME.")
         if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
-            raise UsageError(f"--endpoint is {self.endpoint!r}; a URL such as http://localhost:8000/v1 was expected.")
+            raise UsageError(f"--endpoint is {self.endpoint!r}; expected a URL such as http://localhost:8000/v1.")
