@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,7 +218,7 @@ class LatentSource:
         size = self.cache.manifest.context_size
         return passages_of(self.cache.latent(latent), self._document, size, size)
 
-    def _scores(self, latent: int) -> list[Any]:
+    def _scores(self, latent: int) -> list[Record]:
         """Return the scores of the latent's own explanations, detection and fuzzing, by every judge."""
         store = self.store()
         rows = store.connection.execute(_SCORES, (latent,)) if store else ()
@@ -236,12 +237,17 @@ class LatentSource:
 
     @cached_property
     def _source_of(self) -> tuple[list[str], np.ndarray]:
-        """The names of the corpus' sources, and which one each document is of."""
+        """The names of the corpus' sources, and which one each document is of; texts are not read."""
         names: dict[str, int] = {}
-        number = [names.setdefault(name, len(names)) for name in _document_sources(self.cache)]
+        number: list[int] = []
+        for shard in self.cache.manifest.shards:
+            arrays = self.cache.shard_tokens(shard.index)
+            data, pointers = arrays["source"].tobytes(), arrays["source_ptr"].tolist()
+            texts = (data[begin:end].decode("utf-8", "replace") for begin, end in pairwise(pointers))
+            number += [names.setdefault(name, len(names)) for name in texts]
         return list(names), np.array(number, dtype=np.int32)
 
-    def _sources(self, position: np.ndarray) -> tuple[list[Any], int]:
+    def _sources(self, position: np.ndarray) -> tuple[list[Record], int]:
         """Return the sources of some positions (in order), most documents first, and how many more there are."""
         names, number = self._source_of
         doc = self.cache.gather("doc", position)
@@ -252,15 +258,6 @@ class LatentSource:
         shown = found[np.argsort(-documents[found], kind="stable")][:N_SOURCES].tolist()
         rows = [{"source": names[i], "documents": int(documents[i]), "tokens": int(tokens[i])} for i in shown]
         return rows, len(found) - len(shown)
-
-
-def _document_sources(cache: FeatureCache) -> Iterator[str]:
-    """Yield the source of every document, without its text."""
-    for shard in cache.manifest.shards:
-        arrays = cache.shard_tokens(shard.index)
-        data, pointers = arrays["source"].tobytes(), arrays["source_ptr"].tolist()
-        for begin, end in zip(pointers[:-1], pointers[1:], strict=True):
-            yield data[begin:end].decode("utf-8", "replace")
 
 
 def public_name(name: str) -> str:
@@ -275,7 +272,7 @@ def short_name(manifest: Manifest) -> str:
     return f"L{hook.layer}{hook.site or ''}" + (f"-{expansion:g}x" if expansion >= 1 else "")
 
 
-def labels_of(store: Store | None, gold: Iterable[dict[str, Any]]) -> dict[int, list[Record]]:
+def labels_of(store: Store | None, gold: list[Record]) -> dict[int, list[Record]]:
     """Return the gold and UD labels that each latent detects, best first: the store's and those of the run's results."""
     rows = [row._asdict() for row in store.labels()] if store else []
     good = (row for row in gold if row["latent"] is not None and (row["f1"] or 0) >= GOLD_SHOWN)

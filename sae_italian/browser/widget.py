@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,10 @@ def show(
     """
     if latent is not None:
         FeatureCache.open(cache_path).range_of(latent)
-    bare = plain or not has_anywidget()
-    given = weights if weights or bare or not (live or compare) else None
-    compare = None if bare else compare
-    answers = open_pages(cache_path, weights=given, live=live and not bare, llm=llm, compare=compare)
-    return Plain(answers.source, latent) if bare else widget_class()(answers, latent)
-
-
-def has_anywidget() -> bool:
-    """Return whether anywidget can be imported."""
-    from importlib.util import find_spec
-
-    return find_spec("anywidget") is not None
+    if plain or find_spec("anywidget") is None:
+        return Plain(open_pages(cache_path, weights=weights).source, latent)
+    given = weights if weights or not (live or compare) else None
+    return widget_class()(open_pages(cache_path, weights=given, live=live, llm=llm, compare=compare), latent)
 
 
 class Plain:

@@ -148,13 +148,12 @@ def pack(
     context_size: int,
     *,
     windows_per_block: int = 256,
-    layout: Layout | None = None,
 ) -> Iterator[PackedBlock]:
     """Yield blocks of `windows_per_block` full windows, the last block shorter; a window that is not full is dropped.
 
     Raises: UsageError when context_size leaves no room for text.
     """
-    packer = Packer(context_size, layout or layout_of(tokenizer))
+    packer = Packer(context_size, layout_of(tokenizer))
     for batch, tokens in tokenised(documents, tokenizer):
         packer.add(batch, tokens)
         while packer.n_windows >= windows_per_block:

@@ -80,7 +80,7 @@ def test_the_module_is_one_file_without_imports(shown):
 
 
 def test_without_anywidget_there_is_html(folder, monkeypatch):
-    monkeypatch.setattr(widget, "has_anywidget", lambda: False)
+    monkeypatch.setattr(widget, "find_spec", lambda _: None)
     found = show(folder)
     assert isinstance(found, Plain)
     html = found._repr_html_()

@@ -11,7 +11,7 @@ import torch
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import locked
 from sae_italian.corpora import CorpusStream, TextDocument, iter_documents, pack, pretokenize
-from sae_italian.corpora.packing import NO_DOCUMENT, layout_of
+from sae_italian.corpora.packing import NO_DOCUMENT, Packer, layout_of, tokenised
 from sae_italian.corpora.pretokenize import PretokenizedCorpus
 from sae_italian.corpora.stream import Reader
 from tests.corpora.test_packing import HARD, TOKENIZERS
@@ -78,7 +78,10 @@ def test_packing_is_saelens_packing(bos, separator):
     documents = [TextDocument(HARD[i % len(HARD)] * (1 + i % 3), str(i), "t") for i in range(300)]
     ids = (torch.tensor(TOKENIZER(d.text, add_special_tokens=False).input_ids) for d in documents)
     expected = list(concat_and_batch_sequences(ids, 13, layout.bos, None, layout.separator))
-    found = np.concatenate([b.tokens for b in pack(documents, TOKENIZER, 13, layout=layout, windows_per_block=7)])
+    packer = Packer(13, layout)
+    for batch in tokenised(documents, TOKENIZER, 7):
+        packer.add(*batch)
+    found = packer.take(packer.n_windows).tokens
     assert np.array_equal(found, torch.stack(expected).numpy())
 
 

@@ -92,19 +92,19 @@ def export(
 
 
 def _folder(out: Path, to: str, facts: Facts, manifest: Manifest) -> Path:
-    if to == "neuronpedia":
-        ending = f"_{facts['suffix']}" if facts["suffix"] else ""
-        return out / f"{facts['model']}_{facts['source_set']}_{manifest.hook_name}_{manifest.d_sae}{ending}"
-    if to == "neuronpedia-bulk":
-        return out / facts["model"] / facts["source"]
-    return out / "features" / facts["release"]
+    ending = f"_{facts['suffix']}" if facts["suffix"] else ""
+    folders = {
+        "neuronpedia": f"{facts['model']}_{facts['source_set']}_{manifest.hook_name}_{manifest.d_sae}{ending}",
+        "neuronpedia-bulk": f"{facts['model']}/{facts['source']}",
+        "circuit-tracer": f"features/{facts['release']}",
+    }
+    return out / folders[to]
 
 
 def _wandb(out: Path, latents: Latents, wanted: range, project: str, online: bool) -> tuple[Path, dict[str, int]]:
     table, checked = [formats.wandb_row(latents, latent) for latent in wanted], FieldCheck()
     for row in table:
         checked("wandb_latent", row)
-    rows = checked.finish()
     write_browser(out / "browser", latents.source)
     where = {"project": project, "online": online, "name": latents.source.run()["title"]}
-    return formats.log_table(out, table, out / "browser", **where), rows
+    return formats.log_table(out, table, out / "browser", **where), dict(checked.n_rows)

@@ -1,5 +1,5 @@
 """The table of fields (`fields.yaml`): what fills each field of a row, and the check that rows fit: keys, types, lengths,
-order, ranges, unique keys, whole letters.
+order, ranges, unique keys.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sae_italian.autointerp.pieces import byte_letters
 from sae_italian.base.errors import DataError
 
-MOJIBAKE_ALLOWED = 0.02  # of an export's token strings: text from the web holds some of its own
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _TYPES: dict[str, Any] = {
@@ -63,23 +61,8 @@ def make_row(name: str, facts: dict[str, Any]) -> dict[str, Any]:
     return {key: one.constant if one.fact is None else facts[one.fact] for key, one in columns}
 
 
-def is_mojibake(text: str) -> bool:
-    """Return whether a text is UTF-8 that was read as Windows-1252, or bytes shown as byte-level BPE's letters."""
-    if text.isascii():
-        return False
-    letters = byte_letters()
-    for read in (lambda: text.encode("cp1252"), lambda: bytes(letters[letter] for letter in text)):
-        try:
-            decoded = read().decode("utf-8")
-        except (UnicodeError, KeyError):
-            continue
-        if decoded != text and all(letter.isprintable() or letter.isspace() for letter in decoded):
-            return True
-    return False
-
-
 class FieldCheck:
-    """One export under check. Call it with each row and where that stands; ask `finish` in the end.
+    """One export under check: call it with each row and where that stands; `n_rows` are the rows of each table that fit.
 
     Raises: DataError naming table, row and field of the first thing that does not fit.
     """
@@ -87,8 +70,6 @@ class FieldCheck:
     def __init__(self) -> None:
         self.n_rows: Counter[str] = Counter()
         self.seen: set[tuple[Any, ...]] = set()
-        self.n_strings = self.n_mangled = 0
-        self.mangled = ""  # an example
 
     def __call__(self, name: str, row: dict[str, Any], where: str = "") -> None:
         table, here = tables()[name], f"{name} {where}"
@@ -96,7 +77,7 @@ class FieldCheck:
             wrong = sorted(set(row) ^ set(table["fields"])) or ["their order"]
             raise DataError(f"{here}: the keys differ from the table of fields in {', '.join(map(repr, wrong))}.")
         for key, one in table["fields"].items():
-            self._value(f"{here}, field {key!r}", one.kind, row[key])
+            _check_value(f"{here}, field {key!r}", one.kind, row[key])
         _check_rules(here, table, row)
         key = (name, *(row[part] for part in table.get("key", ())))
         if len(key) > 1 and key in self.seen:
@@ -107,28 +88,17 @@ class FieldCheck:
             for index, value in enumerate(row[key]):
                 self(inner, value, f"{where}.{key}.{index}")
 
-    def _value(self, here: str, kind: str, value: Any) -> None:
-        if value is None and kind.endswith("?"):
-            return
-        plain = kind.removesuffix("?")
-        values = value if plain.endswith("[]") else [value]
-        if not isinstance(values, list) or not all(map(_TYPES[plain.removesuffix("[]")], values)):
-            raise DataError(f"{here}: {kind} was expected, found {repr(value)[:80]}.")
-        for text in (item for item in values if isinstance(item, str)):
-            if _UNSTORABLE.search(text):
-                raise DataError(f"{here}: a NUL or half a surrogate pair, which a database refuses.")
-            self.n_strings += 1
-            if is_mojibake(text):
-                self.n_mangled, self.mangled = self.n_mangled + 1, text
 
-    def finish(self) -> dict[str, int]:
-        """Return how many rows of each table fit. Raises: DataError when the strings are mangled."""
-        if self.n_mangled > MOJIBAKE_ALLOWED * self.n_strings:
-            raise DataError(
-                f"{self.n_mangled} of {self.n_strings} strings are mangled, such as {self.mangled!r}: "
-                "bytes were taken for letters. Text has to come from character offsets, not from the vocabulary."
-            )
-        return dict(self.n_rows)
+def _check_value(here: str, kind: str, value: Any) -> None:
+    """Raise DataError for a value of another type than a field's."""
+    if value is None and kind.endswith("?"):
+        return
+    plain = kind.removesuffix("?")
+    values = value if plain.endswith("[]") else [value]
+    if not isinstance(values, list) or not all(map(_TYPES[plain.removesuffix("[]")], values)):
+        raise DataError(f"{here}: {kind} was expected, found {repr(value)[:80]}.")
+    if any(isinstance(item, str) and _UNSTORABLE.search(item) for item in values):
+        raise DataError(f"{here}: a NUL or half a surrogate pair, which a database refuses.")
 
 
 def _check_rules(here: str, table: dict[str, Any], row: dict[str, Any]) -> None:

@@ -79,10 +79,9 @@ def check_folder(folder: Path, to: str, n_latents: int) -> dict[str, int]:
         for file in sorted(folder.glob(f"{pattern}.json*")):
             for number, row in enumerate(read_rows(file), 1):
                 checked(table, row, f"{file.relative_to(folder)}, line {number}")
-    found = checked.finish()
-    if found.get(latents) != n_latents:
-        raise DataError(f"{folder} holds {found.get(latents, 0)} of {n_latents} latents. Write the export again.")
-    return found
+    if checked.n_rows[latents] != n_latents:
+        raise DataError(f"{folder} holds {checked.n_rows[latents]} of {n_latents} latents. Write the export again.")
+    return dict(checked.n_rows)
 
 
 def read_rows(file: Path) -> Iterator[Facts]:

@@ -18,6 +18,7 @@ from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import final_gain
 
 from .conftest import LATENTS
+from .mojibake import is_mojibake
 
 WANTED = range(LATENTS[0], LATENTS[1] + 1)
 MANY = {"features": "neuron", "activations": "activation", "explanations": "explanation"}
@@ -206,16 +207,12 @@ def test_what_does_not_fit_is_refused(bulk, tmp_path, name, change, message):
         check_folder(folder, "neuronpedia-bulk", len(WANTED))
 
 
-def test_mangled_strings_are_refused(bulk, tmp_path):
-    folder = shutil.copytree(bulk.folder, tmp_path / "copy")
-
-    def mangle(rows):
-        for row in rows:
-            row["tokens"] = [token.encode().decode("cp1252", "replace") for token in row["tokens"]]
-
-    damage(folder, "activations", mangle)
-    with pytest.raises(DataError, match="mangled"):
-        check_folder(folder, "neuronpedia-bulk", len(WANTED))
+def test_no_string_is_mangled(bulk, batch):
+    rows = [row for name in MANY for row in lines(bulk, name)] + [
+        p for row in features(batch) for p in row["activations"]
+    ]
+    texts = [text for row in rows for key in ("tokens", "pos_str", "neg_str") for text in row.get(key, ())]
+    assert len(texts) > 1000 and sum(map(is_mojibake, texts)) == 0
 
 
 def test_every_row_names_its_source_and_every_active_latent_has_passages_in_which_it_is_active(bulk):

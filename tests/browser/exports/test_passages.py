@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_italian.browser.exports.fields import is_mojibake, tables
+from sae_italian.browser.exports.fields import tables
 from sae_italian.browser.exports.latents import cantor, facts_of, names_of, pieces, row_id, storable
+from tests.browser.exports.mojibake import is_mojibake
 
 COVER = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 
