@@ -60,7 +60,7 @@ def browse(
 def _shown(source: Path, out: Path | None, latent: int | None, which: dict[str, Any]) -> Result:
     """Write the folder of pages, or return one latent's card."""
     from sae_italian.browser.opening import open_pages
-    from sae_italian.browser.plain import card_text
+    from sae_italian.browser.widget import card_text
     from sae_italian.browser.write import write_browser
 
     if latent is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 2**20  # characters; a token's encoding takes some hundred bytes until its numbers are taken out
 NO_DOCUMENT = np.iinfo(np.uint32).max  # the document index of BOS and separator tokens
-
-_backends: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()  # tokenizer: (its size, its backend for text)
 
 
 class TokenBatch(NamedTuple):
@@ -39,33 +36,20 @@ class TokenBatch(NamedTuple):
             yield self.flat[begin:end].T
 
 
-def _backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return a copy of the Rust tokenizer inside that neither cuts nor pads, and takes typed special tokens for text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UsageError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; a fast one is needed."
-        )
-    size, copied = _backends.get(tokenizer, (0, None))
-    if size != len(tokenizer):  # new, or tokens were added
-        copied = type(backend).from_str(backend.to_str())
-        copied.no_truncation()
-        copied.no_padding()
-        copied.encode_special_tokens = True
-        _backends[tokenizer] = (len(tokenizer), copied)
-    return copied
-
-
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TokenBatch:
     """Return the tokens of each text, without those that a tokenizer adds around it.
 
     Raises: UsageError for a slow tokenizer, which has no offsets.
     """
-    encodings = _backend_of(tokenizer).encode_batch(texts, add_special_tokens=False)
-    ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32)
-    offsets = np.fromiter(chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int32)
-    bounds = np.cumsum([0, *map(len, encodings)])
-    return TokenBatch(np.column_stack([ids, offsets.reshape(-1, 2)]), bounds)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UsageError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; a fast one is needed."
+        )
+    how = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True, "verbose": False}
+    found: Any = tokenizer(texts, **how) if texts else {"input_ids": [], "offset_mapping": []}
+    ids = np.fromiter(chain.from_iterable(found["input_ids"]), np.int32)
+    offsets = np.fromiter(chain.from_iterable(chain.from_iterable(found["offset_mapping"])), np.int32)
+    return TokenBatch(np.column_stack([ids, offsets.reshape(-1, 2)]), np.cumsum([0, *map(len, found["input_ids"])]))
 
 
 def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextDocument]]:

@@ -26,8 +26,7 @@ import pyarrow as pa
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import read_json
-from sae_italian.corpora import hub
-from sae_italian.corpora.catalogue import Route, catalogue
+from sae_italian.corpora.catalogue import PREFIX, Route, catalogue, explained, list_files, open_file
 
 MICRO_ITALIANO, HELD_OUT_MICRO = "micro-italiano", "micro-italiano, held out"
 PRETOKENIZED = "progress.json"  # the file that tells a pretokenised folder of ours
@@ -69,7 +68,7 @@ class TextFile(NamedTuple):
 
     @property
     def is_local(self) -> bool:
-        return not self.path.startswith(hub.PREFIX)
+        return not self.path.startswith(PREFIX)
 
     def identity(self, whole: bool = True) -> Any:
         """Return what makes it this very file: of a local one the size and a hash of its content.
@@ -92,7 +91,7 @@ class TextFile(NamedTuple):
 
     def open(self) -> Any:
         """Return the file's bytes, decompressed."""
-        raw = Path(self.path).open("rb") if self.is_local else hub.open_file(self.path)
+        raw = Path(self.path).open("rb") if self.is_local else open_file(self.path)
         if self.kind.endswith(".gz"):
             return gzip.GzipFile(fileobj=raw)
         if self.kind.endswith(".zst"):
@@ -111,7 +110,7 @@ class TextFile(NamedTuple):
                 yield line
 
     def __str__(self) -> str:
-        return self.path.removeprefix(hub.PREFIX)
+        return self.path.removeprefix(PREFIX)
 
 
 def encoding_of(head: bytes) -> str:
@@ -143,7 +142,7 @@ def rows(shard: TextFile, columns: Sequence[str], start: int = 0) -> Iterator[Ro
     A file that cannot be read on ends with a row that says so. Raises: UsageError when the hub refuses.
     """
     try:
-        with nullcontext() if shard.is_local else hub.explained(shard.corpus, "/".join(str(shard).split("/")[:2])):
+        with nullcontext() if shard.is_local else explained(shard.corpus, "/".join(str(shard).split("/")[:2])):
             yield from READERS[shard.kind](shard, columns, start)
     except _NoText as error:
         yield Row(None, Broken("other_schema", f"{shard}{error}"))
@@ -316,8 +315,8 @@ def micro_shard(seed: int, held_out: bool) -> TextFile:
 
 def hub_shards(route: Route, name: str, source: str) -> list[TextFile]:
     """Return the shards of a route of the corpus `name`. Raises: UsageError for a file that cannot be read, as `hub`."""
-    commit, sizes = hub.list_files(route, name)
-    root = f"{hub.PREFIX}{route.hub}@{commit}"
+    commit, sizes = list_files(route, name)
+    root = f"{PREFIX}{route.hub}@{commit}"
     return [
         TextFile(path, f"{root}/{path}", _kind(path, HUB_ENDINGS), source, [size, commit], name)
         for path, size in sizes.items()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.labels import labels
 from sae_italian.base.storage import fingerprint
-from sae_italian.corpora import catalogue, hub
+from sae_italian.corpora.catalogue import PREFIX, find, route_of_url
 from sae_italian.corpora.filters import Filters, Sieve
 from sae_italian.corpora.rows import (
     HASHED_WHOLE,
@@ -111,7 +111,7 @@ class _Part:
         self.name, self.skip_broken, self.counts = name, reader.on_broken == "skip", counts
         self.columns: tuple[str, ...] = (reader.text_column,)
         self.min_chars, self.max_chars, shuffled = 0, reader.max_chars, reader.shuffle_shards
-        located = None if Path(name).expanduser().exists() else catalogue.find(name)
+        located = None if Path(name).expanduser().exists() else find(name)
         if name == MICRO_ITALIANO:
             self.shards = [micro_shard(reader.seed, reader.split == "heldout")]
         elif located is not None:
@@ -121,8 +121,8 @@ class _Part:
                 self.columns = route.text_columns or entry.text_columns
             self.min_chars, self.max_chars = entry.min_chars, min(self.max_chars, entry.max_chars or self.max_chars)
             shuffled = entry.shuffle_shards if shuffled is None else shuffled
-        elif name.startswith(hub.PREFIX):
-            route = hub.route_of_url(name)
+        elif name.startswith(PREFIX):
+            route = route_of_url(name)
             self.shards = hub_shards(route, name, route.hub.rpartition("/")[2])
         else:
             self.shards = local_shards(Path(name).expanduser())

@@ -8,8 +8,7 @@ import pytest
 from sae_italian.base.errors import UsageError
 from sae_italian.browser import widget
 from sae_italian.browser.opening import PageAnswers, beside
-from sae_italian.browser.plain import card_html
-from sae_italian.browser.widget import Plain, show
+from sae_italian.browser.widget import Plain, card_html, show
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT

@@ -8,7 +8,7 @@ import huggingface_hub.constants
 import pytest
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.corpora import catalogue, hub
+from sae_italian.corpora import catalogue
 from sae_italian.corpora.stream import CorpusStream, Reader, load_corpus
 from tests.corpora import hub_stand_in
 from tests.corpora.hub_stand_in import gz, jsonl, parquet
@@ -105,7 +105,7 @@ def test_every_corpus_of_the_catalogue_is_read_by_its_route(server, name, n, beg
 
 def test_sizes_of_clean_mc4_are_prefixes_of_the_raw_shards(server):
     _, route = catalogue.find("clean-mc4-it-tiny") or pytest.fail()
-    names = list(hub.list_files(route.model_copy(update={"first": 2}), "x")[1])
+    names = list(catalogue.list_files(route.model_copy(update={"first": 2}), "x")[1])
     assert len(names) == 2 and names == sorted(names) and not any("validation" in name for name in names)
     firsts = [
         catalogue.catalogue()[f"clean-mc4-it-{size}"].routes["raw"].first
@@ -263,9 +263,9 @@ def test_load_corpus_over_the_hub_gives_uniform_rows(server):
 def test_the_connection_is_not_shared_between_reads(server):
     """Two readers of one file at a time get their own bytes."""
     path = "20231101.it/train-00000-of-00003.parquet"
-    url = f"{hub.PREFIX}{WIKI}@{hub_stand_in.COMMIT}/{path}"
+    url = f"{catalogue.PREFIX}{WIKI}@{hub_stand_in.COMMIT}/{path}"
     results = []
-    threads = [threading.Thread(target=lambda: results.append(hub.open_file(url).read())) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: results.append(catalogue.open_file(url).read())) for _ in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert results == [server.repositories[WIKI][path]] * 4

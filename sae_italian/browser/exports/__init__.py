@@ -1,34 +1,61 @@
 """A cache's latents in the formats of other tools: claim a folder, write it latent by latent, check all of it.
 
-`fields.yaml` says what every field of every format is and what fills it; `latents.py` makes the facts, `formats.py` the
-files.
+neuronpedia        <out>/<model>_<set>_<hook_name>_<d_sae>[_<suffix>]/batch-<k>.json, run_settings.json,
+                   skipped_indexes.json: the folder that SAEDashboard's runner writes, without its pickle of tokens.
+neuronpedia-bulk   <out>/<model>/<source>/release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl (one line each) and
+                   {features,activations,explanations}/batch-<k>.jsonl.gz. The importer takes the columns of a file from
+                   its first line and drops rows whose id it has seen, so every line has the same keys, and ids are
+                   unique and the same at every export of a cache.
+circuit-tracer     <out>/features/<scan>/<Cantor pair of layer and latent>.json, which graph pages read beside a graph.
+wandb              the table `latents` and the browser's folder as an artifact, in one run that is offline unless asked.
+
+Token strings come from character offsets, intervals hold no zeros, and no passage of a latent is there twice.
+`fields.yaml` says what every field of every format is and what fills it; `latents.py` makes the facts.
 """
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from sae_italian.base.errors import UsageError, nearest
-from sae_italian.base.storage import claimed, read_json
-from sae_italian.browser.exports import formats
-from sae_italian.browser.exports.fields import FieldCheck
-from sae_italian.browser.exports.latents import Facts, Latents, facts_of, names_of
+from sae_italian.autointerp.run import EXPLAINER, LOOKUP
+from sae_italian.autointerp.scorers.binary import HEADLINE
+from sae_italian.autointerp.store import NOW, Store
+from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.storage import atomic_path, claimed, read_json, write_text
+from sae_italian.browser.contexts import storable
+from sae_italian.browser.directions import rounded
+from sae_italian.browser.exports.fields import FieldCheck, make_row, tables
+from sae_italian.browser.exports.latents import Facts, Latents, cantor, facts_of, names_of, row_id
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.models import load_model_config
 
-__all__ = ["FORMATS", "Export", "export"]
-
-WRITERS = {
-    "neuronpedia": formats.write_batches,
-    "neuronpedia-bulk": formats.write_bulk,
-    "circuit-tracer": formats.write_features,
+BATCH, MAX_FILES = 128, 1000  # latents of a file; the bulk importer sees 1000 files of a folder
+ONE_LINE = ("release", "model", "sourceset", "source")
+# The tables of each format by the files that hold their rows, and the one that has a row for each latent.
+TABLES = {
+    "neuronpedia": (
+        {"batch-*": "batch", "run_settings": "run_settings", "skipped_indexes": "skipped_indexes"},
+        "batch_feature",
+    ),
+    "neuronpedia-bulk": (
+        {name: name for name in ONE_LINE}
+        | {"features/*": "neuron", "activations/*": "activation", "explanations/*": "explanation"},
+        "neuron",
+    ),
+    "circuit-tracer": ({"[0-9]*": "circuit_feature"}, "circuit_feature"),
 }
-FORMATS = (*WRITERS, "wandb")
+
+
 NO_DECODER = (
     "logit histograms, neuron alignment and correlated neurons: the SAE or its model is not at hand (give --sae)"
 )
@@ -46,6 +73,203 @@ class Export(NamedTuple):
         counts = ", ".join(f"{n:,} {name}" for name, n in self.rows.items())
         lines = [f"written: {self.folder}", f"checked against the table of fields: {counts}"]
         return "\n".join([*lines, *(f"left empty: {what}" for what in self.lost)])
+
+
+class ExportTask(NamedTuple):
+    """Some latents to be written into a folder; files that are there already are kept."""
+
+    folder: Path
+    latents: Latents
+    facts: Facts
+    wanted: range
+    bar: Any
+
+    def batches(self, size: int) -> Iterator[tuple[int, range]]:
+        for number, first in enumerate(range(self.wanted.start, self.wanted.stop, size)):
+            batch = range(first, min(first + size, self.wanted.stop))
+            yield number, batch
+            self.bar.update(len(batch))
+
+
+def _json(value: Any, **how: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, **how)
+
+
+def check_folder(folder: Path, to: str, n_latents: int) -> dict[str, int]:
+    """Check every row of an export against the table of fields; return the rows of each table.
+
+    Raises: DataError at the first that does not fit, and when a latent is missing.
+    """
+    (names, latents), checked = TABLES[to], FieldCheck()
+    for pattern, table in names.items():
+        for file in sorted(folder.glob(f"{pattern}.json*")):
+            for number, row in enumerate(read_rows(file), 1):
+                checked(table, row, f"{file.relative_to(folder)}, line {number}")
+    if checked.n_rows[latents] != n_latents:
+        raise DataError(f"{folder} holds {checked.n_rows[latents]} of {n_latents} latents. Write the export again.")
+    return dict(checked.n_rows)
+
+
+def read_rows(file: Path) -> Iterator[Facts]:
+    """Yield the rows of one file."""
+    if file.suffix == ".json":
+        yield read_json(file)
+        return
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as handle:
+        yield from map(json.loads, handle)
+
+
+# --- Neuronpedia's batch JSON ----------------------------------------------------------------------------------------
+
+
+def write_batches(task: ExportTask) -> None:
+    for number, batch in task.batches(BATCH):
+        file = task.folder / f"batch-{number}.json"
+        if not file.is_file():
+            features = [_feature(task, latent) for latent in batch]
+            write_text(file, _json(make_row("batch", {**task.facts, "features": features})))
+    n_batches = -(-len(task.wanted) // BATCH)
+    facts = {**task.facts, "n_batches": n_batches, "outputs_dir": str(task.folder.parent)}
+    write_text(task.folder / "run_settings.json", _json(make_row("run_settings", facts), indent=2))
+    write_text(task.folder / "skipped_indexes.json", _json(make_row("skipped_indexes", facts)))
+
+
+def _feature(task: ExportTask, latent: int) -> Facts:
+    record = task.latents.record(latent)
+    activations = [make_row("batch_activation", passage) for passage in task.latents.passages(latent)]
+    return make_row("batch_feature", {**task.facts, **record, "activations": activations})
+
+
+# --- Neuronpedia's bulk-import folder ----------------------------------------------------------------------------------
+
+
+def write_bulk(task: ExportTask) -> None:
+    for name in ONE_LINE:
+        write_text(task.folder / f"{name}.jsonl", _line(make_row(name, task.facts)))
+    store = task.latents.source.store()
+    scores = _scores(store) if store else {}
+    for number, batch in task.batches(max(BATCH, -(-len(task.wanted) // MAX_FILES))):
+        explanations, activations, features = (
+            task.folder / name / f"batch-{number}.jsonl.gz" for name in ("explanations", "activations", "features")
+        )
+        if not features.is_file():
+            _write_rows(explanations, _explanations(task, store, scores, batch) if store else ())
+            _write_rows(activations, _activations(task, batch))
+            records = ({**task.facts, **task.latents.record(latent)} for latent in batch)
+            _write_rows(features, (make_row("neuron", record) for record in records))
+
+
+def _line(row: Facts) -> str:
+    return _json(row, separators=(",", ":")) + "\n"
+
+
+def _write_rows(file: Path, rows: Iterable[Facts]) -> None:
+    with (
+        atomic_path(file) as temporary,
+        temporary.open("wb") as handle,
+        gzip.GzipFile(fileobj=handle, mode="wb", mtime=0, compresslevel=6, filename="") as packed,
+    ):
+        for row in rows:
+            packed.write(_line(row).encode())
+
+
+def _activations(task: ExportTask, batch: range) -> Iterator[Facts]:
+    for latent in batch:
+        for number, passage in enumerate(task.latents.passages(latent)):
+            key = row_id(task.facts, "activation", latent, number)
+            yield make_row("activation", {**task.facts, **passage, "index": str(latent), "row_id": key})
+
+
+def _scores(store: Store) -> dict[str, dict[int, float]]:
+    """Return the detection of every explainer's texts by latent, each by the judge that reads such texts."""
+    llm = next((judge for judge in store.judges() if judge != "rule" and not judge.startswith("always-")), "rule")
+    test: dict[str, Any] = {"control": "", "scorer": "detection", "metric": "balanced_accuracy"}
+    return {
+        name: store.values(
+            explainer=name,
+            judge="rule" if name.removesuffix(NOW) == EXPLAINER else llm,
+            negatives=HEADLINE["detection"],
+            **test,
+        )
+        for name in store.explainers()
+        if name.removesuffix(NOW) != LOOKUP
+    }
+
+
+def _explanations(task: ExportTask, store: Store, scores: dict[str, dict[int, float]], batch: range) -> Iterator[Facts]:
+    """Yield the Italian and the English text of each explanation as a row of its own."""
+    query = """SELECT latent, explainer, text_it, text_en FROM explanation
+               WHERE latent BETWEEN ? AND ? AND status = 'ok' AND explainer NOT IN (?, ?) ORDER BY latent, id"""
+    found = store.connection.execute(query, (batch.start, batch.stop - 1, LOOKUP, LOOKUP + NOW)).fetchall()
+    for latent, explainer, *texts in found:
+        score = scores[explainer].get(latent)
+        for language, text in zip(("it", "en"), texts, strict=True):
+            if text:
+                notes = {"explainer": explainer, "language": language, "detection_balanced_accuracy": score}
+                facts = {"index": str(latent), "description": storable(text), "notes": _json(notes)}
+                facts["row_id"] = row_id(task.facts, "explanation", latent, explainer, language)
+                yield make_row("explanation", {**task.facts, **facts})
+
+
+# --- circuit-tracer's feature files ------------------------------------------------------------------------------------
+
+
+def write_features(task: ExportTask) -> None:
+    for _, (latent,) in task.batches(1):
+        file = task.folder / f"{cantor(task.facts['layer'], latent)}.json"
+        if not file.is_file():
+            write_text(file, _json(_circuit_feature(task.latents, latent)))
+
+
+def _circuit_feature(latents: Latents, latent: int) -> Facts:
+    quantiles = []
+    for (lo, hi), passages in groupby(latents.passages(latent, digits=17), key=itemgetter("lo", "hi")):
+        name = f"Activations from {lo:.3g} to {hi:.3g}" if lo >= 0 else "Top activations"
+        examples = [make_row("circuit_example", passage) for passage in passages]
+        quantiles.append({"quantile_name": name, "examples": examples})
+    value = latents.cache.latent(latent).value
+    bounds = {"smallest": rounded(value.min() if len(value) else 0.0), "largest": rounded(value.max(initial=0.0))}
+    facts = {"latent": latent, **latents.logits(latent), **bounds, "examples_quantiles": quantiles}
+    return make_row("circuit_feature", facts)
+
+
+# --- W&B ---------------------------------------------------------------------------------------------------------------
+
+
+def wandb_row(latents: Latents, latent: int) -> Facts:
+    """Return a row of the table: the latent's row in the browser's list, its logits, and its strongest passage."""
+    record, logits = latents.source.row(latent), latents.logits(latent)
+    lists = {"top_tokens": record["top_tokens"], "promoted": logits["pos_str"], "suppressed": logits["neg_str"]}
+    joined = {name: " ".join(f"«{token.strip()}»" for token in tokens) for name, tokens in lists.items()}
+    return make_row("wandb_latent", {**record, **joined, "example": latents.strongest(latent)})
+
+
+def log_table(out: Path, table: list[Facts], browser: Path, *, project: str, online: bool, name: str) -> Path:
+    """Log table and artifact as one W&B run below `out`; return the run's folder, which `wandb sync` sends.
+
+    Raises: UsageError without the package wandb.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UsageError("W&B is not installed; it comes with pip install 'sae-italian[sweeps]'.") from None
+    settings = wandb.Settings(console="off", silent=True, reinit="create_new")
+    mode: Any = "online" if online else "offline"
+    with wandb.init(
+        project=project, job_type="latents", name=name, dir=str(out.resolve()), mode=mode, settings=settings
+    ) as run:
+        names = list(tables()["wandb_latent"]["fields"])
+        run.log({"latents": wandb.Table(columns=[*names], data=[list(row.values()) for row in table])})
+        artifact = wandb.Artifact("latent-browser", type="html", description="open index.html")
+        artifact.add_dir(str(browser))
+        run.log_artifact(artifact)
+        return Path(run.dir).parent
+
+
+# --- the export ----------------------------------------------------------------------------------------------------------
+
+WRITERS = {"neuronpedia": write_batches, "neuronpedia-bulk": write_bulk, "circuit-tracer": write_features}
+FORMATS = (*WRITERS, "wandb")
 
 
 def export(
@@ -86,8 +310,8 @@ def export(
             facts = facts_of(manifest, called, config, sae)
             facts["created"] = read_json(out / "run.json")["created"]  # a resumed export keeps its date
             folder = _folder(out, to, facts, manifest)
-            WRITERS[to](formats.ExportTask(folder, source, facts, wanted, bar))
-        rows = formats.check_folder(folder, to, len(wanted))
+            WRITERS[to](ExportTask(folder, source, facts, wanted, bar))
+        rows = check_folder(folder, to, len(wanted))
         return Export(to, folder, rows, [] if here or to == "circuit-tracer" else [NO_DECODER])
 
 
@@ -102,9 +326,9 @@ def _folder(out: Path, to: str, facts: Facts, manifest: Manifest) -> Path:
 
 
 def _wandb(out: Path, latents: Latents, wanted: range, project: str, online: bool) -> tuple[Path, dict[str, int]]:
-    table, checked = [formats.wandb_row(latents, latent) for latent in wanted], FieldCheck()
+    table, checked = [wandb_row(latents, latent) for latent in wanted], FieldCheck()
     for row in table:
         checked("wandb_latent", row)
     write_browser(out / "browser", latents.source)
     where = {"project": project, "online": online, "name": latents.source.run()["title"]}
-    return formats.log_table(out, table, out / "browser", **where), dict(checked.n_rows)
+    return log_table(out, table, out / "browser", **where), dict(checked.n_rows)

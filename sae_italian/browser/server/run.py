@@ -23,13 +23,9 @@ def bind(port: int) -> socket.socket:
     """
     if not 0 <= port <= 65535:
         raise UsageError(f"--port is {port}; 1 to 65535 were expected.")
-    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((HOST, port))
-        found.listen(256)
+        return socket.create_server((HOST, port), backlog=256)
     except OSError as error:
-        found.close()
         if error.errno == errno.EADDRINUSE:
             with bind(0) as free:
                 number = free.getsockname()[1]
@@ -37,7 +33,6 @@ def bind(port: int) -> socket.socket:
         if error.errno == errno.EACCES:
             raise UsageError(f"port {port} needs privileges. Give one above 1023, such as --port {PORT}.") from None
         raise
-    return found
 
 
 def serve(app: Any, port: int, ready: Callable[[str], None]) -> None:
