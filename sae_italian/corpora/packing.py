@@ -45,7 +45,12 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TokenBatch
         raise UsageError(
             f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; a fast one is needed."
         )
-    how = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True, "verbose": False}
+    how: dict[str, Any] = {
+        "add_special_tokens": False,
+        "split_special_tokens": True,
+        "return_offsets_mapping": True,
+        "verbose": False,
+    }
     found: Any = tokenizer(texts, **how) if texts else {"input_ids": [], "offset_mapping": []}
     ids = np.fromiter(chain.from_iterable(found["input_ids"]), np.int32)
     offsets = np.fromiter(chain.from_iterable(chain.from_iterable(found["offset_mapping"])), np.int32)
