@@ -43,7 +43,6 @@ from sae_italian.models.hooks import parse_hook_name
 THRESHOLD = 1e-5  # of an activation that Delphi keeps
 MIN_SPLITS = 5  # Delphi's own default
 NON_ZEROS_PER_SPLIT = 2**23  # held in memory at a time
-NON_ZEROS_PER_BATCH = 2**22
 PER_TOKEN = ("tokens", "doc", "start", "end")
 TEXTS = ("text", "doc_id", "source")
 
@@ -121,11 +120,9 @@ def _split(cache: FeatureCache, first: int, last: int) -> dict[str, np.ndarray]:
         values.append(np.minimum(value[keep], FP16_MAX).astype(np.float16))
     position, latent = np.concatenate(positions), np.concatenate(latents)
     order = np.argsort(position, kind="stable")  # latents ascend within a position, as torch.nonzero gives them
-    sequence, place = np.divmod(position[order], cache.manifest.context_size)
-    largest = max(sequence.max(initial=0), latent.max(initial=0))
-    locations = np.stack([sequence, place, latent[order]], axis=1)
+    locations = np.stack([*np.divmod(position[order], cache.manifest.context_size), latent[order]], axis=1)
     return {
-        "locations": locations.astype(np.uint16 if largest < 2**16 else np.uint32),
+        "locations": locations.astype(np.uint16 if locations.max(initial=0) < 2**16 else np.uint32),
         "activations": np.concatenate(values)[order],
         "tokens": cache.tokens.astype(np.int64).reshape(-1, cache.manifest.context_size),
     }
@@ -151,12 +148,8 @@ def export_rows(
     first, last = manifest.latent_bounds(latents)
     spec = {"manifest": manifest.identity(), "latents": [first, last]}
     with claimed(out, "datasets export", spec, resume=resume, overwrite=overwrite):
-        tables = {
-            "documents": _documents(opened),
-            "windows": _windows(opened),
-            "latents": _latents(opened, first, last),
-        }
-        for name, batches in tables.items():
+        tables = (_documents(opened), _windows(opened), _latents(opened, first, last))
+        for name, batches in zip(("documents", "windows", "latents"), tables, strict=True):
             if not (out / name).is_dir():
                 _write_dataset(out / name, batches)
         manifest.save(out)
@@ -182,15 +175,9 @@ def _write_dataset(folder: Path, batches: Iterator[Any]) -> None:
 
 def _latents(cache: FeatureCache, first: int, last: int) -> Iterator[Any]:
     for begin, indptr, position, value in cache.entries(first, last):
-        start = 0
-        while start < len(indptr) - 1:  # as many latents as fit in a batch, or one
-            fitting = int(np.searchsorted(indptr, indptr[start] + NON_ZEROS_PER_BATCH, side="right")) - 1
-            stop = min(len(indptr) - 1, max(start + 1, fitting))
-            here, pointers = slice(indptr[start], indptr[stop]), indptr[start : stop + 1] - indptr[start]
-            rows = cache.table.slice(begin + start, stop - start).combine_chunks()
-            rows = rows.append_column("positions", arrow(position[here], pointers))
-            yield rows.append_column("values", arrow(value[here], pointers))
-            start = stop
+        rows = cache.table.slice(begin, len(indptr) - 1).combine_chunks()
+        rows = rows.append_column("positions", arrow(position, indptr))
+        yield rows.append_column("values", arrow(value, indptr))
 
 
 def _windows(cache: FeatureCache) -> Iterator[Any]:
@@ -205,10 +192,9 @@ def _windows(cache: FeatureCache) -> Iterator[Any]:
 def _documents(cache: FeatureCache) -> Iterator[Any]:
     import pyarrow as pa
 
+    first = 0
     for shard in cache.manifest.shards:
-        arrays, columns = cache.shard_tokens(shard.index), {}
-        for name in TEXTS:
-            data, edges = arrays[name].tobytes(), arrays[f"{name}_ptr"].tolist()
-            strings = [data[begin:end].decode("utf-8", "replace") for begin, end in pairwise(edges)]
-            columns[name] = pa.array(strings, pa.large_string())
-        yield pa.table({**columns, "shard": pa.array(np.full(shard.n_documents, shard.index, dtype=np.uint32))})
+        texts = [cache.document(first + own) for own in range(shard.n_documents)]
+        first += len(texts)
+        columns = {name: pa.array([getattr(text, name) for text in texts], pa.large_string()) for name in TEXTS}
+        yield pa.table({**columns, "shard": pa.array(np.full(len(texts), shard.index, dtype=np.uint32))})

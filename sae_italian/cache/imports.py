@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import fingerprint, package_versions
+from sae_italian.base.storage import fingerprint, package_versions, read_json
 from sae_italian.cache.build import as_they_come, claimed_cache, default_windows, finish_cache, sae_facts
 from sae_italian.cache.decoded import decoded_blocks
 from sae_italian.cache.layout import FP16_MAX, Manifest, map_arrays, tokenizer_hash
@@ -24,7 +23,8 @@ LOST = (
     "activations at or below 1e-5",
     "the corpus's revision, and for values beyond fp16 their size",
 )
-_INTEGERS = ("int64", "int32", "uint32", "uint16")
+NO_TEXT = "text and offsets: give --model, whose tokenizer decodes the windows"
+NO_SAE = "the SAE's weights hash, decoder neighbours and promoted tokens: give --sae and --model"
 
 
 class Imported(NamedTuple):
@@ -53,29 +53,28 @@ class DelphiSplit:
             raise DataError(f"{self.file}: {name} is {arrays[name].dtype.name}, {' or '.join(kinds)} was expected.")
         return arrays[name]
 
-    def check(self, n_windows: int, context: int, windows_per_shard: int) -> tuple[int, int]:
-        """Find where each shard begins; return how many activations are not positive, and how many are infinite.
+    def check(self, n_windows: int, context: int, windows_per_shard: int) -> None:
+        """Read locations and values, and find where each shard begins.
 
         Raises: DataError for what lies outside of the tokens or the split, and for another order than the text's.
         """
         self.locations = self.load("locations", ("uint16", "uint32", "int32", "int64"))
-        self.values = values = self.load("activations", ("float16", "float32"))
+        self.values = self.load("activations", ("float16", "float32"))
         found = self.locations.shape
-        if len(found) != 2 or found[1] != 3 or found[0] != len(values) or values.ndim != 1:
-            raise DataError(f"{self.file}: locations {list(found)} do not fit {list(values.shape)} activations.")
+        if self.values.ndim != 1 or found != (len(self.values), 3):
+            raise DataError(f"{self.file}: locations {list(found)} do not fit {list(self.values.shape)} activations.")
         limits, largest = (n_windows, context, self.last - self.first + 1), self.locations.max(axis=0, initial=0)
         if self.locations.min(initial=0) < 0 or (largest >= limits).any():
             raise DataError(
                 f"{self.file}: locations reach {largest.tolist()}, beyond {limits[0]} windows of "
                 f"{limits[1]} tokens and {limits[2]} latents."
             )
-        if np.isnan(values).any():
-            raise DataError(f"{self.file}: {int(np.isnan(values).sum())} activations are NaN.")
+        if n_nan := int(np.isnan(self.values).sum()):
+            raise DataError(f"{self.file}: {n_nan} activations are NaN.")
         window = self.locations[:, 0].astype(np.int64)
         if (np.diff(window) < 0).any():
             raise DataError(f"{self.file}: its locations are not in the order of the text, as Delphi writes them.")
         self.edges = np.searchsorted(window, np.arange(0, n_windows + windows_per_shard, windows_per_shard)).tolist()
-        return int((values <= 0).sum()), int(np.isposinf(values).sum())
 
 
 def import_delphi(
@@ -98,42 +97,32 @@ def import_delphi(
     source, out = Path(source), Path(out)
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     splits, config = find_splits(source), _config(source)
-    tokens = _tokens(splits, config, source)
-    d_sae = splits[-1].last + 1
+    tokens, d_sae = _tokens(splits, config, source), splits[-1].last + 1
     if sae is not None and sae.cfg.d_sae != d_sae:
         raise UsageError(f"{source} holds {d_sae} latents, the SAE {sae.cfg.d_sae}: it is another SAE.")
     manifest = _manifest(source, config, tokens, d_sae, sae, sae_name, tokenizer)
-    n_windows, context = tokens.shape
-    checked = [split.check(n_windows, context, manifest.windows_per_shard) for split in splits]
+    (n_windows, context), size = tokens.shape, manifest.windows_per_shard
+    for split in splits:
+        split.check(n_windows, context, size)
     with claimed_cache(out, manifest, resume=resume, overwrite=overwrite) as manifest:
+        if not manifest.tokens_complete:
+            parts = (tokens[first : first + size] for first in range(0, n_windows, size))
+            blocks = enumerate(decoded_blocks(parts, tokenizer))
+            manifest.shards = [write_token_shard(out, index, block) for index, block in blocks]
+            manifest.tokens_complete = True
+            manifest.save(out)
+        missing = [shard.index for shard in manifest.shards if not shard.encoded]
+        written = (write_activations(out, n, _shard(splits, manifest, n), d_sae) for n in missing)
+        for record in as_they_come(written, "activations", "shard", len(missing), {out: manifest}):
+            record.enter(manifest.shards[record.index])
         if not manifest.complete:
-            if not manifest.tokens_complete:
-                size = manifest.windows_per_shard
-                parts = (tokens[first : first + size] for first in range(0, n_windows, size))
-                blocks = enumerate(decoded_blocks(parts, tokenizer))
-                manifest.shards = [write_token_shard(out, index, block) for index, block in blocks]
-                manifest.tokens_complete = True
-                manifest.save(out)
-            missing = [shard.index for shard in manifest.shards if not shard.encoded]
-            written = (write_activations(out, n, _shard(splits, manifest, n), d_sae) for n in missing)
-            for record in as_they_come(written, "activations", "shard", len(missing), {out: manifest}):
-                record.enter(manifest.shards[record.index])
             finish_cache(out, manifest, sae, model)
-    return Imported(out, _lost(checked, sae, tokenizer))
-
-
-def _lost(checked: list[tuple[int, int]], sae: Any, tokenizer: Any) -> list[str]:
-    n_negative, n_infinite = (sum(counts) for counts in zip(*checked, strict=True))
-    lost: list[str] = list(LOST)
-    if tokenizer is None:
-        lost.append("text and offsets: give --model, whose tokenizer decodes the windows")
-    if sae is None:
-        lost.append("the SAE's weights hash, decoder neighbours and promoted tokens: give --sae and --model")
-    if n_negative:
-        lost.append(f"{n_negative:,} activations that are not positive")
-    if n_infinite:
+    lost = [*LOST, *[NO_TEXT] * (tokenizer is None), *[NO_SAE] * (sae is None)]
+    if n_silent := sum(int((split.values <= 0).sum()) for split in splits):
+        lost.append(f"{n_silent:,} activations that are not positive")
+    if n_infinite := sum(int(np.isposinf(split.values).sum()) for split in splits):
         lost.append(f"the size of {n_infinite:,} infinite activations, which stand as {FP16_MAX:.0f}")
-    return lost
+    return Imported(out, lost)
 
 
 def find_splits(source: Path) -> list[DelphiSplit]:
@@ -157,20 +146,17 @@ def _config(source: Path) -> dict[str, Any]:
     file = source / "config.json"
     if not file.is_file():
         raise DataError(f"{file} is missing: Delphi writes one beside the splits, with the model's name.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config["model_name"], str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged: an object with model_name was expected ({error}).") from error
+    config = read_json(file)
+    if not isinstance(config, dict) or not isinstance(config.get("model_name"), str):
+        raise DataError(f"{file} is damaged: an object with model_name was expected.")
     return config
 
 
 def _tokens(splits: list[DelphiSplit], config: dict[str, Any], source: Path) -> Int[np.ndarray, "windows context"]:
     """Return the windows, the same in every split."""
-    tokens = splits[0].load("tokens", _INTEGERS)
-    for split in splits[1:]:
-        if not np.array_equal(split.load("tokens", _INTEGERS), tokens):
+    tokens, *others = (split.load("tokens", ("int64", "int32", "uint32", "uint16")) for split in splits)
+    for split, theirs in zip(splits[1:], others, strict=True):
+        if not np.array_equal(theirs, tokens):
             raise DataError(f"{split.file}: its tokens differ from those of {splits[0].file.name}.")
     if tokens.ndim != 2 or not tokens.size or tokens.min() < 0:
         raise DataError(f"{splits[0].file}: tokens of shape {list(tokens.shape)}; [windows, context] was expected.")
@@ -182,12 +168,9 @@ def _tokens(splits: list[DelphiSplit], config: dict[str, Any], source: Path) -> 
 
 def _shard(splits: list[DelphiSplit], manifest: Manifest, index: int) -> Sparse:
     """Return a shard's positive activations out of all splits, token by token."""
-    locations, values = [], []
-    for split in splits:
-        here = slice(*split.edges[index : index + 2])
-        locations.append(split.locations[here].astype(np.int64) + (0, 0, split.first))
-        values.append(split.values[here].astype(np.float32))
-    value = np.concatenate(values)
+    parts = [(split, slice(*split.edges[index : index + 2])) for split in splits]
+    value = np.concatenate([split.values[here].astype(np.float32) for split, here in parts])
+    locations = [split.locations[here].astype(np.int64) + (0, 0, split.first) for split, here in parts]
     window, place, latent = np.concatenate(locations)[value > 0].T
     value = np.where(np.isposinf(value), np.float32(FP16_MAX), value)[value > 0]
     position = (window - index * manifest.windows_per_shard) * manifest.context_size + place

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -77,6 +77,10 @@ class LatentRange(_Record):
         return f"latents/{self.first:05d}_{self.last:05d}.safetensors"
 
 
+def _total(name: str) -> Any:
+    return property(lambda self: sum(getattr(shard, name) for shard in self.shards))
+
+
 class Manifest(_Record):
     """Everything a reader must know, and everything that decides the bytes of the cache."""
 
@@ -105,25 +109,11 @@ class Manifest(_Record):
     stats_sha256: str = ""
     complete: bool = False
 
-    @property
-    def n_windows(self) -> int:
-        return sum(shard.n_windows for shard in self.shards)
+    n_windows, n_documents, nnz, n_wide = map(_total, ("n_windows", "n_documents", "nnz", "n_wide"))
 
     @property
     def n_positions(self) -> int:
         return self.n_windows * self.context_size
-
-    @property
-    def n_documents(self) -> int:
-        return sum(shard.n_documents for shard in self.shards)
-
-    @property
-    def nnz(self) -> int:
-        return sum(shard.nnz for shard in self.shards)
-
-    @property
-    def n_wide(self) -> int:
-        return sum(shard.n_wide for shard in self.shards)
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the bytes of the cache: two builds with the same identity are the same cache."""
@@ -152,11 +142,9 @@ class Manifest(_Record):
             version = values.get("schema_version")
             if version == SCHEMA_VERSION:
                 return cls(**values)._consistent()
-        except (ValueError, AttributeError, RecursionError) as error:
-            why = str(error)
-            if isinstance(error, ValidationError):
-                why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:2])
-            raise DataError(f"{file} is damaged: {why}. Build the cache again.") from error
+        except (ValueError, AttributeError) as error:  # pydantic's are ValueErrors
+            why = " ".join(str(error).split())
+            raise DataError(f"{file} is damaged: {why:.300}. Build the cache again.") from error
         raise DataError(f"{file}: schema version {version!r}, this program reads {SCHEMA_VERSION}. Build it again.")
 
     def _consistent(self) -> Manifest:

@@ -118,10 +118,8 @@ class LatentActivations:
         """Return the strongest position of every segment in which the latent is active."""
         start = segment_starts(self.cache, self.position, width)
         begins = np.diff(start, prepend=-1) != 0
-        if not len(start):
-            return Peaks(self.position, self.value, start)
         segment = np.cumsum(begins) - 1
-        largest = np.maximum.reduceat(self.value, np.flatnonzero(begins))[segment]
+        largest = np.maximum.reduceat(self.value, np.flatnonzero(begins))[segment] if len(start) else self.value
         equals = np.flatnonzero(self.value == largest)
         strongest = equals[np.diff(segment[equals], prepend=-1) != 0]
         order = strongest[np.argsort(-self.value[strongest], kind="stable")]
@@ -148,7 +146,7 @@ class LatentActivations:
         elif kind in ("quantiles", "random"):
             start, number = _drawn(self, n, width, rng, bins if kind == "quantiles" else 1)
         else:
-            start = (_silent if kind == "silent" else _same_token)(self, n, width, rng)
+            start = _silent(self, n, width, (_anywhere if kind == "silent" else _same_token)(self, n, rng))
         return self._passages(np.array(start, dtype=np.int64), 0, width - 1, None, number)
 
     def _passages(
@@ -255,25 +253,28 @@ def _drawn(
     return kept, number
 
 
-def _only_silent(latent: LatentActivations, start: Int[np.ndarray, " m"], width: int) -> Int[np.ndarray, " k"]:
-    _, length, _ = surroundings(latent.cache, start, 0, width - 1)
-    return start[np.searchsorted(latent.position, start) == np.searchsorted(latent.position, start + length)]
-
-
-def _silent(latent: LatentActivations, n: int, width: int, rng: np.random.Generator) -> list[int]:
-    cache, seen, kept = latent.cache, set(), []
-    for _ in range(TRIES):
-        position = rng.integers(cache.n_positions, size=4 * n)
-        position = position[cache.gather("doc", position) != NO_DOCUMENT]
-        starts = _only_silent(latent, segment_starts(cache, position, width), width)
-        kept += _distinct(cache, starts, n - len(kept), width, seen)
+def _silent(latent: LatentActivations, n: int, width: int, draws: Iterable[Int[np.ndarray, " m"]]) -> list[int]:
+    """Return the first n different segments that hold one of the drawn positions and no activation."""
+    seen, kept = set(), []
+    for position in draws:
+        start = segment_starts(latent.cache, position, width)
+        _, length, _ = surroundings(latent.cache, start, 0, width - 1)
+        first, last = (np.searchsorted(latent.position, edge) for edge in (start, start + length))
+        kept += _distinct(latent.cache, start[first == last], n - len(kept), width, seen)
         if len(kept) >= n:
             break
     return kept
 
 
-def _same_token(latent: LatentActivations, n: int, width: int, rng: np.random.Generator) -> list[int]:
-    cache, seen, kept = latent.cache, set(), []
+def _anywhere(latent: LatentActivations, n: int, rng: np.random.Generator) -> Iterator[Int[np.ndarray, " m"]]:
+    cache = latent.cache
+    for _ in range(TRIES):
+        position = rng.integers(cache.n_positions, size=4 * n)
+        yield position[cache.gather("doc", position) != NO_DOCUMENT]
+
+
+def _same_token(latent: LatentActivations, n: int, rng: np.random.Generator) -> Iterator[Int[np.ndarray, " m"]]:
+    cache = latent.cache
     tokens, index = np.unique(cache.gather("tokens", latent.position), return_inverse=True)
     mass = np.bincount(index, weights=latent.value, minlength=len(tokens))
     wanted = tokens[np.argsort(-mass, kind="stable")[:SAME_TOKENS]]
@@ -281,9 +282,4 @@ def _same_token(latent: LatentActivations, n: int, width: int, rng: np.random.Ge
         arrays = cache.shard_tokens(shard)
         hits = np.flatnonzero(np.isin(arrays["tokens"], wanted) & (arrays["doc"] != NO_DOCUMENT))
         hits += shard * cache.manifest.windows_per_shard * cache.manifest.context_size
-        hits = rng.permutation(hits[~np.isin(hits, latent.position)])[: 16 * n]
-        starts = _only_silent(latent, segment_starts(cache, hits, width), width)
-        kept += _distinct(cache, starts, n - len(kept), width, seen)
-        if len(kept) >= n:
-            break
-    return kept
+        yield rng.permutation(hits[~np.isin(hits, latent.position)])[: 16 * n]

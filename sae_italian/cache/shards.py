@@ -2,7 +2,7 @@
 
 Tokens are written in order, with their text; the other passes read these files, so any shard can be encoded without
 redoing those before it. `encode_shard` takes one shard through the model once, and its activations through every SAE,
-sparse. The transposition is an external counting sort: each shard is sorted by latent on its own while it is in memory
+sparse. The transposition is an external sort: each shard is sorted by latent on its own while it is in memory
 (its run), and `transpose_range` takes a range of latents out of every run: one pass over the runs in all, one range in
 memory at a time. Both are units of work: done twice, they write the same bytes.
 """
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm import tqdm
 
@@ -95,10 +94,8 @@ def write_token_shard(out: Path, index: int, block: PackedBlock) -> ShardRecord:
 
 def run_starts(doc: Int[np.ndarray, "windows context"]) -> Int[np.ndarray, "windows context"]:
     """Return for every token the place in its window where the stretch of one document that holds it begins."""
-    places = np.broadcast_to(np.arange(doc.shape[1]), doc.shape)
-    begins = np.ones(doc.shape, dtype=bool)
-    begins[:, 1:] = doc[:, 1:] != doc[:, :-1]
-    return np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    begins = np.diff(doc, axis=1, prepend=-1) != 0
+    return np.maximum.accumulate(np.where(begins, np.arange(doc.shape[1]), 0), axis=1)
 
 
 def _document_arrays(documents: list[TextDocument]) -> dict[str, np.ndarray]:
@@ -224,7 +221,7 @@ def write_activations(folder: Path, index: int, sparse: Sparse, d_sae: int) -> A
         **halves(sparse.value),
     }
     digest = write_arrays(folder, shard_file("acts", index), arrays)
-    write_run(folder, index, arrays, d_sae)
+    _write_run(folder, index, arrays, d_sae)
     return ActsRecord(folder, index, len(sparse.value), len(arrays["wide_at"]), digest)
 
 
@@ -271,25 +268,25 @@ def _positive(acts: Float[Tensor, "tokens d_sae"], mute: Bool[np.ndarray, " toke
 # --- from shards to ranges of latents ---------------------------------------------------------------------------------
 
 
-def write_run(folder: Path, index: int, arrays: dict[str, np.ndarray], d_sae: int) -> None:
+def _write_run(folder: Path, index: int, arrays: dict[str, np.ndarray], d_sae: int) -> None:
     """Write a shard's activations sorted by latent, in corpus order within a latent: indptr, row, value."""
-    nnz, n_rows = len(arrays["value"]), len(arrays["indptr"]) - 1
-    entry = np.arange(nnz, dtype=np.int64 if nnz > 2**31 - 1 else np.int32)
-    by_row = csr_matrix((entry, arrays["latent"], arrays["indptr"]), shape=(n_rows, d_sae))
-    by_latent: Any = by_row.tocsc()  # a counting sort
-    order: np.ndarray = by_latent.data
-    run = {
-        "indptr": by_latent.indptr.astype(np.uint64),
-        "row": by_latent.indices.astype(smallest_uint(max(n_rows - 1, 0))),
-        "value": arrays["value"][order],
-    }
-    wide_at = arrays.get("wide_at", ())
-    if len(wide_at):
-        place = np.empty(nnz, dtype=np.int64)
-        place[order] = np.arange(nnz)
-        at = place[wide_at]
-        run |= {"wide_at": np.sort(at).astype(np.uint64), "wide_value": arrays["wide_value"][np.argsort(at)]}
+    counts = np.diff(arrays["indptr"].astype(np.int64))
+    row = np.repeat(np.arange(len(counts), dtype=smallest_uint(max(len(counts) - 1, 0))), counts)
+    by_latent = np.argsort(arrays["latent"], kind="stable")
+    run = {"indptr": _pointers(arrays["latent"], d_sae), "row": row[by_latent], **_in_order(by_latent, arrays)}
     write_arrays(folder, shard_file("runs", index), run)
+
+
+def _pointers(latent: Int[np.ndarray, " nnz"], n_latents: int) -> Int[np.ndarray, " latents+1"]:
+    return np.concatenate([[0], np.cumsum(np.bincount(latent, minlength=n_latents))]).astype(np.uint64)
+
+
+def _in_order(order: Int[np.ndarray, " nnz"], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return `value`, `wide_at` and `wide_value` of entries that are put in another order."""
+    at = np.argsort(order)[arrays["wide_at"].astype(np.int64)] if len(arrays["wide_at"]) else arrays["wide_at"]
+    rising = np.argsort(at)
+    wide = {"wide_at": at[rising].astype(np.uint64), "wide_value": arrays["wide_value"][rising]}
+    return {"value": arrays["value"][order], **wide}
 
 
 def plan_ranges(folder: Path, manifest: Manifest) -> list[tuple[int, int]]:
@@ -312,36 +309,33 @@ def transpose_range(folder: Path, manifest: Manifest, bounds: tuple[int, int]) -
     Raises: DataError naming a run that cannot be read.
     """
     first, last = bounds
-    # one run is mapped at a time: each holds a file open, and there may be thousands
-    runs = [folder / shard_file("runs", shard.index) for shard in manifest.shards]
-    pointers = np.stack([map_arrays(run)["indptr"][first : last + 2].astype(np.int64) for run in runs])
-    counts = np.diff(pointers, axis=1)
-    indptr = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
     # 32 bits are enough for four billion positions
-    position = np.empty(indptr[-1], dtype=smallest_uint(max(2**32, manifest.n_positions) - 1))
-    value = np.empty(indptr[-1], dtype=np.float16)
-    wide: list[tuple[np.ndarray, np.ndarray]] = []
-    before = np.cumsum(counts, axis=0) - counts  # of the same latent, in earlier shards
-    base = 0
-    for shard, file, own, number, earlier in zip(manifest.shards, runs, pointers, counts, before, strict=True):
-        run, to, here = map_arrays(file), places(indptr[:-1] + earlier, number), slice(own[0], own[-1])
-        position[to] = run["row"][here].astype(position.dtype) + position.dtype.type(base)
-        value[to] = run["value"][here]
+    base = smallest_uint(max(2**32, manifest.n_positions) - 1)(0)
+    parts: dict[str, list[np.ndarray]] = {}
+    held = 0
+    for shard in manifest.shards:  # one run is mapped at a time: each holds a file open, and there may be thousands
+        run = map_arrays(folder / shard_file("runs", shard.index))
+        indptr = run["indptr"][first : last + 2].astype(np.int64)
+        begin, end = indptr[[0, -1]].tolist()
         at = run.get("wide_at", np.empty(0)).astype(np.int64)
-        mine = (at >= own[0]) & (at < own[-1])
-        wide.append((to[at[mine] - own[0]], run.get("wide_value", np.empty(0, np.float32))[mine]))
-        base += shard.n_windows * manifest.context_size
-    at, wide_value = (np.concatenate(part) for part in zip(*wide, strict=True))
-    order = np.argsort(at)
-    arrays = {
-        "indptr": indptr.astype(np.uint64),
-        "position": position,
-        "value": value,
-        "wide_at": at[order].astype(np.uint64),
-        "wide_value": wide_value[order],
-    }
-    item = LatentRange(first=first, last=last, nnz=len(value), sha256="")
-    return item.model_copy(update={"sha256": write_arrays(folder, item.file, arrays)})
+        mine = (at >= begin) & (at < end)
+        own = {
+            "latent": np.repeat(np.arange(last + 1 - first, dtype=np.uint16), np.diff(indptr)),
+            "position": run["row"][begin:end] + base,
+            "value": run["value"][begin:end],
+            "wide_at": at[mine] - begin + held,
+            "wide_value": run.get("wide_value", np.empty(0, np.float32))[mine],
+        }
+        for name, array in own.items():
+            parts.setdefault(name, []).append(array)
+        held += end - begin
+        base += base.dtype.type(shard.n_windows * manifest.context_size)
+    whole = {name: np.concatenate(part) for name, part in parts.items()}
+    by_latent = np.argsort(whole["latent"], kind="stable")  # of 16 bits: a counting sort, which keeps the corpus' order
+    indptr, position = _pointers(whole["latent"], last + 1 - first), whole["position"][by_latent]
+    item = LatentRange(first=first, last=last, nnz=held, sha256="")
+    digest = write_arrays(folder, item.file, {"indptr": indptr, "position": position, **_in_order(by_latent, whole)})
+    return item.model_copy(update={"sha256": digest})
 
 
 def places(starts: Int[np.ndarray, " latents"], counts: Int[np.ndarray, " latents"]) -> Int[np.ndarray, " entries"]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_italian.base.storage import atomic_path, remove, sha256_file
+from sae_italian.base.storage import atomic_path, sha256_file
 from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values
 from sae_italian.cache.read import FeatureCache
 from sae_italian.cache.shards import places
@@ -108,11 +110,10 @@ def _text_counts(cache: FeatureCache, special: list[int]) -> Iterator[TextCounts
 
     Special tokens are not counted, where one is typed in a document neither: no latent is read there.
     """
-    files = {name: cache.folder / "runs" / f"{name}.bin" for name in ("tokens", "doc")}
     counts = np.zeros(0, dtype=np.int64)
-    (cache.folder / "runs").mkdir(exist_ok=True)
-    try:
-        with files["tokens"].open("wb") as tokens_out, files["doc"].open("wb") as doc_out:
+    with TemporaryDirectory(dir=cache.folder, prefix=".", suffix=".tmp") as scratch:
+        files = [Path(scratch) / name for name in ("tokens", "doc")]
+        with files[0].open("wb") as tokens_out, files[1].open("wb") as doc_out:
             for shard in cache.manifest.shards:
                 arrays = cache.shard_tokens(shard.index)
                 arrays["tokens"].astype(np.uint32).tofile(tokens_out)
@@ -121,11 +122,8 @@ def _text_counts(cache: FeatureCache, special: list[int]) -> Iterator[TextCounts
                 here = np.bincount(arrays["tokens"][counted], minlength=len(counts))
                 here[: len(counts)] += counts
                 counts = here
-        tokens, doc = (np.memmap(file, dtype=np.uint32, mode="r") for file in files.values())
+        tokens, doc = (np.memmap(file, dtype=np.uint32, mode="r") for file in files)
         yield TextCounts(tokens, doc, counts)
-    finally:
-        for file in files.values():
-            remove(file)
 
 
 def _range_columns(cache: FeatureCache, item: LatentRange, text: TextCounts) -> dict[str, Any]:
@@ -243,8 +241,8 @@ def cofiring_neighbours(
     found: list[tuple[np.ndarray, np.ndarray]] = []
     per_token = max(1.0, cache.manifest.nnz / max(1, cache.manifest.n_positions))
     at_once = max(1, int(GATHERED / (SAMPLE * per_token))) * SAMPLE
-    taken = [_evenly(int(a), int(b)) for a, b in zip(indptr[:-1], indptr[1:], strict=True)]
-    held = np.cumsum([0, *(len(entry) for entry in taken)])
+    taken = [_evenly(a, b) for a, b in pairwise(indptr.tolist())]
+    held = np.cumsum([0, *map(len, taken)])
     first = 0
     while first < len(taken):  # as many latents as together have about GATHERED / per_token activations
         last = max(first + 1, int(np.searchsorted(held, held[first] + at_once, side="right")) - 1)
@@ -256,7 +254,7 @@ def cofiring_neighbours(
             found.append(_most_shared(latent, shared.indices[here], shared.data[here] * scale, counts))
         first = last
     ids, scores = zip(*found, strict=True)
-    offsets = np.cumsum([0, *(len(own) for own in ids)])
+    offsets = np.cumsum([0, *map(len, ids)])
     return {
         "cofiring_ids": arrow(np.concatenate(ids).astype(np.int64), offsets),
         "cofiring_jaccard": arrow(np.concatenate(scores).astype(np.float64), offsets),
@@ -281,9 +279,8 @@ def _shared(cache: FeatureCache, positions: list[np.ndarray]) -> csr_matrix:
     latent, rows = np.concatenate(latents), np.cumsum(np.concatenate(per_row))
     d_sae = cache.manifest.d_sae
     on_token = csr_matrix((np.ones(len(latent), dtype=np.int32), latent, rows), shape=(len(where), d_sae))
-    pointers = np.cumsum([0, *(len(position) for position in positions)])
-    ones = np.ones(len(row), dtype=np.int32)
-    return csr_matrix((ones, row.astype(np.int32), pointers), shape=(len(positions), len(where))) @ on_token
+    own = (np.ones(len(row), dtype=np.int32), row.astype(np.int32), np.cumsum([0, *map(len, positions)]))
+    return csr_matrix(own, shape=(len(positions), len(where))) @ on_token
 
 
 def _most_shared(

@@ -104,13 +104,11 @@ def examine(
         tokens = _windows(
             model, corpus, split, n_tokens, int(context_size or metadata.context_size or 128), text_column
         )
-    report.checks += _bos_checks(sae, model, tokens)
+    report.checks.append(_bos_check(sae, model, tokens))
     highest, rows = int(tokens.max()), model.config.vocab_size
     if highest >= rows:
-        found = f"token id {highest} in a model of {rows} rows"
-        report.checks.append(
-            Finding("tokenizer", "fail", found, "the tokenizer is that of another model: load this model's")
-        )
+        found, remedy = f"token id {highest} in a model of {rows} rows", "it is another model's: load this model's own"
+        report.checks.append(Finding("tokenizer", "fail", found, remedy))
         return report
     keep = torch.from_numpy(~special_mask(tokens.numpy(), model.tokenizer))
     sample = measure.take_sample(sae, model, tokens, keep)
@@ -156,7 +154,7 @@ def _model_checks(sae: Any, facts: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("catalogue", "warn", difference, "the loaded config is used; is this the model you mean?")
 
 
-def _bos_checks(sae: Any, model: Any, tokens: Tensor) -> Iterator[Finding]:
+def _bos_check(sae: Any, model: Any, tokens: Tensor) -> Finding:
     """Compare what the tokenizer adds by itself, and what opens the windows, with what model and SAE were trained on."""
     tokenizer, metadata = model.tokenizer, sae.cfg.metadata
     bos, n = bos_id(tokenizer), len(tokens)
@@ -167,18 +165,19 @@ def _bos_checks(sae: Any, model: Any, tokens: Tensor) -> Iterator[Finding]:
     found = f"tokenizer adds {added}, {opened} of {n} windows open with BOS, {doubled} hold two in a row"
     if added > 1 or doubled:
         remedy = "BOS is doubled: tokenise with add_special_tokens=False, or remove it from the text or post-processor"
-        yield Finding("bos", "fail", found, remedy)
     elif expected and added == 0:
         remedy = "BOS is missing: this model was trained with one; load its own tokenizer, or set add_bos_token=True"
-        yield Finding("bos", "fail", found, remedy)
     elif trained_with and opened < n:
-        yield Finding(
-            "bos", "fail", found, "BOS is missing: the SAE was trained on windows that open with one; prepend it"
-        )
+        remedy = "BOS is missing: the SAE was trained on windows that open with one; prepend it"
     elif not trained_with and opened == n:
-        yield Finding("bos", "warn", found, "the SAE was trained on windows without BOS (prepend_bos is false)")
+        return Finding("bos", "warn", found, "the SAE was trained on windows without BOS (prepend_bos is false)")
     else:
-        yield Finding("bos", "pass", found)
+        remedy = ""
+    return _verdict("bos", bool(remedy), found, remedy)
+
+
+def _verdict(name: str, bad: bool, found: str, remedy: str) -> Finding:
+    return Finding(name, "fail", found, remedy) if bad else Finding(name, "pass", found)
 
 
 def _tokenizer_adds_bos(model: Any) -> bool:
@@ -210,7 +209,7 @@ def _loss_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[st
     bad = not clean < unigram
     remedy = "the model does not read this text: the tokenizer is that of another model, or the weights are untrained"
     text = f"loss {clean:.2f} nats per token; guessing by frequency gives {unigram:.2f}"
-    yield Finding("tokenizer", "fail" if bad else "pass", text, remedy if bad else "")
+    yield _verdict("tokenizer", bad, text, remedy)
     shown = f"{recovered:.4f} (loss {clean:.3f}, with the SAE {with_sae:.3f}, without {ablated:.3f})"
     if ablated - clean < 0.01:
         remedy = "setting this hook to zero costs the model nothing: no test of the SAE"
@@ -246,7 +245,7 @@ def _l0_check(sae: Any, sample: measure.Sample, l0: float) -> Finding:
             return Finding("l0", "fail", f"{l0:.1f} latents per token; the JumpReLU has no threshold (all 0)", fix)
     found = f"{l0:.1f} latents per token of {d_sae:,}, k is " + (f"{k:g}" if k else "not recorded")
     if k is None:
-        return Finding("l0", "fail", found, f"not sparse; {fix}") if l0 >= 0.1 * d_sae else Finding("l0", "pass", found)
+        return _verdict("l0", l0 >= 0.1 * d_sae, found, f"not sparse; {fix}")
     off = max(l0, 1e-9) / k
     if 0.8 <= off <= 1.25:
         return Finding("l0", "pass", found)
@@ -258,10 +257,7 @@ def _dead_check(sae: Any, sample: measure.Sample, fitted: Fit) -> Finding:
     found = f"{share:.1%} of {sae.cfg.d_sae:,} latents never fired in {n:,} tokens"
     if n * fitted.l0 / sae.cfg.d_sae < 20:
         return Finding("dead latents", "pass", found + " (too few to judge; a larger --tokens would)")
-    status: Status = "pass" if share < 0.5 else "warn" if share < 0.9 else "fail"
-    return Finding(
-        "dead latents", status, found, "" if status == "pass" else "train with an auxiliary loss, or narrower"
-    )
+    return _graded("dead latents", -share, -0.5, -0.9, "train with an auxiliary loss, or narrower", found)
 
 
 def _repair_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Finding]:
@@ -285,23 +281,20 @@ def _scale_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, 
         "output_gain": out_gain,
         "mean_norm": norm,
     }
-    head = f"activations of norm {norm:.1f}; explains {now:.3f}, "
-    if best.explained_variance - now > max(CLEARLY, out_gain) and not 0.8 < scale < 1.25:
-        found = f"{head}and {best.explained_variance:.3f} when they are multiplied by {scale:.3g} first"
-        remedy = f"fold the scale in: sae.fold_activation_norm_scaling_factor({scale:.4g}), once"
-        return Finding("norm scale", "fail", found, remedy)
-    if out_gain > CLEARLY and not 0.8 < out_scale < 1.25:
-        found = f"{head}and {now + out_gain:.3f} when the latents' part of the output is multiplied by {out_scale:.3g}"
-        remedy = (
-            f"a scale was folded into one side only: multiply W_dec by {out_scale:.4g} (or fold from the originals)"
-        )
-        return Finding("norm scale", "fail", found, remedy)
     mode = getattr(sae.cfg, "normalize_activations", "none")
-    if mode in ("expected_average_only_in", "covariance_whitening"):
-        factor = sae.cfg.d_in**0.5 / norm
+    if best.explained_variance - now > max(CLEARLY, out_gain) and not 0.8 < scale < 1.25:
+        found = f"and {best.explained_variance:.3f} when they are multiplied by {scale:.3g} first"
+        remedy = f"fold the scale in: sae.fold_activation_norm_scaling_factor({scale:.4g}), once"
+    elif out_gain > CLEARLY and not 0.8 < out_scale < 1.25:
+        found = f"and {now + out_gain:.3f} when the latents' part of the output is multiplied by {out_scale:.3g}"
+        remedy = f"a scale was folded into one side only: multiply W_dec by {out_scale:.4g}, or fold from the originals"
+    elif mode in ("expected_average_only_in", "covariance_whitening"):
+        found, factor = f"trained on normalised activations ({mode}), not folded in", sae.cfg.d_in**0.5 / norm
         remedy = f"fold it in: sae.fold_activation_norm_scaling_factor({factor:.4g}) on this sample's norm"
-        return Finding("norm scale", "fail", f"{head}trained on normalised activations ({mode}), not folded in", remedy)
-    return Finding("norm scale", "pass", f"{head}and no constant factor would do better")
+    else:
+        found, remedy = "and no constant factor would do better", ""
+    found = f"activations of norm {norm:.1f}; explains {now:.3f}, {found}"
+    return _verdict("norm scale", bool(remedy), found, remedy)
 
 
 def _layer_check(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Finding:
@@ -309,21 +302,19 @@ def _layer_check(sae: Any, model: Any, sample: measure.Sample, measures: dict[st
     by_layer = measure.fit_by_layer(sae, model, sample, 4 * N_REPAIR_TOKENS)
     measures["explained_variance_by_layer"] = by_layer
     best, here = max(by_layer, key=lambda layer: by_layer[layer]), hook_in.layer
-    if best != here and by_layer[best] - by_layer[here] > CLEARLY and by_layer[best] > 0:
+    found = f"{hook_in.name} is the layer that fits best ({by_layer[here]:.3f})"
+    if bad := best != here and by_layer[best] - by_layer[here] > CLEARLY and by_layer[best] > 0:
         found = f"{hook_in.name} explains {by_layer[here]:.3f}, layer {best} would explain {by_layer[best]:.3f}"
-        return Finding("hook and layer", "fail", found, f"wrong layer: set hook_name to blocks.{best}.{hook_in.legacy}")
-    return Finding("hook and layer", "pass", f"{hook_in.name} is the layer that fits best ({by_layer[here]:.3f})")
+    return _verdict("hook and layer", bad, found, f"wrong layer: set hook_name to blocks.{best}.{hook_in.legacy}")
 
 
 def _decoder_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Finding:
     relaid = measure.fit_relaid(sae, few).explained_variance
     measures["explained_variance_decoder_relaid"] = relaid
-    if relaid - now > CLEARLY and relaid > 0:
+    found = f"W_dec is [{', '.join(map(str, sae.W_dec.shape))}], latents in rows"
+    if bad := relaid - now > CLEARLY and relaid > 0:
         found = f"W_dec explains {now:.3f} as it is and {relaid:.3f} when its numbers are laid out the other way"
-        return Finding(
-            "decoder layout", "fail", found, "W_dec is transposed: store it as [d_sae, d_in], row i latent i"
-        )
-    return Finding("decoder layout", "pass", f"W_dec is [{', '.join(map(str, sae.W_dec.shape))}], latents in rows")
+    return _verdict("decoder layout", bad, found, "W_dec is transposed: store it as [d_sae, d_in], row i latent i")
 
 
 def _gain_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Finding:
@@ -336,15 +327,15 @@ def _gain_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, A
     measures["decoder_norm"] = {"mean": norms.mean().item(), "std": norms.std().item()}
     better = f"explains {now:.3f}; {best.explained_variance:.3f}"
     remedy = "the decoder's norm is folded twice or not at all: load the original weights and fold once"
+    gained = best.explained_variance - now > 0.1
     if other is not None and other.explained_variance - now > CLEARLY:
         reselected = f"explains {now:.3f}; {other.explained_variance:.3f}"
         found = f"{reselected} when the decoder's norm enters the top k the other way"
-        return Finding("decoder norm", "fail", found, remedy)
-    if best.explained_variance - now > 0.1 and varying > 1.25:
+    elif gained and varying > 1.25:
         found = f"{better} were every latent scaled by a factor of its own (typically {gain:.2g}, varying {varying:.2g}-fold)"
-        return Finding("decoder norm", "fail", found, remedy)
-    if best.explained_variance - now > 0.1 and abs(middle) > math.log(1.25):
+    elif gained and abs(middle) > math.log(1.25):
         found = f"{better} with the decoder multiplied by {gain:.3g}"
-        return Finding("decoder norm", "fail", found, f"the output is on another scale: multiply W_dec by {gain:.3g}")
-    found = f"latents are on the decoder's scale (norms {norms.mean():.3g} +- {norms.std():.2g})"
-    return Finding("decoder norm", "pass", found)
+        remedy = f"the output is on another scale: multiply W_dec by {gain:.3g}"
+    else:
+        found, remedy = f"latents are on the decoder's scale (norms {norms.mean():.3g} +- {norms.std():.2g})", ""
+    return _verdict("decoder norm", bool(remedy), found, remedy)

@@ -27,11 +27,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from sae_italian.micro_italiano import steps
-from sae_italian.micro_italiano.lexicon import Lexicon, data_text, load_lexicon
+from sae_italian.micro_italiano.lexicon import Lexicon, data_text
 from sae_italian.micro_italiano.realise import Ref
 from sae_italian.micro_italiano.steps import CONSTANTS, Binder, Context, Env, Step
 
@@ -42,14 +43,16 @@ _VERB = re.compile(r"^([\w/]+)\.([a-z]+[1245]?)(?:\+(\w+))?((?:\^\w+)*)$")
 _AGREE = re.compile(r"^([\w</]+)\^(\w+)$")
 
 
+@dataclass
 class Rule:
     """A named set of weighted alternatives, each a compiled sequence with its number of variables."""
 
-    def __init__(self, name: str, unique: bool, params: list[str]) -> None:
-        self.name, self.unique, self.params = name, unique, params
-        self.sources: list[str] = []
-        self.alternatives: list[tuple[int, list[Step]]] = []
-        self.cumulative: list[float] = []
+    name: str
+    unique: bool
+    params: list[str]
+    sources: list[str] = field(default_factory=list)
+    alternatives: list[tuple[int, list[Step]]] = field(default_factory=list)
+    cumulative: list[float] = field(default_factory=list)
 
     def run(self, ctx: Context, args: list[Any], index: int | None = None) -> None:
         """Emit one alternative, chosen by weight unless `index` names it."""
@@ -80,12 +83,11 @@ class Grammar:
         self.rules: dict[str, Rule] = {}
         for name in GRAMMAR_FILES:
             self._read(name)
-        faults = [fault for rule in self.rules.values() for fault in self._compile(rule)]
-        if faults:
-            raise ValueError("the grammar files have faults:\n" + "\n".join(faults))
+        for rule in self.rules.values():
+            self._compile(rule)
 
     def _read(self, name: str) -> None:
-        rule: Rule | None = None
+        rule = Rule(name, False, [])
         for line in data_text(name + ".txt").splitlines():
             text = line.strip()
             if not text or text.startswith("#  ") or text == "#":
@@ -96,16 +98,14 @@ class Grammar:
                 if rule.name in self.rules:
                     raise ValueError(f"{name}.txt: rule {rule.name!r} is defined twice. Rename one.")
                 self.rules[rule.name] = rule
-            elif rule is None:
-                raise ValueError(f"{name}.txt: {text!r} stands before any rule. Open one with `name:`.")
             elif text.startswith("- "):
                 rule.sources.append(text[2:])
             else:
                 rule.sources[-1] += " " + text
 
-    def _compile(self, rule: Rule) -> list[str]:
-        """Compile the alternatives of a rule; return what is wrong with them."""
-        weights, faults = [], []
+    def _compile(self, rule: Rule) -> None:
+        """Compile the alternatives of a rule. Raises: ValueError naming the first that has a fault."""
+        weights = []
         for source in rule.sources:
             words = source.split()
             weights.append(float(words.pop(0)[1:]) if words[0][0] == "%" else 1.0)
@@ -113,11 +113,9 @@ class Grammar:
             try:
                 body = parser.sequence()
             except (ValueError, KeyError, IndexError) as error:
-                faults.append(f"rule {rule.name!r}: {error!s} in {source!r}")
-                continue
+                raise ValueError(f"rule {rule.name!r}: {error!s} in {source!r}") from error
             rule.alternatives.append((len(parser.names), parser.constants + body))
         rule.cumulative = steps.cumulate(weights)
-        return faults
 
 
 def _hoist(words: list[str]) -> list[str]:
@@ -174,9 +172,13 @@ class _Parser:
         if word in (">", ">>"):
             return lambda ctx, env: ctx.close_spans(None if word == ">>" else 1)
         first, rest = word[0], word[1:]
-        if first in "<$=@#":
-            compilers: dict[str, Callable[[str], Step]] = {"<": self._open, "$": self._call, "@": self._place}
-            compilers |= {"=": lambda name: steps.subject(self._slot(name), self.lex), "#": steps.number}
+        if first == "@":
+            place = self._slot(rest)
+            return lambda ctx, env: ctx.out.extend(env[place].place)
+        if first == "=":
+            return steps.subject(self._slot(rest), self.lex)
+        if first in "<$#":
+            compilers: dict[str, Callable[[str], Step]] = {"<": self._open, "$": self._call, "#": steps.number}
             return compilers[first](rest)
         if "~" in word:
             return self._phrase(*word.split("~"))
@@ -273,10 +275,6 @@ class _Parser:
 
         return step
 
-    def _place(self, name: str) -> Step:
-        slot = self._slot(name)
-        return lambda ctx, env: ctx.out.extend(env[slot].place)
-
     def _phrase(self, determiners: str, name: str) -> Step:
         grids = [self.lex.agreeing[d] for d in determiners.split("+") if d]
         slot = self._slot(name)
@@ -286,7 +284,7 @@ class _Parser:
             ctx.out.extend(grid[ref.gender][ref.number] for grid in grids)
             ctx.out.extend(ref.core)
             if grids:
-                ref.core = ref.head  # an adjective is said once: «una gatta nera», then «la gatta»
+                ref.core = ref.head or ref.core  # an adjective is said once: «una gatta nera», then «la gatta»
 
         return step
 
@@ -303,4 +301,4 @@ class _Parser:
 @lru_cache(maxsize=1)
 def load_grammar() -> Grammar:
     """Return the compiled grammar, built on first use."""
-    return Grammar(load_lexicon())
+    return Grammar(Lexicon())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -43,6 +43,7 @@ def data_text(name: str) -> str:
     return (files("sae_italian.micro_italiano") / "data" / name).read_text(encoding="utf-8")
 
 
+@cache
 def _data(name: str) -> dict[str, Any]:
     return yaml.safe_load(data_text(name))
 
@@ -123,7 +124,7 @@ class Lexicon:
         self.nouns: dict[tuple[str, str], Noun] = {}
         self.adjective_classes: dict[str, tuple[str, ...]] = {}
         data = _data("words.yaml")
-        self.changing = set(data["kinds"].pop("changing").split())
+        self.changing = set(data["kinds"]["changing"].split())
         self.pronouns = {kind: _pronoun_forms(kind, text.split()) for kind, text in data["pronouns"].items()}
         self._load_words(data)
         self._load_nouns(_data("nouns.yaml"))
@@ -142,7 +143,7 @@ class Lexicon:
             self.words.setdefault(token.form, token)
 
     def _load_words(self, data: dict[str, Any]) -> None:
-        kinds = {name: kind for kind, names in data["kinds"].items() for name in names.split()}
+        kinds = {name: kind for kind, names in data["kinds"].items() for name in names.split() if kind != "changing"}
         for upos, items in data["forms"].items():
             for item in items.split():
                 head, _, features = item.partition(":") if len(item) > 1 else (item, "", "")
@@ -255,14 +256,9 @@ def _pronoun_forms(kind: str, forms: list[str]) -> list[list[Token]]:
     return rows
 
 
-@lru_cache(maxsize=1)
-def _number_words() -> dict[str, list[str]]:
-    return {key: value.split() for key, value in _data("words.yaml")["numbers"].items()}
-
-
 def in_words(value: int) -> str:
     """Return a number from 0 to 999 in words: 21 ventuno, 28 ventotto, 23 ventitré, 200 duecento."""
-    units, all_tens = _number_words()["units"], _number_words()["tens"]
+    units, all_tens = (_data("words.yaml")["numbers"][key].split() for key in ("units", "tens"))
     if value >= 100:
         head = "cento" if value < 200 else units[value // 100] + "cento"
         return head + (in_words(value % 100) if value % 100 else "")
@@ -272,12 +268,6 @@ def in_words(value: int) -> str:
     if unit == 0:
         return tens
     return (tens[:-1] if unit in (1, 8) else tens) + ("tré" if unit == 3 else units[unit])
-
-
-@lru_cache(maxsize=1)
-def load_lexicon() -> Lexicon:
-    """Return the lexicon, loaded on first use."""
-    return Lexicon()
 
 
 # --- inflection by rule; what rules cannot know comes in as data (see data/verbs.yaml) --------------------------------

@@ -62,21 +62,21 @@ class Token:
     kind: str = ""
 
 
+@dataclass(slots=True, eq=False)
 class Ref:
     """Something a sentence talks about: its features, the tokens that name it, and how one is there."""
 
-    __slots__ = ("gender", "number", "person", "form", "core", "head", "place")
+    gender: int  # 0 masculine, 1 feminine
+    number: int  # 0 singular, 1 plural
+    person: int  # 1, 2 or 3
+    core: tuple[Token, ...]  # all that names it, adjective included
+    place: tuple[Token, ...] = ()
+    head: tuple[Token, ...] = ()  # the core without the adjective, where it has one
 
-    def __init__(
-        self, gender: int, number: int, person: int, core: tuple[Token, ...], place: tuple[Token, ...] = ()
-    ) -> None:
-        self.gender = gender  # 0 masculine, 1 feminine
-        self.number = number  # 0 singular, 1 plural
-        self.person = person  # 1, 2 or 3
-        self.form = person - 1 + 3 * number  # of a verb or pronoun: io tu lui noi voi loro
-        self.core = core  # all that names it, adjective included
-        self.head = core  # without the adjective
-        self.place = place
+    @property
+    def form(self) -> int:
+        """Of a verb or pronoun: io tu lui noi voi loro."""
+        return self.person - 1 + 3 * self.number
 
 
 def labels_of(lemma: str, upos: str, **features: str | int | None) -> dict[str, str]:

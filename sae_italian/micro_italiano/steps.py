@@ -102,9 +102,7 @@ def noun(nouns: tuple[Noun, ...], numbers: tuple[int, ...], adjective: bool) -> 
             index = int(ctx.chance() * len(options))
             chosen = options[index][gender][number]
             core = (chosen, token) if index < len(noun.before) else (token, chosen)
-        ref = Ref(gender, number, 3, core, noun.place)
-        ref.head = (token,)
-        return ref
+        return Ref(gender, number, 3, core, noun.place, head=(token,))
 
     return bind
 

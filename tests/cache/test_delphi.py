@@ -240,7 +240,7 @@ def test_a_split_that_is_cut_short_or_missing(exported, tmp_path):
     ("content", "message"),
     [
         (None, "config.json is missing"),
-        ("{", "config.json is damaged"),
+        ("{", "config.json cannot be read as JSON"),
         ('{"cache_ctx_len": 128}', "config.json is damaged: an object with model_name"),
         ('{"model_name": "x", "cache_ctx_len": 256}', "says a context of 256, the splits have 128"),
     ],

@@ -19,7 +19,7 @@ from sae_italian.micro_italiano import (
     ioi_prompts,
 )
 from sae_italian.micro_italiano.grammar import load_grammar
-from sae_italian.micro_italiano.lexicon import adjective, enclitic, in_words, load_lexicon, plural
+from sae_italian.micro_italiano.lexicon import adjective, enclitic, in_words, plural
 from sae_italian.micro_italiano.realise import onset, sandhi
 
 REGISTERS = {"news", "recipe", "law", "dialogue", "narrative", "exercise"}
@@ -153,7 +153,7 @@ def test_finite_cells_occur() -> None:
 
 def test_ioi_sentences_are_eight_to_twelve_in_a_hundred_and_always_name_the_other() -> None:
     sentences = found = 0
-    names = {token.form for noun in load_lexicon().classes["nome"] if (token := noun.tokens[0])}
+    names = {token.form for noun in load_grammar().lex.classes["nome"] if (token := noun.tokens[0])}
     registers = set()
     for doc in corpus():
         sentences += sum(doc.text[s.start : s.end] in (".", "?", "!") for s in doc.words)
@@ -197,7 +197,9 @@ def test_agreement_pairs_are_balanced_and_not_elided() -> None:
 
 
 def _values(form: str, key: str) -> set[str]:
-    tokens = [token for noun in load_lexicon().nouns.values() for token in noun.tokens if token and token.form == form]
+    tokens = [
+        token for noun in load_grammar().lex.nouns.values() for token in noun.tokens if token and token.form == form
+    ]
     return {token.labels[key] for token in tokens}
 
 
@@ -257,7 +259,7 @@ PARTICIPLES = (
 
 @pytest.mark.parametrize("lemma", CONJUGATION)
 def test_conjugation(lemma: str) -> None:
-    verb = load_lexicon().verbs[lemma]
+    verb = load_grammar().lex.verbs[lemma]
     groups = [group.split() for group in CONJUGATION[lemma].split("|")]
     assert [token.form for token in verb.finite["pres"]] == groups[0]
     for tense, forms in zip(("imp", "fut", "cond", "sub", "subimp"), groups[1:], strict=True):
@@ -265,7 +267,7 @@ def test_conjugation(lemma: str) -> None:
 
 
 def test_whole_paradigms() -> None:
-    verb = load_lexicon().verbs["prendere"]
+    verb = load_grammar().lex.verbs["prendere"]
     forms = {tense: " ".join(token.form for token in tokens) for tense, tokens in verb.finite.items()}
     assert forms == {
         "pres": "prendo prendi prende prendiamo prendete prendono",
@@ -278,7 +280,7 @@ def test_whole_paradigms() -> None:
 
 
 def test_participles_gerunds_and_imperatives() -> None:
-    verbs = load_lexicon().verbs
+    verbs = load_grammar().lex.verbs
     forms = PARTICIPLES.split()
     for lemma, participle in zip(forms[::2], forms[1::2], strict=True):
         assert verbs[lemma].participle[0][0].form == participle
