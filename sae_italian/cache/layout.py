@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -142,9 +142,11 @@ class Manifest(_Record):
             version = values.get("schema_version")
             if version == SCHEMA_VERSION:
                 return cls(**values)._consistent()
-        except (ValueError, AttributeError) as error:  # pydantic's are ValueErrors
-            why = " ".join(str(error).split())
-            raise DataError(f"{file} is damaged: {why:.300}. Build the cache again.") from error
+        except (ValueError, AttributeError) as error:
+            why = str(error)
+            if isinstance(error, ValidationError):
+                why = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:2])
+            raise DataError(f"{file} is damaged: {why}. Build the cache again.") from error
         raise DataError(f"{file}: schema version {version!r}, this program reads {SCHEMA_VERSION}. Build it again.")
 
     def _consistent(self) -> Manifest:

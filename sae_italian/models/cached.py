@@ -39,7 +39,7 @@ class CachedActivations:
 
         where, made = f"cached_activations_path {str(folder)!r}", "SAELens' CacheActivationsRunner makes them."
         try:
-            rows: Any = load_from_disk(Path(folder).expanduser())
+            rows: Any = load_from_disk(Path(folder).expanduser().resolve())  # a worker may be elsewhere
         except Exception as error:  # of datasets, Arrow, JSON and the system
             why = " ".join(str(error).split())
             raise UsageError(f"{where} holds no activations ({why:.200}). {made}") from error
