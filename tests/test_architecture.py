@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 28_903,  # 21_500
-    "statements": 18_849,  # 13_500
+    "lines": 28_802,  # 21_500
+    "statements": 18_765,  # 13_500
     "files": 163,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -28,14 +28,14 @@ AT_MOST = {
 }
 LEAST_AIR = 0.26  # share of docstrings and blank lines
 ROOM_LINES = {
-    "base": 1_367,  # 650
-    "micro_italiano": 1_202,  # 1_250
+    "base": 1_349,  # 650
+    "micro_italiano": 1_188,  # 1_250
     "models": 1_306,  # 760, and issue 16's GGUF files
     "corpora": 1_655,  # 1_100
     "saes": 2_199,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 2_169,  # 1_500
-    "evaluation": 1_212,
-    "cache": 2_271,  # 1_650
+    "evaluation": 1_203,
+    "cache": 2_211,  # 1_650
     "autointerp": 5_623,  # 3_900
     "analysis": 3_143,  # 2_500
     "papers": 1_556,  # 1_400
