@@ -191,7 +191,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
             if "hub" not in getattr(report, "keywords", ()):
                 continue
             found = ", ".join(f"{name} {value}" for name, value in report.user_properties)
-            why = "" if outcome == "passed" else report.longreprtext.strip().splitlines()[-1]
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = "" if outcome == "passed" else (crash.message if crash else report.longreprtext).strip().splitlines()[0]
             rows.append(f"| {report.nodeid.partition('::')[2]} | {outcome} | {' '.join((found, why)).strip():.300} |")
     if rows:
         terminalreporter.write_line("\n".join(["", "| test | result | found |", "|---|---|---|", *rows]))

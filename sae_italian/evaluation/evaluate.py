@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.statistics import NOTHING, Estimate, StreamingBootstrap
 from sae_italian.base.storage import utc_now
 from sae_italian.corpora import Split, iter_documents, pack
@@ -83,7 +83,7 @@ def evaluate(
     sums = TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in))
     latents, dimensions = LatentCounts(sae.cfg.d_sae), DimensionSums(sums.d_out)
     n_loss, outliers = 0, None
-    with tqdm(total=n_tokens, desc="evaluate", unit="tok", unit_scale=True, disable=None) as bar:
+    with progress("evaluate", total=n_tokens) as bar:
         marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
         for windows in windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}"):
             with_loss = loss_tokens is None or n_loss < loss_tokens

@@ -37,9 +37,9 @@ class Outliers(NamedTuple):
 
     def text(self) -> str:
         """Return one line: `BOS norm 83,046, ...`."""
-        bos = "" if self.bos_norm is None else f"BOS norm {self.bos_norm:,.4g}, "
+        bos = "" if self.bos_norm is None else f"BOS norm {_norm(self.bos_norm)}, "
         parts = [
-            f"{bos}median norm {self.median_norm:,.4g}, norm of the mean {self.mean_norm / self.median_norm:.2f} of it",
+            f"{bos}median norm {_norm(self.median_norm)}, norm of the mean {self.mean_norm / self.median_norm:.2f} of it",
             _named("outlier tokens", [f"{name!r} {times:,.1f}x the norm" for name, times in self.tokens]),
             _named("outlier dimensions", [f"{name} {times:,.0f}x the variance" for name, times in self.dimensions]),
         ]
@@ -50,6 +50,10 @@ class Outliers(NamedTuple):
         """Return what `report.plain` made these values of."""
         lists = {key: tuple(Outlier(**each) for each in values[key]) for key in ("tokens", "dimensions")}
         return cls(**{**values, **lists})
+
+
+def _norm(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _named(what: str, found: Sequence[str]) -> str:
