@@ -192,7 +192,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
                 continue
             found = ", ".join(f"{name} {value}" for name, value in report.user_properties)
             crash = getattr(report.longrepr, "reprcrash", None)
-            why = "" if outcome == "passed" else (crash.message if crash else report.longreprtext).strip().splitlines()[0]
+            why = (
+                "" if outcome == "passed" else (crash.message if crash else report.longreprtext).strip().splitlines()[0]
+            )
             rows.append(f"| {report.nodeid.partition('::')[2]} | {outcome} | {' '.join((found, why)).strip():.300} |")
     if rows:
         terminalreporter.write_line("\n".join(["", "| test | result | found |", "|---|---|---|", *rows]))
