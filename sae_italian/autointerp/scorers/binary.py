@@ -24,7 +24,7 @@ GAIN = "gain_over_lookup"
 # The negatives behind a score named without any. Of fuzzing not the silent tokens of the same segment: a judge who
 # knows the context alone says no to nearly all of these, so that score is close to (share of positives found + 1) / 2.
 HEADLINE = {"detection": "random", "fuzzing": "same-token"}
-_RATES = ("balanced_accuracy", "tpr", "tnr", "f1")
+_SHARES = ("balanced_accuracy", "tpr", "tnr")
 N_SAMPLES = 200  # resamples
 
 
@@ -73,17 +73,21 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
             if one.only.get(name, source) == source:
                 sets[number, source] = PairedAnswers(verdicts, shown.document, rows)
     documents = documents_of(examples)
-    resampled = Resampled([answers.answered() for answers in sets.values()], documents)
-    metrics = dict(zip(sets, resampled.metrics(n_whole=len(shown.questions)), strict=True))
+    # what stands beside is told by its balanced accuracy, which needs no resampling
+    whole = [key for key in sets if not (asked[key[0]].only or asked[key[0]].control)]
+    rest = [key for key in sets if key not in whole]
+    resampled = Resampled([sets[key].answered() for key in whole], documents)
+    metrics = dict(zip(whole, resampled.metrics(n_whole=len(shown.questions)), strict=True))
+    metrics |= dict(zip(rest, Shares([sets[key].answered() for key in rest], documents).metrics(), strict=True))
     lookup = next((i for i, one in enumerate(asked) if one.explanation.explainer == LOOKUP), 0)
-    place = {key: i for i, key in enumerate(sets)}
     for source in shown.questions if lookup else ():
         own, plain = sets[0, source], sets[lookup, source]
-        gain = resampled.gain(place[0, source], place[lookup, source])
+        pair = [whole.index((number, source)) for number in (0, lookup)]
+        gain = resampled.gain(*pair)
         if own.n_failed:  # then both on the examples that both answered
             gain = Resampled([own.answered(plain), plain.answered(own)], documents).gain(0, 1)
         metrics[0, source][GAIN] = gain
-    for (number, source), found in metrics.items():
+    for (number, source), found in sorted(metrics.items(), key=lambda item: item[0][0]):
         yield asked[number], sets[number, source].score(source, found)
     if name == "detection" and "random" in shown.questions:
         yield from ((asked[0], score) for score in _by_decile(sets[0, "random"], shown.decile))
@@ -166,78 +170,83 @@ def documents_of(examples: LatentExamples) -> ResampledDocuments:
     )
 
 
-class Resampled:
-    """Several sets of answers on one latent's examples, all resampled by the same documents."""
+class Shares:
+    """Several sets of answers on one latent's examples, summed by document: what needs no resampling.
+
+    Resampling few documents gives too short an interval, none near 1; for what is no share there is no other.
+    """
 
     def __init__(self, sets: Sequence[PairedAnswers], documents: ResampledDocuments):
         self.sets, self.documents = sets, documents
-        (said, asked), positive = self._totals(0, 1.0)
-        (wrongly, others), negative = self._totals(1, 0.0)
-        tpr, tnr = shares_by_document(said, asked), shares_by_document(others - wrongly, others)
-        # resampling few documents gives too short an interval, none near 1; what is no share has no other
-        self.shares = {"balanced_accuracy": mean_of_two(tpr, tnr), "tpr": tpr, "tnr": tnr}
-        with np.errstate(divide="ignore", invalid="ignore"):
-            tpr, fpr = (total[1] / total[0] for total in (positive, negative))
-            self.brier = (positive[2] / positive[0] + negative[2] / negative[0]) / 2
-            # [sets, metrics, samples], the first sample being the data as they are
-            self.rates = np.stack([(tpr + 1 - fpr) / 2, tpr, 1 - fpr, 2 * tpr / (1 + tpr + fpr)], axis=1)
+        known = {id(own.document): own.document for own in sets}  # the same for all questions about some examples
+        index = {key: documents.index(document) for key, document in known.items()}
+        self.index = [index[id(own.document)] for own in sets]
+        self.sides = [self._side(0, 1.0), self._side(1, 0.0)]
 
-    def _totals(
-        self, side: int, truth: float
-    ) -> tuple[Float[np.ndarray, "2 sets documents"], Float[np.ndarray, "3 sets samples"]]:
-        """Return of the positives or the negatives the answers and their number in each document; then, resampled, the
-        number, the sum of answers and that of squared errors.
-        """
-        shape = 3, len(self.sets), len(self.documents.known)
-        known = {id(own.document): own.document for own in self.sets}  # the same for all questions about some examples
-        index = {key: self.documents.index(document) for key, document in known.items()}
+    def _side(self, side: int, truth: float) -> Float[np.ndarray, "3 sets documents"]:
+        """Return of the positives or the negatives in each document the number, the sum of answers and of squared errors."""
+        shape = len(self.sets), len(self.documents.known)
         cells, said, errors = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
-        for number, own in enumerate(self.sets):
+        for number, (own, index) in enumerate(zip(self.sets, self.index, strict=True)):
             rows, probability = own.rows[side], own.verdicts.probability
-            cells.append(number * shape[2] + index[id(own.document)][rows])
+            cells.append(number * shape[1] + index[rows])
             said.append(own.verdicts.said[rows])
             errors.append(np.full(len(rows), np.nan) if probability is None else (truth - probability[rows]) ** 2)
         cell = np.concatenate(cells)
         weights = np.ones(len(cell)), np.concatenate(said), np.concatenate(errors)
-        sums = np.stack([np.bincount(cell, each, shape[1] * shape[2]) for each in weights]).reshape(shape)
-        return sums[1::-1], np.stack([self.documents.weights @ each.T for each in sums]).transpose(0, 2, 1)
+        return np.stack([np.bincount(cell, each, shape[0] * shape[1]) for each in weights]).reshape(3, *shape)
+
+    def metrics(self) -> list[dict[str, Estimate]]:
+        """Return each set's balanced accuracy and its two shares."""
+        (asked, found, _), (others, wrongly, _) = self.sides
+        tpr, tnr = shares_by_document(found, asked), shares_by_document(others - wrongly, others)
+        bounds = np.stack([mean_of_two(tpr, tnr), tpr, tnr])[:, 1:]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share, wrong = found.sum(axis=1) / asked.sum(axis=1), wrongly.sum(axis=1) / others.sum(axis=1)
+        values = np.stack([(share + 1 - wrong) / 2, share, 1 - wrong])
+        told = np.concatenate([values[:, None], bounds], axis=1).transpose(2, 0, 1).tolist()
+        return [dict(zip(_SHARES, (Estimate(*each) for each in own), strict=True)) for own in told]
+
+
+class Resampled(Shares):
+    """Several sets of answers on one latent's examples, all resampled by the same documents."""
+
+    def __init__(self, sets: Sequence[PairedAnswers], documents: ResampledDocuments):
+        super().__init__(sets, documents)
+        positive, negative = (
+            np.stack([documents.weights @ each.T for each in side]).transpose(0, 2, 1) for side in self.sides
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            tpr, fpr = positive[1] / positive[0], negative[1] / negative[0]
+            # [sets, samples], the first sample being the data as they are
+            self.balanced, self.f1 = (tpr + 1 - fpr) / 2, 2 * tpr / (1 + tpr + fpr)
+            self.brier = (positive[2] / positive[0] + negative[2] / negative[0]) / 2
 
     def gain(self, ours: int, theirs: int) -> Estimate:
         """Return by how much one set's balanced accuracy exceeds another's; both are of the same windows."""
-        return estimates((self.rates[ours, 0] - self.rates[theirs, 0])[None])[0]
+        return estimates((self.balanced[ours] - self.balanced[theirs])[None])[0]
 
     def metrics(self, n_whole: int | None = None) -> list[dict[str, Estimate]]:
         """Return each set's metrics; with a number, only the first so many sets get an interval for AUROC."""
-        rows: list[np.ndarray] = []
-        names: list[tuple[int, str]] = []
+        found = super().metrics()
+        rows, names = list(self.f1), [(i, "f1") for i in range(len(self.sets))]
         for i, own in enumerate(self.sets):
-            names += [(i, name) for name in _RATES]
-            rows.append(self.rates[i])
             if own.verdicts.probability is not None:
                 names += [(i, "auroc"), (i, "brier")]
-                rows += [self._auroc(own, n_whole is None or i < n_whole)[None], self.brier[i][None]]
-        found: list[dict[str, Estimate]] = [{} for _ in self.sets]
-        for (i, name), estimate in zip(names, estimates(np.concatenate(rows)) if rows else (), strict=True):
-            value, lo, hi = estimate
-            if name in self.shares:
-                lo, hi = self.shares[name][1:, i].tolist()
-            found[i][name] = Estimate(value, lo, hi)
+                rows += [self._auroc(i, n_whole is None or i < n_whole), self.brier[i]]
+        for (i, name), estimate in zip(names, estimates(np.stack(rows)) if rows else (), strict=True):
+            found[i][name] = estimate
         return found
 
-    def _auroc(self, own: PairedAnswers, whole: bool) -> Float[np.ndarray, " samples"]:
+    def _auroc(self, i: int, whole: bool) -> Float[np.ndarray, " samples"]:
         """Return the probability that a positive outranks a negative, ties counting half; NaN resamples unless `whole`."""
+        own, weights = self.sets[i], self.documents.weights
         probability: Any = own.verdicts.probability
         positive, negative = (probability[rows] for rows in own.rows)
-        order = np.argsort(negative, kind="stable")
-        below, upto = (np.searchsorted(negative[order], positive, side=side) for side in ("left", "right"))
-        weights = self.documents.weights
+        outranks = (np.sign(positive[:, None] - negative) + 1) / 2
         if not whole:
-            pairs = max(len(positive) * len(negative), 1)
-            return np.append((below + upto).sum() / 2 / pairs, np.full(len(weights) - 1, np.nan))
-        ours, theirs = (weights[:, self.documents.index(own.document[rows])] for rows in own.rows)
-        theirs = theirs[:, order]
-        running = np.zeros((len(weights), len(negative) + 1))
-        np.cumsum(theirs, axis=1, out=running[:, 1:])
+            pairs = max(outranks.size, 1)
+            return np.append(outranks.sum() / pairs, np.full(len(weights) - 1, np.nan))
+        ours, theirs = (weights[:, self.index[i][rows]] for rows in own.rows)
         with np.errstate(divide="ignore", invalid="ignore"):
-            outranked = (ours * (running[:, below] + running[:, upto])).sum(axis=1) / 2
-            return outranked / (ours.sum(axis=1) * running[:, -1])
+            return ((ours @ outranks) * theirs).sum(axis=1) / (ours.sum(axis=1) * theirs.sum(axis=1))
