@@ -60,12 +60,11 @@ class Places:
         self.form_word = known // 2 // self.vocab
         self.form_ends = (known % 2).astype(bool)
         self._goes_on = np.append(self.source.linked[1:], False)  # into the same document and window
-        self._table: dict[Family, np.ndarray] = {}
-        self._lock = Lock()
+        self.lock = Lock()
 
     def prepare(self) -> None:
         """Compute the tables now."""
-        _ = self.tables, self.chains, self.totals
+        _ = self.tables, self.chains, self.scratch
 
     # --- words ---------------------------------------------------------------------------------------------------
 
@@ -152,23 +151,6 @@ class Places:
             there, inside = first - 1, inside & self.source.linked[first]
         return np.where(inside, self.form[np.where(inside, there, -1)], -1)
 
-    def look_up(
-        self,
-        family: Family,
-        keys: Int[np.ndarray, " k"],
-        values: Float[np.ndarray, " k"],
-        at: Int[np.ndarray, "n width"],
-    ) -> Float[np.ndarray, "n width"]:
-        """Return at each of a grid of a family's keys (-1: none) its value, 0 for those that have none."""
-        with self._lock:  # one table a family, cleared after use: far quicker than a search for each place
-            if family not in self._table:
-                self._table[family] = np.zeros(len(self.totals[family]) + 1)  # the last one is for no key
-            table = self._table[family]
-            table[keys] = values
-            found = table[at]
-            table[keys] = 0.0
-        return found
-
     def name(self, family: Family, key: int) -> str:
         """Return the text of a key of a family that is a table over forms."""
         names = self.tables[family].names
@@ -198,6 +180,12 @@ class Places:
         return counts
 
 
+    @cached_property
+    def scratch(self) -> dict[Family, Float[np.ndarray, " keys_and_none"]]:
+        """A zero for each key of each family, to look values up in; the last one is for no key."""
+        return {family: np.zeros(len(found) + 1) for family, found in self.totals.items()}
+
+
 class View:
     """The keys on a grid of positions, each family's computed once however many rules are tried on it."""
 
@@ -212,6 +200,18 @@ class View:
             return np.where(self.grid >= 0, self.places.chains[family][self.grid], -1)
         slot, keys, _ = self.places.tables[family]
         return keys[self._forms(slot)]
+
+    def look_up(
+        self, family: Family, keys: Int[np.ndarray, " k"], values: Float[np.ndarray, " k"]
+    ) -> Float[np.ndarray, "n width"]:
+        """Return the value of the key at each position, 0 for keys that have none and where there is no key."""
+        at = self.keys(family)
+        with self.places.lock:  # one table a family, cleared after use: far quicker than a search for each place
+            table = self.places.scratch[family]
+            table[keys] = values
+            found = table[at]
+            table[keys] = 0.0
+        return found
 
 
 def shape_of(word: str) -> str:

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.draws import Activity, Draw, Negatives
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.counts import Counts, Tally
-from sae_italian.autointerp.explainers.rules import KeyRule, LatentRule, Path, TreeRule, TrieRule
-from sae_italian.autointerp.explainers.text import displayed, explanation_of
+from sae_italian.autointerp.explainers.rules import PATHS, KeyRule, LatentRule, Path, TableRule, TreeRule, TrieRule
+from sae_italian.autointerp.explainers.text import MOST_LETTERS, displayed, explanation_of, fits
 from sae_italian.autointerp.places import Family, Places, View
 from sae_italian.autointerp.store import Explanation
 
@@ -31,6 +32,8 @@ CHOSEN_ON: tuple[Negatives, ...] = ("random", "same-token")
 WORTH = 0.01  # balanced accuracy on the validation examples that each doubling of a rule's keys must bring
 WORTH_OF_CONTEXT = 0.02  # ... and that a rule on more than the token itself must bring
 SIMPLE = ("token", "word", "suffix2", "suffix3", "suffix4", "suffix5", "prefix3", "prefix4", "shape", "clitic")
+WORTH_OF_MASS = 2.0  # balanced accuracy that all of a latent's activation is worth when keys are put in order
+MOST_TOLD = 12  # keys of a rule that its text names, if there is room
 GOOD_ENOUGH = 0.97  # validation score from which no trie or tree is tried
 
 # A rule that lists hundreds of keys remembers, it does not explain; the fewer the wider each is.
@@ -67,36 +70,31 @@ class RuleExplainer:
         return [explanation_of(activity.latent, *each) for each in zip(names, self.rules(activity), strict=True)]
 
     def rules(self, activity: Activity) -> tuple[LatentRule, LatentRule]:
-        """Return the best rule and the token lookup, each with the threshold that does best on the validation draw."""
+        """Return the best rule and the token lookup, each with the threshold and the keys told that do best on the
+        validation draw.
+        """
         counts = Counts(self.places, activity)
-        val = self.source.draw(activity, "val", self.n_examples, CHOSEN_ON)
-        view, n_positive = self._view(val), len(val.positive)
-
-        def tuned(rule: LatentRule) -> tuple[float, float, LatentRule]:
-            """Return the accuracy of what is displayed of the rule, that less what it costs, and the rule."""
-            strength = rule.at(view, "rate").max(axis=1, initial=0.0)
-            threshold, _ = best_threshold(strength[:n_positive], strength[n_positive:])
-            rule = replace(rule, threshold=threshold)  # pyright: ignore[reportArgumentType]
-            text = displayed(rule)
-            strength = text.at(view, "rate").max(axis=1, initial=0.0)
-            said = (strength > 0) & (strength >= threshold)
-            accuracy = (said[:n_positive].mean() + 1 - said[n_positive:].mean()) / 2 if len(said) > n_positive else 0.5
-            return accuracy, accuracy - cost(text), rule
-
+        drawn = self.source.draw(activity, "val", self.n_examples, CHOSEN_ON)
+        val = Validation(self._view(drawn), len(drawn.positive))
         fitted = {family: fit_keys(counts, family) for family in FAMILIES}
-        candidates = [tuned(rule) for rule in fitted.values() if len(rule.keys)]
-        lookup = tuned(fitted["token"])[2]
-        if max((accuracy for accuracy, *_ in candidates), default=0.0) < GOOD_ENOUGH:
-            candidates.append(tuned(fit_trie(counts)))
+        lookup = val.told(val.with_threshold(fitted["token"])[0])
+        found = [lookup] * bool(lookup.rule.told)
+        within_reach = [val.with_threshold(rule) for family, rule in fitted.items() if family != "token" and len(rule.keys)]
+        for rule, reach in sorted(within_reach, key=lambda each: -each[1]):
+            # whatever keys it tells, it finds no more positives than as a whole
+            if reach >= GOOD_ENOUGH or reach - cost(rule, 1) >= max((each.worth for each in found), default=0.0):
+                found.append(val.told(rule))
+        if max((each.accuracy for each in found), default=0.0) < GOOD_ENOUGH:
+            found.append(val.told(val.with_threshold(fit_trie(counts))[0]))
             train = self._view(self.source.draw(activity, "train", self.n_examples, CHOSEN_ON))
             values = self.source.values(activity, train.grid)
             tree = fit_tree(list(fitted.values()), train, values, counts.base, seed=self.source.seed)
-            candidates += [] if tree is None else [tuned(tree)]
-        best = max(candidates, key=lambda scored: scored[1], default=(0.0, 0.0, lookup))[2]
+            found += [] if tree is None else val.told_of_tree(val.with_threshold(tree)[0])
+        best = max(found, key=lambda each: each.worth, default=lookup).rule
         if isinstance(best, KeyRule) and best.family in ("token", "word"):  # say what often stands beside these
             beside = {"after": counts.frequent("previous-word"), "before": counts.frequent("next")}
             best = replace(best, notes={where: name for where, name in beside.items() if name})
-        return best, lookup
+        return best, lookup.rule
 
     def _view(self, draw: Draw) -> View:
         """Return the keys on a draw's positives, and then on its negatives of each source."""
@@ -104,10 +102,90 @@ class RuleExplainer:
         return View(self.places, self.source.grid(np.concatenate([draw.positive, *negatives])))
 
 
-def cost(rule: LatentRule) -> float:
-    """Return the balanced accuracy that a rule of this size and kind must bring before it is preferred."""
+class Tuned(NamedTuple):
+    """A rule with its threshold and the keys that it tells, their accuracy, and that less what they cost a reader."""
+
+    rule: LatentRule
+    accuracy: float
+    worth: float
+
+
+class Validation:
+    """One latent's validation examples, positives first: which threshold, and which keys of a rule, do best on them.
+
+    Keys are told in the order of what each adds to those before it: balanced accuracy here, and its share of the training
+    documents' activation, as fifty examples alone know little. What adds nothing is not told, nor what has no room.
+    """
+
+    def __init__(self, view: View, n_positive: int):
+        self.view, self.n_positive = view, n_positive
+        self.n_negative = len(view.grid) - n_positive
+        # what an example that is said yes to adds to the balanced accuracy, in whole numbers of 1 / scale: ties are ties
+        self.scale = 2 * n_positive * self.n_negative
+        self.gain = np.repeat([float(self.n_negative), -float(n_positive)], [n_positive, self.n_negative])
+
+    def with_threshold(self, rule: LatentRule) -> tuple[Any, float]:
+        """Return a rule with its best threshold, and the accuracy it would have if it never said yes wrongly."""
+        strength = rule.at(self.view, "rate").max(axis=1, initial=0.0)
+        positive, negative = np.split(strength, [self.n_positive])
+        threshold, _ = best_threshold(positive, negative)
+        found = ((positive > 0) & (positive >= threshold)).mean() if self.n_positive else 0.0
+        return replace(rule, threshold=threshold), (1 + float(found)) / 2  # pyright: ignore[reportArgumentType]
+
+    def tuned(self, rule: LatentRule, told: Sequence[int], said: Bool[np.ndarray, " n"]) -> Tuned:
+        """Return a rule that tells these keys, which say yes so."""
+        accuracy = 0.5 + float(self.gain @ said) / max(self.scale, 1)
+        rule = replace(rule, told=tuple(told))  # pyright: ignore[reportArgumentType]
+        return Tuned(rule, accuracy, accuracy - cost(rule, len(told)))
+
+    def told(self, rule: TableRule) -> Tuned:
+        """Return a rule with the keys that it tells."""
+        names = [name for table in rule.tables for name in table.names]
+        short = np.array([len(name) <= MOST_LETTERS // 2 for name in names], dtype=bool)
+        mass = np.concatenate([table.mass for table in rule.tables])
+        there = np.flatnonzero(np.concatenate([rule.firing(table) for table in rule.tables]) & short)
+        there = there[np.argsort(-mass[there], kind="stable")]
+        hits = np.concatenate([table.hits(self.view) for table in rule.tables], axis=1)[:, there]
+        order = in_order_of_gain(hits, self.gain, WORTH_OF_MASS * self.scale * mass[there])
+        letters = np.cumsum([len(names[i]) + 3 for i in there[order].tolist()])  # at least
+        told = there[order][letters <= MOST_LETTERS].tolist()
+        while told and not fits(replace(rule, told=tuple(told))):  # pyright: ignore[reportArgumentType]
+            told.pop()
+        return self.tuned(rule, told, hits[:, order[: len(told)]].any(axis=1))
+
+    def told_of_tree(self, rule: TreeRule) -> list[Tuned]:
+        """Return a tree with its heaviest paths and the heaviest keys of their conditions, as many of each as do best."""
+        first = np.cumsum([0, *(len(condition.keys) for condition in rule.conditions)]).tolist()
+        ranked = [(start + np.argsort(-c.mass, kind="stable")).tolist() for start, c in zip(first, rule.conditions)]
+        found: dict[tuple[int, ...], Tuned] = {}
+        for n_paths, n_keys in product(range(1, PATHS + 1), repeat=2):
+            used = sorted({i for path in rule.heaviest()[:n_paths] for i in path.holds + path.fails})
+            told = tuple(key for i in used for key in ranked[i][:n_keys])
+            if told and told not in found and fits(text := replace(rule, told=told)):
+                said = (displayed(text).at(self.view, "rate") > 0).any(axis=1)
+                found[told] = self.tuned(rule, told, said)
+        return [max(found.values(), key=lambda each: each.worth)] if found else []
+
+
+def in_order_of_gain(
+    hits: Bool[np.ndarray, "n k"], gain: Float[np.ndarray, " n"], own: Float[np.ndarray, " k"]
+) -> list[int]:
+    """Return up to MOST_TOLD columns, each with the largest own worth and gain over the rows that none before it hits."""
+    left, found, columns, worth = gain.copy(), [], hits.astype(np.float64), own.copy()
+    while len(found) < min(MOST_TOLD, hits.shape[1]):
+        adds = left @ columns + worth
+        best = int(adds.argmax())
+        if adds[best] < 0 and found:
+            break
+        found.append(best)
+        left[hits[:, best]], worth[best] = 0.0, -np.inf
+    return found
+
+
+def cost(rule: LatentRule, n_keys: int) -> float:
+    """Return the balanced accuracy that a rule of this kind with so many keys must bring before it is preferred."""
     context = WORTH_OF_CONTEXT if isinstance(rule, KeyRule) else 1.5 * WORTH_OF_CONTEXT
-    return (0.0 if rule.family in SIMPLE else context) + WORTH * float(np.log2(1 + rule.n_conditions)) / 2
+    return (0.0 if rule.family in SIMPLE else context) + WORTH * float(np.log2(1 + n_keys)) / 2
 
 
 def best_threshold(

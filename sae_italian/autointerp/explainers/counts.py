@@ -125,7 +125,7 @@ class Counts:
             return [self.places.name(family, key) for key in tally.keys.tolist()]
         back = 1 if family == "bigram" else 2
         tokens, strings = self.places.source.tokens, self.places.strings
-        return ["".join(strings[t] for t in tokens[p - back : p + 1].tolist()).strip() for p in tally.at.tolist()]
+        return ["".join(strings[t] for t in tokens[p - back : p + 1].tolist()) for p in tally.at.tolist()]
 
     def frequent(self, family: Family) -> str:
         """Return the key of a family that much of the activation and a raised share of it lies on, or ""."""

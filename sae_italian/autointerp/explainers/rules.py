@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float
 from sae_italian.autointerp.places import Family, View
 
 Value = Literal["rate", "weight"]
+Numbers = tuple[int, ...]
 PATHS = 3  # of a tree that its text names
 
 
@@ -34,6 +36,7 @@ class LatentRule(ABC):
     threshold: float
     n_active: int  # training tokens on which the latent fires
     base: float  # share of all training tokens that is
+    told: Numbers  # the keys that its text names, numbered over all tables, in the order of what each adds
 
     @property
     @abstractmethod
@@ -51,8 +54,8 @@ class LatentRule(ABC):
         tokens there (`total`), or of the share of the latent's activation (`mass`)."""
 
     @abstractmethod
-    def cut(self, n: int) -> LatentRule:
-        """Return the rule that knows of each table only the n heaviest keys that fire (a tree: half as many, and n paths)."""
+    def take(self, told: Numbers) -> LatentRule:
+        """Return the rule that knows these keys only, and names them all."""
 
     @abstractmethod
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
@@ -66,13 +69,22 @@ class LatentRule(ABC):
         recall = min(float(active / self.n_active), 1.0) if self.n_active else 0.0
         return Figures(precision, recall, precision / self.base if self.base else 0.0, min(float(mass), 1.0))
 
-
-class _Tables(LatentRule):
-    """A rule that fires where a key of its tables does."""
-
     def firing(self, table: KeyRule) -> Bool[np.ndarray, " k"]:
-        """Return which keys of a table fire at the threshold of the whole."""
+        """Return which keys of a table can make the rule fire."""
         return table.rates >= self.threshold
+
+    def split(self, told: Numbers) -> tuple[Numbers, ...]:
+        """Return the numbers of some keys by table, counted from each table's first."""
+        first = np.cumsum([0, *(len(table.keys) for table in self.tables)]).tolist()
+        return tuple(tuple(n - start for n in told if start <= n < stop) for start, stop in pairwise(first))
+
+    def taken(self, told: Numbers) -> tuple[KeyRule, ...]:
+        """Return each table with those of its keys that are among the numbered ones."""
+        return tuple(table.take(own) for table, own in zip(self.tables, self.split(told), strict=True))
+
+
+class TableRule(LatentRule):
+    """A rule that fires where a key of its tables does."""
 
     @property
     def n_conditions(self) -> int:
@@ -83,8 +95,8 @@ class _Tables(LatentRule):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class KeyRule(_Tables):
-    """A token has the rate of its key: tokens, words, endings, shapes, or what stands beside. Keys are sorted."""
+class KeyRule(TableRule):
+    """A token has the rate of its key: tokens, words, endings, shapes, or what stands beside."""
 
     keys: np.ndarray  # [k]
     rates: Float[np.ndarray, " k"]
@@ -97,40 +109,48 @@ class KeyRule(_Tables):
     n_active: int
     base: float
     threshold: float = 0.0
+    told: Numbers = ()
     notes: dict[str, str] = field(default_factory=dict)  # contexts that are frequent, for the text only
 
     @property
     def tables(self) -> tuple[KeyRule, ...]:
         return (self,)
 
-    def cut(self, n: int) -> KeyRule:
-        there = np.flatnonzero(self.firing(self))
-        there = np.sort(there[np.argsort(-self.mass[there], kind="stable")][:n])
+    def take(self, told: Numbers) -> KeyRule:
+        there = np.array(told, dtype=np.int64)
         arrays = {name: getattr(self, name)[there] for name in _ARRAYS}
-        return replace(self, **arrays, names=[self.names[i] for i in there.tolist()])
+        return replace(self, **arrays, names=[self.names[i] for i in told], told=tuple(range(len(told))))
 
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
-        return view.places.look_up(self.family, self.keys, getattr(self, f"{what}s"), view.keys(self.family))
+        return view.look_up(self.family, self.keys, getattr(self, f"{what}s"))
 
     def holds(self, view: View) -> Bool[np.ndarray, "n width"]:
         """Return where the token's key is one of the rule's, whatever its rate."""
-        return view.places.look_up(self.family, self.keys, np.ones(len(self.keys)), view.keys(self.family)) > 0
+        return view.look_up(self.family, self.keys, np.ones(len(self.keys))) > 0
+
+    def hits(self, view: View) -> Bool[np.ndarray, "n k"]:
+        """Return which keys stand anywhere in each of a view's rows."""
+        key = view.look_up(self.family, self.keys, np.arange(1.0, len(self.keys) + 1)).astype(np.int64)
+        found = np.zeros((len(key), len(self.keys) + 1), dtype=bool)
+        found[np.arange(len(key))[:, None], key] = True
+        return found[:, 1:]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TrieRule(_Tables):
+class TrieRule(TableRule):
     """Levels from one token to three, the last token first; the longest known context decides."""
 
     family: Literal["trie"] = "trie"
     levels: tuple[KeyRule, ...]
     threshold: float = 0.0
+    told: Numbers = ()
 
     @property
     def tables(self) -> tuple[KeyRule, ...]:
         return self.levels
 
-    def cut(self, n: int) -> TrieRule:
-        return replace(self, levels=tuple(replace(level, threshold=self.threshold).cut(n) for level in self.levels))
+    def take(self, told: Numbers) -> TrieRule:
+        return replace(self, levels=self.taken(told), told=tuple(range(len(told))))
 
     @property
     def n_active(self) -> int:
@@ -151,8 +171,8 @@ class TrieRule(_Tables):
 class Path:
     """A leaf: the conditions that hold and those that do not, by number, and what was seen there in the training examples."""
 
-    holds: tuple[int, ...]
-    fails: tuple[int, ...]
+    holds: Numbers
+    fails: Numbers
     rate: float
     weight: float
     active: float
@@ -170,30 +190,36 @@ class TreeRule(LatentRule):
     n_active: int
     base: float
     threshold: float = 0.0
+    told: Numbers = ()
 
     @property
     def tables(self) -> tuple[KeyRule, ...]:
         return self.conditions
 
-    def cut(self, n: int) -> TreeRule:
-        conditions = tuple(condition.cut(max(n // 2, 1)) for condition in self.conditions)
-        return replace(self, conditions=conditions, paths=tuple(self.heaviest()[:n]))
+    def take(self, told: Numbers) -> TreeRule:
+        """Return the rule of the heaviest paths whose conditions all have keys left."""
+        conditions = self.taken(told)
+        paths = [path for path in self.heaviest() if all(conditions[i].names for i in path.holds + path.fails)]
+        return replace(self, conditions=conditions, paths=tuple(paths), told=tuple(range(len(told))))
 
     def heaviest(self) -> list[Path]:
         """Return the paths that a text names."""
-        return sorted(self.firing, key=lambda path: -path.mass)[:PATHS]
+        return sorted(self.firing_paths, key=lambda path: -path.mass)[:PATHS]
+
+    def firing(self, table: KeyRule) -> Bool[np.ndarray, " k"]:
+        return np.ones(len(table.keys), dtype=bool)  # whether a path fires is not decided by a key
 
     @property
-    def firing(self) -> list[Path]:
+    def firing_paths(self) -> list[Path]:
         return [path for path in self.paths if path.rate > 0 and path.rate >= self.threshold]
 
     @property
     def n_conditions(self) -> int:
-        used = {i for path in self.firing for i in path.holds + path.fails}
+        used = {i for path in self.firing_paths for i in path.holds + path.fails}
         return sum(len(self.conditions[i].keys) for i in used)
 
     def fired(self, name: str) -> float:
-        return sum(getattr(path, name) for path in self.firing)
+        return sum(getattr(path, name) for path in self.firing_paths)
 
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
         met = [condition.holds(view) for condition in self.conditions]
@@ -221,6 +247,8 @@ def rule_of(stored: dict[str, Any]) -> LatentRule:
             values[name] = tuple(rule_of(part) for part in value)
         elif name == "paths":
             values[name] = tuple(Path(tuple(p.pop("holds")), tuple(p.pop("fails")), **p) for p in map(dict, value))
+        elif name == "told":
+            values[name] = tuple(value)
         elif name in _ARRAYS:
             values[name] = np.array(value, dtype=_ARRAYS[name])
     return kind(**values)

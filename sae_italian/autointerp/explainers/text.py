@@ -1,21 +1,26 @@
-"""The text of a rule, in Italian and in English. It says what the rule does; it does not name a concept."""
+"""The text of a rule, in Italian and in English. It says what the rule does; it does not name a concept.
+
+It can be read back: no two keys of a kind look alike in it, so a score of the keys it names is a score of the text.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
-from sae_italian.autointerp.explainers.rules import Figures, KeyRule, LatentRule, Path, TreeRule, TrieRule, rule_of
+from sae_italian.autointerp.explainers.rules import Figures, KeyRule, LatentRule, Path, TreeRule, rule_of
 from sae_italian.autointerp.places import Family
 from sae_italian.autointerp.store import Explanation
 from sae_italian.base.labels import Language, label
 from sae_italian.base.report import plain
 
-SHOWN = 6  # keys named in the text, if they fit
+SHOWN = 6  # keys that are named of a rule that does not say which
 MOST_LETTERS = 120  # of a text without its figures
 LISTED = 20  # keys kept for a reader beside the text
+INSIDE = "…"  # stands before a token that begins with a letter and no space
+PIECES = ("token", "previous", "next", "bigram", "trigram")  # families whose keys are tokens
 
 
 def explanation_of(latent: int, explainer: str, rule: LatentRule) -> Explanation:
@@ -29,11 +34,12 @@ def explanation_of(latent: int, explainer: str, rule: LatentRule) -> Explanation
 
 def displayed(rule: LatentRule) -> LatentRule:
     """Return as much of a rule as its text names: a score is of this, as the whole rule often knows far more."""
-    for n in range(SHOWN, 0, -1):
-        rule = rule.cut(n)
-        if len(statement(rule, "it")) <= MOST_LETTERS:
-            break
-    return rule
+    return rule.take(rule.told) if rule.told else rule
+
+
+def fits(rule: LatentRule) -> bool:
+    """Return whether a rule's text is short enough to be shown, in both languages."""
+    return len(statement(rule, "it")) <= MOST_LETTERS >= len(statement(rule, "en"))
 
 
 def plain_text(explanation: Explanation, language: Language) -> str:
@@ -54,77 +60,87 @@ def describe(rule: LatentRule, language: Language, figures: Figures | None = Non
 
 
 def statement(rule: LatentRule, language: Language, shown: int = SHOWN) -> str:
-    """Return what the rule says, without its figures."""
+    """Return what the rule says, without its figures: the keys that it tells, else the heaviest ones of each table."""
+    named = rule.split(rule.told) if rule.told else tuple(_heaviest(rule, table) for table in rule.tables)
+    shown = len(rule.told) or (max(shown // 2, 1) if isinstance(rule, TreeRule) else shown)
+    said = [_on(table, own, language, shown) for table, own in zip(rule.tables, named, strict=True)]
     if isinstance(rule, KeyRule):
-        text = _on(rule, rule.firing(rule), language, shown, always=True)
-        if rule.family in ("token", "word") and (ending := _common_ending(*_heaviest(rule, rule.firing(rule)))):
-            text += f", {label('rule.ending', language).format(ending)}"
-        beside = [
-            label(f"rule.{where}", language).format(rule.notes[where])
-            for where in ("after", "before")
-            if where in rule.notes
-        ]
-        return ", ".join([text, *beside])
+        text = said[0] or label(f"rule.{rule.family.rstrip('2345')}", language).format("")
+        for note in _notes(rule, named[0], language):  # these give way to keys
+            text += f", {note}" if len(text) + len(note) + 2 <= MOST_LETTERS else ""
+        return text
     if isinstance(rule, TreeRule):
-        parts = [_path(rule, path, language, max(shown // 2, 1)) for path in rule.heaviest()]
-    else:  # a trie: the tokens that suffice, then the longest contexts
-        assert isinstance(rule, TrieRule)
-        parts = [_on(level, rule.firing(level), language, shown) for level in rule.levels]
-    return label("rule.or", language).join(part for part in parts if part)
+        said = [_path(path, said, language) for path in rule.heaviest()]
+    # of a trie: the tokens that suffice, then the longest contexts
+    return label("rule.or", language).join(part for part in said if part)
 
 
-def _path(rule: TreeRule, path: Path, language: Language, shown: int) -> str:
-    def said(number: int) -> str:
-        condition = rule.conditions[number]
-        return _on(condition, np.ones(len(condition.keys), dtype=bool), language, shown)
-
-    held = f" {label('rule.and', language)} ".join(said(i) for i in path.holds)
-    return ", ".join([held, *(label("rule.not", language).format(said(i)) for i in path.fails)])
-
-
-def _on(rule: KeyRule, firing: np.ndarray, language: Language, shown: int, *, always: bool = False) -> str:
-    """Return where a table of keys fires, its heaviest keys named; "" when it has none, unless `always`."""
-    names = _heaviest(rule, firing)[0]
-    if not names and not always:
+def _path(path: Path, said: Sequence[str], language: Language) -> str:
+    """Return what holds on a path and what does not; "" where something of it is not said."""
+    if not all(said[i] for i in path.holds + path.fails):
         return ""
-    distinct = list(dict.fromkeys(quoted(rule.family, name, language) for name in names))
-    text = ", ".join(distinct[:shown])
-    if rest := len(distinct[shown:]):
+    held = f" {label('rule.and', language)} ".join(said[i] for i in path.holds)
+    return ", ".join([held, *(label("rule.not", language).format(said[i]) for i in path.fails)])
+
+
+def _notes(rule: KeyRule, named: Sequence[int], language: Language) -> list[str]:
+    """Return what is often true where these keys are, for a reader only."""
+    beside = {where: quoted("word", name, language) for where, name in rule.notes.items()}
+    notes = [label(f"rule.{where}", language).format(beside[where]) for where in ("after", "before") if where in beside]
+    if rule.family in ("token", "word") and (ending := _common_ending(rule, named)):
+        notes.insert(0, label("rule.ending", language).format(ending))
+    return notes
+
+
+def _on(table: KeyRule, keys: Sequence[int], language: Language, shown: int) -> str:
+    """Return where a table of keys fires, the first of these keys named; "" without any."""
+    if not keys:
+        return ""
+    text = ", ".join(quoted(table.family, table.names[i], language) for i in keys[:shown])
+    if rest := len(keys[shown:]):
         text += " " + label("rule.one more" if rest == 1 else "rule.more", language).format(rest)
-    return label(f"rule.{rule.family.rstrip('2345')}", language).format(text)
+    return label(f"rule.{table.family.rstrip('2345')}", language).format(text)
 
 
-def _heaviest(rule: KeyRule, firing: np.ndarray) -> tuple[list[str], Float[np.ndarray, " n"]]:
-    """Return the keys that fire and their shares of the activation, the largest first."""
-    there = np.flatnonzero(firing)
-    there = there[np.argsort(-rule.mass[there], kind="stable")]
-    return [rule.names[i] for i in there.tolist()], rule.mass[there]
+def _heaviest(rule: LatentRule, table: KeyRule) -> tuple[int, ...]:
+    """Return the keys of a table that fire, the one with the largest share of the activation first."""
+    there = np.flatnonzero(rule.firing(table))
+    return tuple(there[np.argsort(-table.mass[there], kind="stable")].tolist())
 
 
 def quoted(family: Family, name: str, language: Language) -> str:
-    """Return a key as it stands in a text: «parola», -mente, ri-, or the name of a shape."""
+    """Return a key as it stands in a text: «parola», «…pezzo» of one, -mente, ri-, or the name of a shape.
+
+    No two keys of a family look alike: a token's space shows where no letter follows it, and » is doubled.
+    """
     if family == "shape":
         return label(f"shape.{name}", language)
     if family.startswith("suffix") or family == "clitic":
         return f"-{name}"
     if family.startswith("prefix"):
         return f"{name}-"
-    return f"«{name.strip() or name}»"
+    if family in PIECES:
+        if name[:1] == " " and name[1:2].isalnum():
+            name = name[1:]
+        elif name[:1].isalnum() or name[:1] == INSIDE:
+            name = INSIDE + name
+    return "«" + name.replace("»", "»»") + "»"
 
 
-def _common_ending(words: list[str], mass: Float[np.ndarray, " k"], least: float = 0.8) -> str:
+def _common_ending(rule: KeyRule, named: Sequence[int], least: float = 0.8) -> str:
     """Return the longest ending of 2 to 5 letters that words with 80 % of the mass share; "" for fewer than 4 words."""
-    cleaned = [word.strip().lower() for word in words]
-    if len(set(cleaned)) < 4:
+    words = [rule.names[i].strip().lower() for i in named]
+    if len(set(words)) < 4:
         return ""
+    mass = rule.mass[list(named)]
     for length in (5, 4, 3, 2):
         endings: dict[str, float] = {}
-        for word, share in zip(cleaned, mass.tolist(), strict=True):
+        for word, share in zip(words, mass.tolist(), strict=True):
             if len(word) > length and word[-length:].isalpha():
                 endings[word[-length:]] = endings.get(word[-length:], 0.0) + share
         best = max(endings, key=lambda ending: endings[ending], default="")
         if best and endings[best] >= least * float(mass.sum()):
-            return "" if len(os.path.commonprefix(cleaned)) >= length else best
+            return "" if len(os.path.commonprefix(words)) >= length else best
     return ""
 
 

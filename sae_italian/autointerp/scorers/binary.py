@@ -7,9 +7,9 @@ Plain accuracy is never given: it rewards a judge that always says the commoner 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -24,35 +24,17 @@ GAIN = "gain_over_lookup"
 # The negatives behind a score named without any. Of fuzzing not the silent tokens of the same segment: a judge who
 # knows the context alone says no to nearly all of these, so that score is close to (share of positives found + 1) / 2.
 HEADLINE = {"detection": "random", "fuzzing": "same-token"}
-_SHARES = ("balanced_accuracy", "tpr", "tnr")
 N_SAMPLES = 200  # resamples
-
-
-class PairedAnswers(NamedTuple):
-    """A judge's answers on positives, and on the negatives of one source that are paired with them."""
-
-    verdicts: Verdicts
-    document: Int[np.ndarray, " examples"]
-    rows: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]  # of the positives and the negatives
-
-    def answered(self, other: PairedAnswers | None = None) -> PairedAnswers:
-        """Return these answers without the examples on which these, or others on the same examples, failed."""
-        good = (self.verdicts.said >= 0) & ((other or self).verdicts.said >= 0)
-        positive, negative = (rows[good[rows]] for rows in self.rows)
-        return self._replace(rows=(positive, negative))
-
-    @property
-    def n_failed(self) -> int:
-        return sum(int((self.verdicts.said[rows] < 0).sum()) for rows in self.rows)
-
-    def score(self, source: str, metrics: dict[str, Estimate]) -> Score:
-        return Score(source, metrics, len(self.rows[0]), len(self.rows[1]), self.n_failed)
+Questions = Mapping[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]  # by source, the positives and the negatives
 
 
 @scorer(needs="detect", metric="balanced_accuracy")
 def detection(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
     """Score whole segments, active somewhere or silent."""
-    yield from _scores("detection", asked, examples, examples.test)
+    shown: Any = examples.test
+    yield from _scores("detection", asked, examples, shown)
+    if "random" in shown.questions:
+        yield from ((asked[0], score) for score in _by_decile(asked[0].answers["detection"][1], shown))
 
 
 @scorer(needs="detect", metric="balanced_accuracy")
@@ -65,40 +47,29 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
     """Yield one score per explanation and source; the gain of the first explanation over the executed lookup is in its."""
     if len(shown) == 0:
         return
-    sets: dict[tuple[int, str], PairedAnswers] = {}
+    for one in asked:
+        one.answers[name] = shown, one.judge.detect(one.explanation, shown)
+    answers = Answers([one.answers[name][1] for one in asked], shown.questions, shown.document, documents_of(examples))
+    metrics = answers.shares()
     for number, one in enumerate(asked):
-        verdicts = one.judge.detect(one.explanation, shown)
-        one.answers[name] = shown, verdicts
-        for source, rows in shown.questions.items():
-            if one.only.get(name, source) == source:
-                sets[number, source] = PairedAnswers(verdicts, shown.document, rows)
-    documents = documents_of(examples)
-    # what stands beside is told by its balanced accuracy, which needs no resampling
-    whole = [key for key in sets if not (asked[key[0]].only or asked[key[0]].control)]
-    rest = [key for key in sets if key not in whole]
-    resampled = Resampled([sets[key].answered() for key in whole], documents)
-    metrics = dict(zip(whole, resampled.metrics(n_whole=len(shown.questions)), strict=True))
-    metrics |= dict(zip(rest, Shares([sets[key].answered() for key in rest], documents).metrics(), strict=True))
+        if not (one.only or one.control):  # what stands beside is told by its balanced accuracy
+            answers.add_resampled(metrics, number, intervals=number == 0)
     lookup = next((i for i, one in enumerate(asked) if one.explanation.explainer == LOOKUP), 0)
-    for source in shown.questions if lookup else ():
-        own, plain = sets[0, source], sets[lookup, source]
-        pair = [whole.index((number, source)) for number in (0, lookup)]
-        gain = resampled.gain(*pair)
-        if own.n_failed:  # then both on the examples that both answered
-            gain = Resampled([own.answered(plain), plain.answered(own)], documents).gain(0, 1)
-        metrics[0, source][GAIN] = gain
-    for (number, source), found in sorted(metrics.items(), key=lambda item: item[0][0]):
-        yield asked[number], sets[number, source].score(source, found)
-    if name == "detection" and "random" in shown.questions:
-        yield from ((asked[0], score) for score in _by_decile(sets[0, "random"], shown.decile))
+    for i, gain in enumerate(answers.gains(0, lookup) if lookup else ()):
+        metrics[0][i][GAIN] = gain
+    for one, own, counts in zip(asked, metrics, answers.counts(), strict=True):
+        for source, found, n in zip(shown.questions, own, counts, strict=True):
+            if one.only.get(name, source) == source:
+                yield one, Score(source, found, *n)
 
 
-def _by_decile(answers: PairedAnswers, deciles: Int[np.ndarray, " examples"]) -> Iterator[Score]:
+def _by_decile(verdicts: Verdicts, shown: Any) -> Iterator[Score]:
     """Yield the share of positives found in each tenth of the latent's maxima."""
-    positive, _ = answers.answered().rows
-    decile = deciles[positive]
-    for tenth in np.unique(decile[decile >= 0]).tolist():
-        found = answers.verdicts.said[positive[decile == tenth]]
+    positive, _ = shown.questions["random"]
+    positive = positive[(verdicts.said[positive] >= 0) & (shown.decile[positive] >= 0)]
+    decile = shown.decile[positive]
+    for tenth in np.unique(decile).tolist():
+        found = verdicts.said[positive[decile == tenth]]
         yield Score("random", {f"tpr_decile_{tenth}": NOTHING._replace(value=float(found.mean()))}, len(found))
 
 
@@ -107,12 +78,13 @@ def ranking(
 ) -> Iterator[tuple[Asked, Score]]:
     """Yield AUROC of each explanation's strengths on the test examples, by source; NaN strengths count as failed."""
     shown: Any = examples.test
-    for one, strength in zip(asked, strengths, strict=True):
-        verdicts = Verdicts(np.where(np.isfinite(strength), 1, -1), np.asarray(strength, dtype=np.float64))
-        sets = {source: PairedAnswers(verdicts, shown.document, rows) for source, rows in shown.questions.items()}
-        metrics = Resampled([answers.answered() for answers in sets.values()], documents_of(examples)).metrics()
-        for (source, answers), found in zip(sets.items(), metrics, strict=True):
-            yield one, answers.score(source, {"auroc": found["auroc"]})
+    given = [np.asarray(strength, dtype=np.float64) for strength in strengths]
+    verdicts = [Verdicts(np.where(np.isfinite(each), 1, -1), each) for each in given]
+    answers = Answers(verdicts, shown.questions, shown.document, documents_of(examples))
+    for number, (one, counts) in enumerate(zip(asked, answers.counts(), strict=True)):
+        areas = estimates(np.array([answers.auroc(number, i, True) for i in range(len(counts))]).reshape(len(counts), -1))
+        for source, area, n in zip(shown.questions, areas, counts, strict=True):
+            yield one, Score(source, {"auroc": area}, *n)
 
 
 # --- intervals over documents for many scores of one latent at once ---------------------------------------------------
@@ -170,83 +142,108 @@ def documents_of(examples: LatentExamples) -> ResampledDocuments:
     )
 
 
-class Shares:
-    """Several sets of answers on one latent's examples, summed by document: what needs no resampling.
+class Answers:
+    """The answers of several explanations' judges to the same questions about one latent, summed by document.
 
-    Resampling few documents gives too short an interval, none near 1; for what is no share there is no other.
+    All are resampled by the same documents. An example without a usable answer counts nowhere.
     """
 
-    def __init__(self, sets: Sequence[PairedAnswers], documents: ResampledDocuments):
-        self.sets, self.documents = sets, documents
-        known = {id(own.document): own.document for own in sets}  # the same for all questions about some examples
-        index = {key: documents.index(document) for key, document in known.items()}
-        self.index = [index[id(own.document)] for own in sets]
-        self.sides = [self._side(0, 1.0), self._side(1, 0.0)]
+    def __init__(
+        self,
+        verdicts: Sequence[Verdicts],
+        questions: Questions,
+        document: Int[np.ndarray, " examples"],
+        documents: ResampledDocuments,
+    ):
+        self.verdicts, self.documents, self.sides = verdicts, documents, list(questions.values())
+        self.said = np.stack([own.said for own in verdicts])
+        self.good = self.said >= 0
+        self.index = documents.index(document)
+        self.rows = np.concatenate([np.empty(0, np.int64), *(rows for both in self.sides for rows in both)])
+        side = np.repeat(np.arange(2 * len(self.sides)), [len(rows) for both in self.sides for rows in both])
+        self.cell = side * len(documents.known) + self.index[self.rows]
+        self.truth = np.zeros(len(document))
+        for positive, _ in self.sides:
+            self.truth[positive] = 1.0
+        self.rates = cache(self._rates)
 
-    def _side(self, side: int, truth: float) -> Float[np.ndarray, "3 sets documents"]:
-        """Return of the positives or the negatives in each document the number, the sum of answers and of squared errors."""
-        shape = len(self.sets), len(self.documents.known)
-        cells, said, errors = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
-        for number, (own, index) in enumerate(zip(self.sets, self.index, strict=True)):
-            rows, probability = own.rows[side], own.verdicts.probability
-            cells.append(number * shape[1] + index[rows])
-            said.append(own.verdicts.said[rows])
-            errors.append(np.full(len(rows), np.nan) if probability is None else (truth - probability[rows]) ** 2)
-        cell = np.concatenate(cells)
-        weights = np.ones(len(cell)), np.concatenate(said), np.concatenate(errors)
-        return np.stack([np.bincount(cell, each, shape[0] * shape[1]) for each in weights]).reshape(3, *shape)
+    def _sums(self, values: Float[np.ndarray, "n examples"]) -> Float[np.ndarray, "n sources 2 documents"]:
+        """Return the sums over each document of the positives' and the negatives' values."""
+        shape = len(values), len(self.sides), 2, len(self.documents.known)
+        size = int(np.prod(shape[1:]))
+        cell = (np.arange(len(values)) * size)[:, None] + self.cell
+        found = np.bincount(cell.ravel(), values[:, self.rows].ravel(), len(values) * size)
+        return found.reshape(shape)
 
-    def metrics(self) -> list[dict[str, Estimate]]:
-        """Return each set's balanced accuracy and its two shares."""
-        (asked, found, _), (others, wrongly, _) = self.sides
+    def counts(self) -> list[list[tuple[int, int, int]]]:
+        """Return by explanation and source how many positives and negatives were answered, and how many examples were not."""
+        answered = self._sums(self.good).sum(axis=-1).astype(int).tolist()
+        sizes = [len(positive) + len(negative) for positive, negative in self.sides]
+        return [[(p, n, size - p - n) for (p, n), size in zip(own, sizes, strict=True)] for own in answered]
+
+    def shares(self) -> list[list[dict[str, Estimate]]]:
+        """Return by explanation and source the balanced accuracy and its two shares.
+
+        Their intervals need no resampling, which of few documents gives too short ones, none near 1.
+        """
+        n, yes = (self._sums(each) for each in (self.good, self.said * self.good))
+        shape, flat = n.shape[:2], (-1, n.shape[-1])
+        asked, found, others, wrongly = (x[:, :, side].reshape(flat) for side in (0, 1) for x in (n, yes))
         tpr, tnr = shares_by_document(found, asked), shares_by_document(others - wrongly, others)
-        bounds = np.stack([mean_of_two(tpr, tnr), tpr, tnr])[:, 1:]
         with np.errstate(divide="ignore", invalid="ignore"):
             share, wrong = found.sum(axis=1) / asked.sum(axis=1), wrongly.sum(axis=1) / others.sum(axis=1)
         values = np.stack([(share + 1 - wrong) / 2, share, 1 - wrong])
-        told = np.concatenate([values[:, None], bounds], axis=1).transpose(2, 0, 1).tolist()
-        return [dict(zip(_SHARES, (Estimate(*each) for each in own), strict=True)) for own in told]
+        told = np.concatenate([values[:, None], np.stack([mean_of_two(tpr, tnr), tpr, tnr])[:, 1:]], axis=1)
+        names = ("balanced_accuracy", "tpr", "tnr")
+        return [
+            [dict(zip(names, (Estimate(*each) for each in one), strict=True)) for one in own]
+            for own in told.transpose(2, 0, 1).reshape(*shape, 3, 3).tolist()
+        ]
 
+    def _rates(self, number: int, other: int) -> Float[np.ndarray, "sources 2 samples"]:
+        """Return how often an explanation is said yes to, of what this and another one were answered on.
 
-class Resampled(Shares):
-    """Several sets of answers on one latent's examples, all resampled by the same documents."""
-
-    def __init__(self, sets: Sequence[PairedAnswers], documents: ResampledDocuments):
-        super().__init__(sets, documents)
-        positive, negative = (
-            np.stack([documents.weights @ each.T for each in side]).transpose(0, 2, 1) for side in self.sides
-        )
+        The first sample is the data as they are, the others are resamples.
+        """
+        good = (self.good[number] & self.good[other])[None]
         with np.errstate(divide="ignore", invalid="ignore"):
-            tpr, fpr = positive[1] / positive[0], negative[1] / negative[0]
-            # [sets, samples], the first sample being the data as they are
-            self.balanced, self.f1 = (tpr + 1 - fpr) / 2, 2 * tpr / (1 + tpr + fpr)
-            self.brier = (positive[2] / positive[0] + negative[2] / negative[0]) / 2
+            return self._resampled(self.said[number] * good) / self._resampled(good)
 
-    def gain(self, ours: int, theirs: int) -> Estimate:
-        """Return by how much one set's balanced accuracy exceeds another's; both are of the same windows."""
-        return estimates((self.balanced[ours] - self.balanced[theirs])[None])[0]
+    def _resampled(self, values: Float[np.ndarray, "1 examples"]) -> Float[np.ndarray, "sources 2 samples"]:
+        return self._sums(values)[0] @ self.documents.weights.T
 
-    def metrics(self, n_whole: int | None = None) -> list[dict[str, Estimate]]:
-        """Return each set's metrics; with a number, only the first so many sets get an interval for AUROC."""
-        found = super().metrics()
-        rows, names = list(self.f1), [(i, "f1") for i in range(len(self.sets))]
-        for i, own in enumerate(self.sets):
-            if own.verdicts.probability is not None:
-                names += [(i, "auroc"), (i, "brier")]
-                rows += [self._auroc(i, n_whole is None or i < n_whole), self.brier[i]]
-        for (i, name), estimate in zip(names, estimates(np.stack(rows)) if rows else (), strict=True):
-            found[i][name] = estimate
-        return found
+    def gains(self, ours: int, theirs: int) -> list[Estimate]:
+        """Return by source by how much one explanation's balanced accuracy exceeds another's, on what both answered."""
+        rates = self.rates(ours, theirs), self.rates(theirs, ours)
+        own, other = ((each[:, 0] + 1 - each[:, 1]) / 2 for each in rates)
+        return estimates(own - other)
 
-    def _auroc(self, i: int, whole: bool) -> Float[np.ndarray, " samples"]:
-        """Return the probability that a positive outranks a negative, ties counting half; NaN resamples unless `whole`."""
-        own, weights = self.sets[i], self.documents.weights
-        probability: Any = own.verdicts.probability
-        positive, negative = (probability[rows] for rows in own.rows)
+    def add_resampled(self, metrics: list[list[dict[str, Estimate]]], number: int, *, intervals: bool) -> None:
+        """Add to an explanation's metrics those that are resampled; AUROC has its interval only where it is wanted."""
+        tpr, fpr = self.rates(number, number).swapaxes(0, 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = {"f1": 2 * tpr / (1 + tpr + fpr)}
+            probability = self.verdicts[number].probability
+            if probability is not None:
+                found["auroc"] = np.stack([self.auroc(number, i, intervals) for i in range(len(self.sides))])
+                good = self.good[number][None]
+                errors = self._resampled(np.where(good, (self.truth - probability) ** 2, 0.0)) / self._resampled(good)
+                found["brier"] = errors.sum(axis=1) / 2
+        for name, table in found.items():
+            for own, estimate in zip(metrics[number], estimates(table), strict=True):
+                own[name] = estimate
+
+    def auroc(self, number: int, source: int, intervals: bool) -> Float[np.ndarray, " samples"]:
+        """Return the probability that a positive outranks a negative, ties counting half; only the first is no NaN
+        without `intervals`.
+        """
+        probability: Any = self.verdicts[number].probability
+        rows = [each[self.good[number, each]] for each in self.sides[source]]
+        positive, negative = (probability[each] for each in rows)
         outranks = (np.sign(positive[:, None] - negative) + 1) / 2
-        if not whole:
-            pairs = max(outranks.size, 1)
-            return np.append(outranks.sum() / pairs, np.full(len(weights) - 1, np.nan))
-        ours, theirs = (weights[:, self.index[i][rows]] for rows in own.rows)
+        weights = self.documents.weights
+        if not intervals:
+            return np.append(outranks.sum() / max(outranks.size, 1), np.full(len(weights) - 1, np.nan))
+        ours, theirs = (weights[:, self.index[each]] for each in rows)
         with np.errstate(divide="ignore", invalid="ignore"):
             return ((ours @ outranks) * theirs).sum(axis=1) / (ours.sum(axis=1) * theirs.sum(axis=1))
