@@ -59,19 +59,22 @@ class RuleJudge:
 
     def simulate(self, explanation: Explanation, examples: Any) -> list[Float[np.ndarray, " tokens"]]:
         """Return the mean activation that the rule has seen where it says what it says of the token."""
-        view = View(self.places, examples.segments.grid[examples.rows])
+        known = examples.segments.known
+        if examples not in known:
+            known[examples] = View(self.places, examples.segments.grid[examples.rows])
+        view = known[examples]
         expected = self._laid(explanation, examples)[0].at(view, "weight")
         return [own[:n] for own, n in zip(expected, (view.grid >= 0).sum(axis=1).tolist(), strict=True)]
 
     def _laid(self, explanation: Explanation, examples: Any) -> tuple[LatentRule, Float[np.ndarray, "segments width"]]:
         """Return the rule and its rates on all segments of a latent, worked out once whatever is asked about them."""
-        known, key = examples.segments.known, (self, id(explanation))
-        if self not in known:
-            known[self] = View(self.places, examples.segments.grid)
+        known, key = examples.segments.known, (self.whole, id(explanation))
+        if self.places not in known:
+            known[self.places] = View(self.places, examples.segments.grid)
         if key not in known:
             assert explanation.rule is not None
             rule = rule_of(explanation.rule) if self.whole else displayed(rule_of(explanation.rule))
-            known[key] = rule, rule.at(known[self], "rate"), explanation  # held, so that its id stays its own
+            known[key] = rule, rule.at(known[self.places], "rate"), explanation  # held, so that its id stays its own
         return known[key][:2]
 
 

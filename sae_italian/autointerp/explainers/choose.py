@@ -23,7 +23,7 @@ from sae_italian.autointerp.draws import Activity, Draw, Negatives
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.counts import Counts, Tally
 from sae_italian.autointerp.explainers.rules import PATHS, KeyRule, LatentRule, Path, TableRule, TreeRule, TrieRule
-from sae_italian.autointerp.explainers.text import MOST_LETTERS, displayed, explanation_of, fits
+from sae_italian.autointerp.explainers.text import MOST_LETTERS, displayed, explanation_of, fits, room_for
 from sae_italian.autointerp.places import Family, Places, View
 from sae_italian.autointerp.store import Explanation
 
@@ -75,39 +75,45 @@ class RuleExplainer:
         """
         counts = Counts(self.places, activity)
         drawn = self.source.draw(activity, "val", self.n_examples, CHOSEN_ON)
-        val = Validation(self._view(drawn), len(drawn.positive))
+        val = Validation(self.places, self._grid(drawn), len(drawn.positive))
         fitted = {family: fit_keys(counts, family) for family in FAMILIES}
-        lookup = val.told(val.with_threshold(fitted["token"])[0])
+        lookup = val.told(val.with_threshold(fitted["token"]).rule)
         found = [lookup] * bool(lookup.rule.told)
-        within_reach = [val.with_threshold(rule) for family, rule in fitted.items() if family != "token" and len(rule.keys)]
-        for rule, reach in sorted(within_reach, key=lambda each: -each[1]):
+        others = [val.with_threshold(rule) for name, rule in fitted.items() if name != "token" and len(rule.keys)]
+        for whole in sorted(others, key=lambda each: -each.reach):
             # whatever keys it tells, it finds no more positives than as a whole
-            if reach >= GOOD_ENOUGH or reach - cost(rule, 1) >= max((each.worth for each in found), default=0.0):
-                found.append(val.told(rule))
+            if whole.reach >= GOOD_ENOUGH or whole.reach - cost(whole.rule, 1) >= _most(found).worth:
+                found.append(val.told(whole.rule))
         if max((each.accuracy for each in found), default=0.0) < GOOD_ENOUGH:
-            found.append(val.told(val.with_threshold(fit_trie(counts))[0]))
-            train = self._view(self.source.draw(activity, "train", self.n_examples, CHOSEN_ON))
-            values = self.source.values(activity, train.grid)
-            tree = fit_tree(list(fitted.values()), train, values, counts.base, seed=self.source.seed)
-            found += [] if tree is None else val.told_of_tree(val.with_threshold(tree)[0])
-        best = max(found, key=lambda each: each.worth, default=lookup).rule
+            found.append(val.told(val.with_threshold(fit_trie(counts)).rule))
+            train = self._grid(self.source.draw(activity, "train", self.n_examples, CHOSEN_ON))
+            values, inside = self.source.values(activity, train), train >= 0
+            view = View(self.places, train[inside])
+            tree = fit_tree(list(fitted.values()), view, values[inside], counts.base, seed=self.source.seed)
+            if tree is not None and (whole := val.with_threshold(tree)).worth > _most(found).worth:
+                found += val.told_of_tree(whole.rule)
+        best = _most(found or [lookup]).rule
         if isinstance(best, KeyRule) and best.family in ("token", "word"):  # say what often stands beside these
             beside = {"after": counts.frequent("previous-word"), "before": counts.frequent("next")}
             best = replace(best, notes={where: name for where, name in beside.items() if name})
         return best, lookup.rule
 
-    def _view(self, draw: Draw) -> View:
-        """Return the keys on a draw's positives, and then on its negatives of each source."""
-        negatives = [draw.pairs(name)[1] for name in CHOSEN_ON]
-        return View(self.places, self.source.grid(np.concatenate([draw.positive, *negatives])))
+    def _grid(self, draw: Draw) -> Int[np.ndarray, "n width"]:
+        """Return the positions of a draw's positives, and then of its negatives of each source."""
+        return self.source.grid(np.concatenate([draw.positive, *(draw.pairs(name)[1] for name in CHOSEN_ON)]))
 
 
 class Tuned(NamedTuple):
-    """A rule with its threshold and the keys that it tells, their accuracy, and that less what they cost a reader."""
+    """A rule with its threshold and the keys that it tells, and how good it is on the validation examples."""
 
-    rule: LatentRule
+    rule: Any
     accuracy: float
-    worth: float
+    worth: float  # the accuracy less what the keys cost a reader; of a whole rule the least that they can cost
+    reach: float = 1.0  # the accuracy that it would have if it never said yes wrongly
+
+
+def _most(found: Sequence[Tuned]) -> Tuned:
+    return max(found, key=lambda each: each.worth, default=Tuned(None, 0.0, 0.0))
 
 
 class Validation:
@@ -117,20 +123,24 @@ class Validation:
     documents' activation, as fifty examples alone know little. What adds nothing is not told, nor what has no room.
     """
 
-    def __init__(self, view: View, n_positive: int):
-        self.view, self.n_positive = view, n_positive
-        self.n_negative = len(view.grid) - n_positive
+    def __init__(self, places: Places, grid: Int[np.ndarray, "n width"], n_positive: int):
+        inside = grid >= 0
+        self.view, self.n_positive = View(places, grid[inside]), n_positive
+        self.row, length = np.nonzero(inside)[0], inside.sum(axis=1)
+        self.first = np.cumsum(length) - length
+        self.n_negative = len(grid) - n_positive
         # what an example that is said yes to adds to the balanced accuracy, in whole numbers of 1 / scale: ties are ties
         self.scale = 2 * n_positive * self.n_negative
         self.gain = np.repeat([float(self.n_negative), -float(n_positive)], [n_positive, self.n_negative])
 
-    def with_threshold(self, rule: LatentRule) -> tuple[Any, float]:
-        """Return a rule with its best threshold, and the accuracy it would have if it never said yes wrongly."""
-        strength = rule.at(self.view, "rate").max(axis=1, initial=0.0)
-        positive, negative = np.split(strength, [self.n_positive])
-        threshold, _ = best_threshold(positive, negative)
-        found = ((positive > 0) & (positive >= threshold)).mean() if self.n_positive else 0.0
-        return replace(rule, threshold=threshold), (1 + float(found)) / 2  # pyright: ignore[reportArgumentType]
+    def with_threshold(self, rule: LatentRule) -> Tuned:
+        """Return a whole rule with its best threshold."""
+        strength = np.maximum.reduceat(rule.at(self.view, "rate"), self.first)
+        positive, negative = strength[: self.n_positive], strength[self.n_positive :]
+        threshold, accuracy = best_threshold(positive, negative)
+        reach = (1 + float(((positive > 0) & (positive >= threshold)).sum()) / max(self.n_positive, 1)) / 2
+        rule = replace(rule, threshold=threshold)  # pyright: ignore[reportArgumentType]
+        return Tuned(rule, accuracy, accuracy - cost(rule, 1), reach)
 
     def tuned(self, rule: LatentRule, told: Sequence[int], said: Bool[np.ndarray, " n"]) -> Tuned:
         """Return a rule that tells these keys, which say yes so."""
@@ -145,13 +155,18 @@ class Validation:
         mass = np.concatenate([table.mass for table in rule.tables])
         there = np.flatnonzero(np.concatenate([rule.firing(table) for table in rule.tables]) & short)
         there = there[np.argsort(-mass[there], kind="stable")]
-        hits = np.concatenate([table.hits(self.view) for table in rule.tables], axis=1)[:, there]
+        hits = np.concatenate([self.hits(table) for table in rule.tables], axis=1)[:, there]
         order = in_order_of_gain(hits, self.gain, WORTH_OF_MASS * self.scale * mass[there])
-        letters = np.cumsum([len(names[i]) + 3 for i in there[order].tolist()])  # at least
-        told = there[order][letters <= MOST_LETTERS].tolist()
-        while told and not fits(replace(rule, told=tuple(told))):  # pyright: ignore[reportArgumentType]
-            told.pop()
+        told = there[order].tolist()
+        told = told[: room_for(rule, told)]
         return self.tuned(rule, told, hits[:, order[: len(told)]].any(axis=1))
+
+    def hits(self, table: KeyRule) -> Bool[np.ndarray, "n k"]:
+        """Return which keys of a table stand anywhere in each example."""
+        found = np.zeros((len(self.first), len(table.keys) + 1), dtype=bool)
+        number = self.view.look_up(table.family, table.keys, np.arange(1.0, len(table.keys) + 1))
+        found[self.row, number.astype(np.int64)] = True
+        return found[:, 1:]
 
     def told_of_tree(self, rule: TreeRule) -> list[Tuned]:
         """Return a tree with its heaviest paths and the heaviest keys of their conditions, as many of each as do best."""
@@ -162,9 +177,9 @@ class Validation:
             used = sorted({i for path in rule.heaviest()[:n_paths] for i in path.holds + path.fails})
             told = tuple(key for i in used for key in ranked[i][:n_keys])
             if told and told not in found and fits(text := replace(rule, told=told)):
-                said = (displayed(text).at(self.view, "rate") > 0).any(axis=1)
+                said = np.logical_or.reduceat(displayed(text).at(self.view, "rate") > 0, self.first)
                 found[told] = self.tuned(rule, told, said)
-        return [max(found.values(), key=lambda each: each.worth)] if found else []
+        return [_most(list(found.values()))] if found else []
 
 
 def in_order_of_gain(
@@ -257,17 +272,16 @@ def _keep_the_rest(parent: Tally, child: Tally, index: Int[np.ndarray, " m"]) ->
 
 
 def fit_tree(
-    rules: Sequence[KeyRule], view: View, values: Float[np.ndarray, "n width"], base: float, seed: int
+    rules: Sequence[KeyRule], view: View, values: Float[np.ndarray, " tokens"], base: float, seed: int
 ) -> TreeRule | None:
-    """Return the tree over the rules' key sets, fitted on a view of training examples; None where nothing splits them."""
+    """Return the tree over the rules' key sets, fitted on training tokens; None where nothing splits them."""
     from sklearn.tree import DecisionTreeClassifier
 
     rules = [rule for rule in rules if len(rule.keys)]
-    inside = view.grid >= 0
-    truth, strength = values[inside] > 0, values[inside]
+    truth = values > 0
     if not rules or truth.all() or not truth.any():
         return None
-    features = np.stack([rule.holds(view)[inside] for rule in rules], axis=1).astype(np.float32)
+    features = np.stack([rule.holds(view) for rule in rules], axis=1).astype(np.float32)
     n_active = int(truth.sum())
     silent = np.random.default_rng(seed).permutation(np.flatnonzero(~truth))[: SHARE_SILENT * n_active]
     kept = np.concatenate([np.flatnonzero(truth), silent])
@@ -278,9 +292,9 @@ def fit_tree(
     paths = []
     for node, held, failed in sorted(_leaves(tree.tree_)):
         here = leaf == node
-        active, total, mass = int(truth[here].sum()), int(here.sum()), float(strength[here].sum())
+        active, total, mass = int(truth[here].sum()), int(here.sum()), float(values[here].sum())
         if active and held:  # what only fails conditions is no description
-            paths.append((held, failed, active / total, mass / total, active, total, mass / float(strength.sum())))
+            paths.append((held, failed, active / total, mass / total, active, total, mass / float(values.sum())))
     if not paths:
         return None
     used = sorted({i for held, failed, *_ in paths for i in held + failed})

@@ -113,8 +113,7 @@ class Counts:
         with np.errstate(divide="ignore", invalid="ignore"):
             ours = np.log((tally.active + prior) / (self.n + PRIOR - tally.active - prior))
             theirs = np.log((silent + prior) / (n_silent + PRIOR - silent - prior))
-            z = (ours - theirs) / np.sqrt(1 / (tally.active + prior) + 1 / (silent + prior))
-        return np.nan_to_num(z, nan=0.0, posinf=100.0)
+            return (ours - theirs) / np.sqrt(1 / (tally.active + prior) + 1 / (silent + prior))
 
     def rule(self, family: Family, tally: Tally) -> KeyRule:
         """Return the rule on some keys of a family."""

@@ -128,13 +128,6 @@ class KeyRule(TableRule):
         """Return where the token's key is one of the rule's, whatever its rate."""
         return view.look_up(self.family, self.keys, np.ones(len(self.keys))) > 0
 
-    def hits(self, view: View) -> Bool[np.ndarray, "n k"]:
-        """Return which keys stand anywhere in each of a view's rows."""
-        key = view.look_up(self.family, self.keys, np.arange(1.0, len(self.keys) + 1)).astype(np.int64)
-        found = np.zeros((len(key), len(self.keys) + 1), dtype=bool)
-        found[np.arange(len(key))[:, None], key] = True
-        return found[:, 1:]
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrieRule(TableRule):
@@ -163,7 +156,8 @@ class TrieRule(TableRule):
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
         result = np.zeros(view.grid.shape)
         for level in self.levels:
-            result = np.where(level.holds(view), level.at(view, what), result)
+            found = level.at(view, what)
+            result = np.where(found > 0 if what == "rate" else level.holds(view), found, result)  # no rate is 0
         return result
 
 

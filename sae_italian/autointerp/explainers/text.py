@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 
-from sae_italian.autointerp.explainers.rules import Figures, KeyRule, LatentRule, Path, TreeRule, rule_of
+from sae_italian.autointerp.explainers.rules import Figures, KeyRule, LatentRule, Path, TableRule, TreeRule, rule_of
 from sae_italian.autointerp.places import Family
 from sae_italian.autointerp.store import Explanation
 from sae_italian.base.labels import Language, label
@@ -42,6 +43,23 @@ def fits(rule: LatentRule) -> bool:
     return len(statement(rule, "it")) <= MOST_LETTERS >= len(statement(rule, "en"))
 
 
+def room_for(rule: TableRule, told: Sequence[int]) -> int:
+    """Return how many of these keys, told in this order, the text has room for in both languages: `fits` without writing."""
+    keys = [(table, name) for table in rule.tables for name in table.names]
+    room = len(told)
+    for language in get_args(Language):
+        begun, letters = set[Family](), -len(label("rule.or", language))
+        for n, (table, name) in enumerate(keys[number] for number in told[:room]):
+            letters += len(quoted(table.family, name, language)) + 2
+            if table.family not in begun:
+                begun.add(table.family)
+                letters += len(_family(table, language, "")) + len(label("rule.or", language)) - 2
+            if letters > MOST_LETTERS:
+                room = n
+                break
+    return room
+
+
 def plain_text(explanation: Explanation, language: Language) -> str:
     """Return what an explanation says, of a rule without its figures: for readers that are language models."""
     if explanation.rule is None:
@@ -65,7 +83,7 @@ def statement(rule: LatentRule, language: Language, shown: int = SHOWN) -> str:
     shown = len(rule.told) or (max(shown // 2, 1) if isinstance(rule, TreeRule) else shown)
     said = [_on(table, own, language, shown) for table, own in zip(rule.tables, named, strict=True)]
     if isinstance(rule, KeyRule):
-        text = said[0] or label(f"rule.{rule.family.rstrip('2345')}", language).format("")
+        text = said[0] or _family(rule, language, "")
         for note in _notes(rule, named[0], language):  # these give way to keys
             text += f", {note}" if len(text) + len(note) + 2 <= MOST_LETTERS else ""
         return text
@@ -99,6 +117,10 @@ def _on(table: KeyRule, keys: Sequence[int], language: Language, shown: int) -> 
     text = ", ".join(quoted(table.family, table.names[i], language) for i in keys[:shown])
     if rest := len(keys[shown:]):
         text += " " + label("rule.one more" if rest == 1 else "rule.more", language).format(rest)
+    return _family(table, language, text)
+
+
+def _family(table: KeyRule, language: Language, text: str) -> str:
     return label(f"rule.{table.family.rstrip('2345')}", language).format(text)
 
 

@@ -8,11 +8,11 @@ Plain accuracy is never given: it rewards a judge that always says the commoner 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.choose import LOOKUP
@@ -51,9 +51,9 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
         one.answers[name] = shown, one.judge.detect(one.explanation, shown)
     answers = Answers([one.answers[name][1] for one in asked], shown.questions, shown.document, documents_of(examples))
     metrics = answers.shares()
-    for number, one in enumerate(asked):
+    for number, one in enumerate(asked if shown.questions else ()):
         if not (one.only or one.control):  # what stands beside is told by its balanced accuracy
-            answers.add_resampled(metrics, number, intervals=number == 0)
+            answers.add_resampled(metrics[number], number, intervals=number == 0)
     lookup = next((i for i, one in enumerate(asked) if one.explanation.explainer == LOOKUP), 0)
     for i, gain in enumerate(answers.gains(0, lookup) if lookup else ()):
         metrics[0][i][GAIN] = gain
@@ -205,33 +205,42 @@ class Answers:
 
         The first sample is the data as they are, the others are resamples.
         """
-        good = (self.good[number] & self.good[other])[None]
+        good = self.good[number] & self.good[other]
         with np.errstate(divide="ignore", invalid="ignore"):
-            return self._resampled(self.said[number] * good) / self._resampled(good)
+            return self._resampled(self.said[number] * good) / self._answered(good)
 
-    def _resampled(self, values: Float[np.ndarray, "1 examples"]) -> Float[np.ndarray, "sources 2 samples"]:
-        return self._sums(values)[0] @ self.documents.weights.T
+    def _resampled(self, values: Float[np.ndarray, " examples"]) -> Float[np.ndarray, "sources 2 samples"]:
+        return self._sums(values[None])[0] @ self.documents.weights.T
+
+    def _answered(self, good: Bool[np.ndarray, " examples"]) -> Float[np.ndarray, "sources 2 samples"]:
+        return self._all if good.all() else self._resampled(good)
+
+    @cached_property
+    def _all(self) -> Float[np.ndarray, "sources 2 samples"]:
+        return self._resampled(np.ones(self.said.shape[1]))
 
     def gains(self, ours: int, theirs: int) -> list[Estimate]:
         """Return by source by how much one explanation's balanced accuracy exceeds another's, on what both answered."""
-        rates = self.rates(ours, theirs), self.rates(theirs, ours)
-        own, other = ((each[:, 0] + 1 - each[:, 1]) / 2 for each in rates)
+        pairs = (ours, theirs), (theirs, ours)
+        if self.good[[ours, theirs]].all():
+            pairs = (ours, ours), (theirs, theirs)
+        own, other = ((rates[:, 0] + 1 - rates[:, 1]) / 2 for rates in (self.rates(*pair) for pair in pairs))
         return estimates(own - other)
 
-    def add_resampled(self, metrics: list[list[dict[str, Estimate]]], number: int, *, intervals: bool) -> None:
-        """Add to an explanation's metrics those that are resampled; AUROC has its interval only where it is wanted."""
+    def add_resampled(self, metrics: list[dict[str, Estimate]], number: int, *, intervals: bool) -> None:
+        """Add to an explanation's metrics by source those that are resampled; AUROC's interval only where it is wanted."""
         tpr, fpr = self.rates(number, number).swapaxes(0, 1)
+        probability = self.verdicts[number].probability
         with np.errstate(divide="ignore", invalid="ignore"):
             found = {"f1": 2 * tpr / (1 + tpr + fpr)}
-            probability = self.verdicts[number].probability
             if probability is not None:
                 found["auroc"] = np.stack([self.auroc(number, i, intervals) for i in range(len(self.sides))])
-                good = self.good[number][None]
-                errors = self._resampled(np.where(good, (self.truth - probability) ** 2, 0.0)) / self._resampled(good)
+                good = self.good[number]
+                errors = self._resampled(np.where(good, (self.truth - probability) ** 2, 0.0)) / self._answered(good)
                 found["brier"] = errors.sum(axis=1) / 2
-        for name, table in found.items():
-            for own, estimate in zip(metrics[number], estimates(table), strict=True):
-                own[name] = estimate
+        names = [(name, i) for name in found for i in range(len(self.sides))]
+        for (name, i), estimate in zip(names, estimates(np.concatenate(list(found.values()))), strict=True):
+            metrics[i][name] = estimate
 
     def auroc(self, number: int, source: int, intervals: bool) -> Float[np.ndarray, " samples"]:
         """Return the probability that a positive outranks a negative, ties counting half; only the first is no NaN
