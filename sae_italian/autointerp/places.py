@@ -179,7 +179,6 @@ class Places:
             counts[family] = np.bincount(here[here >= 0], minlength=int(keys.max(initial=-1)) + 1)
         return counts
 
-
     @cached_property
     def scratch(self) -> dict[Family, Float[np.ndarray, " keys_and_none"]]:
         """A zero for each key of each family, to look values up in; the last one is for no key."""

@@ -1,6 +1,7 @@
 """Rules by hand: words put together from pieces, families, the trie, the tree, and what their texts say."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sae_italian.autointerp.draws import Activity
-from sae_italian.autointerp.examples import LatentExamples
+from sae_italian.autointerp.examples import LatentExamples, latent_examples
 from sae_italian.autointerp.explainers.choose import (
     FAMILIES,
     RuleExplainer,
@@ -17,14 +18,25 @@ from sae_italian.autointerp.explainers.choose import (
     fit_keys,
     fit_tree,
     fit_trie,
+    in_order_of_gain,
 )
 from sae_italian.autointerp.explainers.counts import LEAST_Z, Counts, grouped
 from sae_italian.autointerp.explainers.rules import KeyRule, Path, TreeRule, TrieRule, rule_of
-from sae_italian.autointerp.explainers.text import describe, displayed, explanation_of, plain_text, statement
+from sae_italian.autointerp.explainers.text import (
+    describe,
+    displayed,
+    explanation_of,
+    fits,
+    plain_text,
+    quoted,
+    statement,
+)
 from sae_italian.autointerp.pieces import piece_bytes, piece_texts
 from sae_italian.autointerp.places import View, enclitic, shape_of
+from sae_italian.autointerp.store import Store
 from sae_italian.base.report import plain
 from tests.autointerp.conftest import N_PREVIOUS, N_TOKENS
+from tests.autointerp.reading import fires, meaning, read
 from tests.corpora.test_packing import TOKENIZERS
 
 
@@ -156,7 +168,7 @@ def test_a_key_is_looked_up_as_in_a_dictionary_and_nothing_is_left_behind(places
         for _ in range(2):  # the second time other keys: the first ones must be forgotten
             keys = np.sort(rng.permutation(there)[:3])
             known = dict(zip(keys.tolist(), (values := rng.random(len(keys))).tolist(), strict=True))
-            found = places.look_up(family, keys, values, grid)
+            found = view.look_up(family, keys, values)
             assert found.ravel().tolist() == [known.get(key, 0.0) for key in grid.ravel().tolist()]
 
 
@@ -234,11 +246,12 @@ def test_the_tree_joins_two_conditions(places, source):
     counts = Counts(places, planted_activity(source, positions[fires]))
     rules = [fit_keys(counts, family) for family in ("previous", "shape")]
     train = source.grid(np.flatnonzero(source.segment_part == 0)[:400])
-    values = source.values(planted_activity(source, positions[fires]), train)
-    tree = fit_tree(rules, View(places, train), values, counts.base, seed=0)
+    values = source.values(planted_activity(source, positions[fires]), train)[train >= 0]
+    view = View(places, train[train >= 0])
+    tree = fit_tree(rules, view, values, counts.base, seed=0)
     assert tree is not None
-    predicted = tree.at(View(places, train), "rate")
-    assert ((predicted > 0.5) == (values > 0))[train >= 0].mean() > 0.999
+    predicted = tree.at(view, "rate")
+    assert ((predicted > 0.5) == (values > 0)).mean() > 0.999
     assert plain(rule_of(plain(tree))) == plain(tree)
 
 
@@ -270,6 +283,24 @@ def test_best_threshold_is_the_best_of_all(positive, negative):
         assert accuracy == pytest.approx(
             max(((positive >= o).mean() + 1 - (negative >= o).mean()) / 2 for o in options if o > 0)
         )
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "text"),
+    [
+        ("token", " casa", "«casa»"),
+        ("token", "casa", "«…casa»"),
+        ("token", ".", "«.»"),
+        ("token", " .", "« .»"),
+        ("next", "»", "«»»»"),
+        ("bigram", " la casa", "«la casa»"),
+        ("word", "casa", "«casa»"),
+        ("suffix3", "are", "-are"),
+        ("prefix3", "dis", "dis-"),
+    ],
+)
+def test_no_two_keys_of_a_family_look_alike(family, name, text):
+    assert quoted(family, name, "it") == text
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -317,15 +348,16 @@ def test_a_tree_says_what_must_hold_and_what_must_not():
 
 
 def test_what_is_judged_is_what_the_text_says(places, source):
-    """A rule of a hundred words displays six: the judge knows these, the text holds 120 letters, and its figures are theirs."""
+    """A rule of a hundred words tells six: the judge knows these, the text holds 120 letters, and its figures are theirs."""
     words = places.tables["word"]
     heavy = np.argsort(-places.totals["word"])[40:140]
     keys, names = np.sort(heavy), [words.names[key] for key in np.sort(heavy).tolist()]
-    rule = a_rule("word", names, np.linspace(0.1, 1, 100) / 55, keys=keys)
+    told = (99, 7, 50, 98, 3)
+    rule = a_rule("word", names, np.linspace(0.1, 1, 100) / 55, keys=keys, told=told)
     text = displayed(rule)
     said = re.findall("«(.+?)»", statement(text, "it"))
-    assert set(said) == set(text.names) == set(names[-len(said) :]) and 1 <= len(said) <= 6
-    assert len(statement(text, "it")) <= 120 and text.figures().mass < rule.figures().mass
+    assert said == text.names == [names[i] for i in told] == re.findall("«(.+?)»", statement(rule, "en"))
+    assert fits(text) and text.figures().mass < rule.figures().mass
     explanation = explanation_of(0, "rules", rule)
     assert explanation.text_it == describe(text, "it") and "altri" not in explanation.text_it
     assert plain_text(explanation, "it") == statement(text, "it") and len(explanation.rule["keys"]) == 100
@@ -334,15 +366,86 @@ def test_what_is_judged_is_what_the_text_says(places, source):
     assert spoken <= set(said) and (rule.at(view, "rate") > 0).sum() > (text.at(view, "rate") > 0).sum()
 
 
-def test_a_trie_and_a_tree_are_cut_to_what_they_say(places, source):
+def test_a_trie_and_a_tree_say_what_they_tell():
     levels = tuple(
-        a_rule(family, [f"{family} {i}" for i in range(9)], np.full(9, 0.1)) for family in ("token", "bigram")
+        a_rule(family, [f" {family} {i}" for i in range(9)], np.full(9, 0.1)) for family in ("token", "bigram")
     )
+    paths = (Path((0, 1), (), 0.9, 1.0, 9, 10, 0.9), Path((0,), (1,), 0.9, 1.0, 9, 10, 0.5))
+    told = (3, 10, 1)
     for rule in (
-        TrieRule(levels=levels),
-        TreeRule(conditions=levels, paths=(Path((0, 1), (), 0.9, 1.0, 9, 10, 0.9),), n_active=10, base=0.01),
+        TrieRule(levels=levels, told=told),
+        TreeRule(conditions=levels, paths=paths, n_active=10, base=0.01, told=told),
     ):
         text = displayed(rule)
-        said = re.findall("«(.+?)»", statement(text, "en"))
-        assert len(statement(text, "it")) <= 120 and said == [name for table in text.tables for name in table.names]
+        assert [table.names for table in text.tables] == [[" token 3", " token 1"], [" bigram 1"]]
+        assert set(re.findall("«(.+?)»", statement(text, "en"))) == {"token 3", "token 1", "bigram 1"}
         assert displayed(rule_of(plain(rule))).figures() == text.figures()
+    tree = TreeRule(conditions=levels, paths=paths, n_active=10, base=0.01, told=(3, 1))
+    assert statement(tree, "it") == "" and displayed(tree).paths == ()  # no path can be told without its conditions
+
+
+def test_keys_are_told_in_the_order_of_what_each_adds():
+    """Two keys on the same four positives and one on a fifth: the second of the two adds nothing and comes last."""
+    hits = np.zeros((10, 4), dtype=bool)
+    hits[:4, 0] = hits[:3, 1] = hits[4, 2] = True  # of five positives
+    hits[5:, 3] = True  # of five negatives
+    gain = np.repeat([5.0, -5.0], 5)
+    assert in_order_of_gain(hits, gain, np.zeros(4)) == [0, 2, 1]  # what only takes away is not told
+    assert in_order_of_gain(hits, gain, np.array([0.0, 0.0, 0.0, 100.0]))[0] == 3  # unless it is worth it of itself
+    assert len(in_order_of_gain(np.zeros((3, 40), dtype=bool), np.ones(3), np.zeros(40))) == 12
+
+
+names_of = {
+    "token": st.text("aà»«, .…-'1\n", min_size=1, max_size=6),
+    "word": st.text("aà»«,.'", min_size=1, max_size=6),
+    "shape": st.sampled_from(["number", "elided", "capital", "inside a word", "lower case"]),
+    "clitic": st.sampled_from(["lo", "glielo", "si"]),
+    "suffix": st.text("aeà", min_size=3, max_size=3),
+    "prefix": st.text("aeà", min_size=3, max_size=3),
+}
+tables = st.sampled_from(
+    ["token", "word", "shape", "clitic", "previous", "previous-word", "next", "bigram", "trigram", "suffix3", "prefix3"]
+).flatmap(
+    lambda family: st.lists(
+        names_of.get(family.rstrip("3"), names_of["word" if "word" in family else "token"]),
+        min_size=1, max_size=4, unique=True,
+    ).map(lambda names: a_rule(family, names, np.full(len(names), 0.1)))
+)  # fmt: skip
+
+
+@given(st.data(), st.sampled_from(["it", "en"]))
+def test_a_rules_text_read_back_is_the_rule(data, language):
+    """No name, whatever signs and quotes are in it, makes one text of two rules."""
+    parts = data.draw(st.lists(tables, min_size=1, max_size=4))
+    kind = data.draw(st.sampled_from(["keys", "trie", "tree"]))
+    if kind == "keys":
+        rule = replace(parts[0], notes={"after": "«e»", "before": ", spesso"})
+    elif kind == "trie":
+        rule = TrieRule(levels=tuple(parts))
+    else:
+        numbers = st.sets(st.integers(0, len(parts) - 1)).map(sorted).map(tuple)
+        path = st.tuples(numbers.filter(bool), numbers).map(lambda sides: Path(*sides, 0.9, 1.0, 9, 10, 0.9))
+        paths = tuple(data.draw(st.lists(path, min_size=1, max_size=3)))
+        rule = TreeRule(conditions=tuple(parts), paths=paths, n_active=10, base=0.01)
+    told = data.draw(st.permutations(range(sum(len(part.names) for part in rule.tables))))
+    text = displayed(replace(rule, told=tuple(told)))
+    assert read(statement(text, language), language) == meaning(text, language)
+
+
+def test_every_headline_is_the_score_of_the_text_that_is_shown(store, source, places):
+    """At most 120 letters, and who reads the text scores as the judge did that executed the rule."""
+    with Store(store, {}) as opened:
+        for explainer in ("rules", "token-lookup"):
+            scores = opened.values(
+                explainer=explainer, control="", scorer="detection", metric="balanced_accuracy", negatives="random"
+            )
+            explained = opened.explanations(explainer)
+            assert len(scores) > 10
+            for latent, score in scores.items():
+                test = latent_examples(source, latent, n_train=0).test
+                view, (positive, negative) = View(places, test.segments.grid[test.rows]), test.questions["random"]
+                for language in ("it", "en"):
+                    text = plain_text(explained[latent][1], language)
+                    assert len(text) <= 120 and explained[latent][1].text(language).startswith(text + " (")
+                    said = fires(read(text, language), view, language).any(axis=1)
+                    assert (said[positive].mean() + 1 - said[negative].mean()) / 2 == pytest.approx(score, abs=1e-9)

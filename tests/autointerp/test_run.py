@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
+from sae_italian.autointerp.explainers.text import quoted
 from sae_italian.autointerp.judges import ConstantJudge
 from sae_italian.autointerp.store import FEATURES, Explanation, Store
 from sae_italian.autointerp.work import Work
@@ -26,7 +27,7 @@ def test_planted_token_latents_are_explained_perfectly(store, planted, mini):
         explanation = explanations[latent][1]
         token = mini.tokenizer.convert_ids_to_tokens(int(planted.tokens[planted.latent(latent).position[0]]))
         assert explanation.rule["precision"] == 1 and explanation.rule["recall"] == 1
-        assert f"«{token.replace('▁', '')}»" in explanation.text_it and explanation.text_it.startswith("su")
+        assert explanation.text_it.startswith(f"su {quoted('token', token.replace('▁', ' '), 'it')} (")
         assert explanation.text_en.startswith("on ") and "precision 1.00" in explanation.text_en
 
 

@@ -13,15 +13,7 @@ from hypothesis.extra import numpy as hnp
 from sae_italian.autointerp.examples import Example, LatentExamples, latent_examples
 from sae_italian.autointerp.judges import ConstantJudge, RuleJudge, Verdicts
 from sae_italian.autointerp.scorers import SCORERS, Asked, scorer
-from sae_italian.autointerp.scorers.binary import (
-    GAIN,
-    PairedAnswers,
-    Resampled,
-    ResampledDocuments,
-    detection,
-    fuzzing,
-    ranking,
-)
+from sae_italian.autointerp.scorers.binary import GAIN, Answers, ResampledDocuments, detection, fuzzing, ranking
 from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge, embedding
 from sae_italian.autointerp.scorers.simulation import correlations, simulation
 from sae_italian.autointerp.scorers.subject import EMPTY, SubjectJudge, effects, surprisal
@@ -30,26 +22,30 @@ from sae_italian.base.errors import UsageError
 from tests.autointerp.conftest import N_TOKENS, OracleJudge, Says, Told, scores
 
 
-def answers(positive, negative, p=None, q=None, docs=None) -> PairedAnswers:
-    positive, negative = np.asarray(positive), np.asarray(negative)
-    docs = np.arange(len(positive) + len(negative)) if docs is None else docs
-    rows = np.split(np.arange(len(positive) + len(negative)), [len(positive)])
+def answers(positive, negative, p=None, q=None) -> Verdicts:
     probability = None if p is None else np.concatenate([p, q])
-    return PairedAnswers(Verdicts(np.concatenate([positive, negative]), probability), docs, tuple(rows))
+    return Verdicts(np.concatenate([positive, negative]), probability)
 
 
-def resampled(*sets) -> Resampled:
-    return Resampled(sets, ResampledDocuments(*(own.document for own in sets)))
+def judged(*verdicts, n=None, docs=None) -> Answers:
+    """Answers to one question, of n positives (half) and the rest negatives, each of a document of its own without docs."""
+    size = len(verdicts[0].said)
+    sides = np.split(np.arange(size), [size // 2 if n is None else n])
+    docs = np.arange(size) if docs is None else docs
+    return Answers(verdicts, {"random": tuple(sides)}, docs, ResampledDocuments(docs))
 
 
-def binary_metrics(sets):
-    return resampled(*sets).metrics()
+def binary_metrics(verdicts, **others):
+    found = judged(verdicts, **others)
+    metrics = found.shares()[0]
+    found.add_resampled(metrics, 0, intervals=True)
+    return metrics[0]
 
 
 def test_metrics_by_hand():
     # 6 of 8 positives said yes, 2 of 8 negatives: TPR .75, TNR .75, F1 at equal sizes 2*.75/(1+.75+.25) = .75
     p, q = np.array([0.9, 0.8, 0.6, 0.2] * 2), np.array([0.1, 0.2, 0.4, 0.7] * 2)
-    metrics = binary_metrics([answers([1, 1, 1, 0] * 2, [0, 0, 0, 1] * 2, p, q)])[0]
+    metrics = binary_metrics(answers([1, 1, 1, 0] * 2, [0, 0, 0, 1] * 2, p, q))
     values = {name: estimate.value for name, estimate in metrics.items()}
     assert {values[name] for name in ("balanced_accuracy", "tpr", "tnr", "f1")} == {0.75}
     assert "accuracy" not in values
@@ -60,16 +56,16 @@ def test_metrics_by_hand():
     assert metrics["tpr"] == pytest.approx((0.75, 0.330, 0.948), abs=2e-3)
     balanced = metrics["balanced_accuracy"]
     assert balanced == pytest.approx((0.75, 0.75 - (0.75 - 0.330) / 2**0.5, 0.75 + (0.948 - 0.75) / 2**0.5), abs=2e-3)
-    perfect = binary_metrics([answers([1] * 8, [0] * 8)])[0]["balanced_accuracy"]
+    perfect = binary_metrics(answers([1] * 8, [0] * 8))["balanced_accuracy"]
     assert perfect.lo < perfect.value == perfect.hi == 1
-    assert np.isnan(binary_metrics([answers([1] * 4, [0] * 8)])[0]["tpr"].lo)  # four documents say nothing
+    assert np.isnan(binary_metrics(answers([1] * 4, [0] * 8), n=4)["tpr"].lo)  # four documents say nothing
     assert metrics["auroc"].lo < values["auroc"] < metrics["auroc"].hi
 
 
 def test_metrics_do_not_depend_on_how_many_there_are_of_each_class():
     """3 of 4 positives and 1 of 2 negatives: plain accuracy would be 4/6, a Brier score over all windows another one."""
     p, q = np.array([0.9, 0.8, 0.6, 0.2]), np.array([0.1, 0.7])
-    metrics = binary_metrics([answers([1, 1, 1, 0], [0, 1], p, q)])[0]
+    metrics = binary_metrics(answers([1, 1, 1, 0], [0, 1], p, q), n=4)
     values = {name: estimate.value for name, estimate in metrics.items()}
     assert (values["tpr"], values["tnr"], values["balanced_accuracy"]) == (0.75, 0.5, 0.625)
     assert values["f1"] == pytest.approx(2 * 0.75 / (1 + 0.75 + 0.5))
@@ -84,7 +80,7 @@ probabilities = hnp.arrays(np.float64, st.integers(1, 12), elements=st.integers(
 def test_auroc_is_the_share_of_pairs_in_order(positive, negative):
     pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
     own = answers(np.ones(len(positive), int), np.zeros(len(negative), int), positive, negative)
-    assert binary_metrics([own])[0]["auroc"].value == pytest.approx(np.mean(pairs))
+    assert binary_metrics(own, n=len(positive))["auroc"].value == pytest.approx(np.mean(pairs))
 
 
 def test_failed_answers_are_left_out_and_counted(source):
@@ -103,8 +99,7 @@ def test_the_interval_grows_when_windows_share_documents():
     widths = []
     for docs in (apart, together):
         clustered = np.repeat(said[::20], 20) if docs is together else said
-        own = answers(clustered, 1 - clustered, docs=docs)
-        estimate = binary_metrics([own])[0]["tpr"]
+        estimate = binary_metrics(answers(clustered, 1 - clustered), docs=docs)["tpr"]
         widths.append(estimate.hi - estimate.lo)
     assert widths[1] > 2 * widths[0]
 
@@ -178,9 +173,9 @@ def test_a_paired_comparison_is_sharper_than_two_intervals():
     hard = rng.random(200) < 0.3
     first = answers((~hard[:100]).astype(int), hard[100:].astype(int))
     second = answers((~hard[:100] & (rng.random(100) > 0.05)).astype(int), hard[100:].astype(int))
-    both = resampled(first, second)
-    difference, (own, other) = both.gain(0, 1), both.metrics()
-    own, other = own["balanced_accuracy"], other["balanced_accuracy"]
+    both = judged(first, second)
+    (difference,), shares = both.gains(0, 1), both.shares()
+    own, other = (each[0]["balanced_accuracy"] for each in shares)
     assert difference.value == pytest.approx(own.value - other.value)
     assert difference.hi - difference.lo < (own.hi - own.lo) / 2 and difference.lo >= 0
 

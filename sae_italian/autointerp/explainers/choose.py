@@ -170,8 +170,10 @@ class Validation:
 
     def told_of_tree(self, rule: TreeRule) -> list[Tuned]:
         """Return a tree with its heaviest paths and the heaviest keys of their conditions, as many of each as do best."""
-        first = np.cumsum([0, *(len(condition.keys) for condition in rule.conditions)]).tolist()
-        ranked = [(start + np.argsort(-c.mass, kind="stable")).tolist() for start, c in zip(first, rule.conditions)]
+        ranked, n = [], 0
+        for condition in rule.conditions:
+            ranked.append((n + np.argsort(-condition.mass, kind="stable")).tolist())
+            n += len(condition.keys)
         found: dict[tuple[int, ...], Tuned] = {}
         for n_paths, n_keys in product(range(1, PATHS + 1), repeat=2):
             used = sorted({i for path in rule.heaviest()[:n_paths] for i in path.holds + path.fails})

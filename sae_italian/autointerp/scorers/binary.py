@@ -25,7 +25,9 @@ GAIN = "gain_over_lookup"
 # knows the context alone says no to nearly all of these, so that score is close to (share of positives found + 1) / 2.
 HEADLINE = {"detection": "random", "fuzzing": "same-token"}
 N_SAMPLES = 200  # resamples
-Questions = Mapping[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]  # by source, the positives and the negatives
+Questions = Mapping[
+    str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]
+]  # by source, the positives and the negatives
 
 
 @scorer(needs="detect", metric="balanced_accuracy")
@@ -82,7 +84,9 @@ def ranking(
     verdicts = [Verdicts(np.where(np.isfinite(each), 1, -1), each) for each in given]
     answers = Answers(verdicts, shown.questions, shown.document, documents_of(examples))
     for number, (one, counts) in enumerate(zip(asked, answers.counts(), strict=True)):
-        areas = estimates(np.array([answers.auroc(number, i, True) for i in range(len(counts))]).reshape(len(counts), -1))
+        areas = estimates(
+            np.array([answers.auroc(number, i, True) for i in range(len(counts))]).reshape(len(counts), -1)
+        )
         for source, area, n in zip(shown.questions, areas, counts, strict=True):
             yield one, Score(source, {"auroc": area}, *n)
 
@@ -176,10 +180,12 @@ class Answers:
         return found.reshape(shape)
 
     def counts(self) -> list[list[tuple[int, int, int]]]:
-        """Return by explanation and source how many positives and negatives were answered, and how many examples were not."""
-        answered = self._sums(self.good).sum(axis=-1).astype(int).tolist()
-        sizes = [len(positive) + len(negative) for positive, negative in self.sides]
-        return [[(p, n, size - p - n) for (p, n), size in zip(own, sizes, strict=True)] for own in answered]
+        """Return by explanation and source the number of positives, of negatives, and of those that failed."""
+        sizes = [(len(positive), len(negative)) for positive, negative in self.sides]
+        if self.good.all():
+            return [[(*size, 0) for size in sizes]] * len(self.good)
+        answered = self._sums(self.good).sum(axis=(2, 3)).astype(int).tolist()
+        return [[(*size, sum(size) - n) for size, n in zip(sizes, own, strict=True)] for own in answered]
 
     def shares(self) -> list[list[dict[str, Estimate]]]:
         """Return by explanation and source the balanced accuracy and its two shares.
