@@ -59,6 +59,8 @@ def read(text: str, language: Language) -> set[Alternative]:
 
     body = re.split(", (?:spesso|often) ", QUOTED.sub(hide, text))[0]
     found = set()
+    if body == label("rule.token", language).format(""):  # a lookup without any token
+        return found
     for part in body.split(label("rule.or", language)):
         held, *failed = part.split(", " + label("rule.not", language).format(""))
         both = held.split(f" {label('rule.and', language)} "), failed

@@ -27,7 +27,7 @@ def test_planted_token_latents_are_explained_perfectly(store, planted, mini):
         explanation = explanations[latent][1]
         token = mini.tokenizer.convert_ids_to_tokens(int(planted.tokens[planted.latent(latent).position[0]]))
         assert explanation.rule["precision"] == 1 and explanation.rule["recall"] == 1
-        assert explanation.text_it.startswith(f"su {quoted('token', token.replace('▁', ' '), 'it')} (")
+        assert explanation.text_it.startswith(f"su {quoted('token', token.replace('▁', ' '), 'it')}")
         assert explanation.text_en.startswith("on ") and "precision 1.00" in explanation.text_en
 
 

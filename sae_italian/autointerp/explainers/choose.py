@@ -142,7 +142,7 @@ class Validation:
         rule = replace(rule, threshold=threshold)  # pyright: ignore[reportArgumentType]
         return Tuned(rule, accuracy, accuracy - cost(rule, 1), reach)
 
-    def tuned(self, rule: LatentRule, told: Sequence[int], said: Bool[np.ndarray, " n"]) -> Tuned:
+    def tuned(self, rule: LatentRule, told: Sequence[int], said: Any) -> Tuned:
         """Return a rule that tells these keys, which say yes so."""
         accuracy = 0.5 + float(self.gain @ said) / max(self.scale, 1)
         rule = replace(rule, told=tuple(told))  # pyright: ignore[reportArgumentType]
@@ -179,7 +179,7 @@ class Validation:
             used = sorted({i for path in rule.heaviest()[:n_paths] for i in path.holds + path.fails})
             told = tuple(key for i in used for key in ranked[i][:n_keys])
             if told and told not in found and fits(text := replace(rule, told=told)):
-                said = np.logical_or.reduceat(displayed(text).at(self.view, "rate") > 0, self.first)
+                said = np.maximum.reduceat(displayed(text).at(self.view, "rate"), self.first) > 0
                 found[told] = self.tuned(rule, told, said)
         return [_most(list(found.values()))] if found else []
 
