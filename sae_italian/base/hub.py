@@ -20,12 +20,7 @@ def explain(error: BaseException, name: str, revision: str | None = None, *, rep
     from huggingface_hub.constants import HF_HUB_CACHE
     from safetensors import SafetensorError
 
-    repo_id = repo_id or name
-    chain: list[BaseException] = []  # the error and everything it came from, outermost first
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    repo_id, chain = repo_id or name, _chain_of(error)
 
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(each, kinds) for each in chain)
@@ -83,6 +78,16 @@ def explain(error: BaseException, name: str, revision: str | None = None, *, rep
         (True, f" could not be loaded: {first}"),
     )
     return UsageError(name + next(sentence for holds, sentence in cases if holds))
+
+
+def _chain_of(error: BaseException) -> list[BaseException]:
+    """Return the error and everything it came from, outermost first."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
 
 
 def cache_folder(repo_id: str) -> Path:
