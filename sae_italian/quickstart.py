@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import sae_italian
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import Estimate, reaches
@@ -32,25 +33,24 @@ def quickstart(
     Raises: UsageError as the steps do.
     """
     from sae_italian.autointerp import AutointerpConfig
-    from sae_italian.autointerp.run import TWIN_FOLDER
+    from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER
+    from sae_italian.autointerp.store import Store
     from sae_italian.browser import LatentSource, write_browser
-    from sae_italian.cache import FeatureCache, build_cache
-    from sae_italian.models import load_model
-    from sae_italian.saes import load_sae
-    from sae_italian.training import load_spec, train
 
     out = Path(out)
-    spec = load_spec(config, *overrides)
+    spec = sae_italian.load_spec(config, *overrides)
     settings = {"cache_tokens": cache_tokens, "card_tokens": card_tokens, "latents": latents}
     with claimed(out, "quickstart", {**spec.model_dump(), **settings}, resume=resume, overwrite=overwrite):
-        sae_folder = train(spec, out / "sae", resume=(out / "sae").is_dir())
-        model, sae = load_model(spec.model, device=spec.device), load_sae(sae_folder)
+        sae_folder = sae_italian.train(spec, out / "sae", resume=(out / "sae").is_dir())
+        model, sae = sae_italian.load_model(spec.model, device=spec.device), sae_italian.load_sae(sae_folder)
         text = {"n_tokens": cache_tokens, "split": "heldout", "text_column": spec.text_column}
         kept = {"sae_name": str(sae_folder.resolve()), "resume": (out / "cache").is_dir()}
-        build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)
-        cache = FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
+        sae_italian.build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)
+        cache = sae_italian.FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
         results = analyse(cache, sae, model, card_tokens=card_tokens, config=AutointerpConfig(latents=latents))
         remove(cache.folder / TWIN_FOLDER)
+        with Store(cache.folder / STORE_FILE, {}) as store:
+            store.connection.execute("VACUUM")
         report = write_browser(out / "report", LatentSource(cache, model.tokenizer, sae=sae, model=model))
         results["report"] = str(report)
         write_json(out / "results.json", results)
@@ -77,15 +77,13 @@ def analyse(
     from sae_italian.analysis import gold_table
     from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
     from sae_italian.browser.source import RESULTS
-    from sae_italian.cache import FeatureCache
-    from sae_italian.evaluation import evaluate
 
     manifest = cache.manifest
     file = cache.folder / RESULTS
     results: dict[str, Any] = read_json(file) if file.is_file() else {}
     if card_tokens is not None and (results.get("card") or {}).get("n_tokens_asked") != card_tokens:
         text = {"context_size": manifest.context_size, "text_column": manifest.text_column}
-        card = evaluate(sae, model, manifest.corpus, n_tokens=card_tokens, name=manifest.sae, **text)
+        card = sae_italian.evaluate(sae, model, manifest.corpus, n_tokens=card_tokens, name=manifest.sae, **text)
         if Path(manifest.sae).is_dir():
             card.save(Path(manifest.sae))
         results["card"] = {**plain(card), "n_tokens_asked": card_tokens}
@@ -96,7 +94,7 @@ def analyse(
     if random_control and results.get("random_of") != asdict(config):
         twin = random_sae_control(cache, sae, model, config, workers=workers)
         results["random"] = summarise(twin).as_dict()
-        results["random_gold"] = [asdict(result) for result in gold_table(FeatureCache.open(twin.parent))]
+        results["random_gold"] = [asdict(result) for result in gold_table(sae_italian.FeatureCache.open(twin.parent))]
         results["random_of"] = asdict(config)
     write_json(file, results)
     return results

@@ -90,6 +90,8 @@ NOT_RUN = {
     "models fetch": "needs a registry; tests/models/test_gguf.py",
     "models import": "needs a GGUF file; tests/models/test_gguf.py",
     "corpora show wikipedia-it": "needs the hub",
+    "cache build SAE --corpus activations": "needs SAELens' cached activations; tests/training/test_cached.py",
+    "train mini/topk use_cached_activations": "the same",
     "evaluate runs/ita": "needs ../shared, minutes; `evaluate SAE` stands for it",
     "train mini/topk model=../shared": "needs ../shared, minutes; `train CONFIG` stands for it",
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +29,26 @@ _ELSEWHERE = {  # primary result codes of what is wrong with the folder or anoth
     sqlite3.SQLITE_CANTOPEN,
 }
 _TYPES = {int: "INTEGER", float: "REAL", str: "TEXT"}
+LONG = 500  # characters of JSON from which it is kept compressed: a rule's takes a third then
 R = TypeVar("R", bound=NamedTuple)
 
 
+def packed(value: Any, longest: int = LONG) -> str | bytes:
+    """Return a value as JSON, compressed where that is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < longest else zlib.compress(text.encode())
+
+
+def json_of(kept: str | bytes) -> str:
+    """Return the JSON that `packed` made. Raises: ValueError for damaged bytes."""
+    try:
+        return kept if isinstance(kept, str) else zlib.decompress(kept).decode()
+    except zlib.error as error:
+        raise ValueError(error) from error
+
+
 class RecordTable(Generic[R]):
-    """A record type (a NamedTuple) as a table; a dict is kept as JSON.
+    """A record type (a NamedTuple) as a table; a dict is kept as JSON, compressed where that is long.
 
     `key` names the columns that tell two rows apart. With `numbered` a row also has an `id` of its own; a `clustered` table
     is kept by its key instead of in the order the rows came: nothing is stored twice, which is half the file.
@@ -56,8 +73,8 @@ class RecordTable(Generic[R]):
 
     def _written(self, record: R) -> R:
         told = {name: getattr(record, name) for name in self.json_columns}
-        texts = {name: json.dumps(value, ensure_ascii=False) for name, value in told.items() if value is not None}
-        return record._replace(**texts)
+        longest = sys.maxsize if self.name == CALLS_TABLE else LONG  # paid answers stay readable by any program
+        return record._replace(**{name: packed(value, longest) for name, value in told.items() if value is not None})
 
     def select(
         self, connection: sqlite3.Connection, rest: str = "", parameters: Sequence[Any] = ()
@@ -68,7 +85,7 @@ class RecordTable(Generic[R]):
             record = self.record._make(values)
             try:
                 texts = {name: text for name in self.json_columns if (text := getattr(record, name)) is not None}
-                yield number, record._replace(**{name: json.loads(text) for name, text in texts.items()})
+                yield number, record._replace(**{name: json.loads(json_of(text)) for name, text in texts.items()})
             except (ValueError, RecursionError) as error:
                 raise sqlite3.DatabaseError(f"row {number} of {self.name} is damaged: {error}") from error
 

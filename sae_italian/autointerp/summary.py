@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sae_italian.autointerp.database import json_of
 from sae_italian.autointerp.draws import FUZZING_NEGATIVES, SEGMENT_NEGATIVES
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.judges import RULE
@@ -228,7 +229,9 @@ def export(path: Path, out: Path, to: str, *, project: str = "sae-italian") -> l
         for name, table in TABLES.items():
             cursor = store.connection.execute(f"SELECT * FROM {name}")
             names, columns = [column[0] for column in cursor.description], zip(*cursor.fetchall(), strict=True)
-            tables[name] = pyarrow.table(dict(zip(names, list(columns) or [()] * len(names), strict=True)))
+            cells = dict(zip(names, list(columns) or [()] * len(names), strict=True))
+            cells |= {key: [kept and json_of(kept) for kept in cells[key]] for key in table.json_columns}
+            tables[name] = pyarrow.table(cells)
             files.append(out / f"{name}.{'jsonl' if to == 'jsonl' else 'parquet'}")
             if to == "jsonl":
                 rows = tables[name].to_pylist()

@@ -268,3 +268,26 @@ def test_a_score_of_eight_tenths_counts_whatever_its_last_bit_and_the_share_is_o
     assert (found.n_latents, found.n_explained, found.n_scored) == (4, 4, 3)
     assert found.share_detected.value == pytest.approx(2 / 3)
     assert found.fuzzing.value == pytest.approx(0.6)  # the harder negatives lead
+
+
+@pytest.mark.parametrize("to", ["parquet", "jsonl"])
+def test_a_long_rule_is_kept_compressed_and_read_and_taken_out_whole(tmp_path, to):
+    rule = {"names": [f" parola{i}è" for i in range(400)], "weights": [1 / 3] * 400}
+    one = Explanation(5, "rules", "ok", "su «parola0è»", "", rule)
+    path = tmp_path / "store.sqlite"
+    with Store(path, {}) as store:
+        store.add_explanations([one, one._replace(latent=6, rule={"names": []})])
+        (long, short) = (row[0] for row in store.connection.execute("SELECT rule FROM explanation ORDER BY latent"))
+        assert len(long) < len(json.dumps(rule)) / 3 and short == '{"names": []}'
+        text = json.dumps(rule, ensure_ascii=False)  # as stores had it that were written before
+        with store.connection:
+            store.connection.execute("INSERT INTO explanation SELECT 3, 7, explainer, status, text_it, text_en, ?, kind, "
+                                     "prompt, notes FROM explanation WHERE latent = 5", (text,))  # fmt: skip
+        known = store.explanations("rules")
+        assert known[5][1] == one and known[7][1].rule == rule
+    file = next(file for file in export(path, tmp_path / "out", to) if file.stem == "explanation")
+    if to == "jsonl":
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    else:
+        rows = [row | {"rule": json.loads(row["rule"])} for row in pyarrow.parquet.read_table(file).to_pylist()]
+    assert [row["rule"] for row in rows] == [rule, {"names": []}, rule]
