@@ -17,10 +17,13 @@ from sae_italian.cli.options import (
     MINUTES,
     Count,
     Language,
+    Latent,
     Model,
     Result,
     Sae,
     Seed,
+    Subject,
+    Thresholds,
     bounded,
     key_values,
     own_words,
@@ -32,14 +35,14 @@ Many = Parameter(consume_multiple=True)
 
 @bounded
 def ioi(
-    model: str,
+    model: Subject,
     /,
     *words: str,
     sae: list[str] | None = None,
     language: Language = "it",
     n_pairs: Count = 50,
     check: Count = 200,
-    thresholds: Count = 50,
+    thresholds: Thresholds = 50,
     anyway: bool = False,
     seed: Seed = 0,
     out: Path | None = None,
@@ -47,14 +50,12 @@ def ioi(
     """Ask whether a model goes on with the indirect object, and which latents carry the name (feature patching).
 
     Args:
-        model: Name, hub id or folder of the model.
         words: minutes=N, after which it ends with what it has (default: no bound);
             name_tokens=N, the tokens that every name has, or name_tokens=any; default: 1.
         sae: An SAE to patch; again for each to compare with; default: none is patched.
         language: Language of the sentences: it or en.
         n_pairs: Pairs of sentences that are patched.
         check: Sentences on which the skill is checked first.
-        thresholds: Thresholds of the elimination, from 1e-5 to 1 nat; 50 as in the paper.
         anyway: Patch also where the model does not do the task.
         out: Folder for ioi.json and ioi.svg; nothing is written without it.
     """
@@ -81,27 +82,25 @@ def ioi(
 
 @bounded
 def agreement(
-    model: str,
+    model: Subject,
     /,
     *words: str,
     pairs_file: Path | None = None,
     check: Count = 500,
     sae: list[str] | None = None,
     n_pairs: Count = 50,
-    thresholds: Count = 50,
+    thresholds: Thresholds = 50,
     seed: Seed = 0,
     out: Path | None = None,
 ) -> Result:
     """Ask a model for Italian agreement on minimal pairs: gender, number, subject and verb, with and without an attractor.
 
     Args:
-        model: Name, hub id or folder of the model.
         words: minutes=N, after which it ends with what it has (default: no bound).
         pairs_file: Pairs in MultiBLiMP's layout (ita.tsv, or the same as .jsonl or .parquet); default: pairs made here.
         check: Pairs that are made, in turn of each kind.
         sae: An SAE to patch on the subject's number; again for each to compare with; default: none.
         n_pairs: Pairs of subjects that are patched.
-        thresholds: Thresholds of the elimination, from 1e-5 to 1 nat.
         out: Folder for agreement.json, agreement.svg, and number.svg with --sae; nothing is written without it.
     """
     from sae_italian.analysis.tasks import agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
@@ -144,7 +143,7 @@ def steer(
     prompt: str,
     /,
     *words: str,
-    latent: int,
+    latent: Latent,
     strengths: Annotated[list[float], Many] = [5.0, 10.0, 20.0],  # noqa: B006
     new_tokens: int = 24,
     temperature: float = 0.0,
@@ -158,7 +157,6 @@ def steer(
     Args:
         prompt: The text that the model goes on from.
         words: minutes=N, after which it ends with what it has (default: no bound).
-        latent: Number of the latent.
         strengths: How much of the direction is added, in units of the latent's activation; one text for each.
         new_tokens: Tokens that are written.
         temperature: 0 takes the likeliest token; above, tokens are sampled.
@@ -178,7 +176,7 @@ def steer(
 @bounded
 def tree(
     *saes: str,
-    latent: int,
+    latent: Latent,
     tokens: Count = 20_000,
     context_size: Count = 64,
     model: Model = None,
@@ -192,7 +190,6 @@ def tree(
         saes: SAEs in the order of their layers, the latent is the last one's; then branches=N, children of a latent that
             are followed (default: 3), contexts=N, in which each is looked at (default: 20), and minutes=N, after which it
             ends with what it has (default: no bound).
-        latent: Number of the latent.
         tokens: Tokens of the corpus among which contexts are drawn.
         context_size: Tokens of a context.
         corpus: Local file or folder, catalogue name, or micro-italiano; default: what the last SAE was trained on.

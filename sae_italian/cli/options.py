@@ -90,6 +90,9 @@ Out = Annotated[Path | None, Parameter(help="Folder to write to; nothing is writ
 Model = Annotated[str | None, Parameter(help="Name, hub id or folder of the model; default: the SAE's own.")]
 Language = Annotated[Literal["it", "en"], Parameter(help="Language of what is written: it or en.")]
 Seed = Annotated[int, Parameter(help="Seed of every random draw.")]
+Latent = Annotated[int, Parameter(help="Number of the latent.")]
+Subject = Annotated[str, Parameter(help="Name, hub id or folder of the model.")]
+Thresholds = Annotated[Count, Parameter(help="Thresholds of the elimination, from 1e-5 to 1 nat; 50 as in the paper.")]
 
 
 @Parameter(name="*")

@@ -17,12 +17,11 @@ from typing import Any
 from pydantic import PositiveInt
 from tqdm import tqdm
 
-from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
+from sae_italian.autointerp import AutointerpConfig
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
-from sae_italian.cache import FeatureCache, build_caches
 from sae_italian.papers.job import Subject, kept, layer_of, open_subject
-from sae_italian.papers.measure import card_of, curves
+from sae_italian.papers.measure import card_of, curves, scored
 from sae_italian.papers.pictures import baselines_svg, dictionary_name
 from sae_italian.papers.report import markdown_table, shown, tables_of
 from sae_italian.saes import check_fits, full_name, load_sae, weights_hash
@@ -96,11 +95,10 @@ def compare_baselines(
 
 
 def _model_of(saes: Sequence[Any], given: str | None) -> str:
-    named = {str(sae.cfg.metadata.model_name) for sae in saes}
+    named = {str(sae.cfg.metadata.model_name or "") for sae in saes}
     if given is None and len(named) > 1:
         raise UsageError(f"the SAEs belong to different models: {', '.join(sorted(named))}. Compare those of one.")
-    name = given or named.pop()
-    if name in ("None", ""):
+    if not (name := given or named.pop()):
         raise UsageError("the SAE's metadata does not name its model; give --model.")
     return name
 
@@ -116,8 +114,7 @@ def compare_layer(sae: Any, subject: Subject, out: Path, settings: Settings, *, 
 
 def _compared(sae: Any, subject: Subject, out: Path, settings: Settings, sae_name: str) -> dict[str, Any]:
     baselines = _fitted(sae, subject, out / "dictionaries", settings)
-    dictionaries = {SAE: sae, **baselines}
-    rows = []
+    dictionaries, rows = {SAE: sae, **baselines}, []
     scores = _scores(dictionaries, subject, out, settings, sae_name)
     for name, one in tqdm(dictionaries.items(), desc="evaluate dictionaries", disable=None):
         card = kept(out / "cards" / f"{name}.json", partial(card_of, one, subject, settings.card_tokens, name))
@@ -175,22 +172,13 @@ def _scores(
     files = {name: out / "scores" / f"{name}.json" for name in dictionaries}
     todo = [name for name, file in files.items() if not file.is_file()]
     if todo:
-        caches = build_caches(
-            [dictionaries[name] for name in todo],
-            subject.model,
-            subject.corpus,
+        folders, config = (
             [out / "caches" / name for name in todo],
-            n_tokens=settings.cache_tokens,
-            split="heldout",
-            **subject.reading,
-            sae_names=[sae_name if name == SAE and sae_name else name for name in todo],
-            resume=True,
+            AutointerpConfig(latents=settings.latents, seed=settings.seed),
         )
-        config = AutointerpConfig(latents=settings.latents, seed=settings.seed)
-        for name, folder in zip(todo, caches, strict=True):
-            cache = FeatureCache.open(folder)
-            store = run_autointerp(cache, subject.model.tokenizer, config, sae=dictionaries[name])
-            summary = summarise(store).as_dict()
+        names = [sae_name if name == SAE and sae_name else name for name in todo]
+        found = scored([dictionaries[name] for name in todo], subject, folders, settings.cache_tokens, config, names)
+        for name, summary in zip(todo, found, strict=True):
             write_json(files[name], {key: summary[key] for key in _SUMMARY})
     for name in dictionaries:
         if name != SAE:

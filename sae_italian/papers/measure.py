@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Store
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
-from sae_italian.cache import FeatureCache, build_cache
+from sae_italian.cache import FeatureCache, build_caches
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.evaluation import evaluate
 from sae_italian.evaluation.diagnosis import held_out_activations
@@ -40,29 +41,42 @@ def held_out(sae: Any, subject: Subject, n_tokens: int) -> tuple[Tensor, Tensor]
     return held_out_activations(sae, subject.model, subject.corpus, n_tokens, **subject.reading)
 
 
+def scored(
+    saes: Sequence[Any],
+    subject: Subject,
+    folders: list[Path],
+    n_tokens: int,
+    config: AutointerpConfig,
+    names: list[str],
+) -> list[dict[str, Any]]:
+    """Explain and score the latents of SAEs by rule on the same held-out text, cached in a folder each; as JSON has it."""
+    build_caches(
+        list(saes),
+        subject.model,
+        subject.corpus,
+        folders,
+        n_tokens=n_tokens,
+        split="heldout",
+        sae_names=names,
+        resume=True,
+        **subject.reading,
+    )
+    opened = [(FeatureCache.open(folder), sae) for folder, sae in zip(folders, saes, strict=True)]
+    stores = [run_autointerp(cache, subject.model.tokenizer, config, sae=sae) for cache, sae in opened]
+    return [summarise(store).as_dict() for store in stores]
+
+
 def score_sae(sae: Any, job: Reproduction, folder: Path, *, name: str, random_control: bool = False) -> dict[str, Any]:
-    """Explain and score latents by rule on held-out text; return `autointerp` and, with the control, `random`.
+    """Score an SAE's latents as `scored` does; return `autointerp` and, with the control, `random`.
 
     The cache stays in `folder` with its store, for `sae-italian browse`.
     """
-    subject = job.subject
-    build_cache(
-        sae,
-        subject.model,
-        subject.corpus,
-        folder,
-        n_tokens=job.budget["cache_tokens"],
-        split="heldout",
-        sae_name=name,
-        resume=folder.is_dir(),
-        **subject.reading,
-    )
-    cache = FeatureCache.open(folder)
     config = AutointerpConfig(latents=job.budget["latents"])
-    store = run_autointerp(cache, subject.model.tokenizer, config, sae=sae)
-    found = {"cache": str(folder), "autointerp": summarise(store).as_dict()}
+    (auto,) = scored([sae], job.subject, [folder], job.budget["cache_tokens"], config, [name])
+    found = {"cache": str(folder), "autointerp": auto}
     if random_control:
-        found["random"] = summarise(random_sae_control(cache, sae, subject.model, config)).as_dict()
+        twin = random_sae_control(FeatureCache.open(folder), sae, job.subject.model, config)
+        found["random"] = summarise(twin).as_dict()
     return found
 
 
