@@ -110,6 +110,10 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["autointerp", "nowhere", "--n-latents", "0"], "--n-latents is 0; it must be 1 or more"),
         (["cache", "build", "nowhere", "--out", "x", "--tokens", "0"], "--tokens is 0; it must be 1 or more"),
         (["browse", "nowhere"], "not a feature cache"),
+        (["export", "nowhere", "--to", "delphi", "--out", "x", "--latents", "9" * 6000], "two numbers were expected"),
+        (["export", "nowhere", "--to", "delphi", "--out", "x", "--latents", "²"], "two numbers were expected"),
+        (["ioi", "mini", "--seed", "-1"], "--seed is -1; it must be 0 or more, and below 2^63"),
+        (["ioi", "mini", "--seed", str(2**63)], "below 2^63"),
     ],
 )
 def test_what_the_user_can_fix_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):

@@ -157,7 +157,7 @@ def pretokenize(
         context_size=context_size,
         reader=reader,
         n_tokens=tokens,
-        separator=None if separator == "none" else int(separator) if separator.isdigit() else separator,
+        separator=None if separator == "none" else int(separator[:19]) if separator.isdecimal() else separator,
         **asdict(folder),
         **packing,
     )

@@ -83,13 +83,18 @@ def _one_or_more(_: Any, value: Any) -> None:
         raise ValueError("it must be 1 or more.")
 
 
+def _a_seed(_: Any, value: int) -> None:
+    if not 0 <= value < 2**63:
+        raise ValueError("it must be 0 or more, and below 2^63.")
+
+
 POSITIVE = Parameter(validator=_one_or_more)
 Count = Annotated[int, POSITIVE]
 Sae = Annotated[str, Parameter(help="The SAE: a folder, or release:sae_id.")]
 Out = Annotated[Path | None, Parameter(help="Folder to write to; nothing is written without it.")]
 Model = Annotated[str | None, Parameter(help="Name, hub id or folder of the model; default: the SAE's own.")]
 Language = Annotated[Literal["it", "en"], Parameter(help="Language of what is written: it or en.")]
-Seed = Annotated[int, Parameter(help="Seed of every random draw.")]
+Seed = Annotated[int, Parameter(help="Seed of every random draw.", validator=_a_seed)]
 Latent = Annotated[int, Parameter(help="Number of the latent.")]
 Subject = Annotated[str, Parameter(help="Name, hub id or folder of the model.")]
 Thresholds = Annotated[Count, Parameter(help="Thresholds of the elimination, from 1e-5 to 1 nat; 50 as in the paper.")]
@@ -157,9 +162,10 @@ def latent_range(given: str | None) -> tuple[int, int] | None:
     if given is None:
         return None
     first, dash, last = given.partition("-")
-    if not first.isdigit() or (dash and not last.isdigit()):
-        raise UsageError(f"--latents is {given!r}; two numbers were expected, as in --latents 0-99.")
-    return int(first), int(last if dash else first)
+    try:
+        return int(first), int(last if dash else first)
+    except ValueError as error:
+        raise UsageError(f"--latents is {given!r:.80}; two numbers were expected, as in --latents 0-99.") from error
 
 
 def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
