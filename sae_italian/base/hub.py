@@ -16,15 +16,10 @@ def explain(error: BaseException, name: str, revision: str | None = None, *, rep
 
     `repo_id` is the hub's repository when it is not `name` itself.
     """
-    from huggingface_hub import errors
     from huggingface_hub.constants import HF_HUB_CACHE
     from safetensors import SafetensorError
 
     repo_id, chain = repo_id or name, _chain_of(error)
-
-    def has(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(each, kinds) for each in chain)
-
     if full := next((each for each in chain if disk_full(each)), None):
         place = Path(str(getattr(full, "filename", None) or HF_HUB_CACHE))
         return UsageError(
@@ -43,9 +38,20 @@ def explain(error: BaseException, name: str, revision: str | None = None, *, rep
         where = Path(name) if Path(name).is_dir() and not partial else cached
         again = f"Download it again with `hf download {repo_id} --force-download`, or copy the files into {where} anew."
         return DataError(f"{name} cannot be read: {what}. {again}")
+    return UsageError(name + _refusal(chain, repo_id, revision))
+
+
+def _refusal(chain: list[BaseException], repo_id: str, revision: str | None) -> str:
+    """Return what the hub, or the way to it, says no to, and what to do about it."""
+    from huggingface_hub import errors
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(each, kinds) for each in chain)
+
+    text, cached = " ".join(map(str, chain)).lower(), cache_folder(repo_id)
     answers = [each.response for each in chain if isinstance(each, errors.HfHubHTTPError) and each.response is not None]
     status, page = answers[0].status_code if answers else None, f"https://huggingface.co/{repo_id}"
-    first = f"{next(iter(str(error).splitlines()), type(error).__name__):.300}"
+    first = f"{next(iter(str(chain[0]).splitlines()), type(chain[0]).__name__):.300}"
     unreachable = has(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
     pinned = f" --revision {revision}" if revision else ""
     cases = (
@@ -77,7 +83,7 @@ def explain(error: BaseException, name: str, revision: str | None = None, *, rep
         ),
         (True, f" could not be loaded: {first}"),
     )
-    return UsageError(name + next(sentence for holds, sentence in cases if holds))
+    return next(sentence for holds, sentence in cases if holds)
 
 
 def _chain_of(error: BaseException) -> list[BaseException]:
