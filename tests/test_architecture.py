@@ -23,7 +23,7 @@ AT_MOST = {
     "longest function": 60,
     "95th percentile of line lengths": 108,
     "lines of JavaScript, CSS, HTML": 2_931,
-    "commands": 34,  # 32, and issue 16's `models import` and `models fetch`
+    "commands": 35,  # 32, issue 19's `graph`, and issue 16's `models import` and `models fetch`
     "options": 200,
 }
 LEAST_AIR = 0.26  # share of docstrings and blank lines
@@ -38,7 +38,8 @@ ROOM_LINES = {
     "cache": 2_211,  # 1_650
     "autointerp": 5_821,  # 3_900
     "analysis": 3_143,  # 2_500
-    "papers": 1_558,  # 1_400
+    "circuits": 700,
+    "papers": 1_556,  # 1_400
     "browser": 2_848,  # 2_650
     "cli": 2_300,  # 1_400  # quickstart with it
 }
@@ -52,7 +53,8 @@ ROWS = (
     {"plugin"},
     {"evaluation", "cache"},
     {"training", "autointerp"},
-    {"analysis", "circuits"},
+    {"analysis"},
+    {"circuits"},  # on the causal tools of analysis
     {"browser"},
     {"papers", "benchmark"},
     {"quickstart"},

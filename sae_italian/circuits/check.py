@@ -1,0 +1,158 @@
+"""Does the graph tell what happens? Latents are taken away in the real model, nothing frozen, beside a graph's prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_italian.analysis.causal.latent import written_directions
+from sae_italian.base.pace import progress
+from sae_italian.base.report import shown, table
+from sae_italian.base.statistics import Estimate, interval
+from sae_italian.circuits.edges import attribute, layers_of
+from sae_italian.circuits.graph import Graph, influence, scores
+from sae_italian.models.activations import read_many, replaced
+from sae_italian.saes.baselines import random_twin
+
+N_LATENTS = 40
+RESAMPLES = 1000
+
+
+class Agreement(NamedTuple):
+    """How the logit's real change goes with what the graph foretells, over latents that are taken away one at a time."""
+
+    what: str
+    n: int
+    direct: Estimate  # correlation with the edge to the logit
+    paths: Estimate  # correlation with all paths through latents
+    slope: float  # of the real change on that of all paths; 1 where it is foretold in size too
+
+
+class Checked(NamedTuple):
+    """A graph's agreement with the model, and that of graphs of random transcoders on the same prompt."""
+
+    graph: tuple[Agreement, ...]
+    random: tuple[Agreement, ...]
+    scores: dict[str, tuple[float, float]]  # replacement and completeness, of the graph and of the random one
+
+    def text(self) -> str:
+        rows = [(a.what, a.n, shown(a.direct), shown(a.paths), f"{a.slope:.2f}") for a in (*self.graph, *self.random)]
+        found = table("latents taken away | n | edge against change | all paths against change | slope", rows)
+        rows = [(name, *(f"{score:.2f}" for score in pair)) for name, pair in self.scores.items()]
+        return f"{found}\n\n{table('transcoders | replacement score | completeness', rows)}\n\n{self.verdict()}"
+
+    def verdict(self) -> str:
+        """Return in a sentence whether the graph foretells more than one of random transcoders does."""
+        mine, control = self.graph[0].paths, self.random[0].paths
+        if mine.lo > control.hi:
+            return "The graph foretells what its latents do, and better than one of random transcoders."
+        if mine.lo > 0:
+            return (
+                "The graph foretells what its latents do, but no better than one of random transcoders can be told to."
+            )
+        return "The graph does not foretell what its latents do in the model: read it as algebra, not as mechanism."
+
+
+def check(
+    model: Any, transcoders: Sequence[Any], graph: Graph, *, n_latents: int = N_LATENTS, seed: int = 0
+) -> Checked:
+    """Take latents of a graph away in the real model and compare; the same with random twins of the transcoders.
+
+    Those looked at are the `n_latents` most influential ones, and as many at random. Raises: UsageError as `attribute`.
+    """
+    by_layer = layers_of(transcoders, model)
+    tokens = model.tokenizer(graph.prompt, return_tensors="pt").input_ids.to(model.device)
+    reads = read_many(model, tokens, [sae.cfg.metadata.hook_name for sae in by_layer.values()]) if by_layer else {}
+    twins = [
+        random_twin(sae, seed, lambda sae=sae: reads[sae.cfg.metadata.hook_name][0, 1:].to(sae.dtype))
+        for sae in by_layer.values()
+    ]
+    logits = [node.index for node in graph.nodes if node.kind == "logit"]
+    other = attribute(model, twins, graph.prompt, logits=logits, max_nodes=int(graph.of_kind("latent").sum()))
+    found = [
+        _agreements(model, layers_of(saes, model), tokens, each, n_latents, seed, name)
+        for saes, each, name in ((transcoders, graph, ""), (twins, other, ", random transcoders"))
+    ]
+    told = {name: scores(each)[:2] for name, each in (("these", graph), ("random", other))}
+    return Checked(found[0], found[1], told)
+
+
+def _agreements(
+    model: Any, by_layer: Mapping[int, Any], tokens: Tensor, graph: Graph, n: int, seed: int, name: str
+) -> tuple[Agreement, ...]:
+    latents = np.flatnonzero(graph.of_kind("latent"))
+    ranked = latents[np.argsort(-influence(graph)[latents], kind="stable")][:n]
+    random = np.random.default_rng(seed).permutation(latents)[:n]
+    direct, paths = foretold(graph)
+    return tuple(
+        _agreement(f"{what}{name}", direct[some], paths[some], _changes(model, by_layer, tokens, graph, some), seed)
+        for what, some in (("most influential", ranked), ("at random", random))
+    )
+
+
+def foretold(graph: Graph) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, " nodes"]]:
+    """Return by how much the first logit falls when each latent goes: by its edge alone, and by all paths of latents.
+
+    Taking a latent away moves another's activation a_t by its edge, and what t writes by that share of a_t:
+    d = A e + A diag(1/a) d over the latents, as long as the same latents stay active.
+    """
+    square, latent = graph.square(), graph.of_kind("latent")
+    logit = int(np.flatnonzero(graph.of_kind("logit"))[0])
+    among = square[np.ix_(latent, latent)]
+    value = np.array([node.value for node in graph.nodes])[latent]
+    direct, paths = np.zeros(len(latent)), np.zeros(len(latent))
+    direct[latent] = -square[logit, latent]
+    moved = np.linalg.solve(np.eye(len(among)) - among / value, among)  # of each latent, by each that goes
+    paths[latent] = direct[latent] - (square[logit, latent] / value) @ moved
+    return direct, paths
+
+
+@torch.no_grad()
+def _changes(
+    model: Any, by_layer: Mapping[int, Any], tokens: Tensor, graph: Graph, latents: np.ndarray
+) -> Float[np.ndarray, " n"]:
+    """Return the real change of the first logit, centred on all, when each latent's write at its position is taken away."""
+    logit = next(node.index for node in graph.nodes if node.kind == "logit")
+
+    def centred() -> float:
+        logits = model(tokens, use_cache=False).logits[0, -1].double()
+        return float(logits[logit] - logits.mean())
+
+    before, found = centred(), []
+    with progress("taken away", total=len(latents), unit="latent") as bar:
+        for number in latents.tolist():
+            node = graph.nodes[number]
+            write = node.value * written_directions(by_layer[node.layer], [node.index])[0]
+
+            def without(x: Tensor, node: Any = node, write: Tensor = write) -> Tensor:
+                changed = x.clone()
+                changed[0, node.position] -= write.to(x)
+                return changed
+
+            with replaced(model, f"blocks.{node.layer}.hook_mlp_out", without):
+                found.append(centred() - before)
+            bar.update()
+    return np.array(found)
+
+
+def _agreement(what: str, direct: np.ndarray, paths: np.ndarray, real: np.ndarray, seed: int) -> Agreement:
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(len(real), size=(RESAMPLES, len(real))) if len(real) else np.zeros((0, 0), dtype=int)
+    found = [
+        interval(_correlation(each, real), np.array([_correlation(each[d], real[d]) for d in draws]))
+        for each in (direct, paths)
+    ]
+    spread = float(((paths - paths.mean()) ** 2).sum()) if len(real) else 0.0
+    slope = float(((paths - paths.mean()) * (real - real.mean())).sum() / spread) if spread > 0 else float("nan")
+    return Agreement(what, len(real), found[0], found[1], slope)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    if len(a) < 3 or a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])

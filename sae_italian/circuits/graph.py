@@ -1,0 +1,175 @@
+"""The attribution graph of a prompt: what of the model's next token each latent, error and input token wrote, and through what.
+
+The edge from source s to target t is A[t, s] = v_s . J_s^T g_t: v_s what the source wrote (a latent's activation times its
+direction, an MLP's error, the first block's input), J_s the frozen model between them, g_t the target's own direction (its
+encoder row; for a logit its unembedding less the mean of all). The target is the pre-activation, so every row adds up to it:
+
+    sum of a row = W_enc . x  (for a logit: the centred logit)
+
+with a bias node per layer and position (what no input decides: the decoder's bias, the MLP's output at special tokens), one for
+the biases of attention and norms, and a rest node per layer for latents that were not visited. Rows are targets.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sae_italian.base.errors import DataError
+from sae_italian.base.storage import write_json
+
+
+class GraphNode(NamedTuple):
+    """A node; fields that its kind does not have are -1, 0 or empty."""
+
+    kind: str
+    layer: int = -1
+    position: int = -1
+    index: int = -1  # of the latent, or the id of the token
+    value: float = 0.0  # a latent's activation, a logit's probability
+    text: str = ""  # a token
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A prompt's nodes and the edges between them; `weights[t, s]` is what source s adds to target t."""
+
+    prompt: str
+    model: str
+    tokens: tuple[str, ...]
+    n_layers: int
+    nodes: tuple[GraphNode, ...]
+    targets: Int[np.ndarray, " rows"]  # the node of each row: latents in the order of nodes, then logits
+    weights: Float[np.ndarray, "rows nodes"]
+    own: Float[np.ndarray, " rows"]  # each target's value without its own bias: what its row adds up to
+    n_active: int  # latents that are active on the prompt, visited or not
+
+    def of_kind(self, *kinds: str) -> np.ndarray:
+        """Return which nodes are of these kinds."""
+        return np.array([node.kind in kinds for node in self.nodes])
+
+    def square(self) -> Float[np.ndarray, "nodes nodes"]:
+        """Return the edges between all nodes, zero rows for those that are sources only."""
+        found = np.zeros((len(self.nodes), len(self.nodes)), dtype=np.float64)
+        found[self.targets] = self.weights
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write graph.npz and graph.json; nothing is pickled."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(folder / "graph.npz", targets=self.targets, weights=self.weights, own=self.own)
+        told = {name: getattr(self, name) for name in ("prompt", "model", "tokens", "n_layers", "n_active")}
+        write_json(folder / "graph.json", {"kind": "graph", **told, "nodes": [list(node) for node in self.nodes]})
+
+    @classmethod
+    def load(cls, folder: Path) -> Graph:
+        """Read what `save` wrote. Raises: DataError where the folder holds no graph."""
+        try:
+            told = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
+            arrays = np.load(folder / "graph.npz", allow_pickle=False)
+            nodes = tuple(GraphNode(*node) for node in told["nodes"])
+            rest = {name: told[name] for name in ("prompt", "model", "n_layers", "n_active")}
+            return cls(
+                tokens=tuple(told["tokens"]),
+                nodes=nodes,
+                **rest,
+                **{name: arrays[name] for name in ("targets", "weights", "own")},
+            )
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder} holds no graph ({error}). Make it with `sae-italian graph`.") from error
+
+
+# --- what matters in it --------------------------------------------------------------------------------------------------
+
+
+class GraphScores(NamedTuple):
+    """How much of the graph goes through latents; shares of absolute influence, as circuit-tracer's (graph.py:352)."""
+
+    replacement: float  # influence of input tokens against that of errors
+    completeness: float  # share of what nodes receive that is no error, weighted by their influence
+    visited: float  # share of the active latents that are nodes
+
+
+def shares(square: Float[np.ndarray, "nodes nodes"]) -> Float[np.ndarray, "nodes nodes"]:
+    """Return |A| with each row adding up to 1 (0 where there is no edge)."""
+    size = np.abs(square)
+    return size / np.maximum(size.sum(axis=1, keepdims=True), 1e-10)
+
+
+def influence(graph: Graph, square: Float[np.ndarray, "nodes nodes"] | None = None) -> Float[np.ndarray, " nodes"]:
+    """Return each node's share in the logits through all paths: w N + w N^2 + ..., w the logits' probabilities.
+
+    N is |A| by rows, without the nodes that no input decides (bias and constant). It ends because the graph has no cycle.
+    """
+    flow = shares(_decided(graph) if square is None else square)
+    step = _probabilities(graph) @ flow
+    found = np.zeros(len(step))
+    while step.any():
+        found += step
+        step = step @ flow
+    return found
+
+
+def _probabilities(graph: Graph) -> Float[np.ndarray, " nodes"]:
+    return np.array([node.value if node.kind == "logit" else 0.0 for node in graph.nodes])
+
+
+def _decided(graph: Graph) -> Float[np.ndarray, "nodes nodes"]:
+    square = graph.square()
+    square[:, graph.of_kind("bias", "constant")] = 0
+    return square
+
+
+def scores(graph: Graph) -> GraphScores:
+    """Return how complete the graph is; latents that were not visited count as errors."""
+    found, missing = influence(graph), graph.of_kind("error", "rest")
+    tokens = found[graph.of_kind("embedding")].sum()
+    errors = found[missing].sum()
+    flow = shares(_decided(graph))
+    weight = found + _probabilities(graph)
+    received = flow.sum(axis=1) > 0  # sources receive nothing
+    weight = weight * received
+    complete = (weight * (1 - flow[:, missing].sum(axis=1))).sum() / max(weight.sum(), 1e-10)
+    n_latents = int(graph.of_kind("latent").sum())
+    return GraphScores(tokens / max(tokens + errors, 1e-10), float(complete), n_latents / max(graph.n_active, 1))
+
+
+def prune(
+    graph: Graph, node_share: float = 0.8, edge_share: float = 0.98
+) -> tuple[np.ndarray, Float[np.ndarray, "nodes nodes"]]:
+    """Return which nodes stay, and the edges among them that do (others 0).
+
+    The most influential latents and errors stay until they hold `node_share` of all influence, input tokens and logits
+    always; then edges, by share of their target's influence, until `edge_share`. A latent left without an edge in or out
+    goes, and an error without an edge out.
+    """
+    square, always = _decided(graph), graph.of_kind("embedding", "logit")
+    found = influence(graph, square)
+    keep = (_largest(found, node_share) | always) & ~graph.of_kind("bias", "constant")
+    square[~keep], square[:, ~keep] = 0, 0
+    flow = shares(square)
+    reached = influence(graph, square) + _probabilities(graph)
+    edges = flow * reached[:, None]
+    square[~_largest(edges.ravel(), edge_share).reshape(edges.shape)] = 0
+    latent, error = graph.of_kind("latent"), graph.of_kind("error", "rest")
+    while True:
+        goes_in, goes_out = square.any(axis=1), square.any(axis=0)
+        lost = keep & ((latent & ~(goes_in & goes_out)) | (error & ~goes_out))
+        if not lost.any():
+            return keep, square
+        keep &= ~lost
+        square[lost], square[:, lost] = 0, 0
+
+
+def _largest(values: Float[np.ndarray, " n"], share: float) -> np.ndarray:
+    """Return which values are among the largest that together hold a share of the sum."""
+    order = np.argsort(-values, kind="stable")
+    before = np.cumsum(values[order]) - values[order]
+    kept = np.zeros(len(values), dtype=bool)
+    kept[order[before < share * values.sum()]] = True
+    return kept & (values > 0)

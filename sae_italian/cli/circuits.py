@@ -1,0 +1,80 @@
+"""The command `graph`: the attribution graph of a prompt, and whether it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sae_italian.base.errors import UsageError
+from sae_italian.cli.options import Result, key_values
+
+
+def graph(model: str, transcoders: Path, prompt: str, /, *words: str, out: Path | None = None) -> Result:
+    """Draw which latents lead from a prompt to the next token: an exact graph of the model with its norms and patterns frozen.
+
+    Args:
+        model: Name, hub id or folder of the model.
+        transcoders: Folder of a transcoder, or of several, one for each layer (a suite's).
+        prompt: The text whose next token is explained.
+        words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass (default: 16);
+            target=TEXT, the token to explain (default: the likeliest that cover 95 %); check=N, latents that are taken away
+            in the real model, beside random transcoders (default: 0, none).
+        out: Folder for graph.json, graph.npz, graph.svg and neuronpedia.json; nothing is written without it.
+    """
+    from sae_italian.base.report import plain
+    from sae_italian.circuits.check import check
+    from sae_italian.circuits.edges import attribute
+    from sae_italian.circuits.graph import scores
+    from sae_italian.circuits.show import summary
+    from sae_italian.models import load_model
+    from sae_italian.saes import load_sae
+
+    settings = key_values(words, {"max_nodes": 4096, "batch": 16, "target": "", "check": 0})
+    folders = [transcoders] if (transcoders / "cfg.json").exists() else _transcoders(transcoders)
+    loaded = load_model(model)
+    saes = [load_sae(folder) for folder in folders]
+    wanted = _token(loaded.tokenizer, settings["target"])
+    sizes: dict[str, Any] = {"max_nodes": settings["max_nodes"], "batch": settings["batch"]}
+    found = attribute(loaded, saes, prompt, logits=wanted, **sizes)
+    value = {"prompt": prompt, "model": model, "n_active": found.n_active, **plain(scores(found))}
+    text = summary(found)
+    if settings["check"]:
+        checked = check(loaded, saes, found, n_latents=settings["check"])
+        value["check"] = plain(checked)
+        text += f"\n\n{checked.text()}"
+    if out is not None:
+        text += f"\n\n{_write(out, found, value)}"
+    return Result(value, text)
+
+
+def _transcoders(folder: Path) -> list[Path]:
+    """Return the folders of a suite's transcoders; SAEs of other sites beside them are left out."""
+    import json
+
+    found = [path.parent for path in sorted(folder.glob("*/cfg.json"))]
+    mine = [path for path in found if "transcoder" in json.loads((path / "cfg.json").read_text())["architecture"]]
+    if not mine:
+        raise UsageError(f"{folder} holds no transcoders. Train some with `sae-italian train mini/transcoders`.")
+    return mine
+
+
+def _token(tokenizer: Any, text: str) -> list[int] | None:
+    """Return the one token of a text that follows a prompt. Raises: UsageError when it has several."""
+    if not text:
+        return None
+    ids = tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        parts = " + ".join(tokenizer.convert_ids_to_tokens(ids))
+        raise UsageError(f"target={text} has {len(ids)} tokens ({parts}); one was expected. Give its first.")
+    return ids
+
+
+def _write(out: Path, found: Any, value: dict[str, Any]) -> str:
+    from sae_italian.base.storage import write_json, write_text
+    from sae_italian.circuits.show import neuronpedia, svg
+
+    found.save(out)
+    write_text(out / "graph.svg", svg(found))
+    write_json(out / "neuronpedia.json", neuronpedia(found, found.prompt))
+    write_json(out / "result.json", value)
+    return f"{out}/graph.json, graph.npz, graph.svg, neuronpedia.json, result.json"

@@ -1,0 +1,315 @@
+"""Attribution graphs against what they must add up to, and against the model itself."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Transcoder, TranscoderConfig
+
+from sae_italian.circuits.edges import attribute
+from sae_italian.circuits.graph import influence, prune, scores
+from sae_italian.circuits.linear import Target, linearise
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+}
+
+
+class Letters:
+    """A tokenizer of the test: a token a character, token 0 first."""
+
+    all_special_ids = [0]
+    bos_token_id, eos_token_id = 0, None
+
+    def __call__(self, text, return_tensors=None, **_):
+        ids = torch.tensor([[0, *(ord(letter) % 96 + 1 for letter in text)]])
+        return type("Ids", (), {"input_ids": ids})
+
+
+FAMILIES = {
+    "mistral": (transformers.MistralConfig, {"num_key_value_heads": 2}),
+    "gemma2": (transformers.Gemma2Config, {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma3": (transformers.Gemma3TextConfig, {"num_key_value_heads": 2, "head_dim": 8}),
+    "gpt_neox": (transformers.GPTNeoXConfig, {}),
+    "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 3, "n_head": 4}),
+    "olmo2": (transformers.Olmo2Config, {}),
+}
+
+
+def random_model(family, monkeypatch):
+    kind, more = FAMILIES[family]
+    torch.manual_seed(1)
+    config = kind(**(SIZES | more), bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    model.config.architectures = [type(model).__name__]
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.tokenizer = Letters()
+    monkeypatch.setattr("sae_italian.circuits.edges.token_text", lambda _, ids: [f"t{int(i)}" for i in ids])
+    monkeypatch.setattr("sae_italian.circuits.edges.special", lambda tokens, _: tokens == 0)
+    return model
+
+
+def random_transcoder(layer, *, skip=False, seed=0, d=32, d_sae=40, dtype="float64"):
+    metadata = SAEMetadata(hook_name=f"blocks.{layer}.mlp.hook_in", hook_name_out=f"blocks.{layer}.hook_mlp_out")
+    config, kind = (SkipTranscoderConfig, SkipTranscoder) if skip else (TranscoderConfig, Transcoder)
+    sae = kind(config(d_in=d, d_out=d, d_sae=d_sae, dtype=dtype, metadata=metadata, apply_b_dec_to_input=False))
+    generator = torch.Generator().manual_seed(100 * seed + layer)
+    for parameter in sae.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+    return sae
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request, monkeypatch):
+    return random_model(request.param, monkeypatch)
+
+
+def test_every_row_adds_up_to_its_target(model):
+    """W_enc . x, and the centred logit: from the model's own activations, not from the graph."""
+    from sae_italian.models.activations import read_activations
+
+    saes = [random_transcoder(layer) for layer in range(3)]
+    graph = attribute(model, saes, "ciao bella")
+    tokens = model.tokenizer("ciao bella").input_ids
+    assert np.allclose(graph.weights.sum(axis=1), graph.own, atol=1e-9)
+    logits = model(tokens).logits[0, -1]
+    for row, target in enumerate(graph.targets.tolist()):
+        node = graph.nodes[target]
+        if node.kind == "latent":
+            x = read_activations(model, tokens, f"blocks.{node.layer}.mlp.hook_in")[0, node.position]
+            expected = float(x @ saes[node.layer].W_enc[:, node.index])
+            assert node.value == pytest.approx(expected + float(saes[node.layer].b_enc[node.index]), abs=1e-5)
+        elif getattr(model.config, "final_logit_softcapping", None) is None:
+            expected = float(logits[node.index] - logits.mean())
+        else:
+            continue
+        assert graph.own[row] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    constant = graph.weights[:, graph.of_kind("constant")]
+    if model.config.model_type in ("mistral", "gemma2", "gemma3", "olmo2"):  # no bias in attention or norms
+        assert np.abs(constant).max() < 1e-5 * np.abs(graph.own).max()
+
+
+def test_an_edge_is_what_the_target_moves_by(model):
+    """Everything frozen, a latent, an error or an input written twice: each target moves by its edge from it."""
+    saes = [random_transcoder(layer) for layer in (0, 1, 2)]
+    graph = attribute(model, saes, "ciao bella")
+    tokens = model.tokenizer("ciao bella").input_ids
+    hooks = {layer: f"blocks.{layer}.mlp.hook_in" for layer in range(3)}
+    before = linearise(model, tokens, hooks)
+    unembedding = model.get_output_embeddings().weight
+    rng = np.random.default_rng(0)
+    latents = np.flatnonzero(graph.of_kind("latent"))
+    for column in rng.choice(latents, 12, replace=False).tolist():
+        node = graph.nodes[column]
+        added = torch.zeros(tokens.shape[1], 32, dtype=torch.float64)
+        added[node.position] = node.value * saes[node.layer].W_dec[node.index].detach()
+        after = linearise(model, tokens, hooks, constants=before.constants, added={node.layer: added})
+        for row, target in enumerate(graph.targets.tolist()):
+            to = graph.nodes[target]
+            moved = (after.reads[to.layer] - before.reads[to.layer])[0, to.position]
+            vector = (
+                saes[to.layer].W_enc[:, to.index]
+                if to.kind == "latent"
+                else unembedding[to.index] - unembedding.mean(0)
+            )
+            assert graph.weights[row, column] == pytest.approx(float(moved @ vector), rel=1e-6, abs=1e-9)
+
+
+def test_the_frozen_pass_is_the_models_own(model):
+    tokens = model.tokenizer("ciao bella").input_ids
+    name = model.config._attn_implementation
+    linear = linearise(model, tokens, {}, batch=2)
+    final = linear.reads[3]
+    logits = model(tokens).logits
+    mine = torch.nn.functional.linear(final, model.get_output_embeddings().weight)
+    if cap := getattr(model.config, "final_logit_softcapping", None):
+        mine = cap * torch.tanh(mine / cap)
+    assert torch.allclose(mine[0], logits[0], atol=1e-5) and torch.allclose(mine[1], logits[0], atol=1e-5)
+    assert model.config._attn_implementation == name  # left as it was found
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.fixture
+def mistral(monkeypatch):
+    return random_model("mistral", monkeypatch)
+
+
+def test_the_batch_does_not_matter_and_latents_left_out_are_booked(mistral):
+    saes = [random_transcoder(layer) for layer in range(3)]
+    whole, *others = (attribute(mistral, saes, "ciao bella", batch=batch) for batch in (1, 5, 64))
+    for other in others:
+        assert other.nodes == whole.nodes and np.allclose(other.weights, whole.weights, atol=1e-10)
+    few = attribute(mistral, saes, "ciao bella", max_nodes=20, batch=4)
+    assert few.of_kind("latent").sum() == 20 and few.n_active == whole.of_kind("latent").sum()
+    assert np.allclose(few.weights.sum(axis=1), few.own, atol=1e-9)
+    assert (
+        np.abs(few.weights[:, few.of_kind("constant")]).max() < 1e-5
+    )  # the rest is in the rest nodes, not in the constant
+    rest = few.weights[-1, few.of_kind("rest")]
+    kept = {node[1:4] for node in few.nodes if node.kind == "latent"}
+    for layer in range(3):
+        left = [
+            i
+            for i, node in enumerate(whole.nodes)
+            if node.kind == "latent" and node.layer == layer and node[1:4] not in kept
+        ]
+        assert rest[layer] == pytest.approx(whole.weights[-1, left].sum(), abs=1e-9)
+    # what is most influential comes first: the twenty hold more influence than twenty others
+    reach = influence(whole)
+    mine = [reach[i] for i, node in enumerate(whole.nodes) if node.kind == "latent" and node[1:4] in kept]
+    assert np.mean(mine) > 1.5 * np.mean(reach[whole.of_kind("latent")])
+
+
+def test_the_graph_has_no_cycle_and_looks_back_only(mistral):
+    graph = attribute(mistral, [random_transcoder(layer) for layer in range(3)], "ciao bella")
+    for row, target in enumerate(graph.targets.tolist()):
+        to = graph.nodes[target]
+        for column in np.flatnonzero(np.abs(graph.weights[row]) > 1e-12).tolist():
+            source = graph.nodes[column]
+            if source.kind in ("latent", "error", "bias"):
+                assert source.layer < to.layer and source.position <= to.position
+            assert source.kind != "logit"
+
+
+def test_a_gap_and_no_transcoder_at_all_leave_a_true_graph(mistral):
+    gap = attribute(mistral, [random_transcoder(0), random_transcoder(2)], "ciao")
+    assert np.allclose(gap.weights.sum(axis=1), gap.own, atol=1e-9)
+    assert {node.layer for node in gap.nodes if node.kind == "latent"} == {0, 2}
+    none = attribute(mistral, [], "ciao")
+    assert not none.of_kind("latent").any() and np.allclose(none.weights.sum(axis=1), none.own, atol=1e-9)
+    # without latents the score is the direct path's share: |inputs| / (|inputs| + |errors|) of the logits' rows
+    p = np.array([node.value for node in none.nodes if node.kind == "logit"])
+    size = np.abs(none.weights)
+    direct, errors = (size[:, none.of_kind(kind)].sum(axis=1) for kind in ("embedding", "error"))
+    share = (p * direct / (direct + errors)).sum() / p.sum()
+    assert scores(none).replacement == pytest.approx(share) == scores(none).completeness
+
+
+class Identity(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def forward(self, x):
+        return x @ self.width
+
+
+def test_a_transcoder_that_is_its_mlp_leaves_no_error(mistral):
+    """MLPs made linear, y = x W; latents 2 d: relu(x) and relu(-x), decoded by W and -W."""
+    saes = []
+    for layer in range(3):
+        block = mistral.model.layers[layer]
+        width = 0.2 * torch.randn(32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(layer))
+        block.mlp = Identity(width)
+        sae = random_transcoder(layer, d_sae=64)
+        eye = torch.eye(32, dtype=torch.float64)
+        sae.W_enc.data, sae.W_dec.data = torch.cat([eye, -eye], dim=1), torch.cat([width, -width])
+        sae.b_enc.data.zero_(), sae.b_dec.data.zero_()
+        saes.append(sae)
+    graph = attribute(mistral, saes, "ciao bella")
+    assert np.abs(graph.weights[:, graph.of_kind("error")]).max() < 1e-12
+    found = scores(graph)
+    assert found.replacement == pytest.approx(1, abs=1e-9) and found.completeness == pytest.approx(1, abs=1e-9)
+    assert found.visited == 1
+
+
+def test_a_skip_connection_is_neither_latent_nor_error(mistral):
+    saes = [random_transcoder(layer, skip=True) for layer in range(3)]
+    graph = attribute(mistral, saes, "ciao bella")
+    assert np.allclose(graph.weights.sum(axis=1), graph.own, atol=1e-9)
+    assert np.abs(graph.weights[:, graph.of_kind("constant")]).max() < 1e-4
+
+
+def test_a_planted_latent_against_a_logit_has_its_edge_by_hand(mistral):
+    """The last MLP's decoder is minus a logit's direction: the edge is minus activation times what the norm passes on."""
+    sae = random_transcoder(2)
+    weight = mistral.get_output_embeddings().weight.detach()
+    direction = weight[7] - weight.mean(0)
+    mistral.model.norm.weight.data.abs_()
+    sae.W_dec.data[:] = 0
+    sae.W_dec.data[3] = -direction
+    sae.b_enc.data[3] = 5.0
+    graph = attribute(mistral, [sae], "ciao", logits=[7])
+    column = next(i for i, n in enumerate(graph.nodes) if n[:4] == ("latent", 2, len(graph.tokens) - 1, 3))
+    tokens = mistral.tokenizer("ciao").input_ids
+    before_norm = linearise(mistral, tokens, {}).constants.scales["model.norm"][0, -1]
+    expected = -graph.nodes[column].value * float(
+        (direction * mistral.model.norm.weight.detach() * before_norm) @ direction
+    )
+    assert graph.weights[-1, column] == pytest.approx(expected, rel=1e-6) and expected < 0
+
+
+def test_pruning_keeps_what_it_says(mistral):
+    graph = attribute(mistral, [random_transcoder(layer) for layer in range(3)], "ciao bella")
+    keep, square = prune(graph, 0.6, 0.9)
+    reach = influence(graph)
+    some = graph.of_kind("latent", "error")
+    assert 0 < keep[some].sum() < some.sum()
+    assert reach[keep].sum() >= 0.55 * reach.sum()
+    assert keep[graph.of_kind("embedding", "logit")].all() and not keep[graph.of_kind("bias", "constant")].any()
+    assert not square[~keep].any() and not square[:, ~keep].any()
+    latent = keep & graph.of_kind("latent")
+    assert square[latent].any(axis=1).all() and square[:, latent].any(axis=0).all()
+    everything, all_edges = prune(graph, 1.0, 1.0)
+    assert everything[some & (reach > 0)].all()
+
+
+def test_influence_by_hand():
+    """a -> b -> logit with shares 1/4 and 1/2: b has 1/2, a has 1/2 of it through b and the direct half."""
+    from sae_italian.circuits.graph import Graph, GraphNode
+
+    nodes = (
+        GraphNode("latent", 0, 0, 0, 1.0),
+        GraphNode("latent", 1, 0, 0, 1.0),
+        GraphNode("embedding", -1, 0),
+        GraphNode("logit", 2, 0, 0, 1.0),
+    )
+    weights = np.array([[0, 0, 2.0, 0], [1, 0, -3.0, 0], [2, -2, 0, 0]], dtype=float)
+    graph = Graph("p", "m", ("t",), 2, nodes, np.array([0, 1, 3]), weights, weights.sum(1), 2)
+    # b: 1/2; a: 1/2 + 1/2 * 1/4 = 5/8; the token: all of a, 3/4 of b
+    assert influence(graph) == pytest.approx([5 / 8, 1 / 2, 5 / 8 + 3 / 8, 0])
+    assert scores(graph).replacement == 1
+
+
+def test_a_graph_comes_back_as_it_was_written(mistral, tmp_path):
+    from sae_italian.base.errors import DataError
+    from sae_italian.circuits.graph import Graph
+
+    graph = attribute(mistral, [random_transcoder(1)], "ciao")
+    graph.save(tmp_path)
+    back = Graph.load(tmp_path)
+    assert back.nodes == graph.nodes and (back.weights == graph.weights).all() and back.tokens == graph.tokens
+    (tmp_path / "graph.npz").write_bytes(b"")
+    with pytest.raises(DataError, match="holds no graph"):
+        Graph.load(tmp_path)
+
+
+def test_what_is_no_graph_is_refused(mistral):
+    from sae_italian.base.errors import UsageError
+
+    with pytest.raises(UsageError, match="fewer than two tokens"):
+        attribute(mistral, [random_transcoder(0)], "c")
+    with pytest.raises(UsageError, match="64 positions"):
+        attribute(mistral, [random_transcoder(0)], "c" * 70)
+    with pytest.raises(UsageError, match="two transcoders"):
+        attribute(mistral, [random_transcoder(0), random_transcoder(0)], "ciao")
+    with pytest.raises(UsageError, match="token 97"):
+        attribute(mistral, [random_transcoder(0)], "ciao", logits=[97])
+    with pytest.raises(UsageError, match="float32"):
+        linearise(mistral.half(), mistral.tokenizer("ciao").input_ids, {})
+
+
+def test_a_token_that_nobody_looks_at_changes_nothing(mistral):
+    """Causal: the logits' gradient at positions behind a target is zero, and a later token leaves earlier rows alone."""
+    tokens = mistral.tokenizer("ciao bella").input_ids
+    linear = linearise(mistral, tokens, {1: "blocks.1.mlp.hook_in"})
+    gradients = linear.gradients([Target(1, 4, torch.ones(32, dtype=torch.float64))])
+    assert all((gradient[0, 5:] == 0).all() for gradient in gradients) and (gradients[0][0, 4] != 0).any()
+    assert all((gradient == 0).all() for gradient in gradients[2:])  # later layers
