@@ -19,7 +19,7 @@ def test_what_a_model_cannot_score_is_one_line(capsys, planted, tmp_path):
         (["nowhere", "--subject"], "not a feature cache"),
         ([bare, "--subject"], "has no explanations yet; run `sae-italian autointerp"),
         ([bare, "--encoder", tmp_path], "no explanations yet"),
-        ([planted.folder, "n_scored=0", "--subject"], "n_scored=0: a whole number of 1 or more"),
+        ([planted.folder, "n_scored=0", "--subject"], "n_scored is 0; it should be greater than or equal to 1"),
         ([planted.folder, "--n-latents", 0], "--n-latents is 0; it must be 1 or more"),
         ([planted.folder, "--latents", 3], "--latents is now --n-latents"),
     ):

@@ -21,8 +21,8 @@ Outcome = str  # answered, unreadable or stopped
 
 
 class Sent(NamedTuple):
-    """What a server sends back. `drip` is the seconds between bytes of the body, or of the headers (`slow_head`); `cut` how
-    many bytes are kept back.
+    """What a server sends back. `drip` is the seconds between pieces of the body, or of the headers (`slow_head`), of so
+    many bytes each; `cut` how many bytes are kept back.
     """
 
     body: bytes
@@ -33,6 +33,7 @@ class Sent(NamedTuple):
     late: float = 0.0  # seconds before anything is sent
     length: bool = True  # Content-Length is told
     slow_head: bool = False
+    piece: int = 1
 
 
 class Behaviour(NamedTuple):
@@ -290,7 +291,7 @@ BEHAVIOURS = [
     Behaviour("broken JSON once", once(Sent(b'{"choices": [{"index"')), "answered", asked=2),
     Behaviour("late once", once(FINE._replace(late=3.0)), "answered", asked=2),
     Behaviour("late always", always(FINE._replace(late=3.0)), "stopped", "no answer within 0.6 s", 2),
-    Behaviour("headers by drops, in time", always(FINE._replace(drip=0.001, slow_head=True)), "answered"),
+    Behaviour("headers by drops, in time", always(FINE._replace(drip=0.001, slow_head=True, piece=40)), "answered"),
     Behaviour(
         "headers by drops, without an end",
         always(FINE._replace(drip=0.05, slow_head=True)),
@@ -298,7 +299,7 @@ BEHAVIOURS = [
         "no answer within 0.6 s",
         2,
     ),
-    Behaviour("by drops, in time", always(FINE._replace(drip=0.001)), "answered"),
+    Behaviour("by drops, in time", always(FINE._replace(drip=0.001, piece=40)), "answered"),
     Behaviour("by drops, without an end", always(FINE._replace(drip=0.05)), "stopped", "no answer within 0.6 s", 2),
     # --- how a body is wrapped -----------------------------------------------------------------------------------------------
     Behaviour(

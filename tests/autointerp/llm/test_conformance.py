@@ -60,7 +60,8 @@ class Playing(FakeEndpoint):
         head = [f"HTTP/1.1 {sent.status} X", *sent.headers, *[f"Content-Length: {len(sent.body)}"][: sent.length]]
         parts = ["\r\n".join([*head, "Connection: close", "", ""]).encode(), sent.body[: len(sent.body) - sent.cut]]
         for part, slow in zip(parts, (sent.slow_head, not sent.slow_head), strict=True):
-            for piece in [part[i : i + 1] for i in range(len(part))] if sent.drip and slow else [part]:
+            size = sent.piece if sent.drip and slow else len(part)
+            for piece in [part[i : i + size] for i in range(0, len(part), size or 1)]:
                 writer.write(piece)
                 await writer.drain()
                 await asyncio.sleep(sent.drip)
