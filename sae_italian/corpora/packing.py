@@ -8,7 +8,6 @@ A `<s>` that is typed in a document is text as any other: its characters are tok
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,21 +21,10 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 2**20  # characters; a token's encoding takes some hundred bytes until its numbers are taken out
 NO_DOCUMENT = np.iinfo(np.uint32).max  # the document index of BOS and separator tokens
+Tokens = Int32[np.ndarray, "3 tokens"]  # of a document: ids, and the characters [start, end) of its text
 
 
-class TokenBatch(NamedTuple):
-    """The tokens of several documents, one after the other; offsets are characters of a document's text, [start, end)."""
-
-    flat: Int32[np.ndarray, "tokens 3"]  # id, start, end
-    bounds: Int[np.ndarray, " documents+1"]  # of the documents, in `flat`
-
-    def documents(self) -> Iterator[Int32[np.ndarray, "3 tokens"]]:
-        """Yield ids, starts and ends of each document."""
-        for begin, end in pairwise(self.bounds.tolist()):
-            yield self.flat[begin:end].T
-
-
-def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TokenBatch:
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Tokens]:
     """Return the tokens of each text, without those that a tokenizer adds around it.
 
     Raises: UsageError for a slow tokenizer, which has no offsets.
@@ -45,16 +33,10 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TokenBatch
         raise UsageError(
             f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; a fast one is needed."
         )
-    how: dict[str, Any] = {
-        "add_special_tokens": False,
-        "split_special_tokens": True,
-        "return_offsets_mapping": True,
-        "verbose": False,
-    }
-    found: Any = tokenizer(texts, **how) if texts else {"input_ids": [], "offset_mapping": []}
-    ids = np.fromiter(chain.from_iterable(found["input_ids"]), np.int32)
-    offsets = np.fromiter(chain.from_iterable(chain.from_iterable(found["offset_mapping"])), np.int32)
-    return TokenBatch(np.column_stack([ids, offsets.reshape(-1, 2)]), np.cumsum([0, *map(len, found["input_ids"])]))
+    how: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+    found: Any = tokenizer(texts, **how, verbose=False) if texts else {"input_ids": [], "offset_mapping": []}
+    both = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    return [np.vstack([ids, np.array(spans, np.int32).reshape(-1, 2).T]).astype(np.int32) for ids, spans in both]
 
 
 def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextDocument]]:
@@ -73,7 +55,7 @@ def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextD
 
 def tokenised(
     documents: Iterable[TextDocument], tokenizer: PreTrainedTokenizerBase, size: int = 128
-) -> Iterator[tuple[list[TextDocument], TokenBatch]]:
+) -> Iterator[tuple[list[TextDocument], list[Tokens]]]:
     """Yield documents in batches of at most `size`, each with its tokens."""
     for batch in batched(documents, size):
         yield batch, tokenise(tokenizer, [document.text for document in batch])
@@ -174,27 +156,19 @@ class Packer:
         """How many full windows can be taken."""
         return self.body.shape[1] // self.room
 
-    def add(self, documents: list[TextDocument], tokens: TokenBatch) -> None:
+    def add(self, documents: list[TextDocument], tokens: list[Tokens]) -> None:
         """Append documents, each after a separator unless a window opens with it."""
-        sizes = np.diff(tokens.bounds)
-        filled = position = self.body.shape[1]
-        begins = []
-        for size in sizes.tolist():
+        parts, position, begun = [self.body], self.body.shape[1], list(self.documents)
+        separator = np.array([[self.layout.separator or 0], [NO_DOCUMENT], [0], [0]], np.uint32)
+        for document, (ids, start, end) in zip(documents, tokens, strict=True):
             if self.layout.separator is not None and position % self.room:
+                parts.append(separator)
                 position += 1
-            begins.append(position)
-            position += size
-        windows = (self.n_taken + begin // self.room for begin in begins)
-        self.documents = [*self.documents, *zip(windows, documents, strict=True)]
-        added = np.zeros((4, position - filled), np.uint32)  # separators, where no document's token comes
-        added[0], added[1] = self.layout.separator or 0, NO_DOCUMENT
-        # from a token's place in the batch to its place here
-        shift = np.array(begins, np.int64) - filled - tokens.bounds[:-1]
-        place = np.arange(len(tokens.flat)) + np.repeat(shift, sizes)
-        added[0, place], added[2, place], added[3, place] = tokens.flat.T
-        added[1, place] = np.repeat(np.arange(self.n_documents, self.n_documents + len(sizes)), sizes)
-        self.body = np.concatenate([self.body, added], axis=1)
-        self.n_documents += len(sizes)
+            begun.append((self.n_taken + position // self.room, document))
+            parts.append(np.stack([ids, np.full_like(ids, self.n_documents), start, end]).astype(np.uint32))
+            position += len(ids)
+            self.n_documents += 1
+        self.body, self.documents = np.concatenate(parts, axis=1), begun
 
     def take(self, n_windows: int) -> PackedBlock:
         """Return the first full windows, and forget them."""

@@ -48,7 +48,7 @@ def corpus_stats(
         sources.update(document.source for document in batch)
         n_words += sum(len(_WORD.findall(text)) for text in texts)
         n_typed += sum(typed.search(text) is not None for text in texts)
-        n_tokens += 0 if tokenizer is None else len(tokenise(tokenizer, texts).flat)
+        n_tokens += 0 if tokenizer is None else sum(tokens.shape[1] for tokens in tokenise(tokenizer, texts))
     if not lengths:
         raise UsageError(f"corpus {str(corpus)!r} has no document to measure.\n{stream.counts.lines()}")
     marks = zip(("min", "p10", "median", "p90", "max"), np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]), strict=True)

@@ -32,8 +32,7 @@ def assert_whole(tokenizer, texts):
 
 
 def assert_same(tokenizer, texts, batch):
-    assert len(batch.bounds) == len(texts) + 1 and batch.flat.shape == (batch.bounds[-1], 3)
-    for text, (ids, start, end) in zip(texts, batch.documents(), strict=True):
+    for text, (ids, start, end) in zip(texts, batch, strict=True):
         whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
         assert ids.tolist() == whole["input_ids"]
         assert list(zip(start.tolist(), end.tolist(), strict=True)) == whole["offset_mapping"]
@@ -62,7 +61,7 @@ def test_truncation_and_padding_left_from_an_earlier_call_are_not_used():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["metaspace"].backend_tokenizer, pad_token="</s>")
     tokenizer(HARD, truncation=True, max_length=2, padding="max_length")
     assert tokenizer.backend_tokenizer.truncation
-    assert len(tokenise(tokenizer, [HARD[0], "x"]).flat) > 10
+    assert len(tokenise(tokenizer, [HARD[0], "x"])[0][0]) > 10
     with pytest.raises(UsageError, match="a slow tokenizer"):
         tokenise(object(), ["x"])  # pyright: ignore
 
@@ -74,7 +73,7 @@ TYPED = "Un testo <s>barrato</s> e <|endoftext|> di nuovo."
 def test_a_special_token_that_is_typed_is_characters(kind):
     """In a corpus, in what a loaded model's tokenizer is given, and in the statistics."""
     tokenizer = TOKENIZERS[kind]
-    (ids, start, end), *_ = tokenise(tokenizer, [TYPED]).documents()
+    (ids, start, end), *_ = tokenise(tokenizer, [TYPED])
     assert not set(ids.tolist()) & set(tokenizer.all_special_ids)
     assert min(start) == 0 and max(end) == len(TYPED)
     block = next(pack([TextDocument(TYPED * 9, "0", "t")], tokenizer, 32))

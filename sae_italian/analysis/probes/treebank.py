@@ -252,7 +252,7 @@ def _tokenised(
 ) -> tuple[list[np.ndarray], list[Int[np.ndarray, "tokens 2"]]]:
     """Return each sentence's ids, BOS first, and the spans of the tokens after it, cut to the context."""
     ids, spans = [], []
-    for found in tokenise(tokenizer, [sentence.text for sentence in sentences]).documents():
+    for found in tokenise(tokenizer, [sentence.text for sentence in sentences]):
         token, start, end = (np.asarray(part)[: context_size - 1] for part in found)
         ids.append(np.concatenate([[bos_id(tokenizer)], token]).astype(np.int64))
         spans.append(np.stack([start, end], axis=1))
