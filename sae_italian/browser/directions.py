@@ -23,9 +23,18 @@ SAMPLE_FLOATS = 2**26  # of the model's activations held in memory
 FORWARD_WINDOWS = 16
 
 
-def rounded(value: float, digits: int = 6) -> float:
-    """Return a number with that many significant digits: a file of millions of them is a third of the size."""
-    return float(f"{float(value):.{digits}g}")
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Return a fraction with that many significant digits, those in a list, a dict or an array too; the rest as it is.
+
+    A file of millions of them is a third of the size.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def bars(values: np.ndarray) -> tuple[list[float], list[float]]:
@@ -33,7 +42,7 @@ def bars(values: np.ndarray) -> tuple[list[float], list[float]]:
     if len(values) == 0:
         return [], []
     heights, edges = np.histogram(values.astype(np.float64), bins=N_BARS)
-    return [rounded(value) for value in (edges[:-1] + edges[1:]) / 2], [rounded(value) for value in heights]
+    return rounded((edges[:-1] + edges[1:]) / 2), rounded(heights.astype(np.float64))
 
 
 class NeuronTable(NamedTuple):

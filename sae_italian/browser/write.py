@@ -27,6 +27,7 @@ from tqdm import tqdm
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import LOCK_FILE, atomic_path, locked, read_json, remove, write_json
 from sae_italian.browser.columns import Record
+from sae_italian.browser.directions import rounded
 from sae_italian.browser.page import page, script, style
 from sae_italian.browser.source import SCORE_FIELDS
 
@@ -113,7 +114,7 @@ def _write_source(folder: Path, part: str, source: Any, compare: str | None = No
     starts = range(0, n_rows, ROWS_PER_SHARD)
     for index, start in enumerate(starts):
         rows = {name: values[start : start + ROWS_PER_SHARD] for name, values in columns.items()}
-        _write_data(folder, f"{part}/rows", index, short(rows, 4))
+        _write_data(folder, f"{part}/rows", index, rounded(rows, 4))
     del columns
     sizes = {"rows_per_shard": ROWS_PER_SHARD, "cards_per_shard": CARDS_PER_SHARD}
     facts = {"rows": n_rows, "row_shards": len(starts), **sizes}
@@ -168,23 +169,14 @@ def pack_card(card: Record, documents: dict[tuple[str, str], int]) -> dict[str, 
     groups = []
     for group in card["groups"]:
         contexts = [_pack_context(context, documents) for context in group["contexts"]]
-        groups.append({**group, "lo": short(group["lo"], 4), "hi": short(group["hi"], 4), "contexts": contexts})
+        groups.append({**group, "lo": rounded(group["lo"], 4), "hi": rounded(group["hi"], 4), "contexts": contexts})
     return {
         **card,
-        **{name: short(card[name]) for name in lists},
-        **{name: short(card[name], 4) for name in ("histogram", "logits")},
-        "scores": {name: [short(score[name]) for score in card["scores"]] for name in SCORE_FIELDS},
+        **{name: rounded(card[name], 3) for name in lists},
+        **{name: rounded(card[name], 4) for name in ("histogram", "logits")},
+        "scores": {name: [rounded(score[name], 3) for score in card["scores"]] for name in SCORE_FIELDS},
         "groups": groups,
     }
-
-
-def short(value: Any, digits: int = 3) -> Any:
-    """Return a fraction with so many digits, those in a list or a dict too; anything else as it is."""
-    if isinstance(value, list):
-        return [short(item, digits) for item in value]
-    if isinstance(value, dict):
-        return {key: short(item, digits) for key, item in value.items()}
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def _pack_context(context: Record, documents: dict[tuple[str, str], int]) -> list[Any]:
@@ -201,4 +193,4 @@ def _pack_context(context: Record, documents: dict[tuple[str, str], int]) -> lis
             since += length
     text = "".join(text for text, _ in context["segments"])
     document = documents.setdefault((context["source"], context["doc_id"]), len(documents))
-    return [document, short(context["max"], 4), text, spans]
+    return [document, rounded(context["max"], 4), text, spans]

@@ -110,7 +110,7 @@ class Latents:
             "largest": rounded(self.stats["max"][latent]),
             "frac_nonzero": rounded(self.stats["density"][latent]),
             "topkCosSimIndices": self.stats["decoder_ids"][latent].tolist(),
-            "topkCosSimValues": _short(self.stats["decoder_cosines"][latent]),
+            "topkCosSimValues": rounded(self.stats["decoder_cosines"][latent]),
             **self.logits(latent),
         }
         for name, other, table in (
@@ -119,7 +119,7 @@ class Latents:
             ("correlated_features", "pearson", correlations.latents(latent)),
         ):
             found[f"{name}_indices"] = table.indices
-            found[f"{name}_l1"], found[f"{name}_{other}"] = _short(table.l1), _short(table.other)
+            found[f"{name}_l1"], found[f"{name}_{other}"] = rounded(table.l1), rounded(table.other)
         logits = decoder.logits(latent).numpy() if decoder else np.empty(0)
         for name, values in (("freq", self.cache.latent(latent).value), ("logits", logits)):
             found[f"{name}_hist_data_bar_values"], found[f"{name}_hist_data_bar_heights"] = bars(values)
@@ -133,7 +133,7 @@ class Latents:
             order = np.argsort(sign * values, kind="stable")
             ids = np.asarray(self.stats[f"{ours}_ids"][latent])[order]
             found[f"{theirs}_str"] = [storable(self.source.strings[token]) for token in ids.tolist()]
-            found[f"{theirs}_values"] = _short(values[order])
+            found[f"{theirs}_values"] = rounded(values[order])
         return found
 
     def passages(self, latent: int, digits: int = 6) -> Iterator[Facts]:
@@ -181,7 +181,7 @@ class Latents:
             text = "".join(tokens)
             if tokens and text not in seen:
                 seen.add(text)
-                document, values = self.cache.document(shown.doc), _short(strengths)
+                document, values = self.cache.document(shown.doc), rounded(strengths)
                 strongest = int(np.argmax(values))
                 kept.append(
                     {"tokens": tokens, "values": values, "anchor": owner[int(anchors[index]) - first]}
@@ -189,7 +189,3 @@ class Latents:
                     | {"maxValue": values[strongest], "maxValueTokenIndex": strongest, "minValue": min(values)}
                 )
         return kept
-
-
-def _short(values: Any) -> list[float]:
-    return [rounded(value) for value in values]
