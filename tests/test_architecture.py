@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 30_096,  # 21_500
-    "statements": 19_602,  # 13_500
+    "lines": 30_067,  # 21_500
+    "statements": 19_584,  # 13_500
     "files": 170,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -31,7 +31,7 @@ ROOM_LINES = {
     "base": 1_361,  # 650
     "micro_italiano": 1_188,  # 1_250
     "models": 1_306,  # 760, and issue 16's GGUF files
-    "corpora": 1_655,  # 1_100
+    "corpora": 1_629,  # 1_100
     "saes": 2_199,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 2_169,  # 1_500
     "evaluation": 1_207,
@@ -40,7 +40,7 @@ ROOM_LINES = {
     "analysis": 3_143,  # 2_500
     "circuits": 994,
     "papers": 1_558,  # 1_400
-    "browser": 2_848,  # 2_650
+    "browser": 2_845,  # 2_650
     "cli": 2_380,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
