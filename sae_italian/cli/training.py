@@ -67,8 +67,8 @@ def train(
     values = read_values(config, *words)
     suite = suite_from_dict(values) if SUITE_KEY in values else None
     if dry_run:
-        from sae_italian.training.memory import plan
         from sae_italian.training.run import check_run
+        from sae_italian.training.suite import plan
 
         groups = [{"SAE": spec_from_dict(values)}] if suite is None else suite.groups()
         check_run(next(iter(groups[0].values())))

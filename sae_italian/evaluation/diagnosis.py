@@ -21,8 +21,17 @@ from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import special_mask, take_tokens
 from sae_italian.models.activations import check_context, read_many
 from sae_italian.models.hooks import parse_hook_name
-from sae_italian.saes.fit import Fit, decoded, explained, fit
-from sae_italian.saes.jumprelu_export import JumpReLUExport, check_exportable, check_free, save_sae, to_jumprelu
+from sae_italian.saes.fit import (
+    Fit,
+    JumpReLUExport,
+    check_exportable,
+    check_free,
+    decoded,
+    explained,
+    fit,
+    save_sae,
+    to_jumprelu,
+)
 from sae_italian.saes.loading import check_hooks, check_weights, hooks_of
 
 SCALES = tuple(2.0**power for power in range(-7, 8))

@@ -14,7 +14,7 @@ from sae_italian.papers.measure import card_of, held_out, score_sae
 from sae_italian.papers.pictures import suite_svg
 from sae_italian.papers.report import shown
 from sae_italian.saes import load_sae
-from sae_italian.saes.jumprelu_export import to_jumprelu
+from sae_italian.saes.fit import to_jumprelu
 
 L1 = (0.5, 2.0, 8.0)  # coefficients of the L1 SAEs, times the square root of d_in / 128
 NORMALISED = "expected_average_only_in"  # what the L1 SAEs read, as SAELens calls it

@@ -22,14 +22,14 @@ import torch
 from jaxtyping import Float
 from sae_lens import register_sae_class, register_sae_training_class
 from sae_lens.registry import get_sae_class, get_sae_training_class
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput, mse_loss
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor, nn
 
-from sae_italian.saes.sparse import decode, encode_rows, set_k
+from sae_italian.saes.sparse import SelectRows, decode, encode_rows, set_k
 
 Start = Literal["zero", "mean", "geometric_median"]
 MASSIVE = 4  # times the median norm: such a row is left out of the centre (Gemma 3's BOS has 4.5 to 16 times)
@@ -157,15 +157,14 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
                 f"the auxiliary loss is not defined with normalize_activations={self.cfg.normalize_activations!r}; "
                 "use 'none' or 'expected_average_only_in'"
             )
-        k_aux = residual.shape[-1] // 2
-        scale = min(len(latents) / k_aux, 1.0)
-        if encoder["norm"] is not None:
-            encoder = {**encoder, "norm": encoder["norm"][latents]}
-        k = min(k_aux, len(latents))
-        values, indices = encode_rows(sae_in, rows, self.b_enc, k, latents=latents, relu=False, **encoder)
-        recons = self.reshape_fn_out(decode(values, indices, self.W_dec, latents=latents), self.d_head)
+        k_aux, norm = residual.shape[-1] // 2, encoder["norm"]
+        encoder = encoder | {"norm": None if norm is None else norm[latents]}
+        rows, W_dec = (SelectRows.apply(each, latents) for each in (rows, self.W_dec))
+        b_enc, k = self.b_enc[latents], min(k_aux, len(latents))
+        values, indices = encode_rows(sae_in, rows, b_enc, k, relu=False, **encoder)
+        recons = self.reshape_fn_out(decode(values, indices, W_dec), self.d_head)
         loss = (recons - residual.detach()).pow(2).sum(dim=-1).mean()
-        return self.cfg.aux_loss_coefficient * scale * loss
+        return self.cfg.aux_loss_coefficient * min(len(latents) / k_aux, 1.0) * loss
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
@@ -220,16 +219,10 @@ class TopKTranscoder(SkipTranscoder):
         raise NotImplementedError("folding the decoder's norm would change which latents are the top k")
 
 
-class _Transcodes:
+class _Transcodes(TrainingSAE[Any]):
     """What a transcoder changes in a training SAE of SAELens: shapes, what it reads and writes, the folding of scales."""
 
-    cfg: Any
-    dtype: torch.dtype
-    device: torch.device
-    W_enc: nn.Parameter
     b_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_dec: nn.Parameter
 
     def initialize_weights(self) -> None:
         """Start W_enc and W_dec as independent random directions of norm `decoder_init_norm` (1 if None), biases zero."""
@@ -244,8 +237,7 @@ class _Transcodes:
         self.W_enc = nn.Parameter(directions(cfg.d_in).T.contiguous())
 
     def process_sae_in(self, sae_in: Float[Tensor, "... d_in_or_both"]) -> Float[Tensor, "... d_in"]:
-        rows = sae_in[..., : self.cfg.d_in].to(self.dtype)
-        return self.hook_sae_input(rows)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.hook_sae_input(sae_in[..., : self.cfg.d_in].to(self.dtype))
 
     def target(self, sae_in: Float[Tensor, "tokens both"]) -> Float[Tensor, "tokens d_out"]:
         return sae_in[..., self.cfg.d_in :].to(self.dtype)
@@ -333,14 +325,14 @@ class PairScaler(ActivationScaler):
 # --- registering ------------------------------------------------------------------------------------------------------
 
 
-class _Starts:
+class _Starts(TrainingSAE[Any]):
     """A training SAE of SAELens that starts where `cfg.start` says, and whose k, if it has one, falls in the first
     `cfg.k_anneal_steps` steps; whichever trainer counts the steps."""
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         set_k(self, step_input)
         start_at(self, step_input)
-        return super().training_forward_pass(step_input)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().training_forward_pass(step_input)
 
 
 def _register(name: str, sae_class: type, config_class: Any, saved_as: str) -> None:

@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -48,6 +47,7 @@ class Directions(NamedTuple):
     encoder: Float[Tensor, "d_in n"]
     decoder: Float[Tensor, "n d_in"]
     mean: Float[Tensor, " d_in"]
+    converged: bool = True
 
 
 def fit_baselines(
@@ -77,10 +77,9 @@ def fit_baselines(
     k = k if k is not None else max(1, round(mean_l0(sae, sample)))
     found: dict[str, Any] = {}
     for kind in kinds:
-        directions, converged = _fitted(kind, sample, mean, covariance, sae, seed)
+        directions = _fitted(kind, sample, mean, covariance, sae, seed)
         for name, kept in ((kind, None), (kind + TOPK, k)):
             baseline = _as_sae(directions, sae, name, kept)
-            baseline.cfg.metadata.converged = converged
             found[name] = rescaled(baseline, sample) if kind == "random" else baseline
     return found
 
@@ -203,26 +202,23 @@ def _read(
     return torch.cat(sample), mean.float(), products / n - mean.outer(mean)
 
 
-def _fitted(kind: str, sample: Rows, mean: Tensor, spread: Tensor, sae: Any, seed: int) -> tuple[Directions, bool]:
-    """Return the directions of a kind, and whether its fit converged."""
-    d_in, zero = sae.cfg.d_in, torch.zeros(sae.cfg.d_in)
+def _fitted(kind: str, sample: Rows, mean: Tensor, spread: Tensor, sae: Any, seed: int) -> Directions:
+    """Return the directions of a kind."""
+    if kind in ("ica", "nmf"):
+        return (_ica if kind == "ica" else _nmf)(sample, sae, seed)
     if kind == "pca":
         components = torch.linalg.eigh(spread).eigenvectors.flip(1).T.float()
         # the sign is that which makes the largest entry positive, as scikit-learn's
         components *= components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
-        return _signed(components.T, components, mean), True
-    if kind == "ica":
-        return _ica(sample, seed)
-    if kind == "nmf":
-        return _nmf(sample, sae, seed)
+        return _signed(components.T, components, mean)
+    rows = torch.eye(sae.cfg.d_in)
     if kind == "random":
-        drawn = torch.randn(sae.cfg.d_sae, d_in, generator=torch.Generator().manual_seed(seed))
-        drawn /= drawn.norm(dim=-1, keepdim=True)
-        return Directions(drawn.T, drawn, zero), True
-    return Directions(torch.eye(d_in), torch.eye(d_in), zero), True
+        rows = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=torch.Generator().manual_seed(seed))
+        rows /= rows.norm(dim=-1, keepdim=True)
+    return Directions(rows.T, rows, torch.zeros(sae.cfg.d_in))
 
 
-def _ica(sample: Rows, seed: int) -> tuple[Directions, bool]:
+def _ica(sample: Rows, _sae: Any, seed: int) -> Directions:
     from sklearn.decomposition import FastICA
 
     centred = (sample - sample.mean(0)).double()
@@ -232,11 +228,11 @@ def _ica(sample: Rows, seed: int) -> tuple[Directions, bool]:
         )
     ica: Any = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
     converged = _converges(ica, sample)
-    unmixing, mixing, mean = _tensors(ica.components_, ica.mixing_, ica.mean_)
-    return _signed(unmixing.T, mixing.T, mean), converged
+    unmixing, mixing, mean = (torch.tensor(each).float() for each in (ica.components_, ica.mixing_, ica.mean_))
+    return _signed(unmixing.T, mixing.T, mean, converged)
 
 
-def _nmf(sample: Rows, sae: Any, seed: int) -> tuple[Directions, bool]:
+def _nmf(sample: Rows, sae: Any, seed: int) -> Directions:
     from sklearn.decomposition import MiniBatchNMF
 
     if (lowest := float(sample.min())) < 0:
@@ -247,8 +243,8 @@ def _nmf(sample: Rows, sae: Any, seed: int) -> tuple[Directions, bool]:
     settings: dict[str, Any] = {"n_components": sample.shape[1], "init": "nndsvda", "max_iter": 200}
     nmf: Any = MiniBatchNMF(random_state=seed, **settings)
     converged = _converges(nmf, sample)
-    (components,) = _tensors(nmf.components_)
-    return _unit(torch.linalg.pinv(components), components, torch.zeros(sample.shape[1])), converged
+    components = torch.tensor(nmf.components_).float()
+    return _unit(torch.linalg.pinv(components), components, torch.zeros(sample.shape[1]), converged)
 
 
 def _converges(model: Any, sample: Rows) -> bool:
@@ -261,26 +257,22 @@ def _converges(model: Any, sample: Rows) -> bool:
     return not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
-def _tensors(*arrays: np.ndarray) -> list[Tensor]:
-    return [torch.from_numpy(np.ascontiguousarray(array)).float() for array in arrays]
-
-
 # --- directions as an SAE ---------------------------------------------------------------------------------------------
 
 
-def _signed(encoder: Float[Tensor, "d_in n"], decoder: Float[Tensor, "n d_in"], mean: Tensor) -> Directions:
+def _signed(encoder: Tensor, decoder: Tensor, mean: Tensor, converged: bool = True) -> Directions:
     """Return 2 n latents, v_1 .. v_n and then -v_1 .. -v_n, of components whose scores have a sign.
 
     Together the two reconstruct what the component does, as ReLU(s) - ReLU(-s) = s. Cunningham et al. 2023 do this for
     PCA and ICA under top-k (`to_topk_dict` in their code: the components and their negatives).
     """
-    return _unit(torch.cat([encoder, -encoder], dim=1), torch.cat([decoder, -decoder], dim=0), mean)
+    return _unit(torch.cat([encoder, -encoder], dim=1), torch.cat([decoder, -decoder], dim=0), mean, converged)
 
 
-def _unit(encoder: Float[Tensor, "d_in n"], decoder: Float[Tensor, "n d_in"], mean: Tensor) -> Directions:
+def _unit(encoder: Tensor, decoder: Tensor, mean: Tensor, converged: bool) -> Directions:
     """Return the same function with decoder rows of unit norm, so that a latent's size is what it writes."""
     norm = decoder.norm(dim=-1).clamp_min(1e-12)
-    return Directions(encoder * norm, decoder / norm[:, None], mean)
+    return Directions(encoder * norm, decoder / norm[:, None], mean, converged)
 
 
 def _as_sae(directions: Directions, like: Any, name: str, k: int | None) -> Any:
@@ -288,11 +280,10 @@ def _as_sae(directions: Directions, like: Any, name: str, k: int | None) -> Any:
 
     Metadata are those of `like` with `baseline` (the name) and `baseline_of` (the weights' hash of `like`).
     """
-    metadata = copy.deepcopy(like.cfg.metadata)
+    metadata, n = copy.deepcopy(like.cfg.metadata), len(directions.decoder)
     for key in _EARLIER:
         metadata.__dict__.pop(key, None)
-    metadata.baseline, metadata.baseline_of = name, weights_hash(like)
-    n = len(directions.decoder)
+    metadata.baseline, metadata.baseline_of, metadata.converged = name, weights_hash(like), directions.converged
     settings = {"apply_b_dec_to_input": True} | ({} if k is None else {"k": min(k, n)})
     return _sae(directions.encoder, directions.decoder, torch.zeros(n), directions.mean, like, metadata, settings)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,6 @@ def encode_rows(
     *,
     norm: Float[Tensor, " d_sae"] | None = None,
     input_bias: Float[Tensor, " d_in"] | None = None,
-    latents: Int[Tensor, " n"] | None = None,
     relu: bool = True,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """Return ReLU of the k largest pre-activations x W_enc + b_enc of each row, and their latents, in no order.
@@ -48,100 +46,84 @@ def encode_rows(
     The encoder is given as rows (W_enc.T). Differentiable in x, rows, b_enc and `input_bias`.
     norm: the latents are ranked by pre-activation times this positive number; the values returned are not multiplied.
     input_bias: a bias that the caller has already subtracted from x; named here, its gradient costs one matrix-vector
-    product. latents: only these compete, and the indices returned count within them. relu=False keeps negative values.
-    The gradient of `rows` is dense, or sparse in `latents` where they are given.
+    product. relu=False keeps negative values.
 
-    Raises: ValueError unless 1 <= k <= the number of latents that compete.
+    Raises: ValueError unless 1 <= k <= the number of latents.
     """
-    n = len(rows) if latents is None else len(latents)
-    if not 1 <= k <= n:
-        raise ValueError(f"k is {k}; it must be from 1 to the number of latents, {n}")
+    if not 1 <= k <= len(rows):
+        raise ValueError(f"k is {k}; it must be from 1 to the number of latents, {len(rows)}")
     device = x.device.type
     matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with exact(x):
-        return _Encode.apply(x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype)
+        return _Encode.apply(x, rows, b_enc, input_bias, k, norm, relu, matmul_dtype)
 
 
 def decode(
-    values: Float[Tensor, "batch k"],
-    indices: Int[Tensor, "batch k"],
-    W_dec: Float[Tensor, "d_sae d_out"],
-    *,
-    latents: Int[Tensor, " n"] | None = None,
+    values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], W_dec: Float[Tensor, "d_sae d_out"]
 ) -> Float[Tensor, "batch d_out"]:
-    """Return the sum over the k latents of value times row of W_dec; differentiable in values and W_dec.
-
-    latents: the indices count within these, as `encode_rows` returns them; the gradient of W_dec is then sparse in them.
-    """
+    """Return the sum over the k latents of value times row of W_dec; differentiable in values and W_dec."""
     with exact(values):
-        return _Decode.apply(values, indices, W_dec, latents)
+        return _Decode.apply(values, indices, W_dec)
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, b_enc, input_bias, k, norm, latents, relu, matmul_dtype):  # pyright: ignore
-        some = rows if latents is None else rows[latents]
-        bias = b_enc if latents is None else b_enc[latents]
-        values, indices = select_topk(x, some, bias, k, norm, matmul_dtype)
+    def forward(ctx, x, rows, b_enc, input_bias, k, norm, relu, matmul_dtype):  # pyright: ignore
+        values, indices = select_topk(x, rows, b_enc, k, norm, matmul_dtype)
         if relu:
             values = values.relu_()
-        # the rows themselves are needed for the gradients of the input and of its bias only
-        ctx.save_for_backward(x, some, values, indices, latents)
-        ctx.relu, ctx.n_latents = relu, len(rows)
+        ctx.save_for_backward(x, rows, values, indices)
+        ctx.relu = relu
         ctx.mark_non_differentiable(indices)
         return values, indices
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, some, values, indices, latents = ctx.saved_tensors
+        x, rows, values, indices = ctx.saved_tensors
         grad = gradients[0] * (values > 0) if ctx.relu else gradients[0]
-        need_x, need_rows, need_b, need_bias = ctx.needs_input_grad[:4]
-        grad_x = grad_rows = grad_b = grad_bias = None
+        need_x, need_rows, _, need_bias = ctx.needs_input_grad[:4]
         with exact(x):
-            sums = grad.new_zeros(len(some)).index_add_(0, indices.flatten(), grad.flatten())
-            if need_x:
-                grad_x = weighted_rows(grad, indices, some)
-            if need_rows:
-                grad_rows = latent_sums(grad, indices, x, len(some))
-                grad_rows = _spread(grad_rows, latents, ctx.n_latents)
-            if need_b:
-                grad_b = sums if latents is None else sums.new_zeros(ctx.n_latents).index_copy_(0, latents, sums)
-            if need_bias:
-                grad_bias = -torch.mv(some.T, sums)
-        return grad_x, grad_rows, grad_b, grad_bias, *[None] * 5
+            grad_b = grad.new_zeros(len(rows)).index_add_(0, indices.flatten(), grad.flatten())
+            grad_x = weighted_rows(grad, indices, rows) if need_x else None
+            grad_rows = latent_sums(grad, indices, x, len(rows)) if need_rows else None
+            grad_bias = -torch.mv(rows.T, grad_b) if need_bias else None
+        return grad_x, grad_rows, grad_b, grad_bias, *[None] * 4
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, indices, W_dec, latents):  # pyright: ignore[reportIncompatibleMethodOverride]
-        some = W_dec if latents is None else W_dec[latents]
-        ctx.save_for_backward(values, indices, some, latents)
-        ctx.n_latents = len(W_dec)
-        return weighted_rows(values, indices, some)
+    def forward(ctx, values, indices, W_dec):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(values, indices, W_dec)
+        return weighted_rows(values, indices, W_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
-        values, indices, some, latents = ctx.saved_tensors
+        values, indices, W_dec = ctx.saved_tensors
         grad = gradients[0].contiguous()
-        grad_values = grad_W = None
+        need_values, _, need_W = ctx.needs_input_grad
         with exact(grad):
-            if ctx.needs_input_grad[0]:
-                grad_values = row_dots(indices, some, grad)
-            if ctx.needs_input_grad[2]:
-                grad_W = latent_sums(values, indices, grad, len(some))
-                grad_W = _spread(grad_W, latents, ctx.n_latents)
-        return grad_values, None, grad_W, None
+            grad_values = row_dots(indices, W_dec, grad) if need_values else None
+            grad_W = latent_sums(values, indices, grad, len(W_dec)) if need_W else None
+        return grad_values, None, grad_W
 
 
-def _spread(some: Tensor, latents: Tensor | None, n_latents: int) -> Tensor:
-    """Return the gradient of all rows: sparse in `latents`, so that adding it to a dense one touches only these."""
-    if latents is None:
-        return some
-    return torch.sparse_coo_tensor(
-        latents[None], some, (n_latents, *some.shape[1:]), is_coalesced=True, check_invariants=False
-    )
+class SelectRows(torch.autograd.Function):
+    """Some rows [n, d] of a matrix. Its gradient is sparse in them, so that adding it to a dense one touches only these."""
+
+    @staticmethod
+    def forward(ctx, rows, chosen):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(chosen)
+        ctx.shape = rows.shape
+        return rows[chosen]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (chosen,) = ctx.saved_tensors
+        sparse: dict[str, Any] = {"size": ctx.shape, "is_coalesced": True, "check_invariants": False}
+        return torch.sparse_coo_tensor(chosen[None], gradients[0], **sparse), None
 
 
 def annealed_k(step: int, cfg: Any) -> float:
@@ -189,12 +171,7 @@ def chunks(n_rows: int, width: int) -> list[slice]:
 
 
 def select_topk(
-    x: Tensor,
-    rows: Tensor,
-    bias: Tensor,
-    k: int,
-    norm: Tensor | None,
-    matmul_dtype: torch.dtype,
+    x: Tensor, rows: Tensor, bias: Tensor, k: int, norm: Tensor | None, matmul_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return values and indices [batch, k] of the k largest (x rows.T + bias) * norm; the values are without the norm.
 
@@ -205,9 +182,8 @@ def select_topk(
     x, columns = x.to(matmul_dtype), rows.to(matmul_dtype).T
     scaled_bias = bias if norm is None else bias * norm
     parts = chunks(len(x), len(rows))
-    scratch = x.new_empty(
-        parts[0].stop if parts else 0, len(rows)
-    )  # one for all: fresh memory costs as much as the sums
+    # one scratch for all: fresh memory costs as much as the sums
+    scratch = x.new_empty(parts[0].stop if parts else 0, len(rows))
     for part in parts:
         raw = torch.mm(x[part], columns, out=scratch[: part.stop - part.start])
         scores = raw if raw.dtype == values.dtype else raw.to(values.dtype)
@@ -260,7 +236,7 @@ def top_positive(
 
 def weighted_rows(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     """Return [batch, d]: the sum over k of weight times row."""
-    if not _is_dense(indices, rows):
+    if indices.shape[1] <= DENSE_ABOVE * len(rows):
         return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
     out = rows.new_empty(len(indices), rows.shape[1])
     for part in chunks(len(indices), len(rows)):
@@ -272,7 +248,7 @@ def row_dots(indices: Tensor, rows: Tensor, other: Tensor) -> Tensor:
     """Return [batch, k]: the dot products of each row of `other` with the k rows of its indices."""
     batch, k = indices.shape
     other = other.to(rows.dtype)
-    if _is_dense(indices, rows):
+    if indices.shape[1] > DENSE_ABOVE * len(rows):
         parts = chunks(batch, len(rows))
         return torch.cat([(other[part] @ rows.T).gather(1, indices[part]) for part in parts])
     if _has_csr(rows):
@@ -303,10 +279,6 @@ def latent_sums(weights: Tensor, indices: Tensor, other: Tensor, n: int) -> Tens
     return F.embedding_bag(tokens, other, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
-def _is_dense(indices: Tensor, rows: Tensor) -> bool:
-    return indices.shape[1] > DENSE_ABOVE * len(rows)
-
-
 def _scattered(weights: Tensor, indices: Tensor, like: Tensor) -> Tensor:
     dense = like.new_zeros(len(indices), len(like))
     return dense.scatter_add_(1, indices, weights.to(like.dtype))
@@ -314,21 +286,11 @@ def _scattered(weights: Tensor, indices: Tensor, like: Tensor) -> Tensor:
 
 def _has_csr(tensor: Tensor) -> bool:
     """Whether PyTorch has sparse matrix products for this tensor that are faster than its embedding bags."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.dtype in (torch.float32, torch.float64)
-        and torch.backends.mkl.is_available()
-    )
+    known = tensor.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available()
+    return tensor.device.type == "cpu" and known
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    _say_beta_once()
-    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
-
-
-@cache
-def _say_beta_once() -> None:
-    """Let PyTorch give its one warning per process about compressed sparse tensors where nobody sees it."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # PyTorch's one warning per process that these are in beta
         warnings.simplefilter("ignore", UserWarning)
-        torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1), check_invariants=False)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)

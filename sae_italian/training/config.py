@@ -1,4 +1,4 @@
-"""One run as a YAML of few keys, and the SAELens config object it stands for.
+"""One run as a YAML of few keys, a recipe or the folder of an earlier run, and the SAELens config object it stands for.
 
 Keys are SAELens' own words wherever SAELens has the setting. An unknown key is refused with the nearest valid one, and
 nothing is read from the environment.
@@ -6,15 +6,21 @@ nothing is read from the environment.
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import fields
+from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.storage import RUN_FILE, read_json, read_yaml
+from sae_italian.base.words import read_word
 from sae_italian.corpora.stream import MICRO_ITALIANO
 
+CONFIGS = "configs"
 SUITE_KEY = "layers"  # what only a suite's config has
 NORM_ESTIMATE_BATCHES = 16  # of the stock runner; ours estimates from its buffer
 # Settings of SAELens' runner that decide the result and that our keys do not have: they stay as SAELens has them.
@@ -129,14 +135,13 @@ class RunSpec(BaseModel):
         config_class, given = self._sae_fields()
         model_config = load_model_config(self.model)
         check_context(self.context_size, model_config)
-        d_in = model_config.hidden_size
+        d_in, k = model_config.hidden_size, given.get("k", getattr(config_class, "k", None))
         if given.get("d_in", d_in) != d_in:
             raise UsageError(
                 f"sae.d_in is {given['d_in']}, but {self.model} has {d_in} at {self.hook_name}. Remove the key."
             )
         if "d_sae" not in given:
             raise UsageError(f"sae.d_sae is missing: the number of latents, e.g. {16 * d_in}.")
-        k = given.get("k", getattr(config_class, "k", None))
         if k is not None and not 0 < k < given["d_sae"]:
             raise UsageError(f"sae.k is {k}; it must be above 0 and below sae.d_sae, which is {given['d_sae']}.")
         transcodes = "d_out" in config_class.__dataclass_fields__
@@ -152,25 +157,22 @@ class RunSpec(BaseModel):
         from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as KNOWN
 
         given = dict(self.sae)
-        architecture = given.pop("architecture", None)
-        if not isinstance(architecture, str) or architecture not in KNOWN:
-            raise UsageError(f"sae.architecture {architecture!r} is unknown. {nearest(str(architecture), KNOWN)}")
-        config_class = self._config_class(KNOWN, architecture, given)
+        name = given.pop("architecture", None)
+        if not isinstance(name, str) or name not in KNOWN:
+            raise UsageError(f"sae.architecture {name!r} is unknown. {nearest(str(name), KNOWN)}")
+        config_class = self._config_class(KNOWN, name, given)
         kinds = get_type_hints(config_class)
         valid = sorted(field.name for field in fields(config_class) if field.name != "metadata")
         for key, value in given.items():
             if key not in valid:
-                hint = nearest(key, valid)
-                raise UsageError(f"unknown key 'sae.{key}' for architecture {architecture!r}. {hint}")
+                raise UsageError(f"unknown key 'sae.{key}' for architecture {name!r}. {nearest(key, valid)}")
             try:
                 given[key] = TypeAdapter(kinds[key]).validate_python(whole(value))
             except ValidationError as error:
                 raise first_refusal(error, f"sae.{key}", value) from error
         if self.k_anneal_share:
             if not {"k", "k_anneal_steps"} <= set(valid):
-                raise UsageError(
-                    f"k_anneal_share needs an SAE with a k, such as topk; sae.architecture is {architecture!r}."
-                )
+                raise UsageError(f"k_anneal_share needs an SAE with a k, such as topk; sae.architecture is {name!r}.")
             given["k_anneal_steps"] = round(self.k_anneal_share * self.n_steps)
         return config_class, given
 
@@ -194,14 +196,13 @@ class RunSpec(BaseModel):
         """Refuse hooks that the model does not have, or that do not go with the architecture."""
         from sae_italian.models import parse_hook_name
 
-        architecture = self.sae["architecture"]
         first, *target = (parse_hook_name(name, model_config.num_hidden_layers) for name in self.hook_names)
         first.module_path(model_config)
         if target and target[0].layer < first.layer:
             raise UsageError(f"hook_name_out {target[0].name!r} comes before hook_name {first.name!r}. Exchange them.")
         if bool(target) != transcodes:
             raise UsageError(
-                f"sae.architecture {architecture!r} does not go with hook_name_out {self.hook_name_out!r}: "
+                f"sae.architecture {self.sae['architecture']!r} does not go with hook_name_out {self.hook_name_out!r}: "
                 f"topk_transcoder and transcoder need one, e.g. blocks.{first.layer}.hook_mlp_out; an SAE has none."
             )
 
@@ -289,3 +290,77 @@ def first_refusal(error: ValidationError, key: str = "", value: Any = None) -> U
         return UsageError(f"the config lacks the key {where!r}.")
     expected = first["msg"].removeprefix("Input should be ").partition(", unable")[0]
     return UsageError(f"config key {where!r} is {value if key else first.get('input')!r:.80}; it should be {expected}.")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_spec(path: str | Path, *overrides: str) -> RunSpec:
+    """Read a YAML and apply `key=value` overrides (`sae.k=64`); values are read as YAML.
+
+    A path that does not exist here is looked up in the configs shipped with the package.
+    Raises: UsageError for a missing file (nearest one named), bad YAML, an unknown key or a value of the wrong kind.
+    """
+    return spec_from_dict(read_values(path, *overrides))
+
+
+def read_values(path: str | Path, *overrides: str) -> dict[str, Any]:
+    """Return what a config says, overrides applied, not yet checked; of a training's folder, what it was started with.
+
+    Raises: UsageError as `load_spec`.
+    """
+    run = Path(path).expanduser() / RUN_FILE
+    if run.is_file():
+        record = read_json(run)
+        values = record.get("spec") if isinstance(record, dict) else None
+        if not isinstance(values, dict) or not isinstance(settings := values.pop("settings", {}), dict):
+            raise DataError(f"{run} does not say what was trained. Name the config itself.")
+        values |= settings  # a suite's
+    else:
+        file = find_config(path)
+        values = read_yaml(file)
+        if not isinstance(values, dict):
+            raise UsageError(f"{file} must hold `key: value` lines; found {type(values).__name__}.")
+    for override in overrides:
+        key, value = read_word(override)
+        *parents, last = key.split(".")
+        group = values
+        for parent in parents:
+            group = group.setdefault(parent, {})
+            if not isinstance(group, dict):
+                raise UsageError(f"{override!r:.80}: {parent!r} is a value, not a group of keys.")
+        group[last] = value
+    return values
+
+
+def configs_folder() -> Path:
+    """Return the shipped configs: inside the installed package, or at the top of a source checkout."""
+    package = Path(str(resources.files("sae_italian")))
+    return package / CONFIGS if (package / CONFIGS).is_dir() else package.parent / CONFIGS
+
+
+def recipes() -> dict[str, str]:
+    """Return what each shipped config is, in one line, by name (`mini/topk`); files of sweeps are none."""
+    folder = configs_folder()
+    files = [file for file in sorted(folder.rglob("*.yaml")) if file.parent.name != "sweeps"]
+    first = {file: file.read_text(encoding="utf-8").split("\n", 1)[0] for file in files}
+    return {file.relative_to(folder).with_suffix("").as_posix(): line.lstrip("# ") for file, line in first.items()}
+
+
+def find_config(path: str | Path) -> Path:
+    """Return the file itself, or the shipped config of that name (`configs/mini/topk.yaml`, `mini/topk`).
+
+    Raises: UsageError that names the nearest of all recipes.
+    """
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    relative = Path(*given.parts[1:]) if given.parts[:1] == (CONFIGS,) else given
+    for candidate in (configs_folder() / relative, configs_folder() / f"{relative}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = recipes()
+    by_word = {word: name for name in known for word in (name.split("/")[-1], name)}
+    near = difflib.get_close_matches(relative.as_posix().removesuffix(".yaml"), by_word, n=1, cutoff=0.5)
+    hint = f"Did you mean {by_word[near[0]]!r}? " if near else ""
+    raise UsageError(f"config {str(path)!r} does not exist. {hint}`sae-italian recipes` lists all {len(known)}.")

@@ -17,9 +17,8 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pictures import OURS, REFERENCE, svg
 from sae_italian.base.storage import read_json
 from sae_italian.evaluation.doctor import Finding
-from sae_italian.training.config import RunSpec
+from sae_italian.training.config import RunSpec, configs_folder
 from sae_italian.training.logging import METRICS_FILE, read_metrics
-from sae_italian.training.reading import configs_folder
 from sae_italian.training.run import WEIGHTS, read_run
 from sae_italian.training.sae_run import LOSS_KEYS
 

@@ -47,8 +47,8 @@ class RunLog:
     def checkpoint(self, folder: Path, n_tokens: int) -> None:
         """Tell of the state of an SAE saved after `n_tokens`; `folder` is gone after the next one."""
         if self.wandb_run and self.spec.wandb_checkpoints:
-            aliases, metadata = ["latest", f"{n_tokens}-tokens"], {"n_tokens": n_tokens}
-            self._send("-checkpoint", "sae-checkpoint", metadata, folder, CHECKPOINT_FILES, aliases)
+            aliases = ["latest", f"{n_tokens}-tokens"]
+            self._send("sae-checkpoint", {"n_tokens": n_tokens}, folder, CHECKPOINT_FILES, aliases)
 
     def finish(self, card: EvaluationCard | None, cursor: Mapping[str, Any]) -> None:
         """Tell W&B of the finished SAE, its card, and where the training ended in its corpus."""
@@ -63,12 +63,13 @@ class RunLog:
             values = {f"eval/{key}": x.value for key, x in measured.items()}
             self.wandb_run.log(values | {"eval/card": table})
             self.wandb_run.summary.update({"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents})
-        self._send("", "sae", self.spec.model_dump(mode="json"), self.out, SAELENS_FILES + OUR_FILES, None)
+        self._send("sae", self.spec.model_dump(mode="json"), self.out, SAELENS_FILES + OUR_FILES)
 
-    def _send(self, suffix: str, kind: str, metadata: Any, folder: Path, files: Any, aliases: Any) -> None:
+    def _send(self, kind: str, metadata: Any, folder: Path, files: Any, aliases: list[str] | None = None) -> None:
         import wandb
 
-        artifact = wandb.Artifact(f"sae-{self.wandb_run.id}{suffix}", type=kind, metadata=metadata)
+        name = kind.replace("sae", f"sae-{self.wandb_run.id}", 1)
+        artifact = wandb.Artifact(name, type=kind, metadata=metadata)
         for file in files:
             if (folder / file).is_file():
                 artifact.add_file(str(folder / file), file)  # copied now, sent when W&B gets to it
@@ -91,17 +92,14 @@ def open_logger(spec: RunSpec, config: Any, out: Path) -> Iterator[RunLog]:
     `wandb: online` without a login, or without the server in reach, becomes offline, which one line on stderr says; so
     does another, at the end, how to send it later. A run that is resumed, and one of a sweep, goes on in its own W&B run.
     """
-    if spec.wandb == "off":
-        yield RunLog(spec, out)
-        return
-    run = _start(spec, config, out)
+    run, failed = None if spec.wandb == "off" else _start(spec, config, out), 1
     try:
         yield RunLog(spec, out, run)
-    except BaseException:
-        run.finish(exit_code=1)
-        raise
-    run.finish()
-    if run.offline:
+        failed = 0
+    finally:
+        if run is not None:
+            run.finish(exit_code=failed)
+    if run is not None and run.offline:
         sys.stderr.write(f"W&B holds this run offline; send it with: wandb sync {out}/wandb/offline-*\n")
 
 
@@ -118,8 +116,10 @@ def _start(spec: RunSpec, config: Any, out: Path) -> Any:
         "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
         "dir": str(out.resolve()),  # wandb works in a process and a folder of its own
     }
-    if SWEEP_ID not in os.environ:
-        given["id"] = _run_id(out)
+    if SWEEP_ID not in os.environ:  # the folder's W&B run has one id; claiming the folder anew forgets it
+        if not (out / WANDB_FILE).is_file():
+            write_json(out / WANDB_FILE, {"id": uuid.uuid4().hex[:8]})
+        given["id"] = read_json(out / WANDB_FILE)["id"]
     if spec.wandb == "online":
         why = "nobody is logged in (`wandb login`)"
         if wandb.login(prompt=False, verify=False):
@@ -129,14 +129,6 @@ def _start(spec: RunSpec, config: Any, out: Path) -> Any:
                 why = f"the server cannot be reached ({' '.join(str(error).split())})"
         sys.stderr.write(f"wandb: online, but {why}; the run is kept offline.\n")
     return wandb.init(mode="offline", **given)
-
-
-def _run_id(out: Path) -> str:
-    """Return the id of the folder's W&B run, made at the first call; claiming the folder anew forgets it."""
-    file = out / WANDB_FILE
-    if not file.is_file():
-        write_json(file, {"id": uuid.uuid4().hex[:8]})
-    return read_json(file)["id"]
 
 
 def sweep_folder(default: Path) -> Path:

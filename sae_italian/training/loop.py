@@ -27,8 +27,7 @@ MOSTLY_DEAD = 2 / 3  # of the latents: from zero, 94 to 97 % of them die on a re
 CHECKPOINTS, RANDOM_FILE = "checkpoints", "random.pt"
 UNREADABLE = (DataError, OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError)
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
-STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
 
 
 def clear_checkpoints(out: Path) -> None:
@@ -105,7 +104,7 @@ class Loop:
 
     def _advance(self, bar: Any) -> None:
         """Take one step, and do what is due after it."""
-        before = self.first.n_tokens
+        spec, before = self.spec, self.first.n_tokens
         self._step()
         if (self.first.n_steps - 1) % LOG_EVERY_STEPS == 0:
             rows = [run.record() for run in self.runs.values()]
@@ -117,12 +116,11 @@ class Loop:
                     bar, name, row["metrics/explained_variance"], int(row["sparsity/dead_features"])
                 )
         bar.update(self.first.n_tokens - before)
-        if self._passed(self.spec.evaluate_every_tokens, before):
+        if self._passed(spec.evaluate_every_tokens, before):
             for run in self.runs.values():
                 run.evaluate(self.stream.model)
-        minutes = (time.monotonic() - self.saved_at) / 60
-        by_time = 0 < self.spec.checkpoint_every_minutes <= minutes
-        if self.interrupted or by_time or self._passed(self.spec.checkpoint_every_tokens, before):
+        by_time = 0 < spec.checkpoint_every_minutes <= (time.monotonic() - self.saved_at) / 60
+        if self.interrupted or by_time or self._passed(spec.checkpoint_every_tokens, before):
             self.save()
         if self.interrupted:
             raise KeyboardInterrupt(f"saved at {self.first.n_tokens:,} tokens; --resume continues")

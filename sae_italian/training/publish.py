@@ -72,22 +72,25 @@ def publish(
         )
     with tempfile.TemporaryDirectory() as temporary:
         staging = Path(temporary)
-        _stage(folder, staging, model_card(folder, card, repo_id, sae_id, licence))
+        card_text = model_card(folder, card, repo_id, sae_id, licence)
+        (staging / MODEL_CARD).write_text(card_text, encoding="utf-8")
+        for name in OUR_FILES:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, staging)
+        if (folder / METRICS_FILE).is_file():
+            (staging / "curves.svg").write_text(look_at_training(folder)[1], encoding="utf-8")
         sent = [*(folder / name for name in SAELENS_FILES if (folder / name).is_file()), *sorted(staging.iterdir())]
         files = {f"{sae_id}/{file.name}": file.stat().st_size for file in sent}
         if dry_run or _send(folder, staging, repo_id, sae_id, private):
-            files[MODEL_CARD] = (staging / MODEL_CARD).stat().st_size
-    return Upload(repo_id, sae_id, private, files, _warnings(folder), not dry_run)
-
-
-def _stage(folder: Path, staging: Path, readme: str) -> None:
-    """Write the model card, and copy card, picture and curves where they are."""
-    (staging / MODEL_CARD).write_text(readme, encoding="utf-8")
-    for name in OUR_FILES:
-        if (folder / name).is_file():
-            shutil.copy(folder / name, staging)
-    if (folder / METRICS_FILE).is_file():
-        (staging / "curves.svg").write_text(look_at_training(folder)[1], encoding="utf-8")
+            files[MODEL_CARD] = len(card_text.encode())
+    # what others would stumble over: local paths where names that everyone has are expected
+    metadata = read_json(folder / "cfg.json").get("metadata") or {}
+    warnings = tuple(
+        f"cfg.json's metadata.{key} is the local path {metadata[key]}; others cannot find it there"
+        for key in ("model_name", "dataset_path")
+        if Path(str(metadata.get(key))).is_absolute()
+    )
+    return Upload(repo_id, sae_id, private, files, warnings, not dry_run)
 
 
 def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool) -> bool:
@@ -124,23 +127,12 @@ def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool)
     return True
 
 
-def _warnings(folder: Path) -> tuple[str, ...]:
-    """Return what others would stumble over: local paths where names that everyone has are expected."""
-    metadata = read_json(folder / "cfg.json").get("metadata") or {}
-    return tuple(
-        f"cfg.json's metadata.{key} is the local path {metadata[key]}; others cannot find it there"
-        for key in ("model_name", "dataset_path")
-        if Path(str(metadata.get(key))).is_absolute()
-    )
-
-
 def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, licence: str | None = None) -> str:
     """Return the README.md of the SAE in `folder`, Markdown in Italian and English with the hub's YAML front matter."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     spec, architecture = read_run(folder).get("spec") or {}, read_json(folder / "cfg.json").get("architecture", "sae")
     entry = catalogue().get(card.model)
-    licence = licence or (entry.licence.lower() if entry else "other")
     words: dict[str, Any] = {
         "card": card,
         "repo_id": repo_id,
@@ -153,14 +145,6 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
         "en": "{:,}".format,
         "it": lambda number: f"{number:,}".replace(",", "."),
     }
-    template = resources.files("sae_italian.training").joinpath("model_card.md").read_text(encoding="utf-8")
-    front = _front_matter(card, sae_id, architecture, licence)
-    return ModelCard.from_template(front, template_str=template, **words).content
-
-
-def _front_matter(card: EvaluationCard, sae_id: str, architecture: str, licence: str) -> Any:
-    from huggingface_hub import EvalResult, ModelCardData
-
     where: Any = {
         "task_type": "feature-extraction",
         "task_name": "sparse reconstruction of activations",
@@ -169,9 +153,9 @@ def _front_matter(card: EvaluationCard, sae_id: str, architecture: str, licence:
         "dataset_split": card.split,
     }
     values = {key: estimate.value for key, estimate in card.estimates().items() if key in RESULTS}
-    return ModelCardData(
+    front = ModelCardData(
         library_name="saelens",
-        license=licence,
+        license=licence or (entry.licence.lower() if entry else "other"),
         language=["it"],
         tags=["sparse-autoencoder", "sae", "saelens", "sae-italian", "mechanistic-interpretability", architecture],
         metrics=list(RESULTS),
@@ -184,6 +168,8 @@ def _front_matter(card: EvaluationCard, sae_id: str, architecture: str, licence:
             if value == value
         ],
     )
+    template = resources.files("sae_italian.training").joinpath("model_card.md").read_text(encoding="utf-8")
+    return ModelCard.from_template(front, template_str=template, **words).content
 
 
 def _on_hub(name: str) -> bool:

@@ -13,10 +13,9 @@ from sae_italian.base.storage import RUN_FILE, claimed, read_json
 from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.models import load_model
-from sae_italian.training.config import RunSpec
+from sae_italian.training.config import RunSpec, load_spec
 from sae_italian.training.logging import open_logger
 from sae_italian.training.loop import Loop, clear_checkpoints
-from sae_italian.training.reading import load_spec
 from sae_italian.training.sae_run import Diverged, SAERun
 from sae_italian.training.stream import ActivationStream, kept_positions
 from sae_italian.training.suite import SuiteSpec
@@ -48,8 +47,7 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
         spec = RunSpec.from_saelens(spec)
     out = Path(out)
     check_run(spec)
-    model = _model_of(spec)
-    how: Any = {"resume": resume, "overwrite": overwrite, "changeable": CHANGEABLE}
+    model, how = _model_of(spec), {"resume": resume, "overwrite": overwrite, "changeable": CHANGEABLE}
     with claimed(out, KIND, spec.model_dump(mode="json"), **how) as continuing:
         if continuing and (out / WEIGHTS).is_file():
             clear_checkpoints(out)

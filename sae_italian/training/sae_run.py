@@ -64,7 +64,7 @@ class SAERun:
             from sae_italian.saes.architectures import PairScaler
 
             self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
-        self.log = RunLog(spec, out)  # to W&B too, once `train` opens it
+        self.log = RunLog(spec, out)  # to W&B too, once it is opened
         self.output: Any = None  # of the last step
         self.start_loss = math.nan
 
@@ -97,14 +97,13 @@ class SAERun:
     def prepare(self, stream: ActivationStream) -> None:
         """Estimate the input scale from the stream's first buffer, which costs neither a token nor a forward pass."""
         scaler, cfg = self.trainer.activation_scaler, self.sae.cfg
-        if scaler.scaling_factor is not None or scaler.whitening is not None:
+        estimates = {"expected_average_only_in": "scaling_factor", "covariance_whitening": "whitening"}
+        what = estimates.get(cfg.normalize_activations)
+        if what is None or getattr(scaler, what) is not None:
             return
         rows = iter([self._beside({name: stream.sample(name) for name in self.spec.hook_names})])
         with contextlib.redirect_stderr(io.StringIO()):  # SAELens shows a bar of one step
-            if cfg.normalize_activations == "expected_average_only_in":
-                scaler.estimate_scaling_factor(cfg.d_in, rows, 1)
-            elif cfg.normalize_activations == "covariance_whitening":
-                scaler.estimate_whitening(cfg.d_in, rows, 1)
+            getattr(scaler, f"estimate_{what}")(cfg.d_in, rows, 1)
 
     def step(self, batch: Mapping[str, Tensor]) -> None:
         """Take one training step. It counts as done at once: log it as step `n_steps` - 1."""
@@ -145,13 +144,12 @@ class SAERun:
         """Judge the SAE as it would be saved now, and log the card's means as `eval/...`."""
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
             self._folded().save_inference_model(folder)
-            sae = load_sae(folder, device=self.spec.device)
-        means = {key: x.value for key, x in self._judge(sae, model).estimates().items()}
-        self.log({f"eval/{key}": value for key, value in means.items() if math.isfinite(value)}, self.n_steps - 1)
+            means = {f"eval/{key}": x.value for key, x in self._judge(folder, model).estimates().items()}
+        self.log({key: value for key, value in means.items() if math.isfinite(value)}, self.n_steps - 1)
 
-    def _judge(self, sae: Any, model: Any) -> EvaluationCard:
-        """Return the evaluation card of an SAE on the run's held-out text."""
-        spec = self.spec
+    def _judge(self, folder: str | Path, model: Any) -> EvaluationCard:
+        """Return the evaluation card of the SAE in a folder on the run's held-out text."""
+        spec, sae = self.spec, load_sae(folder, device=self.spec.device)
         text = {"context_size": spec.context_size, "text_column": spec.text_column}
         corpus = spec.evaluate_corpus or spec.corpus
         return evaluate(sae, model, corpus, n_tokens=spec.evaluate_tokens, name=self.out.name, **text)
@@ -162,7 +160,7 @@ class SAERun:
             return
         card = None
         try:
-            card = self._judge(load_sae(self.out, device=self.spec.device), model)
+            card = self._judge(self.out, model)
             card.save(self.out)
         except UsageError as error:
             sys.stderr.write(f"no evaluation card for W&B: {' '.join(str(error).split())}\n")

@@ -8,11 +8,9 @@ one would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from copy import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,124 +20,12 @@ from torch import Tensor, nn
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import read_json, write_json
-from sae_italian.corpora import CorpusStream
-from sae_italian.corpora.packing import Packer, layout_of, special_mask, tokenised
-from sae_italian.corpora.pretokenize import PretokenizedCorpus
+from sae_italian.corpora.packing import special_mask
 from sae_italian.models.activations import read_many
 from sae_italian.models.cached import CachedActivations
-
-DOCUMENTS_PER_BATCH = 64
+from sae_italian.training.text import Documents, WindowBlocks
 
 Rows = Float[Tensor, "hooks tokens d_in"]  # the same tokens at every hook
-Mapped = PretokenizedCorpus | CachedActivations
-Documents = Callable[[], CorpusStream] | Mapped  # called to start the corpus, or memory-mapped
-
-
-class _Place(NamedTuple):
-    """Where the next block of windows starts; both are None at the start of the corpus."""
-
-    corpus: Any = None  # a CorpusStream's state, or the number of a pretokenised corpus' block
-    packer: Packer | None = None  # with what is left of the documents read before
-
-
-class WindowBlocks:
-    """Yields blocks of windows [up to windows_per_block, context]; the next one is packed in a thread meanwhile.
-
-    The corpus is started again when it ends, unless `repeat` is False.
-    Raises: UsageError for a corpus without one full window, or pretokenised for something else.
-    """
-
-    def __init__(
-        self, documents: Documents, tokenizer: Any, context_size: int, windows_per_block: int, *, repeat: bool = True
-    ):
-        if isinstance(documents, PretokenizedCorpus):
-            check_pretokenized(documents, tokenizer, context_size)
-        self.documents, self.tokenizer, self.context_size = documents, tokenizer, context_size
-        self.windows_per_block, self.repeat = windows_per_block, repeat
-        self.n_blocks = 0  # taken, over all epochs
-        self.pool = ThreadPoolExecutor(1, "windows")
-        self._start(_Place())
-
-    def _start(self, place: _Place) -> None:
-        self.place, self.blocks = place, self._blocks(place)
-        self.coming: Future[Any] | None = None
-
-    def __iter__(self) -> WindowBlocks:
-        return self
-
-    def __next__(self) -> Int[np.ndarray, "windows context"]:
-        found = (self.coming or self.pool.submit(next, self.blocks, None)).result()
-        if found is None:
-            raise StopIteration
-        self.coming = self.pool.submit(next, self.blocks, None)
-        tokens, self.place = found
-        self.n_blocks += 1
-        return tokens
-
-    def _blocks(self, place: _Place) -> Iterator[tuple[np.ndarray, _Place]]:
-        """Yield each block with the place of the one after it."""
-        while True:
-            empty = place == _Place()
-            for found in self._epoch(place):
-                empty = False
-                yield found
-            if empty:
-                raise UsageError(
-                    f"the corpus is too short: not one window of {self.context_size} tokens. Use a longer one."
-                )
-            if not self.repeat:
-                return
-            place = _Place()
-
-    def _epoch(self, place: _Place) -> Iterator[tuple[np.ndarray, _Place]]:
-        """Yield the blocks from a place to the end of the corpus."""
-        if isinstance(self.documents, Mapped):
-            first = place.corpus or 0
-            for number, tokens in enumerate(self.documents.blocks(self.windows_per_block, first), first + 1):
-                yield tokens, _Place(number)
-            return
-        stream, read, packer = self.documents(), place.corpus, self._packer()
-        if place.packer is not None:
-            stream.load_state(read)
-            packer = copy(place.packer)
-        for batch, pieces in tokenised(stream, self.tokenizer, DOCUMENTS_PER_BATCH):
-            packer.add(batch, pieces)
-            read = stream.state()
-            while packer.n_windows >= self.windows_per_block:
-                yield packer.take(self.windows_per_block).tokens, _Place(read, copy(packer))
-        while packer.n_windows:
-            n_windows = min(packer.n_windows, self.windows_per_block)
-            yield packer.take(n_windows).tokens, _Place(read, copy(packer))
-
-    def _packer(self) -> Packer:
-        return Packer(self.context_size, layout_of(self.tokenizer))
-
-    def state(self) -> dict[str, Any]:
-        """Return where the next block starts, as JSON."""
-        packer = None if self.place.packer is None else self.place.packer.state()
-        return {"n_blocks": self.n_blocks, "corpus": self.place.corpus, "packer": packer}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state, whatever was read before."""
-        packer = None
-        if state["packer"] is not None:
-            packer = self._packer()
-            packer.load(state["packer"])
-        self.n_blocks = state["n_blocks"]
-        self._start(_Place(state["corpus"], packer))
-
-
-def check_pretokenized(corpus: PretokenizedCorpus, tokenizer: Any, context_size: int) -> None:
-    """Raise UsageError when a pretokenised corpus was made for another tokenizer, context or split."""
-    wrong = ""
-    if not corpus.is_made_for(tokenizer):
-        wrong = "was made with another tokenizer than the model's. Pretokenise it for this model."
-    elif corpus.context_size != context_size:
-        wrong = f"has windows of {corpus.context_size} tokens, context_size is {context_size}. Set it to that."
-    elif corpus.split != "train":
-        wrong = f"holds the split {corpus.split!r}; training needs 'train', which leaves 5 % out."
-    if wrong:
-        raise UsageError(f"{corpus.folder} {wrong}")
 
 
 class ActivationStream:
@@ -241,20 +127,16 @@ class ActivationStream:
         while len(self.holes) and not self.ended:
             if self.rest.shape[1] == 0:
                 found = self._read()
-                if found is None:
-                    self._end()
+                if found is None:  # the slots that hold rows are served, in a new random order
+                    slots = self._other_slots(self.holes)
+                    self.order = slots[torch.randperm(len(slots), generator=self.generator)]
+                    self.holes, self.ended = self.holes[:0], True
                     return
                 self.rest = found
             n = min(len(self.holes), self.rest.shape[1])
             self.buffer.index_copy_(1, self.holes[:n].to(self.device), self.rest[:, :n])
             self.rest, self.holes = self.rest[:, n:], self.holes[n:]
             told(n)
-
-    def _end(self) -> None:
-        """Keep for serving the slots that hold rows, in a new random order."""
-        slots = self._other_slots(self.holes)
-        self.order = slots[torch.randperm(len(slots), generator=self.generator)]
-        self.holes, self.ended = self.holes[:0], True
 
     def _other_slots(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, " others"]:
         others = torch.ones(self.capacity, dtype=torch.bool)

@@ -1,43 +1,48 @@
-"""The text of a training: opened, counted before anything is trained, and written out for SAELens' own runner."""
+"""The text of a training: opened, counted before anything is trained, cut into windows, and written out for SAELens' runner."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import atomic_path, fingerprint
 from sae_italian.corpora import CorpusStream, Reader, pack
-from sae_italian.corpora.packing import special_mask
+from sae_italian.corpora.packing import Packer, layout_of, special_mask, tokenised
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
 from sae_italian.models import load_model_config, load_tokenizer
 from sae_italian.models.cached import CachedActivations
-from sae_italian.training.config import NORM_ESTIMATE_BATCHES, RunSpec
-from sae_italian.training.stream import Documents, Mapped
+from sae_italian.training.config import NORM_ESTIMATE_BATCHES, RunSpec, load_spec
 
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer packs into one on average
 COUNTED_CHARACTERS = 200_000_000  # of a corpus whose length is checked
 WRITTEN_CHARACTERS = 4_000_000_000  # at most, for SAELens' runner
+DOCUMENTS_PER_BATCH = 64
 
 
-def documents_of(corpus: str, text_column: str = "text") -> Documents:
-    """Return the training documents of a corpus as `ActivationStream` takes them: packed on disk, or read when called."""
-    if is_pretokenized(corpus):
-        return PretokenizedCorpus(corpus)
-    return lambda: CorpusStream(corpus, Reader(split="train", text_column=text_column))
+Mapped = PretokenizedCorpus | CachedActivations
+Documents = Callable[[], CorpusStream] | Mapped  # called to start the corpus, or memory-mapped
 
 
 def training_documents(spec: RunSpec) -> Documents:
-    """Return what a spec trains on: `documents_of` its corpus, or the activations that SAELens cached."""
-    if not spec.use_cached_activations:
-        return documents_of(spec.corpus, spec.text_column)
-    d_in = load_model_config(spec.model).hidden_size
-    return CachedActivations(str(spec.cached_activations_path), spec.hook_names, d_in, spec.context_size)
+    """Return what a spec trains on: its corpus, packed on disk or read when called, or activations that SAELens cached."""
+    if spec.use_cached_activations:
+        d_in = load_model_config(spec.model).hidden_size
+        return CachedActivations(str(spec.cached_activations_path), spec.hook_names, d_in, spec.context_size)
+    if is_pretokenized(spec.corpus):
+        return PretokenizedCorpus(spec.corpus)
+    return lambda: CorpusStream(spec.corpus, Reader(split="train", text_column=spec.text_column))
 
 
-def count_tokens(spec: RunSpec, tokenizer: Any) -> int | None:
+def _count_tokens(spec: RunSpec, tokenizer: Any) -> int | None:
     """Return how many tokens there are to train on; None for a corpus that is not on this disk.
 
     Reading stops where the characters read must hold `training_tokens`; what is returned is then that number.
@@ -62,7 +67,7 @@ def check_length(spec: RunSpec, tokenizer: Any) -> str:
     Raises: UsageError, with the number of tokens there are, for fewer than `training_tokens`, unless `repeat_corpus` is
     set. Corpora of the hub, mixtures with them and MicroItaliano are taken as long enough.
     """
-    n_tokens, wanted = count_tokens(spec, tokenizer), spec.training_tokens
+    n_tokens, wanted = _count_tokens(spec, tokenizer), spec.training_tokens
     if n_tokens is None:
         return f"corpus {spec.corpus}: its tokens are not counted"
     if n_tokens < wanted and not spec.repeat_corpus:
@@ -75,11 +80,137 @@ def check_length(spec: RunSpec, tokenizer: Any) -> str:
     return f"corpus {spec.corpus}: {n_tokens:,} training tokens or more, at most one epoch"
 
 
-def written_for_saelens(spec: RunSpec) -> Path:
-    """Return a folder of the training documents, as far as a training reads, that `datasets` loads as its split "train".
+# --- windows ------------------------------------------------------------------------------------------------------------
 
-    It lies in the user's cache and is written once. Raises: UsageError as `check_length`, and for what is not written.
+
+class _Place(NamedTuple):
+    """Where the next block of windows starts; both are None at the start of the corpus."""
+
+    corpus: Any = None  # a CorpusStream's state, or the number of a pretokenised corpus' block
+    packer: Packer | None = None  # with what is left of the documents read before
+
+
+class WindowBlocks:
+    """Yields blocks of windows [up to windows_per_block, context]; the next one is packed in a thread meanwhile.
+
+    The corpus is started again when it ends, unless `repeat` is False.
+    Raises: UsageError for a corpus without one full window, or pretokenised for something else.
     """
+
+    def __init__(
+        self, documents: Documents, tokenizer: Any, context_size: int, windows_per_block: int, *, repeat: bool = True
+    ):
+        if isinstance(documents, PretokenizedCorpus):
+            check_pretokenized(documents, tokenizer, context_size)
+        self.documents, self.tokenizer, self.context_size = documents, tokenizer, context_size
+        self.windows_per_block, self.repeat = windows_per_block, repeat
+        self.n_blocks = 0  # taken, over all epochs
+        self.pool = ThreadPoolExecutor(1, "windows")
+        self._start(_Place())
+
+    def _start(self, place: _Place) -> None:
+        self.place, self.blocks = place, self._blocks(place)
+        self.coming: Future[Any] | None = None
+
+    def __iter__(self) -> WindowBlocks:
+        return self
+
+    def __next__(self) -> Int[np.ndarray, "windows context"]:
+        found = (self.coming or self.pool.submit(next, self.blocks, None)).result()
+        if found is None:
+            raise StopIteration
+        self.coming = self.pool.submit(next, self.blocks, None)
+        tokens, self.place = found
+        self.n_blocks += 1
+        return tokens
+
+    def _blocks(self, place: _Place) -> Iterator[tuple[np.ndarray, _Place]]:
+        """Yield each block with the place of the one after it."""
+        while True:
+            empty = place == _Place()
+            for found in self._epoch(place):
+                empty = False
+                yield found
+            if empty:
+                raise UsageError(
+                    f"the corpus is too short: not one window of {self.context_size} tokens. Use a longer one."
+                )
+            if not self.repeat:
+                return
+            place = _Place()
+
+    def _epoch(self, place: _Place) -> Iterator[tuple[np.ndarray, _Place]]:
+        """Yield the blocks from a place to the end of the corpus."""
+        if isinstance(self.documents, Mapped):
+            first = place.corpus or 0
+            for number, tokens in enumerate(self.documents.blocks(self.windows_per_block, first), first + 1):
+                yield tokens, _Place(number)
+            return
+        stream, read, packer = self.documents(), place.corpus, self._packer()
+        if place.packer is not None:
+            stream.load_state(read)
+            packer = copy(place.packer)
+        for batch, pieces in tokenised(stream, self.tokenizer, DOCUMENTS_PER_BATCH):
+            packer.add(batch, pieces)
+            read = stream.state()
+            while packer.n_windows >= self.windows_per_block:
+                yield packer.take(self.windows_per_block).tokens, _Place(read, copy(packer))
+        while packer.n_windows:
+            n_windows = min(packer.n_windows, self.windows_per_block)
+            yield packer.take(n_windows).tokens, _Place(read, copy(packer))
+
+    def _packer(self) -> Packer:
+        return Packer(self.context_size, layout_of(self.tokenizer))
+
+    def state(self) -> dict[str, Any]:
+        """Return where the next block starts, as JSON."""
+        packer = None if self.place.packer is None else self.place.packer.state()
+        return {"n_blocks": self.n_blocks, "corpus": self.place.corpus, "packer": packer}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state, whatever was read before."""
+        packer = None
+        if state["packer"] is not None:
+            packer = self._packer()
+            packer.load(state["packer"])
+        self.n_blocks = state["n_blocks"]
+        self._start(_Place(state["corpus"], packer))
+
+
+def check_pretokenized(corpus: PretokenizedCorpus, tokenizer: Any, context_size: int) -> None:
+    """Raise UsageError when a pretokenised corpus was made for another tokenizer, context or split."""
+    wrong = ""
+    if not corpus.is_made_for(tokenizer):
+        wrong = "was made with another tokenizer than the model's. Pretokenise it for this model."
+    elif corpus.context_size != context_size:
+        wrong = f"has windows of {corpus.context_size} tokens, context_size is {context_size}. Set it to that."
+    elif corpus.split != "train":
+        wrong = f"holds the split {corpus.split!r}; training needs 'train', which leaves 5 % out."
+    if wrong:
+        raise UsageError(f"{corpus.folder} {wrong}")
+
+
+# --- for SAELens' own runner ------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, *overrides: str) -> Any:
+    """Return the SAELens runner config of a YAML: `LanguageModelSAETrainingRunner(load_config(path)).run()` trains it.
+
+    The runner reads no held-out split, no column but `text` and no MicroItaliano: so the training documents are written,
+    as far as the training reads, to the user's cache, which `dataset_path` names. It has no seed: SAELens draws anew.
+    Raises: UsageError as `load_spec`, for a model, hook, architecture or SAE field that does not exist, and for what
+    cannot be carried: a transcoder, a pretokenised corpus, one that is too short or too large to be written.
+    """
+    spec = load_spec(path, *overrides)
+    config = spec.to_saelens()
+    if spec.hook_name_out is not None:
+        raise UsageError(f"SAELens' runner knows no hook_name_out ({spec.hook_name_out!r}); use `sae-italian train`.")
+    config.dataset_path = str(_written_documents(spec))
+    return config
+
+
+def _written_documents(spec: RunSpec) -> Path:
+    """Return a folder in the user's cache with the training documents, which `datasets` loads as its split "train"."""
     from sae_italian import __version__
 
     if is_pretokenized(spec.corpus):
@@ -96,12 +227,12 @@ def written_for_saelens(spec: RunSpec) -> Path:
             f"{spec.corpus!r} as files, here up to {wanted / 1e9:.0f} GB. Lower it, or use `sae-italian train`."
         )
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "sae_italian" / f"train-{fingerprint([__version__, stream.spec(), wanted])}"
-    if not (folder / "train.jsonl").is_file():
+    file = base / "sae_italian" / f"train-{fingerprint([__version__, stream.spec(), wanted])}" / "train.jsonl"
+    if not file.is_file():
         check_length(spec, load_tokenizer(spec.model))
-        with atomic_path(folder / "train.jsonl") as temporary, temporary.open("w", encoding="utf-8") as handle:
+        with atomic_path(file) as temporary, temporary.open("w", encoding="utf-8") as handle:
             for document in stream:
                 handle.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
                 if stream.counts.characters >= wanted:
                     break
-    return folder
+    return file.parent

@@ -185,7 +185,7 @@ def test_our_training_takes_the_folder_as_a_corpus(small_spec, pretokenized, tmp
 
 
 def test_other_tokenizers_and_splits_are_refused(mini, jsonl, corpus, tmp_path):
-    from sae_italian.training.stream import check_pretokenized
+    from sae_italian.training.text import check_pretokenized
 
     other = PretokenizedCorpus(make(corpus, TOKENIZER, tmp_path / "other", context_size=32))
     with pytest.raises(UsageError, match="another tokenizer"):

@@ -10,7 +10,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
 from sae_italian.saes.architectures import TopKTranscoder, TopKTranscoderConfig
-from sae_italian.saes.jumprelu_export import CHUNK, save_sae, to_jumprelu
+from sae_italian.saes.fit import CHUNK, save_sae, to_jumprelu
 
 K = 12
 

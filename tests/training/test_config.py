@@ -9,7 +9,7 @@ import pytest
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.training import load_config, load_spec, recipes
-from sae_italian.training.reading import configs_folder, find_config
+from sae_italian.training.config import configs_folder, find_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,8 @@ from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.evaluation import read_card
 from sae_italian.training import load_spec, train
+from sae_italian.training.config import configs_folder
 from sae_italian.training.logging import RunLog, open_logger, sweep_folder
-from sae_italian.training.reading import configs_folder
 from tests.training.wandb_file import OfflineRun
 
 SWEEPS = sorted((configs_folder() / "sweeps").glob("*.yaml"))

@@ -12,8 +12,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.models import resolve
 from sae_italian.saes import load_sae
 from sae_italian.training import load_spec, load_suite, read_values, train, train_suite
-from sae_italian.training.config import SUITE_KEY
-from sae_italian.training.reading import configs_folder
+from sae_italian.training.config import SUITE_KEY, configs_folder
 
 # Shapes of models that are neither in the catalogue nor reachable offline, from their papers.
 SHAPES = {
@@ -51,10 +50,10 @@ def shape_of(name: str) -> types.SimpleNamespace:
 @pytest.fixture
 def offline(monkeypatch):
     """Let shapes come from the catalogue, as no hub is reachable."""
-    for module in ("sae_italian.models", "sae_italian.training.suite", "sae_italian.training.memory"):
+    for module in ("sae_italian.models", "sae_italian.training.suite"):
         monkeypatch.setattr(f"{module}.load_model_config", shape_of)
     monkeypatch.setattr(
-        "sae_italian.training.memory.n_parameters",
+        "sae_italian.training.suite.n_parameters",
         lambda name: 12 * shape_of(name).num_hidden_layers * shape_of(name).hidden_size ** 2,
     )
 

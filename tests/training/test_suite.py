@@ -15,8 +15,8 @@ from sae_italian.cli import main
 from sae_italian.saes import load_sae
 from sae_italian.training import load_spec, load_suite, train, train_suite
 from sae_italian.training.loop import Loop
-from sae_italian.training.memory import memory_of, n_parameters
 from sae_italian.training.run import train_group
+from sae_italian.training.suite import memory_of, n_parameters
 
 SMALL = (
     "expansions=[1, 2]",
@@ -147,7 +147,7 @@ def test_the_dry_run_fetches_no_model(capsys, monkeypatch):
     from sae_italian.models.loading import weights_are_here
 
     assert weights_are_here("sae-italian-mini") and not weights_are_here("nessuno/modello-che-non-esiste")
-    monkeypatch.setattr("sae_italian.training.memory.weights_are_here", lambda name: False)
+    monkeypatch.setattr("sae_italian.training.suite.weights_are_here", lambda name: False)
     assert main(["train", "mini/gated", "--dry-run"]) == 0
     assert "not looked at: the weights of sae-italian-mini are not on this machine" in capsys.readouterr().out
 
