@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae_italian.analysis.causal.latent import ablate, steer
+from sae_italian.analysis.latent import ablate, steer
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.llm.settings import LLMSettings

@@ -114,7 +114,7 @@ def language(
         sae_of_cache: Of a cache: its SAE; default: the one its manifest names.
         tokens: Tokens of each language.
     """
-    from sae_italian.analysis.probes.languages import language_latents
+    from sae_italian.analysis.languages import language_latents
     from sae_italian.models.activations import check_context
     from sae_italian.saes import model_of
 
@@ -171,8 +171,8 @@ def _sae_of(given: str, of_cache: str | None) -> tuple[Any, Any]:
 def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str], against: list[str], seed: int) -> Any:
     from torch import from_numpy
 
-    from sae_italian.analysis.probes.detect import probe
-    from sae_italian.analysis.probes.treebank import label_names, read_treebank, read_words
+    from sae_italian.analysis.detect import probe
+    from sae_italian.analysis.treebank import label_names, read_treebank, read_words
     from sae_italian.saes import check_fits
     from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
 

@@ -195,7 +195,7 @@ def tree(
         corpus: Local file or folder, catalogue name, or micro-italiano; default: what the last SAE was trained on.
         out: Folder for tree.json and tree.svg; nothing is written without it.
     """
-    from sae_italian.analysis.causal.tree import causal_tree
+    from sae_italian.analysis.tree import causal_tree
 
     sizes, names = own_words(saes, MINUTES | {"branches": 3, "contexts": 20})
     if not names:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from sae_italian.analysis.probes import treebank as treebank_module
+from sae_italian.analysis import treebank as treebank_module
 from sae_italian.cli import main
 
 PROMPT = "La ragazza vede il"

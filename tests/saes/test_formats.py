@@ -299,7 +299,7 @@ def test_numbers_that_are_not_finite_are_refused_at_every_door(tmp_path, topk_sa
 
 
 def test_a_scale_that_is_not_folded_in_is_refused_at_every_door(tmp_path, topk_sae, mini):
-    from sae_italian.analysis.causal.latent import edit_hooks
+    from sae_italian.analysis.latent import edit_hooks
     from sae_italian.cache import build_cache
     from sae_italian.evaluation import evaluate
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.causal.patching import Patcher, PatchInputs, eliminate, patch_inputs, patch_saes, thresholds
+from sae_italian.analysis.patching import Patcher, PatchInputs, eliminate, patch_inputs, patch_saes, thresholds
 from sae_italian.analysis.tasks import default_words, ioi_pairs
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import logits_with_replacement, read_activations

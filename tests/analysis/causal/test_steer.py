@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from sae_italian.analysis.causal.latent import ablate, repeat_rate, steer, written_directions
+from sae_italian.analysis.latent import ablate, repeat_rate, steer, written_directions
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
 from sae_italian.models.activations import logits_with_replacement, read_activations

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from sae_italian.analysis.causal.tree import causal_tree
+from sae_italian.analysis.tree import causal_tree
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
 

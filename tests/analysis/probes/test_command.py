@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from sae_italian.analysis.probes import treebank as treebank_module
+from sae_italian.analysis import treebank as treebank_module
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Store
 from sae_italian.cache import FeatureCache

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.probes.languages import Languages, entropies, language_latents, owners
+from sae_italian.analysis.languages import Languages, entropies, language_latents, owners
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.models.activations import read_activations

@@ -9,9 +9,9 @@ import pytest
 import scipy.sparse
 import torch
 
-from sae_italian.analysis.probes import treebank as treebank_module
-from sae_italian.analysis.probes.detect import ProbeTask, best_cut, dense_probes, probe, single_latents, sparse_probes
-from sae_italian.analysis.probes.treebank import Treebank, Words, encode_words, read_treebank, read_words
+from sae_italian.analysis import treebank as treebank_module
+from sae_italian.analysis.detect import ProbeTask, best_cut, dense_probes, probe, single_latents, sparse_probes
+from sae_italian.analysis.treebank import Treebank, Words, encode_words, read_treebank, read_words
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import read_activations
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sae_italian.analysis.probes import treebank as module
-from sae_italian.analysis.probes.treebank import (
+from sae_italian.analysis import treebank as module
+from sae_italian.analysis.treebank import (
     Sentence,
     Word,
     _tokenised,

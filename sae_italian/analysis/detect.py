@@ -20,7 +20,7 @@ import scipy.sparse
 from jaxtyping import Bool, Float, Int
 
 from sae_italian.analysis.gold import THRESHOLDS, detection_counts, firing
-from sae_italian.analysis.probes.treebank import Words, category, encode_words
+from sae_italian.analysis.treebank import Words, category, encode_words
 from sae_italian.autointerp.store import Label
 from sae_italian.base.pace import paced
 from sae_italian.base.pictures import OURS, REFERENCE, svg

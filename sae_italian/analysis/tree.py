@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_italian.analysis.causal.latent import codes, edit_hooks, special, token_text, written_directions
+from sae_italian.analysis.latent import codes, edit_hooks, special, token_text, written_directions
 from sae_italian.analysis.shift import corpus_windows
 from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError

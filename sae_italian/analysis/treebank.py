@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_italian import micro_italiano
-from sae_italian.analysis.causal.latent import codes
 from sae_italian.analysis.gold import zeros_and_ones
+from sae_italian.analysis.latent import codes
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import paced
 from sae_italian.corpora.packing import bos_id, tokenise

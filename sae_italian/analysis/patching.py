@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.analysis.causal.latent import codes, edit_hooks, written_directions
+from sae_italian.analysis.latent import codes, edit_hooks, written_directions
 from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import Pace, one_of, paced

@@ -18,8 +18,8 @@ import scipy.stats
 import torch
 from jaxtyping import Float, Int
 
-from sae_italian.analysis.causal.latent import codes
 from sae_italian.analysis.gold import zeros_and_ones
+from sae_italian.analysis.latent import codes
 from sae_italian.analysis.shift import corpus_windows
 from sae_italian.autointerp.store import Label
 from sae_italian.base.errors import UsageError

@@ -1,1 +1,0 @@
-"""Causal analyses: ablation and steering (`latent`), patching (`patching`, `compare`), causal trees (`tree`)."""

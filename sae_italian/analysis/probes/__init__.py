@@ -1,1 +1,0 @@
-"""Which latents detect linguistic labels of annotated words (`detect.probe`), and which belong to one language."""
