@@ -33,6 +33,7 @@ from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.models.activations import begun_at, check_context, entry_and_edit, logits_at, read_many, replaced
 
 BATCH_ROWS = 128
+BATCH_LOGITS = 2**23  # of a batch, so that a large vocabulary neither fills the memory nor makes steps of minutes
 LEAST_ROWS = 16  # of a guessed path after wrong guesses
 TOP = 20
 REACHED = (0.5, 0.1)  # of the KL without any patch
@@ -78,6 +79,7 @@ class Patcher:
     @torch.no_grad()
     def __init__(self, model: Any, sae: Any, inputs: PatchInputs):
         self.model, self.sae, self.inputs = model, sae, inputs
+        self.batch_rows = min(BATCH_ROWS, max(LEAST_ROWS, BATCH_LOGITS // model.config.vocab_size))
         self.hook_in, self.hook_out = edit_hooks(sae, model)
         self.entry, self.edit = entry_and_edit(model, self.hook_out)
         self.n_pairs = len(inputs.base)
@@ -108,7 +110,7 @@ class Patcher:
     def kl(self, rows: Int[Tensor, " rows"], delta: Float[Tensor, "rows pos d_out"]) -> Float[Tensor, " rows"]:
         """Return D_KL(edited || target) in nats of pair `rows[r]` with `delta[r]` added; gradients pass."""
         parts = []
-        for pairs, added in zip(rows.split(BATCH_ROWS), delta.split(BATCH_ROWS), strict=True):
+        for pairs, added in zip(rows.split(self.batch_rows), delta.split(self.batch_rows), strict=True):
             lengths = self.inputs.lengths[pairs]
             longest = int(lengths.max())
             begun = begun_at(self.model, self.entry, self.residual[pairs, :longest])
@@ -135,7 +137,7 @@ class Patcher:
         """Return by how many nats patching each candidate alone brings the base run nearer: the mean fall of the KL."""
         rows, columns = self.in_play.nonzero(as_tuple=True)
         falls = torch.zeros(0)
-        parts = zip(rows.split(BATCH_ROWS), columns.split(BATCH_ROWS), strict=True)
+        parts = zip(rows.split(self.batch_rows), columns.split(self.batch_rows), strict=True)
         for some, these in paced(parts, "latents one by one", len(rows), "run", size=lambda part: len(part[0])):
             falls = torch.cat([falls, (self.unpatched[some] - self.kl(some, self.one(some, these))).cpu()])
         # where the time was over, the mean is over the pairs of which all was run
@@ -235,14 +237,14 @@ class _State:
 def eliminate(patcher: Patcher, thresholds: Sequence[float], *, seed: int = 0) -> tuple[list[Point], list[int]]:
     """Return the curve over rising thresholds (nats), and the latents: first those un-patched never, or last."""
     rng, state, left = np.random.default_rng(seed), _State(patcher), list(range(len(patcher.candidates)))
-    points, most_rows, over = [state.point(0.0, len(left))], BATCH_ROWS, False
+    points, most_rows, over = [state.point(0.0, len(left))], patcher.batch_rows, False
     pace = Pace("elimination", len(left) * len(thresholds), "visit", "at most")
     for number, threshold in enumerate(thresholds, 1):
         order = rng.permutation(left).tolist()
         while order and not over:
             n_visited, all_right = state.visit(order, threshold, most_rows)
             order = order[n_visited:]
-            most_rows = min(BATCH_ROWS, 2 * most_rows) if all_right else max(LEAST_ROWS, most_rows // 2)
+            most_rows = min(patcher.batch_rows, 2 * most_rows) if all_right else max(LEAST_ROWS, most_rows // 2)
             over = pace.step(n_visited)
         left = sorted({*left} - {*state.removed})
         points.append(state.point(float(threshold), len(left)))
