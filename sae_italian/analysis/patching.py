@@ -134,16 +134,20 @@ class Patcher:
 
     @torch.no_grad()
     def effects(self) -> Float[Tensor, " n"]:
-        """Return by how many nats patching each candidate alone brings the base run nearer: the mean fall of the KL."""
+        """Return by how many nats patching each candidate alone brings the base run nearer: the mean fall of the KL.
+
+        Where the time was over, the mean is over the pairs of which all was run; NaN for a candidate that was run nowhere.
+        """
         rows, columns = self.in_play.nonzero(as_tuple=True)
         falls = torch.zeros(0)
         parts = zip(rows.split(self.batch_rows), columns.split(self.batch_rows), strict=True)
         for some, these in paced(parts, "latents one by one", len(rows), "run", size=lambda part: len(part[0])):
             falls = torch.cat([falls, (self.unpatched[some] - self.kl(some, self.one(some, these))).cpu()])
-        # where the time was over, the mean is over the pairs of which all was run
         n_pairs = self.n_pairs if len(falls) == len(rows) else max(1, int(rows[len(falls)]))
         whole = rows[: len(falls)] < n_pairs
-        total = torch.zeros(len(self.candidates)).index_add_(0, columns[: len(falls)][whole], falls[whole])
+        columns = columns[: len(falls)][whole]
+        total = torch.zeros(len(self.candidates)).index_add_(0, columns, falls[whole])
+        total[torch.bincount(columns, minlength=len(total)) == 0] = torch.nan
         return total / n_pairs
 
     def attribution(self, at: Float[Tensor, "pairs pos d_out"] | None = None) -> Float[Tensor, " n"]:
@@ -373,8 +377,8 @@ def _curve(name: str, patcher: Patcher, thresholds: Sequence[float], seed: int) 
     with one_of(2, alike=False):
         exact, attribution = patcher.effects().numpy(), patcher.attribution().numpy()
     points, order = eliminate(patcher, thresholds, seed=seed)
-    largest = np.argsort(-exact, kind="stable")[:TOP]
-    varies = len(exact) > 1 and np.ptp(exact) > 0 and np.ptp(attribution) > 0
+    largest = [i for i in np.argsort(-exact, kind="stable")[:TOP] if np.isfinite(exact[i])]
+    varies = len(exact) > 1 and np.ptp(exact) > 0 and np.ptp(attribution) > 0  # NaN, where one was not run, is not
     return PatchingCurve(
         name=name,
         hook_name=patcher.hook_out,

@@ -36,6 +36,7 @@ from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, hooks_of
 
 DOCUMENTS_FOR_SOURCES = 10_000  # looked at for the values of `source`
+BATCH_LOGITS = 2**27  # of a batch: with a vocabulary of 262,144 the logits of 2,048 tokens take gigabytes and minutes
 LONGEST = 8  # contexts of the training: how far beyond it the buckets go by default
 # Numbers of the evaluation card that a shift shows, and those of its picture.
 KEYS = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss", "delta_lm_loss", "ce_loss_recovered")
@@ -280,6 +281,10 @@ def _result(by: str, sae: Any, corpus: str, context: int, name: str, sums: Seque
 # --- windows ---------------------------------------------------------------------------------------------------------
 
 
+def _windows_per_batch(model: Any, context: int) -> int:
+    return max(1, min(TOKENS_PER_BATCH, BATCH_LOGITS // model.config.vocab_size) // context)
+
+
 def corpus_windows(
     model: Any,
     corpus: str,
@@ -290,7 +295,7 @@ def corpus_windows(
     source: str | None = None,
 ) -> Iterator[Windows]:
     """Yield windows of at most `n_tokens` tokens that count, a batch at a time. Raises: UsageError when there are none."""
-    size, documents = max(1, TOKENS_PER_BATCH // context), iter_documents(corpus, split, text_column=text_column)
+    size, documents = _windows_per_batch(model, context), iter_documents(corpus, split, text_column=text_column)
     documents = (document for document in documents if source in (None, document.source))
     blocks = pack(documents, model.tokenizer, context, windows_per_block=size)
     yield from windows_until(blocks, model.tokenizer, [n_tokens], f"the {split} split of {corpus}", at_most=True)
@@ -308,7 +313,7 @@ def _long_documents(
                 if block is not None and not (block.doc[0, 1:] == NO_DOCUMENT).any():
                     yield number, block.tokens
 
-    found, size, seen = first_windows(), max(1, TOKENS_PER_BATCH // context), 0
+    found, size, seen = first_windows(), _windows_per_batch(model, context), 0
     while seen < n_tokens and (batch := list(islice(found, size))):
         numbers, windows = zip(*batch, strict=True)
         tokens = np.concatenate(windows)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from sae_italian.analysis import patching
 from sae_italian.analysis.patching import Patcher, PatchInputs, eliminate, patch_inputs, patch_saes, thresholds
 from sae_italian.analysis.tasks import default_words, ioi_pairs
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import time_bound
 from sae_italian.models.activations import logits_with_replacement, read_activations
 from sae_italian.saes.baselines import random_twin
 from tests.analysis.causal.planted import Pca, name_carrier
@@ -182,3 +184,19 @@ def test_bad_input_is_refused_in_one_line(mini, topk_sae, pairs):
         with pytest.raises(UsageError, match=said) as error:
             patch_saes(mini, mini.tokenizer, **arguments)
         assert "\n" not in str(error.value)
+
+
+def test_what_the_time_bound_left_out_is_no_effect_of_zero(mini, topk_sae, inputs, pairs, monkeypatch):
+    """A bound that ends the effects after one batch: the others are not known, and nothing is compared with them."""
+    monkeypatch.setattr(patching, "BATCH_ROWS", 16)
+    with time_bound(1e-9) as cut:
+        patcher = Patcher(mini, topk_sae, inputs)
+        effects = patcher.effects()
+        (curve,) = patch_saes(mini, mini.tokenizer, {"one": topk_sae}, pairs, thresholds=(1e-3, 1.0)).curves
+    known = torch.isfinite(effects)
+    assert 0 < int(known.sum()) <= 16 and int(known.sum()) < len(effects) and len(cut) == 3
+    assert curve.spearman is None and 0 < len(curve.effects) <= 16
+    assert all(torch.isfinite(torch.tensor(effect.exact)) for effect in curve.effects)
+    alone = torch.arange(len(effects)) == int(known.nonzero()[0])
+    fall = (patcher.unpatched - patcher.patched_kl(alone))[0]  # of the first pair, the only one that was run
+    assert float(effects[alone]) == pytest.approx(float(fall), abs=1e-4)
