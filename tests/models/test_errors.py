@@ -78,7 +78,7 @@ def test_a_file_that_is_only_half_there(file, hub_cache, tmp_path, monkeypatch):
     use_cache(monkeypatch, cache)
     path = next((cache / repo / "snapshots").glob(f"*/{file}"))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UsageError, match="damaged or only half there.*--force-download") as error:
+    with pytest.raises(UsageError, match="damaged or cut short.*--force-download") as error:
         load_model(NAME)
     assert "\n" not in str(error.value)
 
