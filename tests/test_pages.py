@@ -85,6 +85,9 @@ SLOW = ("autointerp CACHE --subject", "ioi", "agreement", "models check", "shift
 NOT_RUN = {
     "autointerp CACHE --explainer llm --n-shown": "needs a language model; tests/autointerp/llm",
     "reproduce": "minutes; tests/papers/test_reproduce.py",
+    "cache info nothing-here": "is to fail; tests/test_exit_codes.py",
+    "graph": "needs transcoders of every layer; tests/circuits",
+    "train mini/transcoders": "minutes; `train CONFIG` stands for it",
     "explainita": "needs data; tests/autointerp/explainita",
     "language": "needs treebanks; tests/analysis/probes",
     "models fetch": "needs a registry; tests/models/test_gguf.py",
