@@ -128,26 +128,14 @@ def schema(key: str, n: int | None = None, top: int = 0) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a question came to: the value that was read, or the problem with it."""
+    """What a question came to: the value that was read, or why there is none."""
 
     reply: Reply
     value: Any = None
-    problem: Unusable | None = None
+    problem: Unusable | None = None  # of a reply that cannot be read
+    why: str = ""
+    again: bool = False  # whether a rerun asks again: the server failed, or left no room to answer
     repaired: str = ""  # the problem that the answer before this one had
-
-    @property
-    def again(self) -> bool:
-        """Return whether a rerun asks again: the server failed, or left no room to answer."""
-        return not self.reply.ok or self.problem is not None and self.problem.name == "length"
-
-    @property
-    def why(self) -> str:
-        """Return why there is no value."""
-        if not self.reply.ok:
-            return self.reply.status
-        if self.reply.refusal:
-            return f"refused: {self.reply.refusal}"
-        return "" if self.problem is None else PROBLEMS[self.problem.name]
 
 
 class Asker:
@@ -162,14 +150,12 @@ class Asker:
     def answers(self, requests: Sequence[Request], readers: Sequence[Callable[[Reply], Any]]) -> list[Answer]:
         """Ask all at once, and once more, with what is wrong with it, what is answered and cannot be read."""
         found = [_read(*both) for both in zip(self.client.ask(requests), readers, strict=True)]
-        todo = {
-            i: one.problem for i, one in enumerate(found) if one.problem and not one.again and not one.reply.refusal
-        }
+        todo = {i: one.problem for i, one in enumerate(found) if one.problem and not (one.again or one.reply.refusal)}
         repairs = [self._repair(requests[i], found[i].reply, problem) for i, problem in todo.items()]
         for (i, problem), reply in zip(todo.items(), self.client.ask(repairs), strict=True):
             found[i] = replace(_read(reply, readers[i]), repaired=problem.name)
         for one in found:
-            if one.problem is not None and one.reply.ok:
+            if one.problem is not None:
                 self.client.count("unreadable", one.why)
         return found
 
@@ -181,10 +167,13 @@ class Asker:
 
 
 def _read(reply: Reply, reader: Callable[[Reply], Any]) -> Answer:
+    if not reply.ok:
+        return Answer(reply, why=reply.status, again=True)
     try:
         return Answer(reply, reader(reply))
     except Unusable as problem:
-        return Answer(reply, problem=problem)
+        why = f"refused: {reply.refusal}" if reply.refusal else PROBLEMS[problem.name]
+        return Answer(reply, problem=problem, why=why, again=problem.name == "length")
 
 
 class LLMExplainer(Asker):
