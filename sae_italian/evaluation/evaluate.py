@@ -315,7 +315,8 @@ def _explained_per_dimension(sums: Float[np.ndarray, "samples width"]) -> Float[
     """Return the statistic of `DimensionSums`, of its sums."""
     total, square, error = np.split(sums[:, 1:], 3, axis=1)
     variance = square - total**2 / sums[:, :1]
-    return 1 - np.mean(error / variance, axis=1, where=variance > 1e-9 * square)
+    varies = variance > 1e-9 * square
+    return 1 - np.where(varies, error / variance, 0.0).sum(axis=1) / varies.sum(axis=1)  # NaN of a resample without documents
 
 
 class LatentCounts(StreamingBootstrap):
