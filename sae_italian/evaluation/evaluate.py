@@ -316,7 +316,8 @@ def _explained_per_dimension(sums: Float[np.ndarray, "samples width"]) -> Float[
     total, square, error = np.split(sums[:, 1:], 3, axis=1)
     variance = square - total**2 / sums[:, :1]
     varies = variance > 1e-9 * square
-    return 1 - np.where(varies, error / variance, 0.0).sum(axis=1) / varies.sum(axis=1)  # NaN of a resample without documents
+    error = np.where(varies, error / variance, 0.0)
+    return 1 - error.sum(axis=1) / varies.sum(axis=1)  # NaN of a resample without documents
 
 
 class LatentCounts(StreamingBootstrap):
