@@ -79,6 +79,7 @@ SMALLER = {
     "saes doctor": "--tokens 512",
     "shift": "--tokens 2000",
     "train CONFIG": f"{TINY} --out new",
+    "train mini/topk use_cached_activations": f"{TINY} --out new",
 }
 GIVEN = {"export SAE --to jumprelu": "--tokens 2000 --out new", "export CACHE": "--latents 0-3 --out new"}
 SLOW = ("autointerp CACHE --subject", "ioi", "agreement", "models check", "shift")
@@ -93,8 +94,6 @@ NOT_RUN = {
     "models fetch": "needs a registry; tests/models/test_gguf.py",
     "models import": "needs a GGUF file; tests/models/test_gguf.py",
     "corpora show wikipedia-it": "needs the hub",
-    "cache build SAE --corpus activations": "needs SAELens' cached activations; tests/training/test_cached.py",
-    "train mini/topk use_cached_activations": "the same",
     "evaluate runs/ita": "needs ../shared, minutes; `evaluate SAE` stands for it",
     "train mini/topk model=../shared": "needs ../shared, minutes; `train CONFIG` stands for it",
 }
@@ -120,7 +119,7 @@ def to_run() -> list:
 
 
 @pytest.fixture(scope="module")
-def place(trained_sae, small_cache, jsonl, tmp_path_factory):
+def place(trained_sae, small_cache, jsonl, cached_activations, tmp_path_factory):
     """A folder like that of a quickstart: two SAEs, their caches with explanations, a folder of texts."""
     folder = tmp_path_factory.mktemp("pages")
     for name in ("sae", "sae2"):
@@ -128,6 +127,7 @@ def place(trained_sae, small_cache, jsonl, tmp_path_factory):
     for name in ("cache", "cache2"):
         shutil.copytree(small_cache, folder / name, ignore=shutil.ignore_patterns("autointerp*", "random-twin"))
     shutil.copytree(jsonl.parent, folder / "testi")
+    (folder / "activations").symlink_to(cached_activations)
     (folder / "quickstart").symlink_to(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
