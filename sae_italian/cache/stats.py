@@ -241,7 +241,8 @@ def cofiring_neighbours(
     found: list[tuple[np.ndarray, np.ndarray]] = []
     per_token = max(1.0, cache.manifest.nnz / max(1, cache.manifest.n_positions))
     at_once = max(1, int(GATHERED / (SAMPLE * per_token))) * SAMPLE
-    taken = [_evenly(a, b) for a, b in pairwise(indptr.tolist())]
+    bounds = [(begin, end, min(SAMPLE, end - begin)) for begin, end in pairwise(indptr.tolist())]
+    taken = [begin + np.arange(n) * (end - begin) // max(1, n) for begin, end, n in bounds]  # evenly spaced
     held = np.cumsum([0, *map(len, taken)])
     first = 0
     while first < len(taken):  # as many latents as together have about GATHERED / per_token activations
@@ -259,12 +260,6 @@ def cofiring_neighbours(
         "cofiring_ids": arrow(np.concatenate(ids).astype(np.int64), offsets),
         "cofiring_jaccard": arrow(np.concatenate(scores).astype(np.float64), offsets),
     }
-
-
-def _evenly(begin: int, end: int) -> Int[np.ndarray, " n"]:
-    if end - begin <= SAMPLE:
-        return np.arange(begin, end)
-    return begin + np.arange(SAMPLE) * (end - begin) // SAMPLE
 
 
 def _shared(cache: FeatureCache, positions: list[np.ndarray]) -> csr_matrix:

@@ -66,7 +66,7 @@ class Verb:
     def __init__(
         self,
         lemma: str,
-        paradigm: dict[str, tuple[str, ...]],
+        paradigm: Paradigm,
         takes_essere: bool,
         reflexive: bool = False,
         upos: str | None = None,
@@ -79,7 +79,6 @@ class Verb:
             features = {"person": person, "number": number, "mood": "Imp", "tense": "Pres", "verbform": "Fin"}
             self.single[key] = self._token(key, **features)
         self.participle = grid(lemma, self.upos, adjective(paradigm["part"][0]), tense="Past", verbform="Part")
-        self._enclitics: dict[tuple[str, str], Token] = {}
 
     def _token(self, key: str, index: int = 0, **features: str | int) -> Token:
         return Token(self.paradigm[key][index], labels_of(self.lemma, self.upos, **features))
@@ -92,12 +91,7 @@ class Verb:
     def with_clitic(self, key: str, clitic: str) -> Token:
         """Return the infinitive, gerund or imperative `key`, with an enclitic pronoun, if any, as one word."""
         host = self.single[key]
-        if not clitic:
-            return host
-        if (key, clitic) not in self._enclitics:
-            token = Token(enclitic(host.form, clitic), {**host.labels, "clitic": clitic})
-            self._enclitics[(key, clitic)] = token
-        return self._enclitics[(key, clitic)]
+        return Token(enclitic(host.form, clitic), {**host.labels, "clitic": clitic}) if clitic else host
 
 
 def grid(
