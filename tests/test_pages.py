@@ -77,7 +77,7 @@ SMALLER = {
     "evaluate": "--tokens 2000",
     "ioi": "--check 40 --n-pairs 2 --thresholds 2",
     "saes doctor": "--tokens 512",
-    "shift": "--tokens 2000",
+    "shift": "packed=true --tokens 2000",
     "train CONFIG": f"{TINY} --out new",
     "train mini/topk use_cached_activations": f"{TINY} --out new",
 }
