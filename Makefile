@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart bench test test-slow real test-real test-hub check install clean
+.PHONY: quickstart bench test test-slow real test-real test-hub check docs install clean
 
 quickstart: install  ## train, cache, explain, score, report: the whole way on the embedded model
 	HF_HUB_OFFLINE=1 $(BIN)/sae-italian quickstart --out quickstart --resume
@@ -40,6 +40,9 @@ check: install  ## formatter, linter, types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+docs: install  ## the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 install: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -50,4 +53,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist quickstart runs
+	rm -rf $(VENV) build dist quickstart runs site

@@ -14,6 +14,7 @@ from sae_italian.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [ROOT / "README.md", ROOT / "docs" / "cache.md"]  # these pages' Python is one session
 
 
 def commands(text: str) -> list[str]:
@@ -40,8 +41,12 @@ def test_a_command_on_a_page_is_one_that_is_taken(page, command):
         app.build().parse_args(words, exit_on_error=False, print_error=False)
 
 
+def session() -> str:
+    return "\n".join(page.read_text(encoding="utf-8") for page in SNIPPETS)
+
+
 def test_no_snippet_of_python_uses_a_name_that_nothing_gives():
-    code = "\n".join(re.findall(r"(?ms)^```python\n(.*?)^```", PAGES[0].read_text(encoding="utf-8")))
+    code = "\n".join(re.findall(r"(?ms)^```python\n(.*?)^```", session()))
     checked = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
     done = subprocess.run(checked, input=code, capture_output=True, text=True, check=False)
     assert code and done.returncode == 0, done.stdout + done.stderr
@@ -63,6 +68,7 @@ STANDS_FOR = {
     **dict.fromkeys(("MODEL", "NAME", "owner/name", "minerva-1b", "../shared/models/ita-5m"), "sae-italian-mini"),
     **dict.fromkeys(("SAE", "RUN", "SAE_A"), "sae"),
     **dict.fromkeys(("CACHE", "A"), "cache"),
+    "quickstart/sae": "sae",
     "SAE_B": "sae2",
     "B": "cache2",
     "CONFIG": "mini/topk",
@@ -84,6 +90,13 @@ SMALLER = {
 GIVEN = {"export SAE --to jumprelu": "--tokens 2000 --out new", "export CACHE": "--latents 0-3 --out new"}
 SLOW = ("autointerp CACHE --subject", "ioi", "agreement", "models check", "shift")
 NOT_RUN = {
+    "quickstart --out": "minutes; tests/test_quickstart.py",
+    "browse quickstart/cache --latent": "a latent of the real quickstart; tests/browser",
+    "train mini/topk corpus=": "minutes; `train CONFIG` stands for it",
+    "evaluate runs/mi": "the tutorials' own run; `evaluate SAE` stands for it",
+    "cache build runs/mi": "the same",
+    "autointerp cache/mi": "the same",
+    "browse cache/mi": "the same",
     "autointerp CACHE --explainer llm --n-shown": "needs a language model; tests/autointerp/llm",
     "reproduce": "minutes; tests/papers/test_reproduce.py",
     "cache info nothing-here": "is to fail; tests/test_exit_codes.py",
@@ -174,7 +187,7 @@ def test_what_is_not_run_is_on_a_page():
 def test_the_first_snippet_runs_but_for_what_needs_the_hub_and_minutes(place, monkeypatch):
     """Lines that load Minerva or train are left out; the stock runner is tests/training/test_run.py's."""
     monkeypatch.chdir(place)
-    code = "\n".join(re.findall(r"(?ms)^```python\n(.*?)^```", PAGES[0].read_text(encoding="utf-8")))
+    code = "\n".join(re.findall(r"(?ms)^```python\n(.*?)^```", session()))
     kept = [line for line in code.splitlines() if not re.search(r"minerva|mc4|\.run\(|load_config\(", line)]
     names: dict = {}
     exec("\n".join(kept), names)
