@@ -67,6 +67,7 @@ def test_the_pages_are_read_as_they_are_written():
 STANDS_FOR = {
     **dict.fromkeys(("MODEL", "NAME", "owner/name", "minerva-1b", "../shared/models/ita-5m"), "sae-italian-mini"),
     **dict.fromkeys(("SAE", "RUN", "SAE_A"), "sae"),
+    **dict.fromkeys(("RECIPE", "RICETTA"), "mini/topk"),
     **dict.fromkeys(("CACHE", "A"), "cache"),
     "quickstart/sae": "sae",
     "SAE_B": "sae2",
