@@ -37,6 +37,7 @@ from sae_italian.saes import check_fits, hooks_of
 
 DOCUMENTS_FOR_SOURCES = 10_000  # looked at for the values of `source`
 BATCH_LOGITS = 2**27  # of a batch: with a vocabulary of 262,144 the logits of 2,048 tokens take gigabytes and minutes
+IN_VAIN = 2_000  # documents of micro-italiano in a row that are too short; it has no end, and none that is long
 LONGEST = 8  # contexts of the training: how far beyond it the buckets go by default
 # Numbers of the evaluation card that a shift shows, and those of its picture.
 KEYS = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss", "delta_lm_loss", "ce_loss_recovered")
@@ -307,10 +308,14 @@ def _long_documents(
     """Yield the first window of each document that fills one. Raises: UsageError when none does."""
 
     def first_windows() -> Iterator[tuple[int, np.ndarray]]:
+        last = 0
         for number, document in enumerate(iter_documents(corpus, split, text_column=text_column)):
+            if number - last > IN_VAIN and "micro-italiano" in corpus:
+                return
             if len(document.text) >= context:  # a token has at least one character
                 block = next(pack([document], model.tokenizer, context, windows_per_block=1), None)
                 if block is not None and not (block.doc[0, 1:] == NO_DOCUMENT).any():
+                    last = number
                     yield number, block.tokens
 
     found, size, seen = first_windows(), _windows_per_batch(model, context), 0

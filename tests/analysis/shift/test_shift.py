@@ -91,6 +91,11 @@ def test_context_buckets_are_of_their_positions(topk_sae, mini, jsonl):
     assert found.reference == "96-128"  # the last that the training's context of 128 knows
 
 
+def test_a_corpus_without_end_is_not_searched_for_ever(topk_sae, mini):
+    with pytest.raises(UsageError, match="has no document of 256 tokens.*packed=true"):
+        context_shift(topk_sae, mini, "micro-italiano", edges=[0, 64, 256], split="all")
+
+
 def test_only_long_documents_are_taken_each_from_its_beginning(topk_sae, mini, long_documents):
     found = context_shift(topk_sae, mini, str(long_documents), edges=[0, 64, 128], n_tokens=10_000, split="all")
     assert [bucket.n_documents for bucket in found.buckets] == [12, 12]
