@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -90,21 +90,32 @@ class Alike(NamedTuple):
 
 
 class ExampleSet(Sequence[Example]):
-    """Some segments under one question: arrays for who computes, an `Example` with its text for who reads."""
+    """Some segments under one question: arrays for who computes, an `Example` with its text for who reads.
 
-    def __init__(self, segments: LatentSegments, parts: Iterable[Alike]):
-        parts = list(parts)
-        rows = [part.rows for part in parts]
-        self.segments, self.rows = segments, np.concatenate(rows)
-        self.negatives = np.repeat(np.array([part.negatives for part in parts], dtype="U16"), list(map(len, rows)))
-        unknown = [np.full(len(own), -1) for own in rows]
+    `questions` says by source of negatives which examples are its negatives' positives and which its negatives, where
+    there are enough. The positives come first, in the order of their pairs.
+    """
+
+    def __init__(self, segments: LatentSegments, parts: Sequence[Alike]):
+        self.segments, self.rows = segments, np.concatenate([part.rows for part in parts])
+        self.sources, self.first = (
+            [part.negatives for part in parts],
+            np.cumsum([0, *(len(part.rows) for part in parts)]),
+        )
         self.pair, self.decile = (
-            np.concatenate([u if own is None else own for u, own in zip(unknown, each, strict=True)])
-            for each in ([part.pair for part in parts], [part.decile for part in parts])
+            np.concatenate(
+                [np.full(len(part.rows), -1) if (own := getattr(part, name)) is None else own for part in parts]
+            )
+            for name in ("pair", "decile")
         )
         marks = [part.marks for part in parts if part.marks is not None]
         self.marks = np.concatenate(marks) if marks else None
         self.document = segments.source.doc[segments.segments[self.rows]]
+        self.questions: dict[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]] = {}
+        for part, first in zip(parts[1:], self.first[1:].tolist(), strict=False):
+            if len(part.rows) >= LEAST_PAIRS and part.pair is not None:
+                here = np.searchsorted(self.pair[: self.first[1]], part.pair)
+                self.questions[part.negatives] = here, first + np.arange(len(part.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -117,7 +128,7 @@ class ExampleSet(Sequence[Example]):
         return [self._read(i) for i in range(len(self))]
 
     def _read(self, i: int) -> Example:
-        source, name = self.segments.source, str(self.negatives[i])
+        source, name = self.segments.source, self.sources[int(np.searchsorted(self.first, i, side="right")) - 1]
         segment = int(self.segments.segments[self.rows[i]])
         start, length = int(source.start[segment]), int(source.length[segment])
         text, spans = source.cache.spans(start, start + length)
@@ -132,18 +143,6 @@ class ExampleSet(Sequence[Example]):
         grid = self.segments.grid[self.rows]
         values = self.segments.source.values(self.segments.activity, grid)
         return [own[:n] for own, n in zip(values, (grid >= 0).sum(axis=1).tolist(), strict=True)]
-
-    @cached_property
-    def questions(self) -> dict[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
-        """By source of negatives, which examples are its negatives' positives and which its negatives, if there are enough."""
-        found = {}
-        positive = np.flatnonzero(self.negatives == "")
-        for source in dict.fromkeys(self.negatives[self.negatives != ""].tolist()):
-            there = np.flatnonzero(self.negatives == source)
-            here = positive[np.isin(self.pair[positive], self.pair[there])]
-            if min(len(here), len(there)) >= LEAST_PAIRS:
-                found[source] = here, there
-        return found
 
 
 def latent_examples(

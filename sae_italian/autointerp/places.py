@@ -55,7 +55,7 @@ class Places:
         ends = np.append(self.new_word[1:], True)
         key = (word.astype(np.int64) * self.vocab + source.tokens) * 2 + ends
         known, form = np.unique(key, return_inverse=True)
-        self.form: Int[np.ndarray, " positions"] = form.astype(np.int32)
+        self.form: Int[np.ndarray, " positions_and_none"] = np.append(form, -1).astype(np.int32)
         self.form_token = known // 2 % self.vocab
         self.form_word = known // 2 // self.vocab
         self.form_ends = (known % 2).astype(bool)
@@ -141,15 +141,15 @@ class Places:
 
     def forms(self, positions: Int[np.ndarray, ...], slot: Slot) -> Int[np.ndarray, ...]:
         """Return the form at a slot of each position, -1 where there is none or it lies in another document or window."""
-        inside = positions >= 0
         if slot == "here":
-            there = positions
-        elif slot == "next":
+            return self.form[positions]  # -1 reads the last
+        inside = positions >= 0
+        if slot == "next":
             there, inside = positions + 1, inside & self._goes_on[positions]
         else:  # before the position, or before its word
             first = positions if slot == "previous" else self.start_of_word[positions]
             there, inside = first - 1, inside & self.source.linked[first]
-        return np.where(inside, self.form[np.where(inside, there, -1)], -1)
+        return self.form[np.where(inside, there, -1)]
 
     def name(self, family: Family, key: int) -> str:
         """Return the text of a key of a family that is a table over forms."""

@@ -8,7 +8,7 @@ import pytest
 
 from sae_italian.autointerp import run_autointerp
 from sae_italian.autointerp.draws import ExampleSource, find_neighbours
-from sae_italian.autointerp.examples import ExampleSet, LatentExamples
+from sae_italian.autointerp.examples import LEAST_PAIRS, LatentExamples
 from sae_italian.autointerp.judges import Verdicts
 from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.scorers import Asked
@@ -87,11 +87,16 @@ class Told(list):
 
     def __init__(self, examples):
         super().__init__(examples)
-        self.negatives = np.array([example.negatives or "" for example in examples])
         self.document = np.unique([example.document for example in examples], return_inverse=True)[1]
         self.pair, self.decile = (np.array([getattr(e, name) for e in examples]) for name in ("pair", "decile"))
         self.activations = [example.activations for example in examples]
-        self.questions = ExampleSet.questions.func(self)
+        self.questions = {}
+        for source in dict.fromkeys(example.negatives for example in examples if example.negatives):
+            there = [i for i, example in enumerate(examples) if example.negatives == source]
+            pairs = {examples[i].pair for i in there}
+            here = [i for i, example in enumerate(examples) if not example.negatives and example.pair in pairs]
+            if min(len(here), len(there)) >= LEAST_PAIRS:
+                self.questions[source] = np.array(here), np.array(there)
 
 
 class Says:

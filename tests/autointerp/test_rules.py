@@ -20,7 +20,7 @@ from sae_italian.autointerp.explainers.choose import (
     fit_trie,
     in_order_of_gain,
 )
-from sae_italian.autointerp.explainers.counts import LEAST_Z, Counts, grouped
+from sae_italian.autointerp.explainers.counts import Counts, grouped
 from sae_italian.autointerp.explainers.rules import KeyRule, Path, TreeRule, TrieRule, rule_of
 from sae_italian.autointerp.explainers.text import (
     describe,
@@ -180,14 +180,6 @@ def test_activations_on_a_grid_are_those_of_the_cache(source, planted):
     grid = source.grid(np.array([*activity.active[:40].tolist(), -1, *range(20)]))
     assert source.values(activity, grid).ravel().tolist() == [known.get(p, 0.0) for p in grid.ravel().tolist()]
     assert source.values(activity, grid).sum() > 0
-
-
-def test_only_keys_above_the_base_rate_can_be_telling(places, source):
-    position = np.flatnonzero((source.segment_of >= 0) & (source.tokens % 7 == 3))
-    counts = Counts(places, planted_activity(source, position))
-    for family in FAMILIES:
-        tally = counts.keys(family)
-        assert counts.telling(tally).tolist() == np.flatnonzero(counts.log_odds(tally) >= LEAST_Z).tolist()
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------------

@@ -151,9 +151,9 @@ class Validation:
     def told(self, rule: TableRule) -> Tuned:
         """Return a rule with the keys that it tells."""
         names = [name for table in rule.tables for name in table.names]
-        short = np.array([len(name) <= MOST_LETTERS // 2 for name in names], dtype=bool)
         mass = np.concatenate([table.mass for table in rule.tables])
-        there = np.flatnonzero(np.concatenate([rule.firing(table) for table in rule.tables]) & short)
+        there = np.flatnonzero(np.concatenate([rule.firing(table) for table in rule.tables]))
+        there = np.array([i for i in there.tolist() if len(names[i]) <= MOST_LETTERS // 2], dtype=np.int64)
         there = there[np.argsort(-mass[there], kind="stable")]
         hits = np.concatenate([self.hits(table) for table in rule.tables], axis=1)[:, there]
         order = in_order_of_gain(hits, self.gain, WORTH_OF_MASS * self.scale * mass[there])

@@ -99,9 +99,8 @@ class Counts:
         return Tally(known, active, mass, total, position[first])
 
     def telling(self, tally: Tally) -> Int[np.ndarray, " n"]:
-        """Return the indices of the keys whose log-odds are LEAST_Z above 0; only those above the base rate can be."""
-        above = np.flatnonzero(tally.active > self.base * tally.total)
-        return above[self.log_odds(tally.take(above)) >= LEAST_Z]
+        """Return the indices of the keys whose log-odds are LEAST_Z above 0."""
+        return np.flatnonzero(self.log_odds(tally) >= LEAST_Z)
 
     def log_odds(self, tally: Tally) -> Float[np.ndarray, " k"]:
         """Return the z-value of each key's log-odds, the latent's activations against all other training tokens.

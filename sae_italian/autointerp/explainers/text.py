@@ -6,6 +6,7 @@ It can be read back: no two keys of a kind look alike in it, so a score of the k
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import get_args
 
@@ -45,12 +46,13 @@ def fits(rule: LatentRule) -> bool:
 
 def room_for(rule: TableRule, told: Sequence[int]) -> int:
     """Return how many of these keys, told in this order, the text has room for in both languages: `fits` without writing."""
-    keys = [(table, name) for table in rule.tables for name in table.names]
+    first = np.cumsum([0, *(len(table.keys) for table in rule.tables)]).tolist()
+    keys = [(rule.tables[i], number - first[i]) for number in told for i in [bisect_right(first, number) - 1]]
     room = len(told)
     for language in get_args(Language):
         begun, letters = set[Family](), -len(label("rule.or", language))
-        for n, (table, name) in enumerate(keys[number] for number in told[:room]):
-            letters += len(quoted(table.family, name, language)) + 2
+        for n, (table, key) in enumerate(keys[:room]):
+            letters += len(quoted(table.family, table.names[key], language)) + 2
             if table.family not in begun:
                 begun.add(table.family)
                 letters += len(_family(table, language, "")) + len(label("rule.or", language)) - 2
@@ -168,12 +170,14 @@ def _common_ending(rule: KeyRule, named: Sequence[int], least: float = 0.8) -> s
 
 def shown_keys(rule: LatentRule) -> list[dict[str, object]]:
     """Return the heaviest keys of a rule for a reader: their text, their weight and their share of the activation."""
-    keys = [
-        (round(share, 4), round(weight, 4), table, i)
-        for table in rule.tables
-        for i, (weight, share) in enumerate(zip(table.weights.tolist(), table.mass.tolist(), strict=True))
-    ]
+    mass = np.concatenate([table.mass for table in rule.tables])
+    keys = [(table, i) for table in rule.tables for i in range(len(table.keys))]
+    heaviest = [keys[number] for number in np.argsort(-mass.round(4), kind="stable")[:LISTED].tolist()]
     return [
-        {"tokens": quoted(table.family, table.names[i], "en"), "weight": weight, "mass": share}
-        for share, weight, table, i in sorted(keys, key=lambda key: -key[0])[:LISTED]
+        {
+            "tokens": quoted(table.family, table.names[i], "en"),
+            "weight": round(float(table.weights[i]), 4),
+            "mass": round(float(table.mass[i]), 4),
+        }
+        for table, i in heaviest
     ]
