@@ -277,7 +277,8 @@ def fit_tree(
     rules: Sequence[KeyRule], view: View, values: Float[np.ndarray, " tokens"], base: float, seed: int
 ) -> TreeRule | None:
     """Return the tree over the rules' key sets, fitted on training tokens; None where nothing splits them."""
-    from sklearn.tree import DecisionTreeClassifier
+    from sklearn import config_context
+    from sklearn.tree import DecisionTreeRegressor
 
     rules = [rule for rule in rules if len(rule.keys)]
     truth = values > 0
@@ -288,8 +289,10 @@ def fit_tree(
     silent = np.random.default_rng(seed).permutation(np.flatnonzero(~truth))[: SHARE_SILENT * n_active]
     kept = np.concatenate([np.flatnonzero(truth), silent])
     weight = np.where(truth[kept], 1 / n_active, 1 / len(silent))  # both classes weigh the same
-    tree = DecisionTreeClassifier(max_depth=DEPTH, min_samples_leaf=LEAST_LEAF, random_state=seed)
-    tree.fit(features[kept], truth[kept], sample_weight=weight, check_input=False)
+    # of yes and no the variance is half of Gini's impurity: the same tree, without the classifier's checks of its classes
+    tree = DecisionTreeRegressor(max_depth=DEPTH, min_samples_leaf=LEAST_LEAF, random_state=seed)
+    with config_context(skip_parameter_validation=True):
+        tree.fit(features[kept], truth[kept, None].astype(np.float64), sample_weight=weight, check_input=False)
     leaf = tree.tree_.apply(features)
     paths = []
     for node, held, failed in sorted(_leaves(tree.tree_)):
