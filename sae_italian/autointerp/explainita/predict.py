@@ -96,7 +96,8 @@ def keys_at(example: Example, i: int) -> dict[Family, str]:
     """Return what a rule can look at in token i: itself, the word it ends, the word's shape, and the word before."""
     start, end = (int(x) for x in example.spans[i])
     token = example.text[start:end].strip()
-    found: dict[Family, str] = {"token": token}
+    # a file does not say where a token stands in its word: all are told as words are
+    found: dict[Family, str] = {"token": f" {token}" if token[:1].isalnum() else token}
     words = [match.span() for match in re.finditer(r"\w+['’]?|[^\w\s]+", example.text)]
     here = next((n for n, (first, last) in enumerate(words) if first < end <= last), None)
     if here is None or not token:
