@@ -128,7 +128,8 @@ class ExampleSet(Sequence[Example]):
         return [self._read(i) for i in range(len(self))]
 
     def _read(self, i: int) -> Example:
-        source, name = self.segments.source, self.sources[int(np.searchsorted(self.first, i, side="right")) - 1]
+        source = self.segments.source
+        name = self.sources[int(np.searchsorted(self.first, i, side="right")) - 1]
         segment = int(self.segments.segments[self.rows[i]])
         start, length = int(source.start[segment]), int(source.length[segment])
         text, spans = source.cache.spans(start, start + length)

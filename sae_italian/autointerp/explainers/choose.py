@@ -291,8 +291,9 @@ def fit_tree(
     weight = np.where(truth[kept], 1 / n_active, 1 / len(silent))  # both classes weigh the same
     # of yes and no the variance is half of Gini's impurity: the same tree, without the classifier's checks of its classes
     tree = DecisionTreeRegressor(max_depth=DEPTH, min_samples_leaf=LEAST_LEAF, random_state=seed)
+    wanted = truth[kept, None].astype(np.float64)
     with config_context(skip_parameter_validation=True):
-        tree.fit(features[kept], truth[kept, None].astype(np.float64), sample_weight=weight, check_input=False)
+        tree.fit(features[kept], wanted, sample_weight=weight, check_input=False)
     leaf = tree.tree_.apply(features)
     paths = []
     for node, held, failed in sorted(_leaves(tree.tree_)):
