@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -81,8 +82,8 @@ def remove(path: Path) -> None:
 
 
 def _is_temporary(path: Path) -> bool:
-    """Return whether a path is what a killed `atomic_path` leaves."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+    """Return whether a path is what a killed `atomic_path` leaves, or safetensors' own way of writing (`.tmpcytWjC`)."""
+    return re.fullmatch(r"\..*\.tmp|\.tmp\w{6}", path.name) is not None
 
 
 @contextmanager
@@ -265,7 +266,7 @@ def _continued(
     if earlier["spec"] != spec | kept:
         difference = _first_difference(earlier["spec"], spec | kept)
         raise UsageError(f"{out} holds another {kind} run ({difference}). Undo that, or use --overwrite.")
-    for left in [path for path in out.rglob(".*.tmp") if _is_temporary(path)]:
+    for left in [path for path in out.rglob(".*") if _is_temporary(path)]:
         remove(left)
     return {**earlier, "spec": spec}
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_italian.analysis.causal.latent import written_directions
+from sae_italian.analysis.latent import written_directions
 from sae_italian.base.pace import progress
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, interval

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_italian.analysis.causal.latent import codes, edit_hooks, special, token_text, written_directions
+from sae_italian.analysis.latent import codes, edit_hooks, special, token_text, written_directions
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
 from sae_italian.circuits.graph import Graph, GraphNode

@@ -32,14 +32,19 @@ Mapped = PretokenizedCorpus | CachedActivations
 Documents = Callable[[], CorpusStream] | Mapped  # called to start the corpus, or memory-mapped
 
 
+def documents_of(corpus: str, text_column: str = "text") -> Documents:
+    """Return the training documents of a corpus as `ActivationStream` takes them: packed on disk, or read when called."""
+    if is_pretokenized(corpus):
+        return PretokenizedCorpus(corpus)
+    return lambda: CorpusStream(corpus, Reader(split="train", text_column=text_column))
+
+
 def training_documents(spec: RunSpec) -> Documents:
-    """Return what a spec trains on: its corpus, packed on disk or read when called, or activations that SAELens cached."""
-    if spec.use_cached_activations:
-        d_in = load_model_config(spec.model).hidden_size
-        return CachedActivations(str(spec.cached_activations_path), spec.hook_names, d_in, spec.context_size)
-    if is_pretokenized(spec.corpus):
-        return PretokenizedCorpus(spec.corpus)
-    return lambda: CorpusStream(spec.corpus, Reader(split="train", text_column=spec.text_column))
+    """Return what a spec trains on: `documents_of` its corpus, or the activations that SAELens cached."""
+    if not spec.use_cached_activations:
+        return documents_of(spec.corpus, spec.text_column)
+    d_in = load_model_config(spec.model).hidden_size
+    return CachedActivations(str(spec.cached_activations_path), spec.hook_names, d_in, spec.context_size)
 
 
 def _count_tokens(spec: RunSpec, tokenizer: Any) -> int | None:

@@ -4,6 +4,7 @@ from math import isnan, nan, sqrt
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from scipy.stats import t as student
 
 from sae_italian.base import statistics
@@ -12,6 +13,11 @@ from sae_italian.base.statistics import Estimate, StreamingBootstrap, bootstrap,
 
 def ratio(sums):
     return sums[:, 0] / sums[:, 1]
+
+
+def expanded(n: int) -> float:
+    """The lower tail of the expanded percentile interval (Hesterberg 2015): Phi(-t sqrt(n / (n - 1)))."""
+    return norm.cdf(-student.ppf(0.975, n - 1) * sqrt(n / (n - 1)))
 
 
 def test_an_estimate_is_written_with_none_for_what_json_cannot_say():
@@ -26,6 +32,8 @@ def test_the_interval_is_the_quantiles_of_what_is_finite():
     assert interval(60.0, resampled, centre=True) == (60.0, 12.5, 107.5)  # their mean, 50, is moved to the value
     assert interval(40.0, resampled, centre=True) == (40.0, -7.5, 87.5)
     assert interval(3.0, np.array([5.0])) == (3.0, 5.0, 5.0)
+    few, enough = (interval(7.0, np.arange(101.0), n) for n in (4, 5))
+    assert isnan(few.lo) and isnan(few.hi) and enough[1:] == pytest.approx((100 * expanded(5), 100 - 100 * expanded(5)))
     value, lo, hi = interval(7.0, np.array([nan]))
     assert value == 7.0 and isnan(lo) and isnan(hi)
 
@@ -37,12 +45,13 @@ def test_the_bootstrap_draws_clusters_with_replacement(kept, monkeypatch):
     counts = np.random.default_rng(5).multinomial(5, [0.2] * 5, size=200)
     plain = [sum(c * row[0] for c, row in zip(draw, sums, strict=True)) for draw in counts]
     plain = np.array(plain) / [sum(c * row[1] for c, row in zip(draw, sums, strict=True)) for draw in counts]
+    tail = expanded(5)
     found = bootstrap(sums, ratio, n_samples=200, seed=5)
-    assert found == pytest.approx((13 / 27, *np.quantile(plain, (0.025, 0.975))), rel=1e-12)
+    assert found == pytest.approx((13 / 27, *np.quantile(plain, (tail, 1 - tail))), rel=1e-12)
     small = bootstrap(sums.astype(np.int8), lambda s: 100 * ratio(s), n_samples=200, seed=5)  # sums of bytes overflow
     assert small == pytest.approx([100 * x for x in found], rel=1e-12)
     assert bootstrap(sums, ratio, n_samples=200) == bootstrap(sums, ratio, n_samples=200, seed=0)
-    assert isnan(bootstrap(np.zeros((3, 2)), ratio).value)  # 0/0 without a warning
+    assert isnan(bootstrap(np.zeros((6, 2)), ratio).value)  # 0/0 without a warning
 
 
 def plain_share(successes, counts):
@@ -80,12 +89,12 @@ def test_a_stream_of_documents_is_resampled_as_if_it_stood_in_one_table(dtype):
     sums = np.random.default_rng(3).integers(1, 9, (7, 2)).astype(np.float64)
     stream = StreamingBootstrap(2, n_samples=300, seed=4, dtype=dtype)
     for rows in ([0, 1, 2], [3], [4, 5, 6], []):
-        stream.add(np.array(rows, dtype=np.int64), sums[rows])
+        stream.add_sums(np.array(rows, dtype=np.int64), sums[rows])
     weights = np.array([np.random.default_rng((4, cluster)).poisson(1.0, 300) for cluster in range(7)]).T
     plain = weights @ sums
     assert stream.total.dtype == stream.resampled.dtype == dtype
     with np.errstate(invalid="ignore", divide="ignore"):
-        quantiles = np.nanquantile(plain[:, 0] / plain[:, 1], (0.025, 0.975))
+        quantiles = np.nanquantile(plain[:, 0] / plain[:, 1], (expanded(7), 1 - expanded(7)))
     assert stream.estimate(ratio) == pytest.approx((sums[:, 0].sum() / sums[:, 1].sum(), *quantiles), rel=1e-6)
     assert isnan(StreamingBootstrap(2, n_samples=5).estimate(ratio).value)  # 0/0 without a warning
     assert len(StreamingBootstrap(2).resampled) == 1000
@@ -93,7 +102,8 @@ def test_a_stream_of_documents_is_resampled_as_if_it_stood_in_one_table(dtype):
 
 def test_a_document_in_two_parts_counts_as_in_one():
     whole, parts = (StreamingBootstrap(1, n_samples=50) for _ in range(2))
-    whole.add(np.array([3, 8]), np.array([[5.0], [2.0]]))
-    parts.add(np.array([8, 3]), np.array([[2.0], [1.0]]))
-    parts.add(np.array([3]), np.array([[4.0]]))
+    whole.add_sums(np.array([3, 8]), np.array([[5.0], [2.0]]))
+    parts.add_sums(np.array([3]), np.array([[1.0]]))
+    parts.add_sums(np.array([3, 8]), np.array([[4.0], [2.0]]))
+    assert parts.n_clusters == whole.n_clusters == 2
     assert (whole.total == parts.total).all() and (whole.resampled == parts.resampled).all()
