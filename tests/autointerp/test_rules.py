@@ -255,6 +255,17 @@ def test_rare_coincidences_make_no_key(places, source):
     assert (rule.total > 1).all()
 
 
+def test_a_rare_token_that_always_fires_is_the_token_lookup(places, source):
+    """The best key there can be, on all three occurrences of a token: a variance without bounds once hid it."""
+    train = np.flatnonzero(source.position_part == 0)
+    ids, counts = np.unique(source.tokens[train], return_counts=True)
+    token = ids[np.flatnonzero(counts == 3)[0]]
+    position = np.flatnonzero((source.tokens == token) & (source.segment_of >= 0))
+    rule, lookup = RuleExplainer(places).rules(planted_activity(source, position))
+    for each in (rule, lookup):
+        assert each.family == "token" and each.keys.tolist() == [token] and each.told == (0,)
+
+
 def test_the_explainer_answers_the_protocol(places):
     found = RuleExplainer(places).explain(LatentExamples(N_TOKENS, 1.0))
     assert [e.explainer for e in found] == ["rules", "token-lookup"] and all(e.status == "ok" for e in found)

@@ -13,6 +13,7 @@ from sae_italian.autointerp.explainers.rules import KeyRule
 from sae_italian.autointerp.places import Family, Places, Slot
 
 PRIOR = 20.0  # occurrences that the prior is worth, shared out as the keys are in the training documents
+LEAST_PRIOR = 0.5  # of a key (Haldane and Anscombe's correction)
 LEAST_Z = 1.0  # of the log-odds
 SMOOTHING = 1.0  # occurrences at the base rate that are added to each key's
 CHAIN_SAMPLE = 20_000  # activations that pairs and triples of tokens are counted on
@@ -99,16 +100,17 @@ class Counts:
         return Tally(known, active, mass, total, position[first])
 
     def telling(self, tally: Tally) -> Int[np.ndarray, " n"]:
-        """Return the indices of the keys whose log-odds are LEAST_Z above 0."""
-        return np.flatnonzero(self.log_odds(tally) >= LEAST_Z)
+        """Return the indices of the keys whose log-odds are LEAST_Z above 0; one that was seen once tells nothing."""
+        return np.flatnonzero((self.log_odds(tally) >= LEAST_Z) & (tally.total > 1))
 
     def log_odds(self, tally: Tally) -> Float[np.ndarray, " k"]:
         """Return the z-value of each key's log-odds, the latent's activations against all other training tokens.
 
-        With a Dirichlet prior in proportion to the keys' occurrences (Monroe et al. 2008, eq. 16 and 22).
+        With a Dirichlet prior in proportion to the keys' occurrences (Monroe et al. 2008, eq. 16 and 22), of LEAST_PRIOR at
+        least: else a rare key that is never silent, the best there can be, has a variance without bounds and a z below 1.
         """
         silent, n_silent = tally.total - tally.active, len(self.places.train_positions) - self.n
-        prior = PRIOR * tally.total / self.n_tokens
+        prior = np.maximum(PRIOR * tally.total / self.n_tokens, LEAST_PRIOR)
         with np.errstate(divide="ignore", invalid="ignore"):
             ours = np.log((tally.active + prior) / (self.n + PRIOR - tally.active - prior))
             theirs = np.log((silent + prior) / (n_silent + PRIOR - silent - prior))
