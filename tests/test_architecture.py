@@ -23,8 +23,8 @@ AT_MOST = {
     "longest function": 60,
     "95th percentile of line lengths": 108,
     "lines of JavaScript, CSS, HTML": 2_931,
-    "commands": 35,  # 32, issue 19's `graph`, and issue 16's `models import` and `models fetch`
-    "options": 200,
+    "commands": 40,  # DESIGN.md: 32 for what the first round had, 40 with the rooms of the later issues
+    "options": 260,  # DESIGN.md: 200 and 260 likewise
 }
 LEAST_AIR = 0.26  # share of docstrings and blank lines
 ROOM_LINES = {
