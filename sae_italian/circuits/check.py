@@ -101,14 +101,13 @@ def foretold(graph: Graph) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarra
     Taking a latent away moves another's activation a_t by its edge, and what t writes by that share of a_t:
     d = A e + A diag(1/a) d over the latents, as long as the same latents stay active.
     """
-    square, latent = graph.square(), graph.of_kind("latent")
-    logit = int(np.flatnonzero(graph.of_kind("logit"))[0])
-    among = square[np.ix_(latent, latent)]
+    latent, among = graph.of_kind("latent"), graph.among(graph.of_kind("latent"))
+    logit = graph.weights[len(among)]  # rows: latents, then logits
     value = np.array([node.value for node in graph.nodes])[latent]
     direct, paths = np.zeros(len(latent)), np.zeros(len(latent))
-    direct[latent] = -square[logit, latent]
+    direct[latent] = -logit[latent]
     moved = np.linalg.solve(np.eye(len(among)) - among / value, among)  # of each latent, by each that goes
-    paths[latent] = direct[latent] - (square[logit, latent] / value) @ moved
+    paths[latent] = direct[latent] - (logit[latent] / value) @ moved
     return direct, paths
 
 

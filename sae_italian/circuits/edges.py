@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_italian.analysis.latent import codes, edit_hooks, special, token_text, written_directions
 from sae_italian.base.errors import UsageError
-from sae_italian.base.pace import progress
-from sae_italian.circuits.graph import Graph, GraphNode
+from sae_italian.base.pace import Pace
+from sae_italian.base.storage import read_json, write_json
+from sae_italian.circuits.graph import Graph, GraphNode, weights_of
 from sae_italian.circuits.linear import Linear, Target, linearise
 from sae_italian.models.activations import check_context
 from sae_italian.saes.fit import decoded
 
 COVERED = 0.95  # probability that the logit nodes hold together
 MOST_LOGITS = 10
+ROWS_AT_ONCE = 256  # of the edges that are weighed together, so that no copy of all is made
+SAID_FROM = 1.0  # 10^9 bytes of edges, from which the memory is told before they are computed
 FIRST_LOOK, GROWTH = 4, 4  # batches before the next are chosen by influence; then again when a quarter more was visited
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -92,26 +101,34 @@ class _Rows:
 
     def __init__(self, linear: Linear, embedding: Tensor, sources: list[_Written]):
         self.linear, self.embedding, self.sources = linear, embedding, sources
+        n_pos, n_layers = len(embedding), len(sources)
+        places = [torch.tensor([node.position for node in source.latents], dtype=torch.int64) for source in sources]
+        self.counts = [torch.bincount(place, minlength=n_pos).tolist() for place in places]
+        self.n_latents = sum(map(len, places))
+        self.n_sources = self.n_latents + (2 * n_layers + 1) * n_pos
 
-    def __call__(self, targets: Sequence[Target]) -> Float[np.ndarray, "targets sources"]:
+    def __call__(self, targets: Sequence[Target], out: Float[np.ndarray, "targets sources"]) -> None:
+        """Write the targets' rows into `out`; what no target reads stays 0."""
         first, *writes = self.linear.gradients(targets)
-        latents, errors, biases = [], [], []
-        for source, gradient in zip(self.sources, writes, strict=True):
-            position = torch.tensor([node.position for node in source.latents], dtype=torch.int64)
-            latents.append(_dot(gradient, position, source.vectors))
-            errors.append((gradient * source.error).sum(-1))
-            biases.append((gradient * source.bias).sum(-1))
-        parts = [*latents, *errors, (first * self.embedding).sum(-1), *biases]
-        return torch.cat(parts, dim=1).detach().cpu().double().numpy()
+        assert first is not None  # every target reads the first block's input
+        n_pos, at, error = len(self.embedding), 0, self.n_latents
+        token = error + len(self.sources) * n_pos
+        bias = token + n_pos
+        out[:] = 0
+        out[:, token:bias] = _array((first * self.embedding).sum(-1))
+        for source, gradient, counts in zip(self.sources, writes, self.counts, strict=True):
+            if gradient is not None:
+                out[:, error : error + n_pos] = _array((gradient * source.error).sum(-1))
+                out[:, bias : bias + n_pos] = _array((gradient * source.bias).sum(-1))
+                parts = source.vectors.split(counts)  # latents come position by position
+                told = [gradient[:, p] @ part.T for p, part in enumerate(parts) if len(part)]
+                if told:
+                    out[:, at : at + len(source.latents)] = _array(torch.cat(told, dim=1))
+            at, error, bias = at + len(source.latents), error + n_pos, bias + n_pos
 
 
-def _dot(gradient: Tensor, position: Tensor, vectors: Tensor) -> Float[Tensor, "targets n"]:
-    """Return gradient[:, position[i]] . vectors[i] for each i; position by position, so that nothing is copied."""
-    found = gradient.new_zeros(len(gradient), len(vectors))
-    for place in position.unique().tolist():
-        mine = position == place
-        found[:, mine] = gradient[:, place] @ vectors[mine].T
-    return found
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()
 
 
 def attribute(
@@ -122,12 +139,17 @@ def attribute(
     max_nodes: int = 4096,
     batch: int = 16,
     logits: Sequence[int] | None = None,
+    memory: float | None = None,
+    resume: Path | None = None,
 ) -> Graph:
     """Return the attribution graph of a prompt.
 
     At most `max_nodes` latents become nodes, chosen by their influence as it is known so far; `batch` targets share a
     backward pass. `logits` are the ids of the tokens to explain; default: the likeliest that cover 95 %, at most 10.
-    Raises: UsageError for a prompt of one token or beyond the model's context, and as `layers_of` and `linearise`.
+    `memory` (10^9 bytes; default: what is free) is what edges may take. With a folder `resume` the edges that are known are
+    kept in it, and a graph of the same model, transcoders and prompt that was interrupted goes on there.
+    Raises: UsageError for a prompt of one token or beyond the model's context, for more active latents than the memory
+    holds, and as `layers_of` and `linearise`.
     """
     tokenizer, by_layer = model.tokenizer, layers_of(transcoders, model)
     tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
@@ -148,13 +170,30 @@ def attribute(
         )
         for layer in range(n_layers)
     ]
-    rows = _Rows(linear, embedding, sources)
-    active = [node for source in sources for node in source.latents]
     nodes, targets, own = _logit_targets(model, tokenizer, reads[n_layers][-1], n_pos, n_layers, logits)
+    rows, active = _Rows(linear, embedding, sources), [node for source in sources for node in source.latents]
+    most = min(max_nodes, len(active))
+    _check_memory(rows.n_sources * embedding.element_size(), len(nodes), len(active), most, memory)
     encoders = torch.cat([source.encoders for source in sources if len(source.latents)] or [embedding[:0]])
-    visited, weights = _visit(rows, active, encoders, targets, [node.value for node in nodes], max_nodes, batch)
-    own += [float(encoders[i] @ reads[active[i].layer][active[i].position].to(encoders)) for i in visited]
-    return _assembled(prompt, model, texts, n_layers, active, visited, nodes, weights, np.array(own))
+    values = [node.value for node in nodes]
+    with _kept(resume, (most + len(nodes), rows.n_sources), (reads[n_layers], encoders, embedding), values) as kept:
+        visited = _visit(rows, active, encoders, targets, values, most, batch, kept)
+        own += [float(encoders[i] @ reads[active[i].layer][active[i].position].to(encoders)) for i in visited]
+        return _assembled(prompt, model, texts, n_layers, active, visited, nodes, kept.rows, np.array(own))
+
+
+def _check_memory(row: int, n_logits: int, n_active: int, most: int, memory: float | None) -> None:
+    """Raise UsageError when rows of so many bytes, held twice at the end, need more than is given or free (10^9 bytes)."""
+    free = psutil.virtual_memory().available / 1e9 if memory is None else memory
+    need = 2 * row * (most + n_logits) / 1e9
+    if need > SAID_FROM:
+        log.warning("%d latents are active, %d become nodes: %.1f GB of memory", n_active, most, need)
+    if need > free:
+        bound = max(1, int(0.95 * free * 1e9 / (2 * row)) - n_logits)
+        raise UsageError(
+            f"{n_active} latents are active; a graph with {most} of them needs {need:.2g} GB, and {free:.2g} GB are there. "
+            f"Use max_nodes={bound}, a shorter prompt, or transcoders with fewer active latents."
+        )
 
 
 def _logit_targets(
@@ -183,6 +222,42 @@ def _logit_targets(
     return nodes, targets, [float(raw[i] - raw.mean()) for i in ids]
 
 
+class _Kept(NamedTuple):
+    """Rows that are known: of the logits, then of the latents in the order in which they were visited."""
+
+    rows: Float[np.ndarray, "rows sources"]
+    visited: list[int]
+    save: Callable[[], None]
+
+
+@contextmanager
+def _kept(
+    folder: Path | None, shape: tuple[int, int], tensors: Sequence[Tensor], values: Sequence[float]
+) -> Iterator[_Kept]:
+    """Yield room for rows, with those that an interrupted run of the same work left in the folder; removed at the end."""
+    kind = _array(tensors[0][:0]).dtype
+    if folder is None:
+        yield _Kept(np.empty(shape, dtype=kind), [], lambda: None)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = sha256(repr((shape, *values)).encode())
+    for tensor in tensors:
+        digest.update(_array(tensor).tobytes())
+    told, file, key = folder / "visited.json", folder / "rows.partial", digest.hexdigest()
+    before = read_json(told) if told.is_file() and file.is_file() else {}
+    goes_on = before.get("key") == key
+    rows = np.memmap(file, dtype=kind, mode="r+" if goes_on else "w+", shape=shape)
+    visited = list(before["visited"]) if goes_on else []
+
+    def save() -> None:
+        rows.flush()
+        write_json(told, {"key": key, "visited": visited})
+
+    yield _Kept(rows, visited, save)
+    told.unlink(missing_ok=True)
+    file.unlink()
+
+
 def _visit(
     rows: _Rows,
     active: list[GraphNode],
@@ -191,25 +266,35 @@ def _visit(
     importance: list[float],
     most: int,
     batch: int,
-) -> tuple[list[int], Float[np.ndarray, "rows sources"]]:
-    """Return which latents were visited, and the rows of the logits and of these: the most influential first."""
-    found = [rows(logits[i : i + batch]) for i in range(0, len(logits), batch)]
-    visited: list[int] = []
-    most = min(most, len(active))
-    with progress("edges", total=most, unit="latent") as bar:
+    kept: _Kept,
+) -> list[int]:
+    """Return which latents were visited, the most influential first, with the rows of the logits and theirs in `kept`.
+
+    What a look chooses goes by layer: a batch's backward pass then begins no higher than it must.
+    """
+    n, visited = len(logits), kept.visited
+    if not visited:
+        for some in _batches(range(n), batch):
+            rows([logits[i] for i in some], kept.rows[some[0] : some[-1] + 1])
+    pace = Pace("edges", most, "latent")
+    with pace.bar:
+        pace.skip(len(visited))
         while len(visited) < most:
-            n = min(most - len(visited), max(FIRST_LOOK * batch, len(visited) // GROWTH))
-            ranked = np.argsort(-_reach(np.concatenate(found), visited, importance, len(active)), kind="stable")
-            seen = set(visited)
-            for chosen in _batches([i for i in ranked.tolist() if i not in seen][:n], batch):
+            wanted = min(most - len(visited), max(FIRST_LOOK * batch, len(visited) // GROWTH))
+            reached = _reach(kept.rows[: n + len(visited)], visited, importance, len(active))
+            reached[visited] = -1
+            ranked = np.argsort(-reached, kind="stable")[:wanted].tolist()
+            for chosen in _batches(sorted(ranked, key=lambda i: (active[i].layer, i)), batch):
                 targets = [Target(active[i].layer, active[i].position, encoders[i]) for i in chosen]
-                found.append(rows(targets))
+                at = n + len(visited)
+                rows(targets, kept.rows[at : at + len(chosen)])
                 visited += chosen
-                bar.update(len(chosen))
-    return visited, np.concatenate(found)
+                pace.step(len(chosen))
+            kept.save()
+    return visited
 
 
-def _batches(items: list[int], size: int) -> list[list[int]]:
+def _batches(items: Sequence[int], size: int) -> list[Sequence[int]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -217,13 +302,18 @@ def _reach(
     rows: Float[np.ndarray, "rows sources"], visited: list[int], importance: list[float], n_latents: int
 ) -> Float[np.ndarray, " latents"]:
     """Return the influence of each latent on the logits through the rows that are known."""
-    shares = np.abs(rows)
-    shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1e-10)
-    reach = np.zeros(n_latents)
-    step = np.array(importance) @ shares[: len(importance), :n_latents]
-    while step.any():
+    n, reach = len(importance), np.zeros(n_latents)
+    total = np.array([np.abs(row).sum() for row in rows])  # row by row: no copy of all of them
+    share = np.zeros(len(rows))
+    share[:n] = weights_of(importance)
+    while share.any():
+        share /= np.maximum(total, 1e-10)
+        step = np.zeros(n_latents)
+        for some in _batches(range(len(rows)), ROWS_AT_ONCE):
+            here = slice(some[0], some[-1] + 1)
+            step += share[here] @ np.abs(rows[here, :n_latents])
         reach += step
-        step = step[visited] @ shares[len(importance) :, :n_latents] if visited else np.zeros(0)
+        share = np.concatenate([np.zeros(n), step[visited]])
     return reach
 
 
@@ -242,14 +332,18 @@ def _assembled(
     n_pos, order = len(texts), np.sort(np.array(visited, dtype=np.int64))
     row_of = {latent: len(logits) + row for row, latent in enumerate(visited)}
     rows_in_order = [*(row_of[i] for i in order.tolist()), *range(len(logits))]
-    rows, own = rows[rows_in_order], own[rows_in_order]
+    own, n_others = own[rows_in_order], rows.shape[1] - len(active)
     left = np.setdiff1d(np.arange(len(active)), order)
-    layer_of = np.array([node.layer for node in active], dtype=np.int64)
-    rest = np.stack([rows[:, left[layer_of[left] == layer]].sum(axis=1) for layer in range(n_layers)], axis=1)
-    others = rows[:, len(active) :]
-    constant = own - rows.sum(axis=1)  # what the biases of attention and norms add; zero where there are none
-    ends = np.zeros((len(rows), len(logits)))
-    weights = np.concatenate([rows[:, order], others, rest, constant[:, None], ends], axis=1)
+    layer_of = np.array([active[i].layer for i in left.tolist()], dtype=np.int64)
+    by_layer = [left[layer_of == layer] for layer in range(n_layers)]
+    first = len(order) + n_others
+    weights = np.zeros((len(rows), first + n_layers + 1 + len(logits)), dtype=rows.dtype)
+    for at, row in enumerate(rows_in_order):
+        told = rows[row]
+        weights[at, : len(order)], weights[at, len(order) : first] = told[order], told[len(active) :]
+        weights[at, first : first + n_layers] = [told[some].sum() for some in by_layer]
+        # what the biases of attention and norms add; zero where there are none
+        weights[at, first + n_layers] = own[at] - told.sum(dtype=np.float64)
     places = [(layer, p) for layer in range(n_layers) for p in range(n_pos)]
     nodes = (
         *(active[i] for i in order.tolist()),

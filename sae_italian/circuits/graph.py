@@ -13,6 +13,7 @@ the biases of attention and norms, and a rest node per layer for latents that we
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from jaxtyping import Float, Int
 
 from sae_italian.base.errors import DataError
 from sae_italian.base.storage import write_json
+
+UNEXPECTED = 1e-4  # probability of all logits together, below which the model does not expect what is explained
 
 
 class GraphNode(NamedTuple):
@@ -53,10 +56,14 @@ class Graph:
         """Return which nodes are of these kinds."""
         return np.array([node.kind in kinds for node in self.nodes])
 
-    def square(self) -> Float[np.ndarray, "nodes nodes"]:
-        """Return the edges between all nodes, zero rows for those that are sources only."""
-        found = np.zeros((len(self.nodes), len(self.nodes)), dtype=np.float64)
-        found[self.targets] = self.weights
+    def among(self, which: np.ndarray) -> Float[np.ndarray, "some some"]:
+        """Return the edges among some of the nodes (a mask), zero rows for those that are sources only."""
+        row_of = np.full(len(self.nodes), -1)
+        row_of[self.targets] = np.arange(len(self.targets))
+        chosen = np.flatnonzero(which)
+        rows = row_of[chosen]
+        found = np.zeros((len(chosen), len(chosen)))
+        found[rows >= 0] = self.weights[np.ix_(rows[rows >= 0], chosen)]
         return found
 
     def save(self, folder: Path) -> None:
@@ -95,74 +102,76 @@ class GraphScores(NamedTuple):
     visited: float  # share of the active latents that are nodes
 
 
-def shares(square: Float[np.ndarray, "nodes nodes"]) -> Float[np.ndarray, "nodes nodes"]:
-    """Return |A| with each row adding up to 1 (0 where there is no edge)."""
-    size = np.abs(square)
-    return size / np.maximum(size.sum(axis=1, keepdims=True), 1e-10)
+def weights_of(probabilities: Sequence[float]) -> Float[np.ndarray, " logits"]:
+    """Return the weight of each logit, 1 together; the same for all where the model expects none of them."""
+    p = np.array(probabilities, dtype=np.float64)
+    return p if p.sum() > UNEXPECTED else np.full(len(p), 1 / max(len(p), 1))
 
 
-def influence(graph: Graph, square: Float[np.ndarray, "nodes nodes"] | None = None) -> Float[np.ndarray, " nodes"]:
+def _importance(graph: Graph) -> Float[np.ndarray, " nodes"]:
+    found, logit = np.zeros(len(graph.nodes)), graph.of_kind("logit")
+    found[logit] = weights_of([node.value for node in graph.nodes if node.kind == "logit"])
+    return found
+
+
+def influence(graph: Graph) -> Float[np.ndarray, " nodes"]:
     """Return each node's share in the logits through all paths: w N + w N^2 + ..., w the logits' probabilities.
 
     N is |A| by rows, without the nodes that no input decides (bias and constant). It ends because the graph has no cycle.
     """
-    flow = shares(_decided(graph) if square is None else square)
-    step = _probabilities(graph) @ flow
-    found = np.zeros(len(step))
+    decided = ~graph.of_kind("bias", "constant")
+    total = np.array([np.abs(row[decided]).sum() for row in graph.weights])
+    step, found = _importance(graph), np.zeros(len(graph.nodes))
     while step.any():
+        each = step[graph.targets] / np.maximum(total, 1e-10)
+        step = np.zeros(len(found))
+        for row in np.flatnonzero(each).tolist():  # row by row: no copy of all edges
+            step += each[row] * np.abs(graph.weights[row])
+        step[~decided] = 0
         found += step
-        step = step @ flow
     return found
-
-
-def _probabilities(graph: Graph) -> Float[np.ndarray, " nodes"]:
-    return np.array([node.value if node.kind == "logit" else 0.0 for node in graph.nodes])
-
-
-def _decided(graph: Graph) -> Float[np.ndarray, "nodes nodes"]:
-    square = graph.square()
-    square[:, graph.of_kind("bias", "constant")] = 0
-    return square
 
 
 def scores(graph: Graph) -> GraphScores:
     """Return how complete the graph is; latents that were not visited count as errors."""
     found, missing = influence(graph), graph.of_kind("error", "rest")
-    tokens = found[graph.of_kind("embedding")].sum()
-    errors = found[missing].sum()
-    flow = shares(_decided(graph))
-    weight = found + _probabilities(graph)
-    received = flow.sum(axis=1) > 0  # sources receive nothing
-    weight = weight * received
-    complete = (weight * (1 - flow[:, missing].sum(axis=1))).sum() / max(weight.sum(), 1e-10)
+    tokens, errors = found[graph.of_kind("embedding")].sum(), found[missing].sum()
+    decided = ~graph.of_kind("bias", "constant")
+    received = np.array([(size[decided].sum(), size[missing].sum()) for size in map(np.abs, graph.weights)])
+    total, lost = received.reshape(-1, 2).astype(np.float64).T
+    weight = (found + _importance(graph))[graph.targets] * (total > 0)
+    complete = (weight * (1 - lost / np.maximum(total, 1e-10))).sum() / max(weight.sum(), 1e-10)
     n_latents = int(graph.of_kind("latent").sum())
     return GraphScores(tokens / max(tokens + errors, 1e-10), float(complete), n_latents / max(graph.n_active, 1))
 
 
 def prune(
     graph: Graph, node_share: float = 0.8, edge_share: float = 0.98
-) -> tuple[np.ndarray, Float[np.ndarray, "nodes nodes"]]:
-    """Return which nodes stay, and the edges among them that do (others 0).
+) -> tuple[np.ndarray, Float[np.ndarray, "kept kept"]]:
+    """Return which nodes stay, and the edges among these that do (others 0).
 
     The most influential latents and errors stay until they hold `node_share` of all influence, input tokens and logits
     always; then edges, by share of their target's influence, until `edge_share`. A latent left without an edge in or out
     goes, and an error without an edge out.
     """
-    square, always = _decided(graph), graph.of_kind("embedding", "logit")
-    found = influence(graph, square)
+    found, always = influence(graph), graph.of_kind("embedding", "logit")
     keep = (_largest(found, node_share) | always) & ~graph.of_kind("bias", "constant")
-    square[~keep], square[:, ~keep] = 0, 0
-    flow = shares(square)
-    reached = influence(graph, square) + _probabilities(graph)
+    square, weight = graph.among(keep), _importance(graph)[keep]
+    flow = np.abs(square) / np.maximum(np.abs(square).sum(axis=1, keepdims=True), 1e-10)
+    reached, step = weight.copy(), weight
+    while (step := step @ flow).any():
+        reached += step
     edges = flow * reached[:, None]
     square[~_largest(edges.ravel(), edge_share).reshape(edges.shape)] = 0
-    latent, error = graph.of_kind("latent"), graph.of_kind("error", "rest")
+    latent, error = (graph.of_kind(*kinds)[keep] for kinds in (("latent",), ("error", "rest")))
+    stays = np.ones(len(square), dtype=bool)
     while True:
         goes_in, goes_out = square.any(axis=1), square.any(axis=0)
-        lost = keep & ((latent & ~(goes_in & goes_out)) | (error & ~goes_out))
+        lost = stays & ((latent & ~(goes_in & goes_out)) | (error & ~goes_out))
         if not lost.any():
-            return keep, square
-        keep &= ~lost
+            keep[keep] = stays
+            return keep, square[np.ix_(stays, stays)]
+        stays &= ~lost
         square[lost], square[:, lost] = 0, 0
 
 

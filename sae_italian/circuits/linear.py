@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,16 +56,22 @@ class Linear:
     ]  # by layer, what its transcoder reads; n_layers: the unembedding's
     constants: Constants
 
-    def gradients(self, targets: Sequence[Target]) -> list[Writes]:
-        """Return the gradient of each target, a row each, at every leaf; at most `batch` targets at a time."""
+    def gradients(self, targets: Sequence[Target]) -> list[Writes | None]:
+        """Return the gradient of each target, a row each, at every leaf; None where no target looks back so far.
+
+        At most `batch` targets at a time.
+        """
         layers = sorted({target.layer for target in targets})
         outputs = [self.reads[layer] for layer in layers]
         given = [torch.zeros_like(output) for output in outputs]
         for row, target in enumerate(targets):
             given[layers.index(target.layer)][row, target.position] = target.vector.to(outputs[0])
         found = torch.autograd.grad(outputs, self.leaves, given, retain_graph=True, allow_unused=True)
-        pairs = zip(found, self.leaves, strict=True)
-        return [(torch.zeros_like(leaf) if grad is None else grad)[: len(targets)] for grad, leaf in pairs]
+        return [None if gradient is None else gradient[: len(targets)] for gradient in found]
+
+
+class _AllRead(Exception):
+    """Raised inside the forward pass when the unembedding's input is known: of its output nothing is needed."""
 
 
 def linearise(
@@ -82,7 +88,7 @@ def linearise(
 
     `hooks` names by layer where its transcoder reads, `skips` its W_skip [d_out, d_in] where it has one. With `constants` of
     an earlier pass these are used in the place of what this one finds, and `added` is written into the residual stream at
-    the layers' MLPs: reads then move by exactly what the gradients say.
+    the layers' MLPs (at -1: at the first block's input): reads then move by exactly what the gradients say.
     Raises: UsageError for a model in half precision, and for a hook that the model does not have.
     """
     if model.dtype not in (torch.float32, torch.float64):
@@ -92,16 +98,14 @@ def linearise(
     reads: dict[int, Tensor] = {}
 
     def embedded(x: Tensor) -> Tensor:
-        leaves.append(x.detach().requires_grad_())
+        more = (added or {}).get(-1)
+        leaves.append((x if more is None else x + more.to(x)).detach().requires_grad_())
         return leaves[0]
 
     def write(layer: int, out: Tensor) -> Tensor:
         found.written[layer] = out.detach() if constants is None else constants.written[layer]
-        leaf = (
-            torch.zeros_like(out)
-            if added is None or layer not in added
-            else added[layer].to(out).expand_as(out).clone()
-        )
+        more = (added or {}).get(layer)
+        leaf = torch.zeros_like(leaves[0]) if more is None else more.to(out).expand_as(leaves[0]).clone()
         leaves.append(leaf.requires_grad_())
         skip = 0.0
         if skips and layer in skips:
@@ -117,12 +121,16 @@ def linearise(
         for layer in range(n_layers):
             if layer in hooks:
                 stack.enter_context(_read(model, hooks[layer], constants, partial(reads.__setitem__, layer)))
+            # every row of the batch is the same prompt: one is enough for the MLP, and no gradient goes through it
+            stack.enter_context(replaced(model, f"blocks.{layer}.mlp.hook_in", lambda x: x[:1].detach()))
             stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(write, layer)))
-        last = partial(reads.__setitem__, n_layers)
-        unembedding = model.get_output_embeddings()
-        handle = unembedding.register_forward_pre_hook(lambda _, args: last(args[0]))
-        stack.callback(handle.remove)
-        with torch.enable_grad():
+
+        def last(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            reads[n_layers] = args[0]
+            raise _AllRead
+
+        stack.callback(model.get_output_embeddings().register_forward_pre_hook(last).remove)
+        with torch.enable_grad(), suppress(_AllRead):
             model(tokens.expand(batch, -1), use_cache=False)
     return Linear(tuple(leaves), reads, found)
 

@@ -11,7 +11,7 @@ import numpy as np
 from sae_italian.base import pictures
 from sae_italian.base.report import table
 from sae_italian.base.storage import utc_now
-from sae_italian.circuits.graph import Graph, GraphNode, influence, prune, scores
+from sae_italian.circuits.graph import UNEXPECTED, Graph, GraphNode, influence, prune, scores
 
 Labels = Mapping[tuple[int, int], str]
 """By layer and latent what explains it."""
@@ -38,12 +38,18 @@ def name_of(node: GraphNode, labels: Labels | None = None) -> str:
 def summary(graph: Graph, labels: Labels | None = None, top: int = 10) -> str:
     """Return what the graph says: its logits, its scores, its most influential nodes and what each gets most from."""
     found, reached, keep = scores(graph), influence(graph), prune(graph)[0]
-    logits = ", ".join(name_of(node) for node in graph.nodes if node.kind == "logit")
+    targets = [node for node in graph.nodes if node.kind == "logit"]
+    logits = ", ".join(map(name_of, targets))
     head = (
         f"{graph.prompt} … {logits}\n"
         f"replacement score {found.replacement:.2f}, completeness {found.completeness:.2f}; {int(graph.of_kind('latent').sum())} "
         f"of {graph.n_active} active latents are nodes, {int((keep & graph.of_kind('latent')).sum())} stay when pruned"
     )
+    if sum(node.value for node in targets) < UNEXPECTED:
+        head += (
+            "\nThe model does not expect what is explained here: the graph tells what speaks for it and against it, "
+            "not why it would be written."
+        )
     row_of = {target: row for row, target in enumerate(graph.targets.tolist())}
     rows = []
     for i in np.argsort(-reached, kind="stable")[:top].tolist():
@@ -58,6 +64,8 @@ def summary(graph: Graph, labels: Labels | None = None, top: int = 10) -> str:
 def svg(graph: Graph, labels: Labels | None = None, most: int = 60) -> str:
     """Return a picture of what stays when the graph is pruned: tokens across, layers up, circles as large as the influence."""
     keep, square = prune(graph)
+    kept = np.flatnonzero(keep).tolist()
+    edges = [(kept[t], kept[s], float(square[t, s])) for t, s in np.argwhere(square).tolist()]
     reached = influence(graph)
     order = [i for i in np.argsort(-reached, kind="stable").tolist() if keep[i] and graph.nodes[i].kind != "logit"][
         :most
@@ -68,14 +76,13 @@ def svg(graph: Graph, labels: Labels | None = None, most: int = 60) -> str:
 
     def draw(axes: Any) -> None:
         axis = axes[0]
-        largest = np.abs(square[np.ix_(chosen, chosen)]).max() or 1.0
-        for target in chosen:
-            for source in chosen:
-                if weight := square[target, source]:
-                    (x0, y0), (x1, y1) = place[source], place[target]
-                    colour = pictures.OURS if weight > 0 else pictures.WARNING
-                    width = 0.3 + 3 * abs(weight) / largest
-                    axis.plot((x0, x1), (y0, y1), color=colour, linewidth=width, alpha=0.35, zorder=0)
+        shown = [edge for edge in edges if edge[0] in place and edge[1] in place]
+        largest = max((abs(weight) for *_, weight in shown), default=1.0)
+        for target, source, weight in shown:
+            (x0, y0), (x1, y1) = place[source], place[target]
+            colour = pictures.OURS if weight > 0 else pictures.WARNING
+            width = 0.3 + 3 * abs(weight) / largest
+            axis.plot((x0, x1), (y0, y1), color=colour, linewidth=width, alpha=0.35, zorder=0)
         for i in chosen:
             node, (x, y) = graph.nodes[i], place[i]
             mark = {"latent": "o", "logit": "D", "embedding": "s"}.get(node.kind, "X")
@@ -118,7 +125,7 @@ def neuronpedia(graph: Graph, slug: str, labels: Labels | None = None, node_shar
     ids = {i: _id(graph.nodes[i], graph.n_layers) for i in kept}
     nodes = [_node(graph.nodes[i], ids[i], float(cumulative[i]), graph.n_layers, labels) for i in kept]
     links = [
-        {"source": ids[source], "target": ids[target], "weight": float(square[target, source])}
+        {"source": ids[kept[source]], "target": ids[kept[target]], "weight": float(square[target, source])}
         for target, source in np.argwhere(square).tolist()
     ]
     metadata = {

@@ -9,7 +9,9 @@ from sae_italian.base.errors import UsageError
 from sae_italian.cli.options import Result, key_values
 
 
-def graph(model: str, transcoders: Path, prompt: str, /, *words: str, out: Path | None = None) -> Result:
+def graph(
+    model: str, transcoders: Path, prompt: str, /, *words: str, out: Path | None = None, overwrite: bool = False
+) -> Result:
     """Draw which latents lead from a prompt to the next token: an exact graph of the model with its norms and patterns frozen.
 
     Args:
@@ -18,9 +20,23 @@ def graph(model: str, transcoders: Path, prompt: str, /, *words: str, out: Path 
         prompt: The text whose next token is explained.
         words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass (default: 16);
             target=TEXT, the token to explain (default: the likeliest that cover 95 %); check=N, latents that are taken away
-            in the real model, beside random transcoders (default: 0, none).
-        out: Folder for graph.json, graph.npz, graph.svg and neuronpedia.json; nothing is written without it.
+            in the real model, beside random transcoders (default: 0, none); memory=N, 10^9 bytes that edges may take
+            (default: what is free).
+        out: Folder for graph.json, graph.npz, graph.svg and neuronpedia.json; a graph that was interrupted goes on in it.
+            Nothing is written without it.
+        overwrite: Replace a graph of other settings in the folder. Default: no.
     """
+    from sae_italian.base.storage import claimed
+
+    settings = key_values(words, {"max_nodes": 4096, "batch": 16, "target": "", "check": 0, "memory": 0.0})
+    if out is None:
+        return _graph(model, transcoders, prompt, settings, None)
+    spec = {"model": model, "transcoders": transcoders, "prompt": prompt, **settings}
+    with claimed(out, "graph", spec, resume=True, overwrite=overwrite, changeable=("batch", "check", "memory")):
+        return _graph(model, transcoders, prompt, settings, out)
+
+
+def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any], out: Path | None) -> Result:
     from sae_italian.base.report import plain
     from sae_italian.circuits.check import check
     from sae_italian.circuits.edges import attribute
@@ -29,13 +45,12 @@ def graph(model: str, transcoders: Path, prompt: str, /, *words: str, out: Path 
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
 
-    settings = key_values(words, {"max_nodes": 4096, "batch": 16, "target": "", "check": 0})
     folders = [transcoders] if (transcoders / "cfg.json").exists() else _transcoders(transcoders)
     loaded = load_model(model)
     saes = [load_sae(folder) for folder in folders]
     wanted = _token(loaded.tokenizer, settings["target"])
     sizes: dict[str, Any] = {"max_nodes": settings["max_nodes"], "batch": settings["batch"]}
-    found = attribute(loaded, saes, prompt, logits=wanted, **sizes)
+    found = attribute(loaded, saes, prompt, logits=wanted, memory=settings["memory"] or None, resume=out, **sizes)
     value = {"prompt": prompt, "model": model, "n_active": found.n_active, **plain(scores(found))}
     text = summary(found)
     if settings["check"]:

@@ -7,8 +7,9 @@ import transformers
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Transcoder, TranscoderConfig
 
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.circuits.edges import attribute
-from sae_italian.circuits.graph import influence, prune, scores
+from sae_italian.circuits.graph import Graph, GraphNode, influence, prune, scores
 from sae_italian.circuits.linear import Target, linearise
 
 SIZES = {
@@ -84,8 +85,8 @@ def test_every_row_adds_up_to_its_target(model):
         node = graph.nodes[target]
         if node.kind == "latent":
             x = read_activations(model, tokens, f"blocks.{node.layer}.mlp.hook_in")[0, node.position]
-            expected = float(x @ saes[node.layer].W_enc[:, node.index])
-            assert node.value == pytest.approx(expected + float(saes[node.layer].b_enc[node.index]), abs=1e-5)
+            expected = float(x @ saes[node.layer].W_enc[:, node.index].detach())
+            assert node.value == pytest.approx(expected + float(saes[node.layer].b_enc[node.index].detach()), abs=1e-5)
         elif getattr(model.config, "final_logit_softcapping", None) is None:
             expected = float(logits[node.index] - logits.mean())
         else:
@@ -103,13 +104,22 @@ def test_an_edge_is_what_the_target_moves_by(model):
     tokens = model.tokenizer("ciao bella").input_ids
     hooks = {layer: f"blocks.{layer}.mlp.hook_in" for layer in range(3)}
     before = linearise(model, tokens, hooks)
+    whole = before.leaves[0][0].detach()
     unembedding = model.get_output_embeddings().weight
     rng = np.random.default_rng(0)
-    latents = np.flatnonzero(graph.of_kind("latent"))
-    for column in rng.choice(latents, 12, replace=False).tolist():
+    some = [rng.choice(np.flatnonzero(graph.of_kind(*kinds)), 8) for kinds in (("latent",), ("error", "embedding"))]
+    for column in np.concatenate(some).tolist():
         node = graph.nodes[column]
+        if node.position == 0:
+            continue  # the MLP's output at the first token is a bias
         added = torch.zeros(tokens.shape[1], 32, dtype=torch.float64)
-        added[node.position] = node.value * saes[node.layer].W_dec[node.index].detach()
+        if node.kind == "latent":
+            added[node.position] = node.value * saes[node.layer].W_dec[node.index].detach()
+        elif node.kind == "error":
+            sae, read = saes[node.layer], before.reads[node.layer][0, node.position].detach()
+            added[node.position] = before.constants.written[node.layer][0, node.position] - sae(read).detach()
+        else:
+            added[node.position] = whole[node.position]
         after = linearise(model, tokens, hooks, constants=before.constants, added={node.layer: added})
         for row, target in enumerate(graph.targets.tolist()):
             to = graph.nodes[target]
@@ -182,7 +192,12 @@ def test_a_gap_and_no_transcoder_at_all_leave_a_true_graph(mistral):
     gap = attribute(mistral, [random_transcoder(0), random_transcoder(2)], "ciao")
     assert np.allclose(gap.weights.sum(axis=1), gap.own, atol=1e-9)
     assert {node.layer for node in gap.nodes if node.kind == "latent"} == {0, 2}
+    zero = [random_transcoder(layer) for layer in range(3)]
+    for sae in zero:
+        sae.W_enc.data.zero_(), sae.b_enc.data.fill_(-1), sae.b_dec.data.zero_()
+    silent = attribute(mistral, zero, "ciao")
     none = attribute(mistral, [], "ciao")
+    assert silent.nodes == none.nodes and np.allclose(silent.weights, none.weights, atol=1e-12)
     assert not none.of_kind("latent").any() and np.allclose(none.weights.sum(axis=1), none.own, atol=1e-9)
     # without latents the score is the direct path's share: |inputs| / (|inputs| + |errors|) of the logits' rows
     p = np.array([node.value for node in none.nodes if node.kind == "logit"])
@@ -254,8 +269,8 @@ def test_pruning_keeps_what_it_says(mistral):
     assert 0 < keep[some].sum() < some.sum()
     assert reach[keep].sum() >= 0.55 * reach.sum()
     assert keep[graph.of_kind("embedding", "logit")].all() and not keep[graph.of_kind("bias", "constant")].any()
-    assert not square[~keep].any() and not square[:, ~keep].any()
-    latent = keep & graph.of_kind("latent")
+    assert square.shape == (keep.sum(), keep.sum())
+    latent = graph.of_kind("latent")[keep]
     assert square[latent].any(axis=1).all() and square[:, latent].any(axis=0).all()
     everything, all_edges = prune(graph, 1.0, 1.0)
     assert everything[some & (reach > 0)].all()
@@ -263,8 +278,6 @@ def test_pruning_keeps_what_it_says(mistral):
 
 def test_influence_by_hand():
     """a -> b -> logit with shares 1/4 and 1/2: b has 1/2, a has 1/2 of it through b and the direct half."""
-    from sae_italian.circuits.graph import Graph, GraphNode
-
     nodes = (
         GraphNode("latent", 0, 0, 0, 1.0),
         GraphNode("latent", 1, 0, 0, 1.0),
@@ -279,8 +292,6 @@ def test_influence_by_hand():
 
 
 def test_a_graph_comes_back_as_it_was_written(mistral, tmp_path):
-    from sae_italian.base.errors import DataError
-    from sae_italian.circuits.graph import Graph
 
     graph = attribute(mistral, [random_transcoder(1)], "ciao")
     graph.save(tmp_path)
@@ -292,8 +303,6 @@ def test_a_graph_comes_back_as_it_was_written(mistral, tmp_path):
 
 
 def test_what_is_no_graph_is_refused(mistral):
-    from sae_italian.base.errors import UsageError
-
     with pytest.raises(UsageError, match="fewer than two tokens"):
         attribute(mistral, [random_transcoder(0)], "c")
     with pytest.raises(UsageError, match="64 positions"):
@@ -311,5 +320,159 @@ def test_a_token_that_nobody_looks_at_changes_nothing(mistral):
     tokens = mistral.tokenizer("ciao bella").input_ids
     linear = linearise(mistral, tokens, {1: "blocks.1.mlp.hook_in"})
     gradients = linear.gradients([Target(1, 4, torch.ones(32, dtype=torch.float64))])
-    assert all((gradient[0, 5:] == 0).all() for gradient in gradients) and (gradients[0][0, 4] != 0).any()
-    assert all((gradient == 0).all() for gradient in gradients[2:])  # later layers
+    assert all((gradient[0, 5:] == 0).all() for gradient in gradients[:2]) and (gradients[0][0, 4] != 0).any()
+    assert gradients[2:] == [None, None]  # later layers
+
+
+def toy(mistral):
+    """Make the model so plain that a person can write down its graph: uniform attention of one head, MLPs y = x W."""
+    width = 0.2 * torch.randn(3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    saes = []
+    for layer, block in enumerate(mistral.model.layers):
+        block.self_attn.q_proj.weight.data.zero_()  # each position looks at all before it alike
+        block.mlp = Identity(width[layer])
+        sae = random_transcoder(layer, d_sae=64)
+        eye = torch.eye(32, dtype=torch.float64)
+        sae.W_enc.data, sae.W_dec.data = torch.cat([eye, -eye], dim=1), torch.cat([width[layer], -width[layer]])
+        sae.b_enc.data.zero_(), sae.b_dec.data.zero_()
+        saes.append(sae)
+    return saes
+
+
+def test_the_edges_of_a_toy_are_those_by_hand(mistral):
+    """All of the model again in numpy, its norms' scales held: every edge between latents, to 1e-6."""
+    saes, prompt = toy(mistral), "ciao"
+    graph = attribute(mistral, saes, prompt)
+    p = {name: value.detach().numpy() for name, value in mistral.named_parameters()}
+    n = len(graph.tokens)
+    uniform = np.tril(np.ones((n, n))) / np.arange(1, n + 1)[:, None]
+    x = p["model.embed_tokens.weight"][mistral.tokenizer(prompt).input_ids[0].numpy()]
+    # from a position and dimension of the stream before block 1 to one after its attention, block by block
+    maps, reads, scale = [], [], lambda x: 1 / np.sqrt((x**2).mean(-1) + mistral.config.rms_norm_eps)
+    repeat = np.repeat(np.eye(16).reshape(2, 8, 16), 2, axis=0).reshape(32, 16)  # two key-value heads serve four heads
+    for layer, sae in enumerate(saes):
+        name = f"model.layers.{layer}"
+        ov = p[f"{name}.self_attn.o_proj.weight"] @ repeat @ p[f"{name}.self_attn.v_proj.weight"]
+        first = scale(x)[:, None] * p[f"{name}.input_layernorm.weight"]
+        mixed = np.einsum("pq,de,qe->pdqe", uniform, ov, first) + np.einsum("pq,de->pdqe", np.eye(n), np.eye(32))
+        x = np.einsum("pdqe,qe->pd", mixed, x)
+        reads.append(scale(x)[:, None] * p[f"{name}.post_attention_layernorm.weight"])
+        maps.append(mixed)
+        x = x + (reads[-1] * x) @ sae.W_dec.detach().numpy()[:32]
+    checked = 0
+    for row, target in enumerate(graph.targets.tolist()):
+        to = graph.nodes[target]
+        if to.kind != "latent" or to.layer == 0:
+            continue
+        sign, dim = (1, to.index) if to.index < 32 else (-1, to.index - 32)
+        gradient = np.zeros((n, 32))
+        gradient[to.position, dim] = sign * reads[to.layer][to.position, dim]
+        for layer in range(to.layer, -1, -1):
+            gradient = np.einsum("pd,pdqe->qe", gradient, maps[layer])
+            for column in [i for i, s in enumerate(graph.nodes) if s.kind == "latent" and s.layer == layer - 1]:
+                source = graph.nodes[column]
+                written = source.value * saes[layer - 1].W_dec[source.index].detach().numpy()
+                hand = gradient[source.position] @ written
+                assert graph.weights[row, column] == pytest.approx(hand, rel=1e-6, abs=1e-8)  # its norms are float32
+                checked += 1
+    assert checked > 1000 and np.abs(graph.weights[:, graph.of_kind("error")]).max() < 1e-12
+
+
+def test_a_circuit_of_two_latents_is_found_whole(mistral):
+    """What token 3 writes turns latent 5 of layer 0 on, that turns 7 of layer 2 on, and that one writes token 50's logit."""
+    saes = [random_transcoder(layer) for layer in (0, 2)]
+    head, gain = mistral.get_output_embeddings().weight.detach(), mistral.model.norm.weight.data
+    gain.fill_(1.0)
+    for block in mistral.model.layers:
+        block.self_attn.o_proj.weight.data *= 0.01
+        block.mlp = Identity(torch.zeros(32, 32, dtype=torch.float64))
+        block.input_layernorm.weight.data.fill_(1.0), block.post_attention_layernorm.weight.data.fill_(1.0)
+    prompt, ways = "cab", torch.linalg.qr(torch.randn(32, 3, dtype=torch.float64))[0].T
+    token = mistral.tokenizer(prompt).input_ids[0, -1]
+    mistral.model.embed_tokens.weight.data[token] = 3 * ways[0]
+    for sae in saes:
+        sae.W_enc.data.zero_(), sae.b_enc.data.fill_(-0.5), sae.b_dec.data.zero_(), sae.W_dec.data.zero_()
+    saes[0].W_enc.data[:, 5], saes[0].W_dec.data[5] = ways[0], 2 * ways[1]
+    saes[1].W_enc.data[:, 7], saes[1].W_dec.data[7] = ways[1], 40 * (head[50] - head.mean(0))
+    for layer, sae in zip((0, 2), saes, strict=True):  # the MLPs write what the latents do
+        mistral.model.layers[layer].mlp = sae
+    graph = attribute(mistral, saes, prompt, logits=[50])
+    keep, _ = prune(graph)
+    kept = [node[1:4] for node, stays in zip(graph.nodes, keep, strict=True) if stays and node.kind == "latent"]
+    assert kept == [(0, 3, 5), (2, 3, 7)]
+    number = {node[:4]: i for i, node in enumerate(graph.nodes)}
+    first, second = number["latent", 0, 3, 5], number["latent", 2, 3, 7]
+    row_of = {target: row for row, target in enumerate(graph.targets.tolist())}
+    for target, source in ((second, first), (graph.targets[-1], second), (first, number["embedding", -1, 3, -1])):
+        row = np.abs(graph.weights[row_of[int(target)]])
+        assert row.argmax() == source and row[source] > 0.8 * row.sum()
+    assert scores(graph).replacement == pytest.approx(1)
+
+
+def test_the_worked_example_of_circuit_tracer():
+    """Its tests/test_graph.py: twelve nodes, influences 1/12, 1/3, 1/4, 1/6 of one logit."""
+    edges = {11: (1, 3, 6, 8), 3: (0, 1, 6), 1: (9, 10), 0: (9,)}
+    nodes = (*(GraphNode("latent", 0, 0, i, 1.0) for i in range(11)), GraphNode("logit", 1, 0, 0, 1.0))
+    weights = np.zeros((12, 12))
+    for target, sources in edges.items():
+        weights[target, list(sources)] = 10
+    graph = Graph("p", "m", ("t",), 1, nodes, np.arange(12), weights, weights.sum(1), 11)
+    expected = [1 / 12, 1 / 3, 0, 1 / 4, 0, 0, 1 / 3, 0, 1 / 4, 1 / 4, 1 / 6, 0]
+    assert influence(graph) == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_interrupted_graph_goes_on_where_it_was(mistral, tmp_path, monkeypatch):
+    import sae_italian.circuits.edges as edges
+
+    saes = [random_transcoder(layer) for layer in range(3)]
+    whole = attribute(mistral, saes, "ciao bella", batch=4)
+    calls = []
+
+    def dying(self, targets, out, real=edges._Rows.__call__):
+        calls.append(len(targets))
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        real(self, targets, out)
+
+    monkeypatch.setattr(edges._Rows, "__call__", dying)
+    with pytest.raises(KeyboardInterrupt):
+        attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"rows.partial", "visited.json"}
+    calls[:] = [0] * 100
+    again = attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)
+    assert again.nodes == whole.nodes and np.array_equal(again.weights, whole.weights)
+    assert not list(tmp_path.iterdir()) and sum(calls) < len(whole.targets) - 50  # not all were done again
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)
+    calls[:] = [0] * 100
+    other = attribute(mistral, saes, "ciao bello", batch=4, resume=tmp_path)  # another prompt begins anew
+    assert np.array_equal(other.weights, attribute(mistral, saes, "ciao bello", batch=4).weights)
+
+
+def test_more_latents_than_the_memory_holds_are_told_and_a_bound_that_does(mistral):
+    saes, active = [random_transcoder(layer) for layer in range(3)], r"(\d+) latents are active"
+    with pytest.raises(UsageError, match=rf"{active}; a graph with \1 of them needs .*Use max_nodes=\d+") as refused:
+        attribute(mistral, saes, "ciao bella", memory=1e-3)
+    bound = int(str(refused.value).split("max_nodes=")[1].split(",")[0])
+    few = attribute(mistral, saes, "ciao bella", memory=1e-3, max_nodes=bound)
+    assert 20 < few.of_kind("latent").sum() == bound < few.n_active
+
+
+def test_transcoders_of_another_model_are_named(mistral):
+    with pytest.raises(UsageError, match="24"):
+        attribute(mistral, [random_transcoder(0, d=24)], "ciao")
+    with pytest.raises(UsageError, match="layer"):
+        attribute(mistral, [random_transcoder(7)], "ciao")
+
+
+def test_a_token_that_is_never_likely_has_a_graph_that_says_so(mistral):
+    from sae_italian.circuits.show import summary
+
+    saes = [random_transcoder(layer) for layer in range(3)]
+    mistral.get_output_embeddings().weight.data[9] -= 1000 * mistral.model.norm.weight.data.sign()
+    logits = mistral(mistral.tokenizer("ciao").input_ids).logits[0, -1]
+    graph = attribute(mistral, saes, "ciao", logits=[int(logits.argmin())])
+    assert graph.nodes[-1].value < 1e-6 and influence(graph).sum() > 0.5 and 0 < scores(graph).replacement < 1
+    assert "does not expect" in summary(graph)
+    assert "does not expect" not in summary(attribute(mistral, saes, "ciao"))

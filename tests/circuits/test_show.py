@@ -125,6 +125,10 @@ def test_the_command_writes_a_graph_that_is_read_again(saved, tmp_path, capsys):
     assert graph.prompt == PROMPT and graph.of_kind("latent").sum() == 50
     assert np.abs(graph.weights.sum(axis=1) - graph.own).max() < 1e-3
     assert json.loads((out / "neuronpedia.json").read_text())["metadata"]["prompt"] == PROMPT
+    again = ["graph", "sae-italian-mini", str(saved), PROMPT, "max_nodes=20", "--out", str(out)]
+    assert main(again) == 2 and "max_nodes was 50, is now 20" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0 and Graph.load(out).of_kind("latent").sum() == 20
+    graph = Graph.load(out)
     assert (out / "graph.svg").exists() and json.loads((out / "result.json").read_text())["n_active"] == graph.n_active
 
 
@@ -134,6 +138,7 @@ def test_the_command_writes_a_graph_that_is_read_again(saved, tmp_path, capsys):
         (["target=parola che ha tanti pezzi"], "one was expected"),
         (["max_nodes=0"], "max_nodes is"),
         (["nodes=5"], "no setting"),
+        (["memory=0.0001"], "Use max_nodes="),
     ],
 )
 def test_bad_words_are_answered_in_a_line(saved, capsys, words, said):
