@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 import sae_italian
 from sae_italian.base.errors import DataError, UsageError
@@ -47,6 +49,7 @@ def train(
     /,
     *words: str,
     out: Path | None = None,
+    origin: Annotated[str | None, Parameter(name="--from")] = None,
     dry_run: bool = False,
     folder: Folder = Folder(),
     where: Workers = Workers(),
@@ -57,14 +60,18 @@ def train(
         config: A YAML file, a recipe of `sae-italian recipes`, or the folder of an earlier run; a suite has `layers`.
         words: Settings that replace the config's, as key=value, e.g. sae.k=64 training_tokens=2_000_000.
         out: Output folder; default: runs/<config's name>, or the run's own folder.
+        origin: Start from the weights of this SAE, a folder or release:sae_id; default: from new ones.
         dry_run: Check the settings and print groups, tokens, memory (10^9 bytes) and what stands out in the activations of a
             model that is here; train nothing.
     """
+    from sae_italian.saes.loading import full_name
     from sae_italian.training import read_values, spec_from_dict, suite_from_dict
     from sae_italian.training.config import SUITE_KEY
     from sae_italian.training.logging import sweep_folder
 
     values = read_values(config, *words)
+    if origin is not None:
+        values["from_pretrained_path"] = full_name(origin)
     suite = suite_from_dict(values) if SUITE_KEY in values else None
     if dry_run:
         from sae_italian.training.run import check_run

@@ -72,6 +72,7 @@ class EvaluationCard:
     d_sae: int
     created: str
     outliers: Outliers | None = None  # of hook_name_out, in the first windows
+    started_from: dict[str, Any] | None = None  # the SAE its training started from, and what became of its latents
 
     def estimates(self) -> dict[str, Estimate]:
         """Return the numbers with intervals by key, in the card's order."""
@@ -83,7 +84,7 @@ class EvaluationCard:
 
         What cards did not have before 0.1.0 was finished is not a number in them.
         """
-        later = {"outliers": None, "explained_variance_per_dimension": plain(NOTHING)}
+        later = {"outliers": None, "started_from": None, "explained_variance_per_dimension": plain(NOTHING)}
         values = later | values
         given = {field.name: values[field.name] for field in fields(cls)}
         given |= {key: _estimate(values[key]) for key in NUMBERS}
@@ -110,12 +111,19 @@ class EvaluationCard:
             "",
             *self.table(),
             "",
+            *([self.origin_text(), ""] if self.started_from else []),
             *([f"Activations at `{self.hook_name_out}`: {self.outliers.text()}.", ""] if self.outliers else []),
             f"![density of the latents]({DENSITY_PICTURE})",
             "",
             *(paragraph + "\n" for paragraph in _LEGEND),
         ]
         return "\n".join(lines).rstrip() + "\n"
+
+    def origin_text(self, language: Language = "en") -> str:
+        """Return what became of the latents of the SAE that the training started from; without one, nothing."""
+        facts = dict(self.started_from or {})
+        facts["sae"] = Path(str(facts.get("sae"))).name
+        return label("origin.text", language).format(**facts) if self.started_from else ""
 
     def table(self, language: Language = "en") -> list[str]:
         """Return the lines of a Markdown table; a number that was not measured says why."""

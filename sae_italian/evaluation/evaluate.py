@@ -109,6 +109,7 @@ def evaluate(
         **latents.estimates(),
         explained_variance_per_dimension=dimensions.estimate(_explained_per_dimension),
         outliers=outliers,
+        started_from=sae.cfg.metadata.started_from,
         density=latents.density(),
         d_sae=sae.cfg.d_sae,
         created=utc_now(),

@@ -25,7 +25,7 @@ SUITE_KEY = "layers"  # what only a suite's config has
 NORM_ESTIMATE_BATCHES = 16  # of the stock runner; ours estimates from its buffer
 # Settings of SAELens' runner that decide the result and that our keys do not have: they stay as SAELens has them.
 DECIDING = (
-    *("hook_head_index", "use_chat_formatting", "from_pretrained_path", "resume_from_checkpoint", "prepend_bos"),
+    *("hook_head_index", "use_chat_formatting", "resume_from_checkpoint", "prepend_bos"),
     *("disable_concat_sequences", "sequence_separator_token", "feature_sampling_window"),
     *("adam_beta1", "adam_beta2", "lr_end", "n_restart_cycles", "autocast", "autocast_lm"),
 )
@@ -66,6 +66,9 @@ class RunSpec(BaseModel):
     sae: dict[str, Any]
     """`architecture` and the fields of SAELens' training config for it; `d_in` is read from the model. `start`, where b_dec
     starts, is `mean` unless it says `zero` or `geometric_median`."""
+    from_pretrained_path: str | None = None
+    """A folder or `release:sae_id`, in any format that is read, whose weights the training starts from; `sae.start` is then
+    of no account. Model, hooks and shapes must be the same."""
     k_anneal_share: float = Field(0.0, ge=0, lt=1)
     """Share of the steps in which k falls linearly from d_in to `sae.k`; 0: k from the start."""
     training_tokens: Count
@@ -186,6 +189,8 @@ class RunSpec(BaseModel):
         started = twin or plain
         if "start" not in started.__dataclass_fields__:
             return plain
+        if self.from_pretrained_path is not None:
+            given["start"] = "zero"  # b_dec is the origin's
         if given.get("start") == "zero" and twin is not None and not self.k_anneal_share:
             del given["start"]
             return plain

@@ -16,6 +16,7 @@ from sae_italian.models import load_model
 from sae_italian.training.config import RunSpec, load_spec
 from sae_italian.training.logging import open_logger
 from sae_italian.training.loop import Loop, clear_checkpoints
+from sae_italian.training.pretrained import Origin
 from sae_italian.training.sae_run import Diverged, SAERun
 from sae_italian.training.stream import ActivationStream, kept_positions
 from sae_italian.training.suite import SuiteSpec
@@ -124,6 +125,8 @@ def check_run(spec: RunSpec) -> None:
     """Raise UsageError for settings and corpora that cannot work, before a model is loaded and anything is written."""
     kept_positions(spec.seqpos_slice, spec.context_size)
     spec.to_saelens()
+    if spec.from_pretrained_path is not None:
+        Origin(spec)
     check_corpus(spec.corpus, text_column=spec.text_column)
     for key in ("training_tokens", "buffer_tokens"):
         if getattr(spec, key) < spec.train_batch_size_tokens:

@@ -26,6 +26,7 @@ from sae_italian.saes import load_sae
 from sae_italian.saes.sparse import tune
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import SAE_FILES, RunLog
+from sae_italian.training.pretrained import Origin
 from sae_italian.training.stream import ActivationStream
 
 DIVERGED = 10.0  # times the loss at the start, and times the variance of the activations
@@ -64,6 +65,7 @@ class SAERun:
             from sae_italian.saes.architectures import PairScaler
 
             self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
+        self.origin = None if spec.from_pretrained_path is None else Origin(spec)
         self.log = RunLog(spec, out)  # to W&B too, once it is opened
         self.output: Any = None  # of the last step
         self.start_loss = math.nan
@@ -95,7 +97,14 @@ class SAERun:
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
     def prepare(self, stream: ActivationStream) -> None:
-        """Estimate the input scale from the stream's first buffer, which costs neither a token nor a forward pass."""
+        """Estimate the input scale from the stream's first buffer, which costs neither a token nor a forward pass; then take
+        the weights of the SAE that the training starts from, if there is one."""
+        self._estimate_scale(stream)
+        if self.origin is not None and self.n_steps == 0:
+            x, y = (stream.sample(self.spec.hook_names[place]) for place in (0, -1))
+            self.origin.start(self.sae, x, y, self.trainer.activation_scaler.scaling_factor)
+
+    def _estimate_scale(self, stream: ActivationStream) -> None:
         scaler, cfg = self.trainer.activation_scaler, self.sae.cfg
         estimates = {"expected_average_only_in": "scaling_factor", "covariance_whitening": "whitening"}
         what = estimates.get(cfg.normalize_activations)
@@ -180,19 +189,25 @@ class SAERun:
     def save(self, folder: Path) -> None:
         """Write the whole state of this SAE's training into a new folder."""
         self.trainer.save_checkpoint(checkpoint_name=folder.name, base_path=folder.parent)
-        write_json(folder / "run_state.json", {"start_loss": self.start_loss})
+        origin = self.origin and self.origin.record
+        write_json(folder / "run_state.json", {"start_loss": self.start_loss, "origin": origin})
 
     def load(self, folder: Path) -> None:
         """Continue from a saved state."""
         self.sae.load_weights_from_checkpoint(folder)
         self.trainer.load_trainer_state(folder)
-        self.start_loss = read_json(folder / "run_state.json")["start_loss"]
+        state = read_json(folder / "run_state.json")
+        self.start_loss = state["start_loss"]
+        if self.origin is not None:
+            self.origin.resume(state["origin"])
 
     def finish(self) -> None:
         """Fold the input scale and write the SAE in SAELens' format, the weights last."""
         from safetensors.torch import save_file
 
         self.trainer.set_final_sae_metadata()
+        if self.origin is not None:
+            self.sae.cfg.metadata.started_from = self.origin.finish(self.sae.W_dec, self.out)
         with atomic_path(self.out / "sparsity.safetensors") as temporary:
             save_file({"sparsity": self.trainer.log_feature_sparsity}, temporary)
         write_json(self.out / "runner_cfg.json", json.loads(json.dumps(self.config.to_dict(), default=str)))

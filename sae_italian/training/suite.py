@@ -119,8 +119,8 @@ def suite_from_dict(values: dict[str, Any]) -> SuiteSpec:
     """Return the suite of a plain dict. Raises: UsageError for an unknown key or a value of the wrong kind."""
     keys = set(SuiteSpec.model_fields) - {"settings"}
     for key in values:
-        if key in ("hook_name", "hook_name_out"):
-            raise UsageError(f"{key!r} is not set in a suite: layers and sites say where its SAEs read.")
+        if key in ("hook_name", "hook_name_out", "from_pretrained_path"):
+            raise UsageError(f"{key!r} is one SAE's; in a suite, layers and sites say where its SAEs read.")
         if key not in keys and key not in RunSpec.model_fields:
             raise UsageError(f"unknown key {key!r} in the suite. {nearest(key, [*keys, *RunSpec.model_fields])}")
     settings = {key: value for key, value in values.items() if key not in keys}

@@ -1,0 +1,173 @@
+"""A training that starts from a published SAE: its weights in the SAE in training, and what became of its latents.
+
+The origin may have another activation function. What it computes is kept as far as the new one can: scale and bias of the
+input are moved to where the new SAE has them, a threshold is set so that as many latents fire as the origin's k says. The
+latents keep their numbers, so that `latent_map.safetensors`, written at the end, needs no matching to be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import atomic_path
+from sae_italian.models import parse_hook_name, resolve
+from sae_italian.saes import load_sae
+from sae_italian.saes.fit import CHUNK, fit, threshold_for
+from sae_italian.saes.loading import hooks_of, weights_hash
+from sae_italian.training.config import RunSpec
+
+LATENT_MAP = "latent_map.safetensors"
+SAMPLE = 8192  # tokens on which the origin is measured and thresholds are set
+DRIFTED_BELOW, NEW_BELOW = 0.9, 0.5  # cosines: with itself at the start; with the nearest of all latents at the start
+PLAIN = {"W_enc", "b_enc", "W_dec", "b_dec"}
+TAKE_PLAIN = {
+    "topk",
+    "abstopk",
+    "batchtopk",
+    "matryoshka_batchtopk",
+    "standard",
+    "jumprelu",
+}  # with these weights alone,
+TAKE_PLAIN |= {"sparse_topk", "topk_transcoder", "transcoder"}  # ... and ours
+FOLDABLE = ("none", "expected_average_only_in")
+
+
+class Origin:
+    """The SAE that a run starts from; `record` is what the card says of it.
+
+    Raises: UsageError when its model, hooks, shapes or kind are not those of the run; as `load_sae`.
+    """
+
+    def __init__(self, spec: RunSpec):
+        self.name = str(spec.from_pretrained_path)
+        self.sae: Any = load_sae(self.name, device=spec.device)
+        self._check(spec)
+        self.rows = self.sae.W_dec.detach().cpu()  # [d_sae, d_out]; all that is kept once the training has started
+        self.record: dict[str, Any] = {"sae": self.name, "weights_sha256": weights_hash(self.sae)}
+
+    def _check(self, spec: RunSpec) -> None:
+        config, theirs, state = spec.sae_config(), self.sae.cfg, self.sae.state_dict()
+        kind, architecture = theirs.architecture(), config.architecture().removeprefix("started_")
+        ours_hooks = spec.hook_name, spec.hook_name_out or spec.hook_name
+        pairs = {
+            "model": (_short(theirs.metadata.model_name), _short(spec.model)),
+            "hook": tuple([parse_hook_name(name).name for name in names] for names in (hooks_of(self.sae), ours_hooks)),
+            **{
+                name: (getattr(theirs, name), getattr(config, name))
+                for name in ("d_in", "d_sae", "reshape_activations")
+            },
+            "d_out": tuple(getattr(cfg, "d_out", cfg.d_in) for cfg in (theirs, config)),
+            "normalize_activations": tuple(_mode(cfg) for cfg in (theirs, config)),
+        }
+        if not (state.keys() >= PLAIN and architecture in TAKE_PLAIN):
+            pairs["architecture"] = kind, architecture
+            pairs["apply_b_dec_to_input"] = theirs.apply_b_dec_to_input, config.apply_b_dec_to_input
+        wrong = [f"{key} is {a}, the config's {b}" for key, (a, b) in pairs.items() if a is not None and a != b]
+        if "W_skip" in state and bool(state["W_skip"].any()):
+            wrong.append("it has a skip connection, which training here does not")
+        if wrong:
+            raise UsageError(
+                f"the SAE {self.name} cannot start this training: {'; '.join(wrong)}. Change the config, or the SAE."
+            )
+
+    @torch.no_grad()
+    def start(self, sae: Any, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], scale: Any) -> None:
+        """Give an SAE in training the origin's weights, before its first step.
+
+        x, y: raw activations, the same for an SAE. scale: by what the trainer multiplies them, a pair for a transcoder, None
+        where it does not: the SAE then gives on scaled activations what the origin gives on raw ones.
+        """
+        origin, x, y = self.sae, x[:SAMPLE], y[:SAMPLE]
+        if origin.cfg.normalize_activations == "expected_average_only_in":
+            origin.fold_activation_norm_scaling_factor(origin.cfg.d_in**0.5 / x.float().norm(dim=-1).mean().item())
+        self.record["explained_variance_before"] = fit(origin, x, y).explained_variance
+        if getattr(origin.cfg, "rescale_acts_by_decoder_norm", False):
+            origin.fold_W_dec_norm()
+        state, own = origin.state_dict(), sae.state_dict()
+        shift = int(sae.cfg.apply_b_dec_to_input) - int(origin.cfg.apply_b_dec_to_input)
+        if shift:
+            state["b_enc"] = state["b_enc"] + shift * (state["b_dec"] @ state["W_enc"])
+        if "threshold" in own and "threshold" not in state:
+            k = getattr(origin.cfg, "k", None)  # without one it is a ReLU, whose threshold is 0
+            state["threshold"] = torch.full_like(own["threshold"], threshold_for(origin, x, k) if k else 0.0)
+        sae.load_state_dict({name: state.get(name, tensor) for name, tensor in own.items()})
+        if "topk_threshold" in own:
+            sae.topk_threshold.fill_(threshold_for(sae, x, sae.cfg.k))
+        if scale is not None:
+            mode = sae.cfg.normalize_activations
+            inverse = tuple(1 / factor for factor in scale) if isinstance(scale, tuple) else 1 / scale
+            sae.fold_activation_norm_scaling_factor(inverse)
+            sae.cfg.normalize_activations = mode
+        self.sae = None
+
+    def resume(self, record: dict[str, Any]) -> None:
+        """Take the record of a run that goes on. Raises: DataError when the origin is not what it started from."""
+        if record["weights_sha256"] != self.record["weights_sha256"]:
+            raise DataError(
+                f"{self.name} holds other weights than this run started from. Put them back, or start anew."
+            )
+        self.record, self.sae = record, None
+
+    def finish(self, W_dec: Float[Tensor, "d_sae d_out"], out: Path) -> dict[str, Any]:
+        """Write the map from the latents at the start to those at the end; return the record with its summary."""
+        found, summary = latent_map(self.rows.to(W_dec.device), W_dec.detach())
+        with atomic_path(out / LATENT_MAP) as temporary:
+            save_file(found, temporary)
+        self.record |= summary
+        return self.record
+
+
+def _short(model: str | None) -> str | None:
+    """Return the last part of a model's name: releases write `gemma-2-2b` where others write `google/gemma-2-2b`."""
+    if model is None:
+        return None
+    with contextlib.suppress(UsageError):  # a folder that was on another machine
+        model = resolve(model).saved_name
+    return Path(model).name.lower()
+
+
+def _mode(cfg: Any) -> str:
+    """Return how an SAE's input is normalised where that cannot be moved into its weights, else `none`."""
+    return "none" if cfg.normalize_activations in FOLDABLE else cfg.normalize_activations
+
+
+@torch.no_grad()
+def latent_map(
+    before: Float[Tensor, "d_sae d"], after: Float[Tensor, "d_sae d"]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return what became of each latent, by cosines of decoder directions, and a summary of it.
+
+    By latent: `cosine` with itself at the start; `nearest`, the latent at the start it is most like now, and `cosine_nearest`.
+    The summary: quantiles of `cosine`; the shares `drifted` (cosine below 0.9), `moved` (another is nearest) and `new` (none
+    of the start's is within 0.5); `nearest_by_chance`, the median cosine that random directions have with their nearest.
+    """
+    old, new = (normalize(rows.float(), dim=-1) for rows in (before, after))
+    cosine = (old * new).sum(-1)
+    near, which = _nearest(new, old)
+    noise = torch.randn(CHUNK, old.shape[1], generator=torch.Generator().manual_seed(0)).to(old.device)
+    chance, _ = _nearest(normalize(noise, dim=-1), old)
+    summary = {
+        "cosine_median": cosine.median(),
+        "cosine_p05": cosine.quantile(0.05),
+        "drifted": (cosine < DRIFTED_BELOW).double().mean(),
+        "moved": (which != torch.arange(len(which), device=which.device)).double().mean(),
+        "new": (near < NEW_BELOW).double().mean(),
+        "nearest_by_chance": chance.median(),
+    }
+    found = {"cosine": cosine, "nearest": which, "cosine_nearest": near}
+    return {name: tensor.cpu() for name, tensor in found.items()}, {key: float(x) for key, x in summary.items()}
+
+
+def _nearest(rows: Float[Tensor, "n d"], among: Float[Tensor, "m d"]) -> tuple[Tensor, Tensor]:
+    """Return the largest cosine of each unit row with some unit rows, and the number of that one."""
+    best = [(part @ among.T).max(dim=-1) for part in rows.split(CHUNK)]
+    return torch.cat([each.values for each in best]), torch.cat([each.indices for each in best])
