@@ -71,8 +71,7 @@ def evaluate(
     are not given, those that the SAE names: `evaluate("runs/x")`.
     Special tokens count nowhere, and the SAE is not applied to them. Losses and KL take three more forward passes; with
     `loss_tokens` on the first so many tokens only. A transcoder is measured, and put in place, at the hook it writes.
-    Raises: UsageError when SAE and model do not fit (`check_fits`), or the corpus is too short for `n_tokens` (the message
-    says how many there are).
+    Raises: UsageError when SAE and model do not fit (`check_fits`), or the corpus has fewer tokens than `n_tokens`.
     """
     name = name or (str(sae) if isinstance(sae, str | Path) else "")
     sae, model, corpus = open_sae(sae, model, corpus)
