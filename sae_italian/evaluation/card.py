@@ -72,7 +72,7 @@ class EvaluationCard:
     d_sae: int
     created: str
     outliers: Outliers | None = None  # of hook_name_out, in the first windows
-    started_from: dict[str, Any] | None = None  # the SAE its training started from, and what became of its latents
+    started_from: dict[str, Any] | None = None  # another SAE, and what became of its latents
 
     def estimates(self) -> dict[str, Estimate]:
         """Return the numbers with intervals by key, in the card's order."""

@@ -27,7 +27,8 @@ from sae_italian.training.config import RunSpec
 
 LATENT_MAP = "latent_map.safetensors"
 SAMPLE = 8192  # tokens on which the origin is measured and thresholds are set
-DRIFTED_BELOW, NEW_BELOW = 0.9, 0.5  # cosines: with itself at the start; with the nearest of all latents at the start
+DRIFTED_BELOW = 0.9  # cosine of a latent with itself at the start
+NEW_BELOW = 0.5  # cosine with the nearest of all latents at the start
 PLAIN = {"W_enc", "b_enc", "W_dec", "b_dec"}
 TAKE_PLAIN = {
     "topk",
@@ -51,16 +52,16 @@ class Origin:
         self.name = str(spec.from_pretrained_path)
         self.sae: Any = load_sae(self.name, device=spec.device)
         self._check(spec)
-        self.rows = self.sae.W_dec.detach().cpu()  # [d_sae, d_out]; all that is kept once the training has started
+        self.rows = self.sae.W_dec.detach().cpu()  # all that is kept once the training has started
         self.record: dict[str, Any] = {"sae": self.name, "weights_sha256": weights_hash(self.sae)}
 
     def _check(self, spec: RunSpec) -> None:
         config, theirs, state = spec.sae_config(), self.sae.cfg, self.sae.state_dict()
         kind, architecture = theirs.architecture(), config.architecture().removeprefix("started_")
-        ours_hooks = spec.hook_name, spec.hook_name_out or spec.hook_name
+        hooks = hooks_of(self.sae), (spec.hook_name, spec.hook_name_out or spec.hook_name)
         pairs = {
             "model": (_short(theirs.metadata.model_name), _short(spec.model)),
-            "hook": tuple([parse_hook_name(name).name for name in names] for names in (hooks_of(self.sae), ours_hooks)),
+            "hook": tuple([parse_hook_name(name).name for name in names] for names in hooks),
             **{
                 name: (getattr(theirs, name), getattr(config, name))
                 for name in ("d_in", "d_sae", "reshape_activations")
@@ -71,24 +72,25 @@ class Origin:
         if not (state.keys() >= PLAIN and architecture in TAKE_PLAIN):
             pairs["architecture"] = kind, architecture
             pairs["apply_b_dec_to_input"] = theirs.apply_b_dec_to_input, config.apply_b_dec_to_input
-        wrong = [f"{key} is {a}, the config's {b}" for key, (a, b) in pairs.items() if a is not None and a != b]
+        differ = {key: pair for key, pair in pairs.items() if pair[0] not in (None, pair[1])}
+        wrong = [f"{key} is {found}, the config's {wanted}" for key, (found, wanted) in differ.items()]
         if "W_skip" in state and bool(state["W_skip"].any()):
             wrong.append("it has a skip connection, which training here does not")
         if wrong:
-            raise UsageError(
-                f"the SAE {self.name} cannot start this training: {'; '.join(wrong)}. Change the config, or the SAE."
-            )
+            why = "; ".join(wrong)
+            raise UsageError(f"the SAE {self.name} cannot start this training: {why}. Change one of them.")
 
     @torch.no_grad()
-    def start(self, sae: Any, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"], scale: Any) -> None:
+    def start(self, sae: Any, x: Tensor, y: Tensor, scale: Any) -> None:
         """Give an SAE in training the origin's weights, before its first step.
 
-        x, y: raw activations, the same for an SAE. scale: by what the trainer multiplies them, a pair for a transcoder, None
+        x [tokens, d_in], y [tokens, d_out]: raw activations, the same for an SAE. scale: by what the trainer multiplies them, a pair for a transcoder, None
         where it does not: the SAE then gives on scaled activations what the origin gives on raw ones.
         """
         origin, x, y = self.sae, x[:SAMPLE], y[:SAMPLE]
         if origin.cfg.normalize_activations == "expected_average_only_in":
-            origin.fold_activation_norm_scaling_factor(origin.cfg.d_in**0.5 / x.float().norm(dim=-1).mean().item())
+            norm = x.float().norm(dim=-1).mean().item()
+            origin.fold_activation_norm_scaling_factor(origin.cfg.d_in**0.5 / norm)
         self.record["explained_variance_before"] = fit(origin, x, y).explained_variance
         if getattr(origin.cfg, "rescale_acts_by_decoder_norm", False):
             origin.fold_W_dec_norm()
@@ -98,7 +100,8 @@ class Origin:
             state["b_enc"] = state["b_enc"] + shift * (state["b_dec"] @ state["W_enc"])
         if "threshold" in own and "threshold" not in state:
             k = getattr(origin.cfg, "k", None)  # without one it is a ReLU, whose threshold is 0
-            state["threshold"] = torch.full_like(own["threshold"], threshold_for(origin, x, k) if k else 0.0)
+            theta = threshold_for(origin, x, k) if k else 0.0
+            state["threshold"] = torch.full_like(own["threshold"], theta)
         sae.load_state_dict({name: state.get(name, tensor) for name, tensor in own.items()})
         if "topk_threshold" in own:
             sae.topk_threshold.fill_(threshold_for(sae, x, sae.cfg.k))
@@ -163,8 +166,8 @@ def latent_map(
         "new": (near < NEW_BELOW).double().mean(),
         "nearest_by_chance": chance.median(),
     }
-    found = {"cosine": cosine, "nearest": which, "cosine_nearest": near}
-    return {name: tensor.cpu() for name, tensor in found.items()}, {key: float(x) for key, x in summary.items()}
+    found = {"cosine": cosine.cpu(), "nearest": which.cpu(), "cosine_nearest": near.cpu()}
+    return found, {key: float(value) for key, value in summary.items()}
 
 
 def _nearest(rows: Float[Tensor, "n d"], among: Float[Tensor, "m d"]) -> tuple[Tensor, Tensor]:

@@ -212,7 +212,7 @@ def load_config(path: str | Path, *overrides: str) -> Any:
         raise UsageError(f"SAELens' runner knows no hook_name_out ({spec.hook_name_out!r}); use `sae-italian train`.")
     if spec.from_pretrained_path is not None:
         raise UsageError(
-            "SAELens' runner starts from SAEs in training alone (from_pretrained_path); use `sae-italian train`."
+            "SAELens' runner cannot start from a published SAE (from_pretrained_path); use `sae-italian train`."
         )
     config.dataset_path = str(_written_documents(spec))
     return config
