@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from sae_italian.autointerp.draws import ExampleSource, find_neighbours
-from sae_italian.autointerp.examples import LatentExamples, latent_examples, promoted_tokens
+from sae_italian.autointerp.examples import LEAST_PAIRS, LatentExamples, latent_examples, promoted_tokens
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, RuleExplainer
 from sae_italian.autointerp.judges import ConstantJudge, RuleJudge
 from sae_italian.autointerp.places import Places
@@ -54,6 +54,10 @@ class AutointerpConfig:
     """How many live latents, drawn at random; default: all, the dead ones among them."""
     seed: int = 0
     """Seed of every random draw."""
+
+    def __post_init__(self) -> None:
+        if self.n_examples < LEAST_PAIRS:
+            raise UsageError(f"n_examples is {self.n_examples}; a score needs {LEAST_PAIRS} positives or more.")
 
 
 def stored_config(store: Store) -> AutointerpConfig:

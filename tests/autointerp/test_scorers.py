@@ -18,6 +18,7 @@ from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge, embe
 from sae_italian.autointerp.scorers.simulation import correlations, simulation
 from sae_italian.autointerp.scorers.subject import EMPTY, SubjectJudge, effects, surprisal
 from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.base.errors import UsageError
 from tests.autointerp.conftest import N_TOKENS, OracleJudge, Says, Told, scores
 
@@ -166,6 +167,16 @@ def test_a_simulations_interval_is_over_documents_too():
     )
     assert apart.value == pytest.approx(together.value)
     assert together.hi - together.lo > 1.5 * (apart.hi - apart.lo)
+
+
+def test_a_latent_with_too_few_negatives_of_every_source_has_no_scores():
+    found = Answers([answers([1], [0])], {}, np.arange(2), ResampledDocuments(np.arange(2)))
+    assert found.shares() == [[]]
+
+
+def test_fewer_positives_than_a_score_needs_are_refused():
+    with pytest.raises(UsageError, match="n_examples is 6; a score needs 10"):
+        AutointerpConfig(n_examples=6)
 
 
 def test_a_paired_comparison_is_sharper_than_two_intervals():

@@ -193,7 +193,7 @@ class Answers:
         Their intervals need no resampling, which of few documents gives too short ones, none near 1.
         """
         n, yes = (self._sums(each) for each in (self.good, self.said * self.good))
-        shape, flat = n.shape[:2], (-1, n.shape[-1])
+        shape, flat = n.shape[:2], (n.shape[0] * n.shape[1], n.shape[-1])  # of too few examples there is no source
         asked, found, others, wrongly = (x[:, :, side].reshape(flat) for side in (0, 1) for x in (n, yes))
         tpr, tnr = shares_by_document(found, asked), shares_by_document(others - wrongly, others)
         with np.errstate(divide="ignore", invalid="ignore"):
