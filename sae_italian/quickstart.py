@@ -118,7 +118,7 @@ _ROWS = (
     *(("autointerp", f"metrics.{name}") for name in ("simulation", "simulation_random")),
     *(("autointerp", f"controls.{name}") for name in ("shuffled_fuzzing", "shuffled_simulation")),
     *(("autointerp", f"controls.{name}") for name in ("lookup_detection", "lookup_fuzzing")),
-    *(("autointerp", key) for key in ("controls.whole_detection", "metrics.only_token")),
+    *(("autointerp", key) for key in ("controls.whole_detection", "controls.title_detection", "metrics.only_token")),
     *(("random", f"controls.random_{name}") for name in ("fuzzing", "lookup_detection")),
     *(("autointerp", f"controls.{name}") for name in ("always_yes", "always_no")),
 )

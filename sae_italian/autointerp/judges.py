@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from sae_italian.autointerp.explainers.rules import LatentRule, rule_of
 from sae_italian.autointerp.explainers.text import displayed
+from sae_italian.autointerp.explainers.titles import rule_of_title
 from sae_italian.autointerp.places import Places, View
 from sae_italian.autointerp.store import Explanation
 
 RULE = "rule"
+What = Literal["text", "whole", "title"]
 
 
 class Verdicts(NamedTuple):
@@ -42,9 +44,9 @@ class RuleJudge:
     name = RULE
     concurrency = 1
 
-    def __init__(self, places: Places, whole: bool = False):
-        """What is executed is what the rule's text says, or with `whole` the rule as it was fitted."""
-        self.places, self.whole = places, whole
+    def __init__(self, places: Places, what: What = "text"):
+        """What is executed is what the rule's text says, the whole rule as it was fitted, or the latent's title."""
+        self.places, self.what = places, what
 
     def detect(self, explanation: Explanation, examples: Any) -> Verdicts:
         """Say yes where the rule fires on any token, on every marked one where there are marks."""
@@ -68,12 +70,16 @@ class RuleJudge:
 
     def _laid(self, explanation: Explanation, examples: Any) -> tuple[LatentRule, Float[np.ndarray, "segments width"]]:
         """Return the rule and its rates on all segments of a latent, worked out once whatever is asked about them."""
-        known, key = examples.segments.known, (self.whole, id(explanation))
+        known, key = examples.segments.known, (self.what, id(explanation))
         if self.places not in known:
             known[self.places] = View(self.places, examples.segments.grid)
         if key not in known:
             assert explanation.rule is not None
-            rule = rule_of(explanation.rule) if self.whole else displayed(rule_of(explanation.rule))
+            if self.what == "title":
+                rule = rule_of_title(explanation.rule["title"], self.places)
+            else:
+                rule = rule_of(explanation.rule)
+                rule = rule if self.what == "whole" else displayed(rule)
             known[key] = rule, rule.at(known[self.places], "rate"), explanation  # held, so that its id stays its own
         return known[key][:2]
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.draws import ExampleSource
+from sae_italian.autointerp.morphology import KindTable, table_of_kinds
 from sae_italian.autointerp.pieces import piece_bytes, piece_texts
 
 Family = str
@@ -64,7 +65,7 @@ class Places:
 
     def prepare(self) -> None:
         """Compute the tables now."""
-        _ = self.tables, self.chains, self.scratch
+        _ = self.tables, self.chains, self.scratch, self.kinds
 
     # --- words ---------------------------------------------------------------------------------------------------
 
@@ -155,6 +156,11 @@ class Places:
         """Return the text of a key of a family that is a table over forms."""
         names = self.tables[family].names
         return names[key] if names else self.strings[key]
+
+    @cached_property
+    def kinds(self) -> KindTable:
+        """The kinds of word that titles may name, and which words of the text are of each; none without a lemmatiser."""
+        return table_of_kinds(self.tables["word"].names)
 
     # --- counts in the training documents -----------------------------------------------------------------------------
 

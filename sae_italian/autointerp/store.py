@@ -51,6 +51,10 @@ class Explanation(NamedTuple):
         """Return the text in that language, else in the other one."""
         return (self.text_it or self.text_en) if language == "it" else (self.text_en or self.text_it)
 
+    def title(self, language: str) -> str:
+        """Return the latent's short title (explainers/titles.py), "" for an LLM's explanation and in an older store."""
+        return ((self.rule or {}).get("title") or {}).get(language, "")
+
 
 class ScoreRow(NamedTuple):
     """One metric of one explanation under one judge."""

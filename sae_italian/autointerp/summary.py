@@ -19,7 +19,7 @@ from sae_italian.autointerp.scorers import SCORERS
 from sae_italian.autointerp.scorers.binary import GAIN, HEADLINE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
 from sae_italian.autointerp.store import NOW, TABLES, Store
-from sae_italian.autointerp.work import SHUFFLED, WHOLE, stored_config
+from sae_italian.autointerp.work import SHUFFLED, TITLE, WHOLE, stored_config
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain, shown, table
@@ -62,6 +62,7 @@ class AutointerpSummary:
     lookup_simulation: Estimate
     lookup_share_detected: Estimate
     whole_detection: Estimate  # of the rules as they were fitted, of which the texts display a part
+    title_detection: Estimate  # of the titles, 60 characters at most
     gain_over_lookup: Estimate  # mean of the paired differences
     only_token: Estimate  # share that the lookup detects and the explanation explains no better
     always_yes: Estimate
@@ -99,6 +100,7 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
         means |= {f"shuffled_{name}": _mean(values(name, control=SHUFFLED)) for name in _HEADLINE}
         means |= {f"lookup_{name}": _mean(values(name, **lookup)) for name in _HEADLINE}
         means["whole_detection"] = _mean(values("detection", control=WHOLE))
+        means["title_detection"] = _mean(values("detection", control=TITLE))
         for answer in ("yes", "no"):
             means[f"always_{answer}"] = _mean(values("detection", explainer=EXPLAINER, judge=f"always-{answer}"))
         detected, looked_up = values("detection"), values("detection", **lookup)

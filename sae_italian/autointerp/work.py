@@ -35,6 +35,7 @@ from sae_italian.cache.passages import LatentActivations
 from sae_italian.models import load_tokenizer
 
 SHUFFLED = "shuffled"  # the control of another latent's explanation
+TITLE = "title"  # the score of the latent's title, where the explanation's own stands
 WHOLE = "whole rule"  # the rule as it was fitted, of which the explanation displays a part
 LEAST_POSITIVES = (10, 5, 10)  # segments of train, val and test
 
@@ -121,7 +122,9 @@ class Work:
     def score(self, own: Known, lookup: Known, stranger: Known | None = None) -> list[Row]:
         """Return the score rows of a latent's rule, its token lookup, the whole rule, and another latent's as control."""
         asked = [Asked(self.judge, known[1], row_id=known[0]) for known in (own, lookup)]
-        asked.append(Asked(RuleJudge(self.places, whole=True), own[1], WHOLE, own[0]))
+        asked.append(Asked(RuleJudge(self.places, "whole"), own[1], WHOLE, own[0]))
+        if (own[1].rule or {}).get("title"):  # not of a store that is older than titles
+            asked.append(Asked(RuleJudge(self.places, "title"), own[1], TITLE, own[0], only=HEADLINE))
         if stranger is not None:
             asked.append(Asked(self.judge, stranger[1], SHUFFLED, stranger[0]))
         always = [Asked(ConstantJudge(answer), own[1], row_id=own[0], only=HEADLINE) for answer in (True, False)]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
+from sae_italian.autointerp.work import TITLE
 from sae_italian.base.labels import label
 from sae_italian.base.report import table
 
@@ -54,6 +55,10 @@ def _rules(language: str) -> Callable[[LatentSource, int], str]:
     return lambda source, latent: getattr(source.explained(EXPLAINER, latent), f"text_{language}", "")
 
 
+def _titles(language: str) -> Callable[[LatentSource, int], str]:
+    return lambda s, i: found.title(language) if (found := s.explained(EXPLAINER, i)) else ""
+
+
 def _llms(language: str) -> Callable[[LatentSource, int], str]:
     return lambda source, latent: getattr(source.llm_explanation(latent), f"text_{language}", "")
 
@@ -73,6 +78,9 @@ COLUMNS: dict[str, Column] = {
     "max": Column(lambda s, i: float(s.stats["max"][i]), "activation", range=True),
     "n_active": Column(lambda s, i: int(s.stats["count"][i])),
     # the rule's, which the scores are of; an LLM's, empty without one
+    "title_it": Column(_titles("it")),  # 60 characters at most; empty when unexplained, and in an older store
+    "title_en": Column(_titles("en")),
+    "title_detection": Column(_score(TITLE, "value")),  # the title's own score, as `detection`
     "explanation_it": Column(_rules("it")),
     "explanation_en": Column(_rules("en")),
     "llm_it": Column(_llms("it")),

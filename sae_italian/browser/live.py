@@ -189,6 +189,7 @@ def _shown(explanation: Explanation) -> dict[str, Any]:
     rule, told = explanation.rule or {}, ("explainer", "kind", "status", "text_it", "text_en")
     numbers = {name: rounded(rule[name]) if name in rule else None for name in ("precision", "recall")}
     found = {name: getattr(explanation, name) for name in told}
+    found |= {f"title_{language}": explanation.title(language) for language in ("it", "en")}
     return {**found, **numbers, "problem": (explanation.notes or {}).get("problem")}
 
 

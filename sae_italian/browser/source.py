@@ -18,7 +18,7 @@ from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Explanation, Store
-from sae_italian.autointerp.work import made_now, with_now
+from sae_italian.autointerp.work import TITLE, made_now, with_now
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import read_json, utc_now
@@ -44,9 +44,10 @@ _SCORES = f"""
       AND scorer IN {tuple(HEADLINE)} AND metric IN {SHOWN_METRICS}
     ORDER BY explainer, scorer, judge, negatives, metric"""
 _HEADLINE = f"""
-    SELECT explainer, scorer, score.latent, value, lo, hi
+    SELECT explainer, iif(control = '', scorer, control), score.latent, value, lo, hi
     FROM score JOIN explanation ON explanation.id = score.explanation_id
-    WHERE control = '' AND judge = 'rule' AND metric = 'balanced_accuracy' AND value IS NOT NULL
+    WHERE (control = '' OR control = '{TITLE}' AND scorer = 'detection') AND judge = 'rule'
+      AND metric = 'balanced_accuracy' AND value IS NOT NULL
       AND (scorer, negatives) IN (VALUES {", ".join(map(str, HEADLINE.items()))})"""
 
 
@@ -210,7 +211,11 @@ class LatentSource:
     def _explanations(self, latent: int) -> list[Record]:
         told = ("kind", "status", "text_it", "text_en")
         found = [(name, of[latent]) for name, of in self.explanations.items() if latent in of]
-        return [{"explainer": n, **{name: getattr(e, name) for name in told}, "now": made_now(e)} for n, e in found]
+        titles = [{f"title_{language}": e.title(language) for language in ("it", "en")} for _, e in found]
+        return [
+            {"explainer": n, **{name: getattr(e, name) for name in told}, **title, "now": made_now(e)}
+            for (n, e), title in zip(found, titles, strict=True)
+        ]
 
     def wide(self, latent: int) -> list[Record]:
         """Return the card's passages, each with all that its window holds of its document."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +11,10 @@ import numpy as np
 from sae_italian.autointerp.explainers.rules import LatentRule, TreeRule
 from sae_italian.autointerp.explainers.text import quoted
 from sae_italian.autointerp.places import View
-from sae_italian.base.labels import Language, label
+from sae_italian.base.labels import Language, label, labels
 
 QUOTED = re.compile(r"«(?:[^»]|»»)*»(?!»)")
+PLURAL = ("word", "clitic", "bigram")  # whose one key and whose several are told apart
 KINDS = ("token", "word", "shape", "clitic", "previous", "previous-word", "next", "bigram", "suffix", "prefix")
 
 
@@ -41,6 +43,17 @@ def meaning(rule: LatentRule, language: Language) -> set[Alternative]:
     return {(frozenset([one]), frozenset()) for one in said if one.keys}
 
 
+def same(one: set[Alternative], other: set[Alternative]) -> bool:
+    """Whether two statements hold of the same tokens, whatever their conditions do."""
+    known = list({condition for side in (one, other) for pair in side for each in pair for condition in each})
+    for row in product((False, True), repeat=len(known)):
+        true = {condition for condition, holding in zip(known, row, strict=True) if holding}
+        said = [any(held <= true and not failed & true for held, failed in side) for side in (one, other)]
+        if said[0] != said[1]:
+            return False
+    return True
+
+
 def read(text: str, language: Language) -> set[Alternative]:
     """What a rule's text says; where the latent often stands besides is left out."""
     names: list[str] = []
@@ -50,11 +63,17 @@ def read(text: str, language: Language) -> set[Alternative]:
         return f"\0{len(names) - 1}\0"
 
     def condition(part: str) -> Condition:
-        starts = {kind: label(f"rule.{kind}", language).removesuffix("{}") for kind in KINDS}
-        fitting = [kind for kind in KINDS if part.startswith(starts[kind])]
+        known = labels("rule", language)
+        starts = {
+            name: known[name].removesuffix("{}") for kind in KINDS for name in (kind, f"{kind}s") if name in known
+        }
+        fitting = [kind for kind in starts if part.startswith(starts[kind])]
         fitting = [kind for kind in fitting if (kind == "shape") != (part[len(starts[kind])] in "\0-")] or fitting
-        kind = max(fitting, key=lambda kind: len(starts[kind]))
-        keys = part[len(starts[kind]) :].split(", ")
+        name = max(fitting, key=lambda kind: len(starts[kind]))
+        keys = re.split(f", | {known['or one']} ", part[len(starts[name]) :])
+        kind = name if name in KINDS else name.removesuffix("s")
+        if kind in PLURAL:  # agreement: of one key the singular, of several the plural
+            assert (len(keys) > 1) == (name != kind), text
         return Condition(kind, frozenset(re.sub("\0(.*)\0", lambda m: names[int(m[1])], key) for key in keys))
 
     body = re.split(", (?:spesso|often) ", QUOTED.sub(hide, text))[0]

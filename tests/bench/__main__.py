@@ -1,6 +1,6 @@
 """Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
 
-python -m tests.bench training|start|corpora|cache|autointerp|browser|mutants --help
+python -m tests.bench training|start|corpora|cache|autointerp|browser|mutants|titles --help
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--processes", type=int, default=2)
     sub.add_argument("--folder", type=Path, default=Path("mutation"), help="where it works; the same command goes on")
+    sub = add("titles", _bench_titles, "how often the morphology behind titles is right on Universal Dependencies")
+    sub.add_argument("folder", type=Path, help="of CoNLL-U files, e.g. ../shared/data/ud")
     sub = add("cache", _bench_cache, "building and reading a feature cache, against Delphi's way of building it")
     sub.add_argument("sae", nargs="?", help="an SAE's folder, or release:sae_id; without it only reading is measured")
     sub.add_argument("--model", help="default: the model in the SAE's metadata")
@@ -141,6 +143,12 @@ def _bench_start(options: argparse.Namespace) -> Result:
     from tests.bench.start import bench_start
 
     return bench_start(options)
+
+
+def _bench_titles(options: argparse.Namespace) -> Result:
+    from tests.bench.titles import bench_titles
+
+    return bench_titles(options.folder)
 
 
 def _bench_mutants(options: argparse.Namespace) -> Result:

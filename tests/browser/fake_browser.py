@@ -210,6 +210,9 @@ def make_row(latent: int, seed: int = 0) -> Record:
         "density": 0.0,
         "max": 0.0,
         "n_active": 0,
+        "title_it": "",
+        "title_en": "",
+        "title_detection": None,
         "explanation_it": "",
         "explanation_en": "",
         "llm_it": "",
@@ -239,6 +242,9 @@ def make_row(latent: int, seed: int = 0) -> Record:
     detection = min(0.995, max(0.42, rng.gauss(0.77, 0.11)))
     row.update(
         {
+            "title_it": planted.it[:60],
+            "title_en": planted.en[:60],
+            "title_detection": detection - 0.01,
             "explanation_it": planted.it,
             "explanation_en": planted.en,
             "kind": planted.kind,
@@ -327,8 +333,10 @@ def _explanations(row: Record, planted: Planted) -> list[Record]:
         ("llm:qwen:it1", "llm", "parole italiane", "Italian words"),
         ("token-lookup", "rule", "solo il token", "the token alone"),
     ]
+    titled = {True: lambda text: text[:60], False: lambda _: ""}  # an LLM's has none
     return [
         {"explainer": name, "kind": kind, "status": "ok", "text_it": it, "text_en": en, "now": ""}
+        | {"title_it": titled[kind == "rule"](it), "title_en": titled[kind == "rule"](en)}
         for name, kind, it, en in texts
     ]
 

@@ -24,6 +24,7 @@ from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.counts import Counts, Tally
 from sae_italian.autointerp.explainers.rules import PATHS, KeyRule, LatentRule, Path, TableRule, TreeRule, TrieRule
 from sae_italian.autointerp.explainers.text import MOST_LETTERS, displayed, explanation_of, fits, room_for
+from sae_italian.autointerp.explainers.titles import title_of
 from sae_italian.autointerp.places import Family, Places, View
 from sae_italian.autointerp.store import Explanation
 
@@ -66,16 +67,23 @@ class RuleExplainer:
 
     def explain_activity(self, activity: Activity) -> list[Explanation]:
         """Return the best rule and the token lookup as explanations."""
-        names = EXPLAINER, LOOKUP
-        return [explanation_of(activity.latent, *each) for each in zip(names, self.rules(activity), strict=True)]
+        counts, val = self._evidence(activity)
+        best, lookup = self._rules(activity, counts, val)
+        found = explanation_of(activity.latent, EXPLAINER, best, title=title_of(counts, val, best))
+        return [found, explanation_of(activity.latent, LOOKUP, lookup)]
 
     def rules(self, activity: Activity) -> tuple[LatentRule, LatentRule]:
         """Return the best rule and the token lookup, each with the threshold and the keys told that do best on the
         validation draw.
         """
-        counts = Counts(self.places, activity)
+        return self._rules(activity, *self._evidence(activity))
+
+    def _evidence(self, activity: Activity) -> tuple[Counts, Validation]:
+        """Return a latent's counts in the training documents, and its validation examples."""
         drawn = self.source.draw(activity, "val", self.n_examples, CHOSEN_ON)
-        val = Validation(self.places, self._grid(drawn), len(drawn.positive))
+        return Counts(self.places, activity), Validation(self.places, self._grid(drawn), len(drawn.positive))
+
+    def _rules(self, activity: Activity, counts: Counts, val: Validation) -> tuple[LatentRule, LatentRule]:
         fitted = {family: fit_keys(counts, family) for family in FAMILIES}
         lookup = val.told(val.with_threshold(fitted["token"]).rule)
         found = [lookup] * bool(lookup.rule.told)
@@ -148,6 +156,12 @@ class Validation:
         rule = replace(rule, told=tuple(told))  # pyright: ignore[reportArgumentType]
         return Tuned(rule, accuracy, accuracy - cost(rule, len(told)))
 
+    def judged(self, rule: LatentRule, n_keys: int) -> Tuned:
+        """Return a rule as it is, which costs a reader so many keys."""
+        said = np.maximum.reduceat(rule.at(self.view, "rate"), self.first) > 0
+        accuracy = 0.5 + float(self.gain @ said) / max(self.scale, 1)
+        return Tuned(rule, accuracy, accuracy - cost(rule, n_keys))
+
     def told(self, rule: TableRule) -> Tuned:
         """Return a rule with the keys that it tells."""
         names = [name for table in rule.tables for name in table.names]
@@ -179,8 +193,7 @@ class Validation:
             used = sorted({i for path in rule.heaviest()[:n_paths] for i in path.holds + path.fails})
             told = tuple(key for i in used for key in ranked[i][:n_keys])
             if told and told not in found and fits(text := replace(rule, told=told)):
-                said = np.maximum.reduceat(displayed(text).at(self.view, "rate"), self.first) > 0
-                found[told] = self.tuned(rule, told, said)
+                found[told] = self.judged(displayed(text), len(told))._replace(rule=text)
         return [_most(list(found.values()))] if found else []
 
 

@@ -8,30 +8,31 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from sae_italian.autointerp.explainers.rules import Figures, KeyRule, LatentRule, Path, TableRule, TreeRule, rule_of
+from sae_italian.autointerp.explainers.rules import KeyRule, LatentRule, Numbers, TableRule, TreeRule
 from sae_italian.autointerp.places import Family
 from sae_italian.autointerp.store import Explanation
-from sae_italian.base.labels import Language, label
+from sae_italian.base.labels import Language, label, labels
 from sae_italian.base.report import plain
 
 SHOWN = 6  # keys that are named of a rule that does not say which
-MOST_LETTERS = 120  # of a text without its figures
+MOST_LETTERS = 120  # of a text
 LISTED = 20  # keys kept for a reader beside the text
 INSIDE = "…"  # stands before a token that begins with a letter and no space
+Term = tuple[Numbers, Numbers]  # conditions by number: those that hold, and those that do not
 PIECES = ("token", "previous", "next", "bigram", "trigram")  # families whose keys are tokens
 
 
-def explanation_of(latent: int, explainer: str, rule: LatentRule) -> Explanation:
-    """Return a rule as the store keeps it: itself, its two texts and their figures, and its heaviest keys."""
+def explanation_of(latent: int, explainer: str, rule: LatentRule, **others: Any) -> Explanation:
+    """Return a rule as the store keeps it: itself, its two texts, its text's figures, its heaviest keys, and others."""
     text = displayed(rule)
-    figures = text.figures()
-    numbers = {"precision": figures.precision, "recall": figures.recall, "lift": figures.lift}
-    stored = {**plain(rule), **numbers, "shown": shown_keys(rule)}
-    return Explanation(latent, explainer, "ok", describe(text, "it", figures), describe(text, "en", figures), stored)
+    precision, recall, lift, share = text.figures()
+    figures = {"precision": precision, "recall": recall, "lift": lift, "share": share}
+    stored = {**plain(rule), **figures, "shown": shown_keys(rule), **others}
+    return Explanation(latent, explainer, "ok", statement(text, "it"), statement(text, "en"), stored)
 
 
 def displayed(rule: LatentRule) -> LatentRule:
@@ -55,34 +56,19 @@ def room_for(rule: TableRule, told: Sequence[int]) -> int:
             letters += len(quoted(table.family, table.names[key], language)) + 2
             if table.family not in begun:
                 begun.add(table.family)
-                letters += len(_family(table, language, "")) + len(label("rule.or", language)) - 2
+                longest = max(len(_family(table, language, "", many)) for many in (False, True))
+                # the last key comes after a word instead of a comma
+                letters += longest + len(label("rule.or", language)) + len(label("rule.or one", language)) - 2
             if letters > MOST_LETTERS:
                 room = n
                 break
     return room
 
 
-def plain_text(explanation: Explanation, language: Language) -> str:
-    """Return what an explanation says, of a rule without its figures: for readers that are language models."""
-    if explanation.rule is None:
-        return explanation.text(language)
-    return statement(displayed(rule_of(explanation.rule)), language)
-
-
-def describe(rule: LatentRule, language: Language, figures: Figures | None = None) -> str:
-    """Return the rule in one sentence of Italian or English, with its figures in brackets."""
-    found = figures or rule.figures()
-    precision, lift = f"{found.precision:.2f}", f"{found.lift:.0f}" if found.lift >= 10 else f"{found.lift:.1f}"
-    if language == "it":
-        precision, lift = precision.replace(".", ","), lift.replace(".", ",")
-    say = label("rule.examples" if isinstance(rule, TreeRule) else "rule.figures", language)
-    return f"{statement(rule, language)} {say.format(mass=f'{100 * found.mass:.0f}', precision=precision, lift=lift)}"
-
-
-def statement(rule: LatentRule, language: Language, shown: int = SHOWN) -> str:
-    """Return what the rule says, without its figures: the keys that it tells, else the heaviest ones of each table."""
+def statement(rule: LatentRule, language: Language) -> str:
+    """Return what the rule says in one sentence: the keys that it tells, else the heaviest ones of each table."""
     named = rule.split(rule.told) if rule.told else tuple(_heaviest(rule, table) for table in rule.tables)
-    shown = len(rule.told) or (max(shown // 2, 1) if isinstance(rule, TreeRule) else shown)
+    shown = len(rule.told) or (SHOWN // 2 if isinstance(rule, TreeRule) else SHOWN)
     said = [_on(table, own, language, shown) for table, own in zip(rule.tables, named, strict=True)]
     if isinstance(rule, KeyRule):
         text = said[0] or _family(rule, language, "")
@@ -90,17 +76,42 @@ def statement(rule: LatentRule, language: Language, shown: int = SHOWN) -> str:
             text += f", {note}" if len(text) + len(note) + 2 <= MOST_LETTERS else ""
         return text
     if isinstance(rule, TreeRule):
-        said = [_path(path, said, language) for path in rule.heaviest()]
+        said = [_term(term, said, language) for term in simplified([(p.holds, p.fails) for p in rule.heaviest()])]
     # of a trie: the tokens that suffice, then the longest contexts
     return label("rule.or", language).join(part for part in said if part)
 
 
-def _path(path: Path, said: Sequence[str], language: Language) -> str:
-    """Return what holds on a path and what does not; "" where something of it is not said."""
-    if not all(said[i] for i in path.holds + path.fails):
+def simplified(paths: Sequence[Term]) -> list[Term]:
+    """Return fewer and shorter terms (what holds, what does not) that are true together where the given ones are.
+
+    What is true of a term with a condition turned round is no part of it: "A, or B but not A" is "A or B". A term that
+    another one includes goes.
+    """
+    terms = list(paths)
+    for i in range(len(terms)):
+        for condition in terms[i][0] + terms[i][1]:
+            held, failed = (tuple(each for each in side if each != condition) for side in terms[i])
+            turned = (held, (*failed, condition)) if condition in terms[i][0] else ((*held, condition), failed)
+            if held and any(_includes(term, turned) for term in terms[:i] + terms[i + 1 :]):
+                terms[i] = held, failed
+    known: list[Term] = []
+    for term in sorted(terms, key=lambda term: len(term[0] + term[1])):  # the general ones first
+        if not any(_includes(other, term) for other in known):
+            known.append(term)
+    return [term for term in dict.fromkeys(terms) if term in known]
+
+
+def _includes(general: Term, special: Term) -> bool:
+    return all(set(few) <= set(many) for few, many in zip(general, special, strict=True))
+
+
+def _term(term: Term, said: Sequence[str], language: Language) -> str:
+    """Return what holds and what does not; "" where something of it is not said."""
+    held, failed = term
+    if not all(said[i] for i in held + failed):
         return ""
-    held = f" {label('rule.and', language)} ".join(said[i] for i in path.holds)
-    return ", ".join([held, *(label("rule.not", language).format(said[i]) for i in path.fails)])
+    together = f" {label('rule.and', language)} ".join(said[i] for i in held)
+    return ", ".join([together, *(label("rule.not", language).format(said[i]) for i in failed)])
 
 
 def _notes(rule: KeyRule, named: Sequence[int], language: Language) -> list[str]:
@@ -116,14 +127,20 @@ def _on(table: KeyRule, keys: Sequence[int], language: Language, shown: int) -> 
     """Return where a table of keys fires, the first of these keys named; "" without any."""
     if not keys:
         return ""
-    text = ", ".join(quoted(table.family, table.names[i], language) for i in keys[:shown])
-    if rest := len(keys[shown:]):
-        text += " " + label("rule.one more" if rest == 1 else "rule.more", language).format(rest)
-    return _family(table, language, text)
+    names = [quoted(table.family, table.names[i], language) for i in keys[:shown]]
+    text = ", ".join([*names, "…"]) if len(keys) > shown else listed(names, language)
+    return _family(table, language, text, len(keys) > 1)
 
 
-def _family(table: KeyRule, language: Language, text: str) -> str:
-    return label(f"rule.{table.family.rstrip('2345')}", language).format(text)
+def listed(names: Sequence[str], language: Language) -> str:
+    """Return names with commas between them, the last one after "or"."""
+    *first, last = names
+    return f"{', '.join(first)} {label('rule.or one', language)} {last}" if first else last
+
+
+def _family(table: KeyRule, language: Language, text: str, many: bool = False) -> str:
+    name, known = table.family.rstrip("2345"), labels("rule", language)
+    return known[f"{name}s" if many and f"{name}s" in known else name].format(text)
 
 
 def _heaviest(rule: LatentRule, table: KeyRule) -> tuple[int, ...]:

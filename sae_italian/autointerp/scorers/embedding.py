@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_italian.autointerp.examples import LatentExamples
-from sae_italian.autointerp.explainers.text import plain_text
 from sae_italian.autointerp.scorers import Asked, Score, scorer
 from sae_italian.autointerp.scorers.binary import ranking
 from sae_italian.base.errors import UsageError
@@ -44,7 +43,7 @@ def embedding(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tupl
     strengths = []
     for one in asked:
         judge: Any = one.judge
-        query = QUERIES[judge.language] + plain_text(one.explanation, judge.language)
+        query = QUERIES[judge.language] + one.explanation.text(judge.language)
         vectors = np.asarray(judge.encode([query, *(example.text for example in examples.test)]))
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
         strengths.append(unit[1:] @ unit[0])

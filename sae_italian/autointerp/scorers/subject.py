@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_italian.autointerp.examples import LatentExamples, promoted_tokens
-from sae_italian.autointerp.explainers.text import plain_text
 from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
 from sae_italian.autointerp.scorers.binary import ranking
@@ -109,7 +108,7 @@ def surprisal(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tupl
     judge: Any = asked[0].judge
     segments = [example.tokens for example in examples.test]
     untold = judge.after_text(EMPTY[judge.language], segments)
-    texts = [plain_text(one.explanation, judge.language) for one in asked]
+    texts = [one.explanation.text(judge.language) for one in asked]
     yield from ranking(asked, examples, [judge.after_text(text, segments) - untold for text in texts])
 
 
@@ -120,7 +119,7 @@ def intervention(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[t
     if judge.directions is None:
         return
     silent = sorted((e.tokens for e in examples.test if not e.positive), key=len, reverse=True)[:N_PROMPTS]
-    texts = {(one, "none"): plain_text(one.explanation, judge.language) for one in asked}
+    texts = {(one, "none"): one.explanation.text(judge.language) for one in asked}
     own = [one for one in asked if one.explanation.explainer]  # not what explains nothing
     texts |= {(one, PROMOTED): ", ".join(judge.promoted(one.explanation.latent)) for one in own}
     metrics = effects(judge, judge.directions[examples.latent].detach(), texts, silent)
