@@ -87,6 +87,19 @@ def read(text: str, language: Language) -> set[Alternative]:
     return found
 
 
+def faults(text: str, language: Language) -> list[str]:
+    """What is wrong with a rule's text as a sentence: agreement, a list without its last "or", a straight apostrophe."""
+    body, found = QUOTED.sub("«»", text), []
+    ends = {"it": ("la parola", "le parole", "lla sequenza", "lle sequenze", "il pronome", "i pronomi"),
+            "en": ("the word", "the words", "the sequence", "the sequences", "the pronoun", "the pronouns")}[language]  # fmt: skip
+    key, last = r"(?:«»|-\w+|\w+-)", label("rule.or one", language)
+    for one, several in zip(ends[::2], ends[1::2], strict=True):
+        found += re.findall(rf"{one} {key}(?:,| {last}) {key}", body)
+        found += re.findall(rf"{several} {key}(?:$|; |, (?!{key}|…))", body)
+    found += re.findall(rf"{key}, {key}(?:$|;)", body)  # a list without its last "or"
+    return found + ["'"] * ("'" in body) + ["long"] * (len(text) > 120)
+
+
 def holds(condition: Condition, view: View, language: Language) -> np.ndarray:
     """Where the key of a view's tokens reads as one of a condition's."""
     places = view.places

@@ -8,6 +8,7 @@ from sae_italian.autointerp.store import Store
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from tests.autointerp.conftest import OracleJudge, accuracies
+from tests.autointerp.reading import faults
 from tests.planted import gold_positions, noisy, planted_cache
 
 MORPHOLOGY = ("gender", "number", "person", "tense", "mood", "verbform", "gender+number", "upos+gender+number", "upos")
@@ -85,4 +86,32 @@ def test_the_texts_speak_italian_grammar(gold, gold_store):
     with Store(gold_store, {}) as store:
         texts = [e.text_it + e.text_en for _, e in store.explanations("rules").values()]
     assert not any("concett" in text or "concept" in text for text in texts)
-    assert sum("alla fine di parole in -" in text for text in texts) >= 3
+    assert sum("alla fine di parole che finiscono in -" in text for text in texts) >= 3
+
+
+@pytest.mark.parametrize("language", ["it", "en"])
+def test_the_texts_are_sentences(gold_store, language):
+    """No explanation of a whole run has an agreement error, and what the test would find is found."""
+    with Store(gold_store, {}) as store:
+        for name in ("rules", "token-lookup"):
+            for _, explanation in store.explanations(name).values():
+                assert not faults(explanation.text(language), language), explanation.text(language)
+    wrong = {
+        "it": ("sulla parola «a» o «b»", "nelle sequenze «a b»; oppure su «c»", "su «a», «b»", "su parole d'altri"),
+        "en": ("on the word «a» or «b»", "in the sequences «a b»; or on «c»", "on «a», «b»", "on 'words'"),
+    }
+    assert all(faults(text, language) for text in wrong[language])
+
+
+def test_titles_name_what_was_planted(gold, gold_store):
+    """A latent on all forms of a verb, or on a kind of word, is called by it."""
+    names = gold[1]
+    wanted = {
+        "tense=Imp": "verbi all’imperfetto",
+        "lemma=di": "preposizione «di», anche articolata",
+        "lemma=per": "preposizione «per»",
+        "verbform=Inf": "verbi all’infinito",
+    }
+    with Store(gold_store, {}) as store:
+        titles = {names[i]: e.title("it") for i, (_, e) in store.explanations("rules").items() if i < len(names)}
+    assert {name: title for name, title in titles.items() if name in wanted} == wanted, titles

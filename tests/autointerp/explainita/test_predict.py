@@ -35,7 +35,7 @@ def test_a_rule_names_the_word_the_ending_or_the_word_before(tmp_path):
     found = predict(read_split(jsonl_of(tmp_path / "d.jsonl", rows), 1), 1)
     texts = [found.answers[f"layers.14_latent{i}"] for i in (1, 2, 3, 4)]
     assert texts[0] == "su «gatto»"
-    assert texts[1].startswith("alla fine di parole in -") and texts[1].split("-")[1] in "ranno"
+    assert texts[1].startswith("alla fine di parole che finiscono in -") and texts[1].split("-")[1] in "ranno"
     assert texts[2] == "sulla parola dopo «uno»"
     assert texts[3] == NO_PATTERN["it"] and found.unanswered == 0
     english = predict(read_split(tmp_path / "d.jsonl", 1), 1, language="en").answers
