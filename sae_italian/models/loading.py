@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Backend = Literal["hf", "bridge", "hooked"]
 BACKENDS = ("hf", "bridge", "hooked")
 DTYPES = ("float32", "bfloat16", "float16")
+CUDA_WHEELS = "https://download.pytorch.org/whl/cu128"
 TOLERANCE = 1e-4  # largest difference between backends, in float32
 HOOKED_CONTEXT = 4096  # TransformerLens would cap Mistral at 2048; its masks grow with the square
 
@@ -56,7 +57,7 @@ def load_model(
         raise UsageError(f"backend {backend!r} is unknown. {nearest(backend, BACKENDS)}")
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown. {nearest(dtype, DTYPES)}")
-    _check_device(device)
+    device = device_of(device)
     resolved = resolve(name)
     longest = getattr(load_model_config(name), "max_position_embeddings", None)
     if context is not None and longest is not None and not 0 < context <= longest:
@@ -130,16 +131,28 @@ def bos_count(tokenizer: PreTrainedTokenizerBase, text: str = "ciao") -> int:
     return next((i for i, token in enumerate(ids) if token != bos), len(ids)) if bos is not None else 0
 
 
-def _check_device(device: str) -> None:
+def device_of(name: str) -> str:
+    """Return the device of that name; of `auto`, the first of cuda, mps and cpu that is here.
+
+    Raises: UsageError for one that PyTorch does not know, does not see, or was not built for.
+    """
     import torch
 
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(kind for kind, is_here in here.items() if is_here)
     try:
-        kind = torch.device(device).type
+        kind = torch.device(name).type
     except RuntimeError as error:
-        raise UsageError(f"device {device!r} is unknown. Valid: cpu, cuda, cuda:N, mps.") from error
-    absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
-    if absent.get(kind, False):
-        raise UsageError(f"device {device!r} is not on this machine (torch sees none). Use cpu.")
+        raise UsageError(f"device {name!r} is unknown. Valid: auto, cpu, cuda, cuda:N, mps.") from error
+    if kind == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        raise UsageError(
+            f"device is {name!r}, but this PyTorch ({torch.__version__}) is built without CUDA. Use cpu or auto; or "
+            f"install one that has it: pip install --force-reinstall torch --index-url {CUDA_WHEELS}"
+        )
+    if not here.get(kind, True):
+        raise UsageError(f"device {name!r} is not on this machine (torch sees none). Use cpu or auto.")
+    return name
 
 
 def _loaded_from(resolved: ResolvedModel, model: Any, backend: str, dtype: str) -> dict[str, Any]:

@@ -272,7 +272,7 @@ class TopKTranscoderTraining(_Transcodes, SparseTopKTrainingSAE):
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         """Fold the decoder's norms as SAELens' TopK does, and add the skip connection of the saved class: zero."""
         super().process_state_dict_for_saving_inference(state_dict)
-        state_dict["W_skip"] = torch.zeros(self.cfg.d_out, self.cfg.d_in, dtype=self.dtype)
+        state_dict["W_skip"] = self.W_dec.new_zeros(self.cfg.d_out, self.cfg.d_in)
 
 
 @dataclass(kw_only=True)

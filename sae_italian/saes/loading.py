@@ -13,6 +13,7 @@ from unittest.mock import patch
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.hub import explain
 from sae_italian.models import load_model
+from sae_italian.models.loading import device_of
 from sae_italian.saes.releases import find_sae, snapshot
 
 
@@ -26,7 +27,7 @@ def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
     Raises: UsageError when there is no such folder or release, DataError when its files cannot be read or hold numbers
     that are not finite.
     """
-    folder = Path(name).expanduser()
+    folder, device = Path(name).expanduser(), device_of(device)
     with tensors_alone():
         sae = _from_folder(folder, device) if folder.is_dir() else _from_release(str(name), device)
     check_weights(sae, f"the SAE {name}")

@@ -244,15 +244,18 @@ def weighted_rows(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-def row_dots(indices: Tensor, rows: Tensor, other: Tensor) -> Tensor:
-    """Return [batch, k]: the dot products of each row of `other` with the k rows of its indices."""
+def row_dots(indices: Tensor, rows: Tensor, other: Tensor, *, csr: bool | None = None) -> Tensor:
+    """Return [batch, k]: the dot products of each row of `other` with the k rows of its indices.
+
+    csr: by a sparse matrix product, or by PyTorch's embedding bags, as on a GPU; default: as `_has_csr` says.
+    """
     batch, k = indices.shape
     other = other.to(rows.dtype)
     if indices.shape[1] > DENSE_ABOVE * len(rows):
         parts = chunks(batch, len(rows))
         return torch.cat([(other[part] @ rows.T).gather(1, indices[part]) for part in parts])
-    if _has_csr(rows):
-        starts = torch.arange(0, batch * k + 1, k)
+    if _has_csr(rows) if csr is None else csr:
+        starts = torch.arange(0, batch * k + 1, k, device=rows.device)
         pattern = _csr(starts, indices.flatten(), rows.new_zeros(batch * k), (batch, len(rows)))
         return torch.sparse.sampled_addmm(pattern, other, rows.T, beta=0.0).values().view(batch, k)
     offsets = torch.arange(0, batch * k, k, device=rows.device)
@@ -262,8 +265,11 @@ def row_dots(indices: Tensor, rows: Tensor, other: Tensor) -> Tensor:
     ).view(batch, k)
 
 
-def latent_sums(weights: Tensor, indices: Tensor, other: Tensor, n: int) -> Tensor:
-    """Return [n, d]: for each latent the sum, over the tokens that kept it, of weight times row of `other`."""
+def latent_sums(weights: Tensor, indices: Tensor, other: Tensor, n: int, *, csr: bool | None = None) -> Tensor:
+    """Return [n, d]: for each latent the sum, over the tokens that kept it, of weight times row of `other`.
+
+    csr: as `row_dots`.
+    """
     k = indices.shape[1]
     out = other.new_zeros(n, other.shape[1])
     if k > DENSE_ABOVE * n:
@@ -274,7 +280,7 @@ def latent_sums(weights: Tensor, indices: Tensor, other: Tensor, n: int) -> Tens
     tokens = order.div(k, rounding_mode="floor")
     weights = weights.to(other.dtype).flatten()[order]
     starts = torch.searchsorted(latents, torch.arange(n + 1, device=latents.device))
-    if _has_csr(other):
+    if _has_csr(other) if csr is None else csr:
         return torch.addmm(out, _csr(starts, tokens, weights, (n, len(other))), other, beta=0.0, out=out)
     return F.embedding_bag(tokens, other, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 

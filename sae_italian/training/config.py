@@ -13,12 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.storage import RUN_FILE, read_json, read_yaml
 from sae_italian.base.words import read_word
 from sae_italian.corpora.stream import MICRO_ITALIANO
+from sae_italian.models.loading import device_of
 
 CONFIGS = "configs"
 SUITE_KEY = "layers"  # what only a suite's config has
@@ -95,8 +96,8 @@ class RunSpec(BaseModel):
     """Seed of the weights at the start and of the order of the batches."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the model and its activations; the SAE is float32 unless `sae.dtype` says otherwise."""
-    device: str = "cpu"
-    """Where model and SAE are: cpu, cuda or cuda:N."""
+    device: Annotated[str, AfterValidator(lambda name: device_of(name) if name == "auto" else name)] = "cpu"
+    """Where model and SAE are: cpu, cuda, cuda:N, mps, or auto: the first of cuda, mps and cpu that is here."""
     checkpoint_every_tokens: Count = 1_000_000
     """Tokens between two saved states."""
     wandb: Literal["off", "offline", "online"] = "off"

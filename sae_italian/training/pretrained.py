@@ -84,8 +84,9 @@ class Origin:
     def start(self, sae: Any, x: Tensor, y: Tensor, scale: Any) -> None:
         """Give an SAE in training the origin's weights, before its first step.
 
-        x [tokens, d_in], y [tokens, d_out]: raw activations, the same for an SAE. scale: by what the trainer multiplies them, a pair for a transcoder, None
-        where it does not: the SAE then gives on scaled activations what the origin gives on raw ones.
+        x [tokens, d_in], y [tokens, d_out]: raw activations, the same for an SAE. scale: by what the trainer multiplies
+        them, a pair for a transcoder, None where it does not: the SAE then gives on scaled activations what the origin
+        gives on raw ones.
         """
         origin, x, y = self.sae, x[:SAMPLE], y[:SAMPLE]
         if origin.cfg.normalize_activations == "expected_average_only_in":

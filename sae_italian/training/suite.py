@@ -22,7 +22,7 @@ from sae_italian.evaluation.outliers import Outliers, outliers_of
 from sae_italian.models import load_model, load_model_config, load_tokenizer
 from sae_italian.models.activations import read_many
 from sae_italian.models.hooks import SITES, Site, parse_hook_name
-from sae_italian.models.loading import weights_are_here
+from sae_italian.models.loading import device_of, weights_are_here
 from sae_italian.training.config import RunSpec, first_refusal, read_values, spec_from_dict
 from sae_italian.training.text import WindowBlocks, check_length, training_documents
 
@@ -55,7 +55,8 @@ class SuiteSpec(BaseModel):
 
     @property
     def on_gpu(self) -> bool:
-        return str(self.settings.get("device", "cpu")).startswith("cuda")
+        device = str(self.settings.get("device", "cpu"))
+        return (device_of(device) if device == "auto" else device).startswith("cuda")
 
     def members(self) -> dict[str, RunSpec]:
         """Return the run of each SAE by name, those that share activations side by side.
@@ -120,7 +121,7 @@ def suite_from_dict(values: dict[str, Any]) -> SuiteSpec:
     keys = set(SuiteSpec.model_fields) - {"settings"}
     for key in values:
         if key in ("hook_name", "hook_name_out", "from_pretrained_path"):
-            raise UsageError(f"{key!r} is one SAE's; in a suite, layers and sites say where its SAEs read.")
+            raise UsageError(f"{key!r} is not set in a suite: layers and sites say where its SAEs read.")
         if key not in keys and key not in RunSpec.model_fields:
             raise UsageError(f"unknown key {key!r} in the suite. {nearest(key, [*keys, *RunSpec.model_fields])}")
     settings = {key: value for key, value in values.items() if key not in keys}

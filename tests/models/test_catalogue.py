@@ -74,6 +74,6 @@ def test_a_revision_can_be_pinned_and_is_recorded(cached_hub, tmp_path):
 def test_context_and_device_are_checked():
     with pytest.raises(UsageError, match="allows 1 to 512 tokens"):
         load_model("mini", "hooked", context=1000)
-    with pytest.raises(UsageError, match="Valid: cpu"):
+    with pytest.raises(UsageError, match="Valid: auto, cpu"):
         load_model("mini", device="gpu0")
     assert load_model("mini", "hooked", context=300).cfg.n_ctx == 300
