@@ -30,7 +30,7 @@ OURS = """
     cfg.json runner_cfg.json activation_scaler.json card.* results.* report.* baselines.* overview.* language.* shift.*
     geometry.* layer.json manifest.json progress.json counts.json state.json dataset_*.json sae_lens.json browser.json
     wandb.json config.json run_settings.json skipped_indexes.json batch-*.json [0-9]*.json README.md
-    graph.* neuronpedia.json rows.partial visited.json
+    graph.* neuronpedia.json rows.partial visited.json config.yaml index.json.gz layer_*.bin
 """
 OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_italian.analysis.latent import written_directions
+from sae_italian.base.labels import Language, label
 from sae_italian.base.pace import progress
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, interval
@@ -46,16 +47,11 @@ class Checked(NamedTuple):
         rows = [(name, *(f"{score:.2f}" for score in pair)) for name, pair in self.scores.items()]
         return f"{found}\n\n{table('transcoders | replacement score | completeness', rows)}\n\n{self.verdict()}"
 
-    def verdict(self) -> str:
+    def verdict(self, language: Language = "en") -> str:
         """Return in a sentence whether the graph foretells more than one of random transcoders does."""
         mine, control = self.graph[0].paths, self.random[0].paths
-        if mine.lo > control.hi:
-            return "The graph foretells what its latents do, and better than one of random transcoders."
-        if mine.lo > 0:
-            return (
-                "The graph foretells what its latents do, but no better than one of random transcoders can be told to."
-            )
-        return "The graph does not foretell what its latents do in the model: read it as algebra, not as mechanism."
+        found = "better" if mine.lo > control.hi else "alone" if mine.lo > 0 else "nothing"
+        return label(f"graph.verdict.{found}", language)
 
 
 def check(

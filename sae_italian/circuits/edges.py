@@ -355,5 +355,5 @@ def _assembled(
         *logits,
     )
     targets = np.array([*range(len(order)), *range(len(nodes) - len(logits), len(nodes))])
-    name = getattr(model, "loaded_from", None) or model.config._name_or_path
+    name = getattr(model, "loaded_from", {}).get("name") or model.config._name_or_path
     return Graph(prompt, str(name), tuple(texts), n_layers, nodes, targets, weights, own, len(active))

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sae_italian.base import pictures
+from sae_italian.base.labels import Language, label
 from sae_italian.base.report import table
 from sae_italian.base.storage import utc_now
 from sae_italian.circuits.graph import UNEXPECTED, Graph, GraphNode, influence, prune, scores
@@ -24,32 +26,78 @@ TYPES = {
 }
 
 
-def name_of(node: GraphNode, labels: Labels | None = None) -> str:
+def name_of(node: GraphNode, labels: Labels | None = None, language: Language = "en") -> str:
     """Return a node in words: `L1 latent 12 on «gatto»`, with its explanation where there is one."""
-    if node.kind == "latent":
-        told = (labels or {}).get((node.layer, node.index), "")
-        return f"L{node.layer} latent {node.index} on «{node.text}»" + (f": {told}" if told else "")
-    if node.kind == "logit":
-        return f"«{node.text}» ({node.value:.0%})"
-    where = {"error": f"L{node.layer} error on", "embedding": "input", "bias": f"L{node.layer} bias on"}
-    return f"L{node.layer} other latents" if node.kind == "rest" else f"{where.get(node.kind, node.kind)} «{node.text}»"
+    facts = {
+        "layer": node.layer,
+        "index": node.index,
+        "text": node.text.strip(),
+        "value": _percent(node.value, language),
+    }
+    if node.kind in ("bias", "constant"):
+        return f"L{node.layer} bias on «{node.text}»" if node.kind == "bias" else node.kind
+    told = (labels or {}).get((node.layer, node.index), "") if node.kind == "latent" else ""
+    return label(f"graph.{node.kind}", language).format(**facts) + (f": {told}" if told else "")
+
+
+def _percent(share: float, language: Language) -> str:
+    return f"{100 * share:.0f} %" if language == "it" else f"{share:.0%}"
+
+
+def sentence(
+    graph: Graph, labels: Labels | None = None, language: Language = "en", random: tuple[float, float] | None = None
+) -> str:
+    """Return what the graph says: what is expected, the strongest path to it, and how much of it is explained.
+
+    `random` is the replacement score and the completeness of a graph of random transcoders.
+    """
+
+    def said(what: str, **facts: str) -> str:
+        return label(f"graph.said.{what}", language).format(**facts)
+
+    logits = [node for node in graph.nodes if node.kind == "logit"]
+    expected = ", ".join(f"«{node.text.strip()}» ({_percent(node.value, language)})" for node in logits)
+    found = [said("expects", end="".join(graph.tokens[-4:]).strip(), logits=expected)]
+    path, share = strongest_path(graph)
+    if len(path) > 1:
+        steps = " → ".join(name_of(graph.nodes[i], labels, language) for i in path[:-1])
+        found.append(said("path", token=logits[0].text.strip(), path=steps, share=_percent(share, language)))
+    mine = scores(graph)
+    for what, pair in (("scores", mine[:2]), ("random", random)):
+        if pair:
+            told = [_percent(each, language) for each in pair]
+            found.append(said(what, replacement=told[0], completeness=told[1]))
+    if sum(node.value for node in logits) < UNEXPECTED:
+        found.append(said("unexpected"))
+    return " ".join(found)
+
+
+def strongest_path(graph: Graph) -> tuple[list[int], float]:
+    """Return the nodes of the first logit's strongest path, from an input on, and the share of its last edge.
+
+    Each step goes to the latent or input whose edge is largest; the share is of all that some input decides.
+    """
+    row_of = {target: row for row, target in enumerate(graph.targets.tolist())}
+    some, decided = graph.of_kind("latent", "embedding"), ~graph.of_kind("bias", "constant")
+    path, share = [int(graph.targets[graph.of_kind("logit")[graph.targets]][0])], 0.0
+    while path[0] in row_of:
+        edges = np.abs(graph.weights[row_of[path[0]]])
+        if not (edges * some).any():
+            break
+        step = int((edges * some).argmax())
+        share = share if len(path) > 1 else float(edges[step] / edges[decided].sum())
+        path.insert(0, step)
+    return path, share
 
 
 def summary(graph: Graph, labels: Labels | None = None, top: int = 10) -> str:
     """Return what the graph says: its logits, its scores, its most influential nodes and what each gets most from."""
     found, reached, keep = scores(graph), influence(graph), prune(graph)[0]
-    targets = [node for node in graph.nodes if node.kind == "logit"]
-    logits = ", ".join(map(name_of, targets))
     head = (
-        f"{graph.prompt} … {logits}\n"
+        f"{sentence(graph, labels)}\n"
         f"replacement score {found.replacement:.2f}, completeness {found.completeness:.2f}; {int(graph.of_kind('latent').sum())} "
         f"of {graph.n_active} active latents are nodes, {int((keep & graph.of_kind('latent')).sum())} stay when pruned"
     )
-    if sum(node.value for node in targets) < UNEXPECTED:
-        head += (
-            "\nThe model does not expect what is explained here: the graph tells what speaks for it and against it, "
-            "not why it would be written."
-        )
     row_of = {target: row for row, target in enumerate(graph.targets.tolist())}
     rows = []
     for i in np.argsort(-reached, kind="stable")[:top].tolist():
@@ -117,12 +165,9 @@ def neuronpedia(graph: Graph, slug: str, labels: Labels | None = None, node_shar
     Node ids are our own words for errors: circuit-tracer's `0_layer_pos` is also a latent's id, and links are joined by it.
     """
     keep, square = prune(graph, node_share)
-    reached = influence(graph)
-    order = np.argsort(-reached, kind="stable")
-    cumulative = np.empty(len(reached))
-    cumulative[order] = np.cumsum(reached[order]) / max(reached.sum(), 1e-10)
+    cumulative = standing(influence(graph))
     kept = np.flatnonzero(keep).tolist()
-    ids = {i: _id(graph.nodes[i], graph.n_layers) for i in kept}
+    ids = {i: id_of(graph.nodes[i], graph.n_layers) for i in kept}
     nodes = [_node(graph.nodes[i], ids[i], float(cumulative[i]), graph.n_layers, labels) for i in kept]
     links = [
         {"source": ids[kept[source]], "target": ids[kept[target]], "weight": float(square[target, source])}
@@ -142,7 +187,15 @@ def neuronpedia(graph: Graph, slug: str, labels: Labels | None = None, node_shar
     return {"metadata": metadata, "qParams": settings, "nodes": nodes, "links": links}
 
 
-def _id(node: GraphNode, n_layers: int) -> str:
+def standing(reached: Float[np.ndarray, " nodes"]) -> Float[np.ndarray, " nodes"]:
+    """Return for each node the share of all influence that it and the more influential ones hold together."""
+    order, found = np.argsort(-reached, kind="stable"), np.empty(len(reached))
+    found[order] = np.cumsum(reached[order]) / max(reached.sum(), 1e-10)
+    return found
+
+
+def id_of(node: GraphNode, n_layers: int) -> str:
+    """Return the id of a node that Neuronpedia's JSON and the page know it by."""
     return {
         "latent": f"{node.layer}_{node.index}_{node.position}",
         "error": f"error_{node.layer}_{node.position}",

@@ -21,23 +21,29 @@ def graph(
         words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass (default: 16);
             target=TEXT, the token to explain (default: the likeliest that cover 95 %); check=N, latents that are taken away
             in the real model, beside random transcoders (default: 0, none); memory=N, 10^9 bytes that edges may take
-            (default: what is free).
-        out: Folder for graph.json, graph.npz, graph.svg and neuronpedia.json; a graph that was interrupted goes on in it.
-            Nothing is written without it.
+            (default: what is free); labels=FOLDER, with the transcoders' feature caches, whose contexts and explanations
+            the page shows (default: none).
+        out: Folder for the page (index.html), graph.json, graph.npz, graph.svg and neuronpedia.json; a graph that was
+            interrupted goes on in it. Nothing is written without it.
         overwrite: Replace a graph of other settings in the folder. Default: no.
     """
     from sae_italian.base.storage import claimed
 
-    settings = key_values(words, {"max_nodes": 4096, "batch": 16, "target": "", "check": 0, "memory": 0.0})
+    settings = key_values(
+        words, {"max_nodes": 4096, "batch": 16, "target": "", "check": 0, "memory": 0.0, "labels": ""}
+    )
     if out is None:
         return _graph(model, transcoders, prompt, settings, None)
     spec = {"model": model, "transcoders": transcoders, "prompt": prompt, **settings}
-    with claimed(out, "graph", spec, resume=True, overwrite=overwrite, changeable=("batch", "check", "memory")):
+    with claimed(
+        out, "graph", spec, resume=True, overwrite=overwrite, changeable=("batch", "check", "memory", "labels")
+    ):
         return _graph(model, transcoders, prompt, settings, out)
 
 
 def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any], out: Path | None) -> Result:
     from sae_italian.base.report import plain
+    from sae_italian.browser.graph import latents_of
     from sae_italian.circuits.check import check
     from sae_italian.circuits.edges import attribute
     from sae_italian.circuits.graph import scores
@@ -45,27 +51,32 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
 
-    folders = [transcoders] if (transcoders / "cfg.json").exists() else _transcoders(transcoders)
+    folders = transcoder_folders(transcoders)
     loaded = load_model(model)
     saes = [load_sae(folder) for folder in folders]
     wanted = _token(loaded.tokenizer, settings["target"])
     sizes: dict[str, Any] = {"max_nodes": settings["max_nodes"], "batch": settings["batch"]}
     found = attribute(loaded, saes, prompt, logits=wanted, memory=settings["memory"] or None, resume=out, **sizes)
     value = {"prompt": prompt, "model": model, "n_active": found.n_active, **plain(scores(found))}
-    text = summary(found)
-    if settings["check"]:
-        checked = check(loaded, saes, found, n_latents=settings["check"])
+    latents = {}
+    if settings["labels"]:
+        latents = latents_of(Path(settings["labels"]), saes, found, out or Path(), loaded.tokenizer)
+    text = summary(found, {key: told["label_en"] for key, told in latents.items()})
+    checked = check(loaded, saes, found, n_latents=settings["check"]) if settings["check"] else None
+    if checked:
         value["check"] = plain(checked)
         text += f"\n\n{checked.text()}"
     if out is not None:
-        text += f"\n\n{_write(out, found, value)}"
+        text += f"\n\n{_write(out, found, value, latents, checked)}"
     return Result(value, text)
 
 
-def _transcoders(folder: Path) -> list[Path]:
-    """Return the folders of a suite's transcoders; SAEs of other sites beside them are left out."""
+def transcoder_folders(folder: Path) -> list[Path]:
+    """Return a transcoder's folder, or those of a suite's; SAEs of other sites beside them are left out."""
     import json
 
+    if (folder / "cfg.json").exists():
+        return [folder]
     found = [path.parent for path in sorted(folder.glob("*/cfg.json"))]
     mine = [path for path in found if "transcoder" in json.loads((path / "cfg.json").read_text())["architecture"]]
     if not mine:
@@ -84,12 +95,15 @@ def _token(tokenizer: Any, text: str) -> list[int] | None:
     return ids
 
 
-def _write(out: Path, found: Any, value: dict[str, Any]) -> str:
+def _write(out: Path, found: Any, value: dict[str, Any], latents: Any, checked: Any) -> str:
     from sae_italian.base.storage import write_json, write_text
+    from sae_italian.browser.graph import write_graph_page
     from sae_italian.circuits.show import neuronpedia, svg
 
     found.save(out)
     write_text(out / "graph.svg", svg(found))
-    write_json(out / "neuronpedia.json", neuronpedia(found, found.prompt))
+    labels = {key: told["label_en"] for key, told in latents.items()}
+    write_json(out / "neuronpedia.json", neuronpedia(found, found.prompt, labels))
     write_json(out / "result.json", value)
-    return f"{out}/graph.json, graph.npz, graph.svg, neuronpedia.json, result.json"
+    write_graph_page(out, found, latents, checked)
+    return f"{out}/index.html, graph.json, graph.npz, graph.svg, neuronpedia.json, result.json"

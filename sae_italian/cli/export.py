@@ -26,7 +26,13 @@ Settings = dict[str, Any]
 
 # Neuronpedia's words for our settings.
 NAMES = {"model_id": "model", "set": "source_set"} | {n: n for n in ("suffix", "creator", "creator_name")}
-WORDS = {**dict.fromkeys(NAMES, str), "splits": PositiveInt, "hookpoint": str, "wandb": Literal["online", "offline"]}
+WORDS = {
+    **dict.fromkeys(NAMES, str),
+    "splits": PositiveInt,
+    "hookpoint": str,
+    "wandb": Literal["online", "offline"],
+    "labels": str,
+}
 _LATENTS = "latents model sae resume overwrite"
 
 
@@ -42,13 +48,13 @@ class Chosen:
     sae: str | None = None
     """The cache's SAE: a folder, or release:sae_id; default: the one that the cache names, if it is there."""
     corpus: str | None = None
-    """jumprelu: text that sets the threshold; default: what the SAE was trained on."""
+    """jumprelu, transcoder-set: text that sets the threshold; default: what the SAE was trained on."""
     text_column: str | None = None
-    """jumprelu: column that holds the text; default: text."""
+    """jumprelu, transcoder-set: column that holds the text; default: text."""
     context_size: Count | None = None
-    """jumprelu: tokens of a window; default: as the SAE was trained."""
+    """jumprelu, transcoder-set: tokens of a window; default: as the SAE was trained."""
     tokens: Count | None = None
-    """jumprelu: held-out tokens, of which four fifths set the threshold; default: 40,960."""
+    """jumprelu, transcoder-set: held-out tokens, of which four fifths set the threshold; default: 40,960."""
     project: str | None = None
     """wandb, wandb-tables: the project; default: sae-italian."""
     repository: str | None = None
@@ -70,9 +76,11 @@ def export(
         source: A cache's folder; for jumprelu and model-card an SAE: a folder, or release:sae_id.
         words: Settings of one format as key=value: model_id, set, suffix, creator and creator_name (neuronpedia,
             neuronpedia-bulk, circuit-tracer), splits and hookpoint (delphi),
+            labels=FOLDER (transcoder-set: the feature caches of its transcoders, for circuit-tracer's page),
             wandb=online (wandb: send it now, as in a training's settings; without it `wandb sync` sends).
         to: neuronpedia, neuronpedia-bulk, circuit-tracer or wandb (a cache's latents); delphi or datasets (all of a
-            cache); parquet, jsonl or wandb-tables (explanations and scores); jumprelu or model-card (an SAE).
+            cache); parquet, jsonl or wandb-tables (explanations and scores); jumprelu or model-card (an SAE);
+            transcoder-set (a suite of transcoders, for circuit-tracer).
         out: Folder to write to; default of parquet, jsonl and wandb-tables: <cache>-autointerp beside the cache.
     """
     if to not in FORMATS:
@@ -143,6 +151,25 @@ def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
     return Result({"sae": str(out), **plain(report)}, f"{report.text()}\nSAE: {out}")
 
 
+def _transcoder_set(to: str, folder: Path, out: Path, settings: Settings) -> Result:
+    from sae_italian.browser.exports.transcoder_set import export_set, set_text
+    from sae_italian.browser.graph import caches_of
+    from sae_italian.cli.circuits import transcoder_folders
+
+    folders = transcoder_folders(folder)
+    overwrite, labels = settings.pop("overwrite", False), settings.pop("labels", None)
+    size = {"n_tokens": settings.pop("tokens")} if "tokens" in settings else {}
+    source = Source(**settings)
+    first, model, corpus = source.load(str(folders[0]))
+    saes = [first, *(sae_italian.load_sae(path) for path in folders[1:])]
+    caches = caches_of(Path(labels), saes) if labels else {}
+    spec = {"source": folder, "labels": labels, **settings, **size}
+    name = model.loaded_from["name"]
+    with claimed(out, "transcoder set", spec, resume=True, overwrite=overwrite):
+        rows = export_set(saes, model, out, name=name, corpus=corpus, caches=caches, **source.reading, **size)
+    return Result({"folder": str(out), "layers": rows}, set_text(rows, out))
+
+
 def _model_card(to: str, folder: Path, out: Path, settings: Settings) -> Result:
     """Write the README.md that `saes publish` would, and the evaluation card's files beside it."""
     from sae_italian.cache import Manifest
@@ -178,6 +205,7 @@ FORMATS: dict[str, tuple[Callable[..., Result], str]] = {
     "parquet": (_tables, ""),
     "jsonl": (_tables, ""),
     "wandb-tables": (_tables, "project"),
+    "transcoder-set": (_transcoder_set, "model corpus text_column context_size tokens labels overwrite"),
     "jumprelu": (_jumprelu, "model corpus text_column context_size tokens"),
     "model-card": (_model_card, "sae repository overwrite"),
 }

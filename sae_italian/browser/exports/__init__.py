@@ -218,10 +218,11 @@ def write_features(task: ExportTask) -> None:
     for _, (latent,) in task.batches(1):
         file = task.folder / f"{cantor(task.facts['layer'], latent)}.json"
         if not file.is_file():
-            write_text(file, _json(_circuit_feature(task.latents, latent)))
+            write_text(file, _json(circuit_feature(task.latents, latent)))
 
 
-def _circuit_feature(latents: Latents, latent: int) -> Facts:
+def circuit_feature(latents: Latents, latent: int) -> Facts:
+    """Return a latent's passages by quantile and its tokens, as circuit-tracer's page wants them."""
     quantiles = []
     for (lo, hi), passages in groupby(latents.passages(latent, digits=17), key=itemgetter("lo", "hi")):
         name = f"Activations from {lo:.3g} to {hi:.3g}" if lo >= 0 else "Top activations"

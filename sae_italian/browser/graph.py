@@ -1,0 +1,161 @@
+"""The page of an attribution graph: one file that opens from disk, with the contexts and explanations of its latents."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from sae_italian.autointerp.explainers.choose import EXPLAINER
+from sae_italian.base.errors import UsageError
+from sae_italian.base.labels import label, page_labels
+from sae_italian.base.storage import write_text
+from sae_italian.browser.directions import rounded
+from sae_italian.browser.page import static_text
+from sae_italian.browser.source import LatentSource
+from sae_italian.cache import FeatureCache
+from sae_italian.circuits import Graph, influence, prune
+from sae_italian.circuits.check import Checked
+from sae_italian.circuits.show import id_of, sentence, standing
+
+MOST_NODES = 2000  # on a page, the most influential ones
+NODE_SHARE = 0.95  # of all influence; the page begins at 80 % and goes up to what it holds
+CONTEXTS = 4  # of each latent
+Latents = Mapping[tuple[int, int], Mapping[str, Any]]
+"""By layer and latent: label_it, label_en, contexts, and href where its card stands in a browser."""
+
+
+def caches_of(folder: Path, transcoders: Sequence[Any]) -> dict[int, FeatureCache]:
+    """Return by layer the feature caches under a folder that were built with these transcoders. Raises: UsageError if none."""
+    found: dict[int, FeatureCache] = {}
+    caches = [path.parent for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(f"{depth}manifest.json"))]
+    opened = [FeatureCache.open(path) for path in caches]
+    for sae in transcoders:
+        for cache in opened:
+            if cache.manifest.hook_name == sae.cfg.metadata.hook_name and cache.manifest.d_sae == sae.cfg.d_sae:
+                layer = int(sae.cfg.metadata.hook_name.split(".")[1])
+                found[layer] = FeatureCache.open(cache.folder, sae=sae)
+                break
+    if not found:
+        raise UsageError(
+            f"{folder} holds no feature cache of these transcoders. Build one for each layer: sae-italian cache build "
+            "TRANSCODER --out FOLDER/LAYER; then sae-italian autointerp FOLDER/LAYER."
+        )
+    return found
+
+
+def latents_of(folder: Path, transcoders: Sequence[Any], graph: Graph, out: Path, tokenizer: Any) -> Latents:
+    """Return what the feature caches under a folder say of a graph's latents; `out` is where the page will stand.
+
+    Raises: UsageError as `caches_of`.
+    """
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    wanted = {(node.layer, node.index) for node in graph.nodes if node.kind == "latent"}
+    for layer, cache in caches_of(folder, transcoders).items():
+        source, href = LatentSource(cache, tokenizer), _report(cache.folder, out)
+        for _, latent in sorted(pair for pair in wanted if pair[0] == layer):
+            found[layer, latent] = _told(source, latent, href)
+    return found
+
+
+def _told(source: LatentSource, latent: int, href: str) -> dict[str, Any]:
+    explained = source.llm_explanation(latent) or source.explained(EXPLAINER, latent)
+    groups = source.card(latent)["groups"]
+    contexts = [
+        {"max": c["max"], "segments": [*map(list, c["segments"])]}
+        for group in groups[:1]
+        for c in group["contexts"][:CONTEXTS]
+    ]
+    return {
+        "label_it": explained.text_it if explained else "",
+        "label_en": explained.text_en if explained else "",
+        "contexts": rounded(contexts, 3),
+        "href": f"{href}#latent={latent}" if href else "",
+    }
+
+
+def _report(cache: Path, out: Path) -> str:
+    """Return the address of the cache's browser from the page's folder; empty where none was written beside it."""
+    for report in (cache.with_name(f"{cache.name}-report"), cache.with_name("report")):
+        if (report / "index.html").is_file():
+            return os.path.relpath(report / "index.html", out)
+    return ""
+
+
+def write_graph_page(out: Path, graph: Graph, latents: Latents | None = None, checked: Checked | None = None) -> Path:
+    """Write `index.html` into a folder: the graph, and what is known of its latents; return its path."""
+    write_text(out / "index.html", graph_page(graph, latents or {}, checked))
+    return out / "index.html"
+
+
+def graph_page(graph: Graph, latents: Latents, checked: Checked | None = None) -> str:
+    """Return the page as one text: words, script and data are in it, and it asks for nothing else."""
+    data = _data(graph, latents, checked)
+    told = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    words = json.dumps(page_labels(), ensure_ascii=False)
+    parts = (static_text(f"{name}.js") for name in ("strings", "base", "graph"))
+    script = "\n".join((f'"use strict";\n(() => {{\nconst LABELS = {words};', *parts, "})();")).replace("</", "<\\/")
+    return Template(static_text("graph.html")).substitute(
+        title=html.escape(graph.prompt),
+        sentence=html.escape(data["sentence_it"]),
+        digest=b64encode(sha256(script.encode()).digest()).decode(),
+        style=static_text("base.css") + static_text("graph.css"),
+        script=script,
+        data=told,
+    )
+
+
+def _data(graph: Graph, latents: Latents, checked: Checked | None) -> dict[str, Any]:
+    reached = influence(graph)
+    before = standing(reached) - reached / max(reached.sum(), 1e-10)  # what more influential nodes hold
+    keep, square = prune(graph, NODE_SHARE)
+    kept = np.flatnonzero(keep)
+    if len(kept) > MOST_NODES:
+        ends = graph.of_kind("embedding", "logit")[kept]
+        order = np.argsort(np.where(ends, -1.0, -reached[kept]), kind="stable")
+        some = np.sort(order[:MOST_NODES])
+        kept, square = kept[some], square[np.ix_(some, some)]
+    target, source = square.nonzero()
+    labels = {lang: {key: told[f"label_{lang}"] for key, told in latents.items()} for lang in ("it", "en")}
+    random = checked.scores["random"] if checked else None
+    nodes = [graph.nodes[i] for i in kept.tolist()]
+    keys = [(node.layer, node.index) if node.kind == "latent" else None for node in nodes]
+    columns = {name: [getattr(node, name) for node in nodes] for name in ("kind", "layer", "position", "index", "text")}
+    told = {f"label_{lang}": [labels[lang].get(key, "") if key else "" for key in keys] for lang in labels}
+    return {
+        "prompt": graph.prompt,
+        "model": graph.model,
+        "tokens": graph.tokens,
+        "n_layers": graph.n_layers,
+        "nodes": {
+            "id": [id_of(node, graph.n_layers) for node in nodes],
+            **columns,
+            **told,
+            "value": rounded([node.value for node in nodes], 4),
+            "influence": rounded(reached[kept].tolist(), 4),
+            "before": rounded(before[kept].tolist(), 4),
+        },
+        "edges": {
+            "target": target.tolist(),
+            "source": source.tolist(),
+            "weight": rounded(square[target, source].tolist(), 4),
+        },
+        "cards": {
+            f"{layer}_{index}": latents[layer, index]
+            for layer, index in filter(None, keys)
+            if (layer, index) in latents
+        },
+        **{f"sentence_{lang}": sentence(graph, labels[lang], lang, random) for lang in ("it", "en")},
+        **{
+            f"verdict_{lang}": checked.verdict(lang) if checked else label("graph.verdict.unchecked", lang)
+            for lang in ("it", "en")
+        },
+    }
