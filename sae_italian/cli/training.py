@@ -115,7 +115,8 @@ def doctor(sae: Sae, /, *, tokens: int = 8192, out: Path | None = None, source: 
     """Say whether an SAE fits its model and whether its training is healthy, and name what is wrong.
 
     Args:
-        sae: The SAE: a folder (SAELens, sparsify or Llama Scope format), release:sae_id, or a training that is going on.
+        sae: The SAE: a folder (SAELens, sparsify or Llama Scope format), release:sae_id, a training that is going on, or
+            a folder of transcoders, for all of them at once.
         tokens: Size of the sample, in tokens.
         out: File for the picture of a training's curves; default: curves.svg in its folder.
     """
@@ -127,6 +128,8 @@ def doctor(sae: Sae, /, *, tokens: int = 8192, out: Path | None = None, source: 
     if tokens < 256:
         raise UsageError(f"--tokens is {tokens}; the doctor needs 256 or more.")
     folder, picture = Path(sae), None
+    if not (folder / "cfg.json").is_file() and any(folder.glob("*TC*/cfg.json")):
+        return _doctor_of_set(folder, tokens, source)
     trained_here = read_run(folder).get("kind") == "train"
     if trained_here and not (folder / WEIGHTS).is_file():
         report = Diagnosis(sae, "-", "-")
@@ -146,6 +149,17 @@ def doctor(sae: Sae, /, *, tokens: int = 8192, out: Path | None = None, source: 
     failure = UsageError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
     text = report.text() + (f"\ncurves: {picture}" if picture else "")
     return Result({**plain(report), "status": report.status, "picture": picture}, text, failure if failed else None)
+
+
+def _doctor_of_set(folder: Path, tokens: int, source: Source) -> Result:
+    from sae_italian.circuits.replacement import examine_set
+    from sae_italian.cli.circuits import transcoder_folders
+    from sae_italian.saes import model_of
+
+    saes = [sae_italian.load_sae(path) for path in transcoder_folders(folder)]
+    corpus = source.corpus or _corpus_of(saes[0], source.text_column)
+    report = examine_set(saes, model_of(saes[0], source.model), corpus, n_tokens=tokens, **source.reading)
+    return Result({"set": str(folder), "corpus": corpus, **plain(report)}, report.text())
 
 
 def _corpus_of(sae: Any, text_column: str) -> str:
