@@ -6,6 +6,7 @@ reads "della" too. Words are placed in the sentence's text, so any tokenizer's t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,15 +154,16 @@ def _row(where: str, line: str) -> list[_Row]:
     identifier, form, _, upos, _, features, *_, misc = columns
     if "." in identifier:
         return []
-    first, _, last = identifier.partition("-")
-    if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) < int(first):
-        raise DataError(f"{where}: {identifier!r} is no word id; 3, 3-4 or 3.1 was expected.")
+    found = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", identifier)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if last < first:
+        raise DataError(f"{where}: {identifier[:40]!r} is no word id; 3, 3-4 or 3.1 was expected.")
     pairs = [pair.partition("=") for pair in features.split("|") if features != "_"]
     for name, _, value in pairs:
         if not (name and value):
             raise DataError(f"{where}: feature {name!r} is not of the form Name=Value.")
-    labels = frozenset() if last else _labels(upos, {name: value for name, _, value in pairs})
-    return [_Row(where, int(first), int(last or first), form, labels, "SpaceAfter=No" not in misc.split("|"))]
+    labels = frozenset() if "-" in identifier else _labels(upos, {name: value for name, _, value in pairs})
+    return [_Row(where, first, last, form, labels, "SpaceAfter=No" not in misc.split("|"))]
 
 
 def _sentence(text: str, rows: list[_Row]) -> tuple[str, list[Word]]:

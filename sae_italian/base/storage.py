@@ -122,11 +122,16 @@ def disk_full(error: BaseException) -> bool:
     return any(sign in str(error) for sign in signs)
 
 
-def free_space(path: Path) -> str:
-    """Return how much room there is on the disk of a path, which need not exist."""
+def room_on(path: Path) -> int:
+    """Return how many bytes are free on the disk of a path, which need not exist."""
     while not path.exists():
         path = path.parent
-    return f"{shutil.disk_usage(path).free / 2**30:,.1f} GiB"
+    return shutil.disk_usage(path).free
+
+
+def free_space(path: Path) -> str:
+    """Return how much room there is on the disk of a path, in words."""
+    return f"{room_on(path) / 2**30:,.1f} GiB"
 
 
 @contextmanager
@@ -239,12 +244,10 @@ def claimed(
     the first setting that differs; and when the disk is full in the block.
     """
     with locked(out), disk_errors(out):
-        spec = json.loads(json.dumps(spec, default=str))
-        record = {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
-        found = any(not _is_temporary(child) and child.name != LOCK_FILE for child in out.iterdir())
-        earlier = _claim_in(out, kind) if found else {}
+        earlier, record = _records(out, kind, spec, resume, overwrite, changeable)
         if continuing := bool(earlier) and not overwrite:
-            record = _continued(out, earlier, spec, resume, changeable)
+            for left in [path for path in out.rglob(".*") if _is_temporary(path)]:
+                remove(left)
         elif earlier:
             _remove_ours(out)
         if not continuing or record != earlier:
@@ -253,10 +256,29 @@ def claimed(
         _give_rights(out)
 
 
+def check_claim(out: Path, kind: str, spec: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Raise now what `claimed` would of a folder that is there, and leave it as it is."""
+    if out.is_dir():
+        with locked(out):
+            _records(out, kind, spec, resume, overwrite)
+
+
+def _records(
+    out: Path, kind: str, spec: dict[str, Any], resume: bool, overwrite: bool, changeable: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a folder's record, empty without one, and that of the run that is to be there. Raises: UsageError as `claimed`."""
+    spec = json.loads(json.dumps(spec, default=str))
+    found = any(not _is_temporary(child) and child.name != LOCK_FILE for child in out.iterdir())
+    earlier = _claim_in(out, kind) if found else {}
+    if earlier and not overwrite:
+        return earlier, _continued(out, earlier, spec, resume, changeable)
+    return earlier, {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
+
+
 def _continued(
     out: Path, earlier: dict[str, Any], spec: dict[str, Any], resume: bool, changeable: Collection[str]
 ) -> dict[str, Any]:
-    """Return the record of a run that goes on, and sweep what it left half written. Raises: UsageError as `claimed`."""
+    """Return the record of a run that goes on. Raises: UsageError as `claimed`."""
     kind = earlier["kind"]
     if not resume:
         raise UsageError(
@@ -267,8 +289,6 @@ def _continued(
     if earlier["spec"] != spec | kept:
         difference = _first_difference(earlier["spec"], spec | kept)
         raise UsageError(f"{out} holds another {kind} run ({difference}). Undo that, or use --overwrite.")
-    for left in [path for path in out.rglob(".*") if _is_temporary(path)]:
-        remove(left)
     return {**earlier, "spec": spec}
 
 

@@ -274,7 +274,7 @@ def connect(address: str | None, workers: int | None) -> Any:
         return ray
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
-        if host and port.isdigit():  # an address where nobody answers, Ray would try for two minutes
+        if host and port.isdecimal():  # an address where nobody answers, Ray would try for two minutes
             socket.create_connection((host, int(port)), timeout=5).close()
         here = {"num_cpus": workers, "include_dashboard": False} if address is None else {}
         ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **here)

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import claimed, fingerprint, package_versions, remove
+from sae_italian.base.storage import check_claim, claimed, fingerprint, package_versions, remove
 from sae_italian.cache.layout import MANIFEST, Manifest, config_hash, tokenizer_hash
 from sae_italian.cache.shards import (
     EncodeJob,
@@ -116,11 +116,12 @@ def build_caches(
         "versions": package_versions(),
     }
     manifests = [Manifest(sae=name, **sae_facts(sae), **shared) for sae, name in zip(saes, sae_names, strict=True)]
+    how: Any = {"resume": resume, "overwrite": overwrite}
+    each = list(zip(folders, manifests, strict=True))
+    for folder, manifest in each:  # before the first of them is emptied
+        check_claim(folder, KIND, manifest.identity(), **how)
     with ExitStack() as stack:
-        claims = [
-            claimed_cache(*one, resume=resume, overwrite=overwrite) for one in zip(folders, manifests, strict=True)
-        ]
-        manifests = [stack.enter_context(claim) for claim in claims]
+        manifests = [stack.enter_context(claimed_cache(*one, **how)) for one in each]
         _build(
             EncodeJob(tuple(folders), tuple(saes), model, manifests[0].windows_per_shard, cached), manifests, run_units
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +39,10 @@ class DelphiSplit:
     """One file of a Delphi cache, mapped: latents first to last (inclusive) over the whole text."""
 
     def __init__(self, file: Path):
-        first, _, last = file.stem.partition("_")
-        if not (first.isdigit() and last.isdigit()):
+        named = re.fullmatch("([0-9]+)_([0-9]+)", file.stem)
+        if named is None:
             raise DataError(f"{file} is no split of a Delphi cache: FIRST_LAST.safetensors was expected.")
-        self.file, self.first, self.last = file, int(first), int(last)
+        self.file, self.first, self.last = file, int(named[1]), int(named[2])
 
     def load(self, name: str, kinds: tuple[str, ...]) -> np.ndarray:
         """Return one array. Raises DataError naming the file when it cannot be read or has another type."""

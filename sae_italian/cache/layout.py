@@ -156,6 +156,9 @@ class Manifest(_Record):
             raise ValueError(f"its ranges do not hold latents 0 to {self.d_sae - 1} one after the other")
         if [shard.index for shard in self.shards] != list(range(len(self.shards))):
             raise ValueError("its shards are not numbered one after the other")
+        for shard in self.shards:
+            if others := shard.sha256.keys() - {shard_file(kind, shard.index) for kind in KINDS}:
+                raise ValueError(f"shard {shard.index} has a file {min(others)[:40]!r}")
         if {shard.n_windows for shard in self.shards[:-1]} - {self.windows_per_shard}:
             raise ValueError(f"a shard before the last does not have {self.windows_per_shard} windows")
         return self
@@ -184,6 +187,9 @@ def config_hash(sae: Any) -> str:
 def tokenizer_hash(tokenizer: Any) -> str:
     """Return a SHA-256 of the fast tokenizer's whole definition."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+KINDS = ("tokens", "acts", "runs")
 
 
 def shard_file(kind: str, shard: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -157,7 +158,11 @@ def pretokenize(
         context_size=context_size,
         reader=reader,
         n_tokens=tokens,
-        separator=None if separator == "none" else int(separator[:19]) if separator.isdecimal() else separator,
+        separator=None
+        if separator == "none"
+        else int(separator[:19])
+        if re.fullmatch("[0-9]+", separator)
+        else separator,
         **asdict(folder),
         **packing,
     )

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 RECORD = "gguf.json"
 FETCH_BYTES = 2e9  # what fetching and converting a model of 270 M parameters may take on the disk at once
-_PART = re.compile(r"-(\d{5})-of-(\d{5})$")  # how llama.cpp names the parts of a split file
+_PART = re.compile(r"-([0-9]{5})-of-([0-9]{5})$")  # how llama.cpp names the parts of a split file
 # What the reader raises where a file is cut short or damaged; it checks little itself.
 _DAMAGED = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError)
 

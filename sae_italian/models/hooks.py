@@ -38,7 +38,7 @@ _LEGACY = {
 }
 SITES: dict[Site, str] = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out", "TC": "mlp.hook_in"}
 # What Hugging Face models call a block's container and its parts: how sparsify, Delphi and people name a module's output.
-_PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.(\d+)(?:\.(self_attn|attn|attention|mlp))?")
+_PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.([0-9]+)(?:\.(self_attn|attn|attention|mlp))?")
 _LLAMA = {"": "", "attn": ".self_attn", "mlp": ".mlp", "ln2": ".post_attention_layernorm"}
 _adapters: dict[int, tuple[Any, Any]] = {}  # by a config's id: the config, which keeps it, its adapter
 
@@ -122,7 +122,7 @@ def parse_hook_name(name: str, n_layers: int | None = None) -> Hook:
     Raises: UsageError for an unknown name or a layer the model does not have.
     """
     hook, layer = None, 0
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+    if match := re.fullmatch(r"blocks\.([0-9]+)\.(.+)", name):
         layer, rest = int(match[1]), match[2]
         by_bridge = {row.bridge: legacy for legacy, row in _LEGACY.items()}
         legacy = rest if rest in _LEGACY else by_bridge.get(rest)

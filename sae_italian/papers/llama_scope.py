@@ -20,7 +20,7 @@ L1 = (0.5, 2.0, 8.0)  # coefficients of the L1 SAEs, times the square root of d_
 NORMALISED = "expected_average_only_in"  # what the L1 SAEs read, as SAELens calls it
 SAMPLE = 4096  # latents of each SAE whose directions are compared
 MOST = 4  # SAEs whose directions are compared
-_NAME = re.compile(r"L(\d+)([A-Z]+)-(.+)x")  # of an SAE of a suite
+_NAME = re.compile(r"L([0-9]+)([A-Z]+)-(.+)x")  # of an SAE of a suite
 _KEPT = ("l0", "explained_variance", "explained_variance_uncentred", "delta_lm_loss", "dead", "ultra_active")
 
 

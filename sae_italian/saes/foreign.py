@@ -200,7 +200,7 @@ _DICTIONARIES = (
     *("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"),
     *("JumpReluAutoEncoder", "GatedAutoEncoder"),
 )
-_SUBMODULE = re.compile(r"(resid|mlp|attn|attention)_?(pre|in|post|out)?_?(?:layer_?)?(\d+)")
+_SUBMODULE = re.compile(r"(resid|mlp|attn|attention)_?(pre|in|post|out)?_?(?:layer_?)?([0-9]+)")
 _INPUTS = {"hook_resid_post": "hook_resid_pre", "hook_mlp_out": "mlp.hook_in"}  # by the hook of the module's output
 
 
@@ -229,7 +229,7 @@ def _sparsify_config(folder: Path, device: str, overrides: Config) -> Config:
         raise UsageError(f"{folder} has the activation {theirs['activation']!r}; only topk can be loaded.")
     transcodes = bool(theirs.get("transcode") or theirs.get("skip_connection") or run.get("transcode"))
     try:  # the output of the module that the hookpoint names
-        hook_name = parse_hook_name(re.sub(r"^layers_(\d+)$", r"layers.\1", folder.name)).name
+        hook_name = parse_hook_name(re.sub(r"^layers_([0-9]+)$", r"layers.\1", folder.name)).name
     except UsageError as error:
         if folder.name != "embed_tokens":
             message = f"sparsify hookpoint {folder.name!r} is not a block, an attention or an MLP: {error}"

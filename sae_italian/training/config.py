@@ -35,7 +35,7 @@ THOUSANDS = {"k": 10**3, "M": 10**6, "B": 10**9}
 
 def whole(given: Any) -> Any:
     """Return `100k`, `1.5M` or `6B` as a number; anything else as it is."""
-    match = re.fullmatch(r"([\d.]+)([kMB])", given) if isinstance(given, str) else None
+    match = re.fullmatch("([0-9.]+)([kMB])", given) if isinstance(given, str) else None
     return round(float(match[1]) * THOUSANDS[match[2]]) if match else given
 
 
@@ -146,6 +146,8 @@ class RunSpec(BaseModel):
             )
         if "d_sae" not in given:
             raise UsageError(f"sae.d_sae is missing: the number of latents, e.g. {16 * d_in}.")
+        if not 0 < given["d_sae"] < 2**53:
+            raise UsageError(f"sae.d_sae must be above 0 and below 2^53; the number of latents is e.g. {16 * d_in}.")
         if k is not None and not 0 < k < given["d_sae"]:
             raise UsageError(f"sae.k is {k}; it must be above 0 and below sae.d_sae, which is {given['d_sae']}.")
         transcodes = "d_out" in config_class.__dataclass_fields__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import threading
@@ -55,7 +56,7 @@ class Loop:
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest whole checkpoint, if there is one."""
-        saved = [path for path in (self.out / CHECKPOINTS).glob("*") if path.name.isdigit()]
+        saved = [path for path in (self.out / CHECKPOINTS).glob("*") if re.fullmatch("[0-9]+", path.name)]
         return max(saved, key=lambda path: int(path.name), default=None)
 
     def kept(self) -> str:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import atomic_path, fingerprint
+from sae_italian.base.storage import atomic_path, fingerprint, room_on
 from sae_italian.corpora import CorpusStream, Reader, pack
 from sae_italian.corpora.packing import Packer, layout_of, special_mask, tokenised
 from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
@@ -24,7 +25,6 @@ from sae_italian.training.config import NORM_ESTIMATE_BATCHES, RunSpec, load_spe
 
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer packs into one on average
 COUNTED_CHARACTERS = 200_000_000  # of a corpus whose length is checked
-WRITTEN_CHARACTERS = 4_000_000_000  # at most, for SAELens' runner
 DOCUMENTS_PER_BATCH = 64
 
 
@@ -204,7 +204,7 @@ def load_config(path: str | Path, *overrides: str) -> Any:
     The runner reads no held-out split, no column but `text` and no MicroItaliano: so the training documents are written,
     as far as the training reads, to the user's cache, which `dataset_path` names. It has no seed: SAELens draws anew.
     Raises: UsageError as `load_spec`, for a model, hook, architecture or SAE field that does not exist, and for what
-    cannot be carried: a transcoder, a pretokenised corpus, one that is too short or too large to be written.
+    cannot be carried: a transcoder, a pretokenised corpus, one that is too short or for which the disk has no room.
     """
     spec = load_spec(path, *overrides)
     config = spec.to_saelens()
@@ -230,18 +230,21 @@ def _written_documents(spec: RunSpec) -> Path:
     n_tokens = spec.training_tokens + 2 * spec.buffer_tokens + NORM_ESTIMATE_BATCHES * spec.train_batch_size_tokens
     wanted = CHARACTERS_PER_TOKEN * n_tokens
     stream = CorpusStream(spec.corpus, Reader(split="train", text_column=spec.text_column))
-    if wanted > WRITTEN_CHARACTERS:
-        raise UsageError(
-            f"training_tokens is {spec.training_tokens:,}: SAELens' runner needs the training text of "
-            f"{spec.corpus!r} as files, here up to {wanted / 1e9:.0f} GB. Lower it, or use `sae-italian train`."
-        )
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = base / "sae_italian" / f"train-{fingerprint([__version__, stream.spec(), wanted])}" / "train.jsonl"
     if not file.is_file():
+        if wanted > (free := room_on(base)) // 2:  # `datasets` keeps a copy of what it reads
+            raise UsageError(
+                f"training_tokens is {spec.training_tokens:,}: SAELens' runner needs the training text of "
+                f"{spec.corpus!r} as files, up to twice {wanted / 1e9:.0f} GB; the disk of {base} has {free / 1e9:.0f} GB "
+                "free. Lower it, let XDG_CACHE_HOME name a larger disk, or use `sae-italian train`."
+            )
         check_length(spec, load_tokenizer(spec.model))
-        with atomic_path(file) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        bar = tqdm(total=wanted, desc="text for SAELens", unit=" characters", unit_scale=True, disable=None)
+        with bar, atomic_path(file) as temporary, temporary.open("w", encoding="utf-8") as handle:
             for document in stream:
                 handle.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
+                bar.update(len(document.text))
                 if stream.counts.characters >= wanted:
                     break
     return file.parent

@@ -39,7 +39,7 @@ def judged(*verdicts, n=None, docs=None) -> Answers:
 def binary_metrics(verdicts, **others):
     found = judged(verdicts, **others)
     metrics = found.shares()[0]
-    found.add_resampled(metrics, 0, intervals=True)
+    found.add_others(metrics, 0)
     return metrics[0]
 
 

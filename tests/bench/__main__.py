@@ -68,7 +68,6 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("room", help="statistics, scorers, cache or training")
     sub.add_argument("--n", type=int, default=200, help="mutants, drawn at random")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--processes", type=int, default=2)
     sub.add_argument("--folder", type=Path, default=Path("mutation"), help="where it works; the same command goes on")
     sub = add("titles", _bench_titles, "how often the morphology behind titles is right on Universal Dependencies")
     sub.add_argument("folder", type=Path, help="of CoNLL-U files, e.g. ../shared/data/ud")

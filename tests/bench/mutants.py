@@ -1,14 +1,16 @@
 """How many seeded mutants of a room its tests kill, with mutmut: `make bench TABLE=mutants ARGS="statistics --n 200"`.
 
 A mutant is the package with one expression changed: `<` for `<=`, 2 for 1, a string upper case, an argument None. mutmut writes
-all of them once into a copy of the repository, learns which test calls which function, and forks a process a mutant.
-It is no part of the development environment: pip install mutmut.
+all of them once into a copy of the repository; mutant_runs.py judges the drawn ones, each by the quickest tests that call its
+function. The same command goes on in its folder, with the tests as they are now, and asks again only for those that survived.
+mutmut is no part of the development environment: pip install mutmut.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -30,7 +32,7 @@ ROOMS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "scorers": (
         ["sae_italian/autointerp/scorers/*"],
-        [f"tests/autointerp/test_{name}.py" for name in ("scorers", "rules", "model_scores", "planted_truth")],
+        [f"tests/autointerp/test_{name}.py" for name in ("scorers", "model_scores")],
     ),
     "cache": (["sae_italian/cache/*"], ["tests/cache"]),
     "training": (["sae_italian/training/*"], ["tests/training"]),
@@ -42,12 +44,7 @@ SETTINGS = r"""
 source_paths = ["sae_italian"]
 only_mutate = {files}
 also_copy = ["configs", "docs", "notebooks", "README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"]
-pytest_add_cli_args = ["-m", "not slow and not real", "-p", "no:cacheprovider"]
-pytest_add_cli_args_test_selection = {tests}
 do_not_mutate_patterns = ['^\s*f?"[^"]*"[,)]*$', 'raise \w+Error\(f?"', 'float\("nan"\)', 'encoding=']
-process_isolation = "forkserver"
-timeout_multiplier = 5.0
-timeout_constant = 20.0
 """
 GENERATE = """
 from mutmut.__main__ import copy_also_copy_files, copy_src_dir, create_mutants, setup_source_paths
@@ -63,25 +60,31 @@ def bench_mutants(options: argparse.Namespace) -> tuple[Any, str]:
     if options.room not in ROOMS:
         raise UsageError(f"room {options.room!r} is unknown; {', '.join(ROOMS)} were expected.")
     files, tests = ROOMS[options.room]
-    work: Path = options.folder / options.room
+    work: Path = (options.folder / options.room).resolve()
     if not (work / "mutants").exists():
-        _copy(work, files, tests)
-        _mutmut(work, "-c", GENERATE)
+        _copy(work, files)
+        _run(work, "-c", GENERATE)
     names = _sample(work, files, options.n, options.seed)
-    _mutmut(work, "-m", "mutmut", "run", "--max-children", str(options.processes), *names)
-    outcomes = _outcomes(work, files)
-    counts = Counter(_said(outcomes[name]) for name in names)
-    judged = sum(counts.values()) - counts["no test"]
-    left = [name for name in names if _said(outcomes[name]) in ("survived", "no test")]
+    shutil.copytree(ROOT / "tests", work / "mutants" / "tests", dirs_exist_ok=True)
+    (work / "asked.json").write_text(json.dumps((tests, names)), encoding="utf-8")
+    _run(work / "mutants", str(Path(__file__).with_name("mutant_runs.py")), str(work), str(work / "asked.json"))
+    outcomes = json.loads((work / "outcomes.json").read_text(encoding="utf-8"))
+    counts = Counter(outcomes[name]["outcome"] for name in names)
+    left = [name for name in names if outcomes[name]["outcome"] in ("survived", "no test")]
     survivors = {name: _change(work, name) for name in left}
     value = {"room": options.room, "n": len(names), "seed": options.seed, **counts, "survivors": survivors}
-    share = (counts["killed"] + counts["timeout"]) / max(judged + counts["no test"], 1)
-    row = (options.room, len(names), *(counts[kind] for kind in ("killed", "timeout", "survived", "no test")), share)
-    text = table("room | mutants | killed | timeout | survived | no test | share killed", [(*row[:-1], f"{share:.1%}")])
+    share = 1 - len(left) / len(names)
+    row = (
+        options.room,
+        len(names),
+        *(counts[kind] for kind in ("killed", "timeout", "survived", "no test")),
+        f"{share:.1%}",
+    )
+    text = table("room | mutants | killed | timeout | survived | no test | share killed", [row])
     return value, "\n\n".join([text, *(f"{name}\n{change}" for name, change in survivors.items())])
 
 
-def _copy(work: Path, files: list[str], tests: list[str]) -> None:
+def _copy(work: Path, files: list[str]) -> None:
     """Copy what git tracks, with mutmut's settings in pyproject.toml."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"
@@ -90,38 +93,34 @@ def _copy(work: Path, files: list[str], tests: list[str]) -> None:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, work / name)
     with (work / "pyproject.toml").open("a", encoding="utf-8") as settings:
-        settings.write(SETTINGS.format(files=json.dumps(files), tests=json.dumps(tests)))
+        settings.write(SETTINGS.format(files=json.dumps(files)))
 
 
-def _mutmut(work: Path, *arguments: str) -> None:
-    with (work / "mutmut.log").open("a") as log:
-        done = subprocess.run([sys.executable, *arguments], cwd=work, stdout=log, stderr=log)
+def _run(folder: Path, *arguments: str) -> None:
+    """Run Python in a folder of the work, the package of that folder first."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    log = next(parent for parent in (folder, folder.parent) if (parent / "pyproject.toml").exists()) / "run.log"
+    with log.open("a") as told:
+        done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, stdout=told, stderr=told)
     if done.returncode:
-        raise UsageError(
-            f"mutmut is missing (pip install mutmut) or the unchanged code fails: see {work / 'mutmut.log'}."
-        )
+        raise UsageError(f"mutmut is missing (pip install mutmut) or the unchanged code fails: see {log}.")
 
 
-def _outcomes(work: Path, files: list[str]) -> dict[str, int | None]:
-    """Return mutmut's exit code of each mutant's tests, None where it did not run."""
-    found: dict[str, int | None] = {}
+def _names(work: Path, files: list[str]) -> list[str]:
+    """Return the names of all mutants of some files."""
+    found: list[str] = []
     for path in sorted((work / "mutants").rglob("*.meta")):
         name = str(path.relative_to(work / "mutants")).removesuffix(".meta")
         if any(fnmatch(name, pattern) for pattern in files):
-            found |= json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]
+            found += json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]
     return found
 
 
 def _sample(work: Path, files: list[str], n: int, seed: int) -> list[str]:
-    names = list(_outcomes(work, files))
-    return sorted(random.Random(seed).sample(names, min(n, len(names))))
-
-
-def _said(code: int | None) -> str:
-    """Return an outcome by its name, with mutmut's numbers: 33 no test, 36 and 24 a timeout, 1 and 3 killed, 0 survived."""
-    if code in (5, 33):
-        return "no test"
-    return "survived" if code == 0 else "timeout" if code in (24, 36, 152) else "not run" if code is None else "killed"
+    """Return the first n of all mutants in an order drawn by the seed: fewer are the beginning of more."""
+    names = _names(work, files)
+    random.Random(seed).shuffle(names)
+    return names[:n]
 
 
 def _change(work: Path, name: str) -> str:

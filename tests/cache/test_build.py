@@ -136,6 +136,19 @@ def test_a_row_without_text_a_short_corpus_and_folders_that_do_not_fit(mini, tmp
         build_caches([topk(1), topk(2)], mini, "micro-italiano", [tmp_path / "d"] * 2, n_tokens=100)
 
 
+def test_several_caches_are_all_looked_at_before_the_first_is_replaced(mini, alone, tmp_path):
+    out = tmp_path / "a"
+    build_cache(topk(1), mini, "micro-italiano", out, **OPTIONS)
+    before = digests(out)
+    other = tmp_path / "b"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mia")
+    saes = [topk(3), topk(2)]
+    with pytest.raises(UsageError, match="b is not empty and holds no run of ours"):
+        build_caches(saes, mini, "micro-italiano", [out, other], **OPTIONS, overwrite=True)
+    assert digests(out) == before and [path.name for path in other.iterdir()] == ["thesis.txt"]
+
+
 def test_all_of_a_corpus(mini, jsonl, tmp_path):
     cache = FeatureCache.open(build_cache(topk(1), mini, str(jsonl), tmp_path / "c", n_tokens=None))
     assert cache.manifest.n_tokens_asked is None and cache.n_documents >= 399

@@ -286,6 +286,10 @@ CHANGED = [
     ({"windows_per_shard": 7}, "a shard before the last does not have 7 windows"),
     ({"ranges": []}, "its ranges do not hold"),
     ({"shards": "none"}, "shards: "),
+    (
+        {"complete": False, "shards": [{"index": 0, "n_windows": 1, "n_documents": 1, "sha256": {"[" * 999: ""}}]},
+        "a file '",
+    ),
     ({"colour": "red"}, "colour: "),
 ]
 

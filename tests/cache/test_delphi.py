@@ -236,6 +236,13 @@ def test_a_split_that_is_cut_short_or_missing(exported, tmp_path):
         find_splits(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["²_9", "٠_٩", "0_9_9", "0"])
+def test_a_file_of_another_name_is_no_split(tmp_path, name):
+    (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match="FIRST_LAST.safetensors was expected"):
+        find_splits(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -214,6 +214,18 @@ def test_a_file_rewritten_with_the_same_size_is_another_corpus(tmp_path, monkeyp
     assert (CorpusStream(file).spec() == new) == (size == 30 or whole > 0)
 
 
+def test_one_letter_in_the_middle_of_a_large_file_is_another_corpus(tmp_path, monkeypatch):
+    """Between the parts that are hashed of one: its date tells it, unless somebody puts that back, as the page says."""
+    monkeypatch.setattr("sae_italian.corpora.stream.HASHED_WHOLE", 0)
+    file, text, seen = tmp_path / "a.txt", bytearray(b"uno due tre " * 420_000), []
+    for place, date in ((0, 10**18), (300_000, 10**18 + 1), (2_500_000, 10**18 + 2), (300_000, 10**18 + 2)):
+        text[place] ^= 1
+        file.write_bytes(text)
+        os.utime(file, ns=(date, date))
+        seen.append(json.dumps(CorpusStream(file).spec()))
+    assert len(set(seen)) == 3 and seen[2] == seen[3]
+
+
 def test_one_letter_changed_anywhere_with_the_date_put_back_is_another_corpus(tmp_path):
     """Of 5 MB, parts of 256 KiB were hashed with 71 KB between them: letter 300,000 was in none."""
     file = tmp_path / "a.txt"

@@ -81,7 +81,9 @@ def test_a_defect_is_not_called_a_full_disk(tmp_path):
 
 
 def test_only_the_last_is_kept_and_read(tmp_path):
+    (tmp_path / "checkpoints" / "²").mkdir(parents=True)  # somebody's
     assert not loop_of(tmp_path).resume()
+    (tmp_path / "checkpoints" / "²").rmdir()
     for n in (9, 10, 100):
         loop_of(tmp_path, n).save()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["100"]

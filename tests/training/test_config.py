@@ -56,6 +56,8 @@ def test_shipped_configs_are_found_by_name(path, tmp_path, monkeypatch):
         (["sae.normalize_activations=no"], "config key 'sae.normalize_activations'"),
         (["context_size=1024"], "the model has 512 positions"),
         (["sae.k=4096"], "below sae.d_sae"),
+        (["sae.d_sae=1" + "0" * 400], "sae.d_sae must be above 0 and below 2.53"),
+        (["hook_name=blocks.٢.hook_resid_post"], "hook_name"),
         (["sae.d_in=7"], "has 128"),
         (["d_sae=512"], "Did you mean 'sae.d_sae'"),
         (["hook_name=blocks.9.hook_resid_post"], "layers 0 to 3"),
@@ -91,7 +93,7 @@ def test_the_command_recipes_lists_all_with_one_line_each(capsys):
     ("given", "message"),
     [
         (["mini/transcoder"], "SAELens' runner knows no hook_name_out"),
-        (["mini/topk", "training_tokens=6B"], "training_tokens is 6,000,000,000: .* as files, here up to 48 GB"),
+        (["mini/topk", "training_tokens=6000B"], "training_tokens is 6,000,000,000,000: .* twice 48000 GB; .* GB free"),
         (["mini/topk", "corpus=HERE"], "is pretokenised, .* override_dataset"),
         (["mini/topk", "corpus=JSONL"], "training tokens, fewer than the 1,500,000"),
     ],

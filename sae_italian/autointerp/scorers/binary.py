@@ -18,7 +18,7 @@ from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers.choose import LOOKUP
 from sae_italian.autointerp.judges import Verdicts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.base.statistics import NOTHING, Estimate, mean_of_two, shares_by_document
+from sae_italian.base.statistics import NOTHING, Estimate, auroc_by_document, mean_of_two, shares_by_document
 
 GAIN = "gain_over_lookup"
 # The negatives behind a score named without any. Of fuzzing not the silent tokens of the same segment: a judge who
@@ -55,7 +55,7 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
     metrics = answers.shares()
     for number, one in enumerate(asked if shown.questions else ()):
         if not (one.only or one.control):  # what stands beside is told by its balanced accuracy
-            answers.add_resampled(metrics[number], number, intervals=number == 0)
+            answers.add_others(metrics[number], number)
     lookup = next((i for i, one in enumerate(asked) if one.explanation.explainer == LOOKUP), 0)
     for i, gain in enumerate(answers.gains(0, lookup) if lookup else ()):
         metrics[0][i][GAIN] = gain
@@ -84,11 +84,8 @@ def ranking(
     verdicts = [Verdicts(np.where(np.isfinite(each), 1, -1), each) for each in given]
     answers = Answers(verdicts, shown.questions, shown.document, documents_of(examples))
     for number, (one, counts) in enumerate(zip(asked, answers.counts(), strict=True)):
-        areas = estimates(
-            np.array([answers.auroc(number, i, True) for i in range(len(counts))]).reshape(len(counts), -1)
-        )
-        for source, area, n in zip(shown.questions, areas, counts, strict=True):
-            yield one, Score(source, {"auroc": area}, *n)
+        for place, (source, n) in enumerate(zip(shown.questions, counts, strict=True)):
+            yield one, Score(source, {"auroc": answers.auroc(number, place)}, *n)
 
 
 # --- intervals over documents for many scores of one latent at once ---------------------------------------------------
@@ -233,32 +230,25 @@ class Answers:
         own, other = ((rates[:, 0] + 1 - rates[:, 1]) / 2 for rates in (self.rates(*pair) for pair in pairs))
         return estimates(own - other)
 
-    def add_resampled(self, metrics: list[dict[str, Estimate]], number: int, *, intervals: bool) -> None:
-        """Add to an explanation's metrics by source those that are resampled; AUROC's interval only where it is wanted."""
+    def add_others(self, metrics: list[dict[str, Estimate]], number: int) -> None:
+        """Add to an explanation's metrics by source those that are no shares: F1, and of probabilities AUROC and Brier."""
         tpr, fpr = self.rates(number, number).swapaxes(0, 1)
         probability = self.verdicts[number].probability
         with np.errstate(divide="ignore", invalid="ignore"):
             found = {"f1": 2 * tpr / (1 + tpr + fpr)}
             if probability is not None:
-                found["auroc"] = np.stack([self.auroc(number, i, intervals) for i in range(len(self.sides))])
                 good = self.good[number]
                 errors = self._resampled(np.where(good, (self.truth - probability) ** 2, 0.0)) / self._answered(good)
                 found["brier"] = errors.sum(axis=1) / 2
         names = [(name, i) for name in found for i in range(len(self.sides))]
         for (name, i), estimate in zip(names, estimates(np.concatenate(list(found.values()))), strict=True):
             metrics[i][name] = estimate
+        for i in range(len(self.sides) if probability is not None else 0):
+            metrics[i]["auroc"] = self.auroc(number, i)
 
-    def auroc(self, number: int, source: int, intervals: bool) -> Float[np.ndarray, " samples"]:
-        """Return the probability that a positive outranks a negative, ties counting half; only the first is no NaN
-        without `intervals`.
-        """
+    def auroc(self, number: int, source: int) -> Estimate:
+        """Return the probability that a positive outranks a negative, ties counting half, of what was answered."""
+        rows = np.concatenate(self.sides[source])
+        rows = rows[self.good[number, rows]]
         probability: Any = self.verdicts[number].probability
-        rows = [each[self.good[number, each]] for each in self.sides[source]]
-        positive, negative = (probability[each] for each in rows)
-        outranks = (np.sign(positive[:, None] - negative) + 1) / 2
-        weights = self.documents.weights
-        if not intervals:
-            return np.append(outranks.sum() / max(outranks.size, 1), np.full(len(weights) - 1, np.nan))
-        ours, theirs = (weights[:, self.index[each]] for each in rows)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return ((ours @ outranks) * theirs).sum(axis=1) / (ours.sum(axis=1) * theirs.sum(axis=1))
+        return auroc_by_document(probability[rows], self.truth[rows] > 0, self.index[rows])

@@ -57,6 +57,8 @@ def test_a_contraction_is_one_word_with_the_labels_of_both(tmp_path, text):
         (3, "3\tamica\tamica\tNOUN", "4 columns; CoNLL-U has 10"),
         (3, ROWS[3].replace("amica\tamica", "amica\t"), "an empty column"),
         (3, "x" + ROWS[3], "'x3' is no word id"),
+        (3, ROWS[3].replace("3", "³", 1), "'³' is no word id"),
+        (3, ROWS[3].replace("3", "9" * 5000, 1), "9' is no word id"),
         (3, ROWS[3].replace("3", "9", 1), "word 9 where word 3 was expected"),
         (3, ROWS[3].replace("Gender=Fem", "Gender"), "feature 'Gender' is not of the form Name=Value"),
         (3, ROWS[3].replace("amica", "nemica"), "'nemica' does not come next in the sentence's text"),
