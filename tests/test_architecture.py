@@ -39,6 +39,7 @@ ROOM_LINES = {
     "autointerp": 6_209,  # 3_900
     "analysis": 3_159,  # 2_500
     "circuits": 1_300,
+    "benchmark": 1_700,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_558,  # 1_400
     "browser": 3_171,  # 2_650
     "cli": 2_463,  # 1_400  # quickstart with it

@@ -41,6 +41,7 @@ class Word(NamedTuple):
     start: int
     end: int
     labels: frozenset[str]
+    rows: tuple[tuple[str, ...], ...] = ()  # CoNLL-U's columns of its syntactic words: of "della", of di and of la
 
 
 class Sentence(NamedTuple):
@@ -122,6 +123,7 @@ class _Row(NamedTuple):
     form: str
     labels: frozenset[str]
     space_after: bool
+    columns: tuple[tuple[str, ...], ...]
 
 
 def read_conllu(file: Path) -> Iterator[tuple[str, list[Word]]]:
@@ -162,8 +164,10 @@ def _row(where: str, line: str) -> list[_Row]:
     for name, _, value in pairs:
         if not (name and value):
             raise DataError(f"{where}: feature {name!r} is not of the form Name=Value.")
-    labels = frozenset() if "-" in identifier else _labels(upos, {name: value for name, _, value in pairs})
-    return [_Row(where, first, last, form, labels, "SpaceAfter=No" not in misc.split("|"))]
+    multi = "-" in identifier
+    labels = frozenset() if multi else _labels(upos, {name: value for name, _, value in pairs})
+    space, own = "SpaceAfter=No" not in misc.split("|"), () if multi else (tuple(columns),)
+    return [_Row(where, first, last, form, labels, space, own)]
 
 
 def _sentence(text: str, rows: list[_Row]) -> tuple[str, list[Word]]:
@@ -178,7 +182,8 @@ def _sentence(text: str, rows: list[_Row]) -> tuple[str, list[Word]]:
             surface.append(row)
             covered = row.last
         else:  # a word of a multi-word token
-            surface[-1] = surface[-1]._replace(labels=surface[-1].labels | row.labels)
+            both = surface[-1].labels | row.labels, surface[-1].columns + row.columns
+            surface[-1] = surface[-1]._replace(labels=both[0], columns=both[1])
         expected += not multi
     if covered >= expected:
         raise DataError(f"{rows[-1].where}: the sentence ends before word {covered} of a multi-word token.")
@@ -189,7 +194,7 @@ def _sentence(text: str, rows: list[_Row]) -> tuple[str, list[Word]]:
         if start < 0 or text[place:start].strip():
             raise DataError(f"{row.where}: {row.form!r} does not come next in the sentence's text.")
         place = start + len(row.form)
-        words.append(Word(start, place, row.labels))
+        words.append(Word(start, place, row.labels, row.columns))
     return text, words
 
 

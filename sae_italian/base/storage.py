@@ -27,7 +27,8 @@ OURS = """
     *.safetensors spans-*.npy seen-*.npz data-*.arrow documents-*.parquet stats.parquet matches.parquet metrics.jsonl
     release.jsonl model.jsonl sourceset.jsonl source.jsonl batch-*.jsonl.gz autointerp.sqlite* *.calls.sqlite* .*.tmp
     index.html map.html assets/app.js assets/app.css data/*.js other/*.js pictures/*.svg curves.svg density.svg run.json
-    cfg.json runner_cfg.json activation_scaler.json card.* results.* report.* baselines.* overview.* language.* shift.*
+    part-[0-9]*.npy benchmark.* leaderboard.* cfg.json runner_cfg.json
+    activation_scaler.json card.* results.* report.* baselines.* overview.* language.* shift.*
     geometry.* layer.json manifest.json progress.json counts.json state.json dataset_*.json sae_lens.json browser.json
     wandb.json config.json run_settings.json skipped_indexes.json batch-*.json [0-9]*.json README.md
     graph.* neuronpedia.json rows.partial visited.json config.yaml index.json.gz layer_*.bin

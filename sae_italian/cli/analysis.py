@@ -21,6 +21,7 @@ from sae_italian.cli.options import (
     Seed,
     bounded,
     key_values,
+    named,
     own_words,
     short_names,
 )
@@ -152,7 +153,7 @@ def _languages(ud: list[str] | None, languages: list[str] | None, against: list[
         raise UsageError("nothing to look for: give --ud with treebanks, --languages with corpora, or both.")
     if against and not ud:
         raise UsageError("--against compares probes on treebanks; give --ud too, or leave it out.")
-    return _named("--languages NAME=CORPUS", languages, 2 if languages else 0)
+    return named("--languages NAME=CORPUS", languages, 2 if languages else 0)
 
 
 def _sae_of(given: str, of_cache: str | None) -> tuple[Any, Any]:
@@ -245,7 +246,7 @@ def shift(
     _check_kind(by, {"--buckets": buckets, "--edges": edges} | settings)
     bounds = None if edges is None else _numbers(edges)
     least = {"language": 2, "model": 1}.get(by, 0)
-    parts = _named(f"--by {by} --buckets NAME={'MODEL' if by == 'model' else 'CORPUS'}", buckets, least)
+    parts = named(f"--by {by} --buckets NAME={'MODEL' if by == 'model' else 'CORPUS'}", buckets, least)
     loaded, subject, text = sae_italian.open_sae(sae, model, corpus)
     column, name = settings["text_column"], full_name(sae)
     if by == "context":
@@ -280,25 +281,12 @@ def _numbers(given: str) -> list[int]:
         raise UsageError(f"--edges is {given!r}; numbers with commas were expected, e.g. 0,128,256,512.") from error
 
 
-def _named(what: str, pairs: list[str] | None, least: int = 0) -> dict[str, str]:
-    """Return name and value of each NAME=VALUE. Raises: UsageError for another form, a name given twice, too few."""
-    found: dict[str, str] = {}
-    for pair in pairs or ():
-        name, equals, value = pair.partition("=")
-        if not (name and equals and value) or name in found:
-            raise UsageError(f"{pair!r}: NAME=VALUE was expected, each name once.")
-        found[name] = value
-    if len(found) < least:
-        raise UsageError(f"{what} is needed, {least} or more; {len(found)} given. For example it=testi en=texts.")
-    return found
-
-
 def _columns(given: str, names: Iterable[str]) -> dict[str, str]:
     """Return the text column of each corpus, from one name for all or NAME:COLUMN,NAME:COLUMN. Raises: UsageError."""
     if ":" not in given:
         return dict.fromkeys(names, given)
     columns = dict.fromkeys(names, "text")
-    named = _named("", [part.replace(":", "=", 1) for part in given.split(",")])
-    if named.keys() - columns.keys():
+    own = named("", [part.replace(":", "=", 1) for part in given.split(",")])
+    if own.keys() - columns.keys():
         raise UsageError(f"text_column is {given!r}; NAME:COLUMN was expected, each NAME of {', '.join(columns)}.")
-    return columns | named
+    return columns | own

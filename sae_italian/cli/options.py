@@ -205,3 +205,16 @@ def short_names(given: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"{name} was given twice; give each SAE once.")
     short = [Path(name).name for name in given]
     return dict(zip(short if len(set(short)) == len(short) else given, given, strict=True))
+
+
+def named(what: str, pairs: Sequence[str] | None, least: int = 0) -> dict[str, str]:
+    """Return name and value of each NAME=VALUE. Raises: UsageError for another form, a name given twice, too few."""
+    found: dict[str, str] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value) or name in found:
+            raise UsageError(f"{pair!r}: NAME=VALUE was expected, each name once.")
+        found[name] = value
+    if len(found) < least:
+        raise UsageError(f"{what} is needed, {least} or more; {len(found)} given. For example it=testi en=texts.")
+    return found

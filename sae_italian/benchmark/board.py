@@ -1,0 +1,248 @@
+"""What the results say: a row for every SAE, what is not distinguishable, by family; and SAEBench's JSON of it.
+
+The headline of a task is selectivity, AUC at k = 16 minus the better of the two form controls, and the gain over the
+random twin. Means are over tasks, whose poolings are averaged first. Tasks are the sample: intervals resample them. The
+variance of a difference between two SAEs also counts the documents that tasks share: V = V_tasks + V_documents - V_cells,
+at least the larger of the first two (Cameron, Gelbach, Miller 2011). Less than 2.8 times its root is not distinguishable.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import Estimate, mean_interval
+from sae_italian.base.storage import package_versions, read_json
+from sae_italian.benchmark.run import SETTINGS
+
+POWER = 2.8  # standard errors of a difference found four times in five at the level of 5 %
+EVAL_TYPE = "sae_italian_sparse_probing"  # Italian sets are never averaged with SAEBench's English ones
+COLUMNS = ("auc_1", "auc_16", "selectivity", "gain_1", "gain_16", "below_dense")
+
+
+class ProblemScore(NamedTuple):
+    """One problem of one SAE: means over the protocol's seeds; influence on the AUC at k = 16 by document."""
+
+    auc: dict[str, float]
+    seeds: dict[str, list[float]]
+    twin: dict[str, float]
+    control: dict[str, Any]
+    own: dict[str, Any]
+
+    def value(self, column: str) -> float:
+        """Return a number of the table."""
+        form = max(self.control[name]["auc"] for name in ("form", "tokens"))
+        kind, _, k = column.partition("_")
+        if kind == "gain":
+            return self.auc[k] - self.twin[k]
+        if kind == "auc":
+            return self.auc[k]
+        return self.auc["16"] - (form if kind == "selectivity" else self.control["dense"]["auc"])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One SAE: where it was scored, and its scores by problem."""
+
+    name: str
+    facts: dict[str, Any]
+    scores: dict[str, ProblemScore]
+    tasks: dict[str, str]  # of each problem
+    told: dict[str, dict[str, Any]]  # of each task: its names, family, whether form gives the answer
+
+    def by_task(self, column: str, family: str = "") -> dict[str, float]:
+        """Return a number by task, the mean over its poolings: of a family, or of all where form is not the answer."""
+        values: dict[str, list[float]] = {}
+        for problem, score in self.scores.items():
+            told = self.told[self.tasks[problem]]
+            if told["family"] == family if family else not told["form"]:
+                values.setdefault(self.tasks[problem], []).append(score.value(column))
+        return {task: float(np.mean(found)) for task, found in values.items()}
+
+    def estimate(self, column: str, family: str = "") -> Estimate:
+        """Return the mean over tasks with its interval over tasks."""
+        return mean_interval(np.array([*self.by_task(column, family).values()]))
+
+    @cached_property
+    def reseed(self) -> float:
+        """The sd of the mean AUC at k = 16 over the protocol's seeds."""
+        kept = [s.seeds["16"] for p, s in self.scores.items() if not self.told[self.tasks[p]]["form"]]
+        means = np.mean(kept, axis=0)
+        return float(np.std(means, ddof=1)) if np.size(means) > 1 else float("nan")
+
+    def influence(self) -> dict[tuple[str, str], float]:
+        """Return by (document, task) the influence on the mean AUC at k = 16."""
+        kept = [p for p in self.scores if not self.told[self.tasks[p]]["form"]]
+        poolings = {task: sum(self.tasks[p] == task for p in kept) for task in {self.tasks[p] for p in kept}}
+        total: dict[tuple[str, str], float] = {}
+        for problem in kept:
+            task = self.tasks[problem]
+            for document, part in self.scores[problem].own["influence"]["16"].items():
+                total[document, task] = total.get((document, task), 0.0) + part / poolings[task] / len(poolings)
+        return total
+
+
+class Difference(NamedTuple):
+    """How two SAEs differ in mean AUC at k = 16 on the same examples; `least` could be told apart four times in five."""
+
+    value: float
+    error: float
+    least: float
+    tasks: int
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the difference is beyond what could be told apart."""
+        return abs(self.value) > self.least
+
+
+def compare(a: Entry, b: Entry) -> Difference:
+    """Return the difference a - b over the tasks that both have, with its two-way standard error."""
+    one, other = a.by_task("auc_16"), b.by_task("auc_16")
+    shared = sorted(one.keys() & other.keys())
+    if len(shared) < 2:
+        return Difference(float("nan"), float("nan"), float("nan"), len(shared))
+    differences = np.array([one[task] - other[task] for task in shared])
+    cells = a.influence()
+    for key, part in b.influence().items():
+        cells[key] = cells.get(key, 0.0) - part
+    documents: dict[str, float] = {}
+    for (document, _), part in cells.items():
+        documents[document] = documents.get(document, 0.0) + part
+    over_tasks = float(differences.var(ddof=1)) / len(shared)
+    over_documents, alone = (float(np.square([*some.values()]).sum()) for some in (documents, cells))
+    seeds = (a.reseed**2 + b.reseed**2) / max(len(next(iter(a.scores.values())).seeds["16"]), 1)
+    variance = max(over_tasks + over_documents - alone, over_tasks, over_documents) + np.nan_to_num(seeds)
+    error = float(np.sqrt(variance))
+    return Difference(float(differences.mean()), error, POWER * error, len(shared))
+
+
+def ranks(entries: Sequence[Entry]) -> list[int]:
+    """Return ranks of entries from best to worst; one that is not distinguishable from the first of a rank shares it."""
+    found: list[int] = []
+    first = 0
+    for i, entry in enumerate(entries):
+        if not i or compare(entries[first], entry).distinguishable:
+            first = i
+        found.append(first + 1)
+    return found
+
+
+def training_noise(entries: Iterable[Entry]) -> dict[str, tuple[float, int]]:
+    """Return the sd of the mean AUC at k = 16 over trainings that differ in their seed alone: NAME-seed0, NAME-seed1."""
+    groups: dict[str, list[float]] = {}
+    for entry in entries:
+        name = re.sub(r"[-_./ ]?s(eed)?[-_=]?\d+$", "", entry.name)
+        if name != entry.name:
+            groups.setdefault(name, []).append(entry.estimate("auc_16").value)
+    return {name: (float(np.std(v, ddof=1)), len(v)) for name, v in groups.items() if len(v) > 1}
+
+
+def read_entries(folder: Path) -> list[Entry]:
+    """Return the SAEs of a benchmark's folder, or of all that lie below one, best first.
+
+    Raises: UsageError when there is none.
+    """
+    files = [folder / SETTINGS] if (folder / SETTINGS).is_file() else sorted(folder.glob(f"*/{SETTINGS}"))
+    entries = [entry for file in files for entry in _entries(file.parent, read_json(file))]
+    if not entries:
+        raise UsageError(f"{folder} holds no results. Run `sae-italian benchmark SAE --out {folder}`.")
+    return sorted(entries, key=lambda entry: -entry.estimate("auc_16").value)
+
+
+def _entries(folder: Path, value: Mapping[str, Any]) -> Iterable[Entry]:
+    for name, facts in value["saes"].items():
+        hook = value["hooks"][facts["hook"]]
+        tasks, scores = {problem: told["task"] for problem, told in hook["problems"].items()}, {}
+        for problem in tasks:
+            own, control = (
+                folder / facts["hook"] / d / f"results.{problem}.json" for d in (facts["folder"], "controls")
+            )
+            if own.is_file():
+                scores[problem] = _score(read_json(own), read_json(control))
+        if scores:
+            settings = {key: value[key] for key in ("model", "revision", "seeds", "sources", "most")}
+            yield Entry(name, {**facts, **settings}, scores, tasks, value["tasks"])
+
+
+def _score(own: dict[str, Any], control: dict[str, Any]) -> ProblemScore:
+    means = [{k: float(np.mean(values)) for k, values in own[key].items()} for key in ("auc", "twin")]
+    return ProblemScore(means[0], own["auc"], means[1], control, own)
+
+
+# --- SAEBench ---------------------------------------------------------------------------------------------------------
+
+
+def saebench(entry: Entry) -> dict[str, Any]:
+    """Return the results as SAEBench's JSON of `sparse_probing_sae_probes`, under a type of our own.
+
+    Sets bear the prefix `it_`. Intervals, seeds and controls are in `eval_result_unstructured`.
+    """
+    details = [_detail(problem, score) for problem, score in entry.scores.items()]
+    keys = [key for key in details[0] if key.startswith(("llm", "sae_top"))]
+    means = {key: float(np.mean([detail[key] for detail in details])) for key in keys}
+    llm = {key: value for key, value in means.items() if key.startswith("llm")}
+    by_k = _mean_by_k([detail["sae_metrics_by_k"] for detail in details])
+    shown = {column: entry.estimate(column).as_dict() for column in COLUMNS}
+    release, _, sae_id = entry.name.rpartition(":")
+    return {
+        "eval_type_id": EVAL_TYPE,
+        "eval_config": _config(entry),
+        "eval_id": str(uuid.uuid4()),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "eval_result_metrics": {"llm": llm, "sae": {key: means[key] for key in keys if key not in llm}},
+        "eval_result_details": details,
+        "sae_metrics_by_k": by_k,
+        "sae_bench_commit_hash": f"sae-italian {package_versions()['sae-italian']}",
+        "sae_lens_id": sae_id,
+        "sae_lens_release_id": release or "custom",
+        "sae_lens_version": package_versions()["sae-lens"],
+        "sae_cfg_dict": entry.facts["config"],
+        "eval_result_unstructured": {"headline": shown, "problems": {p: _beside(s) for p, s in entry.scores.items()}},
+    }
+
+
+def _config(entry: Entry) -> dict[str, Any]:
+    names = [f"it_{problem}" for problem in entry.scores]
+    sizes = dict(zip(("probe_train_set_size", "probe_test_set_size"), entry.facts["most"], strict=True))
+    ks = [int(k) for k in next(iter(entry.scores.values())).auc]
+    told = {"random_seed": 0, "dataset_names": names, "k_values": ks}
+    return told | sizes | {"model_name": entry.facts["model"] or ""}
+
+
+def _detail(problem: str, score: ProblemScore) -> dict[str, Any]:
+    dense, own = score.control["dense"], score.own
+    metrics = ("accuracy", "auc", "f1")
+    by_k = {k: {f"test_{m}": score.auc[k] if m == "auc" else own[m][k] for m in metrics} for k in score.auc}
+    found: dict[str, Any] = {"dataset_name": f"it_{problem}", **{f"llm_test_{m}": dense[m] for m in metrics}}
+    for k in (k for k in by_k if k in ("1", "2", "5")):  # SAEBench has no field for k = 16
+        found |= {f"sae_top_{k}_{name}": value for name, value in by_k[k].items()}
+    return found | {"sae_metrics_by_k": by_k}
+
+
+def _mean_by_k(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    first = found[0].items()
+    return {k: {m: float(np.mean([one[k][m] for one in found])) for m in some} for k, some in first}
+
+
+def _beside(score: ProblemScore) -> dict[str, Any]:
+    chance: Float[np.ndarray, " n"] = np.array(score.own["permuted"])
+    return {
+        "seeds": score.seeds,
+        "twin": score.twin,
+        "permuted": {"mean": float(chance.mean()), "most": float(chance.max())},
+        "interval_16": score.own["interval"]["16"],
+        "controls": {key: value["auc"] for key, value in score.control.items() if isinstance(value, dict)},
+        "n_test": score.control["n_test"],
+        "majority": score.control["majority"],
+    }

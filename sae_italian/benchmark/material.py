@@ -1,0 +1,283 @@
+"""The texts of the benchmark, from treebanks, the grammar, corpora and lists, all as passages with facts about their words.
+
+A fact is a name and a text (`Gender` Fem, `deprel` obj); tasks are rules about facts (`tasks.py`), so that a new source
+brings its tasks as data. Every passage says which side of the split it is on, and to which document it belongs: for a
+treebank without documents a run of 20 sentences, because neighbours come from one text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from itertools import islice, pairwise
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from sae_italian import micro_italiano
+from sae_italian.analysis.tasks import agreement_pairs
+from sae_italian.analysis.treebank import FEATURES, Word, read_treebank
+from sae_italian.base.errors import UsageError
+from sae_italian.corpora.stream import MICRO_ITALIANO, iter_documents
+
+RUN = 20  # sentences of a treebank that count as one document
+MICRO_SEED = 20_000  # of the grammar's documents: no corpus of training has it unless it asks for it
+MICRO_DOCUMENTS, MICRO_BEGINNINGS = 600, 600
+SENTENCES = 3  # of a beginning
+N_PAIRS = 600
+FORMS = 3_000  # of the lexicon
+GENRE_DOCUMENTS, GENRE_READ = 120, 4_000
+WINDOW = 48  # words of a genre's text
+FINAL_MARKS = " .?!…;:»\"'”)"
+# What tells a genre without its language: addresses, articles' numbers, years and other figures, mark-up, products.
+CONFOUNDS = re.compile(
+    r"https?://\S+|www\.\S+|\bArt(\.|icol[oi])\s*\d+\S*|[<{\[][^<>{}\[\]]*[>}\]]|\S*[_/\\|@#`=]\S*|\S*\d\S*"
+    r"|\b(Dynamics|Commerce|Microsoft|Debian|HTML|CSS|JavaScript|MDN|API)\b"
+)
+SOURCES = ("ud", "micro", "micro-documents", "texts", "pairs", "lexicon")
+_CARRIER = "La parola è "
+
+
+class PlacedWord(NamedTuple):
+    """A word: characters start to end (exclusive) of its passage, and its facts."""
+
+    start: int
+    end: int
+    facts: dict[str, str]
+
+
+class Passage(NamedTuple):
+    """A text that a model reads alone, after a BOS."""
+
+    text: str
+    document: str
+    test: bool
+    facts: dict[str, str]
+    words: list[PlacedWord] = []  # noqa: RUF012  # never written to
+
+
+def stop(text: str) -> int:
+    """Return where a sentence ends without its final mark, which a causal model has then not read."""
+    return len(text.rstrip(FINAL_MARKS)) or len(text)
+
+
+def is_test(name: str, one_in: int) -> bool:
+    """Return whether a document, a run or a lemma is for test: one in so many, always the same ones."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=4).digest()) % one_in == 0
+
+
+def plainly(text: str) -> str:
+    """Return a text without case, marks and accents: what two copies of a sentence share, whatever their spelling."""
+    folded = unicodedata.normalize("NFD", text.lower())
+    return re.sub(r"\W+", " ", "".join(c for c in folded if not unicodedata.combining(c))).strip()
+
+
+# --- treebanks --------------------------------------------------------------------------------------------------------
+
+
+def treebank_passages(paths: Sequence[str | Path]) -> tuple[list[Passage], int]:
+    """Return the sentences of treebanks, each once, and how many were left out because they stand there twice.
+
+    The split is that of the files' names where these are UD's, otherwise every fifth run of sentences is for test. Of two
+    copies the one for test stays. Raises: as `read_treebank`, for a broken line with file and line.
+    """
+    found: dict[str, Passage] = {}
+    total = 0
+    for path in paths:
+        bank = read_treebank(path)
+        named = sum(a.train != b.train for a, b in pairwise(bank.sentences)) <= 2  # whole files, not sentences by hash
+        for index, sentence in enumerate(bank.sentences):
+            run = f"{bank.name}/{index // RUN}"
+            test = not sentence.train if named else is_test(run, 5)
+            key, total = plainly(sentence.text), total + 1
+            if key not in found or (test and not found[key].test):
+                facts, words = _sentence_facts(sentence.text, sentence.words)
+                found[key] = Passage(sentence.text, f"{run}/{'test' if test else 'pool'}", test, facts, words)
+    return list(found.values()), total - len(found)
+
+
+def _sentence_facts(text: str, words: Sequence[Word]) -> tuple[dict[str, str], list[PlacedWord]]:
+    rows = {row[0]: row for word in words for row in word.rows}
+    children: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    for row in rows.values():
+        children[row[6]].append(row)
+    places, left = [], ""
+    for number, word in enumerate(words):
+        facts = _word_facts(word.rows, rows, children) | {"form": text[word.start : word.end].lower(), "left": left}
+        places.append(PlacedWord(word.start, word.end, facts | {"first": "no" if number else "yes"}))
+        left = facts["upos"]
+    return _length(sum("PUNCT" not in p.facts["upos"] for p in places), text) | {"depth": str(_depth(rows))}, places
+
+
+def _word_facts(
+    own: Sequence[tuple[str, ...]], rows: Mapping[str, tuple[str, ...]], children: Mapping[str, list[tuple[str, ...]]]
+) -> dict[str, str]:
+    """Return what CoNLL-U says of a surface word; of its syntactic words the first one counts where they differ."""
+    facts: dict[str, str] = {}
+    for row in reversed(own):
+        facts |= dict(pair.split("=", 1) for pair in row[5].split("|") if row[5] != "_")
+    facts |= {"upos": "+".join(row[3] for row in own), "deprel": "+".join(row[7] for row in own)}
+    if own:
+        first, head = own[0], rows.get(own[0][6])
+        under = children[first[0]]
+        facts |= {"lemma": first[2].lower(), "head": head[3] if head else "ROOT"}
+        facts["place"] = "before" if head and int(first[0]) < int(head[0]) else "after"
+        facts["children"] = " ".join(row[7] for row in under)
+        facts["after"] = " ".join(row[7] for row in under if int(row[0]) > int(first[0]))
+        facts["aux"] = next((row[2] for row in under if row[7] == "aux"), "")
+    return facts
+
+
+def _depth(rows: Mapping[str, tuple[str, ...]]) -> int:
+    """Return how many words are on the longest way to the root; a circle, which no tree has, is not followed."""
+    deepest = 0
+    for row in rows.values():
+        seen: set[str] = set()
+        while row[6] in rows and row[0] not in seen:
+            seen.add(row[0])
+            row = rows[row[6]]
+        deepest = max(deepest, len(seen) + 1)
+    return deepest
+
+
+def _length(n_words: int, text: str) -> dict[str, str]:
+    mark = text[len(text.rstrip(FINAL_MARKS)) :].strip()
+    return {"words": str(n_words), "length": str(n_words // 5), "mark": mark}
+
+
+# --- the grammar --------------------------------------------------------------------------------------------------------
+
+
+def micro_passages(n: int = MICRO_DOCUMENTS) -> list[Passage]:
+    """Return MicroItaliano's sentences with the constructions they hold."""
+    found = []
+    for document in micro_italiano.documents(n, MICRO_SEED):
+        words = [
+            PlacedWord(s.start, s.end, _micro_facts(s.labels, document.text[s.start : s.end])) for s in document.words
+        ]
+        for start, end in _sentences(words):
+            here = [PlacedWord(w.start - start, w.end - start, w.facts) for w in words if start <= w.start < end]
+            held = [s.labels["construction"] for s in document.constructions if s.start < end and s.end > start]
+            text, n_words = document.text[start:end], sum(w.facts["upos"] != "PUNCT" for w in here)
+            facts = _length(n_words, text) | {"constructions": " ".join(held)}
+            found.append(Passage(text, document.doc_id, is_test(document.doc_id, 3), facts, here))
+    return found
+
+
+def register_passages(n: int = MICRO_BEGINNINGS) -> list[Passage]:
+    """Return the first sentences of MicroItaliano's documents with their register."""
+    found = []
+    for document in micro_italiano.documents(n, MICRO_SEED + 1):
+        text = document.text
+        words = [PlacedWord(s.start, s.end, {"form": text[s.start : s.end]}) for s in document.words]
+        end = list(_sentences(words))[:SENTENCES][-1][1]
+        facts = {"register": document.register}
+        found.append(Passage(text[:end], document.doc_id, is_test(document.doc_id, 2), facts))
+    return found
+
+
+def _micro_facts(labels: Mapping[str, str], form: str) -> dict[str, str]:
+    features = {name: labels[name.lower()] for name in FEATURES if name.lower() in labels}
+    kept = {key: labels[key] for key in ("lemma", "upos", "contracted") if key in labels}
+    return features | kept | {"form": form}
+
+
+def _sentences(words: Sequence[PlacedWord]) -> Iterator[tuple[int, int]]:
+    start = words[0].start
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        if after is None or word.facts["form"] in (".", "?", "!", "…"):
+            yield start, word.end
+            start = after.start if after else start
+
+
+# --- corpora, pairs, single words -----------------------------------------------------------------------------------------
+
+
+def genre_passages(texts: Mapping[str, str], seed: int = 0) -> list[Passage]:
+    """Return windows of documents by genre (its corpus), confounds taken out, split by work.
+
+    A work is a value of the column `source`; of a corpus that has fewer than ten, a run of documents.
+    """
+    found = []
+    for genre, corpus in texts.items():
+        documents = list(islice(iter_documents(corpus), GENRE_READ))
+        works = {document.source for document in documents}
+        chosen = Random(f"{genre}/{seed}").sample(range(len(documents)), min(GENRE_DOCUMENTS, len(documents)))
+        for number in chosen:
+            words = CONFOUNDS.sub(" ", documents[number].text).split()
+            middle = max(0, (len(words) - WINDOW) // 2)
+            work = f"{genre}/{documents[number].source if len(works) >= 10 else number // RUN}"
+            if len(words) >= WINDOW:
+                text = " ".join(words[middle : middle + WINDOW])
+                found.append(Passage(text, work, is_test(work, 3), {"genre": genre, **_length(WINDOW, text)}))
+    return found
+
+
+def pair_passages(n: int = N_PAIRS, seed: int = 0) -> list[Passage]:
+    """Return minimal pairs, right and wrong; the deciding word is the last, and a pair is one document."""
+    made = [("kind", pair.kind, pair.right, pair.wrong) for pair in agreement_pairs(n, seed=MICRO_SEED + seed)]
+    for pair in micro_italiano.agreement_pairs(n // 2, MICRO_SEED + seed):
+        made.append(("micro", pair.kind, f"{pair.prefix} {pair.right}", f"{pair.prefix} {pair.wrong}"))
+    found = []
+    for number, (group, kind, right, wrong) in enumerate(made):
+        for answer, text in (("yes", right), ("no", wrong)):
+            name = f"pair/{group}/{number}"
+            found.append(Passage(text, name, is_test(name, 3), {group: kind, "right": answer}))
+    return found
+
+
+def lexicon_passages(passages: Iterable[Passage]) -> list[Passage]:
+    """Return each form of the passages once, as «La parola è X», unless its part of speech, gender or number varies."""
+    seen: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for word in (word for passage in passages for word in passage.words):
+        seen[word.facts.get("form", "").lower()].append(word.facts)
+    found = []
+    for form, uses in sorted(seen.items()):
+        names = ("upos", "Gender", "Number", "VerbForm", "lemma")
+        facts = {name: uses[0][name] for name in names if name in uses[0]}
+        same = all(use.get(name) == uses[0].get(name) for use in uses for name in names[:3])
+        if same and form.isalpha() and len(form) > 2 and facts.get("upos") in ("NOUN", "VERB", "ADJ", "ADV"):
+            facts |= {"form": form, "letter": plainly(form)[:1]}
+            name = f"lemma/{facts.get('lemma', form)}"
+            place = PlacedWord(len(_CARRIER), len(_CARRIER) + len(form), facts)
+            found.append(Passage(_CARRIER + form, name, is_test(name, 3), {}, [place]))
+    return Random(0).sample(found, min(FORMS, len(found)))
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+class Material(NamedTuple):
+    """Passages by source, the corpora they come from, and how many sentences were left out as copies."""
+
+    passages: dict[str, list[Passage]]
+    corpora: dict[str, list[str]]
+    n_copies: int = 0
+
+
+def gather(
+    treebanks: Sequence[str] = (),
+    texts: Mapping[str, str] | None = None,
+    seed: int = 0,
+    sources: Collection[str] = SOURCES,
+) -> Material:
+    """Return the passages of sources that run offline: treebanks and corpora as they are given, grammar and lists always."""
+    if len(texts or {}) == 1:
+        raise UsageError("one corpus has no genres to tell apart; give two or more: --texts NAME=CORPUS NAME=CORPUS.")
+    words = {"ud", "micro"} if "lexicon" in sources else set(sources)
+    banks, n_copies = treebank_passages(treebanks if "ud" in words else ())
+    micro = micro_passages() if "micro" in words else []
+    made: dict[str, Callable[[], list[Passage]]] = {
+        "ud": lambda: banks,
+        "micro": lambda: micro,
+        "micro-documents": register_passages,
+        "texts": lambda: genre_passages(texts or {}, seed),
+        "pairs": lambda: pair_passages(seed=seed),
+        "lexicon": lambda: lexicon_passages([*banks, *micro]),
+    }
+    corpora = {"ud": list(map(str, treebanks)), "texts": list((texts or {}).values())}
+    corpora |= dict.fromkeys(("micro", "micro-documents"), [MICRO_ITALIANO])
+    return Material({name: made[name]() for name in SOURCES if name in sources}, corpora, n_copies)

@@ -1,0 +1,200 @@
+"""The report of a benchmark and the leaderboard over a folder of them: Markdown, one HTML file that needs no network, W&B."""
+
+from __future__ import annotations
+
+import html
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sae_italian.base.labels import label
+from sae_italian.base.report import plain, shown, table
+from sae_italian.base.storage import fingerprint, utc_now, write_json, write_text
+from sae_italian.benchmark.board import COLUMNS, Entry, compare, ranks, read_entries, saebench, training_noise
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}
+div{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left}
+th[role]{cursor:pointer}@media(prefers-color-scheme:dark){body{background:#16191d;color:#e6e8eb}}"""
+# A click on a column's head sorts by its first number, the largest first.
+SORT = """document.querySelectorAll('th').forEach((h,i)=>{h.setAttribute('role','button');h.onclick=()=>{
+const t=h.closest('table'),n=[...h.parentNode.children].indexOf(h),v=r=>parseFloat(r.children[n].textContent)||-9;
+[...t.tBodies[0].rows].sort((a,b)=>v(b)-v(a)).forEach(r=>t.tBodies[0].append(r))}})"""
+
+
+class Board(NamedTuple):
+    """A titled table, and sentences under it."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        """Return the table with its title and notes."""
+        return "\n\n".join([f"## {self.title}", table(" | ".join(self.head), self.rows), *self.notes])
+
+    def page(self) -> str:
+        """Return the same as HTML."""
+        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows]
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
+        rows = "".join(f"<tr>{row}</tr>" for row in cells)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        body = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return f"<h2>{html.escape(self.title)}</h2><div>{body}</div>{notes}"
+
+
+def both(key: str, **values: Any) -> str:
+    """Return a label in English and Italian, filled in."""
+    english, italian = (label(f"benchmark.{key}", language).format(**values) for language in ("en", "it"))
+    return english if english == italian else f"{english} · {italian}"
+
+
+def _heads(names: Sequence[str]) -> list[str]:
+    return [label(f"benchmark.{name}") for name in names]
+
+
+def _in_italian(names: Sequence[str]) -> str:
+    return f"Colonne: {'; '.join(label(f'benchmark.{name}', 'it') for name in names)}."
+
+
+def headline(entries: Sequence[Entry]) -> Board:
+    """Return the SAEs that were scored on the same examples, best first, those not distinguishable at one rank."""
+    rows = []
+    for rank, entry in zip(ranks(entries), entries, strict=True):
+        numbers = [shown(entry.estimate(column), ".3f") for column in COLUMNS]
+        tasks = str(len(entry.by_task("auc_16")))
+        seen = ", ".join(entry.facts["seen"]) or "-"
+        rows.append([str(rank), entry.name, *numbers, f"{entry.reseed:.4f}", tasks, seen])
+    names = ("rank", "sae", *COLUMNS, "reseed", "tasks", "seen")
+    return Board(both("headline"), _heads(names), rows, [*_foot(entries), _in_italian(names)])
+
+
+def _foot(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield what stands at the foot of a table: what differences could be told apart, and what noise there is."""
+    for above, below in zip(entries, entries[1:], strict=False):
+        found = compare(above, below)
+        names = {"a": above.name, "b": below.name, "value": f"{found.value:+.3f}", "least": f"{found.least:.3f}"}
+        yield both("distinguishable" if found.distinguishable else "not_distinguishable", **names)
+    for name, (sd, n) in training_noise(entries).items():
+        yield both("training_noise", name=name, sd=f"{sd:.4f}", n=n)
+    yield both("legend")
+
+
+def families(entries: Sequence[Entry]) -> Board:
+    """Return the mean AUC at k = 16 and the selectivity by family of tasks."""
+    names = list(dict.fromkeys(told["family"] for entry in entries for told in entry.told.values()))
+    rows = []
+    for entry in entries:
+        cells = []
+        for family in names:
+            auc, selectivity = (entry.estimate(column, family) for column in ("auc_16", "selectivity"))
+            cells.append("-" if auc.value != auc.value else f"{auc.value:.3f} ({selectivity.value:+.3f})")
+        rows.append([entry.name, *cells])
+    return Board(both("families"), ["SAE", *names], rows, [])
+
+
+def problems(entry: Entry) -> Board:
+    """Return every problem of one SAE with all its controls beside it."""
+    rows = []
+    for name, score in entry.scores.items():
+        told, control = entry.told[entry.tasks[name]], score.control
+        lo, hi = (float("nan") if x is None else x for x in score.own["interval"]["16"])
+        chance = np.quantile(score.own["permuted"], 0.95)
+        numbers = [score.auc["1"], score.auc["16"], lo, hi, score.value("selectivity"), score.value("gain_16")]
+        others = [control[key]["auc"] for key in ("form", "tokens", "dense", "embedded")]
+        cells = [f"{x:.3f}" for x in [*numbers, *others, chance, control["majority"]]]
+        marked = f"{told['en']} · {told['it']}" + (" *" if control["exploratory"] else "")
+        rows.append([name, marked, *cells, str(control["n_test"])])
+    names = ("problem", "task", "auc_1", "auc_16", "lo", "hi", "selectivity", "gain_16")
+    beside = ("form", "tokens", "dense", "embedded", "permuted", "majority", "n_test")
+    title = f"{entry.name}: {both('problems')}"
+    every = (*names, *beside)
+    return Board(title, _heads(every), rows, [both("exploratory"), _in_italian(every)])
+
+
+def write(folder: Path, entries: Sequence[Entry], told: Mapping[str, Any]) -> Board:
+    """Write benchmark.json, .md, .html, and SAEBench's JSON of every SAE; return the headline."""
+    first, notes = headline(entries), list(_notes(told))
+    boards = [first._replace(notes=[*first.notes, *notes]), families(entries), *map(problems, entries)]
+    _pages(folder / "benchmark", both("title"), boards)
+    rows = [{c: plain(entry.estimate(c)) for c in COLUMNS} | {"sae": entry.name, **_facts(entry)} for entry in entries]
+    write_json(
+        folder / "benchmark.json", {"saes": rows, "notes": notes, "refused": told["refused"], "created": utc_now()}
+    )
+    for entry in entries:
+        name = entry.name if ":" in entry.name else f"custom_{entry.name}"
+        name = name.replace("/", "_").replace(":", "_")
+        write_json(folder / "saebench" / f"results.{name}_eval_results.json", saebench(entry))
+    return boards[0]
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    facts = {key: entry.facts[key] for key in ("architecture", "d_sae", "hook", "model", "seen")}
+    return facts | {"reseed": entry.reseed, "tasks": len(entry.by_task("auc_16"))}
+
+
+def _notes(told: Mapping[str, Any]) -> Iterator[str]:
+    for hook, size in told["hooks"].items():
+        yield both("size", hook=hook, **{key: f"{size[key]:,.4g}" for key in ("texts", "tokens", "tokens_per_word")})
+    if told["n_copies"]:
+        yield both("copies", n=told["n_copies"])
+    beyond = (why for size in told["hooks"].values() for why in size["refused"])
+    refused = dict.fromkeys([*told["refused"], *beyond])
+    if refused:
+        yield both("refused", tasks="; ".join(refused))
+
+
+def leaderboard(folder: Path) -> list[Board]:
+    """Write leaderboard.md and leaderboard.html over all results below a folder; return its tables.
+
+    SAEs that were scored on other examples stand in a table of their own. Raises: UsageError when there is no result.
+    """
+
+    def examples(entry: Entry) -> str:
+        same = [entry.facts[key] for key in ("sources", "most", "seeds")]
+        return f"{entry.facts['model']}, {fingerprint(same)[:6]}"
+
+    entries = sorted(read_entries(folder), key=examples)  # stable: best first within
+    boards = []
+    for name, some in groupby(entries, examples):
+        board = headline(list(some))
+        boards.append(board._replace(title=f"{board.title}: {name}"))
+    _pages(folder / "leaderboard", both("title"), boards)
+    return boards
+
+
+def _pages(stem: Path, title: str, boards: Sequence[Board]) -> None:
+    text = "\n\n".join([f"# {title}", *(board.markdown() for board in boards)])
+    write_text(stem.with_suffix(".md"), text + "\n")
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    body = "\n".join(board.page() for board in boards)
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{html.escape(title)}</h1>\n{body}'
+    write_text(stem.with_suffix(".html"), f"{page}\n<script>{SORT}</script></body></html>\n")
+
+
+def send_to_wandb(entries: Sequence[Entry], project: str, folder: Path) -> str:
+    """Log the headline and every problem as W&B tables, offline without a login; return where they are."""
+    import wandb
+
+    run: Any = wandb.init(
+        project=project,
+        dir=str(folder.resolve()),
+        mode="online" if wandb.login(prompt=False, verify=False) else "offline",
+        settings=wandb.Settings(console="off", silent=True),
+    )
+    rows = [[entry.name, *(entry.estimate(column).value for column in COLUMNS)] for entry in entries]
+    cells = [
+        [entry.name, name, *map(score.value, COLUMNS)] for entry in entries for name, score in entry.scores.items()
+    ]
+    tables: Any = {"benchmark/saes": (["sae"], rows), "benchmark/problems": (["sae", "problem"], cells)}
+    for name, (head, data) in tables.items():
+        run.log({name: wandb.Table(columns=[*head, *COLUMNS], data=data)})
+    offline = run.offline
+    run.finish()
+    if offline:
+        sys.stderr.write(f"W&B holds this offline; send it with: wandb sync {folder}/wandb/offline-*\n")
+    return f"W&B project {project}"

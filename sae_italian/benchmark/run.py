@@ -1,0 +1,339 @@
+"""The benchmark of SAEs: plan which texts are read, score the controls once, then each SAE and its random twin.
+
+What is done is on disk, a file for every SAE and problem (a task with its pooling), so that a stopped run goes on where
+it was, and a further SAE costs its own encoding alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from jaxtyping import Bool, Float, Int
+
+from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import one_of, paced
+from sae_italian.base.statistics import auroc_by_document
+from sae_italian.base.storage import claimed, fingerprint, read_json, write_json
+from sae_italian.benchmark.material import Material, Passage
+from sae_italian.benchmark.probes import (
+    SIZES,
+    Judged,
+    dense_probe,
+    form_probe,
+    permuted,
+    sparse_probes,
+    token_probe,
+)
+from sae_italian.benchmark.tasks import (
+    EXPLORATORY,
+    LEAST,
+    MEAN,
+    TEST,
+    TRAIN,
+    WORD,
+    Item,
+    ProbingTask,
+    Sides,
+    SourceTable,
+    draw,
+    n_balanced,
+    shortage,
+)
+from sae_italian.benchmark.vectors import LAST_OF, MEAN_OF, Pooling, model_identity, read_texts
+from sae_italian.saes import check_fits, hooks_of, weights_hash
+from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
+
+KIND, SETTINGS = "benchmark", "run_settings.json"
+Baselines = Callable[[Any, torch.Tensor], Mapping[str, Any]]  # from an SAE and activations at its hook
+QUICK = (300, 200)  # examples of a task in the quick preset, train and test
+HEADLINE = (1, 16)  # k's whose influence by document is kept, for comparisons of SAEs
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task read in one way, with the examples it may draw."""
+
+    task: ProbingTask
+    pooling: str
+    items: list[Item]
+    texts: list[int]  # of each item, among all texts
+    documents: list[str]
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return re.sub(r"[^\w-]+", "-", f"{self.task.id}-{self.pooling}")
+
+    def points(self) -> list[tuple[int, int]]:
+        """Return where each item is read."""
+        where = {MEAN: MEAN_OF}.get(self.pooling, LAST_OF)
+        own = [item.end if self.pooling == WORD else where for item in self.items]
+        return list(zip(self.texts, own, strict=True))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which problems are run on which texts, and which tasks are refused and why."""
+
+    problems: list[Problem]
+    texts: list[str]
+    refused: list[str]
+
+
+def plan(
+    material: Material, tasks: Sequence[ProbingTask], most: tuple[int, int] = (TRAIN, TEST), seed: int = 0
+) -> Plan:
+    """Choose the texts that are read: the rarest tasks draw first, the others prefer what is then read anyway."""
+    found: dict[str, tuple[ProbingTask, list[Item], Sequence[Passage]]] = {}
+    refused, sources = [], {name: SourceTable(passages) for name, passages in material.passages.items()}
+    for task in tasks:
+        passages = material.passages.get(task.source, [])
+        items = sources[task.source].items(task) if passages else []
+        if why := shortage(task, items):
+            refused.append(why)
+        else:
+            found[task.id] = task, items, passages
+    texts: dict[str, int] = {}
+    for _, items, passages in sorted(found.values(), key=lambda one: n_balanced(one[1])):
+        read = np.array([passages[item.passage].text in texts for item in items])
+        drawn = draw(items, seed, read, most)
+        for index in np.concatenate([drawn.train, drawn.test]).tolist():
+            texts.setdefault(passages[items[index].passage].text, len(texts))
+    problems = []
+    for task, items, passages in found.values():
+        kept = [item for item in items if passages[item.passage].text in texts]
+        numbers = [texts[passages[item.passage].text] for item in kept]
+        documents = [passages[item.passage].document for item in kept]
+        problems += [Problem(task, pooling, kept, numbers, documents) for pooling in task.problems]
+    return Plan(problems, list(texts), refused)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The examples of one problem and seed as rows of a pooling."""
+
+    rows: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]
+    answers: tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " m"]]
+    items: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]
+
+
+@dataclass
+class Bench:
+    """Everything that is the same for all SAEs at one hook."""
+
+    folder: Path
+    plan: Plan
+    pooling: Pooling
+    draws: dict[str, list[Drawn]]
+    n_seeds: int
+    n_permuted: int
+    embeddings: Float[np.ndarray, "vocabulary d"] = field(repr=False)
+
+    def controls(self) -> dict[str, dict[str, Any]]:
+        """Return what form, token identity, activations and embeddings give by problem, from disk where it is there."""
+        todo = [p for p in self.plan.problems if not self._file("controls", p).is_file()]
+        if todo:
+            dense, embedded = self.pooling.dense(), self.pooling.embedded(self.embeddings)
+            for problem in paced(todo, "controls", len(todo), "task"):
+                write_json(self._file("controls", problem), self._control(problem, dense, embedded))
+        done = [p for p in self.plan.problems if self._file("controls", p).is_file()]  # all, unless the time was over
+        return {p.name: read_json(self._file("controls", p)) for p in done}
+
+    def _control(self, problem: Problem, dense: np.ndarray, embedded: np.ndarray) -> dict[str, Any]:
+        drawn = self.draws[problem.name][0]
+        (a, b), (y, truth) = drawn.rows, drawn.answers
+        forms = [[problem.items[i].form for i in side] for side in drawn.items]
+        found = {
+            "form": form_probe(forms[0], y, forms[1], truth),
+            "tokens": token_probe(self.pooling.ids[a], y, self.pooling.ids[b], truth),
+            "dense": dense_probe(dense[a], y, dense[b], truth),
+            "embedded": dense_probe(embedded[a], y, embedded[b], truth),
+        }
+        natural = np.mean([item.answer for item in problem.items])
+        counts = {"n_train": len(y), "n_test": len(truth), "majority": float(max(natural, 1 - natural))}
+        scores = {name: {"auc": j.auc, "accuracy": j.accuracy, "f1": j.f1} for name, j in found.items()}
+        return scores | counts | {"exploratory": len(truth) // 2 < EXPLORATORY}
+
+    def score(self, name: str, folder: str, sae: Any, twin: Any) -> None:
+        """Probe an SAE's latents and its random twin's on every problem that has no result in its folder yet."""
+        todo = [problem for problem in self.plan.problems if not self._file(folder, problem).is_file()]
+        if not todo:
+            return
+        z, other = (self.pooling.latents(each, f"{name}: latents") for each in (sae, twin))
+        for problem in paced(todo, f"{name}: probes", len(todo), "task"):
+            write_json(self._file(folder, problem), self._score(problem, z, other))
+
+    def _score(self, problem: Problem, z: scipy.sparse.csr_array, twin: scipy.sparse.csr_array) -> dict[str, Any]:
+        draws = self.draws[problem.name]
+        ours = [self._probed(drawn, z, SIZES) for drawn in draws]
+        theirs = [self._probed(drawn, twin, HEADLINE) for drawn in draws]
+        (a, b), (y, truth) = draws[0].rows, draws[0].answers
+        chance = permuted(z[a], y, z[b], truth, self.n_permuted, 0)
+        documents = np.array(problem.documents)
+        found: dict[str, Any] = {"permuted": chance, "interval": {}, "influence": {}}
+        for key, values in (("auc", ours), ("twin", theirs)):
+            found[key] = {str(k): [one[k].auc for one in values] for k in values[0]}
+        for key in ("accuracy", "f1"):
+            found[key] = {str(k): float(np.mean([getattr(one[k], key) for one in ours])) for k in SIZES}
+        for k in HEADLINE:
+            where = documents[draws[0].items[1]]
+            interval = auroc_by_document(ours[0][k].score, truth, np.unique(where, return_inverse=True)[1])
+            found["interval"][str(k)] = interval.finite()[1:]
+            found["influence"][str(k)] = _influence(documents, draws, [one[k] for one in ours])
+        return found
+
+    def _probed(self, drawn: Drawn, z: scipy.sparse.csr_array, sizes: Sequence[int]) -> dict[int, Judged]:
+        (a, b), (y, truth) = drawn.rows, drawn.answers
+        return sparse_probes(z[a], y, z[b], truth, sizes)
+
+    def _file(self, name: str, problem: Problem) -> Path:
+        return self.folder / name / f"results.{problem.name}.json"
+
+
+def _influence(documents: np.ndarray, draws: Sequence[Drawn], judged: Sequence[Judged]) -> dict[str, float]:
+    """Return each document's influence on the AUC, the mean over seeds."""
+    total: dict[str, float] = {}
+    for drawn, one in zip(draws, judged, strict=True):
+        for document, part in zip(documents[drawn.items[1]], one.parts, strict=True):
+            total[str(document)] = total.get(str(document), 0.0) + float(part) / len(draws)
+    return {document: round(part, 7) for document, part in total.items()}
+
+
+def _drawn(problem: Problem, pooling: Pooling, found: Sides) -> Drawn:
+    """Return a draw as rows of the pooling, without words beyond the context."""
+    points, sides = problem.points(), []
+    for items in found:
+        sides.append(np.array([i for i in items.tolist() if points[i] in pooling.rows], dtype=np.int64))
+    rows = [np.array([pooling.rows[points[i]] for i in side.tolist()], dtype=np.int64) for side in sides]
+    answers = [np.array([problem.items[i].answer for i in side.tolist()], dtype=bool) for side in sides]
+    return Drawn((rows[0], rows[1]), (answers[0], answers[1]), (sides[0], sides[1]))
+
+
+def _bench(
+    folder: Path, model: Any, hook_name: str, planned: Plan, most: tuple[int, int], n_seeds: int, n_permuted: int
+) -> Bench:
+    acts = read_texts(model, hook_name, planned.texts, folder / "activations")
+    raw = {p.name: [draw(p.items, seed, most=most) for seed in range(n_seeds)] for p in planned.problems}
+    points = []
+    for problem in planned.problems:
+        where = problem.points()
+        points += [where[i] for found in raw[problem.name] for side in found for i in side.tolist()]
+    pooling = Pooling(acts, planned.texts, list(dict.fromkeys(points)))
+    draws, problems, refused = {}, [], list(planned.refused)
+    for problem in planned.problems:
+        found = [_drawn(problem, pooling, one) for one in raw[problem.name]]
+        if min(min(y.sum(), (~y).sum()) for one in found for y in one.answers) < LEAST:
+            refused.append(
+                f"{problem.task.id} ({problem.task.en}): words lie beyond the context, {LEAST} a class needed"
+            )
+            continue
+        draws[problem.name] = found
+        problems.append(problem)
+    embeddings = model.get_input_embeddings().weight.detach().float().cpu().numpy()
+    return Bench(folder, Plan(problems, planned.texts, refused), pooling, draws, n_seeds, n_permuted, embeddings)
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def check_sae(name: str, sae: Any, model: Any) -> str:
+    """Return the SAE's hook. Raises: UsageError for a transcoder, and for an SAE of another model."""
+    reads, writes = hooks_of(sae)
+    if reads != writes or getattr(sae.cfg, "d_out", sae.cfg.d_in) != sae.cfg.d_in:
+        raise UsageError(f"{name} is a transcoder ({reads} to {writes}); the benchmark takes SAEs of one hook.")
+    own, there = sae.cfg.metadata.model_name, getattr(model, "loaded_from", {}).get("name")
+    if own and there and Path(own).name != Path(there).name:
+        raise UsageError(f"{name} was trained on {own!r}, the model here is {there!r}. Give SAEs of one model.")
+    return check_fits(sae, model)
+
+
+def contamination(sae: Any, material: Material) -> list[str]:
+    """Return the sources whose corpus the SAE was trained on: their texts are no new ones to it."""
+    trained = str(sae.cfg.metadata.dataset_path or "")
+    found = []
+    for source, corpus in ((s, c) for s in material.passages for c in material.corpora.get(s, ())):
+        one, other = (Path(name).expanduser().resolve() for name in (corpus, trained or "?"))
+        if corpus == trained or one == other or other in one.parents or one in other.parents:
+            found.append(source)
+    return list(dict.fromkeys(found))
+
+
+def benchmark(
+    saes: Mapping[str, Any],
+    model: Any,
+    material: Material,
+    tasks: Sequence[ProbingTask],
+    out: Path,
+    *,
+    quick: bool = False,
+    n_seeds: int = 5,
+    baselines: Baselines | None = None,
+    **folder: Any,
+) -> dict[str, Any]:
+    """ProblemScore SAEs of one model on tasks; return what was run at which hook, on which SAEs, and what was refused.
+
+    `baselines` makes more SAEs of the first one at each hook and a sample of activations. Results lie in `out`, by hook,
+    SAE and problem; `report.py` reads them. `folder`: resume and overwrite as `claimed`.
+    Raises: UsageError for SAEs that do not fit, when no task is left, and as `claimed`.
+    """
+    hooks = {name: check_sae(name, sae, model) for name, sae in saes.items()}
+    most = QUICK if quick else (TRAIN, TEST)
+    planned = plan(material, tasks, most)
+    if not planned.problems:
+        raise UsageError(f"no task can be run: {'; '.join(planned.refused[:3]) or 'none was asked for'}.")
+    sources = {name: fingerprint([p.text for p in some]) for name, some in material.passages.items()}
+    spec = {**model_identity(model), "tasks": [t.id for t in tasks], "seeds": n_seeds, "most": most, "sources": sources}
+    with claimed(out, KIND, spec, **folder):
+        earlier = read_json(out / SETTINGS) if (out / SETTINGS).is_file() else {}
+        told: dict[str, Any] = {key: earlier.get(key, {}) for key in ("hooks", "saes")}
+        for hook in dict.fromkeys(hooks.values()):
+            mine = {name: sae for name, sae in saes.items() if hooks[name] == hook}
+            with one_of(len(set(hooks.values()))):
+                bench = _bench(out / hook, model, hook, planned, most, n_seeds, 5 if quick else 20)
+                facts = _scored(bench, mine, baselines)
+            told["hooks"][hook] = _size(bench)
+            told["saes"] |= {name: {**one, "hook": hook} for name, one in facts.items()}
+        for name, sae in saes.items():
+            told["saes"][name]["seen"] = contamination(sae, material)
+        told["tasks"] = {t.id: t.model_dump(include={"en", "it", "family", "form"}) for t in tasks}
+        value = {**spec, **told, "n_copies": material.n_copies, "refused": planned.refused}
+        write_json(out / SETTINGS, value)
+    return value
+
+
+def _scored(bench: Bench, saes: Mapping[str, Any], baselines: Baselines | None) -> dict[str, dict[str, Any]]:
+    """ProblemScore SAEs and baselines at one hook; return what each is and where its results lie."""
+    bench.controls()
+    sample = torch.from_numpy(bench.pooling.sample(CALIBRATION_TOKENS))
+    every = dict(saes) | dict(baselines(next(iter(saes.values())), sample) if baselines else {})
+    facts = {}
+    for left, (name, sae) in zip(range(len(every), 0, -1), every.items(), strict=True):
+        facts[name] = _facts(name, sae)
+        with one_of(left):
+            bench.score(name, facts[name]["folder"], sae, random_twin(sae, 1, lambda: sample))
+    return facts
+
+
+def _facts(name: str, sae: Any) -> dict[str, Any]:
+    """Return what an SAE is; its results' folder bears its weights' hash, so that another of its name has its own."""
+    metadata, own = sae.cfg.metadata, weights_hash(sae)[:8]
+    folder = "saes/" + re.sub(r"[^\w.-]+", "-", name) + f"-{own}"
+    config = {key: value for key, value in sae.cfg.to_dict().items() if key != "metadata"}
+    known = {"architecture": sae.cfg.architecture(), "d_sae": sae.cfg.d_sae, "model": metadata.model_name}
+    return {"folder": folder, **known, "trained_on": metadata.dataset_path, "config": config, "seen": []}
+
+
+def _size(bench: Bench) -> dict[str, Any]:
+    """Return how much was read at a hook, and which problems were run there."""
+    texts, tokens = bench.plan.texts, bench.pooling.acts.n_tokens()
+    words = sum(len(text.split()) for text in texts)
+    size = {"texts": len(texts), "tokens": tokens, "tokens_per_word": tokens / words}
+    names = {p.name: {"task": p.task.id, "pooling": p.pooling} for p in bench.plan.problems}
+    return size | {"refused": bench.plan.refused, "problems": names}

@@ -1,0 +1,226 @@
+"""Tasks as data: rules about the facts of passages and words, read from YAML, and the examples that they draw.
+
+A draw is balanced, so that chance is an AUC and an accuracy of 0.5: as many without as with the property, on either
+side of the split, and where the task says so within each value of a fact (the form, the length of a sentence).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+from pydantic import BaseModel, ConfigDict
+
+from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.storage import read_yaml
+from sae_italian.benchmark.material import Passage, PlacedWord, is_test
+
+LEAST = 20  # examples of the rarer class, on either side
+EXPLORATORY = 40  # in test: fewer say little
+TRAIN, TEST = 1024, 600  # examples at most
+MEAN, LAST, WORD = "mean", "last", "word"
+Rule = dict[str, Any]
+
+
+class ProbingTask(BaseModel):
+    """One question with two answers; fields as the YAML files in data/ explain them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    id: str
+    en: str
+    it: str
+    family: str
+    source: str
+    unit: str
+    among: Rule = {}
+    positive: Rule = {}
+    negative: Rule = {}
+    apart: str = ""
+    within: str = ""
+    poolings: tuple[str, ...] = ()
+    quick: bool = False
+    form: bool = False
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """How an example becomes a vector: at the word's token, or the mean and the last token of a text."""
+        return self.poolings or ((WORD,) if self.unit == WORD else (MEAN, LAST))
+
+
+class Item(NamedTuple):
+    """One possible example."""
+
+    passage: int  # of its source
+    end: int  # where its word ends; -1 the whole passage
+    answer: bool
+    test: bool
+    value: str  # of the fact within which classes are balanced
+    form: str  # what a reader of form alone sees
+
+
+class Sides(NamedTuple):
+    """Indices of items."""
+
+    train: Int[np.ndarray, " n"]
+    test: Int[np.ndarray, " m"]
+
+
+def read_tasks(values: Mapping[str, Any], known: Mapping[str, Collection[str]] | None = None) -> Iterator[ProbingTask]:
+    """Yield the tasks of one file. `each` makes one for every value of a fact; `*` stands for the `known` values."""
+    shared = {key: value for key, value in values.items() if key != "tasks"}
+    for entry in values["tasks"]:
+        given = shared | entry
+        if "each" not in given:
+            yield ProbingTask(**given)
+            continue
+        ((fact, listed),) = given.pop("each").items()
+        quick = given.pop("quick", [])
+        for value in [*(known or {}).get(fact, ())] if listed == ["*"] else listed:
+            filled: Rule = {key: given[key].format(value) for key in ("en", "it")}
+            filled["id"] = f"{given['id']}-{value}"
+            filled["among"] = {key: text.format(value) for key, text in given.get("among", {}).items()}
+            rule = given.get("positive") or {fact: f"(.* )?{re.escape(value)}( .*)?"}
+            yield ProbingTask(**given | filled | {"positive": rule, "quick": value in quick})
+
+
+def all_tasks(known: Mapping[str, Collection[str]] | None = None) -> list[ProbingTask]:
+    """Return the tasks that run offline."""
+    files = sorted((resources.files("sae_italian.benchmark") / "data").iterdir(), key=lambda file: file.name)
+    texts = [(file.name, file.read_text(encoding="utf-8")) for file in files if file.name.endswith(".yaml")]
+    return [task for name, text in texts for task in read_tasks(read_yaml(text, name), known)]
+
+
+def chosen(tasks: Sequence[ProbingTask], preset: str, names: str) -> list[ProbingTask]:
+    """Return the tasks of a preset, or those named with commas. Raises: UsageError for an unknown name."""
+    if not names:
+        return [task for task in tasks if preset == "full" or task.quick]
+    known = {task.id: task for task in tasks}
+    if unknown := [name for name in names.split(",") if name not in known]:
+        raise UsageError(f"task {unknown[0]!r} is unknown. {nearest(unknown[0], known)}")
+    return [known[name] for name in names.split(",")]
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+class _Facts:
+    """Facts of many places as columns, so that a rule asks every value once, however many words have it."""
+
+    def __init__(self, rows: Sequence[Mapping[str, str]]):
+        self.rows = rows
+        self._columns: dict[str, tuple[list[str | None], Int[np.ndarray, " rows"]]] = {}
+
+    def column(self, name: str) -> tuple[list[str | None], Int[np.ndarray, " rows"]]:
+        """Return the values of a fact, None where it is absent, and which one each row has."""
+        if name not in self._columns:
+            codes: dict[str | None, int] = {}
+            which = [codes.setdefault(row.get(name), len(codes)) for row in self.rows]
+            self._columns[name] = [*codes], np.array(which, dtype=np.int64)
+        return self._columns[name]
+
+    def matching(self, name: str, pattern: str) -> Bool[np.ndarray, " rows"]:
+        """Return which rows have a value that matches whole."""
+        values, codes = self.column(name)
+        try:
+            hits = [value is not None and re.fullmatch(pattern, value) is not None for value in values]
+        except re.error as error:
+            raise DataError(f"{pattern!r} is no regular expression ({error}); mend it in the task's file.") from error
+        return np.array(hits, dtype=bool)[codes]
+
+
+class SourceTable:
+    """The passages of one source, and the facts of them and of all their words."""
+
+    def __init__(self, passages: Sequence[Passage]):
+        self.passages = passages
+        self._texts = _Facts([passage.facts for passage in passages])
+        self._words = _Facts([word.facts for passage in passages for word in passage.words])
+        lengths = [len(passage.words) for passage in passages]
+        self._passage = np.repeat(np.arange(len(passages)), lengths)
+        self._first = np.cumsum([0, *lengths])
+
+    def holds(self, rule: Rule, unit: str) -> Bool[np.ndarray, " places"]:
+        """Return where all facts match; of texts, `some` and `none` ask for a word that does, and for none."""
+        facts = self._words if unit == WORD else self._texts
+        found = np.ones(len(facts.rows), dtype=bool)
+        for name, wanted in rule.items():
+            if name in ("some", "none"):
+                inside = self._passage[self.holds(wanted, WORD)]
+                found &= (np.bincount(inside, minlength=len(found)) > 0) == (name == "some")
+            else:
+                found &= facts.matching(name, wanted)
+        return found
+
+    def items(self, task: ProbingTask) -> list[Item]:
+        """Return every example of a task: places it is about that are positive, and those that are negative."""
+        among, positive = (self.holds(rule, task.unit) for rule in (task.among, task.positive))
+        negative = self.holds(task.negative, task.unit) if task.negative else ~positive
+        chosen = np.flatnonzero(among & (positive | negative)).tolist()
+        items, sides = [], {}
+        for place in chosen:
+            index = int(self._passage[place]) if task.unit == WORD else place
+            passage = self.passages[index]
+            word = passage.words[place - self._first[index]] if task.unit == WORD else PlacedWord(0, -1, passage.facts)
+            form = passage.text[word.start : word.end] if task.unit == WORD else passage.text
+            value = word.facts.get(task.within, "")
+            items.append(Item(index, word.end, bool(positive[place]), passage.test, value, form))
+            sides.setdefault(word.facts.get(task.apart, ""), []).append(len(items) - 1)
+        return _apart(items, sides) if task.apart else items
+
+
+def _apart(items: list[Item], by_value: Mapping[str, list[int]]) -> list[Item]:
+    """Return the items without those whose value (a lemma) belongs to the other side; a value of both goes to one."""
+    kept = []
+    for value, numbers in by_value.items():
+        tested = {items[number].test for number in numbers}
+        side = is_test(value, 2) if len(tested) == 2 else tested.pop()
+        kept += [number for number in numbers if items[number].test == side]
+    return [items[number] for number in sorted(kept)]
+
+
+def shortage(task: ProbingTask, items: Sequence[Item]) -> str:
+    """Return why a task cannot be run, empty where it can: `14 in test, 20 needed`."""
+    for test in (False, True):
+        n = n_balanced([item for item in items if item.test == test])
+        if n < LEAST:
+            return (
+                f"{task.id} ({task.en}): {n} balanced examples a class in {'test' if test else 'train'}, {LEAST} needed"
+            )
+    return ""
+
+
+def n_balanced(items: Sequence[Item]) -> int:
+    """Return how many of each class there are when classes are balanced within the task's fact."""
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for item in items:
+        counts[item.value][item.answer] += 1
+    return sum(map(min, counts.values()))
+
+
+def draw(
+    items: Sequence[Item],
+    seed: int,
+    wanted: Bool[np.ndarray, " n"] | None = None,
+    most: tuple[int, int] = (TRAIN, TEST),
+) -> Sides:
+    """Return balanced examples of both sides; those that are `wanted` (of texts already read) come first."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    if wanted is not None:
+        order = order[np.argsort(~wanted[order], kind="stable")]
+    rank = {index: place for place, index in enumerate(order.tolist())}
+    sides = []
+    for test, limit in zip((False, True), most, strict=True):
+        cells: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for index in rank:
+            if items[index].test == test:
+                cells[items[index].value][items[index].answer].append(index)
+        pairs = [pair for no, yes in cells.values() for pair in zip(no, yes, strict=False)]
+        pairs.sort(key=lambda pair: max(rank[pair[0]], rank[pair[1]]))
+        sides.append(np.array(pairs[: limit // 2], dtype=np.int64).reshape(-1))
+    shuffled = np.random.default_rng(seed + 1).permutation(len(sides[0]))  # the last rows choose C
+    return Sides(sides[0][shuffled], sides[1])

@@ -1,0 +1,201 @@
+"""The benchmark on the embedded model: known answers, resume, comparison, bad input, and what is written."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, saebench
+from sae_italian.benchmark.board import ranks, training_noise
+from sae_italian.benchmark.pages import leaderboard, write
+from sae_italian.benchmark.run import contamination
+from sae_italian.benchmark.tasks import chosen
+from sae_italian.benchmark.vectors import LAST_OF, MEAN_OF, Activations, Pooling
+from sae_italian.cli import main
+from tests.benchmark.schema import SCHEMA
+
+TASKS = "M23,M1-negation,P2-number"
+
+
+@pytest.fixture(scope="module")
+def some():
+    """The grammar's texts alone, fewer of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, n in {"FORMS": 200}.items():
+            patch.setattr(material, name, n)
+        passages = {"micro": material.micro_passages(150), "pairs": material.pair_passages(360)}
+    return material.Material(passages, {"micro": ["micro-italiano"]})
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return chosen(all_tasks(), "full", TASKS)
+
+
+@pytest.fixture(scope="module")
+def scored(mini, identity_sae, topk_sae, some, tasks, tmp_path_factory):
+    """The neurons, which know all that the activations do, and random directions."""
+    out = tmp_path_factory.mktemp("benchmark") / "out"
+    saes = {"neurons": identity_sae, "random": topk_sae}
+    return out, benchmark(saes, mini, some, tasks, out, quick=True, n_seeds=2)
+
+
+def test_neurons_do_what_the_dense_probe_does_and_form_does_not(scored):
+    entries = {entry.name: entry for entry in read_entries(scored[0])}
+    assert set(entries) == {"neurons", "random"}
+    neurons = entries["neurons"]
+    assert set(neurons.scores) == {"M23-word", "M1-negation-mean", "M1-negation-last", "P2-number-last"}
+    negation = neurons.scores["M1-negation-mean"]
+    assert negation.auc["16"] > 0.8 and negation.control["dense"]["auc"] > 0.9
+    # a minimal pair differs in its last word, whose characters say nothing of the determiner before
+    assert neurons.scores["P2-number-last"].control["form"]["auc"] < 0.75
+    for score in neurons.scores.values():
+        assert abs(np.mean(score.own["permuted"]) - 0.5) < 0.15
+        assert score.own["interval"]["16"][0] <= score.seeds["16"][0] <= score.own["interval"]["16"][1]
+        assert sum(score.own["influence"]["16"].values()) == pytest.approx(0, abs=1e-4)
+
+
+def test_a_random_sae_gains_nothing_over_its_twin(scored):
+    random = next(entry for entry in read_entries(scored[0]) if entry.name == "random")
+    assert abs(random.estimate("gain_16").value) < 0.1
+
+
+def test_differences_are_paired_and_an_sae_is_not_distinguishable_from_itself(scored):
+    a, b = read_entries(scored[0])
+    found, back, self = compare(a, b), compare(b, a), compare(a, a)
+    assert found.value == pytest.approx(-back.value) and found.error == pytest.approx(back.error)
+    assert self.value == 0 and not self.distinguishable and ranks([a, a]) == [1, 1]
+    assert found.least == pytest.approx(2.8 * found.error) and found.tasks == 3
+
+
+def test_what_is_done_is_not_done_again_and_a_further_sae_costs_its_own(
+    scored, mini, identity_sae, topk_sae, some, tasks, tmp_path
+):
+    out = shutil.copytree(scored[0], tmp_path / "out")
+    results = sorted((out / "blocks.2.hook_resid_post" / "saes").glob("neurons*/results.*.json"))
+    kept, gone = results[0].read_bytes(), results[1].read_bytes()
+    results[1].unlink()  # as if it had been killed there
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("part-*.npy")}
+    benchmark({"neurons": identity_sae, "also": topk_sae}, mini, some, tasks, out, quick=True, n_seeds=2, resume=True)
+    assert results[0].read_bytes() == kept and results[1].read_bytes() == gone
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("part-*.npy")} == before
+    assert [entry.name for entry in read_entries(out)] != [] and {e.name for e in read_entries(out)} == {
+        "neurons",
+        "random",
+        "also",
+    }
+    with pytest.raises(UsageError, match="--resume"):
+        benchmark({"neurons": identity_sae}, mini, some, tasks, out, quick=True, n_seeds=2)
+    with pytest.raises(UsageError, match="another benchmark run"):
+        benchmark({"neurons": identity_sae}, mini, some, tasks, out, quick=True, n_seeds=3, resume=True)
+
+
+def test_activations_of_another_revision_are_refused(scored, mini, identity_sae, some, tasks, tmp_path, monkeypatch):
+    out = shutil.copytree(scored[0], tmp_path / "out")
+    file = out / "blocks.2.hook_resid_post" / "activations" / "manifest.json"
+    held = json.loads(file.read_text())
+    file.write_text(json.dumps(held | {"revision": "abc"}))
+    with pytest.raises(DataError, match="another revision"):
+        benchmark({"neurons": identity_sae}, mini, some, tasks, out, quick=True, n_seeds=2, resume=True)
+
+
+def test_saes_that_do_not_belong_are_refused(mini, identity_sae, some, tasks, tmp_path):
+    other, transcoder = copy.deepcopy(identity_sae), copy.deepcopy(identity_sae)
+    other.cfg.metadata.model_name = "minerva-350m"
+    transcoder.cfg.metadata.hook_name_out = "blocks.2.hook_mlp_out"
+    for sae, message in ((other, "trained on 'minerva-350m'"), (transcoder, "is a transcoder")):
+        with pytest.raises(UsageError, match=message):
+            benchmark({"x": sae}, mini, some, tasks, tmp_path / "out")
+    with pytest.raises(UsageError, match="no task can be run: W2"):
+        benchmark(
+            {"x": identity_sae},
+            mini,
+            some._replace(passages={"ud": []}),
+            chosen(all_tasks(), "full", "W2"),
+            tmp_path / "o",
+        )
+
+
+def test_texts_of_the_saes_training_are_named(identity_sae, some):
+    assert contamination(identity_sae, some) == ["micro"]
+    assert contamination(identity_sae, some._replace(corpora={"micro": ["/data/notizie.jsonl"]})) == []
+
+
+def test_the_report_says_what_it_can_tell_apart_and_saebench_reads_it(scored):
+    out, told = scored
+    entries = read_entries(out)
+    board = write(out, entries, told)
+    assert [row[1] for row in board.rows] == [entry.name for entry in entries]
+    assert any("distinguishable" in note or "could be told apart" in note for note in board.notes)
+    page = (out / "benchmark.html").read_text(encoding="utf-8")
+    assert "http" not in page and "Selettività" in page
+    for entry in entries:
+        jsonschema.validate(saebench(entry), SCHEMA)
+    (file, *_) = (out / "saebench").iterdir()
+    written = json.loads(file.read_text())
+    assert written["eval_type_id"] not in ("sparse_probing", "sparse_probing_sae_probes")
+    assert all(name.startswith("it_") for name in written["eval_config"]["dataset_names"])
+    assert written["sae_metrics_by_k"]["16"]["test_auc"] == pytest.approx(
+        np.mean([d["sae_metrics_by_k"]["16"]["test_auc"] for d in written["eval_result_details"]])
+    )
+
+
+def test_a_leaderboard_of_a_folder_keeps_other_examples_apart(scored, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(scored[0], tmp_path / "all" / name)
+    file = tmp_path / "all" / "b" / "run_settings.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"seeds": 9}))
+    boards = leaderboard(tmp_path / "all")
+    assert [len(board.rows) for board in boards] == [2, 2]
+    assert (tmp_path / "all" / "leaderboard.html").is_file()
+    with pytest.raises(UsageError, match="holds no results"):
+        leaderboard(tmp_path)
+
+
+def test_training_noise_is_that_of_seeds(scored):
+    a, b = read_entries(scored[0])
+    named = [copy.copy(entry) for entry in (a, b)]
+    for i, entry in enumerate(named):
+        object.__setattr__(entry, "name", f"topk-seed{i}")
+    ((name, (sd, n)),) = training_noise(named).items()
+    values = [entry.estimate("auc_16").value for entry in (a, b)]
+    assert name == "topk" and n == 2 and sd == pytest.approx(np.std(values, ddof=1))
+
+
+def test_a_tokenizer_that_splits_every_word_is_read_at_the_words_end(monkeypatch):
+    text = "La casa è bella."
+    spans = np.array([[i, i + 1] for i in range(len(text)) if text[i] != " "])
+    acts = Activations(Path(), [[0]], [np.arange(len(spans))], [spans])
+    x = np.eye(len(spans), dtype=np.float32)
+    monkeypatch.setattr(Activations, "parts", lambda _: iter([([0], x)]))
+    pool = Pooling(acts, [text], [(0, 7), (0, MEAN_OF), (0, LAST_OF)])
+    dense = pool.dense()
+    assert dense[pool.rows[0, 7]].argmax() == 5 and dense[pool.rows[0, LAST_OF]].argmax() == 11  # ends of casa, bella
+    assert dense[pool.rows[0, MEAN_OF]].tolist() == pytest.approx([1 / 12] * 12 + [0])  # without the final mark
+
+
+def test_the_command_runs_and_says_it_as_json(trained_sae, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = [
+        "benchmark",
+        str(trained_sae),
+        "tasks=P2-number,P1-number",
+        "seeds=2",
+        "baselines=pca,twin",
+        "--out",
+        str(out),
+    ]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["rows"]) == 3 and (out / "benchmark.md").is_file()
+    assert main(words) == 2 and "--resume" in capsys.readouterr().err
+    assert main(["benchmark", "--out", str(out)]) == 0
+    assert "pca-topk" in capsys.readouterr().out
+    assert main(["benchmark", str(trained_sae), "tasks=P9", "--out", str(out)]) == 2
+    assert "'P9' is unknown" in capsys.readouterr().err

@@ -1,0 +1,193 @@
+"""Tasks are rules about facts: what treebanks say, how examples are drawn, which tasks are refused."""
+
+import numpy as np
+import pytest
+
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.benchmark.material import (
+    Passage,
+    PlacedWord,
+    gather,
+    genre_passages,
+    lexicon_passages,
+    treebank_passages,
+)
+from sae_italian.benchmark.run import plan
+from sae_italian.benchmark.tasks import (
+    ProbingTask,
+    SourceTable,
+    all_tasks,
+    chosen,
+    draw,
+    n_balanced,
+    read_tasks,
+    shortage,
+)
+from tests.analysis.probes.test_treebank import ROWS, TEXT, written
+
+TWICE = (
+    "# text = Che bella casa!\n"
+    "1\tChe\tche\tDET\tDE\tPronType=Exc\t3\tdet\t_\t_\n"
+    "2\tbella\tbello\tADJ\tA\tGender=Fem|Number=Sing\t3\tamod\t_\t_\n"
+    "3\tcasa\tcasa\tNOUN\tS\tGender=Fem|Number=Sing\t0\troot\t_\tSpaceAfter=No\n"
+    "4\t!\t!\tPUNCT\tFS\t_\t3\tpunct\t_\t_\n\n"
+)
+
+
+def task(**rules) -> ProbingTask:
+    return ProbingTask(**{"id": "T", "en": "t", "it": "t", "family": "f", "source": "ud", "unit": "word"} | rules)
+
+
+def passages(answers, test, value="", lemma=None):
+    """One word each: positive or not, on a side, with a fact to balance within and a lemma."""
+    found = []
+    for i, (yes, side) in enumerate(zip(answers, test, strict=True)):
+        facts = {"Gender": "Fem" if yes else "Masc", "lemma": lemma[i] if lemma else str(i), "bin": value}
+        found.append(Passage(f"parola {i}", f"d{i // 5}", bool(side), {}, [PlacedWord(0, 6, facts)]))
+    return found
+
+
+def test_facts_of_a_treebank_are_those_of_its_columns(tmp_path):
+    ((passage,), copies) = treebank_passages([written(tmp_path, ROWS, TEXT)])
+    dell, amica, gliel, ho, detto, _ = (word.facts for word in passage.words)
+    assert (dell["upos"], dell["lemma"], dell["form"], dell["Gender"]) == ("ADP+DET", "di", "dell'", "Fem")
+    assert (amica["left"], amica["place"], amica["deprel"]) == ("ADP+DET", "before", "obl")
+    assert gliel["deprel"] == "iobj+obj" and ho["head"] == "VERB"
+    assert detto["aux"] == "avere" and detto["children"] == "obl iobj obj aux punct" and detto["after"] == "punct"
+    assert passage.facts["depth"] == "3" and passage.facts["mark"] == "." and copies == 0
+
+
+def test_a_copy_is_left_out_and_the_one_for_test_stays(tmp_path):
+    for name in ("it_x-ud-train.conllu", "it_x-ud-test.conllu"):
+        (tmp_path / name).write_text(TWICE + TWICE, encoding="utf-8")
+    found, copies = treebank_passages([tmp_path])
+    assert [passage.test for passage in found] == [True] and copies == 3
+
+
+def test_counts_are_those_that_were_counted_by_hand(shared):
+    """benchmark.md B1 to B3, counted there by other code."""
+    found, copies = treebank_passages([shared / "data/ud/ISDT", shared / "data/ud/ParTUT"])
+    assert [sum(p.test == test for p in found) for test in (False, True)] == [2350, 567] and copies == 219
+    known = {task.id: task for task in all_tasks()}
+    source = SourceTable(found)
+    counted = {}
+    for name in ("W13", "W16", "W24", "S4", "S9", "S12", "S18", "S22"):
+        items = source.items(known[name])
+        counted[name] = [
+            sum(i.answer == yes and i.test == t for i in items) for t in (False, True) for yes in (True, False)
+        ]
+    assert counted == {
+        "W13": [314, 2519, 59, 654],
+        "W16": [277, 3368, 43, 787],
+        "W24": [461, 386, 92, 48],
+        "S4": [470, 1880, 139, 428],
+        "S9": [624, 1726, 140, 427],
+        "S12": [332, 2018, 43, 524],
+        "S18": [392, 1958, 70, 497],
+        "S22": [762, 1588, *counted["S22"][2:]],
+    }
+
+
+def test_rules_ask_of_words_and_of_texts():
+    source = SourceTable(
+        [Passage("a b", "d", False, {"k": "x"}, [PlacedWord(0, 1, {"u": "N"}), PlacedWord(2, 3, {"u": "V"})])]
+    )
+    assert source.holds({"u": "N|V"}, "word").tolist() == [True, True]
+    assert source.holds({"u": "N", "absent": ".*"}, "word").tolist() == [False, False]
+    assert source.holds({"k": "x", "some": {"u": "V"}}, "text").tolist() == [True]
+    assert source.holds({"none": {"u": "V"}}, "text").tolist() == [False]
+    with pytest.raises(DataError, match="no regular expression"):
+        source.holds({"u": "("}, "word")
+
+
+def test_no_lemma_is_on_both_sides():
+    made = passages([True, False] * 200, [i % 3 == 0 for i in range(400)], lemma=[str(i // 7) for i in range(400)])
+    items = SourceTable(made).items(task(positive={"Gender": "Fem"}, apart="lemma"))
+    sides = [{made[i.passage].words[0].facts["lemma"] for i in items if i.test == test} for test in (False, True)]
+    assert min(map(len, sides)) > 5 and not sides[0] & sides[1]
+
+
+def test_a_draw_is_balanced_within_every_value_and_the_same_for_the_same_seed():
+    made = passages([True] * 30 + [False] * 90, [False] * 120, "a") + passages(
+        [True] * 90 + [False] * 30, [True] * 120, "b"
+    )
+    items = SourceTable(made).items(task(positive={"Gender": "Fem"}, within="bin"))
+    found = draw(items, 3)
+    for side, test in zip(found, (False, True), strict=True):
+        assert len(side) == 60 and sum(items[i].answer for i in side) == 30
+        assert {items[i].test for i in side} == {test} and len(set(side.tolist())) == 60
+    assert [side.tolist() for side in draw(items, 3)] == [side.tolist() for side in found]
+    assert draw(items, 4).train.tolist() != found.train.tolist()
+    assert n_balanced([item for item in items if not item.test]) == 30
+
+
+def test_a_task_with_fewer_than_20_positives_is_refused_by_name():
+    made = passages([True, False] * 50 + [True] * 19 + [False] * 40, [False] * 100 + [True] * 59)
+    few = task(id="rara", positive={"Gender": "Fem"})
+    assert shortage(few, SourceTable(made).items(few)) == "rara (t): 19 balanced examples a class in test, 20 needed"
+    material = gather()._replace(passages={"ud": made}, corpora={}, n_copies=0)
+    planned = plan(material, [few])
+    assert not planned.problems and planned.refused[0].startswith("rara")
+
+
+def test_each_value_makes_a_task_and_names_say_it():
+    made = list(
+        read_tasks(
+            {
+                "family": "f",
+                "source": "s",
+                "unit": "text",
+                "tasks": [{"id": "G", "en": "genre {}", "it": "genere {}", "each": {"genre": ["*"]}, "quick": ["b"]}],
+            },
+            {"genre": ["a", "b"]},
+        )
+    )
+    assert [(t.id, t.en, t.it, t.quick) for t in made] == [
+        ("G-a", "genre a", "genere a", False),
+        ("G-b", "genre b", "genere b", True),
+    ]
+    assert made[0].positive == {"genre": "(.* )?a( .*)?"}
+
+
+def test_there_are_fifty_tasks_and_twelve_are_quick():
+    tasks = all_tasks()
+    assert len(tasks) >= 50 and len({t.id for t in tasks}) == len(tasks)
+    assert len(chosen(tasks, "quick", "")) == 12 and not any(t.form for t in chosen(tasks, "quick", ""))
+    assert {t.family for t in tasks} >= {
+        "ud-words",
+        "ud-sentences",
+        "micro-constructions",
+        "pairs",
+        "lexicon",
+        "letters",
+    }
+    with pytest.raises(UsageError, match="'W99' is unknown"):
+        chosen(tasks, "quick", "W99")
+
+
+def test_a_genre_loses_what_gives_it_away(jsonl, tmp_path):
+    file = tmp_path / "leggi.jsonl"
+    file.write_text(
+        "".join(
+            f'{{"text": "Art. {i} Il testo https://x.it/{i} del 1999 [nota] {"parola " * 80}"}}\n' for i in range(60)
+        ),
+        encoding="utf-8",
+    )
+    found = genre_passages({"leggi": str(file), "notizie": str(jsonl)})
+    laws = [p for p in found if p.facts["genre"] == "leggi"]
+    assert laws and all(not any(c.isdigit() for c in p.text) and "http" not in p.text for p in laws)
+    assert not {p.document for p in found if p.test} & {p.document for p in found if not p.test}
+    with pytest.raises(UsageError, match="one corpus has no genres"):
+        gather(texts={"leggi": str(file)})
+
+
+def test_the_lexicon_leaves_ambiguous_forms_out():
+    def word(form, upos):
+        return Passage(form, "d", False, {}, [PlacedWord(0, len(form), {"form": form, "upos": upos, "lemma": form})])
+
+    found = lexicon_passages(
+        [word("casa", "NOUN"), word("porta", "NOUN"), word("porta", "VERB"), word("città", "NOUN")]
+    )
+    assert {p.text for p in found} == {"La parola è casa", "La parola è città"}
+    assert all(p.text[p.words[0].start :] == p.words[0].facts["form"] for p in found)
+    assert np.unique([p.words[0].facts["letter"] for p in found]).tolist() == ["c"]
