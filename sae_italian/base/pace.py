@@ -33,13 +33,16 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress(what: str, *, total: int, initial: int = 0, unit: str = "tok", leave: bool = True) -> Any:
-    """Return a `tqdm` bar with its rate: on a terminal it moves, elsewhere it is a line every PIPED_SECONDS."""
+def progress(
+    what: str, *, total: int, initial: int = 0, unit: str = "tok", leave: bool = True, hidden: bool = False
+) -> Any:
+    """Return a `tqdm` bar with its rate: on a terminal it moves, elsewhere it is a line every PIPED_SECONDS, or hidden."""
     from tqdm import tqdm
 
     every = {"mininterval": PIPED_SECONDS, "delay": PIPED_SECONDS, "maxinterval": 2 * PIPED_SECONDS}
     piped: dict[str, Any] = {"file": _Lines(), **every}
     given = {"desc": what, "total": total, "initial": initial, "unit": unit, "unit_scale": True, "leave": leave}
+    given["disable"] = hidden
     return tqdm(**given, **({} if sys.stderr.isatty() else piped))
 
 

@@ -217,11 +217,12 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def _first_difference(old: Any, new: Any, path: str = "") -> str:
+def first_difference(old: Any, new: Any, path: str = "") -> str:
+    """Return the first of two records' fields that is not the same, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new)):
             if old.get(key) != new.get(key):
-                return _first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+                return first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     return f"{path} was {old!r}, is now {new!r}"
 
 
@@ -288,7 +289,7 @@ def _continued(
         )
     kept = {key: value for key, value in earlier["spec"].items() if key in changeable}
     if earlier["spec"] != spec | kept:
-        difference = _first_difference(earlier["spec"], spec | kept)
+        difference = first_difference(earlier["spec"], spec | kept)
         raise UsageError(f"{out} holds another {kind} run ({difference}). Undo that, or use --overwrite.")
     return {**earlier, "spec": spec}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -51,9 +52,10 @@ def train(
     out: Path | None = None,
     origin: Annotated[str | None, Parameter(name="--from")] = None,
     dry_run: bool = False,
+    processes: Count | None = None,
     folder: Folder = Folder(),
     where: Workers = Workers(),
-) -> Result:
+) -> Result | None:
     """Train one SAE, a transcoder, or a suite of them; the result loads with SAELens.
 
     Args:
@@ -63,6 +65,8 @@ def train(
         origin: Start from the weights of this SAE, a folder or release:sae_id; default: from new ones.
         dry_run: Check the settings and print groups, tokens, memory (10^9 bytes) and what stands out in the activations of a
             model that is here; train nothing.
+        processes: Processes that train one SAE together, on this machine or, with --engine ray, on a cluster; default: 1, or those
+            that torchrun has started.
     """
     from sae_italian.saes.loading import full_name
     from sae_italian.training import read_values, spec_from_dict, suite_from_dict
@@ -83,15 +87,32 @@ def train(
     earlier = Path(config) if (Path(config) / RUN_FILE).is_file() else None
     out = out or earlier or sweep_folder(Path("runs") / Path(config).name.removesuffix(".yaml"))
     if suite is None:
-        if where.engine != "local" or where.workers:
-            raise UsageError("--engine and --workers are for suites, whose groups are independent; this is one SAE.")
-        sae_italian.train(spec_from_dict(values), out, **asdict(folder))
-        return Result({"sae": str(out)}, f"SAE: {out}")
+        spec = spec_from_dict(values)
+        if (where.engine != "local" and not processes) or where.workers:
+            raise UsageError("--workers is for suites, whose groups are independent; one SAE takes --processes.")
+        if processes and (processes > 1 or where.engine == "ray"):
+            _train_in_processes(spec, processes, out, [config, *words], folder, where)
+        else:
+            sae_italian.train(spec, out, **asdict(folder))
+        return None if int(os.environ.get("RANK", "0")) else Result({"sae": str(out)}, f"SAE: {out}")
+    if processes:
+        raise UsageError("--processes is for one SAE; the groups of a suite are independent and take --workers.")
     out = out.resolve()  # a worker may have another working directory
     elsewhere = where.engine != "local" or (where.workers or 1) > 1
     run_units: dict[str, Any] = {"run_units": where.map(out, gpus=float(suite.on_gpu))} if elsewhere else {}
     saes = [str(each) for each in sae_italian.train_suite(suite, out, **asdict(folder), **run_units)]
     return Result({"suite": str(out), "saes": saes}, "\n".join(f"SAE: {each}" for each in saes))
+
+
+def _train_in_processes(spec: Any, n: int, out: Path, words: list[str], folder: Folder, where: Workers) -> None:
+    from sae_italian.training.launching import on_ray, on_this_machine
+
+    how = asdict(folder)
+    if where.engine == "ray":
+        on_ray(spec, n, out, where.address, **how)
+        return
+    flags = [f"--{name}" for name, given in how.items() if given]
+    on_this_machine(spec, n, ["train", *words, "--out", str(out), *flags])
 
 
 def evaluate(

@@ -112,6 +112,8 @@ class RunSpec(BaseModel):
     """Leave special tokens out: all of the tokenizer's, none, or these ids."""
     checkpoint_every_minutes: float = Field(30.0, ge=0)
     """Also save after this many minutes since the last state; 0: by tokens alone."""
+    process_timeout_seconds: float = Field(600.0, gt=0)
+    """Seconds without a sign of another process after which it counts as lost, where several train one SAE."""
     evaluate_every_tokens: CountOrNone = 0
     """Tokens between two evaluations on held-out text, which go into `eval/...` of the metrics; 0: none."""
     evaluate_tokens: Count = 10_000

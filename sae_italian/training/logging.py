@@ -25,13 +25,18 @@ CHECKPOINT_FILES = (*SAE_FILES, "activation_scaler.json")
 
 
 class RunLog:
-    """The log of the run whose folder is `out`: every row goes into metrics.jsonl, and to `wandb_run` where there is one."""
+    """The log of the run whose folder is `out`: every row goes into metrics.jsonl, and to `wandb_run` where there is one.
 
-    def __init__(self, spec: RunSpec, out: Path, wandb_run: Any = None):
+    Without a folder, it is that of a process which another one writes for.
+    """
+
+    def __init__(self, spec: RunSpec, out: Path | None, wandb_run: Any = None):
         self.spec, self.out, self.wandb_run = spec, out, wandb_run
 
     def __call__(self, row: dict[str, Any], step: int) -> None:
         """Tell the metrics of one step, in SAELens' names."""
+        if self.out is None:
+            return
         with (self.out / METRICS_FILE).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **row}) + "\n")
         if self.wandb_run:
@@ -39,8 +44,7 @@ class RunLog:
 
     def cut(self, n_steps: int) -> None:
         """Drop the rows of step `n_steps` and after, which a resumed run writes again."""
-        file = self.out / METRICS_FILE
-        if file.is_file():
+        if self.out is not None and (file := self.out / METRICS_FILE).is_file():
             rows = [row for row in read_metrics(file) if row["step"] < n_steps]
             write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 

@@ -19,6 +19,7 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, disk_errors, remove
 from sae_italian.saes.loading import tensors_alone
+from sae_italian.training.processes import ALONE, Processes
 from sae_italian.training.sae_run import SAERun
 from sae_italian.training.stream import ActivationStream
 
@@ -42,10 +43,11 @@ class Loop:
     """Drives `runs`, by name, on the batches of one stream; all have the same training_tokens and batch size.
 
     The state of the stream and of all runs is one checkpoint, `out/checkpoints/<tokens>`, whole or absent; only the last
-    one is kept. Sizes and intervals are those of the first run's spec.
+    one is kept. Sizes and intervals are those of the first run's spec. Of several processes the first one writes.
     """
 
-    def __init__(self, runs: Mapping[str, SAERun], stream: ActivationStream, out: Path):
+    def __init__(self, runs: Mapping[str, SAERun], stream: ActivationStream, out: Path, processes: Processes = ALONE):
+        self.processes = processes
         self.runs, self.stream, self.out = dict(runs), stream, out
         self.first = next(iter(self.runs.values()))
         self.spec = self.first.spec
@@ -94,12 +96,13 @@ class Loop:
             run.log.cut(run.n_steps)
         what = "train SAE" if len(self.runs) == 1 else f"train {len(self.runs)} SAEs"
         with self._signals():
-            with progress("first activations", total=len(self.stream.holes), leave=False) as bar:
+            hidden = not self.processes.first
+            with progress("first activations", total=len(self.stream.holes), leave=False, hidden=hidden) as bar:
                 self.stream.fill(bar.update)
             for run in self.runs.values():
                 run.prepare(self.stream)
             self.saved_at = time.monotonic()
-            with progress(what, total=self.spec.training_tokens, initial=self.first.n_tokens) as bar:
+            with progress(what, total=self.spec.training_tokens, initial=self.first.n_tokens, hidden=hidden) as bar:
                 while self.first.n_tokens < self.spec.training_tokens:
                     self._advance(bar)
 
@@ -118,12 +121,12 @@ class Loop:
                 )
         bar.update(self.first.n_tokens - before)
         if self._passed(spec.evaluate_every_tokens, before):
-            for run in self.runs.values():
-                run.evaluate(self.stream.model)
+            self.processes.by_first(lambda: [run.evaluate(self.stream.model) for run in self.runs.values()])
         by_time = 0 < spec.checkpoint_every_minutes <= (time.monotonic() - self.saved_at) / 60
-        if self.interrupted or by_time or self._passed(spec.checkpoint_every_tokens, before):
+        stop, by_time = self.processes.any_of(self.interrupted, by_time)
+        if stop or by_time or self._passed(spec.checkpoint_every_tokens, before):
             self.save()
-        if self.interrupted:
+        if stop:
             raise KeyboardInterrupt(f"saved at {self.first.n_tokens:,} tokens; --resume continues")
 
     def _warn_of_the_start(self, bar: Any, name: str, explained: float, dead: int) -> None:
@@ -132,7 +135,7 @@ class Loop:
         self.dead[name] = dead
         dying = dead > MOSTLY_DEAD * spec.sae["d_sae"] and dead >= before
         early = steps <= max(spec.lr_warm_up_steps, HOPELESS_AFTER)
-        if early or name in self.warned or not (dying or explained < 0):
+        if early or name in self.warned or not (dying or explained < 0) or not self.processes.first:
             return
         self.warned.add(name)
         remedy = "Lower lr, or raise sae.aux_loss_coefficient (TopK)."
@@ -166,10 +169,19 @@ class Loop:
     def save(self) -> None:
         """Save the state of everything as the last checkpoint, then remove the one before.
 
-        Raises: Diverged when the state is bad, UsageError when the disk is full; the earlier checkpoint is kept.
+        Raises: Diverged when the state is bad, UsageError when it is not the same in all processes, or the disk is full; the
+        earlier checkpoint is kept.
         """
+        self._check()
+        self.processes.by_first(self._write)
+        self.saved_at = time.monotonic()
+
+    def _check(self) -> None:
         for run in self.runs.values():
             run.check()
+            self.processes.check_equal(run)
+
+    def _write(self) -> None:
         target = self.out / CHECKPOINTS / str(self.first.n_tokens)
         if not target.exists():
             with disk_errors(self.out, self.kept()), atomic_path(target) as temporary:
@@ -183,12 +195,13 @@ class Loop:
                 remove(old)
         for name, run in self.runs.items():
             run.log.checkpoint(target / name, run.n_tokens)
-        self.saved_at = time.monotonic()
 
     def finish(self) -> None:
         """Write all SAEs, then drop the checkpoints. Raises: Diverged; UsageError when the disk is full."""
-        for run in self.runs.values():
-            run.check()
+        self._check()
+        self.processes.by_first(self._finish)
+
+    def _finish(self) -> None:
         with disk_errors(self.out, self.kept()):
             for run in self.runs.values():
                 run.finish()

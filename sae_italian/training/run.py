@@ -17,6 +17,7 @@ from sae_italian.training.config import RunSpec, load_spec
 from sae_italian.training.logging import open_logger
 from sae_italian.training.loop import Loop, clear_checkpoints
 from sae_italian.training.pretrained import Origin
+from sae_italian.training.processes import ALONE, Processes, joined, placed
 from sae_italian.training.sae_run import Diverged, SAERun
 from sae_italian.training.stream import ActivationStream, kept_positions
 from sae_italian.training.suite import SuiteSpec
@@ -27,7 +28,7 @@ WEIGHTS = "sae_weights.safetensors"  # written last: where they are, the trainin
 SAE_FOLDER = "sae"  # of a checkpoint that holds one SAE
 # Settings that decide nothing of what was trained so far: a run may be resumed with others.
 CHANGEABLE = {"repeat_corpus"} | {
-    name for name in RunSpec.model_fields if name.startswith(("wandb", "checkpoint_every", "evaluate"))
+    name for name in RunSpec.model_fields if name.startswith(("wandb", "checkpoint_every", "evaluate", "process"))
 }
 
 
@@ -37,10 +38,11 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
     `spec` may also be a recipe's name, a YAML, an earlier run's folder, or SAELens' own runner config. `out` then loads
     with `SAE.load_from_disk(out)`; beside the weights lie `run.json` (the spec), `metrics.jsonl` and
     `runner_cfg.json`. While training, `checkpoints/` holds the last full state; a run that was interrupted or killed
-    continues from it with `resume=True` and ends with the weights of an uninterrupted run (CPU, same threads).
+    continues from it with `resume=True` and ends with the weights of an uninterrupted run (CPU, same threads). Where
+    RANK and WORLD_SIZE say so, this is one of several processes that train it together (`processes`).
 
     Raises: UsageError for a setting that cannot work, before anything is written, for a folder that holds another
-    run, and as `Loop.fit`; KeyboardInterrupt after a signal, once the state is saved.
+    run, and as `Loop.fit` and `joined`; KeyboardInterrupt after a signal, once the state is saved.
     """
     if isinstance(spec, str | Path):
         spec = load_spec(spec)
@@ -48,12 +50,17 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
         spec = RunSpec.from_saelens(spec)
     out = Path(out)
     check_run(spec)
-    model, how = _model_of(spec), {"resume": resume, "overwrite": overwrite, "changeable": CHANGEABLE}
-    with claimed(out, KIND, spec.model_dump(mode="json"), **how) as continuing:
-        if continuing and (out / WEIGHTS).is_file():
+    how: Any = {"resume": resume, "overwrite": overwrite, "changeable": CHANGEABLE}
+    with joined(spec) as processes, contextlib.ExitStack() as stack:
+        here = placed(spec)
+        model, continuing = _model_of(here), resume and not overwrite
+        if processes.first:
+            continuing = stack.enter_context(claimed(out, KIND, spec.model_dump(mode="json"), **how))
+        processes.meet(out)
+        if not (continuing and (out / WEIGHTS).is_file()):
+            train_together({SAE_FOLDER: here}, {SAE_FOLDER: out}, model, out, processes)
+        elif processes.first:
             clear_checkpoints(out)
-        else:
-            train_together({SAE_FOLDER: spec}, {SAE_FOLDER: out}, model, out)
     return out
 
 
@@ -97,14 +104,20 @@ def train_group(suite: SuiteSpec, out: Path, index: int) -> list[Path]:
     return list(folders.values())
 
 
-def train_together(specs: Mapping[str, RunSpec], folders: Mapping[str, Path], model: Any, out: Path) -> None:
+def train_together(
+    specs: Mapping[str, RunSpec],
+    folders: Mapping[str, Path],
+    model: Any,
+    out: Path,
+    processes: Processes = ALONE,
+) -> None:
     """Train SAEs on one stream of batches, from their last checkpoint in `out` if there is one."""
-    runs = {name: SAERun(spec, model, folders[name]) for name, spec in specs.items()}
+    runs = {name: SAERun(spec, model, folders[name], processes) for name, spec in specs.items()}
     hook_names = [hook for spec in specs.values() for hook in spec.hook_names]
-    loop = Loop(runs, open_stream(next(iter(specs.values())), model, hook_names), out)
+    loop = Loop(runs, open_stream(next(iter(specs.values())), model, hook_names, processes), out, processes)
     loop.resume()
     with contextlib.ExitStack() as stack:
-        for run in runs.values():
+        for run in runs.values() if processes.first else ():
             run.log = stack.enter_context(open_logger(run.spec, run.config, run.out))
         try:
             loop.fit()
@@ -139,7 +152,9 @@ def check_run(spec: RunSpec) -> None:
         )
 
 
-def open_stream(spec: RunSpec, model: Any, hook_names: str | Sequence[str]) -> ActivationStream:
+def open_stream(
+    spec: RunSpec, model: Any, hook_names: str | Sequence[str], processes: Processes = ALONE
+) -> ActivationStream:
     """Return the stream of training activations that a spec describes, at the given hooks."""
     return ActivationStream(
         model,
@@ -153,6 +168,7 @@ def open_stream(spec: RunSpec, model: Any, hook_names: str | Sequence[str]) -> A
         repeat=spec.repeat_corpus,
         seqpos_slice=spec.seqpos_slice,
         exclude_special_tokens=spec.exclude_special_tokens,
+        processes=processes,
     )
 
 

@@ -27,6 +27,7 @@ from sae_italian.saes.sparse import tune
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import SAE_FILES, RunLog
 from sae_italian.training.pretrained import Origin
+from sae_italian.training.processes import ALONE, Processes
 from sae_italian.training.stream import ActivationStream
 
 DIVERGED = 10.0  # times the loss at the start, and times the variance of the activations
@@ -49,14 +50,16 @@ class SAERun:
     A transcoder is an SAE that reads at two hooks: its trainer takes input and target side by side, [tokens, d_in + d_out].
     """
 
-    def __init__(self, spec: RunSpec, model: Any, out: Path):
+    def __init__(self, spec: RunSpec, model: Any, out: Path, processes: Processes = ALONE):
         from sae_lens import SAETrainer, TrainingSAE
 
         self.spec, self.out, self.config = spec, out, spec.to_saelens()
+        self.processes = processes
         torch.manual_seed(spec.seed)
         self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict())
         self._describe(model)
         self.sae.to(spec.device)
+        processes.adopt(self.sae)
         config = self.config.to_sae_trainer_config()
         # W&B is told by our log, else SAELens uploads every checkpoint to whatever run is open
         config.logger = replace(config.logger, log_to_wandb=False)
@@ -66,7 +69,7 @@ class SAERun:
 
             self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
         self.origin = None if spec.from_pretrained_path is None else Origin(spec)
-        self.log = RunLog(spec, out)  # to W&B too, once it is opened
+        self.log = RunLog(spec, out if processes.first else None)  # to W&B too, once it is opened
         self.output: Any = None  # of the last step
         self.start_loss = math.nan
 
@@ -117,12 +120,12 @@ class SAERun:
     def step(self, batch: Mapping[str, Tensor]) -> None:
         """Take one training step. It counts as done at once: log it as step `n_steps` - 1."""
         self.trainer.maybe_reset_sparsity()
-        self.output = self.trainer.step(self._beside(batch))
+        self.output = self.processes.step(self.trainer, self._beside(batch))
         self.trainer.n_training_steps += 1
 
     def row(self) -> dict[str, Any]:
         """Return the last step's metrics, in SAELens' names. Raises: Diverged."""
-        row = self.trainer.build_train_step_log_dict(self.output, self.n_tokens)
+        row = self.processes.row(self.trainer, self.output)
         losses = [row[key] for key in LOSS_KEYS if key in row]
         if math.isnan(self.start_loss):
             self.start_loss = losses[0]

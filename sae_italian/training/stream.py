@@ -9,8 +9,9 @@ one would have seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +24,18 @@ from sae_italian.base.storage import read_json, write_json
 from sae_italian.corpora.packing import special_mask
 from sae_italian.models.activations import read_many
 from sae_italian.models.cached import CachedActivations
+from sae_italian.training.processes import ALONE, Processes
 from sae_italian.training.text import Documents, WindowBlocks
 
 Rows = Float[Tensor, "hooks tokens d_in"]  # the same tokens at every hook
+
+
+class _Block(NamedTuple):
+    """Windows of one forward pass."""
+
+    windows: Int[np.ndarray, "windows context"]
+    keep: Bool[np.ndarray, "windows context"]  # what is trained on
+    place: int | None  # of cached activations: how many blocks of the corpus come before it
 
 
 class ActivationStream:
@@ -38,6 +48,9 @@ class ActivationStream:
 
     The corpus is started again when it ends before the training does, unless `repeat` is False: then what the buffer
     holds is served to the last row, the last batch being smaller, and UsageError says how many tokens there were.
+
+    Each of several `processes` runs the model on every so many-th block of windows and gets the rows of all: the batches are
+    the same in each of them, and whatever their number.
 
     Raises: UsageError for a hook or position the model does not have, a buffer below one batch, and activations that
     are not finite, naming hook, window and position.
@@ -57,8 +70,10 @@ class ActivationStream:
         repeat: bool = True,
         seqpos_slice: Sequence[int | None] = (None,),
         exclude_special_tokens: bool | Sequence[int] = True,
+        processes: Processes = ALONE,
     ):
         self.model: Any = model
+        self.processes = processes
         self.tokenizer: Any = model.tokenizer
         self.single = isinstance(hook_name, str)
         self.hook_names = (hook_name,) if isinstance(hook_name, str) else tuple(dict.fromkeys(hook_name))
@@ -80,25 +95,36 @@ class ActivationStream:
         self.ended = False  # the corpus is, and `order` holds all that is left
 
     def _read(self) -> Rows | None:
-        """Return the activations of the next block of windows that has any, None when the corpus has ended."""
-        for windows in self.windows:
-            keep = self._kept(windows)
-            if not keep.any():
-                continue
-            tokens, kept = (torch.from_numpy(array).to(self.device) for array in (windows, keep))
-            acts = self._activations(tokens)
-            rows = torch.stack([acts[name][kept] for name in self.hook_names])
-            if not torch.isfinite(rows.sum(dtype=torch.float32)):
-                self._refuse_not_finite(acts, kept, windows)
-            self.n_tokens += int(keep.sum())
-            return rows
+        """Return the activations of the next blocks of windows, one for each process; None when the corpus has ended."""
+        while blocks := [self._block(windows) for windows in islice(self.windows, self.processes.world)]:
+            sizes, mine = [int(block.keep.sum()) for block in blocks], self.processes.rank
+            if any(sizes):
+                has_one = mine < len(blocks) and sizes[mine]
+                rows = self._rows(blocks[mine], len(blocks) - mine) if has_one else self.buffer[:, :0]
+                self.n_tokens += sum(sizes)
+                return self.processes.gathered(rows, sizes)
         return None
 
-    def _activations(self, tokens: Int[Tensor, "windows context"]) -> dict[str, Float[Tensor, "windows context d_in"]]:
+    def _block(self, windows: Int[np.ndarray, "windows context"]) -> _Block:
+        place = None if self.cached is None else self.windows.place.corpus - 1  # there, it is that of the next block
+        return _Block(windows, self._kept(windows), place)
+
+    def _rows(self, block: _Block, back: int) -> Rows:
+        """Return the activations of the block read as the so many-th last."""
+        tokens, kept = (torch.from_numpy(array).to(self.device) for array in (block.windows, block.keep))
+        acts = self._activations(tokens, block)
+        rows = torch.stack([acts[name][kept] for name in self.hook_names])
+        if not torch.isfinite(rows.sum(dtype=torch.float32)):
+            self._refuse_not_finite(acts, kept, block, self.windows.n_blocks - back)
+        return rows
+
+    def _activations(
+        self, tokens: Int[Tensor, "windows context"], block: _Block
+    ) -> dict[str, Float[Tensor, "windows context d_in"]]:
         cached = self.cached
-        if cached is None:
+        if cached is None or block.place is None:
             return read_many(self.model, tokens, self.hook_names)
-        first = (self.windows.place.corpus - 1) * self.windows.windows_per_block  # the place is that of the next block
+        first = block.place * self.windows.windows_per_block
         read = {name: cached.read(name, first, len(tokens)) for name in self.hook_names}
         return {name: acts.to(self.device, self.model.dtype) for name, acts in read.items()}
 
@@ -108,16 +134,16 @@ class ActivationStream:
             return keep & ~special_mask(windows, self.tokenizer)
         return keep & ~np.isin(windows, list(self.exclude_special_tokens or ()))
 
-    def _refuse_not_finite(self, acts: dict[str, Tensor], keep: Tensor, windows: np.ndarray) -> None:
+    def _refuse_not_finite(self, acts: dict[str, Tensor], keep: Tensor, block: _Block, n: int) -> None:
         for name, at_hook in acts.items():
             bad = ((~torch.isfinite(at_hook)).any(-1) & keep).nonzero()
             if len(bad) == 0:
                 continue  # the sum alone was too large
             window, position = bad[0].tolist()
-            number = (self.windows.n_blocks - 1) * self.windows.windows_per_block + window
+            number = n * self.windows.windows_per_block + window
             raise UsageError(
                 f"the model's activations at {name!r} are not finite: window {number:,} of the corpus, position "
-                f"{position}, token {self.tokenizer.decode([int(windows[window, position])])!r}, "
+                f"{position}, token {self.tokenizer.decode([int(block.windows[window, position])])!r}, "
                 f"dtype {at_hook.dtype}. "
                 "Use dtype float32 or bfloat16, or check the model's weights."
             )
@@ -152,12 +178,12 @@ class ActivationStream:
         if not self.ended and len(self.order) == 0:
             n_batches = max(1, self.capacity // 2 // self.batch_size)
             self.order = torch.randperm(self.capacity, generator=self.generator)[: n_batches * self.batch_size]
-        taken, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        if len(taken) == 0:
+        taken, left = self.order[: self.batch_size], self.order[self.batch_size :]
+        if len(taken) < self.processes.world:
             raise UsageError(
                 f"the corpus ended after {self.n_tokens:,} tokens. Ask for fewer, use more text, or repeat the corpus."
             )
-        batch = self.buffer.index_select(1, taken.to(self.device))
+        self.order, batch = left, self.buffer.index_select(1, taken.to(self.device))
         if not self.ended:
             self.holes = taken
         return batch[0] if self.single else dict(zip(self.hook_names, batch, strict=True))
