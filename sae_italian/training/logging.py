@@ -31,7 +31,8 @@ class RunLog:
     """
 
     def __init__(self, spec: RunSpec, out: Path | None, wandb_run: Any = None):
-        self.spec, self.out, self.wandb_run = spec, out, wandb_run
+        self.spec, self.wandb_run = spec, wandb_run
+        self.out: Any = out
 
     def __call__(self, row: dict[str, Any], step: int) -> None:
         """Tell the metrics of one step, in SAELens' names."""
