@@ -65,8 +65,8 @@ def train(
         origin: Start from the weights of this SAE, a folder or release:sae_id; default: from new ones.
         dry_run: Check the settings and print groups, tokens, memory (10^9 bytes) and what stands out in the activations of a
             model that is here; train nothing.
-        processes: Processes that train one SAE together, on this machine or, with --engine ray, on a cluster; default: 1, or those
-            that torchrun has started.
+        processes: Train one SAE by so many processes, here or, with --engine ray, on a cluster; default: one, or those that
+            torchrun has started.
     """
     from sae_italian.saes.loading import full_name
     from sae_italian.training import read_values, spec_from_dict, suite_from_dict
@@ -91,7 +91,8 @@ def train(
         if (where.engine != "local" and not processes) or where.workers:
             raise UsageError("--workers is for suites, whose groups are independent; one SAE takes --processes.")
         if processes and (processes > 1 or where.engine == "ray"):
-            _train_in_processes(spec, processes, out, [config, *words], folder, where)
+            given = [config, *words, *([f"from_pretrained_path={spec.from_pretrained_path}"] if origin else ())]
+            _train_in_processes(spec, processes, out, given, folder, where)
         else:
             sae_italian.train(spec, out, **asdict(folder))
         return None if int(os.environ.get("RANK", "0")) else Result({"sae": str(out)}, f"SAE: {out}")
