@@ -32,6 +32,7 @@ WORDS = {
     "hookpoint": str,
     "wandb": Literal["online", "offline"],
     "labels": str,
+    "thresholds": Literal["calibrated", "one"],
 }
 _LATENTS = "latents model sae resume overwrite"
 
@@ -48,13 +49,13 @@ class Chosen:
     sae: str | None = None
     """The cache's SAE: a folder, or release:sae_id; default: the one that the cache names, if it is there."""
     corpus: str | None = None
-    """jumprelu, transcoder-set: text that sets the threshold; default: what the SAE was trained on."""
+    """jumprelu, transcoder-set: text that sets the thresholds; default: what the SAE was trained on."""
     text_column: str | None = None
     """jumprelu, transcoder-set: column that holds the text; default: text."""
     context_size: Count | None = None
     """jumprelu, transcoder-set: tokens of a window; default: as the SAE was trained."""
     tokens: Count | None = None
-    """jumprelu, transcoder-set: held-out tokens, of which four fifths set the threshold; default: 40,960."""
+    """jumprelu, transcoder-set: held-out tokens; four of five documents set the thresholds; default: 40,960."""
     project: str | None = None
     """wandb, wandb-tables: the project; default: sae-italian."""
     repository: str | None = None
@@ -77,7 +78,8 @@ def export(
         words: Settings of one format as key=value: model_id, set, suffix, creator and creator_name (neuronpedia,
             neuronpedia-bulk, circuit-tracer), splits and hookpoint (delphi),
             labels=FOLDER (transcoder-set: the feature caches of its transcoders, for circuit-tracer's page),
-            wandb=online (wandb: send it now, as in a training's settings; without it `wandb sync` sends).
+            wandb=online (wandb: send it now, as in a training's settings; without it `wandb sync` sends),
+            thresholds=one (jumprelu: one for all latents; default: calibrated, one fitted to each).
         to: neuronpedia, neuronpedia-bulk, circuit-tracer or wandb (a cache's latents); delphi or datasets (all of a
             cache); parquet, jsonl or wandb-tables (explanations and scores); jumprelu or model-card (an SAE);
             transcoder-set (a suite of transcoders, for circuit-tracer).
@@ -144,7 +146,8 @@ def _tables(to: str, cache: Path, out: Path | None, settings: Settings) -> Resul
 def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
     from sae_italian.evaluation.diagnosis import export_jumprelu
 
-    size = {"n_tokens": settings.pop("tokens")} if "tokens" in settings else {}
+    taken = {"tokens": "n_tokens", "thresholds": "thresholds"}
+    size = {name: settings.pop(word) for word, name in taken.items() if word in settings}
     source = Source(**settings)
     sae, model, corpus = source.load(name)
     report = export_jumprelu(sae, model, corpus, out, **source.reading, **size)
@@ -206,6 +209,6 @@ FORMATS: dict[str, tuple[Callable[..., Result], str]] = {
     "jsonl": (_tables, ""),
     "wandb-tables": (_tables, "project"),
     "transcoder-set": (_transcoder_set, "model corpus text_column context_size tokens labels overwrite"),
-    "jumprelu": (_jumprelu, "model corpus text_column context_size tokens"),
+    "jumprelu": (_jumprelu, "model corpus text_column context_size tokens thresholds"),
     "model-card": (_model_card, "sae repository overwrite"),
 }

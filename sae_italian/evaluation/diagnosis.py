@@ -21,21 +21,12 @@ from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import special_mask, take_tokens
 from sae_italian.models.activations import check_context, read_many
 from sae_italian.models.hooks import parse_hook_name
-from sae_italian.saes.fit import (
-    Fit,
-    JumpReLUExport,
-    check_exportable,
-    check_free,
-    decoded,
-    explained,
-    fit,
-    save_sae,
-    to_jumprelu,
-)
+from sae_italian.saes.fit import Fit, check_free, decoded, explained, fit, save_sae
+from sae_italian.saes.jumprelu import JumpReLUExport, Thresholds, check_exportable, to_jumprelu
 from sae_italian.saes.loading import check_hooks, check_weights, hooks_of
 
 SCALES = tuple(2.0**power for power in range(-7, 8))
-JUMPRELU_TOKENS = 40_960  # four fifths of them, 32,768 as Llama Scope took, set the threshold; the rest checks it
+JUMPRELU_TOKENS = 40_960  # about 32,768 of them, as many as Llama Scope took, set the thresholds; the rest checks
 
 
 class Sample(NamedTuple):
@@ -73,15 +64,31 @@ def held_out_activations(
     sae: Any, model: Any, corpus: str, n_tokens: int, *, context_size: int | None = None, text_column: str = "text"
 ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"]]:
     """Return the SAE's input and target on text it was not trained on, no special tokens. Raises: UsageError."""
+    reading = {"context_size": context_size, "text_column": text_column}
+    return held_out_with_documents(sae, model, corpus, n_tokens, **reading)[:2]
+
+
+def held_out_with_documents(
+    sae: Any, model: Any, corpus: str, n_tokens: int, *, context_size: int | None = None, text_column: str = "text"
+) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"], Int[Tensor, " tokens"]]:
+    """Return what `held_out_activations` does, and the number of each token's document. Raises: UsageError."""
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
     packed = pack(iter_documents(corpus, "heldout", text_column=text_column), model.tokenizer, context)
-    blocks = take_tokens(packed, n_tokens, f"the heldout split of {corpus}")
+    blocks = list(take_tokens(packed, n_tokens, f"the heldout split of {corpus}"))
     x, y = activations(sae, model, (block.tokens for block in blocks))
-    return x[:n_tokens], y[:n_tokens]
+    documents = [block.doc[~special_mask(block.tokens, model.tokenizer)] for block in blocks]
+    return x[:n_tokens], y[:n_tokens], torch.from_numpy(np.concatenate(documents))[:n_tokens]
 
 
 def export_jumprelu(
-    sae: Any, model: Any, corpus: str, out: str | Path, *, n_tokens: int = JUMPRELU_TOKENS, **reading: Any
+    sae: Any,
+    model: Any,
+    corpus: str,
+    out: str | Path,
+    *,
+    n_tokens: int = JUMPRELU_TOKENS,
+    thresholds: Thresholds = "calibrated",
+    **reading: Any,
 ) -> JumpReLUExport:
     """Write the JumpReLU of a TopK SAE or transcoder to the new folder `out` and return what changed.
 
@@ -90,7 +97,8 @@ def export_jumprelu(
     """
     check_free(out)
     check_exportable(sae)
-    exported, report = to_jumprelu(sae, *held_out_activations(sae, model, corpus, n_tokens, **reading))
+    x, y, documents = held_out_with_documents(sae, model, corpus, n_tokens, **reading)
+    exported, report = to_jumprelu(sae, x, y, documents=documents, thresholds=thresholds)
     save_sae(exported, out)
     return report
 

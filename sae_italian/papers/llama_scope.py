@@ -14,7 +14,7 @@ from sae_italian.papers.measure import card_of, held_out, score_sae
 from sae_italian.papers.pictures import suite_svg
 from sae_italian.papers.report import shown
 from sae_italian.saes import load_sae
-from sae_italian.saes.fit import to_jumprelu
+from sae_italian.saes.jumprelu import to_jumprelu
 
 L1 = (0.5, 2.0, 8.0)  # coefficients of the L1 SAEs, times the square root of d_in / 128
 NORMALISED = "expected_average_only_in"  # what the L1 SAEs read, as SAELens calls it
@@ -95,7 +95,7 @@ def _range(rows: list[dict[str, Any]], key: str) -> str:
 
 def _jumprelu(job: Reproduction, results: Results) -> dict[str, Any]:
     entry, sae = _reference(results)
-    _, report = to_jumprelu(sae, *held_out(sae, job.subject, job.budget["card_tokens"]))
+    _, report = to_jumprelu(sae, *held_out(sae, job.subject, job.budget["card_tokens"]), thresholds="one")
     variance = f"{report.explained_variance_before:.4f} to {report.explained_variance:.4f}"
     text = f"L0 {report.l0_before:.2f} to {report.l0:.2f}, explained variance {variance}"
     return {**plain(report), "sae": entry["name"], "text": text}
@@ -158,7 +158,7 @@ def _shift(job: Reproduction, results: Results) -> dict[str, Any]:
     if len(edges) < 4:
         raise UsageError(f"{subject.name} has {longest} positions, no more than the training's context.")
     if sae.cfg.architecture() == "topk":
-        sae = to_jumprelu(sae, *held_out(sae, subject, job.budget["card_tokens"]))[0]
+        sae = to_jumprelu(sae, *held_out(sae, subject, job.budget["card_tokens"]), thresholds="one")[0]
     read: dict[str, Any] = {"text_column": subject.text_column, "n_tokens": job.budget["shift_tokens"], "packed": True}
     shift = context_shift(sae, subject.model, subject.corpus, edges=edges, name=entry["name"], **read)
     table, _, changes, *said = shift.parts()

@@ -1,13 +1,11 @@
-"""What an SAE does on activations: its latents, what it writes, how well that fits; and a TopK made a JumpReLU by it.
+"""What an SAE does on activations: its latents, what it writes, how well that fits.
 
 Shapes: x [tokens, d_in] the SAE's input, y [tokens, d_out] its target (x itself for an SAE), z [tokens, d_sae] latents.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +17,6 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import atomic_path
 
 CHUNK = 256  # tokens encoded at once: 65,536 latents of them are 67 MB
-CHECK_EVERY = 5  # of the tokens of an export: every fifth checks the threshold that the others set
-# What a transcoder becomes, without and with a skip connection.
-_TRANSCODERS = {False: "jumprelu_transcoder", True: "jumprelu_skip_transcoder"}
 
 
 class Fit(NamedTuple):
@@ -83,12 +78,14 @@ def mean_l0(sae: Any, x: Float[Tensor, "tokens d_in"]) -> float:
 
 
 @torch.no_grad()
-def threshold_for(sae: Any, x: Float[Tensor, "tokens d_in"], k: float) -> float:
+def threshold_for(
+    sae: Any, x: Float[Tensor, "tokens d_in"], k: float, gains: Float[Tensor, " d_sae"] | float = 1.0
+) -> float:
     """Return the number above which lie the k * tokens largest scores, or 0 when fewer than that are positive.
 
-    Scores are the pre-activations that a top-k or a threshold compares.
+    Scores are the pre-activations that a top-k or a threshold compares, times `gains`.
     """
-    norm = sae.W_dec.norm(dim=-1) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else 1.0
+    norm = gains * (sae.W_dec.norm(dim=-1) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else 1.0)
     wanted = max(1, round(k * len(x)))
     largest, floor = torch.empty(0), 0.0
     for part in x.split(CHUNK):
@@ -101,83 +98,6 @@ def threshold_for(sae: Any, x: Float[Tensor, "tokens d_in"], k: float) -> float:
         return 0.0
     last = largest.topk(wanted + 1).values[-2:].double()
     return last.mean().item() if last[0] > last[1] else last[1].item()
-
-
-# --- TopK to JumpReLU -------------------------------------------------------------------------------------------------
-# As Llama Scope does it after training (arXiv 2410.20526, section 2.4). TopK compares the latents of one token with each
-# other; JumpReLU compares each with one number, the same for all tokens, chosen so that on average k latents fire. Decoder
-# rows are made unit directions and the input's scale goes into the weights, so the result reads raw activations and is a
-# plain SAELens `jumprelu` (or `jumprelu_transcoder`).
-
-
-@dataclass(frozen=True)
-class JumpReLUExport:
-    """What the export did; l0 and explained variance (centred) are over the activations that the threshold did not see."""
-
-    threshold: float
-    k: int
-    n_tokens: int  # whose k * n_tokens largest latents set the threshold
-    n_tokens_checked: int
-    l0_before: float  # below k where fewer than k latents are positive
-    l0: float
-    explained_variance_before: float
-    explained_variance: float
-    folding_error: float  # largest change of an output by folding, over the largest output
-
-    def text(self) -> str:
-        set_by = f"so that {self.k} latents fire on average over {self.n_tokens:,} tokens"
-        return (
-            f"threshold           {self.threshold:.4f}, {set_by}\n"
-            f"L0                  {self.l0_before:.2f} -> {self.l0:.2f} over {self.n_tokens_checked:,} other tokens\n"
-            f"explained variance  {self.explained_variance_before:.4f} -> {self.explained_variance:.4f}\n"
-            f"folding error       {self.folding_error:.1e}"
-        )
-
-
-@torch.no_grad()
-def to_jumprelu(
-    sae: Any, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"] | None = None
-) -> tuple[Any, JumpReLUExport]:
-    """Return the JumpReLU of a TopK SAE or transcoder, and what changed.
-
-    `x` are activations at its hook: every fifth is kept for the check, the others set the threshold; `y` is a
-    transcoder's target. Raises: UsageError for another architecture, or fewer than 10 tokens.
-    """
-    check_exportable(sae)
-    if len(x) < 10:
-        raise UsageError(f"{len(x)} tokens are too few to set a threshold; give 32,768 or more.")
-    y = x if y is None else y
-    checks = torch.arange(len(x)) % CHECK_EVERY == CHECK_EVERY - 1
-    raw = copy.deepcopy(sae).to(dtype=torch.float32).eval()
-    if raw.cfg.normalize_activations == "expected_average_only_in":
-        raw.fold_activation_norm_scaling_factor(raw.cfg.d_in**0.5 / x.float().norm(dim=-1).mean().item())
-    theta = threshold_for(raw, x[~checks], sae.cfg.k)
-    unfolded, folded = _with_threshold(raw, theta), _with_threshold(raw, theta)
-    folded.fold_W_dec_norm()
-    before, after = (fit(each, x[checks], y[checks]) for each in (raw, folded))
-    report = JumpReLUExport(
-        threshold=theta,
-        k=sae.cfg.k,
-        n_tokens=int((~checks).sum()),
-        n_tokens_checked=int(checks.sum()),
-        l0_before=before.l0,
-        l0=after.l0,
-        explained_variance_before=before.explained_variance,
-        explained_variance=after.explained_variance,
-        folding_error=_largest_change(unfolded, folded, x[checks]),
-    )
-    folded.cfg.metadata.jumprelu_export = asdict(report)
-    folded.cfg.metadata.l0 = report.l0
-    return folded, report
-
-
-def check_exportable(sae: Any) -> None:
-    """Raise UsageError for an architecture that has no k."""
-    architecture = sae.cfg.architecture()
-    if architecture not in ("topk", "topk_transcoder"):
-        raise UsageError(
-            f"the SAE's architecture is {architecture!r}; only topk and topk_transcoder have a k to make a threshold of."
-        )
 
 
 def save_sae(sae: Any, out: str | Path) -> Path:
@@ -194,31 +114,3 @@ def check_free(out: str | Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already and not empty. Give another --out.")
     return out
-
-
-def _with_threshold(sae: Any, theta: float) -> Any:
-    """Return a JumpReLU SAE of the same weights, in which a latent fires when its score is above theta."""
-    from sae_lens import SAE
-
-    values, state = sae.cfg.to_dict(), sae.state_dict()
-    rescaled, architecture = values.pop("rescale_acts_by_decoder_norm", False), values["architecture"]
-    skips = bool("W_skip" in state and state["W_skip"].any())
-    if not skips:
-        state.pop("W_skip", None)
-    values["architecture"] = "jumprelu" if architecture == "topk" else _TRANSCODERS[skips]
-    values["metadata"] = {**sae.cfg.metadata.to_dict(), "k": values.pop("k"), "exported_from": architecture}
-    jumprelu = SAE.from_dict(values)
-    norm = sae.W_dec.norm(dim=-1).clamp(min=1e-8)
-    state["threshold"] = theta / norm if rescaled else torch.full_like(norm, theta)
-    jumprelu.load_state_dict(state)
-    return jumprelu.eval()
-
-
-def _largest_change(before: Any, after: Any, x: Tensor) -> float:
-    """Return how far the outputs of two SAEs are apart at most, over the largest of the first."""
-    difference, largest = 0.0, 1e-12
-    for part in x.split(CHUNK):
-        one, other = (sae(part.to(sae.device, torch.float32)) for sae in (before, after))
-        largest = max(largest, one.abs().max().item())
-        difference = max(difference, (one - other).abs().max().item())
-    return difference / largest

@@ -8,9 +8,11 @@ from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
+from sae_italian.evaluation.diagnosis import held_out_with_documents
 from sae_italian.saes import load_sae
 from sae_italian.saes.architectures import TopKTranscoder, TopKTranscoderConfig
-from sae_italian.saes.fit import CHUNK, save_sae, to_jumprelu
+from sae_italian.saes.fit import CHUNK, save_sae
+from sae_italian.saes.jumprelu import to_jumprelu
 
 K = 12
 
@@ -38,7 +40,7 @@ def by_hand(sae: TopKSAE, theta: float, x: torch.Tensor) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("rescale", [True, False])
 def test_the_export_fires_k_on_average_and_says_what_the_weights_said(rescale):
     sae, x = topk(rescale), 2 * torch.randn(20 * CHUNK + 17, 32)
-    exported, report = to_jumprelu(sae, x)
+    exported, report = to_jumprelu(sae, x, thresholds="one")
     assert type(exported).__name__ == "JumpReLUSAE" and exported.cfg.architecture() == "jumprelu"
     checks = torch.arange(len(x)) % 5 == 4
     assert report.n_tokens == (~checks).sum() and report.n_tokens_checked == checks.sum()
@@ -56,7 +58,7 @@ def test_the_export_fires_k_on_average_and_says_what_the_weights_said(rescale):
 
 def test_with_unit_norms_inside_the_topk_one_threshold_serves_all_latents():
     """Folding leaves the score as the pre-activation: Llama Scope's single scalar."""
-    exported, report = to_jumprelu(topk(True), torch.randn(2000, 32))
+    exported, report = to_jumprelu(topk(True), torch.randn(2000, 32), thresholds="one")
     assert torch.allclose(exported.threshold, torch.full((200,), report.threshold), rtol=1e-5)
 
 
@@ -64,10 +66,55 @@ def test_an_input_scale_is_folded():
     x = 7 * torch.randn(4000, 32) + 1
     scale = 32**0.5 / x.norm(dim=-1).mean()
     scaled, plain = topk(True, normalize_activations="expected_average_only_in"), topk(True)
-    exported, _ = to_jumprelu(scaled, x)
-    other, _ = to_jumprelu(plain, x * scale)
+    exported, _ = to_jumprelu(scaled, x, thresholds="one")
+    other, _ = to_jumprelu(plain, x * scale, thresholds="one")
     assert exported.cfg.normalize_activations == "none"
     assert torch.allclose(exported(x), other(x * scale) / scale, atol=1e-3)
+
+
+def kept(sae: TopKSAE, x: torch.Tensor, l0_within: float = 0.02, **given) -> list[float]:
+    """Return which part of TopK's explained variance one threshold, and calibrated ones, keep; L0 is k in both."""
+    reports = [to_jumprelu(sae, x, **given, thresholds=how)[1] for how in ("one", "calibrated")]
+    assert [report.l0 for report in reports] == pytest.approx(2 * [sae.cfg.k], rel=l0_within)
+    return [report.explained_variance / report.explained_variance_before for report in reports]
+
+
+def test_calibrated_thresholds_keep_what_one_threshold_loses(trained_sae, mini):
+    """On documents that they did not see; decoder directions stay, and SAELens' own class says the same."""
+    sae = load_sae(trained_sae)
+    x, y, documents = held_out_with_documents(sae, mini, "micro-italiano", 20_000)
+    one, calibrated = kept(sae, x, 0.08, documents=documents)  # 47 documents of six registers differ in L0
+    assert one < 0.9 < 0.92 < calibrated
+    exported, report = to_jumprelu(sae, x, y, documents=documents)
+    assert report.n_tokens + report.n_tokens_checked == len(x)
+    assert torch.cosine_similarity(exported.W_dec, sae.W_dec).min() > 0.9999
+
+
+@pytest.mark.parametrize("apply", [True, False])
+def test_a_threshold_that_differs_by_latent_is_found(apply):
+    """Latents of strengths 1 to 30: a bar that one of them passes half the time is never reached by another."""
+    torch.manual_seed(3)
+    directions = torch.linalg.qr(torch.randn(24, 24))[0]
+    on = torch.rand(6000, 24) < 0.125
+    on[torch.arange(6000), torch.randint(24, (6000,))] = True
+    x = (on * torch.linspace(1, 30, 24) * (1 + 0.1 * torch.randn(6000, 24))) @ directions
+    sae = TopKSAE(TopKSAEConfig(d_in=24, d_sae=24, k=4, apply_b_dec_to_input=apply))
+    with torch.no_grad():
+        sae.W_dec.copy_(directions)
+        sae.W_enc.copy_(directions.T)
+    one, calibrated = kept(sae, x)
+    assert calibrated > 0.97 and calibrated >= one
+
+
+def test_a_transcoder_is_calibrated_to_its_target():
+    torch.manual_seed(1)
+    transcoder = TopKTranscoder(TopKTranscoderConfig(d_in=32, d_sae=64, d_out=24, k=4))
+    with torch.no_grad():
+        transcoder.W_skip.normal_(std=0.1)
+        x = torch.randn(5000, 32) * (0.5 + torch.rand(5000, 1))  # tokens of other norms have other bars
+        y = transcoder(x) + 0.05 * torch.randn(5000, 24)
+    one, calibrated = kept(transcoder, x, y=y)
+    assert calibrated > one + 0.02
 
 
 def test_few_positive_latents_give_threshold_zero():
@@ -87,7 +134,7 @@ def test_a_transcoder_becomes_saelens_own_class(tmp_path, skip):
     with torch.no_grad():
         transcoder.W_skip.normal_(std=0.1 if skip else 0.0)
     x, y = torch.randn(4000, 32), torch.randn(4000, 24)
-    exported, report = to_jumprelu(transcoder, x, y)
+    exported, report = to_jumprelu(transcoder, x, y, thresholds="one")
     loaded = SAE.load_from_disk(save_sae(exported, tmp_path / "tc"))
     assert loaded.cfg.architecture() == ("jumprelu_skip_transcoder" if skip else "jumprelu_transcoder")
     assert abs(report.l0 - K) < 0.05 * K and report.folding_error < 1e-5
@@ -102,12 +149,16 @@ def test_others_are_refused_in_one_line(identity_sae, mini):
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="3 tokens are too few"):
         to_jumprelu(topk(True), torch.randn(3, 32))
+    with pytest.raises(UsageError, match="of 4 documents; at least 5 are needed"):
+        to_jumprelu(topk(True), torch.randn(40, 32), documents=torch.arange(40) // 10)
+    with pytest.raises(UsageError, match="thresholds is 'each'"):
+        to_jumprelu(topk(True), torch.randn(40, 32), thresholds="each")
 
 
 def test_the_command_writes_what_stock_saelens_loads(trained_sae, mini, tmp_path, capsys):
     out = tmp_path / "jumprelu"
     arguments = ["export", str(trained_sae), "--to", "jumprelu", "--out", str(out)]
-    assert main([*arguments, "--tokens", "20000", "--json"]) == 0
+    assert main([*arguments, "--tokens", "20000", "--json", "thresholds=one"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert abs(report["l0"] - 8) < 0.02 * 8 and report["folding_error"] < 1e-5
     assert 0 < report["explained_variance"] < 1

@@ -8,7 +8,8 @@ from sae_lens.config import SAETrainerConfig
 import sae_italian  # noqa: F401  # registers the architectures
 from sae_italian.saes import load_sae
 from sae_italian.saes.architectures import PairScaler
-from sae_italian.saes.fit import save_sae, to_jumprelu
+from sae_italian.saes.fit import save_sae
+from sae_italian.saes.jumprelu import to_jumprelu
 
 D_IN, D_OUT, D_SAE = 24, 16, 96
 
