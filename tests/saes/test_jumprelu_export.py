@@ -102,7 +102,7 @@ def test_a_threshold_that_differs_by_latent_is_found(apply):
     with torch.no_grad():
         sae.W_dec.copy_(directions)
         sae.W_enc.copy_(directions.T)
-    one, calibrated = kept(sae, x)
+    one, calibrated = kept(sae, x, 0.05)  # 1,200 tokens check it
     assert calibrated > 0.97 and calibrated >= one
 
 
@@ -113,7 +113,7 @@ def test_a_transcoder_is_calibrated_to_its_target():
         transcoder.W_skip.normal_(std=0.1)
         x = torch.randn(5000, 32) * (0.5 + torch.rand(5000, 1))  # tokens of other norms have other bars
         y = transcoder(x) + 0.05 * torch.randn(5000, 24)
-    one, calibrated = kept(transcoder, x, y=y)
+    one, calibrated = kept(transcoder, x, 0.05, y=y)
     assert calibrated > one + 0.02
 
 
