@@ -100,7 +100,7 @@ def to_jumprelu(
     unfolded, folded = _with_threshold(raw, theta), _with_threshold(raw, theta)
     folded.fold_W_dec_norm()
     folding_error = _largest_change(unfolded, folded, x[checks])
-    if thresholds == "calibrated":
+    if thresholds == "calibrated" and theta > 0:  # 0: every positive latent fires, and there are fewer than k
         calibrate(folded, x[~checks], y[~checks], sae.cfg.k)
     before, after = (fit(each, x[checks], y[checks]) for each in (raw, folded))
     sizes = {"k": sae.cfg.k, "n_tokens": int((~checks).sum()), "n_tokens_checked": int(checks.sum())}
