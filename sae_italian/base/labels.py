@@ -5,9 +5,11 @@ A key is `heading.name`, as in `card.l0`. To add words, write them into the YAML
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Literal
+from string import Formatter
+from typing import Any, Literal
 
 Language = Literal["it", "en"]
 
@@ -29,6 +31,25 @@ def label(key: str, language: Language = "en") -> str:
     """Return the label of `heading.name`. Raises: KeyError for a key that is not in the table."""
     heading, _, name = key.partition(".")
     return _table()[heading][name][language]
+
+
+class _Filler(Formatter):
+    """Puts numbers into a text as its language writes them: 1.234,5 in Italian, and 12,3 % with its space."""
+
+    def __init__(self, language: Language):
+        self.language = language
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        text = super().format_field(value, format_spec)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return text
+        text = text.replace("%", " %")
+        return text.translate(str.maketrans(".,", ",.")) if self.language == "it" else text
+
+
+def filled(text: str, values: Mapping[str, Any], language: Language) -> str:
+    """Return a text whose fields `{name:form}` are filled, its numbers as its language writes them."""
+    return _Filler(language).vformat(text, (), values)
 
 
 def page_labels() -> dict[str, list[str]]:

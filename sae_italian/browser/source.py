@@ -142,6 +142,7 @@ class LatentSource:
             "created": utc_now(),
             "version": __version__,
             "model_note": f"{entry.note} {entry.licence}." if entry else "",
+            "model_note_it": f"{entry.note_it} {entry.licence}." if entry else "",
             "sae": short_name(manifest),
             "n_tokens": self.cache.n_positions,
             "n_documents": self.cache.n_documents,

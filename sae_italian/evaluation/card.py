@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_italian.base.errors import DataError
-from sae_italian.base.labels import Language, label, labels
+from sae_italian.base.labels import Language, filled, label, labels
 from sae_italian.base.pictures import OURS, WARNING, svg
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import NOTHING, Estimate
@@ -20,9 +20,9 @@ ULTRA_ACTIVE = 0.1  # of the tokens (Llama Scope, fig. 4)
 NUMBERS = tuple(labels("card"))  # the keys of the numbers with intervals, in the card's order
 _SHARES = {"dead", "dead_in_100k", "dead_in_1m", "ultra_active", "ce_loss_recovered", "kl_recovered"}
 _LEGEND = (
-    "Means are per token of held-out text, special tokens left out; losses in nats. Dead: never fired in that many tokens. "
+    "Means are per token of held-out text, special tokens left out; losses in nats. Dead: never fired on the tokens examined. "
     "Healthy, as a rule of thumb: at most about 10 % dead in 100,000 tokens, under 2 % ultra-active (Llama Scope, fig. 4).",
-    "Le medie sono per token di testo tenuto da parte, senza token speciali; perdite in nat. Morto: mai attivo in tanti token. "
+    "Le medie sono per token di testo tenuto da parte, senza token speciali; perdite in nat. Morto: mai attivo sui token esaminati. "
     "Regola pratica di una SAE sana: al più circa il 10 % di latenti morti in 100.000 token, meno del 2 % ultra-attivi.",
 )
 
@@ -123,7 +123,7 @@ class EvaluationCard:
         """Return what became of the latents of the SAE that the training started from; without one, nothing."""
         facts = dict(self.started_from or {})
         facts["sae"] = Path(str(facts.get("sae"))).name
-        return label("origin.text", language).format(**facts) if self.started_from else ""
+        return filled(label("origin.text", language), facts, language) if self.started_from else ""
 
     def table(self, language: Language = "en") -> list[str]:
         """Return the lines of a Markdown table; a number that was not measured says why."""

@@ -41,6 +41,7 @@ class ModelEntry:
     gated: bool | str
     note: str
     tokenizer: str  # family: models of one family have the same token ids
+    note_it: str = ""
     package: str | None = None  # folder beside this file
     wheels: dict[str, str] | None = None  # of Python's package registry: package, module, sha256, terms
     bos: bool | None = None  # None: read at load

@@ -11,7 +11,7 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from sae_italian.base import report
-from sae_italian.base.labels import label
+from sae_italian.base.labels import filled, label
 from sae_italian.base.storage import read_yaml, write_text
 
 NOT_DONE = "Not done · Non svolto"
@@ -116,7 +116,7 @@ def shared_words() -> dict[str, Any]:
 def section_of(words: dict[str, Any], result: dict[str, Any], pictures: dict[str, str] | None = None) -> Section:
     """Return a section in the words of a YAML, their {names} filled in from a result; `text_given`: an SAE was given."""
     text = words["text_given"] if result.get("given") and "text_given" in words else words["text"]
-    title, text = ({key: said.format_map(result) for key, said in each.items()} for each in (words["title"], text))
+    title, text = ({key: filled(said, result, key) for key, said in each.items()} for each in (words["title"], text))
     tables = [table for described in words.get("tables", ()) for table in tables_of(described, result)]
     return Section(title, text, tables, pictures or {})
 

@@ -158,7 +158,7 @@ def _picture(curve: Curve, healthy: Curve | None, label: str, name: str) -> str:
                 axis.fill_between(healthy.share, low, high, color=REFERENCE, alpha=0.35, linewidth=0, label=label)
             axis.plot(curve.share, curve.values[metric], color=OURS, linewidth=1.5, label=name)
             axis.set_title(words, fontsize=10)
-            axis.set_xlabel("share of the training · quota dell'addestramento", fontsize=8)
+            axis.set_xlabel("share of the training · quota dell’addestramento", fontsize=8)
         axes[0].legend(frameon=False, fontsize=8)
         axes[0].figure.suptitle(name, fontsize=10)
 

@@ -394,6 +394,7 @@ def make_run(d_sae: int = 320) -> Record:
         "version": "0.1.0",
         "model": "sapienzanlp/Minerva-350M-base-v1.0",
         "model_note": "base, Apache-2.0",
+        "model_note_it": "di base, Apache-2.0",
         "sae": "L8R-16x",
         "hook_name": "blocks.8.hook_resid_post",
         "d_in": 1152,
