@@ -9,6 +9,7 @@ import pytest
 from tests.notebooks import FOLDER, printed_by, run_notebook
 
 SHOWN = {"quickstart": "Detection", "giro_di_un_latente": "promuove", "sae_sul_tuo_testo": "explained_variance"}
+WITH_GRAPH = "un_grafo_a_mano"  # ends with a picture, shows no browser
 FILES = sorted(FOLDER.glob("*.ipynb"))
 
 
@@ -18,7 +19,14 @@ def cells_of(file, kind: str) -> list[dict]:
 
 def test_every_notebook_is_tested():
     elsewhere = {"un_latente_a_mano", "ioi_in_italiano"}  # tests/autointerp, tests/analysis/causal: test_notebook.py
-    assert {file.stem for file in FILES} == {*SHOWN, *elsewhere}
+    assert {file.stem for file in FILES} == {*SHOWN, *elsewhere, WITH_GRAPH}
+
+
+def test_the_notebook_of_a_graph_adds_up_and_confirms_an_edge(tmp_path):
+    said = "".join(map(printed_by, run_notebook(WITH_GRAPH, tmp_path)))
+    assert float(re.search(r"errore massimo di una somma: (\S+)", said)[1]) < 1e-3
+    foretold, real = re.search(r"l'arco prevede (\S+); .* cambia di (\S+)", said).groups()
+    assert float(foretold) * float(real) > 0 and "transcoder casuali" in said
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -23,7 +23,7 @@ from sae_italian.browser.page import static_text
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.circuits import Graph, influence, prune
-from sae_italian.circuits.check import Checked
+from sae_italian.circuits.check import Checked, check_svg
 from sae_italian.circuits.show import id_of, sentence, standing
 
 MOST_NODES = 2000  # on a page, the most influential ones
@@ -153,6 +153,7 @@ def _data(graph: Graph, latents: Latents, checked: Checked | None) -> dict[str, 
             for layer, index in filter(None, keys)
             if (layer, index) in latents
         },
+        "check": "data:image/svg+xml;base64," + b64encode(check_svg(checked).encode()).decode() if checked else "",
         **{f"sentence_{lang}": sentence(graph, labels[lang], lang, random) for lang in ("it", "en")},
         **{
             f"verdict_{lang}": checked.verdict(lang) if checked else label("graph.verdict.unchecked", lang)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_italian.analysis.latent import written_directions
+from sae_italian.base import pictures
 from sae_italian.base.labels import Language, label
 from sae_italian.base.pace import progress
 from sae_italian.base.report import shown, table
@@ -31,7 +32,8 @@ class Agreement(NamedTuple):
     n: int
     direct: Estimate  # correlation with the edge to the logit
     paths: Estimate  # correlation with all paths through latents
-    slope: float  # of the real change on that of all paths; 1 where it is foretold in size too
+    slope: Estimate  # of the real change on that of all paths; 1 where it is foretold in size too
+    points: tuple[tuple[float, float], ...]  # of each latent: what all paths foretell, and the real change
 
 
 class Checked(NamedTuple):
@@ -42,7 +44,7 @@ class Checked(NamedTuple):
     scores: dict[str, tuple[float, float]]  # replacement and completeness, of the graph and of the random one
 
     def text(self) -> str:
-        rows = [(a.what, a.n, shown(a.direct), shown(a.paths), f"{a.slope:.2f}") for a in (*self.graph, *self.random)]
+        rows = [(a.what, a.n, shown(a.direct), shown(a.paths), shown(a.slope)) for a in (*self.graph, *self.random)]
         found = table("latents taken away | n | edge against change | all paths against change | slope", rows)
         rows = [(name, *(f"{score:.2f}" for score in pair)) for name, pair in self.scores.items()]
         return f"{found}\n\n{table('transcoders | replacement score | completeness', rows)}\n\n{self.verdict()}"
@@ -54,13 +56,10 @@ class Checked(NamedTuple):
         return label(f"graph.verdict.{found}", language)
 
 
-def check(
-    model: Any, transcoders: Sequence[Any], graph: Graph, *, n_latents: int = N_LATENTS, seed: int = 0
-) -> Checked:
-    """Take latents of a graph away in the real model and compare; the same with random twins of the transcoders.
-
-    Those looked at are the `n_latents` most influential ones, and as many at random. Raises: UsageError as `attribute`.
-    """
+def random_graph(
+    model: Any, transcoders: Sequence[Any], graph: Graph, *, batch: int = 16, seed: int = 0
+) -> tuple[list[Any], Graph]:
+    """Return random twins of the transcoders, and the graph of the same prompt that they make: the control."""
     by_layer = layers_of(transcoders, model)
     tokens = model.tokenizer(graph.prompt, return_tensors="pt").input_ids.to(model.device)
     reads = read_many(model, tokens, [sae.cfg.metadata.hook_name for sae in by_layer.values()]) if by_layer else {}
@@ -69,7 +68,28 @@ def check(
         for sae in by_layer.values()
     ]
     logits = [node.index for node in graph.nodes if node.kind == "logit"]
-    other = attribute(model, twins, graph.prompt, logits=logits, max_nodes=int(graph.of_kind("latent").sum()))
+    against, most = None if graph.against < 0 else graph.against, int(graph.of_kind("latent").sum())
+    return twins, attribute(
+        model, twins, graph.prompt, logits=logits, against=against, max_nodes=max(1, most), batch=batch
+    )
+
+
+def check(
+    model: Any,
+    transcoders: Sequence[Any],
+    graph: Graph,
+    *,
+    control: tuple[list[Any], Graph] | None = None,
+    n_latents: int = N_LATENTS,
+    seed: int = 0,
+) -> Checked:
+    """Take latents of a graph away in the real model and compare; the same with random twins of the transcoders.
+
+    Those looked at are the `n_latents` most influential ones, and as many at random. `control` is what `random_graph`
+    returned, where it is at hand. Raises: UsageError as `attribute`.
+    """
+    twins, other = control or random_graph(model, transcoders, graph, seed=seed)
+    tokens = model.tokenizer(graph.prompt, return_tensors="pt").input_ids.to(model.device)
     found = [
         _agreements(model, layers_of(saes, model), tokens, each, n_latents, seed, name)
         for saes, each, name in ((transcoders, graph, ""), (twins, other, ", random transcoders"))
@@ -116,7 +136,7 @@ def _changes(
 
     def centred() -> float:
         logits = model(tokens, use_cache=False).logits[0, -1].double()
-        return float(logits[logit] - logits.mean())
+        return float(logits[logit] - (logits.mean() if graph.against < 0 else logits[graph.against]))
 
     before, found = centred(), []
     with progress("taken away", total=len(latents), unit="latent") as bar:
@@ -139,15 +159,38 @@ def _agreement(what: str, direct: np.ndarray, paths: np.ndarray, real: np.ndarra
     rng = np.random.default_rng(seed)
     draws = rng.integers(len(real), size=(RESAMPLES, len(real))) if len(real) else np.zeros((0, 0), dtype=int)
     found = [
-        interval(_correlation(each, real), np.array([_correlation(each[d], real[d]) for d in draws]))
-        for each in (direct, paths)
+        interval(how(each, real), np.array([how(each[d], real[d]) for d in draws]))
+        for how, each in ((_correlation, direct), (_correlation, paths), (_slope, paths))
     ]
-    spread = float(((paths - paths.mean()) ** 2).sum()) if len(real) else 0.0
-    slope = float(((paths - paths.mean()) * (real - real.mean())).sum() / spread) if spread > 0 else float("nan")
-    return Agreement(what, len(real), found[0], found[1], slope)
+    return Agreement(what, len(real), *found, tuple(zip(paths.tolist(), real.tolist(), strict=True)))
+
+
+def _slope(foreseen: np.ndarray, real: np.ndarray) -> float:
+    away = foreseen - foreseen.mean() if len(foreseen) else foreseen
+    spread = float((away**2).sum())
+    return float((away * (real - real.mean())).sum() / spread) if spread > 0 else float("nan")
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     if len(a) < 3 or a.std() == 0 or b.std() == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def check_svg(checked: Checked) -> str:
+    """Return what was foretold against what happened, a point a latent: this graph's, and the random transcoders'."""
+
+    def draw(axes: Any) -> None:
+        for axis, pair in zip(axes, (checked.graph, checked.random), strict=True):
+            for found, colour in zip(pair, (pictures.OURS, pictures.REFERENCE), strict=True):
+                points = np.array(found.points).reshape(-1, 2)
+                axis.scatter(points[:, 0], points[:, 1], s=12, color=colour, label=found.what.split(",")[0])
+            ends = [min(axis.get_xlim()[0], axis.get_ylim()[0]), max(axis.get_xlim()[1], axis.get_ylim()[1])]
+            axis.plot(ends, ends, color="black", linewidth=0.5, linestyle=":")
+            axis.set_xlabel("foretold change of the logit")
+        axes[0].set_ylabel("real change")
+        axes[0].set_title("this graph", fontsize=9)
+        axes[1].set_title("random transcoders", fontsize=9)
+        axes[0].legend(fontsize=8)
+
+    return pictures.svg(draw, 2, (8, 3.6))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +139,7 @@ def attribute(
     max_nodes: int = 4096,
     batch: int = 16,
     logits: Sequence[int] | None = None,
+    against: int | None = None,
     memory: float | None = None,
     resume: Path | None = None,
 ) -> Graph:
@@ -146,6 +147,7 @@ def attribute(
 
     At most `max_nodes` latents become nodes, chosen by their influence as it is known so far; `batch` targets share a
     backward pass. `logits` are the ids of the tokens to explain; default: the likeliest that cover 95 %, at most 10.
+    A logit is explained less the mean of all, or less that of the token `against`: what makes the difference of the two.
     `memory` (10^9 bytes; default: what is free) is what edges may take. With a folder `resume` the edges that are known are
     kept in it, and a graph of the same model, transcoders and prompt that was interrupted goes on there.
     Raises: UsageError for a prompt of one token or beyond the model's context, for more active latents than the memory
@@ -170,16 +172,17 @@ def attribute(
         )
         for layer in range(n_layers)
     ]
-    nodes, targets, own = _logit_targets(model, tokenizer, reads[n_layers][-1], n_pos, n_layers, logits)
+    nodes, targets, own = _logit_targets(model, tokenizer, reads[n_layers][-1], n_pos, n_layers, logits, against)
     rows, active = _Rows(linear, embedding, sources), [node for source in sources for node in source.latents]
     most = min(max_nodes, len(active))
     _check_memory(rows.n_sources * embedding.element_size(), len(nodes), len(active), most, memory)
     encoders = torch.cat([source.encoders for source in sources if len(source.latents)] or [embedding[:0]])
     values = [node.value for node in nodes]
-    with _kept(resume, (most + len(nodes), rows.n_sources), (reads[n_layers], encoders, embedding), values) as kept:
+    with _kept(resume, (most + len(nodes), rows.n_sources), (reads[n_layers], encoders, embedding), own) as kept:
         visited = _visit(rows, active, encoders, targets, values, most, batch, kept)
         own += [float(encoders[i] @ reads[active[i].layer][active[i].position].to(encoders)) for i in visited]
-        return _assembled(prompt, model, texts, n_layers, active, visited, nodes, kept.rows, np.array(own))
+        found = _assembled(prompt, model, texts, n_layers, active, visited, nodes, kept.rows, np.array(own))
+    return found if against is None else replace(found, against=against)
 
 
 def _check_memory(row: int, n_logits: int, n_active: int, most: int, memory: float | None) -> None:
@@ -197,7 +200,13 @@ def _check_memory(row: int, n_logits: int, n_active: int, most: int, memory: flo
 
 
 def _logit_targets(
-    model: Any, tokenizer: Any, final: Tensor, n_pos: int, n_layers: int, wanted: Sequence[int] | None
+    model: Any,
+    tokenizer: Any,
+    final: Tensor,
+    n_pos: int,
+    n_layers: int,
+    wanted: Sequence[int] | None,
+    against: int | None,
 ) -> tuple[list[GraphNode], list[Target], list[float]]:
     """Return the logits that are explained: nodes, targets, and their values centred on all logits, without a bias."""
     unembedding = model.get_output_embeddings()
@@ -211,15 +220,18 @@ def _logit_targets(
         ids = ids[: int((top.cumsum(0) < COVERED).sum()) + 1].tolist()
     else:
         ids = list(wanted)
-        if unknown := [i for i in ids if not 0 <= i < len(probability)]:
+        if unknown := [i for i in (*ids, against or 0) if not 0 <= i < len(probability)]:
             raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
     texts = token_text(tokenizer, ids)
+    if against is not None:
+        texts = [f"{text} − {token_text(tokenizer, [against])[0].strip()}" for text in texts]
     nodes = [
         GraphNode("logit", n_layers, n_pos - 1, i, float(probability[i]), text)
         for i, text in zip(ids, texts, strict=True)
     ]
-    targets = [Target(n_layers, n_pos - 1, weight[i] - weight.mean(0)) for i in ids]
-    return nodes, targets, [float(raw[i] - raw.mean()) for i in ids]
+    less, base = (weight.mean(0), raw.mean()) if against is None else (weight[against], raw[against])
+    targets = [Target(n_layers, n_pos - 1, weight[i] - less) for i in ids]
+    return nodes, targets, [float(raw[i] - base) for i in ids]
 
 
 class _Kept(NamedTuple):

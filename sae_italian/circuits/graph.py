@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from sae_italian.base.errors import DataError
 from sae_italian.base.storage import write_json
 
+NODE_SHARE, EDGE_SHARE = 0.8, 0.98  # of all influence, kept when a graph is pruned
 UNEXPECTED = 1e-4  # probability of all logits together, below which the model does not expect what is explained
 
 
@@ -51,6 +52,7 @@ class Graph:
     weights: Float[np.ndarray, "rows nodes"]
     own: Float[np.ndarray, " rows"]  # each target's value without its own bias: what its row adds up to
     n_active: int  # latents that are active on the prompt, visited or not
+    against: int = -1  # id of the token whose logit is taken from the first one's; -1: the mean of all
 
     def of_kind(self, *kinds: str) -> np.ndarray:
         """Return which nodes are of these kinds."""
@@ -70,7 +72,7 @@ class Graph:
         """Write graph.npz and graph.json; nothing is pickled."""
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(folder / "graph.npz", targets=self.targets, weights=self.weights, own=self.own)
-        told = {name: getattr(self, name) for name in ("prompt", "model", "tokens", "n_layers", "n_active")}
+        told = {name: getattr(self, name) for name in ("prompt", "model", "tokens", "n_layers", "n_active", "against")}
         write_json(folder / "graph.json", {"kind": "graph", **told, "nodes": [list(node) for node in self.nodes]})
 
     @classmethod
@@ -81,6 +83,7 @@ class Graph:
             arrays = np.load(folder / "graph.npz", allow_pickle=False)
             nodes = tuple(GraphNode(*node) for node in told["nodes"])
             rest = {name: told[name] for name in ("prompt", "model", "n_layers", "n_active")}
+            rest["against"] = told.get("against", -1)
             return cls(
                 tokens=tuple(told["tokens"]),
                 nodes=nodes,
@@ -146,7 +149,7 @@ def scores(graph: Graph) -> GraphScores:
 
 
 def prune(
-    graph: Graph, node_share: float = 0.8, edge_share: float = 0.98
+    graph: Graph, node_share: float = NODE_SHARE, edge_share: float = EDGE_SHARE
 ) -> tuple[np.ndarray, Float[np.ndarray, "kept kept"]]:
     """Return which nodes stay, and the edges among these that do (others 0).
 

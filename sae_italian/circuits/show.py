@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from time import time
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,7 @@ from jaxtyping import Float
 from sae_italian.base import pictures
 from sae_italian.base.labels import Language, label
 from sae_italian.base.report import table
-from sae_italian.base.storage import utc_now
-from sae_italian.circuits.graph import UNEXPECTED, Graph, GraphNode, influence, prune, scores
+from sae_italian.circuits.graph import EDGE_SHARE, UNEXPECTED, Graph, GraphNode, influence, prune, scores
 
 Labels = Mapping[tuple[int, int], str]
 """By layer and latent what explains it."""
@@ -57,7 +57,8 @@ def sentence(
 
     logits = [node for node in graph.nodes if node.kind == "logit"]
     expected = ", ".join(f"«{node.text.strip()}» ({_percent(node.value, language)})" for node in logits)
-    found = [said("expects", end="".join(graph.tokens[-4:]).strip(), logits=expected)]
+    end = "".join(graph.tokens[-4:]).strip()
+    found = [said("expects" if graph.against < 0 else "against", end=end, logits=expected)]
     path, share = strongest_path(graph)
     if len(path) > 1:
         steps = " → ".join(name_of(graph.nodes[i], labels, language) for i in path[:-1])
@@ -181,7 +182,8 @@ def neuronpedia(graph: Graph, slug: str, labels: Labels | None = None, node_shar
         "prompt_tokens": list(graph.tokens),
         "node_threshold": node_share,
         "schema_version": 1,
-        "info": {"generator": {"name": "sae_italian"}, "create_time": utc_now()},
+        "info": {"generator": {"name": "sae_italian"}, "create_time_ms": int(1000 * time())},
+        "pruning_settings": {"node_threshold": node_share, "edge_threshold": EDGE_SHARE},
     }
     settings = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
     return {"metadata": metadata, "qParams": settings, "nodes": nodes, "links": links}

@@ -8,6 +8,17 @@ from typing import Any
 from sae_italian.base.errors import UsageError
 from sae_italian.cli.options import Result, key_values
 
+SETTINGS = {
+    "max_nodes": 4096,
+    "batch": 16,
+    "target": "",
+    "against": "",
+    "check": 0,
+    "study": 0,
+    "memory": 0.0,
+    "labels": "",
+}
+
 
 def graph(
     model: str, transcoders: Path, prompt: str, /, *words: str, out: Path | None = None, overwrite: bool = False
@@ -17,28 +28,47 @@ def graph(
     Args:
         model: Name, hub id or folder of the model.
         transcoders: Folder of a transcoder, or of several, one for each layer (a suite's).
-        prompt: The text whose next token is explained.
+        prompt: The text whose next token is explained; with study=N a case (agreement, participle, ioi) or a file with a
+            prompt a line.
         words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass (default: 16);
-            target=TEXT, the token to explain (default: the likeliest that cover 95 %); check=N, latents that are taken away
-            in the real model, beside random transcoders (default: 0, none); memory=N, 10^9 bytes that edges may take
-            (default: what is free); labels=FOLDER, with the transcoders' feature caches, whose contexts and explanations
-            the page shows (default: none).
+            target=TEXT, the token to explain (default: the likeliest that cover 95 %); against=TEXT, the token whose logit is
+            taken from it (default: the mean of all); check=N, latents that are taken away in the real model, beside random
+            transcoders (default: 0, none); memory=N, 10^9 bytes that edges may take (default: what is free);
+            labels=FOLDER, with the transcoders' feature caches, whose contexts and explanations the page shows (default:
+            none); study=N, graphs of so many prompts, with intervals over them, beside random transcoders, attribution
+            patching and gold labels (default: 0, one graph).
         out: Folder for the page (index.html), graph.json, graph.npz, graph.svg and neuronpedia.json; a graph that was
             interrupted goes on in it. Nothing is written without it.
         overwrite: Replace a graph of other settings in the folder. Default: no.
     """
     from sae_italian.base.storage import claimed
 
-    settings = key_values(
-        words, {"max_nodes": 4096, "batch": 16, "target": "", "check": 0, "memory": 0.0, "labels": ""}
-    )
+    settings = key_values(words, SETTINGS)
+    make = _study if settings["study"] else _graph
     if out is None:
-        return _graph(model, transcoders, prompt, settings, None)
+        return make(model, transcoders, prompt, settings, None)
     spec = {"model": model, "transcoders": transcoders, "prompt": prompt, **settings}
-    with claimed(
-        out, "graph", spec, resume=True, overwrite=overwrite, changeable=("batch", "check", "memory", "labels")
-    ):
-        return _graph(model, transcoders, prompt, settings, out)
+    changeable = ("batch", "check", "memory", "labels")
+    with claimed(out, "graph", spec, resume=True, overwrite=overwrite, changeable=changeable):
+        return make(model, transcoders, prompt, settings, out)
+
+
+def _study(model: str, transcoders: Path, case: str, settings: dict[str, Any], out: Path | None) -> Result:
+    from sae_italian.base.report import plain
+    from sae_italian.base.storage import write_json, write_text
+    from sae_italian.circuits.study import study
+    from sae_italian.models import load_model
+    from sae_italian.saes import load_sae
+
+    loaded, saes = load_model(model), [load_sae(folder) for folder in transcoder_folders(transcoders)]
+    sizes = {"max_nodes": settings["max_nodes"], "batch": settings["batch"]}
+    found = study(loaded, saes, case, settings["study"], **sizes)
+    value, text = {**plain(found), "estimates": plain(found.estimates())}, found.text()
+    if out is not None:
+        write_json(out / "result.json", value)
+        write_text(out / "graph.study.svg", found.svg())
+        text += f"\n\n{out}/result.json, graph.study.svg"
+    return Result(value, text)
 
 
 def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any], out: Path | None) -> Result:
@@ -54,9 +84,20 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     folders = transcoder_folders(transcoders)
     loaded = load_model(model)
     saes = [load_sae(folder) for folder in folders]
-    wanted = _token(loaded.tokenizer, settings["target"])
+    wanted, against = (_token(loaded.tokenizer, settings[key]) for key in ("target", "against"))
+    if against and not wanted:
+        raise UsageError(f"against={settings['against']} needs target=TEXT, the token whose logit it is taken from.")
     sizes: dict[str, Any] = {"max_nodes": settings["max_nodes"], "batch": settings["batch"]}
-    found = attribute(loaded, saes, prompt, logits=wanted, memory=settings["memory"] or None, resume=out, **sizes)
+    found = attribute(
+        loaded,
+        saes,
+        prompt,
+        logits=wanted,
+        against=against and against[0],
+        memory=settings["memory"] or None,
+        resume=out,
+        **sizes,
+    )
     value = {"prompt": prompt, "model": model, "n_active": found.n_active, **plain(scores(found))}
     latents = {}
     if settings["labels"]:
@@ -91,17 +132,20 @@ def _token(tokenizer: Any, text: str) -> list[int] | None:
     ids = tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
     if len(ids) != 1:
         parts = " + ".join(tokenizer.convert_ids_to_tokens(ids))
-        raise UsageError(f"target={text} has {len(ids)} tokens ({parts}); one was expected. Give its first.")
+        raise UsageError(f"{text} has {len(ids)} tokens ({parts}); one was expected. Give its first.")
     return ids
 
 
 def _write(out: Path, found: Any, value: dict[str, Any], latents: Any, checked: Any) -> str:
     from sae_italian.base.storage import write_json, write_text
     from sae_italian.browser.graph import write_graph_page
+    from sae_italian.circuits.check import check_svg
     from sae_italian.circuits.show import neuronpedia, svg
 
     found.save(out)
     write_text(out / "graph.svg", svg(found))
+    if checked:
+        write_text(out / "graph.check.svg", check_svg(checked))
     labels = {key: told["label_en"] for key, told in latents.items()}
     write_json(out / "neuronpedia.json", neuronpedia(found, found.prompt, labels))
     write_json(out / "result.json", value)

@@ -1,6 +1,6 @@
 """Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
 
-python -m tests.bench training|start|corpora|cache|autointerp|browser|mutants|titles --help
+python -m tests.bench training|start|corpora|cache|autointerp|browser|circuits|mutants|titles --help
 """
 
 from __future__ import annotations
@@ -64,6 +64,13 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--train-tokens", type=int, default=147_456, help="whose activations are read, once")
     sub.add_argument("--tokens", type=int, default=8_000, help="held out, for the explained variance")
     sub.add_argument("--loss-tokens", type=int, default=1_000, help="held out, for losses; 0: none")
+    sub = add("circuits", _bench_circuits, "an attribution graph beside circuit-tracer's (CIRCUIT_TRACER=FOLDER)")
+    sub.add_argument("--model", default="", help="a real model, ours alone, e.g. gemma-3-270m")
+    sub.add_argument("--positions", type=int, default=64, help="tokens of its prompt")
+    sub.add_argument("--latents", type=int, default=2048, help="of each of its layers")
+    sub.add_argument("--l0", type=int, default=32, help="latents of a layer that are active at a token")
+    sub.add_argument("--max-nodes", type=int, default=4096)
+    sub.add_argument("--batch", type=int, default=16)
     sub = add("mutants", _bench_mutants, "how many seeded mutants of a room its tests kill (needs mutmut)")
     sub.add_argument("room", help="statistics, scorers, cache or training")
     sub.add_argument("--n", type=int, default=200, help="mutants, drawn at random")
@@ -148,6 +155,12 @@ def _bench_titles(options: argparse.Namespace) -> Result:
     from tests.bench.titles import bench_titles
 
     return bench_titles(options.folder)
+
+
+def _bench_circuits(options: argparse.Namespace) -> Result:
+    from tests.bench.circuits import bench_circuits
+
+    return bench_circuits(options)
 
 
 def _bench_mutants(options: argparse.Namespace) -> Result:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,8 +19,38 @@ from sae_italian.models.activations import read_activations
 from tests.circuits.test_graph import mistral, random_transcoder  # noqa: F401
 
 PROMPT = "La ragazza che vede i cani"
-# What Neuronpedia's graph-schema.json requires of each.
-NODE = ("node_id", "feature", "layer", "ctx_idx", "feature_type", "jsNodeId", "clerp")
+TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+
+
+def fields(required: str, **of):
+    return {"type": "object", "properties": of, "required": required.split()}
+
+
+# The fields of Neuronpedia's graph-schema.json (apps/webapp/app/api/graph), their types and which it requires.
+GENERATOR = fields("", name=TEXT, version=TEXT, url=TEXT, email=TEXT)
+INFO = fields("", description=TEXT, creator_name=TEXT, create_time_ms=NUMBER, generator=GENERATOR)
+SCHEMA = fields(
+    "metadata qParams nodes links",
+    metadata=fields(
+        "slug scan prompt_tokens prompt",
+        **{"slug": TEXT, "scan": TEXT, "prompt": TEXT, "node_threshold": NUMBER, "info": INFO},
+        prompt_tokens={"type": "array", "items": TEXT},
+        pruning_settings=fields("", node_threshold=NUMBER, edge_threshold=NUMBER),
+    ),
+    qParams=fields("", pinnedIds={"type": "array", "items": TEXT}, supernodes={"type": "array"}, linkType=TEXT),
+    nodes={
+        "type": "array",
+        "items": fields(
+            "node_id feature layer ctx_idx feature_type jsNodeId clerp",
+            **{"node_id": TEXT, "feature_type": TEXT, "jsNodeId": TEXT, "clerp": TEXT, "ctx_idx": WHOLE},
+            feature={"type": ["integer", "null"]},
+            layer={"type": ["string", "integer"]},
+            influence={"type": ["number", "null"]},
+            activation={"type": ["number", "null"]},
+        ),
+    },
+    links={"type": "array", "items": fields("source target weight", source=TEXT, target=TEXT, weight=NUMBER)},
+)
 
 
 def uncantor(number: int) -> tuple[int, int]:
@@ -44,10 +75,11 @@ def saved(tmp_path_factory):
 def test_neuronpedias_json_has_what_its_schema_requires(mistral):  # noqa: F811
     graph = attribute(mistral, [random_transcoder(layer) for layer in range(3)], "ciao bella", max_nodes=60)
     found = json.loads(json.dumps(neuronpedia(graph, "Ciao, bella!", {(1, 3): "saluti"})))
+    jsonschema.validate(found, SCHEMA)
     assert set(found) == {"metadata", "qParams", "nodes", "links"} and found["metadata"]["slug"] == "ciao-bella"
     assert found["metadata"]["prompt_tokens"] == list(graph.tokens)
     ids = [node["node_id"] for node in found["nodes"]]
-    assert len(set(ids)) == len(ids) and all(name in node for node in found["nodes"] for name in NODE)
+    assert len(set(ids)) == len(ids)
     assert found["links"] and all({link["source"], link["target"]} <= set(ids) for link in found["links"])
     latents = [node for node in found["nodes"] if node["feature_type"] == "cross layer transcoder"]
     assert latents
@@ -106,14 +138,14 @@ def test_latents_of_the_last_layer_that_write_little_do_what_their_edges_say(mis
         last.n == 10
         and last.direct.value > 0.99
         and last.paths == last.direct
-        and last.slope == pytest.approx(1, abs=0.05)
+        and last.slope.value == pytest.approx(1, abs=0.05)
     )
     assert len(found.random) == 2 and set(found.scores) == {"these", "random"} and found.verdict() in found.text()
 
 
 def test_nothing_foretold_is_said():
     nothing = _agreement("x", np.zeros(5), np.zeros(5), np.arange(5.0), 0)
-    assert np.isnan(nothing.direct.value) and np.isnan(nothing.slope)
+    assert np.isnan(nothing.direct.value) and np.isnan(nothing.slope.value)
 
 
 def test_the_command_writes_a_graph_that_is_read_again(saved, tmp_path, capsys):

@@ -168,7 +168,8 @@ class GraphPage {
     const legend = h("p", { class: "legend muted" }, ["latent", "error", "embedding", "logit"].map((kind) => h("span", {}, t("legend." + kind))), h("span", {}, t("legend.edges")));
     const verdict = DATA["verdict_" + ctx.lang];
     this.root.replaceChildren(top, h("main", { class: "page graph-page" },
-      h("header", { class: "graph-head" }, h("h1", {}, text(DATA.prompt)), h("p", { class: "sentence" }, text(DATA["sentence_" + ctx.lang])), h("p", { class: "verdict strong" }, text(verdict))),
+      h("header", { class: "graph-head" }, h("h1", {}, text(DATA.prompt)), h("p", { class: "sentence" }, text(DATA["sentence_" + ctx.lang])), h("p", { class: "verdict strong" }, text(verdict)),
+        DATA.check && h("details", { class: "check" }, h("summary", {}, t("check")), h("img", { src: DATA.check, alt: t("check") }))),
       h("section", { class: "panel board", "aria-label": t("title") }, tools, this.plot, legend, h("p", { id: "graph-keys", class: "note muted" }, t("keys")), this.live),
       this.about, this.pinned, list));
     this.listen();

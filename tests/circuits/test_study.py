@@ -1,0 +1,133 @@
+"""Graphs of many prompts, and what a graph names against what is known: known answers, the cases, the command."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from sae_italian.analysis.latent import written_directions
+from sae_italian.base.errors import UsageError
+from sae_italian.circuits.edges import attribute, layers_of
+from sae_italian.circuits.planted import carriers, found_among, patching_effects
+from sae_italian.circuits.study import Row, Study, cases_of
+from sae_italian.cli import main
+from sae_italian.models.activations import replaced
+from tests.circuits.test_graph import mistral, random_transcoder  # noqa: F401
+from tests.circuits.test_show import saved  # noqa: F401
+
+
+def test_found_among_by_hand():
+    """Order: true, false, true, false; at 2: one of two, one of two; average precision (1 + 2/3) / 2."""
+    found = found_among(np.array([4.0, 3.0, 2.0, 1.0]), np.array([True, False, True, False]), 2)
+    assert (found.precision, found.recall, found.share) == (0.5, 0.5, 0.5)
+    assert found.average_precision == pytest.approx((1 + 2 / 3) / 2)
+    assert np.isnan(found_among(np.ones(3), np.zeros(3, dtype=bool), 2).precision)
+
+
+def test_what_carries_number_is_what_fires_on_words_of_one_number(mini, monkeypatch):
+    """Latent 0 fires on tokens that stand in plural words alone, 1 on everything, 2 on one of those tokens, 3 on nothing."""
+    from sae_italian.circuits import planted
+    from sae_italian.micro_italiano import document
+
+    values, often = {}, Counter()
+    for i in range(80):
+        tokens, own = planted._words(mini, document(i, 7), "number")
+        for position, value, _ in own:
+            token = int(tokens[0, position])
+            values.setdefault(token, set()).add(value)
+            often[token] += 1
+    some = sorted((token for token, found in values.items() if found == {"Plur"}), key=lambda token: -often[token])
+    assert len(some) > 10 and often[some[0]] > 5
+
+    def fire(_, x):
+        rows = torch.isin(x[:, 0], torch.tensor(some)), x[:, 0] >= 0, x[:, 0] == some[0], x[:, 0] < 0
+        return torch.stack(rows, dim=1).float()
+
+    monkeypatch.setattr(planted, "codes", fire)
+    monkeypatch.setattr(planted, "read_many", lambda _, tokens, names: dict.fromkeys(names, tokens[..., None]))
+    sae = random_transcoder(2, d=128, d_sae=4, dtype="float32")
+    assert carriers(mini, {2: sae}, "number", documents=80)[2].tolist() == [True, False, False, False]
+    with pytest.raises(UsageError, match="number or gender"):
+        carriers(mini, {2: sae}, "colore", documents=2)
+
+
+def test_patching_effects_are_the_live_models_own(mistral):  # noqa: F811
+    """Against a finite difference: a small step of the latent towards the counterfactual, everything live."""
+    saes, pair = [random_transcoder(layer) for layer in range(3)], (5, 9)
+    graph = attribute(mistral, saes, "ciao bella", logits=[5], against=9)
+    assert np.allclose(graph.weights.sum(axis=1), graph.own, atol=1e-9) and graph.against == 9
+    tokens = mistral.tokenizer("ciao bella").input_ids
+    logits = mistral(tokens).logits[0, -1]
+    assert graph.own[-1] == pytest.approx(float((logits[5] - logits[9]).detach()), abs=1e-4)
+    effects = patching_effects(mistral, layers_of(saes, mistral), graph, "ciao belle", pair)
+    latents = np.flatnonzero(graph.of_kind("latent"))
+    assert (effects[[i for i in latents if graph.nodes[i].position < 10]] == 0).all()  # the prompts differ at the end
+    for i in np.argsort(-np.abs(effects))[:4].tolist():
+        node, sae, step = graph.nodes[i], saes[graph.nodes[i].layer], 1e-4
+        from sae_italian.models.activations import read_activations
+
+        other = read_activations(mistral, mistral.tokenizer("ciao belle").input_ids, f"blocks.{node.layer}.mlp.hook_in")
+        change = float(sae.encode(other)[0, node.position, node.index]) - node.value
+        write = step * change * written_directions(sae, [node.index])[0]
+
+        def moved(x, node=node, write=write):
+            return x.index_add(1, torch.tensor([node.position]), write[None, None])
+
+        with torch.no_grad(), replaced(mistral, f"blocks.{node.layer}.hook_mlp_out", moved):
+            after = mistral(tokens).logits[0, -1].double()
+        real = float(after[5] - after[9] - (logits[5] - logits[9]).double()) / step
+        assert effects[i] == pytest.approx(real, rel=0.05, abs=1e-3)
+    with pytest.raises(UsageError, match="tokens"):
+        patching_effects(mistral, layers_of(saes, mistral), graph, "ciao", pair)
+
+
+def test_intervals_are_over_prompts_and_gains_within_one():
+    rows = tuple(Row(str(i), ({"slope": 1.0 + 0.01 * i}, {"slope": 0.5 + 0.01 * i})) for i in range(10))
+    found = Study("x", rows)
+    mine, gain = found.estimate("slope", 0), found.gain("slope")
+    assert mine.value == pytest.approx(1.045) and mine.lo < mine.value < mine.hi
+    assert gain.value == pytest.approx(0.5) == gain.lo == gain.hi
+    assert "| slope |" in found.text() and "recall" not in found.text() and found.svg().startswith("<?xml")
+
+
+@pytest.mark.parametrize("case", ["agreement", "participle", "ioi"])
+def test_cases_suit_the_embedded_model(mini, case):
+    found = cases_of(case, mini, 6)
+    assert len(found) == 6 and len({one.prompt for one in found}) > 3
+    for one in found:
+        lengths = {len(mini.tokenizer(text).input_ids) for text in one[:2]}
+        assert len(lengths) == 1 and one.prompt != one.counterfactual and one.right != one.wrong
+
+
+def test_a_file_of_prompts_and_what_is_no_case(mini, tmp_path):
+    file = tmp_path / "prompts.tsv"
+    file.write_text("La ragazza\tche\nIl ragazzo\tche\te\n", encoding="utf-8")
+    found = cases_of(str(file), mini, 9)
+    assert [one.prompt for one in found] == ["La ragazza", "Il ragazzo"] and found[0].wrong == -1 < found[1].wrong
+    file.write_text("La ragazza\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="a tab"):
+        cases_of(str(file), mini, 1)
+    with pytest.raises(UsageError, match="agreement, participle, ioi"):
+        cases_of("nominativo", mini, 1)
+
+
+def test_the_command_studies_a_case(saved, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "study"
+    told = [
+        "graph",
+        "sae-italian-mini",
+        str(saved),
+        "agreement",
+        "study=2",
+        "max_nodes=60",
+        "--out",
+        str(out),
+        "--json",
+    ]
+    assert main(told) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["rows"]) == 2 and (out / "graph.study.svg").exists()
+    assert 0 <= found["estimates"]["replacement"]["these"]["value"] <= 1
+    assert {"patching", "share"} <= set(found["rows"][0]["numbers"][0])
