@@ -106,6 +106,8 @@ NOT_RUN = {
     "benchmark SAE --out DIR --ud": "needs treebanks; tests/benchmark",
     "benchmark --out": "needs results of another command; tests/benchmark/test_run.py",
     "graph": "needs transcoders of every layer; tests/circuits",
+    "saes doctor runs/tc": "the same",
+    "export runs/tc": "the same; tests/browser/exports/test_transcoder_set.py",
     "train mini/transcoders": "minutes; `train CONFIG` stands for it",
     "explainita": "needs data; tests/autointerp/explainita",
     "language": "needs treebanks; tests/analysis/probes",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_italian.analysis.latent import codes, edit_hooks, special, token_text, written_directions
@@ -288,12 +288,13 @@ def _visit(
     if not visited:
         for some in _batches(range(n), batch):
             rows([logits[i] for i in some], kept.rows[some[0] : some[-1] + 1])
+    layer = np.array([node.layer for node in active], dtype=np.int64)
     pace = Pace("edges", most, "latent")
     with pace.bar:
         pace.skip(len(visited))
         while len(visited) < most:
             wanted = min(most - len(visited), max(FIRST_LOOK * batch, len(visited) // GROWTH))
-            reached = _reach(kept.rows[: n + len(visited)], visited, importance, len(active))
+            reached = _reach(kept.rows[: n + len(visited)], np.array(visited, dtype=np.int64), importance, layer)
             reached[visited] = -1
             ranked = np.argsort(-reached, kind="stable")[:wanted].tolist()
             for chosen in _batches(sorted(ranked, key=lambda i: (active[i].layer, i)), batch):
@@ -311,21 +312,26 @@ def _batches(items: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def _reach(
-    rows: Float[np.ndarray, "rows sources"], visited: list[int], importance: list[float], n_latents: int
+    rows: Float[np.ndarray, "rows sources"],
+    visited: Int[np.ndarray, " visited"],
+    importance: list[float],
+    layer: Int[np.ndarray, " latents"],
 ) -> Float[np.ndarray, " latents"]:
-    """Return the influence of each latent on the logits through the rows that are known."""
-    n, reach = len(importance), np.zeros(n_latents)
-    total = np.array([np.abs(row).sum() for row in rows])  # row by row: no copy of all of them
-    share = np.zeros(len(rows))
-    share[:n] = weights_of(importance)
-    while share.any():
-        share /= np.maximum(total, 1e-10)
-        step = np.zeros(n_latents)
-        for some in _batches(range(len(rows)), ROWS_AT_ONCE):
-            here = slice(some[0], some[-1] + 1)
-            step += share[here] @ np.abs(rows[here, :n_latents])
-        reach += step
-        share = np.concatenate([np.zeros(n), step[visited]])
+    """Return the influence of each latent on the logits through the rows that are known.
+
+    From the logits down, layer by layer: what a latent reaches is known when its own layer's turn comes.
+    """
+    n, reach = len(importance), np.zeros(len(layer))
+    places = [
+        np.arange(n),
+        *(n + np.flatnonzero(layer[visited] == each) for each in range(layer.max(initial=-1), -1, -1)),
+    ]
+    for place in places:
+        for some in np.split(place, range(ROWS_AT_ONCE, len(place), ROWS_AT_ONCE)):
+            size = np.abs(rows[some])
+            own = weights_of(importance)[some] if place is places[0] else reach[visited[some - n]]
+            share = own / np.maximum(size.sum(axis=1), 1e-10)
+            reach += share.astype(rows.dtype) @ size[:, : len(layer)]
     return reach
 
 

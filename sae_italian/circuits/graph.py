@@ -120,18 +120,17 @@ def _importance(graph: Graph) -> Float[np.ndarray, " nodes"]:
 def influence(graph: Graph) -> Float[np.ndarray, " nodes"]:
     """Return each node's share in the logits through all paths: w N + w N^2 + ..., w the logits' probabilities.
 
-    N is |A| by rows, without the nodes that no input decides (bias and constant). It ends because the graph has no cycle.
+    N is |A| by rows, without the nodes that no input decides (bias and constant). One pass is enough: rows stand in the order
+    of their layers, and a latent writes to later ones alone.
     """
     decided = ~graph.of_kind("bias", "constant")
-    total = np.array([np.abs(row[decided]).sum() for row in graph.weights])
-    step, found = _importance(graph), np.zeros(len(graph.nodes))
-    while step.any():
-        each = step[graph.targets] / np.maximum(total, 1e-10)
-        step = np.zeros(len(found))
-        for row in np.flatnonzero(each).tolist():  # row by row: no copy of all edges
-            step += each[row] * np.abs(graph.weights[row])
-        step[~decided] = 0
-        found += step
+    found, weight = np.zeros(len(graph.nodes)), _importance(graph)
+    for target, row in zip(graph.targets[::-1].tolist(), graph.weights[::-1], strict=True):
+        if (
+            reached := weight[target] + found[target]
+        ):  # from the logits down: what a row reads is known when its turn comes
+            size = np.abs(row) * decided
+            found += reached / max(size.sum(), 1e-10) * size
     return found
 
 

@@ -130,4 +130,4 @@ def test_the_command_studies_a_case(saved, tmp_path, capsys):  # noqa: F811
     found = json.loads(capsys.readouterr().out)
     assert len(found["rows"]) == 2 and (out / "graph.study.svg").exists()
     assert 0 <= found["estimates"]["replacement"]["these"]["value"] <= 1
-    assert {"patching", "share"} <= set(found["rows"][0]["numbers"][0])
+    assert {"patching", "slope", "direct"} <= set(found["rows"][0]["numbers"][0])
