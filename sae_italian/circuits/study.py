@@ -44,7 +44,7 @@ class Case(NamedTuple):
     wrong: int  # -1: the graph explains the right token alone
 
 
-class Row(NamedTuple):
+class Studied(NamedTuple):
     """One prompt: of its graph and of the random transcoders' one; NaN where it was not measured."""
 
     prompt: str
@@ -70,7 +70,7 @@ class Study(NamedTuple):
     """Many prompts' graphs; each number is a mean over prompts with its interval."""
 
     case: str
-    rows: tuple[Row, ...]
+    rows: tuple[Studied, ...]
 
     def estimate(self, name: str, which: int) -> Estimate:
         return mean_interval(np.array([row.numbers[which].get(name, float("nan")) for row in self.rows]))
@@ -135,7 +135,7 @@ def study(
         numbers = [_numbers(model, one, *each) for each in both]
         for told, scored in zip(numbers, checked.scores.values(), strict=True):
             told |= dict(zip(("replacement", "completeness"), scored, strict=True))
-        rows.append(Row(one.prompt, (numbers[0], numbers[1])))
+        rows.append(Studied(one.prompt, (numbers[0], numbers[1])))
     return Study(case, tuple(rows))
 
 

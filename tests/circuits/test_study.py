@@ -11,7 +11,7 @@ from sae_italian.analysis.latent import written_directions
 from sae_italian.base.errors import UsageError
 from sae_italian.circuits.edges import attribute, layers_of
 from sae_italian.circuits.planted import carriers, found_among, patching_effects
-from sae_italian.circuits.study import Row, Study, cases_of
+from sae_italian.circuits.study import Studied, Study, cases_of
 from sae_italian.cli import main
 from sae_italian.models.activations import replaced
 from tests.circuits.test_graph import mistral, random_transcoder  # noqa: F401
@@ -84,7 +84,7 @@ def test_patching_effects_are_the_live_models_own(mistral):  # noqa: F811
 
 
 def test_intervals_are_over_prompts_and_gains_within_one():
-    rows = tuple(Row(str(i), ({"slope": 1.0 + 0.01 * i}, {"slope": 0.5 + 0.01 * i})) for i in range(10))
+    rows = tuple(Studied(str(i), ({"slope": 1.0 + 0.01 * i}, {"slope": 0.5 + 0.01 * i})) for i in range(10))
     found = Study("x", rows)
     mine, gain = found.estimate("slope", 0), found.gain("slope")
     assert mine.value == pytest.approx(1.045) and mine.lo < mine.value < mine.hi
