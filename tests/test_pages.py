@@ -93,6 +93,8 @@ SLOW = ("autointerp CACHE --subject", "ioi", "agreement", "models check", "shift
 NOT_RUN = {
     "quickstart --out": "minutes; tests/test_quickstart.py",
     "browse quickstart/cache --latent": "a latent of the real quickstart; tests/browser",
+    "train CONFIG --processes": "starts processes; tests/training/test_launching.py",
+    "train RUN --resume --processes": "the same",
     "train mini/topk corpus=": "minutes; `train CONFIG` stands for it",
     "evaluate runs/mi": "the tutorials' own run; `evaluate SAE` stands for it",
     "cache build runs/mi": "the same",

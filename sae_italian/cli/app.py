@@ -137,5 +137,6 @@ def _renamed(words: list[str]) -> str | None:
 def _quiet_libraries() -> None:
     """Keep other libraries' notices off a terminal that shows ours; what the environment asks for wins."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of lost connections we tell ourselves
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -5,16 +5,17 @@ draw the same batch from the same buffer and a run's batches are the same whatev
 the batch. Between the loss and the optimiser gradients are summed, weighted by rows, so SAELens' clip sees the whole
 batch's; firing counts are summed before the dead mask is read again; BatchTopK's threshold is that of the whole batch.
 
-Bytes, for W processes, with d_in, d_sae, a batch of B tokens in all and a `buffer` of R tokens of b bytes a number:
+Bytes, for W processes, with d_in, d_sae, a batch of B tokens in all, a buffer of R tokens and forward passes of F, b bytes a
+number:
 
-    held by each        16 d_sae (2 d_in + 1) + model + R d_in b + 4 (B / W) d_sae
+    held by each        16 d_sae (2 d_in + 1) + model + (R + W F) d_in b + 4 (B / W) d_sae
     sent by each, step  8 d_sae d_in * 2 (W - 1) / W  +  B d_in b (W - 1) / W  +  4 d_sae
 
-Minerva-7B (7.4 B parameters, bfloat16), d_in 4,096, d_sae 131,072, 8 GPUs, B = 32,768, R = 65,536: each holds 17.2 GB of
-weights, gradients and Adam's averages, 14.8 of model, 0.5 of buffer and 2.1 of scores, 34.6 GB; it sends 7.5 GB of gradients
-and 0.2 of activations a step: 26 ms at 300 GB/s (NVLink), 390 ms at 20 GB/s (PCIe 4). The model up to its middle takes 30
-TFLOP a GPU and step, the encoder 4.4, about 90 ms at 400 TFLOP/s: 77 % of a step is work by NVLink, 19 % by PCIe. A larger B
-costs no more messages. On paper: no line of this has met a GPU.
+Minerva-7B (7.4 B parameters, bfloat16), d_in 4,096, d_sae 131,072, 8 GPUs, B = 32,768, R = 65,536, F = 8,192: each holds 17.2
+GB of weights, gradients and Adam's averages, 14.8 of model, 1.1 of activations and 2.1 of scores, 35.2 GB; it sends 7.5 GB of
+gradients and 0.2 of activations a step: 26 ms at 300 GB/s (NVLink), 390 ms at 20 GB/s (PCIe 4). The model up to its middle
+takes 30 TFLOP a GPU and step, the encoder 4.4, about 90 ms at 400 TFLOP/s: 77 % of a step is work by NVLink, 19 % by PCIe. A
+larger B costs no more messages. On paper: no line of this has met a GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
 
-python -m tests.bench training|start|corpora|cache|autointerp|browser|circuits|mutants|titles --help
+python -m tests.bench training|start|corpora|cache|autointerp|browser|circuits|mutants|processes|titles --help
 """
 
 from __future__ import annotations
@@ -76,6 +76,14 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--n", type=int, default=200, help="mutants, drawn at random")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--folder", type=Path, default=Path("mutation"), help="where it works; the same command goes on")
+    sub = add("processes", _bench_processes, "one SAE by one process and by two")
+    sub.add_argument("--model", default="../shared/models/ita-5m")
+    sub.add_argument("--hook-name", default="blocks.2.hook_resid_post")
+    sub.add_argument("--corpus", default="../shared/data/italian/wikipedia_wikineural.jsonl.gz")
+    sub.add_argument("--d-sae", type=int, default=16_384)
+    sub.add_argument("--tokens", type=int, default=2_048, help="of one process in one step")
+    sub.add_argument("--steps", type=int, default=8, help="of a round")
+    sub.add_argument("--repeats", type=int, default=5, help="rounds of one and of two processes")
     sub = add("titles", _bench_titles, "how often the morphology behind titles is right on Universal Dependencies")
     sub.add_argument("folder", type=Path, help="of CoNLL-U files, e.g. ../shared/data/ud")
     sub = add("cache", _bench_cache, "building and reading a feature cache, against Delphi's way of building it")
@@ -149,6 +157,14 @@ def _bench_start(options: argparse.Namespace) -> Result:
     from tests.bench.start import bench_start
 
     return bench_start(options)
+
+
+def _bench_processes(options: argparse.Namespace) -> Result:
+    from tests.bench.processes import bench_processes
+
+    for name in ("tokens", "steps", "repeats"):
+        positive(f"--{name}", getattr(options, name))
+    return bench_processes(options)
 
 
 def _bench_titles(options: argparse.Namespace) -> Result:

@@ -4,7 +4,6 @@ The processes are forked from this one, which has everything imported; the comma
 """
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -22,43 +21,9 @@ from sae_italian.training import ActivationStream, train
 from sae_italian.training import processes as room
 from sae_italian.training.processes import ALONE, JOINT, Processes, joined
 from sae_italian.training.sae_run import SAERun
+from tests.training.forked import free_port, together
 
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def together(n: int, do, *given, first: int = 0, port: int | None = None, seconds: float = 60) -> list:
-    """Return what `do(*given)` returns or raises, in one line, in each of n processes; None where one was killed."""
-    context, port = multiprocessing.get_context("fork"), port or free_port()
-
-    def one(rank: int, pipe) -> None:
-        names = {"RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        try:
-            pipe.send(do(*given))
-        except (Exception, KeyboardInterrupt) as error:
-            pipe.send(f"{type(error).__name__}: {error}")
-
-    pipes = [context.Pipe(duplex=False) for _ in range(first, n)]
-    children = [context.Process(target=one, args=(rank, pipe[1])) for rank, pipe in enumerate(pipes, first)]
-    for child in children:
-        child.start()
-    found, until = [], time.monotonic() + seconds
-    for receive, send in pipes:
-        send.close()
-        try:
-            found.append(receive.recv() if receive.poll(max(0.0, until - time.monotonic())) else "nothing")
-        except EOFError:
-            found.append(None)
-    for child in children:
-        child.kill()
-        child.join()
-    return found
 
 
 def in_step(monkeypatch, rank: int, at_step: int, do) -> None:
@@ -296,8 +261,8 @@ def test_a_killed_process_is_named_and_its_training_resumes_to_the_same_bits(spe
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments(spec, two, tmp_path):
-    """Of any one of two, by the clock: while it reads, steps, sends or saves."""
-    random, out = Random(0), tmp_path / "sae"
+    """Of any one of two, by the clock: while it joins, reads, steps, sends or saves."""
+    random, out, hasty = Random(0), tmp_path / "sae", spec.model_copy(update={"process_timeout_seconds": 6.0})
 
     def later(spec, out, rank, seconds):
         if os.environ["RANK"] == str(rank):
@@ -307,7 +272,7 @@ def test_ten_kills_at_random_moments(spec, two, tmp_path):
 
     for _ in range(10):
         rank, began = random.randrange(2), time.monotonic()
-        found = together(2, later, spec, out, rank, random.uniform(0.1, 1.5))
+        found = together(2, later, hasty, out, rank, random.uniform(0.2, 2.5))
         assert time.monotonic() - began < 30
         told = found[1 - rank]
         assert told == out or "of 2 was ended or hangs" in told or "does not reach" in told or "not all 2" in told, (
