@@ -158,11 +158,11 @@ def _changes(
 def _agreement(what: str, direct: np.ndarray, paths: np.ndarray, real: np.ndarray, seed: int) -> Agreement:
     rng = np.random.default_rng(seed)
     draws = rng.integers(len(real), size=(RESAMPLES, len(real))) if len(real) else np.zeros((0, 0), dtype=int)
-    found = [
+    one, two, slope = (
         interval(how(each, real), np.array([how(each[d], real[d]) for d in draws]))
         for how, each in ((_correlation, direct), (_correlation, paths), (_slope, paths))
-    ]
-    return Agreement(what, len(real), *found, tuple(zip(paths.tolist(), real.tolist(), strict=True)))
+    )
+    return Agreement(what, len(real), one, two, slope, tuple(zip(paths.tolist(), real.tolist(), strict=True)))
 
 
 def _slope(foreseen: np.ndarray, real: np.ndarray) -> float:

@@ -139,7 +139,8 @@ def _live_gradient(
 def found_among(order: Float[np.ndarray, " n"], true: Bool[np.ndarray, " n"], k: int) -> Found:
     """Return how well an order (largest first) finds what is true; NaN where nothing or everything is."""
     if not true.any() or true.all():
-        return Found(*[float("nan")] * 3, float(true.mean()) if len(true) else float("nan"))
+        none = float("nan")
+        return Found(none, none, none, float(true.mean()) if len(true) else none)
     ranked = true[np.argsort(-order, kind="stable")]
     hits = np.cumsum(ranked)
     precision = hits / np.arange(1, len(ranked) + 1)
