@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.explainers.rules import LatentRule, rule_of
+from sae_italian.autointerp.explainers.rules import LatentRule, TreeRule, rule_of
 from sae_italian.autointerp.explainers.text import displayed
 from sae_italian.autointerp.explainers.titles import rule_of_title
 from sae_italian.autointerp.places import Places, View
@@ -67,6 +67,31 @@ class RuleJudge:
         view = known[examples]
         expected = self._laid(explanation, examples)[0].at(view, "weight")
         return [own[:n] for own, n in zip(expected, (view.grid >= 0).sum(axis=1).tolist(), strict=True)]
+
+    def keys(
+        self, explanation: Explanation, examples: Any
+    ) -> tuple[Int[np.ndarray, " examples"], Float[np.ndarray, " keys"]]:
+        """Return for each example the first of the rule's keys that makes it say yes (1 the first, 0 none), and the share
+        of training tokens that each key stands on. A tree, and a whole rule, say yes by all of their keys together.
+        """
+        assert explanation.rule is not None
+        rule, _ = self._laid(explanation, examples)
+        fitted = rule_of(explanation.rule)
+        frequency = np.concatenate([np.maximum(table.total, 1) for table in rule.tables])
+        frequency = frequency / max(len(self.places.train_positions), 1)
+        if self.what != "text" or not fitted.told or isinstance(rule, TreeRule):
+            return self.detect(explanation, examples).said * len(frequency), frequency
+        n, view = len(fitted.told), examples.segments.known[self.places]
+        ends = np.cumsum([len(table.keys) for table in fitted.tables])
+        told_at = np.argsort(
+            np.searchsorted(ends, fitted.told, side="right"), kind="stable"
+        )  # of the keys table by table
+        most, start = np.zeros(len(view.grid)), 0
+        for table in rule.tables:
+            left = n - told_at[start : start + len(table.keys)]  # n for the key told first
+            most = np.maximum(most, view.look_up(table.family, table.keys, left).max(axis=1, initial=0.0))
+            start += len(table.keys)
+        return np.where(most > 0, n + 1 - most, 0).astype(np.int64)[examples.rows], frequency
 
     def _laid(self, explanation: Explanation, examples: Any) -> tuple[LatentRule, Float[np.ndarray, "segments width"]]:
         """Return the rule and its rates on all segments of a latent, worked out once whatever is asked about them."""

@@ -17,6 +17,7 @@ from sae_italian.autointerp.judges import RULE
 from sae_italian.autointerp.run import NOTHING_SAID
 from sae_italian.autointerp.scorers import SCORERS
 from sae_italian.autointerp.scorers.binary import GAIN, HEADLINE
+from sae_italian.autointerp.scorers.budget import BUDGETS, SOURCE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
 from sae_italian.autointerp.store import NOW, TABLES, Store
 from sae_italian.autointerp.work import SHUFFLED, TITLE, WHOLE, stored_config
@@ -62,6 +63,11 @@ class AutointerpSummary:
     lookup_simulation: Estimate
     lookup_share_detected: Estimate
     whole_detection: Estimate  # of the rules as they were fitted, of which the texts display a part
+    by_keys: dict[int, Estimate]  # detection of a text's first 1, 2, 3, 6 and 12 keys
+    by_keys_area: Estimate  # the mean of that curve over log2(1 + keys)
+    saved_bits: Estimate  # per example, what a text saves over telling the answers without it, its own length paid
+    lookup_saved_bits: Estimate
+    whole_saved_bits: Estimate
     title_detection: Estimate  # of the titles, 60 characters at most
     gain_over_lookup: Estimate  # mean of the paired differences
     only_token: Estimate  # share that the lookup detects and the explanation explains no better
@@ -100,6 +106,9 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
         means |= {f"shuffled_{name}": _mean(values(name, control=SHUFFLED)) for name in _HEADLINE}
         means |= {f"lookup_{name}": _mean(values(name, **lookup)) for name in _HEADLINE}
         means["whole_detection"] = _mean(values("detection", control=WHOLE))
+        means["by_keys_area"] = _mean(values("budget", SOURCE, "area"))
+        for name, others in {"": {}, "lookup_": lookup, "whole_": {"control": WHOLE}}.items():
+            means[f"{name}saved_bits"] = _mean(values("budget", SOURCE, **others))
         means["title_detection"] = _mean(values("detection", control=TITLE))
         for answer in ("yes", "no"):
             means[f"always_{answer}"] = _mean(values("detection", explainer=EXPLAINER, judge=f"always-{answer}"))
@@ -121,6 +130,7 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
             lookup_share_detected=_share(list(looked_up.values())),
             gain_over_lookup=_mean(values("detection", metric=GAIN)),
             only_token=_share([0.0 if latent in better else value for latent, value in both.items()]),
+            by_keys={n: _mean(values("budget", SOURCE, f"balanced_accuracy_{n}")) for n in BUDGETS},
             by_negatives=by_source(),
             gains=by_source(GAIN),
             by_decile=[_mean(values("detection", metric=f"tpr_decile_{tenth}")) for tenth in range(10)],

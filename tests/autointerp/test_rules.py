@@ -29,8 +29,10 @@ from sae_italian.autointerp.explainers.text import (
     quoted,
     statement,
 )
+from sae_italian.autointerp.judges import RuleJudge
 from sae_italian.autointerp.pieces import piece_bytes, piece_texts
 from sae_italian.autointerp.places import View, enclitic, shape_of
+from sae_italian.autointerp.scorers.budget import BUDGETS
 from sae_italian.autointerp.store import Store
 from sae_italian.base.report import plain
 from tests.autointerp.conftest import N_PREVIOUS, N_TOKENS
@@ -445,6 +447,43 @@ def test_a_rules_text_read_back_is_the_rule(data, language):
     text = displayed(replace(rule, told=tuple(told)))
     stated, meant = read(statement(text, language), language), meaning(text, language)
     assert same(stated, meant) if kind == "tree" else stated == meant
+
+
+def test_a_texts_first_keys_are_a_shorter_explanation(store, source, places):
+    """Read key by key: the curve's end is the headline, its beginning the score of one key, of trees all keys at once."""
+    with Store(store, {}) as opened:
+        explained, where = opened.explanations("rules"), {"explainer": "rules", "control": "", "negatives": "random"}
+        whole = opened.values(scorer="detection", metric="balanced_accuracy", **where)
+        ends = opened.values(scorer="budget", metric=f"balanced_accuracy_{BUDGETS[-1]}", **where)
+        first = opened.values(scorer="budget", metric="balanced_accuracy_1", **where)
+    assert whole == pytest.approx(ends) and len(whole) > 10
+    shorter = 0
+    for latent, score in first.items():
+        rule = rule_of(explained[latent][1].rule)
+        if isinstance(rule, TreeRule):
+            continue
+        test = latent_examples(source, latent, n_train=0).test
+        said = RuleJudge(places).detect(explanation_of(latent, "rules", replace(rule, told=rule.told[:1])), test).said
+        positive, negative = (said[rows].mean() for rows in test.questions["random"])
+        assert (positive + 1 - negative) / 2 == pytest.approx(score)
+        shorter += len(rule.told) > 1
+    assert shorter
+
+
+def test_a_tries_keys_are_counted_in_the_order_they_are_told(places, source):
+    """Over its tables: the second told may stand in the first table, or in the last."""
+    trie = fit_trie(Counts(places, source.activity(N_TOKENS)))
+    sizes = [len(table.keys) for table in trie.levels]
+    assert min(sizes[:2]) >= 1
+    test = latent_examples(source, N_TOKENS, n_train=0).test
+    for told in ((0, sizes[0]), (sizes[0], 0)):
+        rule = replace(trie, told=told)
+        found, frequency = RuleJudge(places).keys(explanation_of(N_TOKENS, "rules", rule), test)
+        alone = [
+            RuleJudge(places).detect(explanation_of(N_TOKENS, "rules", replace(trie, told=(n,))), test).said
+            for n in told
+        ]
+        assert (found == np.where(alone[0] == 1, 1, np.where(alone[1] == 1, 2, 0))).all() and len(frequency) == 2
 
 
 def test_every_headline_is_the_score_of_the_text_that_is_shown(store, source, places):

@@ -14,6 +14,7 @@ from sae_italian.autointerp.examples import Example, LatentExamples, latent_exam
 from sae_italian.autointerp.judges import ConstantJudge, RuleJudge, Verdicts
 from sae_italian.autointerp.scorers import SCORERS, Asked, scorer
 from sae_italian.autointerp.scorers.binary import GAIN, Answers, ResampledDocuments, detection, fuzzing, ranking
+from sae_italian.autointerp.scorers.budget import N_LISTS, area, saved_bits, whole_number
 from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge, embedding
 from sae_italian.autointerp.scorers.simulation import correlations, simulation
 from sae_italian.autointerp.scorers.subject import EMPTY, SubjectJudge, effects, surprisal
@@ -284,6 +285,27 @@ def examples_with(words, n=15):
                 )
             )
     return made
+
+
+def test_bits_by_hand_and_what_saves_none():
+    """4 of 8 with no rule: log2 9 + log2 70 = 9.30 bits; a rule of one key on 1 token of 64 that is always right."""
+    truth = np.arange(8) < 4
+    one = np.array([1 / 64])
+    rule = math.log2(2.865064) + math.log2(2) + math.log2(N_LISTS) + 6  # 2 in Rissanen's code, its list, its key
+    right = 2 * math.log2(5)  # none of four, twice
+    assert saved_bits(truth, truth, one) == pytest.approx((math.log2(9) + math.log2(70) - rule - right) / 8)
+    many = np.arange(200) < 100
+    assert 0.8 < saved_bits(many, many, one) < 1
+    always, never = np.ones(200, bool), np.zeros(200, bool)
+    for said, keys in ((always, one), (never, one), (never, np.empty(0)), (many, np.full(100, 1e-4))):
+        assert saved_bits(said, many, keys) <= 0  # says nothing, or remembers each example
+    assert saved_bits(~many, many, one) == pytest.approx(saved_bits(many, many, one), abs=0.3)  # as good, if turned
+    assert [whole_number(n) for n in (1, 2, 4, 16)] == pytest.approx([1.5186 + x for x in (0, 1, 3, 7)], abs=1e-3)
+
+
+def test_the_area_under_the_curve_of_keys():
+    assert area([0.5] * 5) == pytest.approx(0.5) and area([1.0] * 5) == pytest.approx(1 - 0.25 / math.log2(13))
+    assert area([0.6, 0.6, 0.6, 0.6, 0.9]) > area([0.6] * 5) > 0.5
 
 
 def test_embedding_ranks_by_cosine_with_the_explanation():
