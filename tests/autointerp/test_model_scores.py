@@ -101,6 +101,13 @@ def test_a_direction_of_the_real_model_makes_it_write_the_word(mini, planted):
         assert shares[0] > 0.35 and shares[1] < 0.2
 
 
+def test_an_intervention_says_how_strong_it_was(scored):
+    with Store(scored, {}) as opened:
+        rows = [row for row in scores_of(opened, 0) if row["scorer"] == "intervention" and not row["control"]]
+    found = {row["metric"]: row["value"] for row in rows}
+    assert set(found) == {"log_probability_gain", "strength", "divergence"} and found["strength"] > 0
+
+
 def test_what_does_not_fit_the_context_fails_and_is_no_end(planted, mini, store, tmp_path):
     path = shutil.copy(store, tmp_path / "store")
     judge = SubjectJudge(Copier(len(mini.tokenizer)), mini.tokenizer, context=20)
