@@ -103,7 +103,8 @@ def test_a_direction_of_the_real_model_makes_it_write_the_word(mini, planted):
 
 def test_an_intervention_says_how_strong_it_was(scored):
     with Store(scored, {}) as opened:
-        rows = [row for row in scores_of(opened, 0) if row["scorer"] == "intervention" and not row["control"]]
+        (latent, *_) = opened.scored("quotes", "subject")
+        rows = [row for row in scores_of(opened, latent) if (row["scorer"], row["control"]) == ("intervention", "")]
     found = {row["metric"]: row["value"] for row in rows}
     assert set(found) == {"log_probability_gain", "strength", "divergence"} and found["strength"] > 0
 
