@@ -14,9 +14,9 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 34_338,  # 21_500
-    "statements": 22_389,  # 13_500
-    "files": 185,  # 150
+    "lines": 34_456,  # 21_500
+    "statements": 22_469,  # 13_500
+    "files": 186,  # 150
     "files under 60 lines": 15,
     "function median": 10,
     "function p90": 30,
@@ -36,7 +36,7 @@ ROOM_LINES = {
     "training": 2_855,  # 1_500
     "evaluation": 1_234,
     "cache": 2_214,  # 1_650
-    "autointerp": 6_209,  # 3_900
+    "autointerp": 6_327,  # 3_900
     "analysis": 3_164,  # 2_500
     "circuits": 1_759,
     "benchmark": 1_650,  # 1_200  # choosing k, seeds and absorption with it
