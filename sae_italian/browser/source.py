@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian import __version__
+from sae_italian.analysis.seeds import read_seeds
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.autointerp.run import STORE_FILE
@@ -207,7 +208,17 @@ class LatentSource:
             "more_sources": more_sources,
             "labels": self.labels.get(latent, []),
             "rule": _shown_rule(rule.rule if rule else None),
+            "seeds": self._seeds_of(latent),
         }
+
+    def _seeds_of(self, latent: int) -> Record | None:
+        """Return in how many of the training's seeds the latent was found; None where there was one, or it is dead."""
+        found = self._seeds["found"][latent] if self._seeds else None
+        return None if found is None else {"found": found, "of": len(self._seeds["seeds"])}
+
+    @cached_property
+    def _seeds(self) -> Record:
+        return read_seeds(Path(self.cache.manifest.sae)) or {}
 
     def _explanations(self, latent: int) -> list[Record]:
         told = ("kind", "status", "text_it", "text_en")

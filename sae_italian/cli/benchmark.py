@@ -1,13 +1,16 @@
-"""The command `benchmark`: SAEs on Italian tasks with their controls, and the leaderboard of what was scored before."""
+"""The commands `benchmark`, with its leaderboard, `choose-k` and `absorption`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+import sae_italian
 from sae_italian.base.errors import UsageError
+from sae_italian.base.report import plain
 from sae_italian.cli.options import MINUTES, Folder, Model, Result, Seed, bounded, named, own_words, short_names
 
 Many = Parameter(consume_multiple=True)
@@ -95,3 +98,66 @@ def _baselines(kinds: list[str]) -> Any:
         return kept | ({"random twin": random_twin(sae, 0, lambda: sample)} if "twin" in kinds else {})
 
     return fit
+
+
+def choose_k(
+    config: str,
+    /,
+    *words: str,
+    grid: str = "8,16,32,64,128",
+    out: Path | None = None,
+    folder: Folder = Folder(),
+) -> Result:
+    """Train short runs over a grid of k and some seeds on one pass, and recommend a k, or say that none was found.
+
+    Args:
+        config: A training config, of one SAE with a k.
+        words: seeds=N, from the config's seed on (default: 3); share=X, of the config's training_tokens (default: 0.25);
+            card_tokens=N, held-out tokens that judge (default: 20000); the others replace the config's, as key=value.
+        grid: Values of k, three or more, with commas between them: latents per token.
+        out: Output folder; default: runs/choose-k-<config's name>.
+    """
+    from sae_italian.benchmark.choose_k import choose_k as choose
+    from sae_italian.training import load_spec
+
+    own, others = own_words(words, {"seeds": 3, "share": 0.25, "card_tokens": 20_000})
+    try:
+        values = [int(k) for k in grid.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--grid is {grid!r:.80}; numbers were expected, as in 8,16,32.") from error
+    out = out or Path("runs") / f"choose-k-{Path(config).name.removesuffix('.yaml')}"
+    own["n_tokens"] = own.pop("card_tokens")
+    found = choose(load_spec(config, *others), out, values, **own, **asdict(folder))
+    return Result({"out": str(out), **plain(found)}, f"{found.table()}\n\nPicture: {out}/choose-k.svg")
+
+
+@bounded
+def absorption(
+    *saes: str, ud: Annotated[list[str] | None, Many] = None, out: Path | None = None, overwrite: bool = False
+) -> Result:
+    """Say how much of a class of words (gender, part of speech) is absorbed by latents of its members, with intervals.
+
+    Args:
+        saes: SAEs of one hook, each a folder or release:sae_id; the others are compared with the first, pair by pair.
+            minutes=N: end then, with what there is (default: no bound).
+        ud: Treebanks whose words are the classes: CoNLL-U files or folders; default: micro-italiano.
+        out: Folder for absorption.json and absorption.md; default: nothing is written.
+        overwrite: Replace an earlier result in the folder. Default: no.
+    """
+    from sae_italian.base.storage import claimed
+    from sae_italian.benchmark.absorption import absorption as absorbed
+    from sae_italian.saes import model_of
+
+    given = short_names([sae for sae in saes if "=" not in sae])
+    if not given:
+        raise UsageError("no SAE was given; give one, or several of one hook.")
+    loaded = {name: sae_italian.load_sae(sae) for name, sae in given.items()}
+    hooks = {name: sae.cfg.metadata.hook_name for name, sae in loaded.items()}
+    if len(set(hooks.values())) > 1:
+        raise UsageError(f"the SAEs read at different hooks ({', '.join(hooks.values())}). Give SAEs of one hook.")
+    model = model_of(next(iter(loaded.values())), None)
+    found = absorbed(loaded, model, ud or ["micro-italiano"])
+    if out is not None:
+        with claimed(out, "absorption", {"saes": given, "ud": ud}, overwrite=overwrite):
+            found.save(out)
+    return Result({**plain(found), "out": out and str(out)}, found.table())

@@ -95,7 +95,9 @@ def train(
             _train_in_processes(spec, processes, out, given, folder, where)
         else:
             sae_italian.train(spec, out, **asdict(folder))
-        return None if int(os.environ.get("RANK", "0")) else Result({"sae": str(out)}, f"SAE: {out}")
+        if int(os.environ.get("RANK", "0")):
+            return None
+        return Result({"sae": str(out)}, f"SAE: {out}") if spec.seeds == 1 else _several_seeds(out)
     if processes:
         raise UsageError("--processes is for one SAE; the groups of a suite are independent and take --workers.")
     out = out.resolve()  # a worker may have another working directory
@@ -103,6 +105,13 @@ def train(
     run_units: dict[str, Any] = {"run_units": where.map(out, gpus=float(suite.on_gpu))} if elsewhere else {}
     saes = [str(each) for each in sae_italian.train_suite(suite, out, **asdict(folder), **run_units)]
     return Result({"suite": str(out), "saes": saes}, "\n".join(f"SAE: {each}" for each in saes))
+
+
+def _several_seeds(out: Path) -> Result:
+    from sae_italian.analysis.seeds import recurrence
+
+    found = recurrence(out)
+    return Result({"sae": str(out), "seeds": plain(found)}, f"{found.table()}\n\nSAE: {out}")
 
 
 def _train_in_processes(spec: Any, n: int, out: Path, words: list[str], folder: Folder, where: Workers) -> None:
@@ -125,12 +134,21 @@ def evaluate(
         tokens: Held-out tokens, special ones not counted.
         loss_tokens: Measure losses and KL on the first so many tokens only; default: on all.
     """
+    from sae_italian.analysis.seeds import read_seeds
+    from sae_italian.base.report import shown
+    from sae_italian.base.statistics import Estimate
+
     loaded, model, corpus = source.load(sae)
     size = {"n_tokens": tokens, "loss_tokens": loss_tokens}
     card = sae_italian.evaluate(loaded, model, corpus, name=sae, **size, **source.reading)
     if Path(sae).is_dir():
         card.save(Path(sae))
-    return Result(plain(card), card.markdown())
+    seeds = read_seeds(Path(sae))
+    if seeds is None:
+        return Result(plain(card), card.markdown())
+    share, n = Estimate(**seeds["share"]), len(seeds["seeds"])
+    found = f"Latents found in {n} of {n} seeds: {shown(share, '.1%')}, of random directions {seeds['random']:.1%}."
+    return Result({**plain(card), "seeds": seeds}, f"{card.markdown()}\n\n{found}")
 
 
 def doctor(sae: Sae, /, *, tokens: int = 8192, out: Path | None = None, source: Source = Source()) -> Result:

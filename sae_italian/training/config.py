@@ -94,6 +94,8 @@ class RunSpec(BaseModel):
     """Steps without firing after which a latent counts as dead."""
     seed: int = Field(42, ge=0, lt=2**63)
     """Seed of the weights at the start and of the order of the batches."""
+    seeds: int = Field(1, ge=1, le=64)
+    """Trainings with other weights at the start (seed, seed + 1, ...) on the same batches; the others lie in `seeds/`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the model and its activations; the SAE is float32 unless `sae.dtype` says otherwise."""
     device: Annotated[str, AfterValidator(lambda name: device_of(name) if name == "auto" else name)] = "cpu"

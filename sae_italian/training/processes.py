@@ -303,6 +303,10 @@ def check_joint(spec: RunSpec, world: int) -> None:
             f"sae.architecture {architecture!r} is not known to train alike in several processes. "
             f"Use one process, or one of {', '.join(JOINT)}."
         )
+    if spec.seeds > 1:
+        raise UsageError(
+            f"seeds is {spec.seeds}; several processes train one seed. Use one process, or leave seeds out."
+        )
     if spec.train_batch_size_tokens < world:
         raise UsageError(
             f"{world} processes share a batch of {spec.train_batch_size_tokens} tokens, less than one each. "

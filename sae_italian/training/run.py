@@ -26,6 +26,7 @@ from sae_italian.training.text import check_length, training_documents
 KIND, SUITE_KIND = "train", "suite"
 WEIGHTS = "sae_weights.safetensors"  # written last: where they are, the training is finished
 SAE_FOLDER = "sae"  # of a checkpoint that holds one SAE
+SEEDS = "seeds"  # folder of the other seeds' SAEs, inside that of the first
 # Settings that decide nothing of what was trained so far: a run may be resumed with others.
 CHANGEABLE = {"repeat_corpus"} | {
     name for name in RunSpec.model_fields if name.startswith(("wandb", "checkpoint_every", "evaluate", "process"))
@@ -57,11 +58,27 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
         if processes.first:
             continuing = stack.enter_context(claimed(out, KIND, spec.model_dump(mode="json"), **how))
         processes.meet(out)
-        if not (continuing and (out / WEIGHTS).is_file()):
-            train_together({SAE_FOLDER: here}, {SAE_FOLDER: out}, model, out, processes)
+        specs = {SAE_FOLDER: here} | _other_seeds(here)
+        folders = {name: out if name == SAE_FOLDER else out / SEEDS / name for name in specs}
+        if not (continuing and all((folder / WEIGHTS).is_file() for folder in folders.values())):
+            for name in list(specs)[1:]:
+                stack.enter_context(claimed(folders[name], KIND, specs[name].model_dump(mode="json"), resume=True))
+            train_together(specs, folders, model, out, processes)
         elif processes.first:
             clear_checkpoints(out)
     return out
+
+
+def _other_seeds(spec: RunSpec) -> dict[str, RunSpec]:
+    """Return the runs of the further seeds by name, without one where `seeds` is 1."""
+    more = range(spec.seed + 1, spec.seed + spec.seeds)
+    return {f"seed-{seed}": spec.model_copy(update={"seed": seed, "seeds": 1}) for seed in more}
+
+
+def seed_folders(folder: Path) -> list[Path]:
+    """Return the folders of all seeds that were trained into one: itself, and those in its `seeds/`, by number."""
+    others = [each.parent for each in folder.glob(f"{SEEDS}/*/{WEIGHTS}")]
+    return [folder, *sorted(others, key=lambda each: int(each.name.rpartition("-")[2]))]
 
 
 def train_suite(
@@ -90,9 +107,17 @@ def train_group(suite: SuiteSpec, out: Path, index: int) -> list[Path]:
 
     Raises: UsageError as `train`; KeyboardInterrupt after a signal, once the state is saved.
     """
-    specs = suite.groups()[index]
+    return train_members(suite.groups()[index], out, out / f"group-{index:03}")
+
+
+def train_members(specs: Mapping[str, RunSpec], out: Path, own: Path) -> list[Path]:
+    """Train SAEs on one pass of the model into `out/<name>`, their checkpoints in `own`; goes on where it was stopped.
+
+    Raises: UsageError as `train`; KeyboardInterrupt after a signal, once the state is saved.
+    """
     folders = {name: out / name for name in specs}
-    own = out / f"group-{index:03}"  # of its checkpoints
+    if any(spec.seeds > 1 for spec in specs.values()):
+        raise UsageError("seeds is for the training of one SAE; here every SAE has its own. Leave it out.")
     if all((folder / WEIGHTS).is_file() for folder in folders.values()):
         clear_checkpoints(own)
         return list(folders.values())

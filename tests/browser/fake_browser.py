@@ -324,6 +324,7 @@ def make_card(row: Record, seed: int = 0) -> Record:
             for label in row["gold"]
         ],
         "rule": {"kind": planted.kind, "pattern": planted.pattern, "threshold": round(top * 0.1, 3)},
+        "seeds": None if dead else {"found": 2, "of": 3},
     }
 
 

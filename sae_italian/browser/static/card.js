@@ -17,7 +17,7 @@ function cardHead(ctx, row, card) {
   ];
   return h("header", { class: "card-head" },
     h("div", { class: "chips" }, h("h1", { tabindex: "-1" }, ctx.t("latent") + " " + row.latent), rowTags(ctx, row),
-      h("span", { class: "copies" }, copyButton(ctx, ctx.t("copy.link"), () => ctx.permalink(row.latent)),
+      card.seeds && h("span", { class: "tag" }, ctx.t("seeds.found", card.seeds)), h("span", { class: "copies" }, copyButton(ctx, ctx.t("copy.link"), () => ctx.permalink(row.latent)),
         copyButton(ctx, ctx.t("copy.json"), () => JSON.stringify({ ...plain(row), ...card }, null, 2)))),
     explanation ? folded(ctx, text(explanation), explanation.length > LONG_TEXT, "lead") : h("p", { class: "lead muted" }, ctx.t(row.dead ? "never.fired" : "no.explanation")),
     h("dl", { class: "facts" }, facts.map(([name, value, note]) =>

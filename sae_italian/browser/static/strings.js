@@ -123,6 +123,7 @@ const both = {
   "copy.json": ["Copia JSON", "Copy JSON"],
   "copied": ["Copiato", "Copied"],
   "explanations": ["Spiegazioni", "Explanations"],
+  "seeds.found": ["trovato in {found} semi su {of}", "found in {found} of {of} seeds"],
   "never.fired": ["Questo latente non si è mai attivato nel testo in cache.", "This latent never fired on the cached text."],
   "width": ["Ampiezza del contesto", "Context width"],
   "width.words": ["Stretto", "Narrow"],

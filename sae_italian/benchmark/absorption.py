@@ -1,0 +1,307 @@
+"""Absorption: does a latent for a class fall silent on members that have a latent of their own, which carries the class?
+
+The protocol of SAEBench (Chanin 2409.14507; `feature_absorption_calculator.py`) on two kinds of classes in Italian: planted
+hierarchies of words (a form in its lemma's part of speech or gender: "è" in AUX, "casa" in feminine), and first letters.
+
+1. p: the unit direction of a dense logistic probe for the class, on training words;
+2. S: the latents of the class. Latents are ranked by the positive weights of a sparse probe, and the set grows while the
+   F1 of a probe on it rises by more than 0.03;
+3. on test words of the class that the dense probe gets right, with cosine c_j of p and decoder row j, projection a_j c_j,
+   A = x p, M the sum over S, T the three largest projections outside S of c_j 0.1 or more:
+   fraction = 0 where M >= A or T / A < 0.4, 1 where M <= 0, else min(T, A - M) / (min(T, A - M) + M);
+   full = all of S silent and the largest projection is of a latent of c_j 0.025 or more and at least 0.4 A.
+
+An undertrained or random SAE has no latents that could absorb and scores low, which is not good: the F1 of S stands beside it.
+Shapes: x [words, d_in], acts [words, d_sae].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unicodedata import normalize
+
+import numpy as np
+import scipy.sparse
+from jaxtyping import Bool, Float
+
+from sae_italian.analysis.treebank import Sentence, Treebank, Word, Words, encode_words, read_treebank, read_words
+from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import paced
+from sae_italian.base.report import plain, save_result, shown, table
+from sae_italian.base.statistics import Estimate, mean_interval
+
+PARENTS = ("UPOS=AUX", "UPOS=NOUN", "UPOS=ADP", "UPOS=DET", "Gender=Fem", "Gender=Masc", "Number=Plur")
+LEAST_WORDS = 50  # of a form under one parent, and at least a fifth of them in test
+MOST_FORMS = 8  # under one parent, the most frequent first
+LEAST_F1, RISE, MOST_SPLIT = 0.6, 0.03, 10  # of a dense probe; of S by one latent more; latents of S
+LEAST_RATIO, LEAST_COSINE, LEAST_FULL = 0.4, 0.1, 0.025
+NEXT = 3  # projections outside S that are summed
+SILENT = 1e-8
+LETTERS, LEAST_LETTERS = "abcdefghilmnopqrstuvz", 15  # of Italian, accents folded; with fewer that are read, no score
+TEMPLATE = "La parola {} comincia con la lettera"
+MOST_WORDS = 3000  # spelled
+
+
+class Absorbed(NamedTuple):
+    """What a class' test words say of one SAE; means over the words that the dense probe gets right."""
+
+    parent: str
+    child: str
+    fraction: float
+    full: float
+    n_words: int
+    dense_f1: float
+    latents: list[int]  # S
+    latents_f1: float
+
+
+@dataclass(frozen=True)
+class Absorption:
+    """Absorption of some SAEs over the same pairs of classes; intervals over pairs."""
+
+    pairs: dict[str, list[Absorbed]]  # by SAE
+    l0: dict[str, float]
+    letters: tuple[int, int]  # first letters that a dense probe reads, of so many
+
+    def means(self) -> dict[str, dict[str, Estimate]]:
+        """Return by SAE the means over pairs, with their intervals."""
+        names = ("fraction", "full", "latents_f1")
+        return {sae: {n: mean_interval([getattr(p, n) for p in of]) for n in names} for sae, of in self.pairs.items()}
+
+    def differences(self) -> dict[str, Estimate]:
+        """Return by SAE the mean difference of its fraction from the first SAE's, pair by pair."""
+        (_, first), *others = self.pairs.items()
+        known = [{(p.parent, p.child): p.fraction for p in of} for _, of in others]
+        both = zip((name for name, _ in others), known, strict=True)
+        return {name: mean_interval([of[p.parent, p.child] - p.fraction for p in first]) for name, of in both}
+
+    def table(self) -> str:
+        """Return Markdown: a row for each SAE, then one for each pair."""
+        rows = [
+            (sae, f"{self.l0[sae]:.1f}", *(shown(found[n], ".3f") for n in ("fraction", "full", "latents_f1")))
+            for sae, found in self.means().items()
+        ]
+        parts = [table("SAE | L0 | absorbed fraction | fully absorbed | F1 of the class' latents", rows)]
+        first = next(iter(self.pairs))
+        for sae, found in self.differences().items():
+            apart = "" if found.lo > 0 or found.hi < 0 else ": not distinguishable"
+            parts.append(f"{sae} less {first}: {shown(found, '+.3f')}{apart}.")
+        own = {sae: {(p.parent, p.child): p for p in of} for sae, of in self.pairs.items()}
+        details = [
+            (
+                p.parent,
+                p.child,
+                p.n_words,
+                f"{p.dense_f1:.2f}",
+                *(f"{of[p.parent, p.child].fraction:.3f}" for of in own.values()),
+            )
+            for p in self.pairs[first]
+        ]
+        parts.append(table(" | ".join(["class", "member", "words", "F1 of the dense probe", *own]), details))
+        n, of = self.letters
+        parts.append(
+            f"First letters: a dense probe reads {n} of {of} (F1 above {LEAST_F1}); {LEAST_LETTERS} are needed for a score."
+        )
+        return "\n\n".join(parts)
+
+    def save(self, folder: Path) -> None:
+        """Write absorption.json and absorption.md."""
+        value = plain(self) | {"means": plain(self.means()), "differences": plain(self.differences())}
+        save_result(folder, "absorption", value, ["# Absorption · Assorbimento", self.table()])
+
+
+def parts(
+    acts: Float[np.ndarray, "words d_sae"],
+    cosine: Float[np.ndarray, " d_sae"],
+    along: Float[np.ndarray, " words"],
+    latents: Sequence[int],
+) -> tuple[Float[np.ndarray, " words"], Bool[np.ndarray, " words"]]:
+    """Return the absorbed fraction of each word, and whether it is fully absorbed (3. above); `along` is A.
+
+    Activations are of unit decoder rows: those of other rows are to be multiplied by the rows' length.
+    """
+    projected = acts * cosine
+    own = projected[:, latents].sum(axis=1)
+    others = np.where(cosine >= LEAST_COSINE, projected, 0.0)
+    others[:, latents] = 0.0
+    rest = np.sort(others, axis=1)[:, ::-1][:, :NEXT].clip(min=0).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        missing = np.minimum(rest, along - own)
+        fraction = np.where(own <= 0, 1.0, missing / (missing + own))
+        fraction = np.where((own >= along) | (rest / along < LEAST_RATIO) | (along <= 0), 0.0, fraction).clip(0, 1)
+        strongest = projected.argmax(axis=1)
+        share = projected[np.arange(len(acts)), strongest] / along
+    silent = (np.abs(acts[:, latents]) < SILENT).all(axis=1)
+    return fraction, silent & (cosine[strongest] >= LEAST_FULL) & (along > 0) & (share >= LEAST_RATIO)
+
+
+def f1(said: Bool[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> float:
+    """Return F1, 0 where nothing is said and nothing true."""
+    return 2 * float((said & truth).sum()) / max(1, int(said.sum()) + int(truth.sum()))
+
+
+def _logistic(x: Any, y: Bool[np.ndarray, " n"], penalty: float = 0.0, c: float = 1.0) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    settings: dict[str, Any] = {"solver": "liblinear", "l1_ratio": 1.0} if penalty else {"max_iter": 200}
+    return LogisticRegression(C=c, class_weight="balanced", tol=1e-3, **settings).fit(x, y)
+
+
+def class_latents(
+    acts: scipy.sparse.csr_array, y: Bool[np.ndarray, " n"], train: Bool[np.ndarray, " n"]
+) -> tuple[list[int], float]:
+    """Return the latents of a class, S of 2. above, and the test F1 of a probe on them."""
+    weights = _logistic(acts[train], y[train], penalty=1.0, c=0.1).coef_[0]
+    order = np.argsort(-weights, kind="stable")[:MOST_SPLIT]
+    chosen, best = [], 0.0
+    for n in range(1, 1 + int((weights[order] > 0).sum())):
+        x = acts[:, order[:n]].toarray()
+        found = f1(_logistic(x[train], y[train]).predict(x[~train]), y[~train])
+        if chosen and found <= best + RISE:
+            continue
+        chosen, best = order[:n].tolist(), max(best, found)
+    return chosen, best
+
+
+# --- classes of words -----------------------------------------------------------------------------------------------------
+
+
+def with_forms(treebank: Treebank) -> tuple[Treebank, dict[str, int]]:
+    """Return the treebank with a label `form=...` for the lower-cased word itself, and how often each form comes."""
+    counts: dict[str, int] = {}
+    sentences = []
+    for sentence in treebank.sentences:
+        words = []
+        for word in sentence.words:
+            form = f"form={sentence.text[word.start : word.end].lower()}"
+            counts[form] = counts.get(form, 0) + 1
+            words.append(Word(word.start, word.end, word.labels | {form}))
+        sentences.append(Sentence(sentence.text, words, sentence.train))
+    return Treebank(treebank.name, sentences), counts
+
+
+def pairs_of(words: Words, forms: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (parent, form) of forms that are nearly always of the parent, with enough words in training and in test."""
+    labels, found = words.labels.tocsc(), []
+    column = {name: labels[:, [i]].toarray().ravel() > 0 for i, name in enumerate(words.names)}
+    for parent in (name for name in PARENTS if name in column):
+        children = []
+        for form in forms:
+            both, own = column[parent] & column[form], column[form]
+            enough = (
+                both.sum() >= LEAST_WORDS and min(both[words.train].sum(), both[~words.train].sum()) >= LEAST_WORDS / 5
+            )
+            if enough and both.sum() >= 0.9 * own.sum():
+                children.append((int(both.sum()), form))
+        found += [(parent, form) for _, form in sorted(children, reverse=True)[:MOST_FORMS]]
+    return found
+
+
+def absorption(saes: Mapping[str, Any], model: Any, treebanks: Sequence[str], *, context_size: int = 128) -> Absorption:
+    """Return the absorption of SAEs of one hook on planted hierarchies of the treebanks' words, and what letters allow.
+
+    Raises: UsageError where no form is frequent enough, and as `read_words` and `encode_words`.
+    """
+    first = next(iter(saes.values()))
+    hook = first.cfg.metadata.hook_name
+    scored: dict[str, list[Absorbed]] = {name: [] for name in saes}
+    letters, l0 = (0, len(LETTERS)), dict.fromkeys(saes, 0.0)
+    for bank in treebanks:
+        treebank, counts = with_forms(read_treebank(bank))
+        forms = [form for form, n in counts.items() if n >= LEAST_WORDS]
+        words = read_words(model, hook, treebank, [*PARENTS, *forms], context_size=context_size)
+        pairs = pairs_of(words, forms)
+        acts = {name: encode_words(sae, words.x) for name, sae in saes.items()}
+        l0 = {name: of.nnz / of.shape[0] for name, of in acts.items()}
+        probes = {parent: _dense(words, parent) for parent in {parent for parent, _ in pairs}}
+        units = [(name, parent) for name in saes for parent in sorted(probes) if probes[parent].f1 > LEAST_F1]
+        for name, parent in paced(units, treebank.name, len(units), "class"):
+            children = [child for own, child in pairs if own == parent]
+            scored[name] += _scored(saes[name], acts[name], words, probes[parent], children)
+        own, some = letters_of(model, hook, counts, saes)
+        letters = max(letters, own, key=lambda found: found[0])
+        for name, pairs in some.items():
+            scored[name] += pairs
+    if not scored[next(iter(saes))]:
+        raise UsageError(
+            f"no form comes {LEAST_WORDS} times in a class that a dense probe reads. Give more text with --ud."
+        )
+    return Absorption(scored, l0, letters)
+
+
+class _Probe(NamedTuple):
+    parent: str
+    y: Bool[np.ndarray, " words"]
+    unit: Float[np.ndarray, " d_in"]
+    said: Bool[np.ndarray, " words"]
+    f1: float  # on test words
+
+
+def _dense(words: Words, parent: str) -> _Probe:
+    y = words.labels[:, [words.names.index(parent)]].toarray().ravel() > 0
+    scale = words.x.std(axis=0) + 1e-6
+    model = _logistic(words.x[words.train] / scale, y[words.train], c=0.01)
+    said = model.predict(words.x / scale)
+    direction = model.coef_[0] / scale
+    test = ~words.train
+    return _Probe(parent, y, direction / np.linalg.norm(direction), said, f1(said[test], y[test]))
+
+
+def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence[str]) -> list[Absorbed]:
+    latents, latents_f1 = class_latents(acts, probe.y, words.train)
+    rows = sae.W_dec.detach().float().cpu().numpy()
+    lengths = np.linalg.norm(rows, axis=1)
+    cosine, found = (rows @ probe.unit) / np.maximum(lengths, 1e-12), []
+    for child in children:
+        own = words.labels[:, [words.names.index(child)]].toarray().ravel() > 0
+        here = np.flatnonzero(own & probe.y & probe.said & ~words.train)
+        fraction, full = parts(acts[here].toarray() * lengths, cosine, words.x[here] @ probe.unit, latents)
+        means = (float(each.mean()) if len(here) else float("nan") for each in (fraction, full))
+        form = child.removeprefix("form=")
+        found.append(Absorbed(probe.parent, form, *means, len(here), probe.f1, latents, latents_f1))
+    return found
+
+
+# --- first letters ----------------------------------------------------------------------------------------------------------
+
+
+def first_letter(word: str) -> str:
+    """Return a word's first letter without its accent, in lower case: è and e are one class."""
+    return normalize("NFD", word)[:1].lower()
+
+
+def letters_of(
+    model: Any, hook: str, forms: Mapping[str, int], saes: Mapping[str, Any]
+) -> tuple[tuple[int, int], dict[str, list[Absorbed]]]:
+    """Return how many first letters a dense probe reads, and by SAE what is absorbed, where they are enough.
+
+    Words of the treebank that are one token of the model are read in a sentence that asks for their letter; every third is
+    for test.
+    """
+    spelled = sorted(form.removeprefix("form=") for form in forms if form[5:].isalpha() and len(form) > 6)
+    ids = model.tokenizer([f" {word}" for word in spelled], add_special_tokens=False).input_ids
+    single = [word for word, own in zip(spelled, ids, strict=True) if len(own) == 1][:MOST_WORDS]
+    start = TEMPLATE.index("{")
+    labels = [frozenset({f"letter={first_letter(word)}"}) for word in single]
+    sentences = [
+        Sentence(TEMPLATE.format(word), [Word(start, start + len(word), own)], number % 3 != 0)
+        for number, (word, own) in enumerate(zip(single, labels, strict=True))
+    ]
+    names = [f"letter={letter}" for letter in LETTERS]
+    if len(single) < MOST_SPLIT * len(names):
+        return (0, len(names)), {}
+    words = read_words(model, hook, Treebank("first letters", sentences), names, context_size=32)
+    counts = words.labels.toarray()
+    enough = [n for i, n in enumerate(names) if min(counts[words.train, i].sum(), counts[~words.train, i].sum()) >= 5]
+    probes = [probe for probe in (_dense(words, name) for name in enough) if probe.f1 > LEAST_F1]
+    read = len(probes), len(names)
+    if len(probes) < LEAST_LETTERS:
+        return read, {}
+    return read, {
+        name: [found for probe in probes for found in _scored(sae, acts, words, probe, [probe.parent])]
+        for name, sae in saes.items()
+        for acts in [encode_words(sae, words.x)]
+    }

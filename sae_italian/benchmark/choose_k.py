@@ -1,0 +1,269 @@
+"""Which k: short trainings over a grid of k and some seeds, all on one stream of activations, and what tells them apart.
+
+The proxy of Chanin and Garriga-Alonso (Sparse but wrong, arXiv 2508.16560; `nth_decoder_projection.py` of their code):
+s_N is the (N B)-th largest entry of (x - b_dec) W_dec^T over B tokens, decoder rows of length 1. Correct latents project
+little on tokens that lack them; too small a k mixes correlated features into one row, too large a k gives rows that are
+nothing, and both raise s_N: its minimum over k is taken for the true L0. N is an eighth, a quarter and half of the
+dictionary; where their minima do not agree, or lie at an end of the grid, there is no recommendation.
+
+Shapes: x [tokens, d_in], W_dec [d_sae, d_in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sae_italian.analysis.detect import ProbeTask, sparse_probes
+from sae_italian.analysis.treebank import Words, encode_words, label_names, read_treebank, read_words
+from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import paced
+from sae_italian.base.pictures import OURS, REFERENCE, svg
+from sae_italian.base.report import plain, save_result, table
+from sae_italian.base.storage import claimed
+from sae_italian.corpora.stream import MICRO_ITALIANO
+from sae_italian.evaluation.diagnosis import held_out_activations
+from sae_italian.models import load_model
+from sae_italian.saes import load_sae
+from sae_italian.saes.fit import fit
+from sae_italian.training import RunSpec
+from sae_italian.training.run import check_run, train_members
+
+GRID = (8, 16, 32, 64, 128)
+SHARES = {"d/8": 8, "d/4": 4, "d/2": 2}  # N of the proxy, by what the dictionary's width is divided by
+BATCH_ELEMENTS = 2**22  # projections of one batch: 4,096 tokens of 1,024 latents
+PROBED = 150  # documents of MicroItaliano whose words the probes read, half of them in training
+PROBES = ("sparse 1", "sparse 20")  # of analysis/detect: logistic on one latent, and on twenty
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One short training, measured on held-out text; probes: mean AUROC over the labels of words, on other documents."""
+
+    k: int
+    seed: int
+    l0: float
+    explained_variance: float  # centred
+    dead: float  # share of latents that never fired
+    projections: dict[str, float]  # s_N by N
+    auroc: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the trials say: a k with the interval of those that do as well, or why none is recommended."""
+
+    trials: list[Trial]
+    k: float | None
+    lo: float | None
+    hi: float | None
+    why: str
+    minima: dict[str, float]  # k of the grid at which s_N is least, by N
+    n_tokens: int  # of each training
+
+    def table(self) -> str:
+        """Return a Markdown table of means over seeds, one row for each k, and the recommendation."""
+        rows = []
+        for k, some in by_k(self.trials).items():
+            cells = [np.mean([getattr(t, name) for t in some]) for name in ("l0", "explained_variance", "dead")]
+            shown = f"{cells[0]:.1f}", f"{cells[1]:.3f}", f"{cells[2]:.1%}"
+            aurocs = (f"{np.mean([t.auroc[name] for t in some]):.3f}" for name in PROBES)
+            proxies = (_mean_sd([t.projections[name] for t in some]) for name in SHARES)
+            rows.append((k, *shown, *aurocs, *proxies))
+        heads = [f"s_N, N = {name}" for name in SHARES]
+        head = " | ".join(["k", "L0", "explained variance", "dead", *(f"AUROC, {name}" for name in PROBES), *heads])
+        return f"{table(head, rows)}\n\n{self.why}"
+
+    def svg(self) -> str:
+        """Return the proxy (1 at its largest), the probes, the fit and the dead share over k; bars: one seed-sd."""
+        groups = by_k(self.trials)
+        proxy = {name: [[t.projections[name] for t in some] for some in groups.values()] for name in SHARES}
+        proxy = {name: np.array(of) / np.mean(of, axis=1).max() for name, of in proxy.items()}
+        probes = {name: [[t.auroc[name] for t in some] for some in groups.values()] for name in PROBES}
+        fits = {"explained variance": [[t.explained_variance for t in some] for some in groups.values()]}
+        dead = {"dead · morti": [[t.dead for t in some] for some in groups.values()]}
+        panels = {"s_N": proxy, "AUROC": probes, "explained variance · varianza spiegata": fits, "dead · morti": dead}
+
+        def draw(axes: Any) -> None:
+            for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+                for (name, of), colour in zip(lines.items(), (OURS, "#d17b0f", "#3b5bdb"), strict=False):
+                    mean, sd = np.mean(of, axis=1), np.std(of, axis=1)
+                    axis.errorbar(list(groups), mean, sd, color=colour, marker="o", markersize=3, label=name)
+                if self.lo is not None and self.hi is not None:
+                    axis.axvspan(self.lo, self.hi, color=REFERENCE, alpha=0.2, linewidth=0)
+                axis.set_xscale("log", base=2)
+                axis.set(xlabel="k", title=title)
+                axis.legend(frameon=False, fontsize=7)
+
+        return svg(draw, len(panels), (3.2 * len(panels), 3.0))
+
+    def save(self, folder: Path) -> None:
+        """Write choose-k.json, choose-k.md and choose-k.svg."""
+        parts = ["# Which k · Quale k", self.table()]
+        save_result(folder, "choose-k", plain(self), parts, **{"choose-k": self.svg()})
+
+
+def by_k(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
+    """Return the trials of each k, smallest k first."""
+    found: dict[int, list[Trial]] = {}
+    for trial in sorted(trials, key=lambda t: (t.k, t.seed)):
+        found.setdefault(trial.k, []).append(trial)
+    return found
+
+
+def _mean_sd(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.4g} ± {np.std(values, ddof=1) if len(values) > 1 else np.nan:.2g}"
+
+
+@torch.no_grad()
+def projections(sae: Any, x: Float[Tensor, "tokens d_in"]) -> dict[str, float]:
+    """Return s_N for N an eighth, a quarter and half of the dictionary: means over batches of tokens."""
+    rows = normalize(sae.W_dec.float(), dim=-1)
+    size = max(1, BATCH_ELEMENTS // len(rows))
+    found: dict[str, list[float]] = {name: [] for name in SHARES}
+    for part in x.split(size):
+        projected = ((part.to(rows) - sae.b_dec.float()) @ rows.T).flatten()
+        for name, of in SHARES.items():
+            place = max(1, len(projected) - len(rows) // of * len(part))  # the rest lies above it
+            found[name].append(projected.kthvalue(place).values.item())
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def recommend(trials: Sequence[Trial], n_tokens: int) -> Choice:
+    """Return the k at which the proxy is least, by a parabola through its neighbours on the grid (of log k).
+
+    The interval holds the k of the grid whose mean is within one seed-sd of the minimum, and at least half a step to each
+    side. Raises: UsageError for fewer than three values of k.
+    """
+    groups = by_k(trials)
+    grid, found = list(groups), {}
+    if len(grid) < 3:
+        raise UsageError(f"the grid has {len(grid)} values of k; at least 3 are needed. Give --grid 8,16,32.")
+    for name in SHARES:
+        values = [[t.projections[name] for t in some] for some in groups.values()]
+        found[name] = (
+            np.mean(values, axis=1),
+            float(np.sqrt(np.var(values, axis=1, ddof=min(1, len(values[0]) - 1)).mean())),
+        )
+    minima = {name: grid[int(mean.argmin())] for name, (mean, _) in found.items()}
+    told: dict[str, Any] = {"trials": list(trials), "minima": minima, "n_tokens": n_tokens}
+    ends = [f"{name}: {k}" for name, k in minima.items() if k in (grid[0], grid[-1])]
+    if ends:
+        return Choice(
+            k=None, lo=None, hi=None, why=_not_found(f"s_N is least at an end of it ({', '.join(ends)})"), **told
+        )
+    steps = sorted(grid.index(k) for k in minima.values())
+    if steps[-1] - steps[0] > 1:
+        said = ", ".join(f"{name}: {k}" for name, k in minima.items())
+        return Choice(k=None, lo=None, hi=None, why=_not_found(f"the minima of s_N do not agree ({said})"), **told)
+    bounds = [_vertex(np.log2(grid), mean, sd) for mean, sd in found.values()]
+    k, lo, hi = (float(2**value) for value in (np.median([b[0] for b in bounds]), *_outer(bounds)))
+    why = f"Recommended: k = {k:.0f} ({lo:.0f} to {hi:.0f})."
+    return Choice(k=k, lo=lo, hi=hi, why=why, **told)
+
+
+def _outer(bounds: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    return min(b[1] for b in bounds), max(b[2] for b in bounds)
+
+
+def _not_found(why: str) -> str:
+    return f"Not found, widen the grid: {why}. More tokens (share=1) and more seeds make the curves steadier."
+
+
+def _vertex(
+    place: Float[np.ndarray, " grid"], mean: Float[np.ndarray, " grid"], sd: float
+) -> tuple[float, float, float]:
+    """Return where a parabola through the least mean and its neighbours is least, and the interval around it."""
+    i = int(mean.argmin())
+    x, y = place[i - 1 : i + 2], mean[i - 1 : i + 2]
+    a, b, _ = np.polyfit(x, y, 2)
+    half = (x[0] + x[1]) / 2, (x[1] + x[2]) / 2
+    vertex = float(np.clip(-b / (2 * a), *half)) if a > 0 else float(x[1])
+    lo = hi = i  # as far as the means stay within one sd
+    while lo > 0 and mean[lo - 1] <= mean[i] + sd:
+        lo -= 1
+    while hi < len(mean) - 1 and mean[hi + 1] <= mean[i] + sd:
+        hi += 1
+    return vertex, float(min(half[0], place[lo])), float(max(half[1], place[hi]))
+
+
+# --- trainings ------------------------------------------------------------------------------------------------------------
+
+
+def members(spec: RunSpec, grid: Sequence[int], seeds: int, share: float) -> dict[str, RunSpec]:
+    """Return the short runs by name (k8-seed42): `share` of the tokens and of the steps of warm-up and decay.
+
+    Raises: UsageError for a grid of fewer than three k, a k that is not in (0, d_sae), a share outside (0, 1].
+    """
+    if len(set(grid)) < 3 or len(set(grid)) < len(grid):
+        raise UsageError(
+            f"--grid is {','.join(map(str, grid))}; three or more different k were expected, as in 8,16,32."
+        )
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"share is {share:g}; a part of the config's training_tokens was expected, above 0 and at most 1."
+        )
+    steps = {name: round(share * getattr(spec, name)) for name in ("lr_warm_up_steps", "lr_decay_steps")}
+    tokens = max(spec.train_batch_size_tokens, round(share * spec.training_tokens))
+    found = {}
+    for k in sorted(grid):
+        for seed in range(spec.seed, spec.seed + seeds):
+            update = {"sae": {**spec.sae, "k": k}, "seed": seed, "training_tokens": tokens, **steps}
+            found[f"k{k}-seed{seed}"] = spec.model_copy(update=update)
+    for k in (min(grid), max(grid)):
+        check_run(found[f"k{k}-seed{spec.seed}"])
+    return found
+
+
+def choose_k(
+    spec: RunSpec,
+    out: Path,
+    grid: Sequence[int] = GRID,
+    *,
+    seeds: int = 3,
+    share: float = 0.25,
+    n_tokens: int = 20_000,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Choice:
+    """Train every k of the grid with every seed on one pass into `out`, measure on held-out text, and recommend.
+
+    Raises: UsageError as `members` and `training.train`; KeyboardInterrupt after a signal, once the state is saved.
+    """
+    runs = members(spec, grid, seeds, share)
+    settings = {"grid": sorted(grid), "seeds": seeds, "share": share, "spec": spec.model_dump(mode="json")}
+    with claimed(out, "choose-k", settings, resume=resume, overwrite=overwrite):
+        folders = dict(zip(runs, train_members(runs, out, out / "group"), strict=True))
+        model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
+        reading = {"context_size": spec.context_size, "text_column": spec.text_column}
+        first = load_sae(next(iter(folders.values())))
+        x, _ = held_out_activations(first, model, spec.evaluate_corpus or spec.corpus, n_tokens, **reading)
+        treebank = read_treebank(MICRO_ITALIANO)
+        treebank = treebank._replace(sentences=treebank.sentences[:PROBED])
+        words = read_words(model, spec.hook_name, treebank, label_names([treebank]), context_size=spec.context_size)
+        found = recommend(_measured(runs, folders, x, words), next(iter(runs.values())).training_tokens)
+        found.save(out)
+    return found
+
+
+def _measured(runs: Mapping[str, RunSpec], folders: Mapping[str, Path], x: Tensor, words: Words) -> list[Trial]:
+    """Return what each training has come to."""
+    task, trials = ProbeTask(words, words), []
+    for name in paced(runs, "measure", len(runs), "SAE"):
+        sae, spec = load_sae(folders[name]), runs[name]
+        how, acts = fit(sae, x, x), encode_words(sae, words.x)
+        probes: dict[str, list[float]] = {method: [] for method in PROBES}
+        for found in sparse_probes(task, acts, acts, name):
+            probes.get(found.method, []).append(found.auroc)
+        auroc = {method: float(np.mean(values)) for method, values in probes.items()}
+        numbers = how.l0, how.explained_variance, how.dead, projections(sae, x), auroc
+        trials.append(Trial(spec.sae["k"], spec.seed, *numbers))
+    return trials

@@ -1,0 +1,67 @@
+"""Seeds: which latents another training finds again, by hand and by the commands, down to the browser's record."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sae_italian.analysis.seeds import compared, mutual
+from sae_italian.cli import main
+from sae_italian.saes import load_sae
+
+
+def rows(*numbers: int) -> SimpleNamespace:
+    return SimpleNamespace(W_dec=2 * torch.eye(8)[list(numbers)])
+
+
+def test_only_mutual_nearest_neighbours_match():
+    a = torch.nn.functional.normalize(torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [0, 0, 1.0]]), dim=-1)
+    b = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
+    cosine, index = mutual(a, b)
+    assert cosine.tolist()[:2] == [1.0, -1.0], "the second row's nearest has a nearer one"
+    assert index[0] == 0
+
+
+def test_counts_shares_and_labels_by_hand():
+    """Seed 0 has latents 0 to 4, the last one dead; seed 1 finds three of them, seed 2 two; one partner has another label."""
+    saes = [rows(0, 1, 2, 3, 7), rows(2, 1, 0, 5), rows(1, 0, 4, 6)]
+    alive = [np.array([True] * 4 + [False]), np.ones(4, bool), np.ones(4, bool)]
+    labels = [np.array([3, 4, -1, 5, 3]), np.array([-1, 4, 3, 0]), np.array([4, 9, -1, -1])]
+    found = compared([7, 8, 9], saes, alive, labels)
+    assert found.found == [3, 3, 2, 1, None]
+    assert found.share.value == 0.5 and found.share.lo < 0.5 < found.share.hi
+    assert found.labelled == 3 and found.same_label.value == pytest.approx(3 / 6)
+    assert found.curve["0.7"][0] == pytest.approx(5 / 8) and 0 <= found.random <= 1
+    assert found.same_label_chance == pytest.approx((2 / 9 + 1 / 6) / 2)
+    assert "50.0% (" in found.table() and "random directions" in found.table()
+
+
+def test_a_config_with_seeds_trains_them_on_one_pass_and_the_browser_says_so(tmp_path, capsys):
+    out, words = tmp_path / "sae", ["sae.d_sae=64", "training_tokens=20_000"]
+    assert main(["train", "mini/topk", *words, "seeds=2", "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["seeds"]
+    first, other = (load_sae(folder) for folder in (out, out / "seeds/seed-43"))
+    assert told["seeds"] == [42, 43] and not torch.equal(first.W_dec, other.W_dec)
+    assert set(told["found"]) <= {1, 2, None} and len(told["found"]) == 64
+    assert main(["train", "mini/topk", *words, "--out", str(tmp_path / "alone")]) == 0
+    assert torch.equal(load_sae(tmp_path / "alone").W_enc, first.W_enc), "another seed beside it changes nothing"
+    assert main(["train", str(out), "--resume"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--tokens", "1000"]) == 0
+    assert re.search(r"Latents found in 2 of 2 seeds: [\d.]+% \(", capsys.readouterr().out)
+    assert main(["cache", "build", str(out), "--tokens", "2000", "--out", str(tmp_path / "cache")]) == 0
+    from sae_italian.browser.source import LatentSource
+    from sae_italian.cache import FeatureCache
+    from sae_italian.models import load_tokenizer
+
+    source = LatentSource(FeatureCache.open(tmp_path / "cache"), load_tokenizer("sae-italian-mini"))
+    latent = next(i for i, count in enumerate(told["found"]) if count)
+    assert source.card(latent)["seeds"] == {"found": told["found"][latent], "of": 2}
+
+
+def test_a_suite_takes_no_seeds(tmp_path, capsys):
+    assert main(["train", "mini/suite", "seeds=2", "--out", str(tmp_path / "suite")]) == 2
+    assert "seeds is for the training of one SAE" in capsys.readouterr().err

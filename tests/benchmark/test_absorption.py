@@ -1,0 +1,66 @@
+"""Absorption: the known answers, letters with accents folded, and SAEs side by side on planted hierarchies."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from sae_italian.benchmark.absorption import Absorbed, Absorption, class_latents, first_letter, parts
+from sae_italian.cli import main
+
+ROOT = np.sqrt(0.5)  # p is the first axis, the member's own direction the second; a token is p + c, so A = 1
+
+
+@pytest.mark.parametrize(
+    ("acts", "cosine", "fraction", "full"),
+    [
+        ([0, np.sqrt(2)], [1, ROOT], 1, True),  # (a) latent 2 = (p + c) / sqrt 2 takes the place of latent 1
+        ([1, 1], [1, 0], 0, False),  # (b) latent 1 fires, latent 2 is c alone
+        ([0.5, np.sqrt(1.25)], [1, 0.5 / np.sqrt(1.25)], 0.5, False),  # (c) half of it is in latent 2
+        ([0, 0], [1, ROOT], 0, False),  # (d) nothing fires
+    ],
+)
+def test_known_answers(acts, cosine, fraction, full):
+    found = parts(np.array([acts], float), np.array(cosine, float), np.ones(1), [0])
+    assert found[0] == pytest.approx([fraction]) and found[1].tolist() == [full]
+
+
+def test_latents_of_a_class_are_as_many_as_it_splits_into():
+    rng = np.random.default_rng(0)
+    y = np.arange(1200) % 3 == 0
+    half = y & (np.arange(1200) % 2 == 0)
+    noise = rng.random((1200, 5)) < 0.3
+    acts = scipy.sparse.csr_array(np.column_stack([noise, half, y & ~half]).astype(float))
+    latents, found = class_latents(acts, y, np.arange(1200) % 5 != 0)
+    assert sorted(latents) == [5, 6] and found == 1
+
+
+def test_accents_are_folded():
+    assert [first_letter(word) for word in ("È", "e", "Ànsia", "zio")] == ["e", "e", "a", "z"]
+
+
+def test_two_saes_are_told_apart_only_beyond_the_interval():
+    def pair(child: str, fraction: float) -> Absorbed:
+        return Absorbed("UPOS=AUX", child, fraction, 0.0, 40, 0.9, [3], 0.8)
+
+    own = {"topk": [0.5, 0.4, 0.6, 0.5], "matryoshka": [0.1, 0.1, 0.2, 0.1], "twin": [0.5, 0.5, 0.5, 0.5]}
+    pairs = {name: [pair(f"form{i}", v) for i, v in enumerate(values)] for name, values in own.items()}
+    found = Absorption(pairs, dict.fromkeys(own, 8.0), (3, 21))
+    apart, same = (found.differences()[name] for name in ("matryoshka", "twin"))
+    assert apart.hi < 0 and same.lo < 0 < same.hi
+    assert "twin less topk: +0.000" in found.table() and found.table().count("not distinguishable") == 1
+    assert "reads 3 of 21" in found.table()
+
+
+def test_the_command_on_the_mini_model(trained_sae, tmp_path, capsys):
+    run = ["absorption", str(trained_sae), "--out", str(tmp_path / "a"), "--json"]
+    assert main(run) == 0
+    told = json.loads(capsys.readouterr().out)
+    (pairs,) = told["pairs"].values()
+    assert ("UPOS=AUX", "è") in {(p["parent"], p["child"]) for p in pairs}
+    assert all(0 <= p["fraction"] <= 1 and p["n_words"] > 0 and p["dense_f1"] > 0.6 for p in pairs)
+    assert told["letters"][0] < 15, "the mini model does not know letters, and says how many"
+    assert (tmp_path / "a/absorption.md").is_file()
+    assert main(run) == 2 and "already holds" in capsys.readouterr().err
+    assert main(["absorption"]) == 2 and "no SAE" in capsys.readouterr().err
