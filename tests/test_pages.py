@@ -76,6 +76,7 @@ STANDS_FOR = {
 }
 TINY = "training_tokens=4096 sae.d_sae=256 train_batch_size_tokens=512 buffer_tokens=4096 lr_warm_up_steps=1 lr_decay_steps=2"
 SMALLER = {
+    "choose-k": f"{TINY} seeds=1 share=1 card_tokens=1000 --out new",
     "agreement": "--check 40 --n-pairs 2 --thresholds 2",
     "autointerp": "--n-latents 8 n_scored=2",
     "cache build": "--tokens 2000",
@@ -89,8 +90,9 @@ SMALLER = {
     "train mini/topk use_cached_activations": f"{TINY} --out new",
 }
 GIVEN = {"export SAE --to jumprelu": "--tokens 2000 --out new", "export CACHE": "--latents 0-3 --out new"}
-SLOW = ("autointerp CACHE --subject", "ioi", "agreement", "models check", "shift")
+SLOW = ("absorption", "autointerp CACHE --subject", "choose-k", "ioi", "agreement", "models check", "shift")
 NOT_RUN = {
+    "choose-k mini/topk": "minutes; `choose-k CONFIG` stands for it",
     "quickstart --out": "minutes; tests/test_quickstart.py",
     "browse quickstart/cache --latent": "a latent of the real quickstart; tests/browser",
     "train CONFIG --processes": "starts processes; tests/training/test_launching.py",

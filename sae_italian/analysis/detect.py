@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
+from itertools import permutations, product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -25,7 +25,7 @@ from sae_italian.autointerp.store import Label
 from sae_italian.base.pace import paced
 from sae_italian.base.pictures import OURS, REFERENCE, svg
 from sae_italian.base.report import plain, save_result, shown, table
-from sae_italian.base.statistics import Estimate, auroc_by_document, f1_by_document, mean_interval
+from sae_italian.base.statistics import Estimate, auroc_by_document, f1_by_document, mean_interval, wilson
 
 LEAST_WORDS = 30  # that bear the label, in training and in test
 SIZES = (1, 5, 20)  # latents of a sparse probe
@@ -35,6 +35,7 @@ MOST_FALSE = 0.5  # of the words that do not bear the label
 MOST_WORDS = 20_000  # of training, for probes
 DETECTORS = 10  # latents per label that are written down, besides the best
 LEAST_F1 = 0.5  # in training, for these
+FOUND = 0.5  # F1 on test words from which a latent detects a label
 _HEAD = "trained on | tested on | features | method | mean F1 | mean AUROC | labels"
 _LABEL_HEAD = f"label | latent | F1 of one latent | precision | recall | {' | '.join(METHODS[1:])} | always yes | words"
 Acts = scipy.sparse.csr_array  # the latents' activations on words, [words, d_sae]
@@ -215,6 +216,19 @@ def best_cut(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> f
 # --- all of it as one result -------------------------------------------------------------------------------------------
 
 
+class Missed(NamedTuple):
+    """Labels that a latent detects in one treebank and not in another, with Wilson's interval over labels."""
+
+    trained: str
+    tested: str
+    share: Estimate  # of the labels found
+    labels: list[str]
+
+    def text(self) -> str:
+        lost = f": {', '.join(self.labels)}" if self.labels else ""
+        return f"Labels found on {self.trained} that the same latent misses on {self.tested}: {shown(self.share, '.0%')}{lost}."
+
+
 @dataclass(frozen=True)
 class Probes:
     """All detections; `sae` is the name of the SAE that the others are compared with."""
@@ -242,6 +256,21 @@ class Probes:
             rows.append({**dict(zip(names, key, strict=True)), "f1": f1, **bounds, "labels": len(items)})
         return sorted(rows, key=lambda r: (r["trained"], r["trained"] != r["tested"], r["tested"], r["shuffled"]))
 
+    def misses(self) -> list[Missed]:
+        """Return for each pair of treebanks (two languages) the labels whose latent, chosen on the first, fails on the second."""
+        found = []
+        for trained, tested in permutations(self.n_words, 2):
+            here = self.within(trained, SINGLE).values()
+            there = {
+                d.label: d.f1.value
+                for d in self.detections
+                if (d.features, d.method, d.trained, d.tested) == (self.sae, SINGLE, trained, tested)
+            }
+            known = [d.label for d in here if d.f1.value >= FOUND and d.label in there]
+            lost = [label for label in known if there[label] < FOUND]
+            found.append(Missed(trained, tested, wilson(len(lost), len(known)), lost))
+        return found
+
     def labels(self) -> list[Label]:
         """Return the single latents worth writing down as rows of the store."""
         rows = {}
@@ -258,6 +287,7 @@ class Probes:
             "means": plain(self.means()),
             "detections": [{**plain(item), "category": category(item.label)} for item in self.detections],
             "detectors": plain(self.labels()),
+            "misses": plain(self.misses()),
         }
 
     def table(self) -> str:
@@ -268,7 +298,7 @@ class Probes:
             auroc = Estimate(row["auroc"], row["auroc_lo"], row["auroc_hi"])
             numbers = shown(row["f1"]), shown(auroc, ".3f"), row["labels"]
             rows.append((row["trained"], row["tested"], row["features"], method, *numbers))
-        return table(_HEAD, rows)
+        return "\n\n".join([table(_HEAD, rows), *(missed.text() for missed in self.misses())])
 
     def label_table(self, treebank: str) -> str:
         """Return a Markdown table: each label's best latent in one treebank, and the probes beside it."""

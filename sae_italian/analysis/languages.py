@@ -7,16 +7,18 @@ distribution, and a latent of one language has a small entropy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
 import scipy.stats
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sae_italian.analysis.gold import zeros_and_ones
 from sae_italian.analysis.latent import codes
@@ -25,8 +27,11 @@ from sae_italian.autointerp.store import Label
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import cut_short, one_of, paced
 from sae_italian.base.report import plain, shown, table
-from sae_italian.base.statistics import Estimate, wilson
+from sae_italian.base.statistics import Estimate, mean_interval, wilson
 from sae_italian.base.storage import write_json
+from sae_italian.corpora import iter_documents
+from sae_italian.corpora.filters import MIN_ITALIAN_CHARS, language_of
+from sae_italian.corpora.packing import bos_id, tokenise
 from sae_italian.models.activations import check_context, read_activations
 from sae_italian.saes import check_fits
 
@@ -94,6 +99,23 @@ class Languages:
         return table("language | tokens | its latents | share of live latents | by chance | strongest", rows)
 
 
+class Overlap(NamedTuple):
+    """Jaccard index of the latents that fire on a text and on its translation, and on another text's; means over pairs."""
+
+    languages: tuple[str, str]
+    hook_name: str
+    n_pairs: int
+    jaccard: Estimate
+    chance: Estimate  # with the translations dealt out anew
+
+    def text(self) -> str:
+        """Return both in a sentence."""
+        return (
+            f"Latents of parallel text, {' and '.join(self.languages)}, {self.n_pairs:,} pairs, {self.hook_name}: "
+            f"Jaccard {shown(self.jaccard)}, of texts that are no translations {shown(self.chance)}."
+        )
+
+
 def entropies(probability: Float[np.ndarray, "languages d_sae"]) -> Float[np.ndarray, " d_sae"]:
     """Return the entropy of each latent's probabilities over languages, in nats; NaN for one that fires nowhere."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -159,3 +181,67 @@ def _count(
     in_document = zeros_and_ones(np.stack([row, np.arange(len(row))], axis=1), (len(tokens), len(row)))
     counts: Any = in_document @ scipy.sparse.vstack(fired)
     return counts.toarray(), tokens
+
+
+def examples_in(cache: Any, n: int = 100) -> dict[str, float]:
+    """Return the share of each language among `n` evenly spaced documents of a cache that are long enough to tell.
+
+    Labels and explanations are made from these documents: they are evidence for their languages alone.
+    """
+    numbers = np.unique(np.linspace(0, cache.n_documents - 1, n).astype(int)).tolist()
+    texts = [text for text in (cache.document(i).text for i in numbers) if len(text) >= MIN_ITALIAN_CHARS]
+    counts = Counter(map(language_of, texts))
+    return {name: count / len(texts) for name, count in counts.most_common()}
+
+
+# --- parallel text ------------------------------------------------------------------------------------------------------------
+
+
+def parallel_overlap(
+    sae: Any,
+    model: Any,
+    corpora: Mapping[str, str],
+    *,
+    context_size: int = 128,
+    text_columns: Mapping[str, str] | None = None,
+    n_pairs: int = 200,
+    seed: int = 0,
+) -> Overlap:
+    """Return how far the same latents fire on two languages' corpora, whose documents are translations, in order.
+
+    Texts are read alone, after a BOS, to `context_size` tokens. Raises: UsageError unless there are two corpora of as many
+    documents each (of the first `n_pairs`).
+    """
+    if len(corpora) != 2:
+        raise UsageError(f"parallel text is of two languages; {len(corpora)} were given.")
+    hook_name, columns = check_fits(sae, model), text_columns or {}
+    texts = {
+        name: [d.text for d in islice(iter_documents(corpus, "all", text_column=columns.get(name, "text")), n_pairs)]
+        for name, corpus in corpora.items()
+    }
+    (first, one), (second, other) = texts.items()
+    if len(one) != len(other) or len(one) < 2:
+        raise UsageError(
+            f"{first} has {len(one)} documents and {second} {len(other)}; parallel text has as many of both."
+        )
+    fired = [_fired(sae, model, hook_name, own, context_size, name) for name, own in texts.items()]
+    rng, places = np.random.default_rng(seed), np.arange(len(one))
+    dealt = [_jaccard(fired[0], fired[1][np.roll(places, int(by))]) for by in rng.integers(1, len(one), SHUFFLES)]
+    jaccard, chance = mean_interval(_jaccard(*fired)), mean_interval(np.mean(dealt, axis=0))
+    return Overlap((first, second), hook_name, len(one), jaccard, chance)
+
+
+@torch.no_grad()
+def _fired(
+    sae: Any, model: Any, hook_name: str, texts: Sequence[str], context_size: int, what: str
+) -> Bool[np.ndarray, "texts d_sae"]:
+    bos, found = bos_id(model.tokenizer), []
+    for ids, _, _ in paced(tokenise(model.tokenizer, list(texts)), what, len(texts), "text"):
+        tokens = torch.tensor([[bos, *ids[: context_size - 1].tolist()]])
+        x = read_activations(model, tokens.to(model.device), hook_name)[0, 1:]
+        found.append((codes(sae, x) != 0).any(dim=0).cpu().numpy())
+    return np.stack(found)
+
+
+def _jaccard(a: Bool[np.ndarray, "n d_sae"], b: Bool[np.ndarray, "n d_sae"]) -> Float[np.ndarray, " n"]:
+    return (a & b).sum(axis=1) / np.maximum(1, (a | b).sum(axis=1))

@@ -25,11 +25,11 @@ from sae_italian.base.report import plain, shown, table
 from sae_italian.base.statistics import Estimate, wilson
 from sae_italian.base.storage import read_json, write_json
 from sae_italian.corpora.stream import MICRO_ITALIANO
+from sae_italian.evaluation.card import SEEDS_FILE
 from sae_italian.models import load_model
 from sae_italian.saes import load_sae
 from sae_italian.training.run import seed_folders
 
-SEEDS_FILE = "seeds.json"  # in the folder of the first seed's SAE
 CURVE = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # cosines from which a match counts
 LABELLED = 0.5  # F1 from which a latent has a label
 PROBED = 200  # documents of MicroItaliano whose words give labels
@@ -83,12 +83,6 @@ def recurrence(folder: Path) -> Recurrence:
     found = compared(list(folders), saes, alive, [labels_of(sae, words) for sae in saes])
     write_json(folder / SEEDS_FILE, plain(found))
     return found
-
-
-def read_seeds(folder: Path) -> dict[str, Any] | None:
-    """Return what `recurrence` left in an SAE's folder, None where there is nothing."""
-    file = folder / SEEDS_FILE
-    return read_json(file) if file.is_file() else None
 
 
 def _alive(folder: Path) -> Bool[np.ndarray, " d_sae"]:

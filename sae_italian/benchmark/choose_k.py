@@ -201,12 +201,14 @@ def _vertex(
 def members(spec: RunSpec, grid: Sequence[int], seeds: int, share: float) -> dict[str, RunSpec]:
     """Return the short runs by name (k8-seed42): `share` of the tokens and of the steps of warm-up and decay.
 
-    Raises: UsageError for a grid of fewer than three k, a k that is not in (0, d_sae), a share outside (0, 1].
+    Raises: UsageError for a grid of fewer than three k, a k that is not in (0, d_sae), a share outside (0, 1], a transcoder.
     """
     if len(set(grid)) < 3 or len(set(grid)) < len(grid):
         raise UsageError(
             f"--grid is {','.join(map(str, grid))}; three or more different k were expected, as in 8,16,32."
         )
+    if spec.hook_name_out is not None:
+        raise UsageError("the config is a transcoder's; k is chosen for SAEs. Give a config without hook_name_out.")
     if not 0 < share <= 1:
         raise UsageError(
             f"share is {share:g}; a part of the config's training_tokens was expected, above 0 and at most 1."
@@ -216,7 +218,7 @@ def members(spec: RunSpec, grid: Sequence[int], seeds: int, share: float) -> dic
     found = {}
     for k in sorted(grid):
         for seed in range(spec.seed, spec.seed + seeds):
-            update = {"sae": {**spec.sae, "k": k}, "seed": seed, "training_tokens": tokens, **steps}
+            update = {"sae": {**spec.sae, "k": k}, "seed": seed, "seeds": 1, "training_tokens": tokens, **steps}
             found[f"k{k}-seed{seed}"] = spec.model_copy(update=update)
     for k in (min(grid), max(grid)):
         check_run(found[f"k{k}-seed{spec.seed}"])

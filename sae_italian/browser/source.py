@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian import __version__
-from sae_italian.analysis.seeds import read_seeds
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.autointerp.run import STORE_FILE
@@ -27,7 +26,7 @@ from sae_italian.browser.columns import COLUMNS, Record, records
 from sae_italian.browser.contexts import passages_of
 from sae_italian.browser.directions import Decoder
 from sae_italian.cache import FeatureCache, Manifest
-from sae_italian.evaluation.card import read_card
+from sae_italian.evaluation.card import read_card, read_seeds
 from sae_italian.models import parse_hook_name, resolve
 
 RESULTS = "results.json"

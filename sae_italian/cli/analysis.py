@@ -106,7 +106,8 @@ def language(
         sae: An SAE's folder, release:sae_id, or a cache: then labels go into its store too.
         words: minutes=N, after which it ends with what it has (default: no bound);
             context_size=N, tokens of a window (default: as the SAE was trained); text_column=NAME (default: text;
-            NAME:COLUMN,NAME:COLUMN where the languages' differ).
+            NAME:COLUMN,NAME:COLUMN where the languages' differ); parallel=N, pairs of documents, where the two languages'
+            are translations in order (default: 0, they are not).
         out: Folder for language.json, language.md and language.svg, and languages.json with --languages.
         ud: Treebanks: CoNLL-U files or folders of them, ISDT for UD_Italian-ISDT, or micro-italiano; two or more are
             crossed; default: none.
@@ -115,11 +116,11 @@ def language(
         sae_of_cache: Of a cache: its SAE; default: the one its manifest names.
         tokens: Tokens of each language.
     """
-    from sae_italian.analysis.languages import language_latents
+    from sae_italian.analysis.languages import language_latents, parallel_overlap
     from sae_italian.models.activations import check_context
     from sae_italian.saes import model_of
 
-    settings = key_values(words, MINUTES | {"context_size": 0, "text_column": "text"})
+    settings = key_values(words, MINUTES | {"context_size": 0, "text_column": "text", "parallel": 0})
     corpora = _languages(ud, languages, against)
     columns = _columns(settings["text_column"], corpora)
     loaded, cache = _sae_of(sae, sae_of_cache)
@@ -142,6 +143,10 @@ def language(
         labels += found.labels()
         value["languages"] = found.as_dict()
         parts.append(found.table())
+        if settings["parallel"]:
+            overlap = parallel_overlap(loaded, subject, corpora, n_pairs=settings["parallel"], **where)
+            value["overlap"] = plain(overlap)
+            parts.append(overlap.text())
     if cache is not None:
         parts.append(_store(cache, labels))
     return Result(value, "\n\n".join([*parts, f"results: {out}"]))

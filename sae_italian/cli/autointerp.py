@@ -14,6 +14,7 @@ from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.cli.options import Count, Model, Result, Seed, Workers, own_words
 
 TOLD = ("detection", "fuzzing", "simulation")  # the scorers that the table of a run tells of by itself
+MOSTLY = 0.8  # of the documents, from which examples count as Italian
 
 
 def autointerp(
@@ -73,6 +74,7 @@ def _explained(
     where: Workers,
 ) -> Result:
     """Explain and score by rules, and beside these with a language model where one is asked for."""
+    from sae_italian.analysis.languages import examples_in
     from sae_italian.autointerp import AutointerpConfig
     from sae_italian.autointerp.explainers.choose import EXPLAINER
     from sae_italian.autointerp.judges import RULE
@@ -97,7 +99,14 @@ def _explained(
     if settings.wants_llm:
         results["llm"], told = run_beside(cache, model, config, sae, settings, control=control)
         text += f"\n\n{told}"
-    return Result({**results, "cache": str(cache.folder)}, text)
+    languages = examples_in(cache)
+    if languages:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in languages.items())
+        fails = (
+            "" if languages.get("it", 0) >= MOSTLY else " Few are Italian: no evidence of what fires in Italian text."
+        )
+        text += f"\n\nThe examples are in: {shares}.{fails}"
+    return Result({**results, "examples_in": languages, "cache": str(cache.folder)}, text)
 
 
 def _scored(

@@ -134,9 +134,9 @@ def evaluate(
         tokens: Held-out tokens, special ones not counted.
         loss_tokens: Measure losses and KL on the first so many tokens only; default: on all.
     """
-    from sae_italian.analysis.seeds import read_seeds
     from sae_italian.base.report import shown
     from sae_italian.base.statistics import Estimate
+    from sae_italian.evaluation.card import read_seeds
 
     loaded, model, corpus = source.load(sae)
     size = {"n_tokens": tokens, "loss_tokens": loss_tokens}

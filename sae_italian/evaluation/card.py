@@ -15,6 +15,7 @@ from sae_italian.base.storage import read_json, write_json, write_text
 from sae_italian.evaluation.outliers import Outliers
 
 CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE = "card.json", "card.md", "density.svg"
+SEEDS_FILE = "seeds.json"  # which latents the other seeds of a training find (analysis/seeds.py), beside the card
 ULTRA_ACTIVE = 0.1  # of the tokens (Llama Scope, fig. 4)
 
 NUMBERS = tuple(labels("card"))  # the keys of the numbers with intervals, in the card's order
@@ -154,6 +155,12 @@ def read_card(folder: Path) -> EvaluationCard | None:
             f"{file} is not a card of this version ({type(error).__name__}: {error}). "
             f"Make it again: sae-italian evaluate {folder}"
         ) from error
+
+
+def read_seeds(folder: Path) -> dict[str, Any] | None:
+    """Return what other seeds of the training find of an SAE's latents, None where there was one seed."""
+    file = folder / SEEDS_FILE
+    return read_json(file) if file.is_file() else None
 
 
 def _estimate(values: dict[str, float | None]) -> Estimate:

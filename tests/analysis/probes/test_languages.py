@@ -1,11 +1,15 @@
 """Latents of one language: entropies known by hand, none between copies of one text, counts by hand."""
 
+import json
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.languages import Languages, entropies, language_latents, owners
+from sae_italian.analysis.languages import Languages, entropies, examples_in, language_latents, owners, parallel_overlap
 from sae_italian.base.errors import UsageError
+from sae_italian.cache import FeatureCache
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.models.activations import read_activations
 
@@ -50,3 +54,22 @@ def test_probabilities_are_shares_of_tokens_and_chance_is_below_what_is_there(to
     assert "| cifre |" in found.table()
     with pytest.raises(UsageError, match="give two languages or more"):
         language_latents(topk_sae, mini, {"it": str(jsonl)})
+
+
+def test_a_translation_shares_more_latents_than_another_text(topk_sae, mini, tmp_path):
+    """Stand-ins for translations: the same sentences with their words turned round."""
+    texts = [document.text[:200] for document in islice(iter_documents("micro-italiano", "all"), 12)]
+    for name, rows in (("a", texts), ("b", [" ".join(reversed(text.split())) for text in texts]), ("c", texts[:5])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    corpora = {name: str(tmp_path / f"{name}.jsonl") for name in "ab"}
+    found = parallel_overlap(topk_sae, mini, corpora)
+    assert found.n_pairs == 12 and found.jaccard.lo > found.chance.hi
+    same = parallel_overlap(topk_sae, mini, {"a": corpora["a"], "x": corpora["a"]})
+    assert same.jaccard.value == 1 and same.chance.value < 1 and "12 pairs" in same.text()
+    with pytest.raises(UsageError, match="a has 12 documents and c 5"):
+        parallel_overlap(topk_sae, mini, {"a": corpora["a"], "c": str(tmp_path / "c.jsonl")})
+
+
+def test_the_language_of_a_caches_examples_is_told(small_cache):
+    found = examples_in(FeatureCache.open(small_cache))
+    assert found["it"] > 0.8 and sum(found.values()) == pytest.approx(1)

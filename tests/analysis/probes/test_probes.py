@@ -189,3 +189,15 @@ def test_one_result_of_all_with_rows_for_the_store(planted, tmp_path):
 
 def texts(group):
     return [item for item in group.iter() if item.tag.endswith("text")]
+
+
+def test_labels_that_another_language_misses_are_named(planted):
+    """In the second treebank the latent of the gender is silent; the number's two latents are found in neither."""
+    words, _ = planted
+    other = dataclasses.replace(words, source="B", x=words.x * np.array([0, *[1] * 7], np.float32))
+    how = {"cfg": types.SimpleNamespace(d_in=8), "device": torch.device("cpu"), "dtype": torch.float32}
+    sae = types.SimpleNamespace(encode=lambda x: (x > 3).float(), **how)
+    found = {(item.trained, item.tested): item for item in probe(sae, [words, other]).misses()}
+    assert found["A", "B"].labels == ["Gender=Fem"] and found["A", "B"].share.value == 1
+    assert found["B", "A"].labels == []
+    assert "misses on B: 100% (" in found["A", "B"].text()
