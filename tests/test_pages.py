@@ -97,6 +97,7 @@ NOT_RUN = {
     "browse quickstart/cache --latent": "a latent of the real quickstart; tests/browser",
     "train CONFIG --processes": "starts processes; tests/training/test_launching.py",
     "train RUN --resume --processes": "the same",
+    "train mini/topk seeds=": "minutes; tests/analysis/test_seeds.py",
     "train mini/topk corpus=": "minutes; `train CONFIG` stands for it",
     "evaluate runs/mi": "the tutorials' own run; `evaluate SAE` stands for it",
     "cache build runs/mi": "the same",

@@ -106,8 +106,7 @@ def language(
         sae: An SAE's folder, release:sae_id, or a cache: then labels go into its store too.
         words: minutes=N, after which it ends with what it has (default: no bound);
             context_size=N, tokens of a window (default: as the SAE was trained); text_column=NAME (default: text;
-            NAME:COLUMN,NAME:COLUMN where the languages' differ); parallel=N, pairs of documents, where the two languages'
-            are translations in order (default: 0, they are not).
+            NAME:COLUMN,NAME:COLUMN where they differ); parallel=N, pairs of translated documents, in order (default: 0).
         out: Folder for language.json, language.md and language.svg, and languages.json with --languages.
         ud: Treebanks: CoNLL-U files or folders of them, ISDT for UD_Italian-ISDT, or micro-italiano; two or more are
             crossed; default: none.
@@ -116,7 +115,7 @@ def language(
         sae_of_cache: Of a cache: its SAE; default: the one its manifest names.
         tokens: Tokens of each language.
     """
-    from sae_italian.analysis.languages import language_latents, parallel_overlap
+    from sae_italian.analysis.languages import language_latents
     from sae_italian.models.activations import check_context
     from sae_italian.saes import model_of
 
@@ -126,8 +125,7 @@ def language(
     loaded, cache = _sae_of(sae, sae_of_cache)
     subject = model_of(loaded, model or (cache.manifest.model if cache else None))
     context = check_context(settings["context_size"] or loaded.cfg.metadata.context_size or 128, subject.config)
-    value: dict[str, Any] = {}
-    parts, labels = [], []
+    value, parts, labels = {}, [], []
     if ud:
         with one_of(2 if corpora else 1, alike=False):
             result = _probes(sae, loaded, subject, context, ud, against or [], seed)
@@ -141,15 +139,21 @@ def language(
         found = language_latents(loaded, subject, corpora, n_tokens=tokens, **where)
         found.save(out)
         labels += found.labels()
-        value["languages"] = found.as_dict()
+        value |= {"languages": found.as_dict()}
         parts.append(found.table())
         if settings["parallel"]:
-            overlap = parallel_overlap(loaded, subject, corpora, n_pairs=settings["parallel"], **where)
-            value["overlap"] = plain(overlap)
-            parts.append(overlap.text())
+            value["overlap"], told = _overlap(loaded, subject, corpora, settings["parallel"], where)
+            parts.append(told)
     if cache is not None:
         parts.append(_store(cache, labels))
     return Result(value, "\n\n".join([*parts, f"results: {out}"]))
+
+
+def _overlap(sae: Any, model: Any, corpora: dict[str, str], n: int, where: dict[str, Any]) -> tuple[Any, str]:
+    from sae_italian.analysis.languages import parallel_overlap
+
+    found = parallel_overlap(sae, model, corpora, n_pairs=n, **where)
+    return plain(found), found.text()
 
 
 def _languages(ud: list[str] | None, languages: list[str] | None, against: list[str] | None) -> dict[str, str]:
