@@ -40,6 +40,7 @@ LEAST_F1, RISE, MOST_SPLIT = 0.6, 0.03, 10  # of a dense probe; of S by one late
 LEAST_RATIO, LEAST_COSINE, LEAST_FULL = 0.4, 0.1, 0.025
 NEXT = 3  # projections outside S that are summed
 SILENT = 1e-8
+L0_ALIKE = 0.1  # relative difference up to which two SAEs are compared without a warning
 LETTERS, LEAST_LETTERS = "abcdefghilmnopqrstuvz", 15  # of Italian, accents folded; with fewer that are read, no score
 TEMPLATE = "La parola {} comincia con la lettera"
 MOST_WORDS = 3000  # spelled
@@ -88,7 +89,11 @@ class Absorption:
         first = next(iter(self.pairs))
         for sae, found in self.differences().items():
             apart = "" if found.lo > 0 or found.hi < 0 else ": not distinguishable"
-            parts.append(f"{sae} less {first}: {shown(found, '+.3f')}{apart}.")
+            ratio = self.l0[sae] / self.l0[first]
+            unequal = (
+                "" if abs(ratio - 1) <= L0_ALIKE else f" Its L0 is {ratio:.2f} times as large: compare at equal L0."
+            )
+            parts.append(f"{sae} less {first}: {shown(found, '+.3f')}{apart}.{unequal}")
         own = {sae: {(p.parent, p.child): p for p in of} for sae, of in self.pairs.items()}
         details = [
             (

@@ -50,7 +50,8 @@ def test_two_saes_are_told_apart_only_beyond_the_interval():
     apart, same = (found.differences()[name] for name in ("matryoshka", "twin"))
     assert apart.hi < 0 and same.lo < 0 < same.hi
     assert "twin less topk: +0.000" in found.table() and found.table().count("not distinguishable") == 1
-    assert "reads 3 of 21" in found.table()
+    assert "reads 3 of 21" in found.table() and "equal L0" not in found.table()
+    assert "Its L0 is 1.50 times" in Absorption(pairs, {**found.l0, "twin": 12.0}, (3, 21)).table()
 
 
 def test_the_command_on_the_mini_model(trained_sae, tmp_path, capsys):
