@@ -70,14 +70,17 @@ class Absorption:
     def means(self) -> dict[str, dict[str, Estimate]]:
         """Return by SAE the means over pairs, with their intervals."""
         names = ("fraction", "full", "latents_f1")
-        return {sae: {n: mean_interval([getattr(p, n) for p in of]) for n in names} for sae, of in self.pairs.items()}
+        return {
+            sae: {n: mean_interval(np.array([getattr(p, n) for p in of])) for n in names}
+            for sae, of in self.pairs.items()
+        }
 
     def differences(self) -> dict[str, Estimate]:
         """Return by SAE the mean difference of its fraction from the first SAE's, pair by pair."""
         (_, first), *others = self.pairs.items()
         known = [{(p.parent, p.child): p.fraction for p in of} for _, of in others]
         both = zip((name for name, _ in others), known, strict=True)
-        return {name: mean_interval([of[p.parent, p.child] - p.fraction for p in first]) for name, of in both}
+        return {name: mean_interval(np.array([of[p.parent, p.child] - p.fraction for p in first])) for name, of in both}
 
     def table(self) -> str:
         """Return Markdown: a row for each SAE, then one for each pair."""
@@ -220,7 +223,7 @@ def absorption(saes: Mapping[str, Any], model: Any, treebanks: Sequence[str], *,
         words = read_words(model, hook, treebank, [*PARENTS, *forms], context_size=context_size)
         pairs = pairs_of(words, forms)
         acts = {name: encode_words(sae, words.x) for name, sae in saes.items()}
-        l0 = {name: of.nnz / of.shape[0] for name, of in acts.items()}
+        l0 = {name: of.nnz / len(words.x) for name, of in acts.items()}
         probes = {parent: _dense(words, parent) for parent in {parent for parent, _ in pairs}}
         units = [(name, parent) for name in saes for parent in sorted(probes) if probes[parent].f1 > LEAST_F1]
         for name, parent in paced(units, treebank.name, len(units), "class"):
@@ -264,9 +267,9 @@ def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence
         own = words.labels[:, [words.names.index(child)]].toarray().ravel() > 0
         here = np.flatnonzero(own & probe.y & probe.said & ~words.train)
         fraction, full = parts(acts[here].toarray() * lengths, cosine, words.x[here] @ probe.unit, latents)
-        means = (float(each.mean()) if len(here) else float("nan") for each in (fraction, full))
+        means = [float(each.mean()) if len(here) else float("nan") for each in (fraction, full)]
         form = child.removeprefix("form=")
-        found.append(Absorbed(probe.parent, form, *means, len(here), probe.f1, latents, latents_f1))
+        found.append(Absorbed(probe.parent, form, means[0], means[1], len(here), probe.f1, latents, latents_f1))
     return found
 
 
