@@ -54,7 +54,8 @@ def test_two_saes_are_told_apart_only_beyond_the_interval():
     assert "Its L0 is 1.50 times" in Absorption(pairs, {**found.l0, "twin": 12.0}, (3, 21)).table()
 
 
-def test_the_command_on_the_mini_model(trained_sae, tmp_path, capsys):
+def test_the_command_on_the_mini_model(trained_sae, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sae_italian.benchmark.absorption.PARENTS", ("UPOS=AUX",))
     run = ["absorption", str(trained_sae), "--out", str(tmp_path / "a"), "--json"]
     assert main(run) == 0
     told = json.loads(capsys.readouterr().out)
