@@ -202,7 +202,8 @@ class GraphPage {
   fit(width, height) {
     const { columns, rows } = this.net, left = 70, bottom = 40;
     const scale = Math.min((width - left - 10) / columns.at(-1), (height - bottom - 10) / rows.at(-1), 2.2);
-    return { k: Math.max(scale, 0.05), x: left, y: height - bottom };
+    const k = Math.max(scale, 0.05); // a graph of few layers is drawn out to the height that there is
+    return { k, v: Math.min(Math.max((height - bottom - 24) / (k * rows.at(-1)), 1), 6), x: left, y: height - bottom };
   }
 
   paint() {
@@ -213,8 +214,8 @@ class GraphPage {
     this.view ??= this.fit(width, height);
     const style = getComputedStyle(this.root);
     this.colours ??= Object.fromEntries(["bg", "panel", "raised", "text", "muted", "line", "accent", "warn"].map((name) => [name, this.resolved(style.getPropertyValue("--" + name))]));
-    const pen = canvas.getContext("2d"), { k, x, y } = this.view, colours = this.colours;
-    const at = (node) => [x + k * node.x, y + k * node.y];
+    const pen = canvas.getContext("2d"), { k, v, x, y } = this.view, colours = this.colours;
+    const at = (node) => [x + k * node.x, y + k * v * node.y];
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, width, height);
     this.paintGrid(pen, width, height);
@@ -251,10 +252,10 @@ class GraphPage {
   }
 
   paintGrid(pen, width, height) {
-    const { net, colours } = this, { k, x, y } = this.view;
+    const { net, colours } = this, { k, v, x, y } = this.view;
     pen.font = "11px system-ui, sans-serif";
     net.rows.slice(0, -1).forEach((start, row) => {
-      const low = y - k * start, high = y - k * net.rows[row + 1];
+      const low = y - k * v * start, high = y - k * v * net.rows[row + 1];
       pen.fillStyle = row % 2 ? colours.panel : colours.raised;
       pen.fillRect(0, high, width, low - high);
       pen.fillStyle = colours.muted;
@@ -289,24 +290,27 @@ class GraphPage {
     }
     if (group >= 0 || node.kind === "logit") {
       pen.fillStyle = colours.text;
-      pen.fillText(group >= 0 ? this.state.groups[group][0] : node.text.trim(), x + r + 4, y + 4);
+      const atEdge = x > this.plot.clientWidth - 90;
+      pen.textAlign = atEdge ? "right" : "left";
+      pen.fillText(group >= 0 ? this.state.groups[group][0] : node.text.trim(), x + (atEdge ? -1 : 1) * (r + 4), y + 4);
+      pen.textAlign = "left";
     }
   }
 
   zoom(by, cx = this.plot.clientWidth / 2, cy = this.plot.clientHeight / 2) {
-    const { k, x, y } = this.view ?? this.fit(this.plot.clientWidth, this.plot.clientHeight);
+    const { k, v, x, y } = this.view ?? this.fit(this.plot.clientWidth, this.plot.clientHeight);
     const next = Math.min(8, Math.max(0.05, k * by));
-    this.view = { k: next, x: cx - ((cx - x) * next) / k, y: cy - ((cy - y) * next) / k };
+    this.view = { k: next, v, x: cx - ((cx - x) * next) / k, y: cy - ((cy - y) * next) / k };
     this.draw();
   }
 
   // --- mouse and keys ---
   nearest(event) {
-    const box = this.plot.getBoundingClientRect(), { k, x, y } = this.view;
+    const box = this.plot.getBoundingClientRect(), { k, v, x, y } = this.view;
     let best = null, least = 14 ** 2;
     for (const i of this.visible) {
       const node = this.net.nodes[i];
-      const far = (x + k * node.x - event.clientX + box.left) ** 2 + (y + k * node.y - event.clientY + box.top) ** 2;
+      const far = (x + k * node.x - event.clientX + box.left) ** 2 + (y + k * v * node.y - event.clientY + box.top) ** 2;
       if (far < least) [best, least] = [i, far];
     }
     return best;
