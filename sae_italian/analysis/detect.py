@@ -23,7 +23,7 @@ from sae_italian.analysis.gold import THRESHOLDS, detection_counts, firing
 from sae_italian.analysis.treebank import Words, category, encode_words
 from sae_italian.autointerp.store import Label
 from sae_italian.base.pace import paced
-from sae_italian.base.pictures import OURS, REFERENCE, svg
+from sae_italian.base.pictures import OTHERS, OURS, REFERENCE, svg
 from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import Estimate, auroc_by_document, f1_by_document, mean_interval, wilson
 
@@ -312,7 +312,7 @@ class Probes:
 
     def svg(self) -> str:
         """Return for each treebank the labels' F1 of one latent, of the largest sparse probe and of the dense probe."""
-        drawn = ((SINGLE, OURS, "o"), (f"sparse {SIZES[-1]}", "#3b5bdb", "s"), (DENSE, REFERENCE, "D"))
+        drawn = ((SINGLE, OURS, "o"), (f"sparse {SIZES[-1]}", OTHERS[0], "s"), (DENSE, REFERENCE, "D"))
         labels = {name: [label for label, _ in self.within(name, SINGLE)][::-1] for name in self.n_words}
 
         def draw(axes: Any) -> None:
@@ -326,7 +326,7 @@ class Probes:
                 axis.set_yticks(range(len(here)), here, fontsize=7)
                 axis.set(xlim=(0, 1), xlabel="F1")
                 axis.set_title(name, fontsize=10)
-            axes[0].figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, fontsize=7, loc="outside lower center")
+            axes[0].legend()
 
         return svg(draw, len(labels), (5.2 * len(labels), 1.5 + 0.17 * max(map(len, labels.values()))))
 

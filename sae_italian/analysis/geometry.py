@@ -17,11 +17,11 @@ from jaxtyping import Bool, Float
 from sae_italian.analysis.directions import EDGES, Comparison, MapMethod, Set, compare, map_of
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
-from sae_italian.base.pictures import OURS, REFERENCE, WARNING, svg
+from sae_italian.base.pictures import MARKERS, OTHERS, OURS, REFERENCE, WARNING, svg
 from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.storage import atomic_path, write_text
 
-COLOURS = (OURS, "#d17b0f", "#3b5bdb", "#a61e4d", "#5f3dc4", "#495057")
+COLOURS = (OURS, *OTHERS)
 MOST_PANELS = 6
 _HEAD = (
     "latents of | against | D | sqrt(12 ln F / D) | largest random | median cosine | (random) | neighbours | new | "
@@ -175,7 +175,7 @@ def matches_svg(comparisons: Sequence[Comparison]) -> str:
             axis.set_title(f"{item.source} → {'itself' if item.within else item.target}", fontsize=9)
             axis.set_xlabel("cosine with the nearest · coseno col più prossimo", fontsize=8)
         axes[0].set_ylabel("share of latents · quota di latenti")
-        axes[0].legend(frameon=False, fontsize=7)
+        axes[0].legend()
 
     return svg(draw, len(panels), (3.6 * len(panels), 3.4))
 
@@ -186,9 +186,12 @@ def map_svg(found: Geometry) -> str:
     def draw(axes: Any) -> None:
         style = {"s": 4, "alpha": 0.4, "linewidths": 0, "rasterized": True}
         for number, (item, places) in enumerate(zip(found.sets, found.points, strict=True)):
-            axes[0].scatter(*places.T, color=COLOURS[number % len(COLOURS)], label=item.name, **style)
-        axes[0].set(xticks=[], yticks=[])
-        axes[0].legend(frameon=False, fontsize=8, markerscale=3, loc="upper right")
+            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            axes[0].scatter(*places.T, **look, **style)
+            axes[0].scatter([], [], **look, label=item.name)  # one of full size for the legend
+        axes[0].set(xticks=[], yticks=[], xlabel="first component · prima componente")
+        axes[0].set_ylabel("second component · seconda componente")
+        axes[0].legend()
 
     return svg(draw, 1, (6.5, 6.0))
 

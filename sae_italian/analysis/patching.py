@@ -325,23 +325,23 @@ class Patching:
 
         def draw(axes: Any) -> None:
             for number, curve in enumerate(self.curves):
-                colour = f"C{number}" if number else pictures.OURS
+                colour, marker = f"C{number}", pictures.MARKERS[number % len(pictures.MARKERS)]
                 points = [point for point in curve.points if point.n_patched]
                 kl, low, high = np.array([point.kl for point in points]).reshape(-1, 3).T
                 for axis, field in zip(axes, ("n_patched", "magnitude"), strict=False):
                     x = [getattr(point, field) for point in points]
-                    axis.plot(x, kl, "o-", markersize=3, color=colour, label=curve.name)
+                    axis.plot(x, kl, marker=marker, markersize=3, color=colour, label=curve.name)
                     axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
                 label = curve.name if curve.spearman is None else f"{curve.name}: {curve.spearman:.2f}"
                 _, exact, attribution = np.reshape(curve.effects, (-1, 3)).T
-                axes[2].scatter(attribution, exact, s=10, color=colour, label=label)
+                axes[2].scatter(attribution, exact, s=10, color=colour, marker=marker, label=label)
             for axis, label in zip(axes, ("patched latents", "mean edit |x' - x|"), strict=False):
                 axis.axhline(self.curves[0].unpatched.value, color=pictures.REFERENCE, linestyle=":", linewidth=1)
                 axis.set(xlabel=label, ylabel="KL(patched || counterfactual), nats")
             axes[0].set_xscale("log")
-            axes[0].legend(frameon=False, fontsize=8)
+            axes[0].legend()
             axes[2].set(xlabel="gradient times difference, nats", ylabel="exact fall of the KL, nats")
-            axes[2].legend(frameon=False, fontsize=8, title="Spearman, all latents", title_fontsize=8)
+            axes[2].legend(title="Spearman, all latents")
 
         return pictures.svg(draw, 3, (13, 4))
 

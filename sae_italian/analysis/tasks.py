@@ -58,7 +58,7 @@ class TaskScore:
         def draw(axes: Any) -> None:
             for row, share in enumerate(self.by_kind.values()):
                 axes[0].barh(row, share.value, color=pictures.OURS, height=0.6)
-                axes[0].plot((share.lo, share.hi), (row, row), color="black", linewidth=1)
+                axes[0].plot((share.lo, share.hi), (row, row), color=pictures.INK, linewidth=1)
             axes[0].axvline(CHANCE, color=pictures.REFERENCE, linestyle=":")
             axes[0].set_yticks(range(len(self.by_kind)), list(self.by_kind))
             axes[0].invert_yaxis()

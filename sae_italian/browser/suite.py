@@ -162,7 +162,8 @@ def picture(rows: list[Row]) -> str:
                 if value is not None:
                     grid[place, layers.index(row["layer"])] = number.scale * value
                     where = layers.index(row["layer"]), place
-                    axis.text(*where, number.text(value), ha="center", va="center", fontsize=8)
+                    axis.text(*where, number.text(value), ha="center", va="center", fontsize=8, color="black")
+            axis.set_facecolor("#fefefe")  # no house colour: the cells stay light in the dark
             axis.imshow(grid, aspect="auto", alpha=0.6, cmap="YlGn" if number.good >= 0 else "YlOrBr")
             axis.set_title(label(f"suite.{number.key}"), fontsize=9)
             axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])

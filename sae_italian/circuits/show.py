@@ -121,7 +121,7 @@ def svg(graph: Graph, labels: Labels | None = None, most: int = 60) -> str:
     ]
     chosen = [*order, *np.flatnonzero(graph.of_kind("logit")).tolist()]
     place = _places([graph.nodes[i] for i in chosen], chosen, len(graph.tokens))
-    colours = {"latent": pictures.OURS, "logit": "black"}
+    colours = {"latent": pictures.OURS, "logit": pictures.INK}
 
     def draw(axes: Any) -> None:
         axis = axes[0]

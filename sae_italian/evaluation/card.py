@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sae_italian.base.errors import DataError
 from sae_italian.base.labels import Language, filled, label, labels
-from sae_italian.base.pictures import OURS, WARNING, svg
+from sae_italian.base.pictures import INK, OURS, WARNING, svg
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import NOTHING, Estimate
 from sae_italian.base.storage import read_json, write_json, write_text
@@ -185,17 +185,16 @@ def density_svg(card: EvaluationCard) -> str:
         below = [max(0.0, 100 * (bin.share.value - bin.share.lo)) for bin in bins]
         above = [max(0.0, 100 * (bin.share.hi - bin.share.value)) for bin in bins]
         axis.bar(middle, share, width=[bin.hi - bin.lo for bin in bins], color=OURS, alpha=0.8)
-        axis.errorbar(middle, share, yerr=(below, above), fmt="none", ecolor="#222222", elinewidth=0.8)
-        axis.axvline(-1, color=WARNING, linewidth=1, linestyle="--")
+        axis.errorbar(middle, share, yerr=(below, above), fmt="none", ecolor=INK, elinewidth=0.8)
+        label = "ultra-active from here · ultra-attivi da qui"
+        axis.axvline(-1, color=WARNING, linewidth=1, linestyle="--", label=label)
+        axis.legend()
         axis.set_xlim(bins[0].lo, bins[-1].hi)
-        axis.set_xlabel(
-            "log10 of the share of tokens on which a latent fires · quota di token in cui un latente è attivo"
-        )
+        axis.set_xlabel("share of tokens on which a latent fires, log10 · quota di token in cui è attivo, log10")
         axis.set_ylabel("% of latents · % dei latenti")
+        dead, active = 100 * card.dead.value, 100 * card.ultra_active.value
         axis.set_title(
-            f"dead · morti {100 * card.dead.value:.1f} %   ultra-active · ultra-attivi {100 * card.ultra_active.value:.1f} %"
-            f"   ({card.n_tokens:,} tokens)",
-            fontsize=10,
+            f"{card.n_tokens:,} tokens: {dead:.1f} % dead (morti), {active:.1f} % ultra-active (ultra-attivi)"
         )
 
     return svg(draw, 1, (7.5, 3.6))

@@ -27,7 +27,7 @@ th, td { text-align: left; padding: 0.25rem 0.7rem; border-bottom: 1px solid #e3
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
 @media (prefers-color-scheme: dark) {
   body { background: #16191d; color: #e6e8eb; } .it { color: #aab2bc; } .skipped { color: #e0a458; }
-  h2, th, td { border-color: #353b43; } figure { background: #fff; padding: 0.5rem; }
+  h2, th, td { border-color: #353b43; }
 }
 """
 

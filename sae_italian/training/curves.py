@@ -101,7 +101,9 @@ def look_at_training(folder: Path) -> tuple[list[Finding], str]:
     done = "finished" if (folder / WEIGHTS).is_file() else f"{100 * curve.share[-1]:.0f} % done"
     beside = f"beside a healthy run of {recipe}" if healthy else "no curve of this recipe is recorded"
     checks = [Finding("training", "pass", f"{done}; {beside}"), *_checks(curve, healthy, spec)]
-    return checks, _picture(curve, healthy, f"healthy · sano ({recipe})", folder.name)
+    return checks, _picture(
+        curve, healthy, f"tolerated around a healthy run · tollerato attorno a una prova sana ({recipe})", folder.name
+    )
 
 
 def _checks(curve: Curve, healthy: Curve | None, spec: dict[str, Any]) -> Iterator[Finding]:
@@ -158,8 +160,7 @@ def _picture(curve: Curve, healthy: Curve | None, label: str, name: str) -> str:
                 axis.fill_between(healthy.share, low, high, color=REFERENCE, alpha=0.35, linewidth=0, label=label)
             axis.plot(curve.share, curve.values[metric], color=OURS, linewidth=1.5, label=name)
             axis.set_title(words, fontsize=10)
-            axis.set_xlabel("share of the training · quota dell’addestramento", fontsize=8)
-        axes[0].legend(frameon=False, fontsize=8)
-        axes[0].figure.suptitle(name, fontsize=10)
+            axis.set_xlabel("share of the training\nquota dell’addestramento")
+        axes[0].legend()
 
     return svg(draw, len(TITLES), (3.4 * len(TITLES), 3.2))
