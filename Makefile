@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart bench test test-slow real test-real test-hub check docs install clean
+.PHONY: quickstart bench test test-slow real test-real test-hub check wheel canary docs install clean
 
 quickstart: install  ## train, cache, explain, score, report: the whole way on the embedded model
 	HF_HUB_OFFLINE=1 $(BIN)/sae-italian quickstart --out quickstart --resume
@@ -35,6 +35,28 @@ test-real: install  ## the tests on that model
 test-hub: install  ## the tests on published models, SAEs and corpora, where the Hugging Face hub is reachable
 	@if $(BIN)/python -m tests.test_hub; then HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -m hub; fi
 
+# What users get: the wheel and the sdist, and the whole way from the wheel, in a folder that knows nothing of this one.
+WHEEL_WAY := training_tokens=65_536 card_tokens=2000 --tokens 16000 --n-latents 24
+wheel: install  ## build wheel and sdist into dist/, run the quickstart from the wheel outside the checkout
+	rm -rf dist
+	$(BIN)/hatchling build
+	outside=$$(mktemp -d) && trap "rm -rf $$outside" EXIT && \
+	$(BIN)/python -m pip install --quiet --no-deps --target $$outside/site dist/*.whl && \
+	cd $$outside && PYTHONPATH=$$outside/site HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	$(CURDIR)/$(BIN)/python -m sae_italian.cli quickstart mini/topk $(WHEEL_WAY)
+
+# Newer than constraints.txt, and beside it: TransformerLens 4 is what SAELens' own pin (<4) forbids, so it comes last and alone.
+CANARY := .canary
+canary:  ## the default tests on the newest torch, transformers, SAELens and TransformerLens; says what fails and why
+	$(PYTHON) -m venv $(CANARY)
+	$(CANARY)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	$(CANARY)/bin/python -m pip install --quiet --upgrade torch transformers sae-lens
+	$(CANARY)/bin/python -m pip install --quiet --upgrade --no-deps --pre "transformer-lens>=4.0.0a0" || true
+	-$(CANARY)/bin/python -m pip check
+	$(CANARY)/bin/python -m pip freeze | grep -iE "^(torch|transformers|sae-lens|transformer-lens)=="
+	OMP_NUM_THREADS=1 $(CANARY)/bin/python -m pytest -n auto --dist loadfile -m "not slow and not real and not hub" \
+	-q --tb=line -rfE
+
 check: install  ## formatter, linter, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -53,4 +75,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist quickstart runs site
+	rm -rf $(VENV) $(CANARY) build dist quickstart runs site
