@@ -75,7 +75,7 @@ def two(spec, tmp_path_factory) -> Path:
 # --- the same whatever their number -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_gives_the_full_batch_in_float64(exact, alone, tmp_path, n):
     """512 rows a batch: three processes have 171, 171 and 170. Metrics and frequencies are those of the whole batch too."""
     assert together(n, train, exact, tmp_path / "sae") == [tmp_path / "sae"] * n
