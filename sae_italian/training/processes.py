@@ -307,6 +307,10 @@ def check_joint(spec: RunSpec, world: int) -> None:
         raise UsageError(
             f"seeds is {spec.seeds}; several processes train one seed. Use one process, or leave seeds out."
         )
+    if spec.device.startswith("mps"):
+        raise UsageError(
+            "device is mps, which one process alone can train on. Leave --processes out, or use cpu or cuda."
+        )
     if spec.train_batch_size_tokens < world:
         raise UsageError(
             f"{world} processes share a batch of {spec.train_batch_size_tokens} tokens, less than one each. "

@@ -357,6 +357,8 @@ def test_what_several_processes_cannot_train_is_refused_by_name(spec, tmp_path, 
     monkeypatch.setenv("WORLD_SIZE", "600")
     with pytest.raises(UsageError, match="600 processes share a batch of 512 tokens, less than one each"):
         train(spec, tmp_path / "sae")
+    with pytest.raises(UsageError, match="device is mps, which one process alone"):
+        room.check_joint(spec.model_copy(update={"device": "mps"}), 2)
     monkeypatch.setitem(KNOWN, "mine", KNOWN["sparse_topk"])
     mine = spec.model_copy(update={"sae": {**spec.sae, "architecture": "mine"}})
     with pytest.raises(UsageError, match="'mine' is not known to train alike in several processes.*sparse_topk"):
