@@ -109,6 +109,8 @@ NOT_RUN = {
     "benchmark SAE [SAE": "`benchmark SAE` stands for it",
     "benchmark SAE SAE": "needs treebanks; tests/benchmark",
     "benchmark SAE --out DIR --ud": "needs treebanks; tests/benchmark",
+    "benchmark SAE --out bench --preset full": "needs treebanks and corpora; tests/benchmark",
+    "benchmark SAE --sets hub": "needs the hub; tests/benchmark/test_hub_sets.py",
     "benchmark --out": "needs results of another command; tests/benchmark/test_run.py",
     "graph": "needs transcoders of every layer; tests/circuits",
     "saes doctor runs/tc": "the same",

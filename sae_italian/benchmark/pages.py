@@ -19,6 +19,7 @@ from sae_italian.benchmark.board import COLUMNS, Entry, compare, ranks, read_ent
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}
 div{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left}
 th[role]{cursor:pointer}@media(prefers-color-scheme:dark){body{background:#16191d;color:#e6e8eb}}"""
+SIZE = {"texts": 0, "tokens": 0, "tokens_per_word": 2}  # digits
 # A click on a column's head sorts by its first number, the largest first.
 SORT = """document.querySelectorAll('th').forEach((h,i)=>{h.setAttribute('role','button');h.onclick=()=>{
 const t=h.closest('table'),n=[...h.parentNode.children].indexOf(h),v=r=>parseFloat(r.children[n].textContent)||-9;
@@ -139,7 +140,8 @@ def _facts(entry: Entry) -> dict[str, Any]:
 
 def _notes(told: Mapping[str, Any]) -> Iterator[str]:
     for hook, size in told["hooks"].items():
-        yield both("size", hook=hook, **{key: f"{size[key]:,.4g}" for key in ("texts", "tokens", "tokens_per_word")})
+        numbers = {key: f"{size[key]:,.{digits}f}" for key, digits in SIZE.items()}
+        yield both("size", hook=hook, **numbers)
     if told["n_copies"]:
         yield both("copies", n=told["n_copies"])
     beyond = (why for size in told["hooks"].values() for why in size["refused"])

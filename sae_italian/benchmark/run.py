@@ -46,7 +46,7 @@ from sae_italian.benchmark.tasks import (
     n_balanced,
     shortage,
 )
-from sae_italian.benchmark.vectors import LAST_OF, MEAN_OF, Pooling, model_identity, read_texts
+from sae_italian.benchmark.vectors import LAST_OF, MEAN_OF, Activations, Pooling, model_identity, read_texts
 from sae_italian.saes import check_fits, hooks_of, weights_hash
 from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
 
@@ -216,10 +216,16 @@ def _drawn(problem: Problem, pooling: Pooling, found: Sides) -> Drawn:
     return Drawn((rows[0], rows[1]), (answers[0], answers[1]), (sides[0], sides[1]))
 
 
-def _bench(
-    folder: Path, model: Any, hook_name: str, planned: Plan, most: tuple[int, int], n_seeds: int, n_permuted: int
+def set_up(
+    folder: Path,
+    acts: Activations,
+    embeddings: Float[np.ndarray, "vocabulary d"],
+    planned: Plan,
+    most: tuple[int, int] = (TRAIN, TEST),
+    n_seeds: int = 5,
+    n_permuted: int = 20,
 ) -> Bench:
-    acts = read_texts(model, hook_name, planned.texts, folder / "activations")
+    """Return the bench of one hook, whose activations may be a model's or planted ones."""
     raw = {p.name: [draw(p.items, seed, most=most) for seed in range(n_seeds)] for p in planned.problems}
     points = []
     for problem in planned.problems:
@@ -236,7 +242,6 @@ def _bench(
             continue
         draws[problem.name] = found
         problems.append(problem)
-    embeddings = model.get_input_embeddings().weight.detach().float().cpu().numpy()
     return Bench(folder, Plan(problems, planned.texts, refused), pooling, draws, n_seeds, n_permuted, embeddings)
 
 
@@ -290,19 +295,22 @@ def benchmark(
         raise UsageError(f"no task can be run: {'; '.join(planned.refused[:3]) or 'none was asked for'}.")
     sources = {name: fingerprint([p.text for p in some]) for name, some in material.passages.items()}
     spec = {**model_identity(model), "tasks": [t.id for t in tasks], "seeds": n_seeds, "most": most, "sources": sources}
+    table = model.get_input_embeddings().weight.detach().float().cpu().numpy()
     with claimed(out, KIND, spec, **folder):
         earlier = read_json(out / SETTINGS) if (out / SETTINGS).is_file() else {}
         told: dict[str, Any] = {key: earlier.get(key, {}) for key in ("hooks", "saes")}
         for hook in dict.fromkeys(hooks.values()):
             mine = {name: sae for name, sae in saes.items() if hooks[name] == hook}
             with one_of(len(set(hooks.values()))):
-                bench = _bench(out / hook, model, hook, planned, most, n_seeds, 5 if quick else 20)
+                acts = read_texts(model, hook, planned.texts, out / hook / "activations")
+                bench = set_up(out / hook, acts, table, planned, most, n_seeds, 5 if quick else 20)
                 facts = _scored(bench, mine, baselines)
             told["hooks"][hook] = _size(bench)
             told["saes"] |= {name: {**one, "hook": hook} for name, one in facts.items()}
         for name, sae in saes.items():
             told["saes"][name]["seen"] = contamination(sae, material)
         told["tasks"] = {t.id: t.model_dump(include={"en", "it", "family", "form"}) for t in tasks}
+        told["corpora"] = material.corpora
         value = {**spec, **told, "n_copies": material.n_copies, "refused": planned.refused}
         write_json(out / SETTINGS, value)
     return value

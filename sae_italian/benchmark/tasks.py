@@ -45,6 +45,7 @@ class ProbingTask(BaseModel):
     poolings: tuple[str, ...] = ()
     quick: bool = False
     form: bool = False
+    least: int = LEAST
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -187,10 +188,8 @@ def shortage(task: ProbingTask, items: Sequence[Item]) -> str:
     """Return why a task cannot be run, empty where it can: `14 in test, 20 needed`."""
     for test in (False, True):
         n = n_balanced([item for item in items if item.test == test])
-        if n < LEAST:
-            return (
-                f"{task.id} ({task.en}): {n} balanced examples a class in {'test' if test else 'train'}, {LEAST} needed"
-            )
+        if n < task.least:
+            return f"{task.id} ({task.en}): {n} balanced examples a class in {'test' if test else 'train'}, {task.least} needed"
     return ""
 
 

@@ -22,6 +22,7 @@ def benchmark(
     *saes: str,
     out: Path,
     preset: Literal["quick", "full"] = "quick",
+    sets: Literal["offline", "hub"] = "offline",
     ud: Annotated[list[str] | None, Many] = None,
     texts: Annotated[list[str] | None, Many] = None,
     model: Model = None,
@@ -39,6 +40,7 @@ def benchmark(
             baselines=pca,identity,random, fitted at the SAEs' hook (default: none); wandb=PROJECT (default: none).
         out: Folder for benchmark.md, .html, .json and saebench/; a further SAE joins it with --resume.
         preset: quick: 12 tasks where form does not give the answer, those that need --ud among them; full: all tasks.
+        sets: Tasks that need no network, or those of 16 Italian sets of the hub.
         ud: Treebanks: CoNLL-U files or folders of them, or ISDT for the folder UD_Italian-ISDT; default: none.
         texts: Corpora of different genres as NAME=CORPUS, two or more; default: none.
     """
@@ -51,7 +53,8 @@ def benchmark(
         boards = pages.leaderboard(out)
         text = "\n\n".join(board.markdown() for board in boards)
         return Result([plain(board) for board in boards], f"{text}\n\nleaderboard: {out / 'leaderboard.html'}")
-    told = _run(short_names(names), out, preset, ud or [], named("--texts", texts), model, seed, folder, settings)
+    where = (ud or [], named("--texts", texts), seed) if sets == "offline" else None
+    told = _run(short_names(names), out, preset, where, model, folder, settings)
     entries = read_entries(out)
     board = pages.write(out, entries, told)
     sent = [pages.send_to_wandb(entries, settings["wandb"], out)] if settings["wandb"] else []
@@ -63,14 +66,13 @@ def _run(
     names: dict[str, str],
     out: Path,
     preset: str,
-    ud: list[str],
-    texts: dict[str, str],
+    where: tuple[list[str], dict[str, str], int] | None,
     model: str | None,
-    seed: int,
     folder: Folder,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     import sae_italian
+    from sae_italian.benchmark.hub import gather_hub, hub_tasks
     from sae_italian.benchmark.material import gather
     from sae_italian.benchmark.run import benchmark as run
     from sae_italian.benchmark.tasks import all_tasks, chosen
@@ -78,14 +80,17 @@ def _run(
 
     if settings["seeds"] < 1:
         raise UsageError(f"seeds is {settings['seeds']}; 1 or more was expected.")
-    tasks = chosen(all_tasks({"genre": texts}), preset, settings["tasks"])
-    material = gather(ud, texts, seed, {task.source for task in tasks})
+    known = all_tasks({"genre": where[1]}) if where else hub_tasks()
+    tasks = chosen(known, preset if where else "full", settings["tasks"])
+    sources = list(dict.fromkeys(task.source for task in tasks))
+    material, failed = (gather(*where, sources), []) if where else gather_hub(sources)
     saes = {name: sae_italian.load_sae(given) for name, given in names.items()}
     subject = model_of(next(iter(saes.values())), model)
     kinds = [kind for kind in settings["baselines"].split(",") if kind]
-    how: dict[str, Any] = {"quick": preset == "quick" and not settings["tasks"], "n_seeds": settings["seeds"]}
+    how: dict[str, Any] = {"quick": preset == "quick", "n_seeds": settings["seeds"]}
     how |= {"resume": folder.resume, "overwrite": folder.overwrite}
-    return run(saes, subject, material, tasks, out, baselines=_baselines(kinds) if kinds else None, **how)
+    told = run(saes, subject, material, tasks, out, baselines=_baselines(kinds) if kinds else None, **how)
+    return told | {"refused": [*told["refused"], *failed]}
 
 
 def _baselines(kinds: list[str]) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, saebench
 from sae_italian.benchmark.board import ranks, training_noise
-from sae_italian.benchmark.pages import leaderboard, write
+from sae_italian.benchmark.pages import leaderboard, send_to_wandb, write
 from sae_italian.benchmark.run import contamination
 from sae_italian.benchmark.tasks import chosen
 from sae_italian.benchmark.vectors import LAST_OF, MEAN_OF, Activations, Pooling
@@ -143,6 +143,26 @@ def test_the_report_says_what_it_can_tell_apart_and_saebench_reads_it(scored):
     assert written["sae_metrics_by_k"]["16"]["test_auc"] == pytest.approx(
         np.mean([d["sae_metrics_by_k"]["16"]["test_auc"] for d in written["eval_result_details"]])
     )
+
+
+def test_wandb_gets_two_tables(scored, tmp_path, monkeypatch):
+    """Offline, without a login, as everywhere."""
+    logged = {}
+
+    class Run:
+        offline = True
+
+        def log(self, tables):
+            logged.update(tables)
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr("wandb.login", lambda **_: False)
+    monkeypatch.setattr("wandb.init", lambda **given: logged.update(mode=given["mode"]) or Run())
+    assert send_to_wandb(read_entries(scored[0]), "prova", tmp_path) == "W&B project prova"
+    assert logged["mode"] == "offline" and len(logged["benchmark/saes"].data) == 2
+    assert len(logged["benchmark/problems"].data) == 8 and "selectivity" in logged["benchmark/saes"].columns
 
 
 def test_a_leaderboard_of_a_folder_keeps_other_examples_apart(scored, tmp_path):
