@@ -110,6 +110,7 @@ NOT_RUN = {
     "benchmark SAE SAE": "needs treebanks; tests/benchmark",
     "benchmark SAE --out DIR --ud": "needs treebanks; tests/benchmark",
     "benchmark SAE --out bench --preset full": "needs treebanks and corpora; tests/benchmark",
+    "benchmark topk batchtopk": "needs treebanks and five SAEs; tests/benchmark",
     "benchmark SAE --sets hub": "needs the hub; tests/benchmark/test_hub_sets.py",
     "benchmark --out": "needs results of another command; tests/benchmark/test_run.py",
     "graph": "needs transcoders of every layer; tests/circuits",
