@@ -14,9 +14,9 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 35_513,  # 21_500
-    "statements": 23_153,  # 13_500
-    "files": 189,  # 150
+    "lines": 35_680,  # 21_500
+    "statements": 23_277,  # 13_500
+    "files": 190,  # 150
     "files under 60 lines": 15,
     "function median": 10,
     "function p90": 30,
@@ -39,10 +39,10 @@ ROOM_LINES = {
     "autointerp": 6_327,  # 3_900
     "analysis": 3_430,  # 2_500
     "circuits": 1_759,
-    "benchmark": 2_236,  # 1_200  # choosing k, seeds and absorption with it
+    "benchmark": 2_398,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_563,  # 1_400
     "browser": 3_184,  # 2_650
-    "cli": 2_733,  # 1_400  # quickstart with it
+    "cli": 2_738,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 
