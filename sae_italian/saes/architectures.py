@@ -131,7 +131,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         return TrainStepOutput(
             sae_in=target,
             sae_out=out,
-            feature_acts=_sparse_acts(acts, indices, self.cfg.d_sae),
+            feature_acts=sparse_acts(acts, indices, self.cfg.d_sae),
             hidden_pre=values,
             loss=sum(losses.values(), start=out.new_zeros(())),
             losses=losses,
@@ -180,7 +180,7 @@ def latents_first(W_enc: Tensor) -> Tensor:
     return W_enc.T.contiguous().T
 
 
-def _sparse_acts(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+def sparse_acts(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
     """Return the activations [batch, d_sae] as a sparse tensor."""
     batch, k = indices.shape
     tokens = torch.arange(batch, device=indices.device).repeat_interleave(k)

@@ -2,6 +2,7 @@
 
 from sae_italian.training.config import RunSpec, load_spec, read_values, recipes, spec_from_dict
 from sae_italian.training.run import read_run, train, train_suite
+from sae_italian.training.shards import sharded, whole
 from sae_italian.training.stream import ActivationStream
 from sae_italian.training.suite import SuiteSpec, load_suite, suite_from_dict
 from sae_italian.training.text import load_config
@@ -16,8 +17,10 @@ __all__ = [
     "read_run",
     "read_values",
     "recipes",
+    "sharded",
     "spec_from_dict",
     "suite_from_dict",
     "train",
     "train_suite",
+    "whole",
 ]

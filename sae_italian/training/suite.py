@@ -24,6 +24,7 @@ from sae_italian.models.activations import read_many
 from sae_italian.models.hooks import SITES, Site, parse_hook_name
 from sae_italian.models.loading import device_of, weights_are_here
 from sae_italian.training.config import RunSpec, first_refusal, read_values, spec_from_dict
+from sae_italian.training.shards import traffic
 from sae_italian.training.text import WindowBlocks, check_length, training_documents
 
 # The architecture that trains a transcoder as `sae.architecture` trains an SAE.
@@ -32,6 +33,7 @@ GB = 1e9
 COPIES = 4  # of the weights: themselves, the gradient, Adam's two averages
 FLOAT = 4  # bytes; SAEs train in float32
 SPARSE = ("sparse_topk", "topk_transcoder")
+DEVICE_GB = (24, 80)  # of the devices a dry run plans for
 LOOKED_AT = 2048  # tokens whose activations a dry run reads
 # [batch, d_sae] matrices that are alive at once: pre-activations, activations, and their gradients and masks.
 DENSE_MATRICES, SPARSE_MATRICES = 6, 1
@@ -161,6 +163,28 @@ def memory_of(specs: Sequence[RunSpec]) -> dict[str, float]:
     }
 
 
+def layout_on(device_gb: float, spec: RunSpec, memory: dict[str, float]) -> dict[str, Any]:
+    """Return how one SAE is trained on several devices of that size: replicas, or its latents sharded over so many.
+
+    A replica takes all of `memory` on each device, whatever their number; sharded latents (`shards.py`) take their part of
+    `saes` and `step`, and all of the rest.
+    """
+    sae, total = spec.sae_config(), sum(memory.values())
+    shared = memory["saes_gb"] + memory["step_gb"]
+    if total <= device_gb:
+        found = {"layout": "replicas", "devices": 1, "memory_gb": total, "megabytes_a_step": 0.0}
+        return found | {"device_gb": device_gb, "text": f"devices of {device_gb} GB: replicas, {total:.2f} GB on each"}
+    parts = ((2**i, total - shared + shared / 2**i) for i in range(1, 9) if sae.d_sae % 2**i == 0)
+    n, part = next(((n, part) for n, part in parts if part <= device_gb), (0, total))
+    if not n or spec.sae["architecture"] != "sparse_topk":
+        why = "too large even sharded" if not n else "too large, and only sparse_topk can be sharded"
+        return {"layout": None, "device_gb": device_gb, "text": f"devices of {device_gb} GB: {why}"}
+    sent = sum(traffic(spec.train_batch_size_tokens, sae.d_in, sae.k, n, dead=True).values()) / 1e6
+    text = f"devices of {device_gb} GB: latents sharded over {n}, {part:.2f} GB and {sent:.0f} MB a step on each"
+    found = {"layout": "sharded", "devices": n, "memory_gb": part, "megabytes_a_step": sent}
+    return found | {"device_gb": device_gb, "text": text}
+
+
 def _memory_text(memory: dict[str, float]) -> str:
     """Return `1.25 GB (saes 0.50, step 0.25, ...)`."""
     parts = ", ".join(f"{name.removesuffix('_gb')} {value:.2f}" for name, value in memory.items())
@@ -188,8 +212,10 @@ def plan(groups: Sequence[Mapping[str, RunSpec]], limit_gb: float | None = None)
     for number, group in enumerate(groups):
         memory = memory_of(list(group.values()))
         total = {"memory": memory, "memory_gb": sum(memory.values())}
+        total["devices"] = [layout_on(size, spec, memory) for size in DEVICE_GB for spec in [*group.values()][:1]]
         rows.append({"names": list(group), "tokens": n_tokens, **total})
         lines += [f"group {number}: SAEs {len(group)}, memory {_memory_text(memory)}", f"  {' '.join(group)}"]
+    lines += [device["text"] for row in rows for device in row["devices"]] if len(rows) == 1 and len(group) == 1 else []
     limit = "" if limit_gb is None else f" of {limit_gb:g} GB given"
     largest = max(row["memory_gb"] for row in rows)
     lines.append(f"SAEs {sum(map(len, groups))}, groups {len(groups)}; largest group {largest:.2f} GB{limit}")

@@ -1,6 +1,6 @@
 """Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
 
-python -m tests.bench training|start|corpora|cache|autointerp|browser|circuits|mutants|processes|titles --help
+python -m tests.bench training|gpu|start|corpora|cache|autointerp|browser|circuits|mutants|processes|titles --help
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--l0", type=int, default=32, help="latents of a layer that are active at a token")
     sub.add_argument("--max-nodes", type=int, default=4096)
     sub.add_argument("--batch", type=int, default=16)
+    sub = add("gpu", _bench_gpu, "all that waits for a GPU, in under nine minutes")
+    sub.add_argument("words", nargs="*", help="device=cuda|cpu small=true minutes=8 out=gpu-bench.json")
     sub = add("mutants", _bench_mutants, "how many seeded mutants of a room its tests kill (needs mutmut)")
     sub.add_argument("room", help="statistics, scorers, cache or training")
     sub.add_argument("--n", type=int, default=200, help="mutants, drawn at random")
@@ -177,6 +179,12 @@ def _bench_circuits(options: argparse.Namespace) -> Result:
     from tests.bench.circuits import bench_circuits
 
     return bench_circuits(options)
+
+
+def _bench_gpu(options: argparse.Namespace) -> Result:
+    from tests.bench.gpu import bench_gpu
+
+    return bench_gpu(options.words)
 
 
 def _bench_mutants(options: argparse.Namespace) -> Result:
