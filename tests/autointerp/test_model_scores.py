@@ -10,11 +10,12 @@ import torch
 from sae_italian.autointerp.examples import promoted_tokens
 from sae_italian.autointerp.run import N_SEGMENTS, score_with_models
 from sae_italian.autointerp.scorers.embedding import EncoderJudge
-from sae_italian.autointerp.scorers.subject import SubjectJudge, adding, strength_of, written_after
+from sae_italian.autointerp.scorers.subject import SubjectJudge, adding, strength_of, subject_judge, written_after
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.summary import means, means_table
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import logits_with_replacement
+from sae_italian.saes import load_sae
 from tests.autointerp.conftest import N_TOKENS, scores_of
 from tests.autointerp.test_scorers import Copier
 from tests.test_cli import run
@@ -101,6 +102,14 @@ def test_a_direction_of_the_real_model_makes_it_write_the_word(mini, planted):
         assert shares[0] > 0.35 and shares[1] < 0.2
 
 
+def test_an_intervention_says_how_strong_it_was(scored):
+    with Store(scored, {}) as opened:
+        (latent, *_) = opened.scored("quotes", "subject")
+        rows = [row for row in scores_of(opened, latent) if (row["scorer"], row["control"]) == ("intervention", "")]
+    found = {row["metric"]: row["value"] for row in rows}
+    assert set(found) == {"log_probability_gain", "strength", "divergence"} and found["strength"] > 0
+
+
 def test_what_does_not_fit_the_context_fails_and_is_no_end(planted, mini, store, tmp_path):
     path = shutil.copy(store, tmp_path / "store")
     judge = SubjectJudge(Copier(len(mini.tokenizer)), mini.tokenizer, context=20)
@@ -112,6 +121,15 @@ def test_what_does_not_fit_the_context_fails_and_is_no_end(planted, mini, store,
     summary = means(path, "rules", ["subject"])
     assert summary[0]["n_failed"] == 2 and all((row["n"], row["value"]) == (0, None) for row in summary)
     assert "| - | - | - | - | 0 (2 could not be scored) |" in means_table(summary)
+
+
+def test_the_subject_is_the_caches_model_with_its_whole_window_and_its_saes_directions(planted, mini):
+    judge = subject_judge(planted, mini)
+    assert judge.context == mini.config.max_position_embeddings
+    assert torch.equal(judge.directions, load_sae(planted.manifest.sae).W_dec)
+    tokens = torch.tensor([[mini.tokenizer.bos_token_id, 40, 41]])
+    with torch.no_grad():
+        assert torch.equal(judge.forward(tokens), mini(tokens).logits)
 
 
 def test_scores_of_a_cache_rebuilt_since_or_of_nobody_are_refused(planted, mini, store, tmp_path):

@@ -1,6 +1,7 @@
 """Scorers by hand: metrics, known judges, simulation, embedding, and the subject model's own scores."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -92,6 +93,14 @@ def test_failed_answers_are_left_out_and_counted(source):
     score = scores(detection, Says(said), test=examples)[0]
     assert score.metrics["balanced_accuracy"].value == 1.0 and score.n_failed > 0
     assert "auroc" not in score.metrics
+
+
+def test_where_nobody_answered_there_is_no_number_and_no_warning():
+    none = np.full(8, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = binary_metrics(answers([-1] * 8, [-1] * 8, none, none))
+    assert len(metrics) == 6 and all(math.isnan(estimate.value) for estimate in metrics.values())
 
 
 def test_the_interval_grows_when_windows_share_documents():
