@@ -3,8 +3,8 @@
 The proxy of Chanin and Garriga-Alonso (Sparse but wrong, arXiv 2508.16560; `nth_decoder_projection.py` of their code):
 s_N is the (N B)-th largest entry of (x - b_dec) W_dec^T over B tokens, decoder rows of length 1. Correct latents project
 little on tokens that lack them; too small a k mixes correlated features into one row, too large a k gives rows that are
-nothing, and both raise s_N: its minimum over k is taken for the true L0. N is an eighth, a quarter and half of the
-dictionary; where their minima do not agree, or lie at an end of the grid, there is no recommendation.
+nothing, and both raise s_N: its minimum over k is taken for the true L0. N is an eighth and a quarter of the dictionary, half
+of it is shown; where the two minima do not agree, or lie at an end of the grid, there is no recommendation.
 
 Shapes: x [tokens, d_in], W_dec [d_sae, d_in].
 """
@@ -39,6 +39,7 @@ from sae_italian.training.run import check_run, train_members
 
 GRID = (8, 16, 32, 64, 128)
 SHARES = {"d/8": 8, "d/4": 4, "d/2": 2}  # N of the proxy, by what the dictionary's width is divided by
+DECIDING = ("d/8", "d/4")  # N under d/2, as their notebook has it: half of all projections are noise about 0
 BATCH_ELEMENTS = 2**22  # projections of one batch: 4,096 tokens of 1,024 latents
 PROBED = 150  # documents of MicroItaliano whose words the probes read, half of them in training
 PROBES = ("sparse 1", "sparse 20")  # of analysis/detect: logistic on one latent, and on twenty
@@ -147,7 +148,7 @@ def recommend(trials: Sequence[Trial], n_tokens: int) -> Choice:
     grid, found = list(groups), {}
     if len(grid) < 3:
         raise UsageError(f"the grid has {len(grid)} values of k; at least 3 are needed. Give --grid 8,16,32.")
-    for name in SHARES:
+    for name in DECIDING:
         values = [[t.projections[name] for t in some] for some in groups.values()]
         found[name] = (
             np.mean(values, axis=1),
