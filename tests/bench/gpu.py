@@ -159,7 +159,7 @@ def _sparsify(shape: Shape, x: Tensor) -> Callable[[], Any]:
         adam.step()
         adam.zero_grad()
         with torch.no_grad():
-            coder.W_dec /= coder.W_dec.norm(dim=-1, keepdim=True)
+            coder.W_dec /= coder.W_dec.norm(dim=-1, keepdim=True)  # pyright: ignore[reportAttributeAccessIssue]
 
     return step
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from sae_lens import LoggingConfig, SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 
 from sae_italian.saes.sparse import tune
-from sae_italian.training.shards import ShardedTopK, sharded, whole
+from sae_italian.training.shards import sharded, whole
 
 D_IN, D_SAE, K, BATCH, STEPS = 16, 128, 4, 64, 10
 
@@ -56,12 +57,12 @@ def counted(sent):
 
 
 def run(rank, world, case, out):
-    sae, dtype = sae_of(case), getattr(torch, case["dtype"])
+    sae: Any = sae_of(case)
+    dtype = getattr(torch, case["dtype"])
     if world:
-        store = dist.FileStore(str(out) + ".store", world)
+        store = dist.FileStore(str(out) + ".store", world)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         sae = sharded(sae)
-        assert isinstance(sae, ShardedTopK)
     trainer, sent, losses, dead = trainer_of(sae), {"gather": 0, "add": 0, "small": 0}, [], []
     if world:
         counted(sent)
