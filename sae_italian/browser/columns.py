@@ -77,6 +77,7 @@ COLUMNS: dict[str, Column] = {
     "density": Column(lambda s, i: float(s.stats["density"][i]), "density", range=True),
     "max": Column(lambda s, i: float(s.stats["max"][i]), "activation", range=True),
     "n_active": Column(lambda s, i: int(s.stats["count"][i])),
+    "sample": Column(lambda s, i: s.sample(i)),  # its strongest passage, what fires marked (contexts.py)
     # the rule's, which the scores are of; an LLM's, empty without one
     "title_it": Column(_titles("it")),  # 60 characters at most; empty when unexplained, and in an older store
     "title_en": Column(_titles("en")),

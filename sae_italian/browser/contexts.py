@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from sae_italian.browser.columns import Record
-from sae_italian.cache import LatentActivations
-from sae_italian.cache.passages import contents, first_new
+from sae_italian.cache import FeatureCache, LatentActivations
+from sae_italian.cache.passages import contents, first_new, surroundings
 from sae_italian.corpora import TextDocument
 
-BEFORE, AFTER = 23, 12  # tokens shown around the strongest one
+BEFORE, AFTER, REACH = 23, 12, 12  # tokens shown around the strongest one; how many more, to end with the sentence
+SAMPLE = 10, 12, 6  # the same of the one passage that stands in the list
+FIRES, SILENT = "\x01", "\x02"  # around what fires in it
 SEGMENT = 32  # of the peaks in one stretch of so many tokens, the strongest stands for all
 ALIKE_BEFORE, ALIKE_AFTER = 6, 2  # passages are the same when these tokens around their peaks are
 N_TOP, PER_TENTH, TENTHS = 10, 2, 10
 CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
 Document = Callable[[int], TextDocument]
+_BEGINS = re.compile("[.!?…][\"»”’')\\]]*(?:\\s+|\\Z)|\\n\\s*")  # and ends: of sentences
+_ENDS, _SPACE = re.compile("[.!?…][\"»”’')\\]]*(?=\\s|\\Z)|(?=\\n)"), re.compile(r"\s+")
 _UNSTORABLE = re.compile("[\ud800-\udfff]")
 _ORDINALS = {
     "it": ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo"),
@@ -28,12 +32,12 @@ _ORDINALS = {
 
 
 def passages_of(
-    latent: LatentActivations, document: Document, before: int = BEFORE, after: int = AFTER
+    latent: LatentActivations, document: Document, before: int = BEFORE, after: int = AFTER, reach: int = REACH
 ) -> list[Record]:
     """Return the strongest passages, then two from each tenth of the active segments, strongest tenth first.
 
     A passage reaches so many tokens before and after its strongest one, inside its window and its document, which
-    `document` returns by its number.
+    `document` returns by its number; up to `reach` more, to begin and end where a sentence or at least a word does.
     """
     peaks = latent.peaks(SEGMENT)
     if len(peaks.position) == 0:
@@ -46,7 +50,10 @@ def passages_of(
     kept = []
     for index, group in enumerate(candidates):
         kept.append(group[first_new(islice(alike, len(group)), PER_TENTH if index else N_TOP, seen)])
-    contexts = iter(_contexts(latent, document, peaks.position[np.concatenate(kept)], before, after))
+    chosen = peaks.position[np.concatenate(kept)]
+    passages = latent.around(chosen, before + reach, after + reach)
+    active = [(latent.position[here], latent.value[here]) for here in passages.active]
+    contexts = _contexts(latent.cache, document, chosen, passages[1:4], active, (before, after, reach))
     groups = []
     for index, own in enumerate(kept):
         group = Record(name_it="Più forti", name_en="Strongest", lo=None, hi=None)
@@ -59,20 +66,96 @@ def passages_of(
     return groups
 
 
+def samples(cache: FeatureCache, document: Document, latents: Sequence[int]) -> list[str]:
+    """Return the strongest passage of each latent in one line, what fires in it between FIRES and SILENT; "" when dead."""
+    found = [cache.latent(latent) for latent in latents]
+    alive = [one for one in found if len(one)]
+    peak = np.array([one.position[one.value.argmax()] for one in alive], dtype=np.int64)
+    before, after, reach = SAMPLE
+    place = surroundings(cache, peak, before + reach, after + reach)
+    active = []
+    for one, start, length in zip(alive, *place[:2], strict=True):
+        here = slice(*np.searchsorted(one.position, (start, start + length)).tolist())
+        active.append((one.position[here], one.value[here]))
+    contexts = _contexts(cache, document, peak, place, active, SAMPLE)
+    return [_in_one_line(next(contexts)) if len(one) else "" for one in found]
+
+
+def _in_one_line(context: Record) -> str:
+    """Return the sentence of a passage's strongest token, what fires in it marked; "…" where it is cut."""
+    segments, cut = context["segments"], context["cut"]
+    whole = "".join(text for text, _ in segments)
+    ends = np.cumsum([len(text) for text, _ in segments])
+    if not segments:
+        return ""
+    # tokens that share a letter are one piece, with the strongest's activation
+    strongest = max(range(len(segments)), key=lambda i: (segments[i][1] == context["max"], segments[i][1]))
+    begins = [found.end() for found in _BEGINS.finditer(whole, 0, int(ends[strongest]) - len(segments[strongest][0]))]
+    stop = _ENDS.search(whole, int(ends[strongest]) - 1)
+    first, last = begins[-1] if begins else 0, stop.end() if stop else len(whole)
+    marked = "… " * (not begins and cut & 1)
+    for (text, value), end in zip(segments, ends.tolist(), strict=True):
+        shown = text[max(0, first - end + len(text)) : max(0, last - end + len(text))]
+        plain = re.sub(rf"[\s{FIRES}{SILENT}]+", " ", shown)
+        word = plain.lstrip()
+        marked += plain[: len(plain) - len(word)] + (f"{FIRES}{word}{SILENT}" if value > 0 and word else word)
+    return marked.strip() + "…" * (not stop and cut >> 1)
+
+
 def _contexts(
-    latent: LatentActivations, document: Document, peak: Int[np.ndarray, " n"], before: int, after: int
+    cache: FeatureCache,
+    document: Document,
+    peak: Int[np.ndarray, " n"],
+    place: tuple[np.ndarray, ...],
+    active: list[tuple[np.ndarray, np.ndarray]],
+    wanted: tuple[int, int, int],
 ) -> Iterator[Record]:
-    """Yield the passages around some peaks; what stands at all of their tokens is read from the cache at once."""
-    passages = latent.around(peak, before, after)
-    active = [latent.position[here] for here in passages.active]
-    place = np.concatenate([*active, passages.start, passages.start + passages.length - 1])
-    begin, end = latent.cache.gather_all(("start", "end"), place)
-    first, last = begin[-2 * len(peak) : -len(peak)].tolist(), end[-len(peak) :].tolist()
-    spans = np.split(np.stack([begin, end], axis=1), np.cumsum([len(own) for own in active]))
-    for index, (low, high) in enumerate(zip(first, last, strict=True)):
-        text, doc_id, source = document(int(passages.doc[index]))
-        segments = split_text(text[low:high], spans[index] - low, latent.value[passages.active[index]])
-        yield Record(doc_id=doc_id, source=source, max=float(passages.maximum[index]), segments=segments)
+    """Yield the passages around some peaks; what stands at all of their tokens is read from the cache at once.
+
+    `place` is first position, length and document of the text to choose from, `active` what fires in it: positions and
+    activations. `wanted` are tokens before and after the peak, and how many more there are to choose from.
+    """
+    (start, length, doc), (before, after, reach) = place, wanted
+    last = start + length - 1
+    ends = [start, np.maximum(start, peak - before), peak, np.minimum(last, peak + after), last]
+    begin, end = cache.gather_all(("start", "end"), np.concatenate([*ends, *(own for own, _ in active)]))
+    borders = [*begin[: 3 * len(peak)].reshape(3, -1), *end[2 * len(peak) : 5 * len(peak)].reshape(3, -1)]
+    spans = np.stack([begin, end], axis=1)[5 * len(peak) :]
+    spans = np.split(spans, np.cumsum([len(own) for own, _ in active]))
+    for index, own in enumerate(np.stack(borders, axis=1).tolist()):
+        text, doc_id, source = document(int(doc[index]))
+        low, high, cut = borders_of(text, *own) if reach else (own[0], own[-1], 0)
+        positions, values = active[index]
+        inside = spans[index].clip(low, high) - low
+        seen = inside[:, 0] < inside[:, 1]
+        segments = split_text(text[low:high], inside[seen], values[seen])
+        largest = float(values[np.searchsorted(positions, peak[index])])
+        yield Record(doc_id=doc_id, source=file_name(source), max=largest, segments=segments, cut=cut)
+
+
+def borders_of(text: str, low: int, begin: int, peak: int, peak_end: int, end: int, high: int) -> tuple[int, int, int]:
+    """Return where a passage begins and ends, and what is cut there: 1 a sentence's beginning, 2 its end, 3 both.
+
+    Of the text from low to high it holds that from begin to end, and more up to the next border of a sentence; where
+    there is none, of a word; where a word goes on beyond, the passage begins after it, or ends before it.
+    """
+    starts = [low] * (low == 0) + [found.end() for found in _BEGINS.finditer(text, low, min(begin + 1, peak))]
+    words = [found.end() for found in _SPACE.finditer(text, low, min(begin + 1, peak))]
+    inwards = _SPACE.search(text, begin, peak)
+    start = (starts or words or [inwards.end() if inwards else begin])[-1]
+    lead = text[start:peak_end]
+    start += len(lead) - len(lead.lstrip()) if lead.strip() else 0  # a latent may fire on the space itself
+    sentence, word = _ENDS.search(text, max(end - 1, peak_end), high), _SPACE.search(text, end, high)
+    stop = sentence.end() if sentence else word.start() if word else high if high == len(text) else end
+    if not sentence and not word and stop < len(text) and not text[stop].isspace():
+        stop = max((found.start() for found in _SPACE.finditer(text, peak_end, stop)), default=stop)
+    return start, stop, (not starts) + 2 * (not sentence and stop < len(text))
+
+
+def file_name(source: str) -> str:
+    """Return a source as it is told: of a file its name alone, which says nothing of this machine."""
+    name = re.split(r"[/\\]", source)[-1]
+    return name if re.search(r"\.[A-Za-z]\w*$", name) else source
 
 
 def _spread(ranks: Int[np.ndarray, " n"], wanted: int) -> Int[np.ndarray, " m"]:

@@ -101,7 +101,7 @@ def graph_page(graph: Graph, latents: Latents, checked: Checked | None = None) -
     data = _data(graph, latents, checked)
     told = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     words = json.dumps(page_labels(), ensure_ascii=False)
-    parts = (static_text(f"{name}.js") for name in ("strings", "base", "graph"))
+    parts = (static_text(f"{name}.js") for name in ("base", "graph"))
     script = "\n".join((f'"use strict";\n(() => {{\nconst LABELS = {words};', *parts, "})();")).replace("</", "<\\/")
     return Template(static_text("graph.html")).substitute(
         title=html.escape(graph.prompt),

@@ -19,15 +19,15 @@ from sae_italian.base.labels import page_labels
 from sae_italian.browser.columns import COLUMNS
 
 SCRIPTS = (
-    *("strings", "base", "select", "charts", "contexts", "overview", "list", "scores", "card", "scatter"),
-    *("compare", "home", "main"),
+    *("base", "select", "route", "marks", "charts", "contexts", "overview", "list", "scores", "card"),
+    *("scatter", "compare", "home", "main"),
 )
 HOSTS = {"disk": ("disk",), "served": ("live", "remote", "served"), "widget": ("live", "remote", "widget")}
 STYLES = ("base.css", "views.css", "live.css")
 # What a notebook's rules may reach: every element that the page uses but for its own blocks and spans.
 _RESET = (
-    "a, button, caption, code, dd, details, dl, dt, fieldset, figcaption, figure, h1, h2, h3, h4, input, kbd, label, "
-    "legend, li, mark, ol, p, pre, select, small, summary, table, tbody, td, textarea, th, thead, tr, ul"
+    "a, b, button, caption, code, dd, details, dl, dt, fieldset, figcaption, figure, h1, h2, h3, h4, input, kbd, label, "
+    "legend, li, mark, ol, p, pre, select, small, strong, summary, table, tbody, td, textarea, th, thead, tr, ul"
 )
 
 

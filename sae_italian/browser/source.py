@@ -23,7 +23,7 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import read_json, utc_now
 from sae_italian.browser.columns import COLUMNS, Record, records
-from sae_italian.browser.contexts import passages_of
+from sae_italian.browser.contexts import file_name, passages_of, samples
 from sae_italian.browser.directions import Decoder
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.evaluation.card import read_card, read_seeds
@@ -31,6 +31,7 @@ from sae_italian.models import parse_hook_name, resolve
 
 RESULTS = "results.json"
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
+AT_ONCE = 512  # latents whose strongest passages are looked up together
 N_SOURCES = 12  # of a latent's sources, those with most documents: a corpus may have thousands
 GOLD_SHOWN = 0.5  # F1 from which a gold label is shown on a latent's card
 N_LABELS, N_KEYS = 10, 20  # labels of a latent, best first; keys of its rule, heaviest first
@@ -71,6 +72,7 @@ class LatentSource:
         self.strings = piece_texts(tokenizer, len(tokenizer))
         self.decoder = None if sae is None else Decoder(sae, model)
         self._document = lru_cache(8192)(cache.document)
+        self._samples: dict[int, str] = {}
         self._read_results(cache.folder / RESULTS)
         self._local = threading.local()
         self.refresh()
@@ -154,12 +156,19 @@ class LatentSource:
     def rows(self) -> dict[str, list[Any]]:
         """Return the list of all latents by column (columns.py)."""
         latents = range(self.d_sae)
+        for start in range(len(self._samples), self.d_sae, AT_ONCE):
+            some = latents[start : start + AT_ONCE]
+            self._samples.update(zip(some, samples(self.cache, self._document, some), strict=True))
         return {name: [column.value(self, latent) for latent in latents] for name, column in COLUMNS.items()}
 
     def row(self, latent: int) -> Record:
         """Return one latent's row of the list. Raises: UsageError when there is no such latent."""
         self.cache.range_of(latent)
         return {name: column.value(self, latent) for name, column in COLUMNS.items()}
+
+    def sample(self, latent: int) -> str:
+        """Return the latent's strongest passage in one line (contexts.py)."""
+        return self._samples.get(latent) or samples(self.cache, self._document, [latent])[0]
 
     def explained(self, explainer: str, latent: int) -> Explanation | None:
         return self.explanations.get(explainer, {}).get(latent)
@@ -232,7 +241,7 @@ class LatentSource:
         """Return the card's passages, each with all that its window holds of its document."""
         self.cache.range_of(latent)
         size = self.cache.manifest.context_size
-        return passages_of(self.cache.latent(latent), self._document, size, size)
+        return passages_of(self.cache.latent(latent), self._document, size, size, 0)
 
     def _scores(self, latent: int) -> list[Record]:
         """Return the scores of the latent's own explanations, detection and fuzzing, by every judge."""
@@ -260,7 +269,7 @@ class LatentSource:
             arrays = self.cache.shard_tokens(shard.index)
             data, pointers = arrays["source"].tobytes(), arrays["source_ptr"].tolist()
             texts = (data[begin:end].decode("utf-8", "replace") for begin, end in pairwise(pointers))
-            number += [names.setdefault(name, len(names)) for name in texts]
+            number += [names.setdefault(file_name(name), len(names)) for name in texts]
         return list(names), np.array(number, dtype=np.int32)
 
     def _sources(self, position: np.ndarray) -> tuple[list[Record], int]:

@@ -180,7 +180,7 @@ def pack_card(card: Record, documents: dict[tuple[str, str], int]) -> dict[str, 
 
 
 def _pack_context(context: Record, documents: dict[tuple[str, str], int]) -> list[Any]:
-    """Return [document, largest, text, [characters since the last span, length, activation, ...]]."""
+    """Return [document, largest, text, [characters since the last span, length, activation, ...], cut]."""
     spans: list[int] = []
     since = 0
     for text, activation in context["segments"]:
@@ -193,4 +193,4 @@ def _pack_context(context: Record, documents: dict[tuple[str, str], int]) -> lis
             since += length
     text = "".join(text for text, _ in context["segments"])
     document = documents.setdefault((context["source"], context["doc_id"]), len(documents))
-    return [document, rounded(context["max"], 4), text, spans]
+    return [document, rounded(context["max"], 4), text, spans, context["cut"]]

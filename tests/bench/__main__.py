@@ -1,6 +1,6 @@
 """Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
 
-python -m tests.bench training|gpu|start|corpora|cache|autointerp|browser|circuits|mutants|processes|titles --help
+python -m tests.bench training|gpu|start|corpora|cache|autointerp|browser|pictures|circuits|mutants|processes|titles --help
 """
 
 from __future__ import annotations
@@ -129,7 +129,17 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--d-sae", type=int, nargs="*", default=[16_384], help="of synthetic folders, smallest first")
     sub.add_argument("--non-zeros", type=int, default=4_000_000, help="of each synthetic cache")
     sub.add_argument("--repeats", type=int, default=5, help="of the page's times")
+    sub = add("pictures", _bench_pictures, "the pictures of README.md and docs/browser.md")
+    sub.add_argument("report", type=Path, help="what `sae-italian browse` wrote")
+    sub.add_argument("--out", type=Path, default=Path("docs/pictures"))
+    sub.add_argument("--nth", type=int, default=0, help="which of the six latents worth opening is the card's, from 0")
     return parser
+
+
+def _bench_pictures(options: argparse.Namespace) -> Result:
+    from tests.bench.pictures import take_pictures
+
+    return take_pictures(options)
 
 
 def _bench_browser(options: argparse.Namespace) -> Result:

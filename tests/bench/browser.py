@@ -235,9 +235,8 @@ def _walk(page: Any, index: str, far: int) -> dict[str, float]:
     page.goto(index)
     found["list"] = page.evaluate("steps.shown('tr[data-latent]')")
     found["first_paint"] = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    page.wait_for_selector(".scatter")
     card = ".card-page h1"
-    first = page.locator("tr[data-latent] .clamp").nth(3)
+    first = page.locator("tr[data-latent] .called").nth(3)
     after("first_card", first.click, event="click", wanted=card)
     after("next_card", lambda: page.keyboard.press("j"), event="keydown", wanted=card)
     go = f"location.hash = 'latent={far}'"

@@ -160,6 +160,7 @@ def _context(planted: Planted, rng: random.Random, top: float) -> Record:
         "doc_id": f"{source[:4]}-{rng.randrange(10**6):06d}",
         "source": source,
         "max": max([value for _, value in segments] or [0.0]),
+        "cut": 0,
         "segments": segments,
     }
 
@@ -210,6 +211,7 @@ def make_row(latent: int, seed: int = 0) -> Record:
         "density": 0.0,
         "max": 0.0,
         "n_active": 0,
+        "sample": "",
         "title_it": "",
         "title_en": "",
         "title_detection": None,
@@ -235,6 +237,9 @@ def make_row(latent: int, seed: int = 0) -> Record:
     row["density"] = 10 ** rng.uniform(-5.6, -5.0) if few else 10 ** min(-0.8, rng.gauss(-2.9, 0.65))
     row["n_active"] = max(1, int(row["density"] * 2_000_000))
     row["max"] = round(rng.lognormvariate(1.8, 0.6), 3)
+    home = next((s for s in SENTENCES if any(planted.fires(w) for w in WORD.findall(s))), SENTENCES[0])
+    pieces = _segments(home, planted, rng, 1.0)
+    row["sample"] = "".join(f"\x01{text}\x02" if value else text for text, value in pieces)
     words = sorted({w for s in SENTENCES for w in WORD.findall(s) if planted.fires(w)})
     row["top_tokens"] = [" " + word for word in rng.sample(words, min(5, len(words)))]
     if few:

@@ -71,6 +71,8 @@ def evil_source() -> FakeSource:
     source = make_source(16)
     rows = source.row_records
     rows[0].update(
+        title_it="",
+        title_en="",
         explanation_it=EVIL,
         explanation_en=EVIL,
         top_tokens=["\u202e", "\n", " ", "", LONG_WORD, "\ufeff"],
@@ -78,7 +80,7 @@ def evil_source() -> FakeSource:
         density=0.2,
         dead=False,
     )
-    rows[1].update(explanation_it="molto lunga " * 420, explanation_en=LONG_WORD)
+    rows[1].update(title_it="", title_en="", explanation_it="molto lunga " * 420, explanation_en=LONG_WORD)
     card = make_card(rows[0])
     segments = [
         ("  due  spazi\n", 0.0),
@@ -87,12 +89,14 @@ def evil_source() -> FakeSource:
         ("\u05e9\u05dc\u05d5\u05dd", 0.0),
         ("</script>", 3.0),
     ]
-    card["groups"][0]["contexts"].insert(0, {"doc_id": EVIL, "source": EVIL, "max": 3.0, "segments": segments})
+    card["groups"][0]["contexts"].insert(
+        0, {"doc_id": EVIL, "source": EVIL, "max": 3.0, "cut": 0, "segments": segments}
+    )
     card["rule"] = {"pattern": EVIL}
     card["promoted"][0]["token"] = " \t\n\u202e"
     card["explanations"][0]["text_it"] = card["sources"][0]["source"] = EVIL
     source.cards[0] = card
-    source.run_record = {**source.run_record, "title": EVIL, "model_note": EVIL}
+    source.run_record = {**source.run_record, "title": EVIL, "model_note": EVIL, "model_note_it": EVIL}
     return source
 
 
@@ -131,6 +135,7 @@ def latents(page: Any) -> list[int]:
 def test_overview_shows_facts_metrics_controls_and_rows(tab: Any, folder: Path) -> None:
     show(tab, folder)
     assert tab.inner_text("h1") == "Minerva-350M, residuo dello strato 8"
+    tab.click(".numbers summary")
     assert "blocks.8.hook_resid_post" in tab.inner_text(".facts")
     assert re.search(r"97,3\s%\s+\[96,9; 97,7\]", tab.inner_text('[data-metric="ce"]'))
     assert "[0,491; 0,515]" in tab.inner_text('[data-metric="shuffled"]')
@@ -197,7 +202,7 @@ def test_only_rows_in_sight_are_in_the_page(tab: Any, folder: Path) -> None:
 def test_a_row_opens_its_card_with_marks(tab: Any, folder: Path) -> None:
     show(tab, folder)
     latent = latents(tab)[2]
-    tab.locator(".latents tbody tr[data-latent]").nth(2).locator(".clamp").click()
+    tab.locator(".latents tbody tr[data-latent]").nth(2).locator(".called").click()
     tab.wait_for_selector(".card-page mark")
     assert tab.url.endswith(f"#latent={latent}") and tab.title().startswith(f"Latente {latent} · ")
     assert tab.locator(".home").is_hidden()
@@ -205,7 +210,7 @@ def test_a_row_opens_its_card_with_marks(tab: Any, folder: Path) -> None:
         "(all) => all.map((m) => [m.title, Number(m.style.getPropertyValue('--heat'))])"
     )
     assert marks and all(title.startswith("attivazione ") and 0 < heat <= 1 for title, heat in marks)
-    assert tab.locator(".card-page section > h2").all_inner_texts()[0] == "A che cosa reagisce"
+    tab.click(".scores-line summary")
     assert {
         "Punteggi",
         "Attivazioni non nulle",
@@ -245,13 +250,14 @@ def test_context_width_is_switched_and_remembered(tab: Any, folder: Path) -> Non
 def test_the_card_shows_both_halves_and_its_neighbours_are_links(tab: Any, folder: Path) -> None:
     card = make_card(make_source(200).row_records[1])
     show(tab, folder, "#latent=1")
-    assert tab.locator(".explanation").count() == 3
+    tab.click(".scores-line summary")
+    assert tab.locator(".explanation:visible").count() == 3
     assert "femminile plurale" in tab.inner_text(".labels") and "[0,87; 0,94]" in tab.inner_text(".labels")
-    assert "senza fonte" in tab.inner_text(".side")
+    assert "senza fonte" in tab.inner_text(".rest")
     assert tab.locator(".card-page .chart svg[role=img]").count() == 3
     other = next(n["latent"] for n in card["decoder"] if n["latent"] < 200)
-    tab.click(f'.writes .neighbours a[href="#latent={other}"]')
-    tab.wait_for_selector(f".card-page h1:text-is('Latente {other}')")
+    tab.click(f'.neighbours.decoder a[href="#latent={other}"]')
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {other}')")
 
 
 def test_link_and_json_are_copied(tab: Any, folder: Path) -> None:
@@ -268,7 +274,7 @@ def test_link_and_json_are_copied(tab: Any, folder: Path) -> None:
 
 def test_permalink_next_and_unknown_latent(tab: Any, folder: Path) -> None:
     show(tab, folder, "#latent=77")
-    assert tab.inner_text(".card-page h1") == "Latente 77"
+    assert tab.inner_text(".card-page .which") == "Latente 77"
     tab.goto(folder.as_uri() + "#latent=9999")
     assert "9999 non è in questa cartella" in tab.inner_text(".card-page .notice")
     tab.click(".back")
@@ -282,11 +288,11 @@ def test_keyboard(tab: Any, folder: Path) -> None:
         tab.keyboard.press(key)
     assert tab.locator("tr.selected a").inner_text() == str(order[1])
     tab.keyboard.press("Enter")
-    tab.wait_for_selector(f".card-page h1:text-is('Latente {order[1]}')")
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {order[1]}')")
     tab.keyboard.press("j")
-    tab.wait_for_selector(f".card-page h1:text-is('Latente {order[2]}')")
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {order[2]}')")
     tab.keyboard.press("k")
-    tab.wait_for_selector(f".card-page h1:text-is('Latente {order[1]}')")
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {order[1]}')")
     tab.keyboard.press("Escape")
     tab.wait_for_selector(".latents")
     tab.keyboard.press("/")
@@ -294,7 +300,7 @@ def test_keyboard(tab: Any, folder: Path) -> None:
     assert tab.input_value(".search") == "perche"
     found = latents(tab)
     tab.keyboard.press("Enter")
-    tab.wait_for_selector(f".card-page h1:text-is('Latente {found[0]}')")
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {found[0]}')")
     tab.keyboard.press("/")
     tab.wait_for_selector(".search:focus")
     tab.keyboard.press("Escape")
@@ -315,6 +321,7 @@ def test_keyboard_walks_beyond_what_is_in_sight(tab: Any, folder: Path) -> None:
 def test_language_switch_is_remembered(tab: Any, folder: Path) -> None:
     show(tab, folder)
     assert tab.get_attribute("html", "lang") == "it"
+    tab.click(".numbers summary")
     tab.click('[data-lang="en"]')
     assert tab.get_attribute("html", "lang") == "en"
     assert "Explained variance, centred" in tab.inner_text(".metrics >> nth=0") and "0.812" in tab.inner_text(
@@ -322,7 +329,7 @@ def test_language_switch_is_remembered(tab: Any, folder: Path) -> None:
     )
     tab.reload()
     tab.wait_for_selector(".latents")
-    assert tab.get_attribute(".search", "placeholder") == "Search explanations and tokens"
+    assert tab.get_attribute(".search", "placeholder") == "Search by title, word, grammar or number"
 
 
 def test_theme_switch_is_remembered(tab: Any, folder: Path) -> None:
@@ -349,6 +356,7 @@ def test_storage_may_be_refused(tab: Any, folder: Path) -> None:
 
 def test_gold_labels_sort_and_link(tab: Any, folder: Path) -> None:
     show(tab, folder)
+    tab.click(".numbers > summary")
     tab.click(".gold summary")
     tab.click('.gold [data-sort="n"]')
     first = tab.locator(".gold tbody").first
@@ -357,7 +365,7 @@ def test_gold_labels_sort_and_link(tab: Any, folder: Path) -> None:
     link = first.locator("a").first
     latent = link.inner_text()
     link.click()
-    tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {latent}')")
 
 
 def place(cloud: str, latent: int) -> list[float]:
@@ -379,6 +387,7 @@ def place(cloud: str, latent: int) -> list[float]:
 @pytest.mark.parametrize("cloud", ["scatter", "map"])
 def test_a_cloud_opens_the_latent_under_the_pointer(tab: Any, folder: Path, cloud: str) -> None:
     show(tab, folder)
+    tab.click(".numbers > summary")
     tab.click(f'[data-cloud="{cloud}"]')
     tab.fill(".search", "condizionale")
     latent = latents(tab)[0]
@@ -387,11 +396,12 @@ def test_a_cloud_opens_the_latent_under_the_pointer(tab: Any, folder: Path, clou
     tab.mouse.move(*spot)
     assert tab.inner_text(".readout").startswith(f"{latent} · ")
     tab.mouse.click(*spot)
-    tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {latent}')")
 
 
 def test_the_dots_follow_the_theme(tab: Any, folder: Path) -> None:
     show(tab, folder)
+    tab.click(".numbers > summary")
     tab.click('[data-cloud="map"]')
     spot = tab.evaluate(TO_SCREEN, place("map", latents(tab)[0]))
     light = tab.evaluate(DOT, spot)
@@ -403,7 +413,7 @@ READ = """window.read = [];
 new MutationObserver((records) => {
   for (const node of records.flatMap(({ addedNodes }) => [...addedNodes])) {
     if (node.tagName === "SCRIPT") window.read.push(node.getAttribute("src"));
-    if (node.matches?.(".card")) window.read.push("card");
+    if (node.matches?.(".beside")) window.read.push("card");
   }
 }).observe(document, { childList: true, subtree: true });"""
 
@@ -424,9 +434,9 @@ def test_a_permalinks_card_comes_before_the_list(tab: Any, tmp_path: Path, monke
     ]
     assert sorted(name for name in read if "rows" in name) == [f"data/rows/000{i}.js" for i in range(4)]
     assert read.count("card") == 1 and tab.title().startswith("Latente 77 · ")
-    assert near["explanation_it"][:20] in tab.inner_text(".writes .neighbours")
+    assert near["explanation_it"][:20] in tab.inner_text(".neighbours.decoder")
     tab.keyboard.press("j")
-    tab.wait_for_function("!document.querySelector('.card-page h1').textContent.endsWith(' 77')")
+    tab.wait_for_function("!document.querySelector('.card-page .which').textContent.endsWith(' 77')")
     tab.keyboard.press("Escape")
     assert tab.locator("tr[data-latent]").count() > 10 and tab.inner_text(".found") == "200 latenti"
 
@@ -436,10 +446,10 @@ def test_a_card_is_read_while_the_pointer_is_on_its_row(tab: Any, folder: Path) 
     show(tab, folder)
     latent = latents(tab)[4]
     file = f"data/cards/{latent // 32:04d}.js"
-    tab.locator(f'tr[data-latent="{latent}"] .clamp').hover()
+    tab.locator(f'tr[data-latent="{latent}"] .called').hover()
     tab.wait_for_function("(file) => window.read.includes(file)", arg=file)
-    tab.locator(f'tr[data-latent="{latent}"] .clamp').click()
-    tab.wait_for_selector(f".card-page h1:text-is('Latente {latent}')")
+    tab.locator(f'tr[data-latent="{latent}"] .called').click()
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {latent}')")
     assert tab.evaluate("window.read").count(file) == 1
 
 
@@ -458,14 +468,14 @@ def test_latents_without_scores_or_decoder(tab: Any, tmp_path: Path) -> None:
     source.run_record = {**source.run_record, "metrics": [], "controls": [], "gold": [], "k": None}
     nothing: Any = dict.fromkeys(("detection", "detection_lo", "detection_hi", "fuzzing", "gain", "x", "y"))
     for row in source.row_records:
-        row.update(nothing | {"explanation_it": "", "explanation_en": "", "kind": ""})
+        row.update(nothing | dict.fromkeys(("title_it", "title_en", "explanation_it", "explanation_en", "kind"), ""))
     bare: Any = {**make_card(source.row_records[1]), "explanations": [], "scores": [], "promoted": [], "suppressed": []}
     source.cards[1] = bare | {"decoder": [], "logits": {"edges": [], "counts": []}, "labels": [], "rule": None}
     index = write_browser(tmp_path / "out", source)
     show(tab, index)
     assert "Nessuna spiegazione" in tab.inner_text(".latents") and tab.locator(".scatter").count() == 0
     show(tab, index, "#latent=1")
-    assert tab.locator(".words").count() > 0 and tab.locator(".writes").count() == 0
+    assert tab.locator(".words").count() > 0 and tab.locator(".writes, .decoder").count() == 0
 
 
 def test_a_latent_that_never_fired_says_so(tab: Any, tmp_path: Path) -> None:
@@ -474,22 +484,27 @@ def test_a_latent_that_never_fired_says_so(tab: Any, tmp_path: Path) -> None:
     index = write_browser(tmp_path / "out", source)
     show(tab, index, f"#latent={latent}")
     assert "non si è mai attivato" in tab.inner_text(".lead") and tab.locator(".context").count() == 0
-    assert tab.locator(".writes .neighbours li").count() > 0
+    assert tab.locator(".neighbours.decoder li").count() > 0
 
 
 def test_the_width_switch_of_a_folder_says_what_it_holds(tab: Any, folder: Path) -> None:
     show(tab, folder, "#latent=3")
     assert tab.locator(".contexts-panel [data-width]").evaluate_all("all => all.map((one) => one.dataset.width)") == [
         "words",
-        "passage",
+        "sentence",
         "all",
     ]
     assert tab.locator("text=la cartella non ne contiene altri").count() == 0
     tab.click('.contexts-panel [data-width="all"]')
-    assert "--serve" in tab.inner_text(".contexts-panel .note >> nth=1")
+    assert "--serve" in tab.inner_text(".contexts-panel .note")
     tab.evaluate("localStorage.setItem('sae-italian.width', 'window')")  # chosen on a server of the same browser
     tab.reload()
     tab.wait_for_selector('.contexts-panel [data-width="all"][aria-pressed="true"]')
+
+
+def edges_x(page: Any, selector: str) -> list[float]:
+    box = page.locator(selector).bounding_box()
+    return [box["x"], box["x"] + box["width"]]
 
 
 def test_another_sae_is_compared(tab: Any, tmp_path: Path) -> None:
@@ -503,10 +518,12 @@ def test_another_sae_is_compared(tab: Any, tmp_path: Path) -> None:
     show(tab, index, "#latent=0")
     assert tab.locator(".other-sae .card").count() == 0
     tab.click(".compare summary")
-    tab.wait_for_selector(".other-sae .card h2:text-is('Latente 3')")
+    tab.wait_for_selector(".other-sae .which:text-is('Latente 3')")
     assert tab.inner_text(".match") == "L9R-16x, latente 3: coseno 0,90. Corrispondenza reciproca."
+    boxes = [edges_x(tab, one) for one in (".beside > .card", ".other-sae .card")]
+    assert boxes[0][1] <= boxes[1][0] + 1 and boxes[1][1] <= 1280  # beside each other
     tab.keyboard.press("j")
-    tab.wait_for_selector(".other-sae .card h2:text-is('Latente 1')" if latents(tab)[:1] == [0] else ".other-sae .card")
+    tab.wait_for_selector(".other-sae .which:text-is('Latente 1')" if latents(tab)[:1] == [0] else ".other-sae .card")
 
 
 @pytest.mark.parametrize("width", [1280, 360])
@@ -528,7 +545,7 @@ def test_evil_text_is_only_text(tab: Any, tmp_path: Path, width: int) -> None:
     )
     assert tab.locator(".card-page .half .tok").first.text_content() == "␣⇥↵U+202E"
     show(tab, index, "#latent=1")
-    tab.wait_for_selector(".card-page h1:text-is('Latente 1')")
+    tab.wait_for_selector(".card-page .which:text-is('Latente 1')")
     folded = tab.locator(".lead").bounding_box()["height"]
     tab.click(".card-page .card-head .link")
     assert tab.locator(".lead").bounding_box()["height"] > folded and tab.evaluate(fits)
@@ -565,3 +582,339 @@ def test_text_and_controls_have_contrast_and_names(tab: Any, folder: Path) -> No
             tab.evaluate("(theme) => { document.querySelector('.sae-italian').dataset.theme = theme; }", theme)
             assert tab.evaluate(LOW_CONTRAST) == []
         assert tab.evaluate(NAMELESS) == []
+
+
+# --- what stands where -----------------------------------------------------------------------------------------------
+
+TOP = "(selector) => { const b = document.querySelector(selector).getBoundingClientRect(); return [b.top, b.bottom]; }"
+WIDTHS = [(360, 780), (768, 1000), (1280, 800), (1440, 900)]
+
+
+def edges(page: Any, selector: str) -> list[float]:
+    return page.evaluate(TOP, selector)
+
+
+def test_the_first_screen_shows_latents_worth_opening(tab: Any, folder: Path) -> None:
+    """Two clicks at most to a latent that beats the token lookup; the six are of several densities, no word twice."""
+    rows = make_source(200).row_records
+    for width, height in WIDTHS:
+        tab.set_viewport_size({"width": width, "height": height})
+        show(tab, folder)
+        assert edges(tab, ".worth li")[0] < (500 if width == 1440 else 900)
+        assert edges(tab, ".search")[1] < edges(tab, ".worth")[0] < edges(tab, ".numbers")[0] < edges(tab, ".list")[0]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    six = [int(href.split("=")[1]) for href in tab.locator(".worth a").evaluate_all("all => all.map((a) => a.hash)")]
+    shown = [rows[latent] for latent in six]
+    assert len(six) == 6 and all(row["gain"] > 0 and row["detection"] >= 0.8 for row in shown)
+    good = sorted(row["density"] for row in rows if row["detection"] and row["detection"] >= 0.8 and row["gain"] > 0)
+    assert (
+        min(row["density"] for row in shown)
+        < good[len(good) // 3]
+        < good[-len(good) // 3]
+        < max(row["density"] for row in shown)
+    )
+    words = [word.strip().lower() for row in shown for word in row["top_tokens"][:1]]
+    assert len(set(words)) == 6
+    assert all(tab.locator(".worth li").nth(i).locator("mark").count() > 0 for i in range(6))
+    first = tab.locator(".latents tr[data-latent]").first  # one passage a row
+    assert first.locator(".sample").count() == 1 and first.locator(".sample mark").count() > 0
+    tab.click(".worth a >> nth=0")
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {six[0]}')")
+    tab.keyboard.press("Escape")
+    tab.click(".surprise")
+    tab.wait_for_selector(".card-page .which")
+    picked = rows[int(tab.inner_text(".card-page .which").split()[1])]
+    assert picked["gain"] > 0 and picked["detection"] >= 0.8
+
+
+def test_the_card_shows_its_evidence_above_the_fold(tab: Any, folder: Path) -> None:
+    tab.set_viewport_size({"width": 1280, "height": 800})
+    show(tab, folder, "#latent=1")
+    assert edges(tab, ".card-page .words")[1] < 800 and edges(tab, ".side figure")[1] < 800
+    assert edges(tab, ".side .writes")[1] < 800
+    line = tab.inner_text(".scores-line summary")
+    assert re.search(r"Detection\s0,\d\d\s\[0,\d\d; \d,\d\d\].*Guadagno.*solo il token: 0,\d\d", line, re.DOTALL)
+    assert tab.locator(".explanation:visible").count() == 0
+    for share in (0.3, 0.6, 0.9):  # wherever one reads, both columns hold something
+        tab.evaluate(
+            f"scrollTo(0, {share} * (document.querySelector('.columns').getBoundingClientRect().bottom + scrollY - 800))"
+        )
+        top, bottom = edges(tab, ".side")
+        assert top < 120 and bottom > 500
+    bottoms = tab.evaluate("""() => {
+      const ends = {};
+      for (const one of document.querySelectorAll('.rest > *')) {
+        const box = one.getBoundingClientRect();
+        ends[box.left] = Math.max(ends[box.left] ?? 0, box.bottom);
+      }
+      return Object.values(ends);
+    }""")
+    assert len(bottoms) == 3 and max(bottoms) - min(bottoms) < 420
+    for width in (360, 768):
+        tab.set_viewport_size({"width": width, "height": 800})
+        assert edges(tab, ".contexts-panel")[1] > 0 and tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_title_is_the_heading_and_a_long_explanation_is_cut_at_a_word(tab: Any, tmp_path: Path) -> None:
+    source = make_source(3)
+    source.row_records[0].update(title_it="forme di «venire»", title_en="forms of “venire”")
+    long = "sulle parole «viene», «vengono», «verrà», «venga», «venisse» e «venuto», mai dopo «non»"
+    source.row_records[1].update(title_it="", title_en="", explanation_it=long)
+    index = write_browser(tmp_path / "out", source)
+    show(tab, index, "#latent=0")
+    assert tab.inner_text(".card-page h1") == "forme di «venire»"
+    assert tab.inner_text(".lead") == source.row_records[0]["explanation_it"]
+    tab.keyboard.press("Escape")
+    assert tab.inner_text('tr[data-latent="0"] .called') == "forme di «venire»"
+    tab.fill(".search", "forms of")
+    assert latents(tab) == [0]
+    show(tab, index, "#latent=1")
+    tab.wait_for_selector(".card-page .which:text-is('Latente 1')")
+    heading = tab.inner_text(".card-page h1")
+    assert (
+        len(heading) <= 61
+        and heading.endswith("…")
+        and long.startswith(heading[:-1])
+        and tab.inner_text(".lead") == long
+    )
+
+
+def test_contexts_are_cut_at_words_with_an_ellipsis(tab: Any, tmp_path: Path) -> None:
+    source = make_source(3)
+    segments = [("oggi. Ieri la bella ra", 0.0), ("gazz", 2.0), ("a andava al mercato di Porta Palazzo. Poi", 0.0)]
+    context = {"doc_id": "1", "source": "prova.txt", "max": 2.0, "cut": 3, "segments": segments}
+    source.cards[0] = make_card(source.row_records[0])
+    source.cards[0]["groups"][0]["contexts"].insert(0, context)
+    show(tab, write_browser(tmp_path / "out", source), "#latent=0")
+    expected = {
+        "sentence": "Ieri la bella ragazza andava al mercato di Porta Palazzo.",
+        "all": "… oggi. Ieri la bella ragazza andava al mercato di Porta Palazzo. Poi…",
+        "words": "… oggi. Ieri la bella ragazza andava al mercato di Porta…",
+    }
+    for width, text in expected.items():
+        tab.click(f'[data-width="{width}"]')
+        assert tab.locator(".card-page .words").first.text_content() == text
+    assert tab.locator(".card-page mark.peak-word").first.text_content() == "gazz"
+
+
+# --- the state in the address, and what a reader keeps ------------------------------------------------------------------
+
+
+def test_the_address_says_what_is_shown(tab: Any, folder: Path) -> None:
+    show(tab, folder)
+    tab.fill(".search", "femminile")
+    tab.click('.latents [data-sort="density"]')
+    tab.click('.latents [data-sort="density"]')
+    tab.click('[data-filter="better"]')
+    tab.click(".more-filters summary")
+    tab.fill('[data-range="density-1"]', "2.5")
+    tab.press('[data-range="density-1"]', "Tab")
+    tab.click('[data-lang="en"]')
+    found, shown = latents(tab), tab.inner_text(".found")
+    said = tab.url.split("#")[1]
+    assert set(said.split("&")) == {
+        "q=femminile",
+        "sort=density",
+        "order=up",
+        "filter=better",
+        "density=%7E2.5",
+        "lang=en",
+    }
+    other = tab.context.new_page()
+    other.goto(tab.url)
+    other.wait_for_selector(".latents")
+    assert latents(other)[:9] == found[:9] and other.inner_text(".found") == shown
+    assert other.input_value(".search") == "femminile" and other.get_attribute("html", "lang") == "en"
+    tab.locator("tr[data-latent] .called").first.click()
+    tab.wait_for_selector(".card-page .which")
+    assert tab.url.split("#")[1].startswith(f"latent={found[0]}&q=femminile")
+    tab.reload()
+    tab.wait_for_selector(".card-nav .where-at:not(:empty)")
+    tab.keyboard.press("Escape")
+    assert latents(tab)[:9] == found[:9]
+    tab.evaluate("location.hash = '#sort=max&q='")  # a step back, or a pasted address
+    tab.wait_for_function("document.querySelector('.search').value === ''")
+    assert tab.inner_text(".found") == "200 latents" and tab.get_attribute("th.c-max", "aria-sort") == "descending"
+    tab.goto(folder.as_uri() + "#filter=__proto__&sort=nothing&density=a~b&latent=x&lang=fr")
+    tab.wait_for_selector("tr[data-latent]")
+
+
+def test_stars_notes_and_lists_are_kept_and_travel_as_json(tab: Any, folder: Path, tmp_path: Path) -> None:
+    show(tab, folder, "#latent=5")
+    tab.click(".star")
+    tab.click(".mine summary")
+    tab.fill(".mine input", "genere, da rivedere")
+    tab.fill(".mine textarea", "sembra il <b>plurale</b>")
+    tab.press(".mine textarea", "Tab")
+    tab.reload()
+    tab.wait_for_selector(".star[aria-pressed=true]")
+    assert tab.input_value(".mine textarea") == "sembra il <b>plurale</b>"
+    assert tab.input_value(".mine input") == "genere, da rivedere"
+    tab.keyboard.press("Escape")
+    tab.click(".more-filters summary")
+    for name, wanted in (("★", [5]), ("genere", [5]), ("✎", [5])):
+        tab.select_option(".marks-bar select", name)
+        assert latents(tab) == wanted
+    with tab.expect_download() as waiting:
+        tab.click("text=Esporta JSON")
+    file = tmp_path / "note.json"
+    waiting.value.save_as(file)
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    assert kept["format"] == "sae-italian-marks" and kept["latents"]["5"]["lists"] == ["★", "genere", "da rivedere"]
+    tab.evaluate("localStorage.clear()")
+    show(tab, folder, "#latent=5")
+    tab.reload()
+    tab.wait_for_selector(".star[aria-pressed=false]")
+    tab.keyboard.press("Escape")
+    tab.click(".more-filters summary")
+    tab.set_input_files(".marks-bar input", file)
+    tab.wait_for_selector(".marks-bar [role=status]:text-is('Importati.')")
+    tab.select_option(".marks-bar select", "da rivedere")
+    assert latents(tab) == [5] and "genere" in tab.inner_text('tr[data-latent="5"]')
+    for bad in ("{", json.dumps({**kept, "d_sae": 7}), json.dumps({"latents": {"5": {"lists": 3}}})):
+        file.write_text(bad, encoding="utf-8")
+        tab.set_input_files(".marks-bar input", [])
+        tab.set_input_files(".marks-bar input", file)
+        tab.wait_for_selector(".marks-bar [role=alert]")
+
+
+# --- search ---------------------------------------------------------------------------------------------------------
+
+
+def test_search_finds_numbers_and_grammar_and_no_boilerplate(tab: Any, tmp_path: Path) -> None:
+    source = make_source(60)
+    for row in source.row_records:
+        for name in ("explanation_it", "explanation_en"):
+            row[name] = row[name] and row[name] + " (precisione 0,12, lift 12)"
+        row["gold"] = []
+    source.row_records[7].update(top_tokens=[" precisione"], dead=False)
+    source.run_record["gold"][0].update(label="gender=f+number=pl", latent=21)
+    source.run_record["gold"][1].update(label="tense=past", latent=33)
+    show(tab, write_browser(tmp_path / "out", source))
+    for query, first in (("12", 12), ("7", 7), ("femminile plurale", None), ("passato", None), ("past", None)):
+        tab.fill(".search", query)
+        found = latents(tab)
+        assert first is None or (found[0] == first and len(found) < 5)
+        assert query != "femminile plurale" or 21 in found
+        assert query not in ("passato", "past") or (33 in found and len(found) < 4)
+    for query in ("lift", "0,12"):
+        tab.fill(".search", query)
+        assert tab.locator(".latents").is_hidden(), query
+    tab.fill(".search", "precisione")
+    assert latents(tab) == [7]
+    box = tab.locator(".search").bounding_box()
+    tab.fill(".search", "zzzz")
+    assert tab.locator(".search").bounding_box() == box
+
+
+# --- every width, every host ------------------------------------------------------------------------------------------
+
+MARKS = """() => {
+  const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const over = (...colors) => { // what these colours make, one on the other
+    for (const color of colors) { context.fillStyle = color; context.fillRect(0, 0, 1, 1); }
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (rgb) => rgb.map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+  const style = (node, name) => getComputedStyle(node)[name];
+  const ground = (node) => {
+    for (let at = node.parentElement; at; at = at.parentElement) {
+      const color = style(at, "backgroundColor");
+      if (over("#123", color).join() === over("#fed", color).join()) return color; // nothing below it is seen
+    }
+  };
+  const found = { text: 99, strongest: 0, line: 99, border: 99, bar: 99 };
+  for (const mark of document.querySelectorAll(".words mark, .sample mark")) {
+    if (!mark.offsetParent) continue;
+    const below = ground(mark);
+    const tint = over(below, style(mark, "backgroundColor"));
+    found.text = Math.min(found.text, ratio(over(style(mark, "color")), tint));
+    found.strongest = Math.max(found.strongest, ratio(tint, over(below)));
+    const underline = style(mark, "boxShadow").match(/(rgb|color|oklab|oklch)a?[(][^)]*[)]/)[0];
+    found.line = Math.min(found.line, ratio(over(underline), over(below)));
+  }
+  for (const box of document.querySelectorAll("input:not(.hidden), select, textarea, button.icon, .filters button, .copy"))
+    if (box.offsetParent) found.border = Math.min(found.border, ratio(over(style(box, "borderTopColor")), over(ground(box))));
+  for (const bar of document.querySelectorAll(".bar, .bar-fill")) {
+    const color = bar.matches(".bar") ? style(bar, "fill") : style(bar, "backgroundColor");
+    const mixed = over(ground(bar), color.replace("rgb(", "rgba(").replace(")", `, ${style(bar, "opacity")})`));
+    if (bar.getClientRects().length) found.bar = Math.min(found.bar, ratio(mixed, over(ground(bar))));
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_marks_and_borders_have_contrast(tab: Any, folder: Path, theme: str) -> None:
+    """WCAG AA: 3 to 1 for what is no text: the strongest tint, the line under what fires, bars, borders of controls."""
+    tab.emulate_media(color_scheme=theme)
+    for fragment in ("", "#latent=1"):
+        show(tab, folder, fragment)
+        if not fragment:
+            tab.click(".more-filters summary")
+        strongest = "document.querySelector('.words mark, .sample mark').style.setProperty('--heat', '1')"
+        tab.evaluate(strongest)
+        found = tab.evaluate(MARKS)
+        assert found["text"] >= 4.5 and min(found["line"], found["border"], found["bar"]) >= 3, found
+        assert found["strongest"] >= 3, found
+
+
+def test_the_list_keeps_wide_columns_at_every_width(tab: Any, folder: Path) -> None:
+    for width in (360, 768, 900, 1000, 1280, 1440):
+        tab.set_viewport_size({"width": width, "height": 900})
+        show(tab, folder)
+        box = tab.locator("tr[data-latent] .called").first.bounding_box()
+        assert box["width"] >= min(300, width - 70), width
+        cut = """(rows) => rows.filter((row) => [...row.querySelectorAll('.chips > *')].some(
+          (chip) => chip.getBoundingClientRect().bottom > row.getBoundingClientRect().bottom)).length"""
+        assert tab.locator("tr[data-latent]").evaluate_all(cut) == 0, width
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_printed_list_is_the_list(tab: Any, folder: Path) -> None:
+    show(tab, folder)
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert tab.locator("tr[data-latent]").count() == 200
+    tab.emulate_media(media="print")
+    heights = tab.evaluate("[document.documentElement.scrollHeight, document.querySelector('.latents').offsetHeight]")
+    assert heights[0] < 200 * 100 + 300 and heights[1] > 200 * 40  # rows, and no empty room
+    assert tab.locator(".toolbar").is_hidden() and tab.locator(".worth").is_hidden()
+    pages = len(re.findall(rb"/Type\s*/Page\b", tab.pdf()))
+    assert 5 <= pages <= 40
+
+
+def test_forced_colours_show_what_is_chosen(chromium: Any, folder: Path) -> None:
+    page = chromium.new_page(forced_colors="active", locale="it-IT")
+    show(page, folder)
+    look = "(selector) => { const s = getComputedStyle(document.querySelector(selector)); return s.backgroundColor + s.color; }"
+    assert page.evaluate(look, '[data-filter="all"]') != page.evaluate(look, '[data-filter="gold"]')
+    page.keyboard.press("j")
+    plain = "tr[data-latent]:not(.selected) td"
+    assert page.evaluate(look, "tr.selected td") != page.evaluate(look, plain)
+    assert page.evaluate(look, ".bar-fill") != page.evaluate(look, ".latents")
+    page.close()
+
+
+def test_the_map_is_walked_by_keyboard_and_names_its_parts(tab: Any, folder: Path) -> None:
+    show(tab, folder)
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "skip"
+    for _ in range(5):
+        tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "search"  # skip, brand, two languages, theme
+    tab.click(".numbers > summary")
+    tab.click('[data-cloud="map"]')
+    names = tab.locator(".by-direction .region").all_text_contents()
+    assert names and all(re.search(r"\w\w", name) for name in names)
+    tab.focus(".by-direction svg")
+    walked = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft"):
+        tab.keyboard.press(key)
+        walked.append(int(tab.inner_text(".readout").split(" · ")[0]))
+    rows = make_source(200).row_records
+    x = [rows[latent]["x"] for latent in walked]
+    assert len(set(walked)) > 2 and x[1] > x[0] and rows[walked[2]]["y"] < rows[walked[1]]["y"]
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {walked[-1]}')")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.browser.contexts import SEGMENT, split_text
+from sae_italian.browser.contexts import FIRES, SEGMENT, SILENT, borders_of, file_name, split_text
 from sae_italian.browser.directions import Decoder
 from sae_italian.browser.exports.latents import facts_of, names_of
 from sae_italian.browser.opening import match_latents
@@ -62,7 +62,8 @@ def test_contexts_are_true_text_with_the_caches_activations(source, cache, busie
             text = "".join(piece for piece, _ in context["segments"])
             index = next(i for i in range(cache.n_documents) if cache.document(i).doc_id == context["doc_id"])
             assert text in cache.document(index).text
-            assert max(activation for _, activation in context["segments"]) == pytest.approx(context["max"])
+            assert context["max"] in [activation for _, activation in context["segments"]]
+            assert group["lo"] is None or group["lo"] <= context["max"] <= group["hi"]
             assert text not in seen
             seen.add(text)
     assert sum(card["histogram"]["counts"]) == len(position)
@@ -256,3 +257,42 @@ def test_only_the_sources_with_most_documents_are_listed(source, busiest, monkey
     monkeypatch.setattr("sae_italian.browser.source.N_SOURCES", 1)
     card = source.card(busiest)
     assert card["sources"] == every["sources"][:1] and card["more_sources"] == len(every["sources"]) - 1
+
+
+def test_a_passage_ends_with_its_sentence_or_at_a_word():
+    text = "Fine. La ragazza vide il mare. E poi il cielo stellato sopra"
+    peak = text.index("mare")
+
+    def cut(low, begin, end, high):
+        start, stop, what = borders_of(text, low, begin, peak, peak + 4, end, high)
+        return text[start:stop], what
+
+    assert cut(0, 12, 30, len(text)) == ("La ragazza vide il mare.", 0)
+    assert cut(10, 12, 29, 29) == (
+        "vide il mare",
+        3,
+    )  # of «ragazza» and of the sentence there is no more to choose from
+    assert cut(0, 0, 40, 48) == ("Fine. La ragazza vide il mare. E poi il cielo", 2)
+    assert cut(0, 0, 42, 44) == ("Fine. La ragazza vide il mare. E poi il", 2)  # «cielo» goes on
+    assert cut(0, 0, len(text), len(text)) == (text, 0)
+    assert borders_of("Prima.\n\nPoi", 0, 6, 6, 8, 8, 11)[0] <= 6  # what fires is never cut off
+
+
+def test_every_alive_latent_has_one_real_sentence(source):
+    rows = source.rows()
+    for latent, sample in zip(rows["latent"], rows["sample"], strict=True):
+        assert bool(sample) == (rows["n_active"][latent] > 0) and sample == source.sample(latent)
+        if sample:
+            assert FIRES in sample and sample.count(FIRES) == sample.count(SILENT)
+            plain = sample.replace(FIRES, "").replace(SILENT, "").removeprefix("… ").removesuffix("…")
+            card = source.card(latent) if latent % 32 == 0 else None
+            assert card is None or plain.split()[0] in "".join(
+                t for t, _ in card["groups"][0]["contexts"][0]["segments"]
+            )
+
+
+@pytest.mark.parametrize(
+    "source, shown", [("/home/ugo/testi/a.txt", "a.txt"), ("C:\\testi\\b.jsonl", "b.jsonl"), ("wiki", "wiki"), ("", "")]
+)
+def test_a_source_is_told_by_its_file_name(source, shown):
+    assert file_name(source) == shown and file_name("uonlp/CulturaX") == "uonlp/CulturaX"

@@ -10,6 +10,17 @@ const prefs = {
   },
 };
 
+const LANGUAGES = [["it", "Italiano"], ["en", "English"]];
+
+// A notebook's theme, as JupyterLab and VS Code say it of their page.
+function followHost(root) {
+  const look = () => {
+    const { jpThemeLight: light, vscodeThemeKind: kind } = document.body.dataset;
+    if (light || kind) setTheme(root, light === "true" || /light/.test(kind) ? "light" : "dark");
+  };
+  new MutationObserver(look).observe(document.body, { attributes: true });
+  look();
+}
 function setTheme(root, theme) {
   root.dataset.theme = theme;
 }
@@ -93,7 +104,7 @@ const fold = (text) => text.normalize("NFD").replace(/\p{M}/gu, "").replace(/[�
 
 // --- a context: language, words and numbers, and where links lead; what a view is handed ---
 function makeContext(lang, host = {}) {
-  const words = strings[lang];
+  const words = (key) => (LABELS["page." + key] ?? LABELS[key])?.[lang === "it" ? 0 : 1];
   const locale = lang === "it" ? "it-IT" : "en-GB";
   const format = (options) => new Intl.NumberFormat(locale, { signDisplay: "negative", useGrouping: "always", ...options });
   const later = (options) => { // a format costs a millisecond: it is made when it is first asked for
@@ -102,7 +113,6 @@ function makeContext(lang, host = {}) {
   };
   const formats = {
     integer: later({ maximumFractionDigits: 0 }),
-    one: later({ maximumFractionDigits: 1 }),
     two: later({ maximumSignificantDigits: 2 }),
     three: later({ minimumSignificantDigits: 3, maximumSignificantDigits: 3 }),
     signed: later({ minimumFractionDigits: 2, maximumFractionDigits: 2, signDisplay: "exceptZero" }),
@@ -111,9 +121,9 @@ function makeContext(lang, host = {}) {
   const or = (f) => (x) => (x === null || x === undefined ? "–" : f.format(x).replace("-", "−"));
   const ctx = {
     lang,
-    t: (key, vars) => (words[key] ?? key).replace(/\{(\w+)\}/g, (_, name) => vars?.[name] ?? ""),
-    maybe: (key) => words[key] ?? null,
-    name: (group, value) => words[group + "." + value] ?? value,
+    t: (key, vars) => (words(key) ?? key).replace(/\{(\w+)\}/g, (_, name) => vars?.[name] ?? ""),
+    maybe: (key) => words(key) ?? null,
+    name: (group, value) => words(group + "." + value) ?? value,
     pick: (record, field) => record[field + "_" + lang] || record[field + "_" + (lang === "it" ? "en" : "it")] || "",
     integer: or(formats.integer),
     activation: (x) => (x === 0 || Math.abs(x) >= 100 ? ctx.integer(x) : or(formats.three)(x)),
@@ -123,11 +133,10 @@ function makeContext(lang, host = {}) {
     share: (x) => (x > 0 && x < 0.001 ? "< " + ctx.fixed(0.1, 1) : ctx.fixed(x * 100, 1)) + "\u00a0%",
     interval: (lo, hi, show) =>
       lo === null || hi === null || lo === undefined ? "" : `[${show(lo)}${lang === "it" ? ";" : ","} ${show(hi)}]`,
-    metric(x) {
-      if (x === null || Number.isInteger(x)) return ctx.integer(x);
-      return Math.abs(x) >= 10 ? or(formats.one)(x) : ctx.fixed(x, 3);
+    metric(x, unit = "", after = { "%": "\u00a0%", nats: "\u00a0nat" }[unit] ?? "") { // per cent with one digit, all else with three
+      if (x === null) return "–";
+      return (unit === "%" ? ctx.fixed(x, 1) : Number.isInteger(x) ? ctx.integer(x) : ctx.fixed(x, Math.abs(x) >= 10 ? 1 : 3)) + after;
     },
-    unit: (unit) => (unit === "%" ? "\u00a0%" : unit === "nats" ? "\u00a0nat" : ""),
     date: (iso) => {
       const date = new Date(iso);
       return Number.isNaN(date.getTime()) ? iso : date.toLocaleDateString(locale, { dateStyle: "long" });

@@ -1,27 +1,42 @@
 // One latent: renderCard turns a row and its card record into a DOM element. It knows nothing of where it is shown.
 
-const LONG_TEXT = 600;
+const LONG_TEXT = 400;
+const TITLE = 60; // letters of a heading, where a latent has no title of its own
 
 const section = (title, note, ...content) =>
   h("section", { class: "panel" }, h("h3", {}, title), note && h("p", { class: "note muted" }, note), content);
 
-// --- head: explanation and facts ---
-function cardHead(ctx, row, card) {
-  const explanation = ctx.pick(row, "llm") || ctx.pick(row, "explanation");
+// --- what a latent is called: its title, else the beginning of its explanation ---
+const explained = (ctx, row) => ctx.pick(row, "llm") || ctx.pick(row, "explanation");
+const headline = (ctx, row) => ctx.pick(row, "title") || explained(ctx, row);
+const shortened = (words, most) => (words.length <= most ? words : words.slice(0, most).replace(/\s+\S*$/, "").replace(/[\s,;:]+$/, "") + "…");
+
+// --- head ---
+function scoresLine(ctx, row, card) {
+  const fact = (name, value, note) => h("span", { class: "fact" }, name, " ", h("b", {}, value), note && h("small", {}, " ", note));
   const facts = [
-    [ctx.t("column.detection"), ctx.fixed(row.detection), ctx.interval(row.detection_lo, row.detection_hi, ctx.fixed)],
-    [ctx.t("column.gain"), ctx.signed(row.gain), ""],
-    [ctx.t("column.density"), ctx.density(row.density), ""],
-    [ctx.t("column.max"), ctx.activation(row.max), ""],
-    [ctx.t("active.tokens"), ctx.integer(row.n_active), ""],
-  ];
-  return h("header", { class: "card-head" },
-    h("div", { class: "chips" }, h("h1", { tabindex: "-1" }, ctx.t("latent") + " " + row.latent), rowTags(ctx, row),
-      card.seeds && h("span", { class: "tag" }, ctx.t("seeds.found", card.seeds)), h("span", { class: "copies" }, copyButton(ctx, ctx.t("copy.link"), () => ctx.permalink(row.latent)),
-        copyButton(ctx, ctx.t("copy.json"), () => JSON.stringify({ ...plain(row), ...card }, null, 2)))),
-    explanation ? folded(ctx, text(explanation), explanation.length > LONG_TEXT, "lead") : h("p", { class: "lead muted" }, ctx.t(row.dead ? "never.fired" : "no.explanation")),
-    h("dl", { class: "facts" }, facts.map(([name, value, note]) =>
-      h("div", { class: "fact" }, h("dt", {}, name), h("dd", {}, value, note && h("small", {}, note))))));
+    row.detection !== null && fact(ctx.t("column.detection"), ctx.fixed(row.detection), ctx.interval(row.detection_lo, row.detection_hi, ctx.fixed)),
+    row.gain !== null && fact(ctx.t("column.gain"), ctx.signed(row.gain), ctx.t("over.lookup", { x: ctx.fixed(row.detection - row.gain) })),
+    row.title_detection != null && fact(ctx.t("title.score"), ctx.fixed(row.title_detection)),
+    row.fuzzing !== null && fact(ctx.t("scorer.fuzzing"), ctx.fixed(row.fuzzing)),
+    fact(ctx.t("column.density"), ctx.density(row.density), ctx.t("active.tokens", { n: ctx.integer(row.n_active) })), fact(ctx.t("column.max"), ctx.activation(row.max))];
+  const panel = card && explanationsPanel(ctx, card);
+  if (!panel) return h("p", { class: "scores-line muted" }, facts);
+  const line = h("details", { class: "scores-line", open: ctx.state.scores, ontoggle: () => { ctx.state.scores = line.open; } }, h("summary", { class: "muted" }, facts), panel);
+  return line;
+}
+
+function cardHead(ctx, row, card) {
+  const name = `${ctx.t("latent")} ${row.latent}`;
+  const explanation = explained(ctx, row);
+  const heading = ctx.pick(row, "title") || shortened(explanation, TITLE);
+  const whole = explanation && explanation !== heading && folded(ctx, text(explanation), explanation.length > LONG_TEXT, "lead");
+  const tryIt = ctx.tryable && h("button", { type: "button", class: "copy try", onclick: (event) => event.target.closest(".card").querySelector(".live textarea").focus() }, ctx.t("try"));
+  const copies = h("span", { class: "copies" }, tryIt, ctx.marks && starButton(ctx, row.latent), copyButton(ctx, ctx.t("copy.link"), () => ctx.permalink(row.latent)),
+    copyButton(ctx, ctx.t("copy.json"), () => JSON.stringify({ ...plain(row), ...card }, null, 2)));
+  return h("header", { class: "card-head" }, h("div", { class: "chips" }, h("span", { class: "which" }, name), rowTags(ctx, row), card?.seeds && h("span", { class: "tag" }, ctx.t("seeds.found", card.seeds)), copies),
+    h("h1", { tabindex: "-1" }, heading ? text(heading) : name),
+    whole || (!explanation && h("p", { class: "lead muted" }, ctx.t(row.dead ? "never.fired" : "no.explanation"))), scoresLine(ctx, row, card));
 }
 
 // --- what it reacts to ---
@@ -55,46 +70,35 @@ function logitsHalf(ctx, items, title) {
     items: items.map((item) => ({ head: token(item.token), share: Math.abs(item.value) / top, text: ctx.signed(item.value) })) }));
 }
 
-function writesPanel(ctx, { promoted, suppressed, logits }) {
-  return h("section", { class: "panel" }, h("h3", {}, ctx.t("logits")), h("p", { class: "note muted" }, ctx.t("logits.note")),
-    h("div", { class: "halves" }, logitsHalf(ctx, promoted, ctx.t("promoted")), logitsHalf(ctx, suppressed, ctx.t("suppressed"))),
-    logits.counts.length > 0 && histogram(ctx, logits, "logits"));
+function writesPanel(ctx, { promoted, suppressed }) {
+  return h("section", { class: "panel writes" }, h("h3", { title: ctx.t("logits.note") }, ctx.t("logits")),
+    h("div", { class: "halves" }, logitsHalf(ctx, promoted, ctx.t("promoted")), logitsHalf(ctx, suppressed, ctx.t("suppressed"))));
 }
 
 // What another latent is about; nothing while its row is still to come.
 function words(ctx, latent) {
   const other = ctx.row(latent);
-  const found = other ? ctx.pick(other, "llm") || ctx.pick(other, "explanation") || other.top_tokens.map((item) => item.trim()).join(" ") : "";
+  const found = other ? headline(ctx, other) || other.top_tokens.map((item) => item.trim()).join(" ") : "";
   return text(found.slice(0, 160));
 }
 
 function neighboursPanel(ctx, items, name) {
   const row = ({ latent, value }) => h("li", {}, h("a", { href: ctx.href(latent) }, String(latent)),
     h("span", { class: "one-line", "data-words": latent }, words(ctx, latent)), h("span", { class: "num muted" }, ctx.fixed(value)));
-  return section(ctx.t(name), ctx.t(name + ".note"), h("ol", { class: "neighbours" }, items.map(row)));
-}
-
-function reacts(ctx, row, card) {
-  return h("section", { class: "reacts" }, h("h2", {}, ctx.t("reacts")), h("div", { class: "columns" },
-    h("div", { class: "main" }, explanationsPanel(ctx, card), contextsPanel(ctx, card.groups, row.max)),
-    h("div", { class: "side" },
-      card.labels.length > 0 && labelsPanel(ctx, card.labels),
-      card.tokens.length > 0 && tokensPanel(ctx, card.tokens),
-      card.histogram.counts.length > 0 && section(ctx.t("histogram"), null, histogram(ctx, card.histogram)),
-      card.positions.length > 0 && section(ctx.t("profile"), ctx.t("profile.note"), profile(ctx, card.positions)),
-      card.cofiring.length > 0 && neighboursPanel(ctx, card.cofiring, "cofiring"),
-      card.sources.length > 0 && sourcesPanel(ctx, card))));
-}
-
-function writes(ctx, card) {
-  if (!card.promoted.length && !card.decoder.length && !card.logits.counts.length) return null;
-  return h("section", { class: "writes" }, h("h2", {}, ctx.t("writes")), h("div", { class: "pair" },
-    card.promoted.length + card.suppressed.length + card.logits.counts.length > 0 && writesPanel(ctx, card),
-    card.decoder.length > 0 && neighboursPanel(ctx, card.decoder, "decoder")));
+  return section(ctx.t(name), ctx.t(name + ".note"), h("ol", { class: "neighbours " + name }, items.map(row)));
 }
 
 function renderCard(ctx, row, card) {
-  if (!card) return h("article", { class: "card" }, cardHead(ctx, row, {}), h("p", { class: "muted" }, ctx.t("no.card")));
-  return h("article", { class: "card" }, cardHead(ctx, row, card), reacts(ctx, row, card), writes(ctx, card),
-    card.rule && h("details", { class: "panel rule" }, h("summary", {}, ctx.t("rule")), h("pre", { tabindex: "0" }, JSON.stringify(card.rule, null, 2))));
+  if (!card) return h("article", { class: "card" }, cardHead(ctx, row, null), h("p", { class: "muted" }, ctx.t("no.card")));
+  const has = (...parts) => parts.some((part) => (part.counts ?? part).length > 0);
+  return h("article", { class: "card" }, cardHead(ctx, row, card),
+    h("div", { class: "columns" }, h("div", { class: "main" }, contextsPanel(ctx, card.groups, row.max)),
+      h("div", { class: "side" }, has(card.histogram) && section(ctx.t("histogram"), null, histogram(ctx, card.histogram)),
+        has(card.promoted, card.suppressed) && writesPanel(ctx, card))),
+    h("section", { class: "panel live", hidden: true }),
+    h("div", { class: "rest" }, ctx.marks && notesPanel(ctx, row.latent), has(card.labels) && labelsPanel(ctx, card.labels), has(card.tokens) && tokensPanel(ctx, card.tokens),
+      has(card.positions) && section(ctx.t("profile"), ctx.t("profile.note"), profile(ctx, card.positions)), has(card.decoder) && neighboursPanel(ctx, card.decoder, "decoder"),
+      has(card.cofiring) && neighboursPanel(ctx, card.cofiring, "cofiring"), has(card.logits) && section(ctx.t("logits.histogram"), null, histogram(ctx, card.logits, "logits")),
+      has(card.sources) && sourcesPanel(ctx, card),
+      card.rule && h("details", { class: "panel rule" }, h("summary", {}, ctx.t("rule")), h("pre", { tabindex: "0" }, JSON.stringify(card.rule, null, 2)))));
 }

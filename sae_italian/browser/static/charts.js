@@ -27,7 +27,7 @@ function histogramBar(ctx, { x0, x1, top, bottom, lo, hi, count }) {
 function histogram(ctx, { edges, counts }, words = "histogram") {
   const total = counts.reduce((sum, count) => sum + count, 0);
   if (!total) return h("p", { class: "muted" }, ctx.t("none"));
-  const box = { left: 44, right: 316, top: 8, bottom: 132 };
+  const box = { left: 44, right: 316, top: 8, bottom: 92 };
   const [lo, hi] = [edges[0], edges[edges.length - 1]];
   const decades = Math.max(1, Math.ceil(Math.log10(Math.max(...counts))));
   const x = (value) => box.left + ((value - lo) / (hi - lo || 1)) * (box.right - box.left);
@@ -41,10 +41,10 @@ function histogram(ctx, { edges, counts }, words = "histogram") {
   const bars = counts.map((count, i) =>
     count > 0 && histogramBar(ctx, { x0: x(edges[i]), x1: x(edges[i + 1]), top: y(count), bottom: box.bottom, lo: edges[i], hi: edges[i + 1], count }));
   const axis = [[lo, "start"], [(lo + hi) / 2, "middle"], [hi, "end"]].map(([value, anchor]) =>
-    svg("text", { x: round(x(value)), y: 148, "text-anchor": anchor }, ctx.activation(value)));
+    svg("text", { x: round(x(value)), y: 108, "text-anchor": anchor }, ctx.activation(value)));
   const label = ctx.t(words + ".label", { n: ctx.integer(total), lo: ctx.activation(lo), hi: ctx.activation(hi) });
   return h("figure", { class: "chart" },
-    svg("svg", { viewBox: "0 0 324 154", role: "img", "aria-label": label },
+    svg("svg", { viewBox: "0 0 324 114", role: "img", "aria-label": label },
       grid, bars, svg("line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }), axis),
     h("figcaption", { class: "axes muted" }, h("span", {}, "↑ " + ctx.t(words + ".y")), h("span", {}, ctx.t(words + ".x") + " →")));
 }

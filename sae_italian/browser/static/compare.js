@@ -15,10 +15,10 @@ async function fillOther(ctx, compare, row, holder) {
   const [latent, cosine] = [matches.latent[row.latent], matches.cosine[row.latent]];
   const mutual = matches.back[latent] === row.latent;
   const card = await compare.source.card(latent);
-  const other = { ...ctx, run, row: (index) => rows.get(index), href: () => null, permalink: ctx.permalink, wide: compare.source.wide && (() => compare.source.wide(latent)) };
+  const other = { ...ctx, run, marks: null, tryable: false, row: (index) => rows.get(index), href: () => null, permalink: ctx.permalink, wide: compare.source.wide && (() => compare.source.wide(latent)) };
   const facts = ctx.t("match.is", { sae: compare.name, latent, cosine: ctx.fixed(cosine) }) + " " + ctx.t(mutual ? "match.mutual" : "match.one.way", { back: matches.back[latent] });
   const content = renderCard(other, rows.get(latent), card);
-  content.querySelector("h1").replaceWith(h("h2", {}, ctx.t("latent") + " " + latent));
+  content.querySelector("h1").replaceWith(h("h2", { class: "called" }, content.querySelector("h1").textContent));
   content.querySelector(".copies")?.remove();
   holder.replaceChildren(h("p", { class: "match" }, text(facts)), content);
 }

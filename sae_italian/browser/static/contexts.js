@@ -2,8 +2,10 @@
 
 const LONG_CONTEXT = 1600;
 const CONTEXTS_SHOWN = 5;
-const WIDTHS = { words: 6, passage: 16, all: Infinity, window: Infinity }; // shown on either side of the strongest token
-const WORD = /\S+\s*/g;
+const NEAR = 6; // words on either side of the strongest token, in the narrowest width
+const WIDTHS = ["words", "sentence", "all", "window"];
+const BORDER = /[.!?…]["»”’')\]]*(?:\s+|$)|\n\s*/g;
+const SENTENCE_END = /[.!?…]["»”’')\]]*(?=\s|$)|(?=\n)/;
 
 // --- long texts are folded, never cut ---
 function folded(ctx, content, long, className) {
@@ -18,45 +20,63 @@ function folded(ctx, content, long, className) {
   return h("div", {}, body, button);
 }
 
-function lastWords(piece, n) {
-  const words = [...piece.matchAll(WORD)];
-  return n >= words.length ? [piece, words.length] : [n > 0 ? piece.slice(words[words.length - n].index) : "", n];
+// Where in a passage the shown part begins and ends; the strongest token stands from `begin` to `end`.
+function shownPart(whole, begin, end, width) {
+  const [before, after] = [whole.slice(0, begin), whole.slice(end)];
+  if (width === "words") {
+    const words = [...before.matchAll(/\S+\s*/g)];
+    const next = [...after.matchAll(/\s*\S+/g)].slice(0, NEAR).at(-1);
+    return [words.length > NEAR ? words.at(-NEAR).index : 0, next ? end + next.index + next[0].length : whole.length];
+  }
+  if (width !== "sentence") return [0, whole.length];
+  const last = [...before.matchAll(BORDER)].at(-1);
+  const stop = SENTENCE_END.exec(whole.slice(end - 1));
+  const first = last ? last.index + last[0].length : 0;
+  return [first + Math.max(0, whole.slice(first, end).search(/\S/)), stop ? end - 1 + stop.index + stop[0].length : whole.length];
 }
 
-function firstWords(piece, n) {
-  const words = [...piece.matchAll(WORD)];
-  return n >= words.length ? [piece, words.length] : [n > 0 ? piece.slice(0, words[n].index) : "", n];
+// The segment that a passage stands for.
+const anchor = ({ segments, max }) => Math.max(0, segments.findIndex(([, value]) => value === max));
+
+// The segments of that part; "…" where the text goes on.
+function narrowed(context, width) {
+  const { segments, cut } = context;
+  if (!segments.length) return segments;
+  const whole = segments.map(([piece]) => piece).join("");
+  const strongest = anchor(context);
+  const begin = segments.slice(0, strongest).reduce((sum, [piece]) => sum + piece.length, 0);
+  const [from, to] = shownPart(whole, begin, begin + segments[strongest][0].length, width);
+  const kept = [];
+  let at = 0;
+  for (const [piece, value] of segments) {
+    const part = piece.slice(Math.max(0, from - at), Math.max(0, to - at));
+    if (part) kept.push([part, value]);
+    at += piece.length;
+  }
+  const before = from > 0 ? width === "words" : cut & 1;
+  const after = to < whole.length ? width === "words" : cut & 2;
+  return [...(before ? [["… ", 0]] : []), ...kept, ...(after ? [["…", 0]] : [])];
 }
 
-// The segments within n words of the strongest one; "…" where some are left out.
-function narrowed(segments, n) {
-  if (n === Infinity || !segments.length) return segments;
-  const peak = segments.reduce((best, [, value], i) => (value > segments[best][1] ? i : best), 0);
-  const walk = (order, cut) => {
-    const kept = [];
-    let left = n;
-    for (const [piece, value] of order) {
-      const [part, used] = cut(piece, left);
-      if (part) kept.push([part, value]);
-      left -= used;
-      if (part !== piece) return [kept, true];
-    }
-    return [kept, false];
-  };
-  const [before, cutBefore] = walk(segments.slice(0, peak).reverse(), lastWords);
-  const [after, cutAfter] = walk(segments.slice(peak + 1), firstWords);
-  return [...(cutBefore ? [["… ", 0]] : []), ...before.reverse(), segments[peak], ...after, ...(cutAfter ? [["…", 0]] : [])];
-}
+// A context's text up to and with its strongest token: what the latent is tried on.
+const fires = (context) => context.segments.slice(0, anchor(context) + 1).map(([piece]) => piece).join("").trim();
+
+// A row's passage in one line; what fires stands between the characters 1 and 2 (contexts.py).
+const marked = (sample) => h("bdi", {}, sample.split("\u0001").map((piece, i) => {
+  const [on, off] = i ? piece.split("\u0002") : ["", piece];
+  return [on && h("mark", { "--heat": 0.7 }, on), off];
+}));
 
 function segment(ctx, [piece, activation], max, peak) {
   if (!(activation > 0)) return piece;
   const heat = max > 0 ? Math.min(1, activation / max) : 0;
   const title = ctx.t("activation", { x: ctx.activation(activation) });
-  return h("mark", { "--heat": Math.round(heat * 1000) / 1000, class: activation === peak ? "peak-word" : null, title }, piece);
+  const word = piece.trimStart() || piece; // a token's space is not tinted, unless it is all there is
+  return [piece.slice(0, piece.length - word.length), h("mark", { "--heat": Math.round(heat * 1000) / 1000, class: activation === peak ? "peak-word" : null, title }, word)];
 }
 
 function contextItem(ctx, context, max, width) {
-  const shown = narrowed(context.segments, WIDTHS[width]);
+  const shown = narrowed(context, width);
   const length = shown.reduce((sum, [piece]) => sum + piece.length, 0);
   const words = h("div", { dir: "auto", class: "words" }, shown.map((item) => segment(ctx, item, max, context.max)));
   const origin = [context.source, context.doc_id].filter(Boolean).join(" · ");
@@ -90,17 +110,17 @@ function contextGroup(ctx, group, max, width) {
 // The same passages, each with all of its window; a passage keeps the number that it was chosen for.
 async function wideGroups(ctx, groups) {
   const wide = await ctx.wide();
-  return groups.map((group, i) => ({ ...group, contexts: group.contexts.map((context, j) => ({ ...context, segments: wide[i]?.contexts[j]?.segments ?? context.segments })) }));
+  return groups.map((group, i) => ({ ...group, contexts: group.contexts.map((context, j) => ({ ...context, ...wide[i]?.contexts[j], max: context.max })) }));
 }
 
 function contextsPanel(ctx, groups, max) {
   if (!groups.some((group) => group.contexts.length)) return null;
-  const widths = Object.keys(WIDTHS).filter((width) => width !== "window" || ctx.wide);
+  const widths = WIDTHS.filter((width) => width !== "window" || ctx.wide);
   const holder = h("div", {});
   const limits = h("p", { class: "note muted", role: "status" });
   let wide = null;
   async function draw() {
-    const width = widths.includes(ctx.state.width) ? ctx.state.width : ctx.state.width === "window" ? "all" : "passage";
+    const width = widths.includes(ctx.state.width) ? ctx.state.width : ctx.state.width === "window" ? "all" : "sentence";
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.width === width));
     limits.textContent = width === "all" ? ctx.t(ctx.wide ? "width.limit" : "width.limit.disk") : width === "window" ? ctx.t("width.limit.window", { n: ctx.integer(ctx.run?.context_size) }) : "";
     limits.hidden = !limits.textContent;
@@ -124,6 +144,6 @@ function contextsPanel(ctx, groups, max) {
   } }, ctx.t("width." + width)));
   draw();
   return h("section", { class: "panel contexts-panel" },
-    h("div", { class: "panel-head" }, h("h2", {}, ctx.t("contexts")), h("div", { class: "switch", role: "group", "aria-label": ctx.t("width") }, buttons)),
-    h("p", { class: "note muted" }, ctx.t("contexts.note")), limits, holder);
+    h("div", { class: "panel-head" }, h("h2", { title: ctx.t("contexts.note") }, ctx.t("contexts")),
+      h("div", { class: "switch", role: "group", "aria-label": ctx.t("width") }, buttons)), limits, holder);
 }

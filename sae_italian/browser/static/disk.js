@@ -68,8 +68,8 @@ function read(key) {
   }).then(unpack);
 }
 
-// A context on disk is [document, largest, text, [begin, length, activation, ...]]; activations as 4 digits of it.
-function contextOf([doc, max, text, spans], documents) {
+// A context on disk is [document, largest, text, [begin, length, activation, ...], cut]; activations as 4 digits of it.
+function contextOf([doc, max, text, spans, cut], documents) {
   const segments = [];
   let end = 0;
   for (let i = 0; i < spans.length; i += 3) {
@@ -80,7 +80,7 @@ function contextOf([doc, max, text, spans], documents) {
   }
   if (end < text.length) segments.push([text.slice(end), 0]);
   const [source, docId] = documents[doc];
-  return { doc_id: docId, source, max, segments };
+  return { doc_id: docId, source, max, cut, segments };
 }
 
 const record = (columns, at) => Object.fromEntries(Object.entries(columns).map(([name, values]) => [name, values[at]]));

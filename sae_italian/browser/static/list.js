@@ -4,11 +4,12 @@ const TOKENS_SHOWN = 5;
 const LABELS_SHOWN = 3;
 const SPARE = 12; // rows drawn above and below what is in sight
 const FIRST_ROWS = 24; // before the list is in the page and knows what is in sight
+const PRINTED = 200; // rows on paper
 const REST = 40; // ms that a pointer rests on a row before its card is read
 
 // --- one row ---
 function rowTags(ctx, row) {
-  const tags = [];
+  const tags = (ctx.marks?.of(row.latent).lists ?? []).map((name) => h("span", { class: "tag mine" }, text(name)));
   if (row.dead) tags.push(h("span", { class: "tag warn" }, ctx.t("dead")));
   if (row.density >= ULTRA) tags.push(h("span", { class: "tag warn" }, ctx.t("ultra")));
   if (row.status && !row.dead && row.status !== "not explained") tags.push(h("span", { class: "tag warn" }, ctx.name("status", row.status)));
@@ -29,9 +30,10 @@ function scoreCell(ctx, row) {
 }
 
 function explanationCell(ctx, row) {
-  const [llm, rule] = [ctx.pick(row, "llm"), ctx.pick(row, "explanation")];
-  const main = llm || rule;
-  return h("div", { class: "clamp" + (main ? "" : " muted") }, llm && h("span", { class: "tag" }, "LLM"), llm && " ", main ? text(main.slice(0, 400)) : ctx.t("no.explanation"));
+  const main = headline(ctx, row);
+  const llm = main && main === ctx.pick(row, "llm");
+  return [h("div", { class: "clamp called" + (main ? "" : " muted") }, llm && h("span", { class: "tag" }, "LLM"), llm && " ", main ? text(main.slice(0, 400)) : ctx.t("no.explanation")),
+    row.sample && h("div", { class: "sample clamp", dir: "auto" }, marked(row.sample))];
 }
 
 function rowElement(ctx, row, index, onOpen) {
@@ -52,7 +54,7 @@ function filterGroup(ctx, counts, state, onChange) {
       ctx.t("filter." + name, words), " ", h("span", { class: "count" }, ctx.integer(counts[name])))));
 }
 
-function moreFilters(ctx, rows, state, onChange) {
+function moreFilters(ctx, rows, state, onChange, redraw) {
   const number = (name, end) => h("input", { type: "number", step: "any", "data-range": `${name}-${end}`, value: state.ranges[name]?.[end] ?? null,
     "aria-label": `${ctx.t("column." + name)}: ${ctx.t(end ? "at.most" : "at.least")}`, placeholder: ctx.t(end ? "at.most" : "at.least"), onchange(event) {
       const range = [...(state.ranges[name] || [null, null])];
@@ -62,11 +64,11 @@ function moreFilters(ctx, rows, state, onChange) {
   const labels = [...new Set(rows.flatMap((row) => row.gold))].sort((a, b) => labelName(a, ctx.lang).localeCompare(labelName(b, ctx.lang), ctx.lang));
   const select = h("select", { "aria-label": ctx.t("label"), onchange: (event) => onChange({ label: event.target.value }) },
     h("option", { value: "" }, ctx.t("any.label")), labels.map((label) => h("option", { value: label, selected: state.label === label }, labelName(label, ctx.lang))));
-  const set = Object.values(state.ranges).flat().some((value) => value !== null) || state.label;
+  const set = Object.values(state.ranges).flat().some((value) => value !== null) || state.label || state.list;
   return h("details", { class: "more-filters", open: Boolean(set) }, h("summary", {}, ctx.t("filter.more")),
     h("div", { class: "ranges" }, RANGES.map((name) =>
       h("fieldset", {}, h("legend", {}, ctx.t("column." + name) + (name === "density" ? " (%)" : "")), number(name, 0), number(name, 1))),
-    labels.length > 0 && h("fieldset", {}, h("legend", {}, ctx.t("label")), select)));
+    labels.length > 0 && h("fieldset", {}, h("legend", {}, ctx.t("label")), select), marksBar(ctx, state, onChange, redraw)));
 }
 
 function sortMenu(ctx, state, onChange) {
@@ -122,6 +124,7 @@ function rowWindow(ctx, table, current, onOpen) {
   return {
     body,
     first: (mark) => draw(0, FIRST_ROWS, mark),
+    all: (mark) => draw(0, PRINTED, mark),
     show(index, mark) { if (index < held[0] || index >= held[1]) draw(index - SPARE, index + SPARE, mark); },
     follow(mark) {
       if (!body.isConnected || !body.offsetParent) return;
@@ -144,9 +147,11 @@ function renderList(ctx, rows, state, { onOpen, onRows }) {
   const table = h("table", { class: "latents" });
   const empty = h("p", { class: "empty muted", hidden: true }, ctx.t("nothing"));
   let current = [];
+  const filtersNow = () => moreFilters(ctx, rows, state, (change) => again(change), () => update());
+  let more = filtersNow();
   const inSight = rowWindow(ctx, table, () => current, (latent, event) => open(latent, event));
 
-  const again = (change) => { Object.assign(state, { selected: -1 }, change); update(); };
+  const again = (change) => { Object.assign(state, { selected: -1 }, change); update(); ctx.keep(); };
   function open(latent, event) {
     if (event?.target.closest?.("a") || event?.metaKey || event?.ctrlKey || String(window.getSelection())) return;
     state.selected = Math.max(0, current.findIndex((row) => row.latent === latent));
@@ -162,7 +167,7 @@ function renderList(ctx, rows, state, { onOpen, onRows }) {
     for (const row of inSight.body.querySelectorAll("tr[data-latent]")) row.classList.toggle("selected", row.dataset.latent === String(chosen));
   }
   function update() {
-    current = selectRows(rows, state);
+    current = selectRows(rows, state, ctx.marks);
     const pressed = filters.contains(document.activeElement);
     filters.replaceChildren(filterGroup(ctx, counts, state, (filter) => again({ filter })));
     if (pressed) filters.querySelector('[aria-pressed="true"]').focus();
@@ -192,17 +197,20 @@ function renderList(ctx, rows, state, { onOpen, onRows }) {
   function scrolled() {
     if (table.isConnected) return inSight.follow(mark);
     document.removeEventListener("scroll", scrolled, true);
+    window.removeEventListener("beforeprint", print);
     return window.removeEventListener("resize", scrolled);
   }
+  const print = () => inSight.all(mark);
   search.value = state.query;
   search.addEventListener("input", () => again({ query: search.value }));
   const element = h("section", { class: "list", "aria-labelledby": "sae-italian-latents", tabindex: "-1" },
     h("div", { class: "list-head" }, h("h2", { id: "sae-italian-latents" }, ctx.t("latents")), found),
-    h("div", { class: "toolbar" }, search, filters, menu, moreFilters(ctx, rows, state, again)), table, empty);
+    h("div", { class: "toolbar" }, filters, menu, more), table, empty);
+  prepareSearch(rows, ctx.run.gold);
   update();
-  prepareSearch(rows);
   document.addEventListener("scroll", scrolled, { capture: true, passive: true });
   window.addEventListener("resize", scrolled);
+  window.addEventListener("beforeprint", print);
   return {
     element,
     current: () => current,
@@ -212,6 +220,11 @@ function renderList(ctx, rows, state, { onOpen, onRows }) {
       if (index >= 0) select(index);
     },
     openSelected: () => current.length && onOpen(current[Math.max(0, state.selected)].latent),
+    restore() {
+      search.value = state.query;
+      more.replaceWith(more = filtersNow());
+      update();
+    },
     clear() {
       search.value = "";
       if (state.query) again({ query: "" });

@@ -1,72 +1,13 @@
 // Live work in one element: a sentence's latents; on a latent's card also steering, ablation and an explanation now.
 // Every text from model, corpus or keyboard goes in as a text node.
 
-const LIVE_WORDS = {
-  "title": ["Dal vivo", "Live"],
-  "title.latent": ["Prova questo latente dal vivo", "Try this latent live"],
-  "busy": ["Il modello è al lavoro…", "The model is at work…"],
-  "done": ["Fatto.", "Done."],
-  "sentence": ["Una frase", "A sentence"],
-  "sentence.note": ["Scrivi un testo e guarda quali latenti si attivano, token per token.", "Type a text and see which latents fire, token by token."],
-  "sentence.go": ["Mostra i latenti", "Show its latents"],
-  "example": ["Le ragazze italiane hanno letto un libro.", "Le ragazze italiane hanno letto un libro."],
-  "truncated": ["Vengono letti solo i primi {n} token.", "Only the first {n} tokens are read."],
-  "pick": ["Scegli un token per vedere i suoi latenti.", "Choose a token to see its latents."],
-  "of.token": ["Latenti di", "Latents of"],
-  "silent": ["Nessun latente attivo.", "No active latent."],
-  "silent.here": ["Il latente {latent} tace su questa frase.", "Latent {latent} is silent on this sentence."],
-  "strongest": ["I più forti nella frase", "Strongest in the sentence"],
-  "all": ["Mostra tutti i {n}", "Show all {n}"],
-  "latent": ["Latente", "Latent"],
-  "activation": ["Attivazione", "Activation"],
-  "share": ["del massimo", "of its max"],
-  "on": ["su", "on"],
-  "explanation": ["Spiegazione", "Explanation"],
-  "steer": ["Pilota il testo", "Steer the text"],
-  "steer.note": ["Aggiunge la direzione del latente a ogni token; 1 è la sua attivazione massima nella cache, 0 nessun cambiamento.", "Adds the latent's direction at every token; 1 is its largest activation in the cache, 0 changes nothing."],
-  "steer.go": ["Continua il testo", "Continue the text"],
-  "prompt": ["Inizio del testo", "Beginning of the text"],
-  "strengths": ["Intensità", "Strengths"],
-  "strengths.bad": ["Scrivi da 1 a 6 numeri, separati da spazi.", "Write 1 to 6 numbers, separated by spaces."],
-  "strength": ["Intensità", "Strength"],
-  "continuation": ["Continuazione", "Continuation"],
-  "cost": ["Costo", "Cost"],
-  "cost.note": ["nat per token, secondo il modello non pilotato", "nats per token, by the unsteered model"],
-  "without": ["senza", "without"],
-  "ablate": ["Spegni il latente", "Ablate the latent"],
-  "ablate.note": ["Dove il latente è attivo lo si spegne, un token alla volta: come cambia la previsione del token seguente.", "Where the latent is active it is silenced, one token at a time: how the prediction of the next token changes."],
-  "ablate.go": ["Spegni e confronta", "Ablate and compare"],
-  "lowered": ["Token meno probabili", "Tokens made less likely"],
-  "raised": ["Token più probabili", "Tokens made likelier"],
-  "divergence": ["KL (nat)", "KL (nats)"],
-  "more.positions": ["Sono mostrate le {n} posizioni più forti di {all}.", "The {n} strongest of {all} positions are shown."],
-  "explain": ["Spiega adesso", "Explain now"],
-  "explain.note": ["Una regola dalle attivazioni in cache.", "A rule from the cached activations."],
-  "explain.note.llm": ["Una regola dalle attivazioni in cache, e un LLM.", "A rule from the cached activations, and an LLM."],
-  "explain.go": ["Spiega", "Explain"],
-  "rule": ["Regola", "Rule"],
-  "llm": ["LLM", "LLM"],
-  "rule.numbers": ["precisione {precision}, richiamo {recall} sui documenti di addestramento", "precision {precision}, recall {recall} on the training documents"],
-  "kept": ["Salvata accanto alla cache.", "Kept with the cache."],
-  "kept.show": ["Mostra nella scheda", "Show on the card"],
-  "not.kept": ["Non salvata: {why}", "Not kept: {why}"],
-  "status.dead": ["Mai attivo in questa cache.", "It never fired in this cache."],
-  "status.too few activations": ["Troppo poche attivazioni per una spiegazione.", "Too few activations for an explanation."],
-  "status.failed": ["La risposta dell’LLM non è utilizzabile.", "The LLM's answer cannot be used."],
-  "status.no answer": ["L’LLM non ha risposto.", "The LLM did not answer."],
-};
-
 function mountLive(element, live, context) {
-  const view = { live, ctx: context, say: (key, vars) => say(context.lang, key, vars), memory: (context.state.live ??= {}), gone: false };
+  const view = { live, ctx: context, text: context.text, say: (key, vars) => context.t("live." + key, vars), memory: (context.state.live ??= {}), gone: false };
   const parts = context.latent === null ? [sentencePart] : [sentencePart, steerPart, ablatePart, explainPart];
   const title = view.say(context.latent === null ? "title" : "title.latent");
   element.replaceChildren(h("h2", {}, title), h("div", { class: "live-parts" }, parts.map((part) => part(view))));
+  if (context.latent === null && context.state.sentence) element.querySelector("form").requestSubmit(); // the address has one
   return () => { view.gone = true; };
-}
-
-function say(lang, key, vars) {
-  const words = LIVE_WORDS[key];
-  return words ? words[lang === "it" ? 0 : 1].replace(/\{(\w+)\}/g, (_, name) => vars?.[name] ?? "") : key;
 }
 
 // --- a form, the work behind it, and what it shows ---
@@ -97,6 +38,7 @@ function part(view, name, note, fields, work, show) {
     event.preventDefault();
     if (button.disabled) return;
     button.disabled = true;
+    status.setAttribute("role", "status");
     status.textContent = view.say("busy");
     try {
       const found = await work();
@@ -104,6 +46,7 @@ function part(view, name, note, fields, work, show) {
       status.textContent = view.say("done");
     } catch (error) {
       result.replaceChildren();
+      status.setAttribute("role", "alert");
       status.textContent = error.said?.[view.ctx.lang] || error.message;
     }
     button.disabled = false;
@@ -125,8 +68,12 @@ const percent = (ctx, share) => (share === null ? "–" : ctx.share(share));
 // --- a sentence: its latents by token, and the strongest of all ---
 function sentencePart(view) {
   const { ctx, live } = view;
-  const sentence = field(view, "sentence", view.say("sentence"), view.say("example"), 2);
-  return part(view, "sentence", view.say("sentence.note"), [sentence], () => live.tokens(sentence.input.value), (found) => {
+  const sentence = field(view, "sentence", view.say("sentence"), view.text || view.ctx.state.sentence || view.say("example"), 2);
+  return part(view, "sentence", view.say("sentence.note"), [sentence], () => {
+    ctx.state.sentence = sentence.input.value;
+    ctx.keep();
+    return live.tokens(sentence.input.value);
+  }, (found) => {
     const detail = h("div", { class: "live-detail", role: "status" }, h("p", { class: "muted" }, view.say("pick")));
     const heats = heatsOf(found, ctx.latent);
     const pieces = found.tokens.map((piece, index) => pieceButton(view, piece, heats[index], detail));
@@ -151,16 +98,16 @@ function pieceButton(view, piece, heat, detail) {
   button.addEventListener("click", () => {
     for (const other of button.parentElement.children) other.setAttribute("aria-pressed", String(other === button));
     const rows = piece.latents.map(([latent, value]) => h("tr", {}, h("th", { scope: "row" }, link(view.ctx, latent)),
-      h("td", { class: "num" }, view.ctx.activation(value)), h("td", { class: "wide" }, explained(view.ctx, latent))));
+      h("td", { class: "num" }, view.ctx.activation(value)), h("td", { class: "wide" }, about(view.ctx, latent))));
     detail.replaceChildren(h("h4", {}, view.say("of.token"), " ", token(piece.text)),
       rows.length ? table([[view.say("latent")], [view.say("activation"), "num"], [view.say("explanation"), "wide"]], rows) : h("p", { class: "muted" }, view.say("silent")));
   });
   return button;
 }
 
-function explained(ctx, latent) {
+function about(ctx, latent) {
   const row = ctx.row?.(latent);
-  const words = row ? ctx.pick(row, "explanation") : "";
+  const words = row ? headline(ctx, row) : "";
   return h("span", { class: "clamp" }, text(words.length > 300 ? words.slice(0, 300) + "…" : words || "–"));
 }
 
@@ -170,7 +117,7 @@ function strongest(view, found) {
   const { ctx } = view;
   const rows = found.strongest.map((one, index) => h("tr", { class: one.latent === ctx.latent ? "selected" : null, hidden: index >= SHOWN },
     h("th", { scope: "row" }, link(ctx, one.latent)), h("td", { class: "num strong" }, ctx.activation(one.value)),
-    h("td", { class: "num" }, percent(ctx, one.share)), h("td", {}, token(found.tokens[one.token].text)), h("td", { class: "wide" }, explained(ctx, one.latent))));
+    h("td", { class: "num" }, percent(ctx, one.share)), h("td", {}, token(found.tokens[one.token].text)), h("td", { class: "wide" }, about(ctx, one.latent))));
   const heads = [[view.say("latent")], [view.say("activation"), "num"], [view.say("share"), "num"], [view.say("on")], [view.say("explanation"), "wide"]];
   const more = rows.length > SHOWN && h("button", { type: "button", class: "link", onclick() {
     for (const row of rows) row.hidden = false;
@@ -189,8 +136,8 @@ function numbersOf(view, written) {
 
 function steerPart(view) {
   const { ctx, live } = view;
-  const prompt = field(view, "prompt", view.say("prompt"), "La ragazza", 2);
-  const strengths = field(view, "strengths", view.say("strengths"), "-1 1 3");
+  const prompt = field(view, "prompt", view.say("prompt"), view.text || "La ragazza", 2);
+  const strengths = field(view, "strengths", view.say("strengths"), ctx.lang === "it" ? "-1 0,5 1" : "-1 0.5 1");
   const work = async () => live.steer({ latent: ctx.latent, prompt: prompt.input.value, strengths: numbersOf(view, strengths.input.value) });
   return part(view, "steer", view.say("steer.note"), [prompt, strengths], work, (found) => {
     const row = (one, plain) => h("tr", { class: plain ? "plain" : null, "data-strength": one.strength },
@@ -198,7 +145,7 @@ function steerPart(view) {
       h("td", { class: "wide words", dir: "auto" }, h("span", { class: "muted" }, text(found.prompt)), h("span", { class: "written" }, text(one.text))),
       h("td", { class: "num" }, plain ? "–" : ctx.signed(one.cost)), h("td", { class: "num" }, plain ? "–" : ctx.fixed(one.divergence)));
     const cost = h("abbr", { title: view.say("cost.note") }, view.say("cost"));
-    return [table([[view.say("strength"), "num"], [view.say("continuation"), "wide"], [cost, "num"], [view.say("divergence"), "num"]],
+    return [table([[view.say("strength"), "num"], [view.say("continuation"), "wide"], [cost, "num"], [view.say("kl.steer"), "num"]],
       [row(found.unsteered, true), ...found.steered.map((one) => row(one, false))])];
   });
 }
@@ -206,7 +153,7 @@ function steerPart(view) {
 // --- ablation: next tokens that change ---
 function ablatePart(view) {
   const { ctx, live } = view;
-  const prompt = field(view, "prompt", view.say("prompt"), "La ragazza", 2);
+  const prompt = field(view, "prompt", view.say("prompt"), view.text || "La ragazza", 2);
   const work = () => live.ablate({ latent: ctx.latent, prompt: prompt.input.value });
   const moves = (list) => h("td", { class: "half" }, h("ul", { class: "moves" }, list.slice(0, 6).map((one) => h("li", {}, token(one.token), " ", h("span", { class: "num" }, ctx.signed(one.logit))))));
   return part(view, "ablate", view.say("ablate.note"), [prompt], work, (found) => {
@@ -214,7 +161,7 @@ function ablatePart(view) {
     const rows = found.positions.map((at) => h("tr", {}, h("th", { scope: "row" }, token(at.token)), h("td", { class: "num" }, ctx.activation(at.activation)),
       moves(at.lowered), moves(at.raised), h("td", { class: "num" }, ctx.fixed(at.divergence, 3))));
     const more = found.n_active > found.positions.length && h("p", { class: "note" }, view.say("more.positions", { n: found.positions.length, all: found.n_active }));
-    return [table([[view.say("on")], [view.say("activation"), "num"], [view.say("lowered")], [view.say("raised")], [view.say("divergence"), "num"]], rows), more].filter(Boolean);
+    return [table([[view.say("on")], [view.say("activation"), "num"], [view.say("lowered")], [view.say("raised")], [view.say("kl.ablate"), "num"]], rows), more].filter(Boolean);
   });
 }
 

@@ -1,6 +1,6 @@
 // The browser of latents in one element, for every host: a folder on disk, a server, a notebook.
 //
-//   mount(element, source, options) -> { go(route), destroy() }
+//   mount(element, source, options) -> { go(latent), destroy() }
 //
 // source:  async run() -> RunRecord; async rows() -> { latent: [...], density: [...], ... } (RowRecord by column);
 //          async card(latent) -> CardRecord or null; async row(latent) -> RowRecord or null (optional: a card that the
@@ -10,58 +10,27 @@
 //          live (optional): { tokens(sentence), steer({ latent, prompt, strengths }), ablate({ latent, prompt }),
 //          explain({ latent }) }, which live.js shows: mountLive(element, live, context), context.latent null on the
 //          list's page; context.open(latent) opens a card; a function that it returns is called before it is removed.
-// options: routing "hash" (the page's address, the default) or "memory" (a notebook's output); latent to open first;
-//          permalink(latent) -> address to copy (default: this page's with #latent=N).
-
-// Where the page is: `latent=12`, or nothing for the list. In the address of a page, in memory in a notebook.
-function hashRouter() {
-  return {
-    current: () => window.location.hash.slice(1),
-    go(route) { window.location.hash = route; },
-    watch(changed) {
-      window.addEventListener("hashchange", changed);
-      return () => window.removeEventListener("hashchange", changed);
-    },
-  };
-}
-
-function memoryRouter(element) {
-  let route = "";
-  let tell = () => {};
-  const go = (to) => { route = to; tell(); };
-  const follow = (event) => {
-    const link = event.target.closest?.("a[href^='#']");
-    if (!link || event.defaultPrevented) return;
-    event.preventDefault();
-    go(link.getAttribute("href").slice(1));
-  };
-  element.addEventListener("click", follow);
-  return {
-    current: () => route,
-    go,
-    watch(changed) {
-      tell = changed;
-      return () => { element.removeEventListener("click", follow); };
-    },
-  };
-}
-
-const LANGUAGES = [["it", "Italiano"], ["en", "English"]];
+// options: routing "hash" (the page's address, the default) or "memory" (a notebook's output, whose theme is the host's);
+//          latent to open first; permalink(latent) -> address to copy (default: this page's with #latent=N).
 
 async function mount(element, source, options = {}) {
   const app = new App(element, source, options);
   await app.start();
-  return { go: (route) => app.router.go(route), destroy: () => app.destroy() };
+  return { go: (latent) => app.go(latent), destroy: () => app.destroy() };
 }
 
 class App {
   constructor(element, source, options) {
-    Object.assign(this, { root: element, source, options, lang: preferredLanguage(), rows: [], leaving: [] });
-    this.state = { list: selectState(), gold: { sort: "f1", descending: true, open: false }, width: prefs.get("width") || "passage" };
+    this.inNotebook = options.routing === "memory";
+    this.router = this.inNotebook ? memoryRouter() : addressRouter();
+    const { list, lang, sentence } = readRoute(this.router.current());
+    Object.assign(this, { root: element, source, options, lang: lang ?? preferredLanguage(), rows: [], leaving: [] });
+    this.state = { list, lang, sentence, gold: { sort: "f1", descending: true, open: false }, width: prefs.get("width") };
     element.classList.add("sae-italian");
-    const theme = preferredTheme();
-    if (theme) setTheme(element, theme);
-    this.router = options.routing === "memory" ? memoryRouter(element) : hashRouter();
+    element.classList.toggle("in-notebook", this.inNotebook);
+    if (this.inNotebook) followHost(element);
+    else if (preferredTheme()) setTheme(element, preferredTheme());
+    this.onClick = (event) => this.follow(event);
     this.onKey = (event) => this.key(event);
   }
 
@@ -72,16 +41,40 @@ class App {
     try {
       const [run] = await Promise.all([this.source.run(), this.loadRows()]);
       this.run = run;
+      this.marks ??= marksOf(run);
       this.compare = (await this.source.compare?.()) || null;
     } catch (error) {
       this.root.replaceChildren(failure(ctx, error));
       return;
     }
-    if (this.options.latent !== undefined && !this.router.current()) this.router.go("latent=" + this.options.latent);
-    if (early && early === this.ctx && this.latentOf(this.router.current()) === this.shown) this.join();
+    if (this.options.latent !== undefined && !this.router.current()) this.router.keep(writeRoute(this.options.latent, this.state));
+    if (early && early === this.ctx && this.latent() === this.shown) this.join();
     else this.render();
-    this.stop = this.router.watch(() => this.route());
-    (this.options.routing === "memory" ? this.root : document).addEventListener("keydown", this.onKey);
+    this.stop = this.router.watch(() => this.arrive());
+    (this.inNotebook ? this.root : document).addEventListener("keydown", this.onKey);
+    this.root.addEventListener("click", this.onClick);
+  }
+
+  // --- the address: a link within the page changes the latent alone, any other step says everything ---
+  latent() { return readRoute(this.router.current()).latent; }
+  go(latent) { this.router.go(writeRoute(latent, this.state)); }
+  keep() { this.router.keep(writeRoute(this.latent(), this.state)); }
+
+  follow(event) {
+    const link = event.target.closest?.("a[href^='#']");
+    if (!link || event.defaultPrevented || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    this.go(readRoute(link.getAttribute("href").slice(1)).latent);
+  }
+
+  arrive() {
+    const { list, lang, sentence } = readRoute(this.router.current());
+    const changed = writeRoute(null, { list }) !== writeRoute(null, { list: this.state.list });
+    Object.assign(this.state.list, list);
+    Object.assign(this.state, { sentence: sentence ?? this.state.sentence });
+    if (lang && lang !== this.lang) return this.setLanguage(lang);
+    if (changed) this.home.list.restore();
+    return this.route();
   }
 
   async loadRows() {
@@ -101,17 +94,18 @@ class App {
 
   // The card that the address names, before the list is read; returns its context.
   async early() {
-    const latent = this.latentOf(this.router.current());
+    const latent = this.latent();
     if (latent === null || !this.source.row) return null;
     const [run, row, card] = await Promise.all([this.source.run(), this.source.row(latent), this.source.card(latent)]);
     if (!row) return null;
+    this.marks = marksOf(run);
     Object.assign(this, { run, byLatent: new Map([[latent, row]]), compare: (await this.source.compare?.()) || null });
     const ctx = this.begin();
     this.card = h("main", { class: "page card-page" });
     this.root.replaceChildren(this.topBar(ctx), this.card);
     this.shown = latent;
     this.entitle(latent);
-    this.putCard(latent, row, renderCard(ctx, row, card));
+    this.putCard(latent, row, renderCard(ctx, row, card), card);
     await painted();
     return ctx;
   }
@@ -133,16 +127,18 @@ class App {
     this.stop?.();
     this.root.removeEventListener("keydown", this.onKey);
     document.removeEventListener("keydown", this.onKey);
+    this.root.removeEventListener("click", this.onClick);
     this.root.replaceChildren();
   }
 
   context() {
-    const open = (latent) => this.router.go("latent=" + latent);
+    const open = (latent) => this.go(latent);
+    const keep = () => this.keep();
     const permalink = this.options.permalink || ((latent) => window.location.href.split("#")[0] + "#latent=" + latent);
     const row = (latent) => this.byLatent?.get(latent);
     const prepare = (latent) => this.source.prepare?.(latent);
     const refresh = () => this.refresh();
-    return makeContext(this.lang, { root: this.root, run: this.run, open, permalink, prepare, refresh, row, state: this.state });
+    return makeContext(this.lang, { root: this.root, run: this.run, marks: this.marks, open, keep, permalink, prepare, refresh, row, state: this.state });
   }
 
   // --- the bar at the top ---
@@ -166,7 +162,7 @@ class App {
   topBar(ctx) {
     const skip = (event) => {
       event.preventDefault();
-      const visible = this.router.current() ? this.root.querySelector("h1[tabindex]") : this.root.querySelector(".list");
+      const visible = this.root.querySelector(this.latent() === null ? ".list" : "h1[tabindex]");
       visible?.focus();
     };
     return h("div", { class: "top" }, h("a", { class: "skip", href: "#", onclick: skip }, ctx.t("skip")),
@@ -177,7 +173,7 @@ class App {
   // --- views ---
   begin() {
     this.root.lang = this.lang;
-    if (this.options.routing !== "memory") document.documentElement.lang = this.lang;
+    if (!this.inNotebook) document.documentElement.lang = this.lang;
     return (this.ctx = this.context());
   }
 
@@ -188,14 +184,14 @@ class App {
     this.card = h("main", { class: "page card-page", hidden: true });
     this.root.replaceChildren(this.topBar(ctx), this.home.element, this.card);
     this.live(this.home.live, null);
-    this.route();
     this.home.later();
+    return this.route();
   }
 
-  live(holder, latent) {
+  live(holder, latent, contexts = []) {
     if (!this.source.live || !holder) return;
     holder.hidden = false;
-    const undo = mountLive(holder, this.source.live, { ...this.ctx, latent });
+    const undo = mountLive(holder, this.source.live, { ...this.ctx, latent, text: contexts[0] && fires(contexts[0]) });
     if (undo) this.leaving.push([holder, undo]);
   }
 
@@ -203,16 +199,11 @@ class App {
     this.leaving = this.leaving.filter(([holder, undo]) => !inside.contains(holder) || undo());
   }
 
-  latentOf(route) {
-    const match = /(?:^|&)latent=(\d+)(?:&|$)/.exec(route);
-    return match ? Number(match[1]) : null;
-  }
-
   route() {
-    const latent = this.latentOf(this.router.current());
+    const latent = this.latent();
     const list = this.home.element;
     const wasCard = !this.card.hidden;
-    if (latent !== null && !list.hidden) this.scroll = window.scrollY;
+    if (latent !== null && !list.hidden) this.scroll = this.scrolled();
     list.hidden = latent !== null;
     this.card.hidden = latent === null;
     this.entitle(latent);
@@ -220,15 +211,21 @@ class App {
     this.leave(this.card);
     this.card.replaceChildren();
     if (!wasCard) return undefined;
-    if (this.options.routing !== "memory") window.scrollTo(0, this.scroll || 0);
+    this.scrollTo(this.scroll || 0);
     if (this.shown !== undefined) this.home.list.selectLatent(this.shown);
     if (this.toSearch) this.home.list.search.focus();
     this.toSearch = false;
     return undefined;
   }
 
+  scrolled() { return this.inNotebook ? this.root.scrollTop : window.scrollY; }
+  scrollTo(y) {
+    if (this.inNotebook) this.root.scrollTop = y;
+    else window.scrollTo(0, y);
+  }
+
   entitle(latent) {
-    if (this.options.routing !== "memory") document.title = (latent === null ? "" : `${this.ctx.t("latent")} ${latent} · `) + this.run.title;
+    if (!this.inNotebook) document.title = (latent === null ? "" : `${this.ctx.t("latent")} ${latent} · `) + this.run.title;
   }
 
   // Next and previous follow the list as it is filtered and sorted; a latent outside it follows the whole folder.
@@ -259,25 +256,26 @@ class App {
     this.leave(this.card);
     const back = h("a", { class: "back", href: "#" }, "← " + ctx.t("back"));
     if (!row) return this.card.replaceChildren(back, notice(ctx.t("no.latent", { latent })));
-    let content;
+    let content, card;
     try {
       const wide = this.source.wide && (() => this.source.wide(latent));
-      content = renderCard({ ...ctx, wide }, row, await this.source.card(latent));
+      card = await this.source.card(latent);
+      content = renderCard({ ...ctx, wide, tryable: Boolean(this.source.live) }, row, card);
     } catch (error) {
       content = failure(ctx, error);
     }
-    if (this.latentOf(this.router.current()) !== latent || ctx !== this.ctx) return undefined; // overtaken by the next key
-    return this.putCard(latent, row, content);
+    if (this.latent() !== latent || ctx !== this.ctx) return undefined; // overtaken by the next key
+    return this.putCard(latent, row, content, card);
   }
 
-  putCard(latent, row, content) {
+  putCard(latent, row, content, card) {
     const ctx = this.ctx;
-    const live = h("section", { class: "panel live", hidden: true });
     const match = this.compare && compareView(ctx, this.compare, row);
-    this.card.replaceChildren(this.cardNav(latent), content, live, ...(match ? [match] : []), keyHelp(ctx));
-    this.live(live, latent);
+    const live = content.querySelector(".live") ?? h("section", { class: "panel live", hidden: true }); // where no card could be read
+    this.card.replaceChildren(this.cardNav(latent), h("div", { class: "beside" }, content, match), ...(content.contains(live) ? [] : [live]), keyHelp(ctx));
+    this.live(live, latent, card?.groups[0]?.contexts);
     this.card.querySelector("h1")?.focus({ preventScroll: true });
-    if (this.options.routing !== "memory") window.scrollTo(0, 0);
+    this.scrollTo(0);
     this.prepareNeighbours(latent);
   }
 
@@ -289,11 +287,14 @@ class App {
     });
   }
 
-  setLanguage(lang) {
-    this.lang = lang;
+  async setLanguage(lang) {
+    const y = this.scrolled();
+    this.lang = this.state.lang = lang;
     prefs.set("lang", lang);
-    this.render();
-    this.root.querySelector(`[data-lang="${lang}"]`).focus();
+    this.keep();
+    await this.render();
+    this.root.querySelector(`[data-lang="${lang}"]`).focus({ preventScroll: true });
+    this.scrollTo(y);
   }
 
   // --- keys ---
@@ -303,18 +304,17 @@ class App {
   }
 
   stepCard(by) {
-    const { previous, next } = this.neighbours(this.latentOf(this.router.current()));
+    const { previous, next } = this.neighbours(this.latent());
     const row = by > 0 ? next : previous;
-    if (row) this.router.go("latent=" + row.latent);
+    if (row) this.go(row.latent);
   }
 
   actions() {
     const { list } = this.home;
-    const go = (route) => this.router.go(route);
-    if (this.latentOf(this.router.current()) === null) {
+    if (this.latent() === null) {
       return { j: () => this.stepList(1), k: () => this.stepList(-1), Escape: () => list.clear(), "/": () => { list.search.focus(); list.search.select(); } };
     }
-    return { j: () => this.stepCard(1), k: () => this.stepCard(-1), Escape: () => go(""), "/": () => { this.toSearch = true; go(""); } };
+    return { j: () => this.stepCard(1), k: () => this.stepCard(-1), Escape: () => this.go(null), "/": () => { this.toSearch = true; this.go(null); } };
   }
 
   key(event) {

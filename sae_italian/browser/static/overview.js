@@ -9,23 +9,21 @@ function renderFacts(ctx, run) {
   const size = ctx.t("size", { d_in: ctx.integer(run.d_in), d_sae: ctx.integer(run.d_sae) }) +
     (run.k === null ? "" : ctx.t("size.k", { k: ctx.integer(run.k) }));
   const corpus = ctx.t("tokens.in", { documents: ctx.integer(run.n_documents), context: ctx.integer(run.context_size) });
-  return h("header", { class: "run" },
-    h("h1", {}, text(run.title)),
-    h("p", { class: "muted" }, ctx.t("created", { version: run.version, date: ctx.date(run.created) })),
-    h("dl", { class: "facts" },
-      fact(ctx.t("fact.model"), text(run.model), text(run.model_note)),
-      fact(ctx.t("fact.sae"), text(run.sae), h("code", {}, run.hook_name)),
-      fact(ctx.t("fact.size"), size),
-      fact(ctx.t("fact.corpus"), text(run.corpus)),
-      fact(ctx.t("fact.tokens"), ctx.integer(run.n_tokens), corpus)));
+  return h("dl", { class: "facts" },
+    fact(ctx.t("fact.model"), text(run.model), text(ctx.lang === "it" ? run.model_note_it : run.model_note)),
+    fact(ctx.t("fact.sae"), text(run.sae), h("code", {}, run.hook_name)),
+    fact(ctx.t("fact.size"), size),
+    fact(ctx.t("fact.corpus"), text(run.corpus)),
+    fact(ctx.t("fact.tokens"), ctx.integer(run.n_tokens), corpus),
+    fact(ctx.t("fact.made"), ctx.date(run.created), `sae_italian ${run.version}`));
 }
 
 function metricRow(ctx, metric) {
   const note = ctx.pick(metric, "note");
   return h("tr", { "data-metric": metric.name },
     h("th", { scope: "row" }, text(ctx.pick(metric, "label")), note && h("small", {}, text(note))),
-    h("td", { class: "num strong" }, ctx.metric(metric.value), metric.value === null ? "" : ctx.unit(metric.unit)),
-    h("td", { class: "num muted" }, ctx.interval(metric.lo, metric.hi, ctx.metric)));
+    h("td", { class: "num strong" }, ctx.metric(metric.value, metric.unit)),
+    h("td", { class: "num muted" }, ctx.interval(metric.lo, metric.hi, (x) => ctx.metric(x, metric.unit, ""))));
 }
 
 function renderMetrics(ctx, metrics, { title, head, note }) {
@@ -75,7 +73,7 @@ function goldTable(ctx, gold, state) {
       },
     }));
     const bodies = [...groups].map(([category, items]) => h("tbody", {},
-      h("tr", { class: "group" }, h("th", { scope: "rowgroup", colspan: GOLD_COLUMNS.length }, text(category))),
+      h("tr", { class: "group" }, h("th", { scope: "rowgroup", colspan: GOLD_COLUMNS.length }, ctx.name("category", category))),
       [...items].sort((a, b) => compare(a[state.sort], b[state.sort], state.descending)).map((item) => goldRow(ctx, item))));
     table.replaceChildren(table.caption, h("thead", {}, h("tr", {}, head)), ...bodies);
   };

@@ -5,6 +5,9 @@ const BOX = { left: 30, right: 326, top: 8, bottom: 312 };
 const SIDE = 332; // of the drawing, in its own units
 const SHARP = 2; // points of the picture to a unit
 const REACH = 12; // units from a dot at which the pointer is on it
+const CELL = 84; // units of a part of the map that may have a name
+const REGIONS = 7;
+const WAYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const MANY = 3000; // from so many dots on, they are small
 
 // Where each row's dot is, in units; by latent.
@@ -29,6 +32,30 @@ function nearest(rows, at, x, y) {
     }
   }
   return best;
+}
+
+// The nearest row from one that lies in a direction; what lies aside counts twice.
+function toward(rows, at, from, [right, down]) {
+  let [best, least] = [null, Infinity];
+  for (const row of rows) {
+    const [x, y] = [at.x[row.latent] - at.x[from.latent], at.y[row.latent] - at.y[from.latent]];
+    const along = x * right + y * down;
+    const cost = along + 2 * Math.abs(x * down + y * right);
+    if (along > 0.5 && cost < least) [best, least] = [row, cost];
+  }
+  return best ?? from;
+}
+
+// What most of the latents in a part of the map share: a label, or a token.
+function regions(ctx, rows, at) {
+  const cells = Map.groupBy(rows, ({ latent }) => `${Math.floor(at.x[latent] / CELL)},${Math.floor(at.y[latent] / CELL)}`);
+  const fullest = [...cells.values()].sort((a, b) => b.length - a.length).slice(0, REGIONS);
+  return fullest.map((some) => {
+    const names = some.map((row) => (row.gold.length ? labelName(row.gold[0], ctx.lang) : (row.top_tokens[0] ?? "").trim())).filter((name) => /\p{L}{2}/u.test(name));
+    const [name, same] = [...Map.groupBy(names, (one) => one)].sort(([, a], [, b]) => b.length - a.length)[0] ?? ["", []];
+    const middle = (axis) => round(some.reduce((sum, { latent }) => sum + at[axis][latent], 0) / some.length);
+    return same.length > 1 && svg("text", { class: "region", x: middle("x"), y: middle("y"), "text-anchor": "middle" }, name.slice(0, 20));
+  });
 }
 
 // The points of a disc around 0, as steps in a picture of so many points a line.
@@ -73,23 +100,33 @@ function cloud(ctx, rows, { scale, axes, label, className, onOpen }) {
   const at = places(rows, scale);
   const { canvas, draw } = dotPicture(at, rows);
   const cursor = svg("circle", { class: "cursor", r: 4.5, visibility: "hidden" });
-  const picture = svg("svg", { viewBox: `0 0 ${SIDE} ${SIDE}`, role: "img", "aria-label": label }, axes, cursor);
-  const readout = h("figcaption", { class: "readout muted" }, ctx.t("scatter.hint"));
+  const named = className === "by-direction" && regions(ctx, rows, at);
+  const picture = svg("svg", { viewBox: `0 0 ${SIDE} ${SIDE}`, role: "img", tabindex: 0, "aria-label": `${label}. ${ctx.t("scatter.keys")}` }, axes, named, cursor);
+  const readout = h("figcaption", { class: "readout muted", role: "status" }, ctx.t("scatter.hint"));
   const element = h("figure", { class: "chart scatter " + className }, h("div", { class: "plot" }, canvas, picture), readout);
   let visible = rows;
   let under = null;
 
   function point(event) {
     const spot = new DOMPoint(event.clientX, event.clientY).matrixTransform(picture.getScreenCTM().inverse());
-    under = nearest(visible, at, spot.x, spot.y);
+    choose(nearest(visible, at, spot.x, spot.y));
+  }
+  function choose(row) {
+    under = row;
     picture.classList.toggle("pointing", Boolean(under));
     cursor.setAttribute("visibility", under ? "visible" : "hidden");
     if (!under) return readout.replaceChildren(ctx.t("scatter.hint"));
     cursor.setAttribute("cx", round(at.x[under.latent]));
     cursor.setAttribute("cy", round(at.y[under.latent]));
-    const words = ctx.pick(under, "explanation").slice(0, 120) || under.top_tokens.join(" ");
+    const words = headline(ctx, under).slice(0, 120) || under.top_tokens.join(" ");
     return readout.replaceChildren(`${under.latent} · ${ctx.density(under.density)} · ${ctx.fixed(under.detection)} · `, text(words));
   }
+  picture.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && under) onOpen(under.latent);
+    if (!WAYS[event.key] || !visible.length) return;
+    event.preventDefault();
+    choose(under ? toward(visible, at, under, WAYS[event.key]) : visible[0]);
+  });
   picture.addEventListener("pointermove", point);
   picture.addEventListener("click", (event) => {
     point(event);

@@ -15,7 +15,7 @@ const FILTERS = {
 };
 const RANGES = Object.keys(COLUMNS).filter((name) => COLUMNS[name].range); // density in per cent
 
-const selectState = () => ({ query: "", filter: "all", label: "", ranges: {}, sort: "detection", descending: true, selected: -1 });
+const selectState = () => ({ query: "", filter: "all", label: "", list: "", ranges: {}, sort: "gain", descending: true, selected: -1 });
 
 // null last, whatever the direction
 function compare(a, b, descending) {
@@ -34,26 +34,50 @@ const named = (label) => {
   if (!names.has(label)) names.set(label, [labelName(label, "it"), labelName(label, "en")]);
   return names.get(label);
 };
-const searched = (row) => [row.latent, row.explanation_it, row.explanation_en, row.llm_it, row.llm_en, ...row.top_tokens, ...row.gold,
-  ...row.gold.flatMap(named)].join("\n");
+const QUOTED = /«[^»]*»|“[^”]*”|[\p{L}\p{N}.,]+/gu;
+const SOME = 1000; // rows whose explanations say what stands in most of them
+const USUAL = 0.2; // share of them from which a word outside quotes tells nothing
 
-function foldBlock(rows, made) {
-  const texts = rows.slice(made.length, made.length + BLOCK).map(searched);
+// What every explanation says («precision 0.78», «on the word») is not searched: a word that a fifth of them have, a number.
+function usualWords(rows) {
+  const seen = new Map();
+  const some = rows.filter((row, at) => at % Math.ceil(rows.length / SOME) === 0 && row.explanation_it);
+  for (const row of some) {
+    const own = [row.explanation_it, row.explanation_en].flatMap((words) => words.match(QUOTED) ?? []).filter((word) => /^\p{L}/u.test(word));
+    for (const word of new Set(own)) seen.set(word, (seen.get(word) ?? 0) + 1);
+  }
+  return new Set([...seen].filter(([, n]) => some.length > 20 && n >= USUAL * some.length).map(([word]) => word));
+}
+
+function searched(row, usual, labels) {
+  const told = (words) => words.replace(QUOTED, (word) => (/^[\d.,]+$/.test(word) || usual.has(word) ? "" : word));
+  const gold = [...row.gold, ...(labels.get(row.latent) ?? []).map(({ label }) => label)];
+  return [row.title_it, row.title_en, told(row.explanation_it), told(row.explanation_en), row.llm_it, row.llm_en, ...row.top_tokens, ...gold, ...gold.flatMap(named)].join("\n");
+}
+
+function foldBlock(rows, { made, usual, labels }) {
+  const texts = rows.slice(made.length, made.length + BLOCK).map((row) => searched(row, usual, labels));
   const folded = fold(texts.join(BETWEEN)).split(BETWEEN);
   made.push(...(folded.length === texts.length ? folded : texts.map(fold))); // a text may hold the character between
 }
 
+const golds = new WeakMap(); // of an array of rows: the run's labels, each searched by the latent that finds it best
+
 function haystack(rows) {
-  if (!haystacks.has(rows)) haystacks.set(rows, []);
+  if (!haystacks.has(rows)) {
+    const labels = Map.groupBy(golds.get(rows) ?? [], ({ latent }) => latent);
+    haystacks.set(rows, { made: [], usual: usualWords(rows), labels });
+  }
   return haystacks.get(rows);
 }
 
 // Folds the rows while nothing else is to be done, so that the first letter typed need not wait for all of them.
-function prepareSearch(rows) {
-  const made = haystack(rows);
+function prepareSearch(rows, gold) {
+  golds.set(rows, gold);
   const some = () => {
-    if (made.length < rows.length) foldBlock(rows, made);
-    if (made.length < rows.length) whenIdle(some);
+    const hay = haystack(rows);
+    if (hay.made.length < rows.length) foldBlock(rows, hay);
+    if (hay.made.length < rows.length) whenIdle(some);
   };
   whenIdle(some);
 }
@@ -61,9 +85,9 @@ function prepareSearch(rows) {
 function holding(rows, query) {
   const wanted = fold(query).split(/\s+/).filter(Boolean);
   if (!wanted.length) return () => true;
-  const made = haystack(rows);
-  while (made.length < rows.length) foldBlock(rows, made);
-  return (at) => wanted.every((word) => made[at].includes(word));
+  const hay = haystack(rows);
+  while (hay.made.length < rows.length) foldBlock(rows, hay);
+  return (at) => wanted.every((word) => hay.made[at].includes(word));
 }
 
 // --- order: each is made once ---
@@ -91,13 +115,15 @@ function inRanges(row, ranges) {
 }
 
 // The rows that the state asks for, in its order; what next and previous walk along. Rows come ordered by latent.
-function selectRows(rows, state) {
+function selectRows(rows, state, marks) {
   const keep = FILTERS[state.filter];
   const holds = holding(rows, state.query);
   const found = [];
   for (const at of orderOf(rows, state.sort, state.descending)) {
     const row = rows[at];
-    if (keep(row) && (!state.label || row.gold.includes(state.label)) && inRanges(row, state.ranges) && holds(at)) found.push(row);
+    const narrow = keep(row) && (!state.label || row.gold.includes(state.label)) && (!state.list || marks.has(row.latent, state.list));
+    if (narrow && inRanges(row, state.ranges) && holds(at)) found.push(row);
   }
-  return found;
+  const own = rows[/^\d+$/.test(state.query.trim()) ? Number(state.query) : -1]; // a number is a latent's first of all
+  return own ? [own, ...found.filter((row) => row !== own)] : found;
 }

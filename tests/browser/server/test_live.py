@@ -9,9 +9,9 @@ import torch
 
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
+from sae_italian.base.labels import label
 from sae_italian.browser.contexts import AFTER, BEFORE
 from sae_italian.browser.live import MAX_LETTERS, NEW_TOKENS, PER_TOKEN, Live, Refused, in_both
-from sae_italian.browser.page import static_text
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.models.activations import read_activations
@@ -246,6 +246,6 @@ def test_wide_passages_are_the_same_ones_with_all_of_their_window(opened, active
             assert context["max"] in [value for _, value in window["segments"]]
             longer += len(around) > len(text)
     assert longer
-    words = static_text("strings.js")
-    assert words.count(f"{BEFORE} token prima") == 2 and words.count(f"e {AFTER} dopo") == 2
-    assert words.count(f"{BEFORE} tokens before") == 2 and words.count(f"and {AFTER} after") == 2
+    for key in ("page.width.limit", "page.width.limit.disk"):
+        assert f"{BEFORE} token prima di quello scelto e {AFTER} dopo" in label(key, "it")
+        assert f"{BEFORE} tokens before the chosen one and {AFTER} after" in label(key, "en")
