@@ -12,11 +12,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sae_italian.base.errors import DataError, UsageError
@@ -236,18 +237,19 @@ def claimed(
     resume: bool = False,
     overwrite: bool = False,
     changeable: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> Iterator[bool]:
     """Hold `out` for this process while the block writes the run described by `spec`; yield whether it goes on.
 
     A new or empty folder gets a `run.json`. With `resume`, a folder that holds the same run is continued; the settings
-    that are `changeable` may differ. With `overwrite`, a run of the same kind is replaced: its files go, every other file
-    stays. Everything else is refused and left untouched.
+    that are `changeable` may differ, and one that an older record lacks had its default. With `overwrite`, a run of the
+    same kind is replaced: its files go, every other file stays. Everything else is refused and left untouched.
 
     Raises: UsageError when another process holds the folder, or it cannot be written to, or holds something else, naming
     the first setting that differs; and when the disk is full in the block.
     """
     with locked(out), disk_errors(out):
-        earlier, record = _records(out, kind, spec, resume, overwrite, changeable)
+        earlier, record = _records(out, kind, spec, resume, overwrite, changeable, defaults or {})
         if continuing := bool(earlier) and not overwrite:
             for left in [path for path in out.rglob(".*") if _is_temporary(path)]:
                 remove(left)
@@ -267,13 +269,20 @@ def check_claim(out: Path, kind: str, spec: dict[str, Any], *, resume: bool, ove
 
 
 def _records(
-    out: Path, kind: str, spec: dict[str, Any], resume: bool, overwrite: bool, changeable: Collection[str] = ()
+    out: Path,
+    kind: str,
+    spec: dict[str, Any],
+    resume: bool,
+    overwrite: bool,
+    changeable: Collection[str] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a folder's record, empty without one, and that of the run that is to be there. Raises: UsageError as `claimed`."""
     spec = json.loads(json.dumps(spec, default=str))
     found = any(not _is_temporary(child) and child.name != LOCK_FILE for child in out.iterdir())
     earlier = _claim_in(out, kind) if found else {}
     if earlier and not overwrite:
+        earlier["spec"] = {**defaults, **earlier["spec"]}
         return earlier, _continued(out, earlier, spec, resume, changeable)
     return earlier, {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
 

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import RUN_FILE, claimed, read_json
 from sae_italian.corpora.pretokenize import is_pretokenized
@@ -56,17 +58,24 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
         here = placed(spec)
         model, continuing = _model_of(here), resume and not overwrite
         if processes.first:
-            continuing = stack.enter_context(claimed(out, KIND, spec.model_dump(mode="json"), **how))
+            continuing = stack.enter_context(_claimed(out, KIND, spec, **how))
         processes.meet(out)
         specs = {SAE_FOLDER: here} | _other_seeds(here)
         folders = {name: out if name == SAE_FOLDER else out / SEEDS / name for name in specs}
         if not (continuing and all((folder / WEIGHTS).is_file() for folder in folders.values())):
             for name in list(specs)[1:]:
-                stack.enter_context(claimed(folders[name], KIND, specs[name].model_dump(mode="json"), resume=True))
+                stack.enter_context(_claimed(folders[name], KIND, specs[name], resume=True))
             train_together(specs, folders, model, out, processes)
         elif processes.first:
             clear_checkpoints(out)
     return out
+
+
+def _claimed(folder: Path, kind: str, spec: RunSpec | SuiteSpec, **how: Any) -> contextlib.AbstractContextManager[bool]:
+    """Hold a folder as `claimed`; a record made before a setting was there holds its default."""
+    fields = type(spec).model_fields.items()
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+    return claimed(folder, kind, spec.model_dump(mode="json"), defaults=to_jsonable_python(defaults), **how)
 
 
 def _other_seeds(spec: RunSpec) -> dict[str, RunSpec]:
@@ -97,7 +106,7 @@ def train_suite(
     """
     out, groups = Path(out), suite.groups()
     check_run(next(iter(groups[0].values())))
-    with claimed(out, SUITE_KIND, suite.model_dump(mode="json"), resume=resume, overwrite=overwrite):
+    with _claimed(out, SUITE_KIND, suite, resume=resume, overwrite=overwrite):
         trained = run_units(partial(train_group, suite, out), range(len(groups)))
         return [folder for folders in trained for folder in folders]
 
@@ -124,7 +133,7 @@ def train_members(specs: Mapping[str, RunSpec], out: Path, own: Path) -> list[Pa
     model = _model_of(next(iter(specs.values())))
     with contextlib.ExitStack() as stack:
         for name, spec in specs.items():
-            stack.enter_context(claimed(folders[name], KIND, spec.model_dump(mode="json"), resume=True))
+            stack.enter_context(_claimed(folders[name], KIND, spec, resume=True))
         train_together(specs, folders, model, own)
     return list(folders.values())
 

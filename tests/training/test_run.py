@@ -213,6 +213,12 @@ def test_a_folder_is_resumed_without_its_first_command(small_spec, trained_sae, 
         train(small_spec, out)
     monkeypatch.undo()
     assert main(["train", str(out)]) == 2 and "--resume" in capsys.readouterr().err
+    record = json.loads(
+        (out / "run.json").read_text()
+    )  # as an older version wrote it, before these settings were there
+    for newer in ("seeds", "from_pretrained_path", "process_timeout_seconds"):
+        del record["spec"][newer]
+    (out / "run.json").write_text(json.dumps(record))
     assert main(["train", str(out), "lr=1", "--resume"]) == 2 and "lr was 0.006" in capsys.readouterr().err
     assert main(["train", str(out), "checkpoint_every_tokens=10240", "--resume"]) == 0
     assert all(torch.equal(tensor, weights(trained_sae)[name]) for name, tensor in weights(out).items())
