@@ -133,7 +133,8 @@ def _index(answer: Any, first: int) -> int:
 def _at_span(text: str, one: HubSet, row: Mapping[str, Any], facts: dict[str, str]) -> PlacedWord:
     """Return the word of the last text at its span, placed in all texts together."""
     start = text.rindex(str(row[one.text[-1]]).strip())
-    return PlacedWord(*(start + int(row[column]) for column in one.span), facts)
+    first, last = (start + int(row[column]) for column in one.span)
+    return PlacedWord(first, last, facts)
 
 
 def _tagged(words: Sequence[str], tags: Sequence[Any], group: str, test: bool) -> Passage:

@@ -56,7 +56,7 @@ def judge(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> Judg
 def ranked(x: scipy.sparse.csr_array, y: Bool[np.ndarray, " n"], most: int) -> Int[np.ndarray, " most"]:
     """Return the latents whose normalised means differ most between the classes, the largest difference first."""
     absolute = abs(x)
-    fired = np.maximum(np.asarray((x != 0).sum(axis=0)).ravel(), 1)
+    fired = np.maximum(np.asarray(x.count_nonzero(axis=0)).ravel(), 1)
     scale = np.asarray(absolute.sum(axis=0)).ravel() / fired
     weights = y / y.sum() - ~y / (~y).sum()
     difference = np.abs(np.asarray(weights @ x)).ravel() / (scale + 1e-6)
@@ -68,7 +68,7 @@ def _classifier(penalty: str, c: float) -> Any:
 
     if penalty == "l1":  # liblinear's intercept is penalised, hardly so when it is scaled
         return LogisticRegression(
-            C=c, l1_ratio=1.0, solver="liblinear", intercept_scaling=100.0, tol=1e-3, random_state=0
+            C=c, l1_ratio=1.0, solver="liblinear", intercept_scaling=100, tol=1e-3, random_state=0
         )
     return LogisticRegression(C=c, max_iter=100, tol=1e-3)
 
