@@ -61,7 +61,8 @@ ALLOWED = {
     "training/shards.py": (0, 0, "one wait a step, for the number of the dead, that no call of these shows"),
     "saes/sparse.py": (0, 4, "top_positive alone waits, whose values go to the feature cache"),
     "saes/architectures.py": (0, 1, "the estimate of the scale, once a run"),
-    "saes/fit.py": (2, 12, "measures and thresholds: a number a chunk, no step of training"),
+    "saes/fit.py": (1, 9, "measures and thresholds: a number a chunk, no step of training"),
+    "saes/jumprelu.py": (1, 11, "an export: sums and sorts on the CPU, no step of training"),
     "cache/shards.py": (0, 8, "what is written to disk: counts, latents and values of a chunk"),
     "cache/build.py": (0, 0, "the shards do it"),
     "evaluation/evaluate.py": (2, 11, "sums by document are the CPU's; one wait a pass for each column"),
@@ -192,7 +193,7 @@ WAITS_OF_FOUR_STEPS = {
     "sae_trainer.py:_train_step: to": 4,  # of the pretence: PyTorch's clip asks where the gradients really are
     "activations.py:read_many: __bool__": 1,  # one read of the model: transformers looks at its mask,
     "stream.py:<listcomp>: index by a mask": 1,  # ... which tokens are kept,
-    "stream.py:_read: __bool__": 1,  # ... and whether the activations are finite
+    "stream.py:_rows: __bool__": 1,  # ... and whether the activations are finite
 }
 
 

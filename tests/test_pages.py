@@ -108,7 +108,6 @@ NOT_RUN = {
     "cache info nothing-here": "is to fail; tests/test_exit_codes.py",
     "benchmark SAE [SAE": "`benchmark SAE` stands for it",
     "benchmark SAE SAE": "needs treebanks; tests/benchmark",
-    "benchmark SAE --out DIR --ud": "needs treebanks; tests/benchmark",
     "benchmark SAE --out bench --preset full": "needs treebanks and corpora; tests/benchmark",
     "benchmark topk batchtopk": "needs treebanks and five SAEs; tests/benchmark",
     "benchmark SAE --sets hub": "needs the hub; tests/benchmark/test_hub_sets.py",

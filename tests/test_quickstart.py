@@ -137,11 +137,12 @@ def test_the_report_opens_from_disk_and_shows_true_text(done):
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(f"file://{out}/report/index.html")
+        page.click("summary")  # measures and controls
         page.wait_for_selector("text=/Varianza spiegata|Explained variance/")
         cache = FeatureCache.open(out / "cache")
         latent = int(cache.statistics["max"].argmax())
         page.goto(f"file://{out}/report/index.html#latent={latent}")
-        page.wait_for_selector("mark")
+        page.wait_for_selector("mark:visible")
         shown = page.inner_text("body")
     position, value = cache.latent(latent)
     strongest = cache.document(int(cache.doc[position[value.argmax()]]))

@@ -63,7 +63,7 @@ class AutointerpSummary:
     lookup_simulation: Estimate
     lookup_share_detected: Estimate
     whole_detection: Estimate  # of the rules as they were fitted, of which the texts display a part
-    by_keys: dict[int, Estimate]  # detection of a text's first 1, 2, 3, 6 and 12 keys
+    by_keys: dict[str, Estimate]  # detection of a text's first 1, 2, 3, 6 and 12 keys
     by_keys_area: Estimate  # the mean of that curve over log2(1 + keys)
     saved_bits: Estimate  # per example, what a text saves over telling the answers without it, its own length paid
     lookup_saved_bits: Estimate
@@ -130,7 +130,7 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
             lookup_share_detected=_share(list(looked_up.values())),
             gain_over_lookup=_mean(values("detection", metric=GAIN)),
             only_token=_share([0.0 if latent in better else value for latent, value in both.items()]),
-            by_keys={n: _mean(values("budget", SOURCE, f"balanced_accuracy_{n}")) for n in BUDGETS},
+            by_keys={str(n): _mean(values("budget", SOURCE, f"balanced_accuracy_{n}")) for n in BUDGETS},
             by_negatives=by_source(),
             gains=by_source(GAIN),
             by_decile=[_mean(values("detection", metric=f"tpr_decile_{tenth}")) for tenth in range(10)],

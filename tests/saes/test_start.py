@@ -83,11 +83,13 @@ def a_loop(said: list[str], start: str = "zero") -> Any:
     from types import SimpleNamespace
 
     from sae_italian.training.loop import HOPELESS_AFTER
+    from sae_italian.training.processes import ALONE
 
     spec = SimpleNamespace(lr_warm_up_steps=0, sae={"architecture": "topk", "d_sae": 4_096, "start": start})
     runs = {"sae": SimpleNamespace(spec=spec)}
     bar = SimpleNamespace(write=lambda text, file: said.append(text))
-    return bar, SimpleNamespace(warned=set(), dead={}, runs=runs, first=SimpleNamespace(n_steps=HOPELESS_AFTER))
+    first = SimpleNamespace(n_steps=HOPELESS_AFTER)
+    return bar, SimpleNamespace(warned=set(), dead={}, runs=runs, first=first, processes=ALONE)
 
 
 def test_a_start_that_is_too_far_is_said_once_and_while_it_is_cheap():

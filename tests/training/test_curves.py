@@ -145,7 +145,7 @@ def test_the_doctor_draws_and_says_while_the_training_goes_on(healthy, tmp_path,
     out = capsys.readouterr().out
     assert "pass  training: explained variance" in out and f"curves: {run / 'curves.svg'}" in out
     svg = (run / "curves.svg").read_text()
-    assert "<svg" in svg and "varianza spiegata" in svg and "healthy · sano" in svg
+    assert "<svg" in svg and "varianza spiegata" in svg and "healthy run · tollerato attorno a una prova sana" in svg
     picture = tmp_path / "x.svg"
     assert main(["saes", "doctor", str(run), "--out", str(picture), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)

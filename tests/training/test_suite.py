@@ -215,4 +215,4 @@ def test_groups_trained_side_by_side_are_those_trained_one_by_one(tmp_path):
 
 def test_one_sae_takes_no_engine(tmp_path, capsys):
     assert main(["train", "mini/topk", "--workers", "2", "--out", str(tmp_path / "x")]) == 2
-    assert "are for suites" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert "--workers is for suites" in capsys.readouterr().err and not (tmp_path / "x").exists()
