@@ -27,7 +27,7 @@ from sae_italian.browser.contexts import file_name, passages_of, samples
 from sae_italian.browser.directions import Decoder
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.evaluation.card import read_card, read_seeds
-from sae_italian.models import parse_hook_name, resolve
+from sae_italian.models import parse_hook_name, resolved_here
 
 RESULTS = "results.json"
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
@@ -135,7 +135,8 @@ class LatentSource:
 
     def run(self) -> Record:
         manifest = self.cache.manifest
-        own, entry = ("hook_name", "d_in", "d_sae", "k", "context_size"), resolve(manifest.model).entry
+        own, model = ("hook_name", "d_in", "d_sae", "k", "context_size"), resolved_here(manifest.model)
+        entry = model and model.entry
         return {
             **{name: getattr(manifest, name) for name in own},
             "model": public_name(manifest.model),

@@ -115,6 +115,14 @@ def resolve(name: str) -> ResolvedModel:
     raise UsageError(f"model {name!r} is neither a known name, a hub id nor a folder. {nearest(wanted, known)}")
 
 
+def resolved_here(name: str) -> ResolvedModel | None:
+    """Return what `resolve` does, None where a name means nothing here, such as that of a folder on another machine."""
+    try:
+        return resolve(name)
+    except UsageError:
+        return None
+
+
 def config_facts(config: Any) -> dict[str, Any]:
     """Return the catalogue's dimensions as a loaded transformers config states them; None where it does not."""
     facts = {}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, make_dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -122,12 +123,24 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         encoder: dict[str, Any] = {"input_bias": input_bias, "norm": norm}
         k: int = self.activation_fn.k  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
         values, indices = encode_rows(sae_in, rows, self.b_enc, k, **encoder)
-        out = self.hook_sae_recons(decode(values, indices, self.W_dec) + self.b_dec)
+        acts = values.detach() if norm is None else values.detach() * norm[indices]
+        auxiliary = partial(self._auxiliary_loss, sae_in, rows, encoder, dead=step_input.dead_neuron_mask)
+        return self.step_output(target, decode(values, indices, self.W_dec), values, acts, indices, auxiliary)
+
+    def step_output(
+        self,
+        target: Tensor,
+        decoded: Tensor,
+        values: Tensor,
+        acts: Tensor,
+        indices: Tensor,
+        auxiliary: Callable[[Tensor], Tensor],
+    ) -> TrainStepOutput:
+        """Return a step's reconstruction and losses. `decoded` lacks the bias; `auxiliary` gives a loss of the residual."""
+        out = self.hook_sae_recons(decoded + self.b_dec)
         out = self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
         losses = {"mse_loss": self.mse_loss_fn(out, target).sum(dim=-1).mean()}
-        dead = step_input.dead_neuron_mask
-        losses["auxiliary_reconstruction_loss"] = self._auxiliary_loss(sae_in, rows, encoder, target - out, dead)
-        acts = values.detach() if norm is None else values.detach() * norm[indices]
+        losses["auxiliary_reconstruction_loss"] = auxiliary(target - out)
         return TrainStepOutput(
             sae_in=target,
             sae_out=out,

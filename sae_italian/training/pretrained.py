@@ -7,7 +7,6 @@ latents keep their numbers, so that `latent_map.safetensors`, written at the end
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn.functional import normalize
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import atomic_path
-from sae_italian.models import parse_hook_name, resolve
+from sae_italian.models import parse_hook_name, resolved_here
 from sae_italian.saes import load_sae
 from sae_italian.saes.fit import CHUNK, fit, threshold_for
 from sae_italian.saes.loading import hooks_of, weights_hash
@@ -134,9 +133,8 @@ def _short(model: str | None) -> str | None:
     """Return the last part of a model's name: releases write `gemma-2-2b` where others write `google/gemma-2-2b`."""
     if model is None:
         return None
-    with contextlib.suppress(UsageError):  # a folder that was on another machine
-        model = resolve(model).saved_name
-    return Path(model).name.lower()
+    known = resolved_here(model)
+    return Path(known.saved_name if known else model).name.lower()
 
 
 def _mode(cfg: Any) -> str:

@@ -17,6 +17,7 @@ all gradients, 2 d_sae (d_in + d_out) numbers: 1.07 GB at 65,536 latents of 2,04
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from sae_italian.base.errors import UsageError
-from sae_italian.saes.architectures import SparseTopKTrainingSAE, latents_first, sparse_acts, start_at
+from sae_italian.saes.architectures import SparseTopKTrainingSAE, latents_first, start_at
 from sae_italian.saes.sparse import SelectRows, decode, encode_rows, set_k
 
 CLIP = 1.0  # SAELens' trainer has no other
@@ -87,19 +88,9 @@ class ShardedTopK(SparseTopKTrainingSAE):
         scores = values.detach() if norm is None else values.detach() * norm[indices]
         kept = best_of_all(scores, k)
         values, scores = values * kept, scores * kept
-        out = self.hook_sae_recons(_Added.apply(decode(values, indices, self.W_dec)) + self.b_dec)
-        out = self.run_time_activation_norm_fn_out(out)
-        losses = {"mse_loss": self.mse_loss_fn(out, x).sum(dim=-1).mean()}
-        dead = step_input.dead_neuron_mask
-        losses["auxiliary_reconstruction_loss"] = self._shared_loss(sae_in, rows, encoder, x - out, dead)
-        return TrainStepOutput(
-            sae_in=x,
-            sae_out=out,
-            feature_acts=sparse_acts(scores, indices, self.cfg.d_sae),
-            hidden_pre=values,
-            loss=sum(losses.values(), start=out.new_zeros(())),
-            losses=losses,
-        )
+        decoded = _Added.apply(decode(values, indices, self.W_dec))
+        auxiliary = partial(self._shared_loss, sae_in, rows, encoder, dead=step_input.dead_neuron_mask)
+        return self.step_output(x, decoded, values, scores, indices, auxiliary)
 
     def _shared_loss(
         self, sae_in: Tensor, rows: Tensor, encoder: dict[str, Any], residual: Tensor, dead: Tensor | None

@@ -237,13 +237,12 @@ def test_what_stands_at_positions_does_not_depend_on_their_order(cache):
         assert (tokens == cache.tokens[where]).all() and (doc == cache.doc[where]).all()
 
 
-def test_no_path_of_this_machine_is_published(cache, source, mini, tmp_path, monkeypatch):
+def test_no_path_of_this_machine_is_published_nor_need_it_be_there(cache, source, mini, tmp_path):
     folder = shutil.copytree(cache.folder, tmp_path / "cache", ignore=shutil.ignore_patterns("*.sqlite*"))
     text = (folder / "manifest.json").read_text(encoding="utf-8")
     named = json.loads(text) | {"model": "/home/io/modelli/ita-5m", "corpus": "/home/io/testi", "sae": "/home/io/sae"}
     (folder / "manifest.json").write_text(json.dumps(named), encoding="utf-8")
     opened = FeatureCache.open(folder)
-    monkeypatch.setattr("sae_italian.browser.source.resolve", lambda _: SimpleNamespace(entry=None))
     page = LatentSource(opened, mini.tokenizer).run()
     hook = opened.manifest.hook_name
     assert (page["title"], page["model"], page["corpus"]) == (f"ita-5m · {hook}", "ita-5m", "testi")

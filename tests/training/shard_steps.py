@@ -37,7 +37,12 @@ def trainer_of(sae):
 def sae_of(case):
     torch.manual_seed(0)
     values = {"architecture": "sparse_topk", "d_in": D_IN, "d_sae": D_SAE, "k": K, "start": "mean"}
-    return TrainingSAE.from_dict(values | case)
+    values |= case
+    silent = values.pop("silent", 0)  # so many of the first latents never fire: all are the first process'
+    sae: Any = TrainingSAE.from_dict(values)
+    with torch.no_grad():
+        sae.b_enc[:silent] = -3.0
+    return sae
 
 
 def counted(sent):

@@ -20,6 +20,7 @@ CASES = [
     {"dtype": "float64", "rescale_acts_by_decoder_norm": False, "apply_b_dec_to_input": False},
     {"dtype": "float64", "k": 48, "start": "zero"},  # more than a quarter of the latents
     {"dtype": "float32"},
+    {"dtype": "float64", "k": 48, "start": "zero", "silent": 8},  # dead latents of the first process alone
 ]
 
 
@@ -44,6 +45,9 @@ def test_processes_take_the_steps_of_the_whole_sae(trained, case, world):
     if "k" not in CASES[case]:
         assert told["dead"][-1] > 0 and told["auxiliary"] > 0
     assert [sum(parts) for parts in zip(*told["dead_by_part"], strict=True)] == told["dead"]
+    if "silent" in CASES[case]:
+        first, *others = (parts[-1] for parts in told["dead_by_part"])
+        assert first > 0 and others == [0] * (world - 1) and told["auxiliary"] > 0
 
 
 @pytest.mark.parametrize("world", [2, 4])
