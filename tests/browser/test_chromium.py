@@ -318,6 +318,15 @@ def test_keyboard_walks_beyond_what_is_in_sight(tab: Any, folder: Path) -> None:
     )
 
 
+def test_language_switch_keeps_the_place(tab: Any, folder: Path) -> None:
+    show(tab, folder)
+    tab.evaluate("window.scrollTo(0, 400)")
+    box = tab.locator('[data-lang="en"]').bounding_box()
+    tab.mouse.click(box["x"] + 9, box["y"] + 9)  # Playwright's own click scrolls to the top first
+    tab.wait_for_function("document.documentElement.lang === 'en'")
+    tab.wait_for_function("scrollY === 400")
+
+
 def test_language_switch_is_remembered(tab: Any, folder: Path) -> None:
     show(tab, folder)
     assert tab.get_attribute("html", "lang") == "it"
