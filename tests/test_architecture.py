@@ -195,6 +195,11 @@ def test_old_spellings_name_commands_that_exist(capsys):
         assert any(new.startswith(command) for command in command_line.COMMANDS), new
 
 
+def test_every_bar_is_one_that_a_log_file_can_be_read_with():
+    """A bar of `tqdm`'s own says nothing at all where its output is piped; base/pace's says a line now and then."""
+    assert [file.name for file in house.FILES if "tqdm(" in house.text(file)] == ["pace.py"]
+
+
 # --- starting ---------------------------------------------------------------------------------------------------------
 
 

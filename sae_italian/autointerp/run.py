@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.explainers import Explainer
@@ -22,6 +21,7 @@ from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.store import Explanation, Judgement, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Trio, Work, cache_identity, do_batch, stored_config
 from sae_italian.base.errors import SaeItalianError, UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.evaluation.diagnosis import activations
@@ -99,7 +99,7 @@ class Run:
             # forked, so that the processes share what this one has prepared
             workers = min(self.workers, max(1, len(units)))
             results = map_units(partial(do_batch, self.work), units, workers=workers, fork=True)
-        with tqdm(total=len(items), desc=what, unit="latent", disable=None) as bar:
+        with progress(what, total=len(items), unit="latent") as bar:
             for result in results:
                 bar.update(len(result))
                 yield result
@@ -127,7 +127,7 @@ class Run:
         n_train = getattr(explainer, "n_train", N_TRAIN)
         shown = (self.work.examples(n, n_train=n_train, promoted=self.work.promoted(n)) for n in todo)
         found = in_threads(explainer.explain, shown, explainer.concurrency)
-        for explanations in tqdm(found, total=len(todo), desc=explainer.name, unit="latent", disable=None):
+        for explanations in progress(explainer.name, found, total=len(todo), unit="latent"):
             self.store.add_explanations(explanations)
 
     def _claim(self, who: Explainer | Judge) -> None:
@@ -159,7 +159,7 @@ class Run:
 
         shown = ((self.work.examples(known[0][1].latent, n_train=0, **settings), known) for known in todo)
         found = in_threads(score, shown, judge.concurrency)
-        for rows, judgements in tqdm(found, total=len(todo), desc=judge.name, unit="latent", disable=None):
+        for rows, judgements in progress(judge.name, found, total=len(todo), unit="latent"):
             self.store.add_scores(rows, judgements)
 
 

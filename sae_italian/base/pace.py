@@ -34,16 +34,18 @@ class _Lines:
 
 
 def progress(
-    what: str, *, total: int, initial: int = 0, unit: str = "tok", leave: bool = True, hidden: bool = False
+    what: str, items: Iterable[Any] | None = None, *, unit: str = "tok", hidden: bool = False, **more: Any
 ) -> Any:
-    """Return a `tqdm` bar with its rate: on a terminal it moves, elsewhere it is a line every PIPED_SECONDS, or hidden."""
+    """Return a `tqdm` bar with its rate, over items where they are given; `more`: its `total`, `initial` or `leave`.
+
+    On a terminal it moves, elsewhere it is a line every PIPED_SECONDS, or hidden.
+    """
     from tqdm import tqdm
 
-    every = {"mininterval": PIPED_SECONDS, "delay": PIPED_SECONDS, "maxinterval": 2 * PIPED_SECONDS}
-    piped: dict[str, Any] = {"file": _Lines(), **every}
-    given = {"desc": what, "total": total, "initial": initial, "unit": unit, "unit_scale": True, "leave": leave}
-    given["disable"] = hidden
-    return tqdm(**given, **({} if sys.stderr.isatty() else piped))
+    if not sys.stderr.isatty():
+        more |= {"mininterval": PIPED_SECONDS, "delay": PIPED_SECONDS, "maxinterval": 2 * PIPED_SECONDS}
+        more["file"] = _Lines()
+    return tqdm(items, desc=what, unit=unit, unit_scale=True, disable=hidden, **more)
 
 
 @dataclass

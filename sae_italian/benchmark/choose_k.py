@@ -166,13 +166,12 @@ def recommend(trials: Sequence[Trial], n_tokens: int) -> Choice:
         said = ", ".join(f"{name}: {k}" for name, k in minima.items())
         return Choice(k=None, lo=None, hi=None, why=_not_found(f"the minima of s_N do not agree ({said})"), **told)
     bounds = [_vertex(np.log2(grid), mean, sd) for mean, sd in found.values()]
-    k, lo, hi = (float(2**value) for value in (np.median([b[0] for b in bounds]), *_outer(bounds)))
+    k, lo, hi = (
+        float(2**value)
+        for value in (np.median([b[0] for b in bounds]), min(b[1] for b in bounds), max(b[2] for b in bounds))
+    )
     why = f"Recommended: k = {k:.0f} ({lo:.0f} to {hi:.0f})."
     return Choice(k=k, lo=lo, hi=hi, why=why, **told)
-
-
-def _outer(bounds: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    return min(b[1] for b in bounds), max(b[2] for b in bounds)
 
 
 def _not_found(why: str) -> str:
@@ -210,6 +209,8 @@ def members(spec: RunSpec, grid: Sequence[int], seeds: int, share: float) -> dic
         )
     if spec.hook_name_out is not None:
         raise UsageError("the config is a transcoder's; k is chosen for SAEs. Give a config without hook_name_out.")
+    if seeds < 1:
+        raise UsageError(f"seeds is {seeds}; 1 or more was expected.")
     if not 0 < share <= 1:
         raise UsageError(
             f"share is {share:g}; a part of the config's training_tokens was expected, above 0 and at most 1."

@@ -282,10 +282,10 @@ def benchmark(
     baselines: Baselines | None = None,
     **folder: Any,
 ) -> dict[str, Any]:
-    """ProblemScore SAEs of one model on tasks; return what was run at which hook, on which SAEs, and what was refused.
+    """Score SAEs of one model on tasks; return what was run at which hook, on which SAEs, and what was refused.
 
     `baselines` makes more SAEs of the first one at each hook and a sample of activations. Results lie in `out`, by hook,
-    SAE and problem; `report.py` reads them. `folder`: resume and overwrite as `claimed`.
+    SAE and problem; `board.py` reads them. `folder`: resume and overwrite as `claimed`.
     Raises: UsageError for SAEs that do not fit, when no task is left, and as `claimed`.
     """
     hooks = {name: check_sae(name, sae, model) for name, sae in saes.items()}
@@ -317,7 +317,7 @@ def benchmark(
 
 
 def _scored(bench: Bench, saes: Mapping[str, Any], baselines: Baselines | None) -> dict[str, dict[str, Any]]:
-    """ProblemScore SAEs and baselines at one hook; return what each is and where its results lie."""
+    """Score SAEs and baselines at one hook; return what each is and where its results lie."""
     bench.controls()
     sample = torch.from_numpy(bench.pooling.sample(CALIBRATION_TOKENS))
     every = dict(saes) | dict(baselines(next(iter(saes.values())), sample) if baselines else {})

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.storage import LOCK_FILE, atomic_path, locked, read_json, remove, write_json
 from sae_italian.browser.columns import Record
 from sae_italian.browser.directions import rounded
@@ -121,13 +121,13 @@ def _write_source(folder: Path, part: str, source: Any, compare: str | None = No
     _write_data(folder, f"{part}/run", 0, {"run": run, **facts, "compare": compare})
     # A card's records hold each other in no circle: what was there before need not be searched again and again.
     gc.freeze()
-    with tqdm(total=n_rows, desc="cards", unit="latent", disable=None) as progress:
+    with progress("cards", total=n_rows, unit="latent") as bar:
         for index, start in enumerate(range(0, n_rows, CARDS_PER_SHARD)):
             documents: dict[tuple[str, str], int] = {}
             latents = range(start, min(n_rows, start + CARDS_PER_SHARD))
             cards = {latent: pack_card(source.card(latent), documents) for latent in latents}
             _write_data(folder, f"{part}/cards", index, {"documents": list(documents), "cards": cards})
-            progress.update(len(latents))
+            bar.update(len(latents))
     gc.unfreeze()
     return run, facts
 

@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.storage import check_claim, claimed, fingerprint, package_versions, remove
 from sae_italian.cache.layout import MANIFEST, Manifest, config_hash, tokenizer_hash
 from sae_italian.cache.shards import (
@@ -212,7 +211,7 @@ def as_they_come(
     """
     saved = time.monotonic()
     try:
-        for record in tqdm(records, total=total, desc=what, unit=unit, disable=None):
+        for record in progress(what, records, total=total, unit=unit):
             yield record
             if time.monotonic() - saved > SAVE_EVERY:
                 saved = time.monotonic()

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, claimed, write_text
 from sae_italian.cache.layout import FP16_MAX, write_arrays
 from sae_italian.cache.read import FeatureCache
@@ -72,7 +72,7 @@ def export_delphi(
     folder = Path(out) / (hookpoint or _hookpoint(manifest.hook_name))
     spec = {"manifest": manifest.identity(), "latents": [first, last], "splits": bounds}
     with claimed(folder, "Delphi export", spec, resume=resume, overwrite=overwrite):
-        for begin, end in tqdm(bounds, desc="Delphi splits", unit="split", disable=None):
+        for begin, end in progress("Delphi splits", bounds, unit="split"):
             file = f"{begin}_{end}.safetensors"
             if not (folder / file).is_file():
                 write_arrays(folder, file, _split(opened, begin, end))
@@ -164,7 +164,7 @@ def _write_dataset(folder: Path, batches: Iterator[Any]) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".tmp") as scratch:
         file = Path(scratch) / "rows.arrow"
         writer = None
-        for table in tqdm(batches, desc=folder.name, unit="batch", disable=None):
+        for table in progress(folder.name, batches, unit="batch"):
             writer = writer or pa.ipc.new_stream(str(file), table.schema)
             writer.write_table(table)
         assert writer is not None

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.storage import remove
 from sae_italian.cache.decoded import decoded_blocks
 from sae_italian.cache.layout import (
@@ -61,7 +61,7 @@ def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any, cached: Ca
     if manifest.n_tokens_asked is not None:
         blocks = take_tokens(blocks, manifest.n_tokens_asked, f"the {manifest.split} split of {manifest.corpus}")
     done = len(manifest.shards)
-    with tqdm(total=manifest.n_tokens_asked, unit="tok", unit_scale=True, desc="tokens", disable=None) as bar:
+    with progress("tokens", total=manifest.n_tokens_asked) as bar:
         for index, block in enumerate(blocks):
             if index >= done:
                 manifest.shards.append(write_token_shard(out, index, block))

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 from torch import Tensor
-from tqdm import tqdm
 
+from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, sha256_file
 from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values
 from sae_italian.cache.read import FeatureCache
@@ -80,7 +80,7 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     counts = np.concatenate([np.diff(cache.map_file(item.file)["indptr"]) for item in manifest.ranges]).astype(np.int64)
     tokenizer = getattr(model, "tokenizer", None)
     with _text_counts(cache, [] if tokenizer is None else tokenizer.all_special_ids) as text:
-        for item in tqdm(manifest.ranges, desc="statistics", unit="range", disable=None):
+        for item in progress("statistics", manifest.ranges, unit="range"):
             columns = _range_columns(cache, item, text) | cofiring_neighbours(cache, item, counts)
             for name, column in columns.items():
                 parts.setdefault(name, []).append(arrow(column) if isinstance(column, np.ndarray) else column)

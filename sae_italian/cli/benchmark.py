@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,7 +45,6 @@ def benchmark(
         ud: Treebanks: CoNLL-U files or folders of them, or ISDT for the folder UD_Italian-ISDT; default: none.
         texts: Corpora of different genres as NAME=CORPUS, two or more; default: none.
     """
-    from sae_italian.base.report import plain
     from sae_italian.benchmark import pages
     from sae_italian.benchmark.board import read_entries
 
@@ -71,7 +71,6 @@ def _run(
     folder: Folder,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    import sae_italian
     from sae_italian.benchmark.hub import gather_hub, hub_tasks
     from sae_italian.benchmark.material import gather
     from sae_italian.benchmark.run import benchmark as run
@@ -153,7 +152,7 @@ def absorption(
     from sae_italian.benchmark.absorption import absorption as absorbed
     from sae_italian.saes import model_of
 
-    given = short_names([sae for sae in saes if "=" not in sae])
+    given = short_names(own_words(saes, MINUTES)[1])
     if not given:
         raise UsageError("no SAE was given; give one, or several of one hook.")
     loaded = {name: sae_italian.load_sae(sae) for name, sae in given.items()}
@@ -161,8 +160,9 @@ def absorption(
     if len(set(hooks.values())) > 1:
         raise UsageError(f"the SAEs read at different hooks ({', '.join(hooks.values())}). Give SAEs of one hook.")
     model = model_of(next(iter(loaded.values())), None)
-    found = absorbed(loaded, model, ud or ["micro-italiano"])
-    if out is not None:
-        with claimed(out, "absorption", {"saes": given, "ud": ud}, overwrite=overwrite):
+    spec = {"saes": given, "ud": ud}
+    with claimed(out, "absorption", spec, overwrite=overwrite) if out else nullcontext():  # refused before the work
+        found = absorbed(loaded, model, ud or ["micro-italiano"])
+        if out is not None:
             found.save(out)
     return Result({**plain(found), "out": out and str(out)}, found.table())

@@ -87,17 +87,9 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     wanted, against = (_token(loaded.tokenizer, settings[key]) for key in ("target", "against"))
     if against and not wanted:
         raise UsageError(f"against={settings['against']} needs target=TEXT, the token whose logit it is taken from.")
-    sizes: dict[str, Any] = {"max_nodes": settings["max_nodes"], "batch": settings["batch"]}
-    found = attribute(
-        loaded,
-        saes,
-        prompt,
-        logits=wanted,
-        against=against[0] if against else None,
-        memory=settings["memory"] or None,
-        resume=out,
-        **sizes,
-    )
+    how: dict[str, Any] = {"max_nodes": settings["max_nodes"], "batch": settings["batch"], "resume": out}
+    how |= {"logits": wanted, "against": against[0] if against else None, "memory": settings["memory"] or None}
+    found = attribute(loaded, saes, prompt, **how)
     value = {"prompt": prompt, "model": model, "n_active": found.n_active, **plain(scores(found))}
     latents = {}
     if settings["labels"]:
@@ -114,12 +106,15 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
 
 def transcoder_folders(folder: Path) -> list[Path]:
     """Return a transcoder's folder, or those of a suite's; SAEs of other sites beside them are left out."""
-    import json
+    from sae_italian.base.storage import read_json
 
     if (folder / "cfg.json").exists():
         return [folder]
     found = [path.parent for path in sorted(folder.glob("*/cfg.json"))]
-    mine = [path for path in found if "transcoder" in json.loads((path / "cfg.json").read_text())["architecture"]]
+    configs = [(path, read_json(path / "cfg.json")) for path in found]
+    mine = [
+        path for path, config in configs if isinstance(config, dict) and "transcoder" in str(config.get("architecture"))
+    ]
     if not mine:
         raise UsageError(f"{folder} holds no transcoders. Train some with `sae-italian train mini/transcoders`.")
     return mine

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
-from tqdm import tqdm
 
+from sae_italian.base import pace
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import atomic_path, claimed, disk_errors, fingerprint, read_json, utc_now, write_json
 from sae_italian.corpora.packing import PackedBlock, Packer, layout_of, tokenised
@@ -104,7 +104,7 @@ def _write(
     shards: list[dict[str, int]] = progress["shards"]
     wanted = float("inf") if n_tokens is None else -(-n_tokens // packer.context_size)
     batches, finished = tokenised(stream, tokenizer), progress["finished"]
-    with tqdm(desc="pretokenize", unit=" windows", unit_scale=True, disable=None) as bar:
+    with pace.progress("pretokenize", unit=" windows") as bar:
         while not finished:
             batch, number = next(batches, None), len(shards)
             if batch is not None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import PositiveInt
-from tqdm import tqdm
 
 from sae_italian.autointerp import AutointerpConfig
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
 from sae_italian.papers.job import Subject, kept, layer_of, open_subject
 from sae_italian.papers.measure import card_of, curves, scored
@@ -116,7 +116,7 @@ def _compared(sae: Any, subject: Subject, out: Path, settings: Settings, sae_nam
     baselines = _fitted(sae, subject, out / "dictionaries", settings)
     dictionaries, rows = {SAE: sae, **baselines}, []
     scores = _scores(dictionaries, subject, out, settings, sae_name)
-    for name, one in tqdm(dictionaries.items(), desc="evaluate dictionaries", disable=None):
+    for name, one in progress("evaluate dictionaries", dictionaries.items(), unit="SAE"):
         card = kept(out / "cards" / f"{name}.json", partial(card_of, one, subject, settings.card_tokens, name))
         row = {"dictionary": name, **{key: card[key] for key in _CARD}, **scores[name]}
         row |= {key: perplexity(card[loss]) for key, loss in _PERPLEXITIES.items()}

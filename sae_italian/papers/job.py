@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.storage import read_json, remove, utc_now, write_json
 from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model, parse_hook_name, resolve
@@ -189,7 +188,7 @@ def run_steps(job: Reproduction, steps: Sequence[Step]) -> tuple[Results, dict[s
     """
     results: Results = {}
     seconds: dict[str, float] = {}
-    bar = tqdm(steps, desc=job.paper.name, unit="step", disable=None)
+    bar = progress(job.paper.name, steps, unit="step")
     for i, step in enumerate(bar):
         bar.set_postfix_str(step.name)
         file = job.out / "steps" / f"{i:02}-{step.name}.json"

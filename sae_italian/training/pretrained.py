@@ -29,15 +29,9 @@ SAMPLE = 8192  # tokens on which the origin is measured and thresholds are set
 DRIFTED_BELOW = 0.9  # cosine of a latent with itself at the start
 NEW_BELOW = 0.5  # cosine with the nearest of all latents at the start
 PLAIN = {"W_enc", "b_enc", "W_dec", "b_dec"}
-TAKE_PLAIN = {
-    "topk",
-    "abstopk",
-    "batchtopk",
-    "matryoshka_batchtopk",
-    "standard",
-    "jumprelu",
-}  # with these weights alone,
-TAKE_PLAIN |= {"sparse_topk", "topk_transcoder", "transcoder"}  # ... and ours
+# Architectures with these weights alone; the last three are ours.
+TAKE_PLAIN = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "standard", "jumprelu"}
+TAKE_PLAIN |= {"sparse_topk", "topk_transcoder", "transcoder"}
 FOLDABLE = ("none", "expected_average_only_in")
 
 

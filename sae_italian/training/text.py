@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, fingerprint, room_on
 from sae_italian.corpora import CorpusStream, Reader, pack
 from sae_italian.corpora.packing import Packer, layout_of, special_mask, tokenised
@@ -240,7 +240,7 @@ def _written_documents(spec: RunSpec) -> Path:
                 "free. Lower it, let XDG_CACHE_HOME name a larger disk, or use `sae-italian train`."
             )
         check_length(spec, load_tokenizer(spec.model))
-        bar = tqdm(total=wanted, desc="text for SAELens", unit=" characters", unit_scale=True, disable=None)
+        bar = progress("text for SAELens", total=wanted, unit=" characters")
         with bar, atomic_path(file) as temporary, temporary.open("w", encoding="utf-8") as handle:
             for document in stream:
                 handle.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from sae_italian.autointerp.examples import Example
 from sae_italian.autointerp.explainers import Explainer
@@ -24,6 +23,7 @@ from sae_italian.autointerp.explainita.data import Excerpt, Latent, Task, as_exa
 from sae_italian.autointerp.places import PREFIXES, SUFFIXES, Family, shape_of
 from sae_italian.autointerp.store import Explanation
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.units import in_threads
 
 MOST_KEYS = 12  # of a rule: a longer list is no explanation
@@ -63,7 +63,7 @@ def predict(
 
     concurrency = getattr(explainer if task == 1 else judge, "concurrency", 1)
     under_way = in_threads(answer, latents, concurrency)
-    done = list(tqdm(under_way, total=len(latents), desc="predict", unit="latent", disable=None))
+    done = list(progress("predict", under_way, total=len(latents), unit="latent"))
     return Predicted({name: given for name, (given, _) in done}, sum(failed for _, (_, failed) in done))
 
 

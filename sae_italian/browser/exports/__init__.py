@@ -23,20 +23,20 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from sae_italian.autointerp.run import EXPLAINER, LOOKUP
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Store
 from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, claimed, read_json, write_text
 from sae_italian.browser.contexts import storable
 from sae_italian.browser.directions import rounded
 from sae_italian.browser.exports.fields import FieldCheck, make_row, tables
-from sae_italian.browser.exports.latents import Facts, Latents, cantor, facts_of, names_of, row_id
+from sae_italian.browser.exports.latents import Facts, Latents, facts_of, names_of, row_id
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache, Manifest
+from sae_italian.circuits.show import cantor
 from sae_italian.models import load_model_config
 
 BATCH, MAX_FILES = 128, 1000  # latents of a file; the bulk importer sees 1000 files of a folder
@@ -304,7 +304,7 @@ def export(
     spec = {"to": to, "manifest": manifest.identity(), "latents": [first, last], "names": called, "with_sae": here}
     with claimed(out, "export", spec, resume=resume, overwrite=overwrite):
         source = Latents(LatentSource(cache, tokenizer, sae=sae, model=model), model)
-        with tqdm(total=len(wanted), desc=to, unit="latent", disable=None) as bar:
+        with progress(to, total=len(wanted), unit="latent") as bar:
             if to == "wandb":
                 return Export(to, *_wandb(out, source, wanted, project, online), [])
             config = None if to != "neuronpedia-bulk" else model.config if model else load_model_config(manifest.model)

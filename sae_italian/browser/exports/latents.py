@@ -89,11 +89,6 @@ def row_id(facts: Facts, *parts: object) -> str:
     return str(uuid.uuid5(_NAMESPACE, "/".join(map(str, place))))
 
 
-def cantor(layer: int, latent: int) -> int:
-    """Return the Cantor pair of two numbers, by which circuit-tracer names a latent."""
-    return (layer + latent) * (layer + latent + 1) // 2 + latent
-
-
 class Latents:
     """Reads one latent of a source after the other; memory does not grow with their number."""
 

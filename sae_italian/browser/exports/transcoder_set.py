@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.report import table
 from sae_italian.base.storage import write_text
 from sae_italian.browser.exports import circuit_feature
@@ -128,7 +128,7 @@ def _write_features(folder: Path, caches: Mapping[int, Any], model: Any, n_layer
         latents = Latents(LatentSource(cache, model.tokenizer))
         file, offsets = f"layer_{layer}.bin", [0]
         with (folder / file).open("wb") as stream:
-            for latent in tqdm(range(cache.manifest.d_sae), desc=f"features {layer}", unit="latent", disable=None):
+            for latent in progress(f"features {layer}", range(cache.manifest.d_sae), unit="latent"):
                 record = json.dumps(_feature(latents, latent, layer), ensure_ascii=False, allow_nan=False)
                 packed = zlib.compress(record.encode("utf-8", "replace"))
                 stream.write(len(packed).to_bytes(4, "little") + packed)
