@@ -245,7 +245,7 @@ def test_the_width_switch_offers_the_whole_window(tab: Any, address: str, active
         tab.click(f'.contexts-panel [data-width="{width}"]')
         tab.wait_for_selector(f'.contexts-panel [data-width="{width}"][aria-pressed="true"]')
         tab.wait_for_function("wide => Boolean(document.querySelector('.window-text')) === wide", arg=width == "window")
-        texts = tab.locator(".context .words").all_inner_texts()
+        texts = tab.locator(".context .words").all_text_contents()  # inner text leaves out what was not drawn yet
         lengths.append((len(texts), sum(map(len, texts))))
     assert len({n for n, _ in lengths}) == 1
     assert lengths[3][1] > lengths[2][1] > max(lengths[0][1], lengths[1][1])
