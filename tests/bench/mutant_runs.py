@@ -1,7 +1,7 @@
 """Judge mutants one by one, each by the quickest tests that call its function. Run by mutants.py in the folder of mutants.
 
 1. All tests of the room run once on the unchanged code: which functions does each call, and each fixture while it is made,
-   and how many seconds of processor time does either take?
+   and how many seconds of processor time does either take? Processes that a test forks count with it, others do not.
 2. A process is forked for each mutant. It runs the tests that call the mutated function, quickest first, until one fails
    or their forecast reaches the budget. Fixtures of a wider scope than one test (a model, a trained SAE, a cache) are those
    of step 1, unless making them calls the mutated function: then they are made again, and their seconds count.
@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ from mutmut.mutation import trampoline
 
 sys.path[0] = str(Path.cwd())  # the mutants, not the folder of this file
 BUDGET = 8.0  # seconds of processor time for the tests of one mutant, as forecast
-PLAIN = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not real and not hub", "-k", "not ray", "--tb=no"]
+# Left out: what starts Python anew or trains for long. No mutant would be asked of these first, all would wait for them.
+LONG = "ray wheel kill_at_random a_killed_run second_builder side_by_side as_well_as_ours its_curve sweep_starts hangs"
+PLAIN = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not real and not hub", "--tb=no"]
+PLAIN += ["-k", " and ".join(f"not {name}" for name in LONG.split())]
 
 
 @dataclass
@@ -70,6 +74,24 @@ class Learn:
     made: dict[Any, Made] = field(default_factory=dict)
     tests: dict[str, Seen] = field(default_factory=dict)
     shared_seconds: float = 0.0
+    own: int = field(default_factory=os.getpid)
+    elsewhere: Path = Path("called-in-forks.txt").absolute()
+
+    def hit(self, function: str, caller: str | None = None) -> None:
+        """Note a call, also where a test has forked a process."""
+        if function in self.now:
+            return
+        self.now.add(function)
+        if os.getpid() != self.own:
+            with self.elsewhere.open("a", encoding="utf-8") as told:
+                told.write(function + "\n")
+
+    def called(self) -> set[str]:
+        """Return the functions called since the last time something began, here and in forks."""
+        if self.elsewhere.exists():
+            self.now |= set(self.elsewhere.read_text(encoding="utf-8").split("\n")[:-1])
+            self.elsewhere.unlink()
+        return self.now
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Any:
@@ -77,7 +99,7 @@ class Learn:
             return (yield)
         outer, self.now, before = self.now, set(), processor()
         value = yield
-        own, self.now, seconds = self.now, outer, processor() - before
+        own, self.now, seconds = self.called(), outer, processor() - before
         for name in fixturedef.argnames:
             below = self.made.get(key_of(request._get_active_fixturedef(name))) if name != "request" else None
             own |= below.calls if below else set()
@@ -93,7 +115,7 @@ class Learn:
         uses = [key_of(found[-1]) for found in item._fixtureinfo.name2fixturedefs.values() if found]
         seconds = processor() - before - (self.shared_seconds - shared)
         if item.nodeid in self.tests:
-            self.tests[item.nodeid] = Seen(self.now, [use for use in uses if use in self.made], seconds)
+            self.tests[item.nodeid] = Seen(self.called(), [use for use in uses if use in self.made], seconds)
         return done
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -141,20 +163,28 @@ class Reuse:
             self.failed.append(report.nodeid)
 
 
+@functools.cache
+def remembering() -> list[Any]:
+    """Return the package's functions that remember what they returned; what is there now is no garbage of any fork."""
+    found = [each for each in gc.get_objects() if isinstance(each, functools._lru_cache_wrapper)]
+    gc.collect(), gc.freeze()
+    return [each for each in found if str(each.__module__).startswith("sae_italian")]
+
+
 def forked(learnt: Learn, mutant: str, tests: Iterable[str], folder: Path, *flags: str) -> tuple[str, list[str]]:
     """Run tests in a fork with one mutant switched on ("" for none); return the outcome and the tests that failed."""
-    function = mutant.rpartition("__mutmut_")[0]
-    limit = int(BUDGET * 10)
+    function, caches = mutant.rpartition("__mutmut_")[0], remembering()
+    limit = int(BUDGET * 4)
     told = folder / "failed.json"
     told.unlink(missing_ok=True)
     if not (child := os.fork()):
+        os.setpgid(0, 0)
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1), os.dup2(quiet, 2)
         if mutant:
             resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + limit,) * 2)
-        for each in gc.get_objects():  # what the unchanged code has remembered
-            if isinstance(each, functools._lru_cache_wrapper) and str(each.__module__).startswith("sae_italian"):
-                each.cache_clear()
+        for each in caches:  # what the unchanged code has remembered
+            each.cache_clear()
         trampoline.set_mutant_under_test(mutant)
         hooks = Reuse(learnt.made, function)
         code = 3
@@ -163,11 +193,12 @@ def forked(learnt: Learn, mutant: str, tests: Iterable[str], folder: Path, *flag
             told.write_text(json.dumps(hooks.failed))
         finally:
             os._exit(code)
-    end = time.monotonic() + (15 * limit if mutant else 36_000)
+    end = time.monotonic() + (4 * limit if mutant else 36_000)
     while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
         time.sleep(0.05)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # with what the tests have started
     if done[0] == 0:
-        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         return "timeout", []
     code = os.waitstatus_to_exitcode(done[1])
@@ -197,28 +228,27 @@ def main(work: Path, tests: list[str], mutants: list[str]) -> None:
     outcomes_file = work / "outcomes.json"
     outcomes = json.loads(outcomes_file.read_text()) if outcomes_file.exists() else {}
     learnt = Learn()
-    trampoline.record_trampoline_hit = lambda name, caller=None: learnt.now.add(name)
+    trampoline.record_trampoline_hit = learnt.hit
     trampoline.set_mutant_under_test("stats")
     pytest.main([*PLAIN, f"--basetemp={scratch}", *tests], plugins=[learnt])
     trampoline.set_mutant_under_test("")
     scratch.mkdir(exist_ok=True)
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(scratch, kept, symlinks=True)
-    asked = {test for mutant in mutants for test in learnt.tests_of(mutant.rpartition("__mutmut_")[0])}
+    left = [name for name in mutants if outcomes.get(name, {}).get("outcome") not in ("killed", "timeout")]
+    asked = {test for mutant in left for test in learnt.tests_of(mutant.rpartition("__mutmut_")[0])}
     _, failed = forked(learnt, "", sorted(asked), work)
     for name in failed:  # those that need fixtures of their own, or run once in a process
         learnt.tests.pop(name, None)
     print(f"{len(asked) - len(failed)} of {len(learnt.tests)} tests are asked; left out: {failed}", flush=True)
-    for number, mutant in enumerate(mutants, 1):
-        if outcomes.get(mutant, {}).get("outcome") in ("killed", "timeout"):
-            continue
+    for number, mutant in enumerate(left, 1):
         put_back(scratch, kept)
         chosen, before = learnt.tests_of(mutant.rpartition("__mutmut_")[0]), time.monotonic()
         outcome, by = forked(learnt, mutant, chosen, work, "-x") if chosen else ("no test", [])
         seconds = round(time.monotonic() - before, 1)
         outcomes[mutant] = {"outcome": outcome, "tests": len(chosen), "seconds": seconds, "by": by[:1]}
         outcomes_file.write_text(json.dumps(outcomes, indent=1))
-        print(f"{number} of {len(mutants)}: {outcome} after {seconds} s of {len(chosen)} tests: {mutant}", flush=True)
+        print(f"{number} of {len(left)}: {outcome} after {seconds} s of {len(chosen)} tests: {mutant}", flush=True)
     put_back(scratch, kept)
     _, after = forked(learnt, "", sorted(asked - set(failed)), work)
     if after:
