@@ -118,7 +118,7 @@ _ROWS = (
     *(("autointerp", f"metrics.{name}") for name in ("simulation", "simulation_random")),
     *(("autointerp", f"controls.{name}") for name in ("shuffled_fuzzing", "shuffled_simulation")),
     *(("autointerp", f"controls.{name}") for name in ("lookup_detection", "lookup_fuzzing")),
-    *(("autointerp", key) for key in ("controls.whole_detection", "controls.title_detection", "metrics.only_token")),
+    *(("autointerp", key) for key in ("controls.title_detection", "metrics.only_token")),
     *(("random", f"controls.random_{name}") for name in ("fuzzing", "lookup_detection")),
     *(("autointerp", f"controls.{name}") for name in ("always_yes", "always_no")),
 )
@@ -140,6 +140,8 @@ def table_of(results: dict[str, Any]) -> str:
     rows.append((label("metrics.by_decile"), " ".join(f"{value:.2f}" for value in deciles), ""))
     if auto and not auto.get("enough", True):
         rows.append(("Latents drawn", f"{auto['n_latents']}: fewer than 300 do not stand for the SAE", ""))
+    if not auto.get("by_document", True):
+        rows.append(("Intervals of detection and fuzzing", "not in this older store: autointerp CACHE --overwrite", ""))
     for part in ("gold", "random_gold"):
         gold = results.get(part) or []
         detected = f"{sum(reaches(row['f1'], DETECTED) for row in gold)} of {len(gold)}"

@@ -62,7 +62,7 @@ class RecordTable(Generic[R]):
         for field, (kind, *others) in kinds.items():
             columns.append(f"{field} {_TYPES.get(kind, 'TEXT')}{'' if type(None) in others else ' NOT NULL'}")
         columns.append(f"{'UNIQUE' if numbered else 'PRIMARY KEY'} ({', '.join(key)})")
-        ending = " WITHOUT ROWID" if clustered else ""
+        ending, self.number = (" WITHOUT ROWID", "0") if clustered else ("", "rowid")
         self.create = f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(columns)}){ending}"
 
     def add(self, connection: sqlite3.Connection, records: Iterable[R], *, replace: bool = False) -> None:
@@ -80,7 +80,7 @@ class RecordTable(Generic[R]):
         self, connection: sqlite3.Connection, rest: str = "", parameters: Sequence[Any] = ()
     ) -> Iterator[tuple[int, R]]:
         """Yield each row's number and record; `rest` is what comes after FROM."""
-        query = f"SELECT rowid, {self.fields} FROM {self.name} {rest}"
+        query = f"SELECT {self.number}, {self.fields} FROM {self.name} {rest}"
         for number, *values in connection.execute(query, parameters):
             record = self.record._make(values)
             try:

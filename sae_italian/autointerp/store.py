@@ -75,6 +75,16 @@ class ScoreRow(NamedTuple):
     split: str = "test"
 
 
+class Falls(NamedTuple):
+    """By how much an explanation's balanced accuracies fall where a group of documents is left out."""
+
+    explanation_id: int
+    latent: int
+    control: str
+    judge: str
+    falls: dict[str, list[int | None]] | None  # "detection random": thousandths by group, None where it has no example
+
+
 class Judgement(NamedTuple):
     """One judge's answer about one example."""
 
@@ -128,10 +138,11 @@ SETTINGS = RecordTable("run", Setting, "key")
 FEATURES = RecordTable("feature", Feature, "latent")
 EXPLANATIONS = RecordTable("explanation", Explanation, "latent", "explainer", numbered=True)
 SCORES = RecordTable("score", ScoreRow, *_WHERE, "negatives", "metric", clustered=True)
+FALLS = RecordTable("falls", Falls, "latent", "explanation_id", "control", "judge", clustered=True)
 JUDGEMENTS = RecordTable("judgement", Judgement, *_WHERE, "example", clustered=True)
 CALLS = RecordTable(CALLS_TABLE, Call, "request_hash")
 LABELS = RecordTable("label", Label, "latent", "label", "source")
-TABLES = {table.name: table for table in (SETTINGS, FEATURES, EXPLANATIONS, SCORES, JUDGEMENTS, CALLS, LABELS)}
+TABLES = {table.name: table for table in (SETTINGS, FEATURES, EXPLANATIONS, SCORES, FALLS, JUDGEMENTS, CALLS, LABELS)}
 
 
 class Store:
@@ -207,8 +218,9 @@ class Store:
         """Put explanations in the place of their explainers' earlier ones, whose scores go too; return ids by explainer."""
         old = "SELECT id FROM explanation WHERE latent = ? AND explainer = ?"
         with self.connection:
-            for where in ("judgement WHERE explanation_id", "score WHERE explanation_id", "explanation WHERE id"):
-                self.connection.executemany(f"DELETE FROM {where} IN ({old})", [e[:2] for e in explanations])
+            for table in ("judgement", "score", "falls", "explanation"):
+                which = f"{'id' if table == 'explanation' else 'explanation_id'} IN ({old})"
+                self.connection.executemany(f"DELETE FROM {table} WHERE {which}", [e[:2] for e in explanations])
         self.add_explanations(explanations)
         return {e.explainer: self.connection.execute(old, e[:2]).fetchone()[0] for e in explanations}
 
@@ -241,16 +253,17 @@ class Store:
         return {latent for (latent,) in found}
 
     def add_scores(self, rows: Iterable[Sequence[Any]], judgements: Iterable[Judgement] = ()) -> None:
-        """Add scores (fields of `ScoreRow`) and what they rest on, all or nothing; those on missing answers give way."""
-        judged = list(judgements)
+        """Add scores (fields of `ScoreRow`, or `Falls`) and what they rest on; those on missing answers give way."""
+        judged, given = list(judgements), list(rows)
         ids = ", ".join(str(number) for number in {row.explanation_id for row in judged})
         where = f"latent = ? AND judge = ? AND explanation_id IN ({ids})"
         with self.connection:
             for key in {(row.latent, row.judge) for row in judged}:
                 if self._any(f"judgement WHERE {where} AND said = ?", *key, UNANSWERED):
-                    for table in ("score", "judgement"):
+                    for table in ("score", "falls", "judgement"):
                         self.connection.execute(f"DELETE FROM {table} WHERE {where}", key)
-            SCORES.add(self.connection, (ScoreRow(*row) for row in rows))
+            SCORES.add(self.connection, (ScoreRow(*row) for row in given if not isinstance(row, Falls)))
+            FALLS.add(self.connection, (row for row in given if isinstance(row, Falls)))
             JUDGEMENTS.add(self.connection, judged)
 
     def values(
@@ -267,6 +280,14 @@ class Store:
                     WHERE {" AND ".join(f"{name} = ?" for name in where)} AND (? OR value IS NOT NULL)
                     ORDER BY score.latent"""
         return dict(self.connection.execute(query, (*where.values(), failed)))
+
+    def falls(self, explainer: str, judge: str, control: str) -> dict[int, dict[str, list[int | None]]]:
+        """Return by latent how its scores fall without a group of documents; {} in a store that is older than these."""
+        rest = """WHERE judge = ? AND control = ?
+                  AND explanation_id IN (SELECT id FROM explanation WHERE explainer = ?)"""
+        return {
+            row.latent: row.falls or {} for _, row in FALLS.select(self.connection, rest, (judge, control, explainer))
+        }
 
     def judges(self) -> list[str]:
         """Return the judges that scored here, in the order of the first explanation that they did."""

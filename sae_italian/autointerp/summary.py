@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sae_italian.autointerp.database import json_of
 from sae_italian.autointerp.draws import FUZZING_NEGATIVES, SEGMENT_NEGATIVES
@@ -16,7 +18,7 @@ from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.judges import RULE
 from sae_italian.autointerp.run import NOTHING_SAID
 from sae_italian.autointerp.scorers import SCORERS
-from sae_italian.autointerp.scorers.binary import GAIN, HEADLINE
+from sae_italian.autointerp.scorers.binary import GAIN, GROUPS, HEADLINE
 from sae_italian.autointerp.scorers.budget import BUDGETS, SOURCE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
 from sae_italian.autointerp.store import NOW, TABLES, Store
@@ -24,7 +26,7 @@ from sae_italian.autointerp.work import SHUFFLED, TITLE, WHOLE, stored_config
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain, shown, table
-from sae_italian.base.statistics import Estimate, mean_interval, reaches, wilson
+from sae_italian.base.statistics import Estimate, mean_interval, reaches, two_way_mean, wilson
 from sae_italian.base.storage import atomic_path, write_text
 
 GOOD = 0.8  # balanced accuracy from which a latent counts as detected
@@ -37,7 +39,8 @@ _SOURCES = {"detection": SEGMENT_NEGATIVES, "fuzzing": FUZZING_NEGATIVES}
 
 @dataclass(frozen=True)
 class AutointerpSummary:
-    """One explainer's explanations under one judge. Means are over explained latents, with 95 % intervals over latents.
+    """One explainer's explanations under one judge. Means are over explained latents, with 95 % intervals: of detection and
+    fuzzing over latents and documents, NaN in a store that is older than these (`by_document`), of all else over latents.
 
     Numbers named without a negative source are those with random negatives (detection) and with marks on the same token
     where it is silent (fuzzing). Shares of latents are of the `n_scored` whose detection could be scored.
@@ -76,6 +79,7 @@ class AutointerpSummary:
     by_negatives: dict[str, dict[str, Estimate]]  # scorer -> negatives -> mean balanced accuracy
     gains: dict[str, dict[str, Estimate]]  # scorer -> negatives -> mean gain over the lookup
     by_decile: list[Estimate]  # mean share of positives found, weakest tenth first
+    by_document: bool  # whether the store knows how scores fall without some of the documents
     enough: bool  # at least 300 latents were drawn at random, or all there are
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,25 +97,32 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
             negatives, metric = negatives or _HEADLINE[scorer], metric or SCORERS[scorer].metric
             return store.values(scorer=scorer, negatives=negatives, metric=metric, **where)
 
-        def by_source(metric: str = "") -> dict[str, dict[str, Estimate]]:
-            asked = [(scorer, name) for scorer, own in _SOURCES.items() for name in own]
-            found: dict[str, dict[str, Estimate]] = {scorer: {} for scorer in _SOURCES}
-            for scorer, name in asked:
-                if each := values(scorer, name, metric):
-                    found[scorer][name] = _mean(each)
-            return found
+        falls, lookup = cache(store.falls), {"explainer": LOOKUP, "judge": RULE}
 
-        lookup = {"explainer": LOOKUP, "judge": RULE}
-        means = {name: _mean(values(name)) for name in _HEADLINE}
-        means |= {f"shuffled_{name}": _mean(values(name, control=SHUFFLED)) for name in _HEADLINE}
-        means |= {f"lookup_{name}": _mean(values(name, **lookup)) for name in _HEADLINE}
-        means["whole_detection"] = _mean(values("detection", control=WHOLE))
+        def mean(scorer: str, negatives: str = "", *, gain: bool = False, **where: Any) -> Estimate:
+            found = values(scorer, negatives, GAIN if gain else "", **where)
+            if scorer not in _SOURCES:
+                return _mean(found)
+            name = f"{scorer} {negatives or _HEADLINE[scorer]}"
+            who = {"explainer": explainer, "judge": judge, "control": ""} | where
+            own, of_lookup = falls(**who), falls(**lookup, control="") if gain else {}
+            rows = [_row(own.get(n), name) - (_row(of_lookup.get(n), name) if gain else 0.0) for n in found]
+            return two_way_mean(np.array([*found.values()]), np.array(rows).reshape(-1, GROUPS))
+
+        def by_source(gain: bool = False) -> dict[str, dict[str, Estimate]]:
+            each = {scorer: {name: mean(scorer, name, gain=gain) for name in own} for scorer, own in _SOURCES.items()}
+            return {scorer: {k: v for k, v in own.items() if v.value == v.value} for scorer, own in each.items()}
+
+        means = {name: mean(name) for name in _HEADLINE}
+        means |= {f"shuffled_{name}": mean(name, control=SHUFFLED) for name in _HEADLINE}
+        means |= {f"lookup_{name}": mean(name, **lookup) for name in _HEADLINE}
+        means["whole_detection"] = mean("detection", control=WHOLE)
         means["by_keys_area"] = _mean(values("budget", SOURCE, "area"))
         for name, others in {"": {}, "lookup_": lookup, "whole_": {"control": WHOLE}}.items():
             means[f"{name}saved_bits"] = _mean(values("budget", SOURCE, **others))
-        means["title_detection"] = _mean(values("detection", control=TITLE))
+        means["title_detection"] = mean("detection", control=TITLE)
         for answer in ("yes", "no"):
-            means[f"always_{answer}"] = _mean(values("detection", explainer=EXPLAINER, judge=f"always-{answer}"))
+            means[f"always_{answer}"] = mean("detection", explainer=EXPLAINER, judge=f"always-{answer}")
         detected, looked_up = values("detection"), values("detection", **lookup)
         both = {latent: looked_up[latent] for latent in detected if latent in looked_up}
         gains = values("detection", metric=GAIN, column="lo")
@@ -128,14 +139,20 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
             simulation_random=_mean(values("simulation", RANDOM)),
             share_detected=_share(list(detected.values())),
             lookup_share_detected=_share(list(looked_up.values())),
-            gain_over_lookup=_mean(values("detection", metric=GAIN)),
+            gain_over_lookup=mean("detection", gain=True),
             only_token=_share([0.0 if latent in better else value for latent, value in both.items()]),
             by_keys={str(n): _mean(values("budget", SOURCE, f"balanced_accuracy_{n}")) for n in BUDGETS},
             by_negatives=by_source(),
-            gains=by_source(GAIN),
+            gains=by_source(gain=True),
             by_decile=[_mean(values("detection", metric=f"tpr_decile_{tenth}")) for tenth in range(10)],
+            by_document=bool(falls(explainer=explainer, judge=judge, control="")) or not detected,
             enough=len(statuses) >= ENOUGH or stored_config(store).latents is None,
         )
+
+
+def _row(falls: dict[str, list[int | None]] | None, name: str) -> Float[np.ndarray, " groups"]:
+    """Return by how much a score falls without each group of documents, NaN where that is not known."""
+    return np.array((falls or {}).get(name) or [None] * GROUPS, dtype=np.float64) / 1000
 
 
 def _mean(values: dict[int, float]) -> Estimate:

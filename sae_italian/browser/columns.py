@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
-from sae_italian.autointerp.work import TITLE
+from sae_italian.autointerp.work import TITLE, WHOLE
 from sae_italian.base.labels import label
 from sae_italian.base.report import table
 
@@ -82,6 +82,7 @@ COLUMNS: dict[str, Column] = {
     "title_it": Column(_titles("it")),  # 60 characters at most; empty when unexplained, and in an older store
     "title_en": Column(_titles("en")),
     "title_detection": Column(_score(TITLE, "value")),  # the title's own score, as `detection`
+    "whole_detection": Column(_score(WHOLE, "value")),  # of the rule as it was fitted
     "explanation_it": Column(_rules("it")),
     "explanation_en": Column(_rules("en")),
     "llm_it": Column(_llms("it")),
@@ -116,7 +117,7 @@ _TABLES = {
     "controls": {
         **{
             f"autointerp.{name}": f"controls.{name}"
-            for name in ("shuffled_detection", "lookup_share_detected", "gain_over_lookup")
+            for name in ("shuffled_detection", "whole_detection", "lookup_share_detected", "gain_over_lookup")
         },
         **{f"random.{name}": f"controls.random_{name}" for name in ("share_detected", "detection")},
     },

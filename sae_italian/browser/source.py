@@ -18,7 +18,7 @@ from sae_italian.autointerp.pieces import piece_texts
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Explanation, Store
-from sae_italian.autointerp.work import TITLE, made_now, with_now
+from sae_italian.autointerp.work import TITLE, WHOLE, made_now, with_now
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import read_json, utc_now
@@ -47,7 +47,7 @@ _SCORES = f"""
 _HEADLINE = f"""
     SELECT explainer, iif(control = '', scorer, control), score.latent, value, lo, hi
     FROM score JOIN explanation ON explanation.id = score.explanation_id
-    WHERE (control = '' OR control = '{TITLE}' AND scorer = 'detection') AND judge = 'rule'
+    WHERE (control = '' OR control IN {TITLE, WHOLE} AND scorer = 'detection') AND judge = 'rule'
       AND metric = 'balanced_accuracy' AND value IS NOT NULL
       AND (scorer, negatives) IN (VALUES {", ".join(map(str, HEADLINE.items()))})"""
 

@@ -1,5 +1,6 @@
 """A run over planted latents: what is found, what is reported as not scored, what a stop or another cache does."""
 
+import shutil
 import sqlite3
 from functools import partial
 
@@ -14,6 +15,7 @@ from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import UsageError
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache
+from sae_italian.quickstart import table_of
 from tests.autointerp.conftest import DEAD, N_NOISE, N_PREVIOUS, N_TOKENS, RARE, OracleJudge, accuracies, scores_of
 
 
@@ -83,6 +85,25 @@ def test_the_summary_tells_token_latents_from_others(store):
     assert 1 > summary.saved_bits.value > summary.whole_saved_bits.value
     as_dict = summary.as_dict()
     assert set(as_dict["detection"]) == {"value", "lo", "hi"} and as_dict["by_decile"][9]["value"] is not None
+
+
+def test_means_know_the_documents_that_latents_share_and_an_older_store_says_what_to_do(store, tmp_path):
+    path = shutil.copy(store, tmp_path / "old.sqlite")
+    new = summarise(path)
+    for name in ("detection", "fuzzing", "shuffled_detection", "whole_detection", "gain_over_lookup"):
+        value, lo, hi = getattr(new, name)
+        assert lo < value < hi, name
+    with Store(path, {}) as opened:
+        values = np.array([*opened.values(explainer="rules", control="", scorer="detection", negatives="random",
+                                          metric="balanced_accuracy").values()])  # fmt: skip
+        with opened.connection:
+            opened.connection.execute("DROP TABLE falls")
+    assert new.detection.hi - new.detection.lo > 2 * 1.96 * values.std(ddof=1) / len(values) ** 0.5
+    old = summarise(path)
+    assert new.by_document and not old.by_document
+    assert old.detection.value == new.detection.value and np.isnan(old.detection.lo)
+    said = [table_of({"autointerp": each.as_dict()}) for each in (old, new)]
+    assert ["autointerp CACHE --overwrite" in each for each in said] == [True, False]
 
 
 def tables(store):

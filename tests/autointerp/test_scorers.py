@@ -14,7 +14,15 @@ from hypothesis.extra import numpy as hnp
 from sae_italian.autointerp.examples import Example, LatentExamples, latent_examples
 from sae_italian.autointerp.judges import ConstantJudge, RuleJudge, Verdicts
 from sae_italian.autointerp.scorers import SCORERS, Asked, scorer
-from sae_italian.autointerp.scorers.binary import GAIN, Answers, ResampledDocuments, detection, fuzzing, ranking
+from sae_italian.autointerp.scorers.binary import (
+    GAIN,
+    GROUPS,
+    Answers,
+    ResampledDocuments,
+    detection,
+    fuzzing,
+    ranking,
+)
 from sae_italian.autointerp.scorers.budget import N_LISTS, area, saved_bits, whole_number
 from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge, embedding
 from sae_italian.autointerp.scorers.simulation import correlations, simulation
@@ -113,6 +121,20 @@ def test_the_interval_grows_when_windows_share_documents():
         estimate = binary_metrics(answers(clustered, 1 - clustered), docs=docs)["tpr"]
         widths.append(estimate.hi - estimate.lo)
     assert widths[1] > 2 * widths[0]
+
+
+def test_a_fall_is_the_score_less_what_is_left_without_a_group_of_documents():
+    rng = np.random.default_rng(0)
+    said, docs = rng.integers(0, 2, 120), rng.permutation(np.repeat(np.arange(100, 140), 3))
+    said[7] = -1
+    found = judged(answers(said[:60], said[60:]), docs=docs)
+    score = found.shares()[0][0]["balanced_accuracy"].value
+    for group, fall in enumerate(found.falls()[0][0]):
+        left = (docs % GROUPS != group) & (said >= 0)
+        tpr, fpr = (said[side][left[side]].mean() for side in (slice(60), slice(60, None)))
+        assert fall == pytest.approx(score - (tpr + 1 - fpr) / 2)
+    few = judged(answers(said[:60], said[60:]), docs=docs % 3).falls()[0][0]
+    assert np.isfinite(few).tolist() == [True] * 3 + [False] * (GROUPS - 3)
 
 
 @pytest.mark.parametrize("score", ["detection", "ranking"])

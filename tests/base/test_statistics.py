@@ -11,6 +11,7 @@ from sae_italian.base.statistics import (
     mean_of_two,
     reaches,
     shares_by_document,
+    two_way_mean,
     wilson,
 )
 
@@ -167,6 +168,35 @@ def test_auroc_of_few_sentences_is_covered_as_often_as_is_said(n_sentences, dist
         widths.append(estimate.hi - estimate.lo)
     assert np.mean(hits) >= 0.93 and min(widths) > 0
     assert np.mean(widths) < 0.25 and (n_sentences < 100 or np.mean(widths) < 0.09)
+
+
+@pytest.mark.parametrize(("n_latents", "n_documents"), [(50, 10), (300, 30)])
+def test_a_mean_over_latents_that_share_documents_is_covered_as_often_as_is_said(n_latents, n_documents):
+    """Of 400 made evaluations; intervals over the latents alone cover 65 to 85 % of them."""
+    rng, hits, alone = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        cells = 0.8 + rng.normal(0, 0.14, (n_latents, 1)) + rng.normal(0, 0.08, n_documents)
+        cells += rng.normal(0, 0.35, cells.shape)
+        values = cells.mean(axis=1)
+        mean, lo, hi = two_way_mean(values, values[:, None] - (cells.sum(axis=1)[:, None] - cells) / (n_documents - 1))
+        assert mean == pytest.approx(values.mean())
+        hits += lo <= 0.8 <= hi
+        alone += abs(mean - 0.8) <= 1.96 * values.std(ddof=1) / n_latents**0.5
+    assert 0.925 <= hits / 400 <= 0.985 and alone / 400 < 0.87
+
+
+def test_a_mean_over_latents_by_hand_and_where_documents_say_nothing():
+    """Two latents that fall by the same: all is the documents'. 4/5 of the squares' sum, t(4) = 2.776."""
+    falls = np.array([[0.02, -0.02, 0.01, -0.01, 0.0, np.nan]] * 2)
+    half = 2.7764 * (0.8 * 0.001) ** 0.5
+    assert two_way_mean(np.array([0.7, 0.7]), falls) == pytest.approx((0.7, 0.7 - half, 0.7 + half), abs=1e-5)
+    apart = two_way_mean(np.array([0.6, 0.8]), 0 * falls)  # all is the latents'
+    assert apart == pytest.approx((0.7, 0.7 - 2.7764 * 0.1, 0.7 + 2.7764 * 0.1), abs=1e-4)
+    unknown = np.stack([falls[0], falls[0] * np.nan])
+    for values, known in ((np.ones(2), falls[:, :4]), (np.ones(1), falls[:1]), (np.ones(2), unknown)):
+        mean, lo, hi = two_way_mean(values, known)
+        assert mean == 1 and np.isnan([lo, hi]).all()
+    assert np.isnan(two_way_mean(np.empty(0), np.empty((0, 20))).value)
 
 
 def test_f1_and_auroc_by_hand():

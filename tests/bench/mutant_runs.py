@@ -232,6 +232,8 @@ def main(work: Path, tests: list[str], mutants: list[str]) -> None:
     trampoline.set_mutant_under_test("stats")
     pytest.main([*PLAIN, f"--basetemp={scratch}", *tests], plugins=[learnt])
     trampoline.set_mutant_under_test("")
+    if not learnt.tests:
+        sys.exit(f"no test of {', '.join(tests)} passes on the unchanged code")
     scratch.mkdir(exist_ok=True)
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(scratch, kept, symlinks=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.browser.columns import records
 from sae_italian.browser.contexts import FIRES, SEGMENT, SILENT, borders_of, file_name, split_text
 from sae_italian.browser.directions import Decoder
 from sae_italian.browser.exports.latents import facts_of, names_of
@@ -148,6 +149,16 @@ def test_an_llms_explanation_and_its_judge_stand_beside_the_rule(source, cache):
         ("token-lookup", "rule"),
     }
     assert row["llm_it"] == "plurale femminile" and row["explanation_it"] != row["llm_it"]
+
+
+def test_the_whole_rules_score_stands_beside_the_texts(source):
+    where = {"scorer": "detection", "negatives": "random", "metric": "balanced_accuracy"}
+    with Store(source.store_path, {}) as store:
+        whole = store.values(explainer="rules", control="whole rule", **where)
+    assert whole and all(source.row(latent)["whole_detection"] == value for latent, value in whole.items())
+    (control,) = records({"autointerp": {"whole_detection": {"value": 0.83, "lo": 0.8, "hi": 0.86}}}, "controls")
+    assert (control["name"], control["value"], control["lo"]) == ("whole_detection", 0.83, 0.8)
+    assert control["label_it"].startswith("Regole intere")
 
 
 def test_several_threads_may_ask(source, busiest):

@@ -16,10 +16,10 @@ import numpy as np
 
 from sae_italian.autointerp.examples import Example, LatentExamples
 from sae_italian.autointerp.judges import Verdicts
-from sae_italian.autointerp.store import Explanation, Judgement
+from sae_italian.autointerp.store import Explanation, Falls, Judgement
 from sae_italian.base.statistics import Estimate
 
-Row = tuple[Any, ...]  # the fields of a ScoreRow
+Row = tuple[Any, ...]  # the fields of a ScoreRow, or a Falls
 
 
 class Score(NamedTuple):
@@ -46,6 +46,7 @@ class Asked:
     row_id: int | None = None
     only: Mapping[str, str] = field(default_factory=dict)
     answers: dict[str, tuple[Sequence[Example], Verdicts]] = field(default_factory=dict)  # by scorer
+    falls: dict[str, list[int | None]] = field(default_factory=dict)  # as the store keeps them
 
     def rows(self, latent: int, scorer: str, score: Score) -> Iterator[Row]:
         """Yield a score as rows of the store."""
@@ -99,7 +100,8 @@ def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[Row]:
                 found = found._replace(metrics={metric: found.metrics[metric]})
             if one.row_id is not None:
                 rows += one.rows(examples.latent, name, found)
-    return rows
+    known = (one for one in asked if one.falls and one.row_id is not None)
+    return rows + [Falls(one.row_id or 0, examples.latent, one.control, one.judge.name, one.falls) for one in known]
 
 
 for _module in iter_modules(__path__):

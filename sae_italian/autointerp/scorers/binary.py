@@ -25,6 +25,9 @@ GAIN = "gain_over_lookup"
 # knows the context alone says no to nearly all of these, so that score is close to (share of positives found + 1) / 2.
 HEADLINE = {"detection": "random", "fuzzing": "same-token"}
 N_SAMPLES = 200  # resamples
+GROUPS = (
+    20  # of documents, by their numbers: what a mean over latents owes to the documents they share is told by these
+)
 Questions = Mapping[
     str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]
 ]  # by source, the positives and the negatives
@@ -59,9 +62,10 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
     lookup = next((i for i, one in enumerate(asked) if one.explanation.explainer == LOOKUP), 0)
     for i, gain in enumerate(answers.gains(0, lookup) if lookup else ()):
         metrics[0][i][GAIN] = gain
-    for one, own, counts in zip(asked, metrics, answers.counts(), strict=True):
-        for source, found, n in zip(shown.questions, own, counts, strict=True):
+    for one, own, counts, falls in zip(asked, metrics, answers.counts(), answers.falls(), strict=True):
+        for source, found, n, fall in zip(shown.questions, own, counts, falls, strict=True):
             if one.only.get(name, source) == source:
+                one.falls[f"{name} {source}"] = [None if x != x else round(1000 * x) for x in fall]
                 yield one, Score(source, found, *n)
 
 
@@ -189,7 +193,7 @@ class Answers:
 
         Their intervals need no resampling, which of few documents gives too short ones, none near 1.
         """
-        n, yes = (self._sums(each) for each in (self.good, self.said * self.good))
+        n, yes = self.asked_and_yes
         shape, flat = n.shape[:2], (n.shape[0] * n.shape[1], n.shape[-1])  # of too few examples there is no source
         asked, found, others, wrongly = (x[:, :, side].reshape(flat) for side in (0, 1) for x in (n, yes))
         tpr, tnr = shares_by_document(found, asked), shares_by_document(others - wrongly, others)
@@ -202,6 +206,22 @@ class Answers:
             [dict(zip(names, (Estimate(*each) for each in one), strict=True)) for one in own]
             for own in told.transpose(2, 0, 1).reshape(*shape, 3, 3).tolist()
         ]
+
+    @cached_property
+    def asked_and_yes(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._sums(self.good), self._sums(self.said * self.good)
+
+    def falls(self) -> list[list[list[float]]]:
+        """Return by explanation and source by how much balanced accuracy falls without each group of documents.
+
+        NaN where a group has no example, and where nothing is left without it.
+        """
+        of_group = (self.documents.known % GROUPS)[:, None] == np.arange(GROUPS)
+        n, yes = (each.sum(axis=-1, keepdims=True) for each in self.asked_and_yes)
+        n_of, yes_of = (each @ of_group for each in self.asked_and_yes)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            fall = yes / n - (yes - yes_of) / (n - n_of)
+        return np.where(n_of.sum(axis=2) > 0, (fall[:, :, 0] - fall[:, :, 1]) / 2, np.nan).tolist()
 
     def _rates(self, number: int, other: int) -> Float[np.ndarray, "sources 2 samples"]:
         """Return how often an explanation is said yes to, of what this and another one were answered on.

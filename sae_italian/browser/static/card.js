@@ -17,7 +17,7 @@ function scoresLine(ctx, row, card) {
   const facts = [
     row.detection !== null && fact(ctx.t("column.detection"), ctx.fixed(row.detection), ctx.interval(row.detection_lo, row.detection_hi, ctx.fixed)),
     row.gain !== null && fact(ctx.t("column.gain"), ctx.signed(row.gain), ctx.t("over.lookup", { x: ctx.fixed(row.detection - row.gain) })),
-    row.title_detection != null && fact(ctx.t("title.score"), ctx.fixed(row.title_detection)),
+    ["title", "whole"].map((of) => row[`${of}_detection`] != null && fact(ctx.t(`${of}.score`), ctx.fixed(row[`${of}_detection`]))),
     row.fuzzing !== null && fact(ctx.t("scorer.fuzzing"), ctx.fixed(row.fuzzing)),
     fact(ctx.t("column.density"), ctx.density(row.density), ctx.t("active.tokens", { n: ctx.integer(row.n_active) })), fact(ctx.t("column.max"), ctx.activation(row.max))];
   const panel = card && explanationsPanel(ctx, card);
