@@ -92,27 +92,8 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
     with Store(path, {}) as store:
         statuses = [explanation.status for _, explanation in store.explanations(explainer).values()]
 
-        def values(scorer: str, negatives: str = "", metric: str = "", **where: Any) -> dict[int, float]:
-            where = {"explainer": explainer, "judge": judge, "control": ""} | where
-            negatives, metric = negatives or _HEADLINE[scorer], metric or SCORERS[scorer].metric
-            return store.values(scorer=scorer, negatives=negatives, metric=metric, **where)
-
-        falls, lookup = cache(store.falls), {"explainer": LOOKUP, "judge": RULE}
-
-        def mean(scorer: str, negatives: str = "", *, gain: bool = False, **where: Any) -> Estimate:
-            found = values(scorer, negatives, GAIN if gain else "", **where)
-            if scorer not in _SOURCES:
-                return _mean(found)
-            name = f"{scorer} {negatives or _HEADLINE[scorer]}"
-            who = {"explainer": explainer, "judge": judge, "control": ""} | where
-            own, of_lookup = falls(**who), falls(**lookup, control="") if gain else {}
-            rows = [_row(own.get(n), name) - (_row(of_lookup.get(n), name) if gain else 0.0) for n in found]
-            return two_way_mean(np.array([*found.values()]), np.array(rows).reshape(-1, GROUPS))
-
-        def by_source(gain: bool = False) -> dict[str, dict[str, Estimate]]:
-            each = {scorer: {name: mean(scorer, name, gain=gain) for name in own} for scorer, own in _SOURCES.items()}
-            return {scorer: {k: v for k, v in own.items() if v.value == v.value} for scorer, own in each.items()}
-
+        scores, lookup = _Scores(store, explainer, judge), {"explainer": LOOKUP, "judge": RULE}
+        values, mean = scores.values, scores.mean
         means = {name: mean(name) for name in _HEADLINE}
         means |= {f"shuffled_{name}": mean(name, control=SHUFFLED) for name in _HEADLINE}
         means |= {f"lookup_{name}": mean(name, **lookup) for name in _HEADLINE}
@@ -142,12 +123,39 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
             gain_over_lookup=mean("detection", gain=True),
             only_token=_share([0.0 if latent in better else value for latent, value in both.items()]),
             by_keys={str(n): _mean(values("budget", SOURCE, f"balanced_accuracy_{n}")) for n in BUDGETS},
-            by_negatives=by_source(),
-            gains=by_source(gain=True),
+            by_negatives=scores.by_source(),
+            gains=scores.by_source(gain=True),
             by_decile=[_mean(values("detection", metric=f"tpr_decile_{tenth}")) for tenth in range(10)],
-            by_document=bool(falls(explainer=explainer, judge=judge, control="")) or not detected,
+            by_document=bool(store.falls(explainer, judge, "")) or not detected,
             enough=len(statuses) >= ENOUGH or stored_config(store).latents is None,
         )
+
+
+class _Scores:
+    """The scores in a store by latent, of one explainer and judge where nothing else is said, and their means."""
+
+    def __init__(self, store: Store, explainer: str, judge: str):
+        self.store, self.falls = store, cache(store.falls)
+        self.who = {"explainer": explainer, "judge": judge, "control": ""}
+
+    def values(self, scorer: str, negatives: str = "", metric: str = "", **where: Any) -> dict[int, float]:
+        negatives, metric = negatives or _HEADLINE[scorer], metric or SCORERS[scorer].metric
+        return self.store.values(scorer=scorer, negatives=negatives, metric=metric, **self.who | where)
+
+    def mean(self, scorer: str, negatives: str = "", *, gain: bool = False, **where: Any) -> Estimate:
+        """Return the mean over latents; its interval is over documents too where the store knows them."""
+        found = self.values(scorer, negatives, GAIN if gain else "", **where)
+        if scorer not in _SOURCES:
+            return _mean(found)
+        name = f"{scorer} {negatives or _HEADLINE[scorer]}"
+        own, lookup = self.falls(**self.who | where), self.falls(LOOKUP, RULE, "") if gain else {}
+        rows = [_row(own.get(n), name) - (_row(lookup.get(n), name) if gain else 0.0) for n in found]
+        return two_way_mean(np.array([*found.values()]), np.array(rows).reshape(-1, GROUPS))
+
+    def by_source(self, gain: bool = False) -> dict[str, dict[str, Estimate]]:
+        """Return the means of detection and fuzzing by the negatives' source."""
+        each = {scorer: {name: self.mean(scorer, name, gain=gain) for name in own} for scorer, own in _SOURCES.items()}
+        return {scorer: {k: v for k, v in own.items() if v.value == v.value} for scorer, own in each.items()}
 
 
 def _row(falls: dict[str, list[int | None]] | None, name: str) -> Float[np.ndarray, " groups"]:
