@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import sae_italian
+from sae_italian.analysis import gold_table
+from sae_italian.analysis.gold import DETECTED
+from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
+from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER
+from sae_italian.autointerp.store import Store, forget
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import Estimate, reaches
 from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
+from sae_italian.browser import LatentSource, write_browser
+from sae_italian.browser.columns import records, text_table
+from sae_italian.browser.source import RESULTS
 
 CARD_TOKENS = 50_000
 
@@ -32,11 +40,6 @@ def quickstart(
     as large as the SAE's own, goes once its numbers are read. A run that was stopped continues with `resume=True`.
     Raises: UsageError as the steps do.
     """
-    from sae_italian.autointerp import AutointerpConfig
-    from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER
-    from sae_italian.autointerp.store import Store
-    from sae_italian.browser import LatentSource, write_browser
-
     out = Path(out)
     spec = sae_italian.load_spec(config, *overrides)
     settings = {"cache_tokens": cache_tokens, "card_tokens": card_tokens, "latents": latents}
@@ -74,10 +77,6 @@ def analyse(
     Parts: `card` (unless `card_tokens` is None), `autointerp`, `random` (unless turned off), `gold`. The random twin's
     numbers are measured once for a configuration: its cache may be removed.
     """
-    from sae_italian.analysis import gold_table
-    from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
-    from sae_italian.browser.source import RESULTS
-
     manifest = cache.manifest
     file = cache.folder / RESULTS
     results: dict[str, Any] = read_json(file) if file.is_file() else {}
@@ -102,10 +101,6 @@ def analyse(
 
 def forget_scores(cache: Any) -> None:
     """Drop the explanations and scores of a cache, those of its random twin too; activations and paid calls stay."""
-    from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER
-    from sae_italian.autointerp.store import forget
-    from sae_italian.browser.source import RESULTS
-
     for folder in (cache.folder, cache.folder / TWIN_FOLDER):
         forget(folder / STORE_FILE)
     if (cache.folder / RESULTS).is_file():
@@ -126,9 +121,6 @@ _ROWS = (
 
 def table_of(results: dict[str, Any]) -> str:
     """Return the short table of a run as Markdown: the metrics and controls, then what each number rests on."""
-    from sae_italian.analysis.gold import DETECTED
-    from sae_italian.browser.columns import records, text_table
-
     auto, rows = results.get("autointerp") or {}, []
     for scorer, by_source in (auto.get("by_negatives") or {}).items():
         head = f"{label(f'scorer.{scorer}')}, negatives: "

@@ -107,13 +107,13 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["cache", "info", "nowhere"], "not a feature cache"),
         (["latents", "nowhere", "La casa"], "not a feature cache"),
         (["autointerp", "nowhere"], "not a feature cache"),
-        (["autointerp", "nowhere", "--n-latents", "0"], "--n-latents is 0; it must be 1 or more"),
-        (["cache", "build", "nowhere", "--out", "x", "--tokens", "0"], "--tokens is 0; it must be 1 or more"),
+        (["autointerp", "nowhere", "--n-latents", "0"], "--n-latents is 0; it must be >= 1"),
+        (["cache", "build", "nowhere", "--out", "x", "--tokens", "0"], "--tokens is 0; it must be >= 1"),
         (["browse", "nowhere"], "not a feature cache"),
         (["export", "nowhere", "--to", "delphi", "--out", "x", "--latents", "9" * 6000], "two numbers were expected"),
         (["export", "nowhere", "--to", "delphi", "--out", "x", "--latents", "²"], "two numbers were expected"),
-        (["ioi", "mini", "--seed", "-1"], "--seed is -1; it must be 0 or more, and below 2^63"),
-        (["ioi", "mini", "--seed", str(2**63)], "below 2^63"),
+        (["ioi", "mini", "--seed", "-1"], "--seed is -1; it must be >= 0"),
+        (["ioi", "mini", "--seed", str(2**63)], "it must be < 9223372036854775808"),
     ],
 )
 def test_what_the_user_can_fix_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):
@@ -190,9 +190,9 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(capsys, monkeypatch, command,
 
 
 def test_a_defect_of_ours_is_not_dressed_up(monkeypatch):
-    from sae_italian.cli import models
+    from sae_italian.cli import catalogues
 
-    monkeypatch.setattr(models, "list_models", lambda: 1 / 0)
+    monkeypatch.setattr(catalogues, "list_models", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["models", "list"])
 

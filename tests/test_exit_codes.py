@@ -64,7 +64,7 @@ ENDINGS = (
         "Ctrl-C",
     ),
 )
-FAULTY = """import sys; import sae_italian.cli.models as models; from sae_italian.cli import main
+FAULTY = """import sys; import sae_italian.cli.catalogues as models; from sae_italian.cli import main
 models.list_models = lambda: 1 / 0
 sys.exit(main(sys.argv[1:]))"""
 

@@ -54,45 +54,39 @@ def _refusal(chain: list[BaseException], repo_id: str, revision: str | None) -> 
     first = f"{next(iter(str(chain[0]).splitlines()), type(chain[0]).__name__):.300}"
     unreachable = has(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
     pinned = f" --revision {revision}" if revision else ""
-    cases = (
-        (
-            has(errors.GatedRepoError) or "access a gated repo" in text,
-            f" is gated: accept its terms at {page}, then set HF_TOKEN to a token that may read it.",
-        ),
-        (
-            status == 401,
+    if has(errors.GatedRepoError) or "access a gated repo" in text:
+        return f" is gated: accept its terms at {page}, then set HF_TOKEN to a token that may read it."
+    if status == 401:
+        return (
             f": the hub does not know who is asking (401), or {page} does not exist. Check the name; if the page "
-            f"opens in your browser, accept its terms there and set HF_TOKEN ({TOKENS_PAGE}).",
-        ),
-        (
-            status == 403,
+            f"opens in your browser, accept its terms there and set HF_TOKEN ({TOKENS_PAGE})."
+        )
+    if status == 403:
+        return (
             f": the hub refuses this token (403). Accept the terms at {page}, and set HF_TOKEN to a token with "
-            f"read access to gated repositories ({TOKENS_PAGE}).",
-        ),
-        (
-            has(errors.RevisionNotFoundError) or "not a valid git identifier" in text,
-            f" has no revision {revision!r}; see {page}/commits/main.",
-        ),
-        (has(errors.RepositoryNotFoundError), " is not on the hub, or is private: check the name, or set HF_TOKEN."),
-        (has(errors.RemoteEntryNotFoundError), f": {first} See {page}/tree/main."),
-        (
-            unreachable or "offline" in text or "connect" in text,
+            f"read access to gated repositories ({TOKENS_PAGE})."
+        )
+    if has(errors.RevisionNotFoundError) or "not a valid git identifier" in text:
+        return f" has no revision {revision!r}; see {page}/commits/main."
+    if has(errors.RepositoryNotFoundError):
+        return " is not on the hub, or is private: check the name, or set HF_TOKEN."
+    if has(errors.RemoteEntryNotFoundError):
+        return f": {first} See {page}/tree/main."
+    if unreachable or "offline" in text or "connect" in text:
+        return (
             " is not on this machine and the hub cannot be reached. Where there is a network, run "
             f"`hf download {repo_id}{pinned} --local-dir FOLDER`, and give FOLDER here instead of the name; "
-            f"or download without --local-dir and copy {cached.name} into {cached.parent}.",
-        ),
-        (True, f" could not be loaded: {first}"),
-    )
-    return next(sentence for holds, sentence in cases if holds)
+            f"or download without --local-dir and copy {cached.name} into {cached.parent}."
+        )
+    return f" could not be loaded: {first}"
 
 
-def _chain_of(error: BaseException) -> list[BaseException]:
+def _chain_of(error: BaseException | None) -> list[BaseException]:
     """Return the error and everything it came from, outermost first."""
     chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
     return chain
 
 

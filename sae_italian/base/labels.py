@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
+
+from sae_italian.base.storage import packaged_yaml
 
 Language = Literal["it", "en"]
 
 
 @cache
 def _table() -> dict[str, dict[str, dict[Language, str]]]:
-    import yaml
-
-    text = resources.files("sae_italian.base").joinpath("labels.yaml").read_text(encoding="utf-8")
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return packaged_yaml(Path(__file__).with_name("labels.yaml").read_text("utf-8"))
 
 
 def labels(heading: str, language: Language = "en") -> dict[str, str]:

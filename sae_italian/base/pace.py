@@ -124,13 +124,9 @@ class Pace:
         more = self.work.parts - 1
         if seconds * (1 + more) > WORTH_SAYING:
             after = f", then as much for each of {more} more" if more else ""
+            left = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
             self.bar.clear()
-            foreseen = f"{self.what}: {progressed} done, {self.roughly} {_spelled(seconds)} to go{after}"
-            sys.stderr.write(foreseen + "\n")
-
-
-def _spelled(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+            sys.stderr.write(f"{self.what}: {progressed} done, {self.roughly} {left} to go{after}\n")
 
 
 def paced(

@@ -46,11 +46,14 @@ def read_words(words: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-def refusal(error: Any, name: str) -> UsageError:
-    """Return pydantic's first complaint as one line: what was given as `name`, and what was expected."""
+def refusal(error: Any, name: str = "") -> UsageError:
+    """Return pydantic's first complaint as one line: what was given, as `name` or as a config's key, and what was expected."""
     first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return UsageError(f"the config lacks the key {key!r}.")
     expected = first["msg"].removeprefix("Input should be ").partition(", unable")[0]
-    return UsageError(f"{name} is {first['input']!r:.80}; it should be {expected}.")
+    return UsageError(f"{name or f'config key {key!r}'} is {first['input']!r:.80}; it should be {expected}.")
 
 
 def kinds_of(defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,12 +26,14 @@ from unicodedata import normalize
 import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float
+from sklearn.linear_model import LogisticRegression
 
 from sae_italian.analysis.treebank import Sentence, Treebank, Word, Words, encode_words, read_treebank, read_words
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import Estimate, mean_interval
+from sae_italian.benchmark.probes import f1
 
 PARENTS = ("UPOS=AUX", "UPOS=NOUN", "UPOS=ADP", "UPOS=DET", "Gender=Fem", "Gender=Masc", "Number=Plur")
 LEAST_WORDS = 50  # of a form under one parent, and at least a fifth of them in test
@@ -93,21 +95,14 @@ class Absorption:
         for sae, found in self.differences().items():
             apart = "" if found.lo > 0 or found.hi < 0 else ": not distinguishable"
             ratio = self.l0[sae] / self.l0[first]
-            unequal = (
-                "" if abs(ratio - 1) <= L0_ALIKE else f" Its L0 is {ratio:.2f} times as large: compare at equal L0."
-            )
-            parts.append(f"{sae} less {first}: {shown(found, '+.3f')}{apart}.{unequal}")
-        own = {sae: {(p.parent, p.child): p for p in of} for sae, of in self.pairs.items()}
-        details = [
-            (
-                p.parent,
-                p.child,
-                p.n_words,
-                f"{p.dense_f1:.2f}",
-                *(f"{of[p.parent, p.child].fraction:.3f}" for of in own.values()),
-            )
-            for p in self.pairs[first]
-        ]
+            parts.append(f"{sae} less {first}: {shown(found, '+.3f')}{apart}.")
+            if abs(ratio - 1) > L0_ALIKE:
+                parts[-1] += f" Its L0 is {ratio:.2f} times as large: compare at equal L0."
+        own = {sae: {(p.parent, p.child): f"{p.fraction:.3f}" for p in of} for sae, of in self.pairs.items()}
+        details = []
+        for p in self.pairs[first]:
+            fractions = (of[p.parent, p.child] for of in own.values())
+            details.append((p.parent, p.child, p.n_words, f"{p.dense_f1:.2f}", *fractions))
         parts.append(table(" | ".join(["class", "member", "words", "F1 of the dense probe", *own]), details))
         n, of = self.letters
         parts.append(
@@ -146,14 +141,7 @@ def parts(
     return fraction, silent & (cosine[strongest] >= LEAST_FULL) & (along > 0) & (share >= LEAST_RATIO)
 
 
-def f1(said: Bool[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> float:
-    """Return F1, 0 where nothing is said and nothing true."""
-    return 2 * float((said & truth).sum()) / max(1, int(said.sum()) + int(truth.sum()))
-
-
 def _logistic(x: Any, y: Bool[np.ndarray, " n"], penalty: float = 0.0, c: float = 1.0) -> Any:
-    from sklearn.linear_model import LogisticRegression
-
     settings: dict[str, Any] = {"solver": "liblinear", "l1_ratio": 1.0} if penalty else {"max_iter": 200}
     return LogisticRegression(C=c, class_weight="balanced", tol=1e-3, **settings).fit(x, y)
 
@@ -198,12 +186,10 @@ def pairs_of(words: Words, forms: Sequence[str]) -> list[tuple[str, str]]:
     for parent in (name for name in PARENTS if name in column):
         children = []
         for form in forms:
-            both, own = column[parent] & column[form], column[form]
-            enough = (
-                both.sum() >= LEAST_WORDS and min(both[words.train].sum(), both[~words.train].sum()) >= LEAST_WORDS / 5
-            )
-            if enough and both.sum() >= 0.9 * own.sum():
-                children.append((int(both.sum()), form))
+            both = column[parent] & column[form]
+            n, n_train = int(both.sum()), int(both[words.train].sum())
+            if n >= max(LEAST_WORDS, 0.9 * column[form].sum()) and min(n_train, n - n_train) >= LEAST_WORDS / 5:
+                children.append((n, form))
         found += [(parent, form) for _, form in sorted(children, reverse=True)[:MOST_FORMS]]
     return found
 

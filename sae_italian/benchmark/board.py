@@ -31,23 +31,24 @@ COLUMNS = ("auc_1", "auc_16", "selectivity", "gain_1", "gain_16", "below_dense")
 
 
 class ProblemScore(NamedTuple):
-    """One problem of one SAE: means over the protocol's seeds; influence on the AUC at k = 16 by document."""
+    """One problem of one SAE: what its files hold of the controls and of its own, lists over the protocol's seeds."""
 
-    auc: dict[str, float]
-    seeds: dict[str, list[float]]
-    twin: dict[str, float]
     control: dict[str, Any]
     own: dict[str, Any]
+
+    def mean(self, what: str, k: str) -> float:
+        """Return the mean over the seeds of the SAE's `auc`, or its `twin`'s, at a k."""
+        return float(np.mean(self.own[what][k]))
 
     def value(self, column: str) -> float:
         """Return a number of the table."""
         form = max(self.control[name]["auc"] for name in ("form", "tokens"))
         kind, _, k = column.partition("_")
         if kind == "gain":
-            return self.auc[k] - self.twin[k]
+            return self.mean("auc", k) - self.mean("twin", k)
         if kind == "auc":
-            return self.auc[k]
-        return self.auc["16"] - (form if kind == "selectivity" else self.control["dense"]["auc"])
+            return self.mean("auc", k)
+        return self.mean("auc", "16") - (form if kind == "selectivity" else self.control["dense"]["auc"])
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Entry:
     @cached_property
     def reseed(self) -> float:
         """The sd of the mean AUC at k = 16 over the protocol's seeds."""
-        kept = [s.seeds["16"] for p, s in self.scores.items() if not self.told[self.tasks[p]]["form"]]
+        kept = [s.own["auc"]["16"] for p, s in self.scores.items() if not self.told[self.tasks[p]]["form"]]
         means = np.mean(kept, axis=0)
         return float(np.std(means, ddof=1)) if np.size(means) > 1 else float("nan")
 
@@ -121,7 +122,7 @@ def compare(a: Entry, b: Entry) -> Difference:
         documents[document] = documents.get(document, 0.0) + part
     over_tasks = float(differences.var(ddof=1)) / len(shared)
     over_documents, alone = (float(np.square([*some.values()]).sum()) for some in (documents, cells))
-    seeds = (a.reseed**2 + b.reseed**2) / max(len(next(iter(a.scores.values())).seeds["16"]), 1)
+    seeds = (a.reseed**2 + b.reseed**2) / max(len(next(iter(a.scores.values())).own["auc"]["16"]), 1)
     variance = max(over_tasks + over_documents - alone, over_tasks, over_documents) + np.nan_to_num(seeds)
     error = float(np.sqrt(variance))
     return Difference(float(differences.mean()), error, POWER * error, len(shared))
@@ -169,15 +170,10 @@ def _entries(folder: Path, value: Mapping[str, Any]) -> Iterable[Entry]:
                 folder / facts["hook"] / d / f"results.{problem}.json" for d in (facts["folder"], "controls")
             )
             if own.is_file():
-                scores[problem] = _score(read_json(own), read_json(control))
+                scores[problem] = ProblemScore(read_json(control), read_json(own))
         if scores:
             settings = {key: value[key] for key in ("model", "revision", "seeds", "sources", "most")}
             yield Entry(name, {**facts, **settings}, scores, tasks, value["tasks"])
-
-
-def _score(own: dict[str, Any], control: dict[str, Any]) -> ProblemScore:
-    means = [{k: float(np.mean(values)) for k, values in own[key].items()} for key in ("auc", "twin")]
-    return ProblemScore(means[0], own["auc"], means[1], control, own)
 
 
 # --- SAEBench ---------------------------------------------------------------------------------------------------------
@@ -192,7 +188,8 @@ def saebench(entry: Entry) -> dict[str, Any]:
     keys = [key for key in details[0] if key.startswith(("llm", "sae_top"))]
     means = {key: float(np.mean([detail[key] for detail in details])) for key in keys}
     llm = {key: value for key, value in means.items() if key.startswith("llm")}
-    by_k = _mean_by_k([detail["sae_metrics_by_k"] for detail in details])
+    found = [detail["sae_metrics_by_k"] for detail in details]
+    by_k = {k: {m: float(np.mean([one[k][m] for one in found])) for m in some} for k, some in found[0].items()}
     shown = {column: entry.estimate(column).as_dict() for column in COLUMNS}
     release, _, sae_id = entry.name.rpartition(":")
     return {
@@ -215,7 +212,7 @@ def saebench(entry: Entry) -> dict[str, Any]:
 def _config(entry: Entry) -> dict[str, Any]:
     names = [f"it_{problem}" for problem in entry.scores]
     sizes = dict(zip(("probe_train_set_size", "probe_test_set_size"), entry.facts["most"], strict=True))
-    ks = [int(k) for k in next(iter(entry.scores.values())).auc]
+    ks = [int(k) for k in next(iter(entry.scores.values())).own["auc"]]
     told = {"random_seed": 0, "dataset_names": names, "k_values": ks}
     return told | sizes | {"model_name": entry.facts["model"] or ""}
 
@@ -223,23 +220,18 @@ def _config(entry: Entry) -> dict[str, Any]:
 def _detail(problem: str, score: ProblemScore) -> dict[str, Any]:
     dense, own = score.control["dense"], score.own
     metrics = ("accuracy", "auc", "f1")
-    by_k = {k: {f"test_{m}": score.auc[k] if m == "auc" else own[m][k] for m in metrics} for k in score.auc}
+    by_k = {k: {f"test_{m}": score.mean("auc", k) if m == "auc" else own[m][k] for m in metrics} for k in own["auc"]}
     found: dict[str, Any] = {"dataset_name": f"it_{problem}", **{f"llm_test_{m}": dense[m] for m in metrics}}
     for k in (k for k in by_k if k in ("1", "2", "5")):  # SAEBench has no field for k = 16
         found |= {f"sae_top_{k}_{name}": value for name, value in by_k[k].items()}
     return found | {"sae_metrics_by_k": by_k}
 
 
-def _mean_by_k(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    first = found[0].items()
-    return {k: {m: float(np.mean([one[k][m] for one in found])) for m in some} for k, some in first}
-
-
 def _beside(score: ProblemScore) -> dict[str, Any]:
     chance: Float[np.ndarray, " n"] = np.array(score.own["permuted"])
     return {
-        "seeds": score.seeds,
-        "twin": score.twin,
+        "seeds": score.own["auc"],
+        "twin": {k: score.mean("twin", k) for k in score.own["twin"]},
         "permuted": {"mean": float(chance.mean()), "most": float(chance.max())},
         "interval_16": score.own["interval"]["16"],
         "controls": {key: value["auc"] for key, value in score.control.items() if isinstance(value, dict)},

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from sae_italian.models import load_model
 from sae_italian.saes import load_sae
 from sae_italian.saes.fit import fit
 from sae_italian.training import RunSpec
-from sae_italian.training.run import check_run, train_members
+from sae_italian.training.run import check_run, train_group
 
 GRID = (8, 16, 32, 64, 128)
 SHARES = {"d/8": 8, "d/4": 4, "d/2": 2}  # N of the proxy, by what the dictionary's width is divided by
@@ -63,12 +64,12 @@ class Choice:
     """What the trials say: a k with the interval of those that do as well, or why none is recommended."""
 
     trials: list[Trial]
-    k: float | None
-    lo: float | None
-    hi: float | None
-    why: str
-    minima: dict[str, float]  # k of the grid at which s_N is least, by N
+    minima: dict[str, int]  # k of the grid at which s_N is least, by N
     n_tokens: int  # of each training
+    why: str
+    k: float | None = None
+    lo: float | None = None
+    hi: float | None = None
 
     def table(self) -> str:
         """Return a Markdown table of means over seeds, one row for each k, and the recommendation."""
@@ -77,7 +78,8 @@ class Choice:
             cells = [np.mean([getattr(t, name) for t in some]) for name in ("l0", "explained_variance", "dead")]
             shown = f"{cells[0]:.1f}", f"{cells[1]:.3f}", f"{cells[2]:.1%}"
             aurocs = (f"{np.mean([t.auroc[name] for t in some]):.3f}" for name in PROBES)
-            proxies = (_mean_sd([t.projections[name] for t in some]) for name in SHARES)
+            of_name = ([t.projections[name] for t in some] for name in SHARES)
+            proxies = (f"{np.mean(s):.4g} ± {np.std(s, ddof=1) if len(s) > 1 else np.nan:.2g}" for s in of_name)
             rows.append((k, *shown, *aurocs, *proxies))
         heads = [f"s_N, N = {name}" for name in SHARES]
         head = " | ".join(["k", "L0", "explained variance", "dead", *(f"AUROC, {name}" for name in PROBES), *heads])
@@ -120,10 +122,6 @@ def by_k(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
     return found
 
 
-def _mean_sd(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.4g} ± {np.std(values, ddof=1) if len(values) > 1 else np.nan:.2g}"
-
-
 @torch.no_grad()
 def projections(sae: Any, x: Float[Tensor, "tokens d_in"]) -> dict[str, float]:
     """Return s_N for N an eighth, a quarter and half of the dictionary: means over batches of tokens."""
@@ -150,32 +148,21 @@ def recommend(trials: Sequence[Trial], n_tokens: int) -> Choice:
         raise UsageError(f"the grid has {len(grid)} values of k; at least 3 are needed. Give --grid 8,16,32.")
     for name in DECIDING:
         values = [[t.projections[name] for t in some] for some in groups.values()]
-        found[name] = (
-            np.mean(values, axis=1),
-            float(np.sqrt(np.var(values, axis=1, ddof=min(1, len(values[0]) - 1)).mean())),
-        )
+        spread = np.var(values, axis=1, ddof=min(1, len(values[0]) - 1)).mean()
+        found[name] = np.mean(values, axis=1), float(np.sqrt(spread))
     minima = {name: grid[int(mean.argmin())] for name, (mean, _) in found.items()}
-    told: dict[str, Any] = {"trials": list(trials), "minima": minima, "n_tokens": n_tokens}
-    ends = [f"{name}: {k}" for name, k in minima.items() if k in (grid[0], grid[-1])]
-    if ends:
-        return Choice(
-            k=None, lo=None, hi=None, why=_not_found(f"s_N is least at an end of it ({', '.join(ends)})"), **told
-        )
-    steps = sorted(grid.index(k) for k in minima.values())
-    if steps[-1] - steps[0] > 1:
-        said = ", ".join(f"{name}: {k}" for name, k in minima.items())
-        return Choice(k=None, lo=None, hi=None, why=_not_found(f"the minima of s_N do not agree ({said})"), **told)
-    bounds = [_vertex(np.log2(grid), mean, sd) for mean, sd in found.values()]
-    k, lo, hi = (
-        float(2**value)
-        for value in (np.median([b[0] for b in bounds]), min(b[1] for b in bounds), max(b[2] for b in bounds))
-    )
-    why = f"Recommended: k = {k:.0f} ({lo:.0f} to {hi:.0f})."
-    return Choice(k=k, lo=lo, hi=hi, why=why, **told)
-
-
-def _not_found(why: str) -> str:
-    return f"Not found, widen the grid: {why}. More tokens (share=1) and more seeds make the curves steadier."
+    said, steps = ", ".join(f"{name}: {k}" for name, k in minima.items()), [grid.index(k) for k in minima.values()]
+    why = ""
+    if {0, len(grid) - 1} & set(steps):
+        why = f"s_N is least at an end of it ({said})"
+    elif max(steps) - min(steps) > 1:
+        why = f"the minima of s_N do not agree ({said})"
+    if why:
+        why = f"Not found, widen the grid: {why}. More tokens (share=1) and more seeds make the curves steadier."
+        return Choice(list(trials), minima, n_tokens, why)
+    vertices, los, his = zip(*(_vertex(np.log2(grid), mean, sd) for mean, sd in found.values()), strict=True)
+    k, lo, hi = (float(2**value) for value in (np.median(vertices), min(los), max(his)))
+    return Choice(list(trials), minima, n_tokens, f"Recommended: k = {k:.0f} ({lo:.0f} to {hi:.0f}).", k, lo, hi)
 
 
 def _vertex(
@@ -215,13 +202,12 @@ def members(spec: RunSpec, grid: Sequence[int], seeds: int, share: float) -> dic
         raise UsageError(
             f"share is {share:g}; a part of the config's training_tokens was expected, above 0 and at most 1."
         )
-    steps = {name: round(share * getattr(spec, name)) for name in ("lr_warm_up_steps", "lr_decay_steps")}
-    tokens = max(spec.train_batch_size_tokens, round(share * spec.training_tokens))
+    short = {name: round(share * getattr(spec, name)) for name in ("lr_warm_up_steps", "lr_decay_steps")}
+    short["training_tokens"] = max(spec.train_batch_size_tokens, round(share * spec.training_tokens))
     found = {}
-    for k in sorted(grid):
-        for seed in range(spec.seed, spec.seed + seeds):
-            update = {"sae": {**spec.sae, "k": k}, "seed": seed, "seeds": 1, "training_tokens": tokens, **steps}
-            found[f"k{k}-seed{seed}"] = spec.model_copy(update=update)
+    for k, seed in product(sorted(grid), range(spec.seed, spec.seed + seeds)):
+        update = {"sae": {**spec.sae, "k": k}, "seed": seed, "seeds": 1, **short}
+        found[f"k{k}-seed{seed}"] = spec.model_copy(update=update)
     for k in (min(grid), max(grid)):
         check_run(found[f"k{k}-seed{spec.seed}"])
     return found
@@ -245,11 +231,11 @@ def choose_k(
     runs = members(spec, grid, seeds, share)
     settings = {"grid": sorted(grid), "seeds": seeds, "share": share, "spec": spec.model_dump(mode="json")}
     with claimed(out, "choose-k", settings, resume=resume, overwrite=overwrite):
-        folders = dict(zip(runs, train_members(runs, out, out / "group"), strict=True))
+        folders = dict(zip(runs, train_group(out, ("group", runs)), strict=True))
         model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
         reading = {"context_size": spec.context_size, "text_column": spec.text_column}
         first = load_sae(next(iter(folders.values())))
-        x, _ = held_out_activations(first, model, spec.evaluate_corpus or spec.corpus, n_tokens, **reading)
+        x, *_ = held_out_activations(first, model, spec.evaluate_corpus or spec.corpus, n_tokens, **reading)
         treebank = read_treebank(MICRO_ITALIANO)
         treebank = treebank._replace(sentences=treebank.sentences[:PROBED])
         words = read_words(model, spec.hook_name, treebank, label_names([treebank]), context_size=spec.context_size)

@@ -8,7 +8,7 @@ text for every choice; with `pair`, a right and a wrong one; with `span`, it is 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from importlib import resources
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -47,9 +47,8 @@ class HubSet(BaseModel):
 
 def hub_sets() -> dict[str, HubSet]:
     """Return the sets by name."""
-    files = (resources.files("sae_italian.benchmark") / "data" / "hub").iterdir()
-    named = sorted((file.name.removesuffix(".yaml"), file.read_text(encoding="utf-8")) for file in files)
-    return {name: HubSet(**read_yaml(text, f"{name}.yaml")) for name, text in named}
+    files = sorted(Path(__file__).parent.glob("data/hub/*.yaml"))
+    return {file.stem: HubSet(**read_yaml(file)) for file in files}
 
 
 def hub_tasks() -> list[ProbingTask]:
@@ -115,26 +114,18 @@ def _passages(name: str, one: HubSet, row: Mapping[str, Any], group: str, test: 
     text = " ".join(str(row[column]).strip() for column in one.text)
     facts = {key: str(int(value) if isinstance(value, bool) else value) for key, value in row.items()}
     if one.choices:
-        right = _index(row[one.answer], one.first)
+        answer = str(row[one.answer]).strip().upper()  # of the right choice its place, as a number or as a letter
+        right = LETTERS.index(answer) if answer in LETTERS else int(answer) - one.first
         for i, column in enumerate(one.choices):
             if row[column]:
                 yield Passage(f"{text} {row[column]}", group, test, {"right": "yes" if i == right else "no"})
         return
-    words = [_at_span(text, one, row, facts)] if one.span else []
+    words = []
+    if one.span:  # of the word in the last text, placed in all texts together
+        start = text.rindex(str(row[one.text[-1]]).strip())
+        first, last = (start + int(row[column]) for column in one.span)
+        words = [PlacedWord(first, last, facts)]
     yield Passage(text, group, test, facts, words)
-
-
-def _index(answer: Any, first: int) -> int:
-    """Return the place of the right choice, which sets give as a number, as its text, or as a letter."""
-    text = str(answer).strip().upper()
-    return LETTERS.index(text) if text in LETTERS else int(text) - first
-
-
-def _at_span(text: str, one: HubSet, row: Mapping[str, Any], facts: dict[str, str]) -> PlacedWord:
-    """Return the word of the last text at its span, placed in all texts together."""
-    start = text.rindex(str(row[one.text[-1]]).strip())
-    first, last = (start + int(row[column]) for column in one.span)
-    return PlacedWord(first, last, facts)
 
 
 def _tagged(words: Sequence[str], tags: Sequence[Any], group: str, test: bool) -> Passage:

@@ -105,7 +105,14 @@ def problems(entry: Entry) -> Board:
         told, control = entry.told[entry.tasks[name]], score.control
         lo, hi = (float("nan") if x is None else x for x in score.own["interval"]["16"])
         chance = np.quantile(score.own["permuted"], 0.95)
-        numbers = [score.auc["1"], score.auc["16"], lo, hi, score.value("selectivity"), score.value("gain_16")]
+        numbers = [
+            score.value("auc_1"),
+            score.value("auc_16"),
+            lo,
+            hi,
+            score.value("selectivity"),
+            score.value("gain_16"),
+        ]
         others = [control[key]["auc"] for key in ("form", "tokens", "dense", "embedded")]
         cells = [f"{x:.3f}" for x in [*numbers, *others, chance, control["majority"]]]
         marked = f"{told['en']} · {told['it']}" + (" *" if control["exploratory"] else "")

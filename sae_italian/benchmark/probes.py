@@ -1,4 +1,8 @@
-"""The protocol of sae-probes, and the controls beside every number.
+"""What the probes see, and the protocol of sae-probes with the controls beside every number.
+
+Activations of a model at a hook are kept on disk once, of tokens and not of their means: the mean of a sentence's latents
+is not the latents of its mean, and a further SAE costs its encoding alone. Every vector is a row of one sparse pooling
+matrix P over tokens: P X for activations, P Z for latents, P E for embeddings.
 
 k-sparse probing as in Kantamneni et al. 2025 (arXiv 2502.16681; package sae-probes): latents are ranked on the training
 rows by the difference of class means of a / mean non-zero |a|, and a logistic regression with an l1 penalty is fitted on
@@ -9,19 +13,212 @@ a test score. The same code fits the dense probes (l2, standardised, four values
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
+import torch
 from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from torch.nn.utils.rnn import pad_sequence
+
+from sae_italian.analysis.latent import codes
+from sae_italian.analysis.treebank import Sentence, Word, last_tokens
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.pace import paced, progress
+from sae_italian.base.storage import atomic_path, fingerprint, read_json, write_json
+from sae_italian.benchmark.material import stop
+from sae_italian.benchmark.tasks import LAST_OF
+from sae_italian.corpora.packing import bos_id, tokenise
+from sae_italian.models.activations import read_activations
 
 SIZES = (1, 2, 5, 16)
 GRID = tuple(np.logspace(5, -5, 10).tolist())
-DENSE_GRID = (1.0, 0.1, 0.01, 0.001)
+DENSE_GRID, CONTROL_GRID = (1.0, 0.1, 0.01, 0.001), (100.0, 10.0, 1.0, 0.1)
 FEW, FOLDS = 128, 6
 N_GRAMS = (1, 4)
+CONTEXT = 128  # tokens of a text at most, BOS counted
+BATCH = 2048  # tokens
+CHUNK = 512  # tokens encoded at once
+PART = 32  # batches of a file
+Point = tuple[int, int]  # text, and where its word ends, or tasks.MEAN_OF, LAST_OF
+
+
+def model_identity(model: Any) -> dict[str, Any]:
+    """Return what tells two models apart: name, revision, and a hash of some of their first and last weights."""
+    parameters = list(model.parameters())
+    some = [p.detach().flatten()[:4096].float().cpu().tolist() for p in (parameters[0], parameters[-1])]
+    known = getattr(model, "loaded_from", {})
+    return {"model": known.get("name"), "revision": known.get("revision"), "weights": fingerprint(some)}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Activations at a hook of some texts, in files of whole texts; ids and spans are without BOS."""
+
+    folder: Path
+    order: list[list[int]]  # the texts of each batch, shortest first
+    ids: list[Int[np.ndarray, " tokens"]]
+    spans: list[Int[np.ndarray, "tokens 2"]]
+
+    def parts(self) -> Iterator[tuple[list[int], Float[np.ndarray, "tokens d_in"]]]:
+        """Yield the texts of each file and their tokens' activations, in that order, mapped from the disk."""
+        for number, first in enumerate(range(0, len(self.order), PART)):
+            file = self.folder / f"part-{number:04}.npy"
+            if file.is_file():  # all of them, unless the time was over
+                texts = [text for batch in self.order[first : first + PART] for text in batch]
+                yield texts, np.load(file, mmap_mode="r")
+
+    def n_tokens(self) -> int:
+        """Return how many tokens there are."""
+        return sum(map(len, self.ids))
+
+
+def read_texts(model: Any, hook_name: str, texts: Sequence[str], folder: Path) -> Activations:
+    """Return the activations of texts at a hook, read from `folder` where it holds them, else computed into it.
+
+    A stopped computation goes on with the file it was at. Raises: DataError when the folder holds those of another model,
+    of another revision of it, or of other texts.
+    """
+    tokens = tokenise(model.tokenizer, list(texts))
+    found = [np.asarray(token)[:, : CONTEXT - 1] for token in tokens]
+    ids, spans = [part[0].astype(np.int64) for part in found], [part[1:].T for part in found]
+    order = _batches(sorted((i for i in range(len(ids)) if len(ids[i])), key=lambda i: len(ids[i])), ids)
+    wanted = model_identity(model) | {"hook_name": hook_name, "texts": fingerprint([i.tolist() for i in ids])}
+    file = folder / "manifest.json"
+    if file.is_file():
+        held = read_json(file)
+        for key, value in wanted.items():
+            if held.get(key) != value:
+                raise DataError(
+                    f"{folder} holds activations of another {key} ({held.get(key)}, not {value}). "
+                    "Remove that folder, or give another --out."
+                )
+    else:
+        write_json(file, wanted)
+    acts = Activations(folder, order, ids, spans)
+    _compute(model, hook_name, acts)
+    return acts
+
+
+def _batches(order: Sequence[int], ids: Sequence[np.ndarray]) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for i in order:
+        if not batches or (len(batches[-1]) + 1) * (len(ids[i]) + 1) > BATCH:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+@torch.no_grad()
+def _compute(model: Any, hook_name: str, acts: Activations) -> None:
+    bos = bos_id(model.tokenizer)
+    starts = list(range(0, len(acts.order), PART))
+    todo = [(n, first) for n, first in enumerate(starts) if not (acts.folder / f"part-{n:04}.npy").is_file()]
+    todo = [
+        todo[i] for i in np.random.default_rng(0).permutation(len(todo))
+    ]  # a time bound leaves texts of all lengths
+    for number, first in paced(todo, "activations", len(todo), "part"):
+        rows = []
+        for batch in acts.order[first : first + PART]:
+            padded = pad_sequence([torch.tensor([bos, *acts.ids[i]]) for i in batch], batch_first=True)
+            x = read_activations(model, padded.to(model.device), hook_name)
+            rows += [own[1 : len(acts.ids[i]) + 1].float().cpu().numpy() for i, own in zip(batch, x, strict=True)]
+        with atomic_path(acts.folder / f"part-{number:04}.npy") as temporary, temporary.open("wb") as handle:
+            np.save(handle, np.concatenate(rows))
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+class Pooling:
+    """Points (text, where) as rows of P; those whose word lies beyond the context are absent."""
+
+    def __init__(self, acts: Activations, texts: Sequence[str], points: Sequence[Point]):
+        self.acts, self.rows = acts, {}
+        by_text: dict[int, list[int]] = {}
+        for text, where in points:
+            by_text.setdefault(text, []).append(where)
+        self._of_part: list[scipy.sparse.csr_array] = []
+        ids: list[tuple[int, int]] = []
+        for inside, _ in acts.parts():
+            cells: list[tuple[int, int, float]] = []
+            offset, first = 0, len(self.rows)
+            for text in inside:
+                for where, tokens in self._tokens(texts[text], text, by_text.get(text, ())):
+                    row = self.rows[text, where] = len(self.rows)
+                    cells += [(row - first, offset + token, 1 / len(tokens)) for token in tokens]
+                    last = tokens[-1]
+                    ids.append((acts.ids[text][last], acts.ids[text][last - 1] if last else -1))
+                offset += len(acts.ids[text])
+            row, column, value = (np.array(part) for part in (zip(*cells, strict=True) if cells else ((), (), ())))
+            shape = (len(self.rows) - first, offset)
+            self._of_part.append(scipy.sparse.csr_array((value.astype(np.float32), (row, column)), shape))
+        self.ids: Int[np.ndarray, "points 2"] = np.array(ids, dtype=np.int64).reshape(-1, 2)  # last token, and its left
+
+    def _tokens(self, text: str, index: int, wheres: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Yield each place and the tokens that make its vector; none for a word beyond the context."""
+        spans, ends = self.acts.spans[index], [where for where in wheres if where >= 0]
+        words = [Word(text.rfind(" ", 0, end) + 1, end, frozenset()) for end in ends]
+        last = last_tokens(Sentence(text, words, True), spans) if words else []
+        yield from ((end, [int(token)]) for end, token in zip(ends, last, strict=True) if token >= 0)
+        read = [int(token) for token in np.flatnonzero(spans[:, 1] <= stop(text))] or [0]
+        yield from ((where, read[-1:] if where == LAST_OF else read) for where in set(wheres) - set(ends))
+
+    def dense(self) -> Float[np.ndarray, "points d_in"]:
+        """Return the pooled activations."""
+        return np.concatenate([pool @ x for pool, (_, x) in zip(self._of_part, self.acts.parts(), strict=True)])
+
+    def embedded(self, embeddings: Float[np.ndarray, "vocabulary d"]) -> Float[np.ndarray, "points d"]:
+        """Return the pooled rows of the model's embedding matrix."""
+        parts = zip(self._of_part, self.acts.parts(), strict=True)
+        return np.concatenate([pool @ embeddings[self._ids(inside)] for pool, (inside, _) in parts])
+
+    def _ids(self, inside: Sequence[int]) -> Int[np.ndarray, " tokens"]:
+        return np.concatenate([self.acts.ids[text] for text in inside])
+
+    @torch.no_grad()
+    def latents(self, sae: Any, what: str) -> scipy.sparse.csr_array:
+        """Return the pooled latents [points, d_sae]. Raises: UsageError when the SAE reads another width."""
+        found, parts = [], zip(self._of_part, self.acts.parts(), strict=True)
+        bar = progress(what, total=len(self._of_part), unit="part")
+        for pool, (_, x) in parts:
+            bar.update(1)
+            if x.shape[1] != sae.cfg.d_in:
+                raise UsageError(f"the SAE reads {sae.cfg.d_in} dimensions (d_in), the activations have {x.shape[1]}.")
+            used = np.flatnonzero(np.diff(pool.tocsc().indptr))  # tokens that no point needs are not encoded
+            chunks = torch.from_numpy(x[used]).split(CHUNK)
+            z = [scipy.sparse.csr_array(codes(sae, part).float().cpu().numpy()) for part in chunks]
+            if z:
+                found.append(scipy.sparse.csr_array(pool[:, used] @ scipy.sparse.vstack(z, format="csr")))
+        bar.close()
+        return scipy.sparse.csr_array(scipy.sparse.vstack(found, format="csr"))
+
+    def sample(self, n: int, seed: int = 0) -> Float[np.ndarray, "n d_in"]:
+        """Return activations of tokens drawn over all texts, to calibrate a random twin on."""
+        rng, total, found = np.random.default_rng(seed), self.acts.n_tokens(), []
+        for _, x in self.acts.parts():
+            found.append(x[np.sort(rng.permutation(len(x))[: -(-n * len(x) // total)])])
+        return np.concatenate(found)
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+class Examples(NamedTuple):
+    """What a probe is fitted on, x [n, ...] with answers y, and what it then judges, w [m, ...], whose answers are `truth`."""
+
+    x: Any
+    y: Bool[np.ndarray, " n"]
+    w: Any
+    truth: Bool[np.ndarray, " m"]
 
 
 class Judged(NamedTuple):
@@ -48,9 +245,12 @@ def judge(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> Judg
     """Return AUC, accuracy and F1 of saying yes above 0."""
     auc, parts = auc_parts(score, truth)
     said = score > 0
-    return Judged(
-        auc, float((said == truth).mean()), 2 * float((said & truth).sum()) / (said.sum() + truth.sum()), parts, score
-    )
+    return Judged(auc, float((said == truth).mean()), f1(said, truth), parts, score)
+
+
+def f1(said: Bool[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> float:
+    """Return F1, 0 where nothing is said and nothing true."""
+    return 2 * float((said & truth).sum()) / max(1, int(said.sum()) + int(truth.sum()))
 
 
 def ranked(x: scipy.sparse.csr_array, y: Bool[np.ndarray, " n"], most: int) -> Int[np.ndarray, " most"]:
@@ -64,8 +264,6 @@ def ranked(x: scipy.sparse.csr_array, y: Bool[np.ndarray, " n"], most: int) -> I
 
 
 def _classifier(penalty: str, c: float) -> Any:
-    from sklearn.linear_model import LogisticRegression
-
     if penalty == "l1":  # liblinear's intercept is penalised, hardly so when it is scaled
         return LogisticRegression(
             C=c, l1_ratio=1.0, solver="liblinear", intercept_scaling=100, tol=1e-3, random_state=0
@@ -75,8 +273,6 @@ def _classifier(penalty: str, c: float) -> Any:
 
 def fitted(x: Any, y: Bool[np.ndarray, " n"], penalty: str = "l1", grid: Sequence[float] = GRID) -> Any:
     """Return a logistic regression with the C of best validation AUC: folds for few rows, else the last fifth."""
-    from sklearn.model_selection import StratifiedKFold
-
     if len(y) < FEW:
         folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(np.zeros(len(y)), y))
     else:
@@ -92,66 +288,41 @@ def fitted(x: Any, y: Bool[np.ndarray, " n"], penalty: str = "l1", grid: Sequenc
         return _classifier(penalty, grid[int(scores.argmax())]).fit(x, y)
 
 
-def sparse_probes(
-    x: scipy.sparse.csr_array,
-    y: Bool[np.ndarray, " n"],
-    w: scipy.sparse.csr_array,
-    truth: Bool[np.ndarray, " m"],
-    sizes: Sequence[int] = SIZES,
-) -> dict[int, Judged]:
-    """Return by k how the probe on the first k latents, fitted on (x, y), judges the test rows w."""
+def sparse_probes(latents: Examples, sizes: Sequence[int] = SIZES) -> dict[int, Judged]:
+    """Return by k how the probe on the first k latents judges; x and w are sparse."""
+    x, y, w, truth = latents
     order = ranked(x, y, max(sizes))
     few, judged = x[:, order].toarray(), w[:, order].toarray()
     return {k: judge(fitted(few[:, :k], y).decision_function(judged[:, :k]), truth) for k in sizes}
 
 
-def dense_probe(
-    x: Float[np.ndarray, "n d"], y: Bool[np.ndarray, " n"], w: Float[np.ndarray, "m d"], truth: Bool[np.ndarray, " m"]
-) -> Judged:
-    """Return how a probe on all dimensions, standardised, judges the test rows."""
-    mean, scale = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
-    model = fitted((x - mean) / scale, y, "l2", DENSE_GRID)
-    return judge(model.decision_function((w - mean) / scale), truth)
+def dense_probe(vectors: Examples) -> Judged:
+    """Return how a probe on all dimensions, standardised, judges."""
+    return _probed_by(StandardScaler(), vectors, DENSE_GRID)
 
 
-def form_probe(
-    forms: Sequence[str], y: Bool[np.ndarray, " n"], others: Sequence[str], truth: Bool[np.ndarray, " m"]
-) -> Judged:
-    """Return what the characters alone give away: a probe on n-grams of the word or the text."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
+def form_probe(forms: Examples) -> Judged:
+    """Return what the characters alone give away: a probe on n-grams of words or texts."""
     how: dict[str, Any] = {"min_df": 2, "max_features": 20_000, "sublinear_tf": True}
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=N_GRAMS, **how)
-    x, w = vectors.fit_transform(forms), vectors.transform(others)
-    return judge(fitted(x, y, "l2", (100.0, 10.0, 1.0, 0.1)).decision_function(w), truth)
+    return _probed_by(TfidfVectorizer(analyzer="char_wb", ngram_range=N_GRAMS, **how), forms)
 
 
-def token_probe(
-    ids: Int[np.ndarray, "n 2"],
-    y: Bool[np.ndarray, " n"],
-    others: Int[np.ndarray, "m 2"],
-    truth: Bool[np.ndarray, " m"],
-) -> Judged:
-    """Return what the last token's and its left neighbour's identity give away."""
-    from sklearn.preprocessing import OneHotEncoder
-
-    encoder = OneHotEncoder(handle_unknown="ignore").fit(ids)
-    model = fitted(encoder.transform(ids), y, "l2", (100.0, 10.0, 1.0, 0.1))
-    return judge(model.decision_function(encoder.transform(others)), truth)
+def token_probe(ids: Examples) -> Judged:
+    """Return what the identity of the last token and of its left neighbour, ids [n, 2], gives away."""
+    return _probed_by(OneHotEncoder(handle_unknown="ignore"), ids)
 
 
-def permuted(
-    x: scipy.sparse.csr_array,
-    y: Bool[np.ndarray, " n"],
-    w: scipy.sparse.csr_array,
-    truth: Bool[np.ndarray, " m"],
-    n: int,
-    seed: int,
-) -> list[float]:
+def _probed_by(encoder: Any, given: Examples, grid: Sequence[float] = CONTROL_GRID) -> Judged:
+    model = fitted(encoder.fit_transform(given.x), given.y, "l2", grid)
+    return judge(model.decision_function(encoder.transform(given.w)), given.truth)
+
+
+def permuted(latents: Examples, n: int, seed: int) -> list[float]:
     """Return the AUC at k = 1 on shuffled labels, `n` times: what choosing among many latents finds.
 
     Of one latent a probe only chooses the sign, which needs no fitting.
     """
+    x, y, w, truth = latents
     rng, found = np.random.default_rng(seed), []
     for _ in range(n):
         labels = rng.permutation(y)

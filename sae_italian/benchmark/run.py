@@ -21,98 +21,18 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of, paced
 from sae_italian.base.statistics import auroc_by_document
 from sae_italian.base.storage import claimed, fingerprint, read_json, write_json
-from sae_italian.benchmark.material import Material, Passage
-from sae_italian.benchmark.probes import (
-    SIZES,
-    Judged,
-    dense_probe,
-    form_probe,
-    permuted,
-    sparse_probes,
-    token_probe,
-)
-from sae_italian.benchmark.tasks import (
-    EXPLORATORY,
-    LEAST,
-    MEAN,
-    TEST,
-    TRAIN,
-    WORD,
-    Item,
-    ProbingTask,
-    Sides,
-    SourceTable,
-    draw,
-    n_balanced,
-    shortage,
-)
-from sae_italian.benchmark.vectors import LAST_OF, MEAN_OF, Activations, Pooling, model_identity, read_texts
+from sae_italian.benchmark import probes
+from sae_italian.benchmark.material import Material
+from sae_italian.benchmark.probes import Activations, Pooling, model_identity, read_texts
+from sae_italian.benchmark.tasks import LEAST, TEST, TRAIN, Plan, ProbingTask, Problem, Sides, draw, plan
 from sae_italian.saes import check_fits, hooks_of, weights_hash
 from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
 
 KIND, SETTINGS = "benchmark", "run_settings.json"
 Baselines = Callable[[Any, torch.Tensor], Mapping[str, Any]]  # from an SAE and activations at its hook
+EXPLORATORY = 40  # examples in test: fewer say little
 QUICK = (300, 200)  # examples of a task in the quick preset, train and test
 HEADLINE = (1, 16)  # k's whose influence by document is kept, for comparisons of SAEs
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A task read in one way, with the examples it may draw."""
-
-    task: ProbingTask
-    pooling: str
-    items: list[Item]
-    texts: list[int]  # of each item, among all texts
-    documents: list[str]
-
-    @property
-    def name(self) -> str:
-        """The name of its files."""
-        return re.sub(r"[^\w-]+", "-", f"{self.task.id}-{self.pooling}")
-
-    def points(self) -> list[tuple[int, int]]:
-        """Return where each item is read."""
-        where = {MEAN: MEAN_OF}.get(self.pooling, LAST_OF)
-        own = [item.end if self.pooling == WORD else where for item in self.items]
-        return list(zip(self.texts, own, strict=True))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which problems are run on which texts, and which tasks are refused and why."""
-
-    problems: list[Problem]
-    texts: list[str]
-    refused: list[str]
-
-
-def plan(
-    material: Material, tasks: Sequence[ProbingTask], most: tuple[int, int] = (TRAIN, TEST), seed: int = 0
-) -> Plan:
-    """Choose the texts that are read: the rarest tasks draw first, the others prefer what is then read anyway."""
-    found: dict[str, tuple[ProbingTask, list[Item], Sequence[Passage]]] = {}
-    refused, sources = [], {name: SourceTable(passages) for name, passages in material.passages.items()}
-    for task in tasks:
-        passages = material.passages.get(task.source, [])
-        items = sources[task.source].items(task) if passages else []
-        if why := shortage(task, items):
-            refused.append(why)
-        else:
-            found[task.id] = task, items, passages
-    texts: dict[str, int] = {}
-    for _, items, passages in sorted(found.values(), key=lambda one: n_balanced(one[1])):
-        read = np.array([passages[item.passage].text in texts for item in items])
-        drawn = draw(items, seed, read, most)
-        for index in np.concatenate([drawn.train, drawn.test]).tolist():
-            texts.setdefault(passages[items[index].passage].text, len(texts))
-    problems = []
-    for task, items, passages in found.values():
-        kept = [item for item in items if passages[item.passage].text in texts]
-        numbers = [texts[passages[item.passage].text] for item in kept]
-        documents = [passages[item.passage].document for item in kept]
-        problems += [Problem(task, pooling, kept, numbers, documents) for pooling in task.problems]
-    return Plan(problems, list(texts), refused)
 
 
 @dataclass(frozen=True)
@@ -123,6 +43,11 @@ class Drawn:
     answers: tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " m"]]
     items: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]
 
+    def of(self, vectors: Any) -> probes.Examples:
+        """Return the examples as rows of an array, or a sparse one, that has a row for each point."""
+        (a, b), (y, truth) = self.rows, self.answers
+        return probes.Examples(vectors[a], y, vectors[b], truth)
+
 
 @dataclass
 class Bench:
@@ -132,7 +57,6 @@ class Bench:
     plan: Plan
     pooling: Pooling
     draws: dict[str, list[Drawn]]
-    n_seeds: int
     n_permuted: int
     embeddings: Float[np.ndarray, "vocabulary d"] = field(repr=False)
 
@@ -148,18 +72,18 @@ class Bench:
 
     def _control(self, problem: Problem, dense: np.ndarray, embedded: np.ndarray) -> dict[str, Any]:
         drawn = self.draws[problem.name][0]
-        (a, b), (y, truth) = drawn.rows, drawn.answers
-        forms = [[problem.items[i].form for i in side] for side in drawn.items]
+        forms = ([problem.items[i].form for i in side] for side in drawn.items)
+        ids, x, e = (drawn.of(each) for each in (self.pooling.ids, dense, embedded))
         found = {
-            "form": form_probe(forms[0], y, forms[1], truth),
-            "tokens": token_probe(self.pooling.ids[a], y, self.pooling.ids[b], truth),
-            "dense": dense_probe(dense[a], y, dense[b], truth),
-            "embedded": dense_probe(embedded[a], y, embedded[b], truth),
+            "form": probes.form_probe(ids._replace(x=next(forms), w=next(forms))),
+            "tokens": probes.token_probe(ids),
+            "dense": probes.dense_probe(x),
+            "embedded": probes.dense_probe(e),
         }
         natural = np.mean([item.answer for item in problem.items])
-        counts = {"n_train": len(y), "n_test": len(truth), "majority": float(max(natural, 1 - natural))}
+        counts = {"n_train": len(ids.y), "n_test": len(ids.truth), "majority": float(max(natural, 1 - natural))}
         scores = {name: {"auc": j.auc, "accuracy": j.accuracy, "f1": j.f1} for name, j in found.items()}
-        return scores | counts | {"exploratory": len(truth) // 2 < EXPLORATORY}
+        return scores | counts | {"exploratory": len(ids.truth) // 2 < EXPLORATORY}
 
     def score(self, name: str, folder: str, sae: Any, twin: Any) -> None:
         """Probe an SAE's latents and its random twin's on every problem that has no result in its folder yet."""
@@ -172,16 +96,15 @@ class Bench:
 
     def _score(self, problem: Problem, z: scipy.sparse.csr_array, twin: scipy.sparse.csr_array) -> dict[str, Any]:
         draws = self.draws[problem.name]
-        ours = [self._probed(drawn, z, SIZES) for drawn in draws]
-        theirs = [self._probed(drawn, twin, HEADLINE) for drawn in draws]
-        (a, b), (y, truth) = draws[0].rows, draws[0].answers
-        chance = permuted(z[a], y, z[b], truth, self.n_permuted, 0)
-        documents = np.array(problem.documents)
+        ours = [probes.sparse_probes(drawn.of(z)) for drawn in draws]
+        theirs = [probes.sparse_probes(drawn.of(twin), HEADLINE) for drawn in draws]
+        chance = probes.permuted(draws[0].of(z), self.n_permuted, 0)
+        documents, truth = np.array(problem.documents), draws[0].answers[1]
         found: dict[str, Any] = {"permuted": chance, "interval": {}, "influence": {}}
         for key, values in (("auc", ours), ("twin", theirs)):
             found[key] = {str(k): [one[k].auc for one in values] for k in values[0]}
         for key in ("accuracy", "f1"):
-            found[key] = {str(k): float(np.mean([getattr(one[k], key) for one in ours])) for k in SIZES}
+            found[key] = {str(k): float(np.mean([getattr(one[k], key) for one in ours])) for k in ours[0]}
         for k in HEADLINE:
             where = documents[draws[0].items[1]]
             interval = auroc_by_document(ours[0][k].score, truth, np.unique(where, return_inverse=True)[1])
@@ -189,15 +112,11 @@ class Bench:
             found["influence"][str(k)] = _influence(documents, draws, [one[k] for one in ours])
         return found
 
-    def _probed(self, drawn: Drawn, z: scipy.sparse.csr_array, sizes: Sequence[int]) -> dict[int, Judged]:
-        (a, b), (y, truth) = drawn.rows, drawn.answers
-        return sparse_probes(z[a], y, z[b], truth, sizes)
-
     def _file(self, name: str, problem: Problem) -> Path:
         return self.folder / name / f"results.{problem.name}.json"
 
 
-def _influence(documents: np.ndarray, draws: Sequence[Drawn], judged: Sequence[Judged]) -> dict[str, float]:
+def _influence(documents: np.ndarray, draws: Sequence[Drawn], judged: Sequence[probes.Judged]) -> dict[str, float]:
     """Return each document's influence on the AUC, the mean over seeds."""
     total: dict[str, float] = {}
     for drawn, one in zip(draws, judged, strict=True):
@@ -242,7 +161,7 @@ def set_up(
             continue
         draws[problem.name] = found
         problems.append(problem)
-    return Bench(folder, Plan(problems, planned.texts, refused), pooling, draws, n_seeds, n_permuted, embeddings)
+    return Bench(folder, Plan(problems, planned.texts, refused), pooling, draws, n_permuted, embeddings)
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from importlib import resources
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +19,12 @@ from pydantic import BaseModel, ConfigDict
 
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.storage import read_yaml
-from sae_italian.benchmark.material import Passage, PlacedWord, is_test
+from sae_italian.benchmark.material import Material, Passage, PlacedWord, is_test
 
 LEAST = 20  # examples of the rarer class, on either side
-EXPLORATORY = 40  # in test: fewer say little
 TRAIN, TEST = 1024, 600  # examples at most
 MEAN, LAST, WORD = "mean", "last", "word"
+MEAN_OF, LAST_OF = -1, -2  # where a text is read, in place of where a word ends
 Rule = dict[str, Any]
 
 
@@ -91,9 +92,8 @@ def read_tasks(values: Mapping[str, Any], known: Mapping[str, Collection[str]] |
 
 def all_tasks(known: Mapping[str, Collection[str]] | None = None) -> list[ProbingTask]:
     """Return the tasks that run offline."""
-    files = sorted((resources.files("sae_italian.benchmark") / "data").iterdir(), key=lambda file: file.name)
-    texts = [(file.name, file.read_text(encoding="utf-8")) for file in files if file.name.endswith(".yaml")]
-    return [task for name, text in texts for task in read_tasks(read_yaml(text, name), known)]
+    files = sorted(Path(__file__).parent.glob("data/*.yaml"))
+    return [task for file in files for task in read_tasks(read_yaml(file), known)]
 
 
 def chosen(tasks: Sequence[ProbingTask], preset: str, names: str) -> list[ProbingTask]:
@@ -223,3 +223,65 @@ def draw(
         sides.append(np.array(pairs[: limit // 2], dtype=np.int64).reshape(-1))
     shuffled = np.random.default_rng(seed + 1).permutation(len(sides[0]))  # the last rows choose C
     return Sides(sides[0][shuffled], sides[1])
+
+
+# --- which texts are read ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task read in one way, with the examples it may draw."""
+
+    task: ProbingTask
+    pooling: str
+    items: list[Item]
+    texts: list[int]  # of each item, among all texts
+    documents: list[str]
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return re.sub(r"[^\w-]+", "-", f"{self.task.id}-{self.pooling}")
+
+    def points(self) -> list[tuple[int, int]]:
+        """Return where each item is read."""
+        where = {MEAN: MEAN_OF}.get(self.pooling, LAST_OF)
+        own = [item.end if self.pooling == WORD else where for item in self.items]
+        return list(zip(self.texts, own, strict=True))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which problems are run on which texts, and which tasks are refused and why."""
+
+    problems: list[Problem]
+    texts: list[str]
+    refused: list[str]
+
+
+def plan(
+    material: Material, tasks: Sequence[ProbingTask], most: tuple[int, int] = (TRAIN, TEST), seed: int = 0
+) -> Plan:
+    """Choose the texts that are read: the rarest tasks draw first, the others prefer what is then read anyway."""
+    found: dict[str, tuple[ProbingTask, list[Item], Sequence[Passage]]] = {}
+    refused, sources = [], {name: SourceTable(passages) for name, passages in material.passages.items()}
+    for task in tasks:
+        passages = material.passages.get(task.source, [])
+        items = sources[task.source].items(task) if passages else []
+        if why := shortage(task, items):
+            refused.append(why)
+        else:
+            found[task.id] = task, items, passages
+    texts: dict[str, int] = {}
+    for _, items, passages in sorted(found.values(), key=lambda one: n_balanced(one[1])):
+        read = np.array([passages[item.passage].text in texts for item in items])
+        drawn = draw(items, seed, read, most)
+        for index in np.concatenate([drawn.train, drawn.test]).tolist():
+            texts.setdefault(passages[items[index].passage].text, len(texts))
+    problems = []
+    for task, items, passages in found.values():
+        kept = [item for item in items if passages[item.passage].text in texts]
+        numbers = [texts[passages[item.passage].text] for item in kept]
+        documents = [passages[item.passage].document for item in kept]
+        problems += [Problem(task, pooling, kept, numbers, documents) for pooling in task.problems]
+    return Plan(problems, list(texts), refused)

@@ -29,9 +29,9 @@ from sae_italian.cache.shards import (
 )
 from sae_italian.cache.stats import write_statistics
 from sae_italian.corpora import Split
+from sae_italian.corpora.pretokenize import CachedActivations, holds_activations
 from sae_italian.corpora.stream import CorpusStream, Reader, check_corpus
 from sae_italian.models.activations import check_context
-from sae_italian.models.cached import CachedActivations, holds_activations
 from sae_italian.saes import check_fits, weights_hash
 from sae_italian.saes.loading import full_name, open_sae
 

@@ -36,8 +36,8 @@ from sae_italian.cache.layout import (
 )
 from sae_italian.corpora import PackedBlock, TextDocument, iter_documents, pack
 from sae_italian.corpora.packing import special_mask, take_tokens
+from sae_italian.corpora.pretokenize import CachedActivations
 from sae_italian.models.activations import read_many
-from sae_italian.models.cached import CachedActivations
 from sae_italian.saes.sparse import top_positive
 
 FORWARD_WINDOWS = 32

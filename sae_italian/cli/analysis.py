@@ -15,6 +15,7 @@ from sae_italian.base.report import plain
 from sae_italian.cli.options import (
     MINUTES,
     Count,
+    Many,
     Model,
     Result,
     Sae,
@@ -22,11 +23,11 @@ from sae_italian.cli.options import (
     bounded,
     key_values,
     named,
+    numbers,
     own_words,
     short_names,
 )
 
-Many = Parameter(consume_multiple=True)
 WHOLE_TEXTS = "genre, language, model"
 USED_BY = {"--buckets": WHOLE_TEXTS, "context_size": WHOLE_TEXTS, "--edges": "context", "packed": "context"}
 
@@ -92,9 +93,9 @@ def language(
     /,
     *words: str,
     out: Path,
-    ud: Annotated[list[str] | None, Many] = None,
-    languages: Annotated[list[str] | None, Many] = None,
-    against: Annotated[list[str] | None, Many] = None,
+    ud: Many = None,
+    languages: Many = None,
+    against: Many = None,
     sae_of_cache: Annotated[str | None, Parameter(name="--sae")] = None,
     model: Model = None,
     tokens: Count = 20_000,
@@ -115,7 +116,7 @@ def language(
         sae_of_cache: Of a cache: its SAE; default: the one its manifest names.
         tokens: Tokens of each language.
     """
-    from sae_italian.analysis.languages import language_latents
+    from sae_italian.analysis.languages import language_latents, parallel_overlap
     from sae_italian.models.activations import check_context
     from sae_italian.saes import model_of
 
@@ -142,18 +143,11 @@ def language(
         value |= {"languages": found.as_dict()}
         parts.append(found.table())
         if settings["parallel"]:
-            value["overlap"], told = _overlap(loaded, subject, corpora, settings["parallel"], where)
-            parts.append(told)
+            overlap = parallel_overlap(loaded, subject, corpora, n_pairs=settings["parallel"], **where)
+            value["overlap"], parts = plain(overlap), [*parts, overlap.text()]
     if cache is not None:
         parts.append(_store(cache, labels))
     return Result(value, "\n\n".join([*parts, f"results: {out}"]))
-
-
-def _overlap(sae: Any, model: Any, corpora: dict[str, str], n: int, where: dict[str, Any]) -> tuple[Any, str]:
-    from sae_italian.analysis.languages import parallel_overlap
-
-    found = parallel_overlap(sae, model, corpora, n_pairs=n, **where)
-    return plain(found), found.text()
 
 
 def _languages(ud: list[str] | None, languages: list[str] | None, against: list[str] | None) -> dict[str, str]:
@@ -224,7 +218,7 @@ def shift(
     *words: str,
     by: Literal["context", "genre", "language", "model"],
     out: Path,
-    buckets: Annotated[list[str] | None, Many] = None,
+    buckets: Many = None,
     edges: str | None = None,
     model: Model = None,
     corpus: str | None = None,
@@ -253,7 +247,7 @@ def shift(
 
     settings = key_values(words, MINUTES | {"packed": False, "context_size": 0, "text_column": "text"})
     _check_kind(by, {"--buckets": buckets, "--edges": edges} | settings)
-    bounds = None if edges is None else _numbers(edges)
+    bounds = None if edges is None else numbers("--edges", edges)
     least = {"language": 2, "model": 1}.get(by, 0)
     parts = named(f"--by {by} --buckets NAME={'MODEL' if by == 'model' else 'CORPUS'}", buckets, least)
     loaded, subject, text = sae_italian.open_sae(sae, model, corpus)
@@ -281,13 +275,6 @@ def _check_kind(by: str, given: dict[str, Any]) -> None:
         kinds = USED_BY.get(name, by)
         if value and by not in kinds:
             raise UsageError(f"{name} is for --by {kinds}, not for --by {by}. Leave it out.")
-
-
-def _numbers(given: str) -> list[int]:
-    try:
-        return [int(part) for part in given.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--edges is {given!r}; numbers with commas were expected, e.g. 0,128,256,512.") from error
 
 
 def _columns(given: str, names: Iterable[str]) -> dict[str, str]:

@@ -11,20 +11,19 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import resources
 from inspect import signature
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import yaml
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 
 import sae_italian
 from sae_italian.base.errors import SaeItalianError
+from sae_italian.base.storage import packaged_yaml
 from sae_italian.cli.options import Result, as_result, facts, readable
 
-_TABLE = resources.files("sae_italian.cli").joinpath("commands.yaml").read_text(encoding="utf-8")
-_TOLD = yaml.load(_TABLE, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+_TOLD = packaged_yaml(Path(__file__).with_name("commands.yaml").read_text("utf-8"))
 COMMANDS: dict[str, dict[str, Any]] = _TOLD["commands"]
 # What a command that is stopped leaves, by the first of these parameters that it has.
 KEPT = {
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         said = _renamed(words) or str(error)
         if isinstance(error, ValidationError) and error.argument:
-            said = f"{error.argument.name} is {error.argument.value}; {error.exception_message}"
+            said = f"{error.argument.name} is {error.argument.value}; it {error.exception_message.lower()}"
         return _fail(said, 2)
     except KeyboardInterrupt as stop:
         kept = str(stop) or next((KEPT[name] for name in signature(command or main).parameters if name in KEPT), "")

@@ -1,21 +1,38 @@
-"""The commands `benchmark`, with its leaderboard, `choose-k` and `absorption`."""
+"""The commands of benchmarks: ours, with its leaderboard, `choose-k` and `absorption`; the papers'; ExplainITA (EVALITA 2026)."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
+from pydantic import PositiveInt
 
 import sae_italian
+from sae_italian.autointerp.llm.settings import LLMOptions
 from sae_italian.base.errors import UsageError
-from sae_italian.base.report import plain
-from sae_italian.cli.options import MINUTES, Folder, Model, Result, Seed, bounded, named, own_words, short_names
+from sae_italian.base.report import plain, table
+from sae_italian.base.words import read_words
+from sae_italian.cli.options import (
+    MINUTES,
+    Folder,
+    Many,
+    Model,
+    Out,
+    Result,
+    Seed,
+    Source,
+    bounded,
+    named,
+    numbers,
+    own_words,
+    short_names,
+)
 
-Many = Parameter(consume_multiple=True)
 WORDS = MINUTES | {"tasks": "", "seeds": 5, "baselines": "", "wandb": ""}
+Task = Annotated[Literal[1, 2], Parameter(help="The task: 1 explanations, 2 sequences.")]
 
 
 @bounded
@@ -24,8 +41,8 @@ def benchmark(
     out: Path,
     preset: Literal["quick", "full"] = "quick",
     sets: Literal["offline", "hub"] = "offline",
-    ud: Annotated[list[str] | None, Many] = None,
-    texts: Annotated[list[str] | None, Many] = None,
+    ud: Many = None,
+    texts: Many = None,
     model: Model = None,
     seed: Seed = 0,
     folder: Folder = Folder(),
@@ -88,11 +105,11 @@ def _run(
     kinds = [kind for kind in settings["baselines"].split(",") if kind]
     how: dict[str, Any] = {"quick": preset == "quick", "n_seeds": settings["seeds"]}
     how |= {"resume": folder.resume, "overwrite": folder.overwrite}
-    told = run(saes, subject, material, tasks, out, baselines=_baselines(kinds) if kinds else None, **how)
+    told = run(saes, subject, material, tasks, out, baselines=_fitter(kinds) if kinds else None, **how)
     return told | {"refused": [*told["refused"], *failed]}
 
 
-def _baselines(kinds: list[str]) -> Any:
+def _fitter(kinds: list[str]) -> Any:
     """Return what fits baselines of these kinds, each with top-k at the SAE's own L0; `twin` is the random twin as a row."""
     from sae_italian.saes.baselines import TOPK, fit_baselines, random_twin
 
@@ -125,20 +142,14 @@ def choose_k(
     from sae_italian.training import load_spec
 
     own, others = own_words(words, {"seeds": 3, "share": 0.25, "card_tokens": 20_000})
-    try:
-        values = [int(k) for k in grid.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--grid is {grid!r:.80}; numbers were expected, as in 8,16,32.") from error
     out = out or Path("runs") / f"choose-k-{Path(config).name.removesuffix('.yaml')}"
     own["n_tokens"] = own.pop("card_tokens")
-    found = choose(load_spec(config, *others), out, values, **own, **asdict(folder))
+    found = choose(load_spec(config, *others), out, numbers("--grid", grid), **own, **asdict(folder))
     return Result({"out": str(out), **plain(found)}, f"{found.table()}\n\nPicture: {out}/choose-k.svg")
 
 
 @bounded
-def absorption(
-    *saes: str, ud: Annotated[list[str] | None, Many] = None, out: Path | None = None, overwrite: bool = False
-) -> Result:
+def absorption(*saes: str, ud: Many = None, out: Path | None = None, overwrite: bool = False) -> Result:
     """Say how much of a class of words (gender, part of speech) is absorbed by latents of its members, with intervals.
 
     Args:
@@ -166,3 +177,176 @@ def absorption(
         if out is not None:
             found.save(out)
     return Result({**plain(found), "out": out and str(out)}, found.table())
+
+
+# --- papers -----------------------------------------------------------------------------------------------------------
+
+
+def reproduce(
+    paper: str,
+    /,
+    *words: str,
+    sae: str | None = None,
+    out: Out = None,
+    source: Source = Source(),
+    folder: Folder = Folder(),
+) -> Result:
+    """Run a paper's whole evaluation on any model, with the paper's own figures beside ours; or compare baselines.
+
+    `reproduce baselines SAE...` sets SAEs of one model beside PCA, ICA, random directions and neurons.
+
+    Args:
+        paper: cunningham-2023, llama-scope, clic-it-2025, or baselines.
+        words: key=value of the paper's budget, such as train_tokens=100000 (sizes in tokens). For baselines: the SAEs,
+            or one config that is trained with its key=value first; and fit_tokens, card_tokens, kinds=[pca, ica] ...
+        sae: Evaluate this SAE (a folder, or release:sae_id) instead of training by the recipe, which is the default.
+        out: Folder to write to; default: reports/PAPER-MODEL, or baselines.
+    """
+    from sae_italian import papers
+
+    text, flags = asdict(source), asdict(folder)
+    if paper == "baselines":
+        return _baselines(words, out or Path("baselines"), sae, flags, text)
+    if out is None:
+        out = Path("reports") / f"{paper}-{Path(sae or source.model or papers.MINI).name.replace(':', '-')}"
+    report = papers.reproduce(paper, out, *words, sae=sae, **text, **flags)
+    rows = [[row[key].replace("|", "\\|") for key in ("what", "where", "paper", "ours")] for row in report["figures"]]
+    figures = table("figure | in the paper | the paper's | ours", rows)
+    return Result(report, f"{figures}\n\nReport: {out / 'report.html'}, {out / 'report.md'}")
+
+
+def _baselines(
+    words: tuple[str, ...], out: Path, sae: str | None, flags: dict[str, Any], read: dict[str, Any]
+) -> Result:
+    """Compare SAEs with their baselines."""
+    from sae_italian.papers import Settings, compare_baselines
+    from sae_italian.papers.baselines import baselines_markdown
+
+    known = get_type_hints(Settings, include_extras=True)
+    own = [word for word in words if word.partition("=")[0] in known]
+    others = [word for word in words if word not in own]
+    settings = Settings(**read_words(own, known))
+    saes = _saes(others + ([sae] if sae else []), out, flags)
+    result = compare_baselines(saes, out, settings=settings, **read, **flags)
+    return Result(result, f"{baselines_markdown(result)}\nwritten: {out}")
+
+
+def _saes(words: list[str], out: Path, flags: dict[str, Any]) -> list[str]:
+    """Return the SAEs named, or those that the config named trains into `<out>-saes`."""
+    from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
+    from sae_italian.training.config import SUITE_KEY
+
+    overrides = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word]
+    if not names:
+        raise UsageError("which SAEs? Give folders or release:sae_id, or one config to train.")
+    if not any(name.endswith(".yaml") or name.startswith(("mini/", "configs/")) for name in names):
+        if overrides:
+            raise UsageError(f"{overrides[0]} sets a config's key, but SAEs were given, not a config.")
+        return names
+    if len(names) > 1:
+        raise UsageError(f"give one config, or SAEs; found {', '.join(names)}.")
+    values = read_values(names[0], *overrides)
+    folder = out.with_name(f"{out.name}-saes")
+    if SUITE_KEY not in values:
+        return [str(train(spec_from_dict(values), folder, **flags))]
+    suite = suite_from_dict(values)
+    if "TC" in suite.sites:
+        raise UsageError("baselines decompose the activations of one hook; take site TC out of the suite: sites=[R].")
+    return [str(path) for path in train_suite(suite, folder, **flags)]
+
+
+# --- ExplainITA -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    submission: str,
+    gold: str,
+    /,
+    *,
+    task: Task,
+    split: str = "test",
+    bert: str | None = None,
+    layer: int | None = None,
+) -> Any:
+    """Score a submission file against the gold file.
+
+    Args:
+        submission: A .jsonl or .parquet file, or a folder of splits.
+        gold: A file or folder of the same layout, or the hub's data set.
+        split: Split of a folder that is read.
+        bert: BERTScore's model, a name or a folder; default: multilingual BERT.
+        layer: Layer of that model that is compared; default: bert-score's own choice.
+    """
+    from sae_italian.autointerp.explainita import evaluate_explanations, evaluate_sequences, read_split
+    from sae_italian.autointerp.explainita.evaluate import DEFAULT_MODEL
+
+    predicted, truth = read_split(submission, task, split), read_split(gold, task, split)
+    if task == 1:
+        return evaluate_explanations(predicted, truth, model=bert or DEFAULT_MODEL, layer=layer)
+    return evaluate_sequences(predicted, truth)
+
+
+def predict(
+    data: str,
+    out: Path | None = None,
+    /,
+    *words: str,
+    task: Task,
+    split: str | None = None,
+    sae: str | None = None,
+    model: Model = None,
+    llm: Annotated[LLMOptions | None, Parameter(name="*")] = None,
+) -> Any:
+    """Write a submission file: by rule and by word, or with an LLM. With --sae: replay the data and compare.
+
+    Args:
+        data: A file or folder, or the hub's data set.
+        out: The submission, .jsonl or .parquet; none is needed with --sae.
+        words: Rare settings of the language model, key=value; with --sae n_latents=N: only the first N.
+        split: Split of the data's folder; default: test, with --sae train_gold.
+        sae: Play the tokens through this SAE (a folder, or release:sae_id) and say whether the data is its own; default: predict.
+    """
+    from sae_italian.autointerp.explainita import read_split, replay, write_submission
+    from sae_italian.autointerp.explainita.data import check_format
+
+    if sae is not None:  # nothing is written: what stands in the file's place is a setting
+        limit = read_words(words if out is None else (str(out), *words), {"n_latents": PositiveInt}).get("n_latents")
+        latents = read_split(data, task, split or "train_gold")[:limit]
+        loaded, subject, _ = sae_italian.open_sae(sae, model, "none")
+        return replay(latents, loaded, subject)
+    if out is None:
+        raise UsageError("a submission needs a file to be written to, such as run1.jsonl.")
+    check_format(out)
+    settings = (llm or LLMOptions()).with_words(words)
+    latents = read_split(data, task, split or "test")
+    result: dict[str, Any] = {"task": task, "latents": len(latents), "out": str(out)}
+    if not settings.wants_llm:
+        answers = _predicted(latents, task, settings, None).answers
+        result["by"] = "rules on the examples" if task == 1 else "words of the explanation"
+    elif settings.estimate:
+        from sae_italian.autointerp.llm.calls import DryClient
+
+        dry = DryClient(settings)
+        _predicted(latents, task, settings, dry)
+        return dry.estimate(len(latents), len(latents))
+    else:
+        from sae_italian.autointerp.llm.client import Client
+
+        ledger = out.with_suffix(".calls.sqlite")
+        with Client(settings, ledger) as client:
+            answers, unanswered = _predicted(latents, task, settings, client)
+        client.must_have_answered()
+        result |= {"by": f"llm:{settings.llm_model}", "unanswered": unanswered, "calls": client.counts}
+        result |= {"why": client.told()[1:], "ledger": str(ledger)}
+    write_submission(data, out, task, answers, split or "test")
+    return result
+
+
+def _predicted(latents: Any, task: Task, settings: Any, client: Any) -> Any:
+    """Return the answers to a task, those of a client's model where there is one."""
+    from sae_italian.autointerp.explainita import predict as answer
+    from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
+
+    asked = (LLMExplainer(client), LLMJudge(client)) if client else (None, None)
+    return answer(latents, task, explainer=asked[0], judge=asked[1], language=settings.language)

@@ -30,8 +30,6 @@ from sae_italian.cli.options import (
     short_names,
 )
 
-Many = Parameter(consume_multiple=True)
-
 
 @bounded
 def ioi(
@@ -144,7 +142,7 @@ def steer(
     /,
     *words: str,
     latent: Latent,
-    strengths: Annotated[list[float], Many] = [5.0, 10.0, 20.0],  # noqa: B006
+    strengths: Annotated[list[float], Parameter(consume_multiple=True)] = [5.0, 10.0, 20.0],  # noqa: B006
     new_tokens: int = 24,
     temperature: float = 0.0,
     ablate: bool = False,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError
@@ -78,26 +79,17 @@ def _lined_up(rows: list[list[str]]) -> list[str]:
     return [*shown[:1], "  ".join("-" * width for width in widths), *shown[1:]]
 
 
-def _one_or_more(_: Any, value: Any) -> None:
-    if isinstance(value, int) and value < 1:
-        raise ValueError("it must be 1 or more.")
-
-
-def _a_seed(_: Any, value: int) -> None:
-    if not 0 <= value < 2**63:
-        raise ValueError("it must be 0 or more, and below 2^63.")
-
-
-POSITIVE = Parameter(validator=_one_or_more)
+POSITIVE = Parameter(validator=Number(gte=1))
 Count = Annotated[int, POSITIVE]
 Sae = Annotated[str, Parameter(help="The SAE: a folder, or release:sae_id.")]
 Out = Annotated[Path | None, Parameter(help="Folder to write to; nothing is written without it.")]
 Model = Annotated[str | None, Parameter(help="Name, hub id or folder of the model; default: the SAE's own.")]
 Language = Annotated[Literal["it", "en"], Parameter(help="Language of what is written: it or en.")]
-Seed = Annotated[int, Parameter(help="Seed of every random draw.", validator=_a_seed)]
+Seed = Annotated[int, Parameter(help="Seed of every random draw.", validator=Number(gte=0, lt=2**63))]
 Latent = Annotated[int, Parameter(help="Number of the latent.")]
 Subject = Annotated[str, Parameter(help="Name, hub id or folder of the model.")]
 Thresholds = Annotated[Count, Parameter(help="Thresholds of the elimination, from 1e-5 to 1 nat; 50 as in the paper.")]
+Many = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 
 
 @Parameter(name="*")
@@ -155,6 +147,14 @@ class Workers:
             raise UsageError(f"--address {self.address} is that of a Ray cluster; add --engine ray, or leave it out.")
         where = {"engine": self.engine, "address": self.address, "workers": self.workers}
         return partial(map_units, **where, gpus=gpus, folder=folder)
+
+
+def numbers(option: str, given: str) -> list[int]:
+    """Return whole numbers given with commas. Raises UsageError for anything else."""
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option} is {given!r:.80}; numbers with commas were expected, e.g. 8,16,32.") from error
 
 
 def latent_range(given: str | None) -> tuple[int, int] | None:

@@ -115,7 +115,7 @@ def _several_seeds(out: Path) -> Result:
 
 
 def _train_in_processes(spec: Any, n: int, out: Path, words: list[str], folder: Folder, where: Workers) -> None:
-    from sae_italian.training.launching import on_ray, on_this_machine
+    from sae_italian.training.run import on_ray, on_this_machine
 
     how = asdict(folder)
     if where.engine == "ray":

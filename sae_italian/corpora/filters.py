@@ -1,4 +1,6 @@
-"""What a document must be to be kept: long enough, Italian, not seen before. Every refusal has a name.
+"""How a corpus is read, and what a document must be to be kept: long enough, Italian, not seen before.
+
+Every refusal has a name.
 
 Duplicates are found in a stream of any length, in memory that does not grow: keys go into Bloom filters of fixed size,
 two generations of `capacity` documents each; when the newer is full the older is forgotten. So a duplicate is found if
@@ -20,23 +22,30 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import UInt64
 
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import UsageError, nearest
 
 LANGUAGE_CHARS = 2000  # of a document's beginning, enough to tell its language
 MIN_ITALIAN_CHARS = 20  # below, no detector knows; kept
 BANDS, HASHES_PER_BAND, SHINGLE_WORDS = 14, 8, 5
 FALSE_POSITIVES = 1e-6
+FILTERS = ("min_chars", "italian", "duplicates", "near_duplicates", "capacity")  # of a reader's settings
 _WORD = re.compile(r"\w+")
 
 
+Split = Literal["train", "heldout", "all"]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Filters:
-    """What to drop. The default drops nothing but documents without text."""
+class Reader:
+    """How a corpus is read; all of it decides which documents come, and in which order.
+
+    The default drops nothing but documents without text.
+    """
 
     min_chars: int = 0
     """The shortest document, in characters."""
@@ -48,11 +57,26 @@ class Filters:
     """Drop a text that is nearly one that came before."""
     capacity: int = 1_000_000
     """Documents that duplicate removal remembers, at the least."""
+    split: Split = "all"
+    """Documents of training, the held-out 5 %, or all."""
+    seed: int = 0
+    """Seed of the shards' order, of a mixture's draws, and of micro-italiano."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    shuffle_shards: bool | None = None
+    """Order the shards by seed; None: what the catalogue says, for a local corpus by name."""
+    on_broken: Literal["refuse", "skip"] = "refuse"
+    """A broken line or shard stops the reading with a message, or is counted and skipped."""
+    max_chars: int = 20_000_000  # a long novel has 1.5 million; more is a broken file
+    """The longest document, in characters."""
 
     def __post_init__(self) -> None:
         for name, least in (("min_chars", 0), ("capacity", 1), ("max_chars", 1)):
-            if getattr(self, name, least) < least:
+            if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
+        for name, known in (("split", get_args(Split)), ("on_broken", ("refuse", "skip"))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} {getattr(self, name)!r} is unknown. {nearest(getattr(self, name), known)}")
 
 
 class BloomFilter:
@@ -105,22 +129,22 @@ def near_keys(text: str) -> UInt64[np.ndarray, " bands"]:
 
 
 class Sieve:
-    """Filters at work; `blooms` are what it has seen, for each kind of duplicate that is asked for."""
+    """A reader's filters at work; `blooms` are what it has seen, for each kind of duplicate that is asked for."""
 
-    def __init__(self, filters: Filters):
-        self.filters = filters
-        sizes = {"exact": filters.duplicates, "near": BANDS * filters.near_duplicates}
-        self.blooms = {name: BloomFilter(size * filters.capacity) for name, size in sizes.items() if size}
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        sizes = {"exact": reader.duplicates, "near": BANDS * reader.near_duplicates}
+        self.blooms = {name: BloomFilter(size * reader.capacity) for name, size in sizes.items() if size}
 
     def reason_against(self, text: str) -> str | None:
         """Return why a document is dropped, None when it is kept. The cheap questions come first."""
-        if len(text) < self.filters.min_chars:
+        if len(text) < self.reader.min_chars:
             return "too_short"
-        if self.filters.italian and not is_italian(text):
+        if self.reader.italian and not is_italian(text):
             return "not_italian"
-        if self.filters.duplicates and self.blooms["exact"].seen(exact_keys(text)):
+        if self.reader.duplicates and self.blooms["exact"].seen(exact_keys(text)):
             return "duplicate"
-        if self.filters.near_duplicates and self.blooms["near"].seen(near_keys(text)):
+        if self.reader.near_duplicates and self.blooms["near"].seen(near_keys(text)):
             return "near_duplicate"
         return None
 

@@ -1,4 +1,4 @@
-"""A corpus as packed tokens on disk, in the layout of SAELens' PretokenizeRunner, and the text that the tokens came from.
+"""Windows on disk: a corpus as packed tokens, in the layout of SAELens' PretokenizeRunner, and the text that they came from.
 
     data-00000.arrow         `input_ids`, one window a row: with state.json and dataset_info.json a saved `datasets` folder
     spans-00000.npy          uint32 [3, windows, context]: document index, first and last character of every token
@@ -11,7 +11,7 @@ A shard counts once progress.json names it; a run that stops, on a full disk too
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,11 @@ from sae_italian.corpora.rows import MICRO_ITALIANO, PRETOKENIZED
 from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 SAELENS_FILE = "sae_lens.json"
+TOKENS = "token_ids"  # a column of cached activations
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -187,8 +189,28 @@ def is_pretokenized(corpus: str | Path) -> bool:
     return (folder / PRETOKENIZED).is_file() or (folder / SAELENS_FILE).is_file()
 
 
-class PretokenizedCorpus:
-    """A folder of packed tokens, memory-mapped: windows are read from disk when they are asked for.
+class MappedWindows:
+    """Windows of tokens in a saved `datasets` folder, memory-mapped: read from disk when they are asked for."""
+
+    column = "input_ids"
+    context_size: int
+    table: Any  # of `datasets`, as numpy arrays
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def windows(self, start: int, stop: int) -> Int[np.ndarray, "windows context"]:
+        """Return the tokens of windows [start, stop), as int64."""
+        return np.asarray(self.table[start:stop][self.column], np.int64).reshape(-1, self.context_size)
+
+    def blocks(self, windows_per_block: int, first_block: int = 0) -> Iterator[Int[np.ndarray, "windows context"]]:
+        """Yield blocks of tokens, as `pack` makes them, from a block on, the last block shorter."""
+        for start in range(first_block * windows_per_block, len(self), windows_per_block):
+            yield self.windows(start, start + windows_per_block)
+
+
+class PretokenizedCorpus(MappedWindows):
+    """A folder of packed tokens.
 
     SAELens' own folders, as its PretokenizeRunner saves them, hold no documents and no split of ours: all of their text
     counts as training text.
@@ -204,9 +226,9 @@ class PretokenizedCorpus:
         if not (self.folder / "state.json").is_file():
             raise DataError(f"{folder} is not finished: run the same `corpora pretokenize` with --resume.")
         self.metadata = read_json(self.folder / SAELENS_FILE)
-        self.context_size: int = self.metadata["context_size"]
+        self.context_size = self.metadata["context_size"]
         try:
-            self.table: Any = load_from_disk(self.folder).with_format("numpy", columns=["input_ids"])
+            self.table = load_from_disk(self.folder).with_format("numpy", columns=["input_ids"])
             self.windows(0, min(1, len(self.table)))
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             why = " ".join(str(error).split())
@@ -219,25 +241,66 @@ class PretokenizedCorpus:
             if said != len(self):
                 raise DataError(f"{folder} holds {len(self)} windows; it had {said}. Make the folder again.")
 
-    def __len__(self) -> int:
-        return len(self.table)
-
     def is_made_for(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Return whether the tokens are this tokenizer's; of SAELens' folders only its name is known."""
         if self.tokenizer:
             return self.tokenizer == tokenizer_fingerprint(tokenizer)
         return Path(self.metadata["tokenizer_name"]).name == Path(tokenizer.name_or_path).name
 
-    def windows(self, start: int, stop: int) -> Int[np.ndarray, "windows context"]:
-        """Return the tokens of windows [start, stop), as int64."""
-        return self.table[start:stop]["input_ids"].astype(np.int64).reshape(-1, self.context_size)
-
-    def blocks(self, windows_per_block: int, first_block: int = 0) -> Iterator[np.ndarray]:
-        """Yield blocks of tokens, as `pack` makes them, from a block on, the last block shorter."""
-        for start in range(first_block * windows_per_block, len(self), windows_per_block):
-            yield self.windows(start, min(start + windows_per_block, len(self)))
-
     @property
     def counts(self) -> DocumentCounts:
         """What a folder of ours kept and dropped."""
         return DocumentCounts(read_json(self.folder / "counts.json"))
+
+
+# --- SAELens' cached activations ---------------------------------------------------------------------------------------
+
+
+def holds_activations(folder: str | Path) -> bool:
+    """Return whether a path is a folder that CacheActivationsRunner wrote."""
+    file = Path(folder).expanduser() / "dataset_info.json"
+    return file.is_file() and TOKENS in (read_json(file).get("features") or {})
+
+
+class CachedActivations(MappedWindows):
+    """Activations that SAELens' CacheActivationsRunner kept on disk, read in place of a model's forward pass.
+
+    A row for each window, with a column named after the hook, [context, d_in], and one of tokens, [context]. It knows no
+    documents, and has no held-out split of ours.
+
+    Raises: UsageError for a folder that holds none, or those of other hooks, windows (of `context_size` tokens, where it is
+    given) or widths.
+    """
+
+    column = TOKENS
+
+    def __init__(self, folder: str | Path, hook_names: Sequence[str], d_in: int, context_size: int | None = None):
+        from datasets import load_from_disk
+
+        where, made = f"cached_activations_path {str(folder)!r}", "SAELens' CacheActivationsRunner makes them."
+        try:
+            rows: Any = load_from_disk(Path(folder).expanduser().resolve())  # a worker may be elsewhere
+        except Exception as error:  # of datasets, Arrow, JSON and the system
+            why = " ".join(str(error).split())
+            raise UsageError(f"{where} holds no activations ({why:.200}). {made}") from error
+        for name in (TOKENS, *hook_names):
+            if name not in rows.column_names:
+                found = ", ".join(map(str, rows.column_names))
+                raise UsageError(f"{where} has no {name!r}, only {found}. {made}")
+        self.context_size = context_size or rows.features[hook_names[0]].shape[0]
+        for name in hook_names:
+            context, width = rows.features[name].shape
+            if (context, width) != (self.context_size, d_in):
+                raise UsageError(
+                    f"{where} has windows of {context} tokens and {width} dimensions at {name}; context_size is "
+                    f"{self.context_size}, the model has {d_in}. Set context_size to that, or take its model."
+                )
+        self.rows: Any = rows.with_format("numpy")
+        self.table = rows.with_format("numpy", columns=[TOKENS])
+        self.identity = rows._fingerprint  # of datasets: it changes with every change of the rows
+
+    def read(self, hook_name: str, start: int, n_windows: int) -> Tensor:
+        """Return the activations of some windows, [windows, context, d_in]."""
+        import torch
+
+        return torch.from_numpy(np.array(self.rows[start : start + n_windows][hook_name]))

@@ -14,34 +14,21 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.labels import labels
 from sae_italian.base.storage import fingerprint
+from sae_italian.corpora import rows
 from sae_italian.corpora.catalogue import PREFIX, find, route_of_url
-from sae_italian.corpora.filters import Filters, Sieve
-from sae_italian.corpora.rows import (
-    HASHED_WHOLE,
-    MICRO_ITALIANO,
-    OTHER_SPLIT,
-    Broken,
-    Row,
-    TextFile,
-    hub_shards,
-    is_held_out,
-    local_shards,
-    micro_shard,
-    rows,
-)
+from sae_italian.corpora.filters import FILTERS, Reader, Sieve, Split
+from sae_italian.corpora.rows import MICRO_ITALIANO, Broken, is_held_out
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
-Split = Literal["train", "heldout", "all"]
 
 
 class TextDocument(NamedTuple):
@@ -80,30 +67,6 @@ class DocumentCounts:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reader(Filters):
-    """How a corpus is read; all of it decides which documents come, and in which order."""
-
-    split: Split = "all"
-    """Documents of training, the held-out 5 %, or all."""
-    seed: int = 0
-    """Seed of the shards' order, of a mixture's draws, and of micro-italiano."""
-    text_column: str = "text"
-    """Column that holds the text."""
-    shuffle_shards: bool | None = None
-    """Order the shards by seed; None: what the catalogue says, for a local corpus by name."""
-    on_broken: Literal["refuse", "skip"] = "refuse"
-    """A broken line or shard stops the reading with a message, or is counted and skipped."""
-    max_chars: int = 20_000_000  # a long novel has 1.5 million; more is a broken file
-    """The longest document, in characters."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, known in (("split", get_args(Split)), ("on_broken", ("refuse", "skip"))):
-            if getattr(self, name) not in known:
-                raise UsageError(f"{name} {getattr(self, name)!r} is unknown. {nearest(getattr(self, name), known)}")
-
-
 class _Part:
     """The documents of one corpus, one shard after the other; rows without text are dropped and counted."""
 
@@ -113,19 +76,19 @@ class _Part:
         self.min_chars, self.max_chars, shuffled = 0, reader.max_chars, reader.shuffle_shards
         located = None if Path(name).expanduser().exists() else find(name)
         if name == MICRO_ITALIANO:
-            self.shards = [micro_shard(reader.seed, reader.split == "heldout")]
+            self.shards = [rows.micro_shard(reader.seed, reader.split == "heldout")]
         elif located is not None:
             entry, route = located
-            self.shards = hub_shards(route, entry.name, entry.name)
+            self.shards = rows.hub_shards(route, entry.name, entry.name)
             if reader.text_column == "text":
                 self.columns = route.text_columns or entry.text_columns
             self.min_chars, self.max_chars = entry.min_chars, min(self.max_chars, entry.max_chars or self.max_chars)
             shuffled = entry.shuffle_shards if shuffled is None else shuffled
         elif name.startswith(PREFIX):
             route = route_of_url(name)
-            self.shards = hub_shards(route, name, route.hub.rpartition("/")[2])
+            self.shards = rows.hub_shards(route, name, route.hub.rpartition("/")[2])
         else:
-            self.shards = local_shards(Path(name).expanduser())
+            self.shards = rows.local_shards(Path(name).expanduser())
         if shuffled:
             self.shards.sort(key=lambda shard: fingerprint([reader.seed, shard.name]))
         self.load({"shard": self.shards[0].name if self.shards else None, "row": 0})
@@ -135,12 +98,12 @@ class _Part:
         mark = "/" if self.name == MICRO_ITALIANO else ":"
         while self.shard < len(self.shards):
             shard = self.shards[self.shard]
-            for row in rows(shard, self.columns, self.row):
+            for row in rows.rows(shard, self.columns, self.row):
                 if row.number is None:  # the file is broken from here on
                     self._broken(row.text, documents=0)
                     break
                 self.row = row.number + 1
-                text = "" if row.text is OTHER_SPLIT else self._text(shard, row)
+                text = "" if row.text is rows.OTHER_SPLIT else self._text(shard, row)
                 if text is not None:
                     source = row.source if row.source and isinstance(row.source, str) else shard.source
                     yield TextDocument(text, f"{shard.name}{mark}{row.number}", source)
@@ -151,7 +114,7 @@ class _Part:
             raise DataError(broken.message)
         self.counts.drop(broken.reason, documents)
 
-    def _text(self, shard: TextFile, row: Row) -> str | None:
+    def _text(self, shard: rows.TextFile, row: rows.Row) -> str | None:
         """Return the text of a row, mended; None when there is none, the reason counted."""
         text = row.text
         if isinstance(text, str) and "\x00" in text:
@@ -188,7 +151,7 @@ class _Part:
         if self.name == MICRO_ITALIANO:
             return {"name": self.name, "seed": int(self.shards[0].path)}
         local = sum(Path(shard.path).stat().st_size for shard in self.shards if shard.is_local)
-        identities = [[shard.name, shard.identity(whole=local <= HASHED_WHOLE)] for shard in self.shards]
+        identities = [[shard.name, shard.identity(whole=local <= rows.HASHED_WHOLE)] for shard in self.shards]
         return {"name": self.name, "shards": identities}
 
 
@@ -272,7 +235,7 @@ class CorpusStream:
         reader, parts = self.reader, [part.spec() for part in self.parts]
         mixed = {"parts": parts, "weights": self.weights, "seed": reader.seed}
         own = {name: getattr(reader, name) for name in ("split", "text_column", "on_broken", "max_chars")}
-        filters = {each.name: getattr(reader, each.name) for each in fields(Filters)}
+        filters = {name: getattr(reader, name) for name in FILTERS}
         return {**own, "filters": filters, "source": mixed if len(parts) > 1 else parts[0]}
 
     def state(self) -> dict[str, Any]:
@@ -291,25 +254,19 @@ class CorpusStream:
 
 
 def iter_documents(
-    corpus: str | Path,
-    split: Split = "all",
-    *,
-    seed: int = 0,
-    text_column: str = "text",
-    reader: Reader | None = None,
+    corpus: str | Path, split: Split = "all", *, seed: int = 0, text_column: str = "text"
 ) -> Iterator[TextDocument]:
     """Yield the documents of `corpus` in a fixed order, those of one split only.
 
     `corpus` is `micro-italiano` (unlimited), a name of the catalogue (`wikipedia-it`, `clean-mc4-it-tiny@parquet`), hub
     files (`hf://datasets/owner/name/*.parquet`), or a local file or folder: txt (documents are separated by blank
     lines), jsonl, csv (all three may be gzipped), parquet, conllu, or what `datasets.save_to_disk` wrote; or several of
-    these, as `CorpusStream` takes them. `reader` replaces split, seed and text_column and adds filters and what to do
-    with broken lines.
+    these, as `CorpusStream` takes them, with filters and what to do with broken lines.
 
     Raises: UsageError for an unknown corpus or a missing text column, naming the columns there are; DataError for a
     broken line, naming file and line.
     """
-    yield from CorpusStream(corpus, reader or Reader(split=split, seed=seed, text_column=text_column))
+    yield from CorpusStream(corpus, Reader(split=split, seed=seed, text_column=text_column))
 
 
 def load_corpus(

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.corpora import iter_documents, pack
+from sae_italian.corpora import PackedBlock, Split, iter_documents, pack
 from sae_italian.corpora.packing import special_mask, take_tokens
 from sae_italian.models.activations import check_context, read_many
 from sae_italian.models.hooks import parse_hook_name
@@ -60,21 +60,24 @@ def activations(
     return torch.cat(x), torch.cat(y)
 
 
+def blocks_of(
+    model: Any, corpus: str, split: Split, n_tokens: int, context_size: int, text_column: str = "text"
+) -> list[PackedBlock]:
+    """Return so many tokens of a corpus as blocks of whole windows. Raises: UsageError where there are fewer."""
+    context = check_context(int(context_size), model.config)
+    packed = pack(iter_documents(corpus, split, text_column=text_column), model.tokenizer, context)
+    return list(take_tokens(packed, n_tokens, f"the {split} split of {corpus}"))
+
+
 def held_out_activations(
     sae: Any, model: Any, corpus: str, n_tokens: int, *, context_size: int | None = None, text_column: str = "text"
-) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"]]:
-    """Return the SAE's input and target on text it was not trained on, no special tokens. Raises: UsageError."""
-    reading = {"context_size": context_size, "text_column": text_column}
-    return held_out_with_documents(sae, model, corpus, n_tokens, **reading)[:2]
-
-
-def held_out_with_documents(
-    sae: Any, model: Any, corpus: str, n_tokens: int, *, context_size: int | None = None, text_column: str = "text"
 ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"], Int[Tensor, " tokens"]]:
-    """Return what `held_out_activations` does, and the number of each token's document. Raises: UsageError."""
-    context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
-    packed = pack(iter_documents(corpus, "heldout", text_column=text_column), model.tokenizer, context)
-    blocks = list(take_tokens(packed, n_tokens, f"the heldout split of {corpus}"))
+    """Return the SAE's input and target on text it was not trained on, no special tokens, and each token's document's number.
+
+    Raises: UsageError.
+    """
+    context = context_size or sae.cfg.metadata.context_size or 128
+    blocks = blocks_of(model, corpus, "heldout", n_tokens, context, text_column)
     x, y = activations(sae, model, (block.tokens for block in blocks))
     documents = [block.doc[~special_mask(block.tokens, model.tokenizer)] for block in blocks]
     return x[:n_tokens], y[:n_tokens], torch.from_numpy(np.concatenate(documents))[:n_tokens]
@@ -97,37 +100,21 @@ def export_jumprelu(
     """
     check_free(out)
     check_exportable(sae)
-    x, y, documents = held_out_with_documents(sae, model, corpus, n_tokens, **reading)
+    x, y, documents = held_out_activations(sae, model, corpus, n_tokens, **reading)
     exported, report = to_jumprelu(sae, x, y, documents=documents, thresholds=thresholds)
     save_sae(exported, out)
     return report
 
 
-def subset(sample: Sample, n_tokens: int) -> Sample:
-    """Return the sample with n_tokens of its activations, spread evenly; repairs are tried on these."""
-    step = max(1, len(sample.x) // n_tokens)
-    return sample._replace(x=sample.x[::step][:n_tokens], y=sample.y[::step][:n_tokens])
-
-
-def unigram_entropy(sample: Sample) -> float:
-    """Return the entropy, in nats, of the sample's own token frequencies: what a model without context could reach."""
-    counts = torch.unique(sample.tokens[sample.keep], return_counts=True)[1].double()
-    shares = counts / counts.sum()
-    return float(-(shares * shares.log()).sum())
-
-
-@torch.no_grad()
 def best_scale(sae: Any, sample: Sample) -> tuple[float, Fit]:
     """Return the factor on the activations with which the SAE explains them best, to about a tenth, and that fit."""
-    fits = {scale: fit(sae, sample.x, sample.y, scale) for scale in SCALES}
-    best = max(fits, key=lambda scale: fits[scale].explained_variance_uncentred)
-    for factor in (2**-0.5, 2**-0.25, 2**0.25, 2**0.5):
-        fits[best * factor] = fit(sae, sample.x, sample.y, best * factor)
-    best = max(fits, key=lambda scale: fits[scale].explained_variance_uncentred)
+    fits, best = {}, 1.0
+    for factors in (SCALES, (2**-0.5, 2**-0.25, 2**0.25, 2**0.5)):
+        fits |= {best * factor: fit(sae, sample.x, sample.y, best * factor) for factor in factors}
+        best = max(fits, key=lambda scale: fits[scale].explained_variance_uncentred)
     return best, fits[best]
 
 
-@torch.no_grad()
 def best_output_scale(sae: Any, sample: Sample) -> tuple[float, float]:
     """Return the factor on what the decoder adds to its bias that explains y best, and the gain in explained variance."""
     z = sae.encode(sample.x)
@@ -139,21 +126,21 @@ def best_output_scale(sae: Any, sample: Sample) -> tuple[float, float]:
     return factor, gain.item()
 
 
-@torch.no_grad()
 def fit_by_layer(sae: Any, model: Any, sample: Sample, n_tokens: int) -> dict[int, float]:
     """Return the centred explained variance of the SAE on the activations of each layer at its site."""
     hook_in, hook_out = (parse_hook_name(name) for name in hooks_of(sae))
     layers = range(model.config.num_hidden_layers)
-    names = {layer: (f"blocks.{layer}.{hook_in.legacy}", f"blocks.{layer}.{hook_out.legacy}") for layer in layers}
+    names = {layer: [f"blocks.{layer}.{hook.legacy}" for hook in (hook_in, hook_out)] for layer in layers}
     n_windows = max(1, n_tokens // sample.tokens.shape[1])
     keep = sample.keep[:n_windows]
-    wanted = [name for pair in names.values() for name in pair]
-    acts = read_many(model, sample.tokens[:n_windows].to(model.device), wanted)
-    found = {}
-    for layer, (name_in, name_out) in names.items():
-        x, y = acts[name_in][keep].to(sae.dtype), acts[name_out][keep].to(sae.dtype)
-        found[layer] = fit(sae, x, y).explained_variance
-    return found
+    tokens = sample.tokens[:n_windows].to(model.device)
+    acts = read_many(model, tokens, [name for pair in names.values() for name in pair])
+
+    def explained_at(*pair: str) -> float:
+        x, y = (acts[name][keep].to(sae.dtype) for name in pair)
+        return fit(sae, x, y).explained_variance
+
+    return {layer: explained_at(*pair) for layer, pair in names.items()}
 
 
 def _repaired(sae: Any) -> Any:
@@ -164,7 +151,6 @@ def _repaired(sae: Any) -> Any:
     return twin
 
 
-@torch.no_grad()
 def fit_relaid(sae: Any, sample: Sample) -> Fit:
     """Return the fit with the decoder's numbers read in the other order: what undoes a transposed W_dec."""
     twin = _repaired(sae)
@@ -173,7 +159,6 @@ def fit_relaid(sae: Any, sample: Sample) -> Fit:
     return fit(twin, sample.x, sample.y)
 
 
-@torch.no_grad()
 def fit_reselected(sae: Any, sample: Sample) -> Fit | None:
     """Return the fit when a TopK's selection (not) counts the decoder's norm, the opposite of now; None otherwise."""
     if not hasattr(sae.cfg, "rescale_acts_by_decoder_norm"):
@@ -183,7 +168,6 @@ def fit_reselected(sae: Any, sample: Sample) -> Fit | None:
     return fit(twin, sample.x, sample.y)
 
 
-@torch.no_grad()
 def best_gains(sae: Any, sample: Sample, steps: int = 30) -> tuple[Float[Tensor, " latents"], Fit]:
     """Return the factor each active latent would need (least squares, conjugate gradients), and the fit with them.
 

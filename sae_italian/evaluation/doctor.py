@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.corpora import Split, iter_documents, pack
-from sae_italian.corpora.packing import bos_id, special_mask, take_tokens
+from sae_italian.corpora import Split
+from sae_italian.corpora.packing import bos_id, special_mask
 from sae_italian.evaluation import diagnosis as measure
 from sae_italian.evaluation.evaluate import Windows
 from sae_italian.evaluation.evaluate import measure as measure_windows
@@ -101,9 +101,10 @@ def examine(
         report.checks.append(_refusal(error))
         return report
     if tokens is None:
-        tokens = _windows(
-            model, corpus, split, n_tokens, int(context_size or metadata.context_size or 128), text_column
-        )
+        longest = getattr(model.config, "max_position_embeddings", math.inf)
+        context = int(min(context_size or metadata.context_size or 128, longest))
+        blocks = measure.blocks_of(model, corpus, split, n_tokens, context, text_column)
+        tokens = torch.cat([torch.from_numpy(block.tokens) for block in blocks])
     report.checks.append(_bos_check(sae, model, tokens))
     highest, rows = int(tokens.max()), model.config.vocab_size
     if highest >= rows:
@@ -128,13 +129,6 @@ def _refusal(error: UsageError) -> Finding:
         return Finding("hook and layer", "fail", str(error), "use the model and the hook it was trained on")
     remedy = "store W_dec as [d_sae, d_in]: transpose it" if "transposed" in str(error) else "write its files anew"
     return Finding("weights", "fail", str(error), remedy)
-
-
-def _windows(model: Any, corpus: str, split: Split, n_tokens: int, context: int, text_column: str) -> Tensor:
-    longest = getattr(model.config, "max_position_embeddings", context)
-    documents = iter_documents(corpus, split, text_column=text_column)
-    blocks = take_tokens(pack(documents, model.tokenizer, min(context, longest)), n_tokens, f"corpus {corpus}")
-    return torch.cat([torch.from_numpy(block.tokens) for block in blocks])
 
 
 def _model_checks(sae: Any, facts: dict[str, Any]) -> Iterator[Finding]:
@@ -203,7 +197,10 @@ def _loss_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[st
             rows, *_ = measure_windows(sae, model, *hooks_of(sae), some, with_loss=True)
             sums.update({name: float(column.sum()) for name, column in rows.items()})
     clean, with_sae, ablated = (sums[name] / sums["n_loss"] for name in ("ce", "ce_sae", "ce_zero"))
-    recovered, unigram = (ablated - with_sae) / (ablated - clean), measure.unigram_entropy(sample)
+    recovered = (ablated - with_sae) / (ablated - clean)
+    # what a model without context could reach: the entropy of the sample's own token frequencies, in nats
+    counts = torch.unique(sample.tokens[sample.keep], return_counts=True)[1].double()
+    unigram = torch.distributions.Categorical(counts).entropy().item()
     found = {"clean": clean, "with_sae": with_sae, "ablated": ablated, "unigram": unigram, "recovered": recovered}
     measures["losses"] = found
     bad = not clean < unigram
@@ -261,7 +258,8 @@ def _dead_check(sae: Any, sample: measure.Sample, fitted: Fit) -> Finding:
 
 
 def _repair_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Finding]:
-    few = measure.subset(sample, N_REPAIR_TOKENS)
+    step = max(1, len(sample.x) // N_REPAIR_TOKENS)
+    few = sample._replace(x=sample.x[::step][:N_REPAIR_TOKENS], y=sample.y[::step][:N_REPAIR_TOKENS])
     now = fit(sae, few.x, few.y).explained_variance
     yield _scale_check(sae, few, now, measures)
     yield _layer_check(sae, model, sample, measures)

@@ -28,8 +28,7 @@ from sae_italian.base.statistics import NOTHING, Estimate, StreamingBootstrap
 from sae_italian.base.storage import utc_now
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, PackedBlock, special_mask
-from sae_italian.evaluation.card import ULTRA_ACTIVE, DensityBin, EvaluationCard
-from sae_italian.evaluation.outliers import Outliers, outliers_of
+from sae_italian.evaluation.card import ULTRA_ACTIVE, DensityBin, EvaluationCard, Outliers, outliers_of
 from sae_italian.models.activations import check_context, logits_with_replacement, read_many
 from sae_italian.saes import check_fits, hooks_of
 from sae_italian.saes.fit import decoded
@@ -80,8 +79,8 @@ def evaluate(
     documents = iter_documents(corpus, split, text_column=text_column)
     blocks = pack(documents, model.tokenizer, context, windows_per_block=max(1, TOKENS_PER_BATCH // context))
     sums = TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in))
-    latents, dimensions = LatentCounts(sae.cfg.d_sae), DimensionSums(sums.d_out)
-    n_loss, outliers = 0, None
+    dimensions = StreamingBootstrap(1 + 3 * sums.d_out, n_samples=LATENT_RESAMPLES)
+    latents, n_loss, outliers = LatentCounts(sae.cfg.d_sae), 0, None
     with progress("evaluate", total=n_tokens) as bar:
         marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
         for windows in windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}"):
@@ -90,7 +89,7 @@ def evaluate(
             rows, active, y, error = measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
             sums.add(windows.doc, rows, y)
             latents.add(windows.doc, active)
-            dimensions.add(windows.doc, y, error)
+            dimensions.add_sums(*by_document(windows.doc, [rows["n"], y, y**2, error**2]))
             n_loss += len(windows.doc) * with_loss
             bar.update(len(windows.doc))
     return EvaluationCard(
@@ -106,7 +105,7 @@ def evaluate(
         n_documents=sums.n_clusters,
         **sums.estimates(),
         **latents.estimates(),
-        explained_variance_per_dimension=dimensions.estimate(_explained_per_dimension),
+        explained_variance_per_dimension=dimensions.estimate(explained_per_dimension),
         outliers=outliers,
         started_from=sae.cfg.metadata.started_from,
         density=latents.density(),
@@ -240,11 +239,8 @@ class TokenSums(StreamingBootstrap):
     def add(
         self, doc: Int[np.ndarray, " kept"], rows: dict[str, np.ndarray], y: Float[np.ndarray, "kept d_out"]
     ) -> None:
-        documents, index = np.unique(doc, return_inverse=True)
         columns = [rows.get(name, np.zeros(len(doc))) for name in _SUMS]
-        sums = np.zeros((len(documents), len(_SUMS) + y.shape[1]))
-        np.add.at(sums, index, np.column_stack([*columns, y]))
-        self.add_sums(documents, sums)
+        self.add_sums(*by_document(doc, [*columns, y]))
         if "n_loss" in rows:
             self.n_with_loss = self.n_clusters
 
@@ -252,6 +248,14 @@ class TokenSums(StreamingBootstrap):
         """Return every number of the card that is a ratio of sums over tokens."""
         n_clusters = {key: self.n_with_loss for key in STATISTICS if key.startswith(("ce_", "kl_", "delta_"))}
         return {key: self.estimate(what, n_clusters=n_clusters.get(key)) for key, what in STATISTICS.items()}
+
+
+def by_document(doc: Int[np.ndarray, " kept"], columns: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the documents, and the sums of the columns over the tokens of each."""
+    documents, index = np.unique(doc, return_inverse=True)
+    of_document = np.zeros((len(documents), len(doc)))
+    of_document[index, np.arange(len(doc))] = 1.0
+    return documents, of_document @ np.column_stack(columns)
 
 
 def _column(sums: Float[np.ndarray, "samples width"], name: str) -> Float[np.ndarray, " samples"]:
@@ -292,27 +296,12 @@ STATISTICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-class DimensionSums(StreamingBootstrap):
-    """Explained variance of each dimension on its own, averaged: no dimension of great variance hides the others.
+def explained_per_dimension(sums: Float[np.ndarray, "samples width"]) -> Float[np.ndarray, " samples"]:
+    """Return the explained variance of each dimension on its own, averaged: none of great variance hides the others.
 
-    1 - mean_j (sum_t (y - y^)_tj^2 / sum_t (y_tj - mean_j)^2), over the dimensions that vary.
+    1 - mean_j (sum_t (y - y^)_tj^2 / sum_t (y_tj - mean_j)^2), over the dimensions that vary; of the sums of 1, y, y^2 and
+    the squared error.
     """
-
-    def __init__(self, d_out: int):
-        super().__init__(1 + 3 * d_out, n_samples=LATENT_RESAMPLES)
-
-    def add(
-        self, doc: Int[np.ndarray, " kept"], y: Float[np.ndarray, "kept d"], error: Float[np.ndarray, "kept d"]
-    ) -> None:
-        documents, index = np.unique(doc, return_inverse=True)
-        of_document = np.zeros((len(documents), len(doc)))
-        of_document[index, np.arange(len(doc))] = 1.0
-        columns = (np.ones((len(doc), 1)), y, y**2, error**2)
-        self.add_sums(documents, np.concatenate([of_document @ each for each in columns], axis=1))
-
-
-def _explained_per_dimension(sums: Float[np.ndarray, "samples width"]) -> Float[np.ndarray, " samples"]:
-    """Return the statistic of `DimensionSums`, of its sums."""
     total, square, error = np.split(sums[:, 1:], 3, axis=1)
     variance = square - total**2 / sums[:, :1]
     varies = variance > 1e-9 * square

@@ -239,14 +239,10 @@ def begun_at(model: nn.Module, entry: str, residual: Float[Tensor, "batch pos d_
     hook, _ = resolve_hook(model, entry)
     earlier: list[Any] = [resolve_hook(model, f"blocks.{layer}.hook_resid_pre")[1] for layer in range(hook.layer)]
     for block in earlier:
-        block.forward = _unchanged
+        block.forward = lambda hidden_states, *_, **__: hidden_states
     try:
         with replaced(model, entry, lambda _: residual):
             yield
     finally:
         for block in earlier:
             del block.forward
-
-
-def _unchanged(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states

@@ -107,7 +107,8 @@ def _facts(file: Path) -> dict[str, Any]:
         )
     try:
         reader = GGUFReader(file)
-        said = {key: _value(field) for key, field in reader.fields.items() if key.startswith(("general.", "split."))}
+        fields = {key: its for key, its in reader.fields.items() if key.startswith(("general.", "split."))}
+        said = {key: its.contents() for key, its in fields.items() if len(its.types) == 1}  # a list is none of ours
         kinds = Counter(str(tensor.tensor_type.name) for tensor in reader.tensors)
         file_type = LlamaFileType(said["general.file_type"]).name if "general.file_type" in said else None
     except _DAMAGED as error:
@@ -123,12 +124,6 @@ def _facts(file: Path) -> dict[str, Any]:
         "tensors": dict(kinds),
         "licence": said.get("general.license"),
     }
-
-
-def _value(field: Any) -> Any:
-    """Return a metadata field as text or number; None for a list."""
-    contents = field.contents() if len(field.types) == 1 else None
-    return contents if isinstance(contents, str | int | float) else None
 
 
 def _convert(file: Path, folder: Path) -> None:

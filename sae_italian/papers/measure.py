@@ -38,7 +38,7 @@ def card_of(sae: Any, subject: Subject, n_tokens: int, name: str, loss_tokens: i
 
 def held_out(sae: Any, subject: Subject, n_tokens: int) -> tuple[Tensor, Tensor]:
     """Return what the SAE reads and what it is to give, [tokens, d_in] each, on held-out text."""
-    return held_out_activations(sae, subject.model, subject.corpus, n_tokens, **subject.reading)
+    return held_out_activations(sae, subject.model, subject.corpus, n_tokens, **subject.reading)[:2]
 
 
 def scored(

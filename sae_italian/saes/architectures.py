@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, make_dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -93,6 +92,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     """
 
     cfg: SparseTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    watched = ("hook_sae_acts_pre", "hook_sae_acts_post")
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return TopK(self.cfg.k, use_sparse_activations=False)
@@ -113,7 +113,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         x, target = step_input.sae_in, self.target(step_input.sae_in)
         set_k(self, step_input)
         start_at(self, step_input, None if target is x else target)
-        hooks = (self.hook_sae_acts_pre, self.hook_sae_acts_post)
+        hooks = (getattr(self, name) for name in self.watched)
         if target is x and any(hook._forward_hooks or hook._backward_hooks for hook in hooks):
             return super().training_forward_pass(step_input)
         sae_in, input_bias = self._sparse_input(x)
@@ -122,25 +122,12 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         rows = self.W_enc.T
         encoder: dict[str, Any] = {"input_bias": input_bias, "norm": norm}
         k: int = self.activation_fn.k  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
-        values, indices = encode_rows(sae_in, rows, self.b_enc, k, **encoder)
-        acts = values.detach() if norm is None else values.detach() * norm[indices]
-        auxiliary = partial(self._auxiliary_loss, sae_in, rows, encoder, dead=step_input.dead_neuron_mask)
-        return self.step_output(target, decode(values, indices, self.W_dec), values, acts, indices, auxiliary)
-
-    def step_output(
-        self,
-        target: Tensor,
-        decoded: Tensor,
-        values: Tensor,
-        acts: Tensor,
-        indices: Tensor,
-        auxiliary: Callable[[Tensor], Tensor],
-    ) -> TrainStepOutput:
-        """Return a step's reconstruction and losses. `decoded` lacks the bias; `auxiliary` gives a loss of the residual."""
-        out = self.hook_sae_recons(decoded + self.b_dec)
+        values, acts, indices = self._encoded(sae_in, rows, self.b_enc, k, encoder)
+        out = self.hook_sae_recons(self._decoded(values, indices, self.W_dec) + self.b_dec)
         out = self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
         losses = {"mse_loss": self.mse_loss_fn(out, target).sum(dim=-1).mean()}
-        losses["auxiliary_reconstruction_loss"] = auxiliary(target - out)
+        auxiliary = self._auxiliary_loss(sae_in, rows, encoder, target - out, step_input.dead_neuron_mask)
+        losses["auxiliary_reconstruction_loss"] = auxiliary
         return TrainStepOutput(
             sae_in=target,
             sae_out=out,
@@ -158,12 +145,27 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             sae_in = self.process_sae_in(x)
         return sae_in, self.b_dec if self.cfg.apply_b_dec_to_input else None
 
+    def _encoded(
+        self, sae_in: Tensor, rows: Tensor, b_enc: Tensor, k: int, encoder: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the k latents that are kept of some: their values, these times the decoder's norm, and which they are."""
+        values, indices = encode_rows(sae_in, rows, b_enc, k, **encoder)
+        norm = encoder["norm"]
+        return values, values.detach() if norm is None else values.detach() * norm[indices], indices
+
+    def _decoded(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+        return decode(values, indices, W_dec)
+
+    def _n_of_all(self, latents: Tensor) -> int:
+        return len(latents)
+
     def _auxiliary_loss(
         self, sae_in: Tensor, rows: Tensor, encoder: dict[str, Any], residual: Tensor, dead: Tensor | None
     ) -> Tensor:
         """Return SAELens' `calculate_topk_aux_loss`, from the dead latents alone."""
-        latents = None if dead is None else dead.nonzero().flatten()
-        if latents is None or not len(latents):
+        latents = rows.new_zeros(0, dtype=torch.long) if dead is None else dead.nonzero().flatten()
+        n_dead = self._n_of_all(latents)
+        if not n_dead:
             return residual.new_zeros(())
         if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
             raise ValueError(
@@ -171,13 +173,12 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
                 "use 'none' or 'expected_average_only_in'"
             )
         k_aux, norm = residual.shape[-1] // 2, encoder["norm"]
-        encoder = encoder | {"norm": None if norm is None else norm[latents]}
+        encoder = encoder | {"norm": None if norm is None else norm[latents], "relu": False}
         rows, W_dec = (SelectRows.apply(each, latents) for each in (rows, self.W_dec))
-        b_enc, k = self.b_enc[latents], min(k_aux, len(latents))
-        values, indices = encode_rows(sae_in, rows, b_enc, k, relu=False, **encoder)
-        recons = self.reshape_fn_out(decode(values, indices, W_dec), self.d_head)
+        values, _, indices = self._encoded(sae_in, rows, self.b_enc[latents], min(k_aux, n_dead), encoder)
+        recons = self.reshape_fn_out(self._decoded(values, indices, W_dec), self.d_head)
         loss = (recons - residual.detach()).pow(2).sum(dim=-1).mean()
-        return self.cfg.aux_loss_coefficient * min(len(latents) / k_aux, 1.0) * loss
+        return self.cfg.aux_loss_coefficient * min(n_dead / k_aux, 1.0) * loss
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)

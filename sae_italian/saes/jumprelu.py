@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.pace import paced
-from sae_italian.saes.fit import CHUNK, Fit, encoded, fit, threshold_for
+from sae_italian.saes.fit import CHUNK, encoded, fit, threshold_for
 
 CHECK_EVERY = 5  # of the documents: every fifth checks the thresholds that the others set
 SWEEPS = 4  # over all latents; twice as many explain less than 0.01 more
@@ -56,7 +56,7 @@ class JumpReLUExport:
     dead: float  # share of latents that never fired in the check, and before
     dead_before: float
     elsewhere: (
-        float  # share of the latents that fired before whose tokens have a Jaccard index below 0.5 with those now
+        float  # share of latents whose tokens before and now, where there were some, have a Jaccard index below 0.5
     )
     folding_error: float  # largest change of an output by folding, over the largest output
 
@@ -103,12 +103,18 @@ def to_jumprelu(
     if thresholds == "calibrated" and theta > 0:  # 0: every positive latent fires, and there are fewer than k
         calibrate(folded, x[~checks], y[~checks], sae.cfg.k)
     before, after = (fit(each, x[checks], y[checks]) for each in (raw, folded))
-    sizes = {"k": sae.cfg.k, "n_tokens": int((~checks).sum()), "n_tokens_checked": int(checks.sum())}
     report = JumpReLUExport(
         thresholds=thresholds,
         threshold=theta if thresholds == "one" else folded.threshold.median().item(),
-        **sizes,
-        **_compared(before, after),
+        k=sae.cfg.k,
+        n_tokens=int((~checks).sum()),
+        n_tokens_checked=int(checks.sum()),
+        l0_before=before.l0,
+        l0=after.l0,
+        explained_variance_before=before.explained_variance,
+        explained_variance=after.explained_variance,
+        dead=after.dead,
+        dead_before=before.dead,
         elsewhere=_elsewhere(raw, folded, x[checks]),
         folding_error=folding_error,
     )
@@ -136,11 +142,6 @@ def _checks(x: Tensor, documents: Tensor | None) -> Bool[Tensor, " tokens"]:
         n = int(numbers.max()) + 1
         raise UsageError(f"the tokens are of {n} documents; at least {CHECK_EVERY} are needed. Ask for more tokens.")
     return checks
-
-
-def _compared(before: Fit, after: Fit) -> dict[str, Any]:
-    both = ("l0", "explained_variance", "dead")
-    return {name: getattr(after, name) for name in both} | {f"{name}_before": getattr(before, name) for name in both}
 
 
 def _elsewhere(before: Any, after: Any, x: Tensor) -> float:

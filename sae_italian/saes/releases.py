@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import explain
+from sae_italian.base.storage import packaged_yaml
 from sae_italian.models.catalogue import catalogue
 
 if TYPE_CHECKING:
@@ -41,18 +41,11 @@ class Release:
     note: str = "as SAELens loads it"
 
 
-def _yaml(text: str) -> dict[str, Any]:
-    import yaml
-
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
 @cache
 def releases() -> dict[str, Release]:
     """Return the releases of releases.yaml by name."""
-    text = resources.files("sae_italian.saes").joinpath("releases.yaml").read_text(encoding="utf-8")
     found = {}
-    for name, fields in _yaml(text).items():
+    for name, fields in packaged_yaml(Path(__file__).with_name("releases.yaml").read_text("utf-8")).items():
         id_, path = fields.pop("id"), fields.pop("path")
         saes = {id_.format(layer=layer): path.format(layer=layer) for layer in range(fields.pop("layers"))}
         found[name] = Release(name=name, saes=saes, **fields)
@@ -75,7 +68,7 @@ def find_release(name: str) -> Release:
         return releases()[name]
     if name not in _of_saelens():
         raise UsageError(f"SAE release {name!r} is unknown. {nearest(name, [*releases(), *_of_saelens()])}")
-    fields = _yaml(_of_saelens()[name])[name]
+    fields = packaged_yaml(_of_saelens()[name])[name]
     saes = {sae["id"]: str(sae["path"]) for sae in fields["saes"]}
     return Release(name, fields["repo_id"], fields["model"], saes, **_llama_scope(name))
 

@@ -244,17 +244,14 @@ def weighted_rows(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-def row_dots(indices: Tensor, rows: Tensor, other: Tensor, *, csr: bool | None = None) -> Tensor:
-    """Return [batch, k]: the dot products of each row of `other` with the k rows of its indices.
-
-    csr: by a sparse matrix product, or by PyTorch's embedding bags, as on a GPU; default: as `_has_csr` says.
-    """
+def row_dots(indices: Tensor, rows: Tensor, other: Tensor) -> Tensor:
+    """Return [batch, k]: the dot products of each row of `other` with the k rows of its indices."""
     batch, k = indices.shape
     other = other.to(rows.dtype)
     if indices.shape[1] > DENSE_ABOVE * len(rows):
         parts = chunks(batch, len(rows))
         return torch.cat([(other[part] @ rows.T).gather(1, indices[part]) for part in parts])
-    if _has_csr(rows) if csr is None else csr:
+    if has_csr(rows):
         starts = torch.arange(0, batch * k + 1, k, device=rows.device)
         pattern = _csr(starts, indices.flatten(), rows.new_zeros(batch * k), (batch, len(rows)))
         return torch.sparse.sampled_addmm(pattern, other, rows.T, beta=0.0).values().view(batch, k)
@@ -265,11 +262,8 @@ def row_dots(indices: Tensor, rows: Tensor, other: Tensor, *, csr: bool | None =
     ).view(batch, k)
 
 
-def latent_sums(weights: Tensor, indices: Tensor, other: Tensor, n: int, *, csr: bool | None = None) -> Tensor:
-    """Return [n, d]: for each latent the sum, over the tokens that kept it, of weight times row of `other`.
-
-    csr: as `row_dots`.
-    """
+def latent_sums(weights: Tensor, indices: Tensor, other: Tensor, n: int) -> Tensor:
+    """Return [n, d]: for each latent the sum, over the tokens that kept it, of weight times row of `other`."""
     k = indices.shape[1]
     out = other.new_zeros(n, other.shape[1])
     if k > DENSE_ABOVE * n:
@@ -280,7 +274,7 @@ def latent_sums(weights: Tensor, indices: Tensor, other: Tensor, n: int, *, csr:
     tokens = order.div(k, rounding_mode="floor")
     weights = weights.to(other.dtype).flatten()[order]
     starts = torch.searchsorted(latents, torch.arange(n + 1, device=latents.device))
-    if _has_csr(other) if csr is None else csr:
+    if has_csr(other):
         return torch.addmm(out, _csr(starts, tokens, weights, (n, len(other))), other, beta=0.0, out=out)
     return F.embedding_bag(tokens, other, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
@@ -290,8 +284,8 @@ def _scattered(weights: Tensor, indices: Tensor, like: Tensor) -> Tensor:
     return dense.scatter_add_(1, indices, weights.to(like.dtype))
 
 
-def _has_csr(tensor: Tensor) -> bool:
-    """Whether PyTorch has sparse matrix products for this tensor that are faster than its embedding bags."""
+def has_csr(tensor: Tensor) -> bool:
+    """Whether PyTorch has sparse matrix products for this tensor that are faster than its embedding bags, as a GPU has not."""
     known = tensor.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available()
     return tensor.device.type == "cpu" and known
 

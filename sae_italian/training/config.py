@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as KNOWN
 
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.storage import RUN_FILE, read_json, read_yaml
-from sae_italian.base.words import read_word
+from sae_italian.base.words import read_word, refusal
 from sae_italian.corpora.stream import MICRO_ITALIANO
+from sae_italian.models import load_model_config, parse_hook_name, resolve
+from sae_italian.models.activations import check_context
 from sae_italian.models.loading import device_of
 
 CONFIGS = "configs"
@@ -137,9 +141,6 @@ class RunSpec(BaseModel):
 
         Raises: UsageError for an architecture, field, value, hook or width that does not exist or does not fit.
         """
-        from sae_italian.models import load_model_config
-        from sae_italian.models.activations import check_context
-
         config_class, given = self._sae_fields()
         model_config = load_model_config(self.model)
         check_context(self.context_size, model_config)
@@ -164,8 +165,6 @@ class RunSpec(BaseModel):
 
     def _sae_fields(self) -> tuple[Any, dict[str, Any]]:
         """Return SAELens' config class and its fields as `sae` gives them, of the types the class declares."""
-        from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as KNOWN
-
         given = dict(self.sae)
         name = given.pop("architecture", None)
         if not isinstance(name, str) or name not in KNOWN:
@@ -179,7 +178,7 @@ class RunSpec(BaseModel):
             try:
                 given[key] = TypeAdapter(kinds[key]).validate_python(whole(value))
             except ValidationError as error:
-                raise first_refusal(error, f"sae.{key}", value) from error
+                raise refusal(error, f"config key 'sae.{key}'") from error
         if self.k_anneal_share:
             if not {"k", "k_anneal_steps"} <= set(valid):
                 raise UsageError(f"k_anneal_share needs an SAE with a k, such as topk; sae.architecture is {name!r}.")
@@ -206,8 +205,6 @@ class RunSpec(BaseModel):
 
     def _check_hooks(self, model_config: Any, transcodes: bool) -> None:
         """Refuse hooks that the model does not have, or that do not go with the architecture."""
-        from sae_italian.models import parse_hook_name
-
         first, *target = (parse_hook_name(name, model_config.num_hidden_layers) for name in self.hook_names)
         first.module_path(model_config)
         if target and target[0].layer < first.layer:
@@ -220,10 +217,6 @@ class RunSpec(BaseModel):
 
     def to_saelens(self) -> Any:
         """Return SAELens' `LanguageModelSAERunnerConfig` of this run. Raises: UsageError as `sae_config`."""
-        from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
-
-        from sae_italian.models import resolve
-
         theirs = LanguageModelSAERunnerConfig.__dataclass_fields__
         same = {name: getattr(self, name) for name in type(self).model_fields if name in theirs}
         entity, _, project = self.wandb_project.rpartition("/")
@@ -252,10 +245,8 @@ class RunSpec(BaseModel):
 
         Raises: UsageError, naming it, for a setting that decides the result and that our training does not have.
         """
-        from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-
         sae = {key: value for key, value in config.sae.to_dict().items() if key not in ("metadata", "device", "d_in")}
-        if f"started_{sae['architecture']}" in SAE_TRAINING_CLASS_REGISTRY:
+        if f"started_{sae['architecture']}" in KNOWN:
             sae["start"] = "zero"  # where SAELens' own start; here the mean is the default
         values: dict[str, Any] = {
             **{name: getattr(config, name) for name in cls.model_fields if hasattr(config, name)},
@@ -291,17 +282,7 @@ def spec_from_dict(values: dict[str, Any]) -> RunSpec:
     try:
         return RunSpec(**values)
     except ValidationError as error:
-        raise first_refusal(error) from error
-
-
-def first_refusal(error: ValidationError, key: str = "", value: Any = None) -> UsageError:
-    """Return pydantic's first complaint as one line that names the key, what was given, and what was expected."""
-    first = error.errors()[0]
-    where = key or ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return UsageError(f"the config lacks the key {where!r}.")
-    expected = first["msg"].removeprefix("Input should be ").partition(", unable")[0]
-    return UsageError(f"config key {where!r} is {value if key else first.get('input')!r:.80}; it should be {expected}.")
+        raise refusal(error) from error
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

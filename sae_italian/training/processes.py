@@ -33,11 +33,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
 from torch.autograd import Variable
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import RUN_FILE, first_difference, package_versions
+from sae_italian.saes.architectures import start_at
 from sae_italian.training.config import RunSpec
 
 # Their losses are means over tokens, and what they take from the whole batch is made global here.
@@ -115,17 +117,16 @@ class Processes:
         before, trainer.act_freq_scores = trainer.act_freq_scores, torch.zeros_like(trainer.act_freq_scores)
         with self._started(trainer, rows):
             output = trainer.step(parts[self.rank])
-        self._count(trainer, before)
+        fired = trainer.act_freq_scores  # from all counts of the step both counters follow: how often, and how long ago
+        dist.all_reduce(fired)
+        trainer.act_freq_scores = before + fired
+        trainer.n_forward_passes_since_fired[fired > 0] = 0
         trainer.n_training_samples += len(rows) - len(parts[self.rank])
         return output
 
     @contextlib.contextmanager
     def _started(self, trainer: Any, rows: Tensor) -> Iterator[None]:
         """Start `b_dec` at the centre of the whole first batch, of which no process sees more than its part."""
-        from sae_lens.saes.sae import TrainStepInput
-
-        from sae_italian.saes.architectures import start_at
-
         sae, start = trainer.sae, getattr(trainer.sae.cfg, "start", "zero")
         if trainer.n_training_steps or start == "zero":
             yield
@@ -149,13 +150,6 @@ class Processes:
         for message in self.under_way:
             message.wait()
         self.under_way.clear()
-
-    def _count(self, trainer: Any, before: Tensor) -> None:
-        """Sum the step's firing counts, and from them both of the trainer's counters: how often, and how long ago."""
-        fired = trainer.act_freq_scores
-        dist.all_reduce(fired)
-        trainer.act_freq_scores = before + fired
-        trainer.n_forward_passes_since_fired[fired > 0] = 0
 
     def _least(self, acts: Tensor) -> Tensor:
         """Return the least positive activation of all processes, 0 where there is none, as [1]."""

@@ -1,25 +1,35 @@
-"""Folders of training: one SAE, or the groups of a suite; refused or claimed, trained into, resumed, finished."""
+"""Folders of training: one SAE, or the groups of a suite; refused or claimed, trained into, resumed, finished.
+
+Several processes train one SAE where torch's launcher has started them here, Ray Train on a cluster, or `torchrun` on several
+machines: all end in `processes.joined`, which reads RANK and WORLD_SIZE.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.storage import RUN_FILE, claimed, read_json
+from sae_italian.base.units import connect
 from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.models import load_model
-from sae_italian.training.config import RunSpec, load_spec
+from sae_italian.training.config import RunSpec, load_spec, spec_from_dict
 from sae_italian.training.logging import open_logger
-from sae_italian.training.loop import Loop, clear_checkpoints
+from sae_italian.training.loop import STOP_SIGNALS, Loop, clear_checkpoints
 from sae_italian.training.pretrained import Origin
-from sae_italian.training.processes import ALONE, Processes, joined, placed
+from sae_italian.training.processes import ALONE, GPU_BACKEND, WORLD, Processes, check_joint, joined, placed
 from sae_italian.training.sae_run import Diverged, SAERun
 from sae_italian.training.stream import ActivationStream, kept_positions
 from sae_italian.training.suite import SuiteSpec
@@ -29,6 +39,8 @@ KIND, SUITE_KIND = "train", "suite"
 WEIGHTS = "sae_weights.safetensors"  # written last: where they are, the training is finished
 SAE_FOLDER = "sae"  # of a checkpoint that holds one SAE
 SEEDS = "seeds"  # folder of the other seeds' SAEs, inside that of the first
+STOPPED = 130  # exit code of a process that saved and stopped
+SAVING_SECONDS = "120"  # what torch's launcher gives the processes after a signal, before it kills them
 # Settings that decide nothing of what was trained so far: a run may be resumed with others.
 CHANGEABLE = {"repeat_corpus"} | {
     name for name in RunSpec.model_fields if name.startswith(("wandb", "checkpoint_every", "evaluate", "process"))
@@ -60,7 +72,9 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
         if processes.first:
             continuing = stack.enter_context(_claimed(out, KIND, spec, **how))
         processes.meet(out)
-        specs = {SAE_FOLDER: here} | _other_seeds(here)
+        specs = {SAE_FOLDER: here}
+        for seed in range(here.seed + 1, here.seed + here.seeds):
+            specs[f"seed-{seed}"] = here.model_copy(update={"seed": seed, "seeds": 1})
         folders = {name: out if name == SAE_FOLDER else out / SEEDS / name for name in specs}
         if not (continuing and all((folder / WEIGHTS).is_file() for folder in folders.values())):
             for name in list(specs)[1:]:
@@ -76,12 +90,6 @@ def _claimed(folder: Path, kind: str, spec: RunSpec | SuiteSpec, **how: Any) -> 
     fields = type(spec).model_fields.items()
     defaults = {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
     return claimed(folder, kind, spec.model_dump(mode="json"), defaults=to_jsonable_python(defaults), **how)
-
-
-def _other_seeds(spec: RunSpec) -> dict[str, RunSpec]:
-    """Return the runs of the further seeds by name, without one where `seeds` is 1."""
-    more = range(spec.seed + 1, spec.seed + spec.seeds)
-    return {f"seed-{seed}": spec.model_copy(update={"seed": seed, "seeds": 1}) for seed in more}
 
 
 def seed_folders(folder: Path) -> list[Path]:
@@ -104,26 +112,20 @@ def train_suite(
     `resume`, finished groups are left alone and the one that was stopped goes on.
     Raises: UsageError as `train`, and for a suite that does not fit its memory; KeyboardInterrupt after a signal.
     """
-    out, groups = Path(out), suite.groups()
-    check_run(next(iter(groups[0].values())))
+    out = Path(out)
+    groups = [(f"group-{index:03}", specs) for index, specs in enumerate(suite.groups())]
+    check_run(next(iter(groups[0][1].values())))
     with _claimed(out, SUITE_KIND, suite, resume=resume, overwrite=overwrite):
-        trained = run_units(partial(train_group, suite, out), range(len(groups)))
+        trained = run_units(partial(train_group, out), groups)
         return [folder for folders in trained for folder in folders]
 
 
-def train_group(suite: SuiteSpec, out: Path, index: int) -> list[Path]:
-    """Train one group on one pass of the model and return its SAEs' folders; goes on where it was stopped.
+def train_group(out: Path, group: tuple[str, Mapping[str, RunSpec]]) -> list[Path]:
+    """Train SAEs on one pass of the model into `out/<name>`, their checkpoints in the group's folder; return the SAEs' folders.
 
-    Raises: UsageError as `train`; KeyboardInterrupt after a signal, once the state is saved.
+    It goes on where it was stopped. Raises: UsageError as `train`; KeyboardInterrupt after a signal, once the state is saved.
     """
-    return train_members(suite.groups()[index], out, out / f"group-{index:03}")
-
-
-def train_members(specs: Mapping[str, RunSpec], out: Path, own: Path) -> list[Path]:
-    """Train SAEs on one pass of the model into `out/<name>`, their checkpoints in `own`; goes on where it was stopped.
-
-    Raises: UsageError as `train`; KeyboardInterrupt after a signal, once the state is saved.
-    """
+    own, specs = out / group[0], group[1]
     folders = {name: out / name for name in specs}
     if any(spec.seeds > 1 for spec in specs.values()):
         raise UsageError("seeds is for the training of one SAE; here every SAE has its own. Leave it out.")
@@ -186,6 +188,14 @@ def check_run(spec: RunSpec) -> None:
         )
 
 
+def check_processes(spec: RunSpec, n: int) -> None:
+    """Raise UsageError for what so many processes cannot train, and where these have been started already."""
+    if WORLD in os.environ:
+        raise UsageError(f"{WORLD} is set: torchrun or Ray has started the processes already. Leave --processes out.")
+    check_joint(spec, n)
+    check_run(spec)
+
+
 def open_stream(
     spec: RunSpec, model: Any, hook_names: str | Sequence[str], processes: Processes = ALONE
 ) -> ActivationStream:
@@ -210,3 +220,97 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """Return `run.json` of a training folder, or an empty dict for an SAE that was not trained here."""
     file = Path(folder) / RUN_FILE
     return read_json(file) if file.is_file() else {}
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def on_this_machine(spec: RunSpec, n: int, arguments: Sequence[str]) -> None:
+    """Run `sae-italian ARGUMENTS`, a training of `spec`, in `n` processes of this machine; return when all are done.
+
+    Rank 0 writes to this terminal. Raises: UsageError before anything is started for what so many cannot train, and for a
+    process that was ended, naming it; SystemExit, with its exit code, when rank 0 has said why it stopped.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    check_processes(spec, n)
+    logging.disable(logging.CRITICAL)  # the launcher's account of a process that failed: we give our own
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)
+    with tempfile.TemporaryDirectory() as folder:
+        told: Any = {rank: Std.ALL if rank else Std.OUT for rank in range(n)}  # into files
+        config = LaunchConfig(
+            *(1, 1, n),
+            logs_specs=DefaultLogsSpecs(folder, redirects=told),
+            run_id="training",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            signals_to_handle=",".join(Signals(number).name for number in STOP_SIGNALS),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "sae_italian.cli", *arguments)
+        except SignalException as stop:
+            raise SystemExit(STOPPED) from stop
+        except ChildFailedError as failed:
+            raise _why(failed, n, Path(folder)) from failed
+
+
+def _why(failed: Any, n: int, logs: Path) -> BaseException:
+    """Return what to raise when a process failed: what it said where rank 0 has not said it."""
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode < 0:
+        name = Signals(-failure.exitcode).name
+        return UsageError(
+            f"rank {rank} of {n} was ended by {name}{' (killed, or out of memory)' * (name == 'SIGKILL')}. "
+            "The last checkpoint is kept; --resume continues from it, with any number of processes."
+        )
+    said = [file.read_text(errors="replace").strip() for file in logs.glob(f"**/{rank}/stderr.log")]
+    if rank == 0 or failure.exitcode == STOPPED or not any(said):
+        return SystemExit(failure.exitcode)
+    return UsageError(f"rank {rank} of {n}: {said[0].splitlines()[-1].removeprefix('sae-italian: ')}")
+
+
+def on_ray(spec: RunSpec, n: int, out: Path, address: str | None, **how: bool) -> None:
+    """Train `spec` into `out`, on a file system that all machines share, by `n` workers of Ray Train's TorchTrainer.
+
+    `how` is what `train` takes. Raises: UsageError without Ray or its cluster, and what a worker raised.
+    """
+    check_processes(spec, n)
+    connect(address, n)
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu = spec.device.startswith("cuda")
+    torch_config = TorchConfig(GPU_BACKEND if gpu else "gloo", timeout_s=round(spec.process_timeout_seconds))
+    given = {"spec": spec.model_dump(mode="json"), "out": str(out.resolve()), **how}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TorchTrainer(
+            train_on_worker,
+            train_loop_config=given,
+            torch_config=torch_config,
+            scaling_config=ScalingConfig(num_workers=n, use_gpu=gpu),
+            run_config=RunConfig(name="training", storage_path=folder),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _ours(error) from error
+
+
+def train_on_worker(given: dict[str, Any]) -> None:
+    """Train in a worker of Ray Train, which has set RANK and WORLD_SIZE."""
+    train(spec_from_dict(given.pop("spec")), given.pop("out"), **given)
+
+
+def _ours(error: BaseException) -> BaseException:
+    """Return the error of ours that a worker failed with, where that is what happened; else what Ray says."""
+    causes = [error, *getattr(error, "worker_failures", {}).values()]
+    for cause in causes:
+        for each in (cause, cause.__cause__, getattr(cause, "cause", None), getattr(cause, "_base_exc", None)):
+            if isinstance(each, SaeItalianError):
+                return each
+    return error

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens import SAETrainer, TrainingSAE
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_italian.base.errors import UsageError
@@ -23,6 +25,7 @@ from sae_italian.base.storage import atomic_path, read_json, remove, write_json
 from sae_italian.evaluation import EvaluationCard, evaluate
 from sae_italian.models import parse_hook_name
 from sae_italian.saes import load_sae
+from sae_italian.saes.architectures import PairScaler
 from sae_italian.saes.sparse import tune
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import SAE_FILES, RunLog
@@ -51,8 +54,6 @@ class SAERun:
     """
 
     def __init__(self, spec: RunSpec, model: Any, out: Path, processes: Processes = ALONE):
-        from sae_lens import SAETrainer, TrainingSAE
-
         self.spec, self.out, self.config = spec, out, spec.to_saelens()
         self.processes = processes
         torch.manual_seed(spec.seed)
@@ -65,8 +66,6 @@ class SAERun:
         config.logger = replace(config.logger, log_to_wandb=False)
         self.trainer: Any = tune(SAETrainer(cfg=config, sae=self.sae, data_provider=iter(())))
         if spec.hook_name_out is not None:
-            from sae_italian.saes.architectures import PairScaler
-
             self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
         self.origin = None if spec.from_pretrained_path is None else Origin(spec)
         self.log = RunLog(spec, out if processes.first else None)  # to W&B too, once it is opened
@@ -206,8 +205,6 @@ class SAERun:
 
     def finish(self) -> None:
         """Fold the input scale and write the SAE in SAELens' format, the weights last."""
-        from safetensors.torch import save_file
-
         self.trainer.set_final_sae_metadata()
         if self.origin is not None:
             self.sae.cfg.metadata.started_from = self.origin.finish(self.sae.W_dec, self.out)

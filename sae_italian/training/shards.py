@@ -17,7 +17,6 @@ all gradients, 2 d_sae (d_in + d_out) numbers: 1.07 GB at 65,536 latents of 2,04
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +24,11 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sae_italian.base.errors import UsageError
-from sae_italian.saes.architectures import SparseTopKTrainingSAE, latents_first, start_at
-from sae_italian.saes.sparse import SelectRows, decode, encode_rows, set_k
+from sae_italian.saes.architectures import SparseTopKTrainingSAE, latents_first
+from sae_italian.saes.sparse import decode
 
 CLIP = 1.0  # SAELens' trainer has no other
 LATENT_AXIS = {"W_enc": 1, "W_dec": 0, "b_enc": 0}  # b_dec is everybody's
@@ -69,56 +69,39 @@ class ShardedTopK(SparseTopKTrainingSAE):
     Made by `sharded`; `whole` gives the SAE back. The process group must be there, with the same d_sae / W everywhere.
     """
 
+    watched = ()  # hooks would see this process' latents alone
+
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Return losses and reconstruction of the whole SAE on all processes' tokens; `feature_acts` are this process'.
 
         Raises: ValueError as `SparseTopKTrainingSAE`.
         """
-        set_k(self, step_input)
-        x = gathered_rows(step_input.sae_in)
-        step_input = replace(step_input, sae_in=x)
-        start_at(self, step_input)
-        with torch.no_grad():
-            sae_in = self.process_sae_in(x)
-        norm = self.get_W_dec_norm() if self.cfg.rescale_acts_by_decoder_norm else None
-        bias = _Shared.apply(self.b_dec) if self.cfg.apply_b_dec_to_input else None
-        encoder: dict[str, Any] = {"input_bias": bias, "norm": norm}
-        rows, k = self.W_enc.T, int(self.activation_fn.k)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-        values, indices = encode_rows(sae_in, rows, self.b_enc, min(k, len(rows)), **encoder)
-        scores = values.detach() if norm is None else values.detach() * norm[indices]
-        kept = best_of_all(scores, k)
-        values, scores = values * kept, scores * kept
-        decoded = _Added.apply(decode(values, indices, self.W_dec))
-        auxiliary = partial(self._shared_loss, sae_in, rows, encoder, dead=step_input.dead_neuron_mask)
-        return self.step_output(x, decoded, values, scores, indices, auxiliary)
+        return super().training_forward_pass(replace(step_input, sae_in=gathered_rows(step_input.sae_in)))
 
-    def _shared_loss(
-        self, sae_in: Tensor, rows: Tensor, encoder: dict[str, Any], residual: Tensor, dead: Tensor | None
-    ) -> Tensor:
-        """Return SAELens' auxiliary loss of the dead latents of all processes; those that have none take part."""
-        latents = rows.new_zeros(0, dtype=torch.long) if dead is None else dead.nonzero().flatten()
-        n_dead = torch.tensor(len(latents), device=rows.device)
-        dist.all_reduce(n_dead)
-        n_all, k_aux = int(n_dead), residual.shape[-1] // 2
-        if not n_all:
-            return residual.new_zeros(())
-        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
-            raise ValueError(f"the auxiliary loss is not defined with {self.cfg.normalize_activations!r}")
-        k, part = min(k_aux, n_all), residual.new_zeros(residual.shape)
-        candidates = residual.new_full((len(residual), k), -torch.inf)
-        values = indices = None
-        if len(latents):
-            norm = None if encoder["norm"] is None else encoder["norm"][latents]
-            chosen, W_dec = (SelectRows.apply(each, latents) for each in (rows, self.W_dec))
-            few = min(k, len(latents))
-            encoder = encoder | {"norm": norm}
-            values, indices = encode_rows(sae_in, chosen, self.b_enc[latents], few, relu=False, **encoder)
-            candidates[:, :few] = values.detach() if norm is None else values.detach() * norm[indices]
-        kept = best_of_all(candidates, k)
-        if values is not None and indices is not None:
-            part = decode(values * kept[:, : values.shape[1]], indices, W_dec)
-        loss = (_Added.apply(part) - residual.detach()).pow(2).sum(dim=-1).mean()
-        return self.cfg.aux_loss_coefficient * min(n_all / k_aux, 1.0) * loss
+    def _sparse_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        sae_in, bias = super()._sparse_input(x)
+        return sae_in, None if bias is None else _Shared.apply(bias)
+
+    def _encoded(
+        self, sae_in: Tensor, rows: Tensor, b_enc: Tensor, k: int, encoder: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return this process' best, those that are not among the k best of all processes as zeros."""
+        here = min(k, len(rows))
+        values = scores = sae_in.new_zeros(len(sae_in), 0)
+        indices = values.long()
+        if here:
+            values, scores, indices = super()._encoded(sae_in, rows, b_enc, here, encoder)
+        kept = best_of_all(pad(scores, (0, k - here), value=-torch.inf), k)[:, :here]
+        return values * kept, scores * kept, indices
+
+    def _decoded(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+        part = decode(values, indices, W_dec) if indices.numel() else W_dec.new_zeros(len(values), W_dec.shape[1])
+        return _Added.apply(part)
+
+    def _n_of_all(self, latents: Tensor) -> int:
+        n = torch.tensor(len(latents), device=latents.device)
+        dist.all_reduce(n)
+        return int(n)
 
 
 def gathered_rows(rows: Float[Tensor, "tokens d"]) -> Float[Tensor, "all_tokens d"]:

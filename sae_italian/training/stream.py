@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import read_json, write_json
 from sae_italian.corpora.packing import special_mask
+from sae_italian.corpora.pretokenize import CachedActivations
 from sae_italian.models.activations import read_many
-from sae_italian.models.cached import CachedActivations
 from sae_italian.training.processes import ALONE, Processes
 from sae_italian.training.text import Documents, WindowBlocks
 
@@ -112,21 +112,16 @@ class ActivationStream:
     def _rows(self, block: _Block, back: int) -> Rows:
         """Return the activations of the block read as the so many-th last."""
         tokens, kept = (torch.from_numpy(array).to(self.device) for array in (block.windows, block.keep))
-        acts = self._activations(tokens, block)
+        if self.cached is None or block.place is None:
+            acts = read_many(self.model, tokens, self.hook_names)
+        else:
+            first = block.place * self.windows.windows_per_block
+            read = {name: self.cached.read(name, first, len(tokens)) for name in self.hook_names}
+            acts = {name: each.to(self.device, self.model.dtype) for name, each in read.items()}
         rows = torch.stack([acts[name][kept] for name in self.hook_names])
         if not torch.isfinite(rows.sum(dtype=torch.float32)):
             self._refuse_not_finite(acts, kept, block, self.windows.n_blocks - back)
         return rows
-
-    def _activations(
-        self, tokens: Int[Tensor, "windows context"], block: _Block
-    ) -> dict[str, Float[Tensor, "windows context d_in"]]:
-        cached = self.cached
-        if cached is None or block.place is None:
-            return read_many(self.model, tokens, self.hook_names)
-        first = block.place * self.windows.windows_per_block
-        read = {name: cached.read(name, first, len(tokens)) for name in self.hook_names}
-        return {name: acts.to(self.device, self.model.dtype) for name, acts in read.items()}
 
     def _kept(self, windows: Int[np.ndarray, "windows context"]) -> Bool[np.ndarray, "windows context"]:
         keep = np.broadcast_to(self.positions, windows.shape)

@@ -14,16 +14,18 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import AutoModelForCausalLM
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.report import plain
+from sae_italian.base.words import refusal
 from sae_italian.corpora.packing import special_mask
-from sae_italian.evaluation.outliers import Outliers, outliers_of
+from sae_italian.evaluation.card import Outliers, outliers_of
 from sae_italian.models import load_model, load_model_config, load_tokenizer
 from sae_italian.models.activations import read_many
 from sae_italian.models.hooks import SITES, Site, parse_hook_name
 from sae_italian.models.loading import device_of, weights_are_here
-from sae_italian.training.config import RunSpec, first_refusal, read_values, spec_from_dict
+from sae_italian.training.config import RunSpec, read_values, spec_from_dict
 from sae_italian.training.shards import traffic
 from sae_italian.training.text import WindowBlocks, check_length, training_documents
 
@@ -131,7 +133,7 @@ def suite_from_dict(values: dict[str, Any]) -> SuiteSpec:
     try:
         return SuiteSpec(**{key: value for key, value in values.items() if key in keys}, settings=settings)
     except ValidationError as error:
-        raise first_refusal(error) from error
+        raise refusal(error) from error
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -194,8 +196,6 @@ def _memory_text(memory: dict[str, float]) -> str:
 @cache
 def n_parameters(model: str) -> int:
     """Return how many parameters a model has, without loading any. Raises: UsageError as `load_model_config`."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(load_model_config(model))
     return sum(parameter.numel() for parameter in empty.parameters())
@@ -210,9 +210,10 @@ def plan(groups: Sequence[Mapping[str, RunSpec]], limit_gb: float | None = None)
     n_tokens, length = first.training_tokens, check_length(first, load_tokenizer(first.model))
     rows, lines = [], [f"{n_tokens:,} tokens to train on; {length}"]
     for number, group in enumerate(groups):
-        memory = memory_of(list(group.values()))
+        specs = list(group.values())
+        memory = memory_of(specs)
         total = {"memory": memory, "memory_gb": sum(memory.values())}
-        total["devices"] = [layout_on(size, spec, memory) for size in DEVICE_GB for spec in [*group.values()][:1]]
+        total["devices"] = [layout_on(size, specs[0], memory) for size in DEVICE_GB]
         rows.append({"names": list(group), "tokens": n_tokens, **total})
         lines += [f"group {number}: SAEs {len(group)}, memory {_memory_text(memory)}", f"  {' '.join(group)}"]
     lines += [device["text"] for row in rows for device in row["devices"]] if len(rows) == 1 and len(group) == 1 else []

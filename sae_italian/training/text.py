@@ -18,9 +18,8 @@ from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, fingerprint, room_on
 from sae_italian.corpora import CorpusStream, Reader, pack
 from sae_italian.corpora.packing import Packer, layout_of, special_mask, tokenised
-from sae_italian.corpora.pretokenize import PretokenizedCorpus, is_pretokenized
+from sae_italian.corpora.pretokenize import CachedActivations, MappedWindows, PretokenizedCorpus, is_pretokenized
 from sae_italian.models import load_model_config, load_tokenizer
-from sae_italian.models.cached import CachedActivations
 from sae_italian.training.config import NORM_ESTIMATE_BATCHES, RunSpec, load_spec
 
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer packs into one on average
@@ -28,8 +27,7 @@ COUNTED_CHARACTERS = 200_000_000  # of a corpus whose length is checked
 DOCUMENTS_PER_BATCH = 64
 
 
-Mapped = PretokenizedCorpus | CachedActivations
-Documents = Callable[[], CorpusStream] | Mapped  # called to start the corpus, or memory-mapped
+Documents = Callable[[], CorpusStream] | MappedWindows  # called to start the corpus, or memory-mapped
 
 
 def documents_of(corpus: str, text_column: str = "text") -> Documents:
@@ -53,7 +51,7 @@ def _count_tokens(spec: RunSpec, tokenizer: Any) -> int | None:
     Reading stops where the characters read must hold `training_tokens`; what is returned is then that number.
     """
     documents = training_documents(spec)
-    if isinstance(documents, Mapped):
+    if isinstance(documents, MappedWindows):
         return len(documents) * documents.context_size
     if not all(Path(part.strip()).expanduser().exists() for part in spec.corpus.split(",")):
         return None
@@ -146,7 +144,7 @@ class WindowBlocks:
 
     def _epoch(self, place: _Place) -> Iterator[tuple[np.ndarray, _Place]]:
         """Yield the blocks from a place to the end of the corpus."""
-        if isinstance(self.documents, Mapped):
+        if isinstance(self.documents, MappedWindows):
             first = place.corpus or 0
             for number, tokens in enumerate(self.documents.blocks(self.windows_per_block, first), first + 1):
                 yield tokens, _Place(number)

@@ -15,7 +15,7 @@ from tests.conftest import described
 def test_the_control_of_a_jumprelu_has_its_l0_and_rates(mini, tmp_path):
     """Of 457 latents on a token where the trained SAE had 41, before; the same 16,384 tokens calibrate and are cached."""
     sae = described(JumpReLUSAE(JumpReLUSAEConfig(d_in=128, d_sae=200)))
-    x, _ = held_out_activations(sae, mini, "micro-italiano", 6000)
+    x, *_ = held_out_activations(sae, mini, "micro-italiano", 6000)
     with torch.no_grad():
         sae.W_enc.copy_(torch.nn.functional.normalize(x[::25][:200] - x.mean(0), dim=-1).T)
         sae.threshold.copy_((x @ sae.W_enc).quantile(0.93, dim=0))

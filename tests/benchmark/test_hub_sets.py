@@ -5,8 +5,7 @@ import pytest
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark.hub import HubSet, gather_hub, hub_sets, hub_tasks, read_set
 from sae_italian.benchmark.material import Material
-from sae_italian.benchmark.run import plan
-from sae_italian.benchmark.tasks import SourceTable
+from sae_italian.benchmark.tasks import SourceTable, plan
 from tests.corpora.hub_stand_in import COMMIT, parquet
 from tests.corpora.test_hub import server  # noqa: F401  # a fixture
 

@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 
 from sae_italian.benchmark.probes import (
+    Examples,
     auc_parts,
     dense_probe,
     fitted,
@@ -61,7 +62,7 @@ def test_latents_are_ranked_as_sae_probes_ranks_them():
 
 def test_a_planted_latent_is_found_and_more_latents_do_not_hide_it():
     (x, y), (w, truth) = planted(0), planted(1)
-    found = sparse_probes(x, y, w, truth)
+    found = sparse_probes(Examples(x, y, w, truth))
     alone = roc_auc_score(truth, w.toarray()[:, 7])
     assert found[1].auc == pytest.approx(alone, abs=1e-9) and alone > 0.75
     assert all(judged.auc > alone - 0.05 for judged in found.values())
@@ -81,14 +82,14 @@ def test_probes_are_those_of_the_documented_solver():
 
 def test_nothing_is_chosen_by_a_test_score():
     (x, y), (w, truth) = planted(0), planted(1)
-    one, other = (sparse_probes(x, y, w, labels, (1, 16)) for labels in (truth, np.roll(truth, 1)))
+    one, other = (sparse_probes(Examples(x, y, w, labels), (1, 16)) for labels in (truth, np.roll(truth, 1)))
     for k in (1, 16):
         assert np.array_equal(one[k].score, other[k].score)
 
 
 def test_shuffled_labels_are_at_chance():
     (x, y), (w, truth) = planted(0), planted(1)
-    assert abs(np.mean(permuted(x, y, w, truth, 10, 0)) - 0.5) < 0.1
+    assert abs(np.mean(permuted(Examples(x, y, w, truth), 10, 0)) - 0.5) < 0.1
 
 
 def test_controls_find_what_is_in_form_and_in_tokens():
@@ -96,18 +97,13 @@ def test_controls_find_what_is_in_form_and_in_tokens():
     y = np.array([form.endswith("zione") for form in forms])
     ids = np.array([[len(form), i % 5] for i, form in enumerate(forms)])
     half = np.arange(len(forms)) < 120
+    told = [[f for f, h in zip(forms, half == side, strict=True) if h] for side in (True, False)]
+    vectors = np.stack([y, ~y, ids[:, 1]], 1) * 1.0
     for found in (
-        form_probe(
-            [f for f, h in zip(forms, half, strict=True) if h],
-            y[half],
-            [f for f, h in zip(forms, half, strict=True) if not h],
-            y[~half],
-        ),
-        token_probe(ids[half], y[half], ids[~half], y[~half]),
-        dense_probe(
-            np.stack([y, ~y, ids[:, 1]], 1)[half] * 1.0, y[half], np.stack([y, ~y, ids[:, 1]], 1)[~half] * 1.0, y[~half]
-        ),
+        form_probe(Examples(told[0], y[half], told[1], y[~half])),
+        token_probe(Examples(ids[half], y[half], ids[~half], y[~half])),
+        dense_probe(Examples(vectors[half], y[half], vectors[~half], y[~half])),
     ):
         assert found.auc == 1.0 and found.accuracy == 1.0
     noise = np.random.default_rng(0).random(len(forms)) < 0.5
-    assert abs(token_probe(ids[half], noise[half], ids[~half], noise[~half]).auc - 0.5) < 0.15
+    assert abs(token_probe(Examples(ids[half], noise[half], ids[~half], noise[~half])).auc - 0.5) < 0.15

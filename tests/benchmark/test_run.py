@@ -13,9 +13,9 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, saebench
 from sae_italian.benchmark.board import ranks, training_noise
 from sae_italian.benchmark.pages import leaderboard, send_to_wandb, write
+from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
-from sae_italian.benchmark.tasks import chosen
-from sae_italian.benchmark.vectors import LAST_OF, MEAN_OF, Activations, Pooling
+from sae_italian.benchmark.tasks import LAST_OF, MEAN_OF, chosen
 from sae_italian.cli import main
 from tests.benchmark.schema import SCHEMA
 
@@ -51,12 +51,12 @@ def test_neurons_do_what_the_dense_probe_does_and_form_does_not(scored):
     neurons = entries["neurons"]
     assert set(neurons.scores) == {"M23-word", "M1-negation-mean", "M1-negation-last", "P2-number-last"}
     negation = neurons.scores["M1-negation-mean"]
-    assert negation.auc["16"] > 0.8 and negation.control["dense"]["auc"] > 0.9
+    assert negation.mean("auc", "16") > 0.8 and negation.control["dense"]["auc"] > 0.9
     # a minimal pair differs in its last word, whose characters say nothing of the determiner before
     assert neurons.scores["P2-number-last"].control["form"]["auc"] < 0.75
     for score in neurons.scores.values():
         assert abs(np.mean(score.own["permuted"]) - 0.5) < 0.15
-        assert score.own["interval"]["16"][0] <= score.seeds["16"][0] <= score.own["interval"]["16"][1]
+        assert score.own["interval"]["16"][0] <= score.own["auc"]["16"][0] <= score.own["interval"]["16"][1]
         assert sum(score.own["influence"]["16"].values()) == pytest.approx(0, abs=1e-4)
 
 

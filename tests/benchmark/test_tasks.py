@@ -12,7 +12,6 @@ from sae_italian.benchmark.material import (
     lexicon_passages,
     treebank_passages,
 )
-from sae_italian.benchmark.run import plan
 from sae_italian.benchmark.tasks import (
     ProbingTask,
     SourceTable,
@@ -20,6 +19,7 @@ from sae_italian.benchmark.tasks import (
     chosen,
     draw,
     n_balanced,
+    plan,
     read_tasks,
     shortage,
 )

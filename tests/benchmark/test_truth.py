@@ -16,9 +16,9 @@ from scipy.stats import spearmanr
 
 from sae_italian.base.storage import read_json
 from sae_italian.benchmark import all_tasks, material
-from sae_italian.benchmark.run import plan, set_up
-from sae_italian.benchmark.tasks import WORD
-from sae_italian.benchmark.vectors import Activations
+from sae_italian.benchmark.probes import Activations
+from sae_italian.benchmark.run import set_up
+from sae_italian.benchmark.tasks import WORD, plan
 from sae_italian.saes.baselines import random_twin
 
 D, LEMMAS, K = 128, 300, 8

@@ -199,7 +199,7 @@ def test_a_csv_without_the_text_column_lists_its_columns_and_names_the_option(tm
 @pytest.mark.parametrize("whole", [2**28, 0])
 def test_a_file_rewritten_with_the_same_size_is_another_corpus(tmp_path, monkeypatch, size, whole):
     """And the same text with another date is the same one, where the whole of it is read to know."""
-    monkeypatch.setattr("sae_italian.corpora.stream.HASHED_WHOLE", whole)
+    monkeypatch.setattr("sae_italian.corpora.rows.HASHED_WHOLE", whole)
     file = tmp_path / "a.txt"
 
     def written(text):
@@ -216,7 +216,7 @@ def test_a_file_rewritten_with_the_same_size_is_another_corpus(tmp_path, monkeyp
 
 def test_one_letter_in_the_middle_of_a_large_file_is_another_corpus(tmp_path, monkeypatch):
     """Between the parts that are hashed of one: its date tells it, unless somebody puts that back, as the page says."""
-    monkeypatch.setattr("sae_italian.corpora.stream.HASHED_WHOLE", 0)
+    monkeypatch.setattr("sae_italian.corpora.rows.HASHED_WHOLE", 0)
     file, text, seen = tmp_path / "a.txt", bytearray(b"uno due tre " * 420_000), []
     for place, date in ((0, 10**18), (300_000, 10**18 + 1), (2_500_000, 10**18 + 2), (300_000, 10**18 + 2)):
         text[place] ^= 1

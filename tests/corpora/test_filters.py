@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sae_italian.base.errors import UsageError
-from sae_italian.corpora.filters import BloomFilter, Filters, Sieve, is_italian
+from sae_italian.corpora.filters import BloomFilter, Sieve, is_italian
 from sae_italian.corpora.stream import CorpusStream, Reader
 
 pytest.importorskip("py3langid")
@@ -46,7 +46,7 @@ def test_italian_is_told_from_its_neighbours():
 
 
 def test_near_duplicates_are_found_and_different_texts_are_kept():
-    near = Sieve(Filters(near_duplicates=True, capacity=10_000)).reason_against
+    near = Sieve(Reader(near_duplicates=True, capacity=10_000)).reason_against
     texts = [words(200, seed) for seed in range(200)]
     assert not any(near(" ".join(text)) for text in texts)
     slightly = [near(changed(text, 0.01, i)) for i, text in enumerate(texts)]  # Jaccard about 0.9
@@ -109,6 +109,6 @@ def test_what_was_seen_is_resumed(tmp_path):
 
 def test_settings_out_of_range():
     with pytest.raises(UsageError, match="capacity is 0; it must be 1 or more"):
-        Sieve(Filters(capacity=0))
+        Sieve(Reader(capacity=0))
     with pytest.raises(UsageError, match="min_chars is -1"):
-        Filters(min_chars=-1)
+        Reader(min_chars=-1)

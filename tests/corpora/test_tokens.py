@@ -8,8 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora import TextDocument, pack, packing
-from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, tokenise, tokenised
-from sae_italian.corpora.stats import corpus_stats
+from sae_italian.corpora.packing import NO_DOCUMENT, corpus_stats, special_mask, tokenise, tokenised
 from tests.corpora.test_packing import HARD, TOKENIZERS
 
 ALPHABET = "aàeé'’ ,.  \n\t\u00a0\u200be\u03016«»🙂日▁Ġ-"

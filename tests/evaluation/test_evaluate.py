@@ -14,7 +14,7 @@ from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Trans
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
-from sae_italian.base.statistics import bootstrap
+from sae_italian.base.statistics import StreamingBootstrap, bootstrap
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.evaluation import EvaluationCard, evaluate, read_card
 from sae_italian.evaluation.evaluate import LatentCounts
@@ -362,17 +362,18 @@ def test_one_dimension_of_great_variance_does_not_hide_the_others():
     rng = np.random.default_rng(0)
     y = rng.normal(size=(4000, 5)) * [1000, 1, 1, 1, 0] + 7
     error = (y - y.mean(0)) * [0, 0.5**0.5, 0.5**0.5, 0.5**0.5, 0]
-    sums = module.DimensionSums(5)
+    sums = StreamingBootstrap(16, n_samples=200)
     for first in range(0, 4000, 500):
         here = slice(first, first + 500)
-        sums.add(np.arange(first, first + 500) // 50, y[here], error[here])
-    found = sums.estimate(module._explained_per_dimension)
+        columns = [np.ones(500), y[here], y[here] ** 2, error[here] ** 2]
+        sums.add_sums(*module.by_document(np.arange(first, first + 500) // 50, columns))
+    found = sums.estimate(module.explained_per_dimension)
     assert found.value == pytest.approx((1 + 3 * 0.5) / 4) and found.lo <= found.hi
     assert 1 - (error**2).sum() / ((y - y.mean(0)) ** 2).sum() > 0.999
 
 
 def test_the_card_names_what_stands_out(mini):
-    from sae_italian.evaluation.outliers import outliers_of
+    from sae_italian.evaluation.card import outliers_of
 
     generator = torch.Generator().manual_seed(0)
     acts = torch.randn(4, 64, 32, generator=generator) + 3

@@ -8,7 +8,7 @@ from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
-from sae_italian.evaluation.diagnosis import held_out_with_documents
+from sae_italian.evaluation.diagnosis import held_out_activations
 from sae_italian.saes import load_sae
 from sae_italian.saes.architectures import TopKTranscoder, TopKTranscoderConfig
 from sae_italian.saes.fit import CHUNK, save_sae
@@ -82,7 +82,7 @@ def kept(sae: TopKSAE, x: torch.Tensor, l0_within: float = 0.02, **given) -> lis
 def test_calibrated_thresholds_keep_what_one_threshold_loses(trained_sae, mini):
     """On documents that they did not see; decoder directions stay, and SAELens' own class says the same."""
     sae = load_sae(trained_sae)
-    x, y, documents = held_out_with_documents(sae, mini, "micro-italiano", 20_000)
+    x, y, documents = held_out_activations(sae, mini, "micro-italiano", 20_000)
     one, calibrated = kept(sae, x, 0.08, documents=documents)  # 47 documents of six registers differ in L0
     assert one < 0.9 < 0.92 < calibrated
     exported, report = to_jumprelu(sae, x, y, documents=documents)

@@ -40,7 +40,7 @@ def trained(architecture: str, x: torch.Tensor) -> Any:
 def rows(mini):
     """Activations of held-out text: those to calibrate on, and those of other documents."""
     plain = described(SAE.from_dict({"architecture": "standard", "d_in": D_IN, "d_sae": 8}))
-    x, _ = held_out_activations(plain, mini, "micro-italiano", 2 * CALIBRATION_TOKENS)
+    x, *_ = held_out_activations(plain, mini, "micro-italiano", 2 * CALIBRATION_TOKENS)
     return x[:CALIBRATION_TOKENS], x[CALIBRATION_TOKENS + 128 :]
 
 

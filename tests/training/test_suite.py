@@ -101,7 +101,8 @@ def test_together_or_alone_the_weights_are_the_same(tmp_path):
 def test_a_group_is_a_unit_of_work_and_resumes_where_it_was_stopped(tmp_path, monkeypatch):
     suite = small("layers=[1]", "sites=[R]", "checkpoint_every_tokens=1024")
     whole = train_suite(suite, tmp_path / "whole")
-    function, spec, out, index = pickle.loads(pickle.dumps((train_group, suite, tmp_path / "stopped", 0)))
+    group = "group-000", suite.groups()[0]
+    function, out, group = pickle.loads(pickle.dumps((train_group, tmp_path / "stopped", group)))
     original, calls = Loop._step, []
 
     def stop_at_seven(self):
@@ -112,16 +113,16 @@ def test_a_group_is_a_unit_of_work_and_resumes_where_it_was_stopped(tmp_path, mo
 
     monkeypatch.setattr(Loop, "_step", stop_at_seven)
     with pytest.raises(OSError, match="went away"):
-        function(spec, out, index)
+        function(out, group)
     assert list((out / "group-000" / "checkpoints").iterdir()), "a state was saved"
     with pytest.raises(UsageError, match="--resume"):
         load_sae(out / "L1R-1x")
     monkeypatch.setattr(Loop, "_step", original)
-    folders = function(spec, out, index)
+    folders = function(out, group)
     for left, right in zip(folders, whole, strict=True):
         assert all(torch.equal(value, weights(right)[name]) for name, value in weights(left).items())
     stamp = (folders[0] / "sae_weights.safetensors").stat().st_mtime_ns
-    assert function(spec, out, index) == folders
+    assert function(out, group) == folders
     assert (folders[0] / "sae_weights.safetensors").stat().st_mtime_ns == stamp, "a finished group is left alone"
     assert not (out / "group-000").exists()
 
