@@ -77,6 +77,30 @@ def two_way_mean(values: Float[np.ndarray, " latents"], falls: Float[np.ndarray,
     return Estimate(float(mean), float(mean - half), float(mean + half))
 
 
+def correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Estimate:
+    """Return Pearson's correlation with its interval over the pairs (latents); NaN for fewer than three."""
+    return _of_pairs(x, y, lambda xx, yy, xy: xy / np.sqrt(xx * yy))
+
+
+def slope(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Estimate:
+    """Return the slope of y on x with its interval over the pairs; NaN for fewer than three."""
+    return _of_pairs(x, y, lambda xx, yy, xy: xy / xx)
+
+
+def _of_pairs(x: np.ndarray, y: np.ndarray, statistic: Callable[..., Float[np.ndarray, " samples"]]) -> Estimate:
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y = np.asarray(x, dtype=np.float64)[both], np.asarray(y, dtype=np.float64)[both]
+    if len(x) < 3:
+        return NOTHING
+    x, y = x - x.mean(), y - y.mean()
+
+    def of_sums(total: Float[np.ndarray, "samples 6"]) -> Float[np.ndarray, " samples"]:
+        n, a, b, aa, bb, ab = total.T
+        return statistic(aa / n - (a / n) ** 2, bb / n - (b / n) ** 2, ab / n - a * b / n**2)
+
+    return bootstrap(np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1), of_sums)
+
+
 def _resampled(
     sums: np.ndarray, statistic: Statistic, n_samples: int, seed: int
 ) -> tuple[float, Float[np.ndarray, " samples"]]:

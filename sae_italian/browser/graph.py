@@ -17,7 +17,7 @@ import numpy as np
 from sae_italian.autointerp.explainers.choose import EXPLAINER
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label, page_labels
-from sae_italian.base.storage import write_text
+from sae_italian.base.storage import read_json, write_text
 from sae_italian.browser.directions import rounded
 from sae_italian.browser.page import static_text
 from sae_italian.browser.source import LatentSource
@@ -88,6 +88,25 @@ def _report(cache: Path, out: Path) -> str:
         if (report / "index.html").is_file():
             return os.path.relpath(report / "index.html", out)
     return ""
+
+
+def graphs_beside(cache: FeatureCache, out: Path) -> dict[int, list[dict[str, str]]]:
+    """Return by latent the graphs beside a cache, or a folder further up, in which it is a node.
+
+    Each has its prompt, and its address from `out`, where the cache's browser will stand.
+    """
+    found: dict[int, list[dict[str, str]]] = {}
+    layer, sae = int(cache.manifest.hook_name.split(".")[1]), Path(cache.manifest.sae).resolve()
+    for file in (file for up in cache.folder.resolve().parents[:2] for file in sorted(up.glob("*/graph.json"))):
+        spec = read_json(file.with_name("run.json"))["spec"] if file.with_name("run.json").is_file() else {}
+        if Path(str(spec.get("transcoders", ""))).resolve() in (sae, sae.parent):
+            graph = Graph.load(file.parent)
+            page = os.path.relpath(file.with_name("index.html"), out.resolve())
+            nodes = {node.index: node for node in graph.nodes if node.kind == "latent" and node.layer == layer}
+            for latent, node in nodes.items():
+                address = f"{page}#node={id_of(node, graph.n_layers)}"
+                found.setdefault(latent, []).append({"prompt": graph.prompt, "href": address})
+    return found
 
 
 def write_graph_page(out: Path, graph: Graph, latents: Latents | None = None, checked: Checked | None = None) -> Path:

@@ -74,6 +74,7 @@ class LatentSource:
         self._document = lru_cache(8192)(cache.document)
         self._samples: dict[int, str] = {}
         self._read_results(cache.folder / RESULTS)
+        self.graphs: dict[int, list[Record]] = {}  # by latent, those that a page beside them links to
         self._local = threading.local()
         self.refresh()
 
@@ -218,6 +219,7 @@ class LatentSource:
             "labels": self.labels.get(latent, []),
             "rule": _shown_rule(rule.rule if rule else None),
             "seeds": self._seeds_of(latent),
+            "graphs": self.graphs.get(latent, []),
         }
 
     def _seeds_of(self, latent: int) -> Record | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,14 +17,14 @@ from sae_italian.base import pictures
 from sae_italian.base.labels import Language, label
 from sae_italian.base.pace import progress
 from sae_italian.base.report import shown, table
-from sae_italian.base.statistics import Estimate, interval
+from sae_italian.base.statistics import Estimate, correlation, slope
 from sae_italian.circuits.edges import attribute, layers_of
 from sae_italian.circuits.graph import Graph, influence, scores
-from sae_italian.models.activations import read_many, replaced
+from sae_italian.models.activations import logits_at, read_many, replaced
 from sae_italian.saes.baselines import random_twin
 
 N_LATENTS = 40
-RESAMPLES = 1000
+AT_ONCE = 16  # of which each is taken away in a row of a batch
 
 
 class Agreement(NamedTuple):
@@ -106,7 +108,7 @@ def _agreements(
     random = np.random.default_rng(seed).permutation(latents)[:n]
     direct, paths = foretold(graph)
     return tuple(
-        _agreement(f"{what}{name}", direct[some], paths[some], _changes(model, by_layer, tokens, graph, some), seed)
+        _agreement(f"{what}{name}", direct[some], paths[some], _changes(model, by_layer, tokens, graph, some))
         for what, some in (("most influential", ranked), ("at random", random))
     )
 
@@ -115,15 +117,17 @@ def foretold(graph: Graph) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarra
     """Return by how much the first logit falls when each latent goes: by its edge alone, and by all paths of latents.
 
     Taking a latent away moves another's activation a_t by its edge, and what t writes by that share of a_t:
-    d = A e + A diag(1/a) d over the latents, as long as the same latents stay active.
+    d = A e + A diag(1/a) d over the latents, as long as the same latents stay active; A is triangular by their layers.
     """
+    from scipy.linalg import solve_triangular
+
     latent, among = graph.of_kind("latent"), graph.among(graph.of_kind("latent"))
     logit = graph.weights[len(among)]  # rows: latents, then logits
     value = np.array([node.value for node in graph.nodes])[latent]
     direct, paths = np.zeros(len(latent)), np.zeros(len(latent))
     direct[latent] = -logit[latent]
-    moved = np.linalg.solve(np.eye(len(among)) - among / value, among)  # of each latent, by each that goes
-    paths[latent] = direct[latent] - (logit[latent] / value) @ moved
+    onwards = solve_triangular(np.eye(len(among)) - among / value, logit[latent] / value, trans="T", lower=True)
+    paths[latent] = direct[latent] - onwards @ among
     return direct, paths
 
 
@@ -133,48 +137,37 @@ def _changes(
 ) -> Float[np.ndarray, " n"]:
     """Return the real change of the first logit, centred on all, when each latent's write at its position is taken away."""
     logit = next(node.index for node in graph.nodes if node.kind == "logit")
+    last = torch.arange(tokens.shape[1], device=tokens.device)[None] == tokens.shape[1] - 1
 
-    def centred() -> float:
-        logits = model(tokens, use_cache=False).logits[0, -1].double()
-        return float(logits[logit] - (logits.mean() if graph.against < 0 else logits[graph.against]))
+    def centred(n: int) -> Float[Tensor, " n"]:
+        logits = logits_at(model, tokens.expand(n, -1), last.expand(n, -1)).double()
+        return logits[:, logit] - (logits.mean(-1) if graph.against < 0 else logits[:, graph.against])
 
-    before, found = centred(), []
-    with progress("taken away", total=len(latents), unit="latent") as bar:
-        for number in latents.tolist():
-            node = graph.nodes[number]
+    before, found = centred(1), []
+    for some in progress("taken away", torch.from_numpy(latents).split(AT_ONCE), unit="batch"):
+        gone: dict[int, list[tuple[int, int, Tensor]]] = {}
+        for row, node in enumerate(graph.nodes[i] for i in some.tolist()):
             write = node.value * written_directions(by_layer[node.layer], [node.index])[0]
-
-            def without(x: Tensor, node: Any = node, write: Tensor = write) -> Tensor:
-                changed = x.clone()
-                changed[0, node.position] -= write.to(x)
-                return changed
-
-            with replaced(model, f"blocks.{node.layer}.hook_mlp_out", without):
-                found.append(centred() - before)
-            bar.update()
-    return np.array(found)
+            gone.setdefault(node.layer, []).append((row, node.position, write))
+        with ExitStack() as stack:
+            for layer, writes in gone.items():
+                stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(_without, writes)))
+            found.append((centred(len(some)) - before).cpu())
+    return torch.cat(found).numpy() if found else np.zeros(0)
 
 
-def _agreement(what: str, direct: np.ndarray, paths: np.ndarray, real: np.ndarray, seed: int) -> Agreement:
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(real), size=(RESAMPLES, len(real))) if len(real) else np.zeros((0, 0), dtype=int)
-    one, two, slope = (
-        interval(how(each, real), np.array([how(each[d], real[d]) for d in draws]))
-        for how, each in ((_correlation, direct), (_correlation, paths), (_slope, paths))
-    )
-    return Agreement(what, len(real), one, two, slope, tuple(zip(paths.tolist(), real.tolist(), strict=True)))
+def _without(
+    writes: Sequence[tuple[int, int, Tensor]], x: Float[Tensor, "batch pos d"]
+) -> Float[Tensor, "batch pos d"]:
+    changed = x.clone()
+    for row, position, write in writes:
+        changed[row, position] -= write.to(x)
+    return changed
 
 
-def _slope(foreseen: np.ndarray, real: np.ndarray) -> float:
-    away = foreseen - foreseen.mean() if len(foreseen) else foreseen
-    spread = float((away**2).sum())
-    return float((away * (real - real.mean())).sum() / spread) if spread > 0 else float("nan")
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    if len(a) < 3 or a.std() == 0 or b.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
+def _agreement(what: str, direct: np.ndarray, paths: np.ndarray, real: np.ndarray) -> Agreement:
+    told = correlation(direct, real), correlation(paths, real), slope(paths, real)
+    return Agreement(what, len(real), *told, tuple(zip(paths.tolist(), real.tolist(), strict=True)))
 
 
 def check_svg(checked: Checked) -> str:

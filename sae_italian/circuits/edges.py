@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,35 +27,34 @@ from sae_italian.saes.fit import decoded
 
 COVERED = 0.95  # probability that the logit nodes hold together
 MOST_LOGITS = 10
+SITES = ("mlp.hook_in", "ln2.hook_normalized")  # that a transcoder may read
 ROWS_AT_ONCE = 256  # of the edges that are weighed together, so that no copy of all is made
 SAID_FROM = 1.0  # 10^9 bytes of edges, from which the memory is told before they are computed
+LENGTHS, SHORT = 4, 16  # passes of a prompt's beginning, the whole as the last; tokens of the shortest
 FIRST_LOOK, GROWTH = 4, 4  # batches before the next are chosen by influence; then again when a quarter more was visited
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class _Written:
-    """What one layer's MLP wrote at the prompt's positions, taken apart."""
+class _Written(NamedTuple):
+    """What was written into the residual stream at one place, the first block's input or an MLP, taken apart."""
 
-    latents: list[GraphNode]
-    vectors: Float[Tensor, "n d_model"]  # what each latent wrote
-    encoders: Float[Tensor, "n d_in"]
-    error: Float[Tensor, "pos d_model"]
-    bias: Float[Tensor, "pos d_model"]
+    nodes: list[GraphNode]  # position by position
+    vectors: Float[Tensor, "n d_model"]  # what each wrote
+    counts: list[int]  # of nodes at each position
 
 
 def layers_of(transcoders: Sequence[Any], model: Any) -> dict[int, Any]:
     """Return the transcoders by layer.
 
-    Raises: UsageError for an SAE that is no transcoder of an MLP, two of one layer, and what does not fit the model.
+    Raises: UsageError for an SAE that is no transcoder of an MLP, two of one layer, mixed sites, and what does not fit the
+    model.
     """
     found: dict[int, Any] = {}
+    sites: dict[str, int] = {}
     for sae in transcoders:
         read, write = edit_hooks(sae, model)
-        layer = int(read.split(".")[1])
-        if read not in (f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.ln2.hook_normalized") or not write.endswith(
-            f"blocks.{layer}.hook_mlp_out"
-        ):
+        layer, site = int(read.split(".")[1]), read.split(".", 2)[2]
+        if site not in SITES or not write.endswith(f"blocks.{layer}.hook_mlp_out"):
             raise UsageError(
                 f"{read} to {write}: a graph needs transcoders, which read an MLP's input and write its output; this is an "
                 "SAE. Train some with `sae-italian train mini/transcoders`."
@@ -63,68 +62,66 @@ def layers_of(transcoders: Sequence[Any], model: Any) -> dict[int, Any]:
         if layer in found:
             raise UsageError(f"two transcoders are of layer {layer}; give one for each layer.")
         found[layer] = sae
+        sites.setdefault(site, layer)
+    if len(sites) > 1:
+        told = ", ".join(f"{site} in layer {layer}" for site, layer in sites.items())
+        raise UsageError(f"the transcoders read mixed sites: {told}. Use a set that reads one site in all layers.")
     return found
 
 
 @torch.no_grad()
 def _take_apart(sae: Any, layer: int, read: Tensor, written: Tensor, texts: list[str], silent: Tensor) -> _Written:
     """Write an MLP's output as latents + bias + error; at special tokens, where no transcoder is applied, all is bias."""
-    d_model = written.shape[-1]
-    if sae is None:
-        keep = (~silent)[:, None]
-        none = written.new_zeros(0, d_model)
-        return _Written([], none, none, written * keep, written * ~keep)
-    z = codes(sae, read).to(written)
-    z[silent] = 0
-    position, latent = (part.tolist() for part in z.nonzero(as_tuple=True))
-    value = z[position, latent]
-    unique, where = np.unique(latent, return_inverse=True)
-    directions = written_directions(sae, unique.tolist()).to(written)[where]
-    constant = sae.decode(torch.zeros_like(z[:1], dtype=sae.dtype)).to(written)
-    told = decoded(sae, z.to(sae.dtype), read.to(sae.dtype)).to(written)
-    skipped = told - sae.decode(z.to(sae.dtype)).to(
-        written
-    )  # what a skip connection writes is neither latent nor error
-    live = (~silent)[:, None].to(written)
-    norm = sae.W_dec.norm(dim=-1)[latent] if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else 1.0
-    encoders = (sae.W_enc[:, latent] * norm).T.to(written).detach()
-    nodes = [
-        GraphNode("latent", layer, p, i, v, texts[p]) for p, i, v in zip(position, latent, value.tolist(), strict=True)
-    ]
-    error = (written - told) * live
+    told = skipped = constant = torch.zeros_like(written)
+    nodes, vectors, live = [], written[:0], (~silent)[:, None].to(written)
+    if sae is not None:
+        z = codes(sae, read).to(written)
+        z[silent] = 0
+        position, latent = (part.tolist() for part in z.nonzero(as_tuple=True))
+        value = z[position, latent]
+        unique, where = np.unique(latent, return_inverse=True)
+        vectors = written_directions(sae, unique.tolist()).to(written)[where] * value[:, None]
+        nodes = [GraphNode("latent", layer, *at) for at in zip(position, latent, value.tolist(), strict=True)]
+        constant = sae.decode(torch.zeros_like(z[:1], dtype=sae.dtype)).to(written)
+        told = decoded(sae, z.to(sae.dtype), read.to(sae.dtype)).to(written)
+        skipped = told - sae.decode(z.to(sae.dtype)).to(written)  # by a skip connection: neither latent nor error
+    places = range(len(texts))
+    nodes += [GraphNode(kind, layer, position) for kind in ("error", "bias") for position in places]
     bias = (written - skipped) * (1 - live) + constant * live
-    return _Written(nodes, directions * value[:, None], encoders, error, bias)
+    vectors = torch.cat([vectors, (written - told) * live, bias])
+    at = np.array([node.position for node in nodes])
+    order = np.argsort(at, kind="stable").tolist()
+    ordered = [nodes[i]._replace(text=texts[at[i]]) for i in order]
+    return _Written(ordered, vectors[order], np.bincount(at).tolist())
+
+
+def _encoder(sae: Any, latent: int) -> Float[Tensor, " d_in"]:
+    norm = sae.W_dec[latent].norm() if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else 1.0
+    return (sae.W_enc[:, latent] * norm).detach()
 
 
 class _Rows:
-    """Edges of targets to every source of a prompt: latents, then errors, inputs and biases by position."""
+    """Edges of targets to every source of a prompt; sources stand by layer, the input first, and then by position.
 
-    def __init__(self, linear: Linear, embedding: Tensor, sources: list[_Written]):
-        self.linear, self.embedding, self.sources = linear, embedding, sources
-        n_pos, n_layers = len(embedding), len(sources)
-        places = [torch.tensor([node.position for node in source.latents], dtype=torch.int64) for source in sources]
-        self.counts = [torch.bincount(place, minlength=n_pos).tolist() for place in places]
-        self.n_latents = sum(map(len, places))
-        self.n_sources = self.n_latents + (2 * n_layers + 1) * n_pos
+    Nothing looks ahead, so targets at early positions go back through a pass of the prompt's beginning alone.
+    """
+
+    def __init__(self, linear: Callable[[int], Linear], sources: Sequence[_Written]):
+        self.linear, self.sources, n_pos = linear, sources, len(sources[0].counts)
+        step = max(SHORT, -(-n_pos // LENGTHS))
+        self.ends = [*range(step, n_pos, step), n_pos]
+        self.n_sources = sum(len(source.nodes) for source in sources)
 
     def __call__(self, targets: Sequence[Target], out: Float[np.ndarray, "targets sources"]) -> None:
         """Write the targets' rows into `out`; what no target reads stays 0."""
-        first, *writes = self.linear.gradients(targets)
-        assert first is not None  # every target reads the first block's input
-        n_pos, at, error = len(self.embedding), 0, self.n_latents
-        token = error + len(self.sources) * n_pos
-        bias = token + n_pos
+        end, at = next(end for end in self.ends if end > max(target.position for target in targets)), 0
         out[:] = 0
-        out[:, token:bias] = _array((first * self.embedding).sum(-1))
-        for source, gradient, counts in zip(self.sources, writes, self.counts, strict=True):
+        for source, gradient in zip(self.sources, self.linear(end).gradients(targets), strict=True):
             if gradient is not None:
-                out[:, error : error + n_pos] = _array((gradient * source.error).sum(-1))
-                out[:, bias : bias + n_pos] = _array((gradient * source.bias).sum(-1))
-                parts = source.vectors.split(counts)  # latents come position by position
-                told = [gradient[:, p] @ part.T for p, part in enumerate(parts) if len(part)]
-                if told:
-                    out[:, at : at + len(source.latents)] = _array(torch.cat(told, dim=1))
-            at, error, bias = at + len(source.latents), error + n_pos, bias + n_pos
+                parts = source.vectors.split(source.counts)[:end]
+                told = torch.cat([gradient[:, p] @ part.T for p, part in enumerate(parts)], dim=1)
+                out[:, at : at + told.shape[1]] = _array(told)
+            at += len(source.nodes)
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -162,27 +159,36 @@ def attribute(
     texts = token_text(tokenizer, tokens[0].tolist())
     hooks = {layer: edit_hooks(sae, model)[0] for layer, sae in by_layer.items()}
     skips = {layer: sae.W_skip for layer, sae in by_layer.items() if getattr(sae, "W_skip", None) is not None}
-    linear = linearise(model, tokens, hooks, batch=batch, skips=skips)
-    n_layers, n_pos = model.config.num_hidden_layers, tokens.shape[1]
-    reads = {layer: read[0].detach() for layer, read in linear.reads.items()}
-    embedding = linear.leaves[0][0].detach()
-    sources = [
-        _take_apart(
-            by_layer.get(layer), layer, reads.get(layer, embedding), linear.constants.written[layer][0], texts, silent
-        )
-        for layer in range(n_layers)
-    ]
-    nodes, targets, own = _logit_targets(model, tokenizer, reads[n_layers][-1], n_pos, n_layers, logits, against)
-    rows, active = _Rows(linear, embedding, sources), [node for source in sources for node in source.latents]
-    most = min(max_nodes, len(active))
-    _check_memory(rows.n_sources * embedding.element_size(), len(nodes), len(active), most, memory)
-    encoders = torch.cat([source.encoders for source in sources if len(source.latents)] or [embedding[:0]])
-    values = [node.value for node in nodes]
-    with _kept(resume, (most + len(nodes), rows.n_sources), (reads[n_layers], encoders, embedding), own) as kept:
-        visited = _visit(rows, active, encoders, targets, values, most, batch, kept)
-        own += [float(encoders[i] @ reads[active[i].layer][active[i].position].to(encoders)) for i in visited]
-        found = _assembled(prompt, model, texts, n_layers, active, visited, nodes, kept.rows, np.array(own))
-    return found if against is None else replace(found, against=against)
+
+    @cache
+    def linear(end: int) -> Linear:
+        return linearise(model, tokens[:, :end], hooks, batch=batch, skips=skips)
+
+    whole, n_layers, n_pos = linear(tokens.shape[1]), model.config.num_hidden_layers, tokens.shape[1]
+    reads = {layer: read[0].detach() for layer, read in whole.reads.items()}
+    embedding = whole.leaves[0][0].detach()
+    inputs = [GraphNode("embedding", -1, position, text=text) for position, text in enumerate(texts)]
+    sources = [_Written(inputs, embedding, [1] * n_pos)]
+    for layer, written in sorted(whole.constants.written.items()):
+        sae, read = by_layer.get(layer), reads.get(layer, embedding)
+        sources.append(_take_apart(sae, layer, read, written[0], texts, silent))
+    logit_nodes, targets, own = _logit_targets(model, tokenizer, reads[n_layers][-1], n_pos, logits, against)
+
+    def target(node: GraphNode) -> Target:
+        return Target(node.layer, node.position, _encoder(by_layer[node.layer], node.index))
+
+    rows, nodes = _Rows(linear, sources), [node for source in sources for node in source.nodes]
+    n_active = sum(node.kind == "latent" for node in nodes)
+    most = min(max_nodes, n_active)
+    _check_memory(rows.n_sources * embedding.element_size(), len(targets), n_active, most, memory)
+    written = [reads[n_layers], *(source.vectors for source in sources)]
+    with _kept(resume, (most + len(targets), rows.n_sources), written, own) as kept:
+        visited = _visit(rows, nodes, target, targets, [node.value for node in logit_nodes], most, batch, kept)
+        for each in (target(nodes[i]) for i in visited):
+            own.append(float(each.vector.to(embedding) @ reads[each.layer][each.position].to(embedding)))
+        found = _assembled(nodes, visited, logit_nodes, kept.rows, np.array(own), n_layers)
+    name = str(getattr(model, "loaded_from", {}).get("name") or model.config._name_or_path)
+    return Graph(prompt, name, tuple(texts), n_layers, *found, n_active, -1 if against is None else against)
 
 
 def _check_memory(row: int, n_logits: int, n_active: int, most: int, memory: float | None) -> None:
@@ -204,12 +210,11 @@ def _logit_targets(
     tokenizer: Any,
     final: Tensor,
     n_pos: int,
-    n_layers: int,
     wanted: Sequence[int] | None,
     against: int | None,
 ) -> tuple[list[GraphNode], list[Target], list[float]]:
     """Return the logits that are explained: nodes, targets, and their values centred on all logits, without a bias."""
-    unembedding = model.get_output_embeddings()
+    unembedding, n_layers = model.get_output_embeddings(), model.config.num_hidden_layers
     weight = unembedding.weight.detach()
     raw = torch.nn.functional.linear(final, weight)
     shown = raw if unembedding.bias is None else raw + unembedding.bias.detach()
@@ -272,35 +277,36 @@ def _kept(
 
 def _visit(
     rows: _Rows,
-    active: list[GraphNode],
-    encoders: Tensor,
-    logits: list[Target],
-    importance: list[float],
+    nodes: Sequence[GraphNode],
+    target: Callable[[GraphNode], Target],
+    logits: Sequence[Target],
+    importance: Sequence[float],
     most: int,
     batch: int,
     kept: _Kept,
 ) -> list[int]:
-    """Return which latents were visited, the most influential first, with the rows of the logits and theirs in `kept`.
+    """Return which nodes, all latents, were visited, with the rows of the logits and theirs in `kept`.
 
-    What a look chooses goes by layer: a batch's backward pass then begins no higher than it must.
+    The most influential of what is known are next. What a look chooses goes by layer and position, so that a batch's
+    backward pass begins no higher, and ends no later in the prompt, than it must.
     """
     n, visited = len(logits), kept.visited
     if not visited:
         for some in _batches(range(n), batch):
             rows([logits[i] for i in some], kept.rows[some[0] : some[-1] + 1])
-    layer = np.array([node.layer for node in active], dtype=np.int64)
+    layer = np.array([node.layer if node.kind == "latent" else -1 for node in nodes], dtype=np.int64)
     pace = Pace("edges", most, "latent")
     with pace.bar:
         pace.skip(len(visited))
         while len(visited) < most:
             wanted = min(most - len(visited), max(FIRST_LOOK * batch, len(visited) // GROWTH))
             reached = _reach(kept.rows[: n + len(visited)], np.array(visited, dtype=np.int64), importance, layer)
+            reached[layer < 0] = -2
             reached[visited] = -1
             ranked = np.argsort(-reached, kind="stable")[:wanted].tolist()
-            for chosen in _batches(sorted(ranked, key=lambda i: (active[i].layer, i)), batch):
-                targets = [Target(active[i].layer, active[i].position, encoders[i]) for i in chosen]
+            for chosen in _batches(sorted(ranked), batch):  # nodes stand by layer and position
                 at = n + len(visited)
-                rows(targets, kept.rows[at : at + len(chosen)])
+                rows([target(nodes[i]) for i in chosen], kept.rows[at : at + len(chosen)])
                 visited += chosen
                 pace.step(len(chosen))
             kept.save()
@@ -314,64 +320,54 @@ def _batches(items: Sequence[int], size: int) -> list[Sequence[int]]:
 def _reach(
     rows: Float[np.ndarray, "rows sources"],
     visited: Int[np.ndarray, " visited"],
-    importance: list[float],
-    layer: Int[np.ndarray, " latents"],
-) -> Float[np.ndarray, " latents"]:
-    """Return the influence of each latent on the logits through the rows that are known.
+    importance: Sequence[float],
+    layer: Int[np.ndarray, " sources"],
+) -> Float[np.ndarray, " sources"]:
+    """Return the influence of each source on the logits through the rows that are known.
 
     From the logits down, layer by layer: what a latent reaches is known when its own layer's turn comes.
     """
     n, reach = len(importance), np.zeros(len(layer))
-    places = [
-        np.arange(n),
-        *(n + np.flatnonzero(layer[visited] == each) for each in range(layer.max(initial=-1), -1, -1)),
-    ]
+    downwards = range(layer.max(initial=-1), -1, -1)
+    places = [np.arange(n), *(n + np.flatnonzero(layer[visited] == each) for each in downwards)]
     for place in places:
         for some in np.split(place, range(ROWS_AT_ONCE, len(place), ROWS_AT_ONCE)):
             size = np.abs(rows[some])
             own = weights_of(importance)[some] if place is places[0] else reach[visited[some - n]]
             share = own / np.maximum(size.sum(axis=1), 1e-10)
-            reach += share.astype(rows.dtype) @ size[:, : len(layer)]
+            reach += share.astype(rows.dtype) @ size
     return reach
 
 
 def _assembled(
-    prompt: str,
-    model: Any,
-    texts: list[str],
-    n_layers: int,
-    active: list[GraphNode],
-    visited: list[int],
-    logits: list[GraphNode],
+    nodes: Sequence[GraphNode],
+    visited: Sequence[int],
+    logits: Sequence[GraphNode],
     rows: Float[np.ndarray, "rows sources"],
     own: Float[np.ndarray, " rows"],
-) -> Graph:
-    """Put the nodes in order (latents by layer and position first, logits last) and book what was not visited."""
-    n_pos, order = len(texts), np.sort(np.array(visited, dtype=np.int64))
-    row_of = {latent: len(logits) + row for row, latent in enumerate(visited)}
-    rows_in_order = [*(row_of[i] for i in order.tolist()), *range(len(logits))]
-    own, n_others = own[rows_in_order], rows.shape[1] - len(active)
-    left = np.setdiff1d(np.arange(len(active)), order)
-    layer_of = np.array([active[i].layer for i in left.tolist()], dtype=np.int64)
-    by_layer = [left[layer_of == layer] for layer in range(n_layers)]
-    first = len(order) + n_others
-    weights = np.zeros((len(rows), first + n_layers + 1 + len(logits)), dtype=rows.dtype)
-    for at, row in enumerate(rows_in_order):
+    n_layers: int,
+) -> tuple[tuple[GraphNode, ...], np.ndarray, np.ndarray, np.ndarray]:
+    """Return a graph's nodes, targets, weights and own, in order: latents by layer and position first, logits last.
+
+    What was not visited is booked as the rest of its layer.
+    """
+    n, order = len(logits), np.sort(np.array(visited, dtype=np.int64))
+    others = [i for kind in ("error", "embedding", "bias") for i, node in enumerate(nodes) if node.kind == kind]
+    chosen = np.concatenate([order, np.array(others, dtype=np.int64)])
+    layer = np.array([node.layer if node.kind == "latent" else -1 for node in nodes], dtype=np.int64)
+    layer[order] = -1
+    left = [np.flatnonzero(layer == each) for each in range(n_layers)]
+    row_of = dict(zip(visited, range(n, len(rows)), strict=True))
+    in_order = [*(row_of[i] for i in order.tolist()), *range(n)]
+    own, first = own[in_order], len(chosen)
+    weights = np.zeros((len(rows), first + n_layers + 1 + n), dtype=rows.dtype)
+    for at, row in enumerate(in_order):
         told = rows[row]
-        weights[at, : len(order)], weights[at, len(order) : first] = told[order], told[len(active) :]
-        weights[at, first : first + n_layers] = [told[some].sum() for some in by_layer]
+        weights[at, :first] = told[chosen]
+        weights[at, first : first + n_layers] = [told[some].sum() for some in left]
         # what the biases of attention and norms add; zero where there are none
         weights[at, first + n_layers] = own[at] - told.sum(dtype=np.float64)
-    places = [(layer, p) for layer in range(n_layers) for p in range(n_pos)]
-    nodes = (
-        *(active[i] for i in order.tolist()),
-        *(GraphNode("error", layer, p, text=texts[p]) for layer, p in places),
-        *(GraphNode("embedding", -1, p, text=texts[p]) for p in range(n_pos)),
-        *(GraphNode("bias", layer, p, text=texts[p]) for layer, p in places),
-        *(GraphNode("rest", layer) for layer in range(n_layers)),
-        GraphNode("constant"),
-        *logits,
-    )
-    targets = np.array([*range(len(order)), *range(len(nodes) - len(logits), len(nodes))])
-    name = getattr(model, "loaded_from", {}).get("name") or model.config._name_or_path
-    return Graph(prompt, str(name), tuple(texts), n_layers, nodes, targets, weights, own, len(active))
+    rest = [GraphNode("rest", layer) for layer in range(n_layers)]
+    found = (*(nodes[i] for i in chosen.tolist()), *rest, GraphNode("constant"), *logits)
+    targets = np.array([*range(len(order)), *range(len(found) - n, len(found))])
+    return found, targets, weights, own

@@ -8,7 +8,7 @@ Hugging Face model with hooks: any family that TransformerLens' adapters know an
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,10 +23,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import replaced, resolve_hook
-from sae_italian.models.hooks import adapter_of
+from sae_italian.models.hooks import Hook, adapter_of
 
 FROZEN = "sae_italian_frozen"  # the name under which transformers knows the attention that is frozen
 Writes = Float[Tensor, "batch pos d_model"]
+Added = Mapping[int, Float[Tensor, "pos d_model"]]
 
 
 class Target(NamedTuple):
@@ -39,10 +40,10 @@ class Target(NamedTuple):
 
 @dataclass
 class Constants:
-    """What a pass found and another of the same prompt may use in its place: queries and keys, scales, MLP outputs."""
+    """What a pass found and another of the same prompt may use in its place: patterns, scales, MLP outputs."""
 
-    attention: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    scales: dict[str, Tensor] = field(default_factory=dict)
+    patterns: list[Float[Tensor, "pos heads pos"]] = field(default_factory=list)
+    scales: dict[str, Float[Tensor, "1 pos 1"]] = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -74,6 +75,50 @@ class _AllRead(Exception):
     """Raised inside the forward pass when the unembedding's input is known: of its output nothing is needed."""
 
 
+class _Pass:
+    """What the hooks of one forward pass keep, and what they put in the place of what they find."""
+
+    def __init__(
+        self, hooks: Mapping[int, Hook], skips: Mapping[int, Tensor], constants: Constants | None, added: Added
+    ):
+        self.hooks, self.skips, self.constants, self.added = hooks, skips, constants, added
+        self.found, self.leaves, self.reads = Constants(), [], {}
+
+    def first(self, x: Tensor) -> Tensor:
+        more = self.added.get(-1)
+        self.leaves.append((x if more is None else x + more.to(x)).detach().requires_grad_())
+        return self.leaves[0]
+
+    def norm(self, path: str, layer: int | None, module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        """Return the norm of its input with the scale a constant; the transcoder of `layer` reads it before the gain."""
+        (x,), centred = args, _centred(args[0], module)
+        known = self.constants.scales if self.constants else {path: _scale(x[:1], module)}
+        scale = self.found.scales[path] = known[path]
+        if layer is not None:
+            self.reads[layer] = centred * scale
+        gain, bias = _gain_and_bias(module, x)
+        return centred * (scale * gain) + bias
+
+    def read(self, layer: int, x: Tensor) -> Tensor:
+        if layer in self.hooks and not self.hooks[layer].normalised:
+            self.reads[layer] = x
+        return x[:1].detach()  # every row is the same prompt: one is enough for the MLP, through which no gradient goes
+
+    def write(self, layer: int, out: Tensor) -> Tensor:
+        written = self.found.written[layer] = self.constants.written[layer] if self.constants else out.detach()
+        leaf, more = torch.zeros_like(self.leaves[0]), self.added.get(layer, 0.0)
+        self.leaves.append((leaf + more).requires_grad_())
+        skip = 0.0
+        if layer in self.skips:
+            passed = self.reads[layer] @ self.skips[layer].T.to(out)
+            skip = passed - passed.detach()
+        return written + self.leaves[-1] + skip
+
+    def last(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.reads[len(self.leaves) - 1] = args[0]
+        raise _AllRead
+
+
 def linearise(
     model: Any,
     tokens: Int[Tensor, "1 pos"],
@@ -82,7 +127,7 @@ def linearise(
     batch: int = 1,
     skips: Mapping[int, Tensor] | None = None,
     constants: Constants | None = None,
-    added: Mapping[int, Float[Tensor, "pos d_model"]] | None = None,
+    added: Added | None = None,
 ) -> Linear:
     """Run the model on the prompt with all that is not linear frozen.
 
@@ -93,69 +138,60 @@ def linearise(
     """
     if model.dtype not in (torch.float32, torch.float64):
         raise UsageError(f"the model is in {model.dtype}; attribution needs float32. Load it with dtype=float32.")
-    n_layers, found = model.config.num_hidden_layers, Constants()
-    leaves: list[Tensor] = []
-    reads: dict[int, Tensor] = {}
-
-    def embedded(x: Tensor) -> Tensor:
-        more = (added or {}).get(-1)
-        leaves.append((x if more is None else x + more.to(x)).detach().requires_grad_())
-        return leaves[0]
-
-    def write(layer: int, out: Tensor) -> Tensor:
-        found.written[layer] = out.detach() if constants is None else constants.written[layer]
-        more = (added or {}).get(layer)
-        leaf = torch.zeros_like(leaves[0]) if more is None else more.to(out).expand_as(leaves[0]).clone()
-        leaves.append(leaf.requires_grad_())
-        skip = 0.0
-        if skips and layer in skips:
-            passed = reads[layer] @ skips[layer].T.to(out)
-            skip = passed - passed.detach()
-        return found.written[layer] + leaf + skip
-
+    resolved = {layer: resolve_hook(model, name)[0] for layer, name in hooks.items()}
+    normalised = {hook.module_path(model.config): layer for layer, hook in resolved.items() if hook.normalised}
+    run = _Pass(resolved, skips or {}, constants, added or {})
     with ExitStack() as stack:
-        stack.enter_context(_attention(model, found.attention, constants))
+        stack.enter_context(_attention(model, run.found.patterns, constants))
         for path in _norms(model):
-            stack.enter_context(_hooked(model.get_submodule(path), partial(_linear_norm, path, found, constants)))
-        stack.enter_context(replaced(model, "blocks.0.hook_resid_pre", embedded))
-        for layer in range(n_layers):
-            if layer in hooks:
-                stack.enter_context(_read(model, hooks[layer], constants, partial(reads.__setitem__, layer)))
-            # every row of the batch is the same prompt: one is enough for the MLP, and no gradient goes through it
-            stack.enter_context(replaced(model, f"blocks.{layer}.mlp.hook_in", lambda x: x[:1].detach()))
-            stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(write, layer)))
-
-        def last(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            reads[n_layers] = args[0]
-            raise _AllRead
-
-        stack.callback(model.get_output_embeddings().register_forward_pre_hook(last).remove)
+            norm = partial(run.norm, path, normalised.get(path))
+            stack.callback(model.get_submodule(path).register_forward_hook(norm).remove)
+        stack.enter_context(replaced(model, "blocks.0.hook_resid_pre", run.first))
+        for layer in range(model.config.num_hidden_layers):
+            stack.enter_context(replaced(model, f"blocks.{layer}.mlp.hook_in", partial(run.read, layer)))
+            stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(run.write, layer)))
+        stack.callback(model.get_output_embeddings().register_forward_pre_hook(run.last).remove)
         with torch.enable_grad(), suppress(_AllRead):
             model(tokens.expand(batch, -1), use_cache=False)
-    return Linear(tuple(leaves), reads, found)
+    return Linear(tuple(run.leaves), run.reads, run.found)
 
 
 # --- what is frozen ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _attention(model: Any, found: list[tuple[Tensor, Tensor]], constants: Constants | None) -> Iterator[None]:
-    """Detach queries and keys in every attention of the model: its patterns are constants, only values carry gradients."""
-    name = model.config._attn_implementation
-    known = iter(constants.attention) if constants else None
+def _attention(model: Any, found: list[Float[Tensor, "pos heads pos"]], constants: Constants | None) -> Iterator[None]:
+    """Make the patterns of every attention constants: only values carry gradients, and going back is one product.
 
-    def frozen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    What attention makes of values that say each position's own name is the pattern, in any implementation of it.
+    """
+    name = model.config._attn_implementation
+    known = iter(constants.patterns) if constants else None
+
+    def frozen(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
         original = ALL_ATTENTION_FUNCTIONS.get(name) or sys.modules[type(module).__module__].eager_attention_forward
-        found.append((query.detach(), key.detach()))
-        return original(module, *(next(known) if known else found[-1]), value, *args, **kwargs)
+        if known is None:
+            names = torch.eye(value.shape[2]).to(value).expand(1, value.shape[1], -1, -1)
+            mask = mask if mask is None else mask[:1]
+            with torch.no_grad():
+                found.append(original(module, query[:1], key[:1], names, mask, *args, **kwargs)[0][0])
+        else:
+            found.append(next(known))
+        pattern = found[-1].unflatten(1, (value.shape[1], -1))  # several heads may share their values
+        return torch.einsum("qgrk,bgkd->bqgrd", pattern, value).flatten(2, 3), None
 
     AttentionInterface.register(FROZEN, frozen)
     AttentionMaskInterface.register(FROZEN, ALL_MASK_ATTENTION_FUNCTIONS[name])
     model.set_attn_implementation(FROZEN)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     try:
+        for weight in weights:
+            weight.requires_grad_(False)  # else every input of a weight would be kept for its gradient
         yield
     finally:
         model.set_attn_implementation(name)
+        for weight in weights:
+            weight.requires_grad_()
 
 
 def _norms(model: Any) -> list[str]:
@@ -166,21 +202,12 @@ def _norms(model: Any) -> list[str]:
     return [adapter.translate_transformer_lens_path(path) for path in (*paths, "ln_final")]
 
 
-@contextmanager
-def _hooked(module: nn.Module, function: Callable[[nn.Module, Any, Tensor], Tensor]) -> Iterator[None]:
-    handle = module.register_forward_hook(function)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _centred(x: Tensor, norm: nn.Module) -> Tensor:
     """LayerNorm takes the mean away, which is linear; a root-mean-square norm does not."""
     return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
 
 
-def _scale(x: Tensor, norm: Any) -> Float[Tensor, "batch pos 1"]:
+def _scale(x: Tensor, norm: Any) -> Float[Tensor, "... 1"]:
     """Return what the norm divides by, as a factor, without a gradient."""
     eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
     return torch.rsqrt(_centred(x, norm).detach().pow(2).mean(-1, keepdim=True) + eps)
@@ -193,33 +220,3 @@ def _gain_and_bias(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     unit[1::2] = -1
     plus, minus = norm.forward(unit), norm.forward(-unit)
     return (plus - minus) / (2 * unit * _scale(unit, norm)), (plus + minus) / 2
-
-
-def _linear_norm(
-    path: str, found: Constants, constants: Constants | None, norm: nn.Module, args: tuple[Tensor, ...], _: Tensor
-) -> Tensor:
-    """Return the norm of its input with the scale a constant."""
-    (x,) = args
-    found.scales[path] = _scale(x, norm) if constants is None else constants.scales[path]
-    gain, bias = _gain_and_bias(norm, x)
-    return _centred(x, norm) * found.scales[path] * gain + bias
-
-
-@contextmanager
-def _read(model: Any, hook_name: str, constants: Constants | None, keep: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hand over what a transcoder reads: the MLP's input, or the norm's input at its frozen scale without the gain."""
-    hook, module = resolve_hook(model, hook_name)
-    if not hook.normalised:
-        with replaced(model, hook_name, keep):  # None leaves the activation as it is
-            yield
-        return
-
-    def before(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        path = hook.module_path(model.config)
-        keep(_centred(args[0], norm) * (_scale(args[0], norm) if constants is None else constants.scales[path]))
-
-    handle = module.register_forward_pre_hook(before)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -24,7 +24,7 @@ from sae_italian.analysis.latent import codes, special, written_directions
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import wilson
 from sae_italian.circuits.graph import Graph
-from sae_italian.models.activations import read_many, replaced
+from sae_italian.models.activations import logits_at, read_many, replaced
 
 PURE = 0.9  # share of one value among the words a latent fires on: its lower bound at 95 %
 LEAST_FORMS = 3  # different words: a latent of one word knows that word
@@ -131,7 +131,8 @@ def _live_gradient(
     with ExitStack() as stack, torch.enable_grad():
         for layer in layers:
             stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(added, layer)))
-        logits = model(tokens, use_cache=False).logits[0, -1]
+        last = torch.arange(tokens.shape[1], device=tokens.device)[None] == tokens.shape[1] - 1
+        logits = logits_at(model, tokens, last)[0]
         found = torch.autograd.grad(logits[pair[0]] - logits[pair[1]], list(leaves.values()))
     return {layer: gradient[0] for layer, gradient in zip(leaves, found, strict=True)}
 

@@ -22,12 +22,13 @@ from sae_italian.base.statistics import Estimate, bootstrap
 from sae_italian.circuits.edges import layers_of
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import take_tokens
-from sae_italian.evaluation.diagnosis import activations
-from sae_italian.models.activations import check_context, replaced
+from sae_italian.models.activations import check_context, logits_at, read_many, replaced
+from sae_italian.saes import hooks_of
 from sae_italian.saes.baselines import random_twin
 from sae_italian.saes.fit import decoded, fit
 
-WINDOWS = 8  # whose logits are held at once
+WINDOWS = 8  # of a pass that is read
+LOGITS = 2**26  # numbers of logits that are held at once
 
 
 class LayerFit(NamedTuple):
@@ -80,24 +81,37 @@ def examine_set(
     by_layer = layers_of(saes, model)
     context = check_context(int(context_size or saes[0].cfg.metadata.context_size or 128), model.config)
     packed = pack(iter_documents(corpus, "heldout", text_column=text_column), model.tokenizer, context)
-    blocks = [block.tokens for block in take_tokens(packed, n_tokens, f"the heldout split of {corpus}")]
+    blocks = take_tokens(packed, n_tokens, f"the heldout split of {corpus}")
+    windows = torch.from_numpy(np.concatenate([block.tokens for block in blocks])).to(model.device)
+    silent = special(windows, model.tokenizer)
     fits, twins = [], {}
+    acts = _activations(model, by_layer, windows, silent)
     for layer, sae in sorted(by_layer.items()):
-        x, y = activations(sae, model, blocks)
+        x, y = (acts.pop(hook).to(sae.dtype) for hook in hooks_of(sae))
         found = fit(sae, x, y)
         fits.append(LayerFit(layer, found.l0, found.explained_variance, found.dead))
-        twins[layer] = random_twin(sae, seed, lambda sae=sae, x=x: x.to(sae.dtype))
-    windows = torch.cat([torch.from_numpy(block) for block in blocks])
+        twins[layer] = random_twin(sae, seed, lambda x=x: x)
+    size = max(1, LOGITS // (context * model.config.vocab_size))
     sums = []
-    for tokens in paced(windows.split(WINDOWS), "losses", len(windows), "window", size=len):
-        silent = special(tokens, model.tokenizer)
+    for some in paced(torch.arange(len(windows)).split(size), "losses", len(windows), "window", size=len):
         ways = (None, by_layer, twins, dict.fromkeys(by_layer))
-        losses = [_losses(model, tokens.to(model.device), silent, way) for way in ways]
+        losses = [_losses(model, windows[some], silent[some], way) for way in ways]
         sums.append(torch.cat([losses[0], *(loss[:, :1] for loss in losses[1:])], dim=1))
     columns = torch.cat(sums).double().numpy()  # loss, tokens, replaced, random, zero
     ce, replaced_, random, zero = (bootstrap(columns[:, [i, 1]], _per_token) for i in (0, 2, 3, 4))
     recovered = [bootstrap(columns[:, [0, i, 4]], _recovered) for i in (2, 3)]
     return SetReport(tuple(fits), int(columns[:, 1].sum()), ce, replaced_, random, zero, *recovered)
+
+
+def _activations(
+    model: Any, by_layer: Mapping[int, Any], windows: Int[Tensor, "windows pos"], silent: Bool[Tensor, "windows pos"]
+) -> dict[str, Float[Tensor, "tokens d"]]:
+    """Return by hook what all transcoders read and what they should write, at all but special tokens, of one pass."""
+    hooks = [hook for sae in by_layer.values() for hook in hooks_of(sae)]
+    parts = []
+    for tokens, quiet in zip(windows.split(WINDOWS), silent.split(WINDOWS), strict=True):
+        parts.append({hook: x[~quiet] for hook, x in read_many(model, tokens, hooks).items()})
+    return {hook: torch.cat([part.pop(hook) for part in parts]) for hook in hooks}
 
 
 def _per_token(sums: Float[np.ndarray, "samples 2"]) -> Float[np.ndarray, " samples"]:
@@ -113,11 +127,13 @@ def _losses(
     model: Any, tokens: Int[Tensor, "windows pos"], silent: Bool[Tensor, "windows pos"], way: Mapping[int, Any] | None
 ) -> Float[Tensor, "windows 2"]:
     """Return the loss of each window and of how many tokens it is, special ones left out."""
+    wanted = torch.zeros_like(silent)
+    wanted[:, :-1] = ~silent[:, 1:] & ~silent[:, :-1]
     with with_transcoders(model, way or {}, silent):
-        log_p = model(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    loss = -log_p.gather(-1, tokens[:, 1:, None])[..., 0]
-    wanted = (~silent[:, 1:] & ~silent[:, :-1]).to(loss)
-    return torch.stack([(loss * wanted).sum(1), wanted.sum(1)], dim=1).cpu()
+        logits = logits_at(model, tokens, wanted).float()
+    loss = logits.new_zeros(wanted.shape)
+    loss[wanted] = torch.nn.functional.cross_entropy(logits, tokens.roll(-1, 1)[wanted], reduction="none")
+    return torch.stack([loss.sum(1), wanted.sum(1).to(loss)], dim=1).cpu()
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """Graphs of many prompts: scores with intervals over them, beside random transcoders and what is known of their latents.
 
 Cases are pairs of prompts of equal length that want opposite tokens, so a graph explains the difference of two logits:
-agreement over an attractor, the gender of a participle, indirect-object identification; or a file of your own.
+agreement over an attractor, in a relative clause or not, the gender of a participle, indirect-object identification; or
+a file of your own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +26,15 @@ from sae_italian.circuits.edges import attribute, layers_of
 from sae_italian.circuits.graph import Graph, influence
 from sae_italian.circuits.planted import carriers, found_among, patching_effects
 
-CASES = {"agreement": "number", "participle": "gender", "ioi": ""}  # and what the grammar's latents must carry
+# The cases, and what the grammar's latents must carry.
+CASES = {"agreement": "number", "attractor": "number", "participle": "gender", "ioi": ""}
 TOP = 10  # nodes that a graph names
 CHECKED = 20  # latents of each prompt that are taken away in the real model
 PEOPLE = "ragazzo ragazza|nonno nonna|zio zia|figlio figlia|maestro maestra|bambino bambina|amico amica|cugino cugina"
+SUBJECTS = "La ragazza Le ragazze|Il ragazzo I ragazzi|La donna Le donne|Il bambino I bambini|La signora Le signore"
+SEEING = "vede vedono|cerca cercano|ama amano|guarda guardano|sente sentono|conosce conoscono"
+SEEN = "il cane i cani|il gatto i gatti|la casa le case|il libro i libri"
+DOING = "corre corrono|ride ridono|parla parlano|canta cantano|dorme dormono|è sono"
 PARTICIPLES = "andato arrivato tornato partito uscito entrato nato morto stato caduto"
 _OTHER = {  # a determiner in the other number, in the other gender
     "number": "il i|la le|questo questi|questa queste|quel quei|quella quelle",
@@ -52,6 +59,7 @@ class Studied(NamedTuple):
 
 
 NUMBERS = (
+    "right",  # share of the prompts on which the model prefers the right token; no matter which transcoders
     "replacement",
     "completeness",
     "direct",  # correlation of the edge alone with the real change
@@ -143,6 +151,8 @@ def _numbers(model: Any, case: Case, graph: Graph, by_layer: Any, agreements: An
     """Return what one graph foretells, and what it names of what patching and the grammar know."""
     told = {"direct": agreements[0].direct.value, "correlation": agreements[0].paths.value}
     told["slope"] = agreements[0].slope.value
+    if case.wrong >= 0:
+        told["right"] = float(graph.own[-1] > 0)
     latents = np.flatnonzero(graph.of_kind("latent"))
     order = influence(graph)[latents]
     if case.counterfactual and len(latents):
@@ -181,7 +191,7 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
     if case == "ioi":
         pairs = ioi_pairs(n, tokenizer, words_for("sae-italian-mini" if embedded else "minerva-1b"), seed=seed)
         texts = [(pair.base, pair.counterfactual, pair.io, pair.new_io) for pair in pairs]
-    elif embedded:
+    elif embedded and case != "attractor":
         texts = _micro_pairs(CASES[case], 8 * n, seed)
     elif case == "agreement":
         texts = [
@@ -189,7 +199,8 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
             for base, other in number_pairs(n, tokenizer, seed=seed)
         ]
     else:
-        texts = _participles(seed)
+        texts = _attractors() if case == "attractor" else _participles()
+        texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts)).tolist()]
     found = [
         Case(base, other, *pair) for base, other, *words in texts if (pair := _usable(tokenizer, base, other, words))
     ]
@@ -231,7 +242,20 @@ def _micro_pairs(kind: str, n: int, seed: int) -> list[tuple[str, str, str, str]
     return found
 
 
-def _participles(seed: int) -> list[tuple[str, str, str, str]]:
+def _attractors() -> list[tuple[str, str, str, str]]:
+    """Return «La ragazza che vede i cani» with corre and corrono, and the like: the object is in the other number."""
+    parts = [[pair.split() for pair in told.split("|")] for told in (SUBJECTS, SEEING, SEEN, DOING)]
+    found = []
+    for subject, seeing, seen, doing in product(*parts):
+        who, whom = ([" ".join(each[:2]), " ".join(each[2:])] for each in (subject, seen))
+        for one, other in ((0, 1), (1, 0)):
+            texts = [f"{who[number]} che {seeing[number]} {whom[other]}" for number in (one, other)]
+            found.append((*texts, doing[one], doing[other]))
+    return found
+
+
+def _participles() -> list[tuple[str, str, str, str]]:
+    """Return «La ragazza è» with andata and andato, and the like."""
     found = []
     for people in PEOPLE.split("|"):
         texts = [f"{the} {who} è" for the, who in zip(("Il", "La"), people.split(), strict=True)]
@@ -242,4 +266,4 @@ def _participles(seed: int) -> list[tuple[str, str, str, str]]:
         for participle in PARTICIPLES.split():
             words = participle, f"{participle[:-1]}a"
             found += [(*texts, *words), (*texts[::-1], *words[::-1])]
-    return [found[i] for i in np.random.default_rng(seed).permutation(len(found)).tolist()]
+    return found

@@ -59,6 +59,7 @@ def browse(
 
 def _shown(source: Path, out: Path | None, latent: int | None, which: dict[str, Any]) -> Result:
     """Write the folder of pages, or return one latent's card."""
+    from sae_italian.browser.graph import graphs_beside
     from sae_italian.browser.opening import open_pages
     from sae_italian.browser.widget import card_text
     from sae_italian.browser.write import write_browser
@@ -69,6 +70,7 @@ def _shown(source: Path, out: Path | None, latent: int | None, which: dict[str, 
         return Result({**row, **card}, card_text(row, card))
     answers = open_pages(source, **which)
     out = out or source.resolve().with_name(f"{source.resolve().name}-report")
+    answers.source.graphs = graphs_beside(answers.source.cache, out)
     value, text = {"report": str(write_browser(out, answers.source, other=answers.other))}, ""
     if answers.other is not None:
         facts = answers.other.facts()

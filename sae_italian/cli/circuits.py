@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ SETTINGS = {
     "memory": 0.0,
     "labels": "",
 }
+log = logging.getLogger(__name__)
 
 
 def graph(
@@ -57,10 +59,8 @@ def _study(model: str, transcoders: Path, case: str, settings: dict[str, Any], o
     from sae_italian.base.report import plain
     from sae_italian.base.storage import write_json, write_text
     from sae_italian.circuits.study import study
-    from sae_italian.models import load_model
-    from sae_italian.saes import load_sae
 
-    loaded, saes = load_model(model), [load_sae(folder) for folder in transcoder_folders(transcoders)]
+    loaded, saes = _loaded(model, transcoders)
     sizes = {"max_nodes": settings["max_nodes"], "batch": settings["batch"]}
     found = study(loaded, saes, case, settings["study"], **sizes)
     value, text = {**plain(found), "estimates": plain(found.estimates())}, found.text()
@@ -78,12 +78,8 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     from sae_italian.circuits.edges import attribute
     from sae_italian.circuits.graph import scores
     from sae_italian.circuits.show import summary
-    from sae_italian.models import load_model
-    from sae_italian.saes import load_sae
 
-    folders = transcoder_folders(transcoders)
-    loaded = load_model(model)
-    saes = [load_sae(folder) for folder in folders]
+    loaded, saes = _loaded(model, transcoders)
     wanted, against = (_token(loaded.tokenizer, settings[key]) for key in ("target", "against"))
     if against and not wanted:
         raise UsageError(f"against={settings['against']} needs target=TEXT, the token whose logit it is taken from.")
@@ -102,6 +98,20 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     if out is not None:
         text += f"\n\n{_write(out, found, value, latents, checked)}"
     return Result(value, text)
+
+
+def _loaded(name: str, transcoders: Path) -> tuple[Any, list[Any]]:
+    """Return the model and the transcoders, and say where these were trained on another model, as a fine-tune's may be."""
+    from sae_italian.models import load_model
+    from sae_italian.saes import load_sae
+
+    folders = transcoder_folders(transcoders)
+    model, saes = load_model(name), [load_sae(folder) for folder in folders]
+    there = model.loaded_from["name"]
+    own = {str(sae.cfg.metadata.model_name or there) for sae in saes}
+    if other := [each for each in sorted(own) if Path(each).name != Path(there).name]:
+        log.warning("the transcoders were trained on %r, the model here is %r", other[0], there)
+    return model, saes
 
 
 def transcoder_folders(folder: Path) -> list[Path]:

@@ -18,10 +18,11 @@ from sae_italian.analysis import ioi_pairs, ioi_score, patch_saes, thresholds, w
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
+from sae_italian.base.statistics import correlation
 from sae_italian.cache import FeatureCache
 from sae_italian.papers.baselines import SAE, Settings, compare_layer, perplexity
 from sae_italian.papers.job import RATIO, Reproduction, Results, Step, facts_of
-from sae_italian.papers.measure import card_of, correlation, moments, score_sae, simulation_scores
+from sae_italian.papers.measure import card_of, moments, score_sae, simulation_scores
 from sae_italian.papers.pictures import baselines_svg, dictionary_name, sweep_svg
 from sae_italian.papers.report import shown
 from sae_italian.saes import full_name, load_sae

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from torch import Tensor
 
 from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Store
 from sae_italian.base.report import plain
-from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
 from sae_italian.cache import FeatureCache, build_caches
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.evaluation import evaluate
@@ -97,22 +95,6 @@ def moments(cache: FeatureCache, latent: int) -> tuple[float, float]:
         return float("nan"), float("nan")
     variance = second / n
     return float(third / n / variance**1.5), float(fourth / n / variance**2 - 3)
-
-
-def correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Estimate:
-    """Return Pearson's correlation with its interval over the pairs (latents); NaN for fewer than three."""
-    both = np.isfinite(x) & np.isfinite(y)
-    x, y = np.asarray(x, dtype=np.float64)[both], np.asarray(y, dtype=np.float64)[both]
-    if len(x) < 3:
-        return NOTHING
-    x, y = x - x.mean(), y - y.mean()
-    sums = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
-
-    def pearson(total: Float[np.ndarray, "samples 6"]) -> Float[np.ndarray, " samples"]:
-        n, a, b, aa, bb, ab = total.T
-        return (ab / n - a * b / n**2) / np.sqrt((aa / n - (a / n) ** 2) * (bb / n - (b / n) ** 2))
-
-    return bootstrap(sums, pearson)
 
 
 def examples(folder: Path, tokenizer: Any, n: int) -> list[dict[str, Any]]:

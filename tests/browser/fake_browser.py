@@ -332,6 +332,7 @@ def make_card(row: Record, seed: int = 0) -> Record:
         ],
         "rule": {"kind": planted.kind, "pattern": planted.pattern, "threshold": round(top * 0.1, 3)},
         "seeds": None if dead else {"found": 2, "of": 3},
+        "graphs": [] if dead else [{"prompt": "La ragazza che", "href": "../graph/index.html#node=2_7_3"}],
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from sae_italian.circuits.edges import attribute
 from sae_italian.circuits.show import neuronpedia
@@ -35,13 +36,53 @@ def circuit_tracer(monkeypatch):
         del sys.modules[name]
 
 
-def theirs(saes, skip):
-    """Return circuit-tracer's graph of the embedded model, its own attribute() on its own replacement model."""
+def embedded():
+    """Return the embedded model, and TransformerLens' of it."""
+    return load_model("sae-italian-mini"), load_model("sae-italian-mini", backend="hooked")
+
+
+def gemma_2():
+    """Return a random model in Gemma 2's shape, and TransformerLens' of the same weights: made of a config, without a hub.
+
+    Both caps bite (scores and logits of a few units against caps of 2 and 5), and the local layers' window is 4 of 8 tokens.
+    """
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+
+    tokenizer = load_model("sae-italian-mini").tokenizer
+    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": len(tokenizer)}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16}
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "sliding_window": 4}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": None, "pad_token_id": None}
+    torch.manual_seed(2)
+    config = transformers.Gemma2Config(**shape, **heads, **caps, **special, max_position_embeddings=64)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.config.architectures = ["Gemma2ForCausalLM"]
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    local = [kind == "sliding_attention" for kind in config.layer_types]
+    assert local == [True, False, True, False] and config._attn_implementation == "eager"
+    cfg = HookedTransformerConfig(
+        model_name="gemma-2",
+        **{"n_layers": 4, "d_model": 48, "d_head": 16, "n_heads": 4, "n_key_value_heads": 2, "d_mlp": 96, "n_ctx": 64},
+        **{"d_vocab": len(tokenizer), "eps": config.rms_norm_eps, "act_fn": "gelu_pytorch_tanh", "gated_mlp": True},
+        **{"normalization_type": "RMS", "final_rms": True, "use_normalization_before_and_after": True},
+        **{"positional_embedding_type": "rotary", "rotary_dim": 16, "rotary_base": 10_000.0, "window_size": 4},
+        **{"attn_scores_soft_cap": 2.0, "output_logits_soft_cap": 5.0, "use_local_attn": True},
+        attn_types=["local" if each else "global" for each in local],
+    )
+    hooked = HookedTransformer(cfg, tokenizer)
+    hooked.load_state_dict(convert_gemma_weights(model, cfg), strict=False)
+    model.tokenizer = tokenizer
+    return model, hooked
+
+
+def theirs(hooked, saes, skip, site):
+    """Return circuit-tracer's graph of a model, its own attribute() on its own replacement model."""
     from circuit_tracer.attribution.attribute import attribute as attribute_theirs
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
     from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
 
-    hooked = load_model("sae-italian-mini", backend="hooked")
     loaded = {}
     for layer, sae in enumerate(saes):
         d_model, d_sae = sae.W_enc.shape
@@ -53,18 +94,30 @@ def theirs(saes, skip):
         loaded[layer] = its
     model = TransformerLensReplacementModel(hooked.cfg, tokenizer=hooked.tokenizer)
     model.load_state_dict(hooked.state_dict(), strict=False)
-    model._configure_replacement_model(TranscoderSet(loaded, "mlp.hook_in", "mlp.hook_out"))
+    model._configure_replacement_model(TranscoderSet(loaded, site, "hook_mlp_out"))
     return attribute_theirs(PROMPT, model, batch_size=32, max_feature_nodes=10_000), model
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_our_edges_are_those_of_circuit_tracer(circuit_tracer, skip):
-    model = load_model("sae-italian-mini")
+@pytest.mark.parametrize(
+    ("models", "skip", "site"),
+    [
+        (embedded, False, "mlp.hook_in"),
+        (embedded, True, "mlp.hook_in"),
+        (gemma_2, False, "mlp.hook_in"),
+        (gemma_2, True, "ln2.hook_normalized"),
+    ],
+)
+def test_our_edges_are_those_of_circuit_tracer(circuit_tracer, models, skip, site):
+    model, hooked = models()
+    tokens = model.tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.allclose(model(tokens).logits, hooked(tokens), atol=1e-4)  # one model, two libraries
     d_model, n_layers = model.config.hidden_size, model.config.num_hidden_layers
     saes = [random_transcoder(layer, skip=skip, d=d_model, d_sae=150, dtype="float32") for layer in range(n_layers)]
-    for sae in saes:
+    for layer, sae in enumerate(saes):
         sae.b_enc.data -= 1.0  # fewer are active
-    graph, _kept = theirs(saes, skip)
+        sae.cfg.metadata.hook_name = f"blocks.{layer}.{site}"
+    graph, _kept = theirs(hooked, saes, skip, site)
     ids = [target.vocab_idx for target in graph.logit_targets]
     mine = attribute(model, saes, PROMPT, logits=ids)
     features = graph.active_features[graph.selected_features].tolist()

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_italian.base.errors import UsageError
+from sae_italian.browser.source import LatentSource
+from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.circuits.check import _agreement, check, foretold
 from sae_italian.circuits.edges import attribute
 from sae_italian.circuits.graph import Graph, GraphNode
 from sae_italian.circuits.show import cantor, neuronpedia, summary, svg
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
+from sae_italian.saes import load_sae
+from tests.browser.data_files import read_data
 from tests.circuits.test_graph import mistral, random_transcoder  # noqa: F401
 
 PROMPT = "La ragazza che vede i cani"
@@ -144,7 +147,7 @@ def test_latents_of_the_last_layer_that_write_little_do_what_their_edges_say(mis
 
 
 def test_nothing_foretold_is_said():
-    nothing = _agreement("x", np.zeros(5), np.zeros(5), np.arange(5.0), 0)
+    nothing = _agreement("x", np.zeros(5), np.zeros(5), np.arange(5.0))
     assert np.isnan(nothing.direct.value) and np.isnan(nothing.slope.value)
 
 
@@ -164,26 +167,92 @@ def test_the_command_writes_a_graph_that_is_read_again(saved, tmp_path, capsys):
     assert (out / "graph.svg").exists() and json.loads((out / "result.json").read_text())["n_active"] == graph.n_active
 
 
+def test_labels_come_from_the_caches_and_a_latents_page_links_back(saved, mini, tmp_path, capsys):
+    """Transcoders, their cache, rules, graph, browser: every text on the page is the store's, every context the cache's."""
+    one, cache, out = saved / "L0TC-1x", tmp_path / "caches" / "L0", tmp_path / "graph"
+    build_cache(load_sae(one), mini, "micro-italiano", cache, n_tokens=4000, sae_name=str(one))
+    assert main(["autointerp", str(cache), "--no-random-control", "--n-latents", "60"]) == 0
+    told = ["graph", "sae-italian-mini", str(saved), PROMPT, "max_nodes=60", f"labels={cache.parent}"]
+    assert main([*told, "--out", str(out)]) == 0 and capsys.readouterr().out
+    page = (out / "index.html").read_text(encoding="utf-8")
+    data = json.loads(page.partition('id="graph-data">')[2].partition("</script>")[0])
+    source = LatentSource(FeatureCache.open(cache), mini.tokenizer)
+    nodes, n_told = data["nodes"], 0
+    for kind, layer, index, text_it, text_en in zip(
+        *(nodes[name] for name in ("kind", "layer", "index", "label_it", "label_en")), strict=True
+    ):
+        found = source.explained("rules", index) if kind == "latent" and layer == 0 else None
+        assert (text_it, text_en) == ((found.text_it, found.text_en) if found else ("", ""))
+        n_told += bool(text_it)
+        for context in data["cards"].get(f"{layer}_{index}", {}).get("contexts", []):
+            assert max(value for _, value in context["segments"]) >= context["max"] > 0
+    assert n_told >= 3 and len(data["cards"]) >= n_told
+    assert main(["browse", str(cache)]) == 0
+    cards = [read_data(file) for file in sorted((cache.parent / "L0-report" / "data" / "cards").glob("*.js"))]
+    cards = {int(latent): card for shard in cards for latent, card in shard["cards"].items()}
+    linked = {latent: card["graphs"] for latent, card in cards.items() if card["graphs"]}
+    graph = Graph.load(out)
+    assert set(linked) == {node.index for node in graph.nodes if node.kind == "latent" and node.layer == 0}
+    for latent, ((link,)) in linked.items():
+        address, _, node = link["href"].partition("#node=")
+        assert (cache.parent / "L0-report" / address).resolve() == out / "index.html" and link["prompt"] == PROMPT
+        assert node.startswith(f"0_{latent}_")
+
+
+READS = "blocks.{}.mlp.hook_in", "blocks.{}.ln2.hook_normalized"
+
+
+def transcoders(folder, *kinds):
+    """Save a transcoder of each (layer, width of the model, which site it reads)."""
+    for number, (layer, d, site) in enumerate(kinds):
+        sae = random_transcoder(layer, d=d, d_sae=60, dtype="float32")
+        sae.b_enc.data -= 3.0
+        sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = READS[site].format(layer), "altro/modello"
+        sae.save_model(folder / f"T{number}")
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("kinds", "prompt", "words", "said"),
     [
-        (["target=parola che ha tanti pezzi"], "one was expected"),
-        (["max_nodes=0"], "max_nodes is"),
-        (["nodes=5"], "no setting"),
-        (["memory=0.0001"], "Use max_nodes="),
+        ([(0, 128, 0), (1, 128, 1)], PROMPT, [], "sites: mlp.hook_in in layer 0, ln2.hook_normalized in layer 1"),
+        ([(0, 96, 0)], PROMPT, [], "the model has 128 at blocks.0.mlp.hook_in; it was trained on 'altro/modello'"),
+        ([(0, 128, 0), (0, 128, 0)], PROMPT, [], "two transcoders are of layer 0"),
+        ([(7, 128, 0)], PROMPT, [], "the model has layers 0 to 3"),
+        ([], PROMPT, [], "this is an SAE"),
+        ([(0, 128, 0)], "La", [], "fewer than two tokens"),
+        ([(0, 128, 0)], "il " * 600, [], "positions. Use at most"),
+        ([(0, 128, 0)], PROMPT, ["target=parola che ha tanti pezzi"], "one was expected"),
+        ([(0, 128, 0)], PROMPT, ["against=il"], "needs target="),
+        ([(0, 128, 0)], PROMPT, ["max_nodes=0"], "max_nodes is"),
+        ([(0, 128, 0)], PROMPT, ["batch=0"], "batch is"),
+        ([(0, 128, 0)], PROMPT, ["nodes=5"], "no setting"),
+        ([(0, 128, 0)], PROMPT, ["memory=0.0001"], "Use max_nodes="),
+        ([(0, 128, 0)], "nominativo", ["study=2"], "is no case and no file"),
+        ([(0, 128, 0)], PROMPT, ["labels=."], "holds no feature cache"),
     ],
 )
-def test_bad_words_are_answered_in_a_line(saved, capsys, words, said):
-    assert main(["graph", "sae-italian-mini", str(saved), PROMPT, *words]) == 2
-    error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+def test_bad_input_is_answered_in_a_line(topk_sae, tmp_path, monkeypatch, capsys, kinds, prompt, words, said):
+    monkeypatch.chdir(tmp_path)
+    folder = transcoders(tmp_path / "set", *kinds)
+    if not kinds:
+        topk_sae.save_model(folder)
+    assert main(["graph", "sae-italian-mini", str(folder), prompt, *words]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert said in error[-1] and len(error) == 1 + any("altro" in line for line in error[:-1])
+
+
+def test_a_gap_a_logit_never_likely_and_another_models_transcoders_are_told(tmp_path, capsys):
+    """None is refused: a layer without a transcoder is an error node, the other two are said."""
+    folder = transcoders(tmp_path / "set", (0, 128, 0), (2, 128, 0))
+    assert main(["graph", "sae-italian-mini", str(folder), PROMPT, "target=Giovanni", "--out", str(tmp_path / "g")]) == 0
+    said = capsys.readouterr()
+    assert "does not expect it" in said.out and "trained on 'altro/modello'" in said.err
+    graph = Graph.load(tmp_path / "g")
+    missing = np.array([node.kind == "error" and node.layer in (1, 3) for node in graph.nodes])
+    assert {node.layer for node in graph.nodes if node.kind == "latent"} == {0, 2} and graph.weights[-1, missing].any()
 
 
 def test_what_holds_no_transcoders_is_told_how_to_train_some(tmp_path, capsys):
     assert main(["graph", "sae-italian-mini", str(tmp_path), PROMPT]) == 2
     assert "mini/transcoders" in capsys.readouterr().err
-
-
-def test_an_sae_is_named_as_no_transcoder(topk_sae, mini):
-    with pytest.raises(UsageError, match="a graph needs transcoders"):
-        attribute(mini, [topk_sae], PROMPT)

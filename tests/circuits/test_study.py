@@ -9,11 +9,12 @@ import torch
 
 from sae_italian.analysis.latent import written_directions
 from sae_italian.base.errors import UsageError
+from sae_italian.circuits.check import _changes, foretold
 from sae_italian.circuits.edges import attribute, layers_of
 from sae_italian.circuits.planted import carriers, found_among, patching_effects
 from sae_italian.circuits.study import Studied, Study, cases_of
 from sae_italian.cli import main
-from sae_italian.models.activations import replaced
+from sae_italian.models.activations import read_activations, replaced
 from tests.circuits.test_graph import mistral, random_transcoder  # noqa: F401
 from tests.circuits.test_show import saved  # noqa: F401
 
@@ -66,8 +67,6 @@ def test_patching_effects_are_the_live_models_own(mistral):  # noqa: F811
     assert (effects[[i for i in latents if graph.nodes[i].position < 10]] == 0).all()  # the prompts differ at the end
     for i in np.argsort(-np.abs(effects))[:4].tolist():
         node, sae, step = graph.nodes[i], saes[graph.nodes[i].layer], 1e-4
-        from sae_italian.models.activations import read_activations
-
         other = read_activations(mistral, mistral.tokenizer("ciao belle").input_ids, f"blocks.{node.layer}.mlp.hook_in")
         change = float(sae.encode(other)[0, node.position, node.index]) - node.value
         write = step * change * written_directions(sae, [node.index])[0]
@@ -92,13 +91,51 @@ def test_intervals_are_over_prompts_and_gains_within_one():
     assert "| slope |" in found.text() and "recall" not in found.text() and found.svg().startswith("<?xml")
 
 
-@pytest.mark.parametrize("case", ["agreement", "participle", "ioi"])
+@pytest.mark.parametrize("case", ["agreement", "attractor", "participle", "ioi"])
 def test_cases_suit_the_embedded_model(mini, case):
     found = cases_of(case, mini, 6)
     assert len(found) == 6 and len({one.prompt for one in found}) > 3
     for one in found:
         lengths = {len(mini.tokenizer(text).input_ids) for text in one[:2]}
         assert len(lengths) == 1 and one.prompt != one.counterfactual and one.right != one.wrong
+
+
+FEMININE, MASCULINE = ("la", "una", "questa", "quella"), ("il", "un", "questo", "quel")
+
+
+def test_gender_goes_from_the_article_to_the_ending(mini):
+    """Planted from half of the prompts: at each layer a latent of feminine and one of masculine determiners.
+
+    On the other half the graph must say that the determiner's own latent carries the noun's ending, and taking it away
+    in the real model must cost the right noun what the graph foretells.
+    """
+    last = [(one, one.prompt.split()[-1]) for one in cases_of("participle", mini, 60)]
+    cases = [(one, word in FEMININE) for one, word in last if word in FEMININE + MASCULINE]
+    half, saes = len(cases) // 2, []
+    for layer in range(4):
+        reads, writes = [], []
+        for one, feminine in cases[:half]:
+            tokens = mini.tokenizer([one.prompt, one.counterfactual], return_tensors="pt").input_ids
+            tokens = tokens if feminine else tokens.flip(0)  # the feminine one of the pair, then the masculine one
+            reads.append(read_activations(mini, tokens, f"blocks.{layer}.mlp.hook_in")[:, -1])
+            writes.append(read_activations(mini, tokens, f"blocks.{layer}.hook_mlp_out")[:, -1])
+        (f, m), (wrote_f, wrote_m) = (torch.stack(each).mean(0) for each in (reads, writes))
+        sae, way = random_transcoder(layer, d=128, d_sae=2, dtype="float32"), (f - m) / (f - m).square().sum()
+        sae.W_enc.data = torch.stack([way, -way], dim=1)
+        sae.b_enc.data = torch.stack([-(way @ (f + m) / 2), way @ (f + m) / 2])
+        sae.W_dec.data = torch.stack([wrote_f - wrote_m, wrote_m - wrote_f])  # each is active at 1/2 on its mean
+        sae.b_dec.data = (wrote_f + wrote_m) / 2
+        saes.append(sae)
+    told, real = [], []
+    for one, feminine in cases[half::2]:
+        graph = attribute(mini, saes, one.prompt, logits=[one.right], against=one.wrong)
+        tokens = mini.tokenizer(one.prompt, return_tensors="pt").input_ids
+        latents = [(node.kind, node.position, node.index) for node in graph.nodes]
+        own = np.array([i for i, each in enumerate(latents) if each == ("latent", tokens.shape[1] - 1, 1 - feminine)])
+        assert len(own) == 4  # one a layer, and none of the other gender
+        told.append(foretold(graph)[1][own].sum())
+        real.append(_changes(mini, layers_of(saes, mini), tokens, graph, own).sum())
+    assert max(told) < -5 and max(real) < -5 and np.corrcoef(told, real)[0, 1] > 0.8
 
 
 def test_a_file_of_prompts_and_what_is_no_case(mini, tmp_path):
@@ -109,7 +146,7 @@ def test_a_file_of_prompts_and_what_is_no_case(mini, tmp_path):
     file.write_text("La ragazza\n", encoding="utf-8")
     with pytest.raises(UsageError, match="a tab"):
         cases_of(str(file), mini, 1)
-    with pytest.raises(UsageError, match="agreement, participle, ioi"):
+    with pytest.raises(UsageError, match="agreement, attractor, participle, ioi"):
         cases_of("nominativo", mini, 1)
 
 

@@ -10,8 +10,8 @@ import yaml
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label
+from sae_italian.base.statistics import correlation, slope
 from sae_italian.papers import cunningham, llama_scope
-from sae_italian.papers.measure import correlation
 from sae_italian.papers.paper import paper, papers
 from sae_italian.papers.report import ReportTable, Section, lookup, markdown_table, shown, tables_of, write_report
 from sae_italian.papers.reproduce import STEPS
@@ -213,3 +213,5 @@ def test_correlation_is_pearsons_and_leaves_out_what_is_not_there():
     found = correlation(np.append(x, np.nan), np.append(y, 3.0))
     assert found.value == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9) and found.lo < found.value < found.hi
     assert np.isnan(correlation(x[:2], y[:2]).value)
+    steep = slope(x, 3 * y)
+    assert steep.value == pytest.approx(np.polyfit(x, 3 * y, 1)[0], abs=1e-9) and steep.lo < 3 < steep.hi

@@ -99,6 +99,6 @@ function renderCard(ctx, row, card) {
     h("div", { class: "rest" }, ctx.marks && notesPanel(ctx, row.latent), has(card.labels) && labelsPanel(ctx, card.labels), has(card.tokens) && tokensPanel(ctx, card.tokens),
       has(card.positions) && section(ctx.t("profile"), ctx.t("profile.note"), profile(ctx, card.positions)), has(card.decoder) && neighboursPanel(ctx, card.decoder, "decoder"),
       has(card.cofiring) && neighboursPanel(ctx, card.cofiring, "cofiring"), has(card.logits) && section(ctx.t("logits.histogram"), null, histogram(ctx, card.logits, "logits")),
-      has(card.sources) && sourcesPanel(ctx, card),
+      has(card.sources) && sourcesPanel(ctx, card), has(card.graphs) && section(ctx.t("graph.title"), null, h("ul", {}, card.graphs.map((graph) => h("li", {}, h("a", { href: graph.href }, text(graph.prompt)))))),
       card.rule && h("details", { class: "panel rule" }, h("summary", {}, ctx.t("rule")), h("pre", { tabindex: "0" }, JSON.stringify(card.rule, null, 2)))));
 }
