@@ -18,12 +18,12 @@ from sae_italian.base.labels import Language, label
 from sae_italian.base.pace import progress
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, correlation, slope
-from sae_italian.circuits.edges import attribute, layers_of
+from sae_italian.circuits.edges import attribute, frozen, layers_of, target_of
 from sae_italian.circuits.graph import Graph, influence, scores
 from sae_italian.models.activations import logits_at, read_many, replaced
 from sae_italian.saes.baselines import random_twin
 
-N_LATENTS = 40
+N_LATENTS, REPLAYED = 40, 5
 AT_ONCE = 16  # of which each is taken away in a row of a batch
 
 
@@ -44,12 +44,15 @@ class Checked(NamedTuple):
     graph: tuple[Agreement, ...]
     random: tuple[Agreement, ...]
     scores: dict[str, tuple[float, float]]  # replacement and completeness, of the graph and of the random one
+    replayed: float  # of constrained patching: its largest difference from an edge, as a share of the largest edge
 
     def text(self) -> str:
         rows = [(a.what, a.n, shown(a.direct), shown(a.paths), shown(a.slope)) for a in (*self.graph, *self.random)]
         found = table("latents taken away | n | edge against change | all paths against change | slope", rows)
         rows = [(name, *(f"{score:.2f}" for score in pair)) for name, pair in self.scores.items()]
-        return f"{found}\n\n{table('transcoders | replacement score | completeness', rows)}\n\n{self.verdict()}"
+        told = f"written twice with all else frozen, latents move all others by their edges to {self.replayed:.1e}"
+        found += f"\n\n{table('transcoders | replacement score | completeness', rows)}"
+        return f"{found}\n\n{told}\n\n{self.verdict()}"
 
     def verdict(self, language: Language = "en") -> str:
         """Return in a sentence whether the graph foretells more than one of random transcoders does."""
@@ -70,10 +73,9 @@ def random_graph(
         for sae in by_layer.values()
     ]
     logits = [node.index for node in graph.nodes if node.kind == "logit"]
-    against, most = None if graph.against < 0 else graph.against, int(graph.of_kind("latent").sum())
-    return twins, attribute(
-        model, twins, graph.prompt, logits=logits, against=against, max_nodes=max(1, most), batch=batch
-    )
+    most = max(1, int(graph.of_kind("latent").sum()))
+    how: dict[str, Any] = {"logits": logits, "against": graph.subtracted, "max_nodes": most, "batch": batch}
+    return twins, attribute(model, twins, graph.prompt, **how)
 
 
 def check(
@@ -87,8 +89,8 @@ def check(
 ) -> Checked:
     """Take latents of a graph away in the real model and compare; the same with random twins of the transcoders.
 
-    Those looked at are the `n_latents` most influential ones, and as many at random. `control` is what `random_graph`
-    returned, where it is at hand. Raises: UsageError as `attribute`.
+    Those looked at are the `n_latents` most influential ones, and as many at random; REPLAYED of them by constrained
+    patching too. `control` is what `random_graph` returned, where it is at hand. Raises: UsageError as `attribute`.
     """
     twins, other = control or random_graph(model, transcoders, graph, seed=seed)
     tokens = model.tokenizer(graph.prompt, return_tensors="pt").input_ids.to(model.device)
@@ -97,7 +99,27 @@ def check(
         for saes, each, name in ((transcoders, graph, ""), (twins, other, ", random transcoders"))
     ]
     told = {name: scores(each)[:2] for name, each in (("these", graph), ("random", other))}
-    return Checked(found[0], found[1], told)
+    return Checked(found[0], found[1], told, replayed(model, layers_of(transcoders, model), tokens, graph))
+
+
+@torch.no_grad()
+def replayed(model: Any, by_layer: Mapping[int, Any], tokens: Tensor, graph: Graph) -> float:
+    """Return how far the edges are from constrained patching, at most, as a share of the largest edge.
+
+    What the most influential latents write is added once more, patterns, norms and MLPs held: each target must move by
+    its edge. That proves the algebra, for any transcoders; only taking latents away says whether the graph is true.
+    """
+    before, worst = frozen(model, by_layer, tokens), 0.0
+    targets = [target_of(model, by_layer, graph.nodes[i], graph.subtracted) for i in graph.targets.tolist()]
+    latents = np.flatnonzero(graph.of_kind("latent"))
+    for column in latents[np.argsort(-influence(graph)[latents], kind="stable")][:REPLAYED].tolist():
+        node, more = graph.nodes[column], torch.zeros_like(before.leaves[0][0])
+        more[node.position] = node.value * written_directions(by_layer[node.layer], [node.index])[0]
+        after = frozen(model, by_layer, tokens, constants=before.constants, added={node.layer: more})
+        change = {layer: (after.reads[layer] - read)[0] for layer, read in before.reads.items()}
+        moved = [float(change[target.layer][target.position] @ target.vector.to(more)) for target in targets]
+        worst = max(worst, float(np.abs(np.array(moved) - graph.weights[:, column]).max()))
+    return worst / max(float(np.abs(graph.weights).max()), 1e-10)
 
 
 def _agreements(
@@ -107,10 +129,13 @@ def _agreements(
     ranked = latents[np.argsort(-influence(graph)[latents], kind="stable")][:n]
     random = np.random.default_rng(seed).permutation(latents)[:n]
     direct, paths = foretold(graph)
-    return tuple(
-        _agreement(f"{what}{name}", direct[some], paths[some], _changes(model, by_layer, tokens, graph, some))
-        for what, some in (("most influential", ranked), ("at random", random))
-    )
+    told = []
+    for what, some in (("most influential", ranked), ("at random", random)):
+        foreseen, real = paths[some], _changes(model, by_layer, tokens, graph, some)
+        numbers = correlation(direct[some], real), correlation(foreseen, real), slope(foreseen, real)
+        points = tuple(zip(foreseen.tolist(), real.tolist(), strict=True))
+        told.append(Agreement(f"{what}{name}", len(real), *numbers, points))
+    return tuple(told)
 
 
 def foretold(graph: Graph) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, " nodes"]]:
@@ -163,11 +188,6 @@ def _without(
     for row, position, write in writes:
         changed[row, position] -= write.to(x)
     return changed
-
-
-def _agreement(what: str, direct: np.ndarray, paths: np.ndarray, real: np.ndarray) -> Agreement:
-    told = correlation(direct, real), correlation(paths, real), slope(paths, real)
-    return Agreement(what, len(real), *told, tuple(zip(paths.tolist(), real.tolist(), strict=True)))
 
 
 def check_svg(checked: Checked) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,9 +95,24 @@ def _take_apart(sae: Any, layer: int, read: Tensor, written: Tensor, texts: list
     return _Written(ordered, vectors[order], np.bincount(at).tolist())
 
 
-def _encoder(sae: Any, latent: int) -> Float[Tensor, " d_in"]:
-    norm = sae.W_dec[latent].norm() if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else 1.0
-    return (sae.W_enc[:, latent] * norm).detach()
+def frozen(model: Any, by_layer: Mapping[int, Any], tokens: Int[Tensor, "1 pos"], **more: Any) -> Linear:
+    """Return the prompt's linear pass for these transcoders; `more` as `linearise`, and what it raises."""
+    hooks = {layer: edit_hooks(sae, model)[0] for layer, sae in by_layer.items()}
+    skips = {layer: sae.W_skip for layer, sae in by_layer.items() if getattr(sae, "W_skip", None) is not None}
+    return linearise(model, tokens, hooks, skips=skips, **more)
+
+
+@torch.no_grad()
+def target_of(model: Any, by_layer: Mapping[int, Any], node: GraphNode, against: int | None = None) -> Target:
+    """Return what the row of a latent, or of a logit, is about."""
+    if node.kind == "latent":
+        sae = by_layer[node.layer]
+        norm = sae.W_dec[node.index].norm() if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else 1.0
+        vector = sae.W_enc[:, node.index] * norm
+    else:
+        weight = model.get_output_embeddings().weight
+        vector = weight[node.index] - (weight.mean(0) if against is None else weight[against])
+    return Target(node.layer, node.position, vector)
 
 
 class _Rows:
@@ -157,12 +172,10 @@ def attribute(
         raise UsageError(f"{prompt!r} has fewer than two tokens, so nothing leads to anything. Give a longer prompt.")
     check_context(tokens.shape[1], model.config)
     texts = token_text(tokenizer, tokens[0].tolist())
-    hooks = {layer: edit_hooks(sae, model)[0] for layer, sae in by_layer.items()}
-    skips = {layer: sae.W_skip for layer, sae in by_layer.items() if getattr(sae, "W_skip", None) is not None}
 
     @cache
     def linear(end: int) -> Linear:
-        return linearise(model, tokens[:, :end], hooks, batch=batch, skips=skips)
+        return frozen(model, by_layer, tokens[:, :end], batch=batch)
 
     whole, n_layers, n_pos = linear(tokens.shape[1]), model.config.num_hidden_layers, tokens.shape[1]
     reads = {layer: read[0].detach() for layer, read in whole.reads.items()}
@@ -172,11 +185,9 @@ def attribute(
     for layer, written in sorted(whole.constants.written.items()):
         sae, read = by_layer.get(layer), reads.get(layer, embedding)
         sources.append(_take_apart(sae, layer, read, written[0], texts, silent))
-    logit_nodes, targets, own = _logit_targets(model, tokenizer, reads[n_layers][-1], n_pos, logits, against)
-
-    def target(node: GraphNode) -> Target:
-        return Target(node.layer, node.position, _encoder(by_layer[node.layer], node.index))
-
+    target = partial(target_of, model, by_layer)
+    logit_nodes, own = _logit_nodes(model, tokenizer, reads[n_layers][-1], n_pos, logits, against)
+    targets = [target(node, against) for node in logit_nodes]
     rows, nodes = _Rows(linear, sources), [node for source in sources for node in source.nodes]
     n_active = sum(node.kind == "latent" for node in nodes)
     most = min(max_nodes, n_active)
@@ -205,15 +216,15 @@ def _check_memory(row: int, n_logits: int, n_active: int, most: int, memory: flo
         )
 
 
-def _logit_targets(
+def _logit_nodes(
     model: Any,
     tokenizer: Any,
     final: Tensor,
     n_pos: int,
     wanted: Sequence[int] | None,
     against: int | None,
-) -> tuple[list[GraphNode], list[Target], list[float]]:
-    """Return the logits that are explained: nodes, targets, and their values centred on all logits, without a bias."""
+) -> tuple[list[GraphNode], list[float]]:
+    """Return the logits that are explained, and their values centred on all logits, without a bias."""
     unembedding, n_layers = model.get_output_embeddings(), model.config.num_hidden_layers
     weight = unembedding.weight.detach()
     raw = torch.nn.functional.linear(final, weight)
@@ -234,9 +245,8 @@ def _logit_targets(
         GraphNode("logit", n_layers, n_pos - 1, i, float(probability[i]), text)
         for i, text in zip(ids, texts, strict=True)
     ]
-    less, base = (weight.mean(0), raw.mean()) if against is None else (weight[against], raw[against])
-    targets = [Target(n_layers, n_pos - 1, weight[i] - less) for i in ids]
-    return nodes, targets, [float(raw[i] - base) for i in ids]
+    base = raw.mean() if against is None else raw[against]
+    return nodes, [float(raw[i] - base) for i in ids]
 
 
 class _Kept(NamedTuple):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,13 +61,25 @@ class Graph:
 
     def among(self, which: np.ndarray) -> Float[np.ndarray, "some some"]:
         """Return the edges among some of the nodes (a mask), zero rows for those that are sources only."""
-        row_of = np.full(len(self.nodes), -1)
-        row_of[self.targets] = np.arange(len(self.targets))
         chosen = np.flatnonzero(which)
-        rows = row_of[chosen]
+        rows = np.array([self.row_of.get(node, -1) for node in chosen.tolist()], dtype=np.int64)
         found = np.zeros((len(chosen), len(chosen)))
         found[rows >= 0] = self.weights[np.ix_(rows[rows >= 0], chosen)]
         return found
+
+    @cached_property
+    def decided(self) -> np.ndarray:
+        """Which nodes some input decides: all but bias and constant."""
+        return ~self.of_kind("bias", "constant")
+
+    @property
+    def subtracted(self) -> int | None:
+        return None if self.against < 0 else self.against
+
+    @cached_property
+    def row_of(self) -> dict[int, int]:
+        """The row of each node that has one."""
+        return {target: row for row, target in enumerate(self.targets.tolist())}
 
     def save(self, folder: Path) -> None:
         """Write graph.npz and graph.json; nothing is pickled."""
@@ -81,15 +94,9 @@ class Graph:
         try:
             told = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
             arrays = np.load(folder / "graph.npz", allow_pickle=False)
-            nodes = tuple(GraphNode(*node) for node in told["nodes"])
-            rest = {name: told[name] for name in ("prompt", "model", "n_layers", "n_active")}
-            rest["against"] = told.get("against", -1)
-            return cls(
-                tokens=tuple(told["tokens"]),
-                nodes=nodes,
-                **rest,
-                **{name: arrays[name] for name in ("targets", "weights", "own")},
-            )
+            del told["kind"]
+            told |= {"tokens": tuple(told["tokens"]), "nodes": tuple(GraphNode(*node) for node in told["nodes"])}
+            return cls(**told, **{name: arrays[name] for name in ("targets", "weights", "own")})
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder} holds no graph ({error}). Make it with `sae-italian graph`.") from error
 
@@ -123,13 +130,11 @@ def influence(graph: Graph) -> Float[np.ndarray, " nodes"]:
     N is |A| by rows, without the nodes that no input decides (bias and constant). One pass is enough: rows stand in the order
     of their layers, and a latent writes to later ones alone.
     """
-    decided = ~graph.of_kind("bias", "constant")
     found, weight = np.zeros(len(graph.nodes)), _importance(graph)
     for target, row in zip(graph.targets[::-1].tolist(), graph.weights[::-1], strict=True):
-        if (
-            reached := weight[target] + found[target]
-        ):  # from the logits down: what a row reads is known when its turn comes
-            size = np.abs(row) * decided
+        # from the logits down: what a row reads is known when its turn comes
+        if reached := weight[target] + found[target]:
+            size = np.abs(row) * graph.decided
             found += reached / max(size.sum(), 1e-10) * size
     return found
 
@@ -138,8 +143,7 @@ def scores(graph: Graph) -> GraphScores:
     """Return how complete the graph is; latents that were not visited count as errors."""
     found, missing = influence(graph), graph.of_kind("error", "rest")
     tokens, errors = found[graph.of_kind("embedding")].sum(), found[missing].sum()
-    decided = ~graph.of_kind("bias", "constant")
-    received = np.array([(size[decided].sum(), size[missing].sum()) for size in map(np.abs, graph.weights)])
+    received = np.array([(size[graph.decided].sum(), size[missing].sum()) for size in map(np.abs, graph.weights)])
     total, lost = received.reshape(-1, 2).astype(np.float64).T
     weight = (found + _importance(graph))[graph.targets] * (total > 0)
     complete = (weight * (1 - lost / np.maximum(total, 1e-10))).sum() / max(weight.sum(), 1e-10)
@@ -157,7 +161,7 @@ def prune(
     goes, and an error without an edge out.
     """
     found, always = influence(graph), graph.of_kind("embedding", "logit")
-    keep = (_largest(found, node_share) | always) & ~graph.of_kind("bias", "constant")
+    keep = (_largest(found, node_share) | always) & graph.decided
     square, weight = graph.among(keep), _importance(graph)[keep]
     flow = np.abs(square) / np.maximum(np.abs(square).sum(axis=1, keepdims=True), 1e-10)
     reached, step = weight.copy(), weight

@@ -78,15 +78,14 @@ def strongest_path(graph: Graph) -> tuple[list[int], float]:
 
     Each step goes to the latent or input whose edge is largest; the share is of all that some input decides.
     """
-    row_of = {target: row for row, target in enumerate(graph.targets.tolist())}
-    some, decided = graph.of_kind("latent", "embedding"), ~graph.of_kind("bias", "constant")
+    row_of, some = graph.row_of, graph.of_kind("latent", "embedding")
     path, share = [int(graph.targets[graph.of_kind("logit")[graph.targets]][0])], 0.0
     while path[0] in row_of:
         edges = np.abs(graph.weights[row_of[path[0]]])
         if not (edges * some).any():
             break
         step = int((edges * some).argmax())
-        share = share if len(path) > 1 else float(edges[step] / edges[decided].sum())
+        share = share if len(path) > 1 else float(edges[step] / edges[graph.decided].sum())
         path.insert(0, step)
     return path, share
 
@@ -99,12 +98,11 @@ def summary(graph: Graph, labels: Labels | None = None, top: int = 10) -> str:
         f"replacement score {found.replacement:.2f}, completeness {found.completeness:.2f}; {int(graph.of_kind('latent').sum())} "
         f"of {graph.n_active} active latents are nodes, {int((keep & graph.of_kind('latent')).sum())} stay when pruned"
     )
-    row_of = {target: row for row, target in enumerate(graph.targets.tolist())}
     rows = []
     for i in np.argsort(-reached, kind="stable")[:top].tolist():
         node, sources = graph.nodes[i], ""
-        if i in row_of:
-            edges = np.abs(graph.weights[row_of[i]]) * ~graph.of_kind("bias", "constant")
+        if i in graph.row_of:
+            edges = np.abs(graph.weights[graph.row_of[i]]) * graph.decided
             sources = ", ".join(name_of(graph.nodes[s]) for s in np.argsort(-edges)[:2].tolist() if edges[s] > 0)
         rows.append((name_of(node, labels), f"{reached[i]:.3f}", sources))
     return f"{head}\n\n{table('node | influence | most from', rows)}"

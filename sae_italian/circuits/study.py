@@ -80,31 +80,26 @@ class Study(NamedTuple):
     case: str
     rows: tuple[Studied, ...]
 
-    def estimate(self, name: str, which: int) -> Estimate:
-        return mean_interval(np.array([row.numbers[which].get(name, float("nan")) for row in self.rows]))
-
-    def gain(self, name: str) -> Estimate:
-        """Return by how much these transcoders are better than random ones on the same prompt."""
-        pairs = [[numbers.get(name, float("nan")) for numbers in row.numbers] for row in self.rows]
-        return mean_interval(np.array([mine - random for mine, random in pairs]))
-
     def estimates(self) -> dict[str, dict[str, Estimate]]:
+        """Return by number, where it was measured, its mean of these, of random transcoders, and of the difference."""
+        rows = {name: [[each.get(name, np.nan) for each in row.numbers] for row in self.rows] for name in NUMBERS}
+        sides = {name: np.array(pairs).T for name, pairs in rows.items()}
         return {
-            name: {"these": self.estimate(name, 0), "random": self.estimate(name, 1), "gain": self.gain(name)}
-            for name in NUMBERS
+            name: {"these": mean_interval(mine), "random": mean_interval(random), "gain": mean_interval(mine - random)}
+            for name, (mine, random) in sides.items()
+            if np.isfinite(mine).any()
         }
 
     def text(self) -> str:
         rows = [
             (name.replace("_", " "), *(shown(each) for each in found.values()))
             for name, found in self.estimates().items()
-            if not np.isnan(found["these"].value)
         ]
         return f"{self.case}, {len(self.rows)} prompts\n\n{table('mean over prompts | these | random | gain', rows)}"
 
     def svg(self) -> str:
         """Return the means with their intervals, these transcoders beside random ones."""
-        found = {name: pair for name, pair in self.estimates().items() if not np.isnan(pair["these"].value)}
+        found = self.estimates()
 
         def draw(axes: Any) -> None:
             for row, pair in enumerate(found.values()):
@@ -127,7 +122,7 @@ def study(
 
     Raises: UsageError for a case that the model's tokens do not allow, and as `attribute`.
     """
-    cases, feature = cases_of(case, model, n, seed), CASES.get(case, "")
+    cases, feature = cases_of(case, model, n, seed), CASES.get(case, "") if _embedded(model) else ""
     by_layer = layers_of(transcoders, model)
     carrying: list[Any] = [{}, {}]
     rows = []
@@ -187,7 +182,7 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
         return [Case(line[0], "", *_ids(tokenizer, *line[1:3])) for line in lines[:n]]
     if case not in CASES:
         raise UsageError(f"{case!r} is no case and no file. The cases: {', '.join(CASES)}; a file has a prompt a line.")
-    embedded = getattr(model, "loaded_from", {}).get("name") == "sae-italian-mini"
+    embedded = _embedded(model)
     if case == "ioi":
         pairs = ioi_pairs(n, tokenizer, words_for("sae-italian-mini" if embedded else "minerva-1b"), seed=seed)
         texts = [(pair.base, pair.counterfactual, pair.io, pair.new_io) for pair in pairs]
@@ -209,6 +204,11 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
             f"{case}: {len(found)} of {len(texts)} prompts suit this model's tokens, {n} wanted. Ask for fewer."
         )
     return found[:n]
+
+
+def _embedded(model: Any) -> bool:
+    """Whether it is the model that knows MicroItaliano, and no other Italian: the grammar's labels are its alone."""
+    return getattr(model, "loaded_from", {}).get("name") == "sae-italian-mini"
 
 
 def _ids(tokenizer: Any, right: str, wrong: str = "") -> tuple[int, int]:

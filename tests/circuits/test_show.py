@@ -6,12 +6,13 @@ import math
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache, build_cache
-from sae_italian.circuits.check import _agreement, check, foretold
+from sae_italian.circuits.check import check, foretold, replayed
 from sae_italian.circuits.edges import attribute
 from sae_italian.circuits.graph import Graph, GraphNode
 from sae_italian.circuits.show import cantor, neuronpedia, summary, svg
@@ -143,12 +144,10 @@ def test_latents_of_the_last_layer_that_write_little_do_what_their_edges_say(mis
         and last.paths == last.direct
         and last.slope.value == pytest.approx(1, abs=0.05)
     )
+    assert found.replayed < 1e-6  # what is written twice, all else frozen, moves every target by its edge
+    graph.weights[0] += 0.01 * np.abs(graph.weights).max()
+    assert replayed(mistral, {2: sae}, tokens, graph) > 5e-3
     assert len(found.random) == 2 and set(found.scores) == {"these", "random"} and found.verdict() in found.text()
-
-
-def test_nothing_foretold_is_said():
-    nothing = _agreement("x", np.zeros(5), np.zeros(5), np.arange(5.0))
-    assert np.isnan(nothing.direct.value) and np.isnan(nothing.slope.value)
 
 
 def test_the_command_writes_a_graph_that_is_read_again(saved, tmp_path, capsys):
@@ -242,12 +241,17 @@ def test_bad_input_is_answered_in_a_line(topk_sae, tmp_path, monkeypatch, capsys
     assert said in error[-1] and len(error) == 1 + any("altro" in line for line in error[:-1])
 
 
-def test_a_gap_a_logit_never_likely_and_another_models_transcoders_are_told(tmp_path, capsys):
+def test_a_gap_a_logit_never_likely_and_another_models_transcoders_are_told(mini, tmp_path, capsys, caplog):
     """None is refused: a layer without a transcoder is an error node, the other two are said."""
+    with torch.no_grad():
+        order = mini(mini.tokenizer(PROMPT, return_tensors="pt").input_ids).logits[0, -1].argsort().tolist()
+    words = [piece[1:] for piece in mini.tokenizer.convert_ids_to_tokens(order) if piece.startswith("▁")]
+    never = next(word for word in words if word.isalpha())
     folder = transcoders(tmp_path / "set", (0, 128, 0), (2, 128, 0))
-    assert main(["graph", "sae-italian-mini", str(folder), PROMPT, "target=Giovanni", "--out", str(tmp_path / "g")]) == 0
-    said = capsys.readouterr()
-    assert "does not expect it" in said.out and "trained on 'altro/modello'" in said.err
+    assert (
+        main(["graph", "sae-italian-mini", str(folder), PROMPT, f"target={never}", "--out", str(tmp_path / "g")]) == 0
+    )
+    assert "does not expect it" in capsys.readouterr().out and "trained on 'altro/modello'" in caplog.text
     graph = Graph.load(tmp_path / "g")
     missing = np.array([node.kind == "error" and node.layer in (1, 3) for node in graph.nodes])
     assert {node.layer for node in graph.nodes if node.kind == "latent"} == {0, 2} and graph.weights[-1, missing].any()

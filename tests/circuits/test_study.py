@@ -85,7 +85,7 @@ def test_patching_effects_are_the_live_models_own(mistral):  # noqa: F811
 def test_intervals_are_over_prompts_and_gains_within_one():
     rows = tuple(Studied(str(i), ({"slope": 1.0 + 0.01 * i}, {"slope": 0.5 + 0.01 * i})) for i in range(10))
     found = Study("x", rows)
-    mine, gain = found.estimate("slope", 0), found.gain("slope")
+    mine, gain = (found.estimates()["slope"][which] for which in ("these", "gain"))
     assert mine.value == pytest.approx(1.045) and mine.lo < mine.value < mine.hi
     assert gain.value == pytest.approx(0.5) == gain.lo == gain.hi
     assert "| slope |" in found.text() and "recall" not in found.text() and found.svg().startswith("<?xml")

@@ -47,8 +47,8 @@ def export_set(
 
     `name` is the model's, `caches` are opened feature caches by layer (none: no features), `reading` what
     `export_jumprelu` takes of the text that sets the thresholds.
-    Raises: UsageError for a layer that is missing, transcoders of several widths or sites, and one that circuit-tracer
-    has no form for.
+    Raises: UsageError for a layer that is missing, transcoders of several widths, one that circuit-tracer has no form for,
+    and as `layers_of`.
     """
     by_layer = layers_of(saes, model)
     _check_whole(by_layer, model.config.num_hidden_layers)
@@ -93,12 +93,8 @@ def _check_whole(by_layer: Mapping[int, Any], n_layers: int) -> None:
             f"no transcoder of layer {', '.join(map(str, missing))}: circuit-tracer needs one of each of {n_layers} layers. "
             "Train the rest, or use `sae-italian graph`, which does without."
         )
-    for what, values in (
-        ("widths", {sae.cfg.d_sae for sae in by_layer.values()}),
-        ("sites", {sae.cfg.metadata.hook_name.split(".", 2)[2] for sae in by_layer.values()}),
-    ):
-        if len(values) > 1:
-            raise UsageError(f"the transcoders have {what} {sorted(values)}; circuit-tracer needs one for all layers.")
+    if len(widths := sorted({sae.cfg.d_sae for sae in by_layer.values()})) > 1:
+        raise UsageError(f"the transcoders have widths {widths}; circuit-tracer needs one for all layers.")
 
 
 @torch.no_grad()
