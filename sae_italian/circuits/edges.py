@@ -189,17 +189,20 @@ def attribute(
     logit_nodes, own = _logit_nodes(model, tokenizer, reads[n_layers][-1], n_pos, logits, against)
     targets = [target(node, against) for node in logit_nodes]
     rows, nodes = _Rows(linear, sources), [node for source in sources for node in source.nodes]
-    n_active = sum(node.kind == "latent" for node in nodes)
-    most = min(max_nodes, n_active)
+    most = min(max_nodes, n_active := sum(node.kind == "latent" for node in nodes))
     _check_memory(rows.n_sources * embedding.element_size(), len(targets), n_active, most, memory)
     written = [reads[n_layers], *(source.vectors for source in sources)]
     with _kept(resume, (most + len(targets), rows.n_sources), written, own) as kept:
         visited = _visit(rows, nodes, target, targets, [node.value for node in logit_nodes], most, batch, kept)
         for each in (target(nodes[i]) for i in visited):
-            own.append(float(each.vector.to(embedding) @ reads[each.layer][each.position].to(embedding)))
+            own.append(float(each.vector.to(embedding) @ reads[each.layer][each.position]))
         found = _assembled(nodes, visited, logit_nodes, kept.rows, np.array(own), n_layers)
-    name = str(getattr(model, "loaded_from", {}).get("name") or model.config._name_or_path)
-    return Graph(prompt, name, tuple(texts), n_layers, *found, n_active, -1 if against is None else against)
+    against = -1 if against is None else against
+    return Graph(prompt, _name(model), tuple(texts), n_layers, *found, n_active, against)
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model, "loaded_from", {}).get("name") or model.config._name_or_path)
 
 
 def _check_memory(row: int, n_logits: int, n_active: int, most: int, memory: float | None) -> None:
