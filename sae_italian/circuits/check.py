@@ -151,7 +151,7 @@ def foretold(graph: Graph) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarra
     value = np.array([node.value for node in graph.nodes])[latent]
     direct, paths = np.zeros(len(latent)), np.zeros(len(latent))
     direct[latent] = -logit[latent]
-    onwards = solve_triangular(np.eye(len(among)) - among / value, logit[latent] / value, trans="T", lower=True)
+    onwards = solve_triangular(np.eye(len(among)) - among / value, logit[latent] / value, trans=1, lower=True)
     paths[latent] = direct[latent] - onwards @ among
     return direct, paths
 

@@ -180,6 +180,19 @@ def test_the_batch_does_not_matter_and_latents_left_out_are_booked(mistral):
     assert np.mean(mine) > 1.5 * np.mean(reach[whole.of_kind("latent")])
 
 
+def test_early_targets_go_back_through_the_prompts_beginning(model, monkeypatch):
+    """Passes of 3, 6, 9 and all 11 tokens give what the whole prompt's alone gives, in every family."""
+    import sae_italian.circuits.edges as edges
+
+    saes, lengths, frozen = [random_transcoder(layer) for layer in range(3)], [], edges.frozen
+    whole = attribute(model, saes, "ciao bella")
+    monkeypatch.setattr(edges, "SHORT", 3)
+    monkeypatch.setattr(edges, "frozen", lambda *a, **k: (lengths.append(a[2].shape[1]), frozen(*a, **k))[1])
+    parts = attribute(model, saes, "ciao bella")
+    assert sorted(lengths) == [3, 6, 9, 11]
+    assert parts.nodes == whole.nodes and np.allclose(parts.weights, whole.weights, rtol=1e-5, atol=1e-6)
+
+
 def test_the_graph_has_no_cycle_and_looks_back_only(mistral):
     graph = attribute(mistral, [random_transcoder(layer) for layer in range(3)], "ciao bella")
     for row, target in enumerate(graph.targets.tolist()):

@@ -47,7 +47,7 @@ def gemma_2():
     Both caps bite (scores and logits of a few units against caps of 2 and 5), and the local layers' window is 4 of 8 tokens.
     """
     from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+    from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
     tokenizer = load_model("sae-italian-mini").tokenizer
     shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": len(tokenizer)}
@@ -60,7 +60,7 @@ def gemma_2():
     model.config.architectures = ["Gemma2ForCausalLM"]
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    local = [kind == "sliding_attention" for kind in config.layer_types]
+    local = [kind == "sliding_attention" for kind in config.layer_types or []]
     assert local == [True, False, True, False] and config._attn_implementation == "eager"
     cfg = HookedTransformerConfig(
         model_name="gemma-2",

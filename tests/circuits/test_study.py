@@ -150,7 +150,7 @@ def test_a_file_of_prompts_and_what_is_no_case(mini, tmp_path):
         cases_of("nominativo", mini, 1)
 
 
-def test_the_command_studies_a_case(saved, tmp_path, capsys):  # noqa: F811
+def test_the_command_studies_a_case(saved, mini, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "study"
     told = [
         "graph",
@@ -168,3 +168,6 @@ def test_the_command_studies_a_case(saved, tmp_path, capsys):  # noqa: F811
     assert len(found["rows"]) == 2 and (out / "graph.study.svg").exists()
     assert 0 <= found["estimates"]["replacement"]["these"]["value"] <= 1
     assert {"patching", "slope", "direct"} <= set(found["rows"][0]["numbers"][0])
+    for row, one in zip(found["rows"], cases_of("agreement", mini, 2), strict=True):
+        logits = mini(mini.tokenizer(one.prompt, return_tensors="pt").input_ids).logits[0, -1]
+        assert row["numbers"][0]["right"] == row["numbers"][1]["right"] == float(logits[one.right] > logits[one.wrong])
