@@ -115,6 +115,7 @@ NOT_RUN = {
     "graph": "needs transcoders of every layer; tests/circuits",
     "saes doctor runs/tc": "the same",
     "export runs/tc": "the same; tests/browser/exports/test_transcoder_set.py",
+    "train gemma-3-270m-transcoders": "needs the real model",
     "train mini/transcoders": "minutes; `train CONFIG` stands for it",
     "explainita": "needs data; tests/autointerp/explainita",
     "language": "needs treebanks; tests/analysis/probes",

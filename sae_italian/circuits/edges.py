@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -32,7 +32,6 @@ ROWS_AT_ONCE = 256  # of the edges that are weighed together, so that no copy of
 SAID_FROM = 1.0  # 10^9 bytes of edges, from which the memory is told before they are computed
 LENGTHS, SHORT = 4, 16  # passes of a prompt's beginning, the whole as the last; tokens of the shortest
 FIRST_LOOK, GROWTH = 4, 4  # batches before the next are chosen by influence; then again when a quarter more was visited
-log = logging.getLogger(__name__)
 
 
 class _Written(NamedTuple):
@@ -210,7 +209,7 @@ def _check_memory(row: int, n_logits: int, n_active: int, most: int, memory: flo
     free = psutil.virtual_memory().available / 1e9 if memory is None else memory
     need = 2 * row * (most + n_logits) / 1e9
     if need > SAID_FROM:
-        log.warning("%d latents are active, %d become nodes: %.1f GB of memory", n_active, most, need)
+        sys.stderr.write(f"{n_active:,} latents are active, {most:,} become nodes: {need:.1f} GB of memory.\n")
     if need > free:
         bound = max(1, int(0.95 * free * 1e9 / (2 * row)) - n_logits)
         raise UsageError(

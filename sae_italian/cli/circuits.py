@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ SETTINGS = {
     "memory": 0.0,
     "labels": "",
 }
-log = logging.getLogger(__name__)
 
 
 def graph(
@@ -110,7 +109,7 @@ def _loaded(name: str, transcoders: Path) -> tuple[Any, list[Any]]:
     there = model.loaded_from["name"]
     own = {str(sae.cfg.metadata.model_name or there) for sae in saes}
     if other := [each for each in sorted(own) if Path(each).name != Path(there).name]:
-        log.warning("the transcoders were trained on %r, the model here is %r", other[0], there)
+        sys.stderr.write(f"The transcoders were trained on {other[0]!r}; the model here is {there!r}.\n")
     return model, saes
 
 

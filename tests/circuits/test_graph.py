@@ -331,6 +331,12 @@ def test_what_is_no_graph_is_refused(mistral):
         linearise(mistral.half(), mistral.tokenizer("ciao").input_ids, {})
 
 
+def test_what_a_large_graph_will_take_is_said_before(mistral, monkeypatch, capsys):
+    monkeypatch.setattr("sae_italian.circuits.edges.SAID_FROM", 1e-6)
+    graph = attribute(mistral, [random_transcoder(0)], "ciao", max_nodes=20)
+    assert f"{graph.n_active} latents are active, 20 become nodes" in capsys.readouterr().err
+
+
 def test_a_token_that_nobody_looks_at_changes_nothing(mistral):
     """Causal: the logits' gradient at positions behind a target is zero, and a later token leaves earlier rows alone."""
     tokens = mistral.tokenizer("ciao bella").input_ids
