@@ -33,7 +33,8 @@ from mutmut.mutation import trampoline
 sys.path[0] = str(Path.cwd())  # the mutants, not the folder of this file
 BUDGET = 8.0  # seconds of processor time for the tests of one mutant, as forecast
 # Left out: what starts Python anew or trains for long. No mutant would be asked of these first, all would wait for them.
-LONG = "ray wheel kill_at_random a_killed_run second_builder side_by_side as_well_as_ours its_curve sweep_starts hangs"
+LONG = "ray wheel kill_at_random a_killed_run second_builder side_by_side as_well_as_ours its_curve sweep_starts hangs "
+LONG += "small_recipe take_the_steps bytes_of_a_step"
 PLAIN = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not real and not hub", "--tb=no"]
 PLAIN += ["-k", " and ".join(f"not {name}" for name in LONG.split())]
 

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 # Two files of this room have tests that start Python anew, where nobody sees which functions are called: left out.
 _TRAINING = {"config", "curves", "logging", "loop", "pretrained", "processes", "publish", "run", "sae_run"}
 _TRAINING |= {"stream", "suite", "text"}
-_MORE_TESTS = {"annealing", "cached", "checkpoint"}
+_MORE_TESTS = {"annealing", "cached", "checkpoint", "launching", "recipes", "shards"}
 # A room: its files, and the tests that are to kill its mutants.
 ROOMS: dict[str, tuple[list[str], list[str]]] = {
     "statistics": (

@@ -22,11 +22,13 @@ def spec(cached_activations, small_spec):
     return small_spec.model_copy(update=changes)
 
 
-def test_batches_are_the_cached_rows_and_a_saved_stream_goes_on(spec, mini, cached_activations, tmp_path):
+def test_batches_are_the_cached_rows_and_a_saved_stream_goes_on(spec, mini, cached_activations, tmp_path, monkeypatch):
     from datasets import load_from_disk
 
     stream = open_stream(spec, mini, HOOK)
-    served = [next(stream) for _ in range(6)]
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_italian.training.stream.read_many", None)  # the model has nothing to do
+        served = [next(stream) for _ in range(6)]
     tokens = torch.tensor(load_from_disk(str(cached_activations))[:40]["token_ids"])
     acts = read_activations(mini, tokens, HOOK)[tokens != mini.tokenizer.bos_token_id]
     exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}

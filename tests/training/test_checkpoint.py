@@ -1,5 +1,6 @@
 import contextlib
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors.torch import save_file
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.training.logging import RunLog, read_metrics
-from sae_italian.training.loop import Loop
+from sae_italian.training.loop import HOPELESS_AFTER, Loop
 
 BIG = 4_000_000
 
@@ -78,6 +79,28 @@ def test_a_defect_is_not_called_a_full_disk(tmp_path):
 
     with pytest.raises(RuntimeError, match="mat1"):
         loop_of(tmp_path, write=broken).save()
+
+
+def test_a_start_that_does_not_fit_is_said_once_and_with_what_helps(tmp_path):
+    told = []
+    bar = SimpleNamespace(write=lambda text, file: told.append(text))
+
+    def after(*looks, steps=HOPELESS_AFTER + 1, warm_up=5, **sae):
+        """What is said at the last look; a look is the explained variance and how many of 300 latents are dead."""
+        loop = loop_of(tmp_path)
+        loop.first.spec = SimpleNamespace(sae={"d_sae": 300, **sae}, lr_warm_up_steps=warm_up)
+        loop.first.n_steps = steps
+        for explained, dead in looks:
+            told.clear()
+            loop._warn_of_the_start(bar, "sae", explained, dead)
+        return told[0] if told else ""
+
+    assert not after((0.5, 200)) and not after((0.5, 250), (0.5, 249)) and not after((0.0, 0))
+    assert not after((-0.5, 0), steps=HOPELESS_AFTER) and not after((-0.5, 0), warm_up=HOPELESS_AFTER + 1)
+    dying = after((0.5, 190), (0.5, 201))
+    assert "explained variance 0.50, 201 of 300 latents dead and more with every step" in dying and "Lower lr" in dying
+    assert "0 of 300 latents dead. It does not fit" in after((-0.5, 0))
+    assert "Set sae.start=mean." in after((-0.5, 0), start="zero") and not after((-0.5, 0), (-0.5, 0))
 
 
 def test_only_the_last_is_kept_and_read(tmp_path):

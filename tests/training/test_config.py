@@ -1,8 +1,10 @@
 import json
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +12,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.training import load_config, load_spec, recipes
 from sae_italian.training.config import configs_folder, find_config
+from sae_italian.training.text import check_length, check_pretokenized
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +49,7 @@ def test_shipped_configs_are_found_by_name(path, tmp_path, monkeypatch):
         (["sae.kk=3"], "unknown key 'sae.kk'.*'k'"),
         (["sae.architecture=topkk"], "Did you mean 'topk'"),
         (["lr=viel"], "config key 'lr'"),
+        (["training_tokens=null"], "config key 'training_tokens' is None; it should be a valid integer"),
         (["lr=-1"], "config key 'lr' is -1; it should be greater than 0"),
         (["lr=.inf"], "config key 'lr' is inf; it should be a finite number"),
         (["training_tokens=many"], "config key 'training_tokens' is 'many'; it should be a valid integer[.]"),
@@ -137,6 +141,41 @@ def test_saelens_own_config_is_a_run(own_cache):
     config.adam_beta1 = 0.5
     with pytest.raises(UsageError, match="adam_beta1 is 0.5; training here has it at 0.9 alone"):
         RunSpec.from_saelens(config)
+
+
+def test_a_missing_key_is_named_and_a_half_precision_model_is_asked_for(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: sae-italian-mini\nhook_name: blocks.1.hook_resid_post\n")
+    with pytest.raises(UsageError, match="lacks the key 'sae'"):
+        load_spec(tmp_path / "a.yaml")
+    asked = [load_spec("mini/topk", f"dtype={name}").to_saelens() for name in ("float32", "bfloat16")]
+    given = {"center_writing_weights": False}
+    assert [config.model_from_pretrained_kwargs for config in asked] == [given, given | {"dtype": "bfloat16"}]
+    assert [config.verbose for config in asked] == [False, False]
+
+
+@pytest.mark.parametrize(("n_tokens", "words"), [
+    ("1k", "1,000 training tokens or more, at most one epoch"),
+    ("400k", "training tokens, 1[0-9].[0-9] epochs"),
+])  # fmt: skip
+def test_the_length_of_a_corpus_is_told_in_tokens_and_epochs(mini, jsonl, n_tokens, words):
+    spec = load_spec("mini/topk", f"corpus={jsonl}", f"training_tokens={n_tokens}", "repeat_corpus=true")
+    assert re.search(words, check_length(spec, mini.tokenizer))
+    if n_tokens == "400k":
+        with pytest.raises(UsageError, match="training tokens, fewer than the 400,000"):
+            check_length(spec.model_copy(update={"repeat_corpus": False}), mini.tokenizer)
+
+
+def test_a_pretokenised_corpus_must_be_of_the_tokenizer_the_context_and_the_training_split():
+    made = SimpleNamespace(folder="tok", context_size=128, split="train", is_made_for=lambda tokenizer: tokenizer == 1)
+    check_pretokenized(made, 1, 128)  # pyright: ignore[reportArgumentType]
+    heldout = SimpleNamespace(**{**vars(made), "split": "heldout"})
+    for corpus, tokenizer, context, message in (
+        (made, 2, 128, "tok was made with another tokenizer"),
+        (made, 1, 64, "windows of 128 tokens, context_size is 64"),
+        (heldout, 1, 128, "holds the split 'heldout'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_pretokenized(corpus, tokenizer, context)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("text", ["model: [", "- a\n- b\n"])

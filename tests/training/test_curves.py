@@ -110,6 +110,12 @@ def test_what_is_off_is_said(metric, healthy, tmp_path):
     assert outside(read_curve(folder), curve)
 
 
+def test_a_band_of_dead_latents_stays_a_share():
+    low, high = curves.band("dead", np.array([0.0, 0.99]))
+    assert low[0] == 0 and high[1] == 1 and (low <= high).all()
+    assert curves.band("l0", np.array([0.0]))[0] <= 0 < curves.band("l0", np.array([8.0]))[0]
+
+
 def test_a_loss_that_is_not_finite(healthy, tmp_path):
     folder = written(tmp_path / "run", *healthy, loss=lambda x: np.append(x[:-1], np.nan))
     assert "not finite" in findings(folder)["training: loss"]

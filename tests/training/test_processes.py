@@ -10,6 +10,7 @@ import socket
 import time
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,20 @@ def two(spec, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two") / "sae"
     assert together(2, train, spec, out) == [out, out]
     return out
+
+
+def test_the_hash_of_a_training_is_of_its_scale_its_weights_and_its_counters():
+    def trainer(scale: float | None = None, weight=1.0, fired=0.0, rate=0.0):
+        return SimpleNamespace(
+            activation_scaler=SimpleNamespace(scaling_factor=scale),
+            sae=SimpleNamespace(state_dict=lambda: {"W": torch.full((2, 2), weight)}),
+            n_forward_passes_since_fired=torch.tensor([fired]),
+            act_freq_scores=torch.tensor([rate]),
+        )
+
+    different = [{}, {"scale": 2.0}, {"weight": 2.0}, {"fired": 1.0}, {"rate": 1.0}]
+    assert len({room._hash_of(trainer(**each)) for each in different}) == len(different)
+    assert room._hash_of(trainer(scale=2.0)) == room._hash_of(trainer(scale=2.0))
 
 
 # --- the same whatever their number -----------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def test_the_model_card_says_what_the_hub_reads(judged, hub):
     text = hub.files["me/saes"]["README.md"].decode()
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "saelens" and front["language"] == ["it"] and front["license"] == "mit"
-    assert {"sparse-autoencoder", "topk"} <= set(front["tags"]) and "explained_variance" in front["metrics"]
+    tags = {"sparse-autoencoder", "sae", "saelens", "sae-italian", "mechanistic-interpretability", "topk"}
+    assert tags <= set(front["tags"]) and "explained_variance" in front["metrics"]
     results = {row["type"]: row["value"] for row in front["model-index"][0]["results"][0]["metrics"]}
     assert results["l0"] == 8 and "dead" in results
     assert huggingface_hub.ModelCard(text).data.library_name == "saelens"  # parsed as the hub does

@@ -70,6 +70,13 @@ def test_memory_is_reckoned_from_shapes(mini):
     memory = memory_of([small().members()["L1TC-2x"]])
     assert memory["saes_gb"] == pytest.approx(16 * 256 * (128 + 128 + 1) / 1e9)
     assert memory["buffer_gb"] == pytest.approx(2 * 2048 * 128 * 4 / 1e9), "two hooks"
+    inner, context = mini.config.intermediate_size, small().members()["L1TC-2x"].context_size
+    assert memory["forward_gb"] == pytest.approx(4 * 8 * context * (6 * 128 + 3 * inner) / 1e9)
+    halved = memory_of([small("dtype=bfloat16").members()["L1TC-2x"]])
+    assert [round(memory[name] / halved[name], 6) for name in memory] == [1, 1, 2, 2, 2]
+    member = small("expansions=[1]", "layers=[1]", "sites=[R]")
+    exactly = sum(memory_of(list(member.members().values())).values())
+    assert len(small("expansions=[1]", "layers=[1]", "sites=[R]", f"memory_gb={exactly!r}").groups()) == 1
     n = sum(parameter.numel() for parameter in mini.parameters())
     assert n_parameters("sae-italian-mini") == n and memory["model_gb"] == pytest.approx(4 * n / 1e9)
 
@@ -85,6 +92,8 @@ def test_a_suite_trains_on_one_pass_and_each_sae_loads(tmp_path, capsys):
     assert load_sae(out / "L1R-1x").cfg.architecture() == "topk"
     assert json.loads((out / "L1R-2x" / "run.json").read_text())["kind"] == "train"
     stamp = (out / "L1R-2x" / "sae_weights.safetensors").stat().st_mtime_ns
+    with pytest.raises(UsageError, match="--overwrite"):
+        train_suite(small("layers=[1]"), out)
     assert main(["train", str(out), "--resume", "--json"]) == 0, "the folder says what it is"
     assert json.loads(capsys.readouterr().out)["saes"] == [str(out / name) for name in names]
     assert (out / "L1R-2x" / "sae_weights.safetensors").stat().st_mtime_ns == stamp
