@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,21 +14,22 @@ from hypothesis.extra import numpy as hnp
 
 from sae_italian.autointerp.examples import Example, LatentExamples, latent_examples
 from sae_italian.autointerp.judges import ConstantJudge, RuleJudge, Verdicts
-from sae_italian.autointerp.scorers import SCORERS, Asked, scorer
+from sae_italian.autointerp.scorers import SCORERS, Asked, score_rows, scorer
 from sae_italian.autointerp.scorers.binary import (
     GAIN,
     GROUPS,
     Answers,
     ResampledDocuments,
     detection,
+    estimates,
     fuzzing,
     ranking,
 )
-from sae_italian.autointerp.scorers.budget import N_LISTS, area, saved_bits, whole_number
+from sae_italian.autointerp.scorers.budget import N_LISTS, accuracy, area, saved_bits, whole_number
 from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge, embedding
 from sae_italian.autointerp.scorers.simulation import correlations, simulation
 from sae_italian.autointerp.scorers.subject import EMPTY, SubjectJudge, effects, surprisal
-from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.store import Explanation, Falls, Judgement, Store
 from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.base.errors import UsageError
 from tests.autointerp.conftest import N_TOKENS, OracleJudge, Says, Told, scores
@@ -101,6 +103,61 @@ def test_failed_answers_are_left_out_and_counted(source):
     score = scores(detection, Says(said), test=examples)[0]
     assert score.metrics["balanced_accuracy"].value == 1.0 and score.n_failed > 0
     assert "auroc" not in score.metrics
+
+
+def test_a_judges_answers_are_told_example_by_example():
+    shown = [SimpleNamespace(first=11, negatives=None), SimpleNamespace(first=22, negatives="random")]
+    one = Asked(SimpleNamespace(name="j"), Explanation(0, "nobody", "ok", "", "", None), "shuffled", 7)
+    one.answers["detection"] = shown, Verdicts(np.array([1, 0]), np.array([0.75, np.nan]))
+    one.answers["fuzzing"] = shown[1:], Verdicts(np.array([-1]), None)
+    expected = [
+        Judgement(7, 5, "shuffled", "detection", "j", 0, 11, "", 1, 0.75),
+        Judgement(7, 5, "shuffled", "detection", "j", 1, 22, "random", 0, None),
+        Judgement(7, 5, "shuffled", "fuzzing", "j", 0, 22, "random", -1, None),
+    ]
+    assert list(one.judgements(5)) == expected  # pyright: ignore[reportArgumentType]
+
+
+def test_bounds_are_quantiles_of_the_finite_resamples_and_sums_are_by_document():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(4, 9))
+    table[1, 3:5], table[2, 2:], table[3, 1:] = np.nan, np.nan, np.nan
+    for row, (value, lo, hi) in zip(table, estimates(table), strict=True):
+        rest = row[1:][np.isfinite(row[1:])]
+        ends = np.quantile(rest, (0.025, 0.975)) if len(rest) else (np.nan, np.nan)
+        assert value == row[0] and (lo, hi) == pytest.approx(tuple(ends), nan_ok=True)
+    documents = ResampledDocuments(np.array([3, 9, 3]), np.array([5]))
+    values = np.array([[1.0, 2.0], [3.0, 4.0]])
+    assert documents.sums(np.array([3, 3]), values).tolist() == [[3, 0, 0], [7, 0, 0]]
+    assert documents.sums(np.array([9, 5]), values).tolist() == [[0, 2, 1], [0, 4, 3]]
+
+
+def test_scores_by_decile_count_their_positives(source):
+    examples = latent_examples(source, N_TOKENS, n_test=20).test
+    said = np.array([example.positive for example in examples], dtype=np.int64)
+    positive = examples.questions["random"][0]
+    missed = positive[examples.decile[positive] >= 0][:3]
+    said[missed[:2]], said[missed[2]] = 0, -1
+    found = scores(detection, Says(said, said.astype(float)), test=examples)
+    assert {"f1", "auroc", "brier"} <= set(found[0].metrics)
+    tenths = [score for score in found if next(iter(score.metrics)).startswith("tpr_decile")]
+    n = [(score.n_positive, next(iter(score.metrics.values())).value * score.n_positive) for score in tenths]
+    ranked = (examples.decile[positive] >= 0).sum()
+    assert np.sum(n, axis=0) == pytest.approx([ranked - 1, ranked - 3]) and ranked > 5
+
+
+def test_of_a_control_only_the_scorers_own_metric_is_kept_and_what_is_unknown_to_the_store_nowhere(source):
+    examples = latent_examples(source, N_TOKENS, n_test=20)
+    judge = SimpleNamespace(name="j", detect=lambda explanation, shown: Verdicts(np.ones(len(shown), int), None))
+    one = Explanation(0, "nobody", "ok", "", "", None)
+    asked = [Asked(judge, one, row_id=1), Asked(judge, one, "shuffled", 2), Asked(judge, one)]
+    rows = [row for row in score_rows(asked, examples) if not isinstance(row, Falls)]
+    metrics = {number: {row[6] for row in rows if row[0] == number} for number in (1, 2, None)}
+    assert metrics[2] == {"balanced_accuracy"} and not metrics[None]
+    assert {"balanced_accuracy", "tpr", "tnr", "f1"} <= metrics[1]
+    only = Asked(judge, one, row_id=3, only={"detection": "random"})
+    told = {(row[3], row[5], row[6]) for row in score_rows([asked[2], only], examples) if not isinstance(row, Falls)}
+    assert told == {("detection", "random", "balanced_accuracy")}
 
 
 def test_where_nobody_answered_there_is_no_number_and_no_warning():
@@ -334,6 +391,12 @@ def test_bits_by_hand_and_what_saves_none():
     assert [whole_number(n) for n in (1, 2, 4, 16)] == pytest.approx([1.5186 + x for x in (0, 1, 3, 7)], abs=1e-3)
 
 
+def test_the_balanced_accuracy_of_answers_by_hand():
+    truth = np.array([1, 1, 0, 0, 0], bool)
+    assert accuracy(truth, truth) == 1 and accuracy(~truth, truth) == 0
+    assert accuracy(np.array([1, 0, 1, 0, 0], bool), truth) == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
 def test_the_area_under_the_curve_of_keys():
     assert area([0.5] * 5) == pytest.approx(0.5) and area([1.0] * 5) == pytest.approx(1 - 0.25 / math.log2(13))
     assert area([0.6, 0.6, 0.6, 0.6, 0.9]) > area([0.6] * 5) > 0.5
@@ -369,7 +432,9 @@ def test_a_local_encoder_is_read_and_a_missing_one_is_named(tmp_path):
     tokenizer = TOKENIZERS["metaspace"]
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        vocab_size=len(tokenizer),
+        **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        max_position_embeddings=24,
     )
     BertModel(config).save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
@@ -377,6 +442,8 @@ def test_a_local_encoder_is_read_and_a_missing_one_is_named(tmp_path):
     vectors = encode(["la città", "il sole è tiepido e bello", "la città"])
     assert vectors.shape == (3, 16) and np.allclose(vectors[0], vectors[2], atol=1e-5)
     assert not np.allclose(vectors[0], vectors[1], atol=1e-3)
+    long = encode([end.join(["la città è bella, " * 20, "."]) for end in ("", "il sole")])  # cut at 24 tokens
+    assert np.allclose(long[0], long[1], atol=1e-5) and not np.allclose(long[0], vectors[0], atol=1e-3)
 
 
 # --- the subject model ------------------------------------------------------------------------------------------------
