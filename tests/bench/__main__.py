@@ -78,6 +78,7 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--n", type=int, default=200, help="mutants, drawn at random")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--folder", type=Path, default=Path("mutation"), help="where it works; the same command goes on")
+    sub.add_argument("--told", action="store_true", help="print what has been judged there so far, judge nothing")
     sub = add("processes", _bench_processes, "one SAE by one process and by two")
     sub.add_argument("--model", default="../shared/models/ita-5m")
     sub.add_argument("--hook-name", default="blocks.2.hook_resid_post")

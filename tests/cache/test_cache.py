@@ -19,13 +19,15 @@ from safetensors.numpy import load_file
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest, build_cache
+from sae_italian.cache.build import sae_facts
 from sae_italian.cache.layout import map_arrays
+from sae_italian.cache.read import SHARES
 from sae_italian.cache.stats import write_statistics
 from sae_italian.cli import main
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import read_activations
-from sae_italian.saes import load_sae
+from sae_italian.saes import load_sae, weights_hash
 from tests.cache.made import made_cache
 
 
@@ -93,6 +95,29 @@ def test_text_is_rebuilt_from_offsets(cache):
         assert text in texts[doc] and cache.document(doc).text == texts[doc]
         assert spans[0][0] == 0 and spans[:, 1].max() == len(text)
         assert (cache.doc[start : start + length] == doc).all()
+
+
+def test_parts_of_documents_are_drawn_by_a_salted_hash_of_their_text(cache):
+    ends, parts, others = np.cumsum(SHARES), cache.document_parts(), cache.document_parts(seed=5)
+    for found, seed in ((parts, 0), (others, 5)):
+        for number in range(0, cache.n_documents, 7):
+            text, salt = cache.document(number).text.encode(), seed.to_bytes(8, "little")
+            drawn = int.from_bytes(hashlib.blake2b(text, digest_size=8, salt=salt).digest(), "big") / 2**64
+            assert found[number] == sum(drawn >= end for end in ends[:-1])
+    assert (parts != others).any() and set(parts.tolist()) == {0, 1, 2}
+
+
+def test_what_decides_a_caches_bytes(cache, topk_sae):
+    manifest = cache.manifest
+    same = manifest.model_copy(update={"versions": {"torch": "0"}, "sae": "elsewhere", "complete": False})
+    assert same.identity() == manifest.identity()
+    for change in ({"corpus": "b"}, {"n_tokens_asked": 1}, {"sae_hash": "x"}, {"split": "train"}, {"context_size": 64}):
+        assert manifest.model_copy(update=change).identity() != manifest.identity(), change
+    facts = sae_facts(topk_sae)
+    assert (facts["model"], facts["hook_name"]) == ("sae-italian-mini", "blocks.2.hook_resid_post")
+    assert (facts["d_in"], facts["d_sae"], facts["k"]) == (128, 300, 8)
+    assert facts["sae_hash"] == weights_hash(topk_sae) and len(facts["sae_config_hash"]) > 8
+    assert set(facts) <= set(Manifest.model_fields)
 
 
 def test_six_bytes_per_non_zero(cache):

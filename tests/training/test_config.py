@@ -63,6 +63,8 @@ def test_shipped_configs_are_found_by_name(path, tmp_path, monkeypatch):
         (["sae.d_sae=1" + "0" * 400], "sae.d_sae must be above 0 and below 2.53"),
         (["hook_name=blocks.٢.hook_resid_post"], "hook_name"),
         (["sae.d_in=7"], "has 128"),
+        (["sae.k=0"], "sae.k is 0; it must be above 0"),
+        (["sae.metadata=1"], "unknown key 'sae.metadata'"),
         (["d_sae=512"], "Did you mean 'sae.d_sae'"),
         (["hook_name=blocks.9.hook_resid_post"], "layers 0 to 3"),
         (["hook_name=blocks.2.hook_resid_pst"], "Did you mean 'blocks.2.hook_resid_post'"),

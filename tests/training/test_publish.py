@@ -69,6 +69,9 @@ def test_the_model_card_says_what_the_hub_reads(judged, hub):
     results = {row["type"]: row["value"] for row in front["model-index"][0]["results"][0]["metrics"]}
     assert results["l0"] == 8 and "dead" in results
     assert huggingface_hub.ModelCard(text).data.library_name == "saelens"  # parsed as the hub does
+    assert "(topk) con 256 latenti" in text and "addestrato su 20.480 token di `micro-italiano`" in text
+    assert "sparse autoencoder (topk) of 256 latents" in text
+    assert "trained on 20,480 tokens of `micro-italiano`" in text
     assert "Varianza spiegata, centrata" in text and 'SAE.from_pretrained("me/saes", "L1R-2x")' in text
 
 

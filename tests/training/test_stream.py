@@ -8,6 +8,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.corpora import CorpusStream, Reader, iter_documents, pack
 from sae_italian.models.activations import read_activations
 from sae_italian.training import ActivationStream
+from sae_italian.training.text import documents_of
 
 
 def stream(mini, corpus, **changes):
@@ -32,6 +33,11 @@ def test_batches_are_the_models_activations_each_once(mini, jsonl):
     assert all(got[row] <= given[row] for row in got)  # equal windows give equal rows, so rows are counted
     first = [tuple(row[:6].tolist()) for row in known[:200]]
     assert [tuple(row[:6].tolist()) for row in served[:200]] != first
+
+
+def test_training_reads_the_training_documents_alone(jsonl):
+    read = [document.text for document in documents_of(str(jsonl))()]  # pyright: ignore[reportCallIssue]
+    assert read == [document.text for document in iter_documents(jsonl, "train")] and 350 < len(read) < 400
 
 
 def test_the_same_seed_serves_the_same_and_another_does_not(mini, jsonl):
