@@ -24,10 +24,12 @@ from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
 from sae_italian.autointerp.store import NOW, TABLES, Store
 from sae_italian.autointerp.work import SHUFFLED, TITLE, WHOLE, stored_config
 from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain, shown, table
 from sae_italian.base.statistics import Estimate, mean_interval, reaches, two_way_mean, wilson
 from sae_italian.base.storage import atomic_path, write_text
+from sae_italian.cache.layout import MANIFEST, Manifest
 
 GOOD = 0.8  # balanced accuracy from which a latent counts as detected
 ENOUGH = 300  # latents from which a summary may stand for an SAE
@@ -248,11 +250,13 @@ def means_table(rows: Sequence[dict[str, Any]]) -> str:
 # --- for others --------------------------------------------------------------------------------------------------------
 
 
-def export(path: Path, out: Path, to: str, *, project: str = "sae-italian") -> list[Path]:
+def export(path: Path, out: Path, to: str, *, project: str | None = None) -> list[Path]:
     """Write every table of a store into the folder `out`; return the files (for `wandb` the run's folder).
 
-    `wandb` logs one table per table, with the Parquet files as an artifact; with WANDB_MODE=offline nothing leaves the
-    machine until `wandb sync`. Raises: UsageError for an unknown format or when there is no store.
+    `wandb` logs one table per table, with the Parquet files as an artifact, beside the run that trained the cache's SAE;
+    with WANDB_MODE=offline nothing leaves the machine until `wandb sync`.
+
+    Raises: UsageError for an unknown format or when there is no store.
     """
     import pyarrow
     import pyarrow.parquet
@@ -282,7 +286,9 @@ def export(path: Path, out: Path, to: str, *, project: str = "sae-italian") -> l
         return files
     import wandb
 
-    with wandb.init(project=project, job_type="autointerp", dir=str(out), config={"store": path.name}) as run:
+    manifest = path.parent / MANIFEST
+    trained = WandbRun.of(Manifest.load(path.parent).sae if manifest.is_file() else path.parent)
+    with wandb.init(job_type="autointerp", **trained._replace(project=project or trained.project).joined(out)) as run:
         for name in ("explanation", "score"):
             run.log({name: wandb.Table(dataframe=tables[name].to_pandas())})
         artifact = wandb.Artifact("autointerp", type="autointerp")

@@ -1,13 +1,16 @@
-"""What goes wrong between a name and its files on the Hugging Face hub, in one line that says what to do."""
+"""What others' services know us by: what goes wrong between a name and its files on the Hugging Face hub, in one line that
+says what to do, and which run and project of W&B an SAE is of."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import disk_full, free_space
+from sae_italian.base.storage import disk_full, free_space, read_json
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+WANDB_FILE = "wandb.json"  # in the folder of a trained SAE
 DAMAGED = ("not a valid json", "consistency check failed", "unexpected eof")
 
 
@@ -95,3 +98,22 @@ def cache_folder(repo_id: str) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+
+
+class WandbRun(NamedTuple):
+    """The W&B run that trained an SAE: its id, which is its group's name too, and its project, `name` or `entity/name`."""
+
+    id: str | None = None
+    project: str = "sae-italian"
+
+    @classmethod
+    def of(cls, sae: str | Path) -> WandbRun:
+        """Return that of a trained SAE's folder; without an id where there was none."""
+        file = Path(sae) / WANDB_FILE
+        return cls(**read_json(file)) if file.is_file() else cls()
+
+    def joined(self, out: Path) -> dict[str, Any]:
+        """Return what `wandb.init` is told for another run of the same project and group, kept below the folder `out`."""
+        entity, _, project = self.project.rpartition("/")
+        where = {"project": project, "entity": entity or None, "group": self.id}
+        return {**where, "config": {"training_run": self.id}, "dir": str(out.resolve())}

@@ -6,9 +6,11 @@ has its own ground and ink, light or dark as the reader's screen is; a viewer th
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from collections.abc import Callable
+from html import escape
 from importlib import resources
 from typing import Any
 
@@ -29,6 +31,18 @@ class Picture(str):
 
     def _repr_svg_(self) -> str:
         return str(self)
+
+
+def framed(words: str, picture: str) -> str:
+    """Return what a notebook shows of an object: its `repr` and a picture, in one piece of HTML without scripts.
+
+    The picture is an image of its own, so that the styles of two of them do not meet; it is light or dark as the
+    reader's screen is.
+    """
+    data = base64.b64encode(picture.encode()).decode()
+    style = "margin:0;font:14px/1.5 system-ui,sans-serif"
+    image = f'<img alt="" style="max-width:100%" src="data:image/svg+xml;base64,{data}">'
+    return f'<figure style="{style}"><figcaption>{escape(words)}</figcaption>{image}</figure>'
 
 
 def svg(draw: Callable[[Any], None], n_panels: int, size: tuple[float, float]) -> Picture:

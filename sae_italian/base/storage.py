@@ -33,7 +33,7 @@ OURS = """
     geometry.* layer.json manifest.json progress.json counts.json state.json dataset_*.json sae_lens.json browser.json
     wandb.json config.json run_settings.json skipped_indexes.json batch-*.json [0-9]*.json README.md
     graph.* neuronpedia.json rows.partial visited.json config.yaml index.json.gz layer_*.bin
-    seeds.json choose-k.* absorption.*
+    meaning.npz seeds.json choose-k.* absorption.*
 """
 OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
 

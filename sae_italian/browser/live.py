@@ -196,7 +196,8 @@ def _shown(explanation: Explanation) -> dict[str, Any]:
 # --- arguments that come from outside ------------------------------------------------------------------------------------
 
 
-def _text(name: str, value: Any) -> str:
+def checked_text(name: str, value: Any) -> str:
+    """Return a text from outside. Raises: UsageError for what is none, an empty and a too long one."""
     if not isinstance(value, str):
         raise UsageError(f"{name} is not a text.")
     if len(value) > MAX_LETTERS:
@@ -227,8 +228,8 @@ def _strengths(name: str, value: Any) -> list[float]:
 
 
 CALLS: dict[str, dict[str, Callable[[str, Any], Any]]] = {
-    "tokens": {"sentence": _text},
-    "steer": {"latent": _latent, "prompt": _text, "strengths": _strengths},
-    "ablate": {"latent": _latent, "prompt": _text},
+    "tokens": {"sentence": checked_text},
+    "steer": {"latent": _latent, "prompt": checked_text, "strengths": _strengths},
+    "ablate": {"latent": _latent, "prompt": checked_text},
     "explain": {"latent": _latent},
 }

@@ -7,23 +7,33 @@ rows                     the list of latents by column
 card, wide               one latent; its passages, each as wide as its window
 matches, other/...       every latent with the nearest one of the other SAE, and that one's own run, rows, cards
 tokens, steer, ablate, explain      live work (live.py)
+near                     latents that are about what a sentence says, where there is a sentence encoder
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from sae_italian.analysis.directions import ALIKE, nearest_directions
 from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
-from sae_italian.browser.live import CALLS, Live, Refused
+from sae_italian.base.hub import explain
+from sae_italian.base.storage import atomic_path
+from sae_italian.browser.live import CALLS, Live, Refused, checked_text
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.models import load_model, load_tokenizer
 from sae_italian.saes import load_sae
+
+MEANING, N_NEAR = "meaning.npz", 20
 
 
 class Other(NamedTuple):
@@ -43,14 +53,74 @@ class Other(NamedTuple):
         }
 
 
+def encode(texts: Sequence[str], name: str) -> Float[np.ndarray, "texts d"]:
+    """Return unit vectors of texts, by a sentence encoder of model2vec: a folder, or its name on the hub.
+
+    An empty text is a zero. Raises: UsageError without the package or the encoder.
+    """
+    try:
+        model2vec = import_module("model2vec")
+    except ImportError:
+        raise UsageError(
+            "search by meaning needs model2vec; it comes with pip install 'sae-italian[meaning]'."
+        ) from None
+    try:
+        vectors = model2vec.StaticModel.from_pretrained(name).encode(list(texts)).astype(np.float32)
+    except Exception as error:  # of the hub, and of files that are no encoder
+        raise explain(error, name) from error
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+
+
+class Meaning:
+    """What a cache's latents are about, by an encoder: the vectors of what they are called and of their strongest passages.
+
+    The vectors are kept in the cache's folder and made again when the texts change.
+    """
+
+    def __init__(self, source: LatentSource, encoder: str):
+        self.source, self.encoder = source, encoder
+
+    def near(self, sentence: str) -> list[dict[str, Any]]:
+        """Return the N_NEAR latents nearest to a sentence, by explanation or passage, whichever is nearer: `cosine`."""
+        cosines = (self.vectors() @ encode([sentence], self.encoder)[0]).max(axis=0)
+        best = np.argsort(-cosines, kind="stable")[:N_NEAR]
+        return [{"latent": i, "cosine": round(float(cosines[i]), 4)} for i in best.tolist()]
+
+    def vectors(self) -> Float[np.ndarray, "2 d_sae d"]:
+        """Return the vectors, read where they are those of these texts and this encoder."""
+        texts, file = self._texts(), self.source.cache.folder / MEANING
+        made_of = hashlib.sha256("\0".join([self.encoder, *texts]).encode("utf-8", "replace")).hexdigest()
+        if file.is_file():
+            kept = np.load(file)
+            if str(kept["made_of"]) == made_of:
+                return kept["vectors"]
+        vectors = encode(texts, self.encoder).reshape(2, len(texts) // 2, -1)
+        with atomic_path(file) as temporary, temporary.open("wb") as handle:
+            np.savez(handle, vectors=vectors, made_of=made_of)
+        return vectors
+
+    def _texts(self) -> list[str]:
+        rows = self.source.rows()
+        told = zip(*(rows[name] for name in ("title_it", "explanation_it", "llm_it")), strict=True)
+        return [" ".join(filter(None, one)) for one in told] + [
+            re.sub("[\x01\x02]", "", text) for text in rows["sample"]
+        ]
+
+
 class PageAnswers:
     """Call it with a name and an argument; the answer is plain JSON.
 
     Raises: Refused for what is not there, and as live work itself.
     """
 
-    def __init__(self, source: LatentSource, live: Live | None = None, other: Other | None = None):
-        self.source, self.live, self.other = source, live, other
+    def __init__(
+        self,
+        source: LatentSource,
+        live: Live | None = None,
+        other: Other | None = None,
+        meaning: Meaning | None = None,
+    ):
+        self.source, self.live, self.other, self.meaning = source, live, other, meaning
 
     def __call__(self, name: Any, argument: Any = None) -> Any:
         name, source = str(name), self.source
@@ -62,8 +132,11 @@ class PageAnswers:
                     404,
                 )
             return self.live.call(name, argument)
+        if name == "near" and self.meaning is not None:
+            return {"near": self.meaning.near(checked_text("sentence", (argument or {}).get("sentence")))}
         if name == "run":
-            live = None if self.live is None else {"works": list(CALLS), "llm": self.live.llm is not None}
+            facts = {"llm": bool(self.live and self.live.llm), "near": self.meaning is not None}
+            live = None if self.live is None else {"works": list(CALLS), **facts}
             return {"run": source.run(), "live": live, "compare": self.other.name if self.other else None}
         if self.other is not None and name.startswith("other/"):
             return PageAnswers(self.other.source)(name.removeprefix("other/"), argument)
@@ -89,11 +162,13 @@ def open_pages(
     llm: LLMSettings | None = None,
     compare: str | Path | None = None,
     other_sae: str | None = None,
+    encoder: str | None = None,
 ) -> PageAnswers:
     """Return what the page of a cache is made from: its records, live work where SAE and model are at hand, another SAE.
 
     `weights` are `sae` and `model` where the caller holds them, or nothing where none are to be loaded; else they are
-    loaded by these names or the cache's own. `compare` is the cache of another SAE, `other_sae` the name of that.
+    loaded by these names or the cache's own. `compare` is the cache of another SAE, `other_sae` the name of that;
+    `encoder` is that of `encode`, for a search by meaning.
     Raises: UsageError when there is no such cache, as `loaded`, and as `match_latents`.
     """
     cache = FeatureCache.open(folder)
@@ -103,13 +178,14 @@ def open_pages(
     tokenizer = load_tokenizer(model_name or cache.manifest.model) if model is None else model.tokenizer
     source = LatentSource(cache, tokenizer, sae=sae, model=model)
     work = Live(cache, sae, model, llm) if live and sae is not None and model is not None else None
+    meaning = Meaning(source, encoder) if encoder else None
     if compare is None:
-        return PageAnswers(source, work)
+        return PageAnswers(source, work, meaning=meaning)
     second = FeatureCache.open(compare)
     same = second.manifest.model == cache.manifest.model
     tokenizer = tokenizer if same else load_tokenizer(second.manifest.model)
     other = LatentSource(second, tokenizer, sae=loaded_sae(second, other_sae), model=model if same else None)
-    return PageAnswers(source, work, beside(source, other))
+    return PageAnswers(source, work, beside(source, other), meaning)
 
 
 def loaded(cache: FeatureCache, name: str | None = None, model: str | None = None) -> dict[str, Any]:

@@ -16,11 +16,14 @@ from sae_italian.base.labels import label
 from sae_italian.base.pictures import svg
 from sae_italian.base.report import table
 from sae_italian.base.storage import LOCK_FILE, locked, read_json, write_json, write_text
+from sae_italian.browser.opening import loaded_sae, open_pages
 from sae_italian.browser.page import static_text, style
 from sae_italian.browser.source import RESULTS
-from sae_italian.models import parse_hook_name
+from sae_italian.cache import FeatureCache
+from sae_italian.models import load_model, parse_hook_name
 
 CARD, OVERVIEW = "card.json", "overview.json"
+PER_SAE = 5  # latents of a sentence that are shown of each SAE
 Row = dict[str, Any]
 
 
@@ -97,7 +100,35 @@ def _row(sae: Path, cache: Path | None, results: dict[str, Any]) -> Row:
         raise DataError(f"{sae / CARD} cannot be read ({error}). Make it again: sae-italian evaluate {sae}") from error
 
 
-def write_overview(rows: list[Row], out: Path, title: str) -> Path:
+def latents_of(sentence: str, rows: Sequence[Row]) -> list[Row]:
+    """Return the latents that a sentence wakes most in every SAE of the suite that has a cache, as shares of their maximum.
+
+    Raises: UsageError for a text that is too long, and when no SAE has its cache, and itself and its model at hand.
+    """
+    found, model = [], None
+    for row in rows:
+        cache = row["cache"] and FeatureCache.open(row["cache"])
+        sae = cache and loaded_sae(cache)
+        if not sae:
+            continue
+        model = model or load_model(cache.manifest.model)
+        pages = open_pages(cache.folder, weights={"sae": sae, "model": model}, live=True)
+        said = pages.live.call("tokens", {"sentence": sentence}) if pages.live else {"strongest": []}
+        fired = [own for own in said["strongest"] if own["share"]]  # none for a latent that the cache never saw fire
+        best = sorted(fired, key=lambda own: -own["share"])[:PER_SAE]
+        for own in best:
+            told = pages.source.row(own["latent"])
+            names = {f"title_{lang}": told[f"title_{lang}"] or told[f"explanation_{lang}"] for lang in ("it", "en")}
+            piece = said["tokens"][own["token"]]["text"].strip()
+            found.append({"name": row["name"], "cache": row["cache"], **own, "token": piece, **names})
+    if not found:
+        raise UsageError(
+            f"no SAE here has a cache, and itself and its model at hand: {', '.join(r['name'] for r in rows)}."
+        )
+    return found
+
+
+def write_overview(rows: list[Row], out: Path, title: str, found: Sequence[Row] = (), sentence: str = "") -> Path:
     """Write `index.html`, `overview.svg` and `overview.json` into `out`, each whole; return the page's path.
 
     Raises: UsageError if `out` holds anything else, or another process writes it.
@@ -105,14 +136,17 @@ def write_overview(rows: list[Row], out: Path, title: str) -> Path:
     with locked(out):
         if {child.name for child in out.iterdir()} - {"index.html", "overview.svg", OVERVIEW, LOCK_FILE}:
             raise UsageError(f"{out} holds something else than an overview. Give a new or an empty folder.")
-        write_json(out / OVERVIEW, {"title": title, "rows": rows})
+        write_json(out / OVERVIEW, {"title": title, "rows": rows, "sentence": sentence, "latents": list(found)})
         write_text(out / "overview.svg", picture(rows))
-        write_text(out / "index.html", overview_page(rows, title, out))
+        write_text(out / "index.html", overview_page(rows, title, out, _found_table(found, sentence, out)))
     return out / "index.html"
 
 
-def overview_page(rows: list[Row], title: str, out: Path) -> str:
-    """Return the page: a table without a script, in both languages, the better the cell the stronger its tint."""
+def overview_page(rows: list[Row], title: str, out: Path, found: str) -> str:
+    """Return the page: a table without a script, in both languages, the better the cell the stronger its tint.
+
+    `found` is the table of a sentence's latents, HTML.
+    """
     heads = [(label(f"suite.{n.key}", "it"), label(f"suite.{n.key}", "en")) for n in NUMBERS]
     body = []
     for row, tints in zip(rows, zip(*(number.tints(rows) for number in NUMBERS), strict=True), strict=True):
@@ -127,6 +161,21 @@ def overview_page(rows: list[Row], title: str, out: Path) -> str:
         n=len(rows),
         head="".join(f'<th scope="col" class="num">{it}<small lang="en">{en}</small></th>' for it, en in heads),
         body="\n".join(body),
+        found=found,
+    )
+
+
+def _found_table(found: Sequence[Row], sentence: str, out: Path) -> str:
+    lines = [
+        f'<tr><th scope="row">{escape(own["name"])}</th><td>{_linked(own, out, own["latent"])}</td>'
+        f'<td class="num">{own["share"]:.0%}</td><td>«{escape(own["token"])}»</td>'
+        f'<td>{escape(own["title_it"])}<small lang="en">{escape(own["title_en"])}</small></td></tr>'
+        for own in found
+    ]
+    head = f"<caption><b>«{escape(sentence)}»</b> {label('suite.sentence', 'it')} "
+    head += f'<span lang="en">{label("suite.sentence", "en")}</span></caption>'
+    return f'<section class="panel scroll"><table class="overview">{head}{"".join(lines)}</table></section>' * bool(
+        found
     )
 
 
@@ -138,13 +187,13 @@ def _cell(estimate: dict[str, Any], number: Number, tint: float) -> str:
     return f'<td class="num tint" style="--good: {tint:.2f}">{value}{interval}</td>'
 
 
-def _linked(row: Row, out: Path) -> str:
-    """Return the SAE's name, linked to the browser of its cache where that was written beside it."""
-    name = escape(row["name"])
+def _linked(row: Row, out: Path, latent: int | None = None) -> str:
+    """Return the SAE's name, or a latent's number, linked to the browser of its cache where that was written beside it."""
+    name, place = (escape(row["name"]), "") if latent is None else (str(latent), f"#latent={latent}")
     cache = row["cache"] and Path(row["cache"])
     for report in (cache.with_name(f"{cache.name}-report"), cache.with_name("report")) if cache else ():
         if (report / "index.html").is_file():
-            return f'<a href="{escape(os.path.relpath(report / "index.html", out))}">{name}</a>'
+            return f'<a href="{escape(os.path.relpath(report / "index.html", out))}{place}">{name}</a>'
     return name
 
 
@@ -173,8 +222,10 @@ def picture(rows: list[Row]) -> str:
     return svg(draw, max(1, len(shown)), (2.2 * max(1, len(shown)) + 1, 1.2 + 0.45 * len(kinds)))
 
 
-def overview_text(rows: list[Row]) -> str:
-    """Return the table as Markdown."""
+def overview_text(rows: list[Row], found: Sequence[Row] = ()) -> str:
+    """Return the table as Markdown, and that of a sentence's latents."""
     heads = " | ".join(label(f"suite.{number.key}") for number in NUMBERS)
     cells = ([row["name"], *(number.text(row[number.key]["value"]) for number in NUMBERS)] for row in rows)
-    return table(f"SAE | {heads}", cells)
+    told = [(own["name"], own["latent"], f"{own['share']:.0%}", own["token"], own["title_it"] or "-") for own in found]
+    more = table("SAE | latent | of its maximum | strongest on | what it is", told) if told else ""
+    return f"{table(f'SAE | {heads}', cells)}\n\n{more}".strip()

@@ -25,13 +25,13 @@ import numpy as np
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import LOCK_FILE, atomic_path, locked, read_json, remove, write_json
+from sae_italian.base.storage import LOCK_FILE, atomic_path, locked, read_json, remove, write_json, write_text
 from sae_italian.browser.columns import Record
 from sae_italian.browser.directions import rounded
 from sae_italian.browser.page import page, script, style
 from sae_italian.browser.source import SCORE_FIELDS
 
-MARKER = "browser.json"
+MARKER, SPACE_CARD = "browser.json", "README.md"
 FORMAT = "sae-italian-browser"
 SCHEMA_VERSION = 2
 ROWS_PER_SHARD = 1024  # a card that the address names waits for one such part of the list
@@ -46,13 +46,15 @@ LEVEL = 6  # of deflate: 9 takes twice the time for 4 % fewer bytes
 LEVELS = 999  # activations of a passage are kept as so many parts of its largest
 
 
-def write_browser(out: Path, source: Any, *, other: tuple[str, Any, dict[str, list[Any]]] | None = None) -> Path:
+def write_browser(
+    out: Path, source: Any, *, other: tuple[str, Any, dict[str, list[Any]]] | None = None, space: bool = False
+) -> Path:
     """Write the browser of a source into the folder `out` and return the path of its `index.html`.
 
     A source has `run()`, `rows()` and `card(latent)`, as source.py. Cards are asked for one by one and no more than 32 of
     them are held. `other` is another SAE to compare with: its name, its source and the matches (see opening.py). `out`
     may be new, empty or a browser written earlier, which is replaced as a whole at the end: until then, and after any
-    error, it stays as it was.
+    error, it stays as it was. As a `space` it has the README.md that makes the folder a static Space of Hugging Face.
 
     Raises: UsageError if `out` holds anything that is not ours, or another process writes it; DataError if a number
     is not finite.
@@ -69,6 +71,8 @@ def write_browser(out: Path, source: Any, *, other: tuple[str, Any, dict[str, li
             _write_data(folder, "data/matches", 0, other[2])
         marker = {"format": FORMAT, "schema": SCHEMA_VERSION, "title": run["title"], "created": run["created"], **facts}
         write_json(folder / MARKER, marker)
+        if space:
+            write_text(folder / SPACE_CARD, space_card(run))
     return out / "index.html"
 
 
@@ -93,6 +97,24 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
             out.rmdir()
 
 
+def space_card(run: Record) -> str:
+    """Return the README.md of the Space that shows a browser."""
+    from huggingface_hub import SpaceCard, SpaceCardData
+
+    tags = ["sparse-autoencoder", "saelens", "sae-italian"]
+    front = SpaceCardData(title=run["title"][:80], sdk="static", app_file="index.html", tags=tags)
+    said = (
+        f"Latenti di / latents of {run['model']}, `{run['hook_name']}`: {run['d_sae']:,}, {run['n_tokens']:,} token "
+        f"di / of {run['corpus']}.\n\nPagina fatta da / page made by `sae-italian browse CACHE --to-space OWNER/NAME`."
+    )
+    return SpaceCard(f"---\n{front}\n---\n\n# {run['title']}\n\n{said}\n").content
+
+
+def _is_space_card(file: Path) -> bool:
+    """Return whether a README.md is one of ours, which may be replaced."""
+    return file.name == SPACE_CARD and "--to-space" in file.read_text(encoding="utf-8", errors="replace")
+
+
 def _refuse_foreign(out: Path) -> None:
     litter = {".DS_Store", "Thumbs.db", "desktop.ini", LOCK_FILE}
     files = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.name not in litter]
@@ -103,7 +125,7 @@ def _refuse_foreign(out: Path) -> None:
     if not ours:
         raise UsageError(f"{out} is not empty and holds no latent browser. Give a new or an empty folder.")
     for name in files:
-        if not (out / name).is_dir() and not re.fullmatch(OURS, name):
+        if not (out / name).is_dir() and not re.fullmatch(OURS, name) and not _is_space_card(out / name):
             raise UsageError(f"{out} holds {name!r} beside the latent browser. Move it away, or give another folder.")
 
 

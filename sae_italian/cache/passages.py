@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_italian.base.errors import UsageError, nearest
-from sae_italian.base.pictures import OURS, Picture, svg
+from sae_italian.base.pictures import OURS, Picture, framed, svg
 from sae_italian.corpora.packing import NO_DOCUMENT
 
 if TYPE_CHECKING:
@@ -80,14 +80,20 @@ class LatentActivations:
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter((self.position, self.value))
 
+    def __repr__(self) -> str:
+        share, most = len(self.position) / self.cache.n_positions, self.value.max(initial=0.0)
+        return f"latent {self.latent}: active on {share:.2%} of tokens, at most {most:.3g}"
+
+    def _repr_html_(self) -> str:
+        return framed(repr(self), self.plot())
+
     def plot(self) -> Picture:
         """Return a picture of how strongly the latent is active, and where in the corpus; a notebook shows it."""
 
         def draw(axes: Any) -> None:
-            share = len(self.position) / self.cache.n_positions
             axes[0].hist(self.value, bins=40, color=OURS)
             axes[0].set(xlabel="activation", ylabel="tokens", yscale="log" if len(self.value) else "linear")
-            axes[0].set_title(f"latent {self.latent}: active on {share:.2%} of tokens", fontsize=10)
+            axes[0].set_title(repr(self), fontsize=10)
             axes[1].plot(self.position, self.value, ".", color=OURS, markersize=2, rasterized=True)
             axes[1].set(xlabel="token of the cache", xlim=(0, self.cache.n_positions))
 

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.pictures import OURS, Picture, framed, svg
 from sae_italian.cache.layout import (
     STATS,
     LatentRange,
@@ -77,6 +78,27 @@ class FeatureCache:
             if len(arrays.get(name, ())) != length:
                 raise DataError(f"{self.folder / file} does not hold {length:,} {name}, as the manifest says it does.")
         return arrays
+
+    def __repr__(self) -> str:
+        made = self.manifest
+        return (
+            f"{self.folder}: {made.d_sae:,} latents of {made.model}, {made.hook_name}, on {self.n_positions:,} tokens of "
+            f"{self.n_documents:,} documents"
+        )
+
+    def _repr_html_(self) -> str:
+        return framed(repr(self), self.plot())
+
+    def plot(self) -> Picture:
+        """Return a picture of how often its latents are active; a notebook shows it."""
+
+        def draw(axes: Any) -> None:
+            density = self.statistics["density"]
+            axes[0].hist(np.log10(density[density > 0]), bins=40, color=OURS)
+            axes[0].set(xlabel="share of tokens on which a latent is active, log10", ylabel="latents")
+            axes[0].set_title(f"{np.mean(density == 0):.1%} of the latents are never active", fontsize=10)
+
+        return svg(draw, 1, (7.5, 3))
 
     @classmethod
     def open(cls, folder: str | Path, *, sae: Any = None, tokenizer: Any = None, check: bool = False) -> FeatureCache:

@@ -1,5 +1,7 @@
 """The command `export`: a cache's latents, its explanations, or an SAE itself, in the format of another program.
 
+Beside it, `report wandb`: a page at W&B of what a training and its exports sent there.
+
 A format is one function here and its row in FORMATS, which says what settings it takes. The function is called with the
 source, the folder and those settings that were given, and returns a Result.
 """
@@ -93,6 +95,18 @@ def export(
     if out is None and write is not _tables:
         raise UsageError("an export needs --out FOLDER.")
     return write(to, Path(source) if write is not _jumprelu else source, out, settings)
+
+
+def report_wandb(run: Path, /) -> Result:
+    """Make a report of a training at W&B: its card, curves and latents, and the exports that joined its group.
+
+    Args:
+        run: Folder of a training that told W&B: wandb=online, or wandb=offline and `wandb sync` since.
+    """
+    from sae_italian.training.publish import report_to_wandb
+
+    address = report_to_wandb(run)
+    return Result({"address": address}, f"Report: {address}")
 
 
 def _checked(to: str, known: str, options: dict[str, Any], words: tuple[str, ...]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sae_italian.base.errors import DataError
 from sae_italian.base.labels import Language, filled, label, labels
-from sae_italian.base.pictures import INK, OURS, WARNING, svg
-from sae_italian.base.report import plain
+from sae_italian.base.pictures import INK, OURS, WARNING, framed, svg
+from sae_italian.base.report import plain, shown
 from sae_italian.base.statistics import NOTHING, Estimate
 from sae_italian.base.storage import read_json, write_json, write_text
 
@@ -132,6 +132,18 @@ class EvaluationCard:
     def estimates(self) -> dict[str, Estimate]:
         """Return the numbers with intervals by key, in the card's order."""
         return {key: getattr(self, key) for key in NUMBERS}
+
+    def __repr__(self) -> str:
+        told = {
+            "CE loss recovered": self.ce_loss_recovered,
+            "explained variance": self.explained_variance,
+            "dead": self.dead,
+        }
+        shares = ", ".join(f"{name} {shown(found, '.1%')}" for name, found in told.items())
+        return f"card of {self.sae}: {self.d_sae:,} latents, L0 {shown(self.l0, '.1f')}, {shares}"
+
+    def _repr_html_(self) -> str:
+        return framed(repr(self), density_svg(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EvaluationCard:

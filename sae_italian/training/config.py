@@ -18,6 +18,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as KNOWN
 
 from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.hub import WandbRun
 from sae_italian.base.storage import RUN_FILE, read_json, read_yaml
 from sae_italian.base.words import read_word, refusal
 from sae_italian.corpora.stream import MICRO_ITALIANO
@@ -108,7 +109,7 @@ class RunSpec(BaseModel):
     """Tokens between two saved states."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Whether metrics go to Weights & Biases; online without a login becomes offline."""
-    wandb_project: str = Field("sae_italian", pattern=r"^([^/\\#?%:]+/)?[^/\\#?%:]+$")
+    wandb_project: str = Field(WandbRun().project, pattern=r"^([^/\\#?%:]+/)?[^/\\#?%:]+$")
     """Project of W&B, or `entity/project`."""
     wandb_checkpoints: bool = False
     """Also send each checkpoint's SAE, as versions of one artifact; the finished SAE always goes."""

@@ -11,17 +11,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_italian.base.storage import read_json, write_json, write_text
+import numpy as np
+
+from sae_italian.base.hub import WANDB_FILE, WandbRun
+from sae_italian.base.storage import write_json, write_text
+from sae_italian.cache import FeatureCache
+from sae_italian.cache.passages import Shown
 from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, EvaluationCard
 from sae_italian.training.config import RunSpec
 
 METRICS_FILE = "metrics.jsonl"
-WANDB_FILE = "wandb.json"  # in a run's folder: the id of its W&B run, which a resumed training continues
 SWEEP_ID, SWEEP_RUN_ID = "WANDB_SWEEP_ID", "WANDB_RUN_ID"  # what `wandb agent` tells the commands it starts
 SAE_FILES = ("cfg.json", "sae_weights.safetensors")
 SAELENS_FILES = (*SAE_FILES, "sparsity.safetensors", "runner_cfg.json")  # of a finished SAE, what SAELens uploads
 OUR_FILES = ("run.json", METRICS_FILE, CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE)  # and what we add
 CHECKPOINT_FILES = (*SAE_FILES, "activation_scaler.json")
+N_LATENTS, N_CONTEXTS = 1000, 3  # of the table of latents; more of either make a W&B page slow
+LATENT_COLUMNS = ["latent", "density", "max", "token", "token_share"]
 
 
 class RunLog:
@@ -55,8 +61,8 @@ class RunLog:
             aliases = ["latest", f"{n_tokens}-tokens"]
             self._send("sae-checkpoint", {"n_tokens": n_tokens}, folder, CHECKPOINT_FILES, aliases)
 
-    def finish(self, card: EvaluationCard | None, cursor: Mapping[str, Any]) -> None:
-        """Tell W&B of the finished SAE, its card, and where the training ended in its corpus."""
+    def finish(self, card: EvaluationCard | None, latents: Any, cursor: Mapping[str, Any]) -> None:
+        """Tell W&B of the finished SAE: its card, its latents (`latent_rows`), and where the training ended."""
         import wandb
 
         place = {key: value for key, value in cursor.items() if key != "packer"}  # the packer's is text and tokens
@@ -66,7 +72,10 @@ class RunLog:
             rows: Any = [[key, *x] for key, x in measured.items()]
             table = wandb.Table(columns=["metric", "value", "lo", "hi"], data=rows)
             values = {f"eval/{key}": x.value for key, x in measured.items()}
-            self.wandb_run.log(values | {"eval/card": table})
+            picture = wandb.Html(card._repr_html_(), inject=False)  # in one piece, light and dark
+            columns: Any = [*LATENT_COLUMNS, *(f"context {i}" for i in range(1, N_CONTEXTS + 1))]
+            shown = wandb.Table(columns=columns, data=latents)
+            self.wandb_run.log(values | {"eval/card": table, "eval/density": picture, "eval/latents": shown})
             self.wandb_run.summary.update({"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents})
         self._send("sae", self.spec.model_dump(mode="json"), self.out, SAELENS_FILES + OUR_FILES)
 
@@ -112,19 +121,15 @@ def _start(spec: RunSpec, config: Any, out: Path) -> Any:
     import wandb
     from wandb.errors import CommError
 
-    entity, _, project = spec.wandb_project.rpartition("/")
-    given: dict[str, Any] = {
-        "project": project,
-        "entity": entity or None,
+    given: dict[str, Any] = WandbRun(None, spec.wandb_project).joined(out) | {
         "name": config.logger.run_name,
         "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
         "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
-        "dir": str(out.resolve()),  # wandb works in a process and a folder of its own
     }
     if SWEEP_ID not in os.environ:  # the folder's W&B run has one id; claiming the folder anew forgets it
         if not (out / WANDB_FILE).is_file():
-            write_json(out / WANDB_FILE, {"id": uuid.uuid4().hex[:8]})
-        given["id"] = read_json(out / WANDB_FILE)["id"]
+            write_json(out / WANDB_FILE, WandbRun(uuid.uuid4().hex[:8], spec.wandb_project)._asdict())
+        given["id"] = given["group"] = WandbRun.of(out).id  # exports of its latents join the group
     if spec.wandb == "online":
         why = "nobody is logged in (`wandb login`)"
         if wandb.login(prompt=False, verify=False):
@@ -134,6 +139,30 @@ def _start(spec: RunSpec, config: Any, out: Path) -> Any:
                 why = f"the server cannot be reached ({' '.join(str(error).split())})"
         sys.stderr.write(f"wandb: online, but {why}; the run is kept offline.\n")
     return wandb.init(mode="offline", **given)
+
+
+def latent_rows(cache: FeatureCache, tokenizer: Any) -> list[list[Any]]:
+    """Return up to N_LATENTS latents that fire, spread over all, for a table: LATENT_COLUMNS and the strongest passages.
+
+    `token` is the one that it fires on most and `token_share` that token's share of its activation: 1 for a latent that
+    is one token. The strongest token of a passage stands between asterisks.
+    """
+    stats, rows = cache.statistics, []
+    alive = np.flatnonzero(stats["max"] > 0)
+    for latent in alive[np.linspace(0, len(alive) - 1, min(N_LATENTS, len(alive))).astype(int)].tolist():
+        token, share = tokenizer.decode(int(stats["token_ids"][latent][0])), float(stats["token_shares"][latent][0])
+        passages = cache.latent(latent).windows("top", N_CONTEXTS).shown()
+        texts = [marked(passage) for passage in passages] + [""] * (N_CONTEXTS - len(passages))
+        rows.append([latent, float(stats["density"][latent]), float(stats["max"][latent]), token, share, *texts])
+    return rows
+
+
+def marked(passage: Shown) -> str:
+    """Return a passage's text in one line, its strongest token between asterisks."""
+    begin, end = passage.spans[passage.values.argmax()].tolist()
+    before, word, after = passage.text[:begin], passage.text[begin:end], passage.text[end:]
+    space = word[: len(word) - len(word.lstrip())]
+    return " ".join(f"{before}{space}**{word.strip()}**{after}".split())
 
 
 def sweep_folder(default: Path) -> Path:

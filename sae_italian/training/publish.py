@@ -1,15 +1,19 @@
-"""Publish an SAE: weights and config by SAELens' own upload call, with the evaluation card, the curves and a model card."""
+"""Publish an SAE: weights and config by SAELens' own upload call, with the evaluation card, the curves and a model card.
+
+Also a static page as a Space of the hub, and a training's report at W&B."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from importlib import resources
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.hub import TOKENS_PAGE, explain
+from sae_italian.base.hub import TOKENS_PAGE, WANDB_FILE, WandbRun, explain
 from sae_italian.base.labels import label
 from sae_italian.base.storage import read_json
 from sae_italian.evaluation.card import DENSITY_PICTURE, EvaluationCard, read_card
@@ -19,6 +23,9 @@ from sae_italian.training.logging import METRICS_FILE, OUR_FILES, SAE_FILES, SAE
 from sae_italian.training.run import read_run
 
 MODEL_CARD = "README.md"
+# What a report at W&B shows: curves of the training, pictures and pages, tables; those of an export join the run's group.
+CURVES = ("losses/overall_loss", "metrics/explained_variance", "metrics/l0", "sparsity/dead_features")
+PAGES, TABLES = ("eval/density", "strongest"), ("eval/card", "eval/latents", "latents")
 # What the front matter states as results, for the hub's tables.
 RESULTS = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "delta_lm_loss", "dead")
 
@@ -62,8 +69,7 @@ def publish(
     missing = [name for name in SAE_FILES if not (folder / name).is_file()]
     if missing:
         raise UsageError(f"{folder} holds no {' and no '.join(missing)}: give the folder of a finished training.")
-    if repo_id.count("/") != 1 or repo_id.startswith(("/", ".", "~")) or repo_id.endswith("/"):
-        raise UsageError(f"repository {repo_id!r} is not of the form owner/name, e.g. unipi/minerva-1b-saes.")
+    check_repository(repo_id)
     card = read_card(folder)
     if card is None:
         raise UsageError(
@@ -93,18 +99,17 @@ def publish(
     return Upload(repo_id, sae_id, private, files, warnings, not dry_run)
 
 
+def check_repository(repo_id: str) -> None:
+    """Raises: UsageError for what is not the name of a repository, owner/name."""
+    if repo_id.count("/") != 1 or repo_id.startswith(("/", ".", "~")) or repo_id.endswith("/"):
+        raise UsageError(f"repository {repo_id!r} is not of the form owner/name, e.g. unipi/minerva-1b-saes.")
+
+
 def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool) -> bool:
     """Upload everything; return whether the repository's own README.md was written. Raises: UsageError."""
-    from huggingface_hub import HfApi, get_token
     from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 
-    if get_token() is None:
-        raise UsageError(
-            "the hub needs to know who you are: run `hf auth login`, or set HF_TOKEN to a token that may write "
-            f"({TOKENS_PAGE})."
-        )
-    api: Any = HfApi()
-    try:
+    with _writing(repo_id) as api:
         api.create_repo(repo_id, private=private, exist_ok=True)  # SAELens' call would make it public
         upload_saes_to_huggingface({sae_id: folder}, repo_id, show_progress=False, add_default_readme=False)
         note = f"Evaluation card and curves of {sae_id}"
@@ -116,6 +121,73 @@ def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool)
         api.upload_file(
             path_or_fileobj=text.encode(), path_in_repo=MODEL_CARD, commit_message="Model card", repo_id=repo_id
         )
+    return True
+
+
+def send_space(folder: Path, repo_id: str) -> str:
+    """Upload the folder of a static page as the Space `repo_id`, in the place of what was there; return its address.
+
+    Raises: UsageError without a token, and for what the hub refuses.
+    """
+    with _writing(repo_id) as api:
+        api.create_repo(repo_id, repo_type="space", space_sdk="static", exist_ok=True)
+        old = ["data/*", "other/*"]  # of a browser of more latents
+        where = {"repo_id": repo_id, "repo_type": "space", "delete_patterns": old}
+        api.upload_folder(folder_path=folder, commit_message="Latent browser", **where)
+        return f"{api.endpoint}/spaces/{repo_id}"
+
+
+def report_to_wandb(folder: Path) -> str:
+    """Make a report of a training at W&B: its card, its curves, its latents and the exports of its group; return its address.
+
+    Raises: UsageError for a training that did not tell W&B, without the packages or a login, and for what W&B refuses.
+    """
+    run, card = WandbRun.of(folder), read_card(folder)
+    if run.id is None:
+        raise UsageError(
+            f"{folder} holds no W&B run ({WANDB_FILE}): train with wandb=online, or wandb=offline and sync."
+        )
+    try:
+        import wandb
+
+        reports = import_module("wandb_workspaces.reports.v2")
+    except ImportError:
+        raise UsageError("a report needs W&B's packages: pip install 'sae-italian[sweeps]'.") from None
+    if not wandb.login(prompt=False, verify=False):
+        raise UsageError("nobody is logged in at W&B: run `wandb login`, or set WANDB_API_KEY.")
+    entity, _, project = run.project.rpartition("/")
+    try:
+        entity = entity or wandb.Api().default_entity
+        runs: Any = [reports.Runset(entity, project, name=folder.resolve().name, filters=f"Group = '{run.id}'")]
+        shown = {
+            "Training": [reports.LinePlot(x="Step", y=[key]) for key in CURVES],
+            "Latents": [
+                *(reports.MediaBrowser(media_keys=[key]) for key in PAGES),
+                *(reports.WeavePanelSummaryTable(table_name=key) for key in TABLES),
+            ],
+        }
+        blocks: Any = [reports.MarkdownBlock(card.markdown())] if card else []
+        for name, panels in shown.items():
+            blocks += [reports.H2(name), reports.PanelGrid(runsets=runs, panels=panels)]
+        title = f"SAE {folder.resolve().name}"
+        return reports.Report(project, entity, title=title, blocks=blocks, width="fluid").save().url
+    except Exception as error:  # of W&B's many kinds; each becomes one line
+        why = " ".join(str(error).split())[:300]
+        raise UsageError(f"W&B made no report in {run.project}: {why}. Is the run there? (wandb sync)") from error
+
+
+@contextmanager
+def _writing(repo_id: str) -> Iterator[Any]:
+    """Yield the hub's API to write to a repository. Raises: UsageError without a token, and for what the hub refuses."""
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise UsageError(
+            "the hub needs to know who you are: run `hf auth login`, or set HF_TOKEN to a token that may write "
+            f"({TOKENS_PAGE})."
+        )
+    try:
+        yield HfApi()
     except Exception as error:  # the hub's errors are of many kinds; each becomes one line
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
@@ -124,7 +196,6 @@ def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool)
                 f"has write access to it ({TOKENS_PAGE})."
             ) from error
         raise explain(error, repo_id) from error
-    return True
 
 
 def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, licence: str | None = None) -> str:

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import atomic_path, read_json, remove, write_json
+from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.evaluation import EvaluationCard, evaluate
 from sae_italian.models import parse_hook_name
 from sae_italian.saes import load_sae
 from sae_italian.saes.architectures import PairScaler
 from sae_italian.saes.sparse import tune
 from sae_italian.training.config import RunSpec
-from sae_italian.training.logging import SAE_FILES, RunLog
+from sae_italian.training.logging import SAE_FILES, RunLog, latent_rows
 from sae_italian.training.pretrained import Origin
 from sae_italian.training.processes import ALONE, Processes
 from sae_italian.training.stream import ActivationStream
@@ -169,13 +170,23 @@ class SAERun:
         """Tell W&B, if it listens, of the finished SAE, with its card, which is kept in the folder too."""
         if not self.log.wandb_run:
             return
-        card = None
+        card, latents = None, []
         try:
             card = self._judge(self.out, model)
             card.save(self.out)
+            latents = self._latents(model)
         except UsageError as error:
             sys.stderr.write(f"no evaluation card for W&B: {' '.join(str(error).split())}\n")
-        self.log.finish(card, cursor)
+        self.log.finish(card, latents, cursor)
+
+    def _latents(self, model: Any) -> list[list[Any]]:
+        """Return what W&B shows of the latents, on the text that the card is of."""
+        spec, sae = self.spec, load_sae(self.out, device=self.spec.device)
+        text: Any = {"split": "heldout", "context_size": spec.context_size, "text_column": spec.text_column}
+        text |= {"corpus": spec.evaluate_corpus or spec.corpus, "n_tokens": spec.evaluate_tokens}
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            built = build_cache(sae, model, out=Path(folder) / "cache", **text)
+            return latent_rows(FeatureCache.open(built), model.tokenizer)
 
     def _folded(self) -> Any:
         """Return a copy of the SAE in training with the input scale put into its weights: it takes raw activations."""

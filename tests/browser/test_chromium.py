@@ -6,7 +6,11 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -531,6 +535,13 @@ def test_another_sae_is_compared(tab: Any, tmp_path: Path) -> None:
     assert tab.inner_text(".match") == "L9R-16x, latente 3: coseno 0,90. Corrispondenza reciproca."
     boxes = [edges_x(tab, one) for one in (".beside > .card", ".other-sae .card")]
     assert boxes[0][1] <= boxes[1][0] + 1 and boxes[1][1] <= 1280  # beside each other
+    for width, height in WIDTHS:
+        tab.set_viewport_size({"width": width, "height": height})
+        one, other = (edges_x(tab, card) for card in (".beside > .card", ".other-sae .card"))
+        assert (one[1] <= other[0] + 1) == (width >= 1280) and max(
+            one[1], other[1]
+        ) <= width  # else one below the other
+    tab.set_viewport_size({"width": 1280, "height": 900})
     tab.keyboard.press("j")
     tab.wait_for_selector(".other-sae .which:text-is('Latente 1')" if latents(tab)[:1] == [0] else ".other-sae .card")
 
@@ -571,8 +582,30 @@ def test_a_missing_shard_is_said(chromium: Any, tmp_path: Path) -> None:
     page = chromium.new_page(locale="it-IT")
     page.goto(index.as_uri() + "#latent=2")
     page.wait_for_selector(".card-page .notice")
-    assert "data/cards/0000.js" in page.inner_text(".card-page .notice")
+    assert "data/cards/0000.js" in page.inner_text(".card-page .notice[role=alert]")
     page.close()
+
+
+def test_a_folder_on_a_static_host_is_the_page(chromium: Any, folder: Path) -> None:
+    """As a Space serves it: by https, every script said to be UTF-8; the data's own mark says that it is UTF-16."""
+
+    class Host(SimpleHTTPRequestHandler):
+        extensions_map = {".js": "text/javascript; charset=utf-8", ".html": "text/html", ".css": "text/css"}
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Host, directory=str(folder.parent))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        page, troubles = chromium.new_page(locale="it-IT"), []
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.goto(f"http://127.0.0.1:{server.server_port}/index.html#latent=2")
+        page.wait_for_selector(".card-page .words mark")
+        page.click(".card-page .back")
+        page.wait_for_selector(".latents tr[data-latent]")
+        page.close()
+        server.shutdown()
+    assert not troubles
 
 
 def test_without_javascript_the_page_says_what_to_do(chromium: Any, folder: Path) -> None:
@@ -587,9 +620,14 @@ def test_text_and_controls_have_contrast_and_names(tab: Any, folder: Path) -> No
     """WCAG AA: 4.5 to 1 for text, in both themes; every control and picture has a name."""
     for fragment in ("", "#latent=1"):
         show(tab, folder, fragment)
-        for theme in ("light", "dark"):
+        for details in tab.locator("details > summary").all():
+            if details.is_visible():
+                details.click()  # what is folded is read too
+        for (width, height), theme in product(WIDTHS, ("light", "dark")):
+            tab.set_viewport_size({"width": width, "height": height})
             tab.evaluate("(theme) => { document.querySelector('.sae-italian').dataset.theme = theme; }", theme)
-            assert tab.evaluate(LOW_CONTRAST) == []
+            assert tab.evaluate(LOW_CONTRAST) == [], (width, theme)
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.evaluate(NAMELESS) == []
 
 
@@ -806,7 +844,9 @@ def test_search_finds_numbers_and_grammar_and_no_boilerplate(tab: Any, tmp_path:
         assert first is None or (found[0] == first and len(found) < 5)
         assert query != "femminile plurale" or 21 in found
         assert query not in ("passato", "past") or (33 in found and len(found) < 4)
-    for query in ("lift", "0,12"):
+    tab.fill(".search", "passato remoto")  # no latent is called by the second word: it is left out, and that is said
+    assert 33 in latents(tab) and "niente qui ha «remoto»" in tab.inner_text(".found")
+    for query in ("lift", "0,12", "zzzz remotissimo"):
         tab.fill(".search", query)
         assert tab.locator(".latents").is_hidden(), query
     tab.fill(".search", "precisione")
@@ -892,6 +932,31 @@ def test_a_printed_list_is_the_list(tab: Any, folder: Path) -> None:
     assert tab.locator(".toolbar").is_hidden() and tab.locator(".worth").is_hidden()
     pages = len(re.findall(rb"/Type\s*/Page\b", tab.pdf()))
     assert 5 <= pages <= 40
+
+
+def test_a_printed_card_is_the_card(tab: Any, folder: Path) -> None:
+    show(tab, folder, "#latent=1")
+    tab.emulate_media(media="print")
+    assert tab.locator(".card-page .words").first.is_visible() and tab.locator(".card-page h1").is_visible()
+    assert tab.locator(".card-nav").is_hidden() and tab.locator(".copies").is_hidden()
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", tab.pdf())) <= 8
+
+
+def test_a_card_is_read_in_order_and_the_way_back_is_where_one_came_from(tab: Any, folder: Path) -> None:
+    """Opening a card puts the focus on its heading; Tab goes down the page, never back up; Esc returns to the row."""
+    show(tab, folder)
+    latent = latents(tab)[2]
+    tab.focus(f'tr[data-latent="{latent}"] a')
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector(f".card-page .which:text-is('Latente {latent}')")
+    assert tab.evaluate("document.activeElement.tagName") == "H1"
+    order = []
+    for _ in range(12):
+        tab.keyboard.press("Tab")
+        order.append(tab.evaluate("[...document.querySelectorAll('*')].indexOf(document.activeElement)"))
+    assert order == sorted(set(order))
+    tab.keyboard.press("Escape")
+    assert tab.evaluate("document.activeElement.closest('tr')?.dataset.latent") == str(latent)
 
 
 def test_forced_colours_show_what_is_chosen(chromium: Any, folder: Path) -> None:

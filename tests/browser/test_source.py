@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.browser import opening
 from sae_italian.browser.columns import records
 from sae_italian.browser.contexts import FIRES, SEGMENT, SILENT, borders_of, file_name, split_text
 from sae_italian.browser.directions import Decoder
@@ -25,6 +27,7 @@ from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
 from tests.browser.data_files import read_data
 from tests.browser.exports.test_others import a_card
+from tests.browser.letters import letters
 from tests.browser.schema import check, check_card, check_rows
 
 
@@ -306,3 +309,47 @@ def test_every_alive_latent_has_one_real_sentence(source):
 )
 def test_a_source_is_told_by_its_file_name(source, shown):
     assert file_name(source) == shown and file_name("uonlp/CulturaX") == "uonlp/CulturaX"
+
+
+# --- by meaning ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_by_meaning_are_those_of_explanation_or_passage(cache, mini, monkeypatch):
+    """With vectors of letters: a latent's own title, and its own passage, find it first; the vectors are kept and renewed."""
+    source, asked = LatentSource(cache, mini.tokenizer), []
+    monkeypatch.setattr(opening, "encode", lambda texts, name: asked.append(len(texts)) or letters(texts, name))
+    meaning, rows = opening.Meaning(source, "letters"), source.rows()
+    said = zip(*(rows[name] for name in ("title_it", "explanation_it", "llm_it")), strict=True)
+    told = [" ".join(filter(None, one)) for one in said]
+    latent = next(i for i, text in enumerate(told) if text)
+    for text in (told[latent], rows["sample"][latent].replace(FIRES, "").replace(SILENT, "")):
+        best = meaning.near(text)
+        same = [one["latent"] for one in best if one["cosine"] > 0.9999]
+        assert latent in same and [one["cosine"] for one in best] == sorted((o["cosine"] for o in best), reverse=True)
+    assert asked == [512, 1, 1]  # both texts of 256 latents once, then the sentences
+    assert opening.Meaning(source, "letters").near("x") and asked[3:] == [1]
+    assert opening.Meaning(source, "others").near("x") and asked[4:] == [512, 1]  # another encoder's
+    dead = int(np.argmin(cache.statistics["count"]))
+    assert cache.statistics["count"][dead] == 0 and not meaning.vectors()[:, dead].any()
+
+
+def test_a_real_encoder_is_read_from_a_folder(tmp_path):
+    model2vec = pytest.importorskip("model2vec", reason="needs the meaning extra")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[UNK]", "gatto", "micio", "treno"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    vectors = np.array([[0, 0, 0.1], [1, 0, 0], [0.9, 0.1, 0], [0, 1, 0]], dtype=np.float32)
+    model2vec.StaticModel(vectors=vectors, tokenizer=tokenizer).save_pretrained(str(tmp_path / "encoder"))
+    found = opening.encode(["gatto", "micio", "treno"], str(tmp_path / "encoder"))
+    assert found.shape == (3, 3) and np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert found[0] @ found[1] > 0.9 > 0.2 > found[0] @ found[2]
+    with pytest.raises(UsageError, match="nowhere"):
+        opening.encode(["gatto"], str(tmp_path / "nowhere"))
+
+
+def test_without_the_extra_a_search_by_meaning_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "model2vec", None)
+    with pytest.raises(UsageError, match=r"sae-italian\[meaning\]"):
+        opening.encode(["gatto"], "minishlab/potion-multilingual-128M")

@@ -17,6 +17,7 @@ from sae_italian.browser.suite import overview_text, read_suite, write_overview
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
+from sae_italian.evaluation import evaluate
 from sae_italian.saes import load_sae
 from tests.browser.data_files import read_data
 
@@ -80,6 +81,40 @@ def test_the_overview_is_a_table_a_picture_and_json(suite: Path, tmp_path: Path)
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(UsageError, match="something else"):
         write_overview(rows, tmp_path / "out", "again")
+
+
+def test_a_sentences_latents_in_every_sae_of_a_suite(
+    small_cache: Path, trained_sae: Path, mini: Any, tmp_path: Path, capsys
+):
+    """Each SAE's own latents, as shares of their maximum, with links to their cards; one SAE's are those of `latents`."""
+    for name in ("L1R-2x", "L1R-again"):
+        shutil.copytree(trained_sae, tmp_path / "suite" / name)
+        evaluate(load_sae(trained_sae), mini, "micro-italiano", n_tokens=1000, name=name).save(
+            tmp_path / "suite" / name
+        )
+        cache = shutil.copytree(small_cache, tmp_path / "suite" / name / "cache")
+        (cache.parent / "cache-report").mkdir()
+        (cache.parent / "cache-report" / "index.html").write_text("")
+    said = "La ragazza <legge>."
+    arguments = ["browse", str(tmp_path / "suite"), f"sentence={said}", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["latents"]
+    first, second = ([own for own in found if own["name"] == name] for name in ("L1R-2x", "L1R-again"))
+    assert len(first) == 5 and [own["latent"] for own in first] == [own["latent"] for own in second]
+    shares = [own["share"] for own in first]
+    assert shares == sorted(shares, reverse=True) and 0 < shares[-1] <= shares[0] and first[0]["token"] in said
+    assert main(["latents", str(small_cache), said, "--json"]) == 0
+    alone = {own["latent"]: own["share"] for own in json.loads(capsys.readouterr().out)["strongest"]}
+    assert shares == sorted(alone.values(), reverse=True)[:5]
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "«La ragazza &lt;legge&gt;.»" in page and f'cache-report/index.html#latent={first[0]["latent"]}"' in page
+    assert main([*arguments[:2], "sentence=", "--out", str(tmp_path / "out")]) == 0  # none: the overview alone
+    assert "ragazza" not in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_suite_without_caches_has_no_latents_for_a_sentence(suite: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.rmtree(suite / "L1R-2x" / "cache")
+    assert main(["browse", str(suite), "sentence=Ciao"]) == 2 and "has a cache" in capsys.readouterr().err
 
 
 def test_a_folder_without_cards_and_a_broken_card_are_named(suite: Path, tmp_path: Path) -> None:

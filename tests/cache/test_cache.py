@@ -1,8 +1,11 @@
 """The cache against a dense reference, killed and resumed builds, and what is refused."""
 
+import base64
 import hashlib
+import html
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -140,6 +143,21 @@ def test_a_latent_is_plotted_as_a_notebook_shows_it(small_cache):
     assert f"latent {live}: active on {share:.2%} of tokens" in picture and "activation" in picture
     assert picture == cache.latent(live).plot()
     assert f"latent {dead}: active on" in cache.latent(dead).plot()
+
+
+def test_a_notebook_shows_a_cache_and_a_latent_as_one_line_and_a_picture(small_cache):
+    """One piece without scripts or addresses, whose picture has its own ground in the light and in the dark."""
+    cache = FeatureCache.open(small_cache)
+    latent = cache.latent(int(cache.statistics["count"].argmax()))
+    for one in (cache, latent):
+        shown, line = one._repr_html_(), repr(one)
+        assert html.escape(line) in shown and len(line) < 250 and "\n" not in line
+        assert "<script" not in shown and not re.search(r"(src|href)=.(?!data:)", shown)
+        (data,) = re.findall(r'src="data:image/svg[+]xml;base64,([^"]*)"', shown)
+        assert base64.b64decode(data).decode() == one.plot() and "prefers-color-scheme:dark" in one.plot()
+    assert f"{cache.manifest.d_sae:,} latents" in repr(cache) and f"{cache.n_positions:,} tokens" in repr(cache)
+    dead = np.mean(cache.statistics["count"] == 0)
+    assert f"{dead:.1%} of the latents are never active" in cache.plot()
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -2,17 +2,25 @@
 
 import json
 import os
+import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import yaml
 
+from sae_italian.autointerp import AutointerpConfig, run_autointerp
+from sae_italian.autointerp.run import STORE_FILE
+from sae_italian.autointerp.summary import export as export_tables
 from sae_italian.base.errors import UsageError
+from sae_italian.browser.exports import export
+from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.cli import main
+from sae_italian.corpora import iter_documents
 from sae_italian.evaluation import read_card
 from sae_italian.training import load_spec, train
 from sae_italian.training.config import configs_folder
-from sae_italian.training.logging import RunLog, open_logger, sweep_folder
+from sae_italian.training.logging import LATENT_COLUMNS, RunLog, open_logger, sweep_folder
 from tests.training.wandb_file import OfflineRun
 
 SWEEPS = sorted((configs_folder() / "sweeps").glob("*.yaml"))
@@ -58,6 +66,10 @@ def test_the_summary_holds_the_card_and_the_cursor(offline):
     for key, estimate in card.estimates().items():
         if estimate.value == estimate.value:
             assert logged[f"eval/{key}"] == estimate.value
+    kinds = [value for row in run.rows for key, value in row.items() if key.startswith("eval/density")]
+    assert "html-file" in str(kinds)  # one file that needs nothing else
+    (picture,) = offline.rglob("media/html/eval/density*.html")
+    assert picture.read_text(encoding="utf-8") == card._repr_html_()
     assert "eval/dead_in_1m" not in logged  # not measured, so not told
     assert not [key for key in (*logged, *run.summary) if key.endswith(("_lo", "_hi"))], "intervals are in the table"
     (table,) = offline.glob("wandb/offline-run-*/files/media/table/eval/card*.json")
@@ -65,6 +77,34 @@ def test_the_summary_holds_the_card_and_the_cursor(offline):
     assert rows["l0"] == [card.l0.value, card.l0.lo, card.l0.hi] and set(rows) <= set(card.estimates())
     corpus = run.summary["corpus"] if "corpus" in run.summary else {"n_blocks": run.summary["corpus/n_blocks"]}
     assert corpus["n_blocks"] > 0 and not [key for key in (*run.summary, *corpus) if "packer" in key]
+
+
+def test_the_table_of_latents_has_true_passages_and_scores(offline, mini):
+    """Each passage is held-out text with its strongest token between asterisks; the token named is the one fired on most."""
+    (table,) = offline.glob("wandb/offline-run-*/files/media/table/eval/latents*.json")
+    told = json.loads(table.read_text(encoding="utf-8"))
+    assert told["columns"][:5] == LATENT_COLUMNS and len(told["data"]) > 100
+    rows = [dict(zip(told["columns"], row, strict=True)) for row in told["data"]]
+    assert all(0 < row["density"] <= 1 and row["max"] > 0 and 0 < row["token_share"] <= 1 for row in rows)
+    texts = " ".join(" ".join(d.text.split()) for d in islice(iter_documents("micro-italiano", "heldout"), 300))
+    shown = [row[f"context {i}"] for row in rows for i in (1, 2, 3) if row[f"context {i}"]]
+    assert all(text.count("**") == 2 for text in shown)
+    assert sum(" ".join(text.replace("**", "").split()) in texts for text in shown) > 0.9 * len(shown)
+    sure = [row for row in rows if row["token_share"] > 0.99 and row["token"].strip()]
+    assert sure and all(f"**{row['token'].strip()}**" in row["context 1"] for row in sure)
+
+
+def test_an_export_joins_the_trainings_project_and_group(offline, mini, tmp_path):
+    cache = FeatureCache.open(build_cache(offline, mini, out=tmp_path / "cache", n_tokens=2000))
+    export(cache, mini.tokenizer, tmp_path / "out", "wandb", latents=(0, 7))
+    trained, joined = OfflineRun(offline), OfflineRun(tmp_path / "out")
+    assert joined.group == trained.group == trained.id and joined.id != trained.id
+    assert joined.project == trained.project == "sae-italian" and joined.config["training_run"] == trained.id
+    (page,) = (tmp_path / "out").rglob("strongest*.html")  # in one piece
+    assert not re.search(r"<script|<link|(src|href)=|url[(]|@import", page.read_text(encoding="utf-8"))
+    run_autointerp(cache, mini.tokenizer, AutointerpConfig(latents=4, n_examples=10))
+    export_tables(cache.folder / STORE_FILE, tmp_path / "tables", "wandb")
+    assert OfflineRun(tmp_path / "tables").group == trained.id
 
 
 def test_config_and_artifact(offline, small_spec):

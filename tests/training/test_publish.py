@@ -1,7 +1,12 @@
 """Publishing, against a stand-in of the hub that keeps what SAELens' upload call and ours send."""
 
+import base64
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import huggingface_hub
 import pytest
@@ -11,8 +16,9 @@ from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.evaluation import evaluate
 from sae_italian.saes import load_sae
-from sae_italian.training.publish import model_card, publish
+from sae_italian.training.publish import CURVES, PAGES, TABLES, model_card, publish
 from tests.training.upload_hub import UploadHub
+from tests.training.wandb_server import WandbServer
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +109,105 @@ def test_a_dry_run_sends_nothing(judged, hub, capsys):
     out = capsys.readouterr().out
     assert "nothing sent" in out and f"{(judged / 'sae_weights.safetensors').stat().st_size:,}" in out
     assert not hub.files and not hub.tokens
+
+
+def test_a_card_is_shown_as_one_line_and_its_density(judged):
+    from sae_italian.evaluation import read_card
+    from sae_italian.evaluation.card import density_svg
+
+    card = read_card(judged)
+    assert card is not None
+    assert repr(card).startswith("card of L1R-2x: ") and "L0 8.0" in repr(card) and len(repr(card)) < 250
+    (data,) = re.findall(r'src="data:image/svg[+]xml;base64,([^"]*)"', card._repr_html_())
+    assert base64.b64decode(data).decode() == density_svg(card)
+
+
+# --- a report at W&B ----------------------------------------------------------------------------------------------------
+
+
+def reported(run, server) -> subprocess.CompletedProcess:
+    """Ask for a report in a process of its own: W&B's service, and what it was told of its server, outlive a test."""
+    given = {
+        "WANDB_BASE_URL": server.url,
+        "WANDB_API_KEY": "a" * 40,
+        "WANDB_MODE": "online",
+        "NETRC": str(run / "no-netrc"),
+    }
+    command = [sys.executable, "-m", "sae_italian.cli", "report", "wandb", str(run), "--json"]
+    return subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def wandb_server():
+    pytest.importorskip("wandb_workspaces", reason="needs the sweeps extra")
+    server = WandbServer()
+    yield server
+    server.close()
+
+
+def test_a_report_is_made_from_our_template(judged, wandb_server, tmp_path):
+    """What W&B's API is asked for: one report in the run's project, of the runs of its group, with card, curves and latents."""
+    run = shutil.copytree(judged, tmp_path / "L1R-2x")
+    (run / "wandb.json").write_text(json.dumps({"id": "ab12cd34", "project": "noi/latenti"}))
+    done = reported(run, wandb_server)
+    assert done.returncode == 0, done.stderr
+    assert "/noi/latenti/reports/SAE-L1R-2x--" in json.loads(done.stdout)["address"]
+    asked = dict(wandb_server.calls)["upsertView"]
+    assert (asked["entityName"], asked["projectName"], asked["type"]) == ("noi", "latenti", "runs")
+    spec = json.loads(asked["spec"])
+    grids = [block for block in spec["blocks"] if block["type"] == "panel-grid"]
+    assert len(grids) == 2
+    for grid in grids:
+        (shown,) = grid["metadata"]["runSets"]
+        assert shown["project"]["entityName"] == "noi" and "ab12cd34" in json.dumps(shown["filters"])
+    whole = json.dumps(spec)
+    assert all(json.dumps(key) in whole for key in (*CURVES, *PAGES, *TABLES)) and "Evaluation card: L1R-2x" in whole
+
+
+def test_a_report_without_a_named_entity_is_ones_own_and_a_refusal_is_one_line(judged, wandb_server, tmp_path, capsys):
+    run = shutil.copytree(judged, tmp_path / "L1R-2x")
+    assert main(["report", "wandb", str(run)]) == 2 and "train with wandb=online" in capsys.readouterr().err
+    (run / "wandb.json").write_text(json.dumps({"id": "ab12cd34"}))
+    wandb_server.refuse = "the project is locked"
+    done = reported(run, wandb_server)
+    assert done.returncode == 2 and "W&B made no report in sae-italian" in done.stderr.rstrip().splitlines()[-1]
+    assert dict(wandb_server.calls)["upsertView"]["entityName"] == "io"
+
+
+# --- a browser as a Space ---------------------------------------------------------------------------------------------
+
+
+def test_a_browser_becomes_a_static_space(small_cache, hub, tmp_path, capsys):
+    out = tmp_path / "space"
+    arguments = ["browse", str(small_cache), "--out", str(out), "--to-space", "me/latenti"]
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["space"] == f"{hub.url}/spaces/me/latenti" and hub.made["me/latenti"] == ("space", "static")
+    files = {file.relative_to(out).as_posix(): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert hub.files["me/latenti"] == files and {"README.md", "index.html", "assets/app.js"} <= set(files)
+    front = huggingface_hub.SpaceCard(files["README.md"].decode()).data
+    assert front.sdk == "static" and front.app_file == "index.html" and front.title
+    hub.files["me/latenti"]["data/cards/9999.js"] = b"of a larger browser"
+    assert main(arguments) == 0  # our own folder, and what is there no more goes from the Space too
+    assert hub.files["me/latenti"].keys() == files.keys()
+    (out / "README.md").write_text("my notes", encoding="utf-8")
+    assert main(arguments) == 2 and "holds 'README.md'" in capsys.readouterr().err
+
+
+def test_a_space_that_cannot_be_sent_is_written(small_cache, hub, tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    out = tmp_path / "space"
+    arguments = ["browse", str(small_cache), "--out", str(out), "--to-space", "me/latenti"]
+    assert main([*arguments[:-1], "latenti"]) == 2 and "owner/name" in capsys.readouterr().err and not out.exists()
+    monkeypatch.delenv("HF_TOKEN")
+    assert main(arguments) == 2 and (out / "index.html").is_file() and (out / "README.md").is_file()
+    said = capsys.readouterr().err
+    assert "hf auth login" in said and f"hf upload me/latenti {out} . --repo-type space" in said
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(arguments) == 2 and "is written and not sent" in capsys.readouterr().err
+    assert not hub.files
 
 
 def test_no_card_no_publication(trained_sae, hub, tmp_path, capsys):

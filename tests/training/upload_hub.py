@@ -12,11 +12,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class UploadHub:
-    """`files[repo][path]` are the bytes committed, `private[repo]` how it was made; `refuse` is a status for commits."""
+    """`files[repo][path]` are the bytes committed, `private[repo]` and `made[repo]` how it was made (kind, SDK).
+
+    `refuse` is a status for commits.
+    """
 
     def __init__(self):
         self.files: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
+        self.made: dict[str, tuple[str | None, str | None]] = {}
         self.commits: list[tuple[str, str]] = []
         self.blobs: dict[str, bytes] = {}
         self.tokens: set[str] = set()
@@ -44,6 +48,8 @@ class UploadHub:
                 self.files[repo][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.files[repo][value["path"]] = self.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del self.files[repo][value["path"]]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -74,6 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
         if repo not in self.stand_in.files:
             self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
             return
+        if "/tree/" in self.path:
+            found = self.stand_in.files[repo].items()
+            self._answer([{"type": "file", "path": path, "oid": "0", "size": len(data)} for path, data in found])
+            return
         siblings = [{"rfilename": path} for path in self.stand_in.files[repo]]
         self._answer({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
 
@@ -100,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer({"error": "exists", "url": f"{hub.url}/{repo}"}, 409)
                 return
             hub.files[repo] = {}
+            hub.made[repo] = asked.get("type"), asked.get("sdk")
             hub.private[repo] = asked.get("visibility") == "private" or asked.get("private") is True
             self._answer({"url": f"{hub.url}/{repo}", "name": repo, "id": "1"})
         elif self.path == "/api/validate-yaml":

@@ -40,7 +40,7 @@ class OfflineRun:
         self.summary: dict[str, Any] = {}
         self.config: dict[str, Any] = {}
         self.artifacts: list[tuple[str, list[str]]] = []
-        self.id = self.exit_code = None
+        self.id = self.group = self.project = self.exit_code = None
         deadline = time.monotonic() + 20  # wandb's own process may still be writing when `finish` returns
         while self.exit_code is None and time.monotonic() < deadline:
             self.rows.clear()
@@ -59,7 +59,7 @@ class OfflineRun:
         elif kind == "config":
             self.config |= _items(record.config.update)
         elif kind == "run":
-            self.id = record.run.run_id
+            self.id, self.group, self.project = record.run.run_id, record.run.run_group, record.run.project
             self.config |= _items(record.run.config.update)
         elif kind == "exit":
             self.exit_code = record.exit.exit_code

@@ -27,6 +27,7 @@ from sae_italian.autointerp.run import EXPLAINER, LOOKUP
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Store
 from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.hub import WandbRun
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, claimed, read_json, write_text
 from sae_italian.browser.contexts import storable
@@ -34,12 +35,14 @@ from sae_italian.browser.directions import rounded
 from sae_italian.browser.exports.fields import FieldCheck, make_row, tables
 from sae_italian.browser.exports.latents import Facts, Latents, facts_of, names_of, row_id
 from sae_italian.browser.source import LatentSource
+from sae_italian.browser.widget import card_html, list_html
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.circuits.show import cantor
 from sae_italian.models import load_model_config
 
 BATCH, MAX_FILES = 128, 1000  # latents of a file; the bulk importer sees 1000 files of a folder
+N_CARDS = 20  # of the latents with the best scores, on the page that W&B shows
 ONE_LINE = ("release", "model", "sourceset", "source")
 # The tables of each format by the files that hold their rows, and the one that has a row for each latent.
 TABLES = {
@@ -245,10 +248,20 @@ def wandb_row(latents: Latents, latent: int) -> Facts:
     return make_row("wandb_latent", {**record, **joined, "example": latents.strongest(latent)})
 
 
-def log_table(out: Path, table: list[Facts], browser: Path, *, project: str, online: bool, name: str) -> Path:
-    """Log table and artifact as one W&B run below `out`; return the run's folder, which `wandb sync` sends.
+def log_table(
+    out: Path,
+    table: list[Facts],
+    browser: Path,
+    *,
+    trained: WandbRun,
+    online: bool,
+    name: str,
+    page: str,
+) -> Path:
+    """Log table, a page and the browser as one W&B run below `out`; return the run's folder, which `wandb sync` sends.
 
-    Raises: UsageError without the package wandb.
+    It joins project and group of the run that trained the SAE and, online, uses that run's artifact. `page` is HTML in
+    one piece. Raises: UsageError without the package wandb.
     """
     try:
         import wandb
@@ -256,11 +269,12 @@ def log_table(out: Path, table: list[Facts], browser: Path, *, project: str, onl
         raise UsageError("W&B is not installed; it comes with pip install 'sae-italian[sweeps]'.") from None
     settings = wandb.Settings(console="off", silent=True, reinit="create_new")
     mode: Any = "online" if online else "offline"
-    with wandb.init(
-        project=project, job_type="latents", name=name, dir=str(out.resolve()), mode=mode, settings=settings
-    ) as run:
+    with wandb.init(job_type="latents", name=name, mode=mode, settings=settings, **trained.joined(out)) as run:
+        if trained.id and online:
+            run.use_artifact(f"sae-{trained.id}:latest")  # what training sent: the lineage of these latents
         names = list(tables()["wandb_latent"]["fields"])
         run.log({"latents": wandb.Table(columns=[*names], data=[list(row.values()) for row in table])})
+        run.log({"strongest": wandb.Html(page, inject=False)})
         artifact = wandb.Artifact("latent-browser", type="html", description="open index.html")
         artifact.add_dir(str(browser))
         run.log_artifact(artifact)
@@ -283,7 +297,7 @@ def export(
     model: Any = None,
     latents: tuple[int, int] | None = None,
     names: dict[str, Any] | None = None,
-    project: str = "sae-italian",
+    project: str | None = None,
     online: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -326,10 +340,17 @@ def _folder(out: Path, to: str, facts: Facts, manifest: Manifest) -> Path:
     return out / folders[to]
 
 
-def _wandb(out: Path, latents: Latents, wanted: range, project: str, online: bool) -> tuple[Path, dict[str, int]]:
+def _wandb(
+    out: Path, latents: Latents, wanted: range, project: str | None, online: bool
+) -> tuple[Path, dict[str, int]]:
     table, checked = [wandb_row(latents, latent) for latent in wanted], FieldCheck()
     for row in table:
         checked("wandb_latent", row)
     write_browser(out / "browser", latents.source)
-    where = {"project": project, "online": online, "name": latents.source.run()["title"]}
-    return log_table(out, table, out / "browser", **where), dict(checked.n_rows)
+    source, trained = latents.source, WandbRun.of(latents.cache.manifest.sae)
+    trained = trained._replace(project=project or trained.project)
+    best = sorted(table, key=lambda row: -(row["detection"] or 0.0))[:N_CARDS]
+    cards = (card_html(source.row(row["latent"]), source.card(row["latent"])) for row in best)
+    page = "".join([list_html(source.run(), source.rows()), *cards])
+    about = {"trained": trained, "online": online, "name": source.run()["title"], "page": page}
+    return log_table(out, table, out / "browser", **about), dict(checked.n_rows)

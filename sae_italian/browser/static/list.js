@@ -175,7 +175,8 @@ function renderList(ctx, rows, state, { onOpen, onRows }) {
     menu.replaceChildren(...sortMenu(ctx, state, sortBy));
     if (sorting) menu.querySelector(sorting).focus();
     const n = ctx.integer(current.length);
-    found.replaceChildren(current.length === rows.length ? ctx.t("found", { n }) : ctx.t("found.of", { n, total: ctx.integer(rows.length) }));
+    const words = current.length && state.missing.length ? ctx.t("found.without", { words: state.missing.map((word) => `«${word}»`).join(", ") }) : "";
+    found.replaceChildren(current.length === rows.length ? ctx.t("found", { n }) : ctx.t("found.of", { n, total: ctx.integer(rows.length) }), words);
     table.hidden = !current.length;
     empty.hidden = Boolean(current.length);
     table.setAttribute("aria-rowcount", current.length + 1);

@@ -3,7 +3,7 @@
 
 function mountLive(element, live, context) {
   const view = { live, ctx: context, text: context.text, say: (key, vars) => context.t("live." + key, vars), memory: (context.state.live ??= {}), gone: false };
-  const parts = context.latent === null ? [sentencePart] : [sentencePart, steerPart, ablatePart, explainPart];
+  const parts = context.latent === null ? [sentencePart, ...(live.near ? [nearPart] : [])] : [sentencePart, steerPart, ablatePart, explainPart];
   const title = view.say(context.latent === null ? "title" : "title.latent");
   element.replaceChildren(h("h2", {}, title), h("div", { class: "live-parts" }, parts.map((part) => part(view))));
   if (context.latent === null && context.state.sentence) element.querySelector("form").requestSubmit(); // the address has one
@@ -125,6 +125,15 @@ function strongest(view, found) {
   } }, view.say("all", { n: rows.length }));
   return h("section", { class: "live-strongest" }, h("h4", {}, view.say("strongest")),
     rows.length ? [table(heads, rows), more] : h("p", { class: "muted" }, view.say("silent")));
+}
+
+// --- latents that are about what a text says, whatever its words (opening.py) ---
+function nearPart(view) {
+  const { ctx, live } = view;
+  const meaning = field(view, "meaning", view.say("meaning"), "", 1);
+  const row = (one) => h("tr", {}, h("th", { scope: "row" }, link(ctx, one.latent)), h("td", { class: "num" }, ctx.fixed(one.cosine)), h("td", { class: "wide" }, about(ctx, one.latent)));
+  const heads = [[view.say("latent")], [view.say("cosine"), "num"], [view.say("explanation"), "wide"]];
+  return part(view, "near", view.say("near.note"), [meaning], () => live.near(meaning.input.value), (found) => [table(heads, found.near.map(row))]);
 }
 
 // --- steering: continuations with and without ---

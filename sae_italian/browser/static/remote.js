@@ -17,6 +17,7 @@ async function mountRemote(element, ask, options) {
   if (about?.compare) source.compare = async () => ({ name: about.compare, source: remoteSource(ask, "other/"), matches: () => ask("matches") });
   if (about?.live) {
     source.live = { llm: about.live.llm, tokens: (sentence) => ask("tokens", { sentence }) };
+    if (about.live.near) source.live.near = (sentence) => ask("near", { sentence });
     for (const work of ["steer", "ablate", "explain"]) source.live[work] = (given) => ask(work, given);
   }
   return mount(element, source, options);

@@ -29,11 +29,7 @@ const BLOCK = 512;
 const BETWEEN = "\u0000";
 const haystacks = new WeakMap(); // of an array of rows: the folded text of each, as far as it is made
 
-const names = new Map();
-const named = (label) => {
-  if (!names.has(label)) names.set(label, [labelName(label, "it"), labelName(label, "en")]);
-  return names.get(label);
-};
+const named = (label) => LANGUAGES.map(([lang]) => labelName(label, lang));
 const QUOTED = /«[^»]*»|“[^”]*”|[\p{L}\p{N}.,]+/gu;
 const SOME = 1000; // rows whose explanations say what stands in most of them
 const USUAL = 0.2; // share of them from which a word outside quotes tells nothing
@@ -82,12 +78,14 @@ function prepareSearch(rows, gold) {
   whenIdle(some);
 }
 
-function holding(rows, query) {
-  const wanted = fold(query).split(/\s+/).filter(Boolean);
-  if (!wanted.length) return () => true;
-  const hay = haystack(rows);
-  while (hay.made.length < rows.length) foldBlock(rows, hay);
-  return (at) => wanted.every((word) => hay.made[at].includes(word));
+// A word that no latent has is left out, and told: `state.missing`.
+function holding(rows, state) {
+  const wanted = fold(state.query).split(/\s+/).filter(Boolean);
+  const hay = wanted.length && haystack(rows);
+  while (wanted.length && hay.made.length < rows.length) foldBlock(rows, hay);
+  state.missing = wanted.filter((word) => /\D/.test(word) && !hay.made.some((text) => text.includes(word)));
+  const known = wanted.filter((word) => !state.missing.includes(word));
+  return (at) => (known.length ? known.every((word) => hay.made[at].includes(word)) : !wanted.length);
 }
 
 // --- order: each is made once ---
@@ -117,7 +115,7 @@ function inRanges(row, ranges) {
 // The rows that the state asks for, in its order; what next and previous walk along. Rows come ordered by latent.
 function selectRows(rows, state, marks) {
   const keep = FILTERS[state.filter];
-  const holds = holding(rows, state.query);
+  const holds = holding(rows, state);
   const found = [];
   for (const at of orderOf(rows, state.sort, state.descending)) {
     const row = rows[at];

@@ -41,6 +41,8 @@ def test_wandb_gets_the_table_and_the_browser_offline(cache, mini, tmp_path):
     found = json.loads(table.read_text(encoding="utf-8"))
     assert found["columns"] == list(tables()["wandb_latent"]["fields"]) and len(found["data"]) == 32
     assert (tmp_path / "out" / "browser" / "index.html").is_file()
+    (page,) = done.folder.rglob("strongest*.html")
+    assert "<table" in page.read_text() and "<script" not in page.read_text()
     file = next(done.folder.glob("*.wandb"))  # written by a process of W&B's own, in its own time
     for _ in range(100):
         if b"latent-browser" in file.read_bytes():

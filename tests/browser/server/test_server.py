@@ -62,6 +62,7 @@ def test_records_are_those_of_the_source(client, opened, active):
     assert check("run", run["run"])["d_sae"] == 256 and run["live"] == {
         "works": ["tokens", "steer", "ablate", "explain"],
         "llm": False,
+        "near": False,
     }
     rows = check_rows(client.get("/api/rows").json())
     assert rows["latent"] == list(range(256))
