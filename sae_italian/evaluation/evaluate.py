@@ -141,7 +141,8 @@ def windows_until(
     if at_most and seen:
         return
     raise UsageError(
-        f"{what} has about {seen:,} tokens, fewer than the {marks[-1]:,} asked for. Ask for fewer, or use more text."
+        f"{what} has about {seen:,} tokens, fewer than the {marks[-1]:,} asked for. "
+        f"Ask for fewer (--tokens {seen}), or use more text."
     )
 
 

@@ -314,9 +314,9 @@ def test_a_source_is_told_by_its_file_name(source, shown):
 # --- by meaning ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_nearest_by_meaning_are_those_of_explanation_or_passage(cache, mini, monkeypatch):
+def test_the_nearest_by_meaning_are_those_of_explanation_or_passage(source, cache, mini, monkeypatch):
     """With vectors of letters: a latent's own title, and its own passage, find it first; the vectors are kept and renewed."""
-    source, asked = LatentSource(cache, mini.tokenizer), []
+    asked: list[int] = []
     monkeypatch.setattr(opening, "encode", lambda texts, name: asked.append(len(texts)) or letters(texts, name))
     meaning, rows = opening.Meaning(source, "letters"), source.rows()
     said = zip(*(rows[name] for name in ("title_it", "explanation_it", "llm_it")), strict=True)

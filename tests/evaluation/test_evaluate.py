@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import re
 import sys
 import tracemalloc
 from pathlib import Path
@@ -51,6 +52,13 @@ def test_identity(identity_sae, mini):
         assert getattr(card, key).value == pytest.approx(0, abs=1e-5), key
     assert card.l0.value == pytest.approx(mini.config.hidden_size, rel=0.01)
     assert card.ultra_active.value > 0.9 and card.dead.value == 0
+
+
+def test_a_corpus_that_is_too_short_says_how_much_can_be_asked_for(identity_sae, mini, jsonl):
+    with pytest.raises(UsageError, match=r"Ask for fewer \(--tokens \d+\)") as error:
+        evaluate(identity_sae, mini, str(jsonl), n_tokens=10**6)
+    most = int(re.findall(r"--tokens (\d+)", str(error.value))[0])
+    assert evaluate(identity_sae, mini, str(jsonl), n_tokens=most).n_tokens >= most
 
 
 def test_zero(identity_sae, mini):
