@@ -229,7 +229,8 @@ def take_tokens(blocks: Iterator[PackedBlock], n_tokens: int, what: str) -> Iter
         if seen >= n_tokens:
             return
     raise UsageError(
-        f"{what} has about {seen:,} tokens, fewer than the {n_tokens:,} asked for. Ask for fewer, or use more text."
+        f"{what} has about {seen:,} tokens, fewer than the {n_tokens:,} asked for. "
+        f"Ask for fewer (--tokens {seen}), or use more text."
     )
 
 
