@@ -287,6 +287,8 @@ class CachedActivations(MappedWindows):
             if name not in rows.column_names:
                 found = ", ".join(map(str, rows.column_names))
                 raise UsageError(f"{where} has no {name!r}, only {found}. {made}")
+        if loose := [name for name in hook_names if not hasattr(rows.features[name], "shape")]:
+            raise UsageError(f"{where} holds {loose[0]!r} as lists without a shape. {made}")
         self.context_size = context_size or rows.features[hook_names[0]].shape[0]
         for name in hook_names:
             context, width = rows.features[name].shape

@@ -92,7 +92,7 @@ def bench_mutants(options: argparse.Namespace) -> tuple[Any, str]:
     survivors = {name: _change(work, name) for name in left}
     drawn = {"room": options.room, "n": len(names), "seed": options.seed, "not_asked": same}
     value = drawn | {**counts, "survivors": survivors}
-    share = 1 - len(left) / len(names)
+    share = 1 - len(left) / max(1, len(names))
     row = (
         options.room,
         len(names),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sae_italian.base.errors import UsageError
+from sae_italian.corpora.pretokenize import CachedActivations
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
 from sae_italian.training import load_config, load_spec, train
@@ -49,6 +50,14 @@ def test_it_trains_here_and_from_saelens_own_config(spec, cached_activations, tm
     config = load_config("mini/topk", *words, "train_batch_size_tokens=512", "buffer_tokens=4096", "sae.d_sae=256")
     assert config.use_cached_activations and config.cached_activations_path == str(cached_activations)
     assert (train(config, tmp_path / "theirs") / "sae_weights.safetensors").is_file()
+
+
+def test_lists_without_a_shape_are_refused(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({HOOK: [[[0.0]]], "token_ids": [[1]]}).save_to_disk(str(tmp_path / "a"))
+    with pytest.raises(UsageError, match="as lists without a shape. SAELens' CacheActivationsRunner makes them"):
+        CachedActivations(tmp_path / "a", [HOOK], 1)
 
 
 @pytest.mark.parametrize(
