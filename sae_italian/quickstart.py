@@ -9,7 +9,7 @@ from typing import Any
 
 import sae_italian
 from sae_italian.analysis import gold_table
-from sae_italian.analysis.gold import DETECTED
+from sae_italian.analysis.labels import DETECTED
 from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
 from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER
 from sae_italian.autointerp.store import Store, forget

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sae_italian.analysis.gold import GoldWords
+from sae_italian.analysis.labels import GoldWords
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.build import transpose
 from sae_italian.cache.shards import Sparse, write_activations

@@ -135,7 +135,7 @@ def test_what_an_sae_trained_on_italian_finds_that_theirs_does_not(ours, record_
     from sae_italian.saes import load_sae
 
     found = geometry({"ours": load_sae(ours), "theirs": load_sae(GEMMA_SCOPE)}, sample=2000)
-    here, there = found.comparison("ours", "theirs"), found.comparison("theirs", "ours")
+    here, there = found.between  # ours in theirs, theirs in ours
     note(record_property, ours_in_theirs=here.alike.value, theirs_in_ours=there.alike.value, new=here.new.value)
     assert here.above_random.value > 0.2  # the two share directions, far more than chance
 

@@ -19,8 +19,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float, Int
 
-from sae_italian.analysis.gold import THRESHOLDS, detection_counts, firing
-from sae_italian.analysis.treebank import Words, category, encode_words
+from sae_italian.analysis.treebank import THRESHOLDS, Words, category, detection_counts, encode_words, firing
 from sae_italian.autointerp.store import Label
 from sae_italian.base.pace import paced
 from sae_italian.base.pictures import OTHERS, OURS, REFERENCE, svg

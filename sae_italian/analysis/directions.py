@@ -124,8 +124,7 @@ def _umap(units: Float[Tensor, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Distribution:
+class Distribution(NamedTuple):
     """Cosines with the nearest direction: quantiles, the largest, and counts between EDGES."""
 
     quantiles: dict[str, float]
@@ -140,8 +139,7 @@ class Distribution:
         return cls(named, float(cosine.max()), float(cosine.mean()), np.histogram(cosine, EDGES)[0].tolist())
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """A latent of the narrow SAE that is the nearest of several latents of the wide one, all of them neighbours."""
 
     latent: int
@@ -192,8 +190,7 @@ class Comparison:
         return self.source == self.target
 
 
-@dataclass(frozen=True)
-class Set:
+class Set(NamedTuple):
     """The unit decoder directions of one SAE that take part: those of live latents, where it is known which are alive."""
 
     name: str

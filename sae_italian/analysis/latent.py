@@ -11,7 +11,6 @@ until the latent is inactive ("less than rank-one"): x' = x - t f with the least
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.autointerp.pieces import piece_texts
+from sae_italian.autointerp.places import piece_texts
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import Pace
 from sae_italian.base.report import table
@@ -87,8 +86,7 @@ def token_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 # --- ablation --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TokenMove:
+class TokenMove(NamedTuple):
     """A token whose logit an edit moves."""
 
     token: str
@@ -98,8 +96,7 @@ class TokenMove:
     prob: float  # clean probability
 
 
-@dataclass(frozen=True)
-class AblatedPosition:
+class AblatedPosition(NamedTuple):
     """One position of the prompt where the latent is active, and what its ablation there alone does to the next token."""
 
     position: int
@@ -112,8 +109,7 @@ class AblatedPosition:
     raised: tuple[TokenMove, ...]
 
 
-@dataclass(frozen=True)
-class Ablated:
+class Ablated(NamedTuple):
     """One latent ablated on one prompt; `positions` are those where it is active, empty when there is none."""
 
     prompt: str
@@ -235,8 +231,7 @@ def _moves(
 # --- steering --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Continuation:
+class Continuation(NamedTuple):
     """What the model writes at one strength."""
 
     strength: float  # in units of the latent's activation, times `unit`
@@ -248,8 +243,7 @@ class Continuation:
     divergence: float  # KL(steered || unsteered) of the first new token, in nats
 
 
-@dataclass(frozen=True)
-class Steered:
+class Steered(NamedTuple):
     """One latent's direction added at several strengths."""
 
     prompt: str

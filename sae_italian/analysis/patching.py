@@ -14,7 +14,6 @@ guess is thrown away: the decisions are those of the original. A latent is run o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -273,8 +272,7 @@ class Effect(NamedTuple):
     attribution: float  # gradient times difference
 
 
-@dataclass(frozen=True)
-class PatchingCurve:
+class PatchingCurve(NamedTuple):
     """What patching one dictionary's latents does. KL in nats, means over pairs with intervals over pairs."""
 
     name: str
@@ -294,8 +292,7 @@ class PatchingCurve:
         return min(enough, key=lambda point: point.n_patched, default=None)
 
 
-@dataclass(frozen=True)
-class Patching:
+class Patching(NamedTuple):
     """The curves of several dictionaries on one task."""
 
     n_pairs: int

@@ -7,7 +7,6 @@ document, and every statistic of it, is the card's own (`evaluation.evaluate`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +43,7 @@ KEYS = ("l0", "explained_variance", "explained_variance_uncentred", "ce_loss", "
 DRAWN = ("l0", "explained_variance", "explained_variance_uncentred", "delta_lm_loss")
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):
     """The card's numbers of one bucket, and their difference from the reference's (empty for the reference itself)."""
 
     name: str
@@ -55,8 +53,7 @@ class Bucket:
     change: dict[str, Estimate]
 
 
-@dataclass(frozen=True)
-class Shift:
+class Shift(NamedTuple):
     """Buckets of one kind (`by`) and the one that the others are compared with."""
 
     by: str

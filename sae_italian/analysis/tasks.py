@@ -43,8 +43,7 @@ _TO_THE = (("al", "ai"), ("alla", "alle"))
 _THIS = (("questo", "questi"), ("questa", "queste"))
 
 
-@dataclass(frozen=True)
-class TaskScore:
+class TaskScore(NamedTuple):
     """How well a model does a task of two choices; differences are in nats, intervals over the items."""
 
     n: int
@@ -382,8 +381,3 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield (tabs.line_num if kind == ".tsv" else line), row
     except (ValueError, TypeError, csv.Error) as error:
         raise DataError(f"{path}, line {line + 1} cannot be read as {kind} in UTF-8 ({error}).") from error
-
-
-def agreement_score(model: Any, tokenizer: Any, pairs: Sequence[MinimalPair]) -> TaskScore:
-    """Return the share of pairs whose right text the model finds likelier as a whole, and the mean difference."""
-    return score_choices(model, tokenizer, pairs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +30,11 @@ ROWS = 128  # prompts of a batch
 CHUNK = 1024  # tokens encoded at once
 LEAST_DROP = 1e-3  # of the target's activation; less is rounding
 EXAMPLE_TOKENS, EXAMPLE = 9, 34  # tokens of an example, and its letters in the picture
-Context = tuple[
-    Int[Tensor, " pos"], float
-]  # tokens up to the one on which a latent is active, and its activation there
+# Tokens up to the one on which a latent is active, and its activation there.
+Context = tuple[Int[Tensor, " pos"], float]
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A latent of the tree, and by which share of its parent's activation its ablation lowers that; 1 silences it."""
 
     sae: str

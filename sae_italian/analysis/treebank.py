@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from jaxtyping import Bool, Float, Int
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_italian import micro_italiano
-from sae_italian.analysis.gold import zeros_and_ones
 from sae_italian.analysis.latent import codes
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import paced
@@ -30,6 +28,7 @@ from sae_italian.models.activations import read_activations
 FEATURES = ("Gender", "Number", "Person", "Tense", "Mood", "VerbForm")
 COMBINED = (("Gender", "Number"), ("Person", "Number"), ("Mood", "Tense"))
 MICRO_DOCUMENTS = 600
+THRESHOLDS = (0.0, 0.25, 0.5)  # of a latent's maximum, above which it says yes
 _COLUMNS = 10
 TOKENS_PER_BATCH = 2048
 CHUNK = 1024  # words encoded at once
@@ -201,8 +200,7 @@ def _sentence(text: str, rows: list[_Row]) -> tuple[str, list[Word]]:
 # --- as a model sees them ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Words:
+class Words(NamedTuple):
     """Words of one treebank. A word is read at the token that completes it: a causal model knows it only there."""
 
     source: str
@@ -304,3 +302,32 @@ def encode_words(sae: Any, x: Float[np.ndarray, "words d_in"]) -> scipy.sparse.c
         )
     chunks = (codes(sae, part).float().cpu().numpy() for part in torch.from_numpy(x).split(CHUNK))
     return scipy.sparse.csr_array(scipy.sparse.vstack([scipy.sparse.csr_array(chunk) for chunk in chunks]))
+
+
+# --- detection ----------------------------------------------------------------------------------------------------------
+
+
+def firing(acts: scipy.sparse.csr_array, above: Float[np.ndarray, " latents"]) -> scipy.sparse.csr_array:
+    """Return 0 or 1 for words and latents, [words, latents]: where a latent is above its threshold."""
+    entries = acts.tocoo()
+    keep = entries.data > above[entries.col]
+    return zeros_and_ones(np.stack([entries.row[keep], entries.col[keep]], axis=1), (len(acts.indptr) - 1, len(above)))
+
+
+def zeros_and_ones(ones: Any, shape: tuple[int, int]) -> scipy.sparse.csr_array:
+    """Return a matrix that is 1 at the places (row, column) given, and 0 elsewhere."""
+    places = np.array(ones, dtype=np.int64).reshape(-1, 2)
+    matrix = scipy.sparse.csr_array((np.ones(len(places), dtype=np.float32), tuple(places.T)), shape=shape)
+    matrix.data[:] = 1  # a place that was given twice is still a 1
+    return matrix
+
+
+def detection_counts(
+    fired: scipy.sparse.csr_array, labels: scipy.sparse.csr_array
+) -> tuple[Float[np.ndarray, "latents labels"], ...]:
+    """Return F1, precision and recall of every latent for every label; 0 where a latent never fires."""
+    both = (fired.T @ labels).toarray()
+    n_fired, present = fired.sum(axis=0)[:, None], labels.sum(axis=0)[None, :]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = 2 * both / (n_fired + present), both / n_fired, both / present
+    return tuple(np.nan_to_num(numbers) for numbers in found)

@@ -14,9 +14,8 @@ from urllib.parse import quote
 
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 
-SCHEMA_VERSION = (
-    2  # kept as SQLite's own user_version: 0 before the first release, 1 before rules said which keys they tell
-)
+# Kept as SQLite's own user_version: 0 before the first release, 1 before rules said which keys they tell.
+SCHEMA_VERSION = 2
 CALLS_TABLE = "call"  # what was paid for: whatever else changes, it is carried over
 BUSY_S = 60  # a second connection (the call ledger) waits this long for the first one's commit
 _ELSEWHERE = {  # primary result codes of what is wrong with the folder or another process

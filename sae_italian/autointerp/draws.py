@@ -19,11 +19,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from sae_italian.cache import FeatureCache
+from sae_italian.cache.layout import places
 from sae_italian.cache.read import PARTS, Part
-from sae_italian.cache.shards import places
+from sae_italian.cache.stats import nearest_directions
 from sae_italian.corpora.packing import NO_DOCUMENT
 
 Negatives = str
@@ -43,7 +43,6 @@ PER_NEIGHBOUR = 64  # segments of one neighbour that are kept per part
 LOOKED_AT = 8192  # activations of a neighbour, evenly over the corpus, from which these are drawn
 N_NEIGHBOURS = 5  # of a latent, in each sense
 KEPT = 8192  # neighbours whose segments are kept in memory
-_BLOCK = 1024  # latents whose cosines with all others are worked out at once
 _Silent = Callable[[Int[np.ndarray, " n"]], Bool[np.ndarray, " n"]]
 
 
@@ -148,10 +147,6 @@ class ExampleSource:
         maximum = np.maximum.reduceat(value, first) if len(first) else value
         return Activity(latent, position, value, segment[first], maximum)
 
-    def n_positives(self, activity: Activity) -> list[int]:
-        """Return on how many usable segments of each part the latent is active."""
-        return np.bincount(self.usable_part[activity.active] + 1, minlength=len(PARTS) + 1)[1:].tolist()
-
     def positives(
         self, activity: Activity, part: Part, n: int, order: Order = "deciles"
     ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
@@ -165,7 +160,7 @@ class ExampleSource:
         else:
             chosen = self.rng(activity.latent, part + order).permutation(len(segments))
             if order == "deciles" and len(segments) > n:
-                chosen = _in_turn(chosen, decile[chosen], n)
+                chosen = in_turn(chosen, decile[chosen], n)
             chosen = chosen[:n]
         return segments[chosen], decile[chosen].astype(np.int64)
 
@@ -323,7 +318,7 @@ def _mark(
     return allowed & (preference <= last[:, None]) & (n_marks > 0)[:, None]
 
 
-def _in_turn(items: Int[np.ndarray, " n"], group: Int[np.ndarray, " n"], n: int) -> Int[np.ndarray, " m"]:
+def in_turn(items: Int[np.ndarray, " n"], group: Int[np.ndarray, " n"], n: int) -> Int[np.ndarray, " m"]:
     """Return n of the items: the first of each group, then the second of each, and so on, in their order."""
     by_group = np.argsort(group, kind="stable")
     first = np.searchsorted(group[by_group], np.arange(int(group.max()) + 1))
@@ -344,20 +339,9 @@ def find_neighbours(cache: FeatureCache, latents: Sequence[int], sae: Any = None
     """
     near: dict[str, Any] = {name: cache.statistics[f"{name}_ids"] for name in ("cofiring", "decoder")}
     if sae is not None and not any(map(len, near["decoder"])):
-        near["decoder"] = nearest_directions(sae.W_dec, latents)
+        ids, _ = nearest_directions(sae.W_dec, torch.tensor(latents, dtype=torch.int64), N_NEIGHBOURS)
+        near["decoder"] = dict(zip(latents, torch.cat(ids).tolist(), strict=True))
     return {
         name: {n: np.asarray(rows[n], dtype=np.int64)[:N_NEIGHBOURS] for n in latents if len(rows[n])}
         for name, rows in near.items()
     }
-
-
-def nearest_directions(w_dec: Tensor, latents: Sequence[int]) -> dict[int, list[int]]:
-    """Return for some latents the others of largest cosine between decoder rows, w_dec [d_sae, d_in]."""
-    directions = torch.nn.functional.normalize(w_dec.detach().float(), dim=-1)
-    rows: dict[int, list[int]] = {}
-    for block in torch.as_tensor(list(latents), dtype=torch.int64).split(_BLOCK):
-        cosine = directions[block] @ directions.T
-        cosine[torch.arange(len(block)), block] = -2.0
-        nearest = cosine.topk(min(N_NEIGHBOURS, len(directions) - 1), dim=-1).indices
-        rows |= dict(zip(block.tolist(), nearest.tolist(), strict=True))
-    return rows

@@ -13,10 +13,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_italian.autointerp.examples import LatentExamples
-from sae_italian.autointerp.explainers import Explainer
+from sae_italian.autointerp.examples import RULE, Explainer, Judge, LatentExamples
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
-from sae_italian.autointerp.judges import RULE, Judge
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.store import Explanation, Judgement, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Trio, Work, cache_identity, do_batch, stored_config
@@ -192,7 +190,7 @@ def score_with_models(
     explained nothing.
     """
     with Store(store, cache_identity(cache)) as opened:
-        if not any(explanation.status == "ok" for _, explanation in opened.explanations(explainer).values()):
+        if not any(known.status == "ok" for _, known in opened.explanations(explainer).values()):
             known = ", ".join(opened.explainers()) or "none"
             raise UsageError(f"{store} has no explanations by {explainer!r}; there are those of: {known}.")
         run = Run(Work(cache, tokenizer, stored_config(opened)), opened)

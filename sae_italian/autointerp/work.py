@@ -20,9 +20,15 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from sae_italian.autointerp.draws import ExampleSource, find_neighbours
-from sae_italian.autointerp.examples import LEAST_PAIRS, LatentExamples, latent_examples, promoted_tokens
+from sae_italian.autointerp.examples import (
+    LEAST_PAIRS,
+    ConstantJudge,
+    LatentExamples,
+    RuleJudge,
+    latent_examples,
+    promoted_tokens,
+)
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, RuleExplainer
-from sae_italian.autointerp.judges import ConstantJudge, RuleJudge
 from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.scorers.binary import HEADLINE
@@ -111,13 +117,14 @@ class Work:
     def explain(self, latent: int) -> Explained:
         """Return the best rule and the token lookup of one latent, or why there is none."""
         activity, statistics = self.source.activity(latent), self.cache.statistics
-        n = self.source.n_positives(activity)
+        parts = self.source.usable_part[activity.active]
+        n = [int((parts == number).sum()) for number in range(len(LEAST_POSITIVES))]
         feature = Feature(latent, int(statistics["count"][latent]), float(statistics["max"][latent]), *n)
         if any(found < least for found, least in zip(n, LEAST_POSITIVES, strict=True)):
             status = "too few activations" if len(activity.position) else "dead"
             both = [Explanation(latent, name, status, "", "", None) for name in (EXPLAINER, LOOKUP)]
             return Explained(feature, both)
-        return Explained(feature, self.explainer.explain_activity(activity))
+        return Explained(feature, self.explainer.explain(activity))
 
     def score(self, own: Known, lookup: Known, stranger: Known | None = None) -> list[Row]:
         """Return the score rows of a latent's rule, its token lookup, the whole rule, and another latent's as control."""

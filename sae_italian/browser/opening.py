@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_italian.analysis.directions import ALIKE, nearest_directions
-from sae_italian.autointerp.llm.settings import LLMSettings
+from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.hub import explain
 from sae_italian.base.storage import atomic_path

@@ -14,7 +14,7 @@ import numpy as np
 
 from sae_italian import __version__
 from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
-from sae_italian.autointerp.pieces import piece_texts
+from sae_italian.autointerp.places import piece_texts
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Explanation, Store

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sae_italian.autointerp.llm.settings import LLMSettings
+from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.base.errors import UsageError
 from sae_italian.browser.columns import Record
 from sae_italian.browser.live import in_both

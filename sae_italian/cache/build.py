@@ -15,18 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import check_claim, claimed, fingerprint, package_versions, remove
-from sae_italian.cache.layout import MANIFEST, Manifest, config_hash, tokenizer_hash
-from sae_italian.cache.shards import (
-    EncodeJob,
-    encode_shard,
-    plan_ranges,
-    share_tokens,
-    transpose_range,
-    write_token_shards,
-)
+from sae_italian.cache import layout
+from sae_italian.cache.layout import LatentRange, Manifest, map_arrays, shard_file, write_arrays
+from sae_italian.cache.shards import EncodeJob, encode_shard, in_order, pointers, share_tokens, write_token_shards
 from sae_italian.cache.stats import write_statistics
 from sae_italian.corpora import Split
 from sae_italian.corpora.pretokenize import CachedActivations, holds_activations
@@ -37,6 +33,8 @@ from sae_italian.saes.loading import full_name, open_sae
 
 KIND = "cache"
 WINDOWS_PER_SHARD, TOKENS_PER_SHARD = 512, 2**17
+LATENTS_PER_RANGE = 512
+NON_ZEROS_PER_RANGE = 2**22  # unless one latent alone has more; the statistics need about 70 bytes of memory for each
 SAVE_EVERY = 2.0  # seconds between two writings of the manifest
 
 # Does a function on every unit, anywhere and in any order; yields the records as they come. `map` is one.
@@ -106,7 +104,7 @@ def build_caches(
         "corpus": str(corpus),
         "corpus_hash": cached.identity if cached else _identity(corpus, split, text_column, n_tokens),
         "model_revision": getattr(model, "loaded_from", {}).get("revision"),
-        "tokenizer_hash": tokenizer_hash(model.tokenizer),
+        "tokenizer_hash": layout.tokenizer_hash(model.tokenizer),
         "text_column": text_column,
         "split": split,
         "n_tokens_asked": n_tokens,
@@ -146,7 +144,7 @@ def sae_facts(sae: Any) -> dict[str, Any]:
         "model": str(sae.cfg.metadata.model_name),
         "hook_name": sae.cfg.metadata.hook_name,
         "sae_hash": weights_hash(sae),
-        "sae_config_hash": config_hash(sae),
+        "sae_config_hash": layout.config_hash(sae),
         "d_in": sae.cfg.d_in,
         "d_sae": sae.cfg.d_sae,
         "k": getattr(sae.cfg, "k", None),
@@ -157,7 +155,7 @@ def sae_facts(sae: Any) -> dict[str, Any]:
 def claimed_cache(folder: Path, manifest: Manifest, *, resume: bool, overwrite: bool) -> Iterator[Manifest]:
     """Hold `folder` while the block builds a cache there; yield its manifest, as an earlier build left it."""
     with claimed(folder, KIND, manifest.identity(), resume=resume, overwrite=overwrite) as continued:
-        yield Manifest.load(folder) if continued and (folder / MANIFEST).is_file() else manifest
+        yield Manifest.load(folder) if continued and (folder / layout.MANIFEST).is_file() else manifest
         remove(folder / "runs")
 
 
@@ -220,3 +218,55 @@ def as_they_come(
     finally:
         for folder, manifest in manifests.items():
             manifest.save(folder)
+
+
+# --- from shards to ranges of latents ---------------------------------------------------------------------------------
+
+
+def plan_ranges(folder: Path, manifest: Manifest) -> list[tuple[int, int]]:
+    """Return (first, last) of every range: at most LATENTS_PER_RANGE latents and NON_ZEROS_PER_RANGE entries."""
+    counts = np.zeros(manifest.d_sae, dtype=np.int64)
+    for shard in manifest.shards:
+        counts += np.diff(map_arrays(folder / shard_file("runs", shard.index))["indptr"]).astype(np.int64)
+    ranges, first, held = [], 0, 0
+    for latent, count in enumerate(counts.tolist()):
+        if latent > first and (latent - first == LATENTS_PER_RANGE or held + count > NON_ZEROS_PER_RANGE):
+            ranges.append((first, latent - 1))
+            first, held = latent, 0
+        held += count
+    return [*ranges, (first, manifest.d_sae - 1)]
+
+
+def transpose_range(folder: Path, manifest: Manifest, bounds: tuple[int, int]) -> LatentRange:
+    """Write the latent-major file of latents `bounds` (inclusive) and return its record.
+
+    Raises: DataError naming a run that cannot be read.
+    """
+    first, last = bounds
+    # 32 bits are enough for four billion positions
+    base = layout.smallest_uint(max(2**32, manifest.n_positions) - 1)(0)
+    parts: dict[str, list[np.ndarray]] = {}
+    held = 0
+    for shard in manifest.shards:  # one run is mapped at a time: each holds a file open, and there may be thousands
+        run = map_arrays(folder / shard_file("runs", shard.index))
+        indptr = run["indptr"][first : last + 2].astype(np.int64)
+        begin, end = indptr[[0, -1]].tolist()
+        at = run.get("wide_at", np.empty(0)).astype(np.int64)
+        mine = (at >= begin) & (at < end)
+        own = {
+            "latent": np.repeat(np.arange(last + 1 - first, dtype=np.uint16), np.diff(indptr)),
+            "position": run["row"][begin:end] + base,
+            "value": run["value"][begin:end],
+            "wide_at": at[mine] - begin + held,
+            "wide_value": run.get("wide_value", np.empty(0, np.float32))[mine],
+        }
+        for name, array in own.items():
+            parts.setdefault(name, []).append(array)
+        held += end - begin
+        base += base.dtype.type(shard.n_windows * manifest.context_size)
+    whole = {name: np.concatenate(part) for name, part in parts.items()}
+    by_latent = np.argsort(whole["latent"], kind="stable")  # of 16 bits: a counting sort, which keeps the corpus' order
+    indptr, position = pointers(whole["latent"], last + 1 - first), whole["position"][by_latent]
+    item = LatentRange(first=first, last=last, nnz=held, sha256="")
+    digest = write_arrays(folder, item.file, {"indptr": indptr, "position": position, **in_order(by_latent, whole)})
+    return item.model_copy(update={"sha256": digest})

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -163,14 +164,6 @@ class Manifest(_Record):
             raise ValueError(f"a shard before the last does not have {self.windows_per_shard} windows")
         return self
 
-    @classmethod
-    def finished(cls, folder: Path) -> Manifest:
-        """Read the manifest of a finished cache. Raises UsageError when it is not finished, else as `load`."""
-        manifest = cls.load(folder)
-        if not manifest.complete:
-            raise UsageError(f"{folder} is an unfinished cache; run `sae-italian cache build` again with --resume.")
-        return manifest
-
     def latent_bounds(self, latents: tuple[int, int] | None) -> tuple[int, int]:
         """Return the first and last latent wanted. Raises UsageError when they are not of this cache."""
         first, last = latents or (0, self.d_sae - 1)
@@ -283,3 +276,9 @@ def check_file(path: Path, digest: str) -> None:
 @lru_cache(maxsize=2**14)
 def _is_sound(path: Path, digest: str, _size: int, _written: int) -> bool:
     return sha256_file(path) == digest
+
+
+def places(starts: Int[np.ndarray, " latents"], counts: Int[np.ndarray, " latents"]) -> Int[np.ndarray, " entries"]:
+    """Return starts[i], starts[i] + 1, ... (counts[i] of them) for every i, one after the other."""
+    ends = np.cumsum(counts)
+    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)

@@ -54,7 +54,6 @@ class Passages(NamedTuple):
     anchor: Int[np.ndarray, " n"]
     maximum: Float[np.ndarray, " n"]  # the largest activation, 0 in a silent one
     active: list[slice]  # which of the latent's activations lie in it
-    bin: Int[np.ndarray, " n"]  # of `quantiles`: the part it was drawn from, 0 the strongest
 
     def show(self, index: int) -> Shown:
         """Return one passage with its text and the activation of every token."""
@@ -113,13 +112,6 @@ class LatentActivations:
 
         return sae_italian.explain_latent(self)
 
-    def documents(self) -> dict[str, np.ndarray]:
-        """Return the documents it is active in, strongest first: running index `doc`, `count`, `max`."""
-        doc, first, count = np.unique(self.cache.gather("doc", self.position), return_index=True, return_counts=True)
-        largest = np.maximum.reduceat(self.value, first) if len(doc) else self.value
-        order = np.argsort(-largest, kind="stable")
-        return {"doc": doc[order], "count": count[order], "max": largest[order]}
-
     def peaks(self, width: int = 32) -> Peaks:
         """Return the strongest position of every segment in which the latent is active."""
         start = segment_starts(self.cache, self.position, width)
@@ -146,23 +138,15 @@ class LatentActivations:
         if kind not in KINDS:
             raise UsageError(f"window kind {kind!r} is unknown. {nearest(kind, KINDS)}")
         rng = np.random.default_rng([seed, self.latent, KINDS.index(kind)])
-        number: list[int] = []
         if kind == "top":
             start = _top(self, n, width)
         elif kind in ("quantiles", "random"):
-            start, number = _drawn(self, n, width, rng, bins if kind == "quantiles" else 1)
+            start = _drawn(self, n, width, rng, bins if kind == "quantiles" else 1)
         else:
             start = _silent(self, n, width, (_anywhere if kind == "silent" else _same_token)(self, n, rng))
-        return self._passages(np.array(start, dtype=np.int64), 0, width - 1, None, number)
+        return self._passages(np.array(start, dtype=np.int64), 0, width - 1, None)
 
-    def _passages(
-        self,
-        origin: Int[np.ndarray, " n"],
-        before: int,
-        after: int,
-        anchor: np.ndarray | None,
-        number: list[int] | None = None,
-    ) -> Passages:
+    def _passages(self, origin: Int[np.ndarray, " n"], before: int, after: int, anchor: np.ndarray | None) -> Passages:
         start, length, doc = surroundings(self.cache, origin, before, after)
         edges = np.searchsorted(self.position, np.stack([start, start + length], axis=1)).tolist()
         maximum, strongest = np.zeros(len(start), dtype=np.float32), start.copy()
@@ -170,8 +154,8 @@ class LatentActivations:
             if first < last:
                 best = first + int(self.value[first:last].argmax())
                 maximum[row], strongest[row] = self.value[best], self.position[best]
-        active, parts = [slice(*ends) for ends in edges], np.array(number or [0] * len(start), dtype=np.int64)
-        return Passages(self, start, length, doc, strongest if anchor is None else anchor, maximum, active, parts)
+        active = [slice(*ends) for ends in edges]
+        return Passages(self, start, length, doc, strongest if anchor is None else anchor, maximum, active)
 
 
 # --- where passages begin and end, and which say the same ----------------------------------------------------------
@@ -245,18 +229,14 @@ def _top(latent: LatentActivations, n: int, width: int) -> list[int]:
         wanted = min(len(value), 4 * wanted)
 
 
-def _drawn(
-    latent: LatentActivations, n: int, width: int, rng: np.random.Generator, bins: int
-) -> tuple[list[int], list[int]]:
-    """Return segments drawn equally from `bins` parts of all active segments, and the part of each."""
+def _drawn(latent: LatentActivations, n: int, width: int, rng: np.random.Generator, bins: int) -> list[int]:
+    """Return segments drawn equally from `bins` parts of all active segments."""
     seen: set[Any] = set()
-    kept, number = [], []
+    kept = []
     for index, part in enumerate(np.array_split(latent.peaks(width).start, bins)):
         share = n // bins + (index < n % bins)
-        found = _distinct(latent.cache, rng.permutation(part)[: 4 * share], share, width, seen)
-        kept += found
-        number += [index] * len(found)
-    return kept, number
+        kept += _distinct(latent.cache, rng.permutation(part)[: 4 * share], share, width, seen)
+    return kept
 
 
 def _silent(latent: LatentActivations, n: int, width: int, draws: Iterable[Int[np.ndarray, " m"]]) -> list[int]:

@@ -20,18 +20,8 @@ from jaxtyping import Int
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pictures import OURS, Picture, framed, svg
-from sae_italian.cache.layout import (
-    STATS,
-    LatentRange,
-    Manifest,
-    check_file,
-    config_hash,
-    full_values,
-    map_arrays,
-    shard_file,
-    tokenizer_hash,
-    verify,
-)
+from sae_italian.cache import layout
+from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values, map_arrays, shard_file
 from sae_italian.cache.passages import LatentActivations
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.corpora.stream import TextDocument
@@ -72,7 +62,7 @@ class FeatureCache:
     def _map(self, file: str) -> dict[str, np.ndarray]:
         """Return the arrays of one file of the cache, flat. Raises: DataError for a file that is not as it was written."""
         if file in self._digests:
-            check_file(self.folder / file, self._digests[file])
+            layout.check_file(self.folder / file, self._digests[file])
         arrays = {name: array.ravel() for name, array in map_arrays(self.folder / file).items()}
         for name, length in self._lengths.get(file, {}).items():
             if len(arrays.get(name, ())) != length:
@@ -108,16 +98,18 @@ class FeatureCache:
         `check` a damaged one; without, a damaged file is refused when it is first read.
         """
         folder = Path(folder)
-        manifest = Manifest.finished(folder)
+        manifest = Manifest.load(folder)
+        if not manifest.complete:
+            raise UsageError(f"{folder} is an unfinished cache; run `sae-italian cache build` again with --resume.")
         if sae is not None:
             other = f"{folder} was built with another SAE ({manifest.sae}); its"
             if weights_hash(sae) != manifest.sae_hash:
                 raise UsageError(f"{other} weights hash differs.")
-            if manifest.sae_config_hash and config_hash(sae) != manifest.sae_config_hash:
+            if manifest.sae_config_hash and layout.config_hash(sae) != manifest.sae_config_hash:
                 raise UsageError(f"{other} configuration differs.")
-        if tokenizer is not None and tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
+        if tokenizer is not None and layout.tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
             raise UsageError(f"{folder} was built with another tokenizer than that of the model given.")
-        verify(folder, manifest, contents=check)
+        layout.verify(folder, manifest, contents=check)
         cache = cls(folder, manifest)
         cache.shard_tokens(0)  # whose shape must be what every position is reckoned with
         return cache
@@ -262,7 +254,7 @@ class FeatureCache:
         import pyarrow.parquet
 
         if STATS in self._digests:
-            check_file(self.folder / STATS, self._digests[STATS])
+            layout.check_file(self.folder / STATS, self._digests[STATS])
         try:
             table = pyarrow.parquet.read_table(self.folder / STATS).combine_chunks()
         except (OSError, pa.ArrowException) as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,19 +24,10 @@ from torch import Tensor
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import remove
-from sae_italian.cache.decoded import decoded_blocks
-from sae_italian.cache.layout import (
-    LatentRange,
-    Manifest,
-    ShardRecord,
-    halves,
-    map_arrays,
-    shard_file,
-    smallest_uint,
-    write_arrays,
-)
+from sae_italian.cache import layout
+from sae_italian.cache.layout import Manifest, ShardRecord, map_arrays, shard_file, smallest_uint, write_arrays
 from sae_italian.corpora import PackedBlock, TextDocument, iter_documents, pack
-from sae_italian.corpora.packing import special_mask, take_tokens
+from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, take_tokens
 from sae_italian.corpora.pretokenize import CachedActivations
 from sae_italian.models.activations import read_many
 from sae_italian.saes.sparse import top_positive
@@ -43,8 +35,6 @@ from sae_italian.saes.sparse import top_positive
 FORWARD_WINDOWS = 32
 FORWARD_TOKENS = 8192
 CHUNK_BYTES = 2**23  # of pre-activations at a time: they stay in the processor's cache
-LATENTS_PER_RANGE = 512
-NON_ZEROS_PER_RANGE = 2**22  # unless one latent alone has more; the statistics need about 70 bytes of memory for each
 
 
 def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any, cached: CachedActivations | None = None) -> None:
@@ -218,7 +208,7 @@ def write_activations(folder: Path, index: int, sparse: Sparse, d_sae: int) -> A
     arrays = {
         "indptr": np.concatenate([[0], np.cumsum(sparse.counts)]).astype(smallest_uint(max(2**17, len(sparse.value)))),
         "latent": sparse.latent.astype(smallest_uint(d_sae - 1)),
-        **halves(sparse.value),
+        **layout.halves(sparse.value),
     }
     digest = write_arrays(folder, shard_file("acts", index), arrays)
     _write_run(folder, index, arrays, d_sae)
@@ -273,15 +263,15 @@ def _write_run(folder: Path, index: int, arrays: dict[str, np.ndarray], d_sae: i
     counts = np.diff(arrays["indptr"].astype(np.int64))
     row = np.repeat(np.arange(len(counts), dtype=smallest_uint(max(len(counts) - 1, 0))), counts)
     by_latent = np.argsort(arrays["latent"], kind="stable")
-    run = {"indptr": _pointers(arrays["latent"], d_sae), "row": row[by_latent], **_in_order(by_latent, arrays)}
+    run = {"indptr": pointers(arrays["latent"], d_sae), "row": row[by_latent], **in_order(by_latent, arrays)}
     write_arrays(folder, shard_file("runs", index), run)
 
 
-def _pointers(latent: Int[np.ndarray, " nnz"], n_latents: int) -> Int[np.ndarray, " latents+1"]:
+def pointers(latent: Int[np.ndarray, " nnz"], n_latents: int) -> Int[np.ndarray, " latents+1"]:
     return np.concatenate([[0], np.cumsum(np.bincount(latent, minlength=n_latents))]).astype(np.uint64)
 
 
-def _in_order(order: Int[np.ndarray, " nnz"], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def in_order(order: Int[np.ndarray, " nnz"], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return `value`, `wide_at` and `wide_value` of entries that are put in another order."""
     at = np.argsort(order)[arrays["wide_at"].astype(np.int64)] if len(arrays["wide_at"]) else arrays["wide_at"]
     rising = np.argsort(at)
@@ -289,56 +279,66 @@ def _in_order(order: Int[np.ndarray, " nnz"], arrays: dict[str, np.ndarray]) -> 
     return {"value": arrays["value"][order], **wide}
 
 
-def plan_ranges(folder: Path, manifest: Manifest) -> list[tuple[int, int]]:
-    """Return (first, last) of every range: at most LATENTS_PER_RANGE latents and NON_ZEROS_PER_RANGE entries."""
-    counts = np.zeros(manifest.d_sae, dtype=np.int64)
-    for shard in manifest.shards:
-        counts += np.diff(map_arrays(folder / shard_file("runs", shard.index))["indptr"]).astype(np.int64)
-    ranges, first, held = [], 0, 0
-    for latent, count in enumerate(counts.tolist()):
-        if latent > first and (latent - first == LATENTS_PER_RANGE or held + count > NON_ZEROS_PER_RANGE):
-            ranges.append((first, latent - 1))
-            first, held = latent, 0
-        held += count
-    return [*ranges, (first, manifest.d_sae - 1)]
+# --- windows of which only the tokens are known ----------------------------------------------------------------------
 
 
-def transpose_range(folder: Path, manifest: Manifest, bounds: tuple[int, int]) -> LatentRange:
-    """Write the latent-major file of latents `bounds` (inclusive) and return its record.
+UNFINISHED = "\ufffd"  # what decoding gives for a part of a character
 
-    Raises: DataError naming a run that cannot be read.
+
+def decoded_blocks(blocks: Iterable[Int[np.ndarray, "windows context"]], tokenizer: Any) -> Iterator[PackedBlock]:
+    """Yield blocks whose documents are the stretches between special tokens of a window, decoded as a whole.
+
+    Without a tokenizer every window is a document without text. Raises: UsageError for a token that it does not have.
     """
-    first, last = bounds
-    # 32 bits are enough for four billion positions
-    base = smallest_uint(max(2**32, manifest.n_positions) - 1)(0)
-    parts: dict[str, list[np.ndarray]] = {}
-    held = 0
-    for shard in manifest.shards:  # one run is mapped at a time: each holds a file open, and there may be thousands
-        run = map_arrays(folder / shard_file("runs", shard.index))
-        indptr = run["indptr"][first : last + 2].astype(np.int64)
-        begin, end = indptr[[0, -1]].tolist()
-        at = run.get("wide_at", np.empty(0)).astype(np.int64)
-        mine = (at >= begin) & (at < end)
-        own = {
-            "latent": np.repeat(np.arange(last + 1 - first, dtype=np.uint16), np.diff(indptr)),
-            "position": run["row"][begin:end] + base,
-            "value": run["value"][begin:end],
-            "wide_at": at[mine] - begin + held,
-            "wide_value": run.get("wide_value", np.empty(0, np.float32))[mine],
-        }
-        for name, array in own.items():
-            parts.setdefault(name, []).append(array)
-        held += end - begin
-        base += base.dtype.type(shard.n_windows * manifest.context_size)
-    whole = {name: np.concatenate(part) for name, part in parts.items()}
-    by_latent = np.argsort(whole["latent"], kind="stable")  # of 16 bits: a counting sort, which keeps the corpus' order
-    indptr, position = _pointers(whole["latent"], last + 1 - first), whole["position"][by_latent]
-    item = LatentRange(first=first, last=last, nnz=held, sha256="")
-    digest = write_arrays(folder, item.file, {"indptr": indptr, "position": position, **_in_order(by_latent, whole)})
-    return item.model_copy(update={"sha256": digest})
+    n_documents = n_windows = 0
+    for tokens in blocks:
+        if tokenizer is not None and tokens.max() >= len(tokenizer):
+            raise UsageError(
+                f"the windows hold token {tokens.max()}, the tokenizer has {len(tokenizer)}: it is another model's. "
+                "Give the model that they were made with."
+            )
+        doc = np.full(tokens.shape, NO_DOCUMENT, dtype=np.int64)
+        spans = np.zeros((*tokens.shape, 2), dtype=np.int64)
+        special = np.zeros(tokens.shape, bool) if tokenizer is None else special_mask(tokens, tokenizer)
+        places, documents = list(_stretches(special)), []
+        texts = _decoded([tokens[row, begin:stop].tolist() for row, begin, stop in places], tokenizer)
+        for (row, begin, stop), (text, own) in zip(places, texts, strict=True):
+            doc[row, begin:stop], spans[row, begin:stop] = n_documents + len(documents), own
+            name = f"window {n_windows + row}" + ("" if tokenizer is None else f", token {begin}")
+            documents.append(TextDocument(text, name, ""))
+        yield PackedBlock(tokens, doc, spans[..., 0], spans[..., 1], documents, n_documents)
+        n_documents += len(documents)
+        n_windows += len(tokens)
 
 
-def places(starts: Int[np.ndarray, " latents"], counts: Int[np.ndarray, " latents"]) -> Int[np.ndarray, " entries"]:
-    """Return starts[i], starts[i] + 1, ... (counts[i] of them) for every i, one after the other."""
-    ends = np.cumsum(counts)
-    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
+def _stretches(special: Bool[np.ndarray, "windows context"]) -> Iterator[tuple[int, int, int]]:
+    """Yield (window, first token, end) of every stretch without special tokens."""
+    for row, mask in enumerate(special):
+        edges = np.flatnonzero(np.diff(np.concatenate([[True], mask, [True]])))
+        for begin, stop in edges.reshape(-1, 2).tolist():
+            yield row, begin, stop
+
+
+def _decoded(stretches: list[list[int]], tokenizer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each stretch's text and its tokens' spans: the tokenizer's own where it gives the same tokens again."""
+    if tokenizer is None or not stretches:
+        yield from [("", 0)] * len(stretches)
+        return
+    texts = tokenizer.batch_decode(stretches, clean_up_tokenization_spaces=False)
+    again = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    for ids, text, found, spans in zip(stretches, texts, again["input_ids"], again["offset_mapping"], strict=True):
+        yield text, np.array(spans) if found == ids else spans_by_prefixes(ids, text, tokenizer)
+
+
+def spans_by_prefixes(ids: list[int], text: str, tokenizer: Any) -> Int[np.ndarray, "tokens 2"]:
+    """Return the span of each token: what the decoded text grows by with it.
+
+    The tokens of one character that is split over several share its span.
+    """
+    prefixes = tokenizer.batch_decode([ids[: i + 1] for i in range(len(ids))], clean_up_tokenization_spaces=False)
+    ends = np.array([len(prefix.rstrip(UNFINISHED)) for prefix in prefixes])
+    ends = np.minimum(np.maximum.accumulate(ends), len(text))
+    starts = np.concatenate([[0], ends[:-1]])
+    unfinished = [i for i, prefix in enumerate(prefixes) if prefix.endswith(UNFINISHED) and ends[i] < len(text)]
+    ends[unfinished] += 1
+    return np.stack([starts, ends], axis=1)

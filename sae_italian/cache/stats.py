@@ -21,9 +21,8 @@ from torch import Tensor
 
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, sha256_file
-from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values
+from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values, places
 from sae_italian.cache.read import FeatureCache
-from sae_italian.cache.shards import places
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import final_gain
 
@@ -311,26 +310,33 @@ def decoder_columns(sae: Any, model: Any, d_sae: int) -> dict[str, Any]:
         names = "decoder_ids decoder_cosines promoted_ids promoted_values suppressed_ids suppressed_values"
         return {name: pa.array([[]] * d_sae, pa.list_(kinds[name.split("_")[1]])) for name in names.split()}
     lists: dict[str, list[Tensor]] = {}
-    unit = torch.nn.functional.normalize(sae.W_dec.float(), dim=-1)
-    for first, block in _blocks(unit, len(unit)):
-        cosine = block @ unit.T
-        cosine[torch.arange(len(block)), torch.arange(first, first + len(block))] = -2.0
-        _append(lists, "decoder_ids", "decoder_cosines", cosine.topk(min(TOP, len(unit) - 1)))
+    lists["decoder_ids"], lists["decoder_cosines"] = nearest_directions(sae.W_dec, torch.arange(d_sae), TOP)
     unembed: Float[Tensor, "vocab d_in"] = model.get_output_embeddings().weight.float()
     gain, n = final_gain(model), min(TOP, len(unembed))
-    for _, block in _blocks(sae.W_dec.float(), len(unembed)):
+    for block in sae.W_dec.float().split(_rows_at_once(len(unembed))):
         logits = (block * gain) @ unembed.T
-        _append(lists, "promoted_ids", "promoted_values", logits.topk(n))
-        _append(lists, "suppressed_ids", "suppressed_values", logits.topk(n, largest=False))
+        for name, largest in (("promoted", True), ("suppressed", False)):
+            values, ids = logits.topk(n, largest=largest)
+            lists.setdefault(f"{name}_ids", []).append(ids.cpu())
+            lists.setdefault(f"{name}_values", []).append(values.cpu())
     return {name: arrow(torch.cat(parts).numpy()) for name, parts in lists.items()}
 
 
-def _blocks(directions: Tensor, width: int) -> list[tuple[int, Tensor]]:
-    """Return the directions in blocks, each with the index of its first, whose product with `width` others fits."""
-    step = max(1, BLOCK_BYTES // (4 * width))
-    return [(number * step, block) for number, block in enumerate(directions.split(step))]
+@torch.no_grad()
+def nearest_directions(
+    w_dec: Float[Tensor, "d_sae d_in"], latents: Int[Tensor, " n"], most: int
+) -> tuple[list[Int[Tensor, "some most"]], list[Float[Tensor, "some most"]]]:
+    """Return for some latents, in parts, the others whose decoder rows are nearest to theirs, and these cosines."""
+    unit, ids, cosines = torch.nn.functional.normalize(w_dec.float(), dim=-1), [], []
+    for some in latents.split(_rows_at_once(len(unit))):
+        cosine = unit[some] @ unit.T
+        cosine[torch.arange(len(some)), some] = -2.0
+        values, indices = cosine.topk(min(most, len(unit) - 1))
+        ids.append(indices.cpu())
+        cosines.append(values.cpu())
+    return ids, cosines
 
 
-def _append(lists: dict[str, list[Tensor]], ids: str, values: str, top: Any) -> None:
-    lists.setdefault(ids, []).append(top.indices.cpu())
-    lists.setdefault(values, []).append(top.values.cpu())
+def _rows_at_once(width: int) -> int:
+    """Return how many rows may be multiplied with `width` others at a time."""
+    return max(1, BLOCK_BYTES // (4 * width))

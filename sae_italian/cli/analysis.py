@@ -116,7 +116,7 @@ def language(
         sae_of_cache: Of a cache: its SAE; default: the one its manifest names.
         tokens: Tokens of each language.
     """
-    from sae_italian.analysis.languages import language_latents, parallel_overlap
+    from sae_italian.analysis.labels import language_latents, parallel_overlap
     from sae_italian.models.activations import check_context
     from sae_italian.saes import model_of
 

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from pydantic import PositiveInt
 
 import sae_italian
-from sae_italian.autointerp.llm.settings import LLMOptions
+from sae_italian.autointerp.llm import LLMOptions
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain, table
 from sae_italian.base.words import read_words
@@ -220,7 +220,7 @@ def _baselines(
 ) -> Result:
     """Compare SAEs with their baselines."""
     from sae_italian.papers import Settings, compare_baselines
-    from sae_italian.papers.baselines import baselines_markdown
+    from sae_italian.papers.measure import baselines_markdown
 
     known = get_type_hints(Settings, include_extras=True)
     own = [word for word in words if word.partition("=")[0] in known]
@@ -279,7 +279,7 @@ def evaluate(
         layer: Layer of that model that is compared; default: bert-score's own choice.
     """
     from sae_italian.autointerp.explainita import evaluate_explanations, evaluate_sequences, read_split
-    from sae_italian.autointerp.explainita.evaluate import DEFAULT_MODEL
+    from sae_italian.autointerp.explainita.tasks import DEFAULT_MODEL
 
     predicted, truth = read_split(submission, task, split), read_split(gold, task, split)
     if task == 1:
@@ -322,7 +322,7 @@ def predict(
     latents = read_split(data, task, split or "test")
     result: dict[str, Any] = {"task": task, "latents": len(latents), "out": str(out)}
     if not settings.wants_llm:
-        answers = _predicted(latents, task, settings, None).answers
+        answers, _ = _predicted(latents, task, settings, None)
         result["by"] = "rules on the examples" if task == 1 else "words of the explanation"
     elif settings.estimate:
         from sae_italian.autointerp.llm.calls import DryClient

@@ -112,7 +112,7 @@ def _sent(folder: Path, space: str) -> str:
 
 def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal["it", "en"], rare: dict[str, str]):
     """Return the settings of a language model that somebody waits for: one call at a time, and not for long."""
-    from sae_italian.autointerp.llm.settings import LLMOptions
+    from sae_italian.autointerp.llm import LLMOptions
 
     if bool(endpoint) != bool(llm_model):
         raise UsageError("an LLM needs --endpoint URL and --llm-model NAME, both.")

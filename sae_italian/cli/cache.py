@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 import sae_italian
-from sae_italian.autointerp.llm.settings import LLMOptions, LLMSettings
+from sae_italian.autointerp.llm import LLMOptions, LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
 from sae_italian.cli.options import POSITIVE, Count, Folder, Model, Result, Seed, Source, Workers, own_words
@@ -108,7 +108,7 @@ def import_cache(
         model: Name, hub id or folder of the model, whose tokenizer decodes the windows; without it there is no text.
         sae: The SAE's folder or release:sae_id, for decoder statistics; without it there are none.
     """
-    from sae_italian.cache.imports import import_delphi
+    from sae_italian.cache.exchange import import_delphi
     from sae_italian.saes import full_name
 
     if sae and not model:
@@ -209,11 +209,11 @@ def _explained(
     where: Workers,
 ) -> Result:
     """Explain and score by rules, and beside these with a language model where one is asked for."""
-    from sae_italian.analysis.languages import examples_in
+    from sae_italian.analysis.labels import examples_in
     from sae_italian.autointerp import AutointerpConfig
+    from sae_italian.autointerp.examples import RULE
     from sae_italian.autointerp.explainers.choose import EXPLAINER
-    from sae_italian.autointerp.judges import RULE
-    from sae_italian.autointerp.llm.beside import estimate_beside, run_beside
+    from sae_italian.autointerp.llm.askers import estimate_beside, run_beside
     from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.autointerp.summary import means, means_table
     from sae_italian.quickstart import analyse, forget_scores, table_of

@@ -101,13 +101,13 @@ def agreement(
         n_pairs: Pairs of subjects that are patched.
         out: Folder for agreement.json, agreement.svg, and number.svg with --sae; nothing is written without it.
     """
-    from sae_italian.analysis.tasks import agreement_pairs, agreement_score, number_pairs, read_minimal_pairs
+    from sae_italian.analysis.tasks import agreement_pairs, number_pairs, read_minimal_pairs, score_choices
 
     key_values(words, MINUTES)  # refuses any other
     pairs = read_minimal_pairs(pairs_file) if pairs_file else agreement_pairs(check, seed=seed)
     loaded = sae_italian.load_model(model)
     with one_of(2 if sae else 1, alike=False):
-        found = agreement_score(loaded, loaded.tokenizer, pairs)
+        found = score_choices(loaded, loaded.tokenizer, pairs)
     value = {"model": model, "pairs": str(pairs_file or "generated"), **plain(found)}
     rows = [(kind, f"{s.value:.1%}", f"{s.lo:.1%} to {s.hi:.1%}") for kind, s in found.by_kind.items()]
     text = f"{found.text()}\n\n{table('agreement | right | 95 % interval', rows)}"

@@ -135,7 +135,7 @@ def _latents(to: str, cache: Path, out: Path, settings: Settings) -> Result:
 
 
 def _rows(to: str, cache: Path, out: Path, settings: Settings) -> Result:
-    from sae_italian.cache.exports import export_delphi, export_rows
+    from sae_italian.cache.exchange import export_delphi, export_rows
 
     if to == "delphi":
         splits = {"n_splits": settings.pop("splits")} if "splits" in settings else {}

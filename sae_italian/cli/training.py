@@ -108,7 +108,7 @@ def train(
 
 
 def _several_seeds(out: Path) -> Result:
-    from sae_italian.analysis.seeds import recurrence
+    from sae_italian.analysis.geometry import recurrence
 
     found = recurrence(out)
     return Result({"sae": str(out), "seeds": plain(found)}, f"{found.table()}\n\nSAE: {out}")

@@ -25,7 +25,7 @@ from sae_italian.base.statistics import NOTHING, Estimate
 from sae_italian.base.storage import read_json, write_json, write_text
 
 CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE = "card.json", "card.md", "density.svg"
-SEEDS_FILE = "seeds.json"  # which latents the other seeds of a training find (analysis/seeds.py), beside the card
+SEEDS_FILE = "seeds.json"  # which latents the other seeds of a training find (analysis/geometry.py), beside the card
 ULTRA_ACTIVE = 0.1  # of the tokens (Llama Scope, fig. 4)
 
 NUMBERS = tuple(labels("card"))  # the keys of the numbers with intervals, in the card's order

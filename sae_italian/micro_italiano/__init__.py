@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
+from sae_italian.micro_italiano import steps
 from sae_italian.micro_italiano.grammar import Grammar, load_grammar
 from sae_italian.micro_italiano.lexicon import Noun
-from sae_italian.micro_italiano.realise import AgreementPair, GoldDocument, IoiPrompt, Ref, Span, onset, realise
-from sae_italian.micro_italiano.steps import Context, cumulate
+from sae_italian.micro_italiano.steps import AgreementPair, Context, GoldDocument, IoiPrompt, Ref, Span, realise
 
 __all__ = [
     "AgreementPair",
@@ -27,7 +27,7 @@ __all__ = [
 
 REGISTER_WEIGHTS = {"narrative": 0.32, "news": 0.17, "recipe": 0.11, "law": 0.11, "dialogue": 0.17, "exercise": 0.12}
 _REGISTERS = tuple(REGISTER_WEIGHTS)
-_CUMULATIVE = cumulate(tuple(REGISTER_WEIGHTS.values()))
+_CUMULATIVE = steps.cumulate(tuple(REGISTER_WEIGHTS.values()))
 _IOI_RULES = ("ioi_testa", "ioi_testa_abituale", "ioi_testa_oggi")
 _DETERMINERS = ("il", "il", "un", "questo", "quello")
 
@@ -112,5 +112,5 @@ def _countable(rules: Grammar) -> list[Noun]:
     for noun in (noun for name in ("oggetto", "dono", "consegna") for noun in rules.lex.classes[name]):
         one, many = noun.tokens
         if one and many and one.form != many.form and noun.genders[0] == noun.genders[1]:
-            found += [noun] if onset(one.form) == "C" and one.form[0].islower() else []
+            found += [noun] if steps.onset(one.form) == "C" and one.form[0].islower() else []
     return found

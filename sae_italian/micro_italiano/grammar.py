@@ -33,8 +33,7 @@ from typing import Any
 
 from sae_italian.micro_italiano import steps
 from sae_italian.micro_italiano.lexicon import Lexicon, data_text
-from sae_italian.micro_italiano.realise import Ref
-from sae_italian.micro_italiano.steps import CONSTANTS, Binder, Context, Env, Step
+from sae_italian.micro_italiano.steps import CONSTANTS, Binder, Context, Env, Ref, Step
 
 GRAMMAR_FILES = ("common", "ioi", "narrative", "news", "recipe", "law", "dialogue", "pairs", "exercise")
 _HEADER = re.compile(r"^(\w+)(!?)(?:\(([\w,]*)\))?:$")

@@ -10,8 +10,6 @@ from typing import Any
 
 import yaml
 
-from sae_italian.micro_italiano.realise import Token, labels_of
-
 GENDERS = ("Masc", "Fem")
 NUMBERS = ("Sing", "Plur")
 _MOOD_TENSE = {
@@ -34,6 +32,23 @@ _ENDINGS = {
     "subimp": "ssi ssi sse ssimo ste ssero",
 }
 _AUXILIARIES = {"essere", "potere", "dovere", "volere"}
+
+
+@dataclass(slots=True, eq=False)
+class Token:
+    """One word before realisation: citation form, shared labels, and the kind of sound change it undergoes."""
+
+    form: str
+    labels: dict[str, str]
+    kind: str = ""
+
+
+def labels_of(lemma: str, upos: str, **features: str | int | None) -> dict[str, str]:
+    """Return a label dictionary without the features that are None."""
+    shown = {key: str(value) for key, value in features.items() if value is not None}
+    return {"lemma": lemma, "upos": upos, **shown}
+
+
 Paradigm = dict[str, tuple[str, ...]]
 Grid = tuple[tuple[Token, Token], tuple[Token, Token]]  # [gender][number]
 

@@ -20,11 +20,10 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import correlation
 from sae_italian.cache import FeatureCache
-from sae_italian.papers.baselines import SAE, Settings, compare_layer, perplexity
+from sae_italian.papers import measure
 from sae_italian.papers.job import RATIO, Reproduction, Results, Step, facts_of
-from sae_italian.papers.measure import card_of, moments, score_sae, simulation_scores
-from sae_italian.papers.pictures import baselines_svg, dictionary_name, sweep_svg
-from sae_italian.papers.report import shown
+from sae_italian.papers.measure import SAE, Settings, card_of, compare_layer, score_sae
+from sae_italian.papers.report import baselines_svg, dictionary_name, shown, sweep_svg
 from sae_italian.saes import full_name, load_sae
 from sae_italian.saes.baselines import TOPK
 from sae_italian.training import read_values
@@ -115,7 +114,7 @@ def _sparsity(job: Reproduction, results: Results) -> dict[str, Any]:
         folder = _variant(job, entry, factor, RATIO)
         card = card_of(load_sae(folder), job.subject, job.budget["card_tokens"], folder.name)
         kept = {key: card[key] for key in ("l0", "explained_variance", "fvu", "dead")}
-        points.append({"l1": coefficient, **kept, "perplexity": perplexity(card["ce_loss_with_sae"])})
+        points.append({"l1": coefficient, **kept, "perplexity": measure.perplexity(card["ce_loss_with_sae"])})
     return {"layer": entry["layer"], "points": points}
 
 
@@ -147,7 +146,10 @@ def _moments(job: Reproduction, results: Results) -> dict[str, Any]:
     for entry in results["saes"]["saes"]:
         folder = job.out / "baselines" / f"L{entry['layer']}" / "caches" / SAE
         cache = FeatureCache.open(folder)
-        found += [(score, *moments(cache, latent)) for latent, score in simulation_scores(folder / STORE_FILE).items()]
+        found += [
+            (score, *measure.moments(cache, latent))
+            for latent, score in measure.simulation_scores(folder / STORE_FILE).items()
+        ]
     score, skew, kurtosis = np.array(found).reshape(-1, 3).T
     correlations = {"skew": correlation(score, skew), "kurtosis": correlation(score, kurtosis)}
     return {"n_latents": len(found), **{name: value.as_dict() for name, value in correlations.items()}}

@@ -1,21 +1,21 @@
-"""One reproduction: a model and a text, its steps one after the other, each kept as a file, and the SAEs trained for it."""
+"""The papers as data, and one reproduction: a model and a text, its steps one after the other, each kept as a file."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import read_json, remove, utc_now, write_json
+from sae_italian.base.storage import read_json, read_yaml, remove, utc_now, write_json
+from sae_italian.base.words import kinds_of, read_words
 from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model, parse_hook_name, resolve
 from sae_italian.models.activations import check_context
-from sae_italian.papers.paper import Paper
+from sae_italian.papers.report import lookup, shown
 from sae_italian.saes import load_sae
 from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
 
@@ -90,8 +90,7 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
     return read_json(file)  # the same types whether it was there or not
 
 
-@dataclass(frozen=True)
-class Reproduction:
+class Reproduction(NamedTuple):
     """What a reproduction works on; `sae` is an SAE that was given, which is then not trained."""
 
     paper: Paper
@@ -208,3 +207,56 @@ def _done(step: Step, job: Reproduction, results: Results) -> dict[str, Any]:
             raise
         result = {SKIPPED: " ".join(str(error).split())}
     return {"step": step.name, "created": utc_now(), "seconds": time.monotonic() - started, "result": result}
+
+
+# --- the papers ------------------------------------------------------------------------------------------------------
+
+
+_NO_DEFAULT = {"layer": int | None, "layers": list[int] | None}  # types of the budget's keys that are null
+Words = dict[str, str]  # en, it
+
+
+class Paper(NamedTuple):
+    """One YAML of `data`."""
+
+    name: str
+    title: str
+    authors: str
+    link: str
+    setting: Words
+    recipe: str
+    """The shipped config of the mini model that is scaled to the model given."""
+    budget: dict[str, Any]
+    figures: list[dict[str, Any]]
+    """What it says and where; `ours` is the path of the same in the results by step, `*` for each of a list."""
+    steps: dict[str, dict[str, Any]]
+    """Title, text and tables of each step's section, as `report.section_of` reads them."""
+
+    def with_budget(self, *overrides: str) -> dict[str, Any]:
+        """Return the budget with `key=value` overrides. Raises: UsageError as `read_words`."""
+        kinds = {key: _NO_DEFAULT.get(key, kind) for key, kind in kinds_of(self.budget).items()}
+        return self.budget | read_words(overrides, kinds)
+
+    def beside(self, results: dict[str, Any]) -> list[dict[str, str]]:
+        """Return the paper's figures with ours beside them, as text; a dash where there is none."""
+        rows = []
+        for figure in self.figures:
+            ours, percent = lookup(results, figure["ours"]), figure.get("percent", False)
+            each = [shown(value, percent=percent) for value in (ours if isinstance(ours, list) else [ours])]
+            what = {"what": figure["what"]["en"], "what_it": figure["what"]["it"], "where": figure["where"]}
+            rows.append(what | {"paper": str(figure["value"]), "ours": "; ".join(each) or "-"})
+        return rows
+
+
+@cache
+def papers() -> dict[str, Paper]:
+    """Return the papers by name."""
+    files = sorted(Path(__file__).with_name("data").glob("*.yaml"))
+    return {file.stem: Paper(name=file.stem, **read_yaml(file)) for file in files}
+
+
+def paper(name: str) -> Paper:
+    """Return one paper. Raises: UsageError for an unknown one, naming the nearest."""
+    if name not in papers():
+        raise UsageError(f"paper {name!r} is unknown. {nearest(name, papers())}")
+    return papers()[name]

@@ -11,8 +11,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
 from sae_italian.papers.job import Reproduction, Results, Step, layer_of
 from sae_italian.papers.measure import card_of, held_out, score_sae
-from sae_italian.papers.pictures import suite_svg
-from sae_italian.papers.report import shown
+from sae_italian.papers.report import shown, suite_svg
 from sae_italian.saes import load_sae
 from sae_italian.saes.jumprelu import to_jumprelu
 

@@ -1,25 +1,44 @@
-"""What the papers measure of one SAE: its card, explanations and their scores, moments, examples, variance against L0."""
+"""What the papers measure of one SAE (card, explanations and scores, moments, examples, variance against L0), and of baselines.
+
+The comparison is that of Cunningham et al. 2023, figures 2, 6 and 9 and appendix G: an SAE beside its baselines, layer by
+layer. For every dictionary: L0 and explained variance, perplexity with it in place, and the correlation of simulated with
+true activations, on the strongest and random segments and on random ones alone. Simulated by the rule judge. The paper
+scores the first 150 latents; here they are drawn at random from the live ones.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
+from pydantic import PositiveInt
 from torch import Tensor
 
 from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
+from sae_italian.autointerp.examples import Example
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Store
+from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import progress
 from sae_italian.base.report import plain
+from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
 from sae_italian.cache import FeatureCache, build_caches
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.evaluation import evaluate
 from sae_italian.evaluation.diagnosis import held_out_activations
-from sae_italian.papers.job import Reproduction, Subject
-from sae_italian.saes.baselines import rescaled, with_top_k
+from sae_italian.papers.job import Reproduction, Subject, kept, layer_of, open_subject
+from sae_italian.papers.report import baselines_svg, dictionary_name, markdown_table, shown, tables_of
+from sae_italian.saes import check_fits, full_name, load_sae, weights_hash
+from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines, rescaled, with_top_k
 from sae_italian.saes.fit import fit
+from sae_italian.training import ActivationStream
+from sae_italian.training.text import documents_of
 
 WIDTH = 32  # tokens of a shown example
 FIT_SHARE = 0.5  # of the tokens of a curve, for the one factor of random directions
@@ -86,15 +105,10 @@ def simulation_scores(store: Path) -> dict[int, float]:
 
 def moments(cache: FeatureCache, latent: int) -> tuple[float, float]:
     """Return skew and excess kurtosis of a latent's activation over all tokens, those on which it is silent included."""
-    n = int((cache.doc != NO_DOCUMENT).sum())
-    value = np.asarray(cache.latent(latent).value, dtype=np.float64)
-    mean = value.sum() / n
-    silent = n - len(value)
-    second, third, fourth = (((value - mean) ** p).sum() + silent * (-mean) ** p for p in (2, 3, 4))
-    if second <= 0:
-        return float("nan"), float("nan")
-    variance = second / n
-    return float(third / n / variance**1.5), float(fourth / n / variance**2 - 3)
+    value = np.zeros(int((cache.doc != NO_DOCUMENT).sum()))
+    found = cache.latent(latent).value
+    value[: len(found)] = found
+    return float(scipy.stats.skew(value)), float(scipy.stats.kurtosis(value))
 
 
 def examples(folder: Path, tokenizer: Any, n: int) -> list[dict[str, Any]]:
@@ -107,7 +121,7 @@ def examples(folder: Path, tokenizer: Any, n: int) -> list[dict[str, Any]]:
         said = {latent: found for latent, (_, found) in store.explanations(EXPLAINER).items() if found.status == "ok"}
         detection = store.values(explainer=EXPLAINER, control="", **_DETECTION)
     simulated = simulation_scores(folder / STORE_FILE)
-    ranked = sorted((latent for latent in said if latent in detection), key=lambda latent: -detection[latent])
+    ranked = sorted(said.keys() & detection.keys(), key=lambda latent: (-detection[latent], latent))
     third = max(1, n // 3)
     middle = max(0, len(ranked) // 2 - third // 2)
     chosen = dict.fromkeys([*ranked[:third], *ranked[middle : middle + third], *ranked[-third:]])
@@ -125,14 +139,10 @@ def examples(folder: Path, tokenizer: Any, n: int) -> list[dict[str, Any]]:
 
 
 def strongest(cache: FeatureCache, latent: int) -> str:
-    """Return the segment with a latent's largest activation, its active tokens between « »."""
+    """Return the segment with a latent's largest activation, each run of its active tokens between « »."""
     shown = cache.latent(latent).windows("top", 1, width=WIDTH).shown()[0]
-    parts, at = [], 0
-    for (start, end), value in zip(shown.spans.tolist(), shown.values.tolist(), strict=True):
-        token = shown.text[start:end]
-        parts += [shown.text[at:start], token.replace(token.strip(), f"«{token.strip()}»") if value > 0 else token]
-        at = max(at, end)
-    return " ".join("".join([*parts, shown.text[at:]]).split())
+    found = Example(shown.text, shown.spans, shown.values, shown.values, "", True, marks=shown.values > 0)
+    return " ".join(found.marked_text("«", "»").split())
 
 
 # --- explained variance against L0 (Cunningham et al. 2023, figure 6) --------------------------------------------------
@@ -157,3 +167,175 @@ def curves(dictionaries: dict[str, Any], subject: Subject, n_tokens: int) -> dic
             fitted_to = fit(kept, others, others)
             found[name].append({"k": 2**power, "l0": fitted_to.l0, "explained_variance": fitted_to.explained_variance})
     return found
+
+
+# --- an SAE beside its baselines -------------------------------------------------------------------------------------
+
+
+KIND = "baselines"
+SAE = "sae"
+BATCH = 2048  # activations that baselines are fitted on at a time
+_CARD = (
+    *("d_sae", "l0", "explained_variance", "explained_variance_uncentred"),
+    *("ce_loss_recovered", "delta_lm_loss", "dead"),
+)
+_PERPLEXITIES = {"perplexity": "ce_loss_with_sae", "perplexity_of_model": "ce_loss"}
+_SCORES = ("simulation", "simulation_random", "shuffled_simulation", "detection", "fuzzing")
+_SUMMARY = ("explainer", "judge", "n_latents", "n_explained", *_SCORES)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the comparison's numbers; sizes are in tokens."""
+
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    fit_tokens: PositiveInt = 200_000
+    """Training text that baselines are fitted on."""
+    ica_tokens: PositiveInt = 20_000
+    card_tokens: PositiveInt = 20_000
+    """Held-out text for L0, explained variance and perplexity, each dictionary on the same."""
+    cache_tokens: PositiveInt = 60_000
+    """Held-out text that explanations and simulations are made of."""
+    latents: PositiveInt = 100
+    """Latents scored in each dictionary."""
+    seed: int = 0
+
+
+def compare_baselines(
+    saes: Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str | None = None,
+    corpus: str | None = None,
+    text_column: str = "text",
+    context_size: int | None = None,
+    settings: Settings | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Compare SAEs of one model, one a layer or several, with their baselines; write baselines.json, .md and .svg.
+
+    The baselines are kept in `out/<n>/dictionaries` as SAELens SAEs, with their evaluation cards.
+    Raises: UsageError for SAEs of different models, and as the steps do.
+    """
+    loaded = list(map(load_sae, saes))
+    read: dict[str, Any] = {"corpus": corpus, "text_column": text_column, "context_size": context_size}
+    subject = open_subject(_model_of(loaded, model), sae=loaded[0], **read)
+    out, settings = Path(out), settings or Settings()
+    names = [full_name(sae) for sae in saes]
+    spec = {**subject._asdict(), **asdict(settings), "saes": [weights_hash(sae) for sae in loaded]}
+    del spec["model"]
+    with claimed(out, KIND, spec, resume=resume, overwrite=overwrite):
+        layers = [
+            compare_layer(sae, subject, out / str(i), settings, sae_name=name)
+            for i, (sae, name) in enumerate(zip(loaded, names, strict=True))
+        ]
+        result = {"model": subject.name, "corpus": subject.corpus, "settings": asdict(settings), "layers": layers}
+        write_json(out / "baselines.json", result)
+        write_text(out / "baselines.md", baselines_markdown(result))
+        write_text(out / "baselines.svg", baselines_svg(result))
+    return result
+
+
+def _model_of(saes: Sequence[Any], given: str | None) -> str:
+    named = {str(sae.cfg.metadata.model_name or "") for sae in saes}
+    if given is None and len(named) > 1:
+        raise UsageError(f"the SAEs belong to different models: {', '.join(sorted(named))}. Compare those of one.")
+    if not (name := given or named.pop()):
+        raise UsageError("the SAE's metadata does not name its model; give --model.")
+    return name
+
+
+def compare_layer(sae: Any, subject: Subject, out: Path, settings: Settings, *, sae_name: str = "") -> dict[str, Any]:
+    """Return the comparison at one SAE's place, kept in `out`; what a stopped run has finished is not done again.
+
+    Keys: `hook_name`, `layer`, `rows` (one a dictionary, the SAE first), `curves` (explained variance against L0).
+    """
+    check_fits(sae, subject.model)
+    return kept(out / "layer.json", lambda: _compared(sae, subject, out, settings, sae_name))
+
+
+def _compared(sae: Any, subject: Subject, out: Path, settings: Settings, sae_name: str) -> dict[str, Any]:
+    baselines = _fitted(sae, subject, out / "dictionaries", settings)
+    dictionaries, rows = {SAE: sae, **baselines}, []
+    scores = _scores(dictionaries, subject, out, settings, sae_name)
+    for name, one in progress("evaluate dictionaries", dictionaries.items(), unit="SAE"):
+        card = kept(out / "cards" / f"{name}.json", partial(card_of, one, subject, settings.card_tokens, name))
+        row = {"dictionary": name, **{key: card[key] for key in _CARD}, **scores[name]}
+        row |= {key: perplexity(card[loss]) for key, loss in _PERPLEXITIES.items()}
+        row["converged"] = getattr(one.cfg.metadata, "converged", None)
+        row["name"] = dictionary_name(name) + ("" if row["converged"] is not False else " (not converged)")
+        row["scored"] = f"{row['n_explained']} of {row['n_latents']}"
+        rows.append(row)
+    families = {name: dictionary for name, dictionary in dictionaries.items() if not name.endswith(TOPK)}
+    return {
+        "hook_name": sae.cfg.metadata.hook_name,
+        "layer": layer_of(sae),
+        "sae": sae_name,
+        "architecture": sae.cfg.architecture(),
+        "d_in": sae.cfg.d_in,
+        "top_k": next((b.cfg.k for name, b in baselines.items() if name.endswith(TOPK)), None),
+        "model_perplexity": shown(rows[0]["perplexity_of_model"]["value"], 2),
+        "rows": rows,
+        "curves": curves(families, subject, settings.card_tokens),
+    }
+
+
+def _fitted(sae: Any, subject: Subject, folder: Path, settings: Settings) -> dict[str, Any]:
+    """Return the baselines, from disk where they are all there."""
+    names = [kind + suffix for kind in settings.kinds for suffix in ("", TOPK)]
+    if all((folder / name / "cfg.json").is_file() for name in names):
+        return {name: load_sae(folder / name) for name in names}
+    stream = ActivationStream(
+        subject.model,
+        documents_of(subject.corpus, subject.text_column),
+        sae.cfg.metadata.hook_name,
+        context_size=subject.context_size,
+        batch_size=BATCH,
+        forward_windows=max(1, 2 * BATCH // subject.context_size),
+        buffer_tokens=8 * BATCH,
+        seed=settings.seed,
+    )
+    sizes = {"n_tokens": settings.fit_tokens, "ica_tokens": settings.ica_tokens}
+    found = fit_baselines(stream, sae, settings.kinds, **sizes, seed=settings.seed)
+    for name, baseline in found.items():
+        baseline.save_model(folder / name)
+    return found
+
+
+def perplexity(loss: dict[str, float | None]) -> dict[str, float | None]:
+    """Return exp of a loss in nats and of its interval's ends."""
+    return {key: None if value is None else math.exp(value) for key, value in loss.items()}
+
+
+def _scores(
+    dictionaries: dict[str, Any], subject: Subject, out: Path, settings: Settings, sae_name: str
+) -> dict[str, Any]:
+    """Return each dictionary's simulation scores; caches but the SAE's own, dense with ReLU alone, go when they are scored."""
+    files = {name: out / "scores" / f"{name}.json" for name in dictionaries}
+    todo = [name for name, file in files.items() if not file.is_file()]
+    if todo:
+        folders = [out / "caches" / name for name in todo]
+        config = AutointerpConfig(latents=settings.latents, seed=settings.seed)
+        names = [sae_name if name == SAE and sae_name else name for name in todo]
+        found = scored([dictionaries[name] for name in todo], subject, folders, settings.cache_tokens, config, names)
+        for name, summary in zip(todo, found, strict=True):
+            write_json(files[name], {key: summary[key] for key in _SUMMARY})
+    for name in dictionaries:
+        if name != SAE:
+            remove(out / "caches" / name)
+    return {name: read_json(file) for name, file in files.items()}
+
+
+def baselines_markdown(result: dict[str, Any]) -> str:
+    """Return the whole comparison as Markdown."""
+    settings = result["settings"]
+    text = (
+        f"Text: {result['corpus']}. Baselines fitted on {settings['fit_tokens']:,} tokens of training text; the rest is "
+        f"held-out text: {settings['card_tokens']:,} tokens for L0, explained variance (centred) and perplexity, "
+        f"{settings['cache_tokens']:,} for explanations and simulations of up to {settings['latents']} live latents drawn "
+        "at random. Simulation: correlation of simulated and true activations, mean over latents (Cunningham et al. "
+        "2023); shuffled: with another latent's explanation."
+    )
+    tables = [markdown_table(table) for layer in result["layers"] for table in tables_of("dictionaries", layer)]
+    return "\n\n".join([f"# Baselines: {result['model']}", text, *tables, "![baselines](baselines.svg)"]) + "\n"

@@ -5,7 +5,7 @@ import pytest
 
 from sae_italian import micro_italiano
 from sae_italian.analysis import gold_table
-from sae_italian.analysis.gold import DETECTED, LEAST_WORDS, GoldWords
+from sae_italian.analysis.labels import DETECTED, LEAST_WORDS, GoldWords
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.read import PARTS
 from sae_italian.corpora.packing import NO_DOCUMENT

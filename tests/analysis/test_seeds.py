@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.seeds import compared, mutual
+from sae_italian.analysis.geometry import compared, mutual
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
 

@@ -8,8 +8,7 @@ import pytest
 
 from sae_italian.autointerp import run_autointerp
 from sae_italian.autointerp.draws import ExampleSource, find_neighbours
-from sae_italian.autointerp.examples import LEAST_PAIRS, LatentExamples
-from sae_italian.autointerp.judges import Verdicts
+from sae_italian.autointerp.examples import LEAST_PAIRS, LatentExamples, Verdicts
 from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.scorers import Asked
 from sae_italian.autointerp.store import Explanation, Store

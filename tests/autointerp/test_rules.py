@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sae_italian.autointerp.draws import Activity
-from sae_italian.autointerp.examples import LatentExamples, latent_examples
+from sae_italian.autointerp.examples import RuleJudge, latent_examples
 from sae_italian.autointerp.explainers.choose import (
     FAMILIES,
     RuleExplainer,
@@ -20,8 +20,7 @@ from sae_italian.autointerp.explainers.choose import (
     fit_trie,
     in_order_of_gain,
 )
-from sae_italian.autointerp.explainers.counts import Counts, grouped
-from sae_italian.autointerp.explainers.rules import KeyRule, Path, TreeRule, TrieRule, rule_of
+from sae_italian.autointerp.explainers.rules import Counts, KeyRule, Path, TreeRule, TrieRule, grouped, rule_of
 from sae_italian.autointerp.explainers.text import (
     displayed,
     explanation_of,
@@ -29,9 +28,7 @@ from sae_italian.autointerp.explainers.text import (
     quoted,
     statement,
 )
-from sae_italian.autointerp.judges import RuleJudge
-from sae_italian.autointerp.pieces import piece_bytes, piece_texts
-from sae_italian.autointerp.places import View, enclitic, shape_of
+from sae_italian.autointerp.places import View, enclitic, piece_bytes, piece_texts, shape_of
 from sae_italian.autointerp.scorers.budget import BUDGETS
 from sae_italian.autointerp.store import Store
 from sae_italian.base.report import plain
@@ -192,8 +189,8 @@ def test_an_ending_is_found_as_an_ending(places, source, planted):
     key = table.names.index("ato")
     position = np.flatnonzero((keys == key) & (source.segment_of >= 0))
     activity = planted_activity(source, position)
-    rule, lookup = RuleExplainer(places, 40).rules(activity)
-    assert rule.family.startswith("suffix") and "in -" in statement(rule, "it") and rule.figures().precision > 0.9
+    rule, lookup, *_ = RuleExplainer(places, 40).rules(activity)
+    assert rule.family.startswith("suffix") and "in -" in statement(rule, "it") and rule.figures()["precision"] > 0.9
     assert "at the end of words in -" in statement(rule, "en")
     assert lookup.family == "token" and plain(rule_of(plain(rule))) == plain(rule)
 
@@ -220,7 +217,7 @@ def test_the_trie_tells_a_token_in_one_context_from_the_token(places, source):
         (source.tokens == token) & (places.chains["bigram"] != common) & (source.segment_of >= 0)
     )
     assert (trie.at(View(places, elsewhere[:20, None]), "rate") < 0.1).all()
-    assert trie.figures().precision < 1 or trie.figures().recall == 1
+    assert trie.figures()["precision"] < 1 or trie.figures()["recall"] == 1
     again = rule_of(plain(trie))
     assert (again.at(View(places, position[:20, None]), "rate") == rates).all()
 
@@ -261,13 +258,13 @@ def test_a_rare_token_that_always_fires_is_the_token_lookup(places, source):
     ids, counts = np.unique(source.tokens[train], return_counts=True)
     token = ids[np.flatnonzero(counts == 3)[0]]
     position = np.flatnonzero((source.tokens == token) & (source.segment_of >= 0))
-    rule, lookup = RuleExplainer(places).rules(planted_activity(source, position))
+    rule, lookup, *_ = RuleExplainer(places).rules(planted_activity(source, position))
     for each in (rule, lookup):
         assert each.family == "token" and each.keys.tolist() == [token] and each.told == (0,)
 
 
-def test_the_explainer_answers_the_protocol(places):
-    found = RuleExplainer(places).explain(LatentExamples(N_TOKENS, 1.0))
+def test_the_explainer_gives_rule_and_lookup(places, source):
+    found = RuleExplainer(places).explain(source.activity(N_TOKENS))
     assert [e.explainer for e in found] == ["rules", "token-lookup"] and all(e.status == "ok" for e in found)
     assert found[0].rule["family"].startswith("previous") and N_PREVIOUS
     assert "subito dopo" in found[0].text_it or "dopo «" in found[0].text_it
@@ -333,10 +330,10 @@ def test_a_rule_says_only_what_it_fires_on():
         mass=np.array([0.7, 0.3]), active=np.array([9.0, 6.0]), total=np.array([10, 60]), n_active=30, base=0.01,
         threshold=0.5,
     )  # fmt: skip
-    assert rule.figures() == (0.9, 0.3, 90, 0.7)
+    assert list(rule.figures().values()) == [0.9, 0.3, 90, 0.7]
     assert statement(rule, "it") == "su «casa»"
     again = rule_of(plain(rule))
-    assert again.figures().precision == 0.9 and again.threshold == 0.5 and again.keys.tolist() == [0, 1]
+    assert again.figures()["precision"] == 0.9 and again.threshold == 0.5 and again.keys.tolist() == [0, 1]
 
 
 def test_a_tree_says_what_must_hold_and_what_must_not():
@@ -373,7 +370,7 @@ def test_what_is_judged_is_what_the_text_says(places, source):
     text = displayed(rule)
     said = re.findall("«(.+?)»", statement(text, "it"))
     assert said == text.names == [names[i] for i in told] == re.findall("«(.+?)»", statement(rule, "en"))
-    assert fits(text) and text.figures().mass < rule.figures().mass
+    assert fits(text) and text.figures()["share"] < rule.figures()["share"]
     explanation = explanation_of(0, "rules", rule)
     assert explanation.text_it == statement(text, "it") and len(explanation.rule["keys"]) == 100
     view = View(places, source.grid(np.arange(len(source.start))))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
+from sae_italian.autointerp.examples import ConstantJudge
 from sae_italian.autointerp.explainers.text import quoted
-from sae_italian.autointerp.judges import ConstantJudge
 from sae_italian.autointerp.store import FEATURES, Explanation, Store
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import UsageError

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sae_italian.autointerp.examples import Example, LatentExamples, latent_examples
-from sae_italian.autointerp.judges import ConstantJudge, RuleJudge, Verdicts
+from sae_italian.autointerp.examples import ConstantJudge, Example, LatentExamples, RuleJudge, Verdicts, latent_examples
 from sae_italian.autointerp.scorers import SCORERS, Asked, score_rows, scorer
 from sae_italian.autointerp.scorers.binary import (
     GAIN,

@@ -5,7 +5,7 @@ import pytest
 
 from sae_italian.autointerp import morphology
 from sae_italian.autointerp.explainers.choose import RuleExplainer
-from sae_italian.autointerp.explainers.titles import LONGEST, rule_of_title, title_of_kind
+from sae_italian.autointerp.explainers.text import LONGEST, rule_of_title, title_of_kind
 from sae_italian.autointerp.morphology import kinds_of, table_of_kinds
 from sae_italian.autointerp.places import View
 from sae_italian.autointerp.store import Explanation, Store
@@ -77,7 +77,7 @@ def test_every_kind_has_a_short_name_or_none():
 )
 def test_a_latent_on_a_kind_of_word_is_called_by_it(places, source, kind, title):
     position = np.flatnonzero(on(places, source, kind) & (source.segment_of >= 0))
-    found = RuleExplainer(places).explain_activity(planted_activity(source, position))[0]
+    found = RuleExplainer(places).explain(planted_activity(source, position))[0]
     assert found.title("it") == title, places.kinds.words(kind)
     assert found.rule["title"]["accuracy"] > 0.95
     executed = rule_of_title(found.rule["title"], places).at(View(places, position[:50, None]), "rate")
@@ -108,7 +108,7 @@ def test_without_a_lemmatiser_keys_are_the_title(places, source, monkeypatch):
     assert table_of_kinds(["viene", "vengono"]).names == []
     monkeypatch.setattr(type(places), "kinds", table_of_kinds(places.tables["word"].names))
     position = np.flatnonzero(source.tokens == source.tokens[source.segment_of >= 0][100])
-    found = RuleExplainer(places).explain_activity(planted_activity(source, position[source.segment_of[position] >= 0]))
+    found = RuleExplainer(places).explain(planted_activity(source, position[source.segment_of[position] >= 0]))
     assert found[0].title("it").startswith("«") and "kind" not in found[0].rule["title"]
 
 

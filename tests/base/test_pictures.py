@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from sae_italian.base.pictures import DARK, GROUND, INK, MARKERS, OTHERS, OURS, REFERENCE, svg
-from sae_italian.papers.pictures import LOOKS
+from sae_italian.papers.report import LOOKS
 
 
 def luminance(colour: str) -> float:

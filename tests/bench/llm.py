@@ -20,8 +20,8 @@ def measure_llm(
 
     Every row is `rounds` latencies long in the ideal case; client and endpoint run in this process.
     """
+    from sae_italian.autointerp.llm import LLMSettings
     from sae_italian.autointerp.llm.client import Client
-    from sae_italian.autointerp.llm.settings import LLMSettings
 
     rows = []
     server = _Server(latency)

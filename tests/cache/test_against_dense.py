@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.cache import shards
+from sae_italian.cache import build, shards
 from sae_italian.cache.layout import FP16_MAX
 from sae_italian.cache.shards import encode_sparse
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -55,8 +55,8 @@ def test_latents_windows_and_statistics_equal_the_dense_reference(
 ):
     acts, doc, tokens = drawn(seed, n_windows, context, d_sae, density, loud)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "LATENTS_PER_RANGE", 3 if small_ranges else 512)
-        patch.setattr(shards, "NON_ZEROS_PER_RANGE", 10 if small_ranges else 2**22)
+        patch.setattr(build, "LATENTS_PER_RANGE", 3 if small_ranges else 512)
+        patch.setattr(build, "NON_ZEROS_PER_RANGE", 10 if small_ranges else 2**22)
         cache = made_cache(Path(folder), acts, doc, tokens, per_shard)
         dense = acts.reshape(-1, d_sae)
         assert cache.manifest.n_wide == (dense > FP16_MAX).sum()
@@ -136,13 +136,9 @@ def _check_windows(cache, found, acts, doc):
     assert np.array_equal(again.start, found.windows("random", 3, width=4).start)
 
 
-def test_documents_of_a_latent_strongest_first(tmp_path):
+def test_a_kind_of_window_that_there_is_not_is_refused_with_the_nearest(tmp_path):
     acts, doc, tokens = drawn(3, 6, 40, 5, 0.9, False)
     found = made_cache(tmp_path, acts, doc, tokens, 2).latent(1)
-    documents = found.documents()
-    assert documents["count"].sum() == len(found) and (np.diff(documents["max"]) <= 0).all()
-    strongest = doc.ravel()[found.position[found.value.argmax()]]
-    assert documents["doc"][0] == strongest
     with pytest.raises(UsageError, match="same-token|quantiles|top"):
         found.windows("tpo")
 

@@ -11,9 +11,8 @@ from safetensors.numpy import load_file, save, save_file
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest
-from sae_italian.cache.decoded import spans_by_prefixes
-from sae_italian.cache.exports import export_delphi, split_bounds
-from sae_italian.cache.imports import find_splits, import_delphi
+from sae_italian.cache.exchange import export_delphi, find_splits, import_delphi, split_bounds
+from sae_italian.cache.shards import spans_by_prefixes
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
@@ -263,9 +262,9 @@ def test_a_config_that_does_not_fit(exported, tmp_path, content, message):
 
 @pytest.mark.parametrize("step", ["write_activations", "finish_cache"])
 def test_an_import_that_was_killed_is_resumed_to_the_same_bytes(exported, tmp_path, monkeypatch, step):
-    from sae_italian.cache import imports
+    from sae_italian.cache import exchange
 
-    whole, calls = getattr(imports, step), []
+    whole, calls = getattr(exchange, step), []
 
     def killed(*arguments):
         calls.append(1)
@@ -273,10 +272,10 @@ def test_an_import_that_was_killed_is_resumed_to_the_same_bytes(exported, tmp_pa
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(imports, "default_windows", lambda context: 50)
+    monkeypatch.setattr(exchange, "default_windows", lambda context: 50)
     expected, _ = import_delphi(exported, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(imports, step, killed)
+        patch.setattr(exchange, step, killed)
         with pytest.raises(KeyboardInterrupt):
             import_delphi(exported, tmp_path / "back")
     with pytest.raises(UsageError, match="--resume"):

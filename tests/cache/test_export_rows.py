@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.exports import export_rows
+from sae_italian.cache.exchange import export_rows
 from sae_italian.cli import main
 
 

@@ -20,7 +20,7 @@ from sae_italian.micro_italiano import (
 )
 from sae_italian.micro_italiano.grammar import load_grammar
 from sae_italian.micro_italiano.lexicon import adjective, enclitic, in_words, plural
-from sae_italian.micro_italiano.realise import onset, sandhi
+from sae_italian.micro_italiano.steps import onset, sandhi
 
 REGISTERS = {"news", "recipe", "law", "dialogue", "narrative", "exercise"}
 CONSTRUCTIONS = (

@@ -12,7 +12,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label
 from sae_italian.base.statistics import correlation, slope
 from sae_italian.papers import cunningham, llama_scope
-from sae_italian.papers.paper import paper, papers
+from sae_italian.papers.job import paper, papers
 from sae_italian.papers.report import ReportTable, Section, lookup, markdown_table, shown, tables_of, write_report
 from sae_italian.papers.reproduce import STEPS
 

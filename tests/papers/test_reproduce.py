@@ -3,6 +3,7 @@
 import copy
 import html
 import json
+import sys
 from math import log
 from types import SimpleNamespace
 
@@ -11,8 +12,7 @@ import pytest
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.papers import compare_baselines, reproduce
-from sae_italian.papers.job import Reproduction, Step, Subject, run_steps
-from sae_italian.papers.paper import paper
+from sae_italian.papers.job import Reproduction, Step, Subject, paper, run_steps
 from sae_italian.papers.reproduce import STEPS
 from sae_italian.saes import load_sae
 
@@ -147,7 +147,7 @@ def test_a_second_run_is_refused_and_resuming_does_nothing_again(done, monkeypat
     for module in ("training", "papers.job"):
         monkeypatch.setattr(f"sae_italian.{module}.train", None)
     for name in ("card_of", "score_sae", "examples"):
-        monkeypatch.setattr(f"sae_italian.papers.clic_it.{name}", None)
+        monkeypatch.setattr(sys.modules["sae_italian.papers.reproduce"], name, None)  # not the function of that name
     again = reproduce("clic-it-2025", out, *sizes, resume=True)
     assert again == report
 

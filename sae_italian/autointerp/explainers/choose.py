@@ -20,11 +20,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.draws import Activity, Draw, Negatives
-from sae_italian.autointerp.examples import LatentExamples
-from sae_italian.autointerp.explainers.counts import Counts, Tally
-from sae_italian.autointerp.explainers.rules import PATHS, KeyRule, LatentRule, Path, TableRule, TreeRule, TrieRule
-from sae_italian.autointerp.explainers.text import MOST_LETTERS, displayed, explanation_of, fits, room_for
-from sae_italian.autointerp.explainers.titles import title_of
+from sae_italian.autointerp.explainers.rules import Counts, KeyRule, LatentRule, Path, Tally, TreeRule, TrieRule
+from sae_italian.autointerp.explainers.text import MOST_LETTERS, displayed, explanation_of, fits, room_for, title_of
 from sae_italian.autointerp.places import Family, Places, View
 from sae_italian.autointerp.store import Explanation
 
@@ -33,7 +30,7 @@ CHOSEN_ON: tuple[Negatives, ...] = ("random", "same-token")
 WORTH = 0.01  # balanced accuracy on the validation examples that each doubling of a rule's keys must bring
 WORTH_OF_CONTEXT = 0.02  # ... and that a rule on more than the token itself must bring
 SIMPLE = ("token", "word", "suffix2", "suffix3", "suffix4", "suffix5", "prefix3", "prefix4", "shape", "clitic")
-WORTH_OF_MASS = 2.0  # balanced accuracy that all of a latent's activation is worth when keys are put in order
+WORTH_OF_MASS = 2.0  # balanced accuracy that all of a latent's activation is worth when keys are ordered
 MOST_TOLD = 12  # keys of a rule that its text names, if there is room
 GOOD_ENOUGH = 0.97  # validation score from which no trie or tree is tried
 
@@ -55,35 +52,22 @@ SHARE_SILENT = 8  # silent tokens per active one that a tree is fitted on, at mo
 class RuleExplainer:
     """Explains latents of one cache with rules, and with the token lookup that every explanation is measured against."""
 
-    name = EXPLAINER
-    concurrency = 1
-
     def __init__(self, places: Places, n_examples: int = 50):
         self.places, self.source, self.n_examples = places, places.source, n_examples
 
-    def explain(self, examples: LatentExamples) -> list[Explanation]:
-        """Return the best rule and the token lookup for the latent of these examples, from the whole cache."""
-        return self.explain_activity(self.source.activity(examples.latent))
-
-    def explain_activity(self, activity: Activity) -> list[Explanation]:
+    def explain(self, activity: Activity) -> list[Explanation]:
         """Return the best rule and the token lookup as explanations."""
-        counts, val = self._evidence(activity)
-        best, lookup = self._rules(activity, counts, val)
+        best, lookup, counts, val = self.rules(activity)
         found = explanation_of(activity.latent, EXPLAINER, best, title=title_of(counts, val, best))
         return [found, explanation_of(activity.latent, LOOKUP, lookup)]
 
-    def rules(self, activity: Activity) -> tuple[LatentRule, LatentRule]:
-        """Return the best rule and the token lookup, each with the threshold and the keys told that do best on the
-        validation draw.
+    def rules(self, activity: Activity) -> tuple[LatentRule, LatentRule, Counts, Validation]:
+        """Return the best rule and the token lookup, and what they were fitted to and chosen by.
+
+        Each has the threshold, and tells the keys, that do best on the validation examples.
         """
-        return self._rules(activity, *self._evidence(activity))
-
-    def _evidence(self, activity: Activity) -> tuple[Counts, Validation]:
-        """Return a latent's counts in the training documents, and its validation examples."""
-        drawn = self.source.draw(activity, "val", self.n_examples, CHOSEN_ON)
-        return Counts(self.places, activity), Validation(self.places, self._grid(drawn), len(drawn.positive))
-
-    def _rules(self, activity: Activity, counts: Counts, val: Validation) -> tuple[LatentRule, LatentRule]:
+        drawn, counts = self.source.draw(activity, "val", self.n_examples, CHOSEN_ON), Counts(self.places, activity)
+        val = Validation(self.places, self._grid(drawn), len(drawn.positive))
         fitted = {family: fit_keys(counts, family) for family in FAMILIES}
         lookup = val.told(val.with_threshold(fitted["token"]).rule)
         found = [lookup] * bool(lookup.rule.told)
@@ -104,7 +88,7 @@ class RuleExplainer:
         if isinstance(best, KeyRule) and best.family in ("token", "word"):  # say what often stands beside these
             beside = {"after": counts.frequent("previous-word"), "before": counts.frequent("next")}
             best = replace(best, notes={where: name for where, name in beside.items() if name})
-        return best, lookup.rule
+        return best, lookup.rule, counts, val
 
     def _grid(self, draw: Draw) -> Int[np.ndarray, "n width"]:
         """Return the positions of a draw's positives, and then of its negatives of each source."""
@@ -150,19 +134,16 @@ class Validation:
         rule = replace(rule, threshold=threshold)  # pyright: ignore[reportArgumentType]
         return Tuned(rule, accuracy, accuracy - cost(rule, 1), reach)
 
-    def tuned(self, rule: LatentRule, told: Sequence[int], said: Any) -> Tuned:
-        """Return a rule that tells these keys, which say yes so."""
-        accuracy = 0.5 + float(self.gain @ said) / max(self.scale, 1)
-        rule = replace(rule, told=tuple(told))  # pyright: ignore[reportArgumentType]
-        return Tuned(rule, accuracy, accuracy - cost(rule, len(told)))
-
-    def judged(self, rule: LatentRule, n_keys: int) -> Tuned:
-        """Return a rule as it is, which costs a reader so many keys."""
-        said = np.maximum.reduceat(rule.at(self.view, "rate"), self.first) > 0
+    def _tuned(self, rule: LatentRule, n_keys: int, said: Any) -> Tuned:
+        """Return a rule that says yes to these examples and costs a reader so many keys."""
         accuracy = 0.5 + float(self.gain @ said) / max(self.scale, 1)
         return Tuned(rule, accuracy, accuracy - cost(rule, n_keys))
 
-    def told(self, rule: TableRule) -> Tuned:
+    def judged(self, rule: LatentRule, n_keys: int) -> Tuned:
+        """Return a rule as it is, which costs a reader so many keys."""
+        return self._tuned(rule, n_keys, np.maximum.reduceat(rule.at(self.view, "rate"), self.first) > 0)
+
+    def told(self, rule: KeyRule | TrieRule) -> Tuned:
         """Return a rule with the keys that it tells."""
         names = [name for table in rule.tables for name in table.names]
         mass = np.concatenate([table.mass for table in rule.tables])
@@ -173,7 +154,7 @@ class Validation:
         order = in_order_of_gain(hits, self.gain, WORTH_OF_MASS * self.scale * mass[there])
         told = there[order].tolist()
         told = told[: room_for(rule, told)]
-        return self.tuned(rule, told, hits[:, order[: len(told)]].any(axis=1))
+        return self._tuned(replace(rule, told=tuple(told)), len(told), hits[:, order[: len(told)]].any(axis=1))
 
     def hits(self, table: KeyRule) -> Bool[np.ndarray, "n k"]:
         """Return which keys of a table stand anywhere in each example."""
@@ -189,7 +170,7 @@ class Validation:
             ranked.append((n + np.argsort(-condition.mass, kind="stable")).tolist())
             n += len(condition.keys)
         found: dict[tuple[int, ...], Tuned] = {}
-        for n_paths, n_keys in product(range(1, PATHS + 1), repeat=2):
+        for n_paths, n_keys in product(range(1, TreeRule.PATHS + 1), repeat=2):
             used = sorted({i for path in rule.heaviest()[:n_paths] for i in path.holds + path.fails})
             told = tuple(key for i in used for key in ranked[i][:n_keys])
             if told and told not in found and fits(text := replace(rule, told=told)):

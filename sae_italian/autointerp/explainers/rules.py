@@ -1,32 +1,25 @@
-"""The three kinds of rule: a table of keys, a trie of contexts, a shallow tree. Each gives a rate to every token.
+"""The three kinds of rule: a table of keys, a trie of contexts, a shallow tree; and the counts of keys that they are made of.
 
-A rule fires on a token whose rate, the share of such training tokens on which the latent fires, reaches its threshold.
+Each gives a rate to every token. A rule fires on a token whose rate, the share of such training tokens on which the latent
+fires, reaches its threshold.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from sae_italian.autointerp.places import Family, View
+from sae_italian.autointerp.draws import Activity
+from sae_italian.autointerp.places import Family, Places, Slot, View
 
 Value = Literal["rate", "weight"]
 Numbers = tuple[int, ...]
-PATHS = 3  # of a tree that its text names
-
-
-class Figures(NamedTuple):
-    """How well a rule fits the training tokens, or in a tree's case the training examples."""
-
-    precision: float  # share of the tokens on which the rule fires that the latent fires on too
-    recall: float
-    lift: float  # how many times likelier the latent is to fire where the rule does than anywhere
-    mass: float  # share of the latent's activation
 
 
 class LatentRule(ABC):
@@ -43,15 +36,10 @@ class LatentRule(ABC):
     def tables(self) -> tuple[KeyRule, ...]:
         """The tables of keys that the rule is made of."""
 
-    @property
-    @abstractmethod
-    def n_conditions(self) -> int:
-        """How many keys a reader of the rule has to know."""
-
-    @abstractmethod
     def fired(self, name: str) -> float:
         """Return the sum over what fires of the training tokens on which the latent does too (`active`), of all training
         tokens there (`total`), or of the share of the latent's activation (`mass`)."""
+        return sum(float(getattr(table, name)[self.firing(table)].sum()) for table in self.tables)
 
     @abstractmethod
     def take(self, told: Numbers) -> LatentRule:
@@ -61,13 +49,18 @@ class LatentRule(ABC):
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:
         """Return the rate, or the mean activation there (silent tokens included), at each token; 0 where nothing is known."""
 
-    def figures(self) -> Figures:
-        """Return how well the rule fits the training tokens."""
+    def figures(self) -> dict[str, float]:
+        """Return how well the rule fits the training tokens, or in a tree's case the training examples.
+
+        `precision` (share of the tokens on which the rule fires that the latent fires on too), `recall`, `lift` (how many
+        times likelier the latent is to fire where the rule does than anywhere), `share` of the latent's activation.
+        """
         active, total, mass = map(self.fired, ("active", "total", "mass"))
         precision = float(active / total) if total else 0.0
         # of a trie pairs and triples are counted on a sample, so the shares are rough
         recall = min(float(active / self.n_active), 1.0) if self.n_active else 0.0
-        return Figures(precision, recall, precision / self.base if self.base else 0.0, min(float(mass), 1.0))
+        lift = precision / self.base if self.base else 0.0
+        return {"precision": precision, "recall": recall, "lift": lift, "share": min(float(mass), 1.0)}
 
     def firing(self, table: KeyRule) -> Bool[np.ndarray, " k"]:
         """Return which keys of a table can make the rule fire."""
@@ -83,19 +76,8 @@ class LatentRule(ABC):
         return tuple(table.take(own) for table, own in zip(self.tables, self.split(told), strict=True))
 
 
-class TableRule(LatentRule):
-    """A rule that fires where a key of its tables does."""
-
-    @property
-    def n_conditions(self) -> int:
-        return sum(int(self.firing(table).sum()) for table in self.tables)
-
-    def fired(self, name: str) -> float:
-        return sum(float(getattr(table, name)[self.firing(table)].sum()) for table in self.tables)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
-class KeyRule(TableRule):
+class KeyRule(LatentRule):
     """A token has the rate of its key: tokens, words, endings, shapes, or what stands beside."""
 
     keys: np.ndarray  # [k]
@@ -130,7 +112,7 @@ class KeyRule(TableRule):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TrieRule(TableRule):
+class TrieRule(LatentRule):
     """Levels from one token to three, the last token first; the longest known context decides."""
 
     family: Literal["trie"] = "trie"
@@ -161,8 +143,7 @@ class TrieRule(TableRule):
         return result
 
 
-@dataclass(frozen=True, eq=False)
-class Path:
+class Path(NamedTuple):
     """A leaf: the conditions that hold and those that do not, by number, and what was seen there in the training examples."""
 
     holds: Numbers
@@ -178,6 +159,7 @@ class Path:
 class TreeRule(LatentRule):
     """Paths that exclude one another, over conditions "the key is one of these"; a token has the rate of its path."""
 
+    PATHS: ClassVar[int] = 3  # that its text names
     family: Literal["tree"] = "tree"
     conditions: tuple[KeyRule, ...]
     paths: tuple[Path, ...]
@@ -198,7 +180,7 @@ class TreeRule(LatentRule):
 
     def heaviest(self) -> list[Path]:
         """Return the paths that a text names."""
-        return sorted(self.firing_paths, key=lambda path: -path.mass)[:PATHS]
+        return sorted(self.firing_paths, key=lambda path: -path.mass)[: self.PATHS]
 
     def firing(self, table: KeyRule) -> Bool[np.ndarray, " k"]:
         return np.ones(len(table.keys), dtype=bool)  # whether a path fires is not decided by a key
@@ -206,11 +188,6 @@ class TreeRule(LatentRule):
     @property
     def firing_paths(self) -> list[Path]:
         return [path for path in self.paths if path.rate > 0 and path.rate >= self.threshold]
-
-    @property
-    def n_conditions(self) -> int:
-        used = {i for path in self.firing_paths for i in path.holds + path.fails}
-        return sum(len(self.conditions[i].keys) for i in used)
 
     def fired(self, name: str) -> float:
         return sum(getattr(path, name) for path in self.firing_paths)
@@ -246,3 +223,143 @@ def rule_of(stored: dict[str, Any]) -> LatentRule:
         elif name in _ARRAYS:
             values[name] = np.array(value, dtype=_ARRAYS[name])
     return kind(**values)
+
+
+# --- counts of one latent's activations in the training documents ----------------------------------------------------
+
+
+PRIOR = 20.0  # occurrences that the prior is worth, shared out as the keys are in the training documents
+LEAST_PRIOR = 0.5  # of a key (Haldane and Anscombe's correction)
+LEAST_Z = 1.0  # of the log-odds
+SMOOTHING = 1.0  # occurrences at the base rate that are added to each key's
+CHAIN_SAMPLE = 20_000  # activations that pairs and triples of tokens are counted on
+LEAST_MASS, LEAST_LIFT = 0.4, 3.0  # from which a key beside the token is worth telling
+
+
+@dataclass
+class Tally:
+    """Keys with the latent's activations on them and their occurrences, in the training documents."""
+
+    keys: Int[np.ndarray, " k"]
+    active: Float[np.ndarray, " k"]  # occurrences on which the latent fires
+    mass: Float[np.ndarray, " k"]  # sum of the latent's activations
+    total: Int[np.ndarray, " k"]
+    at: Int[np.ndarray, " k"] | None = None  # a position of each key, for pairs and triples of tokens
+
+    def take(self, index: Int[np.ndarray, " n"]) -> Tally:
+        """Return some of the keys."""
+        at = None if self.at is None else self.at[index]
+        return Tally(self.keys[index], self.active[index], self.mass[index], self.total[index], at)
+
+    def rule(self, family: Family, names: list[str], n_active: int, base: float, mass: float) -> KeyRule:
+        """Return the rule on these keys; `mass` is the sum of the activations that their shares are of."""
+        return KeyRule(
+            keys=self.keys,
+            rates=self.rates(base),
+            weights=self.mass / np.maximum(self.total, 1),
+            mass=self.mass / mass,
+            active=self.active,
+            total=self.total.astype(np.int64),
+            family=family,
+            names=names,
+            n_active=n_active,
+            base=base,
+        )
+
+    def rates(self, base: float) -> Float[np.ndarray, " k"]:
+        """Return the share of each key's occurrences on which the latent fires, smoothed towards the base rate."""
+        return (self.active + SMOOTHING * base) / (self.total + SMOOTHING)
+
+
+class Counts:
+    """One latent's activations in the training documents, counted by family of keys; each family once."""
+
+    def __init__(self, places: Places, activity: Activity):
+        self.places = places
+        train = places.source.position_part[activity.position] == 0
+        self.position, self.value = activity.position[train], activity.value[train]
+        self.n, self.n_tokens = len(self.position), max(len(places.train_positions), 1)
+        self.base = self.n / self.n_tokens
+        self.mass = max(float(self.value.sum()), 1e-30)
+        self.keys, self._seen = cache(self._keys), cache(self._on_forms)
+
+    def _keys(self, family: Family) -> Tally:
+        """Return the family's keys that the latent fires on, with their counts."""
+        if family in self.places.chains:
+            return self._chain(family)
+        slot, keys, _ = self.places.tables[family]
+        forms, active, mass = self._seen(slot)
+        key = keys[forms]
+        keyed = key >= 0
+        known, group = grouped(key[keyed], len(self.places.totals[family]))
+        active, mass = (np.bincount(group, weights=each[keyed], minlength=len(known)) for each in (active, mass))
+        return Tally(known, active, mass, self.places.totals[family][known])
+
+    def _on_forms(self, slot: Slot) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the forms at a slot of the activations, how many are on each, and the sum of these."""
+        forms = self.places.forms(self.position, slot)
+        inside = forms >= 0
+        seen, group = grouped(forms[inside], len(self.places.form_token))
+        mass = np.bincount(group, weights=self.value[inside], minlength=len(seen))
+        return seen, np.bincount(group, minlength=len(seen)), mass
+
+    def _chain(self, family: Family) -> Tally:
+        """Count from every n-th activation where there are very many."""
+        step = -(-self.n // CHAIN_SAMPLE) if self.n else 1
+        position, value = self.position[::step], self.value[::step]
+        key = self.places.chains[family][position]
+        position, value, key = position[key >= 0], value[key >= 0], key[key >= 0]
+        known, first, index = np.unique(key, return_index=True, return_inverse=True)
+        total = self.places.totals[family][known]
+        active = np.minimum(np.bincount(index, minlength=len(known)) * step, total)
+        mass = np.bincount(index, weights=value, minlength=len(known)) * step
+        return Tally(known, active, mass, total, position[first])
+
+    def telling(self, tally: Tally) -> Int[np.ndarray, " n"]:
+        """Return the indices of the keys whose log-odds are LEAST_Z above 0; one that was seen once tells nothing."""
+        return np.flatnonzero((self.log_odds(tally) >= LEAST_Z) & (tally.total > 1))
+
+    def log_odds(self, tally: Tally) -> Float[np.ndarray, " k"]:
+        """Return the z-value of each key's log-odds, the latent's activations against all other training tokens.
+
+        With a Dirichlet prior in proportion to the keys' occurrences (Monroe et al. 2008, eq. 16 and 22), of LEAST_PRIOR at
+        least: else a rare key that is never silent, the best there can be, has a variance without bounds and a z below 1.
+        """
+        silent, n_silent = tally.total - tally.active, len(self.places.train_positions) - self.n
+        prior = np.maximum(PRIOR * tally.total / self.n_tokens, LEAST_PRIOR)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ours = np.log((tally.active + prior) / (self.n + PRIOR - tally.active - prior))
+            theirs = np.log((silent + prior) / (n_silent + PRIOR - silent - prior))
+            return (ours - theirs) / np.sqrt(1 / (tally.active + prior) + 1 / (silent + prior))
+
+    def rule(self, family: Family, tally: Tally) -> KeyRule:
+        """Return the rule on some keys of a family."""
+        return tally.rule(family, self._names(family, tally), self.n, self.base, self.mass)
+
+    def _names(self, family: Family, tally: Tally) -> list[str]:
+        if tally.at is None:
+            return [self.places.name(family, key) for key in tally.keys.tolist()]
+        back = 1 if family == "bigram" else 2
+        tokens, strings = self.places.source.tokens, self.places.strings
+        return ["".join(strings[t] for t in tokens[p - back : p + 1].tolist()) for p in tally.at.tolist()]
+
+    def frequent(self, family: Family) -> str:
+        """Return the key of a family that much of the activation and a raised share of it lies on, or ""."""
+        tally = self.keys(family)
+        if len(tally.keys) == 0:
+            return ""
+        heaviest = int(np.argmax(tally.mass))
+        share = tally.mass[heaviest] / self.value.sum()
+        lift = tally.active[heaviest] / tally.total[heaviest] / max(self.base, 1e-12)
+        name = self.places.name(family, int(tally.keys[heaviest])).strip()
+        return name if share >= LEAST_MASS and lift >= LEAST_LIFT else ""
+
+
+def grouped(number: Int[np.ndarray, " n"], size: int) -> tuple[Int[np.ndarray, " groups"], Int[np.ndarray, " n"]]:
+    """Return the different numbers below `size`, ascending, and for each item which of them it is; nothing is sorted."""
+    there = np.zeros(size, dtype=bool)
+    there[number] = True
+    known = np.flatnonzero(there)
+    place = np.empty(size, dtype=np.int64)
+    place[known] = np.arange(len(known))
+    return known, place[number]

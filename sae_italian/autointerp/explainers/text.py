@@ -1,6 +1,12 @@
-"""The text of a rule, in Italian and in English. It says what the rule does; it does not name a concept.
+"""The text of a rule, in Italian and in English, and the title of its latent.
 
-It can be read back: no two keys of a kind look alike in it, so a score of the keys it names is a score of the text.
+The text says what the rule does; it does not name a concept. It can be read back: no two keys of a kind look alike in it,
+so a score of the keys it names is a score of the text.
+
+The title is a few words a reader remembers, such as «forme di "venire"» or "verbi al passato remoto": a kind of word
+(morphology.py) on which the latent fires, or after which it does, or else the first keys of its rule. The kinds that fit
+the training tokens best compete with the keys on the same validation examples as rules do, by the same score; the title is
+judged on the test examples like a text, and its score stands beside the text's.
 """
 
 from __future__ import annotations
@@ -8,15 +14,19 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, get_args
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from sae_italian.autointerp.explainers.rules import KeyRule, LatentRule, Numbers, TableRule, TreeRule
-from sae_italian.autointerp.places import Family
+from sae_italian.autointerp.explainers.rules import Counts, KeyRule, LatentRule, Numbers, TreeRule, rule_of
+from sae_italian.autointerp.places import Family, Places
 from sae_italian.autointerp.store import Explanation
 from sae_italian.base.labels import Language, label, labels
 from sae_italian.base.report import plain
+
+if TYPE_CHECKING:
+    from sae_italian.autointerp.explainers.choose import Validation
 
 SHOWN = 6  # keys that are named of a rule that does not say which
 MOST_LETTERS = 120  # of a text
@@ -29,9 +39,7 @@ PIECES = ("token", "previous", "next", "bigram", "trigram")  # families whose ke
 def explanation_of(latent: int, explainer: str, rule: LatentRule, **others: Any) -> Explanation:
     """Return a rule as the store keeps it: itself, its two texts, its text's figures, its heaviest keys, and others."""
     text = displayed(rule)
-    precision, recall, lift, share = text.figures()
-    figures = {"precision": precision, "recall": recall, "lift": lift, "share": share}
-    stored = {**plain(rule), **figures, "shown": shown_keys(rule), **others}
+    stored = {**plain(rule), **text.figures(), "shown": shown_keys(rule), **others}
     return Explanation(latent, explainer, "ok", statement(text, "it"), statement(text, "en"), stored)
 
 
@@ -45,7 +53,7 @@ def fits(rule: LatentRule) -> bool:
     return len(statement(rule, "it")) <= MOST_LETTERS >= len(statement(rule, "en"))
 
 
-def room_for(rule: TableRule, told: Sequence[int]) -> int:
+def room_for(rule: LatentRule, told: Sequence[int]) -> int:
     """Return how many of these keys, told in this order, the text has room for in both languages: `fits` without writing."""
     first = np.cumsum([0, *(len(table.keys) for table in rule.tables)]).tolist()
     keys = [(rule.tables[i], number - first[i]) for number in told for i in [bisect_right(first, number) - 1]]
@@ -198,3 +206,103 @@ def shown_keys(rule: LatentRule) -> list[dict[str, object]]:
         }
         for table, i in heaviest
     ]
+
+
+# --- titles ----------------------------------------------------------------------------------------------------------
+
+
+LONGEST = 60  # characters
+SLOTS: tuple[Family, ...] = ("word", "previous-word")  # whose kinds are tried
+TRIED = 4  # kinds of each slot, those with the best F1 over the training tokens
+
+
+def title_of(counts: Counts, validation: Validation, rule: LatentRule) -> dict[str, Any]:
+    """Return the title as the store keeps it: `it`, `en`, its score on the validation examples, and what it executes."""
+    kinds = [(family, kind) for family in SLOTS for kind in fitting_kinds(counts, family)]
+    judged = [(validation.judged(kind_rule(counts.places, *kind), 1), kind) for kind in kinds]
+    short = shortened(rule)
+    judged += [(validation.judged(each, sum(len(table.names) for table in each.tables)), ()) for each in short]
+    if not judged:
+        return {}
+    best, kind = max(judged, key=lambda each: each[0].worth)
+    languages = get_args(Language)
+    if kind:
+        told = {language: title_of_kind(*kind, language) for language in languages}
+        return {**told, "accuracy": best.accuracy, "family": kind[0], "kind": kind[1]}
+    texts = {language: _keys(best.rule, language) for language in languages}  # even one key may be too long
+    told = {name: text if len(text) <= LONGEST else text[: LONGEST - 1] + "…" for name, text in texts.items()}
+    return {**told, "accuracy": best.accuracy, "rule": plain(best.rule)}
+
+
+def rule_of_title(title: dict[str, Any], places: Places) -> LatentRule:
+    """Return what a title executes on the cache it was made from."""
+    return rule_of(title["rule"]) if "rule" in title else kind_rule(places, title["family"], title["kind"])
+
+
+# --- kinds of word -----------------------------------------------------------------------------------------------------
+
+
+def fitting_kinds(counts: Counts, family: Family) -> list[str]:
+    """Return the kinds whose words at a slot are those of the latent's activations best, by F1 over training tokens."""
+    names, of_word = counts.places.kinds
+    if not names:
+        return []
+    tally, total = counts.keys(family), counts.places.totals[family]
+    on_words = np.zeros(len(total))
+    on_words[tally.keys] = tally.active
+    active, total = of_word.T @ on_words, of_word.T @ total
+    f1 = 2 * active / (total + counts.n)
+    order = np.argsort(-f1, kind="stable")[: 4 * TRIED].tolist()
+    return [names[i] for i in order if active[i] and title_of_kind(family, names[i], "it")][:TRIED]
+
+
+def kind_rule(places: Places, family: Family, kind: str) -> KeyRule:
+    """Return the rule that a slot's word is of a kind."""
+    keys = places.kinds.words(kind)
+    ones, words = np.ones(len(keys)), places.tables["word"].names
+    return KeyRule(
+        keys=keys, rates=ones, weights=ones, mass=ones, active=ones, total=ones, family=family,
+        names=[words[key] for key in keys.tolist()], n_active=0, base=0.0,
+    )  # fmt: skip
+
+
+def title_of_kind(family: Family, kind: str, language: Language) -> str:
+    """Return a kind's name, as what the latent fires on or after; "" for a kind that has none."""
+    known, (name, _, rest) = labels("title", language), kind.partition(" ")
+    after = family != "word"
+    if name in ("lemma", "with"):
+        text = known["after with" if after and name == "with" else name].format(rest)
+        return label("title.previous", language).format(text) if after and name == "lemma" else text
+    if kind in known:
+        text = known[kind]
+    elif rest in known and name in known:
+        text = known["order"].format(kind=known[name], feature=known[rest])
+    else:  # one word of a closed class: after it, the rule's own keys say the same
+        return "" if after else known.get(f"one {name}", "").format(rest)
+    return label("title.previous", language).format(text) if after else text
+
+
+# --- keys of the rule --------------------------------------------------------------------------------------------------
+
+
+def shortened(rule: LatentRule) -> list[LatentRule]:
+    """Return the rule on its first keys that a title has room for; of a tree each condition of its heaviest path."""
+    if isinstance(rule, TreeRule):
+        told = rule.split(rule.told)
+        held = rule.heaviest()[0].holds if rule.firing_paths else ()
+        parts: list[LatentRule] = [replace(rule.conditions[i], told=told[i]) for i in held if told[i]]
+        return [short for part in parts for short in shortened(part)]
+    for n in range(len(rule.told), 0, -1):
+        short = rule.take(rule.told[:n])
+        if n == 1 or all(len(_keys(short, language)) <= LONGEST for language in ("it", "en")):
+            return [short]
+    return []
+
+
+def _keys(rule: LatentRule, language: Language) -> str:
+    """Return the keys of a short rule as a title."""
+    named: dict[str, list[str]] = {}  # by how they are put
+    for table in rule.tables:
+        names = [quoted(table.family, name, language) for name in table.names]
+        named.setdefault(label(f"title.{table.family.rstrip('2345')}", language), []).extend(names)
+    return listed([form.format(listed(names, language)) for form, names in named.items() if names], language)

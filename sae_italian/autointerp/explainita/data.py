@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -27,8 +27,7 @@ ID, HIDDEN = "Latent ID", -1.0
 FORMATS = (".jsonl", ".parquet")
 
 
-@dataclass(frozen=True, eq=False)
-class Excerpt:
+class Excerpt(NamedTuple):
     """One example. `strengths` has one value per token (whole numbers 0 to 10 in task 1), None where it is hidden."""
 
     tokens: tuple[str, ...]

@@ -1,8 +1,13 @@
-"""Read what a model answered: strictly where it kept to the form, leniently where it nearly did.
+"""What a model is asked in words, and what it answered.
 
-What a model thought aloud is left out, and of several answers the last complete one counts. Every reader returns what it
-found, or raises `Unusable` with a reason. Nothing is guessed: a list of the wrong length is not cut to fit, and a word
-that is neither yes nor no is no answer. Every step takes time in proportion to the answer's length.
+The questions are versioned texts, in Italian or in English, around the examples. Servers that keep the state of a prompt's
+beginning compute its constant part once per task, and once per latent for a judge: so the order is instructions, worked
+examples, explanation, passages.
+
+Answers are read strictly where they kept to the form, leniently where they nearly did. What a model thought aloud is left out,
+and of several answers the last complete one counts. Every reader returns what it found, or raises `Unusable` with a reason.
+Nothing is guessed: a list of the wrong length is not cut to fit, and a word that is neither yes nor no is no answer. Every
+step takes time in proportion to the answer's length.
 """
 
 from __future__ import annotations
@@ -12,15 +17,23 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.llm.calls import Reply, TokenLogprobs
+from sae_italian.autointerp.examples import Example
+from sae_italian.autointerp.llm.calls import Messages, Reply, TokenLogprobs
+from sae_italian.base.storage import fingerprint
 
+FOLDER = Path(__file__).parent / "data" / "prompts"
+LONGEST_QUOTE = 1000  # characters of a bad answer that are sent back
+KEYS = {"it": ("spiegazione", "risposte", "valori"), "en": ("explanation", "answers", "values")}
 LONGEST_EXPLANATION = 600  # characters
 LONGEST_LINE = 100  # of a numbered yes or no
 EXPLANATION_KEYS = ("spiegazione", "explanation")
@@ -38,6 +51,88 @@ PROBLEMS = {  # why an answer cannot be used
     "count": "another number of values than asked for",
     "value": "a value that was not asked for",
 }
+
+
+# --- questions ---------------------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """The texts of one language. `name` (language and version) and `hash` say which they were."""
+
+    def __init__(self, texts: dict[str, Any]):
+        self._texts = texts
+        self.language: str = texts["language"]
+        self.name, self.hash = f"{self.language}{texts['version']}", fingerprint(texts)
+        self.answer_key, self.list_key, self.values_key = KEYS[self.language]
+
+    def _messages(self, task: str, user: str) -> Messages:
+        texts = self._texts[task]
+        messages = [{"role": "system", "content": texts["system"].strip()}]
+        for shot in texts["shots"]:
+            messages.append({"role": "user", "content": shot["user"].strip()})
+            messages.append({"role": "assistant", "content": shot["assistant"]})
+        return (*messages, {"role": "user", "content": user.strip()})
+
+    def explain(self, examples: Sequence[Example], maximum: float, promoted: Sequence[str] = ()) -> Messages:
+        """Ask for an explanation from marked examples with strengths 0 to 10; `promoted` is the latent's output."""
+        texts = self._texts["explain"]
+        user = fill(texts["user"], examples=numbered(self._shown(example, maximum) for example in examples))
+        if promoted:
+            tokens = ", ".join(f"«{token.strip() or token}»" for token in promoted)
+            user = user.rstrip() + "\n" + fill(texts["promoted"], tokens=tokens)
+        return self._messages("explain", user)
+
+    def _shown(self, example: Example, maximum: float) -> str:
+        strengths = example.strengths(maximum)
+        marks = strengths > 0 if example.marks is None else example.marks
+        pieces = [example.text[start:end].strip() for start, end in example.spans.tolist()]
+        listed = ", ".join(f"«{pieces[i]}» {strengths[i]}" for i in marks.nonzero()[0])
+        shown = fill(self._texts["explain"]["strengths"], strengths=listed)
+        return f"{one_line(example.marked_text())}\n{shown}"
+
+    def judge(self, question: str, explanation: str, examples: Sequence[Example]) -> Messages:
+        """Ask for yes or no on each example; `fuzzing` shows its marks, `detection` does not."""
+        shown = (example.marked_text() if question == "fuzzing" else example.text for example in examples)
+        values = {"explanation": one_line(explanation), "examples": numbered(map(one_line, shown))}
+        return self._messages(question, fill(self._texts[question]["user"], **values))
+
+    def simulate(self, explanation: str, example: Example) -> Messages:
+        """Ask for a number 0 to 10 on each token of one example."""
+        pieces = [f"«{one_line(example.text[start:end])}»" for start, end in example.spans.tolist()]
+        values: dict[str, Any] = {"explanation": one_line(explanation), "text": one_line(example.text)}
+        values["n"] = len(pieces)
+        values["tokens"] = numbered(pieces)
+        return self._messages("simulation", fill(self._texts["simulation"]["user"], **values))
+
+    def repair(self, messages: Messages, answer: str, form: str, problem: str, **values: object) -> Messages:
+        """Ask once more after an answer with a problem, with its values; of a long one only the start is sent back."""
+        named = fill(self._texts["problems"][problem], **values)
+        text = fill(self._texts["repair"].strip(), problem=named, form=form)
+        shown = answer.strip()[:LONGEST_QUOTE] or "..."
+        return (*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": text})
+
+
+def fill(template: str, **values: object) -> str:
+    """Put values in the place of {names}, once: braces inside a value stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda found: str(values.get(found[1], found[0])), template)
+
+
+def numbered(lines: Iterable[str]) -> str:
+    return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
+
+
+def one_line(text: str) -> str:
+    """Return a passage on one line, so that the numbering stays readable; blanks inside lines are kept."""
+    return text.replace("\r", " ").replace("\n", " ⏎ ").strip()
+
+
+@lru_cache
+def load_prompts(language: str) -> Prompts:
+    """Return the prompts of a language, it or en."""
+    return Prompts(yaml.safe_load((FOLDER / f"{language}.yaml").read_text(encoding="utf-8")))
+
+
+# --- answers -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass

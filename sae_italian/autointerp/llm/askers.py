@@ -1,35 +1,39 @@
-"""Those who ask a language model: the explainer, and the judge of yes or no on passages and numbers on tokens.
-
-What they ask are versioned texts, in Italian or in English, around the examples. Servers that keep the state of a prompt's
-beginning compute its constant part once per task, and once per latent for a judge: so the order is instructions, worked
-examples, explanation, passages.
-"""
+"""Those who ask a language model: the explainer, and the judge of yes or no on passages and numbers on tokens."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.examples import Example, LatentExamples
-from sae_italian.autointerp.judges import Verdicts
-from sae_italian.autointerp.llm.answers import PROBLEMS, Unusable, distributions, read_explanation, read_numbers
+from sae_italian.autointerp.draws import in_turn
+from sae_italian.autointerp.examples import Example, LatentExamples, Verdicts
+from sae_italian.autointerp.llm import LLMSettings
+from sae_italian.autointerp.llm.answers import (
+    PROBLEMS,
+    Unusable,
+    distributions,
+    load_prompts,
+    read_explanation,
+    read_numbers,
+)
 from sae_italian.autointerp.llm.calls import TOO_LONG, DryClient, Messages, Reply, Request
 from sae_italian.autointerp.llm.client import Client
-from sae_italian.autointerp.store import NO_ANSWER, UNANSWERED, Explanation
+from sae_italian.autointerp.run import STORE_FILE, random_sae_control, run_autointerp, twin_cache
+from sae_italian.autointerp.store import NO_ANSWER, UNANSWERED, Explanation, Store
+from sae_italian.autointerp.summary import comparison_table, side_by_side
+from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import fingerprint
+from sae_italian.base.report import plain
+from sae_italian.cache import FeatureCache
 
-FOLDER = Path(__file__).parent / "data" / "prompts"
-LONGEST_QUOTE = 1000  # characters of a bad answer that are sent back
-KEYS = {"it": ("spiegazione", "risposte", "valori"), "en": ("explanation", "answers", "values")}
 EXPLANATION_TOKENS = 160
 LEAST_EXAMPLES = 3
 LANGUAGE_LETTERS = 20  # shorter texts are too short to tell a language
@@ -38,82 +42,6 @@ _DECIDING = ("language", "shown", "n_shown", "promoted", "context_tokens", "samp
 STRONGEST = 10  # of a simulated token
 ANSWER_TOKENS, NUMBER_TOKENS = 24, 4  # around the numbers of an answer, and for each of them
 Numbers = tuple[Int[np.ndarray, " n"], list[Float[np.ndarray, " values"]] | None]
-
-
-class Prompts:
-    """The texts of one language. `name` (language and version) and `hash` say which they were."""
-
-    def __init__(self, texts: dict[str, Any]):
-        self._texts = texts
-        self.language: str = texts["language"]
-        self.name, self.hash = f"{self.language}{texts['version']}", fingerprint(texts)
-        self.answer_key, self.list_key, self.values_key = KEYS[self.language]
-
-    def _messages(self, task: str, user: str) -> Messages:
-        texts = self._texts[task]
-        messages = [{"role": "system", "content": texts["system"].strip()}]
-        for shot in texts["shots"]:
-            messages.append({"role": "user", "content": shot["user"].strip()})
-            messages.append({"role": "assistant", "content": shot["assistant"]})
-        return (*messages, {"role": "user", "content": user.strip()})
-
-    def explain(self, examples: Sequence[Example], maximum: float, promoted: Sequence[str] = ()) -> Messages:
-        """Ask for an explanation from marked examples with strengths 0 to 10; `promoted` is the latent's output."""
-        texts = self._texts["explain"]
-        user = fill(texts["user"], examples=numbered(self._shown(example, maximum) for example in examples))
-        if promoted:
-            tokens = ", ".join(f"«{token.strip() or token}»" for token in promoted)
-            user = user.rstrip() + "\n" + fill(texts["promoted"], tokens=tokens)
-        return self._messages("explain", user)
-
-    def _shown(self, example: Example, maximum: float) -> str:
-        strengths = example.strengths(maximum)
-        marks = strengths > 0 if example.marks is None else example.marks
-        pieces = [example.text[start:end].strip() for start, end in example.spans.tolist()]
-        listed = ", ".join(f"«{pieces[i]}» {strengths[i]}" for i in marks.nonzero()[0])
-        shown = fill(self._texts["explain"]["strengths"], strengths=listed)
-        return f"{one_line(example.marked_text())}\n{shown}"
-
-    def judge(self, question: str, explanation: str, examples: Sequence[Example]) -> Messages:
-        """Ask for yes or no on each example; `fuzzing` shows its marks, `detection` does not."""
-        shown = (example.marked_text() if question == "fuzzing" else example.text for example in examples)
-        values = {"explanation": one_line(explanation), "examples": numbered(map(one_line, shown))}
-        return self._messages(question, fill(self._texts[question]["user"], **values))
-
-    def simulate(self, explanation: str, example: Example) -> Messages:
-        """Ask for a number 0 to 10 on each token of one example."""
-        pieces = [f"«{one_line(example.text[start:end])}»" for start, end in example.spans.tolist()]
-        values: dict[str, Any] = {"explanation": one_line(explanation), "text": one_line(example.text)}
-        values["n"] = len(pieces)
-        values["tokens"] = numbered(pieces)
-        return self._messages("simulation", fill(self._texts["simulation"]["user"], **values))
-
-    def repair(self, messages: Messages, answer: str, form: str, problem: str, **values: object) -> Messages:
-        """Ask once more after an answer with a problem, with its values; of a long one only the start is sent back."""
-        named = fill(self._texts["problems"][problem], **values)
-        text = fill(self._texts["repair"].strip(), problem=named, form=form)
-        shown = answer.strip()[:LONGEST_QUOTE] or "..."
-        return (*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": text})
-
-
-def fill(template: str, **values: object) -> str:
-    """Put values in the place of {names}, once: braces inside a value stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda found: str(values.get(found[1], found[0])), template)
-
-
-def numbered(lines: Iterable[str]) -> str:
-    return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
-
-
-def one_line(text: str) -> str:
-    """Return a passage on one line, so that the numbering stays readable; blanks inside lines are kept."""
-    return text.replace("\r", " ").replace("\n", " ⏎ ").strip()
-
-
-@lru_cache
-def load_prompts(language: str) -> Prompts:
-    """Return the prompts of a language, it or en."""
-    return Prompts(yaml.safe_load((FOLDER / f"{language}.yaml").read_text(encoding="utf-8")))
 
 
 # --- asking, and asking once more -------------------------------------------------------------------------------------
@@ -126,8 +54,7 @@ def schema(key: str, n: int | None = None, top: int = 0) -> dict[str, Any]:
     return {"type": "object", "properties": {key: value}, "required": [key], "additionalProperties": False}
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a question came to: the value that was read, or why there is none."""
 
     reply: Reply
@@ -153,7 +80,7 @@ class Asker:
         todo = {i: one.problem for i, one in enumerate(found) if one.problem and not (one.again or one.reply.refusal)}
         repairs = [self._repair(requests[i], found[i].reply, problem) for i, problem in todo.items()]
         for (i, problem), reply in zip(todo.items(), self.client.ask(repairs), strict=True):
-            found[i] = replace(_read(reply, readers[i]), repaired=problem.name)
+            found[i] = _read(reply, readers[i])._replace(repaired=problem.name)
         for one in found:
             if one.problem is not None:
                 self.client.count("unreadable", one.why)
@@ -163,7 +90,7 @@ class Asker:
         ((key, value),) = (request.schema or {})["properties"].items()
         form = f'{{"{key}": [...]}}' if value["type"] == "array" else f'{{"{key}": "..."}}'
         messages = self.prompts.repair(request.messages, reply.text, form, problem.name, **problem.values)
-        return replace(request, messages=messages, purpose="repair")
+        return request._replace(messages=messages, purpose="repair")
 
 
 def _read(reply: Reply, reader: Callable[[Reply], Any]) -> Answer:
@@ -242,12 +169,8 @@ def chosen(examples: Sequence[Example], draw: str, n: int) -> list[Example]:
 
     positives = sorted((example for example in examples if example.positive), key=strength)
     if draw == "deciles" and len(positives) > n:
-        bins: dict[int, list[Example]] = {}
-        for example in positives:
-            bins.setdefault(example.decile, []).append(example)
-        # round by round the strongest of each tenth that is left, the highest tenth first
-        ranked = [(i, -decile, example) for decile, held in bins.items() for i, example in enumerate(held)]
-        positives = [example for *_, example in sorted(ranked, key=lambda one: one[:2])]
+        tenth = np.array([example.decile for example in positives])
+        positives = [positives[i] for i in in_turn(np.arange(len(tenth)), tenth - tenth.min(), n)]
     return sorted(positives[:n], key=strength)
 
 
@@ -327,3 +250,76 @@ def _numbers_of(reply: Reply, n: int, top: int) -> Numbers:
     """Return n numbers and their distributions, None where the reply has none. Raises: Unusable."""
     values = read_numbers(reply, n, top)
     return values, None if reply.logprobs is None else distributions(reply.logprobs, values.tolist(), top)
+
+
+# --- a language model beside the rules -------------------------------------------------------------------------------
+
+
+SAMPLE = 5  # latents that an estimate is worked out on; the rest is taken to be like them
+
+
+def estimate_beside(
+    cache: FeatureCache, tokenizer: Any, config: AutointerpConfig, sae: Any, settings: LLMSettings, *, control: bool
+) -> dict[str, Any]:
+    """Return what a run from nothing would take, from a few of its latents; nothing is sent and nothing kept.
+
+    With `control` the random SAE's part is worked out on its cache, and taken to be as much as the trained one's before
+    there is one.
+    """
+    client, twin = DryClient(settings), twin_cache(cache, sae, config.seed) if control else None
+    counted = []  # latents, and of these those that are asked about here
+    for one, its_sae in ((cache, sae), *([] if twin is None else [twin])):
+        live = int((one.statistics["count"] > 0).sum())
+        wanted = live if config.latents is None else min(config.latents, live)
+        counted.append((wanted, min(SAMPLE, wanted)))
+        with tempfile.TemporaryDirectory() as folder:
+            few, store = replace(config, latents=min(SAMPLE, wanted)), Path(folder) / STORE_FILE
+            run_autointerp(one, tokenizer, few, store=store, sae=its_sae, **_askers(client))
+    of_random = counted[-1][0] if control else 0
+    return client.estimate(counted[0][0] + of_random, sum(sampled for _, sampled in counted), of_random)
+
+
+def _askers(client: Client | DryClient) -> dict[str, Any]:
+    """Return the explainers and judges that the client's settings ask for, as a run takes them."""
+    explainers = [LLMExplainer(client)] if client.settings.explainer == "llm" else []
+    return {"explainers": explainers, "judges": [LLMJudge(client)]}
+
+
+def run_beside(
+    cache: FeatureCache, model: Any, config: AutointerpConfig, sae: Any, settings: LLMSettings, *, control: bool
+) -> tuple[dict[str, Any], str]:
+    """Explain and judge with a language model, beside the rules.
+
+    Return summaries, what became of the questions, spending and what was noticed; and the same as a table and lines. With
+    `control` the same explainer and judge then do the same latents' number of the random SAE, on the same budget and the
+    same ledger. Raises: EndpointError, also when there was something to ask and not one answer.
+    """
+    path, random = cache.folder / STORE_FILE, []
+    with Client(settings, path) as client:
+        askers = _askers(client)
+        run_autointerp(cache, model.tokenizer, config, store=path, sae=sae, **askers)
+        if control:
+            random = side_by_side(random_sae_control(cache, sae, model, config, **askers))
+    client.must_have_answered()
+    with Store(path, {}) as store:
+        store.note({f"endpoint without {name}": f"{client.model}: {why}" for name, why in client.missing.items()})
+        found = [e for explainer in askers["explainers"] for _, e in store.explanations(explainer.name).values()]
+        spending = store.spending()
+    n_foreign = sum(bool((explanation.notes or {}).get("wrong_language")) for explanation in found)
+    facts = {
+        "summaries": side_by_side(path),
+        "random": random,
+        "calls": client.counts,
+        "why": client.told()[1:],
+        "endpoint_without": client.missing,
+        "wrong_language": n_foreign,
+        "spending": spending,
+    }
+    lines = [comparison_table(facts["summaries"], random), "", *client.told()]
+    for name, row in spending.items():
+        usd = "cost not known" if row["usd"] is None else f"${row['usd']:.4f}"
+        lines.append(f"{name}, ever: {row['tokens_in'] or 0:,} tokens in, {row['tokens_out'] or 0:,} out, {usd}")
+    lines += [f"the endpoint does without {feature}: {why}" for feature, why in client.missing.items()]
+    if n_foreign:
+        lines.append(f"{n_foreign} explanations are in another language than asked for (flagged)")
+    return plain(facts), "\n".join(lines)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import openai
 
 from sae_italian.autointerp.database import connect
-from sae_italian.autointerp.llm.settings import LLMSettings
+from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.autointerp.store import CALLS, TABLES, Call
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import utc_now
@@ -33,8 +33,7 @@ EXPLANATION = "parola o desinenza che si ripete negli esempi, di solito dopo un 
 Messages = tuple[dict[str, str], ...]
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One question to a model. What decides its answer decides its `key`; where it is sent does not."""
 
     messages: Messages
@@ -64,8 +63,7 @@ class TokenLogprobs(TypedDict):
     top: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """What came back. `status` is `ok`, or why there is no answer; a refusal is an answer with `refusal` set."""
 
     status: str
@@ -109,7 +107,7 @@ class Ledger:
 
     def add(self, key: str, model: str, request: Request, reply: Reply, account: Account) -> None:
         """Keep a reply; it takes the place of an earlier failure, whose attempts and uncertain cost are added."""
-        kept = {name: value for name, value in asdict(reply).items() if name != "status"} if reply.ok else None
+        kept = {name: value for name, value in reply._asdict().items() if name != "status"} if reply.ok else None
         took = {name: value for name, value in asdict(account).items() if name in Call._fields}
         call = Call(key, model, request.purpose, reply.status, kept, **took, created=utc_now())
         query = "SELECT attempts, usd_uncertain FROM call WHERE request_hash = ?"
@@ -199,8 +197,7 @@ def _logprobs(value: Any) -> list[TokenLogprobs] | None:
 # --- what it costs --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Price:
+class Price(NamedTuple):
     """US dollars per million tokens, and where the figures are from."""
 
     tokens_in: float

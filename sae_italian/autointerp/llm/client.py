@@ -13,16 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 
-from sae_italian.autointerp.llm import calls
+from sae_italian.autointerp.llm import LLMSettings, calls
 from sae_italian.autointerp.llm.calls import Account, EndpointError, Reply, Request
-from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.base.errors import UsageError
 
 UNREACHED_ATTEMPTS = 3  # without any response so far: a wrong address is told soon
@@ -103,7 +101,7 @@ class Client:
         futures = []
         with self._lock:
             for request in requests:
-                request = replace(request, max_tokens=self.settings.max_output_tokens or request.max_tokens)
+                request = request._replace(max_tokens=self.settings.max_output_tokens or request.max_tokens)
                 key = request.key(self.model, self.settings.sampling)
                 if key not in self._pending:
                     self._pending[key] = self._pool.submit(self._one, request, key)
@@ -176,7 +174,7 @@ class Client:
             else:
                 account.latency, self._in_vain = time.monotonic() - started, 0
                 reply = calls.reply_of(self._local.body)
-                return replace(reply, text=reply.text.replace(self._key, "<key>")) if self._key else reply
+                return reply._replace(text=reply.text.replace(self._key, "<key>")) if self._key else reply
 
     def _attempt(self, send: Callable[[], httpx2.Response]) -> httpx2.Response:
         """Send what openai sends, each time it tries, and book it.

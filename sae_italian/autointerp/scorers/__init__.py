@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_italian.autointerp.examples import Example, LatentExamples
-from sae_italian.autointerp.judges import Verdicts
+from sae_italian.autointerp.examples import Example, LatentExamples, Verdicts
 from sae_italian.autointerp.store import Explanation, Falls, Judgement
 from sae_italian.base.statistics import Estimate
 

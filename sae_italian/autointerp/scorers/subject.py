@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_italian.autointerp.examples import LatentExamples, promoted_tokens
-from sae_italian.autointerp.pieces import piece_texts
+from sae_italian.autointerp.places import piece_texts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
 from sae_italian.autointerp.scorers.binary import ranking
 from sae_italian.base.labels import Language

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.languages import Languages, entropies, examples_in, language_latents, owners, parallel_overlap
+from sae_italian.analysis.labels import Languages, entropies, examples_in, language_latents, owners, parallel_overlap
 from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora import iter_documents, pack

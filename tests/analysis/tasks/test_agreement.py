@@ -9,9 +9,9 @@ from sae_italian.analysis.tasks import (
     KINDS,
     MinimalPair,
     agreement_pairs,
-    agreement_score,
     number_pairs,
     read_minimal_pairs,
+    score_choices,
 )
 from sae_italian.base.errors import DataError, UsageError
 
@@ -62,13 +62,13 @@ def test_every_word_is_known_to_micro_italiano():
 
 def test_the_score_is_of_whole_texts(mini):
     pairs = [MinimalPair("La penna", "La penne", "number"), MinimalPair("Un penna", "Una penna", "number")]
-    found = agreement_score(mini, mini.tokenizer, pairs)
+    found = score_choices(mini, mini.tokenizer, pairs)
     assert found.n == 2 and found.accuracy.value == 0.5  # the second pair is the wrong way round
     assert found.svg().startswith("<?xml")
 
 
 def test_the_embedded_model_knows_number_and_verbs(mini):
-    found = agreement_score(mini, mini.tokenizer, agreement_pairs(150))
+    found = score_choices(mini, mini.tokenizer, agreement_pairs(150))
     assert found.by_kind["number"].value >= 0.9 and found.by_kind["subject-verb"].value >= 0.7
 
 
@@ -146,4 +146,4 @@ def test_another_ending_and_a_missing_file_are_refused(tmp_path):
 
 def test_no_pairs_are_no_score(mini):
     with pytest.raises(UsageError, match="ask for 1 or more"):
-        agreement_score(mini, mini.tokenizer, agreement_pairs(0))
+        score_choices(mini, mini.tokenizer, agreement_pairs(0))

@@ -62,7 +62,7 @@ def test_the_same_seed_gives_the_same_pairs_and_more_of_them_begin_alike(tokeniz
 
 def test_the_embedded_models_words_are_those_of_its_grammar():
     from sae_italian.micro_italiano.grammar import load_grammar
-    from sae_italian.micro_italiano.realise import realise
+    from sae_italian.micro_italiano.steps import realise
 
     def text(*tokens):
         written = realise(list(tokens), [])[0]

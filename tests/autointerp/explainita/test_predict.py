@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sae_italian.autointerp.explainita import evaluate_sequences, predict, read_split
-from sae_italian.autointerp.explainita.predict import NO_PATTERN, mentions
+from sae_italian.autointerp.explainita.tasks import NO_PATTERN, mentions
 from sae_italian.cli import main
 from tests.autointerp.explainita.test_explainita import folder_of, jsonl_of, task2_row
 from tests.autointerp.llm.endpoint import FakeEndpoint, passages
@@ -32,13 +32,13 @@ def test_a_rule_names_the_word_the_ending_or_the_word_before(tmp_path):
         marked_row(4, ["niente di segnato qui"]),
     ]
     # strengths only where marked: an example without any has an empty list
-    found = predict(read_split(jsonl_of(tmp_path / "d.jsonl", rows), 1), 1)
-    texts = [found.answers[f"layers.14_latent{i}"] for i in (1, 2, 3, 4)]
+    found, unanswered = predict(read_split(jsonl_of(tmp_path / "d.jsonl", rows), 1), 1)
+    texts = [found[f"layers.14_latent{i}"] for i in (1, 2, 3, 4)]
     assert texts[0] == "su «gatto»"
     assert texts[1].startswith("alla fine di parole che finiscono in -") and texts[1].split("-")[1] in "ranno"
     assert texts[2] == "sulla parola dopo «uno»"
-    assert texts[3] == NO_PATTERN["it"] and found.unanswered == 0
-    english = predict(read_split(tmp_path / "d.jsonl", 1), 1, language="en").answers
+    assert texts[3] == NO_PATTERN["it"] and unanswered == 0
+    english, _ = predict(read_split(tmp_path / "d.jsonl", 1), 1, language="en")
     assert english["layers.14_latent1"] == "on «gatto»" and english["layers.14_latent4"] == NO_PATTERN["en"]
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp.examples import Example, LatentExamples
+from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.autointerp.llm.client import Client
-from sae_italian.autointerp.llm.settings import LLMSettings
 from sae_italian.autointerp.store import Explanation
 
 MODEL = "prova"

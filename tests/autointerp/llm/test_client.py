@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_italian.autointerp.llm import LLMOptions, LLMSettings
 from sae_italian.autointerp.llm.calls import (
     Account,
     Budget,
@@ -22,7 +23,6 @@ from sae_italian.autointerp.llm.calls import (
     TokenCounter,
     price_of,
 )
-from sae_italian.autointerp.llm.settings import LLMOptions, LLMSettings
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import UsageError
 from tests.autointerp.explainita.test_explainita import jsonl_of

@@ -11,10 +11,10 @@ import urllib.request
 
 import pytest
 
+from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
 from sae_italian.autointerp.llm.calls import Request
 from sae_italian.autointerp.llm.client import Client
-from sae_italian.autointerp.llm.settings import LLMSettings
 from tests.autointerp.llm.conftest import a_latent, an_example, an_explanation
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

@@ -1,6 +1,6 @@
 """Letters that bytes were taken for: what no export may hold, since its text comes from character offsets."""
 
-from sae_italian.autointerp.pieces import byte_letters
+from sae_italian.autointerp.places import byte_letters
 
 
 def is_mojibake(text: str) -> bool:

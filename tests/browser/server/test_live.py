@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.autointerp.llm.settings import LLMSettings
+from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label
 from sae_italian.browser.contexts import AFTER, BEFORE
