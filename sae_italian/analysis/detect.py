@@ -347,7 +347,7 @@ def probe(
     Raises: UsageError when an SAE reads another number of dimensions than the activations have.
     """
     saes = {name: sae, **(others or {})}
-    acts = {(key, item.source): encode_words(value, item.x) for key, value in saes.items() for item in words}
+    acts = {(key, item.source): encode_words(each, item.x) for key, each in saes.items() for item in words}
     found: list[Detection] = []
     tasks = [ProbeTask(a, b, seed) for a, b in product(words, repeat=2)]
     tasks += [ProbeTask(item, item, seed, shuffled=True) for item in words]

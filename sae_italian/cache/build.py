@@ -166,7 +166,7 @@ def _build(job: EncodeJob, manifests: list[Manifest], run_units: UnitMap) -> Non
         write_token_shards(job.folders[source], manifests[source], job.model.tokenizer, job.cached)
     for folder, manifest in zip(job.folders, manifests, strict=True):
         share_tokens(job.folders[source], manifests[source].shards, folder, manifest)
-    todo = [i for i, manifest in enumerate(manifests) if not all(shard.encoded for shard in manifest.shards)]
+    todo = [i for i, each in enumerate(manifests) if not all(shard.encoded for shard in each.shards)]
     of_folder = {job.folders[i]: manifests[i] for i in todo}
     missing = [
         shard.index

@@ -91,8 +91,8 @@ class Verb:
         self.finite = {tense: tuple(self._finite(tense)) for tense in FINITE}
         self.single = {"inf": self._token("inf", verbform="Inf"), "ger": self._token("ger", verbform="Ger")}
         for key, (person, number) in zip(IMPERATIVES, ((2, "Sing"), (1, "Plur"), (2, "Plur")), strict=True):
-            features = {"person": person, "number": number, "mood": "Imp", "tense": "Pres", "verbform": "Fin"}
-            self.single[key] = self._token(key, **features)
+            own = {"person": person, "number": number, "mood": "Imp", "tense": "Pres", "verbform": "Fin"}
+            self.single[key] = self._token(key, **own)
         self.participle = grid(lemma, self.upos, adjective(paradigm["part"][0]), tense="Past", verbform="Part")
 
     def _token(self, key: str, index: int = 0, **features: str | int) -> Token:

@@ -114,7 +114,8 @@ def _sparsity(job: Reproduction, results: Results) -> dict[str, Any]:
         folder = _variant(job, entry, factor, RATIO)
         card = card_of(load_sae(folder), job.subject, job.budget["card_tokens"], folder.name)
         kept = {key: card[key] for key in ("l0", "explained_variance", "fvu", "dead")}
-        points.append({"l1": coefficient, **kept, "perplexity": measure.perplexity(card["ce_loss_with_sae"])})
+        kept |= {"perplexity": measure.perplexity(card["ce_loss_with_sae"])}
+        points.append({"l1": coefficient, **kept})
     return {"layer": entry["layer"], "points": points}
 
 

@@ -67,7 +67,7 @@ def _cards(job: Reproduction, results: Results) -> dict[str, Any]:
 def derived(rows: list[dict[str, Any]], n_tokens: int) -> dict[str, Any]:
     """Return what the paper says about its figures, of ours."""
     narrow, wide = (pick(row["expansion"] for row in rows) for pick in (min, max))
-    variance = {(row["site"], row["expansion"]): row["explained_variance_uncentred"]["value"] for row in rows}
+    variance = {(r["site"], r["expansion"]): r["explained_variance_uncentred"]["value"] for r in rows}
     first = narrowest(rows)
     sites = {row["site"] for row in rows if row["expansion"] == narrow}
     ranked = sorted(sites, key=lambda site: -variance[site, narrow])

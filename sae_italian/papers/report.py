@@ -251,7 +251,7 @@ def _by_layer(axis: Any, layers: Sequence[dict[str, Any]], key: str, title: str)
     """Draw one dot with its interval for each dictionary and layer, side by side."""
     names = [row["dictionary"] for row in layers[0]["rows"]]
     for i, name in enumerate(names):
-        found = [next((row for row in layer["rows"] if row["dictionary"] == name), None) for layer in layers]
+        found = [next((r for r in layer["rows"] if r["dictionary"] == name), None) for layer in layers]
         known = {j: row[key] for j, row in enumerate(found) if row is not None and row[key]["value"] is not None}
         values, around = _bars(known.values())
         own = {
