@@ -1,6 +1,5 @@
 """Probes on planted labels reach 1.0, on shuffled ones chance; a single latent is found, and one that says yes to all is not."""
 
-import dataclasses
 import types
 from xml.etree import ElementTree
 
@@ -93,7 +92,7 @@ def test_on_shuffled_labels_everything_is_chance(planted):
 def test_what_holds_in_one_treebank_is_tried_on_the_other(planted):
     """In the other treebank latent 3 fires on half of the feminine words only."""
     words, acts = planted
-    other = dataclasses.replace(words, source="B")
+    other = words._replace(source="B")
     changed = acts.tolil()
     feminine = np.flatnonzero(column(words, "Gender=Fem"))
     changed[feminine[::2], 3] = 0
@@ -102,7 +101,7 @@ def test_what_holds_in_one_treebank_is_tried_on_the_other(planted):
     assert (crossed.trained, crossed.tested) == ("A", "B") and crossed.precision == 1
     assert crossed.recall == pytest.approx(0.5, abs=0.05) and crossed.f1.lo < 2 / 3 < crossed.f1.hi
     with pytest.raises(ValueError, match="not the same columns"):
-        ProbeTask(words, dataclasses.replace(words, names=NAMES[::-1]))
+        ProbeTask(words, words._replace(names=NAMES[::-1]))
 
 
 def test_the_cut_is_that_of_the_best_f1():
@@ -194,7 +193,7 @@ def texts(group):
 def test_labels_that_another_language_misses_are_named(planted):
     """In the second treebank the latent of the gender is silent; the number's two latents are found in neither."""
     words, _ = planted
-    other = dataclasses.replace(words, source="B", x=words.x * np.array([0, *[1] * 7], np.float32))
+    other = words._replace(source="B", x=words.x * np.array([0, *[1] * 7], np.float32))
     how = {"cfg": types.SimpleNamespace(d_in=8), "device": torch.device("cpu"), "dtype": torch.float32}
     sae = types.SimpleNamespace(encode=lambda x: (x > 3).float(), **how)
     found = {(item.trained, item.tested): item for item in probe(sae, [words, other]).misses()}
