@@ -311,7 +311,7 @@ class Patching(NamedTuple):
         rows = []
         for curve in self.curves:
             points = [curve.reached(share) for share in REACHED]
-            patches = [f"{point.n_patched} ({point.magnitude:.2f})" if point else "never" for point in points]
+            patches = [f"{each.n_patched} ({each.magnitude:.2f})" if each else "never" for each in points]
             spearman = "" if curve.spearman is None else f"{curve.spearman:.2f}"
             kl = f"{curve.unpatched.value:.2f}", f"{curve.all_patched.value:.3f}"
             rows.append((curve.name, curve.n_candidates, *kl, *patches, spearman))

@@ -181,13 +181,13 @@ def _geometry(job: Reproduction, results: Results) -> dict[str, Any]:
     first = narrowest(rows)
     entries = [row for row in rows if (row["site"], row["layer"]) == (first["site"], first["layer"])]
     found = geometry({row["name"]: load_sae(row["folder"]) for row in entries[:MOST]}, sample=SAMPLE)
-    inside = "; ".join(f"{c.source}: {c.threshold:.3f} (random {c.random.largest:.3f})" for c in found.within)
+    own = [f"{c.source}: {c.threshold:.3f} (random {c.random.largest:.3f})" for c in found.within]
     matches = "; ".join(
         f"{c.source} to {c.target}: median {c.matches.quantiles['50 %']:.2f}, random {c.random.quantiles['50 %']:.2f}, "
         f"{100 * c.above_random.value:.0f} % above the largest random"
         for c in found.between
     )
-    facts = {"thresholds": inside, "matches": matches or None, "table": found.table().splitlines()}
+    facts = {"thresholds": "; ".join(own), "matches": matches or None, "table": found.table().splitlines()}
     return {**plain(found), **facts, "svg": matches_svg([*found.between, *found.within])}
 
 

@@ -135,7 +135,8 @@ def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[R
     """
     spec = shared_words()[described] if isinstance(described, str) else described
     spec = spec | shared_words()[spec["shared"]] if "shared" in spec else spec
-    return [_table_of(spec, part) for part in (lookup(result, spec["each"]) if "each" in spec else [result])]
+    parts = lookup(result, spec["each"]) if "each" in spec else [result]
+    return [_table_of(spec, part) for part in parts]
 
 
 def _table_of(spec: dict[str, Any], part: Any) -> ReportTable:
