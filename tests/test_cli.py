@@ -158,6 +158,16 @@ def test_a_corpus_without_a_text_column_and_one_too_short(capsys, trained_sae, t
     assert code == 2 and "fewer than the 300,000" in err
 
 
+def test_a_number_or_all(capsys, trained_sae, tmp_path):
+    """`--tokens all` is a word where a number may stand."""
+    file = tmp_path / "breve.txt"
+    file.write_text("Le ragazze sono arrivate ieri sera alla stazione con il treno della notte. " * 400)
+    arguments = ("cache", "build", trained_sae, "--corpus", file, "split=all", "--out", tmp_path / "c", "--json")
+    code, out, _ = run(capsys, *arguments, "--tokens", "all")
+    assert code == 0 and json.loads(out)["cache"] == str(tmp_path / "c")
+    assert run(capsys, *arguments, "--tokens", 0)[2].strip().endswith("1 or more was expected, or all.")
+
+
 def test_a_read_only_or_full_disk_is_no_traceback(capsys, trained_sae, tmp_path, monkeypatch):
     from sae_italian.cache import layout
 

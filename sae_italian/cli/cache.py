@@ -12,7 +12,7 @@ import sae_italian
 from sae_italian.autointerp.llm import LLMOptions, LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
-from sae_italian.cli.options import POSITIVE, Count, Folder, Model, Result, Seed, Source, Workers, own_words
+from sae_italian.cli.options import Count, Folder, Model, Result, Seed, Source, Workers, own_words
 
 TOLD = ("detection", "fuzzing", "simulation")  # the scorers that the table of a run tells of by itself
 MOSTLY = 0.8  # of the documents, from which examples count as Italian
@@ -21,7 +21,7 @@ MOSTLY = 0.8  # of the documents, from which examples count as Italian
 def build(
     *saes: str,
     out: Path,
-    tokens: Annotated[int | Literal["all"], POSITIVE] = 300_000,
+    tokens: int | Literal["all"] = 300_000,
     source: Source = Source(),
     folder: Folder = Folder(),
     workers: Workers = Workers(),
@@ -40,6 +40,8 @@ def build(
     settings, names = own_words(saes, {"split": "heldout", "windows_per_shard": 0})
     if not names:
         raise UsageError("an SAE was expected: a folder, or release:sae_id.")
+    if tokens != "all" and tokens < 1:
+        raise UsageError(f"--tokens is {tokens}; 1 or more was expected, or all.")
     sae, model, corpus = source.load(names[0])
     loaded = [sae, *map(sae_italian.load_sae, names[1:])]
     out = out.resolve()  # a worker may have another working directory

@@ -79,8 +79,7 @@ def _lined_up(rows: list[list[str]]) -> list[str]:
     return [*shown[:1], "  ".join("-" * width for width in widths), *shown[1:]]
 
 
-POSITIVE = Parameter(validator=Number(gte=1))
-Count = Annotated[int, POSITIVE]
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
 Sae = Annotated[str, Parameter(help="The SAE: a folder, or release:sae_id.")]
 Out = Annotated[Path | None, Parameter(help="Folder to write to; nothing is written without it.")]
 Model = Annotated[str | None, Parameter(help="Name, hub id or folder of the model; default: the SAE's own.")]

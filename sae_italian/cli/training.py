@@ -126,12 +126,12 @@ def _train_in_processes(spec: Any, n: int, out: Path, words: list[str], folder: 
 
 
 def evaluate(
-    sae: Sae, /, *, tokens: Count = 100_000, loss_tokens: Count | None = None, source: Source = Source()
+    sae: Sae, /, *, tokens: Count | None = None, loss_tokens: Count | None = None, source: Source = Source()
 ) -> Result:
     """Measure an SAE on held-out text: its evaluation card, kept in its folder.
 
     Args:
-        tokens: Held-out tokens, special ones not counted.
+        tokens: Held-out tokens, special ones not counted; default: 100000, or all where there are fewer.
         loss_tokens: Measure losses and KL on the first so many tokens only; default: on all.
     """
     from sae_italian.base.report import shown
@@ -139,7 +139,7 @@ def evaluate(
     from sae_italian.evaluation.card import read_seeds
 
     loaded, model, corpus = source.load(sae)
-    size = {"n_tokens": tokens, "loss_tokens": loss_tokens}
+    size = {"n_tokens": tokens or 100_000, "at_most": tokens is None, "loss_tokens": loss_tokens}
     card = sae_italian.evaluate(loaded, model, corpus, name=sae, **size, **source.reading)
     if Path(sae).is_dir():
         card.save(Path(sae))

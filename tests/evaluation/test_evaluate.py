@@ -59,6 +59,7 @@ def test_a_corpus_that_is_too_short_says_how_much_can_be_asked_for(identity_sae,
         evaluate(identity_sae, mini, str(jsonl), n_tokens=10**6)
     most = int(re.findall(r"--tokens (\d+)", str(error.value))[0])
     assert evaluate(identity_sae, mini, str(jsonl), n_tokens=most).n_tokens >= most
+    assert evaluate(identity_sae, mini, str(jsonl), n_tokens=10**6, at_most=True).n_tokens >= most
 
 
 def test_zero(identity_sae, mini):
