@@ -71,8 +71,7 @@ def evaluate(
     are not given, those that the SAE names: `evaluate("runs/x")`.
     Special tokens count nowhere, and the SAE is not applied to them. Losses and KL take three more forward passes; with
     `loss_tokens` on the first so many tokens only. A transcoder is measured, and put in place, at the hook it writes.
-    Raises: UsageError when SAE and model do not fit (`check_fits`), or the corpus has fewer tokens than `n_tokens`; with
-    `at_most` only when it has none.
+    Raises: UsageError where SAE and model do not fit, or the corpus has fewer than `n_tokens` (`at_most`: none).
     """
     name = name or (str(sae) if isinstance(sae, str | Path) else "")
     sae, model, corpus = open_sae(sae, model, corpus)
@@ -85,8 +84,7 @@ def evaluate(
     latents, n_loss, outliers = LatentCounts(sae.cfg.d_sae), 0, None
     with progress("evaluate", total=n_tokens) as bar:
         marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
-        held = windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}", at_most=at_most)
-        for windows in held:
+        for windows in windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}", at_most=at_most):
             with_loss = loss_tokens is None or n_loss < loss_tokens
             outliers = outliers or (_outliers(model, hook_out, windows) if len(windows.doc) > 1 else None)
             rows, active, y, error = measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
