@@ -67,8 +67,7 @@ def evaluate(
 ) -> EvaluationCard:
     """Return the evaluation card of `sae` on `model` (backend `hf`) over `n_tokens` tokens of a corpus.
 
-    An SAE is given as it is, as a folder or as release:sae_id; a model as it is or by name; model and corpus are, if they
-    are not given, those that the SAE names: `evaluate("runs/x")`.
+    An SAE is given as it is, as a folder or as release:sae_id; model and corpus are by default those that it names.
     Special tokens count nowhere, and the SAE is not applied to them. Losses and KL take three more forward passes; with
     `loss_tokens` on the first so many tokens only. A transcoder is measured, and put in place, at the hook it writes.
     Raises: UsageError where SAE and model do not fit, or the corpus has fewer than `n_tokens` (`at_most`: none).
