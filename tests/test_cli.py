@@ -165,7 +165,7 @@ def test_a_number_or_all(capsys, trained_sae, tmp_path):
     arguments = ("cache", "build", trained_sae, "--corpus", file, "split=all", "--out", tmp_path / "c", "--json")
     code, out, _ = run(capsys, *arguments, "--tokens", "all")
     assert code == 0 and json.loads(out)["cache"] == str(tmp_path / "c")
-    assert run(capsys, *arguments, "--tokens", 0)[2].strip().endswith("1 or more was expected, or all.")
+    assert run(capsys, *arguments, "--tokens", 0)[2].strip().endswith("it must be >= 1, or all.")
 
 
 def test_a_read_only_or_full_disk_is_no_traceback(capsys, trained_sae, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def test_a_second_run_is_refused_and_resuming_gives_the_same(done):
     assert again["random"] == results["random"] and again["random_gold"] == results["random_gold"]
     assert not (out / "cache" / "random-twin").exists()  # its numbers are kept, its cache is not made again
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    assert size < 17e6  # 256 latents on 40,000 tokens; with the twin over 20
+    assert size < 18e6  # 256 latents on 40,000 tokens; with the twin over 20
     assert again["card"]["explained_variance"] == results["card"]["explained_variance"]
 
 

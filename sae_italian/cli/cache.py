@@ -41,7 +41,7 @@ def build(
     if not names:
         raise UsageError("an SAE was expected: a folder, or release:sae_id.")
     if tokens != "all" and tokens < 1:
-        raise UsageError(f"--tokens is {tokens}; 1 or more was expected, or all.")
+        raise UsageError(f"--tokens is {tokens}; it must be >= 1, or all.")
     sae, model, corpus = source.load(names[0])
     loaded = [sae, *map(sae_italian.load_sae, names[1:])]
     out = out.resolve()  # a worker may have another working directory

@@ -117,10 +117,7 @@ class Processes:
         before, trainer.act_freq_scores = trainer.act_freq_scores, torch.zeros_like(trainer.act_freq_scores)
         with self._started(trainer, rows):
             output = trainer.step(parts[self.rank])
-        fired = trainer.act_freq_scores  # from all counts of the step both counters follow: how often, and how long ago
-        dist.all_reduce(fired)
-        trainer.act_freq_scores = before + fired
-        trainer.n_forward_passes_since_fired[fired > 0] = 0
+        self._count(trainer, before)
         trainer.n_training_samples += len(rows) - len(parts[self.rank])
         return output
 
@@ -150,6 +147,13 @@ class Processes:
         for message in self.under_way:
             message.wait()
         self.under_way.clear()
+
+    def _count(self, trainer: Any, before: Tensor) -> None:
+        """Sum the step's firing counts, and from them both of the trainer's counters: how often, and how long ago."""
+        fired = trainer.act_freq_scores
+        dist.all_reduce(fired)
+        trainer.act_freq_scores = before + fired
+        trainer.n_forward_passes_since_fired[fired > 0] = 0
 
     def _least(self, acts: Tensor) -> Tensor:
         """Return the least positive activation of all processes, 0 where there is none, as [1]."""

@@ -50,7 +50,7 @@ def shape_of(name: str) -> types.SimpleNamespace:
 @pytest.fixture
 def offline(monkeypatch):
     """Let shapes come from the catalogue, as no hub is reachable."""
-    for module in ("sae_italian.models", "sae_italian.training.suite"):
+    for module in ("sae_italian.training.config", "sae_italian.training.suite"):
         monkeypatch.setattr(f"{module}.load_model_config", shape_of)
     monkeypatch.setattr(
         "sae_italian.training.suite.n_parameters",
