@@ -139,7 +139,7 @@ def evaluate(
     from sae_italian.evaluation.card import read_seeds
 
     loaded, model, corpus = source.load(sae)
-    size = {"n_tokens": tokens or 100_000, "at_most": tokens is None, "loss_tokens": loss_tokens}
+    size: dict[str, Any] = {"n_tokens": tokens or 100_000, "at_most": tokens is None, "loss_tokens": loss_tokens}
     card = sae_italian.evaluate(loaded, model, corpus, name=sae, **size, **source.reading)
     if Path(sae).is_dir():
         card.save(Path(sae))
