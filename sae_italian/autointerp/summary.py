@@ -94,7 +94,7 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
     with Store(path, {}) as store:
         statuses = [explanation.status for _, explanation in store.explanations(explainer).values()]
 
-        scores, lookup = _Scores(store, explainer, judge), {"explainer": LOOKUP, "judge": RULE}
+        scores, lookup = _Scores(store, explainer, judge), dict[str, Any](explainer=LOOKUP, judge=RULE)
         values, mean = scores.values, scores.mean
         means = {name: mean(name) for name in _HEADLINE}
         means |= {f"shuffled_{name}": mean(name, control=SHUFFLED) for name in _HEADLINE}
@@ -138,7 +138,7 @@ class _Scores:
 
     def __init__(self, store: Store, explainer: str, judge: str):
         self.store, self.falls = store, cache(store.falls)
-        self.who = {"explainer": explainer, "judge": judge, "control": ""}
+        self.who: dict[str, Any] = {"explainer": explainer, "judge": judge, "control": ""}
 
     def values(self, scorer: str, negatives: str = "", metric: str = "", **where: Any) -> dict[int, float]:
         negatives, metric = negatives or _HEADLINE[scorer], metric or SCORERS[scorer].metric
