@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_italian import FeatureCache
 from sae_italian.cli import main
 from sae_italian.cli.app import COMMANDS
 from sae_italian.cli.options import facts, readable
@@ -155,7 +156,7 @@ def test_a_corpus_without_a_text_column_and_one_too_short(capsys, trained_sae, t
         "--out",
         tmp_path / "c",
     )
-    assert code == 2 and "fewer than the 300,000" in err
+    assert code == 2 and "fills no window" in err
 
 
 def test_a_number_or_all(capsys, trained_sae, tmp_path):
@@ -163,8 +164,11 @@ def test_a_number_or_all(capsys, trained_sae, tmp_path):
     file = tmp_path / "breve.txt"
     file.write_text("Le ragazze sono arrivate ieri sera alla stazione con il treno della notte. " * 400)
     arguments = ("cache", "build", trained_sae, "--corpus", file, "split=all", "--out", tmp_path / "c", "--json")
-    code, out, _ = run(capsys, *arguments, "--tokens", "all")
+    assert "fewer than the 100,000,000 asked for" in run(capsys, *arguments, "--tokens", 100_000_000)[2]
+    code, out, _ = run(capsys, *arguments, "--tokens", "all", "--overwrite")
     assert code == 0 and json.loads(out)["cache"] == str(tmp_path / "c")
+    code, out, _ = run(capsys, *arguments, "--overwrite")  # nothing said: what there is, as that is less than 300,000
+    assert code == 0 and FeatureCache.open(tmp_path / "c").manifest.n_tokens_asked == 300_000
     assert run(capsys, *arguments, "--tokens", 0)[2].strip().endswith("it must be >= 1, or all.")
 
 

@@ -70,6 +70,7 @@ def build_caches(
     outs: Sequence[str | Path],
     *,
     n_tokens: int | None,
+    at_most: bool = False,
     split: Split = "all",
     context_size: int | None = None,
     windows_per_shard: int | None = None,
@@ -83,8 +84,8 @@ def build_caches(
 
     BOS and other special tokens have no latents. Where `corpus` is a folder of SAELens' CacheActivationsRunner, its windows
     and activations are read and the model is not run. `run_units` does the work.
-    Raises: UsageError when SAE and model do not fit, the corpus is too short, or a folder of `outs` holds another run
-    or is being written by another process; DataError for a row without text.
+    Raises: UsageError when SAE and model do not fit, the corpus is too short (`at_most`: fills no window), or a folder of
+    `outs` holds another run or is being written by another process; DataError for a row without text.
     """
     folders, sae_names = [Path(out) for out in outs], sae_names or ["in memory"] * len(saes)
     if not saes or not len(saes) == len(folders) == len(sae_names) == len({path.resolve() for path in folders}):
@@ -119,9 +120,8 @@ def build_caches(
         check_claim(folder, KIND, manifest.identity(), **how)
     with ExitStack() as stack:
         manifests = [stack.enter_context(claimed_cache(*one, **how)) for one in each]
-        _build(
-            EncodeJob(tuple(folders), tuple(saes), model, manifests[0].windows_per_shard, cached), manifests, run_units
-        )
+        job = EncodeJob(tuple(folders), tuple(saes), model, manifests[0].windows_per_shard, cached)
+        _build(job, manifests, run_units, at_most)
     return folders
 
 
@@ -159,11 +159,12 @@ def claimed_cache(folder: Path, manifest: Manifest, *, resume: bool, overwrite: 
         remove(folder / "runs")
 
 
-def _build(job: EncodeJob, manifests: list[Manifest], run_units: UnitMap) -> None:
+def _build(job: EncodeJob, manifests: list[Manifest], run_units: UnitMap, at_most: bool) -> None:
     """Do all four passes: tokens once for all caches; the shards that some cache lacks for all that lack any."""
     source = next((i for i, manifest in enumerate(manifests) if manifest.tokens_complete), 0)
     if not manifests[source].tokens_complete:
-        write_token_shards(job.folders[source], manifests[source], job.model.tokenizer, job.cached)
+        first = job.folders[source], manifests[source], job.model.tokenizer, job.cached
+        write_token_shards(*first, at_most=at_most)
     for folder, manifest in zip(job.folders, manifests, strict=True):
         share_tokens(job.folders[source], manifests[source].shards, folder, manifest)
     todo = [i for i, each in enumerate(manifests) if not all(shard.encoded for shard in each.shards)]

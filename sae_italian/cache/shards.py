@@ -37,11 +37,13 @@ FORWARD_TOKENS = 8192
 CHUNK_BYTES = 2**23  # of pre-activations at a time: they stay in the processor's cache
 
 
-def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any, cached: CachedActivations | None = None) -> None:
+def write_token_shards(
+    out: Path, manifest: Manifest, tokenizer: Any, cached: CachedActivations | None = None, *, at_most: bool = False
+) -> None:
     """Write the token shards that the manifest does not name yet, and name them; `cached` has windows of its own.
 
     Packing starts from the first document again: it is a small part of the work, and the same each time.
-    Raises: UsageError when the corpus is shorter than asked for, or holds no full window.
+    Raises: UsageError when the corpus is shorter than asked for (unless `at_most`), or holds no full window.
     """
     if cached is None:
         documents = iter_documents(manifest.corpus, manifest.split, text_column=manifest.text_column)  # pyright: ignore[reportArgumentType]
@@ -49,7 +51,8 @@ def write_token_shards(out: Path, manifest: Manifest, tokenizer: Any, cached: Ca
     else:
         blocks = decoded_blocks(cached.blocks(manifest.windows_per_shard), tokenizer)
     if manifest.n_tokens_asked is not None:
-        blocks = take_tokens(blocks, manifest.n_tokens_asked, f"the {manifest.split} split of {manifest.corpus}")
+        what = f"the {manifest.split} split of {manifest.corpus}"
+        blocks = take_tokens(blocks, manifest.n_tokens_asked, what, at_most=at_most)
     done = len(manifest.shards)
     with progress("tokens", total=manifest.n_tokens_asked) as bar:
         for index, block in enumerate(blocks):

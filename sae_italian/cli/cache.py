@@ -21,7 +21,7 @@ MOSTLY = 0.8  # of the documents, from which examples count as Italian
 def build(
     *saes: str,
     out: Path,
-    tokens: int | Literal["all"] = 300_000,
+    tokens: int | Literal["all"] | None = None,
     source: Source = Source(),
     folder: Folder = Folder(),
     workers: Workers = Workers(),
@@ -33,14 +33,14 @@ def build(
             or all (heldout), windows_per_shard=N (a shard is the unit of work and of memory; 131,072 tokens of at most
             512 windows).
         out: The cache's folder; of several SAEs, the folder that theirs go into.
-        tokens: How many tokens of the split, or all of it.
+        tokens: How many tokens of the split, or all of it; default: 300000, or all where there are fewer.
     """
     from sae_italian.saes import full_name, weights_hash
 
     settings, names = own_words(saes, {"split": "heldout", "windows_per_shard": 0})
     if not names:
         raise UsageError("an SAE was expected: a folder, or release:sae_id.")
-    if tokens != "all" and tokens < 1:
+    if isinstance(tokens, int) and tokens < 1:
         raise UsageError(f"--tokens is {tokens}; it must be >= 1, or all.")
     sae, model, corpus = source.load(names[0])
     loaded = [sae, *map(sae_italian.load_sae, names[1:])]
@@ -53,7 +53,8 @@ def build(
         model,
         corpus,
         outs,
-        n_tokens=None if tokens == "all" else tokens,
+        n_tokens=None if tokens == "all" else tokens or 300_000,
+        at_most=tokens is None,
         split=settings["split"],
         windows_per_shard=settings["windows_per_shard"] or None,
         sae_names=[full_name(name) for name in names],

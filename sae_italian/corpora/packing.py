@@ -213,10 +213,12 @@ def special_mask(tokens: Int[np.ndarray, "*shape"], tokenizer: PreTrainedTokeniz
     return np.isin(tokens, tokenizer.all_special_ids)
 
 
-def take_tokens(blocks: Iterator[PackedBlock], n_tokens: int, what: str) -> Iterator[PackedBlock]:
+def take_tokens(
+    blocks: Iterator[PackedBlock], n_tokens: int, what: str, *, at_most: bool = False
+) -> Iterator[PackedBlock]:
     """Yield blocks until `n_tokens` tokens are reached, cutting the last block to whole windows.
 
-    Raises: UsageError when the blocks end before.
+    Raises: UsageError when the blocks end before, unless `at_most`.
     """
     seen = 0
     for block in blocks:
@@ -228,6 +230,8 @@ def take_tokens(blocks: Iterator[PackedBlock], n_tokens: int, what: str) -> Iter
         yield block
         if seen >= n_tokens:
             return
+    if at_most:
+        return
     raise UsageError(
         f"{what} has about {seen:,} tokens, fewer than the {n_tokens:,} asked for. "
         f"Ask for fewer (--tokens {seen}), or use more text."
