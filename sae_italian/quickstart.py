@@ -18,7 +18,7 @@ from sae_italian.base.report import plain
 from sae_italian.base.statistics import Estimate, reaches
 from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
 from sae_italian.browser import LatentSource, write_browser
-from sae_italian.browser.columns import records, text_table
+from sae_italian.browser.page import records, text_table
 from sae_italian.browser.source import RESULTS
 
 CARD_TOKENS = 50_000

@@ -10,8 +10,7 @@ import pytest
 
 from sae_italian import FeatureCache
 from sae_italian.cli import main
-from sae_italian.cli.app import COMMANDS
-from sae_italian.cli.options import facts, readable
+from sae_italian.cli.app import COMMANDS, facts, readable
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:

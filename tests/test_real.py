@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_italian.models import load_model
-from sae_italian.models.gguf import folder_of
+from sae_italian.models.catalogue import folder_of
 
 NAME = "google/gemma-3-270m"
 pytestmark = [

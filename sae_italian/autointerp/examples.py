@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.draws import SEGMENT_NEGATIVES, Activity, ExampleSource, Negatives, strong
-from sae_italian.autointerp.explainers.rules import LatentRule, TreeRule, rule_of
-from sae_italian.autointerp.explainers.text import displayed, rule_of_title
 from sae_italian.autointerp.places import Places, View
+from sae_italian.autointerp.rules import LatentRule, TreeRule, rule_of
 from sae_italian.autointerp.store import Explanation
+from sae_italian.autointerp.wording import displayed, rule_of_title
 from sae_italian.cache import FeatureCache
 
 N_SIMULATED = 5  # strongest segments of the simulation, and as many random ones (Cunningham et al. 2023)

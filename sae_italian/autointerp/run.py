@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.examples import RULE, Explainer, Judge, LatentExamples
-from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.store import Explanation, Judgement, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Trio, Work, cache_identity, do_batch, stored_config

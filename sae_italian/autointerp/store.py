@@ -52,7 +52,7 @@ class Explanation(NamedTuple):
         return (self.text_it or self.text_en) if language == "it" else (self.text_en or self.text_it)
 
     def title(self, language: str) -> str:
-        """Return the latent's short title (explainers/text.py), "" for an LLM's explanation and in an older store."""
+        """Return the latent's short title (wording.py), "" for an LLM's explanation and in an older store."""
         return ((self.rule or {}).get("title") or {}).get(language, "")
 
 

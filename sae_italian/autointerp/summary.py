@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.database import json_of
 from sae_italian.autointerp.draws import FUZZING_NEGATIVES, SEGMENT_NEGATIVES
 from sae_italian.autointerp.examples import RULE
-from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.run import NOTHING_SAID
 from sae_italian.autointerp.scorers import SCORERS
 from sae_italian.autointerp.scorers.binary import GAIN, GROUPS, HEADLINE

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from sae_italian.autointerp.choose import EXPLAINER, LOOKUP, RuleExplainer
 from sae_italian.autointerp.draws import ExampleSource, find_neighbours
 from sae_italian.autointerp.examples import (
     LEAST_PAIRS,
@@ -28,7 +29,6 @@ from sae_italian.autointerp.examples import (
     latent_examples,
     promoted_tokens,
 )
-from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP, RuleExplainer
 from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.scorers.binary import HEADLINE

@@ -25,7 +25,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
-from multiprocessing.pool import ExceptionWithTraceback  # pyright: ignore[reportAttributeAccessIssue]
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -33,7 +32,7 @@ import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 
 Engine = Literal["local", "ray"]
-RETRIES = 3  # how often a unit whose worker died is done again
+RETRIES = 3  # how often Ray does a unit again whose worker died
 AHEAD = 2  # units handed out for each worker before the first result is taken
 PATIENCE = 5.0  # seconds until a network file system must have shown a new file
 Item = TypeVar("Item")
@@ -59,23 +58,20 @@ def map_units(
     `fork` (Linux; elsewhere the work is done here) the processes share this one's memory, with one thread each. `ray` uses
     the cluster at `address` (None: the one this process is connected to, else a new one here with `workers` CPUs); a unit
     takes one CPU there and `gpus` GPUs. Units are read as they are needed, AHEAD a worker. `folder` is where they write: on
-    Ray, a worker that does not see it is refused. A worker that dies costs the units it had, which are done again.
+    Ray, a worker that does not see it is refused. A worker that dies costs the units it had: Ray does
+    them again, here the work ends and whoever resumes does them.
 
     Raises: UsageError for an engine that is unknown, not installed or not reached, for a folder that is not shared, and
-    when workers keep dying; what a unit raises, unchanged, with the worker's traceback as its cause unless it is ours.
+    when a worker died; what a unit raises, unchanged, with the worker's traceback as its cause unless it is ours.
     """
     if engine not in get_args(Engine):
         raise UsageError(f"engine {engine!r} is unknown. {nearest(engine, get_args(Engine))}")
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers is {workers}; it must be 1 or more.")
-    if engine == "local" and address is not None:
-        raise UsageError(f"--address {address} is that of a Ray cluster; add --engine ray, or leave it out.")
     function = function if setup is None else _SetUp(function, setup)
     if engine == "ray":
         return _in_order(_Ray(Job(function, _probe(folder)), address, workers, gpus), units)
-    if workers in (None, 1) or (fork and not sys.platform.startswith("linux")):
+    if workers is None or workers <= 1 or (fork and not sys.platform.startswith("linux")):
         return map(function, units)
-    return _in_order(_Processes(function, workers or 1, fork), units)
+    return _in_order(_Processes(function, workers, fork), units)
 
 
 def in_threads(function: Callable[[Item], Found], items: Iterable[Item], concurrency: int) -> Iterator[Found]:
@@ -104,34 +100,23 @@ def in_threads(function: Callable[[Item], Found], items: Iterable[Item], concurr
 def _in_order(pool: _Processes | _Ray, units: Iterable[Any]) -> Iterator[Any]:
     """Yield the results in the order of the units; end the workers however this ends."""
     left, n_taken = iter(units), 0
-    waiting: deque[Any] = deque()  # units whose results were not taken yet
-    promised: deque[Any] = deque()  # what the pool gave for them
+    waiting: deque[Any] = deque()  # what the pool gave for units whose results were not taken yet
     try:
         while True:
-            waiting.extend(islice(left, AHEAD * pool.workers - len(waiting)))
+            waiting.extend(pool.submit(unit) for unit in islice(left, AHEAD * pool.workers - len(waiting)))
             if not waiting:
                 return
-            try:
-                for unit in islice(waiting, len(promised), None):
-                    promised.append(pool.submit(unit))
-                value, error = pool.result(promised[0])
-            except pool.deaths as death:
-                if not pool.mend():
-                    raise UsageError(
-                        f"workers died {RETRIES + 1} times at or near unit {n_taken} (out of memory, or killed). Use "
-                        "fewer workers or smaller units; finished parts are kept, --resume continues."
-                    ) from death
-                promised.clear()
-                continue
+            value = pool.result(waiting[0])
             waiting.popleft()
-            promised.popleft()
             n_taken += 1
-            if error is not None:
-                error.__cause__ = None if isinstance(error, SaeItalianError) else error.__cause__
-                raise error
             yield value
+    except pool.deaths as death:
+        raise UsageError(
+            f"a worker died at or near unit {n_taken} (out of memory, or killed). Use fewer workers or smaller units; "
+            "finished parts are kept, --resume continues."
+        ) from death
     finally:
-        pool.stop(promised)
+        pool.stop(waiting)
 
 
 @dataclass
@@ -184,45 +169,36 @@ def _probe(folder: Path | None) -> Path | None:
 
 
 class _Processes:
-    """Processes of this machine. When one dies, all are made again and do again what was not taken yet."""
+    """Processes of this machine."""
 
     deaths = BrokenProcessPool
 
     def __init__(self, function: Callable[..., Any], workers: int, fork: bool):
-        self.workers, self.fork, self.n_deaths = workers, fork, 0
-        # a forked process inherits the function with all that it refers to
-        self.function = function if fork else pickle.dumps(function)
-        self.executor: ProcessPoolExecutor | None = None
+        self.workers = workers
+        if fork:
+            gc.collect()
+            gc.freeze()  # what the processes share is neither searched for garbage nor copied for it
+        threads = 1 if fork else max(1, (os.cpu_count() or 1) // workers)
+        context = get_context("fork" if fork else "spawn")
+        # a spawned worker imports what the function needs once Ctrl-C is no longer for it, not while it starts
+        given = function if fork else pickle.dumps(function)
+        self.executor = ProcessPoolExecutor(workers, context, _start_worker, (given, threads))
 
-    def submit(self, unit: Any) -> Future[tuple[Any, Any]]:
-        if self.executor is None:
-            if self.fork:
-                gc.collect()
-                gc.freeze()  # what the processes share is neither searched for garbage nor copied for it
-            threads = 1 if self.fork else max(1, (os.cpu_count() or 1) // self.workers)
-            context = get_context("fork" if self.fork else "spawn")
-            self.executor = ProcessPoolExecutor(self.workers, context, _start_worker, (self.function, threads))
+    def submit(self, unit: Any) -> Future[Any]:
         return self.executor.submit(_do, unit)
 
-    def result(self, future: Future[tuple[Any, Any]]) -> tuple[Any, Any]:
-        outcome = future.result()
-        self.n_deaths = 0
-        return outcome
+    def result(self, future: Future[Any]) -> Any:
+        try:
+            return future.result()
+        except SaeItalianError as error:
+            raise error from None  # its sentence says all
 
-    def mend(self) -> bool:
-        """Make new processes at the next unit; False after RETRIES deaths without a result between them."""
-        self.n_deaths += 1
-        self.stop(())
-        return self.n_deaths <= RETRIES
-
-    def stop(self, promised: Iterable[Any]) -> None:
+    def stop(self, waiting: Iterable[Any]) -> None:
         """End the workers, those in the middle of a unit too: each removes the file it was writing."""
-        if self.executor is not None:
-            for process in list((self.executor._processes or {}).values()) if promised else ():
-                process.terminate()
-            self.executor.shutdown(wait=True, cancel_futures=True)
-            self.executor = None
-            gc.unfreeze()
+        for process in list((self.executor._processes or {}).values()) if waiting else ():
+            process.terminate()
+        self.executor.shutdown(wait=True, cancel_futures=True)
+        gc.unfreeze()
 
 
 class _Ray:
@@ -239,17 +215,17 @@ class _Ray:
     def submit(self, unit: Any) -> Any:
         return self.task.remote(unit, self.key, self.shared)
 
-    def result(self, reference: Any) -> tuple[Any, Any]:
-        return self.ray.get(reference)
+    def result(self, reference: Any) -> Any:
+        try:
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from None if isinstance(error.cause, SaeItalianError) else error
 
-    def mend(self) -> bool:
-        return False
-
-    def stop(self, promised: Iterable[Any]) -> None:
+    def stop(self, waiting: Iterable[Any]) -> None:
         """Stop what is not done and wait a little, so that a unit can remove the file it was writing."""
-        for reference in promised:
+        for reference in (left := list(waiting)):
             self.ray.cancel(reference)
-        if left := list(promised):
+        if left:
             self.ray.wait(left, num_returns=len(left), timeout=5)
         if self.probe is not None:
             self.probe.unlink(missing_ok=True)
@@ -316,8 +292,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _do(unit: Any, key: str = "", shared: Sequence[Any] = ()) -> tuple[Any, Any]:
-    """Return the unit's value and None, or None and what it raised, with its traceback, in a form that can be pickled."""
+def _do(unit: Any, key: str = "", shared: Sequence[Any] = ()) -> Any:
+    """Return what comes of the unit. What it raises arrives whole or, where it cannot be pickled, as a RuntimeError."""
     global _work
     try:
         if _work is None or _work[0] != key:
@@ -325,13 +301,12 @@ def _do(unit: Any, key: str = "", shared: Sequence[Any] = ()) -> tuple[Any, Any]
 
             job: Any = ray.get(shared[0])
             _work = (key, job.open())
-        return _work[1](unit), None
+        return _work[1](unit)
     except SystemExit:
         os._exit(143)
     except Exception as error:
-        trace = error.__traceback__
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
-            error = RuntimeError(f"{type(error).__name__}: {error}")
-        return None, ExceptionWithTraceback(error, trace)
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise

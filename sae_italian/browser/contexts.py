@@ -9,7 +9,7 @@ from itertools import islice, pairwise
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.browser.columns import Record
+from sae_italian.browser.page import Record
 from sae_italian.cache import FeatureCache, LatentActivations
 from sae_italian.cache.passages import contents, first_new, surroundings
 from sae_italian.corpora import TextDocument

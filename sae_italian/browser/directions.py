@@ -11,7 +11,7 @@ from jaxtyping import Float
 from scipy.sparse import csc_matrix, csr_matrix
 
 from sae_italian.analysis.directions import map_of
-from sae_italian.browser.columns import Record
+from sae_italian.browser.page import Record
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import final_gain, read_activations

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_italian.autointerp.explainers.choose import EXPLAINER
+from sae_italian.autointerp.choose import EXPLAINER
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label, page_labels
 from sae_italian.base.storage import read_json, write_text

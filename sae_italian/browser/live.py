@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from sae_italian.analysis.latent import ablate, steer
+from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.examples import LatentExamples
-from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store

@@ -1,22 +1,27 @@
-"""The page: one script and one style sheet, each joined from the files of `static/`, for a folder, a server, a notebook.
+"""The page, and what the list of latents and the table of metrics show.
 
-Pages on `file://` may load scripts but no modules, and a notebook hands a front end as one text. So the files of
-`static/` are plain scripts that share one scope: joined in the order below, no name may be declared twice. Before them
-stand the words of `base/labels.yaml` and the columns of the list.
+It is one script and one style sheet, each joined from the files of `static/`, for a folder, a server, a notebook. Pages on
+`file://` may load scripts but no modules, and a notebook hands a front end as one text. So the files of `static/` are plain
+scripts that share one scope: joined in the order below, no name may be declared twice. Before them stand the words of
+`base/labels.yaml` and the columns of the list.
+
+To add a column: a row of COLUMNS here, and its words in `base/labels.yaml` under `column` (docs/extending.md).
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sae_italian.base.labels import page_labels
-from sae_italian.browser.columns import COLUMNS
+from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
+from sae_italian.autointerp.work import TITLE, WHOLE
+from sae_italian.base.labels import label, page_labels
+from sae_italian.base.report import table
 
 SCRIPTS = (
     *("base", "select", "route", "marks", "charts", "contexts", "overview", "list", "scores", "card"),
@@ -76,3 +81,156 @@ def page(run: Mapping[str, Any], *, policy: str = "") -> str:
     """Return the page with the facts of a run, escaped; `policy` is a meta element."""
     facts = {key: html.escape(str(run[key])) for key in ("title", "model", "sae", "corpus")}
     return Template(static_text("page.html")).substitute(facts, policy=policy)
+
+
+# --- the columns of the list of latents -------------------------------------------------------------------------------
+
+
+if TYPE_CHECKING:
+    from sae_italian.browser.source import LatentSource
+
+Record = dict[str, Any]  # of the page, plain JSON: None is "not measured"; tests/browser/records.yaml has them all
+LABEL_SHOWN = 0.5  # F1 from which a label is shown on a latent's row
+TOKENS_SHOWN = 5
+
+
+class Column(NamedTuple):
+    """One field of a latent's row: its value, and whether and how the list shows it as a column."""
+
+    value: Callable[[LatentSource, int], Any]
+    show: str = ""
+    """integer, density, activation, fixed, signed or score; empty: the row needs it but has no column of its own."""
+    range: bool = False
+    """Whether the list can be narrowed to a range of it."""
+
+
+def _score(scorer: str, end: str) -> Callable[[LatentSource, int], float | None]:
+    return lambda source, latent: getattr(source.score(EXPLAINER, scorer, latent), end)
+
+
+def _gain(source: LatentSource, latent: int) -> float | None:
+    own, lookup = (source.score(explainer, "detection", latent).value for explainer in (EXPLAINER, LOOKUP))
+    return None if own is None or lookup is None else own - lookup
+
+
+def _status(source: LatentSource, latent: int) -> str:
+    """Return why there is no explanation; empty where there is one."""
+    found = source.explained(EXPLAINER, latent)
+    return "not explained" if found is None else "" if found.status == "ok" else found.status
+
+
+def _kind(source: LatentSource, latent: int) -> str:
+    found = source.explained(EXPLAINER, latent)
+    return found.rule["family"] if found and found.rule else ""
+
+
+def _rules(language: str) -> Callable[[LatentSource, int], str]:
+    return lambda source, latent: getattr(source.explained(EXPLAINER, latent), f"text_{language}", "")
+
+
+def _titles(language: str) -> Callable[[LatentSource, int], str]:
+    return lambda s, i: found.title(language) if (found := s.explained(EXPLAINER, i)) else ""
+
+
+def _llms(language: str) -> Callable[[LatentSource, int], str]:
+    return lambda source, latent: getattr(source.llm_explanation(latent), f"text_{language}", "")
+
+
+def _gold(source: LatentSource, latent: int) -> list[str]:
+    return [row["label"] for row in source.labels.get(latent, []) if (row["f1"] or 0) >= LABEL_SHOWN]
+
+
+def _tokens(source: LatentSource, latent: int) -> list[str]:
+    return [source.strings[token] for token in source.stats["token_ids"][latent][:TOKENS_SHOWN]]
+
+
+COLUMNS: dict[str, Column] = {
+    "latent": Column(lambda _, i: i, "integer"),  # 0 to d_sae - 1, in order
+    # share of tokens on which it is active, 0 to 1; the largest activation seen, 0 when dead; tokens on which it is active
+    "density": Column(lambda s, i: float(s.stats["density"][i]), "density", range=True),
+    "max": Column(lambda s, i: float(s.stats["max"][i]), "activation", range=True),
+    "n_active": Column(lambda s, i: int(s.stats["count"][i])),
+    "sample": Column(lambda s, i: s.sample(i)),  # its strongest passage, what fires marked (contexts.py)
+    # the rule's, which the scores are of; an LLM's, empty without one
+    "title_it": Column(_titles("it")),  # 60 characters at most; empty when unexplained, and in an older store
+    "title_en": Column(_titles("en")),
+    "title_detection": Column(_score(TITLE, "value")),  # the title's own score, as `detection`
+    "whole_detection": Column(_score(WHOLE, "value")),  # of the rule as it was fitted
+    "explanation_it": Column(_rules("it")),
+    "explanation_en": Column(_rules("en")),
+    "llm_it": Column(_llms("it")),
+    "llm_en": Column(_llms("en")),
+    "kind": Column(_kind),  # token, previous, bigram, context, ...; empty when unexplained
+    # balanced accuracy, 0 to 1, chance 0.5, and its 95 % interval
+    "detection": Column(_score("detection", "value"), "score", range=True),
+    "detection_lo": Column(_score("detection", "lo")),
+    "detection_hi": Column(_score("detection", "hi")),
+    "fuzzing": Column(_score("fuzzing", "value"), "fixed"),
+    # detection minus that of the token lookup, -1 to 1
+    "gain": Column(_gain, "signed", range=True),
+    "top_tokens": Column(_tokens),
+    "gold": Column(_gold),  # labels that this latent detects
+    "dead": Column(lambda s, i: not s.stats["count"][i]),
+    "x": Column(lambda s, i: s.place(i, 0)),  # on the map; None without the decoder
+    "y": Column(lambda s, i: s.place(i, 1)),
+    "status": Column(_status),
+}
+
+
+# --- the metrics of a run ---------------------------------------------------------------------------------------------
+
+# The number's place in the run's results, and its label, which ends with its name on the page.
+_TABLES = {
+    "metrics": {
+        **{f"card.{name}": f"card.{name}" for name in ("l0", "explained_variance", "explained_variance_uncentred")},
+        "card.ce_loss_recovered": "card.ce_loss_recovered",
+        "card.dead": "metrics.dead",
+        **{f"autointerp.{name}": f"metrics.{name}" for name in ("share_detected", "detection", "fuzzing")},
+    },
+    "controls": {
+        **{
+            f"autointerp.{name}": f"controls.{name}"
+            for name in ("shuffled_detection", "whole_detection", "lookup_share_detected", "gain_over_lookup")
+        },
+        **{f"random.{name}": f"controls.random_{name}" for name in ("share_detected", "detection")},
+    },
+}
+_SHARES = ("explained_variance", "explained_variance_uncentred", "ce_loss_recovered", "dead", "share_detected")
+_NOTES = {
+    "dead": ("su {n_tokens:_} token", "in {n_tokens:_} tokens"),
+    "share_detected": ("{n_scored:_} valutati di {n_latents:_}", "{n_scored:_} scored of {n_latents:_}"),
+    "shuffled_detection": ("il caso dà 0,5", "chance is 0.5"),
+}
+
+
+def records(results: dict[str, Any], which: str) -> list[Record]:
+    """Return the `metrics` or `controls` of a run as records; numbers that a run does not have are left out.
+
+    `results` holds the parts `card`, `autointerp`, `random` (dicts of {value, lo, hi}) and counts for the notes.
+    """
+    found, card, auto = [], results.get("card") or {}, results.get("autointerp") or {}
+    counts = {"n_scored": auto.get("n_explained"), **auto, "n_tokens": card.get("n_tokens")}
+    for place, words in _TABLES[which].items():
+        part, key = place.split(".")
+        estimate = (results.get(part) or {}).get(key)
+        if not estimate or estimate["value"] is None:
+            continue
+        name = words.split(".")[1]
+        scale, unit = (100, "%") if name.endswith(_SHARES) else (1, "")
+        ends = {end: None if estimate[end] is None else estimate[end] * scale for end in ("value", "lo", "hi")}
+        note_it, note_en = (note.format(**counts) for note in _NOTES.get(name, ("", "")))
+        notes = {"note_it": note_it.replace("_", "."), "note_en": note_en.replace("_", ",")}
+        labels = {f"label_{language}": label(words, language) for language in ("it", "en")}
+        found.append({"name": name, **ends, **labels, "unit": unit, **notes})
+    return found
+
+
+def text_table(metrics: Sequence[Record], extra: Sequence[tuple[str, ...]] = ()) -> str:
+    """Return a Markdown table of metrics with their intervals, in English, then rows of a name, a value and an interval."""
+    rows: list[tuple[str, ...]] = []
+    for metric in metrics:
+        digits, unit = (1, " %") if metric["unit"] else (3, "")
+        note = f" ({metric['note_en']})" if metric["note_en"] else ""
+        interval = "" if metric["lo"] is None else f"{metric['lo']:.{digits}f} to {metric['hi']:.{digits}f}"
+        rows.append((metric["label_en"] + note, f"{metric['value']:.{digits}f}{unit}", interval))
+    return table(" | value | 95 % interval", [*rows, *extra])

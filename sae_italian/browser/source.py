@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian import __version__
-from sae_italian.autointerp.explainers.choose import EXPLAINER, LOOKUP
+from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.places import piece_texts
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.scorers.binary import HEADLINE
@@ -22,9 +22,9 @@ from sae_italian.autointerp.work import TITLE, WHOLE, made_now, with_now
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import read_json, utc_now
-from sae_italian.browser.columns import COLUMNS, Record, records
 from sae_italian.browser.contexts import file_name, passages_of, samples
 from sae_italian.browser.directions import Decoder
+from sae_italian.browser.page import COLUMNS, Record, records
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.evaluation.card import read_card, read_seeds
 from sae_italian.models import parse_hook_name, resolved_here
@@ -156,7 +156,7 @@ class LatentSource:
         }
 
     def rows(self) -> dict[str, list[Any]]:
-        """Return the list of all latents by column (columns.py)."""
+        """Return the list of all latents by column (page.py)."""
         latents = range(self.d_sae)
         for start in range(len(self._samples), self.d_sae, AT_ONCE):
             some = latents[start : start + AT_ONCE]

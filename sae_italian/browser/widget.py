@@ -15,10 +15,9 @@ from typing import Any
 
 from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.base.errors import UsageError
-from sae_italian.browser.columns import Record
 from sae_italian.browser.live import in_both
 from sae_italian.browser.opening import PageAnswers, open_pages
-from sae_italian.browser.page import module, notebook_style
+from sae_italian.browser.page import Record, module, notebook_style
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 

@@ -26,9 +26,8 @@ import numpy as np
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import LOCK_FILE, atomic_path, locked, read_json, remove, write_json, write_text
-from sae_italian.browser.columns import Record
 from sae_italian.browser.directions import rounded
-from sae_italian.browser.page import page, script, style
+from sae_italian.browser.page import Record, page, script, style
 from sae_italian.browser.source import SCORE_FIELDS
 
 MARKER, SPACE_CARD = "browser.json", "README.md"

@@ -13,9 +13,9 @@ from pydantic import PositiveInt
 import sae_italian
 from sae_italian.autointerp.llm import LLMOptions
 from sae_italian.base.errors import UsageError
+from sae_italian.base.labels import read_words
 from sae_italian.base.report import plain, table
-from sae_italian.base.words import read_words
-from sae_italian.cli.options import (
+from sae_italian.cli.app import (
     MINUTES,
     Folder,
     Many,

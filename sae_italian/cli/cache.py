@@ -12,7 +12,7 @@ import sae_italian
 from sae_italian.autointerp.llm import LLMOptions, LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
-from sae_italian.cli.options import Count, Folder, Model, Result, Seed, Source, Workers, own_words
+from sae_italian.cli.app import Count, Folder, Model, Result, Seed, Source, Workers, own_words
 
 TOLD = ("detection", "fuzzing", "simulation")  # the scorers that the table of a run tells of by itself
 MOSTLY = 0.8  # of the documents, from which examples count as Italian
@@ -214,8 +214,8 @@ def _explained(
     """Explain and score by rules, and beside these with a language model where one is asked for."""
     from sae_italian.analysis.labels import examples_in
     from sae_italian.autointerp import AutointerpConfig
+    from sae_italian.autointerp.choose import EXPLAINER
     from sae_italian.autointerp.examples import RULE
-    from sae_italian.autointerp.explainers.choose import EXPLAINER
     from sae_italian.autointerp.llm.askers import estimate_beside, run_beside
     from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.autointerp.summary import means, means_table
@@ -251,12 +251,11 @@ def _scored(
     cache: Any, name: str | None, settings: LLMSettings, encoder: Path | None, subject: bool, n_scored: int
 ) -> Result:
     """Score explanations that are there with models that read them: the rules', or the language model's."""
-    from sae_italian.autointerp.explainers.choose import EXPLAINER
+    from sae_italian.autointerp.choose import EXPLAINER
     from sae_italian.autointerp.llm.askers import LLMExplainer
     from sae_italian.autointerp.llm.calls import DryClient
     from sae_italian.autointerp.run import STORE_FILE, score_with_models
-    from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge
-    from sae_italian.autointerp.scorers.subject import subject_judge
+    from sae_italian.autointerp.scorers.subject import Encoder, EncoderJudge, subject_judge
     from sae_italian.autointerp.summary import means, means_table
 
     store = cache.folder / STORE_FILE

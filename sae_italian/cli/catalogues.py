@@ -16,7 +16,7 @@ import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
 from sae_italian.base.storage import write_text
-from sae_italian.cli.options import Count, Folder, Result, Seed, facts, key_values
+from sae_italian.cli.app import Count, Folder, Result, Seed, facts, key_values
 
 if TYPE_CHECKING:
     from sae_italian.corpora import Reader
@@ -98,7 +98,7 @@ def import_model(
         overwrite: Replace a model imported under the same name.
     """
     from sae_italian.models import catalogue
-    from sae_italian.models.gguf import import_gguf, record_of
+    from sae_italian.models.catalogue import import_gguf, record_of
 
     name = name or file.stem
     if any(name.lower() in (entry.name.lower(), *entry.aliases) for entry in catalogue().values()):
@@ -116,7 +116,7 @@ def fetch_model(name: Name, /, *, accept_terms: bool = False) -> dict[str, Any]:
         accept_terms: Its licence's terms are accepted without being asked (or set SAE_ITALIAN_ACCEPT_TERMS=1).
     """
     from sae_italian.models import catalogue, resolve
-    from sae_italian.models.gguf import fetch_model, folder_of, record_of
+    from sae_italian.models.catalogue import fetch_model, folder_of, record_of
 
     entry = resolve(name).entry
     if entry is None:

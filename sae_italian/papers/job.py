@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.labels import kinds_of, read_words
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import read_json, read_yaml, remove, utc_now, write_json
-from sae_italian.base.words import kinds_of, read_words
 from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model, parse_hook_name, resolve
 from sae_italian.models.activations import check_context

@@ -19,8 +19,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as KNOWN
 
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.hub import WandbRun
+from sae_italian.base.labels import read_word, refusal
 from sae_italian.base.storage import RUN_FILE, read_json, read_yaml
-from sae_italian.base.words import read_word, refusal
 from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model_config, parse_hook_name, resolve
 from sae_italian.models.activations import check_context

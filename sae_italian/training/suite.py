@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import AutoModelForCausalLM
 
 from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.labels import refusal
 from sae_italian.base.report import plain
-from sae_italian.base.words import refusal
 from sae_italian.corpora.packing import special_mask
 from sae_italian.evaluation.card import Outliers, outliers_of
 from sae_italian.models import load_model, load_model_config, load_tokenizer

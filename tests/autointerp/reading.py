@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sae_italian.autointerp.explainers.rules import LatentRule, TreeRule
-from sae_italian.autointerp.explainers.text import quoted
 from sae_italian.autointerp.places import View
+from sae_italian.autointerp.rules import LatentRule, TreeRule
+from sae_italian.autointerp.wording import quoted
 from sae_italian.base.labels import Language, label, labels
 
 QUOTED = re.compile(r"«(?:[^»]|»»)*»(?!»)")

@@ -9,8 +9,14 @@ import torch
 
 from sae_italian.autointerp.examples import promoted_tokens
 from sae_italian.autointerp.run import N_SEGMENTS, score_with_models
-from sae_italian.autointerp.scorers.embedding import EncoderJudge
-from sae_italian.autointerp.scorers.subject import SubjectJudge, adding, strength_of, subject_judge, written_after
+from sae_italian.autointerp.scorers.subject import (
+    EncoderJudge,
+    SubjectJudge,
+    adding,
+    strength_of,
+    subject_judge,
+    written_after,
+)
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.summary import means, means_table
 from sae_italian.base.errors import UsageError

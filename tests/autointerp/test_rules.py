@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sae_italian.autointerp.draws import Activity
-from sae_italian.autointerp.examples import RuleJudge, latent_examples
-from sae_italian.autointerp.explainers.choose import (
+from sae_italian.autointerp.choose import (
     FAMILIES,
     RuleExplainer,
     best_threshold,
@@ -20,17 +18,19 @@ from sae_italian.autointerp.explainers.choose import (
     fit_trie,
     in_order_of_gain,
 )
-from sae_italian.autointerp.explainers.rules import Counts, KeyRule, Path, TreeRule, TrieRule, grouped, rule_of
-from sae_italian.autointerp.explainers.text import (
+from sae_italian.autointerp.draws import Activity
+from sae_italian.autointerp.examples import RuleJudge, latent_examples
+from sae_italian.autointerp.places import View, enclitic, piece_bytes, piece_texts, shape_of
+from sae_italian.autointerp.rules import Counts, KeyRule, Path, TreeRule, TrieRule, grouped, rule_of
+from sae_italian.autointerp.scorers.budget import BUDGETS
+from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.wording import (
     displayed,
     explanation_of,
     fits,
     quoted,
     statement,
 )
-from sae_italian.autointerp.places import View, enclitic, piece_bytes, piece_texts, shape_of
-from sae_italian.autointerp.scorers.budget import BUDGETS
-from sae_italian.autointerp.store import Store
 from sae_italian.base.report import plain
 from tests.autointerp.conftest import N_PREVIOUS, N_TOKENS
 from tests.autointerp.reading import fires, meaning, read, same

@@ -9,8 +9,8 @@ import pytest
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
 from sae_italian.autointerp.examples import ConstantJudge
-from sae_italian.autointerp.explainers.text import quoted
 from sae_italian.autointerp.store import FEATURES, Explanation, Store
+from sae_italian.autointerp.wording import quoted
 from sae_italian.autointerp.work import Work
 from sae_italian.base.errors import UsageError
 from sae_italian.base.units import in_threads, map_units

@@ -25,9 +25,16 @@ from sae_italian.autointerp.scorers.binary import (
     ranking,
 )
 from sae_italian.autointerp.scorers.budget import N_LISTS, accuracy, area, saved_bits, whole_number
-from sae_italian.autointerp.scorers.embedding import Encoder, EncoderJudge, embedding
 from sae_italian.autointerp.scorers.simulation import correlations, simulation
-from sae_italian.autointerp.scorers.subject import EMPTY, SubjectJudge, effects, surprisal
+from sae_italian.autointerp.scorers.subject import (
+    EMPTY,
+    Encoder,
+    EncoderJudge,
+    SubjectJudge,
+    effects,
+    embedding,
+    surprisal,
+)
 from sae_italian.autointerp.store import Explanation, Falls, Judgement, Store
 from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.base.errors import UsageError

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp import morphology
-from sae_italian.autointerp.explainers.choose import RuleExplainer
-from sae_italian.autointerp.explainers.text import LONGEST, rule_of_title, title_of_kind
+from sae_italian.autointerp.choose import RuleExplainer
 from sae_italian.autointerp.morphology import kinds_of, table_of_kinds
 from sae_italian.autointerp.places import View
 from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.wording import LONGEST, rule_of_title, title_of_kind
 from sae_italian.autointerp.work import TITLE
 from sae_italian.base.labels import labels
 from tests.autointerp.test_rules import planted_activity

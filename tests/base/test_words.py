@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.words import kinds_of, read_word, read_words
+from sae_italian.base.labels import kinds_of, read_word, read_words
 from sae_italian.cli import main
 
 DIGITS, DEEP = "9" * 6_000, "[" * 10_000

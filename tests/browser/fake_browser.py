@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sae_italian.browser.columns import COLUMNS, Record
+from sae_italian.browser.page import COLUMNS, Record
 
 SENTENCES = """Perché la città di Torino cambia volto ogni volta che una fabbrica chiude e un museo apre?
 Le ragazze sono arrivate tardi alla stazione, stanche ma contente della gita al lago di Como.

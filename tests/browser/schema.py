@@ -1,4 +1,4 @@
-"""The records that the page is made from: `records.yaml` says what they hold, `columns.py` what a row of the list does."""
+"""The records that the page is made from: `records.yaml` says what they hold, `page.py` what a row of the list does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ConfigDict, FiniteFloat, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from sae_italian.base.storage import read_yaml
-from sae_italian.browser.columns import COLUMNS
+from sae_italian.browser.page import COLUMNS
 
 _TYPES: dict[str, Any] = {
     "text": str,

@@ -16,11 +16,11 @@ from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser import opening
-from sae_italian.browser.columns import records
 from sae_italian.browser.contexts import FIRES, SEGMENT, SILENT, borders_of, file_name, split_text
 from sae_italian.browser.directions import Decoder
 from sae_italian.browser.exports.latents import facts_of, names_of
 from sae_italian.browser.opening import match_latents
+from sae_italian.browser.page import records
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache

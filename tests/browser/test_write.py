@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.labels import page_labels
 from sae_italian.browser import page, write_browser
-from sae_italian.browser.columns import COLUMNS, Record
+from sae_italian.browser.page import COLUMNS, Record
 from sae_italian.browser.write import characters, data_script
 from tests.browser.data_files import read_data
 from tests.browser.fake_browser import FakeSource, make_card, make_source

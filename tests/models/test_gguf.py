@@ -13,7 +13,7 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import sha256_file
 from sae_italian.cli import main
 from sae_italian.models import catalogue, load_model, load_tokenizer, resolve
-from sae_italian.models import gguf as ours
+from sae_italian.models import catalogue as ours
 from sae_italian.models.catalogue import ModelEntry
 
 gguf = pytest.importorskip("gguf")

@@ -24,11 +24,11 @@ import torch
 from jaxtyping import Float
 
 from sae_italian.autointerp.examples import Example, Explainer
-from sae_italian.autointerp.explainers.rules import KeyRule, Tally
-from sae_italian.autointerp.explainers.text import Language, statement
 from sae_italian.autointerp.explainita.data import Excerpt, Latent, Task, as_example, as_examples, by_id
 from sae_italian.autointerp.places import PREFIXES, SUFFIXES, Family, shape_of
+from sae_italian.autointerp.rules import KeyRule, Tally
 from sae_italian.autointerp.store import Explanation
+from sae_italian.autointerp.wording import Language, statement
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.statistics import bootstrap, mean_interval

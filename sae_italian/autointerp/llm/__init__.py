@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.words import read_words, refusal
+from sae_italian.base.labels import read_words, refusal
 
 KEY_VARIABLE = "LLM_API_KEY"
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -1,4 +1,4 @@
-"""Scorers: what a judge's answers, or a model itself, say about an explanation. One file each; all are found here.
+"""Scorers: what a judge's answers, or a model itself, say about an explanation. The files beside this one hold them; all are found here.
 
 A scorer is a function of explanations under judgement (`Asked`) and of a latent's examples that yields a `Score` of each
 explanation. It names the method it needs of a judge, and the metric it is known by.

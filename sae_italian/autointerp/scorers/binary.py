@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from sae_italian.autointerp.choose import LOOKUP
 from sae_italian.autointerp.examples import LatentExamples, Verdicts
-from sae_italian.autointerp.explainers.choose import LOOKUP
 from sae_italian.autointerp.scorers import Asked, Score, scorer
 from sae_italian.base.statistics import NOTHING, Estimate, auroc_by_document, mean_of_two, shares_by_document
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from sae_italian.autointerp.choose import FAMILIES, MAX_NODES
 from sae_italian.autointerp.examples import LatentExamples
-from sae_italian.autointerp.explainers.choose import FAMILIES, MAX_NODES
 from sae_italian.autointerp.scorers import Asked, Score, scorer
 from sae_italian.base.statistics import NOTHING
 

@@ -32,8 +32,7 @@ from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, claimed, read_json, write_text
 from sae_italian.browser.contexts import storable
 from sae_italian.browser.directions import rounded
-from sae_italian.browser.exports.fields import FieldCheck, make_row, tables
-from sae_italian.browser.exports.latents import Facts, Latents, facts_of, names_of, row_id
+from sae_italian.browser.exports.latents import Facts, FieldCheck, Latents, facts_of, make_row, names_of, row_id, tables
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.widget import card_html, list_html
 from sae_italian.browser.write import write_browser

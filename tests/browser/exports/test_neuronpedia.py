@@ -11,7 +11,7 @@ from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.exports import check_folder, export, read_rows
-from sae_italian.browser.exports.fields import tables
+from sae_italian.browser.exports.latents import tables
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import final_gain

@@ -8,7 +8,7 @@ import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser.exports import check_folder, export
-from sae_italian.browser.exports.fields import tables
+from sae_italian.browser.exports.latents import tables
 from sae_italian.circuits.show import cantor
 from sae_italian.cli import main
 from sae_italian.evaluation.card import NUMBERS, EvaluationCard

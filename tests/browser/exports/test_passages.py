@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_italian.browser.exports.fields import tables
-from sae_italian.browser.exports.latents import facts_of, names_of, pieces, row_id, storable
+from sae_italian.browser.exports.latents import facts_of, names_of, pieces, row_id, storable, tables
 from sae_italian.circuits.show import cantor
 from tests.browser.exports.mojibake import is_mojibake
 

@@ -10,9 +10,9 @@ starlette = pytest.importorskip("starlette", reason="needs the serve extra")
 
 from starlette.testclient import TestClient as Client  # noqa: E402
 
+from sae_italian.browser import server  # noqa: E402
 from sae_italian.browser.live import Live  # noqa: E402
 from sae_italian.browser.opening import PageAnswers, beside  # noqa: E402
-from sae_italian.browser.server import app as server  # noqa: E402
 from sae_italian.browser.source import LatentSource  # noqa: E402
 from sae_italian.cache import FeatureCache, build_cache  # noqa: E402
 from sae_italian.saes import load_sae  # noqa: E402

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sae_italian.browser.server.run import HOST, bind, make_server
+from sae_italian.browser.server import HOST, bind, make_server
 
 
 @contextmanager

@@ -16,10 +16,9 @@ import pytest
 from starlette.testclient import TestClient as Client
 
 from sae_italian.base.errors import UsageError
+from sae_italian.browser import server
 from sae_italian.browser.live import Refused
-from sae_italian.browser.server import app as server
-from sae_italian.browser.server.app import HEADERS, MAX_BODY, Worker
-from sae_italian.browser.server.run import bind
+from sae_italian.browser.server import HEADERS, MAX_BODY, Worker, bind
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
@@ -310,7 +309,7 @@ def test_fifty_clients_at_once_are_all_answered(opened, active):
 
 
 def test_connections_that_send_nothing_whole_are_closed_and_lock_nobody_out(opened, monkeypatch):
-    monkeypatch.setattr("sae_italian.browser.server.run.HEAD_SECONDS", 0.05)
+    monkeypatch.setattr("sae_italian.browser.server.HEAD_SECONDS", 0.05)
     whole = b"GET /api/run HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with running(create_app(*opened)) as address:
         host, port = address.removeprefix("http://").split(":")
@@ -412,10 +411,8 @@ def test_without_the_extra_one_line_says_what_to_install(cache, monkeypatch, cap
 
 
 def test_the_command_serves_the_cache_with_live_work(cache, monkeypatch, capsys):
-    from sae_italian.browser.server import run
-
     served = []
-    monkeypatch.setattr(run, "serve", lambda app, port, ready: (served.append(app), ready("http://127.0.0.1:1/")))
+    monkeypatch.setattr(server, "serve", lambda app, port, ready: (served.append(app), ready("http://127.0.0.1:1/")))
     assert main(["browse", str(cache.folder), "--serve", "--port", "0"]) == 0
     assert "http://127.0.0.1:1/   Ctrl-C ends" in capsys.readouterr().out
     with TestClient(served[0], base_url=ADDRESS) as client:
@@ -425,10 +422,8 @@ def test_the_command_serves_the_cache_with_live_work(cache, monkeypatch, capsys)
 
 
 def test_the_command_compares_and_refuses_what_does_not_go_together(cache, compared, monkeypatch, capsys):
-    from sae_italian.browser.server import run
-
     served = []
-    monkeypatch.setattr(run, "serve", lambda app, port, ready: served.append(app))
+    monkeypatch.setattr(server, "serve", lambda app, port, ready: served.append(app))
     monkeypatch.setattr("sae_italian.browser.opening.loaded_sae", lambda *_: load_sae(cache.manifest.sae))
     other = compared.source.cache.folder
     assert main(["browse", str(cache.folder), "--compare", str(other), "--serve", "--port", "0"]) == 0

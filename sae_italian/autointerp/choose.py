@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.draws import Activity, Draw, Negatives
-from sae_italian.autointerp.explainers.rules import Counts, KeyRule, LatentRule, Path, Tally, TreeRule, TrieRule
-from sae_italian.autointerp.explainers.text import MOST_LETTERS, displayed, explanation_of, fits, room_for, title_of
 from sae_italian.autointerp.places import Family, Places, View
+from sae_italian.autointerp.rules import Counts, KeyRule, LatentRule, Path, Tally, TreeRule, TrieRule
 from sae_italian.autointerp.store import Explanation
+from sae_italian.autointerp.wording import MOST_LETTERS, displayed, explanation_of, fits, room_for, title_of
 
 EXPLAINER, LOOKUP = "rules", "token-lookup"
 CHOSEN_ON: tuple[Negatives, ...] = ("random", "same-token")

@@ -1,4 +1,4 @@
-"""The routes: the page, its script and style, the records of the cache, and live work.
+"""The browser of a cache on this machine, for one person and on loopback alone (pip install 'sae-italian[serve]').
 
     GET  /[?token=...]            the page; with the server's token it may ask for live work
     GET  /assets/app.js, app.css  its script and its style; no path leads to any file
@@ -18,14 +18,17 @@ Origin, which has to be the page's own, tells the others; JSON as content type m
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import secrets
+import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -34,15 +37,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sae_italian.base.errors import SaeItalianError
+from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.browser.live import Refused, in_both
 from sae_italian.browser.opening import PageAnswers
 from sae_italian.browser.page import page, script, style
 from sae_italian.cache.layout import MANIFEST
 
 T = TypeVar("T")
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+HOST, PORT = "127.0.0.1", 8765
+HEAD_SECONDS = 10.0
+LOOPBACK = (HOST, "localhost", "[::1]")
 MAX_BODY = 64 * 1024  # bytes
 BODY_SECONDS = 10.0
 HEADERS = {
@@ -237,3 +243,92 @@ class Worker:
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+# --- the port ---------------------------------------------------------------------------------------------------------
+
+
+def bind(port: int) -> socket.socket:
+    """Return a socket on the loopback interface; port 0 takes a free one.
+
+    Raises: UsageError for a port that is taken, with a free one named, that needs privileges or is none.
+    """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port is {port}; 1 to 65535 were expected.")
+    try:
+        return socket.create_server((HOST, port), backlog=256)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            with bind(0) as free:
+                number = free.getsockname()[1]
+            raise UsageError(f"port {port} is in use. Port {number} is free: --port {number}") from None
+        if error.errno == errno.EACCES:
+            raise UsageError(f"port {port} needs privileges. Give one above 1023, such as --port {PORT}.") from None
+        raise
+
+
+def serve(app: Any, port: int, ready: Callable[[str], None]) -> None:
+    """Serve until Ctrl-C; `ready` is told the address, with the token, once the port is ours.
+
+    Raises: UsageError, as `bind`.
+    """
+    server = make_server(app)
+    # uvicorn closes in good order and passes the signal on
+    with bind(port) as found, suppress(KeyboardInterrupt):
+        ready(f"http://{HOST}:{found.getsockname()[1]}/?token={app.token}")
+        server.run(sockets=[found])
+
+
+def make_server(app: Any) -> uvicorn.Server:
+    """Return a uvicorn server with small limits: it serves one person's browser."""
+    config = uvicorn.Config(
+        app,
+        http=Punctual,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        ws="none",
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=3,
+        limit_concurrency=512,
+        h11_max_incomplete_event_size=16 * 1024,
+    )
+    return uvicorn.Server(config)
+
+
+class Punctual(H11Protocol):
+    """uvicorn's protocol with an end to waiting for the head of a request.
+
+    uvicorn counts every connection against its limit and waits for a request's first lines for ever; whoever opens many
+    and sends nothing whole would lock everybody else out. A connection at work or idle between requests is uvicorn's.
+    """
+
+    waiting: asyncio.TimerHandle | None = None
+
+    def wait(self) -> None:
+        self.waiting = self.waiting or self.loop.call_later(HEAD_SECONDS, self.too_late)
+
+    def stop(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        at_work = self.cycle is not None and not self.cycle.response_complete
+        (self.stop if at_work or self.timeout_keep_alive_task is not None else self.wait)()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.stop()
+        super().connection_lost(exc)
+
+    def too_late(self) -> None:
+        self.waiting = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()

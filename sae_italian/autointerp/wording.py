@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from sae_italian.autointerp.explainers.rules import Counts, KeyRule, LatentRule, Numbers, TreeRule, rule_of
 from sae_italian.autointerp.places import Family, Places
+from sae_italian.autointerp.rules import Counts, KeyRule, LatentRule, Numbers, TreeRule, rule_of
 from sae_italian.autointerp.store import Explanation
 from sae_italian.base.labels import Language, label, labels
 from sae_italian.base.report import plain
 
 if TYPE_CHECKING:
-    from sae_italian.autointerp.explainers.choose import Validation
+    from sae_italian.autointerp.choose import Validation
 
 SHOWN = 6  # keys that are named of a rule that does not say which
 MOST_LETTERS = 120  # of a text
