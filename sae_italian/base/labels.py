@@ -1,6 +1,9 @@
 """The words that people read, from one bilingual table (`labels.yaml`): labels, metric names, names of controls.
 
 A key is `heading.name`, as in `card.l0`. To add words, write them into the YAML under your room's heading.
+
+And the `key=value` words that people give: how commands take their rare settings, and what replaces a config's keys. Their
+values are YAML.
 """
 
 from __future__ import annotations

@@ -129,9 +129,7 @@ def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal
     """Return the settings of a language model that somebody waits for: one call at a time, and not for long."""
     from sae_italian.autointerp.llm import LLMOptions
 
-    if bool(endpoint) != bool(llm_model):
-        raise UsageError("an LLM needs --endpoint URL and --llm-model NAME, both.")
-    if not endpoint:
+    if not (endpoint or llm_model):
         return None
     options = LLMOptions(explainer="llm", endpoint=endpoint, llm_model=llm_model, language=language)
     given = {"timeout": "20", "attempts": "1", "concurrency": "1"} | rare

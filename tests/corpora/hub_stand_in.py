@@ -5,15 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.standing_in import Quiet, StandIn
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub:
+class Hub(StandIn):
     """Repositories as {hub id: {path: bytes}}; `fault(path, name, times)` makes the next requests for a file fail."""
 
     def __init__(self):
@@ -23,30 +23,14 @@ class Hub:
         self.requests: Counter[str] = Counter()
         self.ranges: list[tuple[str, int, int]] = []
         self.revisions: set[str] = {"main", "refs/convert/parquet", COMMIT}
-        hub = self
-
-        class Handler(_Handler):
-            stand_in = hub
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__(_Handler)
 
     def fault(self, path: str, name: str, times: int = 1) -> None:
         self.faults.setdefault(path, []).extend([name] * times)
 
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet):
     stand_in: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
 
     def _json(self, value, status=200, **headers):
         body = json.dumps(value).encode()

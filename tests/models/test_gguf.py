@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import sha256_file
 from sae_italian.cli import main
 from sae_italian.models import catalogue, load_model, load_tokenizer, resolve
-from sae_italian.models import catalogue as ours
 from sae_italian.models.catalogue import ModelEntry
 
 gguf = pytest.importorskip("gguf")
+ours = import_module("sae_italian.models.catalogue")  # the package has a function of that name
 UMASK = os.umask(0)
 os.umask(UMASK)
 D, LAYERS, HEADS, KV, MLP = 32, 2, 4, 2, 64

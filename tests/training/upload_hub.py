@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.standing_in import Quiet, StandIn
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class UploadHub:
+class UploadHub(StandIn):
     """`files[repo][path]` are the bytes committed, `private[repo]` and `made[repo]` how it was made (kind, SDK).
 
     `refuse` is a status for commits.
@@ -25,19 +25,7 @@ class UploadHub:
         self.blobs: dict[str, bytes] = {}
         self.tokens: set[str] = set()
         self.refuse = 0
-        hub = self
-
-        class Handler(_Handler):
-            stand_in = hub
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(_Handler)
 
     def commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -52,12 +40,8 @@ class UploadHub:
                 del self.files[repo][value["path"]]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet):
     stand_in: UploadHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
 
     def _body(self) -> bytes:
         self.stand_in.tokens.add(self.headers.get("authorization", ""))

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.standing_in import Quiet, StandIn
 
 VIEWER = {"id": "u1", "entity": "io", "username": "io", "email": "io@example.com", "admin": False, "flags": "{}"}
 VIEWER |= {"teams": {"edges": []}, "name": "Io"}
 PAGE = {"endCursor": None, "hasNextPage": False}
 
 
-class WandbServer:
+class WandbServer(StandIn):
     """`calls` are the names and variables of the GraphQL operations asked for; `refuse` is what a report is refused with."""
 
     def __init__(self):
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.keys: set[str] = set()
         self.refuse = ""
-        stand_in = self
-
-        class Handler(_Handler):
-            server_of = stand_in
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(_Handler)
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         """Return the data of one operation, told by its first field."""
@@ -49,12 +37,8 @@ class WandbServer:
         return {"viewer": VIEWER, "serverInfo": {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None}}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server_of: WandbServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
+class _Handler(Quiet):
+    stand_in: WandbServer
 
     def _send(self, value: Any, status: int = 200) -> None:
         body = json.dumps(value).encode()
@@ -86,9 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         query, variables = asked.get("query", ""), asked.get("variables") or {}
         name = query.split("(")[0].split("{")[0].split()[-1] if query.strip() else ""
-        self.server_of.calls.append((name, variables))
-        self.server_of.keys.add(self.headers.get("authorization", ""))
-        if self.server_of.refuse and name == "upsertView":
-            self._send({"errors": [{"message": self.server_of.refuse}]}, 403)
+        self.stand_in.calls.append((name, variables))
+        self.stand_in.keys.add(self.headers.get("authorization", ""))
+        if self.stand_in.refuse and name == "upsertView":
+            self._send({"errors": [{"message": self.stand_in.refuse}]}, 403)
             return
-        self._send({"data": self.server_of.answer(query, variables)})
+        self._send({"data": self.stand_in.answer(query, variables)})
