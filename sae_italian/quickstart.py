@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +51,8 @@ def quickstart(
         kept = {"sae_name": str(sae_folder.resolve()), "resume": (out / "cache").is_dir()}
         sae_italian.build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)
         cache = sae_italian.FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
-        results = analyse(cache, sae, model, card_tokens=card_tokens, config=AutointerpConfig(latents=latents))
+        asked: dict[str, Any] = {"config": AutointerpConfig(latents=latents), "workers": min(4, os.cpu_count() or 1)}
+        results = analyse(cache, sae, model, card_tokens=card_tokens, **asked)
         remove(cache.folder / TWIN_FOLDER)
         with Store(cache.folder / STORE_FILE, {}) as store:
             store.connection.execute("VACUUM")

@@ -268,12 +268,13 @@ def connect(address: str | None, workers: int | None) -> Any:
 # --- in a worker -----------------------------------------------------------------------------------------------------
 
 _work: tuple[str, Callable[..., Any]] | None = None  # the one function of this process, and its job's key
+_in_unit = _is_ending = False
 
 
 def _start_worker(function: Callable[..., Any] | bytes, threads: int) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raised in the middle of a unit, so that it can clean up
+    signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))
     _work = ("", pickle.loads(function) if isinstance(function, bytes) else function)
@@ -281,8 +282,23 @@ def _start_worker(function: Callable[..., Any] | bytes, threads: int) -> None:
         from threadpoolctl import threadpool_limits
 
         threadpool_limits(1)
-    elif "torch" in sys.modules:
+    if "torch" in sys.modules:  # which makes its pool anew after a fork, and fails where two threads do so at once
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def _end(*_: Any) -> None:
+    """End this process: at once in the middle of a unit, which can then clean up; elsewhere before the next one.
+
+    Between units a process may be holding the lock of the queue of results. Ended there it would keep it, and whoever waits
+    for the processes would wait for ever. One that gets no more units, and no word that it can go, is ended after PATIENCE.
+    """
+    global _is_ending
+    _is_ending = True
+    patience = threading.Timer(PATIENCE, os._exit, [143])
+    patience.daemon = True
+    patience.start()
+    if _in_unit:
+        sys.exit(143)
 
 
 def _end_with_parent() -> None:
@@ -294,8 +310,11 @@ def _end_with_parent() -> None:
 
 def _do(unit: Any, key: str = "", shared: Sequence[Any] = ()) -> Any:
     """Return what comes of the unit. What it raises arrives whole or, where it cannot be pickled, as a RuntimeError."""
-    global _work
+    global _work, _in_unit
+    _in_unit = True
     try:
+        if _is_ending:
+            os._exit(143)
         if _work is None or _work[0] != key:
             import ray
 
@@ -310,3 +329,5 @@ def _do(unit: Any, key: str = "", shared: Sequence[Any] = ()) -> Any:
         except Exception:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         raise
+    finally:
+        _in_unit = False

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.units import map_units
@@ -97,9 +99,21 @@ def test_a_defect_keeps_the_workers_traceback():
         list(map_units(work.raise_unpicklable, range(1), workers=2))
 
 
+def test_a_worker_that_is_told_to_end_sends_first_what_it_has_done():
+    """Ended while it sends, it would keep the lock of the results, and the run would wait for ever."""
+    assert list(map_units(work.Sent, [7], workers=2)) == [7]
+
+
 def test_what_cannot_be_asked_is_refused_before_any_work():
     with pytest.raises(UsageError, match="engine 'rai' is unknown. Did you mean 'ray'"):
         map_units(work.square, [1], engine="rai")  # pyright: ignore[reportArgumentType]
+
+
+def test_torch_computes_in_several_threads_of_a_forked_process():
+    """torch makes its pool of threads anew after a fork; two threads that ask at once got an internal error."""
+    torch.set_num_threads(torch.get_num_threads())
+    found = map_units(partial(work.add_in_threads, 8), range(24), workers=6, fork=True)
+    assert list(found) == list(range(1, 25))
 
 
 def test_a_missing_extra_is_named(monkeypatch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 from sae_italian.base.errors import UsageError
@@ -86,3 +88,26 @@ class Opened:
         with (self.folder / "setups").open("a") as handle:
             handle.write(f"{os.getpid()}\n")
         return self.folder
+
+
+def add_in_threads(n_threads: int, number: int) -> int:
+    """Let torch add in several threads at once, as transformers does where it loads a model."""
+    import torch
+
+    together, values = Barrier(n_threads), torch.full((100_000,), float(number))
+
+    def add(_: int) -> int:
+        together.wait()
+        return int((values + 1).sum()) // 100_000
+
+    with ThreadPoolExecutor(n_threads) as threads:
+        (value,) = set(threads.map(add, range(n_threads)))
+    return value
+
+
+class Sent(int):
+    """A result whose process is told to end while it is on its way."""
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return int, (int(self),)

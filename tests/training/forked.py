@@ -5,6 +5,8 @@ import os
 import socket
 import time
 
+import torch
+
 
 def free_port() -> int:
     with socket.socket() as sock:
@@ -19,6 +21,7 @@ def together(n: int, do, *given, first: int = 0, port: int | None = None, second
     def one(rank: int, pipe) -> None:
         names = {"RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in names.items()})
+        torch.set_num_threads(1)  # torch makes its pool anew after a fork, and fails where two threads do so at once
         try:
             pipe.send(do(*given))
         except (Exception, KeyboardInterrupt) as error:
