@@ -46,11 +46,14 @@ wheel: install  ## build wheel and sdist into dist/, run the quickstart from the
 	$(CURDIR)/$(BIN)/python -m sae_italian.cli quickstart mini/topk $(WHEEL_WAY)
 
 # Newer than constraints.txt, and beside it: TransformerLens 4 is what SAELens' own pin (<4) forbids, so it comes last and alone.
+# NEWEST without torch keeps the build of constraints.txt: the newest is gigabytes of CUDA where no CPU build is offered.
 CANARY := .canary
-canary:  ## the default tests on the newest torch, transformers, SAELens and TransformerLens; says what fails and why
+NEWEST := torch transformers sae-lens
+canary:  ## the default tests on the newest torch, transformers, SAELens and TransformerLens (NEWEST="..."); says what fails
 	$(PYTHON) -m venv $(CANARY)
-	$(CANARY)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
-	$(CANARY)/bin/python -m pip install --quiet --upgrade torch transformers sae-lens
+	$(CANARY)/bin/python -m pip install --quiet "$$(grep ^torch== constraints.txt)"
+	$(CANARY)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(CANARY)/bin/python -m pip install --quiet --upgrade $(NEWEST)
 	$(CANARY)/bin/python -m pip install --quiet --upgrade --no-deps --pre "transformer-lens>=4.0.0a0" || true
 	-$(CANARY)/bin/python -m pip check
 	$(CANARY)/bin/python -m pip freeze | grep -iE "^(torch|transformers|sae-lens|transformer-lens)=="
