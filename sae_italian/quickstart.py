@@ -135,7 +135,7 @@ def table_of(results: dict[str, Any]) -> str:
     if auto and not auto.get("enough", True):
         rows.append(("Latents drawn", f"{auto['n_latents']}: fewer than 300 do not stand for the SAE", ""))
     if not auto.get("by_document", True):
-        rows.append(("Intervals of detection and fuzzing", "not in this older store: autointerp CACHE --overwrite", ""))
+        rows.append(("Intervals of means", "some are not in this older store: autointerp CACHE --overwrite", ""))
     for part in ("gold", "random_gold"):
         gold = results.get(part) or []
         detected = f"{sum(reaches(row['f1'], DETECTED) for row in gold)} of {len(gold)}"

@@ -151,7 +151,7 @@ def _detection(
         trained=task.train.source,
         tested=task.test.source,
         shuffled=task.shuffled,
-        f1=f1_by_document(*sums),
+        f1=Estimate(*f1_by_document(*(each[None] for each in sums))[:, 0].tolist()),
         auroc=auroc,
         auroc_lo=auroc_lo,
         auroc_hi=auroc_hi,

@@ -17,7 +17,7 @@ from sae_italian.autointerp.database import json_of
 from sae_italian.autointerp.draws import FUZZING_NEGATIVES, SEGMENT_NEGATIVES
 from sae_italian.autointerp.examples import RULE
 from sae_italian.autointerp.run import NOTHING_SAID
-from sae_italian.autointerp.scorers import SCORERS
+from sae_italian.autointerp.scorers import SCORERS, falls_name
 from sae_italian.autointerp.scorers.binary import GAIN, GROUPS, HEADLINE
 from sae_italian.autointerp.scorers.budget import BUDGETS, SOURCE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
@@ -41,8 +41,8 @@ _SOURCES = {"detection": SEGMENT_NEGATIVES, "fuzzing": FUZZING_NEGATIVES}
 
 @dataclass(frozen=True)
 class AutointerpSummary:
-    """One explainer's explanations under one judge. Means are over explained latents, with 95 % intervals: of detection and
-    fuzzing over latents and documents, NaN in a store that is older than these (`by_document`), of all else over latents.
+    """One explainer's explanations under one judge. Means are over explained latents, with 95 % intervals over latents and
+    documents, NaN in a store that is older than these (`by_document`); of `by_decile` over latents alone.
 
     Numbers named without a negative source are those with random negatives (detection) and with marks on the same token
     where it is silent (fuzzing). Shares of latents are of the `n_scored` whose detection could be scored.
@@ -81,7 +81,7 @@ class AutointerpSummary:
     by_negatives: dict[str, dict[str, Estimate]]  # scorer -> negatives -> mean balanced accuracy
     gains: dict[str, dict[str, Estimate]]  # scorer -> negatives -> mean gain over the lookup
     by_decile: list[Estimate]  # mean share of positives found, weakest tenth first
-    by_document: bool  # whether the store knows how scores fall without some of the documents
+    by_document: bool  # whether the store knows how all these scores fall without some of the documents
     enough: bool  # at least 300 latents were drawn at random, or all there are
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,9 +100,9 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
         means |= {f"shuffled_{name}": mean(name, control=SHUFFLED) for name in _HEADLINE}
         means |= {f"lookup_{name}": mean(name, **lookup) for name in _HEADLINE}
         means["whole_detection"] = mean("detection", control=WHOLE)
-        means["by_keys_area"] = _mean(values("budget", SOURCE, "area"))
+        means["by_keys_area"] = mean("budget", SOURCE, "area")
         for name, others in {"": {}, "lookup_": lookup, "whole_": {"control": WHOLE}}.items():
-            means[f"{name}saved_bits"] = _mean(values("budget", SOURCE, **others))
+            means[f"{name}saved_bits"] = mean("budget", SOURCE, **others)
         means["title_detection"] = mean("detection", control=TITLE)
         for answer in ("yes", "no"):
             means[f"always_{answer}"] = mean("detection", explainer=EXPLAINER, judge=f"always-{answer}")
@@ -119,16 +119,16 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
             n_too_few=statuses.count("too few activations"),
             n_dead=statuses.count("dead"),
             **means,
-            simulation_random=_mean(values("simulation", RANDOM)),
+            simulation_random=mean("simulation", RANDOM),
             share_detected=_share(list(detected.values())),
             lookup_share_detected=_share(list(looked_up.values())),
             gain_over_lookup=mean("detection", gain=True),
             only_token=_share([0.0 if latent in better else value for latent, value in both.items()]),
-            by_keys={str(n): _mean(values("budget", SOURCE, f"balanced_accuracy_{n}")) for n in BUDGETS},
+            by_keys={str(n): mean("budget", SOURCE, f"balanced_accuracy_{n}") for n in BUDGETS},
             by_negatives=scores.by_source(),
             gains=scores.by_source(gain=True),
             by_decile=[_mean(values("detection", metric=f"tpr_decile_{tenth}")) for tenth in range(10)],
-            by_document=bool(store.falls(explainer, judge, "")) or not detected,
+            by_document=scores.known,
             enough=len(statuses) >= ENOUGH or stored_config(store).latents is None,
         )
 
@@ -137,22 +137,23 @@ class _Scores:
     """The scores in a store by latent, of one explainer and judge where nothing else is said, and their means."""
 
     def __init__(self, store: Store, explainer: str, judge: str):
-        self.store, self.falls = store, cache(store.falls)
+        self.store, self.falls, self.known = store, cache(store.falls), True
         self.who: dict[str, Any] = {"explainer": explainer, "judge": judge, "control": ""}
 
     def values(self, scorer: str, negatives: str = "", metric: str = "", **where: Any) -> dict[int, float]:
         negatives, metric = negatives or _HEADLINE[scorer], metric or SCORERS[scorer].metric
         return self.store.values(scorer=scorer, negatives=negatives, metric=metric, **self.who | where)
 
-    def mean(self, scorer: str, negatives: str = "", *, gain: bool = False, **where: Any) -> Estimate:
-        """Return the mean over latents; its interval is over documents too where the store knows them."""
-        found = self.values(scorer, negatives, GAIN if gain else "", **where)
-        if scorer not in _SOURCES:
-            return _mean(found)
-        name = f"{scorer} {negatives or _HEADLINE[scorer]}"
+    def mean(self, scorer: str, negatives: str = "", metric: str = "", *, gain: bool = False, **where: Any) -> Estimate:
+        """Return the mean over latents with its interval over latents and documents, none where the store lacks these."""
+        negatives = negatives or _HEADLINE[scorer]
+        found = self.values(scorer, negatives, GAIN if gain else metric, **where)
+        name = falls_name(scorer, negatives, metric or SCORERS[scorer].metric)
         own, lookup = self.falls(**self.who | where), self.falls(LOOKUP, RULE, "") if gain else {}
-        rows = [_row(own.get(n), name) - (_row(lookup.get(n), name) if gain else 0.0) for n in found]
-        return two_way_mean(np.array([*found.values()]), np.array(rows).reshape(-1, GROUPS))
+        rows = np.array([_row(own.get(n), name) - (_row(lookup.get(n), name) if gain else 0.0) for n in found])
+        rows = rows.reshape(-1, GROUPS)
+        self.known &= bool(np.isfinite(rows).any(axis=1).all())
+        return two_way_mean(np.array([*found.values()]), rows)
 
     def by_source(self, gain: bool = False) -> dict[str, dict[str, Estimate]]:
         """Return the means of detection and fuzzing by the negatives' source."""

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.hub import explain
+from sae_italian.base.storage import fingerprint
 from sae_italian.models import load_model
 from sae_italian.models.loading import device_of
 from sae_italian.saes.releases import find_sae, snapshot
@@ -167,11 +168,17 @@ def hooks_of(sae: Any) -> tuple[str, str]:
     return names
 
 
+def vocabulary_hash(tokenizer: Any) -> str:
+    """Return a hash of a tokenizer's tokens and their numbers, without those that were added to it, as chat models do."""
+    return fingerprint(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False))
+
+
 def check_fits(sae: Any, model: Any, *, writes: bool = False) -> str:
     """Return the SAE's hook name if it can be used on the model as it is; with `writes`, also if its output can be put in.
 
     Checked are its weights (finite, of the shapes that the config says), that the scale of its input is folded in, its
-    hooks with their widths, and that the tokenizer has no more tokens than the model.
+    hooks with their widths, and the tokenizer: its tokens are those of the training (where ours noted them), no more than
+    the model has.
     Raises: UsageError, with what to do.
     """
     check_weights(sae)
@@ -224,6 +231,8 @@ def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:
             f"the tokenizer has {n_tokens:,} tokens, the model {model.config.vocab_size:,} rows: it is that of another "
             "model. Load this model's own."
         )
+    elif cfg.metadata.vocabulary not in (None, vocabulary_hash(model.tokenizer)):
+        wrong = f"this model's tokenizer has other tokens than the one that the SAE was trained with; {there}"
     if wrong:
         raise UsageError(wrong)
     return hook_name

@@ -27,6 +27,7 @@ from sae_italian.evaluation import EvaluationCard, evaluate
 from sae_italian.models import parse_hook_name
 from sae_italian.saes import load_sae
 from sae_italian.saes.architectures import PairScaler
+from sae_italian.saes.loading import vocabulary_hash
 from sae_italian.saes.sparse import tune
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import SAE_FILES, RunLog, latent_rows
@@ -89,6 +90,7 @@ class SAERun:
             setattr(metadata, field, getattr(self.config, field))
         metadata.model_from_pretrained_kwargs = {}
         metadata.harvested_from = "hf"
+        metadata.vocabulary = vocabulary_hash(model.tokenizer)  # read by saes.loading.check_hooks
         metadata.model_revision = getattr(model, "loaded_from", {}).get("revision")
         metadata.hf_hook_name = parse_hook_name(spec.hook_name).module_path(model.config)
         if spec.hook_name_out is not None:

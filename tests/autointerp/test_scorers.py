@@ -21,7 +21,9 @@ from sae_italian.autointerp.scorers.binary import (
     ResampledDocuments,
     detection,
     estimates,
+    falls_of,
     fuzzing,
+    left_out,
     ranking,
 )
 from sae_italian.autointerp.scorers.budget import N_LISTS, accuracy, area, saved_bits, whole_number
@@ -38,6 +40,7 @@ from sae_italian.autointerp.scorers.subject import (
 from sae_italian.autointerp.store import Explanation, Falls, Judgement, Store
 from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.base.errors import UsageError
+from sae_italian.base.statistics import two_way_mean
 from tests.autointerp.conftest import N_TOKENS, OracleJudge, Says, Told, scores
 
 
@@ -66,7 +69,7 @@ def test_metrics_by_hand():
     p, q = np.array([0.9, 0.8, 0.6, 0.2] * 2), np.array([0.1, 0.2, 0.4, 0.7] * 2)
     metrics = binary_metrics(answers([1, 1, 1, 0] * 2, [0, 0, 0, 1] * 2, p, q))
     values = {name: estimate.value for name, estimate in metrics.items()}
-    assert {values[name] for name in ("balanced_accuracy", "tpr", "tnr", "f1")} == {0.75}
+    assert [values[name] for name in ("balanced_accuracy", "tpr", "tnr", "f1")] == pytest.approx([0.75] * 4)
     assert "accuracy" not in values
     assert values["auroc"] == pytest.approx((4 + 4 + 3 + 1.5) / 16)
     assert values["brier"] == pytest.approx((np.mean((1 - p) ** 2) + np.mean(q**2)) / 2)
@@ -258,7 +261,8 @@ def test_a_simulations_interval_is_over_documents_too():
     true = rng.random(400)
     simulated = np.where(good, true, rng.random(400))
     apart, together = (
-        correlations(true, simulated[None], docs)[0]["correlation"] for docs in (np.arange(400), np.arange(400) // 25)
+        correlations(true, simulated[None], docs)[0][0]["correlation"]
+        for docs in (np.arange(400), np.arange(400) // 25)
     )
     assert apart.value == pytest.approx(together.value)
     assert together.hi - together.lo > 1.5 * (apart.hi - apart.lo)
@@ -330,7 +334,7 @@ def test_too_few_of_a_source_is_no_score(source):
 )
 def test_correlation_is_pearsons_over_all_tokens(true, seed):
     simulated = np.random.default_rng(seed).random(20)
-    found = correlations(true, simulated[None], np.arange(20) // 5)[0]
+    found, _ = correlations(true, simulated[None], np.arange(20) // 5)[0]
     if true.std() > 1e-3:
         assert found["correlation"].value == pytest.approx(np.corrcoef(true, simulated)[0, 1], abs=1e-6)
     elif true.std() == 0:
@@ -342,11 +346,16 @@ def test_simulations_scored_together_are_those_scored_alone():
     true, docs = rng.random(60), np.repeat(np.arange(12), 5)
     simulated = np.stack([rng.random(60), true + 0.1 * rng.random(60), np.zeros(60)])
     together = correlations(true, simulated, docs)
-    for own, found in zip(simulated, together, strict=True):
-        alone = correlations(true, own[None], docs)[0]
+    for own, (found, falls) in zip(simulated, together, strict=True):
+        alone, fallen = correlations(true, own[None], docs)[0]
         assert all(found[name] == pytest.approx(alone[name], nan_ok=True) for name in alone)
-    assert together[1]["correlation"].value == pytest.approx(np.corrcoef(true, simulated[1])[0, 1])
-    assert together[2]["constant"].value == 1.0
+        assert falls == pytest.approx(fallen, nan_ok=True)
+    assert together[1][0]["correlation"].value == pytest.approx(np.corrcoef(true, simulated[1])[0, 1])
+    assert together[2][0]["constant"].value == 1.0
+    for group, fall in enumerate(together[1][1][:13]):  # the thirteenth group has no document
+        left = docs != group
+        rest = np.corrcoef(true[left], simulated[1][left])[0, 1]
+        assert fall == pytest.approx(together[1][0]["correlation"].value - rest if group < 12 else np.nan, nan_ok=True)
 
 
 def test_simulations_that_failed_are_counted(source):
@@ -383,24 +392,96 @@ def examples_with(words, n=15):
 
 def test_bits_by_hand_and_what_saves_none():
     """4 of 8 with no rule: log2 9 + log2 70 = 9.30 bits; a rule of one key on 1 token of 64 that is always right."""
-    truth = np.arange(8) < 4
-    one = np.array([1 / 64])
+    truth, one = np.arange(8) < 4, np.array([1 / 64])
+
+    def bits(said, truth, frequency):
+        return saved_bits(said, truth, frequency, np.ones((1, len(truth))))[0]
+
     rule = math.log2(2.865064) + math.log2(2) + math.log2(N_LISTS) + 6  # 2 in Rissanen's code, its list, its key
     right = 2 * math.log2(5)  # none of four, twice
-    assert saved_bits(truth, truth, one) == pytest.approx((math.log2(9) + math.log2(70) - rule - right) / 8)
+    assert bits(truth, truth, one) == pytest.approx((math.log2(9) + math.log2(70) - rule - right) / 8)
     many = np.arange(200) < 100
-    assert 0.8 < saved_bits(many, many, one) < 1
+    assert 0.8 < bits(many, many, one) < 1
     always, never = np.ones(200, bool), np.zeros(200, bool)
     for said, keys in ((always, one), (never, one), (never, np.empty(0)), (many, np.full(100, 1e-4))):
-        assert saved_bits(said, many, keys) <= 0  # says nothing, or remembers each example
-    assert saved_bits(~many, many, one) == pytest.approx(saved_bits(many, many, one), abs=0.3)  # as good, if turned
+        assert bits(said, many, keys) <= 0  # says nothing, or remembers each example
+    assert bits(~many, many, one) == pytest.approx(bits(many, many, one), abs=0.3)  # as good, if turned
     assert [whole_number(n) for n in (1, 2, 4, 16)] == pytest.approx([1.5186 + x for x in (0, 1, 3, 7)], abs=1e-3)
 
 
 def test_the_balanced_accuracy_of_answers_by_hand():
     truth = np.array([1, 1, 0, 0, 0], bool)
-    assert accuracy(truth, truth) == 1 and accuracy(~truth, truth) == 0
-    assert accuracy(np.array([1, 0, 1, 0, 0], bool), truth) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    every, said = np.ones((1, 5)), np.array([1, 0, 1, 0, 0], bool)
+    assert accuracy(truth, truth, every) == 1 and accuracy(~truth, truth, every) == 0
+    assert accuracy(said, truth, every) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    some = np.array([[1.0, 0, 1, 1, 1], [1, 1, 0, 0, 0]])  # without the second; without the negatives there is none
+    assert accuracy(said, truth, some) == pytest.approx([(1 + 2 / 3) / 2, np.nan], nan_ok=True)
+
+
+def test_bits_fall_by_what_is_left_without_a_group_of_documents():
+    rng = np.random.default_rng(3)
+    docs, said, truth = rng.integers(0, 60, 80), rng.random(80) < 0.5, np.arange(80) < 40
+    present, keys = left_out(docs), np.array([0.02, 0.1])
+    found = saved_bits(said, truth, keys, present)
+    for group, fall in enumerate(falls_of(found, present.sum(axis=1)).tolist()):
+        left = docs % GROUPS != group
+        rest = saved_bits(said[left], truth[left], keys, np.ones((1, int(left.sum()))))[0]
+        assert fall == pytest.approx(found[0] - rest)
+    alone = left_out(np.zeros(80, int))  # one document: nothing is left without it
+    assert np.isnan(saved_bits(said, truth, keys, alone)).tolist() == [False, True] + [False] * (GROUPS - 1)
+
+
+@pytest.mark.parametrize("n_documents", [10, 30])
+@pytest.mark.parametrize("share", [0.75, 0.97])
+def test_f1_and_brier_of_few_documents_are_covered_as_often_as_is_said(n_documents, share):
+    """The answers to the windows of a document agree (correlation 0.2); plain percentiles cover 60 to 90 % near 1."""
+    rng, docs = np.random.default_rng(4), np.repeat(np.arange(2 * n_documents), 4)
+    truth = {"f1": 2 * share / (1 + share + 1 - share), "brier": 0.1**2 * share + 0.8**2 * (1 - share)}
+    hits, widths = {name: [] for name in truth}, {name: [] for name in truth}
+    for _ in range(250):
+        right = rng.random(len(docs)) < rng.beta(4 * share, 4 * (1 - share), 2 * n_documents)[docs]
+        yes, no = np.split(right, 2)
+        metrics = binary_metrics(answers(yes * 1, 1 - no, np.where(yes, 0.9, 0.2), np.where(no, 0.1, 0.8)), docs=docs)
+        for name, wanted in truth.items():
+            value, lo, hi = metrics[name]
+            assert lo <= value <= hi and hi > lo
+            hits[name].append(lo <= wanted <= hi)
+            widths[name].append(hi - lo)
+    for name in truth:
+        assert np.mean(hits[name]) >= 0.92 and np.mean(widths[name]) < (0.3 if n_documents == 30 else 0.5), name
+
+
+def simulated_latent(rng, documents, skill):
+    """The correlation of a latent's simulation, better in some documents than in others, and its falls."""
+    true, noise = rng.normal(size=(2, len(documents), 12))
+    follows = (0.7 + skill + documents)[:, None] * true + noise
+    found, falls = correlations(true.ravel(), follows.reshape(1, -1), np.repeat(np.arange(len(documents)), 12))[0]
+    return found["correlation"].value, falls
+
+
+def told_latent(rng, documents, skill):
+    """The bits that a text saves, which is right more often in some documents than in others, and their falls."""
+    docs = np.repeat(np.arange(len(documents)), 6)
+    truth = np.arange(len(docs)) % 2 == 0
+    said = truth == (rng.random(len(docs)) < (0.8 + skill / 3 + documents / 3)[docs].clip(0, 1))
+    present = left_out(docs)
+    found = saved_bits(said, truth, np.array([0.05]), present)
+    return found[0], falls_of(found, present.sum(axis=1))
+
+
+@pytest.mark.parametrize("latent", [simulated_latent, told_latent])
+def test_means_of_simulations_and_of_bits_are_covered_as_often_as_is_said(latent):
+    """Thirty latents that share twelve documents, 150 times; intervals over the latents alone cover far fewer."""
+    rng, found, alone = np.random.default_rng(5), [], []
+    for _ in range(150):
+        documents, skills = rng.normal(0, 0.25, 12), rng.normal(0, 0.25, 30)
+        values, falls = map(np.array, zip(*(latent(rng, documents, skill) for skill in skills), strict=True))
+        found.append(two_way_mean(values, falls))
+        alone.append(1.96 * values.std(ddof=1) / len(values) ** 0.5)
+    means, lo, hi = np.array(found).T
+    truth = means.mean()
+    assert 0.9 <= np.mean((lo <= truth) & (truth <= hi)) <= 0.99
+    assert np.mean(abs(means - truth) <= alone) < 0.88
 
 
 def test_the_area_under_the_curve_of_keys():

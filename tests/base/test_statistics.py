@@ -146,10 +146,10 @@ def test_f1_of_few_sentences_is_covered_as_often_as_is_said(n_sentences, recall,
     for _ in range(300):
         sentence, label, _ = words_of_sentences(rng, n_sentences, 0.2)
         said = rng.random(len(label)) < np.where(label, recall, false)
-        counts = (np.bincount(sentence, each, n_sentences) for each in (label & said, said, label))
-        estimate = f1_by_document(*counts)
-        hits.append(estimate.lo <= truth <= estimate.hi)
-        widths.append(estimate.hi - estimate.lo)
+        counts = (np.bincount(sentence, each, n_sentences)[None] for each in (label & said, said, label))
+        _, (lo,), (hi,) = f1_by_document(*counts)
+        hits.append(lo <= truth <= hi)
+        widths.append(hi - lo)
     assert np.mean(hits) >= 0.92 and min(widths) > 0
     assert max(widths) < 0.7
 
@@ -201,7 +201,8 @@ def test_a_mean_over_latents_by_hand_and_where_documents_say_nothing():
 
 def test_f1_and_auroc_by_hand():
     # 3 of 4 said are true, of 5 true: F1 = 2 * 3 / 9
-    assert f1_by_document(np.array([2, 1]), np.array([2, 2]), np.array([3, 2])).value == pytest.approx(6 / 9)
+    both, said, true = np.array([[2, 1], [1, 1]]), np.array([[2, 2], [1, 1]]), np.array([[3, 2], [1, 1]])
+    assert f1_by_document(both, said, true)[0] == pytest.approx([6 / 9, 1])
     # pairs (positive, negative): 0.9 beats both, 0.4 beats one and ties none, 0.5 ties one and beats one
     found = auroc_by_document(np.array([0.9, 0.4, 0.5, 0.5, 0.1]), np.array([1, 1, 1, 0, 0], bool), np.arange(5))
     assert found.value == pytest.approx((2 + 1 + 1.5) / 6) and np.isnan(found.lo)  # two negatives: no interval

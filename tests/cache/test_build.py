@@ -156,6 +156,15 @@ def test_all_of_a_corpus(mini, jsonl, tmp_path):
     assert cache.document(17).text == texts[17] and cache.document(17).source == "prova"
 
 
+def test_the_text_may_stand_in_a_column_of_another_name(mini, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"corpo": "Il sole illumina la casa. " * 90, "id": "a7"}) + "\n")
+    with pytest.raises(UsageError, match="no column .text.; it has .corpo., .id."):
+        build_cache(topk(1), mini, str(rows), tmp_path / "c", n_tokens=None)
+    cache = FeatureCache.open(build_cache(topk(1), mini, str(rows), tmp_path / "c", n_tokens=None, text_column="corpo"))
+    assert cache.manifest.text_column == "corpo" and cache.document(0).text.startswith("Il sole illumina la casa.")
+
+
 def test_an_sae_that_gives_nan_is_refused(mini, tmp_path):
     sick = topk(1)
     with torch.no_grad():

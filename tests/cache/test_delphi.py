@@ -71,7 +71,11 @@ def test_the_files_are_those_of_delphis_own_cache(cache, exported, mini, trained
         np.testing.assert_allclose(found["activations"], expected["activations"], rtol=1e-3)
         assert (exported / f"{first}_{last}.safetensors").read_bytes() == save(found)  # the container too
     config = json.loads((exported / "config.json").read_text())
-    assert config["model_name"] == "sae-italian-mini" and config["cache_ctx_len"] == context and config["n_splits"] == 3
+    assert config == {  # the names that Delphi reads
+        "dataset_repo": "micro-italiano", "dataset_split": "all", "dataset_name": "", "dataset_column": "text",
+        "batch_size": 32, "cache_ctx_len": context, "n_tokens": cache.n_positions, "n_splits": 3,
+        "model_name": "sae-italian-mini",
+    }  # fmt: skip
 
 
 def read_latents(folder: Path) -> dict[int, list[tuple[int, int, float]]]:
@@ -142,7 +146,12 @@ def test_a_round_trip_keeps_activations_tokens_and_text(cache, exported, mini, t
     sae = load_sae(trained_sae)
     folder, lost = import_delphi(exported, tmp_path / "back", model=mini, sae=sae)
     back = FeatureCache.open(folder, sae=sae, tokenizer=mini.tokenizer, check=True)
-    assert back.manifest.hook_name == "blocks.1.hook_resid_post" and not any("give --" in line for line in lost)
+    came = "model hook_name sae_hash d_in d_sae k corpus text_column split context_size tokenizer_hash"
+    assert {name: getattr(back.manifest, name) for name in came.split()} == {
+        name: getattr(cache.manifest, name) for name in came.split()
+    }
+    assert back.manifest.sae == f"Delphi's cache {exported.resolve()}" and back.manifest.corpus_hash
+    assert back.manifest.n_tokens_asked == cache.n_positions and not any("give --" in line for line in lost)
     assert np.array_equal(back.tokens, cache.tokens)
     for latent in range(cache.manifest.d_sae):
         position, value = cache.latent(latent)

@@ -322,6 +322,25 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_rows_is_refused(topk_sae,
         check_fits(topk_sae, mini)
 
 
+def test_a_model_with_another_tokenizer_than_the_trainings_is_refused(trained_sae, mini, monkeypatch):
+    """Of as many tokens or fewer, in rows of the same width: nothing else would notice. Added tokens are no difference."""
+    from tests.corpora.test_packing import TOKENIZERS
+
+    sae, own, tuned = load_sae(trained_sae), mini.tokenizer, copy.deepcopy(mini.tokenizer)
+    tuned.add_special_tokens({"additional_special_tokens": ["<|utente|>"]})
+    for tokenizer in (own, tuned):
+        monkeypatch.setattr(mini, "tokenizer", tokenizer)
+        monkeypatch.setattr(mini.config, "vocab_size", 10**6)
+        assert check_fits(sae, mini) == "blocks.1.hook_resid_post"
+    monkeypatch.setattr(mini, "tokenizer", TOKENIZERS["byte-level"])
+    with pytest.raises(
+        UsageError, match="other tokens than the one that the SAE was trained with; .*'sae-italian-mini'"
+    ):
+        check_fits(sae, mini)
+    sae.cfg.metadata.vocabulary = None  # not ours, or of an earlier version: nothing is known
+    assert check_fits(sae, mini)
+
+
 @pytest.mark.parametrize(
     "command", [["saes", "list"], ["saes", "show", "typo"], ["saes", "show", "llama_scope_lxr:l0"]]
 )

@@ -29,6 +29,7 @@ class Score(NamedTuple):
     n_positive: int = 0
     n_negative: int = 0
     n_failed: int = 0  # examples without a usable answer, left out of the metrics
+    falls: Mapping[str, Sequence[float]] = {}  # by how much metrics fall without each group of documents, or NaN
 
 
 @dataclass(eq=False)
@@ -51,7 +52,7 @@ class Asked:
         """Yield a score as rows of the store."""
         for metric, estimate in score.metrics.items():
             where = (self.row_id, latent, self.control, scorer, self.judge.name, score.negatives, metric)
-            yield (*where, *estimate.finite(), *score[2:])
+            yield (*where, *estimate.finite(), *score[2:5])
 
     def judgements(self, latent: int) -> Iterator[Judgement]:
         """Yield the judge's answers example by example."""
@@ -85,6 +86,11 @@ def scorer(*, needs: str, metric: str) -> Callable[[Any], Any]:
     return enter
 
 
+def falls_name(scorer: str, negatives: str, metric: str) -> str:
+    """Return the name by which the store knows how a metric falls; a scorer's own metric is not said."""
+    return " ".join([scorer, negatives, *[metric] * (metric != SCORERS[scorer].metric)])
+
+
 def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[Row]:
     """Return the rows of all scores that the judges can give, of the explanations that the store knows.
 
@@ -99,6 +105,10 @@ def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[Row]:
                 found = found._replace(metrics={metric: found.metrics[metric]})
             if one.row_id is not None:
                 rows += one.rows(examples.latent, name, found)
+            for of, falls in found.falls.items():
+                if of in found.metrics:
+                    which = falls_name(name, found.negatives, of)
+                    one.falls[which] = [None if fall != fall else round(1000 * fall) for fall in falls]
     known = (one for one in asked if one.falls and one.row_id is not None)
     return rows + [Falls(one.row_id or 0, examples.latent, one.control, one.judge.name, one.falls) for one in known]
 

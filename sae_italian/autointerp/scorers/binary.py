@@ -17,19 +17,23 @@ from jaxtyping import Bool, Float, Int
 from sae_italian.autointerp.choose import LOOKUP
 from sae_italian.autointerp.examples import LatentExamples, Verdicts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.base.statistics import NOTHING, Estimate, auroc_by_document, mean_of_two, shares_by_document
+from sae_italian.base.statistics import (
+    NOTHING,
+    Estimate,
+    auroc_by_document,
+    f1_by_document,
+    mean_of_two,
+    shares_by_document,
+)
 
 GAIN = "gain_over_lookup"
 # The negatives behind a score named without any. Of fuzzing not the silent tokens of the same segment: a judge who
 # knows the context alone says no to nearly all of these, so that score is close to (share of positives found + 1) / 2.
 HEADLINE = {"detection": "random", "fuzzing": "same-token"}
 N_SAMPLES = 200  # resamples
-GROUPS = (
-    20  # of documents, by their numbers: what a mean over latents owes to the documents they share is told by these
-)
-Questions = Mapping[
-    str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]
-]  # by source, the positives and the negatives
+GROUPS = 20  # of documents, by their numbers: by these it is told what a mean over latents owes to shared documents
+# By source, the positives and the negatives.
+Questions = Mapping[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]
 
 
 @scorer(needs="detect", metric="balanced_accuracy")
@@ -64,8 +68,7 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
     for one, own, counts, falls in zip(asked, metrics, answers.counts(), answers.falls(), strict=True):
         for source, found, n, fall in zip(shown.questions, own, counts, falls, strict=True):
             if one.only.get(name, source) == source:
-                one.falls[f"{name} {source}"] = [None if x != x else round(1000 * x) for x in fall]
-                yield one, Score(source, found, *n)
+                yield one, Score(source, found, *n, falls={"balanced_accuracy": fall})
 
 
 def _by_decile(verdicts: Verdicts, shown: Any) -> Iterator[Score]:
@@ -110,6 +113,7 @@ class ResampledDocuments:
         n = len(self.known)
         size = max(1 << max(n - 1, 0).bit_length(), 64)  # few sizes, so that the draws are made few times
         self.weights = np.concatenate([np.ones((1, n)), _weights(size)[:, :n]])  # first the data as it is
+        self.left_out = left_out(self.known)
 
     def sums(
         self, docs: Int[np.ndarray, " n"], values: Float[np.ndarray, "quantities n"]
@@ -121,6 +125,19 @@ class ResampledDocuments:
 
     def index(self, docs: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         return np.searchsorted(self.known, docs)
+
+
+def left_out(document: Int[np.ndarray, " n"]) -> Float[np.ndarray, "1+groups n"]:
+    """Return 1 for the examples that are there: all of them first, then without each group of documents, 0 for the others."""
+    without = document % GROUPS != np.arange(GROUPS)[:, None]
+    return np.concatenate([np.ones((1, len(document))), without])
+
+
+def falls_of(
+    scores: Float[np.ndarray, "*some 1+groups"], counts: Float[np.ndarray, "*some 1+groups"]
+) -> Float[np.ndarray, "*some groups"]:
+    """Return by how much a score (first) falls without each group of documents; NaN where a group has none of the counts."""
+    return np.where(counts[..., 1:] < counts[..., :1], scores[..., :1] - scores[..., 1:], np.nan)
 
 
 def estimates(table: Float[np.ndarray, "quantities samples"]) -> list[Estimate]:
@@ -215,12 +232,10 @@ class Answers:
 
         NaN where a group has no example, and where nothing is left without it.
         """
-        of_group = (self.documents.known % GROUPS)[:, None] == np.arange(GROUPS)
-        n, yes = (each.sum(axis=-1, keepdims=True) for each in self.asked_and_yes)
-        n_of, yes_of = (each @ of_group for each in self.asked_and_yes)
+        n, yes = (each @ self.documents.left_out.T for each in self.asked_and_yes)
         with np.errstate(divide="ignore", invalid="ignore"):
-            fall = yes / n - (yes - yes_of) / (n - n_of)
-        return np.where(n_of.sum(axis=2) > 0, (fall[:, :, 0] - fall[:, :, 1]) / 2, np.nan).tolist()
+            rates = yes / n
+        return falls_of((rates[:, :, 0] - rates[:, :, 1]) / 2, n.sum(axis=2)).tolist()
 
     def _rates(self, number: int, other: int) -> Float[np.ndarray, "sources 2 samples"]:
         """Return how often an explanation is said yes to, of what this and another one were answered on.
@@ -251,17 +266,18 @@ class Answers:
 
     def add_others(self, metrics: list[dict[str, Estimate]], number: int) -> None:
         """Add to an explanation's metrics by source those that are no shares: F1, and of probabilities AUROC and Brier."""
-        tpr, fpr = self.rates(number, number).swapaxes(0, 1)
-        probability = self.verdicts[number].probability
+        n, yes = (each[number] for each in self.asked_and_yes)
+        probability, sizes = self.verdicts[number].probability, n.sum(axis=2, keepdims=True)
         with np.errstate(divide="ignore", invalid="ignore"):
-            found = {"f1": 2 * tpr / (1 + tpr + fpr)}
-            if probability is not None:
-                good = self.good[number]
-                errors = self._resampled(np.where(good, (self.truth - probability) ** 2, 0.0)) / self._answered(good)
-                found["brier"] = errors.sum(axis=1) / 2
-        names = [(name, i) for name in found for i in range(len(self.sides))]
-        for (name, i), estimate in zip(names, estimates(np.concatenate(list(found.values()))), strict=True):
-            metrics[i][name] = estimate
+            wrongly = yes[:, 1] * (sizes[:, 0] / sizes[:, 1])  # as if there were as many negatives as positives
+        found = {"f1": f1_by_document(yes[:, 0], yes[:, 0] + wrongly, n[:, 0])}
+        if probability is not None:  # a square lies between 0 and 1, so its mean varies no more than a share would
+            squares = np.where(self.good[number], (self.truth - probability) ** 2, 0.0)
+            errors = self._sums(squares[None])[0]
+            found["brier"] = mean_of_two(*(shares_by_document(errors[:, side], n[:, side]) for side in (0, 1)))
+        for name, table in found.items():
+            for own, each in zip(metrics, table.T.tolist(), strict=True):
+                own[name] = Estimate(*each)
         for i in range(len(self.sides) if probability is not None else 0):
             metrics[i]["auroc"] = self.auroc(number, i)
 

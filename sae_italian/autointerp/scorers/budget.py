@@ -10,15 +10,17 @@ explanations charges for their length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import comb, log2
+from math import log, log2
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy.special import gammaln
 
 from sae_italian.autointerp.choose import FAMILIES, MAX_NODES
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.scorers import Asked, Score, scorer
+from sae_italian.autointerp.scorers.binary import falls_of, left_out
 from sae_italian.base.statistics import NOTHING
 
 BUDGETS = (1, 2, 3, 6, 12)  # keys that are read; a text tells at most twelve
@@ -34,45 +36,55 @@ def budget(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[A
         return
     positive, negative = shown.questions[SOURCE]
     rows = np.concatenate([positive, negative])
-    truth = np.arange(len(rows)) < len(positive)
+    truth, present = np.arange(len(rows)) < len(positive), left_out(shown.document[rows])
     for number, one in enumerate(asked):
         first, frequency = one.judge.keys(one.explanation, shown)
         first = first[rows]
-        found = {"saved_bits": saved_bits(first > 0, truth, frequency)}
+        found = {"saved_bits": saved_bits(first > 0, truth, frequency, present)}
         if number == 0:
-            curve = [accuracy((first > 0) & (first <= n), truth) for n in BUDGETS]
+            curve = [accuracy((first > 0) & (first <= n), truth, present) for n in BUDGETS]
             found |= {f"balanced_accuracy_{n}": value for n, value in zip(BUDGETS, curve, strict=True)}
             found["area"] = area(curve)
-        metrics = {name: NOTHING._replace(value=value) for name, value in found.items()}
-        yield one, Score(SOURCE, metrics, len(positive), len(negative))
+        metrics = {name: NOTHING._replace(value=float(each[0])) for name, each in found.items()}
+        falls = {name: falls_of(each, present.sum(axis=1)).tolist() for name, each in found.items()}
+        yield one, Score(SOURCE, metrics, len(positive), len(negative), falls=falls)
 
 
-def accuracy(said: Bool[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> float:
-    """Return the balanced accuracy of answers."""
-    return (float(said[truth].mean()) + 1 - float(said[~truth].mean())) / 2
+def accuracy(
+    said: Bool[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], present: Float[np.ndarray, "rows n"]
+) -> Float[np.ndarray, " rows"]:
+    """Return the balanced accuracy of answers, of the examples that each row has present (1, else 0)."""
+    with np.errstate(invalid="ignore"):  # where no example of a kind is left
+        right, wrong = (present @ (said & kind) / (present @ kind) for kind in (truth, ~truth))
+    return (right + 1 - wrong) / 2
 
 
-def area(curve: Sequence[float]) -> float:
-    """Return the mean of a curve over BUDGETS on the scale log2(1 + keys), with 0.5 for no key."""
-    x, y = np.log2(1 + np.array([0, *BUDGETS])), np.array([0.5, *curve])
-    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / x[-1])
+def area(curve: Sequence[Any]) -> Any:
+    """Return the mean of a curve over BUDGETS on the scale log2(1 + keys), with 0.5 for no key; of arrays one by one."""
+    x, y = np.log2(1 + np.array([0, *BUDGETS])), np.stack([0.5 + 0 * np.asarray(curve[0]), *curve])
+    return np.diff(x) @ (y[1:] + y[:-1]) / 2 / x[-1]
 
 
 def saved_bits(
-    said: Bool[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], frequency: Float[np.ndarray, " keys"]
-) -> float:
+    said: Bool[np.ndarray, " n"],
+    truth: Bool[np.ndarray, " n"],
+    frequency: Float[np.ndarray, " keys"],
+    present: Float[np.ndarray, "rows n"],
+) -> Float[np.ndarray, " rows"]:
     """Return the bits that a rule saves per example, at most 1; below 0 where its text costs more than it tells.
 
-    `frequency` is the share of training tokens that each of the rule's keys stands on.
+    `frequency` is the share of training tokens that each of the rule's keys stands on; `present` as in `accuracy`.
     """
     rule = whole_number(1 + len(frequency)) + float((log2(N_LISTS) - np.log2(frequency)).sum())
-    right = chosen(int(said.sum()), int((said & ~truth).sum())) + chosen(int((~said).sum()), int((~said & truth).sum()))
-    return (chosen(len(truth), int(truth.sum())) - rule - right) / len(truth)
+    kinds = np.ones(len(said)), truth, said, said & ~truth, ~said & truth
+    n, true, on, wrongly, missed = (present @ np.stack(kinds, axis=1)).T
+    bits = chosen(n, true) - rule - chosen(on, wrongly) - chosen(n - on, missed)
+    return bits / np.where(n > 0, n, np.nan)
 
 
-def chosen(n: int, k: int) -> float:
+def chosen(n: Float[np.ndarray, " rows"], k: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
     """Return the bits that tell which k of n there are, k among it."""
-    return log2(n + 1) + log2(comb(n, k))
+    return np.log2(n + 1) + (gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)) / log(2)
 
 
 def whole_number(n: int) -> float:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.autointerp.scorers.binary import ResampledDocuments, estimates
+from sae_italian.autointerp.scorers.binary import ResampledDocuments, estimates, falls_of
 from sae_italian.base.statistics import NOTHING, Estimate
 
 TOP, RANDOM = "top-and-random", "random-only"
@@ -32,30 +32,33 @@ def simulation(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tup
         for number, own in enumerate(simulated):
             by_usable.setdefault(tuple(i for i in mine if own[i] is not None), []).append(number)
         for usable, numbers in by_usable.items():
-            metrics = [{"correlation": NOTHING, "constant": NOTHING}] * len(numbers)
+            found = [({"correlation": NOTHING, "constant": NOTHING}, [])] * len(numbers)
             if usable:
                 true = [shown.activations[i] for i in usable]
                 docs = np.repeat(shown.document[list(usable)], [len(each) for each in true])
                 theirs = [np.concatenate([simulated[number][i] for i in usable]) for number in numbers]
-                metrics = correlations(np.concatenate(true), np.stack(theirs), docs)
-            for number, found in zip(numbers, metrics, strict=True):
-                yield asked[number], Score(draw, found, len(usable), 0, len(mine) - len(usable))
+                found = correlations(np.concatenate(true), np.stack(theirs), docs)
+            for number, (metrics, falls) in zip(numbers, found, strict=True):
+                n = len(usable), 0, len(mine) - len(usable)
+                yield asked[number], Score(draw, metrics, *n, falls={"correlation": falls})
 
 
 def correlations(
     true: Float[np.ndarray, " tokens"],
     simulated: Float[np.ndarray, "simulations tokens"],
     docs: Int[np.ndarray, " tokens"],
-) -> list[dict[str, Estimate]]:
-    """Return of each of several simulations of the same tokens `correlation` with its interval over documents.
+) -> list[tuple[dict[str, Estimate], list[float]]]:
+    """Return of each of several simulations of the same tokens `correlation` with its interval over documents, and its falls.
 
-    `constant` is 1 where the correlation is undefined and taken as 0.
+    `constant` is 1 where the correlation is undefined and taken as 0. A fall is that without a group of documents, NaN
+    where a group has none.
     """
     documents = ResampledDocuments(docs)
+    weights = np.concatenate([documents.weights, documents.left_out])
     true, simulated = np.asarray(true, dtype=np.float64), np.asarray(simulated, dtype=np.float64)
     ours = np.stack([np.ones(len(true)), true, true * true])
     theirs = np.concatenate([simulated, simulated * simulated, simulated * true])
-    sums = documents.sums(docs, np.concatenate([ours, theirs])) @ documents.weights.T
+    sums = documents.sums(docs, np.concatenate([ours, theirs])) @ weights.T
     n, a, aa = sums[:3, None]
     s, ss, cross = sums[3:].reshape(3, len(simulated), -1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -64,7 +67,10 @@ def correlations(
         # differences of rounding size are no variance
         defined = (variance[0] > 1e-9 * aa / n) & (variance[1] > 1e-9 * ss / n)
         values = np.where(defined, (cross / n - a * s / n**2) / scale, 0.0).clip(-1, 1)
-    return [
-        {"correlation": estimate, "constant": NOTHING._replace(value=float(not known))}
-        for estimate, known in zip(estimates(values), defined[:, 0].tolist(), strict=True)
+    n_drawn = len(documents.weights)
+    constant = [NOTHING._replace(value=float(not known)) for known in defined[:, 0]]
+    metrics = [
+        {"correlation": estimate, "constant": each}
+        for estimate, each in zip(estimates(values[:, :n_drawn]), constant, strict=True)
     ]
+    return list(zip(metrics, falls_of(values[:, n_drawn:], n[0, n_drawn:]).tolist(), strict=True))
