@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -149,21 +149,22 @@ class _Scores:
         negatives = negatives or _HEADLINE[scorer]
         found = self.values(scorer, negatives, GAIN if gain else metric, **where)
         name = falls_name(scorer, negatives, metric or SCORERS[scorer].metric)
-        own, lookup = self.falls(**self.who | where), self.falls(LOOKUP, RULE, "") if gain else {}
-        rows = np.array([_row(own.get(n), name) - (_row(lookup.get(n), name) if gain else 0.0) for n in found])
-        rows = rows.reshape(-1, GROUPS)
+        rows = self._rows(found, name, **self.who | where) - (
+            self._rows(found, name, LOOKUP, RULE, "") if gain else 0.0
+        )
         self.known &= bool(np.isfinite(rows).any(axis=1).all())
         return two_way_mean(np.array([*found.values()]), rows)
+
+    def _rows(self, latents: Iterable[int], name: str, *who: str, **where: str) -> Float[np.ndarray, "latents groups"]:
+        """Return by how much scores fall without each group of documents, NaN where that is not known."""
+        falls = self.falls(*who, **where)
+        rows = [falls.get(latent, {}).get(name) or [None] * GROUPS for latent in latents]
+        return np.array(rows, dtype=np.float64).reshape(-1, GROUPS) / 1000
 
     def by_source(self, gain: bool = False) -> dict[str, dict[str, Estimate]]:
         """Return the means of detection and fuzzing by the negatives' source."""
         each = {scorer: {name: self.mean(scorer, name, gain=gain) for name in own} for scorer, own in _SOURCES.items()}
         return {scorer: {k: v for k, v in own.items() if v.value == v.value} for scorer, own in each.items()}
-
-
-def _row(falls: dict[str, list[int | None]] | None, name: str) -> Float[np.ndarray, " groups"]:
-    """Return by how much a score falls without each group of documents, NaN where that is not known."""
-    return np.array((falls or {}).get(name) or [None] * GROUPS, dtype=np.float64) / 1000
 
 
 def _mean(values: dict[int, float]) -> Estimate:

@@ -32,6 +32,7 @@ KEPT_WEIGHTS = 2**21  # numbers: 16 MB
 LEAST_DOCUMENTS = 5  # for an interval over documents: fewer say nothing of how documents differ
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
 Statistic = Callable[[Float[np.ndarray, "samples quantities"]], Float[np.ndarray, " samples"]]
+ByDocument = Float[np.ndarray, "rows documents"]
 
 
 def bootstrap(
@@ -46,8 +47,7 @@ def bootstrap(
 
 def mean_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Estimate:
     """Return the mean of independent values (latents, of which there are many) with its percentile interval."""
-    values = np.asarray(values, dtype=np.float64)
-    values = values[np.isfinite(values)]
+    values = np.asarray(values, dtype=np.float64)[np.isfinite(values)]
     pairs = np.stack([values, np.ones_like(values)], axis=1)
     return interval(*_resampled(pairs, lambda total: total[:, 0] / total[:, 1], 1000, seed)) if len(pairs) else NOTHING
 
@@ -130,18 +130,11 @@ def wilson(successes: int, n: int) -> Estimate:
     """Return a share and Wilson's 95 % score interval (Wilson 1927)."""
     if n == 0:
         return NOTHING
-    z = 1.959964
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    lo = 0.0 if successes == 0 else float(centre - half)  # exact at the ends, where rounding would leave 1e-17
-    hi = 1.0 if successes == n else float(centre + half)
-    return Estimate(share, lo, hi)
+    share, many = np.array([successes / n]), np.array([1e9])  # examples that are independent are documents of their own
+    return Estimate(*_score_interval(share, np.array([n]), many)[:, 0].tolist())
 
 
-def shares_by_document(
-    successes: Float[np.ndarray, "shares documents"], counts: Float[np.ndarray, "shares documents"]
-) -> Float[np.ndarray, "3 shares"]:
+def shares_by_document(successes: ByDocument, counts: ByDocument) -> Float[np.ndarray, "3 rows"]:
     """Return several shares, each with its 95 % interval over documents: value, lo, hi; NaN bounds for few documents.
 
     The variance is a jackknife's over documents, and at least that of independent examples: it covers 94 to 98 % at 10 to
@@ -157,11 +150,7 @@ def shares_by_document(
         return _score_interval(share, n / np.where(alone > 0, np.maximum(1, spread / alone), 1), g)
 
 
-def f1_by_document(
-    both: Float[np.ndarray, "rows documents"],
-    said: Float[np.ndarray, "rows documents"],
-    true: Float[np.ndarray, "rows documents"],
-) -> Float[np.ndarray, "3 rows"]:
+def f1_by_document(both: ByDocument, said: ByDocument, true: ByDocument) -> Float[np.ndarray, "3 rows"]:
     """Return F1 = 2 both / (said + true) of counts by document, row by row, with its 95 % interval: value, lo, hi.
 
     F1 = 2 J / (1 + J) rises with J, the share that is both of what is said or true: its bounds are those of this share.

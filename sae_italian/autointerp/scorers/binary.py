@@ -8,11 +8,11 @@ Plain accuracy is never given: it rewards a judge that always says the commoner 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from sae_italian.autointerp.choose import LOOKUP
 from sae_italian.autointerp.examples import LatentExamples, Verdicts
@@ -143,15 +143,12 @@ def falls_of(
 def estimates(table: Float[np.ndarray, "quantities samples"]) -> list[Estimate]:
     """Return each row's first entry as the value, and the 2.5 and 97.5 % points of the other finite ones."""
     rest = np.sort(table[:, 1:], axis=1)  # NaN last
-    n = np.isfinite(rest).sum(axis=1)
-    ends = []
-    for share in (0.025, 0.975):
-        at = share * np.maximum(n - 1, 0)
-        low = at.astype(np.int64)
-        rows = np.arange(len(rest))
-        below, above = rest[rows, low], rest[rows, np.minimum(low + 1, np.maximum(n - 1, 0))]
-        ends.append(np.where(n > 0, below + (at - low) * (above - below), np.nan))
-    return [Estimate(float(v), float(lo), float(hi)) for v, lo, hi in zip(table[:, 0], *ends, strict=True)]
+    last = np.maximum(np.isfinite(rest).sum(axis=1) - 1, 0)[:, None]
+    at = last * np.array([0.025, 0.975])
+    low = at.astype(np.int64)
+    below, above = (np.take_along_axis(rest, each, axis=1) for each in (low, np.minimum(low + 1, last)))
+    ends = below + (at - low) * (above - below)
+    return [Estimate(*each) for each in np.concatenate([table[:, :1], ends], axis=1).tolist()]
 
 
 @lru_cache(maxsize=8)
@@ -186,7 +183,6 @@ class Answers:
         self.truth = np.zeros(len(document))
         for positive, _ in self.sides:
             self.truth[positive] = 1.0
-        self.rates = cache(self._rates)
 
     def _sums(self, values: Float[np.ndarray, "n examples"]) -> Float[np.ndarray, "n sources 2 documents"]:
         """Return the sums over each document of the positives' and the negatives' values."""
@@ -199,8 +195,6 @@ class Answers:
     def counts(self) -> list[list[tuple[int, int, int]]]:
         """Return by explanation and source the number of positives, of negatives, and of those that failed."""
         sizes = [(len(positive), len(negative)) for positive, negative in self.sides]
-        if self.good.all():
-            return [[(*size, 0) for size in sizes]] * len(self.good)
         answered = self._sums(self.good).sum(axis=(2, 3)).astype(int).tolist()
         return [[(*size, sum(size) - n) for size, n in zip(sizes, own, strict=True)] for own in answered]
 
@@ -213,55 +207,27 @@ class Answers:
         shape, flat = n.shape[:2], (n.shape[0] * n.shape[1], n.shape[-1])  # of too few examples there is no source
         asked, found, others, wrongly = (x[:, :, side].reshape(flat) for side in (0, 1) for x in (n, yes))
         tpr, tnr = shares_by_document(found, asked), shares_by_document(others - wrongly, others)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share, wrong = found.sum(axis=1) / asked.sum(axis=1), wrongly.sum(axis=1) / others.sum(axis=1)
-        values = np.stack([(share + 1 - wrong) / 2, share, 1 - wrong])
-        told = np.concatenate([values[:, None], np.stack([mean_of_two(tpr, tnr), tpr, tnr])[:, 1:]], axis=1)
+        told = np.stack([mean_of_two(tpr, tnr), tpr, tnr]).transpose(2, 0, 1).reshape(*shape, 3, 3).tolist()
         names = ("balanced_accuracy", "tpr", "tnr")
-        return [
-            [dict(zip(names, (Estimate(*each) for each in one), strict=True)) for one in own]
-            for own in told.transpose(2, 0, 1).reshape(*shape, 3, 3).tolist()
-        ]
+        return [[dict(zip(names, map(Estimate._make, one), strict=True)) for one in own] for own in told]
 
     @cached_property
     def asked_and_yes(self) -> tuple[np.ndarray, np.ndarray]:
         return self._sums(self.good), self._sums(self.said * self.good)
 
     def falls(self) -> list[list[list[float]]]:
-        """Return by explanation and source by how much balanced accuracy falls without each group of documents.
-
-        NaN where a group has no example, and where nothing is left without it.
-        """
+        """Return by explanation and source the falls of balanced accuracy, as `falls_of`."""
         n, yes = (each @ self.documents.left_out.T for each in self.asked_and_yes)
         with np.errstate(divide="ignore", invalid="ignore"):
             rates = yes / n
         return falls_of((rates[:, :, 0] - rates[:, :, 1]) / 2, n.sum(axis=2)).tolist()
 
-    def _rates(self, number: int, other: int) -> Float[np.ndarray, "sources 2 samples"]:
-        """Return how often an explanation is said yes to, of what this and another one were answered on.
-
-        The first sample is the data as they are, the others are resamples.
-        """
-        good = self.good[number] & self.good[other]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return self._resampled(self.said[number] * good) / self._answered(good)
-
-    def _resampled(self, values: Float[np.ndarray, " examples"]) -> Float[np.ndarray, "sources 2 samples"]:
-        return self._sums(values[None])[0] @ self.documents.weights.T
-
-    def _answered(self, good: Bool[np.ndarray, " examples"]) -> Float[np.ndarray, "sources 2 samples"]:
-        return self._all if good.all() else self._resampled(good)
-
-    @cached_property
-    def _all(self) -> Float[np.ndarray, "sources 2 samples"]:
-        return self._resampled(np.ones(self.said.shape[1]))
-
     def gains(self, ours: int, theirs: int) -> list[Estimate]:
         """Return by source by how much one explanation's balanced accuracy exceeds another's, on what both answered."""
-        pairs = (ours, theirs), (theirs, ours)
-        if self.good[[ours, theirs]].all():
-            pairs = (ours, ours), (theirs, theirs)
-        own, other = ((rates[:, 0] + 1 - rates[:, 1]) / 2 for rates in (self.rates(*pair) for pair in pairs))
+        good = self.good[ours] & self.good[theirs]
+        sums = self._sums(np.stack([good, self.said[ours] * good, self.said[theirs] * good])) @ self.documents.weights.T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own, other = ((rates[:, 0] + 1 - rates[:, 1]) / 2 for rates in sums[1:] / sums[0])
         return estimates(own - other)
 
     def add_others(self, metrics: list[dict[str, Estimate]], number: int) -> None:

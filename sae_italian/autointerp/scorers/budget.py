@@ -26,6 +26,9 @@ from sae_italian.base.statistics import NOTHING
 BUDGETS = (1, 2, 3, 6, 12)  # keys that are read; a text tells at most twelve
 SOURCE = "random"  # the negatives
 N_LISTS = len({*FAMILIES, *MAX_NODES})  # that a key may be of
+Says = Bool[np.ndarray, " n"]
+Rows = Float[np.ndarray, " rows"]
+Present = Float[np.ndarray, "rows n"]
 
 
 @scorer(needs="keys", metric="saved_bits")
@@ -50,9 +53,7 @@ def budget(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[A
         yield one, Score(SOURCE, metrics, len(positive), len(negative), falls=falls)
 
 
-def accuracy(
-    said: Bool[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], present: Float[np.ndarray, "rows n"]
-) -> Float[np.ndarray, " rows"]:
+def accuracy(said: Says, truth: Says, present: Present) -> Rows:
     """Return the balanced accuracy of answers, of the examples that each row has present (1, else 0)."""
     with np.errstate(invalid="ignore"):  # where no example of a kind is left
         right, wrong = (present @ (said & kind) / (present @ kind) for kind in (truth, ~truth))
@@ -65,12 +66,7 @@ def area(curve: Sequence[Any]) -> Any:
     return np.diff(x) @ (y[1:] + y[:-1]) / 2 / x[-1]
 
 
-def saved_bits(
-    said: Bool[np.ndarray, " n"],
-    truth: Bool[np.ndarray, " n"],
-    frequency: Float[np.ndarray, " keys"],
-    present: Float[np.ndarray, "rows n"],
-) -> Float[np.ndarray, " rows"]:
+def saved_bits(said: Says, truth: Says, frequency: Float[np.ndarray, " keys"], present: Present) -> Rows:
     """Return the bits that a rule saves per example, at most 1; below 0 where its text costs more than it tells.
 
     `frequency` is the share of training tokens that each of the rule's keys stands on; `present` as in `accuracy`.
@@ -82,7 +78,7 @@ def saved_bits(
     return bits / np.where(n > 0, n, np.nan)
 
 
-def chosen(n: Float[np.ndarray, " rows"], k: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
+def chosen(n: Rows, k: Rows) -> Rows:
     """Return the bits that tell which k of n there are, k among it."""
     return np.log2(n + 1) + (gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)) / log(2)
 

@@ -67,10 +67,9 @@ def correlations(
         # differences of rounding size are no variance
         defined = (variance[0] > 1e-9 * aa / n) & (variance[1] > 1e-9 * ss / n)
         values = np.where(defined, (cross / n - a * s / n**2) / scale, 0.0).clip(-1, 1)
-    n_drawn = len(documents.weights)
-    constant = [NOTHING._replace(value=float(not known)) for known in defined[:, 0]]
-    metrics = [
-        {"correlation": estimate, "constant": each}
-        for estimate, each in zip(estimates(values[:, :n_drawn]), constant, strict=True)
+    n = len(documents.weights)
+    falls = falls_of(values[:, n:], sums[0, n:]).tolist()
+    return [
+        ({"correlation": estimate, "constant": NOTHING._replace(value=float(not known))}, own)
+        for estimate, known, own in zip(estimates(values[:, :n]), defined[:, 0], falls, strict=True)
     ]
-    return list(zip(metrics, falls_of(values[:, n_drawn:], n[0, n_drawn:]).tolist(), strict=True))
