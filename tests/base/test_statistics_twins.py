@@ -8,7 +8,17 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from sae_italian.base import statistics
-from sae_italian.base.statistics import Estimate, StreamingBootstrap, bootstrap, interval, shares_by_document
+from sae_italian.base.statistics import (
+    Estimate,
+    StreamingBootstrap,
+    auroc_by_document,
+    bootstrap,
+    correlation,
+    interval,
+    shares_by_document,
+    slope,
+    two_way_mean,
+)
 
 
 def ratio(sums):
@@ -107,3 +117,64 @@ def test_a_document_in_two_parts_counts_as_in_one():
     parts.add_sums(np.array([3, 8]), np.array([[4.0], [2.0]]))
     assert parts.n_clusters == whole.n_clusters == 2
     assert (whole.total == parts.total).all() and (whole.resampled == parts.resampled).all()
+
+
+def test_correlation_and_slope_are_those_of_pairs_drawn_with_replacement():
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=9) + 3
+    y = 0.5 * x + rng.normal(0, 0.4, 9)
+    draws = [np.repeat(np.arange(9), n) for n in rng_of_pairs(9)]
+    for function, plain in (
+        (correlation, lambda a, b: np.corrcoef(a, b)[0, 1]),
+        (slope, lambda a, b: np.cov(a, b, bias=True)[0, 1] / a.var()),
+    ):
+        drawn = [plain(x[rows], y[rows]) for rows in draws]
+        ends = np.quantile(drawn, (expanded(9), 1 - expanded(9)))
+        # a pair of which one is not known is no pair
+        found = function(np.append(x, [nan, 1.0]), np.append(y, [2.0, np.inf]))
+        assert found == pytest.approx((plain(x, y), *ends), rel=1e-6)
+        assert isnan(function(x[:2], y[:2]).value)
+
+
+def rng_of_pairs(n: int) -> np.ndarray:
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)
+
+
+def test_a_mean_over_latents_and_documents_is_that_of_the_plain_formula():
+    rng = np.random.default_rng(7)
+    values, falls = rng.normal(0.7, 0.1, 5), rng.normal(0.01, 0.03, (5, 8))  # falls of a mean that is not 0
+    falls[0, 2] = falls[3, 5] = nan
+    falls[:, 7] = nan  # a group that nobody has
+    plain = np.nan_to_num(falls[:, :7])
+
+    def jackknife(of):
+        return 6 / 7 * sum((x - sum(of) / 7) ** 2 for x in of)
+
+    latents = sum((x - values.mean()) ** 2 for x in values) / 4 / 5
+    documents = jackknife([sum(column) / 5 for column in plain.T])
+    both = sum(jackknife(list(row)) for row in plain) / 25
+    half = student.ppf(0.975, 6) * sqrt(max(latents + documents - both, latents, documents))
+    assert two_way_mean(values, falls) == pytest.approx((values.mean(), values.mean() - half, values.mean() + half))
+
+
+def test_an_area_under_the_curve_is_that_of_the_plain_formula():
+    """Of each example the share of pairs it wins; its deviations summed by document (Obuchowski 1997), then Wilson."""
+    rng = np.random.default_rng(8)
+    truth, document = rng.random(60) < 0.5, rng.integers(0, 9, 60)
+    score = rng.integers(0, 6, 60) + 5.0 * (document % 3) * truth  # which tells the kinds apart in some documents alone
+    truth[document == 8] = True  # a document of one kind alone
+    wins = [[(a > b) + (a == b) / 2 for b in score[~truth]] for a in score[truth]]
+    area, (m, n) = np.mean(wins), np.shape(wins)
+    parts = np.zeros(9)
+    for i, d in enumerate(document[truth]):
+        parts[d] += (np.mean(wins[i]) - area) / m
+    for j, d in enumerate(document[~truth]):
+        parts[d] += (np.mean([row[j] for row in wins]) - area) / n
+    spread = sum(x * x for x in parts) * 8 / 7  # eight documents have both kinds
+    q, r = area / (2 - area) - area**2, 2 * area**2 / (1 + area) - area**2
+    alone = (area * (1 - area) + (m - 1) * q + (n - 1) * r) / (m * n)
+    effective, z2 = area * (1 - area) / max(alone, spread), student.ppf(0.975, 7) ** 2
+    centre = (area + z2 / (2 * effective)) / (1 + z2 / effective)
+    half = sqrt(z2 * (area * (1 - area) / effective + z2 / (4 * effective**2))) / (1 + z2 / effective)
+    assert spread > alone  # so that it is the documents that count
+    assert auroc_by_document(score, truth, document) == pytest.approx((area, centre - half, centre + half))
