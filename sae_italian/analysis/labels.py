@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 
 from sae_italian import micro_italiano
 from sae_italian.analysis.latent import codes
-from sae_italian.analysis.shift import corpus_windows
+from sae_italian.analysis.shift import check_readable, corpus_windows
 from sae_italian.analysis.treebank import THRESHOLDS, detection_counts, firing, zeros_and_ones
 from sae_italian.autointerp.store import Label
 from sae_italian.base.errors import UsageError
@@ -266,6 +266,7 @@ def language_latents(
         raise UsageError("latents of one language show only beside another; give two languages or more.")
     hook_name = check_fits(sae, model)
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
+    check_readable((corpus, "all", (text_columns or {}).get(name, "text")) for name, corpus in corpora.items())
     found = []
     for number, (name, corpus) in enumerate(corpora.items()):
         batches = corpus_windows(model, corpus, context, n_tokens, text_column=(text_columns or {}).get(name, "text"))

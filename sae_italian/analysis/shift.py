@@ -143,6 +143,7 @@ def shift(
     context = context_size or _trained(sae)
     for condition in conditions:
         _check(sae, condition.model, context)
+    check_readable(condition[2:5] for condition in conditions)
     texts = list(dict.fromkeys((condition.corpus, condition.source) for condition in conditions))
     buckets = []
     for number, (bucket, model, corpus, split, column, source) in enumerate(conditions):
@@ -281,6 +282,15 @@ def _result(by: str, sae: Any, corpus: str, context: int, name: str, sums: Seque
 
 def _windows_per_batch(model: Any, context: int) -> int:
     return max(1, min(TOKENS_PER_BATCH, BATCH_LOGITS // model.config.vocab_size) // context)
+
+
+def check_readable(texts: Iterable[tuple[str, Split, str]]) -> None:
+    """Read the first document of each corpus, split and column: a wrong one is told before the others' minutes.
+
+    Raises: UsageError and DataError as `iter_documents`.
+    """
+    for corpus, split, text_column in texts:
+        next(iter_documents(corpus, split, text_column=text_column), None)
 
 
 def corpus_windows(

@@ -137,14 +137,14 @@ def language(
         parts += [*tables, result.table()]
     if corpora:
         where: dict[str, Any] = {"context_size": context, "text_columns": columns, "seed": seed}
+        n_pairs, (first, *others) = settings["parallel"], corpora
+        both = [{name: corpora[name] for name in (first, other)} for other in others if n_pairs]
+        overlaps = [parallel_overlap(loaded, subject, two, n_pairs=n_pairs, **where) for two in both]
         found = language_latents(loaded, subject, corpora, n_tokens=tokens, **where)
         found.save(out)
         labels += found.labels()
-        value |= {"languages": found.as_dict()}
-        parts.append(found.table())
-        if settings["parallel"]:
-            overlap = parallel_overlap(loaded, subject, corpora, n_pairs=settings["parallel"], **where)
-            value["overlap"], parts = plain(overlap), [*parts, overlap.text()]
+        value |= {"languages": found.as_dict()} | ({"overlaps": plain(overlaps)} if n_pairs else {})
+        parts += [found.table(), *(overlap.text() for overlap in overlaps)]
     if cache is not None:
         parts.append(_store(cache, labels))
     return Result(value, "\n\n".join([*parts, f"results: {out}"]))

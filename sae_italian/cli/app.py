@@ -338,12 +338,16 @@ def short_names(given: Sequence[str]) -> dict[str, str]:
 
 
 def named(what: str, pairs: Sequence[str] | None, least: int = 0) -> dict[str, str]:
-    """Return name and value of each NAME=VALUE. Raises: UsageError for another form, a name given twice, too few."""
+    """Return name and value of each NAME=VALUE. Raises: UsageError for another form, a number, a name given twice, too few."""
     found: dict[str, str] = {}
     for pair in pairs or ():
         name, equals, value = pair.partition("=")
         if not (name and equals and value) or name in found:
             raise UsageError(f"{pair!r}: NAME=VALUE was expected, each name once.")
+        if value.isdecimal():
+            raise UsageError(
+                f"{pair!r} after {what.partition(' NAME')[0]} is no text or model; a setting is given before it."
+            )
         found[name] = value
     if len(found) < least:
         raise UsageError(f"{what} is needed, {least} or more; {len(found)} given. For example it=testi en=texts.")

@@ -10,6 +10,7 @@ import torch
 from sae_italian.analysis.labels import Languages, entropies, examples_in, language_latents, owners, parallel_overlap
 from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache
+from sae_italian.cli.app import named
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.models.activations import read_activations
 
@@ -54,6 +55,14 @@ def test_probabilities_are_shares_of_tokens_and_chance_is_below_what_is_there(to
     assert "| cifre |" in found.table()
     with pytest.raises(UsageError, match="give two languages or more"):
         language_latents(topk_sae, mini, {"it": str(jsonl)})
+
+
+def test_a_corpus_that_is_not_there_is_told_before_the_others_are_read(topk_sae, mini, jsonl, monkeypatch):
+    monkeypatch.setattr("sae_italian.analysis.labels._count", lambda *_: pytest.fail("a corpus was read to its end"))
+    with pytest.raises(UsageError, match="corpus '400' is neither"):
+        language_latents(topk_sae, mini, {"it": str(jsonl), "parallel": "400"})
+    with pytest.raises(UsageError, match="'parallel=400' after --languages is no text or model"):
+        named("--languages NAME=CORPUS", [f"it={jsonl}", "parallel=400"])
 
 
 def test_a_translation_shares_more_latents_than_another_text(topk_sae, mini, tmp_path):
