@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_italian.analysis.latent import written_directions
 from sae_italian.base import pictures
 from sae_italian.base.labels import Language, label
 from sae_italian.base.pace import progress
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, correlation, slope
-from sae_italian.circuits.edges import attribute, frozen, layers_of, target_of
-from sae_italian.circuits.graph import Graph, influence, scores
+from sae_italian.circuits.edges import Prompt, attribute
+from sae_italian.circuits.graph import Graph, scores
 from sae_italian.models.activations import logits_at, read_many, replaced
 from sae_italian.saes.baselines import random_twin
 
@@ -62,20 +60,19 @@ class Checked(NamedTuple):
 
 
 def random_graph(
-    model: Any, transcoders: Sequence[Any], graph: Graph, *, batch: int = 16, seed: int = 0
+    model: Any, transcoders: Sequence[Any], graph: Graph, *, batch: int | None = None, seed: int = 0
 ) -> tuple[list[Any], Graph]:
     """Return random twins of the transcoders, and the graph of the same prompt that they make: the control."""
-    by_layer = layers_of(transcoders, model)
-    tokens = model.tokenizer(graph.prompt, return_tensors="pt").input_ids.to(model.device)
-    reads = read_many(model, tokens, [sae.cfg.metadata.hook_name for sae in by_layer.values()]) if by_layer else {}
+    prompt = Prompt(model, transcoders, graph.prompt)
+    names = {layer: sae.cfg.metadata.hook_name for layer, sae in prompt.by_layer.items()}
+    reads = read_many(model, prompt.tokens, list(names.values())) if names else {}
     twins = [
-        random_twin(sae, seed, lambda sae=sae: reads[sae.cfg.metadata.hook_name][0, 1:].to(sae.dtype))
-        for sae in by_layer.values()
+        random_twin(sae, seed, lambda sae=sae, name=names[layer]: reads[name][0, 1:].to(sae.dtype))
+        for layer, sae in prompt.by_layer.items()
     ]
     logits = [node.index for node in graph.nodes if node.kind == "logit"]
-    most = max(1, int(graph.of_kind("latent").sum()))
-    how: dict[str, Any] = {"logits": logits, "against": graph.subtracted, "max_nodes": most, "batch": batch}
-    return twins, attribute(model, twins, graph.prompt, **how)
+    how: dict[str, Any] = {"logits": logits, "against": graph.against, "batch": batch}
+    return twins, attribute(model, twins, graph.prompt, max_nodes=max(1, len(graph.latents)), **how)
 
 
 def check(
@@ -93,45 +90,38 @@ def check(
     patching too. `control` is what `random_graph` returned, where it is at hand. Raises: UsageError as `attribute`.
     """
     twins, other = control or random_graph(model, transcoders, graph, seed=seed)
-    tokens = model.tokenizer(graph.prompt, return_tensors="pt").input_ids.to(model.device)
-    found = [
-        _agreements(model, layers_of(saes, model), tokens, each, n_latents, seed, name)
-        for saes, each, name in ((transcoders, graph, ""), (twins, other, ", random transcoders"))
-    ]
+    prompts = [Prompt(model, saes, graph.prompt) for saes in (transcoders, twins)]
+    both = zip(prompts, (graph, other), ("", ", random transcoders"), strict=True)
+    found = [_agreements(prompt, each, n_latents, seed, name) for prompt, each, name in both]
     told = {name: scores(each)[:2] for name, each in (("these", graph), ("random", other))}
-    return Checked(found[0], found[1], told, replayed(model, layers_of(transcoders, model), tokens, graph))
+    return Checked(found[0], found[1], told, replayed(prompts[0], graph))
 
 
 @torch.no_grad()
-def replayed(model: Any, by_layer: Mapping[int, Any], tokens: Tensor, graph: Graph) -> float:
+def replayed(prompt: Prompt, graph: Graph) -> float:
     """Return how far the edges are from constrained patching, at most, as a share of the largest edge.
 
     What the most influential latents write is added once more, patterns, norms and MLPs held: each target must move by
     its edge. That proves the algebra, for any transcoders; only taking latents away says whether the graph is true.
     """
-    before, worst = frozen(model, by_layer, tokens), 0.0
-    targets = [target_of(model, by_layer, graph.nodes[i], graph.subtracted) for i in graph.targets.tolist()]
-    latents = np.flatnonzero(graph.of_kind("latent"))
-    for column in latents[np.argsort(-influence(graph)[latents], kind="stable")][:REPLAYED].tolist():
+    before, worst = prompt.frozen(), 0.0
+    targets = prompt.targets([graph.nodes[i] for i in graph.targets.tolist()], graph.against)
+    for column in graph.ranked[:REPLAYED].tolist():
         node, more = graph.nodes[column], torch.zeros_like(before.leaves[0][0])
-        more[node.position] = node.value * written_directions(by_layer[node.layer], [node.index])[0]
-        after = frozen(model, by_layer, tokens, constants=before.constants, added={node.layer: more})
-        change = {layer: (after.reads[layer] - read)[0] for layer, read in before.reads.items()}
-        moved = [float(change[target.layer][target.position] @ target.vector.to(more)) for target in targets]
-        worst = max(worst, float(np.abs(np.array(moved) - graph.weights[:, column]).max()))
+        more[node.position] = prompt.write(node)
+        after = prompt.frozen(before=before, added={node.layer: more})
+        change = {layer: after.reads[layer] - read for layer, read in before.reads.items()}
+        moved = torch.cat([each.of(change) for each in targets]).cpu().numpy()
+        worst = max(worst, float(np.abs(moved - graph.weights[:, column]).max()))
     return worst / max(float(np.abs(graph.weights).max()), 1e-10)
 
 
-def _agreements(
-    model: Any, by_layer: Mapping[int, Any], tokens: Tensor, graph: Graph, n: int, seed: int, name: str
-) -> tuple[Agreement, ...]:
-    latents = np.flatnonzero(graph.of_kind("latent"))
-    ranked = latents[np.argsort(-influence(graph)[latents], kind="stable")][:n]
-    random = np.random.default_rng(seed).permutation(latents)[:n]
+def _agreements(prompt: Prompt, graph: Graph, n: int, seed: int, name: str) -> tuple[Agreement, ...]:
+    random = np.random.default_rng(seed).permutation(graph.latents)[:n]
     direct, paths = foretold(graph)
     told = []
-    for what, some in (("most influential", ranked), ("at random", random)):
-        foreseen, real = paths[some], _changes(model, by_layer, tokens, graph, some)
+    for what, some in (("most influential", graph.ranked[:n]), ("at random", random)):
+        foreseen, real = paths[some], changes(prompt, graph, some)
         numbers = correlation(direct[some], real), correlation(foreseen, real), slope(foreseen, real)
         points = tuple(zip(foreseen.tolist(), real.tolist(), strict=True))
         told.append(Agreement(f"{what}{name}", len(real), *numbers, points))
@@ -157,37 +147,27 @@ def foretold(graph: Graph) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarra
 
 
 @torch.no_grad()
-def _changes(
-    model: Any, by_layer: Mapping[int, Any], tokens: Tensor, graph: Graph, latents: np.ndarray
-) -> Float[np.ndarray, " n"]:
-    """Return the real change of the first logit, centred on all, when each latent's write at its position is taken away."""
+def changes(prompt: Prompt, graph: Graph, latents: np.ndarray) -> Float[np.ndarray, " n"]:
+    """Return the real change of the first logit, less what it is explained less, when each latent's write is taken away."""
+    model, n_pos = prompt.model, prompt.tokens.shape[1]
     logit = next(node.index for node in graph.nodes if node.kind == "logit")
-    last = torch.arange(tokens.shape[1], device=tokens.device)[None] == tokens.shape[1] - 1
+    last = torch.arange(n_pos, device=prompt.tokens.device)[None] == n_pos - 1
 
     def centred(n: int) -> Float[Tensor, " n"]:
-        logits = logits_at(model, tokens.expand(n, -1), last.expand(n, -1)).double()
-        return logits[:, logit] - (logits.mean(-1) if graph.against < 0 else logits[:, graph.against])
+        logits = logits_at(model, prompt.tokens.expand(n, -1), last.expand(n, -1)).double()
+        return logits[:, logit] - (logits.mean(-1) if graph.against is None else logits[:, graph.against])
 
     before, found = centred(1), []
     for some in progress("taken away", torch.from_numpy(latents).split(AT_ONCE), unit="batch"):
-        gone: dict[int, list[tuple[int, int, Tensor]]] = {}
+        gone: dict[int, Tensor] = {}
         for row, node in enumerate(graph.nodes[i] for i in some.tolist()):
-            write = node.value * written_directions(by_layer[node.layer], [node.index])[0]
-            gone.setdefault(node.layer, []).append((row, node.position, write))
+            write = prompt.write(node)
+            gone.setdefault(node.layer, write.new_zeros(len(some), n_pos, len(write)))[row, node.position] = write
         with ExitStack() as stack:
             for layer, writes in gone.items():
-                stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(_without, writes)))
+                stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", lambda x, w=writes: x - w.to(x)))
             found.append((centred(len(some)) - before).cpu())
     return torch.cat(found).numpy() if found else np.zeros(0)
-
-
-def _without(
-    writes: Sequence[tuple[int, int, Tensor]], x: Float[Tensor, "batch pos d"]
-) -> Float[Tensor, "batch pos d"]:
-    changed = x.clone()
-    for row, position, write in writes:
-        changed[row, position] -= write.to(x)
-    return changed
 
 
 def check_svg(checked: Checked) -> str:

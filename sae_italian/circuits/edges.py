@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,26 +21,18 @@ from sae_italian.analysis.latent import codes, edit_hooks, special, token_text, 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import Pace
 from sae_italian.base.storage import read_json, write_json
-from sae_italian.circuits.graph import Graph, GraphNode, weights_of
-from sae_italian.circuits.linear import Linear, Target, linearise
+from sae_italian.circuits.graph import ROWS_AT_ONCE, Graph, GraphNode, reach, weights_of
+from sae_italian.circuits.linear import Linear, Targets, linearise
 from sae_italian.models.activations import check_context
 from sae_italian.saes.fit import decoded
 
 COVERED = 0.95  # probability that the logit nodes hold together
 MOST_LOGITS = 10
 SITES = ("mlp.hook_in", "ln2.hook_normalized")  # that a transcoder may read
-ROWS_AT_ONCE = 256  # of the edges that are weighed together, so that no copy of all is made
 SAID_FROM = 1.0  # 10^9 bytes of edges, from which the memory is told before they are computed
 LENGTHS, SHORT = 4, 16  # passes of a prompt's beginning, the whole as the last; tokens of the shortest
+BATCH, MOST_BATCH, NUMBERS = 16, 128, 2**18  # targets of a backward pass: more where a read of them all is so small
 FIRST_LOOK, GROWTH = 4, 4  # batches before the next are chosen by influence; then again when a quarter more was visited
-
-
-class _Written(NamedTuple):
-    """What was written into the residual stream at one place, the first block's input or an MLP, taken apart."""
-
-    nodes: list[GraphNode]  # position by position
-    vectors: Float[Tensor, "n d_model"]  # what each wrote
-    counts: list[int]  # of nodes at each position
 
 
 def layers_of(transcoders: Sequence[Any], model: Any) -> dict[int, Any]:
@@ -68,6 +61,53 @@ def layers_of(transcoders: Sequence[Any], model: Any) -> dict[int, Any]:
     return found
 
 
+class Prompt:
+    """A prompt on a model, and the transcoders by layer: what every question about a graph begins with."""
+
+    def __init__(self, model: Any, transcoders: Sequence[Any], text: str):
+        """Raises: UsageError for a prompt of one token or beyond the model's context, and as `layers_of`."""
+        self.model, self.text, self.by_layer = model, text, layers_of(transcoders, model)
+        self.tokens: Int[Tensor, "1 pos"] = model.tokenizer(text, return_tensors="pt").input_ids.to(model.device)
+        self.silent = special(self.tokens, model.tokenizer)[0]
+        if int((~self.silent).sum()) < 2:
+            raise UsageError(f"{text!r} has fewer than two tokens, so nothing leads to anything. Give a longer prompt.")
+        check_context(self.tokens.shape[1], model.config)
+
+    def frozen(self, n_tokens: int | None = None, **more: Any) -> Linear:
+        """Return the linear pass of the prompt, or of its beginning; `more` as `linearise`, and what it raises."""
+        hooks = {layer: edit_hooks(sae, self.model)[0] for layer, sae in self.by_layer.items()}
+        skips = {layer: sae.W_skip for layer, sae in self.by_layer.items() if getattr(sae, "W_skip", None) is not None}
+        return linearise(self.model, self.tokens[:, :n_tokens], hooks, skips=skips, **more)
+
+    @torch.no_grad()
+    def targets(self, nodes: Sequence[GraphNode], against: int | None = None) -> list[Targets]:
+        """Return what the rows of latents and logits are about, layer by layer, in which order the nodes must stand."""
+        found, unembedding = [], self.model.get_output_embeddings().weight
+        for layer, some in ((layer, list(some)) for layer, some in groupby(nodes, lambda node: node.layer)):
+            index = torch.tensor([node.index for node in some], device=self.tokens.device)
+            if some[0].kind == "logit":
+                vectors = unembedding[index] - (unembedding.mean(0) if against is None else unembedding[against])
+            else:
+                sae = self.by_layer[layer]
+                vectors = sae.W_enc[:, index].T.to(unembedding)
+                if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+                    vectors = vectors * sae.W_dec[index].norm(dim=1, keepdim=True).to(vectors)
+            found.append(Targets(layer, torch.tensor([node.position for node in some]), vectors))
+        return found
+
+    def write(self, node: GraphNode) -> Float[Tensor, " d_model"]:
+        """Return what a latent writes at its position."""
+        return node.value * written_directions(self.by_layer[node.layer], [node.index])[0]
+
+
+class _Written(NamedTuple):
+    """What was written into the residual stream at one place, the first block's input or an MLP, taken apart."""
+
+    nodes: list[GraphNode]  # position by position
+    vectors: Float[Tensor, "n d_model"]  # what each wrote
+    counts: list[int]  # of nodes at each position
+
+
 @torch.no_grad()
 def _take_apart(sae: Any, layer: int, read: Tensor, written: Tensor, texts: list[str], silent: Tensor) -> _Written:
     """Write an MLP's output as latents + bias + error; at special tokens, where no transcoder is applied, all is bias."""
@@ -80,38 +120,16 @@ def _take_apart(sae: Any, layer: int, read: Tensor, written: Tensor, texts: list
         value = z[position, latent]
         unique, where = np.unique(latent, return_inverse=True)
         vectors = written_directions(sae, unique.tolist()).to(written)[where] * value[:, None]
-        nodes = [GraphNode("latent", layer, *at) for at in zip(position, latent, value.tolist(), strict=True)]
+        found = zip(position, latent, value.tolist(), strict=True)
+        nodes = [GraphNode("latent", layer, at, index, each, texts[at]) for at, index, each in found]
         constant = sae.decode(torch.zeros_like(z[:1], dtype=sae.dtype)).to(written)
         told = decoded(sae, z.to(sae.dtype), read.to(sae.dtype)).to(written)
         skipped = told - sae.decode(z.to(sae.dtype)).to(written)  # by a skip connection: neither latent nor error
-    places = range(len(texts))
-    nodes += [GraphNode(kind, layer, position) for kind in ("error", "bias") for position in places]
+    nodes += [GraphNode(kind, layer, at, text=text) for kind in ("error", "bias") for at, text in enumerate(texts)]
     bias = (written - skipped) * (1 - live) + constant * live
     vectors = torch.cat([vectors, (written - told) * live, bias])
-    at = np.array([node.position for node in nodes])
-    order = np.argsort(at, kind="stable").tolist()
-    ordered = [nodes[i]._replace(text=texts[at[i]]) for i in order]
-    return _Written(ordered, vectors[order], np.bincount(at).tolist())
-
-
-def frozen(model: Any, by_layer: Mapping[int, Any], tokens: Int[Tensor, "1 pos"], **more: Any) -> Linear:
-    """Return the prompt's linear pass for these transcoders; `more` as `linearise`, and what it raises."""
-    hooks = {layer: edit_hooks(sae, model)[0] for layer, sae in by_layer.items()}
-    skips = {layer: sae.W_skip for layer, sae in by_layer.items() if getattr(sae, "W_skip", None) is not None}
-    return linearise(model, tokens, hooks, skips=skips, **more)
-
-
-@torch.no_grad()
-def target_of(model: Any, by_layer: Mapping[int, Any], node: GraphNode, against: int | None = None) -> Target:
-    """Return what the row of a latent, or of a logit, is about."""
-    if node.kind == "latent":
-        sae = by_layer[node.layer]
-        norm = sae.W_dec[node.index].norm() if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else 1.0
-        vector = sae.W_enc[:, node.index] * norm
-    else:
-        weight = model.get_output_embeddings().weight
-        vector = weight[node.index] - (weight.mean(0) if against is None else weight[against])
-    return Target(node.layer, node.position, vector)
+    order = sorted(range(len(nodes)), key=lambda i: nodes[i].position)
+    return _Written([nodes[i] for i in order], vectors[order], np.bincount([node.position for node in nodes]).tolist())
 
 
 class _Rows:
@@ -120,22 +138,42 @@ class _Rows:
     Nothing looks ahead, so targets at early positions go back through a pass of the prompt's beginning alone.
     """
 
-    def __init__(self, linear: Callable[[int], Linear], sources: Sequence[_Written]):
-        self.linear, self.sources, n_pos = linear, sources, len(sources[0].counts)
+    def __init__(self, prompt: Prompt, batch: int | None, against: int | None):
+        self.prompt, self.against, n_pos = prompt, against, prompt.tokens.shape[1]
+        most = NUMBERS // (n_pos * prompt.model.config.hidden_size)
+        self.batch = batch or min(max(BATCH, most), MOST_BATCH)
+        self.linear = cache(partial(prompt.frozen, batch=self.batch))  # by the number of tokens
         step = max(SHORT, -(-n_pos // LENGTHS))
         self.ends = [*range(step, n_pos, step), n_pos]
-        self.n_sources = sum(len(source.nodes) for source in sources)
+        whole, self.texts = self.linear(n_pos), token_text(prompt.model.tokenizer, prompt.tokens[0].tolist())
+        self.reads = {layer: read[:1].detach() for layer, read in whole.reads.items()}
+        embedding = whole.leaves[0][0].detach()
+        inputs = [GraphNode("embedding", -1, position, text=text) for position, text in enumerate(self.texts)]
+        self.sources = [_Written(inputs, embedding, [1] * n_pos)]
+        for layer, written in sorted(whole.written.items()):
+            sae, read = prompt.by_layer.get(layer), self.reads.get(layer, embedding[None])
+            self.sources.append(_take_apart(sae, layer, read[0], written[0], self.texts, prompt.silent))
+        self.parts = [source.vectors.split(source.counts) for source in self.sources]
+        self.nodes = [node for source in self.sources for node in source.nodes]
+        self.layer = np.array([node.layer if node.kind == "latent" else -1 for node in self.nodes], dtype=np.int64)
+        self.decided = np.array([node.kind != "bias" for node in self.nodes])
 
-    def __call__(self, targets: Sequence[Target], out: Float[np.ndarray, "targets sources"]) -> None:
-        """Write the targets' rows into `out`; what no target reads stays 0."""
-        end, at = next(end for end in self.ends if end > max(target.position for target in targets)), 0
-        out[:] = 0
-        for source, gradient in zip(self.sources, self.linear(end).gradients(targets), strict=True):
+    def __call__(self, nodes: Sequence[GraphNode], out: Float[np.ndarray, "targets sources"]) -> None:
+        """Write the rows of nodes, which stand by layer, into zeros; what no target reads stays 0."""
+        end, at = next(end for end in self.ends if end > max(node.position for node in nodes)), 0
+        gradients = self.linear(end).gradients(self.prompt.targets(nodes, self.against))
+        for source, parts, gradient in zip(self.sources, self.parts, gradients, strict=True):
             if gradient is not None:
-                parts = source.vectors.split(source.counts)[:end]
-                told = torch.cat([gradient[:, p] @ part.T for p, part in enumerate(parts)], dim=1)
+                by_position = zip(gradient.unbind(1), parts[:end], strict=True)
+                told = torch.cat([of @ part.T for of, part in by_position], dim=1)
                 out[:, at : at + told.shape[1]] = _array(told)
             at += len(source.nodes)
+
+    def values(self, nodes: Sequence[GraphNode]) -> list[float]:
+        """Return what the rows of nodes, which stand by layer, add up to."""
+        return [
+            each for targets in self.prompt.targets(nodes, self.against) for each in targets.of(self.reads).tolist()
+        ]
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -148,7 +186,7 @@ def attribute(
     prompt: str,
     *,
     max_nodes: int = 4096,
-    batch: int = 16,
+    batch: int | None = None,
     logits: Sequence[int] | None = None,
     against: int | None = None,
     memory: float | None = None,
@@ -157,61 +195,41 @@ def attribute(
     """Return the attribution graph of a prompt.
 
     At most `max_nodes` latents become nodes, chosen by their influence as it is known so far; `batch` targets share a
-    backward pass. `logits` are the ids of the tokens to explain; default: the likeliest that cover 95 %, at most 10.
+    backward pass (default: 16, up to 128 for a short prompt on a small model). `logits` are the ids of the tokens to
+    explain; default: the likeliest that cover 95 %, at most 10.
     A logit is explained less the mean of all, or less that of the token `against`: what makes the difference of the two.
     `memory` (10^9 bytes; default: what is free) is what edges may take. With a folder `resume` the edges that are known are
     kept in it, and a graph of the same model, transcoders and prompt that was interrupted goes on there.
-    Raises: UsageError for a prompt of one token or beyond the model's context, for more active latents than the memory
-    holds, and as `layers_of` and `linearise`.
+    Raises: UsageError for more active latents than the memory holds, and as `Prompt` and `linearise`.
     """
-    tokenizer, by_layer = model.tokenizer, layers_of(transcoders, model)
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    silent = special(tokens, tokenizer)[0]
-    if int((~silent).sum()) < 2:
-        raise UsageError(f"{prompt!r} has fewer than two tokens, so nothing leads to anything. Give a longer prompt.")
-    check_context(tokens.shape[1], model.config)
-    texts = token_text(tokenizer, tokens[0].tolist())
-
-    @cache
-    def linear(end: int) -> Linear:
-        return frozen(model, by_layer, tokens[:, :end], batch=batch)
-
-    whole, n_layers, n_pos = linear(tokens.shape[1]), model.config.num_hidden_layers, tokens.shape[1]
-    reads = {layer: read[0].detach() for layer, read in whole.reads.items()}
-    embedding = whole.leaves[0][0].detach()
-    inputs = [GraphNode("embedding", -1, position, text=text) for position, text in enumerate(texts)]
-    sources = [_Written(inputs, embedding, [1] * n_pos)]
-    for layer, written in sorted(whole.constants.written.items()):
-        sae, read = by_layer.get(layer), reads.get(layer, embedding)
-        sources.append(_take_apart(sae, layer, read, written[0], texts, silent))
-    target = partial(target_of, model, by_layer)
-    logit_nodes, own = _logit_nodes(model, tokenizer, reads[n_layers][-1], n_pos, logits, against)
-    targets = [target(node, against) for node in logit_nodes]
-    rows, nodes = _Rows(linear, sources), [node for source in sources for node in source.nodes]
-    most = min(max_nodes, n_active := sum(node.kind == "latent" for node in nodes))
-    _check_memory(rows.n_sources * embedding.element_size(), len(targets), n_active, most, memory)
-    written = [reads[n_layers], *(source.vectors for source in sources)]
-    with _kept(resume, (most + len(targets), rows.n_sources), written, own) as kept:
-        visited = _visit(rows, nodes, target, targets, [node.value for node in logit_nodes], most, batch, kept)
-        for each in (target(nodes[i]) for i in visited):
-            own.append(float(each.vector.to(embedding) @ reads[each.layer][each.position]))
-        found = _assembled(nodes, visited, logit_nodes, kept.rows, np.array(own), n_layers)
-    against = -1 if against is None else against
-    return Graph(prompt, _name(model), tuple(texts), n_layers, *found, n_active, against)
+    rows, n_layers = _Rows(Prompt(model, transcoders, prompt), batch, against), model.config.num_hidden_layers
+    targets = _logit_nodes(model, rows.reads[n_layers][0], logits, against)
+    most = min(max_nodes, n_active := int((rows.layer >= 0).sum()))
+    shape = (most + len(targets), len(rows.nodes) + n_layers + 1 + len(targets))
+    _check_memory(shape, rows.sources[0].vectors.element_size(), n_active, most, memory)
+    told = [rows.reads[n_layers], *(source.vectors for source in rows.sources)]
+    with _kept(resume, shape, told, (*(node.index for node in targets), against)) as kept:
+        _visit(rows, targets, most, kept)
+        found = _assembled(rows, targets, kept)
+    return Graph(prompt, _name(model), tuple(rows.texts), n_layers, *found, n_active, against)
 
 
 def _name(model: Any) -> str:
     return str(getattr(model, "loaded_from", {}).get("name") or model.config._name_or_path)
 
 
-def _check_memory(row: int, n_logits: int, n_active: int, most: int, memory: float | None) -> None:
-    """Raise UsageError when rows of so many bytes, held twice at the end, need more than is given or free (10^9 bytes)."""
+def _check_memory(shape: tuple[int, int], size: int, n_active: int, most: int, memory: float | None) -> None:
+    """Raise UsageError when edges of so many bytes each need more than is given or free (10^9 bytes).
+
+    Where latents are left out, the edges to those that stay are held once more, at the end.
+    """
     free = psutil.virtual_memory().available / 1e9 if memory is None else memory
-    need = 2 * row * (most + n_logits) / 1e9
+    row, n_logits = size * shape[1] / 1e9, shape[0] - most
+    need = shape[0] * (row + (size * (shape[1] - n_active + most) / 1e9 if most < n_active else 0))
     if need > SAID_FROM:
         sys.stderr.write(f"{n_active:,} latents are active, {most:,} become nodes: {need:.1f} GB of memory.\n")
     if need > free:
-        bound = max(1, int(0.95 * free * 1e9 / (2 * row)) - n_logits)
+        bound = max(1, int(0.95 * free / (2 * row)) - n_logits)
         raise UsageError(
             f"{n_active} latents are active; a graph with {most} of them needs {need:.2g} GB, and {free:.2g} GB are there. "
             f"Use max_nodes={bound}, a shorter prompt, or transcoders with fewer active latents."
@@ -219,40 +237,28 @@ def _check_memory(row: int, n_logits: int, n_active: int, most: int, memory: flo
 
 
 def _logit_nodes(
-    model: Any,
-    tokenizer: Any,
-    final: Tensor,
-    n_pos: int,
-    wanted: Sequence[int] | None,
-    against: int | None,
-) -> tuple[list[GraphNode], list[float]]:
-    """Return the logits that are explained, and their values centred on all logits, without a bias."""
-    unembedding, n_layers = model.get_output_embeddings(), model.config.num_hidden_layers
-    weight = unembedding.weight.detach()
-    raw = torch.nn.functional.linear(final, weight)
-    shown = raw if unembedding.bias is None else raw + unembedding.bias.detach()
+    model: Any, final: Float[Tensor, "pos d_model"], wanted: Sequence[int] | None, against: int | None
+) -> list[GraphNode]:
+    """Return the logits that are explained, the wanted ones or the likeliest."""
+    with torch.no_grad():
+        logits = model.get_output_embeddings()(final[-1])
     cap = getattr(model.config, "final_logit_softcapping", None)
-    probability = (torch.tanh(shown / cap) * cap if cap else shown).softmax(-1)
+    probability = (torch.tanh(logits / cap) * cap if cap else logits).softmax(-1)
     if wanted is None:
-        top, ids = probability.topk(min(MOST_LOGITS, len(probability)))
-        ids = ids[: int((top.cumsum(0) < COVERED).sum()) + 1].tolist()
-    else:
-        ids = list(wanted)
-        if unknown := [i for i in (*ids, against or 0) if not 0 <= i < len(probability)]:
-            raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
-    texts = token_text(tokenizer, ids)
+        top, likeliest = probability.topk(min(MOST_LOGITS, len(probability)))
+        wanted = likeliest[: int((top.cumsum(0) < COVERED).sum()) + 1].tolist()
+    elif unknown := [i for i in (*wanted, against or 0) if not 0 <= i < len(probability)]:
+        raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
+    texts = token_text(model.tokenizer, wanted)
     if against is not None:
-        texts = [f"{text} − {token_text(tokenizer, [against])[0].strip()}" for text in texts]
-    nodes = [
-        GraphNode("logit", n_layers, n_pos - 1, i, float(probability[i]), text)
-        for i, text in zip(ids, texts, strict=True)
-    ]
-    base = raw.mean() if against is None else raw[against]
-    return nodes, [float(raw[i] - base) for i in ids]
+        texts = [f"{text} − {token_text(model.tokenizer, [against])[0].strip()}" for text in texts]
+    place = model.config.num_hidden_layers, len(final) - 1
+    found = zip(wanted, probability[list(wanted)].tolist(), texts, strict=True)
+    return [GraphNode("logit", *place, *each) for each in found]
 
 
 class _Kept(NamedTuple):
-    """Rows that are known: of the logits, then of the latents in the order in which they were visited."""
+    """Rows that are known: of the latents in the order in which they were visited, and at the end of the logits."""
 
     rows: Float[np.ndarray, "rows sources"]
     visited: list[int]
@@ -261,15 +267,15 @@ class _Kept(NamedTuple):
 
 @contextmanager
 def _kept(
-    folder: Path | None, shape: tuple[int, int], tensors: Sequence[Tensor], values: Sequence[float]
+    folder: Path | None, shape: tuple[int, int], tensors: Sequence[Tensor], asked: Sequence[Any]
 ) -> Iterator[_Kept]:
     """Yield room for rows, with those that an interrupted run of the same work left in the folder; removed at the end."""
     kind = _array(tensors[0][:0]).dtype
     if folder is None:
-        yield _Kept(np.empty(shape, dtype=kind), [], lambda: None)
+        yield _Kept(np.zeros(shape, dtype=kind), [], lambda: None)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    digest = sha256(repr((shape, *values)).encode())
+    digest = sha256(repr((shape, *asked)).encode())
     for tensor in tensors:
         digest.update(_array(tensor).tobytes())
     told, file, key = folder / "visited.json", folder / "rows.partial", digest.hexdigest()
@@ -287,99 +293,65 @@ def _kept(
     file.unlink()
 
 
-def _visit(
-    rows: _Rows,
-    nodes: Sequence[GraphNode],
-    target: Callable[[GraphNode], Target],
-    logits: Sequence[Target],
-    importance: Sequence[float],
-    most: int,
-    batch: int,
-    kept: _Kept,
-) -> list[int]:
-    """Return which nodes, all latents, were visited, with the rows of the logits and theirs in `kept`.
+def _visit(rows: _Rows, logits: Sequence[GraphNode], most: int, kept: _Kept) -> None:
+    """Find the rows of the logits and of `most` latents.
 
-    The most influential of what is known are next. What a look chooses goes by layer and position, so that a batch's
-    backward pass begins no higher, and ends no later in the prompt, than it must.
+    Where not all can be visited, the most influential of what is known are next. What a look chooses goes by layer and
+    position, so that a batch's backward pass begins no higher, and ends no later in the prompt, than it must.
     """
-    n, visited = len(logits), kept.visited
-    if not visited:
-        for some in _batches(range(n), batch):
-            rows([logits[i] for i in some], kept.rows[some[0] : some[-1] + 1])
-    layer = np.array([node.layer if node.kind == "latent" else -1 for node in nodes], dtype=np.int64)
+    n, visited, batch, weight = len(logits), kept.visited, rows.batch, weights_of([node.value for node in logits])
+    edges = kept.rows[:, : len(rows.nodes)]
+    edges[len(visited) : most if visited else 0] = 0  # what an interrupted run had not finished
+    for at in range(0, 0 if visited else n, batch):
+        rows(logits[at : at + batch], edges[most + at : most + min(at + batch, n)])
     pace = Pace("edges", most, "latent")
     with pace.bar:
         pace.skip(len(visited))
         while len(visited) < most:
-            wanted = min(most - len(visited), max(FIRST_LOOK * batch, len(visited) // GROWTH))
-            reached = _reach(kept.rows[: n + len(visited)], np.array(visited, dtype=np.int64), importance, layer)
-            reached[layer < 0] = -2
-            reached[visited] = -1
-            ranked = np.argsort(-reached, kind="stable")[:wanted].tolist()
-            for chosen in _batches(sorted(ranked), batch):  # nodes stand by layer and position
-                at = n + len(visited)
-                rows([target(nodes[i]) for i in chosen], kept.rows[at : at + len(chosen)])
+            left = np.setdiff1d(np.flatnonzero(rows.layer >= 0), visited)
+            wanted = min(most - len(visited), batch * max(FIRST_LOOK, len(visited) // (GROWTH * batch)))
+            if len(visited) + len(left) > most:
+                known, targets = np.r_[: len(visited), most : most + n], np.array([*visited, *[len(rows.nodes)] * n])
+                layer = np.array([*rows.layer[visited], *(node.layer for node in logits)])
+                reached = reach(edges, known, targets, layer, np.r_[np.zeros(len(visited)), weight], rows.decided)
+                left = np.sort(left[np.argsort(-reached[left], kind="stable")[:wanted]])
+            for chosen in (left[at : min(at + batch, wanted)].tolist() for at in range(0, wanted, batch)):
+                rows([rows.nodes[i] for i in chosen], edges[len(visited) : len(visited) + len(chosen)])
                 visited += chosen
                 pace.step(len(chosen))
             kept.save()
-    return visited
-
-
-def _batches(items: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _reach(
-    rows: Float[np.ndarray, "rows sources"],
-    visited: Int[np.ndarray, " visited"],
-    importance: Sequence[float],
-    layer: Int[np.ndarray, " sources"],
-) -> Float[np.ndarray, " sources"]:
-    """Return the influence of each source on the logits through the rows that are known.
-
-    From the logits down, layer by layer: what a latent reaches is known when its own layer's turn comes.
-    """
-    n, reach = len(importance), np.zeros(len(layer))
-    downwards = range(layer.max(initial=-1), -1, -1)
-    places = [np.arange(n), *(n + np.flatnonzero(layer[visited] == each) for each in downwards)]
-    for place in places:
-        for some in np.split(place, range(ROWS_AT_ONCE, len(place), ROWS_AT_ONCE)):
-            size = np.abs(rows[some])
-            own = weights_of(importance)[some] if place is places[0] else reach[visited[some - n]]
-            share = own / np.maximum(size.sum(axis=1), 1e-10)
-            reach += share.astype(rows.dtype) @ size
-    return reach
 
 
 def _assembled(
-    nodes: Sequence[GraphNode],
-    visited: Sequence[int],
-    logits: Sequence[GraphNode],
-    rows: Float[np.ndarray, "rows sources"],
-    own: Float[np.ndarray, " rows"],
-    n_layers: int,
+    rows: _Rows, logits: Sequence[GraphNode], kept: _Kept
 ) -> tuple[tuple[GraphNode, ...], np.ndarray, np.ndarray, np.ndarray]:
-    """Return a graph's nodes, targets, weights and own, in order: latents by layer and position first, logits last.
+    """Return a graph's nodes, targets, weights and own, in the order of the sources; the rest, the constant, logits last.
 
-    What was not visited is booked as the rest of its layer.
+    What was not visited is booked as the rest of its layer. Where all was, the rows themselves are the weights.
     """
-    n, order = len(logits), np.sort(np.array(visited, dtype=np.int64))
-    others = [i for kind in ("error", "embedding", "bias") for i, node in enumerate(nodes) if node.kind == kind]
-    chosen = np.concatenate([order, np.array(others, dtype=np.int64)])
-    layer = np.array([node.layer if node.kind == "latent" else -1 for node in nodes], dtype=np.int64)
-    layer[order] = -1
-    left = [np.flatnonzero(layer == each) for each in range(n_layers)]
-    row_of = dict(zip(visited, range(n, len(rows)), strict=True))
-    in_order = [*(row_of[i] for i in order.tolist()), *range(n)]
-    own, first = own[in_order], len(chosen)
-    weights = np.zeros((len(rows), first + n_layers + 1 + n), dtype=rows.dtype)
-    for at, row in enumerate(in_order):
-        told = rows[row]
-        weights[at, :first] = told[chosen]
-        weights[at, first : first + n_layers] = [told[some].sum() for some in left]
-        # what the biases of attention and norms add; zero where there are none
-        weights[at, first + n_layers] = own[at] - told.sum(dtype=np.float64)
+    n, n_layers, visited, weights = (
+        len(logits),
+        len(rows.sources) - 1,
+        np.array(kept.visited, dtype=np.int64),
+        kept.rows,
+    )
+    left = np.setdiff1d(np.flatnonzero(rows.layer >= 0), visited)
+    chosen = np.setdiff1d(np.arange(len(rows.nodes)), left)
+    if len(left) or isinstance(weights, np.memmap):
+        weights = np.zeros((len(weights), len(chosen) + n_layers + 1 + n), dtype=weights.dtype)
+        of_layer = (rows.layer[left, None] == np.arange(n_layers)).astype(weights.dtype)
+        in_order = np.concatenate([np.argsort(visited), np.arange(len(visited), len(weights))])
+        for at in range(0, len(weights), ROWS_AT_ONCE):
+            told, some = kept.rows[in_order[at : at + ROWS_AT_ONCE]], weights[at : at + ROWS_AT_ONCE]
+            some[:, : len(chosen)], some[:, len(chosen) : len(chosen) + n_layers] = (
+                told[:, chosen],
+                told[:, left] @ of_layer,
+            )
+    latents = [rows.nodes[i] for i in np.sort(visited).tolist()]
+    own = np.array([*rows.values(latents), *rows.values(logits)])
+    # what the biases of attention and norms add; zero where there are none
+    weights[:, len(chosen) + n_layers] = own - weights.sum(axis=1, dtype=np.float64)
     rest = [GraphNode("rest", layer) for layer in range(n_layers)]
-    found = (*(nodes[i] for i in chosen.tolist()), *rest, GraphNode("constant"), *logits)
-    targets = np.array([*range(len(order)), *range(len(found) - n, len(found))])
+    found = (*(rows.nodes[i] for i in chosen.tolist()), *rest, GraphNode("constant"), *logits)
+    targets = np.concatenate([np.flatnonzero(rows.layer[chosen] >= 0), np.arange(len(found) - n, len(found))])
     return found, targets, weights, own

@@ -26,6 +26,7 @@ from sae_italian.base.errors import DataError
 from sae_italian.base.storage import write_json
 
 NODE_SHARE, EDGE_SHARE = 0.8, 0.98  # of all influence, kept when a graph is pruned
+ROWS_AT_ONCE = 256  # of the edges that are weighed together, so that no copy of all is made
 UNEXPECTED = 1e-4  # probability of all logits together, below which the model does not expect what is explained
 
 
@@ -53,7 +54,7 @@ class Graph:
     weights: Float[np.ndarray, "rows nodes"]
     own: Float[np.ndarray, " rows"]  # each target's value without its own bias: what its row adds up to
     n_active: int  # latents that are active on the prompt, visited or not
-    against: int = -1  # id of the token whose logit is taken from the first one's; -1: the mean of all
+    against: int | None = None  # id of the token whose logit is taken from the first one's; None: the mean of all
 
     def of_kind(self, *kinds: str) -> np.ndarray:
         """Return which nodes are of these kinds."""
@@ -61,20 +62,24 @@ class Graph:
 
     def among(self, which: np.ndarray) -> Float[np.ndarray, "some some"]:
         """Return the edges among some of the nodes (a mask), zero rows for those that are sources only."""
-        chosen = np.flatnonzero(which)
-        rows = np.array([self.row_of.get(node, -1) for node in chosen.tolist()], dtype=np.int64)
-        found = np.zeros((len(chosen), len(chosen)))
-        found[rows >= 0] = self.weights[np.ix_(rows[rows >= 0], chosen)]
+        found = np.zeros((which.sum(), which.sum()))
+        found[np.isin(np.flatnonzero(which), self.targets)] = self.weights[np.ix_(which[self.targets], which)]
         return found
+
+    @cached_property
+    def latents(self) -> Int[np.ndarray, " latents"]:
+        """The numbers of the nodes that are latents."""
+        return np.flatnonzero(self.of_kind("latent"))
+
+    @cached_property
+    def ranked(self) -> Int[np.ndarray, " latents"]:
+        """The same, the most influential first."""
+        return self.latents[np.argsort(-influence(self)[self.latents], kind="stable")]
 
     @cached_property
     def decided(self) -> np.ndarray:
         """Which nodes some input decides: all but bias and constant."""
         return ~self.of_kind("bias", "constant")
-
-    @property
-    def subtracted(self) -> int | None:
-        return None if self.against < 0 else self.against
 
     @cached_property
     def row_of(self) -> dict[int, int]:
@@ -127,16 +132,33 @@ def _importance(graph: Graph) -> Float[np.ndarray, " nodes"]:
 def influence(graph: Graph) -> Float[np.ndarray, " nodes"]:
     """Return each node's share in the logits through all paths: w N + w N^2 + ..., w the logits' probabilities.
 
-    N is |A| by rows, without the nodes that no input decides (bias and constant). One pass is enough: rows stand in the order
-    of their layers, and a latent writes to later ones alone.
+    N is |A| by rows, without the nodes that no input decides (bias and constant).
     """
-    found, weight = np.zeros(len(graph.nodes)), _importance(graph)
-    for target, row in zip(graph.targets[::-1].tolist(), graph.weights[::-1], strict=True):
-        # from the logits down: what a row reads is known when its turn comes
-        if reached := weight[target] + found[target]:
-            size = np.abs(row) * graph.decided
-            found += reached / max(size.sum(), 1e-10) * size
-    return found
+    layer = np.array([node.layer for node in graph.nodes])[graph.targets]
+    every, own = np.arange(len(graph.weights)), _importance(graph)[graph.targets]
+    return reach(graph.weights, every, graph.targets, layer, own, graph.decided)
+
+
+def reach(
+    rows: Float[np.ndarray, "all nodes"],
+    known: Int[np.ndarray, " rows"],
+    targets: Int[np.ndarray, " rows"],
+    layer: Int[np.ndarray, " rows"],
+    own: Float[np.ndarray, " rows"],
+    counted: np.ndarray,
+) -> Float[np.ndarray, " nodes"]:
+    """Return what reaches each node from the known rows' own weight: each passes on what it has, in the shares of its edges.
+
+    One pass is enough, layer by layer downwards: a latent writes to later layers alone, so what reaches it is known when
+    its turn comes. A target may stand behind the last node: nothing reaches it. Only `counted` nodes get a share.
+    """
+    found = np.zeros(rows.shape[1] + 1)
+    for place in (np.flatnonzero(layer == each) for each in np.unique(layer)[::-1]):
+        for some in np.split(place, range(ROWS_AT_ONCE, len(place), ROWS_AT_ONCE)):
+            size = np.abs(rows[known[some]]) * counted
+            share = (own[some] + found[targets[some]]) / np.maximum(size.sum(axis=1), 1e-10)
+            found[:-1] += share.astype(rows.dtype) @ size
+    return found[:-1]
 
 
 def scores(graph: Graph) -> GraphScores:
@@ -164,9 +186,9 @@ def prune(
     keep = (_largest(found, node_share) | always) & graph.decided
     square, weight = graph.among(keep), _importance(graph)[keep]
     flow = np.abs(square) / np.maximum(np.abs(square).sum(axis=1, keepdims=True), 1e-10)
-    reached, step = weight.copy(), weight
-    while (step := step @ flow).any():
-        reached += step
+    layer = np.array([node.layer for node in graph.nodes])[keep]
+    every = np.arange(len(square))
+    reached = weight + reach(square, every, every, layer, weight, np.ones(len(square)))
     edges = flow * reached[:, None]
     square[~_largest(edges.ravel(), edge_share).reshape(edges.shape)] = 0
     latent, error = (graph.of_kind(*kinds)[keep] for kinds in (("latent",), ("error", "rest")))

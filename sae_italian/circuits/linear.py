@@ -8,9 +8,8 @@ Hugging Face model with hooks: any family that TransformerLens' adapters know an
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,59 +29,41 @@ Writes = Float[Tensor, "batch pos d_model"]
 Added = Mapping[int, Float[Tensor, "pos d_model"]]
 
 
-class Target(NamedTuple):
-    """What is attributed: `vector` times the read of a layer at a position; layer n_layers is the unembedding's input."""
+class Targets(NamedTuple):
+    """What is attributed: each vector times the read of a layer at a position; layer n_layers is the unembedding's input."""
 
     layer: int
-    position: int
-    vector: Float[Tensor, " d"]
+    positions: Int[Tensor, " n"]
+    vectors: Float[Tensor, "n d"]
+
+    def of(self, reads: Mapping[int, Float[Tensor, "batch pos d"]]) -> Float[Tensor, " n"]:
+        """Return the targets' values on what is read."""
+        return (reads[self.layer][0, self.positions] * self.vectors).sum(-1)
 
 
-@dataclass
-class Constants:
-    """What a pass found and another of the same prompt may use in its place: patterns, scales, MLP outputs."""
-
-    patterns: list[Float[Tensor, "pos heads pos"]] = field(default_factory=list)
-    scales: dict[str, Float[Tensor, "1 pos 1"]] = field(default_factory=dict)
-    written: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Linear:
-    """A prompt repeated `batch` times; leaves and reads share one graph of gradients."""
+    """A prompt repeated `batch` times; leaves and reads share one graph of gradients. Its methods are hooks of `linearise`."""
 
-    leaves: tuple[Writes, ...]  # the first block's input, then zeros added to each layer's MLP output
-    reads: Mapping[
-        int, Float[Tensor, "batch pos d_in"]
-    ]  # by layer, what its transcoder reads; n_layers: the unembedding's
-    constants: Constants
+    def __init__(self, hooks: Mapping[int, Hook], skips: Mapping[int, Tensor], before: Linear | None, added: Added):
+        self.hooks, self.skips, self.before, self.added = hooks, skips, before, added
+        self.leaves: list[Writes] = []  # the first block's input, then zeros added to each layer's MLP output
+        self.reads: dict[int, Writes] = {}  # by layer, what its transcoder reads; n_layers: the unembedding's
+        # What this pass found, or one before of the same prompt, in which case this one uses it: the constants.
+        self.patterns: list[Float[Tensor, "pos heads pos"]] = []
+        self.scales: dict[str, Float[Tensor, "1 pos 1"]] = {}
+        self.written: dict[int, Tensor] = {}
 
-    def gradients(self, targets: Sequence[Target]) -> list[Writes | None]:
+    def gradients(self, targets: Sequence[Targets]) -> list[Writes | None]:
         """Return the gradient of each target, a row each, at every leaf; None where no target looks back so far.
 
-        At most `batch` targets at a time.
+        At most `batch` targets at a time, those of a layer together.
         """
-        layers = sorted({target.layer for target in targets})
-        outputs = [self.reads[layer] for layer in layers]
-        given = [torch.zeros_like(output) for output in outputs]
-        for row, target in enumerate(targets):
-            given[layers.index(target.layer)][row, target.position] = target.vector.to(outputs[0])
+        outputs, given, row = [self.reads[each.layer] for each in targets], [], 0
+        for output, each in zip(outputs, targets, strict=True):
+            given.append(torch.zeros_like(output))
+            given[-1][torch.arange(row, row := row + len(each.positions)), each.positions] = each.vectors
         found = torch.autograd.grad(outputs, self.leaves, given, retain_graph=True, allow_unused=True)
-        return [None if gradient is None else gradient[: len(targets)] for gradient in found]
-
-
-class _AllRead(Exception):
-    """Raised inside the forward pass when the unembedding's input is known: of its output nothing is needed."""
-
-
-class _Pass:
-    """What the hooks of one forward pass keep, and what they put in the place of what they find."""
-
-    def __init__(
-        self, hooks: Mapping[int, Hook], skips: Mapping[int, Tensor], constants: Constants | None, added: Added
-    ):
-        self.hooks, self.skips, self.constants, self.added = hooks, skips, constants, added
-        self.found, self.leaves, self.reads = Constants(), [], {}
+        return [None if gradient is None else gradient[:row] for gradient in found]
 
     def first(self, x: Tensor) -> Tensor:
         more = self.added.get(-1)
@@ -92,8 +73,7 @@ class _Pass:
     def norm(self, path: str, layer: int | None, module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
         """Return the norm of its input with the scale a constant; the transcoder of `layer` reads it before the gain."""
         (x,), centred = args, _centred(args[0], module)
-        known = self.constants.scales if self.constants else {path: _scale(x[:1], module)}
-        scale = self.found.scales[path] = known[path]
+        scale = self.scales[path] = self.before.scales[path] if self.before else _scale(x[:1], module)
         if layer is not None:
             self.reads[layer] = centred * scale
         gain, bias = _gain_and_bias(module, x)
@@ -105,18 +85,29 @@ class _Pass:
         return x[:1].detach()  # every row is the same prompt: one is enough for the MLP, through which no gradient goes
 
     def write(self, layer: int, out: Tensor) -> Tensor:
-        written = self.found.written[layer] = self.constants.written[layer] if self.constants else out.detach()
-        leaf, more = torch.zeros_like(self.leaves[0]), self.added.get(layer, 0.0)
-        self.leaves.append((leaf + more).requires_grad_())
+        written = self.written[layer] = self.before.written[layer] if self.before else out.detach()
+        self.leaves.append((torch.zeros_like(self.leaves[0]) + self.added.get(layer, 0.0)).requires_grad_())
         skip = 0.0
         if layer in self.skips:
             passed = self.reads[layer] @ self.skips[layer].T.to(out)
             skip = passed - passed.detach()
         return written + self.leaves[-1] + skip
 
-    def last(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.reads[len(self.leaves) - 1] = args[0]
-        raise _AllRead
+    def attend(self, original: Callable[..., Any], module: Any, *given: Any, **more: Any) -> tuple[Tensor, None]:
+        """Return what attention makes of the values with its pattern a constant, so that going back is one product.
+
+        What it makes of values that say each position's own name is the pattern, in any implementation of it.
+        """
+        query, key, value, mask, *args = given
+        if self.before:
+            self.patterns.append(self.before.patterns[len(self.patterns)])
+        else:
+            names = torch.eye(value.shape[2]).to(value).expand(1, value.shape[1], -1, -1)
+            mask = mask if mask is None else mask[:1]
+            with torch.no_grad():
+                self.patterns.append(original(module, query[:1], key[:1], names, mask, *args, **more)[0][0])
+        pattern = self.patterns[-1].unflatten(1, (value.shape[1], -1))  # several heads may share their values
+        return torch.einsum("qgrk,bgkd->bqgrd", pattern, value).flatten(2, 3), None
 
 
 def linearise(
@@ -126,23 +117,23 @@ def linearise(
     *,
     batch: int = 1,
     skips: Mapping[int, Tensor] | None = None,
-    constants: Constants | None = None,
+    before: Linear | None = None,
     added: Added | None = None,
 ) -> Linear:
     """Run the model on the prompt with all that is not linear frozen.
 
-    `hooks` names by layer where its transcoder reads, `skips` its W_skip [d_out, d_in] where it has one. With `constants` of
-    an earlier pass these are used in the place of what this one finds, and `added` is written into the residual stream at
-    the layers' MLPs (at -1: at the first block's input): reads then move by exactly what the gradients say.
+    `hooks` names by layer where its transcoder reads, `skips` its W_skip [d_out, d_in] where it has one. With an earlier
+    pass `before`, its constants are used in the place of what this one finds, and `added` is written into the residual
+    stream at the layers' MLPs (at -1: at the first block's input): reads then move by exactly what the gradients say.
     Raises: UsageError for a model in half precision, and for a hook that the model does not have.
     """
     if model.dtype not in (torch.float32, torch.float64):
         raise UsageError(f"the model is in {model.dtype}; attribution needs float32. Load it with dtype=float32.")
     resolved = {layer: resolve_hook(model, name)[0] for layer, name in hooks.items()}
     normalised = {hook.module_path(model.config): layer for layer, hook in resolved.items() if hook.normalised}
-    run = _Pass(resolved, skips or {}, constants, added or {})
+    run = Linear(resolved, skips or {}, before, added or {})
     with ExitStack() as stack:
-        stack.enter_context(_attention(model, run.found.patterns, constants))
+        stack.enter_context(_attending(model, run.attend))
         for path in _norms(model):
             norm = partial(run.norm, path, normalised.get(path))
             stack.callback(model.get_submodule(path).register_forward_hook(norm).remove)
@@ -150,35 +141,20 @@ def linearise(
         for layer in range(model.config.num_hidden_layers):
             stack.enter_context(replaced(model, f"blocks.{layer}.mlp.hook_in", partial(run.read, layer)))
             stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(run.write, layer)))
-        stack.callback(model.get_output_embeddings().register_forward_pre_hook(run.last).remove)
-        with torch.enable_grad(), suppress(_AllRead):
-            model(tokens.expand(batch, -1), use_cache=False)
-    return Linear(tuple(run.leaves), run.reads, run.found)
-
-
-# --- what is frozen ------------------------------------------------------------------------------------------------------
+        with torch.enable_grad():  # all but the unembedding, of which nothing is needed
+            final = model.base_model(tokens.expand(batch, -1), use_cache=False).last_hidden_state
+            run.reads[model.config.num_hidden_layers] = final
+    return run
 
 
 @contextmanager
-def _attention(model: Any, found: list[Float[Tensor, "pos heads pos"]], constants: Constants | None) -> Iterator[None]:
-    """Make the patterns of every attention constants: only values carry gradients, and going back is one product.
-
-    What attention makes of values that say each position's own name is the pattern, in any implementation of it.
-    """
+def _attending(model: Any, attend: Callable[..., Any]) -> Iterator[None]:
+    """Put `attend(original, module, query, key, value, mask, ...)` in the place of every attention; no weight gets a gradient."""
     name = model.config._attn_implementation
-    known = iter(constants.patterns) if constants else None
 
-    def frozen(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+    def frozen(module: Any, *args: Any, **kwargs: Any) -> Any:
         original = ALL_ATTENTION_FUNCTIONS.get(name) or sys.modules[type(module).__module__].eager_attention_forward
-        if known is None:
-            names = torch.eye(value.shape[2]).to(value).expand(1, value.shape[1], -1, -1)
-            mask = mask if mask is None else mask[:1]
-            with torch.no_grad():
-                found.append(original(module, query[:1], key[:1], names, mask, *args, **kwargs)[0][0])
-        else:
-            found.append(next(known))
-        pattern = found[-1].unflatten(1, (value.shape[1], -1))  # several heads may share their values
-        return torch.einsum("qgrk,bgkd->bqgrd", pattern, value).flatten(2, 3), None
+        return attend(original, module, *args, **kwargs)
 
     AttentionInterface.register(FROZEN, frozen)
     AttentionMaskInterface.register(FROZEN, ALL_MASK_ATTENTION_FUNCTIONS[name])
@@ -190,6 +166,7 @@ def _attention(model: Any, found: list[Float[Tensor, "pos heads pos"]], constant
         yield
     finally:
         model.set_attn_implementation(name)
+        AttentionInterface.register(FROZEN, lambda *_: None)  # of this pass nothing is held on to
         for weight in weights:
             weight.requires_grad_()
 

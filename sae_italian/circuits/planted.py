@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,24 +21,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_italian import micro_italiano
-from sae_italian.analysis.latent import codes, special, written_directions
+from sae_italian.analysis.latent import codes, written_directions
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import wilson
+from sae_italian.circuits.edges import Prompt
 from sae_italian.circuits.graph import Graph
 from sae_italian.models.activations import logits_at, read_many, replaced
 
 PURE = 0.9  # share of one value among the words a latent fires on: its lower bound at 95 %
 LEAST_FORMS = 3  # different words: a latent of one word knows that word
 DOCUMENTS = 400
-
-
-class Found(NamedTuple):
-    """How well some nodes are found among all latents that are active: of `k` named, those that are true."""
-
-    precision: float  # among the k most influential nodes
-    recall: float
-    average_precision: float  # over the whole order; by chance, the share that is true
-    share: float  # of the active latents that are true
 
 
 def carriers(
@@ -51,18 +44,18 @@ def carriers(
     words = [found for found in words if found is not None]
     if not words:
         raise UsageError(f"no word of MicroItaliano has {feature!r}; use number or gender.")
-    values = sorted({value for *_, own in words for _, value, _ in own})
+    values, forms = (sorted({word[part] for _, own in words for word in own}) for part in (1, 2))
     counts = {layer: np.zeros((len(values), sae.cfg.d_sae), dtype=int) for layer, sae in by_layer.items()}
-    forms = {layer: [set() for _ in range(sae.cfg.d_sae)] for layer, sae in by_layer.items()}
+    seen = {layer: np.zeros((len(forms), sae.cfg.d_sae), dtype=bool) for layer, sae in by_layer.items()}
     for tokens, own in words:
+        places = [position for position, *_ in own]
+        told = [values.index(value) for _, value, _ in own], [forms.index(form) for *_, form in own]
         reads = read_many(model, tokens.to(model.device), [sae.cfg.metadata.hook_name for sae in by_layer.values()])
         for layer, sae in by_layer.items():
-            active = codes(sae, reads[sae.cfg.metadata.hook_name][0]) > 0
-            for position, value, form in own:
-                for latent in active[position].nonzero()[:, 0].tolist():
-                    counts[layer][values.index(value), latent] += 1
-                    forms[layer][latent].add(form)
-    return {layer: _pure(counts[layer], forms[layer]) for layer in by_layer}
+            active = (codes(sae, reads[sae.cfg.metadata.hook_name][0, places]) > 0).cpu().numpy()
+            np.add.at(counts[layer], told[0], active)
+            np.logical_or.at(seen[layer], told[1], active)
+    return {layer: _pure(counts[layer], seen[layer].sum(axis=0)) for layer in by_layer}
 
 
 def _words(model: Any, document: Any, feature: str) -> tuple[Int[Tensor, "1 pos"], list[tuple[int, str, str]]] | None:
@@ -79,48 +72,38 @@ def _words(model: Any, document: Any, feature: str) -> tuple[Int[Tensor, "1 pos"
     return (tokens, found) if found else None
 
 
-def _pure(counts: Int[np.ndarray, "values d_sae"], forms: list[set[str]]) -> Bool[np.ndarray, " d_sae"]:
-    largest, total = counts.max(axis=0), counts.sum(axis=0)
-    return np.array(
-        [
-            len(own) >= LEAST_FORMS and wilson(int(most), int(all_)).lo > PURE
-            for most, all_, own in zip(largest, total, forms, strict=True)
-        ]
-    )
+def _pure(counts: Int[np.ndarray, "values d_sae"], n_forms: Int[np.ndarray, " d_sae"]) -> Bool[np.ndarray, " d_sae"]:
+    told = zip(counts.max(axis=0).tolist(), counts.sum(axis=0).tolist(), strict=True)
+    return (n_forms >= LEAST_FORMS) & np.array([wilson(*pair).lo > PURE for pair in told])
 
 
 def patching_effects(
-    model: Any, by_layer: Mapping[int, Any], graph: Graph, counterfactual: str, pair: tuple[int, int]
-) -> Float[np.ndarray, " nodes"]:
-    """Return each latent node's attribution-patching effect on the difference of two tokens' logits; 0 for other nodes.
+    prompt: Prompt, graph: Graph, counterfactual: str, pair: tuple[int, int]
+) -> Float[np.ndarray, " latents"]:
+    """Return the attribution-patching effect of each latent of a graph on the difference of two tokens' logits.
 
     Raises: UsageError when the counterfactual has another number of tokens than the graph's prompt.
     """
-    tokens, other = (model.tokenizer(text, return_tensors="pt").input_ids for text in (graph.prompt, counterfactual))
-    if tokens.shape != other.shape:
-        raise UsageError(f"{counterfactual!r} has {other.shape[1]} tokens; {graph.prompt!r} has {tokens.shape[1]}.")
-    gradient = _live_gradient(model, tokens.to(model.device), list(by_layer), pair)
-    names = [sae.cfg.metadata.hook_name for sae in by_layer.values()]
-    both = [read_many(model, each.to(model.device), names) for each in (tokens, other)]
-    silent = special(tokens, model.tokenizer)[0]
-    found = np.zeros(len(graph.nodes))
+    other = Prompt(prompt.model, list(prompt.by_layer.values()), counterfactual)
+    if prompt.tokens.shape != other.tokens.shape:
+        raise UsageError(
+            f"{counterfactual!r} has {other.tokens.shape[1]} tokens; {prompt.text!r} has {prompt.tokens.shape[1]}."
+        )
+    gradient, found = _live_gradient(prompt, pair), []
+    names = [sae.cfg.metadata.hook_name for sae in prompt.by_layer.values()]
+    before, after = (read_many(prompt.model, each.tokens, names) for each in (prompt, other)) if names else ({}, {})
+    nodes = [graph.nodes[i] for i in graph.latents.tolist()]
     with torch.no_grad():
-        for layer, sae in by_layer.items():
-            before, after = (codes(sae, read[sae.cfg.metadata.hook_name][0]) for read in both)
-            change = (after - before).masked_fill(silent[:, None].to(after.device), 0.0)
-            chosen = [i for i, node in enumerate(graph.nodes) if node.kind == "latent" and node.layer == layer]
-            places = torch.tensor([graph.nodes[i].position for i in chosen], dtype=torch.int64)
-            latents = torch.tensor([graph.nodes[i].index for i in chosen], dtype=torch.int64)
-            if chosen:
-                written = written_directions(sae, latents).to(gradient[layer])
-                effect = change[places, latents].to(written) * (written * gradient[layer][places]).sum(-1)
-                found[chosen] = effect.cpu().double().numpy()
-    return found
+        for layer, some in ((layer, list(some)) for layer, some in groupby(nodes, lambda node: node.layer)):
+            sae = prompt.by_layer[layer]
+            change = codes(sae, after[name := sae.cfg.metadata.hook_name][0]) - codes(sae, before[name][0])
+            places, latents = (torch.tensor([getattr(node, of) for node in some]) for of in ("position", "index"))
+            written = written_directions(sae, latents).to(gradient[layer])
+            found.append(change[places, latents].to(written) * (written * gradient[layer][places]).sum(-1))
+    return torch.cat(found).cpu().double().numpy() if found else np.zeros(0)
 
 
-def _live_gradient(
-    model: Any, tokens: Int[Tensor, "1 pos"], layers: list[int], pair: tuple[int, int]
-) -> dict[int, Float[Tensor, "pos d_model"]]:
+def _live_gradient(prompt: Prompt, pair: tuple[int, int]) -> dict[int, Float[Tensor, "pos d_model"]]:
     """Return by layer the gradient of the difference of two logits at its MLP's output, nothing frozen."""
     leaves: dict[int, Tensor] = {}
 
@@ -129,21 +112,27 @@ def _live_gradient(
         return out + leaves[layer]
 
     with ExitStack() as stack, torch.enable_grad():
-        for layer in layers:
-            stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(added, layer)))
-        last = torch.arange(tokens.shape[1], device=tokens.device)[None] == tokens.shape[1] - 1
-        logits = logits_at(model, tokens, last)[0]
+        for layer in prompt.by_layer:
+            stack.enter_context(replaced(prompt.model, f"blocks.{layer}.hook_mlp_out", partial(added, layer)))
+        last = torch.arange(prompt.tokens.shape[1], device=prompt.tokens.device)[None] == prompt.tokens.shape[1] - 1
+        logits = logits_at(prompt.model, prompt.tokens, last)[0]
         found = torch.autograd.grad(logits[pair[0]] - logits[pair[1]], list(leaves.values()))
     return {layer: gradient[0] for layer, gradient in zip(leaves, found, strict=True)}
 
 
-def found_among(order: Float[np.ndarray, " n"], true: Bool[np.ndarray, " n"], k: int) -> Found:
-    """Return how well an order (largest first) finds what is true; NaN where nothing or everything is."""
+def found_among(order: Float[np.ndarray, " n"], true: Bool[np.ndarray, " n"], k: int) -> dict[str, float]:
+    """Return how well an order (largest first) finds what is true: of the first k, and over the whole order.
+
+    `share` is how much is true, the precision of chance; without anything true, or false, it is all that is returned.
+    """
+    from sklearn.metrics import average_precision_score
+
+    share = float(true.mean()) if len(true) else float("nan")
     if not true.any() or true.all():
-        none = float("nan")
-        return Found(none, none, none, float(true.mean()) if len(true) else none)
-    ranked = true[np.argsort(-order, kind="stable")]
-    hits = np.cumsum(ranked)
-    precision = hits / np.arange(1, len(ranked) + 1)
-    k = min(k, len(ranked))
-    return Found(hits[k - 1] / k, hits[k - 1] / true.sum(), float(precision[ranked].mean()), float(true.mean()))
+        return {"share": share}
+    named = true[np.argsort(-order, kind="stable")[:k]]
+    told = {"precision": named.mean(), "recall": named.sum() / true.sum(), "share": share}
+    told["over_chance"] = told["precision"] - share
+    return {name: float(value) for name, value in told.items()} | {
+        "average_precision": float(average_precision_score(true, order))
+    }

@@ -98,9 +98,9 @@ def examine_set(
         losses = [_losses(model, windows[some], silent[some], way) for way in ways]
         sums.append(torch.cat([losses[0], *(loss[:, :1] for loss in losses[1:])], dim=1))
     columns = torch.cat(sums).double().numpy()  # loss, tokens, replaced, random, zero
-    ce, replaced_, random, zero = (bootstrap(columns[:, [i, 1]], _per_token) for i in (0, 2, 3, 4))
-    recovered = [bootstrap(columns[:, [0, i, 4]], _recovered) for i in (2, 3)]
-    return SetReport(tuple(fits), int(columns[:, 1].sum()), ce, replaced_, random, zero, *recovered)
+    found = [bootstrap(columns[:, [i, 1]], lambda s: s[:, 0] / s[:, 1]) for i in (0, 2, 3, 4)]
+    found += [bootstrap(columns[:, [0, i, 4]], lambda s: (s[:, 2] - s[:, 1]) / (s[:, 2] - s[:, 0])) for i in (2, 3)]
+    return SetReport(tuple(fits), int(columns[:, 1].sum()), *found)
 
 
 def _activations(
@@ -112,15 +112,6 @@ def _activations(
     for tokens, quiet in zip(windows.split(WINDOWS), silent.split(WINDOWS), strict=True):
         parts.append({hook: x[~quiet] for hook, x in read_many(model, tokens, hooks).items()})
     return {hook: torch.cat([part.pop(hook) for part in parts]) for hook in hooks}
-
-
-def _per_token(sums: Float[np.ndarray, "samples 2"]) -> Float[np.ndarray, " samples"]:
-    return sums[:, 0] / sums[:, 1]
-
-
-def _recovered(sums: Float[np.ndarray, "samples 3"]) -> Float[np.ndarray, " samples"]:
-    own, other, zero = sums.T
-    return (zero - other) / (zero - own)
 
 
 def _losses(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from time import time
 from typing import Any
@@ -28,16 +29,10 @@ TYPES = {
 
 def name_of(node: GraphNode, labels: Labels | None = None, language: Language = "en") -> str:
     """Return a node in words: `L1 latent 12 on «gatto»`, with its explanation where there is one."""
-    facts = {
-        "layer": node.layer,
-        "index": node.index,
-        "text": node.text.strip(),
-        "value": _percent(node.value, language),
-    }
-    if node.kind in ("bias", "constant"):
-        return f"L{node.layer} bias on «{node.text}»" if node.kind == "bias" else node.kind
+    facts = {"layer": node.layer, "index": node.index, "text": node.text.strip()}
     told = (labels or {}).get((node.layer, node.index), "") if node.kind == "latent" else ""
-    return label(f"graph.{node.kind}", language).format(**facts) + (f": {told}" if told else "")
+    said = label(f"graph.{node.kind}", language).format(**facts, value=_percent(node.value, language))
+    return said + (f": {told}" if told else "")
 
 
 def _percent(share: float, language: Language) -> str:
@@ -58,7 +53,7 @@ def sentence(
     logits = [node for node in graph.nodes if node.kind == "logit"]
     expected = ", ".join(f"«{node.text.strip()}» ({_percent(node.value, language)})" for node in logits)
     end = "".join(graph.tokens[-4:]).strip()
-    found = [said("expects" if graph.against < 0 else "against", end=end, logits=expected)]
+    found = [said("expects" if graph.against is None else "against", end=end, logits=expected)]
     path, share = strongest_path(graph)
     if len(path) > 1:
         steps = " → ".join(name_of(graph.nodes[i], labels, language) for i in path[:-1])
@@ -95,47 +90,38 @@ def summary(graph: Graph, labels: Labels | None = None, top: int = 10) -> str:
     found, reached, keep = scores(graph), influence(graph), prune(graph)[0]
     head = (
         f"{sentence(graph, labels)}\n"
-        f"replacement score {found.replacement:.2f}, completeness {found.completeness:.2f}; {int(graph.of_kind('latent').sum())} "
-        f"of {graph.n_active} active latents are nodes, {int((keep & graph.of_kind('latent')).sum())} stay when pruned"
+        f"replacement score {found.replacement:.2f}, completeness {found.completeness:.2f}; {len(graph.latents)} of "
+        f"{graph.n_active} active latents are nodes, {int(keep[graph.latents].sum())} stay when pruned"
     )
     rows = []
-    for i in np.argsort(-reached, kind="stable")[:top].tolist():
-        node, sources = graph.nodes[i], ""
-        if i in graph.row_of:
-            edges = np.abs(graph.weights[graph.row_of[i]]) * graph.decided
-            sources = ", ".join(name_of(graph.nodes[s]) for s in np.argsort(-edges)[:2].tolist() if edges[s] > 0)
-        rows.append((name_of(node, labels), f"{reached[i]:.3f}", sources))
+    for i in (i for i in np.argsort(-reached, kind="stable")[:top].tolist() if reached[i]):
+        edges = np.abs(graph.weights[graph.row_of[i]]) * graph.decided if i in graph.row_of else np.zeros(1)
+        sources = ", ".join(name_of(graph.nodes[s]) for s in np.argsort(-edges)[:2].tolist() if edges[s] > 0)
+        rows.append((name_of(graph.nodes[i], labels), f"{reached[i]:.3f}", sources))
     return f"{head}\n\n{table('node | influence | most from', rows)}"
 
 
-def svg(graph: Graph, labels: Labels | None = None, most: int = 60) -> str:
+def svg(graph: Graph, most: int = 60) -> str:
     """Return a picture of what stays when the graph is pruned: tokens across, layers up, circles as large as the influence."""
-    keep, square = prune(graph)
-    kept = np.flatnonzero(keep).tolist()
-    edges = [(kept[t], kept[s], float(square[t, s])) for t, s in np.argwhere(square).tolist()]
-    reached = influence(graph)
-    order = [i for i in np.argsort(-reached, kind="stable").tolist() if keep[i] and graph.nodes[i].kind != "logit"][
-        :most
-    ]
-    chosen = [*order, *np.flatnonzero(graph.of_kind("logit")).tolist()]
-    place = _places([graph.nodes[i] for i in chosen], chosen, len(graph.tokens))
-    colours = {"latent": pictures.OURS, "logit": pictures.INK}
+    (keep, square), reached = prune(graph), influence(graph)
+    kept = np.flatnonzero(keep)
+    order = kept[np.argsort(-np.where(graph.of_kind("logit"), np.inf, reached)[kept], kind="stable")]
+    place = _places(graph, order[: most + int(graph.of_kind("logit").sum())].tolist())
+    edges = [(*kept[list(pair)].tolist(), float(square[pair])) for pair in zip(*square.nonzero(), strict=True)]
+    edges = [edge for edge in edges if edge[0] in place and edge[1] in place]
+    colours, marks = {"latent": pictures.OURS, "logit": pictures.INK}, {"latent": "o", "logit": "D", "embedding": "s"}
 
     def draw(axes: Any) -> None:
-        axis = axes[0]
-        shown = [edge for edge in edges if edge[0] in place and edge[1] in place]
-        largest = max((abs(weight) for *_, weight in shown), default=1.0)
-        for target, source, weight in shown:
-            (x0, y0), (x1, y1) = place[source], place[target]
-            colour = pictures.OURS if weight > 0 else pictures.WARNING
-            width = 0.3 + 3 * abs(weight) / largest
-            axis.plot((x0, x1), (y0, y1), color=colour, linewidth=width, alpha=0.35, zorder=0)
-        for i in chosen:
-            node, (x, y) = graph.nodes[i], place[i]
-            mark = {"latent": "o", "logit": "D", "embedding": "s"}.get(node.kind, "X")
-            size = 25 + 500 * reached[i] / max(reached.max(), 1e-10)
-            axis.scatter([x], [y], s=size, marker=mark, color=colours.get(node.kind, pictures.REFERENCE), zorder=1)
-            if node.kind in ("latent", "logit"):
+        axis, largest = axes[0], max((abs(weight) for *_, weight in edges), default=1.0)
+        for target, source, weight in edges:
+            colour, width = pictures.OURS if weight > 0 else pictures.WARNING, 0.3 + 3 * abs(weight) / largest
+            ends = zip(place[source], place[target], strict=True)
+            axis.plot(*ends, color=colour, linewidth=width, alpha=0.35, zorder=0)
+        for i, (x, y) in place.items():
+            node, size = graph.nodes[i], 25 + 500 * reached[i] / max(reached.max(), 1e-10)
+            colour = colours.get(node.kind, pictures.REFERENCE)
+            axis.scatter([x], [y], s=size, marker=marks.get(node.kind, "X"), color=colour, zorder=1)
+            if node.kind in colours:
                 text = str(node.index) if node.kind == "latent" else f"«{node.text}» {node.value:.0%}"
                 axis.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", fontsize=7, ha="center")
         axis.set_xticks(range(len(graph.tokens)), [f"«{token}»" for token in graph.tokens], rotation=45, ha="right")
@@ -146,15 +132,14 @@ def svg(graph: Graph, labels: Labels | None = None, most: int = 60) -> str:
     return pictures.svg(draw, 1, (max(6.0, 0.9 * len(graph.tokens)), 1.5 + 1.1 * (graph.n_layers + 2)))
 
 
-def _places(nodes: list[GraphNode], numbers: list[int], n_pos: int) -> dict[int, tuple[float, float]]:
+def _places(graph: Graph, chosen: list[int]) -> dict[int, tuple[float, float]]:
     """Return where each node is drawn: side by side where several share a layer and a token."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for node, number in zip(nodes, numbers, strict=True):
-        groups.setdefault((node.position if node.position >= 0 else n_pos, node.layer), []).append(number)
-    found = {}
-    for (position, layer), members in groups.items():
-        for i, number in enumerate(members):
-            found[number] = position + 0.8 * ((i + 0.5) / len(members) - 0.5), layer + 0.12 * (i % 3)
+    cells = [(graph.nodes[i].position % (len(graph.tokens) + 1), graph.nodes[i].layer) for i in chosen]
+    found, beside = {}, Counter()
+    for i, cell in zip(chosen, cells, strict=True):
+        x, y = cell[0] + 0.8 * ((beside[cell] + 0.5) / cells.count(cell) - 0.5), cell[1] + 0.12 * (beside[cell] % 3)
+        beside[cell] += 1
+        found[i] = x, y
     return found
 
 

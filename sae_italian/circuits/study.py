@@ -8,11 +8,14 @@ a file of your own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from sae_italian import micro_italiano
 from sae_italian.analysis.tasks import ioi_pairs, number_pairs, words_for
@@ -22,7 +25,7 @@ from sae_italian.base.pace import paced
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.circuits.check import check, random_graph
-from sae_italian.circuits.edges import attribute, layers_of
+from sae_italian.circuits.edges import Prompt, attribute
 from sae_italian.circuits.graph import Graph, influence
 from sae_italian.circuits.planted import carriers, found_among, patching_effects
 
@@ -30,16 +33,6 @@ from sae_italian.circuits.planted import carriers, found_among, patching_effects
 CASES = {"agreement": "number", "attractor": "number", "participle": "gender", "ioi": ""}
 TOP = 10  # nodes that a graph names
 CHECKED = 20  # latents of each prompt that are taken away in the real model
-PEOPLE = "ragazzo ragazza|nonno nonna|zio zia|figlio figlia|maestro maestra|bambino bambina|amico amica|cugino cugina"
-SUBJECTS = "La ragazza Le ragazze|Il ragazzo I ragazzi|La donna Le donne|Il bambino I bambini|La signora Le signore"
-SEEING = "vede vedono|cerca cercano|ama amano|guarda guardano|sente sentono|conosce conoscono"
-SEEN = "il cane i cani|il gatto i gatti|la casa le case|il libro i libri"
-DOING = "corre corrono|ride ridono|parla parlano|canta cantano|dorme dormono|è sono"
-PARTICIPLES = "andato arrivato tornato partito uscito entrato nato morto stato caduto"
-_OTHER = {  # a determiner in the other number, in the other gender
-    "number": "il i|la le|questo questi|questa queste|quel quei|quella quelle",
-    "gender": "il la|i le|un una|questo questa|questi queste|quel quella|quei quelle",
-}
 
 
 class Case(NamedTuple):
@@ -48,7 +41,7 @@ class Case(NamedTuple):
     prompt: str
     counterfactual: str  # "" where there is none
     right: int
-    wrong: int  # -1: the graph explains the right token alone
+    wrong: int | None  # None: the graph explains the right token alone
 
 
 class Studied(NamedTuple):
@@ -102,10 +95,11 @@ class Study(NamedTuple):
         found = self.estimates()
 
         def draw(axes: Any) -> None:
-            for row, pair in enumerate(found.values()):
-                for key, shift, colour in (("these", -0.15, pictures.OURS), ("random", 0.15, pictures.REFERENCE)):
-                    axes[0].plot([pair[key].lo, pair[key].hi], [row + shift] * 2, color=colour)
-                    axes[0].plot([pair[key].value], [row + shift], "o", color=colour, label=key if row == 0 else None)
+            for key, shift, colour in (("these", -0.15, pictures.OURS), ("random", 0.15, pictures.REFERENCE)):
+                value, lo, hi = np.array([pair[key] for pair in found.values()]).reshape(-1, 3).T
+                rows = np.arange(len(found)) + shift
+                axes[0].hlines(rows, lo, hi, color=colour)
+                axes[0].plot(value, rows, "o", color=colour, label=key)
             axes[0].set_yticks(range(len(found)), [name.replace("_", " ") for name in found])
             axes[0].invert_yaxis()
             axes[0].axvline(0, color="black", linewidth=0.5)
@@ -116,57 +110,55 @@ class Study(NamedTuple):
 
 
 def study(
-    model: Any, transcoders: Sequence[Any], case: str, n: int, *, max_nodes: int = 4096, batch: int = 16, seed: int = 0
+    model: Any,
+    transcoders: Sequence[Any],
+    case: str,
+    n: int,
+    *,
+    max_nodes: int = 4096,
+    batch: int | None = None,
+    seed: int = 0,
 ) -> Study:
     """Return the study of `n` prompts of a case (CASES), or of a file: PROMPT, a tab, the token, and one against it.
 
     Raises: UsageError for a case that the model's tokens do not allow, and as `attribute`.
     """
     cases, feature = cases_of(case, model, n, seed), CASES.get(case, "") if _embedded(model) else ""
-    by_layer = layers_of(transcoders, model)
     carrying: list[Any] = [{}, {}]
     rows = []
     for number, one in enumerate(paced(cases, "graphs", len(cases), "prompt")):
-        wanted: dict[str, Any] = {"logits": [one.right], "against": None if one.wrong < 0 else one.wrong}
+        wanted: dict[str, Any] = {"logits": [one.right], "against": one.wrong}
         graph = attribute(model, transcoders, one.prompt, max_nodes=max_nodes, batch=batch, **wanted)
         twins, other = random_graph(model, transcoders, graph, batch=batch, seed=seed)
         checked = check(model, transcoders, graph, control=(twins, other), n_latents=CHECKED, seed=seed)
-        layers = by_layer, layers_of(twins, model)
+        prompts = [Prompt(model, saes, one.prompt) for saes in (transcoders, twins)]
         if feature and number == 0:
-            carrying = [carriers(model, each, feature) for each in layers]
-        both = zip((graph, other), layers, (checked.graph, checked.random), carrying, strict=True)
-        numbers = [_numbers(model, one, *each) for each in both]
+            carrying = [carriers(model, each.by_layer, feature) for each in prompts]
+        both = zip(prompts, (graph, other), (checked.graph, checked.random), carrying, strict=True)
+        numbers = [_numbers(one, *each) for each in both]
         for told, scored in zip(numbers, checked.scores.values(), strict=True):
             told |= dict(zip(("replacement", "completeness"), scored, strict=True))
         rows.append(Studied(one.prompt, (numbers[0], numbers[1])))
     return Study(case, tuple(rows))
 
 
-def _numbers(model: Any, case: Case, graph: Graph, by_layer: Any, agreements: Any, carrying: Any) -> dict[str, float]:
+def _numbers(case: Case, prompt: Prompt, graph: Graph, agreements: Any, carrying: Any) -> dict[str, float]:
     """Return what one graph foretells, and what it names of what patching and the grammar know."""
     told = {"direct": agreements[0].direct.value, "correlation": agreements[0].paths.value}
     told["slope"] = agreements[0].slope.value
-    if case.wrong >= 0:
+    if case.wrong is not None:
         told["right"] = float(graph.own[-1] > 0)
-    latents = np.flatnonzero(graph.of_kind("latent"))
-    order = influence(graph)[latents]
-    if case.counterfactual and len(latents):
-        effects = np.abs(patching_effects(model, by_layer, graph, case.counterfactual, (case.right, case.wrong)))
-        largest, named = (set(np.argsort(-each, kind="stable")[:TOP].tolist()) for each in (effects[latents], order))
-        told["patching"] = len(largest & named) / min(TOP, len(latents))
+    if case.wrong is not None and case.counterfactual and len(graph.latents):
+        effects = np.abs(patching_effects(prompt, graph, case.counterfactual, (case.right, case.wrong)))
+        largest = graph.latents[np.argsort(-effects, kind="stable")[:TOP]]
+        told["patching"] = float(np.isin(graph.ranked[:TOP], largest).mean())
     if carrying:
-        nodes = [graph.nodes[i] for i in latents.tolist()]
-        first = _first_difference(model.tokenizer, case)
+        nodes, ids = [graph.nodes[i] for i in graph.latents.tolist()], prompt.model.tokenizer
+        # no latent before the first token in which the two prompts differ can decide between the two answers
+        first = np.flatnonzero(np.not_equal(*(ids(text).input_ids for text in case[:2])))[0]
         true = [carrying[node.layer][node.index] and node.position >= first for node in nodes]
-        found = found_among(order, np.array(true, dtype=bool), TOP)
-        told |= {**found._asdict(), "over_chance": found.precision - found.share}
+        told |= found_among(influence(graph)[graph.latents], np.array(true, dtype=bool), TOP)
     return told
-
-
-def _first_difference(tokenizer: Any, case: Case) -> int:
-    """Return the first position at which the two prompts differ: no latent before it can decide between the two tokens."""
-    base, other = (tokenizer(text).input_ids for text in case[:2])
-    return next(i for i, pair in enumerate(zip(base, other, strict=True)) if pair[0] != pair[1])
 
 
 # --- the cases ---------------------------------------------------------------------------------------------------------
@@ -184,26 +176,26 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
         raise UsageError(f"{case!r} is no case and no file. The cases: {', '.join(CASES)}; a file has a prompt a line.")
     embedded = _embedded(model)
     if case == "ioi":
-        pairs = ioi_pairs(n, tokenizer, words_for("sae-italian-mini" if embedded else "minerva-1b"), seed=seed)
+        pairs = ioi_pairs(2 * n, tokenizer, words_for("sae-italian-mini" if embedded else "minerva-1b"), seed=seed)
         texts = [(pair.base, pair.counterfactual, pair.io, pair.new_io) for pair in pairs]
     elif embedded and case != "attractor":
-        texts = _micro_pairs(CASES[case], 8 * n, seed)
+        texts = _micro_pairs(CASES[case], 16 * n, seed)
     elif case == "agreement":
-        texts = [
-            (base, other, *(("sono", "è") if base.startswith(("I ", "Le ")) else ("è", "sono")))
-            for base, other in number_pairs(n, tokenizer, seed=seed)
-        ]
+        verbs = {True: ("sono", "è"), False: ("è", "sono")}
+        pairs = number_pairs(2 * n, tokenizer, seed=seed)
+        texts = [(base, other, *verbs[base.startswith(("I ", "Le "))]) for base, other in pairs]
     else:
-        texts = _attractors() if case == "attractor" else _participles()
+        texts = _made(case)
         texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts)).tolist()]
-    found = [
-        Case(base, other, *pair) for base, other, *words in texts if (pair := _usable(tokenizer, base, other, words))
-    ]
+    found: dict[str, Case] = {}  # by prompt: no two of them are one prompt with other answers
+    for base, other, *words in texts:
+        if pair := _usable(tokenizer, base, other, words):
+            found.setdefault(base, Case(base, other, *pair))
     if len(found) < n:
         raise UsageError(
-            f"{case}: {len(found)} of {len(texts)} prompts suit this model's tokens, {n} wanted. Ask for fewer."
+            f"{case}: {len(found)} different prompts of {len(texts)} suit this model's tokens, {n} wanted. Ask for fewer."
         )
-    return found[:n]
+    return list(found.values())[:n]
 
 
 def _embedded(model: Any) -> bool:
@@ -211,15 +203,12 @@ def _embedded(model: Any) -> bool:
     return getattr(model, "loaded_from", {}).get("name") == "sae-italian-mini"
 
 
-def _ids(tokenizer: Any, right: str, wrong: str = "") -> tuple[int, int]:
-    found = [
-        tokenizer(f" {word.strip()}", add_special_tokens=False).input_ids for word in (right, wrong) if word.strip()
-    ]
+def _ids(tokenizer: Any, right: str, wrong: str = "") -> tuple[int, int | None]:
+    words = [word.strip() for word in (right, wrong) if word.strip()]
+    found = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
     if any(len(ids) != 1 for ids in found):
-        raise UsageError(
-            f"{right!r} and {wrong!r} have {[len(ids) for ids in found]} tokens; one of each was expected."
-        )
-    return found[0][0], found[1][0] if len(found) > 1 else -1
+        raise UsageError(f"{right!r} and {wrong!r} have {[*map(len, found)]} tokens; one of each was expected.")
+    return found[0][0], found[1][0] if len(found) > 1 else None
 
 
 def _usable(tokenizer: Any, base: str, other: str, words: Sequence[str]) -> tuple[int, int] | None:
@@ -232,8 +221,7 @@ def _usable(tokenizer: Any, base: str, other: str, words: Sequence[str]) -> tupl
 
 def _micro_pairs(kind: str, n: int, seed: int) -> list[tuple[str, str, str, str]]:
     """Return MicroItaliano's pairs, as the embedded model knows no others: a determiner, and the noun that agrees."""
-    swaps = [pair.split() for pair in _OTHER[kind].split("|")]
-    other = {one: two for pair in swaps for one, two in (pair, pair[::-1])}
+    other = {one: two for pair in _words()[kind] for one, two in (pair, pair[::-1])}
     found = []
     for pair in micro_italiano.agreement_pairs(n, seed):
         before, _, last = pair.prefix.rpartition(" ")
@@ -242,28 +230,18 @@ def _micro_pairs(kind: str, n: int, seed: int) -> list[tuple[str, str, str, str]
     return found
 
 
-def _attractors() -> list[tuple[str, str, str, str]]:
-    """Return «La ragazza che vede i cani» with corre and corrono, and the like: the object is in the other number."""
-    parts = [[pair.split() for pair in told.split("|")] for told in (SUBJECTS, SEEING, SEEN, DOING)]
-    found = []
-    for subject, seeing, seen, doing in product(*parts):
-        who, whom = ([" ".join(each[:2]), " ".join(each[2:])] for each in (subject, seen))
+@cache
+def _words() -> dict[str, list[list[str]]]:
+    told = yaml.safe_load((files("sae_italian.circuits") / "cases.yaml").read_text(encoding="utf-8"))
+    return {name: [pair.split("/") for pair in pairs] for name, pairs in told.items()}
+
+
+def _made(case: str) -> list[tuple[str, str, str, str]]:
+    """Return «La ragazza che vede i cani», corre, corrono (the object in the other number), or «La ragazza è», andata, andato."""
+    over = case == "attractor"
+    names, found = ("subjects", "seeing", "seen", "doing") if over else ("people", "participles"), []
+    for who, *more, answers in product(*(_words()[name] for name in names)):
         for one, other in ((0, 1), (1, 0)):
-            texts = [f"{who[number]} che {seeing[number]} {whom[other]}" for number in (one, other)]
-            found.append((*texts, doing[one], doing[other]))
-    return found
-
-
-def _participles() -> list[tuple[str, str, str, str]]:
-    """Return «La ragazza è» with andata and andato, and the like."""
-    found = []
-    for people in PEOPLE.split("|"):
-        texts = [f"{the} {who} è" for the, who in zip(("Il", "La"), people.split(), strict=True)]
-        texts = [
-            text.replace("Il zio", "Lo zio").replace("Il amico", "L'amico").replace("La amica", "L'amica")
-            for text in texts
-        ]
-        for participle in PARTICIPLES.split():
-            words = participle, f"{participle[:-1]}a"
-            found += [(*texts, *words), (*texts[::-1], *words[::-1])]
+            ends = [f"che {more[0][i]} {more[1][other]}" if over else "è" for i in (one, other)]
+            found.append((f"{who[one]} {ends[0]}", f"{who[other]} {ends[1]}", answers[one], answers[other]))
     return found

@@ -212,7 +212,7 @@ def tree(
 
 SETTINGS = {
     "max_nodes": 4096,
-    "batch": 16,
+    "batch": 0,
     "target": "",
     "against": "",
     "check": 0,
@@ -230,12 +230,13 @@ def graph(
     Args:
         model: Name, hub id or folder of the model.
         transcoders: Folder of a transcoder, or of several, one for each layer (a suite's).
-        prompt: The text whose next token is explained; with study=N a case (agreement, participle, ioi) or a file with a
-            prompt a line.
-        words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass (default: 16);
-            target=TEXT, the token to explain (default: the likeliest that cover 95 %); against=TEXT, the token whose logit is
-            taken from it (default: the mean of all); check=N, latents that are taken away in the real model, beside random
-            transcoders (default: 0, none); memory=N, 10^9 bytes that edges may take (default: what is free);
+        prompt: The text whose next token is explained; with study=N a case (agreement, attractor, participle, ioi) or a
+            file with a prompt a line.
+        words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass (default: 0, 16 to
+            128 as prompt and model are small); target=TEXT, the token to explain (default: the likeliest that cover 95 %);
+            against=TEXT, the token whose logit is taken from it (default: the mean of all); check=N, latents that are taken
+            away in the real model, beside random transcoders (default: 0, none); memory=N, 10^9 bytes that edges may take
+            (default: what is free);
             labels=FOLDER, with the transcoders' feature caches, whose contexts and explanations the page shows (default:
             none); study=N, graphs of so many prompts, with intervals over them, beside random transcoders, attribution
             patching and gold labels (default: 0, one graph).
@@ -257,7 +258,7 @@ def _study(model: str, transcoders: Path, case: str, settings: dict[str, Any], o
     from sae_italian.circuits.study import study
 
     loaded, saes = _loaded(model, transcoders)
-    sizes = {"max_nodes": settings["max_nodes"], "batch": settings["batch"]}
+    sizes = {"max_nodes": settings["max_nodes"], "batch": settings["batch"] or None}
     found = study(loaded, saes, case, settings["study"], **sizes)
     value, text = {**plain(found), "estimates": plain(found.estimates())}, found.text()
     if out is not None:
@@ -278,7 +279,7 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     wanted, against = (_token(loaded.tokenizer, settings[key]) for key in ("target", "against"))
     if against and not wanted:
         raise UsageError(f"against={settings['against']} needs target=TEXT, the token whose logit it is taken from.")
-    how: dict[str, Any] = {"max_nodes": settings["max_nodes"], "batch": settings["batch"], "resume": out}
+    how: dict[str, Any] = {"max_nodes": settings["max_nodes"], "batch": settings["batch"] or None, "resume": out}
     how |= {"logits": wanted, "against": against[0] if against else None, "memory": settings["memory"] or None}
     found = attribute(loaded, saes, prompt, **how)
     value = {"prompt": prompt, "model": model, "n_active": found.n_active, **plain(scores(found))}

@@ -70,7 +70,10 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--latents", type=int, default=2048, help="of each of its layers")
     sub.add_argument("--l0", type=int, default=32, help="latents of a layer that are active at a token")
     sub.add_argument("--max-nodes", type=int, default=4096)
-    sub.add_argument("--batch", type=int, default=16)
+    sub.add_argument(
+        "--batch", type=int, default=0, help="of both; 0: ours by itself, circuit-tracer's 16, its fastest"
+    )
+    sub.add_argument("--repeats", type=int, default=5, help="turns of each side")
     sub = add("gpu", _bench_gpu, "all that waits for a GPU, in under nine minutes")
     sub.add_argument("words", nargs="*", help="device=cuda|cpu small=true minutes=8 out=gpu-bench.json")
     sub = add("mutants", _bench_mutants, "how many seeded mutants of a room its tests kill (needs mutmut)")
@@ -189,6 +192,7 @@ def _bench_titles(options: argparse.Namespace) -> Result:
 def _bench_circuits(options: argparse.Namespace) -> Result:
     from tests.bench.circuits import bench_circuits
 
+    positive("--repeats", options.repeats)
     return bench_circuits(options)
 
 

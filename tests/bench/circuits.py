@@ -1,7 +1,8 @@
 """An attribution graph of random transcoders: seconds and peak memory beside circuit-tracer, each in its own process.
 
 circuit-tracer lies in CIRCUIT_TRACER (tests/circuits/test_oracle.py). Both get the same ReLU transcoders on the embedded model,
-as many latents and the same batch; the memory is the process' peak above what model and transcoders took.
+as many latents, in turns; each number is the median of the turns, the memory the process' peak above what
+model and transcoders took.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import resource
 import subprocess
 import sys
+from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 
 from sae_italian.base.report import table
 
+THEIR_BATCH = 16  # on a processor circuit-tracer takes longer with 64 or 256
 TEXT = (
     "Quando Pietro e Giovanni sono andati a scuola, Pietro ha mostrato un nuovo anello a Giovanni, e poi la maestra ha chiesto a "
     "tutti i bambini di prendere il libro rosso dalla cartella e di leggere la prima pagina ad alta voce, uno dopo l'altro, "
@@ -29,8 +32,9 @@ TEXT = (
 def bench_circuits(options: argparse.Namespace) -> tuple[Any, str]:
     """Measure ours and circuit-tracer's graph, and with --model ours alone on that one; return rows and a table."""
     sides = ["ours", "theirs"] if os.environ.get("CIRCUIT_TRACER") else ["ours"]
-    runs = [("sae-italian-mini", side) for side in sides] + ([(options.model, "ours")] if options.model else [])
-    rows = []
+    runs = [("sae-italian-mini", side) for side in sides] * options.repeats
+    runs += [(options.model, "ours")] if options.model else []
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for model, side in runs:
         real = model != "sae-italian-mini"
         sizes = [options.positions if real else 24, options.latents if real else 512, options.l0 if real else 32]
@@ -38,9 +42,16 @@ def bench_circuits(options: argparse.Namespace) -> tuple[Any, str]:
         done = subprocess.run([sys.executable, "-m", __name__, *told], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
-        rows.append({"model": model, "side": side, **json.loads(done.stdout.splitlines()[-1])})
-    head = "model | implementation | active latents | nodes | seconds | of processor time | peak memory above the models', MB"
-    return rows, table(head, [(*row.values(),) for row in rows])
+        found.setdefault((model, side), []).append(json.loads(done.stdout.splitlines()[-1]))
+    middle = {run: {key: median(each[key] for each in turns) for key in turns[0]} for run, turns in found.items()}
+    head = "model | implementation | active latents | nodes | seconds | of processor time | MB above the models'"
+    text = table(head, [(*run, *numbers.values()) for run, numbers in middle.items()])
+    if len(sides) > 1:
+        ours, theirs = (middle["sae-italian-mini", side] for side in sides)
+        text += "\n\nours as a share of theirs: " + ", ".join(
+            f"{ours[key] / theirs[key]:.2f} of the {name}" for key, name in (("seconds", "time"), ("MB", "memory"))
+        )
+    return [{"model": run[0], "side": run[1], "turns": turns} for run, turns in found.items()], text
 
 
 def random_saes(model: Any, n_latents: int, l0: int, tokens: torch.Tensor) -> list[Any]:
@@ -99,7 +110,7 @@ def _ours(model: Any, saes: list[Any], prompt: str, max_nodes: int, batch: int) 
     from sae_italian.circuits import attribute, prune
 
     def run() -> tuple[int, int]:
-        graph = attribute(model, saes, prompt, max_nodes=max_nodes, batch=batch)
+        graph = attribute(model, saes, prompt, max_nodes=max_nodes, batch=batch or None)
         prune(graph)
         return graph.n_active, len(graph.nodes)
 
@@ -134,7 +145,7 @@ def _theirs(model: Any, saes: list[Any], prompt: str, max_nodes: int, batch: int
     replacement._configure_replacement_model(TranscoderSet(loaded, "mlp.hook_in", "mlp.hook_out"))
 
     def run() -> tuple[int, int]:
-        graph = attribute(prompt, replacement, batch_size=batch, max_feature_nodes=max_nodes)
+        graph = attribute(prompt, replacement, batch_size=batch or THEIR_BATCH, max_feature_nodes=max_nodes)
         prune_graph(graph)
         return len(graph.active_features), len(graph.adjacency_matrix)
 

@@ -169,23 +169,33 @@ def test_texts_are_never_markup(tab: Any, tmp_path: Path) -> None:  # noqa: F811
     assert EVIL in tab.inner_text(".about .contexts") and tab.evaluate("window.harm") is None
 
 
-FRAMES = """async () => {
-  const plot = document.querySelector(".plot"), box = plot.getBoundingClientRect(), spent = [];
-  for (let i = 0; i < 40; i += 1) {
+N_FRAMES = 40
+FRAMES = """async (n) => {
+  const plot = document.querySelector(".plot"), box = plot.getBoundingClientRect();
+  for (let i = 0; i < n; i += 1) {
     const at = { clientX: box.x + 300, clientY: box.y + 200, cancelable: true };
-    plot.dispatchEvent(new WheelEvent("wheel", { ...at, deltaY: i < 20 ? -12 : 12 }));
-    const began = await new Promise((done) => requestAnimationFrame((now) => done(performance.now())));
-    await new Promise((done) => setTimeout(done, 0));
-    spent.push(performance.now() - began);
+    plot.dispatchEvent(new WheelEvent("wheel", { ...at, deltaY: i < n / 2 ? -12 : 12 }));
+    await new Promise((done) => requestAnimationFrame(() => setTimeout(done, 0)));
   }
-  return spent.sort((a, b) => a - b)[20];
 }"""
 
 
 def test_two_thousand_nodes_are_smooth(tab: Any, tmp_path: Path) -> None:  # noqa: F811
+    """Of the page's thread it counts processor time, so that what else the machine does takes none of it."""
     index = write_graph_page(tmp_path, large(3600))
     assert index.stat().st_size < 6e6
     show(tab, index, "#share=100&pins=0_1_1")
     assert f"{MOST_NODES:,}".replace(",", ".") in tab.inner_text(".tools output")
-    frames = [tab.evaluate(FRAMES) for _ in range(3)]
-    assert min(frames) < 16.7, f"a frame takes {min(frames):.1f} ms"
+    devtools = tab.context.new_cdp_session(tab)
+    devtools.send("Performance.enable")
+
+    def seconds() -> float:
+        found = {each["name"]: each["value"] for each in devtools.send("Performance.getMetrics")["metrics"]}
+        return found["ThreadTime"]
+
+    frames = []
+    for _ in range(5):
+        before = seconds()
+        tab.evaluate(FRAMES, N_FRAMES)
+        frames.append(1000 * (seconds() - before) / N_FRAMES)
+    assert 0.1 < min(frames) < 16.7, f"a frame takes {min(frames):.1f} ms"

@@ -10,7 +10,7 @@ from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Trans
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.circuits.edges import attribute
 from sae_italian.circuits.graph import Graph, GraphNode, influence, prune, scores
-from sae_italian.circuits.linear import Target, linearise
+from sae_italian.circuits.linear import Targets, linearise
 
 SIZES = {
     "hidden_size": 32,
@@ -117,10 +117,10 @@ def test_an_edge_is_what_the_target_moves_by(model):
             added[node.position] = node.value * saes[node.layer].W_dec[node.index].detach()
         elif node.kind == "error":
             sae, read = saes[node.layer], before.reads[node.layer][0, node.position].detach()
-            added[node.position] = before.constants.written[node.layer][0, node.position] - sae(read).detach()
+            added[node.position] = before.written[node.layer][0, node.position] - sae(read).detach()
         else:
             added[node.position] = whole[node.position]
-        after = linearise(model, tokens, hooks, constants=before.constants, added={node.layer: added})
+        after = linearise(model, tokens, hooks, before=before, added={node.layer: added})
         for row, target in enumerate(graph.targets.tolist()):
             to = graph.nodes[target]
             moved = (after.reads[to.layer] - before.reads[to.layer])[0, to.position]
@@ -184,11 +184,11 @@ def test_early_targets_go_back_through_the_prompts_beginning(model, monkeypatch)
     """Passes of 3, 6, 9 and all 11 tokens give what the whole prompt's alone gives, in every family."""
     import sae_italian.circuits.edges as edges
 
-    saes, lengths, frozen = [random_transcoder(layer) for layer in range(3)], [], edges.frozen
+    saes, lengths, frozen = [random_transcoder(layer) for layer in range(3)], [], edges.Prompt.frozen
     whole = attribute(model, saes, "ciao bella")
     monkeypatch.setattr(edges, "SHORT", 3)
-    monkeypatch.setattr(edges, "frozen", lambda *a, **k: (lengths.append(a[2].shape[1]), frozen(*a, **k))[1])
-    parts = attribute(model, saes, "ciao bella")
+    monkeypatch.setattr(edges.Prompt, "frozen", lambda *a, **k: (lengths.append(a[1]), frozen(*a, **k))[1])
+    parts = attribute(model, saes, "ciao bella", batch=4)
     assert sorted(lengths) == [3, 6, 9, 11]
     assert parts.nodes == whole.nodes and np.allclose(parts.weights, whole.weights, rtol=1e-5, atol=1e-6)
 
@@ -270,7 +270,7 @@ def test_a_planted_latent_against_a_logit_has_its_edge_by_hand(mistral):
     graph = attribute(mistral, [sae], "ciao", logits=[7])
     column = next(i for i, n in enumerate(graph.nodes) if n[:4] == ("latent", 2, len(graph.tokens) - 1, 3))
     tokens = mistral.tokenizer("ciao").input_ids
-    before_norm = linearise(mistral, tokens, {}).constants.scales["model.norm"][0, -1]
+    before_norm = linearise(mistral, tokens, {}).scales["model.norm"][0, -1]
     expected = -graph.nodes[column].value * float(
         (direction * mistral.model.norm.weight.detach() * before_norm) @ direction
     )
@@ -341,7 +341,7 @@ def test_a_token_that_nobody_looks_at_changes_nothing(mistral):
     """Causal: the logits' gradient at positions behind a target is zero, and a later token leaves earlier rows alone."""
     tokens = mistral.tokenizer("ciao bella").input_ids
     linear = linearise(mistral, tokens, {1: "blocks.1.mlp.hook_in"})
-    gradients = linear.gradients([Target(1, 4, torch.ones(32, dtype=torch.float64))])
+    gradients = linear.gradients([Targets(1, torch.tensor([4]), torch.ones(1, 32, dtype=torch.float64))])
     assert all((gradient[0, 5:] == 0).all() for gradient in gradients[:2]) and (gradients[0][0, 4] != 0).any()
     assert gradients[2:] == [None, None]  # later layers
 
@@ -434,7 +434,8 @@ def test_a_circuit_of_two_latents_is_found_whole(mistral):
 def test_the_worked_example_of_circuit_tracer():
     """Its tests/test_graph.py: twelve nodes, influences 1/12, 1/3, 1/4, 1/6 of one logit."""
     edges = {11: (1, 3, 6, 8), 3: (0, 1, 6), 1: (9, 10), 0: (9,)}
-    nodes = (*(GraphNode("latent", 0, 0, i, 1.0) for i in range(11)), GraphNode("logit", 1, 0, 0, 1.0))
+    layers = {0: 1, 1: 1, 3: 2}
+    nodes = (*(GraphNode("latent", layers.get(i, 0), 0, i, 1.0) for i in range(11)), GraphNode("logit", 3, 0, 0, 1.0))
     weights = np.zeros((12, 12))
     for target, sources in edges.items():
         weights[target, list(sources)] = 10
@@ -450,11 +451,11 @@ def test_an_interrupted_graph_goes_on_where_it_was(mistral, tmp_path, monkeypatc
     whole = attribute(mistral, saes, "ciao bella", batch=4)
     calls = []
 
-    def dying(self, targets, out, real=edges._Rows.__call__):
-        calls.append(len(targets))
+    def dying(self, nodes, out, real=edges._Rows.__call__):
+        calls.append(len(nodes))
         if len(calls) == 30:
             raise KeyboardInterrupt
-        real(self, targets, out)
+        real(self, nodes, out)
 
     monkeypatch.setattr(edges._Rows, "__call__", dying)
     with pytest.raises(KeyboardInterrupt):

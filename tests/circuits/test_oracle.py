@@ -127,7 +127,7 @@ def test_our_edges_are_those_of_circuit_tracer(circuit_tracer, models, skip, sit
     matrix = graph.adjacency_matrix.double().numpy()
     rows = np.r_[0:n, n + n_errors + n_pos : len(matrix)]
     # at the first token we book the MLP's output as bias, they leave it out
-    some = mine.of_kind("latent", "error", "embedding")
+    some = np.concatenate([np.flatnonzero(mine.of_kind(kind)) for kind in ("latent", "error", "embedding")])
     scale = np.abs(matrix).max()
     assert np.abs(mine.weights[:, some] - matrix[np.ix_(rows, np.r_[0 : n + n_errors + n_pos])]).max() < 1e-4 * scale
     values = graph.activation_values[graph.selected_features].numpy()

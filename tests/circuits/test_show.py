@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.circuits.check import check, foretold, replayed
-from sae_italian.circuits.edges import attribute
+from sae_italian.circuits.edges import Prompt, attribute
 from sae_italian.circuits.graph import Graph, GraphNode
 from sae_italian.circuits.show import cantor, neuronpedia, summary, svg
 from sae_italian.cli import main
@@ -146,7 +146,7 @@ def test_latents_of_the_last_layer_that_write_little_do_what_their_edges_say(mis
     )
     assert found.replayed < 1e-6  # what is written twice, all else frozen, moves every target by its edge
     graph.weights[0] += 0.01 * np.abs(graph.weights).max()
-    assert replayed(mistral, {2: sae}, tokens, graph) > 5e-3
+    assert replayed(Prompt(mistral, [sae], "ciao bella"), graph) > 5e-3
     assert len(found.random) == 2 and set(found.scores) == {"these", "random"} and found.verdict() in found.text()
 
 
@@ -224,9 +224,9 @@ def transcoders(folder, *kinds):
         ([(0, 128, 0)], PROMPT, ["target=parola che ha tanti pezzi"], "one was expected"),
         ([(0, 128, 0)], PROMPT, ["against=il"], "needs target="),
         ([(0, 128, 0)], PROMPT, ["max_nodes=0"], "max_nodes is"),
-        ([(0, 128, 0)], PROMPT, ["batch=0"], "batch is"),
+        ([(0, 128, 0)], PROMPT, ["batch=-3"], "batch is"),
         ([(0, 128, 0)], PROMPT, ["nodes=5"], "no setting"),
-        ([(0, 128, 0)], PROMPT, ["memory=0.0001"], "Use max_nodes="),
+        ([(0, 128, 0)], PROMPT, ["memory=0.00001"], "Use max_nodes="),
         ([(0, 128, 0)], "nominativo", ["study=2"], "is no case and no file"),
         ([(0, 128, 0)], PROMPT, ["labels=."], "holds no feature cache"),
     ],

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import shutil
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -13,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sae_italian.cache import build_cache
+from sae_italian.circuits.show import cantor
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
 from sae_italian.saes.architectures import TopKTranscoder, TopKTranscoderConfig
@@ -104,10 +107,13 @@ def test_what_circuit_tracer_cannot_hold_is_named(suite, tmp_path, capsys):
     assert "holds no transcoders" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
+NEEDS_CIRCUIT_TRACER = pytest.mark.skipif(
     not (Path(PLACE) / "circuit_tracer").is_dir() or not PLACE,
     reason="circuit-tracer is absent: see tests/circuits/test_oracle.py",
 )
+
+
+@NEEDS_CIRCUIT_TRACER
 def test_circuit_tracers_own_readers_open_it(exported, monkeypatch):
     import huggingface_hub.constants
 
@@ -129,3 +135,36 @@ def test_circuit_tracers_own_readers_open_it(exported, monkeypatch):
     assert Model.model_validate_json(zlib.decompress(data[4 : index["offsets"][1]])).transcoder_id == "layer_0"
     for name in [name for name in sys.modules if name.startswith("circuit_tracer")]:
         del sys.modules[name]
+
+
+# circuit-tracer reads an index from the hub alone, by its page's script: here that script, and the disk as the hub.
+READER = """
+const fs = require("fs"), zlib = require("zlib"), [folder, assets, ...wanted] = process.argv.slice(1);
+const chain = new Proxy(() => chain, { get: () => chain }), node = { html: () => node, append: () => node };
+Object.assign(globalThis, {
+  window: globalThis, location: { hostname: "" }, d3: chain, pako: { inflate: (bytes) => zlib.unzipSync(bytes).toString("utf-8") },
+  fetch: async (url, { headers = {} } = {}) => {
+    const bytes = fs.readFileSync(folder + url.slice(url.indexOf("/features/")));
+    const [from, to] = (headers.Range || "bytes=0-").slice(6).split("-");
+    const part = new Uint8Array(bytes.subarray(Number(from), to ? Number(to) + 1 : undefined));
+    return { ok: true, status: 200, arrayBuffer: async () => part.buffer };
+  },
+});
+for (const file of ["util.js", "feature_examples/init-feature-examples.js"]) (0, eval)(fs.readFileSync(assets + file, "utf-8"));
+const { loadFeature } = initFeatureExamples({ containerSel: node, showLogits: false, showExamples: false });
+Promise.all(wanted.map((number) => loadFeature("owner/set", Number(number)))).then((found) => console.log(JSON.stringify(found)));
+"""
+
+
+@NEEDS_CIRCUIT_TRACER
+@pytest.mark.skipif(not shutil.which("node"), reason="node is absent: apt-get install nodejs")
+def test_circuit_tracers_own_page_finds_a_latent_by_the_index(exported):
+    latents, assets = (0, 17, 149), Path(PLACE) / "circuit_tracer" / "frontend" / "assets"
+    told = ["node", "-e", READER, str(exported), f"{assets}/", *(str(cantor(0, latent)) for latent in latents)]
+    done = subprocess.run(told, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    index = json.loads(gzip.decompress((exported / "features" / "index.json.gz").read_bytes()))["0"]
+    data = (exported / "features" / index["filename"]).read_bytes()
+    for latent, read in zip(latents, json.loads(done.stdout), strict=True):
+        record = json.loads(zlib.decompress(data[index["offsets"][latent] + 4 : index["offsets"][latent + 1]]))
+        assert read["index"] == latent and {key: read[key] for key in record} == record
