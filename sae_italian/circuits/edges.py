@@ -224,6 +224,8 @@ def _check_memory(shape: tuple[int, int], size: int, n_active: int, most: int, m
     Where latents are left out, the edges to those that stay are held once more, at the end.
     """
     free = psutil.virtual_memory().available / 1e9 if memory is None else memory
+    if free <= 0:
+        raise UsageError(f"memory is {free:g}; 10^9 bytes above 0 were expected.")
     row, n_logits = size * shape[1] / 1e9, shape[0] - most
     need = shape[0] * (row + (size * (shape[1] - n_active + most) / 1e9 if most < n_active else 0))
     if need > SAID_FROM:
@@ -249,6 +251,10 @@ def _logit_nodes(
         wanted = likeliest[: int((top.cumsum(0) < COVERED).sum()) + 1].tolist()
     elif unknown := [i for i in (*wanted, against or 0) if not 0 <= i < len(probability)]:
         raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
+    if against in wanted:
+        raise UsageError(
+            f"token {against} is explained less itself, which leaves nothing. Give another token against it."
+        )
     texts = token_text(model.tokenizer, wanted)
     if against is not None:
         texts = [f"{text} − {token_text(model.tokenizer, [against])[0].strip()}" for text in texts]
@@ -280,7 +286,7 @@ def _kept(
         digest.update(_array(tensor).tobytes())
     told, file, key = folder / "visited.json", folder / "rows.partial", digest.hexdigest()
     before = read_json(told) if told.is_file() and file.is_file() else {}
-    goes_on = before.get("key") == key
+    goes_on = before.get("key") == key and file.stat().st_size == np.prod(shape) * kind.itemsize
     rows = np.memmap(file, dtype=kind, mode="r+" if goes_on else "w+", shape=shape)
     visited = list(before["visited"]) if goes_on else []
 

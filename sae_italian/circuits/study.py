@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from sae_italian import micro_italiano
 from sae_italian.analysis.tasks import ioi_pairs, number_pairs, words_for
 from sae_italian.base import pictures
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, mean_interval
+from sae_italian.base.storage import packaged_yaml
 from sae_italian.circuits.check import check, random_graph
 from sae_italian.circuits.edges import Prompt, attribute
 from sae_italian.circuits.graph import Graph, influence
@@ -168,7 +168,11 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
     """Return `n` cases, or those of a file. Raises: UsageError when the model's tokens allow too few."""
     tokenizer = model.tokenizer
     if Path(case).is_file():
-        lines = [line.split("\t") for line in Path(case).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = Path(case).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{case} is not UTF-8 ({error.reason} at byte {error.start}).") from error
+        lines = [line.split("\t") for line in lines if line.strip()]
         if any(len(line) < 2 for line in lines):
             raise UsageError(f"{case}: a line is PROMPT, a tab, TOKEN, and perhaps a tab and the token against it.")
         return [Case(line[0], "", *_ids(tokenizer, *line[1:3])) for line in lines[:n]]
@@ -232,7 +236,7 @@ def _micro_pairs(kind: str, n: int, seed: int) -> list[tuple[str, str, str, str]
 
 @cache
 def _words() -> dict[str, list[list[str]]]:
-    told = yaml.safe_load((files("sae_italian.circuits") / "cases.yaml").read_text(encoding="utf-8"))
+    told = packaged_yaml((files("sae_italian.circuits") / "cases.yaml").read_text(encoding="utf-8"))
     return {name: [pair.split("/") for pair in pairs] for name, pairs in told.items()}
 
 

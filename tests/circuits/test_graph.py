@@ -327,6 +327,8 @@ def test_what_is_no_graph_is_refused(mistral):
         attribute(mistral, [random_transcoder(0), random_transcoder(0)], "ciao")
     with pytest.raises(UsageError, match="token 97"):
         attribute(mistral, [random_transcoder(0)], "ciao", logits=[97])
+    with pytest.raises(UsageError, match="less itself"):
+        attribute(mistral, [random_transcoder(0)], "ciao", logits=[5], against=5)
     with pytest.raises(UsageError, match="float32"):
         linearise(mistral.half(), mistral.tokenizer("ciao").input_ids, {})
 
@@ -471,6 +473,14 @@ def test_an_interrupted_graph_goes_on_where_it_was(mistral, tmp_path, monkeypatc
     calls[:] = [0] * 100
     other = attribute(mistral, saes, "ciao bello", batch=4, resume=tmp_path)  # another prompt begins anew
     assert np.array_equal(other.weights, attribute(mistral, saes, "ciao bello", batch=4).weights)
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)
+    with (tmp_path / "rows.partial").open("r+b") as file:
+        file.truncate(1000)  # what a full disk leaves
+    calls[:] = [0] * 100
+    assert np.array_equal(attribute(mistral, saes, "ciao bella", batch=7, resume=tmp_path).targets, whole.targets)
+    assert sum(calls) == len(whole.targets)  # all of it anew
 
 
 def test_more_latents_than_the_memory_holds_are_told_and_a_bound_that_does(mistral):

@@ -227,6 +227,7 @@ def transcoders(folder, *kinds):
         ([(0, 128, 0)], PROMPT, ["batch=-3"], "batch is"),
         ([(0, 128, 0)], PROMPT, ["nodes=5"], "no setting"),
         ([(0, 128, 0)], PROMPT, ["memory=0.00001"], "Use max_nodes="),
+        ([(0, 128, 0)], PROMPT, ["memory=-1"], "memory is -1"),
         ([(0, 128, 0)], "nominativo", ["study=2"], "is no case and no file"),
         ([(0, 128, 0)], PROMPT, ["labels=."], "holds no feature cache"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_italian.analysis.latent import written_directions
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.circuits.check import changes, foretold
 from sae_italian.circuits.edges import Prompt, attribute
 from sae_italian.circuits.planted import carriers, found_among, patching_effects
@@ -146,6 +146,9 @@ def test_a_file_of_prompts_and_what_is_no_case(mini, tmp_path):
     assert [one.prompt for one in found] == ["La ragazza", "Il ragazzo"] and found[0].wrong is None and found[1].wrong
     file.write_text("La ragazza\n", encoding="utf-8")
     with pytest.raises(UsageError, match="a tab"):
+        cases_of(str(file), mini, 1)
+    file.write_bytes("La città\tche".encode("latin-1"))
+    with pytest.raises(DataError, match="prompts.tsv is not UTF-8"):
         cases_of(str(file), mini, 1)
     with pytest.raises(UsageError, match="agreement, attractor, participle, ioi"):
         cases_of("nominativo", mini, 1)
