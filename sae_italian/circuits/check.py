@@ -41,14 +41,14 @@ class Checked(NamedTuple):
 
     graph: tuple[Agreement, ...]
     random: tuple[Agreement, ...]
-    scores: dict[str, tuple[float, float]]  # replacement and completeness, of the graph and of the random one
-    replayed: float  # of constrained patching: its largest difference from an edge, as a share of the largest edge
+    scores: dict[str, tuple[float, float]]  # replacement, completeness: the graph's and the random one's
+    replayed: float  # largest difference of constrained patching from an edge, as a share of the largest
 
     def text(self) -> str:
         rows = [(a.what, a.n, shown(a.direct), shown(a.paths), shown(a.slope)) for a in (*self.graph, *self.random)]
         found = table("latents taken away | n | edge against change | all paths against change | slope", rows)
         rows = [(name, *(f"{score:.2f}" for score in pair)) for name, pair in self.scores.items()]
-        told = f"written twice with all else frozen, latents move all others by their edges to {self.replayed:.1e}"
+        told = f"written twice, all else frozen, latents move the others by their edges to {self.replayed:.1e}"
         found += f"\n\n{table('transcoders | replacement score | completeness', rows)}"
         return f"{found}\n\n{told}\n\n{self.verdict()}"
 
@@ -162,7 +162,8 @@ def changes(prompt: Prompt, graph: Graph, latents: np.ndarray) -> Float[np.ndarr
         gone: dict[int, Tensor] = {}
         for row, node in enumerate(graph.nodes[i] for i in some.tolist()):
             write = prompt.write(node)
-            gone.setdefault(node.layer, write.new_zeros(len(some), n_pos, len(write)))[row, node.position] = write
+            none = write.new_zeros(len(some), n_pos, len(write))
+            gone.setdefault(node.layer, none)[row, node.position] = write
         with ExitStack() as stack:
             for layer, writes in gone.items():
                 stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", lambda x, w=writes: x - w.to(x)))
@@ -178,7 +179,7 @@ def check_svg(checked: Checked) -> str:
             for found, colour in zip(pair, (pictures.OURS, pictures.REFERENCE), strict=True):
                 points = np.array(found.points).reshape(-1, 2)
                 axis.scatter(points[:, 0], points[:, 1], s=12, color=colour, label=found.what.split(",")[0])
-            ends = [min(axis.get_xlim()[0], axis.get_ylim()[0]), max(axis.get_xlim()[1], axis.get_ylim()[1])]
+            ends = [pick(axis.get_xlim()[i], axis.get_ylim()[i]) for i, pick in enumerate((min, max))]
             axis.plot(ends, ends, color="black", linewidth=0.5, linestyle=":")
             axis.set_xlabel("foretold change of the logit")
         axes[0].set_ylabel("real change")

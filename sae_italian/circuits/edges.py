@@ -31,8 +31,8 @@ MOST_LOGITS = 10
 SITES = ("mlp.hook_in", "ln2.hook_normalized")  # that a transcoder may read
 SAID_FROM = 1.0  # 10^9 bytes of edges, from which the memory is told before they are computed
 LENGTHS, SHORT = 4, 16  # passes of a prompt's beginning, the whole as the last; tokens of the shortest
-BATCH, MOST_BATCH, NUMBERS = 16, 128, 2**18  # targets of a backward pass: more where a read of them all is so small
-FIRST_LOOK, GROWTH = 4, 4  # batches before the next are chosen by influence; then again when a quarter more was visited
+BATCH, MOST_BATCH, NUMBERS = 16, 128, 2**18  # targets of a backward pass, more where a read is small
+FIRST_LOOK, GROWTH = 4, 4  # batches until a choice by influence; then, a quarter more each time
 
 
 def layers_of(transcoders: Sequence[Any], model: Any) -> dict[int, Any]:
@@ -70,7 +70,7 @@ class Prompt:
         self.tokens: Int[Tensor, "1 pos"] = model.tokenizer(text, return_tensors="pt").input_ids.to(model.device)
         self.silent = special(self.tokens, model.tokenizer)[0]
         if int((~self.silent).sum()) < 2:
-            raise UsageError(f"{text!r} has fewer than two tokens, so nothing leads to anything. Give a longer prompt.")
+            raise UsageError(f"{text!r} has fewer than two tokens, so nothing leads to any. Give a longer prompt.")
         check_context(self.tokens.shape[1], model.config)
 
     def frozen(self, n_tokens: int | None = None, **more: Any) -> Linear:
@@ -124,7 +124,7 @@ def _take_apart(sae: Any, layer: int, read: Tensor, written: Tensor, texts: list
         nodes = [GraphNode("latent", layer, at, index, each, texts[at]) for at, index, each in found]
         constant = sae.decode(torch.zeros_like(z[:1], dtype=sae.dtype)).to(written)
         told = decoded(sae, z.to(sae.dtype), read.to(sae.dtype)).to(written)
-        skipped = told - sae.decode(z.to(sae.dtype)).to(written)  # by a skip connection: neither latent nor error
+        skipped = told - sae.decode(z.to(sae.dtype)).to(written)  # by a skip: neither latent nor error
     nodes += [GraphNode(kind, layer, at, text=text) for kind in ("error", "bias") for at, text in enumerate(texts)]
     bias = (written - skipped) * (1 - live) + constant * live
     vectors = torch.cat([vectors, (written - told) * live, bias])
@@ -148,7 +148,7 @@ class _Rows:
         whole, self.texts = self.linear(n_pos), token_text(prompt.model.tokenizer, prompt.tokens[0].tolist())
         self.reads = {layer: read[:1].detach() for layer, read in whole.reads.items()}
         embedding = whole.leaves[0][0].detach()
-        inputs = [GraphNode("embedding", -1, position, text=text) for position, text in enumerate(self.texts)]
+        inputs = [GraphNode("embedding", -1, at, text=text) for at, text in enumerate(self.texts)]
         self.sources = [_Written(inputs, embedding, [1] * n_pos)]
         for layer, written in sorted(whole.written.items()):
             sae, read = prompt.by_layer.get(layer), self.reads.get(layer, embedding[None])
@@ -171,9 +171,7 @@ class _Rows:
 
     def values(self, nodes: Sequence[GraphNode]) -> list[float]:
         """Return what the rows of nodes, which stand by layer, add up to."""
-        return [
-            each for targets in self.prompt.targets(nodes, self.against) for each in targets.of(self.reads).tolist()
-        ]
+        return [value for each in self.prompt.targets(nodes, self.against) for value in each.of(self.reads).tolist()]
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -229,7 +227,7 @@ def _check_memory(shape: tuple[int, int], size: int, n_active: int, most: int, m
     row, n_logits = size * shape[1] / 1e9, shape[0] - most
     need = shape[0] * (row + (size * (shape[1] - n_active + most) / 1e9 if most < n_active else 0))
     if need > SAID_FROM:
-        sys.stderr.write(f"{n_active:,} latents are active, {most:,} become nodes: {need:.1f} GB of memory.\n")
+        sys.stderr.write(f"{n_active:,} latents are active, {most:,} become nodes: {need:.1f} GB.\n")
     if need > free:
         bound = max(1, int(0.95 * free / (2 * row)) - n_logits)
         raise UsageError(
@@ -252,9 +250,7 @@ def _logit_nodes(
     elif unknown := [i for i in (*wanted, against or 0) if not 0 <= i < len(probability)]:
         raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
     if against in wanted:
-        raise UsageError(
-            f"token {against} is explained less itself, which leaves nothing. Give another token against it."
-        )
+        raise UsageError(f"token {against} is explained less itself, which leaves nothing. Give another against it.")
     texts = token_text(model.tokenizer, wanted)
     if against is not None:
         texts = [f"{text} − {token_text(model.tokenizer, [against])[0].strip()}" for text in texts]

@@ -27,7 +27,7 @@ from sae_italian.base.storage import write_json
 
 NODE_SHARE, EDGE_SHARE = 0.8, 0.98  # of all influence, kept when a graph is pruned
 ROWS_AT_ONCE = 256  # of the edges that are weighed together, so that no copy of all is made
-UNEXPECTED = 1e-4  # probability of all logits together, below which the model does not expect what is explained
+UNEXPECTED = 1e-4  # probability of all logits, below which the model does not expect them
 
 
 class GraphNode(NamedTuple):
@@ -54,7 +54,7 @@ class Graph:
     weights: Float[np.ndarray, "rows nodes"]
     own: Float[np.ndarray, " rows"]  # each target's value without its own bias: what its row adds up to
     n_active: int  # latents that are active on the prompt, visited or not
-    against: int | None = None  # id of the token whose logit is taken from the first one's; None: the mean of all
+    against: int | None = None  # id of the token whose logit is taken from the others'; None: the mean
 
     def of_kind(self, *kinds: str) -> np.ndarray:
         """Return which nodes are of these kinds."""
@@ -63,7 +63,8 @@ class Graph:
     def among(self, which: np.ndarray) -> Float[np.ndarray, "some some"]:
         """Return the edges among some of the nodes (a mask), zero rows for those that are sources only."""
         found = np.zeros((which.sum(), which.sum()))
-        found[np.isin(np.flatnonzero(which), self.targets)] = self.weights[np.ix_(which[self.targets], which)]
+        rows = np.isin(np.flatnonzero(which), self.targets)
+        found[rows] = self.weights[np.ix_(which[self.targets], which)]
         return found
 
     @cached_property

@@ -46,8 +46,8 @@ class Linear:
 
     def __init__(self, hooks: Mapping[int, Hook], skips: Mapping[int, Tensor], before: Linear | None, added: Added):
         self.hooks, self.skips, self.before, self.added = hooks, skips, before, added
-        self.leaves: list[Writes] = []  # the first block's input, then zeros added to each layer's MLP output
-        self.reads: dict[int, Writes] = {}  # by layer, what its transcoder reads; n_layers: the unembedding's
+        self.leaves: list[Writes] = []  # the first block's input, then zeros added to each MLP's output
+        self.reads: dict[int, Writes] = {}  # what each transcoder reads; n_layers: the unembedding
         # What this pass found, or one before of the same prompt, in which case this one uses it: the constants.
         self.patterns: list[Float[Tensor, "pos heads pos"]] = []
         self.scales: dict[str, Float[Tensor, "1 pos 1"]] = {}
@@ -82,7 +82,7 @@ class Linear:
     def read(self, layer: int, x: Tensor) -> Tensor:
         if layer in self.hooks and not self.hooks[layer].normalised:
             self.reads[layer] = x
-        return x[:1].detach()  # every row is the same prompt: one is enough for the MLP, through which no gradient goes
+        return x[:1].detach()  # all rows are one prompt: one is enough for the MLP, and no gradient
 
     def write(self, layer: int, out: Tensor) -> Tensor:
         written = self.written[layer] = self.before.written[layer] if self.before else out.detach()
@@ -106,7 +106,7 @@ class Linear:
             mask = mask if mask is None else mask[:1]
             with torch.no_grad():
                 self.patterns.append(original(module, query[:1], key[:1], names, mask, *args, **more)[0][0])
-        pattern = self.patterns[-1].unflatten(1, (value.shape[1], -1))  # several heads may share their values
+        pattern = self.patterns[-1].unflatten(1, (value.shape[1], -1))  # heads may share values
         return torch.einsum("qgrk,bgkd->bqgrd", pattern, value).flatten(2, 3), None
 
 

@@ -90,8 +90,8 @@ def summary(graph: Graph, labels: Labels | None = None, top: int = 10) -> str:
     found, reached, keep = scores(graph), influence(graph), prune(graph)[0]
     head = (
         f"{sentence(graph, labels)}\n"
-        f"replacement score {found.replacement:.2f}, completeness {found.completeness:.2f}; {len(graph.latents)} of "
-        f"{graph.n_active} active latents are nodes, {int(keep[graph.latents].sum())} stay when pruned"
+        f"replacement score {found.replacement:.2f}, completeness {found.completeness:.2f}; {len(graph.latents)} "
+        f"of {graph.n_active} active latents are nodes, {int(keep[graph.latents].sum())} stay when pruned"
     )
     rows = []
     for i in (i for i in np.argsort(-reached, kind="stable")[:top].tolist() if reached[i]):
@@ -114,7 +114,8 @@ def svg(graph: Graph, most: int = 60) -> str:
     def draw(axes: Any) -> None:
         axis, largest = axes[0], max((abs(weight) for *_, weight in edges), default=1.0)
         for target, source, weight in edges:
-            colour, width = pictures.OURS if weight > 0 else pictures.WARNING, 0.3 + 3 * abs(weight) / largest
+            colour = pictures.OURS if weight > 0 else pictures.WARNING
+            width = 0.3 + 3 * abs(weight) / largest
             ends = zip(place[source], place[target], strict=True)
             axis.plot(*ends, color=colour, linewidth=width, alpha=0.35, zorder=0)
         for i, (x, y) in place.items():

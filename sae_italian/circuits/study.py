@@ -174,7 +174,7 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
             raise DataError(f"{case} is not UTF-8 ({error.reason} at byte {error.start}).") from error
         lines = [line.split("\t") for line in lines if line.strip()]
         if any(len(line) < 2 for line in lines):
-            raise UsageError(f"{case}: a line is PROMPT, a tab, TOKEN, and perhaps a tab and the token against it.")
+            raise UsageError(f"{case}: a line is PROMPT, a tab, TOKEN, perhaps a tab and the token against it.")
         return [Case(line[0], "", *_ids(tokenizer, *line[1:3])) for line in lines[:n]]
     if case not in CASES:
         raise UsageError(f"{case!r} is no case and no file. The cases: {', '.join(CASES)}; a file has a prompt a line.")
@@ -196,9 +196,7 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
         if pair := _usable(tokenizer, base, other, words):
             found.setdefault(base, Case(base, other, *pair))
     if len(found) < n:
-        raise UsageError(
-            f"{case}: {len(found)} different prompts of {len(texts)} suit this model's tokens, {n} wanted. Ask for fewer."
-        )
+        raise UsageError(f"{case}: {len(found)} different prompts suit this model's tokens, {n} wanted. Ask for fewer.")
     return list(found.values())[:n]
 
 
@@ -211,7 +209,7 @@ def _ids(tokenizer: Any, right: str, wrong: str = "") -> tuple[int, int | None]:
     words = [word.strip() for word in (right, wrong) if word.strip()]
     found = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
     if any(len(ids) != 1 for ids in found):
-        raise UsageError(f"{right!r} and {wrong!r} have {[*map(len, found)]} tokens; one of each was expected.")
+        raise UsageError(f"{right!r} and {wrong!r} have {[*map(len, found)]} tokens; one each was expected.")
     return found[0][0], found[1][0] if len(found) > 1 else None
 
 
