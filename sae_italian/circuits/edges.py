@@ -244,18 +244,17 @@ def _logit_nodes(
         logits = model.get_output_embeddings()(final[-1])
     cap = getattr(model.config, "final_logit_softcapping", None)
     probability = (torch.tanh(logits / cap) * cap if cap else logits).softmax(-1)
-    if wanted is None:
-        top, likeliest = probability.topk(min(MOST_LOGITS, len(probability)))
-        wanted = likeliest[: int((top.cumsum(0) < COVERED).sum()) + 1].tolist()
-    elif unknown := [i for i in (*wanted, against or 0) if not 0 <= i < len(probability)]:
+    top, likeliest = probability.topk(min(MOST_LOGITS, len(probability)))
+    ids = likeliest[: int((top.cumsum(0) < COVERED).sum()) + 1].tolist() if wanted is None else list(wanted)
+    if unknown := [i for i in (*ids, against or 0) if not 0 <= i < len(probability)]:
         raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
-    if against in wanted:
+    if against in ids:
         raise UsageError(f"token {against} is explained less itself, which leaves nothing. Give another against it.")
-    texts = token_text(model.tokenizer, wanted)
+    texts = token_text(model.tokenizer, ids)
     if against is not None:
         texts = [f"{text} − {token_text(model.tokenizer, [against])[0].strip()}" for text in texts]
     place = model.config.num_hidden_layers, len(final) - 1
-    found = zip(wanted, probability[list(wanted)].tolist(), texts, strict=True)
+    found = zip(ids, probability[ids].tolist(), texts, strict=True)
     return [GraphNode("logit", *place, *each) for each in found]
 
 
