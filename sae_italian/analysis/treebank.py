@@ -7,7 +7,8 @@ reads "della" too. Words are placed in the sentence's text, so any tokenizer's t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,8 +229,8 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
     tokens, spans = _tokenised(treebank.sentences, model.tokenizer, context_size)
     column = {name: i for i, name in enumerate(names)}
     pairs, sentence, n_cut, parts = [], [], 0, {}
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    batches = _batches(order, tokens)
+    batches = batches_of(dict(enumerate(map(len, tokens))))
+    order = list(chain.from_iterable(batches))
     random = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
     for batch in paced(random, treebank.name, len(order), "sentence", size=len):
         # what fills the shorter sentences is never looked back at
@@ -282,11 +283,11 @@ def last_tokens(sentence: Sentence, spans: Int[np.ndarray, "tokens 2"]) -> Int[n
     return np.select([complete, straddled, uncut], [within, beyond, within], default=-1)
 
 
-def _batches(order: list[int], tokens: list[np.ndarray]) -> list[list[int]]:
-    """Return sentences of similar length together, TOKENS_PER_BATCH tokens of them."""
-    batches: list[list[int]] = [[]]
-    for i in order:
-        if batches[-1] and (len(batches[-1]) + 1) * len(tokens[i]) > TOKENS_PER_BATCH:
+def batches_of(lengths: Mapping[int, int]) -> list[list[int]]:
+    """Return texts by their numbers, those of similar length together, TOKENS_PER_BATCH tokens of them, the shortest first."""
+    batches: list[list[int]] = []
+    for i in sorted(lengths, key=lambda i: lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > TOKENS_PER_BATCH:
             batches.append([])
         batches[-1].append(i)
     return batches

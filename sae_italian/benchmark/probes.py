@@ -25,13 +25,13 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch.nn.utils.rnn import pad_sequence
 
-from sae_italian.analysis.latent import codes
-from sae_italian.analysis.treebank import Sentence, Word, last_tokens
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.analysis.treebank import Sentence, Word, batches_of, encode_words, last_tokens
+from sae_italian.base.errors import DataError
 from sae_italian.base.pace import paced, progress
 from sae_italian.base.storage import atomic_path, fingerprint, read_json, write_json
 from sae_italian.benchmark.material import stop
@@ -45,8 +45,6 @@ DENSE_GRID, CONTROL_GRID = (1.0, 0.1, 0.01, 0.001), (100.0, 10.0, 1.0, 0.1)
 FEW, FOLDS = 128, 6
 N_GRAMS = (1, 4)
 CONTEXT = 128  # tokens of a text at most, BOS counted
-BATCH = 2048  # tokens
-CHUNK = 512  # tokens encoded at once
 PART = 32  # batches of a file
 Point = tuple[int, int]  # text, and where its word ends, or tasks.MEAN_OF, LAST_OF
 
@@ -90,7 +88,7 @@ def read_texts(model: Any, hook_name: str, texts: Sequence[str], folder: Path) -
     tokens = tokenise(model.tokenizer, list(texts))
     found = [np.asarray(token)[:, : CONTEXT - 1] for token in tokens]
     ids, spans = [part[0].astype(np.int64) for part in found], [part[1:].T for part in found]
-    order = _batches(sorted((i for i in range(len(ids)) if len(ids[i])), key=lambda i: len(ids[i])), ids)
+    order = batches_of({i: len(own) + 1 for i, own in enumerate(ids) if len(own)})
     wanted = model_identity(model) | {"hook_name": hook_name, "texts": fingerprint([i.tolist() for i in ids])}
     file = folder / "manifest.json"
     if file.is_file():
@@ -106,15 +104,6 @@ def read_texts(model: Any, hook_name: str, texts: Sequence[str], folder: Path) -
     acts = Activations(folder, order, ids, spans)
     _compute(model, hook_name, acts)
     return acts
-
-
-def _batches(order: Sequence[int], ids: Sequence[np.ndarray]) -> list[list[int]]:
-    batches: list[list[int]] = []
-    for i in order:
-        if not batches or (len(batches[-1]) + 1) * (len(ids[i]) + 1) > BATCH:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
 
 
 @torch.no_grad()
@@ -184,20 +173,15 @@ class Pooling:
     def _ids(self, inside: Sequence[int]) -> Int[np.ndarray, " tokens"]:
         return np.concatenate([self.acts.ids[text] for text in inside])
 
-    @torch.no_grad()
     def latents(self, sae: Any, what: str) -> scipy.sparse.csr_array:
         """Return the pooled latents [points, d_sae]. Raises: UsageError when the SAE reads another width."""
         found, parts = [], zip(self._of_part, self.acts.parts(), strict=True)
         bar = progress(what, total=len(self._of_part), unit="part")
         for pool, (_, x) in parts:
             bar.update(1)
-            if x.shape[1] != sae.cfg.d_in:
-                raise UsageError(f"the SAE reads {sae.cfg.d_in} dimensions (d_in), the activations have {x.shape[1]}.")
             used = np.flatnonzero(np.diff(pool.tocsc().indptr))  # tokens that no point needs are not encoded
-            chunks = torch.from_numpy(x[used]).split(CHUNK)
-            z = [scipy.sparse.csr_array(codes(sae, part).float().cpu().numpy()) for part in chunks]
-            if z:
-                found.append(scipy.sparse.csr_array(pool[:, used] @ scipy.sparse.vstack(z, format="csr")))
+            if len(used):
+                found.append(scipy.sparse.csr_array(pool[:, used] @ encode_words(sae, x[used])))
         bar.close()
         return scipy.sparse.csr_array(scipy.sparse.vstack(found, format="csr"))
 
@@ -245,12 +229,8 @@ def judge(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> Judg
     """Return AUC, accuracy and F1 of saying yes above 0."""
     auc, parts = auc_parts(score, truth)
     said = score > 0
-    return Judged(auc, float((said == truth).mean()), f1(said, truth), parts, score)
-
-
-def f1(said: Bool[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> float:
-    """Return F1, 0 where nothing is said and nothing true."""
-    return 2 * float((said & truth).sum()) / max(1, int(said.sum()) + int(truth.sum()))
+    f1 = float(f1_score(truth, said, zero_division=0))
+    return Judged(auc, float((said == truth).mean()), f1, parts, score)
 
 
 def ranked(x: scipy.sparse.csr_array, y: Bool[np.ndarray, " n"], most: int) -> Int[np.ndarray, " most"]:
