@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sae_italian.cli import app
+from sae_italian import cli as app
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

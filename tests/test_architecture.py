@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from sae_italian.cli import app as command_line
+from sae_italian import cli as command_line
 from tests import house
 
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house

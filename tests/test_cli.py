@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from sae_italian import FeatureCache
-from sae_italian.cli import main
-from sae_italian.cli.app import COMMANDS, facts, readable
+from sae_italian.cli import COMMANDS, facts, main, readable
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:

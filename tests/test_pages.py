@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_italian.cli import app
+from sae_italian import cli as app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,5 +1,354 @@
-"""The command line: `main` runs one command and returns its exit code."""
+"""The command line: one table of commands (`commands.yaml`), each a function that is imported when it is called.
 
-from sae_italian.cli.app import main
+A command is a function of `sae_italian.cli.<group>`. Its parameters are its options: name, type, default and help are
+read from the signature, from its docstring ("Args:"), and from the attribute docstrings of the settings it takes; those
+that mean the same thing everywhere are here.
 
-__all__ = ["main"]
+Exit codes: 0 done, 2 the user can fix it (one line), 1 a defect of ours, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, wraps
+from inspect import signature
+from itertools import groupby, zip_longest
+from pathlib import Path
+from shlex import quote
+from typing import Annotated, Any, Literal, NamedTuple
+
+from cyclopts import App, CycloptsError, Parameter, ValidationError
+from cyclopts.validators import Number
+
+import sae_italian
+from sae_italian.base.errors import SaeItalianError, UsageError
+from sae_italian.base.labels import kinds_of, read_words
+from sae_italian.base.report import plain
+from sae_italian.base.storage import packaged_yaml
+
+_TOLD = packaged_yaml(Path(__file__).with_name("commands.yaml").read_text("utf-8"))
+COMMANDS: dict[str, dict[str, Any]] = _TOLD["commands"]
+# What a command that is stopped leaves, by the first of these parameters that it has.
+KEPT = {
+    "folder": "what is finished is kept, --resume continues",
+    "overwrite": "what is finished is kept, the same command continues",
+    "llm": "paid answers are kept, the same command asks for the others",
+}
+OLD_COMMANDS: dict[str, str] = _TOLD["old_commands"]
+OLD_OPTIONS: dict[str, str] = _TOLD["old_options"] | {
+    f"{command} --{word.partition('=')[0].replace('_', '-')}".removeprefix("every "): f"the word {word}"
+    for command, words in _TOLD["words"].items()
+    for word in words.split()
+}
+
+
+def build() -> App:
+    """Return the application; no command is imported yet."""
+    app = App(
+        name="sae-italian",
+        help="Sparse autoencoders on Italian language models, one command each.",
+        help_epilogue="--json, after any command, prints its result as JSON.",
+        version=sae_italian.__version__,
+        suppress_keyboard_interrupt=False,  # `main` says what is kept
+        default_parameter=Parameter(negative=""),
+    )
+    groups = {name: App(name=name, help=text) for name, text in _TOLD["groups"].items()}
+    for group in groups.values():
+        app.command(group)
+    for name, told in COMMANDS.items():
+        *group, verb = name.split()
+        (groups[group[0]] if group else app).command(f"sae_italian.{told['run']}", name=verb, help=told["help"])
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != "--json"]
+    command = None
+    try:
+        _quiet_libraries()
+        if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
+            return _fail(_renamed(words), 2)
+        command, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
+        found = command(*bound.args, **bound.kwargs)
+        if found is not None:  # --help and --version give nothing
+            result = as_result(found)
+            _show(result, None if "--json" in given else _next_step(words, bound.arguments, result.value))
+        return 0
+    except SaeItalianError as error:
+        return _fail(error, error.exit_code)
+    except CycloptsError as error:
+        said = _renamed(words) or str(error)
+        if isinstance(error, ValidationError) and error.argument:
+            said = f"{error.argument.name} is {error.argument.value}; it {error.exception_message.lower()}"
+        return _fail(said, 2)
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or next((KEPT[name] for name in signature(command or main).parameters if name in KEPT), "")
+        return _fail(f"stopped{'; ' * bool(kept)}{kept}.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror or error}{place}; finished parts are kept.", 2)
+
+
+def _show(result: Result, next_step: str | None) -> None:
+    """Print a result, as JSON where no next step is to be said. Raises: what the result is to fail with."""
+    if next_step is None:
+        print(json.dumps(result.value, ensure_ascii=False, indent=2, default=str))
+    else:
+        print(readable(facts(result.value) if result.text is None else result.text))
+        if next_step and not result.failure:
+            print(f"\nNext: {next_step}")
+    if result.failure:
+        raise result.failure
+
+
+def _next_step(words: list[str], arguments: dict[str, Any], value: Any) -> str:
+    """Return what to do after a command: the first of its next steps whose fields its arguments and its result have."""
+    known = arguments | (value if isinstance(value, dict) else {})
+    fields = {key: quote(str(field)) for key, field in known.items() if field is not None}
+    command = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
+    for step in COMMANDS[command]["next"] if command else ():
+        try:
+            return step.format_map(fields)
+        except KeyError:
+            continue
+    return ""
+
+
+def _fail(why: object, code: int) -> int:
+    print(f"sae-italian: {' '.join(str(why).split())}", file=sys.stderr)
+    return code
+
+
+def _renamed(words: list[str]) -> str | None:
+    """Return how a command or option that was renamed is spelled now, None where nothing was."""
+    for old in (" ".join(words[:2]), *words[:1]):
+        if old in OLD_COMMANDS:
+            return f"`{old}` is now `{OLD_COMMANDS[old]}`."
+    for name in (word.split("=")[0] for word in words):
+        for key in (f"{words[0]} {name}", name):
+            if key in OLD_OPTIONS:
+                return f"{name} is now {OLD_OPTIONS[key]}."
+    return None
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' notices off a terminal that shows ours; what the environment asks for wins."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of lost connections we tell ourselves
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+# --- what several commands share --------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """What a command returns: a value for `--json`, the text for people, and what to fail with once it is printed.
+
+    A text may hold Markdown tables (`readable` lines them up); without one, the value's `facts` are printed.
+    """
+
+    value: Any
+    text: str | None = None
+    failure: SaeItalianError | None = None
+
+
+def as_result(found: Any) -> Result:
+    """Return what a command returned as a Result; a record of the rooms is told by its own words."""
+    if isinstance(found, Result | dict | list):
+        return found if isinstance(found, Result) else Result(found)
+    return Result(plain(found), (found.text if hasattr(found, "text") else found.table)())
+
+
+def facts(value: Any) -> str:
+    """Return a record as lines of name and value, one of several numbers in one line; a list of records as a table."""
+    if isinstance(value, list):
+        heads = list(dict.fromkeys(key for record in value for key in record))
+        return "\n".join(_lined_up([heads, *([_cell(record.get(key)) for key in heads] for record in value)]))
+    width = max(map(len, value), default=0)
+    return "\n".join(f"{key:{width}}  {_cell(field)}" for key, field in value.items())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value))
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def readable(text: str) -> str:
+    """Return Markdown for a terminal: tables lined up, pictures' links left out, headings without their signs."""
+    lines: list[str] = []
+    for is_table, group in groupby(text.splitlines(), key=lambda line: line.startswith("|")):
+        if is_table:
+            rows = [
+                [cell.strip().strip("`") for cell in row[1:].rstrip().removesuffix("|").split(" |")] for row in group
+            ]
+            lines += _lined_up([row for row in rows if set("".join(row)) - set("|-: ")])
+        else:
+            lines += [line.lstrip("# ") if line.startswith("#") else line for line in group]
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)^!\[.*\]\(.*\)$\n?", "", "\n".join(lines))).rstrip()
+
+
+def _lined_up(rows: list[list[str]]) -> list[str]:
+    """Return rows of cells as lines, the first one underlined."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    shown = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return [*shown[:1], "  ".join("-" * width for width in widths), *shown[1:]]
+
+
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
+Sae = Annotated[str, Parameter(help="The SAE: a folder, or release:sae_id.")]
+Out = Annotated[Path | None, Parameter(help="Folder to write to; nothing is written without it.")]
+Model = Annotated[str | None, Parameter(help="Name, hub id or folder of the model; default: the SAE's own.")]
+Language = Annotated[Literal["it", "en"], Parameter(help="Language of what is written: it or en.")]
+Seed = Annotated[int, Parameter(help="Seed of every random draw.", validator=Number(gte=0, lt=2**63))]
+Latent = Annotated[int, Parameter(help="Number of the latent.")]
+Subject = Annotated[str, Parameter(help="Name, hub id or folder of the model.")]
+Thresholds = Annotated[Count, Parameter(help="Thresholds of the elimination, from 1e-5 to 1 nat; 50 as in the paper.")]
+Many = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """What to do with a folder that holds an earlier run."""
+
+    resume: bool = False
+    """Finish the run that the folder holds."""
+    overwrite: bool = False
+    """Replace the run that the folder holds."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The text and the model a command works with; the SAE's metadata says what is not given."""
+
+    model: str | None = None
+    """Name, hub id or folder of the model; default: the SAE's own."""
+    corpus: str | None = None
+    """Local file or folder, catalogue name, or micro-italiano; default: what the SAE was trained on."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    context_size: Count | None = None
+    """Tokens of a window; default: as the SAE was trained."""
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the text is read, as the rooms' functions take it."""
+        return {"text_column": self.text_column, "context_size": self.context_size}
+
+    def load(self, name: str) -> tuple[Any, Any, str]:
+        """Return SAE, model and corpus. Raises: UsageError when neither the options nor the metadata say which."""
+        return sae_italian.open_sae(name, self.model, self.corpus)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Where independent units of work are done."""
+
+    engine: Literal["local", "ray"] = "local"
+    """Processes of this machine, or a Ray cluster."""
+    address: str | None = None
+    """The Ray cluster's host:port; default: a new one on this machine."""
+    workers: Count | None = None
+    """Processes; with ray, CPUs of a new cluster. Default: 1."""
+
+    def map(self, folder: Path, *, gpus: float = 0) -> Callable[..., Any]:
+        """Return `map_units` with these options; its units write into `folder`. Raises UsageError before any work."""
+        from sae_italian.base.units import map_units
+
+        if self.engine == "local" and self.address is not None:
+            raise UsageError(f"--address {self.address} is that of a Ray cluster; add --engine ray, or leave it out.")
+        where = {"engine": self.engine, "address": self.address, "workers": self.workers}
+        return partial(map_units, **where, gpus=gpus, folder=folder)
+
+
+def numbers(option: str, given: str) -> list[int]:
+    """Return whole numbers given with commas. Raises UsageError for anything else."""
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option} is {given!r:.80}; numbers with commas were expected, e.g. 8,16,32.") from error
+
+
+def latent_range(given: str | None) -> tuple[int, int] | None:
+    """Return the bounds of `A-B` or of one latent. Raises UsageError for anything else."""
+    if given is None:
+        return None
+    first, dash, last = given.partition("-")
+    try:
+        return int(first), int(last if dash else first)
+    except ValueError as error:
+        raise UsageError(f"--latents is {given!r:.80}; two numbers were expected, as in --latents 0-99.") from error
+
+
+def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return settings given as `key=value` words over their defaults. Raises: UsageError as `read_words`."""
+    return defaults | read_words(words, kinds_of(defaults))
+
+
+MINUTES = {"minutes": float("inf")}  # of a command that is `bounded`, among its words
+
+
+def bounded(command: Callable[..., Any]) -> Callable[..., Result]:
+    """Return a command that takes `minutes=N` among its words: it then ends with what it has, and says so."""
+
+    @wraps(command)
+    def run(*given: Any, **options: Any) -> Result:
+        from sae_italian.base.pace import time_bound
+
+        with time_bound(own_words(given, MINUTES)[0]["minutes"]) as cut:
+            value, text, failure = as_result(command(*given, **options))
+        if cut:
+            value, text = {**value, "cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])
+        return Result(value, text, failure)
+
+    return run
+
+
+def own_words(words: Sequence[str], defaults: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that stand among other words, as `key_values` reads them, and these others."""
+    own = [word for word in words if "=" in word and word.partition("=")[0] in defaults]
+    return key_values(own, defaults), [word for word in words if word not in own]
+
+
+def short_names(given: Sequence[str]) -> dict[str, str]:
+    """Return each name by its last part where these differ, else by itself. Raises: UsageError for a repetition."""
+    for name in given:
+        if list(given).count(name) > 1:
+            raise UsageError(f"{name} was given twice; give each SAE once.")
+    short = [Path(name).name for name in given]
+    return dict(zip(short if len(set(short)) == len(short) else given, given, strict=True))
+
+
+def named(what: str, pairs: Sequence[str] | None, least: int = 0) -> dict[str, str]:
+    """Return name and value of each NAME=VALUE. Raises: UsageError for another form, a number, a name given twice, too few."""
+    found: dict[str, str] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value) or name in found:
+            raise UsageError(f"{pair!r}: NAME=VALUE was expected, each name once.")
+        if value.isdecimal():
+            raise UsageError(
+                f"{pair!r} after {what.partition(' NAME')[0]} is no text or model; a setting is given before it."
+            )
+        found[name] = value
+    if len(found) < least:
+        raise UsageError(f"{what} is needed, {least} or more; {len(found)} given. For example it=testi en=texts.")
+    return found

@@ -12,7 +12,7 @@ import sae_italian
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of
 from sae_italian.base.report import plain
-from sae_italian.cli.app import (
+from sae_italian.cli import (
     MINUTES,
     Count,
     Many,

@@ -15,7 +15,7 @@ from sae_italian.autointerp.llm import LLMOptions
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import read_words
 from sae_italian.base.report import plain, table
-from sae_italian.cli.app import (
+from sae_italian.cli import (
     MINUTES,
     Folder,
     Many,
@@ -278,8 +278,8 @@ def evaluate(
         bert: BERTScore's model, a name or a folder; default: multilingual BERT.
         layer: Layer of that model that is compared; default: bert-score's own choice.
     """
-    from sae_italian.autointerp.explainita import evaluate_explanations, evaluate_sequences, read_split
-    from sae_italian.autointerp.explainita.tasks import DEFAULT_MODEL
+    from sae_italian.autointerp.explainita import read_split
+    from sae_italian.autointerp.explainita_tasks import DEFAULT_MODEL, evaluate_explanations, evaluate_sequences
 
     predicted, truth = read_split(submission, task, split), read_split(gold, task, split)
     if task == 1:
@@ -307,8 +307,8 @@ def predict(
         split: Split of the data's folder; default: test, with --sae train_gold.
         sae: Play the tokens through this SAE (a folder, or release:sae_id) and say whether the data is its own; default: predict.
     """
-    from sae_italian.autointerp.explainita import read_split, replay, write_submission
-    from sae_italian.autointerp.explainita.data import check_format
+    from sae_italian.autointerp.explainita import check_format, read_split, write_submission
+    from sae_italian.autointerp.explainita_tasks import replay
 
     if sae is not None:  # nothing is written: what stands in the file's place is a setting
         limit = read_words(words if out is None else (str(out), *words), {"n_latents": PositiveInt}).get("n_latents")
@@ -345,7 +345,7 @@ def predict(
 
 def _predicted(latents: Any, task: Task, settings: Any, client: Any) -> Any:
     """Return the answers to a task, those of a client's model where there is one."""
-    from sae_italian.autointerp.explainita import predict as answer
+    from sae_italian.autointerp.explainita_tasks import predict as answer
     from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
 
     asked = (LLMExplainer(client), LLMJudge(client)) if client else (None, None)

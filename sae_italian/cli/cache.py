@@ -12,7 +12,7 @@ import sae_italian
 from sae_italian.autointerp.llm import LLMOptions, LLMSettings
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
-from sae_italian.cli.app import Count, Folder, Model, Result, Seed, Source, Workers, own_words
+from sae_italian.cli import Count, Folder, Model, Result, Seed, Source, Workers, own_words
 
 TOLD = ("detection", "fuzzing", "simulation")  # the scorers that the table of a run tells of by itself
 MOSTLY = 0.8  # of the documents, from which examples count as Italian

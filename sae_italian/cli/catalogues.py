@@ -16,7 +16,7 @@ import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
 from sae_italian.base.storage import write_text
-from sae_italian.cli.app import Count, Folder, Result, Seed, facts, key_values
+from sae_italian.cli import Count, Folder, Result, Seed, facts, key_values
 
 if TYPE_CHECKING:
     from sae_italian.corpora import Reader

@@ -15,7 +15,7 @@ from sae_italian.base.labels import read_words
 from sae_italian.base.pace import one_of
 from sae_italian.base.report import plain, save_result, table
 from sae_italian.base.storage import claimed, read_json, write_json, write_text
-from sae_italian.cli.app import (
+from sae_italian.cli import (
     MINUTES,
     Count,
     Language,

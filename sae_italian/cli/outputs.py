@@ -21,7 +21,7 @@ from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.labels import read_words
 from sae_italian.base.report import plain
 from sae_italian.base.storage import claimed, write_text
-from sae_italian.cli.app import Count, Folder, Result, Source, latent_range
+from sae_italian.cli import Count, Folder, Result, Source, latent_range
 
 SENTENCE = "sentence="
 

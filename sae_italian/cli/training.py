@@ -14,7 +14,7 @@ import sae_italian
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import RUN_FILE, write_text
-from sae_italian.cli.app import Count, Folder, Result, Sae, Source, Workers, own_words
+from sae_italian.cli import Count, Folder, Result, Sae, Source, Workers, own_words
 
 
 def quickstart(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
-from sae_italian.cli.app import Source
+from sae_italian.cli import Source
 
 Result = tuple[Any, str]
 

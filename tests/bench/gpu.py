@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import table
-from sae_italian.cli.app import key_values
+from sae_italian.cli import key_values
 from tests.bench.training import BARE, OURS, SAELENS, Shape, _bare, _inputs, _trainer, _wait
 
 SPARSIFY = "sparsify's step"

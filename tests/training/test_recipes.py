@@ -131,7 +131,7 @@ def test_the_suite_of_llama_scope_has_128_saes(offline):
 
 
 def test_commands_named_in_the_configs_exist():
-    from sae_italian.cli import app
+    from sae_italian import cli as app
 
     text = "\n".join((configs_folder() / name).read_text(encoding="utf-8") for name in RECIPES)
     commands = re.findall(r"`sae-italian ([^`]*)`", text)

@@ -10,7 +10,7 @@ import torch
 from sae_italian.analysis.labels import Languages, entropies, examples_in, language_latents, owners, parallel_overlap
 from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache
-from sae_italian.cli.app import named
+from sae_italian.cli import named
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.models.activations import read_activations
 

@@ -10,14 +10,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from sae_italian.autointerp.explainita import (
-    evaluate_explanations,
-    evaluate_sequences,
-    read_split,
-    replay,
-    write_submission,
-)
-from sae_italian.autointerp.explainita.data import as_example, as_examples
+from sae_italian.autointerp.explainita import as_example, as_examples, read_split, write_submission
+from sae_italian.autointerp.explainita_tasks import evaluate_explanations, evaluate_sequences, replay
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cli import main
 from sae_italian.micro_italiano import documents

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from sae_italian.autointerp.explainita import evaluate_sequences, predict, read_split
-from sae_italian.autointerp.explainita.tasks import NO_PATTERN, mentions
+from sae_italian.autointerp.explainita import read_split
+from sae_italian.autointerp.explainita_tasks import NO_PATTERN, evaluate_sequences, mentions, predict
 from sae_italian.cli import main
 from tests.autointerp.explainita.test_explainita import folder_of, jsonl_of, task2_row
 from tests.autointerp.llm.endpoint import FakeEndpoint, passages

@@ -1,4 +1,4 @@
-"""Read ExplainITA's two data sets and write submission files; docs/explainita.md has the format.
+"""ExplainITA (EVALITA 2026): read its two data sets and write submission files (docs/explainita.md).
 
 Of task 1's activations the data card does not say whether they are of every token or of the active ones only: both are
 read (equal length means every token).

@@ -1,4 +1,4 @@
-"""Answers to ExplainITA's tasks, and how good they are.
+"""Answers to ExplainITA's tasks, explaining latents (1) and scoring explanations (2), and how good they are.
 
 An LLM answers where one is given, else what the file alone shows does. Then task 1 gets a rule on the tokens, words, endings,
 shapes or preceding words that the marked tokens share, and task 2 a lexical baseline: a sequence is explained when it holds
@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 
 from sae_italian.autointerp.examples import Example, Explainer
-from sae_italian.autointerp.explainita.data import Excerpt, Latent, Task, as_example, as_examples, by_id
+from sae_italian.autointerp.explainita import Excerpt, Latent, Task, as_example, as_examples, by_id
 from sae_italian.autointerp.places import PREFIXES, SUFFIXES, Family, shape_of
 from sae_italian.autointerp.rules import KeyRule, Tally
 from sae_italian.autointerp.store import Explanation
