@@ -27,13 +27,13 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
 
 from sae_italian.analysis.treebank import Sentence, Treebank, Word, Words, encode_words, read_treebank, read_words
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import Estimate, mean_interval
+from sae_italian.benchmark.probes import f1
 
 PARENTS = ("UPOS=AUX", "UPOS=NOUN", "UPOS=ADP", "UPOS=DET", "Gender=Fem", "Gender=Masc", "Number=Plur")
 LEAST_WORDS = 50  # of a form under one parent, and at least a fifth of them in test
@@ -155,7 +155,7 @@ def class_latents(
     chosen, best = [], 0.0
     for n in range(1, 1 + int((weights[order] > 0).sum())):
         x = acts[:, order[:n]].toarray()
-        found = float(f1_score(y[~train], _logistic(x[train], y[train]).predict(x[~train]), zero_division=0))
+        found = float(f1(y[~train], _logistic(x[train], y[train]).predict(x[~train])))
         if chosen and found <= best + RISE:
             continue
         chosen, best = order[:n].tolist(), max(best, found)
@@ -240,8 +240,8 @@ def _dense(words: Words, parent: str) -> _Probe:
     model = _logistic(words.x[words.train] / scale, y[words.train], c=0.01)
     said = model.predict(words.x / scale)
     direction = model.coef_[0] / scale
-    f1 = float(f1_score(y[~words.train], said[~words.train], zero_division=0))
-    return _Probe(parent, y, direction / np.linalg.norm(direction), said, f1)
+    on_test = float(f1(y[~words.train], said[~words.train]))
+    return _Probe(parent, y, direction / np.linalg.norm(direction), said, on_test)
 
 
 def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence[str]) -> list[Absorbed]:

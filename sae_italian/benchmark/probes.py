@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ FEW, FOLDS = 128, 6
 N_GRAMS = (1, 4)
 CONTEXT = 128  # tokens of a text at most, BOS counted
 PART = 32  # batches of a file
+f1: Any = partial(f1_score, zero_division=0)  # of the truth and of what was said
 Point = tuple[int, int]  # text, and where its word ends, or tasks.MEAN_OF, LAST_OF
 
 
@@ -229,8 +231,7 @@ def judge(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> Judg
     """Return AUC, accuracy and F1 of saying yes above 0."""
     auc, parts = auc_parts(score, truth)
     said = score > 0
-    f1 = float(f1_score(truth, said, zero_division=0))
-    return Judged(auc, float((said == truth).mean()), f1, parts, score)
+    return Judged(auc, float((said == truth).mean()), float(f1(truth, said)), parts, score)
 
 
 def ranked(x: scipy.sparse.csr_array, y: Bool[np.ndarray, " n"], most: int) -> Int[np.ndarray, " most"]:
