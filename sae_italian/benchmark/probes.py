@@ -47,7 +47,7 @@ FEW, FOLDS = 128, 6
 N_GRAMS = (1, 4)
 CONTEXT = 128  # tokens of a text at most, BOS counted
 PART = 32  # batches of a file
-f1: Any = partial(f1_score, zero_division=0)  # of the truth and of what was said
+f1: Any = partial(f1_score, zero_division=0)  # pyright: ignore[reportArgumentType]  # of the truth and what was said
 Point = tuple[int, int]  # text, and where its word ends, or tasks.MEAN_OF, LAST_OF
 
 
