@@ -14,9 +14,9 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 35_924,  # 21_500
-    "statements": 23_467,  # 13_500
-    "files": 155,  # 150
+    "lines": 35_895,  # 21_500
+    "statements": 23_447,  # 13_500
+    "files": 153,  # 150
     "files under 60 lines": 15,
     "function median": 10,
     "function p90": 30,
@@ -36,13 +36,13 @@ ROOM_LINES = {
     "training": 3_175,  # 1_500
     "evaluation": 1_218,
     "cache": 2_190,  # 1_650
-    "autointerp": 6_276,  # 3_900
-    "analysis": 3_392,  # 2_500
+    "autointerp": 6_270,  # 3_900
+    "analysis": 3_393,  # 2_500
     "circuits": 1_720,
-    "benchmark": 2_322,  # 1_200  # choosing k, seeds and absorption with it
+    "benchmark": 2_303,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_523,  # 1_400
     "browser": 3_421,  # 2_650
-    "cli": 2_701,  # 1_400  # quickstart with it
+    "cli": 2_696,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 
