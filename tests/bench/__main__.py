@@ -1,6 +1,6 @@
 """Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
 
-python -m tests.bench training|gpu|start|corpora|cache|autointerp|browser|pictures|circuits|mutants|processes|titles --help
+python -m tests.bench training|gpu|start|corpora|cache|autointerp|browser|pictures|circuits|mutants|processes|real|titles --help
 """
 
 from __future__ import annotations
@@ -90,6 +90,11 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", type=int, default=2_048, help="of one process in one step")
     sub.add_argument("--steps", type=int, default=8, help="of a round")
     sub.add_argument("--repeats", type=int, default=5, help="rounds of one and of two processes")
+    sub = add("real", _bench_real, "a real model: reading activations, whole runs, memory of loading")
+    sub.add_argument("corpus", help="a local corpus of Italian text")
+    sub.add_argument("--model", default="gemma-3-270m")
+    sub.add_argument("--layer", type=int, default=8)
+    sub.add_argument("--repeats", type=int, default=5)
     sub = add("titles", _bench_titles, "how often the morphology behind titles is right on Universal Dependencies")
     sub.add_argument("folder", type=Path, help="of CoNLL-U files, e.g. ../shared/data/ud")
     sub = add("cache", _bench_cache, "building and reading a feature cache, against Delphi's way of building it")
@@ -226,6 +231,13 @@ def _bench_cache(options: argparse.Namespace) -> Result:
     if options.non_zeros:
         with tempfile.TemporaryDirectory() as folder:
             result["reading"] = measure_reading(Path(folder), n_non_zeros=options.non_zeros, d_sae=options.d_sae)
+    return result, table_of(result)
+
+
+def _bench_real(options: argparse.Namespace) -> Result:
+    from tests.bench.real_model import measure, table_of
+
+    result = measure(options.model, options.corpus, layer=options.layer, repeats=options.repeats)
     return result, table_of(result)
 
 

@@ -46,6 +46,7 @@ def compare_runs(
     buffer_tokens: int = 16_384,
     repeats: int = 3,
     architecture: str = "sparse_topk",
+    stock_backend: str = "hooked",
 ) -> dict[str, Any]:
     """Return the tokens per second of the stock run and of ours (each round, and the median) and their ratio.
 
@@ -64,7 +65,10 @@ def compare_runs(
             buffer_tokens=buffer_tokens,
         )
         n_steps = max(1, buffer_tokens // 2 // batch_size)
-        ways = {"saelens": _stock(_with(spec, "topk")), "ours": _ours(spec, [hook_name], Path(folder) / "out")}
+        ways = {
+            "saelens": _stock(_with(spec, "topk"), stock_backend),
+            "ours": _ours(spec, [hook_name], Path(folder) / "out"),
+        }
         seconds = _rounds(ways, n_steps, repeats)
     speeds = {name: [n_steps * batch_size / second for second in rounds] for name, rounds in seconds.items()}
     return {
@@ -168,14 +172,14 @@ def _rounds(ways: dict[str, Callable[[], None]], n_steps: int, repeats: int) -> 
     return seconds
 
 
-def _stock(spec: RunSpec) -> Callable[[], None]:
+def _stock(spec: RunSpec, backend: Any) -> Callable[[], None]:
     """Return one step of what SAELens' runner trains, from its own objects."""
     from sae_lens import LanguageModelSAETrainingRunner, SAETrainer
 
     from sae_italian.models import load_model
 
     config = spec.to_saelens()
-    runner = LanguageModelSAETrainingRunner(config, override_model=load_model(spec.model, backend="hooked"))
+    runner = LanguageModelSAETrainingRunner(config, override_model=load_model(spec.model, backend=backend))
     provider = runner.activations_store
     trainer = SAETrainer(cfg=config.to_sae_trainer_config(), sae=runner.sae, data_provider=provider)
 

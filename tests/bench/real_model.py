@@ -1,0 +1,103 @@
+"""Speed on a real model: activations against plain transformers and the bridge, whole training runs, memory of loading.
+
+The ways of reading activations get the same windows and alternate; each is asked for one layer's residual stream, as a
+training asks for it. The whole runs are those of `tests.bench.stream`: SAELens' own objects on TransformerLens' bridge, since
+its HookedTransformer has no such model. The memory is the peak of a process that only loads the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+
+from sae_italian.base.report import table
+from sae_italian.corpora import iter_documents, pack
+from sae_italian.models import load_model
+from sae_italian.models.activations import read_activations
+from tests.bench.stream import compare_runs
+
+PLAIN, HEADLESS, OURS, BRIDGE = "transformers", "transformers, no logits", "ours", "bridge, run_with_cache"
+STATUS = "import sys; from tests.bench.real_model import peak; peak(sys.argv[1], sys.argv[2])"
+
+
+def measure(
+    model: str, corpus: str, *, layer: int, windows: int = 8, repeats: int = 5, run: bool = True
+) -> dict[str, Any]:
+    """Return tokens per second of each way in float32 and bfloat16, of whole runs, and memory over weights."""
+    hook_name, found = f"blocks.{layer}.hook_resid_post", {}
+    for dtype in ("float32", "bfloat16"):
+        ways = _ways(model, corpus, hook_name, layer, dtype, windows)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for round_ in range(repeats + 1):
+            for name, way in ways.items():
+                began = time.perf_counter()
+                way()
+                if round_:  # the first warms up
+                    seconds[name].append(time.perf_counter() - began)
+        found[dtype] = {
+            name: {"tokens_per_second": windows * 128 / statistics.median(own), "ratio": _ratio(seconds[PLAIN], own)}
+            for name, own in seconds.items()
+        }
+        del ways
+    sizes: dict[str, Any] = {"d_sae": 4_096, "k": 32, "batch_size": 1_024, "context_size": 128, "buffer_tokens": 8_192}
+    runs = compare_runs(model, hook_name, corpus, repeats=3, stock_backend="bridge", **sizes) if run else None
+    memory = {name: _peak_of(model, name) for name in ("hf", "bridge")}
+    return {"model": model, "hook_name": hook_name, "reading": found, "run": runs, "memory": memory}
+
+
+def _ways(model: str, corpus: str, hook_name: str, layer: int, dtype: str, n: int) -> dict[str, Callable[[], Any]]:
+    hf, bridge = load_model(model, dtype=dtype), load_model(model, backend="bridge", dtype=dtype)
+    block = next(pack(islice(iter_documents(corpus), 200), hf.tokenizer, 128, windows_per_block=n))
+    tokens = torch.from_numpy(block.tokens)
+    asked: Any = {"output_hidden_states": True, "use_cache": False}
+    plain = torch.no_grad()(lambda: hf(tokens, **asked).hidden_states[layer + 1])
+    headless = torch.no_grad()(lambda: hf.base_model(tokens, **asked).hidden_states[layer + 1])
+    to_cache = torch.no_grad()(lambda: bridge.run_with_cache(tokens, names_filter=[hook_name])[1][hook_name])
+    ours = lambda: read_activations(hf, tokens, hook_name)  # noqa: E731
+    return {PLAIN: plain, HEADLESS: headless, OURS: ours, BRIDGE: to_cache}
+
+
+def _ratio(others: list[float], own: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(others, own, strict=True))
+
+
+def _peak_of(model: str, backend: str) -> float:
+    """Return what loading adds to a process at its peak, over the weights' bytes."""
+    told = subprocess.run([sys.executable, "-c", STATUS, model, backend], capture_output=True, text=True, check=True)
+    return json.loads(told.stdout.splitlines()[-1])
+
+
+def peak(model: str, backend: Any) -> None:
+    import transformers  # noqa: F401  what is imported is not the model's
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = load_model(model, backend=backend)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in {*loaded.parameters()})
+    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / weights))
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """Return the result of `measure` as tables."""
+    rows = [
+        (name, dtype, f"{one['tokens_per_second']:,.0f}", f"{one['ratio']:.2f}")
+        for dtype, ways in result["reading"].items()
+        for name, one in ways.items()
+    ]
+    head = f"{result['model']}, {result['hook_name']}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    parts = [head, table("reading | kind | tokens/s | times transformers", rows)]
+    if result["run"]:
+        speeds = result["run"]["tokens_per_second"]
+        rows = [(name, f"{speeds[name]['median']:,.0f}") for name in ("saelens", "ours")]
+        parts.append(table("model and SAE | tokens/s", rows) + f"\n\nours over SAELens: {result['run']['ratio']:.2f}")
+    memory = (f"{name} {share:.2f}" for name, share in result["memory"].items())
+    return "\n\n".join([*parts, "Peak memory of loading over the weights: " + ", ".join(memory)])
