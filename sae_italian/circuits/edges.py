@@ -75,7 +75,7 @@ class Prompt:
 
     def frozen(self, n_tokens: int | None = None, **more: Any) -> Linear:
         """Return the linear pass of the prompt, or of its beginning; `more` as `linearise`, and what it raises."""
-        hooks = {layer: edit_hooks(sae, self.model)[0] for layer, sae in self.by_layer.items()}
+        hooks = {layer: sae.cfg.metadata.hook_name for layer, sae in self.by_layer.items()}
         skips = {layer: sae.W_skip for layer, sae in self.by_layer.items() if getattr(sae, "W_skip", None) is not None}
         return linearise(self.model, self.tokens[:, :n_tokens], hooks, skips=skips, **more)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -168,6 +169,7 @@ def hooks_of(sae: Any) -> tuple[str, str]:
     return names
 
 
+@lru_cache(maxsize=4)
 def vocabulary_hash(tokenizer: Any) -> str:
     """Return a hash of a tokenizer's tokens and their numbers, without those that were added to it, as chat models do."""
     return fingerprint(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False))
@@ -231,7 +233,7 @@ def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:
             f"the tokenizer has {n_tokens:,} tokens, the model {model.config.vocab_size:,} rows: it is that of another "
             "model. Load this model's own."
         )
-    elif cfg.metadata.vocabulary not in (None, vocabulary_hash(model.tokenizer)):
+    elif cfg.metadata.vocabulary and cfg.metadata.vocabulary != vocabulary_hash(model.tokenizer):
         wrong = f"this model's tokenizer has other tokens than the one that the SAE was trained with; {there}"
     if wrong:
         raise UsageError(wrong)
