@@ -212,6 +212,7 @@ def random_sae_control(cache: FeatureCache, sae: Any, model: Any, config: Autoin
         manifest.corpus,
         folder,
         n_tokens=manifest.n_tokens_asked,
+        at_most=True,  # where the text is shorter than was asked for, the cache itself has all of it
         split=manifest.split,  # pyright: ignore[reportArgumentType]
         context_size=manifest.context_size,
         windows_per_shard=manifest.windows_per_shard,

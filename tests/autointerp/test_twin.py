@@ -28,3 +28,12 @@ def test_the_control_of_a_jumprelu_has_its_l0_and_rates(mini, tmp_path):
     assert np.quantile(counts[1], np.arange(0.1, 1, 0.1)) == pytest.approx(
         np.quantile(counts[0], np.arange(0.1, 1, 0.1)), rel=0.1
     )
+
+
+def test_the_control_has_all_of_a_text_that_is_shorter_than_was_asked_for(identity_sae, mini, jsonl, tmp_path):
+    """`cache build` takes what there is by default; its control, which asked for the same, was refused after the scores."""
+    options = {"n_tokens": 300_000, "at_most": True, "context_size": 64}
+    cache = FeatureCache.open(build_cache(identity_sae, mini, str(jsonl), tmp_path / "cache", **options))
+    random_sae_control(cache, identity_sae, mini, AutointerpConfig(latents=2))
+    twin = FeatureCache.open(cache.folder / TWIN_FOLDER)
+    assert twin.tokens.shape == cache.tokens.shape and (twin.tokens == cache.tokens).all()
