@@ -209,11 +209,8 @@ def attribute(
     with _kept(resume, shape, told, (*(node.index for node in targets), against)) as kept:
         _visit(rows, targets, most, kept)
         found = _assembled(rows, targets, kept)
-    return Graph(prompt, _name(model), tuple(rows.texts), n_layers, *found, n_active, against)
-
-
-def _name(model: Any) -> str:
-    return str(getattr(model, "loaded_from", {}).get("name") or model.config._name_or_path)
+    name = str(getattr(model, "loaded_from", {}).get("name") or model.config._name_or_path)
+    return Graph(prompt, name, tuple(rows.texts), n_layers, *found, n_active, against)
 
 
 def _check_memory(shape: tuple[int, int], size: int, n_active: int, most: int, memory: float | None) -> None:

@@ -85,9 +85,10 @@ def examine_set(
     windows = torch.from_numpy(np.concatenate([block.tokens for block in blocks])).to(model.device)
     silent = special(windows, model.tokenizer)
     fits, twins = [], {}
-    acts = _activations(model, by_layer, windows, silent)
+    hooks = [hook for sae in by_layer.values() for hook in hooks_of(sae)]
+    parts = [read_many(model, tokens, hooks) for tokens in windows.split(WINDOWS)]  # of one pass for all layers
     for layer, sae in sorted(by_layer.items()):
-        x, y = (acts.pop(hook).to(sae.dtype) for hook in hooks_of(sae))
+        x, y = (torch.cat([part.pop(hook) for part in parts])[~silent].to(sae.dtype) for hook in hooks_of(sae))
         found = fit(sae, x, y)
         fits.append(LayerFit(layer, found.l0, found.explained_variance, found.dead))
         twins[layer] = random_twin(sae, seed, lambda x=x: x)
@@ -101,17 +102,6 @@ def examine_set(
     found = [bootstrap(columns[:, [i, 1]], lambda s: s[:, 0] / s[:, 1]) for i in (0, 2, 3, 4)]
     found += [bootstrap(columns[:, [0, i, 4]], lambda s: (s[:, 2] - s[:, 1]) / (s[:, 2] - s[:, 0])) for i in (2, 3)]
     return SetReport(tuple(fits), int(columns[:, 1].sum()), *found)
-
-
-def _activations(
-    model: Any, by_layer: Mapping[int, Any], windows: Int[Tensor, "windows pos"], silent: Bool[Tensor, "windows pos"]
-) -> dict[str, Float[Tensor, "tokens d"]]:
-    """Return by hook what all transcoders read and what they should write, at all but special tokens, of one pass."""
-    hooks = [hook for sae in by_layer.values() for hook in hooks_of(sae)]
-    parts = []
-    for tokens, quiet in zip(windows.split(WINDOWS), silent.split(WINDOWS), strict=True):
-        parts.append({hook: x[~quiet] for hook, x in read_many(model, tokens, hooks).items()})
-    return {hook: torch.cat([part.pop(hook) for part in parts]) for hook in hooks}
 
 
 def _losses(
