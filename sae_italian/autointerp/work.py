@@ -36,7 +36,6 @@ from sae_italian.autointerp.store import NOW, Explanation, Feature, Store
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.storage import fingerprint, utc_now
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.layout import tokenizer_hash
 from sae_italian.cache.passages import LatentActivations
 from sae_italian.models import load_tokenizer
 
@@ -94,8 +93,7 @@ class Work:
 
     def __init__(self, cache: FeatureCache, tokenizer: Any, config: AutointerpConfig, sae: Any = None):
         """Raises: UsageError when the tokenizer is not the one that the cache was built with."""
-        if tokenizer_hash(tokenizer) != cache.manifest.tokenizer_hash:
-            raise UsageError(f"{cache.folder} was built with another tokenizer than the one given.")
+        cache.check_tokenizer(tokenizer)
         self.cache, self.config = cache, config
         self.latents = list(range(cache.manifest.d_sae))
         if config.latents is not None:

@@ -67,6 +67,8 @@ class LatentSource:
     """
 
     def __init__(self, cache: FeatureCache, tokenizer: Any, *, sae: Any = None, model: Any = None):
+        if cache.manifest.tokenizer_hash:  # none in a cache imported without text
+            cache.check_tokenizer(tokenizer)
         self.cache, self.tokenizer, self.stats = cache, tokenizer, cache.statistics
         self.store_path = cache.folder / STORE_FILE
         self.strings = piece_texts(tokenizer, len(tokenizer))

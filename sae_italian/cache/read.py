@@ -107,12 +107,17 @@ class FeatureCache:
                 raise UsageError(f"{other} weights hash differs.")
             if manifest.sae_config_hash and layout.config_hash(sae) != manifest.sae_config_hash:
                 raise UsageError(f"{other} configuration differs.")
-        if tokenizer is not None and layout.tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
-            raise UsageError(f"{folder} was built with another tokenizer than that of the model given.")
-        layout.verify(folder, manifest, contents=check)
         cache = cls(folder, manifest)
+        if tokenizer is not None:
+            cache.check_tokenizer(tokenizer)
+        layout.verify(folder, manifest, contents=check)
         cache.shard_tokens(0)  # whose shape must be what every position is reckoned with
         return cache
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise UsageError for another tokenizer than that of the model the cache was built with."""
+        if layout.tokenizer_hash(tokenizer) != self.manifest.tokenizer_hash:
+            raise UsageError(f"{self.folder} was built with another tokenizer than that of the model given.")
 
     # --- tokens and text ---------------------------------------------------------------------------------------------
 

@@ -120,7 +120,7 @@ def _next_step(words: list[str], arguments: dict[str, Any], value: Any) -> str:
     command = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
     for step in COMMANDS[command]["next"] if command else ():
         try:
-            return step.format_map(fields)
+            return step.format_map(known if step.startswith("in Python") else fields)
         except KeyError:
             continue
     return ""

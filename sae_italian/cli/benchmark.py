@@ -64,12 +64,15 @@ def benchmark(
     """
     from sae_italian.benchmark import pages
     from sae_italian.benchmark.board import read_entries
+    from sae_italian.corpora.stream import check_corpus
 
     settings, names = own_words(saes, WORDS)
     if not names:
         boards = pages.leaderboard(out)
         text = "\n\n".join(board.markdown() for board in boards)
         return Result([plain(board) for board in boards], f"{text}\n\nleaderboard: {out / 'leaderboard.html'}")
+    for corpus in named("--texts", texts).values():  # also of tasks that are not asked
+        check_corpus(corpus)
     where = (ud or [], named("--texts", texts), seed) if sets == "offline" else None
     told = _run(short_names(names), out, preset, where, model, folder, settings)
     entries = read_entries(out)

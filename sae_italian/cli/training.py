@@ -176,10 +176,11 @@ def doctor(sae: Sae, /, *, tokens: int = 8192, out: Path | None = None, source: 
     else:
         try:
             loaded = sae_italian.load_sae(sae)
-            model, corpus = model_of(loaded, source.model), source.corpus or _corpus_of(loaded, source.text_column)
-            report = examine(loaded, model, corpus, n_tokens=tokens, name=sae, **source.reading)
         except DataError as error:
             report = unreadable(sae, error)
+        else:  # what is wrong with the text is no finding about the SAE
+            model, corpus = model_of(loaded, source.model), source.corpus or _corpus_of(loaded, source.text_column)
+            report = examine(loaded, model, corpus, n_tokens=tokens, name=sae, **source.reading)
     if trained_here:
         checks, svg = look_at_training(folder)
         report.checks += checks

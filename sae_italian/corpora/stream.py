@@ -263,10 +263,13 @@ def iter_documents(
     lines), jsonl, csv (all three may be gzipped), parquet, conllu, or what `datasets.save_to_disk` wrote; or several of
     these, as `CorpusStream` takes them, with filters and what to do with broken lines.
 
-    Raises: UsageError for an unknown corpus or a missing text column, naming the columns there are; DataError for a
-    broken line, naming file and line.
+    Raises: UsageError for an unknown corpus, a missing text column, naming the columns there are, and a split without any
+    document; DataError for a broken line, naming file and line.
     """
-    yield from CorpusStream(corpus, Reader(split=split, seed=seed, text_column=text_column))
+    stream = CorpusStream(corpus, Reader(split=split, seed=seed, text_column=text_column))
+    yield from stream
+    if not stream.counts.kept:
+        raise nothing_in(stream)
 
 
 def load_corpus(
@@ -303,8 +306,16 @@ def check_corpus(corpus: str | Path, *, text_column: str = "text", reader: Reade
     """Raise now, in one line, what reading the first document would raise, and UsageError when there is none."""
     stream = CorpusStream(corpus, reader or Reader(text_column=text_column))
     if next(stream, None) is None:
-        dropped = ", ".join(f"{n:,} {reason}" for reason, n in stream.counts.dropped.items())
-        raise UsageError(f"corpus {str(corpus)!r} has no document with text in it{f' ({dropped})' if dropped else ''}.")
+        raise nothing_in(stream)
+
+
+def nothing_in(stream: CorpusStream) -> UsageError:
+    """Return what to raise for a corpus, or a split of one, that holds no document."""
+    dropped = ", ".join(f"{n:,} {reason}" for reason, n in stream.counts.dropped.items())
+    which = "" if stream.reader.split == "all" else f"the {stream.reader.split} split of "
+    return UsageError(
+        f"{which}corpus {stream.corpus!r} has no document with text in it{f' ({dropped})' if dropped else ''}."
+    )
 
 
 def _rows(corpus: str, reader: Reader, limit: int | None, version: str = "") -> Iterator[dict[str, str]]:

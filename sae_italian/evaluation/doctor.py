@@ -125,6 +125,8 @@ def unreadable(name: str, error: UsageError) -> Diagnosis:
 
 
 def _refusal(error: UsageError) -> Finding:
+    if "tokenizer" in str(error):
+        return Finding("tokenizer", "fail", str(error), "it is another model's: load this model's own")
     if not isinstance(error, DataError):
         return Finding("hook and layer", "fail", str(error), "use the model and the hook it was trained on")
     remedy = "store W_dec as [d_sae, d_in]: transpose it" if "transposed" in str(error) else "write its files anew"

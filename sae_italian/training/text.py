@@ -51,6 +51,8 @@ def _count_tokens(spec: RunSpec, tokenizer: Any) -> int | None:
     Reading stops where the characters read must hold `training_tokens`; what is returned is then that number.
     """
     documents = training_documents(spec)
+    if isinstance(documents, PretokenizedCorpus):
+        check_pretokenized(documents, tokenizer, spec.context_size)
     if isinstance(documents, MappedWindows):
         return len(documents) * documents.context_size
     if not all(Path(part.strip()).expanduser().exists() for part in spec.corpus.split(",")):

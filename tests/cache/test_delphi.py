@@ -310,6 +310,7 @@ def test_the_commands(small_cache, trained_sae, tmp_path, capsys):
     arguments = ["import", str(raw / "layers.1"), "--out", str(out), "--model", "mini"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
+    assert f"\nNext: in Python: LatentDataset('{raw}', ..., modules=['layers.1'])" in printed
     assert "modules=['layers.1']" in printed and "not in it:" in printed and Manifest.load(out).d_sae == 10
     assert main(arguments) == 2
     assert "--resume" in capsys.readouterr().err

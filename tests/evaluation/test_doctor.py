@@ -234,8 +234,11 @@ def test_the_tokenizer_of_another_model(sae, mini, jsonl):
     model = load_model("mini")
     texts = [document.text[::-1] for document in iter_documents(str(jsonl), "all")]
     model.tokenizer = train_tokenizer(iter(texts), model.config.vocab_size)
-    check = report(sae, model).check("tokenizer")
-    assert check.status == "fail" and "another model" in check.remedy
+    unknown = copy.deepcopy(sae)  # as of another's training: told by the loss
+    unknown.cfg.metadata.vocabulary = None
+    for each, said in ((sae, "other tokens than"), (unknown, "nats")):
+        check = report(each, model).check("tokenizer")
+        assert check.status == "fail" and "another model" in check.remedy and said in check.found
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(sae, mini):
