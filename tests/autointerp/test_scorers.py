@@ -169,6 +169,27 @@ def test_of_a_control_only_the_scorers_own_metric_is_kept_and_what_is_unknown_to
     assert told == {("detection", "random", "balanced_accuracy")}
 
 
+def test_the_store_gets_by_how_much_each_explanations_score_falls(source):
+    """In thousandths, by group of documents; of what it does not know, nothing."""
+    examples = latent_examples(source, N_TOKENS, n_test=20)
+    said = np.arange(len(examples.test)) % 3 == 0
+    judge = SimpleNamespace(name="j", detect=lambda _, shown: Verdicts(np.resize(said, len(shown)) * 1, None))
+    one = Explanation(0, "nobody", "ok", "", "", None)
+    asked = [Asked(judge, one, row_id=1), Asked(judge, one, "shuffled", 2), Asked(judge, one)]
+    falls = [row for row in score_rows(asked, examples) if isinstance(row, Falls)]
+    assert [(row[0], row.latent, row.control, row.judge) for row in falls] == [
+        (1, N_TOKENS, "", "j"), (2, N_TOKENS, "shuffled", "j")
+    ]  # fmt: skip
+    own = (falls[0].falls or {})["detection random"]
+    assert own == (falls[1].falls or {})["detection random"] and len(own) == GROUPS
+    sides = examples.test.questions["random"]
+    for group, fall in enumerate(own):
+        left = [rows[examples.test.document[rows] % GROUPS != group] for rows in sides]
+        (tpr, fpr), (rest, other) = ([said[rows].mean() for rows in each] for each in (sides, left))
+        known = sum(map(len, left)) < sum(map(len, sides))
+        assert fall == (round(500 * (tpr - fpr - rest + other)) if known else None)
+
+
 def test_where_nobody_answered_there_is_no_number_and_no_warning():
     none = np.full(8, np.nan)
     with warnings.catch_warnings():
