@@ -420,3 +420,15 @@ def test_a_corpus_too_short_for_the_training_is_refused_or_repeated_on_request(s
     assert (train(fits, tmp_path / "fits") / "sae_weights.safetensors").is_file()
     again = short.model_copy(update={"training_tokens": 51_200, "repeat_corpus": True})
     assert (train(again, tmp_path / "again") / "sae_weights.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_no_home_that_can_be_written_is_needed(tmp_path):
+    """As in a container: 2c011dc ended with "No such file or directory (/proc/nowhere)"."""
+    sizes = {"training_tokens": 2048, "buffer_tokens": 2048, "train_batch_size_tokens": 512, "sae.d_sae": 256}
+    words = [f"{key}={value}" for key, value in {**sizes, "lr_warm_up_steps": 1, "lr_decay_steps": 1}.items()]
+    nowhere = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere/.cache"}
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HOME"} | nowhere
+    command = [sys.executable, "-m", "sae_italian.cli", "train", "mini/topk", *words, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and (tmp_path / "out" / "sae_weights.safetensors").is_file(), done.stderr[-300:]
