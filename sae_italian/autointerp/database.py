@@ -14,8 +14,9 @@ from urllib.parse import quote
 
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 
-# Kept as SQLite's own user_version: 0 before the first release, 1 before rules said which keys they tell.
-SCHEMA_VERSION = 2
+# Kept as SQLite's own user_version: 0 before the first release, 1 before rules said which keys they tell, 2 before names were
+# kept by number.
+SCHEMA_VERSION = 3
 CALLS_TABLE = "call"  # what was paid for: whatever else changes, it is carried over
 BUSY_S = 60  # a second connection (the call ledger) waits this long for the first one's commit
 _ELSEWHERE = {  # primary result codes of what is wrong with the folder or another process
@@ -50,19 +51,32 @@ class RecordTable(Generic[R]):
     """A record type (a NamedTuple) as a table; a dict is kept as JSON, compressed where that is long.
 
     `key` names the columns that tell two rows apart. With `numbered` a row also has an `id` of its own; a `clustered` table
-    is kept by its key instead of in the order the rows came: nothing is stored twice, which is half the file.
+    is kept by its key instead of in the order the rows came: nothing is stored twice, which is half the file. The names in
+    `coded` columns are kept by number, and read and written as they are: a quarter of the file.
     """
 
-    def __init__(self, name: str, record: type[R], *key: str, numbered: bool = False, clustered: bool = False):
+    def __init__(
+        self,
+        name: str,
+        record: type[R],
+        *key: str,
+        numbered: bool = False,
+        clustered: bool = False,
+        coded: Sequence[str] = (),
+    ):
         self.name, self.record, self.fields = name, record, ", ".join(record._fields)
         kinds = {field: getattr(hint, "__args__", (hint,)) for field, hint in get_type_hints(record).items()}
         self.json_columns = {field for field, (kind, *_) in kinds.items() if kind not in _TYPES}
         columns = ["id INTEGER PRIMARY KEY"] if numbered else []
         for field, (kind, *others) in kinds.items():
-            columns.append(f"{field} {_TYPES.get(kind, 'TEXT')}{'' if type(None) in others else ' NOT NULL'}")
+            kept = "INTEGER" if field in coded else _TYPES.get(kind, "TEXT")
+            columns.append(f"{field} {kept}{'' if type(None) in others else ' NOT NULL'}")
         columns.append(f"{'UNIQUE' if numbered else 'PRIMARY KEY'} ({', '.join(key)})")
         ending, self.number = (" WITHOUT ROWID", "0") if clustered else ("", "rowid")
-        self.create = f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(columns)}){ending}"
+        table = f"{name}_by_number" if coded else name
+        self.create = [f"CREATE TABLE IF NOT EXISTS {table} ({', '.join(columns)}){ending}"]
+        if coded:
+            self.create += _by_name(name, table, record._fields, key, coded)
 
     def add(self, connection: sqlite3.Connection, records: Iterable[R], *, replace: bool = False) -> None:
         """Insert records; with `replace` in the place of those with the same key."""
@@ -89,6 +103,31 @@ class RecordTable(Generic[R]):
                 raise sqlite3.DatabaseError(f"row {number} of {self.name} is damaged: {error}") from error
 
 
+def _by_name(name: str, table: str, fields: Sequence[str], key: Sequence[str], coded: Sequence[str]) -> list[str]:
+    """Return what makes a view `name` of a table that keeps some columns by the number of their word.
+
+    Whoever reads, adds or deletes rows need not know of the numbers.
+    """
+    shown = ", ".join(f"{field}_.word AS {field}" if field in coded else f"kept.{field}" for field in fields)
+    joined = " ".join(f"JOIN word {field}_ ON {field}_.id = kept.{field}" for field in coded)
+
+    def numbers(row: str, some: Sequence[str]) -> dict[str, str]:
+        number = "(SELECT id FROM word WHERE word = {}.{})"
+        return {field: (number if field in coded else "{}.{}").format(row, field) for field in some}
+
+    words = ", ".join(f"(new.{field})" for field in coded)
+    same = " AND ".join(f"{field} = {value}" for field, value in numbers("old", key).items())
+    return [
+        "CREATE TABLE IF NOT EXISTS word (id INTEGER PRIMARY KEY, word TEXT NOT NULL UNIQUE)",
+        f"CREATE VIEW IF NOT EXISTS {name} AS SELECT {shown} FROM {table} kept {joined}",
+        f"""CREATE TRIGGER IF NOT EXISTS {name}_comes INSTEAD OF INSERT ON {name} BEGIN
+            INSERT OR IGNORE INTO word (word) VALUES {words};
+            INSERT INTO {table} VALUES ({", ".join(numbers("new", fields).values())}); END""",
+        f"""CREATE TRIGGER IF NOT EXISTS {name}_goes INSTEAD OF DELETE ON {name} BEGIN
+            DELETE FROM {table} WHERE {same}; END""",
+    ]
+
+
 def connect(
     path: Path, tables: Iterable[RecordTable[Any]], *, durable: bool = False, forget: bool = False
 ) -> sqlite3.Connection:
@@ -104,10 +143,12 @@ def connect(
         connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
         connection.execute("BEGIN IMMEDIATE")
         found = _tables_of(connection, path, carry_over=forget)
-        for name in found - {CALLS_TABLE} if forget else ():
-            connection.execute(f"DROP TABLE {name}")
+        for name, kind in found.items() if forget else ():
+            if name != CALLS_TABLE:
+                connection.execute(f"DROP {kind} {name}")
         for table in tables:
-            connection.execute(table.create)
+            for statement in table.create:
+                connection.execute(statement)
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         connection.execute("COMMIT")
     connection.isolation_level = "DEFERRED"
@@ -150,11 +191,12 @@ def problem(path: Path, error: sqlite3.DatabaseError, doing: str = "written") ->
     return DataError(f"{path} is not a store of explanations ({error}). Remove it or name another file.")
 
 
-def _tables_of(connection: sqlite3.Connection, path: Path, *, carry_over: bool = False) -> set[str]:
-    """Return the names of the tables. Raises: UsageError for another version, DatabaseError for what is no store."""
-    found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+def _tables_of(connection: sqlite3.Connection, path: Path, *, carry_over: bool = False) -> dict[str, str]:
+    """Return the tables and views by name. Raises: UsageError for another version, DatabaseError for what is no store."""
+    query = "SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')"
+    found = dict(connection.execute(query))
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if found and not found & {"run", "explanation", CALLS_TABLE}:
+    if found and not found.keys() & {"run", "explanation", CALLS_TABLE}:
         raise sqlite3.DatabaseError(f"its tables are {', '.join(sorted(found))}")
     if version > SCHEMA_VERSION:
         raise UsageError(
