@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 
 from sae_italian import micro_italiano
 from sae_italian.analysis.latent import codes
-from sae_italian.analysis.shift import check_readable, corpus_windows
+from sae_italian.analysis.shift import corpus_windows
 from sae_italian.analysis.treebank import THRESHOLDS, detection_counts, firing, zeros_and_ones
 from sae_italian.autointerp.store import Label
 from sae_italian.base.errors import UsageError
@@ -40,7 +40,7 @@ from sae_italian.cache.read import PARTS
 from sae_italian.corpora import iter_documents
 from sae_italian.corpora.filters import MIN_ITALIAN_CHARS, language_of
 from sae_italian.corpora.packing import NO_DOCUMENT, bos_id, tokenise
-from sae_italian.corpora.stream import MICRO_ITALIANO
+from sae_italian.corpora.stream import MICRO_ITALIANO, check_corpus
 from sae_italian.models.activations import check_context, read_activations
 from sae_italian.saes import check_fits
 
@@ -266,7 +266,8 @@ def language_latents(
         raise UsageError("latents of one language show only beside another; give two languages or more.")
     hook_name = check_fits(sae, model)
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
-    check_readable((corpus, "all", (text_columns or {}).get(name, "text")) for name, corpus in corpora.items())
+    for name, corpus in corpora.items():  # before the first one's minutes
+        check_corpus(corpus, text_column=(text_columns or {}).get(name, "text"))
     found = []
     for number, (name, corpus) in enumerate(corpora.items()):
         batches = corpus_windows(model, corpus, context, n_tokens, text_column=(text_columns or {}).get(name, "text"))

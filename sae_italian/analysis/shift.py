@@ -20,9 +20,10 @@ from sae_italian.base.pace import one_of, paced
 from sae_italian.base.pictures import OURS, REFERENCE, svg
 from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import Estimate, interval
-from sae_italian.corpora import Split, iter_documents, pack
+from sae_italian.corpora import Reader, Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
 from sae_italian.corpora.rows import local_shards
+from sae_italian.corpora.stream import check_corpus
 from sae_italian.evaluation.evaluate import (
     STATISTICS,
     TOKENS_PER_BATCH,
@@ -143,7 +144,8 @@ def shift(
     context = context_size or _trained(sae)
     for condition in conditions:
         _check(sae, condition.model, context)
-    check_readable(condition[2:5] for condition in conditions)
+    for each in conditions:  # before the first one's minutes
+        check_corpus(each.corpus, reader=Reader(split=each.split, text_column=each.text_column))
     texts = list(dict.fromkeys((condition.corpus, condition.source) for condition in conditions))
     buckets = []
     for number, (bucket, model, corpus, split, column, source) in enumerate(conditions):
@@ -282,15 +284,6 @@ def _result(by: str, sae: Any, corpus: str, context: int, name: str, sums: Seque
 
 def _windows_per_batch(model: Any, context: int) -> int:
     return max(1, min(TOKENS_PER_BATCH, BATCH_LOGITS // model.config.vocab_size) // context)
-
-
-def check_readable(texts: Iterable[tuple[str, Split, str]]) -> None:
-    """Read the first document of each corpus, split and column: a wrong one is told before the others' minutes.
-
-    Raises: UsageError and DataError as `iter_documents`.
-    """
-    for corpus, split, text_column in texts:
-        next(iter_documents(corpus, split, text_column=text_column), None)
 
 
 def corpus_windows(

@@ -20,6 +20,7 @@ from sae_italian.browser.opening import loaded_sae, open_pages
 from sae_italian.browser.page import static_text, style
 from sae_italian.browser.source import RESULTS
 from sae_italian.cache import FeatureCache
+from sae_italian.cache.layout import Manifest
 from sae_italian.models import load_model, parse_hook_name
 
 CARD, OVERVIEW = "card.json", "overview.json"
@@ -62,13 +63,13 @@ def read_suite(folder: Path, caches: Sequence[Path] = ()) -> list[Row]:
     """Return one row per SAE of a suite's folder that has a card: name, layer, site, width, numbers with intervals.
 
     Scores are those of the cache that was built with the SAE: among `caches`, and in the SAE's own folder. Rows are
-    ordered by layer, site and width. Raises: UsageError when no SAE has a card, DataError naming a card cut short.
+    ordered by layer, site and width. Raises: UsageError when no SAE has a card, DataError naming a card cut short, and for
+    what is no cache of today's schema.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; the folder of a suite was expected.")
     for cache in caches:
-        if not (cache / "manifest.json").is_file():
-            raise UsageError(f"{cache} is not a feature cache; a suite's caches were expected after its folder.")
+        Manifest.load(cache)
     rows = [_row(card.parent, *_results(card.parent, caches)) for card in folder.glob(f"*/{CARD}")]
     if not rows:
         raise UsageError(f"{folder} holds no SAE with a {CARD}. Evaluate its SAEs: sae-italian evaluate {folder}/NAME")
@@ -78,8 +79,7 @@ def read_suite(folder: Path, caches: Sequence[Path] = ()) -> list[Row]:
 def _results(sae: Path, caches: Sequence[Path]) -> tuple[Path | None, dict[str, Any]]:
     """Return the cache that was built with an SAE, and its results; nothing where there is none."""
     for cache in (*caches, *(path.parent for path in sae.glob("*/manifest.json"))):
-        manifest = read_json(cache / "manifest.json")
-        if "sae" in manifest and Path(manifest["sae"]).resolve() == sae.resolve() or cache.parent == sae:
+        if cache.parent == sae or Path(Manifest.load(cache).sae).resolve() == sae.resolve():
             file = cache / RESULTS
             return cache, read_json(file) if file.is_file() else {}
     return None, {}

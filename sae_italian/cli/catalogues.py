@@ -187,8 +187,8 @@ def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_
     Args:
         documents: Documents to print; default: none for a corpus of the catalogue, 3 for others.
     """
-    from sae_italian.corpora import CorpusStream
     from sae_italian.corpora.catalogue import find
+    from sae_italian.corpora.stream import CorpusStream, nothing_in
 
     located = find(corpus)
     value: dict[str, Any] = {"facts": located[0].model_dump(mode="json") if located else None, "documents": []}
@@ -198,7 +198,8 @@ def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_
         found = list(islice(stream, documents or 3))
         value["documents"] = [document._asdict() for document in found]
         parts += [f"[{document.doc_id} · {document.source}]\n{document.text}" for document in found]
-        parts += [] if found else [f"no document is kept.\n{stream.counts.lines()}"]
+        if not found:
+            raise nothing_in(stream)
     return Result(value, "\n\n".join(parts))
 
 

@@ -160,8 +160,11 @@ def _broken(reason: str, where: str, why: str) -> Broken:
 
 
 def _no_column(columns: Sequence[str], found: Iterable[object]) -> _NoText:
-    named = ", ".join(repr(str(name)) for name in islice(found, 20))
-    return _NoText(f" has no column {columns[0]!r}; it has {named}. Say which one holds the text: --text-column NAME.")
+    names = [str(name) for name in islice(found, 20)]
+    remedy = "Say which one holds the text: --text-column NAME."
+    if "token_ids" in names and any(".hook_" in name for name in names):
+        remedy = "These are activations that SAELens kept: `train` reads them: use_cached_activations=true cached_activations_path=FOLDER."
+    return _NoText(f" has no column {columns[0]!r}; it has {', '.join(map(repr, names))}. {remedy}")
 
 
 def _jsonl(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:

@@ -150,4 +150,9 @@ def test_the_command_tells_a_suite_from_a_cache(suite: Path, tmp_path: Path, cap
     assert "\nL3R-8x  " in capsys.readouterr().out and (tmp_path / "out" / "index.html").is_file()
     assert main(["browse", str(suite), "missing", "--out", str(tmp_path / "out")]) == 2
     assert "missing is not a feature cache" in capsys.readouterr().err
+    (tmp_path / "old").mkdir()
+    manifest = json.loads((suite.parent / "caches" / "a" / "manifest.json").read_text())
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 1}))
+    assert main(["browse", str(suite), str(tmp_path / "old"), "--out", str(tmp_path / "out2")]) == 2
+    assert "schema version 1, this program reads 2" in capsys.readouterr().err
     assert main(["browse-suite", str(suite)]) == 2 and "`browse SUITE" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sae_italian.base.errors import UsageError
+from sae_italian.corpora import iter_documents
 from sae_italian.corpora.pretokenize import CachedActivations
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
@@ -74,3 +75,10 @@ def test_what_does_not_fit_is_named_before_anything_is_written(spec, changes, me
         train(spec.model_copy(update=changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert load_spec("mini/topk").use_cached_activations is False
+
+
+def test_a_folder_of_activations_given_as_a_corpus_is_named(cached_activations):
+    with pytest.raises(
+        UsageError, match="activations that SAELens kept: `train` reads them: use_cached_activations=true"
+    ):
+        next(iter_documents(str(cached_activations)))
