@@ -66,7 +66,7 @@ ALLOWED = {
     "cache/shards.py": (0, 8, "what is written to disk: counts, latents and values of a chunk"),
     "cache/build.py": (0, 2, "NumPy's bookkeeping of ranges; the shards do the rest"),
     "evaluation/evaluate.py": (2, 11, "sums by document are the CPU's; one wait a pass for each column"),
-    "analysis/detect.py": (0, 4, "numbers of NumPy and of the feature cache"),
+    "analysis/detect.py": (0, 5, "numbers of NumPy and of the feature cache"),
     "analysis/latent.py": (2, 12, "what is shown of one prompt; numbers of rows, which index on any device"),
     "analysis/patching.py": (16, 15, "the elimination's bookkeeping is the CPU's; a wait a batch of rows"),
     "models/activations.py": (3, 3, "texts of a handful of tokens"),
