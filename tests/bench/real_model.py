@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from sae_italian.corpora import iter_documents, pack
 from sae_italian.models import load_model
 from sae_italian.models.activations import read_activations
 from tests.bench.stream import compare_runs
+from tests.bench.training import _status_mib
 
 PLAIN, HEADLESS, OURS, BRIDGE = "transformers", "transformers, no logits", "ours", "bridge, run_with_cache"
 STATUS = "import sys; from tests.bench.real_model import peak; peak(sys.argv[1], sys.argv[2])"
@@ -80,10 +80,10 @@ def _peak_of(model: str, backend: str) -> float:
 def peak(model: str, backend: Any) -> None:
     import transformers  # noqa: F401  what is imported is not the model's
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status_mib("VmRSS")
     loaded = load_model(model, backend=backend)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in {*loaded.parameters()})
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / weights))
+    print(json.dumps((_status_mib("VmHWM") - before) * 2**20 / weights))
 
 
 def table_of(result: dict[str, Any]) -> str:
