@@ -31,8 +31,9 @@ def estimate(value: float | None) -> dict[str, Any]:
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> Path:
+def suite(tmp_path: Path, small_cache: Path) -> Path:
     """A suite of two layers and two widths; one SAE has a cache with scores inside it, one a cache elsewhere."""
+    manifest = json.loads((small_cache / "manifest.json").read_text())
     for layer in (3, 1):
         for d_sae in (1024, 256):
             folder = tmp_path / "suite" / f"L{layer}R-{d_sae // 128}x"
@@ -44,7 +45,7 @@ def suite(tmp_path: Path) -> Path:
     for cache, sae, detection in (("suite/L1R-2x/cache", "elsewhere", 0.81), ("caches/a", "suite/L3R-8x", 0.92)):
         folder = tmp_path / cache
         folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(json.dumps({"sae": str(tmp_path / sae)}))
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"sae": str(tmp_path / sae)}))
         scores = {"autointerp": {"detection": estimate(detection), "share_detected": estimate(detection - 0.2)}}
         (folder / "results.json").write_text(json.dumps(scores))
     (tmp_path / "caches" / "a-report").mkdir()
