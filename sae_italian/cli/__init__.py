@@ -30,7 +30,6 @@ from cyclopts.validators import Number
 import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.labels import kinds_of, read_words
-from sae_italian.base.report import plain
 from sae_italian.base.storage import packaged_yaml
 
 _TOLD = packaged_yaml(Path(__file__).with_name("commands.yaml").read_text("utf-8"))
@@ -169,6 +168,8 @@ def as_result(found: Any) -> Result:
     """Return what a command returned as a Result; a record of the rooms is told by its own words."""
     if isinstance(found, Result | dict | list):
         return found if isinstance(found, Result) else Result(found)
+    from sae_italian.base.report import plain  # NumPy with it, which `--help` does not need
+
     return Result(plain(found), (found.text if hasattr(found, "text") else found.table)())
 
 
