@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 from sae_italian.base.errors import UsageError
@@ -90,19 +88,9 @@ class Opened:
         return self.folder
 
 
-def add_in_threads(n_threads: int, number: int) -> int:
-    """Let torch add in several threads at once, as transformers does where it loads a model."""
-    import torch
-
-    together, values = Barrier(n_threads), torch.full((100_000,), float(number))
-
-    def add(_: int) -> int:
-        together.wait()
-        return int((values + 1).sum()) // 100_000
-
-    with ThreadPoolExecutor(n_threads) as threads:
-        (value,) = set(threads.map(add, range(n_threads)))
-    return value
+def seen_by(folder: Path) -> bool:
+    """Return whether this process has left its mark, `pool-PID`, in the folder before."""
+    return (folder / f"pool-{os.getpid()}").exists()
 
 
 class Sent(int):
