@@ -273,12 +273,12 @@ class Store:
         """Return one metric by latent, where it has a value; `where` are explainer, control, scorer, metric and negatives.
 
         A rule's score and an LLM's are different: never both at once. With `failed` those that could not be scored are
-        there too, with None. `lo` is the interval's lower end, the value where there is none.
+        there too, with None. `lo` is the interval's lower end, where there is one.
         """
         where = {"judge": judge, **where}
-        query = f"""SELECT score.latent, coalesce(score.{column}, value)
+        query = f"""SELECT score.latent, score.{column}
                     FROM score JOIN explanation ON explanation.id = explanation_id
-                    WHERE {" AND ".join(f"{name} = ?" for name in where)} AND (? OR value IS NOT NULL)
+                    WHERE {" AND ".join(f"{name} = ?" for name in where)} AND (? OR score.{column} IS NOT NULL)
                     ORDER BY score.latent"""
         return dict(self.connection.execute(query, (*where.values(), failed)))
 

@@ -27,7 +27,7 @@ from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain, shown, table
-from sae_italian.base.statistics import Estimate, mean_interval, reaches, two_way_mean, wilson
+from sae_italian.base.statistics import Estimate, reaches, two_way_mean, wilson
 from sae_italian.base.storage import atomic_path, write_text
 from sae_italian.cache.layout import MANIFEST, Manifest
 
@@ -42,7 +42,7 @@ _SOURCES = {"detection": SEGMENT_NEGATIVES, "fuzzing": FUZZING_NEGATIVES}
 @dataclass(frozen=True)
 class AutointerpSummary:
     """One explainer's explanations under one judge. Means are over explained latents, with 95 % intervals over latents and
-    documents, NaN in a store that is older than these (`by_document`); of `by_decile` over latents alone.
+    documents, NaN in a store that is older than these (`by_document`).
 
     Numbers named without a negative source are those with random negatives (detection) and with marks on the same token
     where it is silent (fuzzing). Shares of latents are of the `n_scored` whose detection could be scored.
@@ -127,7 +127,7 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
             by_keys={str(n): mean("budget", SOURCE, f"balanced_accuracy_{n}") for n in BUDGETS},
             by_negatives=scores.by_source(),
             gains=scores.by_source(gain=True),
-            by_decile=[_mean(values("detection", metric=f"tpr_decile_{tenth}")) for tenth in range(10)],
+            by_decile=[mean("detection", metric=f"tpr_decile_{tenth}") for tenth in range(10)],
             by_document=scores.known,
             enough=len(statuses) >= ENOUGH or stored_config(store).latents is None,
         )
@@ -161,14 +161,21 @@ class _Scores:
         rows = [falls.get(latent, {}).get(name) or [None] * GROUPS for latent in latents]
         return np.array(rows, dtype=np.float64).reshape(-1, GROUPS) / 1000
 
+    def over(self, control: str, scorer: str, negatives: str) -> tuple[Estimate, Estimate]:
+        """Return the mean of a control's scores and that of the differences from it, over the latents that have both."""
+        own, theirs = (self.values(scorer, negatives, **where) for where in ({}, {"control": control}))
+        both, name = (
+            [latent for latent in own if latent in theirs],
+            falls_name(scorer, negatives, SCORERS[scorer].metric),
+        )
+        mine, others = (np.array([each[latent] for latent in both]) for each in (own, theirs))
+        rows, rest = (self._rows(both, name, **self.who | where) for where in ({}, {"control": control}))
+        return two_way_mean(others, rest), two_way_mean(mine - others, rows - rest)
+
     def by_source(self, gain: bool = False) -> dict[str, dict[str, Estimate]]:
         """Return the means of detection and fuzzing by the negatives' source."""
         each = {scorer: {name: self.mean(scorer, name, gain=gain) for name in own} for scorer, own in _SOURCES.items()}
         return {scorer: {k: v for k, v in own.items() if v.value == v.value} for scorer, own in each.items()}
-
-
-def _mean(values: dict[int, float]) -> Estimate:
-    return mean_interval(np.array(list(values.values())))
 
 
 def _share(values: Sequence[float]) -> Estimate:
@@ -219,15 +226,14 @@ def means(path: Path, explainer: str, judges: Sequence[str]) -> list[dict[str, A
         known, order = [row for row in asked if row[0] in judges], list(SCORERS)
         for judge, scorer, negatives in sorted(known, key=lambda row: (judges.index(row[0]), order.index(row[1]))):
             where = {"judge": judge, "scorer": scorer, "metric": SCORERS[scorer].metric, "negatives": negatives}
-            every = store.values(explainer=explainer, control="", failed=True, **where)
-            own = {latent: value for latent, value in every.items() if value is not None}
+            scores = _Scores(store, explainer, judge)
+            every = scores.values(scorer, negatives, failed=True)
+            n = sum(value is not None for value in every.values())
             # what failed: texts longer than the context, divergences out of reach
-            row = {**where, "n": len(own), "n_failed": len(every) - len(own), **_mean(own).as_dict()}
+            row = {**where, "n": n, "n_failed": len(every) - n, **scores.mean(scorer, negatives).as_dict()}
             for control in (SHUFFLED, NOTHING_SAID):
-                theirs = store.values(explainer=explainer, control=control, **where)
-                both = {latent: theirs[latent] for latent in own if latent in theirs}
-                row[control] = _mean(both).as_dict()
-                row[f"over_{control}"] = _mean({latent: own[latent] - both[latent] for latent in both}).as_dict()
+                theirs, over = scores.over(control, scorer, negatives)
+                row |= {control: theirs.as_dict(), f"over_{control}": over.as_dict()}
             rows.append(row)
     return rows
 

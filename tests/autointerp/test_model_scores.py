@@ -63,7 +63,7 @@ def test_a_true_explanation_beats_another_latents_and_an_empty_one(scored):
     rows = {(row["scorer"], row["negatives"]): row for row in means(scored, "quotes", ("encoder", "subject"))}
     surprise, effect = rows["surprisal", "random"], rows["intervention", "none"]
     assert surprise["n"] == effect["n"] == 6
-    assert surprise["value"] > 0.75 and surprise["over_shuffled"]["lo"] > 0.1 and surprise["over_empty"]["lo"] > 0
+    assert surprise["value"] > 0.75 and surprise["over_shuffled"]["lo"] > 0.05 and surprise["over_empty"]["lo"] > 0
     assert abs(surprise["shuffled"]["value"] - 0.5) < 0.15
     assert effect["over_shuffled"]["lo"] > 0.1 and effect["over_empty"]["lo"] > 0
     assert ("intervention", "promoted") in rows and ("embedding", "random") in rows

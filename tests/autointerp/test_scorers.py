@@ -18,13 +18,13 @@ from sae_italian.autointerp.scorers.binary import (
     GAIN,
     GROUPS,
     Answers,
-    ResampledDocuments,
+    NumberedDocuments,
     detection,
-    estimates,
     falls_of,
     fuzzing,
     left_out,
     ranking,
+    ranking_falls,
 )
 from sae_italian.autointerp.scorers.budget import N_LISTS, accuracy, area, saved_bits, whole_number
 from sae_italian.autointerp.scorers.simulation import correlations, simulation
@@ -40,7 +40,7 @@ from sae_italian.autointerp.scorers.subject import (
 from sae_italian.autointerp.store import Explanation, Falls, Judgement, Store
 from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.base.errors import UsageError
-from sae_italian.base.statistics import two_way_mean
+from sae_italian.base.statistics import auroc_by_document, two_way_mean
 from tests.autointerp.conftest import N_TOKENS, OracleJudge, Says, Told, scores
 
 
@@ -54,7 +54,7 @@ def judged(*verdicts, n=None, docs=None) -> Answers:
     size = len(verdicts[0].said)
     sides = np.split(np.arange(size), [size // 2 if n is None else n])
     docs = np.arange(size) if docs is None else docs
-    return Answers(verdicts, {"random": tuple(sides)}, docs, ResampledDocuments(docs))
+    return Answers(verdicts, {"random": tuple(sides)}, docs, NumberedDocuments(docs))
 
 
 def binary_metrics(verdicts, **others):
@@ -127,15 +127,8 @@ def test_a_judges_answers_are_told_example_by_example():
     assert list(one.judgements(5)) == expected  # pyright: ignore[reportArgumentType]
 
 
-def test_bounds_are_quantiles_of_the_finite_resamples_and_sums_are_by_document():
-    rng = np.random.default_rng(0)
-    table = rng.normal(size=(4, 9))
-    table[1, 3:5], table[2, 2:], table[3, 1:] = np.nan, np.nan, np.nan
-    for row, (value, lo, hi) in zip(table, estimates(table), strict=True):
-        rest = row[1:][np.isfinite(row[1:])]
-        ends = np.quantile(rest, (0.025, 0.975)) if len(rest) else (np.nan, np.nan)
-        assert value == row[0] and (lo, hi) == pytest.approx(tuple(ends), nan_ok=True)
-    documents = ResampledDocuments(np.array([3, 9, 3]), np.array([5]))
+def test_sums_are_by_document():
+    documents = NumberedDocuments(np.array([3, 9, 3]), np.array([5]))
     values = np.array([[1.0, 2.0], [3.0, 4.0]])
     assert documents.sums(np.array([3, 3]), values).tolist() == [[3, 0, 0], [7, 0, 0]]
     assert documents.sums(np.array([9, 5]), values).tolist() == [[0, 2, 1], [0, 4, 3]]
@@ -153,6 +146,13 @@ def test_scores_by_decile_count_their_positives(source):
     n = [(score.n_positive, next(iter(score.metrics.values())).value * score.n_positive) for score in tenths]
     ranked = (examples.decile[positive] >= 0).sum()
     assert np.sum(n, axis=0) == pytest.approx([ranked - 1, ranked - 3]) and ranked > 5
+    for score in tenths:  # what a group of documents holds counts nowhere else; where it holds all, nothing is left
+        (name, whole), decile = next(iter(score.metrics.items())), int(next(iter(score.metrics))[-1])
+        rows = positive[(examples.decile[positive] == decile) & (said[positive] >= 0)]
+        for group, fall in enumerate(score.falls[name]):
+            left = rows[examples.document[rows] % GROUPS != group]
+            rest = said[left].mean() if len(left) else whole.value
+            assert fall == pytest.approx(np.nan if len(left) == len(rows) else whole.value - rest, nan_ok=True)
 
 
 def test_of_a_control_only_the_scorers_own_metric_is_kept_and_what_is_unknown_to_the_store_nowhere(source):
@@ -290,7 +290,7 @@ def test_a_simulations_interval_is_over_documents_too():
 
 
 def test_a_latent_with_too_few_negatives_of_every_source_has_no_scores():
-    found = Answers([answers([1], [0])], {}, np.arange(2), ResampledDocuments(np.arange(2)))
+    found = Answers([answers([1], [0])], {}, np.arange(2), NumberedDocuments(np.arange(2)))
     assert found.shares() == [[]]
 
 
@@ -303,12 +303,13 @@ def test_a_paired_comparison_is_sharper_than_two_intervals():
     rng = np.random.default_rng(0)
     hard = rng.random(200) < 0.3
     first = answers((~hard[:100]).astype(int), hard[100:].astype(int))
-    second = answers((~hard[:100] & (rng.random(100) > 0.05)).astype(int), hard[100:].astype(int))
+    second = answers((~hard[:100] & (rng.random(100) > 0.2)).astype(int), hard[100:].astype(int))
     both = judged(first, second)
     (difference,), shares = both.gains(0, 1), both.shares()
     own, other = (each[0]["balanced_accuracy"] for each in shares)
     assert difference.value == pytest.approx(own.value - other.value)
-    assert difference.hi - difference.lo < (own.hi - own.lo) / 2 and difference.lo >= 0
+    apart = math.hypot(own.hi - own.lo, other.hi - other.lo)  # as if they had been asked about other examples
+    assert difference.hi - difference.lo < apart / 2 and difference.lo > 0
 
 
 def test_the_gain_over_the_lookup_is_on_what_both_answered():
@@ -472,6 +473,57 @@ def test_f1_and_brier_of_few_documents_are_covered_as_often_as_is_said(n_documen
         assert np.mean(hits[name]) >= 0.92 and np.mean(widths[name]) < (0.3 if n_documents == 30 else 0.5), name
 
 
+@pytest.mark.parametrize("n_documents", [10, 30])
+@pytest.mark.parametrize("share", [0.7, 0.97])
+def test_gains_of_few_documents_are_covered_as_often_as_is_said(n_documents, share):
+    """Two explanations, equally good, whose answers agree on seven windows in ten and within a document (0.2)."""
+    rng, hits, docs = np.random.default_rng(6), [], np.tile(np.repeat(np.arange(n_documents), 3), 2)
+    for _ in range(250):
+        lot = rng.random((2, len(docs)))
+        lot[1] = np.where(rng.random(len(docs)) < 0.7, lot[0], lot[1])
+        right = lot < rng.beta(4 * share, 4 * (1 - share), n_documents)[docs]
+        said = np.where(np.arange(len(docs)) < len(docs) // 2, right, ~right).astype(np.int64)
+        both = judged(*(Verdicts(each, None) for each in said), docs=docs)
+        value, lo, hi = both.gains(0, 1)[0]
+        assert lo <= value <= hi and hi > lo
+        assert value == pytest.approx(np.subtract(*right.mean(axis=1)))
+        hits.append(lo <= 0 <= hi)
+    assert np.mean(hits) >= 0.93
+    without = [np.subtract(*right[:, docs != document].mean(axis=1)) for document in range(n_documents)]
+    spread = np.square(np.array(without) - value).sum() * n_documents / (n_documents - 1)
+    assert hi - value >= 2 * spread**0.5  # the last one's jackknife by hand; t is more than 2
+
+
+@pytest.mark.parametrize("n_documents", [6, 30])
+@pytest.mark.parametrize("strength", [0.2, 2.0])
+def test_a_simulations_correlation_is_covered_as_often_as_is_said(n_documents, strength):
+    """A sparse latent, followed better in some documents than in others; percentiles of resamples cover 73 to 90 %."""
+    rng = np.random.default_rng(7)
+
+    def latent(n):
+        docs = np.repeat(np.arange(n), 24)
+        true = np.where(rng.random(len(docs)) < 0.1, rng.exponential(1, len(docs)), 0.0)
+        return docs, true, (strength + 0.3 * rng.normal(size=n))[docs] * true + 0.3 * rng.normal(size=len(docs))
+
+    truth, hits = np.corrcoef(*latent(20_000)[1:])[0, 1], []
+    for _ in range(250):
+        docs, true, simulated = latent(n_documents)
+        value, lo, hi = correlations(true, simulated[None], docs)[0][0]["correlation"]
+        assert lo < value < hi
+        hits.append(lo <= truth <= hi)
+    assert np.mean(hits) >= 0.9
+
+
+def test_a_rankings_falls_are_by_what_is_left_without_a_group_of_documents():
+    rng = np.random.default_rng(8)
+    strength, truth, docs = rng.integers(0, 5, 60) / 5, np.arange(60) < 25, rng.integers(0, 30, 60)
+    area = auroc_by_document(strength, truth, docs).value
+    for group, fall in enumerate(ranking_falls(strength, truth, docs)):
+        left = docs % GROUPS != group
+        rest = auroc_by_document(strength[left], truth[left], docs[left]).value
+        assert fall == pytest.approx(area - rest if not left.all() else np.nan, nan_ok=True)
+
+
 def simulated_latent(rng, documents, skill):
     """The correlation of a latent's simulation, better in some documents than in others, and its falls."""
     true, noise = rng.normal(size=(2, len(documents), 12))
@@ -616,9 +668,14 @@ def test_intervention_is_at_the_wanted_divergence_and_favours_what_the_direction
     direction = torch.nn.functional.one_hot(torch.tensor(token), copier.vocab).float()
     texts = {name: mini.tokenizer.decode([t, t]) for name, t in (("own", token), ("other", other))}
     judge = SubjectJudge(copier, mini.tokenizer)
-    found = effects(judge, direction, texts, prompts, divergence=2.0)
+    documents = np.repeat(np.arange(6), 2)
+    effect = effects(judge, direction, texts, prompts, documents, divergence=2.0)
+    found = {name: metrics for name, (metrics, _) in effect.items()}
     assert found["own"]["divergence"].value == pytest.approx(2.0, rel=0.1)
     gains = [found[name]["log_probability_gain"] for name in ("own", "other")]
     assert gains[0].value > 0.1 and gains[0].value > gains[1].value + 0.1 and gains[0].lo < gains[0].value
-    nothing = effects(judge, torch.zeros(copier.vocab), texts, prompts)["own"]
+    falls = effect["own"][1]  # six documents of two prompts each: the mean without each averages to the mean
+    assert np.isfinite(falls).tolist() == [True] * 6 + [False] * (GROUPS - 6)
+    assert np.mean(falls[:6]) == pytest.approx(0, abs=1e-9) and max(map(abs, falls[:6])) > 1e-3
+    nothing, _ = effects(judge, torch.zeros(copier.vocab), texts, prompts, documents)["own"]
     assert math.isnan(nothing["log_probability_gain"].value)

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.choose import LOOKUP
 from sae_italian.autointerp.examples import LatentExamples, Verdicts
@@ -22,6 +22,7 @@ from sae_italian.base.statistics import (
     Estimate,
     auroc_by_document,
     f1_by_document,
+    gains_by_document,
     mean_of_two,
     shares_by_document,
 )
@@ -30,7 +31,6 @@ GAIN = "gain_over_lookup"
 # The negatives behind a score named without any. Of fuzzing not the silent tokens of the same segment: a judge who
 # knows the context alone says no to nearly all of these, so that score is close to (share of positives found + 1) / 2.
 HEADLINE = {"detection": "random", "fuzzing": "same-token"}
-N_SAMPLES = 200  # resamples
 GROUPS = 20  # of documents, by their numbers: by these it is told what a mean over latents owes to shared documents
 # By source, the positives and the negatives.
 Questions = Mapping[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]
@@ -77,8 +77,12 @@ def _by_decile(verdicts: Verdicts, shown: Any) -> Iterator[Score]:
     positive = positive[(verdicts.said[positive] >= 0) & (shown.decile[positive] >= 0)]
     decile = shown.decile[positive]
     for tenth in np.unique(decile).tolist():
-        found = verdicts.said[positive[decile == tenth]]
-        yield Score("random", {f"tpr_decile_{tenth}": NOTHING._replace(value=float(found.mean()))}, len(found))
+        rows, name = positive[decile == tenth], f"tpr_decile_{tenth}"
+        present = left_out(shown.document[rows])
+        n = present.sum(axis=1)
+        share = present @ verdicts.said[rows] / np.maximum(n, 1)
+        falls = {name: falls_of(share, n).tolist()}
+        yield Score("random", {name: NOTHING._replace(value=float(share[0]))}, len(rows), falls=falls)
 
 
 def ranking(
@@ -91,28 +95,31 @@ def ranking(
     answers = Answers(verdicts, shown.questions, shown.document, documents_of(examples))
     for number, (one, counts) in enumerate(zip(asked, answers.counts(), strict=True)):
         for place, (source, n) in enumerate(zip(shown.questions, counts, strict=True)):
-            yield one, Score(source, {"auroc": answers.auroc(number, place)}, *n)
+            rows, truth = answers.answered(number, place)
+            falls = ranking_falls(given[number][rows], truth, shown.document[rows])
+            yield one, Score(source, {"auroc": answers.auroc(number, place)}, *n, falls={"auroc": falls})
 
 
-# --- intervals over documents for many scores of one latent at once ---------------------------------------------------
-#
-# The bootstrap weighs documents by independent Poisson(1) counts, the same for every score, so that two scores on the
-# same windows are resampled together: the interval of their difference is that of a paired comparison.
+def ranking_falls(
+    strength: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], document: Int[np.ndarray, " n"]
+) -> list[float]:
+    """Return the falls of AUROC, the share of pairs in order, as `falls_of`."""
+    in_order = (np.sign(strength[truth][:, None] - strength[~truth]) + 1) / 2
+    present = left_out(document)
+    here, there = present[:, truth], present[:, ~truth]
+    with np.errstate(invalid="ignore"):  # where no example of a kind is left
+        area = ((here @ in_order) * there).sum(axis=1) / (here.sum(axis=1) * there.sum(axis=1))
+    return falls_of(area, present.sum(axis=1)).tolist()
 
 
-@lru_cache(maxsize=4)
-def _weights(n_documents: int) -> Float[np.ndarray, "samples documents"]:
-    return np.random.default_rng(0).poisson(1.0, (n_documents, N_SAMPLES)).T.astype(np.float64)
+# --- counts by document of many scores of one latent at once ----------------------------------------------------------
 
 
-class ResampledDocuments:
-    """The documents of all examples of one latent, numbered, with how often each is drawn in each resample."""
+class NumberedDocuments:
+    """The documents of all examples of one latent, numbered from 0."""
 
     def __init__(self, *docs: Int[np.ndarray, " n"]):
         self.known = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *docs]))
-        n = len(self.known)
-        size = max(1 << max(n - 1, 0).bit_length(), 64)  # few sizes, so that the draws are made few times
-        self.weights = np.concatenate([np.ones((1, n)), _weights(size)[:, :n]])  # first the data as it is
         self.left_out = left_out(self.known)
 
     def sums(
@@ -136,26 +143,19 @@ def left_out(document: Int[np.ndarray, " n"]) -> Float[np.ndarray, "1+groups n"]
 def falls_of(
     scores: Float[np.ndarray, "*some 1+groups"], counts: Float[np.ndarray, "*some 1+groups"]
 ) -> Float[np.ndarray, "*some groups"]:
-    """Return by how much a score (first) falls without each group of documents; NaN where a group has none of the counts."""
-    return np.where(counts[..., 1:] < counts[..., :1], scores[..., :1] - scores[..., 1:], np.nan)
+    """Return by how much a score (first) falls without each group of documents; NaN where a group has none of the counts.
 
-
-def estimates(table: Float[np.ndarray, "quantities samples"]) -> list[Estimate]:
-    """Return each row's first entry as the value, and the 2.5 and 97.5 % points of the other finite ones."""
-    rest = np.sort(table[:, 1:], axis=1)  # NaN last
-    last = np.maximum(np.isfinite(rest).sum(axis=1) - 1, 0)[:, None]
-    at = last * np.array([0.025, 0.975])
-    low = at.astype(np.int64)
-    below, above = (np.take_along_axis(rest, each, axis=1) for each in (low, np.minimum(low + 1, last)))
-    ends = below + (at - low) * (above - below)
-    return [Estimate(*each) for each in np.concatenate([table[:, :1], ends], axis=1).tolist()]
+    Where a group has all of them nothing is left to compare with, and the fall is 0.
+    """
+    falls = np.where(counts[..., 1:] > 0, scores[..., :1] - scores[..., 1:], 0.0)
+    return np.where(counts[..., 1:] < counts[..., :1], falls, np.nan)
 
 
 @lru_cache(maxsize=8)
-def documents_of(examples: LatentExamples) -> ResampledDocuments:
-    """Return the documents of all questions about a latent: every score of it is resampled by the same draws."""
+def documents_of(examples: LatentExamples) -> NumberedDocuments:
+    """Return the documents of all questions about a latent: every score of it counts by them."""
     asked: list[Any] = [shown for shown in (examples.test, examples.marked) if len(shown)]
-    return ResampledDocuments(
+    return NumberedDocuments(
         *(shown.document[rows] for shown in asked for both in shown.questions.values() for rows in both)
     )
 
@@ -163,7 +163,7 @@ def documents_of(examples: LatentExamples) -> ResampledDocuments:
 class Answers:
     """The answers of several explanations' judges to the same questions about one latent, summed by document.
 
-    All are resampled by the same documents. An example without a usable answer counts nowhere.
+    An example without a usable answer counts nowhere.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Answers:
         verdicts: Sequence[Verdicts],
         questions: Questions,
         document: Int[np.ndarray, " examples"],
-        documents: ResampledDocuments,
+        documents: NumberedDocuments,
     ):
         self.verdicts, self.documents, self.sides = verdicts, documents, list(questions.values())
         self.said = np.stack([own.said for own in verdicts])
@@ -225,10 +225,9 @@ class Answers:
     def gains(self, ours: int, theirs: int) -> list[Estimate]:
         """Return by source by how much one explanation's balanced accuracy exceeds another's, on what both answered."""
         good = self.good[ours] & self.good[theirs]
-        sums = self._sums(np.stack([good, self.said[ours] * good, self.said[theirs] * good])) @ self.documents.weights.T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            own, other = ((rates[:, 0] + 1 - rates[:, 1]) / 2 for rates in sums[1:] / sums[0])
-        return estimates(own - other)
+        gain = np.where(self.truth > 0, 1, -1) * (self.said[ours] - self.said[theirs]) * good
+        gained, differing, n = self._sums(np.stack([gain, abs(gain), good]))
+        return list(map(Estimate._make, gains_by_document(gained, differing, n).T.tolist()))
 
     def add_others(self, metrics: list[dict[str, Estimate]], number: int) -> None:
         """Add to an explanation's metrics by source those that are no shares: F1, and of probabilities AUROC and Brier."""
@@ -249,7 +248,12 @@ class Answers:
 
     def auroc(self, number: int, source: int) -> Estimate:
         """Return the probability that a positive outranks a negative, ties counting half, of what was answered."""
+        rows, truth = self.answered(number, source)
+        probability: Any = self.verdicts[number].probability
+        return auroc_by_document(probability[rows], truth, self.index[rows])
+
+    def answered(self, number: int, source: int) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        """Return which examples of a source an explanation's judge answered, and which of them are positives."""
         rows = np.concatenate(self.sides[source])
         rows = rows[self.good[number, rows]]
-        probability: Any = self.verdicts[number].probability
-        return auroc_by_document(probability[rows], self.truth[rows] > 0, self.index[rows])
+        return rows, self.truth[rows] > 0

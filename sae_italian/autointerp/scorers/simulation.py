@@ -15,15 +15,15 @@ from jaxtyping import Float, Int
 
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.autointerp.scorers.binary import ResampledDocuments, estimates, falls_of
-from sae_italian.base.statistics import NOTHING, Estimate
+from sae_italian.autointerp.scorers.binary import NumberedDocuments, falls_of
+from sae_italian.base.statistics import NOTHING, Estimate, correlations_by_document
 
 TOP, RANDOM = "top-and-random", "random-only"
 
 
 @scorer(needs="simulate", metric="correlation")
 def simulation(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
-    """Score both draws; simulations of the same tokens are resampled together."""
+    """Score both draws; simulations of the same tokens are told together."""
     shown: Any = examples.simulation
     simulated = [one.judge.simulate(one.explanation, shown) for one in asked]
     for draw in (TOP, RANDOM):
@@ -50,15 +50,16 @@ def correlations(
 ) -> list[tuple[dict[str, Estimate], list[float]]]:
     """Return of each of several simulations of the same tokens `correlation` with its interval over documents, and its falls.
 
-    `constant` is 1 where the correlation is undefined and taken as 0. A fall is that without a group of documents, NaN
-    where a group has none.
+    `constant` is 1 where the correlation is undefined and taken as 0, without an interval. A fall is that without a group
+    of documents, NaN where a group has none.
     """
-    documents = ResampledDocuments(docs)
-    weights = np.concatenate([documents.weights, documents.left_out])
+    documents = NumberedDocuments(docs)
     true, simulated = np.asarray(true, dtype=np.float64), np.asarray(simulated, dtype=np.float64)
     ours = np.stack([np.ones(len(true)), true, true * true])
     theirs = np.concatenate([simulated, simulated * simulated, simulated * true])
-    sums = documents.sums(docs, np.concatenate([ours, theirs])) @ weights.T
+    sums = documents.sums(docs, np.concatenate([ours, theirs]))
+    whole = sums.sum(axis=1, keepdims=True)
+    sums = np.concatenate([whole, whole - sums, sums @ documents.left_out.T], axis=1)
     n, a, aa = sums[:3, None]
     s, ss, cross = sums[3:].reshape(3, len(simulated), -1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -67,9 +68,10 @@ def correlations(
         # differences of rounding size are no variance
         defined = (variance[0] > 1e-9 * aa / n) & (variance[1] > 1e-9 * ss / n)
         values = np.where(defined, (cross / n - a * s / n**2) / scale, 0.0).clip(-1, 1)
-    n = len(documents.weights)
-    falls = falls_of(values[:, n:], sums[0, n:]).tolist()
+    n = 1 + len(documents.known)
+    falls, found = falls_of(values[:, n:], sums[0, n:]).tolist(), correlations_by_document(values[:, :n])
+    found[1:, ~defined[:, 0]] = np.nan
     return [
-        ({"correlation": estimate, "constant": NOTHING._replace(value=float(not known))}, own)
-        for estimate, known, own in zip(estimates(values[:, :n]), defined[:, 0], falls, strict=True)
+        ({"correlation": Estimate(*each), "constant": NOTHING._replace(value=float(not known))}, own)
+        for each, known, own in zip(found.T.tolist(), defined[:, 0], falls, strict=True)
     ]

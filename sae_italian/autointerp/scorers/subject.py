@@ -26,10 +26,10 @@ from torch import Tensor
 from sae_italian.autointerp.examples import LatentExamples, promoted_tokens
 from sae_italian.autointerp.places import piece_texts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.autointerp.scorers.binary import ranking
+from sae_italian.autointerp.scorers.binary import falls_of, left_out, ranking
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import Language
-from sae_italian.base.statistics import NOTHING, Estimate, mean_interval
+from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
 from sae_italian.cache import FeatureCache
 from sae_italian.models.activations import continuation_log_probs, logits_with_replacement
 from sae_italian.saes import load_sae
@@ -124,14 +124,16 @@ def intervention(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[t
     judge: Any = asked[0].judge
     if judge.directions is None:
         return
-    silent = sorted((e.tokens for e in examples.test if not e.positive), key=len, reverse=True)[:N_PROMPTS]
+    shown: Any = examples.test
+    silent = sorted((i for i, e in enumerate(shown) if not e.positive), key=lambda i: -len(shown[i].tokens))[:N_PROMPTS]
+    prompts, documents = [shown[i].tokens for i in silent], shown.document[silent]
     texts = {(one, "none"): one.explanation.text(judge.language) for one in asked}
     own = [one for one in asked if one.explanation.explainer]  # not what explains nothing
     texts |= {(one, PROMOTED): ", ".join(judge.promoted(one.explanation.latent)) for one in own}
-    metrics = effects(judge, judge.directions[examples.latent].detach(), texts, silent)
-    for (one, about), found in metrics.items():
+    effect = effects(judge, judge.directions[examples.latent].detach(), texts, prompts, documents)
+    for (one, about), (found, falls) in effect.items():
         n = (len(silent), 0) if "strength" in found else (0, len(silent))
-        yield one, Score(about, found, n[0], 0, n[1])
+        yield one, Score(about, found, n[0], 0, n[1], {"log_probability_gain": falls})
 
 
 def effects(
@@ -139,18 +141,19 @@ def effects(
     direction: Float[Tensor, " d_in"],
     texts: Mapping[Any, str],
     prompts: Sequence[Int[np.ndarray, " tokens"]],
+    documents: Int[np.ndarray, " prompts"],
     *,
     divergence: float = DIVERGENCE,
     seed: int = 0,
-) -> dict[Any, dict[str, Estimate]]:
-    """Return for each text by how many nats adding the direction makes it likelier after what is written.
+) -> dict[Any, tuple[dict[str, Estimate], list[float]]]:
+    """Return for each text by how many nats adding the direction makes it likelier after what is written, and its falls.
 
     All latents are compared at the same mean divergence of the next token's distribution from the clean one, in nats; the
     strength that gives it is searched and reported. Both continuations are sampled with the same seed. A direction that
     cannot reach the divergence, and texts of which one does not fit into the context, have no score. Prompts are cut to
-    the shortest one.
+    the shortest one; the interval is over their documents, a fall is that without a group of these.
     """
-    nothing = {name: {"log_probability_gain": NOTHING} for name in texts}
+    nothing: Any = {name: ({"log_probability_gain": NOTHING}, []) for name in texts}
     shortest = min((len(prompt) for prompt in prompts), default=0)
     if shortest == 0:
         return nothing
@@ -164,7 +167,14 @@ def effects(
     if any(np.isnan(gain).any() for gain in gains.values()):
         return nothing
     at = {"strength": NOTHING._replace(value=strength), "divergence": NOTHING._replace(value=reached)}
-    return {name: {"log_probability_gain": mean_interval(gain), **at} for name, gain in gains.items()}
+    (_, index), present = np.unique(documents, return_inverse=True), left_out(documents)
+    n, found = present.sum(axis=1), {}
+    for name, gain in gains.items():
+        sums = np.stack([np.bincount(index, each) for each in (gain, np.ones(len(gain)))], axis=1)
+        mean = bootstrap(sums, lambda total: total[:, 0] / total[:, 1])
+        falls = falls_of(present @ gain / np.maximum(n, 1), n).tolist()
+        found[name] = {"log_probability_gain": mean, **at}, falls
+    return found
 
 
 def adding(direction: Float[Tensor, " d_in"], strength: float) -> Replace:
