@@ -59,12 +59,15 @@ def work(page: Any, name: str, **fields: str) -> Any:
     part = page.locator(f'[data-part="{name}"]:visible')
     for field, value in fields.items():
         part.locator(f'[name="{field}"]').fill(value)
-    part.locator(".live-go").click()
-    page.wait_for_function(
+    part.locator(".live-go").press("Enter")  # what is drawn late moves a button away between a mouse's down and up
+    ended = (
         "name => [...document.querySelectorAll(`[data-part='${name}']`)].some((part) => part.offsetParent && "
-        "part.querySelector('.live-status').textContent && !part.querySelector('.live-go').disabled)",
-        arg=name,
+        "part.querySelector('.live-status').textContent && !part.querySelector('.live-go').disabled)"
     )
+    try:
+        page.wait_for_function(ended, arg=name)
+    except playwright.TimeoutError:
+        pytest.fail(f"{name} has not ended; it says {part.locator('.live-status').inner_text()!r}")
     return part
 
 
