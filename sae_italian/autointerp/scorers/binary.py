@@ -78,11 +78,16 @@ def _by_decile(verdicts: Verdicts, shown: Any) -> Iterator[Score]:
     decile = shown.decile[positive]
     for tenth in np.unique(decile).tolist():
         rows, name = positive[decile == tenth], f"tpr_decile_{tenth}"
-        present = left_out(shown.document[rows])
-        n = present.sum(axis=1)
-        share = present @ verdicts.said[rows] / np.maximum(n, 1)
-        falls = {name: falls_of(share, n).tolist()}
-        yield Score("random", {name: NOTHING._replace(value=float(share[0]))}, len(rows), falls=falls)
+        share, falls = mean_and_falls(verdicts.said[rows], shown.document[rows])
+        yield Score("random", {name: NOTHING._replace(value=share)}, len(rows), falls={name: falls})
+
+
+def mean_and_falls(values: Float[np.ndarray, " n"], document: Int[np.ndarray, " n"]) -> tuple[float, list[float]]:
+    """Return a mean, and its falls as `falls_of`."""
+    present = left_out(document)
+    n = present.sum(axis=1)
+    means = present @ values / np.maximum(n, 1)
+    return float(means[0]), falls_of(means, n).tolist()
 
 
 def ranking(
@@ -104,12 +109,9 @@ def ranking_falls(
     strength: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], document: Int[np.ndarray, " n"]
 ) -> list[float]:
     """Return the falls of AUROC, the share of pairs in order, as `falls_of`."""
-    in_order = (np.sign(strength[truth][:, None] - strength[~truth]) + 1) / 2
     present = left_out(document)
-    here, there = present[:, truth], present[:, ~truth]
-    with np.errstate(invalid="ignore"):  # where no example of a kind is left
-        area = ((here @ in_order) * there).sum(axis=1) / (here.sum(axis=1) * there.sum(axis=1))
-    return falls_of(area, present.sum(axis=1)).tolist()
+    left = (auroc_by_document(strength[some], truth[some], document[some]) for some in present > 0)
+    return falls_of(np.array([area.value for area in left]), present.sum(axis=1)).tolist()
 
 
 # --- counts by document of many scores of one latent at once ----------------------------------------------------------

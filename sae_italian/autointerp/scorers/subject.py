@@ -26,7 +26,7 @@ from torch import Tensor
 from sae_italian.autointerp.examples import LatentExamples, promoted_tokens
 from sae_italian.autointerp.places import piece_texts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.autointerp.scorers.binary import falls_of, left_out, ranking
+from sae_italian.autointerp.scorers.binary import mean_and_falls, ranking
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import Language
 from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
@@ -167,13 +167,11 @@ def effects(
     if any(np.isnan(gain).any() for gain in gains.values()):
         return nothing
     at = {"strength": NOTHING._replace(value=strength), "divergence": NOTHING._replace(value=reached)}
-    (_, index), present = np.unique(documents, return_inverse=True), left_out(documents)
-    n, found = present.sum(axis=1), {}
+    index, found = np.unique(documents, return_inverse=True)[1], {}
     for name, gain in gains.items():
         sums = np.stack([np.bincount(index, each) for each in (gain, np.ones(len(gain)))], axis=1)
         mean = bootstrap(sums, lambda total: total[:, 0] / total[:, 1])
-        falls = falls_of(present @ gain / np.maximum(n, 1), n).tolist()
-        found[name] = {"log_probability_gain": mean, **at}, falls
+        found[name] = {"log_probability_gain": mean, **at}, mean_and_falls(gain, documents)[1]
     return found
 
 
