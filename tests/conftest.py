@@ -17,6 +17,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
+# The files that take longest start first, so that at the end no core waits for one of them (make test: a file a process).
+LONGEST = (
+    "test_quickstart",
+    "browser/test_chromium",
+    "test_notebooks",
+    "training/test_run",
+    "training/test_processes",
+    "models/test_plugin",
+    "corpora/test_hub",
+    "papers/test_reproduce",
+    "evaluation/test_doctor",
+    "test_pages",
+    "autointerp/test_run",
+    "autointerp/llm/test_run",
+    "saes/test_random_twin",
+    "training/test_publish",
+    "browser/server/test_chromium_server",
+    "analysis/causal/test_notebook",
+    "autointerp/test_notebook",
+    "training/test_curves",
+    "training/test_shards",
+    "models/test_parity",
+    "training/test_suite",
+)
 
 SENTENCES = (
     "La città è più bella perché c'è il sole e l'aria è tiepida.",
@@ -175,8 +199,16 @@ def ray_cluster():
     ray.shutdown()
 
 
+def pytest_configure(config) -> None:
+    config.option.loadscopereorder = (
+        False  # pytest-xdist would start files of many tests first, however short these are
+    )
+
+
 def pytest_collection_modifyitems(config, items) -> None:
-    """Leave out what needs the hub, unless it is asked for by its mark."""
+    """Leave out what needs the hub, unless it is asked for by its mark; put the longest files first."""
+    place = {str(Path(__file__).parent / f"{name}.py"): n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
     if "hub" not in config.getoption("markexpr"):
         hub = [item for item in items if item.get_closest_marker("hub")]
         items[:] = [item for item in items if item not in hub]

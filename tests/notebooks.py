@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests import fresh
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FOLDER = Path(__file__).parents[1] / "notebooks"
 
@@ -28,6 +30,7 @@ def execute(name: str, folder: Path) -> Any:
     client = nbclient.NotebookClient(notebook, timeout=600, resources=place, store_widget_state=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(FOLDER.parent))
+        patch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", _launched)
         client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -38,6 +41,10 @@ def execute(name: str, folder: Path) -> Any:
                 if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
             ]
     return notebook
+
+
+def _launched(command: list[str], *, env: dict[str, str], cwd: str | None = None, **_: Any) -> fresh.Fresh:
+    return fresh.Fresh(command[command.index("-m") :], env, cwd)
 
 
 def run_notebook(name: str, folder: Path) -> list[Any]:

@@ -4,8 +4,6 @@
 """
 
 import ast
-import subprocess
-import sys
 from collections import Counter
 from functools import cache, partial
 
@@ -28,7 +26,7 @@ from sae_italian.training.config import spec_from_dict
 from sae_italian.training.pretrained import LATENT_MAP
 from sae_italian.training.run import SAE_FOLDER, open_stream, train_together
 from sae_italian.training.sae_run import SAERun
-from tests import house
+from tests import fresh, house
 from tests.devices import Mixed, Pretended, place
 
 # --- the lint ---------------------------------------------------------------------------------------------------------
@@ -283,7 +281,7 @@ print([(tuple(each.shape), each.device.type) for each in found])
 @pytest.mark.parametrize("index", ["cuda", "cpu"])
 def test_products_under_pytorchs_own_fake_cuda(index):
     """In a process of its own: what goes wrong there aborts it. Indices left on the CPU are the control."""
-    done = subprocess.run([sys.executable, "-c", FAKE.replace("INDEX", repr(index))], capture_output=True, text=True)
+    done = fresh.run(["-c", FAKE.replace("INDEX", repr(index))])
     if index == "cuda":
         assert done.stdout.strip() == str([((32, 64), "cuda"), ((32, 4), "cuda"), ((32, 64), "cuda")]), done.stderr
     else:

@@ -87,6 +87,7 @@ SMALLER = {
     "saes doctor": "--tokens 512",
     "shift": "packed=true --tokens 2000",
     "train CONFIG": f"{TINY} --out new",
+    "train mini/matryoshka": f"{TINY.replace('sae.d_sae=256 ', '')} --out new",
     "train mini/topk use_cached_activations": f"{TINY} --out new",
 }
 GIVEN = {"export SAE --to jumprelu": "--tokens 2000 --out new", "export CACHE": "--latents 0-3 --out new"}

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache
 from sae_italian.quickstart import quickstart, table_of
+from tests import fresh
 
 SMALL = (
     "training_tokens=40960",
@@ -21,12 +20,13 @@ SMALL = (
     "lr_decay_steps=10",
     "dead_feature_window=20",
 )
+SIZES = {"cache_tokens": 40_000, "card_tokens": 10_000, "latents": 64}
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("quick") / "out"
-    return out, quickstart(out, "mini/topk.yaml", *SMALL, cache_tokens=40_000, card_tokens=10_000)
+    return out, quickstart(out, "mini/topk.yaml", *SMALL, **SIZES)
 
 
 def test_it_ends_with_a_report_and_a_table(done):
@@ -77,8 +77,8 @@ def test_nothing_in_the_report_asks_for_the_network(done):
 def test_a_second_run_is_refused_and_resuming_gives_the_same(done):
     out, results = done
     with pytest.raises(UsageError, match="--resume"):
-        quickstart(out, "mini/topk.yaml", *SMALL, cache_tokens=40_000, card_tokens=10_000)
-    again = quickstart(out, "mini/topk.yaml", *SMALL, cache_tokens=40_000, card_tokens=10_000, resume=True)
+        quickstart(out, "mini/topk.yaml", *SMALL, **SIZES)
+    again = quickstart(out, "mini/topk.yaml", *SMALL, **SIZES, resume=True)
     assert json.dumps(again["autointerp"]) == json.dumps(results["autointerp"])
     assert again["random"] == results["random"] and again["random_gold"] == results["random_gold"]
     assert not (out / "cache" / "random-twin").exists()  # its numbers are kept, its cache is not made again
@@ -90,9 +90,8 @@ def test_a_second_run_is_refused_and_resuming_gives_the_same(done):
 def test_a_killed_quickstart_resumes_to_the_same_results(done, tmp_path):
     """Kill it while it trains, while it caches and while it explains; each time it goes on from there."""
     out, expected = tmp_path / "killed", done[1]
-    sizes = ["--tokens", "40000", "card_tokens=10000"]
+    sizes = ["--tokens", "40000", "card_tokens=10000", "--n-latents", "64"]
     command = [
-        sys.executable,
         "-m",
         "sae_italian.cli",
         "quickstart",
@@ -105,13 +104,13 @@ def test_a_killed_quickstart_resumes_to_the_same_results(done, tmp_path):
     ]
     marks = (out / "sae" / "metrics.jsonl", out / "cache" / "manifest.json", out / "cache" / "autointerp.sqlite")
     for mark in marks:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = fresh.Fresh(command)
         started = time.time()
         while not mark.exists() and process.poll() is None and time.time() - started < 120:
             time.sleep(0.05)
         process.kill()
         assert "Traceback" not in process.communicate()[1] and mark.exists()
-    subprocess.run(command, check=True, capture_output=True)
+    fresh.run(command, check=True, timeout=300)
     results = json.loads((out / "results.json").read_text())
     for part in ("card", "autointerp", "random", "gold", "random_gold"):
         assert _timeless(results[part]) == _timeless(json.loads(json.dumps(expected[part]))), part

@@ -12,10 +12,12 @@ from sae_italian.autointerp.examples import ConstantJudge
 from sae_italian.autointerp.store import FALLS, FEATURES, Explanation, Store
 from sae_italian.autointerp.wording import quoted
 from sae_italian.autointerp.work import Work
+from sae_italian.base import units
 from sae_italian.base.errors import UsageError
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache
 from sae_italian.quickstart import table_of
+from tests import fresh
 from tests.autointerp.conftest import DEAD, N_NOISE, N_PREVIOUS, N_TOKENS, RARE, OracleJudge, accuracies, scores_of
 
 
@@ -150,7 +152,8 @@ def test_two_processes_give_the_same(planted, mini, store, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_latents_mapped_by_the_engine_give_the_same(engine, planted, mini, store, tmp_path, request):
+def test_latents_mapped_by_the_engine_give_the_same(engine, planted, mini, store, tmp_path, request, monkeypatch):
+    monkeypatch.setattr(units, "get_context", fresh.spawned)
     if engine == "ray":
         request.getfixturevalue("ray_cluster")
     run_units = partial(map_units, engine=engine, workers=2, folder=tmp_path)

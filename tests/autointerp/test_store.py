@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet
@@ -29,6 +27,7 @@ from sae_italian.autointerp.summary import export, summarise
 from sae_italian.autointerp.work import stored_config
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cli import main
+from tests import fresh
 from tests.autointerp.llm.endpoint import FakeEndpoint
 
 OLD = Path(__file__).parents[1] / "data" / "old"
@@ -268,7 +267,7 @@ def test_export_to_wandb_works_offline(tmp_path):
 from sae_italian.autointerp.summary import export
 print(export(Path({str(path)!r}), Path({str(tmp_path / "out")!r}), "wandb")[0])"""
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    done = fresh.run(["-c", code], environment)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = (tmp_path / "out") / "wandb"
     assert list(folder.glob("offline-run-*/run-*.wandb")) and list(

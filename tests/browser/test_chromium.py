@@ -38,12 +38,15 @@ DOT = """([x, y]) => {
   return [...drawn.getImageData(Math.round((x - left) * scale), Math.round((y - box.top) * scale), 1, 1).data];
 }"""
 LOW_CONTRAST = """() => {
-  const parse = (color) => {
-    const context = document.createElement("canvas").getContext("2d");
+  const seen = new Map();
+  const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const drawn = (color) => {
+    context.clearRect(0, 0, 1, 1);
     context.fillStyle = color;
     context.fillRect(0, 0, 1, 1);
     return [...context.getImageData(0, 0, 1, 1).data];
   };
+  const parse = (color) => seen.get(color) ?? seen.set(color, drawn(color)).get(color);
   const light = ([r, g, b]) => [r, g, b].map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
     .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
   const ground = (node) => {
@@ -114,7 +117,7 @@ def tab(chromium: Any) -> Iterator[Any]:
     """A fresh page in Italian at 1280 px that fails the test on any script error or outside request."""
     context = chromium.new_context(locale="it-IT", color_scheme="light", viewport={"width": 1280, "height": 900})
     page = context.new_page()
-    page.set_default_timeout(5000)
+    page.set_default_timeout(30_000)
     troubles: list[str] = []
     page.on("console", lambda message: troubles.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: troubles.append(str(error)))

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from sae_italian.cache import build as build_module
 from sae_italian.cli import main
 from sae_italian.corpora import iter_documents
 from sae_italian.corpora.packing import NO_DOCUMENT
+from tests import fresh
 from tests.cache.test_cache import digests
 from tests.conftest import described
 
@@ -218,14 +218,14 @@ def test_kill_at_random_moments(alone, tmp_path, kills):
     out, chance = tmp_path / "c", random.Random(kills)
     marks = ["run.json", "tokens/00001.safetensors", "acts/00000.safetensors", "acts/00003.safetensors", "latents"]
     for number in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", BUILD, str(out)], stderr=subprocess.DEVNULL)
+        process = fresh.Fresh(["-c", BUILD, str(out)])
         mark = out / marks[number % len(marks)]
         while process.poll() is None and not mark.exists():
             time.sleep(0.005)
         time.sleep(chance.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([sys.executable, "-c", BUILD, str(out)], check=True, capture_output=True)
+        process.kill()
+        process.communicate()
+    fresh.run(["-c", BUILD, str(out)], check=True)
     assert digests(out) == digests(alone)
     assert not list(out.rglob("*.tmp")) and not (out / "runs").exists()
     assert FeatureCache.open(out, check=True).manifest.complete

@@ -278,11 +278,14 @@ def growth(sae, mini, n_batches: int) -> tuple[int, int]:
         return measure(*arguments, **options)
 
     module.measure = traced
+    gc.collect()
+    gc.freeze()  # what was there before is not searched for garbage again at every batch
     tracemalloc.start()
     try:
         evaluate(sae, mini, "micro-italiano", n_tokens=n_batches * 60 - 60, context_size=64, loss_tokens=0)
     finally:
         tracemalloc.stop()
+        gc.unfreeze()
         module.measure = measure
     return sizes[len(sizes) // 2], sizes[-1]
 

@@ -1,6 +1,7 @@
-"""Registration happens in processes of their own, so that import order is really what it says."""
+"""Registration happens in processes of their own, so that import order is really what it says (`tests/fresh.py`)."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,13 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from tests import fresh
 
-def run(code: str, **environment: str) -> str:
-    import os
 
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
-    )
+def run(code: str) -> str:
+    done = fresh.run(["-c", code])
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def in_a_new_interpreter(code: str, **environment: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
@@ -30,7 +36,8 @@ print(len({{"sparse_topk", "transcoder", "tied"}} & set(SAE_TRAINING_CLASS_REGIS
 
 def test_import_is_light_and_loads_no_torch():
     started = time.perf_counter()
-    out = run("import sys, sae_italian; print('torch' in sys.modules or 'transformer_lens' in sys.modules)")
+    code = "import sys, sae_italian; print('torch' in sys.modules or 'transformer_lens' in sys.modules)"
+    out = in_a_new_interpreter(code)
     assert out == "False"
     assert time.perf_counter() - started < 2  # 0.1 s on a quiet machine; the process itself included
 
@@ -98,14 +105,15 @@ def test_hooked_transformer_loads_minerva_by_alias_from_a_hub_cache(tmp_path):
 from transformer_lens import HookedTransformer
 model = HookedTransformer.from_pretrained('minerva-350m')
 print(model.cfg.model_name, model.cfg.d_model)"""
-    out = run(code, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
+    out = in_a_new_interpreter(code, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
     assert out.split()[-1] == str(config["hidden_size"]) == str(mini.config.hidden_size)
     assert "Minerva-350M" in out
 
 
 def test_every_way_in_resolves_aliases_and_hub_ids(hub_cache):
     """TransformerBridge in any case, SAELens' load_model, and the alias for AutoModelForCausalLM, which is ours to resolve."""
-    code = """import sae_italian
+    code = f"""import huggingface_hub.constants, sae_italian
+huggingface_hub.constants.HF_HUB_CACHE = {str(hub_cache)!r}
 from sae_italian.models import resolve
 from transformer_lens.model_bridge import TransformerBridge
 from sae_lens.load_model import load_model
@@ -115,7 +123,7 @@ widths += [load_model('HookedTransformer', name, device='cpu').cfg.d_model for n
 widths += [load_model('AutoModelForCausalLM', resolve(name).saved_name, device='cpu').model.config.hidden_size
            for name in ('MINERVA-350M', official)]
 print(*widths)"""
-    assert run(code, HF_HUB_CACHE=str(hub_cache), HF_HUB_OFFLINE="1").split() == ["288"] * 7
+    assert run(code).split() == ["288"] * 7
 
 
 def test_our_aliases_are_taken_without_a_warning_or_a_path():
@@ -124,7 +132,7 @@ from transformer_lens.model_bridge import TransformerBridge
 logging.basicConfig(format="%(message)s")
 assert TransformerBridge.boot_transformers("SAE-Italian-Mini").cfg.n_layers == 4
 logging.warning("DEPRECATED: You are using a deprecated, model_name alias 'gpt2-small'")"""
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    done = fresh.run(["-c", code], check=True)
     assert "Mini" not in done.stderr and "models/mini" not in done.stderr
     assert "alias 'gpt2-small'" in done.stderr  # others' are told as before
 

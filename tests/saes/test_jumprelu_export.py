@@ -1,6 +1,7 @@
 """TopK to JumpReLU: the same outputs before and after folding, k latents on average, and SAELens' own class."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -72,20 +73,22 @@ def test_an_input_scale_is_folded():
     assert torch.allclose(exported(x), other(x * scale) / scale, atol=1e-3)
 
 
-def kept(sae: TopKSAE, x: torch.Tensor, l0_within: float = 0.02, **given) -> list[float]:
-    """Return which part of TopK's explained variance one threshold, and calibrated ones, keep; L0 is k in both."""
-    reports = [to_jumprelu(sae, x, **given, thresholds=how)[1] for how in ("one", "calibrated")]
-    assert [report.l0 for report in reports] == pytest.approx(2 * [sae.cfg.k], rel=l0_within)
-    return [report.explained_variance / report.explained_variance_before for report in reports]
+def kept(sae: TopKSAE, x: torch.Tensor, y: torch.Tensor, l0_within: float = 0.02, **given) -> list[Any]:
+    """Return which part of TopK's explained variance one threshold, and calibrated ones, keep; then what was exported.
+
+    L0 is k in both.
+    """
+    made = [to_jumprelu(sae, x, y, **given, thresholds=how) for how in ("one", "calibrated")]
+    assert [report.l0 for _, report in made] == pytest.approx(2 * [sae.cfg.k], rel=l0_within)
+    return [*(report.explained_variance / report.explained_variance_before for _, report in made), *made[1]]
 
 
 def test_calibrated_thresholds_keep_what_one_threshold_loses(trained_sae, mini):
     """On documents that they did not see; decoder directions stay, and SAELens' own class says the same."""
     sae = load_sae(trained_sae)
     x, y, documents = held_out_activations(sae, mini, "micro-italiano", 20_000)
-    one, calibrated = kept(sae, x, 0.08, documents=documents)  # 47 documents of six registers differ in L0
+    one, calibrated, exported, report = kept(sae, x, y, 0.08, documents=documents)  # 47 of six registers differ in L0
     assert one < 0.9 < 0.92 < calibrated
-    exported, report = to_jumprelu(sae, x, y, documents=documents)
     assert report.n_tokens + report.n_tokens_checked == len(x)
     assert torch.cosine_similarity(exported.W_dec, sae.W_dec).min() > 0.9999
 
@@ -102,7 +105,7 @@ def test_a_threshold_that_differs_by_latent_is_found(apply):
     with torch.no_grad():
         sae.W_dec.copy_(directions)
         sae.W_enc.copy_(directions.T)
-    one, calibrated = kept(sae, x, 0.05)  # 1,200 tokens check it
+    one, calibrated, *_ = kept(sae, x, x, 0.05)  # 1,200 tokens check it
     assert calibrated > 0.97 and calibrated >= one
 
 
@@ -113,7 +116,7 @@ def test_a_transcoder_is_calibrated_to_its_target():
         transcoder.W_skip.normal_(std=0.1)
         x = torch.randn(5000, 32) * (0.5 + torch.rand(5000, 1))  # tokens of other norms have other bars
         y = transcoder(x) + 0.05 * torch.randn(5000, 24)
-    one, calibrated = kept(transcoder, x, 0.05, y=y)
+    one, calibrated, *_ = kept(transcoder, x, y, 0.05)
     assert calibrated > one + 0.02
 
 

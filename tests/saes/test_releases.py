@@ -1,8 +1,6 @@
 """Foreign formats against their own maths, from disk and through `SAE.from_pretrained` with a local hub cache."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import sae_italian.plugin
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.saes import load_sae
 from sae_italian.saes.releases import known_releases, releases
+from tests import fresh
 from tests.models.conftest import use_cache
 from tests.models.hub import REVISION, put_in_cache
 from tests.saes.formats import (
@@ -187,7 +186,7 @@ assert size == len(l.NAMED_PRETRAINED_SAE_LOADERS) and l.NAMED_PRETRAINED_SAE_LO
 d.get_pretrained_saes_directory.cache_clear(); fresh = d.get_pretrained_saes_directory()
 assert all(table[k] == v for k, v in fresh.items()), 'a release of SAELens was replaced'
 print(len(table) - len(fresh))"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    done = fresh.run(["-c", code])
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(releases())
 

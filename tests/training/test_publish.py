@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import huggingface_hub
 import pytest
@@ -17,6 +16,7 @@ from sae_italian.cli import main
 from sae_italian.evaluation import evaluate
 from sae_italian.saes import load_sae
 from sae_italian.training.publish import CURVES, PAGES, TABLES, model_card, publish
+from tests import fresh
 from tests.training.upload_hub import UploadHub
 from tests.training.wandb_server import WandbServer
 
@@ -133,8 +133,7 @@ def reported(run, server) -> subprocess.CompletedProcess:
         "WANDB_MODE": "online",
         "NETRC": str(run / "no-netrc"),
     }
-    command = [sys.executable, "-m", "sae_italian.cli", "report", "wandb", str(run), "--json"]
-    return subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True, timeout=120)
+    return fresh.run(["-m", "sae_italian.cli", "report", "wandb", str(run), "--json"], {**os.environ, **given})
 
 
 @pytest.fixture

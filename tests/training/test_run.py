@@ -22,6 +22,7 @@ from sae_italian.training.logging import RunLog
 from sae_italian.training.loop import STOP_SIGNALS, Loop
 from sae_italian.training.run import open_stream
 from sae_italian.training.sae_run import SAERun
+from tests import fresh
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -105,11 +106,11 @@ def whole(tmp_path_factory) -> Path:
     return train(load_spec("mini/topk.yaml", *SETTINGS), tmp_path_factory.mktemp("whole") / "sae")
 
 
-def start(out: Path, *more: str) -> subprocess.Popen:
+def start(out: Path, *more: str) -> fresh.Fresh:
     """Start the run as a user does, with as many threads as this process has."""
-    command = [sys.executable, "-m", "sae_italian.cli", "train", "mini/topk.yaml", *SETTINGS, "--out", str(out), *more]
+    command = ["-m", "sae_italian.cli", "train", "mini/topk.yaml", *SETTINGS, "--out", str(out), *more]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MKL_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
+    return fresh.Fresh(command, os.environ | threads)
 
 
 def last_checkpoint(out: Path) -> int:
@@ -126,7 +127,7 @@ def logged_steps(out: Path) -> list[int]:
 def wait_for(condition, process, seconds: float = 120) -> None:
     started = time.time()
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()[1]
         assert time.time() - started < seconds
         time.sleep(0.02)
 

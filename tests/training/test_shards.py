@@ -1,8 +1,6 @@
 """Latents spread over processes: the whole SAE's steps, the bytes that the arithmetic says, and what a dry run plans."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.training import load_spec
 from sae_italian.training.shards import sharded, traffic
 from sae_italian.training.suite import layout_on, memory_of
+from tests import fresh
 from tests.training.shard_steps import BATCH, D_IN, STEPS, K
 
 CASES = [
@@ -28,8 +27,7 @@ CASES = [
 def trained(tmp_path_factory):
     """What `shard_steps.py` tells of each case, with 2 and with 4 processes."""
     given = [str(tmp_path_factory.mktemp("shards")), json.dumps(CASES)]
-    command = [sys.executable, "-m", "tests.training.shard_steps", *given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = fresh.run(["-m", "tests.training.shard_steps", *given])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

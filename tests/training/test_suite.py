@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sae_italian.base import units
 from sae_italian.base.errors import UsageError
 from sae_italian.base.units import map_units
 from sae_italian.cli import main
@@ -17,6 +18,7 @@ from sae_italian.training import load_spec, load_suite, train, train_suite
 from sae_italian.training.loop import Loop
 from sae_italian.training.run import train_group
 from sae_italian.training.suite import memory_of, n_parameters
+from tests import fresh
 
 SMALL = (
     "expansions=[1, 2]",
@@ -207,8 +209,9 @@ def test_a_run_is_no_suite_and_a_suite_no_run(tmp_path):
         load_suite("mini/topk")
 
 
-def test_groups_trained_side_by_side_are_those_trained_one_by_one(tmp_path):
+def test_groups_trained_side_by_side_are_those_trained_one_by_one(tmp_path, monkeypatch):
     """Two processes, one group each: the same files, and a finished suite is left alone."""
+    monkeypatch.setattr(units, "get_context", fresh.spawned)
     one = max(sum(memory_of([spec]).values()) for spec in small().members().values())
     suite = small("expansions=[1]", f"memory_gb={1.2 * one}")
     groups = suite.groups()

@@ -159,13 +159,15 @@ def test_judgements_that_are_all_unusable_leave_the_figures_empty(planted, capsy
     """A model that explains and cannot judge: said in the table, not an error after all its calls."""
     cache = FeatureCache.open(shutil.copytree(planted.folder, tmp_path / "c", ignore=shutil.ignore_patterns("auto*")))
 
+    few = "n_examples=15"  # a question that stays unusable is asked in all its parts, and each of them twice
+
     def unable(body):
         return "non saprei" if "Spiegazione: " in str(body["messages"]) else reader(body)
 
     with FakeEndpoint(unable) as endpoint:
-        assert run(cache, endpoint) == 0
+        assert run(cache, endpoint, few) == 0
         text = capsys.readouterr().out
-        assert run(cache, endpoint, "--json") == 0
+        assert run(cache, endpoint, few, "--json") == 0
     rule, llm = json.loads(capsys.readouterr().out)["llm"]["summaries"]
     assert llm["n_explained"] == N and llm["detection"]["value"] is None and rule["detection"]["value"] is not None
     assert "llm:prova:it1 llm:prova:it1 0 -" in " ".join(text.split())
