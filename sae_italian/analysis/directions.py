@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -94,18 +95,11 @@ def map_of(units: Float[Tensor, "n d"], method: MapMethod = "pca", seed: int = 0
     """
     if method not in get_args(MapMethod):
         raise UsageError(f"map method {method!r} is unknown. {nearest(method, get_args(MapMethod))}")
-    return _pca(units) if method == "pca" else _umap(units, seed)
-
-
-def _pca(units: Float[Tensor, "n d"]) -> Float[np.ndarray, "n 2"]:
-    """Return the two leading principal components; each one's largest loading is positive, so that signs repeat."""
-    centred = units - units.mean(dim=0)
-    values, vectors = torch.linalg.eigh((centred.T @ centred).double())
-    axes = vectors[:, values.argsort(descending=True)[:2]]
-    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    found = torch.zeros(len(units), 2, dtype=torch.float64)
-    found[:, : axes.shape[1]] = (centred.double() @ axes).cpu()  # of one dimension: the second is 0
-    return found.float().numpy()
+    if method == "umap":
+        return _umap(units, seed)
+    # each component's largest loading is positive, so that signs repeat; of one dimension the second is 0
+    found = PCA(min(2, units.shape[1]), svd_solver="covariance_eigh").fit_transform(units.cpu().double().numpy())
+    return np.pad(found, ((0, 0), (0, 2 - found.shape[1]))).astype(np.float32)
 
 
 def _umap(units: Float[Tensor, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from sae_italian import micro_italiano
 from sae_italian.analysis.latent import codes
 from sae_italian.analysis.shift import corpus_windows
-from sae_italian.analysis.treebank import THRESHOLDS, detection_counts, firing, zeros_and_ones
+from sae_italian.analysis.treebank import COMBINED, FEATURES, THRESHOLDS, detection_counts, firing, zeros_and_ones
 from sae_italian.autointerp.store import Label
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import cut_short, one_of, paced
@@ -46,8 +46,8 @@ from sae_italian.saes import check_fits
 
 DETECTED = 0.8  # F1 on the test documents from which a label counts as detected
 LEAST_WORDS = 30  # in either half
-_FEATURES = ("upos", "gender", "number", "person", "tense", "mood", "verbform")
-_COMBINED = (("gender", "number"), ("person", "number"), ("mood", "tense"))
+_FEATURES = ("upos", *(name.lower() for name in FEATURES))
+_COMBINED = [tuple(name.lower() for name in names) for names in COMBINED]
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,8 @@ class GoldWords:
 
 def _labels(labels: dict[str, str], constructions: list[str], register: str) -> list[tuple[str, str]]:
     """Return the (category, label) pairs of one word."""
-    found = [(name, f"{name}={labels[name]}") for name in _FEATURES if name in labels]
-    for names in _COMBINED:
-        if all(name in labels for name in names):
-            found.append(("+".join(names), " ".join(f"{name}={labels[name]}" for name in names)))
+    groups = [names for names in (*zip(_FEATURES), *_COMBINED) if set(names) <= set(labels)]
+    found = [("+".join(names), " ".join(f"{name}={labels[name]}" for name in names)) for names in groups]
     if "upos" in labels and {"gender", "number"} <= set(labels):
         found.append(("upos+gender+number", f"{labels['upos']} {labels['gender']} {labels['number']}"))
     if labels.get("upos") != "PUNCT":
@@ -192,12 +190,12 @@ class Languages(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything for JSON, by language."""
-        entropy, found = entropies(self.probability), {}
+        found = {}
         for name, n_tokens, probability in zip(self.names, self.n_tokens, self.probability, strict=True):
             own = self.latents(name)
-            first = [
-                {"latent": i, "probability": probability[i], "entropy": entropy[i]} for i in own[:WRITTEN].tolist()
-            ]
+            entropy = scipy.stats.entropy(self.probability[:, own[:WRITTEN]], axis=0)  # over languages, in nats
+            columns = zip(own.tolist(), probability[own].tolist(), np.asarray(entropy).tolist(), strict=False)
+            first = [dict(zip(("latent", "probability", "entropy"), row, strict=True)) for row in columns]
             numbers = {"n_tokens": n_tokens, "n_latents": len(own), "share": self.share(name)}
             found[name] = numbers | {"by_chance": self.by_chance[name], "latents": first}
         return plain(found)
@@ -232,12 +230,6 @@ class Overlap(NamedTuple):
             f"Latents of parallel text, {' and '.join(self.languages)}, {self.n_pairs:,} pairs, {self.hook_name}: "
             f"Jaccard {shown(self.jaccard)}, of texts that are no translations {shown(self.chance)}."
         )
-
-
-def entropies(probability: Float[np.ndarray, "languages d_sae"]) -> Float[np.ndarray, " d_sae"]:
-    """Return the entropy of each latent's probabilities over languages, in nats; NaN for one that fires nowhere."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(scipy.stats.entropy(probability, axis=0))
 
 
 def owners(probability: Float[np.ndarray, "languages d_sae"]) -> Int[np.ndarray, " d_sae"]:

@@ -26,7 +26,6 @@ from sae_italian.corpora.packing import special_mask
 from sae_italian.models.activations import check_context, continuation_log_probs, logits_at, read_activations, replaced
 from sae_italian.saes import check_fits, hooks_of
 
-_AFFINE = ("none", "expected_average_only_in")
 HALVINGS = 24
 FARTHEST = 64.0  # times its own activation that a latent is pushed down before it is given up
 NGRAM = 3  # of the repeat rate
@@ -40,10 +39,10 @@ def edit_hooks(sae: Any, model: Any) -> tuple[str, str]:
     """
     check_fits(sae, model, writes=True)
     normalise = getattr(sae.cfg, "normalize_activations", "none")
-    if normalise not in _AFFINE:
+    if normalise != "none":  # a scale that could be folded in is refused before
         raise UsageError(
             f"the SAE has normalize_activations {normalise!r}, so a latent writes another direction for each token. "
-            f"Use an SAE with one of: {', '.join(_AFFINE)}."
+            "Use an SAE with none."
         )
     return hooks_of(sae)
 
@@ -81,6 +80,15 @@ def token_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the text of each id by itself, a leading space kept."""
     strings = _strings(tokenizer, len(tokenizer))
     return [strings[int(i)] for i in ids]
+
+
+def token_of(tokenizer: Any, text: str) -> int:
+    """Return the one token of a text that follows a prompt. Raises: UsageError when it has several."""
+    ids = tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        parts = " + ".join(tokenizer.convert_ids_to_tokens(ids))
+        raise UsageError(f"{text} has {len(ids)} tokens ({parts}); one was expected. Give its first.")
+    return ids[0]
 
 
 # --- ablation --------------------------------------------------------------------------------------------------------

@@ -15,13 +15,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib.resources import files
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from jaxtyping import Float
 
 from sae_italian import micro_italiano
@@ -29,6 +27,7 @@ from sae_italian.base import pictures
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.pace import paced
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
+from sae_italian.base.storage import read_yaml
 from sae_italian.models.activations import check_context, continuation_log_probs, logits_at
 from sae_italian.models.catalogue import resolve
 
@@ -115,7 +114,7 @@ def check_able(found: TaskScore, task: str, model: str) -> TaskScore:
 
 
 def _data(name: str) -> Any:
-    return yaml.safe_load((files("sae_italian.analysis") / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return read_yaml(Path(__file__).with_name("data") / f"{name}.yaml")
 
 
 def italian_skills(model: Any, *, n: int = 300, seed: int = 1001) -> dict[str, float]:

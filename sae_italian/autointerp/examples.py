@@ -20,6 +20,7 @@ from sae_italian.autointerp.rules import LatentRule, TreeRule, rule_of
 from sae_italian.autointerp.store import Explanation
 from sae_italian.autointerp.wording import displayed, rule_of_title
 from sae_italian.cache import FeatureCache
+from sae_italian.cache.passages import marked
 
 N_SIMULATED = 5  # strongest segments of the simulation, and as many random ones (Cunningham et al. 2023)
 LEAST_PAIRS = 10  # positives and negatives below which a source of negatives is not scored
@@ -52,15 +53,7 @@ class Example:
 
     def marked_text(self, opening: str = "<<", closing: str = ">>") -> str:
         """Return the text with each run of marked tokens between two signs."""
-        marks = np.zeros(len(self.tokens), dtype=bool) if self.marks is None else self.marks
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], marks.astype(np.int8), [0]])))
-        pieces, done = [], 0
-        for start, stop in edges.reshape(-1, 2).tolist():
-            begin, end = max(int(self.spans[start, 0]), done), int(self.spans[stop - 1, 1])
-            lead = len(self.text[begin:end]) - len(self.text[begin:end].lstrip())
-            pieces += [self.text[done : begin + lead], opening, self.text[begin + lead : end], closing]
-            done = end
-        return "".join([*pieces, self.text[done:]])
+        return self.text if self.marks is None else marked(self, self.marks, opening, closing)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,12 @@
-"""One way to show a result: as a Markdown table, as plain values for JSON, and as a folder that holds both."""
+"""One way to show a result: as a Markdown table, as plain values for JSON, as a folder that holds both, as a page."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from html import escape
 from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,17 @@ from sae_italian.base.labels import label
 from sae_italian.base.pace import cut_short
 from sae_italian.base.statistics import Estimate
 from sae_italian.base.storage import utc_now, write_json, write_text
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
+h1, h2 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-top: 1px solid #d7dbe0; padding-top: 1rem; }
+div { overflow-x: auto; } [lang=it] { color: #4a525c; } th[role] { cursor: pointer; }
+table { border-collapse: collapse; font-size: 0.9rem; margin: 1rem 0; } svg { max-width: 100%; height: auto; }
+th, td { text-align: left; padding: 0.25rem 0.7rem; border-bottom: 1px solid #e3e6ea; vertical-align: top; }
+@media (prefers-color-scheme: dark) {
+  body { background: #16191d; color: #e6e8eb; } [lang=it] { color: #aab2bc; } h2, th, td { border-color: #353b43; }
+}
+"""
 
 
 def table(head: str, rows: Iterable[Sequence[object]]) -> str:
@@ -67,6 +79,31 @@ def save_result(folder: Path, name: str, value: dict[str, Any], parts: Sequence[
         )
     for picture, svg in pictures.items():
         write_text(folder / f"{picture}.svg", svg)
+
+
+def page(
+    title: str,
+    parts: Iterable[str],
+    *,
+    pictures: Mapping[str, str] | None = None,
+    italian: Collection[str] = (),
+    script: str = "",
+) -> str:
+    """Return parts of Markdown as one HTML file that needs nothing else; they hold text and tables, no mark-up or link.
+
+    pictures: the SVG that stands in the place of a part. italian: which of the parts are in Italian.
+    """
+    from markdown_it import MarkdownIt
+
+    render, blocks = MarkdownIt("zero").enable(["heading", "table", "emphasis"]).render, []
+    for part in parts:
+        drawn = (pictures or {}).get(part, "")
+        language = ' lang="it"' if part in italian else ""
+        blocks.append(f"<div{language}>{drawn[drawn.index('<svg') :] if drawn else render(part)}</div>")
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    body = "\n".join([*blocks, f"<script>{script}</script>" if script else ""])
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
 @contextlib.contextmanager

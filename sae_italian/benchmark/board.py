@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,15 +82,15 @@ class Entry:
         means = np.mean(kept, axis=0)
         return float(np.std(means, ddof=1)) if np.size(means) > 1 else float("nan")
 
-    def influence(self) -> dict[tuple[str, str], float]:
+    def influence(self) -> Counter[tuple[str, str]]:
         """Return by (document, task) the influence on the mean AUC at k = 16."""
         kept = [p for p in self.scores if not self.told[self.tasks[p]]["form"]]
         poolings = {task: sum(self.tasks[p] == task for p in kept) for task in {self.tasks[p] for p in kept}}
-        total: dict[tuple[str, str], float] = {}
+        total: Any = Counter()
         for problem in kept:
             task = self.tasks[problem]
             for document, part in self.scores[problem].own["influence"]["16"].items():
-                total[document, task] = total.get((document, task), 0.0) + part / poolings[task] / len(poolings)
+                total[document, task] += part / poolings[task] / len(poolings)
         return total
 
 
@@ -114,12 +115,10 @@ def compare(a: Entry, b: Entry) -> Difference:
     if len(shared) < 2:
         return Difference(float("nan"), float("nan"), float("nan"), len(shared))
     differences = np.array([one[task] - other[task] for task in shared])
-    cells = a.influence()
-    for key, part in b.influence().items():
-        cells[key] = cells.get(key, 0.0) - part
-    documents: dict[str, float] = {}
+    cells, documents = a.influence(), Counter()
+    cells.subtract(b.influence())
     for (document, _), part in cells.items():
-        documents[document] = documents.get(document, 0.0) + part
+        documents[document] += part
     over_tasks = float(differences.var(ddof=1)) / len(shared)
     over_documents, alone = (float(np.square([*some.values()]).sum()) for some in (documents, cells))
     seeds = (a.reseed**2 + b.reseed**2) / max(len(next(iter(a.scores.values())).own["auc"]["16"]), 1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,8 @@ class Choice:
 
 def by_k(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
     """Return the trials of each k, smallest k first."""
-    found: dict[int, list[Trial]] = {}
-    for trial in sorted(trials, key=lambda t: (t.k, t.seed)):
-        found.setdefault(trial.k, []).append(trial)
-    return found
+    in_order = sorted(trials, key=lambda t: (t.k, t.seed))
+    return {k: list(some) for k, some in groupby(in_order, lambda t: t.k)}
 
 
 @torch.no_grad()

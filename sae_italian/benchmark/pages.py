@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -12,13 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian.base.labels import label
-from sae_italian.base.report import plain, shown, table
-from sae_italian.base.storage import fingerprint, utc_now, write_json, write_text
+from sae_italian.base.report import page, plain, save_result, shown, table
+from sae_italian.base.storage import fingerprint, write_json, write_text
 from sae_italian.benchmark.board import COLUMNS, Entry, compare, ranks, read_entries, saebench, training_noise
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}
-div{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left}
-th[role]{cursor:pointer}@media(prefers-color-scheme:dark){body{background:#16191d;color:#e6e8eb}}"""
 SIZE = {"texts": 0, "tokens": 0, "tokens_per_word": 2}  # digits
 # A click on a column's head sorts by its first number, the largest first.
 SORT = """document.querySelectorAll('th').forEach((h,i)=>{h.setAttribute('role','button');h.onclick=()=>{
@@ -37,15 +33,6 @@ class Board(NamedTuple):
     def markdown(self) -> str:
         """Return the table with its title and notes."""
         return "\n\n".join([f"## {self.title}", table(" | ".join(self.head), self.rows), *self.notes])
-
-    def page(self) -> str:
-        """Return the same as HTML."""
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows]
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        rows = "".join(f"<tr>{row}</tr>" for row in cells)
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        body = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        return f"<h2>{html.escape(self.title)}</h2><div>{body}</div>{notes}"
 
 
 def both(key: str, **values: Any) -> str:
@@ -130,9 +117,7 @@ def write(folder: Path, entries: Sequence[Entry], told: Mapping[str, Any]) -> Bo
     boards = [first._replace(notes=[*first.notes, *notes]), families(entries), *map(problems, entries)]
     _pages(folder / "benchmark", both("title"), boards)
     rows = [{c: plain(entry.estimate(c)) for c in COLUMNS} | {"sae": entry.name, **_facts(entry)} for entry in entries]
-    write_json(
-        folder / "benchmark.json", {"saes": rows, "notes": notes, "refused": told["refused"], "created": utc_now()}
-    )
+    save_result(folder, "benchmark", {"saes": rows, "notes": notes, "refused": told["refused"]})
     for entry in entries:
         name = entry.name if ":" in entry.name else f"custom_{entry.name}"
         name = name.replace("/", "_").replace(":", "_")
@@ -177,12 +162,9 @@ def leaderboard(folder: Path) -> list[Board]:
 
 
 def _pages(stem: Path, title: str, boards: Sequence[Board]) -> None:
-    text = "\n\n".join([f"# {title}", *(board.markdown() for board in boards)])
-    write_text(stem.with_suffix(".md"), text + "\n")
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    body = "\n".join(board.page() for board in boards)
-    page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{html.escape(title)}</h1>\n{body}'
-    write_text(stem.with_suffix(".html"), f"{page}\n<script>{SORT}</script></body></html>\n")
+    parts = [f"# {title}", *(board.markdown() for board in boards)]
+    write_text(stem.with_suffix(".md"), "\n\n".join(parts) + "\n")
+    write_text(stem.with_suffix(".html"), page(title, parts, script=SORT))
 
 
 def send_to_wandb(entries: Sequence[Entry], project: str, folder: Path) -> str:

@@ -178,13 +178,10 @@ class Pooling:
     def latents(self, sae: Any, what: str) -> scipy.sparse.csr_array:
         """Return the pooled latents [points, d_sae]. Raises: UsageError when the SAE reads another width."""
         found, parts = [], zip(self._of_part, self.acts.parts(), strict=True)
-        bar = progress(what, total=len(self._of_part), unit="part")
-        for pool, (_, x) in parts:
-            bar.update(1)
+        for pool, (_, x) in progress(what, parts, total=len(self._of_part), unit="part"):
             used = np.flatnonzero(np.diff(pool.tocsc().indptr))  # tokens that no point needs are not encoded
             if len(used):
                 found.append(scipy.sparse.csr_array(pool[:, used] @ encode_words(sae, x[used])))
-        bar.close()
         return scipy.sparse.csr_array(scipy.sparse.vstack(found, format="csr"))
 
     def sample(self, n: int, seed: int = 0) -> Float[np.ndarray, "n d_in"]:

@@ -7,7 +7,7 @@ it was, and a further SAE costs its own encoding alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from sae_italian.base.storage import claimed, fingerprint, read_json, write_json
 from sae_italian.benchmark import probes
 from sae_italian.benchmark.material import Material
 from sae_italian.benchmark.probes import Activations, Pooling, model_identity, read_texts
-from sae_italian.benchmark.tasks import LEAST, TEST, TRAIN, Plan, ProbingTask, Problem, Sides, draw, plan
+from sae_italian.benchmark.tasks import LEAST, TEST, TRAIN, Plan, ProbingTask, Problem, draw, plan
 from sae_italian.saes import check_fits, hooks_of, weights_hash
 from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
 
@@ -125,7 +125,7 @@ def _influence(documents: np.ndarray, draws: Sequence[Drawn], judged: Sequence[p
     return {document: round(part, 7) for document, part in total.items()}
 
 
-def _drawn(problem: Problem, pooling: Pooling, found: Sides) -> Drawn:
+def _drawn(problem: Problem, pooling: Pooling, found: Iterable[np.ndarray]) -> Drawn:
     """Return a draw as rows of the pooling, without words beyond the context."""
     points, sides = problem.points(), []
     for items in found:

@@ -65,13 +65,6 @@ class Item(NamedTuple):
     form: str  # what a reader of form alone sees
 
 
-class Sides(NamedTuple):
-    """Indices of items."""
-
-    train: Int[np.ndarray, " n"]
-    test: Int[np.ndarray, " m"]
-
-
 def read_tasks(values: Mapping[str, Any], known: Mapping[str, Collection[str]] | None = None) -> Iterator[ProbingTask]:
     """Yield the tasks of one file. `each` makes one for every value of a fact; `*` stands for the `known` values."""
     shared = {key: value for key, value in values.items() if key != "tasks"}
@@ -206,8 +199,8 @@ def draw(
     seed: int,
     wanted: Bool[np.ndarray, " n"] | None = None,
     most: tuple[int, int] = (TRAIN, TEST),
-) -> Sides:
-    """Return balanced examples of both sides; those that are `wanted` (of texts already read) come first."""
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+    """Return the numbers of balanced examples for training and for test; those that are `wanted` (of texts already read) come first."""
     order = np.random.default_rng(seed).permutation(len(items))
     if wanted is not None:
         order = order[np.argsort(~wanted[order], kind="stable")]
@@ -222,7 +215,7 @@ def draw(
         pairs.sort(key=lambda pair: max(rank[pair[0]], rank[pair[1]]))
         sides.append(np.array(pairs[: limit // 2], dtype=np.int64).reshape(-1))
     shuffled = np.random.default_rng(seed + 1).permutation(len(sides[0]))  # the last rows choose C
-    return Sides(sides[0][shuffled], sides[1])
+    return sides[0][shuffled], sides[1]
 
 
 # --- which texts are read ----------------------------------------------------------------------------------------------
@@ -275,8 +268,7 @@ def plan(
     texts: dict[str, int] = {}
     for _, items, passages in sorted(found.values(), key=lambda one: n_balanced(one[1])):
         read = np.array([passages[item.passage].text in texts for item in items])
-        drawn = draw(items, seed, read, most)
-        for index in np.concatenate([drawn.train, drawn.test]).tolist():
+        for index in np.concatenate(draw(items, seed, read, most)).tolist():
             texts.setdefault(passages[items[index].passage].text, len(texts))
     problems = []
     for task, items, passages in found.values():

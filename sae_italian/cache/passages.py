@@ -36,6 +36,19 @@ class Shown(NamedTuple):
     doc: int
 
 
+def marked(passage: Any, marks: Bool[np.ndarray, " tokens"], opening: str, closing: str) -> str:
+    """Return the text of a passage, with its `spans`, and each run of marked tokens between two signs."""
+    text, spans = passage.text, passage.spans
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], marks.astype(np.int8), [0]])))
+    pieces, done = [], 0
+    for start, stop in edges.reshape(-1, 2).tolist():
+        begin, end = max(int(spans[start, 0]), done), int(spans[stop - 1, 1])
+        lead = len(text[begin:end]) - len(text[begin:end].lstrip())
+        pieces += [text[done : begin + lead], opening, text[begin + lead : end], closing]
+        done = end
+    return "".join([*pieces, text[done:]])
+
+
 class Peaks(NamedTuple):
     """The strongest position of every active segment (of equals the first), strongest first, and the segment's start."""
 

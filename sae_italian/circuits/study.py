@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian import micro_italiano
+from sae_italian.analysis.latent import token_of
 from sae_italian.analysis.tasks import ioi_pairs, number_pairs, words_for
 from sae_italian.base import pictures
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, mean_interval
-from sae_italian.base.storage import packaged_yaml
+from sae_italian.base.storage import read_yaml
 from sae_italian.circuits.check import check, random_graph
 from sae_italian.circuits.edges import Prompt, attribute
 from sae_italian.circuits.graph import Graph, influence
@@ -173,9 +173,10 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
         except UnicodeDecodeError as error:
             raise DataError(f"{case} is not UTF-8 ({error.reason} at byte {error.start}).") from error
         lines = [line.split("\t") for line in lines if line.strip()]
-        if any(len(line) < 2 for line in lines):
+        if any(len(line) < 2 or not line[1].strip() for line in lines):
             raise UsageError(f"{case}: a line is PROMPT, a tab, TOKEN, perhaps a tab and the token against it.")
-        return [Case(line[0], "", *_ids(tokenizer, *line[1:3])) for line in lines[:n]]
+        ids = [[token_of(tokenizer, text) for text in line[1:3] if text.strip()] for line in lines[:n]]
+        return [Case(line[0], "", *(own + [None])[:2]) for line, own in zip(lines, ids, strict=False)]
     if case not in CASES:
         raise UsageError(f"{case!r} is no case and no file. The cases: {', '.join(CASES)}; a file has a prompt a line.")
     embedded = _embedded(model)
@@ -205,14 +206,6 @@ def _embedded(model: Any) -> bool:
     return getattr(model, "loaded_from", {}).get("name") == "sae-italian-mini"
 
 
-def _ids(tokenizer: Any, right: str, wrong: str = "") -> tuple[int, int | None]:
-    words = [word.strip() for word in (right, wrong) if word.strip()]
-    found = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
-    if any(len(ids) != 1 for ids in found):
-        raise UsageError(f"{right!r} and {wrong!r} have {[*map(len, found)]} tokens; one each was expected.")
-    return found[0][0], found[1][0] if len(found) > 1 else None
-
-
 def _usable(tokenizer: Any, base: str, other: str, words: Sequence[str]) -> tuple[int, int] | None:
     """Return the first tokens of both words where these differ and the prompts are equally long, else None."""
     if len(tokenizer(base).input_ids) != len(tokenizer(other).input_ids):
@@ -234,7 +227,7 @@ def _micro_pairs(kind: str, n: int, seed: int) -> list[tuple[str, str, str, str]
 
 @cache
 def _words() -> dict[str, list[list[str]]]:
-    told = packaged_yaml((files("sae_italian.circuits") / "cases.yaml").read_text(encoding="utf-8"))
+    told = read_yaml(Path(__file__).with_name("cases.yaml"))
     return {name: [pair.split("/") for pair in pairs] for name, pairs in told.items()}
 
 

@@ -97,8 +97,6 @@ def _run(
     from sae_italian.benchmark.tasks import all_tasks, chosen
     from sae_italian.saes import model_of
 
-    if settings["seeds"] < 1:
-        raise UsageError(f"seeds is {settings['seeds']}; 1 or more was expected.")
     known = all_tasks({"genre": where[1]}) if where else hub_tasks()
     tasks = chosen(known, preset if where else "full", settings["tasks"])
     sources = list(dict.fromkeys(task.source for task in tasks))
@@ -106,8 +104,7 @@ def _run(
     saes = {name: sae_italian.load_sae(given) for name, given in names.items()}
     subject = model_of(next(iter(saes.values())), model)
     kinds = [kind for kind in settings["baselines"].split(",") if kind]
-    how: dict[str, Any] = {"quick": preset == "quick", "n_seeds": settings["seeds"]}
-    how |= {"resume": folder.resume, "overwrite": folder.overwrite}
+    how: dict[str, Any] = {"quick": preset == "quick", "n_seeds": settings["seeds"], **asdict(folder)}
     told = run(saes, subject, material, tasks, out, baselines=_fitter(kinds) if kinds else None, **how)
     return told | {"refused": [*told["refused"], *failed]}
 

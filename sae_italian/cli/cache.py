@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -223,7 +224,9 @@ def _explained(
 
     config = AutointerpConfig(**numbers)
     model = sae_italian.load_model(name or cache.manifest.model)
-    sae = _sae_of(cache, needed=control)
+    sae = None  # without the random control it only names decoder neighbours
+    with nullcontext() if control else suppress(SaeItalianError):
+        sae = sae_italian.load_sae(cache.manifest.sae)
     if overwrite:
         forget_scores(cache)
     if settings.wants_llm and settings.estimate:
@@ -271,13 +274,3 @@ def _scored(
     score_with_models(cache, model.tokenizer, store, judges, latents=n_scored, explainer=explainer)
     rows = means(store, explainer, [judge.name for judge in judges])
     return Result(rows, means_table(rows))
-
-
-def _sae_of(cache: Any, needed: bool) -> Any:
-    """Return the cache's SAE: for the random control, and for the decoder neighbours where it is still at hand."""
-    try:
-        return sae_italian.load_sae(cache.manifest.sae)
-    except SaeItalianError:
-        if needed:
-            raise
-        return None

@@ -269,6 +269,7 @@ def _study(model: str, transcoders: Path, case: str, settings: dict[str, Any], o
 
 
 def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any], out: Path | None) -> Result:
+    from sae_italian.analysis.latent import token_of
     from sae_italian.browser.graph import latents_of
     from sae_italian.circuits.check import check
     from sae_italian.circuits.edges import attribute
@@ -276,11 +277,12 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     from sae_italian.circuits.show import summary
 
     loaded, saes = _loaded(model, transcoders)
-    wanted, against = (_token(loaded.tokenizer, settings[key]) for key in ("target", "against"))
-    if against and not wanted:
+    texts = settings["target"], settings["against"]
+    wanted, against = (token_of(loaded.tokenizer, text) if text else None for text in texts)
+    if against is not None and wanted is None:
         raise UsageError(f"against={settings['against']} needs target=TEXT, the token whose logit it is taken from.")
     how: dict[str, Any] = {"max_nodes": settings["max_nodes"], "batch": settings["batch"] or None, "resume": out}
-    how |= {"logits": wanted, "against": against[0] if against else None, "memory": settings["memory"] or None}
+    how |= {"logits": wanted if wanted is None else [wanted], "against": against, "memory": settings["memory"] or None}
     found = attribute(loaded, saes, prompt, **how)
     value = {"prompt": prompt, "model": model, "n_active": found.n_active, **plain(scores(found))}
     latents = {}
@@ -322,17 +324,6 @@ def transcoder_folders(folder: Path) -> list[Path]:
     if not mine:
         raise UsageError(f"{folder} holds no transcoders. Train some with `sae-italian train mini/transcoders`.")
     return mine
-
-
-def _token(tokenizer: Any, text: str) -> list[int] | None:
-    """Return the one token of a text that follows a prompt. Raises: UsageError when it has several."""
-    if not text:
-        return None
-    ids = tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
-    if len(ids) != 1:
-        parts = " + ".join(tokenizer.convert_ids_to_tokens(ids))
-        raise UsageError(f"{text} has {len(ids)} tokens ({parts}); one was expected. Give its first.")
-    return ids
 
 
 def _write(out: Path, found: Any, value: dict[str, Any], latents: Any, checked: Any) -> str:

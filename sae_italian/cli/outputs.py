@@ -21,9 +21,7 @@ from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.labels import read_words
 from sae_italian.base.report import plain
 from sae_italian.base.storage import claimed, write_text
-from sae_italian.cli import Count, Folder, Result, Source, latent_range
-
-SENTENCE = "sentence="
+from sae_italian.cli import Count, Folder, Result, Source, latent_range, own_words
 
 
 def browse(
@@ -64,8 +62,8 @@ def browse(
     """
     if not (source / "manifest.json").is_file() and any(source.glob("*/c*.json")):
         return _suite(source, words, out)
-    settings = {word.partition("=")[0]: word.partition("=")[2] for word in words}
-    other_sae = settings.pop("other_sae", None)
+    own, rare = own_words(words, {"other_sae": "", "encoder": ""})
+    other_sae = own["other_sae"] or None
     if latent is not None and (serve or compare):
         raise UsageError("--latent prints one card here; leave out --serve and --compare.")
     if to_space and (serve or latent is not None):
@@ -74,9 +72,9 @@ def browse(
         raise UsageError("other_sae= is the SAE of --compare CACHE, which is missing.")
     which = {"sae_name": sae, "model_name": model, "compare": compare, "other_sae": other_sae}
     if serve:
-        which["encoder"] = settings.pop("encoder", None)
-        return _serve(source, port, _llm_settings(endpoint, llm_model, language, settings), which)
-    if settings or endpoint or llm_model:
+        which["encoder"] = own["encoder"] or None
+        return _serve(source, port, _llm_settings(endpoint, llm_model, language, rare), which)
+    if rare or own["encoder"] or endpoint or llm_model:
         raise UsageError(
             "an LLM, or an encoder, works only while the browser is served; add --serve, or leave its settings out."
         )
@@ -125,15 +123,14 @@ def _sent(folder: Path, space: str) -> str:
         raise UsageError(f"{folder} is written and not sent: {error} {by_hand}") from error
 
 
-def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal["it", "en"], rare: dict[str, str]):
+def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal["it", "en"], rare: list[str]):
     """Return the settings of a language model that somebody waits for: one call at a time, and not for long."""
     from sae_italian.autointerp.llm import LLMOptions
 
     if not (endpoint or llm_model):
         return None
     options = LLMOptions(explainer="llm", endpoint=endpoint, llm_model=llm_model, language=language)
-    given = {"timeout": "20", "attempts": "1", "concurrency": "1"} | rare
-    return options.with_words([f"{name}={value}" for name, value in given.items()])
+    return options.with_words(["timeout=20", "attempts=1", "concurrency=1", *rare])
 
 
 def _serve(folder: Path, port: int, llm: Any, which: dict[str, Any]) -> Result:
@@ -166,9 +163,8 @@ def _serve(folder: Path, port: int, llm: Any, which: dict[str, Any]) -> Result:
 def _suite(folder: Path, words: tuple[str, ...], out: Path | None) -> Result:
     from sae_italian.browser.suite import latents_of, overview_text, read_suite, write_overview
 
-    sentence = next((word.removeprefix(SENTENCE) for word in words if word.startswith(SENTENCE)), "")
-    caches = [Path(word) for word in words if not word.startswith(SENTENCE)]
-    rows, name = read_suite(folder, caches), folder.resolve().name
+    own, caches = own_words(words, {"sentence": ""})
+    sentence, rows, name = own["sentence"], read_suite(folder, list(map(Path, caches))), folder.resolve().name
     found = latents_of(sentence, rows) if sentence else []
     out = out or folder.resolve().with_name(f"{name}-overview")
     index = write_overview(rows, out, f"Suite: {name}", found, sentence)

@@ -102,7 +102,8 @@ def train(
         raise UsageError("--processes is for one SAE; the groups of a suite are independent and take --workers.")
     out = out.resolve()  # a worker may have another working directory
     elsewhere = where.engine != "local" or (where.workers or 1) > 1
-    run_units: dict[str, Any] = {"run_units": where.map(out, gpus=float(suite.on_gpu))} if elsewhere else {}
+    gpus = float(any(spec.device.startswith("cuda") for spec in suite.members().values()))
+    run_units: dict[str, Any] = {"run_units": where.map(out, gpus=gpus)} if elsewhere else {}
     saes = [str(each) for each in sae_italian.train_suite(suite, out, **asdict(folder), **run_units)]
     return Result({"suite": str(out), "saes": saes}, "\n".join(f"SAE: {each}" for each in saes))
 

@@ -8,6 +8,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.labels import kinds_of, read_words
 from sae_italian.base.pace import progress
@@ -162,9 +164,8 @@ class Reproduction(NamedTuple):
         if self.budget["layers"]:
             return list(self.budget["layers"])
         last = self.subject.n_layers - 1
-        if at_most == 1:
-            return [last // 2]
-        return list(range(last + 1)) if last < at_most else [round(i * last / (at_most - 1)) for i in range(at_most)]
+        spread = np.linspace(0, last, min(at_most, last + 1)).round().astype(int).tolist()
+        return [last // 2] if at_most == 1 else spread
 
 
 class Step(NamedTuple):

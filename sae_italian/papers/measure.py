@@ -21,7 +21,6 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
-from sae_italian.autointerp.examples import Example
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import UsageError
@@ -29,11 +28,12 @@ from sae_italian.base.pace import progress
 from sae_italian.base.report import plain
 from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
 from sae_italian.cache import FeatureCache, build_caches
+from sae_italian.cache.passages import marked
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.evaluation import evaluate
 from sae_italian.evaluation.diagnosis import held_out_activations
 from sae_italian.papers.job import Reproduction, Subject, kept, layer_of, open_subject
-from sae_italian.papers.report import baselines_svg, dictionary_name, markdown_table, shown, tables_of
+from sae_italian.papers.report import baselines_svg, dictionary_name, section_of, shared_words, shown
 from sae_italian.saes import check_fits, full_name, load_sae, weights_hash
 from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines, rescaled, with_top_k
 from sae_italian.saes.fit import fit
@@ -140,9 +140,8 @@ def examples(folder: Path, tokenizer: Any, n: int) -> list[dict[str, Any]]:
 
 def strongest(cache: FeatureCache, latent: int) -> str:
     """Return the segment with a latent's largest activation, each run of its active tokens between « »."""
-    shown = cache.latent(latent).windows("top", 1, width=WIDTH).shown()[0]
-    found = Example(shown.text, shown.spans, shown.values, shown.values, "", True, marks=shown.values > 0)
-    return " ".join(found.marked_text("«", "»").split())
+    found = cache.latent(latent).windows("top", 1, width=WIDTH).shown()[0]
+    return " ".join(marked(found, found.values > 0, "«", "»").split())
 
 
 # --- explained variance against L0 (Cunningham et al. 2023, figure 6) --------------------------------------------------
@@ -329,13 +328,5 @@ def _scores(
 
 def baselines_markdown(result: dict[str, Any]) -> str:
     """Return the whole comparison as Markdown."""
-    settings = result["settings"]
-    text = (
-        f"Text: {result['corpus']}. Baselines fitted on {settings['fit_tokens']:,} tokens of training text; the rest is "
-        f"held-out text: {settings['card_tokens']:,} tokens for L0, explained variance (centred) and perplexity, "
-        f"{settings['cache_tokens']:,} for explanations and simulations of up to {settings['latents']} live latents drawn "
-        "at random. Simulation: correlation of simulated and true activations, mean over latents (Cunningham et al. "
-        "2023); shuffled: with another latent's explanation."
-    )
-    tables = [markdown_table(table) for layer in result["layers"] for table in tables_of("dictionaries", layer)]
-    return "\n\n".join([f"# Baselines: {result['model']}", text, *tables, "![baselines](baselines.svg)"]) + "\n"
+    title, text, tables, *_ = section_of(shared_words()["baselines"], result)
+    return "\n\n".join([f"# {title['en']}", *text.values(), *tables, "![baselines](baselines.svg)"]) + "\n"

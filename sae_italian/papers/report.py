@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -12,36 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_italian.base import report
 from sae_italian.base.labels import filled, label
 from sae_italian.base.pictures import INK, OTHERS, OURS, REFERENCE, svg
+from sae_italian.base.report import page, table
 from sae_italian.base.storage import read_yaml, write_text
 from sae_italian.saes.baselines import TOPK
 
 NOT_DONE = "Not done · Non svolto"
 LONGEST = 240  # characters of a cell in the form `short`; report.json has the whole
-_LANGUAGE = {"en": "", "it": ' class="it" lang="it"'}
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
-h1, h2 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-top: 1px solid #d7dbe0; padding-top: 1rem; }
-.it { color: #4a525c; } .skipped { color: #8a4b00; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; margin: 1rem 0; }
-caption { text-align: left; font-weight: 600; padding-bottom: 0.3rem; }
-th, td { text-align: left; padding: 0.25rem 0.7rem; border-bottom: 1px solid #e3e6ea; vertical-align: top; }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
-@media (prefers-color-scheme: dark) {
-  body { background: #16191d; color: #e6e8eb; } .it { color: #aab2bc; } .skipped { color: #e0a458; }
-  h2, th, td { border-color: #353b43; }
-}
-"""
-
-
-class ReportTable(NamedTuple):
-    """Cells are plain text."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 class Section(NamedTuple):
@@ -49,63 +26,27 @@ class Section(NamedTuple):
 
     title: dict[str, str]
     text: dict[str, str] = {}
-    tables: Sequence[ReportTable] = ()
+    tables: Sequence[str] = ()  # Markdown
     pictures: dict[str, str] = {}  # SVGs by their file's name without .svg
     skipped: str = ""  # why there is nothing else
 
 
 def write_report(out: Path, sections: Sequence[Section]) -> None:
     """Write report.md, report.html and pictures/*.svg into `out`; the first section is the report's head."""
-    for section in sections:
+    parts: list[str] = []
+    pictures, italian = {}, set()
+    for i, section in enumerate(sections):
+        title, other = section.title["en"], section.title["it"]
+        parts += [f"## {title} · {other}"] if i else [f"# {title}", f"*{other}*"]
+        parts += [*section.text.values(), *([f"{NOT_DONE}: {section.skipped}"] if section.skipped else [])]
+        italian |= {f"*{other}*", section.text.get("it", "")}
+        drawn = {f"![{name}](pictures/{name}.svg)": picture for name, picture in section.pictures.items()}
+        parts += [*section.tables, *drawn]
+        pictures |= drawn
         for name, picture in section.pictures.items():
             write_text(out / "pictures" / f"{name}.svg", picture)
-    write_text(out / "report.md", _markdown(sections))
-    write_text(out / "report.html", _page(sections))
-
-
-def _markdown(sections: Sequence[Section]) -> str:
-    parts = []
-    for i, section in enumerate(sections):
-        english, italian = section.title["en"], section.title["it"]
-        parts += [f"## {english} · {italian}"] if i else [f"# {english}", f"*{italian}*"]
-        parts += section.text.values()
-        parts += [f"{NOT_DONE}: {section.skipped}"] if section.skipped else []
-        parts += map(markdown_table, section.tables)
-        parts += [f"![{name}](pictures/{name}.svg)" for name in section.pictures]
-    return "\n\n".join(parts) + "\n"
-
-
-def _page(sections: Sequence[Section]) -> str:
-    parts = []
-    for i, section in enumerate(sections):
-        (english, italian), text = map(html.escape, section.title.values()), section.text
-        head = f'<h1>{english}</h1>\n<p class="it" lang="it">{italian}</p>'
-        parts.append(f"<h2>{english} · <span lang='it'>{italian}</span></h2>" if i else head)
-        parts += [f"<p{_LANGUAGE[key]}>{html.escape(words)}</p>" for key, words in text.items()]
-        parts += [f'<p class="skipped">{NOT_DONE}: {html.escape(section.skipped)}</p>'] if section.skipped else []
-        parts += map(_html_table, section.tables)
-        parts += [f"<figure>{drawn[drawn.index('<svg') :]}</figure>" for drawn in section.pictures.values()]
-    head = f'<meta charset="utf-8"><title>{html.escape(sections[0].title["en"])}</title><style>{_STYLE}</style>'
-    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-
-
-def markdown_table(table: ReportTable) -> str:
-    """Return a table and its caption; a bar inside a cell does not end it."""
-    rows = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in table.rows]
-    caption = f"**{table.caption}**\n\n" if table.caption else ""
-    return caption + report.table(" | ".join(table.head), rows)
-
-
-def _html_table(table: ReportTable) -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
-
-    caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
-    rows = "".join(cells(row, "td") for row in table.rows)
-    head = f"<thead>{cells(table.head, 'th')}</thead>"
-    return f'<div class="wide"><table>{caption}{head}<tbody>{rows}</tbody></table></div>'
+    write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    write_text(out / "report.html", page(sections[0].title["en"], parts, pictures=pictures, italian=italian))
 
 
 # --- tables that a YAML describes ------------------------------------------------------------------------------------
@@ -125,8 +66,8 @@ def section_of(words: dict[str, Any], result: dict[str, Any], pictures: dict[str
     return Section(title, text, tables, pictures or {})
 
 
-def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[ReportTable]:
-    """Return the tables of a result that a description stands for (or the name of a shared one).
+def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[str]:
+    """Return the tables of a result, in Markdown with their captions, that a description stands for (or the name of a shared one).
 
     `rows` is the path to a list (empty: the result is the one row), `columns` the heads with the path and form of each
     cell. Or `facts` are rows with their paths, and `of` the columns' heads with the part of the result each is about (a
@@ -139,22 +80,20 @@ def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[R
     return [_table_of(spec, part) for part in parts]
 
 
-def _table_of(spec: dict[str, Any], part: Any) -> ReportTable:
+def _table_of(spec: dict[str, Any], part: Any) -> str:
     caption = spec.get("caption", "").format_map(part)
+    above = f"**{caption}**\n\n" if caption else ""
     if "markdown" in spec:
-        lines = [line.strip().strip("|").split("|") for line in lookup(part, spec["markdown"])]
-        head, _, *rows = [[cell.strip().strip("*") for cell in line] for line in lines]
-        return ReportTable(caption, head, rows)
+        return above + "\n".join(lookup(part, spec["markdown"]))
     if "facts" in spec:
         parts = {name: lookup(part, path) for name, path in spec["of"].items()}
         parts = {name: value for name, value in parts.items() if value is not None}
         names = {name: label(name) if name.startswith("card.") else name for name in spec["facts"]}
         rows = [(names[name], *(cell(value, path) for value in parts.values())) for name, path in spec["facts"].items()]
-        return ReportTable(caption, (spec.get("head", ""), *parts), rows)
+        return above + table(" | ".join([spec.get("head", ""), *parts]), rows)
     rows = lookup(part, spec["rows"]) if spec["rows"] else [part]
-    return ReportTable(
-        caption, list(spec["columns"]), [[cell(row, path) for path in spec["columns"].values()] for row in rows]
-    )
+    cells = [[cell(row, path) for path in spec["columns"].values()] for row in rows]
+    return above + table(" | ".join(spec["columns"]), cells)
 
 
 def lookup(results: Any, path: str) -> Any:
@@ -174,24 +113,26 @@ def lookup(results: Any, path: str) -> Any:
 
 
 def cell(row: Any, path: str) -> str:
-    """Return a value as text. A form may follow the path: `|2` decimals, `|%`, `|short`, or Python's, as `|.3g`."""
+    """Return a value as text of a Markdown table's cell, which a bar inside does not end.
+
+    A form may follow the path: `|2` decimals, `|%`, `|short`, or Python's, as `|.3g`.
+    """
     path, _, form = path.partition("|")
     value = lookup(row, path)
     if form == "short":
-        return shorten(value, LONGEST, placeholder=" ...")
-    if form == "%" or form.isdigit() or not form:
-        return shown(value, int(form) if form.isdigit() else 3, percent=form == "%")
-    return format(value, form)
+        text = shorten(value, LONGEST, placeholder=" ...")
+    elif form == "%" or form.isdigit() or not form:
+        text = shown(value, int(form) if form.isdigit() else 3, percent=form == "%")
+    else:
+        text = format(value, form)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def shown(value: Any, digits: int = 3, *, percent: bool = False) -> str:
     """Return a number, a text, or an estimate {value, lo, hi} as a cell; a dash where nothing was measured."""
     if isinstance(value, dict) and "value" in value:
-        middle = shown(value["value"], digits, percent=percent)
-        if middle == "-" or value.get("lo") is None or value.get("hi") is None:
-            return middle
-        low, high = (shown(value[key], digits, percent=percent) for key in ("lo", "hi"))
-        return f"{middle} ({low} to {high})"
+        middle, low, high = (shown(value.get(key), digits, percent=percent) for key in ("value", "lo", "hi"))
+        return middle if "-" in (middle, low, high) else f"{middle} ({low} to {high})"
     if value is None or isinstance(value, float) and not math.isfinite(value):
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -16,7 +16,7 @@ import numpy as np
 from sae_italian.base.hub import WANDB_FILE, WandbRun
 from sae_italian.base.storage import write_json, write_text
 from sae_italian.cache import FeatureCache
-from sae_italian.cache.passages import Shown
+from sae_italian.cache.passages import marked
 from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, EvaluationCard
 from sae_italian.training.config import RunSpec
 
@@ -152,17 +152,11 @@ def latent_rows(cache: FeatureCache, tokenizer: Any) -> list[list[Any]]:
     for latent in alive[np.linspace(0, len(alive) - 1, min(N_LATENTS, len(alive))).astype(int)].tolist():
         token, share = tokenizer.decode(int(stats["token_ids"][latent][0])), float(stats["token_shares"][latent][0])
         passages = cache.latent(latent).windows("top", N_CONTEXTS).shown()
-        texts = [marked(passage) for passage in passages] + [""] * (N_CONTEXTS - len(passages))
+        strongest = [np.arange(len(each.values)) == each.values.argmax() for each in passages]
+        texts = [" ".join(marked(*both, "**", "**").split()) for both in zip(passages, strongest, strict=True)]
+        texts += [""] * (N_CONTEXTS - len(passages))
         rows.append([latent, float(stats["density"][latent]), float(stats["max"][latent]), token, share, *texts])
     return rows
-
-
-def marked(passage: Shown) -> str:
-    """Return a passage's text in one line, its strongest token between asterisks."""
-    begin, end = passage.spans[passage.values.argmax()].tolist()
-    before, word, after = passage.text[:begin], passage.text[begin:end], passage.text[end:]
-    space = word[: len(word) - len(word.lstrip())]
-    return " ".join(f"{before}{space}**{word.strip()}**{after}".split())
 
 
 def sweep_folder(default: Path) -> Path:

@@ -35,32 +35,11 @@ LATENT_AXIS = {"W_enc": 1, "W_dec": 0, "b_enc": 0}  # b_dec is everybody's
 FLOAT = 4  # bytes
 
 
-class _Added(torch.autograd.Function):
-    """The sum over all processes. Each of them has the whole loss, so that the gradient is everybody's own."""
-
-    @staticmethod
-    def forward(ctx, part):  # pyright: ignore[reportIncompatibleMethodOverride]
-        total = part.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradients[0]
-
-
-class _Shared(torch.autograd.Function):
-    """A tensor that all processes have, used by each for its own latents: its gradient is the sum over all."""
-
-    @staticmethod
-    def forward(ctx, tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
+def added(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, without a gradient."""
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
 
 
 class ShardedTopK(SparseTopKTrainingSAE):
@@ -76,11 +55,14 @@ class ShardedTopK(SparseTopKTrainingSAE):
 
         Raises: ValueError as `SparseTopKTrainingSAE`.
         """
-        return super().training_forward_pass(replace(step_input, sae_in=gathered_rows(step_input.sae_in)))
+        return super().training_forward_pass(replace(step_input, sae_in=torch.cat(of_all(step_input.sae_in))))
 
     def _sparse_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         sae_in, bias = super()._sparse_input(x)
-        return sae_in, None if bias is None else _Shared.apply(bias)
+        bias = None if bias is None else bias.view_as(bias)  # what every process has and uses for its own latents:
+        if bias is not None and bias.requires_grad:  # its gradient is the sum over all
+            bias.register_hook(added)
+        return sae_in, bias
 
     def _encoded(
         self, sae_in: Tensor, rows: Tensor, b_enc: Tensor, k: int, encoder: dict[str, Any]
@@ -96,27 +78,23 @@ class ShardedTopK(SparseTopKTrainingSAE):
 
     def _decoded(self, values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         part = decode(values, indices, W_dec) if indices.numel() else W_dec.new_zeros(len(values), W_dec.shape[1])
-        return _Added.apply(part)
+        return part - part.detach() + added(part)  # each process has the loss of the whole: its gradient is its own
 
     def _n_of_all(self, latents: Tensor) -> int:
-        n = torch.tensor(len(latents), device=latents.device)
-        dist.all_reduce(n)
-        return int(n)
+        return int(added(torch.tensor(len(latents), device=latents.device)))
 
 
-def gathered_rows(rows: Float[Tensor, "tokens d"]) -> Float[Tensor, "all_tokens d"]:
-    """Return the rows of all processes, in their order; each must have as many."""
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+def of_all(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors of all processes, in their order; all have one shape."""
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return parts
 
 
 def best_of_all(scores: Float[Tensor, "tokens n"], k: int) -> Bool[Tensor, "tokens n"]:
     """Return which of this process' candidates are among the k of largest score of all processes' together."""
-    parts = [torch.empty_like(scores) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, scores.contiguous())
     n, first = scores.shape[1], dist.get_rank() * scores.shape[1]
-    together = torch.cat(parts, dim=1)
+    together = torch.cat(of_all(scores), dim=1)
     best = torch.zeros_like(together, dtype=torch.bool)
     best.scatter_(1, together.topk(min(k, together.shape[1]), dim=-1, sorted=False).indices, True)
     return best[:, first : first + n]
@@ -133,9 +111,7 @@ def _clip_together(sae: ShardedTopK) -> None:
             return
         arrived.clear()
         own = [p.grad.pow(2).sum() for p in parameters if p is not sae.b_dec and p.grad is not None]
-        total = torch.stack(own).sum()
-        dist.all_reduce(total)
-        norm = (total + sae.b_dec.grad.pow(2).sum()).sqrt()  # pyright: ignore[reportOptionalMemberAccess]
+        norm = (added(torch.stack(own).sum()) + sae.b_dec.grad.pow(2).sum()).sqrt()  # pyright: ignore[reportOptionalMemberAccess]
         for p in parameters:
             p.grad.mul_((CLIP / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -169,12 +145,9 @@ def sharded(sae: SparseTopKTrainingSAE) -> ShardedTopK:
 @torch.no_grad()
 def whole(part: ShardedTopK) -> SparseTopKTrainingSAE:
     """Return the SAE of which every process has a part, on every process: it is saved as any `sparse_topk`."""
-    world = dist.get_world_size()
-    sae = SparseTopKTrainingSAE(replace(part.cfg, d_sae=part.cfg.d_sae * world))
+    sae = SparseTopKTrainingSAE(replace(part.cfg, d_sae=part.cfg.d_sae * dist.get_world_size()))
     for name, tensor in part.state_dict().items():
-        axis = LATENT_AXIS.get(name)
-        parts = [torch.empty_like(tensor.contiguous()) for _ in range(world)]
-        dist.all_gather(parts, tensor.contiguous())
+        axis, parts = LATENT_AXIS.get(name), of_all(tensor)
         getattr(sae, name).copy_(parts[0] if axis is None else torch.cat(parts, dim=axis))
     return sae
 

@@ -24,7 +24,7 @@ from sae_italian.evaluation.card import Outliers, outliers_of
 from sae_italian.models import load_model, load_model_config, load_tokenizer
 from sae_italian.models.activations import read_many
 from sae_italian.models.hooks import SITES, Site, parse_hook_name
-from sae_italian.models.loading import device_of, weights_are_here
+from sae_italian.models.loading import weights_are_here
 from sae_italian.training.config import RunSpec, read_values, spec_from_dict
 from sae_italian.training.shards import traffic
 from sae_italian.training.text import WindowBlocks, check_length, training_documents
@@ -56,11 +56,6 @@ class SuiteSpec(BaseModel):
     """What one group may take: its SAEs, their optimisers, the model and the shuffling buffer (10^9 bytes)."""
     settings: dict[str, Any]
     """The other keys of `RunSpec`."""
-
-    @property
-    def on_gpu(self) -> bool:
-        device = str(self.settings.get("device", "cpu"))
-        return (device_of(device) if device == "auto" else device).startswith("cuda")
 
     def members(self) -> dict[str, RunSpec]:
         """Return the run of each SAE by name, those that share activations side by side.

@@ -117,7 +117,7 @@ def test_a_draw_is_balanced_within_every_value_and_the_same_for_the_same_seed():
         assert len(side) == 60 and sum(items[i].answer for i in side) == 30
         assert {items[i].test for i in side} == {test} and len(set(side.tolist())) == 60
     assert [side.tolist() for side in draw(items, 3)] == [side.tolist() for side in found]
-    assert draw(items, 4).train.tolist() != found.train.tolist()
+    assert draw(items, 4)[0].tolist() != found[0].tolist()
     assert n_balanced([item for item in items if not item.test]) == 30
 
 

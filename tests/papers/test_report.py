@@ -13,7 +13,7 @@ from sae_italian.base.labels import label
 from sae_italian.base.statistics import correlation, slope
 from sae_italian.papers import cunningham, llama_scope
 from sae_italian.papers.job import paper, papers
-from sae_italian.papers.report import ReportTable, Section, lookup, markdown_table, shown, tables_of, write_report
+from sae_italian.papers.report import Section, lookup, shown, tables_of, write_report
 from sae_italian.papers.reproduce import STEPS
 
 
@@ -110,7 +110,8 @@ class _Balance(HTMLParser):
 
 @pytest.fixture
 def written(tmp_path):
-    table = ReportTable("uno | due", ("a", "b"), [("x|y", "<script>alert(1)</script>"), ("è", "2")])
+    rows = [{"a": "x|y", "b": "<script>alert(1)</script> [c](http://d) ![e](f)"}, {"a": "è", "b": "2"}]
+    (table,) = tables_of({"caption": "uno", "rows": "rows", "columns": {"a": "a", "b": "b"}}, {"rows": rows})
     sections = [
         Section({"en": "Title", "it": "Titolo"}, {"en": "Intro", "it": "Inizio"}),
         Section(
@@ -131,17 +132,17 @@ def test_the_page_is_whole_escaped_and_asks_for_nothing(written):
     parser.feed(page)
     assert not parser.open and parser.seen.count("table") == 1 and parser.seen.count("svg") == 1
     assert "<script>" not in page and "&lt;script&gt;" in page and "Text &amp; more." in page
+    assert "<td>x|y</td>" in page and '<div lang="it"><p>Inizio</p>' in page
     assert not re.search(r"(src|href)=", page) and "url(" not in page
     assert "Not done · Non svolto: the model cannot" in page
 
 
 def test_the_markdown_is_a_table_whatever_a_cell_holds(written):
     text = (written / "report.md").read_text()
-    assert "| x\\|y | <script>alert(1)</script> |" in text and "| è | 2 |" in text
+    assert "**uno**\n\n| a | b |\n|---|---|\n| x\\|y | <script>alert(1)</script>" in text and "| è | 2 |" in text
     assert "![p](pictures/p.svg)" in text and (written / "pictures" / "p.svg").is_file()
-    table = ReportTable("", ("a", "b"), [("1", "2"), ("3", "4")])
-    (again,) = tables_of({"markdown": "lines"}, {"lines": markdown_table(table).splitlines()})
-    assert again.rows == [["1", "2"], ["3", "4"]]
+    (again,) = tables_of({"markdown": "lines"}, {"lines": ["| a |", "|---|", "| 1 |"]})
+    assert again == "| a |\n|---|\n| 1 |"
 
 
 def test_tables_are_read_off_their_descriptions():
@@ -152,11 +153,11 @@ def test_tables_are_read_off_their_descriptions():
     }
     columns = {"A": "a|%", "B": "b.c|.1f", "T": "t|short", "none": "z"}
     (table,) = tables_of({"each": "layers", "caption": "layer {n}", "rows": "rows", "columns": columns}, result)
-    assert table == ReportTable("layer 1", ["A", "B", "T", "none"], [["50.0 %", "2.0", "...", "-"]])
+    assert table == "**layer 1**\n\n| A | B | T | none |\n|---|---|---|---|\n| 50.0 % | 2.0 | ... | - |"
     (table,) = tables_of({"of": {"x": "one", "y": "two"}, "facts": {"share": "s|2", "card.l0": "t"}}, result)
-    assert table.head == ("", "x") and table.rows == [("share", "0.25"), (label("card.l0"), "-")]
+    assert table == f"|  | x |\n|---|---|\n| share | 0.25 |\n| {label('card.l0')} | - |"
     (table,) = tables_of({"rows": "", "columns": {"S": "one.s"}}, result)
-    assert table.rows == [["0.250"]]
+    assert table.endswith("| 0.250 |")
 
 
 def estimate(value):

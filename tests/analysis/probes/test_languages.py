@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_italian.analysis.labels import Languages, entropies, examples_in, language_latents, owners, parallel_overlap
+from sae_italian.analysis.labels import Languages, examples_in, language_latents, owners, parallel_overlap
 from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import named
@@ -18,9 +18,10 @@ PROBABILITY = np.array([[0.2, 0.1, 0.0, 0.0, 0.0005], [0.0, 0.1, 0.3, 0.0, 0.0],
 
 
 def test_entropies_and_owners_by_hand():
-    found = entropies(PROBABILITY)
-    assert found[1] == pytest.approx(np.log(3)) and found[2] == pytest.approx(np.log(2)) and np.isnan(found[3])
-    assert found[4] == 0 and 0 < found[0] < 0.3
+    found = Languages(["it", "en", "fr"], [1000, 900, 800], PROBABILITY, dict.fromkeys(("it", "en", "fr"), 0.0))
+    (first,) = found.as_dict()["it"]["latents"]
+    by_hand = -(20 / 21) * np.log(20 / 21) - (1 / 21) * np.log(1 / 21)
+    assert first == {"latent": 0, "probability": 0.2, "entropy": pytest.approx(by_hand)}
     assert owners(PROBABILITY).tolist() == [0, -1, -1, -1, -1]  # the last fires too rarely
 
 
