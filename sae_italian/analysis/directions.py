@@ -98,7 +98,8 @@ def map_of(units: Float[Tensor, "n d"], method: MapMethod = "pca", seed: int = 0
     if method == "umap":
         return _umap(units, seed)
     # each component's largest loading is positive, so that signs repeat; of one dimension the second is 0
-    found = PCA(min(2, units.shape[1]), svd_solver="covariance_eigh").fit_transform(units.cpu().double().numpy())
+    with np.errstate(invalid="ignore"):  # of directions that are all zero
+        found = PCA(min(2, units.shape[1]), svd_solver="covariance_eigh").fit_transform(units.cpu().double().numpy())
     return np.pad(found, ((0, 0), (0, 2 - found.shape[1]))).astype(np.float32)
 
 
