@@ -101,10 +101,9 @@ def train(
     if processes:
         raise UsageError("--processes is for one SAE; the groups of a suite are independent and take --workers.")
     out = out.resolve()  # a worker may have another working directory
-    elsewhere = where.engine != "local" or (where.workers or 1) > 1
     gpus = float(any(spec.device.startswith("cuda") for spec in suite.members().values()))
-    run_units: dict[str, Any] = {"run_units": where.map(out, gpus=gpus)} if elsewhere else {}
-    saes = [str(each) for each in sae_italian.train_suite(suite, out, **asdict(folder), **run_units)]
+    run_units = where.map(out, gpus=gpus)
+    saes = [str(each) for each in sae_italian.train_suite(suite, out, **asdict(folder), run_units=run_units)]
     return Result({"suite": str(out), "saes": saes}, "\n".join(f"SAE: {each}" for each in saes))
 
 
