@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 35_887,  # 21_500
-    "statements": 23_424,  # 13_500
+    "lines": 35_886,  # 21_500
+    "statements": 23_423,  # 13_500
     "files": 153,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -42,7 +42,7 @@ ROOM_LINES = {
     "benchmark": 2_271,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_456,  # 1_400
     "browser": 3_423,  # 2_650
-    "cli": 2_680,  # 1_400  # quickstart with it
+    "cli": 2_679,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 
