@@ -151,7 +151,8 @@ def test_two_processes_give_the_same(planted, mini, store, tmp_path):
     assert tables(run_autointerp(planted, mini.tokenizer, store=tmp_path / "two", workers=2)) == tables(store)
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+# Ray's cluster by itself is tests/base/test_units_ray.py's, and the bytes that come from it tests/cache/test_build_ray.py's.
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_latents_mapped_by_the_engine_give_the_same(engine, planted, mini, store, tmp_path, request, monkeypatch):
     monkeypatch.setattr(units, "get_context", fresh.spawned)
     if engine == "ray":

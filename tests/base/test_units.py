@@ -131,10 +131,10 @@ def test_stopping_leaves_whole_files_and_no_process(tmp_path, stop):
     process = start(tmp_path, 200)
     wait_for(lambda: len(work.read_log(tmp_path)) > 4)
     (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)  # Ctrl-C reaches the workers too
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
     workers = {pid for _, pid in work.read_log(tmp_path)}
-    wait_for(lambda: not any(alive(pid) for pid in workers), 10)
+    wait_for(lambda: not any(alive(pid) for pid in workers))
     assert len(work.read_log(tmp_path)) < 30
     if stop == signal.SIGINT:
         assert errors == "" and not list(tmp_path.glob(".*.tmp"))

@@ -229,7 +229,7 @@ def test_a_shard_of_another_schema(server):
 @pytest.mark.parametrize(
     "name", ["clean-mc4-it-tiny", "wikipedia-it", "0.6*wikipedia-it,0.4*clean-mc4-it-tiny@parquet"]
 )
-@pytest.mark.parametrize("taken", [1, 29, 47])
+@pytest.mark.parametrize("taken", [1, pytest.param(29, marks=pytest.mark.slow), 47])
 def test_a_resumed_stream_repeats_and_loses_nothing(server, name, taken):
     whole = texts(name, split="train", seed=5)
     first = CorpusStream(name, Reader(split="train", seed=5))

@@ -80,13 +80,20 @@ def test_activations_scaled_by_a_constant_on_one_side(sae, mini, factor):
     assert found.measures["norm_scale"]["best_output_factor"] == pytest.approx(1 / factor, rel=0.2)
 
 
+@pytest.fixture(scope="module")
+def fitting(healthy_folder, mini):
+    """The threshold that the doctor names, and what it finds with none and with that."""
+    none = report(to_jumprelu(load_sae(healthy_folder), 0.0), mini)
+    threshold = float(none.check("l0").remedy.split(" to ")[1].split()[0])
+    return threshold, none, report(to_jumprelu(load_sae(healthy_folder), threshold), mini)
+
+
 @pytest.mark.parametrize("factor", [0.2, 6.0])
-def test_activations_scaled_by_a_constant_on_both_sides(sae, mini, factor):
+def test_activations_scaled_by_a_constant_on_both_sides(sae, mini, fitting, factor):
     """As if trained on activations `factor` times as large; with a threshold the scale then decides what fires."""
-    jump = to_jumprelu(sae, 0.0)
-    threshold = float(report(jump, mini).check("l0").remedy.split(" to ")[1].split()[0])
+    threshold, _, found = fitting
+    assert found.check("norm scale").status == "pass"
     jump = to_jumprelu(sae, threshold)
-    assert report(jump, mini).check("norm scale").status == "pass"
     jump.fold_activation_norm_scaling_factor(1 / factor)
     found = report(jump, mini)
     check = found.check("norm scale")
@@ -217,11 +224,10 @@ def to_jumprelu(sae, threshold: float):
     return jump.eval()
 
 
-def test_a_threshold_missing_after_topk_to_jumprelu(sae, mini):
-    check = report(to_jumprelu(sae, 0.0), mini).check("l0")
+def test_a_threshold_missing_after_topk_to_jumprelu(sae, mini, fitting):
+    named, none, mended = fitting
+    check = none.check("l0")
     assert check.status == "fail" and "no threshold" in check.found
-    named = float(check.remedy.split(" to ")[1].split()[0])
-    mended = report(to_jumprelu(sae, named), mini)
     assert mended.check("l0").status == "pass" and not failed(mended), mended.text()
     low = report(to_jumprelu(sae, named / 1000), mini).check("l0")
     assert low.status == "fail"

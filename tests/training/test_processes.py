@@ -299,7 +299,7 @@ def test_ten_kills_at_random_moments(spec, two, tmp_path):
 
 def test_a_process_that_hangs_is_named(spec, tmp_path, monkeypatch):
     in_step(monkeypatch, 2, 3, lambda run: time.sleep(60))
-    impatient = spec.model_copy(update={"process_timeout_seconds": 3.0})
+    impatient = spec.model_copy(update={"process_timeout_seconds": 5.0})
     found = together(3, train, impatient, tmp_path / "sae", hangs=2)
     assert all("rank 2 of 3 was ended or hangs" in told for told in found[:2]) and found[2] == "nothing", found
 

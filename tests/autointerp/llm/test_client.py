@@ -93,11 +93,11 @@ def test_a_passing_fault_costs_a_retry_and_nothing_else(client_of, fault, tmp_pa
 def test_a_slow_answer_is_given_up_and_asked_again(client_of):
     with (
         FakeEndpoint(echo, lambda n, body: "slow 30" if n == 0 else None) as endpoint,
-        client_of(endpoint, timeout=0.3) as client,
+        client_of(endpoint, timeout=1.0) as client,
     ):
         started = time.monotonic()
         assert client.ask(requests_of(1))[0].ok
-        assert time.monotonic() - started < 5 and client.counts["retries"] == 1
+        assert time.monotonic() - started < 25 and client.counts["retries"] == 1
 
 
 def test_as_long_as_a_retry_after_says_is_waited(client_of):

@@ -118,11 +118,11 @@ def test_quotes_inside_an_answer_are_kept():
     "text", ["x" + "\n" * 16000, "[" * 16000, "{" * 8000 + "}" * 8000, "1." * 8000, "]}" * 8000, "'" * 16000]
 )
 def test_reading_takes_time_in_proportion_to_the_length(text):
-    started = time.perf_counter()
+    started = time.thread_time()
     for read in (read_explanation, lambda reply: read_numbers(reply, 3, 1)):
         with contextlib.suppress(Unusable):
             read(Reply("ok", text))
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0
 
 
 # --- L3, L4, L5, L7, L12: refusals -----------------------------------------------------------------------------------------

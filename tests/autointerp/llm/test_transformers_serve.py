@@ -58,7 +58,7 @@ def served(mini, tmp_path_factory):
         yield f"{url}/v1", str(folder)
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(120)
         log.close()
 
 

@@ -24,7 +24,7 @@ from .conftest import open_with_live
 
 def asking(endpoint):
     url = {"endpoint": endpoint.url, "llm_model": "prova"}
-    return LLMSettings(explainer="llm", judge="llm", timeout=20, attempts=1, concurrency=1, **url)
+    return LLMSettings(explainer="llm", judge="llm", timeout=120, attempts=1, concurrency=1, **url)
 
 
 SENTENCE = "Le ragazze italiane hanno letto un libro perché è bello 🙂."
