@@ -17,7 +17,7 @@ from sae_italian.autointerp.store import Store, forget
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import Estimate, reaches
-from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
+from sae_italian.base.storage import claimed, locked, read_json, remove, write_json, write_text
 from sae_italian.browser import LatentSource, write_browser
 from sae_italian.browser.page import records, text_table
 from sae_italian.browser.source import RESULTS
@@ -103,8 +103,9 @@ def analyse(
 
 def forget_scores(cache: Any) -> None:
     """Drop the explanations and scores of a cache, those of its random twin too; activations and paid calls stay."""
-    for folder in (cache.folder, cache.folder / TWIN_FOLDER):
-        forget(folder / STORE_FILE)
+    with locked(cache.folder):
+        for folder in (cache.folder, cache.folder / TWIN_FOLDER):
+            forget(folder / STORE_FILE)
     if (cache.folder / RESULTS).is_file():
         kept = {key: part for key, part in read_json(cache.folder / RESULTS).items() if not key.startswith("random")}
         write_json(cache.folder / RESULTS, kept)

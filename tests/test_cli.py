@@ -1,11 +1,13 @@
 """The commands as a person types them: what they print, what they refuse, and with which exit code."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from sae_italian import FeatureCache
+from sae_italian.base.storage import STOP_SIGNALS
 from sae_italian.cli import COMMANDS, facts, main, readable
 from tests import fresh
 
@@ -194,6 +196,17 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(capsys, monkeypatch, command,
     monkeypatch.setattr("sae_italian.saes.loading.load_sae", stop)
     monkeypatch.setattr("sae_italian.cache.FeatureCache.open", stop)
     assert run(capsys, *command) == (130, "", f"sae-italian: {kept}\n")
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS[1:], ids=lambda number: number.name)
+def test_every_signal_that_asks_to_stop_stops_any_command_as_ctrl_c_does(capsys, monkeypatch, number):
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored
+    try:
+        monkeypatch.setattr("sae_italian.cache.FeatureCache.open", lambda *_, **__: signal.raise_signal(number))
+        told = (130, "", "sae-italian: stopped; what is finished is kept, the same command continues.\n")
+        assert run(capsys, "autointerp", "CACHE") == told and signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_defect_of_ours_is_not_dressed_up(monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sae_italian.base.storage import locked
 from sae_italian.cli import main
 
 TEXT = "La casa di Anna è bella e grande, però il sole la scalda già perché è lunedì. "
@@ -48,6 +49,16 @@ CACHE_DOORS = {
     "datasets": lambda c, out: ["export", c, "--to", "datasets", "--out", out],
     "neuronpedia": lambda c, out: ["export", c, "--to", "neuronpedia", "model_id=mini", "set=res-it", "--out", out],
     "latents": lambda c, out: ["latents", c, "La ragazza legge."],
+}
+
+
+RESULTS = {  # commands that write their result into a folder of their own, and no run that could be resumed
+    "language": lambda s, cache, out: ["language", s, "--ud", "micro-italiano", "--out", out],
+    "shift": lambda s, cache, out: ["shift", s, "--by", "context", "--out", out],
+    "geometry": lambda s, cache, out: ["geometry", s, "--out", out],
+    "ioi": lambda s, cache, out: ["ioi", "sae-italian-mini", "--out", out],
+    "agreement": lambda s, cache, out: ["agreement", "sae-italian-mini", "--out", out],
+    "tables": lambda s, cache, out: ["export", cache, "--to", "parquet", "--out", out],
 }
 
 
@@ -97,6 +108,21 @@ def test_a_cache_that_cannot_be_read_is_named_at_every_door(door, wrong, small_c
         content[-len(content) // 3] ^= 255
         file.write_bytes(content)
     refused(CACHE_DOORS[door](cache, tmp_path / "out"), capsys, said, tmp_path / "out")
+
+
+@pytest.mark.parametrize("door", RESULTS)
+def test_a_folder_that_is_not_its_own_is_left_as_it_is_before_any_work(door, sae, small_cache, tmp_path, capsys):
+    out = tmp_path / "mine"
+    command = RESULTS[door](sae, small_cache, out)
+    out.mkdir()
+    with locked(out):
+        refused(command, capsys, f"{out} is being written by another process", out)
+    for name in (f"{door}.json", f"{door}.md", "explanation.parquet"):
+        (out / name).write_text("mine")
+    refused(command, capsys, f"{out} is not empty and holds no run of ours", out)
+    (out / "run.json").write_text('{"kind": "cache", "created": "", "spec": {}}')
+    refused(command, capsys, f"{out} holds a cache run, not a {door} run", out)
+    assert {file.read_text() for file in out.iterdir() if file.name != "run.json"} == {"mine"}
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16"])

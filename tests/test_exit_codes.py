@@ -57,8 +57,7 @@ ENDINGS = (
     ),
     Ending(
         130,
-        "stopped by Ctrl-C, and training also by TERM, HUP, USR1 or XCPU; what is finished is kept, and the line says how to "
-        "go on",
+        "stopped by Ctrl-C, TERM, HUP, USR1 or XCPU; what is finished is kept, and the line says how to go on",
         "explainita predict DATA.jsonl OUT.jsonl --task 1 --explainer llm --endpoint URL --llm-model NAME",
         "stopped; paid answers are kept, the same command asks for the others.",
         "Ctrl-C",

@@ -10,12 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae_italian.base.errors import SaeItalianError
+from sae_italian.base.storage import write_json
 
 OLD = Path(__file__).parent / "data" / "old"
 SHORT, LONG = 30, 3_000  # examples a door
@@ -163,6 +165,40 @@ def resume(folder: Path) -> None:
         raise AssertionError("an exit code nobody promised")
 
 
+def read_packed(folder: Path) -> None:
+    from sae_italian.corpora.pretokenize import PretokenizedCorpus
+
+    corpus = PretokenizedCorpus(folder)
+    corpus.counts.lines()
+    corpus.windows(0, 1)
+
+
+def read_board(folder: Path) -> None:
+    from sae_italian.benchmark.board import read_entries
+
+    read_entries(folder)
+
+
+def read_evaluation(folder: Path) -> None:
+    from sae_italian.evaluation.card import read_card
+
+    if card := read_card(folder):
+        card.markdown()
+
+
+def read_training(folder: Path) -> None:
+    from sae_italian.training.curves import read_curve
+
+    read_curve(folder)
+
+
+def read_graphs(folder: Path) -> None:
+    from sae_italian.browser.graph import graphs_beside
+    from sae_italian.cache import FeatureCache
+
+    graphs_beside(FeatureCache.open(folder / "cache"), folder / "report")
+
+
 MANIFEST = OLD / "cache" / "manifest.json"
 CFG = OLD / "sae" / "cfg.json"
 RECIPE = b"""model: sae-italian-mini
@@ -191,8 +227,48 @@ JSONL = "".join(json.dumps({"text": f"La città numero {n} è bella.", "id": n})
 CSV = 'id;text\n1;"Il sole, la luna"\n2;Perché no?\n3;"Una ""citazione"" qui"\n'.encode()
 CONLLU = b"# sent_id = 1\n# text = Il cane dorme.\n1\tIl\til\tDET\t_\t_\t2\tdet\t_\t_\n2\tcane\tcane\tNOUN\t_\t_\t0\troot\t_\t_\n\n"
 
+AUC = {"auc": 0.9}
+BOARD = {
+    "saes": {"a": {"hook": "h", "folder": "a"}},
+    "hooks": {"h": {"problems": {"p": {"task": "t"}}}},
+    "tasks": {"t": {"it": "t", "en": "t", "family": "f", "form": False}},
+    **dict.fromkeys(("model", "revision", "seeds", "sources", "most"), 1),
+}
+SCORED = {key: {"1": [0.9, 0.8], "16": [0.9, 0.8]} for key in ("auc", "twin")}
+CONTROL = dict.fromkeys(("form", "tokens", "dense"), AUC)
+
+
+def packed(folder: Path) -> None:
+    from sae_italian.corpora.pretokenize import pretokenize
+    from tests.corpora.test_packing import TOKENIZERS
+
+    texts = folder.with_name("texts.jsonl")
+    texts.write_text("".join(json.dumps({"text": "La città è bella, il mare no. " * 9}) + "\n" for _ in range(40)))
+    pretokenize(str(texts), TOKENIZERS["byte-level"], folder, context_size=16)
+
+
+def board(folder: Path) -> None:
+    for file, value in ({"run_settings": BOARD, "h/controls/results.p": CONTROL, "h/a/results.p": SCORED}).items():
+        write_json(folder / f"{file}.json", value)
+
+
+def evaluated(folder: Path) -> None:
+    folder.mkdir()
+    shutil.copy(OLD.with_name("card.json"), folder)
+
+
+def graphs(folder: Path) -> None:
+    from sae_italian.circuits.graph import Graph, GraphNode
+
+    shutil.copytree(OLD / "cache", folder / "cache")
+    one, nodes = np.ones(1, int), (GraphNode("embedding", -1, 0, 1), GraphNode("latent", 1, 0, 3, 1.0))
+    Graph("a", "m", ("a",), 4, nodes, one, np.ones((1, 2)), np.ones(1), 1).save(folder / "graph")
+    spec = {"transcoders": json.loads((OLD / "cache/manifest.json").read_text())["sae"]}
+    write_json(folder / "graph/run.json", {"kind": "graph", "created": "", "spec": spec})
+
+
 FOLDERS = {
-    # folder to copy, file in it, whether the file is JSON, door
+    # folder to copy, or what makes it; file in it; whether the file is JSON; door
     "cache manifest": (OLD / "cache", "manifest.json", True, read_cache),
     "cache latents": (OLD / "cache", "latents", False, read_cache),
     "cache tokens": (OLD / "cache", "tokens", False, read_cache),
@@ -200,6 +276,19 @@ FOLDERS = {
     "sae weights": (OLD / "sae", "sae_weights.safetensors", False, read_sae),
     "store": (OLD / "cache", "autointerp.sqlite", False, read_store),
     "run record": (OLD / "sae", "run.json", True, resume),
+    "training record": (OLD / "sae", "run.json", True, read_training),
+    "training metrics": (OLD / "sae", "metrics.jsonl", False, read_training),
+    "card": (evaluated, "card.json", True, read_evaluation),
+    "packed metadata": (packed, "sae_lens.json", True, read_packed),
+    "packed record": (packed, "run.json", True, read_packed),
+    "packed progress": (packed, "progress.json", True, read_packed),
+    "packed counts": (packed, "counts.json", True, read_packed),
+    "packed table": (packed, "dataset_info.json", True, read_packed),
+    "board settings": (board, "run_settings.json", True, read_board),
+    "board results": (board, "h/a/results.p.json", True, read_board),
+    "graph record": (graphs, "graph/run.json", True, read_graphs),
+    "graph": (graphs, "graph/graph.json", True, read_graphs),
+    "graph edges": (graphs, "graph/graph.npz", False, read_graphs),
 }
 FILES = {
     "recipe": (RECIPE, yaml.safe_load(RECIPE), as_yaml, "recipe.yaml", read_config),
@@ -214,7 +303,11 @@ FILES = {
 def fuzz_folder(name: str, tmp_path: Path, n: int) -> None:
     source, file, is_json, door = FOLDERS[name]
     folder = tmp_path / "folder"
-    shutil.copytree(source, folder)
+    if callable(source):
+        source(folder)
+        door(folder)  # what is whole is taken
+    else:
+        shutil.copytree(source, folder)
     target = folder / file
     if target.is_dir():  # a folder of shards: the first
         target = min(path for path in target.rglob("*") if path.is_file())

@@ -27,7 +27,7 @@ from sae_italian.base import pictures
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.pace import paced
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
-from sae_italian.base.storage import read_yaml
+from sae_italian.base.storage import ODD, read_yaml
 from sae_italian.models.activations import check_context, continuation_log_probs, logits_at
 from sae_italian.models.catalogue import resolve
 
@@ -378,5 +378,5 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         tabs = csv.DictReader(lines, delimiter="\t")
         for line, row in enumerate(tabs if kind == ".tsv" else (dict(json.loads(text)) for text in lines), 1):
             yield (tabs.line_num if kind == ".tsv" else line), row
-    except (ValueError, TypeError, csv.Error) as error:
+    except (*ODD, csv.Error) as error:
         raise DataError(f"{path}, line {line + 1} cannot be read as {kind} in UTF-8 ({error}).") from error

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from sae_italian.autointerp.examples import Example, LatentExamples
 from sae_italian.base.errors import DataError, UsageError, nearest
-from sae_italian.base.storage import atomic_path, write_text
+from sae_italian.base.storage import ODD, atomic_path, write_text
 
 Task = Literal[1, 2]
 HUB = "colinglab/EXPLAINITA-task1"
@@ -63,7 +63,7 @@ def read_split(source: str | Path, task: Task, split: str = "test") -> list[Late
         try:
             sequences = tuple(read(example) for example in row["examples"])
             latents.append(Latent(str(row[ID]), row.get("explanation") or None, sequences))
-        except (KeyError, TypeError, ValueError) as error:
+        except ODD as error:
             field = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"row {number} is not as task {task} of ExplainITA describes it: {field}.") from error
     return latents
@@ -101,7 +101,7 @@ def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
                 rows += pyarrow.parquet.read_table(file).to_pylist()
             else:
                 rows += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
             raise DataError(f"{file} cannot be read as Parquet or JSON Lines ({error}).") from error
     return rows
 

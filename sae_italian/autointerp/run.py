@@ -20,6 +20,7 @@ from sae_italian.autointerp.store import Explanation, Judgement, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Trio, Work, cache_identity, do_batch, stored_config
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.pace import progress
+from sae_italian.base.storage import locked
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.evaluation.diagnosis import activations
@@ -53,12 +54,13 @@ def run_autointerp(
     with too few examples in any part are stored as such, never scored. The rules are worked out in `workers` processes
     here, or by `run_units` (`map_units` with an engine), in batches of latents.
 
-    Raises: UsageError when the tokenizer is not the cache's, or the store belongs to another cache or configuration.
+    Raises: UsageError when the tokenizer is not the cache's, the store belongs to another cache or configuration, or
+    another process works in its folder.
     """
     config = config or AutointerpConfig()
     store = store or cache.folder / STORE_FILE
     work = Work(cache, tokenizer, config, sae)
-    with Store(store, cache_identity(cache) | asdict(config)) as opened:
+    with locked(store.parent), Store(store, cache_identity(cache) | asdict(config)) as opened:
         run = Run(work, opened, workers=workers, run_units=run_units)
         run.rules()
         for explainer in explainers:

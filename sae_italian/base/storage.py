@@ -12,15 +12,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 # Names of the files that we and the libraries write into our folders. `--overwrite` removes these and nothing else.
@@ -36,6 +38,10 @@ OURS = """
     meaning.npz seeds.json choose-k.* absorption.*
 """
 OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
+# Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
+# What is raised where a record lacks a field, or has one of another kind.
+ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, EOFError)
 
 
 @contextmanager
@@ -92,10 +98,10 @@ def _is_temporary(path: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made where missing, for this process alone. A process that dies holds nothing."""
+    """Hold a folder for this process alone; one that is made for it and stays empty goes. Who dies holds nothing."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    lock, is_new = FileLock(folder / LOCK_FILE, timeout=0), not folder.exists()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; an output folder was expected. Give another path.")
     try:
@@ -114,6 +120,40 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         remove(folder / LOCK_FILE)
         lock.release()
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+@contextmanager
+def on_signals(do: Callable[[int, Any], Any], numbers: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+    """Let signals call `do` while the block works, in the main thread alone; what was there before comes back.
+
+    One that is ignored stays ignored, as SIGHUP under `nohup`; not Ctrl-C, which shells ignore for jobs behind them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    heard = [number for number, was in before.items() if was != signal.SIG_IGN or number == signal.SIGINT]
+    try:
+        for number in heard:
+            signal.signal(number, do)
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+def path_of(name: str | Path) -> Path:
+    """Return a path with `~` replaced. Raises: UsageError for what no system takes for one, as an endless name."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"{str(name)[:60]!r} cannot be looked for ({why}). Give another path or name.") from error
+    return path
 
 
 def disk_full(error: BaseException) -> bool:
@@ -156,7 +196,7 @@ def disk_errors(folder: Path, kept: str = "What is finished is kept.") -> Iterat
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # half a letter, which some JSON has, is "?"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -203,6 +243,21 @@ def _readable(what: Path | str, kind: str) -> Iterator[None]:
         raise DataError(f"{what} cannot be read as {kind} ({why:.300}). Mend it, or make it again.") from error
 
 
+@contextmanager
+def understood(file: Path | str, remedy: str = "Make it again.", *also: type[Exception]) -> Iterator[None]:
+    """Turn what a damaged record raises where it is read into one line that names its file; `also` is raised here alone.
+
+    Raises: DataError; every error of ours passes as it is.
+    """
+    try:
+        yield
+    except SaeItalianError:
+        raise
+    except (*ODD, *also) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{file} cannot be read ({why:.200}). {remedy}") from error
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -211,7 +266,7 @@ def sha256_file(path: Path) -> str:
 def fingerprint(value: Any) -> str:
     """Return a short hash of any JSON-serialisable value, independent of key order."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical.encode(errors="replace")).hexdigest()[:16]
 
 
 def utc_now() -> str:
@@ -264,7 +319,12 @@ def claimed(
             _remove_ours(out)
         if not continuing or record != earlier:
             write_json(out / RUN_FILE, record)
-        yield continuing
+        try:
+            yield continuing
+        except SaeItalianError:
+            if not earlier and {child.name for child in out.iterdir()} <= {RUN_FILE, LOCK_FILE}:
+                remove(out / RUN_FILE)  # refused before anything was done
+            raise
         _give_rights(out)
 
 
@@ -311,12 +371,18 @@ def _continued(
     return {**earlier, "spec": spec}
 
 
-def _claim_in(out: Path, kind: str) -> dict[str, Any]:
-    """Return a folder's `run.json`. Raises: UsageError when there is none, or it is not one of ours, of that kind."""
-    file = out / RUN_FILE
+def record_in(folder: Path) -> dict[str, Any]:
+    """Return a folder's `run.json`: kind, created and spec; empty where it has none, or one that is not ours."""
+    file = folder / RUN_FILE
     found: Any = read_json(file) if file.is_file() else None
     known = isinstance(found, dict) and {"kind", "created", "spec"} <= found.keys() and isinstance(found["spec"], dict)
-    if not known:
+    return found if known else {}
+
+
+def _claim_in(out: Path, kind: str) -> dict[str, Any]:
+    """Return a folder's `run.json`. Raises: UsageError when there is none, or it is not one of ours, of that kind."""
+    found = record_in(out)
+    if not found:
         raise UsageError(f"{out} is not empty and holds no run of ours. Give an empty or new folder.")
     if found["kind"] != kind:
         raise UsageError(f"{out} holds a {found['kind']} run, not a {kind} run. Give another folder.")

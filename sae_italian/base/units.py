@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
+from sae_italian.base.storage import STOP_SIGNALS
 
 Engine = Literal["local", "ray"]
 RETRIES = 3  # how often Ray does a unit again whose worker died
@@ -273,7 +274,8 @@ _in_unit = _is_ending = False
 
 def _start_worker(function: Callable[..., Any] | bytes, threads: int) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    for number in STOP_SIGNALS:  # a terminal's and Slurm's reach the whole group; the main process decides
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))

@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate, mean_interval
-from sae_italian.base.storage import package_versions, read_json
+from sae_italian.base.storage import package_versions, read_json, understood
 from sae_italian.benchmark.run import SETTINGS
 
 POWER = 2.8  # standard errors of a difference found four times in five at the level of 5 %
@@ -154,10 +154,11 @@ def read_entries(folder: Path) -> list[Entry]:
     Raises: UsageError when there is none.
     """
     files = [folder / SETTINGS] if (folder / SETTINGS).is_file() else sorted(folder.glob(f"*/{SETTINGS}"))
-    entries = [entry for file in files for entry in _entries(file.parent, read_json(file))]
-    if not entries:
-        raise UsageError(f"{folder} holds no results. Run `sae-italian benchmark SAE --out {folder}`.")
-    return sorted(entries, key=lambda entry: -entry.estimate("auc_16").value)
+    with understood(f"a result in {folder}", "Run that benchmark again with --overwrite."):
+        entries = [entry for file in files for entry in _entries(file.parent, read_json(file))]
+        if not entries:
+            raise UsageError(f"{folder} holds no results. Run `sae-italian benchmark SAE --out {folder}`.")
+        return sorted(entries, key=lambda entry: [-entry.estimate(column).value for column in ("auc_16", *COLUMNS)])
 
 
 def _entries(folder: Path, value: Mapping[str, Any]) -> Iterable[Entry]:

@@ -89,6 +89,7 @@ class LatentSource:
             self.metrics: list[Record] = records(results, "metrics")
             self.controls: list[Record] = records(results, "controls")
             self.gold: list[dict[str, Any]] = list(results.get("gold") or [])
+            labels_of(None, self.gold)  # what it holds can be shown
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise DataError(f"{file} is no run's results ({error}). Remove it, or make the run again.") from error
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label
 from sae_italian.base.pictures import svg
 from sae_italian.base.report import table
-from sae_italian.base.storage import LOCK_FILE, locked, read_json, write_json, write_text
+from sae_italian.base.storage import LOCK_FILE, locked, read_json, understood, write_json, write_text
 from sae_italian.browser.opening import loaded_sae, open_pages
 from sae_italian.browser.page import static_text, style
 from sae_italian.browser.source import RESULTS
@@ -86,7 +86,7 @@ def _results(sae: Path, caches: Sequence[Path]) -> tuple[Path | None, dict[str, 
 
 
 def _row(sae: Path, cache: Path | None, results: dict[str, Any]) -> Row:
-    try:
+    with understood(sae / CARD, f"Make it again: sae-italian evaluate {sae}"):
         card = read_json(sae / CARD)
         hook = parse_hook_name(card["hook_name"])
         parts = {"card": card, "autointerp": results.get("autointerp") or {}}
@@ -96,8 +96,6 @@ def _row(sae: Path, cache: Path | None, results: dict[str, Any]) -> Row:
             estimate = parts[number.part].get(number.key) or {"value": None, "lo": None, "hi": None}
             row[number.key] = {end: estimate[end] for end in ("value", "lo", "hi")}
         return row
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{sae / CARD} cannot be read ({error}). Make it again: sae-italian evaluate {sae}") from error
 
 
 def latents_of(sentence: str, rows: Sequence[Row]) -> list[Row]:

@@ -78,22 +78,18 @@ def write_browser(
 @contextmanager
 def _replaced_folder(out: Path) -> Iterator[Path]:
     """Hold `out`; yield a new folder beside it, put it in the place of `out` when the block ends well, else remove it."""
-    is_new, aside = not out.exists(), out.with_name(f".{out.name}.{os.getpid()}.old")
-    try:
-        with locked(out):
-            _refuse_foreign(out)
-            try:
-                with atomic_path(out) as fresh:
-                    fresh.mkdir()
-                    yield fresh
-                    out.rename(aside)
-            finally:
-                if not out.exists():
-                    aside.rename(out)
-                remove(aside)
-    finally:
-        if is_new and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+    aside = out.with_name(f".{out.name}.{os.getpid()}.old")
+    with locked(out):
+        _refuse_foreign(out)
+        try:
+            with atomic_path(out) as fresh:
+                fresh.mkdir()
+                yield fresh
+                out.rename(aside)
+        finally:
+            if not out.exists():
+                aside.rename(out)
+            remove(aside)
 
 
 def space_card(run: Record) -> str:

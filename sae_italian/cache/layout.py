@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import atomic_path, fingerprint, read_json, sha256_file, write_json
+from sae_italian.base.storage import ODD, atomic_path, fingerprint, path_of, read_json, sha256_file, write_json
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -133,7 +133,7 @@ class Manifest(_Record):
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read a cache's manifest. Raises UsageError when there is none, DataError when it is not one we can read."""
-        file = folder / MANIFEST
+        file = path_of(folder) / MANIFEST
         if not file.is_file():
             raise UsageError(
                 f"{folder} is not a feature cache: it holds no {MANIFEST}. Build one with `sae-italian cache build`."
@@ -234,7 +234,7 @@ def map_arrays(path: Path, mend: str = "Build the cache again.") -> dict[str, np
             flat = np.frombuffer(data, dtype, (last - first) // dtype.itemsize, begin + first)
             arrays[name] = flat.reshape(entry["shape"])
         return arrays
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *ODD) as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise UsageError(
                 f"{path} cannot be opened: too many files are open. Allow more (ulimit -n 1024)."

@@ -12,18 +12,18 @@ the biases of attention and norms, and a rest node per layer for latents that we
 
 from __future__ import annotations
 
-import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.base.errors import DataError
-from sae_italian.base.storage import write_json
+from sae_italian.base.storage import read_json, understood, write_json
 
 NODE_SHARE, EDGE_SHARE = 0.8, 0.98  # of all influence, kept when a graph is pruned
 ROWS_AT_ONCE = 256  # of the edges that are weighed together, so that no copy of all is made
@@ -97,14 +97,12 @@ class Graph:
     @classmethod
     def load(cls, folder: Path) -> Graph:
         """Read what `save` wrote. Raises: DataError where the folder holds no graph."""
-        try:
-            told = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
+        with understood(folder, "Make it with `sae-italian graph`.", OSError, BadZipFile, zlib.error):
+            told = read_json(folder / "graph.json")
             arrays = np.load(folder / "graph.npz", allow_pickle=False)
             del told["kind"]
             told |= {"tokens": tuple(told["tokens"]), "nodes": tuple(GraphNode(*node) for node in told["nodes"])}
             return cls(**told, **{name: arrays[name] for name in ("targets", "weights", "own")})
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder} holds no graph ({error}). Make it with `sae-italian graph`.") from error
 
 
 # --- what matters in it --------------------------------------------------------------------------------------------------

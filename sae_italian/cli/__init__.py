@@ -13,9 +13,11 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from inspect import signature
@@ -30,7 +32,7 @@ from cyclopts.validators import Number
 import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.labels import kinds_of, read_words
-from sae_italian.base.storage import packaged_yaml
+from sae_italian.base.storage import STOP_SIGNALS, claimed, on_signals, packaged_yaml
 
 _TOLD = packaged_yaml(Path(__file__).with_name("commands.yaml").read_text("utf-8"))
 COMMANDS: dict[str, dict[str, Any]] = _TOLD["commands"]
@@ -77,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
             return _fail(_renamed(words), 2)
         command, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
-        found = command(*bound.args, **bound.kwargs)
+        with on_signals(signal.default_int_handler, STOP_SIGNALS[1:]):  # these stop a command as Ctrl-C does
+            found = command(*bound.args, **bound.kwargs)
         if found is not None:  # --help and --version give nothing
             result = as_result(found)
             _show(result, None if "--json" in given else _next_step(words, bound.arguments, result.value))
@@ -319,6 +322,21 @@ def bounded(command: Callable[..., Any]) -> Callable[..., Result]:
         if cut:
             value, text = {**value, "cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])
         return Result(value, text, failure)
+
+    return run
+
+
+def results_in(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command whose folder `out`, where it has one, is held while it works, and is new, empty or its own.
+
+    Another result of the same command is written over, file by file; `run.json` says what was asked last.
+    """
+
+    @wraps(command)
+    def run(*given: Any, **options: Any) -> Any:
+        spec, out = {"given": given, "options": {**options, "out": None}}, options.get("out")
+        with claimed(out, command.__name__, spec, resume=True, changeable=spec) if out else nullcontext():
+            return command(*given, **options)
 
     return run
 

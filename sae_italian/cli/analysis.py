@@ -25,6 +25,7 @@ from sae_italian.cli import (
     named,
     numbers,
     own_words,
+    results_in,
     short_names,
 )
 
@@ -33,6 +34,7 @@ USED_BY = {"--buckets": WHOLE_TEXTS, "context_size": WHOLE_TEXTS, "--edges": "co
 
 
 @bounded
+@results_in
 def geometry(
     *saes: str,
     out: Path,
@@ -88,6 +90,7 @@ def _known(saes: dict[str, Any], caches: list[Path]) -> tuple[dict[str, Any], di
 
 
 @bounded
+@results_in
 def language(
     sae: str,
     /,
@@ -212,6 +215,7 @@ def _store(cache: Any, labels: list[Any]) -> str:
 
 
 @bounded
+@results_in
 def shift(
     sae: Sae,
     /,

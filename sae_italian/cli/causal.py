@@ -29,11 +29,13 @@ from sae_italian.cli import (
     bounded,
     key_values,
     own_words,
+    results_in,
     short_names,
 )
 
 
 @bounded
+@results_in
 def ioi(
     model: Subject,
     /,
@@ -81,6 +83,7 @@ def ioi(
 
 
 @bounded
+@results_in
 def agreement(
     model: Subject,
     /,

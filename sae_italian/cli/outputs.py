@@ -267,7 +267,7 @@ def _checked(to: str, known: str, options: dict[str, Any], words: tuple[str, ...
     for name in settings:
         if name not in known.split():
             spelled = f"--{name.replace('_', '-')}" if name in options else f"{name}="
-            raise UsageError(f"{to} takes no {spelled}. It takes: {known.replace(' ', ', ')}.")
+            raise UsageError(f"{to} takes no {spelled}. It takes: {known.replace(' ', ', ') or 'nothing more'}.")
     return settings
 
 
@@ -304,7 +304,8 @@ def _tables(to: str, cache: Path, out: Path | None, settings: Settings) -> Resul
 
     cache = cache.resolve()
     out = out or cache.with_name(f"{cache.name}-autointerp")
-    files = export_tables(cache / STORE_FILE, out, to.removesuffix("-tables"), **settings)
+    with claimed(out, "tables", {"to": to}, resume=True, changeable=["to"]):
+        files = export_tables(cache / STORE_FILE, out, to.removesuffix("-tables"), **settings)
     return Result({"files": [str(file) for file in files]}, "\n".join(map(str, files)))
 
 

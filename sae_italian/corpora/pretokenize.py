@@ -21,7 +21,18 @@ from jaxtyping import Int
 
 from sae_italian.base import pace
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import atomic_path, claimed, disk_errors, fingerprint, read_json, utc_now, write_json
+from sae_italian.base.storage import (
+    atomic_path,
+    claimed,
+    disk_errors,
+    fingerprint,
+    path_of,
+    read_json,
+    record_in,
+    understood,
+    utc_now,
+    write_json,
+)
 from sae_italian.corpora.packing import PackedBlock, Packer, layout_of, tokenised
 from sae_italian.corpora.rows import MICRO_ITALIANO, PRETOKENIZED
 from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument, nothing_in
@@ -98,9 +109,10 @@ def _write(
     """
     progress: dict[str, Any] = {"shards": [], "finished": False}
     if (out / PRETOKENIZED).is_file():
-        progress = read_json(out / PRETOKENIZED)
-        stream.load_state(progress["position"])
-        packer.load(progress["packer"])
+        with understood(out / PRETOKENIZED, "Start again with --overwrite."):
+            progress = read_json(out / PRETOKENIZED)
+            stream.load_state(progress["position"])
+            packer.load(progress["packer"])
         if progress["shards"] and stream.sieve.blooms and not progress["finished"]:
             stream.sieve.load(out / f"seen-{len(progress['shards']) - 1:05d}.npz")
     shards: list[dict[str, int]] = progress["shards"]
@@ -187,7 +199,7 @@ def _write_block(out: Path, number: int, block: PackedBlock) -> dict[str, int]:
 
 def is_pretokenized(corpus: str | Path) -> bool:
     """Return whether a path is a folder of packed tokens: ours, finished or not, or SAELens' own."""
-    folder = Path(corpus).expanduser()
+    folder = path_of(corpus)
     return (folder / PRETOKENIZED).is_file() or (folder / SAELENS_FILE).is_file()
 
 
@@ -222,24 +234,21 @@ class PretokenizedCorpus(MappedWindows):
     def __init__(self, folder: str | Path):
         from datasets import load_from_disk
 
-        self.folder = Path(folder).expanduser()
+        self.folder = path_of(folder)
         if not is_pretokenized(self.folder):
             raise UsageError(f"{folder} holds no pretokenised corpus; make one with `sae-italian corpora pretokenize`.")
         if not (self.folder / "state.json").is_file():
             raise DataError(f"{folder} is not finished: run the same `corpora pretokenize` with --resume.")
-        self.metadata = read_json(self.folder / SAELENS_FILE)
-        self.context_size = self.metadata["context_size"]
-        try:
+        with understood(self.folder, "Make the folder again.", OSError, pa.ArrowException):
+            metadata = read_json(self.folder / SAELENS_FILE)
+            self.context_size, self.made_with = metadata["context_size"], Path(metadata["tokenizer_name"]).name
             self.table = load_from_disk(self.folder).with_format("numpy", columns=["input_ids"])
             self.windows(0, min(1, len(self.table)))
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            why = " ".join(str(error).split())
-            raise DataError(f"{self.folder} cannot be read ({why:.200}). Make the folder again.") from error
-        self.split, self.tokenizer = "train", ""
-        if (self.folder / PRETOKENIZED).is_file():
-            spec = read_json(self.folder / "run.json")["spec"]
-            self.split, self.tokenizer = spec["corpus"]["split"], spec["tokenizer"]
-            said = sum(shard["windows"] for shard in read_json(self.folder / PRETOKENIZED)["shards"])
+            self.split, self.tokenizer, said = "train", "", len(self)
+            if (self.folder / PRETOKENIZED).is_file():
+                spec = record_in(self.folder)["spec"]
+                self.split, self.tokenizer = spec["corpus"]["split"], spec["tokenizer"]
+                said = sum(shard["windows"] for shard in read_json(self.folder / PRETOKENIZED)["shards"])
             if said != len(self):
                 raise DataError(f"{folder} holds {len(self)} windows; it had {said}. Make the folder again.")
 
@@ -247,12 +256,14 @@ class PretokenizedCorpus(MappedWindows):
         """Return whether the tokens are this tokenizer's; of SAELens' folders only its name is known."""
         if self.tokenizer:
             return self.tokenizer == tokenizer_fingerprint(tokenizer)
-        return Path(self.metadata["tokenizer_name"]).name == Path(tokenizer.name_or_path).name
+        return self.made_with == Path(tokenizer.name_or_path).name
 
     @property
     def counts(self) -> DocumentCounts:
         """What a folder of ours kept and dropped."""
-        return DocumentCounts(read_json(self.folder / "counts.json"))
+        file = self.folder / "counts.json"
+        with understood(file, "Make the folder again."):
+            return DocumentCounts(read_json(file))
 
 
 # --- SAELens' cached activations ---------------------------------------------------------------------------------------
@@ -260,8 +271,9 @@ class PretokenizedCorpus(MappedWindows):
 
 def holds_activations(folder: str | Path) -> bool:
     """Return whether a path is a folder that CacheActivationsRunner wrote."""
-    file = Path(folder).expanduser() / "dataset_info.json"
-    return file.is_file() and TOKENS in (read_json(file).get("features") or {})
+    file = path_of(folder) / "dataset_info.json"
+    with understood(file):
+        return file.is_file() and TOKENS in (read_json(file).get("features") or {})
 
 
 class CachedActivations(MappedWindows):
@@ -281,7 +293,7 @@ class CachedActivations(MappedWindows):
 
         where, made = f"cached_activations_path {str(folder)!r}", "SAELens' CacheActivationsRunner makes them."
         try:
-            rows: Any = load_from_disk(Path(folder).expanduser().resolve())  # a worker may be elsewhere
+            rows: Any = load_from_disk(path_of(folder).resolve())  # a worker may be elsewhere
         except Exception as error:  # of datasets, Arrow, JSON and the system
             why = " ".join(str(error).split())
             raise UsageError(f"{where} holds no activations ({why:.200}). {made}") from error

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.labels import labels
-from sae_italian.base.storage import fingerprint
+from sae_italian.base.storage import fingerprint, path_of
 from sae_italian.corpora import rows
 from sae_italian.corpora.catalogue import PREFIX, find, route_of_url
 from sae_italian.corpora.filters import FILTERS, Reader, Sieve, Split
@@ -45,7 +45,7 @@ class DocumentCounts:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `as_dict` returned."""
-        self.read, self.kept, self.characters = (state.get(name, 0) for name in ("read", "kept", "characters"))
+        self.read, self.kept, self.characters = (int(state.get(name, 0)) for name in ("read", "kept", "characters"))
         self.dropped, self.mended = Counter[str](state.get("dropped")), Counter[str](state.get("mended"))
 
     def drop(self, reason: str, documents: int = 1) -> None:
@@ -74,7 +74,7 @@ class _Part:
         self.name, self.skip_broken, self.counts = name, reader.on_broken == "skip", counts
         self.columns: tuple[str, ...] = (reader.text_column,)
         self.min_chars, self.max_chars, shuffled = 0, reader.max_chars, reader.shuffle_shards
-        located = None if Path(name).expanduser().exists() else find(name)
+        located = None if path_of(name).exists() else find(name)
         if name == MICRO_ITALIANO:
             self.shards = [rows.micro_shard(reader.seed, reader.split == "heldout")]
         elif located is not None:
@@ -88,7 +88,7 @@ class _Part:
             route = route_of_url(name)
             self.shards = rows.hub_shards(route, name, route.hub.rpartition("/")[2])
         else:
-            self.shards = rows.local_shards(Path(name).expanduser())
+            self.shards = rows.local_shards(path_of(name))
         if shuffled:
             self.shards.sort(key=lambda shard: fingerprint([reader.seed, shard.name]))
         self.load({"shard": self.shards[0].name if self.shards else None, "row": 0})

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.base.errors import DataError
 from sae_italian.base.labels import Language, filled, label, labels
 from sae_italian.base.pictures import INK, OURS, WARNING, framed, svg
 from sae_italian.base.report import plain, shown
 from sae_italian.base.statistics import NOTHING, Estimate
-from sae_italian.base.storage import read_json, write_json, write_text
+from sae_italian.base.storage import read_json, understood, write_json, write_text
 
 CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE = "card.json", "card.md", "density.svg"
 SEEDS_FILE = "seeds.json"  # which latents the other seeds of a training find (analysis/geometry.py), beside the card
@@ -214,13 +213,10 @@ def read_card(folder: Path) -> EvaluationCard | None:
     file = folder / CARD_JSON
     if not file.is_file():
         return None
-    try:
-        return EvaluationCard.from_dict(read_json(file))
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{file} is not a card of this version ({type(error).__name__}: {error}). "
-            f"Make it again: sae-italian evaluate {folder}"
-        ) from error
+    with understood(file, f"Make it again: sae-italian evaluate {folder}"):
+        card = EvaluationCard.from_dict(read_json(file))
+        card.markdown()  # what cannot be shown is no card of this version
+    return card
 
 
 def read_seeds(folder: Path) -> dict[str, Any] | None:

@@ -29,6 +29,7 @@ from sae_italian.base.storage import (
     fingerprint,
     free_space,
     package_versions,
+    path_of,
     read_json,
     read_yaml,
     remove,
@@ -107,7 +108,7 @@ def resolve(name: str) -> ResolvedModel:
     Raises: UsageError for anything else, with the nearest known name; as `import_gguf` for a GGUF file.
     """
     wanted = name.strip()
-    folder = Path(wanted).expanduser()
+    folder = path_of(wanted)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(
@@ -257,7 +258,7 @@ def import_gguf(file: str | Path, name: str, *, overwrite: bool = False, licence
     Raises: DataError for a damaged file; UsageError for a split one, a family that transformers cannot read from GGUF,
     a name that is taken, a full disk, or without the package gguf.
     """
-    file = Path(file).expanduser()
+    file = path_of(file)
     if not name.strip() or name.startswith((".", "/", "~")) or ".." in name:
         raise UsageError(f"--as {name!r} is no name for a model; use letters, figures, '-' and one '/'.")
     folder = folder_of(name)

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.hub import explain
-from sae_italian.base.storage import fingerprint
+from sae_italian.base.storage import fingerprint, path_of
 from sae_italian.models import load_model
 from sae_italian.models.loading import device_of
 from sae_italian.saes.releases import find_sae, snapshot
@@ -29,7 +29,7 @@ def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
     Raises: UsageError when there is no such folder or release, DataError when its files cannot be read or hold numbers
     that are not finite.
     """
-    folder, device = Path(name).expanduser(), device_of(device)
+    folder, device = path_of(name), device_of(device)
     with tensors_alone():
         sae = _from_folder(folder, device) if folder.is_dir() else _from_release(str(name), device)
     check_weights(sae, f"the SAE {name}")
@@ -99,7 +99,7 @@ def sae_facts(name: str | Path, /) -> dict[str, Any]:
     Args:
         name: A folder, or release:sae_id, of which only the configuration is fetched.
     """
-    place = None if Path(name).expanduser().is_dir() else find_sae(str(name))
+    place = None if path_of(name).is_dir() else find_sae(str(name))
     if place is None or place.revision or not place.known:
         config = load_sae(name).cfg.to_dict()
     else:

@@ -20,7 +20,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as KNOWN
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import read_word, refusal
-from sae_italian.base.storage import RUN_FILE, read_json, read_yaml
+from sae_italian.base.storage import RUN_FILE, path_of, read_json, read_yaml
 from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model_config, parse_hook_name, resolve
 from sae_italian.models.activations import check_context
@@ -303,7 +303,7 @@ def read_values(path: str | Path, *overrides: str) -> dict[str, Any]:
 
     Raises: UsageError as `load_spec`.
     """
-    run = Path(path).expanduser() / RUN_FILE
+    run = path_of(path) / RUN_FILE
     if run.is_file():
         record = read_json(run)
         values = record.get("spec") if isinstance(record, dict) else None
@@ -346,7 +346,7 @@ def find_config(path: str | Path) -> Path:
 
     Raises: UsageError that names the nearest of all recipes.
     """
-    given = Path(path).expanduser()
+    given = path_of(path)
     if given.is_file():
         return given
     relative = Path(*given.parts[1:]) if given.parts[:1] == (CONFIGS,) else given

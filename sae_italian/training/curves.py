@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.base.pictures import OURS, REFERENCE, svg
-from sae_italian.base.storage import read_json
+from sae_italian.base.storage import read_json, understood
 from sae_italian.evaluation.doctor import Finding
 from sae_italian.training.config import RunSpec, configs_folder
 from sae_italian.training.logging import METRICS_FILE, read_metrics
@@ -56,10 +56,11 @@ def read_curve(folder: Path) -> Curve:
     if not rows:
         raise UsageError(f"{file} holds no step yet; wait for the first steps.")
     keys = ("details/n_training_samples", "metrics/l0", "metrics/explained_variance", "sparsity/dead_features")
-    n_tokens, l0, explained, dead = (np.array([row[key] for row in rows], float) for key in keys)
-    loss = np.array([next(row[key] for key in LOSS_KEYS if key in row) for row in rows], float)
-    values = {"loss": loss, "l0": l0, "explained_variance": explained, "dead": dead / spec["sae"]["d_sae"]}
-    return Curve((n_tokens / spec["training_tokens"]).clip(max=1.0), values)
+    with understood(f"what {file} or run.json holds", "Copy the training's folder again, or train again."):
+        n_tokens, l0, explained, dead = (np.array([row[key] for row in rows], float) for key in keys)
+        loss = np.array([next(row[key] for key in LOSS_KEYS if key in row) for row in rows], float)
+        values = {"loss": loss, "l0": l0, "explained_variance": explained, "dead": dead / spec["sae"]["d_sae"]}
+        return Curve((n_tokens / spec["training_tokens"]).clip(max=1.0), values)
 
 
 def recorded_curves(size: str = "full") -> Iterator[tuple[str, dict[str, Any], Curve]]:
@@ -68,12 +69,10 @@ def recorded_curves(size: str = "full") -> Iterator[tuple[str, dict[str, Any], C
     size: "full", or "short" for the recipe of seconds.
     """
     for file in sorted(configs_folder().glob("*/curves/*.json")):
-        try:
+        with understood(file, "Install sae-italian again."):
             plain = read_json(file)
             values = {name: np.array(plain[size][name], float) for name in TITLES}
             yield plain["recipe"], plain["spec"], Curve(np.array(plain[size]["share"]), values)
-        except (KeyError, ValueError, TypeError) as error:
-            raise DataError(f"{file} is not a recorded curve ({error}). Install sae-italian again.") from error
 
 
 def same_recipe(one: dict[str, Any], other: dict[str, Any]) -> bool:

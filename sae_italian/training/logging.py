@@ -93,10 +93,10 @@ class RunLog:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl; a line that is cut short, or being written, is left out."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 @contextlib.contextmanager

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from safetensors import SafetensorError
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import atomic_path, disk_errors, remove
+from sae_italian.base.storage import atomic_path, disk_errors, on_signals, remove
 from sae_italian.saes.loading import tensors_alone
 from sae_italian.training.processes import ALONE, Processes
 from sae_italian.training.sae_run import SAERun
@@ -28,8 +25,6 @@ HOPELESS_AFTER = 30  # steps: a start that suits explains more than the mean doe
 MOSTLY_DEAD = 2 / 3  # of the latents: from zero, 94 to 97 % of them die on a real model (docs/results/gemma-3-270m.md)
 CHECKPOINTS, RANDOM_FILE = "checkpoints", "random.pt"
 UNREADABLE = (DataError, OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError)
-# Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
 
 
 def clear_checkpoints(out: Path) -> None:
@@ -95,7 +90,7 @@ class Loop:
         for run in self.runs.values():
             run.log.cut(run.n_steps)
         what = "train SAE" if len(self.runs) == 1 else f"train {len(self.runs)} SAEs"
-        with self._signals():
+        with on_signals(self._ask_to_stop):
             hidden = not self.processes.first
             with progress("first activations", total=len(self.stream.holes), leave=False, hidden=hidden) as bar:
                 self.stream.fill(bar.update)
@@ -207,29 +202,10 @@ class Loop:
                 run.finish()
         clear_checkpoints(self.out)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let a signal finish the step and save, then stop; a second one stops at once.
-
-        Only in the main thread, and restored afterwards. `nohup` ignores SIGHUP, and so it stays ignored.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask_to_stop(_number: int, _frame: Any) -> None:
-            if self.first.n_steps == 0:
-                raise KeyboardInterrupt("no step was done yet; --resume starts the training")
-            if self.interrupted:
-                raise KeyboardInterrupt("at once; --resume continues from the last checkpoint")
-            self.interrupted = True
-
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        heard = [number for number, was in before.items() if was != signal.SIG_IGN or number == signal.SIGINT]
-        try:
-            for number in heard:
-                signal.signal(number, ask_to_stop)
-            yield
-        finally:
-            for number in heard:
-                signal.signal(number, before[number] or signal.SIG_DFL)
+    def _ask_to_stop(self, _number: int, _frame: Any) -> None:
+        """Let a signal finish the step and save, then stop; a second one stops at once."""
+        if self.first.n_steps == 0:
+            raise KeyboardInterrupt("no step was done yet; --resume starts the training")
+        if self.interrupted:
+            raise KeyboardInterrupt("at once; --resume continues from the last checkpoint")
+        self.interrupted = True

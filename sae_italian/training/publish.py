@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import TOKENS_PAGE, WANDB_FILE, WandbRun, explain
 from sae_italian.base.labels import label
-from sae_italian.base.storage import read_json
+from sae_italian.base.storage import read_json, understood
 from sae_italian.evaluation.card import DENSITY_PICTURE, EvaluationCard, read_card
 from sae_italian.models import catalogue
 from sae_italian.training.curves import look_at_training
@@ -202,7 +202,9 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
     """Return the README.md of the SAE in `folder`, Markdown in Italian and English with the hub's YAML front matter."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    spec, architecture = read_run(folder).get("spec") or {}, read_json(folder / "cfg.json").get("architecture", "sae")
+    spec = read_run(folder).get("spec", {})
+    with understood(folder / "cfg.json"):
+        architecture = read_json(folder / "cfg.json").get("architecture", "sae")
     entry = catalogue().get(card.model)
     words: dict[str, Any] = {
         "card": card,

@@ -20,14 +20,14 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from sae_italian.base.errors import SaeItalianError, UsageError
-from sae_italian.base.storage import RUN_FILE, claimed, read_json
+from sae_italian.base.storage import STOP_SIGNALS, claimed, record_in
 from sae_italian.base.units import connect
 from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.models import load_model
 from sae_italian.training.config import RunSpec, load_spec, spec_from_dict
 from sae_italian.training.logging import open_logger
-from sae_italian.training.loop import STOP_SIGNALS, Loop, clear_checkpoints
+from sae_italian.training.loop import Loop, clear_checkpoints
 from sae_italian.training.pretrained import Origin
 from sae_italian.training.processes import ALONE, GPU_BACKEND, WORLD, Processes, check_joint, joined, placed
 from sae_italian.training.sae_run import Diverged, SAERun
@@ -218,8 +218,7 @@ def open_stream(
 
 def read_run(folder: str | Path) -> dict[str, Any]:
     """Return `run.json` of a training folder, or an empty dict for an SAE that was not trained here."""
-    file = Path(folder) / RUN_FILE
-    return read_json(file) if file.is_file() else {}
+    return record_in(Path(folder))
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import atomic_path, fingerprint, room_on
+from sae_italian.base.storage import atomic_path, fingerprint, path_of, room_on
 from sae_italian.corpora import CorpusStream, Reader, pack
 from sae_italian.corpora.packing import Packer, layout_of, special_mask, tokenised
 from sae_italian.corpora.pretokenize import CachedActivations, MappedWindows, PretokenizedCorpus, is_pretokenized
@@ -55,7 +55,7 @@ def _count_tokens(spec: RunSpec, tokenizer: Any) -> int | None:
         check_pretokenized(documents, tokenizer, spec.context_size)
     if isinstance(documents, MappedWindows):
         return len(documents) * documents.context_size
-    if not all(Path(part.strip()).expanduser().exists() for part in spec.corpus.split(",")):
+    if not all(path_of(part.strip()).exists() for part in spec.corpus.split(",")):
         return None
     n_characters, enough = 0, min(CHARACTERS_PER_TOKEN * spec.training_tokens, COUNTED_CHARACTERS)
     for document in documents():

@@ -14,6 +14,7 @@ from sae_italian.autointerp.wording import quoted
 from sae_italian.autointerp.work import Work
 from sae_italian.base import units
 from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import locked
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache
 from sae_italian.quickstart import table_of
@@ -145,6 +146,12 @@ def test_a_run_stopped_anywhere_ends_with_the_same_scores(planted, mini, store, 
         monkeypatch.setattr(owner, name, real)
     run_autointerp(planted, mini.tokenizer, store=path)
     assert tables(path) == tables(store)
+
+
+def test_a_store_that_another_process_works_on_is_refused_and_left(planted, mini, tmp_path):
+    with locked(tmp_path), pytest.raises(UsageError, match=f"{tmp_path} is being written by another process"):
+        run_autointerp(planted, mini.tokenizer, store=tmp_path / "held.sqlite")
+    assert not (tmp_path / "held.sqlite").exists()
 
 
 def test_two_processes_give_the_same(planted, mini, store, tmp_path):

@@ -10,6 +10,7 @@ from sae_italian.base.storage import (
     claimed,
     disk_errors,
     fingerprint,
+    path_of,
     read_json,
     read_yaml,
     write_text,
@@ -168,3 +169,19 @@ def test_deep_yaml_and_endless_numbers_are_one_line(text):
         read_yaml(text, "lr=")
     assert "\n" not in str(error.value)
     assert read_yaml("a: {b: [1]}", "lr=") == {"a": {"b": [1]}}
+
+
+@pytest.mark.parametrize("name", ["9" * 6000, "è" * 200, "~nobody-at-all/x"])
+def test_a_name_that_is_no_path_is_one_short_line(name):
+    with pytest.raises(UsageError, match="cannot be looked for") as caught:
+        path_of(name)
+    assert len(str(caught.value)) < 400 and path_of("~") == Path.home()
+
+
+def test_what_is_refused_before_anything_is_done_leaves_no_folder(tmp_path):
+    with pytest.raises(UsageError, match="no such text"), claimed(tmp_path / "out", "shift", {}):
+        raise UsageError("no such text")
+    with pytest.raises(UsageError, match="half"), claimed(tmp_path / "half", "shift", {}):
+        (tmp_path / "half" / "shift.json").touch()
+        raise UsageError("half")
+    assert not (tmp_path / "out").exists() and (tmp_path / "half" / "run.json").is_file()

@@ -16,12 +16,13 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.units import map_units
 from tests.base import work
 
-MAIN = """import sys
+MAIN = """import signal, sys
 from pathlib import Path
 from sae_italian.base.units import map_units
 from tests.base import work
 if __name__ == '__main__':
     folder = Path(sys.argv[1])
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
     arguments = dict(engine=sys.argv[3], workers=2, folder=folder, setup=work.Opened(folder))
     try:
         for _ in map_units(work.write_slowly, range(int(sys.argv[2])), **arguments):
@@ -126,17 +127,17 @@ def test_a_missing_extra_is_named(monkeypatch):
         map_units(work.square, [1], engine="ray")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_stopping_leaves_whole_files_and_no_process(tmp_path, stop):
     process = start(tmp_path, 200)
     wait_for(lambda: len(work.read_log(tmp_path)) > 4)
-    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)  # Ctrl-C reaches the workers too
+    (os.kill if stop == signal.SIGKILL else os.killpg)(process.pid, stop)  # a terminal's reach the workers too
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+    assert process.returncode == (-signal.SIGKILL if stop == signal.SIGKILL else 130)
     workers = {pid for _, pid in work.read_log(tmp_path)}
     wait_for(lambda: not any(alive(pid) for pid in workers))
     assert len(work.read_log(tmp_path)) < 30
-    if stop == signal.SIGINT:
-        assert errors == "" and not list(tmp_path.glob(".*.tmp"))
+    if stop != signal.SIGKILL:  # Python's own helper of the processes ends by SIGHUP, and says so
+        assert (errors == "" or stop == signal.SIGHUP) and not list(tmp_path.glob(".*.tmp"))
     for file in tmp_path.glob("[0-9]*.txt"):
         assert int(file.read_text()) == int(file.stem) ** 2

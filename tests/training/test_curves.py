@@ -69,7 +69,7 @@ def written(folder, curve: Curve, spec: dict, **changes):
     ]
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9')
-    (folder / "run.json").write_text(json.dumps({"kind": "train", "spec": spec}))
+    (folder / "run.json").write_text(json.dumps({"kind": "train", "created": "", "spec": spec}))
     return folder
 
 
