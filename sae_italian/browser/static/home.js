@@ -2,6 +2,7 @@
 
 const CLOUDS = { scatter: scoreScatter, map: latentMap };
 const WORTH = 6;
+const LOOKED_AT = 2000; // of the best, for six of other densities and words
 const OWN_WORDS = 2; // of a latent's tokens, those that no other of the six may have
 
 // One panel for both clouds; the one that is not shown is not drawn.
@@ -32,22 +33,23 @@ function cloudPanel(ctx, rows, list) {
 }
 
 // --- what is worth opening: most above the token lookup, two of each third of the densities, no word twice ---
-const shines = (row) => row.detection !== null && row.detection >= GOOD - 1e-9 && row.gain > 0 && /\p{L}{2}/u.test(row.top_tokens[0]);
+const shines = (row) => row.gain > 0 && row.detection >= GOOD - 1e-9 && /\p{L}{2}/u.test(row.top_tokens[0]);
 
 function worthOpening(rows) {
-  const good = rows.filter(shines);
-  const all = good.length >= WORTH ? good : rows.filter((row) => row.sample && !row.dead);
-  const byDensity = [...all].sort((a, b) => a.density - b.density);
-  const third = new Map(byDensity.map((row, at) => [row, Math.floor((3 * at) / all.length)]));
-  const best = [...all].sort((a, b) => (b.gain ?? 0) - (a.gain ?? 0) || (b.detection ?? 0) - (a.detection ?? 0) || b.n_active - a.n_active);
+  const best = Array.from(orderOf(rows, "gain", true), (at) => rows[at]); // as the list is sorted anyhow
+  const good = best.filter(shines);
+  const all = good.length >= WORTH ? good : best.filter((row) => row.sample && !row.dead);
+  const densities = Float64Array.from(all, (row) => row.density).sort();
+  const above = [1, 2].map((n) => densities[Math.ceil((n * all.length) / 3)]);
+  const third = (row) => above.filter((bound) => row.density >= bound).length;
   const taken = new Set();
   const said = new Set();
   for (const strict of [true, false]) {
-    for (const row of best) {
+    for (const row of all.slice(0, LOOKED_AT)) {
       if (taken.size === WORTH) break;
-      const words = row.top_tokens.slice(0, OWN_WORDS).map((word) => fold(word.trim()));
-      const full = [...taken].filter((one) => third.get(one) === third.get(row)).length >= WORTH / 3;
-      if (strict && (full || words.some((word) => said.has(word)))) continue;
+      const words = row.top_tokens.slice(0, OWN_WORDS).map((word) => word.trim().toLowerCase());
+      if (strict && words.some((word) => said.has(word))) continue;
+      if (strict && [...taken].filter((one) => third(one) === third(row)).length >= WORTH / 3) continue;
       taken.add(row);
       for (const word of words) said.add(word);
     }
@@ -64,9 +66,9 @@ function worthPanel(ctx, rows) {
 }
 
 function surprise(ctx, rows) {
-  const good = rows.filter(shines);
-  const some = good.length ? good : rows.filter((row) => !row.dead);
-  return h("button", { type: "button", class: "icon surprise", disabled: !some.length, onclick: () => ctx.open(some[Math.floor(Math.random() * some.length)].latent) }, ctx.t("surprise"));
+  const some = () => [shines, (row) => !row.dead].map((keep) => rows.filter(keep)).find((found) => found.length);
+  const open = (found = some()) => ctx.open(found[Math.floor(Math.random() * found.length)].latent);
+  return h("button", { type: "button", class: "icon surprise", disabled: rows.every((row) => row.dead), onclick: () => open() }, ctx.t("surprise"));
 }
 
 function numbersPanel(ctx, run, clouds) {

@@ -75,7 +75,7 @@ function prepareSearch(rows, gold) {
     if (hay.made.length < rows.length) foldBlock(rows, hay);
     if (hay.made.length < rows.length) whenIdle(some);
   };
-  whenIdle(some);
+  painted().then(() => whenIdle(some)); // the list comes first
 }
 
 // A word that no latent has is left out, and told: `state.missing`.
