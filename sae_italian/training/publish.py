@@ -116,8 +116,7 @@ def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool)
         api.upload_folder(folder_path=staging, path_in_repo=sae_id, commit_message=note, repo_id=repo_id)
         if api.file_exists(repo_id, MODEL_CARD):
             return False
-        text = (staging / MODEL_CARD).read_text(encoding="utf-8")
-        text = text.replace(f"]({DENSITY_PICTURE})", f"]({sae_id}/{DENSITY_PICTURE})")
+        text = (staging / MODEL_CARD).read_text("utf-8").replace(DENSITY_PICTURE, f"{sae_id}/{DENSITY_PICTURE}")
         api.upload_file(
             path_or_fileobj=text.encode(), path_in_repo=MODEL_CARD, commit_message="Model card", repo_id=repo_id
         )
@@ -235,6 +234,7 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
         base_model=card.model if _on_hub(card.model) else None,
         datasets=[card.corpus] if _on_hub(card.corpus) and "," not in card.corpus else None,
         model_name=sae_id,
+        widget=[{"text": f"{sae_id}: density", "output": {"url": DENSITY_PICTURE}}] if words["picture"] else None,
         eval_results=[
             EvalResult(metric_type=key, metric_name=label(f"card.{key}"), metric_value=value, **where)
             for key, value in values.items()

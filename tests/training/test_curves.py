@@ -3,6 +3,7 @@
 import json
 import re
 
+import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -114,6 +115,26 @@ def test_a_band_of_dead_latents_stays_a_share():
     low, high = curves.band("dead", np.array([0.0, 0.99]))
     assert low[0] == 0 and high[1] == 1 and (low <= high).all()
     assert curves.band("l0", np.array([0.0]))[0] <= 0 < curves.band("l0", np.array([8.0]))[0]
+
+
+def test_the_grey_band_is_what_is_tolerated_and_the_legend_says_so(healthy, tmp_path, monkeypatch):
+    """Each metric's area runs along its tolerance around the healthy curve, under the run's own line."""
+    drawn = {}
+    monkeypatch.setattr(curves, "svg", lambda draw, n, size: drawn.update(draw=draw, n=n) or "")
+    curve, spec = healthy
+    look_at_training(written(tmp_path / "run", curve, spec, l0=lambda x: x + 0.1))
+    axes = matplotlib.figure.Figure().subplots(1, drawn["n"])
+    drawn["draw"](axes)
+    for axis, name in zip(axes, TITLES, strict=True):
+        ((corners,), (line,)) = (axis.collections[0].get_paths(), axis.lines)
+        relative, absolute = curves.TOLERANCE[name]
+        at, room = corners.vertices[:, 1], relative * curve.values[name] + absolute
+        low, high = curve.values[name] - room, curve.values[name] + room
+        assert at.min() == pytest.approx(max(low.min(), 0) if name == "dead" else low.min())
+        assert at.max() == pytest.approx(high.max())
+        assert line.get_ydata() == pytest.approx(curve.values[name] + (0.1 if name == "l0" else 0))
+    words = [text.get_text() for text in axes[0].get_legend().get_texts()]
+    assert words[0].startswith("tolerated around a healthy run") and words == [*words[:1], "run"]
 
 
 def test_a_loss_that_is_not_finite(healthy, tmp_path):

@@ -72,6 +72,8 @@ def test_the_model_card_says_what_the_hub_reads(judged, hub):
     assert front["library_name"] == "saelens" and front["language"] == ["it"] and front["license"] == "mit"
     tags = {"sparse-autoencoder", "sae", "saelens", "sae-italian", "mechanistic-interpretability", "topk"}
     assert tags <= set(front["tags"]) and "explained_variance" in front["metrics"]
+    ((_, picture),) = [(shown["text"], shown["output"]["url"]) for shown in front["widget"]]
+    assert hub.files["me/saes"][picture].startswith(b"<?xml") and picture == "L1R-2x/density.svg"
     results = {row["type"]: row["value"] for row in front["model-index"][0]["results"][0]["metrics"]}
     assert results["l0"] == 8 and "dead" in results
     assert huggingface_hub.ModelCard(text).data.library_name == "saelens"  # parsed as the hub does

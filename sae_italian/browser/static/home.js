@@ -40,8 +40,7 @@ function worthOpening(rows) {
   const good = best.filter(shines);
   const all = good.length >= WORTH ? good : best.filter((row) => row.sample && !row.dead);
   const densities = Float64Array.from(all, (row) => row.density).sort();
-  const above = [1, 2].map((n) => densities[Math.ceil((n * all.length) / 3)]);
-  const third = (row) => above.filter((bound) => row.density >= bound).length;
+  const third = (row) => [1, 2].filter((n) => row.density >= densities[Math.ceil((n * all.length) / 3)]).length;
   const taken = new Set();
   const said = new Set();
   for (const strict of [true, false]) {
@@ -66,8 +65,8 @@ function worthPanel(ctx, rows) {
 }
 
 function surprise(ctx, rows) {
-  const some = () => [shines, (row) => !row.dead].map((keep) => rows.filter(keep)).find((found) => found.length);
-  const open = (found = some()) => ctx.open(found[Math.floor(Math.random() * found.length)].latent);
+  const one = (of) => ctx.open(of[Math.floor(Math.random() * of.length)].latent);
+  const open = (good = rows.filter(shines)) => one(good.length ? good : rows.filter((row) => !row.dead));
   return h("button", { type: "button", class: "icon surprise", disabled: rows.every((row) => row.dead), onclick: () => open() }, ctx.t("surprise"));
 }
 
