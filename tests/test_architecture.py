@@ -15,7 +15,7 @@ from tests import house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
     "lines": 35_962,  # 21_500
-    "statements": 23_465,  # 13_500
+    "statements": 23_464,  # 13_500
     "files": 153,  # 150
     "files under 60 lines": 15,
     "function median": 10,
