@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -203,6 +204,18 @@ def pytest_configure(config) -> None:
     config.option.loadscopereorder = (
         False  # pytest-xdist would start files of many tests first, however short these are
     )
+    gc.disable()
+
+
+def pytest_collection_finish(session) -> None:
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_search() -> None:
+    """Half a million objects of the libraries stay; searching them for garbage takes half a second each time."""
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items) -> None:

@@ -20,7 +20,7 @@ SMALL = (
     "lr_decay_steps=10",
     "dead_feature_window=20",
 )
-SIZES = {"cache_tokens": 40_000, "card_tokens": 10_000, "latents": 64}
+SIZES = {"cache_tokens": 24_000, "card_tokens": 6_000, "latents": 64}
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +83,14 @@ def test_a_second_run_is_refused_and_resuming_gives_the_same(done):
     assert again["random"] == results["random"] and again["random_gold"] == results["random_gold"]
     assert not (out / "cache" / "random-twin").exists()  # its numbers are kept, its cache is not made again
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    assert size < 10e6  # 7.1 MB: 64 of 256 latents on 40,000 tokens
+    assert size < 10e6  # 7 MB: 64 of 256 latents on 24,000 tokens
     assert again["card"]["explained_variance"] == results["card"]["explained_variance"]
 
 
 def test_a_killed_quickstart_resumes_to_the_same_results(done, tmp_path):
     """Kill it while it trains, while it caches and while it explains; each time it goes on from there."""
     out, expected = tmp_path / "killed", done[1]
-    sizes = ["--tokens", "40000", "card_tokens=10000", "--n-latents", "64"]
+    sizes = ["--tokens", "24000", "card_tokens=6000", "--n-latents", "64"]
     command = [
         "-m",
         "sae_italian.cli",
