@@ -13,6 +13,7 @@ from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.summary import export as export_tables
 from sae_italian.base.errors import UsageError
+from sae_italian.base.hub import WandbRun
 from sae_italian.browser.exports import export
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.cli import main
@@ -107,6 +108,21 @@ def test_an_export_joins_the_trainings_project_and_group(offline, mini, tmp_path
     assert OfflineRun(tmp_path / "tables").group == trained.id
 
 
+def test_an_online_export_uses_the_artifact_that_the_training_sent(offline, mini, tmp_path, monkeypatch):
+    """The lineage W&B draws: the latents' run asks for the SAE by the very name it was sent under. Offline it asks nobody."""
+    wandb, asked = pytest.importorskip("wandb"), []
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: init(**given | {"mode": "offline"}))  # no server here
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "use_artifact", lambda run, name: asked.append((run.group, name)))
+    cache = FeatureCache.open(build_cache(offline, mini, out=tmp_path / "cache", n_tokens=2000))
+    trained = OfflineRun(offline)
+    export(cache, mini.tokenizer, tmp_path / "kept", "wandb", latents=(0, 2))
+    assert not asked
+    export(cache, mini.tokenizer, tmp_path / "sent", "wandb", latents=(0, 2), online=True)
+    ((group, name),) = asked
+    assert group == trained.id and name.removesuffix(":latest") in trained.names and name.endswith(":latest")
+
+
 def test_config_and_artifact(offline, small_spec):
     run = OfflineRun(offline)
     assert run.config["sae_italian"]["sae"]["k"] == 8 and run.config["training_tokens"] == small_spec.training_tokens
@@ -162,6 +178,7 @@ def test_a_sweep_is_what_wandb_accepts(file):
 
     config = load_sweep_config(str(file))  # how `wandb sweep FILE` reads it
     assert config == yaml.safe_load(file.read_text()) and not list(validator.iter_errors(config))
+    assert config["project"] == WandbRun().project  # a sweep's runs stand beside the others
     sweeps.next_run(config, [])
     broken = {**config, "method": "guess"}
     assert list(validator.iter_errors(broken))

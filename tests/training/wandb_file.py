@@ -40,6 +40,7 @@ class OfflineRun:
         self.summary: dict[str, Any] = {}
         self.config: dict[str, Any] = {}
         self.artifacts: list[tuple[str, list[str]]] = []
+        self.names: set[str] = set()  # of the artifacts
         self.id = self.group = self.project = self.exit_code = None
         deadline = time.monotonic() + 20  # wandb's own process may still be writing when `finish` returns
         while self.exit_code is None and time.monotonic() < deadline:
@@ -66,6 +67,7 @@ class OfflineRun:
         elif kind in ("artifact", "request"):
             artifact = record.artifact if kind == "artifact" else record.request.log_artifact.artifact
             if artifact.name:
+                self.names.add(artifact.name)
                 self.artifacts.append((artifact.type, [entry.path for entry in artifact.manifest.contents]))
 
 
