@@ -1,9 +1,11 @@
 """What the results say: a row for every SAE, what is not distinguishable, by family; and SAEBench's JSON of it.
 
 The headline of a task is selectivity, AUC at k = 16 minus the better of the two form controls, and the gain over the
-random twin. Means are over tasks, whose poolings are averaged first. Tasks are the sample: intervals resample them. The
-variance of a difference between two SAEs also counts the documents that tasks share: V = V_tasks + V_documents - V_cells,
-at least the larger of the first two (Cameron, Gelbach, Miller 2011). Less than 2.8 times its root is not distinguishable.
+random twin. The match is the correlation of the best single latent with the answer, above that of the twin's best, as a
+share of what is left to 1: it follows a planted truth where AUC does not. Means are over tasks, whose poolings are averaged
+first. Tasks are the sample: intervals resample them. The variance of a difference between two SAEs also counts the
+documents that tasks share: V = V_tasks + V_documents - V_cells, at least the larger of the first two (Cameron, Gelbach,
+Miller 2011). Less than 2.8 times its root is not distinguishable.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from sae_italian.benchmark.run import SETTINGS
 
 POWER = 2.8  # standard errors of a difference found four times in five at the level of 5 %
 EVAL_TYPE = "sae_italian_sparse_probing"  # Italian sets are never averaged with SAEBench's English ones
-COLUMNS = ("auc_1", "auc_16", "selectivity", "gain_1", "gain_16", "below_dense")
+COLUMNS = ("auc_1", "auc_16", "selectivity", "gain_1", "gain_16", "below_dense", "match")
 
 
 class ProblemScore(NamedTuple):
@@ -43,12 +45,15 @@ class ProblemScore(NamedTuple):
 
     def value(self, column: str) -> float:
         """Return a number of the table."""
-        form = max(self.control[name]["auc"] for name in ("form", "tokens"))
+        if column == "match":  # results that are older than it have none
+            ours, twin = np.mean(self.own.get("match", [[np.nan, np.nan]]), axis=0)
+            return float((ours - twin) / (1 - twin))
         kind, _, k = column.partition("_")
         if kind == "gain":
             return self.mean("auc", k) - self.mean("twin", k)
         if kind == "auc":
             return self.mean("auc", k)
+        form = max(self.control[name]["auc"] for name in ("form", "tokens"))
         return self.mean("auc", "16") - (form if kind == "selectivity" else self.control["dense"]["auc"])
 
 

@@ -295,6 +295,28 @@ def _probed_by(encoder: Any, given: Examples, grid: Sequence[float] = CONTROL_GR
     return judge(model.decision_function(encoder.transform(given.w)), given.truth)
 
 
+def matched(latents: Examples, frequency: float) -> float:
+    """Return how well one latent stands for the answers: its correlation with them on the test rows.
+
+    It is the latent that correlates best on the training rows, whose weights make the answers as frequent as they are in
+    text: so a latent that is on at much else stands for little, which an AUC on balanced rows does not see.
+    """
+    x, y, w, truth = latents
+    best = int(_correlations(x, y, frequency).argmax())
+    return float(_correlations(w[:, [best]], truth, frequency)[0])
+
+
+def _correlations(
+    x: scipy.sparse.csr_array, y: Bool[np.ndarray, " n"], frequency: float
+) -> Float[np.ndarray, " d_sae"]:
+    """Return each latent's Pearson correlation with y at a frequency of y, 0 where it is constant."""
+    weights = np.where(y, frequency / y.sum(), (1 - frequency) / (~y).sum())
+    mean, square, both = (np.asarray(each).ravel() for each in (weights @ x, weights @ (x * x), (weights * y) @ x))
+    variance = square - mean**2
+    scale = np.sqrt(np.maximum(variance, 0) * frequency * (1 - frequency))
+    return np.divide(both - frequency * mean, scale, out=np.zeros(len(mean)), where=variance > 1e-9 * square)
+
+
 def permuted(latents: Examples, n: int, seed: int) -> list[float]:
     """Return the AUC at k = 1 on shuffled labels, `n` times: what choosing among many latents finds.
 

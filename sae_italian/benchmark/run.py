@@ -99,10 +99,12 @@ class Bench:
         ours = [probes.sparse_probes(drawn.of(z)) for drawn in draws]
         theirs = [probes.sparse_probes(drawn.of(twin), HEADLINE) for drawn in draws]
         chance = probes.permuted(draws[0].of(z), self.n_permuted, 0)
+        frequency = float(np.mean([item.answer for item in problem.items]))
         documents, truth = np.array(problem.documents), draws[0].answers[1]
         found: dict[str, Any] = {"permuted": chance, "interval": {}, "influence": {}}
         for key, values in (("auc", ours), ("twin", theirs)):
             found[key] = {str(k): [one[k].auc for one in values] for k in values[0]}
+        found["match"] = [[probes.matched(drawn.of(latents), frequency) for latents in (z, twin)] for drawn in draws]
         for key in ("accuracy", "f1"):
             found[key] = {str(k): float(np.mean([getattr(one[k], key) for one in ours])) for k in ours[0]}
         for k in HEADLINE:

@@ -13,6 +13,7 @@ from sae_italian.benchmark.probes import (
     fitted,
     form_probe,
     judge,
+    matched,
     permuted,
     ranked,
     sparse_probes,
@@ -66,6 +67,30 @@ def test_a_planted_latent_is_found_and_more_latents_do_not_hide_it():
     alone = roc_auc_score(truth, w.toarray()[:, 7])
     assert found[1].auc == pytest.approx(alone, abs=1e-9) and alone > 0.75
     assert all(judged.auc > alone - 0.05 for judged in found.values())
+
+
+@pytest.mark.parametrize("frequency", [0.5, 0.05])
+def test_a_match_is_the_correlation_in_text_of_the_latent_chosen_in_training(frequency):
+    """On balanced rows with weights as on rows of the text, where the answers are as rare as they are."""
+    (x, y), (w, truth) = planted(0), planted(1)
+    found = matched(Examples(x, y, w, truth), frequency)
+    others = round((1 - frequency) / frequency)  # each row without the answer stands for so many
+    rows = np.repeat(np.arange(len(truth)), np.where(truth, 1, others))
+    dense = w.toarray()[rows]
+    assert found == pytest.approx(np.corrcoef(dense[:, 7], truth[rows])[0, 1], abs=1e-9)
+    assert matched(Examples(x, y, x, y), frequency) > 0.2 > matched(Examples(x[:, 9:], y, w[:, 9:], truth), frequency)
+
+
+def test_a_perfect_latent_matches_wholly_a_constant_one_not_at_all_and_one_that_is_on_elsewhere_less():
+    y = np.arange(200) % 2 == 0
+    on = 2.0 * y
+    elsewhere = np.where(y, 2.0, 2.0 * (np.arange(200) % 8 == 1))
+    for latent, wanted in ((on, 1.0), (np.full(200, 3.0), 0.0), (np.zeros(200), 0.0)):
+        x = scipy.sparse.csr_array(latent[:, None])
+        assert matched(Examples(x, y, x, y), 0.1) == pytest.approx(wanted)
+    x = scipy.sparse.csr_array(elsewhere[:, None])  # of a quarter of the others: AUC says 0.875 at any frequency
+    often, rarely = (matched(Examples(x, y, x, y), frequency) for frequency in (0.5, 0.02))
+    assert often == pytest.approx((0.5 - 0.625 * 0.5) / np.sqrt(0.625 * 0.375 * 0.25)) and rarely < often / 2
 
 
 def test_probes_are_those_of_the_documented_solver():

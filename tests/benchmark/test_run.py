@@ -63,6 +63,12 @@ def test_neurons_do_what_the_dense_probe_does_and_form_does_not(scored):
 def test_a_random_sae_gains_nothing_over_its_twin(scored):
     random = next(entry for entry in read_entries(scored[0]) if entry.name == "random")
     assert abs(random.estimate("gain_16").value) < 0.1
+    score = random.scores["M1-negation-mean"]
+    mine, twins = np.mean(score.own["match"], axis=0)
+    assert abs(random.estimate("match").value) < 0.2 and 0 < mine < 1
+    assert score.value("match") == pytest.approx((mine - twins) / (1 - twins))
+    older = {key: value for key, value in score.own.items() if key != "match"}
+    assert np.isnan(score._replace(own=older).value("match"))
 
 
 def test_differences_are_paired_and_an_sae_is_not_distinguishable_from_itself(scored):
