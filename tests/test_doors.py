@@ -125,6 +125,20 @@ def test_a_folder_that_is_not_its_own_is_left_as_it_is_before_any_work(door, sae
     assert {file.read_text() for file in out.iterdir() if file.name != "run.json"} == {"mine"}
 
 
+@pytest.mark.parametrize("door", ["absorption", "against", "jumprelu"])
+def test_an_sae_whose_scale_is_not_folded_in_is_refused(door, sae, topk_sae, tmp_path, capsys):
+    wrong, out = tmp_path / "wrong", tmp_path / "out"
+    topk_sae.save_model(wrong)
+    config = json.loads((wrong / "cfg.json").read_text())
+    (wrong / "cfg.json").write_text(json.dumps(config | {"normalize_activations": "expected_average_only_in"}))
+    command = {
+        "absorption": ["absorption", wrong, "minutes=0.01"],
+        "against": ["language", sae, "minutes=0.01", "--ud", "micro-italiano", "--against", wrong, "--out", out],
+        "jumprelu": ["export", wrong, "--to", "jumprelu", "--tokens", 2000, "--out", out],
+    }[door]
+    refused(command, capsys, "its scale is not folded in", out)
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16"])
 def test_text_of_another_encoding_is_read_as_it_is(encoding, tmp_path, capsys):
     file = tmp_path / "testo.txt"

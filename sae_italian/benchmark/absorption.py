@@ -34,6 +34,7 @@ from sae_italian.base.pace import paced
 from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.benchmark.probes import f1
+from sae_italian.saes import check_fits
 
 PARENTS = ("UPOS=AUX", "UPOS=NOUN", "UPOS=ADP", "UPOS=DET", "Gender=Fem", "Gender=Masc", "Number=Plur")
 LEAST_WORDS = 50  # of a form under one parent, and at least a fifth of them in test
@@ -197,10 +198,9 @@ def pairs_of(words: Words, forms: Sequence[str]) -> list[tuple[str, str]]:
 def absorption(saes: Mapping[str, Any], model: Any, treebanks: Sequence[str], *, context_size: int = 128) -> Absorption:
     """Return the absorption of SAEs of one hook on planted hierarchies of the treebanks' words, and what letters allow.
 
-    Raises: UsageError where no form is frequent enough, and as `read_words` and `encode_words`.
+    Raises: UsageError where no form is frequent enough, and as `check_fits`, `read_words` and `encode_words`.
     """
-    first = next(iter(saes.values()))
-    hook = first.cfg.metadata.hook_name
+    hook = [check_fits(sae, model) for sae in saes.values()][0]
     scored: dict[str, list[Absorbed]] = {name: [] for name in saes}
     letters, l0 = (0, len(LETTERS)), dict.fromkeys(saes, 0.0)
     for bank in treebanks:

@@ -23,7 +23,7 @@ from sae_italian.models.activations import check_context, read_many
 from sae_italian.models.hooks import parse_hook_name
 from sae_italian.saes.fit import Fit, check_free, decoded, explained, fit, save_sae
 from sae_italian.saes.jumprelu import JumpReLUExport, Thresholds, check_exportable, to_jumprelu
-from sae_italian.saes.loading import check_hooks, check_weights, hooks_of
+from sae_italian.saes.loading import check_fits, check_hooks, check_weights, hooks_of
 
 SCALES = tuple(2.0**power for power in range(-7, 8))
 JUMPRELU_TOKENS = 40_960  # about 32,768 of them, as many as Llama Scope took, set the thresholds; the rest checks
@@ -100,6 +100,7 @@ def export_jumprelu(
     """
     check_free(out)
     check_exportable(sae)
+    check_fits(sae, model)
     x, y, documents = held_out_activations(sae, model, corpus, n_tokens, **reading)
     exported, report = to_jumprelu(sae, x, y, documents=documents, thresholds=thresholds)
     save_sae(exported, out)
