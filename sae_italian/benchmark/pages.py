@@ -15,6 +15,9 @@ from sae_italian.base.report import page, plain, save_result, shown, table
 from sae_italian.base.storage import fingerprint, write_json, write_text
 from sae_italian.benchmark.board import COLUMNS, Entry, compare, ranks, read_entries, saebench, training_noise
 
+# The columns of a problem: the SAE's own, and the AUC of its controls.
+OWN = ("auc_1", "auc_16", "lo", "hi", "selectivity", "gain_16")
+OTHERS = ("form", "tokens", "dense", "embedded")
 SIZE = {"texts": 0, "tokens": 0, "tokens_per_word": 2}  # digits
 # A click on a column's head sorts by its first number, the largest first.
 SORT = """document.querySelectorAll('th').forEach((h,i)=>{h.setAttribute('role','button');h.onclick=()=>{
@@ -92,22 +95,14 @@ def problems(entry: Entry) -> Board:
         told, control = entry.told[entry.tasks[name]], score.control
         lo, hi = (float("nan") if x is None else x for x in score.own["interval"]["16"])
         chance = np.quantile(score.own["permuted"], 0.95)
-        numbers = [
-            score.value("auc_1"),
-            score.value("auc_16"),
-            lo,
-            hi,
-            score.value("selectivity"),
-            score.value("gain_16"),
-        ]
-        others = [control[key]["auc"] for key in ("form", "tokens", "dense", "embedded")]
+        own = {column: score.value(column) for column in COLUMNS} | {"lo": lo, "hi": hi}
+        numbers = [own[name] for name in OWN]
+        others = [control[key]["auc"] for key in OTHERS]
         cells = [f"{x:.3f}" for x in [*numbers, *others, chance, control["majority"]]]
         marked = f"{told['en']} · {told['it']}" + (" *" if control["exploratory"] else "")
         rows.append([name, marked, *cells, str(control["n_test"])])
-    names = ("problem", "task", "auc_1", "auc_16", "lo", "hi", "selectivity", "gain_16")
-    beside = ("form", "tokens", "dense", "embedded", "permuted", "majority", "n_test")
+    every = ("problem", "task", *OWN, *OTHERS, "permuted", "majority", "n_test")
     title = f"{entry.name}: {both('problems')}"
-    every = (*names, *beside)
     return Board(title, _heads(every), rows, [both("exploratory"), _in_italian(every)])
 
 

@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sae_italian.base.errors import UsageError
-from sae_italian.models.activations import replaced, resolve_hook
+from sae_italian.models.activations import centred, replaced, resolve_hook, scale_of
 from sae_italian.models.hooks import Hook, adapter_of
 
 FROZEN = "sae_italian_frozen"  # the name under which transformers knows the attention that is frozen
@@ -72,12 +72,12 @@ class Linear:
 
     def norm(self, path: str, layer: int | None, module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
         """Return the norm of its input with the scale a constant; the transcoder of `layer` reads it before the gain."""
-        (x,), centred = args, _centred(args[0], module)
-        scale = self.scales[path] = self.before.scales[path] if self.before else _scale(x[:1], module)
+        (x,), middle = args, centred(args[0], module)
+        scale = self.scales[path] = self.before.scales[path] if self.before else scale_of(x[:1].detach(), module)
         if layer is not None:
-            self.reads[layer] = centred * scale
+            self.reads[layer] = middle * scale
         gain, bias = _gain_and_bias(module, x)
-        return centred * (scale * gain) + bias
+        return middle * (scale * gain) + bias
 
     def read(self, layer: int, x: Tensor) -> Tensor:
         if layer in self.hooks and not self.hooks[layer].normalised:
@@ -179,21 +179,10 @@ def _norms(model: Any) -> list[str]:
     return [adapter.translate_transformer_lens_path(path) for path in (*paths, "ln_final")]
 
 
-def _centred(x: Tensor, norm: nn.Module) -> Tensor:
-    """LayerNorm takes the mean away, which is linear; a root-mean-square norm does not."""
-    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
-
-
-def _scale(x: Tensor, norm: Any) -> Float[Tensor, "... 1"]:
-    """Return what the norm divides by, as a factor, without a gradient."""
-    eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
-    return torch.rsqrt(_centred(x, norm).detach().pow(2).mean(-1, keepdim=True) + eps)
-
-
 @torch.no_grad()
 def _gain_and_bias(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return gain and bias of any norm (Gemma's gain is 1 + w) from what it makes of a vector of mean 0 and size 1."""
     unit = torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)
     unit[1::2] = -1
     plus, minus = norm.forward(unit), norm.forward(-unit)
-    return (plus - minus) / (2 * unit * _scale(unit, norm)), (plus + minus) / 2
+    return (plus - minus) / (2 * unit * scale_of(unit, norm)), (plus + minus) / 2

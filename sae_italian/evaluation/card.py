@@ -29,12 +29,6 @@ ULTRA_ACTIVE = 0.1  # of the tokens (Llama Scope, fig. 4)
 
 NUMBERS = tuple(labels("card"))  # the keys of the numbers with intervals, in the card's order
 _SHARES = {"dead", "dead_in_100k", "dead_in_1m", "ultra_active", "ce_loss_recovered", "kl_recovered"}
-_LEGEND = (
-    "Means are per token of held-out text, special tokens left out; losses in nats. Dead: never fired on the tokens examined. "
-    "Healthy, as a rule of thumb: at most about 10 % dead in 100,000 tokens, under 2 % ultra-active (Llama Scope, fig. 4).",
-    "Le medie sono per token di testo tenuto da parte, senza token speciali; perdite in nat. Morto: mai attivo sui token esaminati. "
-    "Regola pratica di una SAE sana: al più circa il 10 % di latenti morti in 100.000 token, meno del 2 % ultra-attivi.",
-)
 MASSIVE_NORM = 4.0  # times the median norm: a token that stands out
 MASSIVE_VARIANCE = 20.0  # times the median variance: a dimension that stands out
 AT_MOST = 5  # of each are named
@@ -181,7 +175,7 @@ class EvaluationCard:
             *([f"Activations at `{self.hook_name_out}`: {self.outliers.text()}.", ""] if self.outliers else []),
             f"![density of the latents]({DENSITY_PICTURE})",
             "",
-            *(paragraph + "\n" for paragraph in _LEGEND),
+            *(label("legends.card", language) + "\n" for language in ("en", "it")),
         ]
         return "\n".join(lines).rstrip() + "\n"
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.sparse.linalg import LinearOperator, lsqr
 from torch import Tensor
 
 from sae_italian.corpora import PackedBlock, Split, iter_documents, pack
@@ -170,35 +171,22 @@ def fit_reselected(sae: Any, sample: Sample) -> Fit | None:
 
 
 def best_gains(sae: Any, sample: Sample, steps: int = 30) -> tuple[Float[Tensor, " latents"], Fit]:
-    """Return the factor each active latent would need (least squares, conjugate gradients), and the fit with them.
+    """Return the factor each active latent would need (least squares, scipy's LSQR), and the fit with them.
 
     Gains start from 1, and latents that never fire in the sample are left out. The fit's L0 is the SAE's own.
     """
-    x, y = sample.x, sample.y
-    z = sae.encode(x)
-    base = decoded(sae, torch.zeros_like(z), x)
+    z = sae.encode(sample.x)
     active = (z != 0).sum(0) >= 2
-    z_active = z[:, active].contiguous()
-    directions = sae.W_dec[active]
+    rows = sae.W_dec[active]
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # decode divides by the norms
-        directions = directions / directions.norm(dim=-1, keepdim=True)
-    gains = torch.ones(int(active.sum()), dtype=z.dtype, device=z.device)
-
-    def forward(g: Tensor) -> Tensor:
-        return (z_active * g) @ directions
-
-    def adjoint(r: Tensor) -> Tensor:
-        return (z_active * (r @ directions.T)).sum(0)
-
-    residual = y - base - forward(gains)
-    gradient = adjoint(residual)
-    direction, power = gradient.clone(), gradient.pow(2).sum()
-    for _ in range(steps):
-        image = forward(direction)
-        step = power / image.pow(2).sum().clamp_min(1e-12)
-        gains, residual = gains + step * direction, residual - step * image
-        gradient = adjoint(residual)
-        new_power = gradient.pow(2).sum()
-        direction, power = gradient + new_power / power.clamp_min(1e-12) * direction, new_power
-    error = residual.double().pow(2).sum().item()
-    return gains, Fit(*explained(error, y), float("nan"), float("nan"))
+        rows = rows / rows.norm(dim=-1, keepdim=True)
+    added = sample.y - decoded(sae, torch.zeros_like(z), sample.x)
+    acts, directions, wanted = (each.detach().cpu().numpy() for each in (z[:, active], rows, added))
+    written = LinearOperator(
+        (wanted.size, len(rows)),
+        matvec=lambda gains: ((acts * gains.astype(acts.dtype)) @ directions).ravel(),
+        rmatvec=lambda y: (acts * (y.astype(acts.dtype).reshape(wanted.shape) @ directions.T)).sum(axis=0),
+    )
+    start = np.ones(len(rows))
+    gains, _, _, residual, *_ = lsqr(written, wanted.ravel(), atol=0, btol=0, conlim=0, iter_lim=steps, x0=start)
+    return torch.from_numpy(gains), Fit(*explained(residual**2, sample.y), float("nan"), float("nan"))

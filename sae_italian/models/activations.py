@@ -54,13 +54,15 @@ def resolve_hook(model: nn.Module, hook_name: str) -> tuple[Hook, nn.Module]:
     return hook, module
 
 
-def _normalised(x: Acts, norm: Any) -> Acts:
-    """Return x as the norm hands it to its gain: centred for LayerNorm, divided by its root mean square for both."""
-    x32 = x.float()
-    if isinstance(norm, nn.LayerNorm):
-        x32 = x32 - x32.mean(-1, keepdim=True)
+def centred(x: Tensor, norm: nn.Module) -> Tensor:
+    """LayerNorm takes the mean away, which is linear; a root-mean-square norm does not."""
+    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+
+
+def scale_of(x: Tensor, norm: Any) -> Float[Tensor, "... 1"]:
+    """Return what the norm multiplies the centred x by, before its gain."""
     eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
-    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return torch.rsqrt(centred(x, norm).pow(2).mean(-1, keepdim=True) + eps)
 
 
 @contextmanager
@@ -74,7 +76,9 @@ def replaced(model: nn.Module, hook_name: str, function: Callable[[Tensor], Tens
 
     def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         x = args[0] if args else kwargs["hidden_states"]
-        new = function(_normalised(x, module) if hook.normalised else x)
+        if hook.normalised:
+            x = (centred(x.float(), module) * scale_of(x.float(), module)).to(x.dtype)
+        new = function(x)
         if new is None:
             return None
         if hook.normalised:

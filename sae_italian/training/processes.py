@@ -21,7 +21,6 @@ larger B costs no more messages. On paper: no line of this has met a GPU.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import socket
 import time
@@ -38,7 +37,8 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import RUN_FILE, first_difference, package_versions
+from sae_italian.base.storage import RUN_FILE, fingerprint, first_difference, package_versions
+from sae_italian.saes import weights_hash
 from sae_italian.saes.architectures import start_at
 from sae_italian.training.config import RunSpec
 
@@ -257,11 +257,8 @@ class _GlobalBatchTopK(nn.Module):
 
 def _hash_of(trainer: Any) -> str:
     """Return a hash of the weights, the counters and the input scale of a trainer."""
-    hashed = hashlib.sha256(str(trainer.activation_scaler.scaling_factor).encode())
-    counters = [trainer.n_forward_passes_since_fired, trainer.act_freq_scores]
-    for tensor in [*trainer.sae.state_dict().values(), *counters]:
-        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return hashed.hexdigest()
+    counters = [each.tolist() for each in (trainer.n_forward_passes_since_fired, trainer.act_freq_scores)]
+    return weights_hash(trainer.sae) + fingerprint([*counters, trainer.activation_scaler.scaling_factor])
 
 
 @contextlib.contextmanager

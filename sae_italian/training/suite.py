@@ -192,8 +192,7 @@ def _memory_text(memory: dict[str, float]) -> str:
 def n_parameters(model: str) -> int:
     """Return how many parameters a model has, without loading any. Raises: UsageError as `load_model_config`."""
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(load_model_config(model))
-    return sum(parameter.numel() for parameter in empty.parameters())
+        return AutoModelForCausalLM.from_config(load_model_config(model)).num_parameters()
 
 
 def plan(groups: Sequence[Mapping[str, RunSpec]], limit_gb: float | None = None) -> tuple[dict[str, Any], str]:
