@@ -210,7 +210,6 @@ class Words(NamedTuple):
     sentence: Int[np.ndarray, " words"]
     train: Bool[np.ndarray, " words"]
     x: Float[np.ndarray, "words d_in"]
-    n_cut: int = 0  # words beyond the context, left out
 
 
 def label_names(treebanks: Sequence[Treebank]) -> list[str]:
@@ -223,12 +222,12 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
     """Return a treebank's words with the activations of a model (backend `hf`) at a hook.
 
     Each sentence is read alone after a BOS, so that no word is seen through another sentence. Words that begin beyond the
-    context are counted and left out. Batches are read in a random order: a time bound leaves sentences of all lengths.
+    context are left out. Batches are read in a random order: a time bound leaves sentences of all lengths.
     Raises: UsageError when no word is left, or the model has no such hook.
     """
     tokens, spans = _tokenised(treebank.sentences, model.tokenizer, context_size)
     column = {name: i for i, name in enumerate(names)}
-    pairs, sentence, n_cut, parts = [], [], 0, {}
+    pairs, sentence, parts = [], [], {}
     batches = batches_of(dict(enumerate(map(len, tokens))))
     order = list(chain.from_iterable(batches))
     random = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
@@ -244,13 +243,12 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
         for at in np.flatnonzero(last >= 0).tolist():
             pairs += [(len(sentence), column[label]) for label in words[at].labels if label in column]
             sentence.append(i)
-        n_cut += int((last < 0).sum())
     if not sentence:
         raise UsageError(f"treebank {treebank.name} has no word within {context_size} tokens.")
     labels = zeros_and_ones(pairs, (len(sentence), len(names)))
     train = np.array([treebank.sentences[i].train for i in sentence])
     x = np.concatenate([parts[i][1] for i in order if i in parts])
-    return Words(treebank.name, list(names), labels, np.array(sentence), train, x, n_cut)
+    return Words(treebank.name, list(names), labels, np.array(sentence), train, x)
 
 
 def _tokenised(

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,29 +103,12 @@ def chosen(tasks: Sequence[ProbingTask], preset: str, names: str) -> list[Probin
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-class _Facts:
-    """Facts of many places as columns, so that a rule asks every value once, however many words have it."""
-
-    def __init__(self, rows: Sequence[Mapping[str, str]]):
-        self.rows = rows
-        self._columns: dict[str, tuple[list[str | None], Int[np.ndarray, " rows"]]] = {}
-
-    def column(self, name: str) -> tuple[list[str | None], Int[np.ndarray, " rows"]]:
-        """Return the values of a fact, None where it is absent, and which one each row has."""
-        if name not in self._columns:
-            codes: dict[str | None, int] = {}
-            which = [codes.setdefault(row.get(name), len(codes)) for row in self.rows]
-            self._columns[name] = [*codes], np.array(which, dtype=np.int64)
-        return self._columns[name]
-
-    def matching(self, name: str, pattern: str) -> Bool[np.ndarray, " rows"]:
-        """Return which rows have a value that matches whole."""
-        values, codes = self.column(name)
-        try:
-            hits = [value is not None and re.fullmatch(pattern, value) is not None for value in values]
-        except re.error as error:
-            raise DataError(f"{pattern!r} is no regular expression ({error}); mend it in the task's file.") from error
-        return np.array(hits, dtype=bool)[codes]
+def _matches(value: str | None, pattern: str) -> bool:
+    """Return whether a fact is there and matches whole."""
+    try:
+        return value is not None and re.fullmatch(pattern, value) is not None
+    except re.error as error:
+        raise DataError(f"{pattern!r} is no regular expression ({error}); mend it in the task's file.") from error
 
 
 class SourceTable:
@@ -132,22 +116,28 @@ class SourceTable:
 
     def __init__(self, passages: Sequence[Passage]):
         self.passages = passages
-        self._texts = _Facts([passage.facts for passage in passages])
-        self._words = _Facts([word.facts for passage in passages for word in passage.words])
+        self._facts = [p.facts for p in passages], [word.facts for p in passages for word in p.words]
+        self._column = cache(self._coded)
         lengths = [len(passage.words) for passage in passages]
         self._passage = np.repeat(np.arange(len(passages)), lengths)
         self._first = np.cumsum([0, *lengths])
 
+    def _coded(self, of_words: bool, name: str) -> tuple[list[str | None], Int[np.ndarray, " places"]]:
+        """Return the values of a fact, and which one each place has: a rule asks every value once."""
+        codes: dict[str | None, int] = {}
+        which = [codes.setdefault(facts.get(name), len(codes)) for facts in self._facts[of_words]]
+        return [*codes], np.array(which, dtype=np.int64)
+
     def holds(self, rule: Rule, unit: str) -> Bool[np.ndarray, " places"]:
         """Return where all facts match; of texts, `some` and `none` ask for a word that does, and for none."""
-        facts = self._words if unit == WORD else self._texts
-        found = np.ones(len(facts.rows), dtype=bool)
+        found = np.ones(len(self._facts[unit == WORD]), dtype=bool)
         for name, wanted in rule.items():
             if name in ("some", "none"):
                 inside = self._passage[self.holds(wanted, WORD)]
                 found &= (np.bincount(inside, minlength=len(found)) > 0) == (name == "some")
             else:
-                found &= facts.matching(name, wanted)
+                values, codes = self._column(unit == WORD, name)
+                found &= np.array([_matches(value, wanted) for value in values], dtype=bool)[codes]
         return found
 
     def items(self, task: ProbingTask) -> list[Item]:
