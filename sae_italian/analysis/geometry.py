@@ -28,17 +28,15 @@ from sae_italian.analysis.directions import EDGES, Comparison, MapMethod, Set, c
 from sae_italian.analysis.treebank import Words
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
-from sae_italian.base.pictures import MARKERS, OTHERS, OURS, REFERENCE, WARNING, svg
+from sae_italian.base.pictures import COLOURS, MARKERS, OURS, REFERENCE, WARNING, svg
 from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import Estimate, wilson
 from sae_italian.base.storage import atomic_path, read_json, write_json, write_text
-from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.evaluation.card import SEEDS_FILE
 from sae_italian.models import load_model
 from sae_italian.saes import load_sae
 from sae_italian.training.run import seed_folders
 
-COLOURS = (OURS, *OTHERS)
 MOST_PANELS = 6
 _HEAD = (
     "latents of | against | D | sqrt(12 ln F / D) | largest random | median cosine | (random) | neighbours | new | "
@@ -276,10 +274,8 @@ def recurrence(folder: Path) -> Recurrence:
     saes = [load_sae(each) for each in folders.values()]
     rates = [load_file(each / "sparsity.safetensors")["sparsity"].numpy() for each in folders.values()]
     spec = read_json(folder / "run.json")["spec"]
-    bank = treebank.read_treebank(MICRO_ITALIANO)
-    bank = bank._replace(sentences=bank.sentences[:PROBED])
-    names, model = treebank.label_names([bank]), load_model(spec["model"])
-    words = treebank.read_words(model, spec["hook_name"], bank, names, context_size=spec["context_size"])
+    model, context = load_model(spec["model"]), spec["context_size"]
+    words = treebank.micro_words(model, spec["hook_name"], PROBED, context_size=context)
     labels = [labels_of(sae, words) for sae in saes]
     found = compared(list(folders), saes, [rate > NEVER for rate in rates], labels)
     write_json(folder / SEEDS_FILE, plain(found))

@@ -142,9 +142,8 @@ def shift(
     if len(names) < 2 or len(set(names)) < len(names):
         raise UsageError(f"a shift by {by} needs two or more buckets of different names; given: {', '.join(names)}.")
     context = context_size or _trained(sae)
-    for condition in conditions:
-        _check(sae, condition.model, context)
     for each in conditions:  # before the first one's minutes
+        _check(sae, each.model, context)
         check_corpus(each.corpus, reader=Reader(split=each.split, text_column=each.text_column))
     texts = list(dict.fromkeys((condition.corpus, condition.source) for condition in conditions))
     buckets = []

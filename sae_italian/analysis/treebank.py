@@ -251,6 +251,12 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
     return Words(treebank.name, list(names), labels, np.array(sentence), train, x)
 
 
+def micro_words(model: Any, hook_name: str, n_documents: int, *, context_size: int) -> Words:
+    """Return the words of MicroItaliano's first documents with all their labels, half of them in training."""
+    bank = Treebank("MicroItaliano", [_micro(i) for i in range(n_documents)])
+    return read_words(model, hook_name, bank, label_names([bank]), context_size=context_size)
+
+
 def _tokenised(
     sentences: Sequence[Sentence], tokenizer: Any, context_size: int
 ) -> tuple[list[np.ndarray], list[Int[np.ndarray, "tokens 2"]]]:

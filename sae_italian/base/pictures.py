@@ -18,6 +18,7 @@ INK, GROUND = "#1b1f24", "#ffffff"
 OURS, REFERENCE = "#0b6e4f", "#8a8f98"
 WARNING = "#b3261e"
 OTHERS = ("#0072b2", "#d55e00", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's, without the yellow
+COLOURS = (OURS, *OTHERS)
 MARKERS = "osD^vPX"  # a series is told by its marker too
 DARK = {  # each colour on a dark ground: 4.5 : 1 for ink, 3 : 1 for marks
     GROUND: "#16191d", INK: "#e6e8eb", OURS: "#4cc19a", REFERENCE: "#9aa0a8", WARNING: "#ff8a80",

@@ -24,13 +24,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae_italian.analysis.detect import ProbeTask, sparse_probes
-from sae_italian.analysis.treebank import Words, encode_words, label_names, read_treebank, read_words
+from sae_italian.analysis.treebank import Words, encode_words, micro_words
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.pictures import OURS, REFERENCE, svg
 from sae_italian.base.report import plain, save_result, table
 from sae_italian.base.storage import claimed
-from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.evaluation.diagnosis import held_out_activations
 from sae_italian.models import load_model
 from sae_italian.saes import load_sae
@@ -234,9 +233,7 @@ def choose_k(
         reading = {"context_size": spec.context_size, "text_column": spec.text_column}
         first = load_sae(next(iter(folders.values())))
         x, *_ = held_out_activations(first, model, spec.evaluate_corpus or spec.corpus, n_tokens, **reading)
-        treebank = read_treebank(MICRO_ITALIANO)
-        treebank = treebank._replace(sentences=treebank.sentences[:PROBED])
-        words = read_words(model, spec.hook_name, treebank, label_names([treebank]), context_size=spec.context_size)
+        words = micro_words(model, spec.hook_name, PROBED, context_size=spec.context_size)
         found = recommend(_measured(runs, folders, x, words), next(iter(runs.values())).training_tokens)
         found.save(out)
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 import sae_italian
 from sae_italian.base.errors import UsageError
@@ -41,7 +42,7 @@ def geometry(
     cache: list[Path] | None = None,
     map: Literal["pca", "umap"] = "pca",
     sample: Count | None = None,
-    above: float | None = None,
+    above: Annotated[float | None, Parameter(validator=Number(gt=0, lte=1))] = None,
     seed: Seed = 0,
 ) -> Result:
     """Measure how near decoder directions lie within SAEs and between them, what is new, what splits, and map them.
@@ -57,8 +58,6 @@ def geometry(
     """
     from sae_italian.analysis.geometry import geometry as measure
 
-    if above is not None and not 0 < above <= 1:
-        raise UsageError(f"--above is {above}; a cosine above 0 and at most 1 was expected.")
     names = short_names(own_words(saes, MINUTES)[1])
     loaded = {short: sae_italian.load_sae(name) for short, name in names.items()}
     alive, texts = _known(loaded, cache or [])

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 import sae_italian
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import RUN_FILE, write_text
 from sae_italian.cli import Count, Folder, Result, Sae, Source, Workers, own_words
+
+Sample = Annotated[int, Parameter(validator=Number(gte=256))]
 
 
 def quickstart(
@@ -151,7 +154,7 @@ def evaluate(
     return Result({**plain(card), "seeds": seeds}, f"{card.markdown()}\n\n{found}")
 
 
-def doctor(sae: Sae, /, *, tokens: int = 8192, out: Path | None = None, source: Source = Source()) -> Result:
+def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, source: Source = Source()) -> Result:
     """Say whether an SAE fits its model and whether its training is healthy, and name what is wrong.
 
     Args:
@@ -165,8 +168,6 @@ def doctor(sae: Sae, /, *, tokens: int = 8192, out: Path | None = None, source: 
     from sae_italian.training.curves import look_at_training
     from sae_italian.training.run import WEIGHTS, read_run
 
-    if tokens < 256:
-        raise UsageError(f"--tokens is {tokens}; the doctor needs 256 or more.")
     folder, picture = Path(sae), None
     if not (folder / "cfg.json").is_file() and any(folder.glob("*TC*/cfg.json")):
         return _doctor_of_set(folder, tokens, source)

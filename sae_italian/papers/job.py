@@ -15,10 +15,10 @@ from sae_italian.base.labels import kinds_of, read_words
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import read_json, read_yaml, remove, utc_now, write_json
 from sae_italian.corpora.stream import MICRO_ITALIANO
-from sae_italian.models import load_model, parse_hook_name, resolve
+from sae_italian.models import load_model, parse_hook_name
 from sae_italian.models.activations import check_context
 from sae_italian.papers.report import lookup, shown
-from sae_italian.saes import load_sae
+from sae_italian.saes import load_sae, model_of
 from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
 
 MINI = "sae-italian-mini"
@@ -52,22 +52,23 @@ class Subject(NamedTuple):
 
 
 def open_subject(
-    name: str,
+    name: str | None,
     *,
     sae: Any = None,
     corpus: str | None = None,
     text_column: str = "text",
     context_size: int | None = None,
 ) -> Subject:
-    """Load a model and settle its text: the given one, else the one its SAE was trained on, else the mini model's.
+    """Load a model (its SAE's, else the mini one) and settle its text: given, the SAE's own, or the mini model's.
 
-    Raises: UsageError when no text is known, or the context exceeds the model's.
+    Raises: UsageError when no model or text is known, or the context exceeds the model's.
     """
     metadata = sae.cfg.metadata if sae is not None else None
-    model, saved = load_model(name), resolve(name).saved_name
+    model = load_model(name or MINI) if sae is None else model_of(sae, name)
+    saved = model.loaded_from["name"]
     corpus = corpus or getattr(metadata, "dataset_path", None) or (MICRO_ITALIANO if saved == MINI else None)
     if corpus is None:
-        raise UsageError(f"which text should {name} read? Give --corpus, a local file or a name of `corpora list`.")
+        raise UsageError(f"which text should {saved} read? Give --corpus, a local file or a name of `corpora list`.")
     context = int(context_size or getattr(metadata, "context_size", None) or 128)
     return Subject(model, saved, str(corpus), text_column, check_context(context, model.config))
 

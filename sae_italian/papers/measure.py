@@ -219,7 +219,10 @@ def compare_baselines(
     """
     loaded = list(map(load_sae, saes))
     read: dict[str, Any] = {"corpus": corpus, "text_column": text_column, "context_size": context_size}
-    subject = open_subject(_model_of(loaded, model), sae=loaded[0], **read)
+    named = {str(sae.cfg.metadata.model_name or "") for sae in loaded}
+    if model is None and len(named) > 1:
+        raise UsageError(f"the SAEs belong to different models: {', '.join(sorted(named))}. Compare those of one.")
+    subject = open_subject(model, sae=loaded[0], **read)
     out, settings = Path(out), settings or Settings()
     names = [full_name(sae) for sae in saes]
     spec = {**subject._asdict(), **asdict(settings), "saes": [weights_hash(sae) for sae in loaded]}
@@ -234,15 +237,6 @@ def compare_baselines(
         write_text(out / "baselines.md", baselines_markdown(result))
         write_text(out / "baselines.svg", baselines_svg(result))
     return result
-
-
-def _model_of(saes: Sequence[Any], given: str | None) -> str:
-    named = {str(sae.cfg.metadata.model_name or "") for sae in saes}
-    if given is None and len(named) > 1:
-        raise UsageError(f"the SAEs belong to different models: {', '.join(sorted(named))}. Compare those of one.")
-    if not (name := given or named.pop()):
-        raise UsageError("the SAE's metadata does not name its model; give --model.")
-    return name
 
 
 def compare_layer(sae: Any, subject: Subject, out: Path, settings: Settings, *, sae_name: str = "") -> dict[str, Any]:

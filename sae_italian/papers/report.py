@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian.base.labels import filled, label
-from sae_italian.base.pictures import INK, OTHERS, OURS, REFERENCE, svg
+from sae_italian.base.pictures import COLOURS, INK, OTHERS, OURS, REFERENCE, svg
 from sae_italian.base.report import page, table
 from sae_italian.base.storage import read_yaml, write_text
 from sae_italian.saes.baselines import TOPK
@@ -281,7 +281,6 @@ def suite_svg(rows: Sequence[dict[str, Any]]) -> str:
     """Return explained variance (uncentred), delta LM loss and dead latents by site, one colour a width."""
     sites = list(dict.fromkeys(f"L{row['layer']}{row['site']}" for row in rows))
     widths = sorted({row["expansion"] for row in rows})
-    shades = (OURS, *OTHERS)
     panels = {
         "explained_variance_uncentred": "explained variance · varianza spiegata",
         "delta_lm_loss": "delta LM loss (nats)",
@@ -293,7 +292,7 @@ def suite_svg(rows: Sequence[dict[str, Any]]) -> str:
             for i, width in enumerate(widths):
                 own = [row for row in rows if row["expansion"] == width]
                 found = {sites.index(f"L{row['layer']}{row['site']}"): row[key] for row in own}
-                _beside(axis, found, i, len(widths), color=shades[i % len(shades)], label=f"{width:g}x")
+                _beside(axis, found, i, len(widths), color=COLOURS[i % len(COLOURS)], label=f"{width:g}x")
             axis.set_xticks(range(len(sites)), sites)
             axis.set_title(title, fontsize=9)
             axis.set_xlabel("layer and site · strato e sito")

@@ -9,7 +9,6 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import claimed, write_json
 from sae_italian.papers import cunningham, llama_scope
 from sae_italian.papers.job import (
-    MINI,
     SKIPPED,
     Paper,
     Reproduction,
@@ -99,9 +98,7 @@ def reproduce(
     loaded = load_sae(sae) if sae is not None else None
     if loaded is not None and getattr(loaded.cfg.metadata, "hook_name_out", None):
         raise UsageError(f"{sae} is a transcoder; give an SAE, or none to have transcoders trained.")
-    if model is None and loaded is not None:
-        model = str(loaded.cfg.metadata.model_name)
-    subject = open_subject(model or MINI, sae=loaded, corpus=corpus, text_column=text_column, context_size=context_size)
+    subject = open_subject(model, sae=loaded, corpus=corpus, text_column=text_column, context_size=context_size)
     if loaded is not None:
         check_fits(loaded, subject.model)
     spec = {key: value for key, value in subject._asdict().items() if key != "model"}

@@ -168,18 +168,18 @@ def layout_on(device_gb: float, spec: RunSpec, memory: dict[str, float]) -> dict
     """
     sae, total = spec.sae_config(), sum(memory.values())
     shared = memory["saes_gb"] + memory["step_gb"]
-    if total <= device_gb:
-        found = {"layout": "replicas", "devices": 1, "memory_gb": total, "megabytes_a_step": 0.0}
-        return found | {"device_gb": device_gb, "text": f"devices of {device_gb} GB: replicas, {total:.2f} GB on each"}
-    parts = ((2**i, total - shared + shared / 2**i) for i in range(1, 9) if sae.d_sae % 2**i == 0)
+    parts = ((2**i, total - shared + shared / 2**i) for i in range(9) if sae.d_sae % 2**i == 0)
     n, part = next(((n, part) for n, part in parts if part <= device_gb), (0, total))
-    if not n or spec.sae["architecture"] != "sparse_topk":
+    device = f"devices of {device_gb} GB: "
+    if n != 1 and (not n or spec.sae["architecture"] != "sparse_topk"):
         why = "too large even sharded" if not n else "too large, and only sparse_topk can be sharded"
-        return {"layout": None, "device_gb": device_gb, "text": f"devices of {device_gb} GB: {why}"}
+        return {"layout": None, "device_gb": device_gb, "text": device + why}
+    found = {"layout": "replicas" if n == 1 else "sharded", "devices": n, "memory_gb": part, "device_gb": device_gb}
+    if n == 1:
+        return found | {"megabytes_a_step": 0.0, "text": f"{device}replicas, {total:.2f} GB on each"}
     sent = sum(traffic(spec.train_batch_size_tokens, sae.d_in, sae.k, n, dead=True).values()) / 1e6
-    text = f"devices of {device_gb} GB: latents sharded over {n}, {part:.2f} GB and {sent:.0f} MB a step on each"
-    found = {"layout": "sharded", "devices": n, "memory_gb": part, "megabytes_a_step": sent}
-    return found | {"device_gb": device_gb, "text": text}
+    text = f"{device}latents sharded over {n}, {part:.2f} GB and {sent:.0f} MB a step on each"
+    return found | {"megabytes_a_step": sent, "text": text}
 
 
 def _memory_text(memory: dict[str, float]) -> str:
