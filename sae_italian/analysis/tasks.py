@@ -10,9 +10,7 @@ the right text likelier as a whole (Warstadt et al. 2020; MultiBLiMP: Jumelet et
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from sae_italian.base import pictures
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.pace import paced
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
-from sae_italian.base.storage import ODD, read_yaml
+from sae_italian.base.storage import read_rows, read_yaml
 from sae_italian.models.activations import check_context, continuation_log_probs, logits_at
 from sae_italian.models.catalogue import resolve
 
@@ -349,7 +347,7 @@ def read_minimal_pairs(path: Path) -> list[MinimalPair]:
     if not path.is_file():
         raise UsageError(f"{path} is not a file. Give MultiBLiMP's Italian file (ita.tsv).")
     pairs = []
-    for line, row in _rows(path):
+    for line, row in read_rows(path):
         if missing := {"sen", "wrong_sen"} - set(row):
             raise DataError(
                 f"{path} has no column {', '.join(sorted(missing))}; it has {', '.join(map(str, row))[:99]}."
@@ -361,22 +359,3 @@ def read_minimal_pairs(path: Path) -> list[MinimalPair]:
     if not pairs:
         raise DataError(f"{path} holds no pairs.")
     return pairs
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, columns) of a file by its ending. Raises: DataError, naming the line, for what is no such file."""
-    kind, line = path.suffix, 0
-    if kind not in (".tsv", ".jsonl", ".parquet"):
-        raise UsageError(f"{path.name} ends in {kind or 'nothing'}; .tsv, .jsonl or .parquet was expected.")
-    try:
-        if kind == ".parquet":
-            import pyarrow.parquet
-
-            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-            return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        tabs = csv.DictReader(lines, delimiter="\t")
-        for line, row in enumerate(tabs if kind == ".tsv" else (dict(json.loads(text)) for text in lines), 1):
-            yield (tabs.line_num if kind == ".tsv" else line), row
-    except (*ODD, csv.Error) as error:
-        raise DataError(f"{path}, line {line + 1} cannot be read as {kind} in UTF-8 ({error}).") from error

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from sae_italian.autointerp.examples import Example, LatentExamples
 from sae_italian.base.errors import DataError, UsageError, nearest
-from sae_italian.base.storage import ODD, atomic_path, write_text
+from sae_italian.base.storage import ODD, atomic_path, read_rows, write_text
 
 Task = Literal[1, 2]
 HUB = "colinglab/EXPLAINITA-task1"
@@ -71,9 +71,6 @@ def read_split(source: str | Path, task: Task, split: str = "test") -> list[Late
 
 def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
     """Return the rows of one split as they are."""
-    import pyarrow
-    import pyarrow.parquet
-
     path = Path(source)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in FORMATS
     if on_hub and not path.parent.is_dir():
@@ -94,16 +91,7 @@ def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
             raise UsageError(f"{path} has no split {split!r}. {nearest(split, sorted(held) or SPLITS)}")
     elif not path.is_file():
         raise UsageError(f"{path} does not exist; expected a .parquet or .jsonl file, a folder or {HUB}.")
-    rows = []
-    for file in files:
-        try:
-            if file.suffix == ".parquet":
-                rows += pyarrow.parquet.read_table(file).to_pylist()
-            else:
-                rows += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError, RecursionError, pyarrow.ArrowException) as error:
-            raise DataError(f"{file} cannot be read as Parquet or JSON Lines ({error}).") from error
-    return rows
+    return [row for file in files for _, row in read_rows(file)]
 
 
 def _marked_passage(example: dict[str, Any]) -> Excerpt:
