@@ -181,8 +181,9 @@ def best_gains(sae: Any, sample: Sample, steps: int = 30) -> tuple[Float[Tensor,
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # decode divides by the norms
         rows = rows / rows.norm(dim=-1, keepdim=True)
     added = sample.y - decoded(sae, torch.zeros_like(z), sample.x)
-    acts, directions, wanted = (each.detach().cpu().numpy() for each in (z[:, active], rows, added))
-    written = LinearOperator(
+    acts, directions, wanted = (each.detach().float().cpu().numpy() for each in (z[:, active], rows, added))
+    operator: Any = LinearOperator  # its stubs know no functions
+    written = operator(
         (wanted.size, len(rows)),
         matvec=lambda gains: ((acts * gains.astype(acts.dtype)) @ directions).ravel(),
         rmatvec=lambda y: (acts * (y.astype(acts.dtype).reshape(wanted.shape) @ directions.T)).sum(axis=0),
