@@ -25,7 +25,8 @@ from sae_italian.base import pictures
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.pace import paced
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
-from sae_italian.base.storage import read_rows, read_yaml
+from sae_italian.base.storage import read_yaml
+from sae_italian.corpora.rows import read_rows
 from sae_italian.models.activations import check_context, continuation_log_probs, logits_at
 from sae_italian.models.catalogue import resolve
 

@@ -18,7 +18,8 @@ from jaxtyping import Float
 
 from sae_italian.autointerp.examples import Example, LatentExamples
 from sae_italian.base.errors import DataError, UsageError, nearest
-from sae_italian.base.storage import ODD, atomic_path, read_rows, write_text
+from sae_italian.base.storage import ODD, atomic_path, write_text
+from sae_italian.corpora.rows import read_rows
 
 Task = Literal[1, 2]
 HUB = "colinglab/EXPLAINITA-task1"

@@ -6,7 +6,6 @@ stopped run goes on in it, and an overwritten one loses our own files and no oth
 
 from __future__ import annotations
 
-import csv
 import errno
 import hashlib
 import json
@@ -208,30 +207,6 @@ def read_json(path: Path) -> Any:
     """Return what a JSON file holds. Raises: DataError for one that is damaged."""
     with _readable(path, "JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line and columns of each row of a table, by the file's ending.
-
-    Raises: UsageError for another ending; DataError, naming the line, for what is no such file.
-    """
-    kind, line = path.suffix, 0
-    if kind not in (".tsv", ".jsonl", ".parquet"):
-        raise UsageError(f"{path.name} ends in {kind or 'nothing'}; .tsv, .jsonl or .parquet was expected.")
-    try:
-        if kind == ".parquet":
-            import pyarrow.parquet
-
-            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-            return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        tabs = csv.DictReader(lines, delimiter="\t")
-        told: Any = tabs if kind == ".tsv" else (text.strip() and dict(json.loads(text)) for text in lines)
-        for line, row in enumerate(told, 1):
-            if row:  # no blank line
-                yield (tabs.line_num if kind == ".tsv" else line), row
-    except (OSError, NotImplementedError, *ODD, csv.Error) as error:
-        raise DataError(f"{path}, line {line + 1} cannot be read as {kind} in UTF-8 ({error}).") from error
 
 
 def packaged_yaml(text: str) -> Any:

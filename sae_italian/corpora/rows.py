@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from sae_italian.base.errors import UsageError, nearest
-from sae_italian.base.storage import read_json
+from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.storage import ODD, read_json
 from sae_italian.corpora.catalogue import PREFIX, Route, catalogue, explained, list_files, open_file
 
 MICRO_ITALIANO, HELD_OUT_MICRO = "micro-italiano", "micro-italiano, held out"
@@ -375,3 +375,24 @@ def _saved_to_disk(path: Path) -> list[TextFile]:
         return []
     files, source = [path / name for name in names], path.resolve().name
     return [TextFile(file.name, str(file), file.suffix, source) for file in files]
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line and columns of a small table's rows, by the file's ending. Raises: DataError, naming the line."""
+    kind, line = path.suffix, 0
+    if kind not in (".tsv", ".jsonl", ".parquet"):
+        raise UsageError(f"{path.name} ends in {kind or 'nothing'}; .tsv, .jsonl or .parquet was expected.")
+    try:
+        if kind == ".parquet":
+            import pyarrow.parquet as pq
+
+            yield from enumerate(pq.read_table(path).to_pylist(), 1)
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        tabs = csv.DictReader(lines, delimiter="\t")
+        told: Any = tabs if kind == ".tsv" else (text.strip() and dict(json.loads(text)) for text in lines)
+        for line, row in enumerate(told, 1):
+            if row:  # no blank line
+                yield (tabs.line_num if kind == ".tsv" else line), row
+    except (OSError, NotImplementedError, *ODD, csv.Error) as error:
+        raise DataError(f"{path}, line {line + 1} cannot be read as {kind} in UTF-8 ({error}).") from error
