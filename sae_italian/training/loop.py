@@ -111,7 +111,9 @@ class Loop:
             dead = sum(int(row["sparsity/dead_features"]) for row in rows)
             bar.set_postfix(ev=f"{explained:.3f}", dead=dead, refresh=False)
             for name, row in zip(self.runs, rows, strict=True):
-                self._warn_of_the_start(bar, name, row)
+                self._warn_of_the_start(
+                    bar, name, row["metrics/explained_variance"], int(row["sparsity/dead_features"])
+                )
         bar.update(self.first.n_tokens - before)
         if self._passed(spec.evaluate_every_tokens, before):
             self.processes.by_first(lambda: [run.evaluate(self.stream.model) for run in self.runs.values()])
@@ -122,9 +124,8 @@ class Loop:
         if stop:
             raise KeyboardInterrupt(f"saved at {self.first.n_tokens:,} tokens; --resume continues")
 
-    def _warn_of_the_start(self, bar: Any, name: str, row: dict[str, Any]) -> None:
+    def _warn_of_the_start(self, bar: Any, name: str, explained: float, dead: int) -> None:
         """Say once a run, while it is still cheap, that it explains less than the mean alone would, or that its latents die."""
-        explained, dead = row["metrics/explained_variance"], int(row["sparsity/dead_features"])
         spec, steps, before = self.runs[name].spec, self.first.n_steps, self.dead.get(name, dead)
         self.dead[name] = dead
         dying = dead > MOSTLY_DEAD * spec.sae["d_sae"] and dead >= before
