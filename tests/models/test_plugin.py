@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import fresh
+from tests.models.hub import SHRUNKEN, put_in_cache, random_model, save_model
 
 
 def run(code: str) -> str:
@@ -107,10 +108,12 @@ print(model.cfg.model_name, model.cfg.d_model)"""
     assert "Minerva-350M" in out
 
 
-def test_every_way_in_resolves_aliases_and_hub_ids(hub_cache):
+def test_every_way_in_resolves_aliases_and_hub_ids(tmp_path):
     """TransformerBridge in any case, SAELens' load_model, and the alias for AutoModelForCausalLM, which is ours to resolve."""
+    minerva, hub = "sapienzanlp/Minerva-350M-base-v1.0", tmp_path / "hub"
+    put_in_cache(hub, minerva, save_model(random_model(SHRUNKEN[minerva]), tmp_path / "saved"))
     code = f"""import huggingface_hub.constants, sae_italian
-huggingface_hub.constants.HF_HUB_CACHE = {str(hub_cache)!r}
+huggingface_hub.constants.HF_HUB_CACHE = {str(hub)!r}
 from sae_italian.models import resolve
 from transformer_lens.model_bridge import TransformerBridge
 from sae_lens.load_model import load_model
