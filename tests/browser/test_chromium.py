@@ -151,9 +151,10 @@ def test_overview_shows_facts_metrics_controls_and_rows(tab: Any, folder: Path) 
 
 def test_search_ignores_accents_and_case(tab: Any, folder: Path) -> None:
     show(tab, folder)
-    tab.fill(".search", "PERCHE causale")
+    tab.fill(".search", "PERCHE», causale")  # letters with accents come before their accents: what follows counts too
     rows = tab.locator(".latents tbody tr[data-latent]").all_inner_texts()
     assert 0 < len(rows) < 20 and all("«perché», causale" in row for row in rows)
+    assert "niente qui ha" not in tab.inner_text(".found")  # no word of it was left out
     tab.fill(".search", "zzz")
     assert tab.locator(".latents").is_hidden() and tab.locator(".empty").is_visible()
 
@@ -675,6 +676,21 @@ def test_the_first_screen_shows_latents_worth_opening(tab: Any, folder: Path) ->
     tab.wait_for_selector(".card-page .which")
     picked = rows[int(tab.inner_text(".card-page .which").split()[1])]
     assert picked["gain"] > 0 and picked["detection"] >= 0.8
+
+
+def test_the_six_are_of_several_words_and_densities(tab: Any, tmp_path: Path) -> None:
+    """Of eight best latents on one word one is shown, of the next eight, the rarest there are, no more than two."""
+    source = make_source(200)
+    good = [row for row in source.row_records if row["detection"] and row["detection"] >= 0.8 and row["gain"] > 0]
+    assert len(good) >= 30
+    best = sorted(good, key=lambda row: -row["gain"])
+    for i, (same, rare) in enumerate(zip(best[:8], best[8:16], strict=True)):
+        same["top_tokens"] = [" Stesso", " stessa"]
+        rare.update(top_tokens=[f" parola{i}", f" voce{i}"], density=1e-7 * (i + 1))
+    show(tab, write_browser(tmp_path / "out", source))
+    six = {int(href.split("=")[1]) for href in tab.locator(".worth a").evaluate_all("all => all.map((a) => a.hash)")}
+    assert len(six) == 6 and six & {row["latent"] for row in best[:8]} == {best[0]["latent"]}
+    assert 1 <= len(six & {row["latent"] for row in best[8:16]}) <= 2
 
 
 def test_the_card_shows_its_evidence_above_the_fold(tab: Any, folder: Path) -> None:

@@ -162,7 +162,10 @@ def test_a_report_is_made_from_our_template(judged, wandb_server, tmp_path):
         (shown,) = grid["metadata"]["runSets"]
         assert shown["project"]["entityName"] == "noi" and "ab12cd34" in json.dumps(shown["filters"])
     whole = json.dumps(spec)
-    assert all(json.dumps(key) in whole for key in (*CURVES, *PAGES, *TABLES)) and "Evaluation card: L1R-2x" in whole
+    assert (
+        all(json.dumps(key) in whole for key in (*CURVES, *PAGES, *TABLES, "latents", "strongest"))
+        and "Evaluation card: L1R-2x" in whole
+    )
 
 
 def test_a_report_without_a_named_entity_is_ones_own_and_a_refusal_is_one_line(judged, wandb_server, tmp_path, capsys):
