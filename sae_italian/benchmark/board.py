@@ -159,7 +159,7 @@ def read_entries(folder: Path) -> list[Entry]:
     Raises: UsageError when there is none.
     """
     files = [folder / SETTINGS] if (folder / SETTINGS).is_file() else sorted(folder.glob(f"*/{SETTINGS}"))
-    with understood(f"a result in {folder}", "Run that benchmark again with --overwrite."):
+    with understood(f"a result in {folder}", "Run that benchmark again with --overwrite.", OSError):
         entries = [entry for file in files for entry in _entries(file.parent, read_json(file))]
         if not entries:
             raise UsageError(f"{folder} holds no results. Run `sae-italian benchmark SAE --out {folder}`.")

@@ -17,7 +17,7 @@ import numpy as np
 from sae_italian.autointerp.choose import EXPLAINER
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label, page_labels
-from sae_italian.base.storage import record_in, write_text
+from sae_italian.base.storage import record_in, understood, write_text
 from sae_italian.browser.directions import rounded
 from sae_italian.browser.page import static_text
 from sae_italian.browser.source import LatentSource
@@ -98,14 +98,15 @@ def graphs_beside(cache: FeatureCache, out: Path) -> dict[int, list[dict[str, st
     found: dict[int, list[dict[str, str]]] = {}
     layer, sae = int(cache.manifest.hook_name.split(".")[1]), Path(cache.manifest.sae).resolve()
     for file in (file for up in cache.folder.resolve().parents[:2] for file in sorted(up.glob("*/graph.json"))):
-        spec = record_in(file.parent).get("spec", {})
-        if Path(str(spec.get("transcoders", ""))).resolve() in (sae, sae.parent):
-            graph = Graph.load(file.parent)
-            page = os.path.relpath(file.with_name("index.html"), out.resolve())
-            nodes = {node.index: node for node in graph.nodes if node.kind == "latent" and node.layer == layer}
-            for latent, node in nodes.items():
-                address = f"{page}#node={id_of(node, graph.n_layers)}"
-                found.setdefault(latent, []).append({"prompt": graph.prompt, "href": address})
+        with understood(file.parent, "Remove that folder, or make the graph again."):
+            spec = record_in(file.parent).get("spec", {})
+            if Path(str(spec.get("transcoders", ""))).resolve() in (sae, sae.parent):
+                graph = Graph.load(file.parent)
+                page = os.path.relpath(file.with_name("index.html"), out.resolve())
+                nodes = {node.index: node for node in graph.nodes if node.kind == "latent" and node.layer == layer}
+                for latent, node in nodes.items():
+                    address = f"{page}#node={id_of(node, graph.n_layers)}"
+                    found.setdefault(latent, []).append({"prompt": graph.prompt, "href": address})
     return found
 
 

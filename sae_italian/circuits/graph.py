@@ -97,7 +97,7 @@ class Graph:
     @classmethod
     def load(cls, folder: Path) -> Graph:
         """Read what `save` wrote. Raises: DataError where the folder holds no graph."""
-        with understood(folder, "Make it with `sae-italian graph`.", OSError, BadZipFile, zlib.error):
+        with understood(folder, "Make it with `sae-italian graph`.", OSError, RuntimeError, BadZipFile, zlib.error):
             told = read_json(folder / "graph.json")
             arrays = np.load(folder / "graph.npz", allow_pickle=False)
             del told["kind"]
