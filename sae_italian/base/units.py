@@ -224,7 +224,10 @@ class _Ray:
 
     def stop(self, waiting: Iterable[Any]) -> None:
         """Stop what is not done and wait a little, so that a unit can remove the file it was writing."""
-        for reference in (left := list(waiting)):
+        left = list(waiting)
+        if left:  # Ray ends this process where a task is cancelled that is just done (its check "was not pending")
+            _, left = self.ray.wait(left, num_returns=len(left), timeout=2)
+        for reference in left:
             self.ray.cancel(reference)
         if left:
             self.ray.wait(left, num_returns=len(left), timeout=5)

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,6 +48,24 @@ def test_errors_arrive_as_they_were_raised(ray_cluster):
     with pytest.raises(IndexError) as defect:
         list(map_units(work.break_down, range(2), engine="ray"))
     assert "in break_down" in "".join(traceback.format_exception(defect.value))
+
+
+def test_what_is_just_ending_is_left_to_end():
+    """A cancelled task that ends in that moment makes Ray's driver abort (ray-project/ray #54798)."""
+    told = []
+    ray = SimpleNamespace(
+        wait=lambda left, **how: (
+            told.append(("wait", list(left))) or ([x for x in left if x < 3], [x for x in left if x > 2])
+        ),
+        cancel=lambda reference: told.append(("cancel", reference)),
+    )
+    cluster = object.__new__(units._Ray)
+    cluster.ray, cluster.probe = ray, None
+    cluster.stop([1, 2, 3, 4])
+    assert told == [("wait", [1, 2, 3, 4]), ("cancel", 3), ("cancel", 4), ("wait", [3, 4])]
+    told.clear()
+    cluster.stop([])
+    assert told == []
 
 
 def test_a_folder_that_workers_do_not_see_is_refused(ray_cluster, tmp_path, monkeypatch):
