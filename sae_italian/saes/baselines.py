@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,9 +35,11 @@ TOPK = "-topk"
 KINDS = ("pca", "ica", "nmf", "random", "identity")
 DEFAULT_KINDS = ("pca", "ica", "random", "identity")
 FIT_TOKENS, ICA_TOKENS = 200_000, 20_000
-CALIBRATION_TOKENS = 16_384  # on which the random twin is made to fire as often as the SAE
+CALIBRATION_TOKENS = (
+    131_072  # on which the random twin is made to fire as often as the SAE; of fewer, rare latents differ
+)
 _LEAST = 2  # tokens per dimension
-_LATENTS = 1024  # whose pre-activations on all calibration tokens are held at a time
+_LATENTS = 128  # whose pre-activations on all calibration tokens are held at a time
 _EARLIER = ("random_twin_of", "baseline", "baseline_of", "top_k_of")  # metadata of what an SAE was made from
 Rows = Float[Tensor, "tokens d_in"]
 
@@ -152,7 +155,9 @@ def _fire_alike(twin: Any, sae: Any, x: Rows) -> None:
     counts, bias = firing_counts(sae, x), torch.zeros(sae.cfg.d_sae)
     x = torch.cat([twin.process_sae_in(part.to(sae.device)) for part in x.split(4096)])
     for some in torch.arange(len(bias)).split(_LATENTS):
-        bias[some] = -_cutoff(x @ twin.W_enc[:, some], counts[some]).float().cpu()
+        values = (x @ twin.W_enc[:, some]).T.float().cpu().numpy()
+        told = [_cutoff(row, n) for row, n in zip(values, counts[some].tolist(), strict=True)]
+        bias[some] = -torch.tensor(told, dtype=bias.dtype)
     above = getattr(twin, "threshold", torch.zeros(1)).clamp(min=0).cpu()
     # a gated SAE has no b_enc; where a gate opens, its magnitude is the same pre-activation
     values = {"b_enc": bias + above, "b_gate": bias, "b_mag": bias, "r_mag": torch.zeros_like(bias)}
@@ -161,15 +166,17 @@ def _fire_alike(twin: Any, sae: Any, x: Rows) -> None:
             getattr(twin, name).copy_(value)
 
 
-def _cutoff(values: Float[Tensor, "tokens n"], counts: Tensor) -> Float[Tensor, " n"]:
-    """Return for each column a number above which `counts` of its values lie: just under the last of them.
+def _cutoff(values: Float[np.ndarray, " tokens"], count: int) -> float:
+    """Return a number above which `count` of the values lie: just under the last of them.
 
-    On other tokens a share of about counts / tokens is above it. Above all of them, by their spread, where it is 0.
+    On other tokens a share of about count / tokens is above it. Above all of them, by their spread, where it is 0.
     """
-    ordered, n = values.sort(dim=0, descending=True).values, len(values)
-    last, after = (ordered.gather(0, at.clamp(0, n - 1)[None])[0] for at in (counts - 1, counts))
-    below = torch.where(counts < n, 0.9 * last + 0.1 * after, 2 * last - ordered[n // 2])
-    return torch.where(counts > 0, below, 2 * last - ordered[n // 2])
+    n = len(values)
+    last, after, middle = (n - 1 - min(max(at, 0), n - 1) for at in (count - 1, count, n // 2))
+    ordered = np.partition(values, (last, after, middle))  # these three places are as sorting would have them
+    if 0 < count < n:
+        return float(0.9 * ordered[last] + 0.1 * ordered[after])
+    return float(2 * ordered[last] - ordered[middle])
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------
