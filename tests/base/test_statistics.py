@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
+import scipy.stats
 from scipy.stats import norm
 
 from sae_italian.base.statistics import (
     StreamingBootstrap,
     auroc_by_document,
     bootstrap,
+    correlations_by_document,
     f1_by_document,
+    gains_by_document,
     mean_interval,
     mean_of_two,
     reaches,
@@ -226,3 +229,51 @@ def test_a_share_reaches_a_threshold_exactly_when_its_counts_do(top, bottom):
     some = np.unique(np.arange(51)[:, None] / 50 + np.arange(50) / 49)
     gaps = np.diff(some)
     assert gaps[gaps > 1e-12].min() / 2 > 1e-9
+
+
+def right_by_document(rng, n_documents, rows=3):
+    """Of several pairs of explanations: which of 8 examples of each kind and document each has right, and how many count."""
+    own, other = rng.random((2, rows, 2, n_documents, 8)) < np.array([0.8, 0.7]).reshape(2, 1, 1, 1, 1)
+    asked = rng.random((rows, 2, n_documents, 8)) < 0.8
+    return own & asked, other & asked, asked
+
+
+def test_a_gain_is_the_difference_of_balanced_accuracies_and_its_interval_a_jackknife_over_documents():
+    own, other, asked = right_by_document(np.random.default_rng(0), 12)
+    gained, counts = own.sum(-1) - other.sum(-1), asked.sum(-1)
+    found = gains_by_document(gained, (own != other).sum(-1), counts)
+
+    def gain(row, kept):  # examples of some documents, written out
+        shares = [own[row, kind][kept].sum() - other[row, kind][kept].sum() for kind in (0, 1)]
+        return sum(share / asked[row, kind][kept].sum() for kind, share in enumerate(shares)) / 2
+
+    for row, (value, lo, hi) in enumerate(found.T):
+        whole = gain(row, np.ones(12, bool))
+        spread = 12 / 11 * sum((gain(row, np.arange(12) != left) - whole) ** 2 for left in range(12))
+        differ = (own[row] != other[row]).sum(axis=(1, 2)) + 1
+        alone = sum(d / asked[row, kind].sum() ** 2 for kind, d in enumerate(differ)) / 4
+        half = scipy.stats.t.ppf(0.975, 11) * max(spread, alone) ** 0.5
+        assert (value, lo, hi) == pytest.approx((whole, whole - half, whole + half))
+
+
+def test_equal_answers_gain_nothing_and_still_have_an_interval():
+    counts = np.full((1, 2, 6), 4.0)
+    (value,), (lo,), (hi,) = gains_by_document(0 * counts, 0 * counts, counts)
+    half = scipy.stats.t.ppf(0.975, 5) * (2 / 24**2 / 4) ** 0.5
+    assert (value, lo, hi) == pytest.approx((0, -half, half))
+    few = gains_by_document(0 * counts[..., :4], 0 * counts[..., :4], counts[..., :4])
+    assert few[0, 0] == 0 and np.isnan(few[1:]).all()
+    absent = np.concatenate([counts, np.zeros((1, 2, 3))], axis=2)  # documents without an example are none
+    assert gains_by_document(0 * absent, 0 * absent, absent)[2, 0] == pytest.approx(half)
+
+
+def test_a_correlations_interval_is_a_jackknife_of_fishers_z():
+    r = np.array([[0.5, 0.4, 0.6, 0.55, 0.45, 0.5], [-0.9, -0.8, -0.95, -0.9, -0.85, -0.99]])
+    for row, (value, lo, hi) in zip(r, correlations_by_document(r).T, strict=True):
+        z = np.arctanh(row)
+        half = scipy.stats.t.ppf(0.975, 4) * (5 / 4 * ((z[1:] - z[0]) ** 2).sum()) ** 0.5
+        assert (value, lo, hi) == pytest.approx((row[0], np.tanh(z[0] - half), np.tanh(z[0] + half)))
+    few = correlations_by_document(r[:, :5])  # four documents
+    assert few[0].tolist() == [0.5, -0.9] and np.isnan(few[1:]).all()
+    value, lo, hi = correlations_by_document(np.array([[1.0, 1.0, 1.0, 0.9, 1.0, -1.0]]))[:, 0]
+    assert value == 1 and -1 <= lo < hi <= 1 and np.isfinite([lo, hi]).all()
