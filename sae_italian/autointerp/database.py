@@ -176,7 +176,7 @@ def _opened(path: Path, mode: str, doing: str) -> Iterator[sqlite3.Connection]:
         # the call ledger is opened in one thread and used in others, never in two at once
         connection = sqlite3.connect(address, BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
         yield connection
-    except (sqlite3.DatabaseError, UsageError) as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError, UsageError) as error:  # a table's name may be no text
         if connection is not None:
             connection.close()
         if isinstance(error, UsageError):
@@ -184,7 +184,7 @@ def _opened(path: Path, mode: str, doing: str) -> Iterator[sqlite3.Connection]:
         raise problem(path, error, doing) from error
 
 
-def problem(path: Path, error: sqlite3.DatabaseError, doing: str = "written") -> SaeItalianError:
+def problem(path: Path, error: sqlite3.DatabaseError | UnicodeDecodeError, doing: str = "written") -> SaeItalianError:
     """Return what is wrong with a file: UsageError where it is the folder or another process, else DataError."""
     if getattr(error, "sqlite_errorcode", 0) & 0xFF in _ELSEWHERE:
         return UsageError(f"{path} cannot be {doing} now: {error}.")

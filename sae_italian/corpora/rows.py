@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -336,7 +337,10 @@ def local_shards(path: Path) -> list[TextFile]:
     elif path.is_dir():
         if saved := _saved_to_disk(path):
             return saved
-        texts = (file for file in path.rglob("*") if file.name.lower().endswith(LOCAL_ENDINGS) and file.is_file())
+        files = (
+            Path(folder, name) for folder, _, names in os.walk(path) for name in names
+        )  # passes over what vanishes
+        texts = (file for file in files if file.name.lower().endswith(LOCAL_ENDINGS) and file.is_file())
         files, root = sorted(texts), path
         if not files:
             raise UsageError(f"corpus folder {str(path)!r} holds no file ending in {', '.join(LOCAL_ENDINGS)}.")

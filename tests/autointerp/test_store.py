@@ -319,3 +319,13 @@ def test_a_long_rule_is_kept_compressed_and_read_and_taken_out_whole(tmp_path, t
     else:
         rows = [row | {"rule": json.loads(row["rule"])} for row in pyarrow.parquet.read_table(file).to_pylist()]
     assert [row["rule"] for row in rows] == [rule, {"names": []}, rule]
+
+
+def test_a_store_whose_tables_have_names_that_are_no_text_is_named_as_damaged(tmp_path):
+    path = tmp_path / "store"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE explanation (id)")
+        connection.execute("PRAGMA writable_schema = ON")
+        connection.execute("UPDATE sqlite_master SET name = CAST(x'80ff' AS TEXT)")
+    with pytest.raises(DataError, match="is not a store of explanations"):
+        Store(path, {})

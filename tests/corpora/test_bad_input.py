@@ -254,3 +254,19 @@ def test_saelens_tokens_are_named_where_text_is_asked_for(tmp_path):
     datasets.Dataset.from_dict({"input_ids": [[1, 2]]}).save_to_disk(tmp_path / "theirs")
     with pytest.raises(UsageError, match="no column 'text'; it has 'input_ids'"):
         check_corpus(tmp_path / "theirs")
+
+
+def test_a_folder_that_vanishes_while_a_corpus_is_listed_is_passed_over(tmp_path, monkeypatch):
+    """As another program's temporary folder does; its files are no part of the corpus."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "testi.txt").write_text("La casa è là.", encoding="utf-8")
+    (tmp_path / "gone").mkdir()
+    scandir = os.scandir
+
+    def listing(path):
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
+    assert [document.text for document in iter_documents(tmp_path)] == ["La casa è là."]
