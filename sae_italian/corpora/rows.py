@@ -337,11 +337,9 @@ def local_shards(path: Path) -> list[TextFile]:
     elif path.is_dir():
         if saved := _saved_to_disk(path):
             return saved
-        files = (
-            Path(folder, name) for folder, _, names in os.walk(path) for name in names
-        )  # passes over what vanishes
-        texts = (file for file in files if file.name.lower().endswith(LOCAL_ENDINGS) and file.is_file())
-        files, root = sorted(texts), path
+        # os.walk passes over a folder that vanishes meanwhile
+        found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        files, root = [f for f in sorted(found) if f.name.lower().endswith(LOCAL_ENDINGS) and f.is_file()], path
         if not files:
             raise UsageError(f"corpus folder {str(path)!r} holds no file ending in {', '.join(LOCAL_ENDINGS)}.")
     else:
@@ -377,8 +375,7 @@ def _saved_to_disk(path: Path) -> list[TextFile]:
         names = [item["filename"] for item in read_json(path / "state.json").get("_data_files") or []]
     else:
         return []
-    files, source = [path / name for name in names], path.resolve().name
-    return [TextFile(file.name, str(file), file.suffix, source) for file in files]
+    return [TextFile(name, str(path / name), Path(name).suffix, path.resolve().name) for name in names]
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
