@@ -176,7 +176,7 @@ def _opened(path: Path, mode: str, doing: str) -> Iterator[sqlite3.Connection]:
         # the call ledger is opened in one thread and used in others, never in two at once
         connection = sqlite3.connect(address, BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
         yield connection
-    except (sqlite3.DatabaseError, UnicodeDecodeError, UsageError) as error:  # a table's name may be no text
+    except (sqlite3.DatabaseError, UnicodeDecodeError, UsageError) as error:
         if connection is not None:
             connection.close()
         if isinstance(error, UsageError):

@@ -339,7 +339,8 @@ def local_shards(path: Path) -> list[TextFile]:
             return saved
         # os.walk passes over a folder that vanishes meanwhile
         found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-        files, root = [f for f in sorted(found) if f.name.lower().endswith(LOCAL_ENDINGS) and f.is_file()], path
+        files = [f for f in sorted(found) if f.name.lower().endswith(LOCAL_ENDINGS) and f.is_file()]
+        root = path
         if not files:
             raise UsageError(f"corpus folder {str(path)!r} holds no file ending in {', '.join(LOCAL_ENDINGS)}.")
     else:
