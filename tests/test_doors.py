@@ -139,6 +139,33 @@ def test_an_sae_whose_scale_is_not_folded_in_is_refused(door, sae, topk_sae, tmp
     refused(command, capsys, "its scale is not folded in", out)
 
 
+ELSEWHERE = {  # what an SAE with the right weights says of itself, and the line that refuses it
+    "layer": ({"hook_name": "blocks.0.hook_resid_post"}, "blocks.0.hook_resid_post"),
+    "no hook": ({"hook_name": None}, "holds no hook_name"),
+    "vocabulary": ({"vocabulary": "0" * 16}, "tokenizer has other tokens than the one that the SAE was trained with"),
+}
+
+
+@pytest.mark.parametrize("wrong", ELSEWHERE)
+@pytest.mark.parametrize("door", ["browse", "neuronpedia", "train"])
+def test_an_sae_of_another_hook_or_vocabulary_is_refused_though_its_weights_are_right(
+    door, wrong, trained_sae, small_cache, tmp_path, capsys
+):
+    told, said = ELSEWHERE[wrong]
+    own, out = tmp_path / "own", tmp_path / "out"
+    own.mkdir()
+    shutil.copy(trained_sae / "sae_weights.safetensors", own)
+    config = json.loads((trained_sae / "cfg.json").read_text())
+    (own / "cfg.json").write_text(json.dumps(config | {"metadata": config["metadata"] | told}))
+    if door == "train":
+        run = json.loads((trained_sae / "run.json").read_text())["spec"]
+        layer, sizes = run["hook_name"], [f"sae.{key}={value}" for key, value in run["sae"].items()]
+        command = ["train", "mini/topk", f"hook_name={layer}", *sizes, *SMALL, "--from", own, "--out", out]
+    else:
+        command = [*CACHE_DOORS[door](small_cache, out), "--sae", own]
+    refused(command, capsys, said, out)
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16"])
 def test_text_of_another_encoding_is_read_as_it_is(encoding, tmp_path, capsys):
     file = tmp_path / "testo.txt"

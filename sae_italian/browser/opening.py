@@ -31,7 +31,7 @@ from sae_italian.browser.live import CALLS, Live, Refused, checked_text
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.models import load_model, load_tokenizer
-from sae_italian.saes import load_sae
+from sae_italian.saes import check_fits, load_sae
 
 MEANING, N_NEAR = "meaning.npz", 20
 
@@ -196,7 +196,11 @@ def loaded(cache: FeatureCache, name: str | None = None, model: str | None = Non
     """
     sae = loaded_sae(cache, name)
     try:
-        return {} if sae is None else {"sae": sae, "model": load_model(model or cache.manifest.model)}
+        if sae is None:
+            return {}
+        subject = load_model(model or cache.manifest.model)
+        check_fits(sae, subject)
+        return {"sae": sae, "model": subject}
     except (SaeItalianError, OSError):
         if name is not None:
             raise

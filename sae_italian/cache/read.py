@@ -25,7 +25,7 @@ from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values, 
 from sae_italian.cache.passages import LatentActivations
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.corpora.stream import TextDocument
-from sae_italian.saes import weights_hash
+from sae_italian.saes import hooks_of, weights_hash
 
 MAPPED_FILES = 768  # held open at a time, of those that a process may have open no more than a quarter
 Part = Literal["train", "val", "test"]
@@ -107,6 +107,8 @@ class FeatureCache:
                 raise UsageError(f"{other} weights hash differs.")
             if manifest.sae_config_hash and layout.config_hash(sae) != manifest.sae_config_hash:
                 raise UsageError(f"{other} configuration differs.")
+            if (hook := hooks_of(sae)[0]) != manifest.hook_name:
+                raise UsageError(f"{other} hook_name is {hook!r}, the cache has {manifest.hook_name!r}.")
         cache = cls(folder, manifest)
         if tokenizer is not None:
             cache.check_tokenizer(tokenizer)

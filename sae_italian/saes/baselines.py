@@ -35,9 +35,7 @@ TOPK = "-topk"
 KINDS = ("pca", "ica", "nmf", "random", "identity")
 DEFAULT_KINDS = ("pca", "ica", "random", "identity")
 FIT_TOKENS, ICA_TOKENS = 200_000, 20_000
-CALIBRATION_TOKENS = (
-    131_072  # on which the random twin is made to fire as often as the SAE; of fewer, rare latents differ
-)
+CALIBRATION_TOKENS = 131_072  # on which the random twin is made to fire as often as the SAE, rare latents too
 _LEAST = 2  # tokens per dimension
 _LATENTS = 128  # whose pre-activations on all calibration tokens are held at a time
 _EARLIER = ("random_twin_of", "baseline", "baseline_of", "top_k_of")  # metadata of what an SAE was made from

@@ -27,7 +27,7 @@ from sae_italian.evaluation import EvaluationCard, evaluate
 from sae_italian.models import parse_hook_name
 from sae_italian.saes import load_sae
 from sae_italian.saes.architectures import PairScaler
-from sae_italian.saes.loading import vocabulary_hash
+from sae_italian.saes.loading import check_hooks, vocabulary_hash
 from sae_italian.saes.sparse import tune
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import SAE_FILES, RunLog, latent_rows
@@ -70,6 +70,8 @@ class SAERun:
         if spec.hook_name_out is not None:
             self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
         self.origin = None if spec.from_pretrained_path is None else Origin(spec)
+        if self.origin is not None:
+            check_hooks(self.origin.sae, model)
         self.log = RunLog(spec, out if processes.first else None)  # to W&B too, once it is opened
         self.output: Any = None  # of the last step
         self.start_loss = math.nan
