@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -65,6 +66,10 @@ def test_a_true_explanation_beats_another_latents_and_an_empty_one(scored):
     assert surprise["n"] == effect["n"] == 6
     assert surprise["value"] > 0.75 and surprise["over_shuffled"]["lo"] > 0.05 and surprise["over_empty"]["lo"] > 0
     assert abs(surprise["shuffled"]["value"] - 0.5) < 0.15
+    for row, control in product((surprise, effect), ("shuffled", "empty")):  # all six latents have both
+        over = row[f"over_{control}"]
+        assert over["lo"] < over["value"] < over["hi"] and row["lo"] < row["value"] < row["hi"]
+        assert over["value"] == pytest.approx(row["value"] - row[control]["value"])
     assert effect["over_shuffled"]["lo"] > 0.1 and effect["over_empty"]["lo"] > 0
     assert ("intervention", "promoted") in rows and ("embedding", "random") in rows
     lines = means_table(list(rows.values())).splitlines()

@@ -99,6 +99,11 @@ def test_means_know_the_documents_that_latents_share_and_an_older_store_says_wha
     for name in names.split():
         value, lo, hi = getattr(new, name)
         assert lo < value < hi, name
+    for tenth, (value, lo, hi) in enumerate(new.by_decile):
+        with Store(path, {}) as opened:
+            found = opened.values(explainer="rules", control="", scorer="detection", negatives="random",
+                                  metric=f"tpr_decile_{tenth}")  # fmt: skip
+        assert lo < value < hi and value == pytest.approx(np.mean([*found.values()])), tenth
     with Store(path, {}) as opened:
         values = np.array([*opened.values(explainer="rules", control="", scorer="detection", negatives="random",
                                           metric="balanced_accuracy").values()])  # fmt: skip
