@@ -159,6 +159,21 @@ def f1_by_document(both: ByDocument, said: ByDocument, true: ByDocument) -> Floa
     return 2 * share / (1 + share)
 
 
+def auc_parts(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> tuple[float, Float[np.ndarray, " n"]]:
+    """Return the AUC, ties counting half, and each example's influence on it (DeLong 1988)."""
+    part, kinds = np.empty(len(score)), (truth, ~truth)
+    for own, other in (
+        kinds,
+        kinds[::-1],
+    ):  # the share of the other kind that an example stands above (a false one: below)
+        others = np.sort(score[other])
+        below, upto = (np.searchsorted(others, score[own], side=side) for side in ("left", "right"))
+        part[own] = (below + upto) / 2 / len(others)
+    part[~truth] = 1 - part[~truth]
+    area = float(part[truth].mean())
+    return area, (part - area) / np.where(truth, truth.sum(), (~truth).sum())
+
+
 def auroc_by_document(
     score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], document: Int[np.ndarray, " n"]
 ) -> Estimate:
@@ -170,14 +185,7 @@ def auroc_by_document(
     kinds, m, n = (truth, ~truth), int(truth.sum()), int((~truth).sum())
     if not m or not n:
         return NOTHING
-    part = np.empty(len(score))  # of an example: the share of the other kind that it stands above (a false one: below)
-    for own, other in (kinds, kinds[::-1]):
-        others = np.sort(score[other])
-        below, upto = (np.searchsorted(others, score[own], side=side) for side in ("left", "right"))
-        part[own] = (below + upto) / 2 / len(others)
-    part[~truth] = 1 - part[~truth]
-    area = float(part[truth].mean())
-    parts = (part - area) / np.where(truth, m, n)
+    area, parts = auc_parts(score, truth)
     _, index = np.unique(document, return_inverse=True)
     g = min(np.count_nonzero(np.bincount(index[kind])) for kind in kinds)
     near = min(max(area, 1e-9), 1 - 1e-9)

@@ -23,7 +23,6 @@ import numpy as np
 import scipy.sparse
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
@@ -34,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sae_italian.analysis.treebank import Sentence, Word, batches_of, encode_words, last_tokens
 from sae_italian.base.errors import DataError
 from sae_italian.base.pace import paced, progress
+from sae_italian.base.statistics import auc_parts
 from sae_italian.base.storage import atomic_path, fingerprint, read_json, write_json
 from sae_italian.benchmark.material import stop
 from sae_italian.benchmark.tasks import LAST_OF
@@ -212,16 +212,6 @@ class Judged(NamedTuple):
     f1: float
     parts: Float[np.ndarray, " n"]  # each row's influence on the AUC; they sum to 0
     score: Float[np.ndarray, " n"]
-
-
-def auc_parts(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> tuple[float, Float[np.ndarray, " n"]]:
-    """Return the AUC, ties counting half, and each example's influence on it (DeLong 1988)."""
-    n, m = int(truth.sum()), int((~truth).sum())
-    ranks, own = rankdata(score), np.empty(len(score))
-    own[truth] = (ranks[truth] - rankdata(score[truth])) / m
-    own[~truth] = 1 - (ranks[~truth] - rankdata(score[~truth])) / n
-    auc = float(own[truth].mean())
-    return auc, (own - auc) / np.where(truth, n, m)
 
 
 def judge(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> Judged:

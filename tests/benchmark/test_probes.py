@@ -6,9 +6,9 @@ import scipy.sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 
+from sae_italian.base.statistics import auc_parts
 from sae_italian.benchmark.probes import (
     Examples,
-    auc_parts,
     dense_probe,
     fitted,
     form_probe,
