@@ -20,9 +20,8 @@ from sae_italian.base.pace import paced
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, bootstrap
 from sae_italian.circuits.edges import layers_of
-from sae_italian.corpora import iter_documents, pack
-from sae_italian.corpora.packing import take_tokens
-from sae_italian.models.activations import check_context, logits_at, read_many, replaced
+from sae_italian.evaluation.diagnosis import blocks_of
+from sae_italian.models.activations import logits_at, read_many, replaced
 from sae_italian.saes import hooks_of
 from sae_italian.saes.baselines import random_twin
 from sae_italian.saes.fit import decoded, fit
@@ -79,9 +78,8 @@ def examine_set(
 ) -> SetReport:
     """Return the report on held-out text. Raises: UsageError as `layers_of`, and for a corpus that is too short."""
     by_layer = layers_of(saes, model)
-    context = check_context(int(context_size or saes[0].cfg.metadata.context_size or 128), model.config)
-    packed = pack(iter_documents(corpus, "heldout", text_column=text_column), model.tokenizer, context)
-    blocks = take_tokens(packed, n_tokens, f"the heldout split of {corpus}")
+    context = int(context_size or saes[0].cfg.metadata.context_size or 128)
+    blocks = blocks_of(model, corpus, "heldout", n_tokens, context, text_column)
     windows = torch.from_numpy(np.concatenate([block.tokens for block in blocks])).to(model.device)
     silent = special(windows, model.tokenizer)
     fits, twins = [], {}
