@@ -60,7 +60,7 @@ def latents_of(folder: Path, transcoders: Sequence[Any], graph: Graph, out: Path
     found: dict[tuple[int, int], dict[str, Any]] = {}
     wanted = {(node.layer, node.index) for node in graph.nodes if node.kind == "latent"}
     for layer, cache in caches_of(folder, transcoders).items():
-        source, href = LatentSource(cache, tokenizer), _report(cache.folder, out)
+        source, href = LatentSource(cache, tokenizer), report_beside(cache.folder, out)
         for _, latent in sorted(pair for pair in wanted if pair[0] == layer):
             found[layer, latent] = _told(source, latent, href)
     return found
@@ -82,8 +82,8 @@ def _told(source: LatentSource, latent: int, href: str) -> dict[str, Any]:
     }
 
 
-def _report(cache: Path, out: Path) -> str:
-    """Return the address of the cache's browser from the page's folder; empty where none was written beside it."""
+def report_beside(cache: Path, out: Path) -> str:
+    """Return the address of a cache's browser from a page's folder; empty where none was written beside it."""
     for report in (cache.with_name(f"{cache.name}-report"), cache.with_name("report")):
         if (report / "index.html").is_file():
             return os.path.relpath(report / "index.html", out)

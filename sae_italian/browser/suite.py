@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,6 +15,7 @@ from sae_italian.base.labels import label
 from sae_italian.base.pictures import svg
 from sae_italian.base.report import table
 from sae_italian.base.storage import LOCK_FILE, locked, read_json, understood, write_json, write_text
+from sae_italian.browser.graph import report_beside
 from sae_italian.browser.opening import loaded_sae, open_pages
 from sae_italian.browser.page import static_text, style
 from sae_italian.browser.source import RESULTS
@@ -188,11 +188,8 @@ def _cell(estimate: dict[str, Any], number: Number, tint: float) -> str:
 def _linked(row: Row, out: Path, latent: int | None = None) -> str:
     """Return the SAE's name, or a latent's number, linked to the browser of its cache where that was written beside it."""
     name, place = (escape(row["name"]), "") if latent is None else (str(latent), f"#latent={latent}")
-    cache = row["cache"] and Path(row["cache"])
-    for report in (cache.with_name(f"{cache.name}-report"), cache.with_name("report")) if cache else ():
-        if (report / "index.html").is_file():
-            return f'<a href="{escape(os.path.relpath(report / "index.html", out))}{place}">{name}</a>'
-    return name
+    address = row["cache"] and report_beside(Path(row["cache"]), out)
+    return f'<a href="{escape(address)}{place}">{name}</a>' if address else name
 
 
 def picture(rows: list[Row]) -> str:
