@@ -247,37 +247,39 @@ def wandb_row(latents: Latents, latent: int) -> Facts:
     return make_row("wandb_latent", {**record, **joined, "example": latents.strongest(latent)})
 
 
-def log_table(
-    out: Path,
-    table: list[Facts],
-    browser: Path,
-    *,
-    trained: WandbRun,
-    online: bool,
-    name: str,
-    page: str,
-) -> Path:
+def _wandb(
+    out: Path, latents: Latents, wanted: range, project: str | None, online: bool
+) -> tuple[Path, dict[str, int]]:
     """Log table, a page and the browser as one W&B run below `out`; return the run's folder, which `wandb sync` sends.
 
-    It joins project and group of the run that trained the SAE and, online, uses that run's artifact. `page` is HTML in
-    one piece. Raises: UsageError without the package wandb.
+    It joins project and group of the run that trained the SAE and, online, uses that run's artifact. Raises: UsageError
+    without the package wandb.
     """
     try:
         import wandb
     except ImportError:
         raise UsageError("W&B is not installed; it comes with pip install 'sae-italian[sweeps]'.") from None
-    settings = wandb.Settings(console="off", silent=True, reinit="create_new")
-    mode: Any = "online" if online else "offline"
-    with wandb.init(job_type="latents", name=name, mode=mode, settings=settings, **trained.joined(out)) as run:
+    table, checked = [wandb_row(latents, latent) for latent in wanted], FieldCheck()
+    for row in table:
+        checked("wandb_latent", row)
+    write_browser(out / "browser", latents.source)
+    source, trained = latents.source, WandbRun.of(latents.cache.manifest.sae)
+    trained = trained._replace(project=project or trained.project)
+    best = sorted(table, key=lambda row: -(row["detection"] or 0.0))[:N_CARDS]
+    cards = (card_html(source.row(row["latent"]), source.card(row["latent"])) for row in best)
+    page = "".join([list_html(source.run(), source.rows()), *cards])
+    settings: Any = {"settings": wandb.Settings(console="off", silent=True, reinit="create_new")}
+    settings["mode"] = "online" if online else "offline"
+    with wandb.init(job_type="latents", name=source.run()["title"], **settings, **trained.joined(out)) as run:
         if trained.id and online:
             run.use_artifact(f"sae-{trained.id}:latest")  # what training sent: the lineage of these latents
         names = list(tables()["wandb_latent"]["fields"])
         run.log({"latents": wandb.Table(columns=[*names], data=[list(row.values()) for row in table])})
-        run.log({"strongest": wandb.Html(page, inject=False)})
+        run.log({"strongest": wandb.Html(page, inject=False)})  # in one piece
         artifact = wandb.Artifact("latent-browser", type="html", description="open index.html")
-        artifact.add_dir(str(browser))
+        artifact.add_dir(str(out / "browser"))
         run.log_artifact(artifact)
-        return Path(run.dir).parent
+        return Path(run.dir).parent, dict(checked.n_rows)
 
 
 # --- the export ----------------------------------------------------------------------------------------------------------
@@ -337,19 +339,3 @@ def _folder(out: Path, to: str, facts: Facts, manifest: Manifest) -> Path:
         "circuit-tracer": f"features/{facts['release']}",
     }
     return out / folders[to]
-
-
-def _wandb(
-    out: Path, latents: Latents, wanted: range, project: str | None, online: bool
-) -> tuple[Path, dict[str, int]]:
-    table, checked = [wandb_row(latents, latent) for latent in wanted], FieldCheck()
-    for row in table:
-        checked("wandb_latent", row)
-    write_browser(out / "browser", latents.source)
-    source, trained = latents.source, WandbRun.of(latents.cache.manifest.sae)
-    trained = trained._replace(project=project or trained.project)
-    best = sorted(table, key=lambda row: -(row["detection"] or 0.0))[:N_CARDS]
-    cards = (card_html(source.row(row["latent"]), source.card(row["latent"])) for row in best)
-    page = "".join([list_html(source.run(), source.rows()), *cards])
-    about = {"trained": trained, "online": online, "name": source.run()["title"], "page": page}
-    return log_table(out, table, out / "browser", **about), dict(checked.n_rows)
