@@ -10,11 +10,12 @@ variance without a word, so card and `train --dry-run` name them (Sun et al. 202
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from sae_italian.base.labels import Language, filled, label, labels
@@ -59,12 +60,6 @@ class Outliers(NamedTuple):
             _named("outlier dimensions", [f"{name} {times:,.0f}x the variance" for name, times in self.dimensions]),
         ]
         return "; ".join(parts)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Outliers:
-        """Return what `report.plain` made these values of."""
-        lists = {key: tuple(Outlier(**each) for each in values[key]) for key in ("tokens", "dimensions")}
-        return cls(**{**values, **lists})
 
 
 def _norm(value: float) -> str:
@@ -140,17 +135,11 @@ class EvaluationCard:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EvaluationCard:
-        """Return the card of which `report.plain` made these values. Raises: KeyError for what is no card.
+        """Return the card of which `report.plain` made these values. Raises: ValueError for what is no card.
 
         What cards did not have before 0.1.0 was finished is not a number in them.
         """
-        later = {"outliers": None, "started_from": None, "explained_variance_per_dimension": plain(NOTHING)}
-        values = later | values
-        given = {field.name: values[field.name] for field in fields(cls)}
-        given |= {key: _estimate(values[key]) for key in NUMBERS}
-        given["outliers"] = values["outliers"] and Outliers.from_dict(values["outliers"])
-        given["density"] = tuple(DensityBin(b["lo"], b["hi"], _estimate(b["share"])) for b in values["density"])
-        return cls(**given)
+        return TypeAdapter(cls).validate_python({"explained_variance_per_dimension": NOTHING} | _with_nan(values))
 
     def save(self, folder: Path) -> None:
         """Write card.json, card.md and density.svg."""
@@ -219,9 +208,14 @@ def read_seeds(folder: Path) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def _estimate(values: dict[str, float | None]) -> Estimate:
-    value, lo, hi = (NOTHING.value if x is None else x for x in (values["value"], values["lo"], values["hi"]))
-    return Estimate(value, lo, hi)
+def _with_nan(value: Any) -> Any:
+    """Return JSON values with NaN in the numbers of an estimate that were not measured."""
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    missing = NOTHING._asdict() if value.keys() == set(Estimate._fields) else {}
+    return {key: missing.get(key) if item is None else _with_nan(item) for key, item in value.items()}
 
 
 def _shown(number: float, key: str) -> str:
