@@ -121,6 +121,8 @@ class RunSpec(BaseModel):
     """Also save after this many minutes since the last state; 0: by tokens alone."""
     process_timeout_seconds: float = Field(600.0, gt=0)
     """Seconds without a sign of another process after which it counts as lost, where several train one SAE."""
+    shard_latents: bool = False
+    """Give each of several processes a part of the latents, where no device holds all: `sparse_topk` alone."""
     evaluate_every_tokens: CountOrNone = 0
     """Tokens between two evaluations on held-out text, which go into `eval/...` of the metrics; 0: none."""
     evaluate_tokens: Count = 10_000

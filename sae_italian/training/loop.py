@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class Loop:
                 )
         bar.update(self.first.n_tokens - before)
         if self._passed(spec.evaluate_every_tokens, before):
-            self.processes.by_first(lambda: [run.evaluate(self.stream.model) for run in self.runs.values()])
+            self._by_first(lambda: [run.evaluate(self.stream.model) for run in self.runs.values()])
         by_time = 0 < spec.checkpoint_every_minutes <= (time.monotonic() - self.saved_at) / 60
         stop, by_time = self.processes.any_of(self.interrupted, by_time)
         if stop or by_time or self._passed(spec.checkpoint_every_tokens, before):
@@ -168,8 +168,16 @@ class Loop:
         earlier checkpoint is kept.
         """
         self._check()
-        self.processes.by_first(self._write)
+        self._by_first(self._write)
         self.saved_at = time.monotonic()
+
+    def _by_first(self, do: Callable[[], object]) -> None:
+        """Let rank 0 do something with the SAEs, whole, while the others wait."""
+        for run in self.runs.values():
+            run.gather(whole=True)
+        self.processes.by_first(do)
+        for run in self.runs.values():
+            run.gather(whole=False)
 
     def _check(self) -> None:
         for run in self.runs.values():
@@ -194,7 +202,7 @@ class Loop:
     def finish(self) -> None:
         """Write all SAEs, then drop the checkpoints. Raises: Diverged; UsageError when the disk is full."""
         self._check()
-        self.processes.by_first(self._finish)
+        self._by_first(self._finish)
 
     def _finish(self) -> None:
         with disk_errors(self.out, self.kept()):

@@ -41,6 +41,7 @@ from sae_italian.base.storage import RUN_FILE, fingerprint, first_difference, pa
 from sae_italian.saes import weights_hash
 from sae_italian.saes.architectures import start_at
 from sae_italian.training.config import RunSpec
+from sae_italian.training.shards import ShardedTopK, check_shards
 
 # Their losses are means over tokens, and what they take from the whole batch is made global here.
 JOINT = (
@@ -100,7 +101,7 @@ class Processes:
 
     def adopt(self, sae: Any) -> None:
         """Let the gradients of an SAE, and what its activation function takes of a batch, be those of all processes."""
-        if self.world == 1:
+        if self.world == 1 or isinstance(sae, ShardedTopK):
             return
         for parameter in filter(lambda each: each.requires_grad, sae.parameters()):
             parameter.register_post_accumulate_grad_hook(self._send)
@@ -109,8 +110,8 @@ class Processes:
             sae.update_topk_threshold = lambda acts: update(self._least(acts))
 
     def step(self, trainer: Any, rows: Tensor) -> Any:
-        """Take one step of SAELens' trainer on this process' part of the rows, and return what it gives."""
-        if self.world == 1:
+        """Take a step of SAELens' trainer on this process' rows, or on all by its latents."""
+        if self.world == 1 or isinstance(trainer.sae, ShardedTopK):
             return trainer.step(rows)
         parts = rows.tensor_split(self.world)
         self.sizes = [len(part) for part in parts]
@@ -162,17 +163,20 @@ class Processes:
         return torch.where(least.isinf(), 0.0, least)[None]
 
     def row(self, trainer: Any, output: Any) -> dict[str, Any]:
-        """Return the trainer's metrics of a step, over the rows of all processes."""
-        if self.world > 1:
+        """Return the trainer's metrics of a step, over the rows and the latents of all processes."""
+        by_latents = isinstance(trainer.sae, ShardedTopK)
+        if self.world > 1 and not by_latents:
             whole = {name: self.gathered(getattr(output, name).detach(), self.sizes) for name in ("sae_in", "sae_out")}
             output = replace(output, **whole)
         row = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
-        if self.world > 1:  # what was a mean over this process' rows alone
-            keys = [key for key in row if key.startswith("losses/") or key == "metrics/l0"]
-            share = self.sizes[self.rank] / sum(self.sizes)
-            means = share * torch.tensor([row[key] for key in keys], dtype=torch.float64)
-            dist.all_reduce(means)
-            row |= zip(keys, means.tolist(), strict=True)
+        if self.world > 1:  # what was of this process' rows or latents alone, and its share in that of all
+            shares = {"metrics/l0": 1, "sparsity/dead_features": 1, "sparsity/mean_passes_since_fired": 1 / self.world}
+            if not by_latents:
+                means = [key for key in row if key.startswith("losses/") or key == "metrics/l0"]
+                shares = dict.fromkeys(means, self.sizes[self.rank] / sum(self.sizes))
+            sums = torch.tensor([share * row[key] for key, share in shares.items()], dtype=torch.float64)
+            dist.all_reduce(sums)
+            row |= {key: type(row[key])(value) for key, value in zip(shares, sums.tolist(), strict=True)}
         return row
 
     # --- whether all are the same -------------------------------------------------------------------------------------
@@ -256,7 +260,9 @@ class _GlobalBatchTopK(nn.Module):
 
 
 def _hash_of(trainer: Any) -> str:
-    """Return a hash of the weights, the counters and the input scale of a trainer."""
+    """Return a hash of a trainer's weights, counters and input scale; of sharded latents, what all have."""
+    if isinstance(trainer.sae, ShardedTopK):
+        return fingerprint([trainer.sae.b_dec.tolist(), trainer.activation_scaler.scaling_factor])
     counters = [each.tolist() for each in (trainer.n_forward_passes_since_fired, trainer.act_freq_scores)]
     return weights_hash(trainer.sae) + fingerprint([*counters, trainer.activation_scaler.scaling_factor])
 
@@ -270,6 +276,8 @@ def joined(spec: RunSpec) -> Iterator[Processes]:
     """
     world, rank = (int(os.environ.get(name, default)) for name, default in ((WORLD, 1), ("RANK", 0)))
     if world == 1:
+        if spec.shard_latents:
+            raise UsageError("shard_latents is for several processes, as --processes 4. Set it to false.")
         yield ALONE
         return
     check_joint(spec, world)
@@ -292,6 +300,8 @@ def joined(spec: RunSpec) -> Iterator[Processes]:
 
 def check_joint(spec: RunSpec, world: int) -> None:
     """Raise UsageError for what so many processes cannot train."""
+    if spec.shard_latents:
+        check_shards(spec.sae_config(), world)
     architecture = str(spec.sae.get("architecture"))
     if architecture.removeprefix("started_") not in JOINT:
         raise UsageError(

@@ -31,6 +31,7 @@ from sae_italian.training.loop import Loop, clear_checkpoints
 from sae_italian.training.pretrained import Origin
 from sae_italian.training.processes import ALONE, GPU_BACKEND, WORLD, Processes, check_joint, joined, placed
 from sae_italian.training.sae_run import Diverged, SAERun
+from sae_italian.training.shards import check_shards
 from sae_italian.training.stream import ActivationStream, kept_positions
 from sae_italian.training.suite import SuiteSpec
 from sae_italian.training.text import check_length, training_documents
@@ -42,7 +43,7 @@ SEEDS = "seeds"  # folder of the other seeds' SAEs, inside that of the first
 STOPPED = 130  # exit code of a process that saved and stopped
 SAVING_SECONDS = "120"  # what torch's launcher gives the processes after a signal, before it kills them
 # Settings that decide nothing of what was trained so far: a run may be resumed with others.
-CHANGEABLE = {"repeat_corpus"} | {
+CHANGEABLE = {"repeat_corpus", "shard_latents"} | {
     name for name in RunSpec.model_fields if name.startswith(("wandb", "checkpoint_every", "evaluate", "process"))
 }
 
@@ -127,8 +128,8 @@ def train_group(out: Path, group: tuple[str, Mapping[str, RunSpec]]) -> list[Pat
     """
     own, specs = out / group[0], group[1]
     folders = {name: out / name for name in specs}
-    if any(spec.seeds > 1 for spec in specs.values()):
-        raise UsageError("seeds is for the training of one SAE; here every SAE has its own. Leave it out.")
+    if any(spec.seeds > 1 or spec.shard_latents for spec in specs.values()):
+        raise UsageError("seeds and shard_latents are for a training of one SAE. Leave them out.")
     if all((folder / WEIGHTS).is_file() for folder in folders.values()):
         clear_checkpoints(own)
         return list(folders.values())
@@ -174,6 +175,10 @@ def check_run(spec: RunSpec) -> None:
     """Raise UsageError for settings and corpora that cannot work, before a model is loaded and anything is written."""
     kept_positions(spec.seqpos_slice, spec.context_size)
     spec.to_saelens()
+    if spec.shard_latents:
+        check_shards(spec.sae_config())
+        if spec.from_pretrained_path is not None:
+            raise UsageError("from_pretrained_path is not for sharded latents. Leave one of them out.")
     if spec.from_pretrained_path is not None:
         Origin(spec)
     check_corpus(spec.corpus, text_column=spec.text_column)

@@ -33,6 +33,7 @@ from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import SAE_FILES, RunLog, latent_rows
 from sae_italian.training.pretrained import Origin
 from sae_italian.training.processes import ALONE, Processes
+from sae_italian.training.shards import assembled, load_part, sharded
 from sae_italian.training.stream import ActivationStream
 
 DIVERGED = 10.0  # times the loss at the start, and times the variance of the activations
@@ -59,8 +60,11 @@ class SAERun:
         self.spec, self.out, self.config = spec, out, spec.to_saelens()
         self.processes = processes
         torch.manual_seed(spec.seed)
-        self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict())
+        place = {"device": "cpu"} if spec.shard_latents else {}  # no device need hold all of it
+        self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict() | place)
         self._describe(model)
+        if spec.shard_latents:
+            self.sae = sharded(self.sae, spec.device)
         self.sae.to(spec.device)
         processes.adopt(self.sae)
         config = self.config.to_sae_trainer_config()
@@ -69,6 +73,7 @@ class SAERun:
         self.trainer: Any = tune(SAETrainer(cfg=config, sae=self.sae, data_provider=iter(())))
         if spec.hook_name_out is not None:
             self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
+        self.whole = self.trainer  # that of the whole SAE, while rank 0 writes (`gather`)
         self.origin = None if spec.from_pretrained_path is None else Origin(spec)
         if self.origin is not None:
             check_hooks(self.origin.sae, model)
@@ -149,9 +154,9 @@ class SAERun:
         """Raise Diverged when the loss has exploded, or a weight is not finite."""
         if self.output is not None:  # None where a run is resumed whose last step was done
             self.row()
-        for name, weight in self.sae.named_parameters():
-            if not torch.isfinite(weight).all():
-                raise self._diverged(f"{name} is no longer finite")
+        wrong = [name for name, weight in self.sae.named_parameters() if not torch.isfinite(weight).all()]
+        if self.processes.any_of(bool(wrong))[0]:
+            raise self._diverged(f"{wrong[0] if wrong else 'a weight elsewhere'} is no longer finite")
 
     def _diverged(self, what: str) -> Diverged:
         return Diverged(f"{what} at step {self.n_steps - 1}: the training has diverged. Lower lr (now {self.spec.lr}).")
@@ -194,25 +199,31 @@ class SAERun:
 
     def _folded(self) -> Any:
         """Return a copy of the SAE in training with the input scale put into its weights: it takes raw activations."""
-        sae, scaler = copy.deepcopy(self.sae), self.trainer.activation_scaler
+        sae, scaler = copy.deepcopy(self.whole.sae), self.trainer.activation_scaler
         if scaler.scaling_factor is not None:
             sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
         if (white := scaler.whitening) is not None:
-            sae.fold_activation_whitening(
-                mean=white.mean, whitening_matrix=white.matrix, unwhitening_matrix=white.inverse_matrix
-            )
+            mean, matrix, inverse = (each.to(sae.device) for each in (white.mean, white.matrix, white.inverse_matrix))
+            sae.fold_activation_whitening(mean=mean, whitening_matrix=matrix, unwhitening_matrix=inverse)
         return sae
+
+    def gather(self, whole: bool) -> None:
+        """Hold at rank 0 the whole of an SAE with sharded latents, to be written, or no longer."""
+        self.whole = assembled(self.trainer) if whole else self.trainer
 
     def save(self, folder: Path) -> None:
         """Write the whole state of this SAE's training into a new folder."""
-        self.trainer.save_checkpoint(checkpoint_name=folder.name, base_path=folder.parent)
+        self.whole.save_checkpoint(checkpoint_name=folder.name, base_path=folder.parent)
         origin = self.origin and self.origin.record
         write_json(folder / "run_state.json", {"start_loss": self.start_loss, "origin": origin})
 
     def load(self, folder: Path) -> None:
         """Continue from a saved state."""
-        self.sae.load_weights_from_checkpoint(folder)
-        self.trainer.load_trainer_state(folder)
+        if self.spec.shard_latents:
+            load_part(self.trainer, folder)
+        else:
+            self.sae.load_weights_from_checkpoint(folder)
+            self.trainer.load_trainer_state(folder)
         state = read_json(folder / "run_state.json")
         self.start_loss = state["start_loss"]
         if self.origin is not None:
@@ -220,11 +231,11 @@ class SAERun:
 
     def finish(self) -> None:
         """Fold the input scale and write the SAE in SAELens' format, the weights last."""
-        self.trainer.set_final_sae_metadata()
+        self.whole.set_final_sae_metadata()
         if self.origin is not None:
             self.sae.cfg.metadata.started_from = self.origin.finish(self.sae.W_dec, self.out)
         with atomic_path(self.out / "sparsity.safetensors") as temporary:
-            save_file({"sparsity": self.trainer.log_feature_sparsity}, temporary)
+            save_file({"sparsity": self.whole.log_feature_sparsity}, temporary)
         write_json(self.out / "runner_cfg.json", json.loads(json.dumps(self.config.to_dict(), default=str)))
         staging = self.out / ".final"
         self._folded().save_inference_model(staging)

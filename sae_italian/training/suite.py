@@ -178,7 +178,8 @@ def layout_on(device_gb: float, spec: RunSpec, memory: dict[str, float]) -> dict
     if n == 1:
         return found | {"megabytes_a_step": 0.0, "text": f"{device}replicas, {total:.2f} GB on each"}
     sent = sum(traffic(spec.train_batch_size_tokens, sae.d_in, sae.k, n, dead=True).values()) / 1e6
-    text = f"{device}latents sharded over {n}, {part:.2f} GB and {sent:.0f} MB a step on each"
+    how = f"shard_latents=true --processes {n}"
+    text = f"{device}latents sharded over {n} ({how}), {part:.2f} GB and {sent:.0f} MB a step on each"
     return found | {"megabytes_a_step": sent, "text": text}
 
 

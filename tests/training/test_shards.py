@@ -104,7 +104,8 @@ def test_a_dry_run_says_which_layout_a_config_needs():
     memory = memory_of([spec])
     assert layout_on(24, spec, memory)["layout"] == "replicas"
     small = layout_on(2, spec, memory)
-    assert (small["layout"], small["devices"]) == ("sharded", 2) and "latents sharded over 2" in small["text"]
+    assert (small["layout"], small["devices"]) == ("sharded", 2)
+    assert "latents sharded over 2 (shard_latents=true --processes 2)" in small["text"]
     rest = sum(memory.values()) - memory["saes_gb"] - memory["step_gb"]
     assert small["memory_gb"] == pytest.approx(rest + (memory["saes_gb"] + memory["step_gb"]) / 2)
     stock = load_spec("mini/topk", "sae.d_sae=262144", "sae.k=32")
