@@ -108,3 +108,10 @@ def test_a_dry_run_names_what_stands_out(gemma, jsonl, capsys):
     assert 0.9 < found["mean_norm"] / found["median_norm"] < 1.1
     assert found["tokens"][0]["name"] == "<bos>" and found["tokens"][0]["times"] > 10
     assert found["dimensions"][0]["times"] > 500
+
+
+def test_loading_peaks_at_the_weights_and_the_file_they_are_mapped_from():
+    """1.5 times the weights, of which 0.5 is the bfloat16 file's pages; 1.8 while the tokenizer stood beside them."""
+    from tests.bench.real_model import _peak_of
+
+    assert _peak_of(NAME, "hf") < 1.65

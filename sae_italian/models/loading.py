@@ -68,8 +68,8 @@ def load_model(
     longest = getattr(load_model_config(name), "max_position_embeddings", None)
     if context is not None and longest is not None and not 0 < context <= longest:
         raise UsageError(f"context is {context}; {resolved.saved_name} allows 1 to {longest} tokens.")
-    tokenizer = load_tokenizer(name)
     model: Any = _fetch(AutoModelForCausalLM.from_pretrained, resolved, dtype=getattr(torch, dtype)).eval()
+    tokenizer = load_tokenizer(name)  # 0.3 GB of 262,144 entries, which would stand beside the weights' mapped file
     facts = _loaded_from(resolved, model, backend, dtype)
     if backend == "bridge":
         from sae_italian.models.loud import LoudBridge
