@@ -115,6 +115,8 @@ def check_shapes(state: State, config: Config, file: object) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int | float if name == "k" else int) or size <= 0:
             raise DataError(f"the configuration of {file} has {name} {size!r}; it must be a number above 0.")
+    if sizes["k"] > d_sae:
+        raise DataError(f"the configuration of {file} has k {sizes['k']:,}, more than its {d_sae:,} latents (d_sae).")
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     for name, shape in (shapes | {"W_skip": (d_out, d_in), "threshold": (d_sae,)}).items():
         found = tuple(state[name].shape) if name in state else shape
@@ -129,10 +131,15 @@ def check_shapes(state: State, config: Config, file: object) -> None:
 def _own(folder: Path, device: str, overrides: Config) -> Found:
     """Read SAELens' own format, of any of its versions, whole or sharded."""
     from sae_lens.loading.pretrained_sae_loaders import get_sae_lens_config_from_disk, sae_lens_disk_loader
+    from sae_lens.registry import SAE_CLASS_REGISTRY
 
+    config = get_sae_lens_config_from_disk(folder, device, overrides)
+    if (name := config["architecture"]) not in SAE_CLASS_REGISTRY:
+        known = ", ".join(sorted(SAE_CLASS_REGISTRY))
+        raise DataError(f"{folder}/cfg.json has the architecture {name!r}; what can be loaded: {known}.")
     if (folder / SAELENS_WEIGHTS).is_file():
         return sae_lens_disk_loader(folder, device, overrides)
-    return get_sae_lens_config_from_disk(folder, device, overrides), read_tensors(folder / SAELENS_WEIGHTS, device)
+    return config, read_tensors(folder / SAELENS_WEIGHTS, device)
 
 
 def _by_saelens(loader: str, facts: Callable[[Path], Config], folder: Path, device: str, overrides: Config) -> Found:

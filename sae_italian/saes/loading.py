@@ -33,6 +33,7 @@ def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
     with tensors_alone():
         sae = _from_folder(folder, device) if folder.is_dir() else _from_release(str(name), device)
     check_weights(sae, f"the SAE {name}")
+    check_metadata(sae, f"the SAE {name}")
     return sae.eval()
 
 
@@ -184,6 +185,7 @@ def check_fits(sae: Any, model: Any, *, writes: bool = False) -> str:
     Raises: UsageError, with what to do.
     """
     check_weights(sae)
+    check_metadata(sae)
     mode = getattr(sae.cfg, "normalize_activations", "none")
     if mode in ("expected_average_only_in", "covariance_whitening"):
         raise UsageError(
@@ -207,6 +209,19 @@ def check_weights(sae: Any, name: str = "the SAE") -> None:
                 "damaged: train it again with a lower lr, or take an earlier checkpoint."
             )
     check_shapes(tensors, vars(sae.cfg), name)
+
+
+def check_metadata(sae: Any, name: str = "the SAE") -> None:
+    """Refuse metadata of another kind than its readers take. Raises: DataError naming the key, what it is and should be."""
+    metadata = sae.cfg.metadata
+    wrong = {key: "a name" for key in ("model_name", "dataset_path") if not isinstance(metadata[key], str | None)}
+    size = metadata.context_size
+    if not isinstance(size, int | None) or (size is not None and size < 2):
+        wrong["context_size"] = "a number of tokens, 2 or more"
+    for key, expected in wrong.items():
+        raise DataError(
+            f"{name} cannot be used: metadata.{key} in its cfg.json is {metadata[key]!r}; {expected} was expected."
+        )
 
 
 def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:

@@ -270,6 +270,27 @@ def test_a_damaged_cfg_json_is_one_line(tmp_path, topk_sae, mini, damage):
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model_name", [1], r"metadata.model_name in its cfg.json is \[1\]; a name was expected"),
+        ("dataset_path", 3, "metadata.dataset_path in its cfg.json is 3; a name was expected"),
+        ("context_size", -5, "metadata.context_size in its cfg.json is -5; a number of tokens, 2 or more"),
+        ("context_size", "128", "metadata.context_size in its cfg.json is '128'"),
+        ("k", 10**9, "has k 1,000,000,000, more than its 300 latents"),
+        ("architecture", "qwerty", "has the architecture 'qwerty'; what can be loaded: .*topk"),
+    ],
+)
+def test_a_configuration_that_no_reader_can_use_is_refused_when_it_is_loaded(tmp_path, topk_sae, key, value, said):
+    """Before, the list went to every command as if it were a model, and k and the context ended in a traceback."""
+    topk_sae.save_model(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (config if key in config else config["metadata"])[key] = value
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=said):
+        load_sae(tmp_path)
+
+
 # --- the doors --------------------------------------------------------------------------------------------------------
 
 
