@@ -116,7 +116,8 @@ def check_shapes(state: State, config: Config, file: object) -> None:
         if not isinstance(size, int | float if name == "k" else int) or size <= 0:
             raise DataError(f"the configuration of {file} has {name} {size!r}; it must be a number above 0.")
     if sizes["k"] > d_sae:
-        raise DataError(f"the configuration of {file} has k {sizes['k']:,}, more than its {d_sae:,} latents (d_sae).")
+        told = f"k {sizes['k']:,}, more than its {d_sae:,} latents (d_sae)"
+        raise DataError(f"the configuration of {file} has {told}.")
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     for name, shape in (shapes | {"W_skip": (d_out, d_in), "threshold": (d_sae,)}).items():
         found = tuple(state[name].shape) if name in state else shape
@@ -136,7 +137,7 @@ def _own(folder: Path, device: str, overrides: Config) -> Found:
     config = get_sae_lens_config_from_disk(folder, device, overrides)
     if (name := config["architecture"]) not in SAE_CLASS_REGISTRY:
         known = ", ".join(sorted(SAE_CLASS_REGISTRY))
-        raise DataError(f"{folder}/cfg.json has the architecture {name!r}; what can be loaded: {known}.")
+        raise DataError(f"{folder}/cfg.json: unknown architecture {name!r}; there are {known}.")
     if (folder / SAELENS_WEIGHTS).is_file():
         return sae_lens_disk_loader(folder, device, overrides)
     return config, read_tensors(folder / SAELENS_WEIGHTS, device)

@@ -212,16 +212,13 @@ def check_weights(sae: Any, name: str = "the SAE") -> None:
 
 
 def check_metadata(sae: Any, name: str = "the SAE") -> None:
-    """Refuse metadata of another kind than its readers take. Raises: DataError naming the key, what it is and should be."""
-    metadata = sae.cfg.metadata
-    wrong = {key: "a name" for key in ("model_name", "dataset_path") if not isinstance(metadata[key], str | None)}
-    size = metadata.context_size
-    if not isinstance(size, int | None) or (size is not None and size < 2):
-        wrong["context_size"] = "a number of tokens, 2 or more"
-    for key, expected in wrong.items():
-        raise DataError(
-            f"{name} cannot be used: metadata.{key} in its cfg.json is {metadata[key]!r}; {expected} was expected."
-        )
+    """Refuse metadata of another kind than its readers take. Raises: DataError naming the key and its value."""
+    for key, kind in {"model_name": str, "dataset_path": str, "context_size": int}.items():
+        value = sae.cfg.metadata[key]
+        if not isinstance(value, kind | None) or (kind is int and value is not None and value < 2):
+            expected = "a name" if kind is str else "a number of tokens, 2 or more,"
+            told = f"metadata.{key} in its cfg.json is {value!r}; {expected} was expected."
+            raise DataError(f"{name} cannot be used: {told}")
 
 
 def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:

@@ -278,7 +278,7 @@ def test_a_damaged_cfg_json_is_one_line(tmp_path, topk_sae, mini, damage):
         ("context_size", -5, "metadata.context_size in its cfg.json is -5; a number of tokens, 2 or more"),
         ("context_size", "128", "metadata.context_size in its cfg.json is '128'"),
         ("k", 10**9, "has k 1,000,000,000, more than its 300 latents"),
-        ("architecture", "qwerty", "has the architecture 'qwerty'; what can be loaded: .*topk"),
+        ("architecture", "qwerty", "unknown architecture 'qwerty'; there are .*topk"),
     ],
 )
 def test_a_configuration_that_no_reader_can_use_is_refused_when_it_is_loaded(tmp_path, topk_sae, key, value, said):
