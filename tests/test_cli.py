@@ -8,7 +8,7 @@ import pytest
 
 from sae_italian import FeatureCache
 from sae_italian.base.storage import STOP_SIGNALS
-from sae_italian.cli import COMMANDS, facts, main, readable
+from sae_italian.cli import COMMANDS, facts, main, readable, short_names
 from tests import fresh
 
 
@@ -152,6 +152,12 @@ def test_a_corpus_without_a_text_column_and_one_too_short(capsys, trained_sae, t
         tmp_path / "c",
     )
     assert code == 2 and "fills no window" in err
+
+
+def test_the_seeds_of_a_training_are_called_by_it():
+    names = short_names(["runs/topk", "runs/topk/seeds/seed-43", "runs/topk/seeds/seed-44"])
+    assert list(names) == ["topk", "topk-seed-43", "topk-seed-44"]
+    assert list(short_names(["a/x", "b/x"])) == ["a/x", "b/x"]
 
 
 def test_a_number_or_all(capsys, trained_sae, tmp_path):

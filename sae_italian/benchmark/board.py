@@ -144,13 +144,12 @@ def ranks(entries: Sequence[Entry]) -> list[int]:
 
 
 def training_noise(entries: Iterable[Entry]) -> dict[str, tuple[float, int]]:
-    """Return the sd of the mean AUC at k = 16 over trainings that differ in their seed alone: NAME-seed0, NAME-seed1."""
-    groups: dict[str, list[float]] = {}
+    """Return the sd of the mean AUC at k = 16 over trainings that differ in their seed alone: NAME, NAME-seed1, ..."""
+    groups: dict[str, dict[str, float]] = {}
     for entry in entries:
         name = re.sub(r"[-_./ ]?s(eed)?[-_=]?\d+$", "", entry.name)
-        if name != entry.name:
-            groups.setdefault(name, []).append(entry.estimate("auc_16").value)
-    return {name: (float(np.std(v, ddof=1)), len(v)) for name, v in groups.items() if len(v) > 1}
+        groups.setdefault(name, {})[entry.name] = entry.estimate("auc_16").value
+    return {name: (float(np.std([*v.values()], ddof=1)), len(v)) for name, v in groups.items() if len(v) > 1}
 
 
 def read_entries(folder: Path) -> list[Entry]:

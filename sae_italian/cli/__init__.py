@@ -348,11 +348,14 @@ def own_words(words: Sequence[str], defaults: dict[str, Any]) -> tuple[dict[str,
 
 
 def short_names(given: Sequence[str]) -> dict[str, str]:
-    """Return each name by its last part where these differ, else by itself. Raises: UsageError for a repetition."""
+    """Return each name by its last part where these differ, else by itself; X/seeds/seed-43 is X-seed-43.
+
+    Raises: UsageError for a repetition.
+    """
     for name in given:
         if list(given).count(name) > 1:
             raise UsageError(f"{name} was given twice; give each SAE once.")
-    short = [Path(name).name for name in given]
+    short = [re.sub(r"/seeds/(?=seed-\d+$)", "-", Path(name).as_posix()).rpartition("/")[2] for name in given]
     return dict(zip(short if len(set(short)) == len(short) else given, given, strict=True))
 
 

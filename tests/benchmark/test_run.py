@@ -189,9 +189,12 @@ def test_training_noise_is_that_of_seeds(scored):
     named = [copy.copy(entry) for entry in (a, b)]
     for i, entry in enumerate(named):
         object.__setattr__(entry, "name", f"topk-seed{i}")
-    ((name, (sd, n)),) = training_noise(named).items()
     values = [entry.estimate("auc_16").value for entry in (a, b)]
-    assert name == "topk" and n == 2 and sd == pytest.approx(np.std(values, ddof=1))
+    for first in ("topk-seed0", "topk"):  # as `seeds: 3` names them: the first by the folder, the others behind it
+        object.__setattr__(named[0], "name", first)
+        ((name, (sd, n)),) = training_noise([*named, named[0]]).items()
+        assert name == "topk" and n == 2 and sd == pytest.approx(np.std(values, ddof=1))
+    assert not training_noise([a, b]) and not training_noise([named[0], named[0]])
 
 
 def test_a_tokenizer_that_splits_every_word_is_read_at_the_words_end(monkeypatch):
