@@ -304,14 +304,20 @@ def short_name(manifest: Manifest) -> str:
 
 
 def labels_of(store: Store | None, gold: list[Record]) -> dict[int, list[Record]]:
-    """Return the gold and UD labels that each latent detects, best first: the store's and those of the run's results."""
+    """Return the gold and UD labels that each latent detects, best first: the store's and those of the run's results.
+
+    Where a label fails on other words, another language's perhaps, that follows the row in which it holds.
+    """
     rows = [row._asdict() for row in store.labels()] if store else []
     good = (row for row in gold if row["latent"] is not None and (row["f1"] or 0) >= GOLD_SHOWN)
     rows += [{**row, "source": "gold"} for row in good]
     found: dict[int, list[Record]] = {}
     for row in sorted(rows, key=lambda row: -(row["f1"] or 0.0)):
         found.setdefault(row["latent"], []).append({name: row.get(name) for name in LABEL_FIELDS})
-    return {latent: labels[:N_LABELS] for latent, labels in found.items()}
+    for latent, labels in found.items():
+        first = {row["label"]: i for i, row in reversed([*enumerate(labels)])}
+        found[latent] = sorted(labels, key=lambda row: first[row["label"]])[:N_LABELS]
+    return found
 
 
 def _shown_rule(rule: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -268,6 +268,17 @@ def test_the_card_shows_both_halves_and_its_neighbours_are_links(tab: Any, folde
     tab.wait_for_selector(f".card-page .which:text-is('Latente {other}')")
 
 
+def test_a_label_that_fails_in_italian_is_marked(tab: Any, tmp_path: Path) -> None:
+    source = make_source(3)
+    card = make_card(source.row_records[1])
+    holds = {**make_card(make_source(200).row_records[1])["labels"][0], "source": "UD_English", "f1": 0.9}
+    source.cards[1] = {**card, "labels": [holds, {**holds, "source": "UD_Italian", "f1": 0.2}]}
+    show(tab, write_browser(tmp_path / "out", source), "#latent=1")
+    tab.click(".scores-line summary")
+    rows = tab.locator(".labels tbody tr").all_inner_texts()
+    assert ["su queste parole non regge" in row for row in rows] == [False, True]
+
+
 def test_link_and_json_are_copied(tab: Any, folder: Path) -> None:
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.add_init_script("navigator.clipboard.writeText = async (text) => { window.copied = text; }")

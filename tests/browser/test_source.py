@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp
-from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.store import Label, Store
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser import opening
 from sae_italian.browser.contexts import FIRES, SEGMENT, SILENT, borders_of, file_name, split_text
@@ -21,7 +21,7 @@ from sae_italian.browser.directions import Decoder
 from sae_italian.browser.exports.latents import facts_of, names_of
 from sae_italian.browser.opening import match_latents
 from sae_italian.browser.page import records
-from sae_italian.browser.source import LatentSource
+from sae_italian.browser.source import LatentSource, labels_of
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
@@ -353,3 +353,18 @@ def test_without_the_extra_a_search_by_meaning_says_what_to_install(monkeypatch)
     monkeypatch.setitem(sys.modules, "model2vec", None)
     with pytest.raises(UsageError, match=r"sae-italian\[meaning\]"):
         opening.encode(["gatto"], "minishlab/potion-multilingual-128M")
+
+
+def test_a_label_that_fails_elsewhere_follows_where_it_holds():
+    gold = {"category": "x", "n": 9, "precision": 1.0, "recall": 1.0}
+    rows = [
+        Label(3, "Number=Plur", "EN", 0.7, 0.6, 0.8, 0.7, 0.7, 9),
+        Label(3, "Number=Plur", "IT", 0.1, 0.0, 0.2, 0.1, 0.1, 9),
+    ]
+    store = SimpleNamespace(labels=lambda: rows)
+    found = labels_of(store, [{**gold, "label": "UPOS=NOUN", "latent": 3, "f1": 0.6}])  # pyright: ignore[reportArgumentType]
+    assert [(row["label"], row["source"]) for row in found[3]] == [
+        ("Number=Plur", "EN"),
+        ("Number=Plur", "IT"),
+        ("UPOS=NOUN", "gold"),
+    ]

@@ -47,7 +47,7 @@ function tokensPanel(ctx, items) {
 }
 
 function labelsPanel(ctx, labels) {
-  const row = (item) => h("tr", {}, h("th", { scope: "row" }, text(labelName(item.label, ctx.lang)), h("small", { class: "muted" }, text([item.label, item.source].filter(Boolean).join(" · ")))),
+  const row = (item) => h("tr", {}, h("th", { scope: "row" }, text(labelName(item.label, ctx.lang)), h("small", { class: "muted" }, text([item.label, item.source].filter(Boolean).join(" · "))), item.f1 < 0.5 && h("span", { class: "tag warn" }, ctx.t("label.fails"))),
     h("td", { class: "num" }, h("span", { class: "strong" }, ctx.fixed(item.f1)), h("small", { class: "muted" }, ctx.interval(item.lo, item.hi, ctx.fixed))),
     h("td", { class: "num" }, ctx.fixed(item.precision)), h("td", { class: "num" }, ctx.fixed(item.recall)));
   return section(ctx.t("gold.detects"), null, h("table", { class: "labels" }, h("caption", { class: "hidden" }, ctx.t("gold.detects")),
