@@ -273,11 +273,10 @@ class Probes:
     def labels(self) -> list[Label]:
         """Return the single latents worth writing down as rows of the store, and where what they detect elsewhere fails."""
         rows = {}
-        ours = (self.sae, SINGLE, False)
-        other = [d for d in self.detections if (d.features, d.method, d.shuffled) == ours and d.trained != d.tested]
         good = {(d.latents[0], d.label, d.tested) for d in self.detectors if d.f1.value >= FOUND}
-        lost = [d for d in other if (d.latents[0], d.label, d.trained) in good and d.f1.value < FOUND]
-        for d in lost + self.detectors:
+        single = (d for d in self.detections if (d.features, d.method) == (self.sae, SINGLE) and not d.shuffled)
+        elsewhere = [d for d in single if (d.latents[0], d.label, d.trained) in good and d.f1.value < FOUND]
+        for d in elsewhere + self.detectors:
             key, (f1, lo, hi) = (d.latents[0], d.label, d.tested), d.f1.finite()
             rows[key] = Label(*key, f1 or 0.0, lo, hi, d.precision, d.recall, d.n, d.threshold)
         return list(rows.values())

@@ -149,7 +149,8 @@ def training_noise(entries: Iterable[Entry]) -> dict[str, tuple[float, int]]:
     for entry in entries:
         name = re.sub(r"[-_./ ]?s(eed)?[-_=]?\d+$", "", entry.name)
         groups.setdefault(name, {})[entry.name] = entry.estimate("auc_16").value
-    return {name: (float(np.std([*v.values()], ddof=1)), len(v)) for name, v in groups.items() if len(v) > 1}
+    found = {name: list(values.values()) for name, values in groups.items() if len(values) > 1}
+    return {name: (float(np.std(values, ddof=1)), len(values)) for name, values in found.items()}
 
 
 def read_entries(folder: Path) -> list[Entry]:

@@ -355,7 +355,7 @@ def short_names(given: Sequence[str]) -> dict[str, str]:
     for name in given:
         if list(given).count(name) > 1:
             raise UsageError(f"{name} was given twice; give each SAE once.")
-    short = [re.sub(r"/seeds/(?=seed-\d+$)", "-", Path(name).as_posix()).rpartition("/")[2] for name in given]
+    short = [Path(re.sub(r"/seeds/(?=seed-\d+$)", "-", name)).name for name in given]
     return dict(zip(short if len(set(short)) == len(short) else given, given, strict=True))
 
 
