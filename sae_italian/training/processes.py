@@ -38,6 +38,7 @@ from torch.autograd import Variable
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import RUN_FILE, fingerprint, first_difference, package_versions
+from sae_italian.models.loading import device_of
 from sae_italian.saes import weights_hash
 from sae_italian.saes.architectures import start_at
 from sae_italian.training.config import RunSpec
@@ -299,7 +300,7 @@ def joined(spec: RunSpec) -> Iterator[Processes]:
 
 
 def check_joint(spec: RunSpec, world: int) -> None:
-    """Raise UsageError for what so many processes cannot train."""
+    """Raise UsageError for what so many processes cannot train, and for a device that is not here."""
     if spec.shard_latents:
         check_shards(spec.sae_config(), world)
     architecture = str(spec.sae.get("architecture"))
@@ -316,6 +317,7 @@ def check_joint(spec: RunSpec, world: int) -> None:
         raise UsageError(
             "device is mps, which one process alone can train on. Leave --processes out, or use cpu or cuda."
         )
+    device_of(spec.device)
     if spec.train_batch_size_tokens < world:
         raise UsageError(
             f"{world} processes share a batch of {spec.train_batch_size_tokens} tokens, less than one each. "

@@ -375,6 +375,9 @@ def test_what_several_processes_cannot_train_is_refused_by_name(spec, tmp_path, 
     room.check_joint(spec, 512)  # one token each will do
     with pytest.raises(UsageError, match="device is mps, which one process alone"):
         room.check_joint(spec.model_copy(update={"device": "mps"}), 2)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UsageError, match="'cuda', but this PyTorch .* is built without CUDA"):
+        room.check_joint(spec.model_copy(update={"device": "cuda"}), 2)
     monkeypatch.setitem(KNOWN, "mine", KNOWN["sparse_topk"])
     mine = spec.model_copy(update={"sae": {**spec.sae, "architecture": "mine"}})
     with pytest.raises(UsageError, match="'mine' is not known to train alike in several processes.*sparse_topk"):
