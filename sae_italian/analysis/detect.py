@@ -51,9 +51,7 @@ class Detection:
     tested: str
     shuffled: bool
     f1: Estimate
-    auroc: float
-    auroc_lo: float
-    auroc_hi: float
+    auroc: Estimate
     precision: float
     recall: float
     n: int  # test words that bear the label
@@ -145,16 +143,13 @@ def _detection(
     _, sentence = np.unique(task.test.sentence[task.rows[1]], return_inverse=True)
     sums = [np.bincount(sentence, each).astype(float) for each in (truth & said, said, truth)]
     both, fired, present = (float(each.sum()) for each in sums)
-    auroc, auroc_lo, auroc_hi = auroc_by_document(score, truth, sentence)
     return Detection(
         label=task.train.names[column],
         trained=task.train.source,
         tested=task.test.source,
         shuffled=task.shuffled,
         f1=Estimate(*f1_by_document(*(each[None] for each in sums))[:, 0].tolist()),
-        auroc=auroc,
-        auroc_lo=auroc_lo,
-        auroc_hi=auroc_hi,
+        auroc=auroc_by_document(score, truth, sentence),
         precision=both / fired if fired else 0.0,
         recall=both / present,
         n=int(present),
@@ -247,12 +242,11 @@ class Probes:
         names = ("trained", "tested", "shuffled", "features", "method")
         groups: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
         for d in self.detections:
-            groups.setdefault(attrgetter(*names)(d), []).append((d.f1.value, d.auroc))
+            groups.setdefault(attrgetter(*names)(d), []).append((d.f1.value, d.auroc.value))
         rows = []
         for key, items in groups.items():
             f1, auroc = map(mean_interval, np.transpose(items))
-            bounds = {"auroc": auroc.value, "auroc_lo": auroc.lo, "auroc_hi": auroc.hi}
-            rows.append({**dict(zip(names, key, strict=True)), "f1": f1, **bounds, "labels": len(items)})
+            rows.append({**dict(zip(names, key, strict=True)), "f1": f1, "auroc": auroc, "labels": len(items)})
         return sorted(rows, key=lambda r: (r["trained"], r["trained"] != r["tested"], r["tested"], r["shuffled"]))
 
     def misses(self) -> list[Missed]:
@@ -297,8 +291,7 @@ class Probes:
         rows = []
         for row in self.means():
             method = row["method"] + (", shuffled labels" if row["shuffled"] else "")
-            auroc = Estimate(row["auroc"], row["auroc_lo"], row["auroc_hi"])
-            numbers = shown(row["f1"]), shown(auroc, ".3f"), row["labels"]
+            numbers = shown(row["f1"]), shown(row["auroc"], ".3f"), row["labels"]
             rows.append((row["trained"], row["tested"], row["features"], method, *numbers))
         return "\n\n".join([table(_HEAD, rows), *(missed.text() for missed in self.misses())])
 

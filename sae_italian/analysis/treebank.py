@@ -7,6 +7,7 @@ reads "della" too. Words are placed in the sentence's text, so any tokenizer's t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -68,7 +69,7 @@ def read_treebank(path: str | Path) -> Treebank:
     Raises: UsageError when there is no such file, DataError for a broken line, naming file and line.
     """
     if str(path) == MICRO_ITALIANO:
-        return Treebank("MicroItaliano", [_micro(i) for i in range(MICRO_DOCUMENTS)])
+        return micro_treebank(MICRO_DOCUMENTS)
     path = path if (path := Path(path)).exists() else next(iter(path.parent.glob(f"UD_Italian-{path.name}")), path)
     files = sorted(path.glob("*.conllu")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
@@ -98,8 +99,13 @@ def _name(path: Path) -> str:
     return "UD " + name.split("-ud-")[0].split("_")[-1].upper() if "-ud-" in name else name
 
 
-def _micro(index: int) -> Sentence:
-    document = micro_italiano.document(index)
+def micro_treebank(n_documents: int, seed: int = 0) -> Treebank:
+    """Return MicroItaliano's first documents, half of them in training."""
+    return Treebank("MicroItaliano", [_micro(i, seed) for i in range(n_documents)])
+
+
+def _micro(index: int, seed: int = 0) -> Sentence:
+    document = micro_italiano.document(index, seed)
     words = []
     for span in document.words:
         features = {name: span.labels[name.lower()] for name in FEATURES if name.lower() in span.labels}
@@ -212,6 +218,18 @@ class Words(NamedTuple):
     x: Float[np.ndarray, "words d_in"]
 
 
+def with_forms(treebank: Treebank) -> tuple[Treebank, dict[str, int]]:
+    """Return the treebank with a label `form=...` for the lower-cased word itself, and how often each form comes."""
+    counts: Counter[str] = Counter()
+    sentences = []
+    for sentence in treebank.sentences:
+        forms = [f"form={sentence.text[word.start : word.end].lower()}" for word in sentence.words]
+        both = zip(sentence.words, forms, strict=True)
+        sentences.append(sentence._replace(words=[Word(w.start, w.end, w.labels | {form}) for w, form in both]))
+        counts.update(forms)
+    return treebank._replace(sentences=sentences), counts
+
+
 def label_names(treebanks: Sequence[Treebank]) -> list[str]:
     """Return every label that occurs, sorted."""
     return sorted({label for bank in treebanks for s in bank.sentences for word in s.words for label in word.labels})
@@ -253,7 +271,7 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
 
 def micro_words(model: Any, hook_name: str, n_documents: int, *, context_size: int) -> Words:
     """Return the words of MicroItaliano's first documents with all their labels, half of them in training."""
-    bank = Treebank("MicroItaliano", [_micro(i) for i in range(n_documents)])
+    bank = micro_treebank(n_documents)
     return read_words(model, hook_name, bank, label_names([bank]), context_size=context_size)
 
 

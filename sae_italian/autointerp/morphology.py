@@ -156,9 +156,7 @@ def _kinds_of_noun(word: str, lemma: str) -> tuple[str, ...]:
         return ("noun", *agreeing("noun", number))
     if lemma in _lists()["masculine"].split():
         return ("noun", *agreeing("noun", "masc plur" if last == "i" else "masc sing"))
-    if ending == "a" and last in "ae":
-        return ("noun", *agreeing("noun", GENDERS[last]))
-    if ending == "o" and last in "oi":
+    if ending + last in ("aa", "ae", "oo", "oi"):
         return ("noun", *agreeing("noun", GENDERS[last]))
     return tuple(agreeing("", "plur")) if last == "i" and ending in "ea" else ()
 

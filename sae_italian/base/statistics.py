@@ -161,17 +161,14 @@ def f1_by_document(both: ByDocument, said: ByDocument, true: ByDocument) -> Floa
 
 def auc_parts(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> tuple[float, Float[np.ndarray, " n"]]:
     """Return the AUC, ties counting half, and each example's influence on it (DeLong 1988)."""
-    part, kinds = np.empty(len(score)), (truth, ~truth)
-    for own, other in (
-        kinds,
-        kinds[::-1],
-    ):  # the share of the other kind that an example stands above (a false one: below)
-        others = np.sort(score[other])
-        below, upto = (np.searchsorted(others, score[own], side=side) for side in ("left", "right"))
-        part[own] = (below + upto) / 2 / len(others)
-    part[~truth] = 1 - part[~truth]
-    area = float(part[truth].mean())
-    return area, (part - area) / np.where(truth, truth.sum(), (~truth).sum())
+    from scipy.stats import rankdata
+
+    n, m = int(truth.sum()), int((~truth).sum())
+    ranks, own = rankdata(score), np.empty(len(score))
+    own[truth] = (ranks[truth] - rankdata(score[truth])) / m
+    own[~truth] = 1 - (ranks[~truth] - rankdata(score[~truth])) / n
+    auc = float(own[truth].mean())
+    return auc, (own - auc) / np.where(truth, n, m)
 
 
 def auroc_by_document(
@@ -182,12 +179,12 @@ def auroc_by_document(
     The variance is DeLong's, its parts summed by document (Obuchowski 1997), and at least that of Hanley and McNeil
     (1982), which does not vanish where the ranking is perfect.
     """
-    kinds, m, n = (truth, ~truth), int(truth.sum()), int((~truth).sum())
+    m, n = int(truth.sum()), int((~truth).sum())
     if not m or not n:
         return NOTHING
     area, parts = auc_parts(score, truth)
     _, index = np.unique(document, return_inverse=True)
-    g = min(np.count_nonzero(np.bincount(index[kind])) for kind in kinds)
+    g = min(np.count_nonzero(np.bincount(index[kind])) for kind in (truth, ~truth))
     near = min(max(area, 1e-9), 1 - 1e-9)
     q, r = near / (2 - near) - near**2, 2 * near**2 / (1 + near) - near**2
     alone = (near * (1 - near) + (m - 1) * q + (n - 1) * r) / (m * n)

@@ -28,7 +28,16 @@ import scipy.sparse
 from jaxtyping import Bool, Float
 from sklearn.linear_model import LogisticRegression
 
-from sae_italian.analysis.treebank import Sentence, Treebank, Word, Words, encode_words, read_treebank, read_words
+from sae_italian.analysis.treebank import (
+    Sentence,
+    Treebank,
+    Word,
+    Words,
+    encode_words,
+    read_treebank,
+    read_words,
+    with_forms,
+)
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.report import plain, save_result, shown, table
@@ -164,20 +173,6 @@ def class_latents(
 
 
 # --- classes of words -----------------------------------------------------------------------------------------------------
-
-
-def with_forms(treebank: Treebank) -> tuple[Treebank, dict[str, int]]:
-    """Return the treebank with a label `form=...` for the lower-cased word itself, and how often each form comes."""
-    counts: dict[str, int] = {}
-    sentences = []
-    for sentence in treebank.sentences:
-        words = []
-        for word in sentence.words:
-            form = f"form={sentence.text[word.start : word.end].lower()}"
-            counts[form] = counts.get(form, 0) + 1
-            words.append(Word(word.start, word.end, word.labels | {form}))
-        sentences.append(Sentence(sentence.text, words, sentence.train))
-    return Treebank(treebank.name, sentences), counts
 
 
 def pairs_of(words: Words, forms: Sequence[str]) -> list[tuple[str, str]]:

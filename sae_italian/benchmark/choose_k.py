@@ -247,7 +247,7 @@ def _measured(runs: Mapping[str, RunSpec], folders: Mapping[str, Path], x: Tenso
         how, acts = fit(sae, x, x), encode_words(sae, words.x)
         probes: dict[str, list[float]] = {method: [] for method in PROBES}
         for found in sparse_probes(task, acts, acts, name):
-            probes.get(found.method, []).append(found.auroc)
+            probes.get(found.method, []).append(found.auroc.value)
         auroc = {method: float(np.mean(values)) for method, values in probes.items()}
         numbers = how.l0, how.explained_variance, how.dead, projections(sae, x), auroc
         trials.append(Trial(spec.sae["k"], spec.seed, *numbers))

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_italian import micro_italiano
 from sae_italian.analysis.latent import codes, written_directions
+from sae_italian.analysis.treebank import encode_words, label_names, micro_treebank, read_words, with_forms
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import wilson
 from sae_italian.circuits.edges import Prompt
@@ -40,41 +40,20 @@ def carriers(
 
     Raises: UsageError for a feature that its words do not have.
     """
-    words = [_words(model, micro_italiano.document(i, seed), feature) for i in range(documents)]
-    words = [found for found in words if found is not None]
-    if not words:
+    bank, forms = with_forms(micro_treebank(documents, seed))
+    values = [name for name in label_names([bank]) if name.partition("=")[0] == feature.capitalize()]
+    if not values:
         raise UsageError(f"no word of MicroItaliano has {feature!r}; use number or gender.")
-    values, forms = (sorted({word[part] for _, own in words for word in own}) for part in (1, 2))
-    counts = {layer: np.zeros((len(values), sae.cfg.d_sae), dtype=int) for layer, sae in by_layer.items()}
-    seen = {layer: np.zeros((len(forms), sae.cfg.d_sae), dtype=bool) for layer, sae in by_layer.items()}
-    for tokens, own in words:
-        places = [position for position, *_ in own]
-        told = [values.index(value) for _, value, _ in own], [forms.index(form) for *_, form in own]
-        reads = read_many(model, tokens.to(model.device), [sae.cfg.metadata.hook_name for sae in by_layer.values()])
-        for layer, sae in by_layer.items():
-            active = (codes(sae, reads[sae.cfg.metadata.hook_name][0, places]) > 0).cpu().numpy()
-            np.add.at(counts[layer], told[0], active)
-            np.logical_or.at(seen[layer], told[1], active)
-    return {layer: _pure(counts[layer], seen[layer].sum(axis=0)) for layer in by_layer}
-
-
-def _words(model: Any, document: Any, feature: str) -> tuple[Int[Tensor, "1 pos"], list[tuple[int, str, str]]] | None:
-    """Return a document's tokens, and (position, value, form) of the last token of each word that has the feature."""
-    encoded = model.tokenizer(document.text, return_tensors="pt", return_offsets_mapping=True)
-    limit = getattr(model.config, "max_position_embeddings", 512)
-    tokens, ends = encoded.input_ids[:, :limit], encoded.offset_mapping[0, :limit, 1].tolist()
-    at = {end: position for position, end in enumerate(ends)}
-    found = [
-        (at[word.end], word.labels[feature], document.text[word.start : word.end].lower())
-        for word in document.words
-        if feature in word.labels and word.end in at
-    ]
-    return (tokens, found) if found else None
-
-
-def _pure(counts: Int[np.ndarray, "values d_sae"], n_forms: Int[np.ndarray, " d_sae"]) -> Bool[np.ndarray, " d_sae"]:
-    told = zip(counts.max(axis=0).tolist(), counts.sum(axis=0).tolist(), strict=True)
-    return (n_forms >= LEAST_FORMS) & np.array([wilson(*pair).lo > PURE for pair in told])
+    found, context = {}, getattr(model.config, "max_position_embeddings", 512)
+    for layer, sae in by_layer.items():
+        words = read_words(model, sae.cfg.metadata.hook_name, bank, [*values, *forms], context_size=context)
+        have = words.labels[:, : len(values)].sum(axis=1) > 0
+        fired = (encode_words(sae, words.x[have]) > 0).astype(int)
+        counts = (words.labels[have].T @ fired).toarray()  # [values and forms, d_sae]
+        most, told = counts[: len(values)].max(axis=0), counts[: len(values)].sum(axis=0)
+        pure = [wilson(*pair).lo > PURE for pair in zip(most.tolist(), told.tolist(), strict=True)]
+        found[layer] = ((counts[len(values) :] > 0).sum(axis=0) >= LEAST_FORMS) & np.array(pure)
+    return found
 
 
 def patching_effects(

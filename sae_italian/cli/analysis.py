@@ -250,7 +250,9 @@ def shift(
     from sae_italian.saes import full_name
 
     settings = key_values(words, MINUTES | {"packed": False, "context_size": 0, "text_column": "text"})
-    _check_kind(by, {"--buckets": buckets, "--edges": edges} | settings)
+    for option, value in ({"--buckets": buckets, "--edges": edges} | settings).items():
+        if value and by not in (kinds := USED_BY.get(option, by)):
+            raise UsageError(f"{option} is for --by {kinds}, not for --by {by}. Leave it out.")
     bounds = None if edges is None else numbers("--edges", edges)
     least = {"language": 2, "model": 1}.get(by, 0)
     parts = named(f"--by {by} --buckets NAME={'MODEL' if by == 'model' else 'CORPUS'}", buckets, least)
@@ -271,14 +273,6 @@ def shift(
         result = measure(loaded, conditions, by=by, n_tokens=tokens, context_size=context, name=name)
     result.save(out)
     return Result(result.as_dict(), "\n\n".join([*result.parts(), f"picture: {out / 'shift.svg'}"]))
-
-
-def _check_kind(by: str, given: dict[str, Any]) -> None:
-    """Raise UsageError for a setting that this kind of shift does not use."""
-    for name, value in given.items():
-        kinds = USED_BY.get(name, by)
-        if value and by not in kinds:
-            raise UsageError(f"{name} is for --by {kinds}, not for --by {by}. Leave it out.")
 
 
 def _columns(given: str, names: Iterable[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae_italian.analysis import treebank
 from sae_italian.analysis.latent import written_directions
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.circuits.check import changes, foretold
@@ -29,15 +30,13 @@ def test_found_among_by_hand():
 
 def test_what_carries_number_is_what_fires_on_words_of_one_number(mini, monkeypatch):
     """Latent 0 fires on tokens that stand in plural words alone, 1 on everything, 2 on one of those tokens, 3 on nothing."""
-    from sae_italian.circuits import planted
-    from sae_italian.micro_italiano import document
-
+    monkeypatch.setattr(treebank, "read_activations", lambda _, tokens, name: tokens[..., None])
+    bank, names = treebank.micro_treebank(80, 7), ["Number=Plur", "Number=Sing"]
+    words = treebank.read_words(mini, "", bank, names, context_size=512)
     values, often = {}, Counter()
-    for i in range(80):
-        tokens, own = planted._words(mini, document(i, 7), "number")
-        for position, value, _ in own:
-            token = int(tokens[0, position])
-            values.setdefault(token, set()).add(value)
+    for token, (plural, singular) in zip(words.x[:, 0].tolist(), words.labels.toarray(), strict=True):
+        if plural or singular:
+            values.setdefault(token, set()).add("Plur" if plural else "Sing")
             often[token] += 1
     some = sorted((token for token, found in values.items() if found == {"Plur"}), key=lambda token: -often[token])
     assert len(some) > 10 and often[some[0]] > 5
@@ -46,9 +45,8 @@ def test_what_carries_number_is_what_fires_on_words_of_one_number(mini, monkeypa
         rows = torch.isin(x[:, 0], torch.tensor(some)), x[:, 0] >= 0, x[:, 0] == some[0], x[:, 0] < 0
         return torch.stack(rows, dim=1).float()
 
-    monkeypatch.setattr(planted, "codes", fire)
-    monkeypatch.setattr(planted, "read_many", lambda _, tokens, names: dict.fromkeys(names, tokens[..., None]))
-    sae = random_transcoder(2, d=128, d_sae=4, dtype="float32")
+    monkeypatch.setattr(treebank, "codes", fire)
+    sae = random_transcoder(2, d=1, d_sae=4, dtype="float32")
     assert carriers(mini, {2: sae}, "number", documents=80)[2].tolist() == [True, False, False, False]
     with pytest.raises(UsageError, match="number or gender"):
         carriers(mini, {2: sae}, "colore", documents=2)

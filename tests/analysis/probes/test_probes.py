@@ -53,7 +53,7 @@ def test_a_planted_latent_is_found_and_reaches_one(planted):
     assert (
         best.latents == [3]
         and best.f1.value == 1 == best.f1.hi
-        and (best.auroc, best.precision, best.recall) == (1, 1, 1)
+        and (best.auroc.value, best.precision, best.recall) == (1, 1, 1)
     )
     assert best.n == int(column(words, "Gender=Fem")[~words.train].sum())
     assert ("UPOS=X", "single latent") not in found  # too few words
@@ -75,8 +75,8 @@ def test_a_probe_on_planted_labels_reaches_one(planted):
     assert found["Number=Plur", "sparse 1"].f1.value < 0.8
     assert found["Number=Plur", "sparse 5"].f1.value > 0.98 and {4, 5} <= set(found["Number=Plur", "sparse 5"].latents)
     dense = by_label(dense_probes(ProbeTask(words, words)))
-    assert dense["Gender=Fem", "dense"].f1.value > 0.98 and dense["Gender=Fem", "dense"].auroc > 0.999
-    assert abs(dense["UPOS=NOUN", "dense"].auroc - 0.5) < 0.06
+    assert dense["Gender=Fem", "dense"].f1.value > 0.98 and dense["Gender=Fem", "dense"].auroc.value > 0.999
+    assert abs(dense["UPOS=NOUN", "dense"].auroc.value - 0.5) < 0.06
 
 
 def test_on_shuffled_labels_everything_is_chance(planted):
@@ -85,7 +85,7 @@ def test_on_shuffled_labels_everything_is_chance(planted):
     found = [*single_latents(task, acts, acts, "sae"), *sparse_probes(task, acts, acts, "sae"), *dense_probes(task)]
     assert len(found) == 3 * 5
     for item in found:
-        assert item.shuffled and abs(item.auroc - 0.5) < 0.08, item
+        assert item.shuffled and abs(item.auroc.value - 0.5) < 0.08, item
         assert item.f1.value <= item.always_yes + 0.02, item
 
 
@@ -169,8 +169,8 @@ def test_one_result_of_all_with_rows_for_the_store(planted, tmp_path):
     assert all(row.label == "Gender=Fem" for row in rows.values())  # the others are not better than yes to all
     features = {(d.features, d.shuffled) for d in result.detections}
     assert features == {("sae", False), ("other", False), ("activations", False), ("sae", True), ("activations", True)}
-    assert all(d.auroc_lo <= d.auroc <= d.auroc_hi for d in result.detections)
-    assert all(row["auroc_lo"] <= row["auroc"] <= row["auroc_hi"] for row in result.means())
+    assert all(d.auroc.lo <= d.auroc.value <= d.auroc.hi for d in result.detections)
+    assert all(row["auroc"].lo <= row["auroc"].value <= row["auroc"].hi for row in result.means())
     result.save(tmp_path)
     assert "| Gender=Fem | 0 |" in (tmp_path / "language.md").read_text()
     drawn = ElementTree.fromstring((tmp_path / "language.svg").read_text())
