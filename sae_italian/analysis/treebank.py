@@ -101,16 +101,14 @@ def _name(path: Path) -> str:
 
 def micro_treebank(n_documents: int, seed: int = 0) -> Treebank:
     """Return MicroItaliano's first documents, half of them in training."""
-    return Treebank("MicroItaliano", [_micro(i, seed) for i in range(n_documents)])
-
-
-def _micro(index: int, seed: int = 0) -> Sentence:
-    document = micro_italiano.document(index, seed)
-    words = []
-    for span in document.words:
-        features = {name: span.labels[name.lower()] for name in FEATURES if name.lower() in span.labels}
-        words.append(Word(span.start, span.end, _labels(span.labels.get("upos", "X"), features)))
-    return Sentence(document.text, words, index % 2 == 0)
+    sentences = []
+    for index in range(n_documents):
+        document, words = micro_italiano.document(index, seed), []
+        for span in document.words:
+            features = {name: span.labels[name.lower()] for name in FEATURES if name.lower() in span.labels}
+            words.append(Word(span.start, span.end, _labels(span.labels.get("upos", "X"), features)))
+        sentences.append(Sentence(document.text, words, index % 2 == 0))
+    return Treebank("MicroItaliano", sentences)
 
 
 def _labels(upos: str, features: dict[str, str]) -> frozenset[str]:

@@ -50,14 +50,12 @@ class KindTable(NamedTuple):
         return self.of_word.indices[begin:end].astype(np.int64)
 
 
-def has_lexicon() -> bool:
-    """Return whether the lemmatiser is installed: pip install 'sae-italian[titles]'."""
-    return find_spec(LEXICON) is not None
-
-
 def table_of_kinds(words: Sequence[str]) -> KindTable:
-    """Return the kinds of these words, without the lemmas that one of them alone has; none without the lemmatiser."""
-    own = [kinds_of(word) if has_lexicon() else () for word in words]
+    """Return the kinds of these words, without the lemmas that one of them alone has.
+
+    There are none without the lemmatiser: pip install 'sae-italian[titles]'.
+    """
+    own = [kinds_of(word) if find_spec(LEXICON) else () for word in words]
     counts = Counter(kind for kinds in own for kind in kinds)
     names = [kind for kind, n in counts.items() if n > 1 or not kind.startswith("lemma ")]
     number = {kind: i for i, kind in enumerate(names)}

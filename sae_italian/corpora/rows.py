@@ -311,12 +311,6 @@ LOCAL_ENDINGS = tuple(ending for ending in HUB_ENDINGS if ending not in (".arrow
 # --- the files of a corpus ----------------------------------------------------------------------------------------------
 
 
-def micro_shard(seed: int, held_out: bool) -> TextFile:
-    """Return MicroItaliano as a file."""
-    kind = HELD_OUT_MICRO if held_out else MICRO_ITALIANO
-    return TextFile(f"{MICRO_ITALIANO}/{seed}", str(seed), kind, MICRO_ITALIANO)
-
-
 def hub_shards(route: Route, name: str, source: str) -> list[TextFile]:
     """Return the shards of a route of the corpus `name`. Raises: UsageError for a file that cannot be read, as `hub`."""
     commit, sizes = list_files(route, name)

@@ -76,7 +76,8 @@ class _Part:
         self.min_chars, self.max_chars, shuffled = 0, reader.max_chars, reader.shuffle_shards
         located = None if path_of(name).exists() else find(name)
         if name == MICRO_ITALIANO:
-            self.shards = [rows.micro_shard(reader.seed, reader.split == "heldout")]
+            kind = rows.HELD_OUT_MICRO if reader.split == "heldout" else name
+            self.shards = [rows.TextFile(f"{name}/{reader.seed}", str(reader.seed), kind, name)]
         elif located is not None:
             entry, route = located
             self.shards = rows.hub_shards(route, entry.name, entry.name)
