@@ -141,7 +141,7 @@ def test_the_report_opens_from_disk_and_shows_true_text(done):
         cache = FeatureCache.open(out / "cache")
         latent = int(cache.statistics["max"].argmax())
         page.goto(f"file://{out}/report/index.html#latent={latent}")
-        page.wait_for_selector("mark:visible")
+        page.wait_for_selector(".card-page mark")  # the list, which is there before, has marks too
         shown = page.inner_text("body")
     position, value = cache.latent(latent)
     strongest = cache.document(int(cache.doc[position[value.argmax()]]))

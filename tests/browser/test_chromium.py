@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from sae_italian.browser import write_browser
-from tests.browser.chromium import NEEDS_CHROMIUM
+from tests.browser.chromium import NEEDS_CHROMIUM, until
 from tests.browser.fake_browser import FakeSource, make_card, make_source
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is absent: pip install 'sae-italian[dev]'")
@@ -133,6 +133,14 @@ def tab(chromium: Any) -> Iterator[Any]:
 def show(page: Any, index: Path, fragment: str = "") -> None:
     page.goto(index.as_uri() + fragment)
     page.wait_for_selector(".card-page h1" if fragment else ".latents tbody tr[data-latent]")
+    page.wait_for_selector(".home", state="attached")  # a card comes before the list; keys are heard from then on
+
+
+def read_again(page: Any, shown: str) -> None:
+    """Load the page again and wait until it shows what is wanted and hears keys."""
+    page.reload()
+    page.wait_for_selector(shown)
+    page.wait_for_selector(".home", state="attached")
 
 
 def latents(page: Any) -> list[int]:
@@ -332,8 +340,9 @@ def test_keyboard_walks_beyond_what_is_in_sight(tab: Any, folder: Path) -> None:
     for _ in range(45):
         tab.keyboard.press("j")
     assert tab.evaluate("document.activeElement.closest('tr').getAttribute('aria-rowindex')") == "46"
-    tab.wait_for_function(
-        "() => { const r = document.activeElement.getBoundingClientRect(); return r.top > 53 && r.bottom < innerHeight; }"
+    until(
+        tab,
+        "() => { const r = document.activeElement.getBoundingClientRect(); return r.top > 53 && r.bottom < innerHeight; }",
     )
 
 
@@ -342,14 +351,15 @@ def test_language_switch_keeps_the_place(tab: Any, folder: Path) -> None:
     tab.evaluate("window.scrollTo(0, 400)")
     box = tab.locator('[data-lang="en"]').bounding_box()
     tab.mouse.click(box["x"] + 9, box["y"] + 9)  # Playwright's own click scrolls to the top first
-    tab.wait_for_function("document.documentElement.lang === 'en'")
-    tab.wait_for_function("scrollY === 400")
+    until(tab, "document.documentElement.lang === 'en'")
+    until(tab, "scrollY === 400")
 
 
 def test_language_switch_is_remembered(tab: Any, folder: Path) -> None:
     show(tab, folder)
     assert tab.get_attribute("html", "lang") == "it"
     tab.click(".numbers summary")
+    tab.wait_for_selector(".numbers .cloud > *")  # that they are open is heard a task later, and kept
     tab.click('[data-lang="en"]')
     assert tab.get_attribute("html", "lang") == "en"
     assert "Explained variance, centred" in tab.inner_text(".metrics >> nth=0") and "0.812" in tab.inner_text(
@@ -434,7 +444,7 @@ def test_the_dots_follow_the_theme(tab: Any, folder: Path) -> None:
     spot = tab.evaluate(TO_SCREEN, place("map", latents(tab)[0]))
     light = tab.evaluate(DOT, spot)
     tab.click(".theme")
-    tab.wait_for_function(f"([spot, light]) => String(({DOT})(spot)) !== String(light)", arg=[spot, light])
+    until(tab, f"([spot, light]) => String(({DOT})(spot)) !== String(light)", arg=[spot, light])
 
 
 READ = """window.read = [];
@@ -454,7 +464,7 @@ def test_a_permalinks_card_comes_before_the_list(tab: Any, tmp_path: Path, monke
     index = write_browser(tmp_path / "out", source)
     tab.add_init_script(READ)
     show(tab, index, "#latent=77")
-    tab.wait_for_function("document.querySelector('.card-nav').textContent.includes('200')")
+    until(tab, "document.querySelector('.card-nav').textContent.includes('200')")
     read = tab.evaluate("window.read")
     first = read.index("card")  # how fast each file comes is the browser's business, what is asked for first is ours
     assert [name for name in read[:first] if "rows" in name][0] == "data/rows/0001.js" and "data/cards/0002.js" in read[
@@ -464,7 +474,7 @@ def test_a_permalinks_card_comes_before_the_list(tab: Any, tmp_path: Path, monke
     assert read.count("card") == 1 and tab.title().startswith("Latente 77 · ")
     assert near["explanation_it"][:20] in tab.inner_text(".neighbours.decoder")
     tab.keyboard.press("j")
-    tab.wait_for_function("!document.querySelector('.card-page .which').textContent.endsWith(' 77')")
+    until(tab, "!document.querySelector('.card-page .which').textContent.endsWith(' 77')")
     tab.keyboard.press("Escape")
     assert tab.locator("tr[data-latent]").count() > 10 and tab.inner_text(".found") == "200 latenti"
 
@@ -475,7 +485,7 @@ def test_a_card_is_read_while_the_pointer_is_on_its_row(tab: Any, folder: Path) 
     latent = latents(tab)[4]
     file = f"data/cards/{latent // 32:04d}.js"
     tab.locator(f'tr[data-latent="{latent}"] .called').hover()
-    tab.wait_for_function("(file) => window.read.includes(file)", arg=file)
+    until(tab, "(file) => window.read.includes(file)", arg=file)
     tab.locator(f'tr[data-latent="{latent}"] .called').click()
     tab.wait_for_selector(f".card-page .which:text-is('Latente {latent}')")
     assert tab.evaluate("window.read").count(file) == 1
@@ -805,12 +815,11 @@ def test_the_address_says_what_is_shown(tab: Any, folder: Path) -> None:
     tab.locator("tr[data-latent] .called").first.click()
     tab.wait_for_selector(".card-page .which")
     assert tab.url.split("#")[1].startswith(f"latent={found[0]}&q=femminile")
-    tab.reload()
-    tab.wait_for_selector(".card-nav .where-at:not(:empty)")
+    read_again(tab, ".card-nav .where-at:not(:empty)")
     tab.keyboard.press("Escape")
     assert latents(tab)[:9] == found[:9]
     tab.evaluate("location.hash = '#sort=max&q='")  # a step back, or a pasted address
-    tab.wait_for_function("document.querySelector('.search').value === ''")
+    until(tab, "document.querySelector('.search').value === ''")
     assert tab.inner_text(".found") == "200 latents" and tab.get_attribute("th.c-max", "aria-sort") == "descending"
     tab.goto(folder.as_uri() + "#filter=__proto__&sort=nothing&density=a~b&latent=x&lang=fr")
     tab.wait_for_selector("tr[data-latent]")
@@ -823,8 +832,7 @@ def test_stars_notes_and_lists_are_kept_and_travel_as_json(tab: Any, folder: Pat
     tab.fill(".mine input", "genere, da rivedere")
     tab.fill(".mine textarea", "sembra il <b>plurale</b>")
     tab.press(".mine textarea", "Tab")
-    tab.reload()
-    tab.wait_for_selector(".star[aria-pressed=true]")
+    read_again(tab, ".star[aria-pressed=true]")
     assert tab.input_value(".mine textarea") == "sembra il <b>plurale</b>"
     assert tab.input_value(".mine input") == "genere, da rivedere"
     tab.keyboard.press("Escape")
@@ -840,8 +848,7 @@ def test_stars_notes_and_lists_are_kept_and_travel_as_json(tab: Any, folder: Pat
     assert kept["format"] == "sae-italian-marks" and kept["latents"]["5"]["lists"] == ["★", "genere", "da rivedere"]
     tab.evaluate("localStorage.clear()")
     show(tab, folder, "#latent=5")
-    tab.reload()
-    tab.wait_for_selector(".star[aria-pressed=false]")
+    read_again(tab, ".star[aria-pressed=false]")
     tab.keyboard.press("Escape")
     tab.click(".more-filters summary")
     tab.set_input_files(".marks-bar input", file)

@@ -63,8 +63,7 @@ def large(n: int, n_pos: int = 24, n_layers: int = 18) -> Graph:
 
 def show(page: Any, index: Path, fragment: str = "") -> None:
     page.goto(index.as_uri() + fragment)
-    page.wait_for_selector(".plot canvas")
-    page.wait_for_timeout(60)  # the first frame
+    page.wait_for_selector(".plot[data-at]")  # the first frame was painted
 
 
 def fragment(page: Any) -> str:

@@ -12,7 +12,7 @@ import pytest
 from sae_italian.browser.opening import N_NEAR, Meaning, PageAnswers
 from sae_italian.browser.page import style
 from sae_italian.cache import FeatureCache
-from tests.browser.chromium import NEEDS_CHROMIUM
+from tests.browser.chromium import NEEDS_CHROMIUM, until
 from tests.browser.letters import letters
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
 from tests.browser.test_chromium import LOW_CONTRAST, NAMELESS
@@ -64,10 +64,7 @@ def work(page: Any, name: str, **fields: str) -> Any:
         "name => [...document.querySelectorAll(`[data-part='${name}']`)].some((part) => part.offsetParent && "
         "part.querySelector('.live-status').textContent && !part.querySelector('.live-go').disabled)"
     )
-    try:
-        page.wait_for_function(ended, arg=name)
-    except playwright.TimeoutError:
-        pytest.fail(f"{name} has not ended; it says {part.locator('.live-status').inner_text()!r}")
+    until(page, ended, name)
     return part
 
 
@@ -263,16 +260,14 @@ def test_the_width_switch_offers_the_whole_window(tab: Any, address: str, active
     for width in ("words", "sentence", "all", "window"):
         tab.click(f'.contexts-panel [data-width="{width}"]')
         tab.wait_for_selector(f'.contexts-panel [data-width="{width}"][aria-pressed="true"]')
-        tab.wait_for_function("wide => Boolean(document.querySelector('.window-text')) === wide", arg=width == "window")
+        until(tab, "wide => Boolean(document.querySelector('.window-text')) === wide", arg=width == "window")
         texts = tab.locator(".context .words").all_text_contents()  # inner text leaves out what was not drawn yet
         lengths.append((len(texts), sum(map(len, texts))))
     assert len({n for n, _ in lengths}) == 1
     assert lengths[3][1] > lengths[2][1] > max(lengths[0][1], lengths[1][1])
     box = "(box) => { const [a, b] = [box, box.querySelector('.peak-word')].map((e) => e.getBoundingClientRect());"
     box += " return b.top >= a.top && b.bottom <= a.bottom; }"
-    tab.wait_for_function(
-        f"[...document.querySelectorAll('.window-text')].every({box})"
-    )  # the chosen token is in sight
+    until(tab, f"[...document.querySelectorAll('.window-text')].every({box})")  # the chosen token is in sight
     tab.reload()
     tab.wait_for_selector(".window-text")  # remembered
     tab.click('[data-lang="en"]')
@@ -359,12 +354,13 @@ def test_the_widget_shows_a_card_and_works_live_by_messages(tab: Any, opened, ac
     colours = []
     for light in ("false", "true"):  # as JupyterLab says it
         tab.evaluate("(light) => { document.body.dataset.jpThemeLight = light; }", light)
-        tab.wait_for_function(
-            f"() => document.querySelector('.sae-italian').dataset.theme === '{'light' if light == 'true' else 'dark'}'"
+        until(
+            tab,
+            f"() => document.querySelector('.sae-italian').dataset.theme === '{'light' if light == 'true' else 'dark'}'",
         )
         colours.append(tab.evaluate(ground))
     assert colours == ["rgb(18, 21, 20)", "rgb(247, 248, 247)"]
     tab.evaluate("document.querySelector('.sae-italian').scrollTo(0, 900)")
-    tab.wait_for_function("document.querySelectorAll('tr[data-latent]').length > 5")
+    until(tab, "document.querySelectorAll('tr[data-latent]').length > 5")
     tab.evaluate("window.undo()")
-    tab.wait_for_function("document.querySelectorAll('.latents').length === 0")
+    until(tab, "document.querySelectorAll('.latents').length === 0")
