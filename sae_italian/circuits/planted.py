@@ -48,7 +48,7 @@ def carriers(
     for layer, sae in by_layer.items():
         words = read_words(model, sae.cfg.metadata.hook_name, bank, [*values, *forms], context_size=context)
         have = words.labels[:, : len(values)].sum(axis=1) > 0
-        fired = (encode_words(sae, words.x[have]) > 0).astype(int)
+        fired = (encode_words(sae, words.x[have]) > 0).astype(int)  # pyright: ignore[reportAttributeAccessIssue]
         counts = (words.labels[have].T @ fired).toarray()  # [values and forms, d_sae]
         most, told = counts[: len(values)].max(axis=0), counts[: len(values)].sum(axis=0)
         pure = [wilson(*pair).lo > PURE for pair in zip(most.tolist(), told.tolist(), strict=True)]
