@@ -132,11 +132,14 @@ def check_shapes(state: State, config: Config, file: object) -> None:
 def _own(folder: Path, device: str, overrides: Config) -> Found:
     """Read SAELens' own format, of any of its versions, whole or sharded."""
     from sae_lens.loading.pretrained_sae_loaders import get_sae_lens_config_from_disk, sae_lens_disk_loader
-    from sae_lens.registry import SAE_CLASS_REGISTRY
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
     config = get_sae_lens_config_from_disk(folder, device, overrides)
     if (name := config["architecture"]) not in SAE_CLASS_REGISTRY:
         known = ", ".join(sorted(SAE_CLASS_REGISTRY))
+        if name in SAE_TRAINING_CLASS_REGISTRY:
+            what = f"a checkpoint of a training ({name}); end it: sae-italian train RUN --resume"
+            raise DataError(f"{folder} is {what}.")
         raise DataError(f"{folder}/cfg.json: unknown architecture {name!r}; there are {known}.")
     if (folder / SAELENS_WEIGHTS).is_file():
         return sae_lens_disk_loader(folder, device, overrides)
