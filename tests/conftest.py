@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,7 @@ def ray_cluster():
 
 
 def pytest_configure(config) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test &` ignores it, and what is tested would too
     config.option.loadscopereorder = (
         False  # pytest-xdist would start files of many tests first, however short these are
     )
