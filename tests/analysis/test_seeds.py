@@ -63,5 +63,7 @@ def test_a_config_with_seeds_trains_them_on_one_pass_and_the_browser_says_so(tmp
 
 
 def test_a_suite_takes_no_seeds(tmp_path, capsys):
-    assert main(["train", "mini/suite", "seeds=2", "--out", str(tmp_path / "suite")]) == 2
-    assert "seeds is for the training of one SAE" in capsys.readouterr().err
+    for word in ("seeds=2", "shard_latents=true"):
+        assert main(["train", "mini/suite", word, "--out", str(tmp_path / "suite")]) == 2
+        said = capsys.readouterr().err
+        assert "seeds and shard_latents are for a training of one SAE" in said or "sparse_topk alone" in said
