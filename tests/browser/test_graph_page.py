@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,12 @@ def test_two_thousand_nodes_are_smooth(tab: Any, tmp_path: Path) -> None:  # noq
         found = {each["name"]: each["value"] for each in devtools.send("Performance.getMetrics")["metrics"]}
         return found["ThreadTime"]
 
+    before = seconds()
+    tab.evaluate("(() => { let s = 0; for (let i = 0; i < 2e7; i++) s += Math.sqrt(i); return s; })()")
+    most = 16.7 * max(1, (seconds() - before) / 0.03)  # on a machine that is slow by spells, in its own measure
     frames = []
-    while len(frames) < 15 and min(frames, default=99) >= 16.7:  # some machines are slow by spells
+    while len(frames) < 15 and min(frames, default=math.inf) >= most:
         before = seconds()
         tab.evaluate(FRAMES, N_FRAMES)
         frames.append(1000 * (seconds() - before) / N_FRAMES)
-    assert 0.1 < min(frames) < 16.7, f"a frame takes {min(frames):.1f} ms"
+    assert 0.1 < min(frames) < most, f"a frame takes {min(frames):.1f} ms"

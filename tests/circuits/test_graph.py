@@ -154,11 +154,13 @@ def mistral(monkeypatch):
 def test_the_batch_does_not_matter_and_latents_left_out_are_booked(mistral):
     saes = [random_transcoder(layer) for layer in range(3)]
     whole, *others = (attribute(mistral, saes, "ciao bella", batch=batch) for batch in (1, 5, 64))
-    for other in others:
-        assert other.nodes == whole.nodes and np.allclose(other.weights, whole.weights, atol=1e-10)
     n_latents = int(whole.of_kind("latent").sum())
     bounded = attribute(mistral, saes, "ciao bella", max_nodes=n_latents, batch=16)
-    assert bounded.nodes == whole.nodes and np.allclose(bounded.weights, whole.weights, atol=1e-10)
+    for other in (*others, bounded):
+        values, expected = ([node.value for node in graph.nodes] for graph in (other, whole))
+        assert values == pytest.approx(expected, rel=1e-12)  # a product's last bit may hang on where its memory lies
+        assert [node._replace(value=0) for node in other.nodes] == [node._replace(value=0) for node in whole.nodes]
+        assert np.allclose(other.weights, whole.weights, atol=1e-10)
     few = attribute(mistral, saes, "ciao bella", max_nodes=20, batch=4)
     assert few.of_kind("latent").sum() == 20 and few.n_active == whole.of_kind("latent").sum()
     assert np.allclose(few.weights.sum(axis=1), few.own, atol=1e-9)
