@@ -56,7 +56,11 @@ ALLOWED = {
     "training/loop.py": (0, 0, "nothing is read off a step but every LOG_EVERY_STEPS, by SAELens' log"),
     "training/sae_run.py": (0, 0, "as the loop"),
     "training/pretrained.py": (0, 5, "once at the start and once at the end of a run"),
-    "training/shards.py": (0, 0, "one wait a step, for the number of the dead, that no call of these shows"),
+    "training/shards.py": (
+        0,
+        2,
+        "a checkpoint's tensors; a step's one wait, the number of the dead, is no call of these",
+    ),
     "saes/sparse.py": (0, 4, "top_positive alone waits, whose values go to the feature cache"),
     "saes/architectures.py": (0, 1, "the estimate of the scale, once a run"),
     "saes/fit.py": (1, 9, "measures and thresholds: a number a chunk, no step of training"),

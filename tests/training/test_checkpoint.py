@@ -28,6 +28,9 @@ class Part:
     def check(self):
         pass
 
+    def gather(self, whole):
+        pass
+
     def checkpoint(self, folder, n_tokens):
         assert (folder / "state.bin").is_file()
 
