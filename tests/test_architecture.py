@@ -14,7 +14,7 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 36_029,  # 21_500
+    "lines": 36_026,  # 21_500
     "statements": 23_519,  # 13_500
     "files": 153,  # 150
     "files under 60 lines": 15,
@@ -42,7 +42,7 @@ ROOM_LINES = {
     "benchmark": 2_268,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_447,  # 1_400
     "browser": 3_412,  # 2_650
-    "cli": 2_704,  # 1_400  # quickstart with it
+    "cli": 2_701,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 

@@ -155,8 +155,9 @@ def test_a_corpus_without_a_text_column_and_one_too_short(capsys, trained_sae, t
 
 
 def test_the_seeds_of_a_training_are_called_by_it():
-    names = short_names(["runs/topk", "runs/topk/seeds/seed-43", "runs/topk/seeds/seed-44"])
+    names = short_names(["runs/topk", "runs/topk/seeds/seed-43", "runs/topk/seeds/seed-44/"])
     assert list(names) == ["topk", "topk-seed-43", "topk-seed-44"]
+    assert list(short_names(["a/x", "a/x/seeds/seed-1", "b/x"])) == ["a/x", "a/x-seed-1", "b/x"]
     assert list(short_names(["a/x", "b/x"])) == ["a/x", "b/x"]
 
 

@@ -348,15 +348,12 @@ def own_words(words: Sequence[str], defaults: dict[str, Any]) -> tuple[dict[str,
 
 
 def short_names(given: Sequence[str]) -> dict[str, str]:
-    """Return each name by its last part where these differ, else by itself; X/seeds/seed-43 is X-seed-43.
-
-    Raises: UsageError for a repetition.
-    """
-    for name in given:
-        if list(given).count(name) > 1:
-            raise UsageError(f"{name} was given twice; give each SAE once.")
-    short = [Path(re.sub(r"/seeds/(?=seed-\d+$)", "-", name)).name for name in given]
-    return dict(zip(short if len(set(short)) == len(short) else given, given, strict=True))
+    """Return each name by its last part where these differ; of X/seeds/seed-43 X-seed-43. Raises: UsageError for a repetition."""
+    if twice := next((name for name in given if list(given).count(name) > 1), None):
+        raise UsageError(f"{twice} was given twice; give each SAE once.")
+    names = [re.sub(r"/seeds/(?=seed-\d+/?$)", "-", name) for name in given]
+    short = [Path(name).name for name in names]
+    return dict(zip(short if len(set(short)) == len(short) else names, given, strict=True))
 
 
 def named(what: str, pairs: Sequence[str] | None, least: int = 0) -> dict[str, str]:
