@@ -41,7 +41,7 @@ from sae_italian.analysis.treebank import (
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.report import plain, save_result, shown, table
-from sae_italian.base.statistics import Estimate, mean_interval
+from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
 from sae_italian.benchmark.probes import f1
 from sae_italian.saes import check_fits
 
@@ -61,6 +61,7 @@ MOST_WORDS = 3000  # spelled
 class Absorbed(NamedTuple):
     """What a class' test words say of one SAE; means over the words that the dense probe gets right."""
 
+    treebank: str
     parent: str
     child: str
     fraction: float
@@ -73,7 +74,7 @@ class Absorbed(NamedTuple):
 
 @dataclass(frozen=True)
 class Absorption:
-    """Absorption of some SAEs over the same pairs of classes; intervals over pairs."""
+    """Absorption of some SAEs over pairs of a class and a member; intervals over members: "la" in Fem and in DET is one."""
 
     pairs: dict[str, list[Absorbed]]  # by SAE
     l0: dict[str, float]
@@ -82,17 +83,19 @@ class Absorption:
     def means(self) -> dict[str, dict[str, Estimate]]:
         """Return by SAE the means over pairs, with their intervals."""
         names = ("fraction", "full", "latents_f1")
-        return {
-            sae: {n: mean_interval(np.array([getattr(p, n) for p in of])) for n in names}
-            for sae, of in self.pairs.items()
-        }
+        return {sae: {n: _mean([(p, getattr(p, n)) for p in of]) for n in names} for sae, of in self.pairs.items()}
 
     def differences(self) -> dict[str, Estimate]:
-        """Return by SAE the mean difference of its fraction from the first SAE's, pair by pair."""
-        (_, first), *others = self.pairs.items()
-        known = [{(p.parent, p.child): p.fraction for p in of} for _, of in others]
-        both = zip((name for name, _ in others), known, strict=True)
-        return {name: mean_interval(np.array([of[p.parent, p.child] - p.fraction for p in first])) for name, of in both}
+        """Return by SAE the mean difference of its fraction from the first SAE's, over the pairs that both have."""
+        first, *others = self.fractions().items()
+        return {
+            name: _mean([(p, of[p[:3]] - first[1][p[:3]]) for p in self.pairs[name] if p[:3] in first[1]])
+            for name, of in others
+        }
+
+    def fractions(self) -> dict[str, dict[tuple[str, ...], float]]:
+        """Return by SAE the fraction of each (treebank, class, member)."""
+        return {sae: {p[:3]: p.fraction for p in of} for sae, of in self.pairs.items()}
 
     def table(self) -> str:
         """Return Markdown: a row for each SAE, then one for each pair."""
@@ -108,12 +111,13 @@ class Absorption:
             parts.append(f"{sae} less {first}: {shown(found, '+.3f')}{apart}.")
             if abs(ratio - 1) > L0_ALIKE:
                 parts[-1] += f" Its L0 is {ratio:.2f} times as large: compare at equal L0."
-        own = {sae: {(p.parent, p.child): f"{p.fraction:.3f}" for p in of} for sae, of in self.pairs.items()}
-        details = []
+        own, details = self.fractions(), []
         for p in self.pairs[first]:
-            fractions = (of[p.parent, p.child] for of in own.values())
-            details.append((p.parent, p.child, p.n_words, f"{p.dense_f1:.2f}", *fractions))
-        parts.append(table(" | ".join(["class", "member", "words", "F1 of the dense probe", *own]), details))
+            shown_of = (f"{of[p[:3]]:.3f}" if p[:3] in of else "-" for of in own.values())
+            details.append((p.treebank, p.parent, p.child, p.n_words, f"{p.dense_f1:.2f}", *shown_of))
+        parts.append(
+            table(" | ".join(["treebank", "class", "member", "words", "F1 of the dense probe", *own]), details)
+        )
         n, of = self.letters
         parts.append(
             f"First letters: a dense probe reads {n} of {of} (F1 above {LEAST_F1}); {LEAST_LETTERS} are needed for a score."
@@ -124,6 +128,15 @@ class Absorption:
         """Write absorption.json and absorption.md."""
         value = plain(self) | {"means": plain(self.means()), "differences": plain(self.differences())}
         save_result(folder, "absorption", value, ["# Absorption · Assorbimento", self.table()])
+
+
+def _mean(values: Sequence[tuple[Absorbed, float]]) -> Estimate:
+    """Return the mean of pairs' values, its interval by resampling members: a member's pairs share its latents."""
+    sums: dict[str, Float[np.ndarray, " 2"]] = {}
+    for pair, value in values:
+        if np.isfinite(value):
+            sums[pair.child] = sums.get(pair.child, np.zeros(2)) + (value, 1)
+    return bootstrap(np.array([*sums.values()]), lambda total: total[:, 0] / total[:, 1]) if sums else NOTHING
 
 
 def parts(
@@ -197,28 +210,30 @@ def absorption(saes: Mapping[str, Any], model: Any, treebanks: Sequence[str], *,
     """
     hook = [check_fits(sae, model) for sae in saes.values()][0]
     scored: dict[str, list[Absorbed]] = {name: [] for name in saes}
-    letters, l0 = (0, len(LETTERS)), dict.fromkeys(saes, 0.0)
+    spelled: dict[str, int] = {}
+    l0, n_words = dict.fromkeys(saes, 0.0), 0
     for bank in treebanks:
         treebank, counts = with_forms(read_treebank(bank))
         forms = [form for form, n in counts.items() if n >= LEAST_WORDS]
         words = read_words(model, hook, treebank, [*PARENTS, *forms], context_size=context_size)
         pairs = pairs_of(words, forms)
         acts = {name: encode_words(sae, words.x) for name, sae in saes.items()}
-        l0 = {name: of.nnz / len(words.x) for name, of in acts.items()}
+        n_words += len(words.x)
+        l0 = {name: l0[name] + of.nnz for name, of in acts.items()}
         probes = {parent: _dense(words, parent) for parent in {parent for parent, _ in pairs}}
         units = [(name, parent) for name in saes for parent in sorted(probes) if probes[parent].f1 > LEAST_F1]
         for name, parent in paced(units, treebank.name, len(units), "class"):
             children = [child for own, child in pairs if own == parent]
-            scored[name] += _scored(saes[name], acts[name], words, probes[parent], children)
-        own, some = letters_of(model, hook, counts, saes)
-        letters = max(letters, own, key=lambda found: found[0])
-        for name, pairs in some.items():
-            scored[name] += pairs
+            scored[name] += _scored(saes[name], acts[name], words, probes[parent], children, treebank.name)
+        spelled |= counts
+    letters, some = letters_of(model, hook, spelled, saes)
+    for name, found in some.items():
+        scored[name] += found
     if not scored[next(iter(saes))]:
         raise UsageError(
             f"no form comes {LEAST_WORDS} times in a class that a dense probe reads. Give more text with --ud."
         )
-    return Absorption(scored, l0, letters)
+    return Absorption(scored, {name: fired / n_words for name, fired in l0.items()}, letters)
 
 
 class _Probe(NamedTuple):
@@ -239,7 +254,7 @@ def _dense(words: Words, parent: str) -> _Probe:
     return _Probe(parent, y, direction / np.linalg.norm(direction), said, on_test)
 
 
-def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence[str]) -> list[Absorbed]:
+def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence[str], treebank: str) -> list[Absorbed]:
     latents, latents_f1 = class_latents(acts, probe.y, words.train)
     rows = sae.W_dec.detach().float().cpu().numpy()
     lengths = np.linalg.norm(rows, axis=1)
@@ -250,7 +265,9 @@ def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence
         fraction, full = parts(acts[here].toarray() * lengths, cosine, words.x[here] @ probe.unit, latents)
         means = [float(each.mean()) if len(here) else float("nan") for each in (fraction, full)]
         form = child.removeprefix("form=")
-        found.append(Absorbed(probe.parent, form, means[0], means[1], len(here), probe.f1, latents, latents_f1))
+        found.append(
+            Absorbed(treebank, probe.parent, form, means[0], means[1], len(here), probe.f1, latents, latents_f1)
+        )
     return found
 
 
@@ -290,7 +307,7 @@ def letters_of(
     if len(probes) < LEAST_LETTERS:
         return read, {}
     return read, {
-        name: [found for probe in probes for found in _scored(sae, acts, words, probe, [probe.parent])]
+        name: [found for probe in probes for found in _scored(sae, acts, words, probe, [probe.parent], "")]
         for name, sae in saes.items()
         for acts in [encode_words(sae, words.x)]
     }

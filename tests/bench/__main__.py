@@ -1,6 +1,6 @@
 """Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
 
-python -m tests.bench training|gpu|start|corpora|cache|autointerp|browser|pictures|circuits|mutants|processes|real|titles --help
+python -m tests.bench training|gpu|start|corpora|cache|autointerp|browser|pictures|circuits|mutants|probing|processes|real|titles --help
 """
 
 from __future__ import annotations
@@ -82,6 +82,14 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--folder", type=Path, default=Path("mutation"), help="where it works; the same command goes on")
     sub.add_argument("--told", action="store_true", help="print what has been judged there so far, judge nothing")
+    sub = add("probing", _bench_probing, "the benchmark's probes against the package sae-probes, on its English sets")
+    sub.add_argument("sae", help="an SAE's folder, or release:sae_id")
+    sub.add_argument(
+        "--packages", type=Path, required=True, help="folder of sae-probes (pip install --no-deps --target)"
+    )
+    sub.add_argument("--model", default="", help="default: the model in the SAE's metadata")
+    sub.add_argument("--sets", nargs="+", default=["87_glue_cola", "22_headline_isobama", "125_world_country_Italy"])
+    sub.add_argument("--repeats", type=int, default=3, help="turns of each side")
     sub = add("processes", _bench_processes, "one SAE by one process and by two")
     sub.add_argument("--model", default="../shared/models/ita-5m")
     sub.add_argument("--hook-name", default="blocks.2.hook_resid_post")
@@ -186,6 +194,12 @@ def _bench_processes(options: argparse.Namespace) -> Result:
     for name in ("tokens", "steps", "repeats"):
         positive(f"--{name}", getattr(options, name))
     return bench_processes(options)
+
+
+def _bench_probing(options: argparse.Namespace) -> Result:
+    from tests.bench.probing import bench_probing
+
+    return bench_probing(options)
 
 
 def _bench_titles(options: argparse.Namespace) -> Result:

@@ -42,9 +42,9 @@ def test_accents_are_folded():
 
 def test_two_saes_are_told_apart_only_beyond_the_interval():
     def pair(child: str, fraction: float) -> Absorbed:
-        return Absorbed("UPOS=AUX", child, fraction, 0.0, 40, 0.9, [3], 0.8)
+        return Absorbed("ISDT", "UPOS=AUX", child, fraction, 0.0, 40, 0.9, [3], 0.8)
 
-    own = {"topk": [0.5, 0.4, 0.6, 0.5], "matryoshka": [0.1, 0.1, 0.2, 0.1], "twin": [0.5, 0.5, 0.5, 0.5]}
+    own = {"topk": [0.5, 0.4, 0.6, 0.5, 0.5], "matryoshka": [0.1, 0.1, 0.2, 0.1, 0.1], "twin": [0.5] * 5}
     pairs = {name: [pair(f"form{i}", v) for i, v in enumerate(values)] for name, values in own.items()}
     found = Absorption(pairs, dict.fromkeys(own, 8.0), (3, 21))
     apart, same = (found.differences()[name] for name in ("matryoshka", "twin"))
@@ -52,6 +52,29 @@ def test_two_saes_are_told_apart_only_beyond_the_interval():
     assert "twin less topk: +0.000" in found.table() and found.table().count("not distinguishable") == 1
     assert "reads 3 of 21" in found.table() and "equal L0" not in found.table()
     assert "Its L0 is 1.50 times" in Absorption(pairs, {**found.l0, "twin": 12.0}, (3, 21)).table()
+
+
+def test_each_treebank_has_pairs_of_its_own_and_a_pair_that_time_left_out_is_not_compared():
+    def pairs(a: float, b: float) -> list[Absorbed]:
+        both = (("ISDT", a), ("ParTUT", b))
+        return [Absorbed(bank, "UPOS=AUX", f"form{i}", v, 0.0, 40, 0.9, [3], 0.8) for i in range(6) for bank, v in both]
+
+    found = Absorption(
+        {"first": pairs(0.5, 0.1), "second": pairs(0.6, 0.3)[:-1]}, {"first": 8.0, "second": 8.0}, (3, 21)
+    )
+    assert found.differences()["second"].value == pytest.approx((6 * 0.1 + 5 * 0.2) / 11)
+    rows = [row for row in found.table().splitlines() if "form5" in row]
+    assert [row.split(" | ")[-2:] for row in rows] == [["0.500", "0.600 |"], ["0.100", "- |"]]
+
+
+def test_pairs_of_one_member_count_once_in_the_interval():
+    values, classes = np.random.default_rng(0).random(8), ("Gender=Fem", "UPOS=DET", "Number=Plur", "UPOS=ADP")
+    once = [Absorbed("ISDT", classes[0], f"form{i}", v, 0.0, 40, 0.9, [3], 0.8) for i, v in enumerate(values)]
+    often = [pair._replace(parent=parent) for pair in once for parent in classes]
+    few, many = (
+        Absorption({"sae": pairs}, {"sae": 8.0}, (3, 21)).means()["sae"]["fraction"] for pairs in (once, often)
+    )
+    assert few == pytest.approx(many), "the same words four times are no more evidence"
 
 
 def test_the_command_on_the_mini_model(trained_sae, tmp_path, capsys, monkeypatch):
