@@ -28,7 +28,6 @@ import torch
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import table
 from sae_italian.benchmark.probes import CONTEXT, SIZES, Examples, Pooling, read_texts, sparse_probes
-from sae_italian.benchmark.tasks import LAST_OF
 from sae_italian.models import load_model
 from sae_italian.saes import load_sae
 
@@ -116,8 +115,8 @@ def _ours(sae: Any, model: Any, data: Any, which: str, texts: list[str]) -> tupl
         )  # fmt: skip
 
         def probed() -> dict[int, Any]:
-            pooling = Pooling(acts, texts, [(text, LAST_OF) for text in range(len(texts))])
-            train, test = (np.array([pooling.rows[int(text), LAST_OF] for text in side]) for side in split)
+            pooling = Pooling(acts, texts, [*enumerate(map(len, texts))])
+            train, test = (np.array([pooling.rows[int(text), len(texts[text])] for text in side]) for side in split)
             latents = pooling.latents(sae, "latents")
             y, truth = (answers[side] for side in split)
             return sparse_probes(Examples(latents[train], y, latents[test], truth))
