@@ -111,18 +111,15 @@ def write(folder: Path, entries: Sequence[Entry], told: Mapping[str, Any]) -> Bo
     first, notes = headline(entries), list(_notes(told))
     boards = [first._replace(notes=[*first.notes, *notes]), families(entries), *map(problems, entries)]
     _pages(folder / "benchmark", both("title"), boards)
-    rows = [{c: plain(entry.estimate(c)) for c in COLUMNS} | {"sae": entry.name, **_facts(entry)} for entry in entries]
+    facts = [{key: entry.facts[key] for key in ("architecture", "d_sae", "hook", "model", "seen")} for entry in entries]
+    counts = [{"sae": e.name, "reseed": e.reseed, "tasks": len(e.by_task("auc_16"))} for e in entries]
+    rows = [{c: plain(e.estimate(c)) for c in COLUMNS} | a | b for e, a, b in zip(entries, facts, counts, strict=True)]
     save_result(folder, "benchmark", {"saes": rows, "notes": notes, "refused": told["refused"]})
     for entry in entries:
         name = entry.name if ":" in entry.name else f"custom_{entry.name}"
         name = name.replace("/", "_").replace(":", "_")
         write_json(folder / "saebench" / f"results.{name}_eval_results.json", saebench(entry))
     return boards[0]
-
-
-def _facts(entry: Entry) -> dict[str, Any]:
-    facts = {key: entry.facts[key] for key in ("architecture", "d_sae", "hook", "model", "seen")}
-    return facts | {"reseed": entry.reseed, "tasks": len(entry.by_task("auc_16"))}
 
 
 def _notes(told: Mapping[str, Any]) -> Iterator[str]:

@@ -136,14 +136,6 @@ def _llms(language: str) -> Callable[[LatentSource, int], str]:
     return lambda source, latent: getattr(source.llm_explanation(latent), f"text_{language}", "")
 
 
-def _gold(source: LatentSource, latent: int) -> list[str]:
-    return [row["label"] for row in source.labels.get(latent, []) if (row["f1"] or 0) >= LABEL_SHOWN]
-
-
-def _tokens(source: LatentSource, latent: int) -> list[str]:
-    return [source.strings[token] for token in source.stats["token_ids"][latent][:TOKENS_SHOWN]]
-
-
 COLUMNS: dict[str, Column] = {
     "latent": Column(lambda _, i: i, "integer"),  # 0 to d_sae - 1, in order
     # share of tokens on which it is active, 0 to 1; the largest activation seen, 0 when dead; tokens on which it is active
@@ -168,8 +160,10 @@ COLUMNS: dict[str, Column] = {
     "fuzzing": Column(_score("fuzzing", "value"), "fixed"),
     # detection minus that of the token lookup, -1 to 1
     "gain": Column(_gain, "signed", range=True),
-    "top_tokens": Column(_tokens),
-    "gold": Column(_gold),  # labels that this latent detects
+    "top_tokens": Column(lambda s, i: [s.strings[token] for token in s.stats["token_ids"][i][:TOKENS_SHOWN]]),
+    "gold": Column(
+        lambda s, i: [row["label"] for row in s.labels.get(i, []) if (row["f1"] or 0) >= LABEL_SHOWN]
+    ),  # labels that this latent detects
     "dead": Column(lambda s, i: not s.stats["count"][i]),
     "x": Column(lambda s, i: s.place(i, 0)),  # on the map; None without the decoder
     "y": Column(lambda s, i: s.place(i, 1)),

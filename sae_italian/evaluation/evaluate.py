@@ -273,11 +273,6 @@ def _ratio(above: str, below: str) -> Callable[[np.ndarray], np.ndarray]:
     return lambda sums: _column(sums, above) / _column(sums, below)
 
 
-def _recovered(sums: Float[np.ndarray, "samples width"]) -> Float[np.ndarray, " samples"]:
-    clean, with_sae, ablated = (_column(sums, name) for name in ("ce", "ce_sae", "ce_zero"))
-    return (ablated - with_sae) / (ablated - clean)
-
-
 # The numbers of the card that are ratios of sums over tokens, by key.
 STATISTICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "l0": _ratio("l0", "n"),
@@ -290,7 +285,9 @@ STATISTICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "ce_loss_with_sae": _ratio("ce_sae", "n_loss"),
     "ce_loss_with_ablation": _ratio("ce_zero", "n_loss"),
     "delta_lm_loss": lambda s: (_column(s, "ce_sae") - _column(s, "ce")) / _column(s, "n_loss"),
-    "ce_loss_recovered": _recovered,
+    "ce_loss_recovered": lambda s: (
+        (_column(s, "ce_zero") - _column(s, "ce_sae")) / (_column(s, "ce_zero") - _column(s, "ce"))
+    ),
     "kl_div_with_sae": _ratio("kl_sae", "n_kl"),
     "kl_div_with_ablation": _ratio("kl_zero", "n_kl"),
     "kl_recovered": lambda s: 1 - _column(s, "kl_sae") / _column(s, "kl_zero"),

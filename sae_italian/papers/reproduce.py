@@ -39,10 +39,6 @@ def _sae(job: Reproduction, _: Results) -> dict[str, Any]:
     return {**facts, "given": job.sae is not None, "k": k, "expansion": expansion}
 
 
-def _card(job: Reproduction, results: Results) -> dict[str, Any]:
-    return card_of(load_sae(results["sae"]["folder"]), job.subject, job.budget["card_tokens"], "sae")
-
-
 def _scores(job: Reproduction, results: Results) -> dict[str, Any]:
     folder = results["sae"]["folder"]
     found = score_sae(load_sae(folder), job, job.out / "cache", name=full_name(folder), random_control=True)
@@ -52,15 +48,17 @@ def _scores(job: Reproduction, results: Results) -> dict[str, Any]:
     return {**found, "explained": explained}
 
 
-def _examples(job: Reproduction, _: Results) -> dict[str, Any]:
-    return {"examples": examples(job.out / "cache", job.subject.model.tokenizer, job.budget["examples"])}
-
-
 CLIC_IT = (
     Step("sae", _sae),
-    Step("card", _card),
+    Step(
+        "card",
+        lambda job, found: card_of(load_sae(found["sae"]["folder"]), job.subject, job.budget["card_tokens"], "sae"),
+    ),
     Step("scores", _scores, draw=lambda result, _: {"scores": scores_svg(result["autointerp"], result["random"])}),
-    Step("examples", _examples),
+    Step(
+        "examples",
+        lambda job, _: {"examples": examples(job.out / "cache", job.subject.model.tokenizer, job.budget["examples"])},
+    ),
 )
 
 

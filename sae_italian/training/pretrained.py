@@ -60,7 +60,9 @@ class Origin:
                 for name in ("d_in", "d_sae", "reshape_activations")
             },
             "d_out": tuple(getattr(cfg, "d_out", cfg.d_in) for cfg in (theirs, config)),
-            "normalize_activations": tuple(_mode(cfg) for cfg in (theirs, config)),
+            "normalize_activations": tuple(  # where it cannot be moved into the weights
+                "none" if (mode := cfg.normalize_activations) in FOLDABLE else mode for cfg in (theirs, config)
+            ),
         }
         if not (state.keys() >= PLAIN and architecture in TAKE_PLAIN):
             pairs["architecture"] = kind, architecture
@@ -129,11 +131,6 @@ def _short(model: str | None) -> str | None:
         return None
     known = resolved_here(model)
     return Path(known.saved_name if known else model).name.lower()
-
-
-def _mode(cfg: Any) -> str:
-    """Return how an SAE's input is normalised where that cannot be moved into its weights, else `none`."""
-    return "none" if cfg.normalize_activations in FOLDABLE else cfg.normalize_activations
 
 
 @torch.no_grad()
