@@ -15,7 +15,7 @@ from tests import house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
     "lines": 36_026,  # 21_500
-    "statements": 23_519,  # 13_500
+    "statements": 23_514,  # 13_500
     "files": 153,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -33,15 +33,15 @@ ROOM_LINES = {
     "models": 1_251,  # 760, and issue 16's GGUF files
     "corpora": 1_714,  # 1_100
     "saes": 2_336,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
-    "training": 3_221,  # 1_500
-    "evaluation": 1_194,
+    "training": 3_218,  # 1_500
+    "evaluation": 1_191,
     "cache": 2_210,  # 1_650
     "autointerp": 6_314,  # 3_900
     "analysis": 3_372,  # 2_500
     "circuits": 1_664,
-    "benchmark": 2_268,  # 1_200  # choosing k, seeds and absorption with it
-    "papers": 1_447,  # 1_400
-    "browser": 3_412,  # 2_650
+    "benchmark": 2_282,  # 1_200  # choosing k, seeds and absorption with it
+    "papers": 1_445,  # 1_400
+    "browser": 3_406,  # 2_650
     "cli": 2_701,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
