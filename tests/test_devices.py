@@ -55,6 +55,7 @@ ALLOWED = {
     ),
     "training/loop.py": (0, 0, "nothing is read off a step but every LOG_EVERY_STEPS, by SAELens' log"),
     "training/sae_run.py": (0, 0, "as the loop"),
+    "training/processes.py": (2, 4, "flags and sums that go by gloo are the CPU's; hashes at a checkpoint"),
     "training/pretrained.py": (0, 5, "once at the start and once at the end of a run"),
     "training/shards.py": (
         0,
@@ -68,6 +69,7 @@ ALLOWED = {
     "cache/shards.py": (0, 8, "what is written to disk: counts, latents and values of a chunk"),
     "cache/build.py": (0, 2, "NumPy's bookkeeping of ranges; the shards do the rest"),
     "evaluation/evaluate.py": (2, 11, "sums by document are the CPU's; one wait a pass for each column"),
+    "benchmark/probes.py": (1, 6, "tokens of a batch; one wait a sentence, for what scikit-learn fits on the CPU"),
     "analysis/detect.py": (0, 5, "numbers of NumPy and of the feature cache"),
     "analysis/latent.py": (2, 12, "what is shown of one prompt; numbers of rows, which index on any device"),
     "analysis/patching.py": (16, 15, "the elimination's bookkeeping is the CPU's; a wait a batch of rows"),
