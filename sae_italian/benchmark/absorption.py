@@ -74,7 +74,7 @@ class Absorbed(NamedTuple):
 
 @dataclass(frozen=True)
 class Absorption:
-    """Absorption of some SAEs over pairs of a class and a member; intervals over members: "la" in Fem and in DET is one."""
+    """Absorption over pairs of a class and a member; intervals over members: "la" in Fem and in DET is one."""
 
     pairs: dict[str, list[Absorbed]]  # by SAE
     l0: dict[str, float]
@@ -83,10 +83,10 @@ class Absorption:
     def means(self) -> dict[str, dict[str, Estimate]]:
         """Return by SAE the means over pairs, with their intervals."""
         names = ("fraction", "full", "latents_f1")
-        return {sae: {n: _mean([(p, getattr(p, n)) for p in of]) for n in names} for sae, of in self.pairs.items()}
+        return {s: {n: _mean([(p, getattr(p, n)) for p in of]) for n in names} for s, of in self.pairs.items()}
 
     def differences(self) -> dict[str, Estimate]:
-        """Return by SAE the mean difference of its fraction from the first SAE's, over the pairs that both have."""
+        """Return by SAE the mean difference of its fraction from the first's, over pairs that both have."""
         first, *others = self.fractions().items()
         return {
             name: _mean([(p, of[p[:3]] - first[1][p[:3]]) for p in self.pairs[name] if p[:3] in first[1]])
@@ -111,13 +111,12 @@ class Absorption:
             parts.append(f"{sae} less {first}: {shown(found, '+.3f')}{apart}.")
             if abs(ratio - 1) > L0_ALIKE:
                 parts[-1] += f" Its L0 is {ratio:.2f} times as large: compare at equal L0."
-        own, details = self.fractions(), []
-        for p in self.pairs[first]:
-            shown_of = (f"{of[p[:3]]:.3f}" if p[:3] in of else "-" for of in own.values())
-            details.append((p.treebank, p.parent, p.child, p.n_words, f"{p.dense_f1:.2f}", *shown_of))
-        parts.append(
-            table(" | ".join(["treebank", "class", "member", "words", "F1 of the dense probe", *own]), details)
-        )
+        by = self.fractions()
+        details = [
+            (*p[:3], p.n_words, f"{p.dense_f1:.2f}", *(f"{of.get(p[:3], np.nan):.3f}" for of in by.values()))
+            for p in self.pairs[first]
+        ]
+        parts.append(table("treebank | class | member | words | F1 of the dense probe | " + " | ".join(by), details))
         n, of = self.letters
         parts.append(
             f"First letters: a dense probe reads {n} of {of} (F1 above {LEAST_F1}); {LEAST_LETTERS} are needed for a score."
@@ -131,12 +130,12 @@ class Absorption:
 
 
 def _mean(values: Sequence[tuple[Absorbed, float]]) -> Estimate:
-    """Return the mean of pairs' values, its interval by resampling members: a member's pairs share its latents."""
+    """Return the mean of pairs' values, resampled by members: a member's pairs share its latents."""
     sums: dict[str, Float[np.ndarray, " 2"]] = {}
     for pair, value in values:
         if np.isfinite(value):
             sums[pair.child] = sums.get(pair.child, np.zeros(2)) + (value, 1)
-    return bootstrap(np.array([*sums.values()]), lambda total: total[:, 0] / total[:, 1]) if sums else NOTHING
+    return bootstrap(np.array([*sums.values()]), lambda of: of[:, 0] / of[:, 1]) if sums else NOTHING
 
 
 def parts(
@@ -212,8 +211,8 @@ def absorption(saes: Mapping[str, Any], model: Any, treebanks: Sequence[str], *,
     scored: dict[str, list[Absorbed]] = {name: [] for name in saes}
     spelled: dict[str, int] = {}
     l0, n_words = dict.fromkeys(saes, 0.0), 0
-    for bank in treebanks:
-        treebank, counts = with_forms(read_treebank(bank))
+    for path in treebanks:
+        treebank, counts = with_forms(read_treebank(path))
         forms = [form for form, n in counts.items() if n >= LEAST_WORDS]
         words = read_words(model, hook, treebank, [*PARENTS, *forms], context_size=context_size)
         pairs = pairs_of(words, forms)
@@ -221,7 +220,7 @@ def absorption(saes: Mapping[str, Any], model: Any, treebanks: Sequence[str], *,
         n_words += len(words.x)
         l0 = {name: l0[name] + of.nnz for name, of in acts.items()}
         probes = {parent: _dense(words, parent) for parent in {parent for parent, _ in pairs}}
-        units = [(name, parent) for name in saes for parent in sorted(probes) if probes[parent].f1 > LEAST_F1]
+        units = [(sae, parent) for sae in saes for parent in sorted(probes) if probes[parent].f1 > LEAST_F1]
         for name, parent in paced(units, treebank.name, len(units), "class"):
             children = [child for own, child in pairs if own == parent]
             scored[name] += _scored(saes[name], acts[name], words, probes[parent], children, treebank.name)
@@ -254,7 +253,7 @@ def _dense(words: Words, parent: str) -> _Probe:
     return _Probe(parent, y, direction / np.linalg.norm(direction), said, on_test)
 
 
-def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence[str], treebank: str) -> list[Absorbed]:
+def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence[str], bank: str) -> list[Absorbed]:
     latents, latents_f1 = class_latents(acts, probe.y, words.train)
     rows = sae.W_dec.detach().float().cpu().numpy()
     lengths = np.linalg.norm(rows, axis=1)
@@ -265,9 +264,7 @@ def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence
         fraction, full = parts(acts[here].toarray() * lengths, cosine, words.x[here] @ probe.unit, latents)
         means = [float(each.mean()) if len(here) else float("nan") for each in (fraction, full)]
         form = child.removeprefix("form=")
-        found.append(
-            Absorbed(treebank, probe.parent, form, means[0], means[1], len(here), probe.f1, latents, latents_f1)
-        )
+        found.append(Absorbed(bank, probe.parent, form, means[0], means[1], len(here), probe.f1, latents, latents_f1))
     return found
 
 

@@ -111,9 +111,10 @@ def write(folder: Path, entries: Sequence[Entry], told: Mapping[str, Any]) -> Bo
     first, notes = headline(entries), list(_notes(told))
     boards = [first._replace(notes=[*first.notes, *notes]), families(entries), *map(problems, entries)]
     _pages(folder / "benchmark", both("title"), boards)
-    facts = [{key: entry.facts[key] for key in ("architecture", "d_sae", "hook", "model", "seen")} for entry in entries]
+    facts = [{key: e.facts[key] for key in ("architecture", "d_sae", "hook", "model", "seen")} for e in entries]
     counts = [{"sae": e.name, "reseed": e.reseed, "tasks": len(e.by_task("auc_16"))} for e in entries]
-    rows = [{c: plain(e.estimate(c)) for c in COLUMNS} | a | b for e, a, b in zip(entries, facts, counts, strict=True)]
+    every = zip(entries, facts, counts, strict=True)
+    rows = [{c: plain(entry.estimate(c)) for c in COLUMNS} | known | own for entry, known, own in every]
     save_result(folder, "benchmark", {"saes": rows, "notes": notes, "refused": told["refused"]})
     for entry in entries:
         name = entry.name if ":" in entry.name else f"custom_{entry.name}"

@@ -160,7 +160,7 @@ COLUMNS: dict[str, Column] = {
     "fuzzing": Column(_score("fuzzing", "value"), "fixed"),
     # detection minus that of the token lookup, -1 to 1
     "gain": Column(_gain, "signed", range=True),
-    "top_tokens": Column(lambda s, i: [s.strings[token] for token in s.stats["token_ids"][i][:TOKENS_SHOWN]]),
+    "top_tokens": Column(lambda s, i: [s.strings[t] for t in s.stats["token_ids"][i][:TOKENS_SHOWN]]),
     "gold": Column(
         lambda s, i: [row["label"] for row in s.labels.get(i, []) if (row["f1"] or 0) >= LABEL_SHOWN]
     ),  # labels that this latent detects

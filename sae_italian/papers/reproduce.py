@@ -52,12 +52,12 @@ CLIC_IT = (
     Step("sae", _sae),
     Step(
         "card",
-        lambda job, found: card_of(load_sae(found["sae"]["folder"]), job.subject, job.budget["card_tokens"], "sae"),
+        lambda job, of: card_of(load_sae(of["sae"]["folder"]), job.subject, job.budget["card_tokens"], "sae"),
     ),
     Step("scores", _scores, draw=lambda result, _: {"scores": scores_svg(result["autointerp"], result["random"])}),
     Step(
         "examples",
-        lambda job, _: {"examples": examples(job.out / "cache", job.subject.model.tokenizer, job.budget["examples"])},
+        lambda j, _: {"examples": examples(j.out / "cache", j.subject.model.tokenizer, j.budget["examples"])},
     ),
 )
 
