@@ -193,7 +193,7 @@ _SHARES = ("explained_variance", "explained_variance_uncentred", "ce_loss_recove
 _NOTES = {
     "dead": ("su {n_tokens:_} token", "in {n_tokens:_} tokens"),
     "share_detected": ("{n_scored:_} valutati di {n_latents:_}", "{n_scored:_} scored of {n_latents:_}"),
-    "shuffled_detection": ("il caso dà 0,5", "chance is 0.5"),
+    "shuffled_detection": ("a caso si ottiene 0,5", "chance is 0.5"),
 }
 
 

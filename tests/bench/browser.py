@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -179,20 +180,8 @@ def _peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure_page(folder: Path, *, repeats: int = 5) -> dict[str, Any]:
-    """Return what the page of a folder on disk takes in headless Chromium: medians of seconds, each from a fresh page.
-
-    first_paint, list: from the start of the navigation until the first text, and until the list, are drawn.
-    card_by_link: the same until a card is, where the address names a latent (`index.html#latent=N`).
-    first_card: from the click on a row of the list, before any card was opened, until its card is drawn.
-    next_card: from the key j on a card until the card of the list's next latent is drawn.
-    far_card: from a new latent in the address of an open page until its card is drawn; none of it was read before.
-    search, search_again: from a letter in the search box until the list is drawn; the first one, and one more.
-    sort, filter: from the click until the list is drawn.
-
-    "Drawn" is the second frame after it is in the document. Every step waits until the page is idle. The chart of the
-    latents is there before the first click. Raises: UsageError where Playwright or Chromium is absent.
-    """
+@contextmanager
+def _chromium() -> Iterator[Any]:
     import shutil
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -204,39 +193,87 @@ def measure_page(folder: Path, *, repeats: int = 5) -> dict[str, Any]:
         raise UsageError(
             "measuring the page needs Chromium and Playwright: apt-get install chromium; pip install playwright"
         )
-    index = (folder / "index.html").resolve().as_uri()
-    n_latents = json.loads((folder / MARKER).read_text(encoding="utf-8"))["rows"]
-    times: list[dict[str, float]] = []
     with sync_playwright() as driver:  # pyright: ignore[reportPossiblyUnboundVariable]
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        for repeat in range(repeats):
-            page = browser.new_page(viewport={"width": 1280, "height": 900})
-            page.add_init_script(_STEPS)
-            times.append(_walk(page, index, far=(n_latents * (repeat + 1)) // (repeats + 1)))
-            page.close()
+        yield browser
         browser.close()
+
+
+def measure_page(folder: Path, *, repeats: int = 5) -> dict[str, Any]:
+    """Return what the page of a folder on disk takes in headless Chromium: medians of seconds, each from a fresh page.
+
+    first_paint, list: from the start of the navigation until the first text, and until the list, are drawn.
+    card_by_link: the same until a card is, where the address names a latent (`index.html#latent=N`).
+    first_card: from the click on a row of the list, before any card was opened, until its card is drawn.
+    next_card: from the key j on a card until the card of the list's next latent is drawn.
+    far_card: from a new latent in the address of an open page until its card is drawn; none of it was read before.
+    search, search_again: from a letter in the search box until the list is drawn; the first one, and one more.
+    sort, filter: from the click until the list is drawn.
+    *_cpu: the processor time of the page's main thread meanwhile.
+
+    "Drawn" is the second frame after it is in the document. Every step waits until the page is idle. The chart of the
+    latents is there before the first click. Raises: UsageError where Playwright or Chromium is absent.
+    """
+    with _chromium() as browser:
+        times = [_visit(browser, folder, (repeat + 1) / (repeats + 1)) for repeat in range(repeats)]
     return {f"{name}_seconds": statistics.median(one[name] / 1e3 for one in times) for name in times[0]}
+
+
+def compare_pages(ours: Path, other: Path, *, pairs: int = 6) -> str:
+    """Return a table of both folders' steps, visited in turn: medians of milliseconds, and the ratios of these."""
+    times: dict[Path, list[dict[str, float]]] = {ours: [], other: []}
+    with _chromium() as browser:
+        for pair in range(pairs):
+            for folder in (ours, other) if pair % 2 else (other, ours):
+                times[folder].append(_visit(browser, folder, (pair + 1) / (pairs + 1)))
+    rows = []
+    for name in times[ours][0]:
+        ms, theirs = (statistics.median(one[name] for one in times[folder]) for folder in (ours, other))
+        rows.append(f"| {name} | {ms:.0f} | {theirs:.0f} | {ms / theirs:.2f} |")
+    return "\n".join(["| ms | ours | other | ratio |", "|---|---|---|---|", *rows])
+
+
+def _visit(browser: Any, folder: Path, share: float) -> dict[str, float]:
+    """Return the steps of a fresh page; the far card is that share of the way through the latents."""
+    n_latents = json.loads((folder / MARKER).read_text(encoding="utf-8"))["rows"]
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.add_init_script(_STEPS)
+    found = _walk(page, (folder / "index.html").resolve().as_uri(), far=int(n_latents * share))
+    page.close()
+    return found
 
 
 def _walk(page: Any, index: str, far: int) -> dict[str, float]:
     """Return the milliseconds of each step; `far` is a latent whose card no other step reads."""
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def used() -> float:
+        metrics = {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}
+        return 1e3 * metrics["TaskDuration"]
+
+    def loaded(name: str, address: str, wanted: str) -> None:
+        page.goto("about:blank")
+        before = used()
+        page.goto(address)
+        found[name] = page.evaluate(f"steps.shown('{wanted}')")
+        found[f"{name}_cpu"] = used() - before
 
     def after(name: str, act: Callable[[], Any], *, event: str, wanted: str) -> None:
         page.evaluate("steps.idle()")
         page.evaluate("([event, wanted]) => steps.begin(event, wanted)", [event, wanted])
+        before = used()
         act()
         found[name] = page.evaluate("steps.done")
+        found[f"{name}_cpu"] = used() - before
 
     found: dict[str, float] = {}
-    page.goto("about:blank")
-    page.goto(f"{index}#latent={far}")
-    found["card_by_link"] = page.evaluate("steps.shown('.card-page h1')")
-    page.goto("about:blank")
-    page.goto(index)
-    found["list"] = page.evaluate("steps.shown('tr[data-latent]')")
+    loaded("card_by_link", f"{index}#latent={far}", ".card-page h1")
+    loaded("list", index, "tr[data-latent]")
     found["first_paint"] = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     card = ".card-page h1"
-    first = page.locator("tr[data-latent] .called").nth(3)
+    first = page.locator("tr[data-latent] .c-explanation > :first-child").nth(3)
+    first.scroll_into_view_if_needed()
     after("first_card", first.click, event="click", wanted=card)
     after("next_card", lambda: page.keyboard.press("j"), event="keydown", wanted=card)
     go = f"location.hash = 'latent={far}'"
@@ -311,3 +348,7 @@ def table_of(result: dict[str, Any]) -> str:
             for name, value in page.items()
         ]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":  # python -m tests.bench.browser OURS OTHER [PAIRS]
+    print(compare_pages(Path(sys.argv[1]), Path(sys.argv[2]), pairs=int((sys.argv[3:] or ["6"])[0])))

@@ -3,7 +3,7 @@
 const TOKENS_SHOWN = 5;
 const LABELS_SHOWN = 3;
 const SPARE = 12; // rows drawn above and below what is in sight
-const FIRST_ROWS = 24; // before the list is in the page and knows what is in sight
+const LOWEST = 80; // pixels; no row is lower
 const PRINTED = 200; // rows on paper
 const REST = 40; // ms that a pointer rests on a row before its card is read
 
@@ -123,7 +123,7 @@ function rowWindow(ctx, table, current, onOpen) {
   }
   return {
     body,
-    first: (mark) => draw(0, FIRST_ROWS, mark),
+    first: (mark) => draw(0, Math.ceil(window.innerHeight / LOWEST), mark), // the list may not be in the page yet
     all: (mark) => draw(0, PRINTED, mark),
     show(index, mark) { if (index < held[0] || index >= held[1]) draw(index - SPARE, index + SPARE, mark); },
     follow(mark) {
@@ -182,8 +182,8 @@ function renderList(ctx, rows, state, { onOpen, onRows }) {
     table.setAttribute("aria-rowcount", current.length + 1);
     table.replaceChildren(caption, tableHead(ctx, state, sortBy), inSight.body);
     inSight.first(mark);
+    onRows(current); // what changes above the list changes what is in sight
     inSight.follow(mark);
-    onRows(current);
   }
   function select(index) {
     if (!current.length) return;

@@ -24,7 +24,7 @@ class App {
     this.inNotebook = options.routing === "memory";
     this.router = this.inNotebook ? memoryRouter() : addressRouter();
     const { list, lang, sentence } = readRoute(this.router.current());
-    Object.assign(this, { root: element, source, options, lang: lang ?? preferredLanguage(), rows: [], leaving: [] });
+    Object.assign(this, { root: element, source, options, lang: lang ?? preferredLanguage(), rows: [], leaving: [], late: [] });
     this.state = { list, lang, sentence, gold: { sort: "f1", descending: true, open: false }, width: prefs.get("width") };
     element.classList.add("sae-italian");
     element.classList.toggle("in-notebook", this.inNotebook);
@@ -37,7 +37,10 @@ class App {
   async start() {
     const ctx = this.context();
     this.root.replaceChildren(h("p", { class: "notice", role: "status" }, ctx.t("loading")));
-    const early = await this.early().catch(() => null); // what fails here fails again below, and is said there
+    this.stop = this.router.watch(() => this.arrive()); // first of all: what is in sight can be used
+    (this.inNotebook ? this.root : document).addEventListener("keydown", this.onKey);
+    this.root.addEventListener("click", this.onClick);
+    await this.early();
     try {
       const [run] = await Promise.all([this.source.run(), this.loadRows()]);
       this.run = run;
@@ -48,11 +51,9 @@ class App {
       return;
     }
     if (this.options.latent !== undefined && !this.router.current()) this.router.keep(writeRoute(this.options.latent, this.state));
-    if (early && early === this.ctx && this.latent() === this.shown) this.join();
+    if (this.card && this.ctx.lang === this.lang && this.latent() === this.shown) this.join();
     else this.render();
-    this.stop = this.router.watch(() => this.arrive());
-    (this.inNotebook ? this.root : document).addEventListener("keydown", this.onKey);
-    this.root.addEventListener("click", this.onClick);
+    for (const action of this.late.splice(0)) action();
   }
 
   // --- the address: a link within the page changes the latent alone, any other step says everything ---
@@ -73,6 +74,7 @@ class App {
     Object.assign(this.state.list, list);
     Object.assign(this.state, { sentence: sentence ?? this.state.sentence });
     if (lang && lang !== this.lang) return this.setLanguage(lang);
+    if (!this.home) return this.early();
     if (changed) this.home.list.restore();
     return this.route();
   }
@@ -92,22 +94,22 @@ class App {
     return this.render();
   }
 
-  // The card that the address names, before the list is read; returns its context.
+  // The card that the address names, before the list is read. What fails here fails again with the list, and is said there.
   async early() {
     const latent = this.latent();
-    if (latent === null || !this.source.row) return null;
-    const [run, row, card] = await Promise.all([this.source.run(), this.source.row(latent), this.source.card(latent)]);
-    if (!row) return null;
-    this.marks = marksOf(run);
-    Object.assign(this, { run, byLatent: new Map([[latent, row]]), compare: (await this.source.compare?.()) || null });
-    const ctx = this.begin();
-    this.card = h("main", { class: "page card-page" });
-    this.root.replaceChildren(this.topBar(ctx), this.card);
-    this.shown = latent;
-    this.entitle(latent);
-    this.putCard(latent, row, renderCard(ctx, row, card), card);
-    await painted();
-    return ctx;
+    if (latent === null || !this.source.row) return;
+    try {
+      const [run, row, card, compare] = await Promise.all([this.source.run(), this.source.row(latent), this.source.card(latent), this.source.compare?.()]);
+      if (!row || this.home || this.latent() !== latent) return; // overtaken
+      this.marks ??= marksOf(run);
+      Object.assign(this, { run, byLatent: new Map([[latent, row]]), compare: compare || null, shown: latent });
+      const ctx = this.begin();
+      this.card = h("main", { class: "page card-page" });
+      this.root.replaceChildren(this.topBar(ctx), this.card);
+      this.entitle(latent);
+      this.putCard(latent, row, renderCard(ctx, row, card), card);
+      await rested();
+    } catch { /* as above */ }
   }
 
   // The list takes its place behind a card that is there already, which learns what it needs of it.
@@ -292,8 +294,8 @@ class App {
     this.lang = this.state.lang = lang;
     prefs.set("lang", lang);
     this.keep();
-    await this.render();
-    this.root.querySelector(`[data-lang="${lang}"]`).focus({ preventScroll: true });
+    await (this.home ? this.render() : this.early());
+    this.root.querySelector(`[data-lang="${lang}"]`)?.focus({ preventScroll: true });
     this.scrollTo(y);
   }
 
@@ -310,9 +312,9 @@ class App {
   }
 
   actions() {
-    const { list } = this.home;
+    const list = () => this.home.list;
     if (this.latent() === null) {
-      return { j: () => this.stepList(1), k: () => this.stepList(-1), Escape: () => list.clear(), "/": () => { list.search.focus(); list.search.select(); } };
+      return { j: () => this.stepList(1), k: () => this.stepList(-1), Escape: () => list().clear(), "/": () => { list().search.focus(); list().search.select(); } };
     }
     return { j: () => this.stepCard(1), k: () => this.stepCard(-1), Escape: () => this.go(null), "/": () => { this.toSearch = true; this.go(null); } };
   }
@@ -324,11 +326,11 @@ class App {
       event.preventDefault(); // the browser would empty the box without telling anyone
       return event.target.blur();
     }
-    if (writing && event.target === this.home.list.search && event.key === "Enter") return this.home.list.openSelected();
+    if (writing && event.target === this.home?.list.search && event.key === "Enter") return this.home.list.openSelected();
     const action = !writing && this.actions()[event.key];
     if (!action) return undefined;
     event.preventDefault();
-    return action();
+    return this.home ? action() : this.late.push(action); // before the list is read, as soon as it is
   }
 }
 
@@ -337,6 +339,7 @@ const painted = () => new Promise((resolve) => {
   window.requestAnimationFrame(() => window.setTimeout(resolve));
   window.setTimeout(resolve, 250);
 });
+const rested = () => painted().then(() => new Promise(whenIdle));
 const notice = (message) => h("p", { class: "notice", role: "alert" }, message);
 // A source may say in both languages what is wrong and what to do; else it is a file that cannot be read.
 const failure = (ctx, error) => notice(error.said?.[ctx.lang] || ctx.t("load.failed", { file: error.message }));

@@ -25,34 +25,47 @@ function compare(a, b, descending) {
 }
 
 // --- what the search looks through: folded once, many rows at a time, since one long text folds faster than many short ---
-const BLOCK = 512;
+const BLOCK = 256;
+const SHORT = 35; // of the 50 ms that a browser calls idle, those left to whoever clicks meanwhile
 const BETWEEN = "\u0000";
 const haystacks = new WeakMap(); // of an array of rows: the folded text of each, as far as it is made
 
-const named = (label) => LANGUAGES.map(([lang]) => labelName(label, lang));
-const QUOTED = /«[^»]*»|“[^”]*”|[\p{L}\p{N}.,]+/gu;
-const SOME = 1000; // rows whose explanations say what stands in most of them
+const QUOTED = /(«[^»]*»|“[^”]*”)/u; // of a text split by it, every second piece is quoted
+const WORD = /[\p{L}\p{N}.,]+/gu;
+const SOME = 300; // rows whose explanations say what stands in most of them
 const USUAL = 0.2; // share of them from which a word outside quotes tells nothing
+
+// A function that answers once for each text: what stands between quotes is new, what stands around them comes again.
+function once(answer) {
+  const kept = new Map();
+  return (piece) => {
+    if (!kept.has(piece)) kept.set(piece, answer(piece));
+    return kept.get(piece);
+  };
+}
+
+const named = once((label) => LANGUAGES.map(([lang]) => labelName(label, lang)));
 
 // What every explanation says («precision 0.78», «on the word») is not searched: a word that a fifth of them have, a number.
 function usualWords(rows) {
   const seen = new Map();
   const some = rows.filter((row, at) => at % Math.ceil(rows.length / SOME) === 0 && row.explanation_it);
+  const wordsOf = once((piece) => (piece.match(WORD) ?? []).filter((word) => /^\p{L}/u.test(word)));
   for (const row of some) {
-    const own = [row.explanation_it, row.explanation_en].flatMap((words) => words.match(QUOTED) ?? []).filter((word) => /^\p{L}/u.test(word));
-    for (const word of new Set(own)) seen.set(word, (seen.get(word) ?? 0) + 1);
+    const pieces = [row.explanation_it, row.explanation_en].flatMap((words) => words.split(QUOTED).filter((_, at) => at % 2 === 0));
+    for (const word of new Set(pieces.flatMap(wordsOf))) seen.set(word, (seen.get(word) ?? 0) + 1);
   }
   return new Set([...seen].filter(([, n]) => some.length > 20 && n >= USUAL * some.length).map(([word]) => word));
 }
 
-function searched(row, usual, labels) {
-  const told = (words) => words.replace(QUOTED, (word) => (/^[\d.,]+$/.test(word) || usual.has(word) ? "" : word));
+function searched(row, telling, labels) {
+  const told = (words) => words.split(QUOTED).map((piece, at) => (at % 2 ? piece : telling(piece))).join("");
   const gold = [...row.gold, ...(labels.get(row.latent) ?? []).map(({ label }) => label)];
   return [row.title_it, row.title_en, told(row.explanation_it), told(row.explanation_en), row.llm_it, row.llm_en, ...row.top_tokens, ...gold, ...gold.flatMap(named)].join("\n");
 }
 
-function foldBlock(rows, { made, usual, labels }) {
-  const texts = rows.slice(made.length, made.length + BLOCK).map((row) => searched(row, usual, labels));
+function foldBlock(rows, { made, telling, labels }) {
+  const texts = rows.slice(made.length, made.length + BLOCK).map((row) => searched(row, telling, labels));
   const folded = fold(texts.join(BETWEEN)).split(BETWEEN);
   made.push(...(folded.length === texts.length ? folded : texts.map(fold))); // a text may hold the character between
 }
@@ -61,8 +74,9 @@ const golds = new WeakMap(); // of an array of rows: the run's labels, each sear
 
 function haystack(rows) {
   if (!haystacks.has(rows)) {
-    const labels = Map.groupBy(golds.get(rows) ?? [], ({ latent }) => latent);
-    haystacks.set(rows, { made: [], usual: usualWords(rows), labels });
+    const usual = usualWords(rows);
+    const telling = once((piece) => piece.replace(WORD, (word) => (/^[\d.,]+$/.test(word) || usual.has(word) ? "" : word)));
+    haystacks.set(rows, { made: [], telling, labels: Map.groupBy(golds.get(rows) ?? [], ({ latent }) => latent) });
   }
   return haystacks.get(rows);
 }
@@ -70,12 +84,12 @@ function haystack(rows) {
 // Folds the rows while nothing else is to be done, so that the first letter typed need not wait for all of them.
 function prepareSearch(rows, gold) {
   golds.set(rows, gold);
-  const some = () => {
+  const some = (idle) => {
     const hay = haystack(rows);
-    if (hay.made.length < rows.length) foldBlock(rows, hay);
+    do foldBlock(rows, hay); while (idle?.timeRemaining() > SHORT && hay.made.length < rows.length);
     if (hay.made.length < rows.length) whenIdle(some);
   };
-  painted().then(() => whenIdle(some)); // the list comes first
+  rested().then(() => haystack(rows) && whenIdle(some)); // the list comes first
 }
 
 // A word that no latent has is left out, and told: `state.missing`.
