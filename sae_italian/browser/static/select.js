@@ -38,10 +38,7 @@ const USUAL = 0.2; // share of them from which a word outside quotes tells nothi
 // A function that answers once for each text: what stands between quotes is new, what stands around them comes again.
 function once(answer) {
   const kept = new Map();
-  return (piece) => {
-    if (!kept.has(piece)) kept.set(piece, answer(piece));
-    return kept.get(piece);
-  };
+  return (piece) => kept.get(piece) ?? kept.set(piece, answer(piece)).get(piece);
 }
 
 const named = once((label) => LANGUAGES.map(([lang]) => labelName(label, lang)));
