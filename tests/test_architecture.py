@@ -22,7 +22,7 @@ AT_MOST = {
     "function p90": 30,
     "longest function": 60,
     "95th percentile of line lengths": 108,
-    "lines of JavaScript, CSS, HTML": 2_931,
+    "lines of JavaScript, CSS, HTML": 2_930,
     "commands": 40,  # DESIGN.md: 32 for what the first round had, 40 with the rooms of the later issues
     "options": 260,  # DESIGN.md: 200 and 260 likewise
 }
