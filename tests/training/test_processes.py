@@ -275,26 +275,45 @@ def test_a_killed_process_is_named_and_its_training_resumes_to_the_same_bits(spe
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments(spec, two, tmp_path):
-    """Of any one of two, by the clock: while it joins, reads, steps, sends or saves."""
-    random, out, hasty = Random(0), tmp_path / "sae", spec.model_copy(update={"process_timeout_seconds": 6.0})
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "sharded"])
+def test_ten_kills_at_random_moments(spec, two, tmp_path, monkeypatch, sharded):
+    """Of any one of two: twice by the clock, while it joins or reads, then from a step on: it steps, sends, gathers or saves."""
+    given, expected, random = spec.model_copy(update={"shard_latents": sharded}), two, Random(0)
+    if sharded:
+        expected = tmp_path / "two"
+        assert together(2, train, given, expected) == [expected] * 2
 
-    def later(spec, out, rank, seconds):
+    def kill_in(seconds):
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def killed(given, out, rank):
         if os.environ["RANK"] == str(rank):
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-        return train(spec, out, resume=True)
+            kill_in(random.uniform(0.01, 0.3))
+        return train(given, out)
 
-    for _ in range(10):
-        rank, began = random.randrange(2), time.monotonic()
-        found = together(2, later, hasty, out, rank, random.uniform(0.2, 2.5))
-        assert time.monotonic() - began < 30
-        told = found[1 - rank]
-        assert told == out or "of 2 was ended or hangs" in told or "does not reach" in told or "not all 2" in told, (
-            found
+    n_saved = 0
+    for number in range(10):
+        rank, at, delay, out = (
+            random.randrange(2),
+            random.randrange(20),
+            random.uniform(1e-6, 0.05),
+            tmp_path / f"{number}",
         )
-    assert together(2, resumed, spec, out) == [out] * 2
-    assert all(torch.equal(tensor, weights(two)[name]) for name, tensor in weights(out).items())
+        began = time.monotonic()
+        if number < 2:
+            found = together(2, killed, given, out, rank)
+        else:
+            in_step(monkeypatch, rank, at, lambda run, delay=delay: kill_in(delay))
+            found = together(2, train, given, out)
+            monkeypatch.undo()
+        told = found[1 - rank]
+        assert found[rank] is None and time.monotonic() - began < 30 and "\n" not in told, found
+        assert any(sign in told for sign in ("of 2 was ended or hangs", "does not reach", "not all 2")), found
+        n_saved += (out / "checkpoints").exists()
+        assert together(2, resumed, given, out) == [out] * 2
+        assert all(torch.equal(tensor, weights(expected)[name]) for name, tensor in weights(out).items()), (rank, at)
+    assert n_saved >= 5, "most of them go on from a checkpoint"
 
 
 def test_a_process_that_hangs_is_named(spec, tmp_path, monkeypatch):
