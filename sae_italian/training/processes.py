@@ -290,6 +290,9 @@ def joined(spec: RunSpec) -> Iterator[Processes]:
         here = Processes(rank, world)
         here.compare(spec)
         yield here
+    except UsageError:
+        time.sleep(ANSWER_SECONDS * (rank > 0))  # what stops all of them, rank 0 says
+        raise
     except RuntimeError as error:
         if here is None or not any(sign in str(error) for sign in LOST):
             raise

@@ -154,8 +154,8 @@ def train_together(
     loop = Loop(runs, open_stream(next(iter(specs.values())), model, hook_names, processes), out, processes)
     loop.resume()
     with contextlib.ExitStack() as stack:
-        for run in runs.values() if processes.first else ():
-            run.log = stack.enter_context(open_logger(run.spec, run.config, run.out))
+        logs = ((run, open_logger(run.spec, run.config, run.out)) for run in runs.values())
+        processes.by_first(lambda: [setattr(run, "log", stack.enter_context(log)) for run, log in logs])
         try:
             loop.fit()
             loop.finish()

@@ -8,6 +8,7 @@ says why and the others go on. `device=cpu small=true` goes the same way with sm
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -83,6 +84,7 @@ def bench_gpu(words: list[str]) -> tuple[dict[str, Any], str]:
             result["rows"] += measure()
         except Exception as error:  # the other parts are worth having
             result["failed"][part] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        gc.collect()  # a trainer holds itself; left there, its SAE would count in the next part's peak
         if device == "cuda":
             torch.cuda.empty_cache()
         result["seconds"] = round(time.monotonic() - started, 1)

@@ -3,6 +3,7 @@
 The processes are forked from this one, which has everything imported; the commands are run in `test_launching`.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.saes import architectures
 from sae_italian.training import ActivationStream, train
 from sae_italian.training import processes as room
+from sae_italian.training.logging import open_logger
 from sae_italian.training.processes import ALONE, JOINT, Processes, joined
 from sae_italian.training.sae_run import SAERun
 from tests.training.forked import free_port, together
@@ -314,6 +316,37 @@ def test_ten_kills_at_random_moments(spec, two, tmp_path, monkeypatch, sharded):
         assert together(2, resumed, given, out) == [out] * 2
         assert all(torch.equal(tensor, weights(expected)[name]) for name, tensor in weights(out).items()), (rank, at)
     assert n_saved >= 5, "most of them go on from a checkpoint"
+
+
+def refused_at(spec, out):
+    with pytest.raises(UsageError, match="fewer than the"):
+        train(spec, out)
+    return time.monotonic()
+
+
+def test_what_all_refuse_rank_0_says_before_the_others(spec, tmp_path):
+    """The launcher tells the line of the first that fails, and that of rank 0 is on the terminal already: two lines of one."""
+    (tmp_path / "a.txt").write_text("Ciao.")
+    first, second = together(
+        2, refused_at, spec.model_copy(update={"corpus": str(tmp_path / "a.txt")}), tmp_path / "sae"
+    )
+    assert second - first > 1
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_the_first_to_open_its_log(spec, two, tmp_path, monkeypatch):
+    """W&B may take longer than `process_timeout_seconds`, in which a process that steps must answer."""
+
+    @contextlib.contextmanager
+    def slow(*given):
+        time.sleep(15)
+        with open_logger(*given) as log:
+            yield log
+
+    monkeypatch.setattr("sae_italian.training.run.open_logger", slow)
+    impatient = spec.model_copy(update={"process_timeout_seconds": 8.0})
+    assert together(2, train, impatient, tmp_path / "sae") == [tmp_path / "sae"] * 2
+    assert apart(tmp_path / "sae", two) == 0
 
 
 def test_a_process_that_hangs_is_named(spec, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from sae_italian.training.run import check_run
 from sae_italian.training.sae_run import SAERun
 from tests.training.forked import together
 from tests.training.test_processes import apart, in_step, killed_and_resumed, resumed, weights
+from tests.training.wandb_file import OfflineRun
 
 SHARDED = {"shard_latents": True}
 
@@ -122,6 +123,30 @@ def test_a_killed_process_is_named_and_its_training_resumes_to_the_same_bits(spe
     assert together(2, resumed, given, tmp_path / "sae") == [tmp_path / "sae"] * 2
     two = weights(tmp_path / "two")
     assert all(torch.equal(tensor, two[name]) for name, tensor in weights(tmp_path / "sae").items())
+
+
+def test_wandb_and_evaluations_on_the_way_are_of_the_whole_sae(exact, tmp_path):
+    """W&B, at rank 0 alone, holds the rows, the card and the artifacts of one process; each evaluation is of all latents."""
+    changes = {
+        "wandb": "offline",
+        "wandb_checkpoints": True,
+        "evaluate_every_tokens": 5120,
+        "evaluate_tokens": 500,
+        "process_timeout_seconds": 300.0,
+    }
+    given, whole, out = exact.model_copy(update=changes), tmp_path / "whole", tmp_path / "sae"
+    assert (
+        together(2, train, given.model_copy(update=SHARDED), out, seconds=300) == [out] * 2
+    )  # forked before W&B starts
+    train(given, whole)
+    one, two = OfflineRun(whole), OfflineRun(out)
+    assert two.exit_code == 0 and sorted(two.artifacts) == sorted(one.artifacts)
+    assert [row.keys() for row in two.rows] == [row.keys() for row in one.rows]
+    judged = [
+        [row["eval/explained_variance"] for row in run.rows if "eval/explained_variance" in row] for run in (one, two)
+    ]
+    assert len(judged[0]) == 2 and judged[1] == pytest.approx(judged[0], rel=1e-5)  # at half, and at the end
+    assert load_sae(out).cfg.d_sae == 256
 
 
 def test_what_the_processes_share_is_compared_and_a_bad_weight_of_one_stops_all(spec, tmp_path, monkeypatch):
