@@ -371,9 +371,9 @@ def _continued(
     return {**earlier, "spec": spec}
 
 
-def record_in(folder: Path) -> dict[str, Any]:
+def record_in(folder: str | Path) -> dict[str, Any]:
     """Return a folder's `run.json`: kind, created and spec; empty where it has none, or one that is not ours."""
-    file = folder / RUN_FILE
+    file = Path(folder) / RUN_FILE
     found: Any = read_json(file) if file.is_file() else None
     known = isinstance(found, dict) and {"kind", "created", "spec"} <= found.keys() and isinstance(found["spec"], dict)
     return found if known else {}

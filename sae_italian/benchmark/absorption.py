@@ -83,15 +83,16 @@ class Absorption:
     def means(self) -> dict[str, dict[str, Estimate]]:
         """Return by SAE the means over pairs, with their intervals."""
         names = ("fraction", "full", "latents_f1")
-        return {s: {n: _mean([(p, getattr(p, n)) for p in of]) for n in names} for s, of in self.pairs.items()}
+        return {
+            sae: {name: _mean([(pair, getattr(pair, name)) for pair in of]) for name in names}
+            for sae, of in self.pairs.items()
+        }
 
     def differences(self) -> dict[str, Estimate]:
         """Return by SAE the mean difference of its fraction from the first's, over pairs that both have."""
-        first, *others = self.fractions().items()
-        return {
-            name: _mean([(p, of[p[:3]] - first[1][p[:3]]) for p in self.pairs[name] if p[:3] in first[1]])
-            for name, of in others
-        }
+        (_, known), *others = self.fractions().items()
+        shared = {sae: [pair for pair in self.pairs[sae] if pair[:3] in known] for sae, _ in others}
+        return {sae: _mean([(p, p.fraction - known[p[:3]]) for p in of]) for sae, of in shared.items()}
 
     def fractions(self) -> dict[str, dict[tuple[str, ...], float]]:
         """Return by SAE the fraction of each (treebank, class, member)."""
@@ -111,12 +112,14 @@ class Absorption:
             parts.append(f"{sae} less {first}: {shown(found, '+.3f')}{apart}.")
             if abs(ratio - 1) > L0_ALIKE:
                 parts[-1] += f" Its L0 is {ratio:.2f} times as large: compare at equal L0."
-        by = self.fractions()
+        every = self.fractions().values()
         details = [
-            (*p[:3], p.n_words, f"{p.dense_f1:.2f}", *(f"{of.get(p[:3], np.nan):.3f}" for of in by.values()))
+            (*p[:3], p.n_words, f"{p.dense_f1:.2f}", *(f"{of[p[:3]]:.3f}" if p[:3] in of else "-" for of in every))
             for p in self.pairs[first]
         ]
-        parts.append(table("treebank | class | member | words | F1 of the dense probe | " + " | ".join(by), details))
+        parts.append(
+            table("treebank | class | member | words | F1 of the dense probe | " + " | ".join(self.pairs), details)
+        )
         n, of = self.letters
         parts.append(
             f"First letters: a dense probe reads {n} of {of} (F1 above {LEAST_F1}); {LEAST_LETTERS} are needed for a score."
@@ -261,10 +264,10 @@ def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence
     for child in children:
         own = words.labels[:, [words.names.index(child)]].toarray().ravel() > 0
         here = np.flatnonzero(own & probe.y & probe.said & ~words.train)
-        fraction, full = parts(acts[here].toarray() * lengths, cosine, words.x[here] @ probe.unit, latents)
-        means = [float(each.mean()) if len(here) else float("nan") for each in (fraction, full)]
+        both = parts(acts[here].toarray() * lengths, cosine, words.x[here] @ probe.unit, latents)
+        fraction, full = (float(each.mean()) if len(here) else float("nan") for each in both)
         form = child.removeprefix("form=")
-        found.append(Absorbed(bank, probe.parent, form, means[0], means[1], len(here), probe.f1, latents, latents_f1))
+        found.append(Absorbed(bank, probe.parent, form, fraction, full, len(here), probe.f1, latents, latents_f1))
     return found
 
 

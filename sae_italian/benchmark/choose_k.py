@@ -197,7 +197,7 @@ def members(spec: RunSpec, grid: Sequence[int], seeds: int, share: float) -> dic
         raise UsageError(f"seeds is {seeds}; 1 or more was expected.")
     if not 0 < share <= 1:
         raise UsageError(
-            f"share is {share:g}; a part of the config's training_tokens was expected, over 0 and at most 1."
+            f"share is {share:g}; a part of the config's training_tokens was expected, above 0 and at most 1."
         )
     short = {name: round(share * getattr(spec, name)) for name in ("lr_warm_up_steps", "lr_decay_steps")}
     short["training_tokens"] = max(spec.train_batch_size_tokens, round(share * spec.training_tokens))

@@ -118,7 +118,7 @@ def _passages(name: str, one: HubSet, row: Mapping[str, Any], group: str, test: 
         right = LETTERS.index(answer) if answer in LETTERS else int(answer) - one.first
         for i, column in enumerate(one.choices):
             if row[column]:
-                yield Passage(f"{text} {row[column]}", group, test, {"right": ("no", "yes")[i == right]})
+                yield Passage(f"{text} {row[column]}", group, test, {"right": "yes" if i == right else "no"})
         return
     words = []
     if one.span:  # of the word in the last text, placed in all texts together

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import label
 from sae_italian.base.report import page, plain, save_result, shown, table
 from sae_italian.base.storage import fingerprint, write_json, write_text
@@ -80,11 +81,8 @@ def families(entries: Sequence[Entry]) -> Board:
     names = list(dict.fromkeys(told["family"] for entry in entries for told in entry.told.values()))
     rows = []
     for entry in entries:
-        cells = []
-        for family in names:
-            auc, selectivity = (entry.estimate(column, family) for column in ("auc_16", "selectivity"))
-            cells.append("-" if auc.value != auc.value else f"{auc.value:.3f} ({selectivity.value:+.3f})")
-        rows.append([entry.name, *cells])
+        found = ([entry.estimate(c, family).value for c in ("auc_16", "selectivity")] for family in names)
+        rows.append([entry.name, *("-" if auc != auc else f"{auc:.3f} ({less:+.3f})" for auc, less in found)])
     return Board(both("families"), ["SAE", *names], rows, [])
 
 
@@ -111,10 +109,12 @@ def write(folder: Path, entries: Sequence[Entry], told: Mapping[str, Any]) -> Bo
     first, notes = headline(entries), list(_notes(told))
     boards = [first._replace(notes=[*first.notes, *notes]), families(entries), *map(problems, entries)]
     _pages(folder / "benchmark", both("title"), boards)
-    facts = [{key: e.facts[key] for key in ("architecture", "d_sae", "hook", "model", "seen")} for e in entries]
-    counts = [{"sae": e.name, "reseed": e.reseed, "tasks": len(e.by_task("auc_16"))} for e in entries]
-    every = zip(entries, facts, counts, strict=True)
-    rows = [{c: plain(entry.estimate(c)) for c in COLUMNS} | known | own for entry, known, own in every]
+    rows = [
+        {c: plain(entry.estimate(c)) for c in COLUMNS}
+        | {key: entry.facts[key] for key in ("architecture", "d_sae", "hook", "model", "seen")}
+        | {"sae": entry.name, "reseed": entry.reseed, "tasks": len(entry.by_task("auc_16"))}
+        for entry in entries
+    ]
     save_result(folder, "benchmark", {"saes": rows, "notes": notes, "refused": told["refused"]})
     for entry in entries:
         name = entry.name if ":" in entry.name else f"custom_{entry.name}"
@@ -164,21 +164,16 @@ def send_to_wandb(entries: Sequence[Entry], project: str, folder: Path) -> str:
     """Log the headline and every problem as W&B tables, offline without a login; return where they are."""
     import wandb
 
-    run: Any = wandb.init(
-        project=project,
-        dir=str(folder.resolve()),
-        mode="online" if wandb.login(prompt=False, verify=False) else "offline",
-        settings=wandb.Settings(console="off", silent=True),
-    )
     rows = [[entry.name, *(entry.estimate(column).value for column in COLUMNS)] for entry in entries]
     cells = [
         [entry.name, name, *map(score.value, COLUMNS)] for entry in entries for name, score in entry.scores.items()
     ]
     tables: Any = {"benchmark/saes": (["sae"], rows), "benchmark/problems": (["sae", "problem"], cells)}
-    for name, (head, data) in tables.items():
-        run.log({name: wandb.Table(columns=[*head, *COLUMNS], data=data)})
-    offline = run.offline
-    run.finish()
-    if offline:
+    mode = None if wandb.login(prompt=False, verify=False) else "offline"  # None: as WANDB_MODE says
+    how: Any = {"mode": mode, "settings": wandb.Settings(console="off", silent=True)}
+    with wandb.init(job_type="benchmark", **how, **WandbRun(project=project).joined(folder)) as run:
+        for name, (head, data) in tables.items():
+            run.log({name: wandb.Table(columns=[*head, *COLUMNS], data=data)})
+    if run.offline:
         sys.stderr.write(f"W&B holds this offline; send it with: wandb sync {folder}/wandb/offline-*\n")
     return f"W&B project {project}"

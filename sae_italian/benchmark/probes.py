@@ -112,7 +112,7 @@ def read_texts(model: Any, hook_name: str, texts: Sequence[str], folder: Path) -
 def _compute(model: Any, hook_name: str, acts: Activations) -> None:
     bos = bos_id(model.tokenizer)
     starts = list(range(0, len(acts.order), PART))
-    todo = [(n, at) for n, at in enumerate(starts) if not (acts.folder / f"part-{n:04}.npy").is_file()]
+    todo = [(n, first) for n, first in enumerate(starts) if not (acts.folder / f"part-{n:04}.npy").is_file()]
     todo = [
         todo[i] for i in np.random.default_rng(0).permutation(len(todo))
     ]  # a time bound leaves texts of all lengths

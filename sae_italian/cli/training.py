@@ -14,7 +14,7 @@ from cyclopts.validators import Number
 import sae_italian
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
-from sae_italian.base.storage import RUN_FILE, write_text
+from sae_italian.base.storage import RUN_FILE, record_in, write_text
 from sae_italian.cli import Count, Folder, Result, Sae, Source, Workers, own_words
 
 Sample = Annotated[int, Parameter(validator=Number(gte=256))]
@@ -166,12 +166,12 @@ def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, sourc
     from sae_italian.evaluation.doctor import Diagnosis, examine, unreadable
     from sae_italian.saes import model_of
     from sae_italian.training.curves import look_at_training
-    from sae_italian.training.run import WEIGHTS, read_run
+    from sae_italian.training.run import WEIGHTS
 
     folder, picture = Path(sae), None
     if not (folder / "cfg.json").is_file() and any(folder.glob("*TC*/cfg.json")):
         return _doctor_of_set(folder, tokens, source)
-    trained_here = read_run(folder).get("kind") == "train"
+    trained_here = record_in(folder).get("kind") == "train"
     if trained_here and not (folder / WEIGHTS).is_file():
         report = Diagnosis(sae, "-", "-")
     else:

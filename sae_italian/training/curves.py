@@ -15,11 +15,11 @@ from jaxtyping import Float
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pictures import OURS, REFERENCE, svg
-from sae_italian.base.storage import read_json, understood
+from sae_italian.base.storage import read_json, record_in, understood
 from sae_italian.evaluation.doctor import Finding
 from sae_italian.training.config import RunSpec, configs_folder
 from sae_italian.training.logging import METRICS_FILE, read_metrics
-from sae_italian.training.run import WEIGHTS, read_run
+from sae_italian.training.run import WEIGHTS
 from sae_italian.training.sae_run import LOSS_KEYS
 
 TITLES = {
@@ -48,7 +48,7 @@ class Curve(NamedTuple):
 
 def read_curve(folder: Path) -> Curve:
     """Return the curve of a training's folder, finished or not. Raises: UsageError where there is none."""
-    spec = read_run(folder).get("spec")
+    spec = record_in(folder).get("spec")
     file = folder / METRICS_FILE
     if not file.is_file() or not spec or "sae" not in spec:
         raise UsageError(f"{folder} is not a training's folder: metrics.jsonl and run.json are expected there.")
@@ -94,7 +94,7 @@ def look_at_training(folder: Path) -> tuple[list[Finding], str]:
     They are held against the recorded curve of the recipe the run was started with; where there is none, only what needs
     no other run is judged. Raises: UsageError for a folder without a training.
     """
-    curve, spec = read_curve(folder), read_run(folder)["spec"]
+    curve, spec = read_curve(folder), record_in(folder)["spec"]
     same = ((recipe, healthy) for recipe, other, healthy in recorded_curves() if same_recipe(other, spec))
     recipe, healthy = next(same, ("", None))
     done = "finished" if (folder / WEIGHTS).is_file() else f"{100 * curve.share[-1]:.0f} % done"

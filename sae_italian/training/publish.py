@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import TOKENS_PAGE, WANDB_FILE, WandbRun, explain
 from sae_italian.base.labels import label
-from sae_italian.base.storage import read_json, understood
+from sae_italian.base.storage import read_json, record_in, understood
 from sae_italian.evaluation.card import DENSITY_PICTURE, EvaluationCard, read_card
 from sae_italian.models import catalogue
 from sae_italian.training.curves import look_at_training
 from sae_italian.training.logging import METRICS_FILE, OUR_FILES, SAE_FILES, SAELENS_FILES
-from sae_italian.training.run import read_run
 
 MODEL_CARD = "README.md"
 # What a report at W&B shows: curves of the training, pictures and pages, tables; those of an export join the run's group.
@@ -201,7 +200,7 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
     """Return the README.md of the SAE in `folder`, Markdown in Italian and English with the hub's YAML front matter."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    spec = read_run(folder).get("spec", {})
+    spec = record_in(folder).get("spec", {})
     with understood(folder / "cfg.json"):
         architecture = read_json(folder / "cfg.json").get("architecture", "sae")
     entry = catalogue().get(card.model)

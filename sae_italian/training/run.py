@@ -20,7 +20,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from sae_italian.base.errors import SaeItalianError, UsageError
-from sae_italian.base.storage import STOP_SIGNALS, claimed, record_in
+from sae_italian.base.storage import STOP_SIGNALS, claimed
 from sae_italian.base.units import connect
 from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.corpora.stream import check_corpus
@@ -219,11 +219,6 @@ def open_stream(
         exclude_special_tokens=spec.exclude_special_tokens,
         processes=processes,
     )
-
-
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """Return `run.json` of a training folder, or an empty dict for an SAE that was not trained here."""
-    return record_in(Path(folder))
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

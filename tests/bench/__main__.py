@@ -146,6 +146,7 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--d-sae", type=int, nargs="*", default=[16_384], help="of synthetic folders, smallest first")
     sub.add_argument("--non-zeros", type=int, default=4_000_000, help="of each synthetic cache")
     sub.add_argument("--repeats", type=int, default=5, help="of the page's times")
+    sub.add_argument("--pages", type=Path, nargs=2, metavar="FOLDER", help="only two browsers' pages, side by side")
     sub = add("pictures", _bench_pictures, "the pictures of README.md and docs/browser.md")
     sub.add_argument("report", type=Path, help="what `sae-italian browse` wrote")
     sub.add_argument("--out", type=Path, default=Path("docs/pictures"))
@@ -162,9 +163,11 @@ def _bench_pictures(options: argparse.Namespace) -> Result:
 def _bench_browser(options: argparse.Namespace) -> Result:
     import tempfile
 
-    from tests.bench.browser import measure_export, measure_page, table_of, write_big
+    from tests.bench.browser import compare_pages, measure_export, measure_page, table_of, write_big
 
     positive("--repeats", options.repeats)
+    if options.pages:
+        return compare_pages(*options.pages, pairs=options.repeats)
     positive("--latents", options.latents)
     result: dict[str, Any] = {}
     if options.sae:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.report import table
 from sae_italian.browser.contexts import N_TOP, PER_TENTH, TENTHS
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.write import CARDS_PER_SHARD, MARKER, data_script, write_browser
@@ -219,18 +220,16 @@ def measure_page(folder: Path, *, repeats: int = 5) -> dict[str, Any]:
     return {f"{name}_seconds": statistics.median(one[name] / 1e3 for one in times) for name in times[0]}
 
 
-def compare_pages(ours: Path, other: Path, *, pairs: int = 6) -> str:
-    """Return a table of both folders' steps, visited in turn: medians of milliseconds, and the ratios of these."""
+def compare_pages(ours: Path, other: Path, *, pairs: int = 6) -> tuple[dict[str, tuple[float, float]], str]:
+    """Return both folders' steps, visited in turn, medians of milliseconds, and a table of them with their ratios."""
     times: dict[Path, list[dict[str, float]]] = {ours: [], other: []}
     with _chromium() as browser:
         for pair in range(pairs):
             for folder in (ours, other) if pair % 2 else (other, ours):
                 times[folder].append(_visit(browser, folder, (pair + 1) / (pairs + 1)))
-    rows = []
-    for name in times[ours][0]:
-        ms, theirs = (statistics.median(one[name] for one in times[folder]) for folder in (ours, other))
-        rows.append(f"| {name} | {ms:.0f} | {theirs:.0f} | {ms / theirs:.2f} |")
-    return "\n".join(["| ms | ours | other | ratio |", "|---|---|---|---|", *rows])
+    medians = {name: [statistics.median(one[name] for one in of) for of in times.values()] for name in times[ours][0]}
+    rows = [(name, f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}") for name, (a, b) in medians.items()]
+    return {name: (a, b) for name, (a, b) in medians.items()}, table("ms | ours | other | ratio", rows)
 
 
 def _visit(browser: Any, folder: Path, share: float) -> dict[str, float]:
@@ -348,7 +347,3 @@ def table_of(result: dict[str, Any]) -> str:
             for name, value in page.items()
         ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":  # python -m tests.bench.browser OURS OTHER [PAIRS]
-    print(compare_pages(Path(sys.argv[1]), Path(sys.argv[2]), pairs=int((sys.argv[3:] or ["6"])[0])))

@@ -64,7 +64,7 @@ def test_each_treebank_has_pairs_of_its_own_and_a_pair_that_time_left_out_is_not
     )
     assert found.differences()["second"].value == pytest.approx((6 * 0.1 + 5 * 0.2) / 11)
     rows = [row for row in found.table().splitlines() if "form5" in row]
-    assert [row.split(" | ")[-2:] for row in rows] == [["0.500", "0.600 |"], ["0.100", "nan |"]]
+    assert [row.split(" | ")[-2:] for row in rows] == [["0.500", "0.600 |"], ["0.100", "- |"]]
 
 
 def test_pairs_of_one_member_count_once_in_the_interval():

@@ -161,13 +161,17 @@ def test_wandb_gets_two_tables(scored, tmp_path, monkeypatch):
         def log(self, tables):
             logged.update(tables)
 
-        def finish(self):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
             pass
 
     monkeypatch.setattr("wandb.login", lambda **_: False)
-    monkeypatch.setattr("wandb.init", lambda **given: logged.update(mode=given["mode"]) or Run())
-    assert send_to_wandb(read_entries(scored[0]), "prova", tmp_path) == "W&B project prova"
-    assert logged["mode"] == "offline" and len(logged["benchmark/saes"].data) == 2
+    monkeypatch.setattr("wandb.init", lambda **given: logged.update(given) or Run())
+    assert send_to_wandb(read_entries(scored[0]), "gruppo/prova", tmp_path) == "W&B project gruppo/prova"
+    assert (logged["mode"], logged["entity"], logged["project"]) == ("offline", "gruppo", "prova")
+    assert len(logged["benchmark/saes"].data) == 2
     assert len(logged["benchmark/problems"].data) == 8 and "selectivity" in logged["benchmark/saes"].columns
 
 
