@@ -1,6 +1,8 @@
 """`make bench TABLE=gpu` goes its whole way on the CPU, so that the first run on a GPU does not fail on a slip."""
 
 import json
+import signal
+import time
 
 import pytest
 import torch
@@ -43,6 +45,24 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch, tmp_path):
     assert f"NOT measured: k 4: {SAELENS}: RuntimeError: out of memory" in text
     late, _ = gpu.bench_gpu(["device=cpu", "small=true", "minutes=0", f"out={tmp_path / 'o.json'}"])
     assert all("minutes were over" in why for why in late["failed"].values()) and len(late["failed"]) == 9
+
+
+def test_a_part_without_end_is_stopped_and_the_command_ends(monkeypatch, tmp_path):
+    def endless(*_):
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:  # what a training does on its way: it must not swallow the alarm
+                continue
+
+    monkeypatch.setattr(gpu, "measure_run", endless)
+    monkeypatch.setattr(gpu, "measure_way", lambda name, *_: [{"way": name, "k": 4, "ms": 1.0, "peak_gb": None}])
+    monkeypatch.setattr(gpu.gc, "collect", lambda: 0)  # takes as long as the minutes of this test
+    before, started = signal.getsignal(signal.SIGALRM), time.monotonic()
+    found, text = gpu.bench_gpu(["device=cpu", "small=true", "minutes=0.02", f"out={tmp_path / 'o.json'}"])
+    assert time.monotonic() - started < 30 and len(found["rows"]) == 8
+    assert found["failed"] == {"whole run": "0.02 minutes were over"} and "NOT measured: whole run" in text
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_sparsifys_way_has_the_gradients_of_the_plain_one():
