@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from unicodedata import normalize
 
 import numpy as np
 import scipy.sparse
@@ -42,6 +41,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
+from sae_italian.benchmark.material import plainly
 from sae_italian.benchmark.probes import f1
 from sae_italian.saes import check_fits
 
@@ -274,11 +274,6 @@ def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence
 # --- first letters ----------------------------------------------------------------------------------------------------------
 
 
-def first_letter(word: str) -> str:
-    """Return a word's first letter without its accent, in lower case: è and e are one class."""
-    return normalize("NFD", word)[:1].lower()
-
-
 def letters_of(
     model: Any, hook: str, forms: Mapping[str, int], saes: Mapping[str, Any]
 ) -> tuple[tuple[int, int], dict[str, list[Absorbed]]]:
@@ -291,7 +286,7 @@ def letters_of(
     ids = model.tokenizer([f" {word}" for word in spelled], add_special_tokens=False).input_ids
     single = [word for word, own in zip(spelled, ids, strict=True) if len(own) == 1][:MOST_WORDS]
     start = TEMPLATE.index("{")
-    labels = [frozenset({f"letter={first_letter(word)}"}) for word in single]
+    labels = [frozenset({f"letter={plainly(word)[:1]}"}) for word in single]
     sentences = [
         Sentence(TEMPLATE.format(word), [Word(start, start + len(word), own)], number % 3 != 0)
         for number, (word, own) in enumerate(zip(single, labels, strict=True))

@@ -70,7 +70,7 @@ def is_test(name: str, one_in: int) -> bool:
 
 
 def plainly(text: str) -> str:
-    """Return a text without case, marks and accents: what two copies of a sentence share, whatever their spelling."""
+    """Return a text without case, marks and accents, so that è and e, and two spellings of a sentence, are one."""
     folded = unicodedata.normalize("NFD", text.lower())
     return re.sub(r"\W+", " ", "".join(c for c in folded if not unicodedata.combining(c))).strip()
 

@@ -113,9 +113,7 @@ def _compute(model: Any, hook_name: str, acts: Activations) -> None:
     bos = bos_id(model.tokenizer)
     starts = list(range(0, len(acts.order), PART))
     todo = [(n, first) for n, first in enumerate(starts) if not (acts.folder / f"part-{n:04}.npy").is_file()]
-    todo = [
-        todo[i] for i in np.random.default_rng(0).permutation(len(todo))
-    ]  # a time bound leaves texts of all lengths
+    np.random.default_rng(0).shuffle(todo)  # a time bound leaves texts of all lengths
     for number, first in paced(todo, "activations", len(todo), "part"):
         rows = []
         for batch in acts.order[first : first + PART]:

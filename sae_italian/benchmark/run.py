@@ -129,12 +129,10 @@ def _influence(documents: np.ndarray, draws: Sequence[Drawn], judged: Sequence[p
 
 def _drawn(problem: Problem, pooling: Pooling, found: Iterable[np.ndarray]) -> Drawn:
     """Return a draw as rows of the pooling, without words beyond the context."""
-    points, sides = problem.points(), []
-    for items in found:
-        sides.append(np.array([i for i in items.tolist() if points[i] in pooling.rows], dtype=np.int64))
-    rows = [np.array([pooling.rows[points[i]] for i in side.tolist()], dtype=np.int64) for side in sides]
-    answers = [np.array([problem.items[i].answer for i in side.tolist()], dtype=bool) for side in sides]
-    return Drawn((rows[0], rows[1]), (answers[0], answers[1]), (sides[0], sides[1]))
+    row = np.array([pooling.rows.get(point, -1) for point in problem.points()], dtype=np.int64)
+    answer = np.array([item.answer for item in problem.items], dtype=bool)
+    train, test = (side[row[side] >= 0] for side in found)
+    return Drawn((row[train], row[test]), (answer[train], answer[test]), (train, test))
 
 
 def set_up(
@@ -157,9 +155,8 @@ def set_up(
     for problem in planned.problems:
         found = [_drawn(problem, pooling, one) for one in raw[problem.name]]
         if min(min(y.sum(), (~y).sum()) for one in found for y in one.answers) < LEAST:
-            refused.append(
-                f"{problem.task.id} ({problem.task.en}): words lie beyond the context, {LEAST} a class needed"
-            )
+            told = f"{problem.task.id} ({problem.task.en})"
+            refused.append(f"{told}: words lie beyond the context, {LEAST} a class needed")
             continue
         draws[problem.name] = found
         problems.append(problem)
