@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from sae_italian.base.labels import label
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import Estimate, reaches
 from sae_italian.base.storage import claimed, locked, read_json, remove, write_json, write_text
+from sae_italian.base.units import PROCESSORS
 from sae_italian.browser import LatentSource, write_browser
 from sae_italian.browser.page import records, text_table
 from sae_italian.browser.source import RESULTS
@@ -51,7 +51,7 @@ def quickstart(
         kept = {"sae_name": str(sae_folder.resolve()), "resume": (out / "cache").is_dir()}
         sae_italian.build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)
         cache = sae_italian.FeatureCache.open(out / "cache", sae=sae, tokenizer=model.tokenizer)
-        asked: dict[str, Any] = {"config": AutointerpConfig(latents=latents), "workers": min(4, os.cpu_count() or 1)}
+        asked: dict[str, Any] = {"config": AutointerpConfig(latents=latents), "workers": PROCESSORS}
         results = analyse(cache, sae, model, card_tokens=card_tokens, **asked)
         remove(cache.folder / TWIN_FOLDER)
         with Store(cache.folder / STORE_FILE, {}) as store:

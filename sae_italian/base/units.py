@@ -33,6 +33,7 @@ from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 from sae_italian.base.storage import STOP_SIGNALS
 
 Engine = Literal["local", "ray"]
+PROCESSORS = min(4, os.cpu_count() or 1)  # that a command takes without being told
 RETRIES = 3  # how often Ray does a unit again whose worker died
 AHEAD = 2  # units handed out for each worker before the first result is taken
 PATIENCE = 5.0  # seconds until a network file system must have shown a new file
@@ -59,8 +60,7 @@ def map_units(
     `fork` (Linux; elsewhere the work is done here) the processes share this one's memory, with one thread each. `ray` uses
     the cluster at `address` (None: the one this process is connected to, else a new one here with `workers` CPUs); a unit
     takes one CPU there and `gpus` GPUs. Units are read as they are needed, AHEAD a worker. `folder` is where they write: on
-    Ray, a worker that does not see it is refused. A worker that dies costs the units it had: Ray does
-    them again, here the work ends and whoever resumes does them.
+    Ray, a worker that does not see it is refused. Units of a worker that dies Ray does again; here the work ends.
 
     Raises: UsageError for an engine that is unknown, not installed or not reached, for a folder that is not shared, and
     when a worker died; what a unit raises, unchanged, with the worker's traceback as its cause unless it is ours.

@@ -103,9 +103,7 @@ class Difference(NamedTuple):
     """How two SAEs differ in mean AUC at k = 16 on the same examples; `least` could be told apart four times in five."""
 
     value: float
-    error: float
     least: float
-    tasks: int
 
     @property
     def distinguishable(self) -> bool:
@@ -114,11 +112,11 @@ class Difference(NamedTuple):
 
 
 def compare(a: Entry, b: Entry) -> Difference:
-    """Return the difference a - b over the tasks that both have, with its two-way standard error."""
+    """Return the difference a - b over the tasks that both have, judged by its two-way standard error."""
     one, other = a.by_task("auc_16"), b.by_task("auc_16")
     shared = sorted(one.keys() & other.keys())
     if len(shared) < 2:
-        return Difference(float("nan"), float("nan"), float("nan"), len(shared))
+        return Difference(float("nan"), float("nan"))
     differences = np.array([one[task] - other[task] for task in shared])
     cells, documents = a.influence(), Counter()
     cells.subtract(b.influence())
@@ -128,8 +126,7 @@ def compare(a: Entry, b: Entry) -> Difference:
     over_documents, alone = (float(np.square([*some.values()]).sum()) for some in (documents, cells))
     seeds = (a.reseed**2 + b.reseed**2) / max(len(next(iter(a.scores.values())).own["auc"]["16"]), 1)
     variance = max(over_tasks + over_documents - alone, over_tasks, over_documents) + np.nan_to_num(seeds)
-    error = float(np.sqrt(variance))
-    return Difference(float(differences.mean()), error, POWER * error, len(shared))
+    return Difference(float(differences.mean()), POWER * float(np.sqrt(variance)))
 
 
 def ranks(entries: Sequence[Entry]) -> list[int]:

@@ -76,10 +76,6 @@ class Activations:
                 texts = [text for batch in self.order[first : first + PART] for text in batch]
                 yield texts, np.load(file, mmap_mode="r")
 
-    def n_tokens(self) -> int:
-        """Return how many tokens there are."""
-        return sum(map(len, self.ids))
-
 
 def read_texts(model: Any, hook_name: str, texts: Sequence[str], folder: Path) -> Activations:
     """Return the activations of texts at a hook, read from `folder` where it holds them, else computed into it.
@@ -167,11 +163,9 @@ class Pooling:
 
     def embedded(self, embeddings: Float[np.ndarray, "vocabulary d"]) -> Float[np.ndarray, "points d"]:
         """Return the pooled rows of the model's embedding matrix."""
-        parts = zip(self._of_part, self.acts.parts(), strict=True)
-        return np.concatenate([pool @ embeddings[self._ids(inside)] for pool, (inside, _) in parts])
-
-    def _ids(self, inside: Sequence[int]) -> Int[np.ndarray, " tokens"]:
-        return np.concatenate([self.acts.ids[text] for text in inside])
+        parts, ids = zip(self._of_part, self.acts.parts(), strict=True), self.acts.ids
+        tokens = ((pool, np.concatenate([ids[text] for text in inside])) for pool, (inside, _) in parts)
+        return np.concatenate([pool @ embeddings[own] for pool, own in tokens])
 
     def latents(self, sae: Any, what: str) -> scipy.sparse.csr_array:
         """Return the pooled latents [points, d_sae]. Raises: UsageError when the SAE reads another width."""
@@ -184,7 +178,7 @@ class Pooling:
 
     def sample(self, n: int, seed: int = 0) -> Float[np.ndarray, "n d_in"]:
         """Return activations of tokens drawn over all texts, to calibrate a random twin on."""
-        rng, total, found = np.random.default_rng(seed), self.acts.n_tokens(), []
+        rng, total, found = np.random.default_rng(seed), sum(map(len, self.acts.ids)), []
         for _, x in self.acts.parts():
             found.append(x[np.sort(rng.permutation(len(x))[: -(-n * len(x) // total)])])
         return np.concatenate(found)

@@ -21,6 +21,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of, paced
 from sae_italian.base.statistics import auroc_by_document
 from sae_italian.base.storage import claimed, fingerprint, read_json, write_json
+from sae_italian.base.units import PROCESSORS, map_units
 from sae_italian.benchmark import probes
 from sae_italian.benchmark.material import Material
 from sae_italian.benchmark.probes import Activations, Pooling, model_identity, read_texts
@@ -60,15 +61,11 @@ class Bench:
     n_permuted: int
     embeddings: Float[np.ndarray, "vocabulary d"] = field(repr=False)
 
-    def controls(self) -> dict[str, dict[str, Any]]:
-        """Return what form, token identity, activations and embeddings give by problem, from disk where it is there."""
-        todo = [p for p in self.plan.problems if not self._file("controls", p).is_file()]
-        if todo:
+    def controls(self) -> None:
+        """Find what form, token identity, activations and embeddings give, for every problem that has no file yet."""
+        if todo := self._todo("controls"):
             dense, embedded = self.pooling.dense(), self.pooling.embedded(self.embeddings)
-            for problem in paced(todo, "controls", len(todo), "task"):
-                write_json(self._file("controls", problem), self._control(problem, dense, embedded))
-        done = [p for p in self.plan.problems if self._file("controls", p).is_file()]  # all, unless the time was over
-        return {p.name: read_json(self._file("controls", p)) for p in done}
+            self._write("controls", "controls", todo, lambda problem: self._control(problem, dense, embedded))
 
     def _control(self, problem: Problem, dense: np.ndarray, embedded: np.ndarray) -> dict[str, Any]:
         drawn = self.draws[problem.name][0]
@@ -87,12 +84,9 @@ class Bench:
 
     def score(self, name: str, folder: str, sae: Any, twin: Any) -> None:
         """Probe an SAE's latents and its random twin's on every problem that has no result in its folder yet."""
-        todo = [problem for problem in self.plan.problems if not self._file(folder, problem).is_file()]
-        if not todo:
-            return
-        z, other = (self.pooling.latents(each, f"{name}: latents") for each in (sae, twin))
-        for problem in paced(todo, f"{name}: probes", len(todo), "task"):
-            write_json(self._file(folder, problem), self._score(problem, z, other))
+        if todo := self._todo(folder):
+            z, other = (self.pooling.latents(each, f"{name}: latents") for each in (sae, twin))
+            self._write(folder, f"{name}: probes", todo, lambda problem: self._score(problem, z, other))
 
     def _score(self, problem: Problem, z: scipy.sparse.csr_array, twin: scipy.sparse.csr_array) -> dict[str, Any]:
         draws = self.draws[problem.name]
@@ -116,6 +110,19 @@ class Bench:
 
     def _file(self, name: str, problem: Problem) -> Path:
         return self.folder / name / f"results.{problem.name}.json"
+
+    def _todo(self, name: str) -> list[Problem]:
+        return [problem for problem in self.plan.problems if not self._file(name, problem).is_file()]
+
+    def _write(self, name: str, what: str, todo: Sequence[Problem], judge: Callable[[Problem], Any]) -> None:
+        """Write a file for each problem, by processes that share what this one has read."""
+
+        def one(number: int) -> None:
+            write_json(self._file(name, todo[number]), judge(todo[number]))
+
+        done = map_units(one, range(len(todo)), workers=PROCESSORS, fork=True)
+        for _ in paced(done, what, len(todo), "task"):
+            pass
 
 
 def _influence(documents: np.ndarray, draws: Sequence[Drawn], judged: Sequence[probes.Judged]) -> dict[str, float]:
@@ -183,7 +190,7 @@ def contamination(sae: Any, material: Material) -> list[str]:
     found = []
     for source, corpus in ((s, c) for s in material.passages for c in material.corpora.get(s, ())):
         one, other = (Path(name).expanduser().resolve() for name in (corpus, trained or "?"))
-        if corpus == trained or one == other or other in one.parents or one in other.parents:
+        if corpus == trained or one.is_relative_to(other) or other.is_relative_to(one):
             found.append(source)
     return list(dict.fromkeys(found))
 
@@ -258,7 +265,7 @@ def _facts(name: str, sae: Any) -> dict[str, Any]:
 
 def _size(bench: Bench) -> dict[str, Any]:
     """Return how much was read at a hook, and which problems were run there."""
-    texts, tokens = bench.plan.texts, bench.pooling.acts.n_tokens()
+    texts, tokens = bench.plan.texts, sum(map(len, bench.pooling.acts.ids))
     words = sum(len(text.split()) for text in texts)
     size = {"texts": len(texts), "tokens": tokens, "tokens_per_word": tokens / words}
     names = {p.name: {"task": p.task.id, "pooling": p.pooling} for p in bench.plan.problems}
