@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy.stats import rankdata
 
 from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.database import json_of
@@ -27,7 +28,7 @@ from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain, shown, table
-from sae_italian.base.statistics import Estimate, reaches, two_way_mean, wilson
+from sae_italian.base.statistics import NOTHING, Estimate, correlation, reaches, two_way_mean, wilson
 from sae_italian.base.storage import atomic_path, write_text
 from sae_italian.cache.layout import MANIFEST, Manifest
 
@@ -214,10 +215,17 @@ def comparison_table(summaries: list[AutointerpSummary], random: Sequence[Autoin
     return table(" | ".join(["explainer | judge | latents", *(name.replace("_", " ") for name in COLUMNS)]), rows)
 
 
-def means(path: Path, explainer: str, judges: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the mean over latents of each judge's scores, its controls', and by how much it exceeds each control's."""
-    rows = []
+def means(path: Path, explainer: str, judges: Sequence[str], twin: Path | None = None) -> list[dict[str, Any]]:
+    """Return the mean over latents of each judge's scores, its controls', and by how much it exceeds each control's.
+
+    Beside it the mean of the random twin, where its store is given and there, and the rank correlation over latents with
+    detection by the rule judge.
+    """
+    rows, named = [], ("judge", "scorer", "negatives")
+    random = means(twin, explainer, judges) if twin and twin.is_file() else []
+    of_twin = {tuple(row[key] for key in named): {key: row[key] for key in Estimate._fields} for row in random}
     with Store(path, {}) as store:
+        detected = _Scores(store, EXPLAINER, RULE).values("detection")
         asked = store.connection.execute(
             """SELECT judge, scorer, negatives FROM score JOIN explanation ON explanation.id = score.explanation_id
                WHERE control = '' AND explainer = ? GROUP BY judge, scorer, negatives""",
@@ -231,6 +239,10 @@ def means(path: Path, explainer: str, judges: Sequence[str]) -> list[dict[str, A
             n = sum(value is not None for value in every.values())
             # what failed: texts longer than the context, divergences out of reach
             row = {**where, "n": n, "n_failed": len(every) - n, **scores.mean(scorer, negatives).as_dict()}
+            pairs = [(every[latent], detected[latent]) for latent in sorted(every.keys() & detected.keys())]
+            ranks = rankdata([pair for pair in pairs if pair[0] is not None] or np.empty((0, 2)), axis=0)
+            row["rank_with_detection"] = correlation(*ranks.T).as_dict()
+            row["random_twin"] = of_twin.get((judge, scorer, negatives), NOTHING.as_dict())
             for control in (SHUFFLED, NOTHING_SAID):
                 theirs, over = scores.over(control, scorer, negatives)
                 row |= {control: theirs.as_dict(), f"over_{control}": over.as_dict()}
@@ -247,12 +259,14 @@ def means_table(rows: Sequence[dict[str, Any]]) -> str:
 
     lines = []
     for row in rows:
-        values = [cell({**each, "lo": None}, ".3f") for each in (row, row[SHUFFLED], row[NOTHING_SAID])]
-        failed = f" ({row['n_failed']} could not be scored)" if row["n_failed"] else ""
+        beside = (row, row[SHUFFLED], row[NOTHING_SAID], row["random_twin"])
+        values = [cell({**each, "lo": None}, ".3f") for each in beside]
+        n = f"{row['n']}" + (f" ({row['n_failed']} could not be scored)" if row["n_failed"] else "")
         name = f"{label('scorer.' + row['scorer'])}, {label('metric.' + row['metric'])}"
-        over = cell(row[f"over_{SHUFFLED}"], "+.3f")
-        lines.append([name, label("negatives." + row["negatives"]), *values, over, f"{row['n']}{failed}"])
-    return table("score | negatives | explanation | another's | empty | over another's | latents", lines)
+        over, ranks = cell(row[f"over_{SHUFFLED}"], "+.3f"), cell(row["rank_with_detection"], ".2f")
+        lines.append([row["judge"], name, label("negatives." + row["negatives"]), *values, over, ranks, n])
+    head = "judge | score | negatives | own | another's, or shuffled | empty | random SAE | over another's"
+    return table(f"{head} | rank correlation with detection | latents", lines)
 
 
 # --- for others --------------------------------------------------------------------------------------------------------

@@ -173,7 +173,8 @@ def autointerp(
     """Explain and score the latents of a cache, with controls; a run that was stopped goes on.
 
     With --encoder or --subject, explanations that are there are scored by a model that reads them: embedding, or
-    surprisal and intervention.
+    surprisal and intervention. An encoder also scores without explanations: intruder and example embedding, beside
+    vectors of character n-grams.
 
     Args:
         cache: Folder of the feature cache.
@@ -182,7 +183,7 @@ def autointerp(
         n_latents: Live latents, drawn at random; default: all.
         no_random_control: Leave out the randomly initialised SAE.
         overwrite: Forget earlier explanations and scores; paid answers are kept.
-        encoder: Folder of a multilingual sentence encoder; default: none.
+        encoder: Folder of a multilingual sentence encoder, or n-grams, which need none; default: none.
         subject: Score with the model that the cache was built with.
     """
     from sae_italian.autointerp import AutointerpConfig
@@ -257,8 +258,8 @@ def _scored(
     from sae_italian.autointerp.choose import EXPLAINER
     from sae_italian.autointerp.llm.askers import LLMExplainer
     from sae_italian.autointerp.llm.calls import DryClient
-    from sae_italian.autointerp.run import STORE_FILE, score_with_models
-    from sae_italian.autointerp.scorers.subject import Encoder, EncoderJudge, subject_judge
+    from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER, score_with_models
+    from sae_italian.autointerp.scorers.subject import N_GRAMS, Encoder, EncoderJudge, n_grams, subject_judge
     from sae_italian.autointerp.summary import means, means_table
 
     store = cache.folder / STORE_FILE
@@ -268,9 +269,14 @@ def _scored(
     model = sae_italian.load_model(name or cache.manifest.model)
     judges: list[Any] = []
     if encoder is not None:
-        judges.append(EncoderJudge(Encoder(encoder), settings.language))
+        judges.append(EncoderJudge(n_grams, settings.language, N_GRAMS))
+        judges += [EncoderJudge(Encoder(encoder), settings.language)] if str(encoder) != N_GRAMS else []
+    twin, twins = cache.folder / TWIN_FOLDER, list(judges)  # the subject model has the SAE's directions
     if subject:
         judges.append(replace(subject_judge(cache, model), language=settings.language))
     score_with_models(cache, model.tokenizer, store, judges, latents=n_scored, explainer=explainer)
-    rows = means(store, explainer, [judge.name for judge in judges])
+    if twins and (twin / STORE_FILE).is_file():
+        opened = sae_italian.FeatureCache.open(twin)
+        score_with_models(opened, model.tokenizer, twin / STORE_FILE, twins, latents=n_scored, explainer=explainer)
+    rows = means(store, explainer, [judge.name for judge in judges], twin / STORE_FILE)
     return Result(rows, means_table(rows))

@@ -1,5 +1,6 @@
 """Scores by an encoder and by the subject model: known effects are found, controls stand beside, other caches refused."""
 
+import json
 import shutil
 from functools import partial
 from itertools import product
@@ -159,4 +160,20 @@ def test_the_command_scores_with_the_subject_model(capsys, planted, store, tmp_p
     assert store.parent == planted.folder
     cache = shutil.copytree(planted.folder, tmp_path / "cache")
     code, out, _ = run(capsys, "autointerp", cache, "n_scored=1", "--subject")
-    assert code == 0 and "over another's" in out and "\nIntervention, log-probability gain (nats)  " in out
+    assert code == 0 and "over another's" in out and "\nsubject  Intervention, log-probability gain (nats)  " in out
+
+
+def test_the_command_scores_without_explanations_beside_the_random_twin(capsys, planted, store, tmp_path):
+    """Planted latents fire on one token each: the segments that hold it belong together, unless both sides hold it."""
+    cache = shutil.copytree(planted.folder, tmp_path / "cache")
+    shutil.copytree(cache, cache / "random-twin")  # a twin that is the SAE itself
+    code, out, _ = run(capsys, "autointerp", cache, "n_scored=8", "--encoder", "n-grams", "--json")
+    rows = {(row["scorer"], row["negatives"]): row for row in json.loads(out)}
+    assert code == 0 and {row["judge"] for row in rows.values()} == {"n-grams"}
+    for scorer, chance in (("intruder", 0.2), ("example_embedding", 0.5)):
+        row = rows[scorer, "random"]
+        assert row["value"] > chance + 0.1 and row["n"] == 8 and row["empty"]["value"] is None
+        assert abs(row["shuffled"]["value"] - chance) < 0.1
+        assert row["value"] - rows[scorer, "same-token"]["value"] > 0.05
+        assert row["random_twin"]["value"] == pytest.approx(row["value"])
+        assert -1 <= row["rank_with_detection"]["value"] <= 1 or row["rank_with_detection"]["value"] is None

@@ -35,6 +35,8 @@ from sae_italian.autointerp.scorers.subject import (
     SubjectJudge,
     effects,
     embedding,
+    example_embedding,
+    intruder,
     surprisal,
 )
 from sae_italian.autointerp.store import Explanation, Falls, Judgement, Store
@@ -571,6 +573,66 @@ def test_embedding_ranks_by_cosine_with_the_explanation():
     assert cat.metrics["auroc"].value == 1.0 and dog.metrics["auroc"].value == 0.0 and set(cat.metrics) == {"auroc"}
 
 
+@pytest.mark.parametrize("constant", [False, True])
+def test_without_an_explanation_alike_positives_are_found_and_a_blind_encoder_is_at_chance(constant):
+    """Twelve positives of one word; the encoder sees that word and a little of each text, or nothing at all."""
+    rng = np.random.default_rng(0)
+
+    def encode(texts):
+        seen = [[text.count("gatto"), text.count("cane")] for text in texts]
+        return (
+            np.ones((len(texts), 4)) if constant else np.concatenate([seen, rng.random((len(texts), 2)) / 10], axis=1)
+        )
+
+    shown = Told(examples_with(("gatto", "cane"), 12))
+    shown.activations = [np.arange(3.0) + i for i in range(24)]
+    odd, near = (scores(of, EncoderJudge(encode), test=shown)[0].metrics for of in (intruder, example_embedding))
+    assert odd["accuracy"].value == pytest.approx(0.2 if constant else 1)
+    assert near["auroc"].value == pytest.approx(0.5 if constant else 1)
+
+
+def test_roles_are_shuffled_for_the_control_and_what_explains_nothing_is_not_asked():
+    shown = Told(examples_with(("gatto", "cane"), 40))
+    shown.activations = [np.zeros(3)] * 80
+
+    def encode(texts):
+        return np.array([[text.count("gatto") + 0.01 * i, text.count("cane")] for i, text in enumerate(texts)], float)
+
+    judge, examples = EncoderJudge(encode), LatentExamples(0, 1.0, test=shown)
+    asked = [Asked(judge, Explanation(0, "rules", "ok", "a", "a", None), control) for control in ("", "shuffled")]
+    asked.append(Asked(judge, Explanation(0, "", "ok", "b", "b", None), "empty"))
+    for of, chance in ((intruder, 0.2), (example_embedding, 0.5)):
+        (one, own), (other, shuffled) = of(asked, examples)
+        assert (one.control, other.control) == ("", "shuffled")
+        (own,), (shuffled,) = own.metrics.values(), shuffled.metrics.values()
+        assert own.value == 1 and abs(shuffled.value - chance) < 0.2 and shuffled.lo <= shuffled.value <= shuffled.hi
+
+
+def test_segments_of_one_document_are_not_compared_with_one_another():
+    """Every vector is its document's: were a segment compared with its own document, it would be told apart."""
+    made = examples_with(("gatto", "cane"), 12)
+    shown = Told([replace(each, document=f"{each.positive} {each.pair // 2}") for each in made])  # two segments each
+    shown.activations = [np.ones(3)] * 24
+
+    def encode(texts):
+        return np.eye(12)[[6 * ("gatto" in text) + int(text.split()[1]) // 2 for text in texts]]
+
+    (found,) = scores(example_embedding, EncoderJudge(encode), test=shown)
+    assert found.metrics["auroc"].value == 0.5  # nothing is like anything else
+
+
+def test_what_a_positive_shares_with_its_own_negative_says_nothing():
+    """Pairs are drawn by their token: were a segment compared with its pair, both scores would be below chance."""
+    shown = Told(examples_with(("gatto", "cane"), 24))
+    shown.activations = [np.full(3, 48 - i if i % 4 else i) for i in range(48)]  # in another order than they are given
+
+    def encode(texts):
+        return np.eye(24)[[int(text.split()[1]) for text in texts]]
+
+    odd, near = (scores(of, EncoderJudge(encode), test=shown)[0].metrics for of in (intruder, example_embedding))
+    assert odd["accuracy"].value == pytest.approx(0.2) and near["auroc"].value == 0.5
+
+
 def test_a_new_scorer_is_one_function_and_is_found():
     """docs/extending.md, "A scorer": entered by its name, asked of the judges that have what it needs."""
 
@@ -579,7 +641,16 @@ def test_a_new_scorer_is_one_function_and_is_found():
         yield from ()
 
     assert SCORERS.pop("said_yes").needs == "detect"
-    assert {"detection", "fuzzing", "simulation", "embedding", "surprisal", "intervention"} <= set(SCORERS)
+    assert {
+        "detection",
+        "fuzzing",
+        "simulation",
+        "embedding",
+        "intruder",
+        "example_embedding",
+        "surprisal",
+        "intervention",
+    } <= set(SCORERS)
 
 
 def test_a_local_encoder_is_read_and_a_missing_one_is_named(tmp_path):

@@ -6,15 +6,25 @@ explanation likelier to follow what the model writes? Small base models read exp
 behavioural scores (Paulo et al. 2024), and mean nothing without their controls: any text before a segment, or after what
 was written, changes its likelihood. So all texts are asked about the same segments and the same continuations.
 
-By a sentence encoder: are the latent's segments nearer to the explanation than silent ones? The explanation is put as the
-query of a retrieval task, the segments are the documents, the score is AUROC of the cosines (Paulo et al. 2024). The
-encoder must know Italian. Encoders agree only weakly with people on Italian explanations, so this too comes beside.
+By vectors of texts. Embedding: are the latent's segments nearer to the explanation than silent ones? The explanation is
+put as the query of a retrieval task, the segments are the documents, the score is AUROC of the cosines (Paulo et al. 2024).
+The encoder must know Italian. Encoders agree only weakly with people on Italian explanations, so this too comes beside.
+
+Two scores need no explanation, whose length and choice of examples they are free of (arXiv 2507.08473): do the segments on
+which a latent fires belong together? Intruder: of five segments four are positives of neighbouring strength and one is
+silent; that with the least mean cosine to the others is taken for the silent one; accuracy, chance is 1/5. Example
+embedding: is a segment nearer to the mean of the positives than to that of the negatives, its own document and its pair left
+out? AUROC. Where the silent segments hold the latent's own token, that token does not give the answer. Their control is
+the same with the segments' roles shuffled.
+
+Vectors of character n-grams stand beside an encoder's: what meaning adds to form is the difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +36,10 @@ from torch import Tensor
 from sae_italian.autointerp.examples import LatentExamples, promoted_tokens
 from sae_italian.autointerp.places import piece_texts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.autointerp.scorers.binary import mean_and_falls, ranking
+from sae_italian.autointerp.scorers.binary import mean_and_falls, ranking, ranking_falls
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import Language
-from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
+from sae_italian.base.statistics import NOTHING, Estimate, auroc_by_document, bootstrap, shares_by_document
 from sae_italian.cache import FeatureCache
 from sae_italian.models.activations import continuation_log_probs, logits_with_replacement
 from sae_italian.saes import load_sae
@@ -218,9 +228,11 @@ def written_after(
     return written[:, tokens.shape[1] :]
 
 
-# --- a sentence encoder -----------------------------------------------------------------------------------------------
+# --- vectors of texts -------------------------------------------------------------------------------------------------
 
 
+N_GRAMS = "n-grams"  # an encoder that needs no model
+ALIKE = 4  # positives that an intruder stands among
 QUERIES = {
     "it": "Instruct: Trova le frasi che potrebbero avere a che fare con la spiegazione.\nQuery:",
     "en": "Instruct: Retrieve sentences that could be related to the explanation.\nQuery:",
@@ -248,6 +260,76 @@ def embedding(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tupl
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
         strengths.append(unit[1:] @ unit[0])
     yield from ranking(asked, examples, strengths)
+
+
+@lru_cache(maxsize=8)
+def unit_vectors(judge: EncoderJudge, examples: LatentExamples) -> Float[np.ndarray, "examples d"]:
+    """Return the vectors of a latent's test segments at length 1; those without any are zero."""
+    vectors = np.asarray(judge.encode([example.text for example in examples.test]), dtype=np.float64)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+
+
+def roles(
+    asked: Sequence[Asked], examples: LatentExamples
+) -> Iterator[tuple[Asked, str, Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
+    """Yield by source the positives, the strongest first, and a negative for each.
+
+    As control the roles are shuffled. What explains nothing is not asked: it would see the same.
+    """
+    shown: Any = examples.test
+    strongest = np.array([own.max(initial=0.0) for own in shown.activations])
+    for one in (one for one in asked if one.explanation.explainer):
+        for source, (positive, negative) in shown.questions.items():
+            order = np.argsort(-strongest[positive], kind="stable")
+            both = np.concatenate([positive[order], negative[order]])
+            if one.control:  # not sorted then: the strongest would be the true positives
+                both = np.random.default_rng(examples.latent).permutation(both)
+            yield one, source, both[: len(positive)], both[len(positive) :]
+
+
+@scorer(needs="encode", metric="accuracy")
+def intruder(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
+    """Score how often the silent one of five segments is the odd one out; equals share the answer."""
+    shown: Any = examples.test
+    for one, source, positive, negative in roles(asked, examples):
+        unit, n = unit_vectors(one.judge, examples), len(positive)
+        first = np.minimum(np.arange(n) // ALIKE * ALIKE, n - ALIKE)
+        others = np.roll(negative, ALIKE)  # not the four's own, which may share their token
+        five = np.concatenate([positive[first[:, None] + np.arange(ALIKE)], others[:, None]], axis=1)
+        near = (unit[five] * (unit[five].sum(axis=1, keepdims=True) - unit[five])).sum(axis=2)
+        odd = near <= near.min(axis=1, keepdims=True) + 1e-9
+        right = odd[:, -1] / odd.sum(axis=1)
+        groups = np.unique(first, return_inverse=True)[1]  # trials on the same positives are one document
+        found = shares_by_document(np.bincount(groups, right)[None], np.bincount(groups)[None])[:, 0]
+        falls = mean_and_falls(right, shown.document[others])[1]
+        yield one, Score(source, {"accuracy": Estimate(*found.tolist())}, n, n, falls={"accuracy": falls})
+
+
+@scorer(needs="encode", metric="auroc")
+def example_embedding(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
+    """Score the mean cosine to positives less that to negatives, all of other documents."""
+    shown: Any = examples.test
+    for one, source, positive, negative in roles(asked, examples):
+        rows, n = np.concatenate([positive, negative]), len(positive)
+        unit, document = unit_vectors(one.judge, examples)[rows], shown.document[rows]
+        cosine, truth, pair = unit @ unit.T, np.arange(len(rows)) < n, np.arange(len(rows)) % n
+        apart = (document[:, None] != document) & (pair[:, None] != pair)  # a pair may share its token
+        sides = apart & truth, apart & ~truth
+        with np.errstate(invalid="ignore"):  # where all positives, or all negatives, are of one document
+            near, far = ((cosine * side).sum(axis=1) / side.sum(axis=1) for side in sides)
+        known = np.isfinite(near - far)
+        strength, truth, document = (near - far)[known], truth[known], document[known]
+        area = auroc_by_document(strength, truth, np.unique(document, return_inverse=True)[1])
+        falls = ranking_falls(strength, truth, document)
+        yield one, Score(source, {"auroc": area}, n, len(negative), int((~known).sum()), {"auroc": falls})
+
+
+def n_grams(texts: Sequence[str]) -> Float[np.ndarray, "texts d"]:
+    """Return the texts' character n-grams, weighted by how rare they are in these texts."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    found = TfidfVectorizer(analyzer="char", ngram_range=(1, 4), sublinear_tf=True).fit_transform(texts)
+    return found.toarray()
 
 
 class Encoder:
