@@ -21,6 +21,7 @@ from sae_italian.base.storage import write_json
 
 OLD = Path(__file__).parent / "data" / "old"
 SHORT, LONG = 30, 3_000  # examples a door
+ROOM = 400_000  # characters of text that a recipe may have written
 DEEP = 10_000  # brackets one within the other, more than any parser's stack
 
 
@@ -132,9 +133,13 @@ def read_sae(folder: Path) -> None:
 
 
 def read_config(file: Path) -> None:
-    from sae_italian.training import load_config
+    """A number that is mutated may ask for a text of gigabytes, which would be written: the disk here has little room."""
+    from sae_italian.training import load_config, text
 
-    load_config(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(file.parent / "cache"))
+        patch.setattr(text, "room_on", lambda _: 2 * ROOM)
+        load_config(file)
 
 
 def read_suite(file: Path) -> None:
