@@ -111,6 +111,7 @@ NOT_RUN = {
     "benchmark SAE [SAE": "`benchmark SAE` stands for it",
     "benchmark SAE SAE": "needs treebanks; tests/benchmark",
     "benchmark SAE --out bench --preset full": "needs treebanks and corpora; tests/benchmark",
+    "benchmark SAE --out quick": "needs treebanks; tests/benchmark",
     "absorption topk": "needs treebanks and two SAEs; tests/benchmark",
     "benchmark topk topk/seeds": "needs treebanks and seven SAEs; tests/benchmark",
     "benchmark runs/gemma": "needs the real model and treebanks; tests/benchmark",
