@@ -292,8 +292,9 @@ class LatentSource:
 
 
 def public_name(name: str) -> str:
-    """Return a name that can be published: of a path on this machine its last part, any other as it is."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    """Return a name that can be published: of paths on this machine (with commas between) the last parts, others as they are."""
+    each = [name] if Path(name).exists() else name.split(",")
+    return ", ".join(Path(n).name if Path(n).is_absolute() or Path(n).exists() else n for n in each)
 
 
 def short_name(manifest: Manifest) -> str:

@@ -210,7 +210,7 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
         "sae_id": sae_id,
         "architecture": architecture,
         "spec": spec,
-        "corpus": Path(str(spec.get("corpus"))).name,
+        "corpus": ", ".join(Path(part).name for part in str(spec.get("corpus")).split(",")),
         "target": card.hook_name_out if card.hook_name_out != card.hook_name else "",
         "picture": DENSITY_PICTURE if (folder / DENSITY_PICTURE).is_file() else "",
         "en": "{:,}".format,
@@ -220,7 +220,7 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
         "task_type": "feature-extraction",
         "task_name": "sparse reconstruction of activations",
         "dataset_type": card.corpus if _on_hub(card.corpus) else "local",
-        "dataset_name": Path(card.corpus).name,
+        "dataset_name": ", ".join(Path(part).name for part in card.corpus.split(",")),
         "dataset_split": card.split,
     }
     values = {key: estimate.value for key, estimate in card.estimates().items() if key in RESULTS}

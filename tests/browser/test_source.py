@@ -21,7 +21,7 @@ from sae_italian.browser.directions import Decoder
 from sae_italian.browser.exports.latents import facts_of, names_of
 from sae_italian.browser.opening import match_latents
 from sae_italian.browser.page import records
-from sae_italian.browser.source import LatentSource, labels_of
+from sae_italian.browser.source import LatentSource, labels_of, public_name
 from sae_italian.browser.write import write_browser
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
@@ -347,6 +347,14 @@ def test_a_real_encoder_is_read_from_a_folder(tmp_path):
     assert found[0] @ found[1] > 0.9 > 0.2 > found[0] @ found[2]
     with pytest.raises(UsageError, match="nowhere"):
         opening.encode(["gatto"], str(tmp_path / "nowhere"))
+
+
+def test_of_several_corpora_every_name_is_told(tmp_path):
+    for name in ("leggi.jsonl", "a,b.jsonl"):
+        (tmp_path / name).touch()
+    mix = f"{tmp_path}/leggi.jsonl,/elsewhere/novelle.txt,micro-italiano"
+    assert public_name(mix) == "leggi.jsonl, novelle.txt, micro-italiano"
+    assert public_name(f"{tmp_path}/a,b.jsonl") == "a,b.jsonl"
 
 
 def test_without_the_extra_a_search_by_meaning_says_what_to_install(monkeypatch):
