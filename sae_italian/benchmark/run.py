@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from sae_italian.benchmark import probes
 from sae_italian.benchmark.material import Material
 from sae_italian.benchmark.probes import Activations, Pooling, model_identity, read_texts
 from sae_italian.benchmark.tasks import LEAST, TEST, TRAIN, Plan, ProbingTask, Problem, draw, plan
+from sae_italian.corpora.stream import mixture
 from sae_italian.saes import check_fits, hooks_of, weights_hash
 from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
 
@@ -186,11 +188,11 @@ def check_sae(name: str, sae: Any, model: Any) -> str:
 
 def contamination(sae: Any, material: Material) -> list[str]:
     """Return the sources whose corpus the SAE was trained on: their texts are no new ones to it."""
-    trained = str(sae.cfg.metadata.dataset_path or "")
-    found = []
-    for source, corpus in ((s, c) for s in material.passages for c in material.corpora.get(s, ())):
-        one, other = (Path(name).expanduser().resolve() for name in (corpus, trained or "?"))
-        if corpus == trained or one.is_relative_to(other) or other.is_relative_to(one):
+    trained, found = mixture(str(sae.cfg.metadata.dataset_path or "?"))[0], []
+    each = [(s, m) for s in material.passages for c in material.corpora.get(s, ()) for m in mixture(c)[0]]
+    for (source, corpus), known in product(each, trained):
+        one, other = (Path(name).expanduser().resolve() for name in (corpus, known))
+        if corpus == known or one.is_relative_to(other) or other.is_relative_to(one):
             found.append(source)
     return list(dict.fromkeys(found))
 

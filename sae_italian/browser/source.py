@@ -26,6 +26,7 @@ from sae_italian.browser.contexts import file_name, passages_of, samples
 from sae_italian.browser.directions import Decoder
 from sae_italian.browser.page import COLUMNS, Record, records
 from sae_italian.cache import FeatureCache, Manifest
+from sae_italian.corpora.stream import mixture
 from sae_italian.evaluation.card import read_card, read_seeds
 from sae_italian.models import parse_hook_name, resolved_here
 
@@ -292,8 +293,8 @@ class LatentSource:
 
 
 def public_name(name: str) -> str:
-    """Return a name that can be published: of paths on this machine (with commas between) the last parts, others as they are."""
-    each = [name] if Path(name).exists() else name.split(",")
+    """Return a name that can be published: of paths on this machine, alone or mixed, the last parts, others as they are."""
+    each = [name] if Path(name).exists() else mixture(name)[0]
     return ", ".join(Path(n).name if Path(n).is_absolute() or Path(n).exists() else n for n in each)
 
 

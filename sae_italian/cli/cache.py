@@ -219,7 +219,7 @@ def _explained(
     from sae_italian.autointerp.choose import EXPLAINER
     from sae_italian.autointerp.examples import RULE
     from sae_italian.autointerp.llm.askers import estimate_beside, run_beside
-    from sae_italian.autointerp.run import STORE_FILE
+    from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER
     from sae_italian.autointerp.summary import means, means_table
     from sae_italian.quickstart import analyse, forget_scores, table_of
 
@@ -236,7 +236,8 @@ def _explained(
     others: dict[str, Any] = {"card_tokens": None, "workers": where.workers or 1, "run_units": units}
     results = analyse(cache, sae, model, config=config, random_control=control, **others)
     text = table_of(results)
-    if others_told := [row for row in means(cache.folder / STORE_FILE, EXPLAINER, [RULE]) if row["scorer"] not in TOLD]:
+    every = means(cache.folder / STORE_FILE, EXPLAINER, [RULE], cache.folder / TWIN_FOLDER / STORE_FILE)
+    if others_told := [row for row in every if row["scorer"] not in TOLD]:
         text += f"\n\n{means_table(others_told)}"
     if settings.wants_llm:
         results["llm"], told = run_beside(cache, model, config, sae, settings, control=control)
@@ -276,7 +277,8 @@ def _scored(
         judges.append(replace(subject_judge(cache, model), language=settings.language))
     score_with_models(cache, model.tokenizer, store, judges, latents=n_scored, explainer=explainer)
     if twins and (twin / STORE_FILE).is_file():
-        opened = sae_italian.FeatureCache.open(twin)
-        score_with_models(opened, model.tokenizer, twin / STORE_FILE, twins, latents=n_scored, explainer=explainer)
+        with suppress(UsageError):  # a twin that this explainer has explained nothing of is no control
+            opened = sae_italian.FeatureCache.open(twin)
+            score_with_models(opened, model.tokenizer, twin / STORE_FILE, twins, latents=n_scored, explainer=explainer)
     rows = means(store, explainer, [judge.name for judge in judges], twin / STORE_FILE)
     return Result(rows, means_table(rows))

@@ -156,7 +156,7 @@ class _Part:
         return {"name": self.name, "shards": identities}
 
 
-def _weighted(corpus: str) -> tuple[list[str], list[float] | None]:
+def mixture(corpus: str) -> tuple[list[str], list[float] | None]:
     """Split `0.7*a,0.3*b`; the weights are shares of the documents, and are None when none is given."""
     names, weights = [], []
     for part in corpus.split(","):
@@ -186,7 +186,7 @@ class CorpusStream:
 
     def __init__(self, corpus: str | Path, reader: Reader | None = None):
         self.corpus, self.reader, self.counts = str(corpus), reader or Reader(), DocumentCounts()
-        names, self.weights = _weighted(self.corpus)
+        names, self.weights = mixture(self.corpus)
         self.parts = [_Part(name, self.reader, self.counts) for name in names]
         self.sieve = Sieve(self.reader)
         self.n_picks = self.turn = 0

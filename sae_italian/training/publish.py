@@ -16,6 +16,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import TOKENS_PAGE, WANDB_FILE, WandbRun, explain
 from sae_italian.base.labels import label
 from sae_italian.base.storage import read_json, record_in, understood
+from sae_italian.corpora.stream import mixture
 from sae_italian.evaluation.card import DENSITY_PICTURE, EvaluationCard, read_card
 from sae_italian.models import catalogue
 from sae_italian.training.curves import look_at_training
@@ -93,7 +94,7 @@ def publish(
     warnings = tuple(
         f"cfg.json's metadata.{key} is the local path {metadata[key]}; others cannot find it there"
         for key in ("model_name", "dataset_path")
-        if Path(str(metadata.get(key))).is_absolute()
+        if any(Path(name).is_absolute() for name in mixture(str(metadata.get(key)))[0])
     )
     return Upload(repo_id, sae_id, private, files, warnings, not dry_run)
 
@@ -210,7 +211,7 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
         "sae_id": sae_id,
         "architecture": architecture,
         "spec": spec,
-        "corpus": ", ".join(Path(part).name for part in str(spec.get("corpus")).split(",")),
+        "corpus": ", ".join(Path(name).name for name in mixture(str(spec.get("corpus")))[0]),
         "target": card.hook_name_out if card.hook_name_out != card.hook_name else "",
         "picture": DENSITY_PICTURE if (folder / DENSITY_PICTURE).is_file() else "",
         "en": "{:,}".format,
@@ -220,7 +221,7 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
         "task_type": "feature-extraction",
         "task_name": "sparse reconstruction of activations",
         "dataset_type": card.corpus if _on_hub(card.corpus) else "local",
-        "dataset_name": ", ".join(Path(part).name for part in card.corpus.split(",")),
+        "dataset_name": ", ".join(Path(name).name for name in mixture(card.corpus)[0]),
         "dataset_split": card.split,
     }
     values = {key: estimate.value for key, estimate in card.estimates().items() if key in RESULTS}

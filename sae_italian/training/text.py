@@ -19,6 +19,7 @@ from sae_italian.base.storage import atomic_path, fingerprint, path_of, room_on
 from sae_italian.corpora import CorpusStream, Reader, pack
 from sae_italian.corpora.packing import Packer, layout_of, special_mask, tokenised
 from sae_italian.corpora.pretokenize import CachedActivations, MappedWindows, PretokenizedCorpus, is_pretokenized
+from sae_italian.corpora.stream import mixture
 from sae_italian.models import load_model_config, load_tokenizer
 from sae_italian.training.config import NORM_ESTIMATE_BATCHES, RunSpec, load_spec
 
@@ -55,7 +56,7 @@ def _count_tokens(spec: RunSpec, tokenizer: Any) -> int | None:
         check_pretokenized(documents, tokenizer, spec.context_size)
     if isinstance(documents, MappedWindows):
         return len(documents) * documents.context_size
-    if not all(path_of(part.strip()).exists() for part in spec.corpus.split(",")):
+    if not all(path_of(name).exists() for name in mixture(spec.corpus)[0]):
         return None
     n_characters, enough = 0, min(CHARACTERS_PER_TOKEN * spec.training_tokens, COUNTED_CHARACTERS)
     for document in documents():

@@ -21,7 +21,9 @@ from sae_italian.autointerp.scorers.subject import (
 )
 from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.summary import means, means_table
+from sae_italian.autointerp.work import cache_identity
 from sae_italian.base.errors import UsageError
+from sae_italian.cache import FeatureCache
 from sae_italian.models.activations import logits_with_replacement
 from sae_italian.saes import load_sae
 from tests.autointerp.conftest import N_TOKENS, scores_of
@@ -177,3 +179,9 @@ def test_the_command_scores_without_explanations_beside_the_random_twin(capsys, 
         assert row["value"] - rows[scorer, "same-token"]["value"] > 0.05
         assert row["random_twin"]["value"] == pytest.approx(row["value"])
         assert -1 <= row["rank_with_detection"]["value"] <= 1 or row["rank_with_detection"]["value"] is None
+    for file in (cache / "random-twin").glob(f"{store.name}*"):
+        file.unlink()
+    with Store(cache / "random-twin" / store.name, cache_identity(FeatureCache.open(cache))):
+        pass  # of a twin that was never explained
+    code, out, _ = run(capsys, "autointerp", cache, "n_scored=8", "--encoder", "n-grams", "--json")
+    assert code == 0 and {row["random_twin"]["value"] for row in json.loads(out)} == {None}

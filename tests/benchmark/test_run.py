@@ -137,6 +137,13 @@ def test_saes_that_do_not_belong_are_refused(mini, identity_sae, some, tasks, tm
 def test_texts_of_the_saes_training_are_named(identity_sae, some):
     assert contamination(identity_sae, some) == ["micro"]
     assert contamination(identity_sae, some._replace(corpora={"micro": ["/data/notizie.jsonl"]})) == []
+    mixed = copy.deepcopy(identity_sae)
+    mixed.cfg.metadata.dataset_path = "0.7*/data/leggi,0.3*/data/notizie.jsonl"
+    assert contamination(mixed, some._replace(corpora={"micro": ["/data/leggi/codici.jsonl"]})) == ["micro"]
+    assert contamination(mixed, some._replace(corpora={"micro": ["/data/altro.jsonl,/data/notizie.jsonl"]})) == [
+        "micro"
+    ]
+    assert contamination(mixed, some) == []
 
 
 def test_the_report_says_what_it_can_tell_apart_and_saebench_reads_it(scored):

@@ -352,8 +352,11 @@ def test_a_real_encoder_is_read_from_a_folder(tmp_path):
 def test_of_several_corpora_every_name_is_told(tmp_path):
     for name in ("leggi.jsonl", "a,b.jsonl"):
         (tmp_path / name).touch()
-    mix = f"{tmp_path}/leggi.jsonl,/elsewhere/novelle.txt,micro-italiano"
-    assert public_name(mix) == "leggi.jsonl, novelle.txt, micro-italiano"
+    for weighted in (
+        "{}/leggi.jsonl,/elsewhere/novelle.txt,micro-italiano",
+        "0.5*{}/leggi.jsonl, 0.3*/x/novelle.txt,0.2*micro-italiano",
+    ):
+        assert public_name(weighted.format(tmp_path)) == "leggi.jsonl, novelle.txt, micro-italiano"
     assert public_name(f"{tmp_path}/a,b.jsonl") == "a,b.jsonl"
 
 

@@ -165,6 +165,8 @@ def test_the_length_of_a_corpus_is_told_in_tokens_and_epochs(mini, jsonl, n_toke
     if n_tokens == "400k":
         with pytest.raises(UsageError, match="training tokens, fewer than the 400,000"):
             check_length(spec.model_copy(update={"repeat_corpus": False}), mini.tokenizer)
+        mixed = spec.model_copy(update={"corpus": f"0.7*{jsonl},0.3*{jsonl}"})  # files with weights are counted too
+        assert re.search("training tokens, [0-9.]+ epochs", check_length(mixed, mini.tokenizer))
 
 
 def test_a_pretokenised_corpus_must_be_of_the_tokenizer_the_context_and_the_training_split():

@@ -248,4 +248,7 @@ def test_local_paths_in_the_metadata_are_told(judged, tmp_path):
     cfg = json.loads((local / "cfg.json").read_text())
     cfg["metadata"]["model_name"] = "/home/anna/minerva"
     (local / "cfg.json").write_text(json.dumps(cfg))
-    assert any("/home/anna/minerva" in warning for warning in publish(local, "me/saes", dry_run=True).warnings)
+    cfg["metadata"]["dataset_path"] = "0.7*/home/anna/leggi.jsonl,0.3*micro-italiano"
+    (local / "cfg.json").write_text(json.dumps(cfg))
+    told = publish(local, "me/saes", dry_run=True).warnings
+    assert any("/home/anna/minerva" in warning for warning in told) and any("leggi.jsonl" in each for each in told)
