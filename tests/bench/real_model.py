@@ -12,10 +12,11 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,10 +24,13 @@ from sae_italian.base.report import table
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.models import load_model
 from sae_italian.models.activations import read_activations
+from sae_italian.models.loading import Backend, resolve
 from tests.bench.stream import compare_runs
 from tests.bench.training import _status_mib
 
 PLAIN, HEADLESS, OURS, BRIDGE = "transformers", "transformers, no logits", "ours", "bridge, run_with_cache"
+WEIGHTS = "weights alone"  # without the tokenizer
+FIELDS = {"VmRSS": "resident", "RssAnon": "private"}  # of /proc/self/status
 STATUS = "import sys; from tests.bench.real_model import peak; peak(sys.argv[1], sys.argv[2])"
 
 
@@ -51,7 +55,7 @@ def measure(
         del ways
     sizes: dict[str, Any] = {"d_sae": 4_096, "k": 32, "batch_size": 1_024, "context_size": 128, "buffer_tokens": 8_192}
     runs = compare_runs(model, hook_name, corpus, repeats=3, stock_backend="bridge", **sizes) if run else None
-    memory = {name: _peak_of(model, name) for name in ("hf", "bridge")}
+    memory = {name: _peak_of(model, name) for name in (WEIGHTS, "hf", "bridge")}
     return {"model": model, "hook_name": hook_name, "reading": found, "run": runs, "memory": memory}
 
 
@@ -71,19 +75,38 @@ def _ratio(others: list[float], own: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(others, own, strict=True))
 
 
-def _peak_of(model: str, backend: str) -> float:
-    """Return what loading adds to a process at its peak, over the weights' bytes."""
-    told = subprocess.run([sys.executable, "-c", STATUS, model, backend], capture_output=True, text=True, check=True)
+def _peak_of(model: str, way: str) -> dict[str, float]:
+    """Return what loading adds to a process at its peak, over the weights' bytes: see `peak`."""
+    told = subprocess.run([sys.executable, "-c", STATUS, model, way], capture_output=True, text=True, check=True)
     return json.loads(told.stdout.splitlines()[-1])
 
 
-def peak(model: str, backend: Any) -> None:
-    import transformers  # noqa: F401  what is imported is not the model's
+def peak(model: str, way: str) -> None:
+    """Print the peaks of this process, over the weights: resident, and private.
 
-    before = _status_mib("VmRSS")
-    loaded = load_model(model, backend=backend)
+    What is resident and not private are pages of the file, which the system takes back when it needs them.
+    """
+    import transformers.models.gemma3.modeling_gemma3
+
+    import sae_italian.models.loud  # noqa: F401  what is imported is not the model's
+
+    before, seen, done = {field: _status_mib(field) for field in FIELDS}, dict.fromkeys(FIELDS, 0.0), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.update({field: max(seen[field], _status_mib(field)) for field in FIELDS})
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if way == WEIGHTS:
+        folder = resolve(model).load_from
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        loaded = load_model(model, backend=cast(Backend, way))
+    done.set()
+    watcher.join()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in {*loaded.parameters()})
-    print(json.dumps((_status_mib("VmHWM") - before) * 2**20 / weights))
+    print(json.dumps({name: (seen[field] - before[field]) * 2**20 / weights for field, name in FIELDS.items()}))
 
 
 def table_of(result: dict[str, Any]) -> str:
@@ -99,5 +122,6 @@ def table_of(result: dict[str, Any]) -> str:
         speeds = result["run"]["tokens_per_second"]
         rows = [(name, f"{speeds[name]['median']:,.0f}") for name in ("saelens", "ours")]
         parts.append(table("model and SAE | tokens/s", rows) + f"\n\nours over SAELens: {result['run']['ratio']:.2f}")
-    memory = (f"{name} {share:.2f}" for name, share in result["memory"].items())
-    return "\n\n".join([*parts, "Peak memory of loading over the weights: " + ", ".join(memory)])
+    rows = [(way, *(f"{one[name]:.2f}" for name in FIELDS.values())) for way, one in result["memory"].items()]
+    names = " | ".join(FIELDS.values())
+    return "\n\n".join([*parts, table(f"loading, its peak over the weights' bytes | {names}", rows)])
