@@ -77,15 +77,19 @@ def statement(rule: LatentRule, language: Language) -> str:
     """Return what the rule says in one sentence: the keys that it tells, else the heaviest ones of each table."""
     named = rule.split(rule.told) if rule.told else tuple(_heaviest(rule, table) for table in rule.tables)
     shown = len(rule.told) or (SHOWN // 2 if isinstance(rule, TreeRule) else SHOWN)
-    said = [_on(table, own, language, shown) for table, own in zip(rule.tables, named, strict=True)]
+    tables = list(zip(rule.tables, named, strict=True))
     if isinstance(rule, KeyRule):
-        text = said[0] or _family(rule, language, "")
+        text = _on(tables, language, shown) or _family(rule, language, "")
         for note in _notes(rule, named[0], language):  # these give way to keys
             text += f", {note}" if len(text) + len(note) + 2 <= MOST_LETTERS else ""
         return text
     if isinstance(rule, TreeRule):
-        said = [_term(term, said, language) for term in simplified([(p.holds, p.fails) for p in rule.heaviest()])]
-    # of a trie: the tokens that suffice, then the longest contexts
+        each = [_on([table], language, shown) for table in tables]
+        said = [_term(term, each, language) for term in simplified([(p.holds, p.fails) for p in rule.heaviest()])]
+    else:  # of a trie: the tokens that suffice, then the contexts; sequences of two and of three are all sequences
+        heads = dict.fromkeys(_family(table, language, "") for table in rule.tables)
+        alike = ([one for one in tables if _family(one[0], language, "") == head] for head in heads)
+        said = [_on(group, language, shown) for group in alike]
     return label("rule.or", language).join(part for part in said if part)
 
 
@@ -131,13 +135,13 @@ def _notes(rule: KeyRule, named: Sequence[int], language: Language) -> list[str]
     return notes
 
 
-def _on(table: KeyRule, keys: Sequence[int], language: Language, shown: int) -> str:
-    """Return where a table of keys fires, the first of these keys named; "" without any."""
-    if not keys:
+def _on(tables: Sequence[tuple[KeyRule, Numbers]], language: Language, shown: int) -> str:
+    """Return where tables of keys that are put alike fire, the first of these keys named; "" without any."""
+    names = dict.fromkeys(quoted(table.family, table.names[i], language) for table, keys in tables for i in keys)
+    if not names:
         return ""
-    names = [quoted(table.family, table.names[i], language) for i in keys[:shown]]
-    text = ", ".join([*names, "…"]) if len(keys) > shown else listed(names, language)
-    return _family(table, language, text, len(keys) > 1)
+    text = ", ".join([*list(names)[:shown], "…"]) if len(names) > shown else listed(list(names), language)
+    return _family(tables[0][0], language, text, len(names) > 1)
 
 
 def listed(names: Sequence[str], language: Language) -> str:

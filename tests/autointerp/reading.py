@@ -40,7 +40,10 @@ def meaning(rule: LatentRule, language: Language) -> set[Alternative]:
     ]
     if isinstance(rule, TreeRule):
         return {(frozenset(said[i] for i in p.holds), frozenset(said[i] for i in p.fails)) for p in rule.paths}
-    return {(frozenset([one]), frozenset()) for one in said if one.keys}
+    kinds = {
+        one.kind: frozenset[str]().union(*(other.keys for other in said if other.kind == one.kind)) for one in said
+    }
+    return {(frozenset([Condition(*one)]), frozenset()) for one in kinds.items() if one[1]}  # sequences are one list
 
 
 def same(one: set[Alternative], other: set[Alternative]) -> bool:
@@ -88,7 +91,10 @@ def read(text: str, language: Language) -> set[Alternative]:
 
 
 def faults(text: str, language: Language) -> list[str]:
-    """What is wrong with a rule's text as a sentence: agreement, a list without its last "or", a straight apostrophe."""
+    """What is wrong with a rule's text as a sentence.
+
+    Agreement, a list without its last "or", two lists of sequences where one would do, a straight apostrophe, its length.
+    """
     body, found = QUOTED.sub("«»", text), []
     ends = {"it": ("la parola", "le parole", "lla sequenza", "lle sequenze", "il pronome", "i pronomi"),
             "en": ("the word", "the words", "the sequence", "the sequences", "the pronoun", "the pronouns")}[language]  # fmt: skip
@@ -96,6 +102,8 @@ def faults(text: str, language: Language) -> list[str]:
     for one, several in zip(ends[::2], ends[1::2], strict=True):
         found += re.findall(rf"{one} {key}(?:,| {last}) {key}", body)
         found += re.findall(rf"{several} {key}(?:$|; |, (?!{key}|…))", body)
+    a_list = rf"(?:nell[ae] sequenz[ae]|in the sequences?) {key}(?:(?:,| {last}) {key})*"
+    found += [part for part in body.split(label("rule.or", language)) if re.fullmatch(a_list, part)][1:]
     found += re.findall(rf"{key}, {key}(?:$|;)", body)  # a list without its last "or"
     return found + ["'"] * ("'" in body) + ["long"] * (len(text) > 120)
 

@@ -97,8 +97,20 @@ def test_the_texts_are_sentences(gold_store, language):
             for _, explanation in store.explanations(name).values():
                 assert not faults(explanation.text(language), language), explanation.text(language)
     wrong = {
-        "it": ("sulla parola «a» o «b»", "nelle sequenze «a b»; oppure su «c»", "su «a», «b»", "su parole d'altri"),
-        "en": ("on the word «a» or «b»", "in the sequences «a b»; or on «c»", "on «a», «b»", "on 'words'"),
+        "it": (
+            "nella sequenza «a»; oppure nelle sequenze «b» o «c»",
+            "sulla parola «a» o «b»",
+            "nelle sequenze «a b»; oppure su «c»",
+            "su «a», «b»",
+            "su parole d'altri",
+        ),
+        "en": (
+            "in the sequences «a» or «b»; or in the sequence «c»",
+            "on the word «a» or «b»",
+            "in the sequences «a b»; or on «c»",
+            "on «a», «b»",
+            "on 'words'",
+        ),
     }
     assert all(faults(text, language) for text in wrong[language])
 
