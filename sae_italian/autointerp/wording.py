@@ -86,7 +86,7 @@ def statement(rule: LatentRule, language: Language) -> str:
     if isinstance(rule, TreeRule):
         each = [_on([table], language, shown) for table in tables]
         said = [_term(term, each, language) for term in simplified([(p.holds, p.fails) for p in rule.heaviest()])]
-    else:  # of a trie: the tokens that suffice, then the contexts; sequences of two and of three are all sequences
+    else:  # of a trie: the tokens that suffice, then the contexts; those of two and of three are sequences
         heads = dict.fromkeys(_family(table, language, "") for table in rule.tables)
         alike = ([one for one in tables if _family(one[0], language, "") == head] for head in heads)
         said = [_on(group, language, shown) for group in alike]
@@ -136,11 +136,11 @@ def _notes(rule: KeyRule, named: Sequence[int], language: Language) -> list[str]
 
 
 def _on(tables: Sequence[tuple[KeyRule, Numbers]], language: Language, shown: int) -> str:
-    """Return where tables of keys that are put alike fire, the first of these keys named; "" without any."""
-    names = dict.fromkeys(quoted(table.family, table.names[i], language) for table, keys in tables for i in keys)
-    if not names:
+    """Return where tables of keys fire that are put alike, the first keys named; "" without any."""
+    every = [quoted(table.family, table.names[i], language) for table, keys in tables for i in keys]
+    if not (names := list(dict.fromkeys(every))):
         return ""
-    text = ", ".join([*list(names)[:shown], "…"]) if len(names) > shown else listed(list(names), language)
+    text = ", ".join([*names[:shown], "…"]) if len(names) > shown else listed(names, language)
     return _family(tables[0][0], language, text, len(names) > 1)
 
 

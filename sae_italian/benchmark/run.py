@@ -164,8 +164,7 @@ def set_up(
     for problem in planned.problems:
         found = [_drawn(problem, pooling, one) for one in raw[problem.name]]
         if min(min(y.sum(), (~y).sum()) for one in found for y in one.answers) < LEAST:
-            told = f"{problem.task.id} ({problem.task.en})"
-            refused.append(f"{told}: words lie beyond the context, {LEAST} a class needed")
+            refused.append(f"{problem.task.id}: < {LEAST} (n_ctx)")  # their words lie beyond the context
             continue
         draws[problem.name] = found
         problems.append(problem)
@@ -219,7 +218,8 @@ def benchmark(
     most = QUICK if quick else (TRAIN, TEST)
     planned = plan(material, tasks, most)
     if not planned.problems:
-        raise UsageError(f"no task can be run: {'; '.join(planned.refused[:3]) or 'none was asked for'}.")
+        why = "; ".join(planned.refused[:3]) or "none was asked for"
+        raise UsageError(f"no task can be run (too few balanced examples a class): {why}.")
     sources = {name: fingerprint([p.text for p in some]) for name, some in material.passages.items()}
     spec = {**model_identity(model), "tasks": [t.id for t in tasks], "seeds": n_seeds, "most": most, "sources": sources}
     table = model.get_input_embeddings().weight.detach().float().cpu().numpy()

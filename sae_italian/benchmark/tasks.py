@@ -168,11 +168,11 @@ def _apart(items: list[Item], by_value: Mapping[str, list[int]]) -> list[Item]:
 
 
 def shortage(task: ProbingTask, items: Sequence[Item]) -> str:
-    """Return why a task cannot be run, empty where it can: `14 in test, 20 needed`."""
+    """Return what a task has too few balanced examples a class for, in figures: `rara: 14 < 20 (test)`."""
     for test in (False, True):
         n = n_balanced([item for item in items if item.test == test])
         if n < task.least:
-            return f"{task.id} ({task.en}): {n} balanced examples a class in {'test' if test else 'train'}, {task.least} needed"
+            return f"{task.id}: {n} < {task.least} ({'test' if test else 'train'})"
     return ""
 
 

@@ -124,7 +124,7 @@ def test_a_draw_is_balanced_within_every_value_and_the_same_for_the_same_seed():
 def test_a_task_with_fewer_than_20_positives_is_refused_by_name():
     made = passages([True, False] * 50 + [True] * 19 + [False] * 40, [False] * 100 + [True] * 59)
     few = task(id="rara", positive={"Gender": "Fem"})
-    assert shortage(few, SourceTable(made).items(few)) == "rara (t): 19 balanced examples a class in test, 20 needed"
+    assert shortage(few, SourceTable(made).items(few)) == "rara: 19 < 20 (test)"
     material = gather()._replace(passages={"ud": made}, corpora={}, n_copies=0)
     planned = plan(material, [few])
     assert not planned.problems and planned.refused[0].startswith("rara")
