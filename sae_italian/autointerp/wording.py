@@ -15,6 +15,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -87,9 +88,8 @@ def statement(rule: LatentRule, language: Language) -> str:
         each = [_on([table], language, shown) for table in tables]
         said = [_term(term, each, language) for term in simplified([(p.holds, p.fails) for p in rule.heaviest()])]
     else:  # of a trie: the tokens that suffice, then the contexts; those of two and of three are sequences
-        heads = dict.fromkeys(_family(table, language, "") for table in rule.tables)
-        alike = ([one for one in tables if _family(one[0], language, "") == head] for head in heads)
-        said = [_on(group, language, shown) for group in alike]
+        alike = groupby(tables, lambda one: _family(one[0], language, ""))
+        said = [_on(list(group), language, shown) for _, group in alike]
     return label("rule.or", language).join(part for part in said if part)
 
 

@@ -179,7 +179,7 @@ def effects(
     at = {"strength": NOTHING._replace(value=strength), "divergence": NOTHING._replace(value=reached)}
     index, found = np.unique(documents, return_inverse=True)[1], {}
     for name, gain in gains.items():
-        sums = np.stack([np.bincount(index, each) for each in (gain, np.ones(len(gain)))], axis=1)
+        sums = np.stack([np.bincount(index, gain), np.bincount(index)], axis=1)
         mean = bootstrap(sums, lambda total: total[:, 0] / total[:, 1])
         found[name] = {"log_probability_gain": mean, **at}, mean_and_falls(gain, documents)[1]
     return found
@@ -354,6 +354,5 @@ class Encoder:
         """Return one vector per text; texts longer than the encoder's context are cut."""
         limit = min(getattr(self.read.model.config, "max_position_embeddings", 512), 512)
         form = {"truncation": True, "max_length": limit, "return_token_type_ids": False}
-        return np.stack(
-            [hidden[0].mean(dim=0).float().numpy() for hidden in self.read(list(texts), tokenize_kwargs=form)]
-        )
+        states = self.read(list(texts), tokenize_kwargs=form)
+        return np.stack([hidden[0].mean(dim=0).float().numpy() for hidden in states])
