@@ -38,6 +38,12 @@ from sae_italian.saes import load_sae
 from sae_italian.training.run import seed_folders
 
 MOST_PANELS = 6
+BEGAN_AS_ONE = 0.05  # share of latents whose nearest has their number: by chance one in d_sae
+BEGAN = (
+    "{2:.0%} of the latents of {0} have their nearest in {1} at their own number: the two began as one (rows of one seed, "
+    "or one trained from the other), so a match need not be what training found"
+)
+NEVER = -9.0  # log10 of a firing rate; SAELens writes -10 for a latent that never fired
 _HEAD = (
     "latents of | against | D | sqrt(12 ln F / D) | largest random | median cosine | (random) | neighbours | new | "
     "above random | mutual | splits"
@@ -109,7 +115,7 @@ def _cells(item: Comparison) -> tuple[object, ...]:
 def geometry(
     saes: Mapping[str, Any],
     *,
-    alive: Mapping[str, Bool[np.ndarray, " d_sae"]] | None = None,
+    alive: Mapping[str, Bool[np.ndarray, " d_sae"] | None] | None = None,
     texts: Mapping[str, dict[int, str]] | None = None,
     method: MapMethod = "pca",
     seed: int = 0,
@@ -117,7 +123,7 @@ def geometry(
 ) -> Geometry:
     """Return the geometry of some SAEs by name: each within itself, each ordered pair, and one map of all.
 
-    `alive` says per SAE which latents take part (default: all; a dead latent keeps its random start and counts as new),
+    `alive` says per SAE which latents take part (default: all; a dead latent keeps its random start, see `fired`),
     `texts` what is known of latents, for the map; `method` as in `map_of`, `seed` and the other settings as in `compare`.
     Raises: UsageError when there is no SAE, or their decoders write into spaces of different dimensions.
     """
@@ -126,6 +132,10 @@ def geometry(
     pairs = paced(product(sets, repeat=2), "geometry", len(sets) ** 2, "pair of SAE")
     found = [compare(a, b, seed=seed, **settings) for a, b in pairs]
     within, between = ([item for item in found if item.within == own] for own in (True, False))
+    for item in between:
+        same = float((item.rows.latent == item.rows.nearest).mean())
+        if same > BEGAN_AS_ONE:
+            notes.append(BEGAN.format(item.source, item.target, same))
     width = {name: sae.W_dec.shape[0] for name, sae in saes.items()}
     seeds = _means([item for item in between if width[item.source] == width[item.target]])
     places = map_of(torch.cat([item.units.cpu() for item in sets]), method, seed)
@@ -151,6 +161,12 @@ def _check(saes: Mapping[str, Any]) -> list[str]:
             if here != there:
                 notes.append(f"{name} has {key} {here!r}, {first} {there!r}")
     return notes
+
+
+def fired(folder: str | Path) -> Bool[np.ndarray, " d_sae"] | None:
+    """Return which latents fired in the last steps of an SAE's training, None where its folder does not say."""
+    path = Path(folder) / "sparsity.safetensors"
+    return load_file(path)["sparsity"].numpy() > NEVER if path.is_file() else None
 
 
 def _means(pairs: Sequence[Comparison]) -> dict[str, float]:
@@ -233,7 +249,6 @@ def map_html(found: Geometry) -> str:
 CURVE = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # cosines from which a match counts
 LABELLED = 0.5  # F1 from which a latent has a label
 PROBED = 200  # documents of MicroItaliano whose words give labels
-NEVER = -9.0  # log10 of a firing rate; SAELens writes -10 for a latent that never fired
 
 
 class Recurrence(NamedTuple):
@@ -272,12 +287,11 @@ def recurrence(folder: Path) -> Recurrence:
     if len(folders) < 2:
         raise UsageError(f"{folder} holds one seed; train it with seeds=3.")
     saes = [load_sae(each) for each in folders.values()]
-    rates = [load_file(each / "sparsity.safetensors")["sparsity"].numpy() for each in folders.values()]
     spec = read_json(folder / "run.json")["spec"]
     model, context = load_model(spec["model"]), spec["context_size"]
     words = treebank.micro_words(model, spec["hook_name"], PROBED, context_size=context)
     labels = [labels_of(sae, words) for sae in saes]
-    found = compared(list(folders), saes, [rate > NEVER for rate in rates], labels)
+    found = compared(list(folders), saes, [fired(each) for each in folders.values()], labels)
     write_json(folder / SEEDS_FILE, plain(found))
     return found
 
@@ -285,7 +299,7 @@ def recurrence(folder: Path) -> Recurrence:
 def compared(
     seeds: Sequence[int],
     saes: Sequence[Any],
-    alive: Sequence[Bool[np.ndarray, " d_sae"]],
+    alive: Sequence[Bool[np.ndarray, " d_sae"] | None],
     labels: Sequence[Int[np.ndarray, " d_sae"]],
 ) -> Recurrence:
     """Return which live latents of the first SAE the others find; `labels` numbers each one's label, -1 for none."""
@@ -296,7 +310,7 @@ def compared(
     chance = np.stack([mutual(drawn[0], other)[0] for other in drawn[1:]])
     cosines = np.stack([cosine for cosine, _ in pairs])
     counts = 1 + (cosines >= directions.ALIKE).sum(axis=0)
-    found: list[int | None] = [None] * len(alive[0])
+    found: list[int | None] = [None] * len(labels[0])
     for latent, count in zip(first.latent.tolist(), counts.tolist(), strict=True):
         found[latent] = count
     own = labels[0][first.latent]

@@ -48,19 +48,22 @@ def geometry(
     """Measure how near decoder directions lie within SAEs and between them, what is new, what splits, and map them.
 
     Args:
-        saes: SAEs' folders, or release:sae_id; all of one model's width; then
+        saes: SAEs' folders, or release:sae_id; all of one model's width; latents that did not fire at the end of
+            their training are left out, where a folder says so; then
             minutes=N, after which it ends with what it has (default: no bound).
         out: Folder for geometry.json, its pictures and the map.
-        cache: A cache of one of the SAEs: dead latents are left out, explanations shown in the map; again for more; default: none.
+        cache: A cache of one of the SAEs: latents dead in it are left out, explanations shown in the map; again for more; default: none.
         map: How the map is made; umap needs umap-learn.
         sample: Latents of each SAE that are compared, drawn at random; default: all.
         above: Cosine that makes a neighbour, above 0 and at most 1; default: sqrt(12 ln F / D).
     """
+    from sae_italian.analysis.geometry import fired
     from sae_italian.analysis.geometry import geometry as measure
 
     names = short_names(own_words(saes, MINUTES)[1])
     loaded = {short: sae_italian.load_sae(name) for short, name in names.items()}
-    alive, texts = _known(loaded, cache or [])
+    live, texts = _known(loaded, cache or [])
+    alive = {short: fired(name) for short, name in names.items()} | live
     result = measure(loaded, alive=alive, texts=texts, sample=sample, above=above, method=map, seed=seed)
     result.save(out)
     notes = "".join(f"\nNote: {note}." for note in result.notes)

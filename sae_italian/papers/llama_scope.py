@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sae_italian.analysis.geometry import geometry, matches_svg
+from sae_italian.analysis.geometry import fired, geometry, matches_svg
 from sae_italian.analysis.shift import context_shift, default_edges
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
@@ -176,17 +176,20 @@ def _shift(job: Reproduction, results: Results) -> dict[str, Any]:
 
 
 def _geometry(job: Reproduction, results: Results) -> dict[str, Any]:
-    """Compare decoder directions at one place across widths, or the one SAE with itself; dead latents left out."""
+    """Compare decoder directions at one place across widths, or the one SAE with itself; of latents that fired in training."""
     rows = results["saes"]["saes"]
     first = narrowest(rows)
     entries = [row for row in rows if (row["site"], row["layer"]) == (first["site"], first["layer"])]
-    found = geometry({row["name"]: load_sae(row["folder"]) for row in entries[:MOST]}, sample=SAMPLE)
+    folders = {row["name"]: row["folder"] for row in entries[:MOST]}
+    live = {name: fired(folder) for name, folder in folders.items()}
+    found = geometry({name: load_sae(each) for name, each in folders.items()}, alive=live, sample=SAMPLE)
     own = [f"{c.source}: {c.threshold:.3f} (random {c.random.largest:.3f})" for c in found.within]
     matches = "; ".join(
         f"{c.source} to {c.target}: median {c.matches.quantiles['50 %']:.2f}, random {c.random.quantiles['50 %']:.2f}, "
         f"{100 * c.above_random.value:.0f} % above the largest random"
         for c in found.between
     )
+    matches += "".join(f"; {note}" for note in found.notes)
     facts = {"thresholds": "; ".join(own), "matches": matches or None, "table": found.table().splitlines()}
     return {**plain(found), **facts, "svg": matches_svg([*found.between, *found.within])}
 

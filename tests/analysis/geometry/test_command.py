@@ -5,6 +5,8 @@ import shutil
 
 import pyarrow.parquet
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
@@ -47,6 +49,19 @@ def test_a_run_writes_numbers_rows_pictures_and_a_map(trained_sae, topk_sae, exp
     assert group["text"][group["latent"].index(live(explained))] == "su «perché» </script><b>"
     assert page.count("</script>") == 1 and "http" not in page
     assert "![map](map.svg)" in (out / "geometry.md").read_text()
+
+
+def test_what_never_fired_in_training_takes_no_part(trained_sae, topk_sae, tmp_path, capsys):
+    """A dead latent still has the random row that it began with, which says nothing of the SAE."""
+    folders = tmp_path / "a", tmp_path / "b"
+    for n_live, folder in zip((300, 20), folders, strict=True):
+        topk_sae.save_model(folder)
+        rates = torch.where(torch.arange(300) < n_live, -2.0, -10.0)
+        save_file({"sparsity": rates}, folder / "sparsity.safetensors")
+    assert main(["geometry", *map(str, folders), "--out", str(tmp_path / "out"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [item["n_source"] for item in result["within"]] == [300, 20]
+    assert "began as one" in result["notes"][0]
 
 
 @pytest.mark.parametrize(

@@ -163,3 +163,12 @@ def test_saes_of_other_widths_are_refused_and_of_other_hooks_noted(orthogonal):
     assert "b has hook_name" in geometry({"a": sae(orthogonal), "b": other}).notes[0]
     with pytest.raises(UsageError, match="no SAE was given"):
         geometry({})
+
+
+def test_saes_that_began_as_one_are_noted(orthogonal):
+    """One seed draws the same first rows whatever the width: training moved neither, and all "match"."""
+    rows = [torch.randn(n, 32, generator=torch.Generator().manual_seed(3)) for n in (40, 120)]
+    notes = geometry({"a": sae(rows[0]), "b": sae(rows[1])}).notes
+    assert notes[0].startswith("100% of the latents of a have their nearest in b at their own number")
+    other = torch.randn(120, 32, generator=torch.Generator().manual_seed(4))
+    assert not geometry({"a": sae(rows[0]), "b": sae(other)}).notes
