@@ -116,6 +116,8 @@ class Reproduction(NamedTuple):
             sae["k"] = max(1, round(sae["k"] * scale))
         if "l1_coefficient" in sae:
             sae["l1_coefficient"] *= scale
+        if self.budget.get("start"):
+            sae["start"] = self.budget["start"]
         for key in ("lr_warm_up_steps", "lr_decay_steps"):
             values[key] = int(values.get(key, 0) * share)
         return values | {
@@ -214,7 +216,11 @@ def _done(step: Step, job: Reproduction, results: Results) -> dict[str, Any]:
 # --- the papers ------------------------------------------------------------------------------------------------------
 
 
-_NO_DEFAULT = {"layer": int | None, "layers": list[int] | None}  # types of the budget's keys that are null
+_NO_DEFAULT = {
+    "layer": int | None,
+    "layers": list[int] | None,
+    "start": str | None,
+}  # types of the budget's keys that are null
 Words = dict[str, str]  # en, it
 
 

@@ -125,7 +125,7 @@ def _vanilla(job: Reproduction, results: Results) -> dict[str, Any]:
     scale = (job.subject.d_in / 128) ** 0.5
     rows: list[dict[str, Any]] = [_compared(job, "annealed", results, "0.1") | {"name": "TopK"}]
     for factor in L1:
-        l1 = {"architecture": "standard", "start": "zero", "normalize_activations": NORMALISED}
+        l1 = {"architecture": "standard", "start": job.budget["start"] or "zero", "normalize_activations": NORMALISED}
         l1 |= {"l1_coefficient": factor * scale}
         row = _compared(job, f"vanilla-{factor:g}", results, "0", l1)
         rows.append(row | {"name": f"L1, {factor * scale:.3g}"})

@@ -67,17 +67,8 @@ def scored(
     names: list[str],
 ) -> list[dict[str, Any]]:
     """Explain and score the latents of SAEs by rule on the same held-out text, cached in a folder each; as JSON has it."""
-    build_caches(
-        list(saes),
-        subject.model,
-        subject.corpus,
-        folders,
-        n_tokens=n_tokens,
-        split="heldout",
-        sae_names=names,
-        resume=True,
-        **subject.reading,
-    )
+    how: dict[str, Any] = {"n_tokens": n_tokens, "split": "heldout", "sae_names": names, "resume": True}
+    build_caches(list(saes), subject.model, subject.corpus, folders, **how, **subject.reading)
     opened = [(FeatureCache.open(folder), sae) for folder, sae in zip(folders, saes, strict=True)]
     stores = [run_autointerp(cache, subject.model.tokenizer, config, sae=sae) for cache, sae in opened]
     return [summarise(store).as_dict() for store in stores]

@@ -12,7 +12,7 @@ import pytest
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
 from sae_italian.papers import compare_baselines, reproduce
-from sae_italian.papers.job import Reproduction, Step, Subject, paper, run_steps
+from sae_italian.papers.job import Reproduction, Step, Subject, open_subject, paper, run_steps
 from sae_italian.papers.reproduce import STEPS
 from sae_italian.saes import load_sae
 
@@ -254,3 +254,13 @@ def test_whole_with_its_own_budget(name, tmp_path):
     check_report(tmp_path / name, report, name)
     assert all("skipped" not in result for result in report["steps"].values())
     assert all(row["ours"] != "-" for row in report["figures"])
+
+
+def test_where_b_dec_starts_can_be_given(tmp_path):
+    """The paper's start leaves most latents of a real model dead."""
+    chosen, subject = paper("llama-scope"), open_subject(None)
+    starts = [
+        Reproduction(chosen, subject, chosen.with_budget(*words), tmp_path).values(4096)["sae"]["start"]
+        for words in ([], ["start=mean"])
+    ]
+    assert starts == ["zero", "mean"]
