@@ -26,6 +26,7 @@ def test_the_notebook_of_a_graph_adds_up_and_confirms_an_edge(tmp_path):
     said = "".join(map(printed_by, run_notebook(WITH_GRAPH, tmp_path)))
     assert float(re.search(r"errore massimo di una somma: (\S+)", said)[1]) < 1e-3
     foretold, real = re.search(r"l'arco prevede (\S+); .* cambia di (\S+)", said).groups()
+    assert float(re.search(r"dei suoi archi: errore (\S+)", said)[1]) < 1e-4
     assert float(foretold) * float(real) > 0 and "transcoder casuali" in said
 
 

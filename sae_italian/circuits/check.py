@@ -158,9 +158,10 @@ def changes(prompt: Prompt, graph: Graph, latents: np.ndarray) -> Float[np.ndarr
         return logits[:, logit] - (logits.mean(-1) if graph.against is None else logits[:, graph.against])
 
     before, found = centred(1), []
-    for some in progress("taken away", torch.from_numpy(latents).split(AT_ONCE), unit="batch"):
+    batches = [latents[at : at + AT_ONCE].tolist() for at in range(0, len(latents), AT_ONCE)]
+    for some in progress("taken away", batches, unit="batch"):
         gone: dict[int, Tensor] = {}
-        for row, node in enumerate(graph.nodes[i] for i in some.tolist()):
+        for row, node in enumerate(graph.nodes[i] for i in some):
             write = prompt.write(node)
             none = write.new_zeros(len(some), n_pos, len(write))
             gone.setdefault(node.layer, none)[row, node.position] = write

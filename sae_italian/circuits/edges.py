@@ -219,7 +219,7 @@ def _check_memory(shape: tuple[int, int], size: int, n_active: int, most: int, m
     Where latents are left out, the edges to those that stay are held once more, at the end.
     """
     free = psutil.virtual_memory().available / 1e9 if memory is None else memory
-    if free <= 0:
+    if not free > 0:  # nor what is no number
         raise UsageError(f"memory is {free:g}; 10^9 bytes above 0 were expected.")
     row, n_logits = size * shape[1] / 1e9, shape[0] - most
     need = shape[0] * (row + (size * (shape[1] - n_active + most) / 1e9 if most < n_active else 0))
@@ -246,7 +246,8 @@ def _logit_nodes(
     if unknown := [i for i in (*ids, against or 0) if not 0 <= i < len(probability)]:
         raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
     if against in ids:
-        raise UsageError(f"token {against} is explained less itself, which leaves nothing. Give another against it.")
+        told = token_text(model.tokenizer, [against])[0].strip()
+        raise UsageError(f"the token {told!r} is explained less itself, which leaves nothing. Give another against it.")
     texts = token_text(model.tokenizer, ids)
     if against is not None:
         texts = [f"{text} − {token_text(model.tokenizer, [against])[0].strip()}" for text in texts]
@@ -327,12 +328,8 @@ def _assembled(
 
     What was not visited is booked as the rest of its layer. Where all was, the rows themselves are the weights.
     """
-    n, n_layers, visited, weights = (
-        len(logits),
-        len(rows.sources) - 1,
-        np.array(kept.visited, dtype=np.int64),
-        kept.rows,
-    )
+    n, n_layers, weights = len(logits), len(rows.sources) - 1, kept.rows
+    visited = np.array(kept.visited, dtype=np.int64)
     left = np.setdiff1d(np.flatnonzero(rows.layer >= 0), visited)
     chosen = np.setdiff1d(np.arange(len(rows.nodes)), left)
     if len(left) or isinstance(weights, np.memmap):
@@ -341,10 +338,8 @@ def _assembled(
         in_order = np.concatenate([np.argsort(visited), np.arange(len(visited), len(weights))])
         for at in range(0, len(weights), ROWS_AT_ONCE):
             told, some = kept.rows[in_order[at : at + ROWS_AT_ONCE]], weights[at : at + ROWS_AT_ONCE]
-            some[:, : len(chosen)], some[:, len(chosen) : len(chosen) + n_layers] = (
-                told[:, chosen],
-                told[:, left] @ of_layer,
-            )
+            some[:, : len(chosen)] = told[:, chosen]
+            some[:, len(chosen) : len(chosen) + n_layers] = told[:, left] @ of_layer
     latents = [rows.nodes[i] for i in np.sort(visited).tolist()]
     own = np.array([*rows.values(latents), *rows.values(logits)])
     # what the biases of attention and norms add; zero where there are none

@@ -19,11 +19,11 @@ from sae_italian import micro_italiano
 from sae_italian.analysis.latent import token_of
 from sae_italian.analysis.tasks import ioi_pairs, number_pairs, words_for
 from sae_italian.base import pictures
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, mean_interval
-from sae_italian.base.storage import read_yaml
+from sae_italian.base.storage import read_yaml, understood
 from sae_italian.circuits.check import check, random_graph
 from sae_italian.circuits.edges import Prompt, attribute
 from sae_italian.circuits.graph import Graph, influence
@@ -117,6 +117,7 @@ def study(
     *,
     max_nodes: int = 4096,
     batch: int | None = None,
+    memory: float | None = None,
     seed: int = 0,
 ) -> Study:
     """Return the study of `n` prompts of a case (CASES), or of a file: PROMPT, a tab, the token, and one against it.
@@ -127,7 +128,7 @@ def study(
     carrying: list[Any] = [{}, {}]
     rows = []
     for number, one in enumerate(paced(cases, "graphs", len(cases), "prompt")):
-        wanted: dict[str, Any] = {"logits": [one.right], "against": one.wrong}
+        wanted: dict[str, Any] = {"logits": [one.right], "against": one.wrong, "memory": memory}
         graph = attribute(model, transcoders, one.prompt, max_nodes=max_nodes, batch=batch, **wanted)
         twins, other = random_graph(model, transcoders, graph, batch=batch, seed=seed)
         checked = check(model, transcoders, graph, control=(twins, other), n_latents=CHECKED, seed=seed)
@@ -168,13 +169,13 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
     """Return `n` cases, or those of a file. Raises: UsageError when the model's tokens allow too few."""
     tokenizer = model.tokenizer
     if Path(case).is_file():
-        try:
+        with understood(case, "Save it as UTF-8."):
             lines = Path(case).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{case} is not UTF-8 ({error.reason} at byte {error.start}).") from error
         lines = [line.split("\t") for line in lines if line.strip()]
-        if any(len(line) < 2 or not line[1].strip() for line in lines):
-            raise UsageError(f"{case}: a line is PROMPT, a tab, TOKEN, perhaps a tab and the token against it.")
+        if not lines or any(len(line) < 2 or not line[1].strip() for line in lines):
+            raise UsageError(
+                f"{case}, {len(lines)} lines: each is PROMPT, a tab, TOKEN, perhaps a tab and the token against it."
+            )
         ids: list[Any] = [[token_of(tokenizer, text) for text in line[1:3] if text.strip()] for line in lines[:n]]
         return [Case(line[0], "", *(own + [None])[:2]) for line, own in zip(lines, ids, strict=False)]
     if case not in CASES:
@@ -184,7 +185,7 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
         pairs = ioi_pairs(2 * n, tokenizer, words_for("sae-italian-mini" if embedded else "minerva-1b"), seed=seed)
         texts = [(pair.base, pair.counterfactual, pair.io, pair.new_io) for pair in pairs]
     elif embedded and case != "attractor":
-        texts = _micro_pairs(CASES[case], 16 * n, seed)
+        texts = _micro_pairs(CASES[case], 16 * min(n, 4096), seed)  # it has no more than so many
     elif case == "agreement":
         verbs = {True: ("sono", "è"), False: ("è", "sono")}
         pairs = number_pairs(2 * n, tokenizer, seed=seed)

@@ -260,8 +260,10 @@ def graph(
 def _study(model: str, transcoders: Path, case: str, settings: dict[str, Any], out: Path | None) -> Result:
     from sae_italian.circuits.study import study
 
+    if given := [name for name in ("target", "against", "check", "labels") if settings[name]]:
+        raise UsageError(f"{given[0]}= is for one graph, a study has its own. Leave one of the two out.")
     loaded, saes = _loaded(model, transcoders)
-    sizes = {"max_nodes": settings["max_nodes"], "batch": settings["batch"] or None}
+    sizes = {"max_nodes": settings["max_nodes"]} | {name: settings[name] or None for name in ("batch", "memory")}
     found = study(loaded, saes, case, settings["study"], **sizes)
     value, text = {**plain(found), "estimates": plain(found.estimates())}, found.text()
     if out is not None:
@@ -275,7 +277,7 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     from sae_italian.analysis.latent import token_of
     from sae_italian.browser.graph import latents_of
     from sae_italian.circuits.check import check
-    from sae_italian.circuits.edges import attribute
+    from sae_italian.circuits.edges import attribute, layers_of
     from sae_italian.circuits.graph import scores
     from sae_italian.circuits.show import summary
 
@@ -292,6 +294,8 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     if settings["labels"]:
         latents = latents_of(Path(settings["labels"]), saes, found, out or Path(), loaded.tokenizer)
     text = summary(found, {key: told["label_en"] for key, told in latents.items()})
+    if gap := sorted({*range(found.n_layers)} - {*layers_of(saes, loaded)}):
+        text += f"\n\nNo transcoder of layer {', '.join(map(str, gap))}: all that its MLP writes is an error node at each token."
     checked = check(loaded, saes, found, n_latents=settings["check"]) if settings["check"] else None
     if checked:
         value["check"] = plain(checked)

@@ -45,7 +45,7 @@ class Format(NamedTuple):
     files: tuple[str, ...]
     reader: Callable[[Path, str, Config], Found]
     config_of: Callable[[Path, str, Config], Config] = lambda *_: {}  # the config alone, of what is on the hub
-    hint: str = ""  # what to do where it cannot be read
+    hint: str = " Make or fetch it again."  # what to do where it cannot be read
 
     def is_in(self, folder: Path) -> bool:
         """Return whether a folder holds one SAE of this format, its weights whole or in shards."""

@@ -348,6 +348,34 @@ def test_a_token_that_nobody_looks_at_changes_nothing(mistral):
     gradients = linear.gradients([Targets(1, torch.tensor([4]), torch.ones(1, 32, dtype=torch.float64))])
     assert all((gradient[0, 5:] == 0).all() for gradient in gradients[:2]) and (gradients[0][0, 4] != 0).any()
     assert gradients[2:] == [None, None]  # later layers
+    saes = [random_transcoder(layer) for layer in range(3)]
+    one, other = (attribute(mistral, saes, text) for text in ("ciao bella", "ciao belli"))
+    rows = [{graph.nodes[t][:4]: row for row, t in enumerate(graph.targets.tolist())} for graph in (one, other)]
+    early = [key for key in rows[0] if key[0] == "latent" and key[2] < 10]
+    assert len(early) > 100 and {key for key in rows[1] if key[0] == "latent" and key[2] < 10} == set(early)
+    for graph, row in zip((one, other), rows, strict=True):
+        before = np.array([0 <= node.position < 10 for node in graph.nodes])
+        assert (graph.weights[[row[key] for key in early]][:, ~before & ~graph.of_kind("constant")] == 0).all()
+    seen = [
+        graph.weights[[row[key] for key in early]][:, [0 <= node.position < 10 for node in graph.nodes]]
+        for graph, row in zip((one, other), rows, strict=True)
+    ]
+    assert np.allclose(*seen, atol=1e-9)
+
+
+def test_a_token_outside_the_attention_window_changes_nothing(mistral):
+    """With a window of two tokens, three layers look back three: the tokens before those may be any."""
+    mistral.config.sliding_window = 2
+    saes = [random_transcoder(layer) for layer in range(3)]
+    one, other = (attribute(mistral, saes, text, logits=[7, 9]) for text in ("abc bella", "xyz bella"))
+    for graph in (one, other):
+        far = np.array([0 < node.position <= 3 for node in graph.nodes])
+        assert far.sum() > 20 and (graph.weights[-2:, far] == 0).all()
+    columns = [[i for i, node in enumerate(graph.nodes) if graph.weights[-1, i]] for graph in (one, other)]
+    names = [[graph.nodes[i][:4] for i in some] for graph, some in zip((one, other), columns, strict=True)]
+    assert names[0][:-1] == names[1][:-1] and len(names[0]) > 100  # the last is the constant: what rounding leaves
+    edges = [graph.weights[-2:, some[:-1]] for graph, some in zip((one, other), columns, strict=True)]
+    assert np.allclose(*edges, atol=1e-9) and np.allclose(one.own[-2:], other.own[-2:], atol=1e-9)
 
 
 def toy(mistral):

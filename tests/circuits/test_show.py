@@ -150,6 +150,15 @@ def test_latents_of_the_last_layer_that_write_little_do_what_their_edges_say(mis
     assert len(found.random) == 2 and set(found.scores) == {"these", "random"} and found.verdict() in found.text()
 
 
+def test_a_graph_without_active_latents_foretells_nothing(mistral):  # noqa: F811
+    sae = random_transcoder(1)
+    sae.b_enc.data.fill_(-1000.0)
+    graph = attribute(mistral, [sae], "ciao bella")
+    found = check(mistral, [sae], graph)
+    assert not len(graph.latents) and found.graph[0].n == 0 and math.isnan(found.graph[0].paths.value)
+    assert found.verdict() in found.text()
+
+
 def test_the_command_writes_a_graph_that_is_read_again(saved, tmp_path, capsys):
     out = tmp_path / "graph"
     assert main(["graph", "sae-italian-mini", str(saved), PROMPT, "max_nodes=50", "check=5", "--out", str(out)]) == 0
@@ -228,6 +237,10 @@ def transcoders(folder, *kinds):
         ([(0, 128, 0)], PROMPT, ["nodes=5"], "no setting"),
         ([(0, 128, 0)], PROMPT, ["memory=0.00001"], "Use max_nodes="),
         ([(0, 128, 0)], PROMPT, ["memory=-1"], "memory is -1"),
+        ([(0, 128, 0)], PROMPT, ["memory=nan"], "memory is nan"),
+        ([(0, 128, 0)], PROMPT, ["target=il", "against=il"], "the token 'il' is explained less itself"),
+        ([(0, 128, 0)], "agreement", ["study=1", "target=il"], "target= is for one graph"),
+        ([(0, 128, 0)], "agreement", ["study=1", "memory=1e-6"], "Use max_nodes="),
         ([(0, 128, 0)], "nominativo", ["study=2"], "is no case and no file"),
         ([(0, 128, 0)], PROMPT, ["labels=."], "holds no feature cache"),
     ],
@@ -253,7 +266,8 @@ def test_a_gap_a_logit_never_likely_and_another_models_transcoders_are_told(mini
         main(["graph", "sae-italian-mini", str(folder), PROMPT, f"target={never}", "--out", str(tmp_path / "g")]) == 0
     )
     said = capsys.readouterr()
-    assert "does not expect it" in said.out and "trained on 'altro/modello'" in said.err
+    assert "does not expect it" in said.out and "No transcoder of layer 1, 3:" in said.out
+    assert "trained on 'altro/modello'" in said.err
     graph = Graph.load(tmp_path / "g")
     missing = np.array([node.kind == "error" and node.layer in (1, 3) for node in graph.nodes])
     assert {node.layer for node in graph.nodes if node.kind == "latent"} == {0, 2} and graph.weights[-1, missing].any()

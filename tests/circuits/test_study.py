@@ -142,11 +142,12 @@ def test_a_file_of_prompts_and_what_is_no_case(mini, tmp_path):
     file.write_text("La ragazza\tche\nIl ragazzo\tche\te\n", encoding="utf-8")
     found = cases_of(str(file), mini, 9)
     assert [one.prompt for one in found] == ["La ragazza", "Il ragazzo"] and found[0].wrong is None and found[1].wrong
-    file.write_text("La ragazza\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="a tab"):
-        cases_of(str(file), mini, 1)
+    for text in ("La ragazza\n", "\n"):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError, match="a tab"):
+            cases_of(str(file), mini, 1)
     file.write_bytes("La città\tche".encode("latin-1"))
-    with pytest.raises(DataError, match="prompts.tsv is not UTF-8"):
+    with pytest.raises(DataError, match="prompts.tsv cannot be read .* Save it as UTF-8"):
         cases_of(str(file), mini, 1)
     with pytest.raises(UsageError, match="agreement, attractor, participle, ioi"):
         cases_of("nominativo", mini, 1)
