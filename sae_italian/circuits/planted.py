@@ -22,7 +22,6 @@ from torch import Tensor
 
 from sae_italian.analysis.latent import codes, written_directions
 from sae_italian.analysis.treebank import encode_words, label_names, micro_treebank, read_words, with_forms
-from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import wilson
 from sae_italian.circuits.edges import Prompt
 from sae_italian.circuits.graph import Graph
@@ -36,14 +35,9 @@ DOCUMENTS = 400
 def carriers(
     model: Any, by_layer: Mapping[int, Any], feature: str, *, documents: int = DOCUMENTS, seed: int = 7
 ) -> dict[int, Bool[np.ndarray, " d_sae"]]:
-    """Return by layer which latents carry a feature (`number`, `gender`) of MicroItaliano's words.
-
-    Raises: UsageError for a feature that its words do not have.
-    """
+    """Return by layer which latents carry a feature (`number`, `gender`) of MicroItaliano's words."""
     bank, forms = with_forms(micro_treebank(documents, seed))
     values = [name for name in label_names([bank]) if name.partition("=")[0] == feature.capitalize()]
-    if not values:
-        raise UsageError(f"no word of MicroItaliano has {feature!r}; use number or gender.")
     found, context = {}, getattr(model.config, "max_position_embeddings", 512)
     for layer, sae in by_layer.items():
         words = read_words(model, sae.cfg.metadata.hook_name, bank, [*values, *forms], context_size=context)
@@ -59,15 +53,8 @@ def carriers(
 def patching_effects(
     prompt: Prompt, graph: Graph, counterfactual: str, pair: tuple[int, int]
 ) -> Float[np.ndarray, " latents"]:
-    """Return the attribution-patching effect of each latent of a graph on the difference of two tokens' logits.
-
-    Raises: UsageError when the counterfactual has another number of tokens than the graph's prompt.
-    """
+    """Return what patching each latent of a graph, from a counterfactual of as many tokens, does to a difference of logits."""
     other = Prompt(prompt.model, list(prompt.by_layer.values()), counterfactual)
-    if prompt.tokens.shape != other.tokens.shape:
-        raise UsageError(
-            f"{counterfactual!r} has {other.tokens.shape[1]} tokens; {prompt.text!r} has {prompt.tokens.shape[1]}."
-        )
     gradient, found = _live_gradient(prompt, pair), []
     names = [sae.cfg.metadata.hook_name for sae in prompt.by_layer.values()]
     before, after = (read_many(prompt.model, each.tokens, names) for each in (prompt, other)) if names else ({}, {})

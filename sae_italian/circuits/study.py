@@ -173,9 +173,7 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
             lines = Path(case).read_text(encoding="utf-8").splitlines()
         lines = [line.split("\t") for line in lines if line.strip()]
         if not lines or any(len(line) < 2 or not line[1].strip() for line in lines):
-            raise UsageError(
-                f"{case}, {len(lines)} lines: each is PROMPT, a tab, TOKEN, perhaps a tab and the token against it."
-            )
+            raise UsageError(f"{case}, {len(lines)} lines: each is PROMPT, a tab, TOKEN, perhaps a tab and one more.")
         ids: list[Any] = [[token_of(tokenizer, text) for text in line[1:3] if text.strip()] for line in lines[:n]]
         return [Case(line[0], "", *(own + [None])[:2]) for line, own in zip(lines, ids, strict=False)]
     if case not in CASES:

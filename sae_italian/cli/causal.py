@@ -213,16 +213,8 @@ def tree(
 # --- attribution graphs -----------------------------------------------------------------------------------------------
 
 
-SETTINGS = {
-    "max_nodes": 4096,
-    "batch": 0,
-    "target": "",
-    "against": "",
-    "check": 0,
-    "study": 0,
-    "memory": 0.0,
-    "labels": "",
-}
+SETTINGS: dict[str, Any] = {"max_nodes": 4096, "batch": 0, "check": 0, "study": 0, "memory": 0.0}
+SETTINGS |= dict.fromkeys(("target", "against", "labels"), "")
 
 
 def graph(
