@@ -255,7 +255,7 @@ def _study(model: str, transcoders: Path, case: str, settings: dict[str, Any], o
     if given := [name for name in ("target", "against", "check", "labels") if settings[name]]:
         raise UsageError(f"{given[0]}= is for one graph, a study has its own. Leave one of the two out.")
     loaded, saes = _loaded(model, transcoders)
-    sizes = {"max_nodes": settings["max_nodes"]} | {name: settings[name] or None for name in ("batch", "memory")}
+    sizes: dict[str, Any] = {name: settings[name] or None for name in ("max_nodes", "batch", "memory")}
     found = study(loaded, saes, case, settings["study"], **sizes)
     value, text = {**plain(found), "estimates": plain(found.estimates())}, found.text()
     if out is not None:
