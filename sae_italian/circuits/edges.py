@@ -141,7 +141,7 @@ class _Rows:
     def __init__(self, prompt: Prompt, batch: int | None, against: int | None):
         self.prompt, self.against, n_pos = prompt, against, prompt.tokens.shape[1]
         most = NUMBERS // (n_pos * prompt.model.config.hidden_size)
-        self.batch = batch or min(max(BATCH, most), MOST_BATCH)
+        self.batch = min(batch or max(BATCH, most), MOST_BATCH)
         self.linear = cache(partial(prompt.frozen, batch=self.batch))  # by the number of tokens
         step = max(SHORT, -(-n_pos // LENGTHS))
         self.ends = [*range(step, n_pos, step), n_pos]
@@ -193,7 +193,7 @@ def attribute(
     """Return the attribution graph of a prompt.
 
     At most `max_nodes` latents become nodes, chosen by their influence as it is known so far; `batch` targets share a
-    backward pass (default: 16, up to 128 for a short prompt on a small model). `logits` are the ids of the tokens to
+    backward pass, at most 128 (default: 16, more for a short prompt on a small model). `logits` are the ids of the tokens to
     explain; default: the likeliest that cover 95 %, at most 10.
     A logit is explained less the mean of all, or less that of the token `against`: what makes the difference of the two.
     `memory` (10^9 bytes; default: what is free) is what edges may take. With a folder `resume` the edges that are known are

@@ -227,11 +227,11 @@ def graph(
         transcoders: Folder of a transcoder, or of several, one for each layer (a suite's).
         prompt: The text whose next token is explained; with study=N a case (agreement, attractor, participle, ioi) or a
             file with a prompt a line.
-        words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass (default: 0, 16 to
-            128 as prompt and model are small); target=TEXT, the token to explain (default: the likeliest that cover 95 %);
-            against=TEXT, the token whose logit is taken from it (default: the mean of all); check=N, latents that are taken
-            away in the real model, beside random transcoders (default: 0, none); memory=N, 10^9 bytes that edges may take
-            (default: what is free);
+        words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass, at most 128
+            (default: 0, 16 or more as prompt and model are small); target=TEXT, the token to explain (default: the
+            likeliest that cover 95 %); against=TEXT, the token whose logit is taken from it (default: the mean of all);
+            check=N, latents that are taken away in the real model, beside random transcoders (default: 0, none);
+            memory=N, 10^9 bytes that edges may take (default: what is free);
             labels=FOLDER, with the transcoders' feature caches, whose contexts and explanations the page shows (default:
             none); study=N, graphs of so many prompts, with intervals over them, beside random transcoders, attribution
             patching and gold labels (default: 0, one graph).

@@ -8,7 +8,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Transcoder, TranscoderConfig
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.circuits.edges import attribute
+from sae_italian.circuits.edges import Prompt, _Rows, attribute
 from sae_italian.circuits.graph import Graph, GraphNode, influence, prune, scores
 from sae_italian.circuits.linear import Targets, linearise
 
@@ -154,6 +154,7 @@ def mistral(monkeypatch):
 def test_the_batch_does_not_matter_and_latents_left_out_are_booked(mistral):
     saes = [random_transcoder(layer) for layer in range(3)]
     whole, *others = (attribute(mistral, saes, "ciao bella", batch=batch) for batch in (1, 5, 64))
+    assert _Rows(Prompt(mistral, saes, "ciao bella"), 10**9, None).batch == 128, "as many copies fill no memory"
     n_latents = int(whole.of_kind("latent").sum())
     bounded = attribute(mistral, saes, "ciao bella", max_nodes=n_latents, batch=16)
     for other in (*others, bounded):
