@@ -22,8 +22,8 @@ ALIKE_BEFORE, ALIKE_AFTER = 6, 2  # passages are the same when these tokens arou
 N_TOP, PER_TENTH, TENTHS = 10, 2, 10
 CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
 Document = Callable[[int], TextDocument]
-_BEGINS = re.compile("[.!?…][\"»”’')\\]]*(?:\\s+|\\Z)|\\n\\s*")  # and ends: of sentences
-_ENDS, _SPACE = re.compile("[.!?…][\"»”’')\\]]*(?=\\s|\\Z)|(?=\\n)"), re.compile(r"\s+")
+_BEGINS = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"»”’')\]]))\s+(?![\sa-zà-öø-ÿ\d])|\n\s*")  # and ends: of sentences
+_ENDS, _SPACE = re.compile(r"[.!?…][\"»”’')\]]*(?=\s+(?![\sa-zà-öø-ÿ\d])|\Z)|(?=\n)"), re.compile(r"\s+")
 _UNSTORABLE = re.compile("[\ud800-\udfff]")
 _ORDINALS = {
     "it": ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo"),
@@ -88,10 +88,11 @@ def _in_one_line(context: Record) -> str:
     ends = np.cumsum([len(text) for text, _ in segments])
     if not segments:
         return ""
-    # tokens that share a letter are one piece, with the strongest's activation
     strongest = max(range(len(segments)), key=lambda i: (segments[i][1] == context["max"], segments[i][1]))
-    begins = [found.end() for found in _BEGINS.finditer(whole, 0, int(ends[strongest]) - len(segments[strongest][0]))]
-    stop = _ENDS.search(whole, int(ends[strongest]) - 1)
+    peak, end = segments[strongest][0], int(ends[strongest])
+    lead = end - len(peak.lstrip() or peak)
+    begins = [min(found.end(), lead) for found in _BEGINS.finditer(whole) if found.start() < lead]
+    stop = _ENDS.search(whole, end - bool(peak.strip()))
     first, last = begins[-1] if begins else 0, stop.end() if stop else len(whole)
     marked = "… " * (not begins and cut & 1)
     for (text, value), end in zip(segments, ends.tolist(), strict=True):
@@ -139,17 +140,18 @@ def borders_of(text: str, low: int, begin: int, peak: int, peak_end: int, end: i
     Of the text from low to high it holds that from begin to end, and more up to the next border of a sentence; where
     there is none, of a word; where a word goes on beyond, the passage begins after it, or ends before it.
     """
-    starts = [low] * (low == 0) + [found.end() for found in _BEGINS.finditer(text, low, min(begin + 1, peak))]
-    words = [found.end() for found in _SPACE.finditer(text, low, min(begin + 1, peak))]
-    inwards = _SPACE.search(text, begin, peak)
+    most, found = min(begin + 1, peak), _BEGINS.finditer(text, low, begin + SEGMENT)
+    starts = [low] * (low == 0) + [min(one.end(), most) for one in found if one.start() < most]
+    words = [one.end() for one in _SPACE.finditer(text, low, most)]
+    inwards, word = _SPACE.search(text, begin, peak), _SPACE.search(text, end, high)
     start = (starts or words or [inwards.end() if inwards else begin])[-1]
-    lead = text[start:peak_end]
-    start += len(lead) - len(lead.lstrip()) if lead.strip() else 0  # a latent may fire on the space itself
-    sentence, word = _ENDS.search(text, max(end - 1, peak_end), high), _SPACE.search(text, end, high)
-    stop = sentence.end() if sentence else word.start() if word else high if high == len(text) else end
-    if not sentence and not word and stop < len(text) and not text[stop].isspace():
+    start = next((at for at in range(start, peak_end) if not text[at].isspace()), start)  # it may fire on a space
+    found = _ENDS.finditer(text, max(end - 1, peak_end), high + SEGMENT)
+    ends = [one.end() for one in found if one.end() <= high]
+    stop = ends[0] if ends else word.start() if word else high if high == len(text) else end
+    if not ends and not word and stop < len(text) and not text[stop].isspace():
         stop = max((found.start() for found in _SPACE.finditer(text, peak_end, stop)), default=stop)
-    return start, stop, (not starts) + 2 * (not sentence and stop < len(text))
+    return start, stop, (not starts) + 2 * (not ends and stop < len(text))
 
 
 def file_name(source: str) -> str:

@@ -140,7 +140,7 @@ class LatentSource:
 
     def run(self) -> Record:
         manifest = self.cache.manifest
-        own, model = ("hook_name", "d_in", "d_sae", "k", "context_size"), resolved_here(manifest.model)
+        own, model = ("hook_name", "d_in", "d_sae", "k", "context_size", "sae_hash"), resolved_here(manifest.model)
         entry = model and model.entry
         return {
             **{name: getattr(manifest, name) for name in own},

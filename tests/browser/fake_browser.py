@@ -409,6 +409,7 @@ def make_run(d_sae: int = 320) -> Record:
         "d_in": 1152,
         "d_sae": d_sae,
         "k": 32,
+        "sae_hash": "22b2c29f",
         "corpus": "CulturaX, italiano",
         "n_tokens": 2_000_000,
         "context_size": 256,

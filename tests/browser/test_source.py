@@ -16,7 +16,7 @@ from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.store import Label, Store
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.browser import opening
-from sae_italian.browser.contexts import FIRES, SEGMENT, SILENT, borders_of, file_name, split_text
+from sae_italian.browser.contexts import FIRES, SEGMENT, SILENT, _in_one_line, borders_of, file_name, split_text
 from sae_italian.browser.directions import Decoder
 from sae_italian.browser.exports.latents import facts_of, names_of
 from sae_italian.browser.opening import match_latents
@@ -289,6 +289,32 @@ def test_a_passage_ends_with_its_sentence_or_at_a_word():
     assert cut(0, 0, 42, 44) == ("Fine. La ragazza vide il mare. E poi il", 2)  # «cielo» goes on
     assert cut(0, 0, len(text), len(text)) == (text, 0)
     assert borders_of("Prima.\n\nPoi", 0, 6, 6, 8, 8, 11)[0] <= 6  # what fires is never cut off
+
+
+@pytest.mark.parametrize(
+    "text, word, wanted",
+    [
+        ("Ecco. La Rossi S.p.A. di Milano chiude. Poi", "p", "La Rossi S.p.A. di Milano chiude."),
+        ("Ecco. Lo dice l'art. 3 del codice. Poi", "3", "Lo dice l'art. 3 del codice."),
+        ("Ecco. Apri il file todo.type.ts e salva. Poi", "ts", "Apri il file todo.type.ts e salva."),
+        ("Ecco. «Vuole altro?», chiede Anna. Poi", ",", "«Vuole altro?», chiede Anna."),
+        ("Ecco. «Vuole altro?» chiede Anna. Poi", "»", "«Vuole altro?» chiede Anna."),
+        ("Ecco.  La pagina\n\nPoi", "pagina", "La pagina"),
+    ],
+)
+def test_a_full_stop_inside_a_sentence_does_not_end_it(text, word, wanted):
+    """Wherever the tokens shown begin and end: an abbreviation, a file's name, a quotation that goes on."""
+    peak = text.index(word)
+    end = peak + len(word)
+    for begin in range(6, peak + 1):
+        start, stop, what = borders_of(text, 0, begin, peak, end, end, len(text))
+        assert (text[start:stop], what) == (wanted, 0), begin
+    for high in range(end, text.index("Poi") - 1 - text.count("\n")):  # fewer tokens than the sentence has: at a word
+        start, stop, what = borders_of(text, 0, 6, peak, end, end, high)
+        assert (text[start:stop] == wanted) == (what == 0), high
+    segments = [(text[:peak], 0.0), (text[peak:end], 2.0), (text[end:], 0.0)]
+    plain = _in_one_line({"segments": segments, "cut": 3, "max": 2.0}).replace(FIRES, "").replace(SILENT, "")
+    assert plain == wanted
 
 
 def test_every_alive_latent_has_one_real_sentence(source):

@@ -6,7 +6,7 @@ const prefs = {
     try { return window.localStorage.getItem("sae-italian." + key); } catch { return null; }
   },
   set(key, value) {
-    try { window.localStorage.setItem("sae-italian." + key, value); } catch { /* kept for this page only */ }
+    try { window.localStorage.setItem("sae-italian." + key, value); return true; } catch { return false; } // kept for this page only
   },
 };
 
@@ -66,6 +66,9 @@ const svg = (tag, attributes, ...children) =>
 // Text from the corpus: isolated, so that its direction marks end where it ends.
 const text = (text) => h("bdi", {}, text);
 
+// At most so many letters of a text: none of them is halved.
+const cut = (text, most) => text.slice(0, most).replace(/[\uD800-\uDBFF]$/, "");
+
 // --- tokens with their white space visible ---
 const SIGNS = { " ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽" };
 const INVISIBLE = /^ +| +$|[\n\r\t\u00a0]|(?!\u200d)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu;
@@ -77,7 +80,7 @@ function sign(run) {
 }
 
 function token(token, title) {
-  const short = token.length > MAX_TOKEN ? token.slice(0, MAX_TOKEN) + "…" : token;
+  const short = token.length > MAX_TOKEN ? cut(token, MAX_TOKEN) + "…" : token;
   const parts = [];
   let end = 0;
   for (const match of short.matchAll(INVISIBLE)) {
@@ -141,7 +144,6 @@ function makeContext(lang, host = {}) {
       const date = new Date(iso);
       return Number.isNaN(date.getTime()) ? iso : date.toLocaleDateString(locale, { dateStyle: "long" });
     },
-    href: (latent) => "#latent=" + latent,
     ...host,
   };
   return ctx;

@@ -9,7 +9,7 @@ const section = (title, note, ...content) =>
 // --- what a latent is called: its title, else the beginning of its explanation ---
 const explained = (ctx, row) => ctx.pick(row, "llm") || ctx.pick(row, "explanation");
 const headline = (ctx, row) => ctx.pick(row, "title") || explained(ctx, row);
-const shortened = (words, most) => (words.length <= most ? words : words.slice(0, most).replace(/\s+\S*$/, "").replace(/[\s,;:]+$/, "") + "…");
+const shortened = (words, most) => (words.length <= most ? words : cut(words, most - 1).replace(/\s+\S*$/, "").replace(/[\s,;:]+$/, "") + "…");
 
 // --- head ---
 function scoresLine(ctx, row, card) {
@@ -79,7 +79,7 @@ function writesPanel(ctx, { promoted, suppressed }) {
 function words(ctx, latent) {
   const other = ctx.row(latent);
   const found = other ? headline(ctx, other) || other.top_tokens.map((item) => item.trim()).join(" ") : "";
-  return text(found.slice(0, 160));
+  return text(cut(found, 160));
 }
 
 function neighboursPanel(ctx, items, name) {

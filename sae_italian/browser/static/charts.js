@@ -51,13 +51,9 @@ function histogram(ctx, { edges, counts }, words = "histogram") {
 
 // A table of names with a bar each; `share` is 0 to 1 of the row's width.
 function barTable({ caption, items, className }) {
-  return h("table", { class: "bars " + (className || "") },
-    h("caption", { class: "hidden" }, caption),
-    h("tbody", {}, items.map(({ head, share, text }) =>
-      h("tr", {},
-        h("th", { scope: "row" }, head),
-        h("td", { class: "bar-cell", "aria-hidden": "true" }, h("span", { class: "bar-fill", "--share": Math.max(0, Math.min(1, share)) })),
-        h("td", { class: "num" }, text)))));
+  const row = ({ head, share, text }) => h("tr", {}, h("th", { scope: "row" }, head),
+    h("td", { class: "bar-cell", "aria-hidden": "true" }, h("span", { class: "bar-fill", "--share": Math.max(0, Math.min(1, share)) })), h("td", { class: "num" }, text));
+  return h("table", { class: "bars " + (className || "") }, h("caption", { class: "hidden" }, caption), h("tbody", {}, items.map(row)));
 }
 
 // Shares in equal parts of the window, first to last, as bars from 0.

@@ -32,7 +32,7 @@ function compareView(ctx, compare, row) {
     ctx.state.comparing = section.open;
     if (!section.open || asked) return;
     asked = true;
-    fillOther(ctx, compare, row, holder).catch((error) => holder.replaceChildren(h("p", { class: "notice", role: "alert" }, ctx.t("load.failed", { file: error.message }))));
+    fillOther(ctx, compare, row, holder).catch((error) => holder.replaceChildren(failure(ctx, error)));
   };
   section.addEventListener("toggle", open);
   if (section.open) open();

@@ -4,8 +4,8 @@ const LONG_CONTEXT = 1600;
 const CONTEXTS_SHOWN = 5;
 const NEAR = 6; // words on either side of the strongest token, in the narrowest width
 const WIDTHS = ["words", "sentence", "all", "window"];
-const BORDER = /[.!?…]["»”’')\]]*(?:\s+|$)|\n\s*/g;
-const SENTENCE_END = /[.!?…]["»”’')\]]*(?=\s|$)|(?=\n)/;
+const BORDER = /(?<=[.!?…]["»”’')\]]*)\s+(?![\s\p{Ll}\d])|\n\s*/gu; // «n. 12» and «l'art. citato» are no borders
+const SENTENCE_END = /[.!?…]["»”’')\]]*(?=\s+(?![\s\p{Ll}\d])|$)|(?=\n)/u;
 
 // --- long texts are folded, never cut ---
 function folded(ctx, content, long, className) {
@@ -29,10 +29,12 @@ function shownPart(whole, begin, end, width) {
     return [words.length > NEAR ? words.at(-NEAR).index : 0, next ? end + next.index + next[0].length : whole.length];
   }
   if (width !== "sentence") return [0, whole.length];
-  const last = [...before.matchAll(BORDER)].at(-1);
-  const stop = SENTENCE_END.exec(whole.slice(end - 1));
-  const first = last ? last.index + last[0].length : 0;
-  return [first + Math.max(0, whole.slice(first, end).search(/\S/)), stop ? end - 1 + stop.index + stop[0].length : whole.length];
+  const lead = begin + Math.max(0, whole.slice(begin, end).search(/\S/));
+  const border = [...whole.matchAll(BORDER)].findLast(({ index }) => index < lead);
+  const last = whole.slice(begin, end).trim() ? end - 1 : end; // a line's end on which it fires ends nothing
+  const stop = SENTENCE_END.exec(whole.slice(last));
+  const first = border ? Math.min(lead, border.index + border[0].length) : 0;
+  return [first + Math.max(0, whole.slice(first, end).search(/\S/)), stop ? last + stop.index + stop[0].length : whole.length];
 }
 
 // The segment that a passage stands for.
@@ -59,7 +61,7 @@ function narrowed(context, width) {
 }
 
 // A context's text up to and with its strongest token: what the latent is tried on.
-const fires = (context) => context.segments.slice(0, anchor(context) + 1).map(([piece]) => piece).join("").trim();
+const fires = (context) => context.segments.slice(0, anchor(context) + 1).map(([piece]) => piece).join("").trimStart(); // it may fire on the line that ends
 
 // A row's passage in one line; what fires stands between the characters 1 and 2 (contexts.py).
 const marked = (sample) => h("bdi", {}, sample.split("\u0001").map((piece, i) => {
@@ -124,13 +126,15 @@ function contextsPanel(ctx, groups, max) {
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.width === width));
     limits.textContent = width === "all" ? ctx.t(ctx.wide ? "width.limit" : "width.limit.disk") : width === "window" ? ctx.t("width.limit.window", { n: ctx.integer(ctx.run?.context_size) }) : "";
     limits.hidden = !limits.textContent;
+    limits.setAttribute("role", "status");
     let shown = groups;
     if (width === "window") {
       try {
         shown = await (wide ??= wideGroups(ctx, groups));
       } catch (error) {
         wide = null;
-        limits.textContent = error.said?.[ctx.lang] || ctx.t("load.failed", { file: error.message });
+        limits.setAttribute("role", "alert");
+        limits.textContent = failure(ctx, error).textContent;
       }
       if (ctx.state.width !== width) return;
     }

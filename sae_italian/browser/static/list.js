@@ -32,7 +32,7 @@ function scoreCell(ctx, row) {
 function explanationCell(ctx, row) {
   const main = headline(ctx, row);
   const llm = main && main === ctx.pick(row, "llm");
-  return [h("div", { class: "clamp called" + (main ? "" : " muted") }, llm && h("span", { class: "tag" }, "LLM"), llm && " ", main ? text(main.slice(0, 400)) : ctx.t("no.explanation")),
+  return [h("div", { class: "clamp called" + (main ? "" : " muted") }, llm && h("span", { class: "tag" }, "LLM"), llm && " ", main ? text(cut(main, 400)) : ctx.t("no.explanation")),
     row.sample && h("div", { class: "sample clamp", dir: "auto" }, marked(row.sample))];
 }
 
@@ -49,19 +49,20 @@ function rowElement(ctx, row, index, onOpen) {
 // --- the parts around the rows ---
 function filterGroup(ctx, counts, state, onChange) {
   const words = { bar: ctx.fixed(GOOD, 1), ultra: ctx.integer(100 * ULTRA) };
-  return h("div", { class: "filters", role: "group", "aria-label": ctx.t("filter") }, Object.keys(FILTERS).filter((name) => name === "all" || counts[name]).map((name) =>
+  return h("div", { class: "filters", role: "group", "aria-label": ctx.t("filter") }, Object.keys(FILTERS).filter((name) => name === "all" || counts[name] || name === state.filter).map((name) =>
     h("button", { type: "button", "data-filter": name, "aria-pressed": String(state.filter === name), onclick: () => onChange(name) },
       ctx.t("filter." + name, words), " ", h("span", { class: "count" }, ctx.integer(counts[name])))));
 }
 
 function moreFilters(ctx, rows, state, onChange, redraw) {
-  const number = (name, end) => h("input", { type: "number", step: "any", "data-range": `${name}-${end}`, value: state.ranges[name]?.[end] ?? null,
+  const number = (name, end) => h("input", { inputmode: "decimal", "data-range": `${name}-${end}`, value: state.ranges[name]?.[end] ?? null,
     "aria-label": `${ctx.t("column." + name)}: ${ctx.t(end ? "at.most" : "at.least")}`, placeholder: ctx.t(end ? "at.most" : "at.least"), onchange(event) {
       const range = [...(state.ranges[name] || [null, null])];
-      range[end] = event.target.value === "" ? null : Number(event.target.value);
+      const written = parseFloat(event.target.value.replace(",", ".").replace("−", "-"));
+      event.target.value = range[end] = Number.isFinite(written) ? written : null; // what is no number is not left standing
       onChange({ ranges: { ...state.ranges, [name]: range } });
     } });
-  const labels = [...new Set(rows.flatMap((row) => row.gold))].sort((a, b) => labelName(a, ctx.lang).localeCompare(labelName(b, ctx.lang), ctx.lang));
+  const labels = [...new Set(rows.flatMap((row) => row.gold).concat(state.label || []))].sort((a, b) => labelName(a, ctx.lang).localeCompare(labelName(b, ctx.lang), ctx.lang));
   const select = h("select", { "aria-label": ctx.t("label"), onchange: (event) => onChange({ label: event.target.value }) },
     h("option", { value: "" }, ctx.t("any.label")), labels.map((label) => h("option", { value: label, selected: state.label === label }, labelName(label, ctx.lang))));
   const set = Object.values(state.ranges).flat().some((value) => value !== null) || state.label || state.list;

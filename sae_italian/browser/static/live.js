@@ -108,7 +108,7 @@ function pieceButton(view, piece, heat, detail) {
 function about(ctx, latent) {
   const row = ctx.row?.(latent);
   const words = row ? headline(ctx, row) : "";
-  return h("span", { class: "clamp" }, text(words.length > 300 ? words.slice(0, 300) + "…" : words || "–"));
+  return h("span", { class: "clamp" }, text(words.length > 300 ? cut(words, 300) + "…" : words || "–"));
 }
 
 const SHOWN = 10;

@@ -137,10 +137,11 @@ class App {
     const open = (latent) => this.go(latent);
     const keep = () => this.keep();
     const permalink = this.options.permalink || ((latent) => window.location.href.split("#")[0] + "#latent=" + latent);
+    const href = (latent) => "#" + writeRoute(latent, this.state); // all of it: a link may be opened in another tab
     const row = (latent) => this.byLatent?.get(latent);
     const prepare = (latent) => this.source.prepare?.(latent);
     const refresh = () => this.refresh();
-    return makeContext(this.lang, { root: this.root, run: this.run, marks: this.marks, open, keep, permalink, prepare, refresh, row, state: this.state });
+    return makeContext(this.lang, { root: this.root, run: this.run, marks: this.marks, open, keep, href, permalink, prepare, refresh, row, state: this.state });
   }
 
   // --- the bar at the top ---
@@ -213,6 +214,7 @@ class App {
     this.leave(this.card);
     this.card.replaceChildren();
     if (!wasCard) return undefined;
+    if (this.marks.stale) this.marks.changed();
     this.scrollTo(this.scroll || 0);
     if (this.shown !== undefined) this.home.list.selectLatent(this.shown);
     if (this.toSearch) this.home.list.search.focus();

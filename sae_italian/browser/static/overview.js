@@ -12,9 +12,7 @@ function renderFacts(ctx, run) {
   return h("dl", { class: "facts" },
     fact(ctx.t("fact.model"), text(run.model), text(ctx.lang === "it" ? run.model_note_it : run.model_note)),
     fact(ctx.t("fact.sae"), text(run.sae), h("code", {}, run.hook_name)),
-    fact(ctx.t("fact.size"), size),
-    fact(ctx.t("fact.corpus"), text(run.corpus)),
-    fact(ctx.t("fact.tokens"), ctx.integer(run.n_tokens), corpus),
+    fact(ctx.t("fact.size"), size), fact(ctx.t("fact.corpus"), text(run.corpus)), fact(ctx.t("fact.tokens"), ctx.integer(run.n_tokens), corpus),
     fact(ctx.t("fact.made"), ctx.date(run.created), `sae_italian ${run.version}`));
 }
 
@@ -28,14 +26,9 @@ function metricRow(ctx, metric) {
 
 function renderMetrics(ctx, metrics, { title, head, note }) {
   if (!metrics.length) return null;
-  return h("section", { class: "panel" },
-    h("table", { class: "metrics" },
-      h("caption", {}, title, note && h("small", {}, note)),
-      h("thead", {}, h("tr", {},
-        h("th", { scope: "col" }, head),
-        h("th", { scope: "col", class: "num" }, ctx.t("value")),
-        h("th", { scope: "col", class: "num" }, ctx.t("interval")))),
-      h("tbody", {}, metrics.map((metric) => metricRow(ctx, metric)))));
+  return h("section", { class: "panel" }, h("table", { class: "metrics" }, h("caption", {}, title, note && h("small", {}, note)),
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, head), ["value", "interval"].map((name) => h("th", { scope: "col", class: "num" }, ctx.t(name))))),
+    h("tbody", {}, metrics.map((metric) => metricRow(ctx, metric)))));
 }
 
 // --- gold labels: grouped by category, sorted inside each group ---
@@ -53,9 +46,7 @@ function goldRow(ctx, gold) {
     h("th", { scope: "row" }, text(labelName(gold.label, ctx.lang)), " ", h("small", { class: "muted" }, text(gold.label))),
     h("td", { class: "num" }, ctx.integer(gold.n)),
     h("td", { class: "num" }, gold.latent === null ? "–" : h("a", { href: ctx.href(gold.latent) }, String(gold.latent))),
-    h("td", { class: "num f1" }, bar, ctx.fixed(gold.f1)),
-    h("td", { class: "num" }, ctx.fixed(gold.precision)),
-    h("td", { class: "num" }, ctx.fixed(gold.recall)));
+    h("td", { class: "num f1" }, bar, ctx.fixed(gold.f1)), [gold.precision, gold.recall].map((value) => h("td", { class: "num" }, ctx.fixed(value))));
 }
 
 function goldTable(ctx, gold, state) {

@@ -54,7 +54,7 @@ function regions(ctx, rows, at) {
     const names = some.map((row) => (row.gold.length ? labelName(row.gold[0], ctx.lang) : (row.top_tokens[0] ?? "").trim())).filter((name) => /\p{L}{2}/u.test(name));
     const [name, same] = [...Map.groupBy(names, (one) => one)].sort(([, a], [, b]) => b.length - a.length)[0] ?? ["", []];
     const middle = (axis) => round(some.reduce((sum, { latent }) => sum + at[axis][latent], 0) / some.length);
-    return same.length > 1 && svg("text", { class: "region", x: middle("x"), y: middle("y"), "text-anchor": "middle" }, name.slice(0, 20));
+    return same.length > 1 && svg("text", { class: "region", x: middle("x"), y: middle("y"), "text-anchor": "middle" }, cut(name, 20));
   });
 }
 
@@ -118,7 +118,7 @@ function cloud(ctx, rows, { scale, axes, label, className, onOpen }) {
     if (!under) return readout.replaceChildren(ctx.t("scatter.hint"));
     cursor.setAttribute("cx", round(at.x[under.latent]));
     cursor.setAttribute("cy", round(at.y[under.latent]));
-    const words = headline(ctx, under).slice(0, 120) || under.top_tokens.join(" ");
+    const words = cut(headline(ctx, under), 120) || under.top_tokens.join(" ");
     return readout.replaceChildren(`${under.latent} · ${ctx.density(under.density)} · ${ctx.fixed(under.detection)} · `, text(words));
   }
   picture.addEventListener("keydown", (event) => {

@@ -54,8 +54,7 @@ function scoreRow(ctx, scores, explainers, metric, all) {
 const keyMark = (explainer) => h("span", { class: "key " + (explainer === CONTROL ? "key-ring" : "key-dot"), "aria-hidden": "true" });
 
 function scoreTable(ctx, tests, explainers, metric, all) {
-  return h("table", { class: "scores" },
-    h("caption", { class: "hidden" }, ctx.name("metric", metric)),
+  return h("table", { class: "scores" }, h("caption", { class: "hidden" }, ctx.name("metric", metric)),
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, ctx.t("scorer")), h("td", {}),
       explainers.map((explainer) => h("th", { scope: "col", class: "num" }, keyMark(explainer), explainerName(ctx, explainer))))),
     h("tbody", {}, tests.map((scores) => scoreRow(ctx, scores, explainers, metric, all))));
@@ -75,12 +74,9 @@ function allMetrics(ctx, tests, explainers) {
           h("td", { class: "num muted" }, `${ctx.integer(any.n_pos)}/${ctx.integer(any.n_neg)}`));
       }));
   });
-  return h("details", {}, h("summary", {}, ctx.t("scores.all")),
-    h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": ctx.t("scores.all") },
-      h("table", {}, h("caption", { class: "hidden" }, ctx.t("scores.all")),
-        h("thead", {}, h("tr", {}, h("th", { scope: "col" }, ctx.t("metric")),
-          explainers.map((explainer) => h("th", { scope: "col", class: "num" }, explainerName(ctx, explainer))),
-          h("th", { scope: "col", class: "num" }, ctx.t("examples")))), body)));
+  const heads = [...explainers.map((explainer) => explainerName(ctx, explainer)), ctx.t("examples")].map((name) => h("th", { scope: "col", class: "num" }, name));
+  const table = h("table", {}, h("caption", { class: "hidden" }, ctx.t("scores.all")), h("thead", {}, h("tr", {}, h("th", { scope: "col" }, ctx.t("metric")), heads)), body);
+  return h("details", {}, h("summary", {}, ctx.t("scores.all")), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": ctx.t("scores.all") }, table));
 }
 
 // --- the explanations themselves, in both languages where there are two ---

@@ -15,7 +15,7 @@ from sae_italian.cache import FeatureCache
 from tests.browser.chromium import NEEDS_CHROMIUM, until
 from tests.browser.letters import letters
 from tests.browser.nasty import CONTROL, LONG_WORD, RTL, SCRIPT
-from tests.browser.test_chromium import LOW_CONTRAST, NAMELESS
+from tests.browser.test_chromium import LOW_CONTRAST, MARKS, NAMELESS
 
 from .conftest import create_app, open_with_live
 from .running import browsing
@@ -205,6 +205,43 @@ def test_without_live_work_the_page_is_the_static_one(tab: Any, opened) -> None:
         tab.wait_for_selector(".latents tbody th a")
         assert tab.locator("[data-part]").count() == 0
         tab.fill("#search" if tab.locator("#search").count() else "input[type=search]", "a")
+
+
+def test_the_tints_of_a_sentence_have_contrast(tab: Any, address: str, active) -> None:
+    """As those of the passages: 3 to 1 for the strongest and for the line under what fires, 4.5 to 1 for all letters."""
+    show(tab, address, active)
+    work(tab, "sentence", sentence=tab.input_value('[data-part="sentence"]:visible textarea') + "\n  e poi\n \u202eabc")
+    tab.evaluate("document.querySelectorAll('.words mark').forEach((mark) => mark.remove())")
+    for theme in ("light", "dark"):
+        tab.evaluate("(theme) => { document.querySelector('.sae-italian').dataset.theme = theme; }", theme)
+        for heat in ("1", "0.01"):
+            tab.evaluate(
+                "(x) => document.querySelectorAll('.piece').forEach((p) => p.style.setProperty('--heat', x))", heat
+            )
+            found = tab.evaluate(MARKS)
+            assert tab.evaluate(LOW_CONTRAST) == [] and found["text"] >= 4.5 and found["line"] >= 3, (
+                theme,
+                heat,
+                found,
+            )
+            assert heat != "1" or found["strongest"] >= 3, (theme, found)
+
+
+def test_what_fails_on_a_card_is_said_as_an_error(tab: Any, opened, compared, active) -> None:
+    """The width that asks for the window, and the other SAE: in the page's language, as an alert."""
+    with browsing(create_app(*opened, other=compared)) as address:
+        show(tab, address, active)
+        for asked, control, place in (
+            ("**/api/wide/*", '[data-width="window"]', ".contexts-panel .note[role=alert]"),
+            ("**/api/other/card/*", ".compare summary", ".other-sae [role=alert]"),
+        ):
+            tab.route(asked, lambda route: route.abort())
+            tab.click(control)
+            tab.wait_for_selector(place)
+            assert tab.inner_text(place) == "Il server non risponde: è ancora in funzione?"
+        tab.click('[data-width="words"]')
+        assert tab.locator(".contexts-panel [role=alert]").count() == 0
+    tab.troubles.clear()  # the browser logs what was aborted
 
 
 def test_another_sae_is_compared_on_the_server(tab: Any, opened, compared, active) -> None:
