@@ -90,9 +90,8 @@ def _in_one_line(context: Record) -> str:
         return ""
     strongest = max(range(len(segments)), key=lambda i: (segments[i][1] == context["max"], segments[i][1]))
     peak, end = segments[strongest][0], int(ends[strongest])
-    lead = end - len(peak.lstrip() or peak)
+    stop, lead = _ENDS.search(whole, end - bool(peak.strip())), end - len(peak.lstrip() or peak)
     begins = [min(found.end(), lead) for found in _BEGINS.finditer(whole) if found.start() < lead]
-    stop = _ENDS.search(whole, end - bool(peak.strip()))
     first, last = begins[-1] if begins else 0, stop.end() if stop else len(whole)
     marked = "… " * (not begins and cut & 1)
     for (text, value), end in zip(segments, ends.tolist(), strict=True):
@@ -142,9 +141,8 @@ def borders_of(text: str, low: int, begin: int, peak: int, peak_end: int, end: i
     """
     most, found = min(begin + 1, peak), _BEGINS.finditer(text, low, begin + SEGMENT)
     starts = [low] * (low == 0) + [min(one.end(), most) for one in found if one.start() < most]
-    words = [one.end() for one in _SPACE.finditer(text, low, most)]
-    inwards, word = _SPACE.search(text, begin, peak), _SPACE.search(text, end, high)
-    start = (starts or words or [inwards.end() if inwards else begin])[-1]
+    inside, word = _SPACE.search(text, begin, peak), _SPACE.search(text, end, high)
+    start = (starts or [s.end() for s in _SPACE.finditer(text, low, most)] or [inside.end() if inside else begin])[-1]
     start = next((at for at in range(start, peak_end) if not text[at].isspace()), start)  # it may fire on a space
     found = _ENDS.finditer(text, max(end - 1, peak_end), high + SEGMENT)
     ends = [one.end() for one in found if one.end() <= high]
