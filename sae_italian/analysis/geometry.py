@@ -40,8 +40,8 @@ from sae_italian.training.run import seed_folders
 MOST_PANELS = 6
 BEGAN_AS_ONE = 0.05  # share of latents whose nearest has their number: by chance one in d_sae
 BEGAN = (
-    "{2:.0%} of the latents of {0} have their nearest in {1} at their own number: the two began as one (rows of one seed, "
-    "or one trained from the other), so a match need not be what training found"
+    "{2:.0%} of the latents of {0} have their nearest in {1} at their own number: the two began as one "
+    "(rows of one seed, or one trained from the other), so a match need not be what training found"
 )
 NEVER = -9.0  # log10 of a firing rate; SAELens writes -10 for a latent that never fired
 _HEAD = (

@@ -55,7 +55,7 @@ def fits(rule: LatentRule) -> bool:
 
 
 def room_for(rule: LatentRule, told: Sequence[int]) -> int:
-    """Return how many of these keys, told in this order, the text has room for in both languages: `fits` without writing."""
+    """Return how many of these keys, in this order, `fits` would take in both languages, without writing."""
     first = np.cumsum([0, *(len(table.keys) for table in rule.tables)]).tolist()
     keys = [(rule.tables[i], number - first[i]) for number in told for i in [bisect_right(first, number) - 1]]
     room = len(told)

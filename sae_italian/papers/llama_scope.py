@@ -176,7 +176,7 @@ def _shift(job: Reproduction, results: Results) -> dict[str, Any]:
 
 
 def _geometry(job: Reproduction, results: Results) -> dict[str, Any]:
-    """Compare decoder directions at one place across widths, or the one SAE with itself; of latents that fired in training."""
+    """Compare directions of latents that fired in training, across widths at one place or of one SAE."""
     rows = results["saes"]["saes"]
     first = narrowest(rows)
     entries = [row for row in rows if (row["site"], row["layer"]) == (first["site"], first["layer"])]
