@@ -202,7 +202,10 @@ def ray_cluster():
 
 
 def pytest_configure(config) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test &` ignores it, and what is tested would too
+    # `nohup make test &` ignores both, and what is tested would too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.option.loadscopereorder = (
         False  # pytest-xdist would start files of many tests first, however short these are
     )
