@@ -211,8 +211,8 @@ class LLMJudge(Asker):
         text = explanation.text(self.config.language)
         question = "fuzzing" if any(example.marks is not None for example in examples) else "detection"
         said, probability = np.full(len(examples), -1, dtype=np.int64), np.full(len(examples), np.nan)
-        # in an order that mixes the classes, the same for every explanation of the same examples
-        order = np.random.default_rng(0).permutation(len(examples)).tolist()
+        # mixed anew for each latent, for a model that answers by place alone; the same for all explanations of one's examples
+        order = np.random.default_rng([len(example.text) for example in examples]).permutation(len(examples)).tolist()
         for size in dict.fromkeys((self.batch, 1)):
             todo = [i for i in order if said[i] < 0]
             batches = [todo[start : start + size] for start in range(0, len(todo), size)]

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,3 +240,20 @@ def test_the_worked_examples_keep_to_the_form_they_teach(language):
     assert (
         prompts.judge("detection", "{examples} e {n}", [an_example("{explanation} qui")])[-1]["content"].count("{") == 3
     )
+
+
+def test_a_judge_that_answers_by_place_alone_is_at_chance():
+    """A real base model did: one order for all latents gave all of them the same 0.40, a figure below chance."""
+    judge = LLMJudge.__new__(LLMJudge)
+    judge.config = SimpleNamespace(language="it")
+    judge.prompts = SimpleNamespace(judge=lambda question, text, own: own, list_key="")
+    by_place = np.array([0, 1, 0, 0, 1])
+    judge._numbers = lambda asked, *_: [SimpleNamespace(value=(by_place[:n], None), again=False) for _, n in asked]
+    draw, truth, found = np.random.default_rng(1), np.arange(20) < 10, []
+    explanation = SimpleNamespace(text=lambda language: "")
+    for _ in range(200):
+        examples = [SimpleNamespace(text="a" * int(n), marks=None) for n in draw.integers(80, 160, 20)]
+        said = judge.detect(explanation, examples).said
+        assert said.tolist() == judge.detect(explanation, examples).said.tolist(), "the same for the same examples"
+        found.append((said[truth].mean() + 1 - said[~truth].mean()) / 2)
+    assert np.std(found) > 0.05 and abs(np.mean(found) - 0.5) < 0.03
