@@ -230,7 +230,7 @@ def _negative(log_probabilities: Float[Tensor, "rows vocab"], following: Int[Ten
 
 
 class TokenSums(StreamingBootstrap):
-    """Sums over the tokens of documents, with their resamples: scalars per token, and the activation itself."""
+    """Sums over documents' tokens, with their resamples: scalars per token, and the activation itself."""
 
     def __init__(self, d_out: int, seed: int = 0):
         super().__init__(len(_SUMS) + d_out, seed=seed)

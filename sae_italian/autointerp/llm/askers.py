@@ -211,8 +211,8 @@ class LLMJudge(Asker):
         text = explanation.text(self.config.language)
         question = "fuzzing" if any(example.marks is not None for example in examples) else "detection"
         said, probability = np.full(len(examples), -1, dtype=np.int64), np.full(len(examples), np.nan)
-        # mixed anew for each latent, for a model that answers by place alone; the same for all explanations of one's examples
-        order = np.random.default_rng([len(example.text) for example in examples]).permutation(len(examples)).tolist()
+        # mixed for each set of examples anew: a model that answers by place alone then comes to 0.5
+        order = np.random.default_rng([len(one.text) for one in examples]).permutation(len(examples)).tolist()
         for size in dict.fromkeys((self.batch, 1)):
             todo = [i for i in order if said[i] < 0]
             batches = [todo[start : start + size] for start in range(0, len(todo), size)]
