@@ -173,7 +173,7 @@ class Languages(NamedTuple):
         return own[np.argsort(-self.probability[place, own], kind="stable")]
 
     def share(self, name: str) -> Estimate:
-        """Return share of live latents that are a language's own, with Wilson's interval over latents."""
+        """Return the share of live latents that are a language's own, with Wilson's interval over latents."""
         live = int((self.probability.max(axis=0) >= LEAST_PROBABILITY).sum())
         return wilson(len(self.latents(name)), live)
 

@@ -227,7 +227,7 @@ def _silencing(
 def _moves(
     tokenizer: Any, logit: Tensor, log_prob: Tensor, prob: Tensor, top: int, *, rising: bool
 ) -> tuple[TokenMove, ...]:
-    """Return tokens whose logits rise (or fall) most, the largest change first; all tensors are [vocab]."""
+    """Return the tokens whose logits rise (or fall) most, the largest change first; all tensors are [vocab]."""
     ids = logit.topk(min(top, len(logit)), largest=rising).indices.tolist()
     moves = (
         TokenMove(text, i, float(logit[i]), float(log_prob[i]), float(prob[i]))

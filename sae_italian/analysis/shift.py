@@ -99,7 +99,7 @@ class Shift(NamedTuple):
         save_result(folder, "shift", self.as_dict(), [title, what, *self.parts()], shift=self.svg())
 
     def svg(self) -> str:
-        """Return numbers of all buckets with their intervals, a panel per number; dotted: the reference."""
+        """Return the numbers of all buckets with their intervals, a panel per number; dotted: the reference."""
         places = list(range(len(self.buckets)))[::-1]
 
         def draw(axes: Any) -> None:

@@ -103,7 +103,7 @@ def score_choices(model: Any, tokenizer: Any, items: Sequence[tuple[str, str, st
 
 
 def check_able(found: TaskScore, task: str, model: str) -> TaskScore:
-    """Return score. Raises: UsageError when the accuracy is not above chance, its interval considered."""
+    """Return the score. Raises: UsageError when the accuracy is not above chance, its interval considered."""
     if found.accuracy.lo <= CHANCE:
         raise UsageError(
             f"{model} does not do the task ({task}): {found.text()}, where chance is {CHANCE:.0%}. What a latent does to "

@@ -268,7 +268,7 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
 
 
 def micro_words(model: Any, hook_name: str, n_documents: int, *, context_size: int) -> Words:
-    """Return words of MicroItaliano's first documents with all their labels, half of them in training."""
+    """Return the words of MicroItaliano's first documents with all their labels, half of them in training."""
     bank = micro_treebank(n_documents)
     return read_words(model, hook_name, bank, label_names([bank]), context_size=context_size)
 

@@ -270,7 +270,7 @@ def _keep_the_rest(parent: Tally, child: Tally, index: Int[np.ndarray, " m"]) ->
 def fit_tree(
     rules: Sequence[KeyRule], view: View, values: Float[np.ndarray, " tokens"], base: float, seed: int
 ) -> TreeRule | None:
-    """Return tree over the rules' key sets, fitted on training tokens; None where nothing splits them."""
+    """Return the tree over the rules' key sets, fitted on training tokens; None where nothing splits them."""
     from sklearn import config_context
     from sklearn.tree import DecisionTreeRegressor
 

@@ -173,7 +173,7 @@ class ExampleSource:
         return segments, ascending, decile
 
     def grid(self, segments: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n width"]:
-        """Return positions of the segments' tokens, -1 after their end (and everywhere for segment -1)."""
+        """Return the positions of the segments' tokens, -1 after their end (and everywhere for segment -1)."""
         offsets = np.arange(self.width)
         positions = self.start[segments, None] + offsets
         inside = (offsets < self.length[segments, None]) & (segments[:, None] >= 0)

@@ -209,7 +209,7 @@ class View:
     def look_up(
         self, family: Family, keys: Int[np.ndarray, " k"], values: Float[np.ndarray, " k"]
     ) -> Float[np.ndarray, "n width"]:
-        """Return value of the key at each position, 0 for keys that have none and where there is no key."""
+        """Return the value of the key at each position, 0 for keys that have none and where there is no key."""
         at = self.keys(family)
         with self.places.lock:  # one table a family, cleared after use: far quicker than a search for each place
             table = self.places.scratch[family]
@@ -290,7 +290,7 @@ def _metaspace(backend: Any) -> bool:
 
 
 def byte_letters() -> dict[str, int]:
-    """Return byte behind each letter of byte-level BPE (GPT-2's table: printable bytes are themselves)."""
+    """Return the byte behind each letter of byte-level BPE (GPT-2's table: printable bytes are themselves)."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {letter: byte for byte, letter in bytes_to_unicode().items()}

@@ -219,7 +219,7 @@ class RunSpec(BaseModel):
             )
 
     def to_saelens(self) -> Any:
-        """Return SAELens' `LanguageModelSAERunnerConfig` of this run. Raises: UsageError as `sae_config`"""
+        """Return SAELens' `LanguageModelSAERunnerConfig` of this run. Raises: UsageError as `sae_config`."""
         theirs = LanguageModelSAERunnerConfig.__dataclass_fields__
         same = {name: getattr(self, name) for name in type(self).model_fields if name in theirs}
         entity, _, project = self.wandb_project.rpartition("/")

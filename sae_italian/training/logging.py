@@ -1,4 +1,4 @@
-"""Where the rows of a run go: into its metrics.jsonl, and to W&B when asked for, offline without a login"""
+"""Where the rows of a run go: into its metrics.jsonl, and to W&B when asked for, offline without a login."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def reply_of(body: dict[str, Any]) -> Reply:
 
 
 def usage_of(body: dict[str, Any], most_in: int, most_out: int) -> tuple[int | None, int | None, int | None]:
-    """Return tokens in, cached and out that a server counted; None for what no such question can have."""
+    """Return the tokens in, cached and out that a server counted; None for what no such question can have."""
 
     def count(value: Any, most: int) -> int | None:
         return value if type(value) is int and 0 <= value <= most else None
