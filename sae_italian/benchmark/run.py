@@ -218,8 +218,8 @@ def benchmark(
     most = QUICK if quick else (TRAIN, TEST)
     planned = plan(material, tasks, most)
     if not planned.problems:
-        why = "; ".join(planned.refused[:3]) or "none was asked for"
-        raise UsageError(f"no task can be run (too few balanced examples a class): {why}.")
+        few = "; ".join(["too few balanced examples a class", *planned.refused[:3]])
+        raise UsageError(f"no task can be run: {few if planned.refused else 'none was asked for'}.")
     sources = {name: fingerprint([p.text for p in some]) for name, some in material.passages.items()}
     spec = {**model_identity(model), "tasks": [t.id for t in tasks], "seeds": n_seeds, "most": most, "sources": sources}
     table = model.get_input_embeddings().weight.detach().float().cpu().numpy()

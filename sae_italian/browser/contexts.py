@@ -22,8 +22,10 @@ ALIKE_BEFORE, ALIKE_AFTER = 6, 2  # passages are the same when these tokens arou
 N_TOP, PER_TENTH, TENTHS = 10, 2, 10
 CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
 Document = Callable[[int], TextDocument]
-_BEGINS = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"»”’')\]]))\s+(?![\sa-zà-öø-ÿ\d])|\n\s*")  # and ends: of sentences
-_ENDS, _SPACE = re.compile(r"[.!?…][\"»”’')\]]*(?=\s+(?![\sa-zà-öø-ÿ\d])|\Z)|(?=\n)"), re.compile(r"\s+")
+_MARK, _NEXT = "[\"»”’')\\]]", r"(?![\sa-zà-öø-ÿ\d])"  # «n. 12», «l'art. citato»: no ends
+_CLOSED = "|".join(f"(?<=[.!?…]{_MARK * n})" for n in range(4))  # the page counts any number of marks
+_BEGINS = re.compile(rf"(?:{_CLOSED})\s+{_NEXT}|\n\s*")  # and ends: of sentences
+_ENDS, _SPACE = re.compile(rf"[.!?…]{_MARK}*(?=\s+{_NEXT}|\Z)|(?=\n)"), re.compile(r"\s+")
 _UNSTORABLE = re.compile("[\ud800-\udfff]")
 _ORDINALS = {
     "it": ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo"),
@@ -143,7 +145,7 @@ def borders_of(text: str, low: int, begin: int, peak: int, peak_end: int, end: i
     starts = [low] * (low == 0) + [min(one.end(), most) for one in found if one.start() < most]
     inside, word = _SPACE.search(text, begin, peak), _SPACE.search(text, end, high)
     start = (starts or [s.end() for s in _SPACE.finditer(text, low, most)] or [inside.end() if inside else begin])[-1]
-    start = next((at for at in range(start, peak_end) if not text[at].isspace()), start)  # it may fire on a space
+    start = next((at for at in range(start, peak_end) if not text[at].isspace()), start)  # a peak may be space
     found = _ENDS.finditer(text, max(end - 1, peak_end), high + SEGMENT)
     ends = [one.end() for one in found if one.end() <= high]
     stop = ends[0] if ends else word.start() if word else high if high == len(text) else end

@@ -248,8 +248,7 @@ def transpose_range(folder: Path, manifest: Manifest, bounds: tuple[int, int]) -
     base = layout.smallest_uint(max(2**32, manifest.n_positions) - 1)(0)
     parts: dict[str, list[np.ndarray]] = {}
     held = 0
-    # one run is mapped at a time: each holds a file open, and there may be thousands
-    for shard in manifest.shards:
+    for shard in manifest.shards:  # one run is mapped at a time: each holds a file open, and there may be thousands
         run = map_arrays(folder / shard_file("runs", shard.index))
         indptr = run["indptr"][first : last + 2].astype(np.int64)
         begin, end = indptr[[0, -1]].tolist()

@@ -200,7 +200,7 @@ class LLMJudge(Asker):
     @property
     def settings(self) -> dict[str, Any]:
         """Return what its verdicts depend on, for the store to hold it to."""
-        return {"prompt": self.prompt, "batch": self.batch, "sampling": self.config.sampling}
+        return {"prompt": self.prompt, "batch": self.batch, "order": "mixed", "sampling": self.config.sampling}
 
     def detect(self, explanation: Explanation, examples: Sequence[Example]) -> Verdicts:
         """Answer batch by batch, all at once; a batch that stays unusable after a repair is asked one by one.
@@ -212,7 +212,7 @@ class LLMJudge(Asker):
         question = "fuzzing" if any(example.marks is not None for example in examples) else "detection"
         said, probability = np.full(len(examples), -1, dtype=np.int64), np.full(len(examples), np.nan)
         # mixed for each set of examples anew: a model that answers by place alone then comes to 0.5
-        order = np.random.default_rng([len(one.text) for one in examples]).permutation(len(examples)).tolist()
+        order = np.random.default_rng([len(e.text) for e in examples]).permutation(len(examples)).tolist()
         for size in dict.fromkeys((self.batch, 1)):
             todo = [i for i in order if said[i] < 0]
             batches = [todo[start : start + size] for start in range(0, len(todo), size)]

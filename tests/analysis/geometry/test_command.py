@@ -51,7 +51,7 @@ def test_a_run_writes_numbers_rows_pictures_and_a_map(trained_sae, topk_sae, exp
     assert "![map](map.svg)" in (out / "geometry.md").read_text()
 
 
-def test_what_never_fired_in_training_takes_no_part(trained_sae, topk_sae, tmp_path, capsys):
+def test_what_never_fired_in_training_takes_no_part(topk_sae, tmp_path, capsys):
     """A dead latent still has the random row that it began with, which says nothing of the SAE."""
     folders = tmp_path / "a", tmp_path / "b"
     for n_live, folder in zip((300, 20), folders, strict=True):
