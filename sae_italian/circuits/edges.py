@@ -245,7 +245,7 @@ def _logit_nodes(
     ids = likeliest[: int((top.cumsum(0) < COVERED).sum()) + 1].tolist() if wanted is None else list(wanted)
     if unknown := [i for i in (*ids, against or 0) if not 0 <= i < len(probability)]:
         raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
-    if against in ids:
+    if against is not None and against in ids:
         told = token_text(model.tokenizer, [against])[0].strip()
         raise UsageError(f"the token {told!r} is explained less itself, which leaves nothing. Give another against it.")
     texts = token_text(model.tokenizer, ids)
