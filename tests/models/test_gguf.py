@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +32,7 @@ def byte_letters() -> list[str]:
 
 
 def write_gguf(
-    path: Path, *, architecture: str = "qwen2", quantised: bool = False, **said: str
+    path: Path, *, architecture: str = "qwen2", quantised: bool = False, parts: int = 0, **said: str
 ) -> dict[str, np.ndarray]:
     """Write a small random model of Qwen 2's family, with a byte tokenizer, and return its weights by GGUF's names."""
     vocabulary = [*byte_letters(), "ci", "ao", "ciao", "<|endoftext|>"]
@@ -59,6 +60,8 @@ def write_gguf(
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(len(vocabulary))
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if quantised else gguf.LlamaFileType.ALL_F32)
+    if parts:
+        writer.add_uint16("split.count", parts)
     for key, value in said.items():
         writer.add_string(f"general.{key}", value)
     writer.add_tokenizer_model("gpt2")
@@ -130,19 +133,45 @@ def test_all_backends_agree_on_it(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 3, 40, 3_000, 12_000, -100])
-def test_a_file_cut_short_is_named(kept, tmp_path, home):
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_file_cut_short_says_what_is_there_and_what_is_asked_for(kept, quantised, tmp_path, home, capsys):
     file = tmp_path / "piccolo.gguf"
-    write_gguf(file)
-    file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(DataError, match="piccolo.gguf"):
-        ours.import_gguf(file, "x")
+    write_gguf(file, quantised=quantised)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept])
+    there = f"{len(whole[:kept]):,} bytes, its header"
+    assert main(["models", "import", str(file), "--as", "x"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(file) in told, told
+    if kept in (12_000, -100):  # the header is whole, and knows how long the file was
+        assert f"it has {there} asks for at least {len(whole):,}. Download it again." in told, told
+    elif kept:
+        asked = re.search(f"it has {there} alone takes at least ([0-9,]+)[.]", told)
+        assert asked and len(whole[:kept]) < int(asked[1].replace(",", "")) < 12_000, told
     assert not [path for path in home.rglob("*") if path.is_file()]
+
+
+def test_a_damaged_header_is_one_line_of_what_is_wrong(tmp_path, capsys):
+    """Bytes of the header changed at random: nothing hangs, and nothing that numpy says comes through."""
+    file, random = tmp_path / "piccolo.gguf", np.random.default_rng(0)
+    write_gguf(file)
+    whole, told = file.read_bytes(), set()
+    for at in random.integers(4, 1_200, 150):
+        file.write_bytes(whole[:at] + random.bytes(8) + whole[at + 8 :])
+        try:
+            ours._facts(file, None)
+        except DataError as error:
+            told.add(re.sub(r"[0-9,]+", "N", str(error).removeprefix(f"{file} is no GGUF file or a damaged one: ")))
+    wrong = {
+        each for each in told if not re.match("it has N bytesN its header|.*(valid|codec|Duplicate|version)", each)
+    }
+    assert len(told) > 3 and not wrong
 
 
 def test_other_files_are_named(tmp_path):
     other = tmp_path / "other.gguf"
     other.write_bytes(b"PK\x03\x04" * 100)
-    with pytest.raises(DataError, match="does not begin as a GGUF file"):
+    with pytest.raises(DataError, match="other.gguf is no GGUF file or a damaged one: GGUF magic invalid"):
         ours.import_gguf(other, "x")
     with pytest.raises(UsageError, match="does not exist"):
         load_model(str(tmp_path / "missing.gguf"))
@@ -153,10 +182,19 @@ def test_other_files_are_named(tmp_path):
 
 
 def test_a_part_of_a_split_file_says_how_to_join(tmp_path):
-    part = tmp_path / "grande-00002-of-00003.gguf"
-    write_gguf(part)
-    with pytest.raises(UsageError, match="part 2 of 3 of a split file. Join them first"):
-        ours.import_gguf(part, "x")
+    part, renamed = tmp_path / "molto grande-00002-of-00003.gguf", tmp_path / "parte.gguf"
+    for file, first in ((part, f"'{tmp_path}/molto grande-00001-of-00003.gguf'"), (renamed, "FIRST_PART.gguf")):
+        write_gguf(file, parts=3)
+        with pytest.raises(UsageError) as error:
+            ours.import_gguf(file, "x")
+        assert "is one of the 3 parts of a split file" in str(error.value)
+        assert f"`llama-gguf-split --merge {first} JOINED.gguf`" in str(error.value)  # it wants the first one
+
+
+def test_one_part_of_one_is_a_whole_file(tmp_path):
+    file = tmp_path / "intero-00001-of-00001.gguf"
+    write_gguf(file, parts=1)
+    assert load_model(str(file)).loaded_from["quantisation"] == "ALL_F32"
 
 
 def test_names_are_taken_once_and_nothing_foreign_is_replaced(tmp_path, home):
