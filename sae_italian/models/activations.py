@@ -17,8 +17,6 @@ from sae_italian.base.errors import UsageError
 from sae_italian.models.hooks import Hook, adapter_of, parse_hook_name
 
 Acts = Float[Tensor, "batch pos d_in"]
-
-
 _in_one_place: WeakSet[nn.Module] = WeakSet()  # hooked modules that a model uses under one name
 
 
@@ -87,9 +85,7 @@ def replaced(model: nn.Module, hook_name: str, function: Callable[[Tensor], Tens
 
     def on_output(_module: nn.Module, _args: Any, output: Any):
         new = function(output[0] if isinstance(output, tuple) else output)
-        if new is None:
-            return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return (new, *output[1:]) if isinstance(output, tuple) and new is not None else new
 
     if hook.reads_input:
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
@@ -126,7 +122,6 @@ def read_many(model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_names: Se
     """
     caught: dict[str, Tensor] = {}
     wanted = list(dict.fromkeys(hook_names))
-
     config: Any = model.config
 
     def catch(name: str, activation: Tensor) -> None:

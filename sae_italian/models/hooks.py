@@ -108,8 +108,7 @@ def adapter_of(config: Any) -> Any:
                 f"model type {config.model_type!r} ({', '.join(config.architectures or ['no architecture named'])}) is "
                 "none that TransformerLens knows, so its hooks cannot be placed. Use one that it knows."
             ) from error
-        facts = dict(source.map_default_transformer_lens_config(config).__dict__)
-        bridge = TransformerBridgeConfig.from_dict(facts)
+        bridge = TransformerBridgeConfig.from_dict(vars(source.map_default_transformer_lens_config(config)))
         bridge.architecture = architecture
         _adapters[id(config)] = (config, ArchitectureAdapterFactory.select_architecture_adapter(bridge))
     return _adapters[id(config)][1]

