@@ -307,7 +307,7 @@ def _reader(file: Path) -> Any:
 
     size = file.stat().st_size
 
-    class Reader(GGUFReader):
+    class WholeReader(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             end = offset + int(count) * np.dtype(dtype).itemsize
             if end > size:
@@ -319,7 +319,7 @@ def _reader(file: Path) -> Any:
             """Ask for the last first, whose end is the file's."""
             super()._build_tensors(start_offs, sorted(fields, key=lambda its: -int(its.parts[-1][0])))
 
-    return Reader(file)
+    return WholeReader(file)
 
 
 def _convert(file: Path, folder: Path) -> None:
