@@ -23,9 +23,12 @@ N_TOP, PER_TENTH, TENTHS = 10, 2, 10
 CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
 Document = Callable[[int], TextDocument]
 _MARK, _NEXT = "[\"»”’')\\]]", r"(?![\sa-zà-öø-ÿ\d])"  # «n. 12», «l'art. citato»: no ends
-_CLOSED = "|".join(f"(?<=[.!?…]{_MARK * n})" for n in range(4))  # the page counts any number of marks
+_SHORT = "art avv cfr dott dr es gen ing mons on pag prof sen sig sigg st"  # nor «l'on. Moro»,
+_WORDS = "".join(rf"(?<!\b(?i:{short}))" for short in _SHORT.split())
+_STOP = rf"(?:[!?…]|(?<!(?<![.\w])[A-Z]){_WORDS}\.)"  # nor an initial
+_CLOSED = "|".join(f"(?<={_STOP}{_MARK * n})" for n in range(4))  # the page counts any number of marks
 _BEGINS = re.compile(rf"(?:{_CLOSED})\s+{_NEXT}|\n\s*")  # and ends: of sentences
-_ENDS, _SPACE = re.compile(rf"[.!?…]{_MARK}*(?=\s+{_NEXT}|\Z)|(?=\n)"), re.compile(r"\s+")
+_ENDS, _SPACE = re.compile(rf"{_STOP}{_MARK}*(?=\s+{_NEXT}|\Z)|(?=\n)"), re.compile(r"\s+")
 _UNSTORABLE = re.compile("[\ud800-\udfff]")
 _ORDINALS = {
     "it": ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo"),
@@ -49,9 +52,8 @@ def passages_of(
     candidates = [ranks[: CANDIDATES * N_TOP], *(_spread(tenth, PER_TENTH) for tenth in tenths)]
     alike = iter(contents(latent.cache, peaks.position[np.concatenate(candidates)], ALIKE_BEFORE, ALIKE_AFTER))
     seen: set[bytes] = set()
-    kept = []
-    for index, group in enumerate(candidates):
-        kept.append(group[first_new(islice(alike, len(group)), PER_TENTH if index else N_TOP, seen)])
+    wanted = zip(candidates, [N_TOP] + [PER_TENTH] * len(tenths), strict=True)
+    kept = [own[first_new(islice(alike, len(own)), n, seen)] for own, n in wanted]
     chosen = peaks.position[np.concatenate(kept)]
     passages = latent.around(chosen, before + reach, after + reach)
     active = [(latent.position[here], latent.value[here]) for here in passages.active]
@@ -99,8 +101,7 @@ def _in_one_line(context: Record) -> str:
     for (text, value), end in zip(segments, ends.tolist(), strict=True):
         shown = text[max(0, first - end + len(text)) : max(0, last - end + len(text))]
         plain = re.sub(rf"[\s{FIRES}{SILENT}]+", " ", shown)
-        word = plain.lstrip()
-        marked += plain[: len(plain) - len(word)] + (f"{FIRES}{word}{SILENT}" if value > 0 and word else word)
+        marked += re.sub(r"(\S.*)", rf"{FIRES}\1{SILENT}", plain) if value > 0 else plain
     return marked.strip() + "…" * (not stop and cut >> 1)
 
 
@@ -122,8 +123,8 @@ def _contexts(
     ends = [start, np.maximum(start, peak - before), peak, np.minimum(last, peak + after), last]
     begin, end = cache.gather_all(("start", "end"), np.concatenate([*ends, *(own for own, _ in active)]))
     borders = [*begin[: 3 * len(peak)].reshape(3, -1), *end[2 * len(peak) : 5 * len(peak)].reshape(3, -1)]
-    spans = np.stack([begin, end], axis=1)[5 * len(peak) :]
-    spans = np.split(spans, np.cumsum([len(own) for own, _ in active]))
+    edges = np.cumsum([len(own) for own, _ in active])
+    spans = np.split(np.stack([begin, end], axis=1)[5 * len(peak) :], edges)
     for index, own in enumerate(np.stack(borders, axis=1).tolist()):
         text, doc_id, source = document(int(doc[index]))
         low, high, cut = borders_of(text, *own) if reach else (own[0], own[-1], 0)
@@ -209,8 +210,7 @@ def pieces(
         owner.append(len(ends) - 1)
     if ends:
         ends[-1] = len(text)
-    cut = [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-    return [storable(piece) for piece in cut], strengths, owner
+    return [storable(text[a:b]) for a, b in zip([0, *ends], ends, strict=False)], strengths, owner
 
 
 def storable(text: str) -> str:

@@ -835,6 +835,8 @@ def test_letters_of_two_halves_are_not_halved(tab: Any, tmp_path: Path) -> None:
         ("Ecco. Lo dice l'art. ", "3", " del codice. Poi", "Lo dice l'art. 3 del codice."),
         ("Ecco. Lo dice", " l'art", ". 3 del codice. Poi", "Lo dice l'art. 3 del codice."),
         ("Ecco. «Vuole altro?", "»", ", chiede Anna. Poi", "«Vuole altro?», chiede Anna."),
+        ("Ecco. Lo disse l'on. ", "Moro", " al sig. G. Verdi. Poi", "Lo disse l'on. Moro al sig. G. Verdi."),
+        ("Ecco. È della ", "Rossi", " S.p.A. Poi", "È della Rossi S.p.A."),
         ("Ecco.", " La", " casa.\nPoi", "La casa."),
         ("Prima. Ecco.", "\n", "La casa. Poi", "Ecco.\nLa casa."),
         ("Ecco.\n", "\n", "La casa. Poi", "\nLa casa."),

@@ -300,6 +300,9 @@ def test_a_passage_ends_with_its_sentence_or_at_a_word():
         ("Ecco. «Vuole altro?», chiede Anna. Poi", ",", "«Vuole altro?», chiede Anna."),
         ("Ecco. «Vuole altro?» chiede Anna. Poi", "»", "«Vuole altro?» chiede Anna."),
         ("Ecco.  La pagina\n\nPoi", "pagina", "La pagina"),
+        ("Ecco. Lo disse l'on. Moro al sig. G. Verdi. Poi", "Moro", "Lo disse l'on. Moro al sig. G. Verdi."),
+        ("Ecco. È della Rossi S.p.A. Poi", "Rossi", "È della Rossi S.p.A."),
+        ("Ecco. Il prof. (Dott. Neri) è qui. Poi", "Neri", "Il prof. (Dott. Neri) è qui."),
     ],
 )
 def test_a_full_stop_inside_a_sentence_does_not_end_it(text, word, wanted):

@@ -4,8 +4,11 @@ const LONG_CONTEXT = 1600;
 const CONTEXTS_SHOWN = 5;
 const NEAR = 6; // words on either side of the strongest token, in the narrowest width
 const WIDTHS = ["words", "sentence", "all", "window"];
-const BORDER = /(?<=[.!?…]["»”’')\]]*)\s+(?![\s\p{Ll}\d])|\n\s*/gu; // «n. 12» and «l'art. citato» are no borders
-const SENTENCE_END = /[.!?…]["»”’')\]]*(?=\s+(?![\s\p{Ll}\d])|$)|(?=\n)/u;
+const SHORTENED = "[Aa]rt|[Aa]vv|[Cc]fr|[Dd]ott|[Dd]r|[Ee]s|[Gg]en|[Ii]ng|[Mm]ons|[Oo]n|[Pp]ag|[Pp]rof|[Ss]en|[Ss]ig|[Ss]igg|[Ss]t";
+const STOP = String.raw`(?:[!?…]|(?<!(?<![.\w])[A-Z]|\b(?:${SHORTENED}))\.)["»”’')\]]*`; // «l'on. Moro» and an initial end nothing
+const NEXT = String.raw`(?![\s\p{Ll}\d])`; // nor do «n. 12» and «l'art. citato»
+const BORDER = new RegExp(String.raw`(?<=${STOP})\s+${NEXT}|\n\s*`, "gu");
+const SENTENCE_END = new RegExp(String.raw`${STOP}(?=\s+${NEXT}|$)|(?=\n)`, "u");
 
 // --- long texts are folded, never cut ---
 function folded(ctx, content, long, className) {

@@ -63,7 +63,6 @@ function table(heads, rows) {
     h("thead", {}, h("tr", {}, heads.map(([head, className]) => h("th", { scope: "col", class: className }, head)))), h("tbody", {}, rows)));
 }
 const link = (ctx, latent) => h("a", { href: ctx.href(latent) }, String(latent));
-const percent = (ctx, share) => (share === null ? "–" : ctx.share(share));
 
 // --- a sentence: its latents by token, and the strongest of all ---
 function sentencePart(view) {
@@ -117,7 +116,7 @@ function strongest(view, found) {
   const { ctx } = view;
   const rows = found.strongest.map((one, index) => h("tr", { class: one.latent === ctx.latent ? "selected" : null, hidden: index >= SHOWN },
     h("th", { scope: "row" }, link(ctx, one.latent)), h("td", { class: "num strong" }, ctx.activation(one.value)),
-    h("td", { class: "num" }, percent(ctx, one.share)), h("td", {}, token(found.tokens[one.token].text)), h("td", { class: "wide" }, about(ctx, one.latent))));
+    h("td", { class: "num" }, one.share === null ? "–" : ctx.share(one.share)), h("td", {}, token(found.tokens[one.token].text)), h("td", { class: "wide" }, about(ctx, one.latent))));
   const heads = [[view.say("latent")], [view.say("activation"), "num"], [view.say("share"), "num"], [view.say("on")], [view.say("explanation"), "wide"]];
   const more = rows.length > SHOWN && h("button", { type: "button", class: "link", onclick() {
     for (const row of rows) row.hidden = false;

@@ -104,8 +104,7 @@ function cloud(ctx, rows, { scale, axes, label, className, onOpen }) {
   const picture = svg("svg", { viewBox: `0 0 ${SIDE} ${SIDE}`, role: "img", tabindex: 0, "aria-label": `${label}. ${ctx.t("scatter.keys")}` }, axes, named, cursor);
   const readout = h("figcaption", { class: "readout muted", role: "status" }, ctx.t("scatter.hint"));
   const element = h("figure", { class: "chart scatter " + className }, h("div", { class: "plot" }, canvas, picture), readout);
-  let visible = rows;
-  let under = null;
+  let [visible, under] = [rows, null];
 
   function point(event) {
     const spot = new DOMPoint(event.clientX, event.clientY).matrixTransform(picture.getScreenCTM().inverse());

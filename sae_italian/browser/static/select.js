@@ -125,12 +125,11 @@ function inRanges(row, ranges) {
 
 // The rows that the state asks for, in its order; what next and previous walk along. Rows come ordered by latent.
 function selectRows(rows, state, marks) {
-  const keep = FILTERS[state.filter];
   const holds = holding(rows, state);
   const found = [];
   for (const at of orderOf(rows, state.sort, state.descending)) {
     const row = rows[at];
-    const narrow = keep(row) && (!state.label || row.gold.includes(state.label)) && (!state.list || marks.has(row.latent, state.list));
+    const narrow = FILTERS[state.filter](row) && (!state.label || row.gold.includes(state.label)) && (!state.list || marks.has(row.latent, state.list));
     if (narrow && inRanges(row, state.ranges) && holds(at)) found.push(row);
   }
   const own = rows[/^\d+$/.test(state.query.trim()) ? Number(state.query) : -1]; // a number is a latent's first of all
