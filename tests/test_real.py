@@ -75,14 +75,14 @@ def test_the_bridge_reads_the_same(gemma):
 
 def test_the_final_gain_is_that_of_the_family(gemma):
     """Gemma multiplies by 1 + w: the last residual, normalised and multiplied by our gain, gives the model's own logits."""
-    from sae_italian.models.activations import final_gain, read_activations
+    from sae_italian.models.activations import logit_lens, read_activations
 
     tokens = gemma.tokenizer(ITALIAN[2], return_tensors="pt").input_ids
     last = read_activations(gemma, tokens, "blocks.17.hook_resid_post")[0]
     normed = last / (last.pow(2).mean(-1, keepdim=True) + gemma.config.rms_norm_eps).sqrt()
     with torch.no_grad():
         expected = gemma(tokens).logits[0]
-        found = (normed * torch.as_tensor(final_gain(gemma))) @ gemma.get_output_embeddings().weight.T
+        found = logit_lens(gemma)(normed)
     cap = gemma.config.final_logit_softcapping
     found = found if cap is None else cap * torch.tanh(found / cap)
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()

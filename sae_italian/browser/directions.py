@@ -14,7 +14,7 @@ from sae_italian.analysis.directions import map_of
 from sae_italian.browser.page import Record
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.models.activations import final_gain, read_activations
+from sae_italian.models.activations import logit_lens, read_activations
 
 BINS, BLOCK = 40, 64  # of the page's histogram; latents whose logits are made at a time
 N_BARS, N_TABLE = 50, 3  # Neuronpedia's
@@ -59,18 +59,16 @@ class Decoder:
     def __init__(self, sae: Any, model: Any = None):
         self.directions: Float[torch.Tensor, "d_sae d_in"] = sae.W_dec.detach().float().cpu()
         self.units = torch.nn.functional.normalize(self.directions, dim=1)
-        self.unembed = None if model is None else model.get_output_embeddings().weight.detach().float().cpu()
-        self.gain = 1.0 if model is None else torch.as_tensor(final_gain(model)).detach().cpu()
+        self.lens: Any = None if model is None else logit_lens(model)
         self._block = lru_cache(1)(self._logits)
 
     @torch.no_grad()
     def _logits(self, block: int) -> Float[torch.Tensor, "latents vocab"]:
-        assert self.unembed is not None
-        return (self.directions[block * BLOCK : (block + 1) * BLOCK] * self.gain) @ self.unembed.T
+        return self.lens(self.directions[block * BLOCK : (block + 1) * BLOCK]).cpu()
 
     def logits(self, latent: int) -> Float[torch.Tensor, " vocab"]:
         """Return what a latent adds to every token's logit; nothing without the model."""
-        return torch.empty(0) if self.unembed is None else self._block(latent // BLOCK)[latent % BLOCK]
+        return torch.empty(0) if self.lens is None else self._block(latent // BLOCK)[latent % BLOCK]
 
     def histogram(self, latent: int) -> Record:
         """Return the histogram of these logits, in 40 equal bins; empty without the model."""
@@ -142,8 +140,8 @@ class Correlations:
     def _sample(self) -> tuple[Float[np.ndarray, "n d_in"], tuple[np.ndarray, np.ndarray], csc_matrix]:
         """The model's activations on the cache's first windows, their sums and the cache's latents there."""
         manifest = self.cache.manifest
-        n = min(SAMPLE_TOKENS, SAMPLE_FLOATS // manifest.d_in, manifest.shards[0].n_windows * manifest.context_size)
-        n_windows = max(1, n // manifest.context_size)
+        most = min(SAMPLE_TOKENS, SAMPLE_FLOATS // manifest.d_in) // manifest.context_size
+        n_windows = max(1, min(most, manifest.shards[0].n_windows))
         n = n_windows * manifest.context_size
         arrays, acts = self.cache.shard_tokens(0), self.cache.shard_acts(0)
         tokens = torch.from_numpy(arrays["tokens"][:n].astype(np.int64)).reshape(n_windows, -1).to(self.model.device)

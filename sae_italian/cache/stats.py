@@ -24,7 +24,7 @@ from sae_italian.base.storage import atomic_path, sha256_file
 from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values, places
 from sae_italian.cache.read import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.models.activations import final_gain
+from sae_italian.models.activations import logit_lens
 
 TOP_TOKENS = 10
 N_BINS = 20
@@ -214,11 +214,10 @@ def _token_columns(entries: Entries, text: TextCounts, total: Float[np.ndarray, 
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(n_tokens) - n_tokens, n_tokens)
     top = rank < TOP_TOKENS
     offsets = np.concatenate([[0], np.cumsum(np.minimum(n_tokens, TOP_TOKENS))])
-    text_share = text.token_counts[token[top]] / text.n_counted
     return {
         "token_ids": arrow(token[top], offsets),
         "token_shares": arrow(share[top], offsets),
-        "token_lifts": arrow(share[top] / text_share, offsets),
+        "token_lifts": arrow(share[top] / (text.token_counts[token[top]] / text.n_counted), offsets),
         "token_entropy": _sums(owner, -share * np.log(share), n),
     }
 
@@ -299,9 +298,7 @@ def _most_shared(
 def decoder_columns(sae: Any, model: Any, d_sae: int) -> dict[str, Any]:
     """Return the 10 latents with the nearest decoder directions (cosines), and the tokens these raise and lower most.
 
-    The logit lens of a direction d is W_U (gain * d), gain being the final norm's; the norm's division by the
-    residual's scale is left out, so values compare within a latent, not with real logits. All lists are empty where SAE
-    or model is None.
+    Values of the logit lens compare within a latent, not with real logits. All lists are empty where SAE or model is None.
     """
     import pyarrow as pa
 
@@ -311,12 +308,11 @@ def decoder_columns(sae: Any, model: Any, d_sae: int) -> dict[str, Any]:
         return {name: pa.array([[]] * d_sae, pa.list_(kinds[name.split("_")[1]])) for name in names.split()}
     lists: dict[str, list[Tensor]] = {}
     lists["decoder_ids"], lists["decoder_cosines"] = nearest_directions(sae.W_dec, torch.arange(d_sae), TOP)
-    unembed: Float[Tensor, "vocab d_in"] = model.get_output_embeddings().weight.float()
-    gain, n = final_gain(model), min(TOP, len(unembed))
-    for block in sae.W_dec.float().split(_rows_at_once(len(unembed))):
-        logits = (block * gain) @ unembed.T
+    lens, vocabulary = logit_lens(model), len(model.get_output_embeddings().weight)
+    for block in sae.W_dec.split(_rows_at_once(vocabulary)):
+        logits = lens(block)
         for name, largest in (("promoted", True), ("suppressed", False)):
-            values, ids = logits.topk(n, largest=largest)
+            values, ids = logits.topk(min(TOP, vocabulary), largest=largest)
             lists.setdefault(f"{name}_ids", []).append(ids.cpu())
             lists.setdefault(f"{name}_values", []).append(values.cpu())
     return {name: arrow(torch.cat(parts).numpy()) for name, parts in lists.items()}

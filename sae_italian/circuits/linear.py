@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sae_italian.base.errors import UsageError
-from sae_italian.models.activations import centred, replaced, resolve_hook, scale_of
+from sae_italian.models.activations import centred, gain_and_bias, replaced, resolve_hook, scale_of
 from sae_italian.models.hooks import Hook, adapter_of
 
 FROZEN = "sae_italian_frozen"  # the name under which transformers knows the attention that is frozen
@@ -76,7 +76,7 @@ class Linear:
         scale = self.scales[path] = self.before.scales[path] if self.before else scale_of(x[:1].detach(), module)
         if layer is not None:
             self.reads[layer] = middle * scale
-        gain, bias = _gain_and_bias(module, x)
+        gain, bias = gain_and_bias(module, x)
         return middle * (scale * gain) + bias
 
     def read(self, layer: int, x: Tensor) -> Tensor:
@@ -177,12 +177,3 @@ def _norms(model: Any) -> list[str]:
     parts = [name for name in adapter.component_mapping["blocks"].submodules if name.startswith("ln")]
     paths = [f"blocks.{layer}.{part}" for layer in range(model.config.num_hidden_layers) for part in parts]
     return [adapter.translate_transformer_lens_path(path) for path in (*paths, "ln_final")]
-
-
-@torch.no_grad()
-def _gain_and_bias(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gain and bias of any norm (Gemma's gain is 1 + w) from what it makes of a vector of mean 0 and size 1."""
-    unit = torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)
-    unit[1::2] = -1
-    plus, minus = norm.forward(unit), norm.forward(-unit)
-    return (plus - minus) / (2 * unit * scale_of(unit, norm)), (plus + minus) / 2

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import numpy as np
@@ -18,6 +19,7 @@ from sae_italian.models.hooks import Hook, adapter_of, parse_hook_name
 
 Acts = Float[Tensor, "batch pos d_in"]
 _in_one_place: WeakSet[nn.Module] = WeakSet()  # hooked modules that a model uses under one name
+_takes_mean: dict[type[nn.Module], bool] = {nn.LayerNorm: True}  # the norms met so far
 
 
 class _StopForward(Exception):
@@ -53,14 +55,26 @@ def resolve_hook(model: nn.Module, hook_name: str) -> tuple[Hook, nn.Module]:
 
 
 def centred(x: Tensor, norm: nn.Module) -> Tensor:
-    """LayerNorm takes the mean away, which is linear; a root-mean-square norm does not."""
-    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+    """A LayerNorm, whatever its class, takes the mean away, which is linear; a root-mean-square norm does not."""
+    if type(norm) not in _takes_mean:
+        ones = next(norm.parameters(), x).new_ones(x.shape[-1])
+        _takes_mean[type(norm)] = torch.equal(norm.forward(ones), norm.forward(-ones))
+    return x - x.mean(-1, keepdim=True) if _takes_mean[type(norm)] else x
 
 
 def scale_of(x: Tensor, norm: Any) -> Float[Tensor, "... 1"]:
     """Return what the norm multiplies the centred x by, before its gain."""
     eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
     return torch.rsqrt(centred(x, norm).pow(2).mean(-1, keepdim=True) + eps)
+
+
+@torch.no_grad()
+def gain_and_bias(norm: Any, like: Tensor) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """Return gain and bias of any norm (Gemma's gain is 1 + w) from what it makes of a vector of mean 0 and size 1."""
+    unit = torch.ones(like.shape[-1], dtype=like.dtype, device=like.device)
+    unit[1::2] = -1
+    plus, minus = norm.forward(unit), norm.forward(-unit)
+    return (plus - minus) / (2 * unit * scale_of(unit, norm)), (plus + minus) / 2
 
 
 @contextmanager
@@ -97,17 +111,20 @@ def replaced(model: nn.Module, hook_name: str, function: Callable[[Tensor], Tens
         handle.remove()
 
 
-def final_gain(model: nn.Module) -> Float[Tensor, " d_model"]:
-    """Return the gain of the norm before the unembedding, as the model's family has it: the weight w, Gemma's 1 + w.
+def logit_lens(model: nn.Module) -> Callable[[Float[Tensor, "n d_model"]], Float[Tensor, "n vocab"]]:
+    """Return the function from directions d of the residual stream to what they add to every token's logit.
 
+    It is W_U (gain * d), d centred where the last norm is a LayerNorm, as in TransformerLens' folded weights. The norm's
+    division by the residual's scale is left out, so values compare within a direction, not with real logits.
     Raises: UsageError for a family that TransformerLens does not know, or whose last norm has no weight.
     """
-    adapter = adapter_of(model.config)
-    norm = adapter.component_mapping.get("ln_final")
-    weight = None if norm is None else getattr(model.get_submodule(norm.name), "weight", None)
-    if weight is None:
+    part = adapter_of(model.config).component_mapping.get("ln_final")
+    norm: Any = None if part is None else model.get_submodule(part.name)
+    if getattr(norm, "weight", None) is None:
         raise UsageError(f"{type(model).__name__} has no weight in its last norm, so its logits cannot be read off.")
-    return weight.float() + getattr(adapter.cfg, "rmsnorm_uses_offset", False)
+    norm, unembed = deepcopy(norm).float(), cast(Any, model).get_output_embeddings().weight.detach().float()
+    gain, _ = gain_and_bias(norm, unembed)
+    return lambda d: (centred(d.to(unembed), norm) * gain) @ unembed.T
 
 
 def _never_fired(model: nn.Module, name: str) -> UsageError:
@@ -115,19 +132,18 @@ def _never_fired(model: nn.Module, name: str) -> UsageError:
 
 
 @torch.no_grad()
-def read_many(model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_names: Sequence[str]) -> dict[str, Acts]:
+def read_many(model: Any, tokens: Int[Tensor, "batch pos"], hook_names: Sequence[str]) -> dict[str, Acts]:
     """Return the activations at several hooks of one forward pass, which stops after the last of them.
 
     Raises: UsageError for an unknown hook, when a hook did not fire, or is not as wide as the model.
     """
     caught: dict[str, Tensor] = {}
     wanted = list(dict.fromkeys(hook_names))
-    config: Any = model.config
 
     def catch(name: str, activation: Tensor) -> None:
-        if activation.shape[-1] != config.hidden_size:
+        if activation.shape[-1] != model.config.hidden_size:
             raise UsageError(
-                f"hook {name!r} has {activation.shape[-1]} dimensions, but the model's config says {config.hidden_size}: "
+                f"hook {name!r} has {activation.shape[-1]} dimensions, but the model's config says {model.config.hidden_size}: "
                 "a model whose width differs from layer to layer is not supported."
             )
         caught[name] = activation
@@ -219,15 +235,14 @@ def continuation_log_probs(
 # --- a forward pass that begins in the middle ---------------------------------------------------------------------------
 
 
-def entry_and_edit(model: nn.Module, hook_name: str) -> tuple[str, str]:
+def entry_and_edit(model: Any, hook_name: str) -> tuple[str, str]:
     """Return where a run must begin for an edit at `hook_name` to be felt, and at which hook the edit is then made.
 
     A run begins at a block's input. The residual stream after a block is the next one's input; after the last there is
     none.
     """
     hook, _ = resolve_hook(model, hook_name)
-    config: Any = model.config
-    after = hook.legacy == "hook_resid_post" and hook.layer + 1 < config.num_hidden_layers
+    after = hook.legacy == "hook_resid_post" and hook.layer + 1 < model.config.num_hidden_layers
     entry = f"blocks.{hook.layer + after}.hook_resid_pre"
     return entry, entry if after else hook_name
 

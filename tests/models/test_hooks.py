@@ -5,10 +5,10 @@ import torch
 from transformers import AutoConfig
 
 from sae_italian.base.errors import UsageError
-from sae_italian.models import parse_hook_name
-from sae_italian.models.activations import final_gain, read_activations
-from sae_italian.models.hooks import SITES
-from tests.models.hub import random_model
+from sae_italian.models import load_model, parse_hook_name
+from sae_italian.models.activations import logit_lens, read_activations
+from sae_italian.models.hooks import SITES, adapter_of
+from tests.models.hub import random_model, save_model
 
 
 @pytest.mark.parametrize(
@@ -76,31 +76,49 @@ def test_a_site_that_is_no_single_module_is_refused():
         parse_hook_name("blocks.1.hook_mlp_out").module_path(config)
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "qwen3", "gpt2", "gpt_neox"])
-def test_the_last_norms_gain_is_what_the_norm_multiplies_by(family):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    sizes |= {"intermediate_size": 64, "vocab_size": 300, "head_dim": 16, "pad_token_id": 0}
-    if family == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 300}
-    if family == "gpt_neox":
-        del sizes["num_key_value_heads"], sizes["head_dim"]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+SIZES |= {"intermediate_size": 64, "vocab_size": 300, "head_dim": 16, "pad_token_id": 0}
+GPT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gemma", "gemma2", "gemma3_text", "qwen3", "olmo2", "gpt2", "gpt_neox", "stablelm", "cohere", "nemotron", "phi"],
+)
+def test_the_logit_lens_is_what_the_models_own_end_makes_of_a_direction(family):
+    """But for the norm's scale: Gemma's and Nemotron's gain is 1 + w, a LayerNorm takes the mean away, Cohere's too."""
+    sizes = {**GPT, "vocab_size": len(load_model("mini").tokenizer)} if family.startswith("gpt") else SIZES
     model = random_model({"model_type": family, **sizes})
     model.config.architectures = [type(model).__name__]  # as from_pretrained leaves it
-    norm = model.get_submodule(
-        {"gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm"}.get(family, "model.norm")
-    )
-    torch.nn.init.normal_(norm.weight)
-    x = torch.randn(1, 1, 32)
-    x = (x - x.mean()) / x.std(correction=0)  # normalised already, so the norm only multiplies
-    assert torch.allclose(norm(x), x * final_gain(model), atol=1e-4)
+    norm = model.get_submodule(adapter_of(model.config).component_mapping["ln_final"].name)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    head, d = model.get_output_embeddings().weight, torch.randn(20, 32) + 1.0
+    with torch.no_grad():
+        own = (norm(d) - norm(torch.zeros(32))) @ head.T
+    found = logit_lens(model)(d)
+    assert torch.allclose(*(x / x.norm(dim=-1, keepdim=True) for x in (found, own)), atol=1e-5)
 
 
-def test_the_gain_of_an_unknown_family_and_of_a_norm_without_a_weight_is_refused(mini):
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_the_logit_lens_is_transformer_lens_own(family, tmp_path):
+    """Of weights folded as TransformerLens folds them, W_U is the lens."""
+    mini = load_model("mini")
+    sizes = {**(GPT if family.startswith("gpt") else SIZES), "vocab_size": len(mini.tokenizer)}
+    save_model(random_model({"model_type": family, "max_position_embeddings": 64, **sizes}), tmp_path)
+    theirs: Any = load_model(str(tmp_path), "hooked")
+    theirs.process_weights_(center_writing_weights=False, center_unembed=False)
+    d = torch.randn(20, 32) + 1.0
+    assert torch.allclose(logit_lens(load_model(str(tmp_path)))(d), d @ theirs.W_U, atol=1e-5)
+
+
+def test_the_lens_of_an_unknown_family_and_of_a_norm_without_a_weight_is_refused(mini):
     class Unknown(torch.nn.Module):
         config = AutoConfig.for_model("biogpt", architectures=["BioGptForCausalLM"])
 
     with pytest.raises(UsageError, match="none that TransformerLens knows"):
-        final_gain(Unknown())
+        logit_lens(Unknown())
 
     class Plain(torch.nn.Module):
         config = mini.config
@@ -110,7 +128,7 @@ def test_the_gain_of_an_unknown_family_and_of_a_norm_without_a_weight_is_refused
             self.model = torch.nn.ModuleDict({"norm": torch.nn.Identity()})
 
     with pytest.raises(UsageError, match="no weight in its last norm"):
-        final_gain(Plain())
+        logit_lens(Plain())
 
 
 def tiny() -> Any:

@@ -14,7 +14,7 @@ from sae_italian.browser.exports import check_folder, export, read_rows
 from sae_italian.browser.exports.latents import tables
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.models.activations import final_gain
+from sae_italian.models.activations import logit_lens
 
 from .conftest import LATENTS
 from .mojibake import is_mojibake
@@ -104,7 +104,7 @@ def test_tables_agree_with_dense_arithmetic(batch, cache, sae, mini):
         assert pearson == pytest.approx(np.corrcoef(a, b)[0, 1], rel=1e-4)
     direction = sae.W_dec[latent].detach().numpy()
     assert row["neuron_alignment_indices"] == np.argsort(-direction)[:3].tolist()
-    logits = mini.get_output_embeddings().weight.detach().numpy() @ (direction * final_gain(mini).detach().numpy())
+    logits = logit_lens(mini)(sae.W_dec[latent]).detach().numpy()
     assert row["logits_hist_data_bar_values"][0] == pytest.approx(
         logits.min() + (logits.max() - logits.min()) / 100, rel=1e-3
     )
