@@ -72,8 +72,7 @@ def build() -> App:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    words = [word for word in given if word != "--json"]
-    command = None
+    words, command = [word for word in given if word != "--json"], None
     try:
         _quiet_libraries()
         if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
@@ -99,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        return _fail(f"{error.strerror or error}{place}; finished parts are kept.", 2)
+        said = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; finished parts are kept."
+        return _fail(said, 2)
 
 
 def _show(result: Result, next_step: str | None) -> None:
@@ -317,7 +316,9 @@ def bounded(command: Callable[..., Any]) -> Callable[..., Result]:
     def run(*given: Any, **options: Any) -> Result:
         from sae_italian.base.pace import time_bound
 
-        with time_bound(own_words(given, MINUTES)[0]["minutes"]) as cut:
+        # Patching a real model's latents one by one can take hours, and one looks at a part of it first.
+        usual = {"minutes": 8.0} if command.__name__ in ("ioi", "agreement") else MINUTES
+        with time_bound(own_words(given, usual)[0]["minutes"]) as cut:
             value, text, failure = as_result(command(*given, **options))
         if cut:
             value, text = {**value, "cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])

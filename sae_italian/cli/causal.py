@@ -52,7 +52,7 @@ def ioi(
     """Ask whether a model goes on with the indirect object, and which latents carry the name (feature patching).
 
     Args:
-        words: minutes=N, after which it ends with what it has (default: no bound);
+        words: minutes=N, after which it ends with what it has (default: 8; inf: no bound);
             name_tokens=N, the tokens that every name has, or name_tokens=any; default: 1.
         sae: An SAE to patch; again for each to compare with; default: none is patched.
         language: Language of the sentences: it or en.
@@ -99,7 +99,7 @@ def agreement(
     """Ask a model for Italian agreement on minimal pairs: gender, number, subject and verb, with and without an attractor.
 
     Args:
-        words: minutes=N, after which it ends with what it has (default: no bound).
+        words: minutes=N, after which it ends with what it has (default: 8; inf: no bound).
         pairs_file: Pairs in MultiBLiMP's layout (ita.tsv, or the same as .jsonl or .parquet); default: pairs made here.
         check: Pairs that are made, in turn of each kind.
         sae: An SAE to patch on the subject's number; again for each to compare with; default: none.

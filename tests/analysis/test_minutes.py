@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 
@@ -60,6 +61,19 @@ def test_it_ends_with_what_it_has_and_says_so(analysis, folders, jsonl, tmp_path
 def test_the_help_says_it(command, capsys):
     main([command, "--help"])
     assert "minutes=N" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, minutes", [([], 8.0), (["minutes=3"], 3.0), (["minutes=inf"], float("inf"))])
+def test_patching_is_bounded_by_itself_where_nothing_is_said(words, minutes, monkeypatch):
+    asked = []
+
+    def bound(given):
+        asked.append(given)
+        return nullcontext([])
+
+    monkeypatch.setattr("sae_italian.base.pace.time_bound", bound)
+    assert main(["agreement", "mini", "--check", "2", *words]) == 0
+    assert asked == [minutes]
 
 
 def test_a_bound_must_be_a_number_above_0_and_another_word_is_refused(folders, capsys):
