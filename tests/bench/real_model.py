@@ -1,8 +1,9 @@
-"""Speed on a real model: activations against plain transformers and the bridge, whole training runs, memory of loading.
+"""Speed on a real model: activations against transformers and the bridge, training runs, a cache, memory of loading.
 
 The ways of reading activations get the same windows and alternate; each is asked for one layer's residual stream, as a
 training asks for it. The whole runs are those of `tests.bench.stream`: SAELens' own objects on TransformerLens' bridge, since
-its HookedTransformer has no such model. The memory is the peak of a process that only loads the model.
+its HookedTransformer has no such model. The cache is built beside Delphi's way, as `tests.bench.cache` has it. The memory is
+the peak of a process that only loads the model.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from sae_italian.corpora import iter_documents, pack
 from sae_italian.models import load_model
 from sae_italian.models.activations import read_activations
 from sae_italian.models.loading import Backend, resolve
+from tests.bench.cache import measure_build
 from tests.bench.stream import compare_runs
 from tests.bench.training import _status_mib
 
 PLAIN, HEADLESS, OURS, BRIDGE = "transformers", "transformers, no logits", "ours", "bridge, run_with_cache"
+DTYPES = ("float32", "bfloat16")
 WEIGHTS = "weights alone"  # without the tokenizer
 FIELDS = {"VmRSS": "resident", "RssAnon": "private"}  # of /proc/self/status
 STATUS = "import sys; from tests.bench.real_model import peak; peak(sys.argv[1], sys.argv[2])"
 
 
-def measure(
-    model: str, corpus: str, *, layer: int, windows: int = 8, repeats: int = 5, run: bool = True
-) -> dict[str, Any]:
-    """Return tokens per second of each way in float32 and bfloat16, of whole runs, and memory over weights."""
+def measure(model: str, corpus: str, *, layer: int, windows: int = 8, repeats: int = 5) -> dict[str, Any]:
+    """Return tokens per second of each way in float32 and bfloat16, of whole runs, a cache's build, memory over weights."""
     hook_name, found = f"blocks.{layer}.hook_resid_post", {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         ways = _ways(model, corpus, hook_name, layer, dtype, windows)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for round_ in range(repeats + 1):
@@ -54,9 +55,31 @@ def measure(
         }
         del ways
     sizes: dict[str, Any] = {"d_sae": 4_096, "k": 32, "batch_size": 1_024, "context_size": 128, "buffer_tokens": 8_192}
-    runs = compare_runs(model, hook_name, corpus, repeats=3, stock_backend="bridge", **sizes) if run else None
+    more: dict[str, Any] = {"repeats": 3, "stock_backend": "bridge"}
+    runs = {dtype: compare_runs(model, hook_name, corpus, dtype=dtype, **sizes, **more) for dtype in DTYPES}
     memory = {name: _peak_of(model, name) for name in (WEIGHTS, "hf", "bridge")}
-    return {"model": model, "hook_name": hook_name, "reading": found, "run": runs, "memory": memory}
+    return {
+        "model": model,
+        "hook_name": hook_name,
+        "reading": found,
+        "run": runs,
+        "cache": _cache(model, corpus, hook_name),
+        "memory": memory,
+    }
+
+
+def _cache(model: str, corpus: str, hook_name: str) -> dict[str, Any]:
+    """Return what building a cache of 16,384 tokens takes, of an SAE that was never trained: its work is the same."""
+    from sae_lens import TopKSAE, TopKSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    loaded = load_model(model)
+    torch.manual_seed(0)
+    metadata = SAEMetadata(model_name=model, hook_name=hook_name)
+    config = TopKSAEConfig(d_in=loaded.config.hidden_size, d_sae=4_096, k=32, metadata=metadata)
+    sae = TopKSAE(config)
+    torch.nn.init.normal_(sae.W_enc)
+    return measure_build(sae, loaded, corpus, n_tokens=16_384)
 
 
 def _ways(model: str, corpus: str, hook_name: str, layer: int, dtype: str, n: int) -> dict[str, Callable[[], Any]]:
@@ -118,10 +141,22 @@ def table_of(result: dict[str, Any]) -> str:
     ]
     head = f"{result['model']}, {result['hook_name']}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     parts = [head, table("reading | kind | tokens/s | times transformers", rows)]
-    if result["run"]:
-        speeds = result["run"]["tokens_per_second"]
-        rows = [(name, f"{speeds[name]['median']:,.0f}") for name in ("saelens", "ours")]
-        parts.append(table("model and SAE | tokens/s", rows) + f"\n\nours over SAELens: {result['run']['ratio']:.2f}")
+    rows = [
+        (
+            dtype,
+            *(f"{run['tokens_per_second'][name]['median']:,.0f}" for name in ("saelens", "ours")),
+            f"{run['ratio']:.2f}",
+        )
+        for dtype, run in result["run"].items()
+    ]
+    parts.append(table("whole run | SAELens, tokens/s | ours, tokens/s | ours over SAELens", rows))
+    build = result["cache"]
+    rows = [
+        (name, *(f"{build[part][key]:.1f}" for part in ("forward_seconds", "encode_and_write_seconds")))
+        for name, key in (("Delphi's way", "delphi"), ("ours", "ours"))
+    ]
+    told = f"cache of {build['tokens']:,} tokens, {build['ratio_with_forward']:.2f} times Delphi's way"
+    parts.append(table(f"{told} | forward, s | encode and write, s", rows))
     rows = [(way, *(f"{one[name]:.2f}" for name in FIELDS.values())) for way, one in result["memory"].items()]
     names = " | ".join(FIELDS.values())
     return "\n\n".join([*parts, table(f"loading, its peak over the weights' bytes | {names}", rows)])

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,6 +47,7 @@ def compare_runs(
     repeats: int = 3,
     architecture: str = "sparse_topk",
     stock_backend: str = "hooked",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> dict[str, Any]:
     """Return the tokens per second of the stock run and of ours (each round, and the median) and their ratio.
 
@@ -63,6 +64,7 @@ def compare_runs(
             context_size=context_size,
             train_batch_size_tokens=batch_size,
             buffer_tokens=buffer_tokens,
+            dtype=dtype,
         )
         n_steps = max(1, buffer_tokens // 2 // batch_size)
         ways = {
@@ -179,7 +181,9 @@ def _stock(spec: RunSpec, backend: Any) -> Callable[[], None]:
     from sae_italian.models import load_model
 
     config = spec.to_saelens()
-    runner = LanguageModelSAETrainingRunner(config, override_model=load_model(spec.model, backend=backend))
+    runner = LanguageModelSAETrainingRunner(
+        config, override_model=load_model(spec.model, backend=backend, dtype=spec.dtype)
+    )
     provider = runner.activations_store
     trainer = SAETrainer(cfg=config.to_sae_trainer_config(), sae=runner.sae, data_provider=provider)
 
@@ -208,7 +212,7 @@ def _group(spec: RunSpec, hook_names: Sequence[str], out: Path) -> tuple[list[An
     from sae_italian.training.run import open_stream
     from sae_italian.training.sae_run import SAERun
 
-    model = load_model(spec.model)
+    model = load_model(spec.model, dtype=spec.dtype)
     stream = open_stream(spec, model, list(hook_names))
     runs = [SAERun(spec.model_copy(update={"hook_name": name}), model, out / name) for name in hook_names]
     return runs, stream
