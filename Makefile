@@ -10,7 +10,7 @@ quickstart: install  ## train, cache, explain, score, report: the whole way on t
 	HF_HUB_OFFLINE=1 $(BIN)/sae-italian quickstart --out quickstart --resume
 
 # For example: make bench TABLE=cache ARGS="runs/my-sae --tokens 131072"
-bench: install  ## speed beside other libraries: TABLE=training|gpu|start|corpora|cache|autointerp|browser|pictures|circuits|probing|processes|real, ARGS for its options
+bench: install  ## speed beside other libraries: TABLE=training|gpu|start|corpora|cache|autointerp|browser|pictures|circuits|probing|processes|real|kept, ARGS for its options
 	$(BIN)/python -m tests.bench $(TABLE) $(ARGS)
 
 # One process a core, one file at a time in each; torch then needs no threads of its own. A process that dies ends the run:

@@ -1,6 +1,6 @@
 """Speed against other libraries, in one run on this machine: `make bench TABLE=training`, or
 
-python -m tests.bench training|gpu|start|corpora|cache|autointerp|browser|pictures|circuits|mutants|probing|processes|real|titles --help
+python -m tests.bench training|gpu|start|corpora|cache|autointerp|browser|pictures|circuits|mutants|probing|processes|real|kept|titles
 """
 
 from __future__ import annotations
@@ -103,6 +103,11 @@ def parser_of() -> argparse.ArgumentParser:
     sub.add_argument("--model", default="gemma-3-270m")
     sub.add_argument("--layer", type=int, default=8)
     sub.add_argument("--repeats", type=int, default=5)
+    sub = add("kept", _bench_kept, "the same work by another checkout, e.g. git worktree add /tmp/old 2c011dc")
+    sub.add_argument("other", type=Path, help="the other checkout's folder")
+    sub.add_argument("--tokens", type=int, default=300_000, help="of the training and of the cache")
+    sub.add_argument("--repeats", type=int, default=3, help="turns of each side")
+    sub.add_argument("--pieces", nargs="+", default=None, help="default: all")
     sub = add("titles", _bench_titles, "how often the morphology behind titles is right on Universal Dependencies")
     sub.add_argument("folder", type=Path, help="of CoNLL-U files, e.g. ../shared/data/ud")
     sub = add("cache", _bench_cache, "building and reading a feature cache, against Delphi's way of building it")
@@ -203,6 +208,13 @@ def _bench_probing(options: argparse.Namespace) -> Result:
     from tests.bench.probing import bench_probing
 
     return bench_probing(options)
+
+
+def _bench_kept(options: argparse.Namespace) -> Result:
+    from tests.bench.kept import bench_kept
+
+    positive("--repeats", options.repeats)
+    return bench_kept(options)
 
 
 def _bench_titles(options: argparse.Namespace) -> Result:

@@ -18,11 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sae_italian.base.errors import UsageError
-
 HERE = Path(__file__).resolve().parents[2]
 STEP_SHAPE = {"d_in": 1152, "d_sae": 9_216, "k": 32}
 WINDOWS_OF, LATENTS = 200, "200"
+PIECES = ("start", "step", "run", "cache", "windows", "autointerp", "browse", "export")
 # What only one of the two has to be told; the rest of a command line is the same for both.
 N_LATENTS = {True: "--n-latents", False: "--latents"}
 
@@ -33,6 +32,8 @@ def bench_kept(options: argparse.Namespace) -> tuple[Any, str]:
     Raises: UsageError where `options.other` is no checkout of this project; SystemExit with a command's own words where
     one of them fails.
     """
+    from sae_italian.base.errors import UsageError  # here, since the other checkout has it elsewhere
+
     other = options.other.resolve()
     if not (other / "sae_italian" / "__init__.py").is_file():
         raise UsageError(f"{other} holds no sae_italian. Make it: git worktree add {options.other} COMMIT")
@@ -43,7 +44,7 @@ def bench_kept(options: argparse.Namespace) -> tuple[Any, str]:
         _command(other, "train", "mini/topk", f"training_tokens={options.tokens}", "--out", sae)
         build = ("cache", "build", sae, "--tokens", str(options.tokens), "--out")
         _command(other, *build, str(cache))
-        for name in options.pieces:
+        for name in options.pieces or PIECES:
             times: dict[Path, list[float]] = {other: [], HERE: []}
             for number in range(options.repeats):
                 for side in (other, HERE) if number % 2 else (HERE, other):
@@ -161,8 +162,6 @@ def _median(work: Any, given: Any, n: int = 7) -> float:
         times.append(time.process_time() - begun)
     return statistics.median(times[-n:])
 
-
-PIECES = ("start", "step", "run", "cache", "windows", "autointerp", "browse", "export")
 
 if __name__ == "__main__":
     print(_step() if sys.argv[1] == "step" else _windows(sys.argv[2]))
