@@ -24,10 +24,8 @@ CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
 Document = Callable[[int], TextDocument]
 _MARK, _NEXT = "[\"»”’')\\]]", r"(?![\sa-zà-öø-ÿ\d])"  # «n. 12», «l'art. citato»: no ends
 _SHORT = "art avv cfr dott dr es gen ing mons on pag prof sen sig sigg st"  # nor «l'on. Moro»,
-_WORDS = "".join(rf"(?<!\b(?i:{short}))" for short in _SHORT.split())
-_STOP = rf"(?:[!?…]|(?<!(?<![.\w])[A-Z]){_WORDS}\.)"  # nor an initial
-_CLOSED = "|".join(f"(?<={_STOP}{_MARK * n})" for n in range(4))  # the page counts any number of marks
-_BEGINS = re.compile(rf"(?:{_CLOSED})\s+{_NEXT}|\n\s*")  # and ends: of sentences
+_STOP = "[.!?…]" + "".join(rf"(?<!\b(?i:{one})\.)" for one in _SHORT.split()) + r"(?<!(?<![.\w])[A-Z]\.)"  # an initial
+_BEGINS = re.compile(rf"(?:{_STOP}{_MARK}*(?=\s+{_NEXT})|(?=\n))(\s+)")  # and ends: of sentences
 _ENDS, _SPACE = re.compile(rf"{_STOP}{_MARK}*(?=\s+{_NEXT}|\Z)|(?=\n)"), re.compile(r"\s+")
 _UNSTORABLE = re.compile("[\ud800-\udfff]")
 _ORDINALS = {
@@ -95,7 +93,7 @@ def _in_one_line(context: Record) -> str:
     strongest = max(range(len(segments)), key=lambda i: (segments[i][1] == context["max"], segments[i][1]))
     peak, end = segments[strongest][0], int(ends[strongest])
     stop, lead = _ENDS.search(whole, end - bool(peak.strip())), end - len(peak.lstrip() or peak)
-    begins = [min(found.end(), lead) for found in _BEGINS.finditer(whole) if found.start() < lead]
+    begins = [min(found.end(), lead) for found in _BEGINS.finditer(whole) if found.start(1) < lead]
     first, last = begins[-1] if begins else 0, stop.end() if stop else len(whole)
     marked = "… " * (not begins and cut & 1)
     for (text, value), end in zip(segments, ends.tolist(), strict=True):
@@ -142,8 +140,8 @@ def borders_of(text: str, low: int, begin: int, peak: int, peak_end: int, end: i
     Of the text from low to high it holds that from begin to end, and more up to the next border of a sentence; where
     there is none, of a word; where a word goes on beyond, the passage begins after it, or ends before it.
     """
-    most, found = min(begin + 1, peak), _BEGINS.finditer(text, low, begin + SEGMENT)
-    starts = [low] * (low == 0) + [min(one.end(), most) for one in found if one.start() < most]
+    most, found = min(begin + 1, peak), _BEGINS.finditer(text, max(0, low - 4), begin + SEGMENT)
+    starts = [low] * (low == 0) + [min(one.end(), most) for one in found if low <= one.end() and one.start(1) < most]
     inside, word = _SPACE.search(text, begin, peak), _SPACE.search(text, end, high)
     start = (starts or [s.end() for s in _SPACE.finditer(text, low, most)] or [inside.end() if inside else begin])[-1]
     start = next((at for at in range(start, peak_end) if not text[at].isspace()), start)  # a peak may be space

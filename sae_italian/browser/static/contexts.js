@@ -5,10 +5,10 @@ const CONTEXTS_SHOWN = 5;
 const NEAR = 6; // words on either side of the strongest token, in the narrowest width
 const WIDTHS = ["words", "sentence", "all", "window"];
 const SHORTENED = "[Aa]rt|[Aa]vv|[Cc]fr|[Dd]ott|[Dd]r|[Ee]s|[Gg]en|[Ii]ng|[Mm]ons|[Oo]n|[Pp]ag|[Pp]rof|[Ss]en|[Ss]ig|[Ss]igg|[Ss]t";
-const STOP = String.raw`(?:[!?…]|(?<!(?<![.\w])[A-Z]|\b(?:${SHORTENED}))\.)["»”’')\]]*`; // «l'on. Moro» and an initial end nothing
-const NEXT = String.raw`(?![\s\p{Ll}\d])`; // nor do «n. 12» and «l'art. citato»
-const BORDER = new RegExp(String.raw`(?<=${STOP})\s+${NEXT}|\n\s*`, "gu");
-const SENTENCE_END = new RegExp(String.raw`${STOP}(?=\s+${NEXT}|$)|(?=\n)`, "u");
+const STOP = String.raw`[.!?…](?<!(?:(?<![.\w])[A-Z]|\b(?:${SHORTENED}))\.)["»”’')\]]*`; // «l'on. Moro» and an initial end nothing
+const NEXT = String.raw`\s+(?![\s\p{Ll}\d])`; // nor do «n. 12» and «l'art. citato»
+const BORDER = new RegExp(String.raw`(?:${STOP}(?=${NEXT})|(?=\n))(\s+)`, "gu");
+const SENTENCE_END = new RegExp(String.raw`${STOP}(?=${NEXT}|$)|(?=\n)`, "u");
 
 // --- long texts are folded, never cut ---
 function folded(ctx, content, long, className) {
@@ -33,7 +33,7 @@ function shownPart(whole, begin, end, width) {
   }
   if (width !== "sentence") return [0, whole.length];
   const lead = begin + Math.max(0, whole.slice(begin, end).search(/\S/));
-  const border = [...whole.matchAll(BORDER)].findLast(({ index }) => index < lead);
+  const border = [...whole.matchAll(BORDER)].findLast(({ index, 0: found, 1: space }) => index + found.length - space.length < lead);
   const last = whole.slice(begin, end).trim() ? end - 1 : end; // a line's end on which it fires ends nothing
   const stop = SENTENCE_END.exec(whole.slice(last));
   const first = border ? Math.min(lead, border.index + border[0].length) : 0;
