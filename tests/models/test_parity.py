@@ -1,10 +1,20 @@
 """The three backends on shrunken copies of every family, from a hub cache, by alias; sequences short and long."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from sae_italian.models import catalogue, load_model
-from sae_italian.models.activations import logits_at
+from sae_italian.models.activations import (
+    begun_at,
+    entry_and_edit,
+    logits_at,
+    logits_with_replacement,
+    read_activations,
+    read_many,
+    replaced,
+)
 from sae_italian.models.loading import TOLERANCE, largest_differences
 from tests.models.hub import REVISION, SHRUNKEN
 
@@ -74,12 +84,12 @@ FAMILIES = {
 IN_HOOKED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt_neox"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_family_reads_the_same(family, mini, tmp_path):
-    """Norms behind attention and MLP, norms of queries and keys, scaled embeddings, soft caps, mixed windows."""
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, mini, tmp_path_factory):
+    """A random model's family, its folder, and the model as `hf` and as `bridge`."""
     from tests.models.hub import random_model, save_model
 
+    family, folder = request.param, str(tmp_path_factory.mktemp("family"))
     config = {
         "model_type": family, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
         "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": len(mini.tokenizer), "pad_token_id": 0,
@@ -87,17 +97,59 @@ def test_every_family_reads_the_same(family, mini, tmp_path):
     }  # fmt: skip
     if family.startswith("gpt"):
         del config["num_key_value_heads"]
-    save_model(random_model(config), tmp_path)
-    hf = load_model(str(tmp_path))
+    save_model(random_model(config), Path(folder))
+    return family, folder, load_model(folder), load_model(folder, "bridge")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_family_reads_the_same(family):
+    """Norms behind attention and MLP, norms of queries and keys, scaled embeddings, soft caps, mixed windows."""
+    name, folder, hf, bridge = family
     tokens = torch.randint(3, 500, (1, 40))
-    for backend in ("bridge", "hooked"):
-        if backend == "hooked" and family not in IN_HOOKED:
-            continue
-        for what, difference in largest_differences(hf, load_model(str(tmp_path), backend), tokens).items():
-            assert difference < TOLERANCE, (backend, what, difference)
+    for other in [bridge, *([load_model(folder, "hooked")] if name in IN_HOOKED else [])]:
+        for what, difference in largest_differences(hf, other, tokens).items():
+            assert difference < TOLERANCE, (type(other), what, difference)
     wanted = torch.rand(tokens.shape) < 0.2
     with torch.no_grad():  # the soft cap of Gemma 2 comes after the head
         assert torch.allclose(logits_at(hf, tokens, wanted), hf(tokens).logits[wanted], atol=1e-5)
+
+
+WRITTEN = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out",
+           "blocks.0.mlp.hook_in", "blocks.1.hook_resid_post")  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_family_is_replaced_and_patched_the_same(family):
+    """Ours from the block on and with hf's own modules, TransformerLens' over the whole bridge: the same logits to rounding.
+
+    Replaced is the whole activation, by noise; patched are the last five positions, by those of another text.
+    """
+    _, _, hf, bridge = family
+    base, target = torch.randint(3, 500, (2, 1, 40), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn((1, 40, 64), generator=torch.Generator().manual_seed(1))
+    late, last = (torch.arange(40) >= 35)[:, None], torch.arange(40)[None] == 39
+
+    def noised(x, hook=None):
+        return 0.3 * x + noise
+
+    with torch.no_grad():
+        clean = hf(base).logits
+        for name in WRITTEN:
+            other, (entry, edit) = read_activations(hf, target, name), entry_and_edit(hf, name)
+
+            def patched(x, hook=None, other=other):
+                return torch.where(late, other, x)
+
+            with begun_at(hf, entry, read_activations(hf, base, entry)), replaced(hf, edit, patched):
+                from_the_block = logits_at(hf, base, last)
+            over_the_bridge = bridge.run_with_hooks(base, fwd_hooks=[(name, patched)])[:, -1]
+            ours = logits_with_replacement(hf, base, name, noised)
+            theirs = bridge.run_with_hooks(base, fwd_hooks=[(name, noised)])
+            patches = (from_the_block, over_the_bridge, clean[:, -1])
+            for what, (one, two, before) in {"replaced": (ours, theirs, clean), "patched": patches}.items():
+                assert (one - two).abs().max() < 5e-6 * one.abs().max(), (name, what)
+                moved = (one - before).abs().max() / before.abs().max()
+                assert moved > 0.02, (name, what)  # else it would mean nothing
 
 
 def test_a_difference_is_seen_where_it_is():
@@ -110,6 +162,18 @@ def test_a_difference_is_seen_where_it_is():
     found = largest_differences(changed, other, tokens)
     seen = {what.split()[0] for what, difference in found.items() if difference > TOLERANCE}
     assert seen == {"logits", "R", "M"}, found
+
+
+def test_one_wrong_logit_of_the_vocabulary_is_seen_in_its_spread(mini):
+    class Off:
+        def run_with_cache(self, tokens, names_filter):
+            logits = mini(tokens).logits
+            logits[0, 5, 7] += 1e-3 * logits[0, 5].std()
+            return logits, read_many(mini, tokens, names_filter)
+
+    found = largest_differences(mini, Off(), torch.randint(3, 500, (1, 40)))
+    assert found.pop("logits (over their spread)") == pytest.approx(1e-3, rel=0.01)
+    assert max(found.values()) == 0
 
 
 @pytest.mark.slow
