@@ -31,7 +31,7 @@ def rounded(value: Any, digits: int = 6) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list):
-        return [rounded(item, digits) for item in value]
+        return [float(f"{x:.{digits}g}") if type(x) is float else rounded(x, digits) for x in value]
     if isinstance(value, dict):
         return {key: rounded(item, digits) for key, item in value.items()}
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value

@@ -64,7 +64,7 @@ def centred(x: Tensor, norm: nn.Module) -> Tensor:
 
 def scale_of(x: Tensor, norm: Any) -> Float[Tensor, "... 1"]:
     """Return what the norm multiplies the centred x by, before its gain."""
-    eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
+    eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 0.0
     return torch.rsqrt(centred(x, norm).pow(2).mean(-1, keepdim=True) + eps)
 
 
