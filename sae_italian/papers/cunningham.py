@@ -29,7 +29,7 @@ from sae_italian.saes.baselines import TOPK
 from sae_italian.training import read_values
 
 MOST_LAYERS = 3
-CHANCE = 0.5
+CHANCE, LEAST_CHECKED = 0.5, 30  # of how many sentences the skill is asked, however few are patched
 _RATIO_SCORES = ("simulation", "simulation_random", "n_explained", "n_latents")
 
 
@@ -160,7 +160,9 @@ def _ioi(job: Reproduction, results: Results) -> dict[str, Any]:
     """Patch on pairs of Italian sentences. Raises: UsageError, which skips the step, for a model without the skill."""
     entry, budget, subject = middle(results), job.budget, job.subject
     tokenizer = subject.model.tokenizer
-    pairs = ioi_pairs(budget["ioi_pairs"], tokenizer, words_for(subject.name), n_name_tokens=None, seed=0)
+    pairs = ioi_pairs(
+        max(LEAST_CHECKED, budget["ioi_pairs"]), tokenizer, words_for(subject.name), n_name_tokens=None, seed=0
+    )
     skill = ioi_score(subject.model, tokenizer, pairs)
     accuracy = f"{100 * skill.accuracy.value:.0f} %"
     if skill.accuracy.value <= CHANCE:
@@ -177,7 +179,7 @@ def _ioi(job: Reproduction, results: Results) -> dict[str, Any]:
     if "pca" in budget["kinds"]:
         dictionaries |= {"PCA": load_sae(folder / "pca"), "PCA, top-k": load_sae(folder / ("pca" + TOPK))}
     steps = thresholds(budget["ioi_thresholds"])
-    found = patch_saes(subject.model, tokenizer, dictionaries, pairs, thresholds=steps)
+    found = patch_saes(subject.model, tokenizer, dictionaries, pairs[: budget["ioi_pairs"]], thresholds=steps)
     half = []
     for curve in found.curves:
         point = curve.reached(0.5)

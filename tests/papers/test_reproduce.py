@@ -117,6 +117,7 @@ def test_cunningham(done):
     assert [row["d_sae"] for row in steps["ratios"]["rows"]] == [256]
     assert -1 <= steps["moments"]["kurtosis"]["value"] <= 1
     assert [curve["name"] for curve in steps["ioi"]["curves"]] == ["SAE", "PCA", "PCA, top-k"]
+    assert (steps["ioi"]["skill"]["n"], steps["ioi"]["n_pairs"]) == (30, 2)
     saved = load_sae(out / "baselines" / "L1" / "dictionaries" / "pca")
     assert saved.cfg.architecture() == "standard" and saved.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
 
