@@ -69,7 +69,7 @@ def measure(model: str, corpus: str, *, layer: int, windows: int = 8, repeats: i
 
 
 def _cache(model: str, corpus: str, hook_name: str) -> dict[str, Any]:
-    """Return what building a cache of 16,384 tokens takes, of an SAE that was never trained: its work is the same."""
+    """Return what building a cache of 4,096 tokens takes, of an SAE that was never trained: its work is the same."""
     from sae_lens import TopKSAE, TopKSAEConfig
     from sae_lens.saes.sae import SAEMetadata
 
@@ -79,7 +79,7 @@ def _cache(model: str, corpus: str, hook_name: str) -> dict[str, Any]:
     config = TopKSAEConfig(d_in=loaded.config.hidden_size, d_sae=4_096, k=32, metadata=metadata)
     sae = TopKSAE(config)
     torch.nn.init.normal_(sae.W_enc)
-    return measure_build(sae, loaded, corpus, n_tokens=16_384)
+    return measure_build(sae, loaded, corpus, n_tokens=4_096)
 
 
 def _ways(model: str, corpus: str, hook_name: str, layer: int, dtype: str, n: int) -> dict[str, Callable[[], Any]]:
