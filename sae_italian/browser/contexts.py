@@ -23,8 +23,8 @@ N_TOP, PER_TENTH, TENTHS = 10, 2, 10
 CANDIDATES = 6  # looked at for each passage wanted, where text repeats itself
 Document = Callable[[int], TextDocument]
 _MARK, _NEXT = "[\"»”’')\\]]", r"(?![\sa-zà-öø-ÿ\d])"  # «n. 12», «l'art. citato»: no ends
-_SHORT = "art avv cfr dott dr es gen ing mons on pag prof sen sig sigg st"  # nor «l'on. Moro»,
-_STOP = "[.!?…]" + "".join(rf"(?<!\b(?i:{one})\.)" for one in _SHORT.split()) + r"(?<!(?<![.\w])[A-Z]\.)"  # an initial
+_SHORT = "art avv cfr dott dr es gen ing mons on pag prof sen sig sigg st"  # nor «l'on. Moro»
+_STOP = "[.!?…]" + "".join(rf"(?<!\b(?i:{one})\.)" for one in _SHORT.split()) + r"(?<!(?<![.\w])[A-Z]\.)"
 _BEGINS = re.compile(rf"(?:{_STOP}{_MARK}*(?=\s+{_NEXT})|(?=\n))(\s+)")  # and ends: of sentences
 _ENDS, _SPACE = re.compile(rf"{_STOP}{_MARK}*(?=\s+{_NEXT}|\Z)|(?=\n)"), re.compile(r"\s+")
 _UNSTORABLE = re.compile("[\ud800-\udfff]")

@@ -309,16 +309,14 @@ def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]
 MINUTES = {"minutes": float("inf")}  # of a command that is `bounded`, among its words
 
 
-def bounded(command: Callable[..., Any]) -> Callable[..., Result]:
+def bounded(command: Callable[..., Any], minutes: float = MINUTES["minutes"]) -> Callable[..., Result]:
     """Return a command that takes `minutes=N` among its words: it then ends with what it has, and says so."""
 
     @wraps(command)
     def run(*given: Any, **options: Any) -> Result:
         from sae_italian.base.pace import time_bound
 
-        # Patching a real model's latents one by one can take hours, and one looks at a part of it first.
-        usual = {"minutes": 8.0} if command.__name__ in ("ioi", "agreement") else MINUTES
-        with time_bound(own_words(given, usual)[0]["minutes"]) as cut:
+        with time_bound(own_words(given, {"minutes": minutes})[0]["minutes"]) as cut:
             value, text, failure = as_result(command(*given, **options))
         if cut:
             value, text = {**value, "cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,8 +34,10 @@ from sae_italian.cli import (
     short_names,
 )
 
+patches = partial(bounded, minutes=8.0)  # one by one: a real model's latents can take hours
 
-@bounded
+
+@patches
 @results_in
 def ioi(
     model: Subject,
@@ -82,7 +85,7 @@ def ioi(
     return _written(out, "ioi", value, text, pictures)
 
 
-@bounded
+@patches
 @results_in
 def agreement(
     model: Subject,

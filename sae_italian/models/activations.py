@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from sae_italian.models.hooks import Hook, adapter_of, parse_hook_name
 
 Acts = Float[Tensor, "batch pos d_in"]
 _in_one_place: WeakSet[nn.Module] = WeakSet()  # hooked modules that a model uses under one name
-_takes_mean: dict[type[nn.Module], bool] = {nn.LayerNorm: True}  # the norms met so far
+_takes_mean: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # of the norms met so far
 
 
 class _StopForward(Exception):
@@ -56,10 +56,10 @@ def resolve_hook(model: nn.Module, hook_name: str) -> tuple[Hook, nn.Module]:
 
 def centred(x: Tensor, norm: nn.Module) -> Tensor:
     """A LayerNorm, whatever its class, takes the mean away, which is linear; a root-mean-square norm does not."""
-    if type(norm) not in _takes_mean:
+    if norm not in _takes_mean:
         ones = next(norm.parameters(), x).new_ones(x.shape[-1])
-        _takes_mean[type(norm)] = torch.equal(norm.forward(ones), norm.forward(-ones))
-    return x - x.mean(-1, keepdim=True) if _takes_mean[type(norm)] else x
+        _takes_mean[norm] = torch.equal(norm.forward(ones), norm.forward(-ones))
+    return x - x.mean(-1, keepdim=True) if _takes_mean[norm] else x
 
 
 def scale_of(x: Tensor, norm: Any) -> Float[Tensor, "... 1"]:

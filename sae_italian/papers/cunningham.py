@@ -160,9 +160,8 @@ def _ioi(job: Reproduction, results: Results) -> dict[str, Any]:
     """Patch on pairs of Italian sentences. Raises: UsageError, which skips the step, for a model without the skill."""
     entry, budget, subject = middle(results), job.budget, job.subject
     tokenizer = subject.model.tokenizer
-    pairs = ioi_pairs(
-        max(LEAST_CHECKED, budget["ioi_pairs"]), tokenizer, words_for(subject.name), n_name_tokens=None, seed=0
-    )
+    n = max(LEAST_CHECKED, budget["ioi_pairs"])
+    pairs = ioi_pairs(n, tokenizer, words_for(subject.name), n_name_tokens=None, seed=0)
     skill = ioi_score(subject.model, tokenizer, pairs)
     accuracy = f"{100 * skill.accuracy.value:.0f} %"
     if skill.accuracy.value <= CHANCE:

@@ -1,9 +1,11 @@
 """Records made from a real cache: the text is the documents' own, the numbers are the cache's."""
 
 import json
+import re
 import shutil
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.store import Label, Store
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.browser import opening
+from sae_italian.browser import contexts, opening
 from sae_italian.browser.contexts import FIRES, SEGMENT, SILENT, _in_one_line, borders_of, file_name, split_text
 from sae_italian.browser.directions import Decoder
 from sae_italian.browser.exports.latents import facts_of, names_of
@@ -318,6 +320,12 @@ def test_a_full_stop_inside_a_sentence_does_not_end_it(text, word, wanted):
     segments = [(text[:peak], 0.0), (text[peak:end], 2.0), (text[end:], 0.0)]
     plain = _in_one_line({"segments": segments, "cut": 3, "max": 2.0}).replace(FIRES, "").replace(SILENT, "")
     assert plain == wanted
+
+
+def test_the_page_knows_the_same_abbreviations():
+    script = (Path(contexts.__file__).parent / "static" / "contexts.js").read_text(encoding="utf-8")
+    (theirs,) = re.findall(r'const SHORTENED = "(.+)";', script)
+    assert [re.sub(r"^\[(.)(.)\]", r"\2", each) for each in theirs.split("|")] == contexts._SHORT.split()
 
 
 def test_every_alive_latent_has_one_real_sentence(source):

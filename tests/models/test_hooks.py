@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from sae_italian.base.errors import UsageError
 from sae_italian.models import load_model, parse_hook_name
-from sae_italian.models.activations import logit_lens, read_activations
+from sae_italian.models.activations import centred, logit_lens, read_activations
 from sae_italian.models.hooks import SITES, adapter_of
 from tests.models.hub import random_model, save_model
 
@@ -111,6 +111,13 @@ def test_the_logit_lens_is_transformer_lens_own(family, tmp_path):
     theirs.process_weights_(center_writing_weights=False, center_unembed=False)
     d = torch.randn(20, 32) + 1.0
     assert torch.allclose(logit_lens(load_model(str(tmp_path)))(d), d @ theirs.W_U, atol=1e-5)
+
+
+def test_a_norm_that_makes_nothing_of_anything_says_nothing_of_others_of_its_class():
+    nothing, norm, x = torch.nn.RMSNorm(8, eps=1e-6), torch.nn.RMSNorm(8, eps=1e-6), torch.randn(3, 8) + 1.0
+    torch.nn.init.zeros_(nothing.weight)
+    centred(x, nothing)
+    assert torch.equal(centred(x, norm), x)
 
 
 def test_the_lens_of_an_unknown_family_and_of_a_norm_without_a_weight_is_refused(mini):
