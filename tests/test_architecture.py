@@ -15,7 +15,7 @@ from tests import house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
     "lines": 36_122,  # 21_500
-    "statements": 23_605,  # 13_500
+    "statements": 23_607,  # 13_500
     "files": 153,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -40,9 +40,9 @@ ROOM_LINES = {
     "analysis": 3_386,  # 2_500
     "circuits": 1_637,
     "benchmark": 2_268,  # 1_200  # choosing k, seeds and absorption with it
-    "papers": 1_447,  # 1_400
+    "papers": 1_446,  # 1_400
     "browser": 3_406,  # 2_650
-    "cli": 2_710,  # 1_400  # quickstart with it
+    "cli": 2_711,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 
