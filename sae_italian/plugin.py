@@ -8,8 +8,6 @@ to these objects in place; nothing is rebound or replaced, and a name they alrea
 Importing these libraries costs seconds, so each registration waits until somebody imports the library.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from importlib import import_module

@@ -1,7 +1,5 @@
 """The whole way in one call: train an SAE, cache its latents, explain and score them with controls, write the report."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path

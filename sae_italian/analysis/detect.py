@@ -5,8 +5,6 @@ an interval over sentences. As controls: the same with labels dealt out at rando
 does it for every method, label and treebank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -8,8 +8,6 @@ a match above 0.71 is the same where the other rows are orthogonal). No share is
 same mean and covariance as each seed's rows.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

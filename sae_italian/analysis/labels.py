@@ -10,8 +10,6 @@ a language's tokens on which a latent fires; divided by their sum over languages
 one language has a small entropy.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

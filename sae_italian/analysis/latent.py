@@ -8,8 +8,6 @@ Ablation is that of Cunningham et al. 2023, section 5.2: the activation x is low
 until the latent is inactive ("less than rank-one"): x' = x - t f with the least t >= 0 for which it does not fire.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple

@@ -11,8 +11,6 @@ from each latent's last measured rise), the steps along the guessed path run as 
 guess is thrown away: the decisions are those of the original. A latent is run only where it differs and something has changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

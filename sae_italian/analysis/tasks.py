@@ -8,8 +8,6 @@ Agreement: pairs made for gender, number and subject-verb, or read in MultiBLiMP
 the right text likelier as a whole (Warstadt et al. 2020; MultiBLiMP: Jumelet et al. 2025, arXiv 2504.02768).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -36,9 +34,6 @@ LEAST_NAMES = 3  # giver, indirect object, and who replaces the latter
 KINDS = ("gender", "gender, attractor", "number", "subject-verb", "subject-verb, attractor")
 TRIES = 50  # subjects made for each that is wanted
 _ENDING = {"Masc": "i", "Fem": "e"}
-_THE = (("il", "i"), ("la", "le"))  # [gender][number]
-_TO_THE = (("al", "ai"), ("alla", "alle"))
-_THIS = (("questo", "questi"), ("questa", "queste"))
 
 
 class TaskScore(NamedTuple):
@@ -112,8 +107,12 @@ def check_able(found: TaskScore, task: str, model: str) -> TaskScore:
     return found
 
 
-def _data(name: str) -> Any:
-    return read_yaml(Path(__file__).with_name("data") / f"{name}.yaml")
+def _of_language(task: str, language: str) -> Any:
+    known = read_yaml(Path(__file__).with_name("data") / f"{task}.yaml")
+    if language not in known:
+        there = nearest(language, ("it", "en"))
+        raise UsageError(f"language {language!r} has no sentences of {task}. {there}")
+    return known[language]
 
 
 def italian_skills(model: Any, *, n: int = 300, seed: int = 1001) -> dict[str, float]:
@@ -166,9 +165,7 @@ class IoiPair(NamedTuple):
 @lru_cache(maxsize=3)
 def default_words(language: str = "it") -> IoiWords:
     """Return the words of a language for real models. Raises: UsageError for another than Italian or English."""
-    entry = _data("ioi").get(language)
-    if entry is None:
-        raise UsageError(f"language {language!r} has no indirect-object sentences. {nearest(language, ('it', 'en'))}")
+    entry = _of_language("ioi", language)
     names = {gender: tuple(text.split()) for gender, text in entry["names"].items()}
     places, objects, templates = (tuple(entry[key]) for key in ("places", "objects", "templates"))
     return IoiWords(names, places, objects, templates, "en" if language == "en" else "it")
@@ -269,68 +266,82 @@ class MinimalPair(NamedTuple):
     kind: str
 
 
-@lru_cache(maxsize=1)
-def _words() -> tuple[list[list[list[str]]], list[list[str]], list[list[str]]]:
-    """Return nouns [gender][noun][number], adjectives [adjective][2 * gender + number] and verbs [verb][number]."""
-    data = _data("agreement")
-    nouns = [[entry.split() for entry in data["nouns"][gender].split(",")] for gender in _ENDING]
-    adjectives, verbs = ([entry.split() for entry in data[key].split(",")] for key in ("adjectives", "verbs"))
-    return nouns, adjectives, verbs
+class _Words(NamedTuple):
+    """The words of agreement in a language; `[gender][number]` where it says no other."""
+
+    nouns: list[list[list[str]]]  # [gender][noun][number]
+    adjectives: list[list[str]]  # [adjective][2 * gender + number]; none where there is one gender
+    verbs: list[list[str]]  # [verb][number]
+    the: list[list[str]]
+    near: list[list[str]]  # «vicino alle»
+    agree: list[list[list[str]]]  # [determiner]: those that agree in number with a noun
+
+    def beside(self, random: Random, noun: list[str], gender: int, number: int) -> str:
+        """Return «vicino alle penne», with another noun than the given one."""
+        between = random.choice([other for other in self.nouns[gender] if other != noun])
+        return f"{self.near[gender][number]} {between[number]}"
 
 
-def agreement_pairs(n: int, *, seed: int = 0) -> list[MinimalPair]:
+@lru_cache(maxsize=2)
+def _words(language: str) -> _Words:
+    """Return the words of a language. Raises: UsageError for another than Italian or English."""
+    data = _of_language("agreement", language)
+    nouns = [[entry.split() for entry in some.split(",")] for some in data["nouns"]]
+    adjectives, verbs = ([entry.split() for entry in data[key].split(",") if entry] for key in ("adjectives", "verbs"))
+    return _Words(nouns, adjectives, verbs, data["the"], data["near"], data["agree"])
+
+
+def agreement_pairs(n: int, *, seed: int = 0, language: str = "it") -> list[MinimalPair]:
     """Return `n` pairs, the kinds in turn, each right form as often the wrong one of another pair.
 
-    An attractor is a noun between subject and target that bears the wrong feature: «il libro vicino alle penne è».
+    An attractor is a noun between subject and target that bears the wrong feature: «il libro vicino alle penne è». English
+    has the kinds without gender. Raises: UsageError for another language than `it` and `en`.
     """
-    each = ((Random(f"agreement/{seed}/{i}"), *divmod(i, len(KINDS))) for i in range(n))
-    return [_agreement_pair(random, KINDS[kind], side=turn % 2) for random, turn, kind in each]
+    words = _words(language)
+    kinds = [kind for kind in KINDS if len(words.nouns) > 1 or not kind.startswith("gender")]
+    each = ((Random(f"agreement/{seed}/{i}"), *divmod(i, len(kinds))) for i in range(n))
+    return [_agreement_pair(random, words, kinds[kind], side=turn % 2) for random, turn, kind in each]
 
 
-def _agreement_pair(random: Random, kind: str, side: int) -> MinimalPair:
+def _agreement_pair(random: Random, words: _Words, kind: str, side: int) -> MinimalPair:
     """Return a pair of the kind; `side` 0 has the masculine or the singular right, 1 the other."""
-    nouns, adjectives, verbs = _words()
-    about_gender = kind.startswith("gender")
-    gender = side if about_gender else random.randrange(2)
+    about_gender, genders = kind.startswith("gender"), len(words.nouns)
+    gender = side if about_gender else random.randrange(genders)
     number = random.randrange(2) if about_gender else side
-    noun = random.choice(nouns[gender])
-    prefix = f"{_THE[gender][number]} {noun[number]}"
+    noun = random.choice(words.nouns[gender])
+    prefix = f"{words.the[gender][number]} {noun[number]}"
     if kind.endswith("attractor"):
-        other_gender = 1 - gender if about_gender else random.randrange(2)
-        prefix += f" {_beside(random, noun, other_gender, number if about_gender else 1 - number)}"
+        other_gender = 1 - gender if about_gender else random.randrange(genders)
+        prefix += f" {words.beside(random, noun, other_gender, number if about_gender else 1 - number)}"
     if kind == "number":
-        forms, prefix = (noun[number], noun[1 - number]), random.choice((_THE, _THIS))[gender][number]
+        forms, prefix = (noun[number], noun[1 - number]), random.choice(words.agree)[gender][number]
     elif about_gender:
-        adjective, verb = random.choice(adjectives), random.choice(verbs)
+        adjective, verb = random.choice(words.adjectives), random.choice(words.verbs)
         forms = adjective[2 * gender + number], adjective[2 * (1 - gender) + number]
         prefix += f" {verb[number]}"
     else:
-        verb = random.choice(verbs)
+        verb = random.choice(words.verbs)
         forms = verb[number], verb[1 - number]
     right, wrong = (f"{prefix[0].upper()}{prefix[1:]} {form}" for form in forms)
     return MinimalPair(right, wrong, kind)
 
 
-def _beside(random: Random, noun: list[str], gender: int, number: int) -> str:
-    """Return «vicino alle penne», with another noun than the given one."""
-    between = random.choice([other for other in _words()[0][gender] if other != noun])
-    return f"vicino {_TO_THE[gender][number]} {between[number]}"
-
-
-def number_pairs(n: int, tokenizer: Any, *, seed: int = 0) -> list[tuple[str, str]]:
+def number_pairs(n: int, tokenizer: Any, *, seed: int = 0, language: str = "it") -> list[tuple[str, str]]:
     """Return `n` pairs of subjects that differ in number alone and have equally many tokens, to patch one into the other.
 
     «Il libro vicino alle penne» against «I libri vicino alle penne»: what follows is a verb in the number of the first
     noun, over an attractor of either number. Singular and plural take turns as the base.
-    Raises: UsageError when too few nouns have as many tokens in both numbers.
+    Raises: UsageError when too few nouns have as many tokens in both numbers, and as `agreement_pairs`.
     """
+    words, genders = _words(language), len(_words(language).nouns)
     found: list[tuple[str, str]] = []
     for attempt in range(TRIES * n):
         random = Random(f"number/{seed}/{attempt}")
-        gender, other_gender, other_number = (random.randrange(2) for _ in range(3))
-        noun = random.choice(_words()[0][gender])
-        ending = _beside(random, noun, other_gender, other_number)
-        singular, plural = (f"{_THE[gender][number].capitalize()} {noun[number]} {ending}" for number in range(2))
+        gender, other_gender, other_number = (random.randrange(many) for many in (genders, genders, 2))
+        noun = random.choice(words.nouns[gender])
+        ending = words.beside(random, noun, other_gender, other_number)
+        the = words.the[gender]
+        singular, plural = (f"{the[number].capitalize()} {noun[number]} {ending}" for number in range(2))
         if len(tokenizer(singular).input_ids) == len(tokenizer(plural).input_ids):
             found.append((plural, singular) if len(found) % 2 else (singular, plural))
         if len(found) == n:

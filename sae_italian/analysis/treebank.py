@@ -4,8 +4,6 @@ The unit is the surface token. "della" (di + la) is one, and bears the labels of
 reads "della" too. Words are placed in the sentence's text, so any tokenizer's tokens can be aligned by their offsets.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

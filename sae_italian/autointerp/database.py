@@ -1,7 +1,5 @@
 """A SQLite file whose tables are record types: their columns, and what may be found at a path that is opened."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 import sys

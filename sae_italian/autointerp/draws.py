@@ -9,8 +9,6 @@ hold any token at all, and a judge must not be able to go by length. A segment i
 activation of the latent in it, nor in any other segment of the same tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache

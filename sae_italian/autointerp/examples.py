@@ -4,8 +4,6 @@ What is shown are the draws of the cache, as arrays and, where it is read, as te
 rule and those that always say the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

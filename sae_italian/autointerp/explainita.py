@@ -4,8 +4,6 @@ Of task 1's activations the data card does not say whether they are of every tok
 read (equal length means every token).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Sequence

@@ -12,8 +12,6 @@ the one stored where it depended on what was cut away; nor is it said whether a 
 without BOS, are played, and agreement is reported rather than equality: on a window that began its context it is exact.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from importlib import import_module

@@ -6,8 +6,6 @@ the pair of form and lemma. A word stands for itself, out of context, so «la» 
 this is right on Universal Dependencies: `make bench TABLE=titles` (docs/scores.md).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Explain latents and score the explanations, with the controls that give the scores a meaning."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial

@@ -1,7 +1,5 @@
 """Tables of a store: how well latents are explained beside the same numbers of the controls; and all of it for others."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ control and no resumed run may count it. So it is kept in the same store under i
 says in its notes when and how it was made, and gives way to the next one.
 """
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

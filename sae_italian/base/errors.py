@@ -1,7 +1,5 @@
 """Errors that a person can act on: what was expected, what was found, what to do next, in one line."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -6,8 +6,6 @@ And the `key=value` words that people give: how commands take their rare setting
 values are YAML.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache

@@ -4,8 +4,6 @@ A loop that may take minutes goes over `paced(items, ...)`, or calls `Pace.step`
 the command line sets, and divide what is left of it by the loops still to come (`one_of`).
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

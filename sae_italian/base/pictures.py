@@ -4,8 +4,6 @@ The look is `house.mplstyle`. A legend stands below the panels, never over the d
 has its own ground and ink, light or dark as the reader's screen is; a viewer that knows no style sheets shows it light.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import re

@@ -1,7 +1,5 @@
 """One way to show a result: as a Markdown table, as plain values for JSON, as a folder that holds both, as a page."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

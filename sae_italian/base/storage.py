@@ -4,8 +4,6 @@ Every folder that is written is claimed by one function, `claimed`: it is locked
 stopped run goes on in it, and an overwritten one loses our own files and no other.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -15,8 +15,6 @@ An undertrained or random SAE has no latents that could absorb and scores low, w
 Shapes: x [words, d_in], acts [words, d_sae].
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

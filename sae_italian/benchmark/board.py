@@ -8,8 +8,6 @@ documents that tasks share: V = V_tasks + V_documents - V_cells, at least the la
 Miller 2011). Less than 2.8 times its root is not distinguishable.
 """
 
-from __future__ import annotations
-
 import re
 import time
 import uuid

@@ -9,8 +9,6 @@ of it is shown; where the two minima do not agree, or lie at an end of the grid,
 Shapes: x [tokens, d_in], W_dec [d_sae, d_in].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product

@@ -5,8 +5,6 @@ up once and kept with the results. Layouts: the columns of a text, put one after
 text for every choice; with `pair`, a right and a wrong one; with `span`, it is read at a word; with `words`, at every word.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random

@@ -5,8 +5,6 @@ brings its tasks as data. Every passage says which side of the split it is on, a
 treebank without documents a run of 20 sentences, because neighbours come from one text.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """The report of a benchmark and the leaderboard over a folder of them: Markdown, one HTML file that needs no network, W&B."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby

@@ -10,8 +10,6 @@ the raw values of the first k; C is one of ten, chosen by the AUC on training ro
 a test score. The same code fits the dense probes (l2, standardised, four values of C), as sae-probes' baselines.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

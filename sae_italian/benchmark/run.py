@@ -4,8 +4,6 @@ What is done is on disk, a file for every SAE and problem (a task with its pooli
 it was, and a further SAE costs its own encoding alone.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

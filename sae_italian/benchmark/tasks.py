@@ -4,8 +4,6 @@ A draw is balanced, so that chance is an AUC and an accuracy of 0.5: as many wit
 side of the split, and where the task says so within each value of a fact (the form, the length of a sentence).
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence

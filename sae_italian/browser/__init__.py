@@ -1,7 +1,5 @@
 """The pages that people look at: a static latent browser, written from records that others compute, and in a notebook."""
 
-from __future__ import annotations
-
 from sae_italian.browser.live import Live
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.widget import show

@@ -1,7 +1,5 @@
 """The passages of a card: a latent's strongest, and some from each tenth of its activity, each passage once."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise

@@ -1,7 +1,5 @@
 """What is read off an SAE's decoder and its model: logits, a map, and the neighbours that Neuronpedia shows."""
 
-from __future__ import annotations
-
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 

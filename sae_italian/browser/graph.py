@@ -1,7 +1,5 @@
 """The page of an attribution graph: one file that opens from disk, with the contexts and explanations of its latents."""
 
-from __future__ import annotations
-
 import html
 import json
 import os

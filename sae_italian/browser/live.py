@@ -3,8 +3,6 @@
 The same object serves the server and the notebook. One call at a time: whoever shares it queues in front of it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property

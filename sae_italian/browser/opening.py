@@ -10,8 +10,6 @@ tokens, steer, ablate, explain      live work (live.py)
 near                     latents that are about what a sentence says, where there is a sentence encoder
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One cache as the page sees it: `run()`, `rows()` and `card(latent)`, made on demand for every host alike."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The overview of a suite: layers x sites x widths with the numbers of every SAE, as a page, a picture and JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path

@@ -4,8 +4,6 @@ from sae_italian.browser import show
 show("quickstart/cache", latent=12)
 """
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from html import escape

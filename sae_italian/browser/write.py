@@ -9,8 +9,6 @@ U+3400 on, in a UTF-16 file: 7 % more than the bytes themselves where base64 tak
 script or a page could read as anything but text.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -105,11 +103,6 @@ def space_card(run: Record) -> str:
     return SpaceCard(f"---\n{front}\n---\n\n# {run['title']}\n\n{said}\n").content
 
 
-def _is_space_card(file: Path) -> bool:
-    """Return whether a README.md is one of ours, which may be replaced."""
-    return file.name == SPACE_CARD and "--to-space" in file.read_text(encoding="utf-8", errors="replace")
-
-
 def _refuse_foreign(out: Path) -> None:
     litter = {".DS_Store", "Thumbs.db", "desktop.ini", LOCK_FILE}
     files = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.name not in litter]
@@ -120,7 +113,10 @@ def _refuse_foreign(out: Path) -> None:
     if not ours:
         raise UsageError(f"{out} is not empty and holds no latent browser. Give a new or an empty folder.")
     for name in files:
-        if not (out / name).is_dir() and not re.fullmatch(OURS, name) and not _is_space_card(out / name):
+        if (out / name).is_dir() or re.fullmatch(OURS, name):
+            continue
+        # a README.md is ours where it says so
+        if name != SPACE_CARD or "--to-space" not in (out / name).read_text(encoding="utf-8", errors="replace"):
             raise UsageError(f"{out} holds {name!r} beside the latent browser. Move it away, or give another folder.")
 
 

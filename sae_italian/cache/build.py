@@ -5,8 +5,6 @@ folder and a number that writes one file whole. A unit is done when the manifest
 continues after the last finished unit, and ends with the same bytes wherever and in whatever order units were run.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

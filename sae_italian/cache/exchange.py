@@ -23,8 +23,6 @@ Datasets, each read with `datasets.load_from_disk`; a position is `window * cont
     <folder>/manifest.json    what the cache was built from
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -7,8 +7,6 @@ sparse. The transposition is an external sort: each shard is sorted by latent on
 memory at a time. Both are units of work: done twice, they write the same bytes.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterable, Iterator

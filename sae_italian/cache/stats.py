@@ -4,8 +4,6 @@ A range of latents is done at once: no step goes latent by latent. What stands n
 fire on the same tokens, decoder directions, and the tokens these promote.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Does the graph tell what happens? Latents are taken away in the real model, nothing frozen, beside a graph's prediction."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The edges of a prompt's graph, by one gradient a target: which latent, error, input or bias wrote how much of it."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -206,7 +204,7 @@ def attribute(
     shape = (most + len(targets), len(rows.nodes) + n_layers + 1 + len(targets))
     _check_memory(shape, rows.sources[0].vectors.element_size(), n_active, most, memory)
     told = [rows.reads[n_layers], *(source.vectors for source in rows.sources)]
-    with _kept(resume, shape, told, (*(node.index for node in targets), against)) as kept:
+    with _kept(resume, shape, most, told, (*(node.index for node in targets), against)) as kept:
         _visit(rows, targets, most, kept)
         found = _assembled(rows, targets, kept)
     name = str(getattr(model, "loaded_from", {}).get("name") or model.config._name_or_path)
@@ -261,17 +259,18 @@ class _Kept(NamedTuple):
 
     rows: Float[np.ndarray, "rows sources"]
     visited: list[int]
+    planned: list[int]  # chosen by the last look, and not visited yet
     save: Callable[[], None]
 
 
 @contextmanager
 def _kept(
-    folder: Path | None, shape: tuple[int, int], tensors: Sequence[Tensor], asked: Sequence[Any]
+    folder: Path | None, shape: tuple[int, int], n_latents: int, tensors: Sequence[Tensor], asked: Sequence[Any]
 ) -> Iterator[_Kept]:
-    """Yield room for rows, with those that an interrupted run of the same work left in the folder; removed at the end."""
+    """Yield room for rows, with those that an interrupted run of the same work left in the folder; removed once whole."""
     kind = _array(tensors[0][:0]).dtype
     if folder is None:
-        yield _Kept(np.zeros(shape, dtype=kind), [], lambda: None)
+        yield _Kept(np.zeros(shape, dtype=kind), [], [], lambda: None)
         return
     folder.mkdir(parents=True, exist_ok=True)
     digest = sha256(repr((shape, *asked)).encode())
@@ -281,13 +280,15 @@ def _kept(
     before = read_json(told) if told.is_file() and file.is_file() else {}
     goes_on = before.get("key") == key and file.stat().st_size == np.prod(shape) * kind.itemsize
     rows = np.memmap(file, dtype=kind, mode="r+" if goes_on else "w+", shape=shape)
-    visited = list(before["visited"]) if goes_on else []
+    visited, planned = (list(before.get(name, ())) if goes_on else [] for name in ("visited", "planned"))
 
     def save() -> None:
         rows.flush()
-        write_json(told, {"key": key, "visited": visited})
+        write_json(told, {"key": key, "visited": visited, "planned": planned})
 
-    yield _Kept(rows, visited, save)
+    yield _Kept(rows, visited, planned, save)
+    if len(visited) < n_latents:  # stopped by the time bound: the same command goes on
+        return
     told.unlink(missing_ok=True)
     file.unlink()
 
@@ -295,10 +296,11 @@ def _kept(
 def _visit(rows: _Rows, logits: Sequence[GraphNode], most: int, kept: _Kept) -> None:
     """Find the rows of the logits and of `most` latents.
 
-    Where not all can be visited, the most influential of what is known are next. What a look chooses goes by layer and
-    position, so that a batch's backward pass begins no higher, and ends no later in the prompt, than it must.
+    Where not all can be visited, or not in time, the most influential of what is known are next. What a look chooses goes by
+    layer and position, so that a batch's backward pass begins no higher, and ends no later in the prompt, than it must.
     """
-    n, visited, batch, weight = len(logits), kept.visited, rows.batch, weights_of([node.value for node in logits])
+    n, batch, weight = len(logits), rows.batch, weights_of([node.value for node in logits])
+    visited, planned = kept.visited, kept.planned
     edges = kept.rows[:, : len(rows.nodes)]
     edges[len(visited) : most if visited else 0] = 0  # what an interrupted run had not finished
     for at in range(0, 0 if visited else n, batch):
@@ -307,18 +309,25 @@ def _visit(rows: _Rows, logits: Sequence[GraphNode], most: int, kept: _Kept) -> 
     with pace.bar:
         pace.skip(len(visited))
         while len(visited) < most:
-            left = np.setdiff1d(np.flatnonzero(rows.layer >= 0), visited)
-            wanted = min(most - len(visited), batch * max(FIRST_LOOK, len(visited) // (GROWTH * batch)))
-            if len(visited) + len(left) > most:
-                known, targets = np.r_[: len(visited), most : most + n], np.array([*visited, *[len(rows.nodes)] * n])
-                layer = np.array([*rows.layer[visited], *(node.layer for node in logits)])
-                reached = reach(edges, known, targets, layer, np.r_[np.zeros(len(visited)), weight], rows.decided)
-                left = np.sort(left[np.argsort(-reached[left], kind="stable")[:wanted]])
-            for chosen in (left[at : min(at + batch, wanted)].tolist() for at in range(0, wanted, batch)):
+            if not planned:
+                left = np.setdiff1d(np.flatnonzero(rows.layer >= 0), visited)
+                wanted = min(most - len(visited), batch * max(FIRST_LOOK, len(visited) // (GROWTH * batch)))
+                if len(visited) + len(left) > most or pace.work.ends < np.inf:
+                    known, targets = np.r_[: len(visited), most : most + n], [*visited, *[len(rows.nodes)] * n]
+                    layer = np.array([*rows.layer[visited], *(node.layer for node in logits)])
+                    weights = np.r_[np.zeros(len(visited)), weight]
+                    reached = reach(edges, known, np.array(targets), layer, weights, rows.decided)
+                    left = np.sort(left[np.argsort(-reached[left], kind="stable")[:wanted]])
+                planned += left[:wanted].tolist()
+            while planned:
+                chosen = planned[:batch]
                 rows([rows.nodes[i] for i in chosen], edges[len(visited) : len(visited) + len(chosen)])
                 visited += chosen
-                pace.step(len(chosen))
+                del planned[:batch]
+                if pace.step(len(chosen)):
+                    return kept.save()
             kept.save()
+        return None
 
 
 def _assembled(
@@ -329,13 +338,13 @@ def _assembled(
     What was not visited is booked as the rest of its layer. Where all was, the rows themselves are the weights.
     """
     n, n_layers, weights = len(logits), len(rows.sources) - 1, kept.rows
-    visited = np.array(kept.visited, dtype=np.int64)
+    visited, n_known = np.array(kept.visited, dtype=np.int64), len(kept.visited) + n
     left = np.setdiff1d(np.flatnonzero(rows.layer >= 0), visited)
     chosen = np.setdiff1d(np.arange(len(rows.nodes)), left)
     if len(left) or isinstance(weights, np.memmap):
-        weights = np.zeros((len(weights), len(chosen) + n_layers + 1 + n), dtype=weights.dtype)
+        weights = np.zeros((n_known, len(chosen) + n_layers + 1 + n), dtype=weights.dtype)
         of_layer = (rows.layer[left, None] == np.arange(n_layers)).astype(weights.dtype)
-        in_order = np.concatenate([np.argsort(visited), np.arange(len(visited), len(weights))])
+        in_order = np.concatenate([np.argsort(visited), np.arange(len(kept.rows) - n, len(kept.rows))])
         for at in range(0, len(weights), ROWS_AT_ONCE):
             told, some = kept.rows[in_order[at : at + ROWS_AT_ONCE]], weights[at : at + ROWS_AT_ONCE]
             some[:, : len(chosen)] = told[:, chosen]

@@ -7,8 +7,6 @@ loses, to first order in the live model, when its activation becomes that of the
     (z' - z) W_dec . dL/d(MLP output), L = logit of the right token - logit of the wrong one
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial

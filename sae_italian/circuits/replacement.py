@@ -3,8 +3,6 @@
 With all layers replaced, each transcoder reads what the earlier ones wrote: errors add up, which no layer by itself shows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """A graph for people and for other tools: a table, a picture, Neuronpedia's graph JSON."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ agreement over an attractor, in a relative clause or not, the gender of a partic
 a file of your own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
@@ -20,7 +18,7 @@ from sae_italian.analysis.latent import token_of
 from sae_italian.analysis.tasks import ioi_pairs, number_pairs, words_for
 from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
-from sae_italian.base.pace import paced
+from sae_italian.base.pace import paced, time_bound
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.base.storage import read_yaml, understood
@@ -129,8 +127,9 @@ def study(
     rows = []
     for number, one in enumerate(paced(cases, "graphs", len(cases), "prompt")):
         wanted: dict[str, Any] = {"logits": [one.right], "against": one.wrong, "memory": memory}
-        graph = attribute(model, transcoders, one.prompt, max_nodes=max_nodes, batch=batch, **wanted)
-        twins, other = random_graph(model, transcoders, graph, batch=batch, seed=seed)
+        with time_bound():  # a prompt's two graphs are whole; the time ends the study between prompts
+            graph = attribute(model, transcoders, one.prompt, max_nodes=max_nodes, batch=batch, **wanted)
+            twins, other = random_graph(model, transcoders, graph, batch=batch, seed=seed)
         checked = check(model, transcoders, graph, control=(twins, other), n_latents=CHECKED, seed=seed)
         prompts = [Prompt(model, saes, one.prompt) for saes in (transcoders, twins)]
         if feature and number == 0:

@@ -316,7 +316,8 @@ def bounded(command: Callable[..., Any], minutes: float = MINUTES["minutes"]) ->
     def run(*given: Any, **options: Any) -> Result:
         from sae_italian.base.pace import time_bound
 
-        with time_bound(own_words(given, {"minutes": minutes})[0]["minutes"]) as cut:
+        words = [word for word in given if isinstance(word, str)]
+        with time_bound(own_words(words, {"minutes": minutes})[0]["minutes"]) as cut:
             value, text, failure = as_result(command(*given, **options))
         if cut:
             value, text = {**value, "cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])

@@ -1,7 +1,5 @@
 """The commands `geometry`, `language` and `shift`: decoder directions, linguistic labels, and other texts than the training's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal

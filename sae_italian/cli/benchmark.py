@@ -1,7 +1,5 @@
 """The commands of benchmarks: ours, with its leaderboard, `choose-k` and `absorption`; the papers'; ExplainITA (EVALITA 2026)."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -182,6 +180,7 @@ def absorption(*saes: str, ud: Many = None, out: Path | None = None, overwrite: 
 # --- papers -----------------------------------------------------------------------------------------------------------
 
 
+@bounded
 def reproduce(
     paper: str,
     /,
@@ -197,7 +196,8 @@ def reproduce(
 
     Args:
         paper: cunningham-2023, llama-scope, clic-it-2025, or baselines.
-        words: key=value of the paper's budget, such as train_tokens=100000 (sizes in tokens). For baselines: the SAEs,
+        words: key=value of the paper's budget, such as train_tokens=100000 (sizes in tokens), and minutes=N, after which no
+            further step begins (default: no bound). For baselines: the SAEs,
             or one config that is trained with its key=value first; and fit_tokens, card_tokens, kinds=[pca, ica] ...
         sae: Evaluate this SAE (a folder, or release:sae_id) instead of training by the recipe, which is the default.
         out: Folder to write to; default: reports/PAPER-MODEL, or baselines.
@@ -209,7 +209,7 @@ def reproduce(
         return _baselines(words, out or Path("baselines"), sae, flags, text)
     if out is None:
         out = Path("reports") / f"{paper}-{Path(sae or source.model or papers.MINI).name.replace(':', '-')}"
-    report = papers.reproduce(paper, out, *words, sae=sae, **text, **flags)
+    report = papers.reproduce(paper, out, *own_words(words, MINUTES)[1], sae=sae, **text, **flags)
     rows = [[row[key].replace("|", "\\|") for key in ("what", "where", "paper", "ours")] for row in report["figures"]]
     figures = table("figure | in the paper | the paper's | ours", rows)
     return Result(report, f"{figures}\n\nReport: {out / 'report.html'}, {out / 'report.md'}")

@@ -1,7 +1,5 @@
 """The commands of the feature cache: build one, look into one, ask it about a sentence, make one of Delphi's, explain it."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands on causes: `ioi` and `agreement` on a model, `steer` and `tree` on latents, `graph` on transcoders."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from pathlib import Path
@@ -34,7 +32,7 @@ from sae_italian.cli import (
     short_names,
 )
 
-patches = partial(bounded, minutes=8.0)  # one by one: a real model's latents can take hours
+patches = partial(bounded, minutes=8.0)  # latents one by one: a real model's can take hours
 
 
 @patches
@@ -92,6 +90,7 @@ def agreement(
     /,
     *words: str,
     pairs_file: Path | None = None,
+    language: Language = "it",
     check: Count = 500,
     sae: list[str] | None = None,
     n_pairs: Count = 50,
@@ -99,11 +98,12 @@ def agreement(
     seed: Seed = 0,
     out: Path | None = None,
 ) -> Result:
-    """Ask a model for Italian agreement on minimal pairs: gender, number, subject and verb, with and without an attractor.
+    """Ask a model for agreement on minimal pairs: gender, number, subject and verb, with and without an attractor.
 
     Args:
         words: minutes=N, after which it ends with what it has (default: 8; inf: no bound).
         pairs_file: Pairs in MultiBLiMP's layout (ita.tsv, or the same as .jsonl or .parquet); default: pairs made here.
+        language: Language of the pairs made here: it or en, which has no gender.
         check: Pairs that are made, in turn of each kind.
         sae: An SAE to patch on the subject's number; again for each to compare with; default: none.
         n_pairs: Pairs of subjects that are patched.
@@ -112,16 +112,18 @@ def agreement(
     from sae_italian.analysis.tasks import agreement_pairs, number_pairs, read_minimal_pairs, score_choices
 
     key_values(words, MINUTES)  # refuses any other
-    pairs = read_minimal_pairs(pairs_file) if pairs_file else agreement_pairs(check, seed=seed)
+    made = agreement_pairs(check, seed=seed, language=language)
+    pairs = read_minimal_pairs(pairs_file) if pairs_file else made
     loaded = sae_italian.load_model(model)
     with one_of(2 if sae else 1, alike=False):
         found = score_choices(loaded, loaded.tokenizer, pairs)
-    value = {"model": model, "pairs": str(pairs_file or "generated"), **plain(found)}
+    value = {"model": model, "pairs": str(pairs_file or f"generated, {language}"), **plain(found)}
     rows = [(kind, f"{s.value:.1%}", f"{s.lo:.1%} to {s.hi:.1%}") for kind, s in found.by_kind.items()]
     text = f"{found.text()}\n\n{table('agreement | right | 95 % interval', rows)}"
     pictures = {"agreement": found.svg()}
     if sae:
-        patched = _patched(loaded, sae, number_pairs(n_pairs, loaded.tokenizer, seed=seed), thresholds, seed)
+        subjects = number_pairs(n_pairs, loaded.tokenizer, seed=seed, language=language)
+        patched = _patched(loaded, sae, subjects, thresholds, seed)
         value["patching"], pictures["number"] = patched.as_dict(), patched.svg()
         text += f"\n\nthe subject's number, patched:\n\n{patched.table()}"
     return _written(out, "agreement", value, text, pictures)
@@ -220,6 +222,7 @@ SETTINGS: dict[str, Any] = {"max_nodes": 4096, "batch": 0, "check": 0, "study": 
 SETTINGS |= dict.fromkeys(("target", "against", "labels"), "")
 
 
+@patches
 def graph(
     model: str, transcoders: Path, prompt: str, /, *words: str, out: Path | None = None, overwrite: bool = False
 ) -> Result:
@@ -230,7 +233,8 @@ def graph(
         transcoders: Folder of a transcoder, or of several, one for each layer (a suite's).
         prompt: The text whose next token is explained; with study=N a case (agreement, attractor, participle, ioi) or a
             file with a prompt a line.
-        words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass, at most 128
+        words: minutes=N, after which it ends with the nodes it has, or prompts (default: 8; inf: no bound);
+            max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass, at most 128
             (default: 0, 16 or more as prompt and model are small); target=TEXT, the token to explain (default: the
             likeliest that cover 95 %); against=TEXT, the token whose logit is taken from it (default: the mean of all);
             check=N, latents that are taken away in the real model, beside random transcoders (default: 0, none);
@@ -239,10 +243,10 @@ def graph(
             none); study=N, graphs of so many prompts, with intervals over them, beside random transcoders, attribution
             patching and gold labels (default: 0, one graph).
         out: Folder for the page (index.html), graph.json, graph.npz, graph.svg and neuronpedia.json; a graph that was
-            interrupted goes on in it. Nothing is written without it.
+            interrupted, or stopped by its minutes, goes on in it. Nothing is written without it.
         overwrite: Replace a graph of other settings in the folder. Default: no.
     """
-    settings = key_values(words, SETTINGS)
+    settings = key_values(own_words(words, MINUTES)[1], SETTINGS)
     make = _study if settings["study"] else _graph
     if out is None:
         return make(model, transcoders, prompt, settings, None)

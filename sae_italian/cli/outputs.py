@@ -5,8 +5,6 @@ is one function here and its row in FORMATS, which says what settings it takes. 
 folder and those settings that were given, and returns a Result.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The commands that train, judge, examine and publish SAEs, and `quickstart`, which goes the whole way."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import asdict

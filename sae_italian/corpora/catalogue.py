@@ -5,8 +5,6 @@ them when it streams: byte ranges, read ahead in blocks, each request repeated a
 asks for) when the network fails.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase

@@ -13,8 +13,6 @@ need a compiled package that few machines have; its MinHashLSH grows by some kil
 Source: Broder 1997; Penedo et al. 2024, arXiv:2406.17557, appendix E.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable
@@ -111,11 +109,6 @@ def _keys(parts: Iterable[bytes]) -> UInt64[np.ndarray, " parts"]:
     return np.frombuffer(b"".join(hashes), np.uint64)
 
 
-def exact_keys(text: str) -> UInt64[np.ndarray, " 1"]:
-    """Return the key of a text, the same once white space is one space."""
-    return _keys([" ".join(text.split()).encode("utf-8", "surrogatepass")])
-
-
 def near_keys(text: str) -> UInt64[np.ndarray, " bands"]:
     """Return a key for each band of a text's MinHash; texts that share most of their shingles share some key."""
     from datasketch import MinHash
@@ -142,7 +135,10 @@ class Sieve:
             return "too_short"
         if self.reader.italian and not is_italian(text):
             return "not_italian"
-        if self.reader.duplicates and self.blooms["exact"].seen(exact_keys(text)):
+        words = " ".join(text.split()).encode(
+            "utf-8", "surrogatepass"
+        )  # the same, whatever white space is between them
+        if self.reader.duplicates and self.blooms["exact"].seen(_keys([words])):
             return "duplicate"
         if self.reader.near_duplicates and self.blooms["near"].seen(near_keys(text)):
             return "near_duplicate"

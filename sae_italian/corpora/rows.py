@@ -6,8 +6,6 @@ A line is held as a whole up to 128 M characters, a parquet file is read by row 
 is numbered by its place among the rows of its file, broken ones included, so (file, row) is a position.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import gzip

@@ -5,8 +5,6 @@ layer is read, when its decoder is laid out otherwise or when each latent gets a
 Shapes: x [tokens, d_in] the SAE's input, y [tokens, d_out] its target (x itself for an SAE), z [tokens, d_sae] latents.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from pathlib import Path

@@ -5,8 +5,6 @@ Every check is pass, warn or fail, and says what was found, what was expected an
 would do clearly better: then the fault is named.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator

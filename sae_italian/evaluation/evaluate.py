@@ -11,8 +11,6 @@ because it
 - counts tokens as batches times context, special ones included; has no share of dead latents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

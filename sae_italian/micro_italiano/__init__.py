@@ -4,8 +4,6 @@ It also gives prompts with a known answer: the indirect object, and determiners 
 `document(index, seed)` depends on its two arguments only, on any machine. See grammar.py for the rules' language.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import count
 

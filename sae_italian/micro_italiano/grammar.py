@@ -23,8 +23,6 @@ A file holds rules; `name(A,B):` opens one (`name!` : its alternatives are not r
 not the reflexive, ne, or ci of place.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field

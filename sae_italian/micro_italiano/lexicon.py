@@ -1,7 +1,5 @@
 """Italian inflection by rule, and the lexicon: inflected tokens with their labels, built once from the YAML in data/."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache

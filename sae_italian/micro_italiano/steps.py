@@ -1,7 +1,5 @@
 """What the longer items of a rule do, closures that emit tokens or choose a value; and how tokens become text."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Read and replace activations of a Hugging Face model at hooks named as in TransformerLens; run it from one block on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy

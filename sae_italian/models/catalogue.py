@@ -5,8 +5,6 @@ Beside the weights (bfloat16: its rounding is far below that of a 4-bit quantisa
 its hash, how its tensors were quantised, its licence. Such a folder lives under `models_folder()`, by name.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import subprocess

@@ -9,8 +9,6 @@ works, and none by a guess. Where a block has a norm behind the attention or the
 3), A and M are the output of that norm: what is added to the residual stream.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple

@@ -5,8 +5,6 @@ are dropped without a word (reference/transformerlens.md section 4); here they a
 the model does not have, and a hook that was asked for and never fired, raise UsageError; and text is text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any

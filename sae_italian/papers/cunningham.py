@@ -6,8 +6,6 @@ patched. Here it is the middle one of the SAEs there are, and those of smaller L
 do the task.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 from sae_italian.analysis import ioi_pairs, ioi_score, patch_saes, thresholds, words_for
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import time_bound
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import correlation
 from sae_italian.cache import FeatureCache
@@ -178,14 +177,16 @@ def _ioi(job: Reproduction, results: Results) -> dict[str, Any]:
     if "pca" in budget["kinds"]:
         dictionaries |= {"PCA": load_sae(folder / "pca"), "PCA, top-k": load_sae(folder / ("pca" + TOPK))}
     steps = thresholds(budget["ioi_thresholds"])
-    found = patch_saes(subject.model, tokenizer, dictionaries, pairs[: budget["ioi_pairs"]], thresholds=steps)
+    with time_bound(budget["ioi_minutes"]) as cut:
+        found = patch_saes(subject.model, tokenizer, dictionaries, pairs[: budget["ioi_pairs"]], thresholds=steps)
     half = []
     for curve in found.curves:
         point = curve.reached(0.5)
         said = "never" if point is None else f"{point.n_patched} (edit {point.magnitude:.2f})"
         half.append(f"{curve.name} {said}")
     facts = {"layer": entry["layer"], "skill": plain(skill), "accuracy": accuracy, "half": "; ".join(half)}
-    return {**facts, **found.as_dict(), "table": found.table().splitlines(), "svg": found.svg()}
+    facts |= {**found.as_dict(), "cut_short": cut}
+    return {**facts, "table": [*found.table().splitlines(), "", *cut], "svg": found.svg()}
 
 
 STEPS = (

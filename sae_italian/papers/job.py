@@ -12,7 +12,7 @@ import numpy as np
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.labels import kinds_of, read_words
-from sae_italian.base.pace import progress
+from sae_italian.base.pace import Pace, time_bound
 from sae_italian.base.storage import read_json, read_yaml, remove, utc_now, write_json
 from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model, parse_hook_name
@@ -24,6 +24,7 @@ from sae_italian.training import read_values, spec_from_dict, suite_from_dict, t
 MINI = "sae-italian-mini"
 MINI_WIDTH = 128  # d_in of the model that the recipes in configs/mini are for
 SKIPPED = "skipped"  # key of the result of a step that could not be done, with the reason
+NOT_BEGUN = "not begun when the minutes were over; the same command with --resume goes on"
 RATIO = 2  # d_sae / d_in in figure 2 of Cunningham et al. 2023
 Results = dict[str, Any]
 
@@ -187,18 +188,24 @@ class Step(NamedTuple):
 def run_steps(job: Reproduction, steps: Sequence[Step]) -> tuple[Results, dict[str, float]]:
     """Return the results by step and the seconds each took; steps that are done are read from `out/steps`.
 
-    A step that was skipped is tried again. Raises: UsageError as the steps do, unless they are optional.
+    Skipped ones are tried again; when the time is over, the rest is skipped. Raises: UsageError of one that must not be.
     """
     results: Results = {}
     seconds: dict[str, float] = {}
-    bar = progress(job.paper.name, steps, unit="step")
-    for i, step in enumerate(bar):
-        bar.set_postfix_str(step.name)
-        file = job.out / "steps" / f"{i:02}-{step.name}.json"
-        if file.is_file() and SKIPPED in read_json(file)["result"]:
-            remove(file)
-        done = kept(file, partial(_done, step, job, results))
-        results[step.name], seconds[step.name] = done["result"], done["seconds"]
+    pace, over = Pace(job.paper.name, len(steps), "step"), False
+    with pace.bar:
+        for i, step in enumerate(steps):
+            if over:
+                results[step.name], seconds[step.name] = {SKIPPED: NOT_BEGUN}, 0.0
+                continue
+            pace.bar.set_postfix_str(step.name)
+            file = job.out / "steps" / f"{i:02}-{step.name}.json"
+            if file.is_file() and SKIPPED in read_json(file)["result"]:
+                remove(file)
+            with time_bound():  # a step is done whole; the time ends the work between steps
+                done = kept(file, partial(_done, step, job, results))
+            results[step.name], seconds[step.name] = done["result"], done["seconds"]
+            over = pace.step()
     return results, seconds
 
 

@@ -1,7 +1,5 @@
 """Llama Scope (arXiv 2410.20526), the whole evaluation: sites and widths, TopK against L1, JumpReLU, shift, geometry."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -6,8 +6,6 @@ true activations, on the strongest and random segments and on random ones alone.
 scores the first 150 latents; here they are drawn at random from the live ones.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

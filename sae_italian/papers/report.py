@@ -1,7 +1,5 @@
 """A report as sections of text, tables and pictures, written as Markdown and as one HTML page that needs nothing else."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """One command per paper: its whole evaluation on any model, and one report with the paper's own figures beside ours."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

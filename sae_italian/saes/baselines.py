@@ -15,8 +15,6 @@ own mean L0 (appendix G). With ReLU alone PCA and ICA reconstruct exactly but ha
 The random twin of an SAE is the other control: its own architecture with random weights, whose latents fire as often.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence

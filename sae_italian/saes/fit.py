@@ -3,8 +3,6 @@
 Shapes: x [tokens, d_in] the SAE's input, y [tokens, d_out] its target (x itself for an SAE), z [tokens, d_sae] latents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -18,8 +18,6 @@ What SAELens reads, but only from the hub (dictionary_learning's `ae.pt`, Gemma 
 `config.json` and `sae_weights.safetensors`), is read by its own loaders.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

@@ -16,8 +16,6 @@ pre-activation, which moves its encoder; it also fits a gain to each latent and,
 Shapes: x [tokens, d_in] the SAE's input, y [tokens, d_out] its target (x itself for an SAE).
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args

@@ -1,7 +1,5 @@
 """Load an SAE from any known format, with its model and its text; and the one check of its fitness, made at every door."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Iterator

@@ -13,8 +13,6 @@ faster than indices and give the same numbers; `DENSE_ABOVE` says from where on.
 Source: Gao et al. 2024, appendix D, arXiv:2406.04093 (sparse kernels); SAELens' `topk_sae.py` for the maths.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any

@@ -5,8 +5,6 @@ mean_d (x - x^)^2 + alpha |c|_1; SAELens sums over d, so `l1_coefficient` = alph
 d_in, and Adam takes the same steps.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

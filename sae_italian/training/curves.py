@@ -4,8 +4,6 @@ Beside a folder of recipes lies `curves/`, with one JSON for each: the recipe tr
 which is what the tests train again (tests/bench/record_curves.py writes them).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Where the rows of a run go: into its metrics.jsonl, and to W&B when asked for, offline without a login."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Train one SAE, or several on the same batches, with checkpoints, signals and evaluations on held-out text."""
 
-from __future__ import annotations
-
 import re
 import sys
 import time

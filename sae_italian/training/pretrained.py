@@ -5,8 +5,6 @@ input are moved to where the new SAE has them, a threshold is set so that as man
 latents keep their numbers, so that `latent_map.safetensors`, written at the end, needs no matching to be read.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

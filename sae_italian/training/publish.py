@@ -2,8 +2,6 @@
 
 Also a static page as a Space of the hub, and a training's report at W&B."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Iterator

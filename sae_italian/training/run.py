@@ -4,8 +4,6 @@ Several processes train one SAE where torch's launcher has started them here, Ra
 machines: all end in `processes.joined`, which reads RANK and WORLD_SIZE.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

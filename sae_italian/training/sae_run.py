@@ -1,7 +1,5 @@
 """One SAE or transcoder in training: SAELens' trainer, and what is written about it into a folder of its own."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

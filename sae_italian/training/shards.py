@@ -17,8 +17,6 @@ for the scores, the same for the auxiliary loss with d_in / 2 for k. They do not
 all gradients, 2 d_sae (d_in + d_out) numbers: 1.07 GB at 65,536 latents of 2,048. Design and arithmetic: reference/multi-process.md.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -4,8 +4,6 @@ As many SAEs as fit `memory_gb` make a group, which trains on one pass of the mo
 anything is allocated: `train --dry-run` shows it, and what stands out in the activations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product

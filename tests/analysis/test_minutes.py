@@ -57,7 +57,9 @@ def test_it_ends_with_what_it_has_and_says_so(analysis, folders, jsonl, tmp_path
         assert any(json.loads(file.read_text()).get("cut_short") for file in files)
 
 
-@pytest.mark.parametrize("command", ["shift", "language", "geometry", "ioi", "agreement", "steer", "tree"])
+@pytest.mark.parametrize(
+    "command", ["shift", "language", "geometry", "ioi", "agreement", "steer", "tree", "graph", "reproduce"]
+)
 def test_the_help_says_it(command, capsys):
     main([command, "--help"])
     assert "minutes=N" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Transcoder, TranscoderConfig
 
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.pace import time_bound
 from sae_italian.circuits.edges import Prompt, _Rows, attribute
 from sae_italian.circuits.graph import Graph, GraphNode, influence, prune, scores
 from sae_italian.circuits.linear import Targets, linearise
@@ -512,6 +513,36 @@ def test_an_interrupted_graph_goes_on_where_it_was(mistral, tmp_path, monkeypatc
     calls[:] = [0] * 100
     assert np.array_equal(attribute(mistral, saes, "ciao bella", batch=7, resume=tmp_path).targets, whole.targets)
     assert sum(calls) == len(whole.targets)  # all of it anew
+
+
+@pytest.mark.parametrize("most", [60, 4096])
+def test_a_graph_stopped_by_its_minutes_still_adds_up_and_goes_on(most, mistral, tmp_path):
+    saes = [random_transcoder(layer) for layer in range(3)]
+    whole = attribute(mistral, saes, "ciao bella", batch=4, max_nodes=most)
+    with time_bound(1e-6) as cut:
+        some = attribute(mistral, saes, "ciao bella", batch=4, max_nodes=most, resume=tmp_path)
+    assert cut == [f"edges: stopped by the time bound at 4 of {len(whole.latents)} latents"]
+    assert len(some.latents) == 4 and some.n_active == whole.n_active
+    assert np.allclose(some.weights.sum(axis=1), some.own)  # what was not visited is the rest of its layer
+    logits = [sum(row) for row in (some.weights[4:], whole.weights[len(whole.latents) :])]
+    assert np.isclose(logits[0].sum(), logits[1].sum())
+    with time_bound(1e-6):
+        further = attribute(mistral, saes, "ciao bella", batch=4, max_nodes=most, resume=tmp_path)
+    assert len(further.latents) == 8
+    again = attribute(mistral, saes, "ciao bella", batch=4, max_nodes=most, resume=tmp_path)
+    assert again.nodes == whole.nodes and np.allclose(again.weights, whole.weights, atol=1e-12)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_whose_time_is_bounded_begins_with_what_matters(mistral):
+    saes = [random_transcoder(layer) for layer in range(3)]
+    whole = attribute(mistral, saes, "ciao bella")
+    ranked = [whole.nodes[i] for i in whole.ranked]
+    with time_bound(1e-6):
+        found = attribute(mistral, saes, "ciao bella", batch=16)
+    best = {(node.layer, node.position, node.index) for node in ranked[: len(ranked) // 2]}
+    kept = [(found.nodes[i].layer, found.nodes[i].position, found.nodes[i].index) for i in found.latents]
+    assert sum(place in best for place in kept) > 0.75 * len(kept)
 
 
 def test_more_latents_than_the_memory_holds_are_told_and_a_bound_that_does(mistral):

@@ -170,7 +170,10 @@ def test_the_command_writes_a_graph_that_is_read_again(saved, tmp_path, capsys):
     assert json.loads((out / "neuronpedia.json").read_text())["metadata"]["prompt"] == PROMPT
     again = ["graph", "sae-italian-mini", str(saved), PROMPT, "max_nodes=20", "--out", str(out)]
     assert main(again) == 2 and "max_nodes was 50, is now 20" in capsys.readouterr().err
-    assert main([*again, "--overwrite"]) == 0 and Graph.load(out).of_kind("latent").sum() == 20
+    assert main([*again, "--overwrite", "minutes=1e-6", "batch=4"]) == 0
+    assert "Note: edges: stopped by the time bound at 4 of 20" in capsys.readouterr().out
+    assert Graph.load(out).of_kind("latent").sum() == 4  # a batch; the same command goes on
+    assert main(again) == 0 and Graph.load(out).of_kind("latent").sum() == 20
     graph = Graph.load(out)
     assert (out / "graph.svg").exists() and json.loads((out / "result.json").read_text())["n_active"] == graph.n_active
 

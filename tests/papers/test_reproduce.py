@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import paced, time_bound
 from sae_italian.cli import main
 from sae_italian.papers import compare_baselines, reproduce
 from sae_italian.papers.job import Reproduction, Step, Subject, open_subject, paper, run_steps
@@ -173,6 +174,39 @@ def test_steps_that_cannot_be_done_are_named_and_tried_again(tmp_path):
         run_steps(Reproduction(job.paper, None, {}, tmp_path / "b"), (first, steps[1]._replace(optional=False)))
     with pytest.raises(UsageError, match="an SAE was given"):
         Reproduction(job.paper, None, {}, tmp_path, sae="some").only_trained()
+
+
+def test_no_step_begins_when_the_minutes_are_over_and_resume_goes_on(tmp_path, capsys):
+    from sae_italian.base.pace import cut_short
+
+    def first(job, results):
+        return {"cut": cut_short(), "x": len(list(paced(range(5), "inner", 5)))}  # a step that has begun is whole
+
+    steps = (
+        Step("first", first),
+        Step("second", lambda job, of: {"y": of["first"]["x"]}),
+        Step("third", lambda *_: {}),
+    )
+    job = Reproduction(paper("clic-it-2025"), None, {}, tmp_path)
+    with time_bound(1e-6) as cut:
+        results, seconds = run_steps(job, steps)
+    assert results["first"] == {"cut": [], "x": 5} and seconds["second"] == seconds["third"] == 0
+    assert all("--resume goes on" in results[name]["skipped"] for name in ("second", "third"))
+    assert cut == ["clic-it-2025: stopped by the time bound at 1 of 3 steps"]
+    assert run_steps(job, steps)[0] == {"first": {"cut": [], "x": 5}, "second": {"y": 5}, "third": {}}
+
+
+@pytest.mark.parametrize("name, first", [("clic-it-2025", "sae"), ("cunningham-2023", "saes")])
+def test_a_report_is_written_of_what_there_is_when_the_minutes_are_over(name, first, tmp_path, capsys):
+    given = ["reproduce", name, *TINY[name], "--out", str(tmp_path / "out")]
+    assert main([*given, "minutes=0.0001", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert f"{name}: stopped by the time bound at 1 of" in report["cut_short"][0]
+    left = [step for step, result in report["steps"].items() if "skipped" in result]
+    assert first not in left and len(left) == len(STEPS[name]) - 1
+    assert "not begun when the minutes were over" in (tmp_path / "out" / "report.md").read_text()
+    assert main(["reproduce", "baselines", "mini/topk", "minutes=1", "--out", str(tmp_path / "b")]) == 2
+    assert "minutes" in capsys.readouterr().err
 
 
 def test_recipes_are_scaled_to_the_model_and_the_budget():

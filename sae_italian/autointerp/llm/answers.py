@@ -10,8 +10,6 @@ Nothing is guessed: a list of the wrong length is not cut to fit, and a word tha
 step takes time in proportion to the answer's length.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import math

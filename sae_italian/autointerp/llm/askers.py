@@ -1,7 +1,5 @@
 """Those who ask a language model: the explainer, and the judge of yes or no on passages and numbers on tokens."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Callable, Sequence

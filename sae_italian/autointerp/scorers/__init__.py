@@ -4,8 +4,6 @@ A scorer is a function of explanations under judgement (`Asked`) and of a latent
 explanation. It names the method it needs of a judge, and the metric it is known by.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module

@@ -5,8 +5,6 @@ and, where the judge gives probabilities, AUROC and Brier score; each negative s
 Plain accuracy is never given: it rewards a judge that always says the commoner answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any

@@ -7,8 +7,6 @@ without a rule. An example that a text saves nothing on is told as cheaply witho
 explanations charges for their length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from math import log, log2
 from typing import Any

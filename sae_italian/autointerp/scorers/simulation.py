@@ -5,8 +5,6 @@ there are two draws: the strongest segments with as many random ones, and the ra
 among the segments on which the latent is active. A constant simulation correlates with nothing: 0, and counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

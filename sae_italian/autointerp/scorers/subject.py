@@ -20,8 +20,6 @@ the same with the segments' roles shuffled.
 Vectors of character n-grams stand beside an encoder's: what meaning adds to form is the difference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

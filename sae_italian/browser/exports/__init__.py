@@ -13,8 +13,6 @@ Token strings come from character offsets, intervals hold no zeros, and no passa
 `fields.yaml` says what every field of every format is and what fills it; `latents.py` makes the facts.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ A passage is a stretch of one document as token strings that join to the true te
 the place of the token it was chosen for.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

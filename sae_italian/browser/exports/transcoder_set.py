@@ -10,8 +10,6 @@ circuit-tracer reads a TopK set as ReLU without a word, so a TopK transcoder goe
 are calibrated on held-out text.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib

@@ -1,6 +1,7 @@
 """Agreement pairs: one wrong form each, balanced; MultiBLiMP's files as they are; broken ones refused."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,14 @@ TSV = (
     '1\t"Disse: ""vado"" e andò."\tandò\tDisse\t"Disse: ""vado"" e"\t"Disse: ""vado"" e andarono."\tSV-#\n'
 )
 
+ITALIAN = [
+    "I disegni erano vecchi",
+    "Il vestito vicino alla lettera sarà nero",
+    "La penna",
+    "Il cappello era",
+    "La penna vicino ai cappelli sarà",
+]
+
 
 def test_a_pair_differs_in_its_last_word_alone_and_the_kinds_take_turns():
     pairs = agreement_pairs(300)
@@ -41,6 +50,40 @@ def test_every_form_is_as_often_right_as_wrong():
     for kind in ("gender", "gender, attractor"):
         feminine = Counter(pair.right.split()[-1][-1] in "ae" for pair in pairs if pair.kind == kind)
         assert feminine[True] == feminine[False]
+
+
+def test_italian_pairs_are_what_they_were_before_there_was_another_language():
+    assert [pair.right for pair in agreement_pairs(5)] == ITALIAN
+    assert agreement_pairs(5, language="it") == agreement_pairs(5)
+
+
+def test_english_pairs_need_the_number_of_the_first_noun_alone():
+    """No kind is of gender; «the» agrees with both numbers, so it decides nothing; each form is as often right as wrong."""
+    pairs = agreement_pairs(1200, language="en")
+    assert Counter(pair.kind for pair in pairs) == dict.fromkeys([k for k in KINDS if "gender" not in k], 400)
+    for pair in pairs:
+        *said, right = pair.right.split()
+        assert said == pair.wrong.split()[:-1] and right != pair.wrong.split()[-1]
+        plural = right.endswith("s") if pair.kind == "number" else right in ("are", "were", "have")
+        assert plural == (said[0] == "These" if pair.kind == "number" else said[1].endswith("s"))
+        if pair.kind.endswith("attractor"):
+            assert said[2:4] == ["near", "the"] and said[4].rstrip("s") != said[1].rstrip("s")
+            assert said[4].endswith("s") != plural
+    for kind in ("subject-verb", "subject-verb, attractor"):
+        right = Counter(pair.right.split()[-1] in ("are", "were", "have") for pair in pairs if pair.kind == kind)
+        assert right[True] == right[False]
+    with pytest.raises(UsageError, match="language 'eng' has no sentences of agreement. Did you mean 'en'"):
+        agreement_pairs(1, language="eng")
+
+
+def test_english_subjects_to_patch_differ_in_number_alone():
+    def words(text):
+        return SimpleNamespace(input_ids=text.split())
+
+    for index, (base, other) in enumerate(number_pairs(6, words, language="en")):
+        (article, noun, *rest), (other_article, other_noun, *other_rest) = base.split(), other.split()
+        assert article == other_article == "The" and rest == other_rest and rest[:2] == ["near", "the"]
+        assert (noun, other_noun)[index % 2].rstrip("s") in (noun, other_noun)[1 - index % 2]
 
 
 @pytest.mark.parametrize("pair", [p for p in agreement_pairs(400) if p.kind.endswith("attractor")][:40])
