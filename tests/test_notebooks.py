@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from importlib import import_module
 
 import pytest
@@ -61,6 +62,21 @@ def test_outputs_are_stored_and_were_made_in_order(file):
     assert pictures and len(pictures[-1]) < 100_000  # base64
     assert file.stat().st_size < 300_000
     assert not re.search("/(tmp|home|root|work)/", json.dumps(outputs))  # no path of whoever ran it
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_in_colab_a_notebook_installs_the_wheel_that_was_put_beside_it(file, tmp_path, monkeypatch):
+    assert "(https://colab.research.google.com/#upload=true)" in "".join(cells_of(file, "markdown")[1]["source"])
+    first, asked = "".join(cells_of(file, "code")[0]["source"]), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.run", lambda command, **_: asked.append(command[-1]))
+    exec(first, {})  # elsewhere it does nothing
+    monkeypatch.setitem(sys.modules, "google.colab", None)
+    with pytest.raises(AssertionError, match=r"dist/sae_italian-\*\.whl"):
+        exec(first, {})
+    (tmp_path / "sae_italian-0.1.0-py3-none-any.whl").touch()
+    exec(first, {})
+    assert asked == ["sae_italian-0.1.0-py3-none-any.whl"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
