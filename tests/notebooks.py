@@ -48,8 +48,8 @@ def _launched(command: list[str], *, env: dict[str, str], cwd: str | None = None
 
 
 def run_notebook(name: str, folder: Path) -> list[Any]:
-    """Return the executed code cells of a notebook, the last of which must end with a picture."""
-    cells = [cell for cell in execute(name, folder).cells if cell.cell_type == "code"]
+    """Return the executed code cells of a notebook behind Colab's, the last of which must end with a picture."""
+    cells = [cell for cell in execute(name, folder).cells if cell.cell_type == "code"][1:]
     assert any("image/png" in output.get("data", {}) for output in cells[-1].outputs)
     return cells
 
