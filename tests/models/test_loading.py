@@ -2,11 +2,12 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer, Gemma3TextConfig, GemmaTokenizer
 
 from sae_italian.base.errors import UsageError
 from sae_italian.models import catalogue, load_model, resolve
 from sae_italian.models.activations import logits_with_replacement, read_activations
-from sae_italian.models.loading import compare_backends
+from sae_italian.models.loading import compare_backends, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,33 @@ def test_tokenizer_adds_one_bos_and_round_trips_italian(mini):
     ids = mini.tokenizer(text).input_ids
     assert ids.count(mini.tokenizer.bos_token_id) == 1 and ids[0] == mini.tokenizer.bos_token_id
     assert mini.tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_tokenizer_holds_its_vocabulary_once_and_is_saved_whole(tmp_path):
+    """transformers keeps the vocabulary and the merges that it was made of beside it: 0.14 GB of 262,144 entries."""
+    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"ciao", "ci", "ao", "ciao", "▁ciao"]
+    merges = [("c", "i"), ("a", "o"), ("ci", "ao"), ("▁", "ciao")]
+    theirs = GemmaTokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=merges)
+    theirs.save_pretrained(tmp_path)
+    Gemma3TextConfig(vocab_size=len(letters)).save_pretrained(tmp_path)
+    ours = load_tokenizer(str(tmp_path))
+    assert not {"_vocab", "_merges"} & vars(ours).keys()
+    ours.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    for tokenizer in (ours, again):
+        assert tokenizer.get_vocab() == theirs.get_vocab()
+        assert tokenizer("ciao ciao").input_ids == theirs("ciao ciao").input_ids
+
+
+def test_no_backend_reads_the_tokenizer_twice(monkeypatch):
+    read, real = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *args, **more: read.append(args) or real(*args, **more)
+    )
+    for backend in ("hf", "bridge", "hooked"):
+        read.clear()
+        load_model("sae-italian-mini", backend)
+        assert len(read) == 1, backend
 
 
 def test_mini_is_minerva_in_small_and_small_enough(mini):
