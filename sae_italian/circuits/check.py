@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_italian.base import pictures
 from sae_italian.base.labels import Language, label
-from sae_italian.base.pace import progress
+from sae_italian.base.pace import progress, time_bound
 from sae_italian.base.report import shown, table
 from sae_italian.base.statistics import Estimate, correlation, slope
 from sae_italian.circuits.edges import Prompt, attribute
@@ -60,7 +60,7 @@ class Checked(NamedTuple):
 def random_graph(
     model: Any, transcoders: Sequence[Any], graph: Graph, *, batch: int | None = None, seed: int = 0
 ) -> tuple[list[Any], Graph]:
-    """Return random twins of the transcoders, and the graph of the same prompt that they make: the control."""
+    """Return random twins of the transcoders, and the graph of the same prompt, as large, that they make: the control."""
     prompt = Prompt(model, transcoders, graph.prompt)
     names = {layer: sae.cfg.metadata.hook_name for layer, sae in prompt.by_layer.items()}
     reads = read_many(model, prompt.tokens, list(names.values())) if names else {}
@@ -70,7 +70,8 @@ def random_graph(
     ]
     logits = [node.index for node in graph.nodes if node.kind == "logit"]
     how: dict[str, Any] = {"logits": logits, "against": graph.against, "batch": batch}
-    return twins, attribute(model, twins, graph.prompt, max_nodes=max(1, len(graph.latents)), **how)
+    with time_bound():  # whole, however little time the graph has left
+        return twins, attribute(model, twins, graph.prompt, max_nodes=max(1, len(graph.latents)), **how)
 
 
 def check(

@@ -287,10 +287,9 @@ def _kept(
         write_json(told, {"key": key, "visited": visited, "planned": planned})
 
     yield _Kept(rows, visited, planned, save)
-    if len(visited) < n_latents:  # stopped by the time bound: the same command goes on
-        return
-    told.unlink(missing_ok=True)
-    file.unlink()
+    if len(visited) == n_latents:  # else the time was over, and the same command goes on
+        told.unlink(missing_ok=True)
+        file.unlink()
 
 
 def _visit(rows: _Rows, logits: Sequence[GraphNode], most: int, kept: _Kept) -> None:
@@ -300,7 +299,7 @@ def _visit(rows: _Rows, logits: Sequence[GraphNode], most: int, kept: _Kept) -> 
     layer and position, so that a batch's backward pass begins no higher, and ends no later in the prompt, than it must.
     """
     n, batch, weight = len(logits), rows.batch, weights_of([node.value for node in logits])
-    visited, planned = kept.visited, kept.planned
+    visited, planned, over = kept.visited, kept.planned, False
     edges = kept.rows[:, : len(rows.nodes)]
     edges[len(visited) : most if visited else 0] = 0  # what an interrupted run had not finished
     for at in range(0, 0 if visited else n, batch):
@@ -308,7 +307,7 @@ def _visit(rows: _Rows, logits: Sequence[GraphNode], most: int, kept: _Kept) -> 
     pace = Pace("edges", most, "latent")
     with pace.bar:
         pace.skip(len(visited))
-        while len(visited) < most:
+        while len(visited) < most and not over:
             if not planned:
                 left = np.setdiff1d(np.flatnonzero(rows.layer >= 0), visited)
                 wanted = min(most - len(visited), batch * max(FIRST_LOOK, len(visited) // (GROWTH * batch)))
@@ -319,15 +318,13 @@ def _visit(rows: _Rows, logits: Sequence[GraphNode], most: int, kept: _Kept) -> 
                     reached = reach(edges, known, np.array(targets), layer, weights, rows.decided)
                     left = np.sort(left[np.argsort(-reached[left], kind="stable")[:wanted]])
                 planned += left[:wanted].tolist()
-            while planned:
+            while planned and not over:
                 chosen = planned[:batch]
                 rows([rows.nodes[i] for i in chosen], edges[len(visited) : len(visited) + len(chosen)])
                 visited += chosen
                 del planned[:batch]
-                if pace.step(len(chosen)):
-                    return kept.save()
+                over = pace.step(len(chosen))
             kept.save()
-        return None
 
 
 def _assembled(

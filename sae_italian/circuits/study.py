@@ -127,9 +127,9 @@ def study(
     rows = []
     for number, one in enumerate(paced(cases, "graphs", len(cases), "prompt")):
         wanted: dict[str, Any] = {"logits": [one.right], "against": one.wrong, "memory": memory}
-        with time_bound():  # a prompt's two graphs are whole; the time ends the study between prompts
+        with time_bound():  # a prompt's graph is whole; the time ends the study between prompts
             graph = attribute(model, transcoders, one.prompt, max_nodes=max_nodes, batch=batch, **wanted)
-            twins, other = random_graph(model, transcoders, graph, batch=batch, seed=seed)
+        twins, other = random_graph(model, transcoders, graph, batch=batch, seed=seed)
         checked = check(model, transcoders, graph, control=(twins, other), n_latents=CHECKED, seed=seed)
         prompts = [Prompt(model, saes, one.prompt) for saes in (transcoders, twins)]
         if feature and number == 0:

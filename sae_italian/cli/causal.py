@@ -287,7 +287,8 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
         raise UsageError(f"against={settings['against']} needs target=TEXT, the token whose logit it is taken from.")
     how: dict[str, Any] = {"max_nodes": settings["max_nodes"], "batch": settings["batch"] or None, "resume": out}
     how |= {"logits": wanted if wanted is None else [wanted], "against": against, "memory": settings["memory"] or None}
-    found = attribute(loaded, saes, prompt, **how)
+    with one_of(2 if settings["check"] else 1):  # the random transcoders' graph takes as long
+        found = attribute(loaded, saes, prompt, **how)
     value = {"prompt": prompt, "model": model, "n_active": found.n_active, **plain(scores(found))}
     latents = {}
     if settings["labels"]:

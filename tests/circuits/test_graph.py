@@ -9,6 +9,7 @@ from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Trans
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import time_bound
+from sae_italian.circuits.check import random_graph
 from sae_italian.circuits.edges import Prompt, _Rows, attribute
 from sae_italian.circuits.graph import Graph, GraphNode, influence, prune, scores
 from sae_italian.circuits.linear import Targets, linearise
@@ -527,6 +528,8 @@ def test_a_graph_stopped_by_its_minutes_still_adds_up_and_goes_on(most, mistral,
     logits = [sum(row) for row in (some.weights[4:], whole.weights[len(whole.latents) :])]
     assert np.isclose(logits[0].sum(), logits[1].sum())
     with time_bound(1e-6):
+        _, random = random_graph(mistral, saes, whole, batch=4)  # a control is as large as what it stands beside
+        assert len(random.latents) == min(len(whole.latents), random.n_active) > 4
         further = attribute(mistral, saes, "ciao bella", batch=4, max_nodes=most, resume=tmp_path)
     assert len(further.latents) == 8
     again = attribute(mistral, saes, "ciao bella", batch=4, max_nodes=most, resume=tmp_path)
