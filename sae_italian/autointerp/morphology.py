@@ -71,12 +71,6 @@ def lemma_of(word: str) -> str:
     return simplemma.lemmatize(word, lang="it").lower()
 
 
-def _is_known(word: str) -> bool:
-    import simplemma
-
-    return simplemma.is_known(word, lang="it")
-
-
 @cache
 def kinds_of(word: str) -> tuple[str, ...]:
     """Return the kinds of a word in small letters, the more special ones after the general; () for what is no word."""
@@ -94,11 +88,13 @@ def kinds_of(word: str) -> tuple[str, ...]:
 
 def _without_clitic(word: str) -> tuple[str, ...]:
     """Return the kinds of an infinitive or gerund with a pronoun at its end; () for others."""
+    from simplemma import is_known
+
     match = _ENCLITIC.search(word)
     stem = word[: match.start(2)] if match else ""
     if stem.endswith("ndo"):
         return ("verb", "verb gerund") if _is_verb(lemma_of(stem)) else ()
-    whole = next((stem + end for end in ("e", "re") if stem and _is_known(stem + end)), "")
+    whole = next((stem + end for end in ("e", "re") if stem and is_known(stem + end, lang="it")), "")
     return ("verb", "verb infinitive") if _is_verb(whole) and lemma_of(whole) == whole else ()
 
 
@@ -148,8 +144,7 @@ def _kinds_of_noun(word: str, lemma: str) -> tuple[str, ...]:
     if ending == "o" and _has_four_endings(lemma) and last in GENDERS:
         return ("adjective", *agreeing("adjective", GENDERS[last]))
     if feminine := _FEMININE.search(word):
-        number = {"e": "fem sing", "i": "fem plur"}.get(feminine[0][-1], "fem")
-        return ("noun", *agreeing("noun", number))
+        return ("noun", *agreeing("noun", {"e": "fem sing", "i": "fem plur"}.get(feminine[0][-1], "fem")))
     if lemma in _lists()["masculine"].split():
         return ("noun", *agreeing("noun", "masc plur" if last == "i" else "masc sing"))
     if ending + last in ("aa", "ae", "oo", "oi"):

@@ -140,8 +140,7 @@ class Live:
 
     @cached_property
     def _work(self) -> Work:
-        config = config_of(self.cache.folder / STORE_FILE)
-        return Work(self.cache, self.tokenizer, config, self.sae)
+        return Work(self.cache, self.tokenizer, config_of(self.cache.folder / STORE_FILE), self.sae)
 
     def explain(self, latent: int) -> dict[str, Any]:
         """Return the latent's rule, made now from the cache, and an LLM's explanation where an endpoint is given.

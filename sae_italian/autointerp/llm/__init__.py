@@ -71,6 +71,8 @@ class LLMSettings(LLMOptions):
     """Environment variable that holds the server's key; default: LLM_API_KEY, if it is set."""
     prices: Path | None = None
     """Price file (US dollars per million tokens); default: the one that comes with the package."""
+    scores: tuple[Literal["detection", "fuzzing", "simulation"], ...] = ("detection", "fuzzing", "simulation")
+    """What the judge is asked for; fewer scores are fewer calls: scores=[detection] a third of them."""
     context_tokens: PositiveInt | None = None
     """Tokens that prompt and answer may take together: examples are left out until they fit; default: no bound."""
     shown: Literal["deciles", "top"] = "deciles"

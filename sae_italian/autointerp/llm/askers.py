@@ -194,11 +194,13 @@ class LLMJudge(Asker):
     """Judges by an explanation's text, `batch` passages at a time."""
 
     batch = 5
+    scores = property(lambda self: self.config.scores)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return what its verdicts depend on, for the store to hold it to."""
-        return {"prompt": self.prompt, "batch": self.batch, "order": "mixed", "sampling": self.config.sampling}
+        """Return what its verdicts depend on, and which scores there are if not all, for the store to hold it to."""
+        own = {"prompt": self.prompt, "batch": self.batch, "order": "mixed", "sampling": self.config.sampling}
+        return own if self.scores == LLMSettings.scores else {**own, "scores": self.scores}
 
     def detect(self, explanation: Explanation, examples: Sequence[Example]) -> Verdicts:
         """Answer batch by batch, all at once; a batch that stays unusable after a repair is asked one by one.

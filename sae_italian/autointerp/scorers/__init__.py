@@ -97,7 +97,8 @@ def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[Row]:
     """
     rows: list[Row] = []
     for name, (score, needs, metric) in SCORERS.items():
-        able = [one for one in asked if hasattr(one.judge, needs) and (not one.only or name in one.only)]
+        wanted = (one for one in asked if name in (one.only or getattr(one.judge, "scores", SCORERS)))
+        able = [one for one in wanted if hasattr(one.judge, needs)]
         for one, found in score(able, examples) if able else ():
             if one.only or one.control:  # what a control is there for
                 found = found._replace(metrics={metric: found.metrics[metric]})

@@ -17,6 +17,7 @@ from tests.autointerp.llm.endpoint import FakeEndpoint, passages
 from tests.planted import planted_cache
 
 N = 4
+SCORERS = "SELECT DISTINCT scorer FROM score WHERE judge LIKE 'llm%'"
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,31 @@ def test_work_under_other_settings_is_refused_and_exports_come_from_the_command(
     assert "parola" in (tmp_path / "e" / "explanation.jsonl").read_text("utf-8")
     assert main(["export", str(planted.folder)]) == 2
     assert passages((tmp_path / "e" / "call.jsonl").read_text("utf-8")) == 0
+
+
+def test_only_the_scores_that_are_wanted_are_asked_for(planted, capsys, tmp_path):
+    cache = FeatureCache.open(shutil.copytree(planted.folder, tmp_path / "c", ignore=shutil.ignore_patterns("auto*")))
+    with FakeEndpoint(reader) as endpoint:
+        assert run(cache, endpoint, "scores=[detection]", "--json") == 0
+        few = len(endpoint.requests)
+        questions = {body["messages"][-1]["content"] for body in endpoint.requests}
+        judged = [question for question in questions if "Spiegazione: " in question]
+        assert judged and not any("<<" in question or "Token (" in question for question in judged)
+        with Store(cache.folder / STORE_FILE, {}) as store:
+            assert {row[0] for row in store.connection.execute(SCORERS)} == {"detection"}
+        assert run(cache, endpoint) == 2 and "with other settings (scores)" in capsys.readouterr().err
+        assert run(cache, endpoint, "--overwrite") == 0
+        assert len(endpoint.requests) > few + len(judged)  # and what was paid is not asked again
+        again = {body["messages"][-1]["content"] for body in endpoint.requests[few:]}
+        assert not again & {*judged}
+    with Store(cache.folder / STORE_FILE, {}) as store:
+        scorers = {
+            row[0] for row in store.connection.execute("SELECT DISTINCT scorer FROM score WHERE judge LIKE 'llm%'")
+        }
+    assert {"detection", "fuzzing", "simulation"} <= scorers and "fuzzing" not in str(
+        [r for r in result if "llm" in str(r)]
+    )
+    assert run(cache, endpoint, "scores=[detecton]") == 2
 
 
 def test_judgements_that_are_all_unusable_leave_the_figures_empty(planted, capsys, tmp_path):
