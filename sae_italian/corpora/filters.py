@@ -135,9 +135,7 @@ class Sieve:
             return "too_short"
         if self.reader.italian and not is_italian(text):
             return "not_italian"
-        words = " ".join(text.split()).encode(
-            "utf-8", "surrogatepass"
-        )  # the same, whatever white space is between them
+        words = " ".join(text.split()).encode("utf-8", "surrogatepass")  # whatever white space is between them
         if self.reader.duplicates and self.blooms["exact"].seen(_keys([words])):
             return "duplicate"
         if self.reader.near_duplicates and self.blooms["near"].seen(near_keys(text)):

@@ -67,9 +67,8 @@ def load_model(
     longest = getattr(load_model_config(name), "max_position_embeddings", None)
     if context is not None and longest is not None and not 0 < context <= longest:
         raise UsageError(f"context is {context}; {resolved.saved_name} allows 1 to {longest} tokens.")
-    tokenizer = load_tokenizer(
-        name
-    )  # before the weights: reading 262,144 entries takes for a while what is freed again
+    # before the weights: reading 262,144 entries takes for a while what is freed again
+    tokenizer = load_tokenizer(name)
     model: Any = _fetch(AutoModelForCausalLM.from_pretrained, resolved, dtype=getattr(torch, dtype)).eval()
     facts = _loaded_from(resolved, model, backend, dtype)
     if bos_count(tokenizer):
