@@ -14,7 +14,7 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 35_958,  # 21_500
+    "lines": 35_955,  # 21_500
     "statements": 23_539,  # 13_500
     "files": 153,  # 150
     "files under 60 lines": 15,
@@ -30,8 +30,8 @@ LEAST_AIR = 0.26  # share of docstrings and blank lines
 ROOM_LINES = {
     "base": 1_675,  # 650
     "micro_italiano": 1_171,  # 1_250
-    "models": 1_262,  # 760, and issue 16's GGUF files
-    "corpora": 1_706,  # 1_100
+    "models": 1_261,  # 760, and issue 16's GGUF files
+    "corpora": 1_704,  # 1_100
     "saes": 2_320,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 3_200,  # 1_500
     "evaluation": 1_185,
