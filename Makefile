@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV := $(VENV)/.dev
 
 .PHONY: quickstart bench test test-slow real test-real test-hub check wheel canary docs install clean
 
-quickstart: install  ## train, cache, explain, score, report: the whole way on the embedded model
+quickstart: $(READY)  ## train, cache, explain, score, report: the whole way on the embedded model
 	HF_HUB_OFFLINE=1 $(BIN)/sae-italian quickstart --out quickstart --resume
 
 # For example: make bench TABLE=cache ARGS="runs/my-sae --tokens 131072"
@@ -67,14 +68,21 @@ check: install  ## formatter, linter, types
 docs: install  ## the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-install: $(READY)
+install: $(DEV)
 
+# Nothing is compiled beforehand: of 27,000 files of Python each import compiles its own, once.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP) torch
+	$(PIP) --editable ".[titles]"
 	@touch $(READY)
+
+# What the tests, the documents and the optional parts need beside.
+$(DEV): $(READY)
+	$(PIP) --editable ".[dev]"
+	@touch $(DEV)
 
 clean:
 	rm -rf $(VENV) $(CANARY) build dist quickstart runs site

@@ -191,8 +191,7 @@ def problem(path: Path, error: sqlite3.DatabaseError | UnicodeDecodeError, doing
 
 def _tables_of(connection: sqlite3.Connection, path: Path, *, carry_over: bool = False) -> dict[str, str]:
     """Return the tables and views by name. Raises: UsageError for another version, DatabaseError for what is no store."""
-    query = "SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')"
-    found = dict(connection.execute(query))
+    found = dict(connection.execute("SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')"))
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if found and not found.keys() & {"run", "explanation", CALLS_TABLE}:
         raise sqlite3.DatabaseError(f"its tables are {', '.join(sorted(found))}")

@@ -174,8 +174,7 @@ class ExampleSource:
         """Return the positions of the segments' tokens, -1 after their end (and everywhere for segment -1)."""
         offsets = np.arange(self.width)
         positions = self.start[segments, None] + offsets
-        inside = (offsets < self.length[segments, None]) & (segments[:, None] >= 0)
-        return np.where(inside, positions, -1)
+        return np.where((offsets < self.length[segments, None]) & (segments[:, None] >= 0), positions, -1)
 
     def values(self, activity: Activity, grid: Int[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
         """Return the latent's activations on a grid of positions, whose rows are segments."""

@@ -123,8 +123,7 @@ def write(folder: Path, entries: Sequence[Entry], told: Mapping[str, Any]) -> Bo
 
 def _notes(told: Mapping[str, Any]) -> Iterator[str]:
     for hook, size in told["hooks"].items():
-        numbers = {key: f"{size[key]:,.{digits}f}" for key, digits in SIZE.items()}
-        yield both("size", hook=hook, **numbers)
+        yield both("size", hook=hook, **{key: f"{size[key]:,.{digits}f}" for key, digits in SIZE.items()})
     if told["n_copies"]:
         yield both("copies", n=told["n_copies"])
     beyond = (why for size in told["hooks"].values() for why in size["refused"])

@@ -73,8 +73,7 @@ def notebook_style() -> str:
     all of that goes back to what the browser does by itself, and at three times stand our own rules.
     """
     root = ".sae-italian"
-    reset = f"{2 * root} :is({_RESET}) {{ all: revert; }}\n"
-    return reset + style().replace(root, 3 * root)
+    return f"{2 * root} :is({_RESET}) {{ all: revert; }}\n" + style().replace(root, 3 * root)
 
 
 def page(run: Mapping[str, Any], *, policy: str = "") -> str:

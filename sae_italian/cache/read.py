@@ -48,8 +48,7 @@ class FeatureCache:
         self.folder, self.manifest = folder, manifest
         self.n_positions, self.n_documents = manifest.n_positions, manifest.n_documents
         self._firsts = [item.first for item in manifest.ranges]
-        counts = [0, *(shard.n_documents for shard in manifest.shards)]
-        self._document_base = np.cumsum(counts).tolist()
+        self._document_base = np.cumsum([0, *(shard.n_documents for shard in manifest.shards)]).tolist()
         self._shard_positions = manifest.windows_per_shard * manifest.context_size
         self._digests = manifest.files() if manifest.complete else {}  # a build trusts what it has just written
         self._lengths = {item.file: {"indptr": item.last - item.first + 2} for item in manifest.ranges}

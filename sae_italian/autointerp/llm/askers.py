@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
 from sae_italian.cache import FeatureCache
+from sae_italian.corpora.filters import identifier
 
 EXPLANATION_TOKENS = 160
 LEAST_EXAMPLES = 3
@@ -172,21 +173,12 @@ def chosen(examples: Sequence[Example], draw: str, n: int) -> list[Example]:
     return sorted(positives[:n], key=strength)
 
 
-@lru_cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    identifier.set_languages(["it", "en", "es", "fr", "de", "pt"])
-    return identifier
-
-
 def other_language(text: str, wanted: str) -> str | None:
     """Return the language a text is in when it is clearly not the one wanted; quoted words do not count."""
     bare = re.sub(r"«[^»]*»|\"[^\"]*\"|“[^”]*”", " ", text)
     if sum(letter.isalpha() for letter in bare) < LANGUAGE_LETTERS:
         return None
-    ranked = _identifier().rank(bare)
+    ranked = identifier("it", "en", "es", "fr", "de", "pt").rank(bare)
     return str(ranked[0][0]) if dict(ranked)[wanted] < UNLIKELY else None
 
 

@@ -189,8 +189,7 @@ class Answers:
         shape = len(values), len(self.sides), 2, len(self.documents.known)
         size = int(np.prod(shape[1:]))
         cell = (np.arange(len(values)) * size)[:, None] + self.cell
-        found = np.bincount(cell.ravel(), values[:, self.rows].ravel(), len(values) * size)
-        return found.reshape(shape)
+        return np.bincount(cell.ravel(), values[:, self.rows].ravel(), len(values) * size).reshape(shape)
 
     def counts(self) -> list[list[tuple[int, int, int]]]:
         """Return by explanation and source the number of positives, of negatives, and of those that failed."""
