@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.pace import progress
+from sae_italian.base.pace import paced
 from sae_italian.base.statistics import NOTHING, Estimate, StreamingBootstrap
 from sae_italian.base.storage import utc_now
 from sae_italian.corpora import Split, iter_documents, pack
@@ -79,17 +79,16 @@ def evaluate(
     sums = TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in))
     dimensions = StreamingBootstrap(1 + 3 * sums.d_out, n_samples=LATENT_RESAMPLES)
     latents, n_loss, outliers = LatentCounts(sae.cfg.d_sae), 0, None
-    with progress("evaluate", total=n_tokens) as bar:
-        marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
-        for windows in windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}", at_most=at_most):
-            with_loss = loss_tokens is None or n_loss < loss_tokens
-            outliers = outliers or (_outliers(model, hook_out, windows) if len(windows.doc) > 1 else None)
-            rows, active, y, error = measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
-            sums.add(windows.doc, rows, y)
-            latents.add(windows.doc, active)
-            dimensions.add_sums(*by_document(windows.doc, [rows["n"], y, y**2, error**2]))
-            n_loss += len(windows.doc) * with_loss
-            bar.update(len(windows.doc))
+    marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
+    batches = windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}", at_most=at_most)
+    for windows in paced(batches, "evaluate", n_tokens, "token", size=lambda batch: len(batch.doc)):
+        with_loss = loss_tokens is None or n_loss < loss_tokens
+        outliers = outliers or (_outliers(model, hook_out, windows) if len(windows.doc) > 1 else None)
+        rows, active, y, error = measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
+        sums.add(windows.doc, rows, y)
+        latents.add(windows.doc, active)
+        dimensions.add_sums(*by_document(windows.doc, [rows["n"], y, y**2, error**2]))
+        n_loss += len(windows.doc) * with_loss
     return EvaluationCard(
         model=str(sae.cfg.metadata.model_name),
         sae=name or str(sae.cfg.metadata.model_name),

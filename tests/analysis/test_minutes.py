@@ -30,6 +30,7 @@ ANALYSES = {
     "ioi": "ioi mini --check 100 --sae SAE --n-pairs 4 --thresholds 3 --anyway --out OUT",
     "agreement": "agreement mini --check 100 --out OUT",
     "steer": "steer SAE PROMPT --latent 3",
+    "evaluate": "evaluate SAE --corpus micro-italiano --tokens 20000",
     "tree": "tree SAE LATER --latent 3 --tokens 1000 --corpus TEXT --out OUT",
 }
 
@@ -58,7 +59,7 @@ def test_it_ends_with_what_it_has_and_says_so(analysis, folders, jsonl, tmp_path
 
 
 @pytest.mark.parametrize(
-    "command", ["shift", "language", "geometry", "ioi", "agreement", "steer", "tree", "graph", "reproduce"]
+    "command", ["shift", "language", "geometry", "ioi", "agreement", "steer", "tree", "graph", "reproduce", "evaluate"]
 )
 def test_the_help_says_it(command, capsys):
     main([command, "--help"])
