@@ -155,8 +155,7 @@ class Patcher:
         point = (torch.zeros_like(self.delta()) if at is None else at.clone()).requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(self.kl(torch.arange(self.n_pairs), point).sum(), point)
-        slope = torch.einsum("pid,nd,pin->n", gradient, self.directions, self.diff)
-        return (-slope / self.n_pairs).cpu()
+        return (-torch.einsum("pid,nd,pin->n", gradient, self.directions, self.diff) / self.n_pairs).cpu()
 
     @torch.no_grad()
     def patched_kl(self, chosen: Bool[Tensor, " n"] | slice = slice(None)) -> Float[Tensor, " pairs"]:

@@ -81,8 +81,7 @@ def read_texts(model: Any, hook_name: str, texts: Sequence[str], folder: Path) -
     A stopped computation goes on with the file it was at. Raises: DataError when the folder holds those of another model,
     of another revision of it, or of other texts.
     """
-    tokens = tokenise(model.tokenizer, list(texts))
-    found = [np.asarray(token)[:, : CONTEXT - 1] for token in tokens]
+    found = [np.asarray(token)[:, : CONTEXT - 1] for token in tokenise(model.tokenizer, list(texts))]
     ids, spans = [part[0].astype(np.int64) for part in found], [part[1:].T for part in found]
     order = batches_of({i: len(own) + 1 for i, own in enumerate(ids) if len(own)})
     wanted = model_identity(model) | {"hook_name": hook_name, "texts": fingerprint([i.tolist() for i in ids])}

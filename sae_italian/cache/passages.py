@@ -185,8 +185,7 @@ def surroundings(
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Return first position, number of tokens and document of the text around each anchor, cut at the borders."""
     inside, (doc,) = _around(cache, anchor, before, after, "doc")
-    left = inside[:, :before].sum(axis=1)
-    return anchor - left, inside.sum(axis=1), doc[:, before]
+    return anchor - inside[:, :before].sum(axis=1), inside.sum(axis=1), doc[:, before]
 
 
 def contents(cache: FeatureCache, anchor: Int[np.ndarray, " n"], before: int, after: int) -> list[bytes]:

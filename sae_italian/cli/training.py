@@ -128,7 +128,12 @@ def _train_in_processes(spec: Any, n: int, out: Path, words: list[str], folder: 
 
 @bounded
 def evaluate(
-    sae: Sae, /, *words: str, tokens: Count | None = None, loss_tokens: Count | None = None, source: Source = Source()
+    sae: Sae,
+    /,
+    *words: str,
+    tokens: Count | None = None,
+    loss_tokens: Count | None = None,
+    source: Source = Source(),
 ) -> Result:
     """Measure an SAE on held-out text: its evaluation card, kept in its folder.
 

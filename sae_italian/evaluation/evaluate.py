@@ -80,8 +80,8 @@ def evaluate(
     dimensions = StreamingBootstrap(1 + 3 * sums.d_out, n_samples=LATENT_RESAMPLES)
     latents, n_loss, outliers = LatentCounts(sae.cfg.d_sae), 0, None
     marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
-    batches = windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}", at_most=at_most)
-    for windows in paced(batches, "evaluate", n_tokens, "token", size=lambda batch: len(batch.doc)):
+    found = windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}", at_most=at_most)
+    for windows in paced(found, "evaluate", n_tokens, "token", size=lambda batch: len(batch.doc)):
         with_loss = loss_tokens is None or n_loss < loss_tokens
         outliers = outliers or (_outliers(model, hook_out, windows) if len(windows.doc) > 1 else None)
         rows, active, y, error = measure(sae, model, hook_in, hook_out, windows, with_loss=with_loss)
