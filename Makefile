@@ -76,7 +76,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable ".[titles]"
+	$(PIP) --editable ".[titles,serve]"
 	@touch $(READY)
 
 # What the tests, the documents and the optional parts need beside.

@@ -310,8 +310,7 @@ def _loaded(name: str, transcoders: Path) -> tuple[Any, list[Any]]:
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
 
-    folders = transcoder_folders(transcoders)
-    model, saes = load_model(name), [load_sae(folder) for folder in folders]
+    model, saes = load_model(name), [load_sae(folder) for folder in transcoder_folders(transcoders)]
     there = model.loaded_from["name"]
     own = {str(sae.cfg.metadata.model_name or there) for sae in saes}
     if other := [each for each in sorted(own) if Path(each).name != Path(there).name]:

@@ -128,8 +128,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return the model's fast tokenizer. Raises UsageError as `load_model`, and when there is no fast tokenizer."""
     from transformers import AutoTokenizer
 
-    resolved = resolve(name)
-    tokenizer = _fetch(AutoTokenizer.from_pretrained, resolved)
+    tokenizer = _fetch(AutoTokenizer.from_pretrained, resolve(name))
     if not tokenizer.is_fast:
         raise UsageError(f"{name!r} has no fast tokenizer (tokenizer.json); character offsets need one.")
     tokenizer.split_special_tokens = True  # text is text: a typed `<s>` is characters
