@@ -14,8 +14,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 35_954,  # 21_500
-    "statements": 23_535,  # 13_500
+    "lines": 35_952,  # 21_500
+    "statements": 23_533,  # 13_500
     "files": 153,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -30,7 +30,7 @@ LEAST_AIR = 0.26  # share of docstrings and blank lines
 ROOM_LINES = {
     "base": 1_675,  # 650
     "micro_italiano": 1_171,  # 1_250
-    "models": 1_267,  # 760, and issue 16's GGUF files
+    "models": 1_266,  # 760, and issue 16's GGUF files
     "corpora": 1_707,  # 1_100
     "saes": 2_320,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 3_200,  # 1_500
@@ -42,7 +42,7 @@ ROOM_LINES = {
     "benchmark": 2_248,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_446,  # 1_400
     "browser": 3_376,  # 2_650
-    "cli": 2_715,  # 1_400  # quickstart with it
+    "cli": 2_714,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 
