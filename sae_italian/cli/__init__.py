@@ -54,6 +54,7 @@ def build() -> App:
     """Return the application; no command is imported yet."""
     app = App(
         name="sae-italian",
+        help_format="plaintext",  # Markdown would cost a third of the start
         help="Sparse autoencoders on Italian language models, one command each.",
         help_epilogue="--json, after any command, prints its result as JSON.",
         version=sae_italian.__version__,
