@@ -20,8 +20,7 @@ from jaxtyping import Bool, Float, Int
 from sae_italian.analysis.treebank import THRESHOLDS, Words, category, detection_counts, encode_words, firing
 from sae_italian.autointerp.store import Label
 from sae_italian.base.pace import paced
-from sae_italian.base.pictures import OTHERS, OURS, REFERENCE, svg
-from sae_italian.base.report import plain, save_result, shown, table
+from sae_italian.base.report import OTHERS, OURS, REFERENCE, plain, save_result, shown, svg, table
 from sae_italian.base.statistics import Estimate, auroc_by_document, f1_by_document, mean_interval, wilson
 
 LEAST_WORDS = 30  # that bear the label, in training and in test

@@ -26,8 +26,7 @@ from sae_italian.analysis.directions import EDGES, Comparison, MapMethod, Set, c
 from sae_italian.analysis.treebank import Words
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
-from sae_italian.base.pictures import COLOURS, MARKERS, OURS, REFERENCE, WARNING, svg
-from sae_italian.base.report import plain, save_result, shown, table
+from sae_italian.base.report import COLOURS, MARKERS, OURS, REFERENCE, WARNING, plain, save_result, shown, svg, table
 from sae_italian.base.statistics import Estimate, wilson
 from sae_italian.base.storage import atomic_path, read_json, write_json, write_text
 from sae_italian.evaluation.card import SEEDS_FILE

@@ -22,10 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_italian.analysis.latent import codes, edit_hooks, written_directions
-from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import Pace, one_of, paced
-from sae_italian.base.report import plain, table
+from sae_italian.base.report import MARKERS, REFERENCE, plain, svg, table
 from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.models.activations import begun_at, check_context, entry_and_edit, logits_at, read_many, replaced
 
@@ -319,7 +318,7 @@ class Patching(NamedTuple):
 
         def draw(axes: Any) -> None:
             for number, curve in enumerate(self.curves):
-                colour, marker = f"C{number}", pictures.MARKERS[number % len(pictures.MARKERS)]
+                colour, marker = f"C{number}", MARKERS[number % len(MARKERS)]
                 points = [point for point in curve.points if point.n_patched]
                 kl, low, high = np.array([point.kl for point in points]).reshape(-1, 3).T
                 for axis, field in zip(axes, ("n_patched", "magnitude"), strict=False):
@@ -330,14 +329,14 @@ class Patching(NamedTuple):
                 _, exact, attribution = np.reshape(curve.effects, (-1, 3)).T
                 axes[2].scatter(attribution, exact, s=10, color=colour, marker=marker, label=label)
             for axis, label in zip(axes, ("patched latents", "mean edit |x' - x|"), strict=False):
-                axis.axhline(self.curves[0].unpatched.value, color=pictures.REFERENCE, linestyle=":", linewidth=1)
+                axis.axhline(self.curves[0].unpatched.value, color=REFERENCE, linestyle=":", linewidth=1)
                 axis.set(xlabel=label, ylabel="KL(patched || counterfactual), nats")
             axes[0].set_xscale("log")
             axes[0].legend()
             axes[2].set(xlabel="gradient times difference, nats", ylabel="exact fall of the KL, nats")
             axes[2].legend(title="Spearman, all latents")
 
-        return pictures.svg(draw, 3, (13, 4))
+        return svg(draw, 3, (13, 4))
 
 
 def patch_saes(

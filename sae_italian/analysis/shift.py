@@ -17,8 +17,7 @@ import torch
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label
 from sae_italian.base.pace import one_of, paced
-from sae_italian.base.pictures import OURS, REFERENCE, svg
-from sae_italian.base.report import plain, save_result, shown, table
+from sae_italian.base.report import OURS, REFERENCE, plain, save_result, shown, svg, table
 from sae_italian.base.statistics import Estimate, interval
 from sae_italian.corpora import Reader, Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask

@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_italian import micro_italiano
-from sae_italian.base import pictures
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.pace import paced
+from sae_italian.base.report import INK, OURS, REFERENCE, svg
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
 from sae_italian.base.storage import read_yaml
 from sae_italian.corpora.rows import read_rows
@@ -49,14 +49,14 @@ class TaskScore(NamedTuple):
 
         def draw(axes: Any) -> None:
             for row, share in enumerate(self.by_kind.values()):
-                axes[0].barh(row, share.value, color=pictures.OURS, height=0.6)
-                axes[0].plot((share.lo, share.hi), (row, row), color=pictures.INK, linewidth=1)
-            axes[0].axvline(CHANCE, color=pictures.REFERENCE, linestyle=":")
+                axes[0].barh(row, share.value, color=OURS, height=0.6)
+                axes[0].plot((share.lo, share.hi), (row, row), color=INK, linewidth=1)
+            axes[0].axvline(CHANCE, color=REFERENCE, linestyle=":")
             axes[0].set_yticks(range(len(self.by_kind)), list(self.by_kind))
             axes[0].invert_yaxis()
             axes[0].set(xlim=(0, 1), xlabel="right, 95 % interval")
 
-        return pictures.svg(draw, 1, (6, 0.5 * len(self.by_kind) + 1))
+        return svg(draw, 1, (6, 0.5 * len(self.by_kind) + 1))
 
     def text(self) -> str:
         """Return accuracy, its interval and the mean difference in one line."""

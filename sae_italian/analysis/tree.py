@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sae_italian.analysis.latent import codes, edit_hooks, special, token_text, written_directions
 from sae_italian.analysis.shift import corpus_windows
-from sae_italian.base import pictures
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of, paced
+from sae_italian.base.report import OURS, REFERENCE, svg
 from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.models import activations
 from sae_italian.models.activations import entry_and_edit, read_many, replaced
@@ -68,7 +68,7 @@ class Node(NamedTuple):
             axes[0].set(xlim=(-0.1, depth - 0.1), ylim=(leaves - 0.3, -0.7))
             _draw(axes[0], self, depth - 1, 0)
 
-        return pictures.svg(draw, 1, (4.2 * depth, max(2.0, 0.7 * leaves)))
+        return svg(draw, 1, (4.2 * depth, max(2.0, 0.7 * leaves)))
 
 
 def _draw(axis: Any, node: Node, x: int, row: int) -> float:
@@ -80,8 +80,8 @@ def _draw(axis: Any, node: Node, x: int, row: int) -> float:
     y = sum(heights) / len(heights) if heights else float(row)
     for child, height in zip(node.children, heights, strict=True):
         share = 0.0 if child.drop is None else min(1.0, child.drop.value)
-        axis.plot((x - 0.28, x), (height, y), color=pictures.OURS, linewidth=0.5 + 4 * share, alpha=0.5, zorder=0)
-        axis.text(x - 0.2, 0.7 * height + 0.3 * y - 0.08, f"−{share:.0%}", fontsize=7, color=pictures.REFERENCE)
+        axis.plot((x - 0.28, x), (height, y), color=OURS, linewidth=0.5 + 4 * share, alpha=0.5, zorder=0)
+        axis.text(x - 0.2, 0.7 * height + 0.3 * y - 0.08, f"−{share:.0%}", fontsize=7, color=REFERENCE)
     axis.text(x, y - 0.12, f"{node.sae} {node.latent}", fontsize=9, fontweight="bold", va="center")
     axis.text(x, y + 0.16, node.examples[0][-EXAMPLE:] if node.examples else "", fontsize=7, va="center")
     return y

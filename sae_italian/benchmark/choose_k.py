@@ -25,8 +25,7 @@ from sae_italian.analysis.detect import ProbeTask, sparse_probes
 from sae_italian.analysis.treebank import Words, encode_words, micro_words
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
-from sae_italian.base.pictures import OURS, REFERENCE, svg
-from sae_italian.base.report import plain, save_result, table
+from sae_italian.base.report import OURS, REFERENCE, plain, save_result, svg, table
 from sae_italian.base.storage import claimed
 from sae_italian.evaluation.diagnosis import held_out_activations
 from sae_italian.models import load_model

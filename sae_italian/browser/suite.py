@@ -10,8 +10,7 @@ import numpy as np
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label
-from sae_italian.base.pictures import svg
-from sae_italian.base.report import table
+from sae_italian.base.report import svg, table
 from sae_italian.base.storage import LOCK_FILE, locked, read_json, understood, write_json, write_text
 from sae_italian.browser.graph import report_beside
 from sae_italian.browser.opening import loaded_sae, open_pages

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_italian.base.errors import UsageError, nearest
-from sae_italian.base.pictures import OURS, Picture, framed, svg
+from sae_italian.base.report import OURS, Picture, framed, svg
 from sae_italian.corpora.packing import NO_DOCUMENT
 
 if TYPE_CHECKING:

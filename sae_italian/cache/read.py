@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.pictures import OURS, Picture, framed, svg
+from sae_italian.base.report import OURS, Picture, framed, svg
 from sae_italian.cache import layout
 from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values, map_arrays, shard_file
 from sae_italian.cache.passages import LatentActivations

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sae_italian.base import pictures
 from sae_italian.base.labels import Language, label
-from sae_italian.base.report import table
+from sae_italian.base.report import INK, OURS, REFERENCE, WARNING, svg, table
 from sae_italian.circuits.graph import EDGE_SHARE, UNEXPECTED, Graph, GraphNode, influence, prune, scores
 
 Labels = Mapping[tuple[int, int], str]
@@ -99,7 +98,7 @@ def summary(graph: Graph, labels: Labels | None = None, top: int = 10) -> str:
     return f"{head}\n\n{table('node | influence | most from', rows)}"
 
 
-def svg(graph: Graph, most: int = 60) -> str:
+def graph_svg(graph: Graph, most: int = 60) -> str:
     """Return a picture of what stays when the graph is pruned: tokens across, layers up, circles as large as the influence."""
     (keep, square), reached = prune(graph), influence(graph)
     kept = np.flatnonzero(keep)
@@ -107,18 +106,18 @@ def svg(graph: Graph, most: int = 60) -> str:
     place = _places(graph, order[: most + int(graph.of_kind("logit").sum())].tolist())
     edges = [(*kept[list(pair)].tolist(), float(square[pair])) for pair in zip(*square.nonzero(), strict=True)]
     edges = [edge for edge in edges if edge[0] in place and edge[1] in place]
-    colours, marks = {"latent": pictures.OURS, "logit": pictures.INK}, {"latent": "o", "logit": "D", "embedding": "s"}
+    colours, marks = {"latent": OURS, "logit": INK}, {"latent": "o", "logit": "D", "embedding": "s"}
 
     def draw(axes: Any) -> None:
         axis, largest = axes[0], max((abs(weight) for *_, weight in edges), default=1.0)
         for target, source, weight in edges:
-            colour = pictures.OURS if weight > 0 else pictures.WARNING
+            colour = OURS if weight > 0 else WARNING
             width = 0.3 + 3 * abs(weight) / largest
             ends = zip(place[source], place[target], strict=True)
             axis.plot(*ends, color=colour, linewidth=width, alpha=0.35, zorder=0)
         for i, (x, y) in place.items():
             node, size = graph.nodes[i], 25 + 500 * reached[i] / max(reached.max(), 1e-10)
-            colour = colours.get(node.kind, pictures.REFERENCE)
+            colour = colours.get(node.kind, REFERENCE)
             axis.scatter([x], [y], s=size, marker=marks.get(node.kind, "X"), color=colour, zorder=1)
             if node.kind in colours:
                 text = str(node.index) if node.kind == "latent" else f"«{node.text}» {node.value:.0%}"
@@ -128,7 +127,7 @@ def svg(graph: Graph, most: int = 60) -> str:
         axis.set_yticks(range(-1, graph.n_layers + 1), ["input", *layers, "next token"])
         axis.set_title("circles: latents; crosses: errors; green adds, red takes away", fontsize=8)
 
-    return pictures.svg(draw, 1, (max(6.0, 0.9 * len(graph.tokens)), 1.5 + 1.1 * (graph.n_layers + 2)))
+    return svg(draw, 1, (max(6.0, 0.9 * len(graph.tokens)), 1.5 + 1.1 * (graph.n_layers + 2)))
 
 
 def _places(graph: Graph, chosen: list[int]) -> dict[int, tuple[float, float]]:

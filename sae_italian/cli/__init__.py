@@ -61,9 +61,7 @@ def build() -> App:
         suppress_keyboard_interrupt=False,  # `main` says what is kept
         default_parameter=Parameter(negative=""),
     )
-    groups = {name: App(name=name, help=text) for name, text in _TOLD["groups"].items()}
-    for group in groups.values():
-        app.command(group)
+    groups = {name: app.command(App(name=name, help=text)) for name, text in _TOLD["groups"].items()}
     for name, told in COMMANDS.items():
         *group, verb = name.split()
         (groups[group[0]] if group else app).command(f"sae_italian.{told['run']}", name=verb, help=told["help"])

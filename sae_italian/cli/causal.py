@@ -335,10 +335,10 @@ def transcoder_folders(folder: Path) -> list[Path]:
 def _write(out: Path, found: Any, value: dict[str, Any], latents: Any, checked: Any) -> str:
     from sae_italian.browser.graph import write_graph_page
     from sae_italian.circuits.check import check_svg
-    from sae_italian.circuits.show import neuronpedia, svg
+    from sae_italian.circuits.show import graph_svg, neuronpedia
 
     found.save(out)
-    write_text(out / "graph.svg", svg(found))
+    write_text(out / "graph.svg", graph_svg(found))
     if checked:
         write_text(out / "graph.check.svg", check_svg(checked))
     labels = {key: told["label_en"] for key, told in latents.items()}

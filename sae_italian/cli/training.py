@@ -200,7 +200,7 @@ def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, sourc
 
 
 def _doctor_of_set(folder: Path, tokens: int, source: Source) -> Result:
-    from sae_italian.circuits.replacement import examine_set
+    from sae_italian.circuits.check import examine_set
     from sae_italian.cli.causal import transcoder_folders
     from sae_italian.saes import model_of
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 
 from sae_italian.base.errors import UsageError, nearest
-from sae_italian.base.pictures import OURS, svg
+from sae_italian.base.report import OURS, svg
 from sae_italian.corpora.filters import language_of
 from sae_italian.corpora.stream import CorpusStream, Reader, TextDocument
 

@@ -19,8 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from sae_italian.base.labels import Language, filled, label, labels
-from sae_italian.base.pictures import INK, OURS, WARNING, framed, svg
-from sae_italian.base.report import plain, shown
+from sae_italian.base.report import INK, OURS, WARNING, framed, plain, shown, svg
 from sae_italian.base.statistics import NOTHING, Estimate
 from sae_italian.base.storage import read_json, understood, write_json, write_text
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian.base.labels import filled, label
-from sae_italian.base.pictures import COLOURS, INK, OTHERS, OURS, REFERENCE, svg
-from sae_italian.base.report import page, table
+from sae_italian.base.report import COLOURS, INK, OTHERS, OURS, REFERENCE, page, svg, table
 from sae_italian.base.storage import read_yaml, write_text
 from sae_italian.saes.baselines import TOPK
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.pictures import OURS, REFERENCE, svg
+from sae_italian.base.report import OURS, REFERENCE, svg
 from sae_italian.base.storage import read_json, record_in, understood
 from sae_italian.evaluation.doctor import Finding
 from sae_italian.training.config import RunSpec, configs_folder

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from sae_italian.base.pictures import DARK, GROUND, INK, MARKERS, OTHERS, OURS, REFERENCE, svg
+from sae_italian.base.report import DARK, GROUND, INK, MARKERS, OTHERS, OURS, REFERENCE, svg
 from sae_italian.papers.report import LOOKS
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sae_italian.circuits.replacement import with_transcoders
+from sae_italian.circuits.check import with_transcoders
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
 from tests.circuits.test_graph import mistral, random_transcoder, toy  # noqa: F401

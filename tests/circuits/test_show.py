@@ -15,7 +15,7 @@ from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.circuits.check import check, foretold, replayed
 from sae_italian.circuits.edges import Prompt, attribute
 from sae_italian.circuits.graph import Graph, GraphNode
-from sae_italian.circuits.show import cantor, neuronpedia, summary, svg
+from sae_italian.circuits.show import cantor, graph_svg, neuronpedia, summary
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
@@ -115,9 +115,9 @@ def test_one_number_names_a_latent_of_a_layer(layer, latent):
 
 def test_the_summary_and_the_picture_name_what_matters(mistral):  # noqa: F811
     graph = attribute(mistral, [random_transcoder(layer) for layer in range(3)], "ciao")
-    text, picture = summary(graph, {(0, 5): "spiegazione"}), svg(graph)
+    text, picture = summary(graph, {(0, 5): "spiegazione"}), graph_svg(graph)
     assert "replacement score" in text and f"of {graph.n_active} active latents" in text
-    assert picture.startswith("<?xml") and "next token" in picture and picture == svg(graph)
+    assert picture.startswith("<?xml") and "next token" in picture and picture == graph_svg(graph)
 
 
 def test_all_paths_by_hand():

@@ -12,8 +12,7 @@ from sae_italian.analysis.latent import written_directions
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.circuits.check import changes, foretold
 from sae_italian.circuits.edges import Prompt, attribute
-from sae_italian.circuits.planted import carriers, found_among, patching_effects
-from sae_italian.circuits.study import Studied, Study, cases_of
+from sae_italian.circuits.study import Studied, Study, carriers, cases_of, found_among, patching_effects
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations, replaced
 from tests.circuits.test_graph import mistral, random_transcoder  # noqa: F401
