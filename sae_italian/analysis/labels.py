@@ -10,10 +10,11 @@ a language's tokens on which a latent fires; divided by their sum over languages
 one language has a small entropy.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,32 +68,36 @@ class GoldWords:
 
     def __init__(self, cache: FeatureCache):
         self.names: dict[tuple[str, str], int] = {}  # (category, label) -> column
+        self._columns = functools.cache(self._columns_of)  # words come again and again
         self.word_of_position = np.full(cache.n_positions, -1, dtype=np.int64)
         self.doc_of_word: list[int] = []
-        pairs: list[tuple[int, int]] = []  # word, column
+        columns: list[list[int]] = []  # of each word
         order = np.argsort(cache.doc, kind="stable")
         docs, first = np.unique(cache.doc[order], return_index=True)
         for doc, positions in zip(docs.tolist(), np.split(order, first[1:]), strict=True):
             if doc != NO_DOCUMENT:
-                pairs += self._add_document(cache, doc, positions)
-        self.labels = zeros_and_ones(pairs, (len(self.doc_of_word), len(self.names)))
+                columns += self._add_document(cache, doc, positions)
+        rows = np.repeat(np.arange(len(columns)), [len(each) for each in columns])
+        places = np.stack([rows, np.fromiter(chain.from_iterable(columns), dtype=np.int64)], axis=1)
+        self.labels = zeros_and_ones(places, (len(columns), len(self.names)))
 
     def _add_document(
         self, cache: FeatureCache, doc: int, positions: Int[np.ndarray, " tokens"]
-    ) -> Iterator[tuple[int, int]]:
+    ) -> Iterator[list[int]]:
         _, seed, index = cache.document(doc).doc_id.split("/")
         gold = micro_italiano.document(int(index), seed=int(seed))
         starts = np.array([word.start for word in gold.words])
-        base = len(self.doc_of_word)
         # A token belongs to the word that its last character lies in.
         self.word_of_position[positions] = (
-            base + np.searchsorted(starts, cache.whole("end")[positions], side="left") - 1
+            len(self.doc_of_word) + np.searchsorted(starts, cache.whole("end")[positions], side="left") - 1
         )
-        for number, word in enumerate(gold.words, base):
-            inside = [span.labels["construction"] for span in gold.constructions if span.start <= word.start < span.end]
-            for key in _labels(word.labels, inside, gold.register):
-                yield number, self.names.setdefault(key, len(self.names))
         self.doc_of_word += [doc] * len(gold.words)
+        for word in gold.words:
+            inside = (span.labels["construction"] for span in gold.constructions if span.start <= word.start < span.end)
+            yield self._columns(tuple(word.labels.items()), tuple(inside), gold.register)
+
+    def _columns_of(self, labels: tuple[tuple[str, str], ...], inside: tuple[str, ...], register: str) -> list[int]:
+        return [self.names.setdefault(key, len(self.names)) for key in _labels(dict(labels), inside, register)]
 
     def activations(self, cache: FeatureCache) -> scipy.sparse.csr_array:
         """Return the largest activation of every latent on any token of each word, [words, latents]."""
@@ -110,7 +115,7 @@ class GoldWords:
         return scipy.sparse.csr_array((np.concatenate(values), places), shape=(len(self.doc_of_word), latent + 1))
 
 
-def _labels(labels: dict[str, str], constructions: list[str], register: str) -> list[tuple[str, str]]:
+def _labels(labels: dict[str, str], constructions: Sequence[str], register: str) -> list[tuple[str, str]]:
     """Return the (category, label) pairs of one word."""
     groups = [names for names in (*zip(_FEATURES), *_COMBINED) if set(names) <= set(labels)]
     found = [("+".join(names), " ".join(f"{name}={labels[name]}" for name in names)) for names in groups]
