@@ -27,7 +27,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_load_config_is_saelens_own_object(own_cache):
     from sae_lens import LanguageModelSAERunnerConfig, TopKTrainingSAEConfig
 
-    config = load_config("mini/topk.yaml", *own_cache, "sae.k=64", "lr=2e-4")
+    config = load_config("mini/topk.yaml", *own_cache, "sae.architecture=topk", "sae.k=64", "lr=2e-4")
     assert config.training_tokens == 8000
     assert type(config) is LanguageModelSAERunnerConfig and type(config.sae) is TopKTrainingSAEConfig
     assert config.sae.k == 64 and config.lr == 2e-4

@@ -146,7 +146,7 @@ def test_commands_named_in_the_configs_exist():
         (
             "mini/topk",
             "hook_name_out=blocks.1.hook_mlp_out",
-            "'topk' does not go with hook_name_out 'blocks.1.hook_mlp_out'.*an SAE has none",
+            "'sparse_topk' does not go with hook_name_out 'blocks.1.hook_mlp_out'.*an SAE has none",
         ),
         ("mini/transcoder", "hook_name_out=null", "does not go with hook_name_out None.*e.g. blocks.1.hook_mlp_out"),
         ("mini/transcoder", "hook_name_out=blocks.0.hook_mlp_out", "comes before hook_name"),
