@@ -15,8 +15,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 35_929,  # 21_500
-    "statements": 23_505,  # 13_500
+    "lines": 35_906,  # 21_500
+    "statements": 23_498,  # 13_500
     "files": 150,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -32,17 +32,17 @@ ROOM_LINES = {
     "base": 1_670,  # 650
     "micro_italiano": 1_171,  # 1_250
     "models": 1_266,  # 760, and issue 16's GGUF files
-    "corpora": 1_719,  # 1_100
+    "corpora": 1_705,  # 1_100
     "saes": 2_320,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 3_200,  # 1_500
     "evaluation": 1_183,
     "cache": 2_196,  # 1_650
     "autointerp": 6_374,  # 3_900
-    "analysis": 3_385,  # 2_500
+    "analysis": 3_381,  # 2_500
     "circuits": 1_604,
     "benchmark": 2_247,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_445,  # 1_400
-    "browser": 3_380,  # 2_650
+    "browser": 3_375,  # 2_650
     "cli": 2_713,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}

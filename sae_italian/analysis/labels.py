@@ -81,22 +81,18 @@ class GoldWords:
         places = np.stack([rows, np.fromiter(chain.from_iterable(columns), dtype=np.int64)], axis=1)
         self.labels = zeros_and_ones(places, (len(columns), len(self.names)))
 
-    def _add_document(
-        self, cache: FeatureCache, doc: int, positions: Int[np.ndarray, " tokens"]
-    ) -> Iterator[list[int]]:
+    def _add_document(self, cache: FeatureCache, doc: int, at: Int[np.ndarray, " n"]) -> Iterator[list[int]]:
         _, seed, index = cache.document(doc).doc_id.split("/")
         gold = micro_italiano.document(int(index), seed=int(seed))
         starts = np.array([word.start for word in gold.words])
         # A token belongs to the word that its last character lies in.
-        self.word_of_position[positions] = (
-            len(self.doc_of_word) + np.searchsorted(starts, cache.whole("end")[positions], side="left") - 1
-        )
+        self.word_of_position[at] = len(self.doc_of_word) - 1 + np.searchsorted(starts, cache.whole("end")[at])
         self.doc_of_word += [doc] * len(gold.words)
         for word in gold.words:
             inside = (span.labels["construction"] for span in gold.constructions if span.start <= word.start < span.end)
             yield self._columns(tuple(word.labels.items()), tuple(inside), gold.register)
 
-    def _columns_of(self, labels: tuple[tuple[str, str], ...], inside: tuple[str, ...], register: str) -> list[int]:
+    def _columns_of(self, labels: Any, inside: Sequence[str], register: str) -> list[int]:
         return [self.names.setdefault(key, len(self.names)) for key in _labels(dict(labels), inside, register)]
 
     def activations(self, cache: FeatureCache) -> scipy.sparse.csr_array:

@@ -19,7 +19,6 @@ N_BARS, N_TABLE = 50, 3  # Neuronpedia's
 SAMPLE_TOKENS = 32_768
 SAMPLE_FLOATS = 2**26  # of the model's activations held in memory
 FORWARD_WINDOWS = 16
-_WHOLE = (int, str, bool, type(None))  # have no fraction
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
@@ -30,11 +29,7 @@ def rounded(value: Any, digits: int = 6) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list):
-        number = f".{digits}g"
-        return [
-            x if (kind := type(x)) in _WHOLE else float(format(x, number)) if kind is float else rounded(x, digits)
-            for x in value
-        ]
+        return [float(f"{x:.{digits}g}") if type(x) is float else rounded(x, digits) for x in value]
     if isinstance(value, dict):
         return {key: rounded(item, digits) for key, item in value.items()}
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value

@@ -33,8 +33,6 @@ BANDS, HASHES_PER_BAND, SHINGLE_WORDS = 14, 8, 5
 FALSE_POSITIVES = 1e-6
 FILTERS = ("min_chars", "italian", "duplicates", "near_duplicates", "capacity")  # of a reader's settings
 _WORD = re.compile(r"\w+")
-
-
 Split = Literal["train", "heldout", "all"]
 
 

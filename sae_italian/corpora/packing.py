@@ -288,8 +288,8 @@ def corpus_stats(
 def _histogram(lengths: list[int]) -> list[dict[str, int]]:
     bins = Counter(math.floor(BINS_PER_DECADE * math.log10(length)) for length in lengths)
     edges = {i: math.ceil(10 ** (i / BINS_PER_DECADE)) for i in range(min(bins), max(bins) + 2)}
-    ranges = [(i, edges[i], edges[i + 1] - 1) for i in range(min(bins), max(bins) + 1)]
-    return [{"from": first, "to": last, "documents": bins[i]} for i, first, last in ranges if last >= first]
+    wide = [i for i in range(min(bins), max(bins) + 1) if edges[i] < edges[i + 1]]
+    return [{"from": edges[i], "to": edges[i + 1] - 1, "documents": bins[i]} for i in wide]
 
 
 def text_histogram(stats: dict[str, Any], width: int = 40) -> str:

@@ -16,7 +16,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from functools import cache, lru_cache
+from functools import cache
 from itertools import accumulate, chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,9 +34,7 @@ ROWS_PER_BATCH = 256
 HASHED_WHOLE = 2**28  # bytes of a corpus, about half a second
 HASHED_PARTS, HASHED_PART = 16, 2**18  # of each file of a larger one: parts, and bytes of a part
 HELD_OUT_PERMILLE = 50
-KNOWN_MICRO = (
-    250_000  # documents, a million held-out tokens; to know by the hash, twenty must be made for each that is read
-)
+KNOWN_MICRO = 250_000  # documents, a million held-out tokens: to know by the hash, all must be made
 AGAIN = "Get it again and resume, or skip it (on_broken=skip)."
 
 
@@ -278,16 +276,13 @@ def _table_rows(batches: Iterable[pa.RecordBatch], names: list[str], first: int,
 
 
 def _micro(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
+    from sae_italian import micro_italiano
+
+    known = _held_out_of_seed_0() if shard.kind == HELD_OUT_MICRO and shard.path == "0" else ()
     for index in count(start):
-        yield (_held_out_micro if shard.kind == HELD_OUT_MICRO else _micro_row)(int(shard.path), index)
-
-
-@lru_cache(maxsize=500_000)  # about 60 MB; evaluations read the same text again
-def _held_out_micro(seed: int, index: int) -> Row:
-    if seed == 0 and index < KNOWN_MICRO and index not in _held_out_of_seed_0():
-        return Row(index, OTHER_SPLIT)
-    row = _micro_row(seed, index)
-    return row if is_held_out(row.text) else Row(index, OTHER_SPLIT)
+        skipped = known and index < KNOWN_MICRO and index not in known
+        document = None if skipped else micro_italiano.document(index, int(shard.path))
+        yield Row(index, OTHER_SPLIT) if document is None else Row(index, document.text, document.register)
 
 
 @cache
@@ -295,13 +290,6 @@ def _held_out_of_seed_0() -> frozenset[int]:
     """Return which of the first documents are held out, from the list that tests/corpora/test_held_out.py writes and checks."""
     gaps = Path(__file__).with_name("micro_held_out.txt").read_text("ascii").split()
     return frozenset(accumulate(map(int, gaps)))
-
-
-def _micro_row(seed: int, index: int) -> Row:
-    from sae_italian import micro_italiano
-
-    document = micro_italiano.document(index, seed)
-    return Row(index, document.text, document.register)
 
 
 READERS: dict[str, Callable[[TextFile, Sequence[str], int], Iterator[Row]]] = {
