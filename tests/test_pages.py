@@ -95,6 +95,7 @@ SLOW = ("absorption", "autointerp CACHE --subject", "choose-k", "ioi", "agreemen
 NOT_RUN = {
     "choose-k mini/topk": "minutes; `choose-k CONFIG` stands for it",
     "quickstart --out": "minutes; tests/test_quickstart.py",
+    "quickstart mini/topk sae.architecture=topk": "the same",
     "browse quickstart/cache --latent": "a latent of the real quickstart; tests/browser",
     "train CONFIG --processes": "starts processes; tests/training/test_launching.py",
     "train CONFIG shard_latents=": "the same; tests/training/test_shard_runs.py",

@@ -108,5 +108,5 @@ def test_a_dry_run_says_which_layout_a_config_needs():
     assert "latents sharded over 2 (shard_latents=true --processes 2)" in small["text"]
     rest = sum(memory.values()) - memory["saes_gb"] - memory["step_gb"]
     assert small["memory_gb"] == pytest.approx(rest + (memory["saes_gb"] + memory["step_gb"]) / 2)
-    stock = load_spec("mini/topk", "sae.d_sae=262144", "sae.k=32")
+    stock = load_spec("mini/topk", "sae.architecture=topk", "sae.d_sae=262144", "sae.k=32")
     assert "only sparse_topk can be sharded" in layout_on(2, stock, memory_of([stock]))["text"]

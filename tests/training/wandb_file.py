@@ -20,7 +20,7 @@ def payloads(data: bytes):
             place += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
-        if kind == 0:
+        if kind == 0 or place + HEADER + length > len(data):  # not written, or only half of it
             break
         parts.append(data[place + HEADER : place + HEADER + length])
         place += HEADER + length
