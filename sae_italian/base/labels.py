@@ -24,6 +24,7 @@ def _table() -> dict[str, dict[str, dict[Language, str]]]:
     return packaged_yaml(Path(__file__).with_name("labels.yaml").read_text("utf-8"))
 
 
+@cache
 def labels(heading: str, language: Language = "en") -> dict[str, str]:
     """Return all labels under a heading by name, in the order of the table. Raises: KeyError when there is no such heading."""
     return {str(name): words[language] for name, words in _table()[heading].items()}
