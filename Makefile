@@ -80,6 +80,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) --editable ".[titles,serve]"
 	$(BIN)/python -c "import sae_lens, transformer_lens"
+	$(BIN)/sae-italian --help >/dev/null
 	@touch $(READY)
 
 # What the tests, the documents and the optional parts need beside.
