@@ -72,20 +72,25 @@ docs: install  ## the documentation into site/; a warning is an error
 
 install: $(DEV)
 
-# Of 27,000 files of Python only what every command imports is compiled beforehand.
+# Of 27,000 files of Python only what every command imports is compiled beforehand. uv does in 15 seconds what takes pip 90,
+# from the index that pip was told of; where it cannot be had, or does not get through, pip does it. torch is pip's: uv does
+# not look where pip's settings may keep a CPU build.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+UV = UV_DEFAULT_INDEX=$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)} \
+	$(BIN)/uv pip install --quiet --system-certs --python $(BIN)/python --constraint constraints.txt
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable ".[titles,serve]"
+	-$(PIP) uv
+	$(UV) --editable ".[titles,serve]" || $(PIP) --editable ".[titles,serve]"
 	$(BIN)/python -c "import sae_lens, transformer_lens"
 	$(BIN)/sae-italian --help >/dev/null
 	@touch $(READY)
 
 # What the tests, the documents and the optional parts need beside.
 $(DEV): $(READY)
-	$(PIP) --editable ".[dev]"
+	$(UV) --editable ".[dev]" || $(PIP) --editable ".[dev]"
 	@touch $(DEV)
 
 clean:
