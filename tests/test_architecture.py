@@ -229,3 +229,24 @@ def test_what_make_starts_writes_bytecode():
         text=True,
     )
     assert "[]" in told.stdout.splitlines(), told.stderr
+
+
+@pytest.mark.parametrize("gets_through", [True, False])
+def test_an_install_asks_uv_and_falls_back_on_pip(gets_through, tmp_path):
+    """A `python -m venv` that makes programs which only say how they were called; no index is asked."""
+    for name, status in {"python": 0, "pip": 1, "uv": 0 if gets_through else 2, "sae-italian": 0}.items():
+        program = tmp_path / "made" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\necho "{name} $UV_DEFAULT_INDEX $*" >>{tmp_path}/called\nexit {status}\n')
+        program.chmod(0o755)
+    venv, python = tmp_path / "venv", tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\n[ "$2" != venv ] || {{ mkdir {venv}; cp -r {tmp_path}/made {venv}/bin; }}\n')
+    python.chmod(0o755)
+    make = ["make", f"VENV={venv}", f"PYTHON={python}", f"{venv}/.ready"]
+    environment = os.environ | {"PIP_INDEX_URL": "https://mirror/simple"}
+    done = subprocess.run(make, cwd=house.PACKAGE.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    called = [line for line in (tmp_path / "called").read_text().splitlines() if "--editable" in line]
+    assert [line.split()[0] for line in called] == (["uv"] if gets_through else ["uv", "python"])
+    assert called[0].startswith("uv https://mirror/simple pip install")
+    assert all("constraints.txt" in line for line in called)
