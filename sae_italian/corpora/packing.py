@@ -131,17 +131,12 @@ def pack(
     *,
     windows_per_block: int = 256,
 ) -> Iterator[PackedBlock]:
-    """Yield blocks of `windows_per_block` full windows, the last block shorter; a window that is not full is dropped.
+    """Return blocks of `windows_per_block` full windows, the last block shorter; a window that is not full is dropped.
 
     Raises: UsageError when context_size leaves no room for text.
     """
     packer = Packer(context_size, layout_of(tokenizer))
-    for batch, tokens in tokenised(documents, tokenizer):
-        packer.add(batch, tokens)
-        while packer.n_windows >= windows_per_block:
-            yield packer.take(windows_per_block)
-    if packer.n_windows:
-        yield packer.take(packer.n_windows)
+    return packer.blocks(tokenised(documents, tokenizer), windows_per_block)
 
 
 class Packer:
@@ -194,6 +189,17 @@ class Packer:
         documents = [document for window, document in self.documents if window < self.n_taken]
         self.documents = self.documents[len(documents) :]  # they are in the order of their windows
         return PackedBlock(block[0], block[1], block[2], block[3], documents, first)
+
+    def blocks(
+        self, batches: Iterable[tuple[list[TextDocument], list[Tokens]]], windows_per_block: int
+    ) -> Iterator[PackedBlock]:
+        """Yield blocks as documents come, then what is left in full windows."""
+        for documents, tokens in batches:
+            self.add(documents, tokens)
+            while self.n_windows >= windows_per_block:
+                yield self.take(windows_per_block)
+        while self.n_windows:
+            yield self.take(min(self.n_windows, windows_per_block))
 
     def state(self) -> dict[str, Any]:
         """Return what is left between two shards: tokens not taken, and documents whose window is not full."""

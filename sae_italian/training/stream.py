@@ -106,7 +106,7 @@ class ActivationStream:
         return None
 
     def _block(self, windows: Int[np.ndarray, "windows context"]) -> _Block:
-        place = None if self.cached is None else self.windows.place.corpus - 1  # there, it is that of the next block
+        place = None if self.cached is None else self.windows.place[0] - 1  # it is that of the next block
         return _Block(windows, self._kept(windows), place)
 
     def _rows(self, block: _Block, back: int) -> Rows:
@@ -120,7 +120,7 @@ class ActivationStream:
             acts = {name: each.to(self.device, self.model.dtype) for name, each in read.items()}
         rows = torch.stack([acts[name][kept] for name in self.hook_names])
         if not torch.isfinite(rows.sum(dtype=torch.float32)):
-            self._refuse_not_finite(acts, kept, block, self.windows.n_blocks - back)
+            self._refuse_not_finite(rows, kept, block, self.windows.n_blocks - back)
         return rows
 
     def _kept(self, windows: Int[np.ndarray, "windows context"]) -> Bool[np.ndarray, "windows context"]:
@@ -129,19 +129,18 @@ class ActivationStream:
             return keep & ~special_mask(windows, self.tokenizer)
         return keep & ~np.isin(windows, list(self.exclude_special_tokens or ()))
 
-    def _refuse_not_finite(self, acts: dict[str, Tensor], keep: Tensor, block: _Block, n: int) -> None:
-        for name, at_hook in acts.items():
-            bad = ((~torch.isfinite(at_hook)).any(-1) & keep).nonzero()
-            if len(bad) == 0:
-                continue  # the sum alone was too large
-            window, position = bad[0].tolist()
-            number = n * self.windows.windows_per_block + window
-            raise UsageError(
-                f"the model's activations at {name!r} are not finite: window {number:,} of the corpus, position "
-                f"{position}, token {self.tokenizer.decode([int(block.windows[window, position])])!r}, "
-                f"dtype {at_hook.dtype}. "
-                "Use dtype float32 or bfloat16, or check the model's weights."
-            )
+    def _refuse_not_finite(self, rows: Rows, kept: Tensor, block: _Block, n: int) -> None:
+        bad = (~torch.isfinite(rows)).any(-1).nonzero()
+        if len(bad) == 0:
+            return  # the sum alone was too large
+        hook, row = bad[0].tolist()
+        window, position = divmod(int(kept.flatten().nonzero()[row]), kept.shape[1])
+        number = n * self.windows.windows_per_block + window
+        raise UsageError(
+            f"the model's activations at {self.hook_names[hook]!r} are not finite: window {number:,} of the corpus, "
+            f"position {position}, token {self.tokenizer.decode([int(block.windows[window, position])])!r}, "
+            f"dtype {rows.dtype}. Use dtype float32 or bfloat16, or check the model's weights."
+        )
 
     def fill(self, told: Callable[[int], object] = lambda n: None) -> None:
         """Put new rows into the holes of the buffer; `told` is called with the number of rows of each step."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -25,8 +25,6 @@ from sae_italian.training.config import NORM_ESTIMATE_BATCHES, RunSpec, load_spe
 
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer packs into one on average
 COUNTED_CHARACTERS = 200_000_000  # of a corpus whose length is checked
-DOCUMENTS_PER_BATCH = 64
-
 
 Documents = Callable[[], CorpusStream] | MappedWindows  # called to start the corpus, or memory-mapped
 
@@ -88,12 +86,10 @@ def check_length(spec: RunSpec, tokenizer: Any) -> str:
 
 # --- windows ------------------------------------------------------------------------------------------------------------
 
-
-class _Place(NamedTuple):
-    """Where the next block of windows starts; both are None at the start of the corpus."""
-
-    corpus: Any = None  # a CorpusStream's state, or the number of a pretokenised corpus' block
-    packer: Packer | None = None  # with what is left of the documents read before
+# Where a block of windows starts: a CorpusStream's state, or the number of a memory-mapped corpus' block; and the packer with
+# what is left of the documents read before. Both are None at the start of the corpus.
+Place = tuple[Any, Packer | None]
+START: Place = (None, None)
 
 
 class WindowBlocks:
@@ -110,13 +106,12 @@ class WindowBlocks:
             check_pretokenized(documents, tokenizer, context_size)
         self.documents, self.tokenizer, self.context_size = documents, tokenizer, context_size
         self.windows_per_block, self.repeat = windows_per_block, repeat
-        self.n_blocks = 0  # taken, over all epochs
         self.pool = ThreadPoolExecutor(1, "windows")
-        self._start(_Place())
+        self._start(0, START)
 
-    def _start(self, place: _Place) -> None:
-        self.place, self.blocks = place, self._blocks(place)
-        self.coming: Future[Any] | None = None
+    def _start(self, n_blocks: int, place: Place) -> None:
+        self.n_blocks, self.place = n_blocks, place  # blocks taken, over all epochs
+        self.blocks, self.coming = self._blocks(place), None
 
     def __iter__(self) -> WindowBlocks:
         return self
@@ -130,57 +125,50 @@ class WindowBlocks:
         self.n_blocks += 1
         return tokens
 
-    def _blocks(self, place: _Place) -> Iterator[tuple[np.ndarray, _Place]]:
+    def _blocks(self, place: Place) -> Iterator[tuple[np.ndarray, Place]]:
         """Yield each block with the place of the one after it."""
         while True:
-            empty = place == _Place()
-            for found in self._epoch(place):
-                empty = False
-                yield found
-            if empty:
+            blocks = self._epoch(place)
+            first = next(blocks, None)
+            if first is not None:
+                yield first
+                yield from blocks
+            elif place == START:
                 raise UsageError(
                     f"the corpus is too short: not one window of {self.context_size} tokens. Use a longer one."
                 )
             if not self.repeat:
                 return
-            place = _Place()
+            place = START
 
-    def _epoch(self, place: _Place) -> Iterator[tuple[np.ndarray, _Place]]:
+    def _epoch(self, place: Place) -> Iterator[tuple[np.ndarray, Place]]:
         """Yield the blocks from a place to the end of the corpus."""
+        corpus, packer = place
         if isinstance(self.documents, MappedWindows):
-            first = place.corpus or 0
+            first = corpus or 0
             for number, tokens in enumerate(self.documents.blocks(self.windows_per_block, first), first + 1):
-                yield tokens, _Place(number)
+                yield tokens, (number, None)
             return
-        stream, read, packer = self.documents(), place.corpus, self._packer()
-        if place.packer is not None:
-            stream.load_state(read)
-            packer = copy(place.packer)
-        for batch, pieces in tokenised(stream, self.tokenizer, DOCUMENTS_PER_BATCH):
-            packer.add(batch, pieces)
-            read = stream.state()
-            while packer.n_windows >= self.windows_per_block:
-                yield packer.take(self.windows_per_block).tokens, _Place(read, copy(packer))
-        while packer.n_windows:
-            n_windows = min(packer.n_windows, self.windows_per_block)
-            yield packer.take(n_windows).tokens, _Place(read, copy(packer))
+        stream, packer = self.documents(), copy(packer) if packer else self._packer()
+        if corpus is not None:
+            stream.load_state(corpus)
+        for block in packer.blocks(tokenised(stream, self.tokenizer), self.windows_per_block):
+            yield block.tokens, (stream.state(), copy(packer))
 
     def _packer(self) -> Packer:
         return Packer(self.context_size, layout_of(self.tokenizer))
 
     def state(self) -> dict[str, Any]:
         """Return where the next block starts, as JSON."""
-        packer = None if self.place.packer is None else self.place.packer.state()
-        return {"n_blocks": self.n_blocks, "corpus": self.place.corpus, "packer": packer}
+        corpus, packer = self.place
+        return {"n_blocks": self.n_blocks, "corpus": corpus, "packer": packer and packer.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, whatever was read before."""
-        packer = None
-        if state["packer"] is not None:
-            packer = self._packer()
+        packer = state["packer"] and self._packer()
+        if packer:
             packer.load(state["packer"])
-        self.n_blocks = state["n_blocks"]
-        self._start(_Place(state["corpus"], packer))
+        self._start(state["n_blocks"], (state["corpus"], packer))
 
 
 def check_pretokenized(corpus: PretokenizedCorpus, tokenizer: Any, context_size: int) -> None:
