@@ -189,18 +189,15 @@ def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_
         documents: Documents to print; default: none for a corpus of the catalogue, 3 for others.
     """
     from sae_italian.corpora.catalogue import find
-    from sae_italian.corpora.stream import CorpusStream, nothing_in
+    from sae_italian.corpora.stream import CorpusStream
 
     located = find(corpus)
     value: dict[str, Any] = {"facts": located[0].model_dump(mode="json") if located else None, "documents": []}
     parts = [facts(value["facts"])] if located else []
     if documents or not located:
-        stream = CorpusStream(corpus, _reader(words, text_column=text_column)[0])
-        found = list(islice(stream, documents or 3))
+        found = list(islice(CorpusStream(corpus, _reader(words, text_column=text_column)[0]), documents or 3))
         value["documents"] = [document._asdict() for document in found]
         parts += [f"[{document.doc_id} · {document.source}]\n{document.text}" for document in found]
-        if not found:
-            raise nothing_in(stream)
     return Result(value, "\n\n".join(parts))
 
 

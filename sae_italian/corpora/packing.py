@@ -256,7 +256,7 @@ def corpus_stats(
     elided one (`l'aria`) is one word. `typed_special_tokens` counts documents in which a special token such as `<s>` is
     typed; it is tokenised as the characters it is. `italian_share` is the share of every tenth document that py3langid calls Italian.
     `histogram` counts documents by characters, in bins of a quarter of a power of ten.
-    Raises: UsageError when no document is kept.
+    Raises: UsageError as `iter_documents`.
     """
     stream = CorpusStream(corpus, reader)
     lengths: list[int] = []
@@ -272,8 +272,6 @@ def corpus_stats(
         n_words += sum(len(_WORD.findall(text)) for text in texts)
         n_typed += sum(typed.search(text) is not None for text in texts)
         n_tokens += 0 if tokenizer is None else sum(tokens.shape[1] for tokens in tokenise(tokenizer, texts))
-    if not lengths:
-        raise UsageError(f"corpus {str(corpus)!r} has no document to measure.\n{stream.counts.lines()}")
     marks = zip(("min", "p10", "median", "p90", "max"), np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]), strict=True)
     return {
         "corpus": str(corpus),

@@ -35,7 +35,7 @@ from sae_italian.base.storage import (
 )
 from sae_italian.corpora.packing import PackedBlock, Packer, layout_of, tokenised
 from sae_italian.corpora.rows import MICRO_ITALIANO, PRETOKENIZED
-from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument, nothing_in
+from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,8 +139,6 @@ def _write(
                 position = {"shards": shards, "position": stream.state(), "packer": packer.state()}
                 write_json(out / PRETOKENIZED, progress | position)
                 (out / f"seen-{number - 1:05d}.npz").unlink(missing_ok=True)
-    if not stream.counts.kept:
-        raise nothing_in(stream)
     if not shards:
         raise UsageError(
             f"corpus {stream.corpus!r} does not fill one window of {packer.context_size} tokens. "

@@ -182,6 +182,7 @@ class CorpusStream:
 
     Several corpora, separated by commas, are read in turn, a document from each, until all have ended; with weights
     (`0.7*a,0.3*b`) the corpus of each document is drawn by weight, from the seed.
+    Raises: UsageError at the end of a corpus, or of a split of one, that holds no document.
     """
 
     def __init__(self, corpus: str | Path, reader: Reader | None = None):
@@ -211,7 +212,13 @@ class CorpusStream:
                 self.counts.kept += 1
                 self.counts.characters += len(document.text)
                 return document
-        raise StopIteration
+        if self.counts.kept:
+            raise StopIteration
+        dropped = ", ".join(f"{n:,} {reason}" for reason, n in self.counts.dropped.items())
+        which = "" if split == "all" else f"the {split} split of "
+        raise UsageError(
+            f"{which}corpus {self.corpus!r} has no document with text in it{f' ({dropped})' if dropped else ''}."
+        )
 
     def _pick(self) -> int:
         """Return the part of the next document; pick number and seed decide it, so there is no generator to save."""
@@ -257,7 +264,7 @@ class CorpusStream:
 def iter_documents(
     corpus: str | Path, split: Split = "all", *, seed: int = 0, text_column: str = "text"
 ) -> Iterator[TextDocument]:
-    """Yield the documents of `corpus` in a fixed order, those of one split only.
+    """Return the documents of `corpus` in a fixed order, those of one split only.
 
     `corpus` is `micro-italiano` (unlimited), a name of the catalogue (`wikipedia-it`, `clean-mc4-it-tiny@parquet`), hub
     files (`hf://datasets/owner/name/*.parquet`), or a local file or folder: txt (documents are separated by blank
@@ -267,10 +274,7 @@ def iter_documents(
     Raises: UsageError for an unknown corpus, a missing text column, naming the columns there are, and a split without any
     document; DataError for a broken line, naming file and line.
     """
-    stream = CorpusStream(corpus, Reader(split=split, seed=seed, text_column=text_column))
-    yield from stream
-    if not stream.counts.kept:
-        raise nothing_in(stream)
+    return CorpusStream(corpus, Reader(split=split, seed=seed, text_column=text_column))
 
 
 def load_corpus(
@@ -305,18 +309,7 @@ def load_corpus(
 
 def check_corpus(corpus: str | Path, *, text_column: str = "text", reader: Reader | None = None) -> None:
     """Raise now, in one line, what reading the first document would raise, and UsageError when there is none."""
-    stream = CorpusStream(corpus, reader or Reader(text_column=text_column))
-    if next(stream, None) is None:
-        raise nothing_in(stream)
-
-
-def nothing_in(stream: CorpusStream) -> UsageError:
-    """Return what to raise for a corpus, or a split of one, that holds no document."""
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in stream.counts.dropped.items())
-    which = "" if stream.reader.split == "all" else f"the {stream.reader.split} split of "
-    return UsageError(
-        f"{which}corpus {stream.corpus!r} has no document with text in it{f' ({dropped})' if dropped else ''}."
-    )
+    next(CorpusStream(corpus, reader or Reader(text_column=text_column)))
 
 
 def _rows(corpus: str, reader: Reader, limit: int | None, version: str = "") -> Iterator[dict[str, str]]:
