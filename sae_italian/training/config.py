@@ -154,8 +154,6 @@ class RunSpec(BaseModel):
             )
         if "d_sae" not in given:
             raise UsageError(f"sae.d_sae is missing: the number of latents, e.g. {16 * d_in}.")
-        if not 0 < given["d_sae"] < 2**53:
-            raise UsageError(f"sae.d_sae must be above 0 and below 2^53; the number of latents is e.g. {16 * d_in}.")
         if k is not None and not 0 < k < given["d_sae"]:
             raise UsageError(f"sae.k is {k}; it must be above 0 and below sae.d_sae, which is {given['d_sae']}.")
         transcodes = "d_out" in config_class.__dataclass_fields__
@@ -172,8 +170,8 @@ class RunSpec(BaseModel):
         name = given.pop("architecture", None)
         if not isinstance(name, str) or name not in KNOWN:
             raise UsageError(f"sae.architecture {name!r} is unknown. {nearest(str(name), KNOWN)}")
-        config_class = self._config_class(KNOWN, name, given)
-        kinds = get_type_hints(config_class)
+        config_class = self._config_class(name, given)
+        kinds: dict[str, Any] = get_type_hints(config_class) | {"d_sae": Count}
         valid = sorted(field.name for field in fields(config_class) if field.name != "metadata")
         for key, value in given.items():
             if key not in valid:
@@ -188,13 +186,14 @@ class RunSpec(BaseModel):
             given["k_anneal_steps"] = round(self.k_anneal_share * self.n_steps)
         return config_class, given
 
-    def _config_class(self, known: Any, architecture: str, given: dict[str, Any]) -> Any:
+    def _config_class(self, architecture: str, given: dict[str, Any]) -> Any:
         """Return the config class, and put the start into `given`: where nothing is said, the mean of the first batch.
 
         SAELens' own architectures start elsewhere than at zero, and anneal, as their twins `started_...`; ours have the
         fields themselves. What has no `start`, such as the tied SAE without b_dec, is as it is.
         """
-        plain, twin = (known.get(name, (None, None))[1] for name in (architecture, f"started_{architecture}"))
+        plain: Any = KNOWN[architecture][1]
+        twin = KNOWN.get(f"started_{architecture}", (None, None))[1]
         started = twin or plain
         if "start" not in started.__dataclass_fields__:
             return plain

@@ -60,7 +60,7 @@ def test_shipped_configs_are_found_by_name(path, tmp_path, monkeypatch):
         (["sae.normalize_activations=no"], "config key 'sae.normalize_activations'"),
         (["context_size=1024"], "the model has 512 positions"),
         (["sae.k=4096"], "below sae.d_sae"),
-        (["sae.d_sae=1" + "0" * 400], "sae.d_sae must be above 0 and below 2.53"),
+        (["sae.d_sae=1" + "0" * 400], "'sae.d_sae' is 1000.*; it should be less than 9007199254740992"),
         (["hook_name=blocks.٢.hook_resid_post"], "hook_name"),
         (["sae.d_in=7"], "has 128"),
         (["sae.k=0"], "sae.k is 0; it must be above 0"),
