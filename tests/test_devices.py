@@ -23,9 +23,9 @@ from sae_italian.saes import load_sae, sparse
 from sae_italian.saes import loading as saes_loading
 from sae_italian.saes.sparse import latent_sums, row_dots
 from sae_italian.training.config import spec_from_dict
+from sae_italian.training.loop import SAERun
 from sae_italian.training.pretrained import LATENT_MAP
 from sae_italian.training.run import SAE_FOLDER, open_stream, train_together
-from sae_italian.training.sae_run import SAERun
 from tests import fresh, house
 from tests.devices import Mixed, Pretended, place
 
@@ -54,7 +54,6 @@ ALLOWED = {
         "the buffer's slots are numbers of the CPU, so that a resumed run has the same; one wait in a refusal",
     ),
     "training/loop.py": (0, 0, "nothing is read off a step but every LOG_EVERY_STEPS, by SAELens' log"),
-    "training/sae_run.py": (0, 0, "as the loop"),
     "training/processes.py": (2, 4, "flags and sums that go by gloo are the CPU's; hashes at a checkpoint"),
     "training/pretrained.py": (0, 5, "once at the start and once at the end of a run"),
     "training/shards.py": (

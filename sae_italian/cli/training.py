@@ -171,8 +171,7 @@ def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, sourc
     """
     from sae_italian.evaluation.doctor import Diagnosis, examine, unreadable
     from sae_italian.saes import model_of
-    from sae_italian.training.curves import look_at_training
-    from sae_italian.training.run import WEIGHTS
+    from sae_italian.training.logging import WEIGHTS, look_at_training
 
     folder, picture = Path(sae), None
     if not (folder / "cfg.json").is_file() and any(folder.glob("*TC*/cfg.json")):

@@ -1,42 +1,113 @@
-"""Where the rows of a run go: into its metrics.jsonl, and to W&B when asked for, offline without a login."""
+"""Where the rows of a run go: into its metrics.jsonl, and to W&B when asked for, offline without a login. And what they say:
+is the training healthy? Loss, L0, explained variance and dead latents, beside the recorded curve of its recipe.
+
+Beside a folder of recipes lies `curves/`, with one JSON for each: the recipe trained in full, and shortened to seconds,
+which is what the tests train again (tests/bench/record_curves.py writes them).
+"""
 
 import contextlib
 import json
+import math
 import os
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
+from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import WANDB_FILE, WandbRun
-from sae_italian.base.storage import write_json, write_text
-from sae_italian.cache import FeatureCache
+from sae_italian.base.report import OURS, REFERENCE, svg
+from sae_italian.base.storage import read_json, record_in, understood, write_json, write_text
+from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.cache.passages import marked
-from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE, EvaluationCard
-from sae_italian.training.config import RunSpec
+from sae_italian.evaluation import evaluate
+from sae_italian.evaluation.card import CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE
+from sae_italian.evaluation.doctor import Finding
+from sae_italian.saes import load_sae
+from sae_italian.training.config import RunSpec, configs_folder
 
 METRICS_FILE = "metrics.jsonl"
+WEIGHTS = "sae_weights.safetensors"  # written last: where they are, the training is finished
+# The reconstruction's own loss where it is told apart: the sparsity term grows by plan while its coefficient warms up.
+LOSS_KEYS = ("losses/mse_loss", "losses/overall_loss")
 SWEEP_ID, SWEEP_RUN_ID = "WANDB_SWEEP_ID", "WANDB_RUN_ID"  # what `wandb agent` tells the commands it starts
-SAE_FILES = ("cfg.json", "sae_weights.safetensors")
+SAE_FILES = ("cfg.json", WEIGHTS)
 SAELENS_FILES = (*SAE_FILES, "sparsity.safetensors", "runner_cfg.json")  # of a finished SAE, what SAELens uploads
 OUR_FILES = ("run.json", METRICS_FILE, CARD_JSON, CARD_MARKDOWN, DENSITY_PICTURE)  # and what we add
 CHECKPOINT_FILES = (*SAE_FILES, "activation_scaler.json")
 N_LATENTS, N_CONTEXTS = 1000, 3  # of the table of latents; more of either make a W&B page slow
 LATENT_COLUMNS = ["latent", "density", "max", "token", "token_share"]
+TITLES = {
+    "loss": "loss · perdita",
+    "l0": "L0",
+    "explained_variance": "explained variance · varianza spiegata",
+    "dead": "dead latents · latenti morti",
+}
+# How far a run of the same recipe may be from its curve: a share of the curve's value, and an absolute distance. Chosen,
+# not estimated: wide enough for another seed or machine.
+TOLERANCE = {"loss": (0.15, 0.0), "l0": (0.15, 0.5), "explained_variance": (0.0, 0.04), "dead": (0.0, 0.05)}
+# Settings that leave the curve as it is.
+NEUTRAL = {"seed", "device"} | {name for name in RunSpec.model_fields if name.startswith(("wandb", "checkpoint_every"))}
 
 
 class RunLog:
-    """The log of the run whose folder is `out`: every row goes into metrics.jsonl, and to `wandb_run` where there is one.
+    """The log of the run whose folder is `out`: every row goes into metrics.jsonl, and to W&B within `to_wandb`.
 
     Without a folder, it is that of a process which another one writes for.
     """
 
-    def __init__(self, spec: RunSpec, out: Path | None, wandb_run: Any = None):
-        self.spec, self.wandb_run = spec, wandb_run
+    def __init__(self, spec: RunSpec, out: Path | None):
+        self.spec = spec
         self.out: Any = out
+        self.wandb_run: Any = None
+
+    @contextlib.contextmanager
+    def to_wandb(self, config: Any) -> Iterator[None]:
+        """Tell W&B too in the block, where the spec asks for it; `config` is SAELens' own of the run.
+
+        `wandb: online` without a login, or without the server in reach, becomes offline, which one line on stderr says; so
+        does another, at the end, how to send it later. A run that is resumed, and one of a sweep, goes on in its own W&B run.
+        """
+        if self.spec.wandb == "off":
+            yield
+            return
+        failed, self.wandb_run = 1, self._start(config)
+        try:
+            yield
+            failed = 0
+        finally:
+            self.wandb_run.finish(exit_code=failed)
+        if self.wandb_run.offline:
+            sys.stderr.write(f"W&B holds this run offline; send it with: wandb sync {self.out}/wandb/offline-*\n")
+
+    def _start(self, config: Any) -> Any:
+        import wandb
+        from wandb.errors import CommError
+
+        spec, out = self.spec, self.out
+        given: dict[str, Any] = WandbRun(None, spec.wandb_project).joined(out) | {
+            "name": config.logger.run_name,
+            "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
+            "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
+        }
+        if SWEEP_ID not in os.environ:  # the folder's W&B run has one id; claiming the folder anew forgets it
+            if not (out / WANDB_FILE).is_file():
+                write_json(out / WANDB_FILE, WandbRun(uuid.uuid4().hex[:8], spec.wandb_project)._asdict())
+            given["id"] = given["group"] = WandbRun.of(out).id  # exports of its latents join the group
+        if spec.wandb == "online":
+            why = "nobody is logged in (`wandb login`)"
+            if wandb.login(prompt=False, verify=False):
+                try:
+                    return wandb.init(mode="online", **given, resume="allow" if "id" in given else None)
+                except CommError as error:
+                    why = f"the server cannot be reached ({' '.join(str(error).split())})"
+            sys.stderr.write(f"wandb: online, but {why}; the run is kept offline.\n")
+        return wandb.init(mode="offline", **given)
 
     def __call__(self, row: dict[str, Any], step: int) -> None:
         """Tell the metrics of one step, in SAELens' names."""
@@ -59,23 +130,48 @@ class RunLog:
             aliases = ["latest", f"{n_tokens}-tokens"]
             self._send("sae-checkpoint", {"n_tokens": n_tokens}, folder, CHECKPOINT_FILES, aliases)
 
-    def finish(self, card: EvaluationCard | None, latents: Any, cursor: Mapping[str, Any]) -> None:
-        """Tell W&B of the finished SAE: its card, its latents (`latent_rows`), and where the training ended."""
-        import wandb
+    def evaluation(self, folder: Path, model: Any, step: int) -> None:
+        """Tell the means of the evaluation card of the SAE in a folder as `eval/...`."""
+        sae = load_sae(folder, device=self.spec.device)
+        means = evaluate(sae, model, name=self.out.name, **self._held_out()).estimates()
+        self({f"eval/{key}": mean.value for key, mean in means.items() if math.isfinite(mean.value)}, step)
 
+    def finish(self, model: Any, cursor: Mapping[str, Any]) -> None:
+        """Tell W&B, if it listens, of the finished SAE: its card, which is kept in the folder too, its latents, and where in
+        the corpus the training ended."""
+        if not self.wandb_run:
+            return
         place = {key: value for key, value in cursor.items() if key != "packer"}  # the packer's is text and tokens
         self.wandb_run.summary.update({"corpus": {"name": self.spec.corpus, **place}})
-        if card is not None:
-            measured = {key: x for key, x in card.estimates().items() if x.value == x.value}
-            rows: Any = [[key, *x] for key, x in measured.items()]
-            table = wandb.Table(columns=["metric", "value", "lo", "hi"], data=rows)
-            values = {f"eval/{key}": x.value for key, x in measured.items()}
-            picture = wandb.Html(card._repr_html_(), inject=False)  # in one piece, light and dark
-            columns: Any = [*LATENT_COLUMNS, *(f"context {i}" for i in range(1, N_CONTEXTS + 1))]
-            shown = wandb.Table(columns=columns, data=latents)
-            self.wandb_run.log(values | {"eval/card": table, "eval/density": picture, "eval/latents": shown})
-            self.wandb_run.summary.update({"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents})
+        try:
+            self._tell_card(load_sae(self.out, device=self.spec.device), model)
+        except UsageError as error:
+            sys.stderr.write(f"no evaluation card for W&B: {' '.join(str(error).split())}\n")
         self._send("sae", self.spec.model_dump(mode="json"), self.out, SAELENS_FILES + OUR_FILES)
+
+    def _tell_card(self, sae: Any, model: Any) -> None:
+        import wandb
+
+        card = evaluate(sae, model, name=self.out.name, **self._held_out())
+        card.save(self.out)
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            built = build_cache(sae, model, out=Path(folder) / "cache", split="heldout", **self._held_out())
+            latents: Any = latent_rows(FeatureCache.open(built), model.tokenizer)
+        measured = {key: x for key, x in card.estimates().items() if math.isfinite(x.value)}
+        rows: Any = [[key, *x] for key, x in measured.items()]
+        table = wandb.Table(columns=["metric", "value", "lo", "hi"], data=rows)
+        picture = wandb.Html(card._repr_html_(), inject=False)  # in one piece, light and dark
+        columns: Any = [*LATENT_COLUMNS, *(f"context {i}" for i in range(1, N_CONTEXTS + 1))]
+        shown = wandb.Table(columns=columns, data=latents)
+        values = {f"eval/{key}": x.value for key, x in measured.items()}
+        self.wandb_run.log(values | {"eval/card": table, "eval/density": picture, "eval/latents": shown})
+        self.wandb_run.summary.update({"eval/n_tokens": card.n_tokens, "eval/n_documents": card.n_documents})
+
+    def _held_out(self) -> dict[str, Any]:
+        """Return the text that the SAE is judged on."""
+        spec = self.spec
+        size = {"n_tokens": spec.evaluate_tokens, "context_size": spec.context_size, "text_column": spec.text_column}
+        return {"corpus": spec.evaluate_corpus or spec.corpus, **size}
 
     def _send(self, kind: str, metadata: Any, folder: Path, files: Any, aliases: list[str] | None = None) -> None:
         import wandb
@@ -95,48 +191,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
-
-
-@contextlib.contextmanager
-def open_logger(spec: RunSpec, config: Any, out: Path) -> Iterator[RunLog]:
-    """Yield the log of a run whose folder is `out`, which tells W&B when the spec asks for it.
-
-    `wandb: online` without a login, or without the server in reach, becomes offline, which one line on stderr says; so
-    does another, at the end, how to send it later. A run that is resumed, and one of a sweep, goes on in its own W&B run.
-    """
-    run, failed = None if spec.wandb == "off" else _start(spec, config, out), 1
-    try:
-        yield RunLog(spec, out, run)
-        failed = 0
-    finally:
-        if run is not None:
-            run.finish(exit_code=failed)
-    if run is not None and run.offline:
-        sys.stderr.write(f"W&B holds this run offline; send it with: wandb sync {out}/wandb/offline-*\n")
-
-
-def _start(spec: RunSpec, config: Any, out: Path) -> Any:
-    import wandb
-    from wandb.errors import CommError
-
-    given: dict[str, Any] = WandbRun(None, spec.wandb_project).joined(out) | {
-        "name": config.logger.run_name,
-        "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
-        "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
-    }
-    if SWEEP_ID not in os.environ:  # the folder's W&B run has one id; claiming the folder anew forgets it
-        if not (out / WANDB_FILE).is_file():
-            write_json(out / WANDB_FILE, WandbRun(uuid.uuid4().hex[:8], spec.wandb_project)._asdict())
-        given["id"] = given["group"] = WandbRun.of(out).id  # exports of its latents join the group
-    if spec.wandb == "online":
-        why = "nobody is logged in (`wandb login`)"
-        if wandb.login(prompt=False, verify=False):
-            try:
-                return wandb.init(mode="online", **given, resume="allow" if "id" in given else None)
-            except CommError as error:
-                why = f"the server cannot be reached ({' '.join(str(error).split())})"
-        sys.stderr.write(f"wandb: online, but {why}; the run is kept offline.\n")
-    return wandb.init(mode="offline", **given)
 
 
 def latent_rows(cache: FeatureCache, tokenizer: Any) -> list[list[Any]]:
@@ -161,3 +215,136 @@ def sweep_folder(default: Path) -> Path:
     """Return the folder for a training without --out: under `wandb agent` each run of a sweep has its own below it."""
     run_id = os.environ.get(SWEEP_RUN_ID)
     return default / run_id if os.environ.get(SWEEP_ID) and run_id else default
+
+
+# --- is a training healthy? --------------------------------------------------------------------------------------------
+
+
+class Curve(NamedTuple):
+    """Metrics by share of the training done, in (0, 1]; `dead` is a share of the latents."""
+
+    share: Float[np.ndarray, " rows"]
+    values: dict[str, Float[np.ndarray, " rows"]]
+
+    def at(self, share: Float[np.ndarray, " points"]) -> dict[str, Float[np.ndarray, " points"]]:
+        """Return the metrics at other shares of the training, interpolated."""
+        return {name: np.interp(share, self.share, values) for name, values in self.values.items()}
+
+
+def read_curve(folder: Path) -> Curve:
+    """Return the curve of a training's folder, finished or not. Raises: UsageError where there is none."""
+    spec = record_in(folder).get("spec")
+    file = folder / METRICS_FILE
+    if not file.is_file() or not spec or "sae" not in spec:
+        raise UsageError(f"{folder} is not a training's folder: metrics.jsonl and run.json are expected there.")
+    rows = [row for row in read_metrics(file) if "losses/overall_loss" in row]
+    if not rows:
+        raise UsageError(f"{file} holds no step yet; wait for the first steps.")
+    keys = ("details/n_training_samples", "metrics/l0", "metrics/explained_variance", "sparsity/dead_features")
+    with understood(f"what {file} or run.json holds", "Copy the training's folder again, or train again."):
+        n_tokens, l0, explained, dead = (np.array([row[key] for row in rows], float) for key in keys)
+        loss = np.array([next(row[key] for key in LOSS_KEYS if key in row) for row in rows], float)
+        values = {"loss": loss, "l0": l0, "explained_variance": explained, "dead": dead / spec["sae"]["d_sae"]}
+        return Curve((n_tokens / spec["training_tokens"]).clip(max=1.0), values)
+
+
+def recorded_curves(size: str = "full") -> Iterator[tuple[str, dict[str, Any], Curve]]:
+    """Yield recipe, settings and curve of all recipes that have one. Raises: DataError for a damaged file.
+
+    size: "full", or "short" for the recipe of seconds.
+    """
+    for file in sorted(configs_folder().glob("*/curves/*.json")):
+        with understood(file, "Install sae-italian again."):
+            plain = read_json(file)
+            values = {name: np.array(plain[size][name], float) for name in TITLES}
+            yield plain["recipe"], plain["spec"], Curve(np.array(plain[size]["share"]), values)
+
+
+def same_recipe(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two specs ask for the same curve, settings apart that do not touch it."""
+    return all(one[key] == other[key] for key in (set(one) & set(other)) - NEUTRAL)
+
+
+def band(name: str, values: Float[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return how low and how high a metric may be where the recorded curve has `values`."""
+    relative, absolute = TOLERANCE[name]
+    room = relative * np.abs(values) + absolute
+    low, high = values - room, values + room
+    return (low.clip(0), high.clip(max=1)) if name == "dead" else (low, high)
+
+
+def look_at_training(folder: Path) -> tuple[list[Finding], str]:
+    """Return what the metrics of a training say of it, and a picture of its curves as SVG.
+
+    They are held against the recorded curve of the recipe the run was started with; where there is none, only what needs
+    no other run is judged. Raises: UsageError for a folder without a training.
+    """
+    curve, spec = read_curve(folder), record_in(folder)["spec"]
+    same = ((recipe, healthy) for recipe, other, healthy in recorded_curves() if same_recipe(other, spec))
+    recipe, healthy = next(same, ("", None))
+    done = "finished" if (folder / WEIGHTS).is_file() else f"{100 * curve.share[-1]:.0f} % done"
+    beside = f"beside a healthy run of {recipe}" if healthy else "no curve of this recipe is recorded"
+    checks = [Finding("training", "pass", f"{done}; {beside}"), *_checks(curve, healthy, spec)]
+    return checks, _picture(
+        curve, healthy, f"tolerated around a healthy run · tollerato attorno a una prova sana ({recipe})", folder.name
+    )
+
+
+def _checks(curve: Curve, healthy: Curve | None, spec: dict[str, Any]) -> Iterator[Finding]:
+    """Yield divergence, L0, dead latents and explained variance, each judged on the last tenth of the rows."""
+    n = max(1, len(curve.share) // 10)
+    last = {name: float(values[-n:].mean()) for name, values in curve.values.items()}
+    yield _loss_check(curve.values["loss"], last["loss"], spec["lr"])
+    k, settled = spec["sae"].get("k"), curve.share[-n] > spec.get("k_anneal_share", 0.0)
+    if k is not None:
+        good = not settled or abs(last["l0"] - k) <= 0.05 * k
+        yield _judged("l0", good, f"{last['l0']:.4g}, k = {k}", "look at the activations' scale and at the threshold")
+    if healthy is None:
+        return
+    at = {name: float(values.mean()) for name, values in healthy.at(curve.share[-n:]).items()}
+    if k is None:
+        key = next((key for key in ("l1_coefficient", "l0_coefficient") if key in spec["sae"]), "its coefficient")
+        remedy = f"{'raise' if last['l0'] > at['l0'] else 'lower'} sae.{key}"
+        good = at["l0"] / 2 <= last["l0"] <= at["l0"] * 2
+        yield _judged("l0", good, f"{last['l0']:.4g} where {at['l0']:.4g} is healthy", remedy)
+    earlier = float(np.mean(curve.values["dead"][: max(1, len(curve.share) // 2)][-n:]))
+    rising = " and rising" if last["dead"] > earlier + 0.01 else ""
+    found = f"{100 * last['dead']:.1f} %{rising} where {100 * at['dead']:.1f} % is healthy"
+    good = last["dead"] <= band("dead", np.array([at["dead"]]))[1][0]
+    yield _judged("dead latents", good, found, "lower lr, warm up longer, or set sae.aux_loss_coefficient (TopK)")
+    explained, least = last["explained_variance"], at["explained_variance"]
+    good = explained >= band("explained_variance", np.array([least]))[0][0]
+    remedy = "look at lr, at the input scale (sae.normalize_activations) and at the hook"
+    yield _judged("explained variance", good, f"{explained:.3f} where {least:.3f} is healthy", remedy)
+
+
+def _judged(name: str, good: bool | np.bool_, found: str, remedy: str) -> Finding:
+    return Finding(f"training: {name}", "pass" if good else "warn", found, "" if good else remedy)
+
+
+def _loss_check(values: Float[np.ndarray, " rows"], last: float, lr: float) -> Finding:
+    smallest, wrong = float(values.min()), ""
+    if len(values) >= 3:
+        smallest = float(np.convolve(values, np.ones(3) / 3, "valid").min())
+    if not np.isfinite(values).all():
+        wrong = "it is not finite any more"
+    elif last > 2 * smallest:
+        wrong = f"it is diverging: {last:.4g} now, {smallest:.4g} before"
+    status = "fail" if wrong else "pass"
+    return Finding("training: loss", status, wrong or f"{last:.4g}", f"lower lr (now {lr})" if wrong else "")
+
+
+def _picture(curve: Curve, healthy: Curve | None, label: str, name: str) -> str:
+    """Return the run's curves, over the bands of the recorded ones, as SVG."""
+
+    def draw(axes: Any) -> None:
+        for axis, (metric, words) in zip(axes, TITLES.items(), strict=True):
+            if healthy:
+                low, high = band(metric, healthy.values[metric])
+                axis.fill_between(healthy.share, low, high, color=REFERENCE, alpha=0.35, linewidth=0, label=label)
+            axis.plot(curve.share, curve.values[metric], color=OURS, linewidth=1.5, label=name)
+            axis.set_title(words, fontsize=10)
+            axis.set_xlabel("share of the training\nquota dell’addestramento")
+        axes[0].legend()
+
+    return svg(draw, len(TITLES), (3.4 * len(TITLES), 3.2))

@@ -1,28 +1,219 @@
-"""Train one SAE, or several on the same batches, with checkpoints, signals and evaluations on held-out text."""
+"""Train one SAE, or several on the same batches, with checkpoints, signals and evaluations on held-out text.
 
+`SAERun` is one SAE or transcoder in training: SAELens' trainer, and its folder. `Loop` drives one or several of them.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import math
+import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sae_lens import LanguageModelSAETrainingRunner, SAETrainer, TrainingSAE
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import atomic_path, disk_errors, on_signals, remove
-from sae_italian.saes.loading import tensors_alone
+from sae_italian.base.storage import atomic_path, disk_errors, on_signals, read_json, remove, write_json
+from sae_italian.models import parse_hook_name
+from sae_italian.saes.architectures import PairScaler
+from sae_italian.saes.loading import check_hooks, tensors_alone, vocabulary_hash
+from sae_italian.saes.sparse import tune
+from sae_italian.training.config import RunSpec
+from sae_italian.training.logging import LOSS_KEYS, SAE_FILES, RunLog
+from sae_italian.training.pretrained import Origin
 from sae_italian.training.processes import ALONE, Processes
-from sae_italian.training.sae_run import SAERun
+from sae_italian.training.shards import assembled, load_part, sharded
 from sae_italian.training.stream import ActivationStream
 
+DIVERGED = 10.0  # times the loss at the start, and times the variance of the activations
 LOG_EVERY_STEPS = 10
 HOPELESS_AFTER = 30  # steps: a start that suits explains more than the mean does by then
 MOSTLY_DEAD = 2 / 3  # of the latents: from zero, 94 to 97 % of them die on a real model (docs/results/gemma-3-270m.md)
 CHECKPOINTS, RANDOM_FILE = "checkpoints", "random.pt"
 UNREADABLE = (DataError, OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError)
+
+
+class Diverged(UsageError):
+    """A training whose state is not worth keeping."""
+
+
+class SAERun:
+    """An SAE, its trainer and its folder `out`. Who drives it hands it batches of its hooks and says when to log.
+
+    A transcoder is an SAE that reads at two hooks: its trainer takes input and target side by side, [tokens, d_in + d_out].
+    """
+
+    def __init__(self, spec: RunSpec, model: Any, out: Path, processes: Processes = ALONE):
+        self.spec, self.out, self.config = spec, out, spec.to_saelens()
+        self.processes = processes
+        torch.manual_seed(spec.seed)
+        place = {"device": "cpu"} if spec.shard_latents else {}  # no device need hold all of it
+        self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict() | place)
+        self._describe(model)
+        if spec.shard_latents:
+            self.sae = sharded(self.sae, spec.device)
+        self.sae.to(spec.device)
+        processes.adopt(self.sae)
+        config = self.config.to_sae_trainer_config()
+        # W&B is told by our log, else SAELens uploads every checkpoint to whatever run is open
+        config.logger = replace(config.logger, log_to_wandb=False)
+        self.trainer: Any = tune(SAETrainer(cfg=config, sae=self.sae, data_provider=iter(())))
+        if spec.hook_name_out is not None:
+            self.trainer.activation_scaler = PairScaler(self.sae.cfg.d_in)
+        self.whole = self.trainer  # that of the whole SAE, while rank 0 writes (`gather`)
+        self.origin = None if spec.from_pretrained_path is None else Origin(spec)
+        if self.origin is not None:
+            check_hooks(self.origin.sae, model)
+        self.log = RunLog(spec, out if processes.first else None)
+        self.output: Any = None  # of the last step
+        self.start_loss = math.nan
+
+    @property
+    def n_tokens(self) -> int:
+        return self.trainer.n_training_samples
+
+    @property
+    def n_steps(self) -> int:
+        """Steps done."""
+        return self.trainer.n_training_steps
+
+    def _describe(self, model: Any) -> None:
+        """Write the metadata that SAELens' own runner writes, truthfully for a Hugging Face model."""
+        metadata, spec = self.sae.cfg.metadata, self.spec
+        runner: Any = SimpleNamespace(cfg=self.config, sae=self.sae)
+        LanguageModelSAETrainingRunner._set_sae_metadata(runner)
+        metadata.model_from_pretrained_kwargs = {}
+        metadata.harvested_from = "hf"
+        metadata.vocabulary = vocabulary_hash(model.tokenizer)  # read by saes.loading.check_hooks
+        metadata.model_revision = getattr(model, "loaded_from", {}).get("revision")
+        metadata.hf_hook_name = parse_hook_name(spec.hook_name).module_path(model.config)
+        if spec.hook_name_out is not None:
+            metadata.hook_name_out = spec.hook_name_out
+
+    def _beside(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the trainer takes, of the activations [tokens, d_in] by hook name."""
+        rows = [batch[name] for name in self.spec.hook_names]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+    def prepare(self, stream: ActivationStream) -> None:
+        """Estimate the input scale from the stream's first buffer, which costs neither a token nor a forward pass; then take
+        the weights of the SAE that the training starts from, if there is one."""
+        self._estimate_scale(stream)
+        if self.origin is not None and self.n_steps == 0:
+            x, y = (stream.sample(self.spec.hook_names[place]) for place in (0, -1))
+            self.origin.start(self.sae, x, y, self.trainer.activation_scaler.scaling_factor)
+
+    def _estimate_scale(self, stream: ActivationStream) -> None:
+        scaler, cfg = self.trainer.activation_scaler, self.sae.cfg
+        estimates = {"expected_average_only_in": "scaling_factor", "covariance_whitening": "whitening"}
+        what = estimates.get(cfg.normalize_activations)
+        if what is None or getattr(scaler, what) is not None:
+            return
+        rows = iter([self._beside({name: stream.sample(name) for name in self.spec.hook_names})])
+        with contextlib.redirect_stderr(io.StringIO()):  # SAELens shows a bar of one step
+            getattr(scaler, f"estimate_{what}")(cfg.d_in, rows, 1)
+
+    def step(self, batch: Mapping[str, Tensor]) -> None:
+        """Take one training step. It counts as done at once: log it as step `n_steps` - 1."""
+        self.trainer.maybe_reset_sparsity()
+        self.output = self.processes.step(self.trainer, self._beside(batch))
+        self.trainer.n_training_steps += 1
+
+    def row(self) -> dict[str, Any]:
+        """Return the last step's metrics, in SAELens' names. Raises: Diverged."""
+        row = self.processes.row(self.trainer, self.output)
+        losses = [row[key] for key in LOSS_KEYS if key in row]
+        if math.isnan(self.start_loss):
+            self.start_loss = losses[0]
+        if not all(map(math.isfinite, losses)):
+            raise self._diverged(f"the loss became {row['losses/overall_loss']}")
+        if losses[0] > DIVERGED * self.start_loss and 1 - row["metrics/explained_variance"] > DIVERGED:
+            raise self._diverged(f"the loss grew from {self.start_loss:.3g} to {losses[0]:.3g}")
+        return row
+
+    def record(self) -> dict[str, Any]:
+        """Log the last step's metrics and return them. Raises: Diverged."""
+        row = self.row()
+        self.log(row, self.n_steps - 1)
+        return row
+
+    def check(self) -> None:
+        """Raise Diverged when the loss has exploded, or a weight is not finite; UsageError as `Processes.check_equal`."""
+        if self.output is not None:  # None where a run is resumed whose last step was done
+            self.row()
+        wrong = [name for name, weight in self.sae.named_parameters() if not torch.isfinite(weight).all()]
+        if self.processes.any_of(bool(wrong))[0]:
+            raise self._diverged(f"{wrong[0] if wrong else 'a weight elsewhere'} is no longer finite")
+        self.processes.check_equal(self)
+
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(f"{what} at step {self.n_steps - 1}: the training has diverged. Lower lr (now {self.spec.lr}).")
+
+    def evaluate(self, model: Any) -> None:
+        """Judge the SAE as it would be saved now, and log the card's means as `eval/...`."""
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            self._folded().save_inference_model(folder)
+            self.log.evaluation(Path(folder), model, self.n_steps - 1)
+
+    def _folded(self) -> Any:
+        """Return a copy of the SAE in training with the input scale put into its weights: it takes raw activations."""
+        sae, scaler = copy.deepcopy(self.whole.sae), self.trainer.activation_scaler
+        if scaler.scaling_factor is not None:
+            sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+        if (white := scaler.whitening) is not None:
+            mean, matrix, inverse = (each.to(sae.device) for each in (white.mean, white.matrix, white.inverse_matrix))
+            sae.fold_activation_whitening(mean=mean, whitening_matrix=matrix, unwhitening_matrix=inverse)
+        return sae
+
+    def gather(self, whole: bool) -> None:
+        """Hold at rank 0 the whole of an SAE with sharded latents, to be written, or no longer."""
+        self.whole = assembled(self.trainer) if whole else self.trainer
+
+    def save(self, folder: Path) -> None:
+        """Write the whole state of this SAE's training into a new folder."""
+        self.whole.save_checkpoint(checkpoint_name=folder.name, base_path=folder.parent)
+        origin = self.origin and self.origin.record
+        write_json(folder / "run_state.json", {"start_loss": self.start_loss, "origin": origin})
+
+    def load(self, folder: Path) -> None:
+        """Continue from a saved state."""
+        if self.spec.shard_latents:
+            load_part(self.trainer, folder)
+        else:
+            self.sae.load_weights_from_checkpoint(folder)
+            self.trainer.load_trainer_state(folder)
+        state = read_json(folder / "run_state.json")
+        self.start_loss = state["start_loss"]
+        if self.origin is not None:
+            self.origin.resume(state["origin"])
+
+    def finish(self) -> None:
+        """Fold the input scale and write the SAE in SAELens' format, the weights last."""
+        self.whole.set_final_sae_metadata()
+        if self.origin is not None:
+            self.sae.cfg.metadata.started_from = self.origin.finish(self.sae.W_dec, self.out)
+        with atomic_path(self.out / "sparsity.safetensors") as temporary:
+            save_file({"sparsity": self.whole.log_feature_sparsity}, temporary)
+        write_json(self.out / "runner_cfg.json", json.loads(json.dumps(self.config.to_dict(), default=str)))
+        staging = self.out / ".final"
+        self._folded().save_inference_model(staging)
+        for name in SAE_FILES:
+            os.replace(staging / name, self.out / name)
+        remove(staging)
 
 
 def clear_checkpoints(out: Path) -> None:
@@ -47,7 +238,6 @@ class Loop:
         self.interrupted = False
         self.dead: dict[str, int] = {}  # latents of each run at the last look
         self.warned: set[str] = set()  # runs whose start is wrong
-        self.saved_at = time.monotonic()
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest whole checkpoint, if there is one."""
@@ -105,13 +295,11 @@ class Loop:
         self._step()
         if (self.first.n_steps - 1) % LOG_EVERY_STEPS == 0:
             rows = [run.record() for run in self.runs.values()]
-            explained = sum(row["metrics/explained_variance"] for row in rows) / len(rows)
-            dead = sum(int(row["sparsity/dead_features"]) for row in rows)
-            bar.set_postfix(ev=f"{explained:.3f}", dead=dead, refresh=False)
-            for name, row in zip(self.runs, rows, strict=True):
-                self._warn_of_the_start(
-                    bar, name, row["metrics/explained_variance"], int(row["sparsity/dead_features"])
-                )
+            explained = [row["metrics/explained_variance"] for row in rows]
+            dead = [row["sparsity/dead_features"] for row in rows]
+            bar.set_postfix(ev=f"{sum(explained) / len(rows):.3f}", dead=sum(dead), refresh=False)
+            for look in zip(self.runs, explained, dead, strict=True):
+                self._warn_of_the_start(bar, *look)
         bar.update(self.first.n_tokens - before)
         if self._passed(spec.evaluate_every_tokens, before):
             self._by_first(lambda: [run.evaluate(self.stream.model) for run in self.runs.values()])
@@ -165,22 +353,17 @@ class Loop:
         Raises: Diverged when the state is bad, UsageError when it is not the same in all processes, or the disk is full; the
         earlier checkpoint is kept.
         """
-        self._check()
         self._by_first(self._write)
         self.saved_at = time.monotonic()
 
     def _by_first(self, do: Callable[[], object]) -> None:
-        """Let rank 0 do something with the SAEs, whole, while the others wait."""
+        """Let rank 0 do something with the SAEs, checked and whole, while the others wait."""
         for run in self.runs.values():
+            run.check()
             run.gather(whole=True)
         self.processes.by_first(do)
         for run in self.runs.values():
             run.gather(whole=False)
-
-    def _check(self) -> None:
-        for run in self.runs.values():
-            run.check()
-            self.processes.check_equal(run)
 
     def _write(self) -> None:
         target = self.out / CHECKPOINTS / str(self.first.n_tokens)
@@ -199,7 +382,6 @@ class Loop:
 
     def finish(self) -> None:
         """Write all SAEs, then drop the checkpoints. Raises: Diverged; UsageError when the disk is full."""
-        self._check()
         self._by_first(self._finish)
 
     def _finish(self) -> None:

@@ -2,8 +2,6 @@
 
 Also a static page as a Space of the hub, and a training's report at W&B."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module, resources
@@ -17,8 +15,7 @@ from sae_italian.base.storage import read_json, record_in, understood
 from sae_italian.corpora.stream import mixture
 from sae_italian.evaluation.card import DENSITY_PICTURE, EvaluationCard, read_card
 from sae_italian.models import catalogue
-from sae_italian.training.curves import look_at_training
-from sae_italian.training.logging import METRICS_FILE, OUR_FILES, SAE_FILES, SAELENS_FILES
+from sae_italian.training.logging import METRICS_FILE, OUR_FILES, SAE_FILES, SAELENS_FILES, look_at_training
 
 MODEL_CARD = "README.md"
 # What a report at W&B shows: curves of the training, pictures and pages, tables; those of an export join the run's group.
@@ -74,19 +71,19 @@ def publish(
             f"{folder} has no evaluation card, and nothing is published without one. "
             f"Make it: sae-italian evaluate {folder} --tokens 1000000 --loss-tokens 100000"
         )
-    with tempfile.TemporaryDirectory() as temporary:
-        staging = Path(temporary)
-        card_text = model_card(folder, card, repo_id, sae_id, licence)
-        (staging / MODEL_CARD).write_text(card_text, encoding="utf-8")
-        for name in OUR_FILES:
-            if (folder / name).is_file():
-                shutil.copy(folder / name, staging)
-        if (folder / METRICS_FILE).is_file():
-            (staging / "curves.svg").write_text(look_at_training(folder)[1], encoding="utf-8")
-        sent = [*(folder / name for name in SAELENS_FILES if (folder / name).is_file()), *sorted(staging.iterdir())]
-        files = {f"{sae_id}/{file.name}": file.stat().st_size for file in sent}
-        if dry_run or _send(folder, staging, repo_id, sae_id, private):
-            files[MODEL_CARD] = len(card_text.encode())
+    text = model_card(folder, card, repo_id, sae_id, licence)
+    ours: dict[str, Any] = {name: folder / name for name in OUR_FILES if (folder / name).is_file()}
+    if METRICS_FILE in ours:
+        ours["curves.svg"] = look_at_training(folder)[1].encode()
+    ours = {f"{sae_id}/{name}": content for name, content in (ours | {MODEL_CARD: text.encode()}).items()}
+    ours[MODEL_CARD] = text.replace(DENSITY_PICTURE, f"{sae_id}/{DENSITY_PICTURE}").encode()
+    if not dry_run:
+        _send(folder, ours, repo_id, sae_id, private)
+    theirs = {f"{sae_id}/{name}": folder / name for name in SAELENS_FILES if (folder / name).is_file()}
+    files = {
+        path: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for path, content in (theirs | ours).items()
+    }
     # what others would stumble over: local paths where names that everyone has are expected
     metadata = read_json(folder / "cfg.json").get("metadata") or {}
     warnings = tuple(
@@ -103,22 +100,21 @@ def check_repository(repo_id: str) -> None:
         raise UsageError(f"repository {repo_id!r} is not of the form owner/name, e.g. unipi/minerva-1b-saes.")
 
 
-def _send(folder: Path, staging: Path, repo_id: str, sae_id: str, private: bool) -> bool:
-    """Upload everything; return whether the repository's own README.md was written. Raises: UsageError."""
+def _send(folder: Path, ours: dict[str, Any], repo_id: str, sae_id: str, private: bool) -> None:
+    """Upload SAELens' files of the SAE and `ours`, from which a README.md that the repository has is taken out.
+
+    Raises: UsageError.
+    """
+    from huggingface_hub import CommitOperationAdd
     from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 
     with _writing(repo_id) as api:
         api.create_repo(repo_id, private=private, exist_ok=True)  # SAELens' call would make it public
         upload_saes_to_huggingface({sae_id: folder}, repo_id, show_progress=False, add_default_readme=False)
-        note = f"Evaluation card and curves of {sae_id}"
-        api.upload_folder(folder_path=staging, path_in_repo=sae_id, commit_message=note, repo_id=repo_id)
         if api.file_exists(repo_id, MODEL_CARD):
-            return False
-        text = (staging / MODEL_CARD).read_text("utf-8").replace(DENSITY_PICTURE, f"{sae_id}/{DENSITY_PICTURE}")
-        api.upload_file(
-            path_or_fileobj=text.encode(), path_in_repo=MODEL_CARD, commit_message="Model card", repo_id=repo_id
-        )
-    return True
+            del ours[MODEL_CARD]
+        added = [CommitOperationAdd(path, content) for path, content in ours.items()]
+        api.create_commit(repo_id, added, commit_message=f"Evaluation card and curves of {sae_id}")
 
 
 def send_space(folder: Path, repo_id: str) -> str:

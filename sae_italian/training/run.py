@@ -24,18 +24,16 @@ from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.models import load_model
 from sae_italian.training.config import RunSpec, load_spec, spec_from_dict
-from sae_italian.training.logging import open_logger
-from sae_italian.training.loop import Loop, clear_checkpoints
+from sae_italian.training.logging import WEIGHTS
+from sae_italian.training.loop import Diverged, Loop, SAERun, clear_checkpoints
 from sae_italian.training.pretrained import Origin
 from sae_italian.training.processes import ALONE, GPU_BACKEND, WORLD, Processes, check_joint, joined, placed
-from sae_italian.training.sae_run import Diverged, SAERun
 from sae_italian.training.shards import check_shards
 from sae_italian.training.stream import ActivationStream, kept_positions
 from sae_italian.training.suite import SuiteSpec
 from sae_italian.training.text import check_length, training_documents
 
 KIND, SUITE_KIND = "train", "suite"
-WEIGHTS = "sae_weights.safetensors"  # written last: where they are, the training is finished
 SAE_FOLDER = "sae"  # of a checkpoint that holds one SAE
 SEEDS = "seeds"  # folder of the other seeds' SAEs, inside that of the first
 STOPPED = 130  # exit code of a process that saved and stopped
@@ -67,21 +65,25 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
     how: Any = {"resume": resume, "overwrite": overwrite, "changeable": CHANGEABLE}
     with joined(spec) as processes, contextlib.ExitStack() as stack:
         here = placed(spec)
-        model, continuing = _model_of(here), resume and not overwrite
+        model = _model_of(here)
         if processes.first:
-            continuing = stack.enter_context(_claimed(out, KIND, spec, **how))
+            stack.enter_context(_claimed(out, KIND, spec, **how))
         processes.meet(out)
         specs = {SAE_FOLDER: here}
         for seed in range(here.seed + 1, here.seed + here.seeds):
             specs[f"seed-{seed}"] = here.model_copy(update={"seed": seed, "seeds": 1})
         folders = {name: out if name == SAE_FOLDER else out / SEEDS / name for name in specs}
-        if not (continuing and all((folder / WEIGHTS).is_file() for folder in folders.values())):
-            for name in list(specs)[1:]:
-                stack.enter_context(_claimed(folders[name], KIND, specs[name], resume=True))
+        if not _finished(folders, out, processes):
             train_together(specs, folders, model, out, processes)
-        elif processes.first:
-            clear_checkpoints(out)
     return out
+
+
+def _finished(folders: Mapping[str, Path], out: Path, processes: Processes = ALONE) -> bool:
+    """Return whether all SAEs of a training are there; then the checkpoints in `out` have no use."""
+    done = all((folder / WEIGHTS).is_file() for folder in folders.values())
+    if done:
+        processes.by_first(lambda: clear_checkpoints(out))
+    return done
 
 
 def _claimed(folder: Path, kind: str, spec: RunSpec | SuiteSpec, **how: Any) -> contextlib.AbstractContextManager[bool]:
@@ -128,14 +130,8 @@ def train_group(out: Path, group: tuple[str, Mapping[str, RunSpec]]) -> list[Pat
     folders = {name: out / name for name in specs}
     if any(spec.seeds > 1 or spec.shard_latents for spec in specs.values()):
         raise UsageError("seeds and shard_latents are for a training of one SAE. Leave them out.")
-    if all((folder / WEIGHTS).is_file() for folder in folders.values()):
-        clear_checkpoints(own)
-        return list(folders.values())
-    model = _model_of(next(iter(specs.values())))
-    with contextlib.ExitStack() as stack:
-        for name, spec in specs.items():
-            stack.enter_context(_claimed(folders[name], KIND, spec, resume=True))
-        train_together(specs, folders, model, own)
+    if not _finished(folders, own):
+        train_together(specs, folders, _model_of(next(iter(specs.values()))), own)
     return list(folders.values())
 
 
@@ -146,21 +142,23 @@ def train_together(
     out: Path,
     processes: Processes = ALONE,
 ) -> None:
-    """Train SAEs on one stream of batches, from their last checkpoint in `out` if there is one."""
-    runs = {name: SAERun(spec, model, folders[name], processes) for name, spec in specs.items()}
-    hook_names = [hook for spec in specs.values() for hook in spec.hook_names]
-    loop = Loop(runs, open_stream(next(iter(specs.values())), model, hook_names, processes), out, processes)
-    loop.resume()
+    """Train SAEs on one stream of batches, from their last checkpoint in `out`, which is claimed, if there is one."""
     with contextlib.ExitStack() as stack:
-        logs = ((run, open_logger(run.spec, run.config, run.out)) for run in runs.values())
-        processes.by_first(lambda: [setattr(run, "log", stack.enter_context(log)) for run, log in logs])
+        for name, spec in specs.items():
+            if folders[name] != out:
+                stack.enter_context(_claimed(folders[name], KIND, spec, resume=True))
+        runs = {name: SAERun(spec, model, folders[name], processes) for name, spec in specs.items()}
+        hook_names = [hook for spec in specs.values() for hook in spec.hook_names]
+        loop = Loop(runs, open_stream(next(iter(specs.values())), model, hook_names, processes), out, processes)
+        loop.resume()
+        processes.by_first(lambda: [stack.enter_context(run.log.to_wandb(run.config)) for run in runs.values()])
         try:
             loop.fit()
             loop.finish()
         except Diverged as error:
             raise UsageError(f"{error} {loop.kept()}") from error
         for run in runs.values():
-            run.tell_finished(model, loop.stream.windows.state())
+            run.log.finish(model, loop.stream.windows.state())
 
 
 def _model_of(spec: RunSpec) -> Any:

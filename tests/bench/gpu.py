@@ -235,8 +235,8 @@ def measure_run(device: str, sizes: Sizes) -> list[dict[str, Any]]:
     from sae_italian.models import load_model
     from sae_italian.saes import load_sae
     from sae_italian.training.config import spec_from_dict
+    from sae_italian.training.loop import SAERun
     from sae_italian.training.run import open_stream
-    from sae_italian.training.sae_run import SAERun
 
     shape = sizes.steps[0]
     with tempfile.TemporaryDirectory() as scratch:

@@ -19,9 +19,9 @@ from sae_italian.base.errors import UsageError
 from sae_italian.models import load_model
 from sae_italian.training import load_spec
 from sae_italian.training.config import RunSpec
+from sae_italian.training.loop import SAERun
 from sae_italian.training.processes import joined
 from sae_italian.training.run import open_stream
-from sae_italian.training.sae_run import SAERun
 from tests.training.forked import together
 
 MESSAGES = ("gathered", "_receive", "_count", "any_of")

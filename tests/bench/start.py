@@ -28,8 +28,8 @@ from sae_italian.models import load_model
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
 from sae_italian.training import RunSpec, load_spec
+from sae_italian.training.loop import SAERun
 from sae_italian.training.run import open_stream
-from sae_italian.training.sae_run import SAERun
 
 SAES = {
     "sparse_topk, zero": ("sparse_topk", "zero"),

@@ -209,8 +209,8 @@ def _ours(spec: RunSpec, hook_names: Sequence[str], out: Path) -> Callable[[], N
 def _group(spec: RunSpec, hook_names: Sequence[str], out: Path) -> tuple[list[Any], Any]:
     """Return one SAERun for each hook, and the stream that feeds them all."""
     from sae_italian.models import load_model
+    from sae_italian.training.loop import SAERun
     from sae_italian.training.run import open_stream
-    from sae_italian.training.sae_run import SAERun
 
     model = load_model(spec.model, dtype=spec.dtype)
     stream = open_stream(spec, model, list(hook_names))

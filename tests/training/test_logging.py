@@ -21,7 +21,7 @@ from sae_italian.corpora import iter_documents
 from sae_italian.evaluation import read_card
 from sae_italian.training import load_spec, train
 from sae_italian.training.config import configs_folder
-from sae_italian.training.logging import LATENT_COLUMNS, RunLog, open_logger, sweep_folder
+from sae_italian.training.logging import LATENT_COLUMNS, RunLog, sweep_folder
 from tests.training.wandb_file import OfflineRun
 
 SWEEPS = sorted((configs_folder() / "sweeps").glob("*.yaml"))
@@ -135,7 +135,8 @@ def test_config_and_artifact(offline, small_spec):
 
 def test_online_without_a_login_is_offline_and_says_so(small_spec, logged_out, tmp_path, capsys):
     spec = small_spec.model_copy(update={"wandb": "online"})
-    with open_logger(spec, spec.to_saelens(), tmp_path) as log:
+    log = RunLog(spec, tmp_path)
+    with log.to_wandb(spec.to_saelens()):
         log({"metrics/l0": 8.0}, 0)
     told = [line for line in capsys.readouterr().err.splitlines() if "WARNING" not in line]  # wandb has its own
     assert len(told) == 2 and "nobody is logged in" in told[0] and f"wandb sync {tmp_path}/wandb/offline-*" in told[1]
@@ -144,19 +145,22 @@ def test_online_without_a_login_is_offline_and_says_so(small_spec, logged_out, t
 
 def test_a_resumed_run_keeps_its_id_and_a_failed_one_says_so(small_spec, logged_out, tmp_path):
     spec = small_spec.model_copy(update={"wandb": "offline"})
-    with pytest.raises(UsageError), open_logger(spec, spec.to_saelens(), tmp_path):
+    log = RunLog(spec, tmp_path)
+    with pytest.raises(UsageError), log.to_wandb(spec.to_saelens()):
         raise UsageError("diverged")
     first = OfflineRun(tmp_path)
     assert first.exit_code == 1
     first.file.unlink()
-    with open_logger(spec, spec.to_saelens(), tmp_path) as log:
+    log = RunLog(spec, tmp_path)
+    with log.to_wandb(spec.to_saelens()):
         log({"metrics/l0": 8.0}, 10)
     assert OfflineRun(tmp_path).id == first.id
 
 
 def test_off_is_silent(small_spec, tmp_path):
-    with open_logger(small_spec, None, tmp_path) as log:
-        assert type(log) is RunLog and log.wandb_run is None
+    log = RunLog(small_spec, tmp_path)
+    with log.to_wandb(None):
+        assert log.wandb_run is None
         log({}, 0)
         log.checkpoint(tmp_path, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

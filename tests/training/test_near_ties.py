@@ -2,8 +2,8 @@
 
 import torch
 
+from sae_italian.training.loop import SAERun
 from sae_italian.training.processes import joined
-from sae_italian.training.sae_run import SAERun
 from tests.training.forked import together
 
 HOOK, STEPS, AFTER = "blocks.1.hook_resid_post", 6, 4

@@ -21,9 +21,9 @@ from sae_italian.base.errors import UsageError
 from sae_italian.saes import architectures
 from sae_italian.training import ActivationStream, train
 from sae_italian.training import processes as room
-from sae_italian.training.logging import open_logger
+from sae_italian.training.logging import RunLog
+from sae_italian.training.loop import SAERun
 from sae_italian.training.processes import ALONE, JOINT, Processes, joined
-from sae_italian.training.sae_run import SAERun
 from tests.training.forked import free_port, together
 
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"]
@@ -338,12 +338,11 @@ def test_the_others_wait_for_the_first_to_open_its_log(spec, two, tmp_path, monk
     """W&B may take longer than `process_timeout_seconds`, in which a process that steps must answer."""
 
     @contextlib.contextmanager
-    def slow(*given):
+    def slow(log, config):
         time.sleep(15)
-        with open_logger(*given) as log:
-            yield log
+        yield
 
-    monkeypatch.setattr("sae_italian.training.run.open_logger", slow)
+    monkeypatch.setattr(RunLog, "to_wandb", slow)
     impatient = spec.model_copy(update={"process_timeout_seconds": 8.0})
     assert together(2, train, impatient, tmp_path / "sae") == [tmp_path / "sae"] * 2
     assert apart(tmp_path / "sae", two) == 0

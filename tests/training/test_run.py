@@ -20,9 +20,8 @@ from sae_italian.saes import load_sae
 from sae_italian.training import load_config, load_spec, read_run, train
 from sae_italian.training import run as run_module
 from sae_italian.training.logging import RunLog
-from sae_italian.training.loop import Loop
+from sae_italian.training.loop import Loop, SAERun
 from sae_italian.training.run import open_stream
-from sae_italian.training.sae_run import SAERun
 from tests import fresh
 
 

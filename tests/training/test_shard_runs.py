@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from sae_italian.base.errors import UsageError
 from sae_italian.saes import load_sae
 from sae_italian.training import train
+from sae_italian.training.loop import SAERun
 from sae_italian.training.processes import check_joint
 from sae_italian.training.run import check_run
-from sae_italian.training.sae_run import SAERun
 from tests.training.forked import together
 from tests.training.test_processes import apart, in_step, killed_and_resumed, resumed, weights
 from tests.training.wandb_file import OfflineRun
