@@ -5,6 +5,7 @@ input are moved to where the new SAE has them, a threshold is set so that as man
 latents keep their numbers, so that `latent_map.safetensors`, written at the end, needs no matching to be read.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ PLAIN = {"W_enc", "b_enc", "W_dec", "b_dec"}
 # Architectures with these weights alone; the last three are ours.
 TAKE_PLAIN = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "standard", "jumprelu"}
 TAKE_PLAIN |= {"sparse_topk", "topk_transcoder", "transcoder"}
-FOLDABLE = ("none", "expected_average_only_in")
+FOLDABLE = ("none", "expected_average_only_in")  # can be moved into the weights
 
 
 class Origin:
@@ -47,26 +48,13 @@ class Origin:
         self.record: dict[str, Any] = {"sae": self.name, "weights_sha256": weights_hash(self.sae)}
 
     def _check(self, spec: RunSpec) -> None:
-        config, theirs, state = spec.sae_config(), self.sae.cfg, self.sae.state_dict()
-        kind, architecture = theirs.architecture(), config.architecture().removeprefix("started_")
-        hooks = hooks_of(self.sae), (spec.hook_name, spec.hook_name_out or spec.hook_name)
-        pairs = {
-            "model": (_short(theirs.metadata.model_name), _short(spec.model)),
-            "hook": tuple([parse_hook_name(name).name for name in names] for names in hooks),
-            **{
-                name: (getattr(theirs, name), getattr(config, name))
-                for name in ("d_in", "d_sae", "reshape_activations")
-            },
-            "d_out": tuple(getattr(cfg, "d_out", cfg.d_in) for cfg in (theirs, config)),
-            "normalize_activations": tuple(  # where it cannot be moved into the weights
-                "none" if (mode := cfg.normalize_activations) in FOLDABLE else mode for cfg in (theirs, config)
-            ),
-        }
-        if not (state.keys() >= PLAIN and architecture in TAKE_PLAIN):
-            pairs["architecture"] = kind, architecture
-            pairs["apply_b_dec_to_input"] = theirs.apply_b_dec_to_input, config.apply_b_dec_to_input
-        differ = {key: pair for key, pair in pairs.items() if pair[0] not in (None, pair[1])}
-        wrong = [f"{key} is {found}, the config's {wanted}" for key, (found, wanted) in differ.items()]
+        theirs, state = self.sae.cfg, self.sae.state_dict()
+        found = _facts(theirs, theirs.metadata.model_name, hooks_of(self.sae))
+        wanted = _facts(spec.sae_config(), spec.model, (spec.hook_name, spec.hook_name_out or spec.hook_name))
+        if state.keys() >= PLAIN and wanted["architecture"] in TAKE_PLAIN:
+            found |= {name: wanted[name] for name in ("architecture", "apply_b_dec_to_input")}
+        differ = [key for key in wanted if found[key] not in (None, wanted[key])]
+        wrong = [f"{key} is {found[key]}, the config's {wanted[key]}" for key in differ]
         if "W_skip" in state and bool(state["W_skip"].any()):
             wrong.append("it has a skip connection, which training here does not")
         if wrong:
@@ -121,6 +109,19 @@ class Origin:
             save_file(found, temporary)
         self.record |= summary
         return self.record
+
+
+def _facts(cfg: Any, model: str | None, hook_names: Iterable[str]) -> dict[str, Any]:
+    """Return what an SAE and the training that starts from it must share."""
+    shared = {name: getattr(cfg, name) for name in ("d_in", "d_sae", "reshape_activations", "apply_b_dec_to_input")}
+    mode = cfg.normalize_activations
+    return shared | {
+        "model": _short(model),
+        "hook": [parse_hook_name(name).name for name in hook_names],
+        "d_out": getattr(cfg, "d_out", cfg.d_in),
+        "normalize_activations": "none" if mode in FOLDABLE else mode,
+        "architecture": cfg.architecture().removeprefix("started_"),
+    }
 
 
 def _short(model: str | None) -> str | None:
