@@ -168,17 +168,18 @@ def layout_on(device_gb: float, spec: RunSpec, memory: dict[str, float]) -> dict
     shared = memory["saes_gb"] + memory["step_gb"]
     parts = ((2**i, total - shared + shared / 2**i) for i in range(9) if sae.d_sae % 2**i == 0)
     n, part = next(((n, part) for n, part in parts if part <= device_gb), (0, total))
-    device = f"devices of {device_gb} GB: "
-    if n != 1 and (not n or spec.sae["architecture"] != "sparse_topk"):
-        why = "too large even sharded" if not n else "too large, and only sparse_topk can be sharded"
-        return {"layout": None, "device_gb": device_gb, "text": device + why}
-    found = {"layout": "replicas" if n == 1 else "sharded", "devices": n, "memory_gb": part, "device_gb": device_gb}
+    found: dict[str, Any] = {"layout": None}
     if n == 1:
-        return found | {"megabytes_a_step": 0.0, "text": f"{device}replicas, {total:.2f} GB on each"}
-    sent = sum(traffic(spec.train_batch_size_tokens, sae.d_in, sae.k, n, dead=True).values()) / 1e6
-    how = f"shard_latents=true --processes {n}"
-    text = f"{device}latents sharded over {n} ({how}), {part:.2f} GB and {sent:.0f} MB a step on each"
-    return found | {"megabytes_a_step": sent, "text": text}
+        found = {"layout": "replicas", "devices": n, "memory_gb": part, "megabytes_a_step": 0.0}
+        text = f"replicas, {total:.2f} GB on each"
+    elif n and spec.sae["architecture"] == "sparse_topk":
+        sent = sum(traffic(spec.train_batch_size_tokens, sae.d_in, sae.k, n, dead=True).values()) / 1e6
+        found = {"layout": "sharded", "devices": n, "memory_gb": part, "megabytes_a_step": sent}
+        how = f"shard_latents=true --processes {n}"
+        text = f"latents sharded over {n} ({how}), {part:.2f} GB and {sent:.0f} MB a step on each"
+    else:
+        text = f"too large{', and only sparse_topk can be sharded' if n else ' even sharded'}"
+    return found | {"device_gb": device_gb, "text": f"devices of {device_gb} GB: {text}"}
 
 
 def _memory_text(memory: dict[str, float]) -> str:
