@@ -20,7 +20,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as KNOWN
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import read_word, refusal
-from sae_italian.base.storage import RUN_FILE, path_of, read_json, read_yaml
+from sae_italian.base.storage import RUN_FILE, path_of, read_yaml, record_in
 from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model_config, parse_hook_name, resolve
 from sae_italian.models.activations import check_context
@@ -306,11 +306,11 @@ def read_values(path: str | Path, *overrides: str) -> dict[str, Any]:
     """
     run = path_of(path) / RUN_FILE
     if run.is_file():
-        record = read_json(run)
-        values = record.get("spec") if isinstance(record, dict) else None
-        if not isinstance(values, dict) or not isinstance(settings := values.pop("settings", {}), dict):
+        values = record_in(run.parent).get("spec", {})
+        settings = values.pop("settings", {})  # a suite's
+        if not values or not isinstance(settings, dict):
             raise DataError(f"{run} does not say what was trained. Name the config itself.")
-        values |= settings  # a suite's
+        values |= settings
     else:
         file = find_config(path)
         values = read_yaml(file)

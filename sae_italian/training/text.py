@@ -197,12 +197,9 @@ def load_config(path: str | Path, *overrides: str) -> Any:
     """
     spec = load_spec(path, *overrides)
     config = spec.to_saelens()
-    if spec.hook_name_out is not None:
-        raise UsageError(f"SAELens' runner knows no hook_name_out ({spec.hook_name_out!r}); use `sae-italian train`.")
-    if spec.from_pretrained_path is not None:
-        raise UsageError(
-            "SAELens' runner cannot start from a published SAE (from_pretrained_path); use `sae-italian train`."
-        )
+    for key in ("hook_name_out", "from_pretrained_path"):
+        if (given := getattr(spec, key)) is not None:
+            raise UsageError(f"SAELens' runner knows no {key} ({given!r}); use `sae-italian train`.")
     config.dataset_path = str(_written_documents(spec))
     return config
 
