@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +27,9 @@ from sae_italian.models.activations import read_many
 from sae_italian.training.processes import ALONE, Processes
 from sae_italian.training.text import Documents, WindowBlocks
 
+Windows = Int[np.ndarray, "windows context"]  # of one forward pass
+Kept = Bool[np.ndarray, "windows context"]  # what of them is trained on
 Rows = Float[Tensor, "hooks tokens d_in"]  # the same tokens at every hook
-
-
-class _Block(NamedTuple):
-    """Windows of one forward pass."""
-
-    windows: Int[np.ndarray, "windows context"]
-    keep: Bool[np.ndarray, "windows context"]  # what is trained on
-    place: int | None  # of cached activations: how many blocks of the corpus come before it
 
 
 class ActivationStream:
@@ -74,20 +68,18 @@ class ActivationStream:
     ):
         self.model: Any = model
         self.processes = processes
-        self.tokenizer: Any = model.tokenizer
         self.single = isinstance(hook_name, str)
         self.hook_names = (hook_name,) if isinstance(hook_name, str) else tuple(dict.fromkeys(hook_name))
-        self.capacity, self.batch_size = buffer_tokens, batch_size
+        self.batch_size = batch_size
         if buffer_tokens < batch_size:
             raise UsageError(f"buffer_tokens is {buffer_tokens}, less than one batch of {batch_size}. Raise it.")
         self.positions = kept_positions(seqpos_slice, context_size)
         self.exclude_special_tokens = exclude_special_tokens
         self.cached = documents if isinstance(documents, CachedActivations) else None
-        self.windows = WindowBlocks(documents, self.tokenizer, context_size, forward_windows, repeat=repeat)
-        self.device = torch.device(self.model.device)
+        self.windows = WindowBlocks(documents, model.tokenizer, context_size, forward_windows, repeat=repeat)
         self.generator = torch.Generator().manual_seed(seed)
         size = (len(self.hook_names), buffer_tokens, self.model.config.hidden_size)  # that of every hook we know
-        self.buffer: Rows = torch.empty(size, dtype=self.model.dtype, device=self.device)
+        self.buffer: Rows = torch.empty(size, dtype=self.model.dtype, device=self.model.device)
         self.rest: Rows = self.buffer[:, :0].clone()  # read, not in the buffer yet
         self.holes: Int[Tensor, " holes"] = torch.arange(buffer_tokens)  # slots to be filled before the next batch
         self.order: Int[Tensor, " slots"] = self.holes[:0]  # slots still to be served before the next permutation
@@ -96,40 +88,39 @@ class ActivationStream:
 
     def _read(self) -> Rows | None:
         """Return the activations of the next blocks of windows, one for each process; None when the corpus has ended."""
-        while blocks := [self._block(windows) for windows in islice(self.windows, self.processes.world)]:
-            sizes, mine = [int(block.keep.sum()) for block in blocks], self.processes.rank
+        while blocks := [
+            (windows, self._kept(windows), self.windows.place[0])
+            for windows in islice(self.windows, self.processes.world)
+        ]:
+            sizes, mine = [int(keep.sum()) for _, keep, _ in blocks], self.processes.rank
             if any(sizes):
                 has_one = mine < len(blocks) and sizes[mine]
-                rows = self._rows(blocks[mine], len(blocks) - mine) if has_one else self.buffer[:, :0]
+                rows = self._rows(*blocks[mine], back=len(blocks) - mine) if has_one else self.buffer[:, :0]
                 self.n_tokens += sum(sizes)
                 return self.processes.gathered(rows, sizes)
         return None
 
-    def _block(self, windows: Int[np.ndarray, "windows context"]) -> _Block:
-        place = None if self.cached is None else self.windows.place[0] - 1  # it is that of the next block
-        return _Block(windows, self._kept(windows), place)
-
-    def _rows(self, block: _Block, back: int) -> Rows:
-        """Return the activations of the block read as the so many-th last."""
-        tokens, kept = (torch.from_numpy(array).to(self.device) for array in (block.windows, block.keep))
-        if self.cached is None or block.place is None:
+    def _rows(self, windows: Windows, keep: Kept, after: Any, back: int) -> Rows:
+        """Return the activations of the block read as the so many-th last; `after`: where the next one starts."""
+        tokens, kept = (torch.from_numpy(array).to(self.buffer.device) for array in (windows, keep))
+        if self.cached is None:
             acts = read_many(self.model, tokens, self.hook_names)
         else:
-            first = block.place * self.windows.windows_per_block
+            first = (after - 1) * self.windows.windows_per_block
             read = {name: self.cached.read(name, first, len(tokens)) for name in self.hook_names}
-            acts = {name: each.to(self.device, self.model.dtype) for name, each in read.items()}
+            acts = {name: each.to(self.buffer.device, self.model.dtype) for name, each in read.items()}
         rows = torch.stack([acts[name][kept] for name in self.hook_names])
         if not torch.isfinite(rows.sum(dtype=torch.float32)):
-            self._refuse_not_finite(rows, kept, block, self.windows.n_blocks - back)
+            self._refuse_not_finite(rows, kept, windows, self.windows.n_blocks - back)
         return rows
 
-    def _kept(self, windows: Int[np.ndarray, "windows context"]) -> Bool[np.ndarray, "windows context"]:
+    def _kept(self, windows: Windows) -> Kept:
         keep = np.broadcast_to(self.positions, windows.shape)
         if self.exclude_special_tokens is True:
-            return keep & ~special_mask(windows, self.tokenizer)
+            return keep & ~special_mask(windows, self.model.tokenizer)
         return keep & ~np.isin(windows, list(self.exclude_special_tokens or ()))
 
-    def _refuse_not_finite(self, rows: Rows, kept: Tensor, block: _Block, n: int) -> None:
+    def _refuse_not_finite(self, rows: Rows, kept: Tensor, windows: Windows, n: int) -> None:
         bad = (~torch.isfinite(rows)).any(-1).nonzero()
         if len(bad) == 0:
             return  # the sum alone was too large
@@ -138,7 +129,7 @@ class ActivationStream:
         number = n * self.windows.windows_per_block + window
         raise UsageError(
             f"the model's activations at {self.hook_names[hook]!r} are not finite: window {number:,} of the corpus, "
-            f"position {position}, token {self.tokenizer.decode([int(block.windows[window, position])])!r}, "
+            f"position {position}, token {self.model.tokenizer.decode([int(windows[window, position])])!r}, "
             f"dtype {rows.dtype}. Use dtype float32 or bfloat16, or check the model's weights."
         )
 
@@ -154,12 +145,12 @@ class ActivationStream:
                     return
                 self.rest = found
             n = min(len(self.holes), self.rest.shape[1])
-            self.buffer.index_copy_(1, self.holes[:n].to(self.device), self.rest[:, :n])
+            self.buffer.index_copy_(1, self.holes[:n].to(self.buffer.device), self.rest[:, :n])
             self.rest, self.holes = self.rest[:, n:], self.holes[n:]
             told(n)
 
     def _other_slots(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, " others"]:
-        others = torch.ones(self.capacity, dtype=torch.bool)
+        others = torch.ones(self.buffer.shape[1], dtype=torch.bool)
         others[slots] = False
         return others.nonzero().squeeze(1)
 
@@ -170,14 +161,15 @@ class ActivationStream:
         """Return the next batch: a tensor for one hook given as a string, else {hook name: tensor}."""
         self.fill()
         if not self.ended and len(self.order) == 0:
-            n_batches = max(1, self.capacity // 2 // self.batch_size)
-            self.order = torch.randperm(self.capacity, generator=self.generator)[: n_batches * self.batch_size]
+            n_slots = self.buffer.shape[1]
+            n_batches = max(1, n_slots // 2 // self.batch_size)
+            self.order = torch.randperm(n_slots, generator=self.generator)[: n_batches * self.batch_size]
         taken, left = self.order[: self.batch_size], self.order[self.batch_size :]
         if len(taken) < self.processes.world:
             raise UsageError(
                 f"the corpus ended after {self.n_tokens:,} tokens. Ask for fewer, use more text, or repeat the corpus."
             )
-        self.order, batch = left, self.buffer.index_select(1, taken.to(self.device))
+        self.order, batch = left, self.buffer.index_select(1, taken.to(self.buffer.device))
         if not self.ended:
             self.holes = taken
         return batch[0] if self.single else dict(zip(self.hook_names, batch, strict=True))
@@ -186,7 +178,7 @@ class ActivationStream:
         """Return the rows the buffer holds now, to estimate scales from or to start weights at; nothing is taken."""
         self.fill()
         rows = self.buffer[self.hook_names.index(hook_name)]
-        return rows[self.order.to(self.device)] if self.ended else rows
+        return rows[self.order.to(self.buffer.device)] if self.ended else rows
 
     def save(self, folder: Path) -> None:
         """Write the state into an existing folder."""
@@ -200,7 +192,7 @@ class ActivationStream:
         """Continue from a saved state, without running the model on what was read before."""
         tensors = load_file(folder / "stream.safetensors")
         self.buffer.copy_(tensors["buffer"])
-        self.rest = tensors["rest"].to(self.device)
+        self.rest = tensors["rest"].to(self.buffer.device)
         self.order, self.holes = tensors["order"], tensors["holes"]
         self.generator.set_state(tensors["generator"])
         counts = read_json(folder / "stream.json")
