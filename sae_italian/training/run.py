@@ -69,9 +69,9 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
         if processes.first:
             stack.enter_context(_claimed(out, KIND, spec, **how))
         processes.meet(out)
-        specs = {SAE_FOLDER: here}
-        for seed in range(here.seed + 1, here.seed + here.seeds):
-            specs[f"seed-{seed}"] = here.model_copy(update={"seed": seed, "seeds": 1})
+        others = range(here.seed + 1, here.seed + here.seeds)
+        specs = {f"seed-{seed}": here.model_copy(update={"seed": seed, "seeds": 1}) for seed in others}
+        specs = {SAE_FOLDER: here, **specs}
         folders = {name: out if name == SAE_FOLDER else out / SEEDS / name for name in specs}
         if not _finished(folders, out, processes):
             train_together(specs, folders, model, out, processes)
