@@ -16,18 +16,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from sae_lens import LanguageModelSAETrainingRunner, SAETrainer, TrainingSAE
+from sae_lens import SAETrainer, TrainingSAE
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import atomic_path, disk_errors, on_signals, read_json, remove, write_json
+from sae_italian.base.storage import ODD, atomic_path, disk_errors, on_signals, read_json, remove, write_json
 from sae_italian.models import parse_hook_name
 from sae_italian.saes.architectures import PairScaler
 from sae_italian.saes.loading import check_hooks, tensors_alone, vocabulary_hash
@@ -40,11 +39,15 @@ from sae_italian.training.shards import assembled, load_part, sharded
 from sae_italian.training.stream import ActivationStream
 
 DIVERGED = 10.0  # times the loss at the start, and times the variance of the activations
+# What SAELens' own runner writes from its config into the metadata.
+METADATA = (
+    *("model_name", "model_class_name", "hook_name", "hook_head_index", "dataset_path", "context_size", "seqpos_slice"),
+    *("prepend_bos", "exclude_special_tokens", "sequence_separator_token", "disable_concat_sequences"),
+)
 LOG_EVERY_STEPS = 10
 HOPELESS_AFTER = 30  # steps: a start that suits explains more than the mean does by then
 MOSTLY_DEAD = 2 / 3  # of the latents: from zero, 94 to 97 % of them die on a real model (docs/results/gemma-3-270m.md)
 CHECKPOINTS, RANDOM_FILE = "checkpoints", "random.pt"
-UNREADABLE = (DataError, OSError, SafetensorError, ValueError, RuntimeError, KeyError, EOFError)
 
 
 class Diverged(UsageError):
@@ -94,8 +97,8 @@ class SAERun:
     def _describe(self, model: Any) -> None:
         """Write the metadata that SAELens' own runner writes, truthfully for a Hugging Face model."""
         metadata, spec = self.sae.cfg.metadata, self.spec
-        runner: Any = SimpleNamespace(cfg=self.config, sae=self.sae)
-        LanguageModelSAETrainingRunner._set_sae_metadata(runner)
+        for field in METADATA:
+            setattr(metadata, field, getattr(self.config, field))
         metadata.model_from_pretrained_kwargs = {}
         metadata.harvested_from = "hf"
         metadata.vocabulary = vocabulary_hash(model.tokenizer)  # read by saes.loading.check_hooks
@@ -112,20 +115,16 @@ class SAERun:
     def prepare(self, stream: ActivationStream) -> None:
         """Estimate the input scale from the stream's first buffer, which costs neither a token nor a forward pass; then take
         the weights of the SAE that the training starts from, if there is one."""
-        self._estimate_scale(stream)
-        if self.origin is not None and self.n_steps == 0:
-            x, y = (stream.sample(self.spec.hook_names[place]) for place in (0, -1))
-            self.origin.start(self.sae, x, y, self.trainer.activation_scaler.scaling_factor)
-
-    def _estimate_scale(self, stream: ActivationStream) -> None:
         scaler, cfg = self.trainer.activation_scaler, self.sae.cfg
+        samples = {name: stream.sample(name) for name in self.spec.hook_names}
         estimates = {"expected_average_only_in": "scaling_factor", "covariance_whitening": "whitening"}
         what = estimates.get(cfg.normalize_activations)
-        if what is None or getattr(scaler, what) is not None:
-            return
-        rows = iter([self._beside({name: stream.sample(name) for name in self.spec.hook_names})])
-        with contextlib.redirect_stderr(io.StringIO()):  # SAELens shows a bar of one step
-            getattr(scaler, f"estimate_{what}")(cfg.d_in, rows, 1)
+        if what is not None and getattr(scaler, what) is None:
+            with contextlib.redirect_stderr(io.StringIO()):  # SAELens shows a bar of one step
+                getattr(scaler, f"estimate_{what}")(cfg.d_in, iter([self._beside(samples)]), 1)
+        if self.origin is not None and self.n_steps == 0:
+            x, y = (samples[self.spec.hook_names[place]] for place in (0, -1))
+            self.origin.start(self.sae, x, y, scaler.scaling_factor)
 
     def step(self, batch: Mapping[str, Tensor]) -> None:
         """Take one training step. It counts as done at once: log it as step `n_steps` - 1."""
@@ -262,7 +261,7 @@ class Loop:
                 cpu, *gpus = torch.load(last / RANDOM_FILE)
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
-        except UNREADABLE as error:
+        except (*ODD, OSError, RuntimeError, SafetensorError) as error:
             why = " ".join(str(error).split())
             raise DataError(
                 f"checkpoint {last} cannot be read ({why:.200}). Remove it, or start over with --overwrite."
