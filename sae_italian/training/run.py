@@ -79,8 +79,8 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
 
 
 def _finished(folders: Mapping[str, Path], out: Path, processes: Processes = ALONE) -> bool:
-    """Return whether all SAEs of a training are there; then the checkpoints in `out` have no use."""
-    done = all((folder / WEIGHTS).is_file() for folder in folders.values())
+    """Return whether all SAEs of a training are there, for every process; then the checkpoints in `out` have no use."""
+    done = not processes.any_of(any(not (folder / WEIGHTS).is_file() for folder in folders.values()))[0]
     if done:
         processes.by_first(lambda: clear_checkpoints(out))
     return done
