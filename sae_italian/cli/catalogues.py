@@ -195,7 +195,8 @@ def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_
     value: dict[str, Any] = {"facts": located[0].model_dump(mode="json") if located else None, "documents": []}
     parts = [facts(value["facts"])] if located else []
     if documents or not located:
-        found = list(islice(CorpusStream(corpus, _reader(words, text_column=text_column)[0]), documents or 3))
+        stream = CorpusStream(corpus, _reader(words, text_column=text_column)[0])
+        found = list(islice(stream, documents or 3))
         value["documents"] = [document._asdict() for document in found]
         parts += [f"[{document.doc_id} · {document.source}]\n{document.text}" for document in found]
     return Result(value, "\n\n".join(parts))

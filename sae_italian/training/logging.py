@@ -67,8 +67,8 @@ class RunLog:
         self.wandb_run: Any = None
 
     @contextlib.contextmanager
-    def to_wandb(self, config: Any) -> Iterator[None]:
-        """Tell W&B too in the block, where the spec asks for it; `config` is SAELens' own of the run.
+    def to_wandb(self) -> Iterator[None]:
+        """Tell W&B too in the block, where the spec asks for it.
 
         `wandb: online` without a login, or without the server in reach, becomes offline, which one line on stderr says; so
         does another, at the end, how to send it later. A run that is resumed, and one of a sweep, goes on in its own W&B run.
@@ -76,20 +76,21 @@ class RunLog:
         if self.spec.wandb == "off":
             yield
             return
-        failed, self.wandb_run = 1, self._start(config)
+        failed, self.wandb_run = 1, self._start()
         try:
             yield
             failed = 0
         finally:
             self.wandb_run.finish(exit_code=failed)
         if self.wandb_run.offline:
-            sys.stderr.write(f"W&B holds this run offline; send it with: wandb sync {self.out}/wandb/offline-*\n")
+            told = "W&B holds this run offline; send it with: wandb sync"
+            sys.stderr.write(f"{told} {self.out}/wandb/offline-*\n")
 
-    def _start(self, config: Any) -> Any:
+    def _start(self) -> Any:
         import wandb
         from wandb.errors import CommError
 
-        spec, out = self.spec, self.out
+        spec, out, config = self.spec, self.out, self.spec.to_saelens()
         given: dict[str, Any] = WandbRun(None, spec.wandb_project).joined(out) | {
             "name": config.logger.run_name,
             "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
@@ -170,8 +171,12 @@ class RunLog:
     def _held_out(self) -> dict[str, Any]:
         """Return the text that the SAE is judged on."""
         spec = self.spec
-        size = {"n_tokens": spec.evaluate_tokens, "context_size": spec.context_size, "text_column": spec.text_column}
-        return {"corpus": spec.evaluate_corpus or spec.corpus, **size}
+        return {
+            "corpus": spec.evaluate_corpus or spec.corpus,
+            "n_tokens": spec.evaluate_tokens,
+            "context_size": spec.context_size,
+            "text_column": spec.text_column,
+        }
 
     def _send(self, kind: str, metadata: Any, folder: Path, files: Any, aliases: list[str] | None = None) -> None:
         import wandb

@@ -151,7 +151,7 @@ def train_together(
         hook_names = [hook for spec in specs.values() for hook in spec.hook_names]
         loop = Loop(runs, open_stream(next(iter(specs.values())), model, hook_names, processes), out, processes)
         loop.resume()
-        processes.by_first(lambda: [stack.enter_context(run.log.to_wandb(run.config)) for run in runs.values()])
+        processes.by_first(lambda: [stack.enter_context(run.log.to_wandb()) for run in runs.values()])
         try:
             loop.fit()
             loop.finish()

@@ -128,9 +128,10 @@ class ActivationStream:
         window, position = divmod(int(kept.flatten().nonzero()[row]), kept.shape[1])
         number = n * self.windows.windows_per_block + window
         raise UsageError(
-            f"the model's activations at {self.hook_names[hook]!r} are not finite: window {number:,} of the corpus, "
-            f"position {position}, token {self.model.tokenizer.decode([int(windows[window, position])])!r}, "
-            f"dtype {rows.dtype}. Use dtype float32 or bfloat16, or check the model's weights."
+            f"the model's activations at {self.hook_names[hook]!r} are not finite: window {number:,} of the "
+            f"corpus, position {position}, token "
+            f"{self.model.tokenizer.decode([int(windows[window, position])])!r}, dtype {rows.dtype}. "
+            "Use dtype float32 or bfloat16, or check the model's weights."
         )
 
     def fill(self, told: Callable[[int], object] = lambda n: None) -> None:

@@ -136,7 +136,7 @@ def test_config_and_artifact(offline, small_spec):
 def test_online_without_a_login_is_offline_and_says_so(small_spec, logged_out, tmp_path, capsys):
     spec = small_spec.model_copy(update={"wandb": "online"})
     log = RunLog(spec, tmp_path)
-    with log.to_wandb(spec.to_saelens()):
+    with log.to_wandb():
         log({"metrics/l0": 8.0}, 0)
     told = [line for line in capsys.readouterr().err.splitlines() if "WARNING" not in line]  # wandb has its own
     assert len(told) == 2 and "nobody is logged in" in told[0] and f"wandb sync {tmp_path}/wandb/offline-*" in told[1]
@@ -146,20 +146,20 @@ def test_online_without_a_login_is_offline_and_says_so(small_spec, logged_out, t
 def test_a_resumed_run_keeps_its_id_and_a_failed_one_says_so(small_spec, logged_out, tmp_path):
     spec = small_spec.model_copy(update={"wandb": "offline"})
     log = RunLog(spec, tmp_path)
-    with pytest.raises(UsageError), log.to_wandb(spec.to_saelens()):
+    with pytest.raises(UsageError), log.to_wandb():
         raise UsageError("diverged")
     first = OfflineRun(tmp_path)
     assert first.exit_code == 1
     first.file.unlink()
     log = RunLog(spec, tmp_path)
-    with log.to_wandb(spec.to_saelens()):
+    with log.to_wandb():
         log({"metrics/l0": 8.0}, 10)
     assert OfflineRun(tmp_path).id == first.id
 
 
 def test_off_is_silent(small_spec, tmp_path):
     log = RunLog(small_spec, tmp_path)
-    with log.to_wandb(None):
+    with log.to_wandb():
         assert log.wandb_run is None
         log({}, 0)
         log.checkpoint(tmp_path, 0)

@@ -338,7 +338,7 @@ def test_the_others_wait_for_the_first_to_open_its_log(spec, two, tmp_path, monk
     """W&B may take longer than `process_timeout_seconds`, in which a process that steps must answer."""
 
     @contextlib.contextmanager
-    def slow(log, config):
+    def slow(log):
         time.sleep(15)
         yield
 
