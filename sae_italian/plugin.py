@@ -1,29 +1,55 @@
 """What is told to TransformerLens and SAELens, and when.
 
-TransformerLens resolves model names through two module-level objects (see the end of `models/catalogue.py`), SAELens its
-releases through a cached dict and its loaders through another; none has a public call to extend it. So entries are added
-to these objects in place; nothing is rebound or replaced, and a name they already know is never taken over.
+TransformerLens resolves model names through two module-level objects, SAELens its releases through a cached dict and its
+loaders through another; none has a public call to extend it. So entries are added to these objects in place; nothing is
+rebound or replaced, and a name they already know is never taken over.
 (Architectures SAELens registers by a public call, which the modules of `saes` make in their last lines.)
 
 Importing these libraries costs seconds, so each registration waits until somebody imports the library.
 """
 
+import logging
+import re
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-_MODEL_TABLES = "transformer_lens.supported_models"
+
+class _Aliases(list):
+    """A list of aliases that is asked `in` without regard to case: TransformerBridge compares them as typed."""
+
+    def __contains__(self, name: object) -> bool:
+        return any(str(name).lower() == alias.lower() for alias in self)
+
+
+def _not_about_ours(record: logging.LogRecord) -> bool:
+    """Keep back that an alias of ours is deprecated: TransformerLens says it of every alias, and names a folder."""
+    from sae_italian.models import catalogue
+
+    found = re.search(r"deprecated, model_name alias '(.*?)'", str(record.msg))
+    return not (found and any(found[1].lower() in entry.aliases for entry in catalogue().values()))
 
 
 def register_models() -> None:
-    """Register every model of the catalogue with TransformerLens."""
-    from sae_italian.models.catalogue import catalogue, register_model
+    """Add every model of the catalogue and its aliases to TransformerLens' tables of names; idempotent.
 
+    Raises: ValueError when an alias already means another model there.
+    """
+    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+    from sae_italian.models import catalogue
+
+    meant = {name.lower(): name for name in OFFICIAL_MODEL_NAMES}
+    meant |= {alias.lower(): name for name, its in MODEL_ALIASES.items() for alias in its}
     for entry in catalogue().values():
-        register_model(entry.official, entry.aliases)
+        _add("model", meant, dict.fromkeys((entry.official.lower(), *entry.aliases), entry.official))
+        if entry.official not in OFFICIAL_MODEL_NAMES:
+            OFFICIAL_MODEL_NAMES.append(entry.official)
+        known = MODEL_ALIASES.setdefault(entry.official, _Aliases())
+        known += [alias for alias in entry.aliases if alias not in known]
+    logging.getLogger().addFilter(_not_about_ours)
 
 
 def register_saes() -> None:
@@ -34,12 +60,11 @@ def register_saes() -> None:
     from sae_lens.loading import pretrained_sae_loaders as loaders
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup, get_pretrained_saes_directory
 
+    # One of these may be what imported SAELens: it is then only half there, and registers itself when it is whole.
+    from sae_italian.saes import architectures, tied  # noqa: F401
     from sae_italian.saes.releases import loaders as our_loaders
     from sae_italian.saes.releases import releases
 
-    # One of these may be what imported SAELens: it is then only half there, and registers itself when it is whole.
-    for module in ("architectures", "tied"):
-        import_module(f"sae_italian.saes.{module}")
     readers, config_readers = our_loaders()
     _add("loader", loaders.NAMED_PRETRAINED_SAE_LOADERS, readers)
     _add("config getter", loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS, config_readers)
@@ -64,11 +89,14 @@ def register_saes() -> None:
 def _add(what: str, table: dict[str, Any], ours: dict[str, Any]) -> None:
     for name, value in ours.items():
         if table.setdefault(name, value) != value:
-            raise ValueError(f"SAELens already has a {what} named {name!r}; it was not replaced")
+            raise ValueError(f"there already is a {what} named {name!r}; it was not replaced")
 
 
 # What to do once a library's module has been imported.
-_WHEN_IMPORTED: dict[str, Callable[[], None]] = {_MODEL_TABLES: register_models, "sae_lens": register_saes}
+_WHEN_IMPORTED: dict[str, Callable[[], None]] = {
+    "transformer_lens.supported_models": register_models,
+    "sae_lens": register_saes,
+}
 
 
 class _Door(MetaPathFinder):

@@ -5,7 +5,6 @@ Beside the weights (bfloat16: its rounding is far below that of a 4-bit quantisa
 its hash, how its tensors were quantised, its licence. Such a folder lives under `models_folder()`, by name.
 """
 
-import logging
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -23,17 +21,17 @@ from sae_italian.base import storage
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.report import no_bars_in_a_pipe
 
-# The catalogue's name of a dimension, and where transformers' configs keep it (the first that is there).
+# The catalogue's name of a dimension, and transformers' (GPT-2's own names are aliases of these there).
 CONFIG_KEYS = {
-    "d_model": ("hidden_size", "n_embd"),
-    "n_layers": ("num_hidden_layers", "n_layer"),
-    "n_heads": ("num_attention_heads", "n_head"),
-    "n_kv_heads": ("num_key_value_heads", "num_attention_heads", "n_head"),
-    "d_head": ("head_dim",),
-    "d_mlp": ("intermediate_size", "n_inner"),
-    "vocab": ("vocab_size",),
-    "context": ("max_position_embeddings", "n_positions"),
-    "window": ("sliding_window",),
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_head": "head_dim",
+    "d_mlp": "intermediate_size",
+    "vocab": "vocab_size",
+    "context": "max_position_embeddings",
+    "window": "sliding_window",
 }
 
 
@@ -93,7 +91,7 @@ def resolve(name: str) -> ResolvedModel:
     Raises: UsageError for anything else, with the nearest known name; as `import_gguf` for a GGUF file.
     """
     wanted = name.strip()
-    folder = storage.path_of(wanted)
+    folder, is_path = storage.path_of(wanted), wanted.startswith((".", "/", "~"))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(
@@ -105,7 +103,7 @@ def resolve(name: str) -> ResolvedModel:
         return ResolvedModel(str(folder.resolve()), str(folder.resolve()), None)
     if folder.suffix == ".gguf":
         return ResolvedModel(str(folder.resolve()), str(import_gguf(folder)), None)
-    if wanted and not wanted.startswith((".", "/", "~")) and folder_of(wanted).is_dir():
+    if wanted and not is_path and folder_of(wanted).is_dir():
         return ResolvedModel(wanted, str(folder_of(wanted)), catalogue().get(wanted))
     wanted, _, revision = wanted.partition("@")
     for entry in catalogue().values():
@@ -113,10 +111,9 @@ def resolve(name: str) -> ResolvedModel:
             if revision and entry.package:
                 raise UsageError(f"{entry.name} is part of this package and has no revisions; remove '@{revision}'.")
             fetched = folder_of(entry.name)
-            return ResolvedModel(
-                entry.name, str(fetched) if fetched.is_dir() else entry.official, entry, revision or None
-            )
-    if wanted.count("/") == 1 and not wanted.startswith((".", "/", "~")):
+            load_from = str(fetched) if fetched.is_dir() else entry.official
+            return ResolvedModel(entry.name, load_from, entry, revision or None)
+    if wanted.count("/") == 1 and not is_path:
         return ResolvedModel(wanted, wanted, None, revision or None)
     known = [alias for entry in catalogue().values() for alias in (entry.name, *entry.aliases)]
     raise UsageError(f"model {name!r} is neither a known name, a hub id nor a folder. {nearest(wanted, known)}")
@@ -132,11 +129,10 @@ def resolved_here(name: str) -> ResolvedModel | None:
 
 def config_facts(config: Any) -> dict[str, Any]:
     """Return the catalogue's dimensions as a loaded transformers config states them; None where it does not."""
-    found = {ours: (getattr(config, key, None) for key in theirs) for ours, theirs in CONFIG_KEYS.items()}
-    facts: dict[str, Any] = {
-        ours: next((each for each in its if each is not None), None) for ours, its in found.items()
-    }
+    facts: dict[str, Any] = {ours: getattr(config, theirs, None) for ours, theirs in CONFIG_KEYS.items()}
+    facts["n_kv_heads"] = facts["n_kv_heads"] or facts["n_heads"]
     facts["d_head"] = facts["d_head"] or facts["d_model"] // facts["n_heads"]
+    facts["d_mlp"] = facts["d_mlp"] or getattr(config, "n_inner", None)
     if facts["d_mlp"] is None and config.model_type == "gpt2":
         facts["d_mlp"] = 4 * facts["d_model"]  # transformers' own default when n_inner is null
     facts["architecture"] = (config.architectures or [None])[0]
@@ -154,55 +150,6 @@ def config_differences(entry: ModelEntry | None, config: Any) -> list[str]:
         for key, expected in known.items()
         if facts[key] != expected and (expected is not None or (key == "window" and entry.d_model is not None))
     ]
-
-
-# --- TransformerLens' tables of names -------------------------------------------------------------------------------
-
-_TABLES = "transformer_lens.supported_models"
-
-
-class _Aliases(list):
-    """A list of aliases that is asked `in` without regard to case: TransformerBridge compares them as typed."""
-
-    def __contains__(self, name: object) -> bool:
-        return any(str(name).lower() == alias.lower() for alias in self)
-
-
-def _not_about_ours(record: logging.LogRecord) -> bool:
-    """Keep back that an alias of ours is deprecated: TransformerLens says it of every alias, and names a folder."""
-    tables = sys.modules.get(_TABLES)
-    ours = [its for its in getattr(tables, "MODEL_ALIASES", {}).values() if isinstance(its, _Aliases)]
-    found = re.search(r"deprecated, model_name alias '(.*?)'", str(record.msg))
-    return not (found and any(found[1] in its for its in ours))
-
-
-def register_model(official: str, aliases: Sequence[str]) -> None:
-    """Add one model name and its aliases to TransformerLens' tables; calling it again changes nothing.
-
-    Raises: ValueError when an alias already means another model there.
-    """
-    tables = import_module(_TABLES)
-    names: list[str] = tables.OFFICIAL_MODEL_NAMES
-    known: dict[str, list[str]] = tables.MODEL_ALIASES
-    owners = {name.lower(): name for name in names}
-    owners |= {alias.lower(): name for name, its in known.items() for alias in its}
-    for alias in aliases:
-        owner = owners.get(alias.lower(), official)
-        if owner != official:
-            raise ValueError(f"alias {alias!r} already means {owner!r} in TransformerLens; it was not taken over")
-    logging.getLogger().addFilter(_not_about_ours)
-    if official not in names:
-        names.append(official)
-    current = known.setdefault(official, _Aliases())
-    current += [alias for alias in aliases if alias not in current]
-
-
-def unregister_model(official: str) -> None:
-    """Take back a name that `register_model` added; aliases of a name TransformerLens ships are left alone."""
-    tables = import_module(_TABLES)
-    if isinstance(tables.MODEL_ALIASES.get(official), _Aliases):
-        del tables.MODEL_ALIASES[official]
-        tables.OFFICIAL_MODEL_NAMES.remove(official)
 
 
 # --- GGUF files -------------------------------------------------------------------------------------------------------

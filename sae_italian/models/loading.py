@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
-import json
-import os
-import shutil
 import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
+from unittest.mock import patch
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import explain
 from sae_italian.base.report import no_bars_in_a_pipe
-from sae_italian.models.catalogue import (
-    ResolvedModel,
-    config_differences,
-    record_of,
-    register_model,
-    resolve,
-    unregister_model,
-)
+from sae_italian.models.catalogue import ResolvedModel, config_differences, record_of, resolve
 from sae_italian.models.hooks import SITES
 
 if TYPE_CHECKING:
@@ -37,9 +27,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu128"
 TOLERANCE = 1e-4  # largest relative difference between backends, in float32
 HOOKED_CONTEXT = 4096  # TransformerLens would cap Mistral at 2048; its masks grow with the square
-
-# TransformerLens guesses the architecture from these pieces of a path (reference/transformerlens.md 1.1).
-_MISLEADING_PATHS = ("llama", "gemma", "bert", "t5", "wav2vec2")
 
 
 def load_model(
@@ -205,28 +192,29 @@ def _fetch(loader: Any, resolved: ResolvedModel, **arguments: Any) -> Any:
 def _load_hooked(resolved: ResolvedModel, model: Any, tokenizer: Any, device: str, context: int) -> Any:
     """Build SAELens' HookedSAETransformer from a loaded Hugging Face model, without any weight processing.
 
-    HookedTransformer reads the config by name and guesses the architecture from the name; so the loaded config is
-    written to a folder whose name misleads nobody, and that folder is registered while it loads.
+    HookedTransformer fetches the config by name and guesses the architecture from pieces of the name, such as "llama"; so
+    it is given the loaded config, under a name that misleads nobody.
     """
+    from transformer_lens import loading_from_pretrained as theirs
+
     from sae_italian.models.loud import LoudHooked
 
-    with _plain_folder() as folder:
-        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-        config.setdefault("n_ctx", getattr(model.config, "max_position_embeddings", context))  # GPT-2
-        (folder / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
-        register_model(str(folder), [])
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints
-                warnings.simplefilter("ignore", DeprecationWarning)
-                hooked = LoudHooked.from_pretrained_no_processing(
-                    str(folder), hf_model=model, tokenizer=tokenizer, device=device, dtype=model.dtype, n_ctx=context
-                )
-        except NotImplementedError as error:
-            raise UsageError(
-                f"TransformerLens' HookedTransformer has no {model.config.model_type!r} models; use the backend 'bridge'."
-            ) from error
-        finally:
-            unregister_model(str(folder))
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if not hasattr(config, "n_ctx"):  # GPT-2
+        config.n_ctx = getattr(config, "max_position_embeddings", context)
+    ours = SimpleNamespace(from_pretrained=lambda *_, **__: config)
+    given = patch.multiple(theirs, get_official_model_name=str, AutoConfig=ours)
+    try:
+        with given, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints
+            warnings.simplefilter("ignore", DeprecationWarning)
+            hooked: Any = LoudHooked.from_pretrained_no_processing(
+                "<in memory>", hf_model=model, tokenizer=tokenizer, device=device, dtype=model.dtype, n_ctx=context
+            )
+    except NotImplementedError as error:
+        raise UsageError(
+            f"TransformerLens' HookedTransformer has no {model.config.model_type!r} models; use the backend 'bridge'."
+        ) from error
     _copy_rotary(model, hooked, context)
     hooked.cfg.model_name = resolved.saved_name
     return hooked.eval()
@@ -250,24 +238,6 @@ def _copy_rotary(model: Any, hooked: Any, context: int) -> None:
             if old.shape[1] != values.shape[1]:
                 raise UsageError(f"RoPE turns {old.shape[1]} dimensions here, {values.shape[1]} there; use 'bridge'.")
             setattr(block.attn, name, (values * rotary.attention_scaling).to(old))
-
-
-@contextlib.contextmanager
-def _plain_folder() -> Iterator[Path]:
-    """Yield a scratch folder whose path holds none of the pieces from which TransformerLens guesses."""
-    places = [Path(parent).resolve() for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp", ".")]
-    plain = (each for each in places if not any(piece in str(each).lower() for piece in _MISLEADING_PATHS))
-    place = next((place for place in plain if os.access(place, os.W_OK)), None)
-    if place is None:
-        raise UsageError(
-            f"the backend 'hooked' needs a scratch folder without {', '.join(_MISLEADING_PATHS)} in its path. Set TMPDIR."
-        )
-    folder = place / f"model-{os.getpid()}-{time.monotonic_ns()}"  # letters at random can be unlucky
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- do the three backends agree? ---------------------------------------------------------------------------------------

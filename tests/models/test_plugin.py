@@ -73,8 +73,10 @@ print(len(names) - len(before[0]), sum(name in before[0] for name in catalogue()
 
 
 def test_an_alias_of_another_model_is_not_taken_over():
-    code = """from sae_italian.models.catalogue import register_model
-try: register_model('me/mine', ['gpt2'])
+    code = """import transformer_lens, sae_italian.plugin
+from sae_italian.models import ModelEntry, catalogue
+catalogue()['me/mine'] = ModelEntry('me/mine', ['gpt2'], '', '', False, '', '')
+try: sae_italian.plugin.register_models()
 except ValueError as e: print('refused' if 'gpt2' in str(e) else e)"""
     assert run(code) == "refused"
 
