@@ -11,32 +11,26 @@ works, and none by a guess. Where a block has a norm behind the attention or the
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from sae_italian.base.errors import UsageError, nearest
 
 Site = Literal["R", "A", "M", "TC"]
 
 
-class _Row(NamedTuple):
-    """One hook: its site, the Bridge's name, and the block's part that it belongs to ("" for the block itself)."""
-
-    site: Site | None
-    bridge: str
-    part: Literal["", "attn", "mlp", "ln2"]
-
-
-_LEGACY = {
-    "hook_resid_pre": _Row(None, "hook_in", ""),
-    "hook_resid_post": _Row("R", "hook_out", ""),
-    "hook_attn_out": _Row("A", "attn.hook_out", "attn"),
-    "hook_mlp_out": _Row("M", "mlp.hook_out", "mlp"),
-    "mlp.hook_in": _Row("TC", "mlp.hook_in", "mlp"),
-    "ln2.hook_normalized": _Row("TC", "ln2.hook_normalized", "ln2"),
+# The Bridge's name of each legacy name; what stands before its last dot is the block's part, nothing for the block itself.
+_BRIDGE = {
+    "hook_resid_pre": "hook_in",
+    "hook_resid_post": "hook_out",
+    "hook_attn_out": "attn.hook_out",
+    "hook_mlp_out": "mlp.hook_out",
+    "mlp.hook_in": "mlp.hook_in",
+    "ln2.hook_normalized": "ln2.hook_normalized",
 }
 SITES: dict[Site, str] = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out", "TC": "mlp.hook_in"}
 # What Hugging Face models call a block's container and its parts: how sparsify, Delphi and people name a module's output.
 _PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.([0-9]+)(?:\.(self_attn|attn|attention|mlp))?")
+_OUTPUTS = {None: "hook_resid_post", "mlp": "hook_mlp_out"}  # by the part in such a path; else the attention's
 _LLAMA = {"": "", "attn": ".self_attn", "mlp": ".mlp", "ln2": ".post_attention_layernorm"}
 _adapters: dict[int, tuple[Any, Any]] = {}  # by a config's id: the config, which keeps it, its adapter
 
@@ -56,11 +50,11 @@ class Hook:
     @property
     def llama_path(self) -> str:
         """The module's name in a model of Llama's family, as sparsify and Delphi write it: `layers.14.mlp`."""
-        return f"layers.{self.layer}{_LLAMA[_LEGACY[self.legacy].part]}"
+        return f"layers.{self.layer}{_LLAMA[_BRIDGE[self.legacy].rpartition('.')[0]]}"
 
     @property
     def site(self) -> Site | None:
-        return _LEGACY[self.legacy].site
+        return "TC" if self.normalised else next((site for site, its in SITES.items() if its == self.legacy), None)
 
     @property
     def reads_input(self) -> bool:
@@ -80,7 +74,7 @@ class Hook:
         adapter = adapter_of(config)
         aliases = adapter.component_mapping["blocks"].hook_aliases
         # The attention's and the MLP's output are where the family's block says, which may be a norm behind them.
-        where = aliases.get(self.legacy, "") if self.site in ("R", "A", "M") else _LEGACY[self.legacy].bridge
+        where = aliases.get(self.legacy, "") if self.site in ("R", "A", "M") else _BRIDGE[self.legacy]
         part = where.rpartition(".")[0]
         try:
             if not where:
@@ -121,14 +115,12 @@ def parse_hook_name(name: str, n_layers: int | None = None) -> Hook:
     hook, layer = None, 0
     if match := re.fullmatch(r"blocks\.([0-9]+)\.(.+)", name):
         layer, rest = int(match[1]), match[2]
-        by_bridge = {row.bridge: legacy for legacy, row in _LEGACY.items()}
-        legacy = rest if rest in _LEGACY else by_bridge.get(rest)
+        legacy = next((legacy for legacy, bridge in _BRIDGE.items() if rest in (legacy, bridge)), None)
         hook = Hook(layer, legacy) if legacy else None
     elif match := _PATH.fullmatch(name):
-        site: Site = "R" if match[2] is None else "M" if match[2] == "mlp" else "A"
-        hook = Hook(int(match[1]), SITES[site])
+        hook = Hook(int(match[1]), _OUTPUTS.get(match[2], "hook_attn_out"))
     if hook is None:
-        examples = [f"blocks.{layer}.{option}" for option in _LEGACY]
+        examples = [f"blocks.{layer}.{option}" for option in _BRIDGE]
         raise UsageError(f"hook_name {name!r} is unknown. {nearest(name, examples)}")
     if n_layers is not None and hook.layer >= n_layers:
         raise UsageError(f"hook_name {name!r}: the model has layers 0 to {n_layers - 1}. Use one of these.")
