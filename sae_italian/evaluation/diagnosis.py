@@ -22,7 +22,7 @@ from sae_italian.models.activations import check_context, read_many
 from sae_italian.models.hooks import parse_hook_name
 from sae_italian.saes.fit import Fit, check_free, decoded, explained, fit, save_sae
 from sae_italian.saes.jumprelu import JumpReLUExport, Thresholds, check_exportable, to_jumprelu
-from sae_italian.saes.loading import check_fits, check_hooks, check_weights, hooks_of
+from sae_italian.saes.loading import check_fits, check_hooks, check_sae, hooks_of
 
 SCALES = tuple(2.0**power for power in range(-7, 8))
 JUMPRELU_TOKENS = 40_960  # about 32,768 of them, as many as Llama Scope took, set the thresholds; the rest checks
@@ -48,7 +48,7 @@ def activations(
     sae: Any, model: Any, blocks: Iterable[Int[np.ndarray, "windows context"]]
 ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"]]:
     """Return the SAE's input and target on windows, no special tokens. Raises: UsageError where SAE and model do not fit."""
-    check_weights(sae)
+    check_sae(sae)
     check_hooks(sae, model)
     x, y = [], []
     for tokens in blocks:

@@ -25,7 +25,7 @@ from sae_italian.models import parse_hook_name, resolve
 from sae_italian.models.loading import bos_count
 from sae_italian.saes import hooks_of
 from sae_italian.saes.fit import Fit, fit, threshold_for
-from sae_italian.saes.loading import check_hooks, check_weights
+from sae_italian.saes.loading import check_hooks, check_sae
 
 Status = Literal["pass", "warn", "fail"]
 CLEARLY = 0.03  # of explained variance: a repair that gains more names a fault
@@ -93,7 +93,7 @@ def examine(
     report = Diagnosis(name or str(metadata.model_name), str(facts.get("name", metadata.model_name)), str(corpus))
     report.checks += _model_checks(sae, facts)
     try:
-        check_weights(sae)
+        check_sae(sae)
         check_hooks(sae, model)
     except UsageError as error:
         report.checks.append(_refusal(error))

@@ -43,7 +43,7 @@ class Format(NamedTuple):
     files: tuple[str, ...]
     reader: Callable[[Path, str, Config], Found]
     config_of: Callable[[Path, str, Config], Config] = lambda *_: {}  # the config alone, of what is on the hub
-    hint: str = " Make or fetch it again."  # what to do where it cannot be read
+    hint: str = "Make or fetch it again."  # what to do where it cannot be read
 
     def is_in(self, folder: Path) -> bool:
         """Return whether a folder holds one SAE of this format, its weights whole or in shards."""
@@ -60,22 +60,25 @@ class Format(NamedTuple):
         return config, state
 
 
-def format_of(folder: Path) -> Format | None:
-    """Return the format of the SAE that a folder holds; None where it is none that is read."""
-    return next((form for form in FORMATS if form.is_in(folder)), None)
+def find_format(folder: Path) -> tuple[Path, Format]:
+    """Return the folder of the one SAE that a folder holds, itself or right inside (a run of sparsify, a suite), and its format.
 
+    Raises: UsageError where there are more, or none that is read: what the folder holds instead, and what to do about it.
+    """
 
-def sae_folders(folder: Path) -> list[str]:
-    """Return the folders right inside one that hold an SAE of a known format (a run of sparsify, a suite), sorted."""
-    return sorted(child.name for child in folder.iterdir() if child.is_dir() and format_of(child))
+    def format_of(place: Path) -> Format | None:
+        return next((form for form in FORMATS if form.is_in(place)), None)
 
-
-def what_is_missing(folder: Path) -> str:
-    """Return what a folder is that holds no SAE in a format that is read, and what to do about it."""
-    for pattern, said in _SIGNS:
-        if found := sorted(folder.glob(pattern)):
-            return said.format(file=found[0].name)
-    return "give the folder of one SAE"
+    if form := format_of(folder):
+        return folder, form
+    found = {child: form for child in sorted(folder.iterdir()) if (form := format_of(child))}
+    if len(found) == 1:
+        return found.popitem()
+    what = f"{len(found)} SAEs; give one of its folders: {', '.join(child.name for child in list(found)[:8])}"
+    if not found:
+        signs = (said.format(file=file.name) for sign, said in _SIGNS for file in sorted(folder.glob(sign)))
+        what = f"no SAE that can be read; {next(signs, 'give the folder of one SAE')}"
+    raise UsageError(f"{folder} holds {what}.")
 
 
 _SAVE = "load it with the program that wrote it, and save it with SAELens' save_model"
@@ -91,10 +94,11 @@ _SIGNS = (
 )
 
 
-def read_tensors(file: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> State:
-    """Return the tensors of a safetensors file, whole or in shards."""
+def read_tensors(file: Path, device: str, config: Config) -> State:
+    """Return the tensors of a safetensors file, whole or in shards, as the numbers that the config says."""
     from safetensors.torch import load_file
 
+    dtype = getattr(torch, config.get("dtype", "float32").removeprefix("torch."))
     files = [file]
     if not file.is_file():
         files = [file.with_name(name) for name in sorted(set(read_json(_index_of(file))["weight_map"].values()))]
@@ -141,7 +145,7 @@ def _own(folder: Path, device: str, overrides: Config) -> Found:
         raise DataError(f"{folder}/cfg.json: unknown architecture {name!r}; there are {known}.")
     if (folder / SAELENS_WEIGHTS).is_file():
         return sae_lens_disk_loader(folder, device, overrides)
-    return config, read_tensors(folder / SAELENS_WEIGHTS, device)
+    return config, read_tensors(folder / SAELENS_WEIGHTS, device, config)
 
 
 def _by_saelens(loader: str, facts: Callable[[Path], Config], folder: Path, device: str, overrides: Config) -> Found:
@@ -199,10 +203,9 @@ def _dictionary_hook(name: str, io: str, layer: int) -> str | None:
         hook = parse_hook_name(name)
     except UsageError:
         return None
-    found = hook.name if io in ("in", "out") else None
-    if io == "in" and not name.startswith("blocks."):
-        found = f"blocks.{layer}.{_INPUTS[hook.legacy]}" if hook.legacy in _INPUTS else None
-    return found if hook.layer == layer else None
+    at_input = io == "in" and not name.startswith("blocks.")
+    legacy = _INPUTS.get(hook.legacy) if at_input else hook.legacy
+    return f"blocks.{layer}.{legacy}" if legacy and hook.layer == layer and io in ("in", "out") else None
 
 
 _DICTIONARIES = (
@@ -271,17 +274,13 @@ def _sparsify_config(folder: Path, device: str, overrides: Config) -> Config:
 
 def _sparsify(folder: Path, device: str, overrides: Config) -> Found:
     config = _sparsify_config(folder, device, overrides)
-    tensors = read_tensors(folder / SPARSIFY.files[-1], device, _dtype_of(config))
+    tensors = read_tensors(folder / SPARSIFY.files[-1], device, config)
     state = {"W_enc": tensors["encoder.weight"].T.contiguous(), "b_enc": tensors["encoder.bias"]}
     state |= {"W_dec": tensors["W_dec"], "b_dec": tensors["b_dec"]}
     if config["architecture"] == "topk_transcoder":
         config["d_out"] = d_out = len(state["b_dec"])
         state["W_skip"] = tensors.get("W_skip", state["b_dec"].new_zeros(d_out, config["d_in"]))
     return config, state
-
-
-def _dtype_of(config: Config) -> torch.dtype:
-    return getattr(torch, config["dtype"].removeprefix("torch."))
 
 
 def _llama_scope_config(folder: Path, device: str, overrides: Config) -> Config:
@@ -314,7 +313,7 @@ def _llama_scope_config(folder: Path, device: str, overrides: Config) -> Config:
 
 def _llama_scope(folder: Path, device: str, overrides: Config) -> Found:
     config, theirs = _llama_scope_config(folder, device, overrides), read_json(folder / "hyperparams.json")
-    tensors = read_tensors(folder / LLAMA_SCOPE.files[-1], device, _dtype_of(config))
+    tensors = read_tensors(folder / LLAMA_SCOPE.files[-1], device, config)
     W_enc, W_dec = (tensors[f"{side}.weight"].T.contiguous() for side in ("encoder", "decoder"))
     b_enc, b_dec = (tensors[f"{side}.bias"] for side in ("encoder", "decoder"))
     norms, root = theirs["dataset_average_activation_norm"], config["d_in"] ** 0.5
@@ -340,6 +339,6 @@ FORMATS = (
     Format(("config.json", SAELENS_WEIGHTS), _OPENMOSS),
     Format(("config.json", "ae.pt"), _DICTIONARY),
     Format(
-        ("params.npz",), _GEMMA_SCOPE, hint=" Keep Gemma Scope's names: gemma-scope-2b-pt-res/layer_12/width_16k/..."
+        ("params.npz",), _GEMMA_SCOPE, hint="Keep Gemma Scope's names: gemma-scope-2b-pt-res/layer_12/width_16k/..."
     ),
 )

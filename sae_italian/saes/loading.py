@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.hub import explain
-from sae_italian.base.storage import fingerprint, path_of
+from sae_italian.base.storage import fingerprint, path_of, understood
 from sae_italian.models import load_model
 from sae_italian.models.loading import device_of
 from sae_italian.saes.releases import find_sae, snapshot
@@ -30,8 +30,7 @@ def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
     folder, device = path_of(name), device_of(device)
     with tensors_alone():
         sae = _from_folder(folder, device) if folder.is_dir() else _from_release(str(name), device)
-    check_weights(sae, f"the SAE {name}")
-    check_metadata(sae, f"the SAE {name}")
+    check_sae(sae, f"the SAE {name}")
     return sae.eval()
 
 
@@ -54,31 +53,18 @@ def tensors_alone() -> Iterator[None]:
 def _from_folder(folder: Path, device: str) -> Any:
     from sae_lens import SAE
 
-    from sae_italian.saes.foreign import format_of, sae_folders, what_is_missing
+    from sae_italian.saes.foreign import find_format
 
-    form = format_of(folder)
-    if form is None:  # a whole run with one SAE in it, or nothing
-        names = sae_folders(folder)
-        if len(names) == 1:
-            return _from_folder(folder / names[0], device)
-        what = f"no SAE that can be read; {what_is_missing(folder)}"
-        if names:
-            what = f"{len(names)} SAEs; give one of its folders: {', '.join(names[:8])}"
-        raise UsageError(f"{folder} holds {what}.")
-    try:
+    folder, form = find_format(folder)
+    with understood(f"the SAE in {folder}", form.hint, Exception):  # whatever SAELens and PyTorch make of odd files
         return SAE.load_from_disk(folder, device=device, converter=form.read)
-    except SaeItalianError:
-        raise
-    except Exception as error:  # whatever SAELens, PyTorch and safetensors make of odd files
-        reason = f"its files lack {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
-        raise DataError(f"the SAE in {folder} cannot be read: {reason}.{form.hint}") from error
 
 
 def _from_release(name: str, device: str) -> Any:
     place = find_sae(name)
     from sae_lens import SAE  # takes seconds; a name that is not there is told before
 
-    if not place.known or place.revision:
+    if place.release is None:
         return _from_folder(snapshot(place.repo_id, place.path, place.revision), device)
     try:
         return SAE.from_pretrained(place.release, place.sae_id, device=device)
@@ -87,7 +73,7 @@ def _from_release(name: str, device: str) -> Any:
     except KeyError as error:
         raise DataError(f"the SAE {name} cannot be read: its files lack {error}.") from error
     except Exception as error:
-        raise explain(error, f"{place.release}:{place.sae_id}", place.revision, repo_id=place.repo_id) from error
+        raise explain(error, name, repo_id=place.repo_id) from error
 
 
 def sae_facts(name: str | Path, /) -> dict[str, Any]:
@@ -99,7 +85,7 @@ def sae_facts(name: str | Path, /) -> dict[str, Any]:
         name: A folder, or release:sae_id, of which only the configuration is fetched.
     """
     place = None if path_of(name).is_dir() else find_sae(str(name))
-    if place is None or place.revision or not place.known:
+    if place is None or place.release is None:
         config = load_sae(name).cfg.to_dict()
     else:
         from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
@@ -107,7 +93,7 @@ def sae_facts(name: str | Path, /) -> dict[str, Any]:
         try:
             config = dict(load_sae_config_from_huggingface(place.release, place.sae_id))
         except (OSError, ValueError) as error:
-            raise explain(error, str(name), None, repo_id=place.repo_id) from error
+            raise explain(error, str(name), repo_id=place.repo_id) from error
     metadata = config.pop("metadata", {})
     facts = config | {key: value for key, value in metadata.items() if key not in config}
     first = ["architecture", "d_in", "d_sae", "d_out", "k", "hook_name", "hook_name_out", "model_name", "dataset_path"]
@@ -182,8 +168,7 @@ def check_fits(sae: Any, model: Any, *, writes: bool = False) -> str:
     the model has.
     Raises: UsageError, with what to do.
     """
-    check_weights(sae)
-    check_metadata(sae)
+    check_sae(sae)
     mode = getattr(sae.cfg, "normalize_activations", "none")
     if mode in ("expected_average_only_in", "covariance_whitening"):
         raise UsageError(
@@ -194,29 +179,28 @@ def check_fits(sae: Any, model: Any, *, writes: bool = False) -> str:
     return check_hooks(sae, model, writes=writes)
 
 
-def check_weights(sae: Any, name: str = "the SAE") -> None:
-    """Refuse weights that make no SAE. Raises: DataError naming the tensor that is not finite or has another shape."""
+def check_sae(sae: Any, name: str = "the SAE") -> None:
+    """Refuse weights that make no SAE, and metadata of another kind than its readers take.
+
+    Raises: DataError naming the tensor that is not finite or has another shape, or the key of the metadata.
+    """
     from sae_italian.saes.foreign import check_shapes
 
     tensors = getattr(sae, "state_dict", dict)()  # what only acts like an SAE has none
     for key, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            n = int((~tensor.isfinite()).sum())
+        if n := int((~tensor.isfinite()).sum()):
             raise DataError(
                 f"{name} cannot be used: {n:,} numbers of {key} are not finite. Its training diverged, or the file is "
                 "damaged: train it again with a lower lr, or take an earlier checkpoint."
             )
     check_shapes(tensors, vars(sae.cfg), name)
-
-
-def check_metadata(sae: Any, name: str = "the SAE") -> None:
-    """Refuse metadata of another kind than its readers take. Raises: DataError naming the key and its value."""
     for key, kind in {"model_name": str, "dataset_path": str, "context_size": int}.items():
         value = sae.cfg.metadata[key]
         if not isinstance(value, kind | None) or (kind is int and value is not None and value < 2):
             expected = "a name" if kind is str else "a number of tokens, 2 or more,"
-            told = f"metadata.{key} in its cfg.json is {value!r}; {expected} was expected."
-            raise DataError(f"{name} cannot be used: {told}")
+            raise DataError(
+                f"{name} cannot be used: metadata.{key} in its cfg.json is {value!r}; {expected} was expected."
+            )
 
 
 def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:

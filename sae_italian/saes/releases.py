@@ -42,12 +42,17 @@ class Release:
 
 
 @cache
+def _published() -> dict[str, dict[str, Any]]:
+    return packaged_yaml(Path(__file__).with_name("releases.yaml").read_text("utf-8"))
+
+
+@cache
 def releases() -> dict[str, Release]:
     """Return the releases of releases.yaml by name."""
     found = {}
-    for name, fields in packaged_yaml(Path(__file__).with_name("releases.yaml").read_text("utf-8")).items():
-        id_, path = fields.pop("id"), fields.pop("path")
-        saes = {id_.format(layer=layer): path.format(layer=layer) for layer in range(fields.pop("layers"))}
+    for name, fields in _published()["ours"].items():
+        id_, path, layers = fields.pop("id"), fields.pop("path"), range(fields.pop("layers"))
+        saes = {id_.format(layer=layer): path.format(layer=layer) for layer in layers}
         found[name] = Release(name=name, saes=saes, **fields)
     return found
 
@@ -70,18 +75,7 @@ def find_release(name: str) -> Release:
         raise UsageError(f"SAE release {name!r} is unknown. {nearest(name, [*releases(), *_of_saelens()])}")
     fields = packaged_yaml(_of_saelens()[name])[name]
     saes = {sae["id"]: str(sae["path"]) for sae in fields["saes"]}
-    return Release(name, fields["repo_id"], fields["model"], saes, **_llama_scope(name))
-
-
-def _llama_scope(name: str) -> dict[str, Any]:
-    """Return width, k, site and licence of SAELens' Llama Scope releases, named `llama_scope_lx{r,a,m}_{8,32}x`."""
-    site, _, width = name.removeprefix("llama_scope_lx").partition("_")
-    if width not in ("8x", "32x"):
-        return {}
-    facts = {"d_sae": 4096 * int(width[:-1]), "k": 50, "site": site.upper(), "licence": "Apache-2.0"}
-    if (site, width) == ("a", "32x"):
-        facts["note"] = "not recommended by its authors: many inactive latents"
-    return facts
+    return Release(name, fields["repo_id"], fields["model"], saes, **_published()["theirs"].get(name, {}))
 
 
 def known_releases() -> list[dict[str, Any]]:
@@ -98,14 +92,13 @@ def known_releases() -> list[dict[str, Any]]:
 
 
 class Place(NamedTuple):
-    """Where a published SAE lies; `known` where its release is one of ours or of SAELens."""
+    """Where a published SAE lies; `release` is that of SAELens' own call, None where it must be read from its files."""
 
-    release: str
+    release: str | None
     sae_id: str
     repo_id: str
     path: str
-    revision: str | None
-    known: bool
+    revision: str | None = None
 
 
 def find_sae(name: str) -> Place:
@@ -118,11 +111,11 @@ def find_sae(name: str) -> Place:
         raise UsageError(f"SAE {name!r} is neither a folder nor of the form release:sae_id.")
     sae_id, _, revision = sae_id.partition("@")
     if "/" in release and release not in {*releases(), *_of_saelens()}:
-        return Place(release, sae_id, release, sae_id, revision or None, False)
+        return Place(None, sae_id, release, sae_id, revision or None)
     found = find_release(release)
     if sae_id not in found.saes:
         raise UsageError(f"release {release!r} has no SAE {sae_id!r}. {nearest(sae_id, found.saes)}")
-    return Place(release, sae_id, found.repo_id, found.saes[sae_id], revision or None, True)
+    return Place(None if revision else release, sae_id, found.repo_id, found.saes[sae_id], revision or None)
 
 
 def snapshot(repo_id: str, path: str, revision: str | None = None, *, only: str = "", **how: Any) -> Path:
