@@ -36,27 +36,26 @@ MASSIVE = 4  # times the median norm: such a row is left out of the centre (Gemm
 
 
 @torch.no_grad()
-def start_at(sae: Any, step_input: TrainStepInput, target: Tensor | None = None) -> None:
+def start_at(sae: Any, step_input: TrainStepInput) -> None:
     """Let an SAE in training start at the centre of its first batch, as `cfg.start` says; in later steps do nothing.
 
     Activations of real models are nearly all mean: at layer 8 of Gemma 3 270M the mean's norm is 5,158 where a vector's is
     5,187. From `b_dec` = 0 the latents must first build that mean, and 97 % of them die of it; from the mean they describe
     what differs. The encoder reads x - b_dec, or gets the same shift by its bias where it reads x itself:
     b_enc = -centre W_enc. As in sparsify (`SparseCoder`, its first batch) and Bricken et al. 2023 (geometric median).
-    Rows of massive activations, such as a BOS that was not left out, do not count. target: a transcoder's, whose centre
-    `b_dec` is.
+    Rows of massive activations, such as a BOS that was not left out, do not count. A transcoder's `b_dec` is at its
+    target's centre.
     """
     if sae.cfg.start == "zero" or step_input.n_training_steps > 0:
         return
-    x = sae.process_sae_in(step_input.sae_in if target is None else step_input.sae_in[:, : sae.cfg.d_in])
-    centre = _centre(x, sae.cfg.start)
+    centre = _centre(sae.process_sae_in(step_input.sae_in), sae.cfg.start)
     if not sae.cfg.apply_b_dec_to_input:
         if not hasattr(sae, "b_enc"):
             raise ValueError(
                 f"start {sae.cfg.start!r} needs apply_b_dec_to_input=true in {type(sae).__name__}; or set start=zero."
             )
         sae.b_enc -= centre @ sae.W_enc
-    sae.b_dec += centre if target is None else _centre(target, sae.cfg.start)
+    sae.b_dec += _centre(sae.target(step_input.sae_in), sae.cfg.start) if isinstance(sae, _Transcodes) else centre
 
 
 def _centre(rows: Float[Tensor, "batch d"], start: Start, n_steps: int = 20) -> Float[Tensor, " d"]:
@@ -112,7 +111,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         """
         x, target = step_input.sae_in, self.target(step_input.sae_in)
         set_k(self, step_input)
-        start_at(self, step_input, None if target is x else target)
+        start_at(self, step_input)
         hooks = (getattr(self, name) for name in self.watched)
         if target is x and any(hook._forward_hooks or hook._backward_hooks for hook in hooks):
             return super().training_forward_pass(step_input)
@@ -306,7 +305,7 @@ class TranscoderTraining(_Transcodes, StandardTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Return losses and activations of one step; `step_input.sae_in` is [tokens, d_in + d_out]."""
         y = self.target(step_input.sae_in)
-        start_at(self, step_input, y)
+        start_at(self, step_input)
         self.mse_loss_fn = lambda y_hat, _: mse_loss(y_hat, y)
         return replace(super().training_forward_pass(step_input), sae_in=y)
 

@@ -131,8 +131,7 @@ class Processes:
             yield
             return
         rows = trainer.activation_scaler(rows.to(sae.device))
-        target = sae.target(rows) if hasattr(sae, "target") else rows
-        start_at(sae, TrainStepInput(rows, {}, None, 0, False), None if target is rows else target)
+        start_at(sae, TrainStepInput(rows, {}, None, 0, False))
         sae.cfg.start = "zero"
         yield
         sae.cfg.start = start
