@@ -213,7 +213,7 @@ def _fitted(kind: str, sample: Rows, mean: Tensor, spread: Tensor, sae: Any, see
         components = torch.linalg.eigh(spread).eigenvectors.flip(1).T.float()
         # the sign is that which makes the largest entry positive, as scikit-learn's
         components *= components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
-        return _signed(components.T, components, mean)
+        return _unit(components.T, components, mean)
     rows = torch.eye(sae.cfg.d_in)
     if kind == "random":
         rows = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=torch.Generator().manual_seed(seed))
@@ -232,7 +232,7 @@ def _ica(sample: Rows, _sae: Any, seed: int) -> Directions:
     ica: Any = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
     converged = _converges(ica, sample)
     unmixing, mixing, mean = (torch.tensor(each).float() for each in (ica.components_, ica.mixing_, ica.mean_))
-    return _signed(unmixing.T, mixing.T, mean, converged)
+    return _unit(unmixing.T, mixing.T, mean, converged)
 
 
 def _nmf(sample: Rows, sae: Any, seed: int) -> Directions:
@@ -247,7 +247,7 @@ def _nmf(sample: Rows, sae: Any, seed: int) -> Directions:
     nmf: Any = MiniBatchNMF(random_state=seed, **settings)
     converged = _converges(nmf, sample)
     components = torch.tensor(nmf.components_).float()
-    return _unit(torch.linalg.pinv(components), components, torch.zeros(sample.shape[1]), converged)
+    return _unit(torch.linalg.pinv(components), components, torch.zeros(sample.shape[1]), converged, signed=False)
 
 
 def _converges(model: Any, sample: Rows) -> bool:
@@ -263,17 +263,15 @@ def _converges(model: Any, sample: Rows) -> bool:
 # --- directions as an SAE ---------------------------------------------------------------------------------------------
 
 
-def _signed(encoder: Tensor, decoder: Tensor, mean: Tensor, converged: bool = True) -> Directions:
-    """Return 2 n latents, v_1 .. v_n and then -v_1 .. -v_n, of components whose scores have a sign.
+def _unit(encoder: Tensor, decoder: Tensor, mean: Tensor, converged: bool = True, signed: bool = True) -> Directions:
+    """Return the same function with decoder rows of unit norm, so that a latent's size is what it writes.
 
-    Together the two reconstruct what the component does, as ReLU(s) - ReLU(-s) = s. Cunningham et al. 2023 do this for
-    PCA and ICA under top-k (`to_topk_dict` in their code: the components and their negatives).
+    Where the scores of components have a sign: 2 n latents, v_1 .. v_n and then -v_1 .. -v_n. Together the two reconstruct
+    what the component does, as ReLU(s) - ReLU(-s) = s. Cunningham et al. 2023 do this for PCA and ICA under top-k
+    (`to_topk_dict` in their code: the components and their negatives).
     """
-    return _unit(torch.cat([encoder, -encoder], dim=1), torch.cat([decoder, -decoder], dim=0), mean, converged)
-
-
-def _unit(encoder: Tensor, decoder: Tensor, mean: Tensor, converged: bool) -> Directions:
-    """Return the same function with decoder rows of unit norm, so that a latent's size is what it writes."""
+    if signed:
+        encoder, decoder = torch.cat([encoder, -encoder], dim=1), torch.cat([decoder, -decoder], dim=0)
     norm = decoder.norm(dim=-1).clamp_min(1e-12)
     return Directions(encoder * norm, decoder / norm[:, None], mean, converged)
 
@@ -300,7 +298,5 @@ def _sae(
     shared = {"d_in": d_in, "d_sae": d_sae, "dtype": like.cfg.dtype, "device": str(like.device), "metadata": metadata}
     settings = shared | settings
     sae: Any = TopKSAE(TopKSAEConfig(**settings)) if "k" in settings else StandardSAE(StandardSAEConfig(**settings))
-    with torch.no_grad():
-        for name, values in (("W_enc", W_enc), ("W_dec", W_dec), ("b_enc", b_enc), ("b_dec", b_dec)):
-            getattr(sae, name).copy_(values)
+    sae.load_state_dict({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec})
     return sae.eval()

@@ -34,8 +34,6 @@ TILTS = (0.0, 0.3, -0.3)  # what a sweep may take off a latent, times the token'
 PRIOR = 5  # firings for which a latent's gain is 1
 BLOCK = 128  # latents whose pre-activations are held at once, for all tokens
 Thresholds = Literal["calibrated", "one"]
-# What a transcoder becomes, without and with a skip connection.
-_TRANSCODERS = {False: "jumprelu_transcoder", True: "jumprelu_skip_transcoder"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,7 @@ class JumpReLUExport:
     explained_variance: float
     dead: float  # share of latents that never fired in the check, and before
     dead_before: float
-    elsewhere: (
-        float  # share of latents whose tokens before and now, where there were some, have a Jaccard index below 0.5
-    )
+    elsewhere: float  # share of those that fired before whose tokens then and now have a Jaccard index below 0.5
     folding_error: float  # largest change of an output by folding, over the largest output
 
     def text(self) -> str:
@@ -160,7 +156,8 @@ def _with_threshold(sae: Any, theta: float) -> Any:
     skips = bool("W_skip" in state and state["W_skip"].any())
     if not skips:
         state.pop("W_skip", None)
-    values["architecture"] = "jumprelu" if architecture == "topk" else _TRANSCODERS[skips]
+    transcoder = "jumprelu_skip_transcoder" if skips else "jumprelu_transcoder"
+    values["architecture"] = "jumprelu" if architecture == "topk" else transcoder
     values["metadata"] = {**sae.cfg.metadata.to_dict(), "k": values.pop("k"), "exported_from": architecture}
     jumprelu = SAE.from_dict(values)
     norm = sae.W_dec.norm(dim=-1).clamp(min=1e-8)
