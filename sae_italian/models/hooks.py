@@ -30,7 +30,7 @@ _BRIDGE = {
 SITES: dict[Site, str] = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out", "TC": "mlp.hook_in"}
 # What Hugging Face models call a block's container and its parts: how sparsify, Delphi and people name a module's output.
 _PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.([0-9]+)(?:\.(self_attn|attn|attention|mlp))?")
-_OUTPUTS = {None: "hook_resid_post", "mlp": "hook_mlp_out"}  # by the part in such a path; else the attention's
+_OUTPUTS = {None: "hook_resid_post", "mlp": "hook_mlp_out"}  # by the part in a path; else the attention's
 _LLAMA = {"": "", "attn": ".self_attn", "mlp": ".mlp", "ln2": ".post_attention_layernorm"}
 _adapters: dict[int, tuple[Any, Any]] = {}  # by a config's id: the config, which keeps it, its adapter
 
@@ -54,7 +54,8 @@ class Hook:
 
     @property
     def site(self) -> Site | None:
-        return "TC" if self.normalised else next((site for site, its in SITES.items() if its == self.legacy), None)
+        by_hook: dict[str, Site] = {legacy: site for site, legacy in SITES.items()}
+        return "TC" if self.normalised else by_hook.get(self.legacy)
 
     @property
     def reads_input(self) -> bool:

@@ -208,9 +208,8 @@ def _load_hooked(resolved: ResolvedModel, model: Any, tokenizer: Any, device: st
     try:
         with given, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints
             warnings.simplefilter("ignore", DeprecationWarning)
-            hooked: Any = LoudHooked.from_pretrained_no_processing(
-                "<in memory>", hf_model=model, tokenizer=tokenizer, device=device, dtype=model.dtype, n_ctx=context
-            )
+            how: dict[str, Any] = {"tokenizer": tokenizer, "device": device, "dtype": model.dtype, "n_ctx": context}
+            hooked: Any = LoudHooked.from_pretrained_no_processing("<in memory>", hf_model=model, **how)
     except NotImplementedError as error:
         raise UsageError(
             f"TransformerLens' HookedTransformer has no {model.config.model_type!r} models; use the backend 'bridge'."

@@ -48,14 +48,15 @@ def start_at(sae: Any, step_input: TrainStepInput) -> None:
     """
     if sae.cfg.start == "zero" or step_input.n_training_steps > 0:
         return
-    centre = _centre(sae.process_sae_in(step_input.sae_in), sae.cfg.start)
+    x = step_input.sae_in
+    centre = _centre(sae.process_sae_in(x), sae.cfg.start)
     if not sae.cfg.apply_b_dec_to_input:
         if not hasattr(sae, "b_enc"):
             raise ValueError(
                 f"start {sae.cfg.start!r} needs apply_b_dec_to_input=true in {type(sae).__name__}; or set start=zero."
             )
         sae.b_enc -= centre @ sae.W_enc
-    sae.b_dec += _centre(sae.target(step_input.sae_in), sae.cfg.start) if isinstance(sae, _Transcodes) else centre
+    sae.b_dec += _centre(sae.target(x), sae.cfg.start) if isinstance(sae, _Transcodes) else centre
 
 
 def _centre(rows: Float[Tensor, "batch d"], start: Start, n_steps: int = 20) -> Float[Tensor, " d"]:

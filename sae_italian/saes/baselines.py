@@ -247,7 +247,8 @@ def _nmf(sample: Rows, sae: Any, seed: int) -> Directions:
     nmf: Any = MiniBatchNMF(random_state=seed, **settings)
     converged = _converges(nmf, sample)
     components = torch.tensor(nmf.components_).float()
-    return _unit(torch.linalg.pinv(components), components, torch.zeros(sample.shape[1]), converged, signed=False)
+    mean = torch.zeros(sample.shape[1])
+    return _unit(torch.linalg.pinv(components), components, mean, converged, signed=False)
 
 
 def _converges(model: Any, sample: Rows) -> bool:
@@ -263,7 +264,7 @@ def _converges(model: Any, sample: Rows) -> bool:
 # --- directions as an SAE ---------------------------------------------------------------------------------------------
 
 
-def _unit(encoder: Tensor, decoder: Tensor, mean: Tensor, converged: bool = True, signed: bool = True) -> Directions:
+def _unit(encoder: Tensor, decoder: Tensor, mean: Tensor, converged: bool = True, *, signed: bool = True) -> Directions:
     """Return the same function with decoder rows of unit norm, so that a latent's size is what it writes.
 
     Where the scores of components have a sign: 2 n latents, v_1 .. v_n and then -v_1 .. -v_n. Together the two reconstruct

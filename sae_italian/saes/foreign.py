@@ -74,7 +74,8 @@ def find_format(folder: Path) -> tuple[Path, Format]:
     found = {child: form for child in sorted(folder.iterdir()) if (form := format_of(child))}
     if len(found) == 1:
         return found.popitem()
-    what = f"{len(found)} SAEs; give one of its folders: {', '.join(child.name for child in list(found)[:8])}"
+    names = ", ".join(child.name for child in list(found)[:8])
+    what = f"{len(found)} SAEs; give one of its folders: {names}"
     if not found:
         signs = (said.format(file=file.name) for sign, said in _SIGNS for file in sorted(folder.glob(sign)))
         what = f"no SAE that can be read; {next(signs, 'give the folder of one SAE')}"

@@ -51,7 +51,7 @@ class JumpReLUExport:
     explained_variance: float
     dead: float  # share of latents that never fired in the check, and before
     dead_before: float
-    elsewhere: float  # share of those that fired before whose tokens then and now have a Jaccard index below 0.5
+    elsewhere: float  # share of those that fired whose tokens then and now have a Jaccard index below 0.5
     folding_error: float  # largest change of an output by folding, over the largest output
 
     def text(self) -> str:

@@ -56,7 +56,7 @@ def _from_folder(folder: Path, device: str) -> Any:
     from sae_italian.saes.foreign import find_format
 
     folder, form = find_format(folder)
-    with understood(f"the SAE in {folder}", form.hint, Exception):  # whatever SAELens and PyTorch make of odd files
+    with understood(f"the SAE in {folder}", form.hint, Exception):  # whatever is made of odd files
         return SAE.load_from_disk(folder, device=device, converter=form.read)
 
 
@@ -198,9 +198,8 @@ def check_sae(sae: Any, name: str = "the SAE") -> None:
         value = sae.cfg.metadata[key]
         if not isinstance(value, kind | None) or (kind is int and value is not None and value < 2):
             expected = "a name" if kind is str else "a number of tokens, 2 or more,"
-            raise DataError(
-                f"{name} cannot be used: metadata.{key} in its cfg.json is {value!r}; {expected} was expected."
-            )
+            told = f"metadata.{key} in its cfg.json is {value!r}; {expected} was expected."
+            raise DataError(f"{name} cannot be used: {told}")
 
 
 def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:
