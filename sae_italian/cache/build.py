@@ -19,8 +19,8 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import check_claim, claimed, fingerprint, package_versions, remove
 from sae_italian.cache import layout
-from sae_italian.cache.layout import LatentRange, Manifest, map_arrays, shard_file, write_arrays
-from sae_italian.cache.shards import EncodeJob, encode_shard, in_order, pointers, share_tokens, write_token_shards
+from sae_italian.cache.layout import LatentRange, Manifest, full_values, map_arrays, shard_file, write_arrays
+from sae_italian.cache.shards import EncodeJob, encode_shard, pointers, share_tokens, write_token_shards
 from sae_italian.cache.stats import write_statistics
 from sae_italian.corpora import Split
 from sae_italian.corpora.pretokenize import CachedActivations, holds_activations
@@ -244,28 +244,21 @@ def transpose_range(folder: Path, manifest: Manifest, bounds: tuple[int, int]) -
     first, last = bounds
     # 32 bits are enough for four billion positions
     base = layout.smallest_uint(max(2**32, manifest.n_positions) - 1)(0)
-    parts: dict[str, list[np.ndarray]] = {}
-    held = 0
+    latents, positions, values = [], [], []
     for shard in manifest.shards:  # one run is mapped at a time: each holds a file open, and there may be thousands
         run = map_arrays(folder / shard_file("runs", shard.index))
         indptr = run["indptr"][first : last + 2].astype(np.int64)
         begin, end = indptr[[0, -1]].tolist()
-        at = run.get("wide_at", np.empty(0)).astype(np.int64)
-        mine = (at >= begin) & (at < end)
-        own = {
-            "latent": np.repeat(np.arange(last + 1 - first, dtype=np.uint16), np.diff(indptr)),
-            "position": run["row"][begin:end] + base,
-            "value": run["value"][begin:end],
-            "wide_at": at[mine] - begin + held,
-            "wide_value": run.get("wide_value", np.empty(0, np.float32))[mine],
-        }
-        for name, array in own.items():
-            parts.setdefault(name, []).append(array)
-        held += end - begin
+        latents.append(np.repeat(np.arange(last + 1 - first, dtype=np.uint16), np.diff(indptr)))
+        positions.append(run["row"][begin:end] + base)
+        values.append(full_values(run, begin, end))
         base += base.dtype.type(shard.n_windows * manifest.context_size)
-    whole = {name: np.concatenate(part) for name, part in parts.items()}
-    by_latent = np.argsort(whole["latent"], kind="stable")  # of 16 bits: a counting sort, which keeps the corpus' order
-    indptr, position = pointers(whole["latent"], last + 1 - first), whole["position"][by_latent]
-    item = LatentRange(first=first, last=last, nnz=held, sha256="")
-    digest = write_arrays(folder, item.file, {"indptr": indptr, "position": position, **in_order(by_latent, whole)})
-    return item.model_copy(update={"sha256": digest})
+    latent = np.concatenate(latents)
+    by_latent = np.argsort(latent, kind="stable")  # of 16 bits: a counting sort, which keeps the corpus' order
+    arrays = {
+        "indptr": pointers(latent, last + 1 - first),
+        "position": np.concatenate(positions)[by_latent],
+        **layout.halves(np.concatenate(values)[by_latent]),
+    }
+    item = LatentRange(first=first, last=last, nnz=len(latent), sha256="")
+    return item.model_copy(update={"sha256": write_arrays(folder, item.file, arrays)})

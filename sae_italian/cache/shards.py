@@ -22,8 +22,7 @@ from torch import Tensor
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import remove
-from sae_italian.cache import layout
-from sae_italian.cache.layout import Manifest, ShardRecord, map_arrays, shard_file, smallest_uint, write_arrays
+from sae_italian.cache.layout import Manifest, ShardRecord, halves, map_arrays, shard_file, smallest_uint, write_arrays
 from sae_italian.corpora import PackedBlock, TextDocument, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, take_tokens
 from sae_italian.corpora.pretokenize import CachedActivations
@@ -206,13 +205,17 @@ def write_activations(folder: Path, index: int, sparse: Sparse, d_sae: int) -> A
     """Write a shard's activations by token, and the same sorted by latent for the transposition."""
     if not np.isfinite(sparse.value).all():
         raise DataError(f"the SAE of {folder} gives NaN or infinity on shard {index}; check it with `saes doctor`.")
+    latent, n_tokens = sparse.latent.astype(smallest_uint(d_sae - 1)), len(sparse.counts)
     arrays = {
         "indptr": np.concatenate([[0], np.cumsum(sparse.counts)]).astype(smallest_uint(max(2**17, len(sparse.value)))),
-        "latent": sparse.latent.astype(smallest_uint(d_sae - 1)),
-        **layout.halves(sparse.value),
+        "latent": latent,
+        **halves(sparse.value),
     }
     digest = write_arrays(folder, shard_file("acts", index), arrays)
-    _write_run(folder, index, arrays, d_sae)
+    row = np.repeat(np.arange(n_tokens, dtype=smallest_uint(max(n_tokens - 1, 0))), sparse.counts)
+    by_latent = np.argsort(latent, kind="stable")  # which keeps the corpus' order within a latent
+    run = {"indptr": pointers(latent, d_sae), "row": row[by_latent], **halves(sparse.value[by_latent])}
+    write_arrays(folder, shard_file("runs", index), run)
     return ActsRecord(folder, index, len(sparse.value), len(arrays["wide_at"]), digest)
 
 
@@ -256,28 +259,8 @@ def _positive(acts: Float[Tensor, "tokens d_sae"], mute: Bool[np.ndarray, " toke
     return Sparse(counts, columns.cpu().numpy(), acts[rows, columns].float().cpu().numpy())
 
 
-# --- from shards to ranges of latents ---------------------------------------------------------------------------------
-
-
-def _write_run(folder: Path, index: int, arrays: dict[str, np.ndarray], d_sae: int) -> None:
-    """Write a shard's activations sorted by latent, in corpus order within a latent: indptr, row, value."""
-    counts = np.diff(arrays["indptr"].astype(np.int64))
-    row = np.repeat(np.arange(len(counts), dtype=smallest_uint(max(len(counts) - 1, 0))), counts)
-    by_latent = np.argsort(arrays["latent"], kind="stable")
-    run = {"indptr": pointers(arrays["latent"], d_sae), "row": row[by_latent], **in_order(by_latent, arrays)}
-    write_arrays(folder, shard_file("runs", index), run)
-
-
 def pointers(latent: Int[np.ndarray, " nnz"], n_latents: int) -> Int[np.ndarray, " latents+1"]:
     return np.concatenate([[0], np.cumsum(np.bincount(latent, minlength=n_latents))]).astype(np.uint64)
-
-
-def in_order(order: Int[np.ndarray, " nnz"], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return `value`, `wide_at` and `wide_value` of entries that are put in another order."""
-    at = np.argsort(order)[arrays["wide_at"].astype(np.int64)] if len(arrays["wide_at"]) else arrays["wide_at"]
-    rising = np.argsort(at)
-    wide = {"wide_at": at[rising].astype(np.uint64), "wide_value": arrays["wide_value"][rising]}
-    return {"value": arrays["value"][order], **wide}
 
 
 # --- windows of which only the tokens are known ----------------------------------------------------------------------

@@ -4,11 +4,8 @@ A range of latents is done at once: no step goes latent by latent. What stands n
 fire on the same tokens, decoder directions, and the tokens these promote.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +16,7 @@ from torch import Tensor
 
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, sha256_file
-from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values, places
+from sae_italian.cache.layout import STATS, LatentRange, Manifest, places
 from sae_italian.cache.read import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import logit_lens
@@ -32,18 +29,6 @@ TOP = 10  # of each kind that are listed
 SAMPLE = 2048  # activations looked at, evenly spaced, of a latent that has more
 GATHERED = 2**22  # about as many entries are gathered at a time
 BLOCK_BYTES = 2**27  # of a product with the decoder
-
-
-class TextCounts(NamedTuple):
-    """What the statistics need of the whole text; the two long arrays are files, so they need no memory."""
-
-    tokens: Int[np.ndarray, " positions"]
-    doc: Int[np.ndarray, " positions"]
-    token_counts: Int[np.ndarray, " vocab"]  # of counted tokens: those of documents
-
-    @property
-    def n_counted(self) -> int:
-        return int(self.token_counts.sum())
 
 
 class Entries(NamedTuple):
@@ -75,12 +60,13 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     cache = FeatureCache(folder, manifest)
     parts: dict[str, list[Any]] = {}
     counts = np.concatenate([np.diff(cache.map_file(item.file)["indptr"]) for item in manifest.ranges]).astype(np.int64)
-    tokenizer = getattr(model, "tokenizer", None)
-    with _text_counts(cache, [] if tokenizer is None else tokenizer.all_special_ids) as text:
-        for item in progress("statistics", manifest.ranges, unit="range"):
-            columns = _range_columns(cache, item, text) | cofiring_neighbours(cache, item, counts)
-            for name, column in columns.items():
-                parts.setdefault(name, []).append(arrow(column) if isinstance(column, np.ndarray) else column)
+    # a special token that is typed in a document is not counted: no latent is read there
+    special = getattr(getattr(model, "tokenizer", None), "all_special_ids", [])
+    token_counts = np.bincount(cache.tokens[(cache.doc != NO_DOCUMENT) & ~np.isin(cache.tokens, special)])
+    for item in progress("statistics", manifest.ranges, unit="range"):
+        columns = _range_columns(cache, item, token_counts) | cofiring_neighbours(cache, item, counts)
+        for name, column in columns.items():
+            parts.setdefault(name, []).append(arrow(column) if isinstance(column, np.ndarray) else column)
     merged = {name: pa.concat_arrays(columns) for name, columns in parts.items()} | decoder_columns(
         sae, model, manifest.d_sae
     )
@@ -101,47 +87,24 @@ def arrow(array: np.ndarray, offsets: np.ndarray | None = None) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(array.ravel()))
 
 
-@contextmanager
-def _text_counts(cache: FeatureCache, special: list[int]) -> Iterator[TextCounts]:
-    """Lay the tokens and documents of all shards end to end in two temporary files.
-
-    Special tokens are not counted, where one is typed in a document neither: no latent is read there.
-    """
-    counts = np.zeros(0, dtype=np.int64)
-    with TemporaryDirectory(dir=cache.folder, prefix=".", suffix=".tmp") as scratch:
-        files = [Path(scratch) / name for name in ("tokens", "doc")]
-        with files[0].open("wb") as tokens_out, files[1].open("wb") as doc_out:
-            for shard in cache.manifest.shards:
-                arrays = cache.shard_tokens(shard.index)
-                arrays["tokens"].astype(np.uint32).tofile(tokens_out)
-                arrays["doc"].tofile(doc_out)
-                counted = (arrays["doc"] != NO_DOCUMENT) & ~np.isin(arrays["tokens"], special)
-                here = np.bincount(arrays["tokens"][counted], minlength=len(counts))
-                here[: len(counts)] += counts
-                counts = here
-        tokens, doc = (np.memmap(file, dtype=np.uint32, mode="r") for file in files)
-        yield TextCounts(tokens, doc, counts)
-
-
-def _range_columns(cache: FeatureCache, item: LatentRange, text: TextCounts) -> dict[str, Any]:
+def _range_columns(cache: FeatureCache, item: LatentRange, token_counts: Int[np.ndarray, " vocab"]) -> dict[str, Any]:
     """Return the columns that need the activations of a range of latents."""
-    arrays = cache.map_file(item.file)
-    indptr = arrays["indptr"].astype(np.int64)
+    _, indptr, position, value = next(cache.entries(item.first, item.last))
     count = np.diff(indptr)
     row = np.repeat(np.arange(len(count), dtype=np.int32), count)
-    entries = Entries(indptr, count, row, arrays["position"].astype(np.int64), full_values(arrays))
+    entries = Entries(indptr, count, row, position.astype(np.int64), value)
     largest = np.zeros(len(count), dtype=np.float32)
     np.maximum.at(largest, row, entries.value)
     total = _sums(row, entries.value, len(count))
     return {
         "count": count,
-        "density": count / text.n_counted,
+        "density": count / int(token_counts.sum()),
         "max": largest.astype(np.float64),
         "mean": total / np.maximum(count, 1),
         "quantiles": _quantiles(entries),
         "histogram": _histogram(entries, largest.astype(np.float64)),
-        **_places(entries, text, cache.manifest.context_size),
-        **_token_columns(entries, text, total),
+        **_places(entries, cache.doc, cache.manifest.context_size),
+        **_token_columns(entries, cache.tokens, token_counts, total),
     }
 
 
@@ -176,14 +139,14 @@ def _histogram(entries: Entries, largest: Float[np.ndarray, " latents"]) -> Int[
     return counts.reshape(-1, N_BINS)
 
 
-def _places(entries: Entries, text: TextCounts, context_size: int) -> dict[str, np.ndarray]:
+def _places(entries: Entries, doc_at: Int[np.ndarray, " positions"], context_size: int) -> dict[str, np.ndarray]:
     """Return how many documents and windows hold each latent, and where in the window it fires."""
     n, row, position = len(entries.count), entries.row, entries.position
     new_latent = np.diff(row, prepend=-1) != 0
-    doc = text.doc[position]
+    doc = doc_at[position]
     window, place = np.divmod(position, context_size)
     profile = np.bincount(row.astype(np.int64) * N_PLACES + place * N_PLACES // context_size, minlength=n * N_PLACES)
-    first = (place == 0) | (text.doc[np.maximum(position - 1, 0)] == NO_DOCUMENT)
+    first = (place == 0) | (doc_at[np.maximum(position - 1, 0)] == NO_DOCUMENT)
     at_least_one = np.maximum(entries.count, 1)
     return {
         "n_documents": np.bincount(row[new_latent | (np.diff(doc, prepend=doc[:1]) != 0)], minlength=n),
@@ -193,29 +156,30 @@ def _places(entries: Entries, text: TextCounts, context_size: int) -> dict[str, 
     }
 
 
-def _token_columns(entries: Entries, text: TextCounts, total: Float[np.ndarray, " latents"]) -> dict[str, Any]:
+def _token_columns(
+    entries: Entries,
+    token_at: Int[np.ndarray, " positions"],
+    token_counts: Int[np.ndarray, " vocab"],
+    total: Float[np.ndarray, " latents"],
+) -> dict[str, Any]:
     """Return the tokens each latent fires on most, by share of its activation mass, and the entropy of all shares."""
-    n = len(entries.count)
-    tokens = text.tokens[entries.position]
-    shape = (n, int(tokens.max(initial=0)) + 1)
+    n, tokens = len(entries.count), token_at[entries.position].astype(np.int32)
+    by_row = csr_matrix((entries.value.astype(np.float64), tokens, entries.indptr), (n, int(tokens.max(initial=0)) + 1))
     # two counting sorts put each latent's entries in order of token, and of position within a token
-    by_row = csr_matrix((entries.value, tokens.astype(np.int32), entries.indptr), shape=shape)
     by_token = by_row.tocsc().tocsr()
-    token, value = by_token.indices, by_token.data
-    group = np.cumsum((np.diff(token, prepend=-1) != 0) | (np.diff(entries.row, prepend=-1) != 0)) - 1
-    first = np.flatnonzero(np.diff(group, prepend=-1))
-    owner, token = entries.row[first], token[first].astype(np.int64)
-    share = _sums(group, value, len(first)) / total[owner]
+    by_token.sum_duplicates()
+    n_tokens, token = np.diff(by_token.indptr), by_token.indices.astype(np.int64)
+    owner = np.repeat(np.arange(n), n_tokens)
+    share = by_token.data / total[owner]
     order = np.lexsort((token, -share, owner))
     owner, token, share = owner[order], token[order], share[order]
-    n_tokens = np.bincount(owner, minlength=n)
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(n_tokens) - n_tokens, n_tokens)
     top = rank < TOP_TOKENS
     offsets = np.concatenate([[0], np.cumsum(np.minimum(n_tokens, TOP_TOKENS))])
     return {
         "token_ids": arrow(token[top], offsets),
         "token_shares": arrow(share[top], offsets),
-        "token_lifts": arrow(share[top] / (text.token_counts[token[top]] / text.n_counted), offsets),
+        "token_lifts": arrow(share[top] / (token_counts[token[top]] / token_counts.sum()), offsets),
         "token_entropy": _sums(owner, -share * np.log(share), n),
     }
 
