@@ -270,7 +270,7 @@ class ExampleSource:
 
     def _few_segments_of(self, latent: int) -> list[Int[np.ndarray, " n"]]:
         """Return a few usable segments per part on which a latent is active."""
-        position = self.cache.positions(latent)
+        position, _ = self.cache.latent(latent)
         segments = self.segment_of[position[:: max(1, len(position) // LOOKED_AT)]].astype(np.int64)
         segments = segments[(np.diff(segments, prepend=-1) != 0) & (segments >= 0)]
         rng, parts = self.rng(latent, "neighbour"), self.usable_part[segments]

@@ -20,7 +20,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import mmap
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -224,15 +223,11 @@ def map_arrays(path: Path, mend: str = "Build the cache again.") -> dict[str, np
     Raises: DataError naming a file that is missing or cut short.
     """
     try:
-        with path.open("rb") as handle:
-            data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        begin = 8 + int.from_bytes(data[:8], "little")
-        arrays = {}
-        for name, entry in json.loads(data[8:begin]).items():
+        data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        begin, arrays = 8 + int(data[:8].view("<u8")[0]), {}
+        for name, entry in json.loads(data[8:begin].tobytes()).items():
             first, last = entry["data_offsets"]
-            dtype = np.dtype(_DTYPES[entry["dtype"]])
-            flat = np.frombuffer(data, dtype, (last - first) // dtype.itemsize, begin + first)
-            arrays[name] = flat.reshape(entry["shape"])
+            arrays[name] = data[begin + first : begin + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         return arrays
     except (OSError, *ODD) as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):

@@ -186,8 +186,7 @@ class FeatureCache:
 
     def documents_read(self) -> int:
         """Return how many documents have a token here: not those that are empty, or cut off with the last window."""
-        held = [np.unique(self.shard_tokens(shard.index)["doc"]) for shard in self.manifest.shards]
-        return len(np.setdiff1d(np.concatenate([*held, ()]), [NO_DOCUMENT]))
+        return len(np.setdiff1d(self.doc, [NO_DOCUMENT]))
 
     def document_parts(self, seed: int = 0) -> Int[np.ndarray, " documents"]:
         """Return 0, 1 or 2 (train, val, test) per document, by a seeded hash of its text: copies fall on the same side.
@@ -226,22 +225,13 @@ class FeatureCache:
             raise UsageError(f"latent {latent} does not exist: this SAE has latents 0 to {self.manifest.d_sae - 1}.")
         return self.manifest.ranges[bisect_right(self._firsts, latent) - 1]
 
-    def _entries(self, latent: int) -> tuple[dict[str, np.ndarray], int, int]:
-        """Return the file's arrays, and where in them one latent begins and ends."""
-        item = self.range_of(latent)
-        arrays = self.map_file(item.file)
-        return arrays, *arrays["indptr"][latent - item.first : latent - item.first + 2].tolist()
-
     def latent(self, latent: int) -> LatentActivations:
         """Return one latent's activations. Raises: UsageError when there is no such latent."""
-        arrays, begin, end = self._entries(latent)
+        item = self.range_of(latent)
+        arrays = self.map_file(item.file)
+        begin, end = arrays["indptr"][latent - item.first : latent - item.first + 2].tolist()
         position = arrays["position"][begin:end].astype(np.int64)
         return LatentActivations(self, latent, position, full_values(arrays, begin, end))
-
-    def positions(self, latent: int) -> Int[np.ndarray, " nnz"]:
-        """Return where one latent is active, as stored (uint32), without its values. Raises: UsageError as `latent`."""
-        arrays, begin, end = self._entries(latent)
-        return arrays["position"][begin:end]
 
     def entries(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
         """Yield, file by file, what latents first to last have: the first of them, indptr, position, value (fp32)."""

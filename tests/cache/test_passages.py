@@ -46,7 +46,7 @@ def test_where_segments_start_and_peak(cache):
     position, value, start = cache.latent(1).peaks(3)
     assert position.tolist() == [18, 3, 5, 13, 19] and value.tolist() == [5, 3, 2, 2, 1]
     assert start.tolist() == [17, 1, 4, 12, 19]
-    assert cache.positions(1).tolist() == sorted(position.tolist() + [2])
+    assert cache.latent(1).position.tolist() == sorted(position.tolist() + [2])
     assert segment_starts(cache, np.array([7, 15, 23, 26, 31]), 3).tolist() == [7, 15, 22, 24, 30]
     assert [part.tolist() for part in cache.latent(0).peaks(3)] == [[], [], []]
 
