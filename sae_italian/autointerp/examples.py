@@ -68,24 +68,15 @@ class LatentExamples:
 
 
 class LatentSegments:
-    """Segments of one latent, each laid out once whatever is asked about it."""
+    """Segments of one latent by the part they play (-1 for one that is not there), each laid out once whatever is asked."""
 
-    def __init__(self, source: ExampleSource, activity: Activity, *parts: Int[np.ndarray, " n"]):
+    def __init__(self, source: ExampleSource, activity: Activity, parts: dict[str, Int[np.ndarray, " n"]]):
         self.source, self.activity = source, activity
-        self.segments = np.concatenate(parts)
-        self.first = np.cumsum([0, *map(len, parts)])  # row that each part begins at
+        self.segments = np.concatenate(list(parts.values()))
+        ends = np.cumsum([len(own) for own in parts.values()]).tolist()
+        self.first = dict(zip(parts, [0, *ends], strict=False))  # row that each part begins at
         self.grid = source.grid(self.segments)
         self.known: dict[Any, Any] = {}  # what a judge worked out on all of them
-
-
-class Alike(NamedTuple):
-    """Rows of a latent's segments that play one part in a question."""
-
-    negatives: str  # the source of negatives, "" for positives
-    rows: Int[np.ndarray, " n"]
-    pair: Int[np.ndarray, " n"] | None = None
-    decile: Int[np.ndarray, " n"] | None = None
-    marks: Bool[np.ndarray, "n width"] | None = None
 
 
 class ExampleSet(Sequence[Example]):
@@ -95,24 +86,25 @@ class ExampleSet(Sequence[Example]):
     there are enough. The positives come first, in the order of their pairs.
     """
 
-    def __init__(self, segments: LatentSegments, parts: Sequence[Alike]):
-        self.segments, self.rows = segments, np.concatenate([part.rows for part in parts])
-        self.sources, sizes = [part.negatives for part in parts], [len(part.rows) for part in parts]
-        self.first = np.cumsum([0, *sizes])
-        self.pair, self.decile = (
-            np.concatenate(
-                [np.full(len(part.rows), -1) if (own := getattr(part, name)) is None else own for part in parts]
-            )
-            for name in ("pair", "decile")
-        )
-        marks = [part.marks for part in parts if part.marks is not None]
-        self.marks = np.concatenate(marks) if marks else None
+    def __init__(
+        self,
+        segments: LatentSegments,
+        pairs: dict[str, Int[np.ndarray, " n"]],
+        decile: Int[np.ndarray, " positives"],
+        marks: dict[str, Bool[np.ndarray, "n width"]] | None = None,
+    ):
+        """`pairs` are the numbers of the segments within their parts; the first part's are positives, `decile` is theirs."""
+        self.segments, self.parts = segments, list(pairs)
+        self.rows = np.concatenate([segments.first[name] + pair for name, pair in pairs.items()])
+        self.pair, self.first = np.concatenate(list(pairs.values())), np.cumsum([0, *map(len, pairs.values())])
+        self.decile = np.append(decile, np.full(len(self.rows) - len(decile), -1))
+        self.marks = np.concatenate([marks[name] for name in pairs]) if marks else None
         self.document = segments.source.doc[segments.segments[self.rows]]
         self.questions: dict[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]] = {}
-        for part, first in zip(parts[1:], self.first[1:].tolist(), strict=False):
-            if len(part.rows) >= LEAST_PAIRS and part.pair is not None:
-                here = np.searchsorted(self.pair[: self.first[1]], part.pair)
-                self.questions[part.negatives] = here, first + np.arange(len(part.rows))
+        for name, first in zip(self.parts[1:], self.first[1:].tolist(), strict=False):
+            if len(pairs[name]) >= LEAST_PAIRS:
+                here = np.searchsorted(pairs[self.parts[0]], pairs[name])
+                self.questions[name] = here, first + np.arange(len(pairs[name]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,12 +118,12 @@ class ExampleSet(Sequence[Example]):
 
     def _read(self, i: int) -> Example:
         source = self.segments.source
-        name = self.sources[int(np.searchsorted(self.first, i, side="right")) - 1]
+        part = int(np.searchsorted(self.first, i, side="right")) - 1
         segment = int(self.segments.segments[self.rows[i]])
         start, length = int(source.start[segment]), int(source.length[segment])
         text, spans = source.cache.spans(start, start + length)
         tokens, document = source.tokens[start : start + length], source.cache.document(int(source.doc[segment])).doc_id
-        kind = not name, name or None, None if self.marks is None else self.marks[i][:length]
+        kind = part == 0, self.parts[part] if part else None, None if self.marks is None else self.marks[i][:length]
         where = start, int(self.decile[i]), int(self.pair[i])
         return Example(text, spans, tokens, self.activations[i], document, *kind, *where)
 
@@ -162,11 +154,12 @@ def latent_examples(
 
 def _train(source: ExampleSource, activity: Activity, n: int) -> ExampleSet:
     draw = source.draw(activity, "train", n, ())
-    _, silent = draw.pairs("random")
-    segments, paired = LatentSegments(source, activity, draw.positive, silent), len(draw.positive)
-    rows, marks = np.arange(len(segments.segments)), strong(source.values(activity, segments.grid))
-    positives = Alike("", rows[:paired], rows[:paired], draw.decile, marks[:paired])
-    return ExampleSet(segments, [positives, Alike("random", rows[paired:], marks=marks[paired:])])
+    segments = LatentSegments(source, activity, {"": draw.positive, "random": draw.negative["random"]})
+    pairs = {"": np.arange(len(draw.positive)), "random": np.flatnonzero(draw.negative["random"] >= 0)}
+    marks = strong(source.values(activity, segments.grid))
+    return ExampleSet(
+        segments, pairs, draw.decile, {name: marks[segments.first[name] + pair] for name, pair in pairs.items()}
+    )
 
 
 def _test(
@@ -176,25 +169,21 @@ def _test(
     draw = source.draw(activity, "test", n, sources)
     top, _ = source.positives(activity, "test", N_SIMULATED, "top")
     drawn, tenth = source.positives(activity, "test", 3 * N_SIMULATED, "random")
-    others = ~np.isin(drawn, top)
-    drawn, tenth = drawn[others][:N_SIMULATED], tenth[others][:N_SIMULATED]
-    segments = LatentSegments(source, activity, draw.positive, *draw.negative.values(), top, drawn)
-    first = dict(zip(("silent-token", *draw.negative), segments.first.tolist(), strict=False))
+    others = np.flatnonzero(~np.isin(drawn, top))[:N_SIMULATED]
+    simulated = np.append(top, drawn[others])
+    parts = {"": draw.positive, **draw.negative, "simulated": simulated}
+    segments, marks = LatentSegments(source, activity, parts), source.marked(activity, draw)
+    segments.first["silent-token"] = segments.first[""]  # the positives themselves, marked elsewhere
 
-    every, there = np.arange(len(draw.positive)), {name: own >= 0 for name, own in draw.negative.items()}
-    whole = [Alike(name, first[name] + every[held], every[held]) for name, held in there.items()]
-    marks = source.marked(activity, draw)
-    usable = np.flatnonzero(np.any([own.rows for own in marks.values()], axis=0))
-    marked = [Alike("", usable, usable, marks=marks["silent-token"].positive[usable])]
-    for name, own in marks.items():
-        rows = np.flatnonzero(own.rows)
-        marked.append(Alike(name, first[name] + rows, rows, marks=own.negative[rows]))
-    simulated = segments.first[-3] + np.arange(len(top) + len(drawn))
-    deciles = np.concatenate([np.full(len(top), -1), tenth])
+    there = {name: np.flatnonzero(own >= 0) for name, own in draw.negative.items()}
+    usable = {name: np.flatnonzero(own.rows) for name, own in marks.items()}
+    pairs = {"": np.unique(np.concatenate(list(usable.values()))), **usable}
+    marked = {"": marks["silent-token"].positive, **{name: own.negative for name, own in marks.items()}}
+    every, none = np.arange(len(draw.positive)), np.empty(0, dtype=np.int64)
     return (
-        ExampleSet(segments, [Alike("", every, every, draw.decile), *whole]),
-        ExampleSet(segments, marked),
-        ExampleSet(segments, [Alike("", simulated, decile=deciles)]),
+        ExampleSet(segments, {"": every, **there}, draw.decile),
+        ExampleSet(segments, pairs, none, {name: marked[name][pair] for name, pair in pairs.items()}),
+        ExampleSet(segments, {"simulated": np.arange(len(simulated))}, np.append(np.full(len(top), -1), tenth[others])),
     )
 
 
@@ -290,14 +279,10 @@ class RuleJudge:
             return self.detect(explanation, examples).said * len(frequency), frequency
         n, view = len(fitted.told), examples.segments.known[self.places]
         ends = np.cumsum([len(table.keys) for table in fitted.tables])
-        told_at = np.argsort(
-            np.searchsorted(ends, fitted.told, side="right"), kind="stable"
-        )  # of the keys table by table
-        most, start = np.zeros(len(view.grid)), 0
-        for table in rule.tables:
-            left = n - told_at[start : start + len(table.keys)]  # n for the key told first
-            most = np.maximum(most, view.look_up(table.family, table.keys, left).max(axis=1, initial=0.0))
-            start += len(table.keys)
+        left, most = np.zeros(ends[-1]), np.zeros(len(view.grid))
+        left[list(fitted.told)] = n - np.arange(n)  # n for the key told first
+        for table, own in zip(fitted.tables, np.split(left, ends[:-1]), strict=True):
+            most = np.maximum(most, view.look_up(table.family, table.keys, own).max(axis=1, initial=0.0))
         return np.where(most > 0, n + 1 - most, 0).astype(np.int64)[examples.rows], frequency
 
     def _laid(self, explanation: Explanation, examples: Any) -> tuple[LatentRule, Float[np.ndarray, "segments width"]]:
