@@ -171,18 +171,10 @@ class Places:
     @cached_property
     def totals(self) -> dict[Family, Int[np.ndarray, " keys"]]:
         """How often each key of each family occurs in the training documents."""
-        counts: dict[Family, np.ndarray] = {}
-        by_slot = {}
-        for family, (slot, keys, _) in self.tables.items():
-            if slot not in by_slot:
-                forms = self.forms(self.train_positions, slot)
-                by_slot[slot] = np.bincount(forms[forms >= 0], minlength=len(self.form_token))
-            keyed = keys[:-1] >= 0
-            found = np.bincount(keys[:-1][keyed], weights=by_slot[slot][keyed], minlength=int(keys.max(initial=-1)) + 1)
-            counts[family] = found.astype(np.int64)
-        for family, keys in self.chains.items():
-            here = keys[self.train_positions]
-            counts[family] = np.bincount(here[here >= 0], minlength=int(keys.max(initial=-1)) + 1)
+        view, counts = View(self, self.train_positions), {}
+        for family, known in ({name: table.keys for name, table in self.tables.items()} | self.chains).items():
+            keys = view.keys_now(family)
+            counts[family] = np.bincount(keys[keys >= 0], minlength=int(known.max(initial=-1)) + 1)
         return counts
 
     @cached_property
@@ -197,9 +189,9 @@ class View:
     def __init__(self, places: Places, grid: Int[np.ndarray, "n width"]):
         self.places, self.grid = places, grid
         self._forms = cache(partial(places.forms, grid))
-        self.keys = cache(self._keys)
+        self.keys = cache(self.keys_now)
 
-    def _keys(self, family: Family) -> Int[np.ndarray, "n width"]:
+    def keys_now(self, family: Family) -> Int[np.ndarray, "n width"]:
         """Return the family's key at each position, -1 for none and at position -1."""
         if family in self.places.chains:
             return np.where(self.grid >= 0, self.places.chains[family][self.grid], -1)
@@ -244,12 +236,9 @@ def enclitic(word: str) -> str | None:
 
 def _numbered(texts: list[str | None]) -> tuple[Int[np.ndarray, " n_and_none"], list[str]]:
     """Return the number of each text (-1 for None, and a last -1 for no form at all) and the texts by number."""
-    names: dict[str, int] = {}
-    keys = np.full(len(texts) + 1, -1, dtype=np.int32)
-    for i, text in enumerate(texts):
-        if text is not None:
-            keys[i] = names.setdefault(text, len(names))
-    return keys, list(names)
+    names = list(dict.fromkeys(text for text in texts if text is not None))
+    number: dict[str | None, int] = {name: i for i, name in enumerate(names)}
+    return np.array([*(number.get(text, -1) for text in texts), -1], dtype=np.int32), names
 
 
 # --- the pieces of a tokenizer ---------------------------------------------------------------------------------------
@@ -260,10 +249,13 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 def piece_bytes(tokenizer: Any, n: int) -> list[bytes]:
     """Return the bytes that each of the first n ids stands for, a leading space included."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     backend = tokenizer.backend_tokenizer
     pieces = [backend.id_to_token(i) or f"<{i}>" for i in range(n)]
     if not _metaspace(backend):
-        letters = byte_letters()
+        # GPT-2's letters: printable bytes are themselves
+        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
         return [
             bytes(letters[letter] for letter in piece) if set(piece) <= letters.keys() else piece.encode()
             for piece in pieces
@@ -287,10 +279,3 @@ def _metaspace(backend: Any) -> bool:
     state = json.loads(backend.to_str())
     told = str(state.get("pre_tokenizer")) + str(state.get("normalizer"))
     return bool(state["model"].get("byte_fallback", False)) or "▁" in told
-
-
-def byte_letters() -> dict[str, int]:
-    """Return the byte behind each letter of byte-level BPE (GPT-2's table: printable bytes are themselves)."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}

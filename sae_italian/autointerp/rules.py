@@ -291,7 +291,7 @@ class Counts:
         forms, active, mass = self._seen(slot)
         key = keys[forms]
         keyed = key >= 0
-        known, group = grouped(key[keyed], len(self.places.totals[family]))
+        known, group = np.unique(key[keyed], return_inverse=True)
         active, mass = (np.bincount(group, weights=each[keyed], minlength=len(known)) for each in (active, mass))
         return Tally(known, active, mass, self.places.totals[family][known])
 
@@ -299,7 +299,7 @@ class Counts:
         """Return the forms at a slot of the activations, how many are on each, and the sum of these."""
         forms = self.places.forms(self.position, slot)
         inside = forms >= 0
-        seen, group = grouped(forms[inside], len(self.places.form_token))
+        seen, group = np.unique(forms[inside], return_inverse=True)
         mass = np.bincount(group, weights=self.value[inside], minlength=len(seen))
         return seen, np.bincount(group, minlength=len(seen)), mass
 
@@ -353,13 +353,3 @@ class Counts:
         lift = tally.active[heaviest] / tally.total[heaviest] / max(self.base, 1e-12)
         name = self.places.name(family, int(tally.keys[heaviest])).strip()
         return name if share >= LEAST_MASS and lift >= LEAST_LIFT else ""
-
-
-def grouped(number: Int[np.ndarray, " n"], size: int) -> tuple[Int[np.ndarray, " groups"], Int[np.ndarray, " n"]]:
-    """Return the different numbers below `size`, ascending, and for each item which of them it is; nothing is sorted."""
-    there = np.zeros(size, dtype=bool)
-    there[number] = True
-    known = np.flatnonzero(there)
-    place = np.empty(size, dtype=np.int64)
-    place[known] = np.arange(len(known))
-    return known, place[number]

@@ -12,7 +12,6 @@ judged on the test examples like a text, and its score stands beside the text's.
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -56,21 +55,17 @@ def fits(rule: LatentRule) -> bool:
 
 def room_for(rule: LatentRule, told: Sequence[int]) -> int:
     """Return how many of these keys, in this order, `fits` would take in both languages, without writing."""
-    first = np.cumsum([0, *(len(table.keys) for table in rule.tables)]).tolist()
-    keys = [(rule.tables[i], number - first[i]) for number in told for i in [bisect_right(first, number) - 1]]
-    room = len(told)
+    keys = [(table, name) for table in rule.tables for name in table.names]
+    tables, room = [keys[number][0] for number in told], len(told)
+    families = [table.family for table in tables]
     for language in get_args(Language):
-        begun, letters = set[Family](), -len(label("rule.or", language))
-        for n, (table, key) in enumerate(keys[:room]):
-            letters += len(quoted(table.family, table.names[key], language)) + 2
-            if table.family not in begun:
-                begun.add(table.family)
-                longest = max(len(_family(table, language, "", many)) for many in (False, True))
-                # the last key comes after a word instead of a comma
-                letters += longest + len(label("rule.or", language)) + len(label("rule.or one", language)) - 2
-            if letters > MOST_LETTERS:
-                room = n
-                break
+        joint = len(label("rule.or", language))
+        letters = [len(quoted(table.family, keys[n][1], language)) + 2 for table, n in zip(tables, told, strict=True)]
+        for place in map(families.index, set(families)):
+            # the last key comes after a word instead of a comma
+            letters[place] += max(len(_family(tables[place], language, "", many)) for many in (False, True)) + joint
+            letters[place] += len(label("rule.or one", language)) - 2
+        room = min(room, int((np.cumsum(letters) - joint <= MOST_LETTERS).sum()))
     return room
 
 

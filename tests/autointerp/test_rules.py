@@ -21,7 +21,7 @@ from sae_italian.autointerp.choose import (
 from sae_italian.autointerp.draws import Activity
 from sae_italian.autointerp.examples import RuleJudge, latent_examples
 from sae_italian.autointerp.places import View, enclitic, piece_bytes, piece_texts, shape_of
-from sae_italian.autointerp.rules import Counts, KeyRule, Path, TreeRule, TrieRule, grouped, rule_of
+from sae_italian.autointerp.rules import Counts, KeyRule, Path, TreeRule, TrieRule, rule_of
 from sae_italian.autointerp.scorers.budget import BUDGETS
 from sae_italian.autointerp.store import Store
 from sae_italian.autointerp.wording import (
@@ -147,13 +147,6 @@ def test_enclitics(word, pronoun):
 
 
 # --- the quick ways beside the plain ones ------------------------------------------------------------------------------
-
-
-@given(hnp.arrays(np.int32, st.integers(0, 30), elements=st.integers(0, 9)))
-def test_numbers_are_grouped_as_by_sorting(number):
-    known, group = grouped(number, 10)
-    expected, index = np.unique(number, return_inverse=True)
-    assert known.tolist() == expected.tolist() and group.tolist() == index.tolist()
 
 
 def test_a_key_is_looked_up_as_in_a_dictionary_and_nothing_is_left_behind(places, source):

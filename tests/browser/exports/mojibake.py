@@ -1,13 +1,13 @@
 """Letters that bytes were taken for: what no export may hold, since its text comes from character offsets."""
 
-from sae_italian.autointerp.places import byte_letters
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def is_mojibake(text: str) -> bool:
     """Return whether a text is UTF-8 that was read as Windows-1252, or bytes shown as byte-level BPE's letters."""
     if text.isascii():
         return False
-    letters = byte_letters()
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     for read in (lambda: text.encode("cp1252"), lambda: bytes(letters[letter] for letter in text)):
         try:
             decoded = read().decode("utf-8")
