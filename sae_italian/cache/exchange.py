@@ -28,7 +28,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -171,13 +171,10 @@ def _write_dataset(folder: Path, batches: Iterator[Any]) -> None:
     from datasets import Dataset
 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".tmp") as scratch:
-        file = Path(scratch) / "rows.arrow"
-        writer = None
-        for table in progress(folder.name, batches, unit="batch"):
-            writer = writer or pa.ipc.new_stream(str(file), table.schema)
-            writer.write_table(table)
-        assert writer is not None
-        writer.close()
+        file, first = Path(scratch) / "rows.arrow", next(batches)
+        with pa.ipc.new_stream(str(file), first.schema) as writer:
+            for table in progress(folder.name, chain([first], batches), unit="batch"):
+                writer.write_table(table)
         with atomic_path(folder) as temporary:
             Dataset.from_file(str(file)).save_to_disk(str(temporary))
 

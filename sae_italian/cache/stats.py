@@ -4,7 +4,7 @@ A range of latents is done at once: no step goes latent by latent. What stands n
 fire on the same tokens, decoder directions, and the tokens these promote.
 """
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,20 +200,17 @@ def cofiring_neighbours(
     indptr = arrays["indptr"].astype(np.int64)
     found: list[tuple[np.ndarray, np.ndarray]] = []
     per_token = max(1.0, cache.manifest.nnz / max(1, cache.manifest.n_positions))
-    at_once = max(1, int(GATHERED / (SAMPLE * per_token))) * SAMPLE
     bounds = [(begin, end, min(SAMPLE, end - begin)) for begin, end in pairwise(indptr.tolist())]
     taken = [begin + np.arange(n) * (end - begin) // max(1, n) for begin, end, n in bounds]  # evenly spaced
-    held = np.cumsum([0, *map(len, taken)])
-    first = 0
-    while first < len(taken):  # as many latents as together have about GATHERED / per_token activations
-        last = max(first + 1, int(np.searchsorted(held, held[first] + at_once, side="right")) - 1)
-        shared = _shared(cache, [arrays["position"][entry].astype(np.int64) for entry in taken[first:last]])
-        for row in range(last - first):
-            here = slice(shared.indptr[row], shared.indptr[row + 1])
-            latent = item.first + first + row
-            scale = counts[latent] / max(1, len(taken[first + row]))
-            found.append(_most_shared(latent, shared.indices[here], shared.data[here] * scale, counts))
-        first = last
+    # at a time as many latents as together have about GATHERED / per_token activations
+    batch = np.cumsum([0, *map(len, taken)]) // max(1, int(GATHERED / per_token))
+    for _, rows in groupby(range(len(taken)), batch.__getitem__):
+        latents = [item.first + row for row in rows]
+        entries = [taken[latent - item.first] for latent in latents]
+        shared = _shared(cache, [arrays["position"][entry].astype(np.int64) for entry in entries])
+        for latent, entry, (begin, end) in zip(latents, entries, pairwise(map(int, shared.indptr)), strict=True):
+            both = shared.data[begin:end] * (counts[latent] / max(1, len(entry)))
+            found.append(_most_shared(latent, shared.indices[begin:end], both, counts))
     ids, scores = zip(*found, strict=True)
     offsets = np.cumsum([0, *map(len, ids)])
     return {
