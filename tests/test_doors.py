@@ -57,6 +57,7 @@ RESULTS = {  # commands that write their result into a folder of their own, and 
     "shift": lambda s, cache, out: ["shift", s, "--by", "context", "--out", out],
     "geometry": lambda s, cache, out: ["geometry", s, "--out", out],
     "ioi": lambda s, cache, out: ["ioi", "sae-italian-mini", "--out", out],
+    "tree": lambda s, cache, out: ["tree", s, s, "--latent", 0, "--out", out],
     "agreement": lambda s, cache, out: ["agreement", "sae-italian-mini", "--out", out],
     "tables": lambda s, cache, out: ["export", cache, "--to", "parquet", "--out", out],
 }

@@ -85,6 +85,11 @@ def one_of(parts: int, *, alike: bool = True) -> Iterator[None]:
         _work.reset(token)
 
 
+def is_bounded() -> bool:
+    """Return whether the running work has a time bound."""
+    return _work.get().ends < float("inf")
+
+
 def cut_short() -> list[str]:
     """Return what the time bound has cut short so far, a sentence each."""
     return _work.get().cut

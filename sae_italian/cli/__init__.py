@@ -19,18 +19,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial, wraps
-from inspect import signature
+from functools import partial
+from inspect import BoundArguments, signature
 from itertools import groupby, zip_longest
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal, NamedTuple
 
-from cyclopts import App, CycloptsError, Parameter, ValidationError
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, ValidationError
 from cyclopts.validators import Number
 
 import sae_italian
-from sae_italian.base.errors import SaeItalianError, UsageError
+from sae_italian.base import pace
+from sae_italian.base.errors import SaeItalianError, UsageError, nearest
 from sae_italian.base.labels import kinds_of, read_words
 from sae_italian.base.storage import STOP_SIGNALS, claimed, on_signals, packaged_yaml
 
@@ -64,7 +65,10 @@ def build() -> App:
     groups = {name: app.command(App(name=name, help=text)) for name, text in _TOLD["groups"].items()}
     for name, told in COMMANDS.items():
         *group, verb = name.split()
-        (groups[group[0]] if group else app).command(f"sae_italian.{told['run']}", name=verb, help=told["help"])
+        text = told["help"]
+        if "minutes" in told:
+            text += f"\n\nminutes=N: end then, with what there is (default: {told['minutes']}; inf: no bound)."
+        (groups[group[0]] if group else app).command(f"sae_italian.{told['run']}", name=verb, help=text)
     return app
 
 
@@ -72,21 +76,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     words, command = [word for word in given if word != "--json"], None
+    told = next((COMMANDS[name] for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), {})
+    known = {"minutes": float(told["minutes"])} if "minutes" in told else {}
     try:
         _quiet_libraries()
         if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
             return _fail(_renamed(words), 2)
+        settings, words = own_words(words, known)
         command, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
         with on_signals(signal.default_int_handler, STOP_SIGNALS[1:]):  # these stop a command as Ctrl-C does
-            found = command(*bound.args, **bound.kwargs)
-        if found is not None:  # --help and --version give nothing
-            result = as_result(found)
-            _show(result, None if "--json" in given else _next_step(words, bound.arguments, result.value))
+            result = _done(command, bound, told, settings.get("minutes", float("inf")))
+        if result is not None:
+            _show(result, None if "--json" in given else _next_step(told["next"], bound.arguments, result.value))
         return 0
     except SaeItalianError as error:
         return _fail(error, error.exit_code)
     except CycloptsError as error:
         said = _renamed(words) or str(error)
+        if known and isinstance(error, UnusedCliTokensError) and "=" in (word := str((error.unused_tokens or [""])[0])):
+            said = f"{word!r:.80} is no setting here. {nearest(word.partition('=')[0], known)}"
         if isinstance(error, ValidationError) and error.argument:
             said = f"{error.argument.name} is {error.argument.value}; it {error.exception_message.lower()}"
         return _fail(said, 2)
@@ -101,6 +109,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(said, 2)
 
 
+def _done(command: Callable[..., Any], bound: BoundArguments, told: dict[str, Any], minutes: float) -> Result | None:
+    """Return what a command gives, None for --help and --version, whose folder is held and whose time is bounded as it is told.
+
+    `own_folder`: where it is given --out, the folder must be new, empty or an earlier result of the same command, which is
+    written over file by file; its `run.json` says what was asked last. `minutes`: its paced loops end when these are over.
+    """
+    out = bound.arguments.get("out") if told.get("own_folder") else None
+    spec = {"given": bound.args, "options": {**bound.kwargs, "out": None}}
+    held = claimed(out, command.__name__, spec, resume=True, changeable=spec) if out else nullcontext()
+    with pace.time_bound(minutes) as cut, held:
+        found = command(*bound.args, **bound.kwargs)
+    if found is None:
+        return None
+    value, text, failure = as_result(found)
+    if cut:
+        value, text = {**value, "cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])
+    return Result(value, text, failure)
+
+
 def _show(result: Result, next_step: str | None) -> None:
     """Print a result, as JSON where no next step is to be said. Raises: what the result is to fail with."""
     if next_step is None:
@@ -113,12 +140,11 @@ def _show(result: Result, next_step: str | None) -> None:
         raise result.failure
 
 
-def _next_step(words: list[str], arguments: dict[str, Any], value: Any) -> str:
+def _next_step(steps: Sequence[str], arguments: dict[str, Any], value: Any) -> str:
     """Return what to do after a command: the first of its next steps whose fields its arguments and its result have."""
     known = arguments | (value if isinstance(value, dict) else {})
     fields = {key: quote(str(field)) for key, field in known.items() if field is not None}
-    command = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
-    for step in COMMANDS[command]["next"] if command else ():
+    for step in steps:
         try:
             return step.format_map(known if step.startswith("in Python") else fields)
         except KeyError:
@@ -303,41 +329,6 @@ def latent_range(given: str | None) -> tuple[int, int] | None:
 def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return settings given as `key=value` words over their defaults. Raises: UsageError as `read_words`."""
     return defaults | read_words(words, kinds_of(defaults))
-
-
-MINUTES = {"minutes": float("inf")}  # of a command that is `bounded`, among its words
-
-
-def bounded(command: Callable[..., Any], minutes: float = MINUTES["minutes"]) -> Callable[..., Result]:
-    """Return a command that takes `minutes=N` among its words: it then ends with what it has, and says so."""
-
-    @wraps(command)
-    def run(*given: Any, **options: Any) -> Result:
-        from sae_italian.base.pace import time_bound
-
-        words = [word for word in given if isinstance(word, str)]
-        with time_bound(own_words(words, {"minutes": minutes})[0]["minutes"]) as cut:
-            value, text, failure = as_result(command(*given, **options))
-        if cut:
-            value, text = {**value, "cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])
-        return Result(value, text, failure)
-
-    return run
-
-
-def results_in(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a command whose folder `out`, where it has one, is held while it works, and is new, empty or its own.
-
-    Another result of the same command is written over, file by file; `run.json` says what was asked last.
-    """
-
-    @wraps(command)
-    def run(*given: Any, **options: Any) -> Any:
-        spec, out = {"given": given, "options": {**options, "out": None}}, options.get("out")
-        with claimed(out, command.__name__, spec, resume=True, changeable=spec) if out else nullcontext():
-            return command(*given, **options)
-
-    return run
 
 
 def own_words(words: Sequence[str], defaults: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

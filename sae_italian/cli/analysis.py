@@ -12,19 +12,15 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of
 from sae_italian.base.report import plain
 from sae_italian.cli import (
-    MINUTES,
     Count,
     Many,
     Model,
     Result,
     Sae,
     Seed,
-    bounded,
     key_values,
     named,
     numbers,
-    own_words,
-    results_in,
     short_names,
 )
 
@@ -32,8 +28,6 @@ WHOLE_TEXTS = "genre, language, model"
 USED_BY = {"--buckets": WHOLE_TEXTS, "context_size": WHOLE_TEXTS, "--edges": "context", "packed": "context"}
 
 
-@bounded
-@results_in
 def geometry(
     *saes: str,
     out: Path,
@@ -47,8 +41,7 @@ def geometry(
 
     Args:
         saes: SAEs' folders, or release:sae_id; all of one model's width; latents that did not fire at the end of
-            their training are left out, where a folder says so; then
-            minutes=N, after which it ends with what it has (default: no bound).
+            their training are left out, where a folder says so.
         out: Folder for geometry.json, its pictures and the map.
         cache: A cache of one of the SAEs: latents dead in it are left out, explanations shown in the map; again for more; default: none.
         map: How the map is made; umap needs umap-learn.
@@ -58,7 +51,7 @@ def geometry(
     from sae_italian.analysis.geometry import fired
     from sae_italian.analysis.geometry import geometry as measure
 
-    names = short_names(own_words(saes, MINUTES)[1])
+    names = short_names(saes)
     loaded = {short: sae_italian.load_sae(name) for short, name in names.items()}
     live, texts = _known(loaded, cache or [])
     alive = {short: fired(name) for short, name in names.items()} | live
@@ -89,8 +82,6 @@ def _known(saes: dict[str, Any], caches: list[Path]) -> tuple[dict[str, Any], di
     return alive, texts
 
 
-@bounded
-@results_in
 def language(
     sae: str,
     /,
@@ -108,8 +99,7 @@ def language(
 
     Args:
         sae: An SAE's folder, release:sae_id, or a cache: then labels go into its store too.
-        words: minutes=N, after which it ends with what it has (default: no bound);
-            context_size=N, tokens of a window (default: as the SAE was trained); text_column=NAME (default: text;
+        words: context_size=N, tokens of a window (default: as the SAE was trained); text_column=NAME (default: text;
             NAME:COLUMN,NAME:COLUMN where they differ); parallel=N, pairs of translated documents, in order (default: 0).
         out: Folder for language.json, language.md and language.svg, and languages.json with --languages.
         ud: Treebanks: CoNLL-U files or folders of them, ISDT for UD_Italian-ISDT, or micro-italiano; two or more are
@@ -123,7 +113,7 @@ def language(
     from sae_italian.models.activations import check_context
     from sae_italian.saes import model_of
 
-    settings = key_values(words, MINUTES | {"context_size": 0, "text_column": "text", "parallel": 0})
+    settings = key_values(words, {"context_size": 0, "text_column": "text", "parallel": 0})
     corpora = _languages(ud, languages, against)
     columns = _columns(settings["text_column"], corpora)
     loaded, cache = _sae_of(sae, sae_of_cache)
@@ -215,8 +205,6 @@ def _store(cache: Any, labels: list[Any]) -> str:
     return f"{len(labels)} labels written to the store of {cache.folder}{what}"
 
 
-@bounded
-@results_in
 def shift(
     sae: Sae,
     /,
@@ -233,9 +221,8 @@ def shift(
     """Measure L0, explained variance and loss beyond the training's context, on other texts, languages or models.
 
     Args:
-        words: minutes=N, after which it ends with what it has (default: no bound); packed=true
-            (context: fill windows with short documents); context_size=N, tokens of a window (default: as the SAE was
-            trained); text_column=NAME (default: text; NAME:COLUMN,NAME:COLUMN where the buckets' differ).
+        words: packed=true (context: fill windows with short documents); context_size=N, tokens of a window (default: as
+            the SAE was trained); text_column=NAME (default: text; NAME:COLUMN,NAME:COLUMN where the buckets' differ).
         by: What the buckets differ in.
         out: Folder for shift.json, shift.md and shift.svg.
         buckets: genre and language: NAME=CORPUS for each, the first the reference (genre: default, each subfolder of the
@@ -250,7 +237,7 @@ def shift(
     from sae_italian.analysis.shift import shift as measure
     from sae_italian.saes import full_name
 
-    settings = key_values(words, MINUTES | {"packed": False, "context_size": 0, "text_column": "text"})
+    settings = key_values(words, {"packed": False, "context_size": 0, "text_column": "text"})
     for option, value in ({"--buckets": buckets, "--edges": edges} | settings).items():
         if value and by not in (kinds := USED_BY.get(option, by)):
             raise UsageError(f"{option} is for --by {kinds}, not for --by {by}. Leave it out.")

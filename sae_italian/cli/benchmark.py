@@ -12,9 +12,9 @@ import sae_italian
 from sae_italian.autointerp.llm import LLMOptions
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import read_words
+from sae_italian.base.pace import is_bounded
 from sae_italian.base.report import plain, table
 from sae_italian.cli import (
-    MINUTES,
     Folder,
     Many,
     Model,
@@ -22,18 +22,16 @@ from sae_italian.cli import (
     Result,
     Seed,
     Source,
-    bounded,
     named,
     numbers,
     own_words,
     short_names,
 )
 
-WORDS = MINUTES | {"tasks": "", "seeds": 5, "baselines": "", "wandb": ""}
+WORDS = {"tasks": "", "seeds": 5, "baselines": "", "wandb": ""}
 Task = Annotated[Literal[1, 2], Parameter(help="The task: 1 explanations, 2 sequences.")]
 
 
-@bounded
 def benchmark(
     *saes: str,
     out: Path,
@@ -51,7 +49,6 @@ def benchmark(
 
     Args:
         saes: SAEs' folders, or release:sae_id, all of one model; then words:
-            minutes=N, after which it ends with what it has (default: no bound);
             tasks=ID,ID instead of a preset (default: the preset's); seeds=N, draws of the protocol (default: 5);
             baselines=pca,identity,random, fitted at the SAEs' hook (default: none); wandb=PROJECT (default: none).
         out: Folder for benchmark.md, .html, .json and saebench/; a further SAE joins it with --resume.
@@ -146,13 +143,11 @@ def choose_k(
     return Result({"out": str(out), **plain(found)}, f"{found.table()}\n\nPicture: {out}/choose-k.svg")
 
 
-@bounded
 def absorption(*saes: str, ud: Many = None, out: Path | None = None, overwrite: bool = False) -> Result:
     """Say how much of a class of words (gender, part of speech) is absorbed by latents of its members, with intervals.
 
     Args:
         saes: SAEs of one hook, each a folder or release:sae_id; the others are compared with the first, pair by pair.
-            minutes=N: end then, with what there is (default: no bound).
         ud: Treebanks whose words are the classes: CoNLL-U files or folders; default: micro-italiano.
         out: Folder for absorption.json and absorption.md; default: nothing is written.
         overwrite: Replace an earlier result in the folder. Default: no.
@@ -161,7 +156,7 @@ def absorption(*saes: str, ud: Many = None, out: Path | None = None, overwrite: 
     from sae_italian.benchmark.absorption import absorption as absorbed
     from sae_italian.saes import model_of
 
-    given = short_names(own_words(saes, MINUTES)[1])
+    given = short_names(saes)
     if not given:
         raise UsageError("no SAE was given; give one, or several of one hook.")
     loaded = {name: sae_italian.load_sae(sae) for name, sae in given.items()}
@@ -180,7 +175,6 @@ def absorption(*saes: str, ud: Many = None, out: Path | None = None, overwrite: 
 # --- papers -----------------------------------------------------------------------------------------------------------
 
 
-@bounded
 def reproduce(
     paper: str,
     /,
@@ -196,20 +190,21 @@ def reproduce(
 
     Args:
         paper: cunningham-2023, llama-scope, clic-it-2025, or baselines.
-        words: key=value of the paper's budget, such as train_tokens=100000 (sizes in tokens), and minutes=N, after which no
-            further step begins (default: no bound). For baselines: the SAEs,
-            or one config that is trained with its key=value first; and fit_tokens, card_tokens, kinds=[pca, ica] ...
+        words: key=value of the paper's budget, such as train_tokens=100000 (sizes in tokens). For baselines: the SAEs, or one
+            config that is trained with its key=value first; and fit_tokens, card_tokens, kinds=[pca, ica] ...
         sae: Evaluate this SAE (a folder, or release:sae_id) instead of training by the recipe, which is the default.
         out: Folder to write to; default: reports/PAPER-MODEL, or baselines.
     """
     from sae_italian import papers
 
     text, flags = asdict(source), asdict(folder)
+    if paper == "baselines" and is_bounded():
+        raise UsageError("minutes= would compare SAEs on unequal text; baselines are measured whole. Leave it out.")
     if paper == "baselines":
         return _baselines(words, out or Path("baselines"), sae, flags, text)
     if out is None:
         out = Path("reports") / f"{paper}-{Path(sae or source.model or papers.MINI).name.replace(':', '-')}"
-    report = papers.reproduce(paper, out, *own_words(words, MINUTES)[1], sae=sae, **text, **flags)
+    report = papers.reproduce(paper, out, *words, sae=sae, **text, **flags)
     rows = [[row[key].replace("|", "\\|") for key in ("what", "where", "paper", "ours")] for row in report["figures"]]
     figures = table("figure | in the paper | the paper's | ours", rows)
     return Result(report, f"{figures}\n\nReport: {out / 'report.html'}, {out / 'report.md'}")

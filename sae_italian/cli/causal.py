@@ -1,7 +1,6 @@
 """The commands on causes: `ioi` and `agreement` on a model, `steer` and `tree` on latents, `graph` on transcoders."""
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,6 @@ from sae_italian.base.pace import one_of
 from sae_italian.base.report import plain, save_result, table
 from sae_italian.base.storage import claimed, read_json, write_json, write_text
 from sae_italian.cli import (
-    MINUTES,
     Count,
     Language,
     Latent,
@@ -25,18 +23,12 @@ from sae_italian.cli import (
     Seed,
     Subject,
     Thresholds,
-    bounded,
     key_values,
     own_words,
-    results_in,
     short_names,
 )
 
-patches = partial(bounded, minutes=8.0)  # latents one by one: a real model's can take hours
 
-
-@patches
-@results_in
 def ioi(
     model: Subject,
     /,
@@ -53,8 +45,7 @@ def ioi(
     """Ask whether a model goes on with the indirect object, and which latents carry the name (feature patching).
 
     Args:
-        words: minutes=N, after which it ends with what it has (default: 8; inf: no bound);
-            name_tokens=N, the tokens that every name has, or name_tokens=any; default: 1.
+        words: name_tokens=N, the tokens that every name has, or name_tokens=any; default: 1.
         sae: An SAE to patch; again for each to compare with; default: none is patched.
         language: Language of the sentences: it or en.
         n_pairs: Pairs of sentences that are patched.
@@ -64,8 +55,7 @@ def ioi(
     """
     from sae_italian.analysis import check_able, ioi_pairs, ioi_score, words_for
 
-    _, others = own_words(words, MINUTES)
-    name_tokens = read_words(others, {"name_tokens": PositiveInt | Literal["any"]}).get("name_tokens", 1)
+    name_tokens = read_words(words, {"name_tokens": PositiveInt | Literal["any"]}).get("name_tokens", 1)
     loaded = sae_italian.load_model(model)
     drawn: dict[str, Any] = {"n_name_tokens": None if name_tokens == "any" else name_tokens, "seed": seed}
     pairs = ioi_pairs(max(check, n_pairs), loaded.tokenizer, words_for(model, language), **drawn)
@@ -83,12 +73,10 @@ def ioi(
     return _written(out, "ioi", value, text, pictures)
 
 
-@patches
-@results_in
 def agreement(
     model: Subject,
     /,
-    *words: str,
+    *,
     pairs_file: Path | None = None,
     language: Language = "it",
     check: Count = 500,
@@ -101,7 +89,6 @@ def agreement(
     """Ask a model for agreement on minimal pairs: gender, number, subject and verb, with and without an attractor.
 
     Args:
-        words: minutes=N, after which it ends with what it has (default: 8; inf: no bound).
         pairs_file: Pairs in MultiBLiMP's layout (ita.tsv, or the same as .jsonl or .parquet); default: pairs made here.
         language: Language of the pairs made here: it or en, which has no gender.
         check: Pairs that are made, in turn of each kind.
@@ -111,7 +98,6 @@ def agreement(
     """
     from sae_italian.analysis.tasks import agreement_pairs, number_pairs, read_minimal_pairs, score_choices
 
-    key_values(words, MINUTES)  # refuses any other
     made = agreement_pairs(check, seed=seed, language=language)
     pairs = read_minimal_pairs(pairs_file) if pairs_file else made
     loaded = sae_italian.load_model(model)
@@ -145,12 +131,11 @@ def _written(out: Path | None, name: str, value: dict[str, Any], text: str, pict
     return Result(value, text)
 
 
-@bounded
 def steer(
     sae: Sae,
     prompt: str,
     /,
-    *words: str,
+    *,
     latent: Latent,
     strengths: Annotated[list[float], Parameter(consume_multiple=True)] = [5.0, 10.0, 20.0],  # noqa: B006
     new_tokens: int = 24,
@@ -164,7 +149,6 @@ def steer(
 
     Args:
         prompt: The text that the model goes on from.
-        words: minutes=N, after which it ends with what it has (default: no bound).
         strengths: How much of the direction is added, in units of the latent's activation; one text for each.
         new_tokens: Tokens that are written.
         temperature: 0 takes the likeliest token; above, tokens are sampled.
@@ -173,7 +157,6 @@ def steer(
     """
     from sae_italian import analysis
 
-    key_values(words, MINUTES)  # refuses any other
     loaded, subject, _ = sae_italian.open_sae(sae, model, "none")
     start = subject, subject.tokenizer, loaded, prompt, latent
     if ablate:
@@ -181,7 +164,6 @@ def steer(
     return analysis.steer(*start, strengths, new_tokens, temperature=temperature, seed=seed)
 
 
-@bounded
 def tree(
     *saes: str,
     latent: Latent,
@@ -196,8 +178,7 @@ def tree(
 
     Args:
         saes: SAEs in the order of their layers, the latent is the last one's; then branches=N, children of a latent that
-            are followed (default: 3), contexts=N, in which each is looked at (default: 20), and minutes=N, after which it
-            ends with what it has (default: no bound).
+            are followed (default: 3), and contexts=N, in which each is looked at (default: 20).
         tokens: Tokens of the corpus among which contexts are drawn.
         context_size: Tokens of a context.
         corpus: Local file or folder, catalogue name, or micro-italiano; default: what the last SAE was trained on.
@@ -205,7 +186,7 @@ def tree(
     """
     from sae_italian.analysis.tree import causal_tree
 
-    sizes, names = own_words(saes, MINUTES | {"branches": 3, "contexts": 20})
+    sizes, names = own_words(saes, {"branches": 3, "contexts": 20})
     if not names:
         raise UsageError("a tree needs the SAEs of at least two layers, in order; none given.")
     last, subject, text = sae_italian.open_sae(names[-1], model, corpus)
@@ -222,7 +203,6 @@ SETTINGS: dict[str, Any] = {"max_nodes": 4096, "batch": 0, "check": 0, "study": 
 SETTINGS |= dict.fromkeys(("target", "against", "labels"), "")
 
 
-@patches
 def graph(
     model: str, transcoders: Path, prompt: str, /, *words: str, out: Path | None = None, overwrite: bool = False
 ) -> Result:
@@ -233,8 +213,7 @@ def graph(
         transcoders: Folder of a transcoder, or of several, one for each layer (a suite's).
         prompt: The text whose next token is explained; with study=N a case (agreement, attractor, participle, ioi) or a
             file with a prompt a line.
-        words: minutes=N, after which it ends with the nodes it has, or prompts (default: 8; inf: no bound);
-            max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass, at most 128
+        words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass, at most 128
             (default: 0, 16 or more as prompt and model are small); target=TEXT, the token to explain (default: the
             likeliest that cover 95 %); against=TEXT, the token whose logit is taken from it (default: the mean of all);
             check=N, latents that are taken away in the real model, beside random transcoders (default: 0, none);
@@ -246,7 +225,7 @@ def graph(
             interrupted, or stopped by its minutes, goes on in it. Nothing is written without it.
         overwrite: Replace a graph of other settings in the folder. Default: no.
     """
-    settings = key_values(own_words(words, MINUTES)[1], SETTINGS)
+    settings = key_values(words, SETTINGS)
     make = _study if settings["study"] else _graph
     if out is None:
         return make(model, transcoders, prompt, settings, None)

@@ -13,7 +13,7 @@ import sae_italian
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import RUN_FILE, record_in, write_text
-from sae_italian.cli import MINUTES, Count, Folder, Result, Sae, Source, Workers, bounded, key_values, own_words
+from sae_italian.cli import Count, Folder, Result, Sae, Source, Workers, own_words
 
 Sample = Annotated[int, Parameter(validator=Number(gte=256))]
 
@@ -126,11 +126,10 @@ def _train_in_processes(spec: Any, n: int, out: Path, words: list[str], folder: 
     on_this_machine(spec, n, ["train", *words, "--out", str(out), *flags])
 
 
-@bounded
 def evaluate(
     sae: Sae,
     /,
-    *words: str,
+    *,
     tokens: Count | None = None,
     loss_tokens: Count | None = None,
     source: Source = Source(),
@@ -138,7 +137,6 @@ def evaluate(
     """Measure an SAE on held-out text: its evaluation card, kept in its folder.
 
     Args:
-        words: minutes=N, after which the card is of the tokens measured by then (default: no bound).
         tokens: Held-out tokens, special ones not counted; default: 100000, or all where there are fewer.
         loss_tokens: Measure losses and KL on the first so many tokens only; default: on all.
     """
@@ -146,7 +144,6 @@ def evaluate(
     from sae_italian.base.statistics import Estimate
     from sae_italian.evaluation.card import read_seeds
 
-    key_values(words, MINUTES)  # no others
     loaded, model, corpus = source.load(sae)
     size: dict[str, Any] = {"n_tokens": tokens or 100_000, "at_most": tokens is None, "loss_tokens": loss_tokens}
     card = sae_italian.evaluate(loaded, model, corpus, name=sae, **size, **source.reading)
