@@ -39,6 +39,7 @@ OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
 # What is raised where a record lacks a field, or has one of another kind.
+MEND = "Mend it, or make it again."
 ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, EOFError)
 
 
@@ -203,7 +204,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Return what a JSON file holds. Raises: DataError for one that is damaged."""
-    with _readable(path, "JSON"):
+    with understood(path, MEND, kind="JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -225,25 +226,17 @@ def read_yaml(source: Path | str, name: str = "") -> Any:
                 raise ValueError(f"line {node.start_mark.line + 1} and on: the key {twice!r} is there twice")
             return super().construct_mapping(node, deep)
 
-    with _readable(name or source, "YAML"):
-        try:
-            return yaml.load(source if isinstance(source, str) else source.read_text(encoding="utf-8"), Strict)
-        except yaml.YAMLError as error:
-            raise ValueError(error) from error
+    with understood(name or source, MEND, yaml.YAMLError, kind="YAML"):
+        return yaml.load(source if isinstance(source, str) else source.read_text(encoding="utf-8"), Strict)
 
 
 @contextmanager
-def _readable(what: Path | str, kind: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RecursionError) as error:  # bad syntax, bytes, a number of thousands of digits; too deep
-        why = " ".join(str(error).split())
-        raise DataError(f"{what} cannot be read as {kind} ({why:.300}). Mend it, or make it again.") from error
-
-
-@contextmanager
-def understood(file: Path | str, remedy: str = "Make it again.", *also: type[Exception]) -> Iterator[None]:
+def understood(
+    file: Path | str, remedy: str = "Make it again.", *also: type[Exception], kind: str = ""
+) -> Iterator[None]:
     """Turn what a damaged record raises where it is read into one line that names its file; `also` is raised here alone.
+
+    `kind` is the format it should have: YAML, JSON.
 
     Raises: DataError; every error of ours passes as it is.
     """
@@ -253,7 +246,8 @@ def understood(file: Path | str, remedy: str = "Make it again.", *also: type[Exc
         raise
     except (*ODD, *also) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(f"{file} cannot be read ({why:.200}). {remedy}") from error
+        as_what = f" as {kind}" if kind else ""
+        raise DataError(f"{file} cannot be read{as_what} ({why:.200}). {remedy}") from error
 
 
 def sha256_file(path: Path) -> str:
@@ -344,29 +338,26 @@ def _records(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a folder's record, empty without one, and that of the run that is to be there. Raises: UsageError as `claimed`."""
     spec = json.loads(json.dumps(spec, default=str))
-    found = any(not _is_temporary(child) and child.name != LOCK_FILE for child in out.iterdir())
-    earlier = _claim_in(out, kind) if found else {}
-    if earlier and not overwrite:
-        earlier["spec"] = {**defaults, **earlier["spec"]}
-        return earlier, _continued(out, earlier, spec, resume, changeable)
-    return earlier, {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
-
-
-def _continued(
-    out: Path, earlier: dict[str, Any], spec: dict[str, Any], resume: bool, changeable: Collection[str]
-) -> dict[str, Any]:
-    """Return the record of a run that goes on. Raises: UsageError as `claimed`."""
-    kind = earlier["kind"]
+    earlier, new = record_in(out), {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
+    if all(_is_temporary(child) or child.name == LOCK_FILE for child in out.iterdir()):
+        return {}, new
+    if not earlier:
+        raise UsageError(f"{out} is not empty and holds no run of ours. Give an empty or new folder.")
+    if earlier["kind"] != kind:
+        raise UsageError(f"{out} holds a {earlier['kind']} run, not a {kind} run. Give another folder.")
+    if overwrite:
+        return earlier, new
     if not resume:
         raise UsageError(
             f"{out} already holds a {kind} run of {earlier['created']}. "
             "Add --resume to finish it, --overwrite to replace it, or give another folder."
         )
-    kept = {key: value for key, value in earlier["spec"].items() if key in changeable}
-    if earlier["spec"] != spec | kept:
-        difference = first_difference(earlier["spec"], spec | kept)
+    earlier["spec"] = {**defaults, **earlier["spec"]}
+    same = spec | {key: value for key, value in earlier["spec"].items() if key in changeable}
+    if earlier["spec"] != same:
+        difference = first_difference(earlier["spec"], same)
         raise UsageError(f"{out} holds another {kind} run ({difference}). Undo that, or use --overwrite.")
-    return {**earlier, "spec": spec}
+    return earlier, {**earlier, "spec": spec}
 
 
 def record_in(folder: str | Path) -> dict[str, Any]:
@@ -375,16 +366,6 @@ def record_in(folder: str | Path) -> dict[str, Any]:
     found: Any = read_json(file) if file.is_file() else None
     known = isinstance(found, dict) and {"kind", "created", "spec"} <= found.keys() and isinstance(found["spec"], dict)
     return found if known else {}
-
-
-def _claim_in(out: Path, kind: str) -> dict[str, Any]:
-    """Return a folder's `run.json`. Raises: UsageError when there is none, or it is not one of ours, of that kind."""
-    found = record_in(out)
-    if not found:
-        raise UsageError(f"{out} is not empty and holds no run of ours. Give an empty or new folder.")
-    if found["kind"] != kind:
-        raise UsageError(f"{out} holds a {found['kind']} run, not a {kind} run. Give another folder.")
-    return found
 
 
 def _remove_ours(out: Path) -> None:
