@@ -91,14 +91,10 @@ class Run:
     def _map(self, what: str, items: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
         """Yield what comes of each batch of items, in order, wherever the work is done."""
         units = [(what, items[first : first + _BATCH]) for first in range(0, len(items), _BATCH)]
-        if self.run_units is not None:
-            results = self.run_units(do_batch, units, setup=self.work.opener)
-        else:
-            # forked, so that the processes share what this one has prepared
-            workers = min(self.workers, max(1, len(units)))
-            results = map_units(partial(do_batch, self.work), units, workers=workers, fork=True)
+        # forked, so that the processes share what this one has prepared
+        here = partial(map_units, workers=min(self.workers, max(1, len(units))), fork=True)
         with progress(what, total=len(items), unit="latent") as bar:
-            for result in results:
+            for result in (self.run_units or here)(partial(do_batch, self.work), units):
                 bar.update(len(result))
                 yield result
 

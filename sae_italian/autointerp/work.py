@@ -10,7 +10,7 @@ says in its notes when and how it was made, and gives way to the next one.
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -101,7 +101,11 @@ class Work:
         self.source = ExampleSource(cache, neighbours, width=config.width, seed=config.seed)
         self.places = Places(self.source, tokenizer)
         self.explainer, self.judge = RuleExplainer(self.places, config.n_examples), RuleJudge(self.places)
-        self.opener = partial(open_work, cache.folder, tokenizer, config, sae)
+        self.given = tokenizer, config, sae
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the cache anew."""
+        return open_work, (self.cache.folder, *self.given)
 
     def prepare(self) -> None:
         """Compute now what every latent needs, so that processes forked afterwards share it."""

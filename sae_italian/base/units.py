@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -45,7 +44,6 @@ def map_units(
     function: Callable[..., Any],
     units: Iterable[Any],
     *,
-    setup: Callable[[], Any] | None = None,
     engine: Engine = "local",
     workers: int | None = None,
     address: str | None = None,
@@ -53,23 +51,23 @@ def map_units(
     folder: Path | None = None,
     fork: bool = False,
 ) -> Iterator[Any]:
-    """Yield `function(unit)` of every unit, in order; with `setup`, `function(setup(), unit)`, set up once a worker.
+    """Yield `function(unit)` of every unit, in order.
 
-    `local` works in this process with one worker (the default), else in that many spawned processes, so function, setup
-    and units must be picklable (function and setup go to a worker once) and a script needs `if __name__ == "__main__":`. With
-    `fork` (Linux; elsewhere the work is done here) the processes share this one's memory, with one thread each. `ray` uses
-    the cluster at `address` (None: the one this process is connected to, else a new one here with `workers` CPUs); a unit
-    takes one CPU there and `gpus` GPUs. Units are read as they are needed, AHEAD a worker. `folder` is where they write: on
-    Ray, a worker that does not see it is refused. Units of a worker that dies Ray does again; here the work ends.
+    `local` works in this process with one worker (the default), else in that many spawned processes, so function and units
+    must be picklable and a script needs `if __name__ == "__main__":`. The function goes to a worker once; what it holds is
+    opened there where its `__reduce__` says so. With `fork` (Linux; elsewhere the work is done here) the processes share
+    this one's memory, with one thread each. `ray` uses the cluster at `address` (None: the one this process is connected
+    to, else a new one here with `workers` CPUs); a unit takes one CPU there and `gpus` GPUs. Units are read as they are
+    needed, AHEAD a worker. `folder` is where they write: on Ray, a worker that does not see it is refused. Units of a
+    worker that dies Ray does again; here the work ends.
 
     Raises: UsageError for an engine that is unknown, not installed or not reached, for a folder that is not shared, and
     when a worker died; what a unit raises, unchanged, with the worker's traceback as its cause unless it is ours.
     """
     if engine not in get_args(Engine):
         raise UsageError(f"engine {engine!r} is unknown. {nearest(engine, get_args(Engine))}")
-    function = function if setup is None else _SetUp(function, setup)
     if engine == "ray":
-        return _in_order(_Ray(Job(function, _probe(folder)), address, workers, gpus), units)
+        return _in_order(_Ray(function, folder, address, workers, gpus), units)
     if workers is None or workers <= 1 or (fork and not sys.platform.startswith("linux")):
         return map(function, units)
     return _in_order(_Processes(function, workers, fork), units)
@@ -120,23 +118,10 @@ def _in_order(pool: _Processes | _Ray, units: Iterable[Any]) -> Iterator[Any]:
         pool.stop(waiting)
 
 
-@dataclass
-class _SetUp:
-    """A function of what is set up once in a process, and a unit."""
-
-    function: Callable[[Any, Any], Any]
-    setup: Callable[[], Any]
-    made: tuple[Any, ...] = ()
-
-    def __call__(self, unit: Any) -> Any:
-        self.made = self.made or (self.setup(),)
-        return self.function(self.made[0], unit)
-
-
 class Job(NamedTuple):
-    """What a worker on Ray gets once: the function, and what shows that the worker can do its units."""
+    """What a worker on Ray gets once: the function, pickled, and what shows that the worker can do its units."""
 
-    function: Callable[..., Any]
+    function: bytes
     probe: Path | None = None  # a file that it must see
     version: str = sae_italian.__version__
 
@@ -156,7 +141,7 @@ class Job(NamedTuple):
                     "Give a folder on a file system that every machine of the cluster mounts at the same path."
                 )
             time.sleep(0.2)
-        return self.function
+        return pickle.loads(self.function)
 
 
 def _probe(folder: Path | None) -> Path | None:
@@ -205,12 +190,15 @@ class _Processes:
 class _Ray:
     """Tasks on a Ray cluster, one a unit; Ray itself does a unit again whose worker died."""
 
-    def __init__(self, job: Job, address: str | None, workers: int | None, gpus: float):
-        self.ray, self.probe, self.key = connect(address, workers), job.probe, uuid.uuid4().hex
+    def __init__(
+        self, function: Callable[..., Any], folder: Path | None, address: str | None, workers: int | None, gpus: float
+    ):
+        self.ray, self.probe, self.key = connect(address, workers), _probe(folder), uuid.uuid4().hex
         died = self.ray.exceptions
         self.deaths = (died.WorkerCrashedError, died.NodeDiedError, died.OutOfMemoryError)
         self.task = self.ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_do)
         self.workers = max(1, int(self.ray.cluster_resources().get("CPU", 1)))
+        job = Job(self.ray.cloudpickle.dumps(function), self.probe)  # opened after the worker is found to be fit
         self.shared = [self.ray.put(job)]  # in a list, Ray hands over the reference: a worker opens the job once
 
     def submit(self, unit: Any) -> Any:

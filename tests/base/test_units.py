@@ -23,9 +23,9 @@ from tests.base import work
 if __name__ == '__main__':
     folder = Path(sys.argv[1])
     signal.signal(signal.SIGHUP, signal.default_int_handler)
-    arguments = dict(engine=sys.argv[3], workers=2, folder=folder, setup=work.Opened(folder))
+    arguments = dict(engine=sys.argv[3], workers=2, folder=folder)
     try:
-        for _ in map_units(work.write_slowly, range(int(sys.argv[2])), **arguments):
+        for _ in map_units(work.Writer(work.write_slowly, folder), range(int(sys.argv[2])), **arguments):
             pass
     except KeyboardInterrupt:
         sys.exit(130)
@@ -55,13 +55,15 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_results_come_in_order_and_the_setup_is_made_once_a_worker(tmp_path, workers):
-    results = map_units(work.write, range(12), setup=work.Opened(tmp_path), workers=workers)
+def test_results_come_in_order_and_what_the_function_holds_is_opened_once_a_worker(tmp_path, workers):
+    results = map_units(work.Writer(work.write, tmp_path), range(12), workers=workers)
     assert list(results) == [number**2 for number in range(12)]
     assert sorted(number for number, _ in work.read_log(tmp_path)) == list(range(12))
-    setups = (tmp_path / "setups").read_text().split()
-    assert len(setups) == len(set(setups)) <= workers
-    assert (str(os.getpid()) in setups) == (workers == 1)
+    if workers == 1:
+        assert not (tmp_path / "setups").exists()  # it is open here
+    else:
+        setups = (tmp_path / "setups").read_text().split()
+        assert len(setups) == len(set(setups)) <= workers and str(os.getpid()) not in setups
 
 
 def test_units_are_read_as_they_are_needed():
@@ -74,12 +76,12 @@ def test_units_are_read_as_they_are_needed():
 
 def test_a_workers_death_ends_the_work_and_keeps_what_is_finished(tmp_path):
     with pytest.raises(UsageError, match="a worker died at or near unit [0-3] .*--resume"):
-        list(map_units(work.die_once, range(8), setup=work.Opened(tmp_path), workers=2))
+        list(map_units(work.Writer(work.die_once, tmp_path), range(8), workers=2))
     for file in tmp_path.glob("[0-9]*.txt"):
         assert int(file.read_text()) == int(file.stem) ** 2
     left = [number for number in range(8) if not (tmp_path / f"{number}.txt").exists()]
     assert 3 in left
-    assert list(map_units(work.die_once, left, setup=work.Opened(tmp_path), workers=2)) == [n**2 for n in left]
+    assert list(map_units(work.Writer(work.die_once, tmp_path), left, workers=2)) == [n**2 for n in left]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -20,16 +20,20 @@ from tests.base.test_units import alive, start, wait_for
 
 
 def test_results_come_in_order_from_two_workers_set_up_once(ray_cluster, tmp_path):
-    arguments = {"setup": work.Opened(tmp_path), "engine": "ray", "folder": tmp_path}
-    assert list(map_units(work.write_slowly, range(8), **arguments)) == [number**2 for number in range(8)]
+    arguments = {"engine": "ray", "folder": tmp_path}
+    assert list(map_units(work.Writer(work.write_slowly, tmp_path), range(8), **arguments)) == [
+        number**2 for number in range(8)
+    ]
     setups = (tmp_path / "setups").read_text().split()
     assert len(setups) == len(set(setups)) == 2 and str(os.getpid()) not in setups
     assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_killed_worker_costs_its_own_units_only(ray_cluster, tmp_path):
-    arguments = {"setup": work.Opened(tmp_path), "engine": "ray", "folder": tmp_path}
-    assert list(map_units(work.die_once, range(8), **arguments)) == [number**2 for number in range(8)]
+    arguments = {"engine": "ray", "folder": tmp_path}
+    assert list(map_units(work.Writer(work.die_once, tmp_path), range(8), **arguments)) == [
+        number**2 for number in range(8)
+    ]
     done = [number for number, _ in work.read_log(tmp_path)]
     assert (tmp_path / "died").exists()
     assert done.count(3) == 2 and sorted(set(done)) == list(range(8)) and len(done) <= 10
@@ -82,7 +86,7 @@ def test_another_cluster_than_the_connected_one_is_refused(ray_cluster):
 
 
 def test_another_version_on_a_worker_is_refused():
-    job = units.Job(work.square, version="0.0.1")
+    job = units.Job(b"", version="0.0.1")
     with pytest.raises(UsageError, match="this machine 0.0.1. Install the same version"):
         job.open()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,23 @@ def raise_unpicklable(number: int) -> None:
     raise Unpicklable("a reason", lambda: None)
 
 
-class Opened:
-    """A setup that counts itself in a file."""
+class Writer:
+    """A function of work in a folder; a process that is given it opens the folder, and counts that in a file."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, do: Callable[[Path, int], int], folder: Path):
+        self.do, self.folder = do, folder
 
-    def __call__(self) -> Path:
-        with (self.folder / "setups").open("a") as handle:
-            handle.write(f"{os.getpid()}\n")
-        return self.folder
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_writer, (self.do, self.folder)
+
+    def __call__(self, number: int) -> int:
+        return self.do(self.folder, number)
+
+
+def open_writer(do: Callable[[Path, int], int], folder: Path) -> Writer:
+    with (folder / "setups").open("a") as handle:
+        handle.write(f"{os.getpid()}\n")
+    return Writer(do, folder)
 
 
 def seen_by(folder: Path) -> bool:
