@@ -338,7 +338,8 @@ def _records(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a folder's record, empty without one, and that of the run that is to be there. Raises: UsageError as `claimed`."""
     spec = json.loads(json.dumps(spec, default=str))
-    earlier, new = record_in(out), {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
+    earlier = record_in(out)
+    new = {"kind": kind, "created": utc_now(), "spec": spec, "versions": package_versions()}
     if all(_is_temporary(child) or child.name == LOCK_FILE for child in out.iterdir()):
         return {}, new
     if not earlier:

@@ -67,7 +67,7 @@ def map_units(
     if engine not in get_args(Engine):
         raise UsageError(f"engine {engine!r} is unknown. {nearest(engine, get_args(Engine))}")
     if engine == "ray":
-        return _in_order(_Ray(function, folder, address, workers, gpus), units)
+        return _in_order(_Ray(connect(address, workers), function, folder, gpus), units)
     if workers is None or workers <= 1 or (fork and not sys.platform.startswith("linux")):
         return map(function, units)
     return _in_order(_Processes(function, workers, fork), units)
@@ -190,15 +190,13 @@ class _Processes:
 class _Ray:
     """Tasks on a Ray cluster, one a unit; Ray itself does a unit again whose worker died."""
 
-    def __init__(
-        self, function: Callable[..., Any], folder: Path | None, address: str | None, workers: int | None, gpus: float
-    ):
-        self.ray, self.probe, self.key = connect(address, workers), _probe(folder), uuid.uuid4().hex
+    def __init__(self, ray: Any, function: Callable[..., Any], folder: Path | None, gpus: float):
+        self.ray, self.probe, self.key = ray, _probe(folder), uuid.uuid4().hex
         died = self.ray.exceptions
         self.deaths = (died.WorkerCrashedError, died.NodeDiedError, died.OutOfMemoryError)
         self.task = self.ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_do)
         self.workers = max(1, int(self.ray.cluster_resources().get("CPU", 1)))
-        job = Job(self.ray.cloudpickle.dumps(function), self.probe)  # opened after the worker is found to be fit
+        job = Job(ray.cloudpickle.dumps(function), self.probe)  # opened once the worker is found fit
         self.shared = [self.ray.put(job)]  # in a list, Ray hands over the reference: a worker opens the job once
 
     def submit(self, unit: Any) -> Any:

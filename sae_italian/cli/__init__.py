@@ -65,9 +65,9 @@ def build() -> App:
     groups = {name: app.command(App(name=name, help=text)) for name, text in _TOLD["groups"].items()}
     for name, told in COMMANDS.items():
         *group, verb = name.split()
-        text = told["help"]
-        if "minutes" in told:
-            text += f"\n\nminutes=N: end then, with what there is (default: {told['minutes']}; inf: no bound)."
+        text, minutes = told["help"], told.get("minutes")
+        if minutes is not None:
+            text += f"\n\nminutes=N: end then, with what there is (default: {minutes}; inf: no bound)."
         (groups[group[0]] if group else app).command(f"sae_italian.{told['run']}", name=verb, help=text)
     return app
 
@@ -85,16 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, words = own_words(words, known)
         command, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
         with on_signals(signal.default_int_handler, STOP_SIGNALS[1:]):  # these stop a command as Ctrl-C does
-            result = _done(command, bound, told, settings.get("minutes", float("inf")))
+            result = _done(command, bound, "own_folder" in told, settings.get("minutes", float("inf")))
         if result is not None:
-            _show(result, None if "--json" in given else _next_step(told["next"], bound.arguments, result.value))
+            next_step = _next_step(told["next"], bound.arguments, result.value)
+            _show(result, None if "--json" in given else next_step)
         return 0
     except SaeItalianError as error:
         return _fail(error, error.exit_code)
     except CycloptsError as error:
         said = _renamed(words) or str(error)
-        if known and isinstance(error, UnusedCliTokensError) and "=" in (word := str((error.unused_tokens or [""])[0])):
-            said = f"{word!r:.80} is no setting here. {nearest(word.partition('=')[0], known)}"
+        if known and isinstance(error, UnusedCliTokensError):
+            word = (error.unused_tokens or [""])[0]
+            said += f" {nearest(word.partition('=')[0], known)}"
         if isinstance(error, ValidationError) and error.argument:
             said = f"{error.argument.name} is {error.argument.value}; it {error.exception_message.lower()}"
         return _fail(said, 2)
@@ -109,13 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(said, 2)
 
 
-def _done(command: Callable[..., Any], bound: BoundArguments, told: dict[str, Any], minutes: float) -> Result | None:
-    """Return what a command gives, None for --help and --version, whose folder is held and whose time is bounded as it is told.
+def _done(command: Callable[..., Any], bound: BoundArguments, own_folder: bool, minutes: float) -> Result | None:
+    """Return what a command gives, None for --help and --version; its paced loops end when the minutes are over.
 
-    `own_folder`: where it is given --out, the folder must be new, empty or an earlier result of the same command, which is
-    written over file by file; its `run.json` says what was asked last. `minutes`: its paced loops end when these are over.
+    With `own_folder` the command's --out, where it is given, must be new, empty or an earlier result of the same command,
+    which is written over file by file; its `run.json` says what was asked last.
     """
-    out = bound.arguments.get("out") if told.get("own_folder") else None
+    out = bound.arguments.get("out") if own_folder else None
     spec = {"given": bound.args, "options": {**bound.kwargs, "out": None}}
     held = claimed(out, command.__name__, spec, resume=True, changeable=spec) if out else nullcontext()
     with pace.time_bound(minutes) as cut, held:
@@ -124,7 +126,7 @@ def _done(command: Callable[..., Any], bound: BoundArguments, told: dict[str, An
         return None
     value, text, failure = as_result(found)
     if cut:
-        value, text = {**value, "cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])
+        value, text = value | {"cut_short": cut}, "\n".join([str(text), *(f"Note: {what}." for what in cut)])
     return Result(value, text, failure)
 
 

@@ -23,6 +23,8 @@ from sae_italian.cli import (
     numbers,
     short_names,
 )
+from sae_italian.models.activations import check_context
+from sae_italian.saes import check_fits, full_name, model_of, weights_hash
 
 WHOLE_TEXTS = "genre, language, model"
 USED_BY = {"--buckets": WHOLE_TEXTS, "context_size": WHOLE_TEXTS, "--edges": "context", "packed": "context"}
@@ -65,7 +67,6 @@ def _known(saes: dict[str, Any], caches: list[Path]) -> tuple[dict[str, Any], di
     """Return by SAE which latents are alive and their explanations, as far as caches know them."""
     from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
     from sae_italian.autointerp.store import Store
-    from sae_italian.saes import weights_hash
 
     alive, texts = {}, {}
     hashes = {weights_hash(sae): name for name, sae in saes.items()}
@@ -110,8 +111,6 @@ def language(
         tokens: Tokens of each language.
     """
     from sae_italian.analysis.labels import language_latents, parallel_overlap
-    from sae_italian.models.activations import check_context
-    from sae_italian.saes import model_of
 
     settings = key_values(words, {"context_size": 0, "text_column": "text", "parallel": 0})
     corpora = _languages(ud, languages, against)
@@ -170,7 +169,6 @@ def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str],
 
     from sae_italian.analysis.detect import probe
     from sae_italian.analysis.treebank import label_names, read_treebank, read_words
-    from sae_italian.saes import check_fits
     from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
 
     hook_name = check_fits(sae, model)
@@ -235,7 +233,6 @@ def shift(
     """
     from sae_italian.analysis.shift import Condition, context_shift, genres
     from sae_italian.analysis.shift import shift as measure
-    from sae_italian.saes import full_name
 
     settings = key_values(words, {"packed": False, "context_size": 0, "text_column": "text"})
     for option, value in ({"--buckets": buckets, "--edges": edges} | settings).items():

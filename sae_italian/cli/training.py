@@ -11,9 +11,12 @@ from cyclopts.validators import Number
 
 import sae_italian
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.report import plain
+from sae_italian.base.report import plain, shown
+from sae_italian.base.statistics import Estimate
 from sae_italian.base.storage import RUN_FILE, record_in, write_text
 from sae_italian.cli import Count, Folder, Result, Sae, Source, Workers, own_words
+from sae_italian.saes import model_of
+from sae_italian.saes.loading import full_name
 
 Sample = Annotated[int, Parameter(validator=Number(gte=256))]
 
@@ -69,7 +72,6 @@ def train(
         processes: Train one SAE by so many processes, here or, with --engine ray, on a cluster; default: one, or those that
             torchrun has started.
     """
-    from sae_italian.saes.loading import full_name
     from sae_italian.training import read_values, spec_from_dict, suite_from_dict
     from sae_italian.training.config import SUITE_KEY
     from sae_italian.training.logging import sweep_folder
@@ -140,8 +142,6 @@ def evaluate(
         tokens: Held-out tokens, special ones not counted; default: 100000, or all where there are fewer.
         loss_tokens: Measure losses and KL on the first so many tokens only; default: on all.
     """
-    from sae_italian.base.report import shown
-    from sae_italian.base.statistics import Estimate
     from sae_italian.evaluation.card import read_seeds
 
     loaded, model, corpus = source.load(sae)
@@ -167,7 +167,6 @@ def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, sourc
         out: File for the picture of a training's curves; default: curves.svg in its folder.
     """
     from sae_italian.evaluation.doctor import Diagnosis, examine, unreadable
-    from sae_italian.saes import model_of
     from sae_italian.training.logging import WEIGHTS, look_at_training
 
     folder, picture = Path(sae), None
@@ -198,7 +197,6 @@ def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, sourc
 def _doctor_of_set(folder: Path, tokens: int, source: Source) -> Result:
     from sae_italian.circuits.check import examine_set
     from sae_italian.cli.causal import transcoder_folders
-    from sae_italian.saes import model_of
 
     saes = [sae_italian.load_sae(path) for path in transcoder_folders(folder)]
     corpus = source.corpus or _corpus_of(saes[0], source.text_column)
@@ -208,6 +206,7 @@ def _doctor_of_set(folder: Path, tokens: int, source: Source) -> Result:
 
 def _corpus_of(sae: Any, text_column: str) -> str:
     """Return the SAE's own corpus where it can be read here, else MicroItaliano, and say so."""
+
     from sae_italian.corpora.stream import MICRO_ITALIANO, check_corpus
 
     named = sae.cfg.metadata.dataset_path
