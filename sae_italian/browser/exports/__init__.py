@@ -15,15 +15,14 @@ Token strings come from character offsets, intervals hold no zeros, and no passa
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_italian.autointerp.run import EXPLAINER, LOOKUP
-from sae_italian.autointerp.scorers.binary import HEADLINE
-from sae_italian.autointerp.store import NOW, Store
+from sae_italian.autointerp.choose import LOOKUP
+from sae_italian.autointerp.store import NOW
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.pace import progress
@@ -34,28 +33,12 @@ from sae_italian.browser.exports.latents import Facts, FieldCheck, Latents, fact
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.widget import card_html, list_html
 from sae_italian.browser.write import write_browser
-from sae_italian.cache import FeatureCache, Manifest
+from sae_italian.cache import FeatureCache
 from sae_italian.circuits.show import cantor
 from sae_italian.models import load_model_config
 
 BATCH, MAX_FILES = 128, 1000  # latents of a file; the bulk importer sees 1000 files of a folder
 N_CARDS = 20  # of the latents with the best scores, on the page that W&B shows
-ONE_LINE = ("release", "model", "sourceset", "source")
-# The tables of each format by the files that hold their rows, and the one that has a row for each latent.
-TABLES = {
-    "neuronpedia": (
-        {"batch-*": "batch", "run_settings": "run_settings", "skipped_indexes": "skipped_indexes"},
-        "batch_feature",
-    ),
-    "neuronpedia-bulk": (
-        {name: name for name in ONE_LINE}
-        | {"features/*": "neuron", "activations/*": "activation", "explanations/*": "explanation"},
-        "neuron",
-    ),
-    "circuit-tracer": ({"[0-9]*": "circuit_feature"}, "circuit_feature"),
-}
-
-
 NO_DECODER = (
     "logit histograms, neuron alignment and correlated neurons: the SAE or its model is not at hand (give --sae)"
 )
@@ -75,39 +58,25 @@ class Export(NamedTuple):
         return "\n".join([*lines, *(f"left empty: {what}" for what in self.lost)])
 
 
-class ExportTask(NamedTuple):
-    """Some latents to be written into a folder; files that are there already are kept."""
-
-    folder: Path
-    latents: Latents
-    facts: Facts
-    wanted: range
-    bar: Any
-
-    def batches(self, size: int) -> Iterator[tuple[int, range]]:
-        for number, first in enumerate(range(self.wanted.start, self.wanted.stop, size)):
-            batch = range(first, min(first + size, self.wanted.stop))
-            yield number, batch
-            self.bar.update(len(batch))
-
-
-def _json(value: Any, **how: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, **how)
-
-
 def check_folder(folder: Path, to: str, n_latents: int) -> dict[str, int]:
     """Check every row of an export against the table of fields; return the rows of each table.
 
     Raises: DataError at the first that does not fit, and when a latent is missing.
     """
-    (names, latents), checked = TABLES[to], FieldCheck()
-    for pattern, table in names.items():
-        for file in sorted(folder.glob(f"{pattern}.json*")):
+    form, checked = FORMS[to], FieldCheck()
+    tables_of = form.once | {file: table for file, (table, _) in form.batches.items()}
+    for pattern, table in tables_of.items():
+        for file in sorted(folder.glob(pattern.format("[0-9]*"))):
             for number, row in enumerate(read_rows(file), 1):
                 checked(table, row, f"{file.relative_to(folder)}, line {number}")
-    if checked.n_rows[latents] != n_latents:
-        raise DataError(f"{folder} holds {checked.n_rows[latents]} of {n_latents} latents. Write the export again.")
+    if checked.n_rows[form.latents] != n_latents:
+        raise DataError(
+            f"{folder} holds {checked.n_rows[form.latents]} of {n_latents} latents. Write the export again."
+        )
     return dict(checked.n_rows)
+
+
+# --- files of rows -----------------------------------------------------------------------------------------------------
 
 
 def read_rows(file: Path) -> Iterator[Facts]:
@@ -119,106 +88,64 @@ def read_rows(file: Path) -> Iterator[Facts]:
         yield from map(json.loads, handle)
 
 
-# --- Neuronpedia's batch JSON ----------------------------------------------------------------------------------------
-
-
-def write_batches(task: ExportTask) -> None:
-    for number, batch in task.batches(BATCH):
-        file = task.folder / f"batch-{number}.json"
-        if not file.is_file():
-            features = [_feature(task, latent) for latent in batch]
-            write_text(file, _json(make_row("batch", {**task.facts, "features": features})))
-    n_batches = -(-len(task.wanted) // BATCH)
-    facts = {**task.facts, "n_batches": n_batches, "outputs_dir": str(task.folder.parent)}
-    write_text(task.folder / "run_settings.json", _json(make_row("run_settings", facts), indent=2))
-    write_text(task.folder / "skipped_indexes.json", _json(make_row("skipped_indexes", facts)))
-
-
-def _feature(task: ExportTask, latent: int) -> Facts:
-    record = task.latents.record(latent)
-    activations = [make_row("batch_activation", passage) for passage in task.latents.passages(latent)]
-    return make_row("batch_feature", {**task.facts, **record, "activations": activations})
-
-
-# --- Neuronpedia's bulk-import folder ----------------------------------------------------------------------------------
-
-
-def write_bulk(task: ExportTask) -> None:
-    for name in ONE_LINE:
-        write_text(task.folder / f"{name}.jsonl", _line(make_row(name, task.facts)))
-    store = task.latents.source.store()
-    scores = _scores(store) if store else {}
-    for number, batch in task.batches(max(BATCH, -(-len(task.wanted) // MAX_FILES))):
-        explanations, activations, features = (
-            task.folder / name / f"batch-{number}.jsonl.gz" for name in ("explanations", "activations", "features")
-        )
-        if not features.is_file():
-            _write_rows(explanations, _explanations(task, store, scores, batch) if store else ())
-            _write_rows(activations, _activations(task, batch))
-            records = ({**task.facts, **task.latents.record(latent)} for latent in batch)
-            _write_rows(features, (make_row("neuron", record) for record in records))
-
-
-def _line(row: Facts) -> str:
-    return _json(row, separators=(",", ":")) + "\n"
-
-
-def _write_rows(file: Path, rows: Iterable[Facts]) -> None:
+def write_rows(file: Path, rows: Iterable[Facts]) -> None:
+    """Write the rows of one file: a .json holds one of them, others have one a line; the same rows give the same bytes."""
+    compact = None if file.suffix == ".json" else (",", ":")
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False, separators=compact) for row in rows)
+    if file.suffix != ".gz":
+        write_text(file, "\n".join(lines) + "\n" * bool(compact))
+        return
     with (
         atomic_path(file) as temporary,
         temporary.open("wb") as handle,
         gzip.GzipFile(fileobj=handle, mode="wb", mtime=0, compresslevel=6, filename="") as packed,
     ):
-        for row in rows:
-            packed.write(_line(row).encode())
+        for line in lines:
+            packed.write(f"{line}\n".encode())
 
 
-def _activations(task: ExportTask, batch: range) -> Iterator[Facts]:
+# --- the rows of each format -------------------------------------------------------------------------------------------
+
+
+def _batches(latents: Latents, batch: range) -> Iterator[Facts]:
+    features = []
     for latent in batch:
-        for number, passage in enumerate(task.latents.passages(latent)):
-            key = row_id(task.facts, "activation", latent, number)
-            yield make_row("activation", {**task.facts, **passage, "index": str(latent), "row_id": key})
+        activations = [make_row("batch_activation", passage) for passage in latents.passages(latent)]
+        features.append(make_row("batch_feature", {**latents.record(latent), "activations": activations}))
+    yield make_row("batch", {**latents.facts, "features": features})
 
 
-def _scores(store: Store) -> dict[str, dict[int, float]]:
-    """Return the detection of every explainer's texts by latent, each by the judge that reads such texts."""
-    llm = next((judge for judge in store.judges() if judge != "rule" and not judge.startswith("always-")), "rule")
-    test: dict[str, Any] = {"control": "", "scorer": "detection", "metric": "balanced_accuracy"}
-    return {
-        name: store.values(
-            explainer=name,
-            judge="rule" if name.removesuffix(NOW) == EXPLAINER else llm,
-            negatives=HEADLINE["detection"],
-            **test,
-        )
-        for name in store.explainers()
-        if name.removesuffix(NOW) != LOOKUP
-    }
+def _neurons(latents: Latents, batch: range) -> Iterator[Facts]:
+    for latent in batch:
+        yield make_row("neuron", latents.record(latent))
 
 
-def _explanations(task: ExportTask, store: Store, scores: dict[str, dict[int, float]], batch: range) -> Iterator[Facts]:
+def _activations(latents: Latents, batch: range) -> Iterator[Facts]:
+    for latent in batch:
+        for number, passage in enumerate(latents.passages(latent)):
+            key = row_id(latents.facts, "activation", latent, number)
+            yield make_row("activation", {**latents.facts, **passage, "index": str(latent), "row_id": key})
+
+
+def _explanations(latents: Latents, batch: range) -> Iterator[Facts]:
     """Yield the Italian and the English text of each explanation as a row of its own."""
+    store = latents.source.store()
     query = """SELECT latent, explainer, text_it, text_en FROM explanation
                WHERE latent BETWEEN ? AND ? AND status = 'ok' AND explainer NOT IN (?, ?) ORDER BY latent, id"""
-    found = store.connection.execute(query, (batch.start, batch.stop - 1, LOOKUP, LOOKUP + NOW)).fetchall()
-    for latent, explainer, *texts in found:
-        score = scores[explainer].get(latent)
+    bounds = (batch.start, batch.stop - 1, LOOKUP, LOOKUP + NOW)
+    for latent, explainer, *texts in store.connection.execute(query, bounds).fetchall() if store else ():
+        score = latents.detection[explainer].get(latent)
         for language, text in zip(("it", "en"), texts, strict=True):
             if text:
                 notes = {"explainer": explainer, "language": language, "detection_balanced_accuracy": score}
-                facts = {"index": str(latent), "description": storable(text), "notes": _json(notes)}
-                facts["row_id"] = row_id(task.facts, "explanation", latent, explainer, language)
-                yield make_row("explanation", {**task.facts, **facts})
+                facts = {"description": storable(text), "notes": json.dumps(notes, ensure_ascii=False, allow_nan=False)}
+                key = row_id(latents.facts, "explanation", latent, explainer, language)
+                yield make_row("explanation", {**latents.facts, **facts, "index": str(latent), "row_id": key})
 
 
-# --- circuit-tracer's feature files ------------------------------------------------------------------------------------
-
-
-def write_features(task: ExportTask) -> None:
-    for _, (latent,) in task.batches(1):
-        file = task.folder / f"{cantor(task.facts['layer'], latent)}.json"
-        if not file.is_file():
-            write_text(file, _json(circuit_feature(task.latents, latent)))
+def _circuit_features(latents: Latents, batch: range) -> Iterator[Facts]:
+    for latent in batch:
+        yield circuit_feature(latents, latent)
 
 
 def circuit_feature(latents: Latents, latent: int) -> Facts:
@@ -232,6 +159,58 @@ def circuit_feature(latents: Latents, latent: int) -> Facts:
     bounds = {"smallest": rounded(value.min() if len(value) else 0.0), "largest": rounded(value.max(initial=0.0))}
     facts = {"latent": latent, **latents.logits(latent), **bounds, "examples_quantiles": quantiles}
     return make_row("circuit_feature", facts)
+
+
+class Form(NamedTuple):
+    """A format of files: the folder that facts name, and the table of each file, filled once or batch by batch of latents.
+
+    The `{}` of a batch's file is its number; of several, the last is written last, so what is there is whole.
+    """
+
+    folder: str
+    once: dict[str, str]
+    batches: dict[str, tuple[str, Callable[[Latents, range], Iterator[Facts]]]]
+    latents: str  # the table that has a row for each latent
+
+
+FORMS = {
+    "neuronpedia": Form(
+        "{model}_{source_set}_{hook_name}_{d_sae}{ending}",
+        {f"{name}.json": name for name in ("run_settings", "skipped_indexes")},
+        {"batch-{}.json": ("batch", _batches)},
+        "batch_feature",
+    ),
+    "neuronpedia-bulk": Form(
+        "{model}/{source}",
+        {f"{name}.jsonl": name for name in ("release", "model", "sourceset", "source")},
+        {
+            "explanations/batch-{}.jsonl.gz": ("explanation", _explanations),
+            "activations/batch-{}.jsonl.gz": ("activation", _activations),
+            "features/batch-{}.jsonl.gz": ("neuron", _neurons),
+        },
+        "neuron",
+    ),
+    "circuit-tracer": Form(
+        "features/{release}", {}, {"{}.json": ("circuit_feature", _circuit_features)}, "circuit_feature"
+    ),
+}
+FORMATS = (*FORMS, "wandb")
+
+
+def _write(folder: Path, to: str, latents: Latents, wanted: range, bar: Any) -> None:
+    """Write what is not there yet of some latents."""
+    form = FORMS[to]
+    size = {"neuronpedia": BATCH, "circuit-tracer": 1}.get(to, max(BATCH, -(-len(wanted) // MAX_FILES)))
+    for file, table in form.once.items():
+        write_rows(folder / file, [make_row(table, latents.facts)])
+    for number, first in enumerate(range(wanted.start, wanted.stop, size)):
+        batch = range(first, min(first + size, wanted.stop))
+        name = cantor(latents.facts["layer"], first) if to == "circuit-tracer" else number
+        files = {folder / file.format(name): rows for file, (_, rows) in form.batches.items()}
+        if not list(files)[-1].is_file():
+            for file, rows in files.items():
+                write_rows(file, rows(latents, batch))
+        bar.update(len(batch))
 
 
 # --- W&B ---------------------------------------------------------------------------------------------------------------
@@ -282,9 +261,6 @@ def _wandb(
 
 # --- the export ----------------------------------------------------------------------------------------------------------
 
-WRITERS = {"neuronpedia": write_batches, "neuronpedia-bulk": write_bulk, "circuit-tracer": write_features}
-FORMATS = (*WRITERS, "wandb")
-
 
 def export(
     cache: FeatureCache,
@@ -316,24 +292,15 @@ def export(
     here = sae is not None and model is not None
     spec = {"to": to, "manifest": manifest.identity(), "latents": [first, last], "names": called, "with_sae": here}
     with claimed(out, "export", spec, resume=resume, overwrite=overwrite):
-        source = Latents(LatentSource(cache, tokenizer, sae=sae, model=model), model)
+        source = LatentSource(cache, tokenizer, sae=sae, model=model)
         with progress(to, total=len(wanted), unit="latent") as bar:
             if to == "wandb":
-                return Export(to, *_wandb(out, source, wanted, project, online), [])
+                return Export(to, *_wandb(out, Latents(source, model), wanted, project, online), [])
             config = None if to != "neuronpedia-bulk" else model.config if model else load_model_config(manifest.model)
             facts = facts_of(manifest, called, config, sae)
+            folder = out / FORMS[to].folder.format_map(facts)
+            facts |= {"n_batches": -(-len(wanted) // BATCH), "outputs_dir": str(folder.parent)}
             facts["created"] = read_json(out / "run.json")["created"]  # a resumed export keeps its date
-            folder = _folder(out, to, facts, manifest)
-            WRITERS[to](ExportTask(folder, source, facts, wanted, bar))
+            _write(folder, to, Latents(source, model, facts), wanted, bar)
         rows = check_folder(folder, to, len(wanted))
         return Export(to, folder, rows, [] if here or to == "circuit-tracer" else [NO_DECODER])
-
-
-def _folder(out: Path, to: str, facts: Facts, manifest: Manifest) -> Path:
-    ending = f"_{facts['suffix']}" if facts["suffix"] else ""
-    folders = {
-        "neuronpedia": f"{facts['model']}_{facts['source_set']}_{manifest.hook_name}_{manifest.d_sae}{ending}",
-        "neuronpedia-bulk": f"{facts['model']}/{facts['source']}",
-        "circuit-tracer": f"features/{facts['release']}",
-    }
-    return out / folders[to]

@@ -10,7 +10,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,9 @@ import numpy as np
 import yaml
 from jaxtyping import Int
 
+from sae_italian.autointerp.choose import EXPLAINER
+from sae_italian.autointerp.scorers.binary import HEADLINE
+from sae_italian.autointerp.store import NOW
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import fingerprint
 from sae_italian.browser.contexts import pieces, storable
@@ -68,13 +71,13 @@ def names_of(
 
 def facts_of(manifest: Manifest, names: Facts, config: Any = None, sae: Any = None) -> Facts:
     """Return what the rows of an export say of its names, its model with that one's configuration, its SAE, its corpus."""
-    suffix = f"__{names['suffix']}" if names["suffix"] else ""
+    suffix, ending = (f"{sign}{names['suffix']}" if names["suffix"] else "" for sign in ("__", "_"))
     name, corpus, model = (public_name(name) for name in (manifest.sae, manifest.corpus, manifest.model))
     return {
         **names,
         **(config_facts(config) if config else {}),
-        **{name: getattr(manifest, name) for name in ("hook_name", "n_windows", "context_size")},
-        **{"sae": name, "corpus": corpus, "base_model": model},
+        **{name: getattr(manifest, name) for name in ("hook_name", "n_windows", "context_size", "d_sae")},
+        **{"sae": name, "corpus": corpus, "base_model": model, "ending": ending},
         "source": f"{names['layer']}-{names['source_set']}{suffix}",
         "layer_text": str(names["layer"]),
         "what": f"SAE of {manifest.d_sae} latents at {manifest.hook_name} of {model}, on {corpus}",
@@ -92,16 +95,17 @@ def row_id(facts: Facts, *parts: object) -> str:
 
 
 class Latents:
-    """Reads one latent of a source after the other; memory does not grow with their number."""
+    """Reads one latent of a source after the other; memory does not grow with their number. `facts` hold for all."""
 
-    def __init__(self, source: LatentSource, model: Any = None):
-        self.source, self.cache, self.stats = source, source.cache, source.stats
+    def __init__(self, source: LatentSource, model: Any = None, facts: Facts | None = None):
+        self.source, self.cache, self.stats, self.facts = source, source.cache, source.stats, facts or {}
         self.correlations = Correlations(source.cache, None if source.decoder is None else model)
 
     def record(self, latent: int) -> Facts:
         """Return names, tables, logits and histograms of a latent; what needs an SAE or a model is empty without them."""
         decoder, correlations = self.source.decoder, self.correlations
         found: Facts = {
+            **self.facts,
             "latent": latent,
             "index": str(latent),
             "largest": rounded(self.stats["max"][latent]),
@@ -121,6 +125,17 @@ class Latents:
         for name, values in (("freq", self.cache.latent(latent).value), ("logits", logits)):
             found[f"{name}_hist_data_bar_values"], found[f"{name}_hist_data_bar_heights"] = bars(values)
         return found
+
+    @cached_property
+    def detection(self) -> dict[str, dict[int, float]]:
+        """The detection of every explainer's texts by latent, each by the judge that reads such texts."""
+        if (store := self.source.store()) is None:
+            return {}
+        llm = next((judge for judge in store.judges() if judge != "rule" and not judge.startswith("always-")), "rule")
+        test: dict[str, Any] = {"control": "", "scorer": "detection", "metric": "balanced_accuracy"}
+        test["negatives"] = HEADLINE["detection"]
+        judges = {name: "rule" if name.removesuffix(NOW) == EXPLAINER else llm for name in store.explainers()}
+        return {name: store.values(explainer=name, judge=judge, **test) for name, judge in judges.items()}
 
     def logits(self, latent: int) -> Facts:
         """Return the promoted tokens, largest first, and the suppressed ones, lowest first."""
