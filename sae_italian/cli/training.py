@@ -166,7 +166,7 @@ def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, sourc
         tokens: Size of the sample, in tokens.
         out: File for the picture of a training's curves; default: curves.svg in its folder.
     """
-    from sae_italian.evaluation.doctor import Diagnosis, examine, unreadable
+    from sae_italian.evaluation.doctor import Diagnosis, examine, finding_of
     from sae_italian.training.logging import WEIGHTS, look_at_training
 
     folder, picture = Path(sae), None
@@ -179,7 +179,7 @@ def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, sourc
         try:
             loaded = sae_italian.load_sae(sae)
         except DataError as error:
-            report = unreadable(sae, error)
+            report = Diagnosis(sae, "-", "-", checks=[finding_of(error)])
         else:  # what is wrong with the text is no finding about the SAE
             model, corpus = model_of(loaded, source.model), source.corpus or _corpus_of(loaded, source.text_column)
             report = examine(loaded, model, corpus, n_tokens=tokens, name=sae, **source.reading)

@@ -9,7 +9,6 @@ variance without a word, so card and `train --dry-run` name them (Sun et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,20 +52,14 @@ class Outliers(NamedTuple):
     def text(self) -> str:
         """Return one line: `BOS norm 83,046, ...`."""
         bos = "" if self.bos_norm is None else f"BOS norm {_norm(self.bos_norm)}, "
-        parts = [
-            f"{bos}median norm {_norm(self.median_norm)}, norm of the mean {self.mean_norm / self.median_norm:.2f} of it",
-            _named("outlier tokens", [f"{name!r} {times:,.1f}x the norm" for name, times in self.tokens]),
-            _named("outlier dimensions", [f"{name} {times:,.0f}x the variance" for name, times in self.dimensions]),
-        ]
-        return "; ".join(parts)
+        mean = f"norm of the mean {self.mean_norm / self.median_norm:.2f} of it"
+        tokens = ", ".join(f"{name!r} {times:,.1f}x the norm" for name, times in self.tokens) or "none"
+        dimensions = ", ".join(f"{name} {times:,.0f}x the variance" for name, times in self.dimensions) or "none"
+        return f"{bos}median norm {_norm(self.median_norm)}, {mean}; outlier tokens {tokens}; outlier dimensions {dimensions}"
 
 
 def _norm(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _named(what: str, found: Sequence[str]) -> str:
-    return f"{what} {', '.join(found) or 'none'}"
 
 
 class DensityBin(NamedTuple):

@@ -96,7 +96,7 @@ def examine(
         check_sae(sae)
         check_hooks(sae, model)
     except UsageError as error:
-        report.checks.append(_refusal(error))
+        report.checks.append(finding_of(error))
         return report
     if tokens is None:
         longest = getattr(model.config, "max_position_embeddings", math.inf)
@@ -117,12 +117,8 @@ def examine(
     return report
 
 
-def unreadable(name: str, error: UsageError) -> Diagnosis:
-    """Return the report on an SAE whose files do not make an SAE."""
-    return Diagnosis(name, "-", "-", checks=[_refusal(error)])
-
-
-def _refusal(error: UsageError) -> Finding:
+def finding_of(error: UsageError) -> Finding:
+    """Return what an SAE, or a model and an SAE, were refused for."""
     if "tokenizer" in str(error):
         return Finding("tokenizer", "fail", str(error), "it is another model's: load this model's own")
     if not isinstance(error, DataError):

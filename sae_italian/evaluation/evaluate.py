@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import nll_loss
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
@@ -215,15 +216,11 @@ def _losses_of(logits: list[Float[Tensor, "rows vocab"]], following: Int[Tensor,
     """Return the loss of each of three predictions, and the KL divergence from the first to the other two."""
     log_p, *others = (each.float().log_softmax(-1) for each in logits)
     p = log_p.exp()
-    found = {"ce": _negative(log_p, following)}
+    found = {"ce": nll_loss(log_p, following, reduction="none")}
     for name, log_q in zip(("sae", "zero"), others, strict=True):
-        found[f"ce_{name}"] = _negative(log_q, following)
+        found[f"ce_{name}"] = nll_loss(log_q, following, reduction="none")
         found[f"kl_{name}"] = (p * (log_p - log_q)).sum(-1)
     return found
-
-
-def _negative(log_probabilities: Float[Tensor, "rows vocab"], following: Int[Tensor, " rows"]) -> Tensor:
-    return -log_probabilities.gather(-1, following[:, None])[:, 0]
 
 
 class TokenSums(StreamingBootstrap):
