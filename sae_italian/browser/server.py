@@ -30,13 +30,13 @@ from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sae_italian.base.errors import SaeItalianError, UsageError
@@ -95,26 +95,20 @@ def as_json(value: Any, status: int = 200) -> Response:
     return Response(text.encode("utf-8", "replace"), status, headers, "application/json")
 
 
-class Guard:
-    """ASGI middleware outside of everything: refuses other pages, and adds our headers to every answer."""
+class Guard(BaseHTTPMiddleware):
+    """Outside of everything: refuses other pages, and adds our headers to every answer."""
 
     def __init__(self, app: ASGIApp, token: str):
-        self.app, self.token = app, token
+        super().__init__(app)
+        self.token = token
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        headers = Headers(scope=scope)
-        foreign = any(urlsplit(origin).netloc != headers.get("host") for origin in headers.getlist("origin"))
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        host, origins = request.headers.get("host"), request.headers.getlist("origin")
         refused = in_both(Refused("The request comes from another page.", "Richiesta da un'altra pagina."))
-        await (as_json(refused, 403) if foreign else self.app)(scope, receive, guarded)
+        foreign = any(urlsplit(origin).netloc != host for origin in origins)
+        answer = as_json(refused, 403) if foreign else await call_next(request)
+        answer.headers.update(HEADERS)
+        return answer
 
 
 class Server:
