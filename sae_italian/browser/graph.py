@@ -35,13 +35,11 @@ def caches_of(folder: Path, transcoders: Sequence[Any]) -> dict[int, FeatureCach
     """Return by layer the feature caches under a folder that were built with these transcoders. Raises: UsageError if none."""
     found: dict[int, FeatureCache] = {}
     caches = [path.parent for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(f"{depth}manifest.json"))]
-    opened = [FeatureCache.open(path) for path in caches]
-    for sae in transcoders:
-        for cache in opened:
-            if cache.manifest.hook_name == sae.cfg.metadata.hook_name and cache.manifest.d_sae == sae.cfg.d_sae:
-                layer = int(sae.cfg.metadata.hook_name.split(".")[1])
-                found[layer] = FeatureCache.open(cache.folder, sae=sae)
-                break
+    known = {(sae.cfg.metadata.hook_name, sae.cfg.d_sae): sae for sae in transcoders}
+    for manifest, cache in [(FeatureCache.open(path).manifest, path) for path in caches]:
+        sae, layer = known.get((manifest.hook_name, manifest.d_sae)), int(manifest.hook_name.split(".")[1])
+        if sae is not None and layer not in found:
+            found[layer] = FeatureCache.open(cache, sae=sae)
     if not found:
         raise UsageError(
             f"{folder} holds no feature cache of these transcoders. Build one for each layer: sae-italian cache build "
@@ -109,19 +107,16 @@ def graphs_beside(cache: FeatureCache, out: Path) -> dict[int, list[dict[str, st
 
 
 def write_graph_page(out: Path, graph: Graph, latents: Latents | None = None, checked: Checked | None = None) -> Path:
-    """Write `index.html` into a folder: the graph, and what is known of its latents; return its path."""
-    write_text(out / "index.html", graph_page(graph, latents or {}, checked))
-    return out / "index.html"
+    """Write `index.html` into a folder: the graph, and what is known of its latents; return its path.
 
-
-def graph_page(graph: Graph, latents: Latents, checked: Checked | None = None) -> str:
-    """Return the page as one text: words, script and data are in it, and it asks for nothing else."""
-    data = _data(graph, latents, checked)
+    The page is one text: words, script and data are in it, and it asks for nothing else.
+    """
+    data = _data(graph, latents or {}, checked)
     told = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     words = json.dumps(page_labels(), ensure_ascii=False)
     parts = (static_text(f"{name}.js") for name in ("base", "graph"))
     script = "\n".join((f'"use strict";\n(() => {{\nconst LABELS = {words};', *parts, "})();")).replace("</", "<\\/")
-    return Template(static_text("graph.html")).substitute(
+    text = Template(static_text("graph.html")).substitute(
         title=html.escape(graph.prompt),
         sentence=html.escape(data["sentence_it"]),
         digest=b64encode(sha256(script.encode()).digest()).decode(),
@@ -129,6 +124,8 @@ def graph_page(graph: Graph, latents: Latents, checked: Checked | None = None) -
         script=script,
         data=told,
     )
+    write_text(out / "index.html", text)
+    return out / "index.html"
 
 
 def _data(graph: Graph, latents: Latents, checked: Checked | None) -> dict[str, Any]:

@@ -65,24 +65,16 @@ def read_suite(folder: Path, caches: Sequence[Path] = ()) -> list[Row]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; the folder of a suite was expected.")
-    for cache in caches:
-        Manifest.load(cache)
-    rows = [_row(card.parent, *_results(card.parent, caches)) for card in folder.glob(f"*/{CARD}")]
+    built = {Path(Manifest.load(cache).sae).resolve(): cache for cache in reversed(caches)}
+    rows = [_row(card.parent, built.get(card.parent.resolve())) for card in folder.glob(f"*/{CARD}")]
     if not rows:
         raise UsageError(f"{folder} holds no SAE with a {CARD}. Evaluate its SAEs: sae-italian evaluate {folder}/NAME")
     return sorted(rows, key=lambda row: (row["layer"], row["site"], row["d_sae"], row["name"]))
 
 
-def _results(sae: Path, caches: Sequence[Path]) -> tuple[Path | None, dict[str, Any]]:
-    """Return the cache that was built with an SAE, and its results; nothing where there is none."""
-    for cache in (*caches, *(path.parent for path in sae.glob("*/manifest.json"))):
-        if cache.parent == sae or Path(Manifest.load(cache).sae).resolve() == sae.resolve():
-            file = cache / RESULTS
-            return cache, read_json(file) if file.is_file() else {}
-    return None, {}
-
-
-def _row(sae: Path, cache: Path | None, results: dict[str, Any]) -> Row:
+def _row(sae: Path, cache: Path | None) -> Row:
+    cache = cache or next((file.parent for file in sae.glob("*/manifest.json")), None)
+    results = read_json(cache / RESULTS) if cache and (cache / RESULTS).is_file() else {}
     with understood(sae / CARD, f"Make it again: sae-italian evaluate {sae}"):
         card = read_json(sae / CARD)
         hook = parse_hook_name(card["hook_name"])
