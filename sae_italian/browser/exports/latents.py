@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache, cached_property
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,11 +159,11 @@ class Latents:
         activations = self.cache.latent(latent)
         position, value = activations
         seen: set[str] = set()
-        top = self._distinct(activations, activations.windows("top", N_TOP).anchor, N_TOP, seen)
-        if len(value) and not top:
-            raise DataError(f"latent {latent} is active but has no passage: {self.cache.folder} holds no text.")
         bounds = {"lo": -1.0, "hi": rounded(self.stats["max"][latent], digits), "share": -1.0}
-        yield from (passage | bounds for passage in top)
+        for passage in self._new(activations, activations.windows("top", N_TOP).anchor, seen):
+            yield passage | bounds
+        if len(value) and not seen:
+            raise DataError(f"latent {latent} is active but has no passage: {self.cache.folder} holds no text.")
         rng = np.random.default_rng([0, latent])
         edges = np.linspace(0.0, float(value.max(initial=0.0)), N_INTERVALS + 1)
         for lo, hi in zip(edges[-2::-1], edges[:0:-1], strict=True):
@@ -170,24 +171,20 @@ class Latents:
             drawn = rng.permutation(inside)[: 4 * N_PER_INTERVAL]
             share = rounded(len(inside) / self.correlations.n_tokens, digits)
             bounds = {"lo": rounded(lo, digits), "hi": rounded(hi, digits), "share": share}
-            for passage in self._distinct(activations, drawn, N_PER_INTERVAL, seen):
+            for passage in islice(self._new(activations, drawn, seen), N_PER_INTERVAL):
                 yield passage | bounds
 
     def strongest(self, latent: int) -> str:
         """Return the text of the strongest passage; empty for a latent that never fired."""
         found = self.cache.latent(latent)
-        passages = self._distinct(found, found.windows("top", 1).anchor, 1, set())
-        return "".join(passages[0]["tokens"]) if passages else ""
+        return "".join(
+            token for one in self._new(found, found.windows("top", 1).anchor, set()) for token in one["tokens"]
+        )
 
-    def _distinct(
-        self, latent: LatentActivations, anchors: Int[np.ndarray, " m"], n: int, seen: set[str]
-    ) -> list[Facts]:
-        """Return the passages around the first n anchors whose text is new, and add these texts to `seen`."""
-        kept: list[Facts] = []
+    def _new(self, latent: LatentActivations, anchors: Int[np.ndarray, " m"], seen: set[str]) -> Iterator[Facts]:
+        """Yield the passages around the anchors whose text is new, and add these texts to `seen`."""
         around = latent.around(anchors, BEFORE, AFTER)
         for index in range(len(anchors)):
-            if len(kept) == n:
-                break
             shown, first = around.show(index), int(around.start[index])
             tokens, strengths, owner = pieces(shown.text, shown.spans, shown.values)
             text = "".join(tokens)
@@ -195,12 +192,16 @@ class Latents:
                 seen.add(text)
                 document, values = self.cache.document(shown.doc), rounded(strengths)
                 strongest = int(np.argmax(values))
-                kept.append(
-                    {"tokens": tokens, "values": values, "anchor": owner[int(anchors[index]) - first]}
-                    | {"doc_id": storable(document.doc_id), "doc_source": storable(document.source)}
-                    | {"maxValue": values[strongest], "maxValueTokenIndex": strongest, "minValue": min(values)}
-                )
-        return kept
+                yield {
+                    "tokens": tokens,
+                    "values": values,
+                    "anchor": owner[int(anchors[index]) - first],
+                    "doc_id": storable(document.doc_id),
+                    "doc_source": storable(document.source),
+                    "maxValue": values[strongest],
+                    "maxValueTokenIndex": strongest,
+                    "minValue": min(values),
+                }
 
 
 # --- the table of fields ----------------------------------------------------------------------------------------------
