@@ -85,9 +85,9 @@ class Decoder:
         value, index = direction.topk(min(N_TABLE, len(direction)))
         return NeuronTable(index.tolist(), (value / direction.abs().sum()).tolist(), value.tolist())
 
-    @torch.no_grad()
+    @cached_property
     def plane(self) -> Float[np.ndarray, "d_sae 2"]:
-        """Return the latents' map (`analysis.geometry`), each axis within -1 and 1."""
+        """The latents' map (`analysis.geometry`), each axis within -1 and 1."""
         plane = map_of(self.units)
         return plane / np.abs(plane).max(axis=0).clip(min=1e-12)
 

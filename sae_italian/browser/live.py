@@ -24,6 +24,7 @@ from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.browser.contexts import pieces, storable
 from sae_italian.browser.directions import rounded
+from sae_italian.browser.source import told
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.shards import encode_sparse
 from sae_italian.corpora.packing import special_mask
@@ -183,11 +184,8 @@ def ask_llm(settings: LLMSettings, examples: LatentExamples, ledger: Path) -> Ex
 
 
 def _shown(explanation: Explanation) -> dict[str, Any]:
-    rule, told = explanation.rule or {}, ("explainer", "kind", "status", "text_it", "text_en")
-    numbers = {name: rounded(rule[name]) if name in rule else None for name in ("precision", "recall")}
-    found = {name: getattr(explanation, name) for name in told}
-    found |= {f"title_{language}": explanation.title(language) for language in ("it", "en")}
-    return {**found, **numbers, "problem": (explanation.notes or {}).get("problem")}
+    numbers = {name: rounded((explanation.rule or {}).get(name)) for name in ("precision", "recall")}
+    return {**told(explanation), **numbers, "problem": (explanation.notes or {}).get("problem")}
 
 
 # --- arguments that come from outside ------------------------------------------------------------------------------------

@@ -69,40 +69,31 @@ def encode(texts: Sequence[str], name: str) -> Float[np.ndarray, "texts d"]:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
-class Meaning:
-    """What a cache's latents are about, by an encoder: the vectors of what they are called and of their strongest passages.
+def nearest_in_meaning(source: LatentSource, encoder: str, sentence: str) -> list[dict[str, Any]]:
+    """Return the N_NEAR latents nearest to a sentence, by explanation or passage, whichever is nearer: `cosine`."""
+    cosines = (meaning_vectors(source, encoder) @ encode([sentence], encoder)[0]).max(axis=0)
+    best = np.argsort(-cosines, kind="stable")[:N_NEAR]
+    return [{"latent": i, "cosine": round(float(cosines[i]), 4)} for i in best.tolist()]
 
-    The vectors are kept in the cache's folder and made again when the texts change.
+
+def meaning_vectors(source: LatentSource, encoder: str) -> Float[np.ndarray, "2 d_sae d"]:
+    """Return the vectors of what a cache's latents are called, and of their strongest passages.
+
+    They are kept in the cache's folder and made again for other texts, and for another encoder.
     """
-
-    def __init__(self, source: LatentSource, encoder: str):
-        self.source, self.encoder = source, encoder
-
-    def near(self, sentence: str) -> list[dict[str, Any]]:
-        """Return the N_NEAR latents nearest to a sentence, by explanation or passage, whichever is nearer: `cosine`."""
-        cosines = (self.vectors() @ encode([sentence], self.encoder)[0]).max(axis=0)
-        best = np.argsort(-cosines, kind="stable")[:N_NEAR]
-        return [{"latent": i, "cosine": round(float(cosines[i]), 4)} for i in best.tolist()]
-
-    def vectors(self) -> Float[np.ndarray, "2 d_sae d"]:
-        """Return the vectors, read where they are those of these texts and this encoder."""
-        texts, file = self._texts(), self.source.cache.folder / MEANING
-        made_of = hashlib.sha256("\0".join([self.encoder, *texts]).encode("utf-8", "replace")).hexdigest()
-        if file.is_file():
-            kept = np.load(file)
-            if str(kept["made_of"]) == made_of:
-                return kept["vectors"]
-        vectors = encode(texts, self.encoder).reshape(2, len(texts) // 2, -1)
-        with atomic_path(file) as temporary, temporary.open("wb") as handle:
-            np.savez(handle, vectors=vectors, made_of=made_of)
-        return vectors
-
-    def _texts(self) -> list[str]:
-        rows = self.source.rows()
-        told = zip(*(rows[name] for name in ("title_it", "explanation_it", "llm_it")), strict=True)
-        return [" ".join(filter(None, one)) for one in told] + [
-            re.sub("[\x01\x02]", "", text) for text in rows["sample"]
-        ]
+    rows, file = source.rows(), source.cache.folder / MEANING
+    names = zip(*(rows[name] for name in ("title_it", "explanation_it", "llm_it")), strict=True)
+    texts = [" ".join(filter(None, one)) for one in names]
+    texts += [re.sub("[\x01\x02]", "", text) for text in rows["sample"]]
+    made_of = hashlib.sha256("\0".join([encoder, *texts]).encode("utf-8", "replace")).hexdigest()
+    if file.is_file():
+        kept = np.load(file)
+        if str(kept["made_of"]) == made_of:
+            return kept["vectors"]
+    vectors = encode(texts, encoder).reshape(2, source.d_sae, -1)
+    with atomic_path(file) as temporary, temporary.open("wb") as handle:
+        np.savez(handle, vectors=vectors, made_of=made_of)
+    return vectors
 
 
 class PageAnswers:
@@ -116,9 +107,9 @@ class PageAnswers:
         source: LatentSource,
         live: Live | None = None,
         other: Other | None = None,
-        meaning: Meaning | None = None,
+        encoder: str | None = None,
     ):
-        self.source, self.live, self.other, self.meaning = source, live, other, meaning
+        self.source, self.live, self.other, self.encoder = source, live, other, encoder
 
     def __call__(self, name: Any, argument: Any = None) -> Any:
         name, source = str(name), self.source
@@ -130,17 +121,18 @@ class PageAnswers:
                     404,
                 )
             return self.live.call(name, argument)
-        if name == "near" and self.meaning is not None:
-            return {"near": self.meaning.near(checked_text("sentence", (argument or {}).get("sentence")))}
+        if name == "near" and self.encoder is not None:
+            sentence = checked_text("sentence", (argument or {}).get("sentence"))
+            return {"near": nearest_in_meaning(source, self.encoder, sentence)}
         if name == "run":
-            facts = {"llm": bool(self.live and self.live.llm), "near": self.meaning is not None}
+            facts = {"llm": bool(self.live and self.live.llm), "near": self.encoder is not None}
             live = None if self.live is None else {"works": list(CALLS), **facts}
             return {"run": source.run(), "live": live, "compare": self.other.name if self.other else None}
         if self.other is not None and name.startswith("other/"):
             return PageAnswers(self.other.source)(name.removeprefix("other/"), argument)
         if self.other is not None and name == "matches":
             return self.other.matches
-        source.update()
+        source.refresh()
         if name == "rows":
             return source.rows()
         if name not in ("card", "wide"):
@@ -176,14 +168,13 @@ def open_pages(
     tokenizer = load_tokenizer(model_name or cache.manifest.model) if model is None else model.tokenizer
     source = LatentSource(cache, tokenizer, sae=sae, model=model)
     work = Live(cache, sae, model, llm) if live and sae is not None and model is not None else None
-    meaning = Meaning(source, encoder) if encoder else None
     if compare is None:
-        return PageAnswers(source, work, meaning=meaning)
+        return PageAnswers(source, work, encoder=encoder)
     second = FeatureCache.open(compare)
     same = second.manifest.model == cache.manifest.model
     tokenizer = tokenizer if same else load_tokenizer(second.manifest.model)
     other = LatentSource(second, tokenizer, sae=loaded_sae(second, other_sae), model=model if same else None)
-    return PageAnswers(source, work, beside(source, other), meaning)
+    return PageAnswers(source, work, beside(source, other), encoder)
 
 
 def loaded(cache: FeatureCache, name: str | None = None, model: str | None = None) -> dict[str, Any]:

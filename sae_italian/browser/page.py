@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.work import TITLE, WHOLE
-from sae_italian.base.labels import label, page_labels
+from sae_italian.base.labels import Language, label, page_labels
 from sae_italian.base.report import table
 
 SCRIPTS = (
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     from sae_italian.browser.source import LatentSource
 
 Record = dict[str, Any]  # of the page, plain JSON: None is "not measured"; tests/browser/records.yaml has them all
-LABEL_SHOWN = 0.5  # F1 from which a label is shown on a latent's row
+LABEL_SHOWN = 0.5  # F1 from which a latent is said to detect a label
 TOKENS_SHOWN = 5
 
 
@@ -123,16 +123,9 @@ def _kind(source: LatentSource, latent: int) -> str:
     return found.rule["family"] if found and found.rule else ""
 
 
-def _rules(language: str) -> Callable[[LatentSource, int], str]:
-    return lambda source, latent: getattr(source.explained(EXPLAINER, latent), f"text_{language}", "")
-
-
-def _titles(language: str) -> Callable[[LatentSource, int], str]:
-    return lambda s, i: found.title(language) if (found := s.explained(EXPLAINER, i)) else ""
-
-
-def _llms(language: str) -> Callable[[LatentSource, int], str]:
-    return lambda source, latent: getattr(source.llm_explanation(latent), f"text_{language}", "")
+def _title(source: LatentSource, latent: int, language: Language) -> str:
+    found = source.explained(EXPLAINER, latent)
+    return found.title(language) if found else ""
 
 
 COLUMNS: dict[str, Column] = {
@@ -143,14 +136,16 @@ COLUMNS: dict[str, Column] = {
     "n_active": Column(lambda s, i: int(s.stats["count"][i])),
     "sample": Column(lambda s, i: s.sample(i)),  # its strongest passage, what fires marked (contexts.py)
     # the rule's, which the scores are of; an LLM's, empty without one
-    "title_it": Column(_titles("it")),  # 60 characters at most; empty when unexplained, and in an older store
-    "title_en": Column(_titles("en")),
+    "title_it": Column(
+        lambda s, i: _title(s, i, "it")
+    ),  # 60 characters at most; empty when unexplained, and in an older store
+    "title_en": Column(lambda s, i: _title(s, i, "en")),
     "title_detection": Column(_score(TITLE, "value")),  # the title's own score, as `detection`
     "whole_detection": Column(_score(WHOLE, "value")),  # of the rule as it was fitted
-    "explanation_it": Column(_rules("it")),
-    "explanation_en": Column(_rules("en")),
-    "llm_it": Column(_llms("it")),
-    "llm_en": Column(_llms("en")),
+    "explanation_it": Column(lambda s, i: getattr(s.explained(EXPLAINER, i), "text_it", "")),
+    "explanation_en": Column(lambda s, i: getattr(s.explained(EXPLAINER, i), "text_en", "")),
+    "llm_it": Column(lambda s, i: getattr(s.llm_explanation(i), "text_it", "")),
+    "llm_en": Column(lambda s, i: getattr(s.llm_explanation(i), "text_en", "")),
     "kind": Column(_kind),  # token, previous, bigram, context, ...; empty when unexplained
     # balanced accuracy, 0 to 1, chance 0.5, and its 95 % interval
     "detection": Column(_score("detection", "value"), "score", range=True),
@@ -160,9 +155,8 @@ COLUMNS: dict[str, Column] = {
     # detection minus that of the token lookup, -1 to 1
     "gain": Column(_gain, "signed", range=True),
     "top_tokens": Column(lambda s, i: [s.strings[t] for t in s.stats["token_ids"][i][:TOKENS_SHOWN]]),
-    "gold": Column(
-        lambda s, i: [row["label"] for row in s.labels.get(i, []) if (row["f1"] or 0) >= LABEL_SHOWN]
-    ),  # labels that this latent detects
+    # labels that this latent detects
+    "gold": Column(lambda s, i: [row["label"] for row in s.labels.get(i, []) if (row["f1"] or 0) >= LABEL_SHOWN]),
     "dead": Column(lambda s, i: not s.stats["count"][i]),
     "x": Column(lambda s, i: s.place(i, 0)),  # on the map; None without the decoder
     "y": Column(lambda s, i: s.place(i, 1)),

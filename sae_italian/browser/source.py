@@ -20,9 +20,9 @@ from sae_italian.autointerp.work import TITLE, WHOLE, made_now, with_now
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import read_json, utc_now
-from sae_italian.browser.contexts import file_name, passages_of, samples
+from sae_italian.browser.contexts import file_name, passages_of, sample_of
 from sae_italian.browser.directions import Decoder
-from sae_italian.browser.page import COLUMNS, Record, records
+from sae_italian.browser.page import COLUMNS, LABEL_SHOWN, Record, records
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.corpora.stream import mixture
 from sae_italian.evaluation.card import read_card, read_seeds
@@ -30,9 +30,7 @@ from sae_italian.models import parse_hook_name, resolved_here
 
 RESULTS = "results.json"
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
-AT_ONCE = 512  # latents whose strongest passages are looked up together
 N_SOURCES = 12  # of a latent's sources, those with most documents: a corpus may have thousands
-GOLD_SHOWN = 0.5  # F1 from which a gold label is shown on a latent's card
 N_LABELS, N_KEYS = 10, 20  # labels of a latent, best first; keys of its rule, heaviest first
 SCORE_FIELDS = ("scorer", "judge", "negatives", "metric", "value", "lo", "hi", "n_pos", "n_neg", "explainer")
 GOLD_FIELDS = ("label", "category", "n", "latent", "f1", "precision", "recall")
@@ -74,9 +72,10 @@ class LatentSource:
         self.decoder = None if sae is None else Decoder(sae, model)
         self._document = lru_cache(8192)(cache.document)
         self._samples: dict[int, str] = {}
+        self.seeds = read_seeds(Path(cache.manifest.sae)) or {}
         self._read_results(cache.folder / RESULTS)
         self.graphs: dict[int, list[Record]] = {}  # by latent, those that a page beside them links to
-        self._local = threading.local()
+        self._local, self._version = threading.local(), None
         self.refresh()
 
     def _read_results(self, file: Path) -> None:
@@ -100,14 +99,11 @@ class LatentSource:
         facts = (file.stat() for file in files if file.exists())
         return tuple((fact.st_mtime_ns, fact.st_size) for fact in facts)
 
-    def update(self) -> None:
-        """Read again what is stored where something new is."""
-        if self.version() != self._version:
-            self.refresh()
-
     def refresh(self) -> None:
-        """Read explanations, headline scores and labels again, after something new was stored."""
-        self._version, store = self.version(), self.store()
+        """Read explanations, headline scores and labels again where something new was stored."""
+        if (now := self.version()) == self._version:
+            return
+        self._version, store = now, self.store()
         self.explanations: dict[str, dict[int, Explanation]] = {}  # by explainer: the rules first, the control last
         self.scores: dict[tuple[str, str], dict[int, Headline]] = {}
         if store:
@@ -159,11 +155,7 @@ class LatentSource:
 
     def rows(self) -> dict[str, list[Any]]:
         """Return the list of all latents by column (page.py)."""
-        latents = range(self.d_sae)
-        for start in range(len(self._samples), self.d_sae, AT_ONCE):
-            some = latents[start : start + AT_ONCE]
-            self._samples.update(zip(some, samples(self.cache, self._document, some), strict=True))
-        return {name: [column.value(self, latent) for latent in latents] for name, column in COLUMNS.items()}
+        return {name: [column.value(self, i) for i in range(self.d_sae)] for name, column in COLUMNS.items()}
 
     def row(self, latent: int) -> Record:
         """Return one latent's row of the list. Raises: UsageError when there is no such latent."""
@@ -172,7 +164,9 @@ class LatentSource:
 
     def sample(self, latent: int) -> str:
         """Return the latent's strongest passage in one line (contexts.py)."""
-        return self._samples.get(latent) or samples(self.cache, self._document, [latent])[0]
+        if latent not in self._samples:
+            self._samples[latent] = sample_of(self.cache.latent(latent), self._document)
+        return self._samples[latent]
 
     def explained(self, explainer: str, latent: int) -> Explanation | None:
         return self.explanations.get(explainer, {}).get(latent)
@@ -187,11 +181,7 @@ class LatentSource:
 
     def place(self, latent: int, axis: int) -> float | None:
         """Return where the latent is on the map, -1 to 1; None without the decoder."""
-        return None if self._plane is None else round(float(self._plane[latent, axis]), 4)
-
-    @cached_property
-    def _plane(self) -> np.ndarray | None:
-        return None if self.decoder is None else self.decoder.plane()
+        return None if self.decoder is None else round(float(self.decoder.plane[latent, axis]), 4)
 
     # --- the card ----------------------------------------------------------------------------------------------------
 
@@ -226,21 +216,12 @@ class LatentSource:
 
     def _seeds_of(self, latent: int) -> Record | None:
         """Return in how many of the training's seeds the latent was found; None where there was one, or it is dead."""
-        found = self._seeds["found"][latent] if self._seeds else None
-        return None if found is None else {"found": found, "of": len(self._seeds["seeds"])}
-
-    @cached_property
-    def _seeds(self) -> Record:
-        return read_seeds(Path(self.cache.manifest.sae)) or {}
+        found = self.seeds["found"][latent] if self.seeds else None
+        return None if found is None else {"found": found, "of": len(self.seeds["seeds"])}
 
     def _explanations(self, latent: int) -> list[Record]:
-        told = ("kind", "status", "text_it", "text_en")
-        found = [(name, of[latent]) for name, of in self.explanations.items() if latent in of]
-        titles = [{f"title_{language}": e.title(language) for language in ("it", "en")} for _, e in found]
-        return [
-            {"explainer": n, **{name: getattr(e, name) for name in told}, **title, "now": made_now(e)}
-            for (n, e), title in zip(found, titles, strict=True)
-        ]
+        found = ((name, of[latent]) for name, of in self.explanations.items() if latent in of)
+        return [{**told(explanation), "explainer": name, "now": made_now(explanation)} for name, explanation in found]
 
     def wide(self, latent: int) -> list[Record]:
         """Return the card's passages, each with all that its window holds of its document."""
@@ -290,6 +271,12 @@ class LatentSource:
         return rows, len(found) - len(shown)
 
 
+def told(explanation: Explanation) -> Record:
+    """Return what every page says of an explanation, in both languages."""
+    own = {name: getattr(explanation, name) for name in ("explainer", "kind", "status", "text_it", "text_en")}
+    return {**own, "title_it": explanation.title("it"), "title_en": explanation.title("en")}
+
+
 def public_name(name: str) -> str:
     """Return a name that can be published: of paths on this machine, alone or mixed, the last parts, others as they are."""
     each = [name] if Path(name).exists() else mixture(name)[0]
@@ -309,7 +296,7 @@ def labels_of(store: Store | None, gold: list[Record]) -> dict[int, list[Record]
     Where a label fails on other words, another language's perhaps, that follows the row in which it holds.
     """
     rows = [row._asdict() for row in store.labels()] if store else []
-    good = (row for row in gold if row["latent"] is not None and (row["f1"] or 0) >= GOLD_SHOWN)
+    good = (row for row in gold if row["latent"] is not None and (row["f1"] or 0) >= LABEL_SHOWN)
     rows += [{**row, "source": "gold"} for row in good]
     found: dict[int, list[Record]] = {}
     for row in sorted(rows, key=lambda row: -(row["f1"] or 0.0)):

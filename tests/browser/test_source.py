@@ -131,7 +131,7 @@ def test_a_decoder_matches_itself_and_its_shuffled_copy(trained_sae):
     found = match_latents(*map(source_of, (shuffled, decoder)))
     assert found["latent"] == order.tolist() and found["cosine"] == pytest.approx([1] * len(order), abs=1e-4)
     assert found["back"] == torch.argsort(order).tolist()
-    assert np.abs(decoder.plane()).max() == pytest.approx(1)
+    assert np.abs(decoder.plane).max() == pytest.approx(1)
     with pytest.raises(UsageError, match="only SAEs of one model"):
         match_latents(source_of(decoder), source_of(Decoder(SimpleNamespace(W_dec=torch.ones(3, 5)))))
 
@@ -355,19 +355,19 @@ def test_the_nearest_by_meaning_are_those_of_explanation_or_passage(source, cach
     """With vectors of letters: a latent's own title, and its own passage, find it first; the vectors are kept and renewed."""
     asked: list[int] = []
     monkeypatch.setattr(opening, "encode", lambda texts, name: asked.append(len(texts)) or letters(texts, name))
-    meaning, rows = opening.Meaning(source, "letters"), source.rows()
+    rows = source.rows()
     said = zip(*(rows[name] for name in ("title_it", "explanation_it", "llm_it")), strict=True)
     told = [" ".join(filter(None, one)) for one in said]
     latent = next(i for i, text in enumerate(told) if text)
     for text in (told[latent], rows["sample"][latent].replace(FIRES, "").replace(SILENT, "")):
-        best = meaning.near(text)
+        best = opening.nearest_in_meaning(source, "letters", text)
         same = [one["latent"] for one in best if one["cosine"] > 0.9999]
         assert latent in same and [one["cosine"] for one in best] == sorted((o["cosine"] for o in best), reverse=True)
     assert asked == [512, 1, 1]  # both texts of 256 latents once, then the sentences
-    assert opening.Meaning(source, "letters").near("x") and asked[3:] == [1]
-    assert opening.Meaning(source, "others").near("x") and asked[4:] == [512, 1]  # another encoder's
+    assert opening.nearest_in_meaning(source, "letters", "x") and asked[3:] == [1]
+    assert opening.nearest_in_meaning(source, "others", "x") and asked[4:] == [512, 1]  # another encoder's
     dead = int(np.argmin(cache.statistics["count"]))
-    assert cache.statistics["count"][dead] == 0 and not meaning.vectors()[:, dead].any()
+    assert cache.statistics["count"][dead] == 0 and not opening.meaning_vectors(source, "letters")[:, dead].any()
 
 
 def test_a_real_encoder_is_read_from_a_folder(tmp_path):

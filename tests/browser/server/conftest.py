@@ -21,8 +21,8 @@ from tests.browser.nasty import nasty_corpus  # noqa: E402
 ADDRESS = "http://127.0.0.1:8765"
 
 
-def create_app(source, live=None, *, other=None, meaning=None):
-    return server.create_app(PageAnswers(source, live, other, meaning))
+def create_app(source, live=None, *, other=None, encoder=None):
+    return server.create_app(PageAnswers(source, live, other, encoder))
 
 
 def open_with_live(cache, tokenizer, *, sae, model):

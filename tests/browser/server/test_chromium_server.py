@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sae_italian.browser.opening import N_NEAR, Meaning, PageAnswers
+from sae_italian.browser.opening import N_NEAR, PageAnswers, nearest_in_meaning
 from sae_italian.browser.page import style
 from sae_italian.cache import FeatureCache
 from tests.browser.chromium import NEEDS_CHROMIUM, until
@@ -279,13 +279,15 @@ def test_an_explanation_made_now_goes_onto_the_card(tab: Any, opened, live, tmp_
 def test_a_search_by_meaning_lists_the_nearest_latents(tab: Any, opened, monkeypatch) -> None:
     """With an encoder the first screen has a box for it; the rows are those of `near`, each opens its card."""
     monkeypatch.setattr("sae_italian.browser.opening.encode", letters)
-    meaning = Meaning(opened[0], "letters")
-    with browsing(create_app(*opened, meaning=meaning)) as address:
+    with browsing(create_app(*opened, encoder="letters")) as address:
         show(tab, address)
         assert tab.locator('[data-part="near"]:visible').count() == 1
         part = work(tab, "near", meaning="il gatto")
         shown = [int(text) for text in part.locator("tbody th a").all_inner_texts()]
-        assert shown == [one["latent"] for one in meaning.near("il gatto")] and len(shown) == N_NEAR
+        assert (
+            shown == [one["latent"] for one in nearest_in_meaning(opened[0], "letters", "il gatto")]
+            and len(shown) == N_NEAR
+        )
         part.locator("tbody th a").first.click()
         tab.wait_for_selector(f".card-page .which:text-is('Latente {shown[0]}')")
         work(tab, "sentence")  # the card's own live work is as it was

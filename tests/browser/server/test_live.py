@@ -194,7 +194,7 @@ def test_an_explanation_made_now_is_there_after_a_restart(copied, opened):
     assert source.row(latent)["status"] == "not explained" and source.card(latent)["explanations"] == []
     found = live.call("explain", {"latent": latent})
     assert found["not_kept"] == "" and [one["explainer"] for one in found["explanations"]] == ["rules"]
-    source.update()
+    source.refresh()
     again = LatentSource(live.cache, live.tokenizer, sae=live.sae, model=live.model)  # as the static export reads it
     for one in (source, again):
         row, card = check("row", one.row(latent)), check_card(one.card(latent))
@@ -224,7 +224,7 @@ def test_an_llms_explanation_made_now_is_kept_beside_the_rule(copied, opened):
     latent = next(i for i, e in opened[0].explanations["rules"].items() if e.status == "ok")
     with FakeEndpoint(lambda body: '{"spiegazione": "parole femminili"}') as endpoint:
         Live(live.cache, live.sae, live.model, asking(endpoint)).explain(latent)
-    source.update()
+    source.refresh()
     assert source.row(latent)["llm_it"] == "parole femminili"
     kinds = [(item["kind"], item["explainer"]) for item in source.card(latent)["explanations"]]
     assert kinds[0] == ("rule", "rules") and kinds[1][0] == "llm" and kinds[-1] == ("rule", "token-lookup")
