@@ -104,7 +104,8 @@ def _contexts(
     tokens = [latent.position[here] for here in active]
     begin, end = latent.cache.gather_all(("start", "end"), np.concatenate([*ends, *tokens]))
     borders = [*begin[: 3 * len(peak)].reshape(3, -1), *end[2 * len(peak) : 5 * len(peak)].reshape(3, -1)]
-    spans = np.split(np.stack([begin, end], axis=1)[5 * len(peak) :], np.cumsum([len(own) for own in tokens]))
+    edges = np.cumsum([len(own) for own in tokens])
+    spans = np.split(np.stack([begin, end], axis=1)[5 * len(peak) :], edges)
     for index, own in enumerate(np.stack(borders, axis=1).tolist()):
         text, doc_id, source = document(int(doc[index]))
         low, high, cut = borders_of(text, *own) if reach else (own[0], own[-1], 0)

@@ -104,11 +104,11 @@ class Column(NamedTuple):
 
 
 def _score(scorer: str, end: str) -> Callable[[LatentSource, int], float | None]:
-    return lambda source, latent: getattr(source.score(EXPLAINER, scorer, latent), end)
+    return lambda source, latent: source.score(EXPLAINER, scorer, latent, end)
 
 
 def _gain(source: LatentSource, latent: int) -> float | None:
-    own, lookup = (source.score(explainer, "detection", latent).value for explainer in (EXPLAINER, LOOKUP))
+    own, lookup = (source.score(explainer, "detection", latent) for explainer in (EXPLAINER, LOOKUP))
     return None if own is None or lookup is None else own - lookup
 
 
@@ -126,6 +126,10 @@ def _kind(source: LatentSource, latent: int) -> str:
 def _title(source: LatentSource, latent: int, language: Language) -> str:
     found = source.explained(EXPLAINER, latent)
     return found.title(language) if found else ""
+
+
+def _detected(source: LatentSource, latent: int) -> list[str]:
+    return [row["label"] for row in source.labels.get(latent, []) if (row["f1"] or 0) >= LABEL_SHOWN]
 
 
 COLUMNS: dict[str, Column] = {
@@ -156,7 +160,7 @@ COLUMNS: dict[str, Column] = {
     "gain": Column(_gain, "signed", range=True),
     "top_tokens": Column(lambda s, i: [s.strings[t] for t in s.stats["token_ids"][i][:TOKENS_SHOWN]]),
     # labels that this latent detects
-    "gold": Column(lambda s, i: [row["label"] for row in s.labels.get(i, []) if (row["f1"] or 0) >= LABEL_SHOWN]),
+    "gold": Column(_detected),
     "dead": Column(lambda s, i: not s.stats["count"][i]),
     "x": Column(lambda s, i: s.place(i, 0)),  # on the map; None without the decoder
     "y": Column(lambda s, i: s.place(i, 1)),

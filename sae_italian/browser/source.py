@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -49,14 +49,6 @@ _HEADLINE = f"""
       AND (scorer, negatives) IN (VALUES {", ".join(map(str, HEADLINE.items()))})"""
 
 
-class Headline(NamedTuple):
-    """A headline score, 0 to 1, with its 95 % interval; None where it was not measured."""
-
-    value: float | None = None
-    lo: float | None = None
-    hi: float | None = None
-
-
 class LatentSource:
     """The records of one cache and of what lies beside it: its store and its results. Safe to use from several threads.
 
@@ -70,6 +62,7 @@ class LatentSource:
         self.store_path = cache.folder / STORE_FILE
         self.strings = piece_texts(tokenizer, len(tokenizer))
         self.decoder = None if sae is None else Decoder(sae, model)
+        self.model = None if sae is None else model
         self._document = lru_cache(8192)(cache.document)
         self._samples: dict[int, str] = {}
         self.seeds = read_seeds(Path(cache.manifest.sae)) or {}
@@ -105,7 +98,7 @@ class LatentSource:
             return
         self._version, store = now, self.store()
         self.explanations: dict[str, dict[int, Explanation]] = {}  # by explainer: the rules first, the control last
-        self.scores: dict[tuple[str, str], dict[int, Headline]] = {}
+        self.scores: dict[tuple[str, str], dict[int, list[float | None]]] = {}  # value, lo, hi
         if store:
             stored = {n: {k: e for k, (_, e) in store.explanations(n).items()} for n in store.explainers()}
             stored, order = with_now(stored), (lambda name: (name != EXPLAINER, name == LOOKUP))
@@ -114,7 +107,7 @@ class LatentSource:
                 name = explainer.removesuffix(NOW)
                 shown = self.explained(name, latent)
                 if shown is not None and shown.explainer == explainer:  # `@now` only where a run left room
-                    self.scores.setdefault((name, scorer), {})[latent] = Headline(*score)
+                    self.scores.setdefault((name, scorer), {})[latent] = score
         self.labels = labels_of(store, self.gold)
 
     def store(self) -> Store | None:
@@ -155,7 +148,8 @@ class LatentSource:
 
     def rows(self) -> dict[str, list[Any]]:
         """Return the list of all latents by column (page.py)."""
-        return {name: [column.value(self, i) for i in range(self.d_sae)] for name, column in COLUMNS.items()}
+        latents = range(self.d_sae)
+        return {name: [column.value(self, latent) for latent in latents] for name, column in COLUMNS.items()}
 
     def row(self, latent: int) -> Record:
         """Return one latent's row of the list. Raises: UsageError when there is no such latent."""
@@ -176,8 +170,10 @@ class LatentSource:
         found = (of.get(latent) for name, of in self.explanations.items() if name not in (EXPLAINER, LOOKUP))
         return next((e for e in found if e and (e.text_it or e.text_en)), None)
 
-    def score(self, explainer: str, scorer: str, latent: int) -> Headline:
-        return self.scores.get((explainer, scorer), {}).get(latent, Headline())
+    def score(self, explainer: str, scorer: str, latent: int, end: str = "value") -> float | None:
+        """Return a headline score, 0 to 1, or an end of its 95 % interval (`lo`, `hi`); None where not measured."""
+        found = self.scores.get((explainer, scorer), {}).get(latent)
+        return None if found is None else found[("value", "lo", "hi").index(end)]
 
     def place(self, latent: int, axis: int) -> float | None:
         """Return where the latent is on the map, -1 to 1; None without the decoder."""
@@ -221,7 +217,7 @@ class LatentSource:
 
     def _explanations(self, latent: int) -> list[Record]:
         found = ((name, of[latent]) for name, of in self.explanations.items() if latent in of)
-        return [{**told(explanation), "explainer": name, "now": made_now(explanation)} for name, explanation in found]
+        return [{**told(e), "explainer": name, "now": made_now(e)} for name, e in found]
 
     def wide(self, latent: int) -> list[Record]:
         """Return the card's passages, each with all that its window holds of its document."""
@@ -273,7 +269,8 @@ class LatentSource:
 
 def told(explanation: Explanation) -> Record:
     """Return what every page says of an explanation, in both languages."""
-    own = {name: getattr(explanation, name) for name in ("explainer", "kind", "status", "text_it", "text_en")}
+    names = ("explainer", "kind", "status", "text_it", "text_en")
+    own = {name: getattr(explanation, name) for name in names}
     return {**own, "title_it": explanation.title("it"), "title_en": explanation.title("en")}
 
 

@@ -53,9 +53,12 @@ class Outliers(NamedTuple):
         """Return one line: `BOS norm 83,046, ...`."""
         bos = "" if self.bos_norm is None else f"BOS norm {_norm(self.bos_norm)}, "
         mean = f"norm of the mean {self.mean_norm / self.median_norm:.2f} of it"
-        tokens = ", ".join(f"{name!r} {times:,.1f}x the norm" for name, times in self.tokens) or "none"
-        dimensions = ", ".join(f"{name} {times:,.0f}x the variance" for name, times in self.dimensions) or "none"
-        return f"{bos}median norm {_norm(self.median_norm)}, {mean}; outlier tokens {tokens}; outlier dimensions {dimensions}"
+        tokens = ", ".join(f"{name!r} {times:,.1f}x the norm" for name, times in self.tokens)
+        dimensions = ", ".join(f"{name} {times:,.0f}x the variance" for name, times in self.dimensions)
+        return (
+            f"{bos}median norm {_norm(self.median_norm)}, {mean}; "
+            f"outlier tokens {tokens or 'none'}; outlier dimensions {dimensions or 'none'}"
+        )
 
 
 def _norm(value: float) -> str:

@@ -89,7 +89,7 @@ def read_rows(file: Path) -> Iterator[Facts]:
 
 
 def write_rows(file: Path, rows: Iterable[Facts]) -> None:
-    """Write the rows of one file: a .json holds one of them, others have one a line; the same rows give the same bytes."""
+    """Write the rows of one file: a .json holds one, others have one a line; the same rows give the same bytes."""
     compact = None if file.suffix == ".json" else (",", ":")
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False, separators=compact) for row in rows)
     if file.suffix != ".gz":
@@ -138,9 +138,10 @@ def _explanations(latents: Latents, batch: range) -> Iterator[Facts]:
         for language, text in zip(("it", "en"), texts, strict=True):
             if text:
                 notes = {"explainer": explainer, "language": language, "detection_balanced_accuracy": score}
-                facts = {"description": storable(text), "notes": json.dumps(notes, ensure_ascii=False, allow_nan=False)}
                 key = row_id(latents.facts, "explanation", latent, explainer, language)
-                yield make_row("explanation", {**latents.facts, **facts, "index": str(latent), "row_id": key})
+                facts = {"index": str(latent), "row_id": key, "description": storable(text)}
+                facts["notes"] = json.dumps(notes, ensure_ascii=False, allow_nan=False)
+                yield make_row("explanation", latents.facts | facts)
 
 
 def _circuit_features(latents: Latents, batch: range) -> Iterator[Facts]:
@@ -295,12 +296,12 @@ def export(
         source = LatentSource(cache, tokenizer, sae=sae, model=model)
         with progress(to, total=len(wanted), unit="latent") as bar:
             if to == "wandb":
-                return Export(to, *_wandb(out, Latents(source, model), wanted, project, online), [])
+                return Export(to, *_wandb(out, Latents(source), wanted, project, online), [])
             config = None if to != "neuronpedia-bulk" else model.config if model else load_model_config(manifest.model)
             facts = facts_of(manifest, called, config, sae)
             folder = out / FORMS[to].folder.format_map(facts)
             facts |= {"n_batches": -(-len(wanted) // BATCH), "outputs_dir": str(folder.parent)}
             facts["created"] = read_json(out / "run.json")["created"]  # a resumed export keeps its date
-            _write(folder, to, Latents(source, model, facts), wanted, bar)
+            _write(folder, to, Latents(source, facts), wanted, bar)
         rows = check_folder(folder, to, len(wanted))
         return Export(to, folder, rows, [] if here or to == "circuit-tracer" else [NO_DECODER])

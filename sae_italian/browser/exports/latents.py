@@ -33,6 +33,7 @@ from sae_italian.models import parse_hook_name
 from sae_italian.models.catalogue import config_facts
 
 Facts = dict[str, Any]
+Passages = Iterator[Facts]
 
 CREATOR = "clkht01d40000jv08hvalcvly"  # the bot, which every database of Neuronpedia's has
 _SITES = {"R": "res", "A": "att", "M": "mlp", "TC": "transcoder", None: "pre"}
@@ -98,9 +99,9 @@ def row_id(facts: Facts, *parts: object) -> str:
 class Latents:
     """Reads one latent of a source after the other; memory does not grow with their number. `facts` hold for all."""
 
-    def __init__(self, source: LatentSource, model: Any = None, facts: Facts | None = None):
+    def __init__(self, source: LatentSource, facts: Facts | None = None):
         self.source, self.cache, self.stats, self.facts = source, source.cache, source.stats, facts or {}
-        self.correlations = Correlations(source.cache, None if source.decoder is None else model)
+        self.correlations = Correlations(source.cache, source.model)
 
     def record(self, latent: int) -> Facts:
         """Return names, tables, logits and histograms of a latent; what needs an SAE or a model is empty without them."""
@@ -135,8 +136,8 @@ class Latents:
         llm = next((judge for judge in store.judges() if judge != "rule" and not judge.startswith("always-")), "rule")
         test: dict[str, Any] = {"control": "", "scorer": "detection", "metric": "balanced_accuracy"}
         test["negatives"] = HEADLINE["detection"]
-        judges = {name: "rule" if name.removesuffix(NOW) == EXPLAINER else llm for name in store.explainers()}
-        return {name: store.values(explainer=name, judge=judge, **test) for name, judge in judges.items()}
+        judges = {n: "rule" if n.removesuffix(NOW) == EXPLAINER else llm for n in store.explainers()}
+        return {n: store.values(explainer=n, judge=judge, **test) for n, judge in judges.items()}
 
     def logits(self, latent: int) -> Facts:
         """Return the promoted tokens, largest first, and the suppressed ones, lowest first."""
@@ -177,11 +178,10 @@ class Latents:
     def strongest(self, latent: int) -> str:
         """Return the text of the strongest passage; empty for a latent that never fired."""
         found = self.cache.latent(latent)
-        return "".join(
-            token for one in self._new(found, found.windows("top", 1).anchor, set()) for token in one["tokens"]
-        )
+        passages = self._new(found, found.windows("top", 1).anchor, set())
+        return "".join(token for passage in passages for token in passage["tokens"])
 
-    def _new(self, latent: LatentActivations, anchors: Int[np.ndarray, " m"], seen: set[str]) -> Iterator[Facts]:
+    def _new(self, latent: LatentActivations, anchors: Int[np.ndarray, " m"], seen: set[str]) -> Passages:
         """Yield the passages around the anchors whose text is new, and add these texts to `seen`."""
         around = latent.around(anchors, BEFORE, AFTER)
         for index in range(len(anchors)):
