@@ -1,15 +1,15 @@
 """The passages of a card: a latent's strongest, and some from each tenth of its activity, each passage once."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from sae_italian.browser.page import Record
-from sae_italian.cache import LatentActivations
-from sae_italian.cache.passages import contents, first_new
+from sae_italian.cache import FeatureCache, LatentActivations
+from sae_italian.cache.passages import contents, first_new, surroundings
 from sae_italian.corpora import TextDocument
 
 BEFORE, AFTER, REACH = 23, 12, 12  # tokens shown around the strongest one; how many more, to end with the sentence
@@ -51,7 +51,9 @@ def passages_of(
     wanted = zip(candidates, [N_TOP] + [PER_TENTH] * len(tenths), strict=True)
     kept = [own[first_new(islice(alike, len(own)), n, seen)] for own, n in wanted]
     chosen = peaks.position[np.concatenate(kept)]
-    contexts = _contexts(latent, document, chosen, (before, after, reach))
+    passages = latent.around(chosen, before + reach, after + reach)
+    active = [(latent.position[here], latent.value[here]) for here in passages.active]
+    contexts = _contexts(latent.cache, document, chosen, passages[1:4], active, (before, after, reach))
     groups = []
     for index, own in enumerate(kept):
         group = Record(name_it="Più forti", name_en="Strongest", lo=None, hi=None)
@@ -64,10 +66,19 @@ def passages_of(
     return groups
 
 
-def sample_of(latent: LatentActivations, document: Document) -> str:
-    """Return the strongest passage in one line, what fires in it between FIRES and SILENT; "" when it never fires."""
-    peak = latent.position[latent.value == latent.value.max(initial=0.0)][:1]
-    return "".join(map(_in_one_line, _contexts(latent, document, peak, SAMPLE)))
+def samples(cache: FeatureCache, document: Document, latents: Sequence[int]) -> list[str]:
+    """Return the strongest passage of each latent in one line, what fires in it between FIRES and SILENT; "" when dead."""
+    found = [cache.latent(latent) for latent in latents]
+    alive = [one for one in found if len(one)]
+    peak = np.array([one.position[one.value.argmax()] for one in alive], dtype=np.int64)
+    before, after, reach = SAMPLE
+    place = surroundings(cache, peak, before + reach, after + reach)
+    active = []
+    for one, start, length in zip(alive, *place[:2], strict=True):
+        here = slice(*np.searchsorted(one.position, (start, start + length)).tolist())
+        active.append((one.position[here], one.value[here]))
+    contexts = _contexts(cache, document, peak, place, active, SAMPLE)
+    return [_in_one_line(next(contexts)) if len(one) else "" for one in found]
 
 
 def _in_one_line(context: Record) -> str:
@@ -91,29 +102,33 @@ def _in_one_line(context: Record) -> str:
 
 
 def _contexts(
-    latent: LatentActivations, document: Document, peak: Int[np.ndarray, " n"], wanted: tuple[int, int, int]
+    cache: FeatureCache,
+    document: Document,
+    peak: Int[np.ndarray, " n"],
+    place: tuple[np.ndarray, ...],
+    active: list[tuple[np.ndarray, np.ndarray]],
+    wanted: tuple[int, int, int],
 ) -> Iterator[Record]:
     """Yield the passages around some peaks; what stands at all of their tokens is read from the cache at once.
 
-    `wanted` are tokens before and after the peak, and how many more there are to choose from.
+    `place` is first position, length and document of the text to choose from, `active` what fires in it: positions and
+    activations. `wanted` are tokens before and after the peak, and how many more there are to choose from.
     """
-    before, after, reach = wanted
-    _, start, length, doc, *_, active = latent.around(peak, before + reach, after + reach)
+    (start, length, doc), (before, after, reach) = place, wanted
     last = start + length - 1
     ends = [start, np.maximum(start, peak - before), peak, np.minimum(last, peak + after), last]
-    tokens = [latent.position[here] for here in active]
-    begin, end = latent.cache.gather_all(("start", "end"), np.concatenate([*ends, *tokens]))
+    begin, end = cache.gather_all(("start", "end"), np.concatenate([*ends, *(own for own, _ in active)]))
     borders = [*begin[: 3 * len(peak)].reshape(3, -1), *end[2 * len(peak) : 5 * len(peak)].reshape(3, -1)]
-    edges = np.cumsum([len(own) for own in tokens])
+    edges = np.cumsum([len(own) for own, _ in active])
     spans = np.split(np.stack([begin, end], axis=1)[5 * len(peak) :], edges)
     for index, own in enumerate(np.stack(borders, axis=1).tolist()):
         text, doc_id, source = document(int(doc[index]))
         low, high, cut = borders_of(text, *own) if reach else (own[0], own[-1], 0)
-        values = latent.value[active[index]]
+        positions, values = active[index]
         inside = spans[index].clip(low, high) - low
         seen = inside[:, 0] < inside[:, 1]
         segments = split_text(text[low:high], inside[seen], values[seen])
-        largest = float(values[np.searchsorted(tokens[index], peak[index])])
+        largest = float(values[np.searchsorted(positions, peak[index])])
         yield Record(doc_id=doc_id, source=file_name(source), max=largest, segments=segments, cut=cut)
 
 

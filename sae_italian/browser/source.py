@@ -20,7 +20,7 @@ from sae_italian.autointerp.work import TITLE, WHOLE, made_now, with_now
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import read_json, utc_now
-from sae_italian.browser.contexts import file_name, passages_of, sample_of
+from sae_italian.browser.contexts import file_name, passages_of, samples
 from sae_italian.browser.directions import Decoder
 from sae_italian.browser.page import COLUMNS, LABEL_SHOWN, Record, records
 from sae_italian.cache import FeatureCache, Manifest
@@ -30,6 +30,7 @@ from sae_italian.models import parse_hook_name, resolved_here
 
 RESULTS = "results.json"
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
+AT_ONCE = 512  # latents whose strongest passages are looked up together
 N_SOURCES = 12  # of a latent's sources, those with most documents: a corpus may have thousands
 N_LABELS, N_KEYS = 10, 20  # labels of a latent, best first; keys of its rule, heaviest first
 SCORE_FIELDS = ("scorer", "judge", "negatives", "metric", "value", "lo", "hi", "n_pos", "n_neg", "explainer")
@@ -149,6 +150,9 @@ class LatentSource:
     def rows(self) -> dict[str, list[Any]]:
         """Return the list of all latents by column (page.py)."""
         latents = range(self.d_sae)
+        for start in range(len(self._samples), self.d_sae, AT_ONCE):
+            some = latents[start : start + AT_ONCE]
+            self._samples.update(zip(some, samples(self.cache, self._document, some), strict=True))
         return {name: [column.value(self, latent) for latent in latents] for name, column in COLUMNS.items()}
 
     def row(self, latent: int) -> Record:
@@ -158,9 +162,7 @@ class LatentSource:
 
     def sample(self, latent: int) -> str:
         """Return the latent's strongest passage in one line (contexts.py)."""
-        if latent not in self._samples:
-            self._samples[latent] = sample_of(self.cache.latent(latent), self._document)
-        return self._samples[latent]
+        return self._samples.get(latent) or samples(self.cache, self._document, [latent])[0]
 
     def explained(self, explainer: str, latent: int) -> Explanation | None:
         return self.explanations.get(explainer, {}).get(latent)

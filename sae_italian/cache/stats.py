@@ -4,8 +4,11 @@ A range of latents is done at once: no step goes latent by latent. What stands n
 fire on the same tokens, decoder directions, and the tokens these promote.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +32,18 @@ TOP = 10  # of each kind that are listed
 SAMPLE = 2048  # activations looked at, evenly spaced, of a latent that has more
 GATHERED = 2**22  # about as many entries are gathered at a time
 BLOCK_BYTES = 2**27  # of a product with the decoder
+
+
+class TextCounts(NamedTuple):
+    """What the statistics need of the whole text; the two long arrays are files, so they need no memory."""
+
+    tokens: Int[np.ndarray, " positions"]
+    doc: Int[np.ndarray, " positions"]
+    token_counts: Int[np.ndarray, " vocab"]  # of counted tokens: those of documents
+
+    @property
+    def n_counted(self) -> int:
+        return int(self.token_counts.sum())
 
 
 class Entries(NamedTuple):
@@ -60,13 +75,12 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     cache = FeatureCache(folder, manifest)
     parts: dict[str, list[Any]] = {}
     counts = np.concatenate([np.diff(cache.map_file(item.file)["indptr"]) for item in manifest.ranges]).astype(np.int64)
-    # a special token that is typed in a document is not counted: no latent is read there
-    special = getattr(getattr(model, "tokenizer", None), "all_special_ids", [])
-    token_counts = np.bincount(cache.tokens[(cache.doc != NO_DOCUMENT) & ~np.isin(cache.tokens, special)])
-    for item in progress("statistics", manifest.ranges, unit="range"):
-        columns = _range_columns(cache, item, token_counts) | cofiring_neighbours(cache, item, counts)
-        for name, column in columns.items():
-            parts.setdefault(name, []).append(arrow(column) if isinstance(column, np.ndarray) else column)
+    tokenizer = getattr(model, "tokenizer", None)
+    with _text_counts(cache, [] if tokenizer is None else tokenizer.all_special_ids) as text:
+        for item in progress("statistics", manifest.ranges, unit="range"):
+            columns = _range_columns(cache, item, text) | cofiring_neighbours(cache, item, counts)
+            for name, column in columns.items():
+                parts.setdefault(name, []).append(arrow(column) if isinstance(column, np.ndarray) else column)
     merged = {name: pa.concat_arrays(columns) for name, columns in parts.items()} | decoder_columns(
         sae, model, manifest.d_sae
     )
@@ -87,7 +101,29 @@ def arrow(array: np.ndarray, offsets: np.ndarray | None = None) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(array.ravel()))
 
 
-def _range_columns(cache: FeatureCache, item: LatentRange, token_counts: Int[np.ndarray, " vocab"]) -> dict[str, Any]:
+@contextmanager
+def _text_counts(cache: FeatureCache, special: list[int]) -> Iterator[TextCounts]:
+    """Lay the tokens and documents of all shards end to end in two temporary files.
+
+    Special tokens are not counted, where one is typed in a document neither: no latent is read there.
+    """
+    counts = np.zeros(0, dtype=np.int64)
+    with TemporaryDirectory(dir=cache.folder, prefix=".", suffix=".tmp") as scratch:
+        files = [Path(scratch) / name for name in ("tokens", "doc")]
+        with files[0].open("wb") as tokens_out, files[1].open("wb") as doc_out:
+            for shard in cache.manifest.shards:
+                arrays = cache.shard_tokens(shard.index)
+                arrays["tokens"].astype(np.uint32).tofile(tokens_out)
+                arrays["doc"].tofile(doc_out)
+                counted = (arrays["doc"] != NO_DOCUMENT) & ~np.isin(arrays["tokens"], special)
+                here = np.bincount(arrays["tokens"][counted], minlength=len(counts))
+                here[: len(counts)] += counts
+                counts = here
+        tokens, doc = (np.memmap(file, dtype=np.uint32, mode="r") for file in files)
+        yield TextCounts(tokens, doc, counts)
+
+
+def _range_columns(cache: FeatureCache, item: LatentRange, text: TextCounts) -> dict[str, Any]:
     """Return the columns that need the activations of a range of latents."""
     _, indptr, position, value = next(cache.entries(item.first, item.last))
     count = np.diff(indptr)
@@ -98,13 +134,13 @@ def _range_columns(cache: FeatureCache, item: LatentRange, token_counts: Int[np.
     total = _sums(row, entries.value, len(count))
     return {
         "count": count,
-        "density": count / int(token_counts.sum()),
+        "density": count / text.n_counted,
         "max": largest.astype(np.float64),
         "mean": total / np.maximum(count, 1),
         "quantiles": _quantiles(entries),
         "histogram": _histogram(entries, largest.astype(np.float64)),
-        **_places(entries, cache.doc, cache.manifest.context_size),
-        **_token_columns(entries, cache.tokens, token_counts, total),
+        **_places(entries, text, cache.manifest.context_size),
+        **_token_columns(entries, text, total),
     }
 
 
@@ -139,14 +175,14 @@ def _histogram(entries: Entries, largest: Float[np.ndarray, " latents"]) -> Int[
     return counts.reshape(-1, N_BINS)
 
 
-def _places(entries: Entries, doc_at: Int[np.ndarray, " positions"], context_size: int) -> dict[str, np.ndarray]:
+def _places(entries: Entries, text: TextCounts, context_size: int) -> dict[str, np.ndarray]:
     """Return how many documents and windows hold each latent, and where in the window it fires."""
     n, row, position = len(entries.count), entries.row, entries.position
     new_latent = np.diff(row, prepend=-1) != 0
-    doc = doc_at[position]
+    doc = text.doc[position]
     window, place = np.divmod(position, context_size)
     profile = np.bincount(row.astype(np.int64) * N_PLACES + place * N_PLACES // context_size, minlength=n * N_PLACES)
-    first = (place == 0) | (doc_at[np.maximum(position - 1, 0)] == NO_DOCUMENT)
+    first = (place == 0) | (text.doc[np.maximum(position - 1, 0)] == NO_DOCUMENT)
     at_least_one = np.maximum(entries.count, 1)
     return {
         "n_documents": np.bincount(row[new_latent | (np.diff(doc, prepend=doc[:1]) != 0)], minlength=n),
@@ -156,14 +192,9 @@ def _places(entries: Entries, doc_at: Int[np.ndarray, " positions"], context_siz
     }
 
 
-def _token_columns(
-    entries: Entries,
-    token_at: Int[np.ndarray, " positions"],
-    token_counts: Int[np.ndarray, " vocab"],
-    total: Float[np.ndarray, " latents"],
-) -> dict[str, Any]:
+def _token_columns(entries: Entries, text: TextCounts, total: Float[np.ndarray, " latents"]) -> dict[str, Any]:
     """Return the tokens each latent fires on most, by share of its activation mass, and the entropy of all shares."""
-    n, tokens = len(entries.count), token_at[entries.position].astype(np.int32)
+    n, tokens = len(entries.count), text.tokens[entries.position].astype(np.int32)
     by_row = csr_matrix((entries.value.astype(np.float64), tokens, entries.indptr), (n, int(tokens.max(initial=0)) + 1))
     # two counting sorts put each latent's entries in order of token, and of position within a token
     by_token = by_row.tocsc().tocsr()
@@ -179,7 +210,7 @@ def _token_columns(
     return {
         "token_ids": arrow(token[top], offsets),
         "token_shares": arrow(share[top], offsets),
-        "token_lifts": arrow(share[top] / (token_counts[token[top]] / token_counts.sum()), offsets),
+        "token_lifts": arrow(share[top] / (text.token_counts[token[top]] / text.n_counted), offsets),
         "token_entropy": _sums(owner, -share * np.log(share), n),
     }
 
