@@ -20,7 +20,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import Pace
 from sae_italian.base.storage import read_json, write_json
 from sae_italian.circuits.graph import ROWS_AT_ONCE, Graph, GraphNode, reach, weights_of
-from sae_italian.circuits.linear import Linear, Targets, linearise
+from sae_italian.circuits.linear import Linear, Targets
 from sae_italian.models.activations import check_context
 from sae_italian.saes.fit import decoded
 
@@ -72,10 +72,10 @@ class Prompt:
         check_context(self.tokens.shape[1], model.config)
 
     def frozen(self, n_tokens: int | None = None, **more: Any) -> Linear:
-        """Return the linear pass of the prompt, or of its beginning; `more` as `linearise`, and what it raises."""
+        """Return the linear pass of the prompt, or of its beginning; `more` as `Linear`, and what it raises."""
         hooks = {layer: sae.cfg.metadata.hook_name for layer, sae in self.by_layer.items()}
         skips = {layer: sae.W_skip for layer, sae in self.by_layer.items() if getattr(sae, "W_skip", None) is not None}
-        return linearise(self.model, self.tokens[:, :n_tokens], hooks, skips=skips, **more)
+        return Linear(self.model, self.tokens[:, :n_tokens], hooks, skips=skips, **more)
 
     @torch.no_grad()
     def targets(self, nodes: Sequence[GraphNode], against: int | None = None) -> list[Targets]:
@@ -98,17 +98,14 @@ class Prompt:
         return node.value * written_directions(self.by_layer[node.layer], [node.index])[0]
 
 
-class _Written(NamedTuple):
-    """What was written into the residual stream at one place, the first block's input or an MLP, taken apart."""
-
-    nodes: list[GraphNode]  # position by position
-    vectors: Float[Tensor, "n d_model"]  # what each wrote
-    counts: list[int]  # of nodes at each position
-
-
 @torch.no_grad()
-def _take_apart(sae: Any, layer: int, read: Tensor, written: Tensor, texts: list[str], silent: Tensor) -> _Written:
-    """Write an MLP's output as latents + bias + error; at special tokens, where no transcoder is applied, all is bias."""
+def _take_apart(
+    sae: Any, layer: int, read: Tensor, written: Tensor, texts: list[str], silent: Tensor
+) -> tuple[list[GraphNode], Float[Tensor, "n d_model"]]:
+    """Return the nodes of an MLP's output, position by position, and what each wrote: latents + bias + error.
+
+    At special tokens, where no transcoder is applied, all is bias.
+    """
     told = skipped = constant = torch.zeros_like(written)
     nodes, vectors, live = [], written[:0], (~silent)[:, None].to(written)
     if sae is not None:
@@ -127,7 +124,7 @@ def _take_apart(sae: Any, layer: int, read: Tensor, written: Tensor, texts: list
     bias = (written - skipped) * (1 - live) + constant * live
     vectors = torch.cat([vectors, (written - told) * live, bias])
     order = sorted(range(len(nodes)), key=lambda i: nodes[i].position)
-    return _Written([nodes[i] for i in order], vectors[order], np.bincount([node.position for node in nodes]).tolist())
+    return [nodes[i] for i in order], vectors[order]
 
 
 class _Rows:
@@ -145,14 +142,16 @@ class _Rows:
         self.ends = [*range(step, n_pos, step), n_pos]
         whole, self.texts = self.linear(n_pos), token_text(prompt.model.tokenizer, prompt.tokens[0].tolist())
         self.reads = {layer: read[:1].detach() for layer, read in whole.reads.items()}
-        embedding = whole.leaves[0][0].detach()
         inputs = [GraphNode("embedding", -1, at, text=text) for at, text in enumerate(self.texts)]
-        self.sources = [_Written(inputs, embedding, [1] * n_pos)]
+        sources = [(inputs, whole.leaves[0][0].detach())]
         for layer, written in sorted(whole.written.items()):
-            sae, read = prompt.by_layer.get(layer), self.reads.get(layer, embedding[None])
-            self.sources.append(_take_apart(sae, layer, read[0], written[0], self.texts, prompt.silent))
-        self.parts = [source.vectors.split(source.counts) for source in self.sources]
-        self.nodes = [node for source in self.sources for node in source.nodes]
+            read = self.reads[layer][0] if layer in prompt.by_layer else written[0]
+            sae = prompt.by_layer.get(layer)
+            sources.append(_take_apart(sae, layer, read, written[0], self.texts, prompt.silent))
+        self.nodes = [node for nodes, _ in sources for node in nodes]
+        self.vectors = [vectors for _, vectors in sources]
+        counts = (np.bincount([node.position for node in nodes]).tolist() for nodes, _ in sources)
+        self.parts = [vectors.split(each) for vectors, each in zip(self.vectors, counts, strict=True)]
         self.layer = np.array([node.layer if node.kind == "latent" else -1 for node in self.nodes], dtype=np.int64)
         self.decided = np.array([node.kind != "bias" for node in self.nodes])
 
@@ -160,12 +159,12 @@ class _Rows:
         """Write the rows of nodes, which stand by layer, into zeros; what no target reads stays 0."""
         end, at = next(end for end in self.ends if end > max(node.position for node in nodes)), 0
         gradients = self.linear(end).gradients(self.prompt.targets(nodes, self.against))
-        for source, parts, gradient in zip(self.sources, self.parts, gradients, strict=True):
+        for parts, vectors, gradient in zip(self.parts, self.vectors, gradients, strict=True):
             if gradient is not None:
                 by_position = zip(gradient.unbind(1), parts[:end], strict=True)
                 told = torch.cat([of @ part.T for of, part in by_position], dim=1)
                 out[:, at : at + told.shape[1]] = _array(told)
-            at += len(source.nodes)
+            at += len(vectors)
 
     def values(self, nodes: Sequence[GraphNode]) -> list[float]:
         """Return what the rows of nodes, which stand by layer, add up to."""
@@ -196,14 +195,14 @@ def attribute(
     A logit is explained less the mean of all, or less that of the token `against`: what makes the difference of the two.
     `memory` (10^9 bytes; default: what is free) is what edges may take. With a folder `resume` the edges that are known are
     kept in it, and a graph of the same model, transcoders and prompt that was interrupted goes on there.
-    Raises: UsageError for more active latents than the memory holds, and as `Prompt` and `linearise`.
+    Raises: UsageError for more active latents than the memory holds, and as `Prompt` and `Linear`.
     """
     rows, n_layers = _Rows(Prompt(model, transcoders, prompt), batch, against), model.config.num_hidden_layers
     targets = _logit_nodes(model, rows.reads[n_layers][0], logits, against)
     most = min(max_nodes, n_active := int((rows.layer >= 0).sum()))
     shape = (most + len(targets), len(rows.nodes) + n_layers + 1 + len(targets))
-    _check_memory(shape, rows.sources[0].vectors.element_size(), n_active, most, memory)
-    told = [rows.reads[n_layers], *(source.vectors for source in rows.sources)]
+    _check_memory(shape, rows.vectors[0].element_size(), n_active, most, memory)
+    told = [rows.reads[n_layers], *rows.vectors]
     with _kept(resume, shape, most, told, (*(node.index for node in targets), against)) as kept:
         _visit(rows, targets, most, kept)
         found = _assembled(rows, targets, kept)
@@ -334,7 +333,7 @@ def _assembled(
 
     What was not visited is booked as the rest of its layer. Where all was, the rows themselves are the weights.
     """
-    n, n_layers, weights = len(logits), len(rows.sources) - 1, kept.rows
+    n, n_layers, weights = len(logits), len(rows.vectors) - 1, kept.rows
     visited, n_known = np.array(kept.visited, dtype=np.int64), len(kept.visited) + n
     left = np.setdiff1d(np.flatnonzero(rows.layer >= 0), visited)
     chosen = np.setdiff1d(np.arange(len(rows.nodes)), left)

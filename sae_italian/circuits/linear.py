@@ -22,11 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import centred, gain_and_bias, replaced, resolve_hook, scale_of
-from sae_italian.models.hooks import Hook, adapter_of
+from sae_italian.models.hooks import adapter_of
 
 FROZEN = "sae_italian_frozen"  # the name under which transformers knows the attention that is frozen
 Writes = Float[Tensor, "batch pos d_model"]
-Added = Mapping[int, Float[Tensor, "pos d_model"]]
 
 
 class Targets(NamedTuple):
@@ -42,16 +41,51 @@ class Targets(NamedTuple):
 
 
 class Linear:
-    """A prompt repeated `batch` times; leaves and reads share one graph of gradients. Its methods are hooks of `linearise`."""
+    """A prompt repeated `batch` times, run with all that is not linear frozen; leaves and reads share one graph of gradients."""
 
-    def __init__(self, hooks: Mapping[int, Hook], skips: Mapping[int, Tensor], before: Linear | None, added: Added):
-        self.hooks, self.skips, self.before, self.added = hooks, skips, before, added
+    def __init__(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "1 pos"],
+        hooks: Mapping[int, str],
+        *,
+        batch: int = 1,
+        skips: Mapping[int, Tensor] | None = None,
+        before: Linear | None = None,
+        added: Mapping[int, Float[Tensor, "pos d_model"]] | None = None,
+    ):
+        """Run the model on the prompt.
+
+        `hooks` names by layer where its transcoder reads, `skips` its W_skip [d_out, d_in] where it has one. With an earlier
+        pass `before`, its constants are used in the place of what this one finds, and `added` is written into the residual
+        stream at the layers' MLPs (at -1: at the first block's input): reads then move by exactly what the gradients say.
+        Raises: UsageError for a model in half precision, and for a hook that the model does not have.
+        """
+        if model.dtype not in (torch.float32, torch.float64):
+            raise UsageError(f"the model is in {model.dtype}; attribution needs float32. Load it with dtype=float32.")
+        self.skips, self.added = skips or {}, added or {}
         self.leaves: list[Writes] = []  # the first block's input, then zeros added to each MLP's output
         self.reads: dict[int, Writes] = {}  # what each transcoder reads; n_layers: the unembedding
-        # What this pass found, or one before of the same prompt, in which case this one uses it: the constants.
-        self.patterns: list[Float[Tensor, "pos heads pos"]] = []
-        self.scales: dict[str, Float[Tensor, "1 pos 1"]] = {}
-        self.written: dict[int, Tensor] = {}
+        # The constants: what this pass finds, unless an earlier one of the same prompt has found it.
+        self.patterns: dict[nn.Module, Float[Tensor, "pos heads pos"]] = before.patterns if before else {}
+        self.scales: dict[str, Float[Tensor, "1 pos 1"]] = before.scales if before else {}
+        self.written: dict[int, Tensor] = before.written if before else {}
+        resolved = {layer: resolve_hook(model, name)[0] for layer, name in hooks.items()}
+        normalised = {hook.module_path(model.config): layer for layer, hook in resolved.items() if hook.normalised}
+        n_layers, reading = model.config.num_hidden_layers, resolved.keys() - normalised.values()
+        with ExitStack() as stack:
+            stack.enter_context(_attending(model, self._attend))
+            for path in _norms(model):
+                norm = partial(self._norm, path, normalised.get(path))
+                stack.callback(model.get_submodule(path).register_forward_hook(norm).remove)
+            stack.enter_context(replaced(model, "blocks.0.hook_resid_pre", self._first))
+            for layer in range(n_layers):
+                read = partial(self._read, layer if layer in reading else None)
+                stack.enter_context(replaced(model, f"blocks.{layer}.mlp.hook_in", read))
+                stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(self._write, layer)))
+            with torch.enable_grad():  # all but the unembedding, of which nothing is needed
+                final = model.base_model(tokens.expand(batch, -1), use_cache=False).last_hidden_state
+        self.reads[n_layers] = final
 
     def gradients(self, targets: Sequence[Targets]) -> list[Writes | None]:
         """Return the gradient of each target, a row each, at every leaf; None where no target looks back so far.
@@ -65,86 +99,47 @@ class Linear:
         found = torch.autograd.grad(outputs, self.leaves, given, retain_graph=True, allow_unused=True)
         return [None if gradient is None else gradient[:row] for gradient in found]
 
-    def first(self, x: Tensor) -> Tensor:
+    def _first(self, x: Tensor) -> Tensor:
         more = self.added.get(-1)
         self.leaves.append((x if more is None else x + more.to(x)).detach().requires_grad_())
         return self.leaves[0]
 
-    def norm(self, path: str, layer: int | None, module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    def _norm(self, path: str, layer: int | None, module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
         """Return the norm of its input with the scale a constant; the transcoder of `layer` reads it before the gain."""
         (x,), middle = args, centred(args[0], module)
-        scale = self.scales[path] = self.before.scales[path] if self.before else scale_of(x[:1].detach(), module)
+        if path not in self.scales:
+            self.scales[path] = scale_of(x[:1].detach(), module)
         if layer is not None:
-            self.reads[layer] = middle * scale
+            self.reads[layer] = middle * self.scales[path]
         gain, bias = gain_and_bias(module, x)
-        return middle * (scale * gain) + bias
+        return middle * (self.scales[path] * gain) + bias
 
-    def read(self, layer: int, x: Tensor) -> Tensor:
-        if layer in self.hooks and not self.hooks[layer].normalised:
+    def _read(self, layer: int | None, x: Tensor) -> Tensor:
+        if layer is not None:
             self.reads[layer] = x
         return x[:1].detach()  # all rows are one prompt: one is enough for the MLP, and no gradient
 
-    def write(self, layer: int, out: Tensor) -> Tensor:
-        written = self.written[layer] = self.before.written[layer] if self.before else out.detach()
+    def _write(self, layer: int, out: Tensor) -> Tensor:
+        written, skip = self.written.setdefault(layer, out.detach()), 0.0
         self.leaves.append((torch.zeros_like(self.leaves[0]) + self.added.get(layer, 0.0)).requires_grad_())
-        skip = 0.0
         if layer in self.skips:
             passed = self.reads[layer] @ self.skips[layer].T.to(out)
             skip = passed - passed.detach()
         return written + self.leaves[-1] + skip
 
-    def attend(self, original: Callable[..., Any], module: Any, *given: Any, **more: Any) -> tuple[Tensor, None]:
+    def _attend(self, original: Callable[..., Any], module: Any, *given: Any, **more: Any) -> tuple[Tensor, None]:
         """Return what attention makes of the values with its pattern a constant, so that going back is one product.
 
         What it makes of values that say each position's own name is the pattern, in any implementation of it.
         """
         query, key, value, mask, *args = given
-        if self.before:
-            self.patterns.append(self.before.patterns[len(self.patterns)])
-        else:
+        if module not in self.patterns:
             names = torch.eye(value.shape[2]).to(value).expand(1, value.shape[1], -1, -1)
             mask = mask if mask is None else mask[:1]
             with torch.no_grad():
-                self.patterns.append(original(module, query[:1], key[:1], names, mask, *args, **more)[0][0])
-        pattern = self.patterns[-1].unflatten(1, (value.shape[1], -1))  # heads may share values
+                self.patterns[module] = original(module, query[:1], key[:1], names, mask, *args, **more)[0][0]
+        pattern = self.patterns[module].unflatten(1, (value.shape[1], -1))  # heads may share values
         return torch.einsum("qgrk,bgkd->bqgrd", pattern, value).flatten(2, 3), None
-
-
-def linearise(
-    model: Any,
-    tokens: Int[Tensor, "1 pos"],
-    hooks: Mapping[int, str],
-    *,
-    batch: int = 1,
-    skips: Mapping[int, Tensor] | None = None,
-    before: Linear | None = None,
-    added: Added | None = None,
-) -> Linear:
-    """Run the model on the prompt with all that is not linear frozen.
-
-    `hooks` names by layer where its transcoder reads, `skips` its W_skip [d_out, d_in] where it has one. With an earlier
-    pass `before`, its constants are used in the place of what this one finds, and `added` is written into the residual
-    stream at the layers' MLPs (at -1: at the first block's input): reads then move by exactly what the gradients say.
-    Raises: UsageError for a model in half precision, and for a hook that the model does not have.
-    """
-    if model.dtype not in (torch.float32, torch.float64):
-        raise UsageError(f"the model is in {model.dtype}; attribution needs float32. Load it with dtype=float32.")
-    resolved = {layer: resolve_hook(model, name)[0] for layer, name in hooks.items()}
-    normalised = {hook.module_path(model.config): layer for layer, hook in resolved.items() if hook.normalised}
-    run = Linear(resolved, skips or {}, before, added or {})
-    with ExitStack() as stack:
-        stack.enter_context(_attending(model, run.attend))
-        for path in _norms(model):
-            norm = partial(run.norm, path, normalised.get(path))
-            stack.callback(model.get_submodule(path).register_forward_hook(norm).remove)
-        stack.enter_context(replaced(model, "blocks.0.hook_resid_pre", run.first))
-        for layer in range(model.config.num_hidden_layers):
-            stack.enter_context(replaced(model, f"blocks.{layer}.mlp.hook_in", partial(run.read, layer)))
-            stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(run.write, layer)))
-        with torch.enable_grad():  # all but the unembedding, of which nothing is needed
-            final = model.base_model(tokens.expand(batch, -1), use_cache=False).last_hidden_state
-            run.reads[model.config.num_hidden_layers] = final
-    return run
 
 
 @contextmanager

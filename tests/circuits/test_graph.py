@@ -12,7 +12,7 @@ from sae_italian.base.pace import time_bound
 from sae_italian.circuits.check import random_graph
 from sae_italian.circuits.edges import Prompt, _Rows, attribute
 from sae_italian.circuits.graph import Graph, GraphNode, influence, prune, scores
-from sae_italian.circuits.linear import Targets, linearise
+from sae_italian.circuits.linear import Linear, Targets
 
 SIZES = {
     "hidden_size": 32,
@@ -105,7 +105,7 @@ def test_an_edge_is_what_the_target_moves_by(model):
     graph = attribute(model, saes, "ciao bella")
     tokens = model.tokenizer("ciao bella").input_ids
     hooks = {layer: f"blocks.{layer}.mlp.hook_in" for layer in range(3)}
-    before = linearise(model, tokens, hooks)
+    before = Linear(model, tokens, hooks)
     whole = before.leaves[0][0].detach()
     unembedding = model.get_output_embeddings().weight
     rng = np.random.default_rng(0)
@@ -122,7 +122,7 @@ def test_an_edge_is_what_the_target_moves_by(model):
             added[node.position] = before.written[node.layer][0, node.position] - sae(read).detach()
         else:
             added[node.position] = whole[node.position]
-        after = linearise(model, tokens, hooks, before=before, added={node.layer: added})
+        after = Linear(model, tokens, hooks, before=before, added={node.layer: added})
         for row, target in enumerate(graph.targets.tolist()):
             to = graph.nodes[target]
             moved = (after.reads[to.layer] - before.reads[to.layer])[0, to.position]
@@ -137,7 +137,7 @@ def test_an_edge_is_what_the_target_moves_by(model):
 def test_the_frozen_pass_is_the_models_own(model):
     tokens = model.tokenizer("ciao bella").input_ids
     name = model.config._attn_implementation
-    linear = linearise(model, tokens, {}, batch=2)
+    linear = Linear(model, tokens, {}, batch=2)
     final = linear.reads[3]
     logits = model(tokens).logits
     mine = torch.nn.functional.linear(final, model.get_output_embeddings().weight)
@@ -275,7 +275,7 @@ def test_a_planted_latent_against_a_logit_has_its_edge_by_hand(mistral):
     graph = attribute(mistral, [sae], "ciao", logits=[7])
     column = next(i for i, n in enumerate(graph.nodes) if n[:4] == ("latent", 2, len(graph.tokens) - 1, 3))
     tokens = mistral.tokenizer("ciao").input_ids
-    before_norm = linearise(mistral, tokens, {}).scales["model.norm"][0, -1]
+    before_norm = Linear(mistral, tokens, {}).scales["model.norm"][0, -1]
     expected = -graph.nodes[column].value * float(
         (direction * mistral.model.norm.weight.detach() * before_norm) @ direction
     )
@@ -335,7 +335,7 @@ def test_what_is_no_graph_is_refused(mistral):
     with pytest.raises(UsageError, match="less itself"):
         attribute(mistral, [random_transcoder(0)], "ciao", logits=[5], against=5)
     with pytest.raises(UsageError, match="float32"):
-        linearise(mistral.half(), mistral.tokenizer("ciao").input_ids, {})
+        Linear(mistral.half(), mistral.tokenizer("ciao").input_ids, {})
 
 
 def test_what_a_large_graph_will_take_is_said_before(mistral, monkeypatch, capsys):
@@ -347,7 +347,7 @@ def test_what_a_large_graph_will_take_is_said_before(mistral, monkeypatch, capsy
 def test_a_token_that_nobody_looks_at_changes_nothing(mistral):
     """Causal: the logits' gradient at positions behind a target is zero, and a later token leaves earlier rows alone."""
     tokens = mistral.tokenizer("ciao bella").input_ids
-    linear = linearise(mistral, tokens, {1: "blocks.1.mlp.hook_in"})
+    linear = Linear(mistral, tokens, {1: "blocks.1.mlp.hook_in"})
     gradients = linear.gradients([Targets(1, torch.tensor([4]), torch.ones(1, 32, dtype=torch.float64))])
     assert all((gradient[0, 5:] == 0).all() for gradient in gradients[:2]) and (gradients[0][0, 4] != 0).any()
     assert gradients[2:] == [None, None]  # later layers
