@@ -134,12 +134,10 @@ def recommend(trials: Sequence[Trial], n_tokens: int) -> Choice:
     """Return the k at which the proxy is least, by a parabola through its neighbours on the grid (of log k).
 
     The interval holds the k of the grid whose mean is within one seed-sd of the minimum, and at least half a step to each
-    side. Raises: UsageError for fewer than three values of k.
+    side.
     """
     groups = by_k(trials)
     grid, found = list(groups), {}
-    if len(grid) < 3:
-        raise UsageError(f"the grid has {len(grid)} values of k; at least 3 are needed. Give --grid 8,16,32.")
     for name in DECIDING:
         values = [[t.projections[name] for t in some] for some in groups.values()]
         spread = np.var(values, axis=1, ddof=min(1, len(values[0]) - 1)).mean()
@@ -190,8 +188,6 @@ def members(spec: RunSpec, grid: Sequence[int], seeds: int, share: float) -> dic
         )
     if spec.hook_name_out is not None:
         raise UsageError("the config is a transcoder's; k is chosen for SAEs. Give a config without hook_name_out.")
-    if seeds < 1:
-        raise UsageError(f"seeds is {seeds}; 1 or more was expected.")
     if not 0 < share <= 1:
         raise UsageError(
             f"share is {share:g}; a part of the config's training_tokens was expected, above 0 and at most 1."

@@ -8,7 +8,7 @@ treebank without documents a run of 20 sentences, because neighbours come from o
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice, pairwise
 from pathlib import Path
@@ -35,7 +35,6 @@ CONFOUNDS = re.compile(
     r"https?://\S+|www\.\S+|\bArt(\.|icol[oi])\s*\d+\S*|[<{\[][^<>{}\[\]]*[>}\]]|\S*[_/\\|@#`=]\S*|\S*\d\S*"
     r"|\b(Dynamics|Commerce|Microsoft|Debian|HTML|CSS|JavaScript|MDN|API)\b"
 )
-SOURCES = ("ud", "micro", "micro-documents", "texts", "pairs", "lexicon")
 _CARRIER = "La parola è "
 
 
@@ -260,22 +259,21 @@ def gather(
     treebanks: Sequence[str] = (),
     texts: Mapping[str, str] | None = None,
     seed: int = 0,
-    sources: Collection[str] = SOURCES,
+    sources: Collection[str] = ("ud", "micro", "micro-documents", "texts", "pairs", "lexicon"),
 ) -> Material:
     """Return the passages of sources that run offline: treebanks and corpora as they are given, grammar and lists always."""
     if len(texts or {}) == 1:
         raise UsageError("one corpus has no genres to tell apart; give two or more: --texts NAME=CORPUS NAME=CORPUS.")
-    words = {"ud", "micro"} if "lexicon" in sources else set(sources)
-    banks, n_copies = treebank_passages(treebanks if "ud" in words else ())
-    micro = micro_passages() if "micro" in words else []
-    made: dict[str, Callable[[], list[Passage]]] = {
-        "ud": lambda: banks,
-        "micro": lambda: micro,
-        "micro-documents": register_passages,
-        "texts": lambda: genre_passages(texts or {}, seed),
-        "pairs": lambda: pair_passages(seed=seed),
-        "lexicon": lambda: lexicon_passages([*banks, *micro]),
+    banks, n_copies = treebank_passages(treebanks)
+    micro = micro_passages()
+    made = {
+        "ud": banks,
+        "micro": micro,
+        "micro-documents": register_passages(),
+        "texts": genre_passages(texts or {}, seed),
+        "pairs": pair_passages(seed=seed),
+        "lexicon": lexicon_passages([*banks, *micro]),
     }
     corpora = {"ud": list(map(str, treebanks)), "texts": list((texts or {}).values())}
     corpora |= dict.fromkeys(("micro", "micro-documents"), [MICRO_ITALIANO])
-    return Material({name: made[name]() for name in SOURCES if name in sources}, corpora, n_copies)
+    return Material({name: some for name, some in made.items() if name in sources}, corpora, n_copies)

@@ -5,8 +5,7 @@ it was, and a further SAE costs its own encoding alone.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of, paced
@@ -23,7 +22,7 @@ from sae_italian.base.storage import claimed, fingerprint, read_json, write_json
 from sae_italian.base.units import PROCESSORS, map_units
 from sae_italian.benchmark import probes
 from sae_italian.benchmark.material import Material
-from sae_italian.benchmark.probes import Activations, Pooling, model_identity, read_texts
+from sae_italian.benchmark.probes import Activations, Point, Pooling, model_identity, read_texts
 from sae_italian.benchmark.tasks import LEAST, TEST, TRAIN, Plan, ProbingTask, Problem, draw, plan
 from sae_italian.corpora.stream import mixture
 from sae_italian.saes import check_fits, hooks_of, weights_hash
@@ -34,32 +33,49 @@ Baselines = Callable[[Any, torch.Tensor], Mapping[str, Any]]  # from an SAE and 
 EXPLORATORY = 40  # examples in test: fewer say little
 QUICK = (300, 200)  # examples of a task in the quick preset, train and test
 HEADLINE = (1, 16)  # k's whose influence by document is kept, for comparisons of SAEs
+Sides = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]  # items drawn for training, for test
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """The examples of one problem and seed as rows of a pooling."""
-
-    rows: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]
-    answers: tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " m"]]
-    items: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]
-
-    def of(self, vectors: Any) -> probes.Examples:
-        """Return the examples as rows of an array, or a sparse one, that has a row for each point."""
-        (a, b), (y, truth) = self.rows, self.answers
-        return probes.Examples(vectors[a], y, vectors[b], truth)
-
-
-@dataclass
 class Bench:
-    """Everything that is the same for all SAEs at one hook."""
+    """Everything that is the same for all SAEs at one hook, whose activations may be a model's or planted ones."""
 
-    folder: Path
-    plan: Plan
-    pooling: Pooling
-    draws: dict[str, list[Drawn]]
-    n_permuted: int
-    embeddings: Float[np.ndarray, "vocabulary d"] = field(repr=False)
+    def __init__(
+        self,
+        folder: Path,
+        acts: Activations,
+        embeddings: Float[np.ndarray, "vocabulary d"],
+        planned: Plan,
+        most: tuple[int, int] = (TRAIN, TEST),
+        n_seeds: int = 5,
+        n_permuted: int = 20,
+    ):
+        self.folder, self.embeddings, self.n_permuted = folder, embeddings, n_permuted
+        self.texts = planned.texts
+        raw = {p.name: [draw(p.items, seed, most=most) for seed in range(n_seeds)] for p in planned.problems}
+        points: dict[Point, None] = {}
+        for problem in planned.problems:
+            where = problem.points()
+            drawn = np.concatenate([side for found in raw[problem.name] for side in found])
+            points |= dict.fromkeys(where[i] for i in drawn.tolist())
+        self.pooling = Pooling(acts, planned.texts, list(points))
+        self.problems: list[Problem] = []
+        self.draws: dict[str, list[Sides]] = {}  # by problem and seed, without words beyond the context
+        self.rows: dict[str, Int[np.ndarray, " items"]] = {}  # by problem, of the pooling
+        self.refused = list(planned.refused)
+        for problem in planned.problems:
+            row = np.array([self.pooling.rows.get(point, -1) for point in problem.points()], dtype=np.int64)
+            draws = [(train[row[train] >= 0], test[row[test] >= 0]) for train, test in raw[problem.name]]
+            answers = [problem.answer[side] for found in draws for side in found]
+            if min(min(y.sum(), (~y).sum()) for y in answers) < LEAST:
+                self.refused.append(f"{problem.task.id}: < {LEAST} (n_ctx)")  # their words lie beyond the context
+                continue
+            self.rows[problem.name], self.draws[problem.name] = row, draws
+            self.problems.append(problem)
+
+    def examples(self, problem: Problem, vectors: Any, seed: int = 0) -> probes.Examples:
+        """Return a draw of a problem as rows of an array, or a sparse one, that has a row for each point."""
+        (train, test), row, y = self.draws[problem.name][seed], self.rows[problem.name], problem.answer
+        return probes.Examples(vectors[row[train]], y[train], vectors[row[test]], y[test])
 
     def controls(self) -> None:
         """Find what form, token identity, activations and embeddings give, for every problem that has no file yet."""
@@ -68,16 +84,15 @@ class Bench:
             self._write("controls", "controls", todo, lambda problem: self._control(problem, dense, embedded))
 
     def _control(self, problem: Problem, dense: np.ndarray, embedded: np.ndarray) -> dict[str, Any]:
-        drawn = self.draws[problem.name][0]
-        forms = ([problem.items[i].form for i in side] for side in drawn.items)
-        ids, x, e = (drawn.of(each) for each in (self.pooling.ids, dense, embedded))
+        forms = ([problem.items[i].form for i in side] for side in self.draws[problem.name][0])
+        ids, x, e = (self.examples(problem, each) for each in (self.pooling.ids, dense, embedded))
         found = {
             "form": probes.form_probe(ids._replace(x=next(forms), w=next(forms))),
             "tokens": probes.token_probe(ids),
             "dense": probes.dense_probe(x),
             "embedded": probes.dense_probe(e),
         }
-        natural = np.mean([item.answer for item in problem.items])
+        natural = problem.answer.mean()
         counts = {"n_train": len(ids.y), "n_test": len(ids.truth), "majority": float(max(natural, 1 - natural))}
         scores = {name: {"auc": j.auc, "accuracy": j.accuracy, "f1": j.f1} for name, j in found.items()}
         return scores | counts | {"exploratory": len(ids.truth) // 2 < EXPLORATORY}
@@ -90,20 +105,24 @@ class Bench:
 
     def _score(self, problem: Problem, z: scipy.sparse.csr_array, twin: scipy.sparse.csr_array) -> dict[str, Any]:
         draws = self.draws[problem.name]
-        ours = [probes.sparse_probes(drawn.of(z)) for drawn in draws]
-        theirs = [probes.sparse_probes(drawn.of(twin), HEADLINE) for drawn in draws]
-        chance = probes.permuted(draws[0].of(z), self.n_permuted, 0)
-        frequency = float(np.mean([item.answer for item in problem.items]))
-        documents, truth = np.array(problem.documents), draws[0].answers[1]
+        frequency, documents = float(problem.answer.mean()), np.array(problem.documents)
+
+        def each(latents: scipy.sparse.csr_array) -> Iterator[probes.Examples]:
+            return (self.examples(problem, latents, seed) for seed in range(len(draws)))
+
+        ours = [probes.sparse_probes(drawn) for drawn in each(z)]
+        theirs = [probes.sparse_probes(drawn, HEADLINE) for drawn in each(twin)]
+        chance = probes.permuted(next(each(z)), self.n_permuted, 0)
         found: dict[str, Any] = {"permuted": chance, "interval": {}, "influence": {}}
         for key, values in (("auc", ours), ("twin", theirs)):
             found[key] = {str(k): [one[k].auc for one in values] for k in values[0]}
-        found["match"] = [[probes.matched(drawn.of(latents), frequency) for latents in (z, twin)] for drawn in draws]
+        pairs = zip(each(z), each(twin), strict=True)
+        found["match"] = [[probes.matched(drawn, frequency) for drawn in pair] for pair in pairs]
         for key in ("accuracy", "f1"):
             found[key] = {str(k): float(np.mean([getattr(one[k], key) for one in ours])) for k in ours[0]}
         for k in HEADLINE:
-            where = documents[draws[0].items[1]]
-            interval = auroc_by_document(ours[0][k].score, truth, np.unique(where, return_inverse=True)[1])
+            where = np.unique(documents[draws[0][1]], return_inverse=True)[1]
+            interval = auroc_by_document(ours[0][k].score, problem.answer[draws[0][1]], where)
             found["interval"][str(k)] = interval.finite()[1:]
             found["influence"][str(k)] = _influence(documents, draws, [one[k] for one in ours])
         return found
@@ -112,7 +131,7 @@ class Bench:
         return self.folder / name / f"results.{problem.name}.json"
 
     def _todo(self, name: str) -> list[Problem]:
-        return [problem for problem in self.plan.problems if not self._file(name, problem).is_file()]
+        return [problem for problem in self.problems if not self._file(name, problem).is_file()]
 
     def _write(self, name: str, what: str, todo: Sequence[Problem], judge: Callable[[Problem], Any]) -> None:
         """Write a file for each problem, by processes that share what this one has read."""
@@ -125,48 +144,13 @@ class Bench:
             pass
 
 
-def _influence(documents: np.ndarray, draws: Sequence[Drawn], judged: Sequence[probes.Judged]) -> dict[str, float]:
+def _influence(documents: np.ndarray, draws: Sequence[Sides], judged: Sequence[probes.Judged]) -> dict[str, float]:
     """Return each document's influence on the AUC, the mean over seeds."""
     total: dict[str, float] = {}
-    for drawn, one in zip(draws, judged, strict=True):
-        for document, part in zip(documents[drawn.items[1]], one.parts, strict=True):
+    for (_, test), one in zip(draws, judged, strict=True):
+        for document, part in zip(documents[test], one.parts, strict=True):
             total[str(document)] = total.get(str(document), 0.0) + float(part) / len(draws)
     return {document: round(part, 7) for document, part in total.items()}
-
-
-def _drawn(problem: Problem, pooling: Pooling, found: Iterable[np.ndarray]) -> Drawn:
-    """Return a draw as rows of the pooling, without words beyond the context."""
-    row = np.array([pooling.rows.get(point, -1) for point in problem.points()], dtype=np.int64)
-    answer = np.array([item.answer for item in problem.items], dtype=bool)
-    train, test = (side[row[side] >= 0] for side in found)
-    return Drawn((row[train], row[test]), (answer[train], answer[test]), (train, test))
-
-
-def set_up(
-    folder: Path,
-    acts: Activations,
-    embeddings: Float[np.ndarray, "vocabulary d"],
-    planned: Plan,
-    most: tuple[int, int] = (TRAIN, TEST),
-    n_seeds: int = 5,
-    n_permuted: int = 20,
-) -> Bench:
-    """Return the bench of one hook, whose activations may be a model's or planted ones."""
-    raw = {p.name: [draw(p.items, seed, most=most) for seed in range(n_seeds)] for p in planned.problems}
-    points = []
-    for problem in planned.problems:
-        where = problem.points()
-        points += [where[i] for found in raw[problem.name] for side in found for i in side.tolist()]
-    pooling = Pooling(acts, planned.texts, list(dict.fromkeys(points)))
-    draws, problems, refused = {}, [], list(planned.refused)
-    for problem in planned.problems:
-        found = [_drawn(problem, pooling, one) for one in raw[problem.name]]
-        if min(min(y.sum(), (~y).sum()) for one in found for y in one.answers) < LEAST:
-            refused.append(f"{problem.task.id}: < {LEAST} (n_ctx)")  # their words lie beyond the context
-            continue
-        draws[problem.name] = found
-        problems.append(problem)
-    return Bench(folder, Plan(problems, planned.texts, refused), pooling, draws, n_permuted, embeddings)
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -228,7 +212,7 @@ def benchmark(
             mine = {name: sae for name, sae in saes.items() if hooks[name] == hook}
             with one_of(len(set(hooks.values()))):
                 acts = read_texts(model, hook, planned.texts, out / hook / "activations")
-                bench = set_up(out / hook, acts, table, planned, most, n_seeds, 5 if quick else 20)
+                bench = Bench(out / hook, acts, table, planned, most, n_seeds, 5 if quick else 20)
                 facts = _scored(bench, mine, baselines)
             told["hooks"][hook] = _size(bench)
             told["saes"] |= {name: {**one, "hook": hook} for name, one in facts.items()}
@@ -265,8 +249,7 @@ def _facts(name: str, sae: Any) -> dict[str, Any]:
 
 def _size(bench: Bench) -> dict[str, Any]:
     """Return how much was read at a hook, and which problems were run there."""
-    texts, tokens = bench.plan.texts, sum(map(len, bench.pooling.acts.ids))
-    words = sum(len(text.split()) for text in texts)
-    size = {"texts": len(texts), "tokens": tokens, "tokens_per_word": tokens / words}
-    names = {p.name: {"task": p.task.id, "pooling": p.pooling} for p in bench.plan.problems}
-    return size | {"refused": bench.plan.refused, "problems": names}
+    tokens, words = sum(map(len, bench.pooling.acts.ids)), sum(len(text.split()) for text in bench.texts)
+    size = {"texts": len(bench.texts), "tokens": tokens, "tokens_per_word": tokens / words}
+    names = {p.name: {"task": p.task.id, "pooling": p.pooling} for p in bench.problems}
+    return size | {"refused": bench.refused, "problems": names}

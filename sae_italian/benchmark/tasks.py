@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from sae_italian.benchmark.material import Material, Passage, PlacedWord, is_tes
 
 LEAST = 20  # examples of the rarer class, on either side
 TRAIN, TEST = 1024, 600  # examples at most
-MEAN, LAST, WORD = "mean", "last", "word"
+MEAN, LAST, WORD, TEXT = "mean", "last", "word", "text"
+WHOLE = -1  # where a word ends, of a whole text
 MEAN_OF, LAST_OF = -1, -2  # where a text is read, in place of where a word ends
 Rule = dict[str, Any]
 
@@ -57,7 +58,7 @@ class Item(NamedTuple):
     """One possible example."""
 
     passage: int  # of its source
-    end: int  # where its word ends; -1 the whole passage
+    end: int  # where its word ends, or WHOLE
     answer: bool
     test: bool
     value: str  # of the fact within which classes are balanced
@@ -114,27 +115,27 @@ class SourceTable:
 
     def __init__(self, passages: Sequence[Passage]):
         self.passages = passages
-        self._facts = [p.facts for p in passages], [word.facts for p in passages for word in p.words]
         self._column = cache(self._coded)
-        lengths = [len(passage.words) for passage in passages]
-        self._passage = np.repeat(np.arange(len(passages)), lengths)
-        self._first = np.cumsum([0, *lengths])
+        words = [(i, word) for i, passage in enumerate(passages) for word in passage.words]
+        texts = [(i, PlacedWord(0, WHOLE, passage.facts)) for i, passage in enumerate(passages)]
+        self._places = {WORD: words, TEXT: texts}  # each in the passage of that number
 
-    def _coded(self, of_words: bool, name: str) -> tuple[list[str | None], Int[np.ndarray, " places"]]:
+    def _coded(self, unit: str, name: str) -> tuple[list[str | None], Int[np.ndarray, " places"]]:
         """Return the values of a fact, and which one each place has: a rule asks every value once."""
         codes: dict[str | None, int] = {}
-        which = [codes.setdefault(facts.get(name), len(codes)) for facts in self._facts[of_words]]
+        which = [codes.setdefault(place.facts.get(name), len(codes)) for _, place in self._places[unit]]
         return [*codes], np.array(which, dtype=np.int64)
 
     def holds(self, rule: Rule, unit: str) -> Bool[np.ndarray, " places"]:
         """Return where all facts match; of texts, `some` and `none` ask for a word that does, and for none."""
-        found = np.ones(len(self._facts[unit == WORD]), dtype=bool)
+        found = np.ones(len(self._places[unit]), dtype=bool)
         for name, wanted in rule.items():
             if name in ("some", "none"):
-                inside = self._passage[self.holds(wanted, WORD)]
-                found &= (np.bincount(inside, minlength=len(found)) > 0) == (name == "some")
+                matching = np.flatnonzero(self.holds(wanted, WORD)).tolist()
+                inside = {self._places[WORD][number][0] for number in matching}
+                found &= [(i in inside) == (name == "some") for i, _ in self._places[unit]]
             else:
-                values, codes = self._column(unit == WORD, name)
+                values, codes = self._column(unit, name)
                 found &= np.array([_matches(value, wanted) for value in values], dtype=bool)[codes]
         return found
 
@@ -142,16 +143,13 @@ class SourceTable:
         """Return every example of a task: places it is about that are positive, and those that are negative."""
         among, positive = (self.holds(rule, task.unit) for rule in (task.among, task.positive))
         negative = self.holds(task.negative, task.unit) if task.negative else ~positive
-        chosen = np.flatnonzero(among & (positive | negative)).tolist()
         items, sides = [], {}
-        for place in chosen:
-            index = int(self._passage[place]) if task.unit == WORD else place
-            passage = self.passages[index]
-            word = passage.words[place - self._first[index]] if task.unit == WORD else PlacedWord(0, -1, passage.facts)
-            form = passage.text[word.start : word.end] if task.unit == WORD else passage.text
-            value = word.facts.get(task.within, "")
-            items.append(Item(index, word.end, bool(positive[place]), passage.test, value, form))
-            sides.setdefault(word.facts.get(task.apart, ""), []).append(len(items) - 1)
+        for number in np.flatnonzero(among & (positive | negative)).tolist():
+            index, place = self._places[task.unit][number]
+            passage, value = self.passages[index], place.facts.get(task.within, "")
+            form = passage.text if place.end == WHOLE else passage.text[place.start : place.end]
+            items.append(Item(index, place.end, bool(positive[number]), passage.test, value, form))
+            sides.setdefault(place.facts.get(task.apart, ""), []).append(len(items) - 1)
         return _apart(items, sides) if task.apart else items
 
 
@@ -223,6 +221,11 @@ class Problem:
     def name(self) -> str:
         """The name of its files."""
         return re.sub(r"[^\w-]+", "-", f"{self.task.id}-{self.pooling}")
+
+    @cached_property
+    def answer(self) -> Bool[np.ndarray, " items"]:
+        """The answer to each item."""
+        return np.array([item.answer for item in self.items], dtype=bool)
 
     def points(self) -> list[tuple[int, int]]:
         """Return where each item is read."""

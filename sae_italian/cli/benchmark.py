@@ -20,9 +20,8 @@ from sae_italian.base.labels import read_words
 from sae_italian.base.pace import is_bounded
 from sae_italian.base.report import plain, table
 from sae_italian.base.storage import claimed
-from sae_italian.benchmark import pages
 from sae_italian.benchmark.absorption import absorption as absorbed
-from sae_italian.benchmark.board import read_entries
+from sae_italian.benchmark.board import leaderboard, read_entries, send_to_wandb, write
 from sae_italian.benchmark.hub import gather_hub, hub_tasks
 from sae_italian.benchmark.material import gather
 from sae_italian.benchmark.tasks import all_tasks, chosen
@@ -74,7 +73,7 @@ def benchmark(
     """
     settings, names = own_words(saes, WORDS)
     if not names:
-        boards = pages.leaderboard(out)
+        boards = leaderboard(out)
         text = "\n\n".join(board.markdown() for board in boards)
         return Result([plain(board) for board in boards], f"{text}\n\nleaderboard: {out / 'leaderboard.html'}")
     for corpus in named("--texts", texts).values():  # also of tasks that are not asked
@@ -82,8 +81,8 @@ def benchmark(
     where = (ud or [], named("--texts", texts), seed) if sets == "offline" else None
     told = _run(short_names(names), out, preset, where, model, folder, settings)
     entries = read_entries(out)
-    board = pages.write(out, entries, told)
-    sent = [pages.send_to_wandb(entries, settings["wandb"], out)] if settings["wandb"] else []
+    board = write(out, entries, told)
+    sent = [send_to_wandb(entries, settings["wandb"], out)] if settings["wandb"] else []
     value = {"folder": str(out), **plain(board), "refused": told["refused"]}
     return Result(value, "\n\n".join([board.markdown(), *sent, f"report: {out / 'benchmark.html'}"]))
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -11,8 +12,7 @@ import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, run, saebench
-from sae_italian.benchmark.board import ranks, training_noise
-from sae_italian.benchmark.pages import leaderboard, send_to_wandb, write
+from sae_italian.benchmark.board import leaderboard, ranks, send_to_wandb, training_noise, write
 from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
 from sae_italian.benchmark.tasks import LAST_OF, MEAN_OF, chosen
@@ -51,7 +51,7 @@ def test_neurons_do_what_the_dense_probe_does_and_form_does_not(scored):
     neurons = entries["neurons"]
     assert set(neurons.scores) == {"M23-word", "M1-negation-mean", "M1-negation-last", "P2-number-last"}
     negation = neurons.scores["M1-negation-mean"]
-    assert negation.mean("auc", "16") > 0.8 and negation.control["dense"]["auc"] > 0.9
+    assert negation.means("auc")["16"] > 0.8 and negation.control["dense"]["auc"] > 0.9
     # a minimal pair differs in its last word, whose characters say nothing of the determiner before
     assert neurons.scores["P2-number-last"].control["form"]["auc"] < 0.75
     for score in neurons.scores.values():
@@ -66,9 +66,9 @@ def test_a_random_sae_gains_nothing_over_its_twin(scored):
     score = random.scores["M1-negation-mean"]
     mine, twins = np.mean(score.own["match"], axis=0)
     assert abs(random.estimate("match").value) < 0.2 and 0 < mine < 1
-    assert score.value("match") == pytest.approx((mine - twins) / (1 - twins))
+    assert score.numbers["match"] == pytest.approx((mine - twins) / (1 - twins))
     older = {key: value for key, value in score.own.items() if key != "match"}
-    assert np.isnan(score._replace(own=older).value("match"))
+    assert np.isnan(replace(score, own=older).numbers["match"])
 
 
 def test_differences_are_paired_and_an_sae_is_not_distinguishable_from_itself(scored):

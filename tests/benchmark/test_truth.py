@@ -18,9 +18,9 @@ from scipy.stats import spearmanr
 
 from sae_italian.base.storage import read_json
 from sae_italian.benchmark import all_tasks, material
-from sae_italian.benchmark.board import ProblemScore
+from sae_italian.benchmark.board import CONTROLS, ProblemScore
 from sae_italian.benchmark.probes import Activations, Examples, matched, sparse_probes
-from sae_italian.benchmark.run import set_up
+from sae_italian.benchmark.run import Bench
 from sae_italian.benchmark.tasks import WORD, plan
 from sae_italian.saes.baselines import random_twin
 
@@ -121,7 +121,7 @@ def bench_on(folder, seed):
     planned = plan(material.Material({"micro": passages}, {}), tasks)
     by_text = {p.text: p for p in passages}
     acts, table, strength, directions, names = planted(folder / "acts", [by_text[text] for text in planned.texts], seed)
-    bench = set_up(folder, acts, table, planned, n_seeds=1, n_permuted=1)
+    bench = Bench(folder, acts, table, planned, n_seeds=1, n_permuted=1)
     x = np.load(folder / "acts" / "part-0000.npy")
     some = np.random.default_rng(2).permutation(len(x))[:8000]
     saes = saes_of_known_quality(directions, names, seed + 1)
@@ -142,26 +142,25 @@ def agreement(truth, values):
 def test_the_benchmark_ranks_saes_as_the_truth_does(tmp_path, capsys):
     bench, saes, truth = bench_on(tmp_path, 0)
     rows: dict[str, dict[str, ProblemScore]] = {}
+    none = {**dict.fromkeys(CONTROLS, {"auc": np.nan}), "majority": np.nan}  # no control is asked here
     for name, sae in saes.items():
         bench.score(name, name, sae, random_twin(sae, 1))
-        files = {p.name: tmp_path / name / f"results.{p.name}.json" for p in bench.plan.problems}
-        rows[name] = {problem: ProblemScore({}, read_json(file)) for problem, file in files.items()}
+        files = {p.name: tmp_path / name / f"results.{p.name}.json" for p in bench.problems}
+        rows[name] = {problem: ProblemScore(none, read_json(file), {}) for problem, file in files.items()}
 
     def mean(name, mine, column):
-        read = {"auc": lambda score, k: score.mean("auc", k), "gain": lambda score, k: score.value(f"gain_{k}")}
-        what, _, k = column.partition("_")
-        return np.mean([read[what](rows[name][p], k) if k else rows[name][p].value(what) for p in mine])
+        return np.mean([rows[name][p].numbers[column] for p in mine])
 
     noisy = [name for name in rows if name.startswith("noise")]
     columns = (("auc_1", rows), ("auc_16", rows), ("gain_1", rows), ("match", rows), ("auc_1", noisy))
     heads = "AUC, k = 1 | AUC, k = 16 | gain, k = 1 | match | AUC, k = 1, noise alone"
     said, found = ["", f"| family, pooling | {heads} | problems |", "|---" * 7 + "|"], {}
     for family, pooling in FAMILIES:
-        mine = [p.name for p in bench.plan.problems if p.task.family == family and p.pooling == pooling]
+        mine = [p.name for p in bench.problems if p.task.family == family and p.pooling == pooling]
         own = {name: each[family] for name, each in truth.items()}
         found[family, pooling] = [agreement(own, {n: mean(n, mine, column) for n in some}) for column, some in columns]
         said.append(f"| {family}, {pooling} | {' | '.join(f'{r:.2f}' for r in found[family, pooling])} | {len(mine)} |")
-    words = [p.name for p in bench.plan.problems if p.pooling == WORD]
+    words = [p.name for p in bench.problems if p.pooling == WORD]
     said += ["", "| SAE | truth | AUC, k = 1 | AUC, k = 16 | gain, k = 1 | match |", "|---" * 6 + "|"]
     for name, own in sorted(truth.items(), key=lambda each: -each[1]["micro-words"]):
         means = [f"{mean(name, words, column):.3f}" for column in ("auc_1", "auc_16", "gain_1", "match")]
@@ -187,10 +186,8 @@ def test_the_match_follows_the_truth_on_draws_that_it_was_not_chosen_on(tmp_path
     for name, sae in saes.items():
         z, twin = (bench.pooling.latents(each, name) for each in (sae, random_twin(sae, 1)))
         for family, pooling in FAMILIES:
-            own = [p for p in bench.plan.problems if p.task.family == family and p.pooling == pooling]
-            share = {p.name: float(np.mean([item.answer for item in p.items])) for p in own}
-            drawn = {p.name: bench.draws[p.name][0] for p in own}
-            both = [[matched(drawn[n].of(each), share[n]) for n in share] for each in (z, twin)]
+            own = [p for p in bench.problems if p.task.family == family and p.pooling == pooling]
+            both = [[matched(bench.examples(p, each), float(p.answer.mean())) for p in own] for each in (z, twin)]
             found.setdefault((family, pooling), {})[name] = above(*both)
     told = [agreement({n: t[family] for n, t in truth.items()}, found[family, p]) for family, p in FAMILIES]
     with capsys.disabled():
