@@ -6,13 +6,14 @@ import json
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from sae_italian.autointerp.database import CALLS_TABLE, RecordTable, connect, connect_to_read, problem
 from sae_italian.base.errors import DataError, UsageError
 
 NO_ANSWER = "no answer"  # status of what the endpoint failed on or refused: a rerun asks again
 UNANSWERED = -2  # what a judge `said` where the endpoint failed: a rerun judges the latent again
+ScoreName = tuple[str, ...]  # control, scorer, negatives and metric
 NOW = "@now"  # ends the explainer's name of what was made on demand (work.py), which belongs to no run
 
 
@@ -267,28 +268,31 @@ class Store:
             FALLS.add(self.connection, (row for row in given if isinstance(row, Falls)))
             JUDGEMENTS.add(self.connection, judged)
 
-    def values(
-        self, column: Literal["value", "lo"] = "value", *, failed: bool = False, judge: str = "rule", **where: str
-    ) -> dict[int, float]:
-        """Return one metric by latent, where it has a value; `where` are explainer, control, scorer, metric and negatives.
+    def scores(self, explainer: str, judge: str) -> dict[ScoreName, dict[int, Any]]:
+        """Return value and lower end by name and latent of all scores of one explainer's texts by one judge.
 
-        A rule's score and an LLM's are different: never both at once. With `failed` those that could not be scored are
-        there too, with None. `lo` is the interval's lower end, where there is one.
+        None is what could not be scored, or has no interval. A rule's score and an LLM's are different: never both at once.
         """
-        where = {"judge": judge, **where}
-        query = f"""SELECT score.latent, score.{column}
-                    FROM score JOIN explanation ON explanation.id = explanation_id
-                    WHERE {" AND ".join(f"{name} = ?" for name in where)} AND (? OR score.{column} IS NOT NULL)
-                    ORDER BY score.latent"""
-        return dict(self.connection.execute(query, (*where.values(), failed)))
+        query = """SELECT control, scorer, negatives, metric, score.latent, value, lo
+                   FROM score JOIN explanation ON explanation.id = explanation_id
+                   WHERE explainer = ? AND judge = ? ORDER BY score.latent"""
+        found: dict[ScoreName, dict[int, Any]] = {}
+        for *name, latent, value, lo in self.connection.execute(query, (explainer, judge)):
+            found.setdefault(tuple(name), {})[latent] = value, lo
+        return found
 
-    def falls(self, explainer: str, judge: str, control: str) -> dict[int, dict[str, list[int | None]]]:
-        """Return by latent how its scores fall without a group of documents; {} in a store that is older than these."""
-        rest = """WHERE judge = ? AND control = ?
-                  AND explanation_id IN (SELECT id FROM explanation WHERE explainer = ?)"""
-        return {
-            row.latent: row.falls or {} for _, row in FALLS.select(self.connection, rest, (judge, control, explainer))
-        }
+    def values(
+        self, explainer: str, *, scorer: str, negatives: str, metric: str, control: str = "", judge: str = "rule"
+    ) -> dict[int, float]:
+        """Return one metric by latent, where it has a value."""
+        found = self.scores(explainer, judge).get((control, scorer, negatives, metric), {})
+        return {latent: value for latent, (value, _) in found.items() if value is not None}
+
+    def falls(self, explainer: str, judge: str) -> dict[tuple[str, int], dict[str, list[int | None]]]:
+        """Return by control and latent how scores fall without a group of documents; {} in a store older than these."""
+        rest = "WHERE judge = ? AND explanation_id IN (SELECT id FROM explanation WHERE explainer = ?)"
+        found = FALLS.select(self.connection, rest, (judge, explainer))
+        return {(row.control, row.latent): row.falls or {} for _, row in found}
 
     def judges(self) -> list[str]:
         """Return the judges that scored here, in the order of the first explanation that they did."""

@@ -1,9 +1,10 @@
 """Tables of a store: how well latents are explained beside the same numbers of the controls; and all of it for others."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ GOOD = 0.8  # balanced accuracy from which a latent counts as detected
 ENOUGH = 300  # latents from which a summary may stand for an SAE
 FORMATS = ("parquet", "jsonl", "wandb")  # of an export
 COLUMNS = ("detection", "fuzzing", "simulation", "shuffled_detection", "lookup_detection", "gain_over_lookup")
-_HEADLINE = {**HEADLINE, "simulation": TOP}
+_HEADLINE = {**HEADLINE, "simulation": TOP, "budget": SOURCE}  # scorer -> the negatives behind it where none are named
+_LED = ("detection", "fuzzing", "simulation")
 _SOURCES = {"detection": SEGMENT_NEGATIVES, "fuzzing": FUZZING_NEGATIVES}
 
 
@@ -92,93 +94,101 @@ def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> A
     """Return the summary of a store for one explainer and judge, the rules and the rule judge by default."""
     with Store(path, {}) as store:
         statuses = [explanation.status for _, explanation in store.explanations(explainer).values()]
-
-        scores, lookup = _Scores(store, explainer, judge), dict[str, Any](explainer=LOOKUP, judge=RULE)
-        values, mean = scores.values, scores.mean
-        means = {name: mean(name) for name in _HEADLINE}
-        means |= {f"shuffled_{name}": mean(name, control=SHUFFLED) for name in _HEADLINE}
-        means |= {f"lookup_{name}": mean(name, **lookup) for name in _HEADLINE}
-        means["whole_detection"] = mean("detection", control=WHOLE)
-        means["by_keys_area"] = mean("budget", SOURCE, "area")
-        for name, others in {"": {}, "lookup_": lookup, "whole_": {"control": WHOLE}}.items():
-            means[f"{name}saved_bits"] = mean("budget", SOURCE, **others)
-        means["title_detection"] = mean("detection", control=TITLE)
-        for answer in ("yes", "no"):
-            means[f"always_{answer}"] = mean("detection", explainer=EXPLAINER, judge=f"always-{answer}")
-        detected, looked_up = values("detection"), values("detection", **lookup)
-        both = {latent: looked_up[latent] for latent in detected if latent in looked_up}
-        gains = values("detection", metric=GAIN, column="lo")
-        better = {latent for latent, low in gains.items() if low > 0}  # the interval of the gain is above 0
-        return AutointerpSummary(
-            explainer=explainer,
-            judge=judge,
-            n_latents=len(statuses),
-            n_explained=statuses.count("ok"),
-            n_scored=len(detected),
-            n_too_few=statuses.count("too few activations"),
-            n_dead=statuses.count("dead"),
-            **means,
-            simulation_random=mean("simulation", RANDOM),
-            share_detected=_share(list(detected.values())),
-            lookup_share_detected=_share(list(looked_up.values())),
-            gain_over_lookup=mean("detection", gain=True),
-            only_token=_share([0.0 if latent in better else value for latent, value in both.items()]),
-            by_keys={str(n): mean("budget", SOURCE, f"balanced_accuracy_{n}") for n in BUDGETS},
-            by_negatives=scores.by_source(),
-            gains=scores.by_source(gain=True),
-            by_decile=[mean("detection", metric=f"tpr_decile_{tenth}") for tenth in range(10)],
-            by_document=scores.known,
-            enough=len(statuses) >= ENOUGH or stored_config(store).latents is None,
-        )
+        enough = len(statuses) >= ENOUGH or stored_config(store).latents is None
+        own, lookup = _Scores(store, explainer, judge), _Scores(store, LOOKUP, RULE)
+        always = {f"always_{answer}": _Scores(store, EXPLAINER, f"always-{answer}") for answer in ("yes", "no")}
+    means = {name: own.mean(name) for name in _LED}
+    means |= {f"shuffled_{name}": own.mean(name, control=SHUFFLED) for name in _LED}
+    means |= {f"lookup_{name}": lookup.mean(name) for name in _LED}
+    means |= {name: scores.mean("detection") for name, scores in always.items()}
+    detected, looked_up = own.values("detection"), lookup.values("detection")
+    both = {latent: looked_up[latent] for latent in detected if latent in looked_up}
+    better = {latent for latent, lo in own.values("detection", "", GAIN, end=1).items() if lo > 0}
+    return AutointerpSummary(
+        explainer=explainer,
+        judge=judge,
+        n_latents=len(statuses),
+        n_explained=statuses.count("ok"),
+        n_scored=len(detected),
+        n_too_few=statuses.count("too few activations"),
+        n_dead=statuses.count("dead"),
+        **means,
+        simulation_random=own.mean("simulation", RANDOM),
+        share_detected=_share(detected.values()),
+        lookup_share_detected=_share(looked_up.values()),
+        whole_detection=own.mean("detection", control=WHOLE),
+        by_keys={str(n): own.mean("budget", "", f"balanced_accuracy_{n}") for n in BUDGETS},
+        by_keys_area=own.mean("budget", "", "area"),
+        saved_bits=own.mean("budget"),
+        lookup_saved_bits=lookup.mean("budget"),
+        whole_saved_bits=own.mean("budget", control=WHOLE),
+        title_detection=own.mean("detection", control=TITLE),
+        gain_over_lookup=own.mean("detection", lookup=lookup),
+        # not told from the lookup where the interval of the gain reaches below 0
+        only_token=_share(0.0 if latent in better else value for latent, value in both.items()),
+        by_negatives=own.by_source(),
+        gains=own.by_source(lookup),
+        by_decile=[own.mean("detection", "", f"tpr_decile_{tenth}") for tenth in range(10)],
+        by_document=all(scores.known for scores in (own, lookup, *always.values())),
+        enough=enough,
+    )
 
 
 class _Scores:
-    """The scores in a store by latent, of one explainer and judge where nothing else is said, and their means."""
+    """One explainer's scores by one judge, read from the store at once, and their means.
+
+    A score is named by its scorer, negatives and metric, by the headline's where these are left out. `known` says whether
+    the store has all that the intervals of the means taken so far rest on.
+    """
 
     def __init__(self, store: Store, explainer: str, judge: str):
-        self.store, self.falls, self.known = store, cache(store.falls), True
-        self.who: dict[str, Any] = {"explainer": explainer, "judge": judge, "control": ""}
+        self.found, self.falls, self.known = store.scores(explainer, judge), store.falls(explainer, judge), True
 
-    def values(self, scorer: str, negatives: str = "", metric: str = "", **where: Any) -> dict[int, float]:
-        negatives, metric = negatives or _HEADLINE[scorer], metric or SCORERS[scorer].metric
-        return self.store.values(scorer=scorer, negatives=negatives, metric=metric, **self.who | where)
+    def values(self, *name: str, control: str = "", end: int = 0) -> dict[int, float]:
+        """Return by latent the scores that could be made; with `end` 1 the lower ends of their intervals."""
+        found = self.found.get((control, *_whole(*name)), {})
+        return {latent: row[end] for latent, row in found.items() if row[end] is not None}
 
-    def mean(self, scorer: str, negatives: str = "", metric: str = "", *, gain: bool = False, **where: Any) -> Estimate:
-        """Return the mean over latents with its interval over latents and documents, none where the store lacks these."""
-        negatives = negatives or _HEADLINE[scorer]
-        found = self.values(scorer, negatives, GAIN if gain else metric, **where)
-        name = falls_name(scorer, negatives, metric or SCORERS[scorer].metric)
-        rows = self._rows(found, name, **self.who | where) - (
-            self._rows(found, name, LOOKUP, RULE, "") if gain else 0.0
-        )
-        self.known &= bool(np.isfinite(rows).any(axis=1).all())
-        return two_way_mean(np.array([*found.values()]), rows)
-
-    def _rows(self, latents: Iterable[int], name: str, *who: str, **where: str) -> Float[np.ndarray, "latents groups"]:
+    def without(self, latents: Iterable[int], *name: str, control: str = "") -> Float[np.ndarray, "latents groups"]:
         """Return by how much scores fall without each group of documents, NaN where that is not known."""
-        falls = self.falls(*who, **where)
-        rows = [falls.get(latent, {}).get(name) or [None] * GROUPS for latent in latents]
+        kept = falls_name(*_whole(*name))
+        rows = [self.falls.get((control, latent), {}).get(kept) or [None] * GROUPS for latent in latents]
         return np.array(rows, dtype=np.float64).reshape(-1, GROUPS) / 1000
 
-    def over(self, control: str, scorer: str, negatives: str) -> tuple[Estimate, Estimate]:
+    def mean(self, *name: str, control: str = "", lookup: _Scores | None = None) -> Estimate:
+        """Return the mean over latents with its interval over latents and documents, or that of the gain over `lookup`."""
+        gain = (*_whole(*name)[:2], GAIN)
+        found = self.values(*(gain if lookup else name), control=control)
+        falls = self.without(found, *name, control=control)
+        if lookup is not None:
+            falls -= lookup.without(found, *name)
+        self.known &= bool(np.isfinite(falls).any(axis=1).all())
+        return two_way_mean(np.array([*found.values()]), falls)
+
+    def over(self, control: str, *name: str) -> tuple[Estimate, Estimate]:
         """Return the mean of a control's scores and that of the differences from it, over the latents that have both."""
-        own, theirs = (self.values(scorer, negatives, **where) for where in ({}, {"control": control}))
-        both, name = (
-            [latent for latent in own if latent in theirs],
-            falls_name(scorer, negatives, SCORERS[scorer].metric),
-        )
+        own, theirs = self.values(*name), self.values(*name, control=control)
+        both = [latent for latent in own if latent in theirs]
         mine, others = (np.array([each[latent] for latent in both]) for each in (own, theirs))
-        rows, rest = (self._rows(both, name, **self.who | where) for where in ({}, {"control": control}))
-        return two_way_mean(others, rest), two_way_mean(mine - others, rows - rest)
+        falls, rest = self.without(both, *name), self.without(both, *name, control=control)
+        return two_way_mean(others, rest), two_way_mean(mine - others, falls - rest)
 
-    def by_source(self, gain: bool = False) -> dict[str, dict[str, Estimate]]:
-        """Return the means of detection and fuzzing by the negatives' source."""
-        each = {scorer: {name: self.mean(scorer, name, gain=gain) for name in own} for scorer, own in _SOURCES.items()}
-        return {scorer: {k: v for k, v in own.items() if v.value == v.value} for scorer, own in each.items()}
+    def by_source(self, lookup: _Scores | None = None) -> dict[str, dict[str, Estimate]]:
+        """Return the means of detection and fuzzing by the negatives' source, or those of the gain over `lookup`."""
+        found: dict[str, dict[str, Estimate]] = {}
+        for scorer, sources in _SOURCES.items():
+            each = {source: self.mean(scorer, source, lookup=lookup) for source in sources}
+            found[scorer] = {source: mean for source, mean in each.items() if mean.value == mean.value}
+        return found
 
 
-def _share(values: Sequence[float]) -> Estimate:
-    return wilson(sum(reaches(value, GOOD) for value in values), len(values))
+def _whole(scorer: str, negatives: str = "", metric: str = "") -> tuple[str, str, str]:
+    return scorer, negatives or _HEADLINE[scorer], metric or SCORERS[scorer].metric
+
+
+def _share(values: Iterable[float]) -> Estimate:
+    good = [reaches(value, GOOD) for value in values]
+    return wilson(sum(good), len(good))
 
 
 # --- tables ------------------------------------------------------------------------------------------------------------
@@ -219,30 +229,32 @@ def means(path: Path, explainer: str, judges: Sequence[str], twin: Path | None =
     Beside it the mean of the random twin, where its store is given and there, and the rank correlation over latents with
     detection by the rule judge.
     """
-    rows, named = [], ("judge", "scorer", "negatives")
     random = means(twin, explainer, judges) if twin and twin.is_file() else []
-    of_twin = {tuple(row[key] for key in named): {key: row[key] for key in Estimate._fields} for row in random}
+    of_twin = {(row["judge"], row["scorer"], row["negatives"]): row for row in random}
     with Store(path, {}) as store:
         detected = _Scores(store, EXPLAINER, RULE).values("detection")
-        asked = store.connection.execute(
-            """SELECT judge, scorer, negatives FROM score JOIN explanation ON explanation.id = score.explanation_id
-               WHERE control = '' AND explainer = ? GROUP BY judge, scorer, negatives""",
-            (explainer,),
-        ).fetchall()
-        known, order = [row for row in asked if row[0] in judges], list(SCORERS)
-        for judge, scorer, negatives in sorted(known, key=lambda row: (judges.index(row[0]), order.index(row[1]))):
-            where = {"judge": judge, "scorer": scorer, "metric": SCORERS[scorer].metric, "negatives": negatives}
-            scores = _Scores(store, explainer, judge)
-            every = scores.values(scorer, negatives, failed=True)
-            n = sum(value is not None for value in every.values())
+        by_judge = {judge: _Scores(store, explainer, judge) for judge in judges}
+    rows, order = [], list(SCORERS)
+    for judge, scores in by_judge.items():
+        told = {(scorer, negatives) for control, scorer, negatives, _ in scores.found if not control}
+        for which in sorted(told, key=lambda each: (order.index(each[0]), each[1])):
+            row: dict[str, Any] = {
+                "judge": judge,
+                "scorer": which[0],
+                "metric": SCORERS[which[0]].metric,
+                "negatives": which[1],
+            }
+            found = scores.values(*which)
             # what failed: texts longer than the context, divergences out of reach
-            row = {**where, "n": n, "n_failed": len(every) - n, **scores.mean(scorer, negatives).as_dict()}
-            pairs = [(every[latent], detected[latent]) for latent in sorted(every.keys() & detected.keys())]
-            ranks = rankdata([pair for pair in pairs if pair[0] is not None] or np.empty((0, 2)), axis=0)
+            row |= {"n": len(found), "n_failed": len(scores.found.get(("", *_whole(*which)), ())) - len(found)}
+            row |= scores.mean(*which).as_dict()
+            pairs = [(found[latent], detected[latent]) for latent in sorted(found.keys() & detected.keys())]
+            ranks = rankdata(pairs or np.empty((0, 2)), axis=0)
             row["rank_with_detection"] = correlation(*ranks.T).as_dict()
-            row["random_twin"] = of_twin.get((judge, scorer, negatives), NOTHING.as_dict())
+            theirs = of_twin.get((judge, *which), NOTHING.as_dict())
+            row["random_twin"] = {name: theirs[name] for name in Estimate._fields}
             for control in (SHUFFLED, NOTHING_SAID):
-                theirs, over = scores.over(control, scorer, negatives)
+                theirs, over = scores.over(control, *which)
                 row |= {control: theirs.as_dict(), f"over_{control}": over.as_dict()}
             rows.append(row)
     return rows
