@@ -18,7 +18,6 @@ from sae_italian.autointerp.scorers.binary import (
     GAIN,
     GROUPS,
     Answers,
-    NumberedDocuments,
     detection,
     falls_of,
     fuzzing,
@@ -42,7 +41,7 @@ from sae_italian.autointerp.scorers.subject import (
 from sae_italian.autointerp.store import Explanation, Falls, Judgement, Store
 from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.base.errors import UsageError
-from sae_italian.base.statistics import auroc_by_document, two_way_mean
+from sae_italian.base.statistics import Estimate, auroc_by_document, two_way_mean
 from tests.autointerp.conftest import N_TOKENS, OracleJudge, Says, Told, scores
 
 
@@ -56,14 +55,13 @@ def judged(*verdicts, n=None, docs=None) -> Answers:
     size = len(verdicts[0].said)
     sides = np.split(np.arange(size), [size // 2 if n is None else n])
     docs = np.arange(size) if docs is None else docs
-    return Answers(verdicts, {"random": tuple(sides)}, docs, NumberedDocuments(docs))
+    return Answers(verdicts, {"random": tuple(sides)}, docs)
 
 
 def binary_metrics(verdicts, **others):
     found = judged(verdicts, **others)
-    metrics = found.shares()[0]
-    found.add_others(metrics, 0)
-    return metrics[0]
+    metrics = {name: Estimate(*table[:, 0, 0].tolist()) for name, table in found.shares().items()}
+    return metrics | {name: each[0] for name, each in found.others(0).items()}
 
 
 def test_metrics_by_hand():
@@ -130,10 +128,10 @@ def test_a_judges_answers_are_told_example_by_example():
 
 
 def test_sums_are_by_document():
-    documents = NumberedDocuments(np.array([3, 9, 3]), np.array([5]))
-    values = np.array([[1.0, 2.0], [3.0, 4.0]])
-    assert documents.sums(np.array([3, 3]), values).tolist() == [[3, 0, 0], [7, 0, 0]]
-    assert documents.sums(np.array([9, 5]), values).tolist() == [[0, 2, 1], [0, 4, 3]]
+    found = judged(answers([1, 0], [1, -1, 1]), n=2, docs=np.array([3, 9, 3, 5, 9]))
+    n, yes = found.asked_and_yes
+    assert found.known.tolist() == [3, 5, 9]
+    assert n.tolist() == [[[[1, 0, 1], [1, 0, 1]]]] and yes.tolist() == [[[[1, 0, 0], [1, 0, 1]]]]
 
 
 def test_scores_by_decile_count_their_positives(source):
@@ -217,7 +215,7 @@ def test_a_fall_is_the_score_less_what_is_left_without_a_group_of_documents():
     said, docs = rng.integers(0, 2, 120), rng.permutation(np.repeat(np.arange(100, 140), 3))
     said[7] = -1
     found = judged(answers(said[:60], said[60:]), docs=docs)
-    score = found.shares()[0][0]["balanced_accuracy"].value
+    score = found.shares()["balanced_accuracy"][0, 0, 0]
     for group, fall in enumerate(found.falls()[0][0]):
         left = (docs % GROUPS != group) & (said >= 0)
         tpr, fpr = (said[side][left[side]].mean() for side in (slice(60), slice(60, None)))
@@ -292,8 +290,8 @@ def test_a_simulations_interval_is_over_documents_too():
 
 
 def test_a_latent_with_too_few_negatives_of_every_source_has_no_scores():
-    found = Answers([answers([1], [0])], {}, np.arange(2), NumberedDocuments(np.arange(2)))
-    assert found.shares() == [[]]
+    found = Answers([answers([1], [0])], {}, np.arange(2))
+    assert found.shares()["balanced_accuracy"].shape == (3, 1, 0) and found.counts() == [[]]
 
 
 def test_fewer_positives_than_a_score_needs_are_refused():
@@ -307,8 +305,8 @@ def test_a_paired_comparison_is_sharper_than_two_intervals():
     first = answers((~hard[:100]).astype(int), hard[100:].astype(int))
     second = answers((~hard[:100] & (rng.random(100) > 0.2)).astype(int), hard[100:].astype(int))
     both = judged(first, second)
-    (difference,), shares = both.gains(0, 1), both.shares()
-    own, other = (each[0]["balanced_accuracy"] for each in shares)
+    (difference,), shares = both.gains(0, 1), both.shares()["balanced_accuracy"]
+    own, other = (Estimate(*shares[:, number, 0].tolist()) for number in (0, 1))
     assert difference.value == pytest.approx(own.value - other.value)
     apart = math.hypot(own.hi - own.lo, other.hi - other.lo)  # as if they had been asked about other examples
     assert difference.hi - difference.lo < apart / 2 and difference.lo > 0

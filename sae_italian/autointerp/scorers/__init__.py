@@ -27,7 +27,7 @@ class Score(NamedTuple):
     n_positive: int = 0
     n_negative: int = 0
     n_failed: int = 0  # examples without a usable answer, left out of the metrics
-    falls: Mapping[str, Sequence[float]] = {}  # by how much metrics fall without each group of documents, or NaN
+    falls: Mapping[str, Any] = {}  # metric -> array: by how much it falls without each group of documents, or NaN
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ Plain accuracy is never given: it rewards a judge that always says the commoner 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ GAIN = "gain_over_lookup"
 # knows the context alone says no to nearly all of these, so that score is close to (share of positives found + 1) / 2.
 HEADLINE = {"detection": "random", "fuzzing": "same-token"}
 GROUPS = 20  # of documents, by their numbers: by these it is told what a mean over latents owes to shared documents
+Fall = Float[np.ndarray, " groups"]
 # By source, the positives and the negatives.
 Questions = Mapping[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]
 
@@ -55,18 +56,20 @@ def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: 
         return
     for one in asked:
         one.answers[name] = shown, one.judge.detect(one.explanation, shown)
-    answers = Answers([one.answers[name][1] for one in asked], shown.questions, shown.document, documents_of(examples))
-    metrics = answers.shares()
-    for number, one in enumerate(asked if shown.questions else ()):
-        if not (one.only or one.control):  # what stands beside is told by its balanced accuracy
-            answers.add_others(metrics[number], number)
+    answers = Answers([one.answers[name][1] for one in asked], shown.questions, shown.document)
+    shares, counts, falls = answers.shares(), answers.counts(), answers.falls()
     lookup = next((i for i, one in enumerate(asked) if one.explanation.explainer == LOOKUP), 0)
-    for i, gain in enumerate(answers.gains(0, lookup) if lookup else ()):
-        metrics[0][i][GAIN] = gain
-    for one, own, counts, falls in zip(asked, metrics, answers.counts(), answers.falls(), strict=True):
-        for source, found, n, fall in zip(shown.questions, own, counts, falls, strict=True):
-            if one.only.get(name, source) == source:
-                yield one, Score(source, found, *n, falls={"balanced_accuracy": fall})
+    gains = answers.gains(0, lookup) if lookup else []
+    for number, one in enumerate(asked):
+        # what stands beside is told by its balanced accuracy
+        others = {} if one.only or one.control else answers.others(number)
+        for place, source in enumerate(shown.questions):
+            if one.only.get(name, source) != source:
+                continue
+            metrics = {metric: Estimate(*table[:, number, place]) for metric, table in shares.items()}
+            metrics |= {metric: each[place] for metric, each in others.items()}
+            metrics |= {GAIN: gains[place]} if gains and number == 0 else {}
+            yield one, Score(source, metrics, *counts[number][place], {"balanced_accuracy": falls[number, place]})
 
 
 def _by_decile(verdicts: Verdicts, shown: Any) -> Iterator[Score]:
@@ -80,12 +83,12 @@ def _by_decile(verdicts: Verdicts, shown: Any) -> Iterator[Score]:
         yield Score("random", {name: NOTHING._replace(value=share)}, len(rows), falls={name: falls})
 
 
-def mean_and_falls(values: Float[np.ndarray, " n"], document: Int[np.ndarray, " n"]) -> tuple[float, list[float]]:
+def mean_and_falls(values: Float[np.ndarray, " n"], document: Int[np.ndarray, " n"]) -> tuple[float, Fall]:
     """Return a mean, and its falls as `falls_of`."""
     present = left_out(document)
     n = present.sum(axis=1)
     means = present @ values / np.maximum(n, 1)
-    return float(means[0]), falls_of(means, n).tolist()
+    return float(means[0]), falls_of(means, n)
 
 
 def ranking(
@@ -95,7 +98,7 @@ def ranking(
     shown: Any = examples.test
     given = [np.asarray(strength, dtype=np.float64) for strength in strengths]
     verdicts = [Verdicts(np.where(np.isfinite(each), 1, -1), each) for each in given]
-    answers = Answers(verdicts, shown.questions, shown.document, documents_of(examples))
+    answers = Answers(verdicts, shown.questions, shown.document)
     for number, (one, counts) in enumerate(zip(asked, answers.counts(), strict=True)):
         for place, (source, n) in enumerate(zip(shown.questions, counts, strict=True)):
             rows, truth = answers.answered(number, place)
@@ -105,33 +108,14 @@ def ranking(
 
 def ranking_falls(
     strength: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], document: Int[np.ndarray, " n"]
-) -> list[float]:
+) -> Fall:
     """Return the falls of AUROC, the share of pairs in order, as `falls_of`."""
     present = left_out(document)
     left = (auroc_by_document(strength[some], truth[some], document[some]) for some in present > 0)
-    return falls_of(np.array([area.value for area in left]), present.sum(axis=1)).tolist()
+    return falls_of(np.array([area.value for area in left]), present.sum(axis=1))
 
 
 # --- counts by document of many scores of one latent at once ----------------------------------------------------------
-
-
-class NumberedDocuments:
-    """The documents of all examples of one latent, numbered from 0."""
-
-    def __init__(self, *docs: Int[np.ndarray, " n"]):
-        self.known = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *docs]))
-        self.left_out = left_out(self.known)
-
-    def sums(
-        self, docs: Int[np.ndarray, " n"], values: Float[np.ndarray, "quantities n"]
-    ) -> Float[np.ndarray, "quantities documents"]:
-        """Return the sums of several quantities over each document."""
-        n = len(self.known)
-        cell = (np.arange(len(values)) * n)[:, None] + self.index(docs)
-        return np.bincount(cell.ravel(), weights=values.ravel(), minlength=len(values) * n).reshape(len(values), n)
-
-    def index(self, docs: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        return np.searchsorted(self.known, docs)
 
 
 def left_out(document: Int[np.ndarray, " n"]) -> Float[np.ndarray, "1+groups n"]:
@@ -151,54 +135,44 @@ def falls_of(
     return np.where(counts[..., 1:] < counts[..., :1], falls, np.nan)
 
 
-@lru_cache(maxsize=8)
-def documents_of(examples: LatentExamples) -> NumberedDocuments:
-    """Return the documents of all questions about a latent: every score of it counts by them."""
-    asked: list[Any] = [shown for shown in (examples.test, examples.marked) if len(shown)]
-    return NumberedDocuments(
-        *(shown.document[rows] for shown in asked for both in shown.questions.values() for rows in both)
-    )
-
-
 class Answers:
     """The answers of several explanations' judges to the same questions about one latent, summed by document.
 
     An example without a usable answer counts nowhere.
     """
 
-    def __init__(
-        self,
-        verdicts: Sequence[Verdicts],
-        questions: Questions,
-        document: Int[np.ndarray, " examples"],
-        documents: NumberedDocuments,
-    ):
-        self.verdicts, self.documents, self.sides = verdicts, documents, list(questions.values())
+    def __init__(self, verdicts: Sequence[Verdicts], questions: Questions, document: Int[np.ndarray, " examples"]):
+        self.verdicts, self.sides = verdicts, list(questions.values())
         self.said = np.stack([own.said for own in verdicts])
         self.good = self.said >= 0
-        self.index = documents.index(document)
-        self.rows = np.concatenate([np.empty(0, np.int64), *(rows for both in self.sides for rows in both)])
-        side = np.repeat(np.arange(2 * len(self.sides)), [len(rows) for both in self.sides for rows in both])
-        self.cell = side * len(documents.known) + self.index[self.rows]
+        self.known, self.index = np.unique(document, return_inverse=True)
+        sides = [rows for both in self.sides for rows in both]
+        self.rows = np.concatenate([np.empty(0, np.int64), *sides])
+        side = np.repeat(np.arange(len(sides)), list(map(len, sides)))
+        self.cell = side * len(self.known) + self.index[self.rows]
         self.truth = np.zeros(len(document))
         for positive, _ in self.sides:
             self.truth[positive] = 1.0
 
     def _sums(self, values: Float[np.ndarray, "n examples"]) -> Float[np.ndarray, "n sources 2 documents"]:
         """Return the sums over each document of the positives' and the negatives' values."""
-        shape = len(values), len(self.sides), 2, len(self.documents.known)
+        shape = len(values), len(self.sides), 2, len(self.known)
         size = int(np.prod(shape[1:]))
         cell = (np.arange(len(values)) * size)[:, None] + self.cell
         return np.bincount(cell.ravel(), values[:, self.rows].ravel(), len(values) * size).reshape(shape)
 
+    @cached_property
+    def asked_and_yes(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._sums(self.good), self._sums(self.said * self.good)
+
     def counts(self) -> list[list[tuple[int, int, int]]]:
         """Return by explanation and source the number of positives, of negatives, and of those that failed."""
         sizes = [(len(positive), len(negative)) for positive, negative in self.sides]
-        answered = self._sums(self.good).sum(axis=(2, 3)).astype(int).tolist()
+        answered = self.asked_and_yes[0].sum(axis=(2, 3)).astype(int).tolist()
         return [[(*size, sum(size) - n) for size, n in zip(sizes, own, strict=True)] for own in answered]
 
-    def shares(self) -> list[list[dict[str, Estimate]]]:
-        """Return by explanation and source the balanced accuracy and its two shares.
+    def shares(self) -> dict[str, Float[np.ndarray, "3 explanations sources"]]:
+        """Return the balanced accuracy and its two shares: value, lo, hi.
 
         Their intervals need no resampling, which of few documents gives too short ones, none near 1.
         """
@@ -206,20 +180,15 @@ class Answers:
         shape, flat = n.shape[:2], (n.shape[0] * n.shape[1], n.shape[-1])  # of too few examples there is no source
         asked, found, others, wrongly = (x[:, :, side].reshape(flat) for side in (0, 1) for x in (n, yes))
         tpr, tnr = shares_by_document(found, asked), shares_by_document(others - wrongly, others)
-        told = np.stack([mean_of_two(tpr, tnr), tpr, tnr]).transpose(2, 0, 1).reshape(*shape, 3, 3).tolist()
-        names = ("balanced_accuracy", "tpr", "tnr")
-        return [[dict(zip(names, map(Estimate._make, one), strict=True)) for one in own] for own in told]
+        told = {"balanced_accuracy": mean_of_two(tpr, tnr), "tpr": tpr, "tnr": tnr}
+        return {name: table.reshape(3, *shape) for name, table in told.items()}
 
-    @cached_property
-    def asked_and_yes(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._sums(self.good), self._sums(self.said * self.good)
-
-    def falls(self) -> list[list[list[float]]]:
-        """Return by explanation and source the falls of balanced accuracy, as `falls_of`."""
-        n, yes = (each @ self.documents.left_out.T for each in self.asked_and_yes)
+    def falls(self) -> Float[np.ndarray, "explanations sources groups"]:
+        """Return the falls of balanced accuracy, as `falls_of`."""
+        n, yes = (each @ left_out(self.known).T for each in self.asked_and_yes)
         with np.errstate(divide="ignore", invalid="ignore"):
             rates = yes / n
-        return falls_of((rates[:, :, 0] - rates[:, :, 1]) / 2, n.sum(axis=2)).tolist()
+        return falls_of((rates[:, :, 0] - rates[:, :, 1]) / 2, n.sum(axis=2))
 
     def gains(self, ours: int, theirs: int) -> list[Estimate]:
         """Return by source by how much one explanation's balanced accuracy exceeds another's, on what both answered."""
@@ -228,22 +197,21 @@ class Answers:
         gained, differing, n = self._sums(np.stack([gain, abs(gain), good]))
         return list(map(Estimate._make, gains_by_document(gained, differing, n).T.tolist()))
 
-    def add_others(self, metrics: list[dict[str, Estimate]], number: int) -> None:
-        """Add to an explanation's metrics by source those that are no shares: F1, and of probabilities AUROC and Brier."""
+    def others(self, number: int) -> dict[str, list[Estimate]]:
+        """Return by source an explanation's metrics that are no shares: F1, and of probabilities Brier score and AUROC."""
         n, yes = (each[number] for each in self.asked_and_yes)
         probability, sizes = self.verdicts[number].probability, n.sum(axis=2, keepdims=True)
         with np.errstate(divide="ignore", invalid="ignore"):
             wrongly = yes[:, 1] * (sizes[:, 0] / sizes[:, 1])  # as if there were as many negatives as positives
-        found = {"f1": f1_by_document(yes[:, 0], yes[:, 0] + wrongly, n[:, 0])}
+        tables = {"f1": f1_by_document(yes[:, 0], yes[:, 0] + wrongly, n[:, 0])}
         if probability is not None:  # a square lies between 0 and 1, so its mean varies no more than a share would
             squares = np.where(self.good[number], (self.truth - probability) ** 2, 0.0)
             errors = self._sums(squares[None])[0]
-            found["brier"] = mean_of_two(*(shares_by_document(errors[:, side], n[:, side]) for side in (0, 1)))
-        for name, table in found.items():
-            for own, each in zip(metrics, table.T.tolist(), strict=True):
-                own[name] = Estimate(*each)
-        for i in range(len(self.sides) if probability is not None else 0):
-            metrics[i]["auroc"] = self.auroc(number, i)
+            tables["brier"] = mean_of_two(*(shares_by_document(errors[:, side], n[:, side]) for side in (0, 1)))
+        found = {name: list(map(Estimate._make, table.T.tolist())) for name, table in tables.items()}
+        if probability is not None:
+            found["auroc"] = [self.auroc(number, place) for place in range(len(self.sides))]
+        return found
 
     def auroc(self, number: int, source: int) -> Estimate:
         """Return the probability that a positive outranks a negative, ties counting half, of what was answered."""

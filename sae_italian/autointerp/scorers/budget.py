@@ -47,7 +47,7 @@ def budget(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[A
             found |= {f"balanced_accuracy_{n}": value for n, value in zip(BUDGETS, curve, strict=True)}
             found["area"] = area(curve)
         metrics = {name: NOTHING._replace(value=float(each[0])) for name, each in found.items()}
-        falls = {name: falls_of(each, present.sum(axis=1)).tolist() for name, each in found.items()}
+        falls = {name: falls_of(each, present.sum(axis=1)) for name, each in found.items()}
         yield one, Score(SOURCE, metrics, len(positive), len(negative), falls=falls)
 
 

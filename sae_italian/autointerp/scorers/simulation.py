@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from sae_italian.autointerp.examples import LatentExamples
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.autointerp.scorers.binary import NumberedDocuments, falls_of
+from sae_italian.autointerp.scorers.binary import Fall, falls_of, left_out
 from sae_italian.base.statistics import NOTHING, Estimate, correlations_by_document
 
 TOP, RANDOM = "top-and-random", "random-only"
@@ -30,7 +30,7 @@ def simulation(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tup
         for number, own in enumerate(simulated):
             by_usable.setdefault(tuple(i for i in mine if own[i] is not None), []).append(number)
         for usable, numbers in by_usable.items():
-            found = [({"correlation": NOTHING, "constant": NOTHING}, [])] * len(numbers)
+            found: list[Any] = [({"correlation": NOTHING, "constant": NOTHING}, ())] * len(numbers)
             if usable:
                 true = [shown.activations[i] for i in usable]
                 docs = np.repeat(shown.document[list(usable)], [len(each) for each in true])
@@ -45,19 +45,19 @@ def correlations(
     true: Float[np.ndarray, " tokens"],
     simulated: Float[np.ndarray, "simulations tokens"],
     docs: Int[np.ndarray, " tokens"],
-) -> list[tuple[dict[str, Estimate], list[float]]]:
+) -> list[tuple[dict[str, Estimate], Fall]]:
     """Return of each of several simulations of the same tokens `correlation` with its interval over documents, and its falls.
 
     `constant` is 1 where the correlation is undefined and taken as 0, without an interval. A fall is that without a group
     of documents, NaN where a group has none.
     """
-    documents = NumberedDocuments(docs)
+    documents, index = np.unique(docs, return_inverse=True)
     true, simulated = np.asarray(true, dtype=np.float64), np.asarray(simulated, dtype=np.float64)
     ours = np.stack([np.ones(len(true)), true, true * true])
     theirs = np.concatenate([simulated, simulated * simulated, simulated * true])
-    sums = documents.sums(docs, np.concatenate([ours, theirs]))
+    sums = np.stack([np.bincount(index, values) for values in np.concatenate([ours, theirs])])
     whole = sums.sum(axis=1, keepdims=True)
-    sums = np.concatenate([whole, whole - sums, sums @ documents.left_out.T], axis=1)
+    sums = np.concatenate([whole, whole - sums, sums @ left_out(documents).T], axis=1)
     n, a, aa = sums[:3, None]
     s, ss, cross = sums[3:].reshape(3, len(simulated), -1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -66,8 +66,8 @@ def correlations(
         # differences of rounding size are no variance
         defined = (variance[0] > 1e-9 * aa / n) & (variance[1] > 1e-9 * ss / n)
         values = np.where(defined, (cross / n - a * s / n**2) / scale, 0.0).clip(-1, 1)
-    n = 1 + len(documents.known)
-    falls, found = falls_of(values[:, n:], sums[0, n:]).tolist(), correlations_by_document(values[:, :n])
+    n = 1 + len(documents)
+    falls, found = falls_of(values[:, n:], sums[0, n:]), correlations_by_document(values[:, :n])
     found[1:, ~defined[:, 0]] = np.nan
     return [
         ({"correlation": Estimate(*each), "constant": NOTHING._replace(value=float(not known))}, own)
