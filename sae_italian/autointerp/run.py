@@ -1,7 +1,7 @@
 """Explain latents and score the explanations, with the controls that give the scores a meaning."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ from sae_italian.autointerp.examples import RULE, Explainer, Judge, LatentExampl
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.store import Explanation, Judgement, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Trio, Work, cache_identity, do_batch, stored_config
-from sae_italian.base.errors import SaeItalianError, UsageError
+from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import locked
 from sae_italian.base.units import in_threads, map_units
@@ -59,8 +59,8 @@ def run_autointerp(
     store = store or cache.folder / STORE_FILE
     work = Work(cache, tokenizer, config, sae)
     with locked(store.parent), Store(store, cache_identity(cache) | asdict(config)) as opened:
-        run = Run(work, opened, workers=workers, run_units=run_units)
-        run.rules()
+        run = Run(work, opened)
+        run.rules(workers, run_units)
         for explainer in explainers:
             run.explain_with(explainer)
         for judge in judges:
@@ -69,34 +69,33 @@ def run_autointerp(
     return store
 
 
+@dataclass(frozen=True)
 class Run:
     """The work on one cache, and one open store."""
 
-    def __init__(
-        self, work: Work, store: Store, *, workers: int = 1, run_units: Callable[..., Iterator[Any]] | None = None
-    ):
-        self.work, self.store, self.workers, self.run_units = work, store, workers, run_units
+    work: Work
+    store: Store
 
-    def rules(self) -> None:
+    def rules(self, workers: int = 1, run_units: Callable[..., Iterator[Any]] | None = None) -> None:
         """Explain every latent by a rule and by token lookup, then score these with the rule judge."""
-        done = self.store.explained(EXPLAINER)
-        if self.run_units is None:
+        if run_units is None:
             self.work.prepare()
-        for batch in self._map("explain", [(n,) for n in self.work.latents if n not in done]):
+
+        def batches(what: str, items: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
+            units = [(what, items[first : first + _BATCH]) for first in range(0, len(items), _BATCH)]
+            # forked, so that the processes share what this one has prepared
+            here = partial(map_units, workers=min(workers, max(1, len(units))), fork=True)
+            with progress(what, total=len(items), unit="latent") as bar:
+                for result in (run_units or here)(partial(do_batch, self.work), units):
+                    bar.update(len(result))
+                    yield result
+
+        done = self.store.explained(EXPLAINER)
+        for batch in batches("explain", [(n,) for n in self.work.latents if n not in done]):
             features, explanations = zip(*batch, strict=True)
             self.store.add_explanations(chain.from_iterable(explanations), features)
-        for batch in self._map("score", self._unscored(EXPLAINER, RULE)):
+        for batch in batches("score", self._unscored(EXPLAINER, RULE)):
             self.store.add_scores(chain.from_iterable(batch))
-
-    def _map(self, what: str, items: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
-        """Yield what comes of each batch of items, in order, wherever the work is done."""
-        units = [(what, items[first : first + _BATCH]) for first in range(0, len(items), _BATCH)]
-        # forked, so that the processes share what this one has prepared
-        here = partial(map_units, workers=min(self.workers, max(1, len(units))), fork=True)
-        with progress(what, total=len(items), unit="latent") as bar:
-            for result in (self.run_units or here)(partial(do_batch, self.work), units):
-                bar.update(len(result))
-                yield result
 
     def _unscored(self, explainer: str, judge: str, draw: int | None = None) -> list[Trio]:
         """Return an explainer's explanations that a judge has not scored, each with the latent's lookup and a stranger's.
@@ -224,11 +223,3 @@ def cached_activations(cache: FeatureCache, sae: Any, model: Any) -> Float[Tenso
     context, n = cache.manifest.context_size, CALIBRATION_TOKENS // cache.manifest.context_size
     windows = np.asarray(cache.tokens[: n * context], dtype=np.int64).reshape(-1, context)
     return activations(sae, model, np.array_split(windows, max(1, len(windows) // 16)))[0]
-
-
-def twin_cache(cache: FeatureCache, sae: Any, seed: int = 0) -> tuple[FeatureCache, Any] | None:
-    """Return the random twin's cache and the twin, where an earlier run has finished it."""
-    try:
-        return FeatureCache.open(cache.folder / TWIN_FOLDER), random_twin(sae, seed=seed)
-    except SaeItalianError:
-        return None

@@ -196,14 +196,13 @@ def keep(path: Path, work: Work, found: Sequence[Explanation]) -> str:
     try:
         with Store(path, cache_identity(work.cache)) as store:
             known = store.explanations_of(found[0].latent)
-            fresh = {name for name, explanation in new.items() if not _same(known.get(name), explanation)}
+            kept = {name: e for name, e in new.items() if name != LOOKUP and not _same(known.get(name), e)}
             # the lookup is only there for a rule to be set against
-            fresh = fresh | {LOOKUP} if EXPLAINER in fresh else fresh - {LOOKUP}
-            kept = [e for name, e in new.items() if name in fresh]
-            noted = [e._replace(explainer=e.explainer + NOW, notes=(e.notes or {}) | {"now": now}) for e in kept]
-            ids = store.replace_explanations(noted)
-            if {EXPLAINER, LOOKUP} <= fresh & set(new):
-                store.add_scores(work.score(*((ids[name + NOW], new[name]) for name in (EXPLAINER, LOOKUP))))
+            pair = {name: new[name] for name in (EXPLAINER, LOOKUP) if name in new and EXPLAINER in kept}
+            noted = [(name + NOW, e, (e.notes or {}) | {"now": now}) for name, e in (kept | pair).items()]
+            ids = store.replace_explanations([e._replace(explainer=name, notes=notes) for name, e, notes in noted])
+            if len(pair) == 2:
+                store.add_scores(work.score(*((ids[name + NOW], e) for name, e in pair.items())))
     except (SaeItalianError, sqlite3.Error, OSError) as error:
         return " ".join(str(error).split())
     return ""

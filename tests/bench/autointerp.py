@@ -29,10 +29,10 @@ def measure(
         for repeat in range(repeats):
             with Store(Path(temporary) / f"{repeat}.sqlite", {}) as store:
                 begun = time.perf_counter()
-                run = Run(Work(cache, tokenizer, AutointerpConfig(latents=latents)), store, workers=workers)
+                run = Run(Work(cache, tokenizer, AutointerpConfig(latents=latents)), store)
                 run.work.prepare()
                 opened = time.perf_counter()
-                run.rules()
+                run.rules(workers)
                 rates.append(len(run.work.latents) / (time.perf_counter() - opened))
                 opening.append(opened - begun)
                 n_scored = len(store.scored("rules", "rule"))

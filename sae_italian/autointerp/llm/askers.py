@@ -3,6 +3,7 @@
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +25,15 @@ from sae_italian.autointerp.llm.answers import (
 )
 from sae_italian.autointerp.llm.calls import TOO_LONG, DryClient, Messages, Reply, Request
 from sae_italian.autointerp.llm.client import Client
-from sae_italian.autointerp.run import STORE_FILE, random_sae_control, run_autointerp, twin_cache
+from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER, random_sae_control, run_autointerp
 from sae_italian.autointerp.store import NO_ANSWER, UNANSWERED, Explanation, Store
 from sae_italian.autointerp.summary import comparison_table, side_by_side
 from sae_italian.autointerp.work import AutointerpConfig
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.filters import identifier
+from sae_italian.saes.baselines import random_twin
 
 EXPLANATION_TOKENS = 160
 LEAST_EXAMPLES = 3
@@ -258,9 +260,11 @@ def estimate_beside(
     With `control` the random SAE's part is worked out on its cache, and taken to be as much as the trained one's before
     there is one.
     """
-    client, twin = DryClient(settings), twin_cache(cache, sae, config.seed) if control else None
+    client, caches = DryClient(settings), [(cache, sae)]
+    with suppress(SaeItalianError):  # there is none yet
+        caches += [(FeatureCache.open(cache.folder / TWIN_FOLDER), random_twin(sae, config.seed))] if control else []
     counted = []  # latents, and of these those that are asked about here
-    for one, its_sae in ((cache, sae), *([] if twin is None else [twin])):
+    for one, its_sae in caches:
         live = int((one.statistics["count"] > 0).sum())
         wanted = live if config.latents is None else min(config.latents, live)
         counted.append((wanted, min(SAMPLE, wanted)))
