@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -273,13 +274,14 @@ class Store:
 
         None is what could not be scored, or has no interval. A rule's score and an LLM's are different: never both at once.
         """
-        query = """SELECT control, scorer, negatives, metric, score.latent, value, lo
-                   FROM score JOIN explanation ON explanation.id = explanation_id
-                   WHERE explainer = ? AND judge = ? ORDER BY score.latent"""
-        found: dict[ScoreName, dict[int, Any]] = {}
-        for *name, latent, value, lo in self.connection.execute(query, (explainer, judge)):
-            found.setdefault(tuple(name), {})[latent] = value, lo
-        return found
+        # by the words' numbers: SQLite may run through the table once for each word that the view puts in their place
+        query = """SELECT control, scorer, negatives, metric, latent, value, lo FROM score_by_number
+                   WHERE judge = (SELECT id FROM word WHERE word = ?)
+                     AND explanation_id IN (SELECT id FROM explanation WHERE explainer = ?) ORDER BY latent"""
+        words, found = dict(self.connection.execute("SELECT id, word FROM word")), defaultdict(dict)
+        for *name, latent, value, lo in self.connection.execute(query, (judge, explainer)):
+            found[tuple(name)][latent] = value, lo
+        return {tuple(words[number] for number in name): rows for name, rows in found.items()}
 
     def values(
         self, explainer: str, *, scorer: str, negatives: str, metric: str, control: str = "", judge: str = "rule"
