@@ -58,7 +58,7 @@ def _baselines(job: Reproduction, results: Results) -> dict[str, Any]:
     for entry in results["saes"]["saes"]:
         folder, out = entry["folder"], job.out / "baselines" / f"L{entry['layer']}"
         layers.append(compare_layer(load_sae(folder), job.subject, out, settings, sae_name=full_name(folder)))
-    return {"layers": layers, **derived(layers)}
+    return {"layers": layers, **derived(layers), "svg": baselines_svg(layers)}
 
 
 def derived(layers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -115,12 +115,8 @@ def _sparsity(job: Reproduction, results: Results) -> dict[str, Any]:
         kept = {key: card[key] for key in ("l0", "explained_variance", "fvu", "dead")}
         kept |= {"perplexity": measure.perplexity(card["ce_loss_with_sae"])}
         points.append({"l1": coefficient, **kept})
-    return {"layer": entry["layer"], "points": points}
-
-
-def _sweep(result: dict[str, Any], results: Results) -> dict[str, str]:
-    layer = next(layer for layer in results["baselines"]["layers"] if layer["layer"] == result["layer"])
-    return {"sparsity": sweep_svg(result["points"], layer)}
+    layer = next(layer for layer in results["baselines"]["layers"] if layer["layer"] == entry["layer"])
+    return {"layer": entry["layer"], "points": points, "svg": sweep_svg(points, layer)}
 
 
 def _ratios(job: Reproduction, results: Results) -> dict[str, Any]:
@@ -191,8 +187,8 @@ def _ioi(job: Reproduction, results: Results) -> dict[str, Any]:
 
 STEPS = (
     Step("saes", _saes),
-    Step("baselines", _baselines, draw=lambda result, _: {"baselines": baselines_svg(result)}),
-    Step("sparsity", _sparsity, True, _sweep),
+    Step("baselines", _baselines),
+    Step("sparsity", _sparsity, True),
     Step("ratios", _ratios, True),
     Step("moments", _moments),
     Step("ioi", _ioi, True),

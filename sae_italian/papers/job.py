@@ -74,17 +74,13 @@ def open_subject(
     return Subject(model, saved, str(corpus), text_column, check_context(context, model.config))
 
 
-def layer_of(sae: Any) -> int:
-    """Return the layer an SAE reads at."""
-    return parse_hook_name(sae.cfg.metadata.hook_name).layer
-
-
-def facts_of(folder: str) -> dict[str, Any]:
-    """Return what a report says of an SAE in a folder, or release:sae_id."""
-    sae = load_sae(folder)
-    cfg = sae.cfg
-    place = {"folder": folder, "layer": layer_of(sae), "hook_name": cfg.metadata.hook_name}
-    return place | {"architecture": cfg.architecture(), "d_in": cfg.d_in, "d_sae": cfg.d_sae}
+def facts_of(folder: str | Path) -> dict[str, Any]:
+    """Return what a report says of an SAE in a folder, or release:sae_id; `expansion` is latents per dimension."""
+    cfg = load_sae(folder).cfg
+    hook = parse_hook_name(cfg.metadata.hook_name)
+    place = {"folder": str(folder), "layer": hook.layer, "site": hook.site or "R", "hook_name": cfg.metadata.hook_name}
+    sizes = {"d_in": cfg.d_in, "d_sae": cfg.d_sae, "expansion": cfg.d_sae / cfg.d_in}
+    return {**place, "architecture": cfg.architecture(), **sizes}
 
 
 def kept(file: Path, make: Callable[[], Any]) -> Any:
@@ -103,6 +99,11 @@ class Reproduction(NamedTuple):
     out: Path
     sae: str | None = None
 
+    @property
+    def scale(self) -> float:
+        """By what k and L1 coefficients of the mini recipes are multiplied for this model's width."""
+        return (self.subject.d_in / MINI_WIDTH) ** 0.5
+
     def values(self, n_tokens: int, *overrides: str) -> dict[str, Any]:
         """Return the recipe's settings for this model and so many tokens.
 
@@ -110,8 +111,7 @@ class Reproduction(NamedTuple):
         (k then passes near the papers' 32 of 2,048 and 50 of 4,096), lr by its inverse; warm-up and decay keep their
         shares of the steps.
         """
-        values = read_values(self.paper.recipe, *overrides)
-        scale = (self.subject.d_in / MINI_WIDTH) ** 0.5
+        values, scale = read_values(self.paper.recipe, *overrides), self.scale
         sae, share = values["sae"], n_tokens / values["training_tokens"]
         if "k" in sae:
             sae["k"] = max(1, round(sae["k"] * scale))
@@ -145,15 +145,15 @@ class Reproduction(NamedTuple):
         folder = self.out / "saes" / name
         return train(spec_from_dict(values), folder, resume=folder.is_dir())
 
-    def train_suite(self, layers: list[int]) -> dict[str, Path]:
-        """Train the budget's sites and widths on one pass of the model; return the folders by name, e.g. `L1R-8x`."""
+    def train_suite(self, layers: list[int]) -> list[Path]:
+        """Train the budget's sites and widths on one pass of the model; return the folders, e.g. `L1R-8x`."""
         values = self.values(self.budget["train_tokens"])
         del values["hook_name"]
         for key in ("d_sae", "decoder_init_norm"):
             values["sae"].pop(key, None)
         values |= {"layers": layers, **{key: self.budget[key] for key in ("sites", "expansions", "memory_gb")}}
         folder = self.out / "saes" / "suite"
-        return {path.name: path for path in train_suite(suite_from_dict(values), folder, resume=folder.is_dir())}
+        return train_suite(suite_from_dict(values), folder, resume=folder.is_dir())
 
     def only_trained(self) -> None:
         """Raise UsageError, which skips the step, where an SAE was given."""
@@ -173,7 +173,7 @@ class Reproduction(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A part of an evaluation: `run` measures (slow, to JSON), `draw` makes its pictures (from JSON alone).
+    """A part of an evaluation: `run` measures, and gives what goes to JSON; `svg` in it is the part's picture.
 
     The words and tables for it stand in the paper's YAML. An optional step that the model or SAE does not allow is
     reported as skipped, with the reason.
@@ -182,7 +182,6 @@ class Step(NamedTuple):
     name: str
     run: Callable[[Reproduction, Results], dict[str, Any]]
     optional: bool = False
-    draw: Callable[[dict[str, Any], Results], dict[str, str]] | None = None
 
 
 def run_steps(job: Reproduction, steps: Sequence[Step]) -> tuple[Results, dict[str, float]]:

@@ -1,13 +1,12 @@
 """Llama Scope (arXiv 2410.20526), the whole evaluation: sites and widths, TopK against L1, JumpReLU, shift, geometry."""
 
-import re
 from typing import Any
 
 from sae_italian.analysis.geometry import fired, geometry, matches_svg
 from sae_italian.analysis.shift import context_shift, default_edges
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
-from sae_italian.papers.job import Reproduction, Results, Step, layer_of
+from sae_italian.papers.job import Reproduction, Results, Step, facts_of
 from sae_italian.papers.measure import card_of, held_out, score_sae
 from sae_italian.papers.report import shown, suite_svg
 from sae_italian.saes import load_sae
@@ -17,23 +16,15 @@ L1 = (0.5, 2.0, 8.0)  # coefficients of the L1 SAEs, times the square root of d_
 NORMALISED = "expected_average_only_in"  # what the L1 SAEs read, as SAELens calls it
 SAMPLE = 4096  # latents of each SAE whose directions are compared
 MOST = 4  # SAEs whose directions are compared
-_NAME = re.compile(r"L([0-9]+)([A-Z]+)-(.+)x")  # of an SAE of a suite
 _KEPT = ("l0", "explained_variance", "explained_variance_uncentred", "delta_lm_loss", "dead", "ultra_active")
 
 
 def _saes(job: Reproduction, _: Results) -> dict[str, Any]:
     """Train the suite, or take the SAE that was given."""
-    if job.sae is not None:
-        sae = load_sae(job.sae)
-        layer, expansion = layer_of(sae), sae.cfg.d_sae / sae.cfg.d_in
-        place = {"site": "R", "layer": layer, "expansion": expansion}
-        return {"saes": [{"name": f"L{layer}R-{expansion:g}x", "folder": job.sae, **place}], "given": True}
-    rows = []
-    for name, folder in job.train_suite(job.layers(1)).items():
-        layer, site, width = _NAME.fullmatch(name).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        place = {"site": site, "layer": int(layer), "expansion": float(width)}
-        rows.append({"name": name, "folder": str(folder), **place})
-    return {"saes": rows, "given": False}
+    folders = job.train_suite(job.layers(1)) if job.sae is None else [job.sae]
+    rows = [facts_of(folder) for folder in folders]
+    named = [{"name": f"L{row['layer']}{row['site']}-{row['expansion']:g}x", **row} for row in rows]
+    return {"saes": named, "given": job.sae is not None}
 
 
 def narrowest(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -55,11 +46,9 @@ def _kept(job: Reproduction, sae: Any, name: str) -> dict[str, Any]:
 
 
 def _cards(job: Reproduction, results: Results) -> dict[str, Any]:
-    rows = []
-    for entry in results["saes"]["saes"]:
-        sae = load_sae(entry["folder"])
-        rows.append({**entry, "d_sae": sae.cfg.d_sae, **_kept(job, sae, entry["name"])})
-    return {"n_tokens": job.budget["card_tokens"], "rows": rows, **derived(rows, job.budget["card_tokens"])}
+    rows = [entry | _kept(job, load_sae(entry["folder"]), entry["name"]) for entry in results["saes"]["saes"]]
+    n_tokens = job.budget["card_tokens"]
+    return {"n_tokens": n_tokens, "rows": rows, **derived(rows, n_tokens), "svg": suite_svg(rows)}
 
 
 def derived(rows: list[dict[str, Any]], n_tokens: int) -> dict[str, Any]:
@@ -102,9 +91,8 @@ def _compared(
     job: Reproduction, name: str, results: Results, share: str, sae: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Train one more SAE at the reference's place and width, and return its card."""
-    entry, reference = _reference(results)
-    d_sae, hook_name = round(entry["expansion"] * job.subject.d_in), reference.cfg.metadata.hook_name
-    folder = job.train(name, hook_name, d_sae, job.budget["compare_tokens"], f"k_anneal_share={share}", sae=sae)
+    place = [narrowest(results["saes"]["saes"])[key] for key in ("hook_name", "d_sae")]
+    folder = job.train(name, *place, job.budget["compare_tokens"], f"k_anneal_share={share}", sae=sae)
     return {"name": name, **_kept(job, load_sae(folder), name)}
 
 
@@ -120,7 +108,7 @@ def _annealing(job: Reproduction, results: Results) -> dict[str, Any]:
 def _vanilla(job: Reproduction, results: Results) -> dict[str, Any]:
     """Train L1 SAEs of several coefficients beside TopK."""
     job.only_trained()
-    scale = (job.subject.d_in / 128) ** 0.5
+    scale = job.scale
     rows: list[dict[str, Any]] = [_compared(job, "annealed", results, "0.1") | {"name": "TopK"}]
     for factor in L1:
         l1 = {"architecture": "standard", "start": job.budget["start"] or "zero", "normalize_activations": NORMALISED}
@@ -194,7 +182,7 @@ def _geometry(job: Reproduction, results: Results) -> dict[str, Any]:
 
 STEPS = (
     Step("saes", _saes),
-    Step("cards", _cards, draw=lambda result, _: {"suite": suite_svg(result["rows"])}),
+    Step("cards", _cards),
     Step("jumprelu", _jumprelu, True),
     Step("annealing", _annealing, True),
     Step("vanilla", _vanilla, True),

@@ -24,13 +24,14 @@ from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.report import plain
-from sae_italian.base.storage import claimed, read_json, remove, write_json, write_text
+from sae_italian.base.storage import claimed, remove, write_json, write_text
 from sae_italian.cache import FeatureCache, build_caches
 from sae_italian.cache.passages import marked
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.evaluation import evaluate
 from sae_italian.evaluation.diagnosis import held_out_activations
-from sae_italian.papers.job import Reproduction, Subject, kept, layer_of, open_subject
+from sae_italian.models import parse_hook_name
+from sae_italian.papers.job import Reproduction, Subject, kept, open_subject
 from sae_italian.papers.report import baselines_svg, dictionary_name, section_of, shared_words, shown
 from sae_italian.saes import check_fits, full_name, load_sae, weights_hash
 from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines, rescaled, with_top_k
@@ -224,7 +225,7 @@ def compare_baselines(
         result = {"model": subject.name, "corpus": subject.corpus, "settings": asdict(settings), "layers": layers}
         write_json(out / "baselines.json", result)
         write_text(out / "baselines.md", baselines_markdown(result))
-        write_text(out / "baselines.svg", baselines_svg(result))
+        write_text(out / "baselines.svg", baselines_svg(layers))
     return result
 
 
@@ -252,7 +253,7 @@ def _compared(sae: Any, subject: Subject, out: Path, settings: Settings, sae_nam
     families = {name: dictionary for name, dictionary in dictionaries.items() if not name.endswith(TOPK)}
     return {
         "hook_name": sae.cfg.metadata.hook_name,
-        "layer": layer_of(sae),
+        "layer": parse_hook_name(sae.cfg.metadata.hook_name).layer,
         "sae": sae_name,
         "architecture": sae.cfg.architecture(),
         "d_in": sae.cfg.d_in,
@@ -294,19 +295,15 @@ def _scores(
     dictionaries: dict[str, Any], subject: Subject, out: Path, settings: Settings, sae_name: str
 ) -> dict[str, Any]:
     """Return each dictionary's simulation scores; caches but the SAE's own, dense with ReLU alone, go when they are scored."""
-    files = {name: out / "scores" / f"{name}.json" for name in dictionaries}
-    todo = [name for name, file in files.items() if not file.is_file()]
-    if todo:
-        folders = [out / "caches" / name for name in todo]
-        config = AutointerpConfig(latents=settings.latents, seed=settings.seed)
-        names = [sae_name if name == SAE and sae_name else name for name in todo]
-        found = scored([dictionaries[name] for name in todo], subject, folders, settings.cache_tokens, config, names)
-        for name, summary in zip(todo, found, strict=True):
-            write_json(files[name], {key: summary[key] for key in _SUMMARY})
-    for name in dictionaries:
+    folders = {name: out / "caches" / name for name in dictionaries}
+    names = [sae_name if name == SAE and sae_name else name for name in dictionaries]
+    config = AutointerpConfig(latents=settings.latents, seed=settings.seed)
+    how = subject, [*folders.values()], settings.cache_tokens, config, names
+    found = kept(out / "scores.json", lambda: scored([*dictionaries.values()], *how))
+    for name, folder in folders.items():
         if name != SAE:
-            remove(out / "caches" / name)
-    return {name: read_json(file) for name, file in files.items()}
+            remove(folder)
+    return {name: {key: each[key] for key in _SUMMARY} for name, each in zip(dictionaries, found, strict=True)}
 
 
 def baselines_markdown(result: dict[str, Any]) -> str:

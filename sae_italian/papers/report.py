@@ -1,7 +1,7 @@
 """A report as sections of text, tables and pictures, written as Markdown and as one HTML page that needs nothing else."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian.base.labels import filled, label
-from sae_italian.base.report import COLOURS, INK, OTHERS, OURS, REFERENCE, page, svg, table
+from sae_italian.base.report import COLOURS, INK, MARKERS, OTHERS, OURS, REFERENCE, page, svg, table
 from sae_italian.base.storage import read_yaml, write_text
 from sae_italian.saes.baselines import TOPK
 
@@ -69,10 +69,9 @@ def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[s
     `rows` is the path to a list (empty: the result is the one row), `columns` the heads with the path and form of each
     cell. Or `facts` are rows with their paths, and `of` the columns' heads with the part of the result each is about (a
     part that is not there has none). Or `markdown` is the path to a table's lines. `each` repeats the table for every item
-    of a list; `shared` names a shared table to repeat.
+    of a list.
     """
     spec = shared_words()[described] if isinstance(described, str) else described
-    spec = spec | shared_words()[spec["shared"]] if "shared" in spec else spec
     parts = lookup(result, spec["each"]) if "each" in spec else [result]
     return [_table_of(spec, part) for part in parts]
 
@@ -144,6 +143,7 @@ def shown(value: Any, digits: int = 3, *, percent: bool = False) -> str:
 # --- pictures, as SVG ------------------------------------------------------------------------------------------------
 
 
+_LOOKS = [{"color": colour, "marker": marker} for colour, marker in zip(COLOURS, MARKERS, strict=False)]
 LOOKS = {  # name, colour and marker of a dictionary
     "sae": ("SAE", OURS, "o"),
     "pca": ("PCA", OTHERS[0], "s"),
@@ -161,14 +161,14 @@ def dictionary_name(name: str) -> str:
 
 
 def look(name: str) -> dict[str, str]:
-    """Return the colour and the marker of a dictionary, as matplotlib's lines take them."""
+    """Return the colour and the marker of a dictionary, as matplotlib's lines take them; a ring for a top-k one."""
     _, colour, marker = LOOKS[name.partition("-")[0]]
-    return {"color": colour, "marker": marker}
+    return {"color": colour, "marker": marker, "markerfacecolor": "none" if name.endswith(TOPK) else colour}
 
 
-def baselines_svg(result: dict[str, Any]) -> str:
+def baselines_svg(layers: Sequence[dict[str, Any]]) -> str:
     """Return scores by layer (top and random, random only), the curve of the middle layer, perplexity by layer."""
-    layers = sorted(result["layers"], key=lambda layer: layer["layer"])
+    layers = sorted(layers, key=lambda layer: layer["layer"])
 
     def draw(axes: Any) -> None:
         first, second, third, last = axes
@@ -187,36 +187,30 @@ def baselines_svg(result: dict[str, Any]) -> str:
 
 
 def _by_layer(axis: Any, layers: Sequence[dict[str, Any]], key: str, title: str) -> None:
-    """Draw one dot with its interval for each dictionary and layer, side by side."""
-    names = [row["dictionary"] for row in layers[0]["rows"]]
-    for i, name in enumerate(names):
-        found = [next((r for r in layer["rows"] if r["dictionary"] == name), None) for layer in layers]
-        known = {j: row[key] for j, row in enumerate(found) if row is not None and row[key]["value"] is not None}
-        values, around = _bars(known.values())
-        own = {
-            "linestyle": "none",
-            **look(name),
-            "markerfacecolor": "none" if name.endswith(TOPK) else look(name)["color"],
-        }
-        own |= {"markersize": 4.5, "elinewidth": 1, "label": dictionary_name(name)}
-        axis.errorbar([j + 0.7 * (i / max(len(names) - 1, 1) - 0.5) for j in known], values, yerr=around, **own)
-    axis.set_xticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
+    series: dict[str, dict[str, dict[str, Any]]] = {}
+    for layer in layers:
+        for row in layer["rows"]:
+            series.setdefault(row["dictionary"], {})[str(layer["layer"])] = row[key]
+    _beside(axis, {dictionary_name(name): found for name, found in series.items()}, title, [*map(look, series)])
     axis.set_xlabel("layer · strato")
+
+
+def _beside(
+    axis: Any, series: dict[str, dict[str, dict[str, Any]]], title: str = "", looks: Sequence[dict[str, str]] = _LOOKS
+) -> None:
+    """Draw series side by side: each one's estimates, by their places on the axis, as dots with their intervals."""
+    places = list(dict.fromkeys(place for found in series.values() for place in found))
+    for i, (name, found) in enumerate(series.items()):
+        numbers = [[each[key] for key in ("value", "lo", "hi")] for each in found.values()]
+        value, low, high = (
+            np.array(numbers, dtype=float).reshape(-1, 3).T
+        )  # what was not measured is NaN, and not drawn
+        around = np.nan_to_num([value - low, high - value]).clip(0)
+        x = [places.index(place) + 0.8 * ((i + 0.5) / len(series) - 0.5) for place in found]
+        style = {"linestyle": "none", "markersize": 4.5, "elinewidth": 1, "label": name, **looks[i % len(looks)]}
+        axis.errorbar(x, value, yerr=around, **style)
+    axis.set_xticks(range(len(places)), places)
     axis.set_title(title, fontsize=9)
-
-
-def _bars(estimates: Iterable[dict[str, Any]]) -> tuple[list[float], tuple[list[float], list[float]]]:
-    """Return values, and how far their intervals reach below and above; nothing measured is 0, no interval none."""
-    found = [(e["value"] or 0.0, e["lo"], e["hi"]) for e in estimates]
-    below = [0.0 if low is None else max(0.0, value - low) for value, low, _ in found]
-    above = [0.0 if high is None else max(0.0, high - value) for value, _, high in found]
-    return [value for value, _, _ in found], (below, above)
-
-
-def _beside(axis: Any, found: dict[int, dict[str, Any]], i: int, n: int, **look: Any) -> None:
-    """Draw the bars of one of n series, its estimates by their places on the axis."""
-    value, around = _bars(found.values())
-    axis.bar([place + 0.8 * ((i + 0.5) / n - 0.5) for place in found], value, 0.75 / n, yerr=around, ecolor=INK, **look)
 
 
 def _curves(axis: Any, layer: dict[str, Any]) -> None:
@@ -254,20 +248,17 @@ def sweep_svg(points: Sequence[dict[str, Any]], layer: dict[str, Any]) -> str:
 def scores_svg(auto: dict[str, Any], random: dict[str, Any]) -> str:
     """Return detection, fuzzing and simulation of an SAE beside its shuffled explanations, token lookup and random SAE."""
     parts = ("detection", "fuzzing", "simulation")
-    series = (
-        ("SAE", auto, "{}", OURS),
-        ("token lookup · solo il token", auto, "lookup_{}", OTHERS[4]),
-        ("shuffled · scambiate", auto, "shuffled_{}", REFERENCE),
-        ("random SAE · SAE casuale", random, "{}", OTHERS[0]),
-    )
+    series = {
+        "SAE": {part: auto[part] for part in parts},
+        "token lookup · solo il token": {part: auto[f"lookup_{part}"] for part in parts},
+        "shuffled · scambiate": {part: auto[f"shuffled_{part}"] for part in parts},
+        "random SAE · SAE casuale": {part: random[part] for part in parts},
+    }
 
     def draw(axes: Any) -> None:
         (axis,) = axes
-        for i, (name, source, key, shade) in enumerate(series):
-            found = {j: source[key.format(part)] for j, part in enumerate(parts)}
-            _beside(axis, found, i, len(series), color=shade, label=name)
+        _beside(axis, series)
         axis.axhline(0.5, color=INK, linewidth=0.7, linestyle=":")
-        axis.set_xticks(range(len(parts)), parts)
         axis.set_ylabel("balanced accuracy; correlation of the simulation")
         axis.legend()
 
@@ -276,8 +267,6 @@ def scores_svg(auto: dict[str, Any], random: dict[str, Any]) -> str:
 
 def suite_svg(rows: Sequence[dict[str, Any]]) -> str:
     """Return explained variance (uncentred), delta LM loss and dead latents by site, one colour a width."""
-    sites = list(dict.fromkeys(f"L{row['layer']}{row['site']}" for row in rows))
-    widths = sorted({row["expansion"] for row in rows})
     panels = {
         "explained_variance_uncentred": "explained variance · varianza spiegata",
         "delta_lm_loss": "delta LM loss (nats)",
@@ -286,12 +275,10 @@ def suite_svg(rows: Sequence[dict[str, Any]]) -> str:
 
     def draw(axes: Any) -> None:
         for axis, (key, title) in zip(axes, panels.items(), strict=True):
-            for i, width in enumerate(widths):
-                own = [row for row in rows if row["expansion"] == width]
-                found = {sites.index(f"L{row['layer']}{row['site']}"): row[key] for row in own}
-                _beside(axis, found, i, len(widths), color=COLOURS[i % len(COLOURS)], label=f"{width:g}x")
-            axis.set_xticks(range(len(sites)), sites)
-            axis.set_title(title, fontsize=9)
+            series: dict[str, dict[str, dict[str, Any]]] = {}
+            for row in sorted(rows, key=lambda row: row["expansion"]):
+                series.setdefault(f"{row['expansion']:g}x", {})[f"L{row['layer']}{row['site']}"] = row[key]
+            _beside(axis, series, title)
             axis.set_xlabel("layer and site · strato e sito")
         axes[0].legend()
 

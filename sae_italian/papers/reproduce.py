@@ -33,7 +33,7 @@ def _sae(job: Reproduction, _: Results) -> dict[str, Any]:
         sizes = budget["expansion"] * subject.d_in, budget["train_tokens"]
         folder = str(job.train("sae", f"blocks.{layer}.hook_resid_post", *sizes))
     facts, k = facts_of(folder), getattr(load_sae(folder).cfg, "k", None)
-    expansion = f"{facts['d_sae'] / facts['d_in']:g} ({facts['d_sae']:,} latents)"
+    expansion = f"{facts['expansion']:g} ({facts['d_sae']:,} latents)"
     return {**facts, "given": job.sae is not None, "k": k, "expansion": expansion}
 
 
@@ -43,21 +43,18 @@ def _scores(job: Reproduction, results: Results) -> dict[str, Any]:
     auto = found["autointerp"]
     share = auto["n_explained"] / max(1, auto["n_latents"])
     explained = f"{auto['n_explained']:,} of {auto['n_latents']:,} live latents drawn ({100 * share:.1f} %)"
-    return {**found, "explained": explained}
+    return {**found, "explained": explained, "svg": scores_svg(auto, found["random"])}
 
 
-CLIC_IT = (
-    Step("sae", _sae),
-    Step(
-        "card",
-        lambda job, of: card_of(load_sae(of["sae"]["folder"]), job.subject, job.budget["card_tokens"], "sae"),
-    ),
-    Step("scores", _scores, draw=lambda result, _: {"scores": scores_svg(result["autointerp"], result["random"])}),
-    Step(
-        "examples",
-        lambda j, _: {"examples": examples(j.out / "cache", j.subject.model.tokenizer, j.budget["examples"])},
-    ),
-)
+def _card(job: Reproduction, results: Results) -> dict[str, Any]:
+    return card_of(load_sae(results["sae"]["folder"]), job.subject, job.budget["card_tokens"], "sae")
+
+
+def _examples(job: Reproduction, _: Results) -> dict[str, Any]:
+    return {"examples": examples(job.out / "cache", job.subject.model.tokenizer, job.budget["examples"])}
+
+
+CLIC_IT = (Step("sae", _sae), Step("card", _card), Step("scores", _scores), Step("examples", _examples))
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
@@ -101,6 +98,7 @@ def reproduce(
     spec |= {"paper": name, "sae": weights_hash(loaded) if loaded is not None else None, "budget": budget}
     with claimed(out, KIND, spec, resume=resume, overwrite=overwrite):
         results, seconds = run_steps(Reproduction(chosen, subject, budget, out, sae), STEPS[name])
+        pictures = {step: {step: result.pop("svg")} for step, result in results.items() if "svg" in result}
         report = {
             "paper": {"name": name, "title": chosen.title, "authors": chosen.authors, "link": chosen.link},
             "model": subject.name,
@@ -112,20 +110,13 @@ def reproduce(
             "steps": results,
             "seconds": seconds,
         }
-        write_json(out / "report.json", without_pictures(report))
-        write_report(out, sections(chosen, report))
-        return without_pictures(report)
+        write_json(out / "report.json", report)
+        write_report(out, sections(chosen, report, pictures))
+        return report
 
 
-def without_pictures(value: Any) -> Any:
-    """Return a result without the SVG texts in it."""
-    if isinstance(value, dict):
-        return {key: without_pictures(item) for key, item in value.items() if key != "svg"}
-    return [without_pictures(item) for item in value] if isinstance(value, list) else value
-
-
-def sections(chosen: Paper, report: dict[str, Any]) -> list[Section]:
-    """Return the report's sections, from its JSON alone; the first is its head."""
+def sections(chosen: Paper, report: dict[str, Any], pictures: dict[str, dict[str, str]]) -> list[Section]:
+    """Return the report's sections, from its JSON and the steps' pictures; the first is its head."""
     facts = report | {
         "setting": chosen.setting,
         "total": sum(report["seconds"].values()),
@@ -139,7 +130,5 @@ def sections(chosen: Paper, report: dict[str, Any]) -> list[Section]:
         if SKIPPED in result:
             found.append(Section(words["title"], skipped=result[SKIPPED]))
             continue
-        pictures = {step.name: result["svg"]} if "svg" in result else {}
-        pictures |= step.draw(result, report["steps"]) if step.draw else {}
-        found.append(section_of(words, result, pictures))
+        found.append(section_of(words, result, pictures.get(step.name)))
     return found
