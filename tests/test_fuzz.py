@@ -240,7 +240,8 @@ BOARD = {
     **dict.fromkeys(("model", "revision", "seeds", "sources", "most"), 1),
 }
 SCORED = {key: {"1": [0.9, 0.8], "16": [0.9, 0.8]} for key in ("auc", "twin")}
-CONTROL = dict.fromkeys(("form", "tokens", "dense"), AUC)
+SCORED |= {"interval": {"16": [0.7, 0.95]}, "permuted": [0.5, 0.6]}
+CONTROL = {**dict.fromkeys(("form", "tokens", "dense", "embedded"), AUC), "majority": 0.5}
 
 
 def packed(folder: Path) -> None:

@@ -38,8 +38,8 @@ OURS = """
 OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
-# What is raised where a record lacks a field, or has one of another kind.
 MEND = "Mend it, or make it again."
+# What is raised where a record lacks a field, or has one of another kind.
 ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, EOFError)
 
 
