@@ -34,6 +34,8 @@ LEAST_F1 = 0.5  # in training, for these
 FOUND = 0.5  # F1 on test words from which a latent detects a label
 _HEAD = "trained on | tested on | features | method | mean F1 | mean AUROC | labels"
 _LABEL_HEAD = f"label | latent | F1 of one latent | precision | recall | {' | '.join(METHODS[1:])} | always yes | words"
+GROUP = ("trained", "tested", "shuffled", "features", "method")  # what detections of several labels have in common
+_GROUP = attrgetter(*GROUP)
 Acts = scipy.sparse.csr_array  # the latents' activations on words, [words, d_sae]
 
 
@@ -229,35 +231,27 @@ class Probes:
     detectors: list[Detection] = field(repr=False)  # single latents worth writing down, of the SAE's own labels
     n_words: dict[str, tuple[int, int]]  # train, test
 
-    def within(self, treebank: str, method: str | None = None) -> dict[tuple[str, str], Detection]:
-        """Return by label and method what the SAE and the activations do within one treebank, labels unshuffled."""
-        mine = (d for d in self.detections if d.features in (self.sae, "activations") and method in (None, d.method))
-        return {(d.label, d.method): d for d in mine if d.trained == treebank == d.tested and not d.shuffled}
+    def by_label(self, method: str, trained: str, tested: str = "") -> dict[str, Detection]:
+        """Return what the SAE, or the dense probe, does from one treebank to another (default: itself), labels unshuffled."""
+        found = trained, tested or trained, False, "activations" if method == DENSE else self.sae, method
+        return {d.label: d for d in self.detections if _GROUP(d) == found}
 
     def means(self) -> list[dict[str, Any]]:
         """Return the mean F1 and AUROC over labels by method, features and pair of treebanks, with intervals over labels."""
-        names = ("trained", "tested", "shuffled", "features", "method")
-        groups: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
-        for d in self.detections:
-            groups.setdefault(attrgetter(*names)(d), []).append((d.f1.value, d.auroc.value))
         rows = []
-        for key, items in groups.items():
+        for group in dict.fromkeys(map(_GROUP, self.detections)):
+            items = [(d.f1.value, d.auroc.value) for d in self.detections if _GROUP(d) == group]
             f1, auroc = map(mean_interval, np.transpose(items))
-            rows.append({**dict(zip(names, key, strict=True)), "f1": f1, "auroc": auroc, "labels": len(items)})
+            rows.append({**dict(zip(GROUP, group, strict=True)), "f1": f1, "auroc": auroc, "labels": len(items)})
         return sorted(rows, key=lambda r: (r["trained"], r["trained"] != r["tested"], r["tested"], r["shuffled"]))
 
     def misses(self) -> list[Missed]:
         """Return for each pair of treebanks (two languages) the labels whose latent, chosen on the first, fails on the second."""
         found = []
         for trained, tested in permutations(self.n_words, 2):
-            here = self.within(trained, SINGLE).values()
-            there = {
-                d.label: d.f1.value
-                for d in self.detections
-                if (d.features, d.method, d.trained, d.tested) == (self.sae, SINGLE, trained, tested)
-            }
-            known = [d.label for d in here if d.f1.value >= FOUND and d.label in there]
-            lost = [label for label in known if there[label] < FOUND]
+            here, there = (self.by_label(SINGLE, trained, bank) for bank in (trained, tested))
+            known = [label for label, d in here.items() if d.f1.value >= FOUND and label in there]
+            lost = [label for label in known if there[label].f1.value < FOUND]
             found.append(Missed(trained, tested, wilson(len(lost), len(known)), lost))
         return found
 
@@ -294,24 +288,24 @@ class Probes:
 
     def label_table(self, treebank: str) -> str:
         """Return a Markdown table: each label's best latent in one treebank, and the probes beside it."""
-        here, rows = self.within(treebank), []
-        for d in self.within(treebank, SINGLE).values():
-            others = [here.get((d.label, method)) for method in METHODS[1:]]
-            probes = [f"{other.f1.value:.2f}" if other else "-" for other in others]
+        single, *others = (self.by_label(method, treebank) for method in METHODS)
+        rows = []
+        for label, d in single.items():
+            probes = [f"{other[label].f1.value:.2f}" if label in other else "-" for other in others]
             numbers = shown(d.f1), f"{d.precision:.2f}", f"{d.recall:.2f}", *probes, f"{d.always_yes:.2f}", f"{d.n:,}"
-            rows.append((d.label, d.latents[0], *numbers))
+            rows.append((label, d.latents[0], *numbers))
         return table(_LABEL_HEAD, rows)
 
     def svg(self) -> str:
         """Return for each treebank the labels' F1 of one latent, of the largest sparse probe and of the dense probe."""
         drawn = ((SINGLE, OURS, "o"), (f"sparse {SIZES[-1]}", OTHERS[0], "s"), (DENSE, REFERENCE, "D"))
-        labels = {name: [label for label, _ in self.within(name, SINGLE)][::-1] for name in self.n_words}
+        labels = {name: [*self.by_label(SINGLE, name)][::-1] for name in self.n_words}
 
         def draw(axes: Any) -> None:
             for axis, (name, here) in zip(axes, labels.items(), strict=True):
                 for method, colour, marker in drawn:
-                    found = self.within(name, method)
-                    for place, f1 in ((here.index(label), d.f1) for (label, _), d in found.items()):
+                    found = self.by_label(method, name)
+                    for place, f1 in ((here.index(label), d.f1) for label, d in found.items()):
                         axis.plot([f1.lo, f1.hi], [place, place], color=colour, linewidth=1, alpha=0.6)
                         axis.plot([f1.value], [place], marker, color=colour, markersize=4, clip_on=False)
                     axis.plot([], [], marker, color=colour, label=method)

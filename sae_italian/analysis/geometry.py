@@ -310,11 +310,9 @@ def compared(
     found: list[int | None] = [None] * len(labels[0])
     for latent, count in zip(first.latent.tolist(), counts.tolist(), strict=True):
         found[latent] = count
-    own = labels[0][first.latent]
-    partners = [
-        labels[i][other.latent[index]] for i, (other, (_, index)) in enumerate(zip(others, pairs, strict=True), 1)
-    ]
-    same = [(own == partner) & (cosine >= directions.ALIKE) for partner, cosine in zip(partners, cosines, strict=True)]
+    own, *theirs = (numbers[each.latent] for numbers, each in zip(labels, sets, strict=True))
+    partners = np.stack([numbers[index] for numbers, (_, index) in zip(theirs, pairs, strict=True)])
+    same = (own == partners) & (cosines >= directions.ALIKE)
     n_labelled = int((own >= 0).sum())
     return Recurrence(
         seeds=list(seeds),
@@ -323,8 +321,8 @@ def compared(
         random=float((chance >= directions.ALIKE).all(axis=0).mean()),
         curve={str(least): (float((cosines >= least).mean()), float((chance >= least).mean())) for least in CURVE},
         labelled=n_labelled,
-        same_label=wilson(int(sum(each[own >= 0].sum() for each in same)), n_labelled * len(others)),
-        same_label_chance=_chance(own, [labels[i][other.latent] for i, other in enumerate(others, 1)]),
+        same_label=wilson(int(same[:, own >= 0].sum()), n_labelled * len(others)),
+        same_label_chance=_chance(own, theirs),
     )
 
 

@@ -97,18 +97,18 @@ class GoldWords:
 
     def activations(self, cache: FeatureCache) -> scipy.sparse.csr_array:
         """Return the largest activation of every latent on any token of each word, [words, latents]."""
-        rows, columns, values = [], [], []
-        for latent in range(cache.manifest.d_sae):
-            position, value = cache.latent(latent)
-            word = self.word_of_position[position]
-            found, inverse = np.unique(word[word >= 0], return_inverse=True)
-            largest = np.zeros(len(found), dtype=np.float32)
+        d_sae, parts = cache.manifest.d_sae, []
+        for first, indptr, position, value in cache.entries(0, d_sae - 1):
+            latent, word = (
+                np.repeat(np.arange(first, first + len(indptr) - 1), np.diff(indptr)),
+                self.word_of_position[position],
+            )
+            place, inverse = np.unique((word * d_sae + latent)[word >= 0], return_inverse=True)
+            largest = np.zeros(len(place), dtype=np.float32)
             np.maximum.at(largest, inverse, value[word >= 0])
-            rows.append(found)
-            columns.append(np.full(len(found), latent))
-            values.append(largest)
-        places = np.concatenate(rows), np.concatenate(columns)
-        return scipy.sparse.csr_array((np.concatenate(values), places), shape=(len(self.doc_of_word), latent + 1))
+            parts.append((place, largest))
+        place, largest = map(np.concatenate, zip(*parts, strict=True))
+        return scipy.sparse.csr_array((largest, np.divmod(place, d_sae)), shape=(len(self.doc_of_word), d_sae))
 
 
 def _labels(labels: dict[str, str], constructions: Sequence[str], register: str) -> list[tuple[str, str]]:
@@ -179,22 +179,21 @@ class Languages(NamedTuple):
     def labels(self) -> list[Label]:
         """Return rows for the store: precision is the language's share of the probability, recall the probability."""
         found, source = [], f"LAPE {', '.join(self.names)}"
-        for name, n_tokens, probability in zip(self.names, self.n_tokens, self.probability, strict=True):
-            for latent in self.latents(name)[:WRITTEN].tolist():
-                recall = float(probability[latent])
+        for name, own in self.as_dict().items():
+            for latent, recall in ((first["latent"], first["probability"]) for first in own["latents"]):
                 precision = recall / float(self.probability[:, latent].sum())
                 numbers = 2 * precision * recall / (precision + recall), None, None, precision, recall
-                found.append(Label(latent, f"Language={name}", source, *numbers, n_tokens))
+                found.append(Label(latent, f"Language={name}", source, *numbers, own["n_tokens"]))
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything for JSON, by language."""
+        """Return everything for JSON, by language: of its latents those that fire most."""
         found = {}
         for name, n_tokens, probability in zip(self.names, self.n_tokens, self.probability, strict=True):
             own = self.latents(name)
-            entropy = scipy.stats.entropy(self.probability[:, own[:WRITTEN]], axis=0)  # over languages, in nats
-            columns = zip(own.tolist(), probability[own].tolist(), np.asarray(entropy).tolist(), strict=False)
-            first = [dict(zip(("latent", "probability", "entropy"), row, strict=True)) for row in columns]
+            entropy = scipy.stats.entropy(self.probability[:, own], axis=0)  # over languages, in nats
+            rows = zip(own.tolist(), probability[own].tolist(), np.asarray(entropy).tolist(), strict=True)
+            first = [{"latent": i, "probability": p, "entropy": nats} for i, p, nats in islice(rows, WRITTEN)]
             numbers = {"n_tokens": n_tokens, "n_latents": len(own), "share": self.share(name)}
             found[name] = numbers | {"by_chance": self.by_chance[name], "latents": first}
         return plain(found)

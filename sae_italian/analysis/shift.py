@@ -145,14 +145,14 @@ def shift(
         _check(sae, each.model, context)
         check_corpus(each.corpus, reader=Reader(split=each.split, text_column=each.text_column))
     texts = list(dict.fromkeys((condition.corpus, condition.source) for condition in conditions))
-    buckets = []
+    sums: dict[str, TokenSums] = {}
     for number, (bucket, model, corpus, split, column, source) in enumerate(conditions):
         batches = corpus_windows(model, corpus, context, n_tokens, split, column, source)
         seed = texts.index((corpus, source))  # documents of one text are resampled alike
         with one_of(len(conditions) - number):
-            buckets += _summed(sae, model, batches, {bucket: (0, context)}, seed, n_tokens)
+            sums |= _summed(sae, model, batches, {bucket: (0, context)}, seed, n_tokens)
     corpora = ", ".join(dict.fromkeys(corpus for corpus, _ in texts))
-    return _result(by, sae, corpora, context, name, buckets, buckets[0])
+    return _result(by, sae, corpora, context, name, sums, names[0])
 
 
 def genres(corpus: str, text_column: str = "text") -> dict[str, tuple[str, str | None]]:
@@ -207,9 +207,9 @@ def context_shift(
     spans = {f"{low}-{high}": (low, high) for low, high in pairwise(bounds)}
     windows = corpus_windows if packed else _long_documents
     batches = windows(model, corpus, bounds[-1], n_tokens, split, text_column)
-    buckets = _summed(sae, model, batches, spans, 0, n_tokens)
-    known = [bucket for bucket in buckets if spans[bucket.name][1] <= trained]
-    return _result("context", sae, corpus, bounds[-1], name, buckets, known[-1] if known else buckets[0])
+    sums = _summed(sae, model, batches, spans, 0, n_tokens)
+    known = [bucket for bucket, (_, last) in spans.items() if last <= trained]
+    return _result("context", sae, corpus, bounds[-1], name, sums, (known or [*spans][:1])[-1])
 
 
 def default_edges(trained: int, longest: int | None) -> list[int]:
@@ -231,50 +231,40 @@ def _check(sae: Any, model: Any, context: int) -> None:
 # --- sums ------------------------------------------------------------------------------------------------------------
 
 
-class _Sums(TokenSums):
-    """What one bucket sums up over its documents."""
-
-    def __init__(self, name: str, d_out: int, seed: int):
-        super().__init__(d_out, seed)
-        self.name, self.n_tokens = name, 0
-
-    def estimates(self, reference: _Sums | None = None) -> dict[str, Estimate]:
-        """Return the numbers, or their difference from the reference's: documents that both hold are resampled together."""
-        found = {}
-        for key in KEYS:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                value, resampled = (STATISTICS[key](b) for b in (self.total, self.resampled))
-                if reference is not None:
-                    value = value - STATISTICS[key](reference.total)
-                    resampled = resampled - STATISTICS[key](reference.resampled)
-            n_documents = min(self.n_clusters, (reference or self).n_clusters)
-            found[key] = interval(float(value[0]), resampled, n_documents)
-        return found
-
-
 def _summed(
     sae: Any, model: Any, batches: Iterable[Windows], spans: Mapping[str, tuple[int, int]], seed: int, n_tokens: int
-) -> list[_Sums]:
+) -> dict[str, TokenSums]:
     """Return what is summed up over windows, by span of positions: from the first number to before the second."""
-    sums = [_Sums(name, getattr(sae.cfg, "d_out", sae.cfg.d_in), seed) for name in spans]
+    sums = {name: TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in), seed) for name in spans}
     what = f"shift, {', '.join(spans)}"
     for windows in paced(batches, what, n_tokens, "token", size=lambda windows: len(windows.doc)):
         rows, _, y, _ = measure(sae, model, *hooks_of(sae), windows, with_loss=True)
         position = windows.keep.nonzero()[:, 1].numpy()
-        for bucket, (low, high) in zip(sums, spans.values(), strict=True):
+        for name, (low, high) in spans.items():
             here = (low <= position) & (position < high)
             if here.any():
-                bucket.add(windows.doc[here], {key: column[here] for key, column in rows.items()}, y[here])
-                bucket.n_tokens += int(here.sum())
+                sums[name].add(windows.doc[here], {key: column[here] for key, column in rows.items()}, y[here])
     return sums
 
 
-def _result(by: str, sae: Any, corpus: str, context: int, name: str, sums: Sequence[_Sums], reference: _Sums) -> Shift:
-    buckets = [
-        Bucket(b.name, b.n_tokens, b.n_clusters, b.estimates(), {} if b is reference else b.estimates(reference))
-        for b in sums
-    ]
-    return Shift(by, name, str(sae.cfg.metadata.model_name), corpus, context, reference.name, buckets)
+def _result(
+    by: str, sae: Any, corpus: str, context: int, name: str, sums: Mapping[str, TokenSums], reference: str
+) -> Shift:
+    buckets = []
+    for bucket, own in sums.items():
+        change = {} if bucket == reference else {key: _change(key, own, sums[reference]) for key in KEYS}
+        numbers = {key: own.estimate(STATISTICS[key]) for key in KEYS}
+        n_tokens = int(own.total[0, 0])  # the first of the sums counts them
+        buckets.append(Bucket(bucket, n_tokens, own.n_clusters, numbers, change))
+    return Shift(by, name, str(sae.cfg.metadata.model_name), corpus, context, reference, buckets)
+
+
+def _change(key: str, own: TokenSums, reference: TokenSums) -> Estimate:
+    """Return by how much a number differs from the reference's: documents that both hold are resampled together."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, resampled = (STATISTICS[key](each) for each in (own.total, own.resampled))
+        other, theirs = (STATISTICS[key](each) for each in (reference.total, reference.resampled))
+    return interval(float((value - other)[0]), resampled - theirs, min(own.n_clusters, reference.n_clusters))
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------

@@ -136,10 +136,10 @@ def italian_skills(model: Any, *, n: int = 300, seed: int = 1001) -> dict[str, f
 class IoiWords:
     """The words of the task; names by gender, everything else as it stands in a template."""
 
-    names: dict[str, tuple[str, ...]]  # "Masc", "Fem"
-    places: tuple[str, ...]
-    objects: tuple[str, ...]
-    templates: tuple[str, ...]
+    names: dict[str, Sequence[str]]  # "Masc", "Fem"
+    places: Sequence[str]
+    objects: Sequence[str]
+    templates: Sequence[str]
     language: str = "it"
 
     def __post_init__(self) -> None:
@@ -165,10 +165,7 @@ class IoiPair(NamedTuple):
 @lru_cache(maxsize=3)
 def default_words(language: str = "it") -> IoiWords:
     """Return the words of a language for real models. Raises: UsageError for another than Italian or English."""
-    entry = _of_language("ioi", language)
-    names = {gender: tuple(text.split()) for gender, text in entry["names"].items()}
-    places, objects, templates = (tuple(entry[key]) for key in ("places", "objects", "templates"))
-    return IoiWords(names, places, objects, templates, "en" if language == "en" else "it")
+    return IoiWords(**_of_language("ioi", language))
 
 
 def words_for(model: str, language: str = "it") -> IoiWords:
@@ -282,22 +279,13 @@ class _Words(NamedTuple):
         return f"{self.near[gender][number]} {between[number]}"
 
 
-@lru_cache(maxsize=2)
-def _words(language: str) -> _Words:
-    """Return the words of a language. Raises: UsageError for another than Italian or English."""
-    data = _of_language("agreement", language)
-    nouns = [[entry.split() for entry in some.split(",")] for some in data["nouns"]]
-    adjectives, verbs = ([entry.split() for entry in data[key].split(",") if entry] for key in ("adjectives", "verbs"))
-    return _Words(nouns, adjectives, verbs, data["the"], data["near"], data["agree"])
-
-
 def agreement_pairs(n: int, *, seed: int = 0, language: str = "it") -> list[MinimalPair]:
     """Return `n` pairs, the kinds in turn, each right form as often the wrong one of another pair.
 
     An attractor is a noun between subject and target that bears the wrong feature: «il libro vicino alle penne è». English
     has the kinds without gender. Raises: UsageError for another language than `it` and `en`.
     """
-    words = _words(language)
+    words = _Words(**_of_language("agreement", language))
     kinds = [kind for kind in KINDS if len(words.nouns) > 1 or not kind.startswith("gender")]
     each = ((Random(f"agreement/{seed}/{i}"), *divmod(i, len(kinds))) for i in range(n))
     return [_agreement_pair(random, words, kinds[kind], side=turn % 2) for random, turn, kind in each]
@@ -333,8 +321,8 @@ def number_pairs(n: int, tokenizer: Any, *, seed: int = 0, language: str = "it")
     noun, over an attractor of either number. Singular and plural take turns as the base.
     Raises: UsageError when too few nouns have as many tokens in both numbers, and as `agreement_pairs`.
     """
-    words, genders = _words(language), len(_words(language).nouns)
-    found: list[tuple[str, str]] = []
+    words, found = _Words(**_of_language("agreement", language)), []
+    genders = len(words.nouns)
     for attempt in range(TRIES * n):
         random = Random(f"number/{seed}/{attempt}")
         gender, other_gender, other_number = (random.randrange(many) for many in (genders, genders, 2))

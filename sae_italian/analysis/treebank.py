@@ -220,8 +220,8 @@ def with_forms(treebank: Treebank) -> tuple[Treebank, dict[str, int]]:
     sentences = []
     for sentence in treebank.sentences:
         forms = [f"form={sentence.text[word.start : word.end].lower()}" for word in sentence.words]
-        both = zip(sentence.words, forms, strict=True)
-        sentences.append(sentence._replace(words=[Word(w.start, w.end, w.labels | {form}) for w, form in both]))
+        words = [word._replace(labels=word.labels | {form}) for word, form in zip(sentence.words, forms, strict=True)]
+        sentences.append(sentence._replace(words=words))
         counts.update(forms)
     return treebank._replace(sentences=sentences), counts
 

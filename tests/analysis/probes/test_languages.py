@@ -26,7 +26,7 @@ def test_entropies_and_owners_by_hand():
 
 
 def test_rows_for_the_store():
-    found = Languages(["it", "en", "fr"], [1000, 900, 800], PROBABILITY, dict.fromkeys("abc", 0.0))
+    found = Languages(["it", "en", "fr"], [1000, 900, 800], PROBABILITY, dict.fromkeys(("it", "en", "fr"), 0.0))
     (row,) = found.labels()
     assert (row.latent, row.label, row.n) == (0, "Language=it", 1000)
     assert row.precision == pytest.approx(0.2 / 0.21) and row.recall == pytest.approx(0.2)

@@ -161,9 +161,9 @@ def test_one_result_of_all_with_rows_for_the_store(planted, tmp_path):
         cfg=types.SimpleNamespace(d_in=8), device="cpu", dtype=torch.float32, encode=lambda x: torch.relu(x @ encoder)
     )
     result = probe(sae, [words], name="sae", others={"other": sae})
-    best = result.within("A")["Gender=Fem", "single latent"]
+    best = result.by_label("single latent", "A")["Gender=Fem"]
     assert best.latents == [0] and best.f1.value > 0.9
-    assert ("UPOS=X", "single latent") not in result.within("A")
+    assert "UPOS=X" not in result.by_label("single latent", "A")
     rows = {(row.latent, row.label): row for row in result.labels()}
     assert rows[0, "Gender=Fem"].source == "A" and rows[0, "Gender=Fem"].f1 == best.f1.value
     assert all(row.label == "Gender=Fem" for row in rows.values())  # the others are not better than yes to all

@@ -69,10 +69,10 @@ def test_the_embedded_models_words_are_those_of_its_grammar():
         return written[0].lower() + written[1:]
 
     words, lexicon = default_words("micro-italiano"), load_grammar().lex
-    names = {g: tuple(noun.lemma for noun in lexicon.classes[c]) for g, c in (("Masc", "nome_m"), ("Fem", "nome_f"))}
-    places = tuple(text(*noun.place) for noun in lexicon.classes["incontro"])
+    names = {g: [noun.lemma for noun in lexicon.classes[c]] for g, c in (("Masc", "nome_m"), ("Fem", "nome_f"))}
+    places = [text(*noun.place) for noun in lexicon.classes["incontro"]]
     things = [noun for noun in lexicon.classes["dono"] if noun.tokens[0] is not None]
-    objects = tuple(text(lexicon.agreeing["un"][noun.genders[0]][0], noun.tokens[0]) for noun in things)
+    objects = [text(lexicon.agreeing["un"][noun.genders[0]][0], noun.tokens[0]) for noun in things]
     assert (words.names, words.places, words.objects) == (names, places, objects)
     assert words.templates == default_words("it").templates and words.language == "it"
 
