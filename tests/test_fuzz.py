@@ -192,7 +192,7 @@ def read_evaluation(folder: Path) -> None:
 
 
 def read_training(folder: Path) -> None:
-    from sae_italian.training.logging import read_curve
+    from sae_italian.training.curves import read_curve
 
     read_curve(folder)
 

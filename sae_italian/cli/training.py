@@ -167,7 +167,8 @@ def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, sourc
         out: File for the picture of a training's curves; default: curves.svg in its folder.
     """
     from sae_italian.evaluation.doctor import Diagnosis, examine, finding_of
-    from sae_italian.training.logging import WEIGHTS, look_at_training
+    from sae_italian.training.curves import look_at_training
+    from sae_italian.training.logging import WEIGHTS
 
     folder, picture = Path(sae), None
     if not (folder / "cfg.json").is_file() and any(folder.glob("*TC*/cfg.json")):

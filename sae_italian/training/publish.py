@@ -15,7 +15,8 @@ from sae_italian.base.storage import read_json, record_in, understood
 from sae_italian.corpora.stream import mixture
 from sae_italian.evaluation.card import DENSITY_PICTURE, EvaluationCard, read_card
 from sae_italian.models import catalogue
-from sae_italian.training.logging import METRICS_FILE, OUR_FILES, SAE_FILES, SAELENS_FILES, look_at_training
+from sae_italian.training.curves import look_at_training
+from sae_italian.training.logging import METRICS_FILE, OUR_FILES, SAE_FILES, SAELENS_FILES
 
 MODEL_CARD = "README.md"
 # What a report at W&B shows: curves of the training, pictures and pages, tables; those of an export join the run's group.

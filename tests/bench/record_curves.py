@@ -16,7 +16,7 @@ import numpy as np
 from sae_italian.base.storage import package_versions, read_json, write_json
 from sae_italian.training import RunSpec, load_spec, read_values, recipes, train
 from sae_italian.training.config import SUITE_KEY, find_config
-from sae_italian.training.logging import TITLES, Curve, band, read_curve, same_recipe
+from sae_italian.training.curves import TITLES, Curve, band, read_curve, same_recipe
 
 SHORT_STEPS, SHORT_BATCH = 40, 512
 

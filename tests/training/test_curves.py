@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sae_italian.cli import main
-from sae_italian.training import load_spec, logging, train
-from sae_italian.training.logging import TITLES, Curve, look_at_training, read_curve, recorded_curves
+from sae_italian.training import curves, load_spec, train
+from sae_italian.training.curves import TITLES, Curve, look_at_training, read_curve, recorded_curves
 from tests.bench.record_curves import mini_recipes, outside, plain, record, shortened
 
 RECORDED, SHORT = (
@@ -21,7 +21,7 @@ def test_every_recipe_has_its_curve():
     """A recipe without a recorded curve fails here: `python -m tests.bench.record_curves mini/NAME` makes one."""
     assert "mini/topk" in mini_recipes() and set(RECORDED) == set(mini_recipes())
     for recipe, (spec, _) in RECORDED.items():
-        assert logging.same_recipe(spec, load_spec(recipe).model_dump(mode="json")), f"{recipe} has changed"
+        assert curves.same_recipe(spec, load_spec(recipe).model_dump(mode="json")), f"{recipe} has changed"
 
 
 @pytest.mark.parametrize("recipe", mini_recipes())
@@ -80,7 +80,7 @@ def healthy(monkeypatch, small_spec):
     share = np.linspace(0.02, 1, 50)
     values = {"loss": 100 * np.exp(-3 * share), "l0": 8 + 0 * share, "dead": 0.05 * share}
     curve, spec = Curve(share, {**values, "explained_variance": 0.9 * (1 - np.exp(-5 * share))}), {}
-    monkeypatch.setattr(logging, "recorded_curves", lambda: iter([("r/own", spec, curve)]))
+    monkeypatch.setattr(curves, "recorded_curves", lambda: iter([("r/own", spec, curve)]))
     spec |= small_spec.model_dump(mode="json")
     return curve, spec
 
@@ -112,22 +112,22 @@ def test_what_is_off_is_said(metric, healthy, tmp_path):
 
 
 def test_a_band_of_dead_latents_stays_a_share():
-    low, high = logging.band("dead", np.array([0.0, 0.99]))
+    low, high = curves.band("dead", np.array([0.0, 0.99]))
     assert low[0] == 0 and high[1] == 1 and (low <= high).all()
-    assert logging.band("l0", np.array([0.0]))[0] <= 0 < logging.band("l0", np.array([8.0]))[0]
+    assert curves.band("l0", np.array([0.0]))[0] <= 0 < curves.band("l0", np.array([8.0]))[0]
 
 
 def test_the_grey_band_is_what_is_tolerated_and_the_legend_says_so(healthy, tmp_path, monkeypatch):
     """Each metric's area runs along its tolerance around the healthy curve, under the run's own line."""
     drawn = {}
-    monkeypatch.setattr(logging, "svg", lambda draw, n, size: drawn.update(draw=draw, n=n) or "")
+    monkeypatch.setattr(curves, "svg", lambda draw, n, size: drawn.update(draw=draw, n=n) or "")
     curve, spec = healthy
     look_at_training(written(tmp_path / "run", curve, spec, l0=lambda x: x + 0.1))
     axes = matplotlib.figure.Figure().subplots(1, drawn["n"])
     drawn["draw"](axes)
     for axis, name in zip(axes, TITLES, strict=True):
         ((corners,), (line,)) = (axis.collections[0].get_paths(), axis.lines)
-        relative, absolute = logging.TOLERANCE[name]
+        relative, absolute = curves.TOLERANCE[name]
         at, room = corners.vertices[:, 1], relative * curve.values[name] + absolute
         low, high = curve.values[name] - room, curve.values[name] + room
         assert at.min() == pytest.approx(max(low.min(), 0) if name == "dead" else low.min())
@@ -193,7 +193,7 @@ def test_recording_writes_what_is_read(tmp_path, small_spec, monkeypatch):
     recipe.write_text(yaml.safe_dump(small_spec.model_dump(mode="json", exclude_none=True)))
     file = record(str(recipe))
     assert file == tmp_path / "r" / "curves" / "own.json"
-    monkeypatch.setattr(logging, "configs_folder", lambda: tmp_path)
+    monkeypatch.setattr(curves, "configs_folder", lambda: tmp_path)
     first = [plain(curve) for size in ("short", "full") for name, _, curve in recorded_curves(size) if name == "r/own"]
     assert len(first) == 2 and record(str(recipe), full=False) == file
     assert [plain(curve) for size in ("short", "full") for _, _, curve in recorded_curves(size)] == first  # by the seed

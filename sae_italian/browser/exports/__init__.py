@@ -15,6 +15,7 @@ Token strings come from character offsets, intervals hold no zeros, and no passa
 
 import gzip
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
@@ -37,7 +38,7 @@ from sae_italian.cache import FeatureCache
 from sae_italian.circuits.show import cantor
 from sae_italian.models import load_model_config
 
-BATCH, MAX_FILES = 128, 1000  # latents of a file; the bulk importer sees 1000 files of a folder
+BATCH = 128  # latents of a file
 N_CARDS = 20  # of the latents with the best scores, on the page that W&B shows
 NO_DECODER = (
     "logit histograms, neuron alignment and correlated neurons: the SAE or its model is not at hand (give --sae)"
@@ -165,13 +166,17 @@ def circuit_feature(latents: Latents, latent: int) -> Facts:
 class Form(NamedTuple):
     """A format of files: the folder that facts name, and the table of each file, filled once or batch by batch of latents.
 
-    The `{}` of a batch's file is its number; of several, the last is written last, so what is there is whole.
+    The `{}` of a batch's file is its `number` (of the facts, the batch and its first latent); of several, the last is written
+    last, so what is there is whole.
     """
 
     folder: str
     once: dict[str, str]
     batches: dict[str, tuple[str, Callable[[Latents, range], Iterator[Facts]]]]
     latents: str  # the table that has a row for each latent
+    size: int = BATCH  # latents of a batch, more where there would be more than `most` of them
+    most: int = sys.maxsize
+    number: Callable[[Facts, int, int], int] = lambda facts, batch, first: batch
 
 
 FORMS = {
@@ -190,9 +195,15 @@ FORMS = {
             "features/batch-{}.jsonl.gz": ("neuron", _neurons),
         },
         "neuron",
+        most=1000,  # files of a folder that its importer sees
     ),
     "circuit-tracer": Form(
-        "features/{release}", {}, {"{}.json": ("circuit_feature", _circuit_features)}, "circuit_feature"
+        "features/{release}",
+        {},
+        {"{}.json": ("circuit_feature", _circuit_features)},
+        "circuit_feature",
+        size=1,
+        number=lambda facts, batch, first: cantor(facts["layer"], first),
     ),
 }
 FORMATS = (*FORMS, "wandb")
@@ -201,12 +212,12 @@ FORMATS = (*FORMS, "wandb")
 def _write(folder: Path, to: str, latents: Latents, wanted: range, bar: Any) -> None:
     """Write what is not there yet of some latents."""
     form = FORMS[to]
-    size = {"neuronpedia": BATCH, "circuit-tracer": 1}.get(to, max(BATCH, -(-len(wanted) // MAX_FILES)))
+    size = max(form.size, -(-len(wanted) // form.most))
     for file, table in form.once.items():
         write_rows(folder / file, [make_row(table, latents.facts)])
     for number, first in enumerate(range(wanted.start, wanted.stop, size)):
         batch = range(first, min(first + size, wanted.stop))
-        name = cantor(latents.facts["layer"], first) if to == "circuit-tracer" else number
+        name = form.number(latents.facts, number, first)
         files = {folder / file.format(name): rows for file, (_, rows) in form.batches.items()}
         if not list(files)[-1].is_file():
             for file, rows in files.items():
