@@ -88,8 +88,9 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], 'Did you mean "train"'),
-        (["models", "shwo", "x"], 'Did you mean "show"'),
+        (["trian"], "no command 'trian'. Did you mean 'train'?"),
+        (["models", "shwo", "x"], "no command 'models shwo'. Did you mean 'show'?"),
+        (["--trian"], "no command '--trian'. Did you mean 'train'?"),
         (["models", "show", "minervaa-1b"], "Did you mean 'minerva-1b'"),
         (["corpora", "show", "nowhere.jsonl"], "neither 'micro-italiano'"),
         (["train", "mini/topkk.yaml"], "Did you mean 'mini/topk'"),

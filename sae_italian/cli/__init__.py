@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = {"minutes": float(told["minutes"])} if "minutes" in told else {}
     try:
         _quiet_libraries()
-        if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
-            return _fail(_renamed(words), 2)
+        if unknown := _unknown(words):
+            return _fail(_renamed(words) or unknown, 2)
         settings, words = own_words(words, known)
         command, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
         with on_signals(signal.default_int_handler, STOP_SIGNALS[1:]):  # these stop a command as Ctrl-C does
@@ -157,6 +157,18 @@ def _next_step(steps: Sequence[str], arguments: dict[str, Any], value: Any) -> s
 def _fail(why: object, code: int) -> int:
     print(f"sae-italian: {' '.join(str(why).split())}", file=sys.stderr)
     return code
+
+
+def _unknown(words: list[str]) -> str | None:
+    """Return what to say of a command that is none of ours; cyclopts would import every command to say it."""
+    if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
+        return "renamed"
+    group = f"{words[0]} " if words and words[0] in _TOLD["groups"] else ""
+    known = [name.removeprefix(group).split()[0] for name in COMMANDS if name.startswith(group)]
+    for word in words[bool(group) :][:1]:
+        if word not in (*known, "--help", "-h", "--version"):
+            return f"no command {group + word!r}. {nearest(word, known)}"
+    return None
 
 
 def _renamed(words: list[str]) -> str | None:
