@@ -75,13 +75,11 @@ def build() -> App:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    words, command = [word for word in given if word != "--json"], None
-    told = next((COMMANDS[name] for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), {})
-    known = {"minutes": float(told["minutes"])} if "minutes" in told else {}
+    words, command, known = [word for word in given if word != "--json"], None, {}
     try:
         _quiet_libraries()
-        if unknown := _unknown(words):
-            return _fail(_renamed(words) or unknown, 2)
+        told = _entry(words)
+        known |= {"minutes": float(told["minutes"])} if "minutes" in told else {}
         settings, words = own_words(words, known)
         command, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
         with on_signals(signal.default_int_handler, STOP_SIGNALS[1:]):  # these stop a command as Ctrl-C does
@@ -159,16 +157,19 @@ def _fail(why: object, code: int) -> int:
     return code
 
 
-def _unknown(words: list[str]) -> str | None:
-    """Return what to say of a command that is none of ours; cyclopts would import every command to say it."""
-    if " ".join(words[:2]) in OLD_COMMANDS:  # `autointerp export`: its first word alone is a command still
-        return "renamed"
-    group = f"{words[0]} " if words and words[0] in _TOLD["groups"] else ""
-    known = [name.removeprefix(group).split()[0] for name in COMMANDS if name.startswith(group)]
-    for word in words[bool(group) :][:1]:
-        if word not in (*known, "--help", "-h", "--version"):
-            return f"no command {group + word!r}. {nearest(word, known)}"
-    return None
+def _entry(words: list[str]) -> dict[str, Any]:
+    """Return what the table says of a command, nothing of --help and of a group.
+
+    Raises: UsageError for a name that is none, or none any more; cyclopts would import every command to say it.
+    """
+    n_words = 2 if set(words[:1]) & set(_TOLD["groups"]) else 1
+    name, last = " ".join(words[:n_words]), " ".join(words[n_words - 1 : n_words])
+    is_old = " ".join(words[:2]) in OLD_COMMANDS  # `autointerp export`: its first word alone is a command still
+    if not is_old and (name in COMMANDS or last in ("", "--help", "-h", "--version")):
+        return COMMANDS.get(name, {})
+    group = name.removesuffix(last)
+    known = [command.removeprefix(group).split()[0] for command in COMMANDS if command.startswith(group)]
+    raise UsageError(_renamed(words) or f"no command {name!r}. {nearest(last, known)}")
 
 
 def _renamed(words: list[str]) -> str | None:
