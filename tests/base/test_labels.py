@@ -1,6 +1,7 @@
 """The bilingual table of labels: whole, in order, in both languages."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def test_numbers_are_written_as_the_language_does():
 
 def test_apostrophes_are_typographic():
     assert not [key for key, texts in page_labels().items() if any("'" in text for text in texts)]
+
+
+def test_no_article_stands_before_a_number_that_is_filled_in():
+    """It would depend on the number: il 12 %, l’8 %, lo 0,9 %."""
+    folder = Path(__file__).parents[2] / "sae_italian"
+    article = re.compile(r"\b(?:(?:il|lo|[dns]?[ae]l(?:lo)?|sul(?:lo)?|un|vale) |[dns]?[ae]?ll?’)\{")
+    texts = {file: file.read_text("utf-8") for file in folder.rglob("*.yaml")}
+    assert not [(file.name, found.group()) for file, text in texts.items() for found in article.finditer(text)]
+    assert article.search("sullo {density} dei token") and article.search("nell’{share}")
 
 
 def test_what_was_proofread_stays_so():

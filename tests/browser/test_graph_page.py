@@ -82,7 +82,7 @@ def test_the_sentence_says_the_graph_in_both_languages(tab: Any, index: Path) ->
     assert "Dopo «<s> Anna a» il modello si aspetta «Anna» (75 %)" in said
     # the last step: 9 of 9 + 1 + 2
     assert "ingresso «Anna» → latente 5 dello strato 0 su «Anna»: nomi di persona → latente 9 dello strato 1" in said
-    assert "l’ultimo passo vale 75 % di ciò che il logit riceve" in said and "Non verificato" in tab.inner_text(
+    assert "quota dell’ultimo passo in ciò che il logit riceve: 75 %" in said and "Non verificato" in tab.inner_text(
         ".verdict"
     )
     tab.click('[data-lang="en"]')
