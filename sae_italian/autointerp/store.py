@@ -248,20 +248,22 @@ class Store:
         return [name for (name,) in self.connection.execute(query)]
 
     def scored(self, explainer: str, judge: str) -> set[int]:
-        """Return the latents whose explanations by this explainer the judge has scored, but those its endpoint failed on."""
-        query = """SELECT latent FROM {0} WHERE judge = ?
-                   AND explanation_id IN (SELECT id FROM explanation WHERE explainer = ?) {1}"""
-        sets = query.format("score", "EXCEPT ") + query.format("judgement", "AND said = ?")
-        found = self.connection.execute(sets, (judge, explainer, judge, explainer, UNANSWERED))
+        """Return the latents whose explanations by this explainer the judge has judged, but those its endpoint failed on."""
+        own = "SELECT latent FROM {} WHERE judge = ? AND explanation_id IN (SELECT id FROM explanation WHERE explainer = ?)"
+        sets = f"{own.format('score')} UNION {own.format('judgement')} EXCEPT {own.format('judgement')} AND said = ?"
+        found = self.connection.execute(sets, 3 * (judge, explainer) + (UNANSWERED,))
         return {latent for (latent,) in found}
 
     def add_scores(self, rows: Iterable[Sequence[Any]], judgements: Iterable[Judgement] = ()) -> None:
-        """Add scores (fields of `ScoreRow`, or `Falls`) and what they rest on; those on missing answers give way."""
+        """Add scores (fields of `ScoreRow`, or `Falls`) and what they rest on; a judge's on missing answers give way.
+
+        Those of an earlier stranger too: who is another latent's control changes with what is explained.
+        """
         judged, given = list(judgements), list(rows)
-        ids = ", ".join(str(number) for number in {row.explanation_id for row in judged})
-        where = f"latent = ? AND judge = ? AND explanation_id IN ({ids})"
+        of = "(SELECT explainer FROM explanation WHERE id = {})"
+        where = f"latent = ? AND judge = ? AND {of.format('explanation_id')} = {of.format('?')}"
         with self.connection:
-            for key in {(row.latent, row.judge) for row in judged}:
+            for key in {(row.latent, row.judge, row.explanation_id) for row in judged}:
                 if self._any(f"judgement WHERE {where} AND said = ?", *key, UNANSWERED):
                     for table in ("score", "falls", "judgement"):
                         self.connection.execute(f"DELETE FROM {table} WHERE {where}", key)

@@ -185,6 +185,22 @@ def test_a_latent_that_the_endpoint_failed_on_is_judged_again(tmp_path):
         assert store.scored("llm:m", "llm:m") == {5}
 
 
+def test_what_an_earlier_stranger_was_judged_by_gives_way_too(tmp_path):
+    """A rerun that explains more latents gives a latent another stranger; the endpoint may have failed on the old one."""
+
+    def of(explanation, control, said):
+        row = (explanation, 5, control, "detection", "llm:m", "random", "balanced_accuracy", 0.9, None, None, 2, 2)
+        return row, Judgement(explanation, 5, control, "detection", "llm:m", 0, 7, "", said, None)
+
+    with Store(tmp_path / "s", {}) as store:
+        store.add_explanations([Explanation(latent, "llm:m", "ok", "verbi", "", None) for latent in (5, 6, 7)])
+        store.add_scores(*zip(of(1, "", 1), of(2, "shuffled", -2), strict=True))
+        store.add_scores(*zip(of(1, "", 1), of(3, "shuffled", 0), strict=True))
+        assert store.scored("llm:m", "llm:m") == {5}
+        shuffled = store.connection.execute("SELECT explanation_id FROM score WHERE control = 'shuffled'").fetchall()
+        assert shuffled == [(3,)]  # one control a latent, as every mean takes it
+
+
 def test_the_servers_words_are_shown_when_200_holds_an_error(client_of):
     with (
         raw({"error": {"message": "il modello è in manutenzione", "code": 502}}) as endpoint,

@@ -8,6 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from sae_italian.autointerp import run_autointerp
+from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE, AutointerpConfig
 from sae_italian.autointerp.store import Store
 from sae_italian.cache import FeatureCache
@@ -196,3 +198,16 @@ def test_judgements_that_are_all_unusable_leave_the_figures_empty(planted, capsy
     told = re.search(r"^calls: (.*)$", text, flags=re.MULTILINE)[1]
     assert re.match(r"(\d+) asked, \1 answered, 0 refused, 0 failed, \d+ from ledger, [1-9]\d* unreadable, 0 cut", told)
     assert re.search(r"^[1-9]\d* x unreadable: the form asked for cannot be found in it$", text, flags=re.MULTILINE)
+
+
+def test_a_latent_judged_on_too_few_examples_for_a_score_is_not_judged_again(small_cache, mini, client_of, tmp_path):
+    """One that is nearly always on has no silent segments; what was judged of it could not be stored a second time."""
+    base = FeatureCache.open(small_cache)
+    dense = planted_cache(base, tmp_path / "c", [np.flatnonzero(base.doc != NO_DOCUMENT)[::2]], mini)
+    for _ in range(2):
+        with FakeEndpoint() as endpoint, client_of(endpoint, scores=("detection",)) as client:
+            run_autointerp(dense, mini.tokenizer, explainers=[LLMExplainer(client)], judges=[LLMJudge(client)])
+    assert endpoint.requests == [] and client.counts["from ledger"] == 0
+    with Store(dense.folder / STORE_FILE, {}) as store:
+        judged = store.connection.execute("SELECT DISTINCT judge FROM judgement").fetchall()
+        assert judged == [(LLMJudge(client).name,)] and store.judges() == ["rule"]
