@@ -202,8 +202,8 @@ def side_by_side(path: Path) -> list[AutointerpSummary]:
     with Store(path, {}) as store:
         pairs = store.connection.execute(
             """SELECT explainer, judge FROM score JOIN explanation ON explanation.id = score.explanation_id
-               WHERE control = '' AND judge NOT LIKE 'always-%' AND explainer != ? AND scorer = 'detection'
-                 AND explainer NOT LIKE ?
+               WHERE control = '' AND judge NOT LIKE 'always-%' AND explainer != ? AND explainer NOT LIKE ?
+                 AND scorer IN ('detection', 'fuzzing', 'simulation')
                GROUP BY explainer, judge ORDER BY min(explanation_id), judge != ?, judge""",
             (LOOKUP, "%" + NOW, RULE),
         ).fetchall()
