@@ -230,7 +230,7 @@ in their answers and in nothing else:
 question is whether the latent is active anywhere on it, with marks whether the marked tokens are those it is active on.
 Nothing else of an example may be used but its text, its tokens and its marks.
 `simulate(explanation, examples)` (simulation): the activation expected at each token of each example, in any unit; None
-for an example without an answer.
+for an example without a usable answer, -2 where it is to be asked again.
 `encode` (embedding), `forward` (surprisal, intervention): see these scorers."""
 
 

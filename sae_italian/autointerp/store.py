@@ -88,7 +88,7 @@ class Falls(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """One judge's answer about one example."""
+    """One judge's answer about one example; of a simulation only what is missing of it."""
 
     explanation_id: int
     latent: int
@@ -260,14 +260,15 @@ class Store:
         Those of an earlier stranger too: who is another latent's control changes with what is explained.
         """
         judged, given = list(judgements), list(rows)
+        scores = [ScoreRow(*row) for row in given if not isinstance(row, Falls)]
         of = "(SELECT explainer FROM explanation WHERE id = {})"
         where = f"latent = ? AND judge = ? AND {of.format('explanation_id')} = {of.format('?')}"
         with self.connection:
-            for key in {(row.latent, row.judge, row.explanation_id) for row in judged}:
+            for key in {(row.latent, row.judge, row.explanation_id) for row in [*scores, *judged]}:
                 if self._any(f"judgement WHERE {where} AND said = ?", *key, UNANSWERED):
                     for table in ("score", "falls", "judgement"):
                         self.connection.execute(f"DELETE FROM {table} WHERE {where}", key)
-            SCORES.add(self.connection, (ScoreRow(*row) for row in given if not isinstance(row, Falls)))
+            SCORES.add(self.connection, scores)
             FALLS.add(self.connection, (row for row in given if isinstance(row, Falls)))
             JUDGEMENTS.add(self.connection, judged)
 

@@ -221,13 +221,16 @@ class LLMJudge(Asker):
 
     def simulate(
         self, explanation: Explanation, examples: Sequence[Example]
-    ) -> list[Float[np.ndarray, " tokens"] | None]:
-        """Return the expected number per token where the server gives log-probabilities, else the number it said."""
+    ) -> list[Float[np.ndarray, " tokens"] | int | None]:
+        """Return the expected number per token where the server gives log-probabilities, else the number it said.
+
+        No usable answer is None, and -2 as in `detect` where a rerun asks again.
+        """
         text, levels = explanation.text(self.config.language), np.arange(STRONGEST + 1)
         asked = [(self.prompts.simulate(text, example), len(example.tokens)) for example in examples]
-        simulated: list[Float[np.ndarray, " tokens"] | None] = []
+        simulated: list[Float[np.ndarray, " tokens"] | int | None] = []
         for one in self._numbers(asked, "simulation", self.prompts.values_key, STRONGEST):
-            values, spread = one.value or (None, None)
+            values, spread = one.value or (UNANSWERED if one.again else None, None)
             simulated.append(values if spread is None else np.array([weights @ levels for weights in spread]))
         return simulated
 

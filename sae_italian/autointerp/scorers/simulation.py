@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.autointerp.examples import LatentExamples
+from sae_italian.autointerp.examples import LatentExamples, Verdicts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
 from sae_italian.autointerp.scorers.binary import Fall, falls_of, left_out
+from sae_italian.autointerp.store import UNANSWERED
 from sae_italian.base.statistics import NOTHING, Estimate, correlations_by_document
 
 TOP, RANDOM = "top-and-random", "random-only"
@@ -24,11 +25,14 @@ def simulation(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tup
     """Score both draws; simulations of the same tokens are told together."""
     shown: Any = examples.simulation
     simulated = [one.judge.simulate(one.explanation, shown) for one in asked]
+    for one, own in zip(asked, simulated, strict=True):
+        lost = [example for example, values in zip(shown, own, strict=True) if isinstance(values, int)]
+        one.answers["simulation"] = lost, Verdicts(np.full(len(lost), UNANSWERED))  # so that a rerun knows
     for draw in (TOP, RANDOM):
         mine = [i for i in range(len(shown)) if draw == TOP or shown.decile[i] >= 0]
         by_usable: dict[tuple[int, ...], list[int]] = {}  # nearly always all of them
         for number, own in enumerate(simulated):
-            by_usable.setdefault(tuple(i for i in mine if own[i] is not None), []).append(number)
+            by_usable.setdefault(tuple(i for i in mine if np.ndim(own[i])), []).append(number)
         for usable, numbers in by_usable.items():
             found: list[Any] = [({"correlation": NOTHING, "constant": NOTHING}, ())] * len(numbers)
             if usable:

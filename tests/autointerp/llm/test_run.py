@@ -12,6 +12,7 @@ from sae_italian.autointerp import run_autointerp
 from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE, AutointerpConfig
 from sae_italian.autointerp.store import Store
+from sae_italian.autointerp.summary import side_by_side
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -211,3 +212,26 @@ def test_a_latent_judged_on_too_few_examples_for_a_score_is_not_judged_again(sma
     with Store(dense.folder / STORE_FILE, {}) as store:
         judged = store.connection.execute("SELECT DISTINCT judge FROM judgement").fetchall()
         assert judged == [(LLMJudge(client).name,)] and store.judges() == ["rule"]
+
+
+def test_a_simulation_that_the_endpoint_failed_on_is_asked_again_and_stands_in_the_table(
+    planted, mini, client_of, tmp_path
+):
+    """It was taken for done, with the failed example left out of its score for good."""
+    store, config = tmp_path / "store", AutointerpConfig(n_examples=10, latents=2)
+    how = {"concurrency": 1, "attempts": 1, "scores": ("simulation",)}
+    failed = "SELECT max(n_failed) FROM score WHERE judge LIKE 'llm:%' AND metric = 'correlation'"
+
+    def busy(n, body):
+        return "500" if n in (4, 5) else None  # a question, and once more without its schema
+
+    for fault, asked, n_failed in ((busy, None, 1), (lambda n, body: None, 1, 0), (busy, 0, 0)):
+        with FakeEndpoint(reader, fault) as endpoint, client_of(endpoint, **how) as client:
+            judge = LLMJudge(client)
+            run_autointerp(
+                planted, mini.tokenizer, config, store=store, explainers=[LLMExplainer(client)], judges=[judge]
+            )
+        assert asked is None or len(endpoint.requests) == asked
+        with Store(store, {}) as opened:
+            assert opened.connection.execute(failed).fetchone() == (n_failed,)
+    assert [summary.judge for summary in side_by_side(store)] == ["rule", judge.name]
