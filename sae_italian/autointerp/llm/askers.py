@@ -217,7 +217,8 @@ class LLMJudge(Asker):
                 said[batch], spread = one.value or (UNANSWERED if one.again else -1, None)
                 if spread is not None:
                     probability[batch] = [weights[1] for weights in spread]
-        return Verdicts(said, probability if np.isfinite(probability).any() else None)
+        known = np.isfinite(probability[said >= 0])  # where one answer has none there is no ranking of all
+        return Verdicts(said, probability if len(known) and known.all() else None)
 
     def simulate(
         self, explanation: Explanation, examples: Sequence[Example]

@@ -183,6 +183,18 @@ def test_probabilities_come_from_logprobs_where_there_are(client_of):
     assert sorted(verdicts.probability.round(6).tolist()) == [0.25] * 5 + [0.9] * 2
 
 
+def test_where_an_answer_has_no_probabilities_there_are_none(client_of):
+    """One of two batches in words: the rest counted as surer than any number, and moved AUROC."""
+    spread = digits_with_logprobs(lambda i: {"1": 0.9, "0": 0.1})
+
+    def in_words(body):
+        return by_letter(body) if passages(body["messages"][-1]["content"]) == 5 else '{"risposte": ["no", "no"]}'
+
+    with FakeEndpoint(in_words, logprobs=spread) as endpoint, client_of(endpoint) as client:
+        verdicts = LLMJudge(client).detect(an_explanation(), EXAMPLES)
+    assert (verdicts.said >= 0).all() and verdicts.probability is None
+
+
 def test_a_wrong_count_is_repaired_then_asked_one_by_one_and_nothing_is_guessed(client_of):
     def answer(body):
         question = body["messages"][-1]["content"]
