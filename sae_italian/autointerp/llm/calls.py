@@ -140,7 +140,7 @@ def sentence_of(text: str, key: str | None) -> str:
     said = value if isinstance(value, str) else text
     if said.lstrip().startswith("<"):
         said = re.sub(r"<(style|script)\b.*?</\1\s*>|<[^<>]*>", " ", said[:5000], flags=re.DOTALL | re.IGNORECASE)
-    return " ".join((said.replace(key, "<key>") if key else said).split())[:300]
+    return _text(" ".join((said.replace(key, "<key>") if key else said).split())[:300])
 
 
 def completion(text: str) -> dict[str, Any] | None:

@@ -224,6 +224,17 @@ def test_a_redirect_is_refused_and_its_target_named(client_of):
         assert other.requests == []
 
 
+def test_half_a_letter_in_a_servers_words_is_no_end(client_of, tmp_path):
+    with (
+        refusing(lambda body: "domanda 1" in str(body), "vietato \ud83d qui") as endpoint,
+        client_of(endpoint) as client,
+    ):
+        assert ask(client)[0].ok
+        assert "vietato ? qui" in ask(client, 2)[1].status
+    with sqlite3.connect(tmp_path / "store.sqlite") as ledger:  # the failure is kept too, with what it cost
+        assert ledger.execute("SELECT count(*) FROM call WHERE status LIKE '%vietato ? qui'").fetchone() == (1,)
+
+
 # --- L6: no room ----------------------------------------------------------------------------------------------------------
 
 
