@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
+from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
@@ -108,11 +109,16 @@ class LLMSettings(LLMOptions):
         return {name: value for name, value in given.items() if value is not None} | (self.extra_body or {})
 
     def key(self) -> str | None:
-        """Return the server's key, of the environment alone. Raises: UsageError when the variable named is not set."""
-        key = os.environ.get(self.key_env or KEY_VARIABLE)
+        """Return the server's key, of the environment alone. Raises: UsageError when the variable named is not set, or no key."""
+        name = self.key_env or KEY_VARIABLE
+        key = os.environ.get(name, "").strip()  # of a file's line only the line's end went with it
         if self.key_env and not key:
             raise UsageError(f"the environment has no {self.key_env}; keys are read from there alone.")
-        return key
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError(
+                f"what {name} holds is no key: letters, digits and signs of ASCII were expected. Set it again."
+            )
+        return key or None
 
     def check(self) -> None:
         """Raise UsageError, naming the option, for settings that cannot go together."""
@@ -126,5 +132,13 @@ class LLMSettings(LLMOptions):
             raise UsageError("the rule judge cannot read a text: --explainer llm needs --judge llm.")
         if not self.llm_model or not (self.endpoint or self.estimate):
             raise UsageError("an LLM needs --endpoint URL and --llm-model NAME.")
-        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
+        if self.endpoint and not _is_url(self.endpoint):
             raise UsageError(f"--endpoint is {self.endpoint!r}; expected a URL such as http://localhost:8000/v1.")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return text.isprintable() and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port or an address that is none
+        return False

@@ -305,6 +305,11 @@ def test_a_budget_without_a_price_is_refused(client_of, tmp_path, prices):
     ("settings", "words"),
     [
         ({"endpoint": "localhost:8000"}, "a URL such as"),
+        ({"endpoint": "http://"}, "a URL such as"),
+        ({"endpoint": "http://localhost:porta/v1"}, "a URL such as"),
+        ({"endpoint": "http://localhost:99999/v1"}, "a URL such as"),
+        ({"endpoint": "http://[::1/v1"}, "a URL such as"),
+        ({"endpoint": "http://localhost:8000/v1\n"}, "a URL such as"),
         ({"key_env": "NO_SUCH_VARIABLE"}, "the environment has no NO_SUCH_VARIABLE"),
         ({"judge": "rule"}, "cannot read a text"),
     ],
@@ -443,3 +448,29 @@ def test_a_key_comes_from_the_environment_and_is_written_nowhere(client_of, tmp_
     captured = capfd.readouterr()
     for text in (written.decode("utf-8", "replace"), caplog.text, captured.out, captured.err, *messages):
         assert secret not in text and "hf_un_altro" not in text
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_a_key_is_sent_without_the_end_of_its_line(client_of, monkeypatch, end):
+    """With it no header could be made of the key, and the refusal quoted it back."""
+    monkeypatch.setenv("LLM_API_KEY", f"sk-abcdefghijklmnop{end}")
+    with FakeEndpoint(echo) as endpoint, client_of(endpoint) as client:
+        assert client.ask(requests_of(1))[0].ok
+    assert endpoint.headers[-1]["authorization"] == "Bearer sk-abcdefghijklmnop"
+
+
+@pytest.mark.parametrize("key", ["chiàve", "una\nchiave"])
+def test_what_is_no_key_is_refused_and_not_shown(client_of, monkeypatch, key):
+    monkeypatch.setenv("LLM_API_KEY", key)
+    with pytest.raises(UsageError, match="LLM_API_KEY holds is no key") as error:
+        client_of("http://localhost/v1")
+    assert "chi" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["test", "1", "qualunque"])
+def test_a_word_for_a_key_is_left_in_the_answers(client_of, monkeypatch, key):
+    """Servers that want no key are given any word; «testo» became «<key>o», and a list of 1 and 0 unreadable."""
+    monkeypatch.setenv("LLM_API_KEY", key)
+    answer = '{"spiegazione": "parole del testo in qualunque frase", "risposte": [1, 0]}'
+    with FakeEndpoint(lambda body: answer) as endpoint, client_of(endpoint) as client:
+        assert client.ask(requests_of(1))[0].text == answer
