@@ -145,11 +145,13 @@ def _judged(latent: Latent, judge: Any | None) -> tuple[list[bool], int]:
 
 def mentions(explanation: str, text: str) -> bool:
     """Return whether a text holds what an explanation quotes or ends with, or else a word of a stem in it."""
-    words = re.findall(r"\w+", text.lower())
-    quoted = [next(filter(None, groups)).lower().strip() for groups in _QUOTED.findall(explanation)]
+    text = text.lower().replace("’", "'")
+    words = re.findall(r"\w+", text)
+    quoted = [next(filter(None, groups)).lower().replace("’", "'").strip() for groups in _QUOTED.findall(explanation)]
     endings = tuple(ending.lower() for ending in _ENDING.findall(explanation))
-    if quoted or endings:
-        named = any(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", text.lower()) for one in quoted)
+    if any(quoted) or endings:  # a space alone says nothing
+        # no part of a word, but a comma after one and the article of «l'acqua»
+        named = any(re.search(rf"(?!\B\w){re.escape(one)}(?<!\w\B)", text) for one in quoted if one)
         return named or any(word.endswith(endings) for word in words)
     stems = {word[:STEM] for word in re.findall(r"\w+", explanation.lower()) if len(word) >= _FEW_LETTERS}
     return any(word[:STEM] in stems for word in words if len(word) >= _FEW_LETTERS)

@@ -53,6 +53,11 @@ def test_a_rule_names_the_word_the_ending_or_the_word_before(tmp_path):
         ("nomi di animali, soprattutto felini", "un felino raro", True),
         ("l'ora dell'arrivo", "partenza alle otto", False),  # apostrophes are no quotation marks
         ("", "qualcosa", False),
+        ("la virgola «,»", "casa, rossa", True),
+        ("articolo elidato, «l'»", "bevo l’acqua", True),
+        ("articolo elidato, «l’»", "bevo l'acqua", True),
+        ("articolo elidato, «l'»", "dell'acqua", False),
+        ("lo spazio « » tra parole", "Ciao a tutti.", False),
     ],
 )
 def test_without_an_llm_a_sequence_is_explained_by_its_words(explanation, text, said):
