@@ -80,7 +80,8 @@ class ExampleSource:
     """The segments of a cache, their division by document, and draws from them. The same seed draws the same."""
 
     def __init__(self, cache: FeatureCache, neighbours: Neighbours | None = None, *, width: int = 32, seed: int = 0):
-        self.cache, self.neighbours, self.width, self.seed = cache, neighbours or {}, width, seed
+        self.cache, self.neighbours, self.seed = cache, neighbours or {}, seed
+        self.width = min(width, cache.manifest.context_size)  # no segment is longer
         segments = cache.segments(width)
         long_enough = segments.length >= MIN_LENGTH
         self.start, self.length, self.doc = (array[long_enough] for array in segments)

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from sae_italian.autointerp.choose import EXPLAINER, LOOKUP, RuleExplainer
-from sae_italian.autointerp.draws import ExampleSource, find_neighbours
+from sae_italian.autointerp.draws import MIN_LENGTH, ExampleSource, find_neighbours
 from sae_italian.autointerp.examples import (
     LEAST_PAIRS,
     ConstantJudge,
@@ -60,8 +60,9 @@ class AutointerpConfig:
     """Seed of every random draw."""
 
     def __post_init__(self) -> None:
-        if self.n_examples < LEAST_PAIRS:
-            raise UsageError(f"n_examples is {self.n_examples}; a score needs {LEAST_PAIRS} positives or more.")
+        for name, least in (("width", MIN_LENGTH), ("n_examples", LEAST_PAIRS), ("latents", 0), ("seed", 0)):
+            if (number := getattr(self, name)) is not None and number < least:
+                raise UsageError(f"{name} is {number}; expected {least} or more.")
 
 
 def stored_config(store: Store) -> AutointerpConfig:
@@ -121,7 +122,7 @@ class Work:
         n = [int((parts == number).sum()) for number in range(len(LEAST_POSITIVES))]
         feature = Feature(latent, int(statistics["count"][latent]), float(statistics["max"][latent]), *n)
         if any(found < least for found, least in zip(n, LEAST_POSITIVES, strict=True)):
-            status = "too few activations" if len(activity.position) else "dead"
+            status = "too few activations" if feature.n_active else "dead"
             both = [Explanation(latent, name, status, "", "", None) for name in (EXPLAINER, LOOKUP)]
             return Explained(feature, both)
         return Explained(feature, self.explainer.explain(activity))

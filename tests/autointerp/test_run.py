@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
+from sae_italian.autointerp.draws import ExampleSource
 from sae_italian.autointerp.examples import ConstantJudge
 from sae_italian.autointerp.store import FALLS, FEATURES, Explanation, Store
 from sae_italian.autointerp.wording import quoted
@@ -17,9 +18,11 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import locked
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache
+from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.quickstart import table_of
 from tests import fresh
 from tests.autointerp.conftest import DEAD, N_NOISE, N_PREVIOUS, N_TOKENS, RARE, OracleJudge, accuracies, scores_of
+from tests.planted import planted_cache
 
 
 def test_planted_token_latents_are_explained_perfectly(store, planted, mini):
@@ -73,6 +76,16 @@ def test_dead_and_rare_latents_are_reported_and_never_scored(store, planted):
         assert features[0].n_active == len(planted.latent(0).position) and min(features[0][3:]) >= 10
     summary = summarise(store)
     assert (summary.n_dead, summary.n_too_few, summary.n_explained) == (1, 1, DEAD)
+
+
+def test_a_latent_that_fires_where_no_example_is_drawn_is_not_dead(small_cache, mini, tmp_path):
+    """It fires in the last tokens of documents alone, which are too few for an example; any width reaches that far."""
+    base = FeatureCache.open(small_cache)
+    ends = np.flatnonzero((ExampleSource(base).segment_of < 0) & (base.doc != NO_DOCUMENT))
+    cache = planted_cache(base, tmp_path / "c", [ends, np.empty(0, dtype=np.int64)], mini)
+    work = Work(cache, mini.tokenizer, AutointerpConfig())
+    assert [work.explain(latent).explanations[0].status for latent in (0, 1)] == ["too few activations", "dead"]
+    assert ExampleSource(base, width=2**40).width == base.manifest.context_size
 
 
 def test_the_summary_tells_token_latents_from_others(store):

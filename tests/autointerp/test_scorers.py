@@ -294,9 +294,10 @@ def test_a_latent_with_too_few_negatives_of_every_source_has_no_scores():
     assert found.shares()["balanced_accuracy"].shape == (3, 1, 0) and found.counts() == [[]]
 
 
-def test_fewer_positives_than_a_score_needs_are_refused():
-    with pytest.raises(UsageError, match="n_examples is 6; a score needs 10"):
-        AutointerpConfig(n_examples=6)
+@pytest.mark.parametrize(("name", "number", "least"), [("n_examples", 6, 10), ("width", 3, 4), ("latents", -1, 0)])
+def test_numbers_that_leave_nothing_to_score_are_refused(name, number, least):
+    with pytest.raises(UsageError, match=f"{name} is {number}; expected {least} or more"):
+        AutointerpConfig(**{name: number})
 
 
 def test_a_paired_comparison_is_sharper_than_two_intervals():
