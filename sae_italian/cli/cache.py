@@ -16,7 +16,7 @@ from sae_italian.autointerp.llm import LLMOptions, LLMSettings
 from sae_italian.autointerp.llm.askers import LLMExplainer, estimate_beside, run_beside
 from sae_italian.autointerp.llm.calls import DryClient
 from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER, score_with_models
-from sae_italian.autointerp.scorers.subject import N_GRAMS, Encoder, EncoderJudge, n_grams, subject_judge
+from sae_italian.autointerp.scorers.subject import N_GRAMS, Encoder, EncoderJudge, n_grams, named, subject_judge
 from sae_italian.autointerp.summary import means, means_table
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
@@ -254,13 +254,13 @@ def _scored(
         raise UsageError(f"{cache.folder} has no explanations yet; run `sae-italian autointerp {cache.folder}` first.")
     explainer = LLMExplainer(DryClient(settings)).name if settings.explainer == "llm" else EXPLAINER
     model = sae_italian.load_model(name or cache.manifest.model)
-    judges: list[Any] = []
+    judges, language = [], settings.language
     if encoder is not None:
-        judges.append(EncoderJudge(n_grams, settings.language, N_GRAMS))
-        judges += [EncoderJudge(Encoder(encoder), settings.language)] if str(encoder) != N_GRAMS else []
+        encoders = {N_GRAMS: n_grams} | ({f"encoder {encoder}": Encoder(encoder)} if str(encoder) != N_GRAMS else {})
+        judges += [EncoderJudge(encode, language, named(judge, language)) for judge, encode in encoders.items()]
     twin, twins = cache.folder / TWIN_FOLDER, list(judges)  # the subject model has the SAE's directions
     if subject:
-        judges.append(replace(subject_judge(cache, model), language=settings.language))
+        judges.append(replace(subject_judge(cache, model), language=language, name=named("subject", language)))
     score_with_models(cache, model.tokenizer, store, judges, latents=n_scored, explainer=explainer)
     if twins and (twin / STORE_FILE).is_file():
         with suppress(UsageError):  # a twin that this explainer has explained nothing of is no control

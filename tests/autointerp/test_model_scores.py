@@ -185,3 +185,16 @@ def test_the_command_scores_without_explanations_beside_the_random_twin(capsys, 
         pass  # of a twin that was never explained
     code, out, _ = run(capsys, "autointerp", cache, "n_scored=8", "--encoder", "n-grams", "--json")
     assert code == 0 and {row["random_twin"]["value"] for row in json.loads(out)} == {None}
+
+
+def test_an_encoder_is_not_told_the_scores_of_another_nor_of_another_language(
+    capsys, planted, store, tmp_path, monkeypatch
+):
+    """Both were kept under one name: the second encoder computed nothing and was shown the first one's figures."""
+    monkeypatch.setattr("sae_italian.cli.cache.Encoder", lambda folder: lambda texts: bag_of_letters(texts)[:, [0, 0]])
+    cache, found = shutil.copytree(planted.folder, tmp_path / "cache"), {}
+    for more in (["a"], ["b"], ["a", "--language", "en"]):
+        code, out, _ = run(capsys, "autointerp", cache, "n_scored=2", "--json", "--encoder", *more)
+        assert code == 0
+        found |= {row["judge"]: row for row in json.loads(out) if row["scorer"] == "embedding"}
+    assert list(found) == ["n-grams", "encoder a", "encoder b", "n-grams:en", "encoder a:en"]
