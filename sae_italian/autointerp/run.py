@@ -126,7 +126,7 @@ class Run:
     def _claim(self, who: Explainer | Judge) -> None:
         """Hold an explainer or judge to the settings (prompts, examples) that its earlier work here had."""
         if (settings := getattr(who, "settings", None)) is not None:
-            self.store.claim(f"{type(who).__name__} {who.name}", settings)
+            self.store.claim(f"{type(who).__name__} {who.name}", settings, judge=not hasattr(who, "explain"))
 
     def score_with(
         self, judge: Judge, name: str, *, draw: int | None = None, nothing: str = "", **settings: Any

@@ -183,15 +183,15 @@ class Store:
     def _any(self, rows: str, *parameters: Any) -> bool:
         return self.connection.execute(f"SELECT 1 FROM {rows}", parameters).fetchone() is not None
 
-    def claim(self, name: str, settings: dict[str, Any]) -> None:
-        """Remember the settings of an explainer or a judge, named by its class and its name.
+    def claim(self, name: str, settings: dict[str, Any], *, judge: bool = False) -> None:
+        """Remember the settings of an explainer or a `judge`, named by its class and its name.
 
         Raises: UsageError when it worked here with others; what it only tried without a result binds nobody.
         """
         key, value = f"settings of {name}", json.dumps(settings, sort_keys=True, ensure_ascii=False)
         known, who = self.notes().get(key), name.partition(" ")[2]
-        worked = ("explanation WHERE explainer = ? AND status IN ('ok', 'failed')", "score WHERE judge = ?")
-        if known not in (None, value) and any(self._any(rows, who) for rows in worked):
+        explained = "explanation WHERE explainer = ? AND status IN ('ok', 'failed')"
+        if known not in (None, value) and self._any("score WHERE judge = ?" if judge else explained, who):
             then, now = json.loads(known), json.loads(value)
             changed = ", ".join(sorted(k for k in then | now if then.get(k) != now.get(k)))
             raise UsageError(

@@ -142,9 +142,12 @@ def test_settings_are_claimed_and_held_to(tmp_path):
             store.claim(name, {"draw": "deciles", "n": 3})
     judge = "LLMJudge llm:m:it1"
     with Store(filled(tmp_path / "j"), {"cache": "abc"}) as store:
-        store.claim(judge, {"batch": 5})
+        store.claim(judge, {"batch": 5}, judge=True)
         with pytest.raises(UsageError, match="other settings \\(batch\\)"):
-            store.claim(judge, {"batch": 1})
+            store.claim(judge, {"batch": 1}, judge=True)
+    with Store(tmp_path / "s", {}) as store:  # it explained under the same name, and judged nothing yet
+        store.claim(judge, {"scores": ["detection", "fuzzing"]}, judge=True)
+        store.claim(judge, {"scores": ["detection"]}, judge=True)
 
 
 def test_what_had_no_answer_is_not_done_and_gives_way(tmp_path):
