@@ -32,6 +32,7 @@ SHOWN = 6  # keys that are named of a rule that does not say which
 MOST_LETTERS = 120  # of a text
 LISTED = 20  # keys kept for a reader beside the text
 INSIDE = "…"  # stands before a token that begins with a letter and no space
+LINE_ENDS = str.maketrans("\n\r\t", "⏎␍⇥")  # tokens of their own in Gemma, Qwen and GPT-2: a text is one line
 Term = tuple[Numbers, Numbers]  # conditions by number: those that hold, and those that do not
 PIECES = ("token", "previous", "next", "bigram", "trigram")  # families whose keys are tokens
 
@@ -159,7 +160,7 @@ def _heaviest(rule: LatentRule, table: KeyRule) -> tuple[int, ...]:
 def quoted(family: Family, name: str, language: Language) -> str:
     """Return a key as it stands in a text: «parola», «…pezzo» of one, -mente, ri-, or the name of a shape.
 
-    No two keys of a family look alike: a token's space shows where no letter follows it, and » is doubled.
+    No two keys of a family look alike: a token's space shows where no letter follows it, a line's end as ⏎, » is doubled.
     """
     if family == "shape":
         return label(f"shape.{name}", language)
@@ -172,6 +173,7 @@ def quoted(family: Family, name: str, language: Language) -> str:
             name = name[1:]
         elif name[:1].isalnum() or name[:1] == INSIDE:
             name = INSIDE + name
+        name = name.translate(LINE_ENDS)
     return "«" + name.replace("»", "»»") + "»"
 
 

@@ -286,6 +286,8 @@ def test_best_threshold_is_the_best_of_all(positive, negative):
         ("token", ".", "«.»"),
         ("token", " .", "« .»"),
         ("next", "»", "«»»»"),
+        ("token", "\n", "«⏎»"),
+        ("bigram", ".\n\t", "«.⏎⇥»"),
         ("bigram", " la casa", "«la casa»"),
         ("word", "casa", "«casa»"),
         ("suffix3", "are", "-are"),
