@@ -254,9 +254,8 @@ def _list_of(value: Any) -> list[Any] | None:
 
 def _number(value: Any, top: int) -> int:
     """Return a whole number from 0 to `top`, also of `{"1": 0}`, `"3.0"` and, where top is 1, a yes or no. Raises: Unusable."""
-    if isinstance(value, dict):
-        numbers = [one for one in value.values() if isinstance(one, int | float)]
-        value = numbers[0] if len(numbers) == 1 else None
+    if isinstance(value, dict):  # in {"passage": 1, "answer": "no"} the one number is not the answer
+        value = next(iter(value.values())) if len(value) == 1 else None
     word = str(value).strip().strip(".").lower() if top == 1 and isinstance(value, bool | str) else ""
     if word in _YES | _NO:
         return int(word in _YES)

@@ -44,6 +44,7 @@ def test_yes_and_no_are_read_from_many_forms(text):
         ('{"risposte": [1, 0, 2]}', "value"),
         ('{"risposte": [1, 0, "forse"]}', "value"),
         ('{"risposte": [1, 0, null]}', "value"),
+        ('{"risposte": [{"brano": 1, "risposta": "no"}, {"brano": 0, "risposta": "no"}, {"brano": 1}]}', "value"),
         ('{"risposte": [1, 0', "json"),
         ("Mi dispiace, non posso.", "json"),
         ("", "empty"),
