@@ -19,7 +19,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import read_words, refusal
 
 KEY_VARIABLE = "LLM_API_KEY"
-AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, le=1e9)]  # no thread can wait for longer seconds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,8 +222,8 @@ def price_of(settings: LLMSettings) -> Price | None:
             return None
         figures = (float(entry["in"]), float(entry["out"]), float(entry.get("cached", entry["in"])))
         source = f"prices of {entry.get('date', table['version'])}, {entry.get('source', file.name)}"
-        if min(figures) < 0:
-            raise ValueError(f"{model} has a price below 0")
+        if not all(0 <= figure < math.inf for figure in figures):
+            raise ValueError(f"{model} has a price that is none")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{file} is no price file ({type(error).__name__}: {error}): expected "
