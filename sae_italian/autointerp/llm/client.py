@@ -275,7 +275,8 @@ class Client:
 
 
 def _too_long(status: int, said: str) -> bool:
-    return status == 413 or "context" in said and ("length" in said or "window" in said or "token" in said)
+    of_context = "context" in said and any(word in said for word in ("length", "window", "token", "size"))
+    return status == 413 or of_context or "too long" in said or "max_new_tokens" in said
 
 
 class _Http(openai.DefaultHttpxClient):

@@ -1,6 +1,7 @@
 """The client against an endpoint that fails in every way: no answer is lost, none is paid twice, no key is written."""
 
 import itertools
+import json
 import logging
 import sqlite3
 import subprocess
@@ -214,13 +215,22 @@ def test_the_schema_reaches_the_server_in_openai_s_form(client_of):
     assert (sent["model"], sent["temperature"], sent["seed"], sent["max_tokens"]) == (MODEL, 0.0, 0, 20)
 
 
-def test_a_prompt_too_long_is_told_apart(client_of):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "This model's maximum context length is 8 tokens",
+        "the request exceeds the available context size. try increasing the context size",  # llama.cpp
+        "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8. Given: 9 `inputs` tokens",  # TGI
+        "prompt is too long: 9 tokens > 8 maximum",
+    ],
+)
+def test_a_prompt_too_long_is_told_apart(client_of, said):
     def answer(body):
         raise AssertionError("never answered")
 
     class Short(FakeEndpoint):
         async def _respond(self, body, writer):
-            text = b'{"error": {"message": "This model\'s maximum context length is 8 tokens"}}'
+            text = json.dumps({"error": {"message": said}}).encode()
             writer.write(b"HTTP/1.1 400 X\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
             await writer.drain()
             return True
@@ -299,6 +309,9 @@ def test_a_budget_without_a_price_is_refused(client_of, tmp_path, prices):
     (tmp_path / "bad.json").write_text('{"models": {"x": {}}}')
     with pytest.raises(UsageError, match="is no price file"):
         price("x", tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text('{"version": "1", "models": {"x": {"in": 1, "out": NaN}}}')
+    with pytest.raises(UsageError, match="x has a price that is none"):  # a budget of NaN would hold nothing back
+        price("x", tmp_path / "bad.json")
 
 
 @pytest.mark.parametrize(
@@ -329,6 +342,7 @@ def test_settings_that_cannot_hold_are_refused(client_of, settings, words):
         ("concurrency=0", "concurrency is 0"),
         ("concurrency=101", "concurrency is 101"),
         ("timeout=.inf", "timeout is inf"),
+        ("timeout=1e12", "timeout is '1e12'"),
         ("max_usd=3", "is no setting"),
     ],
 )
