@@ -299,10 +299,15 @@ class Store:
         found = FALLS.select(self.connection, rest, (judge, explainer))
         return {(row.control, row.latent): row.falls or {} for _, row in found}
 
-    def judges(self) -> list[str]:
-        """Return the judges that scored here, in the order of the first explanation that they did."""
-        query = "SELECT judge FROM score GROUP BY 1 ORDER BY min(explanation_id), judge"
-        return [name for (name,) in self.connection.execute(query)]
+    def judges(self) -> dict[str, str]:
+        """Return by explainer who tells its latents' examples apart: the rules' own judge, else the first that did.
+
+        An encoder and the subject model only rank them.
+        """
+        query = """SELECT explainer, judge FROM score JOIN explanation ON explanation.id = explanation_id
+                   WHERE control = '' AND scorer = 'detection' AND judge NOT LIKE 'always-%'
+                   GROUP BY 1, 2 ORDER BY judge = 'rule', min(explanation_id) DESC, judge DESC"""
+        return dict(self.connection.execute(query))  # the last one stays
 
     def add_labels(self, labels: Sequence[Label]) -> None:
         """Add labels at once; earlier ones of the same sources give way."""

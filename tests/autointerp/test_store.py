@@ -6,6 +6,8 @@ import os
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -27,6 +29,7 @@ from sae_italian.autointerp.store import (
 from sae_italian.autointerp.summary import export, summarise
 from sae_italian.autointerp.work import stored_config
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.browser.exports.latents import Latents
 from sae_italian.cli import main
 from tests import fresh
 from tests.autointerp.llm.endpoint import FakeEndpoint
@@ -166,14 +169,14 @@ def test_scores_and_judgements_go_in_together_or_not_at_all(tmp_path):
         again = Judgement(1, 5, "", "detection", "llm:m:it1", 0, 77, "", 1, 0.75)  # judged twice
         with pytest.raises(sqlite3.IntegrityError):
             store.add_scores([ROW], [again])
-        assert store.judges() == ["llm:m:it1"]
+        assert store.judges() == {"llm:m:it1": "llm:m:it1"}
 
 
 def test_forgetting_keeps_the_calls_that_were_paid(tmp_path):
     path = filled(tmp_path / "s")
     forget(path)
     with Store(path, {"cache": "another"}) as store:
-        assert store.explainers() == store.judges() == []
+        assert store.explainers() == [] and store.judges() == {}
         assert store.spending()["m"]["usd"] == 0.01
     (tmp_path / "broken").write_bytes(b"x" * 200)
     forget(tmp_path / "broken")
@@ -220,6 +223,21 @@ def test_score_rows_are_kept_once(tmp_path):
     with Store(tmp_path / "s", {}) as store:
         indexes = store.connection.execute("SELECT tbl_name FROM sqlite_master WHERE type = 'index'").fetchall()
         assert not {("score_by_number",), ("judgement",)} & set(indexes)
+
+
+def test_each_explainer_is_exported_with_the_score_of_the_judge_that_read_it(tmp_path):
+    """An encoder that ranked the rules' examples stood in for every language model, and the first of two for both."""
+    with Store(tmp_path / "s", {}) as store:
+        names = ("rules", "llm:a", "llm:b")
+        store.add_explanations([Explanation(5, name, "ok", "verbi", "", None) for name in names])
+        asked = [(1, "rule"), (1, "llm:a"), (1, "always-yes"), (2, "llm:a"), (3, "llm:b")]
+        where = ("random", "balanced_accuracy", 0.9, None, None, 2, 2)
+        store.add_scores((n, 5, "", "detection", judge, *where) for n, judge in asked)
+        store.add_scores((n, 5, "", "embedding", "encoder", "random", "auroc", *where[2:]) for n in (1, 2, 3))
+        assert store.judges() == {"rules": "rule", "llm:a": "llm:a", "llm:b": "llm:b"}
+        exported: Any = Latents.detection
+        found = exported.func(SimpleNamespace(source=SimpleNamespace(store=lambda: store)))
+    assert found == {name: {5: 0.9} for name in names}
 
 
 def test_names_of_scores_are_kept_by_number_and_read_and_deleted_as_they_are(tmp_path):

@@ -20,9 +20,8 @@ import numpy as np
 import yaml
 from jaxtyping import Int
 
-from sae_italian.autointerp.choose import EXPLAINER
+from sae_italian.autointerp.examples import RULE
 from sae_italian.autointerp.scorers.binary import HEADLINE
-from sae_italian.autointerp.store import NOW
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import fingerprint
 from sae_italian.browser.contexts import pieces, storable
@@ -130,14 +129,13 @@ class Latents:
 
     @cached_property
     def detection(self) -> dict[str, dict[int, float]]:
-        """The detection of every explainer's texts by latent, each by the judge that reads such texts."""
+        """The detection of every explainer's texts by latent, each by the judge that read them."""
         if (store := self.source.store()) is None:
             return {}
-        llm = next((judge for judge in store.judges() if judge != "rule" and not judge.startswith("always-")), "rule")
         test: dict[str, Any] = {"control": "", "scorer": "detection", "metric": "balanced_accuracy"}
         test["negatives"] = HEADLINE["detection"]
-        judges = {n: "rule" if n.removesuffix(NOW) == EXPLAINER else llm for n in store.explainers()}
-        return {n: store.values(explainer=n, judge=judge, **test) for n, judge in judges.items()}
+        judges = store.judges()
+        return {n: store.values(explainer=n, judge=judges.get(n, RULE), **test) for n in store.explainers()}
 
     def logits(self, latent: int) -> Facts:
         """Return the promoted tokens, largest first, and the suppressed ones, lowest first."""
