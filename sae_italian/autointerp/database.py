@@ -18,13 +18,7 @@ SCHEMA_VERSION = 3
 CALLS_TABLE = "call"  # what was paid for: whatever else changes, it is carried over
 BUSY_S = 60  # a second connection (the call ledger) waits this long for the first one's commit
 _ELSEWHERE = {  # primary result codes of what is wrong with the folder or another process
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN,
+    getattr(sqlite3, f"SQLITE_{name}") for name in ("PERM", "BUSY", "LOCKED", "READONLY", "IOERR", "FULL", "CANTOPEN")
 }
 _TYPES = {int: "INTEGER", float: "REAL", str: "TEXT"}
 LONG = 500  # characters of JSON from which it is kept compressed: a rule's takes a third then

@@ -299,15 +299,15 @@ class Store:
         found = FALLS.select(self.connection, rest, (judge, explainer))
         return {(row.control, row.latent): row.falls or {} for _, row in found}
 
-    def judges(self) -> dict[str, str]:
-        """Return by explainer who tells its latents' examples apart: the rules' own judge, else the first that did.
+    def judged(self) -> list[tuple[str, str]]:
+        """Return explainer and judge of all who told a latent's examples apart, in the order they came, the rules' own first.
 
-        An encoder and the subject model only rank them.
+        An encoder and the subject model only rank examples.
         """
         query = """SELECT explainer, judge FROM score JOIN explanation ON explanation.id = explanation_id
-                   WHERE control = '' AND scorer = 'detection' AND judge NOT LIKE 'always-%'
-                   GROUP BY 1, 2 ORDER BY judge = 'rule', min(explanation_id) DESC, judge DESC"""
-        return dict(self.connection.execute(query))  # the last one stays
+                   WHERE control = '' AND judge NOT LIKE 'always-%' AND scorer IN ('detection', 'fuzzing', 'simulation')
+                   GROUP BY 1, 2 ORDER BY min(explanation_id), judge != 'rule', judge"""
+        return self.connection.execute(query).fetchall()
 
     def add_labels(self, labels: Sequence[Label]) -> None:
         """Add labels at once; earlier ones of the same sources give way."""

@@ -195,18 +195,9 @@ def _share(values: Iterable[float]) -> Estimate:
 
 
 def side_by_side(path: Path) -> list[AutointerpSummary]:
-    """Return one summary per explainer and judge of a run, in the order they came; controls are within each.
-
-    Of those who judge examples one by one: an encoder and the subject model only rank them.
-    """
+    """Return one summary per explainer and judge of a run, in the order they came; controls are within each."""
     with Store(path, {}) as store:
-        pairs = store.connection.execute(
-            """SELECT explainer, judge FROM score JOIN explanation ON explanation.id = score.explanation_id
-               WHERE control = '' AND judge NOT LIKE 'always-%' AND explainer != ? AND explainer NOT LIKE ?
-                 AND scorer IN ('detection', 'fuzzing', 'simulation')
-               GROUP BY explainer, judge ORDER BY min(explanation_id), judge != ?, judge""",
-            (LOOKUP, "%" + NOW, RULE),
-        ).fetchall()
+        pairs = [pair for pair in store.judged() if pair[0] != LOOKUP and not pair[0].endswith(NOW)]
     return [summarise(path, explainer=explainer, judge=judge) for explainer, judge in pairs]
 
 

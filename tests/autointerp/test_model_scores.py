@@ -111,7 +111,7 @@ def test_a_direction_of_the_real_model_makes_it_write_the_word(mini, planted):
         direction = mini.get_output_embeddings().weight[token].detach()
         strength, reached = strength_of(forward, tokens, direction, 2.0)
         assert reached == pytest.approx(2.0, rel=0.1)
-        changed, clean = (written_after(forward, tokens, r, 0) for r in (adding(direction, strength), None))
+        changed, clean = (written_after(forward, tokens, r) for r in (adding(direction, strength), None))
         shares = [float((written == token).any(dim=1).float().mean()) for written in (changed, clean)]
         assert shares[0] > 0.35 and shares[1] < 0.2
 

@@ -169,14 +169,14 @@ def test_scores_and_judgements_go_in_together_or_not_at_all(tmp_path):
         again = Judgement(1, 5, "", "detection", "llm:m:it1", 0, 77, "", 1, 0.75)  # judged twice
         with pytest.raises(sqlite3.IntegrityError):
             store.add_scores([ROW], [again])
-        assert store.judges() == {"llm:m:it1": "llm:m:it1"}
+        assert store.judged() == [("llm:m:it1", "llm:m:it1")]
 
 
 def test_forgetting_keeps_the_calls_that_were_paid(tmp_path):
     path = filled(tmp_path / "s")
     forget(path)
     with Store(path, {"cache": "another"}) as store:
-        assert store.explainers() == [] and store.judges() == {}
+        assert store.explainers() == store.judged() == []
         assert store.spending()["m"]["usd"] == 0.01
     (tmp_path / "broken").write_bytes(b"x" * 200)
     forget(tmp_path / "broken")
@@ -234,7 +234,7 @@ def test_each_explainer_is_exported_with_the_score_of_the_judge_that_read_it(tmp
         where = ("random", "balanced_accuracy", 0.9, None, None, 2, 2)
         store.add_scores((n, 5, "", "detection", judge, *where) for n, judge in asked)
         store.add_scores((n, 5, "", "embedding", "encoder", "random", "auroc", *where[2:]) for n in (1, 2, 3))
-        assert store.judges() == {"rules": "rule", "llm:a": "llm:a", "llm:b": "llm:b"}
+        assert store.judged() == [("rules", "rule"), ("rules", "llm:a"), ("llm:a", "llm:a"), ("llm:b", "llm:b")]
         exported: Any = Latents.detection
         found = exported.func(SimpleNamespace(source=SimpleNamespace(store=lambda: store)))
     assert found == {name: {5: 0.9} for name in names}

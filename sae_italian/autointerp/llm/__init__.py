@@ -7,11 +7,11 @@ Each setting is defined once, for every command that asks a model: the frequent 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
-from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
@@ -19,6 +19,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import read_words, refusal
 
 KEY_VARIABLE = "LLM_API_KEY"
+URL = re.compile(r"https?://([^\s/@]*@)?(\[[\da-fA-F:.]+\]|[^\s/:@\[\]]+)(:\d{1,5})?([/?]\S*)?")
 AboveZero = Annotated[float, Field(gt=0, le=1e9)]  # no thread can wait for longer seconds
 
 
@@ -115,9 +116,7 @@ class LLMSettings(LLMOptions):
         if self.key_env and not key:
             raise UsageError(f"the environment has no {self.key_env}; keys are read from there alone.")
         if not (key.isascii() and key.isprintable()):
-            raise UsageError(
-                f"what {name} holds is no key: letters, digits and signs of ASCII were expected. Set it again."
-            )
+            raise UsageError(f"what {name} holds is no key: signs of ASCII were expected. Set it again.")
         return key or None
 
     def check(self) -> None:
@@ -132,13 +131,5 @@ class LLMSettings(LLMOptions):
             raise UsageError("the rule judge cannot read a text: --explainer llm needs --judge llm.")
         if not self.llm_model or not (self.endpoint or self.estimate):
             raise UsageError("an LLM needs --endpoint URL and --llm-model NAME.")
-        if self.endpoint and not _is_url(self.endpoint):
+        if self.endpoint and not URL.fullmatch(self.endpoint):
             raise UsageError(f"--endpoint is {self.endpoint!r}; expected a URL such as http://localhost:8000/v1.")
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return text.isprintable() and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port or an address that is none
-        return False

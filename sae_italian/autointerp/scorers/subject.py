@@ -152,7 +152,6 @@ def effects(
     documents: Int[np.ndarray, " prompts"],
     *,
     divergence: float = DIVERGENCE,
-    seed: int = 0,
 ) -> dict[Any, tuple[dict[str, Estimate], list[float]]]:
     """Return for each text by how many nats adding the direction makes it likelier after what is written, and its falls.
 
@@ -170,7 +169,7 @@ def effects(
     strength, reached = strength_of(judge.forward, tokens, direction, divergence)
     if strength is None:
         return nothing
-    written = [written_after(judge.forward, tokens, replace, seed) for replace in (adding(direction, strength), None)]
+    written = [written_after(judge.forward, tokens, replace) for replace in (adding(direction, strength), None)]
     gains = {name: np.subtract(*(judge.of_text(text, rows) for rows in written)) for name, text in texts.items()}
     if any(np.isnan(gain).any() for gain in gains.values()):
         return nothing
@@ -215,10 +214,10 @@ def strength_of(
 
 @torch.no_grad()
 def written_after(
-    forward: Forward, tokens: Int[Tensor, "batch pos"], replace: Replace | None, seed: int
+    forward: Forward, tokens: Int[Tensor, "batch pos"], replace: Replace | None
 ) -> Int[Tensor, "batch new"]:
     """Return what the model writes after the prompts, sampled."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)  # the same draws after either
     written = tokens
     for _ in range(N_NEW):
         p = forward(written, replace)[:, -1].float().softmax(dim=-1).cpu()

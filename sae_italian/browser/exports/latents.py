@@ -134,7 +134,7 @@ class Latents:
             return {}
         test: dict[str, Any] = {"control": "", "scorer": "detection", "metric": "balanced_accuracy"}
         test["negatives"] = HEADLINE["detection"]
-        judges = store.judges()
+        judges = dict(reversed(store.judged()))  # of each explainer's the first
         return {n: store.values(explainer=n, judge=judges.get(n, RULE), **test) for n in store.explainers()}
 
     def logits(self, latent: int) -> Facts:
