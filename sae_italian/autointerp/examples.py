@@ -197,7 +197,6 @@ def promoted_tokens(cache: FeatureCache, strings: list[str], latent: int) -> tup
 
 
 RULE = "rule"
-What = Literal["text", "whole", "title"]
 
 
 class Explainer(Protocol):
@@ -240,7 +239,7 @@ class RuleJudge:
     name = RULE
     concurrency = 1
 
-    def __init__(self, places: Places, what: What = "text"):
+    def __init__(self, places: Places, what: Literal["text", "whole", "title"] = "text"):
         """What is executed is what the rule's text says, the whole rule as it was fitted, or the latent's title."""
         self.places, self.what = places, what
 

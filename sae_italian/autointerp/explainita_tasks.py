@@ -85,8 +85,7 @@ def rule_of_passages(passages: Sequence[Excerpt]) -> KeyRule | None:
     if not any(example.activations.any() for example in examples):
         return None
     value = np.concatenate([example.activations for example in examples])
-    found = [[keys_at(example, i) for i in range(len(example.tokens))] for example in examples]
-    keys = [here for example in found for here in example]
+    keys = [keys_at(example, i) for example in examples for i in range(len(example.tokens))]
     families: list[Family] = list(dict.fromkeys(family for here in keys for family in here))
     fitted = [_fit(family, [here.get(family) for here in keys], value) for family in families]
     return max(fitted, key=lambda scored: scored[0])[1]
@@ -109,8 +108,7 @@ def keys_at(example: Example, i: int) -> dict[Family, str]:
         letters = found["word"] = word.lower()
         found |= {f: letters[-n:] for f, n in SUFFIXES.items() if len(letters) > n and letters[-n:].isalpha()}
     if here > 0:
-        before = words[here - 1]
-        found["previous-word"] = example.text[slice(*before)].lower()
+        found["previous-word"] = example.text[slice(*words[here - 1])].lower()
     begun = example.text[first:end].lower()
     found |= {f: begun[:n] for f, n in PREFIXES.items() if len(begun) > n and begun[:n].isalpha()}
     return found
@@ -163,7 +161,6 @@ def mentions(explanation: str, text: str) -> bool:
 DEFAULT_MODEL, DEFAULT_LAYER = "bert-base-multilingual-cased", 9  # bert-score's own choice of the layer
 _MEASURES = ("correlation", "on_and_off_agree", "relative_error")
 AGREES = 0.9  # correlation from which a latent counts as replayed
-Sums = Float[np.ndarray, "samples 4"]  # positives found and missed, negatives called active and not
 
 
 def evaluate_explanations(
@@ -194,8 +191,8 @@ def evaluate_explanations(
     same = [one.casefold().split() == other.casefold().split() for one, other in zip(*texts, strict=True)]
     named = zip(("precision", "recall", "f1"), values, strict=True)
     means = {f"bertscore_{name}": mean_interval(np.asarray(value)).as_dict() for name, value in named}
-    facts = {"task": 1, "latents": len(same), "model": model, "layer": layer}
-    return {**facts, **means, "identical": float(np.mean(same))}
+    facts = {"task": 1, "latents": len(same), "model": model, "layer": layer, **means}
+    return {**facts, "identical": float(np.mean(same))}
 
 
 def evaluate_sequences(predicted: Sequence[Latent], gold: Sequence[Latent]) -> dict[str, Any]:
@@ -232,7 +229,8 @@ def _labels(mine: Latent, truth: Latent) -> tuple[np.ndarray, np.ndarray]:
     return yes, positive
 
 
-def _rates(sums: Sums) -> dict[str, np.ndarray]:
+def _rates(sums: Float[np.ndarray, "samples 4"]) -> dict[str, np.ndarray]:
+    # positives found and missed, negatives called active and not
     found, missed, false, right = sums.T
     with np.errstate(divide="ignore", invalid="ignore"):
         tpr, tnr = found / (found + missed), right / (right + false)
@@ -290,8 +288,8 @@ def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
             f"none of {n_sequences} sequences with activations could be tokenised again into its own tokens: is this "
             "the model's tokenizer, and the split not `test`?"
         )
-    result: dict[str, Any] = {"latents": len(found["without BOS"])}
-    result |= {"sequences": n_sequences, "tokenised_again": n_aligned}
+    n_latents = len(found["without BOS"])
+    result: dict[str, Any] = {"latents": n_latents, "sequences": n_sequences, "tokenised_again": n_aligned}
     for name, rows in found.items():
         medians = dict(zip(_MEASURES, np.median(rows, axis=0).tolist(), strict=True))
         result[name] = {"replayed": float(np.mean([row[0] >= AGREES for row in rows])), **medians}

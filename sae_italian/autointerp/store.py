@@ -261,8 +261,8 @@ class Store:
         """
         judged, given = list(judgements), list(rows)
         scores = [ScoreRow(*row) for row in given if not isinstance(row, Falls)]
-        of = "(SELECT explainer FROM explanation WHERE id = {})"
-        where = f"latent = ? AND judge = ? AND {of.format('explanation_id')} = {of.format('?')}"
+        where = """latent = ? AND judge = ? AND (SELECT explainer FROM explanation WHERE id = explanation_id)
+                   = (SELECT explainer FROM explanation WHERE id = ?)"""
         with self.connection:
             for key in {(row.latent, row.judge, row.explanation_id) for row in [*scores, *judged]}:
                 if self._any(f"judgement WHERE {where} AND said = ?", *key, UNANSWERED):

@@ -229,11 +229,12 @@ def means(path: Path, explainer: str, judges: Sequence[str], twin: Path | None =
     for judge, scores in by_judge.items():
         told = {(scorer, negatives) for control, scorer, negatives, _ in scores.found if not control}
         for which in sorted(told, key=lambda each: (order.index(each[0]), each[1])):
+            scorer, source = which
             row: dict[str, Any] = {
                 "judge": judge,
-                "scorer": which[0],
-                "metric": SCORERS[which[0]].metric,
-                "negatives": which[1],
+                "scorer": scorer,
+                "metric": SCORERS[scorer].metric,
+                "negatives": source,
             }
             found = scores.values(*which)
             # what failed: texts longer than the context, divergences out of reach

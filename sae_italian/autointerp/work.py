@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -80,13 +80,6 @@ def cache_identity(cache: FeatureCache) -> dict[str, str]:
     return {"cache": fingerprint(cache.manifest.model_dump(exclude={"versions", "sae"}))}
 
 
-class Explained(NamedTuple):
-    """One latent's explanations, and how much there was to see of it."""
-
-    feature: Feature
-    explanations: list[Explanation]
-
-
 class Work:
     """Examples, rules and their scores of one cache's latents."""
 
@@ -115,17 +108,16 @@ class Work:
         self.places.prepare()
         self.source.prepare()
 
-    def explain(self, latent: int) -> Explained:
-        """Return the best rule and the token lookup of one latent, or why there is none."""
+    def explain(self, latent: int) -> tuple[Feature, list[Explanation]]:
+        """Return how much there is to see of a latent, and its best rule and token lookup, or why there is none."""
         activity, statistics = self.source.activity(latent), self.cache.statistics
         parts = self.source.usable_part[activity.active]
         n = [int((parts == number).sum()) for number in range(len(LEAST_POSITIVES))]
         feature = Feature(latent, int(statistics["count"][latent]), float(statistics["max"][latent]), *n)
         if any(found < least for found, least in zip(n, LEAST_POSITIVES, strict=True)):
             status = "too few activations" if feature.n_active else "dead"
-            both = [Explanation(latent, name, status, "", "", None) for name in (EXPLAINER, LOOKUP)]
-            return Explained(feature, both)
-        return Explained(feature, self.explainer.explain(activity))
+            return feature, [Explanation(latent, name, status, "", "", None) for name in (EXPLAINER, LOOKUP)]
+        return feature, self.explainer.explain(activity)
 
     def score(self, own: Known, lookup: Known, stranger: Known | None = None) -> list[Row]:
         """Return the score rows of a latent's rule, its token lookup, the whole rule, and another latent's as control."""
@@ -171,7 +163,8 @@ def _work_on(cache: FeatureCache) -> Work:
 
 def explain_latent(latent: LatentActivations) -> Explanation:
     """Return the rule of one latent, made now and stored nowhere; its `status` says why where there is none."""
-    return _work_on(latent.cache).explain(latent.latent).explanations[0]
+    _, (rule, _) = _work_on(latent.cache).explain(latent.latent)
+    return rule
 
 
 def config_of(path: Path) -> AutointerpConfig:
@@ -192,8 +185,7 @@ def keep(path: Path, work: Work, found: Sequence[Explanation]) -> str:
     new = {explanation.explainer: explanation for explanation in found if explanation.status == "ok"}
     if not new:
         return ""
-    settings = {name: value for name, value in asdict(work.config).items() if name != "latents"}
-    now = {"when": utc_now(), "settings": settings}
+    now = {"when": utc_now(), "settings": {name: n for name, n in asdict(work.config).items() if name != "latents"}}
     try:
         with Store(path, cache_identity(work.cache)) as store:
             known = store.explanations_of(found[0].latent)

@@ -148,7 +148,7 @@ class Live:
 
         They are kept beside the cache, the rule with its scores; `not_kept` says why where that was not possible.
         """
-        found = self._work.explain(latent).explanations
+        _, found = self._work.explain(latent)
         rule = next(e for e in found if e.explainer == EXPLAINER)
         if self.llm is not None and rule.status == "ok":
             examples = self._work.examples(latent, n_test=0, promoted=self._work.promoted(latent))

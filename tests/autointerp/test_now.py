@@ -33,7 +33,7 @@ def work(cache, mini):
 def explained(work, cache):
     """The explanations of one latent that has a rule."""
     order = (-cache.statistics["count"]).argsort().tolist()
-    return next(found for latent in order if (found := work.explain(latent).explanations)[0].status == "ok")
+    return next(found for latent in order if (found := work.explain(latent)[1])[0].status == "ok")
 
 
 def names(path):
@@ -70,7 +70,7 @@ def test_a_run_counts_nothing_that_was_made_on_demand(cache, work, explained, mi
     assert found.n_latents == 4 and [summary.explainer for summary in side_by_side(path)] == ["rules"]
     with Store(path, {}) as store:
         drawn = set(store.explanations("rules"))
-    other = next(own for k in range(256) if k not in drawn and (own := work.explain(k).explanations)[0].status == "ok")
+    other = next(own for k in range(256) if k not in drawn and (own := work.explain(k)[1])[0].status == "ok")
     keep(path, work, other)
     assert summarise(path).as_dict() == found.as_dict()
     run_autointerp(cache, mini.tokenizer, AutointerpConfig(latents=4, n_examples=10))  # goes on where it was
@@ -83,14 +83,14 @@ def test_what_a_run_says_already_is_not_kept_again(cache, work, mini):
     with Store(path, {}) as store:
         latent = next(k for k, (_, e) in store.explanations("rules").items() if e.status == "ok")
         before = store.explainers()
-    keep(path, work, work.explain(latent).explanations)
+    keep(path, work, work.explain(latent)[1])
     assert names(path) == before
 
 
 def test_a_latent_of_a_cache_explains_itself(cache, explained, mini):
     """The same rule as a run's, and nothing is stored."""
     rule = cache.latent(explained[0].latent).explain()
-    expected = Work(cache, mini.tokenizer, AutointerpConfig()).explain(rule.latent).explanations[0]
+    expected = Work(cache, mini.tokenizer, AutointerpConfig()).explain(rule.latent)[1][0]
     assert rule == expected and rule.text_it and not (cache.folder / STORE_FILE).exists()
 
 

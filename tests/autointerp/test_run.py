@@ -84,7 +84,7 @@ def test_a_latent_that_fires_where_no_example_is_drawn_is_not_dead(small_cache, 
     ends = np.flatnonzero((ExampleSource(base).segment_of < 0) & (base.doc != NO_DOCUMENT))
     cache = planted_cache(base, tmp_path / "c", [ends, np.empty(0, dtype=np.int64)], mini)
     work = Work(cache, mini.tokenizer, AutointerpConfig())
-    assert [work.explain(latent).explanations[0].status for latent in (0, 1)] == ["too few activations", "dead"]
+    assert [work.explain(latent)[1][0].status for latent in (0, 1)] == ["too few activations", "dead"]
     assert ExampleSource(base, width=2**40).width == base.manifest.context_size
 
 

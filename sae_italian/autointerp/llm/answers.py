@@ -97,15 +97,13 @@ class Prompts:
     def simulate(self, explanation: str, example: Example) -> Messages:
         """Ask for a number 0 to 10 on each token of one example."""
         pieces = [f"«{one_line(example.text[start:end])}»" for start, end in example.spans.tolist()]
-        values: dict[str, Any] = {"explanation": one_line(explanation), "text": one_line(example.text)}
-        values["n"] = len(pieces)
-        values["tokens"] = numbered(pieces)
-        return self._messages("simulation", fill(self._texts["simulation"]["user"], **values))
+        values: dict[str, Any] = {"text": one_line(example.text), "n": len(pieces), "tokens": numbered(pieces)}
+        user = fill(self._texts["simulation"]["user"], explanation=one_line(explanation), **values)
+        return self._messages("simulation", user)
 
     def repair(self, messages: Messages, answer: str, form: str, problem: str, **values: object) -> Messages:
         """Ask once more after an answer with a problem, with its values; of a long one only the start is sent back."""
-        named = fill(self._texts["problems"][problem], **values)
-        text = fill(self._texts["repair"].strip(), problem=named, form=form)
+        text = fill(self._texts["repair"].strip(), problem=fill(self._texts["problems"][problem], **values), form=form)
         shown = answer.strip()[:LONGEST_QUOTE] or "..."
         return (*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": text})
 

@@ -127,8 +127,7 @@ class LLMExplainer(Asker):
         facts = {"examples_dropped": len(shown) - n, "repaired": answer.repaired}
         notes: dict[str, Any] = {"examples": n} | {name: fact for name, fact in facts.items() if fact}
         if answer.value is None:
-            notes["problem"] = answer.why
-            notes |= {"answer": answer.reply.text[:500]} if answer.reply.ok else {}
+            notes |= {"problem": answer.why} | ({"answer": answer.reply.text[:500]} if answer.reply.ok else {})
             return [explained(NO_ANSWER if answer.again else "failed", "", "", notes=notes)]
         if other := other_language(answer.value, self.config.language):
             notes["wrong_language"] = other

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import openai
 
@@ -55,12 +55,8 @@ def without_system(messages: Messages) -> list[dict[str, str]]:
     return [{**first, "content": said + first["content"]}, *rest]
 
 
-class TokenLogprobs(TypedDict):
-    """One token of an answer and the likeliest tokens in its place, with natural logarithms of their probabilities."""
-
-    token: str
-    logprob: float
-    top: dict[str, float]
+# One `token` of an answer with its `logprob` (natural), and by token those of the likeliest in its place: `top`.
+TokenLogprobs = dict[str, Any]
 
 
 class Reply(NamedTuple):
@@ -269,7 +265,7 @@ class Budget:
     """Dollars spent, set aside for the calls in flight, and possibly spent on lost answers. For any thread."""
 
     def __init__(self, limit: float | None):
-        self.limit = limit
+        self.limit = math.inf if limit is None else limit
         self.spent = self.uncertain = self._reserved = 0.0
         self._in_flight = 0
         self._changed = threading.Condition()
@@ -282,11 +278,10 @@ class Budget:
         none is in flight.
         """
         with self._changed:
-            limit = math.inf if self.limit is None else self.limit
-            while (gone := self.spent + self.uncertain) + self._reserved + account.worst > limit:
+            while (gone := self.spent + self.uncertain) + self._reserved + account.worst > self.limit:
                 if not self._in_flight:
                     raise BudgetReached(
-                        f"the next call may cost ${account.worst:.4f} and ${gone:.4f} of the ${limit:g} of --max-usd "
+                        f"the next call may cost ${account.worst:.4f} and ${gone:.4f} of the ${self.limit:g} of --max-usd "
                         "are gone. What was answered is kept: run again with a higher --max-usd to go on."
                     )
                 self._changed.wait()

@@ -113,8 +113,6 @@ class Client:
     def _one(self, request: Request, key: str) -> Reply:
         """Return the kept answer, or ask and keep it."""
         try:
-            if self._stopped is not None:
-                raise self._stopped
             reply = self._ledger.find(key)
             if reply is None:
                 tokens = self.counter.messages(request.messages)
