@@ -84,7 +84,8 @@ def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
             ) from error
     files = [path]
     if path.is_dir():
-        files = sorted(path.glob(f"data/{split}-*.parquet")) or sorted(path.glob(f"{split}.*"))
+        named = [path / f"{split}{ending}" for ending in FORMATS]
+        files = sorted(path.glob(f"data/{split}-*.parquet")) or [file for file in named if file.is_file()][:1]
         if not files:
             held = {re.sub(r"-\d+-of-\d+$", "", file.stem) for file in [*path.glob("data/*"), *path.glob("*.*")]}
             raise UsageError(f"{path} has no split {split!r}. {nearest(split, sorted(held) or SPLITS)}")

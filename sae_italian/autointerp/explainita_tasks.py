@@ -265,14 +265,14 @@ def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
     prefixes: dict[str, list[int]] = {"without BOS": []}
     prefixes |= {} if tokenizer.bos_token_id is None else {"with BOS": [tokenizer.bos_token_id]}
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in prefixes}
-    n_sequences = n_aligned = 0
+    n_known = n_aligned = 0
     for latent in latents:
         if latent.index >= width:
             raise UsageError(f"{latent.id} is not a latent of this SAE, which has {width}. Give the released one.")
         known = [one for one in latent.sequences if one.strengths is not None]
         both = [(one.strengths, token_ids(tokenizer, one)) for one in known]
         aligned = [(strengths, ids) for strengths, ids in both if strengths is not None and ids is not None]
-        n_sequences, n_aligned = n_sequences + len(known), n_aligned + len(aligned)
+        n_known, n_aligned = n_known + len(known), n_aligned + len(aligned)
         if not any(strengths.any() for strengths, _ in aligned):
             continue
         stored = np.concatenate([strengths for strengths, _ in aligned])
@@ -285,11 +285,10 @@ def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
             found[name].append(_agreement(stored, np.concatenate(ours)))
     if not any(found.values()):
         raise UsageError(
-            f"none of {n_sequences} sequences with activations could be tokenised again into its own tokens: is this "
+            f"none of {n_known} sequences with activations could be tokenised again into its own tokens: is this "
             "the model's tokenizer, and the split not `test`?"
         )
-    n_latents = len(found["without BOS"])
-    result: dict[str, Any] = {"latents": n_latents, "sequences": n_sequences, "tokenised_again": n_aligned}
+    result: dict[str, Any] = {"latents": len(found["without BOS"]), "sequences": n_known, "tokenised_again": n_aligned}
     for name, rows in found.items():
         medians = dict(zip(_MEASURES, np.median(rows, axis=0).tolist(), strict=True))
         result[name] = {"replayed": float(np.mean([row[0] >= AGREES for row in rows])), **medians}

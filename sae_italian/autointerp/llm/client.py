@@ -28,7 +28,6 @@ GIVE_UP_AFTER = 3  # questions in a row that came to nothing
 TOP_LOGPROBS = 20
 MOST_REASONS = 8
 LONGEST_BODY = 2**24  # bytes
-LEAST_SECRET = 16  # letters of a key
 # What a server may refuse and an answer can do without -> its parameters, and words that a refusal has for it.
 OPTIONAL = {
     "schema": (("response_format",), ("response_format", "json_schema", "grammar", "guided", "structured")),
@@ -174,7 +173,7 @@ class Client:
                 account.latency, self._in_vain = time.monotonic() - started, 0
                 reply = calls.reply_of(self._local.body)
                 # a short key is a word ("test", "1") that an answer may well hold; who has that key has no secret
-                secret = self._key if len(self._key or "") >= LEAST_SECRET else None
+                secret = self._key if len(self._key or "") >= 16 else None
                 return reply._replace(text=reply.text.replace(secret, "<key>")) if secret else reply
 
     def _attempt(self, send: Callable[[], httpx2.Response]) -> httpx2.Response:

@@ -1,6 +1,7 @@
 """ExplainITA: both layouts are read, submissions are written, scores have known answers, a replay finds its SAE."""
 
 import json
+import shutil
 import sys
 import types
 
@@ -286,3 +287,11 @@ def test_marked_text_of_task_1_is_replayed_too(stand_in, mini, topk_sae, tmp_pat
     latents = read_split(jsonl_of(tmp_path / "d.jsonl", rows), 1)
     result = replay(latents, topk_sae, mini)
     assert 0.97 < result["with BOS"]["correlation"] < 1 and result["with BOS"]["on_and_off_agree"] > 0.99
+
+
+def test_a_folder_is_read_once_though_copies_lie_beside_its_split(tmp_path):
+    """An editor's copy, or the ledger of a submission written there, doubled every latent or could not be read."""
+    file = jsonl_of(tmp_path / "test.jsonl", [task2_row(1, [])])
+    for name in ("test.jsonl~", "test.jsonl.bak", "test.run1.calls.sqlite"):
+        shutil.copy(file, tmp_path / name)
+    assert len(read_split(tmp_path, 2)) == 1
