@@ -2,7 +2,7 @@
 
 Read are txt, jsonl, csv, conllu (plain, gzip, zstandard), parquet, and the arrow files of a `save_to_disk` folder.
 
-A line is held as a whole up to 128 M characters, a parquet file is read by row groups, a file of the hub by blocks. A row
+A line or a paragraph is held up to 128 M characters, a parquet file is read by row groups, a file of the hub by blocks. A row
 is numbered by its place among the rows of its file, broken ones included, so (file, row) is a position.
 """
 
@@ -102,7 +102,7 @@ class TextFile(NamedTuple):
         """Yield the lines with their ends; bytes that are not of the encoding become U+FFFD, which the stream counts."""
         head = b""  # a file of the hub is UTF-8, and opened once
         if self.is_local:
-            with self.open() as handle, suppress(EOFError, zlib.error):
+            with self.open() as handle, suppress(EOFError, zlib.error, OSError):  # said where the rows before are read
                 head = handle.read(2**20)
         with self.open() as handle:
             text = io.TextIOWrapper(handle, encoding_of(head), "replace", newline="\n")
@@ -170,22 +170,23 @@ def _no_column(columns: Sequence[str], found: Iterable[object]) -> _NoText:
 def _jsonl(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     lines = ((number, line) for number, line in enumerate(shard.lines(), 1) if line.strip())
     for number, (line_number, line) in islice(enumerate(lines), start, None):
+        where = f"{shard}, line {line_number}"
         try:
-            row, why = json.loads(line), ""
+            row = json.loads(line)
             if not isinstance(row, dict):
-                why = f"a JSON object was expected, found {type(row).__name__}"
+                raise ValueError(f"a JSON object was expected, found {type(row).__name__}")
+            found = _from_columns(number, row, columns)
+        except _NoText as error:  # of this row alone: others may have it
+            found = Row(number, Broken("not_text", f"{where}{error} Or skip such rows (on_broken=skip)."))
         except (ValueError, RecursionError) as error:
-            row, why = {}, f"not JSON ({getattr(error, 'msg', error)})"
-        if why:
-            yield Row(number, _broken("broken_json", f"{shard}, line {line_number}", why))
-        else:
-            yield _from_columns(number, row, columns)
+            found = Row(number, _broken("broken_json", where, f"not JSON ({getattr(error, 'msg', error)})"))
+        yield found
 
 
 def _from_columns(number: int, row: dict[str, Any], columns: Sequence[str]) -> Row:
     for column in columns:
         value: Any = row
-        for key in column.split("."):
+        for key in [column] if column in row else column.split("."):
             value = value.get(key, row) if isinstance(value, dict) else row
         if value is not row:
             return Row(number, "" if value is None else value, row.get("source"))
@@ -195,7 +196,7 @@ def _from_columns(number: int, row: dict[str, Any], columns: Sequence[str]) -> R
 def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     lines = shard.lines()
-    head = next(lines, "")
+    head = next((line for line in lines if line.strip()), "")
     names = {mark: [name.strip('" \r\n') for name in head.split(mark)] for mark in ",;\t|"}  # Excel writes ; in Italy
     mark = max(names, key=lambda mark: (bool(set(columns) & set(names[mark])), len(names[mark])))
     table = csv.DictReader(chain([head], lines), delimiter=mark)
@@ -211,16 +212,18 @@ def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
 
 
 def _txt(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
-    """Paragraphs: documents are separated by blank lines."""
-    number, paragraph = 0, []
+    """Paragraphs: documents are separated by blank lines. Of an endless one no more than MAX_LINE characters are held."""
+    number, held, paragraph = 0, 0, []
     for raw in chain(shard.lines(), [""]):  # a blank line ends the last one, too
         for line in raw.rstrip("\r\n").split("\r"):
             if line.strip():
-                paragraph.append(line)
+                held += len(line)
+                if held <= MAX_LINE:
+                    paragraph.append(line)
             elif paragraph:
                 if number >= start:
                     yield Row(number, "\n".join(paragraph))
-                number, paragraph = number + 1, []
+                number, held, paragraph = number + 1, 0, []
 
 
 def _conllu(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
@@ -238,17 +241,14 @@ def _parquet(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Ro
     for group in range(file.num_row_groups):
         n_rows = file.metadata.row_group(group).num_rows
         if first + n_rows > start:  # a group before the start is not read at all
-            batches = file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=names)
-            yield from _table_rows(batches, names, first, start)
+            yield from _table_rows(file.iter_batches(ROWS_PER_BATCH, [group], names), names, first, start)
         first += n_rows
 
 
 def _arrow(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
     """A shard of a `save_to_disk` folder, memory-mapped."""
     with pa.memory_map(shard.path) as source, pa.ipc.open_stream(source) as stream:
-        names = _table_columns(stream.schema, columns)
-        whole = list({name.split(".")[0] for name in names})
-        yield from _table_rows((batch.select(whole) for batch in stream), names, 0, start)
+        yield from _table_rows(stream, _table_columns(stream.schema, columns), 0, start)
 
 
 def _table_columns(schema: pa.Schema, columns: Sequence[str]) -> list[str]:
@@ -259,7 +259,7 @@ def _table_columns(schema: pa.Schema, columns: Sequence[str]) -> list[str]:
         raise _no_column(columns, schema.names)
     kind = flat.field(column).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
+    if value not in (pa.string(), pa.large_string(), pa.string_view()):
         raise _NoText(f": column {column!r} holds {kind}, strings were expected.")
     return list(dict.fromkeys((column, "source"))) if "source" in flat.names else [column]
 
@@ -268,11 +268,19 @@ def _table_rows(batches: Iterable[pa.RecordBatch], names: list[str], first: int,
     """Yield the rows of batches that begin at row `first`, from row `start` on."""
     for batch in batches:
         skip = max(start - first, 0)
-        table = pa.Table.from_batches([batch.slice(skip)]).flatten()
-        values = [table[name].to_pylist() for name in names]
-        for number, (text, *source) in enumerate(zip(*values, strict=True), first + skip):
+        columns = pa.Table.from_batches([batch.slice(skip)]).flatten().select(names).columns
+        for number, (text, *source) in enumerate(zip(*map(_strings, columns), strict=True), first + skip):
             yield Row(number, "" if text is None else text, *source)
         first += len(batch)
+
+
+def _strings(column: pa.ChunkedArray) -> list[Any]:
+    """Return a column's values; bytes that are not UTF-8, which some writers let pass, become U+FFFD as in other files."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [value if value is None else value.decode("utf-8", "replace") for value in raw]
 
 
 def _micro(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
@@ -288,8 +296,7 @@ def _micro(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row
 @cache
 def _held_out_of_seed_0() -> frozenset[int]:
     """Return which of the first documents are held out, from the list that tests/corpora/test_held_out.py writes and checks."""
-    gaps = Path(__file__).with_name("micro_held_out.txt").read_text("ascii").split()
-    return frozenset(accumulate(map(int, gaps)))
+    return frozenset(accumulate(map(int, Path(__file__).with_name("micro_held_out.txt").read_text("ascii").split())))
 
 
 READERS: dict[str, Callable[[TextFile, Sequence[str], int], Iterator[Row]]] = {
@@ -312,9 +319,8 @@ LOCAL_ENDINGS = tuple(ending for ending in HUB_ENDINGS if ending not in (".arrow
 def hub_shards(route: Route, name: str, source: str) -> list[TextFile]:
     """Return the shards of a route of the corpus `name`. Raises: UsageError for a file that cannot be read, as `hub`."""
     commit, sizes = list_files(route, name)
-    root = f"{PREFIX}{route.hub}@{commit}"
     return [
-        TextFile(path, f"{root}/{path}", _kind(path, HUB_ENDINGS), source, [size, commit], name)
+        TextFile(path, f"{PREFIX}{route.hub}@{commit}/{path}", _kind(path, HUB_ENDINGS), source, [size, commit], name)
         for path, size in sizes.items()
     ]
 
@@ -336,15 +342,16 @@ def local_shards(path: Path) -> list[TextFile]:
         if not files:
             raise UsageError(f"corpus folder {str(path)!r} holds no file ending in {', '.join(LOCAL_ENDINGS)}.")
     else:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        in_a_folder = siblings and path.parent != Path()
-        hint = nearest(path.name, siblings) if in_a_folder else nearest(str(path), [MICRO_ITALIANO, *catalogue()])
+        siblings = path.parent.iterdir() if path.parent != Path() and path.parent.is_dir() else ()
+        hint = nearest(path.name, [file.name for file in siblings] or [MICRO_ITALIANO, *catalogue()])
         raise UsageError(
             f"corpus {str(path)!r} is neither {MICRO_ITALIANO!r}, a name of the catalogue, nor a local file or folder. {hint}"
         )
+    # a name in another encoding, as old archives have, is written out: no file of ours could hold it
+    names = [os.fsencode(file.relative_to(root)).decode("utf-8", "backslashreplace") for file in files]
     return [
-        TextFile(file.relative_to(root).as_posix(), str(file), _kind(str(file), LOCAL_ENDINGS), file.name.split(".")[0])
-        for file in files
+        TextFile(name, str(file), _kind(name, LOCAL_ENDINGS), Path(name).name.split(".")[0])
+        for name, file in zip(names, files, strict=True)
     ]
 
 
@@ -361,8 +368,6 @@ def _saved_to_disk(path: Path) -> list[TextFile]:
         names = sorted(file.name for file in path.glob("documents-*.parquet"))
     elif (path / "dataset_dict.json").is_file():
         splits = read_json(path / "dataset_dict.json")["splits"]
-        if not splits:
-            raise UsageError(f"{path} is a saved DatasetDict without a split.")
         return _saved_to_disk(path / ("train" if "train" in splits else splits[0]))
     elif (path / "state.json").is_file():
         names = [item["filename"] for item in read_json(path / "state.json").get("_data_files") or []]
@@ -382,11 +387,11 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
             yield from enumerate(pq.read_table(path).to_pylist(), 1)
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        tabs = csv.DictReader(lines, delimiter="\t")
-        told: Any = tabs if kind == ".tsv" else (text.strip() and dict(json.loads(text)) for text in lines)
-        for line, row in enumerate(told, 1):
-            if row:  # no blank line
-                yield (tabs.line_num if kind == ".tsv" else line), row
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            tabs = csv.DictReader(lines, delimiter="\t")
+            told: Any = tabs if kind == ".tsv" else (text.strip() and dict(json.loads(text)) for text in lines)
+            for line, row in enumerate(told, 1):
+                if row:  # no blank line
+                    yield (tabs.line_num if kind == ".tsv" else line), row
     except (OSError, NotImplementedError, *ODD, csv.Error) as error:
         raise DataError(f"{path}, line {line + 1} cannot be read as {kind} in UTF-8 ({error}).") from error

@@ -5,10 +5,13 @@ import json
 import os
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import iter_documents, load_corpus
+from sae_italian.corpora.rows import read_rows
 from sae_italian.corpora.stream import CorpusStream, Reader, check_corpus
 from tests.corpora.hub_stand_in import parquet
 
@@ -270,3 +273,73 @@ def test_a_folder_that_vanishes_while_a_corpus_is_listed_is_passed_over(tmp_path
 
     monkeypatch.setattr(os, "scandir", listing)
     assert [document.text for document in iter_documents(tmp_path)] == ["La casa è là."]
+
+
+def test_a_row_without_the_text_column_costs_that_row_alone(tmp_path):
+    """All that came after it was lost, counted as one file of another schema."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(GOOD * 2 + '{"id": 3}\n' + GOOD * 3)
+    with pytest.raises(DataError, match=r"line 3 has no column 'text'; it has 'id'.*--text-column.*on_broken=skip"):
+        read(file)
+    found, counts = read(file, on_broken="skip")
+    assert len(found) == 5 and counts.dropped == {"not_text": 1} and counts.read == 6
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_bytes_that_are_not_utf_8_in_a_parquet_file_are_mended_and_counted(tmp_path, kind):
+    width = 4 if kind == pa.string() else 8
+    ends = b"".join(n.to_bytes(width, "little") for n in (0, 3, 9, 9, 13))
+    texts = pa.Array.from_buffers(kind, 4, [None, pa.py_buffer(ends), pa.py_buffer(b"unoperch\xe9bene")])
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    found, counts = read(tmp_path / "a.parquet")
+    assert found == ["uno", "perch\ufffd", "bene"]
+    assert counts.mended == {"broken_utf8": 1} and counts.dropped == {"empty": 1}
+
+
+def test_a_truncated_zst_keeps_the_rows_before(tmp_path):
+    content = pa.compress(
+        "".join(json.dumps({"text": f"riga {i} {i**5}"}) + "\n" for i in range(20_000)).encode(), "zstd", True
+    )
+    (tmp_path / "a.jsonl.zst").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="Truncated"):
+        read(tmp_path)
+    found, counts = read(tmp_path, on_broken="skip")
+    assert counts.dropped == {"broken_shard": 1} and 1000 < len(found) < 20_000
+
+
+@pytest.mark.parametrize("content", ["n,testo.it\n1,Ciao.\n", '{"testo.it": "Ciao."}\n', "\n\r\nn;testo.it\n1;Ciao.\n"])
+def test_a_column_with_a_point_in_its_name_and_a_csv_that_begins_with_blank_lines(tmp_path, content):
+    file = tmp_path / ("a.jsonl" if "{" in content else "a.csv")
+    file.write_text(content)
+    assert read(file, text_column="testo.it")[0] == ["Ciao."]
+
+
+def test_an_endless_paragraph_is_not_held_in_memory(tmp_path, monkeypatch):
+    """Of a file with no blank line as many characters were held as it has."""
+    monkeypatch.setattr("sae_italian.corpora.rows.MAX_LINE", 1000)
+    (tmp_path / "a.txt").write_text("uno due\n" * 10_000 + "\ntre\n")
+    found, counts = read(tmp_path / "a.txt", on_broken="skip", max_chars=900)
+    assert found == ["tre"] and counts.dropped == {"too_long": 1}
+    assert len(read(tmp_path / "a.txt")[0][0]) < 1200
+
+
+def test_a_file_name_that_is_not_utf_8_gives_ids_that_are(tmp_path):
+    """As archives of old Windows machines unpack them; no Arrow table could hold the name."""
+    for letter in (b"\xe8", b"\xe9"):
+        with open(os.fsencode(tmp_path) + b"/perch" + letter + b".txt", "w") as handle:  # noqa: PTH123
+            handle.write("uno")
+    ids = [document.doc_id for document in iter_documents(tmp_path)]
+    assert ids == [r"perch\xe8.txt:0", r"perch\xe9.txt:0"]
+    assert load_corpus(tmp_path, "all", streaming=False)["source"][:] == [r"perch\xe8", r"perch\xe9"]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.jsonl"])
+def test_small_tables_from_windows_and_with_odd_white_space(tmp_path, name):
+    """A mark of the byte order hid the first column; U+2028, U+0085 or a form feed in a text ended its row."""
+    text = "Perché?\u2028Così\x85e\x0ccosì."
+    if name == "a.tsv":
+        content = f"sen\tn\r\n{text}\t1\r\n"
+    else:
+        content = json.dumps({"sen": text, "n": "1"}, ensure_ascii=False) + "\r\n"
+    (tmp_path / name).write_text(content, encoding="utf-8-sig", newline="")
+    assert [row for _, row in read_rows(tmp_path / name)] == [{"sen": text, "n": "1"}]
