@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MAX_BATCH = 2**20  # characters; a token's encoding takes some hundred bytes until its numbers are taken out
 LANGUAGE_EVERY = 10  # documents; the share of Italian is measured on this sample
 BINS_PER_DECADE = 4
+_MARKS = re.compile("[\u0300-\u036f]+")  # accents that follow their letter, as macOS and PDF files have them
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 NO_DOCUMENT = np.iinfo(np.uint32).max  # the document index of BOS and separator tokens
 Tokens = Int32[np.ndarray, "3 tokens"]  # of a document: ids, and the characters [start, end) of its text
@@ -47,7 +48,12 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Token
     how: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
     found: Any = tokenizer(texts, **how, verbose=False) if texts else {"input_ids": [], "offset_mapping": []}
     both = zip(found["input_ids"], found["offset_mapping"], strict=True)
-    return [np.vstack([ids, np.array(spans, np.int32).reshape(-1, 2).T]).astype(np.int32) for ids, spans in both]
+    tokens = [np.vstack([ids, np.array(spans, np.int32).reshape(-1, 2).T]).astype(np.int32) for ids, spans in both]
+    for text, (_, start, end) in zip(texts, tokens, strict=True):
+        if _MARKS.search(text):  # a tokenizer that composes letters leaves their marks out of its spans
+            gaps = zip(end.tolist(), [*start[1:].tolist(), len(text)], strict=False)
+            end += [len(marks[0]) if (marks := _MARKS.match(text, *gap)) else 0 for gap in gaps]
+    return tokens
 
 
 def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextDocument]]:

@@ -1,9 +1,12 @@
 """Many documents in one call give each the tokens and offsets that it has alone."""
 
+from unicodedata import normalize
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sae_italian.base.errors import UsageError
@@ -92,3 +95,15 @@ def test_typed_special_tokens_are_counted(mini, tmp_path):
     (tmp_path / "a.txt").write_text("<s>uno</s> e <s>\n\ndue\n\ntre </s>\n")
     stats = corpus_stats(tmp_path / "a.txt", mini.tokenizer)
     assert stats["typed_special_tokens"] == 2 and corpus_stats(tmp_path / "a.txt", None)["typed_special_tokens"] is None
+
+
+def test_accents_that_follow_their_letter_belong_to_its_token():
+    """A tokenizer that composes letters, as Qwen's, leaves the accent out of its spans: text ended as «perche»."""
+    tokenizer = Tokenizer(models.WordLevel({"perché": 1, "città": 2, "e": 3, "?": 0}, unk_token="?"))
+    tokenizer.normalizer = normalizers.NFC()  # pyright: ignore
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    composing = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    texts = [normalize(form, "e perché  città") for form in ("NFC", "NFD")] + ["", "e\u0301\u0302", "\u0301 e"]
+    for text, (ids, start, end) in zip(texts, tokenise(composing, texts), strict=True):
+        assert [text[a:b] for a, b in zip(start, end, strict=True)] == text.split()
+        assert ids.tolist() == [3, 1, 2] or "perch" not in text
